@@ -16,6 +16,7 @@ FILLINGS = (
     '"\U0001f600\u00e9",'.encode(),
     b'{"model":"mock-model"},',
     b"1,",
+    b"[" * 400 + b"]" * 400 + b",",
 )
 
 

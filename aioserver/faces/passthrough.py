@@ -84,7 +84,7 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
     """
     path, query = _path(request)
     passage = passable.passage(path)
-    if passage is None or request.method not in passage.value or not passable.sound_query(query):
+    if passage is None or request.method not in passage.methods or not passable.sound_query(query):
         raise web.HTTPNotFound
     if passage is not Passage.EVERY_KEY:
         _check_admin(context, request, path)

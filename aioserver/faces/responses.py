@@ -53,7 +53,10 @@ def routes(context: Context) -> list[web.RouteDef]:
             # The body is not written by aiohttp, which would leave it out for HEAD.
             allow_head=False,
         ),
-        web.post("/v1/responses/{id}/cancel", partial(cancel, context, writing)),
+        web.post(
+            "/v1/responses/{id}/cancel",
+            partial(cancel, context, writing, stored_responses.passing(context)),
+        ),
         *stored_responses.routes(context),
     ]
 
@@ -115,14 +118,26 @@ async def retrieve(
 async def cancel(
     context: Context,
     writing: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    passing: Callable[[web.Request], Awaitable[web.StreamResponse]],
     request: web.Request,
 ) -> web.StreamResponse:
     """Answer `POST /v1/responses/{id}/cancel`. A response that has ended stays as it is.
 
     This works in a full server, too: only a large response needs a place, by *writing*, until its client has
-    read it.
+    read it. One that is not kept here may be the provider's, for which the request is *passing* on.
+
+    Raises:
+        StreamNotFound: there is no such response under way, or with a log.
     """
-    stream = await find(context, request)
+    try:
+        stream = await find(context, request)
+    except StreamNotFound:
+        # One that is stored has ended: its provider need not know it.
+        stored = await context.gateway.responses.reach(request[CALLER], request.match_info["id"])
+        if stored is None:
+            return await passing(request)
+        stored.release()
+        raise
     await context.gateway.cancel_anywhere(request[CALLER], stream.request_id)
     answer = stream.details.whole
     size = len(newest(stream)) if answer is None else answer.size

@@ -241,8 +241,8 @@ class ResponsesSocket(Socket):
             if body.previous_response_id is not None and draft.previous is None:
                 raise not_found(body.previous_response_id)
             response_id, now = f"resp_{uuid.uuid4().hex}", int(time.time())
-            events = [*response_frames.prepared(command, response_id, model, now)]
-            draft.take_input(body.data)
+            events = await in_turns(response_frames.preparing(command, response_id, model, now))
+            await in_turns(draft.take_input(body.data))
             draft.keep(events[-1][1], route.provider.name)
         finally:
             draft.release()
@@ -301,6 +301,7 @@ class ResponsesSocket(Socket):
             previous=None if previous_id is None else self._lanes.latest(previous_id),
             max_bytes=self._context.settings.chat.websocket.max_message_size,
             usually_named=True,
+            large=body.large,
         )
         draft.on_kept = lambda response: None if self._over else self._lanes.keep(lane, response)
         return draft

@@ -41,14 +41,8 @@ MAX_ITEMS, ITEMS = 100, 20
 
 def routes(context: Context) -> list[web.RouteDef]:
     """Return the routes of this part of OpenAI's API."""
-    passing = counted(
-        context.admission,
-        passthrough.FACE,
-        partial(prepare_passed, context),
-        partial(passthrough.serve, context),
-    )
     return [
-        web.delete("/v1/responses/{id}", partial(delete, context, passing)),
+        web.delete("/v1/responses/{id}", partial(delete, context, passing(context))),
         web.get(
             "/v1/responses/{id}/input_items",
             counted(
@@ -61,6 +55,16 @@ def routes(context: Context) -> list[web.RouteDef]:
             allow_head=False,
         ),
     ]
+
+
+def passing(context: Context) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    """Return the handler that passes a request on which is about a response that is not kept here."""
+    return counted(
+        context.admission,
+        passthrough.FACE,
+        partial(prepare_passed, context),
+        partial(passthrough.serve, context),
+    )
 
 
 async def find(context: Context, request: web.Request) -> StoredResponse:

@@ -37,7 +37,7 @@ class Draft:
     *store* is the request's; None if it says nothing. *previous_id* is its `previous_response_id`, and *previous* that
     response, if it is held here. *named* says that the response will be found by its id, and *on_kept* is called
     with it, named or not; a connection that holds it retains it there. *max_bytes* bounds an expanded body. *usually_named*: a
-    request that says nothing has its response named.
+    request that says nothing has its response named. *large* says that its body is.
 
     Always: what it refers to and has taken is counted until `release`, and not after.
     """
@@ -49,6 +49,7 @@ class Draft:
         "by_id",
         "caller",
         "kept_there",
+        "large",
         "max_bytes",
         "named",
         "on_kept",
@@ -68,6 +69,7 @@ class Draft:
         previous: StoredResponse | None = None,
         max_bytes: int,
         usually_named: bool = False,
+        large: bool = False,
     ) -> None:
         self._responses = responses
         self.caller = caller
@@ -76,6 +78,7 @@ class Draft:
         self.previous = previous
         self.max_bytes = max_bytes
         self.usually_named = usually_named
+        self.large = large
         self.named = store is True or (store is None and usually_named)
         # Whether the provider was sent the id of a response that is held here.
         self.by_id = False
@@ -94,9 +97,9 @@ class Draft:
             self.previous = await self._responses.reach(self.caller, self.previous_id)
 
     @property
-    def continues(self) -> bool:
-        """Whether the request continues a response that is held here, which takes long with a large body."""
-        return self.previous is not None
+    def slow(self) -> bool:
+        """Whether its body may take long to make: it is large, or continues a response that is held here."""
+        return self.large or self.previous is not None
 
     def body_for(self, body: bytes, provider: str, *, keeps: bool) -> Generator[None, None, bytes]:
         """Return *body* as *provider* gets it, which *keeps* responses, or does not as far as we know, in steps.
@@ -104,7 +107,7 @@ class Draft:
         Raises:
             RequestTooLarge, InvalidRequest: as `expand`.
         """
-        self._note_provider(body, keeps=keeps)
+        yield from self._note_provider(body, keeps=keeps)
         previous = self.previous
         known = previous is None or (previous.kept_there and previous.provider == provider)
         self.by_id = keeps and known and previous is not None
@@ -119,7 +122,7 @@ class Draft:
             ResponseNotFound: the request continues a response that is not held here.
             RequestTooLarge, InvalidRequest: as `expand`.
         """
-        self._note_provider(body, keeps=False)
+        yield from self._note_provider(body, keeps=False)
         self.by_id = False
         return (yield from self.expand(body, provider))
 
@@ -137,15 +140,15 @@ class Draft:
             raise not_found(self.previous_id)
         return body
 
-    def take_input(self, body: bytes) -> None:
-        """Keep the input in *body*, the request's; a second call does nothing.
+    def take_input(self, body: bytes) -> Generator[None, None, None]:
+        """Keep the input in *body*, the request's, in steps; a second call does nothing.
 
         Where there is no room for it, the response is not kept.
         """
         if self._held is not None:
             return
+        items = yield from input_items(body)
         self._held = self._responses.hold()
-        items = input_items(body)
         try:
             self._held.grow(len(items))
         except ServerAtCapacity:
@@ -198,13 +201,13 @@ class Draft:
         if previous is not None:
             previous.release()
 
-    def _note_provider(self, body: bytes, *, keeps: bool) -> None:
-        """Note that a provider gets *body*, and whether it *keeps* responses. The last one counts."""
+    def _note_provider(self, body: bytes, *, keeps: bool) -> Generator[None, None, None]:
+        """Note that a provider gets *body*, in steps, and whether it *keeps* responses. The last one counts."""
         usually_named = self.usually_named or not keeps
         self.named = self.store is True or (self.store is None and usually_named)
         self.kept_there = keeps and self.store is not False
         if self.named or self.on_kept is not None:
-            self.take_input(body)
+            yield from self.take_input(body)
 
 
 def draft_of(
@@ -215,5 +218,10 @@ def draft_of(
     if previous_id is None and (body.stored is False or not responses.window):
         return None
     return Draft(
-        responses, caller, store=body.stored, previous_id=previous_id, max_bytes=max_bytes
+        responses,
+        caller,
+        store=body.stored,
+        previous_id=previous_id,
+        max_bytes=max_bytes,
+        large=body.large,
     )

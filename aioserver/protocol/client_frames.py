@@ -13,7 +13,7 @@ provider as they are.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -21,7 +21,7 @@ import orjson
 from msgspec import Raw
 
 from aioserver.errors import AioserverError, InvalidJson, InvalidRequest
-from aioserver.protocol import top_level
+from aioserver.protocol import pieces, top_level
 from aioserver.protocol.client_headers import NO_HEADERS
 from aioserver.protocol.top_level import ABSENT, UnknownField, at_once
 
@@ -36,7 +36,7 @@ MAX_ID_BYTES = 12 * MAX_ID_CHARACTERS + 2
 MAX_EVENT_NUMBER_BYTES = 32
 # Messages of a chat are looked at one by one if they cannot be more than this. The provider judges larger
 # chats: an object for each of a million messages would stop the event loop.
-MAX_CHECKED_MESSAGES = 100_000
+MAX_CHECKED_MESSAGES = 30_000
 _ACTIONS = "chat, cancel, resume, ping"
 _EMPTY = Raw(b"{}")
 
@@ -100,7 +100,7 @@ class Chat:
 
     *options* is the JSON of an object, and *option_names* says which of its keys replace a default.
     If *streaming* is None, the configuration decides. *original* is empty, unless something in the
-    question was replaced: it is then a hash of what the client has sent. The *client_headers* go on to
+    question was replaced: it is then a hash of what the client has sent. *hashed* is the `digest`, if it was made in steps. The *client_headers* go on to
     the provider, and are no part of the question: two questions that differ in them alone are the same.
     """
 
@@ -114,6 +114,7 @@ class Chat:
     options: bytes = b"{}"
     option_names: frozenset[str] = frozenset()
     original: bytes = b""
+    hashed: bytes = field(default=b"", compare=False)
     client_headers: ClientHeaders = NO_HEADERS
 
     def digest(self) -> bytes:
@@ -122,11 +123,15 @@ class Chat:
         It is a hash of the bytes as they came: another order of keys is another question. The hash is
         kept as long as the answer, since the question itself may have megabytes.
         """
+        return self.hashed or at_once(self.hashing())
+
+    def hashing(self) -> Generator[None, None, bytes]:
+        """Return the digest, in steps."""
         names = (self.conversation_id, self.provider, self.model, self.streaming)
         digest = hashlib.sha256(self.original)
         for part in (orjson.dumps(names), self.text or b"", self.messages or b"", self.options):
             digest.update(b"%d:" % len(part))
-            digest.update(part)
+            yield from _hashing(digest, part)
         return digest.digest()
 
 
@@ -174,14 +179,14 @@ def parse(frame: bytes) -> Command:
 
 
 def parsing(data: bytes) -> Generator[None, None, Command]:
-    """Parse as `parse` does, in steps: those of a frame of 16 MiB take 0.05 s each at most."""
+    """Parse as `parse` does, in steps if the frame is large."""
     request_id: str | None = None
     large = len(data) > top_level.STEP_BYTES
     try:
         body = yield from top_level.sound(data)
         if large:
             yield
-        frame = top_level.decode(_FRAME, body, "a frame")
+        frame = yield from pieces.decoding(_FRAME, body, "a frame")
         written_id = top_level.text(frame.request_id, MAX_ID_BYTES)
         if written_id is not None and len(written_id) <= MAX_ID_CHARACTERS:
             request_id = written_id
@@ -195,15 +200,16 @@ def parsing(data: bytes) -> Generator[None, None, Command]:
                 name = identifier(written_id)
                 if large:
                     yield
-                fields = top_level.decode(_PAYLOAD, payload, "payload")
+                fields = yield from pieces.decoding(_PAYLOAD, payload, "payload")
                 if large:
                     yield
-                return _chat(name, fields, _original(data, body))
+                original = yield from _original(data, body)
+                return (yield from _chat(name, fields, original, large=large))
             case "cancel":
                 return Cancel(identifier(written_id))
             case "resume":
                 name = identifier(written_id)
-                position = top_level.decode(_POSITION, payload, "payload")
+                position = yield from pieces.decoding(_POSITION, payload, "payload")
                 return Resume(name, _event_number(position.last_event_id))
         raise InvalidRequest(f"unknown action; one of {_ACTIONS} is expected", param="action")
     except AioserverError as error:
@@ -222,21 +228,37 @@ def reading_question(data: bytes) -> Generator[None, None, Chat]:
     if large:
         yield
     try:
-        fields = top_level.decode(_QUESTION, body, "the body")
+        fields = yield from pieces.decoding(_QUESTION, body, "the body")
     except UnknownField as error:
         # A missing id is told first.
-        identifier(top_level.text(top_level.decode(_FRAME, body, "").request_id, MAX_ID_BYTES))
+        frame = yield from pieces.decoding(_FRAME, body, "the body")
+        identifier(top_level.text(frame.request_id, MAX_ID_BYTES))
         raise InvalidRequest(
             f"unknown field in payload: {error.param}", param=error.param
         ) from None
     if large:
         yield
     name = identifier(top_level.text(fields.request_id, MAX_ID_BYTES))
-    return _chat(name, fields, _original(data, body))
+    return (yield from _chat(name, fields, (yield from _original(data, body)), large=large))
 
 
-def _original(data: bytes, body: bytes) -> bytes:
-    return b"" if body is data else hashlib.sha256(data).digest()
+def _original(data: bytes, body: bytes) -> Generator[None, None, bytes]:
+    if body is data:
+        return b""
+    digest = hashlib.sha256()
+    yield from _hashing(digest, data)
+    return digest.digest()
+
+
+def _hashing(digest: hashlib._Hash, data: bytes) -> Generator[None, None, None]:
+    """Add *data* to *digest*, in steps if it is large."""
+    if len(data) <= top_level.STEP_BYTES:
+        digest.update(data)
+        return
+    view = memoryview(data)
+    for start in range(0, len(data), top_level.STEP_BYTES):
+        digest.update(view[start : start + top_level.STEP_BYTES])
+        yield
 
 
 def identifier(value: object) -> str:
@@ -279,8 +301,10 @@ def _event_number(raw: Raw) -> int:
         return event_number(None)
 
 
-def _chat(request_id: str, fields: _Payload, original: bytes) -> Chat:
-    """Check the fields of a question.
+def _chat(
+    request_id: str, fields: _Payload, original: bytes, *, large: bool
+) -> Generator[None, None, Chat]:
+    """Check the fields of a question, in steps if it is *large*.
 
     Raises:
         InvalidRequest: a field is missing, or of the wrong type.
@@ -302,12 +326,15 @@ def _chat(request_id: str, fields: _Payload, original: bytes) -> Chat:
         "streaming must be true or false",
         "streaming",
     )
+    if large:
+        yield
     options = bytes(fields.options)
     _expect(options.startswith(b"{"), "options must be an object", "options")
+    option_names = yield from _option_names(options)
     _expect(
         bytes(memoryview(fields.metadata)[:1]) == b"{", "metadata must be an object", "metadata"
     )
-    return Chat(
+    chat = Chat(
         request_id=request_id,
         text=text,
         messages=messages,
@@ -316,9 +343,10 @@ def _chat(request_id: str, fields: _Payload, original: bytes) -> Chat:
         provider=_name(fields.provider, "provider"),
         model=_name(fields.model, "model"),
         options=options,
-        option_names=_option_names(options),
+        option_names=option_names,
         original=original,
     )
+    return replace(chat, hashed=(yield from chat.hashing())) if large else chat
 
 
 def _valid_messages(messages: bytes) -> bool:
@@ -346,15 +374,15 @@ def _name(raw: Raw, name: str) -> str | None:
     return value
 
 
-def _option_names(options: bytes) -> frozenset[str]:
-    """Return which of the options with a default are set.
+def _option_names(options: bytes) -> Generator[None, None, frozenset[str]]:
+    """Return which of the options with a default are set, in steps if they are large.
 
     Raises:
         InvalidRequest: the options have a key that is not the client's to set.
     """
     if options == b"{}":
         return frozenset()
-    fields = top_level.decode(_OPTIONS, options, "options")
+    fields = yield from pieces.decoding(_OPTIONS, options, "options")
     for name in RESERVED_OPTIONS:
         if getattr(fields, name) is not ABSENT:
             raise InvalidRequest(f"{name} cannot be set in options", param="options")

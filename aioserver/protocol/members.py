@@ -14,11 +14,13 @@ import msgspec
 from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
-from aioserver.protocol import top_level
+from aioserver.protocol import pieces, top_level
 from aioserver.protocol.top_level import ABSENT
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
+
+    from aioserver.protocol.pieces import Site
 
 # Places in one body, on all its levels, where a key with one value may be, and where one with a long value may.
 MAX_PLACES, MAX_LONG_PLACES = 10_000, 100
@@ -68,6 +70,39 @@ class Member:
             InvalidJson, InvalidRequest: *data* is no object.
         """
         return bytes(top_level.decode(self._decoder, data, "the body").value)
+
+    def reading(self, data: bytes) -> Generator[None, None, bytes]:
+        """Return what `value` returns, in steps if *data* is large."""
+        return bytes((yield from pieces.decoding(self._decoder, data, "the body")).value)
+
+    def finding(self, data: bytes) -> Generator[None, None, Place | None]:
+        """Return where the member stands, in steps if *data* is large; None: there is none.
+
+        Raises:
+            InvalidJson: *data* is not JSON.
+            InvalidRequest: it is no object, or as `find`.
+        """
+        if len(data) <= top_level.STEP_BYTES:
+            value = self.value(data)
+            return self.find(data, value) if value else None
+        fields, sites = yield from pieces.locating(self._decoder, data, "the body")
+        if fields.value is ABSENT:
+            return None
+        return self.place(data, sites[self.name], bytes(fields.value))
+
+    def place(self, data: bytes, site: Site, value: bytes) -> Place:
+        """Return where the member stands in *data* whose *value* was found at *site*.
+
+        Raises:
+            InvalidRequest: as `find`, in the piece of that site.
+        """
+        if site.prefix is None:
+            # No name of ours has a quote in it, nor a backslash before its end.
+            quote = data.rindex(b'"', 0, site.start)
+            return Place(data.rindex(b'"', 0, quote), site.start, site.end)
+        piece = b"".join((site.prefix, memoryview(data)[site.start : site.end], site.suffix))
+        place, shift = self.find(piece, value), site.start - len(site.prefix)
+        return Place(place.key + shift, place.value + shift, place.end + shift)
 
     def find(self, data: bytes, value: bytes) -> Place:
         """Return where the member is whose *value* `value` has returned, which is not empty.
@@ -131,15 +166,9 @@ class Member:
         comma = b"" if data.startswith(b"}", start) else b","
         return b"".join((data[:start], self.key, b":", *pieces, comma, memoryview(data)[start:]))
 
-    def extent(self, data: bytes, value: bytes | None = None) -> tuple[int, int]:
-        """Return the bytes that are to be taken out of *data*, so that it lacks this member, which it has: from, to.
-
-        *value*: what `value` has returned; None if it was not called.
-
-        Raises:
-            InvalidRequest: as `find`.
-        """
-        place = self.find(data, self.value(data) if value is None else value)
+    @staticmethod
+    def extent(data: bytes, place: Place) -> tuple[int, int]:
+        """Return the bytes that are to be taken out of *data*, so that it lacks the member at *place*: from, to."""
         start, end = place.key, place.end
         if (comma := _COMMA_AFTER.match(data, end)) is not None:
             return start, comma.end()
@@ -148,32 +177,12 @@ class Member:
         alone = before < 0 or data[before + 1 : start].strip(b" \t\r\n")
         return (start if alone else before), end
 
-    def remove(self, data: bytes) -> Generator[None, None, bytes]:
-        """Return *data* without this member, which it has, in steps if it is large.
-
-        Raises:
-            InvalidRequest: it has several, or as `find`.
-        """
-        large = len(data) > top_level.STEP_BYTES
-        value = self.value(data)
-        if large:
-            yield
-        start, end = self.extent(data, value)
-        view = memoryview(data)
-        rest = b"".join((view[:start], view[end:]))
-        if large:
-            yield
-        self.check_absent(rest)
-        if large:
-            yield
-        return rest
-
-    def check_absent(self, data: bytes) -> None:
-        """Make sure that *data* lacks this member, which was taken out of it.
+    def check_absent(self, data: bytes) -> Generator[None, None, None]:
+        """Make sure that *data* lacks this member, which was taken out of it, in steps if it is large.
 
         Raises:
             InvalidRequest: there is another one.
         """
         # Without the key, however it is written, there is nothing to read.
-        if (self.key in data or b"\\u00" in data) and self.value(data):
+        if (self.key in data or b"\\u00" in data) and (yield from self.reading(data)):
             raise InvalidRequest(f"several keys {self.name} in one body", param=self.name)

@@ -15,12 +15,14 @@ import orjson
 from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
-from aioserver.protocol import top_level
+from aioserver.protocol import pieces, top_level
 from aioserver.protocol.members import Member
 from aioserver.protocol.top_level import ABSENT
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+
+    from aioserver.protocol.pieces import Site
 
 # Bytes in which the name of a model is written.
 MAX_MODEL_BYTES = 4096
@@ -73,6 +75,7 @@ class ModelBody:
 
     __slots__ = (
         "_place",
+        "_site",
         "_value",
         "background",
         "data",
@@ -84,8 +87,10 @@ class ModelBody:
         "user",
     )
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, read: tuple[_RawFields, Site | None] | None = None) -> None:
         """Read *data*, which is UTF-8 without lone surrogates.
+
+        *read*: its fields and the site of its model, where those were read in pieces.
 
         Raises:
             InvalidJson: *data* is not JSON.
@@ -96,8 +101,18 @@ class ModelBody:
         self._value: bytes | None = None
         # Where that value begins, once it was looked for.
         self._place: int | None = None
-        if len(data) > MAX_READ_TWICE or not self._read():
+        # Where that value was found, in a body that was read in pieces.
+        self._site: Site | None = None
+        if read is not None:
+            fields, self._site = read
+            self._take(fields)
+        elif len(data) > MAX_READ_TWICE or not self._read():
             self._read_any()
+
+    @property
+    def large(self) -> bool:
+        """Whether it takes long to read it."""
+        return len(self.data) > top_level.STEP_BYTES
 
     def _read(self) -> bool:
         """Read a body whose fields have the types that they should have; return whether it is one."""
@@ -115,8 +130,11 @@ class ModelBody:
         return model is None or 0 < len(model) <= MAX_SURE_CHARACTERS
 
     def _read_any(self) -> None:
-        """Read a body whatever its fields are, and refuse those that mean nothing."""
-        fields = top_level.decode(_RAW_DECODER, self.data, "the body")
+        """Read a body whatever its fields are."""
+        self._take(top_level.decode(_RAW_DECODER, self.data, "the body"))
+
+    def _take(self, fields: _RawFields) -> None:
+        """Take over *fields*, and refuse those that mean nothing."""
         self.model = top_level.text(fields.model, MAX_MODEL_BYTES)
         if not self.model and not top_level.null(fields.model):
             raise InvalidRequest(
@@ -151,7 +169,9 @@ class ModelBody:
         if not value:
             return MODEL.insert(data, (written,))
         if self._place is None:
-            self._place = MODEL.find(data, value).value
+            site = self._site
+            place = MODEL.find(data, value) if site is None else MODEL.place(data, site, value)
+            self._place = place.value
         view = memoryview(data)
         return b"".join((view[: self._place], written, view[self._place + len(value) :]))
 
@@ -163,7 +183,17 @@ def reading(data: bytes) -> Generator[None, None, ModelBody]:
         InvalidJson: *data* is not JSON.
         InvalidRequest: *data* is no object, or a field has a wrong type.
     """
-    body = yield from top_level.sound(data)
-    if len(body) > top_level.STEP_BYTES:
-        yield
-    return ModelBody(body)
+    return (yield from reading_sound((yield from top_level.sound(data))))
+
+
+def reading_sound(body: bytes) -> Generator[None, None, ModelBody]:
+    """Return the *body*, which is UTF-8 without lone surrogates, in steps.
+
+    Raises:
+        InvalidJson, InvalidRequest: as `reading`.
+    """
+    if len(body) <= top_level.STEP_BYTES:
+        return ModelBody(body)
+    yield
+    fields, sites = yield from pieces.locating(_RAW_DECODER, body, "the body")
+    return ModelBody(body, (fields, sites.get("model")))

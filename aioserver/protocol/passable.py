@@ -5,6 +5,7 @@
                                       is not the caller's, so that they pass for admins only, and only where
                                       the provider has `account_paths`; so does every path not listed here
     responses/ID, …/input_items       the same, but only to read and to delete what this server does not keep itself
+    responses/ID/cancel               the same, to cancel it
     organization, messages, other responses   never pass: the account's administration, and what this server
                                       answers itself
 
@@ -24,6 +25,7 @@ _QUERY = re.compile(r"[\x21\x22\x24-\x7e]*")
 
 # A response that a provider keeps, and its input.
 _RESPONSE = re.compile(r"responses/(?!(?i:compact|input_tokens)(?:/|$))[^/]+(?:/input_items)?")
+_CANCEL = re.compile(r"responses/(?!(?i:compact|input_tokens)/)[^/]+/cancel")
 
 # Below these every path is a question by itself, but for those of OBJECTS.
 QUESTIONS = ("audio/", "images/")
@@ -50,9 +52,13 @@ METHODS = ("GET", "POST", "DELETE")
 class Passage(Enum):
     """The callers for whom a path passes, and by which methods."""
 
-    EVERY_KEY = ("POST",)
-    ADMIN = METHODS
-    RESPONSE = ("GET", "DELETE")
+    EVERY_KEY = "question", ("POST",)
+    ADMIN = "account", METHODS
+    RESPONSE = "response", ("GET", "DELETE")
+    CANCEL = "cancellation", ("POST",)
+
+    def __init__(self, _subject: str, methods: tuple[str, ...]) -> None:
+        self.methods = methods
 
 
 def passage(path: str) -> Passage | None:
@@ -63,6 +69,8 @@ def passage(path: str) -> Passage | None:
         return Passage.EVERY_KEY
     if _RESPONSE.fullmatch(path):
         return Passage.RESPONSE
+    if _CANCEL.fullmatch(path):
+        return Passage.CANCEL
     return None if path.partition("/")[0].lower() in NEVER else Passage.ADMIN
 
 

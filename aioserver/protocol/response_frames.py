@@ -26,13 +26,16 @@ import orjson
 from msgspec import Raw
 
 from aioserver.errors import AioserverError, InvalidRequest, InvalidStreamId
-from aioserver.protocol import top_level
+from aioserver.protocol import model_body, pieces, top_level
 from aioserver.protocol.members import Member
-from aioserver.protocol.model_body import ModelBody
 from aioserver.protocol.top_level import ABSENT, at_once
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator, Sequence
+
+    from aioserver.protocol.members import Place
+    from aioserver.protocol.model_body import ModelBody
+    from aioserver.protocol.pieces import Site
 
 # Bytes in which an id, or the name of a lane, is written.
 MAX_ID_BYTES = 1026
@@ -165,7 +168,11 @@ def parsing(data: bytes) -> Generator[None, None, Command]:
         body = yield from top_level.sound(data)
         if large:
             yield
-        frame = top_level.decode(_FRAME, body, "a frame")
+        sites: dict[str, Site] = {}
+        if large:
+            frame, sites = yield from pieces.locating(_FRAME, body, "a frame")
+        else:
+            frame = top_level.decode(_FRAME, body, "a frame")
         kind = top_level.text(frame.type, MAX_ID_BYTES)
         if kind == "response.steer":
             return Steer(_id(frame, "previous_response_id"), _short(frame.input, b'""'))
@@ -175,7 +182,7 @@ def parsing(data: bytes) -> Generator[None, None, Command]:
         match kind:
             case "response.create":
                 try:
-                    return (yield from _create(lane, frame, body, large=large))
+                    return (yield from _create(lane, frame, body, sites))
                 except AioserverError as error:
                     return Refused(lane, error)
             case "response.cancel":
@@ -191,9 +198,12 @@ def parsing(data: bytes) -> Generator[None, None, Command]:
 
 
 def _create(
-    lane: str | None, frame: _Frame, body: bytes, *, large: bool
+    lane: str | None, frame: _Frame, body: bytes, sites: dict[str, Site]
 ) -> Generator[None, None, Create]:
-    """Return the command of a frame whose bytes are *body*, in steps."""
+    """Return the command of a frame whose bytes are *body*, in steps.
+
+    *sites* are those of its members, if it was read in pieces.
+    """
     generate = top_level.flag(frame.generate)
     if generate is None and not top_level.null(frame.generate):
         raise InvalidRequest("generate must be true or false", param="generate")
@@ -201,16 +211,52 @@ def _create(
         raise InvalidRequest(
             "background is not for a WebSocket: POST /v1/responses has it", param="background"
         )
-    for member in _OF_FRAME:
-        if getattr(frame, member.name) is not ABSENT:
-            body = yield from member.remove(body)
-    if top_level.flag(frame.stream) is not True:
-        if frame.stream is not ABSENT:
-            body = yield from _STREAM.remove(body)
-        body = _STREAM.insert(body, [b"true"])
-    if large:
+    streamed = top_level.flag(frame.stream) is True
+    body = yield from _without(
+        _OF_FRAME if streamed else (*_OF_FRAME, _STREAM), frame, body, sites
+    )
+    if sites:
         yield
-    return Create(lane, ModelBody(body), generate is not False)
+    if not streamed:
+        body = _STREAM.insert(body, [b"true"])
+    return Create(lane, (yield from model_body.reading_sound(body)), generate is not False)
+
+
+def _without(
+    members: Sequence[Member], frame: _Frame, body: bytes, sites: dict[str, Site]
+) -> Generator[None, None, bytes]:
+    """Return *body* without those of its *members* that *frame* has, in steps if it was read so.
+
+    Raises:
+        InvalidRequest: it has one of them several times.
+    """
+    places: list[Place] = []
+    removed: list[Member] = []
+    for member in members:
+        raw: Raw = getattr(frame, member.name)
+        if raw is not ABSENT:
+            value = bytes(raw)
+            site = sites.get(member.name)
+            places.append(
+                member.find(body, value) if site is None else member.place(body, site, value)
+            )
+            removed.append(member)
+            if sites:
+                yield
+    # From the last one on, so that the places of the others stay the same.
+    for place in sorted(places, reverse=True):
+        start, end = Member.extent(body, place)
+        view = memoryview(body)
+        body = b"".join((view[:start], view[end:]))
+        if sites:
+            yield
+    # Without their keys, however they are written, there is nothing to read; to look for them takes long in itself.
+    if sites or b"\\u00" in body or any(member.key in body for member in removed):
+        rest = yield from pieces.decoding(_FRAME, body, "a frame")
+        for member in removed:
+            if getattr(rest, member.name) is not ABSENT:
+                raise InvalidRequest(f"several keys {member.name} in one body", param=member.name)
+    return body
 
 
 def _lane(raw: Raw) -> str | None:
@@ -309,14 +355,14 @@ def _error_object(fault: AioserverError) -> dict[str, Any]:
     }
 
 
-def prepared(
+def preparing(
     command: Create, response_id: str, model: str, created_at: int
-) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the events of a response for which nothing is generated, each with the response object in it.
+) -> Generator[None, None, list[tuple[bytes, bytes]]]:
+    """Return the events of a response for which nothing is generated, each with the response object in it, in steps.
 
     *created_at*: seconds since 1970.
     """
-    fields = top_level.decode(_SHOWN, command.body.data, "the body")
+    fields = yield from pieces.decoding(_SHOWN, command.body.data, "the body")
     shown = {name: _short(getattr(fields, name), default) for name, default in _DEFAULTS.items()}
     response: dict[str, Any] = {
         "id": response_id,
@@ -332,12 +378,14 @@ def prepared(
         **{name: orjson.Fragment(raw) for name, raw in shown.items()},
         "usage": None,
     }
+    events: list[tuple[bytes, bytes]] = []
     for number, kind in enumerate(("created", "in_progress", "completed")):
         if kind == "completed":
             response |= {"status": kind, "usage": _NO_USAGE}
         written = orjson.dumps(response)
         event = {"type": f"response.{kind}", "sequence_number": number}
-        yield orjson.dumps({**event, "response": orjson.Fragment(written)}), written
+        events.append((orjson.dumps({**event, "response": orjson.Fragment(written)}), written))
+    return events
 
 
 def not_steered(command: Steer) -> bytes:

@@ -72,13 +72,13 @@ class Page(NamedTuple):
     more: bool
 
 
-def input_items(body: bytes) -> bytes:
-    """Return the items of the input in *body*, a request for a response; a text becomes a message of the user.
+def input_items(body: bytes) -> Generator[None, None, bytes]:
+    """Return the items of the input in *body*, a request for a response, in steps; a text becomes a message of the user.
 
     Raises:
         InvalidJson, InvalidRequest: *body* is no object.
     """
-    return items_of(INPUT.value(body))
+    return items_of((yield from INPUT.reading(body)))
 
 
 def items_of(value: bytes) -> bytes:
@@ -157,13 +157,12 @@ def continued(
         InvalidRequest: *body* has several keys `previous_response_id`.
     """
     large = len(body) > STEP_BYTES
-    value, view = INPUT.value(body), memoryview(body)
+    place, view = (yield from INPUT.finding(body)), memoryview(body)
+    value = b"" if place is None else body[place.value : place.end]
     if large:
         yield
     start = stop = 0
-    if previous := PREVIOUS.value(body):
-        if large:
-            yield
+    if (previous := (yield from PREVIOUS.finding(body))) is not None:
         start, stop = PREVIOUS.extent(body, previous)
     if large:
         yield
@@ -186,12 +185,9 @@ def continued(
             step = 0
             yield
     items = (b"[", b",".join(pieces), b"]")
-    if not value:
+    if place is None:
         result = INPUT.insert(b"".join((view[:start], view[stop:])), items)
     else:
-        place = INPUT.find(body, value)
-        if large:
-            yield
         cuts = [(start, stop, ()), (place.value, place.end, items)]
         parts: list[bytes | memoryview] = []
         end = 0
@@ -202,7 +198,7 @@ def continued(
     if stop:
         if large:
             yield
-        PREVIOUS.check_absent(result)
+        yield from PREVIOUS.check_absent(result)
     return result
 
 

@@ -34,7 +34,7 @@ PIECE_BYTES = 1 << 18
 ABSENT = Raw(b"")
 # How msgspec names a key that its type has not.
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*?)`(?: - at `.*`)?", re.DOTALL)
-_ANYTHING = msgspec.json.Decoder(Raw)
+ANYTHING = msgspec.json.Decoder(Raw)
 _HIGH = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}")
 # A high half that no low half follows, or a low half that follows no high half. A high half is never the
 # second of a pair, so its neighbours say all, if no backslash is itself escaped.
@@ -153,9 +153,9 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes | memoryview, what: str
         raise InvalidJson(f"not JSON: {exc}") from None
     except RecursionError:
         raise InvalidJson("not JSON: nested too deeply") from None
-    if decoder is not _ANYTHING:
+    if decoder is not ANYTHING:
         # msgspec has stopped where the type is wrong, and has not seen the rest.
-        decode(_ANYTHING, body, what)
+        decode(ANYTHING, body, what)
     if (match := _UNKNOWN.fullmatch(fault)) is not None:
         name = match[1][:64]
         raise UnknownField(f"unknown field in {what}: {name}", param=name)

@@ -217,6 +217,14 @@ def text_pieces(body: bytes) -> Generator[None, None, list[slice]]:
         return []
 
 
+def string_pieces(text: bytes) -> Generator[None, None, list[slice]]:
+    """Return the pieces of *text*, a JSON string, as `text_pieces` does; none if it is not valid."""
+    try:
+        return (yield from _Walk(text).text())
+    except _Missing:
+        return []
+
+
 def final_response(body: bytes) -> Generator[None, None, str | None]:
     """Return the id of a whole `response` object that will not change any more, or None.
 

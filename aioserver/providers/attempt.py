@@ -195,7 +195,7 @@ class Attempt:
     def preparation(self) -> Generator[None, None, None] | None:
         """Return the steps to take before `written`; None if there are none."""
         draft = self.request.draft
-        return None if draft is None or not draft.continues else self._prepare(draft)
+        return None if draft is None or not draft.slow else self._prepare(draft)
 
     def _prepare(self, draft: ResponseDraft) -> Generator[None, None, None]:
         provider = self.provider
@@ -296,8 +296,8 @@ class Attempt:
         """The bytes at most of a good answer that is not streamed."""
         return self.provider.max_response_bytes
 
-    def conclude(self) -> None:
-        """Check the answer, which is complete now, and read it if it was not streamed.
+    def conclude(self) -> Generator[None, None, None] | None:
+        """Check the answer, which is complete now, and read it if it was not streamed; return the steps that are left.
 
         Raises:
             ProviderFault: the status or the body is not that of a good answer.
@@ -307,7 +307,7 @@ class Attempt:
             assert stream is not None
             self.usage, self.events = stream.details.usage, stream.last
             self.fault = stream.error if isinstance(stream.error, ProviderFault) else None
-            return
+            return None
         body, headers = sink.body, self.headers
         messages = is_messages(request.path)
         check_status(self.provider.name, self.status, headers, body, messages=messages)
@@ -328,7 +328,7 @@ class Attempt:
                 self.provider.name,
                 self.usage,
             )
-            return
+            return None
         assert stream is not None, "an answer that is read has a log"
         try:
             chunks = reading.read(body)
@@ -339,3 +339,4 @@ class Attempt:
             stream.append(entries.CHUNK, chunks)
         complete(stream, reading)
         self.usage, self.events = reading.usage, stream.last
+        return None

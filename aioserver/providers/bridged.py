@@ -21,7 +21,7 @@ from aioserver.errors import InvalidRequest, ResponseNotFound
 from aioserver.protocol.bridge.events import ResponseWriter
 from aioserver.protocol.bridge.frame import Frame
 from aioserver.protocol.bridge.request import chat_request
-from aioserver.protocol.bridge.whole import MAX_WHOLE_BYTES, whole_response
+from aioserver.protocol.bridge.whole import MAX_WHOLE_BYTES, WholeWriter, whole_response
 from aioserver.protocol.openai import BadEvent, ErrorEvent
 from aioserver.provider_errors import RequestNotBridged
 from aioserver.providers.attempt import Attempt
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from aioserver.protocol.bridge.request import ChatRequest
     from aioserver.providers.attempt import AttemptedProvider
     from aioserver.providers.http1 import RequestWriter, Sink
-    from aioserver.providers.request import ProviderRequest
+    from aioserver.providers.request import Answer, ProviderRequest
     from aioserver.streams.stream import Stream
 
 logger = logging.getLogger("aioserver.providers")
@@ -122,7 +122,7 @@ class ResponseAttempt(Attempt):
         """Return the sink for the events of the answer."""
         if self._chat is None:
             return super().event_sink(stream)
-        self._writer = self._new_writer(self._chat, stream.max_bytes)
+        self._writer = ResponseWriter(self._chat, self._frame(self._chat), stream.max_bytes)
         return BridgeSink(stream, self._writer)
 
     @property
@@ -131,23 +131,38 @@ class ResponseAttempt(Attempt):
         limit = super().max_body_bytes
         return limit if self._chat is None else min(limit, MAX_WHOLE_BYTES)
 
-    def conclude(self) -> None:
-        """Check the answer, and translate it if it was not streamed.
+    def conclude(self) -> Generator[None, None, None] | None:
+        """Check the answer, and return the steps that translate it if it was not streamed.
 
         Raises:
             ProviderFault: as `Attempt.conclude`.
         """
         super().conclude()
         chat, answer = self._chat, self.answer
-        if chat is None:
-            return
-        if answer is not None:
-            self._writer = self._new_writer(chat, MAX_WHOLE_BYTES)
-            try:
-                answer.body = whole_response(answer.body, self._writer, int(time.time()))
-            except (BadEvent, ErrorEvent) as exc:
-                self.answer = None
-                raise event_fault(exc) from exc
+        if chat is not None and answer is not None:
+            self._writer = writer = WholeWriter(chat, self._frame(chat), MAX_WHOLE_BYTES)
+            return self._translate_answer(answer, writer)
+        if chat is not None:
+            self._note_reasoning()
+        return None
+
+    def _translate_answer(
+        self, answer: Answer, writer: WholeWriter
+    ) -> Generator[None, None, None]:
+        """Translate *answer*, in steps.
+
+        Raises:
+            ProviderFault: it is no chat completion.
+        """
+        body, answer.body = answer.body, b""
+        try:
+            answer.body = yield from whole_response(body, writer, int(time.time()))
+        except (BadEvent, ErrorEvent) as exc:
+            self.answer = None
+            raise event_fault(exc) from exc
+        self._note_reasoning()
+
+    def _note_reasoning(self) -> None:
         if self._writer is not None and self._writer.reasoning_field:
             self.provider.bridging.reasoning_field = self._writer.reasoning_field
 
@@ -173,9 +188,9 @@ class ResponseAttempt(Attempt):
         except InvalidRequest as exc:
             raise RequestNotBridged(exc.message, param=exc.param) from None
 
-    def _new_writer(self, chat: ChatRequest, max_bytes: int) -> ResponseWriter:
-        frame = Frame(f"resp_{uuid.uuid4().hex}", int(time.time()), chat.model, chat.repeated)
-        return ResponseWriter(chat, frame, max_bytes)
+    @staticmethod
+    def _frame(chat: ChatRequest) -> Frame:
+        return Frame(f"resp_{uuid.uuid4().hex}", int(time.time()), chat.model, chat.repeated)
 
 
 def path_absent(status: int, body: bytes) -> bool:

@@ -143,8 +143,9 @@ class Provider:
             if place is None:
                 place = await self._wait(attempt)
                 if not isinstance(place, TrialPlace):
-                    # The provider may have died, or begun to limit us, during the wait.
-                    if self.health.breaker.dead:
+                    if (
+                        self.health.breaker.dead
+                    ):  # It may have died, or begun to limit us, in the wait.
                         raise self.health.refusal()
                     self._check(attempt)
             if isinstance(place, TrialPlace):
@@ -159,7 +160,8 @@ class Provider:
                 # A retry or a failover of an answer that nobody reads: somebody else wants the place.
                 self.on_wait(self.name)
             await self.exchange(attempt)
-            attempt.conclude()
+            if (steps := attempt.conclude()) is not None:
+                await in_turns(steps)
         except BaseException as exc:
             error = exc
             self._gate.free_room(attempt)

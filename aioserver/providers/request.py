@@ -57,8 +57,8 @@ class ResponseDraft(Protocol):
         """Find the response that the request continues."""
 
     @property
-    def continues(self) -> bool:
-        """Whether the request continues a response that is held here, which takes long with a large body."""
+    def slow(self) -> bool:
+        """Whether its body may take long to make: it is large, or continues a response that is held here."""
 
     def body_for(self, body: bytes, provider: str, *, keeps: bool) -> Generator[None, None, bytes]:
         """Return *body* as *provider* gets it, which *keeps* responses, or does not, in steps."""

@@ -43,7 +43,7 @@ def methods(request: web.Request) -> set[str]:
         for route in resource
     }
     if passage(path.removeprefix(API)) is Passage.EVERY_KEY:
-        found.update(Passage.EVERY_KEY.value)
+        found.update(Passage.EVERY_KEY.methods)
     return found
 
 

@@ -201,7 +201,7 @@ TAILS = (
     *("audio/speech%20", "audio/speech%0d%0aX:%20y", "audio/spe%61ch", "audio/speech%3fx", "%3f"),
     *("organization", "organization/admin_api_keys", "ORGANIZATION/users", "Organizations"),
     *(
-        "responses/resp_1/cancel",
+        "responses/resp_1/cancel/x",
         "responses/",
         "Responses/x",
         "responses/compact/input_items",

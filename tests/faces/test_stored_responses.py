@@ -311,6 +311,7 @@ async def test_what_is_not_kept_here_is_asked_of_an_open_account(make_server: Ma
             ("GET", "resp_1"),
             ("DELETE", "resp_1"),
             ("GET", "resp_1/input_items?limit=1"),
+            ("POST", "resp_1/cancel"),
         ):
             assert await send("root", method, path) == (200, ANSWER)
             passed = account.passed.pop()
@@ -318,7 +319,34 @@ async def test_what_is_not_kept_here_is_asked_of_an_open_account(make_server: Ma
             status, content = await send("web", method, path)
             assert (status, json.loads(content)["error"]["code"]) == (404, "stream_not_found")
         assert not account.passed
-        assert (await send("root", "POST", "resp_1/cancel"))[0] == 404
+        for method, path in (
+            ("GET", "resp_1/cancel"),
+            ("POST", "resp_1"),
+            ("POST", "compact/cancel"),
+        ):
+            assert (await send("root", method, path))[0] in {404, 405}
+        assert not account.passed
+
+
+async def test_a_stored_response_is_not_cancelled_at_the_provider(make_server: MakeServer) -> None:
+    async with Account() as account:
+        entry = {**provider_entry(account.url), "account_paths": True}
+        server = await make_server(**{"llm.providers.open": entry}, **keys_of("root"))
+        request = {"model": "sim", "input": "q", "store": True}
+        headers = {**bearer("root"), "x-aioserver-provider": "open"}
+        async with server.session.post(
+            f"{server.v1}/responses", json=request, headers=headers
+        ) as response:
+            response_id = (await response.json())["id"]
+        for stream in server.owners.streams.finished():
+            server.owners.streams.drop(stream)
+
+        async with server.session.post(
+            f"{server.v1}/responses/{response_id}/cancel", headers=headers
+        ) as response:
+            assert response.status == 404
+
+        assert not account.passed
 
 
 async def test_a_lower_window_holds_after_a_reload_and_a_stop_keeps_nothing(

@@ -174,7 +174,7 @@ def test_a_connection_holds_a_response_that_has_no_name(conversations: Conversat
 
     draft = conversations.draft(store=False)
     draft.on_kept = keep
-    draft.take_input(b'{"input":"q"}')
+    at_once(draft.take_input(b'{"input":"q"}'))
     draft.keep(answer("r1", "a"), "demo")
     draft.release()
 
@@ -205,7 +205,7 @@ def test_what_is_no_response_that_can_go_on_is_not_kept(
     conversations: Conversations, response: bytes
 ) -> None:
     draft = conversations.draft()
-    draft.take_input(b'{"input":"q"}')
+    at_once(draft.take_input(b'{"input":"q"}'))
 
     draft.keep(response, "demo")
     draft.release()
@@ -277,7 +277,7 @@ def test_reasoning_that_a_provider_would_not_take_back_is_left_out(
         {"type": "message", "id": "m", "content": "reasoning"},
     ]
     draft = conversations.draft()
-    draft.take_input(b'{"input":[{"type":"reasoning","id":"own"}]}')
+    at_once(draft.take_input(b'{"input":[{"type":"reasoning","id":"own"}]}'))
     draft.keep(answer("r1", "", output=output), "demo")
     draft.release()
     stored = conversations.stored.find(CALLER, "r1")
@@ -393,7 +393,7 @@ def test_random_conversations_stay_within_their_bounds_and_leave_nothing(seed: i
             conversations.stored.drop(caller, name)
         elif action < 0.7:
             draft = conversations.draft(name, caller=caller)
-            draft.take_input(json.dumps({"input": "y" * rng.randrange(2000)}).encode())
+            at_once(draft.take_input(json.dumps({"input": "y" * rng.randrange(2000)}).encode()))
             drafts.append(draft)
         elif action < 0.8 and drafts:
             drafts.pop(rng.randrange(len(drafts))).release()

@@ -64,7 +64,8 @@ def test_what_never_passes_does_so_in_no_case_of_letters(path: str) -> None:
     first = path.partition("/")[0].lower()
     for spelling in (path, path.upper(), path.title()):
         if first in NEVER and spelling not in {"responses/compact", "responses/input_tokens"}:
-            stored = passage(spelling) is Passage.RESPONSE and spelling.startswith("responses/")
+            kept = passage(spelling) in {Passage.RESPONSE, Passage.CANCEL}
+            stored = kept and spelling.startswith("responses/")
             assert stored or passage(spelling) is None
 
 
@@ -73,7 +74,8 @@ def test_every_key_may_ask_questions_and_nothing_else() -> None:
     assert passage("responses/compact") is Passage.EVERY_KEY
     assert passage("responses/resp_1") is Passage.RESPONSE
     assert passage("responses/resp_1/input_items") is Passage.RESPONSE
-    for path in ("responses", "responses/resp_1/cancel", "responses/Compact", "responses/a/b/c"):
+    assert passage("responses/resp_1/cancel") is Passage.CANCEL
+    for path in ("responses", "responses/compact/cancel", "responses/Compact", "responses/a/b/c"):
         assert passage(path) is None
     # Voices are recorded by people, and kept in the account.
     assert passage("audio/voices") is Passage.ADMIN

@@ -21,6 +21,7 @@ from aioserver.protocol.response_frames import (
     Steer,
     parse,
 )
+from aioserver.protocol.top_level import at_once
 from aioserver.provider_errors import ProviderRateLimited, ProviderRefused
 
 if TYPE_CHECKING:
@@ -282,7 +283,7 @@ def test_a_prepared_response_repeats_what_is_short() -> None:
         f'"instructions":"{instructions}","previous_response_id":"r0","store":false}}'
     )
 
-    made = [*response_frames.prepared(command, "resp_1", "m", 1_700_000_000)]
+    made = at_once(response_frames.preparing(command, "resp_1", "m", 1_700_000_000))
     events: list[Any] = [orjson.loads(event) for event, _ in made]
     assert [event["response"] for event in events] == [orjson.loads(own) for _, own in made]
 

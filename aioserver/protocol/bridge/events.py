@@ -63,8 +63,8 @@ class ResponseWriter(Reading):
         "_asked_bytes",
         "_calls",
         "_frame",
+        "_ids",
         "_items",
-        "_logprobs",
         "_max_bytes",
         "_message",
         "_name",
@@ -75,6 +75,7 @@ class ResponseWriter(Reading):
         "_reasoning",
         "_size",
         "_tools",
+        "logprobs",
         "reasoning_field",
         "sequence",
     )
@@ -83,7 +84,7 @@ class ResponseWriter(Reading):
         super().__init__(max_text_bytes=0)
         self._frame = frame
         self._tools = request.tools
-        self._logprobs = request.logprobs
+        self.logprobs = request.logprobs
         self._asked_bytes = request.asked_bytes
         self._max_bytes = max_bytes
         self._name = frame.id.removeprefix("resp_")
@@ -99,6 +100,8 @@ class ResponseWriter(Reading):
         self._part: Part | None = None
         # The calls by the index that the provider gives them; of those without one, by a number below 0.
         self._calls: dict[int, Call] = {}
+        # The first key in it of each id that the provider gives its calls.
+        self._ids: dict[str, int] = {}
         # The bytes that are kept, and those of them that are no text of the answer, nor the frame.
         self._size, self._overhead = frame.size, 0
         # Pieces of calls whose name has not come yet: the provider's id and the arguments.
@@ -113,7 +116,7 @@ class ResponseWriter(Reading):
     def plain(self) -> bool:
         """Whether a text can come as `add_text`: nothing but a text is under way or wanted."""
         part = self._part
-        return part is not None and part.kind is TEXT and not self._logprobs and not self.half
+        return part is not None and part.kind is TEXT and not self.logprobs and not self.half
 
     @property
     def response_id(self) -> str:
@@ -162,13 +165,9 @@ class ResponseWriter(Reading):
             BadEvent: a call has no name.
         """
         events: list[bytes] = []
-        if not self._items:
-            # Clients look into the first item.
-            self._say(TEXT, b"", events)
+        self._complete(events)
         reason = REASONS.get(self.finish_reason or "", "")
         status = INCOMPLETE if reason else COMPLETED
-        if self._nameless:
-            raise BadEvent("the provider sent a call without a name")
         for item in self._open:
             # Only the newest item can have been cut.
             events += self._ending(item, status if item is self._items[-1] else COMPLETED)
@@ -176,6 +175,18 @@ class ResponseWriter(Reading):
         response = self.response(now)
         events.append(self._event(status, b'"response":%b' % response))
         return events
+
+    def _complete(self, events: list[bytes]) -> None:
+        if not self._items:
+            # Clients look into the first item.
+            self._say(TEXT, b"", events)
+        if self._nameless:
+            raise BadEvent("the provider sent a call without a name")
+
+    def _fill(self, call: Call, events: list[bytes]) -> None:
+        """Make a *call* without arguments one with an empty object: clients parse it."""
+        if not call.text and not call.custom:
+            self._argue(call, b"{}", events)
 
     def response(self, now: int) -> bytes:
         """Return the response object, at the time *now* of its end."""
@@ -201,7 +212,7 @@ class ResponseWriter(Reading):
                     self.reasoning_field = field
                     self._think(escaped, chunks)
                 else:
-                    logprobs = choice.get("logprobs") if self._logprobs and kind is TEXT else None
+                    logprobs = choice.get("logprobs") if self.logprobs and kind is TEXT else None
                     self._say(kind, escaped, chunks, logprobs)
             calls = delta.get("tool_calls")
             if isinstance(calls, list):
@@ -288,10 +299,7 @@ class ResponseWriter(Reading):
             if index in self._calls or name or provider_id or -1 not in self._calls:
                 return index
         elif provider_id or name:
-            for key, known in self._calls.items():
-                if provider_id and known.provider_id == provider_id:
-                    return key
-            return -1 - len(self._calls)
+            return self._ids.get(provider_id, -1 - len(self._calls))
         # A piece without a name goes on with the newest call.
         return next(reversed(self._calls), number)
 
@@ -300,6 +308,8 @@ class ResponseWriter(Reading):
         self._close(self._message, events)
         call = Call(self._tools.find(name), self._next_name(), len(self._items), provider_id)
         self._calls[index] = call
+        if provider_id:
+            self._ids.setdefault(provider_id, index)
         self._begin(call, events)
         return call
 
@@ -344,9 +354,8 @@ class ResponseWriter(Reading):
                 done = b'%b,"input":"%b"' % (item.place, text)
                 events.append(self._event(b"custom_tool_call_input.done", done))
             else:
-                if not item.text and status is COMPLETED:
-                    # A call without arguments is one with an empty object: clients parse it.
-                    self._argue(item, b"{}", events)
+                if status is COMPLETED:
+                    self._fill(item, events)
                 done = b'%b,"arguments":"%b"' % (item.place, bytes(item.text))
                 events.append(self._event(b"function_call_arguments.done", done))
         elif item is self._message or item is self._reasoning:

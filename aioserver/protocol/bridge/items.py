@@ -79,6 +79,8 @@ class Messages:
         self._tools = tools
         self._reasoning_field = reasoning_field.encode()
         self._messages: list[bytes] = []
+        # Those before them, many joined as one.
+        self._joined: list[bytes] = []
         # Texts of system messages, until anything else comes.
         self._system: list[bytes] = []
         # The assistant message that items are still added to.
@@ -126,8 +128,13 @@ class Messages:
         """Return all messages, joined by commas."""
         self._close_assistant()
         self._close_system()
-        self._messages += self._later
-        return b",".join(self._messages)
+        return b",".join((*self._joined, *self._messages, *self._later))
+
+    def compact(self) -> None:
+        """Join the messages so far, so that few are left to be joined at the end."""
+        if self._messages:
+            self._joined.append(b",".join(self._messages))
+            self._messages.clear()
 
     def _add_message(self, item: _Item, param: str) -> None:
         role = item.role
@@ -137,7 +144,7 @@ class Messages:
             text, _parts, others = _content(item.content, f"{param}.content")
             if others:
                 raise InvalidRequest(f"a {role} message has text only", param=f"{param}.content")
-            if self._messages or self._later or self._assistant:
+            if self._joined or self._messages or self._later or self._assistant:
                 self._put(b'{"role":"system","content":%b}' % text)
             else:
                 self._system.append(text)

@@ -62,24 +62,20 @@ class Part:
     @property
     def done(self) -> bytes:
         """The members of the event that ends it."""
+        # Joined, since a text may have megabytes: a format would copy it once more.
         if self.kind is TEXT:
-            return b'%b,"text":"%b","logprobs":[%b]' % (
-                self.place,
-                bytes(self.text),
-                bytes(self.plain_logprobs),
-            )
+            logprobs = (b'","logprobs":[', self.plain_logprobs, b"]")
+            return b"".join((self.place, b',"text":"', self.text, *logprobs))
         name = b"refusal" if self.kind is REFUSAL else b"text"
-        return b'%b,"%b":"%b"' % (self.place, name, bytes(self.text))
+        return b"".join((self.place, b',"%b":"' % name, self.text, b'"'))
 
     def render(self) -> bytes:
         """Return the part as it is now."""
         if self.kind is TEXT:
-            return b'{"type":"output_text","text":"%b","annotations":[],"logprobs":[%b]}' % (
-                bytes(self.text),
-                bytes(self.logprobs),
-            )
+            logprobs = (b'","annotations":[],"logprobs":[', self.logprobs, b"]}")
+            return b"".join((b'{"type":"output_text","text":"', self.text, *logprobs))
         name = b"refusal" if self.kind is REFUSAL else b"text"
-        return b'{"type":"%b","%b":"%b"}' % (self.kind, name, bytes(self.text))
+        return b"".join((b'{"type":"%b","%b":"' % (self.kind, name), self.text, b'"}'))
 
 
 class Message:

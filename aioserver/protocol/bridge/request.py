@@ -26,7 +26,7 @@ import orjson
 from msgspec import Raw
 
 from aioserver.errors import InvalidRequest, ResponseNotFound
-from aioserver.protocol import top_level
+from aioserver.protocol import pieces, top_level
 from aioserver.protocol.bridge.frame import MAX_REPEATED_BYTES
 from aioserver.protocol.bridge.items import Messages
 from aioserver.protocol.bridge.reading import (
@@ -52,8 +52,8 @@ _TEXT_FORMAT = b'{"type":"text"}'
 
 
 class _Body(msgspec.Struct, gc=False):
-    model: str | None = None
-    stream: bool | None = None
+    model: Raw = ABSENT
+    stream: Raw = ABSENT
     input: Raw = ABSENT
     instructions: Raw = ABSENT
     tools: Raw = ABSENT
@@ -135,7 +135,8 @@ def chat_request(
     """
     yield from check_density(body)
     yield
-    fields = _fields(body)
+    fields = yield from _fields(body)
+    model = b'""' if null(fields.model) else string(fields.model, "model")
     if not null(fields.previous_response_id):
         raise ResponseNotFound("the previous response is not known", param="previous_response_id")
     tools = Tools()
@@ -149,37 +150,46 @@ def chat_request(
         messages.ask(bytes(fields.input))
     else:
         yield
-        items = elements(fields.input, "input", None)
-        if not items:
-            raise InvalidRequest("input must be a text, or a list of items", param="input")
-        size = 0
-        for number, raw in enumerate(items):
-            messages.add(raw, f"input[{number}]")
-            size += len(memoryview(raw)) + STEP_BYTES // STEP_ITEMS
-            if size >= STEP_BYTES:
-                size = 0
-                yield
+        yield from _add_items(messages, fields.input)
     logprobs = not null(fields.top_logprobs) or LOGPROBS in _names(fields.include)
     written_format, shown_text = _text(fields.text)
     parts = (
-        b'{"model":%b,"messages":[' % orjson.dumps(fields.model),
+        b'{"model":%b,"messages":[' % model,
         messages.finish(),
         b"]",
-        b',"stream":true,"stream_options":{"include_usage":true}' if fields.stream else b"",
+        b',"stream":true,"stream_options":{"include_usage":true}' if flag(fields.stream) else b"",
         _tool_members(tools, choice, fields),
         written_format,
         _options(fields, logprobs=logprobs),
         b"}",
     )
     repeated = _repeated(fields, tools, shown_text, previous)
-    return ChatRequest(b"".join(parts), fields.model or "", tools, repeated, logprobs)
+    return ChatRequest(b"".join(parts), orjson.loads(model), tools, repeated, logprobs)
 
 
-def _fields(body: bytes) -> _Body:
-    try:
-        fields = _BODY.decode(body)
-    except msgspec.ValidationError as exc:
-        raise InvalidRequest(str(exc)) from None
+def _add_items(messages: Messages, raw: Raw) -> Generator[None, None, None]:
+    """Add the items in *raw*, the input, to *messages*, in steps."""
+    array = b"[]" if null(raw) else bytes(raw)
+    if not array.startswith(b"["):
+        raise InvalidRequest("input must be a list", param="input")
+    number = size = 0
+    for items in pieces.elements(array):
+        for item in items:
+            messages.add(item, f"input[{number}]")
+            number += 1
+            size += len(memoryview(item)) + STEP_BYTES // STEP_ITEMS
+            if size >= STEP_BYTES:
+                size = 0
+                messages.compact()
+                yield
+        if len(array) > STEP_BYTES:
+            yield
+    if not number:
+        raise InvalidRequest("input must be a text, or a list of items", param="input")
+
+
+def _fields(body: bytes) -> Generator[None, None, _Body]:
+    fields = yield from pieces.decoding(_BODY, body, "the body")
     for name in _REFUSED:
         raw = getattr(fields, name)
         if not null(raw) and flag(raw) is not False:

@@ -11,10 +11,9 @@ import pytest
 from aioserver.protocol.bridge.events import ResponseWriter
 from aioserver.protocol.bridge.frame import Frame
 from aioserver.protocol.bridge.request import chat_request
-from aioserver.protocol.bridge.whole import whole_response
-from aioserver.protocol.openai import BadEvent, ErrorEvent
+from aioserver.protocol.openai import BadEvent
 from aioserver.protocol.top_level import at_once
-from tests.support.response_events import check_response, check_run, read_events
+from tests.support.response_events import check_run, read_events
 
 NOW = 1_764_000_000
 ASKED: dict[str, Any] = {"model": "m", "input": "Hello", "stream": True}
@@ -376,47 +375,6 @@ def test_a_flood_of_calls_has_a_bound() -> None:
     calls = [{"choices": [delta(**call(index, name="f"))]} for index in range(1000)]
     with pytest.raises(BadEvent, match="more than 100000 bytes"):
         [writer.read(orjson.dumps(each)) for each in calls]
-
-
-def test_a_whole_answer_is_a_whole_response() -> None:
-    message = {
-        "role": "assistant",
-        "content": "Well",
-        "reasoning_content": "Hm",
-        "tool_calls": [
-            {"id": "c0", "type": "function", "function": {"name": "f", "arguments": "{}"}},
-            {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}},
-        ],
-    }
-    answer = {
-        "object": "chat.completion",
-        "model": "m-1",
-        "choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}],
-        "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
-    }
-
-    response = orjson.loads(whole_response(orjson.dumps(answer), new_writer(), NOW))
-    check_response(response)
-
-    assert [item["type"] for item in response["output"]] == [
-        "reasoning",
-        "message",
-        "function_call",
-        "function_call",
-    ]
-    assert response["usage"]["total_tokens"] == 3
-    assert (response["model"], response["status"]) == ("m-1", "completed")
-
-
-@pytest.mark.parametrize("body", [b"[]", b"{}", b'{"choices":[]}', b'{"choices":[{}]}', b"no"])
-def test_what_is_no_chat_completion_is_a_fault(body: bytes) -> None:
-    with pytest.raises(BadEvent):
-        whole_response(body, new_writer(), NOW)
-
-
-def test_an_error_object_is_a_fault() -> None:
-    with pytest.raises(ErrorEvent):
-        whole_response(b'{"error":{"message":"no"}}', new_writer(), NOW)
 
 
 def test_any_order_of_any_pieces_gives_a_sound_response() -> None:

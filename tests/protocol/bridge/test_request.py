@@ -421,7 +421,7 @@ BAD: dict[str, tuple[Any, str | None]] = {
     ),
     "many tools": ({"tools": 5000 * [WEATHER]}, "tools"),
     "much metadata": ({"metadata": {"a": "x" * 3 * MAX_REPEATED_BYTES}}, None),
-    "a model that is a number": ({"model": 5}, None),
+    "a model that is a number": ({"model": 5}, "model"),
 }
 
 
