@@ -31,7 +31,7 @@ from tests.simulation.configuration import with_spare
 from tests.simulation.instance import Instance, running
 from tests.simulation.loop import SimulatedLoop
 from tests.simulation.network import INSTANCE, Network
-from tests.simulation.plan import provider_dial
+from tests.simulation.plan import BRIDGED, FORGETS, LACKS, provider_dial
 from tests.simulation.provider import Calls, NotingSimulator
 from tests.simulation.silence import be_silent
 from tests.simulation.sums import Sums
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 BALANCER = ("127.0.0.1", 80)
 # Seconds after the last client until everything must be given back: the longest window, and some more.
 AFTERWARDS = 120.0
+# How a provider refuses to continue a response that it has not kept.
+NO_RESPONSES = (404, "Previous response with id 'x' not found.")
 NO_USAGE = {"open_fds": None, "max_fds": 1024, "rss_bytes": None}
 # Violations that are noted of a run.
 MOST = 20
@@ -240,7 +242,10 @@ async def _run(world: World, outcome: Outcome, only: Collection[int] | None) -> 
     plan = world.plan
     dice = random.Random(f"provider {plan.seed}")
     behaviour = Behaviour(
-        ttft=dice.choice((0.0, 0.2, 2.0)), interval=dice.choice((0.0, 0.03, 0.2))
+        ttft=dice.choice((0.0, 0.2, 2.0)),
+        interval=dice.choice((0.0, 0.03, 0.2)),
+        forgets=NO_RESPONSES if plan.responses == FORGETS else None,
+        responses=plan.responses not in {LACKS, BRIDGED},
     )
     async with AsyncExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -303,6 +308,7 @@ async def _serve(world: World, outcome: Outcome, only: Collection[int] | None) -
             if asked is not None:
                 outcome.ends[asked.outcome] += 1
                 world.sums.check_calls(asked)
+                world.sums.check_turns(asked)
     if operations:
         await asyncio.gather(*operations)
     for _ in range(int(AFTERWARDS)):
