@@ -49,6 +49,8 @@ class _Record(msgspec.Struct, array_like=True):
     head: bytes
     output: bytes
     tail: bytes
+    # Those of an earlier version do not say it.
+    whole: bool = True
 
 
 _encoder = msgspec.msgpack.Encoder()

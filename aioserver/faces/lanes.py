@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from aioserver.faces.admission import BodyHold
     from aioserver.gateway.held_responses import HeldResponses
-    from aioserver.gateway.stored_responses import StoredResponse
+    from aioserver.gateway.stored_response import StoredResponse
     from aioserver.protocol.response_frames import Create, Refused, Resume
     from aioserver.streams.stream import Stream
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from aioserver.auth.callers import Caller
-    from aioserver.gateway.stored_responses import StoredResponse, StoredResponses
+    from aioserver.gateway.stored_response import StoredResponse
+    from aioserver.gateway.stored_responses import StoredResponses
     from aioserver.protocol.model_body import ModelBody
     from aioserver.streams.store import HeldBytes
     from aioserver.streams.stream import Stream
@@ -127,10 +128,10 @@ class Draft:
         """Return *body* with what it continues in front of its input, for *provider*, in steps; see `continued`.
 
         Raises:
-            ResponseNotFound: the request continues a response that is not held here.
+            ResponseNotFound: the request continues a response that is not held here, or not with all that came before it.
             RequestTooLarge, InvalidRequest: as `continued`.
         """
-        if self.previous is not None:
+        if self.previous is not None and self.previous.whole:
             history = self.previous.history(provider)
             return (yield from continued(body, history, self.max_bytes))
         if self.previous_id is not None:
@@ -178,6 +179,8 @@ class Draft:
             self.previous,
             provider=provider,
             kept_there=self.kept_there,
+            # Its provider has continued a response that is not held here.
+            whole=self.previous is not None or self.previous_id is None,
         )
         if stored is None:
             return

@@ -14,7 +14,8 @@ from aioserver.auth.callers import Caller
 from aioserver.cluster import responses as shared_responses
 from aioserver.cluster.responses import SharedResponses
 from aioserver.gateway import stored_responses
-from aioserver.gateway.stored_responses import StoredResponse, StoredResponses
+from aioserver.gateway.stored_response import StoredResponse
+from aioserver.gateway.stored_responses import StoredResponses
 from aioserver.protocol.response_items import ResponseParts
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.streams.store import StreamStore

@@ -13,7 +13,8 @@ import pytest
 from aioserver.auth.callers import Caller
 from aioserver.errors import RequestTooLarge, ResponseNotFound
 from aioserver.gateway.drafts import Draft
-from aioserver.gateway.stored_responses import StoredResponse, StoredResponses
+from aioserver.gateway.stored_response import StoredResponse
+from aioserver.gateway.stored_responses import StoredResponses
 from aioserver.protocol.response_items import continued
 from aioserver.protocol.top_level import at_once
 from aioserver.streams.entries import COMPLETE, Entry

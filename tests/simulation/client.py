@@ -240,7 +240,7 @@ class Client:
         """Note a refusal with this *status*, *error* and *headers*."""
         code = error["code"]
         seconds = float(headers.get("Retry-After", "0"))
-        if code in COME_BACK and not 1 <= seconds <= 120:
+        if code in COME_BACK and not 0 < seconds <= 120:
             raise Violation(f"{code} without a plausible Retry-After")
         if status == 500:
             raise Violation(f"500: {code}")

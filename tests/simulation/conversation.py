@@ -21,26 +21,27 @@ if TYPE_CHECKING:
 NEXT = 10_000_000
 # Stored responses are dropped for want of room where there is less room than this.
 ROOM = 1 << 28
-# Seconds in which a response is written for other instances, and found there, if nothing goes wrong.
-WRITTEN = 2.0
 
 
 @dataclass(slots=True, eq=False)
 class Turn:
     """A request for a response to *question*, after the turns *before* it; *store* is what it says.
 
-    *prepared*: nothing is generated (`generate: false`). *ended_at* is when it has ended well, 0.0 if it has not.
+    *prepared*: nothing is generated (`generate: false`). *ended* says that it has ended well, after it was asked for at
+    *asked_at*.
     """
 
     question: Question
     before: tuple[Turn, ...]
     store: bool | None
     prepared: bool = False
-    ended_at: float = 0.0
+    ended: bool = False
     deleted: bool = False
+    asked_at: float = field(init=False)
     read: ResponseReading = field(init=False)
 
     def __post_init__(self) -> None:
+        self.asked_at = Clock.now
         self.read = ResponseReading(self.question)
 
     @property
@@ -74,20 +75,17 @@ class Turn:
         by_id = last is not None and previous == last.read.id and not last.prepared
         return by_id and names == self.names[-1:]
 
-    def end(self) -> None:
-        """Note that it has ended well."""
-        self.ended_at = Clock.now
-
     def must_be_known(self, plan: Plan, *, to_lane: bool = False) -> bool:
         """Return whether the server must know its response now; *to_lane*: the lane keeps it for which it is asked."""
         room = plan.changes[f"{STREAMS}.max_kept_bytes"] >= ROOM
-        if not (room and self.ended_at) or self.deleted:
+        if not (room and self.ended) or self.deleted:
             return False
         if to_lane:
             return True
         # Over HTTP a provider may keep those whose requests say nothing.
         stored = self.store is True
-        within = Clock.now - self.ended_at < plan.changes[f"{STREAMS}.store_window"] - WRITTEN
+        # Its client may hear of its end much later.
+        within = Clock.now - self.asked_at < plan.changes[f"{STREAMS}.store_window"]
         return stored and within and plan.instances == 1
 
 

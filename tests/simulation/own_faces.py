@@ -100,6 +100,9 @@ def take(client: Client, frame: dict[str, Any]) -> bool:
     if frame.get("event_id") is None:
         if status in {"error", "busy"}:
             code = frame["chunk"]["code"]
+            if status == "error":
+                seconds = frame["chunk"].get("retry_after") or 0
+                client.note_refusal(0, frame["chunk"], {"Retry-After": str(seconds)})
             client.outcome = f"refused: {code}"
             # Others' readers, and ours on the next connection, may go on.
             if code == "slow_client" and client.has("return"):

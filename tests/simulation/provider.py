@@ -7,8 +7,9 @@ from collections import defaultdict, deque
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from aioserver.providers.simulator.model import BadRequest
 from aioserver.providers.simulator.server import ReceivedRequest, Simulator
 from tests.simulation.clock import Clock
 from tests.simulation.transport import Transport
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from aioserver.providers.simulator.exchange import Behaviour
 
 _QUESTION = re.compile(rb"q[0-9]+(?= word)")
+# The ids of the simulated provider; ours are longer.
+_ID = re.compile("resp_[0-9a-f]{24}")
 _PREVIOUS = re.compile(rb'"previous_response_id":"([^"]+)"')
 
 
@@ -94,12 +97,22 @@ class _Received(deque[ReceivedRequest]):
         call.previous = match[1].decode() if match else ""
 
 
+class _Bodies(deque[Any]):
+    """The parsed bodies, none of which is kept: a provider refuses to continue a response that it cannot have made."""
+
+    def append(self, body: Any) -> None:
+        previous = body.get("previous_response_id")
+        if previous is not None and not _ID.fullmatch(previous):
+            raise BadRequest("Previous response with id 'x' not found.", status=404)
+
+
 class NotingSimulator(Simulator):
     """The simulated provider, which adds each answer that it begins to *calls*."""
 
     def __init__(self, behaviour: Behaviour, seed: int, calls: Calls) -> None:
         super().__init__(behaviour, seed=seed)
         self.requests = _Received()
+        self.bodies = _Bodies()
         self._calls = calls
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:

@@ -21,6 +21,7 @@ LANES = (1, 1, 2, 5, 20, 34)
 TRIES = 3
 # What a server says of a response that cannot be resumed.
 NOT_RESUMED = {"stream_not_found", "resume_gap"}
+NOT_CANCELLED = "no such response is under way"
 
 
 class Lane:
@@ -40,6 +41,8 @@ class Lane:
         self.outcome = ""
         # Whether the oldest turn is being resumed; whether it is cancelled.
         self.resumed = self.cancelled = False
+        # What was cancelled on the present connection.
+        self.cancels = 0
 
     @property
     def over(self) -> bool:
@@ -87,7 +90,7 @@ class Talk:
         url = client.base.replace("http", "ws", 1) + "/v1/responses"
         async with client.session.ws_connect(url, max_msg_size=0, headers=client.headers) as ws:
             for lane in self.lanes.values():
-                lane.latest, lane.cancelled = None, False
+                lane.latest, lane.cancelled, lane.cancels = None, False, 0
                 await self._begin(ws, lane)
             async for message in ws:
                 client.patience.heard()
@@ -127,6 +130,7 @@ class Talk:
             await self._ask(ws, lane)
         elif self.client.now("cancel", lane.asked[0].read.last) and not lane.cancelled:
             lane.cancelled = True
+            lane.cancels += 1
             by_id = {"response_id": lane.asked[0].read.id} if lane.asked[0].read.id else {}
             await self._send(ws, lane, {"type": "response.cancel", **by_id})
             await self._send(ws, lane, {"type": "response.processed"})
@@ -180,7 +184,7 @@ class Talk:
         if turn.read.end != "complete":
             self._failed(lane, turn, turn.read.end)
             return
-        turn.end()
+        turn.ended = True
         if not self.at_once:
             lane.chain = turn.chain
             # A response that was begun on another connection is kept there.
@@ -204,11 +208,10 @@ class Talk:
         """Take the error of a request, or of the connection."""
         error, status = event["error"], event["status"]
         code = error["code"]
-        if lane is not None and lane.cancelled and code == "stream_not_found":
-            # It was over already, or it is cancelled before its first event.
-            lane.cancelled = False
-            if not lane.asked or lane.asked[0].read.last >= 0:
-                return
+        if lane is not None and lane.cancels and error["message"].startswith(NOT_CANCELLED):
+            # It was over already.
+            lane.cancels -= 1
+            return
         headers = {name.title(): value for name, value in error.get("headers", {}).items()}
         self.client.note_refusal(status, error, headers)
         outcome, self.client.outcome = self.client.outcome, ""
