@@ -73,7 +73,7 @@ class StoredResponse:
         self.provider = provider
         self.kept_there = kept_there
         self.whole = whole and (previous is None or previous.whole)
-        # Whether other instances can find it.
+        # Whether other instances can find it, as far as we know.
         self.shared = False
         # When it was stored, by the store's clock.
         self.stored_at = 0.0
@@ -144,13 +144,13 @@ class StoredResponse:
             pieces += [(name, response.input), (f"{name}_out", response.output)]
         return pieces[:-1]
 
-    def record(self) -> Record | None:
-        """Return it as a record, which has all that came before if other instances cannot find that.
+    def record(self, *, alone: bool = False) -> Record | None:
+        """Return it as a record, which has all that came before if it is to stand *alone*, or other instances cannot find that.
 
         None if that is more than they would take over.
         """
         items = self.input
-        if self.previous is not None and not self.previous.shared:
+        if self.previous is not None and (alone or not self.previous.shared):
             if sum(response.size for response in self.chain()) > MAX_LOADED:
                 return None
             items = joined((*self.previous.history(), items))

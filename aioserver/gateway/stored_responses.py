@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
@@ -170,12 +171,7 @@ class StoredResponses:
         response.stored_at = self._clock()
         self._named[key] = response
         if self.storage is not None:
-            previous = response.previous
-            previous_id = previous.id if previous is not None and previous.shared else None
-            record = response.record()
-            response.shared = record is not None and self.storage.keep(
-                response.caller, record, previous_id, self._window
-            )
+            self._share(response, self.storage)
         if self._sweeper is None:
             self._rearm()
 
@@ -200,6 +196,26 @@ class StoredResponses:
         self._window = 0.0
         self._expire()
         self._rearm()
+
+    def _share(self, response: StoredResponse, storage: Storage) -> None:
+        """Let other instances find *response*, soon."""
+        previous = response.previous
+        previous_id = previous.id if previous is not None and previous.shared else None
+        record = response.record()
+        if record is None:
+            return
+        # What came before is needed once more if it proves to be missing there.
+        response.retain()
+        response.shared = storage.keep(
+            response.caller,
+            record,
+            previous_id,
+            self._window,
+            whole=partial(response.record, alone=True),
+            done=partial(_note_written, response),
+        )
+        if not response.shared:
+            response.release()
 
     def _restore(self, caller: Caller, records: Sequence[Record]) -> StoredResponse | None:
         """Return the first of *records*, which continues the others, to be released; None if there is no room.
@@ -261,3 +277,9 @@ class StoredResponses:
         if self._named:
             delay = self._oldest() + self._window - self._clock()
             self._sweeper = self._loop.call_later(max(MIN_SWEEP_INTERVAL, delay), self._sweep)
+
+
+def _note_written(response: StoredResponse, kept: bool) -> None:
+    # One that continues it is written with it, if it could not be.
+    response.shared = kept
+    response.release()

@@ -236,7 +236,9 @@ class Client:
         error = orjson.loads(await response.read())["error"]
         self.note_refusal(response.status, error, response.headers)
 
-    def note_refusal(self, status: int, error: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+    def note_refusal(
+        self, status: int, error: Mapping[str, Any], headers: Mapping[str, str]
+    ) -> None:
         """Note a refusal with this *status*, *error* and *headers*."""
         code = error["code"]
         seconds = float(headers.get("Retry-After", "0"))

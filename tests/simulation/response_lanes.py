@@ -21,6 +21,7 @@ LANES = (1, 1, 2, 5, 20, 34)
 TRIES = 3
 # What a server says of a response that cannot be resumed.
 NOT_RESUMED = {"stream_not_found", "resume_gap"}
+NO_ROOM = "wait on this socket already"
 NOT_CANCELLED = "no such response is under way"
 
 
@@ -56,8 +57,11 @@ class Talk:
     def __init__(self, client: Client) -> None:
         dice = client.dice
         self.client = client
+        # Whether all turns of a lane are sent at once, so that none continues another.
+        self.at_once = dice.random() < 0.2
         count = dice.choice(LANES)
-        turns = dice.choice((1, 2, 4)) if count < 20 else 1
+        # Those may be more than can wait.
+        turns = dice.choice((1, 2, 4)) if count < 20 or self.at_once else 1
         unnamed = dice.random() < 0.5
         self.lanes = {
             name: Lane(name, turns)
@@ -65,8 +69,6 @@ class Talk:
                 None if unnamed and not number else f"lane-{number}" for number in range(count)
             )
         }
-        # Whether all turns of a lane are sent at once, so that none continues another.
-        self.at_once = dice.random() < 0.2
         self.prepares = dice.random() < 0.3
         self.store = dice.choice((None, True, False))
         self.events = 0
@@ -218,7 +220,13 @@ class Talk:
         if lane is None or not lane.asked:
             # The server closes the connection.
             return
-        turn = lane.asked[0]
+        # What cannot wait is refused at once, whatever comes before it on its lane.
+        newest = error["message"].endswith(NO_ROOM)
+        turn = lane.asked[-1 if newest else 0]
+        if newest and self.at_once:
+            lane.outcome = outcome
+            lane.asked.remove(turn)
+            return
         if lane.resumed and code in NOT_RESUMED:
             lane.asked.pop(0)
             lane.resumed = False
