@@ -253,6 +253,74 @@ from aioserver.protocol.responses import ResponseEvents
 render = ResponseEvents.render
 ResponseEvents.render = lambda self, error, seen=None: render(self, error)
 """,
+    # What conversations of the Responses API rely on.
+    "the order of a lane": """
+from aioserver.faces import lanes
+class Turns(lanes.deque):
+    def popleft(self):
+        return self.pop()
+init = lanes.Lane.__init__
+def unordered(self, name):
+    init(self, name)
+    self.turns = Turns()
+lanes.Lane.__init__ = unordered
+""",
+    "that a lane is free": """
+from aioserver.faces.lanes import Lanes
+done, count = Lanes.done, [0]
+def busy(self, lane):
+    count[0] += 1
+    if count[0] % 10:
+        done(self, lane)
+Lanes.done = busy
+""",
+    "the latest response of a lane": """
+from aioserver.gateway.held_responses import HeldResponses
+HeldResponses.hold = lambda self, holder, response: None
+""",
+    "the responses of a connection that is gone": """
+from aioserver.faces.lanes import Lanes
+Lanes.close = lambda self: None
+""",
+    "a stored response": """
+from aioserver.gateway.stored_responses import StoredResponses
+add, count = StoredResponses.add, [0]
+def lossy(self, response):
+    count[0] += 1
+    if count[0] % 5:
+        add(self, response)
+StoredResponses.add = lossy
+""",
+    "the bytes of a stored response": """
+from aioserver.gateway.stored_response import StoredResponse
+leave, count = StoredResponse.leave, [0]
+def lossy(self):
+    count[0] += 1
+    return leave(self) if count[0] % 10 else None
+StoredResponse.leave = lossy
+""",
+    "what came first in a conversation": """
+from aioserver.gateway.stored_response import StoredResponse
+chain = StoredResponse.chain
+StoredResponse.chain = lambda self: chain(self)[-1:]
+""",
+    "that a response was deleted": """
+from aioserver.gateway.stored_responses import StoredResponses
+drop = StoredResponses._drop
+StoredResponses.drop = lambda self, caller, response_id: self.get(caller, response_id) is not None
+""",
+    "that only its provider knows what came before": """
+from aioserver.gateway.stored_response import StoredResponse
+init = StoredResponse.__init__
+def whole(self, *args, **kwargs):
+    init(self, *args, **{**kwargs, "whole": True})
+StoredResponse.__init__ = whole
+""",
+    "when a client may come back that has sent too much": """
+from aioserver.errors import RateLimitExceeded
+from aioserver.faces import client_messages, socket
+client_messages.too_much = socket.too_much = RateLimitExceeded
+""",
     # What instances promise each other.
     "the end of a lease": """
 from aioserver.cluster.shares import Shares
@@ -305,6 +373,8 @@ CROWDED = {
     "llm.providers.sim.http_client.queue_timeout": 30.0,
 }
 KEPT = {"chat.streams.resume_window": 30.0, "chat.streams.max_kept_bytes": 268_435_456}
+LANES = {"faces": ("response lanes",), "responses": "forgets", "faults": {}, "changes": KEPT}
+CHAINS = {"faces": ("response chain",), "responses": "forgets", "faults": {}, "changes": KEPT}
 # What a run must try, so that few seeds are enough to notice some of them.
 NEEDS: dict[str, dict[str, Any]] = {
     "that a provider's connection was cut": {"provider_links": {"reset": 0.5}},
@@ -333,6 +403,26 @@ NEEDS: dict[str, dict[str, Any]] = {
         "habits": {"return": 0.9},
     },
     "that rounding holds nobody back": {"spread": 30.0},
+    **dict.fromkeys(
+        (
+            *("the order of a lane", "that a lane is free", "the latest response of a lane"),
+            "the responses of a connection that is gone",
+        ),
+        LANES,
+    ),
+    **dict.fromkeys(
+        (
+            *("a stored response", "the bytes of a stored response"),
+            *("what came first in a conversation", "that a response was deleted"),
+        ),
+        CHAINS,
+    ),
+    "that only its provider knows what came before": {**CHAINS, "responses": "keeps"},
+    "when a client may come back that has sent too much": {
+        "faces": ("response lanes",),
+        "faults": {},
+        "changes": {"chat.websocket.concurrency.max_connections": 5},
+    },
     "the end of a lease": {
         **GOOD,
         "clients": 100,
