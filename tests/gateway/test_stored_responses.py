@@ -92,6 +92,21 @@ def test_a_conversation_is_continued_by_the_id_of_its_last_response(
     assert shown == json.loads(answer("r2", "a"))
 
 
+def test_a_response_that_continues_an_unknown_one_is_not_whole_nor_what_continues_it(
+    conversations: Conversations,
+) -> None:
+    conversations.ask("r2", "r1")
+    conversations.ask("r3", "r2")
+    conversations.ask("r5", "r4", store=False)
+
+    stored = conversations.stored
+    assert [stored.find(CALLER, name).whole for name in ("r2", "r3")] == [False, False]
+    draft = conversations.draft("r3")
+    with pytest.raises(ResponseNotFound, match="'r3' not found"):
+        at_once(draft.body_for(b'{"input":"q"}', "another", keeps=True))
+    draft.release()
+
+
 def test_the_response_of_another_caller_is_not_found(conversations: Conversations) -> None:
     conversations.ask("r1")
 
