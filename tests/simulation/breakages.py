@@ -357,6 +357,21 @@ def forgetful(self):
     return said and said._replace(have=0)
 Holding.op = forgetful
 """,
+    "that a response could not be written": """
+from aioserver.gateway import stored_responses
+stored_responses._note_written = lambda response, kept: response.release()
+""",
+    "a response that others find": """
+from aioserver.cluster.responses import SharedResponses
+keep, count = SharedResponses.keep, [0]
+def lossy(self, *args, whole, done):
+    count[0] += 1
+    if count[0] % 5:
+        return keep(self, *args, whole=whole, done=done)
+    done(True)
+    return True
+SharedResponses.keep = lossy
+""",
     "that a slot is used": """
 from aioserver.cluster.rates import SharedRate
 SharedRate.take = lambda self, seconds: None
@@ -455,6 +470,13 @@ NEEDS: dict[str, dict[str, Any]] = {
         "changes": CROWDED,
         "shared": {"events": ((2.0, "kill", 3.0), (8.0, "empty", 0.0))},
     },
+    "that a response could not be written": {
+        **GOOD,
+        **CHAINS,
+        "instances": 3,
+        "shared": {"lost": 0.1},
+    },
+    "a response that others find": {**GOOD, **CHAINS},
     "that a slot is used": {
         **GOOD,
         "clients": 15,

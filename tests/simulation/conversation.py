@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Numbers of the questions of one client are so far apart.
 NEXT = 10_000_000
+# Seconds after which a response is written for other instances, if nothing goes wrong.
+WRITTEN = 2.0
 # Stored responses are dropped for want of room where there is less room than this.
 ROOM = 1 << 28
 
@@ -27,15 +29,15 @@ ROOM = 1 << 28
 class Turn:
     """A request for a response to *question*, after the turns *before* it; *store* is what it says.
 
-    *prepared*: nothing is generated (`generate: false`). *ended* says that it has ended well, after it was asked for at
-    *asked_at*.
+    *prepared*: nothing is generated (`generate: false`). *ended_at* is when its client has heard of its good end, 0.0 if it has not,
+    and *asked_at* when it was asked for.
     """
 
     question: Question
     before: tuple[Turn, ...]
     store: bool | None
     prepared: bool = False
-    ended: bool = False
+    ended_at: float = 0.0
     deleted: bool = False
     asked_at: float = field(init=False)
     read: ResponseReading = field(init=False)
@@ -75,10 +77,14 @@ class Turn:
         by_id = last is not None and previous == last.read.id and not last.prepared
         return by_id and names == self.names[-1:]
 
+    def end(self) -> None:
+        """Note that it has ended well."""
+        self.ended_at = Clock.now
+
     def must_be_known(self, plan: Plan, *, to_lane: bool = False) -> bool:
         """Return whether the server must know its response now; *to_lane*: the lane keeps it for which it is asked."""
         room = plan.changes[f"{STREAMS}.max_kept_bytes"] >= ROOM
-        if not (room and self.ended) or self.deleted:
+        if not (room and self.ended_at) or self.deleted:
             return False
         if to_lane:
             return True
@@ -86,7 +92,13 @@ class Turn:
         stored = self.store is True
         # Its client may hear of its end much later.
         within = Clock.now - self.asked_at < plan.changes[f"{STREAMS}.store_window"]
-        return stored and within and plan.instances == 1
+        return stored and within and (plan.instances == 1 or self._is_anywhere(plan))
+
+    def _is_anywhere(self, plan: Plan) -> bool:
+        """Return whether all instances must have it: it is written while nothing goes wrong between them."""
+        shared = plan.shared
+        calm = shared is not None and not shared.lossy and not shared.events
+        return calm and Clock.now > self.ended_at + WRITTEN
 
 
 def next_turn(

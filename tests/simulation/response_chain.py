@@ -35,7 +35,7 @@ async def talk(client: Client) -> None:
     for _ in range(dice.choice((1, 3, 6))):
         turn = next_turn(client, chain, dice.choice((True, True, None)))
         if await _ask(client, turn):
-            turn.ended = True
+            turn.end()
             chain = turn.chain
             await _look(client, turn, dice.choice(LOOKS))
         elif client.outcome:

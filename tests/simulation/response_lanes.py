@@ -186,7 +186,7 @@ class Talk:
         if turn.read.end != "complete":
             self._failed(lane, turn, turn.read.end)
             return
-        turn.ended = True
+        turn.end()
         if not self.at_once:
             lane.chain = turn.chain
             # A response that was begun on another connection is kept there.
