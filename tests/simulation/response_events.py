@@ -33,8 +33,9 @@ class ResponseReading:
         # An owner that is out of reach, or has lost the answer, is an error of the mirror's readers.
         lost = code in MIRROR_LOST and event["sequence_number"] <= self.last
         if code == "slow_client" or lost:
-            # An error of this reader alone, which leads nobody past what was missed.
-            if event["sequence_number"] > self.last:
+            # An error of this reader alone, which leads nobody past what was missed. It has the number 0 if nothing was read, and
+            # has itself what the first event would have said.
+            if event["sequence_number"] > max(self.last, 0):
                 raise Violation(f"{event['sequence_number']}, after which {self.last} is lost")
         elif "sequence_number" in event:
             if event["sequence_number"] != self.last + 1:
