@@ -22,6 +22,7 @@ BRIDGED = "bridged"
 LANES, TURNS, RETURNS = 2, 3, 3
 # What is said of a response that cannot be continued, or resumed: the small store has had to make room.
 LOST = {"previous_response_not_found", "stream_not_found", "resume_gap"}
+NOT_CANCELLED = "no such response is under way"
 
 
 @dataclass
@@ -127,7 +128,8 @@ async def _on_connection(client: Client, talks: dict[str, Talk]) -> None:
             talk = talks[event["stream_id"]]
             if event["type"] == "error" and "status" in event:
                 code = event["error"]["code"]
-                if talk.cancelled and talk.answer.end and code == "stream_not_found":
+                if event["error"]["message"].startswith(NOT_CANCELLED):
+                    # It was over already.
                     continue
                 if code in LOST and talk.response_id is not None:
                     # It could not be resumed.
@@ -176,7 +178,7 @@ async def chain(client: Client) -> str:
                     raise Violation("a response without an end")
             else:
                 _take_whole(talk, json.loads(await response.read()))
-    if talk.outcome == "complete":
+    if talk.outcome == "complete" and not client.fault:
         await _look_back(client, talk)
     return talk.outcome
 
