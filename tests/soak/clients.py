@@ -21,10 +21,14 @@ if TYPE_CHECKING:
 
 FACES = (
     *("websocket", "sse", "stream", "whole", "keyed stream", "keyed whole", "responses"),
-    *("response lanes", "response chain"),
+    *("response lanes", "response chain", "conversation"),
 )
 # Those that talk, and the functions by which they do.
-TALKS = {"response lanes": talks.lanes, "response chain": talks.chain}
+TALKS = {
+    "response lanes": talks.lanes,
+    "response chain": talks.chain,
+    "conversation": talks.conversation,
+}
 # What clients do beside asking and reading, and how often.
 HABITS = {"leave": 0.15, "return": 0.6, "cancel": 0.1, "ask twice": 0.1, "read slowly": 0.03}
 # The share of questions that are a text, and so begin a conversation.
@@ -60,7 +64,7 @@ class Client:
         self.tokens = dice.choice((1, 5, 40, 200))
         self._truth = "".join(model.tokens(model.speech(self._text, 1))[: self.tokens])
         self._as_text = dice.random() < TEXT_SHARE
-        if self.face in TALKS and not self.fault and dice.random() < BRIDGED_SHARE:
+        if self.face.startswith("response ") and not self.fault and dice.random() < BRIDGED_SHARE:
             self.model = talks.BRIDGED
 
     async def run(self) -> None:

@@ -14,6 +14,7 @@ import aiohttp
 
 from tests.soak.load import PROVIDERS, Load, probe
 from tests.soak.talks import BRIDGED
+from tests.support.history import sql
 from tests.support.process import Process, ServerProcess
 from tests.support.server import SIM_HTTP_CLIENT, provider_entry
 from tests.support.server import write as write_configuration
@@ -84,6 +85,7 @@ async def soak(minutes: float, path: Path, seed: int = 1, workers: int = 1) -> l
             changes = (
                 CHANGES
                 | {WORKERS: workers}
+                | sql(Path(folder) / "events.db")
                 | {
                     f"llm.providers.{name}": provider_entry(url, name, **LIMITS)
                     for name in PROVIDERS

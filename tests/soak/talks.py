@@ -1,4 +1,8 @@
-"""Conversations of a soak test in the Responses API: on the lanes of a WebSocket, and over HTTP by `previous_response_id`."""
+"""Conversations of a soak test.
+
+In the Responses API they are on the lanes of a WebSocket, and over HTTP by `previous_response_id`; on our own face the server keeps
+them in an SQLite file.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import aiohttp
 
 from aioserver.providers.simulator import model
 from tests.soak.answers import GONE, Answer, Left, Violation, events_of
+from tests.support.chat import ENDS
 from tests.support.responses import create
 
 if TYPE_CHECKING:
@@ -211,6 +216,60 @@ async def _look_back(client: Client, talk: Talk) -> None:
     async with client.session.get(url) as response:
         if response.status == 200:
             raise Violation("a response is read after it was deleted")
+
+
+async def conversation(client: Client) -> str:
+    """Ask on the SSE face in a conversation that the server keeps, then read and delete it."""
+    talk = Talk(client)
+    while not talk.outcome:
+        await _ask_in_conversation(client, talk)
+    url = f"{client.base}/conversations/{client.name}"
+    async with client.session.get(url) as response:
+        if talk.outcome == "complete":
+            if response.status != 200:
+                raise Violation(f"{response.status}: a conversation is not found")
+            said = [message["text"] for message in (await response.json())["messages"]]
+            if len(said) != 2 * TURNS or said[-1] != talk.answer.text:
+                raise Violation(f"{len(said)} messages are kept of {TURNS} turns")
+    async with client.session.delete(url) as response:
+        if response.status not in {200, 204, 404}:
+            raise Violation(f"{response.status} for a deletion")
+    async with client.session.get(url) as response:
+        if response.status != 404:
+            raise Violation(f"{response.status} for a conversation that was deleted")
+    return talk.outcome
+
+
+async def _ask_in_conversation(client: Client, talk: Talk) -> None:
+    talk.turn += 1
+    text = f"{client.name} {talk.turn} {client.padding}"
+    truth = "".join(model.tokens(model.speech(text, talk.turn))[: client.tokens])
+    talk.answer = answer = Answer(truth, client.fault)
+    body = {
+        "request_id": f"{client.name}-{talk.turn}",
+        "text": text,
+        "conversation_id": client.name,
+        "options": {"max_tokens": client.tokens},
+        **({} if client.model is None else {"model": client.model}),
+    }
+    async with client.session.post(f"{client.base}/sse/chat", json=body) as response:
+        if response.status != 200:
+            talk.refused(response.status, await _code(response))
+            return
+        async for data in events_of(response):
+            frame = json.loads(data)
+            if frame.get("event_id") is None:
+                continue
+            answer.number(frame["event_id"])
+            if frame["status"] == "chunk":
+                answer.add(frame["chunk"]["data"])
+            elif frame["status"] in ENDS:
+                answer.finish(frame["status"])
+            await client.do_habits(answer.last)
+    if answer.end != "complete":
+        talk.outcome = answer.end or "refused"
+    elif talk.turn == TURNS:
+        talk.outcome = "complete"
 
 
 async def _code(response: aiohttp.ClientResponse) -> str | None:
