@@ -81,6 +81,11 @@ class Turn:
         """Note that it has ended well."""
         self.ended_at = Clock.now
 
+    def must_go_on(self, plan: Plan, *, to_lane: bool = False) -> bool:
+        """Return whether a request must be able to continue its response now; *to_lane*: see `must_be_known`."""
+        # Where a provider keeps responses it may be the only one that knows what came first.
+        return plan.responses != KEEPS and self.must_be_known(plan, to_lane=to_lane)
+
     def must_be_known(self, plan: Plan, *, to_lane: bool = False) -> bool:
         """Return whether the server must know its response now; *to_lane*: the lane keeps it for which it is asked."""
         room = plan.changes[f"{STREAMS}.max_kept_bytes"] >= ROOM

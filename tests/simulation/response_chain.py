@@ -97,7 +97,7 @@ async def _refused(client: Client, turn: Turn, response: aiohttp.ClientResponse)
         if not turn.before:
             raise Violation(f"{error['code']}, though nothing is continued")
         last = turn.before[-1]
-        if last.must_be_known(client.plan):
+        if last.must_go_on(client.plan):
             raise Violation(f"{error['code']}: {last.read.id} is kept no longer")
 
 
@@ -113,6 +113,8 @@ async def _look(client: Client, turn: Turn, look: str) -> None:
     if answer is None:
         # What only its provider has kept is not listed.
         hidden = look == "list" and client.plan.responses == KEEPS
+        # Where the connection is lost before its answer, aiohttp sends a deletion once more.
+        hidden |= look == "delete" and client.network_was_bad
         if turn.must_be_known(client.plan) and not hidden:
             raise Violation(f"{look}: {turn.read.id} is kept no longer")
     elif look == "retrieve":

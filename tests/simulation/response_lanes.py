@@ -245,7 +245,7 @@ class Talk:
         if not turn.before:
             raise Violation(f"{code}, though nothing is continued")
         last = turn.before[-1]
-        if last.must_be_known(self.client.plan, to_lane=lane.latest is last):
+        if last.must_go_on(self.client.plan, to_lane=lane.latest is last):
             raise Violation(f"{code}: {last.read.id} is kept no longer")
         lane.chain = ()
 
