@@ -72,7 +72,7 @@ class StoredResponse:
         self.previous = previous
         self.provider = provider
         self.kept_there = kept_there
-        self.whole = whole and (previous is None or previous.whole)
+        self.whole: bool = whole and (previous is None or previous.whole)
         # Whether other instances can find it, as far as we know.
         self.shared = False
         # When it was stored, by the store's clock.

@@ -98,13 +98,13 @@ class Talk:
                 client.patience.heard()
                 if message.type is not aiohttp.WSMsgType.TEXT:
                     continue
-                lane = self._take(orjson.loads(message.data))
+                told = self._take(orjson.loads(message.data))
                 if self.outcome:
                     return
                 if client.now("leave", self.events):
                     raise Left
-                if lane is not None:
-                    await self._go_on(ws, lane)
+                if told is not None:
+                    await self._go_on(ws, told)
                 await client.pause()
             raise EOFError(f"closed with {ws.close_code}")
 
