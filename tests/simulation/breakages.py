@@ -321,6 +321,22 @@ from aioserver.errors import RateLimitExceeded
 from aioserver.faces import client_messages, socket
 client_messages.too_much = socket.too_much = RateLimitExceeded
 """,
+    # What conversations in a file rely on.
+    "a turn of a conversation": """
+from aioserver.gateway.history import History
+keep, count = History.keep, [0]
+def lossy(self, *args, **kwargs):
+    count[0] += 1
+    if count[0] % 5:
+        keep(self, *args, **kwargs)
+History.keep = lossy
+""",
+    "that a conversation was deleted": """
+from aioserver.gateway.sqlite.storage import SqliteStorage
+async def kept(self, caller, conversation_ids=None):
+    return 1
+SqliteStorage.delete = kept
+""",
     # What instances promise each other.
     "the end of a lease": """
 from aioserver.cluster.shares import Shares
@@ -390,6 +406,7 @@ CROWDED = {
 KEPT = {"chat.streams.resume_window": 30.0, "chat.streams.max_kept_bytes": 268_435_456}
 LANES = {"faces": ("response lanes",), "responses": "forgets", "faults": {}, "changes": KEPT}
 CHAINS = {"faces": ("response chain",), "responses": "forgets", "faults": {}, "changes": KEPT}
+TALKS = {"faces": ("conversation",), "sql": True, "faults": {}, "changes": KEPT}
 # What a run must try, so that few seeds are enough to notice some of them.
 NEEDS: dict[str, dict[str, Any]] = {
     "that a provider's connection was cut": {"provider_links": {"reset": 0.5}},
@@ -433,6 +450,7 @@ NEEDS: dict[str, dict[str, Any]] = {
         CHAINS,
     ),
     "that only its provider knows what came before": {**CHAINS, "responses": "keeps"},
+    **dict.fromkeys(("a turn of a conversation", "that a conversation was deleted"), TALKS),
     "when a client may come back that has sent too much": {
         "faces": ("response lanes",),
         "faults": {},

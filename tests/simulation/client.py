@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import orjson
 
-from tests.simulation import openai_faces, own_faces, response_chain, response_lanes
+from tests.simulation import kept_talk, openai_faces, own_faces, response_chain, response_lanes
 from tests.simulation.dials import draw_dial
 from tests.simulation.patience import GONE, Left, Patience
 from tests.simulation.plan import CONVERSATIONS
@@ -54,6 +54,7 @@ ASK = {
     "stored responses": openai_faces.stored_responses,
     "response lanes": response_lanes.talk,
     "response chain": response_chain.talk,
+    "conversation": kept_talk.talk,
 }
 # The codes of refusals that must say when to come back.
 COME_BACK = {
@@ -120,8 +121,10 @@ class Client:
         # Whether a connection of it has suffered anything.
         self.network_was_bad = False
         self.second: Client | None = None
-        # What it has asked in conversations.
+        # What it has asked in conversations of the Responses API, and in one that the server keeps, whose id that of its questions is.
         self.turns: list[Turn] = []
+        self.questions: list[Client] = []
+        self.conversation = ""
         self.patience = Patience(lambda: GIVE_UP if self.network_was_bad else plan.patience)
         self.session: aiohttp.ClientSession
 
@@ -220,6 +223,14 @@ class Client:
         twin = Client(self.plan, self.number, self.base)
         twin.session, twin.patience, twin._habits = self.session, self.patience, {}
         return twin
+
+    def another(self, number: int, face: str, conversation: str) -> Client:
+        """Return a client that asks question *number* on *face*, on the connections and with the habits of this one."""
+        client = Client(self.plan, number, self.base, like=self)
+        client.face, client.conversation = face, conversation
+        client.session, client.patience, client._habits = self.session, self.patience, self._habits
+        self.questions.append(client)
+        return client
 
     async def _ask_again(self) -> None:
         """Ask another question on the connection that was kept."""

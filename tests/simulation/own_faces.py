@@ -25,10 +25,11 @@ async def ask(client: Client) -> None:
 
 
 def _payload(client: Client) -> dict[str, Any]:
-    payload: dict[str, Any] = {
-        "messages": [{"role": "user", "content": client.question.text}],
-        "options": {"max_tokens": client.question.tokens},
-    }
+    text, conversation = client.question.text, client.conversation
+    what = {"text": text, "conversation_id": conversation}
+    if not conversation:
+        what = {"messages": [{"role": "user", "content": text}]}
+    payload: dict[str, Any] = {**what, "options": {"max_tokens": client.question.tokens}}
     if client.plan.pinned:
         payload["provider"] = "sim"
     if client.question.model:

@@ -24,7 +24,7 @@ from aiohttp import web_app
 
 from aioserver.monitoring import snapshot
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.simulation import clock
+from tests.simulation import clock, disk
 from tests.simulation.client import DIALLER, Client
 from tests.simulation.cluster import Cluster
 from tests.simulation.configuration import with_spare
@@ -38,6 +38,7 @@ from tests.simulation.sums import Sums
 from tests.simulation.transport import USER_TIMEOUT, FakeSocket, Transport
 from tests.simulation.truth import Violation
 from tests.simulation.watch import Watch
+from tests.support.history import sql
 from tests.support.virtual_loop import START
 
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
             # The machine is no part of a run.
             mock.patch.object(snapshot, "process_usage", return_value=NO_USAGE),
             world.patches(),
+            disk.patches(plan.seed),
         ):
             loop.run_until_complete(_run(world, outcome, only))
             dead = [task for task in asyncio.all_tasks(loop) if world.is_dead(task)]
@@ -258,6 +260,9 @@ async def _run(world: World, outcome: Outcome, only: Collection[int] | None) -> 
             await stack.enter_async_context(spare)
             changes = with_spare(changes, spare.base_url)
 
+        if plan.sql:
+            changes = {**changes, **sql(path / "events.db")}
+
         def make(number: int, member: Member | None = None) -> Any:
             """Run a server."""
             url = simulator.base_url
@@ -304,9 +309,10 @@ async def _serve(world: World, outcome: Outcome, only: Collection[int] | None) -
             world.broken(f"client {client.number} ({client.face}): {exc!r}")
             outcome.ends["violation"] += 1
             continue
-        for asked in (client, client.second):
+        for asked in (client, client.second, *client.questions):
             if asked is not None:
-                outcome.ends[asked.outcome] += 1
+                if asked.outcome:
+                    outcome.ends[asked.outcome] += 1
                 world.sums.check_calls(asked)
                 world.sums.check_turns(asked)
     if operations:
