@@ -172,15 +172,19 @@ class Draft:
         if self._held is not None:
             # From here on the stored response counts it.
             self._held.release()
+        previous = self.previous
+        if previous is not None and previous.history_bytes > self.max_bytes:
+            # No body could have it in front of its input. Its provider goes on with it, and nothing need be held for that.
+            previous = None
         stored = self._responses.make(
             self.caller,
             parts,
             self._input,
-            self.previous,
+            previous,
             provider=provider,
             kept_there=self.kept_there,
-            # Its provider has continued a response that is not held here.
-            whole=self.previous is not None or self.previous_id is None,
+            # Its provider may have continued a response that is not held here.
+            whole=previous is not None or self.previous_id is None,
         )
         if stored is None:
             return

@@ -29,7 +29,8 @@ class StoredResponse:
 
     *provider* has made it. *kept_there* says that this provider keeps it too, so that it can continue it by its
     id. *input* and `output` are joined items (protocol/response_items.py): its own, without those of *previous*, the response that
-    it continued. *whole* says that all that came before is held: a provider may continue a response that it alone knows.
+    it continued. *whole* says that all that came before is held: a provider may continue a response that it alone knows. `history_bytes`
+    are those of the items of the whole conversation.
 
     Always: its bytes are counted while something refers to it, and not after.
     """
@@ -42,6 +43,7 @@ class StoredResponse:
         "_status",
         "_tail",
         "caller",
+        "history_bytes",
         "id",
         "input",
         "kept_there",
@@ -72,6 +74,8 @@ class StoredResponse:
         self.previous = previous
         self.provider = provider
         self.kept_there = kept_there
+        own = len(input_items) + len(parts.output)
+        self.history_bytes: int = own + (0 if previous is None else previous.history_bytes)
         self.whole: bool = whole and (previous is None or previous.whole)
         # Whether other instances can find it, as far as we know.
         self.shared = False

@@ -107,6 +107,23 @@ def test_a_response_that_continues_an_unknown_one_is_not_whole_nor_what_continue
     draft.release()
 
 
+def test_a_conversation_that_no_body_could_have_is_not_held_for_its_newest_response() -> None:
+    conversations = Conversations(max_bytes=10_000)
+    sizes = []
+    for number in range(30):
+        conversations.clock.advance(10.0)
+        conversations.ask(f"r{number}", f"r{number - 1}" if number else None, text="x" * 2000)
+        sizes.append(conversations.bytes)
+
+    # Its provider continues it all the same. Those before go when their own time is over.
+    newest = conversations.stored.find(CALLER, "r29")
+    assert not newest.whole
+    assert len(newest.chain()) <= 6
+    assert max(sizes[6:]) < 12 * 3500
+    conversations.clock.advance(60.0)
+    assert conversations.bytes == 0
+
+
 def test_the_response_of_another_caller_is_not_found(conversations: Conversations) -> None:
     conversations.ask("r1")
 

@@ -26,7 +26,7 @@ async def ask(client: Client) -> None:
 
 def _payload(client: Client) -> dict[str, Any]:
     text, conversation = client.question.text, client.conversation
-    what = {"text": text, "conversation_id": conversation}
+    what: dict[str, Any] = {"text": text, "conversation_id": conversation}
     if not conversation:
         what = {"messages": [{"role": "user", "content": text}]}
     payload: dict[str, Any] = {**what, "options": {"max_tokens": client.question.tokens}}
