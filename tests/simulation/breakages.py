@@ -10,6 +10,7 @@ import dataclasses
 import os
 import signal
 import sys
+import traceback
 from typing import Any
 
 from tests.simulation import clock
@@ -344,12 +345,11 @@ Shares.check = lambda self: None
 """,
     "whose an id is": """
 from aioserver.cluster.claims import OURS
-from aioserver.cluster.instances import ClusterStreams
-take = ClusterStreams._take
-async def ours(self, stream, claim, conversation_id):
-    verdict = await take(self, stream, claim, conversation_id)
-    return verdict._replace(state=OURS)
-ClusterStreams._take = ours
+from tests.simulation.shared_server import SimulatedClaims
+take = SimulatedClaims.take
+async def ours(self, *args, **kwargs):
+    return (await take(self, *args, **kwargs))._replace(state=OURS)
+SimulatedClaims.take = ours
 """,
     "an event of a mirror": """
 from aioserver.cluster.mirrors import Mirror
@@ -570,6 +570,8 @@ def main() -> None:
             signal.alarm(LONGEST)
             try:
                 print(f"{name}\t{noticed(name)}", flush=True)
+            except Exception:  # noqa: BLE001 - the process ends without a word otherwise
+                traceback.print_exc()
             finally:
                 os._exit(0)
 
