@@ -6,6 +6,9 @@ window, so that a new turn seldom has to look further back than to the one befor
 at which they are over, so that where there is no room the ones that nothing has continued for longest go first.
 
 One that is deleted is found no longer. It is kept for those that have continued it, if there are any.
+
+A response whose `previous` one is not there, since it was never written or had to go, is not kept either: nobody could read
+its conversation. Its instance is told so, and writes it with all that came before.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from aioserver.cluster.turns import FULL, RedisTurns, TurnStore
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+# What becomes of a response: there is no room, it is kept, or the one that it continued is missing.
+NO_ROOM, WRITTEN, MISSING = range(3)
 # Turns of a conversation that is read.
 MAX_TURNS = 10_000
 # KEYS: the response, the set of all, the bytes of all; the one before it, if there is any. ARGV: the data, milliseconds to live,
@@ -37,6 +42,7 @@ end
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, 100)) do
   drop(member)
 end
+if KEYS[4] and redis.call('EXISTS', KEYS[4]) == 0 then return 2 end
 local size = #ARGV[1] + 256
 for _ = 1, 100 do
   if tonumber(redis.call('GET', KEYS[3]) or '0') + size <= most and not full(size) then break end
@@ -99,10 +105,10 @@ class ChainStore(TurnStore, Protocol):
 
     async def put_response(
         self, name: str, data: bytes, previous: str, seconds: float, most: int
-    ) -> None:
+    ) -> int:
         """Keep a response for *seconds*, if there is room; *previous* is "" or the name of the one that it continued.
 
-        *most* are the bytes that all of them may have.
+        *most* are the bytes that all of them may have. Return NO_ROOM, WRITTEN or MISSING.
         """
 
     async def has_response(self, name: str) -> bool:
@@ -120,7 +126,7 @@ class RedisChains(RedisTurns):
 
     async def put_response(
         self, name: str, data: bytes, previous: str, seconds: float, most: int
-    ) -> None:
+    ) -> int:
         """Keep a response: see `ChainStore`."""
         prefix = f"{self._prefix}r:"
         values: list[bytes | str | int] = [data, int(1000 * seconds), most, prefix]
@@ -128,7 +134,8 @@ class RedisChains(RedisTurns):
         if previous:
             keys.append(prefix + previous)
             values.append(previous)
-        await self._eval(_PUT, keys, *values)
+        result = await self._eval(_PUT, keys, *values)
+        return result if isinstance(result, int) else NO_ROOM
 
     async def has_response(self, name: str) -> bool:
         """Return whether there is such a response."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from aioserver.cluster.chains import MISSING, WRITTEN
 from aioserver.cluster.claims import TIMEOUT, name_of
 from aioserver.errors import ServerAtCapacity
 from aioserver.gateway.response_storage import Record
@@ -49,6 +49,8 @@ class _Record(msgspec.Struct, array_like=True):
     head: bytes
     output: bytes
     tail: bytes
+    # Those of an earlier version do not say it.
+    whole: bool = True
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -64,7 +66,7 @@ class SharedResponses:
         self._store = store
         self._ask = ask
         self._clock = clock
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[bool]] = set()
         # The bytes that they send.
         self._pending = 0
         self._loads = Gate(
@@ -76,19 +78,25 @@ class SharedResponses:
         )
 
     def keep(
-        self, caller: Caller, record: Record, previous_id: str | None, seconds: float
+        self,
+        caller: Caller,
+        record: Record,
+        previous_id: str | None,
+        seconds: float,
+        *,
+        whole: Callable[[], Record | None],
+        done: Callable[[bool], None],
     ) -> bool:
-        """Keep a response of *caller* for *seconds*, soon; return False if MAX_PENDING bytes are on their way."""
-        data = _encoder.encode(_Record(self._clock(), *record))
-        if self._pending + len(data) > MAX_PENDING:
+        """Keep a response of *caller* for *seconds*, soon; return False if MAX_PENDING bytes are on their way: see `Storage`."""
+        data = self._encoded(record)
+        if data is None:
             return False
         name = name_of(caller.name, record.id)
         previous = "" if previous_id is None else name_of(caller.name, previous_id)
-        call = self._store.put_response(name, data, previous, seconds, MAX_BYTES)
-        task = asyncio.get_running_loop().create_task(self._quietly(call))
+        writing = self._write(name, data, previous, seconds, whole)
+        task = asyncio.get_running_loop().create_task(writing)
         self._tasks.add(task)
-        task.add_done_callback(partial(self._sent, len(data)))
-        self._pending += len(data)
+        task.add_done_callback(lambda task: self._sent(len(data), task, done))
         return True
 
     async def load(
@@ -129,12 +137,43 @@ class SharedResponses:
         for task in tuple(self._tasks):
             task.cancel()
 
-    def _sent(self, size: int, task: asyncio.Task[None]) -> None:
+    def _encoded(self, record: Record) -> bytes | None:
+        """Return *record* as bytes that are counted as on their way; None if there is no room for them."""
+        data = _encoder.encode(_Record(self._clock(), *record))
+        if self._pending + len(data) > MAX_PENDING:
+            return None
+        self._pending += len(data)
+        return data
+
+    def _sent(self, size: int, task: asyncio.Task[bool], done: Callable[[bool], None]) -> None:
         self._tasks.discard(task)
         self._pending -= size
+        done(not task.cancelled() and task.exception() is None and task.result())
 
-    async def _quietly(self, call: Coroutine[Any, Any, None]) -> None:
-        await self._ask(call, CALL_TIMEOUT)
+    async def _write(
+        self,
+        name: str,
+        data: bytes,
+        previous: str,
+        seconds: float,
+        whole: Callable[[], Record | None],
+    ) -> bool:
+        """Write a response, and return whether it is kept; *whole* is needed if the one before it is missing."""
+        result = await self._put(name, data, previous, seconds)
+        if result != MISSING or (record := whole()) is None:
+            return result == WRITTEN
+        again = self._encoded(record)
+        if again is None:
+            return False
+        try:
+            return await self._put(name, again, "", seconds) == WRITTEN
+        finally:
+            self._pending -= len(again)
+
+    async def _put(self, name: str, data: bytes, previous: str, seconds: float) -> int | None:
+        call = self._store.put_response(name, data, previous, seconds, MAX_BYTES)
+        result: int | None = await self._ask(call, CALL_TIMEOUT)
+        return result
 
 
 def _too_many(retry_after: float) -> ServerAtCapacity:

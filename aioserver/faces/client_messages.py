@@ -48,6 +48,8 @@ BYTES_BURST = 2.0
 MIN_PART_BYTES = 1024
 # Why nothing more may come before the socket has its place.
 FULL_ROOM = "too many messages before a place was free"
+# Seconds after which a client that was told so may come back: what it may send is counted by the second.
+COME_BACK = 1.0
 CONTINUATION, CLOSE = 0, 8
 # Bytes of a frame's head with its mask, for a length of 7, 16 and 64 bits.
 HEAD, HEAD_16, HEAD_64 = 6, 8, 14
@@ -58,6 +60,11 @@ REFUSED_FRAME = b"\xf0\x80\0\0\0\0"
 def sendable(code: int) -> bool:
     """Return whether a close frame may have *code* (RFC 6455, 7.4; IANA's registry for 1012 to 1014)."""
     return 3000 <= code < 5000 or (1000 <= code < 1015 and code not in {1004, 1005, 1006})
+
+
+def too_much(text: str) -> RateLimitExceeded:
+    """Return the error of a client that has sent more than it may, which says when to come back."""
+    return RateLimitExceeded(text, retry_after=COME_BACK)
 
 
 class Receiver(Protocol):
@@ -191,7 +198,7 @@ class ClientMessages:
             self._left -= step
             self._bytes.take(step / self._max_bytes)
             if self._bytes.delay() > ROUNDING:
-                error = RateLimitExceeded(f"more than {self._max_bytes} bytes a second")
+                error = too_much(f"more than {self._max_bytes} bytes a second")
                 if start < 0:
                     # The reader is within this frame.
                     self._break_off(error)
@@ -232,7 +239,7 @@ class ClientMessages:
             if not sendable(code):
                 return -1
         if (opcode or length < MIN_PART_BYTES) and self._frames.try_take():
-            self.fault = RateLimitExceeded(f"more than {FRAMES_PER_SECOND} frames a second")
+            self.fault = too_much(f"more than {FRAMES_PER_SECOND} frames a second")
             return -1
         self._data = opcode < CLOSE
         if opcode == CLOSE:
@@ -259,7 +266,7 @@ class ClientMessages:
             self._break_off(error)
             return False
         if self.room is not None and hold.size > self.room:
-            self._break_off(RateLimitExceeded(FULL_ROOM))
+            self._break_off(too_much(FULL_ROOM))
             return False
         if self._final and not self._left:
             self._holds.append(hold)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from aioserver.faces.admission import BodyHold
     from aioserver.gateway.held_responses import HeldResponses
-    from aioserver.gateway.stored_responses import StoredResponse
+    from aioserver.gateway.stored_response import StoredResponse
     from aioserver.protocol.response_frames import Create, Refused, Resume
     from aioserver.streams.stream import Stream
 
@@ -104,11 +104,9 @@ class Lanes:
         lane = self._lane(name)
         waits = lane.under_way or lane.turns or self._running >= MAX_RUNNING
         if waits and self._waiting >= MAX_WAITING:
-            raise ConcurrencyExceeded(f"{MAX_WAITING} responses wait on this socket already")
+            raise _too_much(f"{MAX_WAITING} responses wait on this socket already")
         if waits and self._waiting and self._waiting_bytes + hold.size > MAX_WAITING_BYTES:
-            raise ConcurrencyExceeded(
-                f"more than {MAX_WAITING_BYTES} bytes would wait on this socket"
-            )
+            raise _too_much(f"more than {MAX_WAITING_BYTES} bytes would wait on this socket")
         hold.given = True
         lane.turns.append(Turn(lane, command, hold))
         self._waiting += 1
@@ -185,3 +183,8 @@ class Lanes:
                 raise StreamLimitReached(text, param="stream_id")
             lane = self._lanes[name] = Lane(name)
         return lane
+
+
+def _too_much(text: str) -> ConcurrencyExceeded:
+    # nobody knows when one of them ends
+    return ConcurrencyExceeded(text, retry_after=1.0)

@@ -31,11 +31,10 @@ from aiohttp import WebSocketError, WSCloseCode, WSMsgType
 from aioserver.errors import (
     AioserverError,
     InvalidApiKey,
-    RateLimitExceeded,
     ServerAtCapacity,
     ServerShutdown,
 )
-from aioserver.faces.client_messages import FULL_ROOM, ClientMessages, Upgraded
+from aioserver.faces.client_messages import FULL_ROOM, ClientMessages, Upgraded, too_much
 from aioserver.faces.idle_sockets import IDLE_SECONDS
 from aioserver.limits.quota import REVOKED
 from aioserver.protocol.top_level import STEP_BYTES
@@ -217,7 +216,7 @@ class Socket(ABC):
             room = MAX_WAITING_BYTES - sum(hold.size for _, hold in self._waiting)
             self._messages.room = max(0, room)
             if len(self._waiting) > MAX_WAITING_MESSAGES or room < 0:
-                self.end(RateLimitExceeded(FULL_ROOM))
+                self.end(too_much(FULL_ROOM))
             return
         with hold:
             if self._closing is not None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.gateway.request import Request
-    from aioserver.gateway.stored_responses import StoredResponse
+    from aioserver.gateway.stored_response import StoredResponse
 
 NOT_FOUND = "no such response: never seen, or kept no longer"
 # Items of one page, at most and where the request does not say.
@@ -131,10 +131,12 @@ async def prepare_items(context: Context, request: web.Request, hold: BodyHold) 
         StreamNotFound: the caller has no such response.
     """
     try:
-        (await find(context, request)).release()
+        response = await find(context, request)
     except StreamNotFound:
         return await prepare_passed(context, request, hold)
-    return None
+    response.release()
+    # Only its provider knows the items before those that are held here.
+    return None if response.whole else await prepare_passed(context, request, hold)
 
 
 async def write_items(

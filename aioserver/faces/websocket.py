@@ -155,7 +155,10 @@ class ChatSocket(Socket):
 
     def _check_room(self, request_id: str) -> None:
         if request_id not in self._following and len(self._following) >= MAX_ANSWERS:
-            raise ConcurrencyExceeded(f"{MAX_ANSWERS} answers run on this socket already")
+            raise ConcurrencyExceeded(
+                f"{MAX_ANSWERS} answers run on this socket already",
+                retry_after=1.0,  # nobody knows when one of them ends
+            )
 
     def _follow(self, stream: Stream, after: int) -> None:
         self._check_room(stream.request_id)

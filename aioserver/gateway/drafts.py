@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from aioserver.auth.callers import Caller
-    from aioserver.gateway.stored_responses import StoredResponse, StoredResponses
+    from aioserver.gateway.stored_response import StoredResponse
+    from aioserver.gateway.stored_responses import StoredResponses
     from aioserver.protocol.model_body import ModelBody
     from aioserver.streams.store import HeldBytes
     from aioserver.streams.stream import Stream
@@ -130,10 +131,10 @@ class Draft:
         """Return *body* with what it continues in front of its input, for *provider*, in steps; see `continued`.
 
         Raises:
-            ResponseNotFound: the request continues a response that is not held here.
+            ResponseNotFound: the request continues a response that is not held here, or not with all that came before it.
             RequestTooLarge, InvalidRequest: as `continued`.
         """
-        if self.previous is not None:
+        if self.previous is not None and self.previous.whole:
             history = self.previous.history(provider)
             return (yield from continued(body, history, self.max_bytes))
         if self.previous_id is not None:
@@ -174,13 +175,19 @@ class Draft:
         if self._held is not None:
             # From here on the stored response counts it.
             self._held.release()
+        previous = self.previous
+        if previous is not None and previous.history_bytes > self.max_bytes:
+            # No body could have it in front of its input. Its provider goes on with it, and nothing need be held for that.
+            previous = None
         stored = self._responses.make(
             self.caller,
             parts,
             self._input,
-            self.previous,
+            previous,
             provider=provider,
             kept_there=self.kept_there,
+            # Its provider may have continued a response that is not held here.
+            whole=previous is not None or self.previous_id is None,
         )
         if stored is None:
             return

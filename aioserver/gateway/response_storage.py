@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from aioserver.auth.callers import Caller
 
 
 class Record(NamedTuple):
-    """A response without those before it, on its way between instances: see `stored_responses.StoredResponse` and `ResponseParts`."""
+    """A response without those before it, on its way between instances: see `stored_response.StoredResponse` and `ResponseParts`."""
 
     id: str
     status: str
@@ -21,17 +21,26 @@ class Record(NamedTuple):
     head: bytes
     output: bytes
     tail: bytes
+    whole: bool
 
 
 class Storage(Protocol):
     """Where the responses of all instances are, if there are several."""
 
     def keep(
-        self, caller: Caller, record: Record, previous_id: str | None, seconds: float
+        self,
+        caller: Caller,
+        record: Record,
+        previous_id: str | None,
+        seconds: float,
+        *,
+        whole: Callable[[], Record | None],
+        done: Callable[[bool], None],
     ) -> bool:
         """Keep a response of *caller* for *seconds*, soon; *previous_id* is that of the response which it continued.
 
-        Return whether there is room for it among those that are on their way.
+        Where that one proves to be missing, `whole()` is kept instead, the record that has all that came before. `done` is called once
+        with whether it is kept. Return whether there is room for it among those that are on their way; if not, `done` is not called.
         """
 
     async def load(

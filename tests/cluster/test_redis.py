@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.cluster.bus import RedisBus, channel_of
+from aioserver.cluster.chains import MISSING, NO_ROOM, WRITTEN
 from aioserver.cluster.claims import (
     CONFLICT,
     KEPT,
@@ -149,8 +150,10 @@ async def test_a_response_is_kept_with_those_before_it(make_bus: Any) -> None:
     for number in range(1, 6):
         previous = f"r{number - 1}" if number > 1 else ""
         await claims.put_response(f"r{number}", b"%d" % number, previous, 100.0, 1 << 20)
-    await claims.put_response("fork", b"f", "r2", 100.0, 1 << 20)
+    assert await claims.put_response("fork", b"f", "r2", 100.0, 1 << 20) == WRITTEN
+    assert await claims.put_response("lost", b"l", "r0", 100.0, 1 << 20) == MISSING
 
+    assert not await claims.has_response("lost")
     assert await claims.response_chain("r5", 5) == [b"5", b"4", b"3", b"2", b"1"]
     assert await claims.response_chain("fork", 1000) == [b"f", b"2", b"1"]
     assert await claims.response_chain("r5", 4) == []
@@ -203,7 +206,7 @@ async def test_responses_have_a_bound_and_the_ones_that_rested_for_longest_go(
     assert kept == list(range(30 - len(kept), 30))
     assert len(kept) >= 8
     assert not await claims.has_response("new")
-    await claims.put_response("large", b"x" * most, "", 100.0, most)
+    assert await claims.put_response("large", b"x" * most, "", 100.0, most) == NO_ROOM
     assert not await claims.has_response("large")
 
 

@@ -11,10 +11,11 @@ import pytest
 from openai import AsyncOpenAI
 
 from aioserver.auth.callers import Caller
+from aioserver.cluster import chains
 from aioserver.cluster import responses as shared_responses
 from aioserver.cluster.responses import SharedResponses
-from aioserver.gateway import stored_responses
-from aioserver.gateway.stored_responses import StoredResponse, StoredResponses
+from aioserver.gateway import stored_response
+from aioserver.gateway.stored_responses import StoredResponses
 from aioserver.protocol.response_items import ResponseParts
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.streams.store import StreamStore
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine
     from pathlib import Path
 
+    from aioserver.gateway.stored_response import StoredResponse
     from tests.support.memory_bus import Instance
 
 FORGETFUL = Behaviour(ttft=0, interval=0, forgets=(404, "Response with id 'x' not found."))
@@ -235,7 +237,7 @@ async def test_what_only_a_connection_held_goes_with_what_continues_it(world: Wo
 async def test_what_others_could_not_take_over_is_not_sent(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored_responses, "MAX_LOADED", 30_000)
+    monkeypatch.setattr(stored_response, "MAX_LOADED", 30_000)
     a = Holder(world, "a", FakeClock())
     held = a.make("r1", None, size=20_000)
 
@@ -244,6 +246,51 @@ async def test_what_others_could_not_take_over_is_not_sent(
 
     assert world.responses == {}
     assert a.stored.get(CALLER, "r2") is not None
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["while", "after"])
+async def test_a_response_that_could_not_be_written_goes_with_what_continues_it(
+    world: World, late: bool
+) -> None:
+    clock = FakeClock()
+    a, b = Holder(world, "a", clock), Holder(world, "b", clock)
+    failing = asyncio.Event()
+    put = MemoryClaims.put_response
+
+    class Failing(MemoryClaims):
+        async def put_response(self, name: str, *args: Any) -> int:
+            if failing.is_set():
+                return await put(self, name, *args)
+            failing.set()
+            if late:
+                # It is given up when what continues it has been written.
+                await until(lambda: bool(world.responses))
+            return chains.NO_ROOM
+
+    async def answer(call: Coroutine[Any, Any, Any], _seconds: float) -> Any:
+        return await call
+
+    a.stored.storage = shared = SharedResponses(Failing(world, "a"), answer, clock)
+    first = a.make("r1", None)
+    a.stored.add(first)
+    await failing.wait()
+    if not late:
+        await shared.close()
+    first.retain()
+    second = a.make("r2", first)
+    a.stored.add(second)
+    await shared.close()
+    assert [response.shared for response in (first, second)] == [False, True]
+
+    found = await b.stored.reach(CALLER, "r2")
+
+    assert await b.stored.reach(CALLER, "r1") is None
+    assert found is not None
+    assert b",".join(found.history()).count(b"x" * 10) == 2
+    for response in (first, second, found):
+        response.release()
+    clock.advance(100.0)
+    assert (a.streams.stats().bytes, b.streams.stats().bytes) == (0, 0)
 
 
 async def test_only_so_many_bytes_are_on_their_way(

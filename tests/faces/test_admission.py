@@ -148,6 +148,7 @@ async def test_too_much_from_a_waiting_websocket_closes_with_1008(
             await ws.send_json({"action": "ping", "x": "x" * size})
         frames = await until_status(ws, "error")
         assert frames[-1]["chunk"]["code"] == "rate_limit_exceeded"
+        assert frames[-1]["chunk"]["retry_after"] == 1.0
         assert (await ws.receive()).type == WSMsgType.CLOSE
         assert ws.close_code == 1008
         await until(lambda: waiting(server) == 0)

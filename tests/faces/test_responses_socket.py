@@ -174,6 +174,7 @@ async def test_what_waits_on_a_connection_is_bounded_counted_and_let_go(
         event = await next_event(ws)
 
         assert (event["status"], event["error"]["code"]) == (429, "concurrency_exceeded")
+        assert event["error"]["headers"]["retry-after"] == "1"
         assert server.held()["body_bytes"] > MAX_WAITING * 1000
         await ws.send_json({"type": "response.cancel"})
         assert (await next_event(ws))["type"] == "error"
@@ -198,6 +199,7 @@ async def test_only_so_many_bytes_wait_on_a_connection(
         ends = [await to_end(ws) for _ in range(2)]
 
     assert (refusal["status"], refusal["error"]["code"]) == (429, "concurrency_exceeded")
+    assert refusal["error"]["headers"]["retry-after"] == "1"
     assert [end[-1]["type"] for end in ends] == ["error", "response.completed"]
 
 
@@ -301,6 +303,7 @@ async def test_a_flood_closes_the_socket(server: RunningServer) -> None:
 
     assert closing(frames[-1][1])[0] == 1008
     assert json.loads(frames[-2][1])["error"]["code"] == "rate_limit_exceeded"
+    assert json.loads(frames[-2][1])["error"]["headers"]["retry-after"] == "1"
 
 
 # Faults.

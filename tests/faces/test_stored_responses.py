@@ -125,6 +125,28 @@ async def test_where_nothing_is_kept_a_request_that_says_nothing_is_stored(
         await sdk.responses.retrieve(other.id)
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_conversation_whose_beginning_its_provider_alone_knows_is_never_told_in_part(
+    server: RunningServer, sdk: AsyncOpenAI, streamed: bool
+) -> None:
+    second = await ask(sdk, "two", streamed=streamed, previous_response_id="resp_of_yesterday")
+    third = await ask(sdk, "three", streamed=streamed, previous_response_id=second.id)
+
+    assert inputs(server) == [["…", "two"], ["…", "three"]]
+    # Neither its items nor those before are a list that could be taken for all of them.
+    for response in (second, third):
+        with pytest.raises(openai.NotFoundError):
+            await sdk.responses.input_items.list(response.id)
+        assert (await sdk.responses.retrieve(response.id)).id == response.id
+    server.simulator.behaviour = FORGETFUL
+    for _ in range(2):
+        # Once the provider refuses the id; then it is known to keep nothing.
+        with pytest.raises(openai.BadRequestError, match="not found") as caught:
+            await ask(sdk, "four", streamed=streamed, previous_response_id=third.id)
+        assert caught.value.code == "previous_response_not_found"
+    assert len(inputs(server)) == 3
+
+
 async def test_an_id_that_nobody_holds_goes_to_the_provider(
     server: RunningServer, sdk: AsyncOpenAI
 ) -> None:

@@ -175,6 +175,7 @@ async def test_the_33rd_answer_on_one_socket_is_refused(make_server: MakeServer)
         frames = await until_status(ws, "error")
         assert frames[-1]["request_id"] == "r32"
         assert frames[-1]["chunk"]["code"] == "concurrency_exceeded"
+        assert frames[-1]["chunk"]["retry_after"] == 1.0
 
         await ws.send_json(chat("r0"))  # a running one may be asked for again
         await ws.send_json({"action": "ping"})
@@ -495,6 +496,7 @@ async def test_a_flood_of_frames_closes_with_1008(server: RunningServer, opcode:
     assert closing(frames[-1][1])[0] == 1008
     # A slow server may answer some more pings between its error and its close frame.
     last_text = [payload for kind, payload in frames if kind == TEXT][-1]
+    assert json.loads(last_text)["chunk"]["retry_after"] == 1.0
     assert json.loads(last_text)["chunk"]["code"] == "rate_limit_exceeded"
     assert 150 < len(frames) < 300 + 100 * took, "a burst of 200, and 100 a second"
     assert rest == []

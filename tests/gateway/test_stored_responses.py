@@ -13,7 +13,7 @@ import pytest
 from aioserver.auth.callers import Caller
 from aioserver.errors import RequestTooLarge, ResponseNotFound
 from aioserver.gateway.drafts import Draft
-from aioserver.gateway.stored_responses import StoredResponse, StoredResponses
+from aioserver.gateway.stored_responses import StoredResponses
 from aioserver.protocol.response_items import continued
 from aioserver.protocol.top_level import at_once
 from aioserver.streams.entries import COMPLETE, Entry
@@ -22,6 +22,8 @@ from tests.support.clock import FakeClock
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from aioserver.gateway.stored_response import StoredResponse
 
 CALLER = Caller("web")
 ROOM = 1 << 24
@@ -88,6 +90,38 @@ def test_a_conversation_is_continued_by_the_id_of_its_last_response(
     assert texts(history) == ["first", "a", "second", "a"]
     shown = json.loads(conversations.stored.find(CALLER, "r2").response())
     assert shown == json.loads(answer("r2", "a"))
+
+
+def test_a_response_that_continues_an_unknown_one_is_not_whole_nor_what_continues_it(
+    conversations: Conversations,
+) -> None:
+    conversations.ask("r2", "r1")
+    conversations.ask("r3", "r2")
+    conversations.ask("r5", "r4", store=False)
+
+    stored = conversations.stored
+    assert [stored.find(CALLER, name).whole for name in ("r2", "r3")] == [False, False]
+    draft = conversations.draft("r3")
+    with pytest.raises(ResponseNotFound, match="'r3' not found"):
+        at_once(draft.body_for(b'{"input":"q"}', "another", keeps=True))
+    draft.release()
+
+
+def test_a_conversation_that_no_body_could_have_is_not_held_for_its_newest_response() -> None:
+    conversations = Conversations(max_bytes=10_000)
+    sizes = []
+    for number in range(30):
+        conversations.clock.advance(10.0)
+        conversations.ask(f"r{number}", f"r{number - 1}" if number else None, text="x" * 2000)
+        sizes.append(conversations.bytes)
+
+    # Its provider continues it all the same. Those before go when their own time is over.
+    newest = conversations.stored.find(CALLER, "r29")
+    assert not newest.whole
+    assert len(newest.chain()) <= 6
+    assert max(sizes[6:]) < 12 * 3500
+    conversations.clock.advance(60.0)
+    assert conversations.bytes == 0
 
 
 def test_the_response_of_another_caller_is_not_found(conversations: Conversations) -> None:

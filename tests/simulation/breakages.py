@@ -10,6 +10,7 @@ import dataclasses
 import os
 import signal
 import sys
+import traceback
 from typing import Any
 
 from tests.simulation import clock
@@ -252,6 +253,90 @@ from aioserver.protocol.responses import ResponseEvents
 render = ResponseEvents.render
 ResponseEvents.render = lambda self, error, seen=None: render(self, error)
 """,
+    # What conversations of the Responses API rely on.
+    "the order of a lane": """
+from aioserver.faces import lanes
+class Turns(lanes.deque):
+    def popleft(self):
+        return self.pop()
+init = lanes.Lane.__init__
+def unordered(self, name):
+    init(self, name)
+    self.turns = Turns()
+lanes.Lane.__init__ = unordered
+""",
+    "that a lane is free": """
+from aioserver.faces.lanes import Lanes
+done, count = Lanes.done, [0]
+def busy(self, lane):
+    count[0] += 1
+    if count[0] % 10:
+        done(self, lane)
+Lanes.done = busy
+""",
+    "the latest response of a lane": """
+from aioserver.gateway.held_responses import HeldResponses
+HeldResponses.hold = lambda self, holder, response: None
+""",
+    "the responses of a connection that is gone": """
+from aioserver.faces.lanes import Lanes
+Lanes.close = lambda self: None
+""",
+    "a stored response": """
+from aioserver.gateway.stored_responses import StoredResponses
+add, count = StoredResponses.add, [0]
+def lossy(self, response):
+    count[0] += 1
+    if count[0] % 5:
+        add(self, response)
+StoredResponses.add = lossy
+""",
+    "the bytes of a stored response": """
+from aioserver.gateway.stored_response import StoredResponse
+leave, count = StoredResponse.leave, [0]
+def lossy(self):
+    count[0] += 1
+    return leave(self) if count[0] % 10 else None
+StoredResponse.leave = lossy
+""",
+    "what came first in a conversation": """
+from aioserver.gateway.stored_response import StoredResponse
+chain = StoredResponse.chain
+StoredResponse.chain = lambda self: chain(self)[-1:]
+""",
+    "that a response was deleted": """
+from aioserver.gateway.stored_responses import StoredResponses
+drop = StoredResponses._drop
+StoredResponses.drop = lambda self, caller, response_id: self.get(caller, response_id) is not None
+""",
+    "that only its provider knows what came before": """
+from aioserver.gateway.stored_response import StoredResponse
+init = StoredResponse.__init__
+def whole(self, *args, **kwargs):
+    init(self, *args, **{**kwargs, "whole": True})
+StoredResponse.__init__ = whole
+""",
+    "when a client may come back that has sent too much": """
+from aioserver.errors import RateLimitExceeded
+from aioserver.faces import client_messages, socket
+client_messages.too_much = socket.too_much = RateLimitExceeded
+""",
+    # What conversations in a file rely on.
+    "a turn of a conversation": """
+from aioserver.gateway.history import History
+keep, count = History.keep, [0]
+def lossy(self, *args, **kwargs):
+    count[0] += 1
+    if count[0] % 5:
+        keep(self, *args, **kwargs)
+History.keep = lossy
+""",
+    "that a conversation was deleted": """
+from aioserver.gateway.sqlite.storage import SqliteStorage
+async def kept(self, caller, conversation_ids=None):
+    return 1
+SqliteStorage.delete = kept
+""",
     # What instances promise each other.
     "the end of a lease": """
 from aioserver.cluster.shares import Shares
@@ -259,12 +344,11 @@ Shares.check = lambda self: None
 """,
     "whose an id is": """
 from aioserver.cluster.claims import OURS
-from aioserver.cluster.instances import ClusterStreams
-take = ClusterStreams._take
-async def ours(self, stream, claim, conversation_id):
-    verdict = await take(self, stream, claim, conversation_id)
-    return verdict._replace(state=OURS)
-ClusterStreams._take = ours
+from tests.simulation.shared_server import SimulatedClaims
+take = SimulatedClaims.take
+async def ours(self, *args, **kwargs):
+    return (await take(self, *args, **kwargs))._replace(state=OURS)
+SimulatedClaims.take = ours
 """,
     "an event of a mirror": """
 from aioserver.cluster.mirrors import Mirror
@@ -288,6 +372,21 @@ def forgetful(self):
     return said and said._replace(have=0)
 Holding.op = forgetful
 """,
+    "that a response could not be written": """
+from aioserver.gateway import stored_responses
+stored_responses._note_written = lambda response, kept: response.release()
+""",
+    "a response that others find": """
+from aioserver.cluster.responses import SharedResponses
+keep, count = SharedResponses.keep, [0]
+def lossy(self, *args, whole, done):
+    count[0] += 1
+    if count[0] % 5:
+        return keep(self, *args, whole=whole, done=done)
+    done(True)
+    return True
+SharedResponses.keep = lossy
+""",
     "that a slot is used": """
 from aioserver.cluster.rates import SharedRate
 SharedRate.take = lambda self, seconds: None
@@ -304,6 +403,9 @@ CROWDED = {
     "llm.providers.sim.http_client.queue_timeout": 30.0,
 }
 KEPT = {"chat.streams.resume_window": 30.0, "chat.streams.max_kept_bytes": 268_435_456}
+LANES = {"faces": ("response lanes",), "responses": "forgets", "faults": {}, "changes": KEPT}
+CHAINS = {"faces": ("response chain",), "responses": "forgets", "faults": {}, "changes": KEPT}
+TALKS = {"faces": ("conversation",), "sql": True, "faults": {}, "changes": KEPT}
 # What a run must try, so that few seeds are enough to notice some of them.
 NEEDS: dict[str, dict[str, Any]] = {
     "that a provider's connection was cut": {"provider_links": {"reset": 0.5}},
@@ -332,6 +434,27 @@ NEEDS: dict[str, dict[str, Any]] = {
         "habits": {"return": 0.9},
     },
     "that rounding holds nobody back": {"spread": 30.0},
+    **dict.fromkeys(
+        (
+            *("the order of a lane", "that a lane is free", "the latest response of a lane"),
+            "the responses of a connection that is gone",
+        ),
+        LANES,
+    ),
+    **dict.fromkeys(
+        (
+            *("a stored response", "the bytes of a stored response"),
+            *("what came first in a conversation", "that a response was deleted"),
+        ),
+        CHAINS,
+    ),
+    "that only its provider knows what came before": {**CHAINS, "responses": "keeps"},
+    **dict.fromkeys(("a turn of a conversation", "that a conversation was deleted"), TALKS),
+    "when a client may come back that has sent too much": {
+        "faces": ("response lanes",),
+        "faults": {},
+        "changes": {"chat.websocket.concurrency.max_connections": 5},
+    },
     "the end of a lease": {
         **GOOD,
         "clients": 100,
@@ -364,6 +487,13 @@ NEEDS: dict[str, dict[str, Any]] = {
         "changes": CROWDED,
         "shared": {"events": ((2.0, "kill", 3.0), (8.0, "empty", 0.0))},
     },
+    "that a response could not be written": {
+        **GOOD,
+        **CHAINS,
+        "instances": 3,
+        "shared": {"lost": 0.1},
+    },
+    "a response that others find": {**GOOD, **CHAINS},
     "that a slot is used": {
         **GOOD,
         "clients": 15,
@@ -384,16 +514,23 @@ FIRST = {
     "the deadline of a body": 7,
     "the deadline of an idle connection": 11,
     "the deadline of a pong": 16,
-    "the deadline of a stop": 4,
+    "the deadline of a stop": 18,
     "that an id is known": 8,
     "that rounding holds nobody back": 20,
     "that what was read makes room": 23,
     "the error of a cancelled answer": 8,
     "the sequence number of an error": 8,
-    "what a late reader has missed": 19,
-    "the end of a lease": 4,
+    "what a late reader has missed": 22,
+    "the order of a lane": 1,
+    "that a lane is free": 1,
+    "the latest response of a lane": 2,
+    "the bytes of a stored response": 1,
+    "that a response was deleted": 1,
+    "that only its provider knows what came before": 3,
+    "the end of a lease": 9,
     "an event of a mirror": 1,
     "what it has when it comes back": 7,
+    "that an owner was killed": 4,
 }
 
 
@@ -432,6 +569,8 @@ def main() -> None:
             signal.alarm(LONGEST)
             try:
                 print(f"{name}\t{noticed(name)}", flush=True)
+            except Exception:  # noqa: BLE001 - the process ends without a word otherwise
+                traceback.print_exc()
             finally:
                 os._exit(0)
 

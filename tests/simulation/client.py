@@ -16,18 +16,20 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import orjson
 
-from tests.simulation import openai_faces, own_faces
+from tests.simulation import kept_talk, openai_faces, own_faces, response_chain, response_lanes
 from tests.simulation.dials import draw_dial
 from tests.simulation.patience import GONE, Left, Patience
+from tests.simulation.plan import CONVERSATIONS
 from tests.simulation.truth import Question, Reading, Violation
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping
 
     from aiohttp.abc import AbstractStreamWriter
     from aiohttp.connector import Connection
 
     from tests.simulation.configuration import Key
+    from tests.simulation.conversation import Turn
     from tests.simulation.dials import Dial
     from tests.simulation.plan import Plan
 
@@ -50,6 +52,9 @@ ASK = {
     "keyed whole": openai_faces.whole,
     "responses": openai_faces.responses,
     "stored responses": openai_faces.stored_responses,
+    "response lanes": response_lanes.talk,
+    "response chain": response_chain.talk,
+    "conversation": kept_talk.talk,
 }
 # The codes of refusals that must say when to come back.
 COME_BACK = {
@@ -116,6 +121,10 @@ class Client:
         # Whether a connection of it has suffered anything.
         self.network_was_bad = False
         self.second: Client | None = None
+        # What it has asked in conversations of the Responses API, and in one that the server keeps, whose id that of its questions is.
+        self.turns: list[Turn] = []
+        self.questions: list[Client] = []
+        self.conversation = ""
         self.patience = Patience(lambda: GIVE_UP if self.network_was_bad else plan.patience)
         self.session: aiohttp.ClientSession
 
@@ -201,7 +210,7 @@ class Client:
 
     async def _ask(self) -> None:
         ask = ASK[self.face]
-        if not self.has("ask twice") or self.face in {"stream", "responses"}:
+        if not self.has("ask twice") or self.face in {"stream", "responses", *CONVERSATIONS}:
             await ask(self)
             return
         both = asyncio.gather(ask(self), ask(self._twin()), return_exceptions=True)
@@ -215,6 +224,14 @@ class Client:
         twin.session, twin.patience, twin._habits = self.session, self.patience, {}
         return twin
 
+    def another(self, number: int, face: str, conversation: str) -> Client:
+        """Return a client that asks question *number* on *face*, on the connections and with the habits of this one."""
+        client = Client(self.plan, number, self.base, like=self)
+        client.face, client.conversation = face, conversation
+        client.session, client.patience, client._habits = self.session, self.patience, self._habits
+        self.questions.append(client)
+        return client
+
     async def _ask_again(self) -> None:
         """Ask another question on the connection that was kept."""
         self.second = second = Client(self.plan, SECOND + self.number, self.base, like=self)
@@ -227,11 +244,17 @@ class Client:
 
     async def refused(self, response: aiohttp.ClientResponse) -> None:
         """Note a refusal, which must say what it is, and when to come back if that is soon."""
-        body = orjson.loads(await response.read())
-        code = body["error"]["code"]
-        seconds = float(response.headers.get("Retry-After", "0"))
-        if code in COME_BACK and not 1 <= seconds <= 120:
+        error = orjson.loads(await response.read())["error"]
+        self.note_refusal(response.status, error, response.headers)
+
+    def note_refusal(
+        self, status: int, error: Mapping[str, Any], headers: Mapping[str, str]
+    ) -> None:
+        """Note a refusal with this *status*, *error* and *headers*."""
+        code = error["code"]
+        seconds = float(headers.get("Retry-After", "0"))
+        if code in COME_BACK and not 0 < seconds <= 120:
             raise Violation(f"{code} without a plausible Retry-After")
-        if response.status == 500:
+        if status == 500:
             raise Violation(f"500: {code}")
         self.outcome = f"refused: {code}"

@@ -83,6 +83,8 @@ class Instance:
             "sockets": len(context.sockets),
             "detached": context.gateway.lifetime.detached,
             "answers": context.gateway.running,
+            "stored responses": streams.responses,
+            "responses of lanes": len(context.gateway.responses.held._held),  # noqa: SLF001 - no snapshot has it
         }
         for name, provider in context.router.providers.items():
             stats = provider.stats()
@@ -97,7 +99,7 @@ class Instance:
             counts |= self.member.held()
         if self.ended:
             # A server that has stopped forgets no answer: its process ends.
-            del counts["kept"], counts["kept bytes"]
+            del counts["kept"], counts["kept bytes"], counts["stored responses"]
         return {name: count for name, count in counts.items() if count}
 
     async def do(self, work: Coroutine[Any, Any, None]) -> None:

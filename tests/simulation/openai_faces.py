@@ -8,6 +8,7 @@ import orjson
 
 from tests.simulation.events import events
 from tests.simulation.patience import Left
+from tests.simulation.response_events import ResponseReading
 from tests.simulation.returning import come_back
 from tests.simulation.truth import Reading, Violation
 
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
     import aiohttp
 
     from tests.simulation.client import Client
-
-# Errors of the readers of a mirror; those of the answer itself come next in its order.
-MIRROR_LOST = {"server_shutdown", "stream_not_found", "resume_gap"}
 
 
 def _model(client: Client) -> str:
@@ -100,40 +98,6 @@ async def whole(client: Client) -> None:
     client.outcome = "complete"
 
 
-class _Response:
-    """What a client has read of a response, on one or more connections."""
-
-    def __init__(self, client: Client) -> None:
-        self.reading = Reading(client.question)
-        self.last = -1
-        self.id = ""
-        self.end = ""
-
-    def take(self, event: dict[str, Any]) -> None:
-        """Take one event."""
-        kind = event["type"]
-        code = (event.get("error") or {}).get("code")
-        # An owner that is out of reach, or has lost the answer, is an error of the mirror's readers.
-        lost = code in MIRROR_LOST and event["sequence_number"] <= self.last
-        if code == "slow_client" or lost:
-            # An error of this reader alone, which leads nobody past what was missed.
-            if event["sequence_number"] > self.last:
-                raise Violation(f"{event['sequence_number']}, after which {self.last} is lost")
-        elif "sequence_number" in event:
-            if event["sequence_number"] != self.last + 1:
-                raise Violation(f"{event['sequence_number']} follows {self.last}")
-            self.last += 1
-        if kind == "response.created":
-            self.id = event["response"]["id"]
-        elif kind == "response.output_text.delta":
-            self.reading.add(event["delta"])
-        elif kind in {"response.completed", "response.incomplete"}:
-            self.end = "complete"
-            self.reading.finish("complete")
-        elif kind in {"response.failed", "error"}:
-            self.end = "error"
-
-
 def _responses_body(client: Client, *, store: bool) -> dict[str, Any]:
     return client.body(
         {
@@ -148,13 +112,13 @@ def _responses_body(client: Client, *, store: bool) -> dict[str, Any]:
 
 async def responses(client: Client) -> None:
     """Ask for a response as a stream."""
-    read = _Response(client)
+    read = ResponseReading(client.question)
     arguments = _responses_body(client, store=False)
     async with await _post(client, "responses", arguments) as response:
         await _read(client, response, read)
 
 
-async def _read(client: Client, response: aiohttp.ClientResponse, read: _Response) -> None:
+async def _read(client: Client, response: aiohttp.ClientResponse, read: ResponseReading) -> None:
     """Read the events of *response*."""
     if response.status != 200:
         await client.refused(response)
@@ -171,7 +135,7 @@ async def _read(client: Client, response: aiohttp.ClientResponse, read: _Respons
 
 async def stored_responses(client: Client) -> None:
     """Ask for a response that is kept, and come back for the rest of it: by its id, or by the key."""
-    read = _Response(client)
+    read = ResponseReading(client.question)
 
     async def ask_or_resume(_attempt: int) -> None:
         nonlocal read
@@ -179,20 +143,20 @@ async def stored_responses(client: Client) -> None:
             await _resume(client, read)
         else:
             # The same request gets the same answer, from its beginning.
-            read = _Response(client)
+            read = ResponseReading(client.question)
             await _ask_to_store(client, read)
 
     await come_back(client, ask_or_resume, lambda: "")
 
 
-async def _ask_to_store(client: Client, read: _Response) -> None:
+async def _ask_to_store(client: Client, read: ResponseReading) -> None:
     arguments = _responses_body(client, store=True)
     arguments["headers"]["Idempotency-Key"] = client.name
     async with await _post(client, "responses", arguments) as response:
         await _read(client, response, read)
 
 
-async def _resume(client: Client, read: _Response) -> None:
+async def _resume(client: Client, read: ResponseReading) -> None:
     url = f"{client.base}/v1/responses/{read.id}?stream=true&starting_after={read.last}"
     async with client.session.get(url, headers=client.headers) as response:
         await _read(client, response, read)

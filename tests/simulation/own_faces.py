@@ -25,10 +25,11 @@ async def ask(client: Client) -> None:
 
 
 def _payload(client: Client) -> dict[str, Any]:
-    payload: dict[str, Any] = {
-        "messages": [{"role": "user", "content": client.question.text}],
-        "options": {"max_tokens": client.question.tokens},
-    }
+    text, conversation = client.question.text, client.conversation
+    what: dict[str, Any] = {"text": text, "conversation_id": conversation}
+    if not conversation:
+        what = {"messages": [{"role": "user", "content": text}]}
+    payload: dict[str, Any] = {**what, "options": {"max_tokens": client.question.tokens}}
     if client.plan.pinned:
         payload["provider"] = "sim"
     if client.question.model:
@@ -100,6 +101,9 @@ def take(client: Client, frame: dict[str, Any]) -> bool:
     if frame.get("event_id") is None:
         if status in {"error", "busy"}:
             code = frame["chunk"]["code"]
+            if status == "error":
+                seconds = frame["chunk"].get("retry_after") or 0
+                client.note_refusal(0, frame["chunk"], {"Retry-After": str(seconds)})
             client.outcome = f"refused: {code}"
             # Others' readers, and ours on the next connection, may go on.
             if code == "slow_client" and client.has("return"):

@@ -47,6 +47,11 @@ FACES = (
     *("websocket", "sse", "stream", "whole", "keyed stream", "keyed whole", "responses"),
     "stored responses",
 )
+# Conversations: of the Responses API over WebSocket and over HTTP, and those that the server keeps.
+CONVERSATIONS = ("response lanes", "response chain", "conversation")
+# What a provider does with a request that continues a response: it has kept that one, it knows of none, or it has no
+# `/v1/responses`, which is found out, or written in the settings.
+KEEPS, FORGETS, LACKS, BRIDGED = RESPONSES = ("keeps", "forgets", "lacks", "bridged")
 # What the operator does in the middle of a run.
 OPERATIONS = ("reload limits", "reload provider", "reload keys", "drain")
 # Who chooses the instance of a client: the same for all its connections, or another one for each.
@@ -111,6 +116,10 @@ class Plan:
     balancer: str = "sticky"
     # What goes wrong between the instances; None: they share nothing.
     shared: Shared | None = None
+    # What the providers do with responses: one of RESPONSES.
+    responses: str = KEEPS
+    # Whether the server keeps conversations in an SQLite file.
+    sql: bool = False
 
     @property
     def drains(self) -> bool:
@@ -133,13 +142,20 @@ def draw(seed: int, clients: int, instances: int = 1) -> Plan:
     """Return the plan of *seed*, for *clients* clients of *instances* servers."""
     dice = random.Random(f"plan {seed}")
     keys = configuration.draw_keys(dice)
+    talks, responses, sql = _draw_conversations(seed)
+    changes = configuration.draw_changes(dice, keys)
+    if responses == BRIDGED:
+        changes["llm.providers.sim.responses"] = False
     return Plan(
         seed=seed,
         clients=clients,
         keys=keys,
-        changes=configuration.draw_changes(dice, keys),
+        changes=changes,
+        responses=responses,
+        # Several instances of one process would wait for the locks of each other.
+        sql=sql and instances == 1,
         spread=dice.choice((0.1, 5.0, 30.0)),
-        faces=tuple(dice.sample(FACES, dice.randrange(1, len(FACES) + 1))),
+        faces=(*dice.sample(FACES, dice.randrange(1, len(FACES) + 1)), *talks),
         faults=_some(dice, LINK_FAULTS),
         habits=_some(dice, HABITS),
         provider_fault_share=dice.choice((0.0, 0.0, 0.1, 0.5)),
@@ -154,6 +170,14 @@ def draw(seed: int, clients: int, instances: int = 1) -> Plan:
         balancer=dice.choice(BALANCERS),
         shared=_draw_shared(seed) if instances > 1 else None,
     )
+
+
+def _draw_conversations(seed: int) -> tuple[tuple[str, ...], str, bool]:
+    """Draw the conversations of a run, what the providers do with responses, and whether there is a file of conversations."""
+    dice = random.Random(f"conversations {seed}")
+    count = dice.choice((0, 1, 2, 4))
+    talks = tuple(dice.choice(CONVERSATIONS) for _ in range(count))
+    return talks, dice.choice(RESPONSES), dice.random() < 0.5
 
 
 def _draw_shared(seed: int) -> Shared:

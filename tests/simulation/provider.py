@@ -6,9 +6,10 @@ import re
 from collections import defaultdict, deque
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING, Any
 
+from aioserver.providers.simulator.model import BadRequest
 from aioserver.providers.simulator.server import ReceivedRequest, Simulator
 from tests.simulation.clock import Clock
 from tests.simulation.transport import Transport
@@ -21,19 +22,25 @@ if TYPE_CHECKING:
     from aioserver.providers.simulator.exchange import Behaviour
 
 _QUESTION = re.compile(rb"q[0-9]+(?= word)")
+# The ids of the simulated provider; ours are longer.
+_ID = re.compile("resp_[0-9a-f]{24}")
+_PREVIOUS = re.compile(rb'"previous_response_id":"([^"]+)"')
 
 
 @dataclass(slots=True)
 class Call:
     """One request to the provider, on the *transport* of its own end of the connection.
 
-    *question* is the first word of what was asked. *begun_at* is when the answer has begun, 0.0 if it has not;
+    *question* is the first word of what was asked, and *shown* has those of all that the model is shown, in order. *previous* is
+    the id of the response that is continued by its id. *begun_at* is when the answer has begun, 0.0 if it has not;
     *instance* is the server that has asked.
     """
 
     transport: Transport
     instance: int
     question: str = ""
+    shown: tuple[str, ...] = ()
+    previous: str = ""
     begun_at: float = 0.0
     # The bytes that were written on the connection when the answer had begun, and when it had ended.
     begun: int = 0
@@ -81,8 +88,22 @@ class _Received(deque[ReceivedRequest]):
     """The requests of a provider, each of which names its question in the call of its task."""
 
     def append(self, received: ReceivedRequest) -> None:
-        match = _QUESTION.search(received.body)
-        CALL.get().question = match[0].decode() if match else ""
+        call = CALL.get()
+        # An answer quotes its question.
+        names = [name for name, _ in groupby(_QUESTION.findall(received.body))]
+        call.shown = tuple(name.decode() for name in names)
+        call.question = call.shown[-1] if names else ""
+        match = _PREVIOUS.search(received.body)
+        call.previous = match[1].decode() if match else ""
+
+
+class _Bodies(deque[Any]):
+    """The parsed bodies, none of which is kept: a provider refuses to continue a response that it cannot have made."""
+
+    def append(self, body: Any) -> None:
+        previous = body.get("previous_response_id")
+        if previous is not None and not _ID.fullmatch(previous):
+            raise BadRequest("Previous response with id 'x' not found.", status=404)
 
 
 class NotingSimulator(Simulator):
@@ -91,6 +112,7 @@ class NotingSimulator(Simulator):
     def __init__(self, behaviour: Behaviour, seed: int, calls: Calls) -> None:
         super().__init__(behaviour, seed=seed)
         self.requests = _Received()
+        self.bodies = _Bodies()
         self._calls = calls
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:

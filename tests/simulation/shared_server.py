@@ -174,10 +174,13 @@ class SharedServer:
             self._empty()
         else:
             world = self.world
-            kept = (self.model.world, world.claims, world.logs, world.conversations)
+            names = ("claims", "logs", "conversations", "responses", "forgotten")
+            kept = (self.model.world, *(getattr(world, name) for name in names))
             former = copy.deepcopy(kept)
             await asyncio.sleep(seconds)
-            self.model.world, world.claims, world.logs, world.conversations = former
+            self.model.world, *others = former
+            for kept_name, value in zip(names, others, strict=True):
+                setattr(world, kept_name, value)
             self.disturbed.append(Clock.now)
             self._start()
 
@@ -190,8 +193,10 @@ class SharedServer:
 
     def _empty(self) -> None:
         self.model = Model()
-        for kept in (self.world.claims, self.world.logs, self.world.conversations):
+        world = self.world
+        for kept in (world.claims, world.logs, world.conversations, world.responses):
             kept.clear()
+        world.forgotten.clear()
         self.disturbed.append(Clock.now)
 
     def _start(self) -> None:
@@ -344,6 +349,21 @@ class SimulatedClaims(MemoryClaims):
 
     async def turns(self, name: str) -> tuple[list[bytes], bool]:
         return await self._ask(lambda: super(SimulatedClaims, self).turns(name))
+
+    async def put_response(
+        self, name: str, data: bytes, previous: str, seconds: float, most: int
+    ) -> int:
+        put = super().put_response
+        return await self._ask(lambda: put(name, data, previous, seconds, most))
+
+    async def has_response(self, name: str) -> bool:
+        return await self._ask(lambda: super(SimulatedClaims, self).has_response(name))
+
+    async def response_chain(self, name: str, most: int) -> list[bytes]:
+        return await self._ask(lambda: super(SimulatedClaims, self).response_chain(name, most))
+
+    async def delete_response(self, name: str) -> bool:
+        return await self._ask(lambda: super(SimulatedClaims, self).delete_response(name))
 
     async def _ask(self, make: Callable[[], Coroutine[Any, Any, T]], *names: str) -> T:
         def do() -> T:

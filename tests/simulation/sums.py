@@ -75,6 +75,19 @@ class Sums:
         if used > limit:
             self._broken(f"{used} connections to a provider, at most {limit}")
 
+    def check_turns(self, client: Client) -> None:
+        """Check that each request for a response was answered once, and that the model was shown what came before."""
+        for turn in client.turns:
+            calls = self._calls.of(turn.question.name)
+            for call in calls:
+                if not turn.may_be_shown(call.shown, call.previous):
+                    self._broken(
+                        f"client {client.number} ({client.face}) asks {turn.names}, the model is shown "
+                        f"{call.shown} after {call.previous!r}"
+                    )
+            if not turn.question.fault and any(call.arrived for call in calls[:-1]):
+                self._broken(f"client {client.number} ({client.face}) has {len(calls)} answers")
+
     def check_calls(self, client: Client) -> None:
         """Check that no answer to *client* was asked for twice by one instance while it was kept."""
         changes = self._plan.changes

@@ -7,6 +7,7 @@
                 heard, its part of that
     idleness    nobody waits for a place while one is free, once all are joined and nothing goes wrong
     mirrors     who reads an answer of an instance that was killed is told so
+    responses   a stored response is there for others, as far as its instance relies on that
 
 Private names used here: those of `Shares`, of its holdings and of rates, which no snapshot shows.
 """
@@ -48,6 +49,8 @@ TOLD, TOLD_LATE = 4.0, 16.0
 # Starts beyond the bound of a rate, for what is rounded.
 ROUNDED = 1e-3
 CLOSER = 0.5
+# Seconds in which it is known whether a response was written.
+UNWRITTEN = 5.0
 # Seconds before an answer begins in which it may have been claimed: its request waits, and is tried again.
 CLAIMED = 120.0
 
@@ -157,6 +160,9 @@ class Together:
         for member in members:
             if member.known is not None and member.number not in self._loop.absent:
                 self._look_at_mirrors(member)
+        for instance in living:
+            if instance.number not in self._loop.absent:
+                self._look_at_responses(instance)
         calm = Clock.now > self.troubled_at + SETTLED and not self.server.faults.lossy
         for member in members:
             standing = member.shares.standing
@@ -179,6 +185,18 @@ class Together:
             since = max(killed, mirror.heard_at, self.troubled_at if bound == TOLD_LATE else 0.0)
             if Clock.now - since > bound:
                 self._broken(f"an answer of {mirror.owner} is awaited, which was killed")
+
+    def _look_at_responses(self, instance: Instance) -> None:
+        """Look at the stored responses of which an instance believes that others can find them."""
+        stored = instance.server.context.gateway.responses
+        for (caller, response_id), response in stored._named.items():
+            # It may still be on its way, or be forgotten since.
+            since = response.stored_at - UNWRITTEN
+            if response.shared and Clock.now > response.stored_at + UNWRITTEN:
+                forgotten = any(moment >= since for moment in self.server.disturbed)
+                name = name_of(caller.name, response_id)
+                if not forgotten and name not in self.server.world.responses:
+                    self._broken(f"{response_id} is not there for other instances")
 
     def started(self, rate: SharedRate, seconds: float) -> None:
         """Note that a start was counted, or with negative *seconds* that it never happened."""

@@ -16,7 +16,10 @@ class Violation(AssertionError):
 
 @dataclass
 class Question:
-    """A question of client *number*: *text*, for at most *tokens* tokens, to a model that fails by *fault*."""
+    """A question of client *number*: *text*, for at most *tokens* tokens, to a model that fails by *fault*.
+
+    *turns* are the numbers that it may have among the questions that the model is shown.
+    """
 
     number: int
     text: str
@@ -24,6 +27,7 @@ class Question:
     fault: str = ""
     # Whether a provider without that fault may answer instead.
     fails_over: bool = False
+    turns: tuple[int, ...] = (1,)
 
     @property
     def name(self) -> str:
@@ -37,8 +41,14 @@ class Question:
 
     @functools.cached_property
     def answer(self) -> str:
-        """The whole text of the answer."""
-        return "".join(model.tokens(model.speech(self.text, 1))[: self.tokens])
+        """The whole text of the answer, if the model is shown nothing else."""
+        return self.answers[0]
+
+    @functools.cached_property
+    def answers(self) -> tuple[str, ...]:
+        """The whole texts, of which one is that of the answer."""
+        speeches = (model.speech(self.text, turn) for turn in self.turns)
+        return tuple("".join(model.tokens(speech)[: self.tokens]) for speech in speeches)
 
     @property
     def may_be_whole(self) -> bool:
@@ -71,7 +81,7 @@ class Reading:
     def add(self, text: str) -> None:
         """Note a piece of the text."""
         self.text += text
-        if not self.question.answer.startswith(self.text):
+        if not any(answer.startswith(self.text) for answer in self.question.answers):
             raise Violation(
                 f"read {self.text[-40:]!r}, which is not in the answer {self.question.answer[-40:]!r}"
             )
@@ -85,7 +95,8 @@ class Reading:
             return
         if not self.question.may_be_whole:
             raise Violation(f"complete, though the provider failed by {self.question.fault}")
-        if self.text != self.question.answer and not self.question.fault.startswith("early-done"):
+        early = self.question.fault.startswith("early-done")
+        if self.text not in self.question.answers and not early:
             raise Violation(
                 f"complete with {len(self.text)} characters of {len(self.question.answer)}"
             )

@@ -3,7 +3,7 @@
 It runs hundreds of thousands of times in a run, so it reads a few numbers and makes no snapshots. What costs
 more is looked at twice a second (deadlines.py).
 
-Private names used here: those of the gates, of the store and of the pools, which no snapshot shows cheaply.
+Private names used here: those of the gates, of the store, of the pools and of lanes, which no snapshot shows cheaply.
 """
 
 # ruff: noqa: SLF001 - see above
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 from aioserver.cluster.rates import SharedRate
 from aioserver.cluster.shared_gate import SharedGate
+from aioserver.faces.lanes import MAX_NAMED_LANES, MAX_RUNNING, MAX_WAITING
+from aioserver.faces.responses_socket import ResponsesSocket
 from aioserver.limits.gcra import ROUNDING
 from tests.simulation.clock import Clock
 from tests.simulation.deadlines import Deadlines
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
+    from aioserver.faces.lanes import Lanes
     from aioserver.limits.gate import Gate
     from aioserver.providers.provider import Provider
     from aioserver.providers.queueing import ProviderGate
@@ -139,7 +142,26 @@ class Watch:
             # After a reload, as many as there were.
             if queue.waiting > most and Clock.now > self._deadlines.settled_at:
                 self._broken(f"{queue.waiting} requests wait, at most {most}")
+        lanes = 0
+        for socket in self._server.context.sockets:
+            if isinstance(socket, ResponsesSocket):
+                lanes += self._look_at_lanes(socket._lanes)
+        if len(self._server.context.gateway.responses.held._held) > lanes:
+            self._broken("a response is kept for a lane that is gone")
         self._deadlines.look()
+
+    def _look_at_lanes(self, lanes: Lanes) -> int:
+        """Look at the lanes of one connection, and return how many they are."""
+        every = lanes._lanes.values()
+        running = sum(lane.under_way > 0 for lane in every)
+        waiting = sum(len(lane.turns) for lane in every)
+        if (lanes._running, lanes._waiting) != (running, waiting):
+            self._broken(f"{running} lanes are busy, and {waiting} requests wait: {vars(lanes)}")
+        if running > MAX_RUNNING or waiting > MAX_WAITING or len(every) > MAX_NAMED_LANES + 1:
+            self._broken(f"{running} responses at once, {waiting} that wait, {len(every)} lanes")
+        if running < MAX_RUNNING and lanes._due and not self._instance.ended:
+            self._broken(f"{waiting} requests wait on lanes while {running} responses come")
+        return len(every)
 
 
 def delay_of(gate: ProviderGate) -> float:

@@ -24,20 +24,21 @@ from aiohttp import web_app
 
 from aioserver.monitoring import snapshot
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.simulation import clock
+from tests.simulation import clock, disk
 from tests.simulation.client import DIALLER, Client
 from tests.simulation.cluster import Cluster
 from tests.simulation.configuration import with_spare
 from tests.simulation.instance import Instance, running
 from tests.simulation.loop import SimulatedLoop
 from tests.simulation.network import INSTANCE, Network
-from tests.simulation.plan import provider_dial
+from tests.simulation.plan import BRIDGED, FORGETS, LACKS, provider_dial
 from tests.simulation.provider import Calls, NotingSimulator
 from tests.simulation.silence import be_silent
 from tests.simulation.sums import Sums
 from tests.simulation.transport import USER_TIMEOUT, FakeSocket, Transport
 from tests.simulation.truth import Violation
 from tests.simulation.watch import Watch
+from tests.support.history import sql
 from tests.support.virtual_loop import START
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 BALANCER = ("127.0.0.1", 80)
 # Seconds after the last client until everything must be given back: the longest window, and some more.
 AFTERWARDS = 120.0
+# How a provider refuses to continue a response that it has not kept.
+NO_RESPONSES = (404, "Previous response with id 'x' not found.")
 NO_USAGE = {"open_fds": None, "max_fds": 1024, "rss_bytes": None}
 # Violations that are noted of a run.
 MOST = 20
@@ -188,6 +191,7 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
             # The machine is no part of a run.
             mock.patch.object(snapshot, "process_usage", return_value=NO_USAGE),
             world.patches(),
+            disk.patches(plan.seed),
         ):
             loop.run_until_complete(_run(world, outcome, only))
             dead = [task for task in asyncio.all_tasks(loop) if world.is_dead(task)]
@@ -240,7 +244,10 @@ async def _run(world: World, outcome: Outcome, only: Collection[int] | None) -> 
     plan = world.plan
     dice = random.Random(f"provider {plan.seed}")
     behaviour = Behaviour(
-        ttft=dice.choice((0.0, 0.2, 2.0)), interval=dice.choice((0.0, 0.03, 0.2))
+        ttft=dice.choice((0.0, 0.2, 2.0)),
+        interval=dice.choice((0.0, 0.03, 0.2)),
+        forgets=NO_RESPONSES if plan.responses == FORGETS else None,
+        responses=plan.responses not in {LACKS, BRIDGED},
     )
     async with AsyncExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -252,6 +259,9 @@ async def _run(world: World, outcome: Outcome, only: Collection[int] | None) -> 
             spare = NotingSimulator(behaviour, plan.seed + 1, world.calls)
             await stack.enter_async_context(spare)
             changes = with_spare(changes, spare.base_url)
+
+        if plan.sql:
+            changes = {**changes, **sql(path / "events.db")}
 
         def make(number: int, member: Member | None = None) -> Any:
             """Run a server."""
@@ -299,10 +309,12 @@ async def _serve(world: World, outcome: Outcome, only: Collection[int] | None) -
             world.broken(f"client {client.number} ({client.face}): {exc!r}")
             outcome.ends["violation"] += 1
             continue
-        for asked in (client, client.second):
+        for asked in (client, client.second, *client.questions):
             if asked is not None:
-                outcome.ends[asked.outcome] += 1
+                if asked.outcome:
+                    outcome.ends[asked.outcome] += 1
                 world.sums.check_calls(asked)
+                world.sums.check_turns(asked)
     if operations:
         await asyncio.gather(*operations)
     for _ in range(int(AFTERWARDS)):

@@ -17,7 +17,10 @@ MEMORY_SHARE, MEMORY_BYTES = 0.05, 4 * MIB
 # of the first third, and 20 or 100 ms: a minute has few samples above its p99, and other programs run.
 ADDED = {"p50": (1.5, 0.020), "p99": (2.0, 0.100)}
 # What is counted at the start and at the end. Connections that a provider's pool keeps have been closed by then.
-COUNTS = ("connections", "waiting", "running", "kept", "detached", "in_flight", "queued", "pool")
+COUNTS = (
+    *("connections", "waiting", "running", "kept", "stored", "detached", "in_flight", "queued"),
+    "pool",
+)
 
 
 def lines(run: Sequence[Line], kind: str) -> list[Line]:

@@ -6,83 +6,36 @@ import asyncio
 import json
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from aioserver.protocol.eventstream import Splitter, parse
 from aioserver.providers.simulator import model
+from tests.soak import talks
+from tests.soak.answers import GONE, SHORT, Answer, Left, Violation, events_of
 from tests.support.chat import ENDS, cancel, resume
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import Awaitable, Callable
 
-FACES = ("websocket", "sse", "stream", "whole", "keyed stream", "keyed whole", "responses")
+FACES = (
+    *("websocket", "sse", "stream", "whole", "keyed stream", "keyed whole", "responses"),
+    *("response lanes", "response chain", "conversation"),
+)
+# Those that talk, and the functions by which they do.
+TALKS = {
+    "response lanes": talks.lanes,
+    "response chain": talks.chain,
+    "conversation": talks.conversation,
+}
 # What clients do beside asking and reading, and how often.
 HABITS = {"leave": 0.15, "return": 0.6, "cancel": 0.1, "ask twice": 0.1, "read slowly": 0.03}
 # The share of questions that are a text, and so begin a conversation.
 TEXT_SHARE = 0.3
+# The share of conversations with a provider that has chat completions only.
+BRIDGED_SHARE = 0.5
 RETURNS = 3
-GONE = (aiohttp.ClientError, ConnectionError, EOFError)
-# Faults after which no answer may end well, without the number of a name.
-NEVER_WHOLE = frozenset(
-    {
-        *("cut", "cut-mid", "bad-chunk", "end", "error-event", "error-chunk", "error-first"),
-        *("stall", "half-line", "comments-stall", "comments-endless", "head-only", "silent"),
-        *("drop", "not-http", "html", "empty", "redirect", "gzip", "long-line", "endless-line"),
-        *("status", "capacity", "quota", "credits", "slow-down", "day-over", "retry-after"),
-    }
-)
-
-
-# Faults after which an answer ends well, but is shorter than its text.
-SHORT = ("early-done", "slices")
-
-
-class Violation(AssertionError):
-    """The server has broken a promise."""
-
-
-class Left(Exception):
-    """The client has left, as it wanted to."""
-
-
-@dataclass(slots=True)
-class Answer:
-    """What a client has read of an answer, whose whole text is *truth*.
-
-    Always, or `Violation` is raised: events are numbered without a gap, the text is the beginning of the truth, and
-    all of it where the answer is said to be complete.
-    """
-
-    truth: str
-    fault: str
-    last: int = 0
-    text: str = ""
-    end: str = ""
-
-    def number(self, event: int) -> None:
-        """Note the number of an event."""
-        if event != self.last + 1:
-            raise Violation(f"event {event} follows event {self.last}")
-        self.last = event
-
-    def add(self, text: str) -> None:
-        """Note a piece of the text."""
-        self.text += text
-        if not self.truth.startswith(self.text):
-            raise Violation(f"read {self.text[-40:]!r}, which is not in the answer")
-
-    def finish(self, end: str) -> None:
-        """Note the end: `complete`, or another one."""
-        if self.end:
-            raise Violation(f"the answer ends twice: {self.end}, {end}")
-        self.end = end
-        if end == "complete":
-            if self.fault.rstrip("-0123456789") in NEVER_WHOLE:
-                raise Violation(f"complete, though the provider failed by {self.fault}")
-            if self.text != self.truth and not self.fault.startswith(SHORT):
-                raise Violation(f"complete with {len(self.text)} of {len(self.truth)} characters")
 
 
 @dataclass
@@ -106,10 +59,13 @@ class Client:
         self._habits = {habit for habit, often in HABITS.items() if dice.random() < often}
         # The events after which it does what it has a habit of.
         self._moment = dice.choice((0, 1, 2, 5, 20))
-        self._text = f"{self.name} {' '.join(['word'] * dice.choice((1, 5, 50, 500)))}"
-        self._tokens = dice.choice((1, 5, 40, 200))
-        self._truth = "".join(model.tokens(model.speech(self._text, 1))[: self._tokens])
+        self.padding = " ".join(["word"] * dice.choice((1, 5, 50, 500)))
+        self._text = f"{self.name} {self.padding}"
+        self.tokens = dice.choice((1, 5, 40, 200))
+        self._truth = "".join(model.tokens(model.speech(self._text, 1))[: self.tokens])
         self._as_text = dice.random() < TEXT_SHARE
+        if self.face.startswith("response ") and not self.fault and dice.random() < BRIDGED_SHARE:
+            self.model = talks.BRIDGED
 
     async def run(self) -> None:
         """Ask, and read to an end; sets `outcome`.
@@ -117,9 +73,9 @@ class Client:
         Raises:
             Violation: the server has broken a promise.
         """
-        asks = {"websocket": self._resuming, "sse": self._resuming, "responses": self._responses}
-        ask = asks.get(self.face, self._completion)
-        count = 2 if "ask twice" in self._habits and self.face != "stream" else 1
+        ask = self._ask()
+        once = {"stream", *TALKS}
+        count = 2 if "ask twice" in self._habits and self.face not in once else 1
         results = await asyncio.gather(*(ask() for _ in range(count)), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, (Left, *GONE)):
@@ -133,10 +89,25 @@ class Client:
             else first
         )
 
+    def _ask(self) -> Callable[[], Awaitable[str]]:
+        """Return what asks on the client's face, and returns how that ended."""
+        if self.face in TALKS:
+            return partial(TALKS[self.face], self)
+        asks = {"websocket": self._resuming, "sse": self._resuming, "responses": self._responses}
+        return asks.get(self.face, self._completion)
+
+    def does(self, habit: str) -> bool:
+        """Return whether the client has that *habit*."""
+        return habit in self._habits
+
+    def stay(self) -> None:
+        """Leave no more."""
+        self._habits.discard("leave")
+
     def _answer(self) -> Answer:
         return Answer(self._truth, self.fault)
 
-    async def _do_habits(self, seen: int) -> None:
+    async def do_habits(self, seen: int) -> None:
         """Leave, or rest for a moment, if *seen* events are enough for that."""
         if "leave" in self._habits and seen >= self._moment:
             raise Left
@@ -164,7 +135,7 @@ class Client:
         if not self._as_text:
             what = {"messages": [{"role": "user", "content": self._text}]}
         chosen = {} if self.model is None else {"model": self.model}
-        return {**what, **chosen, "options": {"max_tokens": self._tokens}}
+        return {**what, **chosen, "options": {"max_tokens": self.tokens}}
 
     async def _websocket(self, answer: Answer, attempt: int) -> str:
         url = self.base.replace("http", "ws", 1) + "/ws/chat"
@@ -181,7 +152,7 @@ class Client:
                     continue
                 if ended := self._take(answer, json.loads(message.data)):
                     return ended
-                await self._do_habits(answer.last)
+                await self.do_habits(answer.last)
                 if not cancelled and answer.last >= self._moment:
                     cancelled = True
                     await ws.send_json(cancel(self.name))
@@ -198,10 +169,10 @@ class Client:
             if response.status != 200:
                 return await _refused(response)
             cancelled = "cancel" not in self._habits
-            async for data in _events(response):
+            async for data in events_of(response):
                 if ended := self._take(answer, json.loads(data)):
                     return ended
-                await self._do_habits(answer.last)
+                await self.do_habits(answer.last)
                 if not cancelled and answer.last >= self._moment:
                     cancelled = True
                     async with self.session.delete(f"{url}/{self.name}") as deleted:
@@ -229,7 +200,7 @@ class Client:
         streamed = self.face.endswith("stream")
         body = {
             "messages": [{"role": "user", "content": self._text}],
-            "max_tokens": self._tokens,
+            "max_tokens": self.tokens,
             "stream": streamed,
             **({} if self.model is None else {"model": self.model}),
         }
@@ -247,7 +218,7 @@ class Client:
                 answer.finish("complete")
                 return answer.end
             seen, finished = 0, False
-            async for data in _events(response):
+            async for data in events_of(response):
                 seen += 1
                 if data == "[DONE]":
                     if not finished and not self.fault.startswith("early-done"):
@@ -262,7 +233,7 @@ class Client:
                 for choice in event.get("choices", ()):
                     answer.add(choice["delta"].get("content") or "")
                     finished = finished or choice.get("finish_reason") is not None
-                await self._do_habits(seen)
+                await self.do_habits(seen)
         if not answer.end:
             raise Violation("the answer ends without [DONE] and without an error")
         return answer.end
@@ -270,7 +241,7 @@ class Client:
     async def _responses(self) -> str:
         body = {
             "input": self._text,
-            "max_output_tokens": self._tokens,
+            "max_output_tokens": self.tokens,
             "stream": True,
             "store": False,
             **({} if self.model is None else {"model": self.model}),
@@ -279,7 +250,7 @@ class Client:
         async with self.session.post(f"{self.base}/v1/responses", json=body) as response:
             if response.status != 200:
                 return await _refused(response)
-            async for data in _events(response):
+            async for data in events_of(response):
                 event = json.loads(data)
                 if answer.end:
                     raise Violation("an event behind the end")
@@ -293,7 +264,7 @@ class Client:
                         answer.finish("complete")
                     case "response.failed":
                         answer.finish("error")
-                await self._do_habits(answer.last)
+                await self.do_habits(answer.last)
         if not answer.end:
             raise Violation("a response without an end")
         return answer.end
@@ -305,11 +276,3 @@ async def _refused(response: aiohttp.ClientResponse) -> str:
     if response.status == 500:
         raise Violation(f"500: {code}")
     return f"refused: {code}"
-
-
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[str]:
-    """Yield the data of each event of an event stream."""
-    splitter = Splitter(1 << 24)
-    async for data in response.content.iter_any():
-        for event in parse(splitter.feed(data)):
-            yield event.data.decode()

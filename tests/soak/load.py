@@ -15,7 +15,8 @@ from aioserver.commands.bench.clients import Question as Probe
 from aioserver.commands.bench.load import Plan, Run
 from aioserver.commands.bench.results import Results
 from aioserver.providers.simulator.faults import FAULTS
-from tests.soak.clients import GONE, Client, Left, Violation
+from tests.soak.answers import GONE, Left, Violation
+from tests.soak.clients import Client
 
 # Clients at once.
 CLIENTS = 24

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from tests.soak.load import PROVIDERS, Load, probe
+from tests.soak.talks import BRIDGED
+from tests.support.history import sql
 from tests.support.process import Process, ServerProcess
 from tests.support.server import SIM_HTTP_CLIENT, provider_entry
 from tests.support.server import write as write_configuration
@@ -83,9 +85,16 @@ async def soak(minutes: float, path: Path, seed: int = 1, workers: int = 1) -> l
             changes = (
                 CHANGES
                 | {WORKERS: workers}
+                | sql(Path(folder) / "events.db")
                 | {
                     f"llm.providers.{name}": provider_entry(url, name, **LIMITS)
                     for name in PROVIDERS
+                }
+                | {
+                    f"llm.providers.{BRIDGED}": {
+                        **provider_entry(url, BRIDGED, **LIMITS),
+                        "responses": False,
+                    }
                 }
             )
             config = Path(folder) / "config.yaml"
@@ -176,6 +185,7 @@ async def _state(session: aiohttp.ClientSession, base: str) -> Line:
         "waiting": stats["connections"]["waiting"],
         "running": stats["requests"]["running"],
         "kept": stats["streams"]["bytes"],
+        "stored": stats["streams"]["responses"],
         "detached": stats["streams"]["detached"],
         "in_flight": sum(provider["in_flight"] for provider in providers),
         "queued": sum(provider["waiting"] for provider in providers),

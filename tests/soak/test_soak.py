@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.soak import claims
-from tests.soak.clients import Answer, Violation
+from tests.soak.answers import Answer, Violation
 from tests.soak.plot import draw
 from tests.soak.run import soak
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from aioserver.auth.keys import quota_of
+from aioserver.cluster import chains
 from aioserver.cluster.bus import Outbox
 from aioserver.cluster.claims import CONFLICT, KEPT, NONE, OURS, THEIRS, Verdict
 from aioserver.cluster.connection import CallFailed
@@ -224,9 +225,13 @@ class MemoryClaims:
 
     async def put_response(
         self, name: str, data: bytes, previous: str, seconds: float, most: int
-    ) -> None:
+    ) -> int:
         await self._asked()
-        self._world.responses[name] = data, previous
+        responses = self._world.responses
+        if previous and previous not in responses:
+            return chains.MISSING
+        responses[name] = data, previous
+        return chains.WRITTEN
 
     async def has_response(self, name: str) -> bool:
         await self._asked()
