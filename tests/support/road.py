@@ -18,8 +18,10 @@ from aioserver.errors import AioserverError
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading
 from aioserver.protocol.responses import ResponseEvents
+from aioserver.providers.chat_sink import ChatSink
+from aioserver.providers.event_sink import EventSink
 from aioserver.providers.exchange import ConnectionProtocol, Exchange
-from aioserver.providers.sinks import ChatSink, EventSink
+from aioserver.providers.response_sink import ResponseSink
 from aioserver.streams.entries import CANCELLED
 from aioserver.streams.fast_path import FastPath, Outbox, ResponsePath, TextPath
 from aioserver.streams.formats import EVENTS, MESSAGES, RAW, RESPONSES, response_messages
@@ -126,7 +128,9 @@ class Road:
         self.stream.append_processing("sim", "m")
         self.reading = Reading()
         self.sink = (
-            EventSink(self.stream, responses=responses)
+            ResponseSink(self.stream)
+            if responses
+            else EventSink(self.stream)
             if private
             else ChatSink(self.stream, self.reading)
         )
