@@ -41,20 +41,13 @@ class BridgeSink(ReadingSink):
                 return True
         return super()._take(block)
 
-    def _read(self, data: bytes) -> list[bytes]:
-        stream, writer = self._stream, self._writer
-        if stream.answered:
-            return writer.read(data)
-        events = [*writer.begin(data), *writer.read(data)]
-        self._note_begin()
+    def _begin(self, data: bytes) -> list[bytes]:
+        events = [*self._writer.begin(data), *super()._begin(data)]
+        self._stream.add_alias(self._writer.response_id)
         return events
 
     def _may_be_text(self, part: bytes) -> bool:  # noqa: ARG002 - the writer knows better
         return self._writer.plain
-
-    def _note_begin(self) -> None:
-        self._stream.mark_answered()
-        self._stream.add_alias(self._writer.response_id)
 
     def _complete(self) -> None:
         """Append the events that end the response, and end the log.
@@ -65,19 +58,18 @@ class BridgeSink(ReadingSink):
         stream, writer = self._stream, self._writer
         try:
             # A `[DONE]` may be all that has come.
-            events = [] if stream.answered else writer.begin(b"{}")
+            events = [] if stream.answered else self._begin(b"{}")
             events += writer.finish(int(time.time()))
         except BadEvent as exc:
             raise event_fault(exc) from exc
-        self._note_begin()
-        self._append(events, more=True)
+        self._append(events)
         stream.details.usage = writer.usage
         complete(stream)
 
-    def _append(self, parts: list[bytes], *, more: bool) -> None:
+    def _append(self, parts: list[bytes]) -> None:
         block = b"".join(parts)
         remember(self._stream, block)
-        self._stream.forward(block, len(parts), more=more)
+        self._stream.forward(block, len(parts), more=self._over)
         self._count_text()
 
     def _append_text(self, event: bytes) -> None:

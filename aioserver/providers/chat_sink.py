@@ -26,17 +26,11 @@ class ChatSink(ReadingSink):
             return None
         return self._stream.open_fast_path(self._shape)
 
-    def _read(self, data: bytes) -> list[bytes]:
-        chunks = self._reading.read(data)
-        # Also if the event has no text yet.
-        self._stream.mark_answered()
-        return chunks
-
     def _may_be_text(self, part: bytes) -> bool:
         return part.startswith(TEXT_START)
 
-    def _append(self, parts: list[bytes], *, more: bool) -> None:
-        self._stream.append(entries.CHUNK, parts, more=more)
+    def _append(self, parts: list[bytes]) -> None:
+        self._stream.append(entries.CHUNK, parts, more=self._over)
         self._count_text()
 
     def _complete(self) -> None:

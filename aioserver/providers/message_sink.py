@@ -35,7 +35,7 @@ class MessageSink(PassingSink):
     def _fault(self, event: bytes) -> ProviderFault:
         return message_error_fault(self._stream.details.provider, event)
 
-    def _append(self, block: bytes, *, more: bool) -> None:
+    def _append(self, block: bytes) -> None:
         if not block:
             return
         if block.find(_USAGE) >= 0:
@@ -45,13 +45,13 @@ class MessageSink(PassingSink):
         if count and not stream.answered:
             if not all(_is_ping(event) for event in eventstream.split(block)):
                 stream.mark_answered()
-            elif more:
+            elif self._over:
                 # A fault follows at once: without the head it still has its HTTP status.
                 return
             else:
                 count = 0
         # Comments and pings alone pass, and are not counted before the answer.
-        stream.forward(block, count, more=more)
+        stream.forward(block, count, more=self._over)
 
     def _note_usage(self, block: bytes) -> None:
         for event in eventstream.split(block):

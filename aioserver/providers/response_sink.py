@@ -63,15 +63,15 @@ class ResponseSink(PassingSink):
             return
         # An event without a type is replaced.
         if isinstance(kind, str):
-            self._append(event, more=True)
+            self._append(event)
         self._stream.fail(fault)
 
-    def _append(self, block: bytes, *, more: bool) -> None:
+    def _append(self, block: bytes) -> None:
         if block:
             if self._id_samples_left:
                 self._add_response_id(block)
             remember(self._stream, block)
-        super()._append(block, more=more)
+        super()._append(block)
 
     def _add_response_id(self, block: bytes) -> None:
         """Let the stream be found by the id that the provider has given to the response, too."""

@@ -64,6 +64,9 @@ class StreamSink(ABC):
         self._splitter = eventstream.Splitter(stream.max_bytes)
         # Whether anything has come.
         self._begun = False
+        # Whether the answer is over, so that readers are notified of what is appended now together with the end of the
+        # log. An attribute, since a keyword argument costs as much as two calls.
+        self._over = False
 
     @property
     def progress(self) -> int:
@@ -94,6 +97,7 @@ class StreamSink(ABC):
             raise ProviderBadResponse("the provider's stream is empty")
         if not self._complete_without_mark:
             raise ProviderDisconnected(f"the provider's stream ended without {self.end_mark}")
+        self._over = True
         self._complete()
 
     def fast(self) -> Path | None:
@@ -126,7 +130,8 @@ class PassingSink(StreamSink):
         broken = not plausible(block)
         if broken:
             block, ended, error = before_broken(block), False, b""
-        self._append(block, more=ended or broken or bool(error))
+        self._over = ended or broken or bool(error)
+        self._append(block)
         if broken:
             raise ProviderBadResponse("the provider sent an event that is not JSON")
         if error:
@@ -137,7 +142,7 @@ class PassingSink(StreamSink):
             self._end_with_error(error, fault)
         elif ended:
             self._complete()
-        return not (ended or error)
+        return not self._over
 
     @abstractmethod
     def _up_to_end(self, block: bytes) -> tuple[bytes, bool, bytes]:
@@ -152,19 +157,19 @@ class PassingSink(StreamSink):
 
     def _end_with_error(self, event: bytes, fault: ProviderFault) -> None:
         """End the log with *fault*, which the provider has reported in *event*."""
-        self._append(event, more=True)
+        self._append(event)
         self._stream.error = fault
         # Without `data`: the provider's own event has been passed on.
         self._stream.end(entries.ERROR, fault.as_chunk())
 
-    def _append(self, block: bytes, *, more: bool) -> None:
-        """Append *block*, unless it is empty; *more* is about to be appended, or the log to end."""
+    def _append(self, block: bytes) -> None:
+        """Append *block*, unless it is empty."""
         if block:
-            count = eventstream.count(block)
+            stream, count = self._stream, eventstream.count(block)
             # Comments alone pass, and are not counted.
-            if count:
-                self._stream.mark_answered()
-            self._stream.forward(block, count, more=more)
+            if count and not stream.answered_at:
+                stream.mark_answered()
+            stream.forward(block, count, more=self._over)
 
 
 class ReadingSink(StreamSink):
@@ -185,43 +190,47 @@ class ReadingSink(StreamSink):
         return self._reading.finish_reason is not None
 
     def _take(self, block: bytes) -> bool:
-        # The texts that the fast path has passed on come before these events in the log.
-        self._stream.close_fast_path()
+        stream, read = self._stream, self._reading.read
+        if stream.path is not None:
+            # The texts that it has passed on come before these events in the log.
+            stream.close_fast_path()
         parts: list[bytes] = []
-        ended = False
         try:
             for event in eventstream.parse(block):
                 if event.data == b"[DONE]":
-                    ended = True
+                    self._over = True
                     break
                 # Without data it is no event (WHATWG HTML 9.2.6): it keeps the connection alive.
                 if event.data:
-                    parts += self._read(event.data)
+                    parts += read(event.data) if stream.answered_at else self._begin(event.data)
         finally:
             if parts:
-                self._append(parts, more=ended)
-        if ended:
+                self._append(parts)
+        if self._over:
             self._complete()
         elif self._samples_left and len(parts) == 1 and self._may_be_text(parts[0]):
             self._samples_left -= 1
             self._shape = learn(block, self._reading) or self._shape
-        return not ended
+        return not self._over
 
-    @abstractmethod
-    def _read(self, data: bytes) -> list[bytes]:
-        """Return what becomes of the event with *data*; from the first one on there is no second attempt.
+    def _begin(self, data: bytes) -> list[bytes]:
+        """Return what becomes of the first event, which has *data*; from then on there is no second attempt.
 
         Raises:
             BadEvent, ErrorEvent: see `Reading.read`.
         """
+        parts = self._reading.read(data)
+        # Also if the event has no text yet.
+        self._stream.mark_answered()
+        return parts
 
     @abstractmethod
     def _may_be_text(self, part: bytes) -> bool:
         """Return whether an event of which *part* became may have had a text and nothing else."""
 
     @abstractmethod
-    def _append(self, parts: list[bytes], *, more: bool) -> None:
-        """Append *parts*, of which there is at least one; *more* is about to be appended, or the log to end."""
+    def _append(self, parts: list[bytes]) -> None:
+        """Append *parts*, of which there is at least one."""
 
     def _count_text(self) -> None:
         """Count for the log what its reading keeps, once that has grown by a step."""
