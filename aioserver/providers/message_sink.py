@@ -42,7 +42,7 @@ class MessageSink(PassingSink):
             self._note_usage(block)
         stream = self._stream
         count = eventstream.count(block)
-        if count and not stream.answered:
+        if count and not stream.answered_at:
             if not all(_is_ping(event) for event in eventstream.split(block)):
                 stream.mark_answered()
             elif self._over:
