@@ -7,7 +7,7 @@ none longer than `queue_timeout`; past either bound the face refuses in its own 
 the place back, once, and not before its response is in the kernel.
 
 An HTTP handler waits in its own task, which is cancelled when the client leaves (`counted`). A
-WebSocket has to go on reading while it waits, so it waits in a task of its own (socket_place.py).
+WebSocket has to go on reading while it waits, so it waits in a task of its own (`SocketPlace`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from aioserver.auth.callers import CALLER
-from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerAtCapacity
+from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerAtCapacity, public
 from aioserver.faces import whole
 from aioserver.faces.http import Request, error_response
 from aioserver.faces.idle_sockets import IdleSockets
@@ -330,3 +330,66 @@ def counted(
                 admission.closed(face, caller=name)
 
     return handler
+
+
+class SocketPlace:
+    """The place of one WebSocket: taken at once, or awaited while the socket's reader goes on.
+
+    *caller*: the name of the key that the socket came with.
+
+    Within its `with` either *on_entered* or *on_refused* is called, once; neither is, if the `with`
+    ends before. At its end the place is given back, or the wait is cancelled.
+    """
+
+    def __init__(
+        self,
+        admission: Admission,
+        face: str,
+        caller: str,
+        *,
+        on_entered: Callable[[], None],
+        on_refused: Callable[[AioserverError], None],
+        on_position: Callable[[int, float], None],
+    ) -> None:
+        self._admission = admission
+        self._face = face
+        self._caller = caller
+        self._on_entered = on_entered
+        self._on_refused = on_refused
+        self._on_position = on_position
+        self._place: Place | None = None
+        self._task: asyncio.Task[Place] | None = None
+        self._over = False
+
+    def __enter__(self) -> Self:
+        self._place = self._admission.try_enter()
+        if self._place is not None:
+            self._on_entered()
+        else:
+            wait = self._admission.wait(self._face, self._caller, self._on_position)
+            self._task = asyncio.ensure_future(wait)
+            self._task.add_done_callback(self._settle)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._over = True
+        if self._place is not None:
+            self._place.release()
+        if self._task is not None:
+            self._task.cancel()
+
+    def _settle(self, task: asyncio.Task[Place]) -> None:
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is None:
+            self._place = task.result()
+            if self._over:
+                self._place.release()
+            else:
+                self._on_entered()
+        elif not self._over:
+            if not isinstance(error, AioserverError):
+                logger.error("bug in a socket's wait", exc_info=error)
+                self._admission.metrics.bugs.value += 1
+            self._on_refused(public(error))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from aioserver.faces.admission import BodyHold
     from aioserver.gateway.held_responses import HeldResponses
-    from aioserver.gateway.stored_response import StoredResponse
+    from aioserver.gateway.stored_responses import StoredResponse
     from aioserver.protocol.response_frames import Create, Refused, Resume
     from aioserver.streams.stream import Stream
 
@@ -77,7 +77,7 @@ class Lanes:
     *held* has the latest response of each lane, until it is dropped to make room.
     """
 
-    def __init__(self, held: HeldResponses) -> None:
+    def __init__(self, held: HeldResponses[StoredResponse]) -> None:
         self._held = held
         self._lanes: dict[str | None, Lane] = {}
         # The lane that has waited longest comes first.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.gateway.request import Request
-    from aioserver.gateway.stored_response import StoredResponse
+    from aioserver.gateway.stored_responses import StoredResponse
 
 NOT_FOUND = "no such response: never seen, or kept no longer"
 # Items of one page, at most and where the request does not say.

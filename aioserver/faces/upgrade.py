@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 from aioserver.auth.callers import CALLER
 from aioserver.auth.guard import selectable_protocols
 from aioserver.errors import ServerAtCapacity
-from aioserver.faces.admission import MAX_REFUSED_CLOSING
+from aioserver.faces.admission import MAX_REFUSED_CLOSING, SocketPlace
 from aioserver.faces.client_messages import ClientMessages, Upgraded
 from aioserver.faces.intake import client_headers
 from aioserver.faces.socket import MAX_WAITING_BYTES
-from aioserver.faces.socket_place import SocketPlace
 
 if TYPE_CHECKING:
     from aiohttp import web

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from aioserver.auth.callers import Caller
-    from aioserver.gateway.stored_response import StoredResponse
-    from aioserver.gateway.stored_responses import StoredResponses
+    from aioserver.gateway.stored_responses import StoredResponse, StoredResponses
     from aioserver.protocol.model_body import ModelBody
     from aioserver.streams.store import HeldBytes
     from aioserver.streams.stream import Stream

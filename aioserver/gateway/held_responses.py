@@ -9,15 +9,26 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
-    from aioserver.gateway.stored_response import StoredResponse
+
+class Counted(Protocol):
+    """A response, which is kept as long as something refers to it."""
+
+    def retain(self) -> None:
+        """Refer to it, until `release`."""
+
+    def release(self) -> None:
+        """Refer to it no longer."""
 
 
-class HeldResponses:
+R = TypeVar("R", bound=Counted)
+
+
+class HeldResponses(Generic[R]):
     """The responses that connections hold: at most one for each holder, a lane.
 
     Always: each response in it is referred to once for each of its holders.
@@ -26,14 +37,14 @@ class HeldResponses:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         # With the times since when they are held: the oldest first.
-        self._held: OrderedDict[Hashable, tuple[float, StoredResponse]] = OrderedDict()
+        self._held: OrderedDict[Hashable, tuple[float, R]] = OrderedDict()
 
-    def get(self, holder: Hashable) -> StoredResponse | None:
+    def get(self, holder: Hashable) -> R | None:
         """Return what *holder* holds; None if it holds nothing, or that was dropped."""
         held = self._held.get(holder)
         return None if held is None else held[1]
 
-    def hold(self, holder: Hashable, response: StoredResponse) -> None:
+    def hold(self, holder: Hashable, response: R) -> None:
         """Let *holder* hold *response*, instead of what it has held."""
         response.retain()
         self.drop(holder)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Record(NamedTuple):
-    """A response without those before it, on its way between instances: see `stored_response.StoredResponse` and `ResponseParts`."""
+    """A response without those before it, on its way between instances: see `stored_responses.StoredResponse` and `ResponseParts`."""
 
     id: str
     status: str

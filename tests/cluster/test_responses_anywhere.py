@@ -14,7 +14,7 @@ from aioserver.auth.callers import Caller
 from aioserver.cluster import responses as shared_responses
 from aioserver.cluster.responses import SharedResponses
 from aioserver.gateway import stored_responses
-from aioserver.gateway.stored_responses import StoredResponses
+from aioserver.gateway.stored_responses import StoredResponse, StoredResponses
 from aioserver.protocol.response_items import ResponseParts
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.streams.store import StreamStore
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine
     from pathlib import Path
 
-    from aioserver.gateway.stored_response import StoredResponse
     from tests.support.memory_bus import Instance
 
 FORGETFUL = Behaviour(ttft=0, interval=0, forgets=(404, "Response with id 'x' not found."))

@@ -15,7 +15,6 @@ from aiohttp import WSMsgType
 
 from aioserver.faces import admission, intake
 from aioserver.faces import socket as sockets
-from aioserver.faces.socket_place import SocketPlace
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.telemetry.logs import RateLimit
 from tests.support.chat import CHAT, chat, frames_of, to_end, until_status
@@ -499,7 +498,7 @@ async def test_a_socket_whose_wait_has_a_bug_is_refused(
     metrics = server.context.metrics
     fake: Any = SimpleNamespace(try_enter=lambda: None, wait=wait, metrics=metrics)
     refused: list[AioserverError] = []
-    with SocketPlace(
+    with admission.SocketPlace(
         fake,
         "websocket",
         "",

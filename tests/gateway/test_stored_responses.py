@@ -13,7 +13,7 @@ import pytest
 from aioserver.auth.callers import Caller
 from aioserver.errors import RequestTooLarge, ResponseNotFound
 from aioserver.gateway.drafts import Draft
-from aioserver.gateway.stored_responses import StoredResponses
+from aioserver.gateway.stored_responses import StoredResponse, StoredResponses
 from aioserver.protocol.response_items import continued
 from aioserver.protocol.top_level import at_once
 from aioserver.streams.entries import COMPLETE, Entry
@@ -22,8 +22,6 @@ from tests.support.clock import FakeClock
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from aioserver.gateway.stored_response import StoredResponse
 
 CALLER = Caller("web")
 ROOM = 1 << 24
