@@ -1,4 +1,4 @@
-"""The layout: imports point to the left in one order of packages, and the tests mirror the package."""
+"""The layout: imports point to the left in one order of packages, files are short, and the tests mirror the package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.package import MODULES, PACKAGES, TESTS, TREES
+from tests.support.package import FILES, MODULES, PACKAGES, TESTS, TREES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,6 +58,8 @@ INSIDE_FUNCTIONS = {
     "commands.top.command": {"aioserver.commands.top.screen"},
 }
 
+# Lines of a file at most: one concept needs no more.
+MAX_LINES = 400
 # Codecs that need no import, and modules that use another one before they serve.
 BUILT_IN_CODECS = {"ascii", "latin-1", "utf-8", "utf-16"}
 OTHER_CODECS = {("config.configuration", "utf-8-sig")}
@@ -182,6 +184,12 @@ def test_package_opens_with_its_glossary(package: str) -> None:
 
     assert text is not None
     assert text.count("\n") >= 3 or not package
+
+
+def test_no_file_is_too_long() -> None:
+    lines = {name: path.read_text().count("\n") for name, path in FILES.items()}
+
+    assert not {name: count for name, count in lines.items() if count > MAX_LINES}
 
 
 def test_every_folder_of_tests_is_of_a_package_or_known() -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from aioserver.cluster.rates import SharedRate
 from aioserver.cluster.shared_gate import SharedGate
 from aioserver.cluster.shared_quota import SharedQuota
-from aioserver.providers.queueing import ProviderGate
+from aioserver.providers.queueing import FAILOVER_WAIT, ProviderGate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -31,8 +31,6 @@ DEAD, AWAY, ALIVE, COOLING = "dead", "away", "alive", "cooling"
 # Seconds for which instances that come later hear of a death, and for which its end is told. An instance that was told of a
 # death tries the provider by itself, and does not take it for alive because nobody tells of it any more.
 DEATH, RETURN = 60.0, 10.0
-# As in providers/provider.py: a request that can fail over does so if nothing can start for longer.
-FAILOVER_WAIT = 1.0
 
 
 class SharedProviderGate(SharedGate, ProviderGate):

@@ -9,8 +9,9 @@ a provider that is well; or it is *dead*: nothing succeeds any more, so that it 
 Its *breaker* knows which. A provider that cannot be reached, or says that it is not ready, is *away*: requests may
 wait in its queue until it is back. A request whose attempt has just failed is *parked* outside of the queue
 before it queues again. Its *health* is this breaker and two facts more: whether the
-provider has refused our key (it is *flagged*), and whether it was removed from the configuration. Its
-*budget* bounds the retries, so that a failing provider does not get a multiple of the requests.
+provider has refused our key (it is *flagged*), and whether it was removed from the configuration. The
+*feedback* of the attempts tells breaker, pace and queue how they fare. The *budget* bounds the retries, so that a
+failing provider does not get a multiple of the requests.
 
 The attempt that has started takes a connection from the *pool*, the open sockets to one provider. The
 request and its answer on this connection are an *exchange*. It pushes the body into a *sink*, which

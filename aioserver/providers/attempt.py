@@ -18,6 +18,7 @@ from aioserver.protocol.top_level import at_once
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
 from aioserver.providers.attempt_trace import WatchedSink, note_request
 from aioserver.providers.body_sink import BodySink
+from aioserver.providers.chat_sink import ChatSink, complete_chat
 from aioserver.providers.continuation import learn
 from aioserver.providers.error_mapping import (
     check_json,
@@ -27,9 +28,10 @@ from aioserver.providers.error_mapping import (
     matches_type,
     visible_headers,
 )
+from aioserver.providers.event_sink import EventSink
 from aioserver.providers.message_sink import MessageSink
 from aioserver.providers.request import Answer
-from aioserver.providers.sinks import ChatSink, EventSink, complete
+from aioserver.providers.response_sink import ResponseSink
 from aioserver.streams import entries
 
 if TYPE_CHECKING:
@@ -289,7 +291,7 @@ class Attempt:
             return ChatSink(stream, request.reading)
         if is_messages(request.path):
             return MessageSink(stream)
-        return EventSink(stream, responses=request.path.endswith("responses"))
+        return ResponseSink(stream) if request.path.endswith("responses") else EventSink(stream)
 
     @property
     def max_body_bytes(self) -> int:
@@ -337,6 +339,6 @@ class Attempt:
         stream.mark_answered()
         if chunks:
             stream.append(entries.CHUNK, chunks)
-        complete(stream, reading)
+        complete_chat(stream, reading)
         self.usage, self.events = reading.usage, stream.last
         return None

@@ -15,22 +15,21 @@ from typing import TYPE_CHECKING
 from aioserver.limits.turns import in_turns
 from aioserver.provider_errors import (
     NoProvider,
-    ProviderFault,
     ProviderRateLimited,
     StaleConnection,
 )
 from aioserver.providers.absence import Absence, unsent
-from aioserver.providers.attempt_trace import note_end
 from aioserver.providers.backpressure import Backpressure
 from aioserver.providers.bridging import Bridging
 from aioserver.providers.budget import Budget
 from aioserver.providers.exchange import Exchange
+from aioserver.providers.feedback import Feedback
 from aioserver.providers.health import Health
 from aioserver.providers.pools import Pools
 from aioserver.providers.provider_stats import PaceStats, ProviderStats
-from aioserver.providers.queueing import ProviderGate, TrialPlace
+from aioserver.providers.queueing import FAILOVER_WAIT, ProviderGate, TrialPlace
 from aioserver.providers.silence import measure
-from aioserver.providers.token_estimate import charge_difference, expected_tokens
+from aioserver.providers.token_estimate import expected_tokens
 from aioserver.telemetry.metrics import ProviderMeter
 
 if TYPE_CHECKING:
@@ -42,9 +41,6 @@ if TYPE_CHECKING:
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.queueing import GateFactory
     from aioserver.streams.stream import Stream
-
-# An attempt that can fail over does so if nothing can start at its provider for more than these seconds.
-FAILOVER_WAIT = 1.0
 
 
 class Provider:
@@ -87,6 +83,7 @@ class Provider:
         # count the latter as waiting.
         self._pending = 0
         self.pools = Pools(settings, base_url, pending=lambda: self._pending)
+        self._feedback = Feedback(self.health, self._gate, self.pools, self.absence, clock)
         self.budget = Budget(clock)
         # Set at the end of the last attempt; None unless the provider is removed.
         self._drained: asyncio.Event | None = None
@@ -169,7 +166,7 @@ class Provider:
             self.pools.pool.trim()
             # A fault without an outcome is our own pace's, not the provider's.
             if isinstance(exc, ProviderRateLimited) and exc.attempt_outcome:
-                self._cool_down(attempt, exc)
+                self._feedback.rate_limited(attempt, exc)
             raise
         finally:
             attempt.ended()
@@ -178,29 +175,18 @@ class Provider:
                     # The next request may start at once, and tell its client.
                     place.release()
             finally:
-                self._attempt_ended(attempt, error)
+                if self._drained is not None and not self._gate.inside:
+                    self._drained.set()
+                self._feedback.ended(attempt, error)
                 error = None  # its traceback leads here
 
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer: its headers tell what is left of the provider's limits."""
-        if self._outdated(attempt):
-            return
-        if self._pace.learn(attempt.headers) and self._gate.waiting:
-            self._gate.refuse_late(FAILOVER_WAIT)
+        self._feedback.head_received(attempt)
 
     def answered(self, attempt: Attempt) -> None:
         """Learn that an answer has begun: the provider is not dead."""
-        trial, attempt.trial = attempt.trial, False
-        if attempt.rejoin:
-            self._gate.free_room(attempt)
-        if self._outdated(attempt):
-            self.health.breaker.unsure(trial=trial)
-            # Another trial may start now.
-            self._gate.serve()
-            return
-        seconds = self._clock() - (attempt.request.record.sent_at or attempt.began)
-        if self.health.answered(seconds, trial=trial):
-            self._gate.resume()
+        self._feedback.answered(attempt)
 
     def stats(self) -> ProviderStats:
         """Return a snapshot."""
@@ -336,52 +322,6 @@ class Provider:
         # A trial may have to come back.
         attempt.rejoin = attempt.rejoin or isinstance(place, TrialPlace)
         return place
-
-    def _cool_down(self, attempt: Attempt, fault: ProviderRateLimited) -> None:
-        """Start nothing for as long as the provider asks, which has refused *attempt* for its rate."""
-        if not self._outdated(attempt):
-            self._pace.cool_down(fault.retry_after or 0.0)
-            self._gate.refuse_late(FAILOVER_WAIT)
-
-    def _attempt_ended(self, attempt: Attempt, exc: BaseException | None) -> None:
-        """Count an attempt that has ended, well or with *exc*, and learn from it."""
-        if self._drained is not None and not self._gate.inside:
-            self._drained.set()
-        if attempt.expected_tokens:
-            charge_difference(attempt, self.settings, self._pace, failed=exc is not None)
-            self._gate.serve()
-        attempt.request.record.on_answer = None
-        if exc is None and not attempt.answered:
-            # An answer in one piece has no first event.
-            attempt.first_event()
-        if attempt.request.record.trace is not None:
-            note_end(attempt, exc, self._clock(), self.pools.base_url)
-        trial, attempt.trial = attempt.trial, False
-        outdated, attempt.pool = self._outdated(attempt), None
-        exc = exc or attempt.fault
-        attempts = self.meter.attempts
-        if exc is None:
-            attempts["ok"].value += 1
-            return
-        if isinstance(exc, ProviderFault):
-            if exc.attempt_outcome:
-                attempts[exc.attempt_outcome].value += 1
-        elif isinstance(exc, asyncio.CancelledError) and attempt.request.record.sent_at:
-            attempts["cancelled"].value += 1
-        if outdated or attempt.says_little:
-            # Its fault is that of former settings, with another key or address, or of one path.
-            self.health.breaker.unsure(trial=trial)
-        elif self.health.attempt_failed(
-            exc, attempt.began, trial=trial, answered=attempt.answered
-        ):
-            self.absence.refuse()
-        if trial:
-            # Another trial may start now.
-            self._gate.serve()
-
-    def _outdated(self, attempt: Attempt) -> bool:
-        """Return whether *attempt* was sent by former settings, perhaps with another key or address."""
-        return attempt.pool is not None and attempt.pool is not self.pools.pool
 
     def _check(self, attempt: Attempt) -> None:
         """Refuse *attempt* if the provider is not asked now.

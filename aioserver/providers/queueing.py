@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     # Called as `ProviderGate` is.
     GateFactory = Callable[[str, HttpClient, Health, Callable[[], float]], "ProviderGate"]
 
+# An attempt that can fail over does so if nothing can start at its provider for more than these seconds.
+FAILOVER_WAIT = 1.0
+
 
 class TrialPlace(Place):
     """A place whose attempt is a trial of a dead provider.

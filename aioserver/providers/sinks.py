@@ -1,83 +1,72 @@
-"""Sinks, which make events of a log, or a body, from the bytes of a provider's answer.
+"""What the sinks of streamed answers share, whichever API their provider speaks.
 
-`EventSink` keeps the provider's bytes (text/event-stream, WHATWG HTML 9.2), whole events at a time,
-for the OpenAI face. `ChatSink` reads each event and appends `chunk` objects, for the faces that show
-frames. Anthropic's events (message_sink.py) and bodies that are not streamed (body_sink.py) go elsewhere. How an answer may end:
+A sink gets the bytes of an answer as they come, and fills a log. All of them cut the bytes into whole events
+(text/event-stream, WHATWG HTML 9.2) and end the log; they differ in what an event means:
 
-    [DONE], or response.completed / incomplete / failed      well
-    the body ends after a finish_reason                      well; a [DONE] is added
-    an event that is not JSON                                ProviderBadResponse
-    an error object                                          ProviderError, or the fault that its code means; nothing after
-                                                             it passes, and a response gets a response.failed
-    the body ends otherwise                                  ProviderDisconnected
-    there is no body                                         ProviderBadResponse
+    StreamSink
+        PassingSink         keeps the provider's bytes: one entry for each read
+            EventSink       chat completions, for the OpenAI face (event_sink.py)
+            ResponseSink    responses (response_sink.py)
+            MessageSink     messages of Anthropic's API (message_sink.py)
+        ReadingSink         reads each event, and keeps what it makes of it
+            ChatSink        chat completions as `chunk` objects, for the faces that show frames (chat_sink.py)
+            BridgeSink      chat completions as the events of a response (bridge_sink.py)
+
+A body that is not streamed is collected (body_sink.py). How an answer may end:
+
+    its end mark                            well; which event that is, the API says
+    the body ends after a finish_reason     well, for chat completions
+    an event that is not JSON               ProviderBadResponse
+    an event that reports an error          ProviderError, or the fault that its code means; nothing after it passes
+    the body ends otherwise                 ProviderDisconnected
+    there is no body                        ProviderBadResponse
 """
 
 from __future__ import annotations
 
-import contextlib
-from typing import TYPE_CHECKING, Any
-
-import orjson
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
 
 from aioserver.protocol import eventstream
 from aioserver.protocol.eventstream import EventTooLong
-from aioserver.protocol.openai import (
-    TEXT_START,
-    BadEvent,
-    ErrorEvent,
-    Reading,
-    Shape,
-    bounded,
-    learn,
-    usage_of,
-)
-from aioserver.protocol.responses import ENDS, up_to_end
+from aioserver.protocol.openai import BadEvent, ErrorEvent, Shape, learn
 from aioserver.provider_errors import (
     ProviderAuthError,
     ProviderBadResponse,
     ProviderDisconnected,
     ProviderFault,
 )
-from aioserver.providers.error_mapping import error_object_fault, event_fault
+from aioserver.providers.error_mapping import event_fault
 from aioserver.streams import entries
 
 if TYPE_CHECKING:
+    from aioserver.protocol.openai import Reading
     from aioserver.streams.contracts import Path
     from aioserver.streams.stream import Stream
 
 # Events of an answer from which its shape is learned; some providers repeat no shape at all.
 MAX_SHAPE_SAMPLES = 4
-# Events of a response in which its id is looked for.
-MAX_ID_SAMPLES = 4
 # Bytes of an answer's text that are not counted yet, at most.
 TEXT_STEP = 4096
-DONE = b"data: [DONE]\n\n"
-# A quote inside a JSON string is escaped, so these are never text that a model has written. They are
-# looked for with `find` and not with a regular expression, since every byte that passes is searched.
-_FINISH, _FINISH_SPACED = b'"finish_reason":"', b'"finish_reason": "'
-_ERROR = b'"error"'
-_USAGE = b'"usage"'
-NO_END_MESSAGE = "the provider's stream ended without a finish_reason and without its end mark"
 
 
-class EventSink:
-    """Appends the provider's bytes, as they are, to a log: one entry for each read.
+class StreamSink(ABC):
+    """Fills a log with the events of an answer, as its provider streams them.
 
     Always: an entry holds whole events only; nothing is appended after an error or an end.
-
-    *responses* says that the events are those of the Responses API, not chat completions.
     """
 
-    def __init__(self, stream: Stream, *, responses: bool) -> None:
+    # What is missing if the body ends too early.
+    end_mark: ClassVar[str] = "a finish_reason and without its end mark"
+
+    def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._splitter = eventstream.Splitter(stream.max_bytes)
-        self._responses = responses
-        # Events in which the provider's id of a response is still looked for.
-        self._id_samples_left = MAX_ID_SAMPLES if responses else 0
-        # Whether a finish_reason has come.
-        self._finished = False
+        # Whether anything has come.
         self._begun = False
+        # Whether the answer is over, so that readers are notified of what is appended now together with the end of the
+        # log. An attribute, since a keyword argument costs as much as two calls.
+        self._over = False
 
     @property
     def progress(self) -> int:
@@ -88,238 +77,178 @@ class EventSink:
         """Append the events that are whole now; return False at the end of the answer.
 
         Raises:
-            ProviderFault: the first event is an error object, or a later event is one about our key. Any
-                other error object ends the log.
-            ProviderBadResponse: an event is too long, or is not JSON, as far as `plausible` can tell.
+            ProviderFault: an event is too long, is not JSON, or reports an error that the log does not end with.
         """
         self._begun = True
         try:
             block = self._splitter.feed(data)
-        except EventTooLong as exc:
+            return not block or self._take(block)
+        except (EventTooLong, BadEvent, ErrorEvent) as exc:
             raise event_fault(exc) from exc
-        if not block:
-            return True
-        # Not `in`: for bytes that costs more than twice as much.
-        find = block.find
-        done, ended, error_event = b"", False, None
-        if self._responses:
-            block, ended = up_to_end(block)
-            if ended:
-                self._stream.details.usage = _usage_in(block)
-        else:
-            if find(b"[DONE]") >= 0 and (start := _done_line(block)) >= 0:
-                ended = True
-                done = DONE
-                block = block[:start]
-            if not self._finished:
-                self._finished = find(_FINISH) >= 0 or find(_FINISH_SPACED) >= 0
-            if self._finished and find(_USAGE) >= 0:
-                self._stream.details.usage = _usage_in(block) or self._stream.details.usage
-        if find(_ERROR) >= 0:
-            block, error_event = self._before_error(block)
-        broken = not plausible(block)
-        if broken:
-            block = before_broken(block)
-        self._append(block, more=ended or broken or error_event is not None, ended=ended)
-        if broken:
-            raise ProviderBadResponse("the provider sent an event that is not JSON")
-        if error_event is not None:
-            event, content = error_event
-            # OpenAI's Responses API has events that are error objects themselves.
-            fault = error_object_fault(content.get("error") or content)
-            if not self._stream.answered or isinstance(fault, ProviderAuthError):
-                # An error about our key is never shown.
-                raise fault
-            self._end_with_error(event, content.get("type"), fault)
-            return False
-        if ended:
-            self._complete(done)
-        return not ended
 
     def end(self) -> None:
-        """Complete the log, since the body ended without a `[DONE]`.
+        """Complete the log, since the body ended without an end mark.
 
         Raises:
-            ProviderDisconnected: there was no finish_reason either.
-            ProviderBadResponse: the body was empty.
+            ProviderDisconnected: the answer was not complete.
+            ProviderBadResponse: the body was empty, or what has come is no answer.
         """
-        if not self._finished:
-            raise early_end(self._begun)
-        self._complete(DONE)
+        if not self._begun:
+            raise ProviderBadResponse("the provider's stream is empty")
+        if not self._complete_without_mark:
+            raise ProviderDisconnected(f"the provider's stream ended without {self.end_mark}")
+        self._over = True
+        self._complete()
 
     def fast(self) -> Path | None:
-        """Return the stream's fast path: not before the id of a response, nor after a finish_reason: usage may follow."""
-        slow = self._finished or self._id_samples_left or not self._splitter.idle
-        if slow or (self._responses and self._stream.details.error_format is None):
-            return None
-        return self._stream.open_fast_path()
+        """Return the stream's fast path, by which the next event may go; None if this sink has to see it."""
+        return None
 
-    def _end_with_error(self, event: bytes, kind: object, fault: ProviderFault) -> None:
-        """End the log with *fault*, which the provider has reported in *event*, whose type is *kind*.
+    @property
+    def _complete_without_mark(self) -> bool:
+        """Whether the answer is complete if the body ends now."""
+        return False
 
-        The one error that all clients of the Responses API take for an end is `response.failed`. It
-        replaces an *event* without a type, and follows any other.
+    @abstractmethod
+    def _take(self, block: bytes) -> bool:
+        """Append the events of *block*, which are whole; return False at the end of the answer.
+
+        Raises:
+            ProviderFault, BadEvent, ErrorEvent: see `feed`.
         """
-        stream = self._stream
-        end = not self._responses or kind in ENDS
-        if end or isinstance(kind, str):
-            self._append(event, more=True)
-        if not end:
-            stream.fail(fault)
-            return
-        stream.error = fault
+
+    def _complete(self) -> None:
+        """End the log well."""
+        complete(self._stream)
+
+
+class PassingSink(StreamSink):
+    """Appends the provider's bytes, as they are, to a log: one entry for each read."""
+
+    def _take(self, block: bytes) -> bool:
+        block, ended, error = self._up_to_end(block)
+        broken = not plausible(block)
+        if broken:
+            block, ended, error = before_broken(block), False, b""
+        self._over = ended or broken or bool(error)
+        self._append(block)
+        if broken:
+            raise ProviderBadResponse("the provider sent an event that is not JSON")
+        if error:
+            fault = self._fault(error)
+            if not self._stream.answered or isinstance(fault, ProviderAuthError):
+                # Another attempt may follow; and an error about our key is never shown.
+                raise fault
+            self._end_with_error(error, fault)
+        elif ended:
+            self._complete()
+        return not self._over
+
+    @abstractmethod
+    def _up_to_end(self, block: bytes) -> tuple[bytes, bool, bytes]:
+        """Return the events of *block* that pass, whether they end the answer well, or else the event that reports an error.
+
+        The events behind either end are dropped: a good end after an error would be none.
+        """
+
+    @abstractmethod
+    def _fault(self, event: bytes) -> ProviderFault:
+        """Return the fault that *event* reports."""
+
+    def _end_with_error(self, event: bytes, fault: ProviderFault) -> None:
+        """End the log with *fault*, which the provider has reported in *event*."""
+        self._append(event)
+        self._stream.error = fault
         # Without `data`: the provider's own event has been passed on.
-        stream.end(entries.ERROR, fault.as_chunk())
+        self._stream.end(entries.ERROR, fault.as_chunk())
 
-    def _append(self, block: bytes, *, more: bool, ended: bool = False) -> None:
+    def _append(self, block: bytes) -> None:
+        """Append *block*, unless it is empty."""
         if block:
-            stream = self._stream
-            if self._id_samples_left:
-                self._add_response_id(block)
-            if self._responses and (form := stream.details.error_format) is not None:
-                size = form.size
-                form.note(block, stream.last + 1)
-                if form.size != size:
-                    stream.recount()
-                if ended and stream.attachment.on_complete is not None:
-                    stream.attachment.on_complete()
-            count = eventstream.count(block)
+            stream, count = self._stream, eventstream.count(block)
             # Comments alone pass, and are not counted.
-            if count:
+            if count and not stream.answered_at:
                 stream.mark_answered()
-            stream.forward(block, count, more=more)
-
-    def _add_response_id(self, block: bytes) -> None:
-        """Let the stream be found by the id that the provider has given to the response, too."""
-        for event in eventstream.parse(block)[: self._id_samples_left]:
-            self._id_samples_left -= 1
-            with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
-                response_id = orjson.loads(event.data)["response"]["id"]
-                if isinstance(response_id, str) and response_id:
-                    self._stream.add_alias(response_id)
-                    self._id_samples_left = 0
-                    return
-
-    def _before_error(self, block: bytes) -> tuple[bytes, tuple[bytes, dict[str, Any]] | None]:
-        """Return the events before the first that reports an error, and (that event, its content).
-
-        The events after it are dropped, [DONE] too, which would mean a good end.
-        """
-        events = eventstream.split(block)
-        for number, event in enumerate(events):
-            if (content := _reporting(event, responses=self._responses)) is not None:
-                return b"".join(events[:number]), (event, content)
-        return block, None
-
-    def _complete(self, done: bytes) -> None:
-        stream = self._stream
-        stream.end(
-            entries.COMPLETE,
-            {"metadata": {"provider": stream.details.provider, "model": stream.details.model}},
-            data=done,
-        )
+            stream.forward(block, count, more=self._over)
 
 
-class ChatSink:
-    """Reads the provider's events and appends their `chunk` objects to a log.
+class ReadingSink(StreamSink):
+    """Reads each event of a chat completion, and appends what becomes of it.
 
-    Always: nothing is appended after an error or an end.
+    *reading* has what was read so far. Once the shape of the provider's events is known, an event of that shape need
+    not be read.
     """
 
     def __init__(self, stream: Stream, reading: Reading) -> None:
-        self._stream = stream
+        super().__init__(stream)
         self._reading = reading
-        self._splitter = eventstream.Splitter(stream.max_bytes)
-        self._begun = False
         self._shape: Shape | None = None
         self._samples_left = MAX_SHAPE_SAMPLES
 
     @property
-    def progress(self) -> int:
-        """The number of the newest event in the log."""
-        return self._stream.last
+    def _complete_without_mark(self) -> bool:
+        return self._reading.finish_reason is not None
 
-    def feed(self, data: bytes) -> bool:
-        """Append the chunks of the events that are whole now; return False at the end of the answer.
-
-        Raises:
-            ProviderFault: an event is an error object, is not JSON, or is too long.
-        """
-        chunks: list[bytes] = []
-        ended = False
-        self._begun = True
-        # The texts that the fast path has passed on come before these events in the log.
-        self._stream.close_fast_path()
+    def _take(self, block: bytes) -> bool:
+        stream, read = self._stream, self._reading.read
+        if stream.path is not None:
+            # The texts that it has passed on come before these events in the log.
+            stream.close_fast_path()
+        parts: list[bytes] = []
         try:
-            block = self._splitter.feed(data)
             for event in eventstream.parse(block):
                 if event.data == b"[DONE]":
-                    ended = True
+                    self._over = True
                     break
-                if not event.data:
-                    # Not an event (WHATWG HTML 9.2.6): it keeps the connection alive.
-                    continue
-                chunks += self._reading.read(event.data)
-                # Also if the event has no text yet: from here on there is no second attempt.
-                self._stream.mark_answered()
-        except (EventTooLong, BadEvent, ErrorEvent) as exc:
-            raise event_fault(exc) from exc
+                # Without data it is no event (WHATWG HTML 9.2.6): it keeps the connection alive.
+                if event.data:
+                    parts += read(event.data) if stream.answered_at else self._begin(event.data)
         finally:
-            if chunks:
-                self._stream.append(entries.CHUNK, chunks, more=ended)
-                count_text(self._stream, self._reading)
-        if ended:
-            complete(self._stream, self._reading)
-        elif self._samples_left and len(chunks) == 1 and chunks[0].startswith(TEXT_START):
+            if parts:
+                self._append(parts)
+        if self._over:
+            self._complete()
+        elif self._samples_left and len(parts) == 1 and self._may_be_text(parts[0]):
             self._samples_left -= 1
             self._shape = learn(block, self._reading) or self._shape
-        return not ended
+        return not self._over
 
-    def end(self) -> None:
-        """Complete the log, since the body ended without a `[DONE]`.
+    def _begin(self, data: bytes) -> list[bytes]:
+        """Return what becomes of the first event, which has *data*; from then on there is no second attempt.
 
         Raises:
-            ProviderDisconnected: there was no finish_reason either.
-            ProviderBadResponse: the body was empty.
+            BadEvent, ErrorEvent: see `Reading.read`.
         """
-        if self._reading.finish_reason is None:
-            raise early_end(self._begun)
-        complete(self._stream, self._reading)
+        parts = self._reading.read(data)
+        # Also if the event has no text yet.
+        self._stream.mark_answered()
+        return parts
 
-    def fast(self) -> Path | None:
-        """Return the stream's fast path, once the shape of the provider's events is known.
+    @abstractmethod
+    def _may_be_text(self, part: bytes) -> bool:
+        """Return whether an event of which *part* became may have had a text and nothing else."""
 
-        There is none while half a character waits for its other half.
-        """
-        if self._shape is None or not self._splitter.idle or self._reading.half:
-            return None
-        return self._stream.open_fast_path(self._shape)
+    @abstractmethod
+    def _append(self, parts: list[bytes]) -> None:
+        """Append *parts*, of which there is at least one."""
 
-
-def count_text(stream: Stream, reading: Reading) -> None:
-    """Count the text of *reading* for *stream*, which both keep, once it has grown by a step."""
-    size = reading.size
-    if size - stream.details.text_bytes > TEXT_STEP:
-        stream.details.text_bytes = size
-        stream.recount()
+    def _count_text(self) -> None:
+        """Count for the log what its reading keeps, once that has grown by a step."""
+        size, details = self._reading.size, self._stream.details
+        if size - details.text_bytes > TEXT_STEP:
+            details.text_bytes = size
+            self._stream.recount()
 
 
-def complete(stream: Stream, reading: Reading) -> None:
-    """Append the `complete` event, with the metadata that the provider has sent."""
-    stream.details.usage = reading.usage
+def complete(stream: Stream, data: bytes = b"", **metadata: object) -> None:
+    """End the log of *stream* well: with *data* for the faces that pass on bytes, and this *metadata* for the others."""
+    # What is kept of the answer has the texts that the fast path has passed on, too.
+    stream.close_fast_path()
     if (keep := stream.attachment.on_complete) is not None:
         keep()
-    stream.end(
-        entries.COMPLETE,
-        {
-            "metadata": {
-                "finish_reason": reading.finish_reason,
-                "usage": reading.usage,
-                "provider": stream.details.provider,
-                "model": stream.details.model,
-            }
-        },
-    )
+    details = stream.details
+    metadata |= {"provider": details.provider, "model": details.model}
+    stream.end(entries.COMPLETE, {"metadata": metadata}, data=data)
 
 
 def plausible(block: bytes) -> bool:
@@ -349,52 +278,3 @@ def before_broken(block: bytes) -> bytes:
     events = eventstream.split(block)
     good = next(number for number, event in enumerate(events) if not plausible(event))
     return b"".join(events[:good])
-
-
-def early_end(begun: bool) -> ProviderFault:
-    """Return the fault of a stream that ended without its end mark; *begun*: anything has come."""
-    if begun:
-        return ProviderDisconnected(NO_END_MESSAGE)
-    return ProviderBadResponse("the provider's stream is empty")
-
-
-def _done_line(block: bytes) -> int:
-    """Return the index at which the line `data: [DONE]` begins, -1 if there is none."""
-    index = -1
-    while (index := block.find(b"[DONE]", index + 1)) >= 0:
-        line = block[max(0, index - 8) : index].rstrip(b" ")
-        if line.endswith((b"\ndata:", b"\rdata:")) or line == b"data:":
-            return block.rindex(b"data:", 0, index)
-    return -1
-
-
-def _usage_in(block: bytes) -> dict[str, Any] | None:
-    """Return the usage in the last event that has one; None if no event has.
-
-    It is the usage of a chunk, or of the response in an event.
-    """
-    for event in reversed(eventstream.parse(block)):
-        try:
-            content = orjson.loads(event.data)
-        except orjson.JSONDecodeError:
-            continue
-        if (usage := usage_of(content)) is not None:
-            return bounded(usage)
-    return None
-
-
-def _reporting(event: bytes, *, responses: bool) -> dict[str, Any] | None:
-    """Return the content of *event* if it reports an error; otherwise None.
-
-    It has an error object, or is one: an event of the type `error`, among the events of *responses*.
-    """
-    for part in eventstream.parse(event):
-        try:
-            content = orjson.loads(part.data)
-        except orjson.JSONDecodeError:
-            continue
-        if isinstance(content, dict) and (
-            content.get("error") or (responses and content.get("type") == "error")
-        ):
-            return content
-    return None

@@ -13,7 +13,7 @@ from aioserver.config import configuration
 from aioserver.faces.client_messages import ClientMessages
 from aioserver.protocol import eventstream, members
 from aioserver.protocol.bridge.events import ResponseWriter
-from aioserver.providers import message_sink, sinks
+from aioserver.providers import message_sink, response_sink
 from aioserver.providers.exchange import Exchange
 from aioserver.streams import fast_path
 from tests.fuzz.inputs import CORPUS, kept
@@ -48,7 +48,11 @@ BREAKAGES: dict[str, tuple[object, str, object]] = {
     "event_stream": (eventstream, "_BLANK", re.compile(rb"\n\n")),
     "fast_path": (fast_path, "_PLAIN", re.compile(rb"[^\n]+")),
     "provider_answer": (Exchange, "_settle", lambda _exchange: None),
-    "responses": (sinks, "up_to_end", lambda block: (block, b"response.completed" in block)),
+    "responses": (
+        response_sink,
+        "up_to_end",
+        lambda block: (block, b"response.completed" in block),
+    ),
     "bridge": (ResponseWriter, "_part_ending", lambda _writer: []),
     "messages": (message_sink, "_up_to_end", lambda block: (block, b"message_stop" in block, b"")),
     "client_frames": (ClientMessages, "_count", lambda _messages, _size: True),

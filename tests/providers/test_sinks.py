@@ -21,7 +21,9 @@ from aioserver.provider_errors import (
     ProviderError,
 )
 from aioserver.providers.body_sink import BodySink
-from aioserver.providers.sinks import DONE, ChatSink, EventSink
+from aioserver.providers.chat_sink import ChatSink
+from aioserver.providers.event_sink import DONE, EventSink
+from aioserver.providers.response_sink import ResponseSink
 from aioserver.streams import entries
 from aioserver.streams.store import StreamStore
 from aioserver.streams.stream import Stream
@@ -114,7 +116,7 @@ def test_every_framing_and_every_cut_passes_the_same_bytes(name: str) -> None:
         expected += eventstream.parse(DONE)
     for cut in every_cut(data):
         stream = new_stream()
-        play(EventSink(stream, responses=False), data, cut, end=True)
+        play(EventSink(stream), data, cut, end=True)
 
         assert eventstream.parse(passed(stream)) == expected
         assert (stream.end_status, stream.answered) == (entries.COMPLETE, True)
@@ -129,7 +131,7 @@ def test_an_end_without_a_finish_reason_is_no_end(frames: bool) -> None:
     data = delta("Hel") + delta("lo")
     for cut in every_cut(data):
         stream = new_stream()
-        sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream, responses=False)
+        sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream)
         with pytest.raises(ProviderDisconnected):
             play(sink, data, cut, end=True)
 
@@ -140,7 +142,7 @@ def test_an_end_without_a_finish_reason_is_no_end(frames: bool) -> None:
 @pytest.mark.parametrize("frames", [True, False], ids=["frames", "bytes"])
 def test_a_stream_without_a_byte_is_a_bad_response(frames: bool) -> None:
     stream = new_stream()
-    sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream, responses=False)
+    sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream)
     with pytest.raises(ProviderBadResponse):
         sink.end()
 
@@ -149,7 +151,7 @@ def test_a_stream_without_a_byte_is_a_bad_response(frames: bool) -> None:
 def test_half_an_event_is_never_passed_on(frames: bool) -> None:
     whole, half = delta("Hel"), delta("lo")[:-20]
     stream = new_stream()
-    sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream, responses=False)
+    sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream)
 
     play(sink, whole + half, range(1, len(whole + half)), end=False)
 
@@ -165,7 +167,7 @@ def test_nothing_behind_done_is_passed_on(frames: bool) -> None:
     data = ANSWER + DONE + delta("more") + ERROR
     for cut in every_cut(data):
         stream = new_stream()
-        sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream, responses=False)
+        sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream)
         assert play(sink, data, cut, end=True)
 
         assert stream.end_status == entries.COMPLETE
@@ -180,7 +182,7 @@ def test_an_error_event_is_the_end_and_nothing_follows_it(behind: bytes) -> None
     data = delta("Hel") + ERROR + behind
     for cut in every_cut(data):
         stream = new_stream()
-        assert play(EventSink(stream, responses=False), data, cut, end=True)
+        assert play(EventSink(stream), data, cut, end=True)
 
         assert passed(stream) == delta("Hel") + ERROR, cut
         assert (stream.end_status, stream.answered) == (entries.ERROR, True)
@@ -192,7 +194,7 @@ def test_an_error_event_is_the_end_and_nothing_follows_it(behind: bytes) -> None
 def test_an_error_about_our_key_is_not_passed_on_in_the_middle_either(frames: bool) -> None:
     error = b'data: {"error":{"message":"Insufficient credits of sk-1","code":402}}\n\n'
     stream = new_stream()
-    sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream, responses=False)
+    sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream)
 
     with pytest.raises(ProviderAuthError) as told:
         play(sink, delta("Hel") + error + DONE, (), end=True)
@@ -220,7 +222,7 @@ def test_an_error_as_the_first_event_is_no_answer(frames: bool, before: bytes) -
     data = before + ERROR + DONE
     for cut in every_cut(data):
         stream = new_stream()
-        sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream, responses=False)
+        sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream)
         with pytest.raises(ProviderError, match="the model has crashed"):
             play(sink, data, cut, end=True)
 
@@ -232,7 +234,7 @@ def test_an_error_of_null_and_a_text_about_errors_are_no_errors() -> None:
     data = delta('"error": {"x": 1}', error=None) + delta(finish="stop", error={}) + DONE
     for cut in every_cut(data):
         stream = new_stream()
-        assert play(EventSink(stream, responses=False), data, cut, end=True)
+        assert play(EventSink(stream), data, cut, end=True)
 
         assert passed(stream) == data
         assert stream.end_status == entries.COMPLETE
@@ -242,10 +244,10 @@ def test_a_text_that_speaks_of_ends_is_no_end() -> None:
     text = 'data: [DONE]\n\n"finish_reason":"stop" {"type":"response.completed"} [DONE]'
     data = delta(text)
     for cut in every_cut(data):
-        for responses in (False, True):
+        for kind in (EventSink, ResponseSink):
             stream = new_stream()
             with pytest.raises(ProviderDisconnected):
-                play(EventSink(stream, responses=responses), data, cut, end=True)
+                play(kind(stream), data, cut, end=True)
             assert passed(stream) == data
 
         stream = new_stream()
@@ -269,7 +271,7 @@ def test_a_response_has_its_own_end(kind: str) -> None:
     )
     for cut in every_cut(data):
         stream = new_stream()
-        assert play(EventSink(stream, responses=True), data, cut, end=True)
+        assert play(ResponseSink(stream), data, cut, end=True)
 
         assert passed(stream) == data, "and no [DONE]"
         assert stream.end_status == entries.COMPLETE
@@ -290,7 +292,7 @@ def test_nothing_behind_the_end_of_a_response_is_passed_on(kind: str, behind: by
     data = response_event("created", response={"id": "resp_1"}) + response_event(kind)
     for cut in every_cut(data + behind):
         stream = new_stream()
-        assert play(EventSink(stream, responses=True), data + behind, cut, end=True)
+        assert play(ResponseSink(stream), data + behind, cut, end=True)
 
         assert passed(stream) == data, cut
         assert stream.end_status == entries.COMPLETE
@@ -300,7 +302,7 @@ def test_a_comment_that_looks_like_the_end_of_a_response_is_none() -> None:
     data = b': "type":"response.completed"\n\n' + response_event("created")
     for cut in every_cut(data):
         with pytest.raises(ProviderDisconnected):
-            play(EventSink(new_stream(), responses=True), data, cut, end=True)
+            play(ResponseSink(new_stream()), data, cut, end=True)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +315,7 @@ def test_a_response_is_found_by_its_id_however_it_comes(before: bytes) -> None:
     for cut in every_cut(data):
         store = StreamStore(max_stream_bytes=1 << 20, max_kept_bytes=1 << 20)
         stream = store.open("r1", "me", window=30.0)
-        play(EventSink(stream, responses=True), data, cut, end=False)
+        play(ResponseSink(stream), data, cut, end=False)
 
         assert store.find("me", "resp_1") is stream, cut
 
@@ -342,7 +344,7 @@ def test_an_error_within_a_response_is_a_failed_response(
     for cut in every_cut(data):
         stream = new_stream()
         stream.details.error_format = form = ResponseEvents()
-        assert play(EventSink(stream, responses=True), data, cut, end=True)
+        assert play(ResponseSink(stream), data, cut, end=True)
 
         assert passed(stream).startswith(before + seen + b"event: response.failed\n")
         failed = orjson.loads(eventstream.parse(passed(stream))[-1].data)
@@ -363,7 +365,7 @@ def test_a_failed_response_with_our_error_beside_it_passes_as_it_is() -> None:
     for cut in every_cut(data):
         stream = new_stream()
         stream.details.error_format = ResponseEvents()
-        assert play(EventSink(stream, responses=True), data, cut, end=True)
+        assert play(ResponseSink(stream), data, cut, end=True)
 
         assert passed(stream) == data
         assert (stream.end_status, stream.answered) == (entries.ERROR, True)
@@ -375,7 +377,7 @@ def test_an_error_about_our_key_within_a_response_is_not_shown(error: bytes) -> 
     error = error.replace(b"server_error", b"invalid_api_key")
     stream = new_stream()
     with pytest.raises(ProviderAuthError):
-        play(EventSink(stream, responses=True), response_event("created") + error, (), end=True)
+        play(ResponseSink(stream), response_event("created") + error, (), end=True)
 
     assert passed(stream) == response_event("created")
     assert not stream.ended
@@ -385,7 +387,7 @@ def test_a_response_without_its_end_is_no_answer() -> None:
     data = response_event("created") + response_event("output_text.delta", delta="x") + DONE
     stream = new_stream()
     with pytest.raises(ProviderDisconnected):
-        play(EventSink(stream, responses=True), data, (), end=True)
+        play(ResponseSink(stream), data, (), end=True)
 
 
 @pytest.mark.parametrize(
@@ -420,13 +422,15 @@ def test_an_event_that_is_no_object_ends_an_answer_in_frames(event: bytes) -> No
     ],
     ids=["broken JSON", "broken UTF-8", "a number", "a word", "two fields", "a CR in a text"],
 )
-@pytest.mark.parametrize("responses", [True, False])
-def test_an_event_that_is_no_object_ends_an_answer_in_bytes(event: bytes, responses: bool) -> None:
+@pytest.mark.parametrize("kind", [EventSink, ResponseSink])
+def test_an_event_that_is_no_object_ends_an_answer_in_bytes(
+    event: bytes, kind: type[EventSink | ResponseSink]
+) -> None:
     data = delta("Hel") + event + delta("lo") + DONE
     for cut in every_cut(data):
         stream = new_stream()
         with pytest.raises(ProviderBadResponse, match="not JSON"):
-            play(EventSink(stream, responses=responses), data, cut, end=True)
+            play(kind(stream), data, cut, end=True)
 
         assert passed(stream) == delta("Hel")
         assert stream.last == 2
@@ -449,7 +453,7 @@ def test_comments_and_unusual_events_end_nothing(event: bytes) -> None:
     frames, raw = new_stream(), new_stream()
 
     assert play(ChatSink(frames, Reading()), data, (), end=True)
-    assert play(EventSink(raw, responses=False), data, (), end=True)
+    assert play(EventSink(raw), data, (), end=True)
 
     assert [chunk["data"] for _, chunk in shown(frames)[:-1]] == ["Hel", "lo"]
     assert passed(raw) == data
@@ -459,7 +463,7 @@ def test_comments_and_unusual_events_end_nothing(event: bytes) -> None:
 @pytest.mark.parametrize("size", [1000, 65536, 1 << 22])
 def test_an_endless_line_is_cut_at_its_bound(frames: bool, size: int) -> None:
     stream = new_stream()
-    sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream, responses=False)
+    sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream)
     assert sink.feed(delta("Hel"))
     for _ in range(stream.max_bytes // size):
         assert sink.feed(b"x" * size)
@@ -633,7 +637,7 @@ def test_an_event_of_megabytes_passes_whole(frames: bool, piece: int) -> None:
     # A streamed picture is one event of 1 to 5 MB; here one of 3.
     stream = new_stream()
     text = "x" * 3_000_000
-    sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream, responses=False)
+    sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream)
     data = delta(text) + delta("!", "stop") + DONE
 
     assert play(sink, data, range(piece, len(data), piece), end=True)
@@ -745,7 +749,7 @@ def test_what_a_running_answer_keeps_beside_its_events_is_counted_as_it_grows() 
 
     stream = new_stream()
     stream.details.error_format = ResponseEvents()
-    response = EventSink(stream, responses=True)
+    response = ResponseSink(stream)
     before = stream.extra_bytes
     response.feed(b'data: {"type":"x","response":{"id":"r1","text":"%b"}}\n\n' % (b"x" * 20_000))
     assert stream.extra_bytes - before >= 20_000

@@ -51,7 +51,9 @@ AnswerDetails.final_error = AnswerDetails.render_error = lambda self, error, num
 """,
     "that a provider's connection was cut": """
 from aioserver.providers.exchange import Exchange
-from aioserver.providers.sinks import DONE, ChatSink, EventSink, complete
+from aioserver.providers.chat_sink import ChatSink
+from aioserver.providers.event_sink import EventSink
+from aioserver.providers.response_sink import ResponseSink
 lost = Exchange.connection_lost
 def whole(self, exc):
     if self._parser.sink is None or self._done.done():
@@ -60,8 +62,8 @@ def whole(self, exc):
         self._parser.surplus = self._parser.whole = True
         self._push()
 Exchange.connection_lost = whole
-EventSink.end = lambda self: self._complete(DONE)
-ChatSink.end = lambda self: complete(self._stream, self._reading)
+for kind in (ChatSink, EventSink, ResponseSink):
+    kind._complete_without_mark = True
 """,
     "a pooled connection": """
 from aioserver.providers.connections import Connections
@@ -224,13 +226,9 @@ from aioserver.limits import gate, gcra
 gate.ROUNDING = gcra.ROUNDING = 0.0
 """,
     "the type of an error in a response": """
-from aioserver.providers.sinks import EventSink
-from aioserver.streams.entries import ERROR
-def untyped(self, event, kind, fault):
-    self._append(event, more=True)
-    self._stream.error = fault
-    self._stream.end(ERROR, fault.as_chunk())
-EventSink._end_with_error = untyped
+from aioserver.providers.response_sink import ResponseSink
+from aioserver.providers.sinks import PassingSink
+ResponseSink._end_with_error = PassingSink._end_with_error
 """,
     "that what was read makes room": """
 from aioserver.streams.store import StreamStore

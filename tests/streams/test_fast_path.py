@@ -727,6 +727,19 @@ async def test_the_end_in_the_same_turn_comes_behind_what_was_taken(face: str) -
         assert in_order(road.body, b"w1 ", b"w2 ", end)
 
 
+async def test_what_is_kept_at_the_end_has_what_was_taken_behind_a_finish_reason() -> None:
+    kept: list[str] = []
+    async with Road("sse") as road:
+        road.stream.attachment.on_complete = lambda: kept.append(road.reading.text)
+        await road.say(EVENT_STREAM, word(0), word(1), chunk(END))
+        with taking() as taken:
+            await road.say(word(2), word(3), LAST_CHUNK)
+            await road.over()
+
+        assert taken == [word(2), word(3)]
+    assert kept == ["w0 w1 w2 w3 "]
+
+
 @pytest.mark.parametrize("face", FACES)
 async def test_a_fault_in_the_same_turn_comes_behind_what_was_taken(face: str) -> None:
     async with under_way(face) as (road, _):

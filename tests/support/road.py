@@ -18,9 +18,11 @@ from aioserver.errors import AioserverError
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading
 from aioserver.protocol.responses import ResponseEvents
+from aioserver.providers.chat_sink import ChatSink
+from aioserver.providers.event_sink import EventSink
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.pooled_connection import ConnectionProtocol
-from aioserver.providers.sinks import ChatSink, EventSink
+from aioserver.providers.response_sink import ResponseSink
 from aioserver.streams.entries import CANCELLED
 from aioserver.streams.fast_path import FastPath, ResponsePath, TextPath
 from aioserver.streams.formats import EVENTS, MESSAGES, RAW, RESPONSES, response_messages
@@ -130,7 +132,9 @@ class Road:
         self.stream.append_processing("sim", "m")
         self.reading = Reading()
         self.sink = (
-            EventSink(self.stream, responses=responses)
+            ResponseSink(self.stream)
+            if responses
+            else EventSink(self.stream)
             if private
             else ChatSink(self.stream, self.reading)
         )

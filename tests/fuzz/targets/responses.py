@@ -10,7 +10,7 @@ from aioserver.errors import InternalError
 from aioserver.protocol import eventstream
 from aioserver.protocol.responses import ResponseEvents
 from aioserver.provider_errors import ProviderFault
-from aioserver.providers.sinks import EventSink
+from aioserver.providers.response_sink import ResponseSink
 from aioserver.streams.store import StreamStore
 from tests.fuzz.inputs import parts
 
@@ -48,7 +48,7 @@ def _play(reads: Iterable[bytes]) -> list[Any]:
     stream = store.open("r1", "me", window=30.0)
     stream.append_processing("sim", "a-model")
     stream.details.error_format = form = ResponseEvents()
-    sink = EventSink(stream, responses=True)
+    sink = ResponseSink(stream)
     fault = ""
     try:
         for read in reads:
