@@ -266,11 +266,12 @@ async def test_a_slow_reader_of_a_whole_answer_gets_all_of_it(make_server: MakeS
         )
         loop = asyncio.get_running_loop()
         async with Raw(server, receive_buffer=SMALL) as raw:
-            await raw.post(PATH, CHAT)
-            head = await raw.head()
+            await until(lambda: len(server.http_server.connections) == 1)
             (connection,) = server.http_server.connections
             assert connection.transport is not None
             limits = connection.transport.get_write_buffer_limits()
+            await raw.post(PATH, CHAT)
+            head = await raw.head()
             begun, seen = loop.time(), 0
             while loop.time() < begun + 2.5:
                 seen += len(await raw.exactly(20_000))
