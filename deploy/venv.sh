@@ -8,10 +8,10 @@
 
 # Prints the Pythons that will do, the newest first, one on a line.
 find_pythons() {
-  local name names=(python3.14 python3.13 python3.12 python3.11 python3 python)
+  local name names=(python3.15 python3.14 python3.13 python3.12 python3.11 python3 python)
   if [ -n "${PYTHON:-}" ]; then names=("$PYTHON"); fi
   for name in "${names[@]}"; do
-    if "$name" -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info < (3, 15)))' 2>/dev/null; then
+    if "$name" -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info < (3, 16)))' 2>/dev/null; then
       echo "$name"
     fi
   done

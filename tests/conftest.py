@@ -7,6 +7,7 @@ import functools
 import gc
 import inspect
 import logging
+import signal
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,12 @@ def _debugged(loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
     loop.set_debug(True)
     loop.slow_callback_duration = 10.0  # a busy machine is no fault
     return loop
+
+
+def pytest_configure() -> None:
+    """Heed Ctrl-C, which a shell has its background jobs ignore: programs that tests interrupt would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_asyncio_loop_factories(

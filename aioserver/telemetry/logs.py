@@ -298,11 +298,20 @@ def set_up_without_thread(settings: Logging) -> None:
 
 
 def _set_up(handler: BackgroundHandler | DirectHandler, settings: Logging) -> None:
+    _format_a_traceback()
     logging.getLogger().handlers[:] = [handler]
     apply(settings)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     # aiohttp writes a traceback for each malformed request; our answer and log line say more.
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL)
+
+
+def _format_a_traceback() -> None:
+    """Load what tracebacks are formatted with: Python 3.15 does it for the first one, for which no descriptor may be free."""
+    try:
+        int("x")
+    except ValueError:
+        logging.Formatter().formatException(sys.exc_info())
 
 
 def apply(settings: Logging) -> None:

@@ -123,8 +123,9 @@ def test_thread_begins_with_the_first_question_and_ends_with_the_client(
 
 
 PROGRAM = """
-import os, sys
+import logging, os, sys
 from aioserver.client.sync import Client
+logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of a callback that was slow: a busy machine is no fault
 client = Client(sys.argv[1])
 {body}
 """

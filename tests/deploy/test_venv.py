@@ -49,12 +49,12 @@ def install(folder: Path, pythons: dict[str, str], **environ: str) -> tuple[int,
 
 
 def test_newest_python_with_all_wheels_is_taken(tmp_path: Path) -> None:
-    pythons = {"python3.14": NOTHING, "python3.13": WHEELS, "python3.12": WHEELS}
+    pythons = {"python3.15": NOTHING, "python3.14": WHEELS, "python3.13": WHEELS}
 
     code, _, tried = install(tmp_path, pythons)
 
     assert code == 0
-    assert tried == ["python3.14", "python3.13"]
+    assert tried == ["python3.15", "python3.14"]
     assert (tmp_path / ".venv/stamp").exists()
 
 

@@ -173,6 +173,8 @@ async def test_a_client_that_reads_slowly_stops_its_provider_even_if_others_wait
                 await raw.exactly(100_000)
 
 
+# The kernel has a deadline of its own for such a client, in the machine's time.
+@pytest.mark.real_time
 async def test_a_client_that_reads_nothing_is_dropped_and_its_provider_left(
     make_server: MakeServer,
 ) -> None:

@@ -266,11 +266,13 @@ async def test_a_slow_reader_of_a_whole_answer_gets_all_of_it(make_server: MakeS
         )
         loop = asyncio.get_running_loop()
         async with Raw(server, receive_buffer=SMALL) as raw:
+            await until(lambda: len(server.http_server.connections) == 1)
+            (connection,) = server.http_server.connections
+            transport = connection.transport
+            assert transport is not None
+            limits = transport.get_write_buffer_limits()
             await raw.post(PATH, CHAT)
             head = await raw.head()
-            (connection,) = server.http_server.connections
-            assert connection.transport is not None
-            limits = connection.transport.get_write_buffer_limits()
             begun, seen = loop.time(), 0
             while loop.time() < begun + 2.5:
                 seen += len(await raw.exactly(20_000))
@@ -280,10 +282,9 @@ async def test_a_slow_reader_of_a_whole_answer_gets_all_of_it(make_server: MakeS
             raw.widen()
             rest = await raw.exactly(int(head.headers["content-length"]) - seen)
             assert rest.endswith(b"}]}")
-            (connection,) = server.http_server.connections
+            assert [connection] == server.http_server.connections
             # As before: a stream that follows on this connection counts on them.
-            assert connection.transport is not None
-            assert connection.transport.get_write_buffer_limits() == limits
+            await until(lambda: transport.get_write_buffer_limits() == limits)
             # The connection is kept, and its next answer is whole, too.
             await raw.post(PATH, CHAT)
             assert len((await raw.answer()).body) > SIZE

@@ -17,6 +17,7 @@ from yarl import URL
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED
+from tests.support.commands import TOO_DEEP
 from tests.support.raw import Raw
 from tests.support.server import HTTP_CLIENT, NOWHERE, QUICK, SILENT, MakeServer, provider_entry
 from tests.support.waiting import until
@@ -343,13 +344,13 @@ FAULTY: list[tuple[bytes, str, str | None]] = [
     (b'{"x": "\\ud800}', "invalid_json", None),
     (b"\xef\xbb\xbf{}", "invalid_json", None),
     (b"\xff", "invalid_json", None),
-    (b"[" * 100_000, "invalid_json", None),
+    (b"[" * TOO_DEEP, "invalid_json", None),
     (b"[]", "invalid_request", None),
     (b'{"model": 7}', "invalid_request", "model"),
     (b'{"model": ""}', "invalid_request", "model"),
     (b'{"model": 1e999}', "invalid_request", "model"),
     (b'{"model": "' + b"x" * 5000 + b'"}', "invalid_request", "model"),
-    (b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "invalid_json", None),
+    (b'{"x": ' + b"[" * TOO_DEEP + b"]" * TOO_DEEP + b"}", "invalid_json", None),
     (b'{"stream": "yes"}', "invalid_request", "stream"),
 ]
 

@@ -13,7 +13,7 @@ from aioserver.errors import InvalidJson, InvalidRequest
 from aioserver.protocol import client_frames
 from aioserver.protocol.client_frames import BadCommand, Cancel, Chat, Ping, Resume
 from aioserver.protocol.top_level import at_once
-from tests.support.commands import encoded, survives
+from tests.support.commands import TOO_DEEP, encoded, survives
 
 unhurried = settings(max_examples=150)
 
@@ -129,12 +129,12 @@ def test_an_event_number_is_a_number_from_0_on(given: object) -> None:
         b'{"action": "\xff"}',
         '\ufeff{"action": "ping"}',
         '{"action": "a\nb"}',
-        "[" * 100_000,
-        '{"a":' * 100_000,
-        "[" * 100_000 + "]" * 100_000,
+        "[" * TOO_DEEP,
+        '{"a":' * TOO_DEEP,
+        "[" * TOO_DEEP + "]" * TOO_DEEP,
         '{"action":"chat","request_id":"r1","payload":{"text":"a","options":{"a":'
-        + "[" * 100_000
-        + "]" * 100_000
+        + "[" * TOO_DEEP
+        + "]" * TOO_DEEP
         + "}}}",
     ],
     ids=lambda text: repr(text)[:30],

@@ -17,6 +17,7 @@ from msgspec import Raw
 from aioserver.errors import InvalidJson, InvalidRequest
 from aioserver.protocol import client_frames, model_body, top_level
 from aioserver.protocol.top_level import ABSENT, NotUtf8, UnknownField, at_once
+from tests.support.commands import TOO_DEEP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -98,9 +99,9 @@ def test_a_nul_is_no_json() -> None:
     [
         *(b"", b"{", b"nul", b'{"a":NaN}', b'{"x":Infinity}', b'{"a":-Infinity}', b'{"a":01}'),
         *(b'{"a":1,}', b'{"a":[1,]}', b'{"a":1}}', b'{"a":"\n"}', b'{"a":"\\x"}', b"[1"),
-        *(b'\xef\xbb\xbf{"a":1}', b"[" * 100_000, b'{"x":' * 100_000, b'{"x":1, "b":tru}'),
-        b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-        b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        *(b'\xef\xbb\xbf{"a":1}', b"[" * TOO_DEEP, b'{"x":' * TOO_DEEP, b'{"x":1, "b":tru}'),
+        b'{"a":' + b"[" * TOO_DEEP + b"]" * TOO_DEEP + b"}",
+        b'{"x":' + b"[" * TOO_DEEP + b"]" * TOO_DEEP + b"}",
     ],
     ids=lambda body: repr(body[:20]),
 )

@@ -317,6 +317,24 @@ async def test_bad_body_is_400(
     assert (fault["type"], fault["param"]) == ("invalid_request_error", param)
 
 
+@pytest.mark.parametrize("depth", [200, 500, 1000])
+async def test_deeply_nested_body_is_answered_or_400(
+    simulator: Simulator, session: aiohttp.ClientSession, depth: int
+) -> None:
+    # A response repeats its metadata, and an embedding is made of its input as a text.
+    deep = "[" * depth + "]" * depth
+    for path, body in (
+        ("responses", f'{{"model":"m","input":"x","metadata":{deep}}}'),
+        ("responses", f'{{"model":"m","input":"x","metadata":{deep},"stream":true}}'),
+        ("embeddings", f'{{"model":"m","input":[{deep}]}}'),
+    ):
+        async with session.post(f"{simulator.base_url}/{path}", data=body) as response:
+            answer = await response.text()
+
+        assert response.status == 200 or (response.status, depth > 200) == (400, True)
+        assert response.status == 200 or "nested too deeply" in answer
+
+
 async def test_unknown_path_method_and_fault(
     simulator: Simulator, session: aiohttp.ClientSession
 ) -> None:

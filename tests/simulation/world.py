@@ -356,8 +356,11 @@ def _forget(dead: list[asyncio.Task[Any]]) -> None:
     """Let tasks that were killed vanish: what they would do at their end has no loop any more."""
     for task in dead:
         task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001
+        coroutine = task.get_coro()
+        if coroutine is None:  # from Python 3.12 on, of a task that began and ended in one step
+            continue
         for _ in range(MOST_ENDS):
             # It may wait for something at its end, and then for something else.
             with contextlib.suppress(Exception):
-                task.get_coro().close()
+                coroutine.close()
                 break

@@ -24,6 +24,7 @@ CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS = (
     "responses",
     "embeddings",
 )
+NESTED_TOO_DEEPLY = "Your request is nested too deeply."
 # The matches, joined, are the text again.
 _TOKEN = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")
 # Characters of the user's message that the answer quotes, and of a tool's result: programs put lines of their own before it.

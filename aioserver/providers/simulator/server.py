@@ -323,6 +323,9 @@ class Simulator:
             answer = shape(parsed, ident, behaviour.tokens)
         except BadRequest as error:
             return as_json(error.status, error.body)
+        except RecursionError:
+            # In Python 3.11 a `repr` goes less deep than orjson reads.
+            return as_json(400, model.error(400, model.NESTED_TOO_DEEPLY))
         exchange = Exchange(
             request,
             answer,

@@ -21,6 +21,7 @@ from aioserver.providers.simulator.model import (
     CHAT,
     COMPLETIONS,
     EMBEDDINGS,
+    NESTED_TOO_DEEPLY,
     RESPONSES,
     BadRequest,
     error,
@@ -74,7 +75,20 @@ class Answer:
 def event(data: Mapping[str, Any], name: str = "") -> bytes:
     """Encode one event of a stream."""
     head = f"event: {name}\n".encode() if name else b""
-    return b"%bdata: %b\n\n" % (head, orjson.dumps(data))
+    return b"%bdata: %b\n\n" % (head, _written(data))
+
+
+def _written(data: Mapping[str, Any]) -> bytes:
+    """Return *data* as JSON.
+
+    Raises:
+        BadRequest: *data* repeats a part of the request that is nested too deeply.
+    """
+    try:
+        return orjson.dumps(data)
+    except orjson.JSONEncodeError:
+        # orjson reads 1,024 levels, but writes 254.
+        raise BadRequest(NESTED_TOO_DEEPLY) from None
 
 
 def answer(request: ParsedRequest, ident: str, count: int = 0) -> Answer:
@@ -83,7 +97,7 @@ def answer(request: ParsedRequest, ident: str, count: int = 0) -> Answer:
     The answer has *count* tokens; for 0, as many as its text.
 
     Raises:
-        BadRequest: the dimensions of an embedding are not an integer from 1 to 4096.
+        BadRequest: the dimensions of an embedding are not an integer from 1 to 4096, or *request* is nested too deeply.
     """
     if request.endpoint == EMBEDDINGS:
         return in_one_piece(_embeddings(request), SLICES)
@@ -105,7 +119,7 @@ def words_of(request: ParsedRequest, count: int = 0) -> tuple[list[str], bool]:
 
 def in_one_piece(whole: Mapping[str, Any], count: int) -> Answer:
     """Make an answer of *whole*, as JSON in *count* slices."""
-    body = orjson.dumps(whole)
+    body = _written(whole)
     size = math.ceil(len(body) / count)
     return Answer(
         streamed=False,
