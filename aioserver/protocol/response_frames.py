@@ -200,10 +200,7 @@ def parsing(data: bytes) -> Generator[None, None, Command]:
 def _create(
     lane: str | None, frame: _Frame, body: bytes, sites: dict[str, Site]
 ) -> Generator[None, None, Create]:
-    """Return the command of a frame whose bytes are *body*, in steps.
-
-    *sites* are those of its members, if it was read in pieces.
-    """
+    """Return the command of a frame whose bytes are *body*, in steps; *sites*: of members that were read in pieces."""
     generate = top_level.flag(frame.generate)
     if generate is None and not top_level.null(frame.generate):
         raise InvalidRequest("generate must be true or false", param="generate")

@@ -1,16 +1,15 @@
 """The one writer of a client's socket.
 
-Every byte to a client goes through its writer: events, heartbeats, pings, pongs, close frames. A
-writer keeps cursors into logs, not events; only control frames are queued, at most 64. Writing is
-synchronous and happens within `Stream.append` itself, which notifies its cursors, so that a token goes
-from the provider's socket to the client's without a task switch.
+Every byte to a client goes through its writer: events, heartbeats, pings, pongs, close frames. A writer keeps
+cursors into logs, not events; only control frames are queued, at most 64. Writing is synchronous and happens within
+`Stream.append` itself, which notifies its cursors: a token reaches the client's socket without a task switch.
 
 Most tokens do not pass through the writer: when nothing else is to be written, it opens a fast path
 for its stream (fast_path.py), whose bytes go out before anything else that the writer writes.
 
-When the transport's buffer is over its high-water mark, the writer is *blocked*: it stops rendering, one task
-waits in `drain()`, and a watchdog aborts the transport after `send_timeout` without progress. A
-blocked write is never cancelled. An idle writer has no task and no timer.
+When the transport's buffer is over its high-water mark, the writer is *blocked*: it stops rendering, one task waits
+in `drain()`, and a watchdog aborts the transport after `send_timeout` without progress. A blocked write is never
+cancelled. An idle writer has no task and no timer.
 
 A writer with one cursor writes at once; one with several gathers the events of one iteration of the event
 loop. Cursors take turns, with one write in each iteration, so that a long replay holds up nobody.
