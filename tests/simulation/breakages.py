@@ -113,8 +113,8 @@ def wide_gate(limits):
     made = gate(limits)
     made._limit = 1000
     return made
-def wide_connections(self, **kwargs):
-    connections(self, **{**kwargs, "limit": 0})
+def wide_connections(self, *args, **kwargs):
+    connections(self, *args, **{**kwargs, "limit": 0})
 def wide_queue(self, *args, **kwargs):
     init(self, *args, **kwargs)
     self._limit = 1000
@@ -156,7 +156,7 @@ from aiohttp import ClientTimeout
 init = pool.Pool.__init__
 def patient(self, *args, **kwargs):
     init(self, *args, **kwargs)
-    self._timeout = ClientTimeout(total=None, connect=60.0)
+    self._connections._timeout = ClientTimeout(total=None, connect=60.0)
 pool.Pool.__init__ = patient
 """,
     "the deadline of a client's reading": """
