@@ -113,6 +113,8 @@ class DirectRequestHandler(RequestHandler):
         finally:
             if self._task_handler is task:
                 self._task_handler = loop_task
+            # A task that is cancelled keeps its error, whose traceback leads here.
+            del task
             self._waiter = waiter
             if not goes_on or self._close or self._force_close:
                 self._end(waiter)
