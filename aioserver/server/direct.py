@@ -107,14 +107,15 @@ class DirectRequestHandler(RequestHandler):
         except Exception as exc:  # noqa: BLE001 - the border of a request, as in `start`
             self.log_exception("bug in a connection", exc_info=exc)
             self.force_close()
+        except asyncio.CancelledError:
+            # The task ends here. If it raised the error, it would keep it, and with it all frames of the request.
+            self.force_close()
         except BaseException:
             self.force_close()
             raise
         finally:
             if self._task_handler is task:
                 self._task_handler = loop_task
-            # A task that is cancelled keeps its error, whose traceback leads here.
-            del task
             self._waiter = waiter
             if not goes_on or self._close or self._force_close:
                 self._end(waiter)
