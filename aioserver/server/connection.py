@@ -21,6 +21,7 @@ from aiohttp.http_exceptions import LineTooLong
 
 from aioserver.errors import HeadersTooLarge, InternalError, InvalidRequest, UriTooLong
 from aioserver.faces.http import SERVER, error_response, request_id
+from aioserver.limits.write_watchdog import reset
 from aioserver.server.direct import DirectRequestHandler
 from aioserver.streams.outbox import Outbox
 
@@ -76,6 +77,11 @@ class Connection(DirectRequestHandler):
         """Write *data*, unless the connection is lost or closing: called by the outbox."""
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(data)
+
+    def abort(self) -> None:
+        """Reset the connection: called by the outbox, if `write` has failed."""
+        if self.transport is not None:
+            reset(self.transport)
 
     def close_soon(self) -> None:
         """Close, although the last response did not say so.
