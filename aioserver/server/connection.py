@@ -5,7 +5,7 @@ aiohttp forgives a misspelled option by dropping all of them, with one log line 
 aiohttp's parser come as text with the request's own bytes in it; `Connection` gives them our body.
 
 Private names of aiohttp used here, guarded by `tests/server/test_runner.py`: `_kwargs`, `_waiter`, `_parser`,
-`_messages`.
+`_messages`, `_upgraded`.
 """
 
 from __future__ import annotations
@@ -72,6 +72,9 @@ class Connection(DirectRequestHandler):
         """
         super().set_parser(parser, data_received_cb)
         self._parser, self._messages = None, NO_REQUESTS
+        # Unless this is set, a pause of the reading would be one of the parser, too. It is not where a handshake
+        # announced a body.
+        self._upgraded = True
 
     def write(self, data: bytes) -> None:
         """Write *data*, unless the connection is lost or closing: called by the outbox."""
