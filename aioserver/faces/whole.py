@@ -57,6 +57,9 @@ async def write(
     watched = partial(drained, transport, drain, send_timeout, drop)
     if isinstance(response, ReadyResponse):
         for piece in response.more_pieces():
+            if transport.is_closing():
+                # The client has left meanwhile, and asyncio warns of each write from now on.
+                return
             if transport.get_write_buffer_size() > HIGH_WATER:
                 await watched()
             transport.write(piece)

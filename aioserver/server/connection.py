@@ -5,7 +5,7 @@ aiohttp forgives a misspelled option by dropping all of them, with one log line 
 aiohttp's parser come as text with the request's own bytes in it; `Connection` gives them our body.
 
 Private names of aiohttp used here, guarded by `tests/server/test_runner.py`: `_kwargs`, `_waiter`, `_parser`,
-`_messages`.
+`_messages`, `_upgraded`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from aiohttp.http_exceptions import LineTooLong
 
 from aioserver.errors import HeadersTooLarge, InternalError, InvalidRequest, UriTooLong
 from aioserver.faces.http import SERVER, error_response, request_id
+from aioserver.limits.write_watchdog import reset
 from aioserver.server.direct import DirectRequestHandler
 from aioserver.streams.outbox import Outbox
 
@@ -71,11 +72,19 @@ class Connection(DirectRequestHandler):
         """
         super().set_parser(parser, data_received_cb)
         self._parser, self._messages = None, NO_REQUESTS
+        # Unless this is set, a pause of the reading would be one of the parser, too. It is not where a handshake
+        # announced a body.
+        self._upgraded = True
 
     def write(self, data: bytes) -> None:
         """Write *data*, unless the connection is lost or closing: called by the outbox."""
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(data)
+
+    def abort(self) -> None:
+        """Reset the connection: called by the outbox, if `write` has failed."""
+        if self.transport is not None:
+            reset(self.transport)
 
     def close_soon(self) -> None:
         """Close, although the last response did not say so.

@@ -42,6 +42,7 @@ import re
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
+from aioserver.limits.write_watchdog import reset
 from aioserver.protocol.eventstream import utf8
 from aioserver.protocol.responses import ResponseEvents
 from aioserver.streams.entries import TextEntry
@@ -174,6 +175,10 @@ class FastPath:
             transport.write(data)
             if transport.get_write_buffer_size() > self._max_buffered:
                 self._on_full()
+
+    def abort(self) -> None:
+        """Reset the client's connection: called by the outbox, if `write` has failed."""
+        reset(self._transport)
 
 
 class ResponsePath(FastPath):

@@ -7,10 +7,13 @@ writes is done for one request after another, from code that the processor still
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import asyncio
+
+logger = logging.getLogger("aioserver.streams")
 
 
 class Writable(Protocol):
@@ -18,6 +21,9 @@ class Writable(Protocol):
 
     def write(self, data: bytes) -> None:
         """Write *data* to the socket, unless it is closing."""
+
+    def abort(self) -> None:
+        """Reset the connection: some of its bytes are lost."""
 
 
 class Outbox:
@@ -50,7 +56,12 @@ class Outbox:
         """Write all that is pending, now."""
         pending, self._pending = self._pending, []
         for target, data in pending:
-            target.write(data)
+            try:
+                target.write(data)
+            except Exception:
+                # The bytes behind these are those of others, whose handlers wait for them.
+                logger.exception("bug in a write")
+                target.abort()
         if self._waiting:
             waiting, self._waiting = self._waiting, []
             for written in waiting:

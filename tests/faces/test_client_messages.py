@@ -158,6 +158,17 @@ async def test_a_large_message_in_parts_is_no_flood(server: RunningServer) -> No
     assert len(parts) > client_messages.FRAMES_BURST
 
 
+@pytest.mark.parametrize("line", ["Content-Length: 5", "Transfer-Encoding: chunked"])
+async def test_a_large_message_is_read_after_a_handshake_that_announced_a_body(
+    server: RunningServer, line: str
+) -> None:
+    async with Raw(server) as raw:
+        assert (await raw.upgrade(line)).status == 101
+        await raw.send_json(chat("large", text="x" * 600_000))
+
+        assert (await raw.json_frame())["request_id"] == "large"
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 async def test_more_bytes_than_a_burst_are_a_flood(make_server: MakeServer, parts: int) -> None:
     server = await make_server(**{MAX_MESSAGE: 30_000})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp.test_utils import make_mocked_request
 
-from aioserver.faces import ready
+from aioserver.faces import ready, whole
 from aioserver.faces.http import Request
 from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.streams.outbox import Outbox
 from tests.support.chat import CHAT, STREAMED
 from tests.support.raw import Raw
 from tests.support.transport import FakeTransport
@@ -75,6 +77,18 @@ class Waits:
         self.drained += 1
 
 
+class Leaving:
+    """The connection of a client that leaves once it has the first bytes of its answer."""
+
+    def __init__(self, transport: FakeTransport) -> None:
+        self.transport = transport
+        self.outbox = Outbox(asyncio.get_running_loop())
+
+    def write(self, data: bytes) -> None:
+        self.transport.write(data)
+        self.transport.lose()
+
+
 def request_of(transport: FakeTransport, writer: Waits) -> Any:
     request: Any = make_mocked_request("POST", PATH, transport=transport, writer=writer)
     request.__class__ = Request
@@ -100,3 +114,16 @@ async def test_a_client_that_has_left_gets_nothing() -> None:
         await ready.ReadyResponse(b"body", {}).prepare(request_of(transport, Waits()))
 
     assert transport.writes == []
+
+
+async def test_of_a_large_answer_nothing_is_written_once_its_client_has_left() -> None:
+    transport, dropped = FakeTransport(), list[str]()
+    request = request_of(transport, Waits())
+    request._protocol = Leaving(transport)  # noqa: SLF001 - aiohttp gives no other way
+    answer = ready.ReadyResponse(b"x" * (10 * ready.HIGH_WATER), {})
+
+    # Were more written, asyncio would log a warning for each piece, and this transport asserts.
+    await whole.write(request, answer, 5.0, lambda *drop: dropped.extend(drop), "openai")
+
+    assert len(transport.writes) == 1
+    assert not dropped

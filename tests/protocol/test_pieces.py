@@ -266,3 +266,26 @@ def test_more_keys_than_can_be_told_apart_are_refused_in_one_piece(
 
     with pytest.raises(InvalidRequest, match="keys model in one body"):
         read.with_model("other")
+
+
+class Searched(bytes):
+    """A body that counts how often something was looked for in it."""
+
+    searches = 0
+
+    def find(self, *where: Any) -> int:
+        self.searches += 1
+        return super().find(*where)
+
+
+def test_a_client_that_knows_the_marks_has_few_of_them_looked_for() -> None:
+    # All the marks that a piece may get: each one that was found in it gives way to the next.
+    mark, known = pieces._mark, b""  # noqa: SLF001 - from outside, only its time can be seen
+    for _ in range(18):
+        known += mark(known, 0, len(known))
+    body = Searched(known)
+
+    assert mark(body, 0, len(body)) not in known
+    assert body.searches <= len(body).bit_length(), (
+        "not as many as the marks that there is room for"
+    )

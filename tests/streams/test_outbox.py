@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 from aioserver.streams.outbox import Outbox
 from tests.support.waiting import ticks
+
+if TYPE_CHECKING:
+    import pytest
 
 
 class Socket:
@@ -17,6 +21,16 @@ class Socket:
 
     def write(self, data: bytes) -> None:
         self.written.append((self.name, data))
+
+    def abort(self) -> None:
+        self.written.append((self.name, b"aborted"))
+
+
+class BrokenSocket(Socket):
+    """One that cannot be written to."""
+
+    def write(self, data: bytes) -> None:
+        raise MemoryError(f"no room for {len(data)} bytes")
 
 
 async def test_all_that_one_iteration_writes_goes_out_at_its_end_in_its_order() -> None:
@@ -67,3 +81,17 @@ async def test_a_flush_before_the_end_of_the_iteration_writes_nothing_twice() ->
     outbox.put(Socket("b", written), b"2")
     await ticks()
     assert written == [("a", b"1"), ("b", b"2")]
+
+
+async def test_a_write_that_fails_costs_its_own_socket_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    written: list[tuple[str, bytes]] = []
+    outbox = Outbox(asyncio.get_running_loop())
+    sockets = Socket("a", written), BrokenSocket("b", written), Socket("c", written)
+
+    async with asyncio.timeout(5):
+        await asyncio.gather(*(outbox.send(socket, b"whole") for socket in sockets))
+
+    assert written == [("a", b"whole"), ("b", b"aborted"), ("c", b"whole")]
+    assert [record.message for record in caplog.records] == ["bug in a write"]
