@@ -1,4 +1,4 @@
-"""Serves a request that finds its connection idle at once, past the loop in which aiohttp serves those of a connection.
+"""Serves a request at once if its connection is idle, past the loop in which aiohttp serves those of a connection.
 
 That loop (`RequestHandler.start`) is a task that waits for the next request. To wake it, to have it start another task for
 the request and to wake it again at the end takes a tenth of the CPU time of a request that is not streamed. Here it
