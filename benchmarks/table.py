@@ -91,9 +91,25 @@ ROWS = (
     Row(
         "first", "ttft_p99_ms", "p99 first token added, ms, 750 SSE streams", "less", 2, added=True
     ),
-    Row("memory", "kib", "KiB per running SSE stream, 1,000 of them", "less", 1),
+    Row(
+        "memory",
+        "kib",
+        "KiB per running SSE stream, 1,000 of them",
+        "less",
+        1,
+        goal=28.0,
+        absolute=True,
+    ),
     Row("wsmemory", "kib", "KiB per running WebSocket stream, 1,000 of them", "less", 1),
-    Row("idle", "kib", "KiB per idle WebSocket, 10,000 of them", "less", 1),
+    Row(
+        "idle",
+        "kib",
+        "KiB per idle WebSocket, 10,000 of them",
+        "less",
+        1,
+        goal=15.0,
+        absolute=True,
+    ),
     Row("idle", "cpu_percent", "CPU % of one core, these idle", "less", 2, ratio=False),
     Row("crowded", "few_us", "CPU µs per plain request, 100 idle WebSockets", "less", 1),
     Row("crowded", "many_us", "CPU µs per plain request, 4,000 idle WebSockets", "less", 1),
@@ -190,7 +206,7 @@ ROWS = (
     Row("restart", "turned_away", "answered 4xx or 5xx in it", "less", ratio=False),
     Row("restart", "connect_errors", "connections refused in it", "less", ratio=False),
     Row("start", "seconds", "start to first good answer, s", "less", 2, goal=0.25, absolute=True),
-    Row("start", "rss_mb", "resident MB after it", "less", 1),
+    Row("start", "rss_mb", "resident MB after it", "less", 1, goal=45.0, absolute=True),
 )
 
 
