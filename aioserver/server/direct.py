@@ -82,6 +82,7 @@ class DirectRequestHandler(RequestHandler):
         make_request, handler = self._request_factory, self._request_handler
         if manager is None or parser is None or make_request is None or handler is None:
             # The connection was lost before the task began.
+            waiter.cancel()
             return
         loop_task, task = self._task_handler, asyncio.current_task(loop)
         assert task is not None
