@@ -106,16 +106,22 @@ async def _look(client: Client, turn: Turn, look: str) -> None:
     if not look:
         return
     url = f"{client.base}/v1/responses/{turn.read.id}"
-    if look == "list":
-        answer = await _json(client, "GET", f"{url}/input_items?order=asc&limit=100")
-    else:
-        answer = await _json(client, "DELETE" if look == "delete" else "GET", url)
+    expected = False
+    try:
+        if look == "list":
+            answer = await _json(client, "GET", f"{url}/input_items?order=asc&limit=100")
+        else:
+            answer = await _json(client, "DELETE" if look == "delete" else "GET", url)
+        expected = turn.must_be_known(client.plan)
+    finally:
+        # It may have been done, also if its answer is lost.
+        turn.deleted |= look == "delete"
     if answer is None:
         # What only its provider has kept is not listed.
         hidden = look == "list" and client.plan.responses == KEEPS
         # Where the connection is lost before its answer, aiohttp sends a deletion once more.
         hidden |= look == "delete" and client.network_was_bad
-        if turn.must_be_known(client.plan) and not hidden:
+        if expected and not hidden:
             raise Violation(f"{look}: {turn.read.id} is kept no longer")
     elif look == "retrieve":
         if answer["id"] != turn.read.id or text_of(answer) != turn.read.reading.text:
@@ -123,7 +129,6 @@ async def _look(client: Client, turn: Turn, look: str) -> None:
     elif look == "list":
         _compare(turn, answer)
     else:
-        turn.deleted = True
         # Another instance may keep its log for a while.
         again = await _json(client, "GET", url)
         if again is not None and client.plan.instances == 1:
