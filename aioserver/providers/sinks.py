@@ -56,7 +56,7 @@ class StreamSink(ABC):
     Always: an entry holds whole events only; nothing is appended after an error or an end.
     """
 
-    # What is missing if the body ends too early.
+    # The part that is missing if the body ends too early.
     end_mark: ClassVar[str] = "a finish_reason and without its end mark"
 
     def __init__(self, stream: Stream) -> None:
@@ -242,7 +242,7 @@ class ReadingSink(StreamSink):
 
 def complete(stream: Stream, data: bytes = b"", **metadata: object) -> None:
     """End the log of *stream* well: with *data* for the faces that pass on bytes, and this *metadata* for the others."""
-    # What is kept of the answer has the texts that the fast path has passed on, too.
+    # The kept part of the answer has the texts that the fast path has passed on, too.
     stream.close_fast_path()
     if (keep := stream.attachment.on_complete) is not None:
         keep()

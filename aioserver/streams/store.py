@@ -29,7 +29,7 @@ SEARCH_STEP = 0.01
 
 
 class StoredBytes(Protocol):
-    """What is kept beside the logs, and may be dropped to make room: the stored responses."""
+    """The stored responses, which are kept beside the logs, and may be dropped to make room."""
 
     def __len__(self) -> int:
         """Return how many there are."""

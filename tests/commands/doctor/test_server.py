@@ -92,7 +92,8 @@ async def test_one_question_is_asked_of_a_server_without_a_simulated_model_unles
 
     assert server.simulator.stats().requests == 1
     # All of it comes at once, which a model may do by itself, unless the machine is busy.
-    assert any(line.startswith("SSE: ") for line in (*lines["warn"], *lines["ok"])), lines
+    forms = (*lines["warn"], *lines["ok"])
+    assert any(line.startswith("SSE: an answer came whole, ") for line in forms), lines
     assert lines["fail"] == []
 
 
