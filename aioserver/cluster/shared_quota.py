@@ -96,12 +96,17 @@ class SharedQuota(Quota):
                 return None
             if delay > PATIENCE:
                 raise self._too_fast(delay)
-        self.running += 1
         loop = asyncio.get_running_loop()
         decision: asyncio.Future[None] = loop.create_future()
-        self._undecided.append(decision)
         loop.call_later(PATIENCE, self._give_up, decision)
-        self._holding.wait_begins()
+        self.running += 1
+        self._undecided.append(decision)
+        try:
+            self._holding.wait_begins()
+        except BaseException:
+            self._undecided.remove(decision)
+            self.running -= 1
+            raise
         return decision
 
     def give_back(self, *, unused: bool = False) -> None:

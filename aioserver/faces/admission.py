@@ -153,17 +153,22 @@ class Admission:
         quota = caller.quota
         if quota is None:
             return NOT_COUNTED
+        connection = CountedConnection(quota)
         try:
             quota.connect()
         except ConcurrencyExceeded as error:
             self.log("refused", face, logging.WARNING, caller=caller.name, code=error.code)
             raise
-        return CountedConnection(quota)
+        return connection
 
     def try_enter(self) -> Place | None:
         """Return a place, or None if none is free. The caller releases it."""
         if (place := self.gate.try_enter()) is not None:
-            self._entered.observe(0.0)
+            try:
+                self._entered.observe(0.0)
+            except BaseException:
+                place.release()
+                raise
         return place
 
     async def wait(
@@ -186,32 +191,37 @@ class Admission:
         """
         waits, meter = self.metrics.admission_wait, self.metrics.faces[face]
         began = monotonic()
-        meter.waiting.value += 1
         self.idle_sockets.waits(name)
+        meter.waiting.value += 1
+        place = None
         try:
-            place = await self.gate.enter(on_position=on_position)
-        except AioserverError:
-            waits["refused"].observe(monotonic() - began)
-            meter.rejected.value += 1
+            try:
+                place = await self.gate.enter(on_position=on_position)
+            finally:
+                meter.waiting.value -= 1
+                self.idle_sockets.waited(name)
+            waits["entered"].observe(monotonic() - began)
+        except BaseException as exc:
+            if place is not None:
+                place.release()
+            elif isinstance(exc, AioserverError):
+                meter.rejected.value += 1
+                waits["refused"].observe(monotonic() - began)
             raise
-        finally:
-            meter.waiting.value -= 1
-            self.idle_sockets.waited(name)
-        waits["entered"].observe(monotonic() - began)
         if hold is not None:
             hold.waited_since = began
         return place
 
     def opened(self, face: str, caller: str = "") -> None:
-        """Count a connection that has got its place."""
+        """Count a connection that has got its place; if this raises, it is not counted."""
         meter = self.metrics.faces[face]
+        self.log("opened", face, caller=caller)
+        self.idle_sockets.opened(caller)
         meter.connections.value += 1
         meter.opened.value += 1
-        self.idle_sockets.opened(caller)
-        self.log("opened", face, caller=caller)
 
     def closed(self, face: str, code: str = "", caller: str = "") -> None:
-        """Count that a connection has ended; *code*: the close code of a WebSocket."""
+        """Count that a connection has ended, which was `opened`; *code*: the close code of a WebSocket."""
         self.metrics.faces[face].connections.value -= 1
         self.idle_sockets.closed(caller)
         closed = self.metrics.closed
@@ -233,6 +243,31 @@ class Admission:
             f"chat.websocket.concurrency.max_connections={self._limits.max_connections} reached",
             retry_after=retry_after,
         )
+
+
+class Visit:
+    """A client that has its *place*, and is counted as served, until the end of its `with`.
+
+    Always: the place is given back, whatever fails meanwhile, and the client is counted as often as it is taken off.
+    """
+
+    __slots__ = ("_admission", "_face", "_name", "_place")
+
+    def __init__(self, admission: Admission, face: str, name: str, place: Place) -> None:
+        self._admission, self._face, self._name, self._place = admission, face, name, place
+
+    def __enter__(self) -> None:
+        try:
+            self._admission.opened(self._face, self._name)
+        except BaseException:
+            self._place.release()
+            raise
+
+    def __exit__(self, *_exc: object) -> None:
+        try:
+            self._place.release()
+        finally:
+            self._admission.closed(self._face, caller=self._name)
 
 
 class CountedConnection:
@@ -324,23 +359,19 @@ def counted(
                 if refuse is None:
                     raise
                 return await refuse(request, error)
-            admission.opened(face, name)
-            try:
-                with place:
-                    try:
-                        response = await serve(request, prepared)
-                    except ProviderFault as fault:
-                        started = isinstance(request, Request) and request.started
-                        if not fault.provider or started:
-                            raise
-                        # Counted with its record, and as large as the provider likes.
-                        response = error_response(fault, request)
-                        forget_frames(fault)
-                    if not response.prepared:
-                        timeout, drop = admission.send_timeout, admission.dropped
-                        await whole.write(request, response, timeout, drop, face)
-                    return response
-            finally:
-                admission.closed(face, caller=name)
+            with Visit(admission, face, name, place):
+                try:
+                    response = await serve(request, prepared)
+                except ProviderFault as fault:
+                    started = isinstance(request, Request) and request.started
+                    if not fault.provider or started:
+                        raise
+                    # Counted with its record, and as large as the provider likes.
+                    response = error_response(fault, request)
+                    forget_frames(fault)
+                if not response.prepared:
+                    timeout, drop = admission.send_timeout, admission.dropped
+                    await whole.write(request, response, timeout, drop, face)
+                return response
 
     return handler

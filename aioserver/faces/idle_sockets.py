@@ -65,15 +65,18 @@ class IdleSockets:
         # The key with the most places. It may be outdated, but not while a key has more than half of them.
         self._largest = ""
         self._timer: asyncio.TimerHandle | None = None
+        # When it fires, in the loop's time: uvloop's handle of a short delay does not know.
+        self._due = 0.0
 
     def opened(self, name: str) -> None:
         """Count a place that a client of the key *name* has got."""
         if name:
+            # First what may fail: a place is counted or it is not.
+            if self._waiters:
+                self._look_in(0.0)
             self._places[name] += 1
             if self._places[name] > self._places[self._largest]:
                 self._largest = name
-            if self._waiters:
-                self._look_in(0.0)
 
     def closed(self, name: str) -> None:
         """Count a place that a client of the key *name* has given back."""
@@ -83,8 +86,8 @@ class IdleSockets:
     def waits(self, name: str) -> None:
         """Count a client of the key *name* that begins to wait for a place in this turn of the loop."""
         if name:
-            self._waiters[name] += 1
             self._look_in(0.0)
+            self._waiters[name] += 1
 
     def waited(self, name: str) -> None:
         """Count a client of the key *name* that waits no more."""
@@ -124,11 +127,12 @@ class IdleSockets:
 
     def _look_in(self, delay: float) -> None:
         """Look in *delay* seconds, or earlier, whether a socket has to give way."""
+        due = self._loop.time() + delay
         if self._timer is not None:
-            if self._timer.when() <= self._loop.time() + delay:
+            if self._due <= due:
                 return
             self._timer.cancel()
-        self._timer = self._loop.call_later(delay, self._make_room)
+        self._timer, self._due = self._loop.call_later(delay, self._make_room), due
 
     def _make_room(self) -> None:
         """Let a socket give way for each client that waits, as far as the rule goes."""

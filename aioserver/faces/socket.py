@@ -153,11 +153,12 @@ class Socket(ABC):
 
     def entered(self) -> None:
         """Carry out what came while the socket waited: it has its place now."""
-        self._inside, self._messages.room = True, None
         self._context.admission.opened(self.face, self.caller.name)
+        self._inside, self._messages.room = True, None
         self._context.admission.idle_sockets.add(self)
-        waiting, self._waiting = self._waiting, []
-        for data, hold in waiting:
+        # What is left in the list is released at the end, whatever a message does.
+        while self._waiting:
+            data, hold = self._waiting.pop(0)
             with hold:
                 # A socket that is closing gets no answers, and nothing is paid for them.
                 if self._closing is None:

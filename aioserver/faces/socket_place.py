@@ -53,13 +53,17 @@ class SocketPlace:
 
     def __enter__(self) -> Self:
         self._place = self._admission.try_enter()
-        if self._place is not None:
-            self._socket.entered()
-        else:
-            socket = self._socket
-            wait = self._admission.wait(socket.face, socket.caller.name, socket.show_position)
-            self._task = asyncio.ensure_future(wait)
-            self._task.add_done_callback(self._settle)
+        try:
+            if self._place is not None:
+                self._socket.entered()
+            else:
+                socket = self._socket
+                wait = self._admission.wait(socket.face, socket.caller.name, socket.show_position)
+                self._task = asyncio.ensure_future(wait)
+                self._task.add_done_callback(self._settle)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -77,9 +81,12 @@ class SocketPlace:
             self._place = task.result()
             if self._over:
                 self._place.release()
-            else:
+                return
+            try:
                 self._socket.entered()
-        elif not self._over:
+            except Exception as exc:  # noqa: BLE001 - logged below, and the client is told
+                error = exc
+        if error is not None and not self._over:
             if not isinstance(error, AioserverError):
                 logger.error("bug in a socket's wait", exc_info=error)
                 self._admission.metrics.bugs.value += 1

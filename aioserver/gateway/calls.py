@@ -114,8 +114,8 @@ async def kept_answer(stream: Stream, lifetime: Lifetime) -> AsyncIterator[Answe
         StreamNotFound: the answer was cancelled meanwhile, by another request of the caller.
     """
     reader = ConditionReader(stream, ENDED)
-    lifetime.reader_added(stream)
     try:
+        lifetime.reader_added(stream)
         await reader.reached
         # It has all of it, and is not late.
         reader.next_index = stream.offset + len(stream.entries)

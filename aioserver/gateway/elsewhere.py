@@ -127,9 +127,13 @@ class Elsewhere:
             ServerAtCapacity: there is no room for it.
         """
         stream = self._streams.open_mirror(request_id, caller, after=start.after or 0)
-        stream.attachment.claimed = self._loop.create_future()
-        self._producers.start(stream, self._instances.follow(stream, start), _nothing)
-        self._lifetime.expect(stream, MAX_UNREAD)
+        try:
+            stream.attachment.claimed = self._loop.create_future()
+            self._lifetime.expect(stream, MAX_UNREAD)
+            self._producers.start(stream, self._instances.follow(stream, start), _nothing)
+        except BaseException:
+            self._streams.drop(stream)
+            raise
         return stream
 
     async def reach(self, caller: Caller, request_id: str, start: Start) -> Stream:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import (
-    AioserverError,
     InvalidApiKey,
     RequestConflict,
     StreamNotFound,
@@ -125,10 +125,7 @@ class Gateway:
         route = self._router.route(chat.model, chat.provider)
         prompt = self._prompts.make(caller, chat, scope, route, hold)
         request = Request(route, prompt.request, face, key, key, digest)
-        stream = self._open(request)
-        stream.details.conversation_id = prompt.conversation_id
-        self._start(stream, request, self._produce_chat(request, stream, prompt))
-        return stream
+        return self._begin(request, partial(self._produce_chat, prompt))
 
     def relay(self, request: Request) -> Stream:
         """Return the stream that answers a streamed *request*: that of its key, or a new one.
@@ -138,9 +135,7 @@ class Gateway:
         """
         if (existing := self._existing(request)) is not None:
             return existing
-        stream = self._open(request)
-        self._start(stream, request, self._router.fill(request, stream))
-        return stream
+        return self._begin(request, self._router.fill)
 
     def hold(self) -> HeldBytes:
         """Return a count of the bytes of an answer that no log keeps, for `call`."""
@@ -172,11 +167,7 @@ class Gateway:
         Raises:
             AioserverError: as `ask`.
         """
-        stream = self._existing(request)
-        if stream is None:
-            stream = self._open(request)
-            self._start(stream, request, self._produce_whole(request, stream))
-        return stream
+        return self._existing(request) or self._begin(request, self._produce_whole)
 
     def find(
         self, caller: Caller, request_id: str, digest: bytes | None = None, after: int | None = 0
@@ -307,8 +298,10 @@ class Gateway:
             return None
         return stream
 
-    def _open(self, request: Request) -> Stream:
-        """Open the log of a new answer, which counts for its caller's quota until `_settle`.
+    def _begin(
+        self, request: Request, produce: Callable[[Request, Stream], Coroutine[Any, Any, None]]
+    ) -> Stream:
+        """Return the log of a new answer, which *produce* fills. It counts for its caller's quota until it has ended.
 
         A log that nobody can come back to is private, and its window is 0: see streams/store.py.
         """
@@ -317,6 +310,7 @@ class Gateway:
         name = (request.key or uuid.uuid4().hex) if resumable else request.name
         if (quota := caller.quota) is not None:
             request.undecided = quota.take()
+        stream = None
         try:
             stream = self._streams.open(
                 name,
@@ -325,16 +319,20 @@ class Gateway:
                 digest=request.digest,
                 private=not resumable,
             )
-        except AioserverError:
+            stream.details.path = request.provider_request.path
+            stream.record = request.begin_record(self._request_log)
+            stream.attachment.request = request.provider_request
+            stream.attachment.held = request.provider_request.answer_bytes = self._streams.hold()
+            self._start(stream, request, produce(request, stream))
+        except BaseException:
+            # There is no producer, whose end would give all of it back.
+            request.provider_request.release()
             if quota is not None:
                 quota.give_back(unused=True)
                 request.forget_undecided()
+            if stream is not None:
+                self._streams.drop(stream)
             raise
-        stream.details.path = request.provider_request.path
-        stream.record = request.begin_record(self._request_log)
-        stream.attachment.request = request.provider_request
-        stream.attachment.held = request.provider_request.answer_bytes = self._streams.hold()
-        request.provider_request.outlive_handler()
         return stream
 
     def _start(
@@ -344,6 +342,7 @@ class Gateway:
         producer: Coroutine[Any, Any, None],
     ) -> None:
         release = request.provider_request.release
+        request.provider_request.outlive_handler()
         if request.undecided is not None:
             producer, release = _once_decided(request, producer)
         # An answer that nobody can name is asked of no other instance.
@@ -351,8 +350,9 @@ class Gateway:
             producer, release = self.elsewhere.claiming(stream, request, producer, release)
         self._producers.start(stream, producer, release)
 
-    async def _produce_chat(self, request: Request, stream: Stream, prompt: Prompt) -> None:
+    async def _produce_chat(self, prompt: Prompt, request: Request, stream: Stream) -> None:
         """Produce the answer to a chat, and keep both in its conversation, before its client knows that it is complete."""
+        stream.details.conversation_id = prompt.conversation_id
         stream.attachment.on_complete = prompt.keep
         try:
             await prompt.take_history()

@@ -47,7 +47,12 @@ class Producers:
         self, stream: Stream, producer: Coroutine[Any, Any, None], release: Callable[[], None]
     ) -> None:
         """Let *producer* fill *stream*; *release* is called when it has ended, however it ends."""
-        task = self._loop.create_task(producer)
+        try:
+            task = self._loop.create_task(producer)
+        except BaseException:
+            # It will never begin, of which Python would warn.
+            producer.close()
+            raise
         task.add_done_callback(lambda _task: release())
         self._streams[task] = stream
         self._tasks[stream] = task

@@ -178,8 +178,13 @@ class Gate:
         if paced and self._delay() > ROUNDING:
             return None
         self._enter()
+        try:
+            place = self._start(cost) if paced else Place(self)
+        except BaseException:
+            self._leave()
+            raise
         self._entered += 1
-        return self._start(cost) if paced else Place(self)
+        return place
 
     async def enter(
         self,
@@ -350,9 +355,16 @@ class Gate:
         if waiter is None:
             self._inside -= 1
             return
+        try:
+            self._handed_over(waiter)
+            place = self._start(waiter.cost)
+        except Exception as exc:  # noqa: BLE001 - it is raised in the task that waits
+            # Not in the task that has given its place back.
+            self._inside -= 1
+            waiter.place.set_exception(exc)
+            return
         self._entered += 1
-        self._handed_over(waiter)
-        waiter.place.set_result(self._start(waiter.cost))
+        waiter.place.set_result(place)
 
     def _handed_over(self, waiter: Waiter[Place]) -> None:
         """Note that *waiter* gets a place, of which its task hears in the next turn of the loop."""

@@ -119,8 +119,8 @@ class Quota:
 
     def disconnect(self) -> None:
         """Count a connection as ended."""
-        self._count(-1)
         self.connections -= 1
+        self._count(-1)
 
     def _count(self, change: int) -> int:
         """Tell the other processes of *change*, and return how many connections they have."""

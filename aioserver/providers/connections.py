@@ -97,12 +97,17 @@ class Connections:
         idle = self._idle
         while idle:
             connection = idle.popleft()
-            fresh = self._loop.time() - connection.idle_since <= self._expiry
-            if fresh and connection.protocol.is_connected():
+            usable = False
+            try:
+                fresh = self._loop.time() - connection.idle_since <= self._expiry
+                usable = fresh and connection.protocol.is_connected()
+            finally:
+                if not usable:
+                    connection.discard()
+            if usable:
                 connection.place = place
                 self._in_use.add(connection)
                 return connection
-            connection.discard()
         return None
 
     async def open_one(self, place: Place) -> PooledConnection:
@@ -116,7 +121,11 @@ class Connections:
             opened = await self._connector.connect(self._endpoint, [], self._timeout)
         finally:
             self._opening -= 1
-        connection = PooledConnection(self, opened)
+        try:
+            connection = PooledConnection(self, opened)
+        except BaseException:
+            opened.close()
+            raise
         connection.place = place
         self._in_use.add(connection)
         return connection

@@ -161,9 +161,12 @@ class Pool:
         """Return an idle connection, as `connect` does; None if there is none, or no place for it."""
         if not self._connections.idle or (place := self._gate.try_enter()) is None:
             return None
-        connection = self._connections.take(place)
-        if connection is None:
-            place.release()
+        connection = None
+        try:
+            connection = self._connections.take(place)
+        finally:
+            if connection is None:
+                place.release()
         return connection
 
     async def connect(self) -> PooledConnection:
@@ -178,9 +181,9 @@ class Pool:
             CertificateFault: the provider's certificate is not valid.
         """
         place = self._gate.try_enter() or await self._wait()
-        if (connection := self._connections.take(place)) is not None:
-            return connection
         try:
+            if (connection := self._connections.take(place)) is not None:
+                return connection
             return await self._connections.open_one(place)
         except BaseException as exc:
             place.release()

@@ -82,6 +82,8 @@ class ConnectionProtocol(ResponseHandler):
         # Called when the connection is lost without an exchange under way.
         self.on_idle_lost: Callable[[], None] | None = None
         self._deadline_timer: asyncio.TimerHandle | None = None
+        # When it fires, in the loop's time: uvloop's handle of a short delay does not know.
+        self._deadline = 0.0
 
     def data_received(self, data: bytes) -> None:
         """Push *data* to the exchange under way; abort the connection if there is none."""
@@ -128,18 +130,22 @@ class ConnectionProtocol(ResponseHandler):
         There is one timer per connection and not one per request: it is not cancelled after an answer,
         and goes on with the request that is under way when it fires.
         """
-        timer = self._deadline_timer
-        if timer is not None:
-            if timer.when() <= self._loop.time() + read_timeout:
+        deadline = self._loop.time() + read_timeout
+        if self._deadline_timer is not None:
+            if self._deadline <= deadline:
                 return
             # The timer was set for a request that might wait longer: a reload has changed the timeout.
-            timer.cancel()
-        self._deadline_timer = self._loop.call_later(read_timeout, self._check_deadline)
+            self._deadline_timer.cancel()
+        self._set_deadline(read_timeout)
 
     def _check_deadline(self) -> None:
         self._deadline_timer = None
         if self.exchange is not None and (seconds := self.exchange.check_deadline()) is not None:
-            self._deadline_timer = self._loop.call_later(seconds, self._check_deadline)
+            self._set_deadline(seconds)
+
+    def _set_deadline(self, seconds: float) -> None:
+        self._deadline = self._loop.time() + seconds
+        self._deadline_timer = self._loop.call_later(seconds, self._check_deadline)
 
 
 class PooledConnection:

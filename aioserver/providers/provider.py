@@ -169,16 +169,18 @@ class Provider:
                 self._feedback.rate_limited(attempt, exc)
             raise
         finally:
-            attempt.ended()
             try:
-                if place is not None:
-                    # The next request may start at once, and tell its client.
-                    place.release()
+                attempt.ended()
             finally:
-                if self._drained is not None and not self._gate.inside:
-                    self._drained.set()
-                self._feedback.ended(attempt, error)
-                error = None  # its traceback leads here
+                try:
+                    if place is not None:
+                        # The next request may start at once, and tell its client.
+                        place.release()
+                finally:
+                    if self._drained is not None and not self._gate.inside:
+                        self._drained.set()
+                    self._feedback.ended(attempt, error)
+                    error = None  # its traceback leads here
 
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer: its headers tell what is left of the provider's limits."""
@@ -260,17 +262,21 @@ class Provider:
             # No reference to it is held while the answer comes.
             data = attempt.written(self.pools.writer)
             connection = pool.take() or await pool.connect()
-            record.sent_at = self._clock()
-            exchange = Exchange(
-                connection,
-                read_timeout=limits.read_timeout,
-                write_timeout=limits.write_timeout,
-                on_head=attempt.head_received,
-                record=record,
-                backpressure=attempt.backpressure or self.backpressure,
-            )
-            attempt.sending(exchange)
-            running = exchange.run(data, attempt.body)
+            try:
+                record.sent_at = self._clock()
+                exchange = Exchange(
+                    connection,
+                    read_timeout=limits.read_timeout,
+                    write_timeout=limits.write_timeout,
+                    on_head=attempt.head_received,
+                    record=record,
+                    backpressure=attempt.backpressure or self.backpressure,
+                )
+                attempt.sending(exchange)
+                running = exchange.run(data, attempt.body)
+            except BaseException:
+                connection.close()
+                raise
             del data
             try:
                 await running
@@ -300,24 +306,30 @@ class Provider:
         cost, attempt.expected_tokens = attempt.expected_tokens, 0
         began = self._clock()
         self._pending += 1
+        place: Place | None = None
         try:
-            place = await self._gate.enter(
-                caller.flow,
-                caller.subflow,
-                weight=caller.priority,
-                on_position=attempt.queued if show_position else None,
-                waited=attempt.waited,
-                at_front=attempt.retry or attempt.rejoin,
-                may_fail_over=attempt.fallback,
-                rejoin=attempt.rejoin,
-                cost=cost,
-            )
-        finally:
-            # Nothing else runs before this attempt asks the pool.
-            self._pending -= 1
-            now = self._clock()
-            attempt.waited += now - began
-            record.waited(self.name, began, now)
+            try:
+                place = await self._gate.enter(
+                    caller.flow,
+                    caller.subflow,
+                    weight=caller.priority,
+                    on_position=attempt.queued if show_position else None,
+                    waited=attempt.waited,
+                    at_front=attempt.retry or attempt.rejoin,
+                    may_fail_over=attempt.fallback,
+                    rejoin=attempt.rejoin,
+                    cost=cost,
+                )
+            finally:
+                # Nothing else runs before this attempt asks the pool.
+                self._pending -= 1
+                now = self._clock()
+                attempt.waited += now - began
+                record.waited(self.name, began, now)
+        except BaseException:
+            if place is not None:
+                place.release()
+            raise
         attempt.expected_tokens = cost
         # A trial may have to come back.
         attempt.rejoin = attempt.rejoin or isinstance(place, TrialPlace)

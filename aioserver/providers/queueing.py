@@ -247,10 +247,10 @@ class ProviderGate(Gate):
 
     def _start(self, cost: int) -> Place:
         breaker = self._health.breaker
-        if breaker.dead and breaker.start():
-            self.pace.start(cost)
-            return TrialPlace(self, breaker)
-        return super()._start(cost)
+        # First what may fail.
+        trial = TrialPlace(self, breaker) if breaker.dead else None
+        place = super()._start(cost)
+        return trial if trial is not None and breaker.start() else place
 
 
 def _settle(over: asyncio.Future[None]) -> None:

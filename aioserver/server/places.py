@@ -147,7 +147,11 @@ class SharedGate(Gate):
 
     def _enter(self) -> None:
         super()._enter()
-        self._tell()
+        try:
+            self._tell()
+        except BaseException:
+            self._inside -= 1
+            raise
 
     def _leave(self) -> None:
         if self._starving and (heir := self._heir()) is not None:

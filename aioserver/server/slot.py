@@ -47,6 +47,8 @@ class Slot:
         self._gate: SharedGate | None = None
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
+        # When the next beat is due, in the loop's time.
+        self._due = 0.0
         self.beats = 0
         # Called with each instance of the cluster whose process has ended; see `SharedPage.gone`.
         self.on_gone: Callable[[int], None] = lambda _instance: None
@@ -93,10 +95,14 @@ class Slot:
             after = REST
         self._events = events
         self.page.beat(state, after)
-        self._timer = self._loop.call_later(after, self._beat)
+        self._beat_in(after)
 
     def _hurry(self) -> None:
         """Let the next beat be soon."""
-        if self._timer is not None and self._timer.when() > self._loop.time() + SOON:
+        if self._timer is not None and self._due > self._loop.time() + SOON:
             self._timer.cancel()
-            self._timer = self._loop.call_later(SOON, self._beat)
+            self._beat_in(SOON)
+
+    def _beat_in(self, delay: float) -> None:
+        self._due = self._loop.time() + delay
+        self._timer = self._loop.call_later(delay, self._beat)
