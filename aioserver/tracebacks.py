@@ -1,6 +1,25 @@
-"""Lets go of what the traceback of an exception holds."""
+"""The traceback of an exception: its last line, and an end to what it holds."""
 
 from __future__ import annotations
+
+
+def last_line(fault: BaseException) -> str:
+    """Return what *fault* is and where it was raised: "AttributeError at faces/socket.py:128 in close".
+
+    Everybody may read it. The message is left out, of whatever class: that of a KeyError is the key, and an attribute
+    may have been looked up by what a client sent. Types, files and functions are names in the code.
+    """
+    while isinstance(fault, BaseExceptionGroup):
+        fault = fault.exceptions[0]
+    name, traceback = type(fault).__name__, fault.__traceback__
+    if traceback is None:
+        return name
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    code = traceback.tb_frame.f_code
+    # Without the folder of the installation.
+    file = "/".join(code.co_filename.rsplit("/", 2)[-2:])
+    return f"{name} at {file}:{traceback.tb_lineno} in {code.co_name}"
 
 
 def forget_frames(fault: BaseException) -> None:

@@ -89,5 +89,5 @@ class SocketPlace:
         if error is not None and not self._over:
             if not isinstance(error, AioserverError):
                 logger.error("bug in a socket's wait", exc_info=error)
-                self._admission.metrics.bugs.value += 1
+                self._admission.metrics.bugs.note(error)
             self._socket.refused(public(error))

@@ -83,7 +83,7 @@ class Calls:
         except Exception as exc:
             self._request_log.finish(record, exc)
             logger.exception("bug in an answer")
-            self._request_log.metrics.bugs.value += 1
+            self._request_log.metrics.bugs.note(exc)
             bug = InternalError("internal error")
             bug.counted, bug.paid = True, record.sent_at > 0
             raise bug from exc

@@ -108,7 +108,9 @@ class Producers:
                 bugs.append(exc)
         for bug in bugs:
             logger.error("bug in an answer", exc_info=bug)
-            self._request_log.metrics.bugs.value += 1
+        # One request, however many of its steps have failed.
+        for bug in bugs[:1]:
+            self._request_log.metrics.bugs.note(bug)
 
     def _end(self, stream: Stream, task: asyncio.Task[None], fault: BaseException | None) -> None:
         """End the log of *stream*, unless it has ended, as its producer *task* has: with *fault*, if any."""

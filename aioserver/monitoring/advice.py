@@ -21,6 +21,7 @@ OF_SILENCE = (
     "Look at the log and the load of {name}; read_timeout in its http_client ends silent answers."
 )
 OF_OLD_FAULTS = "Look at the log of {name}, or at its status page."
+OF_A_BUG = "Look for the traceback in the log, and report it."
 INSTEAD = "For now, name another provider in llm.fallbacks or llm.active, and reload (SIGHUP)."
 
 _MORE_PLACES = (

@@ -18,6 +18,7 @@ from aioserver.monitoring import advice
 from aioserver.monitoring.interval import (
     ANSWERED,
     ATTEMPTS,
+    BUGS,
     DENIED,
     KEY_REFUSED,
     REJECTIONS,
@@ -25,7 +26,17 @@ from aioserver.monitoring.interval import (
     TICK,
     Total,
 )
-from aioserver.monitoring.troubles import DEAD, FAULTS, SICK, SILENT, count, most, span, were
+from aioserver.monitoring.troubles import (
+    DEAD,
+    FAULTS,
+    SICK,
+    SILENT,
+    count,
+    met_a_bug,
+    most,
+    span,
+    were,
+)
 from aioserver.telemetry.metrics import OK
 
 if TYPE_CHECKING:
@@ -46,6 +57,7 @@ GATHERED = {
     SLOW_CLIENTS: "slow_client",
     KEY_REFUSED: "provider_auth",
     ATTEMPTS: "provider_faults",
+    BUGS: "bug",
 }
 TEXTS = {
     "rejections": "{rejected} in {span}: {detail}",
@@ -53,6 +65,7 @@ TEXTS = {
     "slow_client": "slow clients dropped, which did not read what was sent: {number}",
     "provider_auth": "{provider} refuses our key, or its quota is used up ({number})",
     "provider_faults": "{provider} {detail}: {attempts} failed in {span}",
+    "bug": "{bugs}: {detail}",
     "loop_lag": "the event loop was {number} ms late",
 }
 # Kinds of troubles that are kinds of incidents too, and the text when the trouble ends.
@@ -62,7 +75,7 @@ TROUBLES = {
     SILENT: "{provider} speaks again",
 }
 # Kinds and details whose severity is always "error".
-SEVERE = frozenset(("tls", "provider_auth", "no_provider"))
+SEVERE = frozenset(("tls", "provider_auth", "no_provider", "bug"))
 # Rejections and faults are an error, too, if there are as many as this, and more than what went well meanwhile.
 MANY_REJECTED, MANY_FAILED = 10, 5
 # Rejections with these codes are never an error: they are about one caller's limits, a stop, or no answer at all.
@@ -202,12 +215,14 @@ class Detector:
             gathered = self._gathered.pop(subject)
             self._quiet_until[subject] = now + QUIET
             detail, remedy = _words(subject)
+            seconds = span(round(now - gathered.since + TICK))
             text = TEXTS[subject.kind].format(
                 number=gathered.number,
                 rejected=were(gathered.number, "rejected"),
                 denied=were(gathered.number, "denied"),
                 attempts=count(gathered.number, "attempt"),
-                span=span(round(now - gathered.since + TICK)),
+                bugs=met_a_bug(gathered.number, f"in {seconds}"),
+                span=seconds,
                 detail=detail,
                 provider=subject.provider,
             )
@@ -224,7 +239,7 @@ def _words(subject: Subject) -> tuple[str, str]:
         return FAULTS[detail], advice.OF_FAULTS[detail].format(name=provider)
     if kind == "provider_auth":
         return detail, advice.OF_A_REFUSED_KEY.format(name=provider)
-    return detail, ""
+    return detail, advice.OF_A_BUG if kind == "bug" else ""
 
 
 def _severity(subject: Subject, gathered: Gathered) -> str:

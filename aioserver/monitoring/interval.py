@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 # Seconds between two ticks.
 TICK = 1.0
+# Ticks of the last minute.
+MINUTE = 60
 # Ticks between two counts of the event loop's tasks, whose cost grows with their number.
 TASK_TICKS = 10
 # Seconds; rates of a shorter interval are those of this one.
 MIN_SECONDS = 1e-3
 
-# Kinds of totals. The details are an error code for REJECTIONS and an outcome for ATTEMPTS.
+# Kinds of totals. The details are an error code for REJECTIONS, an outcome for ATTEMPTS, a place in the code for BUGS.
 REJECTIONS = "rejections"
 REQUESTS = "requests"
 DENIED = "denied"
@@ -35,6 +37,7 @@ KEY_REFUSED = "key_refused"
 ATTEMPTS = "attempts"
 ANSWERED = "answered"
 FAILED = "failed"
+BUGS = "bugs"
 
 
 class Total(NamedTuple):
@@ -50,7 +53,8 @@ class Interval:
     """The measurements of one interval.
 
     *growth* has only the totals that have grown; *rates* are per second, by kind and provider; *lag* (a
-    mean) and *lag_max* are in seconds; *cpu* is the share of one core; *tasks* may be TASK_TICKS old.
+    mean) and *lag_max* are in seconds; *cpu* is the share of one core; *tasks* may be TASK_TICKS old; *bugs*
+    are the requests that met a bug in the last MINUTE ticks.
     """
 
     growth: dict[Total, float]
@@ -59,6 +63,7 @@ class Interval:
     lag_max: float
     cpu: float
     tasks: int
+    bugs: int = 0
 
     def rate(self, kind: str, provider: str | None = None) -> float:
         """Return the growth per second of the totals of *kind*: of all, or of those of *provider*."""
@@ -76,6 +81,8 @@ class IntervalMeter:
         self._cpu = time.process_time()
         self._number = 0
         self._tasks = 0
+        # The requests that had met a bug at the end of each of the last intervals.
+        self._bugs = deque((metrics.bugs.value,), maxlen=MINUTE + 1)
 
     def measure(self) -> Interval:
         """End the interval that began at the last call of this method, and return it."""
@@ -92,10 +99,12 @@ class IntervalMeter:
                 rates[total.kind, provider] += number / seconds
         if self._number % TASK_TICKS == 0:
             self._tasks = len(asyncio.all_tasks())
+        self._bugs.append(self._metrics.bugs.value)
+        bugs = int(self._bugs[-1] - self._bugs[0])
         cpu_share = round((cpu - self._cpu) / seconds, 3)
         self._number += 1
         self._totals, self._ended, self._cpu = new_totals, now, cpu
-        return Interval(growth, rates, *self._lag.take(), cpu_share, self._tasks)
+        return Interval(growth, rates, *self._lag.take(), cpu_share, self._tasks, bugs)
 
 
 def totals(metrics: Metrics) -> dict[Total, float]:
@@ -111,6 +120,7 @@ def totals(metrics: Metrics) -> dict[Total, float]:
     numbers[Total(FAILED)] = metrics.outcomes["provider_error"].value
     numbers[Total(DENIED)] = sum(counter.value for counter in metrics.auth_failures.values())
     numbers[Total(SLOW_CLIENTS)] = metrics.slow_clients.value
+    numbers |= {Total(BUGS, place): number for place, number in metrics.bugs.places.items()}
     for provider, meter in metrics.providers.items():
         numbers[Total(EVENTS, provider=provider)] = meter.events
         numbers[Total(KEY_REFUSED, provider=provider)] = meter.key_refused.value

@@ -117,6 +117,7 @@ class Snapshots:
                 "running": sources.running(),
                 "outcomes": _values(metrics.outcomes),
             },
+            "bugs": {"total": int(metrics.bugs.value), "last_minute": interval.bugs},
             "first_token": metrics.recent_first_tokens.percentiles(now),
             "tokens_per_second": interval.rate(EVENTS),
             "delay": {

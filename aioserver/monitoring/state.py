@@ -34,6 +34,13 @@ class RequestsState(TypedDict):
     outcomes: dict[str, int]
 
 
+class BugsState(TypedDict):
+    """The requests that met a bug of the server, since the start and in the last minute."""
+
+    total: int
+    last_minute: int
+
+
 class StreamsState(TypedDict):
     """The streams that are kept."""
 
@@ -225,6 +232,7 @@ class Snapshot(TypedDict):
     connections: ConnectionsState
     rejections: dict[str, int]
     requests: RequestsState
+    bugs: BugsState
     first_token: Percentiles | None
     tokens_per_second: float
     delay: dict[str, Percentiles | None]

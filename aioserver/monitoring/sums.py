@@ -100,6 +100,10 @@ def add(
             "running": sum(snapshot["requests"]["running"] for snapshot in snapshots),
             "outcomes": _added(snapshot["requests"]["outcomes"] for snapshot in snapshots),
         },
+        "bugs": {
+            "total": sum(snapshot["bugs"]["total"] for snapshot in snapshots),
+            "last_minute": sum(snapshot["bugs"]["last_minute"] for snapshot in snapshots),
+        },
         "first_token": recent.percentiles(FIRST_TOKEN),
         "tokens_per_second": _rate(snapshot["tokens_per_second"] for snapshot in snapshots),
         "delay": {cause: recent.percentiles(DELAY, cause) for cause in first["delay"]},

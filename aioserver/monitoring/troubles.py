@@ -183,6 +183,11 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
+def met_a_bug(number: int, when: str = "in the last minute") -> str:
+    """Return how many requests met a bug, and when."""
+    return f"{count(number, 'request')} met a bug of the server {when}"
+
+
 def were(number: int, participle: str) -> str:
     """Return what happened to requests: 1 request was rejected, 1,200 requests were rejected."""
     return f"{count(number, 'request')} {'was' if number == 1 else 'were'} {participle}"

@@ -11,10 +11,10 @@ from collections import Counter, deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.errors import ServerAtCapacity
-from aioserver.monitoring.advice import OF_A_FULL_PROVIDER, of_rejections
+from aioserver.monitoring.advice import OF_A_BUG, OF_A_FULL_PROVIDER, of_rejections
 from aioserver.monitoring.incidents import HARMLESS, MANY_REJECTED
 from aioserver.monitoring.interval import ANSWERED, FAILED, REJECTIONS, Total
-from aioserver.monitoring.troubles import WORDS, count, most, span, were
+from aioserver.monitoring.troubles import WORDS, count, met_a_bug, most, span, were
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -88,6 +88,7 @@ class _Judge:
     def _findings(self) -> Iterator[Verdict]:
         """Yield every finding, the worst first; the last one is always true."""
         yield from self._not_ready()
+        yield from self._bugs()
         yield from self._trouble(active=True)
         yield from self._rejecting()
         yield from self._trouble(active=False)
@@ -105,7 +106,19 @@ class _Judge:
             else:
                 text = "No provider is usable: nobody gets an answer"
                 advice = "`aioserver check` says what is missing."
-            yield _finding("error", "closed", "Not ready", text, advice=advice)
+            detail = _sentences(*self._met_bugs())
+            yield _finding("error", "closed", "Not ready", text, detail=detail, advice=advice)
+
+    def _met_bugs(self) -> Iterator[str]:
+        if number := self._snapshot["bugs"]["last_minute"]:
+            yield met_a_bug(number)
+
+    def _bugs(self) -> Iterator[Verdict]:
+        for text in self._met_bugs():
+            detail = _sentences(*self._other_troubles(), *self._rejections(), self._places())
+            yield _finding(
+                "error", "trouble", "Bug", text, detail=detail, advice=OF_A_BUG, about="bug"
+            )
 
     def _trouble(self, *, active: bool) -> Iterator[Verdict]:
         """Yield the worst trouble of the active provider, or of the others."""

@@ -99,6 +99,11 @@ class Connection(DirectRequestHandler):
         if self.idle:
             self.force_close()
 
+    def note_bug(self, bug: Exception) -> None:
+        """Log and count *bug*, which a request has met outside of its handler; aiohttp's own logger is silent."""
+        logger.error("bug in a connection", exc_info=bug)
+        self.metrics.bugs.note(bug)
+
     def handle_error(
         self,
         request: web.BaseRequest,
@@ -111,7 +116,8 @@ class Connection(DirectRequestHandler):
             # A ConnectionError is a client that left.
             if not isinstance(exc, ConnectionError):
                 logger.error("bug in a handler", exc_info=exc)
-                self.metrics.bugs.value += 1
+                # aiohttp does not pass a TimeoutError on.
+                self.metrics.bugs.note(exc or TimeoutError())
             error: Any = InternalError("internal error")
         elif isinstance(exc, LineTooLong):
             line, limit = exc.args[:2]

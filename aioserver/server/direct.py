@@ -106,7 +106,7 @@ class DirectRequestHandler(RequestHandler):
         except ConnectionError as exc:
             self.log_debug("the client has left", exc_info=exc)
         except Exception as exc:  # noqa: BLE001 - the border of a request, as in `start`
-            self.log_exception("bug in a connection", exc_info=exc)
+            self.note_bug(exc)
             self.force_close()
         except asyncio.CancelledError:
             # The task ends here. If it raised the error, it would keep it, and with it all frames of the request.
@@ -122,6 +122,10 @@ class DirectRequestHandler(RequestHandler):
                 self._end(waiter)
             else:
                 self._await_next(waiter)
+
+    def note_bug(self, bug: Exception) -> None:
+        """Log *bug*, which a request has met outside of its handler."""
+        self.log_exception("bug in a connection", exc_info=bug)
 
     async def _linger(self, payload: StreamReader) -> bool:
         """Read what is left of a body that its handler has not read; return whether all of it came.

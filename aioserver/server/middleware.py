@@ -129,11 +129,11 @@ def make_middleware(
             # The client left, perhaps while its response began: aiohttp ends the connection.
             _forget_response(request)
             raise
-        except Exception:
+        except Exception as bug:
             logger.exception(
                 "bug in a handler", extra={"fields": {"request_id": request_id(request)}}
             )
-            metrics.bugs.value += 1
+            metrics.bugs.note(bug)
             response = error_response(InternalError("internal error"), request)
         started = _forget_response(request)
         if started is not None and started is not response:

@@ -335,7 +335,7 @@ class Writer:
         """Reset the connection: its client would wait for ever for what cannot be written."""
         logger.error("bug in a writer", exc_info=bug)
         for cursor in list(self._cursors)[:1]:
-            cursor.stream.record.note_bug()
+            cursor.stream.record.note_bug(bug)
         reset(self._transport)
         self.close()
 

@@ -4,6 +4,8 @@
 of them: a *meter* for each *face* (a protocol shown to clients), one for each *provider*, and the
 numbers of the server as a whole. Together they make *families*: a name, labels, and a child for each set of labels.
 
+A request that meets a *bug* of the server is counted with the place of the bug in the code.
+
 When a client's request is admitted and understood, a *record* of it begins. It goes along with the
 request, and whatever serves the request notes in the record when each step happened, how often a
 provider was tried, and the longest *gaps* in the answer: the provider's *silence*, our own *delay*, and the time

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from aioserver import errors, provider_errors
 from aioserver.telemetry import logs
+from aioserver.telemetry.bugs import Bugs
 from aioserver.telemetry.counters import SHORT_BOUNDS, Counter, Histogram, RecentValues
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class Metrics:
         self.spans = {outcome: Counter() for outcome in ("exported", "dropped")}
         self.slow_clients = Counter()
         self.gave_way = Counter()
-        self.bugs = Counter()
+        self.bugs = Bugs()
         self.admission_wait = {outcome: Histogram() for outcome in ("entered", "refused")}
         self.delay = {cause: Histogram() for cause in ("ours", "client")}
         self.loop_lag = Histogram(SHORT_BOUNDS)

@@ -157,10 +157,10 @@ class RequestRecord:
         if self.trace is not None:
             self.trace.waited(provider, began, until)
 
-    def note_bug(self) -> None:
-        """Count a bug of ours that the log has: it befell one client of this request."""
+    def note_bug(self, bug: Exception) -> None:
+        """Count *bug*, one of ours that the log has: it befell one client of this request."""
         if self.log is not None:
-            self.log.metrics.bugs.value += 1
+            self.log.metrics.bugs.note(bug)
 
     def tokens(self, *names: str) -> int | None:
         """Return the first plausible number in the usage under *names*; None if there is none."""

@@ -151,6 +151,23 @@ async def test_a_watcher_sees_all_instances_and_their_incidents(
     assert seen[-1][1]["instance"] == b.name
 
 
+async def test_a_bug_at_one_instance_is_told_by_each(pair: tuple[Instance, Instance]) -> None:
+    a, b = pair
+    b.server.context.metrics.bugs.note(KeyError("S3CR3T"))
+    b.server.context.monitor.tick()
+
+    state = await stats(a)
+    others = a.server.context.monitor.others
+    assert others is not None
+    history = await others.history()
+
+    assert state["bugs"] == {"total": 1, "last_minute": 1}
+    assert state["verdict"]["text"] == "1 request met a bug of the server in the last minute"
+    (incident,) = [each for each in history["incidents"] if each["kind"] == "bug"]
+    assert incident["instance"] == b.name
+    assert await metric(a, "aioserver_errors_total") == 1
+
+
 async def test_an_instance_that_does_not_answer_is_named_and_delays_little(
     pair: tuple[Instance, Instance],
 ) -> None:

@@ -511,7 +511,9 @@ async def test_a_socket_whose_wait_has_a_bug_is_refused(
 
     assert [error.code for error in refused] == ["internal_error"]
     assert metrics.bugs.value == 1
-    assert [one.getMessage() for one in caplog.records] == ["bug in a socket's wait"]
+    # A tick may have found the incident already.
+    logged = [one.getMessage() for one in caplog.records if one.name != "aioserver.monitoring"]
+    assert logged == ["bug in a socket's wait"]
 
 
 # Log lines.

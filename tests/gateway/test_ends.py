@@ -91,6 +91,11 @@ async def settled(server: RunningServer, outcomes: dict[tuple[str, ...], int]) -
         assert deleted.status == 204
 
 
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged, but the incidents, which a tick may have found or not."""
+    return [one.getMessage() for one in caplog.records if one.name != "aioserver.monitoring"]
+
+
 async def test_a_reader_with_a_bug_keeps_no_other_from_its_end(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -107,7 +112,7 @@ async def test_a_reader_with_a_bug_keeps_no_other_from_its_end(
 
     assert frames[-1]["status"] == "cancelled"
     await settled(server, {("cancelled",): 1})
-    assert [one.getMessage() for one in caplog.records] == ["bug in an answer"]
+    assert logged(caplog) == ["bug in an answer"]
 
 
 async def test_an_answer_whose_error_cannot_be_written_ends_with_another(
@@ -125,7 +130,7 @@ async def test_an_answer_whose_error_cannot_be_written_ends_with_another(
     assert frames[-1]["status"] == "error"
     assert frames[-1]["chunk"]["code"] == "internal_error"
     await settled(server, {("internal_error",): 1})
-    assert [one.getMessage() for one in caplog.records] == ["bug in an answer"]
+    assert logged(caplog) == ["bug in an answer"]
 
 
 @pytest.mark.parametrize("sent", [False, True])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from aioserver.monitoring.advice import (
+    OF_A_BUG,
     OF_A_REFUSED_KEY,
     OF_FAULTS,
     OF_REJECTIONS,
@@ -27,6 +28,7 @@ from aioserver.monitoring.incidents import (
 from aioserver.monitoring.interval import (
     ANSWERED,
     ATTEMPTS,
+    BUGS,
     DENIED,
     EVENTS,
     KEY_REFUSED,
@@ -69,6 +71,21 @@ def test_first_incident_is_told_at_once_and_what_follows_is_added_up() -> None:
     assert quiet == [[]] * 9
     assert after == ["27 requests were rejected in 10 s: the server is full (server_at_capacity)"]
     assert never == []
+
+
+def test_a_burst_of_one_bug_is_one_incident_and_another_bug_has_its_own() -> None:
+    detector = Detector()
+    bug, other = Total(BUGS, "KeyError at a/b.py:1 in f"), Total(BUGS, "OSError at a/c.py:2 in g")
+
+    first = texts(detector, 100.0, {bug: 1})
+    quiet = [texts(detector, 100.0 + second, {bug: 1000}) for second in range(1, 9)]
+    second = texts(detector, 109.0, {bug: 1000, other: 1})
+    after = texts(detector, 100.0 + QUIET)
+
+    assert first == ["1 request met a bug of the server in 1 s: KeyError at a/b.py:1 in f"]
+    assert quiet == [[]] * 8
+    assert second == ["1 request met a bug of the server in 1 s: OSError at a/c.py:2 in g"]
+    assert after == ["9,000 requests met a bug of the server in 10 s: KeyError at a/b.py:1 in f"]
 
 
 def test_quiet_time_of_one_subject_does_not_silence_another() -> None:
@@ -209,6 +226,7 @@ def test_worst_lag_of_the_quiet_time_is_told_and_not_the_sum() -> None:
     [
         (Total(REJECTIONS, "server_at_capacity"), "rejections", "warning"),
         (Total(SLOW_CLIENTS), "slow_client", "warning"),
+        (Total(BUGS, "KeyError"), "bug", "error"),
         (Total(KEY_REFUSED, provider="groq"), "provider_auth", "error"),
         (Total(ATTEMPTS, "http_5xx", "groq"), "provider_faults", "warning"),
         (Total(ATTEMPTS, "connect_error", "groq"), "provider_faults", "warning"),
@@ -278,6 +296,7 @@ def test_every_kind_that_is_gathered_has_a_text() -> None:
         (FULL, OF_REJECTIONS["server_at_capacity"][1]),
         (Total(KEY_REFUSED, provider="groq"), OF_A_REFUSED_KEY.format(name="groq")),
         (Total(SLOW_CLIENTS), ""),
+        (Total(BUGS, "KeyError"), OF_A_BUG),
     ],
 )
 def test_incident_says_what_can_be_done(total: Total, remedy: str) -> None:

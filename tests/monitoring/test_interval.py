@@ -11,7 +11,9 @@ import pytest
 from aioserver.monitoring.interval import (
     ANSWERED,
     ATTEMPTS,
+    BUGS,
     EVENTS,
+    MINUTE,
     REJECTIONS,
     REQUESTS,
     TASK_TICKS,
@@ -88,6 +90,17 @@ async def test_provider_of_a_reload_is_measured_from_zero(
     metrics.providers["new"].events += 7
 
     assert meter.measure().growth == {Total(EVENTS, provider="new"): 7}
+
+
+async def test_bugs_are_counted_for_a_minute(metrics: Metrics, meter: IntervalMeter) -> None:
+    for _ in range(3):
+        metrics.bugs.note(KeyError())
+    first = meter.measure()
+    metrics.bugs.note(OSError())
+    later = [meter.measure().bugs for _ in range(MINUTE + 1)]
+
+    assert (first.growth, first.bugs) == ({Total(BUGS, "KeyError"): 3}, 3)
+    assert later == [4] * (MINUTE - 1) + [1, 0]
 
 
 async def test_tasks_are_counted_now_and_then(meter: IntervalMeter) -> None:

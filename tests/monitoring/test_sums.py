@@ -133,6 +133,18 @@ def test_each_instance_shows_its_share(snapshot: Snapshot) -> None:
     assert instances["b"]["in_flight"][name] == 2
 
 
+def test_requests_that_met_a_bug_are_added_and_so_is_the_verdict_on_them(
+    snapshot: Snapshot,
+) -> None:
+    a = report(snapshot, bugs__total=50, bugs__last_minute=40)
+    b = report(snapshot, bugs__total=53, bugs__last_minute=53)
+
+    total = total_of("a", {"a": a, "b": b})
+
+    assert total["bugs"] == {"total": 103, "last_minute": 93}
+    assert total["verdict"]["text"] == "93 requests met a bug of the server in the last minute"
+
+
 def test_the_verdict_is_made_of_the_sums(snapshot: Snapshot) -> None:
     a, b = report(snapshot), report(snapshot, connections__active=20)
     shut = Report(b.snapshot, {}, Lately({"server_at_capacity": 30}, 2, 0, 0.0))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from aioserver.monitoring.advice import OF_A_FULL_PROVIDER, OF_REJECTIONS
+from aioserver.monitoring.advice import OF_A_BUG, OF_A_FULL_PROVIDER, OF_REJECTIONS
 from aioserver.monitoring.interval import ANSWERED, ATTEMPTS, FAILED, REJECTIONS, Interval, Total
 from aioserver.monitoring.troubles import WORDS, Troubles
 from aioserver.monitoring.verdict import RECENT, Verdicts
@@ -199,6 +199,20 @@ VERDICTS: dict[str, tuple[dict[str, Any], dict[Total, float], str, str, str]] = 
         "Out of files",
         "1,000 of 1,024 file descriptors are open",
     ),
+    "a bug that many met": (
+        {"bugs__last_minute": 93, "providers__groq__state": "dead"},
+        {PLACES: 20},
+        "error trouble",
+        "Bug",
+        "93 requests met a bug of the server in the last minute",
+    ),
+    "a bug that one met": (
+        {"bugs__last_minute": 1},
+        {},
+        "error trouble",
+        "Bug",
+        "1 request met a bug of the server in the last minute",
+    ),
     "not ready": (
         {"ready": False},
         {},
@@ -261,6 +275,20 @@ def test_trouble_comes_with_what_is_felt_of_it_and_what_to_do() -> None:
     )
     assert verdict["advice"].startswith("Look at the log and the load of groq;")
     assert verdict["about"] == "groq"
+
+
+def test_a_bug_comes_with_what_else_is_wrong_and_what_to_do() -> None:
+    bug = {"bugs__last_minute": 93}
+
+    verdict = judged(bug, {PLACES: 20.0, **failing(http_5xx=9)})
+
+    assert verdict["detail"] == (
+        "groq answers with server errors (5xx): 9 of 9 attempts failed in the last minute."
+        " 20 requests were rejected in 10 s: the server is full (server_at_capacity)."
+        " 0 of 100 places are taken, 0 answers under way."
+    )
+    assert (verdict["advice"], verdict["about"]) == (OF_A_BUG, "bug")
+    assert judged({**bug, "ready": False})["detail"] == f"{VERDICTS['a bug that many met'][4]}."
 
 
 def test_rejections_come_with_where_it_is_crowded_and_what_to_do() -> None:

@@ -7,16 +7,17 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from aiohttp import http_parser, web
+from aiohttp import ClientSession, ServerDisconnectedError, http_parser, web
 from aiohttp.test_utils import make_mocked_request
 from aiohttp.web_protocol import RequestHandler
 
 from aioserver.config.validators import TAKEN
 from aioserver.faces.http import Request
+from aioserver.server.app import open_server
 from aioserver.server.connection import Connection
-from aioserver.server.runner import LINGERING, MAX_HEADERS, Dispatcher
+from aioserver.server.runner import LINGERING, MAX_HEADERS, Dispatcher, Runner
 from tests.support.raw import Raw
-from tests.support.server import UVICORN, MakeServer, runner_of
+from tests.support.server import NOWHERE, UVICORN, MakeServer, configured, runner_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -191,6 +192,33 @@ async def test_an_expectation_that_is_unknown_is_refused_as_anything_else(
             assert answer.headers["access-control-allow-origin"] == "http://a"
             assert answer.headers["x-request-id"]
     assert not caplog.records
+
+
+async def test_a_response_that_cannot_be_written_is_a_bug_that_is_logged_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def split(_request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(headers={"X-Name": "a\r\nb"})
+
+    app = web.Application()
+    app.router.add_post("/split", split)
+    settings = configured(NOWHERE, {}, tmp_path / "config.yaml").settings
+    async with open_server(settings, app) as owners, ClientSession() as session:
+        runner = Runner(owners)
+        await runner.setup()
+        try:
+            port = (await runner.listen([]))[0].port
+            with pytest.raises(ServerDisconnectedError):
+                # A client repeats a GET.
+                await session.post(f"http://127.0.0.1:{port}/split")
+        finally:
+            await runner.cleanup()
+
+        bugs = owners.context.metrics.bugs
+        (place,) = bugs.places
+        assert (bugs.value, place.partition(" ")[0]) == (1, "ValueError")
+    lines = [one for one in caplog.records if one.name == "aioserver.runner"]
+    assert [one.getMessage() for one in lines] == ["bug in a connection"]
 
 
 async def test_of_two_routes_on_one_path_the_first_is_found() -> None:

@@ -113,6 +113,7 @@ def snapshot() -> dict[str, Any]:
             "running": 0,
             "outcomes": dict.fromkeys(OUTCOMES, 0),
         },
+        "bugs": {"total": 0, "last_minute": 0},
         "first_token": None,
         "tokens_per_second": 0.0,
         "streams": {

@@ -17,6 +17,8 @@ from aioserver.client import refusals
 from aioserver.commands import remote
 from aioserver.commands.doctor import arrivals, silence
 from aioserver.commands.doctor.network import Peer, Steps
+from aioserver.monitoring.advice import OF_A_BUG
+from aioserver.monitoring.troubles import met_a_bug
 from aioserver.protocol import server_frames
 
 if TYPE_CHECKING:
@@ -77,6 +79,7 @@ class Examination:
             await self._headers(session)
             if not await self._key_accepted(session):
                 return
+            await self._bugs(session)
             # It waits for what does not come.
             tasks.create_task(self._body(session))
             upgraded = await self._websocket(session)
@@ -265,6 +268,23 @@ class Examination:
             if isinstance(path, str) and path.startswith("/"):
                 self._paths[face] = path
         return True
+
+    async def _bugs(self, session: aiohttp.ClientSession) -> None:
+        """Find out whether requests meet bugs of the server, if the key may see its state."""
+        answer = await self._ask(session, "/stats")
+        if answer is None:
+            return
+        match answer.content:
+            case {"bugs": {"last_minute": int(recent)}} if recent:
+                self._report.fail("server", met_a_bug(recent), OF_A_BUG)
+            case {"bugs": {"total": int(total)}} if total:
+                self._report.warn("server", met_a_bug(total, "since its start"), OF_A_BUG)
+            case {"bugs": _}:
+                self._report.ok("server", "no request has met a bug of it since its start")
+            case _:
+                self._report.skip(
+                    "server", f"its bugs: /stats: HTTP {answer.status} {answer.code}"
+                )
 
     async def _websocket(self, session: aiohttp.ClientSession) -> bool:
         """Open a WebSocket as a page of this address does, and ask for a pong. Return whether it came."""

@@ -1,0 +1,30 @@
+"""Counts the requests that have met a bug of the server, and says where the bugs are."""
+
+from __future__ import annotations
+
+from aioserver.telemetry.counters import Counter
+from aioserver.tracebacks import last_line
+
+# Lines of code that are told apart, far more than have a bug at once; and what stands for those beyond.
+MAX_PLACES, ELSEWHERE = 100, "other bugs"
+
+
+class Bugs(Counter):
+    """The requests that have met a bug, which *places* counts by the last line of its traceback.
+
+    Always: `value` is the sum of `places`, which has MAX_PLACES + 1 items at most.
+    """
+
+    __slots__ = ("places",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: dict[str, int] = {}
+
+    def note(self, bug: BaseException) -> None:
+        """Count a request that has met *bug*, which still has its traceback; the caller logs it."""
+        place = last_line(bug)
+        if place not in self.places and len(self.places) >= MAX_PLACES:
+            place = ELSEWHERE
+        self.places[place] = self.places.get(place, 0) + 1
+        self.value += 1
