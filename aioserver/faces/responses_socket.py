@@ -11,6 +11,7 @@ or by `response.resume` on another connection.
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from functools import partial
@@ -18,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import WSCloseCode, hdrs, web
 
-from aioserver.errors import AioserverError, MethodNotAllowed, ServerShutdown, StreamNotFound
+from aioserver.errors import (
+    AioserverError,
+    MethodNotAllowed,
+    ServerShutdown,
+    StreamNotFound,
+    public,
+)
 from aioserver.faces import openai, responses
 from aioserver.faces.lanes import Lanes
 from aioserver.faces.socket import Socket
@@ -54,6 +61,8 @@ if TYPE_CHECKING:
     from aioserver.protocol.response_frames import Command
     from aioserver.streams.cursor import Cursor
     from aioserver.streams.stream import Stream
+
+logger = logging.getLogger("aioserver.connections")
 
 PATH = f"/v1/{RESPONSES}"
 
@@ -312,9 +321,12 @@ class ResponsesSocket(Socket):
         async def working() -> None:
             try:
                 await work
-            except AioserverError as error:
+            except Exception as exc:
+                if not isinstance(exc, AioserverError):
+                    logger.exception("bug in a command", exc_info=exc)
+                    self._context.metrics.bugs.note(exc)
                 if not self._over:
-                    self._refuse(lane.name, error)
+                    self._refuse(lane.name, public(exc))
 
         task = self._loop.create_task(working())
         self._tasks.add(task)

@@ -310,7 +310,7 @@ class Gateway:
         name = (request.key or uuid.uuid4().hex) if resumable else request.name
         if (quota := caller.quota) is not None:
             request.undecided = quota.take()
-        stream = None
+        stream = producer = None
         try:
             stream = self._streams.open(
                 name,
@@ -323,9 +323,12 @@ class Gateway:
             stream.record = request.begin_record(self._request_log)
             stream.attachment.request = request.provider_request
             stream.attachment.held = request.provider_request.answer_bytes = self._streams.hold()
-            self._start(stream, request, produce(request, stream))
+            producer = produce(request, stream)
+            self._start(stream, request, producer)
         except BaseException:
-            # There is no producer, whose end would give all of it back.
+            # There is no task of the producer, whose end would give all of it back.
+            if producer is not None:
+                producer.close()
             request.provider_request.release()
             if quota is not None:
                 quota.give_back(unused=True)

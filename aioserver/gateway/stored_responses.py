@@ -152,9 +152,11 @@ class StoredResponses:
         )
         try:
             held.grow(response.size)
-        except ServerAtCapacity:
+        except BaseException as exc:
             response.release()
-            return None
+            if isinstance(exc, ServerAtCapacity):
+                return None
+            raise
         if self.storage is not None:
             self._known[caller, response.id] = response
         return response

@@ -351,20 +351,23 @@ class Gate:
 
     def _hand_over(self) -> None:
         """Hand a place, which is counted already, to the next waiter; free it if there is none."""
-        waiter = self._queue.pop(settled)
-        if waiter is None:
-            self._inside -= 1
-            return
+        waiter = place = None
         try:
-            self._handed_over(waiter)
-            place = self._start(waiter.cost)
-        except Exception as exc:  # noqa: BLE001 - it is raised in the task that waits
-            # Not in the task that has given its place back.
-            self._inside -= 1
+            waiter = self._queue.pop(settled)
+            if waiter is not None:
+                self._handed_over(waiter)
+                place = self._start(waiter.cost)
+        except Exception as exc:
+            if waiter is None:
+                raise
+            # It is raised in the task that waits, and not in the one that has given its place back.
             waiter.place.set_exception(exc)
-            return
-        self._entered += 1
-        waiter.place.set_result(place)
+        finally:
+            if place is None:
+                self._inside -= 1
+        if waiter is not None and place is not None:
+            self._entered += 1
+            waiter.place.set_result(place)
 
     def _handed_over(self, waiter: Waiter[Place]) -> None:
         """Note that *waiter* gets a place, of which its task hears in the next turn of the loop."""

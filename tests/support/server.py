@@ -26,8 +26,9 @@ from tests.support.waiting import until
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Iterator, Sequence
 
+    from aioserver.limits.quota import Quota
     from aioserver.server.slot import Slot
 
 # How the simulated provider answers: at once; 40 tokens in 0.4 s; for 100 s; for 1000 s; not at all.
@@ -173,13 +174,30 @@ class RunningServer:
             "running": self.owners.streams.stats().running,
             "sockets": len(self.context.sockets),
             "detached": self.context.gateway.lifetime.detached,
+            "refused closing": self.context.admission.refused_closing,
         }
+        for face, meter in self.context.metrics.faces.items():
+            counts[f"{face} shown"] = int(meter.connections.value + meter.waiting.value)
+        idle_sockets = self.context.admission.idle_sockets
+        counts["places of keys"] = idle_sockets._places.total()
+        counts["waiting of keys"] = idle_sockets._waiters.total()
+        for name, quota in self.quotas():
+            counts[f"{name} answers"] = quota.running
+            counts[f"{name} connections"] = quota.connections
         for name, provider in self.context.router.providers.items():
             stats = provider.stats()
             counts[f"{name} places"] = stats.queue.inside
             counts[f"{name} waiting"] = stats.queue.waiting
             counts[f"{name} busy"] = stats.pool.open - stats.pool.idle
+            counts[f"{name} connecting"] = provider.pools.gate.inside
+            counts[f"{name} trials"] = provider.health.breaker._trials
+            counts[f"{name} pending"] = provider._pending
         return counts
+
+    def quotas(self) -> Iterator[tuple[str, Quota]]:
+        """The limits of each key, by its name."""
+        for name, key in self.context.access.keys._by_name.items():
+            yield name, key.quota
 
     async def counted(self, name: str, *by: str) -> Counter[tuple[str, ...]]:
         """Read the counter *name* from /metrics, summed up *by* these labels, without zeros."""

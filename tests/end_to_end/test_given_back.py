@@ -1,0 +1,298 @@
+"""What a request has taken is given back, whatever fails after that: each call of each section that takes something raises once."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextlib
+import re
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+
+from tests.support.chat import CHAT, STREAMED, chat, to_end
+from tests.support.injected_bug import Function, bug_at, calls_of
+from tests.support.keys import bearer, keys_of
+from tests.support.package import MODULES
+from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT, MakeServer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.support.server import RunningServer
+
+# What takes a place, a connection, a key's count, a hold of bytes, a log, or a trial.
+TAKES = re.compile(
+    r"(\btry_enter|\b_?gate\.enter|admission\.(wait|connect|hold)|quota\.(take|connect|used)"
+    r"|_streams\.(open|open_mirror|hold)|pool\.(take|connect)|_connections\.(take|open_one)|_connector\.connect"
+    r"|breaker\.start|\bSocketPlace|\bVisit|_make_hold|responses\.hold|gateway\.hold|\b_place\.enter)$"
+)
+COUNTS = re.compile(
+    r"\b(_inside|running|connections\.value|connections|_trials|_pending|_opening|_body_bytes|refused_closing)$"
+)
+# Each function of the package that takes something, as the road of a request has them.
+SECTIONS = {
+    Function(*entry.split(" "))
+    for entry in """
+faces.admission Admission.connect
+faces.admission Admission.grow
+faces.admission Admission.opened
+faces.admission Admission.try_enter
+faces.admission Admission.wait
+faces.admission counted.handler
+faces.client_messages ClientMessages._read_head
+faces.openai write_answer
+faces.session _key_in_body
+faces.socket Socket.refused
+faces.socket_place SocketPlace.__enter__
+faces.stored_responses write
+faces.responses_socket ResponsesSocket._prepare
+faces.upgrade serve
+gateway.drafts Draft.take_input
+gateway.gateway Gateway._begin
+gateway.gateway Gateway._call
+gateway.gateway Gateway.hold
+gateway.stored_responses StoredResponses.hold
+gateway.stored_responses StoredResponses.make
+limits.gate Gate._enter
+limits.gate Gate.enter
+limits.quota Quota.connect
+limits.quota Quota.take
+providers.breaker Breaker.start
+providers.connections Connections.open_one
+providers.pool Pool._wait
+providers.pool Pool.connect
+providers.pool Pool.take
+providers.provider Provider._wait
+providers.provider Provider.answer
+providers.provider Provider.exchange
+providers.queueing ProviderGate._start
+""".strip().splitlines()
+}
+# A refused socket, a trial of a dead provider, a pool behind no gate, a response whose log is gone, and what calls
+# nothing that may fail.
+RARE = {
+    Function("faces.socket", "Socket.refused"),
+    Function("faces.admission", "Admission.grow"),
+    Function("gateway.gateway", "Gateway.hold"),
+    Function("gateway.stored_responses", "StoredResponses.hold"),
+    Function("limits.gate", "Gate._enter"),
+    Function("providers.breaker", "Breaker.start"),
+    Function("faces.stored_responses", "write"),
+    Function("providers.pool", "Pool._wait"),
+}
+FULL: dict[str, Any] = {
+    **keys_of("ann", "bob", max_connections=9),
+    f"{CONCURRENCY}.max_connections": 2,
+    f"{CONCURRENCY}.connection_queue_size": 50,
+    f"{SIM_HTTP_CLIENT}.concurrent_requests": 1,
+    f"{SIM_HTTP_CLIENT}.max_connections": 1,
+    f"{SIM_HTTP_CLIENT}.max_keepalive": 1,
+}
+# What those call for them, with what they have taken in their hands.
+WITHIN = {
+    Function("faces.admission", "Visit.__enter__"),
+    Function("faces.idle_sockets", "IdleSockets.opened"),
+    Function("faces.idle_sockets", "IdleSockets.waits"),
+    Function("faces.socket", "Socket.entered"),
+    Function("faces.socket_place", "SocketPlace._settle"),
+    Function("gateway.gateway", "Gateway._start"),
+    Function("gateway.producers", "Producers.start"),
+    Function("limits.gate", "Gate._hand_over"),
+    Function("limits.gate", "Gate._start"),
+    Function("limits.gate", "Gate._wait"),
+    Function("limits.gate", "Gate.try_enter"),
+    Function("providers.connections", "Connections.take"),
+}
+# Other processes take part in these: tests/cluster and tests/server.
+SHARED = {
+    Function("cluster.shared_gate", "SharedGate.try_enter"),
+    Function("cluster.shared_quota", "SharedQuota.take"),
+    Function("gateway.elsewhere", "Elsewhere.mirror"),
+}
+# These count something else: bytes on their way to a file, connections for the balance, spans.
+OTHERS = {
+    Function("cluster.responses", "SharedResponses._encoded"),
+    Function("server.balance", "Balance.made"),
+    Function("telemetry.tracing", "Tracer.visit"),
+}
+# These take over what their callers have taken: all that they do is within a `try`.
+TAKE_OVER = {
+    Function("faces.admission", "Visit.__enter__"),
+    Function("limits.gate", "Gate._wait"),
+    Function("providers.exchange", "Exchange.run"),
+}
+# What gives back: if this itself fails, nothing else can do it.
+GIVES = re.compile(
+    r"(__exit__|release|_leave|closed|disconnect|give_back|ended|waited|finish|close|leave|free_room|trim|_resumed|_settle)$"
+)
+
+
+def taking(node: ast.AST, names: tuple[str, ...] = ()) -> Iterator[str]:
+    """The qualified names of the functions below *node* that take something."""
+    for child in ast.iter_child_nodes(node):
+        inner = names
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            inner = (*names, child.name)
+        if isinstance(child, ast.Call) and TAKES.search(ast.unparse(child.func)):
+            yield ".".join(names)
+        if (
+            isinstance(child, ast.AugAssign)
+            and isinstance(child.op, ast.Add)
+            and COUNTS.search(ast.unparse(child.target))
+        ):
+            yield ".".join(names)
+        yield from taking(child, inner)
+
+
+def test_every_section_of_the_package_that_takes_something_is_known() -> None:
+    found = {Function(module, name) for module, tree in MODULES.items() for name in taking(tree)}
+
+    assert found == SECTIONS | SHARED | OTHERS
+
+
+@pytest.mark.parametrize("function", sorted(TAKE_OVER))
+def test_what_takes_over_begins_with_a_try(function: Function) -> None:
+    node: Any = MODULES[function.module]
+    for name in function.name.split("."):
+        node = next(child for child in node.body if getattr(child, "name", None) == name)
+    first = next(
+        statement
+        for statement in node.body
+        if not isinstance(statement, ast.Expr)  # the docstring
+        and any(isinstance(part, ast.Call | ast.Try) for part in ast.walk(statement))
+    )
+
+    assert isinstance(first, ast.Try)
+
+
+# The road of a request, by each face. Two clients of two keys share one place everywhere.
+
+
+async def _post(server: RunningServer, url: str, headers: dict[str, str], body: Any) -> None:
+    async with server.session.post(url, headers=headers, json=body) as response:
+        await response.read()
+
+
+async def embeddings(server: RunningServer, headers: dict[str, str], _name: str) -> None:
+    await _post(server, f"{server.v1}/embeddings", headers, {"input": "Hello"})
+
+
+async def streamed(server: RunningServer, headers: dict[str, str], _name: str) -> None:
+    await _post(server, f"{server.v1}/chat/completions", headers, STREAMED)
+
+
+async def kept(server: RunningServer, headers: dict[str, str], name: str) -> None:
+    await _post(server, f"{server.v1}/chat/completions", headers | {"Idempotency-Key": name}, CHAT)
+
+
+async def response(server: RunningServer, headers: dict[str, str], _name: str) -> None:
+    url = f"{server.v1}/responses"
+    async with server.session.post(url, headers=headers, json={"input": "Hello"}) as answer:
+        kept_response = await answer.json()
+    items = f"{url}/{kept_response['id']}/input_items"
+    async with server.session.get(items, headers=headers) as answer:
+        await answer.read()
+
+
+async def messages(server: RunningServer, headers: dict[str, str], _name: str) -> None:
+    await _post(server, f"{server.v1}/messages", headers, {"max_tokens": 9, **CHAT})
+
+
+async def passed(server: RunningServer, headers: dict[str, str], _name: str) -> None:
+    await _post(server, f"{server.v1}/moderations", headers, {"input": "Hello"})
+
+
+async def sse(server: RunningServer, headers: dict[str, str], name: str) -> None:
+    await _post(server, server.sse, headers, {"request_id": name, "text": "Hello"})
+
+
+async def websocket(server: RunningServer, headers: dict[str, str], name: str) -> None:
+    async with server.connect(headers=headers) as ws:
+        await ws.send_json(chat(name))
+        await to_end(ws, name)
+
+
+async def response_socket(server: RunningServer, headers: dict[str, str], _name: str) -> None:
+    url = server.v1.replace("http", "ws", 1) + "/responses"
+    async with server.session.ws_connect(url, headers=headers) as ws:
+        for generate in (False, True):
+            frame = {"type": "response.create", "input": "Hello", "generate": generate}
+            await ws.send_json(frame)
+            event = await ws.receive_json(timeout=20)
+            while event["type"] not in {"response.completed", "error"}:
+                event = await ws.receive_json(timeout=20)
+
+
+async def session(server: RunningServer, headers: dict[str, str], _name: str) -> None:
+    await _post(server, f"{server.base}/session", {}, {"key": headers["Authorization"][7:]})
+    server.session.cookie_jar.clear()
+
+
+FACES = (
+    embeddings,
+    streamed,
+    kept,
+    response,
+    messages,
+    passed,
+    sse,
+    websocket,
+    response_socket,
+    session,
+)
+
+
+async def ask(server: RunningServer, face: Any, round_name: str) -> None:
+    """Let two clients of each of two keys ask at once, and leave; what they are answered is no matter here."""
+
+    async def one(number: int) -> None:
+        with contextlib.suppress(
+            aiohttp.ClientError, TimeoutError, TypeError, KeyError, ValueError
+        ):
+            name = f"{round_name}-{number}"
+            await asyncio.wait_for(face(server, bearer(("ann", "bob")[number % 2]), name), 20)
+
+    await asyncio.gather(*map(one, range(4)))
+    await server.nothing_held(5)
+
+
+@pytest.mark.real_time
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("face", FACES, ids=lambda face: face.__name__)
+async def test_whatever_a_section_calls_may_fail_and_nothing_is_held_afterwards(
+    make_server: MakeServer, face: Any
+) -> None:
+    server = await make_server(**FULL)
+    await ask(server, face, "warm")
+    with calls_of(SECTIONS | WITHIN) as calls:
+        await ask(server, face, "look")
+        server.provider.pools.pool.drop_idle()
+        await ask(server, face, "look again")
+    faults = [
+        call
+        for call in calls
+        if call.callee not in TAKE_OVER and not GIVES.search(call.callee.name)
+    ]
+
+    for number, call in enumerate(faults):
+        server.provider.pools.pool.drop_idle()
+        with bug_at(call):
+            try:
+                await ask(server, face, str(number))
+            except AssertionError as error:
+                raise AssertionError(f"{call}: {error}") from error
+    await ask(server, face, "well again")
+
+    assert faults or face is session
+
+
+async def test_every_section_is_on_the_road_of_one_of_these(make_server: MakeServer) -> None:
+    server = await make_server(**FULL)
+
+    with calls_of(SECTIONS) as calls:
+        for face in FACES:
+            await ask(server, face, face.__name__)
+
+    assert {call.section for call in calls} | {call.callee for call in calls} >= SECTIONS - RARE
