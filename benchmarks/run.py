@@ -29,7 +29,7 @@ from certificate import HARNESS, Encrypted
 from measure import Bench, Result, Server, StepFailed
 from peers import DIRECT, PEERS, Peer
 from steps import STEPS, Step
-from table import Run, brief, machine, markdown, remarks, summary, tabulate
+from table import Run, brief, distances, machine, markdown, remarks, summary, tabulate
 
 
 def attempt(step: str, peer: Peer, do: Callable[..., Result], *arguments: object) -> Result:
@@ -134,7 +134,7 @@ def main() -> int:
     rows, notes = tabulate(runs, chosen.only), remarks(runs)
     where = machine(cores, chosen.loop, chosen.runs, chosen.quick)
     print(f"{where}\n\n{summary(rows)}\n\n{markdown(rows, chosen.only)}\n")
-    print("\n".join(f"- {note}" for note in notes))
+    print("\n".join(f"- {note}" for note in [*notes, *distances(rows)]))
     if chosen.json:
         record = {"machine": where, "rows": rows, "notes": notes, "runs": runs}
         chosen.json.write_text(json.dumps(record, indent=1) + "\n")

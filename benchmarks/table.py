@@ -2,16 +2,20 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import platform
 import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from peers import BASELINE, DIRECT, OURS
 
+# The best median that each ratio ever had in a full run, and the commit of that table.
+BEST = Path(__file__).with_name("best.json")
 Run = dict[str, dict[str, dict[str, Any]]]  # {peer: {step: result}}
 
 
@@ -276,6 +280,24 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
         sign, verdict = "≥" if least else "≤", "reached" if reached else "missed"
         lines.append(f"| {title} | {ratio(three)} | {sign} {row['goal']:g} | {verdict} |")
     return "\n".join(lines)
+
+
+def distances(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """How far the median of each ratio is from the best that it ever had, those that are worse by a tenth first."""
+    best: dict[str, dict[str, Any]] = json.loads(BEST.read_text())
+    lines = []
+    for row in rows:
+        three, record = row["ratios"].get(OURS), best.get(row["title"])
+        if three is None or record is None:
+            continue
+        now, then = three[1], record["median"]
+        worse = then / now - 1 if row["better"] == "more" else now / then - 1
+        mark = "WORSE by more than a tenth: " if worse > 0.1 else ""
+        at = f"the best ever was {then:.2f} ({record['commit']})"
+        lines.append(
+            (worse, f"{mark}{row['title']}: {now:.2f} of {BASELINE}'s; {at}, {worse:+.0%} worse")
+        )
+    return [line for _worse, line in sorted(lines, reverse=True)]
 
 
 def others(peers: Sequence[str]) -> list[str]:
