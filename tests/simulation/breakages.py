@@ -225,6 +225,14 @@ Gateway._existing = lambda self, request: None
 from aioserver.limits import gate, gcra
 gate.ROUNDING = gcra.ROUNDING = 0.0
 """,
+    "that a brief timer does not know its time": """
+from aioserver.faces.idle_sockets import IdleSockets
+def asking(self, delay):
+    timer = self._timer
+    if timer is None or timer.when() > self._loop.time() + delay:
+        self._timer = self._loop.call_later(delay, self._make_room)
+IdleSockets._look_in = asking
+""",
     "the type of an error in a response": """
 from aioserver.providers.response_sink import ResponseSink
 from aioserver.providers.sinks import PassingSink
@@ -415,6 +423,13 @@ NEEDS: dict[str, dict[str, Any]] = {
         "faces": ("responses",),
         "provider_fault_share": 0.5,
         "provider_faults": ("error-event-3",),
+    },
+    "that a brief timer does not know its time": {
+        "spread": 0.1,
+        "changes": {
+            "chat.websocket.concurrency.max_connections": 5,
+            "chat.websocket.concurrency.queue_timeout": 5.0,
+        },
     },
     "the error of a cancelled answer": {
         "faces": ("stored responses", "keyed stream"),

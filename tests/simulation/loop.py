@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.simulation.clock import Clock
 from tests.simulation.network import INSTANCE
+from tests.support.strict_timers import strict_timer
 from tests.support.virtual_loop import VirtualLoop
 
 if TYPE_CHECKING:
@@ -67,10 +68,17 @@ class SimulatedLoop(VirtualLoop):
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., Any], *args: Any, context: Any = None
     ) -> asyncio.TimerHandle:
-        """Call *callback* at the time *when*."""
-        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        """Call *callback* at the time *when*, as strictly as strict_timers.py says."""
+        when, timer = strict_timer(self, when, callback, args, context)
         heapq.heappush(self._timers, (when, next(self._numbers), timer))
         return timer
+
+    def call_exactly_at(
+        self, when: float, callback: Callable[..., Any], *args: Any, context: Any = None
+    ) -> None:
+        """Call *callback* at the time *when*: for what is no program's timer, but the network or a disk."""
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        heapq.heappush(self._timers, (when, next(self._numbers), timer))
 
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., Any], *args: Any, context: Any = None

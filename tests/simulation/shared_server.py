@@ -119,7 +119,7 @@ class SharedServer:
 
     def after(self, moment: float, action: Callable[[], None], context: Context) -> None:
         """Do *action* at *moment*, in *context*."""
-        self.loop.call_at(moment, action, context=context)
+        self.loop.call_exactly_at(moment, action, context=context)
 
     def arrive(self, run: str, carry: Callable[[], None], refuse: Callable[[], None]) -> None:
         """Take a call that was meant for the process *run*."""

@@ -138,6 +138,7 @@ class Transport(asyncio.Transport):
         return self._low, self._high
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self._ensure_alive()
         if high is None:
             high = HIGH_WATER if low is None else 4 * low
         self._high, self._low = high, high // 4 if low is None else low
@@ -150,6 +151,11 @@ class Transport(asyncio.Transport):
 
     def can_write_eof(self) -> bool:
         return True
+
+    def _ensure_alive(self) -> None:
+        """Raise RuntimeError, as uvloop does, if the protocol has been told that the connection is lost."""
+        if self.dead:
+            raise RuntimeError("the transport is closed")
 
     # Reading.
 
@@ -165,7 +171,8 @@ class Transport(asyncio.Transport):
     # Writing.
 
     def write(self, data: Any) -> None:
-        if self._closing or self.dead or self._eof_wanted:
+        self._ensure_alive()
+        if self._closing or self._eof_wanted:
             return
         if not self._buffer:
             self.stuck_since = Clock.now
@@ -179,6 +186,7 @@ class Transport(asyncio.Transport):
         self.write(b"".join(list_of_data))
 
     def write_eof(self) -> None:
+        self._ensure_alive()
         self._eof_wanted = True
         if not self._buffer:
             self._transmit(None)
@@ -193,7 +201,6 @@ class Transport(asyncio.Transport):
 
     def abort(self) -> None:
         self._closing = True
-        self._buffer.clear()
         self._loop.call_soon(self._reset, context=self.context)
 
     def _send(self) -> None:
@@ -248,7 +255,7 @@ class Transport(asyncio.Transport):
         self._due += size / faults.bandwidth
         if faults.stall_at is not None and before <= faults.stall_at < self._sent:
             self._due += faults.stall_seconds
-        self._loop.call_at(self._due, self.peer.arrive, piece, context=self.peer.context)
+        self._loop.call_exactly_at(self._due, self.peer.arrive, piece, context=self.peer.context)
 
     # Arriving.
 
@@ -310,7 +317,7 @@ class Transport(asyncio.Transport):
         """Learn of a reset by the other end, after the latency."""
         error = ConnectionResetError(104, "reset by peer")
         latency = self.peer._faults.latency  # noqa: SLF001
-        self._loop.call_later(latency, self.lose, error, context=self.context)
+        self._loop.call_exactly_at(Clock.now + latency, self.lose, error, context=self.context)
 
     def vanish(self) -> None:
         """Be closed by the kernel, as the process has been killed: its protocol hears nothing of it."""

@@ -5,15 +5,20 @@ the next timer is due at once. What a thread or another process does takes real 
 them works, the clock does not jump, but goes as the machine's does. A test that is never idle until a deadline
 has passed needs the mark `real_time`, and so does one that waits for a clock of the kernel.
 
+Its timers are those of strict_timers.py.
+
 This is the "autojump clock" of the library trio, with asyncio's loop and sockets of the machine.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
 import selectors
 import time
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
+
+from tests.support.strict_timers import strict_timer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -72,6 +77,23 @@ class JumpingLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self.now
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[..., Any], *args: Any, context: Any = None
+    ) -> asyncio.TimerHandle:
+        """Call *callback* at the time *when*, as strictly as strict_timers.py says."""
+        self._check_closed()  # type: ignore[attr-defined]
+        _, timer = strict_timer(self, when, callback, args, context)
+        heapq.heappush(self._scheduled, timer)  # type: ignore[attr-defined]
+        # As asyncio's own `call_at`: it counts those that are cancelled.
+        timer._scheduled = True  # type: ignore[attr-defined]  # noqa: SLF001
+        return timer
+
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Callable[..., Any], *args: Any, context: Any = None
+    ) -> asyncio.TimerHandle:
+        """Call *callback* in *delay* seconds, as `call_at` does."""
+        return self.call_at(self.time() + delay, callback, *args, context=context)
 
     def run_forever(self) -> None:
         before, _clock.running = _clock.running, self
