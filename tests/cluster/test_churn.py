@@ -1,4 +1,4 @@
-"""A minute of churn: three servers as processes, everything that can happen to them, and a provider that counts.
+"""A minute of churn: three servers as processes, clients of two keys, everything that can happen, and a provider that counts.
 
 Run by hand; it prints a table: `pytest -m stress -s tests/cluster/test_churn.py`.
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
+from tests.support.keys import bearer, entry
 from tests.support.process import ServerProcess, loop_name
 from tests.support.redis_server import RedisServer
 from tests.support.referee import Referee
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.stress, pytest.mark.real_time, pytest.mark.timeout(300)]
 LIMIT, CLIENTS, SECONDS = 20, 20, 60.0
+# Two keys, of which one alone cannot use all places.
+KEYS = (
+    entry("some", max_concurrent=15, requests_per_minute=1_000_000),
+    entry("rest", requests_per_minute=1_000_000),
+)
 # Seconds for which an instance or the server is stopped: shorter and longer than a lease.
 SHORT, LONG = 2.0, 10.0
 
@@ -54,6 +60,7 @@ class Churn:
             f"{CONCURRENCY}.max_connections": 100,
             f"{CONCURRENCY}.connection_queue_size": 100,
             f"{UVICORN}.backlog": 128,
+            "auth.keys": list(KEYS),
         }
         write(self.referee.url, changes, file)
         process = await ServerProcess.start(
@@ -62,12 +69,12 @@ class Churn:
         await self._stack.enter_async_context(process)
         return await process.ready()
 
-    async def client(self, number: int, session: aiohttp.ClientSession) -> None:
+    async def client(self, number: int, session: aiohttp.ClientSession, key: str) -> None:
         body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
         while True:
             url = f"{self.servers[number].base}/v1/chat/completions"
             try:
-                async with session.post(url, json=body) as answer:
+                async with session.post(url, json=body, headers=bearer(key)) as answer:
                     text = await answer.text()
             except (aiohttp.ClientError, OSError):
                 self.lost += 1
@@ -179,9 +186,9 @@ async def churn_for(churn: Churn, chance: random.Random) -> None:
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session:
         clients = [
-            asyncio.create_task(churn.client(number, session))
+            asyncio.create_task(churn.client(number, session, KEYS[turn % len(KEYS)]["name"]))
             for number in range(3)
-            for _ in range(CLIENTS)
+            for turn in range(CLIENTS)
         ]
         try:
             await churn.row("it begins", churn.full)

@@ -1,7 +1,7 @@
-"""Random clients that connect, ask, cancel, leave, reset and send half requests, on every face.
+"""Random clients of two keys that connect, ask, cancel, leave, reset and send half requests, on every face.
 
-Afterwards nothing is held: no place, no socket, no task, no stream that runs; and every place of
-the provider can be taken at once. The seed is printed with a failure.
+Afterwards nothing is held: no place, nothing of a key, no socket, no task, no stream that runs; and every
+place of the provider can be taken at once. The seed is printed with a failure.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.providers.simulator.exchange import Behaviour
+from tests.support.keys import bearer, entry
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from tests.support.server import MakeServer, RunningServer
 
 PACE = Behaviour(ttft=0.002, interval=0.001, tokens=12)
+# Two keys, whose limits are met: together they have more than all places, and one has no more than half of them.
+KEYS = (entry("many", max_concurrent=15), entry("few", max_connections=10, max_concurrent=5))
 
 
 class Client:
@@ -32,6 +35,8 @@ class Client:
         self._server = server
         self._dice = dice
         self._name = f"churn-{number}"
+        self._headers = bearer("few" if number % 4 == 0 else "many")
+        self._credentials = "".join(f"{name}: {text}\r\n" for name, text in self._headers.items())
 
     async def live(self) -> None:
         life = self._dice.choice(
@@ -62,7 +67,7 @@ class Client:
     ) -> None:
         data = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        head += f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+        head += f"{self._credentials}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n"
         writer.write(head.encode() + data)
         await self._some(reader)
 
@@ -78,13 +83,16 @@ class Client:
         await self._post(reader, writer, "/sse/chat", {"request_id": self._name, "text": "x"})
         if self._dice.random() < 0.3:
             path = f"/sse/chat/{self._name}"
-            async with self._server.session.delete(self._server.base + path) as response:
+            async with self._server.session.delete(
+                self._server.base + path, headers=self._headers
+            ) as response:
                 assert response.status in {204, 404}
 
     async def _websocket(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(
             b"GET /ws/chat HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+            + f"{self._credentials}\r\n".encode()
         )
         await reader.readuntil(b"\r\n\r\n")
         for number in range(self._dice.randint(0, 3)):
@@ -103,7 +111,7 @@ class Client:
         whole = (
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         )
-        whole += b'Content-Length: 400\r\n\r\n{"messages": ['
+        whole += f'{self._credentials}Content-Length: 400\r\n\r\n{{"messages": ['.encode()
         writer.write(whole[: self._dice.randint(1, len(whole))])
         await writer.drain()
 
@@ -118,7 +126,9 @@ def _masked(frame: object) -> bytes:
 @pytest.mark.parametrize(
     "count", [500, pytest.param(5000, marks=[pytest.mark.stress, pytest.mark.timeout(600)])]
 )
-async def test_nothing_is_held_after_random_clients(make_server: MakeServer, count: int) -> None:
+async def test_nothing_is_held_after_random_clients(
+    make_server: MakeServer, count: int
+) -> None:
     server = await make_server(
         PACE,
         **{
@@ -126,6 +136,10 @@ async def test_nothing_is_held_after_random_clients(make_server: MakeServer, cou
             "chat.websocket.concurrency.max_connections": 20,
             "chat.websocket.concurrency.connection_queue_size": 20,
             "chat.websocket.concurrency.queue_timeout": 0.2,
+            "auth.keys": [
+                *({**key, "requests_per_minute": 1_000_000} for key in KEYS),
+                entry("root"),
+            ],
         },
     )
     seed = random.randrange(1 << 30)
@@ -152,7 +166,11 @@ async def _all_places_at_once(server: RunningServer) -> None:
     body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
     async with asyncio.TaskGroup() as group:
         asks = [
-            group.create_task(server.session.post(server.v1 + "/chat/completions", json=body))
+            group.create_task(
+                server.session.post(
+                    server.v1 + "/chat/completions", json=body, headers=bearer("root")
+                )
+            )
             for _ in range(places)
         ]
         await until(lambda: server.simulator.stats().active == places)
