@@ -17,6 +17,7 @@ from aioserver.commands.bench.results import Results
 from aioserver.providers.simulator.faults import FAULTS
 from tests.soak.answers import GONE, Left, Violation
 from tests.soak.clients import Client
+from tests.support.keys import bearer, entry, key_of
 
 # Clients at once.
 CLIENTS = 24
@@ -25,6 +26,17 @@ FAULT_SHARE = 0.3
 # Seconds after which a client gives up, as somebody does before whom nothing happens.
 PATIENCE = 20.0
 PROBED = ("websocket", "sse", "openai")
+# The keys of the clients, whose limits are reached; of the probes, whom nothing is refused; and of who looks at `/stats`.
+KEYS = [
+    entry("many", max_concurrent=16, requests_per_minute=100_000),
+    entry("few", max_concurrent=6, max_connections=8, requests_per_minute=600),
+    entry("probe", max_concurrent=1000, requests_per_minute=1_000_000),
+    entry("root"),
+]
+# The share of the clients that have the key of few.
+FEW_SHARE = 0.3
+# Seconds at most after which the next client comes, where one was refused.
+LATER = 1.0
 # Faults after which a provider is asked nothing for a while: each kind has a provider of its own, so that the others
 # go on. The rest is the active provider's.
 REFUSING = frozenset({"quota", "credits", "status-401"})
@@ -78,7 +90,8 @@ class Load:
             self.asked += 1
             outcome = "violation"
             connector = aiohttp.TCPConnector(limit=0, force_close=True)
-            async with aiohttp.ClientSession(connector=connector) as session:
+            key = "few" if self._dice.random() < FEW_SHARE else "many"
+            async with aiohttp.ClientSession(connector=connector, headers=bearer(key)) as session:
                 client = Client(self.base, name, model_of(fault), fault, session)
                 try:
                     async with asyncio.timeout(PATIENCE):
@@ -91,6 +104,9 @@ class Load:
                         f"{client.face}, {fault or 'no fault'}, {name}: {violation}"
                     )
             self.outcomes[outcome.partition(":")[0]] += 1
+            if outcome.startswith("refused"):
+                # Otherwise nobody but those who are refused would ever ask.
+                await asyncio.sleep(self._dice.uniform(0.0, LATER))
 
     async def _endless(self, stop: asyncio.Event) -> None:
         """Begin to read answers without an end, and leave."""
@@ -106,7 +122,7 @@ class Load:
             try:
                 async with (
                     asyncio.timeout(PATIENCE),
-                    aiohttp.ClientSession() as session,
+                    aiohttp.ClientSession(headers=bearer("many")) as session,
                     session.post(url, json=body) as response,
                 ):
                     lines = 0
@@ -130,7 +146,14 @@ async def probe(base: str, provider: str, seconds: float) -> dict[str, Any]:
     question = Probe(prompt="Why are you called a gateway?", model="steady", max_tokens=20)
     plans = [
         *(
-            Plan(url=base, face=face, clients=2, question=question, duration=seconds)
+            Plan(
+                url=base,
+                face=face,
+                clients=2,
+                question=question,
+                duration=seconds,
+                key=key_of("probe"),
+            )
             for face in PROBED
         ),
         Plan(url=provider, face="openai", clients=3, question=question, duration=seconds),

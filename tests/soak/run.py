@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from tests.soak.load import PROVIDERS, Load, probe
+from tests.soak.load import KEYS, PROVIDERS, Load, probe
 from tests.soak.talks import BRIDGED
 from tests.support.history import sql
+from tests.support.keys import bearer
 from tests.support.process import Process, ServerProcess
 from tests.support.server import SIM_HTTP_CLIENT, provider_entry
 from tests.support.server import write as write_configuration
@@ -52,6 +53,7 @@ WORKERS = "chat.websocket.concurrency.uvicorn.workers"
 # Bounds that are met within the first minutes. If bodies were not let go, `max_body_bytes` would refuse the probes.
 CHANGES: dict[str, Any] = {
     "logging.level": "INFO",
+    "auth.keys": KEYS,
     "chat.websocket.concurrency.max_connections": 300,
     "chat.websocket.concurrency.connection_queue_size": 300,
     "chat.websocket.concurrency.uvicorn.backlog": 2048,
@@ -111,7 +113,7 @@ async def _load(
     server: ServerProcess, provider: str, seconds: float, seed: int, write: Callable[..., None]
 ) -> None:
     load, stop = Load(server.base, seed), asyncio.Event()
-    async with aiohttp.ClientSession() as session:
+    async with aiohttp.ClientSession(headers=bearer("root")) as session:
         # Modules are loaded, and pools made, by a first request.
         await probe(server.base, provider, 2.0)
         start = await _quiet(session, server.base)
