@@ -265,6 +265,8 @@ class Bench:
             command += RESPONSE_ENDS
         for header in peer.headers:
             command += ["--header", header]
+        for key in peer.keys:
+            command += ["--key", key]
         return text(command)
 
     @contextlib.contextmanager
@@ -282,6 +284,8 @@ class Bench:
         command += ["--idle-proto", "http" if watching else "ws"]
         command += ["--port", server.port, "--path", path]
         command += ["--connections", count, "--ramp", ramp, "--duration", 120]
+        for key in server.peer.keys:
+            command += ["--key", key]
         output = b""
         with running(
             text(command), core=self.load_core, folder=str(HERE), output=subprocess.PIPE
@@ -328,7 +332,8 @@ def ask(
 
 def good_answer(peer: Peer, port: int) -> bool:
     """One request that is not streamed: its answer must hold the provider's text."""
-    return b"00010002" in (ask(port, "POST", peer.path, json.dumps(CHAT), peer.headers) or b"")
+    headers = [*peer.headers, *(f"Authorization: Bearer {key}" for key in peer.keys[:1])]
+    return b"00010002" in (ask(port, "POST", peer.path, json.dumps(CHAT), headers) or b"")
 
 
 def faults(result: Result, *, ignored: Sequence[str] = ()) -> list[str]:

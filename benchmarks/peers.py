@@ -1,5 +1,6 @@
 """The servers that can be measured: one `Peer` each. To compare with another, add it to `PEERS`."""
 
+import hashlib
 import secrets
 from dataclasses import dataclass
 
@@ -53,8 +54,23 @@ logging:
   format: json
 """
 
-# 200 places, and who finds none is refused at once.
-TIGHT = (
+# Of two clients, as long as each other: half of all connections have the one, half the other.
+KEYS = ("aio-one-" + "0123456789abcdef" * 2, "aio-two-" + "fedcba9876543210" * 2)
+AUTH = """\
+auth:
+  keys:
+""" + "".join(
+    f"""\
+    - name: client{number}
+      sha256: {hashlib.sha256(key.encode()).hexdigest()}
+      max_concurrent: 12000
+      requests_per_minute: 100000000
+"""
+    for number, key in enumerate(KEYS)
+)
+
+# 200 places, and who finds none is refused at once; clients have keys, whose own limits are out of reach.
+TIGHT = AUTH + (
     AIOSERVER.replace("max_connections: 12000", "max_connections: 200")
     .replace("connection_queue_size: 12000", "connection_queue_size: 200")
     .replace("queue_timeout: 5.0", "queue_timeout: 0")
@@ -142,6 +158,9 @@ class Peer:
     command: tuple[str, ...]
     config: str = ""
     headers: tuple[str, ...] = ()  # of every request, as "Name: value"
+    keys: tuple[str, ...] = (
+        KEYS  # of its clients, as bearer tokens in turn; most servers do not look
+    )
     path: str = "/v1/chat/completions"
     websocket: str | None = None  # path of a WebSocket that speaks aioserver's frames
     responses: str = ""  # path of a WebSocket that speaks OpenAI's Responses API
@@ -215,7 +234,7 @@ PEERS = {
                 *("--host", "127.0.0.1", "--port", "$port", "--num_workers", "1"),
             ),
             config=LITELLM,
-            headers=(f"Authorization: Bearer {LITELLM_KEY}",),
+            keys=(LITELLM_KEY,),
             steps=("plain", "fast", "curve"),
             patience=120.0,
             requirement="litellm[proxy]",

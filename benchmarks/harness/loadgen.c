@@ -10,6 +10,8 @@
  * Each %ID% in the body becomes 32 hex digits that no other request has: the time this run started, its
  * process id, and a counter over all its connections. So the length of a body is always the same.
  *
+ * With several --key each connection has the next of them, as a bearer token.
+ *
  * SSE and WS deltas (the JSON string after --seq-key) must be, joined, the digits 00010002...: see mockllm.
  * Measured are only the requests that start after ramp + warmup; with --drop-after K a stream is closed by
  * the client after K deltas. With --once a connection asks once, whatever it gets. SIGTERM ends a run at once,
@@ -24,7 +26,7 @@ enum { S_NEW, S_CONNECT, S_HANDSHAKE, S_SEND, S_HEAD, S_BODY, S_WSREAD, S_HOLD, 
 
 typedef struct conn {
     int fd, state, want_out, status, close_after;
-    const char *out; size_t out_len, out_pos;
+    const char *out, *req; size_t out_len, out_pos;     /* req: the head and body, or the handshake */
     char *own;                                  /* its copy of the request, where that has ids */
     int64_t left;                               /* body bytes to come; -1: until close; -2: chunked */
     int ck_state; size_t ck_left;               /* chunked decoder: 0 size line, 1 data, 2 CRLF, 3 last */
@@ -40,7 +42,7 @@ static double duration = 10, ramp = 0, warmup = 0, timeout_s = 60, drain = 10;
 static const char *host = "127.0.0.1", *path = "/v1/chat/completions", *key = "\"content\":", *marks[8], *fails[8];
 static int port = 9100, ep, live, opened, off;       /* off: connections that will not ask again */
 static volatile sig_atomic_t told;              /* SIGTERM has come */
-static char *req, *frame; static size_t req_len, frame_len, frame_head, body_len;
+static char *reqs[8], *keys[8], *frame; static int nkeys; static size_t req_len, frame_len, frame_head, body_len;
 #define ID_LEN 32
 static size_t ids[16]; static int nids;         /* where they lie in the body */
 static struct sockaddr_in addr;
@@ -113,7 +115,7 @@ static void connected(conn *c) {
     getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &e, &l);
     if (e) { st.connect++; shut(c, 0.2); return; }
     if (mode == M_IDLE && proto == M_IDLE) { hist_add(&h_conn, now_ns() - c->t_conn); want(c, 0); hold(c); return; }
-    if (mode == M_WS || (mode == M_IDLE && proto == M_WS)) { send_bytes(c, req, req_len, S_HANDSHAKE); return; }
+    if (mode == M_WS || (mode == M_IDLE && proto == M_WS)) { send_bytes(c, c->req, req_len, S_HANDSHAKE); return; }
     hist_add(&h_conn, now_ns() - c->t_conn);
     start_request(c);
 }
@@ -149,7 +151,7 @@ static void start_request(conn *c) {
     c->t0 = c->t_last = now, c->measured = now >= t_meas;
     c->done = c->tokens = c->digit = c->acc_dig = c->bad = 0, c->status = 0, c->line_len = 0;
     if (mode == M_WS) send_bytes(c, next_request(c, frame, frame_len, frame_head, 1), frame_len, S_WSREAD);
-    else send_bytes(c, next_request(c, req, req_len, req_len - body_len, 0), req_len, S_SEND);
+    else send_bytes(c, next_request(c, c->req, req_len, req_len - body_len, 0), req_len, S_SEND);
 }
 
 /* The request is over. good: it got everything it had to. reuse: the connection may serve another. */
@@ -434,7 +436,7 @@ static void out_hist(const char *name, hist *h) {
 }
 
 int main(int argc, char **argv) {
-    static const struct option o[] = { {"mode",1,0,'m'}, {"host",1,0,'H'}, {"port",1,0,'p'}, {"path",1,0,'P'}, {"header",1,0,'h'},
+    static const struct option o[] = { {"mode",1,0,'m'}, {"host",1,0,'H'}, {"port",1,0,'p'}, {"path",1,0,'P'}, {"header",1,0,'h'}, {"key",1,0,'K'},
         {"body-file",1,0,'b'}, {"connections",1,0,'c'}, {"duration",1,0,'d'}, {"count",1,0,'n'}, {"ramp",1,0,'r'}, {"warmup",1,0,'w'},
         {"timeout",1,0,'t'}, {"drain",1,0,'D'}, {"marker",1,0,'M'}, {"fail-marker",1,0,'F'}, {"seq-key",1,0,'k'}, {"expect",1,0,'e'}, {"drop-after",1,0,'x'},
         {"idle-proto",1,0,'i'}, {"stamp",0,0,'T'}, {"once",0,0,'1'}, {"json",0,0,'j'}, {0} };
@@ -446,6 +448,7 @@ int main(int argc, char **argv) {
         case 'p': port = atoi(optarg); break;
         case 'P': path = optarg; break;
         case 'h': { char *x; if (asprintf(&x, "%s%s\r\n", hdr, optarg) < 0) return 1; free(hdr); hdr = x; } break;
+        case 'K': if (nkeys < 8) keys[nkeys++] = optarg; break;
         case 'b': body = slurp(optarg, &blen); break;
         case 'c': conns = atoi(optarg); break;
         case 'd': duration = atof(optarg); break;
@@ -462,8 +465,8 @@ int main(int argc, char **argv) {
         case 'T': stamp = 1; break;
         case '1': once = 1; break;
         case 'j': json = 1; break;
-        default: die("usage: loadgen --mode http|sse|ws|idle [--host H] --port P [--path P] [--header 'K: V']... [--body-file F]\n"
-            "  [--connections C] [--duration S] [--count N] [--ramp S] [--warmup S] [--timeout S] [--drain S] [--expect TOKENS]\n"
+        default: die("usage: loadgen --mode http|sse|ws|idle [--host H] --port P [--path P] [--header 'K: V']... [--key KEY]...\n"
+            "  [--body-file F] [--connections C] [--duration S] [--count N] [--ramp S] [--warmup S] [--timeout S] [--drain S] [--expect TOKENS]\n"
             "  [--marker TEXT]... [--fail-marker TEXT]... [--seq-key content] [--drop-after K] [--idle-proto tcp|http|sse|ws] [--stamp] [--once] [--json]");
     }
     if (!nmark) marks[nmark++] = "\"status\":\"complete\"", marks[nmark++] = "\"status\": \"complete\"";
@@ -477,18 +480,22 @@ int main(int argc, char **argv) {
     if (mode == M_IDLE && proto == M_HTTP) meth = "GET", blen = 0;
     body = find_ids(body, blen, &blen);
     body_len = blen;
-    req = malloc(blen + strlen(hdr) + strlen(path) + 512);
-    if (mode == M_WS || (mode == M_IDLE && proto == M_WS)) {
-        req_len = sprintf(req, "GET %s HTTP/1.1\r\nHost: %s:%d\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n%s\r\n", path, host, port, hdr);
-        frame = malloc(blen + 32);
-        frame_len = ws_frame(frame, 1, body, blen);
-        frame_head = frame_len - blen;
-    } else {
-        req_len = sprintf(req, "%s %s HTTP/1.1\r\nHost: %s:%d\r\nContent-Type: application/json\r\n%sContent-Length: %zu\r\n\r\n",
-                          meth, path, host, port, hdr, blen);
-        memcpy(req + req_len, body, blen);
-        req_len += blen;
+    for (int i = 0; i < (nkeys ? nkeys : 1); i++) {
+        char *req = reqs[i] = malloc(blen + strlen(hdr) + strlen(path) + (nkeys ? strlen(keys[i]) : 0) + 512), auth[256] = "";
+        if (nkeys && snprintf(auth, sizeof auth, "Authorization: Bearer %s\r\n", keys[i]) >= (int)sizeof auth) die("--key is too long");
+        if (nkeys && strlen(keys[i]) != strlen(keys[0])) die("every --key must be as long as the first");
+        if (mode == M_WS || (mode == M_IDLE && proto == M_WS)) {
+            req_len = sprintf(req, "GET %s HTTP/1.1\r\nHost: %s:%d\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n%s%s\r\n", path, host, port, hdr, auth);
+            frame = malloc(blen + 32);
+            frame_len = ws_frame(frame, 1, body, blen);
+            frame_head = frame_len - blen;
+        } else {
+            req_len = sprintf(req, "%s %s HTTP/1.1\r\nHost: %s:%d\r\nContent-Type: application/json\r\n%s%sContent-Length: %zu\r\n\r\n",
+                              meth, path, host, port, hdr, auth, blen);
+            memcpy(req + req_len, body, blen);
+            req_len += blen;
+        }
     }
     signal(SIGPIPE, SIG_IGN);
     signal(SIGTERM, on_term);
@@ -500,7 +507,7 @@ int main(int argc, char **argv) {
     T0 = now_ns();
     t_meas = T0 + (uint64_t)((ramp + warmup) * 1e9);
     t_stop = t_meas + (uint64_t)(duration * 1e9);
-    for (int i = 0; i < conns; i++) all[i].fd = -1, all[i].t_wake = T0 + (uint64_t)(ramp * 1e9 * i / conns);
+    for (int i = 0; i < conns; i++) all[i].fd = -1, all[i].req = reqs[nkeys ? i % nkeys : 0], all[i].t_wake = T0 + (uint64_t)(ramp * 1e9 * i / conns);
     uint64_t now = T0, next = 0, t_end = t_stop + (uint64_t)(mode == M_IDLE ? 0 : drain * 1e9);
     struct rusage ru0, ru;
     int started_meas = 0;
