@@ -26,24 +26,24 @@ if TYPE_CHECKING:
 DEFAULT = "serve"
 GROUP_OPTIONS = frozenset({"-h", "--help", "--version"})
 
-# name: (module in aioserver.commands, line in the list of commands)
+# name: (module in aioserver, line in the list of commands)
 COMMANDS = {
-    "serve": ("serve_command", "Serve chat clients; the default."),
-    "init": ("init", "Write a commented config.yaml to start from."),
-    "check": ("check", "Validate the configuration and print it."),
-    "key": ("key", "Make an API key for a client."),
-    "provider": ("provider", "Run a simulated LLM provider, with faults on request."),
-    "chat": ("chat.command", "Chat with a running server, or ask it one question."),
-    "doctor": ("doctor.command", "Find what stands between a client and an answer."),
-    "top": ("top.command", "Show the live state of a running server."),
-    "bench": ("bench.command", "Load a running server with chat clients."),
-    "completion": ("completion", "Print the script that completes commands in a shell."),
+    "serve": ("commands.serve_command", "Serve chat clients; the default."),
+    "init": ("commands.init", "Write a commented config.yaml to start from."),
+    "check": ("commands.check", "Validate the configuration and print it."),
+    "key": ("commands.key", "Make an API key for a client."),
+    "provider": ("tools.provider", "Run a simulated LLM provider, with faults on request."),
+    "chat": ("tools.chat.command", "Chat with a running server, or ask it one question."),
+    "doctor": ("tools.doctor.command", "Find what stands between a client and an answer."),
+    "top": ("tools.top.command", "Show the live state of a running server."),
+    "bench": ("tools.bench.command", "Load a running server with chat clients."),
+    "completion": ("commands.completion", "Print the script that completes commands in a shell."),
 }
 
 
 def load(name: str) -> click.Command:
     """Import the module of the command *name*, and return the command."""
-    command: click.Command = import_module(f"aioserver.commands.{COMMANDS[name][0]}").command
+    command: click.Command = import_module(f"aioserver.{COMMANDS[name][0]}").command
     return command
 
 

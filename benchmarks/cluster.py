@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from aioserver.cluster.settler import Settler
-from aioserver.cluster.shared_gate import SharedGate
-from aioserver.cluster.shares import Shares
 from aioserver.errors import ServerAtCapacity
+from aioserver.wings.cluster.leases import Shares
+from aioserver.wings.cluster.renewer import Settler
+from aioserver.wings.cluster.shared_gate import SharedGate
 from tests.support.cluster_simulation import Load, Simulation
 from tests.support.redis_server import RedisServer
 

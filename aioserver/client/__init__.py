@@ -5,7 +5,7 @@ text or as *events*. It comes over a *transport*, a WebSocket that many answers 
 response for each answer (`event_source`). The *reading* of an answer is its place on a transport:
 it knows the number of the last event. When the *connection* is lost, the reading goes on after that
 number on the next one, so that each event comes once. What the server refuses is asked again
-(`retries`), until the *deadline* of the answer. A *conversation* is an id that questions have in
+(`faults`), until the *deadline* of the answer. A *conversation* is an id that questions have in
 common, whose *turns* the server keeps (`history`). `sync` is the same for a program without an event loop.
 
 The names that programs import stand here, unlike in the other packages: this one is an interface
@@ -14,10 +14,8 @@ for code that is not ours, and its files may change.
 
 from __future__ import annotations
 
-from aioserver.client.answer import Answer
-from aioserver.client.client import Client, Conversation
-from aioserver.client.errors import AnswerError
-from aioserver.client.events import (
+from aioserver.client.answer import (
+    Answer,
     Complete,
     Event,
     Processing,
@@ -26,6 +24,8 @@ from aioserver.client.events import (
     Text,
     ToolCalls,
 )
+from aioserver.client.client import Client, Conversation
+from aioserver.client.faults import AnswerError
 from aioserver.client.history import Summary, Turn
 
 __all__ = [

@@ -10,16 +10,15 @@ import aiohttp
 from yarl import URL
 
 from aioserver.client.answer import Answer
-from aioserver.client.errors import AnswerError
 from aioserver.client.event_source import EventSourceTransport
+from aioserver.client.faults import AnswerError
 from aioserver.client.history import PAGE, History, Summary, Turn
-from aioserver.client.reading import make_question
-from aioserver.client.socket import SocketTransport
+from aioserver.client.socket import SocketTransport, make_question
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from aioserver.client.reading import Transport
+    from aioserver.client.socket import Transport
 
 # Seconds for DNS, TCP and TLS together.
 CONNECT_TIMEOUT = 10.0

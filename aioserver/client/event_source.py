@@ -16,17 +16,28 @@ from urllib.parse import quote
 import aiohttp
 from yarl import URL
 
-from aioserver.client.errors import Broken, Fault, Interrupted, Lost, Refused, protocol_error
-from aioserver.client.reading import MAX_FRAME_BYTES, Reading, fault_of
-from aioserver.client.refusals import MAX_ERROR_BYTES, closed_fault, refusal, unreachable_fault
-from aioserver.client.retries import Reconnection
-from aioserver.protocol import eventstream, server_frames
+from aioserver.client.faults import (
+    MAX_ERROR_BYTES,
+    Broken,
+    Fault,
+    Interrupted,
+    Lost,
+    Reconnection,
+    Refused,
+    closed_fault,
+    protocol_error,
+    refusal,
+    unreachable_fault,
+)
+from aioserver.client.socket import MAX_FRAME_BYTES, Reading, fault_of
+from aioserver.protocol import eventstream
+from aioserver.protocol import frames as protocol_frames
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from aioserver.client.reading import Question
-    from aioserver.protocol.server_frames import Frame
+    from aioserver.client.socket import Question
+    from aioserver.protocol.frames import Frame
 
 # Seconds without a byte after which the connection is dead: four of the server's `ping_interval`.
 SILENCE = 80.0
@@ -89,7 +100,7 @@ class EventSourceReading(Reading):
         frames: list[Frame] = []
         try:
             for event in eventstream.parse(self._splitter.feed(data)):
-                frame = server_frames.parse(event.data)
+                frame = protocol_frames.parse(event.data)
                 if frame.request_id != self.question.request_id:
                     raise protocol_error("a frame of another answer")
                 if frame.event_id is not None:
@@ -105,7 +116,7 @@ class EventSourceReading(Reading):
                     raise self._lost(None) if fault.code == "slow_client" else self._refuse(fault)
         except Interrupted as error:
             self._interrupted = error
-        except (server_frames.BadFrame, eventstream.EventTooLong) as error:
+        except (protocol_frames.BadFrame, eventstream.EventTooLong) as error:
             self._interrupted = protocol_error(str(error))
         if self._interrupted is not None or self.ended:
             self._drop()

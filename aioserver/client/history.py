@@ -15,9 +15,15 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from aioserver.client.errors import AnswerError, Fault
-from aioserver.client.refusals import MAX_ERROR_BYTES, refusal, unreachable_fault
-from aioserver.client.retries import Reconnection, Retries
+from aioserver.client.faults import (
+    MAX_ERROR_BYTES,
+    AnswerError,
+    Fault,
+    Reconnection,
+    Retries,
+    refusal,
+    unreachable_fault,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

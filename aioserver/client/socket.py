@@ -1,27 +1,581 @@
-"""The WebSocket transport: a connection for up to MAX_ANSWERS answers, and further ones for more."""
+"""The WebSocket transport: a connection for up to MAX_ANSWERS answers, and further ones for more.
+
+This file is one concept: a question, the reading of its answer, and the connections that many readings share. Who may send
+when, and what is asked for again, is decided by all three together.
+
+A connection (RFC 6455) asks first for a `pong`, which proves that it has its place at the server: a socket that
+waits for its place may send no more than 16 frames. Then it sends what its readings want, as fast as the server's
+bound of frames allows. What comes is given to the readings at once, so that a slow reader delays no other one.
+
+A reading keeps MAX_UNREAD bytes of frames. What comes beyond is dropped, and asked for again (`resume`) when the
+program has read what was kept: the server keeps an answer anyway, and it is not kept twice.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from typing import TYPE_CHECKING, Any
+import uuid
+from abc import ABC, abstractmethod
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import aiohttp
 import orjson
+from aiohttp import WSMsgType
 from multidict import CIMultiDict
 
-from aioserver.client.connection import Connection
-from aioserver.client.errors import Broken, Fault, Interrupted, Lost, protocol_error
-from aioserver.client.reading import MAX_FRAME_BYTES
-from aioserver.client.refusals import MAX_ERROR_BYTES, refusal, unreachable_fault
-from aioserver.client.retries import Reconnection
-from aioserver.client.socket_reading import SocketReading
+from aioserver.client.faults import (
+    FINAL_CLOSE_CODES,
+    MAX_ERROR_BYTES,
+    QUIET_CLOSE_CODES,
+    Broken,
+    Fault,
+    Interrupted,
+    Lost,
+    Reconnection,
+    Refused,
+    closed_fault,
+    protocol_error,
+    refusal,
+    unreachable_fault,
+)
+from aioserver.protocol import frames
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from aioserver.client.reading import Question
-    from aioserver.client.socket_reading import Carrier
+    from aioserver.protocol.frames import Frame
+
+MAX_ID_CHARACTERS = 256
+# Fields of OpenAI's request that `options` cannot set: they have arguments, or are the server's.
+RESERVED_OPTIONS = frozenset({"model", "messages", "stream"})
+# An event is as large as the server's `max_stream_bytes` at most, 4 MiB by default. One that is larger than
+# this would fill the memory.
+MAX_FRAME_BYTES = 1 << 26
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question, as JSON: *payload* is the same under any id."""
+
+    request_id: str
+    payload: bytes
+
+    def command(self) -> bytes:
+        """Return the frame that asks it on a WebSocket."""
+        name = orjson.dumps(self.request_id)
+        return b'{"action":"chat","request_id":%b,"payload":%b}' % (name, self.payload)
+
+    def body(self) -> bytes:
+        """Return the HTTP body that asks it."""
+        return b'{"request_id":%b,%b' % (orjson.dumps(self.request_id), self.payload[1:])
+
+    def under_new_id(self) -> Question:
+        """Return the same question under another id."""
+        return Question(uuid.uuid4().hex, self.payload)
+
+
+def make_question(
+    content: object,
+    *,
+    request_id: str | None,
+    options: dict[str, Any] | None,
+    tools: list[dict[str, Any]] | None,
+    **fields: Any,
+) -> Question:
+    """Check and write a question; *fields* that are None are left out.
+
+    Raises:
+        ValueError: an argument can be no part of a question.
+    """
+    if isinstance(content, str):
+        _expect(bool(content), "the text of a question must not be empty")
+        payload: dict[str, Any] = {"text": content}
+    else:
+        _expect(
+            isinstance(content, list)
+            and bool(content)
+            and all(isinstance(message, dict) and "role" in message for message in content),
+            "content must be a text, or a list of messages with a role",
+        )
+        payload = {"messages": content}
+    options = dict(options or {})
+    for name in RESERVED_OPTIONS & options.keys():
+        raise ValueError(f"{name} cannot be set in options")
+    if tools is not None:
+        options["tools"] = tools
+    if options:
+        payload["options"] = options
+    payload.update((name, value) for name, value in fields.items() if value is not None)
+    if request_id is None:
+        request_id = uuid.uuid4().hex
+    _expect(
+        0 < len(request_id) <= MAX_ID_CHARACTERS and request_id.isprintable(),
+        f"request_id must have 1 to {MAX_ID_CHARACTERS} printable characters",
+    )
+    try:
+        return Question(request_id, orjson.dumps(payload))
+    except TypeError as error:
+        # orjson says which type is not JSON, or that a text is not UTF-8.
+        raise ValueError(f"the question cannot be written as JSON: {error}") from None
+
+
+def _expect(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def fault_of(frame: Frame) -> Fault:
+    """Return the fault that an `error` or `busy` frame reports."""
+    chunk = frame.chunk
+    return Fault(chunk.code or "error", chunk.error, chunk.retryable, chunk.retry_after)
+
+
+class Reading(ABC):
+    """The reading of one answer on a transport, over as many connections as it takes.
+
+    Always: the numbered frames that `frames` has returned are those from 1 to *last*, each once.
+    """
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self.last = 0
+        # Whether the last event has come; the program may not have read it yet.
+        self.ended = False
+
+    @abstractmethod
+    async def frames(self) -> list[Frame]:
+        """Return the frames that have come, one at least; asks, or resumes, where it is necessary.
+
+        Cancelling it loses nothing. It is not called after the last event.
+
+        Raises:
+            Lost: the connection is lost; call again at its time.
+            Refused: the server refuses the question, or the rest of the answer; call again to repeat it.
+            Broken: it is of no use to call again.
+        """
+
+    @abstractmethod
+    def leave(self) -> asyncio.Future[None] | None:
+        """Read no further, and let the server cancel an answer that may not have ended.
+
+        Returns what is done when the server has been told; None if there is nothing to tell it. Of
+        no effect after the last event, and at the second call.
+        """
+
+    def _count(self, frame: Frame) -> None:
+        """Take the next numbered frame.
+
+        Raises:
+            Broken: another number has its turn.
+        """
+        if frame.event_id != self.last + 1:
+            raise protocol_error(f"event {frame.event_id} came after event {self.last}")
+        self.last += 1
+        self.ended = frame.ends
+
+
+class Transport(Protocol):
+    """A way to a server."""
+
+    def read(self, question: Question) -> Reading:
+        """Return the reading of the answer to *question*; nothing is sent before its `frames` is called."""
+
+    async def close(self) -> None:
+        """Tell the server what is to be cancelled, and close all connections. Readings end as broken."""
+
+
+# Bytes of frames that wait to be read by the program, for each answer.
+MAX_UNREAD = 1 << 20
+
+
+class Carrier(Protocol):
+    """A connection, as a reading uses it."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether it sends nothing any more."""
+
+    def add(self, reading: SocketReading) -> None:
+        """Let *reading* ask, or resume, on this connection."""
+
+    def remove(self, reading: SocketReading) -> None:
+        """Let *reading* go."""
+
+    def send(
+        self,
+        frame: bytes,
+        reading: SocketReading | None = None,
+        done: asyncio.Future[None] | None = None,
+    ) -> None:
+        """Send *frame* when its turn comes, unless *reading* has gone by then."""
+
+
+class Carriers(Protocol):
+    """A transport, as a reading uses it."""
+
+    async def connection(self, request_id: str) -> Carrier:
+        """Return a connection with room for the answer *request_id*.
+
+        Raises:
+            Interrupted: there is none now.
+        """
+
+    def cancel(self, request_id: str, connection: Carrier | None) -> asyncio.Future[None] | None:
+        """Cancel an answer, on its connection or on the next one."""
+
+
+class SocketReading(Reading):
+    """The reading of an answer on the sockets of a transport."""
+
+    def __init__(self, transport: Carriers, question: Question) -> None:
+        super().__init__(question)
+        self.connection: Carrier | None = None
+        # Whether the server may know the question.
+        self.sent = False
+        self._transport = transport
+        self._frames: list[Frame] = []
+        self._unread = 0
+        # The interruption that came after the frames that wait.
+        self._interrupted: Interrupted | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        # Whether frames were dropped; and whether they were asked for again.
+        self._behind = self._resuming = False
+        self._left = False
+
+    async def frames(self) -> list[Frame]:
+        """Return the frames that have come."""
+        while True:
+            if self._frames:
+                frames, self._frames, self._unread = self._frames, [], 0
+                return frames
+            if self._interrupted is not None:
+                interrupted, self._interrupted = self._interrupted, None
+                # Its traceback would keep what other readings had that were interrupted by it.
+                raise interrupted.with_traceback(None)
+            if self.connection is None:
+                connection = await self._transport.connection(self.question.request_id)
+                connection.add(self)
+                if self._frames:
+                    continue
+            elif self._behind and not self._resuming:
+                self._resuming = True
+                self.connection.send(self.command(), self)
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+    def command(self) -> bytes:
+        """Return the frame that asks for what comes next."""
+        if not self.last:
+            return self.question.command()
+        name = orjson.dumps(self.question.request_id)
+        return b'{"action":"resume","request_id":%b,"payload":{"last_event_id":%d}}' % (
+            name,
+            self.last,
+        )
+
+    def receive(self, frame: Frame, size: int) -> None:
+        """Take a frame of *size* bytes, of this answer or about the whole socket."""
+        if frame.event_id is None:
+            self._receive_remark(frame)
+        elif self._behind and not (self._resuming and frame.event_id == self.last + 1):
+            return
+        elif self._unread > MAX_UNREAD:
+            self._behind = True
+            return
+        else:
+            try:
+                self._count(frame)
+            except Broken as broken:
+                self.interrupt(broken)
+                return
+            self._behind = self._resuming = False
+            self._unread += size
+            self._frames.append(frame)
+            if self.ended:
+                self._detach()
+        self._wake()
+
+    def interrupt(self, interrupted: Interrupted) -> None:
+        """Take the reading off its connection, and let `frames` raise."""
+        self._detach()
+        self._interrupted = interrupted
+        self._wake()
+
+    def leave(self) -> asyncio.Future[None] | None:
+        """Read no further."""
+        if self._left or self.ended:
+            return None
+        self._left = True
+        connection = self.connection
+        self._detach()
+        return self._transport.cancel(self.question.request_id, connection) if self.sent else None
+
+    def _receive_remark(self, frame: Frame) -> None:
+        if frame.status == "error":
+            fault = fault_of(frame)
+            if fault.code == "slow_client":
+                self._behind, self._resuming = True, False
+            else:
+                if not self.last or fault.code == "stream_not_found":
+                    # There is nothing to cancel; the id may be another answer's.
+                    self.sent = False
+                self.interrupt(Refused(fault))
+        elif frame.status == "queued":
+            # It may come often, and only the newest is of interest.
+            if self._frames and self._frames[-1].status == "queued":
+                self._frames.pop()
+            self._frames.append(frame)
+
+    def _detach(self) -> None:
+        if self.connection is not None:
+            self.connection.remove(self)
+            self.connection = None
+        self._behind = self._resuming = False
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+# Answers at once on one socket. The server's bound is 32; the others are for answers whose `cancel` is on its way.
+MAX_ANSWERS = 28
+# Seconds for commands that wait to be sent when the client is closed.
+FLUSH_TIMEOUT = 2.0
+# The server closes a socket that sends more than 100 frames or 16 MiB a second, after a burst of twice as
+# much. Pongs are frames, too.
+SECONDS_PER_FRAME = 1 / 80
+SECONDS_PER_BYTE = 1 / (8 << 20)
+BURST_SECONDS = 1.0
+
+_PING = b'{"action":"ping","request_id":"place"}'
+
+
+class Owner(Protocol):
+    """A transport, as its connections use it."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether the client is closed."""
+
+    @property
+    def reconnection(self) -> Reconnection:
+        """When it connects again."""
+
+    def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start a task that ends before the transport is closed."""
+
+    def gone(self, connection: Connection) -> None:
+        """Forget a connection that is closed."""
+
+    def emptied(self, connection: Connection) -> None:
+        """Close a connection without readings, if there are others."""
+
+    def lost(self, fault: Fault, delay: float) -> Interrupted:
+        """Return the loss of a connection, which holds the next one back for *delay* seconds."""
+
+
+class Connection:
+    """One socket. Always: each reading in `readings` has it as its `connection`; at most MAX_ANSWERS."""
+
+    def __init__(self, transport: Owner, ws: aiohttp.ClientWebSocketResponse[bool]) -> None:
+        self.readings: dict[str, SocketReading] = {}
+        # Whether it takes no more questions, since it is closed or will be; and whether it sends nothing any more.
+        self.leaving = self.closed = False
+        self._transport = transport
+        self._ws = ws
+        self._loop = asyncio.get_running_loop()
+        # Frames to be sent, with the reading that wants them, and what is done when they were sent.
+        self._outbox: deque[tuple[bytes, SocketReading | None, asyncio.Future[None] | None]] = (
+            deque()
+        )
+        self._more = asyncio.Event()
+        # Set when the server has given the socket its place.
+        self._placed = asyncio.Event()
+        # Set when nothing waits to be sent.
+        self._flushed = asyncio.Event()
+        self._flushed.set()
+        # The last remark of the server about the whole socket.
+        self._remark: Fault | None = None
+        # The last remark of the server about the wait for a place, until there is one.
+        self._queued: Frame | None = None
+        self._receiver = transport.start(self._receive())
+        self._sender = transport.start(self._send())
+
+    def room_for(self, request_id: str) -> bool:
+        """Return whether it can take another reading; the server sends each answer once on a socket."""
+        return (
+            not self.leaving
+            and len(self.readings) < MAX_ANSWERS
+            and request_id not in self.readings
+        )
+
+    def add(self, reading: SocketReading) -> None:
+        """Let a reading ask, or resume."""
+        self.readings[reading.question.request_id] = reading
+        reading.connection = self
+        self.send(reading.command(), reading)
+        if self._queued is not None:
+            # It may have come with the handshake, before there was a reading.
+            reading.receive(self._queued, 0)
+
+    def remove(self, reading: SocketReading) -> None:
+        """Let a reading go; an extra connection closes with its last one."""
+        if self.readings.get(reading.question.request_id) is reading:
+            del self.readings[reading.question.request_id]
+            self._transport.emptied(self)
+
+    def send(
+        self,
+        frame: bytes,
+        reading: SocketReading | None = None,
+        done: asyncio.Future[None] | None = None,
+    ) -> None:
+        """Send *frame* when its turn comes, unless *reading* has gone by then."""
+        self._outbox.append((frame, reading, done))
+        self._flushed.clear()
+        self._more.set()
+
+    async def close(self) -> None:
+        """Send what waits, for a short time, and close the socket."""
+        self.leaving = self.closed = True
+        try:
+            if not self._ws.closed and self._placed.is_set():
+                async with asyncio.timeout(FLUSH_TIMEOUT):
+                    await self._flushed.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._receiver.cancel()
+            self._sender.cancel()
+            await asyncio.wait([self._receiver, self._sender])
+            await self._ws.close()
+            self._forget_outbox()
+
+    async def _receive(self) -> None:
+        """Give each frame to its reading, until the socket is closed."""
+        end: Interrupted | None = None
+        try:
+            await self._ws.send_frame(_PING, WSMsgType.TEXT)
+            while True:
+                message = await self._ws.receive()
+                if message.type is not WSMsgType.TEXT:
+                    break
+                self._take(cast("bytes", message.data))
+            if message.type is WSMsgType.BINARY:
+                end = protocol_error("a binary frame")
+            elif message.type is WSMsgType.ERROR and isinstance(
+                message.data, aiohttp.WebSocketError
+            ):
+                end = protocol_error(f"the server's frames break RFC 6455: {message.data}")
+        except frames.BadFrame as error:
+            end = protocol_error(str(error))
+        except (OSError, aiohttp.ClientError):
+            # The socket was lost with the first ping.
+            pass
+        finally:
+            self.leaving = self.closed = True
+            self._transport.gone(self)
+            self._finish(end)
+        # Of no effect if the server has closed it.
+        await self._ws.close(code=aiohttp.WSCloseCode.PROTOCOL_ERROR)
+
+    def _take(self, data: bytes) -> None:
+        frame = frames.parse(data)
+        reconnection = self._transport.reconnection
+        reconnection.reached = True
+        if frame.request_id is not None and frame.status != "pong":
+            reading = self.readings.get(frame.request_id)
+            if frame.event_id is not None:
+                reconnection.progressed()
+            elif frame.status == "error" and frame.chunk.code == "server_shutdown":
+                # The next question is for another process.
+                self.leaving = True
+            if reading is not None:
+                reading.receive(frame, len(data))
+        elif frame.status == "pong":
+            self._queued = None
+            self._placed.set()
+        elif frame.status == "queued":
+            self._queued = frame
+            for reading in list(self.readings.values()):
+                reading.receive(frame, len(data))
+        elif frame.status == "error":
+            self._remark = fault_of(frame)
+
+    async def _send(self) -> None:
+        """Send what waits, as fast as the server allows."""
+        await self._placed.wait()
+        # The time at which an even flow would send the next frame (GCRA, ITU-T I.371).
+        due = self._loop.time()
+        while True:
+            while not self._outbox:
+                self._flushed.set()
+                self._more.clear()
+                await self._more.wait()
+            early = due - BURST_SECONDS - self._loop.time()
+            if early > 0:
+                await asyncio.sleep(early)
+            frame, reading, done = self._outbox.popleft()
+            if reading is None or reading.connection is self:
+                if reading is not None:
+                    reading.sent = True
+                due = max(due, self._loop.time())
+                due += max(SECONDS_PER_FRAME, len(frame) * SECONDS_PER_BYTE)
+                try:
+                    await self._ws.send_frame(frame, WSMsgType.TEXT)
+                except (OSError, aiohttp.ClientError):
+                    # `_receive` sees that the socket is lost, and knows more about it.
+                    self.leaving = self.closed = True
+                    self._outbox.appendleft((frame, None, done))
+                    break
+            if done is not None and not done.done():
+                done.set_result(None)
+        self._forget_outbox()
+
+    def _finish(self, end: Interrupted | None) -> None:
+        """Interrupt the readings: the socket is closed, by the server if *end* is None."""
+        self._sender.cancel()
+        self._forget_outbox()
+        readings = list(self.readings.values())
+        if self._transport.closed or not readings:
+            return
+        code, remark = self._ws.close_code, self._remark
+        if end is None and code == aiohttp.WSCloseCode.MESSAGE_TOO_BIG:
+            # It was one of the questions that have no answer yet; it can only be the largest.
+            unanswered = [reading for reading in readings if reading.sent and not reading.last]
+            if unanswered:
+                largest = max(unanswered, key=lambda reading: len(reading.question.payload))
+                readings.remove(largest)
+                too_large = Fault("request_too_large", "the server takes no question of this size")
+                largest.interrupt(Broken(remark or too_large))
+        if end is None:
+            end = self._end(code, remark)
+        for reading in readings:
+            reading.interrupt(end)
+
+    def _end(self, code: int | None, remark: Fault | None) -> Interrupted:
+        """Return what the close *code*, and the *remark* before it, mean for the readings."""
+        if code in FINAL_CLOSE_CODES:
+            return protocol_error(f"the server closed the socket with close code {code}")
+        if code == aiohttp.WSCloseCode.POLICY_VIOLATION and remark and not remark.retryable:
+            return Broken(remark)
+        fault = remark or closed_fault(code)
+        reconnection = self._transport.reconnection
+        if code in QUIET_CLOSE_CODES:
+            code = None
+        delay = reconnection.after_loss(code, None if remark is None else remark.retry_after)
+        return self._transport.lost(fault, delay)
+
+    def _forget_outbox(self) -> None:
+        for _frame, _reading, done in self._outbox:
+            if done is not None and not done.done():
+                done.set_result(None)
+        self._outbox.clear()
+        self._flushed.set()
+
 
 # Seconds for the handshake, connecting included; for asking why it was refused; for the server to answer a close frame.
 HANDSHAKE_TIMEOUT = 30.0

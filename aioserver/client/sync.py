@@ -20,7 +20,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from aioserver.client import client as asynchronous
-from aioserver.client.events import Text
+from aioserver.client.answer import Text
 from aioserver.client.history import PAGE
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aioserver.client.answer import Answer as AsynchronousAnswer
-    from aioserver.client.events import Complete, Event
+    from aioserver.client.answer import Complete, Event
     from aioserver.client.history import Summary, Turn
 
 T = TypeVar("T")

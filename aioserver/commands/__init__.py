@@ -1,4 +1,4 @@
-"""The commands of `python -m aioserver`: a module for each, or a folder of several modules.
+"""The commands of `python -m aioserver` that run a server or prepare one: a module for each.
 
 - A **command** is the click command in the module's `command`: its options, its help, and a
   function that returns the exit code. `aioserver.__main__` has the table of commands, and imports
@@ -7,9 +7,7 @@
 - **serve** is the server itself: it reads the **configuration**, listens, and runs until a signal.
   **init** writes a configuration to start from, **check** validates one, **key** makes a client
   key.
-- **provider** is a simulated LLM provider to serve with, or to break on purpose.
-- **top** and **bench** are clients of a running server. **remote** is what they share: the URL and
-  the key, a session, and the errors that a server answers with.
+- Those that look at a server from outside are in the folder `tools`.
 
 Results go to stdout, explanations and errors to stderr. An error is one line without a
 traceback, and says what to do. A server goes on if its **output** cannot be written.

@@ -19,11 +19,11 @@ from aioserver.config import Configuration
 from aioserver.config.faults import ConfigurationError
 from aioserver.server import listener, preflight, systemd
 from aioserver.server.app import open_server
-from aioserver.server.history import prepare_file
 from aioserver.server.reload import Reload, log_remarks
 from aioserver.server.runner import Runner
 from aioserver.server.stop import Stop
 from aioserver.telemetry import logs
+from aioserver.wings.conversations.wing import prepare_file
 
 if TYPE_CHECKING:
     import socket
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
-    from aioserver.cluster.membership import Membership
     from aioserver.server.app import Server
-    from aioserver.server.workers import Worker
+    from aioserver.wings.cluster.wing import Membership
+    from aioserver.workers.worker import Worker
 
 logger = logging.getLogger("aioserver.serve")
 
@@ -114,7 +114,7 @@ def _worker() -> Worker | None:
     """
     if "AIOSERVER_WORKER" not in os.environ:
         return None
-    from aioserver.server.workers import Worker  # noqa: PLC0415 - one process needs none of it
+    from aioserver.workers.worker import Worker  # noqa: PLC0415 - one process needs none of it
 
     worker = Worker.take(os.environ)
     if worker is None:
@@ -130,14 +130,14 @@ def _worker() -> Worker | None:
 def _serve_with_workers(
     configuration: Configuration, environ: Mapping[str, str], inherited: Sequence[socket.socket]
 ) -> int:
-    """Serve with several processes: see `aioserver.server.parent`. Return the exit code.
+    """Serve with several processes: see `aioserver.workers.parent`. Return the exit code.
 
     Raises:
         ConfigurationError: a worker could not read what this process has read.
         Unfit: this system lacks what a parent needs.
     """
     preflight.check_workers()
-    from aioserver.server.parent import Parent  # noqa: PLC0415 - one process needs none of it
+    from aioserver.workers.parent import Parent  # noqa: PLC0415 - one process needs none of it
 
     # As each worker does.
     Configuration.load(
@@ -291,7 +291,7 @@ def _joined(
     if url is None:
         return nullcontext()
     try:
-        from aioserver.cluster.membership import join  # noqa: PLC0415 - one instance needs none of it
+        from aioserver.wings.cluster.wing import join  # noqa: PLC0415 - one instance needs none of it
     except ModuleNotFoundError as error:
         if error.name != "redis":
             raise

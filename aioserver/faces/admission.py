@@ -7,7 +7,7 @@ none longer than `queue_timeout`; past either bound the face refuses in its own 
 the place back, once, and not before its response is in the kernel.
 
 An HTTP handler waits in its own task, which is cancelled when the client leaves (`counted`). A
-WebSocket has to go on reading while it waits, so it waits in a task of its own (socket_place.py).
+WebSocket has to go on reading while it waits, so it waits in a task of its own (upgrade.py).
 """
 
 from __future__ import annotations

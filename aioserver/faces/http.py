@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
-from aioserver.protocol import anthropic
+from aioserver.wings.anthropic import wire as anthropic
 
 if TYPE_CHECKING:
     from aioserver.errors import AioserverError

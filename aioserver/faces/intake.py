@@ -1,7 +1,7 @@
 """Taking in what clients send: the bytes of a body, bounded and under a deadline.
 
 The bytes count against `max_body_bytes` from the first one. What is read of them comes in steps
-(protocol/top_level.py, limits/turns.py). A body that is passed on while its client sends it is a `BodyStream`.
+(protocol/json_body.py, limits/steps.py). A body that is passed on while its client sends it is a `BodyStream`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from aioserver.errors import (
     RequestTooLarge,
     UnsupportedMediaType,
 )
-from aioserver.limits.turns import in_turns
+from aioserver.limits.steps import in_turns
 from aioserver.protocol import model_body
 from aioserver.protocol.client_frames import MAX_ID_CHARACTERS
 from aioserver.protocol.client_headers import collect
+from aioserver.protocol.json_body import simple
 from aioserver.protocol.model_body import ModelBody
-from aioserver.protocol.top_level import simple
 
 if TYPE_CHECKING:
     from aiohttp import StreamReader, web

@@ -19,23 +19,24 @@ from aiohttp import web
 
 from aioserver.auth.callers import CALLER
 from aioserver.errors import StreamNotFound
-from aioserver.faces import http, visits, whole
+from aioserver.faces import http, whole
 from aioserver.faces.admission import counted
 from aioserver.faces.http import speaks_anthropic
 from aioserver.faces.intake import client_headers, idempotency_key, read_model_body
 from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
 from aioserver.gateway.calls import kept_answer
-from aioserver.gateway.drafts import draft_of
 from aioserver.gateway.request import Request
-from aioserver.gateway.stored_responses import RESPONSES
-from aioserver.protocol import anthropic
 from aioserver.protocol.eventstream import HEARTBEAT
-from aioserver.protocol.responses import ResponseEvents
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.ending import run_all
 from aioserver.streams.formats import RAW
+from aioserver.wings.anthropic import wire as anthropic
+from aioserver.wings.responses.draft import draft_of
+from aioserver.wings.responses.events import ResponseEvents
+from aioserver.wings.responses.stored import RESPONSES
+from aioserver.wings.tracing import visits
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -78,7 +79,7 @@ OPENAI = Dialect("openai", HEARTBEAT)
 
 
 def routes(context: Context) -> list[web.RouteDef]:
-    """Return the routes of this face; those of stored responses are in responses.py."""
+    """Return the routes of this face; those of stored responses are in wings/responses/face.py."""
     serving = partial(serve, context)
     return [
         *(

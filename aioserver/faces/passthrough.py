@@ -31,7 +31,7 @@ from aioserver.faces.admission import counted
 from aioserver.faces.intake import BodyStream, client_headers, read_start
 from aioserver.faces.ready import HIGH_WATER
 from aioserver.gateway.request import Request
-from aioserver.limits.turns import in_turns
+from aioserver.limits.steps import in_turns
 from aioserver.protocol import model_body, passable
 from aioserver.protocol.client_headers import as_sent
 from aioserver.protocol.passable import Passage

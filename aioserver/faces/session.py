@@ -14,8 +14,8 @@ from aioserver.auth.guard import COOKIE, KEY_NEEDED
 from aioserver.auth.keys import SESSION_SECONDS
 from aioserver.errors import Denied, InvalidRequest, MissingApiKey
 from aioserver.faces.intake import read_body
-from aioserver.protocol import top_level
-from aioserver.protocol.top_level import ABSENT
+from aioserver.protocol import json_body
+from aioserver.protocol.json_body import ABSENT
 
 if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
@@ -110,8 +110,8 @@ async def _key_in_body(context: Context, request: web.Request) -> bytes:
     if not request.body_exists:
         raise MissingApiKey(KEY_NEEDED)
     with context.admission.hold() as hold:
-        body = top_level.at_once(top_level.sound(await read_body(request, hold, MAX_LOGIN_BYTES)))
-    key = top_level.text(top_level.decode(_LOGIN, body, "the body").key)
+        body = json_body.at_once(json_body.sound(await read_body(request, hold, MAX_LOGIN_BYTES)))
+    key = json_body.text(json_body.decode(_LOGIN, body, "the body").key)
     if key is None:
         raise InvalidRequest('the body must be {"key": "…"}', param="key")
     if not key.strip():

@@ -37,7 +37,7 @@ from aioserver.errors import (
 from aioserver.faces.client_messages import FULL_ROOM, ClientMessages, Upgraded, too_much
 from aioserver.faces.idle_sockets import IDLE_SECONDS
 from aioserver.limits.quota import REVOKED
-from aioserver.protocol.top_level import STEP_BYTES
+from aioserver.protocol.json_body import STEP_BYTES
 from aioserver.streams.ending import run_all
 from aioserver.streams.formats import WS_CLOSE, WS_PING, WS_PONG, ws_frame
 from aioserver.streams.writer import Writer

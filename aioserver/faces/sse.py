@@ -22,8 +22,8 @@ from aioserver.faces.admission import counted
 from aioserver.faces.intake import client_headers, read_body
 from aioserver.faces.streaming import follow
 from aioserver.gateway.elsewhere import Start
-from aioserver.limits.turns import in_turns
-from aioserver.protocol import client_frames, eventstream, messages
+from aioserver.limits.steps import in_turns
+from aioserver.protocol import client_frames, eventstream, frames
 from aioserver.streams.formats import EVENTS, RETRY
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ async def busy(
     response = await _head(request)
     if request.method == "HEAD":
         return response
-    frame = messages.loose_frame(request.match_info["request_id"], "busy", error.as_chunk())
+    frame = frames.loose_frame(request.match_info["request_id"], "busy", error.as_chunk())
     await response.write(RETRY + eventstream.write(frame, event="busy"))
     return response
 
@@ -238,7 +238,7 @@ async def _follow(
     def render_position(position: int, eta: float) -> bytes:
         chunk = {"position": position, "eta": round(eta, 1)}
         return eventstream.write(
-            messages.loose_frame(stream.request_id, "queued", chunk), event="queued"
+            frames.loose_frame(stream.request_id, "queued", chunk), event="queued"
         )
 
     response = Events(request)

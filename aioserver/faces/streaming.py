@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from aiohttp.http import HttpVersion11
 
-from aioserver.faces import visits
 from aioserver.faces.http import Request
 from aioserver.faces.ready import LAST_CHUNK, ReadyStream
 from aioserver.protocol import eventstream
 from aioserver.streams.ending import run_all
 from aioserver.streams.writer import Writer
+from aioserver.wings.tracing import visits
 
 if TYPE_CHECKING:
     from collections.abc import Callable

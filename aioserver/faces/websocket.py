@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import WSCloseCode, web
 
 from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerShutdown, StreamNotFound
-from aioserver.faces import visits
 from aioserver.faces.socket import Socket
 from aioserver.faces.upgrade import serve
 from aioserver.gateway.elsewhere import Start
-from aioserver.limits.turns import in_turns
-from aioserver.protocol import client_frames, messages
+from aioserver.limits.steps import in_turns
+from aioserver.protocol import client_frames, frames
 from aioserver.protocol.client_frames import BadCommand, Cancel, Chat, Ping, Resume
-from aioserver.protocol.top_level import NotUtf8
+from aioserver.protocol.json_body import NotUtf8
 from aioserver.streams.formats import MESSAGES, WS_TEXT, ws_frame
+from aioserver.wings.tracing import visits
 
 if TYPE_CHECKING:
     from aioserver.faces.admission import BodyHold
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from aioserver.protocol.client_frames import Command
     from aioserver.streams.cursor import Cursor
     from aioserver.streams.stream import Stream
-    from aioserver.telemetry.tracing import Visit
+    from aioserver.wings.tracing.tracer import Visit
 
 # Answers that run at once on one socket.
 MAX_ANSWERS = 32
@@ -168,7 +168,7 @@ class ChatSocket(Socket):
             MESSAGES,
             render_position=lambda position, eta: ws_frame(
                 WS_TEXT,
-                messages.loose_frame(
+                frames.loose_frame(
                     stream.request_id, "queued", {"position": position, "eta": round(eta, 1)}
                 ),
             ),
@@ -208,7 +208,7 @@ class ChatSocket(Socket):
             self.drain()
 
     def _send(self, request_id: str | None, status: str, chunk: dict[str, object]) -> None:
-        self._writer.send(ws_frame(WS_TEXT, messages.loose_frame(request_id, status, chunk)))
+        self._writer.send(ws_frame(WS_TEXT, frames.loose_frame(request_id, status, chunk)))
 
     def _refuse(self, request_id: str | None, error: AioserverError) -> None:
         self._context.metrics.count_error(error)

@@ -3,7 +3,7 @@
 A request id belongs to one instance, which *claims* it before it asks a provider: the owner of its
 stream. A request whose id is another instance's gets a mirror of the owner's log (streams/mirror.py). So
 does a client that comes back for a stream which is not here. What the instances say to each other is
-behind `Instances`, which the package `cluster` implements.
+behind `Instances`, which the wing `cluster` implements.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@
 
 A new stream gets one producer task (producers.py), which goes on whatever the client does.
 streams/lifetime.py decides how long an answer lives that nobody reads.
+
+This file is one concept: which answer a request has, one under way or a new one, is decided in one place.
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ from aioserver.gateway.elsewhere import FROM_START, NOT_FOUND, Elsewhere, descri
 from aioserver.gateway.producers import Producers
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.request import Request
-from aioserver.gateway.stored_responses import RESPONSES, StoredResponses
 from aioserver.limits.quota import REVOKED
-from aioserver.limits.turns import in_turns
+from aioserver.limits.steps import in_turns
 from aioserver.protocol.whole_answer import final_response, text_pieces
 from aioserver.streams.entries import COMPLETE, ERROR
 from aioserver.streams.lifetime import Lifetime
+from aioserver.wings.responses.stored import RESPONSES, StoredResponses
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.gateway.elsewhere import Instances, Start
-    from aioserver.gateway.history import History
     from aioserver.gateway.prompts import Prompt
     from aioserver.gateway.router import Router
     from aioserver.protocol.client_frames import Chat
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from aioserver.streams.store import HeldBytes, StreamStore
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.request_log import RequestLog
+    from aioserver.wings.conversations.history import History
 
 
 class Gateway:

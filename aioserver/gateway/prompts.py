@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from aioserver.gateway.turn import Turn, counted_tokens
 from aioserver.protocol.openai import Reading
 from aioserver.providers.request import ProviderRequest
+from aioserver.wings.conversations.turn import Turn, counted_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
-    from aioserver.gateway.history import History
     from aioserver.gateway.request import Route
     from aioserver.protocol.client_frames import Chat
     from aioserver.providers.request import Hold
+    from aioserver.wings.conversations.history import History
 
 _EMPTY = re.compile(rb"\{[ \t\r\n]*\}")
 

@@ -26,11 +26,11 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.breaker import SICK
-from aioserver.providers.bridged import RESPONSES, ResponseAttempt
 from aioserver.providers.error_mapping import visible_headers
 from aioserver.providers.health import KEY_FAULTS
 from aioserver.providers.passthrough import PassedAttempt, PassedRequest
 from aioserver.tracebacks import forget_frames
+from aioserver.wings.responses.bridged import RESPONSES, ResponseAttempt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -1,5 +1,7 @@
 """A counting gate: places, a bounded queue with deadlines, and refusal beyond.
 
+This file is one concept: a gate and the requests in its queue, whose invariants are the same ones.
+
 A gate stands in front of the handlers (`max_connections`, one queue in order of arrival), in front of
 each provider (`concurrent_requests`, fair between callers) and in front of a provider's sockets. It
 is bounded three times: in its places, in its waiters, and in the time that each of them waits. A
@@ -20,16 +22,66 @@ import random
 import time
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
 
 from aioserver.limits.fair_queue import FairQueue
 from aioserver.limits.gcra import ROUNDING
-from aioserver.limits.waiter import Waiter, settled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
     from aioserver.errors import AioserverError
+
+P = TypeVar("P")
+
+
+class Waiter(Generic[P]):
+    """A request in the queue; *place* is done once it has a place or an error.
+
+    *arrived* and *deadline* are times of the gate's clock. A request that has waited before counts as one
+    that arrived so much earlier.
+    """
+
+    __slots__ = (
+        *("arrived", "caller", "cost", "deadline", "flow"),
+        *("may_fail_over", "on_position", "place", "rejoined", "reported"),
+    )
+
+    def __init__(
+        self,
+        place: asyncio.Future[P],
+        caller: Hashable,
+        flow: Hashable,
+        arrived: float,
+        deadline: float,
+        on_position: Callable[[int, float], None] | None,
+        cost: int,
+        *,
+        may_fail_over: bool,
+        rejoined: bool = False,
+    ) -> None:
+        self.place = place
+        self.caller = caller
+        self.flow = flow
+        self.arrived = arrived
+        self.deadline = deadline
+        self.on_position = on_position
+        self.cost = cost
+        self.may_fail_over = may_fail_over
+        self.rejoined = rejoined
+        self.reported: tuple[int, float] | None = None
+
+    def report(self, position: int, eta: float) -> None:
+        """Tell *on_position* what has changed since the last report."""
+        if self.on_position is not None and self.reported != (position, eta):
+            self.reported = position, eta
+            self.on_position(position, eta)
+
+
+def settled(waiter: Waiter[P]) -> bool:
+    """Return whether *waiter* has a place or an error, or has given up."""
+    return waiter.place.done()
+
 
 # Seconds between two reports to the waiters that want to know their position.
 POSITION_INTERVAL = 1.0

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import orjson
 
 from aioserver.errors import ServerAtCapacity
+from aioserver.monitoring.fold import Report, recent_values
 from aioserver.monitoring.incidents import Detector, incident
 from aioserver.monitoring.interval import TICK, IntervalMeter
 from aioserver.monitoring.snapshot import Snapshots
-from aioserver.monitoring.sums import Report, recent_values
 from aioserver.monitoring.troubles import Troubles
 from aioserver.monitoring.verdict import Verdicts, unknown
 from aioserver.protocol import eventstream
@@ -80,7 +80,7 @@ class Watcher(Protocol):
 
 
 class Others(Protocol):
-    """All instances of a cluster, this one among them: see cluster/totals.py."""
+    """All instances of a cluster, this one among them: see wings/cluster/totals.py."""
 
     def standing(self) -> ClusterState:
         """Return how this instance stands with the others."""

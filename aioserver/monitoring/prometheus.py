@@ -27,7 +27,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from aioserver import __version__
-from aioserver.monitoring.sums import STANDINGS
+from aioserver.monitoring.fold import STANDINGS
 from aioserver.monitoring.troubles import WORDS
 from aioserver.telemetry.counters import Counter
 from aioserver.telemetry.kernel import accept_queue

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from aioserver.config.settings import Chat
-    from aioserver.gateway.history import StorageStats
     from aioserver.gateway.router import Router
     from aioserver.limits.gate import Gate
     from aioserver.monitoring.interval import Interval
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from aioserver.telemetry.counters import Counter
     from aioserver.telemetry.loop_lag import LoopLag
     from aioserver.telemetry.metrics import Metrics
+    from aioserver.wings.conversations.history import StorageStats
 
 # Outcomes of an attempt that are no fault of the provider: a client that cancels is none.
 NO_FAULTS = frozenset((OK, CANCELLED))

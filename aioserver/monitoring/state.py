@@ -97,7 +97,7 @@ class RetryBudgetState(TypedDict):
 
 
 class SilenceState(TypedDict):
-    """The silence of a provider: see providers/silence.py; *longest* in seconds."""
+    """The silence of a provider: see providers/stall.py; *longest* in seconds."""
 
     longest: float
     stalled: int
@@ -179,7 +179,7 @@ class ProcessState(TypedDict):
 class ClusterState(TypedDict):
     """How an instance, or the worst of several, stands with the cluster's server, and what went to and fro.
 
-    *state*: `joined`, `unheard` or `alone` (cluster/shares.py). *calls* and *failed_calls* are those about limits. *links* are
+    *state*: `joined`, `unheard` or `alone` (wings/cluster/leases.py). *calls* and *failed_calls* are those about limits. *links* are
     logs of this instance that are read elsewhere, *mirrors* those of others that are read here. *unclaimed* requests with an
     id were answered though the server did not say in time whether another instance has it. *lost* messages found too many
     others waiting.

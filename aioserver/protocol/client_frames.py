@@ -21,9 +21,9 @@ import orjson
 from msgspec import Raw
 
 from aioserver.errors import AioserverError, InvalidJson, InvalidRequest
-from aioserver.protocol import pieces, top_level
+from aioserver.protocol import json_body
 from aioserver.protocol.client_headers import NO_HEADERS
-from aioserver.protocol.top_level import ABSENT, UnknownField, at_once
+from aioserver.protocol.json_body import ABSENT, UnknownField, at_once
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -181,26 +181,26 @@ def parse(frame: bytes) -> Command:
 def parsing(data: bytes) -> Generator[None, None, Command]:
     """Parse as `parse` does, in steps if the frame is large."""
     request_id: str | None = None
-    large = len(data) > top_level.STEP_BYTES
+    large = len(data) > json_body.STEP_BYTES
     try:
-        body = yield from top_level.sound(data)
+        body = yield from json_body.sound(data)
         if large:
             yield
-        frame = yield from pieces.decoding(_FRAME, body, "a frame")
-        written_id = top_level.text(frame.request_id, MAX_ID_BYTES)
+        frame = yield from json_body.decoding(_FRAME, body, "a frame")
+        written_id = json_body.text(frame.request_id, MAX_ID_BYTES)
         if written_id is not None and len(written_id) <= MAX_ID_CHARACTERS:
             request_id = written_id
         payload = memoryview(frame.payload)
         if payload[0] != ord("{"):
             raise InvalidRequest("payload must be an object", param="payload")
-        match top_level.text(frame.action, MAX_ID_BYTES):
+        match json_body.text(frame.action, MAX_ID_BYTES):
             case "ping":
                 return Ping(request_id)
             case "chat":
                 name = identifier(written_id)
                 if large:
                     yield
-                fields = yield from pieces.decoding(_PAYLOAD, payload, "payload")
+                fields = yield from json_body.decoding(_PAYLOAD, payload, "payload")
                 if large:
                     yield
                 original = yield from _original(data, body)
@@ -209,7 +209,7 @@ def parsing(data: bytes) -> Generator[None, None, Command]:
                 return Cancel(identifier(written_id))
             case "resume":
                 name = identifier(written_id)
-                position = yield from pieces.decoding(_POSITION, payload, "payload")
+                position = yield from json_body.decoding(_POSITION, payload, "payload")
                 return Resume(name, _event_number(position.last_event_id))
         raise InvalidRequest(f"unknown action; one of {_ACTIONS} is expected", param="action")
     except AioserverError as error:
@@ -223,22 +223,22 @@ def reading_question(data: bytes) -> Generator[None, None, Chat]:
         InvalidJson: *data* is not JSON.
         InvalidRequest: a field is missing, unknown or of the wrong type.
     """
-    body = yield from top_level.sound(data)
-    large = len(data) > top_level.STEP_BYTES
+    body = yield from json_body.sound(data)
+    large = len(data) > json_body.STEP_BYTES
     if large:
         yield
     try:
-        fields = yield from pieces.decoding(_QUESTION, body, "the body")
+        fields = yield from json_body.decoding(_QUESTION, body, "the body")
     except UnknownField as error:
         # A missing id is told first.
-        frame = yield from pieces.decoding(_FRAME, body, "the body")
-        identifier(top_level.text(frame.request_id, MAX_ID_BYTES))
+        frame = yield from json_body.decoding(_FRAME, body, "the body")
+        identifier(json_body.text(frame.request_id, MAX_ID_BYTES))
         raise InvalidRequest(
             f"unknown field in payload: {error.param}", param=error.param
         ) from None
     if large:
         yield
-    name = identifier(top_level.text(fields.request_id, MAX_ID_BYTES))
+    name = identifier(json_body.text(fields.request_id, MAX_ID_BYTES))
     return (yield from _chat(name, fields, (yield from _original(data, body)), large=large))
 
 
@@ -252,12 +252,12 @@ def _original(data: bytes, body: bytes) -> Generator[None, None, bytes]:
 
 def _hashing(digest: hashlib._Hash, data: bytes) -> Generator[None, None, None]:
     """Add *data* to *digest*, in steps if it is large."""
-    if len(data) <= top_level.STEP_BYTES:
+    if len(data) <= json_body.STEP_BYTES:
         digest.update(data)
         return
     view = memoryview(data)
-    for start in range(0, len(data), top_level.STEP_BYTES):
-        digest.update(view[start : start + top_level.STEP_BYTES])
+    for start in range(0, len(data), json_body.STEP_BYTES):
+        digest.update(view[start : start + json_body.STEP_BYTES])
         yield
 
 
@@ -309,8 +309,8 @@ def _chat(
     Raises:
         InvalidRequest: a field is missing, or of the wrong type.
     """
-    text = None if top_level.null(fields.text) else bytes(fields.text)
-    messages = None if top_level.null(fields.messages) else bytes(fields.messages)
+    text = None if json_body.null(fields.text) else bytes(fields.text)
+    messages = None if json_body.null(fields.messages) else bytes(fields.messages)
     if (text is None) == (messages is None):
         raise InvalidRequest("exactly one of text and messages is required", param="text")
     if text is not None:
@@ -320,9 +320,9 @@ def _chat(
         _expect(
             _valid_messages(messages), "messages must be a list of objects with a role", "messages"
         )
-    streaming = top_level.flag(fields.streaming)
+    streaming = json_body.flag(fields.streaming)
     _expect(
-        streaming is not None or top_level.null(fields.streaming),
+        streaming is not None or json_body.null(fields.streaming),
         "streaming must be true or false",
         "streaming",
     )
@@ -363,9 +363,9 @@ def _valid_messages(messages: bytes) -> bool:
 
 
 def _name(raw: Raw, name: str) -> str | None:
-    if top_level.null(raw):
+    if json_body.null(raw):
         return None
-    value = top_level.text(raw, MAX_ID_BYTES)
+    value = json_body.text(raw, MAX_ID_BYTES)
     _expect(
         value is not None and 0 < len(value) <= MAX_ID_CHARACTERS,
         f"{name} must be a string of 1 to {MAX_ID_CHARACTERS} characters",
@@ -382,7 +382,7 @@ def _option_names(options: bytes) -> Generator[None, None, frozenset[str]]:
     """
     if options == b"{}":
         return frozenset()
-    fields = yield from pieces.decoding(_OPTIONS, options, "options")
+    fields = yield from json_body.decoding(_OPTIONS, options, "options")
     for name in RESERVED_OPTIONS:
         if getattr(fields, name) is not ABSENT:
             raise InvalidRequest(f"{name} cannot be set in options", param="options")

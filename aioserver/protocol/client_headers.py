@@ -6,7 +6,7 @@ A trace is W3C's Trace Context, Level 1 (https://www.w3.org/TR/trace-context/):
     tracestate: <name>=<value>,…                what tracing systems add to it
 
 An invalid `traceparent` does not go on, nor the `tracestate` beside it; an invalid `tracestate` does not go
-on alone. What goes on is as the client sent it, unless this server makes spans of its own (telemetry/tracing.py): then the
+on alone. What goes on is as the client sent it, unless this server makes spans of its own (wings/tracing/tracer.py): then the
 parent is one of them.
 
 No value can end its line, so a client cannot add a header or a body to the request: values are

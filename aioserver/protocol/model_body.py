@@ -15,14 +15,13 @@ import orjson
 from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
-from aioserver.protocol import pieces, top_level
-from aioserver.protocol.members import Member
-from aioserver.protocol.top_level import ABSENT
+from aioserver.protocol import json_body
+from aioserver.protocol.json_body import ABSENT, Member
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from aioserver.protocol.pieces import Site
+    from aioserver.protocol.json_body import Site
 
 # Bytes in which the name of a model is written.
 MAX_MODEL_BYTES = 4096
@@ -112,7 +111,7 @@ class ModelBody:
     @property
     def large(self) -> bool:
         """Whether it takes long to read it."""
-        return len(self.data) > top_level.STEP_BYTES
+        return len(self.data) > json_body.STEP_BYTES
 
     def _read(self) -> bool:
         """Read a body whose fields have the types that they should have; return whether it is one."""
@@ -131,23 +130,23 @@ class ModelBody:
 
     def _read_any(self) -> None:
         """Read a body whatever its fields are."""
-        self._take(top_level.decode(_RAW_DECODER, self.data, "the body"))
+        self._take(json_body.decode(_RAW_DECODER, self.data, "the body"))
 
     def _take(self, fields: _RawFields) -> None:
         """Take over *fields*, and refuse those that mean nothing."""
-        self.model = top_level.text(fields.model, MAX_MODEL_BYTES)
-        if not self.model and not top_level.null(fields.model):
+        self.model = json_body.text(fields.model, MAX_MODEL_BYTES)
+        if not self.model and not json_body.null(fields.model):
             raise InvalidRequest(
                 f"model must be a string of 1 to {MAX_MODEL_BYTES} bytes", param="model"
             )
-        streamed = top_level.flag(fields.stream)
-        if streamed is None and not top_level.null(fields.stream):
+        streamed = json_body.flag(fields.stream)
+        if streamed is None and not json_body.null(fields.stream):
             raise InvalidRequest("stream must be true or false", param="stream")
         self.streamed = bool(streamed)
-        self.user = top_level.text(fields.user)
-        self.stored = top_level.flag(fields.store)
-        self.previous_response_id = top_level.text(fields.previous_response_id, MAX_ID_BYTES)
-        self.background = top_level.flag(fields.background) is True
+        self.user = json_body.text(fields.user)
+        self.stored = json_body.flag(fields.store)
+        self.previous_response_id = json_body.text(fields.previous_response_id, MAX_ID_BYTES)
+        self.background = json_body.flag(fields.background) is True
         self._take_metadata(fields.metadata)
         self._value = bytes(fields.model)
 
@@ -160,7 +159,7 @@ class ModelBody:
         """Return the body with *model* in place of the client's.
 
         Raises:
-            InvalidRequest: the body has more than `members.MAX_PLACES` keys that may be its model's.
+            InvalidRequest: the body has more than `json_body.MAX_PLACES` keys that may be its model's.
         """
         data, value = self.data, self._value
         if value is None:
@@ -183,7 +182,7 @@ def reading(data: bytes) -> Generator[None, None, ModelBody]:
         InvalidJson: *data* is not JSON.
         InvalidRequest: *data* is no object, or a field has a wrong type.
     """
-    return (yield from reading_sound((yield from top_level.sound(data))))
+    return (yield from reading_sound((yield from json_body.sound(data))))
 
 
 def reading_sound(body: bytes) -> Generator[None, None, ModelBody]:
@@ -192,8 +191,8 @@ def reading_sound(body: bytes) -> Generator[None, None, ModelBody]:
     Raises:
         InvalidJson, InvalidRequest: as `reading`.
     """
-    if len(body) <= top_level.STEP_BYTES:
+    if len(body) <= json_body.STEP_BYTES:
         return ModelBody(body)
     yield
-    fields, sites = yield from pieces.locating(_RAW_DECODER, body, "the body")
+    fields, sites = yield from json_body.locating(_RAW_DECODER, body, "the body")
     return ModelBody(body, (fields, sites.get("model")))

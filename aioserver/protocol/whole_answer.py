@@ -1,7 +1,7 @@
 """Lookups in the body of a whole answer: the model's text, and whether a response is final.
 
 Such a body may have many megabytes, and parsing it would stop the event loop for a second. Here it is
-walked through in steps (limits/turns.py) along a path, without building anything: what is not on
+walked through in steps (limits/steps.py) along a path, without building anything: what is not on
 the path is skipped. A body is what a provider has sent, and need not be JSON.
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from aioserver.errors import InvalidJson
-from aioserver.protocol.top_level import at_once, sound
+from aioserver.protocol.json_body import at_once, sound
 
 if TYPE_CHECKING:
     from collections.abc import Generator

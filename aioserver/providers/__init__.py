@@ -21,5 +21,5 @@ The time for which a provider sends nothing, in the answers under way, is its *s
 
 The *registry* has every provider by name, and applies new settings to them while answers run. Where
 new settings need new connections, the old pool is *retired*: it serves the requests that it has, and closes.
-The folder `simulator` holds a provider of our own, for demonstrations and tests.
+The wing `simulator` is a provider of our own, for demonstrations and tests.
 """

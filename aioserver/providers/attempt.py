@@ -12,14 +12,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aioserver.protocol.anthropic import is_messages, with_total
+from aioserver.protocol.json_body import at_once
 from aioserver.protocol.openai import BadEvent, ErrorEvent, bounded, usage_of
-from aioserver.protocol.top_level import at_once
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
-from aioserver.providers.attempt_trace import WatchedSink, note_request
-from aioserver.providers.body_sink import BodySink
 from aioserver.providers.chat_sink import ChatSink, complete_chat
-from aioserver.providers.continuation import learn
 from aioserver.providers.error_mapping import (
     check_json,
     check_status,
@@ -28,24 +24,27 @@ from aioserver.providers.error_mapping import (
     matches_type,
     visible_headers,
 )
-from aioserver.providers.event_sink import EventSink
-from aioserver.providers.message_sink import MessageSink
 from aioserver.providers.request import Answer
-from aioserver.providers.response_sink import ResponseSink
+from aioserver.providers.sinks import BodySink, EventSink
 from aioserver.streams import entries
+from aioserver.wings.anthropic.sink import MessageSink
+from aioserver.wings.anthropic.wire import is_messages, with_total
+from aioserver.wings.responses.continuation import learn
+from aioserver.wings.responses.sinks import ResponseSink
+from aioserver.wings.tracing.attempt_trace import WatchedSink, note_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
 
     from aioserver.config import settings
     from aioserver.providers.backpressure import Backpressure
-    from aioserver.providers.bridging import Bridging
     from aioserver.providers.http1 import RequestWriter, Sink
     from aioserver.providers.request import ProviderRequest, ResponseDraft
     from aioserver.providers.upload import Body
     from aioserver.streams.contracts import Source
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.metrics import ProviderMeter
+    from aioserver.wings.responses.bridging import Bridging
 
 # Bytes at most of the body of an answer with another status than 200.
 MAX_ERROR_BYTES = 1 << 20

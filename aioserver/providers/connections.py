@@ -1,10 +1,14 @@
-"""The open connections of a pool: those that requests use, and the idle ones, which wait for the next request.
+"""The open connections of a pool: those that requests use, one after another, and the idle ones, which wait for the next request.
 
 aiohttp's connector opens and closes them. What it does for each request besides (a coroutine, two objects, a search by a
 key, a list of callbacks) costs more than the rest of a pool, so idle connections wait here, in front of it. For the
 connector an idle one is still in use, and its `limit` counts all that are open.
 
-Private names of aiohttp used here, guarded by `tests/providers/test_pool.py`: `_factory` and `_loop` of `TCPConnector`.
+Bytes that come while no exchange is under way (a late 408, a close) abort the connection: aiohttp would pass them
+to the next request as its answer. A proxy's handshake (CONNECT), by aiohttp's parser, comes before any exchange.
+
+Private names of aiohttp used here, guarded by `tests/providers/test_pool.py` (answers with and without
+an exchange, and a proxy's to CONNECT): `_loop` and `_parser` of `ResponseHandler`, `_factory` and `_loop` of `TCPConnector`.
 """
 
 from __future__ import annotations
@@ -12,20 +16,199 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import TCPConnector
+from aiohttp.client_proto import ResponseHandler
 
-from aioserver.providers.pooled_connection import ConnectionProtocol, PooledConnection
+from aioserver.providers.http1 import ResponseParser
 from aioserver.streams.outbox import Outbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from aiohttp import ClientRequest, ClientTimeout
+    from aiohttp.connector import Connection
 
     from aioserver.limits.gate import Place
-    from aioserver.providers.pooled_connection import Receiver
+    from aioserver.streams.contracts import Path
+    from aioserver.telemetry.request_log import RequestRecord
+
+
+class Receiver(Protocol):
+    """The exchange under way on a connection (exchange.py), as the connection sees it.
+
+    *last_byte_at*: when the last byte came, in the loop's time.
+    """
+
+    record: RequestRecord
+    last_byte_at: float
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes from the provider."""
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """End, since the connection is lost; *exc* None stands for an orderly close."""
+
+    def check_deadline(self) -> float | None:
+        """Fail if the read deadline has passed. Return the seconds until it; None if there is none."""
+
+    def silence(self, now: float) -> float | None:
+        """Return the seconds since the provider said something; None if nothing is awaited."""
+
+
+class Owner(Protocol):
+    """The connections of a pool (connections.py), as one of them sees them."""
+
+    def give_back(self, connection: PooledConnection) -> None:
+        """Keep *connection* for the next request, or close it."""
+
+    def gone(self, connection: PooledConnection) -> None:
+        """Note that *connection*, which was in use, is closed."""
+
+    def forget(self, connection: PooledConnection) -> None:
+        """Take *connection*, which the provider has closed, out of the idle ones."""
+
+
+class ConnectionProtocol(ResponseHandler):
+    """The protocol of a pooled connection: it pushes what it receives to the exchange under way.
+
+    Always: `fast_path` is None unless an exchange is under way.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, outbox: Outbox) -> None:
+        super().__init__(loop)
+        self._outbox = outbox
+        self.exchange: Receiver | None = None
+        # The fast path of the exchange under way, while it is open.
+        self.fast_path: Path | None = None
+        # Whether an exchange has ended well on this connection.
+        self.reused = False
+        self.response_parser = ResponseParser()
+        # Done when the transport takes more; None unless an upload waits for it.
+        self.resumed: asyncio.Future[None] | None = None
+        # Called when the connection is lost without an exchange under way.
+        self.on_idle_lost: Callable[[], None] | None = None
+        self._deadline_timer: asyncio.TimerHandle | None = None
+        # When it fires, in the loop's time: uvloop's handle of a short delay does not know.
+        self._deadline = 0.0
+
+    def data_received(self, data: bytes) -> None:
+        """Push *data* to the exchange under way; abort the connection if there is none."""
+        fast_path = self.fast_path
+        if fast_path is not None and fast_path.forward(data):
+            return
+        if self.exchange is not None:
+            self.exchange.feed(data)
+        elif self._parser is not None:
+            # A proxy answers CONNECT.
+            super().data_received(data)
+        elif data and self.transport is not None:
+            self.transport.abort()
+
+    def write_soon(self, data: bytes) -> None:
+        """Write *data* with all that this iteration of the event loop writes."""
+        self._outbox.put(self, data)
+
+    def write(self, data: bytes) -> None:
+        """Write *data*, unless the connection is lost or closing: called by the outbox."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(data)
+
+    def resume_writing(self) -> None:
+        """Wake the upload that waits."""
+        super().resume_writing()
+        if self.resumed is not None and not self.resumed.done():
+            self.resumed.set_result(None)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """End the exchange under way, or leave the pool."""
+        super().connection_lost(exc)
+        if self._deadline_timer is not None:
+            self._deadline_timer.cancel()
+            self._deadline_timer = None
+        if self.exchange is not None:
+            self.exchange.connection_lost(exc)
+        elif self.on_idle_lost is not None:
+            self.on_idle_lost()
+
+    def watch_deadline(self, read_timeout: float) -> None:
+        """Enforce the read deadline of the exchange under way.
+
+        There is one timer per connection and not one per request: it is not cancelled after an answer,
+        and goes on with the request that is under way when it fires.
+        """
+        deadline = self._loop.time() + read_timeout
+        if self._deadline_timer is not None:
+            if self._deadline <= deadline:
+                return
+            # The timer was set for a request that might wait longer: a reload has changed the timeout.
+            self._deadline_timer.cancel()
+        self._set_deadline(read_timeout)
+
+    def _check_deadline(self) -> None:
+        self._deadline_timer = None
+        if self.exchange is not None and (seconds := self.exchange.check_deadline()) is not None:
+            self._set_deadline(seconds)
+
+    def _set_deadline(self, seconds: float) -> None:
+        self._deadline = self._loop.time() + seconds
+        self._deadline_timer = self._loop.call_later(seconds, self._check_deadline)
+
+
+class PooledConnection:
+    """An open connection of a pool.
+
+    A request that has taken it ends its use by `release` or `close`; only the first of these calls has an effect.
+
+    Always: *place* is the request's place in the gate of the pool, and None while the connection is idle.
+    """
+
+    __slots__ = ("_connection", "_owner", "idle_since", "place", "protocol")
+
+    def __init__(self, owner: Owner, connection: Connection) -> None:
+        protocol = connection.protocol
+        assert isinstance(protocol, ConnectionProtocol)
+        self._owner = owner
+        self._connection: Connection | None = connection
+        self.protocol = protocol
+        self.place: Place | None = None
+        self.idle_since = 0.0
+        protocol.on_idle_lost = self._lost
+
+    @property
+    def transport(self) -> asyncio.Transport | None:
+        """The transport; None once the connection is lost."""
+        return self.protocol.transport
+
+    def release(self) -> None:
+        """Give the connection to the next request, or keep it for one."""
+        place, self.place = self.place, None
+        if place is not None:
+            place.release()
+            self._owner.give_back(self)
+
+    def close(self) -> None:
+        """Close the connection, and end its use."""
+        place, self.place = self.place, None
+        if place is not None:
+            place.release()
+            self.discard()
+            self._owner.gone(self)
+
+    def discard(self) -> None:
+        """Close the connection, which no request uses."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self.protocol.on_idle_lost = None
+            self.protocol.abort()
+            connection.close()
+
+    def _lost(self) -> None:
+        """Note that the provider has closed the connection; a request that uses it ends its use itself."""
+        if self.place is None:
+            self._owner.forget(self)
+            self.discard()
 
 
 class Connector(TCPConnector):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from aioserver.errors import InvalidRequest
-from aioserver.protocol import anthropic, eventstream
+from aioserver.protocol import eventstream
 from aioserver.protocol.openai import BadEvent, ErrorEvent, error_codes, load_with_surrogates
 from aioserver.provider_errors import (
     ProviderAuthError,
@@ -30,6 +30,7 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.pace import MAX_COOLING
 from aioserver.providers.rate_headers import number
+from aioserver.wings.anthropic import wire as anthropic
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from aioserver.providers.backpressure import Backpressure
+    from aioserver.providers.connections import PooledConnection
     from aioserver.providers.http1 import Sink
-    from aioserver.providers.pooled_connection import PooledConnection
     from aioserver.providers.upload import Body
     from aioserver.telemetry.request_log import RequestRecord
 

@@ -14,17 +14,17 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from aioserver.provider_errors import ProviderFault
-from aioserver.providers.attempt_trace import note_end
 from aioserver.providers.queueing import FAILOVER_WAIT
 from aioserver.providers.token_estimate import charge_difference
+from aioserver.wings.tracing.attempt_trace import note_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.provider_errors import ProviderRateLimited
-    from aioserver.providers.absence import Absence
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.health import Health
+    from aioserver.providers.outage import Absence
     from aioserver.providers.pools import Pools
     from aioserver.providers.queueing import ProviderGate
 

@@ -14,9 +14,9 @@ import httptools
 from yarl import URL
 
 from aioserver import __version__
-from aioserver.protocol.anthropic import VERSION, VERSION_HEADER, is_messages
 from aioserver.protocol.client_headers import NO_HEADERS, TRACE_HEADERS
 from aioserver.provider_errors import ProviderBadResponse
+from aioserver.wings.anthropic.wire import VERSION, VERSION_HEADER, is_messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 from aioserver.providers.attempt import MAX_ERROR_BYTES, Attempt
 from aioserver.providers.backpressure import Backpressure
-from aioserver.providers.body_sink import BodySink
 from aioserver.providers.error_mapping import (
     check_status,
     check_uncompressed,
     visible_headers,
 )
 from aioserver.providers.request import Answer, ProviderRequest
+from aioserver.providers.sinks import BodySink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

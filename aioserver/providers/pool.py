@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from aiohttp.client_reqrep import ConnectionKey
 
     from aioserver.config.settings import HttpClient
-    from aioserver.providers.pooled_connection import PooledConnection, Receiver
+    from aioserver.providers.connections import PooledConnection, Receiver
 
 logger = logging.getLogger("aioserver.pool")
 

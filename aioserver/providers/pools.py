@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from aioserver.config import settings
-    from aioserver.providers.pooled_connection import Receiver
+    from aioserver.providers.connections import Receiver
 
 # The settings of a provider, and of its `http_client`, that a pool or its requests' heads depend on.
 PROVIDER_SETTINGS = ("api_key", "headers", "proxy", "ca_file")

@@ -12,25 +12,25 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from aioserver.limits.turns import in_turns
+from aioserver.limits.steps import in_turns
 from aioserver.provider_errors import (
     NoProvider,
     ProviderRateLimited,
     StaleConnection,
 )
-from aioserver.providers.absence import Absence, unsent
 from aioserver.providers.backpressure import Backpressure
-from aioserver.providers.bridging import Bridging
 from aioserver.providers.budget import Budget
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.feedback import Feedback
 from aioserver.providers.health import Health
+from aioserver.providers.outage import Absence, unsent
 from aioserver.providers.pools import Pools
 from aioserver.providers.provider_stats import PaceStats, ProviderStats
 from aioserver.providers.queueing import FAILOVER_WAIT, ProviderGate, TrialPlace
-from aioserver.providers.silence import measure
+from aioserver.providers.stall import measure
 from aioserver.providers.token_estimate import expected_tokens
 from aioserver.telemetry.metrics import ProviderMeter
+from aioserver.wings.responses.bridging import Bridging
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,7 +67,7 @@ class Provider:
         self.meter = ProviderMeter() if meter is None else meter
         # Called with this provider's name when an attempt waits, or an unread answer takes a place that others want.
         self.on_wait: Callable[[str], None] = lambda _name: None
-        # Called with the log of a request that waits as one that was not sent (absence.py).
+        # Called with the log of a request that waits as one that was not sent (outage.py).
         self.on_unsent: Callable[[Stream], bool] = unsent
         self.max_response_bytes = max_response_bytes
         self.bridging = Bridging(settings)

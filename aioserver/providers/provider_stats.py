@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from aioserver.limits.gate import GateStats
     from aioserver.providers.budget import BudgetStats
     from aioserver.providers.pool import PoolStats
-    from aioserver.providers.silence import Silence
+    from aioserver.providers.stall import Silence
 
 
 @dataclass(frozen=True, slots=True)

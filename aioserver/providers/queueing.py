@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from aioserver.config.settings import HttpClient
     from aioserver.errors import AioserverError
-    from aioserver.limits.waiter import Waiter
+    from aioserver.limits.gate import Waiter
     from aioserver.providers.breaker import Breaker
     from aioserver.providers.health import Health
 

@@ -54,7 +54,7 @@ class ProviderRegistry:
         """
         if self._simulator_url or not any(entry.simulated for entry in llm.providers.values()):
             return
-        from aioserver.providers.simulator.server import Simulator  # noqa: PLC0415 - start-up time
+        from aioserver.wings.simulator.server import Simulator  # noqa: PLC0415 - start-up time
 
         simulator = await self._stack.enter_async_context(Simulator(keep=0))
         self._simulator_url = simulator.base_url

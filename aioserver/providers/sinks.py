@@ -1,18 +1,20 @@
-"""What the sinks of streamed answers share, whichever API their provider speaks.
+"""The sinks of answers: what those of streamed answers share, whichever API their provider speaks, and those of chat completions.
+
+This file is one concept: how the bytes of an answer become the events of a log, and how an answer may end.
 
 A sink gets the bytes of an answer as they come, and fills a log. All of them cut the bytes into whole events
 (text/event-stream, WHATWG HTML 9.2) and end the log; they differ in what an event means:
 
     StreamSink
         PassingSink         keeps the provider's bytes: one entry for each read
-            EventSink       chat completions, for the OpenAI face (event_sink.py)
-            ResponseSink    responses (response_sink.py)
-            MessageSink     messages of Anthropic's API (message_sink.py)
+            EventSink       chat completions, for the OpenAI face; they end with `[DONE]`, which is added if it is missing after a finish_reason
+            ResponseSink    responses (wings/responses/sinks.py)
+            MessageSink     messages of Anthropic's API (wings/anthropic/sink.py)
         ReadingSink         reads each event, and keeps what it makes of it
             ChatSink        chat completions as `chunk` objects, for the faces that show frames (chat_sink.py)
-            BridgeSink      chat completions as the events of a response (bridge_sink.py)
+            BridgeSink      chat completions as the events of a response (wings/responses/sinks.py)
 
-A body that is not streamed is collected (body_sink.py). How an answer may end:
+A body that is not streamed is collected, up to a bound (`BodySink`). How an answer may end:
 
     its end mark                            well; which event that is, the API says
     the body ends after a finish_reason     well, for chat completions
@@ -25,23 +27,26 @@ A body that is not streamed is collected (body_sink.py). How an answer may end:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import orjson
 
 from aioserver.protocol import eventstream
 from aioserver.protocol.eventstream import EventTooLong
-from aioserver.protocol.openai import BadEvent, ErrorEvent, Shape, learn
+from aioserver.protocol.openai import BadEvent, ErrorEvent, Shape, bounded, learn, usage_of
 from aioserver.provider_errors import (
     ProviderAuthError,
     ProviderBadResponse,
     ProviderDisconnected,
     ProviderFault,
 )
-from aioserver.providers.error_mapping import event_fault
+from aioserver.providers.error_mapping import error_object_fault, event_fault
 from aioserver.streams import entries
 
 if TYPE_CHECKING:
     from aioserver.protocol.openai import Reading
     from aioserver.streams.contracts import Path
+    from aioserver.streams.store import HeldBytes
     from aioserver.streams.stream import Stream
 
 # Events of an answer from which its shape is learned; some providers repeat no shape at all.
@@ -278,3 +283,166 @@ def before_broken(block: bytes) -> bytes:
     events = eventstream.split(block)
     good = next(number for number, event in enumerate(events) if not plausible(event))
     return b"".join(events[:good])
+
+
+DONE = b"data: [DONE]\n\n"
+# A quote inside a JSON string is escaped, so these are never text that a model has written. They are
+# looked for with `find` and not with a regular expression, since every byte that passes is searched.
+_FINISH, _FINISH_SPACED = b'"finish_reason":"', b'"finish_reason": "'
+ERROR_NAME = b'"error"'
+_USAGE = b'"usage"'
+
+
+class EventSink(PassingSink):
+    """Appends the events of a chat completion to a log."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__(stream)
+        # Whether a finish_reason has come.
+        self._finished = False
+
+    def fast(self) -> Path | None:
+        """Return the stream's fast path; none after a finish_reason, since usage may follow."""
+        if self._finished or not self._splitter.idle:
+            return None
+        return self._stream.open_fast_path()
+
+    @property
+    def _complete_without_mark(self) -> bool:
+        return self._finished
+
+    def _up_to_end(self, block: bytes) -> tuple[bytes, bool, bytes]:
+        # Not `in`: for bytes that costs more than twice as much.
+        find = block.find
+        ended = False
+        if find(b"[DONE]") >= 0 and (start := _done_line(block)) >= 0:
+            ended = True
+            block = block[:start]
+        if not self._finished:
+            self._finished = find(_FINISH) >= 0 or find(_FINISH_SPACED) >= 0
+        if self._finished and find(_USAGE) >= 0:
+            self._stream.details.usage = usage_in(block) or self._stream.details.usage
+        if find(ERROR_NAME) >= 0:
+            block, error = before_error(block)
+            return block, ended and not error, error
+        return block, ended, b""
+
+    def _fault(self, event: bytes) -> ProviderFault:
+        return error_object_fault((error_in(event) or {}).get("error"))
+
+    def _complete(self) -> None:
+        complete(self._stream, DONE)
+
+
+def before_error(block: bytes, kind: str = "") -> tuple[bytes, bytes]:
+    """Return the events of *block* before the first that reports an error, and that event; b"" if none does.
+
+    *kind* is that of `error_in`.
+    """
+    events = eventstream.split(block)
+    for number, event in enumerate(events):
+        if error_in(event, kind) is not None:
+            return b"".join(events[:number]), event
+    return block, b""
+
+
+def error_in(event: bytes, kind: str = "") -> dict[str, Any] | None:
+    """Return the content of *event* if it reports an error; otherwise None.
+
+    It has an error object; or it is one, if *kind* is passed: an event of this type.
+    """
+    for part in eventstream.parse(event):
+        try:
+            content = orjson.loads(part.data)
+        except orjson.JSONDecodeError:
+            continue
+        if isinstance(content, dict) and (
+            content.get("error") or (kind and content.get("type") == kind)
+        ):
+            return content
+    return None
+
+
+def usage_in(block: bytes) -> dict[str, Any] | None:
+    """Return the usage in the last event of *block* that has one; None if no event has.
+
+    It is the usage of a chunk, or of the response in an event.
+    """
+    for event in reversed(eventstream.parse(block)):
+        try:
+            content = orjson.loads(event.data)
+        except orjson.JSONDecodeError:
+            continue
+        if (usage := usage_of(content)) is not None:
+            return bounded(usage)
+    return None
+
+
+def _done_line(block: bytes) -> int:
+    """Return the index at which the line `data: [DONE]` begins, -1 if there is none."""
+    index = -1
+    while (index := block.find(b"[DONE]", index + 1)) >= 0:
+        line = block[max(0, index - 8) : index].rstrip(b" ")
+        if line.endswith((b"\ndata:", b"\rdata:")) or line == b"data:":
+            return block.rindex(b"data:", 0, index)
+    return -1
+
+
+# Parts below this size are put together as they come: each by itself would cost more than its bytes.
+SMALL_PART_BYTES = 1024
+
+
+class BodySink:
+    """Collects a body.
+
+    Always: it holds at most *max_bytes*, which *held* counts; they cost little more in memory, in
+    however many parts they come.
+    """
+
+    def __init__(self, max_bytes: int, held: HeldBytes | None = None) -> None:
+        if held is not None and held.size:
+            held.reset()
+        self._held = held
+        self._parts: list[bytes | bytearray] = []
+        self._size = 0
+        self._max_bytes = max_bytes
+
+    @property
+    def progress(self) -> int:
+        """The bytes that have come so far."""
+        return self._size
+
+    @property
+    def body(self) -> bytes:
+        """The bytes that have come so far."""
+        return b"".join(self._parts)
+
+    def feed(self, data: bytes) -> bool:
+        """Keep a part of the body.
+
+        Raises:
+            ProviderBadResponse: the body has more than *max_bytes*.
+            ServerAtCapacity: all that is kept would be more than `max_kept_bytes`.
+        """
+        if self._held is not None:
+            self._held.grow(len(data))
+        self._size += len(data)
+        if self._size > self._max_bytes:
+            raise ProviderBadResponse(f"an answer of more than {self._max_bytes} bytes")
+        parts = self._parts
+        if parts and len(data) < SMALL_PART_BYTES:
+            last = parts[-1]
+            if isinstance(last, bytearray):
+                last += data
+            else:
+                parts.append(bytearray(data))
+        else:
+            # As a rule a body comes in one part, which is never copied.
+            parts.append(data)
+        return True
+
+    def end(self) -> None:
+        """Do nothing: the body is complete."""
+
+    def fast(self) -> None:
+        """Return None: every part is collected."""

@@ -13,9 +13,5 @@ A *reload* puts another configuration in effect, with no connection dropped. At 
 first not *ready* any more, then *drains*: it refuses new work, and what runs may finish. The
 *notifier* reports all of this to systemd.
 
-Several *workers* may serve one port, each such a process. Their *parent* holds the port, and its
-*supervisor* decides which of them run: there is a *seat* for each, with two *slots*, in which a worker and
-its successor are told apart. A worker that is replaced *hands over*: others accept connections
-already, and it refuses nothing before its own have ended. Places move between the slots by way of the *shared page*, and
-the *balance* decides which worker accepts the next connection. A *shared server* carries what else they share.
+Several such processes may serve one port: the folder `workers`.
 """

@@ -22,24 +22,11 @@ from aioserver.auth.access import Access
 from aioserver.auth.guard import Guard, Policy
 from aioserver.auth.keys import pepper_of, quota_of
 from aioserver.auth.origins import Origins
-from aioserver.faces import conversations as conversation_routes
-from aioserver.faces import (
-    messages,
-    openai,
-    pages,
-    passthrough,
-    responses,
-    responses_socket,
-    session,
-    sse,
-    status,
-    websocket,
-)
+from aioserver.faces import openai, pages, passthrough, session, sse, status, websocket
 from aioserver.faces.admission import Admission
 from aioserver.faces.context import Context, CurrentSettings, Lifecycle
 from aioserver.faces.http import Request
 from aioserver.gateway.calls import shutdown_error
-from aioserver.gateway.conversations import Conversations
 from aioserver.gateway.elsewhere import Instances
 from aioserver.gateway.gateway import Gateway
 from aioserver.gateway.router import Router
@@ -50,14 +37,19 @@ from aioserver.monitoring.monitor import Monitor
 from aioserver.monitoring.snapshot import Sources
 from aioserver.providers.queueing import ProviderGate
 from aioserver.providers.registry import ProviderRegistry
-from aioserver.server.history import open_history, prepare_file
 from aioserver.server.middleware import make_middleware
-from aioserver.server.tracing import open_tracer
 from aioserver.streams.outbox import Outbox
 from aioserver.streams.store import StreamStore
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.request_log import RequestLog
+from aioserver.wings.anthropic import face as messages
+from aioserver.wings.conversations import face as conversation_routes
+from aioserver.wings.conversations.memory import Conversations
+from aioserver.wings.conversations.wing import open_history, prepare_file
+from aioserver.wings.responses import face as responses
+from aioserver.wings.responses import socket as responses_socket
+from aioserver.wings.tracing.wing import open_tracer
 
 if TYPE_CHECKING:
     import socket
@@ -67,11 +59,11 @@ if TYPE_CHECKING:
 
     from aioserver.config import Configuration
     from aioserver.config.settings import ClientKey, Concurrency, HttpClient, Settings
-    from aioserver.gateway.history import History, Storage
     from aioserver.limits.quota import Quota
     from aioserver.providers.health import Health
     from aioserver.providers.provider import Provider
-    from aioserver.server.slot import Slot
+    from aioserver.wings.conversations.history import History, Storage
+    from aioserver.workers.slot import Slot
 
 logger = logging.getLogger("aioserver.app")
 
@@ -130,7 +122,7 @@ class OtherInstances(Instances, Protocol):
 
 
 class Cluster(Protocol):
-    """What several instances share: see `cluster.membership.Membership`."""
+    """What several instances share: see `wings.cluster.wing.Membership`."""
 
     @property
     def token(self) -> int:

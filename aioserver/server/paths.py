@@ -14,8 +14,8 @@ from aiohttp import web
 
 from aioserver.errors import NotFound
 from aioserver.faces.passthrough import ROUTE_NAME
-from aioserver.protocol.anthropic import is_messages
 from aioserver.protocol.passable import Passage, passage
+from aioserver.wings.anthropic.wire import is_messages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

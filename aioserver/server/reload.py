@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from aioserver.server.app import Server
     from aioserver.server.runner import Runner
     from aioserver.server.systemd import Notifier
-    from aioserver.server.workers import Worker
+    from aioserver.workers.worker import Worker
 
 logger = logging.getLogger("aioserver.reload")
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import orjson
 
 from aioserver.errors import ResumeGap
-from aioserver.protocol import eventstream, messages
-from aioserver.protocol.top_level import at_once, sound
+from aioserver.protocol import eventstream
+from aioserver.protocol import frames as protocol_frames
+from aioserver.protocol.json_body import at_once, sound
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +66,7 @@ class Entry:
         """
         events = [event.data for event in eventstream.parse(self.data)]
         return [
-            messages.frame(head, number, self.status, _chunk_of(data))
+            protocol_frames.frame(head, number, self.status, _chunk_of(data))
             for number, data in enumerate(events, self.first)
         ]
 
@@ -90,7 +91,7 @@ class WholeEntry(Entry):
     def make_frames(self, head: bytes) -> Sequence[bytes]:
         """Return the frame of the piece, made anew each time."""
         text = at_once(sound(self._body[self._piece]))
-        return [messages.text_frame(head, self.first, text + b'"')]
+        return [protocol_frames.text_frame(head, self.first, text + b'"')]
 
 
 class TextEntry(Entry):
@@ -111,7 +112,7 @@ class TextEntry(Entry):
         """Return the frames of the texts, made anew each time."""
         texts = self.texts.split(b'"')[:-1]
         return [
-            messages.text_frame(head, number, text + b'"')
+            protocol_frames.text_frame(head, number, text + b'"')
             for number, text in enumerate(texts, self.first)
         ]
 
@@ -149,7 +150,8 @@ def locate(entries: Sequence[Entry], last: int, after: int) -> tuple[int, int]:
 def frames_of(head: bytes, first: int, status: bytes, chunks: Sequence[bytes]) -> list[bytes]:
     """Return the frames of events with these *chunks*, of which *first* is the first one's number."""
     return [
-        messages.frame(head, number, status, chunk) for number, chunk in enumerate(chunks, first)
+        protocol_frames.frame(head, number, status, chunk)
+        for number, chunk in enumerate(chunks, first)
     ]
 
 

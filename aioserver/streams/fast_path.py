@@ -44,8 +44,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.limits.write_watchdog import reset
 from aioserver.protocol.eventstream import utf8
-from aioserver.protocol.responses import ResponseEvents
 from aioserver.streams.entries import TextEntry
+from aioserver.wings.responses.events import ResponseEvents
 
 if TYPE_CHECKING:
     import asyncio

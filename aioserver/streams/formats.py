@@ -13,8 +13,10 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.errors import StreamNotFound
-from aioserver.protocol import eventstream, messages, response_frames
+from aioserver.protocol import eventstream
+from aioserver.protocol import frames as protocol_frames
 from aioserver.streams.entries import CANCELLED, ERROR
+from aioserver.wings.responses import frames as response_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,13 +111,13 @@ def _events(stream: Stream, entry: Entry, skip: int) -> bytes:
 def _text_event(head: bytes, number: int, text: bytes) -> bytes:
     return b"id: %d\nevent: chunk\ndata: %b\n\n" % (
         number,
-        messages.text_frame(head, number, text),
+        protocol_frames.text_frame(head, number, text),
     )
 
 
 def _error_event(stream: Stream, error: AioserverError, _seen: int) -> bytes:
     # Without an id, so that a client which comes back goes on after the last event that it has.
-    frame = messages.loose_frame(stream.request_id, "error", error.as_chunk())
+    frame = protocol_frames.loose_frame(stream.request_id, "error", error.as_chunk())
     return eventstream.write(frame, event="error")
 
 
@@ -127,11 +129,13 @@ def _messages(stream: Stream, entry: Entry, skip: int) -> bytes:
 
 
 def _text_message(head: bytes, number: int, text: bytes) -> bytes:
-    return ws_frame(WS_TEXT, messages.text_frame(head, number, text))
+    return ws_frame(WS_TEXT, protocol_frames.text_frame(head, number, text))
 
 
 def _error_message(stream: Stream, error: AioserverError, _seen: int) -> bytes:
-    return ws_frame(WS_TEXT, messages.loose_frame(stream.request_id, "error", error.as_chunk()))
+    return ws_frame(
+        WS_TEXT, protocol_frames.loose_frame(stream.request_id, "error", error.as_chunk())
+    )
 
 
 def response_messages(lane: str | None) -> Format:

@@ -2,7 +2,7 @@
 
 Where several processes serve together, a log stays where it is made: its instance is its *owner*. A client
 that reads it through another instance has a mirror there: a `Stream` like any other, with the owner's
-events and numbers, which is filled by messages between the two (package `cluster`). A mirror begins
+events and numbers, which is filled by messages between the two (wing `cluster`). A mirror begins
 where its reader goes on. It cannot be found, it keeps what its readers have not passed, as any log with a window
 of 0 does, and it goes with the last of them.
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from aioserver.protocol import messages
+from aioserver.protocol import frames as protocol_frames
 from aioserver.streams.details import STREAM_OVERHEAD, AnswerDetails, Attachment
 from aioserver.streams.ending import run_all
 from aioserver.streams.entries import (
@@ -134,7 +134,7 @@ class Stream:
         self.meter = NO_METER
         # The record of the request that began this stream.
         self.record = NO_RECORD
-        self.head = messages.frame_head(request_id)
+        self.head = protocol_frames.frame_head(request_id)
         self.max_bytes = max_bytes
         self.extra_bytes = 0
         self._store = store
@@ -317,7 +317,7 @@ class Stream:
         """
         self.close_fast_path()
         number = self.last + 1
-        frames = [messages.frame(self.head, number, status, chunk)]
+        frames = [protocol_frames.frame(self.head, number, status, chunk)]
         self.end_with(Entry(number, 1, status, data, frames, monotonic()))
 
     def end_with(self, entry: Entry) -> None:

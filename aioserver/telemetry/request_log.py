@@ -16,16 +16,16 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aioserver.errors import AioserverError, SlowClient
-from aioserver.protocol import anthropic
 from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
+from aioserver.wings.anthropic import wire as anthropic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.telemetry.loop_lag import LoopLag
-    from aioserver.telemetry.trace import Trace
+    from aioserver.wings.tracing.trace import Trace
 
 logger = logging.getLogger("aioserver.requests")
 
@@ -182,7 +182,7 @@ NO_RECORD = RequestRecord()
 
 
 class RecordTracer(Protocol):
-    """The tracer (tracing.py), as the request log sees it."""
+    """The tracer (wings/tracing/tracer.py), as the request log sees it."""
 
     def begin(
         self,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from playwright.async_api import expect
 
-from aioserver.providers.simulator.server import Simulator
+from aioserver.wings.simulator.server import Simulator
 from tests.support.chat_page import answer, ask, cut, enter, is_now, said, shows
 from tests.support.client_page import unwatched
 from tests.support.history import sql

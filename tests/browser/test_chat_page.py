@@ -12,7 +12,7 @@ import pytest
 from playwright.async_api import expect
 
 from aioserver.errors import ServerShutdown
-from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import cancel, chat, to_end
 from tests.support.chat_page import (
     ManualProvider,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat_page import ManualProvider, said
 from tests.support.client_page import page_elsewhere, run, unwatched
 from tests.support.keys import key_of, keys_of

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.errors import ServerShutdown
-from aioserver.providers.simulator.exchange import Behaviour
-from aioserver.providers.simulator.server import Simulator
+from aioserver.wings.simulator.exchange import Behaviour
+from aioserver.wings.simulator.server import Simulator
 from tests.support.chat_page import ManualProvider, said
 from tests.support.client_page import page_elsewhere, run, unwatched
 from tests.support.fault_proxy import FaultProxy

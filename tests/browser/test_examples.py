@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.test_utils import RawTestServer
 from playwright.async_api import expect
 
-from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat_page import ManualProvider, cut, said
 from tests.support.client_page import BLANK, unwatched
 

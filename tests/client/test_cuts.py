@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 from aioserver.client import Client, Processing
-from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.fault_proxy import FaultProxy
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
-from aioserver.client import AnswerError, Client, reading
+from aioserver.client import AnswerError, Client
 from tests.support.scripted_provider import ScriptedProvider
 from tests.support.scripted_server import ScriptedServer, answer, frame, saying
 
@@ -115,7 +115,7 @@ async def test_frame_that_would_fill_the_memory_is_an_error(
 ) -> None:
     from aioserver.client import event_source, socket
 
-    for module in (reading, event_source, socket):
+    for module in (event_source, socket):
         monkeypatch.setattr(module, "MAX_FRAME_BYTES", 10_000)
 
     async def play(peer: SocketPeer | ResponsePeer, _command: dict[str, Any]) -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 import pytest
 
-from aioserver.client import AnswerError, Client, retries
-from aioserver.providers.simulator.exchange import Behaviour
-from aioserver.providers.simulator.server import Simulator
+from aioserver.client import AnswerError, Client, faults
+from aioserver.wings.simulator.exchange import Behaviour
+from aioserver.wings.simulator.server import Simulator
 from tests.support.process import serving
 from tests.support.server import CONCURRENCY, ENDLESS, UVICORN
 from tests.support.waiting import until
@@ -71,8 +71,8 @@ async def whole_answer(url: str) -> str:
 async def test_replacement_of_all_processes_goes_unnoticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retries, "RESTART_LEAST", 0.1)
-    monkeypatch.setattr(retries, "RESTART_SPAN", 0.1)
+    monkeypatch.setattr(faults, "RESTART_LEAST", 0.1)
+    monkeypatch.setattr(faults, "RESTART_SPAN", 0.1)
     async with (
         Simulator(PACED) as simulator,
         serving(tmp_path / "c.yaml", simulator.base_url, changes=TWO) as process,

@@ -6,9 +6,8 @@ import random
 
 import pytest
 
-from aioserver.client import retries
-from aioserver.client.errors import Fault
-from aioserver.client.retries import FULL, UNPAID, Reconnection, Retries
+from aioserver.client import faults
+from aioserver.client.faults import FULL, UNPAID, Fault, Reconnection, Retries
 
 SEEDS = range(60)
 CODES = sorted(FULL | UNPAID | {"server_shutdown", "read_timeout", "internal_error", "a new one"})
@@ -34,7 +33,7 @@ def test_a_wait_is_never_shorter_than_the_server_asks_nor_beyond_its_span(seed: 
             continue
         assert fault.retryable
         least = max(1.0, fault.retry_after or 0.0)
-        most = max(10.0, least + min(retries.MAX_SPAN, 2.0**count))
+        most = max(10.0, least + min(faults.MAX_SPAN, 2.0**count))
         assert least <= wait <= most
 
 
@@ -52,7 +51,7 @@ def test_nothing_that_was_paid_for_is_asked_again(seed: int) -> None:
         assert fault.retryable
         assert fault.code in FULL | UNPAID or (fault.code == "server_shutdown" and not began)
         unpaid += fault.code in UNPAID
-    assert unpaid <= retries.MAX_UNPAID
+    assert unpaid <= faults.MAX_UNPAID
 
 
 def test_what_the_page_for_client_writers_calls_not_now_is_asked_again() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.client import AnswerError, Client, Processing, Queued, connection, socket_reading
+from aioserver.client import AnswerError, Client, Processing, Queued, socket
 from tests.support.scripted_server import Refusal, ScriptedServer, answer, frame, idle
 from tests.support.waiting import until
 
@@ -66,7 +66,7 @@ async def test_more_answers_than_a_socket_may_have_get_another_one_which_closes_
             closed += 1
 
     async with ScriptedServer(sockets=[play]) as server, client_of(server) as client:
-        count = connection.MAX_ANSWERS + 1
+        count = socket.MAX_ANSWERS + 1
         tasks = [asyncio.ensure_future(client.chat("Hi").text()) for _ in range(count)]
         await until(lambda: server.connections == 2)
         release.set()
@@ -279,7 +279,7 @@ async def test_pings_keep_a_silent_socket_and_end_a_dead_one() -> None:
 async def test_slow_reader_delays_nobody_and_keeps_a_bounded_part(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(socket_reading, "MAX_UNREAD", 2000)
+    monkeypatch.setattr(socket, "MAX_UNREAD", 2000)
     words = [f"w{number} " for number in range(500)]
 
     async def play(peer: SocketPeer) -> None:

@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 
 from aioserver.client import AnswerError, Client, Complete, Processing, Queued, ToolCalls
-from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import big
 from tests.support.fault_proxy import FaultProxy
 from tests.support.keys import key_of, keys_of

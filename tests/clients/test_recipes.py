@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from aioserver.config import Configuration
-from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.programs import CLIENTS, Ended, program_path, run
 
 if TYPE_CHECKING:

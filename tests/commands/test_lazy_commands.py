@@ -66,8 +66,8 @@ def test_one_process_imports_nothing_of_several() -> None:
     imported = set(done.stdout.split())
 
     assert "aioserver.server.reload" in imported
-    several = {"parent", "supervisor", "seats", "workers", "fixed_shares"}
-    assert not {f"aioserver.server.{name}" for name in several} & imported
+    several = {"parent", "supervisor", "worker", "fixed_shares"}
+    assert not {f"aioserver.workers.{name}" for name in several} & imported
 
 
 def test_garbage_is_collected_once_the_server_listens_and_not_what_the_start_has_made() -> None:

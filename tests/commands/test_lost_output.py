@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import pytest
 
-from aioserver.providers.simulator.server import Simulator
+from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT
 from tests.support.process import Process, loop_name
 from tests.support.server import QUICK, write

@@ -21,7 +21,7 @@ import pytest
 from yarl import URL
 
 from aioserver.client import AnswerError, Client
-from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.proxy import KINDS, Proxy, running
 from tests.support.scripted_provider import DONE, EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
 from tests.support.server import QUICK, MakeServer

@@ -12,11 +12,11 @@ import pytest
 from aiohttp import ClientSession, web
 from aiohttp.test_utils import TestServer
 
-from aioserver.commands.doctor.findings import Finding, Report
-from aioserver.commands.doctor.server import Examination
 from aioserver.monitoring.advice import OF_A_BUG
 from aioserver.protocol import eventstream
 from aioserver.server.app import make_app
+from aioserver.tools.doctor.findings import Finding, Report
+from aioserver.tools.doctor.server import Examination
 from tests.support.server import NOWHERE, configured
 
 if TYPE_CHECKING:

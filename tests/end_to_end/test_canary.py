@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.server import reload
 from aioserver.telemetry.logs import ConsoleFormatter, JsonFormatter
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import cancel, chat, resume, to_end, until_status
 from tests.support.keys import COOKIE, auth_of, bearer, cookie, keys_of, log_in
 from tests.support.process import serving

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.streams.entries import COMPLETE
 from aioserver.telemetry.loop_lag import INTERVAL
 from aioserver.telemetry.request_log import RequestRecord
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT
 from tests.support.jumping_loop import block
 from tests.support.transport import BIG, client, say, stream_of

@@ -45,16 +45,16 @@ faces.client_messages ClientMessages._read_head
 faces.openai write_answer
 faces.session _key_in_body
 faces.socket Socket.refused
-faces.socket_place SocketPlace.__enter__
-faces.stored_responses write
-faces.responses_socket ResponsesSocket._prepare
+faces.upgrade SocketPlace.__enter__
+wings.responses.stored_face write
+wings.responses.socket ResponsesSocket._prepare
 faces.upgrade serve
-gateway.drafts Draft.take_input
+wings.responses.draft Draft.take_input
 gateway.gateway Gateway._begin
 gateway.gateway Gateway._call
 gateway.gateway Gateway.hold
-gateway.stored_responses StoredResponses.hold
-gateway.stored_responses StoredResponses.make
+wings.responses.stored StoredResponses.hold
+wings.responses.stored StoredResponses.make
 limits.gate Gate._enter
 limits.gate Gate.enter
 limits.quota Quota.connect
@@ -76,10 +76,10 @@ RARE = {
     Function("faces.socket", "Socket.refused"),
     Function("faces.admission", "Admission.grow"),
     Function("gateway.gateway", "Gateway.hold"),
-    Function("gateway.stored_responses", "StoredResponses.hold"),
+    Function("wings.responses.stored", "StoredResponses.hold"),
     Function("limits.gate", "Gate._enter"),
     Function("providers.breaker", "Breaker.start"),
-    Function("faces.stored_responses", "write"),
+    Function("wings.responses.stored_face", "write"),
     Function("providers.pool", "Pool._wait"),
 }
 FULL: dict[str, Any] = {
@@ -96,7 +96,7 @@ WITHIN = {
     Function("faces.idle_sockets", "IdleSockets.opened"),
     Function("faces.idle_sockets", "IdleSockets.waits"),
     Function("faces.socket", "Socket.entered"),
-    Function("faces.socket_place", "SocketPlace._settle"),
+    Function("faces.upgrade", "SocketPlace._settle"),
     Function("gateway.gateway", "Gateway._start"),
     Function("gateway.producers", "Producers.start"),
     Function("limits.gate", "Gate._hand_over"),
@@ -105,17 +105,17 @@ WITHIN = {
     Function("limits.gate", "Gate.try_enter"),
     Function("providers.connections", "Connections.take"),
 }
-# Other processes take part in these: tests/cluster and tests/server.
+# Other processes take part in these: tests/wings/cluster and tests/server.
 SHARED = {
-    Function("cluster.shared_gate", "SharedGate.try_enter"),
-    Function("cluster.shared_quota", "SharedQuota.take"),
+    Function("wings.cluster.shared_gate", "SharedGate.try_enter"),
+    Function("wings.cluster.shared_quota", "SharedQuota.take"),
     Function("gateway.elsewhere", "Elsewhere.mirror"),
 }
 # These count something else: bytes on their way to a file, connections for the balance, spans.
 OTHERS = {
-    Function("cluster.responses", "SharedResponses._encoded"),
-    Function("server.balance", "Balance.made"),
-    Function("telemetry.tracing", "Tracer.visit"),
+    Function("wings.responses.responses", "SharedResponses._encoded"),
+    Function("workers.balance", "Balance.made"),
+    Function("wings.tracing.tracer", "Tracer.visit"),
 }
 # These take over what their callers have taken: all that they do is within a `try`.
 TAKE_OVER = {

@@ -15,9 +15,9 @@ from uuid import uuid4
 import aiohttp
 import pytest
 
-from aioserver.gateway.sqlite.spool import Spool
-from aioserver.providers.simulator.server import Simulator
-from aioserver.server import history
+from aioserver.wings.conversations import wing as history
+from aioserver.wings.conversations.spool import Spool
+from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import frames_of, text_of
 from tests.support.history import sql
 from tests.support.keys import bearer, cookie, keys_of, log_in
@@ -203,7 +203,7 @@ async def test_without_the_package_conversations_stay_in_memory(
 ) -> None:
     # They are imported again, which fails.
     for name in ("storage", "connections"):
-        monkeypatch.delitem(sys.modules, f"aioserver.gateway.sqlite.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"aioserver.wings.conversations.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "aiosqlite", None)
     server = await make_server(**sql(tmp_path / "h.db"))
 

@@ -13,8 +13,8 @@ import pytest
 
 from aioserver.auth.callers import anonymous
 from aioserver.providers.request import Answer
-from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.streams.stream import Stream
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import STREAMED, big, cancel, chat, frames_of, to_end, until_status
 from tests.support.raw import SMALL, Raw
 from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, Peer, ScriptedProvider, chunk

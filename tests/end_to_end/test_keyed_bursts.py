@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from aioserver.providers.simulator.server import Simulator
+from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED, chat, frames_of, to_end
 from tests.support.keys import bearer, code_of, entry
 from tests.support.process import serving

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import cancel
 from tests.support.raw import CLOSE, Raw
 from tests.support.server import SILENT, MakeServer

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.providers.breaker import TRIAL_INTERVAL
-from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.absent import AbsentProvider
 from tests.support.chat import STREAMED, chat
 from tests.support.faces import Seen, ask_every_face, over_openai, over_sse, over_websocket

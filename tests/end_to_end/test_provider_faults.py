@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from aioserver.protocol import eventstream
-from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT
 from tests.support.faces import Seen, expected_text, over_openai, over_sse, over_websocket
 from tests.support.scripted_provider import DONE

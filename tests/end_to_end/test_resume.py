@@ -10,8 +10,8 @@ import pytest
 
 from aioserver.auth.callers import Caller
 from aioserver.protocol import eventstream
-from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.streams import entries
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import (
     CHAT,
     STREAMED,

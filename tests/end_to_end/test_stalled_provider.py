@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from rich.console import Console
 
-from aioserver.commands.top.feed import State
-from aioserver.commands.top.screen import render
-from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.tools.top.feed import State
+from aioserver.tools.top.screen import render
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import STREAMED, chat, until_status
 from tests.support.server import SILENT, SIM_HTTP_CLIENT
 from tests.support.waiting import until

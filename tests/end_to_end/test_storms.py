@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, cancel, chat, numbers, to_end
 from tests.support.faces import ask_every_face
 from tests.support.raw import CLOSE, PING, PONG, SMALL, TEXT, Raw, closing

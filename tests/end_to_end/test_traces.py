@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.auth.callers import Caller
-from aioserver.providers.simulator.exchange import Behaviour
-from aioserver.providers.simulator.server import Simulator
+from aioserver.wings.simulator.exchange import Behaviour
+from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED, chat, resume, to_end, until_status, whole
 from tests.support.collector import collecting
 from tests.support.keys import bearer, key_of, keys_of

@@ -2,18 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from tests.support.sdk import sdk
 
-import pytest
-from openai import AsyncOpenAI
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from tests.support.server import RunningServer
-
-
-@pytest.fixture
-async def sdk(server: RunningServer) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(api_key="unused", base_url=server.v1, max_retries=0) as client:
-        yield client
+__all__ = ["sdk"]

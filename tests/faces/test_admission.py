@@ -15,9 +15,9 @@ from aiohttp import WSMsgType
 
 from aioserver.faces import admission, intake
 from aioserver.faces import socket as sockets
-from aioserver.faces.socket_place import SocketPlace
-from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.faces.upgrade import SocketPlace
 from aioserver.telemetry.logs import RateLimit
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
 from tests.support.server import CONCURRENCY, SILENT, MakeServer

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.faces import intake, openai
-from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED
 from tests.support.raw import Answer, Raw
 from tests.support.server import CONCURRENCY, ENDLESS, UVICORN, MakeServer

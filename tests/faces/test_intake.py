@@ -15,7 +15,7 @@ from aiohttp.base_protocol import BaseProtocol
 from aiohttp.test_utils import make_mocked_request
 
 from aioserver.faces import intake
-from aioserver.limits.turns import in_turns
+from aioserver.limits.steps import in_turns
 from aioserver.protocol import model_body
 from tests.support.chat import CHAT
 from tests.support.scripted_provider import (

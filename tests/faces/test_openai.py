@@ -14,8 +14,8 @@ import pytest
 from openai import AsyncOpenAI
 from yarl import URL
 
-from aioserver.providers.simulator.exchange import Behaviour
-from aioserver.providers.simulator.server import Simulator
+from aioserver.wings.simulator.exchange import Behaviour
+from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED
 from tests.support.commands import TOO_DEEP
 from tests.support.raw import Raw

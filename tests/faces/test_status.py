@@ -14,8 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from aioserver import __version__
 from aioserver.monitoring import incidents, monitor
 from aioserver.protocol import eventstream
-from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.telemetry.metrics import FACES
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, to_end
 from tests.support.jumping_loop import block
 from tests.support.keys import bearer, keys_of

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import WSMsgType
 
 from aioserver.faces import socket as sockets
-from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import (
     big,
     cancel,

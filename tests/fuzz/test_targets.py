@@ -8,14 +8,15 @@ import sys
 
 import pytest
 
-from aioserver.client import events
+from aioserver.client import answer
 from aioserver.config import configuration
 from aioserver.faces.client_messages import ClientMessages
-from aioserver.protocol import eventstream, members
-from aioserver.protocol.bridge.events import ResponseWriter
-from aioserver.providers import message_sink, response_sink
+from aioserver.protocol import eventstream, json_body
 from aioserver.providers.exchange import Exchange
 from aioserver.streams import fast_path
+from aioserver.wings.anthropic import sink as message_sink
+from aioserver.wings.responses import sinks
+from aioserver.wings.responses.bridge.events import ResponseWriter
 from tests.fuzz.inputs import CORPUS, kept
 from tests.fuzz.mutation import mutants
 from tests.fuzz.targets import TARGETS, load, words
@@ -49,18 +50,18 @@ BREAKAGES: dict[str, tuple[object, str, object]] = {
     "fast_path": (fast_path, "_PLAIN", re.compile(rb"[^\n]+")),
     "provider_answer": (Exchange, "_settle", lambda _exchange: None),
     "responses": (
-        response_sink,
+        sinks,
         "up_to_end",
         lambda block: (block, b"response.completed" in block),
     ),
     "bridge": (ResponseWriter, "_part_ending", lambda _writer: []),
     "messages": (message_sink, "_up_to_end", lambda block: (block, b"message_stop" in block, b"")),
     "client_frames": (ClientMessages, "_count", lambda _messages, _size: True),
-    "server_frames": (events, "_text", lambda metadata, name: metadata.get(name)),
+    "server_frames": (answer, "_text", lambda metadata, name: metadata.get(name)),
     "chat_bodies": (
-        members.Member,
+        json_body.Member,
         "find",
-        lambda _self, data, value: members.Place(
+        lambda _self, data, value: json_body.Place(
             0, data.find(value), data.find(value) + len(value)
         ),
     ),

@@ -11,8 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from aioserver.errors import InvalidRequest
-from aioserver.protocol.members import MAX_LONG_PLACES, Member, Place
-from aioserver.protocol.top_level import at_once
+from aioserver.protocol.json_body import MAX_LONG_PLACES, Member, Place, at_once
 
 INPUT, PREVIOUS = Member("input"), Member("previous_response_id")
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aioserver.errors import ServerAtCapacity
-from aioserver.protocol import messages
+from aioserver.protocol import frames
 
 unhurried = settings(max_examples=150)
 
@@ -20,7 +20,7 @@ unhurried = settings(max_examples=150)
     st.sampled_from([b"processing", b"chunk", b"complete", b"error", b"cancelled"]),
 )
 def test_an_event_of_a_log_is_a_frame(request_id: str | None, number: int, status: bytes) -> None:
-    frame = messages.frame(messages.frame_head(request_id), number, status, b'{"a":"\\u20ac"}')
+    frame = frames.frame(frames.frame_head(request_id), number, status, b'{"a":"\\u20ac"}')
 
     assert json.loads(frame) == {
         "request_id": request_id,
@@ -31,10 +31,10 @@ def test_an_event_of_a_log_is_a_frame(request_id: str | None, number: int, statu
 
 
 def test_the_frame_of_the_contract_is_byte_for_byte() -> None:
-    head = messages.frame_head("6f0c")
+    head = frames.frame_head("6f0c")
     chunk = b'{"type":"text","data":"Hel","metadata":{}}'
 
-    assert messages.frame(head, 3, b"chunk", chunk) == (
+    assert frames.frame(head, 3, b"chunk", chunk) == (
         b'{"request_id":"6f0c","event_id":3,"status":"chunk",'
         b'"chunk":{"type":"text","data":"Hel","metadata":{}}}'
     )
@@ -43,7 +43,7 @@ def test_the_frame_of_the_contract_is_byte_for_byte() -> None:
 def test_a_loose_frame_has_no_event_id() -> None:
     error = ServerAtCapacity("full", retry_after=2.0)
 
-    assert json.loads(messages.loose_frame(None, "error", error.as_chunk())) == {
+    assert json.loads(frames.loose_frame(None, "error", error.as_chunk())) == {
         "request_id": None,
         "status": "error",
         "chunk": {
@@ -53,6 +53,6 @@ def test_a_loose_frame_has_no_event_id() -> None:
             "retry_after": 2.0,
         },
     }
-    assert messages.loose_frame("p", "pong", {}) == (
+    assert frames.loose_frame("p", "pong", {}) == (
         b'{"request_id":"p","status":"pong","chunk":{}}'
     )

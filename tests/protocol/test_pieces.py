@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from msgspec import Raw
 
 from aioserver.errors import AioserverError, InvalidJson, InvalidRequest
-from aioserver.protocol import pieces, top_level
-from aioserver.protocol.members import MAX_PLACES, Member
+from aioserver.protocol import json_body
+from aioserver.protocol.json_body import ABSENT, MAX_PLACES, Member, UnknownField, at_once
 from aioserver.protocol.model_body import ModelBody, reading
-from aioserver.protocol.top_level import ABSENT, UnknownField, at_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,11 +73,11 @@ def check(text: str, size: int) -> None:
     """Check that *text* is decoded in pieces of *size* as it is at once."""
     body = text.encode()
     for decoder in DECODERS:
-        expected = outcome(partial(top_level.decode, decoder, body, "it"))
+        expected = outcome(partial(json_body.decode, decoder, body, "it"))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(top_level, "STEP_BYTES", 0)
-            patch.setattr(pieces, "PIECE_BYTES", size)
-            in_pieces = outcome(lambda: at_once(pieces.decoding(decoder, body, "it")))  # noqa: B023
+            patch.setattr(json_body, "STEP_BYTES", 0)
+            patch.setattr(json_body, "PIECE_BYTES", size)
+            in_pieces = outcome(lambda: at_once(json_body.decoding(decoder, body, "it")))  # noqa: B023
         assert in_pieces == expected
 
 
@@ -121,7 +120,7 @@ def test_no_cut_makes_json_of_what_is_none(
 def test_what_is_no_json_is_refused_wherever_it_is_cut(text: str, size: int) -> None:
     check(text, size)
     with pytest.raises(InvalidJson):
-        top_level.decode(FIELDS, text.encode(), "it")
+        json_body.decode(FIELDS, text.encode(), "it")
 
 
 def test_the_value_that_counts_is_the_last_one_though_others_span_pieces() -> None:
@@ -139,12 +138,12 @@ def test_the_bytes_in_an_error_are_counted_from_the_start_of_the_body(
 ) -> None:
     body = b'{"a":[%b' % (b"1," * 500) + b"nul]}"
     with pytest.raises(InvalidJson) as whole:
-        top_level.decode(FIELDS, body, "it")
-    monkeypatch.setattr(top_level, "STEP_BYTES", 0)
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 64)
+        json_body.decode(FIELDS, body, "it")
+    monkeypatch.setattr(json_body, "STEP_BYTES", 0)
+    monkeypatch.setattr(json_body, "PIECE_BYTES", 64)
 
     with pytest.raises(InvalidJson) as in_pieces:
-        at_once(pieces.decoding(FIELDS, body, "it"))
+        at_once(json_body.decoding(FIELDS, body, "it"))
 
     assert in_pieces.value.message == whole.value.message
 
@@ -152,14 +151,14 @@ def test_the_bytes_in_an_error_are_counted_from_the_start_of_the_body(
 def test_an_unknown_field_is_named_after_the_rest_was_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(top_level, "STEP_BYTES", 0)
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 16)
+    monkeypatch.setattr(json_body, "STEP_BYTES", 0)
+    monkeypatch.setattr(json_body, "PIECE_BYTES", 16)
     body = b'{"x":1,"y":[%b2]}' % (b"1," * 20)
 
     with pytest.raises(UnknownField):
-        at_once(pieces.decoding(STRICT, body, "it"))
+        at_once(json_body.decoding(STRICT, body, "it"))
     with pytest.raises(InvalidJson):
-        at_once(pieces.decoding(STRICT, body[:-2] + b"}", "it"))
+        at_once(json_body.decoding(STRICT, body[:-2] + b"}", "it"))
 
 
 @given(lists(VALUES, "[", "]"), st.sampled_from([2, 3, 7, 20]))
@@ -168,8 +167,8 @@ def test_the_elements_of_an_array_are_those_of_its_pieces(text: str, size: int) 
     body = text.encode()
     expected = [bytes(each) for each in msgspec.json.decode(body, type=list[Raw])]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "PIECE_BYTES", size)
-        found = [bytes(each) for batch in pieces.elements(body) for each in batch]
+        patch.setattr(json_body, "PIECE_BYTES", size)
+        found = [bytes(each) for batch in json_body.elements(body) for each in batch]
 
     assert found == expected
 
@@ -195,20 +194,20 @@ def test_no_call_of_a_decoder_gets_more_than_a_piece(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    decode = top_level.decode
+    decode = json_body.decode
 
     def counted(decoder: Any, body: bytes, what: str) -> Any:
         sizes.append(len(body))
         return decode(decoder, body, what)
 
-    monkeypatch.setattr(top_level, "decode", counted)
+    monkeypatch.setattr(json_body, "decode", counted)
     body = filled(*HOSTILE[name])
 
     steps = [*reading(body)]
     read = at_once(reading(body))
 
-    assert max(sizes) < 2 * pieces.PIECE_BYTES
-    assert len(steps) >= LARGE // pieces.PIECE_BYTES
+    assert max(sizes) < 2 * json_body.PIECE_BYTES
+    assert len(steps) >= LARGE // json_body.PIECE_BYTES
     assert read.model == "m"
 
 
@@ -221,10 +220,10 @@ def test_what_has_no_comma_is_one_piece_however_long_it_is() -> None:
 
 
 def test_a_small_body_is_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "locating", None)
+    monkeypatch.setattr(json_body, "locating", None)
     body = b'{"model":"m","x":[%b0]}' % (b"1," * 1000)
 
-    assert [*pieces.decoding(FIELDS, body, "it")] == []
+    assert [*json_body.decoding(FIELDS, body, "it")] == []
     assert at_once(reading(body)).model == "m"
 
 
@@ -260,7 +259,7 @@ def test_a_member_that_spans_pieces_is_found_where_it_stands() -> None:
 def test_more_keys_than_can_be_told_apart_are_refused_in_one_piece(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(top_level, "STEP_BYTES", 0)
+    monkeypatch.setattr(json_body, "STEP_BYTES", 0)
     body = b'{"x":[%b0],"model":"m","y":0}' % (b'{"model":"m"},' * (MAX_PLACES + 1))
     read = at_once(reading(body))
 
@@ -280,7 +279,7 @@ class Searched(bytes):
 
 def test_a_client_that_knows_the_marks_has_few_of_them_looked_for() -> None:
     # All the marks that a piece may get: each one that was found in it gives way to the next.
-    mark, known = pieces._mark, b""  # noqa: SLF001 - from outside, only its time can be seen
+    mark, known = json_body._mark, b""  # noqa: SLF001 - from outside, only its time can be seen
     for _ in range(18):
         known += mark(known, 0, len(known))
     body = Searched(known)

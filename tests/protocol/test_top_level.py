@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from msgspec import Raw
 
 from aioserver.errors import InvalidJson, InvalidRequest
-from aioserver.protocol import client_frames, model_body, top_level
-from aioserver.protocol.top_level import ABSENT, NotUtf8, UnknownField, at_once
+from aioserver.protocol import client_frames, json_body, model_body
+from aioserver.protocol.json_body import ABSENT, NotUtf8, UnknownField, at_once
 from tests.support.commands import TOO_DEEP
 
 if TYPE_CHECKING:
@@ -53,12 +53,12 @@ def by_one(body: bytes) -> bytes:
 def test_only_lone_surrogates_are_replaced_wherever_a_piece_ends(
     piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(top_level, "PIECE_BYTES", piece)
+    monkeypatch.setattr(json_body, "PIECE_BYTES", piece)
     dice = random.Random(piece)
     for _ in range(3000):
         body = b"".join(dice.choices(TOKENS, k=dice.randrange(1, 40)))
 
-        assert at_once(top_level.sound(body)) == by_one(body), body
+        assert at_once(json_body.sound(body)) == by_one(body), body
 
 
 @settings(max_examples=200)
@@ -66,7 +66,7 @@ def test_only_lone_surrogates_are_replaced_wherever_a_piece_ends(
 def test_what_is_passed_on_is_what_any_reader_reads(text: str) -> None:
     body = json.dumps([text]).encode()
 
-    read = json.loads(at_once(top_level.sound(body)))[0]
+    read = json.loads(at_once(json_body.sound(body)))[0]
 
     # `json` joins halves that stand side by side, and leaves lone ones.
     expected = json.loads(body)[0]
@@ -75,23 +75,23 @@ def test_what_is_passed_on_is_what_any_reader_reads(text: str) -> None:
 
 def test_a_body_without_lone_surrogates_is_itself() -> None:
     for body in (b"{}", "é😀".encode(), rb'"\ud83d\ude00"', rb'"\\ud83d"'):
-        assert at_once(top_level.sound(body)) is body
+        assert at_once(json_body.sound(body)) is body
 
 
 @pytest.mark.parametrize("step", [4, 5, 7, MIB])
 def test_utf8_is_checked_across_steps(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(top_level, "STEP_BYTES", step)
+    monkeypatch.setattr(json_body, "STEP_BYTES", step)
     good = "aé€😀".encode() * 5
 
-    assert at_once(top_level.sound(good)) is good
+    assert at_once(json_body.sound(good)) is good
     for bad in (good + b"\xff", good[:-1], b"\xed\xa0\x80", b"\xc0\x80" + good):
         with pytest.raises(NotUtf8):
-            at_once(top_level.sound(bad))
+            at_once(json_body.sound(bad))
 
 
 def test_a_nul_is_no_json() -> None:
     with pytest.raises(InvalidJson):
-        at_once(top_level.sound(b'"\\ud800\0"'))
+        at_once(json_body.sound(b'"\\ud800\0"'))
 
 
 @pytest.mark.parametrize(
@@ -107,23 +107,23 @@ def test_a_nul_is_no_json() -> None:
 )
 def test_what_is_no_json_is_refused_wherever_it_is(body: bytes) -> None:
     with pytest.raises(InvalidJson, match="not JSON"):
-        top_level.decode(THING, body, "the body")
+        json_body.decode(THING, body, "the body")
 
 
 def test_json_of_another_shape_is_an_invalid_request() -> None:
     for body in (b"[]", b"1", b'"a"', b"null", b"1e999", b"1" * 5000):
         with pytest.raises(InvalidRequest, match="the body must be a JSON object"):
-            top_level.decode(THING, body, "the body")
+            json_body.decode(THING, body, "the body")
     with pytest.raises(UnknownField, match="unknown field in the body: b") as caught:
-        top_level.decode(THING, b'{"a":1,"b":2}', "the body")
+        json_body.decode(THING, b'{"a":1,"b":2}', "the body")
     assert caught.value.param == "b"
     with pytest.raises(UnknownField) as caught:
-        top_level.decode(THING, b'{"%b":2}' % (b"x" * 100_000), "the body")
+        json_body.decode(THING, b'{"%b":2}' % (b"x" * 100_000), "the body")
     assert caught.value.param == "x" * 64
 
 
 def test_the_last_of_several_keys_counts_however_it_is_written() -> None:
-    fields = top_level.decode(THING, rb'{"a":1,"\u0061":2,"a":3,"\u0061":4}', "the body")
+    fields = json_body.decode(THING, rb'{"a":1,"\u0061":2,"a":3,"\u0061":4}', "the body")
 
     assert bytes(fields.a) == b"4"
 
@@ -172,6 +172,6 @@ def test_a_body_of_16_mib_costs_less_than_ten_times_its_bytes(
 
 @pytest.mark.parametrize("filling", ["lone surrogates", "text"])
 def test_a_large_body_is_checked_in_steps(filling: str) -> None:
-    steps = top_level.sound(HOSTILE[filling])
+    steps = json_body.sound(HOSTILE[filling])
 
     assert sum(1 for _ in steps) >= 15

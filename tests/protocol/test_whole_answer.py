@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioserver.protocol.top_level import at_once, sound
+from aioserver.protocol.json_body import at_once, sound
 from aioserver.protocol.whole_answer import STEP_BYTES, final_response, text_pieces
 
 if TYPE_CHECKING:

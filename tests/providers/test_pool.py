@@ -24,8 +24,8 @@ from aioserver.provider_errors import (
     PoolTimeout,
     ProviderDisconnected,
 )
+from aioserver.providers.connections import ConnectionProtocol
 from aioserver.providers.pool import Pool
-from aioserver.providers.pooled_connection import ConnectionProtocol
 from tests.support.scripted_provider import (
     LIMITS,
     OK,

@@ -37,10 +37,10 @@ from aioserver.providers.error_mapping import retry_after
 from aioserver.providers.pace import MAX_COOLING
 from aioserver.providers.provider import Provider
 from aioserver.providers.request import NO_CALLER, Answer, ProviderRequest
-from aioserver.providers.simulator.exchange import Behaviour
-from aioserver.providers.simulator.server import Simulator
 from aioserver.streams.entries import COMPLETE
 from aioserver.streams.stream import Stream
+from aioserver.wings.simulator.exchange import Behaviour
+from aioserver.wings.simulator.server import Simulator
 from tests.support.scripted_provider import LIMITS, Peer, ScriptedProvider
 from tests.support.server import NOWHERE, QUICK, SILENT
 from tests.support.waiting import until

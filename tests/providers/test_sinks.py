@@ -13,20 +13,19 @@ import pytest
 from aioserver.errors import ServerAtCapacity
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import MAX_HALVES, Reading
-from aioserver.protocol.responses import ResponseEvents
 from aioserver.provider_errors import (
     ProviderAuthError,
     ProviderBadResponse,
     ProviderDisconnected,
     ProviderError,
 )
-from aioserver.providers.body_sink import BodySink
 from aioserver.providers.chat_sink import ChatSink
-from aioserver.providers.event_sink import DONE, EventSink
-from aioserver.providers.response_sink import ResponseSink
+from aioserver.providers.sinks import DONE, BodySink, EventSink
 from aioserver.streams import entries
 from aioserver.streams.store import StreamStore
 from aioserver.streams.stream import Stream
+from aioserver.wings.responses.events import ResponseEvents
+from aioserver.wings.responses.sinks import ResponseSink
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -13,8 +13,8 @@ import pytest
 
 from aioserver.faces.admission import MAX_REFUSED_CLOSING
 from aioserver.monitoring.monitor import MAX_WATCHERS
-from aioserver.providers.simulator.server import Simulator
 from aioserver.server.preflight import wanted_files
+from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, chat
 from tests.support.process import loop_name, serving
 from tests.support.raw import Raw

@@ -7,7 +7,7 @@ import socket
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
-from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED, chat
 from tests.support.raw import CLOSE, TEXT, Raw, closing
 from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT, runner_of

@@ -10,8 +10,8 @@ import pytest
 from aiohttp import ClientSession, WSMsgType, WSServerHandshakeError, web
 from aiohttp.test_utils import BaseTestServer, TestServer
 
-from aioserver.providers.simulator.server import Simulator
 from aioserver.server.app import make_app
+from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import chat, frames_of, to_end, until_status
 from tests.support.keys import bearer, keys_of
 from tests.support.server import ENDLESS, QUICK, configured
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
-    from aioserver.providers.simulator.exchange import Behaviour
+    from aioserver.wings.simulator.exchange import Behaviour
 
 QUESTION = {"messages": [{"role": "user", "content": "Hello"}]}
 

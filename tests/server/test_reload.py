@@ -19,9 +19,9 @@ import trustme
 from aioserver.config import Configuration
 from aioserver.protocol import eventstream
 from aioserver.providers.breaker import FEW, LONG_PATIENCE
-from aioserver.providers.simulator.exchange import Behaviour
-from aioserver.providers.simulator.server import Simulator
 from aioserver.server import preflight
+from aioserver.wings.simulator.exchange import Behaviour
+from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED, chat, numbers, read_frames, to_end, until_status
 from tests.support.failing import kill
 from tests.support.raw import CLOSE, TEXT, Raw, closing

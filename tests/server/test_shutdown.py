@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from aioserver.providers.simulator.exchange import Behaviour
-from aioserver.providers.simulator.server import Simulator
 from aioserver.server.runner import FAREWELL
+from aioserver.wings.simulator.exchange import Behaviour
+from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED, big, chat, frames_of, resume, to_end
 from tests.support.process import serving
 from tests.support.raw import CLOSE, SMALL, TEXT, Raw, closing

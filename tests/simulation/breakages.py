@@ -52,8 +52,8 @@ AnswerDetails.final_error = AnswerDetails.render_error = lambda self, error, num
     "that a provider's connection was cut": """
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.chat_sink import ChatSink
-from aioserver.providers.event_sink import EventSink
-from aioserver.providers.response_sink import ResponseSink
+from aioserver.providers.sinks import EventSink
+from aioserver.wings.responses.sinks import ResponseSink
 lost = Exchange.connection_lost
 def whole(self, exc):
     if self._parser.sink is None or self._done.done():
@@ -234,7 +234,7 @@ def asking(self, delay):
 IdleSockets._look_in = asking
 """,
     "the type of an error in a response": """
-from aioserver.providers.response_sink import ResponseSink
+from aioserver.wings.responses.sinks import ResponseSink
 from aioserver.providers.sinks import PassingSink
 ResponseSink._end_with_error = PassingSink._end_with_error
 """,
@@ -255,13 +255,13 @@ from aioserver.streams.details import AnswerDetails
 AnswerDetails.final_error = lambda self, error, number: self.render_error(error)
 """,
     "what a late reader has missed": """
-from aioserver.protocol.responses import ResponseEvents
+from aioserver.wings.responses.events import ResponseEvents
 render = ResponseEvents.render
 ResponseEvents.render = lambda self, error, seen=None: render(self, error)
 """,
     # What conversations of the Responses API rely on.
     "the order of a lane": """
-from aioserver.faces import lanes
+from aioserver.wings.responses import lanes
 class Turns(lanes.deque):
     def popleft(self):
         return self.pop()
@@ -272,7 +272,7 @@ def unordered(self, name):
 lanes.Lane.__init__ = unordered
 """,
     "that a lane is free": """
-from aioserver.faces.lanes import Lanes
+from aioserver.wings.responses.lanes import Lanes
 done, count = Lanes.done, [0]
 def busy(self, lane):
     count[0] += 1
@@ -281,15 +281,15 @@ def busy(self, lane):
 Lanes.done = busy
 """,
     "the latest response of a lane": """
-from aioserver.gateway.held_responses import HeldResponses
+from aioserver.wings.responses.stored import HeldResponses
 HeldResponses.hold = lambda self, holder, response: None
 """,
     "the responses of a connection that is gone": """
-from aioserver.faces.lanes import Lanes
+from aioserver.wings.responses.lanes import Lanes
 Lanes.close = lambda self: None
 """,
     "a stored response": """
-from aioserver.gateway.stored_responses import StoredResponses
+from aioserver.wings.responses.stored import StoredResponses
 add, count = StoredResponses.add, [0]
 def lossy(self, response):
     count[0] += 1
@@ -298,7 +298,7 @@ def lossy(self, response):
 StoredResponses.add = lossy
 """,
     "the bytes of a stored response": """
-from aioserver.gateway.stored_response import StoredResponse
+from aioserver.wings.responses.stored import StoredResponse
 leave, count = StoredResponse.leave, [0]
 def lossy(self):
     count[0] += 1
@@ -306,17 +306,17 @@ def lossy(self):
 StoredResponse.leave = lossy
 """,
     "what came first in a conversation": """
-from aioserver.gateway.stored_response import StoredResponse
+from aioserver.wings.responses.stored import StoredResponse
 chain = StoredResponse.chain
 StoredResponse.chain = lambda self: chain(self)[-1:]
 """,
     "that a response was deleted": """
-from aioserver.gateway.stored_responses import StoredResponses
+from aioserver.wings.responses.stored import StoredResponses
 drop = StoredResponses._drop
 StoredResponses.drop = lambda self, caller, response_id: self.get(caller, response_id) is not None
 """,
     "that only its provider knows what came before": """
-from aioserver.gateway.stored_response import StoredResponse
+from aioserver.wings.responses.stored import StoredResponse
 init = StoredResponse.__init__
 def whole(self, *args, **kwargs):
     init(self, *args, **{**kwargs, "whole": True})
@@ -329,7 +329,7 @@ client_messages.too_much = socket.too_much = RateLimitExceeded
 """,
     # What conversations in a file rely on.
     "a turn of a conversation": """
-from aioserver.gateway.history import History
+from aioserver.wings.conversations.history import History
 keep, count = History.keep, [0]
 def lossy(self, *args, **kwargs):
     count[0] += 1
@@ -338,18 +338,18 @@ def lossy(self, *args, **kwargs):
 History.keep = lossy
 """,
     "that a conversation was deleted": """
-from aioserver.gateway.sqlite.storage import SqliteStorage
+from aioserver.wings.conversations.storage import SqliteStorage
 async def kept(self, caller, conversation_ids=None):
     return 1
 SqliteStorage.delete = kept
 """,
     # What instances promise each other.
     "the end of a lease": """
-from aioserver.cluster.shares import Shares
+from aioserver.wings.cluster.leases import Shares
 Shares.check = lambda self: None
 """,
     "whose an id is": """
-from aioserver.cluster.claims import OURS
+from aioserver.wings.cluster.claims import OURS
 from tests.simulation.shared_server import SimulatedClaims
 take = SimulatedClaims.take
 async def ours(self, *args, **kwargs):
@@ -357,7 +357,7 @@ async def ours(self, *args, **kwargs):
 SimulatedClaims.take = ours
 """,
     "an event of a mirror": """
-from aioserver.cluster.mirrors import Mirror
+from aioserver.wings.cluster.mirrors import Mirror
 append, count = Mirror._append, [0]
 def lossy(self, entries):
     count[0] += 1
@@ -367,11 +367,11 @@ def lossy(self, entries):
 Mirror._append = lossy
 """,
     "that an owner was killed": """
-from aioserver.cluster.mirrors import Mirror
+from aioserver.wings.cluster.mirrors import Mirror
 Mirror.lose = lambda self: None
 """,
     "what it has when it comes back": """
-from aioserver.cluster.holding import Holding
+from aioserver.wings.cluster.grants import Holding
 op = Holding.op
 def forgetful(self):
     said = op(self)
@@ -379,11 +379,11 @@ def forgetful(self):
 Holding.op = forgetful
 """,
     "that a response could not be written": """
-from aioserver.gateway import stored_responses
+from aioserver.wings.responses import stored as stored_responses
 stored_responses._note_written = lambda response, kept: response.release()
 """,
     "a response that others find": """
-from aioserver.cluster.responses import SharedResponses
+from aioserver.wings.responses.responses import SharedResponses
 keep, count = SharedResponses.keep, [0]
 def lossy(self, *args, whole, done):
     count[0] += 1
@@ -394,7 +394,7 @@ def lossy(self, *args, whole, done):
 SharedResponses.keep = lossy
 """,
     "that a slot is used": """
-from aioserver.cluster.rates import SharedRate
+from aioserver.wings.cluster.rates import SharedRate
 SharedRate.take = lambda self, seconds: None
 """,
 }

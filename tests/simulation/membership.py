@@ -7,12 +7,12 @@ from collections import defaultdict
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from aioserver.cluster.holding import State
-from aioserver.cluster.instances import ClusterStreams
-from aioserver.cluster.limits import SharedLimits
-from aioserver.cluster.membership import LEAVE_TIMEOUT, Membership
-from aioserver.cluster.settler import Settler
-from aioserver.cluster.shares import Shares
+from aioserver.wings.cluster.grants import State
+from aioserver.wings.cluster.instances import ClusterStreams
+from aioserver.wings.cluster.leases import Shares
+from aioserver.wings.cluster.limits import SharedLimits
+from aioserver.wings.cluster.renewer import Settler
+from aioserver.wings.cluster.wing import LEAVE_TIMEOUT, Membership
 from tests.simulation.shared_server import (
     SimulatedBus,
     SimulatedClaims,
@@ -23,8 +23,8 @@ from tests.simulation.shared_server import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from aioserver.gateway.conversations import Conversations
     from aioserver.streams.store import StreamStore
+    from aioserver.wings.conversations.memory import Conversations
     from tests.simulation.shared_server import SharedServer
 
 

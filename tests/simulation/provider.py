@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
-from aioserver.providers.simulator.model import BadRequest
-from aioserver.providers.simulator.server import ReceivedRequest, Simulator
+from aioserver.wings.simulator.model import BadRequest
+from aioserver.wings.simulator.server import ReceivedRequest, Simulator
 from tests.simulation.clock import Clock
 from tests.simulation.transport import Transport
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
-    from aioserver.providers.simulator.exchange import Behaviour
+    from aioserver.wings.simulator.exchange import Behaviour
 
 _QUESTION = re.compile(rb"q[0-9]+(?= word)")
 # The ids of the simulated provider; ours are longer.

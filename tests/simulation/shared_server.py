@@ -13,21 +13,21 @@ from contextvars import Context, copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aioserver.cluster.connection import CallFailed
-from aioserver.cluster.messages import SECOND
-from aioserver.cluster.model import Model, Stale
-from aioserver.cluster.peer_messages import decode
 from aioserver.telemetry.counters import Counter
+from aioserver.wings.cluster.connection import CallFailed
+from aioserver.wings.cluster.lease_messages import SECOND
+from aioserver.wings.cluster.peer_messages import decode
 from tests.simulation.clock import Clock
 from tests.support.memory_bus import MemoryBus, MemoryClaims, World
+from tests.support.settle_model import Model, Stale
 
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Coroutine, Sequence
 
-    from aioserver.cluster.claims import Renewal, Verdict
-    from aioserver.cluster.shares import Shares
-    from aioserver.cluster.turns import Listed
+    from aioserver.wings.cluster.claims import Renewal, Verdict
+    from aioserver.wings.cluster.leases import Shares
+    from aioserver.wings.conversations.turns import Listed
     from tests.simulation.loop import SimulatedLoop
     from tests.simulation.plan import Shared
 

@@ -21,18 +21,18 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from aioserver.cluster.claims import name_of
-from aioserver.cluster.holding import State
-from aioserver.cluster.messages import SECOND
-from aioserver.cluster.rates import SharedRate
-from aioserver.cluster.shared_gate import SharedGate
+from aioserver.wings.cluster.claims import name_of
+from aioserver.wings.cluster.grants import State
+from aioserver.wings.cluster.lease_messages import SECOND
+from aioserver.wings.cluster.rates import SharedRate
+from aioserver.wings.cluster.shared_gate import SharedGate
 from tests.simulation.clock import Clock
 from tests.simulation.watch import delay_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from aioserver.cluster.holding import Holding
+    from aioserver.wings.cluster.grants import Holding
     from tests.simulation.client import Client
     from tests.simulation.instance import Instance
     from tests.simulation.loop import SimulatedLoop

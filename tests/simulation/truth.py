@@ -6,7 +6,7 @@ import functools
 import re
 from dataclasses import dataclass
 
-from aioserver.providers.simulator import model
+from aioserver.wings.simulator import model
 from tests.simulation.plan import NEVER_WHOLE
 
 

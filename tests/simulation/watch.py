@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
-from aioserver.cluster.rates import SharedRate
-from aioserver.cluster.shared_gate import SharedGate
-from aioserver.faces.lanes import MAX_NAMED_LANES, MAX_RUNNING, MAX_WAITING
-from aioserver.faces.responses_socket import ResponsesSocket
 from aioserver.limits.gcra import ROUNDING
+from aioserver.wings.cluster.rates import SharedRate
+from aioserver.wings.cluster.shared_gate import SharedGate
+from aioserver.wings.responses.lanes import MAX_NAMED_LANES, MAX_RUNNING, MAX_WAITING
+from aioserver.wings.responses.socket import ResponsesSocket
 from tests.simulation.clock import Clock
 from tests.simulation.deadlines import Deadlines
 from tests.simulation.fairness import Fairness
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from aioserver.faces.lanes import Lanes
     from aioserver.limits.gate import Gate
     from aioserver.providers.provider import Provider
     from aioserver.providers.queueing import ProviderGate
+    from aioserver.wings.responses.lanes import Lanes
     from tests.simulation.instance import Instance
     from tests.simulation.network import Network
 

@@ -23,7 +23,7 @@ import aiohappyeyeballs
 from aiohttp import web_app
 
 from aioserver.monitoring import snapshot
-from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.simulation import clock, disk
 from tests.simulation.client import DIALLER, Client
 from tests.simulation.cluster import Cluster

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from aioserver.providers.simulator import model
+from aioserver.wings.simulator import model
 from tests.soak import talks
 from tests.soak.answers import GONE, SHORT, Answer, Left, Violation, events_of
 from tests.support.chat import ENDS, cancel, resume

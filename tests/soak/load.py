@@ -11,10 +11,10 @@ from typing import Any
 
 import aiohttp
 
-from aioserver.commands.bench.clients import Question as Probe
-from aioserver.commands.bench.load import Plan, Run
-from aioserver.commands.bench.results import Results
-from aioserver.providers.simulator.faults import FAULTS
+from aioserver.tools.bench.clients import Question as Probe
+from aioserver.tools.bench.load import Plan, Run
+from aioserver.tools.bench.results import Results
+from aioserver.wings.simulator.faults import FAULTS
 from tests.soak.answers import GONE, Left, Violation
 from tests.soak.clients import Client
 from tests.support.keys import bearer, entry, key_of

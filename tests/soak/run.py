@@ -45,7 +45,7 @@ LIMITS: dict[str, Any] = {
 # A server that keeps few conversations: thousands would take longer than a run.
 PROGRAM = """
 from aioserver.__main__ import main
-from aioserver.gateway import conversations
+from aioserver.wings.conversations import memory as conversations
 conversations.MAX_CONVERSATIONS = 200
 main()
 """

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from aioserver.providers.simulator import model
+from aioserver.wings.simulator import model
 from tests.soak.answers import GONE, Answer, Left, Violation, events_of
 from tests.support.chat import ENDS
 from tests.support.responses import create

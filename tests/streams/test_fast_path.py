@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aioserver.errors import ResumeGap
-from aioserver.protocol import eventstream, messages
+from aioserver.protocol import eventstream
+from aioserver.protocol import frames as protocol_frames
 from aioserver.protocol.openai import TEXT, BadEvent, ErrorEvent, Reading, learn
 from aioserver.streams.entries import CANCELLED
 from aioserver.streams.fast_path import MAX_CHUNK_BYTES
@@ -74,7 +75,7 @@ from tests.support.waiting import ticks, until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-    from aioserver.providers.pooled_connection import PooledConnection
+    from aioserver.providers.connections import PooledConnection
     from tests.support.server import RunningServer
 
 
@@ -572,12 +573,14 @@ def assert_true(before: bytes, behind: bytes, text: str, index: int) -> None:
     """Assert that the fast path makes of *text* there what the long way makes of it."""
     reading = Reading(index)
     written = text.encode()
-    head = messages.frame_head("r1")
+    head = protocol_frames.frame_head("r1")
 
     (read,) = reading.read((before + written + behind)[len(b"data: ") : -2])
 
     assert read == TEXT % (b'"%b"' % written)
-    assert messages.text_frame(head, 7, written + b'"') == messages.frame(head, 7, b"chunk", read)
+    assert protocol_frames.text_frame(head, 7, written + b'"') == protocol_frames.frame(
+        head, 7, b"chunk", read
+    )
     assert reading.text == text
     assert (reading.finish_reason, reading.usage) == (None, None)
 

@@ -17,9 +17,8 @@ from aioserver.auth.callers import anonymous
 from aioserver.config.settings import Streams
 from aioserver.errors import ResumeGap, ServerAtCapacity
 from aioserver.protocol import eventstream
+from aioserver.protocol.json_body import at_once
 from aioserver.protocol.openai import Reading, Shape
-from aioserver.protocol.responses import ResponseEvents
-from aioserver.protocol.top_level import at_once
 from aioserver.protocol.whole_answer import STEP_BYTES, text_pieces
 from aioserver.provider_errors import ProviderDisconnected, ProviderRefused
 from aioserver.providers.request import Answer
@@ -31,6 +30,7 @@ from aioserver.streams.formats import EVENTS
 from aioserver.streams.lifetime import Lifetime
 from aioserver.streams.store import StreamStore
 from aioserver.streams.stream import Stream
+from aioserver.wings.responses.events import ResponseEvents
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from aioserver.cluster.messages import Times
-from aioserver.cluster.settler import Settler
-from aioserver.cluster.shared_gate import SharedGate
-from aioserver.cluster.shares import Shares
 from aioserver.errors import ServerAtCapacity
+from aioserver.wings.cluster.lease_messages import Times
+from aioserver.wings.cluster.leases import Shares
+from aioserver.wings.cluster.renewer import Settler
+from aioserver.wings.cluster.shared_gate import SharedGate
 
 
 class Reported(SharedGate):

@@ -4,7 +4,7 @@ Nothing of it is asynchronous: an instance is a state machine, and the simulatio
 answered late or never. An instance may be killed, or stopped: then nothing of it runs, its requests keep their places, and what came
 meanwhile comes in any order when it goes on. The server may be killed, emptied, paused, or put back to an earlier state.
 
-After each step `check` asserts the invariants of cluster/holding.py and cluster/shares.py.
+After each step `check` asserts the invariants of wings/cluster/grants.py and wings/cluster/leases.py.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from aioserver.cluster.holding import State
-from aioserver.cluster.messages import SECOND, TIMES, Times, decode_request
-from aioserver.cluster.model import Model, Stale
-from aioserver.cluster.shares import Shares
+from aioserver.wings.cluster.grants import State
+from aioserver.wings.cluster.lease_messages import SECOND, TIMES, Times, decode_request
+from aioserver.wings.cluster.leases import Shares
+from tests.support.settle_model import Model, Stale
 
 if TYPE_CHECKING:
     from collections.abc import Callable

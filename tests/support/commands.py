@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aioserver.errors import InvalidJson, InvalidRequest
-from aioserver.protocol import client_frames, messages
+from aioserver.protocol import client_frames, frames
 from aioserver.protocol.client_frames import BadCommand, Chat
 
 # Levels that no Python reads. Until 3.13 it counts them, up to some thousands; from 3.14 on it measures its stack, and
@@ -22,7 +22,7 @@ def survives(text: bytes | str) -> None:
     except BadCommand as bad:
         assert isinstance(bad.error, InvalidJson | InvalidRequest)  # noqa: PT017 - either is right
         # The refusal can be written.
-        messages.loose_frame(bad.request_id, "error", bad.error.as_chunk())
+        frames.loose_frame(bad.request_id, "error", bad.error.as_chunk())
     else:
         if isinstance(parsed, Chat):
             assert len(parsed.digest()) == 32

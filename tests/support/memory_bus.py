@@ -10,28 +10,28 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from aioserver.auth.keys import quota_of
-from aioserver.cluster import chains
-from aioserver.cluster.bus import Outbox
-from aioserver.cluster.claims import CONFLICT, KEPT, NONE, OURS, THEIRS, Verdict
-from aioserver.cluster.connection import CallFailed
-from aioserver.cluster.instances import ClusterStreams
-from aioserver.cluster.peer_messages import decode
-from aioserver.gateway.turn import Position
 from aioserver.providers.queueing import ProviderGate
+from aioserver.wings.cluster.bus import Outbox
+from aioserver.wings.cluster.claims import CONFLICT, KEPT, NONE, OURS, THEIRS, Verdict
+from aioserver.wings.cluster.connection import CallFailed
+from aioserver.wings.cluster.instances import ClusterStreams
+from aioserver.wings.cluster.peer_messages import decode
+from aioserver.wings.conversations.turn import Position
+from aioserver.wings.responses import chains
 from tests.support.server import QUICK, RunningServer, running
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from pathlib import Path
 
-    from aioserver.cluster.claims import Renewal
-    from aioserver.cluster.peer_messages import Message
-    from aioserver.cluster.turns import Listed
     from aioserver.config.settings import ClientKey
-    from aioserver.gateway.conversations import Conversations
     from aioserver.limits.quota import Quota
-    from aioserver.providers.simulator.exchange import Behaviour
     from aioserver.streams.store import StreamStore
+    from aioserver.wings.cluster.claims import Renewal
+    from aioserver.wings.cluster.peer_messages import Message
+    from aioserver.wings.conversations.memory import Conversations
+    from aioserver.wings.conversations.turns import Listed
+    from aioserver.wings.simulator.exchange import Behaviour
 
     MakeQuota = Callable[[ClientKey, Callable[[int], int] | None], Quota]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import hiredis
 
-from aioserver.cluster.private_server import find_program
+from aioserver.workers.private_server import find_program
 from tests.support.tools import installed
 
 if TYPE_CHECKING:

@@ -17,18 +17,18 @@ import pytest
 from aioserver.errors import AioserverError
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading
-from aioserver.protocol.responses import ResponseEvents
 from aioserver.providers.chat_sink import ChatSink
-from aioserver.providers.event_sink import EventSink
+from aioserver.providers.connections import ConnectionProtocol
 from aioserver.providers.exchange import Exchange
-from aioserver.providers.pooled_connection import ConnectionProtocol
-from aioserver.providers.response_sink import ResponseSink
+from aioserver.providers.sinks import EventSink
 from aioserver.streams.entries import CANCELLED
 from aioserver.streams.fast_path import FastPath, ResponsePath, TextPath
 from aioserver.streams.formats import EVENTS, MESSAGES, RAW, RESPONSES, response_messages
 from aioserver.streams.outbox import Outbox
 from aioserver.streams.store import StreamStore
 from aioserver.streams.writer import Writer
+from aioserver.wings.responses.events import ResponseEvents
+from aioserver.wings.responses.sinks import ResponseSink
 from tests.support.scripted_provider import chunk
 from tests.support.transport import FakeTransport
 from tests.support.waiting import ticks
@@ -36,7 +36,7 @@ from tests.support.waiting import ticks
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from aioserver.providers.pooled_connection import PooledConnection
+    from aioserver.providers.connections import PooledConnection
 
 FACES = ("openai", "sse", "websocket")
 # Those of the Responses API: over HTTP, and on a WebSocket without and with a lane.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
     from types import TracebackType
 
-    from aioserver.providers.pooled_connection import PooledConnection
+    from aioserver.providers.connections import PooledConnection
 
 
 LIMITS = HttpClient(

@@ -17,11 +17,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from aioserver.config import Configuration
 from aioserver.protocol import eventstream
-from aioserver.providers.simulator.exchange import Behaviour
-from aioserver.providers.simulator.server import Simulator
 from aioserver.server.app import Server, open_server
 from aioserver.server.reload import Reload
 from aioserver.server.runner import Runner
+from aioserver.wings.simulator.exchange import Behaviour
+from aioserver.wings.simulator.server import Simulator
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
 
     from aioserver.limits.quota import Quota
-    from aioserver.server.slot import Slot
+    from aioserver.workers.slot import Slot
 
 # How the simulated provider answers: at once; 40 tokens in 0.4 s; for 100 s; for 1000 s; not at all.
 QUICK = Behaviour(ttft=0, interval=0)

@@ -6,9 +6,9 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING
 
-from aioserver.cluster.messages import SECOND
-from aioserver.cluster.model import Model, Stale
-from aioserver.cluster.shares import Shares
+from aioserver.wings.cluster.lease_messages import SECOND
+from aioserver.wings.cluster.leases import Shares
+from tests.support.settle_model import Model, Stale
 
 if TYPE_CHECKING:
     from typing import Any

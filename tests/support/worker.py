@@ -14,8 +14,8 @@ from aioserver.commands.serve import loop_factory
 from aioserver.config import Configuration
 from aioserver.server.app import open_server
 from aioserver.server.runner import Runner
-from aioserver.server.shared_page import SharedPage
-from aioserver.server.slot import Slot
+from aioserver.workers.shared_page import SharedPage
+from aioserver.workers.slot import Slot
 
 
 async def serve(config: str, page: int, slot: int, workers: int, sock: int) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 import aiohttp
 
 from aioserver.server.listener import ListeningSocket, Site
-from aioserver.server.shared_page import SharedPage
-from aioserver.server.slot import Slot
+from aioserver.workers.shared_page import SharedPage
+from aioserver.workers.slot import Slot
 from tests.support.server import CONCURRENCY, QUICK, UVICORN, RunningServer, running
 from tests.support.waiting import until
 

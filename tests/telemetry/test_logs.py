@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
-from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.telemetry import logs
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, to_end
 from tests.support.faces import over_openai
 from tests.support.failing import kill

@@ -8,14 +8,14 @@ import orjson
 
 from aioserver.errors import AioserverError
 from aioserver.protocol import eventstream, model_body
-from aioserver.protocol.bridge.events import ResponseWriter
-from aioserver.protocol.bridge.frame import Frame
-from aioserver.protocol.bridge.request import chat_request
-from aioserver.protocol.responses import ResponseEvents
-from aioserver.protocol.top_level import at_once
+from aioserver.protocol.json_body import at_once
 from aioserver.provider_errors import ProviderFault
-from aioserver.providers.bridge_sink import BridgeSink
 from aioserver.streams.stream import Stream
+from aioserver.wings.responses.bridge.events import ResponseWriter
+from aioserver.wings.responses.bridge.output import Frame
+from aioserver.wings.responses.bridge.request import chat_request
+from aioserver.wings.responses.events import ResponseEvents
+from aioserver.wings.responses.sinks import BridgeSink
 from tests.fuzz.inputs import parts
 from tests.support.response_events import check_run
 

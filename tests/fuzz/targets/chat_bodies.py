@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from aioserver.errors import InvalidJson, InvalidRequest
 from aioserver.protocol import client_frames, model_body
 from aioserver.protocol.client_frames import PAYLOAD_FIELDS
-from aioserver.protocol.response_items import continued
-from aioserver.protocol.top_level import at_once, simple
+from aioserver.protocol.json_body import at_once, simple
+from aioserver.wings.responses.items import continued
 from tests.fuzz.inputs import parts
 
 WORDS = (

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from aioserver.protocol import eventstream
-from aioserver.protocol.anthropic import MessageErrors
 from aioserver.provider_errors import ProviderFault
-from aioserver.providers.message_sink import MessageSink
 from aioserver.streams.store import StreamStore
+from aioserver.wings.anthropic.sink import MessageSink
+from aioserver.wings.anthropic.wire import MessageErrors
 from tests.fuzz.inputs import parts
 
 if TYPE_CHECKING:

@@ -14,15 +14,15 @@ import orjson
 from aioserver.config import settings
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading
-from aioserver.protocol.responses import ResponseEvents
 from aioserver.provider_errors import ProviderFault
 from aioserver.providers.attempt import Attempt
-from aioserver.providers.bridging import Bridging
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.http1 import MAX_HEAD_BYTES
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.store import StreamStore
 from aioserver.telemetry.metrics import NO_METER
+from aioserver.wings.responses.bridging import Bridging
+from aioserver.wings.responses.events import ResponseEvents
 from tests.fuzz.inputs import parts
 from tests.support.road import Wire
 from tests.support.scripted_provider import LIMITS
@@ -32,7 +32,7 @@ from tests.support.waiting import ticks
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aioserver.providers.pooled_connection import PooledConnection
+    from aioserver.providers.connections import PooledConnection
     from aioserver.streams.stream import Stream
 
 WORDS = (

@@ -8,10 +8,10 @@ import orjson
 
 from aioserver.errors import InternalError
 from aioserver.protocol import eventstream
-from aioserver.protocol.responses import ResponseEvents
 from aioserver.provider_errors import ProviderFault
-from aioserver.providers.response_sink import ResponseSink
 from aioserver.streams.store import StreamStore
+from aioserver.wings.responses.events import ResponseEvents
+from aioserver.wings.responses.sinks import ResponseSink
 from tests.fuzz.inputs import parts
 
 if TYPE_CHECKING:

@@ -7,8 +7,7 @@ import json
 import math
 from typing import Any
 
-from aioserver.client.errors import Broken
-from aioserver.client.events import (
+from aioserver.client.answer import (
     Complete,
     Event,
     Processing,
@@ -18,8 +17,9 @@ from aioserver.client.events import (
     ToolCalls,
     event_of,
 )
-from aioserver.client.reading import fault_of
-from aioserver.protocol import server_frames
+from aioserver.client.faults import Broken
+from aioserver.client.socket import fault_of
+from aioserver.protocol import frames
 from tests.fuzz.inputs import parts
 
 WORDS = (
@@ -39,15 +39,15 @@ WORDS = (
 def run(data: bytes) -> None:
     """Check that each line is a frame with values of the right kinds, or is refused as one error."""
     for line in parts(data).content.split(b"\n"):
-        with contextlib.suppress(server_frames.BadFrame):
-            frame = server_frames.parse(line)
+        with contextlib.suppress(frames.BadFrame):
+            frame = frames.parse(line)
             # What is unknown is passed over, also if it is not UTF-8.
             _check_frame(frame, json.loads(line.decode(errors="replace")))
             with contextlib.suppress(Broken):
                 _check_event(event_of(frame))
 
 
-def _check_frame(frame: server_frames.Frame, plain: Any) -> None:
+def _check_frame(frame: frames.Frame, plain: Any) -> None:
     assert frame.request_id == plain.get("request_id")
     assert frame.event_id == plain.get("event_id")
     assert frame.status == plain["status"]

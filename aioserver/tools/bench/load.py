@@ -1,0 +1,188 @@
+"""Carries out a plan: starts the clients, lets each send its requests, and waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+
+from aioserver.client.faults import Fault
+from aioserver.protocol.eventstream import EventTooLong
+from aioserver.protocol.frames import BadFrame
+from aioserver.tools import remote
+from aioserver.tools.bench.attempt import Attempt
+from aioserver.tools.bench.clients import CLIENTS, Question
+from aioserver.tools.bench.limits import Peaks, find_limit
+from aioserver.tools.bench.results import Results
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from aioserver.tools.bench.clients import Client
+
+# Where the server has an overview, it names them.
+ENDPOINTS = {
+    "websocket": "/ws/chat",
+    "sse": "/sse/chat",
+    "openai": "/v1",
+    "responses_ws": "/v1/responses",
+    "anthropic": "/v1",
+}
+# Seconds that a refused client waits at most, even if the server asks for more: the run must go on.
+MAX_DELAY = 1.0
+# Seconds that a refused client waits if the server asks for no time: it must not spin.
+DEFAULT_DELAY = 0.1
+# The share of a core from which on the run measures this process and not the server.
+BUSY = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The work of the clients. Either *requests*, of each client, or *duration* is set.
+
+    *duration*, *ramp* (over which the clients start) and *timeout* (of a request) are in seconds.
+    """
+
+    url: str
+    face: str
+    clients: int
+    question: Question
+    requests: int | None = None
+    duration: float | None = None
+    ramp: float = 0.0
+    timeout: float = 120.0
+    key: str | None = None
+
+
+@dataclass
+class Run:
+    """One run of a plan: `await run.execute(stop)`, then `run.report()`."""
+
+    plan: Plan
+    results: Results = field(default_factory=Results)
+    peaks: Peaks = field(default_factory=Peaks)
+    stopped: bool = False
+    _begun: float = 0.0
+    _ended: float = 0.0
+    # Seconds of CPU that this process used.
+    _cpu: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the first client started, until the last one ended."""
+        return (self._ended or time.perf_counter()) - self._begun if self._begun else 0.0
+
+    async def execute(
+        self, stop: asyncio.Event, show: Callable[[Run], Coroutine[Any, Any, None]] | None = None
+    ) -> None:
+        """Run until every client is done, or *stop* is set: requests that run then are cancelled.
+
+        *show* runs meanwhile, in a task that starts after the first answer of the server and is
+        cancelled at the end.
+
+        Raises:
+            Unreachable: the server did not answer at the start, or wants another key.
+        """
+        async with remote.session(self.plan.key) as session:
+            overview = await remote.overview(session, self.plan.url) or {}
+            url = self.plan.url + (ENDPOINTS | overview.get("endpoints", {}))[self.plan.face]
+            await remote.check_key(session, self.plan.url, self.plan.key)
+            self._begun, cpu = time.perf_counter(), time.process_time()
+            work = asyncio.create_task(self._run_clients(session, url))
+            background = [
+                asyncio.create_task(self.peaks.watch(session, self.plan.url)),
+                *([asyncio.create_task(show(self))] if show else []),
+            ]
+            stopping = asyncio.create_task(stop.wait())
+            try:
+                await asyncio.wait((work, stopping), return_when=asyncio.FIRST_COMPLETED)
+                self.stopped = not work.done()
+            finally:
+                self._ended = time.perf_counter()
+                self._cpu = time.process_time() - cpu
+                tasks = (work, stopping, *background)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+            for task in (work, *background):
+                if not task.cancelled():
+                    # An exception that a bug has raised must not be lost.
+                    task.result()
+
+    async def _run_clients(self, session: aiohttp.ClientSession, url: str) -> None:
+        async with asyncio.TaskGroup() as group:
+            for number in range(self.plan.clients):
+                client = CLIENTS[self.plan.face](session, url, self.plan.question)
+                delay = self.plan.ramp * number / self.plan.clients
+                group.create_task(self._run_client(client, delay))
+
+    async def _run_client(self, client: Client, delay: float) -> None:
+        await asyncio.sleep(delay)
+        try:
+            finished = 0
+            while True:
+                attempt = Attempt(self.results)
+                await self._request(client, attempt)
+                finished += 1
+                wait = min(attempt.retry_after or DEFAULT_DELAY, MAX_DELAY)
+                delay = 0.0 if attempt.succeeded else wait
+                if self._last(finished, delay):
+                    return
+                await asyncio.sleep(delay)
+        finally:
+            await client.close()
+
+    def _last(self, finished: int, delay: float) -> bool:
+        if self.plan.duration is not None:
+            return self.seconds + delay >= self.plan.duration
+        return finished == self.plan.requests
+
+    async def _request(self, client: Client, attempt: Attempt) -> None:
+        """Send one request and count it, however it ends, unless the run is stopped."""
+        try:
+            async with asyncio.timeout(self.plan.timeout):
+                await client.request(attempt)
+        except aiohttp.ConnectionTimeoutError:
+            attempt.fail("cannot_connect", f"no connection within {remote.CONNECT_TIMEOUT:g} s")
+        except TimeoutError:
+            attempt.fail("timeout", f"no end within {self.plan.timeout:g} s")
+        except aiohttp.WSServerHandshakeError as error:
+            code = f"http_{error.status}"
+            attempt.error(Fault(code, "the WebSocket handshake was refused"))
+        except aiohttp.ClientConnectorError as error:
+            attempt.fail("cannot_connect", remote.describe(error))
+        except (aiohttp.ClientError, OSError) as error:
+            attempt.fail("connection_lost", remote.describe(error))
+        except (BadFrame, EventTooLong) as error:
+            attempt.fail("not_understood", str(error))
+        attempt.settle()
+        if not attempt.succeeded:
+            await client.close()
+
+    def report(self) -> dict[str, Any]:
+        """Return the report: what `--json` prints and the table shows."""
+        plan = self.plan
+        return {
+            "url": plan.url,
+            "face": plan.face,
+            "clients": plan.clients,
+            **self.results.numbers(self.seconds),
+            "limit": find_limit(self.results, self.peaks),
+            "notes": [*self._notes()],
+        }
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.stopped:
+            under_way = self.results.begun - self.results.finished
+            notes.append(f"stopped early, with {under_way} requests under way")
+        if thinned := self.results.thinned():
+            notes.append(f"percentiles of {', '.join(thinned)} are those of a random sample")
+        if self.seconds > 1.0 and self._cpu / self.seconds > BUSY:
+            notes.append(
+                "this client used a whole core: the numbers show its own limit, not the server's"
+            )
+        return notes

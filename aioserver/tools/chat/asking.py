@@ -1,0 +1,331 @@
+"""Asks one question over the client library, and shows what comes, until its end or a signal.
+
+The question is the words of a command line, and stdin where that is no terminal; with it goes a part of the conversation.
+
+Signals end an answer, or the program: SIGINT (Ctrl-C), SIGTERM, and SIGHUP of a terminal that was closed.
+While an answer comes, the first signal cancels its task, so that the answer ends at the server too. A second one, and any signal
+at another time, is an exception.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import sys
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from aioserver.client import Client, Complete, Processing, Queued, Reasoning, Text, ToolCalls
+from aioserver.tools.chat.display import make_display
+from aioserver.tools.chat.status import Silence, Status
+from aioserver.tools.remote import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Sequence
+    from types import FrameType
+    from typing import BinaryIO, NoReturn
+
+    from aioserver.client import AnswerError, Event
+    from aioserver.tools.chat.display import Display
+
+# Characters of earlier turns that are sent. A server takes 16 MiB, and models take less than this.
+MAX_CHARACTERS = 1_000_000
+
+
+class History:
+    """Either the server keeps the conversation, and gets its id; or it is kept here, behind a system prompt.
+
+    Always: what is kept here is whole turns, the newest, and at most MAX_CHARACTERS.
+    """
+
+    def __init__(self, *, conversation_id: str | None = None, system: str | None = None) -> None:
+        """*conversation_id*: that of a conversation to go on with. With a *system* prompt there is none at the server."""
+        self._system = system
+        self._turns: list[tuple[str, str]] = []
+        self._id = conversation_id or uuid.uuid4().hex
+
+    @property
+    def conversation_id(self) -> str | None:
+        """The id by which the server knows the conversation; None if it is kept here."""
+        return self._id if self._system is None else None
+
+    def content(self, question: str) -> str | list[dict[str, Any]]:
+        """Return what to send for *question*: a text, or the messages up to it."""
+        if self._system is None:
+            return question
+        messages = [{"role": "system", "content": self._system}]
+        for asked, answered in self._turns:
+            messages += (
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": answered},
+            )
+        return [*messages, {"role": "user", "content": question}]
+
+    def add(self, question: str, answer: str) -> None:
+        """Keep a turn, which may have been stopped; one without an answer is as if it had not been."""
+        if self._system is None or not answer:
+            return
+        self._turns.append((question, answer))
+        size = sum(len(asked) + len(answered) for asked, answered in self._turns)
+        while size > MAX_CHARACTERS:
+            asked, answered = self._turns.pop(0)
+            size -= len(asked) + len(answered)
+
+    def begin_anew(self) -> None:
+        """Begin another conversation, with the same system prompt."""
+        self._turns.clear()
+        self._id = uuid.uuid4().hex
+
+
+# Bytes that are read of stdin: half of what a server takes by default, since JSON may double them.
+MAX_BYTES = 8 << 20
+# A first word that is an address: a URL, `localhost`, or a host with a port.
+_ADDRESS = re.compile(
+    r"https?://\S+ | localhost(/\S*)? | (\[[\da-f:.]+\] | [a-z\d][a-z\d.-]*) : \d{1,5} (/\S*)?",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+class BadQuestion(Exception):
+    """There is no question that can be sent; the message is one line for people."""
+
+
+def split(words: Sequence[str]) -> tuple[str | None, str]:
+    """Return the address in front of *words*, if the first one is an address, and the text of the others."""
+    if words and _ADDRESS.fullmatch(words[0]):
+        return words[0], " ".join(words[1:])
+    return None, " ".join(words)
+
+
+def decoded(argument: str) -> str:
+    """Return an *argument* of the command line without bytes that are not UTF-8, which no server takes."""
+    return argument.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def read(stdin: BinaryIO) -> str:
+    """Read all of *stdin*, without the white space at its end.
+
+    Raises:
+        BadQuestion: it is larger than MAX_BYTES, or not UTF-8.
+    """
+    data = stdin.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise BadQuestion(f"stdin has more than {MAX_BYTES} bytes: send less")
+    try:
+        return data.decode().removeprefix("\ufeff").rstrip()
+    except UnicodeDecodeError as error:
+        raise BadQuestion(f"stdin is not UTF-8 text: byte {error.start} is not") from None
+
+
+T = TypeVar("T")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal came. *number* is that of the signal. *forced*: it is the second one, and work may still be under way.
+
+    A KeyboardInterrupt, since asyncio lets no other exception of a signal handler out of its loop.
+    """
+
+    def __init__(self, number: int, *, forced: bool = False) -> None:
+        super().__init__(number)
+        self.number = number
+        self.forced = forced
+
+
+class Interrupts:
+    """Takes the signals over inside a `with`, and runs the coroutines that they may end."""
+
+    def __init__(self, runner: asyncio.Runner) -> None:
+        self._runner = runner
+        self._task: asyncio.Task[Any] | None = None
+        self._running = False
+        self._number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in SIGNALS:
+            # `nohup` has SIGHUP ignored, and a shell SIGINT for what runs in the background.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run *work* to its end.
+
+        Raises:
+            Interrupted: a signal came, and *work* has ended, unless a second one came.
+        """
+        self._number, self._running = 0, True
+        try:
+            result = self._runner.run(self._cancellable(work))
+        except asyncio.CancelledError:
+            if not self._number:
+                raise
+            raise Interrupted(self._number) from None
+        finally:
+            self._running = False
+        if self._number:
+            # The signal came too late to cancel anything.
+            raise Interrupted(self._number)
+        return result
+
+    async def _cancellable(self, work: Coroutine[Any, Any, T]) -> T:
+        self._task = asyncio.current_task()
+        assert self._task is not None
+        if self._number:
+            # The signal came before there was a task.
+            self._task.cancel()
+        try:
+            return await work
+        finally:
+            self._task = None
+
+    def _take(self, number: int, _frame: FrameType | None) -> None:
+        if not self._running:
+            raise Interrupted(number)
+        if self._number:
+            raise Interrupted(number, forced=True)
+        self._number = number
+        if self._task is not None:
+            # Thread-safe, since that also wakes the loop, which waits for its sockets.
+            self._task.get_loop().call_soon_threadsafe(self._task.cancel)
+
+
+def end_by(number: int) -> NoReturn:
+    """End this process by the signal *number*, as if nobody had taken it over: a shell then ends its loop, too."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    raise SystemExit(128 + number)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The server that is asked, and how.
+
+    *timeout*: seconds for a whole answer, with all waits. *endpoint*: the path of the WebSocket face.
+    """
+
+    url: str
+    key: str | None
+    provider: str | None
+    model: str | None
+    timeout: float
+    endpoint: str | None = None
+
+
+async def ask(settings: Settings, history: History, question: str) -> None:
+    """Ask *question*, and show its answer on stdout; add both to *history*, however the answer ends.
+
+    Cancelling this stops the answer at the server.
+
+    Raises:
+        BadQuestion: a setting can be no part of a question.
+        AnswerError: there is no whole answer.
+        OSError: stdout cannot be written.
+    """
+    display = make_display(sys.stdout)
+    begun = stopped = False
+    # The socket lives as long as the answer: a person who thinks or leaves holds no place at the server.
+    async with (
+        Status(sys.stderr) as status,
+        Client(
+            settings.url, key=settings.key, endpoint=settings.endpoint, deadline=settings.timeout
+        ) as client,
+    ):
+        status.show(f"waiting for {settings.url}")
+        try:
+            answer = client.chat(
+                history.content(question),
+                conversation_id=history.conversation_id,
+                provider=settings.provider,
+                model=settings.model,
+            )
+        except ValueError as error:
+            raise BadQuestion(str(error)) from None
+        try:
+            async with Silence(display.note) as silence, answer:
+                async for event in answer.events():
+                    begun = begun or isinstance(event, Text)
+                    if begun:
+                        silence.heard()
+                    # The last line of the terminal is the answer's, once there is a text.
+                    if isinstance(event, Text) or not begun:
+                        show(event, status, display)
+        except asyncio.CancelledError:
+            stopped = True
+            raise
+        finally:
+            status.clear()
+            history.add(question, answer.received)
+            display.end()
+            if stopped:
+                # The server is told now, which may take seconds.
+                status.show("stopping")
+    remark(answer.complete)
+
+
+def show(event: Event, status: Status, display: Display) -> None:
+    """Show *event*.
+
+    Raises:
+        OSError: stdout cannot be written.
+    """
+    match event:
+        case Queued(position=position, eta=eta):
+            status.show(
+                f"position {position} in the queue, about {max(1.0, eta):.0f} s", progress=True
+            )
+        case Processing(provider=provider, model=model):
+            name = "/".join(filter(None, (provider, model))) or "a provider"
+            status.show(f"{name} has begun")
+        case Reasoning(text=text):
+            status.think(text)
+        case Text(text=text):
+            status.clear()
+            display.text(text)
+        case ToolCalls():
+            status.show("the model calls a tool")
+
+
+def remark(complete: Complete | None) -> None:
+    """Say on stderr what is unusual about a whole answer."""
+    reason = complete.finish_reason if complete is not None else None
+    if reason == "length":
+        warn("the answer was cut: it is as long as max_tokens allows")
+    elif reason == "tool_calls":
+        warn("the model called a tool, and chat has none")
+    elif reason == "content_filter":
+        warn("the provider's content filter ended the answer")
+
+
+def explain(error: AnswerError, settings: Settings) -> str:
+    """Return in one line what went wrong, and what to do."""
+    if error.code == "invalid_api_key":
+        return f"{settings.url} does not know this key: see --key and AIOSERVER_KEY"
+    if error.code == "missing_api_key":
+        return f"{settings.url} wants an API key: give it by --key or AIOSERVER_KEY"
+    if error.code == "connect_error" and not error.text:
+        return error.message
+    if error.code == "protocol_error":
+        return f"{settings.url} is no aioserver, or a proxy in front of it is not set up: {error.message}"
+    if error.code == "cancelled":
+        return "somebody else has cancelled the answer"
+    start = "the answer broke off: " if error.text else ""
+    return f"{start}{error.message} ({error.code})"
+
+
+def warn(text: str) -> None:
+    """Print *text*, which may come from a server, on one line of stderr."""
+    print(f"aioserver: {printable(text)}", file=sys.stderr, flush=True)

@@ -1,0 +1,166 @@
+"""The status line: what is waited for, on the last line of a terminal, until there is something better to show.
+
+Text of a model or a server is made safe before it is sent to a terminal: ECMA-48 control functions are taken out.
+A terminal obeys what follows an ESC or a C1 control character: it can be made to lie about what it shows, to set its title,
+and some terminals to type. Bidirectional overrides (UAX #9) show a text in another order than it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import time
+from typing import TYPE_CHECKING, Self
+from unicodedata import east_asian_width
+
+from aioserver.tools.remote import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TextIO
+
+# C0 but tab and line feed, DEL, C1; line and paragraph separator, bidirectional embeddings, overrides and isolates; halves of
+# a surrogate pair, which no encoding has.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+REPLACEMENT = "\ufffd"
+
+
+def safe(text: str) -> str:
+    """Return *text* without characters that a terminal obeys; each is a replacement character.
+
+    Lines end with LF: a carriage return, which lets a terminal write over its line, is taken out.
+    """
+    return _UNSAFE.sub(REPLACEMENT, text.replace("\r", ""))
+
+
+# Seconds. A wait that is longer says how long it is; it may be that nothing else ever comes.
+LONG = 2.0
+TICK = 1.0
+DEFAULT_WIDTH = 80
+# Seconds without a word in the middle of an answer, after which that is said.
+SILENCE = 5.0
+# Characters of what a model thinks.
+MAX_THOUGHT = 60
+
+
+def can_be_drawn_on() -> bool:
+    """Return whether a terminal of this name can move its cursor."""
+    return os.environ.get("TERM", "") not in {"", "dumb"}
+
+
+def fitting(text: str, columns: int) -> str:
+    """Return as much of *text* as has room in *columns*; wide characters (UAX #11) take two."""
+    for position, character in enumerate(text):
+        columns -= 2 if east_asian_width(character) in {"W", "F"} else 1
+        if columns < 0:
+            return text[:position]
+    return text
+
+
+class Status:
+    """Shows one line on *err*, if that is a terminal, inside an `async with`; at the end the line is blank again.
+
+    Errors of that terminal cost the line and nothing else.
+    """
+
+    def __init__(self, err: TextIO | None) -> None:
+        drawn = err is not None and err.isatty() and can_be_drawn_on()
+        self._err = err if drawn else None
+        self._text = ""
+        self._thought = ""
+        self._since = 0.0
+        self._ticking: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        if self._err is not None:
+            self._ticking = asyncio.create_task(self._tick())
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        self.clear()
+        if self._ticking is not None:
+            self._ticking.cancel()
+            await asyncio.wait([self._ticking])
+
+    def show(self, text: str, *, progress: bool = False) -> None:
+        """Show *text*, which may come from the server. *progress*: it shows by itself that something happens."""
+        self._text = printable(text)
+        self._since = float("inf") if progress else time.monotonic()
+        self._draw()
+
+    def think(self, piece: str) -> None:
+        """Show the end of what the model thinks, of which *piece* is the newest."""
+        self._thought = (self._thought + piece)[-MAX_THOUGHT:]
+        self.show(f"thinking: {self._thought.lstrip()}", progress=True)
+
+    def clear(self) -> None:
+        """Show nothing."""
+        self._thought = ""
+        if self._text:
+            self._text = ""
+            self._write("\r\x1b[K")
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            if self._text and time.monotonic() - self._since >= LONG:
+                self._draw()
+
+    def _draw(self) -> None:
+        if self._err is None:
+            return
+        seconds = time.monotonic() - self._since
+        text = f"{self._text} ({seconds:.0f} s)" if seconds >= LONG else self._text
+        # One column stays free: in some terminals the cursor would go to the next line.
+        self._write(f"\r\x1b[K{fitting(text, self._width() - 1)}")
+
+    def _width(self) -> int:
+        try:
+            return (
+                os.get_terminal_size(self._err.fileno()).columns or DEFAULT_WIDTH
+                if self._err
+                else 0
+            )
+        except (OSError, ValueError):
+            return DEFAULT_WIDTH
+
+    def _write(self, text: str) -> None:
+        if self._err is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._err.write(text)
+                self._err.flush()
+
+
+class Silence:
+    """Says by *note* how long nothing has come, inside an `async with`, once `heard` was called.
+
+    The provider may be slow, or the connection lost: the client library then tries to resume the answer.
+    """
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+        self._last = float("inf")
+        self._ticking: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._ticking = asyncio.create_task(self._tick())
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        if self._ticking is not None:
+            self._ticking.cancel()
+            await asyncio.wait([self._ticking])
+
+    def heard(self) -> None:
+        """Note that a piece of the answer has come."""
+        self._last = time.monotonic()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            if (seconds := time.monotonic() - self._last) >= SILENCE:
+                self._note(f"nothing has come for {seconds:.0f} s; Ctrl-C stops the answer")

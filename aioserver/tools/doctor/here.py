@@ -1,0 +1,75 @@
+"""A server that would start here: its configuration, this machine, and the road to its providers."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from typing import TYPE_CHECKING
+
+from yarl import URL
+
+from aioserver.config import Configuration
+from aioserver.config.faults import ConfigurationError
+from aioserver.tools.doctor import machine, providers
+from aioserver.tools.doctor.network import Peer, Steps
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from aioserver.config.settings import Cluster, Settings
+    from aioserver.tools.doctor.findings import Report
+
+SUBJECT = "configuration"
+REDIS_TLS = "rediss"
+REDIS_PORT = 6379
+# Seconds for each step to the Redis server, which is near.
+REDIS_TIMEOUT = 5.0
+
+
+def examine(report: Report, config: Path | None, *, ask: bool) -> int:
+    """Examine what *config* (None: the file that `serve` would choose) asks for. Returns the exit code.
+
+    *ask*: whether a question may cost money. A configuration that is valid, but cannot be served, is examined to the
+    end all the same.
+    """
+    machine.examine_interpreter(report)
+    usable = True
+    try:
+        configuration = Configuration.load(config)
+        report.ok(SUBJECT, f"{configuration.source} is valid")
+        for warning in configuration.warnings:
+            report.warn(SUBJECT, warning)
+        try:
+            configuration.check_usable()
+        except ConfigurationError as error:
+            usable = False
+            _tell_faults(report, error)
+        asyncio.run(_examine(report, configuration.settings, ask=ask))
+    except ConfigurationError as error:
+        usable = False
+        _tell_faults(report, error)
+    return int(report.failed) if usable else 2
+
+
+def _tell_faults(report: Report, error: ConfigurationError) -> None:
+    for fault in error.faults:
+        report.fail(SUBJECT, fault)
+
+
+async def _examine(report: Report, settings: Settings, *, ask: bool) -> None:
+    await machine.examine(report, settings)
+    await examine_cluster(report, settings.cluster)
+    await providers.examine(report, settings.llm, ask=ask)
+
+
+async def examine_cluster(report: Report, cluster: Cluster) -> None:
+    """Examine the way to the Redis or Valkey server, if one is named. A server serves without it, by fixed shares."""
+    if cluster.redis_url is None:
+        return
+    url = URL(cluster.redis_url)
+    if url.host is None:
+        report.skip("cluster", "a UNIX socket is not examined")
+        return
+    context = ssl.create_default_context() if url.scheme == REDIS_TLS else None
+    peer = Peer(url.host, url.port or REDIS_PORT, context, REDIS_TIMEOUT)
+    await Steps(report, "cluster", peer, report.warn).take()

@@ -1,0 +1,254 @@
+"""This machine, as the place where a server with these settings would run."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import platform
+from importlib import metadata, util
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import aiohttp
+
+from aioserver.server import listener, preflight
+from aioserver.wings.conversations.wing import wants_file
+
+if TYPE_CHECKING:
+    from aioserver.config.settings import Settings
+    from aioserver.tools.doctor.findings import Report
+
+# Bytes of a process before its first client, measured.
+PROCESS_BYTES = 64 << 20
+# Seconds to look up the configured host.
+LOOK_UP_TIMEOUT = 10.0
+MIB = 1 << 20
+
+
+class System(NamedTuple):
+    """The files in which a system shows its limits: proc(5), cgroups(7)."""
+
+    somaxconn: Path = listener.SOMAXCONN
+    port_range: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    memory: Path = Path("/proc/meminfo")
+    own_cgroup: Path = Path("/proc/self/cgroup")
+    cgroups: Path = Path("/sys/fs/cgroup")
+
+
+SYSTEM = System()
+
+
+class Extra(NamedTuple):
+    """An optional package, and what it brings."""
+
+    name: str
+    package: str
+    purpose: str
+
+
+UVLOOP = Extra("speedups", "uvloop", "a faster event loop")
+REDIS = Extra("cluster", "redis", "limits and streams that processes and machines share")
+SQLITE = Extra("history", "aiosqlite", "conversations in a file")
+
+
+def examine_interpreter(report: Report) -> None:
+    """Examine Python, and what is installed in it."""
+    try:
+        preflight.check_interpreter()
+    except preflight.Unfit as unfit:
+        report.fail("machine", str(unfit))
+    else:
+        versions = f"Python {platform.python_version()}, aiohttp {aiohttp.__version__}"
+        report.ok("machine", f"{versions} with its parser in C")
+    if util.find_spec(UVLOOP.package) is None:
+        report.warn("machine", f"{UVLOOP.package} is not installed", _install(UVLOOP))
+    else:
+        version = metadata.version(UVLOOP.package)
+        report.ok("machine", f"{UVLOOP.package} {version}: {UVLOOP.purpose}")
+
+
+async def examine(report: Report, settings: Settings, system: System = SYSTEM) -> None:
+    """Examine the limits of *system*, and the packages that *settings* ask for."""
+    _check_extras(report, settings)
+    _check_workers(report, settings)
+    _check_files(report, settings)
+    _check_backlog(report, settings, system)
+    _check_ports(report, settings, system)
+    _check_memory(report, settings, system)
+    _check_history(report, settings)
+    await _check_address(report, settings)
+
+
+def _install(extra: Extra) -> str:
+    return f"pip install '.[{extra.name}]' in the clone brings {extra.purpose}"
+
+
+def _check_extras(report: Report, settings: Settings) -> None:
+    workers = settings.chat.websocket.concurrency.uvicorn.workers
+    if util.find_spec(REDIS.package) is None:
+        if settings.cluster.redis_url is not None:
+            report.fail(
+                "machine", "cluster.redis_url is set, and redis is not installed", _install(REDIS)
+            )
+        elif workers > 1:
+            text = f"redis is not installed: each of {workers} workers has a fixed share of each limit"
+            report.warn("machine", text, _install(REDIS))
+    if wants_file(settings.chat.service.repository) and util.find_spec(SQLITE.package) is None:
+        text = "aiosqlite is not installed: conversations are kept in memory, not in their file"
+        report.warn("machine", text, _install(SQLITE))
+
+
+def _check_workers(report: Report, settings: Settings) -> None:
+    if settings.chat.websocket.concurrency.uvicorn.workers > 1:
+        try:
+            preflight.check_workers()
+        except preflight.Unfit as unfit:
+            report.fail("machine", str(unfit))
+
+
+def _check_files(report: Report, settings: Settings) -> None:
+    try:
+        warning = preflight.raise_file_limit(settings)
+    except preflight.Unfit as unfit:
+        report.fail("machine", str(unfit))
+        return
+    if warning is not None:
+        report.warn("machine", warning)
+    else:
+        wanted = preflight.wanted_files(settings)
+        report.ok("machine", f"open files: all limits together need {wanted}, and may have them")
+
+
+def _check_backlog(report: Report, settings: Settings, system: System) -> None:
+    backlog = settings.chat.websocket.concurrency.uvicorn.backlog
+    limit = _number(system.somaxconn)
+    if limit is None:
+        report.skip("machine", "somaxconn: this system does not show it")
+    elif limit < backlog:
+        report.warn(
+            "machine",
+            f"somaxconn: the kernel lets {limit} connections wait, and backlog asks for {backlog}",
+            f"sysctl -w net.core.somaxconn={backlog}",
+        )
+    else:
+        report.ok("machine", f"somaxconn: {limit}, and backlog asks for {backlog}")
+
+
+def _check_ports(report: Report, settings: Settings, system: System) -> None:
+    """Compare the local ports with the connections that need one of them each."""
+    concurrency = settings.chat.websocket.concurrency
+    pools = [
+        provider.http_client.max_connections * concurrency.uvicorn.workers
+        for provider in settings.llm.providers.values()
+        if provider.usable
+    ]
+    # A port can serve one connection to each address. A proxy on this machine needs one for each client.
+    wanted = max([concurrency.max_connections + concurrency.connection_queue_size, *pools])
+    try:
+        low, high = map(int, system.port_range.read_text().split())
+    except (OSError, ValueError):
+        report.skip("machine", "local ports: this system does not show them")
+        return
+    ports = high - low + 1
+    if ports < wanted:
+        report.warn(
+            "machine",
+            f"local ports: {ports}, and up to {wanted} connections to one address may need one each",
+            'sysctl -w net.ipv4.ip_local_port_range="1024 65535"',
+        )
+    else:
+        report.ok(
+            "machine", f"local ports: {ports}, for at most {wanted} connections to one address"
+        )
+
+
+def _check_memory(report: Report, settings: Settings, system: System) -> None:
+    concurrency = settings.chat.websocket.concurrency
+    kept = settings.chat.streams.max_kept_bytes + concurrency.max_body_bytes + PROCESS_BYTES
+    wanted = kept * concurrency.uvicorn.workers
+    available = available_memory(system)
+    if available is None:
+        report.skip("machine", "memory: this system does not show it")
+        return
+    sizes = (
+        f"{available // MIB} MiB are free, and kept answers and bodies may take {wanted // MIB}"
+    )
+    if available < wanted:
+        report.warn(
+            "machine",
+            f"memory: {sizes}",
+            "lower chat.streams.max_kept_bytes and concurrency.max_body_bytes, or add memory",
+        )
+    else:
+        report.ok("machine", f"memory: {sizes}")
+
+
+def available_memory(system: System) -> int | None:
+    """Return the bytes that this process could take: those of the machine, or of its cgroup (v2), if they are less.
+
+    None: the system does not show them.
+    """
+    found = []
+    try:
+        lines = system.memory.read_text().splitlines()
+        (text,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        found.append(int(text) * 1024)
+        group = system.own_cgroup.read_text().strip().rpartition(":")[2].lstrip("/")
+    except (OSError, ValueError):
+        return found[0] if found else None
+    folder = system.cgroups / group
+    # The limit of a group holds for those in it.
+    for level in (folder, *folder.parents):
+        if not level.is_relative_to(system.cgroups):
+            break
+        limit, used = _number(level / "memory.max"), _number(level / "memory.current")
+        if limit is not None:
+            found.append(max(0, limit - (used or 0)))
+    return min(found)
+
+
+def _check_history(report: Report, settings: Settings) -> None:
+    """Find out whether the file of conversations can be written, and files beside it made. Nothing is written."""
+    repository = settings.chat.service.repository
+    if not wants_file(repository):
+        return
+    file = Path(repository.path).absolute()
+    places = [place for place in (file.parent, file) if place == file.parent or place.exists()]
+    if all(os.access(place, os.W_OK) for place in places):
+        report.ok("machine", f"conversations: {file} can be written")
+    else:
+        report.warn(
+            "machine",
+            f"conversations: {file} cannot be written, and they are lost at the end of the process",
+            "make the folder, and let the user of the server write it (chat.service.repository.path)",
+        )
+
+
+async def _check_address(report: Report, settings: Settings) -> None:
+    host, port = settings.chat.websocket.host, settings.chat.websocket.port
+    subject = "machine"
+    try:
+        async with asyncio.timeout(LOOK_UP_TIMEOUT):
+            infos = await asyncio.get_running_loop().getaddrinfo(host, port, **listener.LOOK_UP)
+        for sock in listener.bind(host, port, infos):
+            sock.close()
+    except TimeoutError:
+        report.fail(subject, f"{host} is not found in time", "see chat.websocket.host")
+    except OSError as error:
+        text = preflight.cannot_listen(host, port, error)
+        if error.errno == errno.EADDRINUSE:
+            url = listener.url_of("127.0.0.1" if host in {"0.0.0.0", "::"} else host, port)  # noqa: S104 - compared
+            report.warn(subject, text, f"if that is aioserver: aioserver doctor {url}")
+        else:
+            report.fail(subject, text)
+    else:
+        report.ok(subject, f"{host}:{port} is free to listen on")
+
+
+def _number(path: Path) -> int | None:
+    """Return the number in a file of the kernel; None if there is none."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,226 @@
+"""The road to each provider: its name, a connection, TLS, the key, and the first token of an answer.
+
+The first token comes by the very code that serves clients: the same pool, timeouts, headers and meaning of a fault.
+Nothing that a provider says is shown but its status: its words may hold our key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import ssl
+import time
+from typing import TYPE_CHECKING, Any
+
+from yarl import URL
+
+from aioserver.gateway.prompts import chat_body
+from aioserver.protocol.client_headers import NO_HEADERS
+from aioserver.protocol.openai import Reading
+from aioserver.provider_errors import (
+    ProviderAuthError,
+    ProviderBadResponse,
+    ProviderError,
+    ProviderFault,
+    ProviderRateLimited,
+    ProviderRefused,
+)
+from aioserver.providers.attempt import Attempt
+from aioserver.providers.passthrough import PassedAttempt, PassedRequest
+from aioserver.providers.pool import environment_proxy
+from aioserver.providers.registry import ProviderRegistry
+from aioserver.providers.request import NO_CALLER, ProviderRequest
+from aioserver.streams.cursor import ConditionReader
+from aioserver.streams.stream import Stream
+from aioserver.telemetry.metrics import Metrics
+from aioserver.tools.doctor.network import Peer, Steps
+
+if TYPE_CHECKING:
+    from aioserver.config import settings
+    from aioserver.providers.provider import Provider
+    from aioserver.tools.doctor.findings import Report
+    from aioserver.tools.doctor.network import Problem
+
+QUESTION = b'[{"role":"user","content":"Say OK."}]'
+# Tokens that such an answer may cost at most. It is cancelled at its first.
+MAX_TOKENS = 16
+MAX_BYTES = 1 << 20
+NOT_ASKED = "it is neither active nor a fallback"
+
+
+async def examine(report: Report, llm: settings.Llm, *, ask: bool) -> None:
+    """Examine the providers of *llm*, one after the other.
+
+    A small question is asked of those that clients are answered by unless they choose (the active one and the
+    fallbacks), and of simulated ones; only these can fail. *ask* False: of simulated ones alone.
+
+    Raises:
+        ConfigurationError: a `ca_file` holds no certificate.
+    """
+    registry = ProviderRegistry(Metrics(llm.providers))
+    try:
+        await registry.prepare(llm)
+        registry.apply(llm, max_response_bytes=MAX_BYTES)
+        needed = (llm.active, *llm.fallbacks)
+        # The providers that matter most come first.
+        for name in dict.fromkeys((*needed, *registry.providers)):
+            await _examine(report, registry.providers[name], needed=name in needed, ask=ask)
+    finally:
+        await registry.close()
+
+
+async def _examine(report: Report, provider: Provider, *, needed: bool, ask: bool) -> None:
+    settings, subject = provider.settings, f"provider {provider.name}"
+    problem: Problem = report.fail if needed else report.warn
+    if not settings.usable:
+        report.skip(subject, f"off: {settings.missing_key} is not set")
+        return
+    if not settings.simulated:
+        _tell_key(report, subject, settings)
+        if not await _reach(report, subject, settings, problem):
+            return
+    if settings.simulated or (needed and ask):
+        await _first_token(report, subject, provider, problem)
+        return
+    await _list_models(report, subject, provider, problem)
+    reason = "--no-ask" if needed else NOT_ASKED
+    report.skip(subject, f"no question was asked: {reason}")
+
+
+def _tell_key(report: Report, subject: str, settings: settings.Provider) -> None:
+    source = settings.api_key_env or settings.api_key_file
+    if settings.api_key is None:
+        report.ok(subject, "needs no key")
+    else:
+        report.ok(subject, f"its key is in {source or 'the configuration'}")
+
+
+async def _reach(
+    report: Report, subject: str, settings: settings.Provider, problem: Problem
+) -> bool:
+    """Reach the provider, or the proxy in front of it, to which the same steps are made."""
+    url = URL(settings.base_url)
+    proxy = URL(settings.proxy) if settings.proxy else environment_proxy(url)
+    if proxy is not None:
+        report.ok(subject, f"reached through the proxy {proxy.host}:{proxy.port}")
+        url = proxy
+    context: ssl.SSLContext | None = None
+    if url.scheme == "https":
+        # A proxy is trusted as aiohttp does it, by the certificates of the system.
+        context = ssl.create_default_context(cafile=None if proxy else settings.ca_file)
+    peer = Peer(url.host or "", url.port or 0, context, settings.http_client.connect_timeout)
+    return await Steps(report, subject, peer, problem).take() is not None
+
+
+async def _first_token(report: Report, subject: str, provider: Provider, problem: Problem) -> None:
+    """Ask a small question, and cancel the answer as soon as it begins."""
+    configured = provider.settings.max_tokens
+    # A provider whose models refuse the parameter gets none, as in a chat.
+    limit = configured and min(configured, MAX_TOKENS)
+
+    def body(settings: settings.Provider) -> bytes:
+        short = dataclasses.replace(settings, max_tokens=limit)
+        return chat_body(short, None, QUESTION, b"{}", frozenset(), streamed=True)
+
+    request = ProviderRequest("chat/completions", body, streamed=True, reading=Reading())
+    stream = Stream("doctor", "doctor", window=0.0, max_bytes=MAX_BYTES)
+    attempt = Attempt(provider, request, stream)
+    # The first event says that the request has its place here, the second comes from the provider.
+    reader = ConditionReader(stream, lambda log: log.last > 1 or log.ended)
+    began = time.perf_counter()
+    try:
+        await _run(provider, attempt, reader.reached)
+    except ProviderFault as fault:
+        _tell_fault(subject, attempt, fault, problem)
+        return
+    finally:
+        reader.leave()
+    took = time.perf_counter() - began
+    if isinstance(stream.error, ProviderFault):
+        _tell_fault(subject, attempt, stream.error, problem)
+    else:
+        model = provider.settings.model
+        report.ok(subject, f"answers: the first token of {model} came", took)
+
+
+async def _list_models(report: Report, subject: str, provider: Provider, problem: Problem) -> None:
+    """Ask for the list of models, which costs nothing; most providers want their key for it."""
+    request = PassedRequest(
+        "GET",
+        "models",
+        lambda _settings: b"",
+        {},
+        upload=None,
+        caller=NO_CALLER,
+        model=None,
+        hold=None,
+        client_headers=NO_HEADERS,
+    )
+    attempt = PassedAttempt(provider, request)
+    began = time.perf_counter()
+    begun = asyncio.ensure_future(request.answer.begun())
+    try:
+        await _run(provider, attempt, begun)
+    except ProviderRefused as fault:
+        report.skip(
+            subject, f"GET /models: HTTP {fault.provider_status}: it may have no such list"
+        )
+        return
+    except ProviderFault as fault:
+        _tell_fault(subject, attempt, fault, problem)
+        return
+    finally:
+        begun.cancel()
+    report.ok(
+        subject, "GET /models is answered: the key is not refused", time.perf_counter() - began
+    )
+
+
+async def _run(provider: Provider, attempt: Attempt, enough: asyncio.Future[Any]) -> None:
+    """Run *attempt* until *enough* is done, and then cancel it.
+
+    Each wait in it has its deadline in the settings of the provider.
+
+    Raises:
+        ProviderFault: the attempt has failed before.
+    """
+    answering = asyncio.ensure_future(provider.answer(attempt))
+    try:
+        await asyncio.wait((answering, enough), return_when=asyncio.FIRST_COMPLETED)
+        if answering.done():
+            await answering
+    finally:
+        answering.cancel()
+        await asyncio.wait((answering,))
+
+
+def _tell_fault(subject: str, attempt: Attempt, fault: ProviderFault, problem: Problem) -> None:
+    settings = attempt.provider.settings
+    match fault:
+        case ProviderAuthError():
+            where = settings.api_key_env or settings.api_key_file or "its key in the configuration"
+            problem(
+                subject,
+                f"the key is refused: HTTP {attempt.status}",
+                f"check {where}, what the key may do, and the credit of its account",
+            )
+        case ProviderRateLimited():
+            problem(
+                subject,
+                f"refuses requests for their rate at the moment: HTTP {attempt.status}",
+                "lower requests_per_minute, or ask for a higher limit there",
+            )
+        case ProviderRefused():
+            problem(
+                subject,
+                f"refuses a simple question: HTTP {fault.provider_status}",
+                f"check base_url, and whether there is a model {settings.model}",
+            )
+        case ProviderError() | ProviderBadResponse():
+            problem(
+                subject,
+                f"{fault.code}: HTTP {attempt.status}, without an answer that can be read",
+                "check base_url; it is the provider's fault otherwise",
+            )
+        case _:
+            problem(subject, f"{fault.code}: {fault}", "docs/errors.md explains this code")

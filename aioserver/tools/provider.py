@@ -1,0 +1,175 @@
+"""`aioserver provider`: the simulated provider as a server of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import inspect
+import os
+import signal
+import sys
+from typing import Any
+
+import click
+
+from aioserver.commands import options, output
+from aioserver.wings.simulator import faults
+from aioserver.wings.simulator.exchange import Behaviour
+from aioserver.wings.simulator.model import BadRequest
+from aioserver.wings.simulator.server import Simulator
+
+FAULTS_TITLE = """\
+The faults of the simulated provider. --fault NAME gives one to every model, or with --fail-rate
+to a share of the requests; `fault-` may be left out of NAME, as in --fault stall-5.
+"""
+
+
+def _fault(_context: click.Context, _parameter: click.Parameter, name: str) -> str:
+    """Return the name of a fault as `Behaviour` takes it, without the prefix of its model.
+
+    Raises:
+        click.BadParameter: the simulator has no such fault.
+    """
+    name = name.removeprefix(faults.PREFIX)
+    try:
+        if name:
+            faults.find(faults.PREFIX + name)
+    except BadRequest:
+        nearest = difflib.get_close_matches(name, faults.FAULTS, 1)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        message = f"no fault {name!r} ({hint}--list-faults prints all)"
+        raise click.BadParameter(message) from None
+    return name
+
+
+def _list_faults(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    """Print what --fault takes, and exit."""
+    if wanted and not context.resilient_parsing:
+        _title, _, table = (inspect.getdoc(faults) or "").partition("\n")
+        click.echo(FAULTS_TITLE + table)
+        context.exit()
+
+
+@click.command("provider")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=9000,
+    show_default=True,
+    help="Port to listen on; 0: any free one.",
+)
+@click.option(
+    "--ttft",
+    type=click.FloatRange(min=0),
+    default=0.2,
+    show_default=True,
+    help="Seconds before the first token.",
+)
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0),
+    default=0.03,
+    show_default=True,
+    help="Seconds between two tokens.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Tokens of each answer; 0: the natural length of its text.",
+)
+@click.option(
+    "--fail-rate",
+    type=click.FloatRange(0, 1),
+    help="Share of the requests that fail.  [default: 0; with --fault: 1]",
+)
+@click.option(
+    "--fail-status",
+    type=click.IntRange(400, 599),
+    default=503,
+    show_default=True,
+    help="HTTP status of the requests that fail.",
+)
+@click.option(
+    "--fault",
+    callback=_fault,
+    default="",
+    metavar="NAME",
+    help="Fail in this way instead of with --fail-status: stall-3, for example.",
+)
+@click.option(
+    "--list-faults",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_faults,
+    help="Explain every NAME that --fault takes, and exit.",
+)
+@click.option(
+    "--cut-after",
+    type=click.IntRange(min=0),
+    metavar="TOKENS",
+    help="Reset the connection after so many tokens.",
+)
+@click.option(
+    "--stall-after",
+    type=click.IntRange(min=0),
+    metavar="TOKENS",
+    help="Send nothing more after so many tokens, and keep the connection open.",
+)
+@click.option(
+    "--responses/--no-responses",
+    default=True,
+    help="Have /v1/responses, or chat completions only, as many engines.  [default: responses]",
+)
+@options.version
+def command(*, host: str, port: int, fail_rate: float | None, **behaviour: Any) -> int:
+    """Run a simulated LLM provider, with faults on request.
+
+    It speaks OpenAI's API (chat completions, completions, responses, embeddings, models) and
+    answers any model with a canned text. A model called fault-NAME fails in the way that
+    --list-faults explains; --fault NAME does that to every model.
+    """
+    if fail_rate is None:
+        fail_rate = 1.0 if behaviour["fault"] else 0.0
+    return provider(host, port, Behaviour(fail_rate=fail_rate, **behaviour))
+
+
+def provider(host: str, port: int, behaviour: Behaviour) -> int:
+    """Run the simulator until SIGINT or SIGTERM; port 0 is any free one.
+
+    Returns the exit code: 0, or 1 if it cannot listen on *host* and *port*.
+    """
+    output.open_closed()
+    code = asyncio.run(_run(host, port, behaviour))
+    output.give_up()
+    return code
+
+
+async def _run(host: str, port: int, behaviour: Behaviour) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    simulator = Simulator(behaviour, keep=0)
+    try:
+        base_url = await simulator.start(host, port)
+    except OSError as error:
+        # asyncio's own text is long; a host name that was not found has no positive number.
+        code = error.errno
+        reason = os.strerror(code) if code and code > 0 else error.strerror
+        print(f"cannot listen on {host}:{port}: {reason}", file=sys.stderr)
+        return 1
+    try:
+        # A program that reads us through a pipe waits for these lines.
+        output.announce(
+            f"simulated provider on {base_url} (Ctrl-C stops it)\n"
+            "point aioserver at it: AIOSERVER__LLM__ACTIVE=local"
+            f" AIOSERVER__LLM__PROVIDERS__LOCAL__BASE_URL={base_url} python -m aioserver"
+        )
+        await stop.wait()
+    finally:
+        await simulator.close()
+    return 0

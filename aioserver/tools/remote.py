@@ -1,0 +1,134 @@
+"""A running server, as `top`, `bench`, `chat` and `doctor` reach it: its URL, a key, a session, its errors."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import click
+
+from aioserver.client import faults
+from aioserver.client.client import base_url
+
+if TYPE_CHECKING:
+    from aioserver.client.faults import Fault
+
+RICH_MISSING = (
+    "rich is not installed, and this command draws with it: run pip install '.[cli]' in the clone"
+    " of aioserver"
+)
+DEFAULT_URL = "http://127.0.0.1:8000"
+# Seconds for DNS, TCP and TLS together.
+CONNECT_TIMEOUT = 10.0
+# Characters of a server's message that are shown.
+MAX_TEXT = 300
+# Bytes that are read of an error's body.
+MAX_ERROR_BYTES = 1 << 16
+
+
+class Unreachable(Exception):
+    """There is no server at the URL, or it refuses us; the message is one line for people."""
+
+
+class KeyNeeded(Unreachable):
+    """The server wants a key, and we have none that it knows."""
+
+
+def _check_url(
+    _context: click.Context, _parameter: click.Parameter, text: str | None
+) -> str | None:
+    try:
+        return None if text is None else base_url(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+url_argument = click.argument("url", callback=_check_url, default=DEFAULT_URL)
+optional_url_argument = click.argument("url", callback=_check_url, required=False)
+key_option = click.option(
+    "--key",
+    envvar="AIOSERVER_KEY",
+    help="Client key, for a server that wants one.  [env: AIOSERVER_KEY]",
+)
+
+
+def session(key: str | None) -> aiohttp.ClientSession:
+    """Open a session without a limit of connections and without a deadline: callers set their own.
+
+    The caller must close it.
+    """
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers={"Authorization": f"Bearer {key}"} if key else None,
+        timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT),
+    )
+
+
+async def overview(session: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:
+    """Ask the server for its overview, which is open to everybody; None if what answers is no aioserver.
+
+    Raises:
+        Unreachable: nothing answered in time.
+    """
+    try:
+        async with (
+            asyncio.timeout(CONNECT_TIMEOUT),
+            session.get(f"{url}/", headers={"Accept": "application/json"}) as response,
+        ):
+            answer = await response.json()
+    except (aiohttp.ContentTypeError, ValueError):
+        return None
+    except (aiohttp.ClientError, OSError) as error:
+        raise Unreachable(f"{url} cannot be reached: {describe(error)}") from None
+    return (
+        answer if isinstance(answer, dict) and isinstance(answer.get("endpoints"), dict) else None
+    )
+
+
+async def check_key(session: aiohttp.ClientSession, url: str, key: str | None) -> None:
+    """Ask for the models, which needs a key where any request does and costs nothing.
+
+    Raises:
+        KeyNeeded: the server does not know *key*, with which *session* was made, or there is none and it wants one.
+        Unreachable: the server did not answer.
+    """
+    try:
+        async with (
+            asyncio.timeout(CONNECT_TIMEOUT),
+            session.get(f"{url}/v1/models") as response,
+        ):
+            refused = response.status == HTTPStatus.UNAUTHORIZED
+    except (aiohttp.ClientError, OSError) as error:
+        raise Unreachable(f"{url} cannot be reached: {describe(error)}") from None
+    if refused and key:
+        raise KeyNeeded(f"{url} does not know this key: see --key and AIOSERVER_KEY")
+    if refused:
+        raise KeyNeeded(f"{url} wants an API key: give it by --key or AIOSERVER_KEY")
+
+
+def describe(error: BaseException) -> str:
+    """Return in a few words why the server was not reached, for a terminal."""
+    return printable(faults.describe(error))
+
+
+def printable(text: object) -> str:
+    """Return *text* for a terminal: on one line, without control characters, cut to MAX_TEXT."""
+    line = "".join(char if char.isprintable() else " " for char in str(text)[: MAX_TEXT + 1])
+    return line if len(line) <= MAX_TEXT else f"{line[:MAX_TEXT]}…"
+
+
+async def read_error(response: aiohttp.ClientResponse) -> Fault:
+    """Read the error in a response whose status is not 200, up to MAX_ERROR_BYTES of its body."""
+    fault, _final = faults.refusal(
+        response.status, response.headers, await response.content.read(MAX_ERROR_BYTES)
+    )
+    return shown(fault)
+
+
+def shown(fault: Fault) -> Fault:
+    """Return *fault* for a terminal: what the server has said in it is printable."""
+    return dataclasses.replace(fault, code=printable(fault.code), message=printable(fault.message))

@@ -1,0 +1,92 @@
+"""Anthropic's Messages API, for providers that speak it: its SDKs and Claude Code work unchanged.
+
+Nothing is translated. The body goes on as it came, but for what the OpenAI face changes too (faces/openai.py), and so do the
+client's `anthropic-*` headers; the provider's events and its errors come back byte for byte. What differs from the OpenAI
+face is the form of what this server itself says (wings/anthropic/wire.py): errors, in a body or as an event, and
+heartbeats, which are `ping` events, since Claude Code counts events and no comments.
+
+A model that names no provider goes to the first that speaks the API, of the active one and the fallbacks (gateway/router.py).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from aioserver.auth.callers import CALLER
+from aioserver.faces import http, openai
+from aioserver.faces.admission import counted
+from aioserver.faces.intake import client_headers, idempotency_key, read_model_body
+from aioserver.faces.openai import Dialect
+from aioserver.gateway.request import Request
+from aioserver.providers.request import ProviderRequest
+from aioserver.wings.anthropic import wire
+from aioserver.wings.anthropic.wire import COUNT_TOKENS, MESSAGES, PING, MessageErrors
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aioserver.faces.admission import BodyHold
+    from aioserver.faces.context import Context
+
+ANTHROPIC = Dialect("anthropic", PING, "request-id")
+# Claude Code's id of a session: its requests wait apart from those of others of the same key.
+SESSION_HEADER = "x-claude-code-session-id"
+# The one query that belongs to the API, and goes on with the path: the beta version of it.
+BETA = "beta"
+
+
+def routes(context: Context) -> list[web.RouteDef]:
+    """Return the routes of this face; `GET /v1/models` is in faces/openai.py, for both."""
+    serving = partial(serve, context)
+    return [
+        web.post(
+            f"/v1/{path}",
+            counted(context.admission, ANTHROPIC.face, prepare_for(context, path), serving),
+        )
+        for path in (MESSAGES, COUNT_TOKENS)
+    ]
+
+
+def prepare_for(
+    context: Context, path: str
+) -> Callable[[web.Request, BodyHold], Awaitable[Request]]:
+    """Return the function that prepares a POST to *path*, below `/v1`."""
+
+    async def prepare(request: web.Request, hold: BodyHold) -> Request:
+        limit = context.settings.chat.websocket.max_message_size
+        body, data = await read_model_body(request, hold, limit)
+        key = idempotency_key(request)
+        route = context.router.route(body.model, messages=True)
+        if path == COUNT_TOKENS:
+            # Another model counts other tokens.
+            route.pinned = True
+        session = request.headers.get(SESSION_HEADER) or wire.user_of(body.metadata)
+        full_path = f"{path}?{BETA}=true" if request.query.get(BETA) == "true" else path
+        provider_request = ProviderRequest(
+            full_path,
+            openai.body_maker(body, route),
+            streamed=body.streamed and path == MESSAGES,
+            caller=request[CALLER].on_behalf_of(session),
+            model=route.model,
+            hold=hold,
+            client_headers=client_headers(context, request, wire.HEADERS),
+        )
+        digest = openai.digest_of(full_path, data) if key else b""
+        return Request(
+            route, provider_request, ANTHROPIC.face, http.request_id(request), key, digest
+        )
+
+    return prepare
+
+
+async def serve(context: Context, request: web.Request, prepared: Request) -> web.StreamResponse:
+    """Answer a POST."""
+    if not prepared.provider_request.streamed:
+        return await openai.write_answer(context, request, prepared, ANTHROPIC)
+    stream = context.gateway.relay(prepared)
+    if stream.details.error_format is None:
+        stream.details.error_format = MessageErrors()
+    return await openai.follow_stream(context, request, stream, dialect=ANTHROPIC)

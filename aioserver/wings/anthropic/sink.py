@@ -1,0 +1,86 @@
+"""The sink of a streamed answer of Anthropic's Messages API: its bytes go into the log as they come.
+
+It ends with `message_stop`, and not with a stop_reason. An event `error` that ends it passes itself, unless another attempt may follow, or
+it is about our key. `ping` is no answer: it passes, and another attempt may follow.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from aioserver.protocol import eventstream
+from aioserver.protocol.openai import bounded
+from aioserver.providers.error_mapping import message_error_fault
+from aioserver.providers.sinks import PassingSink
+from aioserver.wings.anthropic import wire
+
+if TYPE_CHECKING:
+    from aioserver.provider_errors import ProviderFault
+    from aioserver.streams.stream import Stream
+
+_USAGE = b'"usage"'
+
+
+class MessageSink(PassingSink):
+    """Appends the events of a message to a log. None takes the fast path, since each has two lines."""
+
+    end_mark = "message_stop"
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__(stream)
+        self._usage: dict[str, Any] = {}
+
+    def _up_to_end(self, block: bytes) -> tuple[bytes, bool, bytes]:
+        return _up_to_end(block) if wire.ending(block) else (block, False, b"")
+
+    def _fault(self, event: bytes) -> ProviderFault:
+        return message_error_fault(self._stream.details.provider, event)
+
+    def _append(self, block: bytes) -> None:
+        if not block:
+            return
+        if block.find(_USAGE) >= 0:
+            self._note_usage(block)
+        stream = self._stream
+        count = eventstream.count(block)
+        if count and not stream.answered_at:
+            if not all(_is_ping(event) for event in eventstream.split(block)):
+                stream.mark_answered()
+            elif self._over:
+                # A fault follows at once: without the head it still has its HTTP status.
+                return
+            else:
+                count = 0
+        # Comments and pings alone pass, and are not counted before the answer.
+        stream.forward(block, count, more=self._over)
+
+    def _note_usage(self, block: bytes) -> None:
+        for event in eventstream.split(block):
+            # The reading of an event must not depend on those that came in the same read.
+            if event.find(_USAGE) >= 0:
+                usage = wire.usage_in(wire.content_of(event))
+                self._usage = bounded({**self._usage, **usage})
+        if self._usage:
+            self._stream.details.usage = wire.with_total(self._usage)
+
+
+def _up_to_end(block: bytes) -> tuple[bytes, bool, bytes]:
+    """Return the events of *block* before its end, whether it ends well, and the event of an error that ends it.
+
+    The event of a good end is among those before it.
+    """
+    events = eventstream.split(block)
+    for number, event in enumerate(events):
+        if not wire.ending(event):
+            continue
+        content = wire.content_of(event)
+        if content.get("type") == "message_stop":
+            last = number == len(events) - 1
+            return (block if last else b"".join(events[: number + 1])), True, b""
+        if content.get("type") == "error" or isinstance(content.get("error"), dict):
+            return b"".join(events[:number]), False, event
+    return block, False, b""
+
+
+def _is_ping(event: bytes) -> bool:
+    return wire.content_of(event).get("type") == "ping"

@@ -1,0 +1,23 @@
+"""The cluster: what several processes and machines share, through one Redis or Valkey server.
+
+Without it each process serves alone. An *instance* is one process of the cluster; its name says where it runs, and a process that is started again is another
+instance. It is a *member* while its *lease* lasts, which each of its calls renews. All that it has to say of limits, it
+says in one call, *settle*: a script in Lua that the server runs in one piece, and whose *twin* in Python is the model of
+the server in tests.
+
+What is shared are *limits*: the places of a provider, the concurrent answers of a key. An instance *holds* so many places of
+each. Those of its places that it may use now are *in hand*: a request that finds one in hand starts at once, and asks nobody.
+An instance whose requests wait *wants* places; the others *give* what they do not use, and while others *starve*, each place
+that ends as well. A rate is shared in the same way: its *slots* are moments at which a request may start.
+
+An instance that hears of the server is *joined*. One whose call failed is *unheard*, and goes on with what it has in
+hand until its lease is over. Then it is *alone*, and each limit is its *fixed share* of the whole. A server that has lost
+its state, or did not run for a while, is *blind* for some seconds: it gives nothing until all who live have
+said what they have.
+
+Instances talk to each other by *messages* over the server's pub/sub: the *bus*. A stream's log stays in the instance that
+makes it, its *owner*. The *claim* says which one that is. A client that reads the stream at another instance has a *mirror*
+there; the owner's side of it is a *link*, a reader like any other, which sends the log as *blocks* of bytes for as long as
+it has *credit*. Logs that have ended are *handed over* to the server when their owner stops. The turns of *conversations*
+that clients name are there, too.
+"""

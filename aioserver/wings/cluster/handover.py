@@ -1,0 +1,131 @@
+"""Logs that have ended, handed over to Redis by an instance that stops, and read from there by the others.
+
+What is kept is the log as bytes (pipe.py), for what is left of its window.
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from aioserver.errors import ResumeGap, ServerShutdown, StreamNotFound
+from aioserver.limits.steps import in_turns
+from aioserver.protocol.whole_answer import text_pieces
+from aioserver.streams import mirror
+from aioserver.streams.entries import NO_TEXT, WholeEntry
+from aioserver.streams.store import ended_at
+from aioserver.wings.cluster import faults, pipe
+from aioserver.wings.cluster.peer_messages import Malformed
+from aioserver.wings.responses.events import ResponseEvents
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from aioserver.gateway.elsewhere import Start
+    from aioserver.streams.entries import Entry
+    from aioserver.streams.stream import Stream
+
+# Bytes of all logs that one instance hands over.
+MAX_BYTES = 1 << 26
+
+
+def kept_seconds(stream: Stream) -> float:
+    """Return what is left of the window of *stream*, which has ended."""
+    return ended_at(stream) + stream.window - monotonic()
+
+
+def chosen(streams: Iterable[Stream]) -> Iterator[tuple[Stream, float, bytes]]:
+    """Yield those of *streams*, the newest first, that are handed over: how long each is kept, and its log.
+
+    An answer that the end of the server has cut is not: who asks again gets a new one.
+    """
+    left = MAX_BYTES
+    for stream in streams:
+        seconds = kept_seconds(stream) if stream.ended and stream.entries else 0.0
+        if seconds <= 0 or isinstance(stream.error, ServerShutdown):
+            continue
+        log = log_of(stream)
+        left -= len(log)
+        if left < 0:
+            return
+        yield stream, seconds, log
+
+
+def log_of(stream: Stream) -> bytes:
+    """Return the log of *stream*, which has ended, as bytes."""
+    stream.close_fast_path()
+    facts, body = pipe.facts_of(stream, stream.first - 1)
+    pieces = pipe.pack(facts, body)
+    index = stream.offset
+    while (item := pipe.next_item(stream, index, 0)) is not None:
+        index, more = item
+        pieces += more
+    return b"".join(pieces)
+
+
+async def fill(stream: Stream, log: bytes, start: Start, on_accept: Callable[[], None]) -> None:
+    """Fill the mirror *stream* with a *log* that was handed over, from *start* on.
+
+    Raises:
+        StreamNotFound: what was kept is no log.
+        ResumeGap: the log does not have the events after *start*.
+    """
+    try:
+        items = list(pipe.Assembler().feed(log))
+    except Malformed as exc:
+        raise StreamNotFound("this answer is not kept any more") from exc
+    heads = [head for head, _body in items]
+    if not heads or not isinstance(heads[0], pipe.Facts) or not isinstance(heads[-1], pipe.End):
+        raise StreamNotFound("this answer is not kept any more")
+    (facts, newest), items = (heads[0], items[0][1]), items[1:]
+    pipe.take_facts(stream, facts, newest)
+    after = _after(stream, facts, start)
+    stream.last = after
+    on_accept()
+    entries: list[Entry] = []
+    for head, body in items:
+        match head:
+            case pipe.Part():
+                entries.append(pipe.entry_of(head, body))
+            case pipe.Whole():
+                stream.details.whole = pipe.answer_of(head, body)
+                stream.recount()
+                pieces = await in_turns(text_pieces(body)) or (NO_TEXT,)
+                entries += [
+                    WholeEntry(number, body, piece, monotonic())
+                    for number, piece in enumerate(pieces, 1)
+                ]
+            case pipe.End():
+                _end(stream, after, entries, head, body)
+                return
+
+
+def _after(stream: Stream, facts: pipe.Facts, start: Start) -> int:
+    after: int | None = start.after
+    events = stream.details.error_format
+    if start.sequence is not None and isinstance(events, ResponseEvents):
+        after = events.event_before(start.sequence, facts.last)
+        if after is None:
+            raise ResumeGap(f"event {start.sequence} does not exist yet")
+    if after is None:
+        after = facts.last
+    if after > facts.last:
+        raise ResumeGap(f"event {after} does not exist yet; the newest is {facts.last}")
+    if after < facts.after:
+        raise ResumeGap(
+            f"events after {after} are no longer kept; the oldest is {facts.after + 1}"
+        )
+    return after
+
+
+def _end(stream: Stream, after: int, entries: list[Entry], end: pipe.End, body: bytes) -> None:
+    error: Any = None if end.fault is None else faults.unpack(end.fault)
+    if after >= end.number:
+        mirror.stop(stream, end.status)
+        return
+    last = pipe.entry_of(pipe.Part(end.number, 1, end.status, False, end.frames), body)
+    for entry in entries:
+        if (part := pipe.rest_of(stream, entry, after)) is not None:
+            stream.add_entry(part)
+    stream.notify()
+    mirror.end(stream, last, error)

@@ -1,0 +1,155 @@
+"""What an instance and the server say to each other in one call of `settle`, in msgpack.
+
+Both are arrays, in the order of the fields: renew.lua takes them apart by their places. Times are in microseconds.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+SECOND = 1_000_000
+
+
+class Times(NamedTuple):
+    """The times of a cluster, in seconds; all its instances must have the same.
+
+    A test may shorten them, and must keep the order: `beat + bound <= blind < lease`.
+    """
+
+    # An instance without a call for so long is no member any more. 2 s less than a killed one may keep its places.
+    lease: float = 8.0
+    # What the instance's own lease is shorter, for clocks that do not run alike and for the way of the answer.
+    margin: float = 1.0
+    # An instance that has nothing to say calls after so long.
+    beat: float = 2.0
+    # A call that is not answered by then has failed.
+    bound: float = 1.0
+    # While members live, some call comes in each `beat + bound`: after this time without one, the server was away.
+    pause: float = 3.5
+    # A server that was away or is new gives nothing for so long. Each living instance calls meanwhile.
+    blind: float = 3.5
+    # An instance that has not come for so long for what it was given gets no more.
+    unheard: float = 0.1
+    # An instance whose lease is over may live alone. It is counted in the fixed shares for so long.
+    gone: float = 30.0
+    # A start may be as much later than its slot.
+    horizon: float = 0.1
+
+    def told(self) -> tuple[int, int, int, int, int]:
+        """Return those that the server needs, in microseconds."""
+        lease, pause, blind, unheard, gone = (
+            round(seconds * SECOND)
+            for seconds in (self.lease, self.pause, self.blind, self.unheard, self.gone)
+        )
+        return lease, pause, blind, unheard, gone
+
+
+TIMES = Times()
+
+
+class Op(NamedTuple):
+    """What an instance says of one limit: it has *have* places, gives *give*, and wants *want* more.
+
+    *weight* is that of its waiting callers together. Of places that nobody wants it takes *spare* more.
+    """
+
+    name: str
+    have: int
+    give: int
+    want: int
+    weight: int
+    limit: int
+    spare: int
+
+
+class PaceOp(NamedTuple):
+    """Asks for *slots* of a pace; a negative number gives some back.
+
+    Slots are *step* microseconds apart; after a rest `slack / step` more follow each other at once. Only those that
+    begin within *horizon* are given. A pace of which nothing is known has rested for *rested*.
+    """
+
+    name: str
+    slots: int
+    step: float
+    slack: float
+    horizon: float
+    rested: float
+
+
+class Tell(NamedTuple):
+    """Tells all instances that *word* holds of the provider *name* for *length* microseconds; 0: no more."""
+
+    name: str
+    word: str
+    length: int
+
+
+class Request(msgspec.Struct, array_like=True, frozen=True):
+    """All that an instance has to say.
+
+    *epoch* is empty, or that of the world in which its lease is not over; *run* names the server's process, and *seq* counts
+    the calls of the instance. *heard* and *version* are those of the last answer. *known* are the other members
+    that it knows of; *ended* are instances that have ended for certain; *bye* says that it ends itself.
+    """
+
+    instance: str
+    epoch: str
+    run: str
+    seq: int
+    heard: int
+    version: int
+    times: tuple[int, int, int, int, int]
+    known: list[str] = []
+    ended: list[str] = []
+    bye: bool = False
+    ops: list[Op] = []
+    paces: list[PaceOp] = []
+    tells: list[Tell] = []
+
+
+class Result(NamedTuple):
+    """The places of one limit: *held* as the server knows, of which *allowed* may be used; how many others starve."""
+
+    held: int
+    starving: int
+    allowed: int
+
+
+class Slots(NamedTuple):
+    """Slots of a pace: microseconds until each begins, and until the *next* one would."""
+
+    delays: list[float]
+    next: float
+
+
+class Answer(msgspec.Struct, array_like=True, frozen=True):
+    """The answer, with results in the order of the request.
+
+    *anew*: the server knew nothing of the instance, and knows of no limit now that the request did not mention.
+    The server gives nothing for *blind* microseconds more. *number* counts the changes among the members. *count*
+    instances may live, and *rank* of them come before this one; it is *known_to_all* once they have all heard of it.
+    *members* are in the order in which they joined; empty if the instance knows them. *told* is empty unless *version* has changed.
+    """
+
+    epoch: str
+    anew: bool
+    blind: float
+    number: int
+    rank: int
+    count: int
+    known_to_all: bool
+    members: list[str]
+    version: int
+    told: list[Tell]
+    results: list[Result]
+    slots: list[Slots]
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode_request = msgspec.msgpack.Decoder(Request).decode
+decode_answer = msgspec.msgpack.Decoder(Answer).decode
+# The names of limits that were given ("NAME"), or wanted by somebody ("?NAME"); an empty one only wakes.
+decode_words = msgspec.msgpack.Decoder(list[str]).decode

@@ -1,0 +1,144 @@
+"""The limits of a provider, shared with other instances: places, starts a minute, and what is known of its health.
+
+Places and starts are exact (wings/cluster/grants.py, wings/cluster/rates.py). Tokens a minute are not known before an answer has ended, so
+each instance has a fixed part of them. Whether the provider is dead, and whether it wants to be left alone, is told to
+all: each applies it to its own breaker and pace, and together they try a dead provider as often as one would.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from aioserver.providers.queueing import FAILOVER_WAIT, ProviderGate
+from aioserver.wings.cluster.rates import SharedRate
+from aioserver.wings.cluster.shared_gate import SharedGate
+from aioserver.wings.cluster.shared_quota import SharedQuota
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from aioserver.config.settings import ClientKey, HttpClient
+    from aioserver.limits.quota import Quota
+    from aioserver.providers.health import Health
+    from aioserver.providers.provider import Provider
+    from aioserver.wings.cluster.leases import Shares
+
+# The words that are told of a provider: it is dead; it is dead and cannot be reached; it has answered again; it wants to be left alone.
+DEAD, AWAY, ALIVE, COOLING = "dead", "away", "alive", "cooling"
+# Seconds for which instances that come later hear of a death, and for which its end is told. An instance that was told of a
+# death tries the provider by itself, and does not take it for alive because nobody tells of it any more.
+DEATH, RETURN = 60.0, 10.0
+
+
+class SharedProviderGate(SharedGate, ProviderGate):
+    """The gate of a provider whose places and starts all instances share."""
+
+    def __init__(
+        self,
+        shares: Shares,
+        name: str,
+        limits: HttpClient,
+        health: Health,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._all_shares = shares
+        self._complete = False
+        super().__init__(name, limits, health, clock)
+        self._whole = limits
+        self.share(shares, f"p:{name}")
+        self._complete = True
+        health.on_death = partial(self._tell_death, health)
+        self.pace.on_cooling = partial(shares.told.tell, name, COOLING)
+        self.instances_changed()
+
+    def apply_limits(self, limits: HttpClient) -> None:
+        """Use new limits, those of all instances together."""
+        self._whole = limits
+        super().apply_limits(self._part())
+
+    def instances_changed(self) -> None:
+        """Take in how many instances there are now."""
+        self._health.breaker.instances = self._all_shares.instances
+        if self._whole.tokens_per_minute:
+            super().apply_limits(self._part())
+
+    def _part(self) -> HttpClient:
+        """Return the limits with this instance's part of what is not shared in hand."""
+        tokens = self._whole.tokens_per_minute
+        if not tokens:
+            return self._whole
+        part = max(1, tokens // max(1, self._all_shares.instances))
+        return replace(self._whole, tokens_per_minute=part)
+
+    def _make_rate(self, interval: float, tolerance: float) -> SharedRate:
+        return SharedRate(
+            self._all_shares,
+            f"P:{self._name}",
+            interval,
+            tolerance,
+            self._clock,
+            waiting=lambda: max(1, self.waiting),
+            on_slots=self._slots_came,
+        )
+
+    def _slots_came(self) -> None:
+        if self._complete:
+            self.serve()
+
+    def _tell_death(self, health: Health, dead: bool) -> None:
+        tell = self._all_shares.told.tell
+        if dead:
+            tell(self._name, ALIVE, 0.0)
+            tell(self._name, AWAY if health.breaker.unreachable else DEAD, DEATH)
+        else:
+            tell(self._name, DEAD, 0.0)
+            tell(self._name, AWAY, 0.0)
+            tell(self._name, ALIVE, RETURN)
+
+
+class SharedLimits:
+    """Makes the gates of providers and the quotas of keys that share *shares*, and passes on what is told."""
+
+    def __init__(self, shares: Shares) -> None:
+        self._shares = shares
+        self._gates: dict[str, SharedProviderGate] = {}
+        # The providers that are configured.
+        self.providers: Callable[[], Mapping[str, Provider]] = dict
+
+    def make_gate(
+        self, name: str, limits: HttpClient, health: Health, clock: Callable[[], float]
+    ) -> ProviderGate:
+        """Return the gate of the provider *name*."""
+        gate = self._gates[name] = SharedProviderGate(self._shares, name, limits, health, clock)
+        return gate
+
+    def make_quota(self, key: ClientKey, elsewhere: Callable[[int], int] | None) -> Quota:
+        """Return the quota of *key*; *elsewhere*: see `Quota`."""
+        return SharedQuota(
+            key.max_concurrent,
+            key.requests_per_minute,
+            max_connections=key.max_connections,
+            elsewhere=elsewhere,
+            shares=self._shares,
+            name=key.name,
+        )
+
+    def told(self, name: str, word: str, seconds: float) -> None:
+        """Take in that *word* holds of the provider *name* for *seconds*; 0.0: no more."""
+        provider = self.providers().get(name)
+        if provider is None or not seconds:
+            return
+        if word == COOLING:
+            self._gates[name].told_cooling(seconds, FAILOVER_WAIT)
+        elif word == ALIVE:
+            provider.absence.told_alive()
+        elif word in {DEAD, AWAY}:
+            provider.absence.told_dead(unreachable=word == AWAY)
+
+    def instances_changed(self) -> None:
+        """Take in how many instances there are now."""
+        for gate in self._gates.values():
+            gate.instances_changed()

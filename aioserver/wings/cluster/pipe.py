@@ -1,0 +1,255 @@
+"""A log as bytes, in which other instances get it, and Redis keeps it.
+
+The bytes are a sequence of items. Each has a head, which is msgpack, and a body, which is copied as it is:
+
+    length of the head, length of the body (two 32-bit numbers, big endian), head, body
+
+    Facts*, then Part* End, or Whole End
+
+An item may be as large as an event may be; a reader assembles it of the pieces in which it comes.
+"""
+
+from __future__ import annotations
+
+import struct
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from aioserver.protocol import eventstream
+from aioserver.providers.request import Answer
+from aioserver.streams.entries import CHUNK, Entry, TextEntry
+from aioserver.wings.cluster import faults
+from aioserver.wings.cluster.peer_messages import Fault, Malformed
+from aioserver.wings.responses.events import ResponseEvents
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from aioserver.streams.stream import Stream
+
+# Bytes of one item: more than any answer that is kept by default.
+MAX_ITEM_BYTES = 1 << 28
+_LENGTHS = struct.Struct(">II")
+
+
+class Facts(msgspec.Struct, array_like=True, tag=1):
+    """The facts of an answer beside its events.
+
+    *after* is the event after which this reader gets the log, *last* the newest event now. *runs* are those
+    of `ResponseEvents`, whose newest response is the item's body; None if the answer is no response.
+    """
+
+    after: int
+    last: int
+    end_status: bytes
+    answered: bool
+    whole: bool
+    provider: str
+    model: str
+    path: str
+    conversation_id: str | None
+    attempts: int
+    headers: dict[str, str]
+    runs: list[tuple[int, int, int]] | None = None
+
+
+class Part(msgspec.Struct, array_like=True, tag=2):
+    """An entry: its *frames*, or the provider's bytes in the body; *texts*: the body has texts alone."""
+
+    first: int
+    count: int
+    status: bytes
+    texts: bool
+    frames: list[bytes]
+
+
+class Whole(msgspec.Struct, array_like=True, tag=3):
+    """An answer that was not streamed; its body is the item's."""
+
+    status: int
+    headers: dict[str, str]
+    content_type: str
+    provider: str
+    attempts: int
+
+
+class End(msgspec.Struct, array_like=True, tag=4):
+    """The last event."""
+
+    number: int
+    status: bytes
+    frames: list[bytes]
+    fault: Fault | None
+
+
+Head = Facts | Part | Whole | End
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Head)
+
+
+def pack(head: Head, body: bytes = b"") -> list[bytes]:
+    """Return an item as the pieces of which it consists; *body* is not copied."""
+    encoded = _encoder.encode(head)
+    start = _LENGTHS.pack(len(encoded), len(body)) + encoded
+    return [start, body] if body else [start]
+
+
+class Assembler:
+    """Puts items together of the bytes that come, in whatever pieces.
+
+    Always: it keeps the bytes of one item that is not complete.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    @property
+    def size(self) -> int:
+        """The bytes that are kept."""
+        return len(self._buffer)
+
+    def feed(self, data: bytes) -> Iterator[tuple[Head, bytes]]:
+        """Add *data*, and yield the items that are complete.
+
+        Raises:
+            Malformed: these are no items.
+        """
+        buffer = self._buffer
+        buffer += data
+        start = 0
+        try:
+            while len(buffer) - start >= _LENGTHS.size:
+                head_size, body_size = _LENGTHS.unpack_from(buffer, start)
+                if head_size + body_size > MAX_ITEM_BYTES:
+                    raise Malformed(f"an item of {head_size + body_size} bytes")
+                head_start = start + _LENGTHS.size
+                body_start = head_start + head_size
+                end = body_start + body_size
+                if len(buffer) < end:
+                    break
+                try:
+                    head = _decoder.decode(memoryview(buffer)[head_start:body_start].tobytes())
+                except (msgspec.MsgspecError, RecursionError) as exc:
+                    raise Malformed(str(exc)) from exc
+                body = bytes(memoryview(buffer)[body_start:end])
+                start = end
+                yield head, body
+        finally:
+            del buffer[:start]
+
+
+def facts_of(stream: Stream, after: int) -> tuple[Facts, bytes]:
+    """Return the facts of *stream* now, and the body of their item."""
+    details, events = stream.details, stream.details.error_format
+    runs, newest = None, b""
+    if isinstance(events, ResponseEvents):
+        runs, newest = events.state()
+    return Facts(
+        after,
+        stream.last,
+        stream.end_status,
+        stream.answered,
+        details.whole is not None,
+        details.provider,
+        details.model,
+        details.path,
+        details.conversation_id,
+        details.attempts,
+        dict(details.headers),
+        runs,
+    ), newest
+
+
+def take_facts(stream: Stream, facts: Facts, body: bytes) -> None:
+    """Let *stream* have these facts."""
+    details = stream.details
+    details.provider, details.model, details.path = facts.provider, facts.model, facts.path
+    details.conversation_id, details.attempts = facts.conversation_id, facts.attempts
+    details.headers = facts.headers
+    if facts.answered and not stream.answered:
+        stream.answered_at = monotonic()
+    if facts.runs is not None:
+        events = details.error_format
+        if not isinstance(events, ResponseEvents):
+            details.error_format = events = ResponseEvents()
+        events.restore(facts.runs, body)
+    stream.recount()
+
+
+def rest_of(stream: Stream, entry: Entry, after: int) -> Entry | None:
+    """Return what of *entry* comes after event *after*; None if nothing does."""
+    skip = after + 1 - entry.first
+    if skip <= 0:
+        return entry
+    if skip >= entry.count:
+        return None
+    data = b"".join(eventstream.split(entry.data)[skip:]) if entry.data else b""
+    frames = None if data else stream.frames(entry)[skip:]
+    return Entry(
+        entry.first + skip, entry.count - skip, entry.status, data, frames, entry.received_at
+    )
+
+
+def entry_item(entry: Entry) -> list[bytes]:
+    """Return *entry* as an item."""
+    if isinstance(entry, TextEntry):
+        return pack(Part(entry.first, entry.count, entry.status, True, []), entry.texts)
+    frames = list(entry.frames or ())
+    return pack(Part(entry.first, entry.count, entry.status, False, frames), entry.data)
+
+
+def entry_of(part: Part, body: bytes) -> Entry:
+    """Return the entry that *part* has."""
+    if part.texts:
+        return TextEntry(part.first, part.count, body, monotonic())
+    status = CHUNK if part.status == CHUNK else part.status
+    return Entry(part.first, part.count, status, body, part.frames or None, monotonic())
+
+
+def end_item(stream: Stream, entry: Entry) -> list[bytes]:
+    """Return *entry*, the last event of *stream*, as an item."""
+    fault = None if stream.error is None else faults.pack(stream.error)
+    return pack(End(entry.first, entry.status, list(entry.frames or ()), fault), entry.data)
+
+
+def whole_item(answer: Answer) -> list[bytes]:
+    """Return *answer* as an item."""
+    head = Whole(
+        answer.status, dict(answer.headers), answer.content_type, answer.provider, answer.attempts
+    )
+    return pack(head, answer.body)
+
+
+def answer_of(whole: Whole, body: bytes) -> Answer:
+    """Return the answer that *whole* has."""
+    return Answer(
+        whole.status,
+        whole.headers,
+        body,
+        whole.content_type,
+        whole.provider,
+        attempts=whole.attempts,
+    )
+
+
+def next_item(stream: Stream, index: int, skip: int) -> tuple[int, list[bytes]] | None:
+    """Return the item of the entry at *index*, counted from the start of the log, and the index after it.
+
+    *skip*: events at the entry's start that the reader has. None: the log has no more yet.
+    """
+    at = index - stream.offset
+    if not 0 <= at < len(stream.entries):
+        return None
+    entry, last = stream.entries[at], stream.offset + len(stream.entries) - 1
+    if stream.ended and index == last:
+        return index + 1, end_item(stream, entry)
+    if isinstance(stream.details.whole, Answer):
+        if not stream.ended:
+            # Its end follows at once.
+            return None
+        # The events are made again of its body.
+        return last, whole_item(stream.details.whole)
+    rest = rest_of(stream, entry, entry.first - 1 + skip)
+    return index + 1, entry_item(rest or entry)

@@ -1,0 +1,371 @@
+"""Rates that instances share: slots in hand.
+
+A slot is a moment at which a request may start. The server gives slots by GCRA (limits/gcra.py), and only those that begin
+within the *horizon*, so that an instance that vanishes takes little with it. A slot is used at its time, or later by at most
+the horizon; else it is let go. As a start may be late by the horizon, the burst that the server allows is smaller by as much.
+
+An instance asks for as many slots as it used within the last horizon, so that of a busy one few requests wait for an answer,
+but for no more than its part of the horizon. Where the burst is large, an instance keeps some slots of it in hand for as long as it likes, so that a request after a rest
+asks nobody. They are a part of the burst as well: all that instances may keep is taken off what the server allows. So in any
+window of t seconds at most `t * rate + burst` requests start, by all instances together.
+
+An instance that the server does not answer has its part of the rate, without a burst at first.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from heapq import merge
+from itertools import chain, islice
+from math import inf
+from typing import TYPE_CHECKING, Protocol
+
+from aioserver.limits.gcra import ROUNDING, Gcra
+from aioserver.wings.cluster.grants import State
+from aioserver.wings.cluster.lease_messages import SECOND, PaceOp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aioserver.wings.cluster.lease_messages import Slots
+
+
+class SlotsInHand:
+    """Slots that pass, each with its end, and slots that last until they are taken.
+
+    All times are seconds of one clock. Always: each group is in the order of its beginnings. A slot that has ended is
+    dropped once it is the first of its group, so each operation costs the same however many slots there are.
+    """
+
+    __slots__ = ("_lasting", "_passing")
+
+    def __init__(self) -> None:
+        self._passing: deque[tuple[float, float]] = deque()
+        self._lasting: deque[float] = deque()
+
+    def count(self, now: float) -> int:
+        """Return how many slots there are at *now*."""
+        passing = self._passing
+        while passing and passing[0][1] < now:
+            passing.popleft()
+        return len(passing) + len(self._lasting)
+
+    @property
+    def lasting(self) -> int:
+        """How many slots last."""
+        return len(self._lasting)
+
+    def begins(self, before: int) -> float:
+        """Return when the slot begins that has so many *before* it. There must be one."""
+        passing, lasting = self._passing, self._lasting
+        if not lasting:
+            return passing[before][0]
+        if not passing:
+            return lasting[before]
+        in_order = merge((begins for begins, _ends in passing), lasting)
+        return next(islice(in_order, before, None))
+
+    def begun(self, now: float) -> int:
+        """Return how many slots have begun at *now*."""
+        self.count(now)
+        return sum(
+            begins <= now
+            for begins in chain((begins for begins, _ends in self._passing), self._lasting)
+        )
+
+    def take(self, now: float) -> None:
+        """Use one slot: one that has begun before one that has not, and one that passes before one that lasts."""
+        if not self.count(now):
+            return
+        passing, lasting = self._passing, self._lasting
+        if not lasting or (
+            passing and (passing[0][0] <= now + ROUNDING or passing[0][0] <= lasting[0])
+        ):
+            passing.popleft()
+        else:
+            lasting.popleft()
+
+    def put_back(self, begins: float, ends: float) -> None:
+        """Have a slot again that was taken."""
+        self._passing.appendleft((begins, ends))
+
+    def add(self, begins: float, ends: float) -> None:
+        """Have one more slot, which passes at *ends*. It begins no earlier than the one before it."""
+        passing = self._passing
+        self._passing.append((max(begins, passing[-1][0]) if passing else begins, ends))
+
+    def add_lasting(self, begins: float) -> None:
+        """Have one more slot, which lasts. It begins no earlier than the one before it."""
+        lasting = self._lasting
+        lasting.append(max(begins, lasting[-1]) if lasting else begins)
+
+    def clear(self) -> None:
+        """Have none."""
+        self._passing.clear()
+        self._lasting.clear()
+
+
+# More slots are asked for once those in hand are no more than this part of what a horizon uses.
+ASK_BELOW = 0.25
+# Slots that are kept in hand at most; of the burst, all instances together keep this share.
+MOST_KEPT, SHARE_KEPT = 32, 0.5
+# Seconds after which a request looks again whether a slot has come; an answer lets it look at once.
+LOOK_AGAIN = 0.05
+# Seconds that an instance waits which does not know how many others there are.
+UNKNOWN = 1.0
+
+
+class PaceUser(Protocol):
+    """The user of a pace, which takes its slots; its *name* is that of the pace. It asks for some at *ask_at*; inf: for none."""
+
+    name: str
+    ask_at: float
+
+    def op(self) -> PaceOp | None:
+        """Return what to ask for in a call that is sent now; None: nothing."""
+
+    def answered(self, slots: Slots | None, sent: float) -> None:
+        """Take in the answer to what was asked for at *sent*; None: the call failed."""
+
+    def stand(self, state: State, instances: int) -> None:
+        """Take in that this instance is in *state*, and one of so many if it is alone; 0: of an unknown number."""
+
+
+class Caller(Protocol):
+    """The object that carries the calls: `Shares`."""
+
+    def pace(self, user: PaceUser) -> None:
+        """Share the pace of *user*."""
+
+    def call_by(self, moment: float) -> None:
+        """Make the next call at *moment* at the latest."""
+
+    @property
+    def instances(self) -> int:
+        """How many instances are members."""
+
+
+class SharedRate(Gcra):
+    """A rate that is shared under *name*; it stands where a `Gcra` of the whole rate would.
+
+    Always: a start is counted on a slot in hand while the server is heard, and else on a part of the rate.
+
+    *waiting* tells how many requests wait for a start; *on_slots* is called when more may start than before. *rested*: a
+    server that knows nothing of the rate allows the whole burst at once, and not one start after another. Of the burst,
+    all instances together keep *share_kept* in hand: the others can start so much less at once.
+    """
+
+    __slots__ = (
+        *("_caller", "_local", "_next_at", "_no_burst", "_not_before", "_on_slots", "_slots"),
+        *(
+            "_rested",
+            "_share_kept",
+            "_state",
+            "_step",
+            "_waiting",
+            "_instances",
+            "_horizon",
+            "_served",
+            *("_starts", "_starts_before", "_starts_since", "_too_few"),
+        ),
+        *("ask_at", "name"),
+    )
+
+    def __init__(
+        self,
+        caller: Caller,
+        name: str,
+        interval: float,
+        tolerance: float,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        horizon: float = 0.1,
+        waiting: Callable[[], int] = lambda: 1,
+        on_slots: Callable[[], None] = lambda: None,
+        rested: bool = False,
+        share_kept: float = SHARE_KEPT,
+    ) -> None:
+        super().__init__(interval, tolerance, clock)
+        self.name = name
+        self.ask_at = inf
+        self._caller = caller
+        self._waiting = waiting
+        self._on_slots = on_slots
+        self._rested = rested
+        self._share_kept = share_kept
+        self._horizon = horizon
+        # Those that are kept last; all others pass.
+        self._slots = SlotsInHand()
+        # When the next slot begins, as far as is known.
+        self._next_at = 0.0
+        # What a start is worth now, in seconds: more than the interval while the provider wants it.
+        self._step = interval
+        # Whether the last answer brought slots.
+        self._served = False
+        # The starts since a moment, and those of a horizon before it.
+        self._starts, self._starts_since, self._starts_before = 0, -inf, 0.0
+        # More slots are asked for once there are no more than these.
+        self._too_few = 0
+        self._not_before = -inf
+        self._no_burst = False
+        self._state = State.ALONE
+        self._instances = 0
+        self._local = Gcra(interval, 0.0, clock)
+        caller.pace(self)
+
+    # What the pace of a provider, and a quota, ask.
+
+    def delay(self, ahead: float = 0.0) -> float:
+        """Return the seconds until a start is allowed after others that are worth *ahead* seconds."""
+        now = self._clock()
+        wait = max(0.0, self._not_before - now)
+        if self._state is not State.JOINED:
+            count = self._instances
+            return max(wait, self._local.delay(ahead * count) if count else UNKNOWN + ahead)
+        count = self._slots.count(now)
+        others = int(ahead / self._step + ROUNDING) if ahead else 0
+        if count <= others or count <= self._too_few:
+            self._ask(now)
+        if others < count:
+            return max(wait, self._slots.begins(others) - now, 0.0)
+        # Nobody knows how many others wait elsewhere.
+        next_at = max(self._next_at - now, LOOK_AGAIN)
+        return max(wait, next_at + (others - count) * self._step)
+
+    def take(self, seconds: float) -> None:
+        """Count a start that is worth *seconds*, whether it is allowed or not; a negative number takes one back."""
+        now = self._clock()
+        if self._state is not State.JOINED:
+            self._local.take(seconds * max(1, self._instances))
+        elif seconds < 0:
+            self._starts -= 1
+            self._slots.put_back(now, now + self._horizon)
+        else:
+            self._step = seconds
+            self._starts += 1
+            self._slots.take(now)
+
+    def try_take(self) -> float:
+        """Count a start if it is allowed, and return 0; otherwise return the seconds until it is."""
+        if (delay := self.delay()) > ROUNDING:
+            return delay
+        self.take(self.interval)
+        return 0.0
+
+    @property
+    def available(self) -> int:
+        """How many starts are allowed now, without a question to anybody."""
+        now = self._clock()
+        if now < self._not_before:
+            return 0
+        if self._state is not State.JOINED:
+            return self._local.available if self._instances else 0
+        return self._slots.begun(now)
+
+    def apply(self, interval: float, tolerance: float, *, scale: float = 1.0) -> None:
+        """Use another rate from now on; what is counted locally ahead of now is multiplied by *scale*."""
+        self._tolerance = tolerance
+        self.interval = self._step = interval
+        if self._instances:
+            self._local.apply(interval * self._instances, tolerance / self._instances, scale=scale)
+
+    def postpone(self, moment: float) -> None:
+        """Allow no start before *moment*, a time of the clock, and no burst at that moment."""
+        self._not_before = max(self._not_before, moment)
+        self._no_burst = True
+        self._slots.clear()
+        self._local.postpone(moment)
+
+    def catch_up(self) -> None:
+        """Allow the next start soon, whatever has been counted."""
+        self._not_before = -inf
+        self._local.catch_up()
+
+    # What `Shares` asks.
+
+    def op(self) -> PaceOp | None:
+        """Return what to ask for in a call that is sent now."""
+        now = self._clock()
+        if self.ask_at > now + ROUNDING or self._state is not State.JOINED:
+            return None
+        self.ask_at = inf
+        members = max(1, self._caller.instances)
+        chunk = max(1, int(self._horizon / self._step / members))
+        there, kept = self._slots.count(now), self._kept()
+        wanted = max(self._waiting(), math.ceil(self._used(now)))
+        count = max(min(wanted - there, chunk), kept - there, 1)
+        slack = 0.0
+        if not self._no_burst:
+            slack = max(0.0, self._tolerance - self._horizon - kept * members * self.interval)
+        return PaceOp(
+            self.name,
+            count,
+            self._step * SECOND,
+            slack * SECOND,
+            self._horizon * SECOND,
+            slack * SECOND if self._rested else 0.0,
+        )
+
+    def answered(self, slots: Slots | None, sent: float) -> None:
+        """Take in the slots that the server has given for what was asked for at *sent*."""
+        if slots is None:
+            return
+        now = self._clock()
+        self._no_burst = False
+        held, kept = self._slots, self._kept()
+        self._too_few = max(kept // 2, int(self._used(now) * ASK_BELOW))
+        for delay in slots.delays:
+            begins = now + delay / SECOND
+            # The server counted from a moment between the two.
+            ends = max(sent + delay / SECOND + self._horizon, begins + self._horizon / 4)
+            if held.lasting < kept:
+                held.add_lasting(begins)
+            else:
+                held.add(begins, ends)
+        self._next_at = now + slots.next / SECOND
+        self._served = bool(slots.delays)
+        if held.count(now) > max(self._too_few, self._waiting()):
+            # They were asked for while this call was under way.
+            self.ask_at = inf
+        self._on_slots()
+
+    def stand(self, state: State, instances: int) -> None:
+        """Take in how this instance stands with the server."""
+        before, self._state = self._state, state
+        if instances and instances != self._instances:
+            self._local.apply(self.interval * instances, self._tolerance / instances)
+        self._instances = instances or self._instances
+        if (state is State.JOINED) == (before is State.JOINED):
+            return
+        self._slots.clear()
+        self.ask_at = inf
+        self._local.postpone(self._clock())
+        self._on_slots()
+
+    def _ask(self, now: float) -> None:
+        """Ask for slots once the next ones are well within the horizon: for several of a fast pace in one call.
+
+        An instance that was given some at last asks later than those that were not.
+        """
+        before = self._horizon / (4 if self._served else 2)
+        moment = max(now, self._next_at - before, self._not_before)
+        if moment < self.ask_at:
+            self.ask_at = moment
+            self._caller.call_by(moment)
+
+    def _used(self, now: float) -> float:
+        """Return the starts of a horizon, as they are now."""
+        elapsed = now - self._starts_since
+        if elapsed >= self._horizon:
+            self._starts_before = max(0, self._starts) * self._horizon / elapsed
+            self._starts, self._starts_since = 0, now
+        return max(self._starts_before, self._starts)
+
+    def _kept(self) -> int:
+        """Return how many slots of the burst are kept in hand."""
+        burst = (self._tolerance - self._horizon) / self.interval
+        return max(
+            0, min(MOST_KEPT, int(burst * self._share_kept / max(1, self._caller.instances)))
+        )

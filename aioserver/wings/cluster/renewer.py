@@ -1,0 +1,132 @@
+"""Carries the calls of `Shares` to the server, and the messages that wake them back."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from aioserver.wings.cluster.connection import AccessDenied, CallFailed, ScriptConnection
+from aioserver.wings.cluster.lease_messages import decode_words
+from aioserver.wings.cluster.subscription import Subscription
+
+if TYPE_CHECKING:
+    from aioserver.wings.cluster.leases import Shares
+
+
+class Settler:
+    """Settles *shares* with the server at *url*, in the cluster *name*: instances that share have the same name.
+
+    `open` it, and `close` it in the end; `leave` before that gives everything back. `connection` takes other commands as
+    well, and `subscription` other channels. Keys and channels begin with `prefix`.
+
+    Raises:
+        ValueError: *url* cannot be used.
+    """
+
+    def __init__(self, shares: Shares, url: str, name: str) -> None:
+        self.shares = shares
+        self.prefix = f"aio:{{{name}}}:"
+        bound = shares.times.bound
+        self.connection = ScriptConnection(
+            url, bound=bound, on_open=self._tell_all, on_loss=self._lost
+        )
+        self.subscription = Subscription(
+            url,
+            {f"{self.prefix}wake:{shares.instance}": self._woken},
+            bound=bound,
+            # What was said while nobody listened is lost.
+            on_open=self._tell_all,
+        )
+        self._task: asyncio.Task[None] | None = None
+        self._due = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        shares.on_due = self._arm
+
+    async def open(self) -> CallFailed | None:
+        """Connect, make the first call, and go on in the background. A server that is not there is looked for.
+
+        Returns why the first call failed, if it has.
+
+        Raises:
+            AccessDenied: the server refuses the password, or the user may not do what is needed.
+        """
+        for connection in (self.connection, self.subscription):
+            try:
+                await connection.open()
+            except AccessDenied:
+                raise
+            except CallFailed:
+                pass
+        failure = await self._settle()
+        if isinstance(failure, AccessDenied):
+            raise failure
+        self._task = asyncio.create_task(self._run())
+        return failure
+
+    async def leave(self, within: float) -> None:
+        """Take no more places, and tell the others once nothing is inside; wait *within* seconds for that at most."""
+        self.shares.leave()
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=within)
+
+    async def close(self) -> None:
+        """End the connections."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        self.shares.on_due = lambda: None
+        if self._timer is not None:
+            self._timer.cancel()
+        await self.connection.close()
+        await self.subscription.close()
+
+    async def _run(self) -> None:
+        while not self.shares.left:
+            self._arm()
+            await self._due.wait()
+            await self._settle()
+
+    async def _settle(self) -> CallFailed | None:
+        shares, connection = self.shares, self.connection
+        try:
+            await connection.ready()
+        except CallFailed as failure:
+            shares.failed(str(failure))
+            return failure
+        run = connection.run
+        request = shares.request(run)
+        try:
+            answer = await connection.settle(self.prefix, request, run)
+        except CallFailed as failure:
+            shares.failed(str(failure))
+            return failure
+        except BaseException:
+            shares.failed("closed")
+            raise
+        shares.answered(answer)
+        return None
+
+    def _arm(self) -> None:
+        """Set the timer for the next call."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        loop = asyncio.get_running_loop()
+        wait = self.shares.due - self.shares.now
+        if wait <= 0:
+            self._due.set()
+            return
+        self._due.clear()
+        if wait < self.shares.times.lease * 2:
+            self._timer = loop.call_later(wait, self._due.set)
+
+    def _lost(self, failure: CallFailed) -> None:
+        # A call that is under way fails by itself.
+        if not self.shares.busy and not self.shares.left:
+            self.shares.failed(str(failure))
+
+    def _tell_all(self) -> None:
+        self.shares.woken([""])
+
+    def _woken(self, data: bytes) -> None:
+        self.shares.woken(decode_words(data))

@@ -1,0 +1,178 @@
+"""The operating pages of all instances: each is asked how it is when somebody looks, and nothing is said while nobody does.
+
+An instance that does not answer in time is named on the page, and so is one whose answer this version does not understand: it
+may be of another one, while processes are replaced one after the other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from aioserver.monitoring.fold import Report, add, add_histories
+from aioserver.monitoring.verdict import Lately
+from aioserver.telemetry.counters import Counter, Histogram, RecentBuckets
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from aioserver.monitoring.monitor import Monitor
+    from aioserver.monitoring.state import ClusterState, History, Incident, Snapshot
+    from aioserver.telemetry.metrics import Family
+    from aioserver.wings.cluster.peers import Peers
+
+# What an instance is asked for.
+STATE, HISTORY, METRICS = "state", "history", "metrics"
+# What an answer of another version, or a broken one, makes this one raise.
+NOT_UNDERSTOOD = (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError, IndexError)
+
+
+class Totals:
+    """Asks all *members* of a cluster for what *monitor*, that of the instance *me*, shows.
+
+    *standing* tells how the instance stands with the cluster's server.
+    """
+
+    def __init__(
+        self,
+        me: str,
+        peers: Peers,
+        members: Callable[[], Sequence[str]],
+        monitor: Monitor,
+        standing: Callable[[], ClusterState],
+    ) -> None:
+        self._me = me
+        self.standing = standing
+        self._peers = peers
+        self._members = members
+        self._monitor = monitor
+        # How many incidents of each instance were shown.
+        self._shown: dict[str, int] = {}
+        peers.on_look = self._tell
+
+    async def state(self) -> Snapshot:
+        """Return the state of all instances together."""
+        snapshot, _answers = await self._ask()
+        return snapshot
+
+    async def news(self) -> tuple[Snapshot, list[Incident]]:
+        """Return the state of all instances together, and what has happened in others since the last call."""
+        snapshot, answers = await self._ask()
+        incidents: list[Incident] = []
+        for name, (_report, number, newest) in answers.items():
+            new = max(0, number - self._shown.get(name, number))
+            incidents += [
+                {**incident, "instance": name} for incident in newest[max(0, len(newest) - new) :]
+            ]
+        self._shown = {name: number for name, (_report, number, _newest) in answers.items()}
+        return snapshot, incidents
+
+    async def _ask(self) -> tuple[Snapshot, dict[str, tuple[Report, int, list[Incident]]]]:
+        own, places = self._monitor.report(), self._monitor.places()
+        others = self._others()
+        answers = await self._peers.look(others, STATE)
+        understood = {}
+        for name, answer in answers.items():
+            try:
+                state = _unpack_state(answer)
+                # Where it cannot be added up, this raises.
+                add(self._me, {self._me: own, name: state[0]}, places)
+            except NOT_UNDERSTOOD:
+                continue
+            understood[name] = state
+        reports = {self._me: own, **{name: state[0] for name, state in understood.items()}}
+        unheard = [name for name in others if name not in understood]
+        return add(self._me, reports, places, unheard), understood
+
+    async def history(self) -> History:
+        """Return the history of all instances together."""
+        histories = [self._monitor.history()]
+        answers = await self._peers.look(self._others(), HISTORY)
+        for name, answer in answers.items():
+            try:
+                history = msgspec.msgpack.decode(answer)
+                for incident in history["incidents"]:
+                    incident["instance"] = name
+                add_histories([histories[0], history])
+            except NOT_UNDERSTOOD:
+                continue
+            histories.append(history)
+        return add_histories(histories)
+
+    async def families(self) -> list[Family]:
+        """Return all metrics that are counted, over all instances."""
+        merged = {family.name: _copy(family) for family in self._monitor.families()}
+        answers = await self._peers.look(self._others(), METRICS)
+        for answer in answers.values():
+            try:
+                counted = msgspec.msgpack.decode(answer)
+                for name, children in counted:
+                    if (family := merged.get(name)) is not None:
+                        for labels, value in children:
+                            _add(family, tuple(labels), value)
+            except NOT_UNDERSTOOD:
+                continue
+        return list(merged.values())
+
+    def _others(self) -> list[str]:
+        return [name for name in self._members() if name != self._me]
+
+    def _tell(self, what: str) -> bytes:
+        monitor = self._monitor
+        answer: Any
+        if what == STATE:
+            snapshot, recent, lately = monitor.report()
+            values = [[*key, *buckets] for key, buckets in recent.items()]
+            answer = [snapshot, values, lately, *monitor.newest_incidents()]
+        elif what == HISTORY:
+            answer = monitor.history()
+        elif what == METRICS:
+            answer = [[family.name, _pack(family)] for family in monitor.families()]
+        else:
+            answer = None
+        return msgspec.msgpack.encode(answer)
+
+
+def _unpack_state(answer: bytes) -> tuple[Report, int, list[Incident]]:
+    snapshot, values, lately, number, newest = msgspec.msgpack.decode(answer, strict=False)
+    recent = {
+        (name, detail): RecentBuckets({int(bucket): int(n) for bucket, n in counts.items()}, age)
+        for name, detail, counts, age in values
+    }
+    return Report(snapshot, recent, Lately(*lately)), number, newest
+
+
+def _copy(family: Family) -> Family:
+    children: dict[tuple[str, ...], Counter | Histogram] = {}
+    for labels, child in family.children.items():
+        if isinstance(child, Counter):
+            children[labels] = counter = Counter()
+            counter.value = child.value
+        else:
+            children[labels] = histogram = Histogram(child.bounds)
+            histogram.counts, histogram.sum = list(child.counts), child.sum
+    return family._replace(children=children)
+
+
+def _pack(family: Family) -> Iterable[Any]:
+    """Return what is counted in *family*, but for what is still 0."""
+    packed = []
+    for labels, child in family.children.items():
+        if isinstance(child, Counter):
+            if child.value:
+                packed.append([labels, child.value])
+        elif any(child.counts):
+            packed.append([labels, [child.counts, child.sum]])
+    return packed
+
+
+def _add(family: Family, labels: tuple[str, ...], value: Any) -> None:
+    # A child that only the other instance has is one of a provider that is configured there alone.
+    child = family.children.get(labels)
+    if isinstance(child, Counter):
+        child.value += value
+    elif child is not None:
+        counts, total = value
+        child.counts = [own + other for own, other in zip(child.counts, counts, strict=True)]
+        child.sum += total

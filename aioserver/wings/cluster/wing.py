@@ -1,0 +1,272 @@
+"""This process as an instance of a cluster: all of this package that lives as long as a server, and its end.
+
+join       connections are made, and limits are shared from the first provider on
+serve      the server exists: its streams can be read elsewhere, and what others tell reaches its providers
+leave      the server has ended: nothing is inside any more, and the others are told
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import secrets
+import socket
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from aioserver.config.faults import ConfigurationError
+from aioserver.wings.cluster.bus import RedisBus
+from aioserver.wings.cluster.claims import RedisClaims
+from aioserver.wings.cluster.connection import AccessDenied, CallFailed
+from aioserver.wings.cluster.grants import State
+from aioserver.wings.cluster.instances import ClusterStreams
+from aioserver.wings.cluster.lease_messages import TIMES
+from aioserver.wings.cluster.leases import Shares
+from aioserver.wings.cluster.limits import SharedLimits
+from aioserver.wings.cluster.renewer import Settler
+from aioserver.wings.cluster.totals import Totals
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+
+    from aioserver.config.settings import ClientKey, HttpClient
+    from aioserver.limits.quota import Quota
+    from aioserver.monitoring.monitor import Monitor
+    from aioserver.monitoring.state import ClusterState
+    from aioserver.providers.health import Health
+    from aioserver.providers.provider import Provider
+    from aioserver.providers.queueing import ProviderGate
+    from aioserver.streams.store import StreamStore
+    from aioserver.wings.cluster.lease_messages import Times
+    from aioserver.wings.conversations.memory import Conversations
+
+logger = logging.getLogger("aioserver.cluster")
+
+# Seconds in which the others are told that this instance is no more; a server that is away hears nothing.
+LEAVE_TIMEOUT = 1.0
+# Seconds for the instances' agreement on a secret, at a start.
+AGREE_TIMEOUT = 1.0
+# Seconds for which it is kept while no instance starts: longer than a browser session lasts.
+PEPPER_SECONDS = 30 * 86_400
+# Characters of a host's name in the name of an instance.
+MAX_HOST = 32
+# Keys that the server looks at in one step.
+SCANNED = 1000
+# Characters with a meaning of their own in a pattern of keys.
+_GLOB = re.compile(r"[*?\[\]\\^-]")
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9.]+")
+
+
+class Membership:
+    """One instance of the cluster *name*, whose server is at *url*. Made by `join`.
+
+    *fixed*: the rank of this instance and the number of all, where a parent knows them. *times*: those of the cluster.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        instance: str,
+        fixed: tuple[int, int] | None,
+        times: Times = TIMES,
+    ) -> None:
+        self.instance = instance
+        self.shares = Shares(
+            instance,
+            fixed=fixed,
+            times=times,
+            on_state=self._state_changed,
+            on_told=lambda *told: self.limits.told(*told),
+        )
+        self.limits = SharedLimits(self.shares)
+        self.shares.on_members = self.limits.instances_changed
+        self.settler = Settler(self.shares, url, name)
+        self.bus = RedisBus(url, self.settler.prefix, instance)
+        self.address = self.settler.connection.address
+        self._incidents: Monitor | None = None
+        self._fixed = fixed is not None
+        self._joined = asyncio.Event()
+        self._streams: ClusterStreams | None = None
+
+    def make_gate(
+        self, name: str, limits: HttpClient, health: Health, clock: Callable[[], float]
+    ) -> ProviderGate:
+        """Return the gate of the provider *name*, whose places and starts all instances share."""
+        return self.limits.make_gate(name, limits, health, clock)
+
+    def make_quota(self, key: ClientKey, elsewhere: Callable[[int], int] | None) -> Quota:
+        """Return the quota of *key*, which all instances share; *elsewhere*: see `Quota`."""
+        return self.limits.make_quota(key, elsewhere)
+
+    def streams(self, store: StreamStore, conversations: Conversations) -> ClusterStreams:
+        """Return what knows the streams of other instances."""
+        claims = RedisClaims(self.bus.commands, self.settler.prefix, self.instance)
+        self._streams = ClusterStreams(self.bus, claims, store, conversations)
+        return self._streams
+
+    def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
+        """Let what others tell reach *providers*, and *monitor* show the state of all instances."""
+        self.limits.providers = providers
+        self._incidents = monitor
+        assert self._streams is not None, "`streams` was called before"
+        monitor.share(
+            Totals(
+                self.instance,
+                self._streams.peers,
+                lambda: self.shares.members,
+                monitor,
+                self.standing,
+            )
+        )
+
+    async def agree_on_pepper(self, own: bytes) -> bytes:
+        """Return the secret of browser sessions on which the instances agree: *own*, if none was there before.
+
+        Without an answer it is *own*, and a session holds only where it was made.
+        """
+        key = f"{self.settler.prefix}pepper"
+        execute = self.bus.commands.execute
+        try:
+            async with asyncio.timeout(AGREE_TIMEOUT):
+                await execute("SET", key, own, "NX", "EX", PEPPER_SECONDS)
+                agreed = await execute("GET", key)
+                await execute("EXPIRE", key, PEPPER_SECONDS)
+        except (CallFailed, TimeoutError):
+            return own
+        return agreed if isinstance(agreed, bytes) and agreed else own
+
+    def standing(self) -> ClusterState:
+        """Return how this instance stands with the others."""
+        assert self._streams is not None, "`streams` was called before"
+        streams = self._streams.stats()
+        return {
+            "state": self.shares.state.value,
+            "calls": self.shares.calls,
+            "failed_calls": self.shares.failures,
+            "links": streams.links,
+            "mirrors": streams.mirrors,
+            "unclaimed": streams.unclaimed,
+            "lost": int(self.bus.lost.value),
+        }
+
+    @property
+    def token(self) -> int:
+        """The number at the end of this instance's name."""
+        return int(self.instance.rpartition("-")[2], 16)
+
+    def ended(self, token: int) -> None:
+        """Note that the instance with *token* has ended for certain: its places are free now, and not after its lease."""
+        for name in self.shares.members:
+            if name.endswith(f"-{token:08x}"):
+                self.shares.ended(name)
+
+    async def open(self, *, clear: bool = False) -> None:
+        """Connect, and share. A server that is not there is looked for in the background.
+
+        *clear*: delete the conversations that are there, if this is the first instance: others may use them.
+
+        Raises:
+            ConfigurationError: the server refuses the password, or the user may not do what is needed.
+        """
+        try:
+            await self.settler.open()
+        except AccessDenied as error:
+            raise ConfigurationError([f"cluster.redis_url: {error}"]) from None
+        if clear and self.shares.members == [self.instance]:
+            await self._clear_conversations()
+        if self.shares.epoch and not self._fixed:
+            # A server that is new gives nothing yet, and without a fixed share nothing could start until then.
+            times = self.shares.times
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(times.blind + times.beat + times.bound):
+                    await self._joined.wait()
+        state = self.shares.state
+        logger.info("cluster: instance %s, %s (%s)", self.instance, state.value, self.address)
+
+    async def close(self) -> None:
+        """Tell the others that nothing is inside any more, and end the connections."""
+        await self.settler.leave(LEAVE_TIMEOUT)
+        await self.settler.close()
+        await self.bus.close()
+
+    async def _clear_conversations(self) -> None:
+        try:
+            count = await self._unlink("c:*")
+            await self._unlink("own:*")
+        except CallFailed as failure:
+            logger.warning("not all conversations are deleted at the start: %s", failure)
+        else:
+            logger.info("conversations deleted at the start: %d", count)
+
+    async def _unlink(self, pattern: str) -> int:
+        """Delete the keys of the cluster that match *pattern*; return how many there were."""
+        prefix = _GLOB.sub(r"\\\g<0>", self.settler.prefix)
+        connection, cursor, count = self.settler.connection, b"0", 0
+        while True:
+            cursor, keys = await connection.execute(
+                *("SCAN", cursor, "MATCH", f"{prefix}{pattern}", "COUNT", SCANNED)
+            )
+            if keys:
+                count += await connection.execute("UNLINK", *keys)
+            if int(cursor) == 0:
+                return count
+
+    def _state_changed(self, _old: State, new: State, why: str) -> None:
+        if new is State.JOINED:
+            self._joined.set()
+        if self.shares.standing.leaving:
+            # It has said good-bye.
+            return
+        if new is State.JOINED:
+            text = "the instances share their limits exactly"
+        elif new is State.UNHEARD:
+            text = f"the cluster's server does not answer: {why}"
+        else:
+            text = "the cluster's server is away: this instance goes on with its fixed share of each limit"
+        level = logging.INFO if new is State.JOINED else logging.WARNING
+        logger.log(level, "cluster: %s: %s", new.value, text)
+        # The first contact is none to talk about.
+        if self._incidents is not None:
+            severity = "info" if new is State.JOINED else "warning"
+            self._incidents.incident("cluster", text, severity=severity)
+
+
+@asynccontextmanager
+async def join(
+    url: str,
+    name: str,
+    *,
+    fixed: tuple[int, int] | None = None,
+    first: bool = False,
+    clear: bool = False,
+    times: Times = TIMES,
+) -> AsyncIterator[Membership]:
+    """Join the cluster *name* for the length of the block; the server within the block has ended before its end.
+
+    *fixed*, *times*: see `Membership`. *first*: no other instance can have places of a former life of the cluster, so that the
+    fixed share may be used at once. *clear*: see `Membership.open`.
+
+    Raises:
+        ConfigurationError: *url* cannot be used, or its server refuses us.
+    """
+    try:
+        membership = Membership(url, name, instance_name(), fixed, times)
+    except ValueError as error:
+        raise ConfigurationError([f"cluster.redis_url: {error}"]) from None
+    if first:
+        membership.shares.use_fixed()
+    try:
+        await membership.open(clear=clear)
+        yield membership
+    finally:
+        await membership.close()
+
+
+def instance_name() -> str:
+    """Return a name that no other instance ever has: the host, the process, and something random."""
+    host = _NOT_IN_NAMES.sub("-", socket.gethostname())[:MAX_HOST]
+    return f"{host}-{os.getpid()}-{secrets.token_hex(4)}"

@@ -1,0 +1,131 @@
+"""`/conversations`: a caller's own conversations, to list, read and delete.
+
+    GET    /conversations            the newest first, in pages
+    GET    /conversations/{id}       the turns of one
+    DELETE /conversations/{id}       one
+    DELETE /conversations            all that the list has
+
+With keys these are the conversations of the key. Without keys all clients are one caller, and an id is enough to read its
+conversation: a client is therefore shown those of its own address only, as with streams. Reading and deleting need no
+place: they work in a full server.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from aioserver.auth.callers import CALLER
+from aioserver.errors import InvalidRequest
+from aioserver.wings.conversations.turn import Position, title_of
+
+if TYPE_CHECKING:
+    from aioserver.faces.context import Context
+    from aioserver.wings.conversations.turn import Turn
+
+PATH = "/conversations"
+# Conversations of one page, at most and where the request does not say.
+MAX_PAGE, PAGE = 200, 50
+# Bytes of text of one answer; the newest turn is always there.
+MAX_SHOWN = 1 << 22
+NO_STORE = {"Cache-Control": "no-store"}
+
+
+def routes(context: Context) -> list[web.RouteDef]:
+    """Return the routes of `/conversations`."""
+    return [
+        web.get(PATH, partial(listing, context)),
+        web.delete(PATH, partial(delete_all, context)),
+        web.get(f"{PATH}/{{id}}", partial(read, context)),
+        web.delete(f"{PATH}/{{id}}", partial(delete, context)),
+    ]
+
+
+async def listing(context: Context, request: web.Request) -> web.Response:
+    """Answer a GET with a page of the list.
+
+    Raises:
+        InvalidRequest: `limit` or `before` is none.
+    """
+    before = request.query.get("before")
+    after = None if before is None else Position.parse(before)
+    page = await context.gateway.history.listing(request[CALLER], _limit(request), after)
+    conversations = [
+        {
+            "id": summary.conversation_id,
+            "title": summary.title,
+            "updated": summary.updated,
+            "messages": summary.messages,
+        }
+        for summary in page.summaries
+    ]
+    following = None if page.after is None else str(page.after)
+    return _json({"conversations": conversations, "next": following, "partial": page.partial})
+
+
+async def read(context: Context, request: web.Request) -> web.Response:
+    """Answer a GET with what is kept of one conversation.
+
+    Raises:
+        ConversationNotFound: the caller has no such conversation.
+    """
+    conversation_id = request.match_info["id"]
+    dialogue = await context.gateway.history.read(request[CALLER], conversation_id)
+    turns, size = dialogue.turns, 0
+    first = len(turns)
+    while first and (first == len(turns) or size + turns[first - 1].size <= MAX_SHOWN):
+        first -= 1
+        size += turns[first].size
+    return _json(
+        {
+            "id": conversation_id,
+            "title": title_of(turns[0].question),
+            "updated": turns[-1].ended,
+            "messages": [message for turn in turns[first:] for message in _messages(turn)],
+            "older": first > 0,
+            "partial": dialogue.partial,
+        }
+    )
+
+
+async def delete(context: Context, request: web.Request) -> web.Response:
+    """Answer a DELETE of one conversation. An answer that runs in it goes on, and is not kept.
+
+    Raises:
+        ConversationNotFound: the caller has no such conversation.
+        HistoryUnavailable: it is not deleted for certain.
+    """
+    conversation_id = request.match_info["id"]
+    await context.gateway.history.delete(request[CALLER], conversation_id)
+    return web.Response(status=204, headers=NO_STORE)
+
+
+async def delete_all(context: Context, request: web.Request) -> web.Response:
+    """Answer a DELETE of all conversations in the caller's list.
+
+    Raises:
+        HistoryUnavailable: they are not deleted for certain.
+    """
+    deleted = await context.gateway.history.delete_all(request[CALLER])
+    return _json({"deleted": deleted})
+
+
+def _limit(request: web.Request) -> int:
+    text = request.query.get("limit", str(PAGE))
+    # A longer number is none of these, and int() is slow with thousands of digits.
+    if text.isascii() and text.isdigit() and len(text) <= 3 and 1 <= int(text) <= MAX_PAGE:
+        return int(text)
+    raise InvalidRequest(f"limit must be a number from 1 to {MAX_PAGE}", param="limit")
+
+
+def _messages(turn: Turn) -> list[dict[str, object]]:
+    return [
+        {"role": "user", "text": turn.question, "time": turn.ended},
+        {"role": "assistant", "text": turn.answer, "time": turn.ended},
+    ]
+
+
+def _json(fields: dict[str, object]) -> web.Response:
+    return web.json_response(fields, headers=NO_STORE)

@@ -1,0 +1,194 @@
+"""The history of conversations: what this process knows of it, and a storage that outlives or spans processes.
+
+Each process has its `Conversations` in memory. Where there is a *storage*, that is the truth: a turn goes to both, a
+question first loads its conversation from there, and lists and pages are read there. A storage may fail. Then
+the chat goes on with what this process remembers, lists are partial, and a deletion is refused: nobody is told that
+something is deleted which may come back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from aioserver.errors import ConversationNotFound, HistoryUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aioserver.auth.callers import Caller
+    from aioserver.config.settings import Context, Persistence
+    from aioserver.wings.conversations.memory import Conversations
+    from aioserver.wings.conversations.turn import Dialogue, Page, Position, Turn
+
+# Seconds after which a client may try a deletion again.
+RETRY_AFTER = 5.0
+
+
+class Trouble(NamedTuple):
+    """A fault of a storage: its kind, in words, and what an operator can do."""
+
+    kind: str
+    text: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class StorageStats:
+    """A snapshot of a storage: `memory`, `sql` or `redis`.
+
+    *waiting* turns are not written yet, *written* and *lost* are counts since the start. *trouble* is what is wrong now, and
+    *since* when, in Unix time.
+    """
+
+    storage: str = "memory"
+    waiting: int = 0
+    written: int = 0
+    lost: int = 0
+    trouble: Trouble | None = None
+    since: float = 0.0
+
+
+class Storage(Protocol):
+    """A storage of conversations. No method waits for long, and none raises: each says if it could not."""
+
+    @property
+    def troubled(self) -> bool:
+        """Whether what is read may lack what was kept."""
+
+    def apply(self, persistence: Persistence) -> None:
+        """Use new bounds."""
+
+    def stats(self) -> StorageStats:
+        """Return a snapshot."""
+
+    async def load(self, caller: Caller, conversation_id: str) -> Sequence[Turn] | None:
+        """Return the turns of a conversation, the oldest first; None if nothing is known of it."""
+
+    def keep(self, caller: Caller, conversation_id: str, turn: Turn, asked: float) -> None:
+        """Append *turn*, whose question came at *asked*, soon; not if the conversation was deleted since."""
+
+    async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page | None:
+        """Return part of the caller's conversations, as `Conversations.listing`; None if it cannot."""
+
+    async def delete(self, caller: Caller, conversation_id: str) -> bool | None:
+        """Delete a conversation; return whether there was one, None if it is not deleted for certain."""
+
+    async def delete_all(self, caller: Caller) -> int | None:
+        """Delete all that `listing` shows; return their number, None if they are not deleted for certain."""
+
+
+class History:
+    """The conversations of all callers. *missing*: why there is another storage than the settings want, for good."""
+
+    def __init__(
+        self,
+        conversations: Conversations,
+        storage: Storage | None = None,
+        missing: Trouble | None = None,
+    ) -> None:
+        self._conversations = conversations
+        self._storage = storage
+        self._missing = missing
+        self._since = conversations.clock()
+
+    @property
+    def stored(self) -> bool:
+        """Whether there is a storage, from which a conversation is loaded before it is used."""
+        return self._storage is not None
+
+    def stats(self) -> StorageStats:
+        """Return a snapshot of the storage."""
+        stats = StorageStats() if self._storage is None else self._storage.stats()
+        if self._missing is not None:
+            stats = replace(stats, trouble=self._missing, since=self._since)
+        return stats
+
+    def now(self) -> float:
+        """Return the time of day by which turns are kept, in Unix time."""
+        return self._conversations.clock()
+
+    def apply(self, context: Context, persistence: Persistence) -> None:
+        """Use new bounds; a history beyond them is cut when it is used next."""
+        self._conversations.apply(context, persistence)
+        if self._storage is not None:
+            self._storage.apply(persistence)
+
+    async def load(self, caller: Caller, conversation_id: str) -> None:
+        """Let this process have the conversation as the storage has it; without an answer it stays as it is."""
+        if self._storage is not None:
+            turns = await self._storage.load(caller, conversation_id)
+            if turns is not None:
+                self._conversations.replace(caller, conversation_id, turns)
+
+    def messages(self, caller: Caller, conversation_id: str, text: str) -> list[dict[str, Any]]:
+        """Return the messages to send for the question *text*: see `Conversations.history`."""
+        return self._conversations.history(caller, conversation_id, text)
+
+    def keep(self, caller: Caller, conversation_id: str, turn: Turn, asked: float) -> None:
+        """Append *turn*, whose question came at *asked*. It never waits."""
+        kept = self._conversations.keep(caller, conversation_id, turn, asked)
+        if kept and self._storage is not None:
+            self._storage.keep(caller, conversation_id, turn, asked)
+
+    async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page:
+        """Return part of the caller's conversations: see `Conversations.listing`."""
+        if self._storage is None:
+            return self._conversations.listing(caller, limit, after)
+        page = await self._storage.listing(caller, limit, after)
+        if page is None:
+            page = self._conversations.listing(caller, limit, after)
+            return page._replace(partial=True)
+        return page._replace(partial=self._storage.troubled)
+
+    async def read(self, caller: Caller, conversation_id: str) -> Dialogue:
+        """Return what is kept of a conversation.
+
+        Raises:
+            ConversationNotFound: there is none.
+        """
+        partial = False
+        if self._storage is not None:
+            turns = await self._storage.load(caller, conversation_id)
+            if turns is not None:
+                self._conversations.replace(caller, conversation_id, turns)
+            partial = turns is None or self._storage.troubled
+        dialogue = self._conversations.read(caller, conversation_id)
+        if dialogue is None:
+            raise ConversationNotFound("no such conversation: it never existed, or is forgotten")
+        return dialogue._replace(partial=partial)
+
+    async def delete(self, caller: Caller, conversation_id: str) -> None:
+        """Delete a conversation, and what comes of an answer that runs in it.
+
+        Raises:
+            ConversationNotFound: there is none.
+            HistoryUnavailable: the storage may have it still.
+        """
+        deleted = self._conversations.delete(caller, conversation_id)
+        if self._storage is not None:
+            stored = await self._storage.delete(caller, conversation_id)
+            if stored is None:
+                raise _unavailable()
+            deleted = stored
+        if not deleted:
+            raise ConversationNotFound("no such conversation: it never existed, or is forgotten")
+
+    async def delete_all(self, caller: Caller) -> int:
+        """Delete the conversations that `listing` shows; return their number.
+
+        Raises:
+            HistoryUnavailable: the storage may have them still.
+        """
+        number = self._conversations.delete_all(caller)
+        if self._storage is not None:
+            stored = await self._storage.delete_all(caller)
+            if stored is None:
+                raise _unavailable()
+            number = stored
+        return number
+
+
+def _unavailable() -> HistoryUnavailable:
+    text = "the conversations cannot be reached now, so it is not certain that this is deleted"
+    return HistoryUnavailable(text, retry_after=RETRY_AFTER)

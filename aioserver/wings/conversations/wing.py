@@ -1,0 +1,83 @@
+"""The history of conversations, as the settings ask for it: in memory, in Redis, or in an SQLite file."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import TYPE_CHECKING
+
+from aioserver.wings.conversations.history import History, Trouble
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from contextlib import AsyncExitStack
+
+    from aioserver.config.settings import Repository
+    from aioserver.telemetry.counters import Counter
+    from aioserver.wings.conversations.history import Storage
+    from aioserver.wings.conversations.memory import Conversations
+
+logger = logging.getLogger("aioserver.history")
+
+SQL = "sql"
+NOT_INSTALLED = "conversations are not kept in a file: {} is not installed"
+INSTALL = "Run `pip install '.[history]'` in the clone, and restart."
+
+
+def wants_file(repository: Repository) -> bool:
+    """Return whether conversations are kept in a file."""
+    return repository.type == SQL and repository.persistence.enabled
+
+
+def prepare_file(repository: Repository) -> None:
+    """Make the file of conversations, if one is wanted, before there are several processes; clear it, if that is wanted.
+
+    It blocks. A fault is logged here, and met again by those who open the file.
+    """
+    if not wants_file(repository):
+        return
+    if importlib.util.find_spec("aiosqlite") is None:
+        return
+    try:
+        from aioserver.wings.conversations.spool import Spool  # noqa: PLC0415 - see `open_history`
+        from aioserver.wings.conversations.sqlite_file import Broken, prepare  # noqa: PLC0415
+    except ModuleNotFoundError:
+        return
+    clear = repository.persistence.clear_on_startup
+    try:
+        prepare(repository.path, clear=clear)
+    except Broken as fault:
+        logger.warning("%s. %s", fault.trouble.text, fault.trouble.advice)
+    else:
+        if clear:
+            # Otherwise what a killed process has left would be written after it.
+            spool = Spool(repository.path)
+            spool.open()
+            spool.close(empty=True)
+            logger.info("conversations deleted at the start: all in %s", repository.path)
+
+
+async def open_history(
+    stack: AsyncExitStack,
+    repository: Repository,
+    conversations: Conversations,
+    shared: Storage | None,
+    counts: Mapping[str, Counter],
+) -> History:
+    """Return the history, which *stack* closes. *shared*: the storage of a cluster, if there is one. *counts*: of turns.
+
+    A file, where one is wanted, is the storage instead: all processes of a machine have the same one.
+    """
+    if not wants_file(repository):
+        return History(conversations, shared)
+    try:
+        # The extra `history`, and Python's own sqlite3, which some builds lack.
+        from aioserver.wings.conversations.storage import SqliteStorage  # noqa: PLC0415
+    except ModuleNotFoundError as missing:
+        return History(
+            conversations, shared, Trouble("missing", NOT_INSTALLED.format(missing.name), INSTALL)
+        )
+    storage = SqliteStorage(repository.path, repository.persistence, conversations.clock, counts)
+    stack.push_async_callback(storage.close)
+    await storage.open()
+    return History(conversations, storage)

@@ -1,0 +1,394 @@
+"""The chunks of a chat completion as the events of a response.
+
+    response.created, response.in_progress          with the first chunk
+    for each item
+        response.output_item.added
+            response.content_part.added             for each part of a message or of reasoning
+            response.output_text.delta …            for each text; also refusal, reasoning_text
+            response.output_text.done
+            response.content_part.done
+            response.function_call_arguments.delta … .done          or, in one piece,
+            response.custom_tool_call_input.delta, .done
+        response.output_item.done
+    response.completed, or response.incomplete      at the end of the stream, when the usage is known
+
+Reasoning ends where the message begins, and the message where a call begins. Calls stay open until the end, since
+providers may send the pieces of several in turns; so no argument comes too late for its item.
+
+A chunk is read as for the faces that show frames (`protocol.openai.Reading`): halves of characters are joined, only one
+choice counts, an error object ends the answer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from aioserver.protocol.openai import BadEvent, Reading
+from aioserver.wings.responses.bridge.chunk import texts_of, written_logprobs
+from aioserver.wings.responses.bridge.output import (
+    COMPLETED,
+    IN_PROGRESS,
+    INCOMPLETE,
+    REASONING,
+    REASONS,
+    TEXT,
+    Call,
+    Message,
+    Part,
+    Reasoning,
+    usage_object,
+)
+
+if TYPE_CHECKING:
+    from aioserver.wings.responses.bridge.output import Frame
+    from aioserver.wings.responses.bridge.request import ChatRequest
+
+# Bytes of an item beside its texts, in Python's objects and in the events with the whole response.
+ITEM_BYTES = 1024
+
+
+class ResponseWriter(Reading):
+    """Reads the chunks of one answer, or a whole answer, and writes the response.
+
+    *frame* is that of the response, *request* what was sent to the provider. All that is kept has at most
+    *max_bytes*: the last event has it all.
+
+    Always: `sequence` is the number of events that were written; an item is written to only while it is in `_open`.
+    """
+
+    __slots__ = (
+        "_asked_bytes",
+        "_calls",
+        "_frame",
+        "_ids",
+        "_items",
+        "_max_bytes",
+        "_message",
+        "_name",
+        "_nameless",
+        "_open",
+        "_overhead",
+        "_part",
+        "_reasoning",
+        "_size",
+        "_tools",
+        "logprobs",
+        "reasoning_field",
+        "sequence",
+    )
+
+    def __init__(self, request: ChatRequest, frame: Frame, max_bytes: int) -> None:
+        super().__init__(max_text_bytes=0)
+        self._frame = frame
+        self._tools = request.tools
+        self.logprobs = request.logprobs
+        self._asked_bytes = request.asked_bytes
+        self._max_bytes = max_bytes
+        self._name = frame.id.removeprefix("resp_")
+        self.sequence = 0
+        # The name of the field in which the provider sends its reasoning; empty if it has sent none.
+        self.reasoning_field = ""
+        self._items: list[Message | Call] = []
+        # The items that are not done, in their order.
+        self._open: list[Message | Call] = []
+        # The message and the reasoning that is written to, and the part of either.
+        self._message: Message | None = None
+        self._reasoning: Reasoning | None = None
+        self._part: Part | None = None
+        # The calls by the index that the provider gives them; of those without one, by a number below 0.
+        self._calls: dict[int, Call] = {}
+        # The first key in it of each id that the provider gives its calls.
+        self._ids: dict[str, int] = {}
+        # The bytes that are kept, and those of them that are no text of the answer, nor the frame.
+        self._size, self._overhead = frame.size, 0
+        # Pieces of calls whose name has not come yet: the provider's id and the arguments.
+        self._nameless: dict[int, tuple[str, bytes]] = {}
+
+    @property
+    def size(self) -> int:
+        """The bytes that are kept."""
+        return self._size
+
+    @property
+    def plain(self) -> bool:
+        """Whether a text can come as `add_text`: nothing but a text is under way or wanted."""
+        part = self._part
+        return part is not None and part.kind is TEXT and not self.logprobs and not self.half
+
+    @property
+    def response_id(self) -> str:
+        """The id of the response."""
+        return self._frame.id
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything of an answer."""
+        return bool(self._items)
+
+    def begin(self, data: bytes) -> list[bytes]:
+        """Return the events before those of *data*, the first chunk."""
+        self.note_model(data)
+        response = b'"response":%b' % self._frame.render(IN_PROGRESS)
+        return [self._event(b"created", response), self._event(b"in_progress", response)]
+
+    def note_model(self, data: bytes) -> None:
+        """Take over the model's name from *data*, a chunk or a whole answer."""
+        try:
+            model = orjson.loads(data).get("model")
+        except (orjson.JSONDecodeError, AttributeError):
+            # The reading says so.
+            return
+        if isinstance(model, str) and 0 < len(model) <= 1024:
+            self._frame.model = model.encode("utf-8", "replace").decode()
+
+    def add_text(self, text: bytes) -> bytes:
+        """Return the event of a *text*, escaped, where `plain` is true.
+
+        Raises:
+            BadEvent: the answer is too long.
+        """
+        part = self._part
+        assert part is not None, "asked for by `plain`"
+        self._grow(len(text))
+        part.text += text
+        sequence = self.sequence
+        self.sequence = sequence + 1
+        return part.delta(text, sequence)
+
+    def finish(self, now: int) -> list[bytes]:
+        """Return the events that end the response, at the time *now*.
+
+        Raises:
+            BadEvent: a call has no name.
+        """
+        events: list[bytes] = []
+        self._complete(events)
+        reason = REASONS.get(self.finish_reason or "", "")
+        status = INCOMPLETE if reason else COMPLETED
+        for item in self._open:
+            # Only the newest item can have been cut.
+            events += self._ending(item, status if item is self._items[-1] else COMPLETED)
+        self._open.clear()
+        response = self.response(now)
+        events.append(self._event(status, b'"response":%b' % response))
+        return events
+
+    def _complete(self, events: list[bytes]) -> None:
+        if not self._items:
+            # Clients look into the first item.
+            self._say(TEXT, b"", events)
+        if self._nameless:
+            raise BadEvent("the provider sent a call without a name")
+
+    def _fill(self, call: Call, events: list[bytes]) -> None:
+        """Make a *call* without arguments one with an empty object: clients parse it."""
+        if not call.text and not call.custom:
+            self._argue(call, b"{}", events)
+
+    def response(self, now: int) -> bytes:
+        """Return the response object, at the time *now* of its end."""
+        reason = REASONS.get(self.finish_reason or "", "")
+        status = INCOMPLETE if reason else COMPLETED
+        answered_bytes = self._size - self._frame.size - self._overhead
+        usage = usage_object(self.usage, self._asked_bytes, answered_bytes)
+        output = b",".join([item.render(COMPLETED) for item in self._items[:-1]])
+        if self._items:
+            last = self._items[-1].render(status)
+            output = b"%b,%b" % (output, last) if output else last
+        completed_at = None if reason else now
+        return self._frame.render(
+            status, output, usage=usage, reason=reason, completed_at=completed_at
+        )
+
+    def _choice(self, choice: dict[str, Any], chunks: list[bytes]) -> None:
+        delta = choice.get("delta") or choice.get("message")
+        if isinstance(delta, dict):
+            for kind, text, field in texts_of(delta):
+                escaped = orjson.dumps(text)[1:-1]
+                if kind is REASONING:
+                    self.reasoning_field = field
+                    self._think(escaped, chunks)
+                else:
+                    logprobs = choice.get("logprobs") if self.logprobs and kind is TEXT else None
+                    self._say(kind, escaped, chunks, logprobs)
+            calls = delta.get("tool_calls")
+            if isinstance(calls, list):
+                for number, call in enumerate(calls):
+                    if isinstance(call, dict):
+                        self._call(call, number, chunks)
+            if isinstance(call := delta.get("function_call"), dict):
+                # The form before there were tools.
+                self._call({"index": 0, "function": call}, 0, chunks)
+        reason = choice.get("finish_reason")
+        if isinstance(reason, str):
+            self.finish_reason = reason
+
+    def _think(self, text: bytes, events: list[bytes]) -> None:
+        """Add *text*, escaped, to the reasoning."""
+        if self._reasoning is None:
+            self._close(self._message, events)
+            self._reasoning = Reasoning(self._next_name(), len(self._items))
+            self._begin(self._reasoning, events)
+            self._begin_part(self._reasoning, REASONING, events)
+        self._add(text, events)
+
+    def _say(self, kind: bytes, text: bytes, events: list[bytes], logprobs: object = None) -> None:
+        """Add *text*, escaped, to the message: to its text or to its refusal, as *kind* says."""
+        self._close(self._reasoning, events)
+        message = self._message
+        if message is None:
+            message = self._message = Message(self._next_name(), len(self._items))
+            self._begin(message, events)
+        if self._part is None or self._part.kind is not kind:
+            events += self._part_ending()
+            self._begin_part(message, kind, events)
+        self._add(text, events, logprobs)
+
+    def _add(self, text: bytes, events: list[bytes], logprobs: object = None) -> None:
+        part = self._part
+        assert part is not None, "begun by the callers"
+        self._grow(len(text))
+        part.text += text
+        plain = b""
+        if isinstance(logprobs, dict):
+            own, plain = written_logprobs(logprobs.get("content"))
+            self._grow(len(own) + len(plain))
+            part.add_logprobs(own, plain)
+        if text:
+            events.append(part.delta(text, self.sequence, plain))
+            self.sequence += 1
+
+    def _call(self, call: dict[str, Any], number: int, events: list[bytes]) -> None:
+        """Add *call*, a piece of a call, the one with this *number* in its chunk."""
+        function = call.get("function")
+        function = function if isinstance(function, dict) else {}
+        name, call_id = function.get("name"), call.get("id")
+        name = name if isinstance(name, str) else ""
+        provider_id = call_id if isinstance(call_id, str) else ""
+        arguments = function.get("arguments")
+        if isinstance(arguments, dict):
+            arguments = orjson.dumps(arguments).decode()
+        text = orjson.dumps(arguments)[1:-1] if isinstance(arguments, str) else b""
+        index = self._index_of(call, number, provider_id, name)
+        known = self._calls.get(index)
+        if (
+            known is not None
+            and name
+            and provider_id
+            and known.provider_id not in {"", provider_id}
+        ):
+            # Some providers give each of their calls the same index.
+            known = None
+        if known is None:
+            earlier_id, earlier_text = self._nameless.pop(index, ("", b""))
+            provider_id, text = provider_id or earlier_id, earlier_text + text
+            if not name:
+                self._grow(len(text), ITEM_BYTES)
+                self._nameless[index] = provider_id, text
+                return
+            known = self._begin_call(name, index, provider_id, events)
+        self._argue(known, text, events)
+
+    def _index_of(self, call: dict[str, Any], number: int, provider_id: str, name: str) -> int:
+        """Return the key in `_calls` of the call that *call* is a piece of."""
+        index = call.get("index")
+        if isinstance(index, int) and not isinstance(index, bool):
+            if index in self._calls or name or provider_id or -1 not in self._calls:
+                return index
+        elif provider_id or name:
+            return self._ids.get(provider_id, -1 - len(self._calls))
+        # A piece without a name goes on with the newest call.
+        return next(reversed(self._calls), number)
+
+    def _begin_call(self, name: str, index: int, provider_id: str, events: list[bytes]) -> Call:
+        self._close(self._reasoning, events)
+        self._close(self._message, events)
+        call = Call(self._tools.find(name), self._next_name(), len(self._items), provider_id)
+        self._calls[index] = call
+        if provider_id:
+            self._ids.setdefault(provider_id, index)
+        self._begin(call, events)
+        return call
+
+    def _argue(self, call: Call, text: bytes, events: list[bytes]) -> None:
+        """Add *text*, escaped, to the arguments of *call*."""
+        if not text:
+            return
+        self._grow(len(text))
+        call.text += text
+        if not call.custom:
+            delta = b'%b,"delta":"%b"' % (call.place, text)
+            events.append(self._event(b"function_call_arguments.delta", delta))
+
+    def _begin(self, item: Message | Call, events: list[bytes]) -> None:
+        self._grow(0, ITEM_BYTES)
+        self._items.append(item)
+        self._open.append(item)
+        added = b'"output_index":%d,"item":%b' % (item.index, item.render(IN_PROGRESS))
+        events.append(self._event(b"output_item.added", added))
+
+    def _begin_part(self, message: Message, kind: bytes, events: list[bytes]) -> None:
+        self._grow(0, ITEM_BYTES)
+        self._part = part = message.add_part(kind)
+        added = b'%b,"part":%b' % (part.place, part.render())
+        events.append(self._event(b"content_part.added", added))
+
+    def _close(self, item: Message | None, events: list[bytes]) -> None:
+        """End *item*, the message or the reasoning that is under way, if there is one."""
+        if item is not None:
+            events += self._ending(item, COMPLETED)
+            self._open.remove(item)
+
+    def _ending(self, item: Message | Call, status: bytes) -> list[bytes]:
+        """Return the events that end *item*, with a *status*."""
+        events: list[bytes] = []
+        if isinstance(item, Call):
+            if item.custom:
+                text = item.input
+                if text:
+                    delta = b'%b,"delta":"%b"' % (item.place, text)
+                    events.append(self._event(b"custom_tool_call_input.delta", delta))
+                done = b'%b,"input":"%b"' % (item.place, text)
+                events.append(self._event(b"custom_tool_call_input.done", done))
+            else:
+                if status is COMPLETED:
+                    self._fill(item, events)
+                done = b'%b,"arguments":"%b"' % (item.place, bytes(item.text))
+                events.append(self._event(b"function_call_arguments.done", done))
+        elif item is self._message or item is self._reasoning:
+            events += self._part_ending()
+            self._message = self._reasoning = None
+        done = b'"output_index":%d,"item":%b' % (item.index, item.render(status))
+        events.append(self._event(b"output_item.done", done))
+        return events
+
+    def _part_ending(self) -> list[bytes]:
+        part, self._part = self._part, None
+        if part is None:
+            return []
+        ending = b'%b,"part":%b' % (part.place, part.render())
+        return [
+            self._event(b"%b.done" % part.kind, part.done),
+            self._event(b"content_part.done", ending),
+        ]
+
+    def _next_name(self) -> str:
+        return f"{self._name}_{len(self._items)}"
+
+    def _grow(self, size: int, overhead: int = 0) -> None:
+        self._size += size + overhead
+        self._overhead += overhead
+        if self._size > self._max_bytes:
+            raise BadEvent(f"the provider's answer has more than {self._max_bytes} bytes")
+
+    def _event(self, kind: bytes, members: bytes) -> bytes:
+        number = self.sequence
+        self.sequence = number + 1
+        return b'event: response.%b\ndata: {"type":"response.%b","sequence_number":%d,%b}\n\n' % (
+            kind,
+            kind,
+            number,
+            members,
+        )

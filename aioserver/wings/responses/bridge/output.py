@@ -1,0 +1,285 @@
+"""The output items of a response, while they grow, and the response object around them.
+
+The texts of items are kept escaped, as they stand in JSON, so that an event is bytes put together, and no text is written
+twice. An item is one of
+
+    Message    parts of text and of a refusal
+    Reasoning  one part
+    Call       the arguments of a function, or the input of a custom tool
+
+The members of the object that repeat the request are written once, and stand in each copy of it. OpenAI repeats the
+instructions and the tools too; so do we, unless they are longer than MAX_REPEATED_BYTES.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from aioserver.wings.responses.bridge.tools import Tool
+
+TEXT, REFUSAL, REASONING = b"output_text", b"refusal", b"reasoning_text"
+IN_PROGRESS, COMPLETED, INCOMPLETE = b"in_progress", b"completed", b"incomplete"
+
+
+class Part:
+    """A text that grows, part of an item. *kind* is TEXT, REFUSAL or REASONING.
+
+    *place* are the members of an event that say where it stands. `logprobs` and `plain_logprobs` are JSON, joined:
+    with the bytes of each token, as an item has them, and without, as events do.
+    """
+
+    __slots__ = ("_delta_head", "kind", "logprobs", "place", "plain_logprobs", "text")
+
+    def __init__(self, kind: bytes, place: bytes) -> None:
+        self.kind = kind
+        self.place = place
+        self.text = bytearray()
+        self.logprobs = bytearray()
+        self.plain_logprobs = bytearray()
+        self._delta_head = b'event: response.%b.delta\ndata: {"type":"response.%b.delta",%b,' % (
+            kind,
+            kind,
+            place,
+        )
+
+    def add_logprobs(self, own: bytes, plain: bytes) -> None:
+        """Add logprobs, with and without the bytes of each token."""
+        comma = b"," if self.logprobs and own else b""
+        self.logprobs += comma + own
+        self.plain_logprobs += comma + plain
+
+    def delta(self, text: bytes, sequence: int, logprobs: bytes = b"") -> bytes:
+        """Return the event with *text*, which has been added."""
+        if self.kind is TEXT:
+            return b'%b"logprobs":[%b],"delta":"%b","sequence_number":%d}\n\n' % (
+                self._delta_head,
+                logprobs,
+                text,
+                sequence,
+            )
+        return b'%b"delta":"%b","sequence_number":%d}\n\n' % (self._delta_head, text, sequence)
+
+    @property
+    def done(self) -> bytes:
+        """The members of the event that ends it."""
+        # Joined, since a text may have megabytes: a format would copy it once more.
+        if self.kind is TEXT:
+            logprobs = (b'","logprobs":[', self.plain_logprobs, b"]")
+            return b"".join((self.place, b',"text":"', self.text, *logprobs))
+        name = b"refusal" if self.kind is REFUSAL else b"text"
+        return b"".join((self.place, b',"%b":"' % name, self.text, b'"'))
+
+    def render(self) -> bytes:
+        """Return the part as it is now."""
+        if self.kind is TEXT:
+            logprobs = (b'","annotations":[],"logprobs":[', self.logprobs, b"]}")
+            return b"".join((b'{"type":"output_text","text":"', self.text, *logprobs))
+        name = b"refusal" if self.kind is REFUSAL else b"text"
+        return b"".join((b'{"type":"%b","%b":"' % (self.kind, name), self.text, b'"}'))
+
+
+class Message:
+    """A message of the assistant."""
+
+    __slots__ = ("id", "index", "parts")
+
+    def __init__(self, name: str, index: int) -> None:
+        self.id = f"msg_{name}".encode()
+        self.index = index
+        self.parts: list[Part] = []
+
+    def add_part(self, kind: bytes) -> Part:
+        """Begin a part of *kind*."""
+        place = b'"item_id":"%b","output_index":%d,"content_index":%d'
+        part = Part(kind, place % (self.id, self.index, len(self.parts)))
+        self.parts.append(part)
+        return part
+
+    def render(self, status: bytes) -> bytes:
+        """Return the item as it is now, with a *status*."""
+        return b'{"id":"%b","type":"message","status":"%b","role":"assistant","content":[%b]}' % (
+            self.id,
+            status,
+            b",".join([part.render() for part in self.parts]),
+        )
+
+
+class Reasoning(Message):
+    """The thoughts of a model before its answer."""
+
+    __slots__ = ()
+
+    def __init__(self, name: str, index: int) -> None:
+        super().__init__(name, index)
+        self.id = f"rs_{name}".encode()
+
+    def render(self, status: bytes) -> bytes:
+        """Return the item, as `Message.render`."""
+        return b'{"id":"%b","type":"reasoning","status":"%b","summary":[],"content":[%b]}' % (
+            self.id,
+            status,
+            b",".join([part.render() for part in self.parts]),
+        )
+
+
+class Call:
+    """A call of *tool*. `text` are the arguments of its function, escaped; *provider_id* is what the provider calls it.
+
+    The input of a custom tool is within those arguments, and so is known only when they are complete.
+    """
+
+    __slots__ = ("_call_id", "custom", "id", "index", "place", "provider_id", "text", "tool")
+
+    def __init__(self, tool: Tool, name: str, index: int, provider_id: str) -> None:
+        self.tool = tool
+        self.custom = tool.kind == "custom"
+        self.id = f"{'ctc' if self.custom else 'fc'}_{name}".encode()
+        self.index = index
+        self.place = b'"item_id":"%b","output_index":%d' % (self.id, index)
+        self.provider_id = provider_id
+        self._call_id = orjson.dumps(provider_id or f"call_{name}")
+        self.text = bytearray()
+
+    @property
+    def input(self) -> bytes:
+        """The input of a custom tool, escaped: the one argument of its function, or all that the model wrote."""
+        try:
+            arguments = orjson.loads(b'"%b"' % bytes(self.text))
+            text = orjson.loads(arguments)["input"]
+            return orjson.dumps(text if isinstance(text, str) else arguments)[1:-1]
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            return bytes(self.text)
+
+    def render(self, status: bytes) -> bytes:
+        """Return the item as it is now, with a *status*."""
+        namespace = b""
+        if self.tool.namespace:
+            namespace = b',"namespace":%b' % orjson.dumps(self.tool.namespace)
+        if self.custom:
+            return (
+                b'{"id":"%b","type":"custom_tool_call","call_id":%b,"name":%b%b,"input":"%b"}'
+                % (
+                    self.id,
+                    self._call_id,
+                    orjson.dumps(self.tool.name),
+                    namespace,
+                    b"" if status is IN_PROGRESS else self.input,
+                )
+            )
+        return (
+            b'{"id":"%b","type":"function_call","status":"%b","call_id":%b,"name":%b%b,"arguments":"%b"}'
+            % (
+                self.id,
+                status,
+                self._call_id,
+                orjson.dumps(self.tool.name),
+                namespace,
+                bytes(self.text),
+            )
+        )
+
+
+# Bytes of a request that its response repeats: each of its events with a response object has them.
+MAX_REPEATED_BYTES = 262_144
+# Bytes that stand for one token where the provider reports no usage.
+BYTES_PER_TOKEN = 4
+# By a finish_reason: why an answer is not complete.
+REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
+
+
+@dataclass(slots=True)
+class Frame:
+    """The response object, as far as it is known before its answer comes.
+
+    *repeated* are the members that repeat the request, JSON without the braces. *model* is the model that was asked
+    for, and *created_at* the time of the response, in whole seconds since 1970.
+    """
+
+    id: str
+    created_at: int
+    model: str
+    repeated: bytes
+
+    @property
+    def size(self) -> int:
+        """The bytes that it takes, about."""
+        return len(self.repeated) + len(self.model) + len(self.id)
+
+    def render(
+        self,
+        status: bytes,
+        output: bytes = b"",
+        *,
+        usage: bytes = b"null",
+        reason: str = "",
+        completed_at: int | None = None,
+    ) -> bytes:
+        """Return the response object with a *status* and *output*, its items joined by commas.
+
+        *reason* says why an answer is incomplete.
+        """
+        incomplete = b'{"reason":%b}' % orjson.dumps(reason) if reason else b"null"
+        return (
+            b'{"id":%b,"object":"response","created_at":%d,"status":"%b","background":false,"completed_at":%b,'
+            b'"error":null,"incomplete_details":%b,"model":%b,"output":[%b],%b,"usage":%b}'
+        ) % (
+            orjson.dumps(self.id),
+            self.created_at,
+            status,
+            b"null" if completed_at is None else b"%d" % completed_at,
+            incomplete,
+            orjson.dumps(self.model),
+            output,
+            self.repeated,
+            usage,
+        )
+
+
+def usage_object(usage: Mapping[str, Any] | None, asked_bytes: int, answered_bytes: int) -> bytes:
+    """Return the usage of a response for that of a chat completion.
+
+    If the provider has reported none it is an estimate, since many clients cannot do without: a token for
+    BYTES_PER_TOKEN bytes of the request and of the answer.
+    """
+    known = usage or {}
+    asked = _count(known, "prompt_tokens")
+    answered = _count(known, "completion_tokens")
+    if asked is None:
+        asked = -(-asked_bytes // BYTES_PER_TOKEN)
+    if answered is None:
+        answered = -(-answered_bytes // BYTES_PER_TOKEN)
+    total = _count(known, "total_tokens")
+    of_prompt, of_answer = (
+        details if isinstance(details := known.get(name), dict) else {}
+        for name in ("prompt_tokens_details", "completion_tokens_details")
+    )
+    cached = _count(of_prompt, "cached_tokens")
+    if cached is None:
+        # DeepSeek's own name.
+        cached = _count(known, "prompt_cache_hit_tokens")
+    return orjson.dumps(
+        {
+            "input_tokens": asked,
+            "input_tokens_details": {
+                "cache_write_tokens": _count(of_prompt, "cache_write_tokens") or 0,
+                "cached_tokens": cached or 0,
+            },
+            "output_tokens": answered,
+            "output_tokens_details": {
+                "reasoning_tokens": _count(of_answer, "reasoning_tokens") or 0
+            },
+            "total_tokens": asked + answered if total is None else total,
+        }
+    )
+
+
+def _count(counts: Mapping[str, Any], name: str) -> int | None:
+    number = counts.get(name)
+    plausible = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 1 << 53
+    return number if plausible else None

@@ -1,0 +1,296 @@
+"""The body of a request to `/v1/responses` as that of one to `/v1/chat/completions`.
+
+    instructions                 the first system message
+    input                        messages (items.py)
+    tools, tool_choice           functions (tools.py)
+    text.format                  response_format
+    text.verbosity               verbosity
+    reasoning.effort             reasoning_effort
+    max_output_tokens            max_tokens, which more engines know than max_completion_tokens
+    top_logprobs, include        logprobs, top_logprobs
+    safety_identifier            user, unless there is one
+    temperature, top_p, user, service_tier, parallel_tool_calls    the same
+
+`metadata`, `store` and `previous_response_id` are our own affair, and not the provider's. Hints for caches and what
+else only bounds what the provider does by itself are left out, since some providers refuse every word that they do
+not know. Whatever would change the meaning of the answer is refused by name: see `_REFUSED`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+import orjson
+from msgspec import Raw
+
+from aioserver.errors import InvalidRequest, ResponseNotFound
+from aioserver.protocol import json_body
+from aioserver.protocol.json_body import ABSENT, flag, null
+from aioserver.wings.responses.bridge.items import Messages
+from aioserver.wings.responses.bridge.output import MAX_REPEATED_BYTES
+from aioserver.wings.responses.bridge.reading import (
+    check_density,
+    elements,
+    is_string,
+    members,
+    read,
+    string,
+)
+from aioserver.wings.responses.bridge.tools import Tools
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+# Items of a request that become messages in one step, and their bytes, since an item may have thousands of parts.
+STEP_ITEMS, STEP_BYTES = 256, 1 << 18
+LOGPROBS = "message.output_text.logprobs"
+# Fields that only a provider with responses of its own can honour.
+_REFUSED = ("background", "conversation", "prompt", "moderation")
+_TEXT_FORMAT = b'{"type":"text"}'
+
+
+class _Body(msgspec.Struct, gc=False):
+    model: Raw = ABSENT
+    stream: Raw = ABSENT
+    input: Raw = ABSENT
+    instructions: Raw = ABSENT
+    tools: Raw = ABSENT
+    tool_choice: Raw = ABSENT
+    text: Raw = ABSENT
+    reasoning: Raw = ABSENT
+    include: Raw = ABSENT
+    max_output_tokens: Raw = ABSENT
+    temperature: Raw = ABSENT
+    top_p: Raw = ABSENT
+    top_logprobs: Raw = ABSENT
+    parallel_tool_calls: Raw = ABSENT
+    user: Raw = ABSENT
+    safety_identifier: Raw = ABSENT
+    service_tier: Raw = ABSENT
+    prompt_cache_key: Raw = ABSENT
+    metadata: Raw = ABSENT
+    store: Raw = ABSENT
+    previous_response_id: Raw = ABSENT
+    background: Raw = ABSENT
+    conversation: Raw = ABSENT
+    prompt: Raw = ABSENT
+    moderation: Raw = ABSENT
+
+
+class _Text(msgspec.Struct, gc=False):
+    format: Raw = ABSENT
+    verbosity: Raw = ABSENT
+
+
+class _Format(msgspec.Struct, gc=False):
+    type: str
+    name: Raw = ABSENT
+    description: Raw = ABSENT
+    schema: Raw = ABSENT
+    strict: Raw = ABSENT
+
+
+class _Reasoning(msgspec.Struct, gc=False):
+    effort: Raw = ABSENT
+
+
+_BODY = msgspec.json.Decoder(_Body)
+_TEXT = msgspec.json.Decoder(_Text)
+_FORMAT = msgspec.json.Decoder(_Format)
+_REASONING = msgspec.json.Decoder(_Reasoning)
+_METADATA = msgspec.json.Decoder(dict[str, str] | None)
+
+
+@dataclass(slots=True)
+class ChatRequest:
+    """A request for chat completions, and what its answer needs to become a response.
+
+    *body* is the JSON to send, of *asked_bytes*; it is let go when it was sent. *repeated* is for the `Frame` of the response.
+    *logprobs* says that the answer shall have them.
+    """
+
+    body: bytes
+    model: str
+    tools: Tools
+    repeated: bytes
+    logprobs: bool
+    asked_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.asked_bytes = len(self.body)
+
+
+def chat_request(
+    body: bytes, *, previous: str | None = None, reasoning_field: str = ""
+) -> Generator[None, None, ChatRequest]:
+    """Return the request for chat completions that *body* means, in steps.
+
+    *body* is JSON with a model. *previous* is the id of the response that it continues, if its items are in the
+    body already. *reasoning_field* is as for `Messages`.
+
+    Raises:
+        InvalidRequest: *body* is no request, or one that has no form in chat completions.
+    """
+    yield from check_density(body)
+    yield
+    fields = yield from _fields(body)
+    model = b'""' if null(fields.model) else string(fields.model, "model")
+    if not null(fields.previous_response_id):
+        raise ResponseNotFound("the previous response is not known", param="previous_response_id")
+    tools = Tools()
+    for number, raw in enumerate(elements(fields.tools, "tools")):
+        tools.add(raw, f"tools[{number}]")
+    choice = tools.choose(fields.tool_choice)
+    messages = Messages(tools, reasoning_field)
+    if not null(fields.instructions):
+        messages.instruct(string(fields.instructions, "instructions"))
+    if is_string(fields.input):
+        messages.ask(bytes(fields.input))
+    else:
+        yield
+        yield from _add_items(messages, fields.input)
+    logprobs = not null(fields.top_logprobs) or LOGPROBS in _names(fields.include)
+    written_format, shown_text = _text(fields.text)
+    parts = (
+        b'{"model":%b,"messages":[' % model,
+        messages.finish(),
+        b"]",
+        b',"stream":true,"stream_options":{"include_usage":true}' if flag(fields.stream) else b"",
+        _tool_members(tools, choice, fields),
+        written_format,
+        _options(fields, logprobs=logprobs),
+        b"}",
+    )
+    repeated = _repeated(fields, tools, shown_text, previous)
+    return ChatRequest(b"".join(parts), orjson.loads(model), tools, repeated, logprobs)
+
+
+def _add_items(messages: Messages, raw: Raw) -> Generator[None, None, None]:
+    """Add the items in *raw*, the input, to *messages*, in steps."""
+    array = b"[]" if null(raw) else bytes(raw)
+    if not array.startswith(b"["):
+        raise InvalidRequest("input must be a list", param="input")
+    number = size = 0
+    for items in json_body.elements(array):
+        for item in items:
+            messages.add(item, f"input[{number}]")
+            number += 1
+            size += len(memoryview(item)) + STEP_BYTES // STEP_ITEMS
+            if size >= STEP_BYTES:
+                size = 0
+                messages.compact()
+                yield
+        if len(array) > STEP_BYTES:
+            yield
+    if not number:
+        raise InvalidRequest("input must be a text, or a list of items", param="input")
+
+
+def _fields(body: bytes) -> Generator[None, None, _Body]:
+    fields = yield from json_body.decoding(_BODY, body, "the body")
+    for name in _REFUSED:
+        raw = getattr(fields, name)
+        if not null(raw) and flag(raw) is not False:
+            message = f"{name} is not available: the provider has chat completions only"
+            raise InvalidRequest(message, param=name)
+    read(_METADATA, Raw(b"null") if null(fields.metadata) else fields.metadata, "metadata")
+    return fields
+
+
+def _names(raw: Raw) -> list[str]:
+    return [json_body.text(each) or "" for each in elements(raw, "include")]
+
+
+def _tool_members(tools: Tools, choice: bytes, fields: _Body) -> bytes:
+    if not tools.functions:
+        # OpenAI's own chat completions refuse a choice without tools.
+        return b""
+    functions = b"[%b]" % b",".join(tools.functions.values())
+    return members(
+        (b"tools", functions),
+        (b"tool_choice", choice),
+        (b"parallel_tool_calls", fields.parallel_tool_calls),
+    )
+
+
+def _options(fields: _Body, *, logprobs: bool) -> bytes:
+    reasoning = _Reasoning()
+    if not null(fields.reasoning):
+        reasoning = read(_REASONING, fields.reasoning, "reasoning")
+    return members(
+        (b"temperature", fields.temperature),
+        (b"top_p", fields.top_p),
+        (b"max_tokens", fields.max_output_tokens),
+        (b"reasoning_effort", reasoning.effort),
+        (b"logprobs", b"true" if logprobs else b""),
+        (b"top_logprobs", fields.top_logprobs),
+        (b"user", fields.safety_identifier if null(fields.user) else fields.user),
+        (b"service_tier", fields.service_tier),
+    )
+
+
+def _text(raw: Raw) -> tuple[bytes, bytes]:
+    """Return the members for the form of the text, and the `text` of the response."""
+    fields = _Text() if null(raw) else read(_TEXT, raw, "text")
+    verbosity = members((b"verbosity", fields.verbosity))
+    shown = b'{"format":%b%b}' % (
+        _TEXT_FORMAT if null(fields.format) else bytes(fields.format),
+        verbosity,
+    )
+    if null(fields.format):
+        return verbosity, shown
+    form = read(_FORMAT, fields.format, "text.format")
+    if form.type == "text":
+        return verbosity, shown
+    if form.type == "json_object":
+        return verbosity + b',"response_format":{"type":"json_object"}', shown
+    if form.type != "json_schema":
+        raise InvalidRequest(f"no format is named {form.type[:64]!r}", param="text.format.type")
+    schema = members(
+        (b"name", string(form.name, "text.format.name")),
+        (b"description", form.description),
+        (b"schema", form.schema),
+        (b"strict", form.strict),
+    )
+    written = b',"response_format":{"type":"json_schema","json_schema":{%b}}' % schema[1:]
+    return verbosity + written, shown
+
+
+def _repeated(fields: _Body, tools: Tools, text: bytes, previous: str | None) -> bytes:
+    """Return the members of the response that repeat the request."""
+    instructions, shown = _or(fields.instructions, b"null"), b",".join(tools.shown)
+    if len(instructions) + len(shown) > MAX_REPEATED_BYTES:
+        instructions, shown = b"null", b""
+    unstored = flag(fields.store) is False
+    values = {
+        b"instructions": instructions,
+        b"max_output_tokens": _or(fields.max_output_tokens, b"null"),
+        b"metadata": _or(fields.metadata, b"{}"),
+        b"parallel_tool_calls": _or(fields.parallel_tool_calls, b"true"),
+        b"previous_response_id": orjson.dumps(previous),
+        b"prompt_cache_key": _or(fields.prompt_cache_key, b"null"),
+        b"reasoning": _or(fields.reasoning, b'{"effort":null,"summary":null}'),
+        b"safety_identifier": _or(fields.safety_identifier, b"null"),
+        b"service_tier": _or(fields.service_tier, b'"default"'),
+        b"store": b"false" if unstored else b"true",
+        b"temperature": _or(fields.temperature, b"null"),
+        b"text": text,
+        b"tool_choice": _or(fields.tool_choice, b'"auto"'),
+        b"tools": b"[%b]" % shown,
+        b"top_logprobs": _or(fields.top_logprobs, b"null"),
+        b"top_p": _or(fields.top_p, b"null"),
+        b"truncation": b'"disabled"',
+        b"user": _or(fields.user, b"null"),
+    }
+    repeated = b",".join([b'"%b":%b' % pair for pair in values.items()])
+    if len(repeated) > 2 * MAX_REPEATED_BYTES:
+        raise InvalidRequest(
+            f"the request has more than {MAX_REPEATED_BYTES} bytes beside input, instructions and tools"
+        )
+    return repeated
+
+
+def _or(raw: Raw, default: bytes) -> bytes:
+    return default if null(raw) else bytes(raw)

@@ -1,0 +1,233 @@
+"""The draft of a response: what a request to `/v1/responses` keeps for the time when its response has ended.
+
+    begin       finds the response that it continues, if it is held here or at another instance
+    body_for    its body as one provider gets it: as it came, or with the conversation in front of its input
+    keep        the response itself, at its end
+    release     whatever happened
+
+A body goes as it came to a provider that knows the response which it continues, because it has made it and keeps it,
+and to one that may know it, because we do not. Any other gets the conversation.
+
+A response is named in the store, so that it is found by its id, if its request says `store: true`; or says
+nothing, and its provider does not keep it, or it came on a WebSocket. A connection may hold one without a name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aioserver.errors import ServerAtCapacity
+from aioserver.wings.responses.events import ResponseEvents
+from aioserver.wings.responses.items import CONTINUABLE, continued, input_items, response_parts
+from aioserver.wings.responses.stored import not_found
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from aioserver.auth.callers import Caller
+    from aioserver.protocol.model_body import ModelBody
+    from aioserver.streams.store import HeldBytes
+    from aioserver.streams.stream import Stream
+    from aioserver.wings.responses.stored import StoredResponse, StoredResponses
+
+
+class Draft:
+    """The response to come of one request, and the response that it continues.
+
+    *store* is the request's; None if it says nothing. *previous_id* is its `previous_response_id`, and *previous* that
+    response, if it is held here. *named* says that the response will be found by its id, and *on_kept* is called
+    with it, named or not; a connection that holds it retains it there. *max_bytes* bounds an expanded body. *usually_named*: a
+    request that says nothing has its response named. *large* says that its body is.
+
+    Always: what it refers to and has taken is counted until `release`, and not after.
+    """
+
+    __slots__ = (
+        "_held",
+        "_input",
+        "_responses",
+        "by_id",
+        "caller",
+        "kept_there",
+        "large",
+        "max_bytes",
+        "named",
+        "on_kept",
+        "previous",
+        "previous_id",
+        "store",
+        "usually_named",
+    )
+
+    def __init__(
+        self,
+        responses: StoredResponses,
+        caller: Caller,
+        *,
+        store: bool | None,
+        previous_id: str | None = None,
+        previous: StoredResponse | None = None,
+        max_bytes: int,
+        usually_named: bool = False,
+        large: bool = False,
+    ) -> None:
+        self._responses = responses
+        self.caller = caller
+        self.store = store
+        self.previous_id = previous_id
+        self.previous = previous
+        self.max_bytes = max_bytes
+        self.usually_named = usually_named
+        self.large = large
+        self.named = store is True or (store is None and usually_named)
+        # Whether the provider was sent the id of a response that is held here.
+        self.by_id = False
+        # Whether the provider that was asked last keeps the response, too.
+        self.kept_there = False
+        self.on_kept: Callable[[StoredResponse], None] | None = None
+        # The joined items of its own input; None before they are taken, or if there was no room.
+        self._input: bytes | None = None
+        self._held: HeldBytes | None = None
+        if previous is not None:
+            previous.retain()
+
+    async def begin(self) -> None:
+        """Find the response that the request continues. Cancelling is safe."""
+        if self.previous is None and self.previous_id is not None:
+            self.previous = await self._responses.reach(self.caller, self.previous_id)
+
+    @property
+    def slow(self) -> bool:
+        """Whether its body may take long to make: it is large, or continues a response that is held here."""
+        return self.large or self.previous is not None
+
+    def body_for(self, body: bytes, provider: str, *, keeps: bool) -> Generator[None, None, bytes]:
+        """Return *body* as *provider* gets it, which *keeps* responses, or does not as far as we know, in steps.
+
+        Raises:
+            RequestTooLarge, InvalidRequest: as `expand`.
+        """
+        yield from self._note_provider(body, keeps=keeps)
+        previous = self.previous
+        known = previous is None or (previous.kept_there and previous.provider == provider)
+        self.by_id = keeps and known and previous is not None
+        if known and (keeps or previous is None):
+            return body
+        return (yield from self.expand(body, provider))
+
+    def bridge(self, body: bytes, provider: str = "") -> Generator[None, None, bytes]:
+        """Return *body* for a *provider* that has no responses at all: without `previous_response_id`, in steps.
+
+        Raises:
+            ResponseNotFound: the request continues a response that is not held here.
+            RequestTooLarge, InvalidRequest: as `expand`.
+        """
+        yield from self._note_provider(body, keeps=False)
+        self.by_id = False
+        return (yield from self.expand(body, provider))
+
+    def expand(self, body: bytes, provider: str) -> Generator[None, None, bytes]:
+        """Return *body* with what it continues in front of its input, for *provider*, in steps; see `continued`.
+
+        Raises:
+            ResponseNotFound: the request continues a response that is not held here, or not with all that came before it.
+            RequestTooLarge, InvalidRequest: as `continued`.
+        """
+        if self.previous is not None and self.previous.whole:
+            history = self.previous.history(provider)
+            return (yield from continued(body, history, self.max_bytes))
+        if self.previous_id is not None:
+            raise not_found(self.previous_id)
+        return body
+
+    def take_input(self, body: bytes) -> Generator[None, None, None]:
+        """Keep the input in *body*, the request's, in steps; a second call does nothing.
+
+        Where there is no room for it, the response is not kept.
+        """
+        if self._held is not None:
+            return
+        items = yield from input_items(body)
+        self._held = self._responses.hold()
+        try:
+            self._held.grow(len(items))
+        except ServerAtCapacity:
+            return
+        self._input = items
+
+    def keep_streamed(self, stream: Stream) -> None:
+        """Keep the response whose events *stream* has, at their end; see `keep`."""
+        events = stream.details.error_format
+        if self._input is not None and isinstance(events, ResponseEvents):
+            self.keep(events.newest() or b"", stream.details.provider)
+
+    def keep(self, response: bytes, provider: str) -> None:
+        """Keep *response*, the JSON of the response object that *provider* has ended with.
+
+        It is kept if its input was taken, it can be continued, and there is room.
+        """
+        if self._input is None or len(response) > self.max_bytes:
+            return
+        parts = response_parts(response)
+        if parts is None or parts.status not in CONTINUABLE:
+            return
+        if self._held is not None:
+            # From here on the stored response counts it.
+            self._held.release()
+        previous = self.previous
+        if previous is not None and previous.history_bytes > self.max_bytes:
+            # No body could have it in front of its input. Its provider goes on with it, and nothing need be held for that.
+            previous = None
+        stored = self._responses.make(
+            self.caller,
+            parts,
+            self._input,
+            previous,
+            provider=provider,
+            kept_there=self.kept_there,
+            # Its provider may have continued a response that is not held here.
+            whole=previous is not None or self.previous_id is None,
+        )
+        if stored is None:
+            return
+        try:
+            if self.named:
+                self._responses.add(stored)
+            if self.on_kept is not None:
+                self.on_kept(stored)
+        finally:
+            stored.release()
+
+    def release(self) -> None:
+        """Forget all of it; a second call does nothing."""
+        self._input = self.on_kept = None
+        if self._held is not None:
+            self._held.release()
+        previous, self.previous = self.previous, None
+        if previous is not None:
+            previous.release()
+
+    def _note_provider(self, body: bytes, *, keeps: bool) -> Generator[None, None, None]:
+        """Note that a provider gets *body*, in steps, and whether it *keeps* responses. The last one counts."""
+        usually_named = self.usually_named or not keeps
+        self.named = self.store is True or (self.store is None and usually_named)
+        self.kept_there = keeps and self.store is not False
+        if self.named or self.on_kept is not None:
+            yield from self.take_input(body)
+
+
+def draft_of(
+    responses: StoredResponses, caller: Caller, body: ModelBody, max_bytes: int
+) -> Draft | None:
+    """Return the draft of a request with *body*; None if it neither continues a response nor has its own kept."""
+    previous_id = body.previous_response_id
+    if previous_id is None and (body.stored is False or not responses.window):
+        return None
+    return Draft(
+        responses,
+        caller,
+        store=body.stored,
+        previous_id=previous_id,
+        max_bytes=max_bytes,
+        large=body.large,
+    )

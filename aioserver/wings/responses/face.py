@@ -1,0 +1,223 @@
+"""OpenAI's responses by their ids (`/v1/responses/{id}`), served from the log: SDKs resume by them.
+
+A response that was requested with `store` or `background` is kept for its `resume_window`, and is
+found by the id that the provider gave it; a response that was not streamed only once it will not
+change any more. `starting_after` counts as the provider does, by the `sequence_number` in its events;
+the log's own numbers have no part in it. A response that is stored can be read for longer (stored_face.py).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from aioserver.auth.callers import CALLER
+from aioserver.errors import InvalidRequest, ResumeGap, StreamNotFound
+from aioserver.faces import openai, passthrough
+from aioserver.faces.admission import counted
+from aioserver.faces.ready import HIGH_WATER
+from aioserver.gateway.elsewhere import Start
+from aioserver.gateway.request import Request
+from aioserver.streams.entries import CANCELLED, COMPLETE
+from aioserver.wings.responses import stored_face
+from aioserver.wings.responses.events import ResponseEvents
+from aioserver.wings.responses.stored import RESPONSES
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aioserver.faces.admission import BodyHold
+    from aioserver.faces.context import Context
+    from aioserver.streams.stream import Stream
+
+
+# Where a mirror begins of whose events none is read.
+LATEST = Start(after=None)
+
+
+def routes(context: Context) -> list[web.RouteDef]:
+    """Return the routes of this part of OpenAI's API."""
+    writing = counted(
+        context.admission,
+        "openai",
+        partial(prepare_kept, context),
+        partial(write_cancelled, context),
+    )
+    return [
+        web.get(
+            "/v1/responses/{id}",
+            counted(
+                context.admission, "openai", partial(prepare, context), partial(retrieve, context)
+            ),
+            # The body is not written by aiohttp, which would leave it out for HEAD.
+            allow_head=False,
+        ),
+        web.post(
+            "/v1/responses/{id}/cancel",
+            partial(cancel, context, writing, stored_face.passing(context)),
+        ),
+        *stored_face.routes(context),
+    ]
+
+
+async def prepare(
+    context: Context, request: web.Request, hold: BodyHold
+) -> tuple[Stream, int | None] | Request | None:
+    """Prepare a GET: find the response, and the event after which to stream it.
+
+    None instead of an event means that the response is not to be streamed, and None alone that it has no log any
+    more, but is stored. A request goes to the provider, where the response is not kept here.
+    """
+    try:
+        return await _prepare(context, request)
+    except StreamNotFound:
+        stored = await context.gateway.responses.reach(request[CALLER], request.match_info["id"])
+        if stored is None:
+            return await stored_face.prepare_passed(context, request, hold)
+        stored.release()
+        if request.query.get("stream", "false") == "true":
+            raise ResumeGap("the events of this response are no longer kept") from None
+        return None
+
+
+async def _prepare(context: Context, request: web.Request) -> tuple[Stream, int | None]:
+    if request.query.get("stream", "false") != "true":
+        return await find(context, request), None
+    number = request.query.get("starting_after")
+    if number is None:
+        start = Start()
+    elif number.isascii() and number.isdigit() and len(number) < 19:
+        start = Start(sequence=int(number))
+    else:
+        await find(context, request)
+        raise InvalidRequest("starting_after must be a sequence_number", param="starting_after")
+    stream = await find(context, request, start)
+    if stream.details.whole is not None:
+        raise InvalidRequest("this response was not streamed", param="stream")
+    return stream, 0 if start.sequence is None else event_of(stream, start.sequence)
+
+
+async def retrieve(
+    context: Context, request: web.Request, found: tuple[Stream, int | None] | Request | None
+) -> web.StreamResponse:
+    """Answer a GET with what `prepare` has found: the events after a position, or the response as it is now."""
+    if found is None:
+        stored = await stored_face.find(context, request)
+        body = stored.response()
+        stored.release()
+        return await stored_face.write(context, request, body)
+    if isinstance(found, Request):
+        return await passthrough.serve(context, request, found)
+    stream, after = found
+    if after is not None:
+        return await openai.follow_stream(context, request, stream, after)
+    return await write(context, request, stream)
+
+
+async def cancel(
+    context: Context,
+    writing: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    passing: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    request: web.Request,
+) -> web.StreamResponse:
+    """Answer `POST /v1/responses/{id}/cancel`. A response that has ended stays as it is.
+
+    This works in a full server, too: only a large response needs a place, by *writing*, until its client has
+    read it. One that is not kept here may be the provider's, for which the request is *passing* on.
+
+    Raises:
+        StreamNotFound: there is no such response under way, or with a log.
+    """
+    try:
+        stream = await find(context, request)
+    except StreamNotFound:
+        # One that is stored has ended: its provider need not know it.
+        stored = await context.gateway.responses.reach(request[CALLER], request.match_info["id"])
+        if stored is None:
+            return await passing(request)
+        stored.release()
+        raise
+    await context.gateway.cancel_anywhere(request[CALLER], stream.request_id)
+    answer = stream.details.whole
+    size = len(newest(stream)) if answer is None else answer.size
+    if size > HIGH_WATER:
+        return await writing(request)
+    return await write_cancelled(context, request, stream)
+
+
+async def prepare_kept(context: Context, request: web.Request, _hold: BodyHold) -> Stream:
+    """Prepare the writing of a response that has been cancelled, or has ended before."""
+    return await find(context, request)
+
+
+async def write_cancelled(
+    context: Context, request: web.Request, stream: Stream
+) -> web.StreamResponse:
+    """Answer as `write`, with the status that the response has now, or will have."""
+    status = "" if stream.end_status == COMPLETE else "cancelled"
+    return await write(context, request, stream, status)
+
+
+async def write(
+    context: Context, request: web.Request, stream: Stream, status: str = ""
+) -> web.StreamResponse:
+    """Answer with the response that *stream* keeps, as it is now, and write it.
+
+    A *status* replaces that of a response that was streamed, and so does that of one that was cancelled.
+
+    Raises:
+        ServerAtCapacity: all that is kept would be more than `max_kept_bytes`.
+    """
+    if stream.details.whole is not None:
+        return await openai.write_kept(context, request, stream)
+    context.gateway.lifetime.let_go(stream)
+    body = newest(stream, status or ("cancelled" if stream.end_status == CANCELLED else ""))
+    return await stored_face.write(context, request, body)
+
+
+async def find(context: Context, request: web.Request, start: Start = LATEST) -> Stream:
+    """Return the response of the caller that the path of *request* names, to be read from *start* on.
+
+    Raises:
+        StreamNotFound: there is no such stream, or it is an answer of another kind, such as one of
+            another face.
+    """
+    stream = await context.gateway.reach(request[CALLER], request.match_info["id"], start)
+    if stream.details.path != RESPONSES:
+        raise StreamNotFound(stored_face.NOT_FOUND)
+    return stream
+
+
+def event_of(stream: Stream, sequence: int) -> int:
+    """Return the log's number of the last event whose `sequence_number` is at most *sequence*.
+
+    Raises:
+        ResumeGap: events after *sequence* are no longer kept, or it does not exist yet.
+    """
+    events = _remembered(stream)
+    number = None if events is None else events.event_before(sequence, stream.last)
+    if number is None:
+        raise ResumeGap(f"event {sequence} does not exist yet")
+    # Raises if the events after it are no longer kept.
+    stream.locate(number)
+    return number
+
+
+def newest(stream: Stream, status: str = "") -> bytes:
+    """Return the JSON of the response object that the provider sent last, with another *status* if one is passed.
+
+    Raises:
+        StreamNotFound: no event had a response, or *stream* is no response.
+    """
+    events = _remembered(stream)
+    response = None if events is None else events.newest(status)
+    if response is None:
+        raise StreamNotFound(stored_face.NOT_FOUND)
+    return response
+
+
+def _remembered(stream: Stream) -> ResponseEvents | None:
+    events = stream.details.error_format
+    return events if isinstance(events, ResponseEvents) else None

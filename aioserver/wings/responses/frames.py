@@ -1,0 +1,396 @@
+"""The frames of OpenAI's Responses API over WebSocket, one JSON object each.
+
+From clients:
+
+    {"type": "response.create", …the body of POST /v1/responses…, "stream_id": "a", "generate": false}
+    {"type": "response.cancel", "response_id": "resp_1"}, or with "stream_id"        ours
+    {"type": "response.resume", "response_id": "resp_1", "starting_after": 17, "stream_id": "a"}   ours
+    {"type": "response.steer", "previous_response_id": "resp_1", "input": "Shorter!"}
+    {"type": "response.processed", …}
+
+To clients: the events of the response, which are the provider's bytes, and what is made here: errors, the place in
+a queue, and the events of a response that is prepared only (`generate: false`).
+
+A `stream_id` names a *lane* of the connection. Of a `response.create` only its top level is decoded, and the body that
+goes on to the provider is what the client wrote, without the members that belong to the frame.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import orjson
+from msgspec import Raw
+
+from aioserver.errors import AioserverError, InvalidRequest, InvalidStreamId
+from aioserver.protocol import json_body, model_body
+from aioserver.protocol.json_body import ABSENT, Member, at_once
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+    from aioserver.protocol.json_body import Place, Site
+    from aioserver.protocol.model_body import ModelBody
+
+# Bytes in which an id, or the name of a lane, is written.
+MAX_ID_BYTES = 1026
+# Bytes of a field that is repeated in an event that is made here; a longer one is left out.
+MAX_ECHO_BYTES = 1 << 13
+_TYPES = "response.create, response.cancel, response.resume, response.steer, response.processed"
+_LANE = re.compile(r"[A-Za-z0-9_.-]{1,256}")
+_SEQUENCE = re.compile(rb"[0-9]{1,18}")
+# The members of a frame that are not those of a body.
+_OF_FRAME = tuple(map(Member, ("type", "stream_id", "generate")))
+_STREAM = Member("stream")
+
+
+class _Frame(msgspec.Struct, gc=False):
+    type: Raw = ABSENT
+    stream_id: Raw = ABSENT
+    generate: Raw = ABSENT
+    background: Raw = ABSENT
+    stream: Raw = ABSENT
+    response_id: Raw = ABSENT
+    starting_after: Raw = ABSENT
+    previous_response_id: Raw = ABSENT
+    input: Raw = ABSENT
+
+
+# The fields of a request that its response shows, and what stands for one that is absent, or too long.
+_DEFAULTS = {
+    "instructions": b"null",
+    "max_output_tokens": b"null",
+    "metadata": b"{}",
+    "parallel_tool_calls": b"true",
+    "reasoning": b"null",
+    "store": b"true",
+    "temperature": b"1.0",
+    "text": b'{"format":{"type":"text"}}',
+    "tool_choice": b'"auto"',
+    "tools": b"[]",
+    "top_p": b"1.0",
+    "truncation": b'"disabled"',
+}
+_NO_USAGE = {
+    "input_tokens": 0,
+    "input_tokens_details": {"cached_tokens": 0},
+    "output_tokens": 0,
+    "output_tokens_details": {"reasoning_tokens": 0},
+    "total_tokens": 0,
+}
+_FRAME = msgspec.json.Decoder(_Frame)
+_SHOWN: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
+    msgspec.defstruct("Shown", [(name, Raw, ABSENT) for name in _DEFAULTS], gc=False)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    """Answer *body*, after what came before on the *lane*; None is the lane without a name.
+
+    *generate* false: no provider is asked.
+    """
+
+    lane: str | None
+    body: ModelBody
+    generate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Answer a `response.create` with *error*, after what came before on the *lane*."""
+
+    lane: str | None
+    error: AioserverError
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Go on with the events of a response after *after*, a sequence number, on the *lane*; None: from the first."""
+
+    lane: str | None
+    response_id: str
+    after: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop a response: that of an id or, if the id is None, the one under way on the *lane*."""
+
+    lane: str | None
+    response_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Steer:
+    """Change a response while it comes, which no provider of ours can do; *input* is JSON."""
+
+    previous: str | None
+    input: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Processed:
+    """Note that the client has done what a response asked for; nothing follows from it."""
+
+
+Command = Create | Refused | Resume | Cancel | Steer | Processed
+
+
+class BadFrame(Exception):
+    """The frame is no valid command. *lane* is the one that it names, None if it names none."""
+
+    def __init__(self, error: AioserverError, lane: str | None = None) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.lane = lane
+
+
+def parse(frame: bytes) -> Command:
+    """Parse the command of one text frame.
+
+    Raises:
+        BadFrame: it is none; its `error` is an `InvalidJson` or `InvalidRequest`.
+    """
+    return at_once(parsing(frame))
+
+
+def parsing(data: bytes) -> Generator[None, None, Command]:
+    """Parse as `parse` does, in steps."""
+    lane: str | None = None
+    large = len(data) > json_body.STEP_BYTES
+    try:
+        body = yield from json_body.sound(data)
+        if large:
+            yield
+        sites: dict[str, Site] = {}
+        if large:
+            frame, sites = yield from json_body.locating(_FRAME, body, "a frame")
+        else:
+            frame = json_body.decode(_FRAME, body, "a frame")
+        kind = json_body.text(frame.type, MAX_ID_BYTES)
+        if kind == "response.steer":
+            return Steer(_id(frame, "previous_response_id"), _short(frame.input, b'""'))
+        if kind == "response.processed":
+            return Processed()
+        lane = _lane(frame.stream_id)
+        match kind:
+            case "response.create":
+                try:
+                    return (yield from _create(lane, frame, body, sites))
+                except AioserverError as error:
+                    return Refused(lane, error)
+            case "response.cancel":
+                return Cancel(lane, _id(frame, "response_id"))
+            case "response.resume":
+                response_id = _id(frame, "response_id")
+                if response_id is None:
+                    raise InvalidRequest("response_id is required", param="response_id")
+                return Resume(lane, response_id, _sequence(frame.starting_after))
+        raise InvalidRequest(f"unknown type; one of {_TYPES} is expected", param="type")
+    except AioserverError as error:
+        raise BadFrame(error, lane) from None
+
+
+def _create(
+    lane: str | None, frame: _Frame, body: bytes, sites: dict[str, Site]
+) -> Generator[None, None, Create]:
+    """Return the command of a frame whose bytes are *body*, in steps; *sites*: of members that were read in pieces."""
+    generate = json_body.flag(frame.generate)
+    if generate is None and not json_body.null(frame.generate):
+        raise InvalidRequest("generate must be true or false", param="generate")
+    if json_body.flag(frame.background) is True:
+        raise InvalidRequest(
+            "background is not for a WebSocket: POST /v1/responses has it", param="background"
+        )
+    streamed = json_body.flag(frame.stream) is True
+    body = yield from _without(
+        _OF_FRAME if streamed else (*_OF_FRAME, _STREAM), frame, body, sites
+    )
+    if sites:
+        yield
+    if not streamed:
+        body = _STREAM.insert(body, [b"true"])
+    return Create(lane, (yield from model_body.reading_sound(body)), generate is not False)
+
+
+def _without(
+    members: Sequence[Member], frame: _Frame, body: bytes, sites: dict[str, Site]
+) -> Generator[None, None, bytes]:
+    """Return *body* without those of its *members* that *frame* has, in steps if it was read so.
+
+    Raises:
+        InvalidRequest: it has one of them several times.
+    """
+    places: list[Place] = []
+    removed: list[Member] = []
+    for member in members:
+        raw: Raw = getattr(frame, member.name)
+        if raw is not ABSENT:
+            value = bytes(raw)
+            site = sites.get(member.name)
+            places.append(
+                member.find(body, value) if site is None else member.place(body, site, value)
+            )
+            removed.append(member)
+            if sites:
+                yield
+    # From the last one on, so that the places of the others stay the same.
+    for place in sorted(places, reverse=True):
+        start, end = Member.extent(body, place)
+        view = memoryview(body)
+        body = b"".join((view[:start], view[end:]))
+        if sites:
+            yield
+    # Without their keys, however they are written, there is nothing to read; to look for them takes long in itself.
+    if sites or b"\\u00" in body or any(member.key in body for member in removed):
+        rest = yield from json_body.decoding(_FRAME, body, "a frame")
+        for member in removed:
+            if getattr(rest, member.name) is not ABSENT:
+                raise InvalidRequest(f"several keys {member.name} in one body", param=member.name)
+    return body
+
+
+def _lane(raw: Raw) -> str | None:
+    if json_body.null(raw):
+        return None
+    name = json_body.text(raw, MAX_ID_BYTES)
+    if name is None or _LANE.fullmatch(name) is None:
+        raise InvalidStreamId(
+            "stream_id must be 1 to 256 characters of A-Z, a-z, 0-9, _, . and -", param="stream_id"
+        )
+    return name
+
+
+def _id(frame: _Frame, name: str) -> str | None:
+    raw: Raw = getattr(frame, name)
+    if json_body.null(raw):
+        return None
+    value = json_body.text(raw, MAX_ID_BYTES)
+    if not value:
+        raise InvalidRequest(f"{name} must be the id of a response", param=name)
+    return value
+
+
+def _sequence(raw: Raw) -> int | None:
+    if json_body.null(raw):
+        return None
+    written = bytes(memoryview(raw)[:20])
+    if _SEQUENCE.fullmatch(written) is None:
+        raise InvalidRequest("starting_after must be a sequence_number", param="starting_after")
+    return int(written)
+
+
+def _short(raw: Raw, default: bytes) -> bytes:
+    """Return *raw*, or *default* if there is none, or more than is repeated."""
+    if raw is ABSENT or len(memoryview(raw)) > MAX_ECHO_BYTES:
+        return default
+    return bytes(raw)
+
+
+# Frames to clients.
+
+
+def in_lane(event: bytes, lane: str) -> bytes:
+    """Return *event*, the JSON of an object, with the `stream_id` of its *lane* at its end."""
+    start = event[: event.rindex(b"}")].rstrip()
+    comma = b"" if start == b"{" else b","
+    return b'%b%b"stream_id":"%b"}' % (start, comma, lane.encode())
+
+
+def queued(lane: str | None, position: int, eta: float) -> bytes:
+    """Return the frame that says where a response waits; *eta* in seconds."""
+    event = {"type": "aioserver:queued", "position": position, "eta": round(eta, 1)}
+    return orjson.dumps(event if lane is None else {**event, "stream_id": lane})
+
+
+def error(fault: AioserverError, lane: str | None) -> bytes:
+    """Return the frame for a *fault* before the first event of a response.
+
+    The headers that an answer over HTTP would have are in `error.headers`, as openai-python reads them, and beside
+    `error`, as Codex does.
+    """
+    frame: dict[str, Any] = {"type": "error", "status": fault.http_status}
+    if lane is not None:
+        frame["stream_id"] = lane
+    frame["error"] = fields = _error_object(fault)
+    headers = {
+        name.lower(): value
+        for name, value in fault.headers().items()
+        if name != "WWW-Authenticate"
+    }
+    if headers:
+        fields["headers"] = frame["headers"] = headers
+    return orjson.dumps(frame)
+
+
+def _error_object(fault: AioserverError) -> dict[str, Any]:
+    """Return OpenAI's error object: the provider's own, where it refused the request, or ours."""
+    own = fault.as_object()
+    try:
+        content = orjson.loads(fault.body())
+    except orjson.JSONDecodeError:
+        return own
+    found = content.get("error") if isinstance(content, dict) else None
+    if not isinstance(found, dict):
+        return own
+    # Clients in typed languages take an error for none if one of these is no string.
+    texts = {name: found.get(name) for name in ("type", "code", "message", "param")}
+    shown = {
+        name: text if text is None or isinstance(text, str) else orjson.dumps(text).decode()
+        for name, text in texts.items()
+    }
+    return {
+        **shown,
+        "type": shown["type"] or own["type"],
+        "message": shown["message"] or own["message"],
+    }
+
+
+def preparing(
+    command: Create, response_id: str, model: str, created_at: int
+) -> Generator[None, None, list[tuple[bytes, bytes]]]:
+    """Return the events of a response for which nothing is generated, each with the response object in it, in steps.
+
+    *created_at*: seconds since 1970.
+    """
+    fields = yield from json_body.decoding(_SHOWN, command.body.data, "the body")
+    shown = {name: _short(getattr(fields, name), default) for name, default in _DEFAULTS.items()}
+    response: dict[str, Any] = {
+        "id": response_id,
+        "object": "response",
+        "created_at": created_at,
+        "status": "in_progress",
+        "background": False,
+        "error": None,
+        "incomplete_details": None,
+        "model": model,
+        "output": [],
+        "previous_response_id": command.body.previous_response_id,
+        **{name: orjson.Fragment(raw) for name, raw in shown.items()},
+        "usage": None,
+    }
+    events: list[tuple[bytes, bytes]] = []
+    for number, kind in enumerate(("created", "in_progress", "completed")):
+        if kind == "completed":
+            response |= {"status": kind, "usage": _NO_USAGE}
+        written = orjson.dumps(response)
+        event = {"type": f"response.{kind}", "sequence_number": number}
+        events.append((orjson.dumps({**event, "response": orjson.Fragment(written)}), written))
+    return events
+
+
+def not_steered(command: Steer) -> bytes:
+    """Return the frame that gives back the input of a *command* that cannot be obeyed."""
+    fault = {
+        "type": "invalid_request_error",
+        "code": "steering_not_supported",
+        "message": "a response cannot be changed while it comes: cancel it, and send another one",
+    }
+    steer = {"previous_response_id": command.previous, "input": orjson.Fragment(command.input)}
+    return orjson.dumps(
+        {"type": "response.steer.failed", "sequence_number": 0, "steer": steer, "error": fault}
+    )

@@ -1,0 +1,287 @@
+"""The items of OpenAI's Responses API, as bytes: those of a request, of a response, and of what a request continues.
+
+Items are kept, and joined, as they came: as JSON values with commas between them, the inside of an array.
+Nothing below them is built, so a long conversation costs the bytes that it has.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+from msgspec import Raw
+
+from aioserver.errors import InvalidJson, InvalidRequest, RequestTooLarge
+from aioserver.protocol.json_body import ABSENT, Member, at_once, sound
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Sequence
+
+INPUT, PREVIOUS = Member("input"), Member("previous_response_id")
+# The statuses of a response that can be continued.
+CONTINUABLE = frozenset({"completed", "incomplete"})
+# Commas in a value of which each part becomes an object: some megabytes of text have so many, and a few hundred KB of numbers.
+MAX_COMMAS = 200_000
+# Bytes of items that are read in one step.
+STEP_BYTES = 1 << 18
+_MESSAGE = b'{"type":"message","role":"user","content":'
+# How the type of a message is written; it may be left out.
+_MESSAGE_TYPES = frozenset({b"", b'"message"'})
+_QUESTION = b'[{"type":"input_text","text":%b}]'
+_ANSWER = b'[{"type":"output_text","text":%b,"annotations":[]}]'
+_ITEMS = msgspec.json.Decoder(list[Raw])
+_SPACE = b" \t\r\n"
+
+
+class _Response(msgspec.Struct, gc=False):
+    id: str = ""
+    status: str = ""
+    output: Raw = ABSENT
+
+
+class _Item(msgspec.Struct, gc=False):
+    id: Raw = ABSENT
+    type: Raw = ABSENT
+    encrypted_content: Raw = ABSENT
+    content: Raw = ABSENT
+
+
+_RESPONSE = msgspec.json.Decoder(_Response)
+_OBJECT = msgspec.json.Decoder(dict[str, Raw])
+_ITEM = msgspec.json.Decoder(_Item)
+
+
+class ResponseParts(NamedTuple):
+    """A response object in parts: its *id* and *status*, and its JSON as `head`, items of its output, `tail`."""
+
+    id: str
+    status: str
+    head: bytes
+    output: bytes
+    tail: bytes
+
+
+class Page(NamedTuple):
+    """A part of a list of *items*, whether there are *more*, and the ids of its first and last one."""
+
+    items: list[Raw]
+    first_id: str | None
+    last_id: str | None
+    more: bool
+
+
+def input_items(body: bytes) -> Generator[None, None, bytes]:
+    """Return the items of the input in *body*, a request for a response, in steps; a text becomes a message of the user.
+
+    Raises:
+        InvalidJson, InvalidRequest: *body* is no object.
+    """
+    return items_of((yield from INPUT.reading(body)))
+
+
+def items_of(value: bytes) -> bytes:
+    """Return the items in *value*, the JSON of an array or of a text; none if it is neither."""
+    if value.startswith(b'"'):
+        return b"%b%b}" % (_MESSAGE, value)
+    return value[1:-1].strip(_SPACE) if value.startswith(b"[") else b""
+
+
+def response_parts(response: bytes) -> ResponseParts | None:
+    """Return *response*, the JSON of a response object, in parts; None if it is none, has no id, or is too large.
+
+    Lost are white space on its top level, and lone surrogates, which no provider would take back.
+    """
+    if not separable(response):
+        return None
+    try:
+        response = at_once(sound(response))
+        known = _RESPONSE.decode(response)
+        fields = _OBJECT.decode(response)
+    except (InvalidJson, msgspec.DecodeError, RecursionError):
+        return None
+    if not known.id:
+        return None
+    # The output comes last: nothing else is then copied twice.
+    fields.pop("output", None)
+    head = msgspec.json.encode(fields)[:-1] + b',"output":['
+    return ResponseParts(known.id, known.status, head, items_of(bytes(known.output)), b"]}")
+
+
+def separable(items: bytes) -> bool:
+    """Return whether *items* are not so many that it would cost too much to have them one by one."""
+    return items.count(b",") <= MAX_COMMAS
+
+
+def separate(items: bytes) -> list[Raw]:
+    """Return *items*, which are joined and `separable`, one by one."""
+    return _ITEMS.decode(b"[%b]" % items)
+
+
+def joined(pieces: Iterable[bytes]) -> bytes:
+    """Return joined items as one, those that are empty left out."""
+    return b",".join([piece for piece in pieces if piece])
+
+
+def replayable(items: bytes, *, same_provider: bool) -> bytes:
+    """Return those of the *items* of a response that a provider takes back without having kept them.
+
+    A reasoning item without its content is a mere reference to what its provider has kept; encrypted content
+    can be read by the provider alone that has written it, which the *same_provider* is.
+    """
+    if b"reasoning" not in items or not separable(items):
+        return items
+    kept = []
+    for raw in separate(items):
+        item = _read(raw)
+        if (
+            item is None
+            or bytes(item.type) != b'"reasoning"'
+            or _filled(item.content)
+            or (same_provider and _filled(item.encrypted_content))
+        ):
+            kept.append(bytes(raw))
+    return joined(kept)
+
+
+def continued(
+    body: bytes, history: Iterable[bytes], max_bytes: int
+) -> Generator[None, None, bytes]:
+    """Return *body* with *history*, joined items, in front of its input, and without `previous_response_id`, in steps.
+
+    No more of *history* is taken than fits.
+
+    Raises:
+        RequestTooLarge: the result would have more than *max_bytes*.
+        InvalidRequest: *body* has several keys `previous_response_id`.
+    """
+    large = len(body) > STEP_BYTES
+    place, view = (yield from INPUT.finding(body)), memoryview(body)
+    value = b"" if place is None else body[place.value : place.end]
+    if large:
+        yield
+    start = stop = 0
+    if (previous := (yield from PREVIOUS.finding(body))) is not None:
+        start, stop = PREVIOUS.extent(body, previous)
+    if large:
+        yield
+    # Brackets, and a comma between two pieces.
+    size = len(body) - (stop - start) - len(value) + 2
+    pieces: list[bytes] = []
+    step = 0
+    for piece in chain(history, (items_of(value),)):
+        if not piece:
+            continue
+        size += len(piece) + bool(pieces)
+        if size > max_bytes:
+            raise RequestTooLarge(
+                f"the body has more than {max_bytes} bytes with the responses that it continues",
+                param="previous_response_id",
+            )
+        pieces.append(piece)
+        step += len(piece) + STEP_BYTES // 1000
+        if step > STEP_BYTES:
+            step = 0
+            yield
+    items = (b"[", b",".join(pieces), b"]")
+    if place is None:
+        result = INPUT.insert(b"".join((view[:start], view[stop:])), items)
+    else:
+        cuts = [(start, stop, ()), (place.value, place.end, items)]
+        parts: list[bytes | memoryview] = []
+        end = 0
+        for cut, following, instead in sorted(cuts):
+            parts += (view[end:cut], *instead)
+            end = following
+        result = b"".join((*parts, view[end:]))
+    if stop:
+        if large:
+            yield
+        yield from PREVIOUS.check_absent(result)
+    return result
+
+
+def paging(
+    pieces: Iterable[tuple[str, bytes]], *, newest_first: bool, limit: int, after: str | None
+) -> Generator[None, None, Page | None]:
+    """Return *limit* of the items in *pieces*, those that follow the one with the id *after*, in steps.
+
+    The pieces are in the order of the list, each with a name, and of joined items. An item without an id gets one
+    that is made of that name, and stays the same; so does one whose id has come before. None: no item has the id *after*.
+    """
+    listed: list[tuple[str, Raw]] = []
+    # A client that asks for what follows an id would never come to the end of a list that has it twice.
+    ids: set[str] = set()
+    found, size = after is None, 0
+    for name, piece in pieces:
+        if not separable(piece):
+            raise InvalidRequest(f"the input has too many items: over {MAX_COMMAS} commas")
+        items = separate(piece)
+        for number in range(len(items))[:: -1 if newest_first else 1]:
+            item = items[number]
+            if len(listed) == limit:
+                return _page_of(listed, more=True)
+            item_id = _id(item)
+            if not item_id or item_id in ids:
+                item_id = _made_id(item, name, number)
+            ids.add(item_id)
+            if found:
+                listed.append((item_id, item))
+            else:
+                found = item_id == after
+            size += len(memoryview(item)) + STEP_BYTES // 1000
+            if size >= STEP_BYTES:
+                size = 0
+                yield
+    return _page_of(listed, more=False) if found else None
+
+
+def _page_of(listed: Sequence[tuple[str, Raw]], *, more: bool) -> Page:
+    first_id, last_id = (listed[0][0], listed[-1][0]) if listed else (None, None)
+    return Page([_with_id(item, item_id) for item_id, item in listed], first_id, last_id, more)
+
+
+def _id(item: Raw) -> str:
+    """Return the id of *item*; empty if it has none."""
+    read = _read(item)
+    if read is None or bytes(memoryview(read.id)[:1]) != b'"':
+        return ""
+    name: str = msgspec.json.decode(read.id, type=str)
+    return name
+
+
+def _made_id(item: Raw, name: str, number: int) -> str:
+    """Return an id for *item*, as that *number* of the piece of that *name*."""
+    read = _read(item)
+    kind = "msg" if read is None or bytes(read.type) in _MESSAGE_TYPES else "item"
+    return f"{kind}_{name}_{number}"
+
+
+def _with_id(item: Raw, item_id: str) -> Raw:
+    """Return *item* with that id, and with what a client may leave out of a message."""
+    try:
+        fields = _OBJECT.decode(item)
+    except (msgspec.DecodeError, RecursionError):
+        return item
+    whole = {"type": Raw(b'"message"'), **fields, "id": Raw(msgspec.json.encode(item_id))}
+    if bytes(whole["type"]) in _MESSAGE_TYPES:
+        whole.setdefault("status", Raw(b'"completed"'))
+        content = whole.get("content", ABSENT)
+        if bytes(memoryview(content)[:1]) == b'"':
+            # A text alone is short for a list of one part.
+            answered = bytes(whole.get("role", ABSENT)) == b'"assistant"'
+            part = _ANSWER if answered else _QUESTION
+            whole["content"] = Raw(part % bytes(content))
+    return Raw(msgspec.json.encode(whole))
+
+
+def _read(item: Raw) -> _Item | None:
+    try:
+        return _ITEM.decode(item)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def _filled(raw: Raw) -> bool:
+    """Return whether *raw* is a value that says something."""
+    return raw is not ABSENT and bytes(memoryview(raw)[:4]) not in {b"null", b'""', b"[]"}

@@ -1,0 +1,172 @@
+"""The sinks of a streamed response (`/v1/responses`): one whose bytes come as they are, and one made of a chat completion.
+
+The bytes of a response go into the log as they come. It ends with `response.completed`, `response.incomplete` or
+`response.failed`. An error that the provider reports
+otherwise becomes a `response.failed`, the one error that all clients of this API take for an end.
+
+The chunks of a chat completion become the events of a response. The log has the bytes that a provider with responses of its own
+would have sent, so that everything behind it, the faces, the
+resume by `starting_after`, the memory of the last response object, works as for those. An answer ends as providers/sinks.py says
+of chat completions, and the response with it: well with `response.completed` or `response.incomplete`, or with the
+`response.failed` that a fault has on every face of this API.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+import orjson
+
+from aioserver.protocol import eventstream
+from aioserver.protocol.openai import BadEvent
+from aioserver.providers.error_mapping import error_object_fault, event_fault
+from aioserver.providers.sinks import (
+    ERROR_NAME,
+    PassingSink,
+    ReadingSink,
+    before_error,
+    complete,
+    error_in,
+    usage_in,
+)
+from aioserver.wings.responses.events import ENDS, ResponseEvents, up_to_end
+
+if TYPE_CHECKING:
+    from aioserver.provider_errors import ProviderFault
+    from aioserver.streams.contracts import Path
+    from aioserver.streams.stream import Stream
+    from aioserver.wings.responses.bridge.events import ResponseWriter
+
+# Events of a response in which its id is looked for.
+MAX_ID_SAMPLES = 4
+# The type of the events that are error objects themselves.
+_ERROR = "error"
+
+
+class ResponseSink(PassingSink):
+    """Appends the events of a response to a log, which remembers them in its `error_format`."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__(stream)
+        # Events in which the provider's id of the response is still looked for.
+        self._id_samples_left = MAX_ID_SAMPLES
+
+    def fast(self) -> Path | None:
+        """Return the stream's fast path; none before the id of the response."""
+        stream = self._stream
+        if self._id_samples_left or not self._splitter.idle or stream.details.error_format is None:
+            return None
+        return stream.open_fast_path()
+
+    def _up_to_end(self, block: bytes) -> tuple[bytes, bool, bytes]:
+        block, ended = up_to_end(block)
+        if ended:
+            self._stream.details.usage = usage_in(block)
+        if block.find(ERROR_NAME) >= 0:
+            block, error = before_error(block, _ERROR)
+            return block, ended and not error, error
+        return block, ended, b""
+
+    def _fault(self, event: bytes) -> ProviderFault:
+        content = error_in(event, _ERROR) or {}
+        return error_object_fault(content.get("error") or content)
+
+    def _end_with_error(self, event: bytes, fault: ProviderFault) -> None:
+        kind = (error_in(event, _ERROR) or {}).get("type")
+        if kind in ENDS:
+            super()._end_with_error(event, fault)
+            return
+        # An event without a type is replaced.
+        if isinstance(kind, str):
+            self._append(event)
+        self._stream.fail(fault)
+
+    def _append(self, block: bytes) -> None:
+        if block:
+            if self._id_samples_left:
+                self._add_response_id(block)
+            remember(self._stream, block)
+        super()._append(block)
+
+    def _add_response_id(self, block: bytes) -> None:
+        """Let the stream be found by the id that the provider has given to the response, too."""
+        for event in eventstream.parse(block)[: self._id_samples_left]:
+            self._id_samples_left -= 1
+            with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
+                response_id = orjson.loads(event.data)["response"]["id"]
+                if isinstance(response_id, str) and response_id:
+                    self._stream.add_alias(response_id)
+                    self._id_samples_left = 0
+                    return
+
+
+def remember(stream: Stream, block: bytes) -> None:
+    """Let *stream* remember the events of *block*, the next ones of a response, as far as its errors need them."""
+    form = stream.details.error_format
+    if form is not None:
+        size = form.size
+        form.note(block, stream.last + 1)
+        if form.size != size:
+            stream.recount()
+
+
+class BridgeSink(ReadingSink):
+    """Reads the provider's chunks, and appends the events of a response to a log.
+
+    No event of the provider is one of the log, so there is no fast path.
+    """
+
+    def __init__(self, stream: Stream, writer: ResponseWriter) -> None:
+        super().__init__(stream, writer)
+        self._writer = writer
+
+    def _take(self, block: bytes) -> bool:
+        writer = self._writer
+        if self._shape is not None and writer.plain:
+            text = self._shape.text_in(block)
+            if text is not None:
+                self._append_text(writer.add_text(text))
+                return True
+        return super()._take(block)
+
+    def _begin(self, data: bytes) -> list[bytes]:
+        events = [*self._writer.begin(data), *super()._begin(data)]
+        self._stream.add_alias(self._writer.response_id)
+        return events
+
+    def _may_be_text(self, part: bytes) -> bool:  # noqa: ARG002 - the writer knows better
+        return self._writer.plain
+
+    def _complete(self) -> None:
+        """Append the events that end the response, and end the log.
+
+        Raises:
+            ProviderBadResponse: the answer is not complete.
+        """
+        stream, writer = self._stream, self._writer
+        try:
+            # A `[DONE]` may be all that has come.
+            events = [] if stream.answered else self._begin(b"{}")
+            events += writer.finish(int(time.time()))
+        except BadEvent as exc:
+            raise event_fault(exc) from exc
+        self._append(events)
+        stream.details.usage = writer.usage
+        complete(stream)
+
+    def _append(self, parts: list[bytes]) -> None:
+        block = b"".join(parts)
+        remember(self._stream, block)
+        self._stream.forward(block, len(parts), more=self._over)
+        self._count_text()
+
+    def _append_text(self, event: bytes) -> None:
+        """Append the event of a text, about which there is nothing to be found out."""
+        stream = self._stream
+        form = stream.details.error_format
+        if isinstance(form, ResponseEvents):
+            form.note_sequence(stream.last + 1, self._writer.sequence - 1)
+        stream.forward(event, 1)
+        self._count_text()

@@ -1,0 +1,396 @@
+"""OpenAI's Responses API over WebSocket: many responses on one connection, in lanes.
+
+A `response.create` frame (wings/responses/frames.py) is the body of a `POST /v1/responses`, and is answered by the
+events of that response, each one a frame with the bytes of the provider's event. It takes the same way as the POST:
+nothing about a provider, a place or a limit belongs to the connection. A *lane* is what a `stream_id` names
+(lanes.py).
+
+A client that leaves ends its responses at once, but for those with `store: true`: they are found by their ids, over HTTP
+or by `response.resume` on another connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import WSCloseCode, hdrs, web
+
+from aioserver.errors import (
+    AioserverError,
+    MethodNotAllowed,
+    ServerShutdown,
+    StreamNotFound,
+    public,
+)
+from aioserver.faces import openai
+from aioserver.faces.socket import Socket
+from aioserver.faces.upgrade import serve
+from aioserver.gateway.calls import shutdown_error
+from aioserver.gateway.elsewhere import Start
+from aioserver.limits.steps import in_turns
+from aioserver.protocol.json_body import NotUtf8
+from aioserver.streams.formats import WS_TEXT, ws_frame
+from aioserver.wings.responses import face as responses
+from aioserver.wings.responses import frames
+from aioserver.wings.responses.draft import Draft
+from aioserver.wings.responses.events import ResponseEvents
+from aioserver.wings.responses.frames import (
+    BadFrame,
+    Cancel,
+    Create,
+    Processed,
+    Refused,
+    Resume,
+    Steer,
+)
+from aioserver.wings.responses.lanes import Lanes
+from aioserver.wings.responses.stored import RESPONSES, not_found
+from aioserver.wings.responses.stored_face import NOT_FOUND
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Coroutine
+
+    from aioserver.faces.admission import BodyHold
+    from aioserver.faces.context import Context
+    from aioserver.protocol.model_body import ModelBody
+    from aioserver.streams.cursor import Cursor
+    from aioserver.streams.stream import Stream
+    from aioserver.wings.responses.frames import Command
+    from aioserver.wings.responses.lanes import Lane
+
+logger = logging.getLogger("aioserver.connections")
+
+PATH = f"/v1/{RESPONSES}"
+
+
+def routes(context: Context) -> list[web.RouteDef]:
+    """Return the route of this face."""
+    return [web.get(PATH, partial(answer, context), allow_head=False)]
+
+
+async def answer(context: Context, request: web.Request) -> web.StreamResponse:
+    """Answer a handshake, and serve the socket to its end.
+
+    Raises:
+        MethodNotAllowed: *request* is no handshake.
+    """
+    if "websocket" not in request.headers.get(hdrs.UPGRADE, "").lower():
+        error = MethodNotAllowed(
+            f"GET {PATH} is for WebSockets: POST a request, or GET {PATH}/{{id}}"
+        )
+        error.allowed = ("POST",)
+        raise error
+    return await serve(context, request, ResponsesSocket)
+
+
+class ResponsesSocket(Socket):
+    """One client's socket on this face.
+
+    Always: each response under way is followed by the writer, or searched for by a task in `_tasks`.
+    """
+
+    face = "responses_ws"
+    protocols = ("realtime", "responses")
+    # A shorter one has ended long turns of agents, whose machines are busy meanwhile.
+    min_ping_timeout = 30.0
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._lanes = Lanes(self._context.gateway.responses.held)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._over = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a response is under way on this socket, or waits."""
+        return self._lanes.busy
+
+    def receive(self, data: bytes, hold: BodyHold) -> None:
+        """Carry out one frame."""
+        try:
+            command = frames.parse(data)
+        except BadFrame as fault:
+            self._refuse(fault.lane, fault.error)
+        else:
+            self._carry_out(command, hold)
+
+    async def receive_in_turns(self, data: bytes, hold: BodyHold) -> None:
+        """Carry out one frame, which is read in several turns of the event loop."""
+        try:
+            command = await in_turns(frames.parsing(data))
+        except BadFrame as fault:
+            self._refuse(fault.lane, fault.error)
+        else:
+            # Meanwhile the socket may have been closed.
+            if self.open:
+                self._carry_out(command, hold)
+
+    def show_position(self, position: int, eta: float) -> None:
+        """Send an `aioserver:queued` frame that belongs to no response."""
+        self._send(frames.queued(None, position, eta))
+
+    def show_error(self, error: AioserverError) -> None:
+        """Send an `error` frame that belongs to no response."""
+        self._send(frames.error(error, None))
+
+    async def finish(self) -> None:
+        """Forget what waits, and leave nothing behind."""
+        self._over = True
+        for task in self._tasks:
+            task.cancel()
+        self._lanes.close()
+        await super().finish()
+
+    # Commands.
+
+    def _carry_out(self, command: Command, hold: BodyHold) -> None:
+        match command:
+            case Create() | Refused() | Resume():
+                self._last_request = self._loop.time()
+                try:
+                    self._lanes.add(command.lane, command, hold)
+                except AioserverError as error:
+                    self._refuse(command.lane, error)
+                else:
+                    self._go_on()
+            case Cancel():
+                try:
+                    self._cancel(command)
+                except AioserverError as error:
+                    self._refuse(command.lane, error)
+            case Steer():
+                self._send(frames.not_steered(command))
+            case Processed():
+                pass
+
+    def _go_on(self) -> None:
+        """Carry out the commands whose turns have come."""
+        # A socket that is closing gets no answers, and nothing is paid for them.
+        while self.open and (turn := self._lanes.next()) is not None:
+            lane, command, hold = turn
+            with hold:
+                try:
+                    self._begin(lane, command, hold)
+                except AioserverError as error:
+                    if isinstance(command, Create):
+                        self._lanes.forget(command.body.previous_response_id)
+                    self._refuse(lane.name, error)
+            self._lanes.free(lane)
+
+    def _begin(self, lane: Lane, command: Create | Refused | Resume, hold: BodyHold) -> None:
+        match command:
+            case Refused():
+                raise command.error
+            case Resume():
+                self._work(lane, self._resume(lane, command))
+            case Create() if command.generate:
+                self._ask(lane, command.body, hold)
+            case Create():
+                hold.given = True
+                self._work(lane, self._prepare(lane, command)).add_done_callback(
+                    lambda _task: hold.release()
+                )
+
+    def _ask(self, lane: Lane, body: ModelBody, hold: BodyHold) -> None:
+        """Ask a provider, as a POST does."""
+        context, draft = self._context, self._draft(lane, body)
+        try:
+            request = openai.make_request(
+                context,
+                RESPONSES,
+                body,
+                face=self.face,
+                caller=self.caller,
+                name=uuid.uuid4().hex,
+                hold=hold,
+                client_headers=self._client_headers,
+                draft=draft,
+            )
+            stream = context.gateway.relay(request)
+        except AioserverError:
+            draft.release()
+            raise
+        stream.details.error_format = ResponseEvents()
+        # Until then this response counts for the limits of its caller's key.
+        stream.attachment.on_settled = partial(self._done, lane)
+        self._lanes.begun(lane)
+        lane.asked, lane.continues = stream, body.previous_response_id
+        self._follow(lane, stream, 0)
+
+    async def _prepare(self, lane: Lane, command: Create) -> None:
+        """Answer a request for which nothing is generated, with a response that can be continued.
+
+        It is an answer for the limits of its caller's key, since it is kept like any other.
+
+        Raises:
+            ModelNotFound, NoProvider: its model cannot be asked for.
+            ResponseNotFound: the response that it continues is not held here.
+            ConcurrencyExceeded, RateLimitExceeded: the key has reached a limit of its own.
+            ServerShutdown: the server is stopping.
+        """
+        if self._context.lifecycle.stopping.is_set():
+            raise shutdown_error()
+        if (quota := self.caller.quota) is None:
+            await self._answer_prepared(lane, command)
+        else:
+            async with quota.used():
+                await self._answer_prepared(lane, command)
+
+    async def _answer_prepared(self, lane: Lane, command: Create) -> None:
+        body = command.body
+        route = self._context.router.route(body.model)
+        model = route.model or route.provider.settings.model
+        draft = self._draft(lane, body)
+        try:
+            await draft.begin()
+            if body.previous_response_id is not None and draft.previous is None:
+                raise not_found(body.previous_response_id)
+            response_id, now = f"resp_{uuid.uuid4().hex}", int(time.time())
+            events = await in_turns(frames.preparing(command, response_id, model, now))
+            await in_turns(draft.take_input(body.data))
+            draft.keep(events[-1][1], route.provider.name)
+        finally:
+            draft.release()
+        for event, _ in events:
+            self._send(event if lane.name is None else frames.in_lane(event, lane.name))
+
+    async def _resume(self, lane: Lane, command: Resume) -> None:
+        """Find a response, and write the rest of its events.
+
+        Raises:
+            StreamNotFound, ResumeGap: it, or the rest, is not there.
+        """
+        start = Start() if command.after is None else Start(sequence=command.after)
+        with self._context.metrics.resuming():
+            gateway = self._context.gateway
+            stream = await gateway.reach(self.caller, command.response_id, start)
+            if stream.details.path != RESPONSES or stream.details.whole is not None:
+                raise StreamNotFound(NOT_FOUND)
+            after = 0 if start.sequence is None else responses.event_of(stream, start.sequence)
+            lane.asked = lane.continues = None
+            # Meanwhile the socket may have been closed.
+            if self.open:
+                self._follow(lane, stream, after)
+
+    def _cancel(self, command: Cancel) -> None:
+        """Cancel a response of this socket; the end of its events is the answer.
+
+        Raises:
+            StreamNotFound: no such response is under way here.
+        """
+        for lane in self._lanes.under_way():
+            stream = lane.stream
+            if stream is None or stream.ended:
+                continue
+            if command.response_id is None:
+                wanted = lane.name == command.lane
+            else:
+                # Read once: a response object may be large.
+                lane.response_id = lane.response_id or _id_of(stream)
+                wanted = command.response_id in {stream.attachment.alias, lane.response_id}
+            if wanted:
+                self._context.gateway.lifetime.end(stream, abandoned=False)
+                return
+        raise StreamNotFound(f"no such response is under way here: POST {PATH}/{{id}}/cancel")
+
+    # Turns.
+
+    def _draft(self, lane: Lane, body: ModelBody) -> Draft:
+        """Return the draft of a response on *lane*, which this connection keeps whatever `store` says."""
+        previous_id = body.previous_response_id
+        draft = Draft(
+            self._context.gateway.responses,
+            self.caller,
+            store=body.stored,
+            previous_id=previous_id,
+            previous=None if previous_id is None else self._lanes.latest(previous_id),
+            max_bytes=self._context.settings.chat.websocket.max_message_size,
+            usually_named=True,
+            large=body.large,
+        )
+        draft.on_kept = lambda response: None if self._over else self._lanes.keep(lane, response)
+        return draft
+
+    def _work(self, lane: Lane, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Do *work*, for whose end the next turn on *lane* waits, and tell the client what goes wrong."""
+
+        async def working() -> None:
+            try:
+                await work
+            except Exception as exc:
+                if not isinstance(exc, AioserverError):
+                    logger.exception("bug in a command", exc_info=exc)
+                    self._context.metrics.bugs.note(exc)
+                if not self._over:
+                    self._refuse(lane.name, public(exc))
+
+        task = self._loop.create_task(working())
+        self._tasks.add(task)
+        # A task that is cancelled before its first step has not begun the work.
+        task.add_done_callback(lambda _task: work.close())
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _task: self._done(lane))
+        self._lanes.begun(lane)
+        return task
+
+    def _follow(self, lane: Lane, stream: Stream, after: int) -> None:
+        """Write the events of *stream* after event *after* on *lane*.
+
+        Raises:
+            ResumeGap: those events are no longer kept.
+        """
+        name = lane.name
+        self._writer.follow(
+            stream,
+            after,
+            lane.format,
+            render_position=lambda position, eta: ws_frame(
+                WS_TEXT, frames.queued(name, position, eta)
+            ),
+            on_end=partial(self._written, lane),
+        )
+        lane.stream, lane.response_id = stream, None
+        self._lanes.begun(lane)
+        self._context.gateway.lifetime.reader_added(stream)
+        self._context.admission.idle_sockets.asked(self)
+
+    def _written(self, lane: Lane, cursor: Cursor) -> None:
+        """Note that all events of the response under way on *lane* are written."""
+        if cursor.stream.error is not None and not cursor.stream.answered:
+            self._lanes.forget(lane.continues)
+        self._context.admission.idle_sockets.asked(self)
+        self._done(lane)
+
+    def _done(self, lane: Lane) -> None:
+        """Note that something is over for which the next turn on *lane* has waited."""
+        self._lanes.done(lane)
+        if not self._over:
+            self._go_on()
+            if not self.busy and self._context.lifecycle.stopping.is_set():
+                self.drain()
+
+    def _send(self, event: bytes) -> None:
+        self._writer.send(ws_frame(WS_TEXT, event))
+
+    def _refuse(self, lane: str | None, error: AioserverError) -> None:
+        self._context.metrics.count_error(error)
+        if isinstance(error, NotUtf8):
+            self.close(WSCloseCode.INVALID_TEXT, b"")
+            return
+        self._send(frames.error(error, lane))
+        # While responses are under way the socket stays open for them, and closes after the last one.
+        if isinstance(error, ServerShutdown) and not self.busy:
+            self.close(ServerShutdown.close or 1012, ServerShutdown.close_reason)
+
+
+def _id_of(stream: Stream) -> str | None:
+    """Return the id that the provider has given to the response, None if it has not come."""
+    events = stream.details.error_format
+    response = events.response if isinstance(events, ResponseEvents) else None
+    response_id = None if response is None else response.get("id")
+    return response_id if isinstance(response_id, str) else None

@@ -1,0 +1,55 @@
+"""Stored responses on their way between instances, where several serve; the wing `cluster` implements `Storage`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from aioserver.auth.callers import Caller
+
+
+class Record(NamedTuple):
+    """A response without those before it, on its way between instances: see `stored_response.StoredResponse` and `ResponseParts`."""
+
+    id: str
+    status: str
+    provider: str
+    kept_there: bool
+    input: bytes
+    head: bytes
+    output: bytes
+    tail: bytes
+    whole: bool
+
+
+class Storage(Protocol):
+    """Where the responses of all instances are, if there are several."""
+
+    def keep(
+        self,
+        caller: Caller,
+        record: Record,
+        previous_id: str | None,
+        seconds: float,
+        *,
+        whole: Callable[[], Record | None],
+        done: Callable[[bool], None],
+    ) -> bool:
+        """Keep a response of *caller* for *seconds*, soon; *previous_id* is that of the response which it continued.
+
+        Where that one proves to be missing, `whole()` is kept instead, the record that has all that came before. `done` is called once
+        with whether it is kept. Return whether there is room for it among those that are on their way; if not, `done` is not called.
+        """
+
+    async def load(
+        self, caller: Caller, response_id: str, window: float, most: int
+    ) -> Sequence[Record]:
+        """Return a response that was stored within *window*, and those before it, the newest first; nothing if there is none.
+
+        *most* are the bytes that they may have together.
+        """
+
+    async def delete(self, caller: Caller, response_id: str) -> bool:
+        """Let a response be found no longer; return whether there was one."""

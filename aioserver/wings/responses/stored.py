@@ -1,0 +1,492 @@
+"""The store of responses: what a request to `/v1/responses` continues by `previous_response_id`.
+
+This file is one concept: a stored response, who refers to it, and how long it is kept. All three count the same bytes.
+
+A `StoredResponse` has its own input and output, as bytes, and the response that it continued; so the responses of a
+conversation share what came before, and each byte is kept and counted once. It is kept as long as something refers to it: its
+name in the store, for `store_window`, a response that
+continued it, or a request or a connection that may. Deleting a response takes its name away; the
+conversations that went on from it go on, as they do at OpenAI.
+
+`HeldResponses` are those that connections hold: the latest one of each of their lanes, whatever `store` says. Only the connection
+that holds a response finds it. Such a response takes as much room as a stored one, and a
+client gets it for nothing (`generate: false`), so it is dropped like a stored one where the room is needed: first the one
+that has been held longest. A client that continues it afterwards is told so, and sends the conversation again.
+
+All of it counts for `max_kept_bytes`. Beyond that the oldest go first, logs and stored responses alike
+(streams/store.py). A request has a `Draft` of the response to come (draft.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from functools import partial
+from math import inf
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from weakref import WeakValueDictionary
+
+from aioserver.errors import ResponseNotFound, ServerAtCapacity
+from aioserver.wings.responses.items import ResponseParts, joined, replayable
+from aioserver.wings.responses.storage import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterator, Sequence
+
+    from aioserver.auth.callers import Caller
+    from aioserver.streams.store import HeldBytes, StreamStore
+    from aioserver.wings.responses.storage import Storage
+
+# Bytes of the Python objects of one response, its names included.
+RESPONSE_OVERHEAD = 1024
+# Bytes of a conversation that is taken over from another instance: longer than any body.
+MAX_LOADED = 1 << 25
+
+
+class StoredResponse:
+    """A response that can be continued; nothing of it changes but the number of those who refer to it.
+
+    *provider* has made it. *kept_there* says that this provider keeps it too, so that it can continue it by its
+    id. *input* and `output` are joined items (wings/responses/items.py): its own, without those of *previous*, the response that
+    it continued. *whole* says that all that came before is held: a provider may continue a response that it alone knows. `history_bytes`
+    are those of the items of the whole conversation.
+
+    Always: its bytes are counted while something refers to it, and not after.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_head",
+        "_held",
+        "_references",
+        "_status",
+        "_tail",
+        "caller",
+        "history_bytes",
+        "id",
+        "input",
+        "kept_there",
+        "output",
+        "previous",
+        "provider",
+        "shared",
+        "stored_at",
+        "whole",
+    )
+
+    def __init__(
+        self,
+        caller: Caller,
+        parts: ResponseParts,
+        input_items: bytes,
+        previous: StoredResponse | None,
+        *,
+        provider: str,
+        kept_there: bool,
+        whole: bool,
+        held: HeldBytes,
+    ) -> None:
+        self.caller = caller
+        self.id, self.output = parts.id, parts.output
+        self._head, self._tail, self._status = parts.head, parts.tail, parts.status
+        self.input = input_items
+        self.previous = previous
+        self.provider = provider
+        self.kept_there = kept_there
+        own = len(input_items) + len(parts.output)
+        self.history_bytes: int = own + (0 if previous is None else previous.history_bytes)
+        self.whole: bool = whole and (previous is None or previous.whole)
+        # Whether other instances can find it, as far as we know.
+        self.shared = False
+        # When it was stored, by the store's clock.
+        self.stored_at = 0.0
+        self._held = held
+        # The one that has made it.
+        self._references = 1
+        if previous is not None:
+            previous.retain()
+
+    @property
+    def size(self) -> int:
+        """The bytes that it takes, without those of the responses before."""
+        parts = (self._head, self.output, self._tail, self.input)
+        return RESPONSE_OVERHEAD + sum(map(len, parts))
+
+    @property
+    def alive(self) -> bool:
+        """Whether something refers to it."""
+        return self._references > 0
+
+    def retain(self) -> None:
+        """Refer to it, until `release`."""
+        self._references += 1
+
+    def release(self) -> None:
+        """Refer to it no longer."""
+        # Not recursive: a conversation may have many thousands of turns.
+        response: StoredResponse | None = self
+        while response is not None:
+            response = response.leave()
+
+    def leave(self) -> StoredResponse | None:
+        """Count one reference less; after the last one, return the response before, which has one less, too."""
+        self._references -= 1
+        if self._references:
+            return None
+        self._held.release()
+        previous, self.previous = self.previous, None
+        return previous
+
+    def chain(self) -> list[StoredResponse]:
+        """Return the responses from the first of the conversation to this one."""
+        chain: list[StoredResponse] = []
+        response: StoredResponse | None = self
+        while response is not None:
+            chain.append(response)
+            response = response.previous
+        chain.reverse()
+        return chain
+
+    def history(self, provider: str | None = None) -> Iterator[bytes]:
+        """Yield the items of the whole conversation, in order, in pieces of joined items, which may be empty.
+
+        With a *provider*, without those of its responses that it would not take back: see `replayable`.
+        """
+        for response in self.chain():
+            yield response.input
+            if provider is None:
+                yield response.output
+            else:
+                yield replayable(response.output, same_provider=response.provider == provider)
+
+    def shown(self) -> list[tuple[str, bytes]]:
+        """Return the items that the model was shown for this response, in named pieces of joined items."""
+        pieces = []
+        for response in self.chain():
+            name = response.id.removeprefix("resp_")
+            pieces += [(name, response.input), (f"{name}_out", response.output)]
+        return pieces[:-1]
+
+    def record(self, *, alone: bool = False) -> Record | None:
+        """Return it as a record, which has all that came before if it is to stand *alone*, or other instances cannot find that.
+
+        None if that is more than they would take over.
+        """
+        items = self.input
+        if self.previous is not None and (alone or not self.previous.shared):
+            if sum(response.size for response in self.chain()) > MAX_LOADED:
+                return None
+            items = joined((*self.previous.history(), items))
+        parts = (self._head, self.output, self._tail)
+        return Record(
+            self.id, self._status, self.provider, self.kept_there, items, *parts, self.whole
+        )
+
+    def response(self) -> bytes:
+        """Return the JSON of the response object."""
+        return b"".join((self._head, self.output, self._tail))
+
+
+class Counted(Protocol):
+    """A response, which is kept as long as something refers to it."""
+
+    def retain(self) -> None:
+        """Refer to it, until `release`."""
+
+    def release(self) -> None:
+        """Refer to it no longer."""
+
+
+R = TypeVar("R", bound=Counted)
+
+
+class HeldResponses(Generic[R]):
+    """The responses that connections hold: at most one for each holder, a lane.
+
+    Always: each response in it is referred to once for each of its holders.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        # With the times since when they are held: the oldest first.
+        self._held: OrderedDict[Hashable, tuple[float, R]] = OrderedDict()
+
+    def get(self, holder: Hashable) -> R | None:
+        """Return what *holder* holds; None if it holds nothing, or that was dropped."""
+        held = self._held.get(holder)
+        return None if held is None else held[1]
+
+    def hold(self, holder: Hashable, response: R) -> None:
+        """Let *holder* hold *response*, instead of what it has held."""
+        response.retain()
+        self.drop(holder)
+        self._held[holder] = self._clock(), response
+
+    def drop(self, holder: Hashable) -> None:
+        """Let *holder* hold nothing."""
+        if (held := self._held.pop(holder, None)) is not None:
+            held[1].release()
+
+    def oldest(self) -> float:
+        """Return since when the oldest is held; infinity if there is none."""
+        return next((since for since, _response in self._held.values()), inf)
+
+    def drop_oldest(self) -> None:
+        """Drop the oldest, to make room."""
+        self.drop(next(iter(self._held)))
+
+
+# The path of a request for a response, below the base URL of its provider.
+RESPONSES = "responses"
+# Seconds between two sweeps at least: one sweep removes all that are due.
+MIN_SWEEP_INTERVAL = 0.05
+
+
+def not_found(response_id: str) -> ResponseNotFound:
+    """Return the error of a request that continues a response which cannot be found, in OpenAI's words."""
+    text = f"Previous response with id '{response_id[:64]}' not found."
+    return ResponseNotFound(text, param="previous_response_id")
+
+
+class StoredResponses:
+    """The responses that a caller can find by their ids, for *window* seconds; the oldest is the first to go.
+
+    Always: a response is found by its caller only, within the window; the store refers to each once.
+
+    *clock* is that of the entries of logs, which are evicted together with responses.
+    """
+
+    def __init__(
+        self,
+        streams: StreamStore,
+        window: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        self._streams = streams
+        self._window = window
+        self._clock = clock
+        self._loop = asyncio.get_running_loop() if loop is None else loop
+        # The oldest first.
+        self._named: OrderedDict[tuple[Caller, str], StoredResponse] = OrderedDict()
+        self._sweeper: asyncio.TimerHandle | None = None
+        self.held: HeldResponses[StoredResponse] = HeldResponses(clock)
+        # Where those of other instances are; None if there are none.
+        self.storage: Storage | None = None
+        # Where there are: what is here of their conversations, as long as something refers to it.
+        self._known: WeakValueDictionary[tuple[Caller, str], StoredResponse] = (
+            WeakValueDictionary()
+        )
+        streams.stored = self
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+    @property
+    def window(self) -> float:
+        """The seconds that a response can be found; 0: none is stored."""
+        return self._window
+
+    def apply(self, window: float) -> None:
+        """Use another window, also for the responses that are stored."""
+        self._window = window
+        self._expire()
+        self._rearm()
+
+    def hold(self) -> HeldBytes:
+        """Return a count, at 0, of bytes that are kept for a response."""
+        return self._streams.hold()
+
+    def get(self, caller: Caller, response_id: str) -> StoredResponse | None:
+        """Return the caller's response of this id; None if there is none."""
+        self._expire()
+        return self._named.get((caller, response_id))
+
+    def find(self, caller: Caller, response_id: str) -> StoredResponse:
+        """Return the caller's response of this id.
+
+        Raises:
+            ResponseNotFound: there was never such a response, it is no longer kept, or it is another
+                caller's.
+        """
+        response = self.get(caller, response_id)
+        if response is None:
+            raise not_found(response_id)
+        return response
+
+    async def reach(self, caller: Caller, response_id: str) -> StoredResponse | None:
+        """Return the caller's response of this id, for the caller to `release`; None if no instance has one.
+
+        Cancelling is safe.
+        """
+        response = self.get(caller, response_id)
+        if response is not None:
+            response.retain()
+        elif self.storage is not None and self._window > 0:
+            records = await self.storage.load(caller, response_id, self._window, MAX_LOADED)
+            response = self._restore(caller, records)
+        return response
+
+    def make(
+        self,
+        caller: Caller,
+        parts: ResponseParts,
+        input_items: bytes,
+        previous: StoredResponse | None,
+        *,
+        provider: str,
+        kept_there: bool,
+        whole: bool = True,
+    ) -> StoredResponse | None:
+        """Return a response that nobody can find yet, for its caller to `release`; None if there is no room.
+
+        *whole* false: it has continued a response that is not held here.
+        """
+        held = self._streams.hold()
+        response = StoredResponse(
+            caller,
+            parts,
+            input_items,
+            previous,
+            provider=provider,
+            kept_there=kept_there,
+            whole=whole,
+            held=held,
+        )
+        try:
+            held.grow(response.size)
+        except BaseException as exc:
+            response.release()
+            if isinstance(exc, ServerAtCapacity):
+                return None
+            raise
+        if self.storage is not None:
+            self._known[caller, response.id] = response
+        return response
+
+    def add(self, response: StoredResponse) -> None:
+        """Let *response* be found by its id from now on, instead of an older one of that id."""
+        if self._window <= 0:
+            return
+        self._expire()
+        key = (response.caller, response.id)
+        response.retain()
+        if (older := self._named.pop(key, None)) is not None:
+            older.release()
+        response.stored_at = self._clock()
+        self._named[key] = response
+        if self.storage is not None:
+            self._share(response, self.storage)
+        if self._sweeper is None:
+            self._rearm()
+
+    def drop(self, caller: Caller, response_id: str) -> bool:
+        """Let a response be found no longer; return whether there was one. Those that continued it go on."""
+        self._expire()
+        return self._drop((caller, response_id))
+
+    def oldest(self) -> float:
+        """Return since when the oldest response is stored, or held by a connection; infinity if there is none."""
+        return min(self._oldest(), self.held.oldest())
+
+    def drop_oldest(self) -> None:
+        """Drop the oldest response, to make room."""
+        if self.held.oldest() < self._oldest():
+            self.held.drop_oldest()
+        else:
+            self._drop(next(iter(self._named)))
+
+    def close(self) -> None:
+        """Forget every response, and stop the timer."""
+        self._window = 0.0
+        self._expire()
+        self._rearm()
+
+    def _share(self, response: StoredResponse, storage: Storage) -> None:
+        """Let other instances find *response*, soon."""
+        previous = response.previous
+        previous_id = previous.id if previous is not None and previous.shared else None
+        record = response.record()
+        if record is None:
+            return
+        # What came before is needed once more if it proves to be missing there.
+        response.retain()
+        response.shared = storage.keep(
+            response.caller,
+            record,
+            previous_id,
+            self._window,
+            whole=partial(response.record, alone=True),
+            done=partial(_note_written, response),
+        )
+        if not response.shared:
+            response.release()
+
+    def _restore(self, caller: Caller, records: Sequence[Record]) -> StoredResponse | None:
+        """Return the first of *records*, which continues the others, to be released; None if there is no room.
+
+        What is here already is not made again.
+        """
+        response: StoredResponse | None = None
+        for record in reversed(records):
+            previous, known = response, self._known.get((caller, record.id))
+            if known is not None and known.alive:
+                response = known
+                response.retain()
+            else:
+                parts = ResponseParts(
+                    record.id, record.status, record.head, record.output, record.tail
+                )
+                response = self.make(
+                    caller,
+                    parts,
+                    record.input,
+                    previous,
+                    provider=record.provider,
+                    kept_there=record.kept_there,
+                    whole=record.whole,
+                )
+            if previous is not None:
+                previous.release()
+            if response is None:
+                return None
+            response.shared = True
+        return response
+
+    def _oldest(self) -> float:
+        return next((response.stored_at for response in self._named.values()), inf)
+
+    def _drop(self, key: tuple[Caller, str]) -> bool:
+        response = self._named.pop(key, None)
+        if response is None:
+            return False
+        response.release()
+        return True
+
+    def _expire(self) -> None:
+        """Drop the responses whose window is over."""
+        due = self._clock() - self._window
+        while self._named and self._oldest() <= due:
+            self._drop(next(iter(self._named)))
+
+    def _sweep(self) -> None:
+        self._sweeper = None
+        self._expire()
+        self._rearm()
+
+    def _rearm(self) -> None:
+        """Let one timer run while there are responses, until the oldest is due."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+        if self._named:
+            delay = self._oldest() + self._window - self._clock()
+            self._sweeper = self._loop.call_later(max(MIN_SWEEP_INTERVAL, delay), self._sweep)
+
+
+def _note_written(response: StoredResponse, kept: bool) -> None:
+    # One that continues it is written with it, if it could not be.
+    response.shared = kept
+    response.release()

@@ -1,0 +1,187 @@
+"""Responses that this server has stored (`store_window`): read, deleted, and their input listed, as at OpenAI.
+
+    GET    /v1/responses/{id}               face.py, from the log as long as there is one
+    DELETE /v1/responses/{id}
+    GET    /v1/responses/{id}/input_items
+
+What is deleted is not found by its id any more, and its log is gone; a response that runs is cancelled. Conversations
+that went on from it go on. Deleting needs no place: it works in a full server.
+
+What is not kept here may be kept by the provider: where its account is open to the caller (faces/passthrough.py), the
+request is passed on, and is 404 otherwise.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import msgspec
+from aiohttp import web
+
+from aioserver.auth.callers import CALLER
+from aioserver.errors import InvalidRequest, NotFound, PermissionDenied, StreamNotFound
+from aioserver.faces import openai, passthrough
+from aioserver.faces.admission import counted
+from aioserver.limits.steps import in_turns
+from aioserver.wings.responses.items import Page, paging
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aioserver.faces.admission import BodyHold
+    from aioserver.faces.context import Context
+    from aioserver.gateway.request import Request
+    from aioserver.wings.responses.stored import StoredResponse
+
+NOT_FOUND = "no such response: never seen, or kept no longer"
+# Items of one page, at most and where the request does not say.
+MAX_ITEMS, ITEMS = 100, 20
+
+
+def routes(context: Context) -> list[web.RouteDef]:
+    """Return the routes of this part of OpenAI's API."""
+    return [
+        web.delete("/v1/responses/{id}", partial(delete, context, passing(context))),
+        web.get(
+            "/v1/responses/{id}/input_items",
+            counted(
+                context.admission,
+                "openai",
+                partial(prepare_items, context),
+                partial(write_items, context),
+            ),
+            # The body is not written by aiohttp, which would leave it out for HEAD.
+            allow_head=False,
+        ),
+    ]
+
+
+def passing(context: Context) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    """Return the handler that passes a request on which is about a response that is not kept here."""
+    return counted(
+        context.admission,
+        passthrough.FACE,
+        partial(prepare_passed, context),
+        partial(passthrough.serve, context),
+    )
+
+
+async def find(context: Context, request: web.Request) -> StoredResponse:
+    """Return the stored response that the path of *request* names, to be released.
+
+    Raises:
+        StreamNotFound: the caller has no such response.
+    """
+    response = await context.gateway.responses.reach(request[CALLER], request.match_info["id"])
+    if response is None:
+        raise StreamNotFound(NOT_FOUND)
+    return response
+
+
+async def write(context: Context, request: web.Request, body: bytes) -> web.StreamResponse:
+    """Answer with *body*, and write it, for as long as its client needs to read it.
+
+    Raises:
+        ServerAtCapacity: all that is kept would be more than `max_kept_bytes`.
+    """
+    response = web.Response(body=body, content_type="application/json", charset="utf-8")
+    with context.gateway.hold() as held:
+        held.grow(len(body))
+        await openai.write(context, request, response)
+    return response
+
+
+async def prepare_passed(context: Context, request: web.Request, hold: BodyHold) -> Request:
+    """Prepare a request about a response that is not kept here, for the provider, which may keep it.
+
+    Raises:
+        StreamNotFound: no provider's account is open to its caller.
+    """
+    try:
+        return await passthrough.prepare(context, request, hold)
+    except (NotFound, PermissionDenied, web.HTTPNotFound):
+        # Why that is does not matter to a client, which asks for what it takes for its own.
+        raise StreamNotFound(NOT_FOUND) from None
+
+
+async def delete(
+    context: Context,
+    passing: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    request: web.Request,
+) -> web.StreamResponse:
+    """Answer a DELETE: of what is kept here, or by *passing* the request on.
+
+    Raises:
+        StreamNotFound: the caller has no such response.
+    """
+    gateway, response_id = context.gateway, request.match_info["id"]
+    known = gateway.forget_response(request[CALLER], response_id)
+    if gateway.elsewhere is not None:
+        known = await gateway.elsewhere.forget_response(request[CALLER], response_id) or known
+    if not known:
+        return await passing(request)
+    return web.json_response({"id": response_id, "object": "response", "deleted": True})
+
+
+async def prepare_items(context: Context, request: web.Request, hold: BodyHold) -> Request | None:
+    """Prepare a list of input items: None, or a request to the provider if the response is not kept here.
+
+    Raises:
+        StreamNotFound: the caller has no such response.
+    """
+    try:
+        response = await find(context, request)
+    except StreamNotFound:
+        return await prepare_passed(context, request, hold)
+    response.release()
+    # Only its provider knows the items before those that are held here.
+    return None if response.whole else await prepare_passed(context, request, hold)
+
+
+async def write_items(
+    context: Context, request: web.Request, passed: Request | None
+) -> web.StreamResponse:
+    """Answer with a page of input items.
+
+    Raises:
+        StreamNotFound: the response has gone.
+        InvalidRequest: `order`, `limit` or `after` is none.
+    """
+    if passed is not None:
+        return await passthrough.serve(context, request, passed)
+    response = await find(context, request)
+    try:
+        page = await _page(request, response)
+    finally:
+        response.release()
+    body = msgspec.json.encode(
+        {
+            "object": "list",
+            "data": page.items,
+            "first_id": page.first_id,
+            "last_id": page.last_id,
+            "has_more": page.more,
+        }
+    )
+    return await write(context, request, body)
+
+
+async def _page(request: web.Request, response: StoredResponse) -> Page:
+    order = request.query.get("order", "desc")
+    if order not in {"asc", "desc"}:
+        raise InvalidRequest("order must be asc or desc", param="order")
+    text = request.query.get("limit", str(ITEMS))
+    # A longer number is none of these, and int() is slow with thousands of digits.
+    if not (text.isascii() and text.isdigit() and len(text) <= 3 and 1 <= int(text) <= MAX_ITEMS):
+        raise InvalidRequest(f"limit must be a number from 1 to {MAX_ITEMS}", param="limit")
+    pieces = response.shown()
+    if order == "desc":
+        pieces.reverse()
+    steps = paging(
+        pieces, newest_first=order == "desc", limit=int(text), after=request.query.get("after")
+    )
+    page = await in_turns(steps)
+    if page is None:
+        raise InvalidRequest("after must be the id of an item in this list", param="after")
+    return page

@@ -1,0 +1,145 @@
+"""The answers of the simulated model as Anthropic's Messages API has them. No I/O.
+
+They have the words of the other answers (shapes.py), and so do the errors. Streamed, the first block begins with
+a `ping`, as Anthropic sends it. With `thinking` enabled the answer begins with a block of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from aiohttp import web
+
+from aioserver.wings.anthropic import wire as anthropic
+from aioserver.wings.simulator.shapes import SLICES, event, in_one_piece, streamed, words_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aioserver.wings.simulator.model import ParsedRequest
+    from aioserver.wings.simulator.shapes import Answer
+
+_THOUGHT = "I am only simulated, so I think of nothing."
+_SIGNATURE = "c2ltdWxhdGVk"
+_EMPTY_THOUGHT = {"thinking": "", "signature": ""}
+
+
+def answer(request: ParsedRequest, ident: str, count: int = 0) -> Answer:
+    """Build the answer to *request*, with ids made from *ident*, of *count* tokens, as `shapes.answer` does."""
+    if request.endpoint == anthropic.COUNT_TOKENS:
+        return _with_forms(in_one_piece({"input_tokens": request.prompt_tokens}, SLICES))
+    words, cut = words_of(request, count)
+    blocks = [*_thinking(request), _block(request, ident, "".join(words))]
+    reason = "max_tokens" if cut else "tool_use" if request.call else "end_turn"
+    usage = {
+        "input_tokens": request.prompt_tokens,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": 0,
+        "output_tokens": len(words),
+        "service_tier": "standard",
+    }
+    message: dict[str, Any] = {
+        "id": f"msg_{ident}",
+        "type": "message",
+        "role": "assistant",
+        "model": request.model,
+        "content": blocks,
+        "stop_reason": reason,
+        "stop_sequence": None,
+        "usage": usage,
+    }
+    if not request.stream:
+        return _with_forms(in_one_piece(message, len(words)))
+    begun = {**message, "content": [], "stop_reason": None, "usage": {**usage, "output_tokens": 1}}
+    return _with_forms(_events(request, words, begun, reason))
+
+
+def _events(
+    request: ParsedRequest, words: Sequence[str], begun: dict[str, Any], reason: str
+) -> Answer:
+    opening = [_event("message_start", message=begun)]
+    thoughts = _thinking(request)
+    for index, block in enumerate(thoughts):
+        opening += [
+            _event("content_block_start", index=index, content_block={**block, **_EMPTY_THOUGHT}),
+            _delta(index, "thinking_delta", thinking=block["thinking"]),
+            _delta(index, "signature_delta", signature=block["signature"]),
+            _event("content_block_stop", index=index),
+        ]
+    index = len(thoughts)
+    block = _block(request, begun["id"].removeprefix("msg_"), "")
+    opening += [_event("content_block_start", index=index, content_block=block), anthropic.PING]
+    template = _delta(index, "text_delta", text="\0")
+    if request.call:
+        template = _delta(index, "input_json_delta", partial_json="\0")
+    delta = {"stop_reason": reason, "stop_sequence": None}
+    closing = [
+        _event("content_block_stop", index=index),
+        _event("message_delta", delta=delta, usage={"output_tokens": len(words)}),
+    ]
+    return streamed(opening, words, template, closing, _event("message_stop"))
+
+
+def _thinking(request: ParsedRequest) -> list[dict[str, Any]]:
+    """Return the block of thinking, if *request* wants one."""
+    thinking = request.body.get("thinking")
+    if not isinstance(thinking, dict) or thinking.get("type") != "enabled":
+        return []
+    return [{"type": "thinking", "thinking": _THOUGHT, "signature": _SIGNATURE}]
+
+
+def _block(request: ParsedRequest, ident: str, text: str) -> dict[str, Any]:
+    """Return the block that has the words of the answer; *text* is "" as long as it is empty."""
+    if not request.call:
+        return {"type": "text", "text": text}
+    return {
+        "type": "tool_use",
+        "id": f"toolu_{ident}",
+        "name": request.call.name,
+        "input": _arguments(text),
+    }
+
+
+def _arguments(text: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        # None yet, or `max_tokens` has cut them.
+        return {}
+
+
+def _event(kind: str, **fields: Any) -> bytes:
+    return event({"type": kind, **fields}, kind)
+
+
+def _delta(index: int, kind: str, **fields: str) -> bytes:
+    return _event("content_block_delta", index=index, delta={"type": kind, **fields})
+
+
+def _with_forms(plain: Answer) -> Answer:
+    """Return *plain* with what keeps a connection alive here, and with the errors of this API."""
+    return dataclasses.replace(plain, idle=anthropic.PING, error_event=error_event)
+
+
+def error_event(status: int, message: str) -> bytes:
+    """Encode an error as an event."""
+    return b"event: error\ndata: %b\n\n" % error(status, message)
+
+
+def error(status: int, message: str) -> bytes:
+    """Return an error body as Anthropic writes it."""
+    kind = anthropic.TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    content = {"type": kind, "message": message}
+    return orjson.dumps({"type": "error", "error": content, "request_id": "req_simulated"})
+
+
+def translated(response: web.StreamResponse) -> web.StreamResponse:
+    """Return *response*, and if it is an error of OpenAI's API, the same error of this one."""
+    if isinstance(response, web.Response) and isinstance(response.body, bytes):
+        body = response.body
+        if body.startswith(b'{"error"') and response.content_type == "application/json":
+            status = response.status if response.status >= 400 else 500
+            response.body = error(status, orjson.loads(body)["error"]["message"])
+    return response

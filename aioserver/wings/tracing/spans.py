@@ -1,0 +1,289 @@
+"""The spans of a request that has ended, made of its record and its trace, as bytes (wings/tracing/otlp.py).
+
+    SERVER      the request, from its wait for a place, or its admission, to the end of its answer
+      INTERNAL  queue: a wait for a place of the server, or of a provider
+      CLIENT    an attempt at a provider, from its place there to the end of what came
+    SERVER      resume: a client that comes back for the answer of another request, to whose span this one links
+
+Names and attributes are those of OpenTelemetry's semantic conventions for HTTP and for generative AI (in development), as far
+as there are any; others begin with `aioserver.`. Nothing of a question, of an answer, or of a key is in a span, nor the text
+of an error.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from aioserver.telemetry.metrics import CLIENT_LEFT, OK
+from aioserver.wings.tracing import otlp
+from aioserver.wings.tracing.otlp import Context, attribute
+
+if TYPE_CHECKING:
+    from aioserver.telemetry.request_log import RequestRecord
+    from aioserver.wings.tracing.otlp import Value
+    from aioserver.wings.tracing.trace import AttemptTrace, Trace, Wait
+
+# Characters of an id or a name that comes from a client or a provider.
+MAX_NAME = 200
+# gen_ai.operation.name, by the path below the provider's base URL.
+OPERATIONS = {
+    "chat/completions": "chat",
+    "completions": "text_completion",
+    "embeddings": "embeddings",
+    "messages": "chat",
+    "responses": "chat",
+}
+# The faces that have a protocol of ours, and the one that passes requests on.
+OWN_FACES, PASSED_ON = ("websocket", "sse"), "other"
+# An HTTP status that exists in logs and metrics only: the client has left, or the answer was cancelled.
+NO_STATUS = 499
+# The parts that spans have in common are kept as bytes, some hundred each; clients may make up any number of models.
+MAX_KEPT = 512
+# Facts that an answer states about itself. A quote inside a JSON string is escaped, so none of it is a text of the model.
+_ID = re.compile(rb'"id": ?"([^"\\]{1,200})"')
+_MODEL = re.compile(rb'"model": ?"([^"\\]{1,200})"')
+_FINISH = re.compile(rb'"(?:finish_reason|stop_reason)": ?"([^"\\]{1,64})"')
+MAX_REASONS = 8
+
+
+class EndedRequest(NamedTuple):
+    """A request that ended at the monotonic time *now*; the rest is what the request log says of its end."""
+
+    record: RequestRecord
+    trace: Trace
+    now: float
+    code: str
+    outcome: str
+    status: int
+
+    @property
+    def number(self) -> int:
+        """The number of its spans."""
+        return 1 + len(self.trace.waits) + len(self.trace.attempts)
+
+    def write(self, zero: int) -> bytes:
+        """Return its spans; *zero*: the nanoseconds of Unix time at which the monotonic clock was at 0."""
+        record, trace, now, code, outcome, status = self
+        began = record.admitted_at
+        for wait in trace.waits:
+            began = min(began, wait.began)
+        if record.streamed and record.first_event_at and status != NO_STATUS:
+            # The head of a stream is sent by its first event, whatever comes later.
+            shown = 200
+        else:
+            shown = status
+        attributes = [attribute("aioserver.request_id", record.request_id[:MAX_NAME])]
+        if record.queue_wait:
+            attributes.append(attribute("aioserver.queue_wait", record.queue_wait))
+        described = _request(
+            record.face,
+            record.target,
+            trace.path,
+            record.provider,
+            record.caller,
+            record.attempts,
+            outcome,
+            code,
+            shown,
+            status >= 500,
+        )
+        parts = [
+            otlp.span(trace.context, (_at(zero, began), _at(zero, now)), described, attributes)
+        ]
+        parts += [_of_wait(trace.context, wait, zero) for wait in trace.waits]
+        parts += [_of_attempt(record, trace, attempt, zero) for attempt in trace.attempts]
+        trace.forget()
+        return b"".join(parts)
+
+
+class EndedVisit(NamedTuple):
+    """A client that has read the answer to *request_id* after event *after*, from *began* to *now*.
+
+    *link*: the span of the request that asked for the answer, if known. *status*: how the answer ended, empty if it goes on;
+    *code*: its error.
+    """
+
+    context: Context
+    link: Context | None
+    request_id: str
+    after: int
+    began: float
+    now: float
+    status: str
+    code: str
+
+    @property
+    def number(self) -> int:
+        """The number of its spans."""
+        return 1
+
+    def write(self, zero: int) -> bytes:
+        """Return its span, as `EndedRequest.write`."""
+        attributes = [
+            attribute("aioserver.request_id", self.request_id[:MAX_NAME]),
+            attribute("aioserver.last_event_id", self.after),
+        ]
+        outcome = {"": CLIENT_LEFT, "complete": OK}.get(self.status, self.status)
+        times = (_at(zero, self.began), _at(zero, self.now))
+        described = _visit(outcome, self.code)
+        return otlp.span(self.context, times, described, attributes, self.link)
+
+
+def _at(zero: int, moment: float) -> int:
+    return zero + int(moment * 1e9)
+
+
+@lru_cache(MAX_KEPT)
+def _request(
+    face: str,
+    target: str,
+    path: str,
+    provider: str,
+    caller: str,
+    attempts: int,
+    outcome: str,
+    code: str,
+    status: int,
+    failed: bool,
+) -> bytes:
+    attributes: dict[str, Value] = {
+        "aioserver.face": face,
+        "aioserver.provider": provider,
+        "aioserver.attempts": attempts,
+        "aioserver.outcome": outcome,
+    }
+    name = "chat"
+    if face not in OWN_FACES:
+        name = _route_name(target, path)
+        method, _, route = name.partition(" ")
+        attributes["http.request.method"] = method
+        if face != PASSED_ON:
+            attributes["http.route"] = route
+        if status != NO_STATUS:
+            attributes["http.response.status_code"] = status
+    if caller:
+        attributes["aioserver.caller"] = caller
+    if code:
+        attributes["error.type"] = code
+    return otlp.description(name, otlp.SERVER, attributes, failed=failed)
+
+
+def _route_name(target: str, path: str) -> str:
+    """Return the method and the path of a request; of one that is passed on only its beginning: the rest may be an id."""
+    if not target:
+        return f"POST /v1/{path}"
+    method, _, passed = target.partition(" ")
+    return f"{method} /v1/{passed.partition('/')[0]}"[:MAX_NAME]
+
+
+@lru_cache(MAX_KEPT)
+def _visit(outcome: str, code: str) -> bytes:
+    attributes: dict[str, Value] = {"aioserver.resumed": True, "aioserver.outcome": outcome}
+    if code:
+        attributes["error.type"] = code
+    return otlp.description("resume", otlp.SERVER, attributes, failed=False)
+
+
+def _of_wait(parent: Context, wait: Wait, zero: int) -> bytes:
+    return otlp.span(
+        _below(parent, wait.span_id),
+        (_at(zero, wait.began), _at(zero, wait.ended)),
+        _wait(wait.provider, wait.error),
+    )
+
+
+@lru_cache(MAX_KEPT)
+def _wait(provider: str, error: str) -> bytes:
+    attributes: dict[str, Value] = {"aioserver.queue": "provider" if provider else "admission"}
+    if provider:
+        attributes["aioserver.provider"] = provider
+    if error:
+        attributes["error.type"] = error
+    return otlp.description("queue", otlp.INTERNAL, attributes, failed=bool(error))
+
+
+def _of_attempt(record: RequestRecord, trace: Trace, attempt: AttemptTrace, zero: int) -> bytes:
+    model = reason = ""
+    attributes = []
+    if attempt.status == 200:
+        response_id = _text(_ID.search(attempt.head))
+        model = _text(_MODEL.search(attempt.head) or _MODEL.search(attempt.tail))
+        reasons = _FINISH.findall(attempt.tail)[:MAX_REASONS]
+        reason = b"\n".join(reasons).decode("utf-8", "replace")
+        if response_id:
+            attributes.append(attribute("gen_ai.response.id", response_id))
+    if attempt.first_chunk:
+        attributes.append(attribute("gen_ai.response.time_to_first_chunk", attempt.first_chunk))
+    tokens_in, tokens_out = attempt.tokens
+    if tokens_in is not None:
+        attributes.append(attribute("gen_ai.usage.input_tokens", tokens_in))
+    if tokens_out is not None:
+        attributes.append(attribute("gen_ai.usage.output_tokens", tokens_out))
+    described = _attempt(
+        record.target,
+        trace.path,
+        attempt.provider,
+        attempt.model[:MAX_NAME],
+        attempt.address,
+        record.streamed,
+        attempt.max_tokens,
+        attempt.temperature,
+        model,
+        reason,
+        attempt.status,
+        attempt.error,
+    )
+    times = (_at(zero, attempt.began), _at(zero, attempt.ended))
+    return otlp.span(_below(trace.context, attempt.span_id), times, described, attributes)
+
+
+@lru_cache(MAX_KEPT)
+def _attempt(
+    target: str,
+    path: str,
+    provider: str,
+    model: str,
+    address: tuple[str, int],
+    streamed: bool,
+    max_tokens: int | None,
+    temperature: float | None,
+    response_model: str,
+    reasons: str,
+    status: int,
+    error: str,
+) -> bytes:
+    attributes: dict[str, Value] = {
+        "gen_ai.provider.name": provider,
+        "server.address": address[0],
+        "server.port": address[1],
+    }
+    name = _route_name(target, path)
+    if operation := OPERATIONS.get(path, ""):
+        name = f"{operation} {model}"
+        attributes["gen_ai.operation.name"] = operation
+        attributes["gen_ai.request.stream"] = streamed
+    if model:
+        attributes["gen_ai.request.model"] = model
+    if max_tokens is not None:
+        attributes["gen_ai.request.max_tokens"] = max_tokens
+    if temperature is not None:
+        attributes["gen_ai.request.temperature"] = temperature
+    if response_model:
+        attributes["gen_ai.response.model"] = response_model
+    if reasons:
+        attributes["gen_ai.response.finish_reasons"] = tuple(reasons.split("\n"))
+    if status:
+        attributes["http.response.status_code"] = status
+    if error:
+        attributes["error.type"] = error
+    return otlp.description(name, otlp.CLIENT, attributes, failed=bool(error))
+
+
+def _below(parent: Context, span_id: bytes) -> Context:
+    return Context(parent.trace_id, span_id, parent.span_id, state=parent.state)
+
+
+def _text(match: re.Match[bytes] | None) -> str:
+    return "" if match is None else match[1].decode("utf-8", "replace")

@@ -1,0 +1,195 @@
+"""The balance: workers that share a listening socket stop accepting in turn, so that connections spread evenly.
+
+The kernel wakes all workers for a new connection, and the one that comes first gets it. Left alone, 600 idle
+WebSockets may all go to one worker. A worker therefore stops accepting, with a new connection, where it has more than
+STOP times the mean of all workers and a few beyond; it goes on, at a beat, where it has less than GO_ON times
+the mean. The mean is over the workers whose loops turn, so one that is blocked holds back nobody. The worker with the
+fewest connections has no more than the mean, so there is always one that accepts.
+
+To stop is to close this process' copies of the socket; the socket itself, which the siblings share, goes on listening.
+To go on is to make new copies. Nothing accepted is lost: see `Site.stop`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+from aioserver.server.connection import ConnectionServer
+from aioserver.server.listener import ListeningSocket, Site, watchers
+from aioserver.workers.shared_page import State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiohttp import web
+    from aiohttp.web_protocol import RequestHandler
+
+    from aioserver.workers.shared_page import SharedPage
+
+logger = logging.getLogger("aioserver.balance")
+
+# Shares of the mean, and connections beyond, at which a worker stops accepting, and goes on. Below four workers with
+# a few connections each the constants decide.
+STOP = (1.06, 4)
+GO_ON = (1.03, 2)
+# Seconds until it is tried again to make copies of the socket: the process has too many open files.
+RETRY = 1.0
+# Connections that asyncio's loop accepts in one turn: a burst is not all for the worker that wakes up first.
+AT_ONCE = 16
+
+
+class SharedSocket(ListeningSocket):
+    """A copy of a socket that listens already, with the backlog that it has."""
+
+    def listen(self, backlog: int = 0, /) -> None:
+        """Do nothing: asyncio's `backlog` is also how many it accepts in one turn, see AT_ONCE."""
+
+
+class Balance:
+    """Whether this worker accepts connections.
+
+    Always: `connections` are those of this worker, and the page says so. *on_stop* is called when it stops
+    accepting: the next beat should be soon.
+    """
+
+    def __init__(self, page: SharedPage, on_stop: Callable[[], None]) -> None:
+        self._page = page
+        self._on_stop = on_stop
+        self.connections = 0
+        # How often a connection has come or gone.
+        self.events = 0
+        self._sites: list[Site] = []
+        self._sockets: list[tuple[web.AppRunner, ListeningSocket, int]] = []
+        # The wanted state; the task makes it so.
+        self._accepts = True
+        self._ended = False
+        self._switching: asyncio.Task[None] | None = None
+        # Whether no copy of a socket could be made, and until when none is tried again.
+        self._failing = False
+        self._retry_at = 0.0
+
+    @property
+    def accepts(self) -> bool:
+        """Whether new connections are accepted."""
+        return self._accepts
+
+    @property
+    def able(self) -> bool:
+        """Whether this worker accepts connections, or will as soon as the others have caught up."""
+        return not self._ended and not self._failing
+
+    async def accept_on(self, runner: web.AppRunner, sock: ListeningSocket, backlog: int) -> None:
+        """Accept for *runner* what comes on *sock*, which listens already; `end` closes it.
+
+        Raises:
+            OSError: no copy of the socket can be made.
+        """
+        self._sockets.append((runner, sock, backlog))
+        await self._open(runner, sock, backlog)
+
+    def server(self, *args: Any, **kwargs: Any) -> ConnectionServer:
+        """Return a server whose connections are counted here."""
+        return _CountingServer(*args, balance=self, **kwargs)
+
+    def made(self) -> None:
+        """Count a connection; stop accepting if this worker has its share."""
+        self.connections += 1
+        self.events += 1
+        self._page.tell_connections(self.connections)
+        if self._accepts and self.connections > self._bound(*STOP):
+            self._accepts = False
+            for site in self._sites:
+                site.pause()
+            self._switch()
+            self._on_stop()
+
+    def lost(self) -> None:
+        """Count a connection that has ended."""
+        self.connections -= 1
+        self.events += 1
+        self._page.tell_connections(self.connections)
+
+    def beat(self) -> bool:
+        """Go on accepting if the others have caught up. Return whether it has still to wait for them."""
+        if not self._accepts and not self._ended:
+            if asyncio.get_running_loop().time() < self._retry_at:
+                return False
+            if self.connections > self._bound(*GO_ON):
+                return True
+            self._accepts = True
+            self._switch()
+        return False
+
+    async def end(self) -> None:
+        """Accept no more connections, for good."""
+        self._ended = True
+        self._accepts = False
+        if self._switching is not None:
+            await self._switching
+        await self._close()
+        for _runner, sock, _backlog in self._sockets:
+            sock.close()
+
+    def _bound(self, share: float, beyond: int) -> float:
+        """Return *share* of the mean of all that accept, and *beyond*."""
+        page = self._page
+        connections = page.connections()
+        others = [connections[slot] for slot in page.turning(State.SERVING) if slot != page.slot]
+        return share * (self.connections + sum(others)) / (1 + len(others)) + beyond
+
+    def _switch(self) -> None:
+        if self._switching is None:
+            self._switching = asyncio.get_running_loop().create_task(self._follow())
+
+    async def _follow(self) -> None:
+        """Open or close the sites until that is what is wanted."""
+        try:
+            while self._accepts != bool(self._sites):
+                if self._accepts:
+                    for entry in self._sockets:
+                        await self._open(*entry)
+                    self._failing = False
+                else:
+                    await self._close()
+        except OSError as error:
+            logger.warning("no connections are accepted for %g s: %s", RETRY, error)
+            self._failing = True
+            self._retry_at = asyncio.get_running_loop().time() + RETRY
+            self._accepts = False
+            await self._close()
+        finally:
+            self._switching = None
+
+    async def _open(self, runner: web.AppRunner, sock: ListeningSocket, backlog: int) -> None:
+        count = watchers(asyncio.get_running_loop())
+        for _ in range(count):
+            copy = SharedSocket(sock.family, sock.type, sock.proto, fileno=sock.dup().detach())
+            copy.setblocking(False)
+            # libuv accepts one for each copy and turn, and passes its backlog on to the kernel.
+            site = Site(runner, copy, backlog=AT_ONCE if count == 1 else backlog)
+            self._sites.append(site)
+            await site.start()
+
+    async def _close(self) -> None:
+        while self._sites:
+            await self._sites.pop().stop()
+
+
+class _CountingServer(ConnectionServer):
+    """Makes the connections, and counts them for the balance."""
+
+    def __init__(self, *args: Any, balance: Balance, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._balance = balance
+
+    def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
+        """Count a connection."""
+        super().connection_made(handler, transport)
+        self._balance.made()
+
+    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
+        """Count a connection that has ended."""
+        super().connection_lost(handler, exc)
+        self._balance.lost()

@@ -1,0 +1,379 @@
+"""The parent of several workers: it holds the port, starts `serve` once for each, and replaces those that end.
+
+    signals, ends of processes, what workers say → supervisor → processes, signals, what systemd hears
+
+It has no event loop, no threads and no application: it waits for one signal after the other, with all of
+them blocked (sigtimedwait(2)); that a worker has said something is a signal, too (O_ASYNC; fcntl(2)). A
+worker is `serve` in another program image, started by fork and exec, so that nothing of the parent is left
+in it, and so that a replacement runs the code that is installed then. A worker tells its parent what a
+service tells systemd, over a socket of its own, and the parent tells systemd what becomes of all.
+
+Linux only, as the files in memory are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from aioserver.auth.keys import pepper_of
+from aioserver.config.faults import ConfigurationError
+from aioserver.server import listener, reload, systemd
+from aioserver.telemetry import logs
+from aioserver.workers.page_keeper import PageKeeper
+from aioserver.workers.private_server import SharedServer
+from aioserver.workers.supervisor import Supervisor
+from aioserver.workers.worker import Worker, as_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from aioserver.config import Configuration
+    from aioserver.config.settings import Settings
+
+logger = logging.getLogger("aioserver.parent")
+
+# What the parent waits for. The others keep their default.
+SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGCHLD,
+    # A worker has said something.
+    signal.SIGIO,
+)
+# Seconds within which a worker is heard of, if systemd names none: those of our unit.
+PERIOD = 20.0
+# Seconds for a worker to end beside `drain_delay` and `shutdown_timeout`.
+END = 5.0
+# Lets the kernel send a signal to this process when its parent ends; prctl(2).
+PR_SET_PDEATHSIG = 1
+MAX_MESSAGE = 4096
+# What only a new parent changes; its workers, when they are replaced, take over the rest.
+HELD = (
+    "chat.websocket.host",
+    "chat.websocket.port",
+    "chat.websocket.concurrency.uvicorn.backlog",
+    "chat.websocket.concurrency.uvicorn.workers",
+)
+# What a worker says of its state.
+LOAD = re.compile(r"(\d+) of (\d+) connections, (\d+) waiting")
+
+
+class Parent:
+    """Runs the workers of *configuration* until it is told to stop.
+
+    *program* is the command line of a worker, and *environ* the environment in which it reads its
+    configuration again. *announce* is called with the address once all workers serve.
+    """
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        environ: Mapping[str, str],
+        inherited: Sequence[socket.socket],
+        program: list[str],
+        announce: Callable[[str], None],
+    ) -> None:
+        self._source = configuration.source
+        # The settings with which the sockets and the workers that serve were made.
+        self._at_start = self._began = configuration.settings
+        self._environ = environ
+        self._program = program
+        self._announce = announce
+        self._hosts = listener.hosts(inherited)
+        self._sockets = list(inherited)
+        self._workers = self._at_start.chat.websocket.concurrency.uvicorn.workers
+        address, watchdog = systemd.manager(os.environ)
+        self._systemd = systemd.Notifier(address, None, self._status)
+        self._watchdog = watchdog
+        self._period = watchdog or PERIOD
+        # When the watchdog of systemd is fed; None before the start is over, or without a watchdog.
+        self._feed_at: float | None = None
+        self._announced = False
+        # Whether systemd was told of a reload that is not over.
+        self._reloading = False
+        self._asked: set[signal.Signals] = set()
+        self._supervisor = Supervisor(
+            self,
+            self._workers,
+            time.monotonic,
+            period=self._period,
+            end_timeout=_end_timeout(self._at_start),
+        )
+        # The contents of the configuration file that workers start with, by number.
+        self._contents = {0: as_file("configuration", configuration.content)}
+        self._number = 0
+        self._pepper = as_file("pepper", pepper_of(self._at_start.llm))
+        max_connections = self._at_start.chat.websocket.concurrency.max_connections
+        self._page = PageKeeper(self._workers, max_connections)
+        self._shared_server = SharedServer()
+        # The other end is open here and nowhere else, until this process ends.
+        self._lifeline, self._held = os.pipe()
+        # The sockets on which workers are heard, by process id.
+        self._ears: dict[int, socket.socket] = {}
+        self._mask: set[Any] = set()
+
+    def listen(self) -> None:
+        """Open the port, unless it was inherited; connections wait in it until workers accept them.
+
+        Raises:
+            OSError: the address is in use, or is not one of this machine.
+        """
+        settings = self._at_start.chat.websocket
+        if not self._sockets:
+            infos = socket.getaddrinfo(settings.host, settings.port, **listener.LOOK_UP)
+            self._sockets = listener.bind(settings.host, settings.port, infos)
+            for sock in self._sockets:
+                sock.listen(settings.concurrency.uvicorn.backlog)
+        self._url = listener.url_of(*listener.address_of(self._sockets[0]))
+
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT, after `listen`. Return the exit code."""
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        # If it is ignored, the kernel keeps no exit codes.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        logger.info("workers: %d, %s", self._workers, _limits(self._at_start))
+        self._shared_server = SharedServer.open(self._at_start, os.environ, self._enter_child)
+        self._supervisor.start()
+        while (code := self._supervisor.code) is None:
+            self._wait()
+            self._hear()
+            self._reap()
+            if self._announced and not self._supervisor.stopping:
+                for number in sorted(self._asked):
+                    self._read(number)
+                self._asked.clear()
+            self._supervisor.turn()
+            self._shared_server.turn()
+            self._page.turn()
+            self._report()
+        self._shared_server.stop()
+        if code == 0:
+            logger.info("stopped")
+        return code
+
+    # What the supervisor needs.
+
+    def start(self, slot: int, configuration: int) -> int:
+        """Start the worker *slot*; see `Processes`."""
+        self._page.starting(slot)
+        ear, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ear.setblocking(False)
+        # Whatever comes is a SIGIO.
+        fcntl.fcntl(ear, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(ear, fcntl.F_SETFL, fcntl.fcntl(ear, fcntl.F_GETFL) | os.O_ASYNC)
+        with theirs:
+            try:
+                pid = os.fork()
+            except OSError:
+                ear.close()
+                raise
+            if pid == 0:
+                self._become(slot, configuration, theirs)
+        self._ears[pid] = ear
+        self._page.started(slot, pid)
+        return pid
+
+    def send(self, pid: int, number: signal.Signals) -> None:
+        """Send a signal to a process that has not been reaped."""
+        os.kill(pid, number)
+
+    def _worker(self, slot: int, descriptors: Mapping[str, int]) -> Worker:
+        """Return what the worker *slot* is told of itself."""
+        return Worker(
+            slot,
+            self._workers,
+            self._period,
+            descriptors,
+            self._shared_server.url,
+            first=not self._announced,
+        )
+
+    # Steps of `run`.
+
+    def _wait(self) -> None:
+        """Wait for a signal, and do what it asks; return as well when something is due."""
+        times = (
+            self._supervisor.wake_at(),
+            self._feed_at,
+            self._page.resize_at,
+            self._shared_server.start_at,
+        )
+        due = min((moment for moment in times if moment is not None), default=None)
+        info: signal.struct_siginfo | None
+        if due is None:
+            info = signal.sigwaitinfo(SIGNALS)
+        else:
+            info = signal.sigtimedwait(SIGNALS, max(0.0, due - time.monotonic()))
+        match info.si_signo if info is not None else None:
+            case signal.SIGTERM | signal.SIGINT:
+                self._stop()
+            case signal.SIGHUP | signal.SIGUSR2 as number:
+                self._asked.add(signal.Signals(number))
+
+    def _hear(self) -> None:
+        for pid, ear in self._ears.items():
+            with contextlib.suppress(BlockingIOError, ConnectionResetError):
+                # Nothing: the worker has closed its end.
+                while data := ear.recv(MAX_MESSAGE):
+                    lines = data.decode(errors="replace").split("\n")
+                    message = dict(line.partition("=")[::2] for line in lines)
+                    self._supervisor.heard(pid, message)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self._page.reaped(pid)
+            self._supervisor.ended(pid, os.waitstatus_to_exitcode(status))
+            self._shared_server.ended(pid)
+            if (ear := self._ears.pop(pid, None)) is not None:
+                ear.close()
+
+    def _report(self) -> None:
+        """Tell systemd, and whoever reads stdout, what has changed."""
+        supervisor = self._supervisor
+        if not supervisor.started:
+            return
+        now = time.monotonic()
+        if supervisor.stopping:
+            pass
+        elif not self._announced:
+            self._announced = True
+            self._announce(f"aioserver is ready: {self._url}")
+            self._systemd.ready()
+            if self._watchdog is not None:
+                self._feed_at = now
+        elif self._reloading and not (supervisor.reloading or supervisor.replacing):
+            self._reloading = False
+            self._systemd.ready()
+        if self._feed_at is not None and now >= self._feed_at:
+            assert self._watchdog is not None
+            self._feed_at = now + self._watchdog / 2
+            if supervisor.alive:
+                self._systemd.alive()
+
+    def _stop(self) -> None:
+        if not self._supervisor.stopping:
+            logger.info("stopping")
+            self._systemd.stopping()
+            # The workers have their own, which they close in good order.
+            for sock in self._sockets:
+                sock.close()
+        self._supervisor.stop()
+
+    def _read(self, number: signal.Signals) -> None:
+        """Read the configuration again, and if it is valid, let the workers apply it, or replace them."""
+        self._systemd.reloading()
+        self._reloading = True
+        try:
+            configuration = reload.read_again(
+                self._source, self._environ, self._hosts, self._at_start
+            )
+        except ConfigurationError as exc:
+            for fault in exc.faults:
+                logger.warning("not applied: %s", fault)
+            return
+        settings = configuration.settings
+        reload.log_remarks(configuration)
+        for key in reload.only_by_restart(settings, self._at_start, HELD):
+            logger.warning("%s has changed, and stays as it was until a restart", key)
+        replaced = number is signal.SIGUSR2
+        if not replaced:
+            for key in reload.only_by_restart(settings, self._began):
+                if key not in HELD:
+                    logger.warning("%s has changed, and stays as it was until SIGUSR2", key)
+        logs.apply(settings.logging)
+        self._supervisor.end_timeout = _end_timeout(settings)
+        self._page.resize(settings.chat.websocket.concurrency.max_connections)
+        self._number += 1
+        self._contents[self._number] = as_file("configuration", configuration.content)
+        if replaced:
+            self._began = settings
+            self._supervisor.replace(self._number)
+        else:
+            logger.info("reloading %d workers, %s", self._workers, _limits(settings))
+            self._supervisor.reload(self._number)
+        for old in self._contents.keys() - self._supervisor.configurations:
+            os.close(self._contents.pop(old))
+
+    def _status(self) -> str:
+        supervisor = self._supervisor
+        statuses = supervisor.statuses()
+        loads = [
+            [int(number) for number in match.groups()]
+            for match in map(LOAD.search, statuses)
+            if match is not None
+        ]
+        inside, limit, waiting = map(sum, zip(*loads, strict=True)) if loads else (0, 0, 0)
+        text = f"{len(statuses)} of {self._workers} workers"
+        if supervisor.replacing:
+            text += ", being replaced"
+        return f"{text}: {inside} of {limit} connections, {waiting} waiting"
+
+    def _enter_child(self) -> None:
+        """Prepare a process of ours that is no worker, before it becomes another program: it ends with the parent."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    def _become(self, slot: int, configuration: int, ear: socket.socket) -> NoReturn:
+        """Become the worker *slot*: a new program, in the process that was just forked."""
+        try:
+            # The terminal's Ctrl-C is the parent's, which passes it on.
+            os.setsid()
+            named = {
+                "ear": ear.fileno(),
+                "lifeline": self._lifeline,
+                "configuration": self._contents[configuration],
+                "pepper": self._pepper,
+                "page": self._page.fd,
+            }
+            passed = [*(sock.fileno() for sock in self._sockets), *named.values()]
+            first, count = systemd.FIRST, len(self._sockets)
+            free = first + len(passed)
+            # Above the numbers that they get, which some of them have.
+            copies = [fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, free) for number in passed]
+            for at, copy in enumerate(copies):
+                os.dup2(copy, first + at)
+            numbers = {name: first + count + at for at, name in enumerate(named)}
+            environ = {
+                **os.environ,
+                **self._worker(slot, numbers).variables(),
+                "LISTEN_FDS": str(count),
+                "LISTEN_PID": str(os.getpid()),
+            }
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+            os.execve(sys.executable, self._program, environ)  # noqa: S606 - no shell is meant
+        except BaseException as exc:  # noqa: BLE001 - this is no longer the parent
+            os.write(2, f"aioserver: worker {slot} cannot be started: {exc}\n".encode())
+        finally:
+            os._exit(1)
+
+
+def _limits(settings: Settings) -> str:
+    limits = settings.chat.websocket.concurrency
+    return (
+        f"together max_connections={limits.max_connections} "
+        f"connection_queue_size={limits.connection_queue_size}"
+    )
+
+
+def _end_timeout(settings: Settings) -> float:
+    websocket = settings.chat.websocket
+    return websocket.drain_delay + websocket.shutdown_timeout + END

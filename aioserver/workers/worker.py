@@ -1,0 +1,157 @@
+"""A worker: one of several processes that serve the same port, as its parent has started it.
+
+The parent passes its listening sockets by the protocol of systemd. What systemd has no words for comes in
+variables: `AIOSERVER_WORKER=SLOT/WORKERS`; `AIOSERVER_FDS=NAME=NUMBER,…`, descriptors by name; and
+`AIOSERVER_PRIVATE_SERVER`, the URL of the parent's own Valkey or Redis server, if it has one
+(workers/private_server.py).
+
+| name | what it is |
+| --- | --- |
+| ear | a socket on which the parent hears from this worker, and from nobody else, what systemd hears from a service |
+| lifeline | a pipe that ends with the parent |
+| configuration | the content of the configuration file that is in effect |
+| pepper | the secret of browser sessions, the same in each worker |
+| page | shared memory, by which places of `max_connections` move between workers (shared_page.py) |
+
+A worker that is replaced, and its successor, have different slots of the same rank: there are twice as
+many slots as workers.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from aioserver.server.preflight import Unfit
+from aioserver.server.systemd import Notifier
+from aioserver.workers.fixed_shares import share_out
+from aioserver.workers.shared_page import OtherLayout, SharedPage
+from aioserver.workers.slot import Slot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, MutableMapping
+
+    from aioserver.config.settings import Settings
+
+WORKER = "AIOSERVER_WORKER"
+DESCRIPTORS = "AIOSERVER_FDS"
+SERVER = "AIOSERVER_PRIVATE_SERVER"
+# Set for the workers that the parent starts first: nobody else can have places yet.
+FIRST = "AIOSERVER_FIRST"
+# The seconds within which the parent wants to hear from the worker.
+PERIOD = "AIOSERVER_PERIOD"
+NAMES = frozenset({"ear", "lifeline", "configuration", "pepper", "page"})
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """What this process is among *workers* processes. *slot*: from 0 to `2 * workers - 1`.
+
+    *period*: the seconds within which its parent wants to hear from it. *server_url*: the parent's private server,
+    through which the workers share limits and streams; None if it has none. *first*: whether it was started with the
+    parent, so that no worker was there before.
+    """
+
+    slot: int
+    workers: int
+    period: float
+    descriptors: Mapping[str, int]
+    server_url: str | None = None
+    first: bool = False
+
+    @classmethod
+    def take(cls, environ: MutableMapping[str, str]) -> Self | None:
+        """Return the worker that *environ* describes, and remove its variables; None if it describes none.
+
+        There may be descriptors with other names, of a parent of another version.
+
+        Raises:
+            Unfit: the version of the parent is one whose shared memory this process cannot use.
+        """
+        slot, _, workers = environ.pop(WORKER, "").partition("/")
+        server_url, first = environ.pop(SERVER, "") or None, bool(environ.pop(FIRST, ""))
+        descriptors = {}
+        for item in environ.pop(DESCRIPTORS, "").split(","):
+            name, _, number = item.partition("=")
+            if name and number.isdigit():
+                descriptors[name] = int(number)
+        period = environ.pop(PERIOD, "")
+        if not (
+            slot.isdigit()
+            and workers.isdigit()
+            and period.isdigit()
+            and descriptors.keys() >= NAMES
+        ):
+            return None
+        for descriptor in descriptors.values():
+            # Not for the children of this process.
+            os.set_inheritable(descriptor, False)
+        try:
+            SharedPage(descriptors["page"]).close()
+        except OtherLayout:
+            raise Unfit(
+                "the parent process is of a version of aioserver whose workers share their places in another way: "
+                "restart the service, SIGUSR2 is not enough",
+                1,
+            ) from None
+        return cls(int(slot), int(workers), int(period) / 1e6, descriptors, server_url, first)
+
+    def variables(self) -> dict[str, str]:
+        """Return the variables from which `take` makes this worker."""
+        descriptors = ",".join(f"{name}={number}" for name, number in self.descriptors.items())
+        return {
+            WORKER: f"{self.slot}/{self.workers}",
+            PERIOD: str(int(self.period * 1e6)),
+            DESCRIPTORS: descriptors,
+            **({} if self.server_url is None else {SERVER: self.server_url}),
+            **({FIRST: "1"} if self.first else {}),
+        }
+
+    @property
+    def slots(self) -> int:
+        """The number of slots."""
+        return 2 * self.workers
+
+    @property
+    def rank(self) -> int:
+        """The number, from 0, of this worker's share of each limit."""
+        return self.slot % self.workers
+
+    def content(self) -> bytes:
+        """Return the content of the configuration file that was in effect when the worker was started."""
+        return read(self.descriptors["configuration"])
+
+    def pepper(self) -> bytes:
+        """Return the secret of browser sessions."""
+        return read(self.descriptors["pepper"])
+
+    def make_slot(self) -> Slot:
+        """Return this worker's slot on the page, in the event loop that runs."""
+        return Slot(SharedPage(self.descriptors["page"], self.slot), self.workers)
+
+    def notifier(self, status: Callable[[], str]) -> Notifier:
+        """Return what tells the parent how this worker is."""
+        ear = socket.socket(fileno=self.descriptors["ear"])
+        ear.setblocking(False)
+        return Notifier(None, self.period, status, ear)
+
+    def settings(self, whole: Settings) -> Settings:
+        """Return *whole* with this worker's share of each limit."""
+        clustered = self.server_url is not None or whole.cluster.redis_url is not None
+        return share_out(whole, self.rank, self.workers, clustered=clustered)
+
+
+def as_file(name: str, content: bytes) -> int:
+    """Return the descriptor of a file in memory with *content*, which processes can share."""
+    descriptor = os.memfd_create(f"aioserver {name}")
+    written = 0
+    while written < len(content):
+        written += os.pwrite(descriptor, content[written:], written)
+    return descriptor
+
+
+def read(descriptor: int) -> bytes:
+    """Return the content of the file *descriptor*, whose position several processes share."""
+    return os.pread(descriptor, os.fstat(descriptor).st_size, 0)

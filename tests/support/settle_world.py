@@ -1,0 +1,70 @@
+"""The state of the server, as the twin of wings/cluster/renew.lua has it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Member:
+    """An instance: when its lease ends, its last call, when it joined, and which of those that joined it knows."""
+
+    ends: float
+    seq: int
+    number: int
+    heard: int
+
+
+@dataclass(slots=True)
+class Hold:
+    """The places that an instance holds, and whether it knows that others starve."""
+
+    held: int
+    knows: int = 0
+
+
+@dataclass(slots=True)
+class Want:
+    """How many places an instance wants, and its turn: the smallest tag, then order, is next."""
+
+    tag: float
+    order: int
+    need: int
+    weight: int
+
+
+@dataclass(slots=True)
+class Limit:
+    """The holders of a limit and those who want more of it, each with a number; *turns* is where the last turn of each has ended."""
+
+    limit: int = 0
+    virtual: float = 0
+    orders: int = 0
+    holds: dict[str, Hold] = field(default_factory=dict)
+    wants: dict[str, Want] = field(default_factory=dict)
+    turns: dict[str, float] = field(default_factory=dict)
+    unheard: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """How many places are held."""
+        return sum(hold.held for hold in self.holds.values())
+
+
+@dataclass(slots=True)
+class World:
+    """The state of the server."""
+
+    epoch: str
+    run: str
+    last: float
+    blind: float
+    offset: float = 0
+    number: int = 0
+    version: int = 0
+    members: dict[str, Member] = field(default_factory=dict)
+    gone: dict[str, Member] = field(default_factory=dict)
+    awaited: dict[str, float] = field(default_factory=dict)
+    limits: dict[str, Limit] = field(default_factory=dict)
+    paces: dict[str, float] = field(default_factory=dict)
+    told: dict[str, dict[str, float]] = field(default_factory=dict)

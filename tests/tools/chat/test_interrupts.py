@@ -1,0 +1,70 @@
+"""What signals do to work, and to the process."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+import pytest
+
+from tests.support.process import Process
+
+pytestmark = pytest.mark.one_loop
+
+WORK = """
+import asyncio, sys
+from aioserver.tools.chat.asking import Interrupted, Interrupts, end_by
+
+async def work():
+    print("working", flush=True)
+    try:
+        await asyncio.sleep(100)
+    finally:
+        print("cleaning up", flush=True)
+        if sys.argv[1] == "slow":
+            await asyncio.sleep(100)
+
+try:
+    with asyncio.Runner() as runner, Interrupts(runner) as interrupts:
+        interrupts.run(work())
+except Interrupted as interrupted:
+    print("forced" if interrupted.forced else "ended", flush=True)
+    end_by(interrupted.number)
+"""
+WORKING = re.compile("working\n")
+CLEANING = re.compile("working\ncleaning up\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+async def test_a_signal_cancels_the_work_and_a_shell_sees_the_signal(
+    number: signal.Signals,
+) -> None:
+    async with await Process.start("-c", WORK, "quick") as process:
+        await process.prints(WORKING)
+        process.signal(number)
+
+        assert await process.ended() == -number
+        assert process.out == "working\ncleaning up\nended\n"
+        assert process.log == ""
+
+
+async def test_a_second_signal_does_not_wait_for_the_work() -> None:
+    async with await Process.start("-c", WORK, "slow") as process:
+        await process.prints(WORKING)
+        process.signal(signal.SIGINT)
+        await process.prints(CLEANING)
+        process.signal(signal.SIGINT)
+
+        assert await process.ended() == -signal.SIGINT
+        assert process.out.endswith("forced\n")
+
+
+async def test_an_ignored_signal_stays_ignored() -> None:
+    """As with `nohup`, and for what a shell runs in the background."""
+    ignoring = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN){WORK}"
+    async with await Process.start("-c", ignoring, "quick") as process:
+        await process.prints(WORKING)
+        process.signal(signal.SIGHUP)
+        process.signal(signal.SIGTERM)
+
+        assert await process.ended() == -signal.SIGTERM

@@ -1,0 +1,240 @@
+"""An answer drawn as Markdown: what is on the screen at the end, whatever came and however it came."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from aioserver.tools.chat import markdown
+from aioserver.tools.chat.markdown import MarkdownDisplay
+from tests.support.waiting import ticks
+
+ROOT = Path(__file__).parents[3]
+PAGES = ["README.md", "docs/faces.md", "docs/clients.md", "docs/install.md", "docs/keys.md"]
+# What a display may send: colours, the cursor up, erase below.
+CONTROL = re.compile(r"\x1b\[[\d;]*[mAJ]|\r")
+UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]")
+HOSTILE = (
+    *(
+        "# ",
+        "\n",
+        "\n\n",
+        "- ",
+        "1. ",
+        "```",
+        "```python\n",
+        "> ",
+        "> > > > > > > ",
+        "**",
+        "`",
+        "    ",
+    ),
+    *(
+        "| a | b |\n|---|---|\n",
+        "[x](http://a/%1b%5b2J)",
+        "<http://a/%1b]0;x%07>",
+        "<http://a/%9b2J>",
+    ),
+    *(
+        "![i](http://b/%1b)",
+        "</kbd>",
+        "<kbd>",
+        "<div>",
+        "&#13;",
+        "&#27;",
+        "&#155;",
+        "\x1b[2J",
+        "\x9b2J",
+    ),
+    *("\u202e", "[a]: http://x\n", "---\n", "===\n", "word ", "中文", "🎉", "a" * 300),
+)
+
+
+def console_of(out: io.StringIO, **changes: Any) -> Console:
+    settings: dict[str, Any] = {"width": 80, "height": 24, "color_system": None} | changes
+    return Console(file=out, force_terminal=True, highlight=False, **settings)
+
+
+def screen(sent: str) -> list[str]:
+    """The lines that a terminal of unlimited height shows in the end."""
+    lines, row, column = [""], 0, 0
+    for part in re.split(r"(\x1b\[[\d;]*[mAJ]|\r|\n)", sent):
+        if part == "\r":
+            column = 0
+        elif part == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+        elif part.endswith("A") and part.startswith("\x1b"):
+            row -= int(part[2:-1])
+            assert row >= 0
+        elif part == "\x1b[J":
+            lines = [*lines[:row], lines[row][:column]]
+        elif not part.startswith("\x1b"):
+            lines[row] = lines[row][:column] + part
+            column += len(part)
+    return lines
+
+
+def drawn_at_once(text: str, **console: Any) -> list[str]:
+    out = io.StringIO()
+    shown = console_of(out, **console)
+    options = shown.options.update(height=None)
+    lines = shown.render_lines(markdown.AnswerMarkdown(text), options, pad=False)
+    return ["".join(segment.text for segment in line).rstrip() for line in lines]
+
+
+def words(lines: list[str]) -> list[str]:
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw in each turn of the loop, not ten times a second."""
+    monkeypatch.setattr(markdown, "DRAW_INTERVAL", 0.0)
+
+
+@pytest.mark.one_loop
+@pytest.mark.parametrize("page", PAGES)
+async def test_a_page_looks_the_same_piece_by_piece_as_at_once(page: str) -> None:
+    text = (ROOT / page).read_text()
+    dice = random.Random(page)
+    out = io.StringIO()
+    display = MarkdownDisplay(out, console_of(out, height=1000))
+
+    at = 0
+    while at < len(text):
+        size = dice.randint(1, 900)
+        display.text(text[at : at + size])
+        await ticks()
+        at += size
+    display.end()
+
+    assert words(screen(out.getvalue())) == words(drawn_at_once(text))
+
+
+@pytest.mark.one_loop
+async def test_nothing_that_a_model_says_reaches_the_terminal_as_a_control_function() -> None:
+    dice = random.Random(17)
+    for _ in range(60):
+        out = io.StringIO()
+        size = {"width": dice.choice([1, 2, 20, 80]), "height": dice.choice([1, 2, 24])}
+        display = MarkdownDisplay(out, console_of(out, **size))
+        for _ in range(dice.randint(1, 40)):
+            display.text(dice.choice(HOSTILE))
+            if dice.random() < 0.2:
+                await ticks()
+        display.end()
+
+        sent = out.getvalue()
+
+        assert not UNSAFE.search(CONTROL.sub("", sent)), sent
+
+
+async def test_one_blank_line_is_between_two_blocks_and_those_of_code_stay() -> None:
+    out = io.StringIO()
+    display = MarkdownDisplay(out, console_of(out, height=100))
+    code = [f"x = {number}" if number % 3 else "" for number in range(150)]
+
+    display.text("# Head\n\n\n- one\n- two\n\n\n> quote\n\n| a |\n|---|\n| b |\n\nend\n\n")
+    display.text("\n".join(["```python", *code, "```"]))
+    display.end()
+
+    lines = [line.strip() for line in screen(out.getvalue())]
+    assert lines[:12] == [
+        "Head",
+        "",
+        "• one",
+        "• two",
+        "",
+        "▌ quote",
+        "",
+        "a",
+        "─",
+        "b",
+        "",
+        "end",
+    ]
+    assert lines[13 : 13 + len(code)] == code
+
+
+async def test_html_is_text() -> None:
+    out = io.StringIO()
+    display = MarkdownDisplay(out, console_of(out))
+
+    display.text("A `List<int>` and List<String>, <div>\n\n<p>whole</p>\n\n</kbd>")
+    display.end()
+
+    assert words(screen(out.getvalue())) == [
+        "A List<int> and List<String>, <div>",
+        "<p>whole</p>",
+        "</kbd>",
+    ]
+
+
+async def test_a_block_taller_than_the_terminal_scrolls_nothing_away_that_is_replaced() -> None:
+    out = io.StringIO()
+    display = MarkdownDisplay(out, console_of(out, height=6))
+    for number in range(30):
+        display.text(f"- item {number}\n")
+        await ticks()
+        ups = [int(up) for up in re.findall(r"\x1b\[(\d+)A", out.getvalue())]
+        assert max(ups, default=0) < 5
+    display.end()
+
+    assert words(screen(out.getvalue())) == [f" • item {number}" for number in range(30)]
+
+
+async def test_a_note_stands_below_the_last_block_until_more_comes() -> None:
+    out = io.StringIO()
+    display = MarkdownDisplay(out, console_of(out, width=20))
+    display.text("One\n\ntwo")
+    await ticks()
+    display.note("nothing has come for a while")
+    noted = screen(out.getvalue())
+    display.text(" three")
+    await ticks()
+    more = screen(out.getvalue())
+    display.note("nothing")
+    display.end()
+
+    assert noted == ["One", "", "two", "nothing has come fo"]
+    assert more == ["One", "", "two three"]
+    assert screen(out.getvalue()) == ["One", "", "two three", ""]
+
+
+async def test_a_long_answer_costs_as_much_as_its_length() -> None:
+    """The number of characters sent, and not a time: each block is drawn again only while it is the last."""
+
+    async def sent(blocks: int) -> int:
+        out = io.StringIO()
+        display = MarkdownDisplay(out, console_of(out))
+        for _ in range(blocks):
+            for piece in ("Some ", "words ", "of a ", "block.\n\n"):
+                display.text(piece)
+                await ticks()
+        display.end()
+        return len(out.getvalue())
+
+    assert await sent(200) <= 11 * await sent(20)
+
+
+async def test_a_terminal_that_is_gone_is_an_error_of_the_next_piece() -> None:
+    class Gone(io.StringIO):
+        def write(self, _text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    out = Gone()
+    display = MarkdownDisplay(out, console_of(io.StringIO()))
+    display.text("a")
+    await ticks()
+
+    with pytest.raises(OSError, match="Input/output"):
+        display.text("b")
+    with pytest.raises(OSError, match="Input/output"):
+        display.end()

@@ -1,0 +1,363 @@
+"""The doctor without a URL: the configuration, this machine, the road to each provider."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import ssl
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trustme
+import yaml
+
+from aioserver.config.configuration import SHIPPED
+from aioserver.tools.doctor import machine, providers
+from aioserver.tools.doctor.findings import Report
+from aioserver.tools.doctor.here import examine_cluster
+from aioserver.tools.doctor.machine import System
+from aioserver.tools.doctor.network import Peer, Steps
+from aioserver.wings.simulator.server import Simulator
+from tests.support.process import run_command
+from tests.support.scripted_provider import Peer as Connection
+from tests.support.scripted_provider import ScriptedProvider
+from tests.support.server import HTTP_CLIENT, NOWHERE, QUICK, configured, provider_entry, write
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from aioserver.tools.doctor.findings import Finding
+
+CANARY = "sk-canary-0123456789"
+SIMULATED = {"simulated": True, "model": "demo", "http_client": HTTP_CLIENT}
+
+
+class Findings(list[Any]):
+    """The findings of a report, as lines: `level subject: text`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.report = Report(self._note)
+
+    def _note(self, finding: Finding) -> None:
+        self.append(str(finding))
+
+    def of(self, level: str) -> list[str]:
+        """The lines of one level, without it."""
+        return [line.partition(" ")[2].strip() for line in self if line.startswith(level)]
+
+
+@pytest.fixture
+def findings() -> Iterator[Findings]:
+    found = Findings()
+    yield found
+    assert not any(CANARY in line for line in found)
+
+
+def refusing(status: str) -> Any:
+    """A provider that answers each request with *status*, and repeats the key in its words."""
+    body = json.dumps({"error": {"message": f"bad key {CANARY}"}}).encode()
+    head = (
+        f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    )
+    asked: list[str] = []
+
+    async def play(peer: Connection) -> None:
+        asked.append((await peer.request()).split(b"\r\n")[0].decode())
+        await peer.send(f"{head}\r\n".encode() + body)
+
+    return play, asked
+
+
+async def test_the_active_provider_is_asked_for_its_first_token_and_no_more(
+    tmp_path: Path, findings: Findings
+) -> None:
+    async with Simulator(QUICK) as simulator:
+        changes = {"llm.providers.sim.api_key": CANARY, "llm.providers.demo": SIMULATED}
+        settings = configured(simulator.base_url, changes, tmp_path / "c.yaml").settings
+
+        await providers.examine(findings.report, settings.llm, ask=True)
+
+        await simulator.until(lambda stats: (stats.requests, stats.active) == (1, 0))
+    assert not findings.report.failed
+    assert findings[0] == "ok    provider sim: its key is in the configuration"
+    assert any(
+        "provider sim: answers: the first token of sim-model came" in one for one in findings
+    )
+    assert any("provider demo: answers: the first token of demo came" in one for one in findings)
+
+
+@pytest.mark.parametrize("ask", [True, False])
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        ("401 Unauthorized", "the key is refused: HTTP 401"),
+        ("403 Forbidden", "the key is refused: HTTP 403"),
+        ("429 Too Many Requests", "refuses requests for their rate"),
+        ("500 Internal Server Error", "provider_error: HTTP 500"),
+        ("302 Found", "provider_bad_response: HTTP 302"),
+    ],
+)
+async def test_what_the_provider_answers_is_explained_without_its_words(
+    status: str, text: str, ask: bool, tmp_path: Path, findings: Findings
+) -> None:
+    play, asked = refusing(status)
+    async with ScriptedProvider(play) as provider:
+        changes = {"llm.providers.sim.api_key": CANARY}
+        settings = configured(provider.url, changes, tmp_path / "c.yaml").settings
+
+        await providers.examine(findings.report, settings.llm, ask=ask)
+
+    (failed,) = findings.of("fail")
+    assert text in failed
+    # Without --no-ask the only request is the question; with it, only what costs nothing.
+    assert [line.split()[0] for line in asked] == ["POST" if ask else "GET"]
+
+
+@pytest.mark.parametrize(("configured_tokens", "sent"), [(None, None), (4096, 16), (5, 5)])
+async def test_the_question_is_that_of_a_chat_but_short(
+    configured_tokens: int | None, sent: int | None, tmp_path: Path, findings: Findings
+) -> None:
+    bodies: list[Any] = []
+
+    async def play(peer: Connection) -> None:
+        bodies.append(json.loads((await peer.request()).partition(b"\r\n\r\n")[2]))
+
+    async with ScriptedProvider(play) as provider:
+        changes = {"llm.providers.sim.max_tokens": configured_tokens}
+        settings = configured(provider.url, changes, tmp_path / "c.yaml").settings
+        await providers.examine(findings.report, settings.llm, ask=True)
+
+    assert [body.get("max_tokens") for body in bodies] == [sent]
+    assert bodies[0]["stream"] is True
+    assert "provider_disconnected" in findings.of("fail")[0]
+
+
+async def test_a_model_that_is_not_there_is_the_question_and_not_the_key(
+    tmp_path: Path, findings: Findings
+) -> None:
+    play, _ = refusing("404 Not Found")
+    async with ScriptedProvider(play) as provider:
+        settings = configured(provider.url, {}, tmp_path / "c.yaml").settings
+        await providers.examine(findings.report, settings.llm, ask=True)
+
+    (failed,) = findings.of("fail")
+    assert "HTTP 404" in failed
+    assert "whether there is a model sim-model" in failed
+
+
+async def test_a_provider_that_nobody_needs_only_warns_and_is_not_asked(
+    tmp_path: Path, findings: Findings
+) -> None:
+    play, asked = refusing("401 Unauthorized")
+    async with Simulator(QUICK) as simulator, ScriptedProvider(play) as provider:
+        changes = {
+            "llm.providers.refusing": provider_entry(provider.url),
+            "llm.providers.away": provider_entry(NOWHERE),
+            "llm.providers.keyless": {**provider_entry(NOWHERE), "api_key_env": "NOT_SET"},
+        }
+        settings = configured(simulator.base_url, changes, tmp_path / "c.yaml").settings
+        await providers.examine(findings.report, settings.llm, ask=True)
+
+    assert not findings.report.failed
+    away, refused = findings.of("warn")
+    assert "provider refusing: the key is refused: HTTP 401" in refused
+    assert "provider away: no connection: 127.0.0.1 port 9: Connection refused" in away
+    assert "provider keyless: off: NOT_SET is not set" in findings.of("skip")
+    assert [line.split()[:2] for line in asked] == [["GET", "/v1/models"]]
+
+
+async def test_a_proxy_is_what_is_reached_and_its_password_is_not_shown(
+    tmp_path: Path, findings: Findings
+) -> None:
+    changes = {"llm.providers.sim.proxy": f"http://me:{CANARY}@127.0.0.1:9"}
+    settings = configured("https://provider.example/v1", changes, tmp_path / "c.yaml").settings
+
+    await providers.examine(findings.report, settings.llm, ask=True)
+
+    assert "provider sim: reached through the proxy 127.0.0.1:9" in findings.of("ok")
+    (failed,) = findings.of("fail")
+    assert "no connection: 127.0.0.1 port 9: Connection refused" in failed
+
+
+async def certificate_steps(
+    findings: Findings, names: tuple[str, ...], *, days: float = 30.0, trusted: bool = True
+) -> str | None:
+    """Take the steps to a listener whose certificate is for *names*, and ends in so many *days*."""
+    authority = trustme.CA()
+    until = dt.datetime.now(dt.UTC) + dt.timedelta(days=days)
+    certificate = authority.issue_cert(*names, not_after=until)
+    theirs = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    certificate.configure_cert(theirs)
+    ours = ssl.create_default_context()
+    if trusted:
+        authority.configure_trust(ours)
+
+    async def play(peer: Connection) -> None:
+        await peer.left()
+
+    async with ScriptedProvider(play, ssl=theirs) as listener:
+        return await Steps(
+            findings.report, "x", Peer("127.0.0.1", listener.port, ours, 20.0)
+        ).take()
+
+
+@pytest.mark.parametrize(
+    ("options", "level", "text"),
+    [
+        ({"names": ("127.0.0.1",)}, "ok", "valid for 30 days"),
+        ({"names": ("127.0.0.1",), "days": 3.0}, "warn", "valid for 3 days"),
+        ({"names": ("127.0.0.1",), "days": -1.0}, "fail", "certificate has expired"),
+        ({"names": ("other.example",)}, "fail", "mismatch"),
+        ({"names": ("127.0.0.1",), "trusted": False}, "fail", "unable to get local issuer"),
+    ],
+)
+async def test_the_certificate_is_read(
+    options: dict[str, Any], level: str, text: str, findings: Findings
+) -> None:
+    protocol = await certificate_steps(findings, **options)
+
+    assert (protocol is None) == (level == "fail")
+    assert findings[0].startswith("ok    x: connected to 127.0.0.1 port")
+    assert findings[-1].startswith(level)
+    assert text in findings[-1]
+
+
+async def test_tls_where_there_is_none_and_names_that_cannot_be_are_said(
+    findings: Findings,
+) -> None:
+    async def play(peer: Connection) -> None:
+        await peer.send(b"SSH-2.0-x\r\n")
+
+    async with ScriptedProvider(play) as listener:
+        peer = Peer("127.0.0.1", listener.port, ssl.create_default_context(), 20.0)
+        assert await Steps(findings.report, "x", peer).take() is None
+    assert await Steps(findings.report, "x", Peer("a" * 64, 1, None, 20.0)).take() is None
+
+    tls, name = findings.of("fail")
+    assert "TLS: no handshake: " in tls
+    assert "is not found" in name
+
+
+async def test_this_machine_is_measured_against_the_settings(
+    tmp_path: Path, findings: Findings
+) -> None:
+    system = System(
+        somaxconn=written(tmp_path / "somaxconn", "16\n"),
+        port_range=written(tmp_path / "ports", "40000 40009"),
+        memory=written(tmp_path / "memory", "MemTotal: 9 kB\nMemAvailable: 1024 kB\n"),
+        own_cgroup=tmp_path / "none",
+    )
+
+    await machine.examine(
+        findings.report, configured(NOWHERE, {}, tmp_path / "c.yaml").settings, system
+    )
+
+    warned = " ".join(findings.of("warn"))
+    assert not findings.report.failed
+    assert "somaxconn: the kernel lets 16 connections wait, and backlog asks for 128" in warned
+    assert "local ports: 10, and up to 100 connections" in warned
+    assert "memory: 1 MiB are free" in warned
+
+
+async def test_packages_and_a_file_that_the_settings_want_are_missed(
+    tmp_path: Path, findings: Findings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("uvloop", "redis", "aiosqlite"):
+        monkeypatch.setitem(sys.modules, name, None)
+    changes = {
+        "cluster.redis_url": "redis://127.0.0.1:9",
+        "chat.service.repository": {"type": "sql", "path": str(tmp_path / "none" / "events.db")},
+    }
+    settings = configured(NOWHERE, changes, tmp_path / "c.yaml").settings
+
+    machine.examine_interpreter(findings.report)
+    await machine.examine(findings.report, settings)
+    await examine_cluster(findings.report, settings.cluster)
+
+    (failed,) = findings.of("fail")
+    assert "cluster.redis_url is set, and redis is not installed" in failed
+    texts = " ".join(findings.of("warn"))
+    assert "machine: uvloop is not installed" in texts
+    assert "aiosqlite is not installed" in texts
+    assert "events.db cannot be written" in texts
+    assert "cluster: no connection: 127.0.0.1 port 9: Connection refused" in texts
+
+
+def written(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_the_limit_of_a_group_above_counts(tmp_path: Path) -> None:
+    written(tmp_path / "outer" / "inner" / "memory.max", "max\n")
+    written(tmp_path / "outer" / "memory.max", "3000\n")
+    written(tmp_path / "outer" / "memory.current", "1000\n")
+    own = written(tmp_path / "own", "0::/outer/inner\n")
+
+    assert machine.available_memory(System(own_cgroup=own, cgroups=tmp_path)) == 2000
+
+
+# A process.
+
+
+@pytest.mark.one_loop
+async def test_a_bad_configuration_is_told_whole_with_exit_code_2(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(SHIPPED.read_text().replace("port: 8000", "prot: 8000").replace("demo:", "x:"))
+
+    code, out, err = await run_command("doctor", "--config", str(file))
+
+    assert (code, err) == (2, "")
+    assert "chat.websocket.prot: unknown key (did you mean port?)" in out
+    assert "is not among llm.providers" in out
+    assert "Traceback" not in out
+
+
+@pytest.mark.one_loop
+async def test_an_active_provider_without_its_key_is_2_and_the_rest_is_examined_all_the_same(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "c.yaml"
+    write(
+        NOWHERE,
+        {"llm.providers.sim.api_key_env": "NOT_SET", "llm.providers.demo": SIMULATED},
+        file,
+    )
+
+    code, out, _ = await run_command("doctor", "--config", str(file), "--json")
+
+    report = json.loads(out)
+    texts = {f"{one['subject']}: {one['text']}": one["level"] for one in report["findings"]}
+    assert (code, report["failed"]) == (2, True)
+    assert any("sim is active but NOT_SET is not set" in text for text in texts)
+    assert texts["provider sim: off: NOT_SET is not set"] == "skip"
+    assert texts["provider demo: answers: the first token of demo came"] == "ok"
+
+
+@pytest.mark.one_loop
+async def test_the_shipped_configuration_is_well_and_asks_nobody(tmp_path: Path) -> None:
+    data = yaml.safe_load(SHIPPED.read_text())
+    del data["llm"]["providers"]["local"]
+    data["chat"]["websocket"]["port"] = 0
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(data))
+
+    code, out, err = await run_command("doctor", "--config", str(file))
+
+    assert (code, err) == (0, ""), out
+    assert "ok    provider demo: answers: the first token of demo came" in out
+
+
+@pytest.mark.one_loop
+@pytest.mark.parametrize(
+    "arguments", [["--idle", "5"], ["http://x", "--config", "c.yaml"], ["ftp://x"]]
+)
+async def test_bad_usage_is_2(arguments: list[str]) -> None:
+    code, out, err = await run_command("doctor", *arguments)
+
+    assert (code, out) == (2, "")
+    assert "Usage: " in err

@@ -1,0 +1,439 @@
+"""Claims, messages, logs, conversations and responses over a real server of Redis' kind."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver.wings.cluster.bus import RedisBus, channel_of
+from aioserver.wings.cluster.claims import (
+    CONFLICT,
+    KEPT,
+    NONE,
+    OURS,
+    THEIRS,
+    RedisClaims,
+    Renewal,
+    Verdict,
+)
+from aioserver.wings.cluster.instances import ClusterStreams
+from aioserver.wings.cluster.peer_messages import MAX_READ, Credit, Detach
+from aioserver.wings.conversations.turns import Listed
+from aioserver.wings.responses.chains import MISSING, NO_ROOM, WRITTEN
+from aioserver.wings.simulator.exchange import Behaviour
+from tests.support.chat import chat, resume, to_end, until_status
+from tests.support.memory_bus import Instance, World, instance_of
+from tests.support.redis_server import RedisServer
+from tests.support.server import ENDLESS, PACED
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
+
+    from aioserver.streams.store import StreamStore
+    from aioserver.wings.conversations.memory import Conversations
+
+# Another process takes part, whose time does not jump.
+pytestmark = pytest.mark.real_time
+
+PREFIX = "aio:{test}:"
+# Bytes and turns of a conversation, and seconds for which it is kept.
+BOUNDS = (1000, 4, 60.0)
+ONE, TWO = b"\1" * 32, b"\2" * 32
+
+
+@pytest.fixture
+def valkey(tmp_path: Path) -> Iterator[RedisServer]:
+    with RedisServer(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+async def make_bus(valkey: RedisServer) -> AsyncIterator[Callable[[str], Any]]:
+    """Make a bus that is connected: `await make_bus("a")`. It is a member, too."""
+    async with AsyncExitStack() as stack:
+
+        async def make(name: str) -> RedisBus:
+            bus = RedisBus(valkey.url, PREFIX, name)
+            stack.push_async_callback(bus.close)
+            await until(lambda: bus.connected)
+            await bus.commands.execute("ZADD", f"{PREFIX}m", 1, name)
+            return bus
+
+        yield make
+
+
+async def test_a_claim_has_one_owner(make_bus: Any) -> None:
+    a, b = await make_bus("a"), await make_bus("b")
+    at_a, at_b = RedisClaims(a.commands, PREFIX, "a"), RedisClaims(b.commands, PREFIX, "b")
+
+    assert await at_b.find("n") == Verdict(NONE, "")
+    assert await at_a.take("n", ONE, 60) == Verdict(OURS, "a")
+    assert await at_a.take("n", ONE, 60) == Verdict(OURS, "a")
+    assert await at_b.take("n", ONE, 60) == Verdict(THEIRS, "a")
+    assert await at_b.take("n", TWO, 60) == Verdict(CONFLICT, "a")
+    assert await at_b.find("n") == Verdict(THEIRS, "a", ONE)
+    # The owner has lost it, or is no member any more.
+    assert await at_b.take("n", ONE, 60, "a") == Verdict(OURS, "b")
+    await b.commands.execute("ZREM", f"{PREFIX}m", "b")
+    assert (await at_a.find("n")).state == NONE
+    assert await at_a.take("n", TWO, 60) == Verdict(OURS, "a")
+
+
+async def test_a_claim_lives_as_long_as_it_is_renewed(make_bus: Any) -> None:
+    a, b = await make_bus("a"), await make_bus("b")
+    at_a, at_b = RedisClaims(a.commands, PREFIX, "a"), RedisClaims(b.commands, PREFIX, "b")
+    await at_a.take("n", ONE, 60)
+
+    await at_a.renew([Renewal("n", ONE, 90), Renewal("gone", TWO, 90)])
+
+    assert await a.commands.execute("PTTL", f"{PREFIX}s:n") > 80_000
+    assert (await at_b.find("gone")).owner == "a"
+    # What is another's stays so.
+    await at_b.renew([Renewal("n", ONE, 0)])
+    assert (await at_b.find("n")).owner == "a"
+    await at_a.renew([Renewal("n", ONE, 0, done=True)])
+    assert (await at_b.find("n")).state == NONE
+
+
+async def test_a_log_that_was_handed_over_outlives_its_owner(make_bus: Any) -> None:
+    a, b = await make_bus("a"), await make_bus("b")
+    at_a, at_b = RedisClaims(a.commands, PREFIX, "a"), RedisClaims(b.commands, PREFIX, "b")
+    await at_a.take("n", ONE, 60)
+    await at_a.renew([Renewal("n", ONE, 30, done=True)])
+    await at_a.put_log("n", b"log", 30)
+    await a.commands.execute("ZREM", f"{PREFIX}m", "a")
+
+    assert await at_b.find("n") == Verdict(KEPT, "a", ONE)
+    assert await at_b.take("n", ONE, 60) == Verdict(KEPT, "a")
+    assert await at_b.take("n", TWO, 60) == Verdict(CONFLICT, "a")
+    assert await at_b.get_log("n") == b"log"
+
+
+async def test_a_conversation_keeps_its_newest_turns(make_bus: Any) -> None:
+    claims = RedisClaims((await make_bus("a")).commands, PREFIX, "a")
+    for number in range(10):
+        await claims.keep_turn("c", b"%d" % number, (1000, 4, 60.0))
+        await claims.keep_turn("d", b"x" * number, (20, 100, 60.0))
+    await claims.keep_turn("d", b"y" * 100, (20, 100, 60.0))
+
+    assert await claims.turns("c") == ([b"6", b"7", b"8", b"9"], False)
+    # The newest stays, even if it alone is more than the bound.
+    assert await claims.turns("d") == ([b"y" * 100], False)
+
+
+async def test_a_caller_has_a_list_of_its_conversations(make_bus: Any) -> None:
+    claims = RedisClaims((await make_bus("a")).commands, PREFIX, "a")
+    now = time.time()
+    for number in range(5):
+        listed = Listed("owner", f"c {number}", now + number / 1000, now)
+        await claims.keep_turn(f"n{number}", b"%d" % number, BOUNDS, listed)
+    await claims.keep_turn("n1", b"again", BOUNDS, Listed("owner", "c 1", now + 1, now))
+
+    page = await claims.conversations("owner", 3, None)
+    rest = await claims.conversations("owner", 3, page[-1])
+
+    assert [position.conversation_id for position in page] == ["c 1", "c 4", "c 3"]
+    assert [position.conversation_id for position in rest] == ["c 2", "c 0"]
+    assert await claims.first_turns(["n1", "unknown", "n0"]) == [(2, b"1"), (0, b""), (1, b"0")]
+    assert await claims.conversations("another", 3, None) == []
+
+
+async def test_a_response_is_kept_with_those_before_it(make_bus: Any) -> None:
+    bus = await make_bus("a")
+    claims = RedisClaims(bus.commands, PREFIX, "a")
+    for number in range(1, 6):
+        previous = f"r{number - 1}" if number > 1 else ""
+        await claims.put_response(f"r{number}", b"%d" % number, previous, 100.0, 1 << 20)
+    assert await claims.put_response("fork", b"f", "r2", 100.0, 1 << 20) == WRITTEN
+    assert await claims.put_response("lost", b"l", "r0", 100.0, 1 << 20) == MISSING
+
+    assert not await claims.has_response("lost")
+    assert await claims.response_chain("r5", 5) == [b"5", b"4", b"3", b"2", b"1"]
+    assert await claims.response_chain("fork", 1000) == [b"f", b"2", b"1"]
+    assert await claims.response_chain("r5", 4) == []
+    assert not await claims.has_response("r9")
+    # Those before live at least as long.
+    lives = [await bus.commands.execute("PTTL", f"{PREFIX}r:r{n}") for n in range(1, 6)]
+    assert min(lives[:-1]) >= lives[-1] > 0
+    for name in ("r4", "r5"):
+        await bus.commands.execute("PEXPIRE", f"{PREFIX}r:{name}", 50_000)
+    await claims.put_response("r6", b"6", "r5", 100.0, 1 << 20)
+    for name in ("r4", "r5"):
+        assert 150_000 < await bus.commands.execute("PTTL", f"{PREFIX}r:{name}") <= 200_000
+    await bus.commands.execute("DEL", f"{PREFIX}r:r1")
+    assert await claims.response_chain("r5", 1000) == []
+
+
+async def test_a_deleted_response_is_kept_for_those_that_continued_it(make_bus: Any) -> None:
+    bus = await make_bus("a")
+    claims = RedisClaims(bus.commands, PREFIX, "a")
+    await claims.put_response("r1", b"1", "", 100.0, 1 << 20)
+    await claims.put_response("r2", b"2", "r1", 100.0, 1 << 20)
+
+    assert await claims.delete_response("r1")
+
+    assert not await claims.delete_response("r1")
+    assert await claims.response_chain("r1", 1000) == []
+    assert await claims.response_chain("r2", 1000) == [b"2", b"1"]
+    assert await claims.delete_response("r2")
+    assert not await claims.has_response("r2")
+    assert not await claims.delete_response("r3")
+
+
+async def test_responses_have_a_bound_and_the_ones_that_rested_for_longest_go(
+    make_bus: Any,
+) -> None:
+    bus = await make_bus("a")
+    claims = RedisClaims(bus.commands, PREFIX, "a")
+    data, most = b"x" * 744, 10_000
+    await claims.put_response("old", data, "", 100.0, most)
+    await claims.put_response("new", data, "old", 100.0, most)
+    for number in range(30):
+        await claims.put_response(f"r{number}", data, "", 101.0 + number, most)
+        # Once more: it takes the place of the former.
+        await claims.put_response(f"r{number}", data, "", 101.0 + number, most)
+        size = int(await bus.commands.execute("GET", f"{PREFIX}responses:bytes"))
+        count = await bus.commands.execute("ZCARD", f"{PREFIX}responses")
+        assert size == 1000 * count <= most
+
+    kept = [n for n in range(30) if await claims.has_response(f"r{n}")]
+    assert kept == list(range(30 - len(kept), 30))
+    assert len(kept) >= 8
+    assert not await claims.has_response("new")
+    assert await claims.put_response("large", b"x" * most, "", 100.0, most) == NO_ROOM
+    assert not await claims.has_response("large")
+
+
+async def test_what_was_asked_before_a_deletion_is_not_kept(make_bus: Any) -> None:
+    claims = RedisClaims((await make_bus("a")).commands, PREFIX, "a")
+    now = time.time()
+    await claims.keep_turn("n", b"1", BOUNDS, Listed("owner", "c", now, now))
+    assert await claims.turns("m") == ([], False)
+
+    assert await claims.delete_turns("owner", {"c": "n", "d": "m"}, now + 1, 60.0) == 1
+    await claims.note_deletion("owner", now + 1, 60.0)
+    await claims.keep_turn("n", b"2", BOUNDS, Listed("owner", "c", now + 2, now + 1))
+    await claims.keep_turn("new", b"2", BOUNDS, Listed("owner", "new", now + 2, now + 1))
+
+    assert await claims.turns("n") == ([], True)
+    assert await claims.turns("new") == ([], False)
+    assert await claims.conversations("owner", 10, None) == []
+    await claims.keep_turn("n", b"3", BOUNDS, Listed("owner", "c", now + 3, now + 1.5))
+    assert await claims.turns("n") == ([b"3"], False)
+
+
+async def test_keys_have_neither_names_nor_ids(make_bus: Any, tmp_path: Path) -> None:
+    async with running_over(make_bus, tmp_path) as (a, b):
+        async with a.server.connect() as ws:
+            await ws.send_json(chat("secret-id", conversation_id="secret-talk"))
+            await to_end(ws)
+        async with b.server.connect() as ws:
+            await ws.send_json(resume("secret-id", 1))
+            await to_end(ws)
+        keys = await (await make_bus("c")).commands.execute("KEYS", "*")
+
+    assert len(keys) >= 3
+    assert not [key for key in keys if b"secret" in key]
+
+
+async def test_messages_of_one_turn_are_one_publication(make_bus: Any) -> None:
+    a, b = await make_bus("a"), await make_bus("b")
+    got: list[Any] = []
+    b.on_message = lambda sender, message: got.append((sender, message))
+    before = await publications(a)
+
+    for number in range(50):
+        a.send("b", Credit(number, 1))
+    a.send("b", Detach(1))
+    await until(lambda: len(got) == 51)
+
+    assert got[0] == ("a", Credit(0, 1))
+    assert got[-1] == ("a", Detach(1))
+    assert await publications(a) - before == 1
+
+
+async def test_an_instance_that_nobody_is_has_no_ears(make_bus: Any) -> None:
+    a = await make_bus("a")
+    deaf: list[str] = []
+    a.on_deaf = deaf.append
+
+    a.send("nobody", Detach(1))
+
+    await until(lambda: deaf == ["nobody"])
+
+
+async def test_what_makes_no_sense_is_counted_and_left_out(make_bus: Any) -> None:
+    a, b = await make_bus("a"), await make_bus("b")
+    got: list[Any] = []
+    b.on_message = lambda _sender, message: got.append(message)
+    channel = channel_of(PREFIX, "b")
+    nonsense = (b"", b"\xc1", b"\x92\xa1a\x90\x90", b"\x92\xa1a\x91\x92\x63\x01", b"\x91" * 5000)
+
+    for data in (*nonsense, b"x" * (MAX_READ + 1)):
+        await a.commands.execute("PUBLISH", channel, data)
+    a.send("b", Detach(1))
+    await until(lambda: got == [Detach(1)])
+
+    assert b.malformed.value == len(nonsense) + 1
+
+
+async def test_a_bus_is_connected_again_to_a_server_that_comes_back(
+    make_bus: Any, valkey: RedisServer
+) -> None:
+    a, b = await make_bus("a"), await make_bus("b")
+    got: list[Any] = []
+    b.on_message = lambda _sender, message: got.append(message)
+
+    valkey.kill()
+    await until(lambda: not b.connected)
+    with pytest.raises(Exception, match=r"redis\.sock"):
+        await a.commands.execute("PING")
+    valkey.start()
+    await until(lambda: a.connected and b.connected)
+    a.send("b", Detach(7))
+
+    await until(lambda: got == [Detach(7)])
+
+
+class running_over:  # noqa: N801 - it is used like a function
+    """Two instances over a real server: `async with running_over(make_bus, path) as (a, b)`."""
+
+    def __init__(self, make_bus: Any, path: Path, behaviour: Any = PACED) -> None:
+        self._make_bus, self._path, self._behaviour = make_bus, path, behaviour
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> list[Instance]:
+        made = []
+        for name in "ab":
+            bus = await self._make_bus(name)
+
+            def make(
+                streams: StreamStore, conversations: Conversations, bus: RedisBus = bus
+            ) -> ClusterStreams:
+                claims = RedisClaims(bus.commands, PREFIX, bus.name)
+                return ClusterStreams(bus, claims, streams, conversations)
+
+            made.append(
+                await instance_of(
+                    World(), self._stack, self._path, name, self._behaviour, None, make
+                )
+            )
+        return made
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._stack.aclose()
+
+
+async def test_streams_go_on_anywhere_over_a_real_server(make_bus: Any, tmp_path: Path) -> None:
+    async with running_over(make_bus, tmp_path) as (a, b):
+        async with a.server.connect() as first, b.server.connect() as second:
+            await first.send_json(chat("r1"))
+            seen = await until_status(first, "chunk")
+            await second.send_json(chat("r1"))
+            await second.send_json(resume("r1", 1))
+            whole = seen + await to_end(first)
+            assert await to_end(second) == whole[1:]
+        async with b.server.session.get(b.server.sse) as response:
+            listed = (await response.json())["streams"]
+        assert [entry["request_id"] for entry in listed] == ["r1"]
+        assert a.requests + b.requests == 1
+        await a.leave()
+
+        async with b.server.connect() as again:
+            await again.send_json(resume("r1", 2))
+            assert await to_end(again) == whole[2:]
+
+
+async def test_a_stored_response_is_continued_anywhere_over_a_real_server(
+    make_bus: Any, tmp_path: Path
+) -> None:
+    forgetful = Behaviour(ttft=0, interval=0, forgets=(404, "Response with id 'x' not found."))
+    async with running_over(make_bus, tmp_path, forgetful) as (a, b):
+        asked = {"model": "sim", "input": "one", "store": True}
+        response_id = (await post(a, "responses", asked))["id"]
+
+        # What it has stored is there before it has left.
+        await a.leave()
+        asked |= {"input": "two", "previous_response_id": response_id}
+        second = (await post(b, "responses", asked))["id"]
+
+        items = b.server.simulator.bodies[-1]["input"]
+        assert [item["role"] for item in items] == ["user", "assistant", "user"]
+        for status in (200, 404):
+            url = f"{b.server.v1}/responses/{response_id}"
+            async with b.server.session.delete(url) as response:
+                assert response.status == status
+        async with b.server.session.get(f"{b.server.v1}/responses/{second}/input_items") as found:
+            assert len((await found.json())["data"]) == 3
+
+
+async def post(instance: Instance, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    async with instance.server.session.post(f"{instance.server.v1}/{path}", json=body) as response:
+        assert response.status == 200, await response.text()
+        content: dict[str, Any] = await response.json()
+        return content
+
+
+async def test_a_mirror_outlives_a_pause_of_the_server(
+    make_bus: Any, tmp_path: Path, valkey: RedisServer
+) -> None:
+    async with running_over(make_bus, tmp_path, ENDLESS) as (a, b):  # noqa: SIM117 - it is clearer
+        async with a.server.connect() as first, b.server.connect() as second:
+            await first.send_json(chat("r1"))
+            await until_status(first, "chunk")
+            await second.send_json(resume("r1"))
+            seen = await until_status(second, "chunk")
+
+            valkey.pause()
+            await until(lambda: not b.cluster.peers._bus.connected)  # noqa: SLF001
+            valkey.go_on()
+            seen += [await second.receive_json(timeout=20) for _ in range(300)]
+            async with a.server.session.delete(f"{a.server.sse}/r1") as response:
+                assert response.status == 204
+            seen += await to_end(second)
+            await to_end(first)
+
+    assert [frame["event_id"] for frame in seen] == list(range(1, len(seen) + 1))
+
+
+async def publications(bus: RedisBus) -> int:
+    info = await bus.commands.execute("INFO", "commandstats")
+    for line in info.decode().splitlines():
+        if line.startswith("cmdstat_publish:"):
+            return int(line.split("calls=")[1].split(",")[0])
+    return 0
+
+
+async def test_a_command_after_a_restart_of_the_server_is_carried_out(
+    make_bus: Any, valkey: RedisServer
+) -> None:
+    a = await make_bus("a")
+    valkey.kill()
+    valkey.start()
+    # It is heard that the server has gone, although nothing is asked.
+    await until(lambda: not a.connected)
+    await until(lambda: a.connected)
+
+    assert await a.commands.execute("PING") == b"PONG"
+
+
+async def test_commands_that_wait_for_a_server_that_is_away_fail(
+    make_bus: Any, valkey: RedisServer
+) -> None:
+    a = await make_bus("a")
+    valkey.pause()
+
+    answers = await asyncio.gather(
+        *(a.commands.execute("PING") for _ in range(3)), return_exceptions=True
+    )
+    valkey.go_on()
+
+    assert all(isinstance(answer, Exception) for answer in answers)
+    await until(lambda: a.connected)
+    assert await a.commands.execute("PING") == b"PONG"

@@ -1,0 +1,111 @@
+"""A server that is secured as docs/scaling.md says: over TLS, and with a user who may do no more than is needed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import trustme
+
+from aioserver.wings.cluster.bus import RedisBus
+from aioserver.wings.cluster.claims import OURS, RedisClaims, Renewal
+from aioserver.wings.cluster.connection import CallFailed, Connection
+from aioserver.wings.cluster.leases import Shares
+from aioserver.wings.cluster.renewer import Settler
+from aioserver.wings.conversations.turn import Position
+from aioserver.wings.conversations.turns import Listed
+from aioserver.workers.private_server import find_program
+from tests.support.redis_server import RedisServer, program_of_server
+from tests.support.tools import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.real_time
+PAGE = (Path(__file__).parents[3] / "docs/scaling.md").read_text()
+
+
+@pytest.fixture
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def tls_port(tmp_path: Path, authority: trustme.CA) -> Iterator[int]:
+    """The port of a server whose certificate *authority* has signed, in `tmp_path/ca.pem`."""
+    if program_of_server() == find_program({"PATH": "/nowhere"}):
+        pytest.skip(
+            "the server of the extra `cluster` has no TLS; install valkey-server or redis-server"
+        )
+    certificate, port = authority.issue_cert("localhost"), free_port()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    certificate.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
+    with RedisServer(
+        tmp_path,
+        *("--tls-port", str(port), "--tls-auth-clients", "no"),
+        *("--tls-cert-file", str(tmp_path / "server.pem")),
+        *("--tls-key-file", str(tmp_path / "server.pem")),
+        *("--tls-ca-cert-file", str(tmp_path / "ca.pem")),
+    ):
+        yield port
+
+
+async def test_a_server_is_reached_over_tls(tls_port: int, tmp_path: Path) -> None:
+    connection = Connection(f"rediss://localhost:{tls_port}?ssl_ca_certs={tmp_path / 'ca.pem'}")
+    await connection.open()
+
+    assert await connection.execute("PING") == b"PONG"
+
+    await connection.close()
+
+
+@pytest.mark.parametrize("fault", ["unknown authority", "other host"])
+async def test_a_certificate_that_is_not_valid_is_refused(
+    fault: str, tls_port: int, tmp_path: Path
+) -> None:
+    query = "" if fault == "unknown authority" else f"?ssl_ca_certs={tmp_path / 'ca.pem'}"
+    host = "localhost" if fault == "unknown authority" else "127.0.0.1"
+    connection = Connection(f"rediss://{host}:{tls_port}{query}")
+
+    with pytest.raises(CallFailed, match=r"(?i)certificate"):
+        await connection.open()
+
+    await connection.close()
+
+
+async def test_the_user_that_the_page_shows_may_do_what_is_needed_and_no_more(
+    tmp_path: Path,
+) -> None:
+    rules = re.search(r"`ACL SETUSER aioserver on >PASSWORD ([^`]+)`", PAGE)
+    assert rules is not None
+    with RedisServer(tmp_path) as server:
+        server.call("ACL", "SETUSER", "aioserver", "on", ">secret", *rules[1].split())
+        url = f"unix://aioserver:secret@{server.path}"
+        settler = Settler(Shares("host-1"), url, "aioserver")
+        bus = RedisBus(url, settler.prefix, "host-1")
+        claims = RedisClaims(bus.commands, settler.prefix, "host-1")
+
+        assert await settler.open() is None
+        assert (await claims.take("n", b"1", 60)).state == OURS
+        await claims.renew([Renewal("n", b"1", 30, done=True)])
+        await claims.put_log("n", b"log", 30)
+        assert await claims.get_log("n") == b"log"
+        await claims.keep_turn("c", b"turn", (1000, 4, 60.0))
+        assert await claims.turns("c") == ([b"turn"], False)
+        await claims.keep_turn("d", b"turn", (1000, 4, 60.0), Listed("o", "id", 4e9, 4e9))
+        assert await claims.conversations("o", 10, None) == [Position(4e9, "id")]
+        assert await claims.first_turns(["d"]) == [(1, b"turn")]
+        assert await claims.delete_turns("o", {"id": "d"}, 5e9, 60.0) == 1
+        assert await claims.note_deletion("o", 5e9, 60.0)
+        assert await claims.turns("d") == ([], True)
+        assert await claims.members() == ["host-1"]
+        denied = server.call("ACL", "LOG")
+        for command in (("GET", "other"), ("FLUSHALL",), ("CONFIG", "GET", "*")):
+            with pytest.raises(CallFailed, match="NOPERM"):
+                await bus.commands.execute(*command)
+        await settler.close()
+        await bus.close()
+
+    assert denied == []

@@ -1,0 +1,323 @@
+"""A gate whose places are shared: what it takes, gives back and asks for, with the twin as the server."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aioserver.errors import ServerAtCapacity
+from aioserver.providers.health import Health
+from aioserver.providers.queueing import ProviderGate
+from aioserver.telemetry.metrics import ProviderMeter
+from aioserver.wings.cluster.lease_messages import SECOND, TIMES
+from aioserver.wings.cluster.leases import Shares
+from aioserver.wings.cluster.shared_gate import SharedGate
+from tests.support.clock import FakeClock
+from tests.support.failing import kill
+from tests.support.scripted_provider import LIMITS
+from tests.support.settle_model import Model
+from tests.support.waiting import ticks, until
+
+if TYPE_CHECKING:
+    from aioserver.limits.gate import Gate, Place
+
+
+class Cluster:
+    """Instances of which each call is carried at once, when it is due."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.model = Model()
+        self.instances: dict[str, Shares] = {}
+        self.away = False
+
+    def add(self, name: str) -> Shares:
+        shares = self.instances[name] = Shares(name, clock=self.clock)
+        return shares
+
+    def call(self, shares: Shares) -> None:
+        request = shares.request("run")
+        if self.away:
+            shares.failed("away")
+            return
+        answer, wakes = self.model.settle(request, round(self.clock() * SECOND))
+        shares.answered(answer)
+        for name, words in wakes.items():
+            self.instances[name].woken(words)
+
+    def settle(self) -> None:
+        """Carry all calls that are due."""
+        for _ in range(100):
+            due = [each for each in self.instances.values() if each.due <= self.clock()]
+            if not due:
+                return
+            for each in due:
+                self.call(each)
+        raise AssertionError("it goes on for ever")
+
+    def advance(self, seconds: float) -> None:
+        """Let *seconds* pass, in which nothing is late."""
+        while seconds > 1e-9:
+            step = min(0.25, seconds)
+            self.clock.now += step
+            seconds -= step
+            self.settle()
+
+
+def gate_of(cluster: Cluster, shares: Shares, limit: int, queue_size: int = 100) -> SharedGate:
+    gate = SharedGate(
+        limit,
+        queue_size=queue_size,
+        queue_timeout=30.0,
+        full_error=lambda wait: ServerAtCapacity("full", retry_after=wait),
+        timeout_error=lambda wait: ServerAtCapacity("late", retry_after=wait),
+        clock=cluster.clock,
+    )
+    gate.share(shares, "p:provider")
+    return gate
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    return Cluster()
+
+
+@pytest.fixture
+def gates(cluster: Cluster) -> list[SharedGate]:
+    """The gates of two instances, which share four places."""
+    gates = [gate_of(cluster, cluster.add(name), 4) for name in ("one", "two")]
+    cluster.advance(TIMES.blind + 3 * TIMES.beat)
+    return gates
+
+
+async def entered(gate: Gate) -> Place:
+    """A place of *gate*, for which it may ask the server."""
+    task = asyncio.create_task(gate.enter())
+    await ticks()
+    assert task.done()
+    return task.result()
+
+
+async def full(cluster: Cluster, gate: Gate, count: int) -> list[Place]:
+    """So many places of *gate*."""
+    tasks = [asyncio.create_task(gate.enter()) for _ in range(count)]
+    await ticks()
+    cluster.settle()
+    await asyncio.gather(*tasks)
+    return [task.result() for task in tasks]
+
+
+async def waiting(gate: Gate) -> asyncio.Task[Place]:
+    before = gate.waiting
+    task = asyncio.create_task(gate.enter())
+    await until(lambda: gate.waiting > before)
+    return task
+
+
+async def test_place_in_hand_is_taken_without_a_call(
+    cluster: Cluster, gates: list[SharedGate]
+) -> None:
+    calls = cluster.instances["one"].calls
+
+    place = gates[0].try_enter()
+
+    assert place is not None
+    place.release()
+    assert cluster.instances["one"].calls == calls
+    assert cluster.instances["one"].due > cluster.clock()
+
+
+async def test_waiter_gets_a_place_that_nobody_uses(
+    cluster: Cluster, gates: list[SharedGate]
+) -> None:
+    places = await full(cluster, gates[0], 4)
+
+    assert gates[0].inside == 4
+    assert gates[1].limit == 0
+    for place in places:
+        place.release()
+
+
+async def test_place_that_ends_goes_to_the_instance_whose_turn_it_is(
+    cluster: Cluster, gates: list[SharedGate]
+) -> None:
+    places = await full(cluster, gates[0], 4)
+    other = await waiting(gates[1])
+    cluster.settle()
+    mine = await waiting(gates[0])
+
+    places.pop().release()
+    await ticks()
+
+    # It is not used here before the server has said so.
+    assert not mine.done()
+    cluster.settle()
+    await ticks()
+    assert other.done()
+    assert not mine.done()
+
+    places.pop().release()
+    cluster.settle()
+    await ticks()
+    assert mine.done()
+    for place in (*places, other.result(), mine.result()):
+        place.release()
+
+
+async def test_place_that_ends_is_used_at_once_while_nobody_else_waits(
+    cluster: Cluster, gates: list[SharedGate]
+) -> None:
+    places = await full(cluster, gates[0], 4)
+    mine = await waiting(gates[0])
+    calls = cluster.instances["one"].calls
+
+    places.pop().release()
+    await ticks()
+
+    assert mine.done()
+    assert cluster.instances["one"].calls == calls
+    for place in (*places, mine.result()):
+        place.release()
+
+
+@pytest.mark.parametrize("under_way", [True, False])
+async def test_place_that_ends_is_used_at_once_while_a_call_is_in_doubt(
+    cluster: Cluster, gates: list[SharedGate], under_way: bool
+) -> None:
+    places = await full(cluster, gates[0], 4)
+    other = await waiting(gates[1])
+    cluster.settle()
+    mine = await waiting(gates[0])
+    one = cluster.instances["one"]
+    one.request("run")
+    if not under_way:
+        one.failed("no answer")
+
+    places.pop().release()
+    await ticks()
+
+    assert mine.done()
+    for place in (*places, mine.result()):
+        place.release()
+    other.cancel()
+
+
+async def test_nothing_starts_on_a_lease_that_is_over_though_no_timer_has_run(
+    cluster: Cluster, gates: list[SharedGate]
+) -> None:
+    assert gates[0].limit > 0
+    cluster.clock.now += TIMES.lease
+
+    assert gates[0].try_enter() is None
+
+
+async def test_nothing_that_waits_starts_on_a_lease_that_is_over(
+    cluster: Cluster, gates: list[SharedGate]
+) -> None:
+    places = await full(cluster, gates[0], 4)
+    mine = await waiting(gates[0])
+    cluster.clock.now += TIMES.lease
+
+    places.pop().release()
+    await ticks()
+
+    assert not mine.done()
+    for place in places:
+        place.release()
+    mine.cancel()
+
+
+async def test_instance_whose_server_is_away_goes_on_with_its_share(
+    cluster: Cluster, gates: list[SharedGate]
+) -> None:
+    cluster.away = True
+    places = await full_of_hand(gates[0])
+    waiters = [await waiting(gates[0]) for _ in range(4)]
+    cluster.advance(TIMES.lease + TIMES.beat + 2 * TIMES.bound)
+    await ticks()
+
+    assert gates[0].limit == 2
+    assert gates[0].inside == 2
+    for task in waiters:
+        task.cancel()
+    await asyncio.wait(waiters)
+    for task in waiters:
+        if not task.cancelled():
+            task.result().release()
+    for place in places:
+        place.release()
+
+
+async def full_of_hand(gate: SharedGate) -> list[Place]:
+    places = []
+    while (place := gate.try_enter()) is not None:
+        places.append(place)
+    return places
+
+
+async def test_limit_that_a_reload_lowers_holds_for_all_at_once(
+    cluster: Cluster, gates: list[SharedGate]
+) -> None:
+    places = await full(cluster, gates[0], 3)
+
+    for gate in gates:
+        gate.apply(2, queue_size=100, queue_timeout=30.0)
+    cluster.settle()
+
+    assert gates[0].shared_limit == 2
+    assert gates[0].limit <= 2
+    places.pop().release()
+    places.pop().release()
+    cluster.settle()
+    again = await full(cluster, gates[1], 1)
+    assert gates[1].try_enter() is None
+    for place in (*places, *again):
+        place.release()
+
+
+async def test_full_queue_takes_what_may_have_places_elsewhere(cluster: Cluster) -> None:
+    gate = gate_of(cluster, cluster.add("one"), 4, queue_size=0)
+    other = gate_of(cluster, cluster.add("two"), 4, queue_size=0)
+    cluster.advance(TIMES.blind + 3 * TIMES.beat)
+
+    places = await full(cluster, gate, 4)
+
+    with pytest.raises(ServerAtCapacity, match="full"):
+        await gate.enter()
+    assert other.waiting == 0
+    for place in places:
+        place.release()
+
+
+async def test_gate_that_ends_gives_its_places_to_the_others(
+    cluster: Cluster, gates: list[SharedGate]
+) -> None:
+    (place,) = await full(cluster, gates[0], 1)
+    place.release()
+
+    gates[0].unshare()
+    cluster.settle()
+
+    for place in await full(cluster, gates[1], 4):
+        place.release()
+
+
+class SharedProviderGate(SharedGate, ProviderGate):
+    """What a provider has."""
+
+
+async def test_requests_that_the_provider_would_not_start_want_no_place(cluster: Cluster) -> None:
+    health = Health("far", ProviderMeter(), cluster.clock)
+    kill(health.breaker, unreachable=True, clock=cluster.clock)
+    gate = SharedProviderGate("far", LIMITS, health, cluster.clock)
+    gate.share(cluster.add("one"), "p:far")
+    cluster.advance(TIMES.blind + 3 * TIMES.beat)
+    (trial,) = await full(cluster, gate, 1)
+    task = await waiting(gate)
+
+    assert gate.wanting == 0
+
+    trial.release()
+    task.cancel()

@@ -1,0 +1,217 @@
+"""The limits of a provider over several instances: places, pace, tokens, and what is told of its health."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver.provider_errors import ProviderQueueTimeout
+from aioserver.providers.provider import Provider
+from aioserver.wings.cluster.limits import SharedLimits
+from tests.support.failing import kill
+from tests.support.server import NOWHERE, configured
+from tests.support.twin import Twin
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from aioserver.config.settings import Provider as ProviderSettings
+    from aioserver.limits.gate import Place
+    from aioserver.providers.queueing import ProviderGate
+
+pytestmark = pytest.mark.virtual_time
+
+
+class One:
+    """One instance with one provider."""
+
+    def __init__(self, twin: Twin, number: int, count: int, settings: ProviderSettings) -> None:
+        self.told: list[tuple[str, str, float]] = []
+        self.shares = twin.join(
+            f"i{number}", fixed=(number, count), on_told=lambda *told: self.limits.told(*told)
+        )
+        self.limits: SharedLimits = SharedLimits(self.shares)
+        self.shares.on_members = self.limits.instances_changed
+        loop = asyncio.get_running_loop()
+        self.provider = Provider(
+            settings,
+            NOWHERE,
+            max_response_bytes=1000,
+            clock=loop.time,
+            make_gate=self.limits.make_gate,
+        )
+        self.limits.providers = lambda: {settings.name: self.provider}
+
+    @property
+    def gate(self) -> ProviderGate:
+        return self.provider._gate  # noqa: SLF001 - the limits of a provider have no other face
+
+    @property
+    def breaker(self) -> Any:
+        return self.provider.health.breaker
+
+
+@pytest.fixture
+async def twin() -> AsyncIterator[Twin]:
+    twin = Twin()
+    yield twin
+    twin.close()
+
+
+def settings_of(tmp_path: Path, **limits: Any) -> ProviderSettings:
+    whole = configured(NOWHERE, {}, tmp_path / "c.yaml").settings.llm.providers["sim"]
+    return dataclasses.replace(whole, http_client=dataclasses.replace(whole.http_client, **limits))
+
+
+async def joined(twin: Twin, count: int, settings: ProviderSettings) -> list[One]:
+    ones = [One(twin, number, count, settings) for number in range(count)]
+    # Longer than a new world is blind; polling would stop the time from jumping.
+    await asyncio.sleep(6)
+    assert all(
+        len(each.members) == count and not each.standing.blind
+        for each in [one.shares for one in ones]
+    )
+    await asyncio.sleep(5)
+    return ones
+
+
+async def close(*ones: One) -> None:
+    for one in ones:
+        await one.provider.close()
+
+
+async def enter(one: One, seconds: float = 1.0) -> Place | None:
+    try:
+        async with asyncio.timeout(seconds):
+            return await one.gate.enter()
+    except (TimeoutError, ProviderQueueTimeout):
+        return None
+
+
+async def test_places_are_those_of_all_instances_and_move_to_who_needs_them(
+    twin: Twin, tmp_path: Path
+) -> None:
+    settings = settings_of(tmp_path, concurrent_requests=6, queue_timeout=5.0)
+    a, b = await joined(twin, 2, settings)
+
+    taken = [await enter(a) for _ in range(7)]
+    assert [place is not None for place in taken] == [True] * 6 + [False]
+    assert await enter(b) is None
+
+    waiting = asyncio.ensure_future(enter(b))
+    await asyncio.sleep(0.1)
+    assert taken[0] is not None
+    taken[0].release()
+    place = await waiting
+
+    assert place is not None
+    assert a.gate.inside + b.gate.inside == 6
+    for each in (*taken[1:], place):
+        if each is not None:
+            each.release()
+    await close(a, b)
+
+
+async def test_starts_a_minute_are_those_of_all_instances(twin: Twin, tmp_path: Path) -> None:
+    settings = settings_of(
+        tmp_path, concurrent_requests=100, max_connections=100, requests_per_minute=600
+    )
+    ones = await joined(twin, 3, settings)
+    loop = asyncio.get_running_loop()
+    starts: list[float] = []
+
+    async def ask(one: One) -> None:
+        while loop.time() < end:
+            place = await enter(one, 5.0)
+            if place is not None:
+                starts.append(loop.time())
+                place.release()
+
+    began = loop.time()
+    end = began + 10
+    await asyncio.gather(*(ask(one) for one in ones for _ in range(4)))
+
+    burst = min(100, 600 // 60)
+    within = [start for start in starts if start < end]
+    assert len(within) <= 10 * 10 + burst + 1
+    assert len(within) >= 0.9 * 10 * 10
+    await close(*ones)
+
+
+async def test_tokens_a_minute_are_shared_out_among_the_instances_there_are(
+    twin: Twin, tmp_path: Path
+) -> None:
+    settings = settings_of(tmp_path, tokens_per_minute=6000)
+    a, b = await joined(twin, 2, settings)
+
+    for one in (a, b):
+        one.gate.pace.charge(1000)
+    part = a.gate.pace.delay()
+    b.gate.pace.charge(-1000)
+    a.gate.pace.charge(-1000)
+
+    assert part == pytest.approx(1000 * 60 / 3000 - 10, abs=0.1), "a burst of 10 s is free"
+    await close(a, b)
+
+
+async def test_a_death_and_its_end_reach_all(twin: Twin, tmp_path: Path) -> None:
+    a, b = await joined(twin, 2, settings_of(tmp_path))
+    loop = asyncio.get_running_loop()
+    kill(a.breaker, unreachable=True, clock=loop.time)
+    a.provider.health.on_death(True)
+
+    await until(lambda: b.breaker.dead)
+    assert b.breaker.unreachable
+    assert b.breaker.instances == 2
+
+    b.provider.health.answered(0.1, trial=False)
+    await until(lambda: not a.breaker.dead)
+    await asyncio.sleep(30)
+    assert not a.breaker.dead
+    assert not b.breaker.dead
+    a.provider.health.on_death(True)
+    await until(lambda: b.breaker.dead)
+    await close(a, b)
+
+
+async def test_a_rest_that_a_provider_asks_for_is_kept_by_all_and_by_who_comes_later(
+    twin: Twin, tmp_path: Path
+) -> None:
+    settings = settings_of(tmp_path)
+    a, b = await joined(twin, 2, settings)
+
+    a.gate.pace.cool_down(30.0)
+    await until(lambda: b.gate.pace.cooling > 0)
+    late = One(twin, 9, 2, settings)
+    await until(lambda: late.gate.pace.cooling > 0)
+
+    assert 25 < b.gate.pace.cooling <= 33.1
+    await asyncio.sleep(40)
+    assert a.gate.pace.cooling == b.gate.pace.cooling == 0
+    await close(a, b, late)
+
+
+async def test_another_limit_is_that_of_all_instances_at_once(twin: Twin, tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, concurrent_requests=6)
+    a, b = await joined(twin, 2, settings)
+    taken = [await enter(a) for _ in range(3)] + [await enter(b) for _ in range(3)]
+    assert None not in taken
+
+    for one in (a, b):
+        one.gate.apply_limits(dataclasses.replace(settings.http_client, concurrent_requests=2))
+    for place in taken[:3]:
+        assert place is not None
+        place.release()
+    assert await enter(a) is None
+    for place in taken[3:]:
+        assert place is not None
+        place.release()
+    places = [await enter(one) for one in (a, b, a)]
+
+    assert [place is not None for place in places] == [True, True, False]
+    await close(a, b)

@@ -1,0 +1,208 @@
+"""The limits of a key over several instances."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aioserver.errors import ConcurrencyExceeded, InvalidApiKey, RateLimitExceeded
+from aioserver.wings.cluster.shared_quota import PATIENCE, SharedQuota
+from tests.support.twin import Twin
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.virtual_time
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from aioserver.wings.cluster.leases import Shares
+
+
+@pytest.fixture
+async def twin() -> AsyncIterator[Twin]:
+    twin = Twin()
+    yield twin
+    twin.close()
+
+
+async def joined(twin: Twin, count: int) -> list[Shares]:
+    """*count* instances that know each other, each with a fixed share."""
+    instances = [twin.join(f"i{number}", fixed=(number, count)) for number in range(count)]
+    # Longer than a new world is blind; polling would stop the time from jumping.
+    await asyncio.sleep(6)
+    assert all(len(each.members) == count and not each.standing.blind for each in instances)
+    return instances
+
+
+def quota(shares: Shares, most: int = 4, per_minute: int = 6000) -> SharedQuota:
+    loop = asyncio.get_running_loop()
+    return SharedQuota(most, per_minute, loop.time, shares=shares, name="web")
+
+
+async def take(one: SharedQuota) -> bool:
+    """Whether an answer may begin; one that may not is given back."""
+    try:
+        undecided = one.take()
+    except (ConcurrencyExceeded, RateLimitExceeded):
+        return False
+    if undecided is not None:
+        try:
+            await undecided
+        except (ConcurrencyExceeded, RateLimitExceeded):
+            one.give_back()
+            return False
+    return True
+
+
+async def test_all_instances_together_have_no_more_answers_than_the_key_may_have(
+    twin: Twin,
+) -> None:
+    quotas = [quota(shares, most=5) for shares in await joined(twin, 3)]
+    await asyncio.sleep(5)
+
+    taken = await asyncio.gather(*(take(one) for one in quotas for _ in range(5)))
+
+    assert sum(taken) == 5
+    assert sum(one.running for one in quotas) == 5
+
+
+async def test_one_instance_gets_all_that_the_others_do_not_use(twin: Twin) -> None:
+    first, *_others = [quota(shares, most=6) for shares in await joined(twin, 3)]
+    await asyncio.sleep(5)
+
+    taken = [await take(first) for _ in range(7)]
+
+    assert taken == [True] * 6 + [False]
+
+
+async def test_a_place_that_ends_elsewhere_is_had_here(twin: Twin) -> None:
+    first, second = [quota(shares, most=2) for shares in await joined(twin, 2)]
+    await asyncio.sleep(5)
+    assert await take(first)
+    assert await take(first)
+    assert not await take(second)
+
+    first.give_back()
+
+    assert await take(second)
+    assert not await take(second)
+
+
+async def test_where_no_place_can_be_free_the_refusal_comes_at_once(twin: Twin) -> None:
+    (shares,) = await joined(twin, 1)
+    only = quota(shares, most=1)
+    await asyncio.sleep(5)
+    assert await take(only)
+
+    with pytest.raises(ConcurrencyExceeded, match=r"max_concurrent=1$"):
+        only.take()
+
+
+async def test_an_answer_whose_client_leaves_undecided_takes_nothing(twin: Twin) -> None:
+    first, second = [quota(shares, most=2) for shares in await joined(twin, 2)]
+    await asyncio.sleep(5)
+    assert await take(first)
+    assert await take(first)
+
+    undecided = [second.take() for _ in range(2)]
+    for decision in undecided:
+        assert decision is not None
+        decision.cancel()
+        second.give_back()
+    await asyncio.sleep(2 * PATIENCE)
+
+    assert (second.running, second.inside, second.wanting) == (0, 0, 0)
+    first.give_back()
+    first.give_back()
+    assert await take(second)
+    assert await take(second)
+
+
+async def test_answers_that_are_refused_together_leave_no_place_of_another_one(twin: Twin) -> None:
+    instances = await joined(twin, 2)
+    here, there = (quota(shares) for shares in instances)
+    for one in (here, here, there, there):
+        assert await take(one)
+    # Neither finds a place, and nobody has given them back yet.
+    refused = [here.take() for _ in range(2)]
+    await until(lambda: all(each is not None and each.done() for each in refused))
+
+    here.give_back()
+
+    # One of the refused may count as the answer that has ended, until its own end, but no more than one.
+    assert here.inside <= 2
+    for _ in range(3):
+        here.give_back()
+    assert here.inside == here.running == 0
+
+
+async def test_the_rate_holds_over_all_instances_and_is_had_by_any(twin: Twin) -> None:
+    quotas = [quota(shares, most=100, per_minute=30) for shares in await joined(twin, 3)]
+    await asyncio.sleep(5)
+
+    began = 0
+    for _ in range(20):
+        for one in quotas:
+            if await take(one):
+                began += 1
+                one.give_back()
+
+    assert began <= 31
+    # A slot that is used later than it begins is as much of the burst: 0.1 s, or one start here.
+    assert began >= 29
+
+
+async def test_a_refusal_by_rate_says_when_to_come_back(twin: Twin) -> None:
+    (shares,) = await joined(twin, 1)
+    only = quota(shares, most=100, per_minute=10)
+    await asyncio.sleep(5)
+    while await take(only):
+        pass
+
+    with pytest.raises(RateLimitExceeded, match=r"requests_per_minute=10 ") as refusal:
+        only.take()
+
+    assert refusal.value.retry_after is not None
+    assert 0 < refusal.value.retry_after <= 6.0
+    await asyncio.sleep(refusal.value.retry_after)
+    assert await take(only)
+
+
+async def test_without_the_server_each_instance_has_its_fixed_share(twin: Twin) -> None:
+    quotas = [quota(shares, most=4, per_minute=60) for shares in await joined(twin, 2)]
+    twin.up = False
+    await asyncio.sleep(30)
+
+    taken = [sum([await take(one) for _ in range(6)]) for one in quotas]
+
+    assert taken == [2, 2]
+
+
+async def test_a_burst_has_its_slots_and_what_comes_later_asks_nobody(twin: Twin) -> None:
+    (shares,) = await joined(twin, 1)
+    only = quota(shares, most=100, per_minute=6000)
+    await asyncio.sleep(5)
+    taken = await asyncio.gather(*(take(only) for _ in range(100)))
+    assert all(taken)
+    for _ in range(100):
+        only.give_back()
+    await asyncio.sleep(5)
+
+    assert only.take() is None
+
+
+async def test_a_revoked_key_ends_what_is_undecided(twin: Twin) -> None:
+    first, second = [quota(shares, most=1) for shares in await joined(twin, 2)]
+    await asyncio.sleep(5)
+    assert await take(first)
+    undecided = second.take()
+    assert undecided is not None
+
+    second.revoke()
+
+    with pytest.raises(InvalidApiKey):
+        await undecided
+    with pytest.raises(InvalidApiKey):
+        second.take()

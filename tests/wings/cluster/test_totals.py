@@ -1,0 +1,259 @@
+"""The operating pages of several instances: sums, shares, and who does not answer."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+from aioserver.errors import ServerAtCapacity
+from aioserver.wings.cluster.totals import Totals
+from tests.support.chat import STREAMED
+from tests.support.memory_bus import instances
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from aioserver.monitoring.state import ClusterState
+    from tests.support.memory_bus import Instance
+
+
+def standing() -> ClusterState:
+    """How an instance stands that has joined."""
+    return {
+        "state": "joined",
+        "calls": 3,
+        "failed_calls": 1,
+        "links": 0,
+        "mirrors": 2,
+        "unclaimed": 0,
+        "lost": 0,
+    }
+
+
+@pytest.fixture
+async def pair(tmp_path: Path) -> AsyncIterator[tuple[Instance, Instance]]:
+    """Two instances whose pages are those of both."""
+    async with instances(tmp_path) as (a, b):
+        for instance in (a, b):
+            monitor = instance.server.context.monitor
+            monitor.share(
+                Totals(
+                    instance.name,
+                    instance.cluster.peers,
+                    lambda: [a.name, b.name],
+                    monitor,
+                    standing,
+                )
+            )
+        yield a, b
+
+
+async def answer(instance: Instance, times: int) -> None:
+    """Let *instance* answer so many requests, and tick."""
+    server = instance.server
+    for _ in range(times):
+        async with server.session.post(f"{server.v1}/chat/completions", json=STREAMED) as response:
+            assert (await response.read()).endswith(b"[DONE]\n\n")
+    monitor = server.context.monitor
+    await until(lambda: monitor.fresh()["requests"]["total"] == times)
+    monitor.tick()
+
+
+async def stats(instance: Instance) -> Any:
+    async with instance.server.session.get(f"{instance.server.base}/stats") as response:
+        return await response.json()
+
+
+async def metric(instance: Instance, line: str) -> float:
+    async with instance.server.session.get(f"{instance.server.base}/metrics") as response:
+        text = await response.text()
+    return sum(
+        float(each.rpartition(" ")[2]) for each in text.splitlines() if each.startswith(line)
+    )
+
+
+async def test_each_instance_shows_the_sum_and_each_share(
+    pair: tuple[Instance, Instance],
+) -> None:
+    a, b = pair
+    await answer(a, 2)
+    await answer(b, 3)
+
+    for asked in (a, b):
+        state = await stats(asked)
+        assert state["requests"]["total"] == 5
+        assert state["providers"]["sim"]["requests"] == 5
+        assert state["first_token"]["count"] == 5
+        assert state["connections"]["opened"] == 5
+        assert set(state["instances"]) == {a.name, b.name}
+        assert state["cluster"]["calls"] == 6
+        assert state["cluster"]["state"] == "joined"
+
+
+async def test_metrics_are_added_up_but_limits_that_are_shared_are_not(
+    pair: tuple[Instance, Instance],
+) -> None:
+    a, b = pair
+    single = await metric(a, 'aioserver_provider_limit{provider="sim"}')
+    await answer(a, 2)
+    await answer(b, 3)
+
+    assert await metric(a, 'aioserver_provider_attempts_total{outcome="ok",provider="sim"}') == 5
+    assert await metric(b, 'aioserver_provider_attempts_total{outcome="ok",provider="sim"}') == 5
+    assert await metric(b, "aioserver_provider_first_token_seconds_count") == 5
+    assert await metric(b, 'aioserver_provider_limit{provider="sim"}') == single
+    assert await metric(b, 'aioserver_instances{state="heard"}') == 2
+    assert await metric(b, 'aioserver_cluster_instances{state="joined"}') == 2
+    assert await metric(b, "aioserver_cluster_mirrors") == 4
+
+
+async def test_a_watcher_sees_all_instances_and_their_incidents(
+    pair: tuple[Instance, Instance],
+) -> None:
+    a, b = pair
+    await answer(b, 1)
+    b.server.context.monitor.incident("reload", "before anybody watched")
+    seen: list[tuple[str, Any]] = []
+
+    url = f"{a.server.base}/events"
+    async with a.server.session.get(url) as response:
+
+        async def more() -> None:
+            event = data = ""
+            while not data:
+                line = (await response.content.readline()).decode().strip()
+                if line.startswith("event: "):
+                    event = line.removeprefix("event: ")
+                elif line.startswith("data: "):
+                    data = line.removeprefix("data: ")
+            seen.append((event, json.loads(data)))
+
+        await more()
+        await more()
+        a.server.context.monitor.tick()
+        await more()
+        b.server.context.monitor.incident("reload", "while somebody watches")
+        while seen[-1][0] != "incident":
+            a.server.context.monitor.tick()
+            await more()
+
+    history, first = seen[0][1], seen[1][1]
+    assert [name for name, _ in seen[:3]] == ["history", "stats", "stats"]
+    before = [each for each in history["incidents"] if each["text"] == "before anybody watched"]
+    assert [each["instance"] for each in before] == [b.name]
+    assert first["requests"]["total"] == 1
+    assert seen[-1][1]["text"] == "while somebody watches"
+    assert seen[-1][1]["instance"] == b.name
+
+
+async def test_a_bug_at_one_instance_is_told_by_each(pair: tuple[Instance, Instance]) -> None:
+    a, b = pair
+    b.server.context.metrics.bugs.note(KeyError("S3CR3T"))
+    b.server.context.monitor.tick()
+
+    state = await stats(a)
+    others = a.server.context.monitor.others
+    assert others is not None
+    history = await others.history()
+
+    assert state["bugs"] == {"total": 1, "last_minute": 1}
+    assert state["verdict"]["text"] == "1 request met a bug of the server in the last minute"
+    (incident,) = [each for each in history["incidents"] if each["kind"] == "bug"]
+    assert incident["instance"] == b.name
+    assert await metric(a, "aioserver_errors_total") == 1
+
+
+async def test_an_instance_that_does_not_answer_is_named_and_delays_little(
+    pair: tuple[Instance, Instance],
+) -> None:
+    a, b = pair
+    await answer(a, 1)
+    monitor = a.server.context.monitor
+    monitor.share(
+        Totals(a.name, a.cluster.peers, lambda: [a.name, b.name, "gone"], monitor, standing)
+    )
+
+    state = await stats(a)
+
+    assert state["requests"]["total"] == 1
+    assert state["instances"]["gone"] is None
+    assert state["instances"][b.name] is not None
+    assert await metric(a, 'aioserver_instances{state="unheard"}') == 1
+
+
+@pytest.mark.parametrize(
+    "answer_of_b",
+    [
+        b"",
+        b"\xc1",
+        msgspec.msgpack.encode([{}, [], [{}, 0, 0, 0.0], 0, []]),
+        msgspec.msgpack.encode(7),
+    ],
+    ids=["nothing", "no msgpack", "another shape", "a number"],
+)
+async def test_an_answer_that_is_not_understood_is_none(
+    pair: tuple[Instance, Instance], answer_of_b: bytes
+) -> None:
+    a, b = pair
+    await answer(a, 1)
+    b.cluster.peers.on_look = lambda _what: answer_of_b
+
+    state = await stats(a)
+    assert state["requests"]["total"] == 1
+    assert state["instances"][b.name] is None
+    assert await metric(a, "aioserver_provider_first_token_seconds_count") == 1
+    watcher: list[bytes] = []
+
+    class Watcher:
+        def send(self, data: bytes) -> None:
+            watcher.append(data)
+
+    one = Watcher()
+    monitor = a.server.context.monitor
+    await monitor.watch_all(one, 1)
+    monitor.tick()
+    await until(lambda: len(watcher) > 1)
+    monitor.leave(one)
+    assert b"event: history" in watcher[0]
+
+
+async def test_nobody_is_asked_while_nobody_looks(pair: tuple[Instance, Instance]) -> None:
+    a, b = pair
+    looks: list[str] = []
+
+    def note(what: str) -> bytes:
+        looks.append(what)
+        return b""
+
+    b.cluster.peers.on_look = note
+
+    for _ in range(3):
+        a.server.context.monitor.tick()
+    await answer(a, 1)
+    assert looks == []
+    await stats(a)
+    assert looks == ["state"]
+
+
+async def test_a_watcher_too_many_is_refused_whatever_the_others_say(
+    pair: tuple[Instance, Instance],
+) -> None:
+    a, _b = pair
+    monitor = a.server.context.monitor
+
+    class Watcher:
+        def send(self, data: bytes) -> None:
+            """Read nothing."""
+
+    watchers = [Watcher() for _ in range(257)]
+    for watcher in watchers[:256]:
+        monitor.watch(watcher, 60)
+    with pytest.raises(ServerAtCapacity):
+        await monitor.watch_all(watchers[256], 1)
+    for watcher in watchers:
+        monitor.leave(watcher)

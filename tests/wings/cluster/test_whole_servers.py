@@ -1,0 +1,321 @@
+"""Whole servers with a real Redis or Valkey server between them: whatever happens to it, clients are answered.
+
+A provider counts what is in flight at it: never more than its limit, which is that of all servers together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Self
+
+import pytest
+
+from aioserver.wings.cluster.grants import State
+from aioserver.wings.cluster.lease_messages import TIMES as REAL_TIMES
+from aioserver.wings.cluster.lease_messages import Times
+from aioserver.wings.cluster.wing import join
+from aioserver.workers.shared_page import SharedPage
+from aioserver.workers.slot import Slot
+from tests.support.keys import bearer, keys_of
+from tests.support.redis_server import RedisServer, away, full, paused, replica
+from tests.support.referee import Referee
+from tests.support.server import CONCURRENCY, QUICK, SIM_HTTP_CLIENT, UVICORN, running
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+    from typing import Any
+
+    from aioserver.wings.cluster.wing import Membership
+    from tests.support.server import RunningServer
+
+pytestmark = pytest.mark.one_loop
+LIMIT, CLIENTS = 6, 12
+# A tenth of the real times, but for the bound of a call: the machine may be busy.
+TIMES = Times(lease=0.9, margin=0.1, beat=0.15, bound=0.2, pause=0.4, blind=0.4, gone=3.0)
+SLOW = 0.03
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    with RedisServer(tmp_path) as server:
+        yield server
+
+
+class Road:
+    """What stands between the servers and Redis: it passes bytes on, late or never, or answers itself."""
+
+    def __init__(self, folder: Path, redis: RedisServer) -> None:
+        self.path, self._redis = folder / "road.sock", redis
+        self.delay = 0.0
+        # What is answered instead to whatever is asked.
+        self.reply = b""
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.path}"
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_unix_server(self._accept, self.path)
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        self._server.close()
+        for writer in self._writers:
+            writer.close()
+        await until(lambda: not self._writers)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            there, back = await asyncio.open_unix_connection(os.fspath(self._redis.path))
+        except OSError:
+            writer.close()
+            return
+        self._writers |= {writer, back}
+        await asyncio.gather(self._pass(reader, back, writer), self._pass(there, writer, None))
+        self._writers -= {writer, back}
+
+    async def _pass(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        asking: asyncio.StreamWriter | None,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while data := await reader.read(65536):
+                if asking is not None and self.reply:
+                    asking.write(self.reply)
+                else:
+                    loop.call_later(self.delay, writer.write, data)
+        except OSError:
+            pass
+        finally:
+            loop.call_later(self.delay, writer.close)
+
+
+class World:
+    """Two servers, whose clients ask all the time."""
+
+    def __init__(self, referee: Referee) -> None:
+        self.referee = referee
+        self.servers: list[RunningServer] = []
+        self.members: list[Membership] = []
+        self.answered = 0
+        self.faults: list[str] = []
+        self._clients: list[asyncio.Task[None]] = []
+
+    def load(self) -> None:
+        self._clients = [
+            asyncio.create_task(self._ask(server))
+            for server in self.servers
+            for _ in range(CLIENTS)
+        ]
+
+    async def rest(self) -> None:
+        for client in self._clients:
+            client.cancel()
+        if self._clients:
+            await asyncio.wait(self._clients)
+        self._clients = []
+
+    async def _ask(self, server: RunningServer) -> None:
+        body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
+        while True:
+            async with server.session.post(f"{server.v1}/chat/completions", json=body) as answer:
+                text = await answer.text()
+            if answer.status == 200 and "[DONE]" in text:
+                self.answered += 1
+            else:
+                self.faults.append(text)
+                await asyncio.sleep(0.01)
+
+    async def are(self, state: State) -> None:
+        await until(
+            lambda: all(each.shares.state is state for each in self.members), state=self.states
+        )
+
+    def states(self) -> list[State]:
+        return [each.shares.state for each in self.members]
+
+    async def work(self) -> None:
+        """Wait until both have been answered several times more."""
+        before = self.answered
+        await until(lambda: self.answered > before + 4 * CLIENTS, state=self.states)
+
+    async def recover(self) -> None:
+        """Wait until both are joined, and all places are used again."""
+        await self.are(State.JOINED)
+        await until(lambda: self.referee.inside == LIMIT, state=self.states)
+        await self.work()
+
+
+@asynccontextmanager
+async def two(url: str, path: Path, **changes: Any) -> AsyncIterator[World]:
+    async with Referee() as referee, AsyncExitStack() as stack:
+        world = World(referee)
+        all_changes = {
+            "llm.providers.sim.base_url": referee.url,
+            f"{SIM_HTTP_CLIENT}.concurrent_requests": LIMIT,
+            f"{SIM_HTTP_CLIENT}.queue_size": 100,
+            f"{SIM_HTTP_CLIENT}.queue_timeout": 30.0,
+            f"{CONCURRENCY}.max_connections": 100,
+            f"{CONCURRENCY}.connection_queue_size": 100,
+            f"{UVICORN}.backlog": 128,
+            **changes,
+        }
+        for number in range(2):
+            member = await stack.enter_async_context(join(url, "test", times=TIMES))
+            server = running(path / f"{number}.yaml", QUICK, all_changes, cluster=member)
+            world.members.append(member)
+            world.servers.append(await stack.enter_async_context(server))
+        try:
+            yield world
+        finally:
+            await world.rest()
+
+
+async def test_clients_are_answered_whatever_happens_to_the_server(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    """Paused, full and read-only for longer than a lease, emptied, restarted, without its scripts."""
+    async with two(redis.url, tmp_path) as world:
+        world.load()
+        await world.recover()
+        redis.call("SCRIPT", "FLUSH")
+        await world.work()
+        redis.call("FLUSHALL")
+        await world.recover()
+        redis.kill()
+        redis.start()
+        await world.recover()
+        for fault in (paused, full, replica, away):
+            undo = fault(redis)
+            await world.are(State.ALONE)
+            await world.work()
+            undo()
+            await world.recover()
+
+        assert world.referee.peak == LIMIT
+        assert world.faults == []
+
+
+async def test_a_server_that_is_slow_loads_or_comes_late_costs_no_client_its_answer(
+    tmp_path: Path,
+) -> None:
+    redis = RedisServer(tmp_path)
+    async with Road(tmp_path, redis) as road, two(road.url, tmp_path) as world:
+        world.load()
+        # Two strangers start nothing: each might be alone.
+        await asyncio.sleep(TIMES.bound)
+        assert world.referee.starts == 0
+        with redis:
+            await world.recover()
+            road.delay = SLOW
+            await world.work()
+            await world.recover()
+            road.delay = 0.0
+            road.reply = b"-LOADING Redis is loading the dataset in memory\r\n"
+            await world.are(State.ALONE)
+            await world.work()
+            road.reply = b""
+            await world.recover()
+            await world.rest()
+
+        assert world.referee.peak == LIMIT
+        assert world.faults == []
+
+
+async def test_two_that_are_asked_with_one_id_ask_the_provider_once(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    async with two(redis.url, tmp_path) as world:
+        await world.are(State.JOINED)
+
+        async def ask(server: RunningServer) -> list[dict[str, Any]]:
+            frames: list[dict[str, Any]] = []
+            async with server.connect() as ws:
+                payload = {"text": "the same"}
+                await ws.send_json({"action": "chat", "request_id": "r1", "payload": payload})
+                while not frames or frames[-1]["status"] not in {"complete", "error"}:
+                    frames.append(await ws.receive_json())
+            return [frame for frame in frames if frame.get("event_id")]
+
+        answers = await asyncio.gather(*(ask(server) for server in world.servers * 8))
+
+        assert world.referee.asked["the same"] == 1
+        assert all(answer == answers[0] for answer in answers)
+        assert answers[0][-1]["status"] == "complete"
+
+
+async def test_the_limit_of_a_key_holds_for_both_together(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    changes = keys_of("web", max_concurrent=3)
+    async with two(redis.url, tmp_path, **changes) as world:
+        await world.are(State.JOINED)
+        world.referee.seconds = 1.0
+        body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
+
+        async def ask(server: RunningServer) -> tuple[int, str]:
+            async with server.session.post(
+                f"{server.v1}/chat/completions", json=body, headers=bearer("web")
+            ) as answer:
+                return answer.status, await answer.text()
+
+        answers = await asyncio.gather(*(ask(server) for server in world.servers * 6))
+
+        assert world.referee.peak == 3
+        assert sum(status == 200 for status, _text in answers) == 3
+        refused = [text for status, text in answers if status == 429]
+        assert len(refused) == 9
+        assert all("concurrency_exceeded" in text for text in refused)
+
+
+async def test_the_first_instance_deletes_the_conversations_if_it_is_told_to(
+    redis: RedisServer,
+) -> None:
+    # The name has what is a pattern of keys elsewhere.
+    name, other = "a*[b]", "a*[b]2"
+    for each in (name, other):
+        redis.call("RPUSH", f"aio:{{{each}}}:c:1", "turn")
+
+    async with (
+        join(redis.url, name, times=TIMES),
+        join(redis.url, name, times=TIMES, clear=True),
+    ):
+        assert redis.call("EXISTS", f"aio:{{{name}}}:c:1") == 1
+    async with join(redis.url, name, times=TIMES):
+        assert redis.call("EXISTS", f"aio:{{{name}}}:c:1") == 1
+    async with join(redis.url, name, times=TIMES, clear=True):
+        assert redis.call("EXISTS", f"aio:{{{name}}}:c:1") == 0
+        assert redis.call("EXISTS", f"aio:{{{other}}}:c:1") == 1
+
+
+async def test_a_worker_that_was_reaped_gives_its_places_back_at_once(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    """Its sibling learns of its end from the page of shared memory."""
+    page = SharedPage.create(2, 100)
+    async with AsyncExitStack() as stack:
+        stack.callback(os.close, page.fd)
+        stack.callback(page.close)
+        mine, dead = SharedPage(page.fd, 0), SharedPage(page.fd, 1)
+        stack.callback(mine.close)
+        stack.callback(dead.close)
+        first = await stack.enter_async_context(join(redis.url, "test", times=REAL_TIMES))
+        second = await stack.enter_async_context(join(redis.url, "test", times=REAL_TIMES))
+        server = running(tmp_path / "0.yaml", slot=Slot(mine, 2), cluster=first)
+        await stack.enter_async_context(server)
+        dead.tell_instance(second.token)
+        await until(lambda: len(first.shares.members) == 2)
+
+        # As a killed process ends: it says nothing.
+        await second.settler.close()
+        page.reaped(1)
+
+        await until(lambda: first.shares.members == [first.instance], REAL_TIMES.lease / 2)

@@ -1,0 +1,500 @@
+"""The file of conversations fails: it costs the history and never the chat, is said, and ends by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import sqlite3
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aioserver.config.settings import Context
+from aioserver.errors import HistoryUnavailable
+from aioserver.wings.conversations import connections, queue
+from aioserver.wings.conversations import storage as storage_module
+from aioserver.wings.conversations.history import History
+from aioserver.wings.conversations.memory import Conversations
+from aioserver.wings.conversations.sqlite_file import (
+    APPLICATION_ID,
+    KINDS,
+    VERSION,
+    Broken,
+    prepare,
+)
+from aioserver.wings.conversations.turn import Turn
+from tests.support.history import (
+    ME,
+    NOW,
+    clock,
+    keep,
+    listed,
+    policy,
+    query,
+    questions,
+    storage,
+    written,
+)
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from aioserver.wings.conversations.storage import SqliteStorage
+
+# The file is read and written by threads.
+pytestmark = pytest.mark.real_time
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what failed be tried again soon, and locks be waited for not long."""
+    monkeypatch.setattr(storage_module, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(storage_module, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(connections, "LOOK_PERIOD", 0.0)
+    for name in ("READ_WAIT", "WRITE_WAIT"):
+        monkeypatch.setattr(f"aioserver.wings.conversations.sqlite_file.{name}", 0.02)
+
+
+def kind(kept: SqliteStorage) -> str | None:
+    trouble = kept.stats().trouble
+    return None if trouble is None else trouble.kind
+
+
+def filled(path: Path, turns: int = 50) -> None:
+    """Make a file that has turns, without a server."""
+    prepare(str(path))
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("INSERT INTO conversations VALUES (1, 'me', 'c', '', 1, 0)")
+        connection.executemany(
+            "INSERT INTO turns VALUES (NULL, 1, ?, 1, 1, 2000, ?, ?)",
+            [(NOW, f"{number}", "x" * 2000) for number in range(turns)],
+        )
+        connection.commit()
+
+
+def truncated(path: Path) -> None:
+    filled(path)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def random_bytes(path: Path) -> None:
+    path.write_bytes(random.randbytes(100_000))
+
+
+def damaged(path: Path) -> None:
+    filled(path)
+    data = bytearray(path.read_bytes())
+    data[4096:40960] = random.randbytes(36864)
+    path.write_bytes(data)
+
+
+def text(path: Path) -> None:
+    path.write_text("this is no database\n" * 100)
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def of_another_program(path: Path) -> None:
+    query(path, "CREATE TABLE events (id INTEGER)")
+
+
+def newer(path: Path) -> None:
+    filled(path)
+    query(path, f"PRAGMA user_version = {VERSION + 1}")
+
+
+def nowhere(path: Path) -> None:
+    path.symlink_to(path.parent / "missing" / "h.db")
+
+
+def left_wal(path: Path) -> None:
+    Path(f"{path}-wal").write_bytes(b"of a file that was moved away")
+
+
+UNUSABLE = [
+    (truncated, "corrupt"),
+    (random_bytes, "corrupt"),
+    (damaged, "corrupt"),
+    (text, "corrupt"),
+    (folder, "unreachable"),
+    (pipe, "unreachable"),
+    (of_another_program, "foreign"),
+    (newer, "newer"),
+    (nowhere, "unreachable"),
+    (left_wal, "gone"),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"), UNUSABLE, ids=lambda value: getattr(value, "__name__", value)
+)
+async def test_a_file_that_cannot_be_used_stays_as_it_is(
+    tmp_path: Path, make: object, expected: str
+) -> None:
+    path = tmp_path / "h.db"
+    assert callable(make)
+    make(path)
+    before = contents(tmp_path)
+
+    async with storage(path) as kept:
+        assert kind(kept) == expected
+        assert await questions(kept) is None
+        assert await kept.listing(ME, 10, None) is None
+        assert await kept.delete(ME, "c") is None
+        assert await kept.delete_all(ME) is None
+        keep(kept, "one")
+        await asyncio.sleep(0.1)  # it is tried some times more
+        assert (kept.stats().waiting, kept.stats().written) == (1, 0)
+        trouble = kept.stats().trouble
+        assert trouble is not None
+        assert str(path) in trouble.text
+        assert trouble.advice == KINDS[expected][1]
+
+        # A try may have made others for a moment.
+        assert before.items() <= contents(tmp_path).items()
+        for name in before:
+            shutil.move(tmp_path / name, tmp_path.parent / f"away-{tmp_path.name}-{name}")
+        await until(lambda: kind(kept) is None, state=kept.stats)
+        await written(kept)
+
+        assert await questions(kept) == ["one"]
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {each.name: each.read_bytes() if each.is_file() else b"" for each in path.iterdir()}
+
+
+async def test_while_another_program_locks_the_file_turns_wait(tmp_path: Path) -> None:
+    path = tmp_path / "h.db"
+    async with storage(path) as kept:
+        keep(kept, "one")
+        await written(kept)
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            keep(kept, "two")
+            await until(lambda: kind(kept) == "locked", state=kept.stats)
+
+            # It can be read, and what waits is there as well.
+            assert await questions(kept) == ["one", "two"]
+            assert await kept.delete(ME, "c") is None
+            other.execute("COMMIT")
+        await until(lambda: kind(kept) is None)
+
+        assert query(path, "SELECT question FROM turns") == [("one",), ("two",)]
+        assert kept.stats().lost == 0
+
+
+async def test_a_file_that_is_locked_for_all_costs_only_the_history(tmp_path: Path) -> None:
+    path = tmp_path / "h.db"
+    filled(path, 3)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        other.execute("INSERT INTO turns VALUES (NULL, 1, 1, 1, 1, 1, '', '')")
+        async with storage(path) as kept:
+            assert kind(kept) == "locked"
+            assert await questions(kept) is None
+            keep(kept, "new")
+            other.execute("ROLLBACK")
+            other.close()
+            await until(lambda: kind(kept) is None, state=kept.stats)
+            await written(kept)
+
+            assert await questions(kept) == ["0", "1", "2", "new"]
+
+
+async def test_a_file_that_was_moved_away_is_followed_by_a_new_one(tmp_path: Path) -> None:
+    path, away = tmp_path / "h.db", tmp_path / "away.db"
+    async with storage(path) as kept:
+        keep(kept, "one")
+        await written(kept)
+        path.rename(away)
+        keep(kept, "two")  # it may get into the old file, if nobody has looked since
+        await until(lambda: kind(kept) == "gone", state=kept.stats)
+        # They belong to the file that was moved, and would damage a new one.
+        for suffix in ("-wal", "-shm"):
+            shutil.move(f"{path}{suffix}", f"{away}{suffix}")
+        keep(kept, "three")
+        await until(lambda: kind(kept) is None, state=kept.stats)
+        await written(kept)
+
+        found = await questions(kept)
+    assert [*(row[0] for row in query(away, "SELECT question FROM turns")), *(found or ())] == [
+        *("one", "two", "three")
+    ]
+
+
+async def test_a_file_that_breaks_while_it_is_open_is_not_written_any_more(tmp_path: Path) -> None:
+    path = tmp_path / "h.db"
+    filled(path, 200)
+    async with storage(path) as kept:
+        with path.open("r+b") as file:
+            file.write(random.randbytes(path.stat().st_size))
+        for number in range(20):
+            keep(kept, f"{number}", f"c{number}")
+            await questions(kept)
+        await until(lambda: kind(kept) == "corrupt", state=kept.stats)
+        assert await kept.load(ME, "c") is None
+        # What was committed before has its place in the file when the connections are closed.
+        await until(lambda: not Path(f"{path}-wal").exists())
+        broken = path.read_bytes()
+
+        keep(kept, "more")
+        await asyncio.sleep(0.1)  # it is tried some times more
+
+        assert kept.stats().waiting
+    assert path.read_bytes() == broken
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+async def test_a_full_disk_loses_nothing_that_fits_into_memory(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = await asyncio.create_subprocess_exec(
+        "mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", disk, stderr=asyncio.subprocess.DEVNULL
+    )
+    if await mounted.wait():
+        pytest.skip("no mount here")
+    try:
+        async with storage(disk / "h.db") as kept:
+            keep(kept, "one")
+            await written(kept)
+            fill(disk / "ballast")
+            for number in range(20):
+                keep(kept, f"{number}" + "x" * 2000)
+            await until(lambda: kind(kept) == "full", state=kept.stats)
+
+            found = await questions(kept)
+            assert found is not None
+            assert [each[:2].strip("x") for each in found] == ["on", *map(str, range(20))]
+            assert await listed(kept) == ["c"]
+            (disk / "ballast").unlink()
+            await until(lambda: kind(kept) is None, state=kept.stats)
+            await written(kept)
+
+            assert await questions(kept) == found
+            assert kept.stats().lost == 0
+    finally:
+        unmounted = await asyncio.create_subprocess_exec("umount", "-l", disk)
+        await unmounted.wait()
+
+
+def fill(path: Path) -> None:
+    """Write until the disk is full."""
+    with path.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            return
+
+
+SMALL = """
+import asyncio, resource, sys
+from tests.support.history import keep, storage, questions, written
+from tests.support.waiting import until
+
+async def main(path):
+    async with storage(path) as kept:
+        keep(kept, "one")
+        await written(kept)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        for number in range(40):
+            keep(kept, f"{number}" + "x" * 5000)
+        await until(lambda: kept.stats().trouble is not None, state=kept.stats)
+        print(kept.stats().trouble.kind, len(await questions(kept)))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        await until(lambda: kept.stats().trouble is None, state=kept.stats)
+        await written(kept)
+        print(len(await questions(kept)), kept.stats().lost)
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+async def test_a_file_that_may_not_grow_is_written_when_it_may(tmp_path: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", SMALL, tmp_path / "h.db"),
+        stdout=asyncio.subprocess.PIPE,
+        cwd=Path(__file__).parents[3],
+    )
+    out, _ = await process.communicate()
+
+    assert out.decode().split() in (["full", "41", "41", "0"], ["io", "41", "41", "0"])
+
+
+READ_ONLY = """
+import asyncio, concurrent.futures.thread, os, sys  # all that others may not read where Python is root's own
+from tests.support.history import keep, storage, questions
+
+async def main(path):
+    os.setegid(65534); os.seteuid(65534)
+    async with storage(path) as kept:
+        keep(kept, "one")
+        print(kept.stats().trouble.kind, await questions(kept))
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize("what", ["file", "folder"])
+async def test_what_the_user_of_the_server_may_not_write_is_said(
+    tmp_path: Path, what: str
+) -> None:
+    path = tmp_path / "h.db"
+    if what == "file":
+        filled(path, 2)
+        path.chmod(0o444)
+    for each in (tmp_path, *list(tmp_path.parents)[:-2]):
+        each.chmod(0o755)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", READ_ONLY, path),
+        stdout=asyncio.subprocess.PIPE,
+        cwd=Path(__file__).parents[3],
+    )
+    out, _ = await process.communicate()
+
+    assert out.decode().split()[0] in {"read_only", "unreachable"}
+
+
+async def test_beyond_its_bound_the_queue_loses_its_oldest_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "MAX_WAITING_BYTES", 100)
+    path = tmp_path / "h.db"
+    folder(path)
+    async with storage(path) as kept:
+        for number in range(10):
+            keep(kept, f"{number}" + "x" * 20, f"c{number}")  # 46 bytes
+        assert (kept.stats().waiting, kept.stats().lost) == (2, 8)
+        path.rmdir()
+        await until(lambda: kind(kept) is None)
+        await written(kept)
+
+        assert await listed(kept) == ["c9", "c8"]
+
+
+async def test_the_chat_goes_on_with_what_the_process_remembers(tmp_path: Path) -> None:
+    path = tmp_path / "h.db"
+    context = Context(max_tokens=1000, reserve_tokens=0, preserve_recent=0)
+    async with storage(path) as kept:
+        conversations = Conversations(context, policy(), clock=clock())
+        history = History(conversations, kept)
+        history.keep(ME, "c", Turn.of("one", "1", NOW), NOW)
+        await written(kept)
+        path.unlink()
+        folder(path)
+        history.keep(ME, "c", Turn.of("two", "2", NOW), NOW)
+        await until(lambda: kind(kept) is not None, state=kept.stats)
+
+        await history.load(ME, "c")
+        sent = history.messages(ME, "c", "three")
+        dialogue, page = await history.read(ME, "c"), await history.listing(ME, 10, None)
+        with pytest.raises(HistoryUnavailable):
+            await history.delete(ME, "c")
+        with pytest.raises(HistoryUnavailable):
+            await history.delete_all(ME)
+
+        assert [each["content"] for each in sent] == ["one", "1", "two", "2", "three"]
+        assert (len(dialogue.turns), dialogue.partial) == (2, True)
+        assert ([each.conversation_id for each in page.summaries], page.partial) == (["c"], True)
+        path.rmdir()
+
+
+# Versions.
+
+VERSION_1 = """
+CREATE TABLE conversations (
+    id INTEGER PRIMARY KEY, caller TEXT NOT NULL, name TEXT NOT NULL, address TEXT NOT NULL,
+    updated REAL NOT NULL, size INTEGER NOT NULL DEFAULT 0, UNIQUE (caller, name));
+CREATE INDEX listed ON conversations (caller, address, updated);
+CREATE INDEX oldest ON conversations (updated);
+CREATE TABLE turns (
+    id INTEGER PRIMARY KEY, conversation INTEGER NOT NULL REFERENCES conversations ON DELETE CASCADE,
+    ended REAL NOT NULL, question_tokens INTEGER NOT NULL, answer_tokens INTEGER NOT NULL,
+    size INTEGER NOT NULL, question TEXT NOT NULL, answer TEXT NOT NULL);
+CREATE INDEX turns_of ON turns (conversation);
+CREATE INDEX ended ON turns (ended);
+CREATE TRIGGER turn_kept AFTER INSERT ON turns BEGIN
+    UPDATE conversations SET size = size + NEW.size WHERE id = NEW.conversation; END;
+CREATE TRIGGER turn_deleted AFTER DELETE ON turns BEGIN
+    UPDATE conversations SET size = size - OLD.size WHERE id = OLD.conversation; END;
+INSERT INTO conversations VALUES (1, 'me', 'c', '', 1700000000.0, 0);
+INSERT INTO turns VALUES (1, 1, 1700000000.0, 1, 1, 2, 'q', 'a');
+PRAGMA user_version = 1;
+"""
+
+
+async def test_a_file_of_the_first_version_is_brought_to_the_newest(tmp_path: Path) -> None:
+    path = tmp_path / "h.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(f"PRAGMA application_id = {APPLICATION_ID};{VERSION_1}")
+
+    async with storage(path) as kept:
+        assert await questions(kept) == ["q"]
+        keep(kept, "new")
+        await written(kept)
+        assert await questions(kept) == ["q", "new"]
+        assert await kept.delete(ME, "c") is True
+
+    assert query(path, "PRAGMA user_version") == [(VERSION,)]
+
+
+def test_a_migration_that_fails_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "h.db"
+    filled(path, 3)
+    monkeypatch.setattr("aioserver.wings.conversations.sqlite_file.VERSION", VERSION + 1)
+    bad = ("CREATE TABLE more (id INTEGER);\nCREATE TABLE turns (id INTEGER);\n",)
+    monkeypatch.setattr(
+        "aioserver.wings.conversations.sqlite_file.MIGRATIONS", (*[""] * VERSION, *bad)
+    )
+
+    with pytest.raises(Broken):
+        prepare(str(path))
+
+    assert query(path, "PRAGMA user_version") == [(VERSION,)]
+    assert query(path, "SELECT count(*) FROM sqlite_schema WHERE name = 'more'") == [(0,)]
+
+
+async def test_a_new_file_that_many_open_at_once_is_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aioserver.wings.conversations.sqlite_file.WRITE_WAIT", 5.0)
+    path = str(tmp_path / "h.db")
+
+    made = await asyncio.gather(*(asyncio.to_thread(prepare, path) for _ in range(8)))
+
+    assert len(set(made)) == 1
+    assert query(tmp_path / "h.db", "PRAGMA user_version") == [(VERSION,)]
+
+
+def test_a_start_may_clear_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "h.db"
+    filled(path, 3)
+
+    prepare(str(path), clear=True)
+
+    assert query(path, "SELECT count(*) FROM turns") == [(0,)]
+
+
+def test_a_backup_is_one_file_made_while_the_server_runs(tmp_path: Path) -> None:
+    path, backup = tmp_path / "h.db", tmp_path / "backup.db"
+    filled(path, 3)
+
+    query(path, "VACUUM INTO ?", str(backup))
+
+    assert prepare(str(backup))
+    assert query(backup, "SELECT count(*) FROM turns") == [(3,)]

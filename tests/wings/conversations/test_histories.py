@@ -1,0 +1,255 @@
+"""Conversations and finished logs in Redis: what is kept, for how long, and how much."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver.auth.callers import Caller, anonymous
+from aioserver.config.chat import Context, Persistence
+from aioserver.errors import ResumeGap, ServerShutdown, StreamNotFound
+from aioserver.gateway.elsewhere import Start
+from aioserver.streams.entries import CHUNK, COMPLETE
+from aioserver.streams.stream import Stream
+from aioserver.wings.cluster import handover
+from aioserver.wings.cluster.claims import answer_of
+from aioserver.wings.conversations.histories import Histories
+from aioserver.wings.conversations.memory import Conversations
+from aioserver.wings.conversations.turn import Page, Turn
+from tests.support.jumping_loop import block
+from tests.support.memory_bus import MemoryClaims, World
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+CALLER = Caller("somebody")
+
+
+def conversations(**persistence: Any) -> Conversations:
+    context = Context(max_tokens=100_000, reserve_tokens=0, preserve_recent=2)
+    return Conversations(context, Persistence(**persistence))
+
+
+async def ask(call: Coroutine[Any, Any, Any], _seconds: float) -> Any:
+    return await call
+
+
+def make(
+    store: MemoryClaims, kept: Conversations | None = None, clock: Callable[[], float] = time.time
+) -> Histories:
+    return Histories(store, conversations() if kept is None else kept, ask, clock)
+
+
+async def keep(
+    histories: Histories,
+    question: str,
+    answer: str,
+    *,
+    ended: float = 0.0,
+    caller: Caller = CALLER,
+    name: str = "c",
+) -> None:
+    now = ended or time.time()
+    histories.keep(caller, name, Turn.of(question, answer, now), now)
+    await histories.close()
+
+
+async def load(histories: Histories, kept: Conversations) -> None:
+    """Do what `History.load` does."""
+    turns = await histories.load(CALLER, "c")
+    if turns is not None:
+        kept.replace(CALLER, "c", turns)
+
+
+def contents(kept: Conversations) -> list[str]:
+    return [message["content"] for message in kept.history(CALLER, "c", "now")]
+
+
+async def test_what_one_instance_keeps_another_loads() -> None:
+    world = World()
+    there = conversations()
+    a, b = make(MemoryClaims(world, "a")), make(MemoryClaims(world, "b"), there)
+    await keep(a, "q1", "a1")
+    await keep(a, "q2", "a2")
+    await keep(a, "q3", "a3", caller=Caller("other"))
+
+    await load(b, there)
+
+    assert contents(there) == ["q1", "a1", "q2", "a2", "now"]
+
+
+async def test_turns_that_are_too_old_are_not_sent() -> None:
+    now = time.time()
+    kept = conversations(retention_policy="time_based", retention_days=1)
+    histories = make(MemoryClaims(World(), "a"), kept)
+    await keep(histories, "q1", "a1", ended=now - 90_000)
+    await keep(histories, "q2", "a2", ended=now - 60)
+
+    await load(histories, kept)
+
+    assert contents(kept) == ["q2", "a2", "now"]
+
+
+async def test_the_policy_bounds_what_is_loaded() -> None:
+    world = World()
+    kept = conversations(retention_policy="message_count", max_messages_per_conversation=4)
+    histories = make(MemoryClaims(world, "a"), kept)
+    for number in range(5):
+        await keep(histories, f"q{number}", f"a{number}")
+
+    await load(histories, kept)
+
+    assert contents(kept) == ["q3", "a3", "q4", "a4", "now"]
+    assert sum(map(len, world.conversations.values())) == 2
+
+
+async def test_what_is_no_turn_is_left_out() -> None:
+    world, kept = World(), conversations()
+    histories = make(MemoryClaims(world, "a"), kept)
+    await keep(histories, "q1", "a1")
+    (turns,) = world.conversations.values()
+    turns[:0] = [b"", b"\xc1", b"\x93\x01\x02\x03"]
+
+    await load(histories, kept)
+
+    assert contents(kept) == ["q1", "a1", "now"]
+
+
+async def test_an_unknown_conversation_leaves_what_is_known_here() -> None:
+    kept = conversations()
+    kept.keep(CALLER, "c", Turn.of("q1", "a1", time.time()), time.time())
+
+    await load(make(MemoryClaims(World(), "a"), kept), kept)
+
+    assert contents(kept) == ["q1", "a1", "now"]
+
+
+@pytest.mark.parametrize("deleter", ["a", "b"])
+async def test_what_one_instance_deletes_no_other_has(deleter: str) -> None:
+    world, there = World(), conversations()
+    a, b = make(MemoryClaims(world, "a")), make(MemoryClaims(world, "b"), there)
+    await keep(a, "q1", "a1")
+    await keep(a, "q2", "a2", name="d")
+    await load(b, there)
+
+    assert await (a if deleter == "a" else b).delete(CALLER, "c")
+    asked_before = time.time() - 1
+    await keep(a, "q3", "a3", ended=asked_before)
+    await load(b, there)
+
+    assert contents(there) == ["now"]
+    page = await b.listing(CALLER, 50, None)
+    assert page is not None
+    assert [summary.conversation_id for summary in page.summaries] == ["d"]
+    assert await b.delete(CALLER, "c") is False
+    assert await b.delete_all(CALLER) == 1
+    assert await a.listing(CALLER, 50, None) == Page([], None)
+
+
+async def test_a_list_has_pages_and_titles() -> None:
+    world = World()
+    a, b = make(MemoryClaims(world, "a")), make(MemoryClaims(world, "b"))
+    for number in range(5):
+        await keep(a, f"question  {number}", "x", ended=1e9 + number, name=f"c{number}")
+    await keep(a, "another", "x", ended=1e9 + 9, name="c1")
+
+    first = await b.listing(CALLER, 3, None)
+    assert first is not None
+    second = await b.listing(CALLER, 3, first.after)
+    assert second is not None
+
+    assert [(s.conversation_id, s.title, s.messages) for s in first.summaries] == [
+        ("c1", "question 1", 4),
+        ("c4", "question 4", 2),
+        ("c3", "question 3", 2),
+    ]
+    assert [summary.conversation_id for summary in second.summaries] == ["c2", "c0"]
+    assert second.after is None
+
+
+async def test_without_keys_a_list_is_that_of_an_address() -> None:
+    histories = make(MemoryClaims(World(), "a"))
+    await keep(histories, "q", "a", caller=anonymous("192.0.2.1"))
+
+    here = await histories.listing(anonymous("192.0.2.1"), 50, None)
+    there = await histories.listing(anonymous("192.0.2.2"), 50, None)
+
+    assert here is not None
+    assert there is not None
+    assert (len(here.summaries), len(there.summaries)) == (1, 0)
+    assert await histories.load(anonymous("192.0.2.2"), "c")  # its id is enough
+
+
+async def test_time_for_which_our_loop_was_late_does_not_count() -> None:
+    async def call() -> int:
+        # A reply that is there passes through some turns of the event loop.
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return 1
+
+    asyncio.get_running_loop().call_soon(block, 0.2)
+
+    assert await answer_of(call(), 0.05) == 1
+
+
+async def test_an_answer_that_does_not_come_is_not_waited_for() -> None:
+    with pytest.raises(TimeoutError):
+        await answer_of(asyncio.sleep(60), 0.05)
+
+
+def finished(request_id: str, size: int = 10, window: float = 30.0) -> Stream:
+    stream = Stream(request_id, CALLER, window=window, max_bytes=1 << 30)
+    for _ in range(3):
+        stream.append(CHUNK, [b'"%b"' % (b"x" * size)])
+    stream.end(COMPLETE, {})
+    return stream
+
+
+def test_the_newest_logs_are_handed_over_up_to_a_bound() -> None:
+    newest, large, old = finished("1"), finished("2", handover.MAX_BYTES // 3), finished("3")
+
+    assert [s.request_id for s, _seconds, _log in handover.chosen([newest, old])] == ["1", "3"]
+    assert [s.request_id for s, _seconds, _log in handover.chosen([newest, large, old])] == ["1"]
+
+
+def test_what_has_no_window_left_or_was_cut_is_not_handed_over() -> None:
+    cut = Stream("1", CALLER, window=30.0, max_bytes=1 << 20)
+    cut.fail(ServerShutdown("the server is stopping"))
+    running = Stream("2", CALLER, window=30.0, max_bytes=1 << 20)
+    running.append(CHUNK, [b'"x"'])
+    over = finished("3", window=-1.0)
+
+    assert list(handover.chosen([cut, running, over])) == []
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+async def test_a_log_is_filled_in_from_any_event_on(after: int) -> None:
+    stream = finished("1")
+    mirror = Stream("1", CALLER, window=0.0, max_bytes=1 << 20, private=True)
+    accepted: list[bool] = []
+
+    await handover.fill(
+        mirror, handover.log_of(stream), Start(after), lambda: accepted.append(True)
+    )
+
+    frames = [frame for entry in stream.entries for frame in stream.frames(entry)]
+    filled = [frame for entry in mirror.entries for frame in mirror.frames(entry)]
+    assert filled == frames[after:]
+    assert mirror.ended
+    assert accepted == [True]
+
+
+async def test_a_log_has_no_events_beyond_its_end() -> None:
+    log = handover.log_of(finished("1"))
+    mirror = Stream("1", CALLER, window=0.0, max_bytes=1 << 20, private=True)
+
+    with pytest.raises(ResumeGap):
+        await handover.fill(mirror, log, Start(9), lambda: None)
+    with pytest.raises(StreamNotFound):
+        await handover.fill(mirror, log[:-10], Start(), lambda: None)
+    with pytest.raises(StreamNotFound):
+        await handover.fill(mirror, b"\xff" * 50, Start(), lambda: None)
+    assert not mirror.ended

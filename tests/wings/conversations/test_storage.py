@@ -1,0 +1,387 @@
+"""Conversations in an SQLite file: what is kept, found again, bounded and deleted."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver.auth.callers import Caller, anonymous
+from aioserver.config.settings import Context
+from aioserver.errors import ConversationNotFound
+from aioserver.telemetry.counters import Counter
+from aioserver.wings.conversations import queue, sweep
+from aioserver.wings.conversations.history import History
+from aioserver.wings.conversations.memory import Conversations
+from aioserver.wings.conversations.storage import SqliteStorage
+from aioserver.wings.conversations.turn import Page, Turn
+from tests.support.history import (
+    ME,
+    NOW,
+    YOU,
+    clock,
+    keep,
+    listed,
+    policy,
+    query,
+    questions,
+    storage,
+    written,
+)
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.support.clock import FakeClock
+
+# The file is read and written by threads.
+pytestmark = pytest.mark.real_time
+DAY = 86_400.0
+POLICIES = ("token_limit", "message_count", "time_based", "unlimited")
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+async def test_a_conversation_is_found_again_after_a_restart(tmp_path: Path) -> None:
+    async with storage(tmp_path / "h.db") as kept:
+        keep(kept, "one")
+        keep(kept, "two")
+        keep(kept, "other", caller=YOU)
+
+    async with storage(tmp_path / "h.db") as kept:
+        assert await kept.load(ME, "c") == [
+            Turn("one", "to one", NOW, 1, 2, 9),
+            Turn("two", "to two", NOW, 1, 2, 9),
+        ]
+        assert await questions(kept, caller=YOU) == ["other"]
+        assert await questions(kept, "d") == []
+
+
+async def test_a_turn_is_there_at_once_although_it_is_not_written_yet(tmp_path: Path) -> None:
+    async with storage(tmp_path / "h.db") as kept:
+        for number in range(300):
+            keep(kept, f"{number}")
+            assert (await questions(kept) or [])[-1] == f"{number}"
+
+        assert await questions(kept) == [f"{number}" for number in range(300)]
+
+
+async def test_all_storages_of_a_file_see_what_one_has_written(tmp_path: Path) -> None:
+    async with storage(tmp_path / "h.db") as here, storage(tmp_path / "h.db") as there:
+        for number in range(20):
+            writer = (here, there)[number % 2]
+            keep(writer, f"{number}")
+            await written(writer)
+            assert await questions(there) == await questions(here)
+
+        assert await questions(here) == [f"{number}" for number in range(20)]
+
+
+async def test_storages_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
+    async with storage(tmp_path / "h.db") as a, storage(tmp_path / "h.db") as b:
+        for number in range(500):
+            keep(a, f"a{number}", f"c{number % 7}")
+            keep(b, f"b{number}", f"c{number % 7}")
+        await asyncio.gather(written(a), written(b))
+
+        found = [each for name in range(7) for each in await questions(a, f"c{name}") or ()]
+        assert sorted(found) == sorted(f"{who}{n}" for n in range(500) for who in "ab")
+        assert a.stats().lost == b.stats().lost == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\0", "a\0b", "'; DROP TABLE turns; --", "😀é", "x" * 300_000]
+)
+async def test_any_text_comes_back_as_it_was(tmp_path: Path, text: str) -> None:
+    name = text[:256] or "c"
+    async with storage(tmp_path / "h.db") as kept:
+        kept.keep(Caller(text[:50]), name, Turn.of(text, text, NOW), NOW)
+
+    async with storage(tmp_path / "h.db") as kept:
+        turns = await kept.load(Caller(text[:50]), name)
+        assert [(turn.question, turn.answer) for turn in turns or ()] == [(text, text)]
+
+
+async def test_a_turn_that_cannot_be_written_costs_no_other_turn(tmp_path: Path) -> None:
+    async with storage(tmp_path / "h.db") as kept:
+        keep(kept, "one")
+        kept.keep(ME, "d", Turn("?", "", math.nan, 1, 1, 1), NOW)  # no time
+        keep(kept, "two")
+        await written(kept)
+
+        assert await questions(kept) == ["one", "two"]
+        assert (kept.stats().lost, kept.stats().trouble) == (1, None)
+
+
+async def test_the_file_is_for_its_owner_alone(tmp_path: Path) -> None:
+    umask = os.umask(0)
+    try:
+        async with storage(tmp_path / "h.db") as kept:
+            keep(kept, "one")
+            await written(kept)
+            modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in files_in(tmp_path)}
+    finally:
+        os.umask(umask)
+
+    names = ("h.db", "h.db-wal", "h.db-shm", "h.db-turns", "h.db-spool-0")
+    assert modes == dict.fromkeys(names, 0o600)
+    assert files_in(tmp_path) == ["h.db", "h.db-turns"]
+    assert (tmp_path / "h.db-turns").stat().st_size == 0
+
+
+async def test_deleted_text_is_nowhere_in_the_file(tmp_path: Path) -> None:
+    async with storage(tmp_path / "h.db") as kept:
+        keep(kept, "very-secret" * 1000)
+        keep(kept, "still-here", "d")
+        await written(kept)
+        assert await kept.delete(ME, "c")
+
+        # Until the next checkpoint the log of changes may have it.
+        assert b"very-secret" not in (tmp_path / "h.db-spool-0").read_bytes()
+
+    data = (tmp_path / "h.db").read_bytes()
+    assert b"very-secret" not in data
+    assert b"still-here" in data
+
+
+async def test_what_was_asked_before_a_deletion_is_not_kept(tmp_path: Path) -> None:
+    now = clock()
+    async with storage(tmp_path / "h.db", now=now) as kept:
+        keep(kept, "one")
+        keep(kept, "one", "d")
+        now.now = NOW + 10
+        assert await kept.delete(ME, "c") is True
+        assert await kept.delete(ME, "never") is False
+
+        for name in ("c", "d", "never"):
+            keep(kept, "late", name, ended=NOW + 20, asked=NOW + 9)
+        keep(kept, "new", ended=NOW + 30, asked=NOW + 11)
+
+        await written(kept)
+        assert await questions(kept) == ["new"]
+        assert await questions(kept, "d") == ["one", "late"]
+        assert await questions(kept, "never") == []
+
+
+async def test_all_of_a_caller_are_deleted_and_no_others(tmp_path: Path) -> None:
+    now = clock()
+    async with storage(tmp_path / "h.db", now=now) as kept:
+        for number in range(5):
+            keep(kept, "q", f"c{number}")
+        keep(kept, "q", caller=YOU)
+        now.now = NOW + 1
+        assert await kept.delete_all(ME) == 5
+        keep(kept, "late", "new", ended=NOW + 2, asked=NOW)
+
+        assert await listed(kept) == []
+        assert await listed(kept, YOU) == ["c"]
+
+
+async def test_without_keys_a_list_is_that_of_an_address(tmp_path: Path) -> None:
+    here, there = anonymous("192.0.2.1"), anonymous("192.0.2.2")
+    async with storage(tmp_path / "h.db") as kept:
+        keep(kept, "q", "a", caller=here)
+        keep(kept, "q", "b", caller=there)
+
+        assert (await listed(kept, here), await listed(kept, there)) == (["a"], ["b"])
+        assert await questions(kept, "a", there) == ["q"]  # its id is enough
+        assert await kept.delete_all(there) == 1
+        assert await listed(kept, here) == ["a"]
+
+
+# Bounds.
+
+
+@pytest.mark.parametrize(
+    ("bounds", "left"),
+    [
+        (policy("token_limit", max_tokens_per_conversation=6), 2),
+        (policy("message_count", max_messages_per_conversation=7), 3),
+        (policy("time_based", retention_days=5), 6),
+        (policy("unlimited"), 10),
+    ],
+)
+async def test_new_bounds_hold_for_conversations_that_nobody_goes_on_with(
+    tmp_path: Path, bounds: Any, left: int
+) -> None:
+    now = clock()
+    async with storage(tmp_path / "h.db", now=now) as kept:
+        for number in range(10):
+            for name in range(7):
+                keep(kept, f"q{number}", f"c{name}", ended=NOW + number * DAY)
+        await written(kept)
+        now.now = NOW + 9 * DAY
+
+        kept.apply(bounds)
+
+        count = "SELECT count(*) FROM turns"
+        await until(lambda: query(tmp_path / "h.db", count) == [(7 * left,)])
+        assert await questions(kept, "c3") == [f"q{n}" for n in range(10 - left, 10)]
+
+
+async def test_conversations_whose_days_are_over_are_swept_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "TURNS", 50)
+    monkeypatch.setattr(sweep, "STEP", 20)
+    now = clock()
+    async with storage(tmp_path / "h.db", policy("time_based", retention_days=1), now) as kept:
+        for number in range(90):
+            keep(kept, "q", f"c{number}")
+        await written(kept)
+        now.now = NOW + 2 * DAY
+        assert await listed(kept) == []
+        assert await kept.delete(ME, "c3") is False
+
+        for number in range(50):
+            keep(kept, "new", f"d{number}", ended=now())
+
+        count = "SELECT (SELECT count(*) FROM turns), (SELECT count(*) FROM conversations)"
+        await until(lambda: query(tmp_path / "h.db", count) == [(50, 50)])
+
+
+@pytest.mark.parametrize(("name", "most"), [("MAX_CONVERSATIONS", 30), ("MAX_BYTES", 30 * 5)])
+async def test_a_file_that_is_too_large_loses_what_rested_for_longest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, most: int
+) -> None:
+    monkeypatch.setattr(sweep, name, most)
+    monkeypatch.setattr(sweep, "TURNS", 100)
+    monkeypatch.setattr(sweep, "FEW", 1)
+    async with storage(tmp_path / "h.db") as kept:
+        for number in range(100):
+            keep(kept, "q", f"c{number}", ended=NOW + number)  # 5 bytes
+
+        count = "SELECT count(*) FROM conversations"
+        await until(lambda: query(tmp_path / "h.db", count) == [(30,)])
+        assert await listed(kept) == [f"c{number}" for number in range(99, 69, -1)]
+
+
+async def test_a_file_shrinks_when_its_conversations_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "TURNS", 1)
+    async with storage(tmp_path / "h.db") as kept:
+        for number in range(50):
+            keep(kept, "q" * 20_000, f"c{number}")
+        await written(kept)
+        await kept.delete_all(ME)
+        keep(kept, "q", asked=NOW + 1)
+        await written(kept)
+
+    assert (tmp_path / "h.db").stat().st_size < 100_000
+
+
+async def test_what_waits_is_bounded_and_the_oldest_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "MAX_WAITING", 10)
+    async with storage(tmp_path / "h.db") as kept:
+        for number in range(25):  # in one turn of the event loop
+            keep(kept, f"{number}")
+        assert (kept.stats().waiting, kept.stats().lost) == (10, 15)
+        await written(kept)
+
+        assert await questions(kept) == [f"{number}" for number in range(15, 25)]
+
+
+# Alike.
+
+
+class Pair:
+    """The same history twice: in memory, and in a file, which is closed and opened now and then."""
+
+    def __init__(self, path: Path, persistence: Any, now: FakeClock) -> None:
+        self._path, self._persistence, self._now = path, persistence, now
+        self.memory = History(self._conversations())
+
+    def _conversations(self) -> Conversations:
+        context = Context(max_tokens=10**9, reserve_tokens=0, preserve_recent=0)
+        return Conversations(context, self._persistence, clock=self._now)
+
+    async def start(self) -> None:
+        counts = {"written": Counter(), "lost": Counter()}
+        self.storage = SqliteStorage(str(self._path), self._persistence, self._now, counts)
+        await self.storage.open()
+        self.file = History(self._conversations(), self.storage)
+
+    async def restart(self) -> None:
+        await self.storage.close()
+        await self.start()
+
+    async def step(self, dice: random.Random, number: int) -> None:
+        """Do one thing to both, and compare what they say."""
+        self._now.now += dice.choice([0.001, 1.0, DAY / 7])
+        callers = [ME, YOU, anonymous("192.0.2.1"), anonymous("192.0.2.2")]
+        caller, name = dice.choice(callers), dice.choice(["a", "b", "c d", "é", "B"])
+        limit = dice.randint(1, 5)
+        chance = dice.randrange(10)
+        if chance == 0:
+            await self.restart()
+        elif chance <= 5:
+            usage = dice.choice([(None, None), (3, 1000), (10**12, 0), (2.5, None)])
+            turn = Turn.of(f"q{number}", "a" * dice.randint(0, 60), self._now(), usage)
+            asked = self._now() - dice.choice([0.0, 0.5, DAY / 2])
+            for history in (self.memory, self.file):
+                history.keep(caller, name, turn, asked)
+            # Of what was deleted, a storage knows when it writes.
+            await written(self.storage)
+        else:
+            ask: dict[int, Callable[[History], Any]] = {
+                6: lambda history: history.delete(caller, name),
+                7: lambda history: history.delete_all(caller),
+                8: lambda history: history.read(caller, name),
+                9: lambda history: pages(history, caller, limit),
+            }
+            in_memory, in_file = await self.answers(ask[chance])
+            assert in_memory == in_file, (number, chance, caller, name)
+        messages = []
+        for history in (self.memory, self.file):
+            await history.load(caller, name)
+            messages.append(history.messages(caller, name, "?"))
+        assert messages[0] == messages[1], (number, chance, caller, name)
+
+    async def answers(self, ask: Any) -> list[Any]:
+        """What both say to *ask*."""
+        found: list[Any] = []
+        for history in (self.memory, self.file):
+            try:
+                found.append(await ask(history))
+            except ConversationNotFound as error:
+                found.append(str(error))
+        return found
+
+
+@pytest.mark.parametrize("name", POLICIES)
+async def test_memory_and_file_answer_alike(tmp_path: Path, name: str) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    dice = random.Random(seed)
+    bounds = policy(
+        name,
+        max_tokens_per_conversation=dice.randint(1, 60),
+        max_messages_per_conversation=dice.randint(1, 12),
+        retention_days=dice.uniform(0.1, 2.0),
+    )
+    pair = Pair(tmp_path / "h.db", bounds, clock())
+    await pair.start()
+    try:
+        for number in range(150):
+            await pair.step(dice, number)
+    finally:
+        await pair.storage.close()
+
+
+async def pages(history: History, caller: Caller, limit: int) -> list[Page]:
+    """All pages of a list."""
+    found = [await history.listing(caller, limit, None)]
+    while found[-1].after is not None:
+        found.append(await history.listing(caller, limit, found[-1].after))
+    return found

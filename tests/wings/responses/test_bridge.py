@@ -1,0 +1,456 @@
+"""OpenAI's Responses API on a provider that has chat completions only: the official SDK sees no difference."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import openai
+import orjson
+import pytest
+from openai import AsyncOpenAI
+from pydantic import BaseModel
+
+from aioserver.wings.simulator.exchange import Behaviour
+from aioserver.wings.simulator.server import Simulator
+from tests.support.raw import Raw
+from tests.support.response_events import check_response, check_run, read_events
+from tests.support.scripted_provider import ScriptedProvider
+from tests.support.server import ENDLESS, QUICK, provider_entry
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tests.support.scripted_provider import Peer
+    from tests.support.server import MakeServer, RunningServer
+
+BRIDGED = {"llm.providers.sim.responses": False}
+WITHOUT = Behaviour(ttft=0, interval=0, responses=False)
+SLOW = Behaviour(ttft=0, interval=0.02)
+WEATHER: Any = {
+    "type": "function",
+    "name": "weather",
+    "description": "Tells the weather.",
+    "parameters": {"type": "object", "properties": {"days": {"type": "integer"}}},
+    "strict": False,
+}
+JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+ASK: dict[str, Any] = {"model": "m", "input": "Hello"}
+STREAMED = {**ASK, "stream": True}
+
+
+@pytest.fixture
+async def server(make_server: MakeServer) -> RunningServer:
+    return await make_server(QUICK, **BRIDGED)
+
+
+async def stream_of(server: RunningServer, body: Any) -> list[dict[str, Any]]:
+    async with server.session.post(f"{server.v1}/responses", json=body) as response:
+        assert response.status == 200, await response.text()
+        return read_events(await response.read())
+
+
+async def answer_of(server: RunningServer, body: Any) -> tuple[int, Any]:
+    async with server.session.post(f"{server.v1}/responses", json=body) as response:
+        return response.status, orjson.loads(await response.read())
+
+
+def paths(simulator: Simulator) -> list[str]:
+    return [request.path.removeprefix("/v1/") for request in simulator.requests]
+
+
+async def test_an_answer_is_the_same_streamed_or_not(
+    server: RunningServer, sdk: AsyncOpenAI
+) -> None:
+    whole = await sdk.responses.create(**ASK)
+    async with sdk.responses.stream(**ASK) as stream:
+        seen = [event async for event in stream]
+        final = await stream.get_final_response()
+    chat = await sdk.chat.completions.create(
+        model="m", messages=[{"role": "user", "content": "Hello"}]
+    )
+
+    assert whole.output_text == final.output_text == chat.choices[0].message.content
+    assert [event.sequence_number for event in seen] == list(range(len(seen)))
+    assert whole.usage == final.usage
+    assert chat.usage is not None
+    assert whole.usage is not None
+    assert whole.usage.total_tokens == chat.usage.total_tokens
+    assert set(paths(server.simulator)) == {"chat/completions"}
+
+
+async def test_each_event_is_one_of_the_api(server: RunningServer) -> None:
+    for tools in ([], [WEATHER]):
+        events = await stream_of(server, {**STREAMED, "input": "call a tool", "tools": tools})
+        response = check_run(events)
+        _, whole = await answer_of(server, {**ASK, "input": "call a tool", "tools": tools})
+        check_response(whole)
+
+        for changing in ("id", "created_at", "completed_at"):
+            response[changing] = whole[changing]
+        for item in (response["output"][0], whole["output"][0]):
+            item["id"] = item["call_id"] = ""
+        assert response == whole
+
+
+async def test_a_tool_is_called_and_its_result_comes_back(
+    server: RunningServer, sdk: AsyncOpenAI
+) -> None:
+    async with sdk.responses.stream(
+        model="m", input="call a tool", tools=[WEATHER], tool_choice="required"
+    ) as stream:
+        final = await stream.get_final_response()
+    (call,) = final.output
+    assert call.type == "function_call"
+    assert orjson.loads(call.arguments)["days"] == 1
+
+    again = await sdk.responses.create(
+        model="m",
+        instructions="Be short.",
+        input=[
+            {"role": "user", "content": "call a tool"},
+            call.model_dump(exclude_none=True),  # type: ignore[list-item]
+            {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"},
+            {"role": "user", "content": "Thanks"},
+        ],
+    )
+
+    assert again.output_text
+    assert server.simulator.bodies[-1]["messages"] == [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "call a tool"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {
+                    "id": call.call_id,
+                    "type": "function",
+                    "function": {"name": "weather", "arguments": call.arguments},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": call.call_id, "content": "sunny"},
+        {"role": "user", "content": "Thanks"},
+    ]
+
+
+async def test_an_answer_that_is_too_long_for_its_bound_is_incomplete(
+    server: RunningServer, sdk: AsyncOpenAI
+) -> None:
+    whole = await sdk.responses.create(**ASK, max_output_tokens=3)
+    response = check_run(await stream_of(server, {**STREAMED, "max_output_tokens": 3}))
+
+    assert whole.status == response["status"] == "incomplete"
+    assert whole.incomplete_details is not None
+    assert whole.incomplete_details.reason == "max_output_tokens"
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+
+
+def telling(asked: list[Any], **message: Any) -> Callable[[Peer], Awaitable[None]]:
+    """A script that notes what it is asked in *asked*, and always answers with *message*."""
+
+    async def play(peer: Peer) -> None:
+        while True:
+            asked.append(orjson.loads((await peer.request()).partition(b"\r\n\r\n")[2]))
+            choice = {"message": {"role": "assistant", **message}, "finish_reason": "stop"}
+            body = orjson.dumps({"choices": [{"index": 0, **choice}]})
+            await peer.send(JSON_HEAD % len(body) + body)
+
+    return play
+
+
+async def test_reasoning_goes_back_in_the_field_in_which_it_came(make_server: MakeServer) -> None:
+    asked: list[Any] = []
+    async with ScriptedProvider(telling(asked, reasoning_content="Hm", content="Yes")) as provider:
+        address = {"llm.providers.sim.base_url": provider.url}
+        server = await make_server(QUICK, **BRIDGED, **address)
+        _, first = await answer_of(server, ASK)
+        thought = first["output"][0]
+        items = [{"role": "user", "content": "Hello"}, *first["output"]]
+        await answer_of(server, {**ASK, "input": [*items, {"role": "user", "content": "Why?"}]})
+
+    assert thought["content"] == [{"type": "reasoning_text", "text": "Hm"}]
+    assert asked[1]["messages"][1] == {
+        "role": "assistant",
+        "content": "Yes",
+        "reasoning_content": "Hm",
+    }
+
+
+async def test_a_structured_output_is_asked_for_and_parsed(make_server: MakeServer) -> None:
+    asked: list[Any] = []
+    text = '{"name": "Ada", "age": 36}'
+    async with ScriptedProvider(telling(asked, content=text)) as provider:
+        address = {"llm.providers.sim.base_url": provider.url}
+        server = await make_server(QUICK, **BRIDGED, **address)
+        async with AsyncOpenAI(api_key="unused", base_url=server.v1, max_retries=0) as sdk:
+            parsed = await sdk.responses.parse(model="m", input="Who?", text_format=Person)
+
+    assert parsed.output_parsed == Person(name="Ada", age=36)
+    [body] = asked
+    assert body["response_format"]["type"] == "json_schema"
+    assert body["response_format"]["json_schema"]["name"] == "Person"
+    assert body["response_format"]["json_schema"]["strict"] is True
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_provider_without_responses_is_found_out_once(
+    make_server: MakeServer, streamed: bool
+) -> None:
+    server = await make_server(WITHOUT)
+    previous: dict[str, Any] = {}
+    response: Any = None
+    for _ in range(2):
+        if streamed:
+            response = check_run(await stream_of(server, STREAMED | previous))
+        else:
+            _, response = await answer_of(server, ASK | previous)
+            check_response(response)
+        # The response from which it was found out is kept, too.
+        previous = {"previous_response_id": response["id"]}
+
+    assert response["previous_response_id"]
+    assert paths(server.simulator) == ["chat/completions"] * 2
+    assert server.simulator.stats().connections_accepted == 1
+    assert await server.counted("retries", "reason") == {}
+    assert await server.counted("provider_attempts", "outcome") == {("http_4xx",): 1, ("ok",): 2}
+
+
+async def test_a_reload_asks_a_provider_again(make_server: MakeServer) -> None:
+    server = await make_server(WITHOUT)
+    await answer_of(server, ASK)
+    server.simulator.behaviour = QUICK
+
+    await answer_of(server, ASK)
+    await server.forgive()
+    await answer_of(server, ASK)
+
+    assert paths(server.simulator) == ["chat/completions", "chat/completions", "responses"]
+    assert await server.change(**BRIDGED)
+    await answer_of(server, ASK)
+    assert paths(server.simulator)[-1] == "chat/completions"
+
+
+async def test_a_model_that_is_not_there_says_nothing_of_the_path(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server()
+
+    status, answer = await answer_of(server, {**ASK, "model": "fault-404"})
+    await answer_of(server, ASK)
+
+    assert status == 404, answer
+    assert paths(server.simulator)[-1] == "responses"
+
+
+async def test_a_provider_that_has_answered_has_the_path_whatever_it_does_not_find(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server()
+    await answer_of(server, ASK)
+    server.simulator.behaviour = WITHOUT
+
+    status, _ = await answer_of(server, ASK)
+
+    assert status == 404
+    assert not server.provider.bridging.on
+
+
+async def test_failover_goes_from_one_kind_of_provider_to_the_other(
+    make_server: MakeServer,
+) -> None:
+    async with Simulator(QUICK) as native:
+        other = provider_entry(native.base_url)
+        changes = {"llm.fallbacks": ["other"], "llm.providers.other": other}
+        server = await make_server(WITHOUT, **changes)
+        check_run(await stream_of(server, STREAMED))
+
+        server.simulator.behaviour = Behaviour(fail_rate=1.0, responses=False)
+        events = await stream_of(server, STREAMED)
+        assert events[-1]["response"]["model"] == "other-model"
+        assert paths(native) == ["responses"]
+
+        await server.change(**{**changes, "llm.active": "other", "llm.fallbacks": ["sim"]})
+        server.simulator.behaviour = WITHOUT
+        native.behaviour = Behaviour(fail_rate=1.0)
+        check_run(await stream_of(server, STREAMED))
+        assert paths(server.simulator)[-1] == "chat/completions"
+
+
+HOSTED: dict[str, tuple[Any, str]] = {
+    "web_search": ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    "file_search": (
+        {"tools": [WEATHER, {"type": "file_search", "vector_store_ids": ["v"]}]},
+        "tools[1].type",
+    ),
+    "code_interpreter": (
+        {"tools": [{"type": "code_interpreter", "container": "c"}]},
+        "tools[0].type",
+    ),
+    "mcp": ({"tools": [{"type": "mcp", "server_label": "x"}]}, "tools[0].type"),
+    "image_generation": ({"tools": [{"type": "image_generation"}]}, "tools[0].type"),
+    "computer_use_preview": ({"tool_choice": {"type": "computer_use_preview"}}, "tool_choice"),
+    "web_search_call": ({"input": [{"type": "web_search_call", "id": "ws_1"}]}, "input[0].type"),
+    "item_reference": ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+    "background": ({"background": True}, "background"),
+    "conversation": ({"conversation": "conv_1"}, "conversation"),
+    "prompt": ({"prompt": {"id": "pmpt_1"}}, "prompt"),
+}
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_what_the_provider_cannot_have_is_refused_by_name(
+    server: RunningServer, streamed: bool
+) -> None:
+    for name, (fields, param) in HOSTED.items():
+        status, answer = await answer_of(server, {**ASK, "stream": streamed, **fields})
+
+        error = answer["error"]
+        assert (status, error["code"], error["param"]) == (400, "invalid_request", param)
+        assert error["type"] == "invalid_request_error"
+        assert name in error["message"]
+    assert not server.simulator.requests
+
+
+async def test_questions_about_responses_are_not_found_where_there_are_none(
+    server: RunningServer,
+) -> None:
+    for path in ("compact", "input_tokens"):
+        async with server.session.post(f"{server.v1}/responses/{path}", json=ASK) as response:
+            error = orjson.loads(await response.read())["error"]
+            assert (response.status, error["code"]) == (404, "not_found")
+            assert "has no /v1/responses" in error["message"]
+    assert not server.simulator.requests
+
+
+async def test_what_one_provider_cannot_have_goes_to_one_that_can(
+    make_server: MakeServer,
+) -> None:
+    async with Simulator(QUICK) as native:
+        server = await make_server(
+            QUICK,
+            **BRIDGED,
+            **{
+                "llm.fallbacks": ["other"],
+                "llm.providers.other": provider_entry(native.base_url),
+            },
+        )
+
+        status, _ = await answer_of(server, {**ASK, "tools": [{"type": "web_search"}]})
+
+        assert (status, paths(native)) == (200, ["responses"])
+
+        native.behaviour = Behaviour(fail_rate=1.0)
+        status, _ = await answer_of(server, {**ASK, "tools": [{"type": "web_search"}]})
+
+        # The fault of the one that could have answered says more.
+        assert status == 502
+
+
+async def test_a_response_is_read_on_and_cancelled_by_its_id(
+    server: RunningServer, sdk: AsyncOpenAI
+) -> None:
+    whole = await sdk.responses.create(**ASK)
+    server.simulator.behaviour = SLOW
+    stream = await sdk.responses.create(**ASK, stream=True)
+    seen = []
+    async for event in stream:
+        seen.append(event)
+        if len(seen) == 9:
+            break
+    await stream.close()
+    assert seen[0].type == "response.created"
+    name = seen[0].response.id
+
+    again = await sdk.responses.retrieve(
+        name, stream=True, starting_after=seen[-1].sequence_number
+    )
+    rest = [event async for event in again]
+
+    assert [event.sequence_number for event in (*seen, *rest)] == list(
+        range(len(seen) + len(rest))
+    )
+    assert rest[-1].type == "response.completed"
+    assert rest[-1].response.output_text == whole.output_text
+    for kept in (whole.id, name):
+        assert (await sdk.responses.retrieve(kept)).output_text == whole.output_text
+
+    server.simulator.behaviour = ENDLESS
+    stream = await sdk.responses.create(**ASK, stream=True)
+    first = await anext(aiter(stream))
+    assert first.type == "response.created"
+    cancelled = await sdk.responses.cancel(first.response.id)
+    assert cancelled.status == "cancelled"
+    with pytest.raises(openai.APIError, match="cancelled"):
+        [event async for event in stream]
+    await server.simulator.until(lambda stats: not stats.active)
+
+
+async def test_a_response_that_is_not_stored_ends_with_its_client(server: RunningServer) -> None:
+    server.simulator.behaviour = ENDLESS
+    async with Raw(server) as raw:
+        await raw.post("/v1/responses", {**STREAMED, "store": False})
+        await raw.until(b"response.output_text.delta")
+        raw.reset()
+        await server.simulator.until(lambda stats: stats.aborted == 1)
+
+
+@pytest.mark.parametrize(
+    "fault", ["fault-cut-3", "fault-error-event-3", "fault-bad-json-3", "fault-end-3"]
+)
+async def test_a_fault_in_the_middle_is_a_response_that_failed(
+    server: RunningServer, fault: str
+) -> None:
+    events = await stream_of(server, {**STREAMED, "model": fault})
+
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert events[-1]["type"] == "response.failed"
+
+
+async def test_an_error_before_the_first_event_has_its_status(make_server: MakeServer) -> None:
+    server = await make_server(Behaviour(fail_rate=1.0, fail_status=503), **BRIDGED)
+
+    assert (await answer_of(server, STREAMED))[0] == 502
+    assert (await answer_of(server, ASK))[0] == 502
+
+
+async def test_a_response_is_continued_by_its_id(server: RunningServer, sdk: AsyncOpenAI) -> None:
+    first = await sdk.responses.create(
+        model="m", input="call a tool", instructions="Not kept.", tools=[WEATHER]
+    )
+    (call,) = first.output
+    assert call.type == "function_call"
+
+    async with sdk.responses.stream(
+        model="m",
+        previous_response_id=first.id,
+        input=[{"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}],
+    ) as stream:
+        second = await stream.get_final_response()
+    third = await sdk.responses.create(model="m", previous_response_id=second.id, input="Thanks")
+
+    assert third.previous_response_id == second.id
+    messages = server.simulator.bodies[-1]["messages"]
+    assert [message["role"] for message in messages] == [
+        *("user", "assistant", "tool", "assistant", "user")
+    ]
+    assert messages[3]["content"] == second.output_text
+    assert "previous_response_id" not in server.simulator.bodies[-1]
+    assert (await sdk.responses.retrieve(second.id)).output_text == second.output_text
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_response_that_was_not_stored_is_not_continued(
+    server: RunningServer, streamed: bool
+) -> None:
+    _, first = await answer_of(server, {**ASK, "store": False})
+    for name in (first["id"], "resp_unknown"):
+        body = {**ASK, "stream": streamed, "previous_response_id": name}
+        status, answer = await answer_of(server, body)
+
+        assert (status, answer["error"]["code"]) == (400, "previous_response_not_found")
+    assert len(server.simulator.requests) == 1

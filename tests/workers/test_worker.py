@@ -1,0 +1,169 @@
+"""What a worker gets from its parent, and its share of each limit."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver.config import Configuration
+from aioserver.config.configuration import SHIPPED
+from aioserver.server.preflight import Unfit
+from aioserver.workers.fixed_shares import share, share_out
+from aioserver.workers.shared_page import SharedPage
+from aioserver.workers.worker import NAMES, Worker, as_file, read
+from tests.support.server import NOWHERE, configured
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+KEYS = [{"name": "web", "sha256": "ab" * 32, "max_concurrent": 5, "requests_per_minute": 31}]
+# Of numbers that differ between the shares, those that are no limits but follow from them.
+SHARED = {
+    "max_connections",
+    "connection_queue_size",
+    "max_body_bytes",
+    "max_kept_bytes",
+    "max_detached",
+    "max_keepalive",
+    "concurrent_requests",
+    "requests_per_minute",
+    "queue_size",
+    "tokens_per_minute",
+    "max_concurrent",
+    "workers",
+}
+
+
+def numbers(settings: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in *settings*, by its path."""
+    if is_dataclass(settings):
+        for field in fields(settings):
+            yield from numbers(getattr(settings, field.name), f"{path}.{field.name}")
+    elif isinstance(settings, dict):
+        for name, value in settings.items():
+            yield from numbers(value, f"{path}.{name}")
+    elif isinstance(settings, tuple):
+        for index, value in enumerate(settings):
+            yield from numbers(value, f"{path}[{index}]")
+    elif isinstance(settings, int | float) and not isinstance(settings, bool):
+        yield path, settings
+
+
+# What workers know of each other by the page, and what a cluster has in hand.
+MOVED = {"max_connections", "connection_queue_size"}
+IN_HAND = {"concurrent_requests", "requests_per_minute", "tokens_per_minute", "max_concurrent"}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("limit", [0, 1, 2, 63, 64, 65, 1000, 2**28])
+def test_shares_sum_up_to_the_limit_and_differ_by_one(limit: int, workers: int) -> None:
+    shares = [share(limit, rank, workers) for rank in range(workers)]
+
+    assert max(shares) - min(shares) <= 1
+    if limit == 0 or limit >= workers:
+        assert sum(shares) == limit
+    else:
+        assert shares == [1] * workers, "a share of 0 would be no worker at all"
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_no_limit_of_the_configuration_is_multiplied(
+    tmp_path: Path, workers: int, *, clustered: bool
+) -> None:
+    changes = {
+        "chat.websocket.concurrency.uvicorn.workers": workers,
+        "auth.keys": KEYS,
+        "auth.allowed_hosts": [],
+    }
+    whole = configured(NOWHERE, changes, tmp_path / "c.yaml").settings
+    shares = [share_out(whole, rank, workers, clustered=clustered) for rank in range(workers)]
+
+    for (path, limit), *parts in zip(
+        numbers(whole), *(numbers(part) for part in shares), strict=True
+    ):
+        values = [value for name, value in parts if name == path]
+        assert len(values) == workers
+        name = path.rpartition(".")[2]
+        if values == [limit] * workers:
+            # A pool may be as large as all places, which bound its use.
+            known_to_all = name in MOVED or (clustered and name in IN_HAND)
+            assert name not in SHARED or not limit or known_to_all, path
+        else:
+            assert name in SHARED, path
+            assert sum(values) == limit or name == "workers", path
+
+
+def test_the_shipped_configuration_can_be_shared_out() -> None:
+    whole = Configuration.load(SHIPPED, environ={}).settings
+
+    for rank in range(25):
+        share_out(whole, rank, 25)
+
+
+def test_a_worker_is_what_its_parent_has_written() -> None:
+    names = sorted({*NAMES, "later"})
+    descriptors = {name: as_file("test", name.encode()) for name in names}
+    descriptors["page"] = SharedPage.create(3, 20).fd
+    try:
+        for number in descriptors.values():
+            os.set_inheritable(number, True)
+        environ = {**Worker(5, 3, 20.0, descriptors).variables(), "HOME": "/"}
+
+        worker = Worker.take(environ)
+
+        assert worker is not None
+        assert (worker.slot, worker.workers, worker.slots, worker.rank) == (5, 3, 6, 2)
+        assert worker.period == 20.0
+        assert worker.descriptors == descriptors, "also what a newer parent gives"
+        assert worker.content() == b"configuration"
+        assert worker.pepper() == worker.pepper() == b"pepper"
+        assert environ == {"HOME": "/"}
+        assert not any(map(os.get_inheritable, descriptors.values()))
+    finally:
+        for number in descriptors.values():
+            os.close(number)
+
+
+@pytest.mark.parametrize("page", [b"", b"\1\0\0\0\0\0\0\0", bytes(4096)])
+def test_a_worker_of_another_version_than_its_parent_does_not_start(page: bytes) -> None:
+    descriptors = {name: as_file("test", page) for name in NAMES}
+    try:
+        with pytest.raises(Unfit, match="restart the service") as refusal:
+            Worker.take(Worker(0, 2, 20.0, descriptors).variables())
+        assert refusal.value.code == 1
+        assert os.pread(descriptors["page"], 4096, 0) == page, "it has touched nothing"
+    finally:
+        for number in descriptors.values():
+            os.close(number)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"AIOSERVER_WORKER": "0/2"},
+        {"AIOSERVER_WORKER": "0/2", "AIOSERVER_FDS": "lifeline=0,page=0"},
+        {"AIOSERVER_WORKER": "x", "AIOSERVER_FDS": "lifeline=0,page=0,pepper=0,configuration=0"},
+        {"AIOSERVER_FDS": "lifeline=0,page=0,pepper=0,configuration=0"},
+        {"AIOSERVER_WORKER": "0/2", "AIOSERVER_FDS": "lifeline=x,page=-1,pepper=,=3,,"},
+    ],
+)
+def test_other_variables_make_no_worker(variables: dict[str, str]) -> None:
+    environ = dict(variables)
+
+    assert Worker.take(environ) is None
+    assert environ == {}
+
+
+def test_a_large_file_is_whole() -> None:
+    content = os.urandom(1 << 20)
+    number = as_file("test", content)
+    try:
+        assert read(number) == content
+    finally:
+        os.close(number)
