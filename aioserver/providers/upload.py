@@ -84,12 +84,11 @@ async def upload(
         if connection.writing_paused:
             await _writable(connection, transport, done, write_timeout, on_timeout)
     while body is not None and (piece := await _next_piece(body, done)) is not None:
-        if transport.is_closing():
-            # The loss of the connection is about to be told. asyncio's `writelines` would watch its descriptor for
-            # good, and the next connection that gets this number would hear nothing (cpython's gh-136234).
-            return
         if body.chunked:
-            transport.writelines((b"%x\r\n" % len(piece), piece, b"\r\n"))
+            # asyncio's `writelines` would watch the descriptor of a closing connection for good, and the next
+            # connection that gets this number would hear nothing (cpython's gh-136234).
+            if not transport.is_closing():
+                transport.writelines((b"%x\r\n" % len(piece), piece, b"\r\n"))
         elif piece:
             transport.write(piece)
         if connection.writing_paused:
