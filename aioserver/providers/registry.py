@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from aioserver.config.faults import ConfigurationError
 from aioserver.providers.provider import Provider
 from aioserver.providers.queueing import ProviderGate
 
@@ -25,20 +25,34 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aioserver.providers")
 
 
+class Simulated(Protocol):
+    """The simulated provider, which a wing brings."""
+
+    async def address(self) -> str:
+        """Return its base URL; it runs from the first call to the end of the server."""
+
+
 class ProviderRegistry:
     """Owns every provider.
 
     Always: `providers` has those of the settings that were applied last, in their order; every other
     provider has a task, which closes it when its last attempt has ended. `close` closes all of them.
+
+    *simulated* is where `simulated: true` leads; None if there is no simulator.
     """
 
-    def __init__(self, metrics: Metrics, make_gate: GateFactory = ProviderGate) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        make_gate: GateFactory = ProviderGate,
+        simulated: Simulated | None = None,
+    ) -> None:
         self._metrics = metrics
         self._make_gate = make_gate
+        self._simulated = simulated
         self._providers: dict[str, Provider] = {}
         # The providers that were removed, each with the task that closes it.
         self._draining: dict[Provider, asyncio.Task[None]] = {}
-        self._stack = AsyncExitStack()
         # The simulator's address; empty until the simulator runs.
         self._simulator_url = ""
 
@@ -50,14 +64,13 @@ class ProviderRegistry:
     async def prepare(self, llm: settings.Llm) -> None:
         """Start the simulator, if a provider of *llm* is `simulated` and it does not run yet.
 
-        Once started it runs until the registry is closed, even if no provider needs it any more.
+        Raises:
+            ConfigurationError: there is no simulator.
         """
-        if self._simulator_url or not any(entry.simulated for entry in llm.providers.values()):
-            return
-        from aioserver.wings.simulator.server import Simulator  # noqa: PLC0415 - start-up time
-
-        simulator = await self._stack.enter_async_context(Simulator(keep=0))
-        self._simulator_url = simulator.base_url
+        if any(entry.simulated for entry in llm.providers.values()):
+            if self._simulated is None:
+                raise ConfigurationError(["simulated: true: this server has no simulator"])
+            self._simulator_url = await self._simulated.address()
 
     def apply(self, llm: settings.Llm, *, max_response_bytes: int) -> None:
         """Use the providers of *llm* from now on, for which `prepare` was called before.
@@ -101,7 +114,7 @@ class ProviderRegistry:
             _log_limits(provider)
 
     async def close(self) -> None:
-        """Close every provider, and the simulator."""
+        """Close every provider."""
         draining = dict(self._draining)
         for task in draining.values():
             task.cancel()
@@ -109,7 +122,6 @@ class ProviderRegistry:
             await asyncio.wait(tuple(draining.values()))
         for provider in (*self._providers.values(), *draining):
             await provider.close()
-        await self._stack.aclose()
 
     def _existing(self, name: str) -> Provider | None:
         """Return the provider *name* that is configured, or was removed and is still busy."""

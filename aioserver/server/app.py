@@ -2,7 +2,7 @@
 
 `open_server` makes all of it, in this order, and closes it in the reverse one:
 
-    providers (and the simulator of `demo`) → router → streams, conversations → gateway → monitor
+    wings → providers → router → streams, conversations → gateway → monitor → faces
 
 How it changes while it runs is in reload.py, and how it ends in runner.py.
 """
@@ -22,10 +22,12 @@ from aioserver.auth.access import Access
 from aioserver.auth.guard import Guard, Policy
 from aioserver.auth.keys import pepper_of, quota_of
 from aioserver.auth.origins import Origins
+from aioserver.config.faults import ConfigurationError
 from aioserver.faces import openai, pages, passthrough, session, sse, status, websocket
 from aioserver.faces.admission import Admission
 from aioserver.faces.context import Context, CurrentSettings, Lifecycle
 from aioserver.faces.http import Request
+from aioserver.faces.wing import Core, Routes
 from aioserver.gateway.calls import shutdown_error
 from aioserver.gateway.elsewhere import Instances
 from aioserver.gateway.gateway import Gateway
@@ -38,27 +40,26 @@ from aioserver.monitoring.snapshot import Sources
 from aioserver.providers.queueing import ProviderGate
 from aioserver.providers.registry import ProviderRegistry
 from aioserver.server.middleware import make_middleware
+from aioserver.server.wings import WINGS, missing
 from aioserver.streams.outbox import Outbox
 from aioserver.streams.store import StreamStore
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.request_log import RequestLog
-from aioserver.wings.anthropic import face as messages
 from aioserver.wings.conversations import face as conversation_routes
 from aioserver.wings.conversations.memory import Conversations
 from aioserver.wings.conversations.wing import open_history, prepare_file
-from aioserver.wings.responses import face as responses
-from aioserver.wings.responses import socket as responses_socket
 from aioserver.wings.tracing.wing import open_tracer
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from aiohttp.typedefs import Handler, Middleware
 
     from aioserver.config import Configuration
     from aioserver.config.settings import ClientKey, Concurrency, HttpClient, Settings
+    from aioserver.faces.wing import Wing
     from aioserver.limits.quota import Quota
     from aioserver.providers.health import Health
     from aioserver.providers.provider import Provider
@@ -155,17 +156,22 @@ async def open_server(
     slot: Slot | None = None,
     cluster: Cluster | None = None,
     prepared: bool = False,
+    wings: Sequence[type[Wing]] = WINGS,
 ) -> AsyncIterator[Server]:
     """Make the server, and add its routes to *app*, or to a new application. Close it at the end.
 
     *app* must not be frozen yet. *pepper* is the secret of browser sessions; see `pepper_of`. *slot*: that of this
     process, where several serve the same sockets. *cluster*: what this instance shares with others; None if it is the only
-    one. *prepared*: the file of conversations is, by the process that has started this one.
+    one. *prepared*: the file of conversations is, by the process that has started this one. *wings* are the features that it
+    has beside those of the core.
 
     Raises:
         ConfigurationError: a provider cannot be used as it is configured.
     """
     app = web.Application() if app is None else app
+    plugged = [wing() for wing in wings]
+    if faults := list(missing(settings, plugged)):
+        raise ConfigurationError(faults)
     loop = asyncio.get_running_loop()
     chat, llm = settings.chat, settings.llm
     metrics = Metrics(llm.providers)
@@ -192,8 +198,12 @@ async def open_server(
             if cluster is not None:
                 slot.page.tell_instance(cluster.token)
                 slot.on_gone = cluster.ended
+        core = Core(settings=settings, metrics=metrics, loop=loop)
+        for wing in plugged:
+            await wing.open(core, stack)
+        simulated = next((wing.simulated for wing in plugged if wing.simulated is not None), None)
         make_gate = ProviderGate if cluster is None else cluster.make_gate
-        provider_registry = ProviderRegistry(metrics, make_gate)
+        provider_registry = ProviderRegistry(metrics, make_gate, simulated)
         stack.push_async_callback(provider_registry.close)
         await provider_registry.prepare(llm)
         provider_registry.apply(llm, max_response_bytes=chat.streams.max_response_bytes)
@@ -260,7 +270,7 @@ async def open_server(
         middleware, add_headers = make_middleware(current, guard, origins, context.admission)
         app.middlewares.append(middleware)
         app.on_response_prepare.append(add_headers)
-        _add_routes(app, context)
+        _add_routes(app, context, [await wing.serve(context) for wing in plugged])
         log_limits(chat.websocket.concurrency)
         lifecycle.ready = True
         # Otherwise `/stats` would show `ready` as false for a second.
@@ -326,21 +336,28 @@ async def _end_embedded(server: Server, _app: web.Application) -> None:
     await server.context.gateway.close()
 
 
-def _add_routes(app: web.Application, context: Context) -> None:
-    websockets = [*websocket.routes(context), *responses_socket.routes(context)]
+def _add_routes(app: web.Application, context: Context, wings: Sequence[Routes]) -> None:
+    websockets = [
+        *websocket.routes(context),
+        *(route for routes in wings for route in routes.websockets),
+    ]
     paths = {socket.path for socket in websockets}
     table: dict[Policy, list[web.RouteDef]] = {
         Policy.KEY: [
             *websockets,
             *sse.routes(context),
             *openai.routes(context),
-            *responses.routes(context),
             *conversation_routes.routes(context),
-            *messages.routes(context),
+            *(route for routes in wings for route in routes.key),
+            # It takes all paths below `/v1` that nobody else has.
             *passthrough.routes(context),
         ],
-        Policy.ADMIN: status.routes(context),
+        Policy.ADMIN: [
+            *status.routes(context),
+            *(route for routes in wings for route in routes.admin),
+        ],
         Policy.OPEN: [
+            *(route for routes in wings for route in routes.open),
             *status.probes(context),
             *session.routes(context),
             *pages.routes(context),

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import ssl
 import time
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from yarl import URL
@@ -34,6 +35,7 @@ from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.stream import Stream
 from aioserver.telemetry.metrics import Metrics
 from aioserver.tools.doctor.network import Peer, Steps
+from aioserver.wings.simulator.wing import OnDemand
 
 if TYPE_CHECKING:
     from aioserver.config import settings
@@ -57,16 +59,17 @@ async def examine(report: Report, llm: settings.Llm, *, ask: bool) -> None:
     Raises:
         ConfigurationError: a `ca_file` holds no certificate.
     """
-    registry = ProviderRegistry(Metrics(llm.providers))
-    try:
-        await registry.prepare(llm)
-        registry.apply(llm, max_response_bytes=MAX_BYTES)
-        needed = (llm.active, *llm.fallbacks)
-        # The providers that matter most come first.
-        for name in dict.fromkeys((*needed, *registry.providers)):
-            await _examine(report, registry.providers[name], needed=name in needed, ask=ask)
-    finally:
-        await registry.close()
+    async with AsyncExitStack() as stack:
+        registry = ProviderRegistry(Metrics(llm.providers), simulated=OnDemand(stack))
+        try:
+            await registry.prepare(llm)
+            registry.apply(llm, max_response_bytes=MAX_BYTES)
+            needed = (llm.active, *llm.fallbacks)
+            # The providers that matter most come first.
+            for name in dict.fromkeys((*needed, *registry.providers)):
+                await _examine(report, registry.providers[name], needed=name in needed, ask=ask)
+        finally:
+            await registry.close()
 
 
 async def _examine(report: Report, provider: Provider, *, needed: bool, ask: bool) -> None:

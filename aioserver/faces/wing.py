@@ -1,0 +1,86 @@
+"""The contract of a wing: how a feature that the core does not need is plugged into a server.
+
+The core knows a wing by these members alone, and a wing knows of the core what `Core` and `Context` have. A server opens its
+wings in the order of `server/wings.py`, which is the one file that names them, and closes them in the reverse one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Iterable, Sequence
+    from contextlib import AsyncExitStack
+
+    from aiohttp import web
+
+    from aioserver.config.settings import Settings
+    from aioserver.faces.context import Context
+    from aioserver.providers.registry import Simulated
+    from aioserver.telemetry.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Core:
+    """What there is before any wing is open."""
+
+    settings: Settings
+    metrics: Metrics
+    loop: asyncio.AbstractEventLoop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routes:
+    """Routes of handlers by who may use them: any caller, admins alone, everybody; *websockets*: handshakes, for any caller."""
+
+    websockets: Sequence[web.RouteDef] = field(default=())
+    key: Sequence[web.RouteDef] = field(default=())
+    admin: Sequence[web.RouteDef] = field(default=())
+    open: Sequence[web.RouteDef] = field(default=())
+
+
+class Wing:
+    """One feature with everything of it. Each member has a default that does nothing.
+
+    Always: `open` is called once, before anything else exists, and `serve` once, when the gateway does.
+    """
+
+    # In the log, and in the test that deletes the wing.
+    name: ClassVar[str]
+
+    # At most one wing fills each of these, and none stands for one that is not needed.
+
+    # Where `simulated: true` leads.
+    simulated: Simulated | None = None
+
+    def faults(self, settings: Settings) -> Iterable[str]:  # noqa: ARG002
+        """Return what the wing cannot serve with, for `check`, the start and a reload."""
+        return ()
+
+    async def open(self, core: Core, stack: AsyncExitStack) -> None:
+        """Make what lives as long as the server; *stack* closes it.
+
+        Raises:
+            ConfigurationError: the wing cannot serve with these settings.
+        """
+
+    async def serve(self, context: Context) -> Routes:  # noqa: ARG002
+        """Return the routes of its faces; what they use is in *context*."""
+        return Routes()
+
+    def prepare(self, settings: Settings) -> Callable[[], None]:  # noqa: ARG002
+        """Return the function that puts *settings* in effect, at a reload; nothing changes until it is called.
+
+        Raises:
+            ConfigurationError: they cannot be used.
+        """
+        return _nothing
+
+    async def leave(self) -> None:
+        """Say good-bye: every answer has ended, and connections still stand."""
+
+
+def _nothing() -> None:
+    """Put nothing in effect."""

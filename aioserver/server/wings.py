@@ -1,0 +1,33 @@
+"""The table of wings: the one file that names them. What a deleted wing has served is then unknown, as any path is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aioserver.wings.anthropic.wing import AnthropicWing
+from aioserver.wings.responses.wing import ResponsesWing
+from aioserver.wings.simulator.wing import SimulatorWing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from aioserver.config.settings import Settings
+    from aioserver.faces.wing import Wing
+
+# In the order in which they are opened; they are closed in the reverse one.
+WINGS: tuple[type[Wing], ...] = (SimulatorWing, ResponsesWing, AnthropicWing)
+
+
+def missing(settings: Settings, wings: Sequence[Wing]) -> Iterator[str]:
+    """Yield a fault for each setting that needs a wing which is not among *wings*."""
+    there = {wing.name for wing in wings}
+    needs = (
+        (
+            "simulator",
+            "llm.providers: simulated: true",
+            any(provider.simulated for provider in settings.llm.providers.values()),
+        ),
+    )
+    for name, setting, needed in needs:
+        if needed and name not in there:
+            yield f"{setting} needs the wing {name}, which this server does not have"

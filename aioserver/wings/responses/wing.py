@@ -1,0 +1,21 @@
+"""OpenAI's Responses API as a wing: by HTTP, by id, and over WebSocket."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from aioserver.faces.wing import Routes, Wing
+from aioserver.wings.responses import face, socket
+
+if TYPE_CHECKING:
+    from aioserver.faces.context import Context
+
+
+class ResponsesWing(Wing):
+    """`/v1/responses`, for every provider."""
+
+    name: ClassVar = "responses"
+
+    async def serve(self, context: Context) -> Routes:
+        """Return the routes of its faces."""
+        return Routes(websockets=socket.routes(context), key=face.routes(context))
