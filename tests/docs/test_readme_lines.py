@@ -27,10 +27,12 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 START, *LINES = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+TESTS = next(line for line in LINES if "run_tests" in line)  # which would run this file, too
 # By a part of a line: what tells its program the port here, and what its output must show.
 CASES = {
     "examples/websocket.py": ("--url ws://localhost:{port}/ws/chat", '"status":"complete"'),
     "examples/unbroken.py": ("--url http://localhost:{port}", "responses, cut "),
+    "aioserver check": ("", "llm:"),
     "aioserver chat": ("", "simulated model"),
     "aioserver bench": ("http://localhost:{port}", "complete: 150 of 150 answers"),
     "aioserver top": ("http://localhost:{port}", "demo"),
@@ -92,7 +94,13 @@ def test_first_line_starts_it() -> None:
     assert START == "./run_production.sh"
 
 
-@pytest.mark.parametrize("line", LINES)
+def test_line_that_runs_the_tests_is_there_to_paste() -> None:
+    script = ROOT / TESTS.partition("#")[0].strip()
+
+    assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line != TESTS])
 def test_line_works_as_pasted(clone: Path, port: int, line: str) -> None:
     if line.startswith("curl") and shutil.which("curl") is None:
         pytest.skip("curl is not installed")
