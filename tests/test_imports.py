@@ -70,10 +70,6 @@ OWED = {
     ("wings.conversations.turns", "wings.cluster.bus"),
     ("wings.responses.chains", "wings.conversations.turns"),
     ("wings.responses.responses", "wings.cluster.claims"),
-    ("wings.simulator.anthropic", "wings.anthropic.wire"),
-    ("wings.simulator.model", "wings.anthropic.wire"),
-    ("wings.simulator.server", "wings.anthropic.wire"),
-    ("wings.simulator.tools", "wings.anthropic.wire"),
 }
 # Folders of tests that are no package's: of pages, of deploy/ and docs/, of the whole server, and for all tests.
 OTHER_TESTS = {

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from aiohttp import web
 
-from aioserver.wings.anthropic import wire as anthropic
 from aioserver.wings.simulator.shapes import SLICES, event, in_one_piece, streamed, words_of
+from aioserver.wings.simulator.tools import COUNT_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,12 +23,26 @@ if TYPE_CHECKING:
 
 _THOUGHT = "I am only simulated, so I think of nothing."
 _SIGNATURE = "c2ltdWxhdGVk"
+PING = b'event: ping\ndata: {"type":"ping"}\n\n'
+# Types of errors by HTTP status. None of these constants is the server's: what a test shares with the code that it
+# tests proves nothing.
+_TYPES = {
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
 _EMPTY_THOUGHT = {"thinking": "", "signature": ""}
 
 
 def answer(request: ParsedRequest, ident: str, count: int = 0) -> Answer:
     """Build the answer to *request*, with ids made from *ident*, of *count* tokens, as `shapes.answer` does."""
-    if request.endpoint == anthropic.COUNT_TOKENS:
+    if request.endpoint == COUNT_TOKENS:
         return _with_forms(in_one_piece({"input_tokens": request.prompt_tokens}, SLICES))
     words, cut = words_of(request, count)
     blocks = [*_thinking(request), _block(request, ident, "".join(words))]
@@ -70,7 +84,7 @@ def _events(
         ]
     index = len(thoughts)
     block = _block(request, begun["id"].removeprefix("msg_"), "")
-    opening += [_event("content_block_start", index=index, content_block=block), anthropic.PING]
+    opening += [_event("content_block_start", index=index, content_block=block), PING]
     template = _delta(index, "text_delta", text="\0")
     if request.call:
         template = _delta(index, "input_json_delta", partial_json="\0")
@@ -120,7 +134,7 @@ def _delta(index: int, kind: str, **fields: str) -> bytes:
 
 def _with_forms(plain: Answer) -> Answer:
     """Return *plain* with what keeps a connection alive here, and with the errors of this API."""
-    return dataclasses.replace(plain, idle=anthropic.PING, error_event=error_event)
+    return dataclasses.replace(plain, idle=PING, error_event=error_event)
 
 
 def error_event(status: int, message: str) -> bytes:
@@ -130,7 +144,7 @@ def error_event(status: int, message: str) -> bytes:
 
 def error(status: int, message: str) -> bytes:
     """Return an error body as Anthropic writes it."""
-    kind = anthropic.TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     content = {"type": kind, "message": message}
     return orjson.dumps({"type": "error", "error": content, "request_id": "req_simulated"})
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from aioserver.wings.anthropic.wire import COUNT_TOKENS, MESSAGES, is_messages
 from aioserver.wings.simulator import tools
+from aioserver.wings.simulator.tools import COUNT_TOKENS, MESSAGES, MESSAGES_ENDPOINTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -153,7 +153,7 @@ def read(endpoint: str, raw: bytes) -> ParsedRequest:
     ]
     last_text = user_texts[-1] if user_texts else ""
     options = body.get("stream_options")
-    if is_messages(endpoint):
+    if endpoint in MESSAGES_ENDPOINTS:
         # Claude Code puts parts of its own in front of what the person has written.
         last_text = _last_part(messages)
         texts.append(tools.text_of(body.get("system")))
@@ -177,7 +177,7 @@ def read(endpoint: str, raw: bytes) -> ParsedRequest:
 
 def _messages(endpoint: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the input of any endpoint as messages of the chat endpoint."""
-    endpoint = CHAT if is_messages(endpoint) else endpoint
+    endpoint = CHAT if endpoint in MESSAGES_ENDPOINTS else endpoint
     name = {CHAT: "messages", COMPLETIONS: "prompt"}.get(endpoint, "input")
     messages = body.get(name)
     if messages is None or messages == []:

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any, Self
 import orjson
 from aiohttp import web
 
-from aioserver.wings.anthropic.wire import COUNT_TOKENS, MESSAGES, is_messages
 from aioserver.wings.simulator import anthropic, faults, model, shapes
 from aioserver.wings.simulator.broken import cut, stall
 from aioserver.wings.simulator.exchange import Behaviour, Exchange, RawResponse, reset
 from aioserver.wings.simulator.model import BadRequest
 from aioserver.wings.simulator.refusals import as_json, refusal
+from aioserver.wings.simulator.tools import COUNT_TOKENS, MESSAGES, MESSAGES_ENDPOINTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -293,7 +293,7 @@ class Simulator:
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         response = await self._openai_answer(request)
-        if is_messages(_ENDPOINTS[request.path]):
+        if _ENDPOINTS[request.path] in MESSAGES_ENDPOINTS:
             return anthropic.translated(response)
         return response
 
@@ -319,7 +319,8 @@ class Simulator:
                 return refusal(behaviour.fail_status)
             play = faults.find(faults.PREFIX + behaviour.fault if failing else parsed.model)
             ident = f"{self._random.getrandbits(96):024x}"
-            shape = anthropic.answer if is_messages(parsed.endpoint) else shapes.answer
+            messages = parsed.endpoint in MESSAGES_ENDPOINTS
+            shape = anthropic.answer if messages else shapes.answer
             answer = shape(parsed, ident, behaviour.tokens)
         except BadRequest as error:
             return as_json(error.status, error.body)

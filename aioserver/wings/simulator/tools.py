@@ -24,12 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from aioserver.wings.anthropic.wire import is_messages
 from aioserver.wings.simulator.samples import Sampler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+MESSAGES, COUNT_TOKENS = "messages", "messages/count_tokens"
+# The endpoints of Anthropic's API.
+MESSAGES_ENDPOINTS = frozenset({MESSAGES, COUNT_TOKENS})
 # Characters of the user's message that are searched, and that become an argument.
 _MAX_SEARCHED = 20_000
 _MAX_ARGUMENT = 80
@@ -157,7 +159,7 @@ def _tools(endpoint: str, declared: Any) -> Iterator[Tool]:
         kind = str(item.get("type", "function"))
         definition = _function(item)
         name = definition.get("name")
-        if is_messages(endpoint):
+        if endpoint in MESSAGES_ENDPOINTS:
             ours, free = kind in {"function", "custom"} or kind.startswith("bash_"), False
         else:
             ours, free = kind in {"function", "custom"}, kind == "custom"
