@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aioserver.monitoring.monitor import Monitor
     from aioserver.streams.outbox import Outbox
     from aioserver.telemetry.metrics import Metrics
-    from aioserver.wings.tracing.tracer import Tracer
+    from aioserver.telemetry.tracer import Tracer
 
 
 class CurrentSettings:

@@ -2,6 +2,9 @@
 
 The bytes count against `max_body_bytes` from the first one. What is read of them comes in steps
 (protocol/json_body.py, limits/steps.py). A body that is passed on while its client sends it is a `BodyStream`.
+
+Where spans are made, a client that reads the answer of another request is a visit, with a span of its own. The client whose
+request began an answer is its first reader, and no visit.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.protocol.client_headers import ClientHeaders
+    from aioserver.streams.stream import Stream
+    from aioserver.telemetry.tracer import Visit
 
 # Seconds for a whole body, or a whole WebSocket message: aiohttp has no deadline for either.
 BODY_TIMEOUT = 15.0
@@ -203,3 +208,19 @@ def client_headers(context: Context, request: web.Request, api: str = "") -> Cli
     Those of the API, if it has any, whose names begin with *api*, are among them.
     """
     return collect(request.headers, context.router.passed_headers, api)
+
+
+def begin_visit(
+    context: Context, request: web.Request, stream: Stream, after: int = 0
+) -> Visit | None:
+    """Return the visit of *request*, which reads *stream* from event *after* on; None if it is none."""
+    if context.tracer is None:
+        return None
+    headers = client_headers(context, request)
+    return context.tracer.visit(stream.record.trace, headers, stream.request_id, after)
+
+
+def end_visit(visit: Visit, stream: Stream) -> None:
+    """End *visit*: its client has left *stream*, or has read it to its end."""
+    error = stream.error
+    visit.end(stream.end_status if stream.ended else b"", "" if error is None else error.code)

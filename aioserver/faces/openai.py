@@ -22,7 +22,13 @@ from aioserver.errors import StreamNotFound
 from aioserver.faces import http, whole
 from aioserver.faces.admission import counted
 from aioserver.faces.http import speaks_anthropic
-from aioserver.faces.intake import client_headers, idempotency_key, read_model_body
+from aioserver.faces.intake import (
+    begin_visit,
+    client_headers,
+    end_visit,
+    idempotency_key,
+    read_model_body,
+)
 from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
 from aioserver.gateway.calls import kept_answer
@@ -36,7 +42,6 @@ from aioserver.wings.anthropic import wire as anthropic
 from aioserver.wings.responses.draft import draft_of
 from aioserver.wings.responses.events import ResponseEvents
 from aioserver.wings.responses.stored import RESPONSES
-from aioserver.wings.tracing import visits
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -222,14 +227,13 @@ async def write_kept(
     Raises:
         AioserverError: as `kept_answer`.
     """
-    tracer = context.tracer
-    visit = None if tracer is None else visits.begin(tracer, context, request, stream)
+    visit = begin_visit(context, request, stream)
     try:
         async with kept_answer(stream, context.gateway.lifetime) as answer:
             return await _write_whole(context, request, answer, dialect)
     finally:
         if visit is not None:
-            visits.end(visit, stream)
+            end_visit(visit, stream)
 
 
 async def _write_whole(

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 from aiohttp.http import HttpVersion11
 
 from aioserver.faces.http import Request
+from aioserver.faces.intake import begin_visit, end_visit
 from aioserver.faces.ready import LAST_CHUNK, ReadyStream
 from aioserver.protocol import eventstream
 from aioserver.streams.ending import run_all
 from aioserver.streams.writer import Writer
-from aioserver.wings.tracing import visits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,8 +87,7 @@ async def follow(
         if not ended.done():
             ended.set_result(None)
 
-    tracer = context.tracer
-    visit = None if tracer is None else visits.begin(tracer, context, request, stream, after)
+    visit = begin_visit(context, request, stream, after)
     beats = Heartbeat(writer, chat.websocket.ping_interval, heartbeat)
     try:
         writer.follow(
@@ -105,7 +104,7 @@ async def follow(
     finally:
         steps: list[Callable[[], object]] = [partial(context.wheel.remove, beats), writer.close]
         if visit is not None:
-            steps.append(partial(visits.end, visit, stream))
+            steps.append(partial(end_visit, visit, stream))
         run_all(steps)
 
 

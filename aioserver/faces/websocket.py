@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import WSCloseCode, web
 
 from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerShutdown, StreamNotFound
+from aioserver.faces.intake import end_visit
 from aioserver.faces.socket import Socket
 from aioserver.faces.upgrade import serve
 from aioserver.gateway.elsewhere import Start
@@ -22,7 +23,6 @@ from aioserver.protocol import client_frames, frames
 from aioserver.protocol.client_frames import BadCommand, Cancel, Chat, Ping, Resume
 from aioserver.protocol.json_body import NotUtf8
 from aioserver.streams.formats import MESSAGES, WS_TEXT, ws_frame
-from aioserver.wings.tracing import visits
 
 if TYPE_CHECKING:
     from aioserver.faces.admission import BodyHold
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from aioserver.protocol.client_frames import Command
     from aioserver.streams.cursor import Cursor
     from aioserver.streams.stream import Stream
-    from aioserver.wings.tracing.tracer import Visit
+    from aioserver.telemetry.tracer import Visit
 
 # Answers that run at once on one socket.
 MAX_ANSWERS = 32
@@ -176,7 +176,7 @@ class ChatSocket(Socket):
         )
         tracer, request_id = self._context.tracer, stream.request_id
         if tracer is not None and (
-            visit := tracer.visit(stream.record, self._client_headers, request_id, after)
+            visit := tracer.visit(stream.record.trace, self._client_headers, request_id, after)
         ):
             self._visits = {**(self._visits or {}), cursor: visit}
         old = self._following.get(stream.request_id)
@@ -189,7 +189,7 @@ class ChatSocket(Socket):
 
     def _end_visit(self, cursor: Cursor) -> None:
         if self._visits and (visit := self._visits.pop(cursor, None)) is not None:
-            visits.end(visit, cursor.stream)
+            end_visit(visit, cursor.stream)
 
     async def finish(self) -> None:
         """Complete the close, and end the visits that the client has broken off."""

@@ -88,10 +88,13 @@ class Request:
         )
         record.log = request_log
         if request_log.tracer is not None:
-            request_log.tracer.begin(
-                record,
+            record.trace = request_log.tracer.begin(
                 provider_request.client_headers,
                 provider_request.path,
+                record.admitted_at,
                 provider_request.waited_since,
             )
+            if record.trace is not None:
+                # The log line of the request leads to its trace.
+                record.trace_id = record.trace.trace_id
         return record

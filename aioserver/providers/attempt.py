@@ -31,7 +31,6 @@ from aioserver.wings.anthropic.sink import MessageSink
 from aioserver.wings.anthropic.wire import is_messages, with_total
 from aioserver.wings.responses.continuation import learn
 from aioserver.wings.responses.sinks import ResponseSink
-from aioserver.wings.tracing.attempt_trace import WatchedSink, note_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
@@ -237,7 +236,7 @@ class Attempt:
         """Return the bytes of a request for *path* with this *body*, and note it in the trace."""
         client_headers, trace = self.request.client_headers, self.request.record.trace
         if trace is not None:
-            client_headers = note_request(trace, body, client_headers)
+            client_headers = trace.sending(client_headers, body)
         return writer.write(path, body, client_headers)
 
     def sending(self, exchange: Source | None = None) -> None:
@@ -281,7 +280,7 @@ class Attempt:
         trace = request.record.trace
         if trace is None or isinstance(sink, BodySink):
             return sink
-        return WatchedSink(sink, trace.next_attempt())
+        return trace.watch(sink)
 
     def event_sink(self, stream: Stream) -> Sink:
         """Return the sink for the events of the answer, which fills *stream*."""

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from aioserver.provider_errors import ProviderFault
 from aioserver.providers.queueing import FAILOVER_WAIT
+from aioserver.providers.sinks import BodySink
 from aioserver.providers.token_estimate import charge_difference
-from aioserver.wings.tracing.attempt_trace import note_end
+from aioserver.telemetry.tracer import AttemptEnd
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,7 +89,7 @@ class Feedback:
             # An answer in one piece has no first event.
             attempt.first_event()
         if record.trace is not None:
-            note_end(attempt, exc, self._clock(), self._pools.base_url)
+            record.trace.attempt_ended(self._end_of(attempt, exc))
         trial, attempt.trial = attempt.trial, False
         outdated, attempt.pool = self._outdated(attempt), None
         exc = exc or attempt.fault
@@ -111,6 +112,23 @@ class Feedback:
         if trial:
             # Another trial may start now.
             self._gate.serve()
+
+    def _end_of(self, attempt: Attempt, exc: BaseException | None) -> AttemptEnd:
+        provider, record, sink = attempt.provider, attempt.request.record, attempt.sink
+        body = sink.body if isinstance(sink, BodySink) and attempt.status == 200 else b""
+        timed = record.streamed and record.first_event_at > attempt.began
+        return AttemptEnd(
+            provider=provider.name,
+            model=attempt.model or provider.settings.model,
+            base_url=self._pools.base_url,
+            began=attempt.began,
+            ended=self._clock(),
+            first_chunk=record.first_event_at - record.sent_at if timed else 0.0,
+            status=attempt.status,
+            error=exc or attempt.fault,
+            usage=attempt.usage,
+            body=body,
+        )
 
     def _outdated(self, attempt: Attempt) -> bool:
         """Return whether *attempt* was sent by former settings, perhaps with another key or address."""

@@ -165,7 +165,7 @@ class PassedRequest(ProviderRequest):
             own["Content-Length"] = str(len(body))
         trace, client_headers = self.record.trace, self.client_headers
         if trace is not None:
-            client_headers = trace.passed(client_headers)
+            client_headers = trace.sending(client_headers)
         return writer.head(self.method, self.target, own, client_headers) + body
 
 

@@ -13,19 +13,19 @@ from __future__ import annotations
 import logging
 from operator import attrgetter
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import AioserverError, SlowClient
 from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
+from aioserver.telemetry.tracer import RequestEnd
 from aioserver.wings.anthropic import wire as anthropic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.telemetry.loop_lag import LoopLag
-    from aioserver.wings.tracing.trace import Trace
+    from aioserver.telemetry.tracer import RequestTrace, Tracer
 
 logger = logging.getLogger("aioserver.requests")
 
@@ -94,7 +94,7 @@ class RequestRecord:
         # The id of its trace (W3C Trace Context), the client's or a new one, 32 hex digits; "" if it has none.
         self.trace_id = ""
         # The trace of which spans are made; None if there is no tracer, or the client samples none.
-        self.trace: Trace | None = None
+        self.trace: RequestTrace | None = None
         # The method and the path of a request that is passed on as it is, without its query.
         self.target = ""
         self.admitted_at = 0.0
@@ -181,28 +181,10 @@ def token_count(usage: Mapping[str, Any] | None, names: Iterable[str]) -> int | 
 NO_RECORD = RequestRecord()
 
 
-class RecordTracer(Protocol):
-    """The tracer (wings/tracing/tracer.py), as the request log sees it."""
-
-    def begin(
-        self,
-        record: RequestRecord,
-        client_headers: ClientHeaders,
-        path: str,
-        waited_since: float = 0.0,
-    ) -> None:
-        """Begin the trace of *record*."""
-
-    def finish(
-        self, record: RequestRecord, now: float, code: str, outcome: str, status: int
-    ) -> None:
-        """Make the spans of *record*, which has a trace."""
-
-
 class RequestLog:
     """Counts and logs each request that has ended; *tracer* is None if no spans are made."""
 
-    def __init__(self, metrics: Metrics, lag: LoopLag, tracer: RecordTracer | None = None) -> None:
+    def __init__(self, metrics: Metrics, lag: LoopLag, tracer: Tracer | None = None) -> None:
         self.metrics = metrics
         self.tracer = tracer
         self._lag = lag
@@ -249,8 +231,8 @@ class RequestLog:
         elif record.silence > THRESHOLD:
             self._count_gaps(record, now)
         self._count_tokens(record)
-        if record.trace is not None and self.tracer is not None:
-            self.tracer.finish(record, now, code, outcome, status)
+        if record.trace is not None:
+            record.trace.ended(_end_of(record, now, code, outcome, status))
         if outcome == "rejected":
             if (left_out := metrics.refusal_lines.allow(code)) >= 0:
                 self._log(record, now, code, outcome, status, left_out=left_out)
@@ -334,3 +316,22 @@ class RequestLog:
             fields["suppressed"] = left_out
         level = logging.WARNING if outcome == "rejected" else logging.INFO
         logger.log(level, "request finished", extra={"fields": fields})
+
+
+def _end_of(record: RequestRecord, now: float, code: str, outcome: str, status: int) -> RequestEnd:
+    return RequestEnd(
+        request_id=record.request_id,
+        face=record.face,
+        target=record.target,
+        provider=record.provider,
+        caller=record.caller,
+        streamed=record.streamed,
+        admitted_at=record.admitted_at,
+        first_event_at=record.first_event_at,
+        ended_at=now,
+        queue_wait=record.queue_wait,
+        attempts=record.attempts,
+        code=code,
+        outcome=outcome,
+        status=status,
+    )

@@ -108,12 +108,12 @@ def span(
     times: tuple[int, int],
     described: bytes,
     attributes: Iterable[bytes] = (),
-    link: Context | None = None,
+    link: tuple[bytes, bytes] | None = None,
 ) -> bytes:
     """Return a span as a part of `ScopeSpans`.
 
     *times*: its start and its end in nanoseconds of Unix time. *described*: made by `description`. *attributes*: more of
-    them, made by `attribute`. *link*: another span that it belongs to.
+    them, made by `attribute`. *link*: the ids of the trace and of another span, to which it belongs.
     """
     trace_id, span_id, parent_id, remote, state = context
     data = b"\x0a\x10%b\x12\x08%b%b%b%b%b" % (
@@ -129,7 +129,7 @@ def span(
     if state:
         data += field(3, state)
     if link is not None:
-        data += field(13, b"\x0a\x10%b\x12\x08%b" % (link.trace_id, link.span_id))
+        data += field(13, b"\x0a\x10%b\x12\x08%b" % link)
     return field(2, data)
 
 

@@ -21,7 +21,7 @@ from aioserver.wings.tracing import otlp
 from aioserver.wings.tracing.otlp import Context, attribute
 
 if TYPE_CHECKING:
-    from aioserver.telemetry.request_log import RequestRecord
+    from aioserver.telemetry.tracer import RequestEnd
     from aioserver.wings.tracing.otlp import Value
     from aioserver.wings.tracing.trace import AttemptTrace, Trace, Wait
 
@@ -49,14 +49,10 @@ MAX_REASONS = 8
 
 
 class EndedRequest(NamedTuple):
-    """A request that ended at the monotonic time *now*; the rest is what the request log says of its end."""
+    """A request that has ended, and the notes of it."""
 
-    record: RequestRecord
     trace: Trace
-    now: float
-    code: str
-    outcome: str
-    status: int
+    end: RequestEnd
 
     @property
     def number(self) -> int:
@@ -65,35 +61,34 @@ class EndedRequest(NamedTuple):
 
     def write(self, zero: int) -> bytes:
         """Return its spans; *zero*: the nanoseconds of Unix time at which the monotonic clock was at 0."""
-        record, trace, now, code, outcome, status = self
-        began = record.admitted_at
+        trace, end = self
+        began = end.admitted_at
         for wait in trace.waits:
             began = min(began, wait.began)
-        if record.streamed and record.first_event_at and status != NO_STATUS:
+        if end.streamed and end.first_event_at and end.status != NO_STATUS:
             # The head of a stream is sent by its first event, whatever comes later.
             shown = 200
         else:
-            shown = status
-        attributes = [attribute("aioserver.request_id", record.request_id[:MAX_NAME])]
-        if record.queue_wait:
-            attributes.append(attribute("aioserver.queue_wait", record.queue_wait))
+            shown = end.status
+        attributes = [attribute("aioserver.request_id", end.request_id[:MAX_NAME])]
+        if end.queue_wait:
+            attributes.append(attribute("aioserver.queue_wait", end.queue_wait))
         described = _request(
-            record.face,
-            record.target,
+            end.face,
+            end.target,
             trace.path,
-            record.provider,
-            record.caller,
-            record.attempts,
-            outcome,
-            code,
+            end.provider,
+            end.caller,
+            end.attempts,
+            end.outcome,
+            end.code,
             shown,
-            status >= 500,
+            end.status >= 500,
         )
-        parts = [
-            otlp.span(trace.context, (_at(zero, began), _at(zero, now)), described, attributes)
-        ]
+        times = (_at(zero, began), _at(zero, end.ended_at))
+        parts = [otlp.span(trace.context, times, described, attributes)]
         parts += [_of_wait(trace.context, wait, zero) for wait in trace.waits]
-        parts += [_of_attempt(record, trace, attempt, zero) for attempt in trace.attempts]
+        parts += [_of_attempt(end, trace, attempt, zero) for attempt in trace.attempts]
         trace.forget()
         return b"".join(parts)
 
@@ -101,12 +96,12 @@ class EndedRequest(NamedTuple):
 class EndedVisit(NamedTuple):
     """A client that has read the answer to *request_id* after event *after*, from *began* to *now*.
 
-    *link*: the span of the request that asked for the answer, if known. *status*: how the answer ended, empty if it goes on;
+    *link*: the ids of the trace and of the span of the request that asked for the answer, if known. *status*: how the answer ended, empty if it goes on;
     *code*: its error.
     """
 
     context: Context
-    link: Context | None
+    link: tuple[bytes, bytes] | None
     request_id: str
     after: int
     began: float
@@ -204,7 +199,7 @@ def _wait(provider: str, error: str) -> bytes:
     return otlp.description("queue", otlp.INTERNAL, attributes, failed=bool(error))
 
 
-def _of_attempt(record: RequestRecord, trace: Trace, attempt: AttemptTrace, zero: int) -> bytes:
+def _of_attempt(end: RequestEnd, trace: Trace, attempt: AttemptTrace, zero: int) -> bytes:
     model = reason = ""
     attributes = []
     if attempt.status == 200:
@@ -222,12 +217,12 @@ def _of_attempt(record: RequestRecord, trace: Trace, attempt: AttemptTrace, zero
     if tokens_out is not None:
         attributes.append(attribute("gen_ai.usage.output_tokens", tokens_out))
     described = _attempt(
-        record.target,
+        end.target,
         trace.path,
         attempt.provider,
         attempt.model[:MAX_NAME],
         attempt.address,
-        record.streamed,
+        end.streamed,
         attempt.max_tokens,
         attempt.temperature,
         model,

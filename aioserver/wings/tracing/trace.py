@@ -2,25 +2,53 @@
 
 The id of an attempt's span is made before it is sent, since the provider gets it as the parent of its own spans (W3C Trace
 Context). Nothing else of a span exists before the request has ended.
+
+Of a question only two numbers are read. Of an answer some bytes of its beginning and its end are kept until the spans are
+written: they have its id, its model and why it ended.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
-from typing import TYPE_CHECKING, TypeVar
+from functools import lru_cache
+from typing import TYPE_CHECKING, Generic, TypeVar
 
+import msgspec
+from yarl import URL
+
+from aioserver.errors import AioserverError
+from aioserver.telemetry.request_log import TOKENS_IN, TOKENS_OUT, token_count
+from aioserver.telemetry.tracer import Fast_co
 from aioserver.wings.tracing.otlp import Context
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aioserver.protocol.client_headers import ClientHeaders
+    from aioserver.telemetry.tracer import AttemptEnd, RequestEnd, WatchedSink
 
 T = TypeVar("T")
 
+# Bytes of a body in which the parameters are looked for: a larger one would take long.
+MAX_READ = 1 << 16
+# Bytes at the beginning and at the end of an answer that are noted.
+HEAD_BYTES, TAIL_BYTES = 512, 1024
 # Waits, and attempts, of one request that become spans, the newest ones: while its provider is away, a request may make an
 # attempt every two seconds.
 MAX_CHILDREN = 32
 # The flag of a trace that is sampled.
 SAMPLED = 1
+
+
+class _Parameters(msgspec.Struct, gc=False):
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+
+
+_PARAMETERS = msgspec.json.Decoder(_Parameters)
 
 
 class Wait:
@@ -72,17 +100,86 @@ class AttemptTrace:
         self.temperature: float | None = None
         self.tokens: tuple[int | None, int | None] = (None, None)
 
+    def note_body(self, body: bytes) -> None:
+        """Note what *body* asks for, which is about to be sent."""
+        if len(body) > MAX_READ or (body.find(b'"max_') <= 0 and body.find(b'"temperature"') <= 0):
+            return
+        try:
+            parameters = _PARAMETERS.decode(body)
+        except (msgspec.MsgspecError, RecursionError):
+            # The provider will say what it thinks of them.
+            return
+        self.max_tokens = _plausible(
+            parameters.max_tokens
+            or parameters.max_completion_tokens
+            or parameters.max_output_tokens
+        )
+        self.temperature = parameters.temperature
+
+    def note_end(self, end: AttemptEnd) -> None:
+        """Note how the attempt has *ended*."""
+        self.provider, self.error = end.provider, _code(end.error)
+        self.model, self.address = end.model, address(end.base_url)
+        self.began, self.ended = end.began, end.ended
+        self.first_chunk, self.status = end.first_chunk, end.status
+        self.tokens = token_count(end.usage, TOKENS_IN), token_count(end.usage, TOKENS_OUT)
+        if end.body:
+            self.head, self.tail = end.body[:HEAD_BYTES], end.body[-TAIL_BYTES:]
+
+
+class NotingSink(Generic[Fast_co]):
+    """Another sink; of what it is fed the first and the last bytes are noted."""
+
+    def __init__(self, sink: WatchedSink[Fast_co], noted: AttemptTrace) -> None:
+        self._sink = sink
+        self._noted = noted
+
+    @property
+    def progress(self) -> int:
+        """That of the other sink."""
+        return self._sink.progress
+
+    def feed(self, data: bytes) -> bool:
+        """Feed the other sink."""
+        noted = self._noted
+        if len(noted.head) < HEAD_BYTES:
+            noted.head += data[: HEAD_BYTES - len(noted.head)]
+        noted.tail = (noted.tail + data[-TAIL_BYTES:])[-TAIL_BYTES:]
+        return self._sink.feed(data)
+
+    def end(self) -> None:
+        """End the other sink."""
+        self._sink.end()
+
+    def fast(self) -> Fast_co | None:
+        """Return the fast path of the other sink: what goes by it is a text, and pays nothing for the trace."""
+        return self._sink.fast()
+
 
 class Trace:
     """The trace of one request, while it runs.
 
     *context* is that of its SERVER span. *attempt* is under way, or about to be. *wait* is the newest one, of which the end is
-    not known yet. *followed*: a client reads the answer, or has read it; any other one comes back for it.
+    not known yet. *followed*: a client reads the answer, or has read it; any other one comes back for it. *finish* is called at
+    the end.
     """
 
-    __slots__ = ("attempt", "attempts", "context", "followed", "left_out", "path", "wait", "waits")
+    __slots__ = (
+        "_finish",
+        "attempt",
+        "attempts",
+        "context",
+        "followed",
+        "left_out",
+        "path",
+        "wait",
+        "waits",
+    )
 
-    def __init__(self, context: Context, path: str) -> None:
+    def __init__(
+        self, context: Context, path: str, finish: Callable[[Trace, RequestEnd], None]
+    ) -> None:
+        self._finish = finish
         self.context = context
         # The path of the request to the provider, below its base URL.
         self.path = path
@@ -93,26 +190,54 @@ class Trace:
         self.left_out = 0
         self.followed = False
 
-    def next_attempt(self) -> AttemptTrace:
+    @property
+    def trace_id(self) -> str:
+        """The id of the trace, 32 hex digits."""
+        return self.context.trace_id.hex()
+
+    @property
+    def link(self) -> tuple[bytes, bytes]:
+        """The ids of the trace and of the SERVER span."""
+        return self.context.trace_id, self.context.span_id
+
+    def _attempt(self) -> AttemptTrace:
         """Return the attempt under way; a request that is sent again on another connection is the same attempt."""
         if self.attempt is None:
             self.attempt = AttemptTrace()
         return self.attempt
 
-    def passed(self, client_headers: ClientHeaders) -> ClientHeaders:
-        """Return *client_headers* with the span of the attempt under way as the parent of what the provider does."""
-        trace_id, span_id = self.context.trace_id.hex(), self.next_attempt().span_id.hex()
-        return client_headers.with_parent(f"00-{trace_id}-{span_id}-01".encode(), trace_id)
+    def sending(self, client_headers: ClientHeaders, body: bytes = b"") -> ClientHeaders:
+        """Note what *body* asks for, which is about to be sent; return the headers that go with it.
+
+        They have the span of the attempt under way as the parent of what the provider does.
+        """
+        attempt, trace_id = self._attempt(), self.trace_id
+        attempt.note_body(body)
+        parent = f"00-{trace_id}-{attempt.span_id.hex()}-01".encode()
+        return client_headers.with_parent(parent, trace_id)
+
+    def watch(self, sink: WatchedSink[Fast_co]) -> WatchedSink[Fast_co]:
+        """Return a sink that notes the first and the last bytes that *sink* is fed."""
+        return NotingSink(sink, self._attempt())
 
     def waited(self, provider: str, began: float, ended: float) -> None:
         """Note a wait that is over, for a place at *provider*, or in the server if that is empty."""
         self.wait = Wait(provider, began, ended)
         self._keep(self.waits, self.wait)
 
-    def attempt_ended(self, attempt: AttemptTrace) -> None:
-        """Note that *attempt* is over, which had a place."""
+    def attempt_ended(self, end: AttemptEnd) -> None:
+        """Note that the attempt under way is over; one that got no place has no span, and its wait an error."""
+        attempt, wait = self._attempt(), self.wait
         self.attempt = self.wait = None
-        self._keep(self.attempts, attempt)
+        if end.began:
+            attempt.note_end(end)
+            self._keep(self.attempts, attempt)
+        elif wait is not None:
+            wait.error = _code(end.error)
+
+    def ended(self, end: RequestEnd) -> None:
+        """Have the spans made: the request has ended."""
+        self._finish(self, end)
 
     def _keep(self, kept: list[T], new: T) -> None:
         if len(kept) >= MAX_CHILDREN:
@@ -123,12 +248,6 @@ class Trace:
     def forget(self) -> None:
         """Forget all but the context, to which the spans of later readers link: the request has ended."""
         self.waits, self.attempts = [], []
-        self.attempt = self.wait = None
-
-    def refused(self, code: str) -> None:
-        """Note that the attempt under way got no place, for the reason *code*, if that is not empty."""
-        if self.wait is not None:
-            self.wait.error = code
         self.attempt = self.wait = None
 
 
@@ -149,3 +268,22 @@ def new_context(client_headers: ClientHeaders) -> Context | None:
 def new_id(size: int) -> bytes:
     """Return a new id of *size* bytes."""
     return random.randbytes(size)  # noqa: S311 - an id is no secret
+
+
+def _plausible(number: int | None) -> int | None:
+    """Return a *number* that can be exported."""
+    return number if number is not None and 0 <= number < 1 << 62 else None
+
+
+def _code(error: BaseException | None) -> str:
+    """Return `error.type`; empty for a good end, and for an answer that nobody wants any more."""
+    if error is None or isinstance(error, asyncio.CancelledError):
+        return ""
+    return error.code if isinstance(error, AioserverError) else "internal_error"
+
+
+@lru_cache(256)
+def address(base_url: str) -> tuple[str, int]:
+    """Return the host and the port of a provider at *base_url*."""
+    url = URL(base_url)
+    return url.host or "", url.port or 0

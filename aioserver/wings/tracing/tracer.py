@@ -1,6 +1,6 @@
 """The traces of requests (OpenTelemetry): begun with their records, made of them at the end, and sent by an exporter.
 
-    begin ──▶ trace.py: notes of waits and attempts ──▶ finish ──▶ export.py: a batch ──▶ spans.py: as bytes ──▶ sent
+    begin ──▶ trace.py: notes of waits and attempts ──▶ ended ──▶ export.py: a batch ──▶ spans.py: as bytes ──▶ sent
 
 The spans of many requests are written one after the other, which takes a third of the time that it would take at the end of each:
 between two ends a thousand other things are in the processor's caches.
@@ -12,86 +12,70 @@ no endpoint there is no tracer, and a request has no trace.
 from __future__ import annotations
 
 from time import monotonic
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from aioserver.wings.tracing.spans import EndedRequest, EndedVisit
 from aioserver.wings.tracing.trace import Trace, new_context
 
 if TYPE_CHECKING:
     from aioserver.protocol.client_headers import ClientHeaders
-    from aioserver.telemetry.request_log import RequestRecord
+    from aioserver.telemetry.tracer import RequestEnd, RequestTrace
+    from aioserver.wings.tracing.export import SpanExporter
     from aioserver.wings.tracing.otlp import Context
-
-
-class Exporter(Protocol):
-    """The receiver of requests and visits that have ended (export.py)."""
-
-    def take(self, ended: EndedRequest | EndedVisit) -> None:
-        """Write the spans of *ended* later, and send them; or drop and count them."""
-
-    def drop(self, number: int) -> None:
-        """Count *number* spans that were dropped."""
 
 
 class Tracer:
     """Makes the traces of requests, and gives the spans of those that have ended to *exporter*."""
 
-    def __init__(self, exporter: Exporter) -> None:
+    def __init__(self, exporter: SpanExporter) -> None:
         self._exporter = exporter
 
     def begin(
         self,
-        record: RequestRecord,
         client_headers: ClientHeaders,
         path: str,
+        admitted_at: float,
         waited_since: float = 0.0,
-    ) -> None:
-        """Begin the trace of *record*, which is admitted now; its request goes to *path* at its provider.
+    ) -> Trace | None:
+        """Begin the trace of a request that goes to *path* at its provider; None if its client samples no trace.
 
-        A client that samples no trace gets none. *waited_since*: the monotonic time since which the request had waited for a
-        place, 0.0 if it has not.
+        It was admitted at the monotonic time *admitted_at*, and had waited for a place since *waited_since*; 0.0 if it has not.
         """
         context = new_context(client_headers)
         if context is None:
-            return
-        record.trace = trace = Trace(context, path.partition("?")[0])
-        # The log line of the request leads to its trace.
-        record.trace_id = context.trace_id.hex()
+            return None
+        trace = Trace(context, path.partition("?")[0], self._finish)
         if waited_since:
-            trace.waited("", waited_since, record.admitted_at)
+            trace.waited("", waited_since, admitted_at)
             trace.wait = None
+        return trace
 
     def visit(
         self,
-        record: RequestRecord,
+        trace: RequestTrace | None,
         client_headers: ClientHeaders,
         request_id: str,
         after: int = 0,
     ) -> Visit | None:
-        """Note that a client reads the answer of *record*, known as *request_id*, from event *after* on.
+        """Note that a client reads the answer of the request with *trace*, known as *request_id*, from event *after* on.
 
         Return the visit, which the caller ends; None for the client whose request began the answer, and for one that samples
         no trace.
         """
-        trace = record.trace
         if trace is not None and not trace.followed:
             trace.followed = True
             return None
         context = new_context(client_headers)
         if context is None:
             return None
-        link = None if trace is None else trace.context
+        link = None if trace is None else trace.link
         return Visit(self._exporter, context, link, request_id, after)
 
-    def finish(
-        self, record: RequestRecord, now: float, code: str, outcome: str, status: int
-    ) -> None:
-        """Have the spans of *record* made, which ended at the monotonic time *now* as the request log says."""
-        trace = record.trace
-        assert trace is not None, "only a record with a trace is finished here"
+    def _finish(self, trace: Trace, end: RequestEnd) -> None:
+        """Have the spans of *trace* made, whose request has ended."""
         if trace.left_out:
             self._exporter.drop(trace.left_out)
-        self._exporter.take(EndedRequest(record, trace, now, code, outcome, status))
+        self._exporter.take(EndedRequest(trace, end))
 
 
 class Visit:
@@ -101,9 +85,9 @@ class Visit:
 
     def __init__(
         self,
-        exporter: Exporter,
+        exporter: SpanExporter,
         context: Context,
-        link: Context | None,
+        link: tuple[bytes, bytes] | None,
         request_id: str,
         after: int,
     ) -> None:

@@ -62,7 +62,7 @@ def test_a_span_has_its_place_in_the_trace_and_its_link() -> None:
     context = Context(TRACE, SPAN, PARENT, remote=True, state=b"a=b,c=d")
     other = Context(bytes(reversed(TRACE)), PARENT)
 
-    span = span_of(read(otlp.span(context, (5, 7), described, link=other)))
+    span = span_of(read(otlp.span(context, (5, 7), described, link=other[:2])))
 
     assert span.trace_id == TRACE.hex()
     assert (span.span_id, span.parent_id) == (SPAN.hex(), PARENT.hex())

@@ -10,7 +10,7 @@ import pytest
 from aioserver.config.faults import ConfigurationError
 from aioserver.protocol.client_headers import NO_HEADERS
 from aioserver.telemetry.counters import Counter
-from aioserver.telemetry.request_log import RequestRecord
+from aioserver.telemetry.tracer import RequestEnd
 from aioserver.wings.tracing import wing as tracing
 from aioserver.wings.tracing.wing import open_tracer, traces_url
 from tests.support.collector import collecting
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SECRET = "canary-secret"
+END = RequestEnd("r1", "sse", "", "sim", "", False, 1.0, 0.0, 1.0, 0.0, 1, "", "ok", 200)
 
 
 def settings_with(tmp_path: Path, **changes: Any) -> Any:
@@ -71,10 +72,9 @@ async def test_headers_and_resource_come_from_the_environment(tmp_path: Path) ->
         async with AsyncExitStack() as stack:
             tracer = open_tracer(stack, settings, counters, environ)
             assert tracer is not None
-            record = RequestRecord()
-            record.begin("sse", "r1", "sim", "m")
-            tracer.begin(record, NO_HEADERS, "chat/completions")
-            tracer.finish(record, record.admitted_at, "", "ok", 200)
+            trace = tracer.begin(NO_HEADERS, "chat/completions", 1.0)
+            assert trace is not None
+            trace.ended(END)
 
     assert collector.headers["api-key"] == f"{SECRET}="
     assert collector.headers["x-team"] == "chat"

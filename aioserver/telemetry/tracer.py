@@ -1,0 +1,138 @@
+"""The contract of a tracer: what is noted of a request while it runs, of which spans are made after its end.
+
+    Tracer.begin ──▶ RequestTrace: waited, sending ──▶ watch ──▶ attempt_ended ──▶ ended
+    Tracer.visit ──▶ Visit: a client that reads the answer of another request, until `end`
+
+Without a tracer no request has a trace. Nothing of the W3C Trace Context that a client sends is lost then: it goes on to the
+provider as it came.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from aioserver.protocol.client_headers import ClientHeaders
+
+Fast_co = TypeVar("Fast_co", covariant=True)
+
+
+class WatchedSink(Protocol[Fast_co]):
+    """The sink of an answer (providers/http1.py), with its own kind of fast path."""
+
+    @property
+    def progress(self) -> int:
+        """The events that it has filled its log with so far, or the bytes that it has kept."""
+
+    def feed(self, data: bytes) -> bool:
+        """Take *data* of the body; return whether more may come."""
+
+    def end(self) -> None:
+        """Note that the body is complete."""
+
+    def fast(self) -> Fast_co | None:
+        """Return the fast path for what comes next, if there is one."""
+
+
+class AttemptEnd(NamedTuple):
+    """How an attempt at *provider* has ended, well or with *error*; *began* and *ended* are monotonic times.
+
+    *began* is 0.0 if it got no place. *base_url* is where it was sent, *first_chunk* the seconds from there to the first event
+    of a stream. *body*: a good answer that came as a whole.
+    """
+
+    provider: str
+    model: str
+    base_url: str
+    began: float
+    ended: float
+    first_chunk: float
+    status: int
+    error: BaseException | None
+    usage: Mapping[str, Any] | None
+    body: bytes
+
+
+class RequestEnd(NamedTuple):
+    """How a request has ended, as its log line says; *ended_at* is a monotonic time, as the record's own."""
+
+    request_id: str
+    face: str
+    target: str
+    provider: str
+    caller: str
+    streamed: bool
+    admitted_at: float
+    first_event_at: float
+    ended_at: float
+    queue_wait: float
+    attempts: int
+    code: str
+    outcome: str
+    status: int
+
+
+class RequestTrace(Protocol):
+    """The notes of one request. *followed*: a client reads its answer, or has read it; any other one comes back for it."""
+
+    followed: bool
+
+    @property
+    def trace_id(self) -> str:
+        """The id of the trace, 32 hex digits."""
+
+    @property
+    def link(self) -> tuple[bytes, bytes]:
+        """The ids of the trace and of the request's span, to which the spans of later readers link."""
+
+    def waited(self, provider: str, began: float, ended: float) -> None:
+        """Note a wait for a place at *provider* that is over."""
+
+    def sending(self, client_headers: ClientHeaders, body: bytes = b"") -> ClientHeaders:
+        """Note that *body* is about to be sent; return the headers that go with it, whose parent is the attempt."""
+
+    def watch(self, sink: WatchedSink[Fast_co]) -> WatchedSink[Fast_co]:
+        """Return a sink that notes the beginning and the end of what *sink* is fed."""
+
+    def attempt_ended(self, end: AttemptEnd) -> None:
+        """Note the end of an attempt."""
+
+    def ended(self, end: RequestEnd) -> None:
+        """Have the spans made: the request has ended."""
+
+
+class Visit(Protocol):
+    """A client that reads the answer of another request. `end` is called once."""
+
+    def end(self, status: bytes, code: str = "") -> None:
+        """Note that the client has left, or has read all of it.
+
+        *status* is that with which the answer has ended, empty if it goes on; *code*: that of its error.
+        """
+
+
+class Tracer(Protocol):
+    """The source of the traces of a server."""
+
+    def begin(
+        self, client_headers: ClientHeaders, path: str, admitted_at: float, waited_since: float
+    ) -> RequestTrace | None:
+        """Begin the trace of a request that goes to *path* at its provider; None if its client samples no trace.
+
+        It was admitted at the monotonic time *admitted_at*, and had waited for a place since *waited_since*; 0.0 if it has not.
+        """
+
+    def visit(
+        self,
+        trace: RequestTrace | None,
+        client_headers: ClientHeaders,
+        request_id: str,
+        after: int = 0,
+    ) -> Visit | None:
+        """Note that a client reads the answer of the request with *trace*, known as *request_id*, from event *after* on.
+
+        Return the visit, which the caller ends; None for the client whose request began the answer, and for one that samples
+        no trace.
+        """
