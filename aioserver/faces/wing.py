@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from aioserver.faces.context import Context
     from aioserver.providers.registry import Simulated
     from aioserver.telemetry.metrics import Metrics
+    from aioserver.telemetry.tracer import Tracer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,8 @@ class Wing:
 
     # Where `simulated: true` leads.
     simulated: Simulated | None = None
+    # The traces of requests.
+    tracer: Tracer | None = None
 
     def faults(self, settings: Settings) -> Iterable[str]:  # noqa: ARG002
         """Return what the wing cannot serve with, for `check`, the start and a reload."""

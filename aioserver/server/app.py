@@ -49,7 +49,6 @@ from aioserver.telemetry.request_log import RequestLog
 from aioserver.wings.conversations import face as conversation_routes
 from aioserver.wings.conversations.memory import Conversations
 from aioserver.wings.conversations.wing import open_history, prepare_file
-from aioserver.wings.tracing.wing import open_tracer
 
 if TYPE_CHECKING:
     import socket
@@ -221,7 +220,7 @@ async def open_server(
         instances = None if cluster is None else cluster.streams(streams, conversations)
         if instances is not None:
             stack.push_async_callback(instances.close)
-        tracer = open_tracer(stack, settings, metrics.spans)
+        tracer = next((wing.tracer for wing in plugged if wing.tracer is not None), None)
         request_log = RequestLog(metrics, lag, tracer)
         shared = None if instances is None else instances.histories
         history = await open_history(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from aioserver.wings.anthropic.wing import AnthropicWing
 from aioserver.wings.responses.wing import ResponsesWing
 from aioserver.wings.simulator.wing import SimulatorWing
+from aioserver.wings.tracing.wing import TracingWing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from aioserver.faces.wing import Wing
 
 # In the order in which they are opened; they are closed in the reverse one.
-WINGS: tuple[type[Wing], ...] = (SimulatorWing, ResponsesWing, AnthropicWing)
+WINGS: tuple[type[Wing], ...] = (SimulatorWing, TracingWing, ResponsesWing, AnthropicWing)
 
 
 def missing(settings: Settings, wings: Sequence[Wing]) -> Iterator[str]:
@@ -27,6 +28,7 @@ def missing(settings: Settings, wings: Sequence[Wing]) -> Iterator[str]:
             "llm.providers: simulated: true",
             any(provider.simulated for provider in settings.llm.providers.values()),
         ),
+        ("tracing", "tracing.otlp_endpoint", settings.tracing.otlp_endpoint is not None),
     )
     for name, setting, needed in needs:
         if needed and name not in there:

@@ -1,4 +1,4 @@
-"""The tracer of a server, as its settings and the standard variables of OpenTelemetry ask for it.
+"""Tracing as a wing: the tracer of a server, as its settings and the standard variables of OpenTelemetry ask for it.
 
 `tracing.otlp_endpoint` says where spans go. What may hold a secret, or is of the machine, comes from the environment, by the
 names that OpenTelemetry gives to it (https://opentelemetry.io/docs/specs/otel/protocol/exporter/).
@@ -10,11 +10,12 @@ import os
 import re
 import ssl
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import unquote
 
 from aioserver import __version__
 from aioserver.config.faults import ConfigurationError
+from aioserver.faces.wing import Wing
 from aioserver.wings.tracing.export import SpanExporter
 from aioserver.wings.tracing.otlp import key_value
 from aioserver.wings.tracing.tracer import Tracer
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from contextlib import AsyncExitStack
 
     from aioserver.config.settings import Settings
+    from aioserver.faces.wing import Core
     from aioserver.telemetry.counters import Counter
 
 # Variables for the same; the one that is for traces alone comes first.
@@ -34,6 +36,20 @@ RESOURCE = "OTEL_RESOURCE_ATTRIBUTES"
 PATH = "/v1/traces"
 _NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _VALUE = re.compile(r"[\t\x20-\x7e]*")
+
+
+class TracingWing(Wing):
+    """The traces of requests, where `tracing` says where spans go."""
+
+    name: ClassVar = "tracing"
+
+    async def open(self, core: Core, stack: AsyncExitStack) -> None:
+        """Make the tracer.
+
+        Raises:
+            ConfigurationError: a variable of the environment is not what it should be.
+        """
+        self.tracer = open_tracer(stack, core.settings, core.metrics.spans)
 
 
 def open_tracer(
