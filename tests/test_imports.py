@@ -67,6 +67,7 @@ OWED = {
 OTHER_TESTS = {
     "browser",
     "clients",
+    "core",
     "deploy",
     "docs",
     "end_to_end",

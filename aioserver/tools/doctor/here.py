@@ -59,7 +59,7 @@ def _tell_faults(report: Report, error: ConfigurationError) -> None:
 async def _examine(report: Report, settings: Settings, *, ask: bool) -> None:
     await machine.examine(report, settings)
     await examine_cluster(report, settings.cluster)
-    await providers.examine(report, settings.llm, ask=ask)
+    await providers.examine(report, settings, ask=ask)
 
 
 async def examine_cluster(report: Report, cluster: Cluster) -> None:

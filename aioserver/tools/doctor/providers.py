@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from yarl import URL
 
+from aioserver.faces.wing import Core, Wing
 from aioserver.gateway.prompts import chat_body
 from aioserver.protocol.client_headers import NO_HEADERS
 from aioserver.protocol.openai import Reading
@@ -31,14 +32,15 @@ from aioserver.providers.passthrough import PassedAttempt, PassedRequest
 from aioserver.providers.pool import environment_proxy
 from aioserver.providers.registry import ProviderRegistry
 from aioserver.providers.request import NO_CALLER, ProviderRequest
+from aioserver.server.wings import WINGS
 from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.stream import Stream
 from aioserver.telemetry.metrics import Metrics
 from aioserver.tools.doctor.network import Peer, Steps
-from aioserver.wings.simulator.wing import OnDemand
 
 if TYPE_CHECKING:
     from aioserver.config import settings
+    from aioserver.config.settings import Settings
     from aioserver.providers.provider import Provider
     from aioserver.tools.doctor.findings import Report
     from aioserver.tools.doctor.network import Problem
@@ -50,8 +52,8 @@ MAX_BYTES = 1 << 20
 NOT_ASKED = "it is neither active nor a fallback"
 
 
-async def examine(report: Report, llm: settings.Llm, *, ask: bool) -> None:
-    """Examine the providers of *llm*, one after the other.
+async def examine(report: Report, settings: Settings, *, ask: bool) -> None:
+    """Examine the providers of *settings*, one after the other.
 
     A small question is asked of those that clients are answered by unless they choose (the active one and the
     fallbacks), and of simulated ones; only these can fail. *ask* False: of simulated ones alone.
@@ -59,8 +61,13 @@ async def examine(report: Report, llm: settings.Llm, *, ask: bool) -> None:
     Raises:
         ConfigurationError: a `ca_file` holds no certificate.
     """
+    llm, metrics = settings.llm, Metrics(settings.llm.providers)
+    # Without that wing this one does nothing.
+    wing = next((wing() for wing in WINGS if wing.name == "simulator"), Wing())
     async with AsyncExitStack() as stack:
-        registry = ProviderRegistry(Metrics(llm.providers), simulated=OnDemand(stack))
+        loop = asyncio.get_running_loop()
+        await wing.open(Core(settings=settings, metrics=metrics, loop=loop), stack)
+        registry = ProviderRegistry(metrics, simulated=wing.simulated)
         try:
             await registry.prepare(llm)
             registry.apply(llm, max_response_bytes=MAX_BYTES)

@@ -1,0 +1,112 @@
+"""Each wing can be deleted: a copy of the package without it imports, and its core does what it did (tests/core)."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aioserver.server.wings import WINGS
+from tests.support.package import PACKAGE, TESTS, TREES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Those that something imports which is no wing of that name, and not the table.
+NEEDED_ELSEWHERE = {
+    node.module.split(".")[2]
+    for name, tree in TREES.items()
+    if name != "server.wings"
+    for node in ast.walk(tree)
+    if isinstance(node, ast.ImportFrom)
+    and node.module
+    and node.module.startswith("aioserver.wings.")
+    and not name.startswith(f"wings.{node.module.split('.')[2]}")
+    and name != "tools.provider"
+}
+NAMES = sorted({wing.name for wing in WINGS} - NEEDED_ELSEWHERE)
+CLASSES = {wing.name: wing.__name__ for wing in WINGS}
+TABLE = "server/wings.py"
+# What a wing adds to the commands goes with it.
+COMMANDS = {"simulator": ("tools/provider.py",)}
+# What tests/core needs of the tests.
+NEEDED = ("__init__.py", "core", "support")
+# Seconds for a copy to be tested.
+PATIENCE = 50.0
+IMPORT = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+
+
+def without(table: str, wing: str) -> str:
+    """The table of wings without the import of *wing* and its line."""
+    lines = [
+        line for line in table.splitlines() if not line.startswith(f"from aioserver.wings.{wing}.")
+    ]
+    return re.sub(rf"\b{CLASSES[wing]}\b,? ?", "", "\n".join(lines)) + "\n"
+
+
+def copy_without(wing: str, into: Path) -> None:
+    """Copy the package without *wing*, and the tests of the core."""
+    shutil.copytree(PACKAGE, into / "aioserver", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.rmtree(into / "aioserver" / "wings" / wing)
+    for path in COMMANDS.get(wing, ()):
+        (into / "aioserver" / path).unlink()
+    table = into / "aioserver" / TABLE
+    table.write_text(without(table.read_text(), wing))
+    for name in NEEDED:
+        source = TESTS / name
+        if source.is_dir():
+            shutil.copytree(source, into / "tests" / name)
+        else:
+            (into / "tests").mkdir(exist_ok=True)
+            shutil.copy(source, into / "tests" / name)
+    shutil.copy(TESTS.parent / "setup.cfg", into)
+
+
+def run(into: Path, *command: str) -> None:
+    environ = {name: value for name, value in os.environ.items() if "PYTEST" not in name}
+    done = subprocess.run(
+        [sys.executable, "-P", *command],
+        cwd=into,
+        env=environ | {"PYTHONPATH": str(into), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert not done.returncode, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+# Each copy has two servers to start.
+@pytest.mark.timeout(2 * PATIENCE)
+@pytest.mark.parametrize("wing", NAMES)
+def test_the_core_works_without_a_wing(wing: str, tmp_path: Path) -> None:
+    copy_without(wing, tmp_path)
+    package = tmp_path / "aioserver"
+    left = [
+        ".".join(path.relative_to(tmp_path).with_suffix("").parts)
+        for path in sorted(package.rglob("*.py"))
+        if path.stem not in {"__init__", "__main__"}
+    ]
+
+    run(tmp_path, "-c", IMPORT, *left)
+    run(
+        tmp_path,
+        "-m",
+        "pytest",
+        "-m",
+        "core",
+        "--noconftest",
+        "-p",
+        "no:cacheprovider",
+        "tests/core",
+    )
