@@ -78,7 +78,7 @@ async def test_the_active_provider_is_asked_for_its_first_token_and_no_more(
         changes = {"llm.providers.sim.api_key": CANARY, "llm.providers.demo": SIMULATED}
         settings = configured(simulator.base_url, changes, tmp_path / "c.yaml").settings
 
-        await providers.examine(findings.report, settings.llm, ask=True)
+        await providers.examine(findings.report, settings, ask=True)
 
         await simulator.until(lambda stats: (stats.requests, stats.active) == (1, 0))
     assert not findings.report.failed
@@ -108,7 +108,7 @@ async def test_what_the_provider_answers_is_explained_without_its_words(
         changes = {"llm.providers.sim.api_key": CANARY}
         settings = configured(provider.url, changes, tmp_path / "c.yaml").settings
 
-        await providers.examine(findings.report, settings.llm, ask=ask)
+        await providers.examine(findings.report, settings, ask=ask)
 
     (failed,) = findings.of("fail")
     assert text in failed
@@ -128,7 +128,7 @@ async def test_the_question_is_that_of_a_chat_but_short(
     async with ScriptedProvider(play) as provider:
         changes = {"llm.providers.sim.max_tokens": configured_tokens}
         settings = configured(provider.url, changes, tmp_path / "c.yaml").settings
-        await providers.examine(findings.report, settings.llm, ask=True)
+        await providers.examine(findings.report, settings, ask=True)
 
     assert [body.get("max_tokens") for body in bodies] == [sent]
     assert bodies[0]["stream"] is True
@@ -141,7 +141,7 @@ async def test_a_model_that_is_not_there_is_the_question_and_not_the_key(
     play, _ = refusing("404 Not Found")
     async with ScriptedProvider(play) as provider:
         settings = configured(provider.url, {}, tmp_path / "c.yaml").settings
-        await providers.examine(findings.report, settings.llm, ask=True)
+        await providers.examine(findings.report, settings, ask=True)
 
     (failed,) = findings.of("fail")
     assert "HTTP 404" in failed
@@ -159,7 +159,7 @@ async def test_a_provider_that_nobody_needs_only_warns_and_is_not_asked(
             "llm.providers.keyless": {**provider_entry(NOWHERE), "api_key_env": "NOT_SET"},
         }
         settings = configured(simulator.base_url, changes, tmp_path / "c.yaml").settings
-        await providers.examine(findings.report, settings.llm, ask=True)
+        await providers.examine(findings.report, settings, ask=True)
 
     assert not findings.report.failed
     away, refused = findings.of("warn")
@@ -175,7 +175,7 @@ async def test_a_proxy_is_what_is_reached_and_its_password_is_not_shown(
     changes = {"llm.providers.sim.proxy": f"http://me:{CANARY}@127.0.0.1:9"}
     settings = configured("https://provider.example/v1", changes, tmp_path / "c.yaml").settings
 
-    await providers.examine(findings.report, settings.llm, ask=True)
+    await providers.examine(findings.report, settings, ask=True)
 
     assert "provider sim: reached through the proxy 127.0.0.1:9" in findings.of("ok")
     (failed,) = findings.of("fail")
