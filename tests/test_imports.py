@@ -34,7 +34,6 @@ OWED = {
     ("gateway.prompts", "wings.conversations.history"),
     ("gateway.prompts", "wings.conversations.turn"),
     ("gateway.router", "wings.responses.bridged"),
-    ("monitoring.snapshot", "wings.conversations.history"),
     ("providers.attempt", "wings.anthropic.sink"),
     ("providers.attempt", "wings.anthropic.wire"),
     ("providers.attempt", "wings.responses.bridging"),

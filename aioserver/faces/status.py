@@ -95,8 +95,10 @@ async def metrics(context: Context, _request: web.Request) -> web.Response:
     registry, others = context.registry, context.monitor.others
     if others is not None:
         families, snapshot = await others.families(), await others.state()
-        listening = context.monitor.listening
-        registry = prometheus.registry(lambda: families, lambda: snapshot, listening)
+        monitor = context.monitor
+        registry = prometheus.registry(
+            lambda: families, lambda: snapshot, monitor.listening, monitor.sections
+        )
     text = await prometheus.text(registry)
     return web.Response(body=text, headers=headers)
 

@@ -1,16 +1,28 @@
 """The state of several instances as one: what `/stats` and `/events` show where there is a cluster.
 
-Each instance makes a `Report` of itself, and the one that is asked adds them up. Numbers of things are added;
-of waits, silences and ages the longest counts; percentiles are made of all values, in buckets. What is the same in all
-(names, models, the limit of a provider, which is shared) is that of the instance that is asked. The trouble of a provider
-is the worst of any instance, and says whose it is; the verdict is made of the sums.
+Each instance makes a `Report` of itself, and the one that is asked folds them into one snapshot, by the rules that the
+fields of the snapshot declare (state.py). Made here are: percentiles, of all values, in buckets; the trouble of a provider,
+which is the worst of any instance, and says whose it is; the limit of a provider, which is shared; and the verdict, which is
+made of the sums.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    NamedTuple,
+    NotRequired,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
+from aioserver.monitoring.state import COUNTS, Snapshot
 from aioserver.monitoring.troubles import WORDS
 from aioserver.monitoring.verdict import Lately, judge
 from aioserver.telemetry.counters import RecentBuckets, percentiles_of
@@ -18,16 +30,12 @@ from aioserver.telemetry.counters import RecentBuckets, percentiles_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from aioserver.monitoring.section import Section
     from aioserver.monitoring.state import (
-        ClusterState,
-        ConnectionsState,
         History,
-        HistoryState,
         InstanceState,
         Percentiles,
-        ProviderState,
-        Snapshot,
-        StreamsState,
+        Rule,
         Trouble,
     )
     from aioserver.telemetry.metrics import Metrics
@@ -36,10 +44,6 @@ if TYPE_CHECKING:
 LARGEST = frozenset(("first_token_p50", "first_token_p95", "lag_max"))
 # Incidents of all instances together that a history has.
 MAX_INCIDENTS = 100
-# How an instance stands with the cluster's server, the worst first.
-STANDINGS = ("alone", "unheard", "joined")
-# The states of a provider, the worst first.
-STATES = ("dead", "sick", "well")
 # How a value that percentiles are made of is named in a report.
 FIRST_TOKEN, DELAY, PROVIDER_FIRST_TOKEN, PROVIDER_SILENCE = (
     "first_token",
@@ -71,66 +75,90 @@ def recent_values(metrics: Metrics, now: float) -> dict[tuple[str, str], RecentB
     return {key: buckets for key, buckets in found.items() if buckets is not None}
 
 
-def add(
-    own: str,
-    reports: Mapping[str, Report],
-    places: Mapping[str, int],
-    unheard: Iterable[str] = (),
-) -> Snapshot:
-    """Return the snapshot of all instances in *reports* together, that of *own* among them.
+def rules_of(shape: type) -> dict[str, Rule]:
+    """Return the rule of each field of *shape*: the one that it declares, or the fold of the states within.
 
-    *places* has what all have together at each provider. *unheard* are the instances that have not answered; they are
-    named in it.
+    Raises:
+        TypeError: a field has none.
     """
-    first = reports[own].snapshot
-    snapshots = [report.snapshot for report in reports.values()]
-    recent = _Recent(reports.values())
-    instances: dict[str, InstanceState | None] = {
-        name: _instance(report.snapshot) for name, report in reports.items()
+    rules = {}
+    for name, field in get_type_hints(shape, include_extras=True).items():
+        if (rule := _rule(field)) is None:
+            raise TypeError(f"{shape.__name__}.{name}: no rule says how it adds up")
+        rules[name] = rule
+    return rules
+
+
+def _rule(field: Any) -> Rule | None:
+    origin, arguments = get_origin(field), get_args(field)
+    if origin is NotRequired:
+        return _rule(arguments[0])
+    if origin is Annotated:
+        rule: Rule = arguments[1]
+        return rule
+    if is_typeddict(field):
+        return partial(fold, rules_of(field))
+    if origin is dict and is_typeddict(arguments[1]):
+        return partial(_fold_by_key, rules_of(arguments[1]))
+    return None
+
+
+def fold(rules: Mapping[str, Rule], states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return *states* as one, by *rules*; the first is that of the instance that is asked.
+
+    An instance of another version may lack a field of the first one, and is left out where it does.
+    """
+    return {
+        name: rule([state[name] for state in states if name in state])
+        for name, rule in rules.items()
+        if name in states[0]
     }
-    total: Snapshot = {
-        **first,
-        "uptime": max(snapshot["uptime"] for snapshot in snapshots),
-        "ready": any(snapshot["ready"] for snapshot in snapshots),
-        "connections": _connections([snapshot["connections"] for snapshot in snapshots]),
-        "rejections": _added(snapshot["rejections"] for snapshot in snapshots),
-        "requests": {
-            "total": sum(snapshot["requests"]["total"] for snapshot in snapshots),
-            "per_second": _rate(snapshot["requests"]["per_second"] for snapshot in snapshots),
-            "running": sum(snapshot["requests"]["running"] for snapshot in snapshots),
-            "outcomes": _added(snapshot["requests"]["outcomes"] for snapshot in snapshots),
-        },
-        "bugs": {
-            "total": sum(snapshot["bugs"]["total"] for snapshot in snapshots),
-            "last_minute": sum(snapshot["bugs"]["last_minute"] for snapshot in snapshots),
-        },
-        "first_token": recent.percentiles(FIRST_TOKEN),
-        "tokens_per_second": _rate(snapshot["tokens_per_second"] for snapshot in snapshots),
-        "delay": {cause: recent.percentiles(DELAY, cause) for cause in first["delay"]},
-        "streams": _streams([snapshot["streams"] for snapshot in snapshots]),
-        "history": _history([snapshot["history"] for snapshot in snapshots]),
-        "slow_clients": sum(snapshot["slow_clients"] for snapshot in snapshots),
-        "auth_failures": _added(snapshot["auth_failures"] for snapshot in snapshots),
-        "providers": {
-            name: _provider(name, own, reports, recent, places) for name in first["providers"]
-        },
-        "loop": {
-            "lag": max(snapshot["loop"]["lag"] for snapshot in snapshots),
-            "lag_max": max(snapshot["loop"]["lag_max"] for snapshot in snapshots),
-        },
-        "process": {
-            "open_fds": _sum_of_known(snapshot["process"]["open_fds"] for snapshot in snapshots),
-            "max_fds": sum(snapshot["process"]["max_fds"] for snapshot in snapshots),
-            "rss_bytes": _sum_of_known(snapshot["process"]["rss_bytes"] for snapshot in snapshots),
-            "tasks": sum(snapshot["process"]["tasks"] for snapshot in snapshots),
-            "cpu": round(sum(snapshot["process"]["cpu"] for snapshot in snapshots), 3),
-        },
-        "watchers": sum(snapshot["watchers"] for snapshot in snapshots),
-        "cluster": _cluster([snapshot["cluster"] for snapshot in snapshots]),
-        "instances": dict(sorted((instances | dict.fromkeys(unheard)).items())),
-    }
-    total["verdict"] = judge(total, _lately([report.lately for report in reports.values()]))
-    return total
+
+
+def _fold_by_key(
+    rules: Mapping[str, Rule], states: Sequence[Mapping[str, Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """Return the states under each key of the first as one; an instance whose reload is not over may lack one."""
+    return {key: fold(rules, [each[key] for each in states if key in each]) for key in states[0]}
+
+
+class Fold:
+    """Adds up the reports of instances. The plan by which it does is made once, of the core's shapes and the *sections*'."""
+
+    def __init__(self, sections: Sequence[Section[Any]] = ()) -> None:
+        self._sections = sections
+        self._rules = rules_of(Snapshot)
+        for section in sections:
+            self._rules[section.key] = partial(fold, rules_of(section.shape))
+
+    def add(
+        self,
+        own: str,
+        reports: Mapping[str, Report],
+        places: Mapping[str, int],
+        unheard: Iterable[str] = (),
+    ) -> Snapshot:
+        """Return the snapshot of all instances in *reports* together, that of *own* among them.
+
+        *places* has what all have together at each provider. *unheard* are the instances that have not answered; they are
+        named in it.
+        """
+        first = reports[own].snapshot
+        others = [report.snapshot for name, report in reports.items() if name != own]
+        total = cast("Snapshot", {**first, **fold(self._rules, [first, *others])})
+        recent = _Recent(reports.values())
+        total["first_token"] = recent.percentiles(FIRST_TOKEN)
+        total["delay"] = {cause: recent.percentiles(DELAY, cause) for cause in first["delay"]}
+        for name, provider in total["providers"].items():
+            provider["limit"] = places.get(name, provider["limit"])
+            provider["first_token"] = recent.percentiles(PROVIDER_FIRST_TOKEN, name)
+            provider["silence"] = recent.percentiles(PROVIDER_SILENCE, name)
+            provider["trouble"] = _worst_trouble(name, own, reports)
+        instances = {name: _instance(report.snapshot) for name, report in reports.items()}
+        total["instances"] = dict(sorted((instances | dict.fromkeys(unheard)).items()))
+        lately = _lately([report.lately for report in reports.values()])
+        total["verdict"] = judge(total, lately, self._sections)
+        return total
 
 
 class _Recent:
@@ -172,155 +200,29 @@ def _instance(snapshot: Snapshot) -> InstanceState:
     }
 
 
-def _connections(states: list[ConnectionsState]) -> ConnectionsState:
-    return {
-        "active": sum(state["active"] for state in states),
-        "limit": sum(state["limit"] for state in states),
-        "waiting": sum(state["waiting"] for state in states),
-        "queue_size": sum(state["queue_size"] for state in states),
-        "oldest_wait": max(state["oldest_wait"] for state in states),
-        "active_by_face": _added(state["active_by_face"] for state in states),
-        "waiting_by_face": _added(state["waiting_by_face"] for state in states),
-        "opened": sum(state["opened"] for state in states),
-        "rejected": sum(state["rejected"] for state in states),
-        "rejected_per_second": _rate(state["rejected_per_second"] for state in states),
-    }
-
-
-def _streams(states: list[StreamsState]) -> StreamsState:
-    return {
-        "detached": sum(state["detached"] for state in states),
-        "max_detached": sum(state["max_detached"] for state in states),
-        "finished": sum(state["finished"] for state in states),
-        "responses": sum(state["responses"] for state in states),
-        "bytes": sum(state["bytes"] for state in states),
-        "max_bytes": sum(state["max_bytes"] for state in states),
-    }
-
-
-def _history(states: list[HistoryState]) -> HistoryState:
-    troubles = [state["trouble"] for state in states if state["trouble"] is not None]
-    return {
-        "storage": states[0]["storage"],
-        "waiting": sum(state["waiting"] for state in states),
-        "written": sum(state["written"] for state in states),
-        "lost": sum(state["lost"] for state in states),
-        "trouble": min(troubles, key=lambda trouble: trouble["since"], default=None),
-    }
-
-
-def _provider(
-    name: str,
-    own: str,
-    reports: Mapping[str, Report],
-    recent: _Recent,
-    places: Mapping[str, int],
-) -> ProviderState:
-    """Return the state of the provider *name*; an instance whose reload is not over may lack it."""
-    known = {
-        instance: report.snapshot["providers"][name]
-        for instance, report in reports.items()
-        if name in report.snapshot["providers"]
-    }
-    first, states = known[own], list(known.values())
-    tries = [state["next_try"] for state in states if state["next_try"] is not None]
-    return {
-        **first,
-        "usable": any(state["usable"] for state in states),
-        "in_flight": sum(state["in_flight"] for state in states),
-        "limit": places.get(name, first["limit"]),
-        "waiting": sum(state["waiting"] for state in states),
-        "queue_size": sum(state["queue_size"] for state in states),
-        "oldest_wait": max(state["oldest_wait"] for state in states),
-        "pool": {
-            "open": sum(state["pool"]["open"] for state in states),
-            "idle": sum(state["pool"]["idle"] for state in states),
-            "limit": first["pool"]["limit"],
-            "waiting": sum(state["pool"]["waiting"] for state in states),
-        },
-        "pace": {
-            "per_minute": first["pace"]["per_minute"],
-            "left": sum(state["pace"]["left"] for state in states),
-            "cooling": max(state["pace"]["cooling"] for state in states),
-        },
-        "state": min((state["state"] for state in states), key=STATES.index),
-        "next_try": min(tries, default=None),
-        "flagged": any(state["flagged"] for state in states),
-        "retries": sum(state["retries"] for state in states),
-        "retry_budget": {
-            "used": sum(state["retry_budget"]["used"] for state in states),
-            "limit": sum(state["retry_budget"]["limit"] for state in states),
-            "refused": sum(state["retry_budget"]["refused"] for state in states),
-        },
-        "failovers": sum(state["failovers"] for state in states),
-        "requests": sum(state["requests"] for state in states),
-        "cancelled": sum(state["cancelled"] for state in states),
-        "faults": _added(state["faults"] for state in states),
-        "requests_per_second": _rate(state["requests_per_second"] for state in states),
-        "tokens_per_second": _rate(state["tokens_per_second"] for state in states),
-        "first_token": recent.percentiles(PROVIDER_FIRST_TOKEN, name),
-        "silence": recent.percentiles(PROVIDER_SILENCE, name),
-        "silent": {
-            "longest": max(state["silent"]["longest"] for state in states),
-            "stalled": sum(state["silent"]["stalled"] for state in states),
-            "unanswered": sum(state["silent"]["unanswered"] for state in states),
-            "under_way": sum(state["silent"]["under_way"] for state in states),
-        },
-        "trouble": _worst_trouble(own, known),
-    }
-
-
-def _cluster(states: Sequence[ClusterState]) -> ClusterState:
-    return {
-        "state": min((state["state"] for state in states), key=STANDINGS.index),
-        "calls": sum(state["calls"] for state in states),
-        "failed_calls": sum(state["failed_calls"] for state in states),
-        "links": sum(state["links"] for state in states),
-        "mirrors": sum(state["mirrors"] for state in states),
-        "unclaimed": sum(state["unclaimed"] for state in states),
-        "lost": sum(state["lost"] for state in states),
-    }
-
-
 def _lately(all_lately: Sequence[Lately]) -> Lately:
     return Lately(
-        _added(lately.rejected for lately in all_lately),
+        COUNTS([lately.rejected for lately in all_lately]),
         sum(lately.answered for lately in all_lately),
         sum(lately.failed for lately in all_lately),
         max(lately.lag for lately in all_lately),
     )
 
 
-def _worst_trouble(own: str, states: Mapping[str, ProviderState]) -> Trouble | None:
-    """Return the worst trouble that any instance has with a provider; of two that are as bad that of *own*."""
+def _worst_trouble(provider: str, own: str, reports: Mapping[str, Report]) -> Trouble | None:
+    """Return the worst trouble that any instance has with *provider*; of two that are as bad that of *own*."""
     kinds = list(WORDS)
     troubles = {
         instance: trouble
-        for instance, state in states.items()
-        if (trouble := state["trouble"]) is not None
+        for instance, report in reports.items()
+        if (state := report.snapshot["providers"].get(provider)) is not None
+        and (trouble := state["trouble"]) is not None
     }
     if not troubles:
         return None
     worst = min(troubles, key=lambda name: (kinds.index(troubles[name]["kind"]), name != own))
     trouble = troubles[worst]
     return trouble if worst == own else {**trouble, "text": f"{trouble['text']} (at {worst})"}
-
-
-def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Add up counts by name; a name that one instance has alone is kept."""
-    total: Counter[str] = Counter()
-    for each in counts:
-        total.update(each)
-    return dict(total)
-
-
-def _rate(rates: Iterable[float]) -> float:
-    return round(sum(rates), 1)
-
-
-def _sum_of_known(values: Iterable[int | None]) -> int | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
 
 
 def add_histories(histories: Sequence[History]) -> History:

@@ -2,8 +2,8 @@
 
 Everything that is counted is gathered: the first incident is reported at once, and after it a quiet time
 begins, in which numbers are added up for the next incident of the same kind, detail and provider. A
-trouble of a provider, or of the storage of conversations, is an incident when it begins and when it ends; a trouble that comes back in its
-quiet time is reported after that, if it still lasts. The words are those of troubles.py and advice.py,
+trouble of a provider, or of a section, is an incident when it begins and when it ends; a trouble that comes back in its
+quiet time is reported after that, if it still lasts. The words are those of troubles.py,
 so that the log and the verdict say the same.
 """
 
@@ -12,9 +12,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from aioserver.monitoring import advice
 from aioserver.monitoring.interval import (
     ANSWERED,
     ATTEMPTS,
@@ -29,21 +28,26 @@ from aioserver.monitoring.interval import (
 from aioserver.monitoring.troubles import (
     DEAD,
     FAULTS,
+    OF_A_BUG,
+    OF_A_REFUSED_KEY,
+    OF_FAULTS,
     SICK,
     SILENT,
     count,
     met_a_bug,
     most,
+    of_rejections,
     span,
     were,
 )
 from aioserver.telemetry.metrics import OK
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from aioserver.monitoring.interval import Interval
-    from aioserver.monitoring.state import HistoryState, Incident, ProviderState
+    from aioserver.monitoring.section import Section
+    from aioserver.monitoring.state import Incident, ProviderState
 
 # Seconds after an incident in which more of the same is gathered.
 QUIET = 10.0
@@ -129,37 +133,39 @@ class Detector:
         self._denied: deque[int] = deque(maxlen=DENIED_TICKS)
         # By provider: the kind of the trouble that was reported and is not over.
         self._troubles: dict[str, str] = {}
-        # The same of the storage of conversations; "" if there is none.
-        self._history = ""
+        # The same by key of a section.
+        self._section_troubles: dict[str, str] = {}
 
     def detect(
         self,
         now: float,
         interval: Interval,
         providers: Mapping[str, ProviderState],
-        history: HistoryState | None = None,
+        sections: Iterable[tuple[Section[Any], Any]] = (),
     ) -> list[Incident]:
-        """Return the incidents of the tick at *now*, a monotonic time, which ends *interval*."""
+        """Return the incidents of the tick at *now*, a monotonic time, which ends *interval*; *sections* with their states."""
         self._gather(now, interval)
         return [
             *self._trouble_changes(now, providers),
-            *(() if history is None else self._history_changes(now, history)),
+            *self._section_changes(now, sections),
             *self._due(now),
         ]
 
-    def _history_changes(self, now: float, history: HistoryState) -> Iterator[Incident]:
-        trouble = history["trouble"]
-        if trouble is None:
-            if self._history:
-                self._history = ""
-                lost = f"; {count(history['lost'], 'turn')} lost" if history["lost"] else ""
-                yield incident("history", f"conversations are kept again{lost}", "info")
-        elif trouble["kind"] != self._history:
-            subject = Subject("history", trouble["kind"])
-            if self._quiet_until.get(subject, 0.0) <= now:
-                self._quiet_until[subject] = now + QUIET
-                self._history = trouble["kind"]
-                yield incident("history", trouble["text"], "error", None, trouble["advice"])
+    def _section_changes(
+        self, now: float, sections: Iterable[tuple[Section[Any], Any]]
+    ) -> Iterator[Incident]:
+        reported = self._section_troubles
+        for section, state in sections:
+            key, trouble = section.key, section.trouble(state)
+            if trouble is None:
+                if reported.pop(key, None):
+                    yield incident(key, section.recovery(state), "info")
+            elif trouble.kind != reported.get(key):
+                subject = Subject(key, trouble.kind)
+                if self._quiet_until.get(subject, 0.0) <= now:
+                    self._quiet_until[subject] = now + QUIET
+                    reported[key] = trouble.kind
+                    yield incident(key, trouble.text, "error", None, trouble.advice)
 
     def _gather(self, now: float, interval: Interval) -> None:
         gathered = self._gathered
@@ -234,12 +240,12 @@ def _words(subject: Subject) -> tuple[str, str]:
     """Return the detail of *subject* in words, and what to do about it."""
     kind, detail, provider = subject
     if kind == "rejections":
-        return advice.of_rejections(detail)
+        return of_rejections(detail)
     if kind == "provider_faults":
-        return FAULTS[detail], advice.OF_FAULTS[detail].format(name=provider)
+        return FAULTS[detail], OF_FAULTS[detail].format(name=provider)
     if kind == "provider_auth":
-        return detail, advice.OF_A_REFUSED_KEY.format(name=provider)
-    return detail, advice.OF_A_BUG if kind == "bug" else ""
+        return detail, OF_A_REFUSED_KEY.format(name=provider)
+    return detail, OF_A_BUG if kind == "bug" else ""
 
 
 def _severity(subject: Subject, gathered: Gathered) -> str:

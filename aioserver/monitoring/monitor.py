@@ -123,7 +123,8 @@ class Monitor:
         self._snapshots = Snapshots(sources)
         self._intervals = IntervalMeter(sources.metrics, sources.lag)
         self._troubles = Troubles()
-        self._verdicts = Verdicts()
+        self.sections = sources.sections
+        self._verdicts = Verdicts(sources.sections)
         self._verdict = unknown()
         self._detector = Detector()
         self._history: deque[Point] = deque(maxlen=HISTORY)
@@ -247,9 +248,9 @@ class Monitor:
         self._snapshot_json = orjson.dumps(self._snapshot)
         self._history.append(_point(self._snapshot))
         self._history_event = b""
-        providers, history = self._snapshot["providers"], self._snapshot["history"]
-        now = time.monotonic()
-        for new_incident in self._detector.detect(now, self._interval, providers, history):
+        sections = [(section, section.of(self._snapshot)) for section in self.sections]
+        now, providers = time.monotonic(), self._snapshot["providers"]
+        for new_incident in self._detector.detect(now, self._interval, providers, sections):
             _log(new_incident)
             self._publish(new_incident)
         if self._watchers:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import platform
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from prometheus_client import (
@@ -27,7 +27,8 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from aioserver import __version__
-from aioserver.monitoring.fold import STANDINGS
+from aioserver.monitoring.section import Gauge, State
+from aioserver.monitoring.state import STANDINGS, STATES
 from aioserver.monitoring.troubles import WORDS
 from aioserver.telemetry.counters import Counter
 from aioserver.telemetry.kernel import accept_queue
@@ -36,28 +37,15 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from aioserver.monitoring.section import Section
     from aioserver.monitoring.state import ProviderState, Snapshot
     from aioserver.telemetry.counters import Histogram
     from aioserver.telemetry.metrics import Family
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 PREFIX = "aioserver_"
-# What the numbers of `provider_state` mean.
-STATES = ("well", "sick", "dead")
 # What the numbers of `provider_trouble` mean; 0 is none.
 TROUBLES = tuple(reversed(WORDS))
-
-
-class Gauge(NamedTuple):
-    """One gauge in the table: a number of a snapshot, or one for each value of *label*.
-
-    A gauge whose number is None is left out: the system does not report the number.
-    """
-
-    name: str
-    read: Callable[[Snapshot], float | Mapping[str, float] | None]
-    help: str
-    label: str = ""
 
 
 def _each_provider(
@@ -80,7 +68,7 @@ def _standings(snapshot: Snapshot) -> dict[str, float]:
     }
 
 
-GAUGES = (
+GAUGES: tuple[Gauge[Snapshot], ...] = (
     Gauge("ready", lambda s: s["ready"], "Whether the server takes new work"),
     Gauge(
         "connections",
@@ -129,7 +117,7 @@ GAUGES = (
     ),
     Gauge(
         "provider_state",
-        _each_provider(lambda p: STATES.index(p["state"])),
+        _each_provider(lambda p: STATES[::-1].index(p["state"])),
         "0 well, 1 sick (it fails often, and is asked), 2 dead (it is left alone, but for trials)",
         "provider",
     ),
@@ -174,16 +162,6 @@ GAUGES = (
     Gauge(
         "pool_idle", _each_provider(lambda p: p["pool"]["idle"]), "Idle connections", "provider"
     ),
-    Gauge(
-        "history_trouble",
-        lambda s: s["history"]["trouble"] is not None,
-        "Whether conversations are not kept as the settings ask for",
-    ),
-    Gauge(
-        "history_waiting",
-        lambda s: s["history"]["waiting"],
-        "Turns of conversations that wait to be written",
-    ),
     Gauge("open_fds", lambda s: s["process"]["open_fds"], "Open file descriptors"),
     Gauge("max_fds", lambda s: s["process"]["max_fds"], "Limit of open file descriptors"),
     Gauge("tasks", lambda s: s["process"]["tasks"], "Tasks of the event loop, some seconds ago"),
@@ -216,10 +194,12 @@ class ServerCollector(Collector):
         families: Callable[[], Iterable[Family]],
         snapshot: Callable[[], Snapshot],
         listening: Sequence[socket.socket],
+        sections: Sequence[Section[Any]] = (),
     ) -> None:
         self._families = families
         self._snapshot = snapshot
         self._listening = listening
+        self._sections = sections
 
     def collect(self) -> Iterator[Metric]:
         """Yield every metric of the server, each as it is when it is yielded."""
@@ -227,9 +207,9 @@ class ServerCollector(Collector):
             yield _counted(family)
         yield _build_info()
         snapshot = self._snapshot()
-        for name, read, about, label in GAUGES:
-            if (value := read(snapshot)) is not None:
-                yield _gauge(name, about, value, label)
+        yield from _gauges(GAUGES, snapshot)
+        for section in self._sections:
+            yield from _gauges(section.gauges, section.of(snapshot))
         yield from _accept_queues(self._listening)
 
 
@@ -237,10 +217,11 @@ def registry(
     families: Callable[[], Iterable[Family]],
     snapshot: Callable[[], Snapshot],
     listening: Sequence[socket.socket],
+    sections: Sequence[Section[Any]] = (),
 ) -> CollectorRegistry:
     """Return a registry of the server's and the process's metrics; *snapshot* makes a fresh one."""
     collectors = CollectorRegistry(auto_describe=False)
-    collectors.register(ServerCollector(families, snapshot, listening))
+    collectors.register(ServerCollector(families, snapshot, listening, sections))
     ProcessCollector(registry=collectors)
     return collectors
 
@@ -284,6 +265,12 @@ def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
         total += count
         buckets.append((str(bound), float(total)))
     return buckets
+
+
+def _gauges(gauges: Iterable[Gauge[State]], state: State) -> Iterator[Metric]:
+    for name, read, about, label in gauges:
+        if (value := read(state)) is not None:
+            yield _gauge(name, about, value, label)
 
 
 def _gauge(name: str, about: str, value: float | Mapping[str, float], label: str = "") -> Metric:

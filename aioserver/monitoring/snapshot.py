@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from aioserver import __version__
 from aioserver.monitoring.interval import ATTEMPTS, EVENTS, REJECTIONS, REQUESTS
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from aioserver.gateway.router import Router
     from aioserver.limits.gate import Gate
     from aioserver.monitoring.interval import Interval
+    from aioserver.monitoring.section import Section
     from aioserver.monitoring.state import (
         ConnectionsState,
-        HistoryState,
         ProviderState,
         Snapshot,
         StreamsState,
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from aioserver.telemetry.counters import Counter
     from aioserver.telemetry.loop_lag import LoopLag
     from aioserver.telemetry.metrics import Metrics
-    from aioserver.wings.conversations.history import StorageStats
 
 # Outcomes of an attempt that are no fault of the provider: a client that cancels is none.
 NO_FAULTS = frozenset((OK, CANCELLED))
@@ -59,8 +58,8 @@ class SettingsInEffect(Protocol):
 class Sources:
     """The objects from which the state is read; they live as long as the server.
 
-    *gate* admits connections, *running* counts the answers under way, *history* is that of conversations, *ready* says whether the server takes new work, and *listening* has the
-    sockets that accept connections, as soon as there are any.
+    *gate* admits connections, *running* counts the answers under way, *ready* says whether the server takes new
+    work, and *listening* has the sockets that accept connections, as soon as there are any. *sections* are the wings' parts.
     """
 
     settings: SettingsInEffect
@@ -68,12 +67,12 @@ class Sources:
     gate: Gate
     streams: StreamStore
     running: Callable[[], int]
-    history: Callable[[], StorageStats]
     lifetime: Lifetime
     router: Router
     lag: LoopLag
     ready: Callable[[], bool]
     listening: Sequence[socket.socket]
+    sections: Sequence[Section[Any]] = ()
 
 
 class Snapshots:
@@ -100,7 +99,7 @@ class Snapshots:
             )
             for name, provider in router.providers.items()
         }
-        return {
+        snapshot: Snapshot = {
             "time": round(time.time(), 3),
             "name": "aioserver",
             "version": __version__,
@@ -124,7 +123,6 @@ class Snapshots:
                 cause: recent.percentiles(now) for cause, recent in metrics.recent_delays.items()
             },
             "streams": _streams_state(sources),
-            "history": _history_state(sources.history()),
             "slow_clients": int(metrics.slow_clients.value),
             "auth_failures": _values(metrics.auth_failures),
             "providers": providers,
@@ -139,6 +137,8 @@ class Snapshots:
                 "conversations": "/conversations",
             },
         }
+        parts = {section.key: section.state() for section in sources.sections}
+        return cast("Snapshot", {**snapshot, **parts})
 
 
 def _connections_state(sources: Sources, interval: Interval) -> ConnectionsState:
@@ -166,24 +166,6 @@ def _streams_state(sources: Sources) -> StreamsState:
         "responses": streams.responses,
         "bytes": streams.bytes,
         "max_bytes": streams.max_bytes,
-    }
-
-
-def _history_state(stats: StorageStats) -> HistoryState:
-    trouble = stats.trouble
-    return {
-        "storage": stats.storage,
-        "waiting": stats.waiting,
-        "written": stats.written,
-        "lost": stats.lost,
-        "trouble": None
-        if trouble is None
-        else {
-            "kind": trouble.kind,
-            "since": round(stats.since, 3),
-            "text": trouble.text,
-            "advice": trouble.advice,
-        },
     }
 
 

@@ -1,11 +1,68 @@
-"""The shapes of a snapshot: the JSON object of `/stats`, and what it consists of.
+"""The shapes of a snapshot: the JSON object of `/stats`, and what it consists of; and how each field adds up.
+
+Where there are several instances, `fold` (fold.py) makes one state of theirs. Each field declares the rule by which it does:
+numbers of things are added; of waits, silences and ages the longest counts; what is the same in all is that of the
+instance that is asked.
 
 The meaning of each field is in docs/monitoring.md.
 """
 
 from __future__ import annotations
 
-from typing import NotRequired, TypedDict
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NotRequired, TypedDict
+
+# Makes one value of those of several instances, of which the first is that of the instance that is asked.
+Rule = Callable[[Sequence[Any]], Any]
+
+
+def _sum(values: Sequence[float]) -> float:
+    """Add up; shares and rates have three decimals at most."""
+    return round(sum(values), 3)
+
+
+def _sum_of_known(values: Sequence[float | None]) -> float | None:
+    """Add up the values that an instance knows."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _earliest(values: Sequence[float | None]) -> float | None:
+    """Return the smallest value, if there is one."""
+    return min((value for value in values if value is not None), default=None)
+
+
+def _by_name(values: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Add up by name; a name that one instance has alone is kept."""
+    total: Counter[str] = Counter()
+    for counts in values:
+        total.update(counts)
+    return dict(total)
+
+
+def _first(values: Sequence[Any]) -> Any:
+    """Return the value of the instance that is asked."""
+    return values[0]
+
+
+def _worst(order: Sequence[str]) -> Rule:
+    """Return the rule by which the value counts that is the first in *order*."""
+    return lambda values: min(values, key=order.index)
+
+
+SUM: Rule = _sum
+MAX: Rule = max
+ANY: Rule = any
+COUNTS: Rule = _by_name
+KNOWN: Rule = _sum_of_known
+EARLIEST: Rule = _earliest
+OWN: Rule = _first
+# `Fold` makes these of more than the states: percentiles of all values, the worst trouble, the verdict.
+MADE = OWN
+# The states of a provider, and how an instance stands with the cluster's server: the worst first.
+STATES = ("dead", "sick", "well")
+STANDINGS = ("alone", "unheard", "joined")
 
 Percentiles = dict[str, float]
 
@@ -13,96 +70,77 @@ Percentiles = dict[str, float]
 class ConnectionsState(TypedDict):
     """The connections that are admitted, or wait to be."""
 
-    active: int
-    limit: int
-    waiting: int
-    queue_size: int
-    oldest_wait: float
-    active_by_face: dict[str, int]
-    waiting_by_face: dict[str, int]
-    opened: int
-    rejected: int
-    rejected_per_second: float
+    active: Annotated[int, SUM]
+    limit: Annotated[int, SUM]
+    waiting: Annotated[int, SUM]
+    queue_size: Annotated[int, SUM]
+    oldest_wait: Annotated[float, MAX]
+    active_by_face: Annotated[dict[str, int], COUNTS]
+    waiting_by_face: Annotated[dict[str, int], COUNTS]
+    opened: Annotated[int, SUM]
+    rejected: Annotated[int, SUM]
+    rejected_per_second: Annotated[float, SUM]
 
 
 class RequestsState(TypedDict):
     """The requests for an answer."""
 
-    total: int
-    per_second: float
-    running: int
-    outcomes: dict[str, int]
+    total: Annotated[int, SUM]
+    per_second: Annotated[float, SUM]
+    running: Annotated[int, SUM]
+    outcomes: Annotated[dict[str, int], COUNTS]
 
 
 class BugsState(TypedDict):
     """The requests that met a bug of the server, since the start and in the last minute."""
 
-    total: int
-    last_minute: int
+    total: Annotated[int, SUM]
+    last_minute: Annotated[int, SUM]
 
 
 class StreamsState(TypedDict):
     """The streams that are kept."""
 
-    detached: int
-    max_detached: int
-    finished: int
-    responses: int
-    bytes: int
-    max_bytes: int
-
-
-class HistoryTrouble(TypedDict):
-    """A fault of the storage of conversations, since when it is there (Unix time), and what to do."""
-
-    kind: str
-    since: float
-    text: str
-    advice: str
-
-
-class HistoryState(TypedDict):
-    """The storage of conversations: `memory`, `sql` or `redis`; turns that wait to be written, were, and were lost."""
-
-    storage: str
-    waiting: int
-    written: int
-    lost: int
-    trouble: HistoryTrouble | None
+    detached: Annotated[int, SUM]
+    max_detached: Annotated[int, SUM]
+    finished: Annotated[int, SUM]
+    responses: Annotated[int, SUM]
+    bytes: Annotated[int, SUM]
+    max_bytes: Annotated[int, SUM]
 
 
 class PoolState(TypedDict):
     """The connections to one provider."""
 
-    open: int
-    idle: int
-    limit: int
-    waiting: int
+    open: Annotated[int, SUM]
+    idle: Annotated[int, SUM]
+    limit: Annotated[int, OWN]
+    waiting: Annotated[int, SUM]
 
 
 class PaceState(TypedDict):
     """The pace of one provider; *cooling* in seconds."""
 
-    per_minute: int
-    left: int
-    cooling: float
+    per_minute: Annotated[int, OWN]
+    left: Annotated[int, SUM]
+    cooling: Annotated[float, MAX]
 
 
 class RetryBudgetState(TypedDict):
     """The budget of retries: *used* of *limit* in the last ten seconds; *refused* since the start."""
 
-    used: int
-    limit: int
-    refused: int
+    used: Annotated[int, SUM]
+    limit: Annotated[int, SUM]
+    refused: Annotated[int, SUM]
 
 
 class SilenceState(TypedDict):
     """The silence of a provider: see providers/stall.py; *longest* in seconds."""
 
-    longest: float
-    stalled: int
-    unanswered: int
-    under_way: int
+    longest: Annotated[float, MAX]
+    stalled: Annotated[int, SUM]
+    unanswered: Annotated[int, SUM]
+    under_way: Annotated[int, SUM]
 
 
 class Trouble(TypedDict):
@@ -132,48 +170,48 @@ class Verdict(TypedDict):
 class ProviderState(TypedDict):
     """One provider."""
 
-    usable: bool
-    active: bool
-    model: str
-    in_flight: int
-    limit: int
-    waiting: int
-    queue_size: int
-    oldest_wait: float
+    usable: Annotated[bool, ANY]
+    active: Annotated[bool, OWN]
+    model: Annotated[str, OWN]
+    in_flight: Annotated[int, SUM]
+    limit: Annotated[int, MADE]
+    waiting: Annotated[int, SUM]
+    queue_size: Annotated[int, SUM]
+    oldest_wait: Annotated[float, MAX]
     pool: PoolState
     pace: PaceState
-    state: str
-    next_try: float | None
-    flagged: bool
-    retries: int
+    state: Annotated[str, _worst(STATES)]
+    next_try: Annotated[float | None, EARLIEST]
+    flagged: Annotated[bool, ANY]
+    retries: Annotated[int, SUM]
     retry_budget: RetryBudgetState
-    failovers: int
-    requests: int
-    cancelled: int
-    faults: dict[str, int]
-    requests_per_second: float
-    tokens_per_second: float
-    first_token: Percentiles | None
-    silence: Percentiles | None
+    failovers: Annotated[int, SUM]
+    requests: Annotated[int, SUM]
+    cancelled: Annotated[int, SUM]
+    faults: Annotated[dict[str, int], COUNTS]
+    requests_per_second: Annotated[float, SUM]
+    tokens_per_second: Annotated[float, SUM]
+    first_token: Annotated[Percentiles | None, MADE]
+    silence: Annotated[Percentiles | None, MADE]
     silent: SilenceState
-    trouble: Trouble | None
+    trouble: Annotated[Trouble | None, MADE]
 
 
 class LoopState(TypedDict):
     """How late the event loop was in the last interval, in seconds."""
 
-    lag: float
-    lag_max: float
+    lag: Annotated[float, MAX]
+    lag_max: Annotated[float, MAX]
 
 
 class ProcessState(TypedDict):
     """The resources that the process uses; *cpu* is the share of one core."""
 
-    open_fds: int | None
-    max_fds: int
-    rss_bytes: int | None
-    tasks: int
-    cpu: float
+    open_fds: Annotated[int | None, KNOWN]
+    max_fds: Annotated[int, SUM]
+    rss_bytes: Annotated[int | None, KNOWN]
+    tasks: Annotated[int, SUM]
+    cpu: Annotated[float, SUM]
 
 
 class ClusterState(TypedDict):
@@ -185,13 +223,13 @@ class ClusterState(TypedDict):
     others waiting.
     """
 
-    state: str
-    calls: int
-    failed_calls: int
-    links: int
-    mirrors: int
-    unclaimed: int
-    lost: int
+    state: Annotated[str, _worst(STANDINGS)]
+    calls: Annotated[int, SUM]
+    failed_calls: Annotated[int, SUM]
+    links: Annotated[int, SUM]
+    mirrors: Annotated[int, SUM]
+    unclaimed: Annotated[int, SUM]
+    lost: Annotated[int, SUM]
 
 
 class InstanceState(TypedDict):
@@ -218,35 +256,34 @@ class InstanceState(TypedDict):
 class Snapshot(TypedDict):
     """The whole state: the JSON object of `/stats`.
 
-    *cluster* and *instances* are there in a cluster only; the value of an instance that has not answered is None.
+    The state of each section (section.py) is in it, too, under the section's key. *cluster* and *instances* are there in a cluster only; the value of an instance that has not answered is None.
     """
 
-    time: float
-    name: str
-    version: str
-    uptime: float
-    ready: bool
-    verdict: Verdict
-    active_provider: str
-    fallbacks: list[str]
+    time: Annotated[float, OWN]
+    name: Annotated[str, OWN]
+    version: Annotated[str, OWN]
+    uptime: Annotated[float, MAX]
+    ready: Annotated[bool, ANY]
+    verdict: Annotated[Verdict, MADE]
+    active_provider: Annotated[str, OWN]
+    fallbacks: Annotated[list[str], OWN]
     connections: ConnectionsState
-    rejections: dict[str, int]
+    rejections: Annotated[dict[str, int], COUNTS]
     requests: RequestsState
     bugs: BugsState
-    first_token: Percentiles | None
-    tokens_per_second: float
-    delay: dict[str, Percentiles | None]
+    first_token: Annotated[Percentiles | None, MADE]
+    tokens_per_second: Annotated[float, SUM]
+    delay: Annotated[dict[str, Percentiles | None], MADE]
     streams: StreamsState
-    history: HistoryState
-    slow_clients: int
-    auth_failures: dict[str, int]
+    slow_clients: Annotated[int, SUM]
+    auth_failures: Annotated[dict[str, int], COUNTS]
     providers: dict[str, ProviderState]
     loop: LoopState
     process: ProcessState
-    watchers: int
-    endpoints: dict[str, str]
+    watchers: Annotated[int, SUM]
+    endpoints: Annotated[dict[str, str], OWN]
     cluster: NotRequired[ClusterState]
-    instances: NotRequired[dict[str, InstanceState | None]]
+    instances: NotRequired[Annotated[dict[str, InstanceState | None], MADE]]
 
 
 class Incident(TypedDict):

@@ -13,7 +13,6 @@ import math
 from collections import Counter, deque
 from typing import TYPE_CHECKING
 
-from aioserver.monitoring import advice
 from aioserver.monitoring.interval import ATTEMPTS
 from aioserver.telemetry.metrics import OK
 
@@ -34,7 +33,7 @@ WORDS = {
     FAILING: "Failing",
 }
 # One of these may become another, without an end of the trouble between them.
-OF_FAULTS = frozenset((DEAD, SICK, FAILING))
+FAILURES = frozenset((DEAD, SICK, FAILING))
 # Outcomes of an attempt that are the provider's fault, and how the provider fails then. A 4xx is none: it
 # is the fault of the request, or of our key. Nor is a stale connection, which is replaced at once.
 FAULTS = {
@@ -49,6 +48,72 @@ FAULTS = {
 # A provider fails if at least FEW attempts of the last WINDOW ticks have failed, and this share of them.
 WINDOW = 60
 FEW, SHARE = 3, 0.1
+
+# What an operator can do, by the kind of a trouble. The sentences name settings as they stand in `config.yaml`, and no number:
+# the numbers stand in the texts beside them. By outcome of a failed attempt:
+OF_FAULTS = {
+    "connect_error": "Check that {name} runs, and that its base_url leads to it.",
+    "timeout": "Look at the load of {name}; if it is only slow, raise read_timeout in its http_client.",
+    "http_429": "Lower requests_per_minute of {name}, or have its limits raised.",
+    "http_5xx": "Look at the log of {name}, or at its status page.",
+    "tls": "Check the certificate of {name}, and its base_url and ca_file.",
+    "disconnected": "Look at the log of {name}, and at proxies in between that cut long answers.",
+    "bad_response": "Check that the base_url of {name} leads to an API of OpenAI's form.",
+}
+OF_A_REFUSED_KEY = "Check the key of {name}, and the quota of its account."
+OF_SILENCE = (
+    "Look at the log and the load of {name}; read_timeout in its http_client ends silent answers."
+)
+OF_OLD_FAULTS = "Look at the log of {name}, or at its status page."
+OF_A_BUG = "Look for the traceback in the log, and report it."
+INSTEAD = "For now, name another provider in llm.fallbacks or llm.active, and reload (SIGHUP)."
+
+_MORE_PLACES = (
+    "If the provider can answer more at once, raise its concurrent_requests;"
+    " else name another one in llm.fallbacks."
+)
+# Where connections wait for the server, and requests of those inside for a provider.
+OF_A_FULL_PROVIDER = (
+    "If {name} can answer more at once, raise its concurrent_requests;"
+    " more connections would only wait for it."
+)
+_MORE_CONNECTIONS = (
+    "If the log says that no file descriptor is free, raise the limit of open files;"
+    " else raise max_connections in the http_client of the provider."
+)
+_OWN_LIMITS = "The log names the caller; its limits stand in auth.keys."
+# By error code of a rejection: why requests were rejected, and what to do.
+OF_REJECTIONS = {
+    "circuit_open": (
+        "a provider is dead, and is left alone",
+        "Look at its log, or at its status page.",
+    ),
+    "concurrency_exceeded": ("a client has as many answers as it may", _OWN_LIMITS),
+    "history_unavailable": (
+        "conversations cannot be deleted now",
+        "The log says what is wrong with the storage of conversations.",
+    ),
+    "no_provider": (
+        "no provider can be asked",
+        "`aioserver check` says which provider lacks its key; the log says which refuses it.",
+    ),
+    "pool_timeout": (
+        "no connection of a provider was free in time",
+        _MORE_CONNECTIONS,
+    ),
+    "provider_queue_full": ("the queue of a provider is full", _MORE_PLACES),
+    "provider_queue_timeout": ("requests waited too long for a provider", _MORE_PLACES),
+    "provider_rate_limited": (
+        "a provider limits our rate",
+        "Have its limits raised, or name another provider in llm.fallbacks.",
+    ),
+    "rate_limit_exceeded": ("a client asks more often than it may", _OWN_LIMITS),
+    "server_at_capacity": (
+        "the server is full",
+        "If the machine has room, raise max_connections in chat.websocket.concurrency.",
+    ),
+    "server_shutdown": ("the server stops", ""),
+}
 
 
 class Troubles:
@@ -88,19 +153,19 @@ class Troubles:
         faults, attempts = self._lately(name)
         failed = sum(faults.values())
         began = now = snapshot["time"]
-        text, remedy, severity = f"{name} fails", advice.OF_OLD_FAULTS, "error"
+        text, remedy, severity = f"{name} fails", OF_OLD_FAULTS, "error"
         if failed:
             outcome = faults.most_common(1)[0][0]
-            remedy = advice.OF_FAULTS[outcome]
+            remedy = OF_FAULTS[outcome]
             text = f"{name} {FAULTS[outcome]}: {failed} of {attempts} attempts failed in the last minute"
         if provider["flagged"]:
             kind, text = FLAGGED, f"{name} refuses our key, or its quota is used up"
-            remedy = advice.OF_A_REFUSED_KEY
+            remedy = OF_A_REFUSED_KEY
         elif provider["state"] == DEAD:
             kind, text = DEAD, f"{text}; it is left alone"
         elif stalled(provider["silent"]):
             kind, text = SILENT, silence(name, provider["silent"])
-            remedy = advice.OF_SILENCE
+            remedy = OF_SILENCE
             began = now - provider["silent"]["longest"]
         elif provider["state"] == SICK:
             kind, severity = SICK, most(failed, attempts)
@@ -111,12 +176,12 @@ class Troubles:
         else:
             return None
         since = round(began, 3)
-        if before is not None and (before["kind"] == kind or {before["kind"], kind} <= OF_FAULTS):
+        if before is not None and (before["kind"] == kind or {before["kind"], kind} <= FAILURES):
             since = before["since"]
         others = snapshot["fallbacks"]
         remedies = [remedy.format(name=name)]
         if provider["active"] and not others:
-            remedies.append(advice.INSTEAD)
+            remedies.append(INSTEAD)
         detail = [f"It began {span(now - since)} ago", *_next_try(provider)]
         if provider["active"] and kind != SILENT:
             detail.append(f"its fallback is {others[0]}" if others else "no fallback is set")
@@ -191,3 +256,9 @@ def met_a_bug(number: int, when: str = "in the last minute") -> str:
 def were(number: int, participle: str) -> str:
     """Return what happened to requests: 1 request was rejected, 1,200 requests were rejected."""
     return f"{count(number, 'request')} {'was' if number == 1 else 'were'} {participle}"
+
+
+def of_rejections(code: str) -> tuple[str, str]:
+    """Return why requests are rejected with *code*, with the code, and what to do."""
+    reason, advice = OF_REJECTIONS.get(code, ("", ""))
+    return (f"{reason} ({code})" if reason else code), advice

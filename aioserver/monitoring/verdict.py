@@ -8,18 +8,28 @@ counted in the last RECENT ticks.
 from __future__ import annotations
 
 from collections import Counter, deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aioserver.errors import ServerAtCapacity
-from aioserver.monitoring.advice import OF_A_BUG, OF_A_FULL_PROVIDER, of_rejections
 from aioserver.monitoring.incidents import HARMLESS, MANY_REJECTED
 from aioserver.monitoring.interval import ANSWERED, FAILED, REJECTIONS, Total
-from aioserver.monitoring.troubles import WORDS, count, met_a_bug, most, span, were
+from aioserver.monitoring.troubles import (
+    OF_A_BUG,
+    OF_A_FULL_PROVIDER,
+    WORDS,
+    count,
+    met_a_bug,
+    most,
+    of_rejections,
+    span,
+    were,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from aioserver.monitoring.interval import Interval
+    from aioserver.monitoring.section import Section
     from aioserver.monitoring.state import Percentiles, ProviderState, Snapshot, Verdict
 
 # Ticks for which rejections, failed answers and a late event loop stay in the verdict.
@@ -40,9 +50,10 @@ class Lately(NamedTuple):
 
 
 class Verdicts:
-    """Judges snapshot by snapshot; the snapshots must have their troubles."""
+    """Judges snapshot by snapshot; the snapshots must have their troubles, and the states of all *sections*."""
 
-    def __init__(self) -> None:
+    def __init__(self, sections: Sequence[Section[Any]] = ()) -> None:
+        self._sections = sections
         # What happened in each tick: rejections by code, answers begun, answers failed.
         self._ticks: deque[Counter[str]] = deque(maxlen=RECENT)
         self._lags: deque[float] = deque(maxlen=RECENT)
@@ -57,7 +68,7 @@ class Verdicts:
         tick[FAILED] = int(interval.growth.get(Total(FAILED), 0))
         self._ticks.append(tick)
         self._lags.append(interval.lag_max)
-        return judge(snapshot, self.lately())
+        return judge(snapshot, self.lately(), self._sections)
 
     def lately(self) -> Lately:
         """Return what happened in the last ticks."""
@@ -66,16 +77,19 @@ class Verdicts:
         return Lately(counts, answered, failed, max(self._lags, default=0.0))
 
 
-def judge(snapshot: Snapshot, lately: Lately) -> Verdict:
-    """Return the verdict on *snapshot*, before which *lately* happened."""
-    return _Judge(snapshot, lately).verdict()
+def judge(snapshot: Snapshot, lately: Lately, sections: Sequence[Section[Any]] = ()) -> Verdict:
+    """Return the verdict on *snapshot*, before which *lately* happened; *sections* are its parts."""
+    return _Judge(snapshot, lately, sections).verdict()
 
 
 class _Judge:
     """Finds the worst that is true of one snapshot, before which *lately* happened."""
 
-    def __init__(self, snapshot: Snapshot, lately: Lately) -> None:
+    def __init__(
+        self, snapshot: Snapshot, lately: Lately, sections: Sequence[Section[Any]]
+    ) -> None:
         self._snapshot = snapshot
+        self._sections = sections
         self._rejected = Counter(lately.rejected)
         self._answered = lately.answered
         self._failed = lately.failed
@@ -93,7 +107,7 @@ class _Judge:
         yield from self._rejecting()
         yield from self._trouble(active=False)
         yield from self._resources()
-        yield from self._history()
+        yield from self._section_troubles()
         yield from self._waiting()
         yield from self._busy()
         yield self._calm("open", "Open", self._room())
@@ -197,21 +211,19 @@ class _Judge:
             advice = "Raise LimitNOFILE of the unit, or `ulimit -n`, and restart."
             yield _finding("error", "trouble", "Out of files", text, advice=advice)
 
-    def _history(self) -> Iterator[Verdict]:
-        trouble = self._snapshot["history"]["trouble"]
-        if trouble is not None:
-            text = trouble["text"][0].upper() + trouble["text"][1:]
-            detail = _sentences("Chats go on without what is not in memory", self._places())
-            advice = trouble["advice"]
-            yield _finding(
-                "warning",
-                "trouble",
-                "Not kept",
-                text,
-                detail=detail,
-                advice=advice,
-                about="history",
-            )
+    def _section_troubles(self) -> Iterator[Verdict]:
+        for section in self._sections:
+            trouble = section.trouble(section.of(self._snapshot))
+            if trouble is not None:
+                yield _finding(
+                    "warning",
+                    "trouble",
+                    trouble.word,
+                    trouble.text[0].upper() + trouble.text[1:],
+                    detail=_sentences(trouble.detail, self._places()),
+                    advice=trouble.advice,
+                    about=section.key,
+                )
 
     def _waiting(self) -> Iterator[Verdict]:
         connections = self._snapshot["connections"]

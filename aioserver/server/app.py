@@ -48,6 +48,7 @@ from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.request_log import RequestLog
 from aioserver.wings.conversations import face as conversation_routes
 from aioserver.wings.conversations.memory import Conversations
+from aioserver.wings.conversations.section import HistorySection
 from aioserver.wings.conversations.wing import open_history, prepare_file
 
 if TYPE_CHECKING:
@@ -238,12 +239,12 @@ async def open_server(
             gate=admission.gate,
             streams=streams,
             running=lambda: gateway.running,
-            history=history.stats,
             lifetime=gateway.lifetime,
             router=router,
             lag=lag,
             ready=lambda: lifecycle.ready and router.usable,
             listening=listening,
+            sections=[HistorySection(history)],
         )
         monitor = Monitor(sources)
         stack.callback(monitor.close)
@@ -264,7 +265,9 @@ async def open_server(
             metrics=metrics,
             tracer=tracer,
             monitor=monitor,
-            registry=prometheus.registry(metrics.families, monitor.fresh, listening),
+            registry=prometheus.registry(
+                metrics.families, monitor.fresh, listening, sources.sections
+            ),
         )
         middleware, add_headers = make_middleware(current, guard, origins, context.admission)
         app.middlewares.append(middleware)

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import ClientSession, web
 from aiohttp.test_utils import TestServer
 
-from aioserver.monitoring.advice import OF_A_BUG
+from aioserver.monitoring.troubles import OF_A_BUG
 from aioserver.protocol import eventstream
 from aioserver.server.app import make_app
 from aioserver.tools.doctor.findings import Finding, Report

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import time
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import pytest
 
-from aioserver.monitoring.fold import Report, add, recent_values
+from aioserver.monitoring.fold import Fold, Report, recent_values, rules_of
+from aioserver.monitoring.state import Snapshot
 from aioserver.monitoring.verdict import Lately
 from aioserver.telemetry.counters import RecentValues, percentiles_of
 from tests.support.chat import STREAMED
@@ -17,11 +18,22 @@ from tests.support.chat import STREAMED
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aioserver.monitoring.state import Snapshot
     from tests.support.server import RunningServer
 
 
 NOTHING = Lately({}, 0, 0, 0.0)
+
+
+class Bare(TypedDict):
+    """A state with a field that does not say how it adds up."""
+
+    number: int
+
+
+class Within(TypedDict):
+    """A state with such ones by key."""
+
+    states: dict[str, Bare]
 
 
 @pytest.fixture
@@ -59,7 +71,7 @@ def report(snapshot: Snapshot, **changes: Any) -> Report:
 def total_of(own: str, reports: dict[str, Report], unheard: Sequence[str] = ()) -> Snapshot:
     """The sum of *reports*; at each provider all have together what the first has."""
     places = {name: each["limit"] for name, each in reports[own].snapshot["providers"].items()}
-    return add(own, reports, places, unheard)
+    return Fold().add(own, reports, places, unheard)
 
 
 def provider_of(snapshot: Snapshot) -> str:
@@ -143,6 +155,26 @@ def test_requests_that_met_a_bug_are_added_and_so_is_the_verdict_on_them(
 
     assert total["bugs"] == {"total": 103, "last_minute": 93}
     assert total["verdict"]["text"] == "93 requests met a bug of the server in the last minute"
+
+
+def test_an_instance_of_another_version_may_lack_a_field(snapshot: Snapshot) -> None:
+    a, older = report(snapshot, bugs__total=2), report(snapshot, connections__active=4)
+    for owner in (older.snapshot, older.snapshot["connections"]):
+        cast("Any", owner).pop("bugs", None)
+        cast("Any", owner).pop("opened", None)
+
+    total = total_of("a", {"a": a, "b": older})
+
+    assert total["bugs"]["total"] == 2
+    assert total["connections"]["active"] == 4 + snapshot["connections"]["active"]
+    assert total["connections"]["opened"] == snapshot["connections"]["opened"]
+
+
+def test_every_field_of_a_snapshot_says_how_it_adds_up() -> None:
+    assert rules_of(Snapshot).keys() == Snapshot.__annotations__.keys()
+    for shape in (Bare, Within):
+        with pytest.raises(TypeError, match=r"Bare\.number"):
+            rules_of(shape)
 
 
 def test_the_verdict_is_made_of_the_sums(snapshot: Snapshot) -> None:

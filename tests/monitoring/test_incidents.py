@@ -6,13 +6,6 @@ from typing import Any
 
 import pytest
 
-from aioserver.monitoring.advice import (
-    OF_A_BUG,
-    OF_A_REFUSED_KEY,
-    OF_FAULTS,
-    OF_REJECTIONS,
-    of_rejections,
-)
 from aioserver.monitoring.incidents import (
     DENIED_BURST,
     DENIED_TICKS,
@@ -38,7 +31,19 @@ from aioserver.monitoring.interval import (
     Interval,
     Total,
 )
-from aioserver.monitoring.troubles import DEAD, FAILING, FAULTS, FLAGGED, SICK, SILENT
+from aioserver.monitoring.troubles import (
+    DEAD,
+    FAILING,
+    FAULTS,
+    FLAGGED,
+    OF_A_BUG,
+    OF_A_REFUSED_KEY,
+    OF_FAULTS,
+    OF_REJECTIONS,
+    SICK,
+    SILENT,
+    of_rejections,
+)
 from aioserver.telemetry.metrics import ATTEMPTS as OUTCOMES
 from aioserver.telemetry.metrics import Metrics
 

@@ -6,9 +6,17 @@ from typing import Any
 
 import pytest
 
-from aioserver.monitoring.advice import INSTEAD, OF_A_REFUSED_KEY, OF_FAULTS, OF_SILENCE
 from aioserver.monitoring.interval import ATTEMPTS, Interval, Total
-from aioserver.monitoring.troubles import FAULTS, WINDOW, Troubles, span
+from aioserver.monitoring.troubles import (
+    FAULTS,
+    INSTEAD,
+    OF_A_REFUSED_KEY,
+    OF_FAULTS,
+    OF_SILENCE,
+    WINDOW,
+    Troubles,
+    span,
+)
 
 WELL: dict[str, Any] = {
     "state": "well",

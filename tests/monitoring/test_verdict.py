@@ -6,9 +6,14 @@ from typing import Any
 
 import pytest
 
-from aioserver.monitoring.advice import OF_A_BUG, OF_A_FULL_PROVIDER, OF_REJECTIONS
 from aioserver.monitoring.interval import ANSWERED, ATTEMPTS, FAILED, REJECTIONS, Interval, Total
-from aioserver.monitoring.troubles import WORDS, Troubles
+from aioserver.monitoring.troubles import (
+    OF_A_BUG,
+    OF_A_FULL_PROVIDER,
+    OF_REJECTIONS,
+    WORDS,
+    Troubles,
+)
 from aioserver.monitoring.verdict import RECENT, Verdicts
 from tests.support.dashboard import CROWDED, QUEUEING, TOKEN, provider, snapshot
 

@@ -14,8 +14,7 @@ from yarl import URL
 
 from aioserver import __version__
 from aioserver.client import faults
-from aioserver.monitoring.advice import OF_A_BUG
-from aioserver.monitoring.troubles import met_a_bug
+from aioserver.monitoring.troubles import OF_A_BUG, met_a_bug
 from aioserver.protocol import frames
 from aioserver.tools import remote
 from aioserver.tools.doctor import arrivals, silence

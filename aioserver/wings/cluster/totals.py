@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aioserver.monitoring.fold import Report, add, add_histories
+from aioserver.monitoring.fold import Fold, Report, add_histories
 from aioserver.monitoring.verdict import Lately
 from aioserver.telemetry.counters import Counter, Histogram, RecentBuckets
 
@@ -47,6 +47,7 @@ class Totals:
         self._peers = peers
         self._members = members
         self._monitor = monitor
+        self._fold = Fold(monitor.sections)
         # How many incidents of each instance were shown.
         self._shown: dict[str, int] = {}
         peers.on_look = self._tell
@@ -77,13 +78,13 @@ class Totals:
             try:
                 state = _unpack_state(answer)
                 # Where it cannot be added up, this raises.
-                add(self._me, {self._me: own, name: state[0]}, places)
+                self._fold.add(self._me, {self._me: own, name: state[0]}, places)
             except NOT_UNDERSTOOD:
                 continue
             understood[name] = state
         reports = {self._me: own, **{name: state[0] for name, state in understood.items()}}
         unheard = [name for name in others if name not in understood]
-        return add(self._me, reports, places, unheard), understood
+        return self._fold.add(self._me, reports, places, unheard), understood
 
     async def history(self) -> History:
         """Return the history of all instances together."""

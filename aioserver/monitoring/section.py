@@ -1,0 +1,72 @@
+"""A section: a wing's part of what operators see.
+
+A section has a key of `/stats`, gauges of `/metrics`, and at most one trouble at a time, which is an incident when it begins
+and when it ends, and a finding of the verdict while it lasts. Where there are several instances, their states are added
+up by the rules that the fields of its *shape* declare, as those of the core (state.py).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, TypeVar, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from aioserver.monitoring.state import Snapshot
+
+State = TypeVar("State")
+
+
+class Gauge(NamedTuple, Generic[State]):
+    """A gauge of `/metrics`: a number of a state, or one for each value of *label*.
+
+    A gauge whose number is None is left out: the system does not report the number.
+    """
+
+    name: str
+    read: Callable[[State], float | Mapping[str, float] | None]
+    help: str
+    label: str = ""
+
+
+class SectionTrouble(NamedTuple):
+    """What is wrong with a section now. A new *kind* is a new incident; *word* and *detail* are those of the verdict."""
+
+    kind: str
+    word: str
+    text: str
+    detail: str
+    advice: str
+
+
+class Section(ABC, Generic[State]):
+    """A wing's part of `/stats`, of `/metrics`, of the incidents and of the verdict.
+
+    Always: *key* is no other's, and *shape*, a TypedDict, has a rule for each of its fields.
+    """
+
+    key: ClassVar[str]
+    shape: ClassVar[type]
+
+    @property
+    def gauges(self) -> Sequence[Gauge[State]]:
+        """The gauges that are read from its state."""
+        return ()
+
+    @abstractmethod
+    def state(self) -> State:
+        """Return the state of this moment."""
+
+    def trouble(self, state: State) -> SectionTrouble | None:
+        """Return what is wrong at *state*."""
+        del state
+        return None
+
+    def recovery(self, state: State) -> str:
+        """Return the text of the incident when a trouble is over, at *state*."""
+        raise NotImplementedError(f"{self.key} has no troubles")
+
+    def of(self, snapshot: Snapshot) -> State:
+        """Return its state in *snapshot*."""
+        return cast("Mapping[str, State]", snapshot)[self.key]
