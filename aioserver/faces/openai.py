@@ -39,7 +39,7 @@ from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.ending import run_all
 from aioserver.streams.formats import RAW
 from aioserver.wings.anthropic import wire as anthropic
-from aioserver.wings.responses.draft import draft_of
+from aioserver.wings.responses.draft import Draft, draft_of
 from aioserver.wings.responses.events import ResponseEvents
 from aioserver.wings.responses.stored import RESPONSES
 
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.request import Route
     from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.model_body import ModelBody
-    from aioserver.providers.request import Answer, ResponseDraft
+    from aioserver.providers.request import Answer
     from aioserver.streams.stream import Stream
 
 PATHS = ("chat/completions", "completions", "embeddings", "responses")
@@ -139,7 +139,7 @@ def make_request(
     client_headers: ClientHeaders,
     key: str | None = None,
     digest: bytes = b"",
-    draft: ResponseDraft | None = None,
+    draft: Draft | None = None,
 ) -> Request:
     """Return the request of a client with this *body* for the *path* below `/v1`; *face*, *name*, *key*: as `Request`.
 
@@ -166,7 +166,7 @@ def make_request(
         # Nobody else keeps what is not a response at its provider.
         or (body.stored is None and route.provider.bridging.on)
     )
-    return Request(route, provider_request, face, name, key, digest, stored)
+    return Request(route, provider_request, face, name, key, digest, stored, draft)
 
 
 def digest_of(path: str, body: bytes) -> bytes:

@@ -89,7 +89,7 @@ class Calls:
             raise bug from exc
         finally:
             self._tasks.discard(task)
-            request.provider_request.release()
+            request.release()
         record.usage = answer.usage
         self._request_log.finish(record, None)
         return answer

@@ -12,9 +12,7 @@ This file is one concept: which answer a request has, one under way or a new one
 
 from __future__ import annotations
 
-import asyncio
 import uuid
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import (
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.gateway.elsewhere import Instances, Start
-    from aioserver.gateway.prompts import Prompt
     from aioserver.gateway.router import Router
     from aioserver.protocol.client_frames import Chat
     from aioserver.providers.request import Answer, Hold
@@ -126,8 +123,10 @@ class Gateway:
             return existing
         route = self._router.route(chat.model, chat.provider)
         prompt = self._prompts.make(caller, chat, scope, route, hold)
-        request = Request(route, prompt.request, face, key, key, digest)
-        return self._begin(request, partial(self._produce_chat, prompt))
+        request = Request(route, prompt.request, face, key, key, digest, keeper=prompt)
+        stream = self._begin(request, self._router.fill)
+        stream.details.conversation_id = prompt.conversation_id
+        return stream
 
     def relay(self, request: Request) -> Stream:
         """Return the stream that answers a streamed *request*: that of its key, or a new one.
@@ -284,7 +283,7 @@ class Gateway:
             return None
         stream = self._known(request.caller, request.key, request.digest)
         if stream is not None:
-            request.provider_request.release()
+            request.release()
         return stream
 
     def _known(self, caller: Caller, key: str, digest: bytes) -> Stream | None:
@@ -331,7 +330,7 @@ class Gateway:
             # There is no task of the producer, whose end would give all of it back.
             if producer is not None:
                 producer.close()
-            request.provider_request.release()
+            request.release()
             if quota is not None:
                 quota.give_back(unused=True)
                 request.forget_undecided()
@@ -346,7 +345,7 @@ class Gateway:
         request: Request,
         producer: Coroutine[Any, Any, None],
     ) -> None:
-        release = request.provider_request.release
+        release = request.release
         request.provider_request.outlive_handler()
         if request.undecided is not None:
             producer, release = _once_decided(request, producer)
@@ -354,21 +353,6 @@ class Gateway:
         if self.elsewhere is not None and request.key is not None:
             producer, release = self.elsewhere.claiming(stream, request, producer, release)
         self._producers.start(stream, producer, release)
-
-    async def _produce_chat(self, prompt: Prompt, request: Request, stream: Stream) -> None:
-        """Produce the answer to a chat, and keep both in its conversation, before its client knows that it is complete."""
-        stream.details.conversation_id = prompt.conversation_id
-        stream.attachment.on_complete = prompt.keep
-        try:
-            await prompt.take_history()
-            await self._router.fill(request, stream)
-        except asyncio.CancelledError:
-            stream.close_fast_path()
-            if prompt.reading.size:
-                prompt.keep()
-            raise
-        finally:
-            stream.attachment.on_complete = None
 
     async def _produce_whole(self, request: Request, stream: Stream) -> None:
         """Produce an answer that is not streamed, and keep it in *stream*."""
@@ -399,6 +383,6 @@ def _once_decided(
         # It may never have begun.
         producer.close()
         request.forget_undecided()
-        request.provider_request.release()
+        request.release()
 
     return decide(), release

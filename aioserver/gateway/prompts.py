@@ -25,14 +25,15 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.gateway.request import Route
     from aioserver.protocol.client_frames import Chat
-    from aioserver.providers.request import Hold
+    from aioserver.providers.request import Answer, Hold
+    from aioserver.streams.stream import Stream
     from aioserver.wings.conversations.history import History
 
 _EMPTY = re.compile(rb"\{[ \t\r\n]*\}")
 
 
 class Prompt:
-    """One chat, ready to be sent. *conversation_id* is None if it belongs to no conversation.
+    """One chat, ready to be sent; the `Keeper` of its turn. *conversation_id* is None if it belongs to no conversation.
 
     Always: *reading* is that of *request*, and so has the text that came so far.
 
@@ -70,13 +71,13 @@ class Prompt:
         self.reading = reading
         self.conversation_id = conversation_id
 
-    async def take_history(self) -> None:
+    async def begin(self) -> None:
         """Take the history as it is now, if it was not taken when the prompt was made."""
         late, self._late = self._late, None
         if late is not None:
             await late()
 
-    def keep(self) -> None:
+    def keep(self, _answer: Stream | Answer) -> None:
         """Append the client's text, and the answer so far, to the conversation, if there is one."""
         if self.conversation_id is None or self._text is None:
             return
@@ -84,6 +85,14 @@ class Prompt:
         tokens = counted_tokens(self.reading.usage, min(1.0, share))
         turn = Turn.of(orjson.loads(self._text), self.reading.text, self._history.now(), tokens)
         self._history.keep(self.request.caller, self.conversation_id, turn, self._asked)
+
+    def cut(self, stream: Stream) -> None:
+        """Append the answer as far as it came, if there is any of it."""
+        if self.reading.size:
+            self.keep(stream)
+
+    def release(self) -> None:
+        """Do nothing: what it has goes with it."""
 
 
 class Prompts:
@@ -109,7 +118,7 @@ class Prompts:
     ) -> Prompt:
         """Return the prompt of *chat*; *scope* is its conversation if it names none.
 
-        A history that has to be loaded is taken by `Prompt.take_history`. *hold* counts the bytes of
+        A history that has to be loaded is taken by `Prompt.begin`. *hold* counts the bytes of
         *chat*. A text counts until its answer has ended, since it is then kept in the conversation.
         """
         streamed = self._service.streaming.enabled if chat.streaming is None else chat.streaming

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from aioserver.auth.callers import Caller
+    from aioserver.gateway.keeper import Keeper
     from aioserver.providers.provider import Provider
     from aioserver.providers.request import ProviderRequest
     from aioserver.telemetry.request_log import RequestLog, RequestRecord
@@ -37,7 +38,8 @@ class Request:
 
     *name* is the id by which log lines name it. *key* is the id by which the caller finds its stream
     again, and *digest* tells a repeated request from a conflicting one. *key* is None if nobody can come
-    back for the answer by an id of the client's. A *stored* answer is also found by the provider's id.
+    back for the answer by an id of the client's. A *stored* answer is also found by the provider's id. *keeper*
+    keeps the answer beyond its log, or has what the request continues; None if there is nothing of either.
     """
 
     route: Route
@@ -47,6 +49,7 @@ class Request:
     key: str | None = None
     digest: bytes = b""
     stored: bool = False
+    keeper: Keeper | None = None
     # What `Quota.take` has returned for it.
     undecided: asyncio.Future[None] | None = None
 
@@ -63,6 +66,12 @@ class Request:
         """Take the question back: the request needs no limit of its caller any more."""
         if self.undecided is not None:
             self.undecided.cancel()
+
+    def release(self) -> None:
+        """Forget the body and all that was kept of it: the request is over."""
+        self.provider_request.release()
+        if self.keeper is not None:
+            self.keeper.release()
 
     @property
     def caller(self) -> Caller:

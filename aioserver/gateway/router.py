@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from functools import partial
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -76,17 +75,21 @@ class Router(ProviderChoice):
         Raises:
             ProviderFault: no provider answered.
         """
-        draft = request.provider_request.draft
-        if draft is None:
+        if (keeper := request.keeper) is None:
             await self._ask(request, stream)
             return
-        await draft.begin()
-        # Called before the client has the last event, and may continue the response.
-        stream.attachment.on_complete = partial(draft.keep_streamed, stream)
+        await keeper.begin()
+        stream.attachment.keeper = keeper
         try:
             await self._ask(request, stream)
+            await stream.finished()
+        except asyncio.CancelledError:
+            stream.close_fast_path()
+            if not (stream.ended or stream.attachment.ending):
+                keeper.cut(stream)
+            raise
         finally:
-            stream.attachment.on_complete = None
+            stream.attachment.keeper = None
 
     async def call(self, request: Request, stream: Stream | None = None) -> Answer:
         """Return an answer that is not streamed; *stream* is the log that will keep it, if any.
@@ -94,15 +97,15 @@ class Router(ProviderChoice):
         Raises:
             ProviderFault: no provider answered.
         """
-        draft = request.provider_request.draft
-        if draft is not None:
-            await draft.begin()
+        keeper = request.keeper
+        if keeper is not None:
+            await keeper.begin()
         attempt = await self._ask(request, stream)
         answer = attempt.answer
         assert answer is not None, "a whole answer was asked for"
         answer.attempts = request.provider_request.record.attempts
-        if draft is not None:
-            draft.keep(answer.body, answer.provider)
+        if keeper is not None and (kept := keeper.keep(answer)) is not None:
+            await kept
         return answer
 
     async def pass_on(self, request: Request) -> Answer:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.openai import Reading
     from aioserver.streams.store import HeldBytes
-    from aioserver.streams.stream import Stream
 
 # The caller of a request that comes from no client.
 NO_CALLER = Caller()
@@ -44,7 +43,7 @@ class Hold(Protocol):
 
 
 class ResponseDraft(Protocol):
-    """What a request for a response of the Responses API continues, and keeps for its end: as attempts see it.
+    """What a request for a response of the Responses API continues, as attempts see it.
 
     *by_id* says that the provider was sent the id of a response which could be sent as a conversation instead.
     *previous_id* is the id of the response that the request continues.
@@ -52,9 +51,6 @@ class ResponseDraft(Protocol):
 
     by_id: bool
     previous_id: str | None
-
-    async def begin(self) -> None:
-        """Find the response that the request continues."""
 
     @property
     def slow(self) -> bool:
@@ -65,15 +61,6 @@ class ResponseDraft(Protocol):
 
     def bridge(self, body: bytes, provider: str = "") -> Generator[None, None, bytes]:
         """Return *body* for a *provider* that has no responses at all, without `previous_response_id`, in steps."""
-
-    def keep(self, response: bytes, provider: str) -> None:
-        """Keep the response object with which the answer has ended."""
-
-    def keep_streamed(self, stream: Stream) -> None:
-        """Keep the response whose events *stream* has, at their end."""
-
-    def release(self) -> None:
-        """Forget all of it; a second call does nothing."""
 
 
 class ProviderRequest:
@@ -154,8 +141,6 @@ class ProviderRequest:
         if self._hold is not None:
             self._hold.release()
             self._hold = None
-        if self.draft is not None:
-            self.draft.release()
 
     @property
     def waited_since(self) -> float:

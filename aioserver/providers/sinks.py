@@ -247,13 +247,9 @@ class ReadingSink(StreamSink):
 
 def complete(stream: Stream, data: bytes = b"", **metadata: object) -> None:
     """End the log of *stream* well: with *data* for the faces that pass on bytes, and this *metadata* for the others."""
-    # The kept part of the answer has the texts that the fast path has passed on, too.
-    stream.close_fast_path()
-    if (keep := stream.attachment.on_complete) is not None:
-        keep()
     details = stream.details
     metadata |= {"provider": details.provider, "model": details.model}
-    stream.end(entries.COMPLETE, {"metadata": metadata}, data=data)
+    stream.finish({"metadata": metadata}, data)
 
 
 def plausible(block: bytes) -> bool:

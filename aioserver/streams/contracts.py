@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from aioserver.protocol.openai import Shape
 
 
@@ -65,6 +67,13 @@ class Source(Protocol):
 
     def resume(self) -> None:
         """Read on."""
+
+
+class Keeper(Protocol):
+    """What keeps the answer of a log (gateway/keeper.py), as the log sees it."""
+
+    def keep(self, stream: Any) -> Awaitable[None] | None:
+        """Keep the answer in *stream*, which is complete but for its last event; None if that is done already."""
 
 
 class Store(Protocol):

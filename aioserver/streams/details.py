@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from aioserver.errors import AioserverError
+    from aioserver.streams.contracts import Keeper
 
 
 # Bytes of the Python objects of one stream: the log itself, its parts, the record of its request.
@@ -130,8 +131,9 @@ class Attachment:
     *abandoned* says that the log was cancelled because nobody read it. *cancel_reason* is the
     error with which a cancelled log ends; None if it ends with the event `cancelled`, as when a
     reader asked for that. *held* counts a body that is collected for the log. *request* is told when its
-    answer begins; None once it was. *on_complete* is called before the log gets its event `complete`, *on_settled* when
-    its producer has ended, and counts for no limit of its caller any more.
+    answer begins; None once it was. *keeper* keeps the answer before the log gets its event `complete`. *on_settled* is
+    called when its producer has ended, and counts for no limit of its caller any more. *ending* is the last event,
+    and what it waits for, of a log that is to end as soon as its answer is kept.
 
     Where there are other instances: *claimed* is done once it is known which of them fills the log; its
     result is the error, if the answer is refused. *mirrored*: another one does, and this log is its mirror.
@@ -146,10 +148,11 @@ class Attachment:
         "cancel_reason",
         "claimed",
         "digest",
+        "ending",
         "expected",
         "held",
+        "keeper",
         "mirrored",
-        "on_complete",
         "on_settled",
         "request",
         "timer",
@@ -162,7 +165,8 @@ class Attachment:
         self.abandoned = False
         self.cancel_reason: AioserverError | None = None
         self.held: Held | None = None
-        self.on_complete: Callable[[], None] | None = None
+        self.keeper: Keeper | None = None
+        self.ending: tuple[Awaitable[None], Mapping[str, Any], bytes] | None = None
         self.on_settled: Callable[[], None] | None = None
         self.request: AskedRequest | None = None
         self.claimed: asyncio.Future[AioserverError | None] | None = None

@@ -14,6 +14,8 @@ A log is bounded. Beyond `max_stream_bytes` its oldest entries are discarded, th
 newest; a reader that has not seen them yet is dropped, and skips no event silently. Where no
 client can come back (`window` 0), an entry is discarded once every reader has passed it, and the
 provider is read no faster than the client reads (flow.py).
+
+This file is one concept: each method holds the same invariant, that of the entries and of what is counted.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from aioserver.streams.details import STREAM_OVERHEAD, AnswerDetails, Attachment
 from aioserver.streams.ending import run_all
 from aioserver.streams.entries import (
     CHUNK,
+    COMPLETE,
     ERROR,
     NO_TEXT,
     PROCESSING,
@@ -305,6 +308,26 @@ class Stream:
             return
         self.recount()
         self.append(PROCESSING, [processing(provider, model, self.details.conversation_id)])
+
+    def finish(self, chunk: Mapping[str, Any], data: bytes = b"") -> None:
+        """End the log well, once its keeper has kept the answer: now, or in `finished`, if that takes a while."""
+        # The kept part of the answer has the texts that the fast path has passed on, too.
+        self.close_fast_path()
+        keeper = self.attachment.keeper
+        kept = None if keeper is None else keeper.keep(self)
+        if kept is None:
+            self.end(COMPLETE, chunk, data=data)
+        else:
+            self.attachment.ending = kept, chunk, data
+            self.notify()
+
+    async def finished(self) -> None:
+        """Wait until the answer is kept, if the log is to end then, and end it. Cancelling leaves it without an end."""
+        if (ending := self.attachment.ending) is not None:
+            kept, chunk, data = ending
+            await kept
+            self.end(COMPLETE, chunk, data=data)
+            self.attachment.ending = None
 
     def end(self, status: bytes, chunk: Mapping[str, Any], *, data: bytes = b"") -> None:
         """Append the last event, and notify the readers and the store."""

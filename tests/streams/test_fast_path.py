@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
     from aioserver.providers.connections import PooledConnection
+    from aioserver.streams.stream import Stream
     from tests.support.server import RunningServer
 
 
@@ -732,8 +733,13 @@ async def test_the_end_in_the_same_turn_comes_behind_what_was_taken(face: str) -
 
 async def test_what_is_kept_at_the_end_has_what_was_taken_behind_a_finish_reason() -> None:
     kept: list[str] = []
+
+    class TextKeeper:
+        def keep(self, _stream: Stream) -> None:
+            kept.append(road.reading.text)
+
     async with Road("sse") as road:
-        road.stream.attachment.on_complete = lambda: kept.append(road.reading.text)
+        road.stream.attachment.keeper = TextKeeper()
         await road.say(EVENT_STREAM, word(0), word(1), chunk(END))
         with taking() as taken:
             await road.say(word(2), word(3), LAST_CHUNK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import random
@@ -31,9 +32,10 @@ from aioserver.streams.lifetime import Lifetime
 from aioserver.streams.store import StreamStore
 from aioserver.streams.stream import Stream
 from aioserver.wings.responses.events import ResponseEvents
+from tests.support.waiting import ticks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Sequence
 
 
 MUCH = 1 << 30
@@ -1015,3 +1017,40 @@ async def test_an_end_is_told_to_all_whatever_one_reader_raises() -> None:
     assert told == [0, 1, 0, 1]
     assert finished == [stream]
     assert (streams.stats().running, streams.stats().finished) == (0, 1)
+
+
+class Bank:
+    """A keeper that takes as long as a test says."""
+
+    def __init__(self) -> None:
+        self.kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def keep(self, _stream: Stream) -> Awaitable[None]:
+        return self.kept
+
+
+async def test_log_whose_answer_is_being_kept_ends_when_that_is_done() -> None:
+    stream, bank = streams_of().open("r", "a", window=60.0), Bank()
+    stream.attachment.keeper = bank
+    stream.append(CHUNK, [chunk("one")], more=True)
+    reader = Slow(stream)
+    stream.finish({})
+    before = reader.pokes
+    ending = asyncio.create_task(stream.finished())
+    await ticks(3)
+    assert (before, stream.ended, stream.last) == (1, False, 1)
+
+    bank.kept.set_result(None)
+    await ending
+
+    assert (stream.ended, stream.end_status, stream.last) == (True, COMPLETE, 2)
+    assert reader.pokes == 2
+
+
+async def test_log_whose_answer_was_kept_at_once_has_ended_before_anybody_waits() -> None:
+    stream = streams_of().open("r", "a", window=60.0)
+
+    stream.finish({})
+    await stream.finished()
+
+    assert (stream.ended, stream.last) == (True, 1)

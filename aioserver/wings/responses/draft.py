@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ServerAtCapacity
+from aioserver.providers.request import Answer
 from aioserver.wings.responses.events import ResponseEvents
 from aioserver.wings.responses.items import CONTINUABLE, continued, input_items, response_parts
 from aioserver.wings.responses.stored import not_found
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Draft:
-    """The response to come of one request, and the response that it continues.
+    """The response to come of one request, and the response that it continues; the `Keeper` of both.
 
     *store* is the request's; None if it says nothing. *previous_id* is its `previous_response_id`, and *previous* that
     response, if it is held here. *named* says that the response will be found by its id, and *on_kept* is called
@@ -155,13 +156,19 @@ class Draft:
             return
         self._input = items
 
-    def keep_streamed(self, stream: Stream) -> None:
-        """Keep the response whose events *stream* has, at their end; see `keep`."""
-        events = stream.details.error_format
+    def keep(self, answer: Stream | Answer) -> None:
+        """Keep the response that *answer* is, or whose events it has; see `keep_response`."""
+        if isinstance(answer, Answer):
+            self.keep_response(answer.body, answer.provider)
+            return
+        events = answer.details.error_format
         if self._input is not None and isinstance(events, ResponseEvents):
-            self.keep(events.newest() or b"", stream.details.provider)
+            self.keep_response(events.newest() or b"", answer.details.provider)
 
-    def keep(self, response: bytes, provider: str) -> None:
+    def cut(self, _stream: Stream) -> None:
+        """Do nothing: a response that was cancelled cannot be continued."""
+
+    def keep_response(self, response: bytes, provider: str) -> None:
         """Keep *response*, the JSON of the response object that *provider* has ended with.
 
         It is kept if its input was taken, it can be continued, and there is room.

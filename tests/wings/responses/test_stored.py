@@ -61,7 +61,7 @@ class Conversations:
         """Ask *text*, and get the answer `a`."""
         draft = self.draft(previous, **options)
         at_once(draft.body_for(json.dumps({"input": text}).encode(), "demo", keeps=True))
-        draft.keep(answer(response_id, "a"), "demo")
+        draft.keep_response(answer(response_id, "a"), "demo")
         draft.release()
 
 
@@ -209,7 +209,7 @@ def test_a_connection_holds_a_response_that_has_no_name(conversations: Conversat
     draft = conversations.draft(store=False)
     draft.on_kept = keep
     at_once(draft.take_input(b'{"input":"q"}'))
-    draft.keep(answer("r1", "a"), "demo")
+    draft.keep_response(answer("r1", "a"), "demo")
     draft.release()
 
     assert conversations.stored.get(CALLER, "r1") is None
@@ -241,7 +241,7 @@ def test_what_is_no_response_that_can_go_on_is_not_kept(
     draft = conversations.draft()
     at_once(draft.take_input(b'{"input":"q"}'))
 
-    draft.keep(response, "demo")
+    draft.keep_response(response, "demo")
     draft.release()
 
     assert conversations.bytes == 0
@@ -255,7 +255,7 @@ def test_a_response_that_its_provider_keeps_is_known_there_only(
     conversations.ask("r1")
     bridging = conversations.draft(store=None)
     at_once(bridging.bridge(b'{"input":"q"}'))
-    bridging.keep(answer("r2", "a"), "demo")
+    bridging.keep_response(answer("r2", "a"), "demo")
     bridging.release()
 
     def sent(previous: str, provider: str, *, keeps: bool) -> str:
@@ -282,7 +282,7 @@ def test_store_false_is_never_named(conversations: Conversations) -> None:
     draft = conversations.draft(store=False)
 
     at_once(draft.bridge(b'{"input":"q"}'))
-    draft.keep(answer("r1", "a"), "demo")
+    draft.keep_response(answer("r1", "a"), "demo")
     draft.release()
 
     assert len(conversations.stored) == 0
@@ -312,7 +312,7 @@ def test_reasoning_that_a_provider_would_not_take_back_is_left_out(
     ]
     draft = conversations.draft()
     at_once(draft.take_input(b'{"input":[{"type":"reasoning","id":"own"}]}'))
-    draft.keep(answer("r1", "", output=output), "demo")
+    draft.keep_response(answer("r1", "", output=output), "demo")
     draft.release()
     stored = conversations.stored.find(CALLER, "r1")
 

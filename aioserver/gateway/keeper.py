@@ -1,0 +1,42 @@
+"""The contract of what a request continues, and of what is kept of its answer.
+
+    begin     before any provider is asked
+    keep      before the client knows that the answer is complete
+    cut       instead, when the answer was cancelled
+    release   whatever happened
+
+A chat keeps its turn of the conversation (prompts.py), a response itself (wing `responses`). Most requests have no keeper.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from aioserver.providers.request import Answer
+    from aioserver.streams.stream import Stream
+
+
+class Keeper(Protocol):
+    """What one request continues, and keeps; it is given to `Request` once.
+
+    Always: `keep` and `cut` are called once at most, and only one of them; nothing is called after `release`.
+    """
+
+    async def begin(self) -> None:
+        """Find what the request continues. Cancelling is safe."""
+
+    def keep(self, answer: Stream | Answer) -> Awaitable[None] | None:
+        """Keep *answer*, which is complete: a log with all but its last event, or an answer that was not streamed.
+
+        Return None if that is done. Otherwise the answer ends only when the awaitable is done, which must not raise,
+        and has a bound of its own; the provider's place is free meanwhile.
+        """
+
+    def cut(self, stream: Stream) -> None:
+        """Keep what *stream* has of an answer that was cancelled."""
+
+    def release(self) -> None:
+        """Forget all of it; a second call does nothing."""
