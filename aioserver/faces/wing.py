@@ -7,7 +7,7 @@ wings in the order of `server/wings.py`, which is the one file that names them, 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import asyncio
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from aioserver.config.settings import Settings
     from aioserver.faces.context import Context
+    from aioserver.monitoring.section import Section
     from aioserver.providers.registry import Simulated
     from aioserver.telemetry.metrics import Metrics
     from aioserver.telemetry.tracer import Tracer
@@ -68,6 +69,10 @@ class Wing:
         Raises:
             ConfigurationError: the wing cannot serve with these settings.
         """
+
+    def sections(self) -> Sequence[Section[Any]]:
+        """Return its parts of `/stats`, of `/metrics`, of incidents and of the verdict; asked once, when all wings are open."""
+        return ()
 
     async def serve(self, context: Context) -> Routes:  # noqa: ARG002
         """Return the routes of its faces; what they use is in *context*."""

@@ -244,7 +244,10 @@ async def open_server(
             lag=lag,
             ready=lambda: lifecycle.ready and router.usable,
             listening=listening,
-            sections=[HistorySection(history)],
+            sections=[
+                HistorySection(history),
+                *(section for wing in plugged for section in wing.sections()),
+            ],
         )
         monitor = Monitor(sources)
         stack.callback(monitor.close)
