@@ -47,20 +47,10 @@ OWED = {
     ("streams.fast_path", "wings.responses.events"),
     ("streams.formats", "wings.responses.frames"),
     ("telemetry.request_log", "wings.anthropic.wire"),
-    ("wings.cluster.claims", "wings.conversations.turns"),
-    ("wings.cluster.claims", "wings.responses.chains"),
     ("wings.cluster.handover", "wings.responses.events"),
-    ("wings.cluster.instances", "wings.conversations.histories"),
-    ("wings.cluster.instances", "wings.conversations.memory"),
-    ("wings.cluster.instances", "wings.responses.responses"),
     ("wings.cluster.mirrors", "wings.responses.events"),
     ("wings.cluster.peers", "wings.responses.events"),
     ("wings.cluster.pipe", "wings.responses.events"),
-    ("wings.cluster.wing", "wings.conversations.memory"),
-    ("wings.conversations.histories", "wings.cluster.claims"),
-    ("wings.conversations.turns", "wings.cluster.bus"),
-    ("wings.responses.chains", "wings.conversations.turns"),
-    ("wings.responses.responses", "wings.cluster.claims"),
 }
 # Folders of tests that are no package's: of pages, of deploy/ and docs/, of the whole server, and for all tests.
 OTHER_TESTS = {

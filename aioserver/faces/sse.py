@@ -21,7 +21,7 @@ from aioserver.faces import http
 from aioserver.faces.admission import counted
 from aioserver.faces.intake import client_headers, read_body
 from aioserver.faces.streaming import follow
-from aioserver.gateway.elsewhere import Start
+from aioserver.gateway.instances import Start
 from aioserver.limits.steps import in_turns
 from aioserver.protocol import client_frames, eventstream, frames
 from aioserver.streams.formats import EVENTS, RETRY
@@ -130,8 +130,8 @@ async def start(context: Context, request: web.Request, question: Question) -> w
     else:
         chat = question.take_chat()
         stream = gateway.ask(question.caller, chat, face="sse", hold=question.hold)
-        if gateway.elsewhere is not None:
-            await gateway.elsewhere.claimed(stream)
+        if gateway.instances is not None:
+            await gateway.instances.claimed(stream)
             if stream.attachment.mirrored and stream.first > question.after + 1:
                 # Requests with one id have waited for its claim together, and others began to read the mirror already.
                 start = Start(question.after, digest=chat.digest())

@@ -17,7 +17,7 @@ from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerShutdown
 from aioserver.faces.intake import end_visit
 from aioserver.faces.socket import Socket
 from aioserver.faces.upgrade import serve
-from aioserver.gateway.elsewhere import Start
+from aioserver.gateway.instances import Start
 from aioserver.limits.steps import in_turns
 from aioserver.protocol import client_frames, frames
 from aioserver.protocol.client_frames import BadCommand, Cancel, Chat, Ping, Resume
@@ -127,10 +127,10 @@ class ChatSocket(Socket):
         try:
             stream = gateway.find(self.caller, request_id, after=after)
         except StreamNotFound:
-            if gateway.elsewhere is None:
+            if gateway.instances is None:
                 raise
             self._check_room(request_id)
-            stream = gateway.elsewhere.mirror(self.caller, request_id, Start(after))
+            stream = gateway.instances.mirror(self.caller, request_id, Start(after))
         self._follow(stream, after)
 
     def _cancel(self, request_id: str) -> None:
@@ -138,11 +138,11 @@ class ChatSocket(Socket):
         try:
             stream = gateway.cancel(self.caller, request_id)
         except StreamNotFound:
-            if gateway.elsewhere is None:
+            if gateway.instances is None:
                 raise
             self._check_room(request_id)
             start = Start(None, cancel=True)
-            stream = gateway.elsewhere.mirror(self.caller, request_id, start)
+            stream = gateway.instances.mirror(self.caller, request_id, start)
             if request_id in self._following:
                 # Its end comes by the mirror that is followed already.
                 stream.attachment.expected = False

@@ -21,7 +21,7 @@ from aioserver.errors import (
     StreamNotFound,
 )
 from aioserver.gateway.calls import Calls, shutdown_error
-from aioserver.gateway.elsewhere import FROM_START, NOT_FOUND, Elsewhere, describe
+from aioserver.gateway.instances import FROM_START, NOT_FOUND, describe
 from aioserver.gateway.producers import Producers
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.request import Request
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
-    from aioserver.gateway.elsewhere import Instances, Start
+    from aioserver.gateway.instances import Instances, Start
     from aioserver.gateway.router import Router
     from aioserver.protocol.client_frames import Chat
     from aioserver.providers.request import Answer, Hold
@@ -65,19 +65,15 @@ class Gateway:
         self.history = history
         self._prompts = Prompts(history, service, bounds)
         self._request_log = request_log
-        self._producers = Producers(request_log)
+        # The streams of other instances; None where this one is alone.
+        self.instances = instances
+        self.producers = Producers(request_log, None if instances is None else instances.ended)
         # Answers without a log.
         self._calls = Calls(router, request_log)
         self._stopping = False
         # The responses that requests may continue.
         self.responses = StoredResponses(streams, bounds.store_window)
-        self.lifetime = Lifetime(streams, bounds, self._producers.cancel, router.waiting)
-        # The streams of other instances; None where this one is alone.
-        self.elsewhere = (
-            None
-            if instances is None
-            else Elsewhere(instances, streams, self._producers, self.lifetime)
-        )
+        self.lifetime = Lifetime(streams, bounds, self.producers.cancel, router.waiting)
         self.apply(service, bounds)
 
     def apply(self, service: settings.Service, bounds: settings.Streams) -> None:
@@ -93,7 +89,7 @@ class Gateway:
     @property
     def running(self) -> int:
         """The number of answers that have not ended, streamed or not."""
-        return len(self._producers) + self._calls.running
+        return len(self.producers) + self._calls.running
 
     def ask(
         self,
@@ -200,9 +196,9 @@ class Gateway:
             after = start.after if start.sequence is None else None
             return self.find(caller, request_id, start.digest, after)
         except StreamNotFound:
-            if self.elsewhere is None:
+            if self.instances is None:
                 raise
-        return await self.elsewhere.reach(caller, request_id, start)
+        return await self.instances.reach(caller, request_id, start)
 
     async def cancel_anywhere(self, caller: Caller, request_id: str) -> None:
         """Cancel a stream for all its readers, as `cancel`, wherever it is.
@@ -213,14 +209,14 @@ class Gateway:
         try:
             self.cancel(caller, request_id)
         except StreamNotFound:
-            if self.elsewhere is None:
+            if self.instances is None:
                 raise
-            await self.elsewhere.cancel(caller, request_id)
+            await self.instances.cancel(caller, request_id)
 
     async def listing(self, caller: Caller) -> list[dict[str, Any]]:
         """Return what `describe` says of the caller's own streams that are kept, wherever they are."""
         own = [describe(stream) for stream in self.streams_of(caller)]
-        return own if self.elsewhere is None else [*own, *await self.elsewhere.listing(caller)]
+        return own if self.instances is None else [*own, *await self.instances.listing(caller)]
 
     def streams_of(self, caller: Caller) -> Iterator[Stream]:
         """Return the caller's own streams that are kept."""
@@ -246,7 +242,7 @@ class Gateway:
 
     async def revoke(self, callers: Collection[str]) -> None:
         """End every answer of *callers* with `invalid_api_key`, since their keys are no longer valid."""
-        await self._producers.end(lambda: InvalidApiKey(REVOKED), callers)
+        await self.producers.end(lambda: InvalidApiKey(REVOKED), callers)
 
     def drain(self) -> None:
         """Refuse new requests and those that wait for a provider, and end streams without a reader."""
@@ -259,7 +255,7 @@ class Gateway:
         """End every answer with `ServerShutdown`, and wait for their producers."""
         self._stopping = True
         self._calls.close()
-        await self._producers.end(shutdown_error)
+        await self.producers.end(shutdown_error)
         self.lifetime.close()
         self.responses.close()
 
@@ -350,9 +346,9 @@ class Gateway:
         if request.undecided is not None:
             producer, release = _once_decided(request, producer)
         # An answer that nobody can name is asked of no other instance.
-        if self.elsewhere is not None and request.key is not None:
-            producer, release = self.elsewhere.claiming(stream, request, producer, release)
-        self._producers.start(stream, producer, release)
+        if self.instances is not None and request.key is not None:
+            producer, release = self.instances.claiming(stream, request, producer, release)
+        self.producers.start(stream, producer, release)
 
     async def _produce_whole(self, request: Request, stream: Stream) -> None:
         """Produce an answer that is not streamed, and keep it in *stream*."""

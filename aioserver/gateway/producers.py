@@ -30,15 +30,18 @@ class Producers:
     """The tasks that fill logs.
 
     Always: a stream that was started has one producer task, or the last event in its log.
+
+    *on_end* is called with each stream whose producer has ended.
     """
 
-    def __init__(self, request_log: RequestLog) -> None:
+    def __init__(
+        self, request_log: RequestLog, on_end: Callable[[Stream], None] | None = None
+    ) -> None:
         self._request_log = request_log
         self._loop = asyncio.get_running_loop()
         self._streams: dict[asyncio.Task[None], Stream] = {}
         self._tasks: dict[Stream, asyncio.Task[None]] = {}
-        # Called with each stream whose producer has ended; None if nobody has to know.
-        self.on_end: Callable[[Stream], None] | None = None
+        self._on_end = on_end
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -98,7 +101,7 @@ class Producers:
             stream.attachment.held and stream.attachment.held.release,
             partial(self._end, stream, task, fault),
             None if mirrored else partial(self._finish_record, stream),
-            self.on_end and partial(self.on_end, stream),
+            self._on_end and partial(self._on_end, stream),
             stream.attachment.on_settled,
         ):
             try:

@@ -29,9 +29,10 @@ from aioserver.faces.context import Context, CurrentSettings, Lifecycle
 from aioserver.faces.http import Request
 from aioserver.faces.wing import Core, Routes
 from aioserver.gateway.calls import shutdown_error
-from aioserver.gateway.elsewhere import Instances
 from aioserver.gateway.gateway import Gateway
+from aioserver.gateway.instances import Instances
 from aioserver.gateway.router import Router
+from aioserver.gateway.sharing import Sharing
 from aioserver.limits.gate import Gate
 from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring import prometheus
@@ -48,8 +49,10 @@ from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.request_log import RequestLog
 from aioserver.wings.conversations import face as conversation_routes
 from aioserver.wings.conversations.memory import Conversations
+from aioserver.wings.conversations.redis import RedisHistories
 from aioserver.wings.conversations.section import HistorySection
 from aioserver.wings.conversations.wing import open_history, prepare_file
+from aioserver.wings.responses.redis import SharedResponses
 
 if TYPE_CHECKING:
     import socket
@@ -58,12 +61,11 @@ if TYPE_CHECKING:
     from aiohttp.typedefs import Handler, Middleware
 
     from aioserver.config import Configuration
-    from aioserver.config.settings import ClientKey, Concurrency, HttpClient, Settings
+    from aioserver.config.settings import Concurrency, Settings
     from aioserver.faces.wing import Wing
-    from aioserver.limits.quota import Quota
-    from aioserver.providers.health import Health
+    from aioserver.gateway.commands import Commands
     from aioserver.providers.provider import Provider
-    from aioserver.wings.conversations.history import History, Storage
+    from aioserver.wings.conversations.history import History
     from aioserver.workers.slot import Slot
 
 logger = logging.getLogger("aioserver.app")
@@ -109,11 +111,7 @@ class Server:
 
 
 class OtherInstances(Instances, Protocol):
-    """The streams and conversations of other instances, as the server opens and closes them."""
-
-    @property
-    def histories(self) -> Storage:
-        """The conversations of all instances."""
+    """The streams of other instances, as the server opens and closes them."""
 
     def serve(self, gateway: Gateway) -> None:
         """Let other instances read the streams of *gateway*."""
@@ -122,8 +120,10 @@ class OtherInstances(Instances, Protocol):
         """Give others what has ended here, and leave them; the gateway was closed before."""
 
 
-class Cluster(Protocol):
+class Cluster(Sharing, Protocol):
     """What several instances share: see `wings.cluster.wing.Membership`."""
+
+    commands: Commands
 
     @property
     def token(self) -> int:
@@ -132,15 +132,7 @@ class Cluster(Protocol):
     def ended(self, token: int) -> None:
         """Note that the process of another instance has ended for certain."""
 
-    def make_gate(
-        self, name: str, limits: HttpClient, health: Health, clock: Callable[[], float]
-    ) -> ProviderGate:
-        """Return the gate of a provider."""
-
-    def make_quota(self, key: ClientKey, elsewhere: Callable[[int], int] | None) -> Quota:
-        """Return the quota of a key."""
-
-    def streams(self, store: StreamStore, conversations: Conversations) -> OtherInstances:
+    def streams(self, store: StreamStore) -> OtherInstances:
         """Return what knows the streams of other instances."""
 
     def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
@@ -218,12 +210,16 @@ async def open_server(
         conversations = Conversations(service.context, service.repository.persistence)
         lag = LoopLag(loop, metrics.loop_lag)
         stack.callback(lag.close)
-        instances = None if cluster is None else cluster.streams(streams, conversations)
-        if instances is not None:
+        instances = None if cluster is None else cluster.streams(streams)
+        shared = storage = None
+        if cluster is not None and instances is not None:
             stack.push_async_callback(instances.close)
+            shared = RedisHistories(cluster.commands, conversations)
+            storage = SharedResponses(cluster.commands)
+            stack.push_async_callback(shared.close)
+            stack.push_async_callback(storage.close)
         tracer = next((wing.tracer for wing in plugged if wing.tracer is not None), None)
         request_log = RequestLog(metrics, lag, tracer)
-        shared = None if instances is None else instances.histories
         history = await open_history(
             stack, service.repository, conversations, shared, metrics.history_turns
         )
@@ -231,6 +227,7 @@ async def open_server(
         stack.push_async_callback(gateway.close)
         if instances is not None:
             instances.serve(gateway)
+        gateway.responses.storage = storage
         wheel = TimerWheel(loop, min(1.0, chat.websocket.ping_interval / WHEEL_GRAIN))
         stack.callback(wheel.close)
         sources = Sources(

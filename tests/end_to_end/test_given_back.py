@@ -109,11 +109,11 @@ WITHIN = {
 SHARED = {
     Function("wings.cluster.shared_gate", "SharedGate.try_enter"),
     Function("wings.cluster.shared_quota", "SharedQuota.take"),
-    Function("gateway.elsewhere", "Elsewhere.mirror"),
+    Function("wings.cluster.remote_streams", "RemoteStreams.mirror"),
 }
 # These count something else: bytes on their way to a file, connections for the balance, spans.
 OTHERS = {
-    Function("wings.responses.responses", "SharedResponses._encoded"),
+    Function("wings.responses.redis", "SharedResponses._encoded"),
     Function("workers.balance", "Balance.made"),
     Function("wings.tracing.tracer", "Tracer.visit"),
 }

@@ -350,11 +350,11 @@ Shares.check = lambda self: None
 """,
     "whose an id is": """
 from aioserver.wings.cluster.claims import OURS
-from tests.simulation.shared_server import SimulatedClaims
-take = SimulatedClaims.take
+from tests.simulation.shared_server import SimulatedStore
+take = SimulatedStore.take
 async def ours(self, *args, **kwargs):
     return (await take(self, *args, **kwargs))._replace(state=OURS)
-SimulatedClaims.take = ours
+SimulatedStore.take = ours
 """,
     "an event of a mirror": """
 from aioserver.wings.cluster.mirrors import Mirror
@@ -383,7 +383,7 @@ from aioserver.wings.responses import stored as stored_responses
 stored_responses._note_written = lambda response, kept: response.release()
 """,
     "a response that others find": """
-from aioserver.wings.responses.responses import SharedResponses
+from aioserver.wings.responses.redis import SharedResponses
 keep, count = SharedResponses.keep, [0]
 def lossy(self, *args, whole, done):
     count[0] += 1

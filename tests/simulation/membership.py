@@ -7,16 +7,16 @@ from collections import defaultdict
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from aioserver.gateway.commands import Commands
 from aioserver.wings.cluster.grants import State
-from aioserver.wings.cluster.instances import ClusterStreams
 from aioserver.wings.cluster.leases import Shares
 from aioserver.wings.cluster.limits import SharedLimits
 from aioserver.wings.cluster.renewer import Settler
 from aioserver.wings.cluster.wing import LEAVE_TIMEOUT, Membership
 from tests.simulation.shared_server import (
     SimulatedBus,
-    SimulatedClaims,
     SimulatedConnection,
+    SimulatedStore,
     SimulatedSubscription,
 )
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from aioserver.streams.store import StreamStore
-    from aioserver.wings.conversations.memory import Conversations
+    from aioserver.wings.cluster.remote_streams import RemoteStreams
     from tests.simulation.shared_server import SharedServer
 
 
@@ -60,7 +60,8 @@ class Member(Membership):
         self.shares.on_members = self.limits.instances_changed
         self.settler = _Settler(self.shares, server, number)
         self.bus = SimulatedBus(server, number, self.instance)  # type: ignore[assignment]
-        self.known: ClusterStreams | None = None
+        self.commands = Commands(SimulatedStore(server, number, self.instance), "")
+        self.known: RemoteStreams | None = None
         self.address = "simulation"
         self._incidents = None
         self._joined = asyncio.Event()
@@ -69,11 +70,9 @@ class Member(Membership):
         self._streams = None
         server.join(number, self.shares)
 
-    def streams(self, store: StreamStore, conversations: Conversations) -> ClusterStreams:
+    def streams(self, store: StreamStore) -> RemoteStreams:
         """Return what knows the streams of other instances."""
-        claims = SimulatedClaims(self.server, self.number, self.instance)
-        self.known = ClusterStreams(self.bus, claims, store, conversations)
-        self._streams = self.known
+        self.known = super().streams(store)
         return self.known
 
     async def close(self) -> None:

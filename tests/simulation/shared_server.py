@@ -18,7 +18,7 @@ from aioserver.wings.cluster.connection import CallFailed
 from aioserver.wings.cluster.lease_messages import SECOND
 from aioserver.wings.cluster.peer_messages import decode
 from tests.simulation.clock import Clock
-from tests.support.memory_bus import MemoryBus, MemoryClaims, World
+from tests.support.memory_bus import MemoryBus, MemoryStore, World
 from tests.support.settle_model import Model, Stale
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from aioserver.wings.cluster.claims import Renewal, Verdict
     from aioserver.wings.cluster.leases import Shares
-    from aioserver.wings.conversations.turns import Listed
+    from aioserver.wings.conversations.redis import Listed
     from tests.simulation.loop import SimulatedLoop
     from tests.simulation.plan import Shared
 
@@ -309,7 +309,7 @@ class SimulatedBus(MemoryBus):
         answer.add_done_callback(published)
 
 
-class SimulatedClaims(MemoryClaims):
+class SimulatedStore(MemoryStore):
     """The claims of instance *number*, named *me*."""
 
     def __init__(self, server: SharedServer, number: int, me: str) -> None:
@@ -319,24 +319,24 @@ class SimulatedClaims(MemoryClaims):
 
     async def take(self, name: str, digest: bytes, seconds: float, lost: str = "") -> Verdict:
         return await self._ask(
-            lambda: super(SimulatedClaims, self).take(name, digest, seconds, lost), name
+            lambda: super(SimulatedStore, self).take(name, digest, seconds, lost), name
         )
 
     async def find(self, name: str) -> Verdict:
-        return await self._ask(lambda: super(SimulatedClaims, self).find(name))
+        return await self._ask(lambda: super(SimulatedStore, self).find(name))
 
     async def renew(self, claims: Sequence[Renewal]) -> None:
         names = [claim.name for claim in claims]
-        await self._ask(lambda: super(SimulatedClaims, self).renew(claims), *names)
+        await self._ask(lambda: super(SimulatedStore, self).renew(claims), *names)
 
     async def members(self) -> list[str]:
         return await self._ask(super().members)
 
     async def put_log(self, name: str, log: bytes, seconds: float) -> None:
-        await self._ask(lambda: super(SimulatedClaims, self).put_log(name, log, seconds), name)
+        await self._ask(lambda: super(SimulatedStore, self).put_log(name, log, seconds), name)
 
     async def get_log(self, name: str) -> bytes | None:
-        return await self._ask(lambda: super(SimulatedClaims, self).get_log(name), name)
+        return await self._ask(lambda: super(SimulatedStore, self).get_log(name), name)
 
     async def keep_turn(
         self,
@@ -345,10 +345,10 @@ class SimulatedClaims(MemoryClaims):
         bounds: tuple[int, int, float],
         listed: Listed | None = None,
     ) -> None:
-        await self._ask(lambda: super(SimulatedClaims, self).keep_turn(name, turn, bounds, listed))
+        await self._ask(lambda: super(SimulatedStore, self).keep_turn(name, turn, bounds, listed))
 
     async def turns(self, name: str) -> tuple[list[bytes], bool]:
-        return await self._ask(lambda: super(SimulatedClaims, self).turns(name))
+        return await self._ask(lambda: super(SimulatedStore, self).turns(name))
 
     async def put_response(
         self, name: str, data: bytes, previous: str, seconds: float, most: int
@@ -357,13 +357,13 @@ class SimulatedClaims(MemoryClaims):
         return await self._ask(lambda: put(name, data, previous, seconds, most))
 
     async def has_response(self, name: str) -> bool:
-        return await self._ask(lambda: super(SimulatedClaims, self).has_response(name))
+        return await self._ask(lambda: super(SimulatedStore, self).has_response(name))
 
     async def response_chain(self, name: str, most: int) -> list[bytes]:
-        return await self._ask(lambda: super(SimulatedClaims, self).response_chain(name, most))
+        return await self._ask(lambda: super(SimulatedStore, self).response_chain(name, most))
 
     async def delete_response(self, name: str) -> bool:
-        return await self._ask(lambda: super(SimulatedClaims, self).delete_response(name))
+        return await self._ask(lambda: super(SimulatedStore, self).delete_response(name))
 
     async def _ask(self, make: Callable[[], Coroutine[Any, Any, T]], *names: str) -> T:
         def do() -> T:

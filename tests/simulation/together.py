@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from aioserver.wings.cluster.claims import name_of
+from aioserver.gateway.commands import name_of
 from aioserver.wings.cluster.grants import State
 from aioserver.wings.cluster.lease_messages import SECOND
 from aioserver.wings.cluster.rates import SharedRate

@@ -10,14 +10,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from aioserver.auth.keys import quota_of
+from aioserver.gateway.commands import Commands
 from aioserver.providers.queueing import ProviderGate
+from aioserver.wings.cluster import claims
 from aioserver.wings.cluster.bus import Outbox
-from aioserver.wings.cluster.claims import CONFLICT, KEPT, NONE, OURS, THEIRS, Verdict
+from aioserver.wings.cluster.claims import CONFLICT, KEPT, NONE, OURS, THEIRS, Renewal, Verdict
 from aioserver.wings.cluster.connection import CallFailed
-from aioserver.wings.cluster.instances import ClusterStreams
 from aioserver.wings.cluster.peer_messages import decode
+from aioserver.wings.cluster.remote_streams import RemoteStreams
+from aioserver.wings.conversations import redis as turns
+from aioserver.wings.conversations.redis import Listed
 from aioserver.wings.conversations.turn import Position
-from aioserver.wings.responses import chains
+from aioserver.wings.responses import redis as chains
 from tests.support.server import QUICK, RunningServer, running
 
 if TYPE_CHECKING:
@@ -27,13 +31,14 @@ if TYPE_CHECKING:
     from aioserver.config.settings import ClientKey
     from aioserver.limits.quota import Quota
     from aioserver.streams.store import StreamStore
-    from aioserver.wings.cluster.claims import Renewal
+    from aioserver.wings.cluster.bus import RedisBus
     from aioserver.wings.cluster.peer_messages import Message
-    from aioserver.wings.conversations.memory import Conversations
-    from aioserver.wings.conversations.turns import Listed
     from aioserver.wings.simulator.exchange import Behaviour
 
     MakeQuota = Callable[[ClientKey, Callable[[int], int] | None], Quota]
+
+# The keys of instances over a real server begin with it.
+PREFIX = "aio:{test}:"
 
 
 @dataclass
@@ -119,12 +124,82 @@ class MemoryBus:
                 bus.on_message(publication.sender, message)
 
 
-class MemoryClaims:
-    """The claims of one instance: see `ClaimStore`."""
+class MemoryStore:
+    """What the instances share at a server, as one of them reaches it: a connection, see `Commands`.
+
+    Keys have no prefix. Each script that the wings send is a method of its own.
+    """
 
     def __init__(self, world: World, me: str) -> None:
         self._world = world
         self._me = me
+
+    async def execute(self, *command: Any) -> Any:
+        match command:
+            case ("EVAL", script, count, *rest):
+                names = [_name(key) for key in rest[:count]]
+                return await self._evaluate(script, names, rest[count:])
+            case ("ZRANGE", "m", *_):
+                return [name.encode() for name in await self.members()]
+            case ("GET", key) if key.startswith("log:"):
+                return await self.get_log(_name(key))
+            case ("GET", key):
+                return b"1" if (await self.turns(_name(key)))[1] else None
+            case ("LRANGE", key, *_):
+                return (await self.turns(_name(key)))[0]
+            case ("ZREVRANGEBYSCORE", key, most, _, _, _, _, limit):
+                listed = await self.conversations(_name(key))
+                some = [each for each in listed if each.updated <= float(most)][:limit]
+                return [part for at, name in some for part in (name.encode(), b"%r" % at)]
+            case ("SET", key, now, "PX", milliseconds):
+                return await self.note_deletion(_name(key), float(now), milliseconds / 1000)
+            case ("EXISTS", key):
+                return await self.has_response(_name(key))
+        raise AssertionError(command)
+
+    async def _evaluate(self, script: str, names: list[str], values: list[Any]) -> Any:
+        match script:
+            case claims.TAKE:
+                _me, digest, milliseconds, lost = values
+                digest, seconds = bytes.fromhex(digest), milliseconds / 1000
+                verdict = await self.take(names[0], digest, seconds, lost)
+                return verdict.state, verdict.owner.encode()
+            case claims.FIND:
+                verdict = await self.find(names[0])
+                return verdict.state, verdict.owner.encode(), verdict.digest.hex().encode()
+            case claims.RENEW:
+                renewals = [
+                    Renewal(name, bytes.fromhex(digest), milliseconds / 1000, done == "1")
+                    for name, digest, milliseconds, done in zip(
+                        names, values[1::3], values[2::3], values[3::3], strict=True
+                    )
+                ]
+                return await self.renew(renewals)
+            case claims.PUT_LOG:
+                return await self.put_log(names[0], values[0], values[1] / 1000)
+            case turns.KEEP_TURN:
+                turn, size, count, milliseconds, *rest = values
+                listed = None
+                if rest:
+                    listed = Listed(names[2], rest[0], float(rest[1]), float(rest[2]))
+                return await self.keep_turn(
+                    names[0], turn, (size, count, milliseconds / 1000), listed
+                )
+            case turns.FIRST_TURNS:
+                return await self.first_turns(names)
+            case turns.DELETE_TURNS:
+                now, milliseconds, *ids = values
+                kept = dict(zip(ids, names[2::2], strict=True))
+                return await self.delete_turns(names[0], kept, float(now), milliseconds / 1000)
+            case chains.PUT:
+                data, milliseconds, most, *_ = values
+                previous = names[3] if names[3:] else ""
+                return await self.put_response(names[0], data, previous, milliseconds / 1000, most)
+            case chains.CHAIN:
+                return await self.response_chain(names[0], values[1])
+            case chains.DELETE:
+                return await self.delete_response(names[0])
+        raise AssertionError(script)
 
     async def take(self, name: str, digest: bytes, seconds: float, lost: str = "") -> Verdict:
         now = await self._asked()
@@ -194,13 +269,10 @@ class MemoryClaims:
         turns = list(self._world.conversations.get(name, ()))
         return turns, not turns and name in self._world.deletions
 
-    async def conversations(
-        self, owner: str, limit: int, after: Position | None
-    ) -> list[Position]:
+    async def conversations(self, owner: str) -> list[Position]:
         await self._asked()
         listed = self._world.lists.get(owner, {})
-        positions = sorted((Position(at, each) for each, at in listed.items()), reverse=True)
-        return [each for each in positions if after is None or each < after][:limit]
+        return sorted((Position(at, each) for each, at in listed.items()), reverse=True)
 
     async def first_turns(self, names: Sequence[str]) -> list[tuple[int, bytes]]:
         await self._asked()
@@ -267,13 +339,18 @@ class MemoryClaims:
         return claim if claim is not None and claim.until > now else None
 
 
+def _name(key: str) -> str:
+    """Return the name in *key*, whose beginning says what kind of thing it is."""
+    return key.partition(":")[2]
+
+
 @dataclass
 class Instance:
     """One of several servers in this process, and what it knows of the others."""
 
     name: str
     server: RunningServer
-    cluster: ClusterStreams
+    cluster: RemoteStreams
     leave: Callable[[], Any]
 
     @property
@@ -289,9 +366,11 @@ class StreamsOnly:
 
     def __init__(
         self,
-        make: Callable[[StreamStore, Conversations], ClusterStreams],
+        commands: Commands,
+        make: Callable[[StreamStore], RemoteStreams],
         make_quota: MakeQuota = quota_of,
     ) -> None:
+        self.commands = commands
         self.streams = make
         self.make_quota = make_quota
 
@@ -306,23 +385,28 @@ async def instance_of(
     name: str,
     behaviour: Behaviour = QUICK,
     changes: dict[str, Any] | None = None,
-    make: Callable[[StreamStore, Conversations], ClusterStreams] | None = None,
+    bus: RedisBus | None = None,
     make_quota: MakeQuota = quota_of,
 ) -> Instance:
     """Start one more instance; it ends with *stack*, or by its `leave`."""
-    made: list[ClusterStreams] = []
+    made: list[RemoteStreams] = []
+    if bus is None:
+        commands = Commands(MemoryStore(world, name), "")
+    else:
+        commands = Commands(bus.commands, PREFIX)
 
-    def others(streams: StreamStore, conversations: Conversations) -> ClusterStreams:
-        if make is not None:
-            made.append(make(streams, conversations))
-        else:
-            bus, claims = MemoryBus(world, name), MemoryClaims(world, name)
-            made.append(ClusterStreams(bus, claims, streams, conversations))
+    def others(streams: StreamStore) -> RemoteStreams:
+        made.append(RemoteStreams(bus or MemoryBus(world, name), commands, streams))
         return made[0]
 
     own = AsyncExitStack()
     server = await own.enter_async_context(
-        running(path / f"{name}.yaml", behaviour, changes, cluster=StreamsOnly(others, make_quota))
+        running(
+            path / f"{name}.yaml",
+            behaviour,
+            changes,
+            cluster=StreamsOnly(commands, others, make_quota),
+        )
     )
 
     async def leave() -> None:

@@ -35,17 +35,6 @@ MAX_WAITING = 1 << 25
 MAX_COMMANDS = 10_000
 
 
-class Commands(Protocol):
-    """A connection to Redis."""
-
-    async def execute(self, *args: bytes | str | float) -> Any:
-        """Return the answer to one command; those of one connection are carried out in their order.
-
-        Raises:
-            Exception: Redis is away, or refuses the command.
-        """
-
-
 class Bus(Protocol):
     """Messages between instances.
 

@@ -12,36 +12,29 @@ the end it lives for the window.
     ended, and the log was handed over         → the log is read from Redis
 
 The decision is made in Redis, by a script, so that of two instances which claim an id at once one is the
-owner. Each answer of Redis is awaited for TIMEOUT at most: beyond, an instance goes on with its own store
-alone, and an id may then be answered twice.
+owner. Each answer of Redis is awaited for `commands.TIMEOUT` at most: beyond, an instance goes on with its
+own store alone, and an id may then be answered twice.
 """
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from aioserver.wings.conversations.turns import FULL
-from aioserver.wings.responses.chains import ChainStore, RedisChains
+from aioserver.gateway.commands import FULL
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Sequence
 
-    from aioserver.wings.cluster.bus import Commands
+    from aioserver.gateway.commands import Commands
 
-# Seconds for which Redis' answer to a claim is awaited.
-TIMEOUT = 0.05
 # Seconds for which a claim lives that is not renewed, beyond the stream's window, and between two renewals.
 LEASE, RENEWAL = 60.0, 20.0
-# Seconds by which a timer is late where the event loop is, and for which an answer is awaited at most then.
-LATE, MAX_TIMEOUT = 0.01, 1.0
 OURS, THEIRS, CONFLICT, KEPT, NONE = 1, 2, 3, 4, 5
 
 # KEYS: the claim, the handed-over log, the members. ARGV: my name, the request's digest, milliseconds to live,
 # an owner that no longer has the stream ("" if none).
-_TAKE = """
+TAKE = """
 local owner, digest, done = unpack(redis.call('HMGET', KEYS[1], 'owner', 'digest', 'done'))
 if owner and owner ~= ARGV[1] then
   if done and redis.call('EXISTS', KEYS[2]) == 1 then
@@ -59,7 +52,7 @@ redis.call('PEXPIRE', KEYS[1], ARGV[3])
 return {1, ARGV[1]}
 """
 # KEYS: the claim, the handed-over log, the members.
-_FIND = """
+FIND = """
 local owner, digest, done = unpack(redis.call('HMGET', KEYS[1], 'owner', 'digest', 'done'))
 if not owner then return {5, '', ''} end
 if done and redis.call('EXISTS', KEYS[2]) == 1 then return {4, owner, digest} end
@@ -68,7 +61,7 @@ return {5, '', ''}
 """
 # KEYS: claims. ARGV: my name, then for each the digest, milliseconds to live, and "1" if the answer has ended.
 # A claim that is another's by now stays so. One that has no time left to live is given up.
-_RENEW = """
+RENEW = """
 for number, key in ipairs(KEYS) do
   local digest, ttl, done = ARGV[3 * number - 1], ARGV[3 * number], ARGV[3 * number + 1]
   local owner = redis.call('HGET', key, 'owner')
@@ -84,7 +77,7 @@ end
 return 1
 """
 # KEYS: the log. ARGV: the log, milliseconds to live.
-_PUT_LOG = (
+PUT_LOG = (
     FULL
     + """
 if full(#ARGV[1]) then return 0 end
@@ -112,85 +105,32 @@ class Renewal:
     done: bool = False
 
 
-class ClaimStore(ChainStore, Protocol):
-    """Where claims, handed-over logs, conversations and responses are kept. Each method raises what its connection raises."""
+class Claims:
+    """Claims of the instance *me*, and logs that were handed over. Each method raises what its connection raises."""
 
-    async def take(self, name: str, digest: bytes, seconds: float, lost: str = "") -> Verdict:
-        """Claim *name* for *seconds*, unless it is another's, other than *lost*, which no longer has the stream."""
-
-    async def find(self, name: str) -> Verdict:
-        """Return whose *name* is: THEIRS, KEPT or NONE."""
-
-    async def renew(self, claims: Sequence[Renewal]) -> None:
-        """Renew our claims; those that live no longer are given up."""
-
-    async def members(self) -> list[str]:
-        """Return the names of all instances."""
-
-    async def put_log(self, name: str, log: bytes, seconds: float) -> None:
-        """Keep a log that has ended for *seconds*, if there is room."""
-
-    async def get_log(self, name: str) -> bytes | None:
-        """Return a log that was kept."""
-
-
-T = TypeVar("T")
-
-
-async def answer_of(call: Coroutine[Any, Any, T], seconds: float = TIMEOUT) -> T:
-    """Return the result of *call*, a question to Redis, which has *seconds* to answer.
-
-    Time for which our own event loop was late does not count: a busy instance would otherwise take Redis for
-    away when its answer is there already. Cancelling is safe.
-
-    Raises:
-        TimeoutError: there is no answer in time.
-    """
-    loop = asyncio.get_running_loop()
-    task = loop.create_task(call)
-    end = loop.time() + max(seconds, MAX_TIMEOUT)
-    try:
-        while True:
-            due = loop.time() + seconds
-            done, _ = await asyncio.wait((task,), timeout=seconds)
-            if done:
-                return task.result()
-            now = loop.time()
-            if now - due < LATE or now >= end:
-                raise TimeoutError(f"no answer within {seconds} s")
-    finally:
-        task.cancel()
-
-
-def name_of(caller: str, request_id: str) -> str:
-    """Return the name under which all instances know an id of *caller*: a digest of both."""
-    both = b"%d:%b%b" % (len(caller), caller.encode(), request_id.encode())
-    return hashlib.sha256(both).hexdigest()[:40]
-
-
-class RedisClaims(RedisChains):
-    """Claims in Redis, for the instance *me*; *prefix* is that of the cluster's keys."""
-
-    def __init__(self, commands: Commands, prefix: str, me: str) -> None:
-        super().__init__(commands, prefix)
+    def __init__(self, commands: Commands, me: str) -> None:
+        self._commands = commands
+        self._prefix = commands.prefix
         self._me = me
 
     async def take(self, name: str, digest: bytes, seconds: float, lost: str = "") -> Verdict:
-        """Claim *name*: see `ClaimStore`."""
+        """Claim *name* for *seconds*, unless it is another's, other than *lost*, which no longer has the stream."""
         keys, milliseconds = self._keys(name), int(1000 * seconds)
-        return _verdict(await self._eval(_TAKE, keys, self._me, digest.hex(), milliseconds, lost))
+        return _verdict(
+            await self._commands.evaluate(TAKE, keys, self._me, digest.hex(), milliseconds, lost)
+        )
 
     async def find(self, name: str) -> Verdict:
-        """Return whose *name* is."""
-        return _verdict(await self._eval(_FIND, self._keys(name)))
+        """Return whose *name* is: THEIRS, KEPT or NONE."""
+        return _verdict(await self._commands.evaluate(FIND, self._keys(name)))
 
     async def renew(self, claims: Sequence[Renewal]) -> None:
-        """Renew our claims."""
+        """Renew our claims; those that live no longer are given up."""
         keys = [f"{self._prefix}s:{claim.name}" for claim in claims]
         values: list[bytes | str | int] = []
         for claim in claims:
             values += (claim.digest.hex(), int(1000 * claim.seconds), "1" if claim.done else "")
-        await self._eval(_RENEW, keys, self._me, *values)
+        await self._commands.evaluate(RENEW, keys, self._me, *values)
 
     async def members(self) -> list[str]:
         """Return the names of all instances."""
@@ -198,8 +138,8 @@ class RedisClaims(RedisChains):
         return [member.decode() for member in members]
 
     async def put_log(self, name: str, log: bytes, seconds: float) -> None:
-        """Keep a log that has ended, if there is room."""
-        await self._eval(_PUT_LOG, [self._keys(name)[1]], log, int(1000 * seconds))
+        """Keep a log that has ended for *seconds*, if there is room."""
+        await self._commands.evaluate(PUT_LOG, [self._keys(name)[1]], log, int(1000 * seconds))
 
     async def get_log(self, name: str) -> bytes | None:
         """Return a log that was kept."""

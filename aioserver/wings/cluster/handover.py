@@ -21,7 +21,7 @@ from aioserver.wings.responses.events import ResponseEvents
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from aioserver.gateway.elsewhere import Start
+    from aioserver.gateway.instances import Start
     from aioserver.streams.entries import Entry
     from aioserver.streams.stream import Stream
 

@@ -27,7 +27,7 @@ from aioserver.wings.responses.events import ResponseEvents
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aioserver.gateway.elsewhere import Start
+    from aioserver.gateway.instances import Start
     from aioserver.streams.entries import Entry
     from aioserver.streams.stream import Stream
     from aioserver.wings.cluster.peer_messages import Block, Message

@@ -16,7 +16,7 @@ import orjson
 
 from aioserver.auth.callers import Caller
 from aioserver.errors import AioserverError, ResumeGap, StreamNotFound
-from aioserver.gateway.elsewhere import describe
+from aioserver.gateway.instances import describe
 from aioserver.telemetry.counters import Counter
 from aioserver.wings.cluster import faults
 from aioserver.wings.cluster.links import CREDIT, Link
@@ -40,8 +40,8 @@ from aioserver.wings.responses.events import ResponseEvents
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from aioserver.gateway.elsewhere import Start
     from aioserver.gateway.gateway import Gateway
+    from aioserver.gateway.instances import Start
     from aioserver.streams.stream import Stream
     from aioserver.wings.cluster.bus import Bus
     from aioserver.wings.cluster.peer_messages import Message

@@ -18,14 +18,14 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from aioserver.config.faults import ConfigurationError
+from aioserver.gateway.commands import Commands
 from aioserver.wings.cluster.bus import RedisBus
-from aioserver.wings.cluster.claims import RedisClaims
 from aioserver.wings.cluster.connection import AccessDenied, CallFailed
 from aioserver.wings.cluster.grants import State
-from aioserver.wings.cluster.instances import ClusterStreams
 from aioserver.wings.cluster.lease_messages import TIMES
 from aioserver.wings.cluster.leases import Shares
 from aioserver.wings.cluster.limits import SharedLimits
+from aioserver.wings.cluster.remote_streams import RemoteStreams
 from aioserver.wings.cluster.renewer import Settler
 from aioserver.wings.cluster.totals import Totals
 
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from aioserver.providers.queueing import ProviderGate
     from aioserver.streams.store import StreamStore
     from aioserver.wings.cluster.lease_messages import Times
-    from aioserver.wings.conversations.memory import Conversations
 
 logger = logging.getLogger("aioserver.cluster")
 
@@ -86,11 +85,12 @@ class Membership:
         self.shares.on_members = self.limits.instances_changed
         self.settler = Settler(self.shares, url, name)
         self.bus = RedisBus(url, self.settler.prefix, instance)
+        self.commands = Commands(self.bus.commands, self.settler.prefix)
         self.address = self.settler.connection.address
         self._incidents: Monitor | None = None
         self._fixed = fixed is not None
         self._joined = asyncio.Event()
-        self._streams: ClusterStreams | None = None
+        self._streams: RemoteStreams | None = None
 
     def make_gate(
         self, name: str, limits: HttpClient, health: Health, clock: Callable[[], float]
@@ -102,10 +102,9 @@ class Membership:
         """Return the quota of *key*, which all instances share; *elsewhere*: see `Quota`."""
         return self.limits.make_quota(key, elsewhere)
 
-    def streams(self, store: StreamStore, conversations: Conversations) -> ClusterStreams:
+    def streams(self, store: StreamStore) -> RemoteStreams:
         """Return what knows the streams of other instances."""
-        claims = RedisClaims(self.bus.commands, self.settler.prefix, self.instance)
-        self._streams = ClusterStreams(self.bus, claims, store, conversations)
+        self._streams = RemoteStreams(self.bus, self.commands, store)
         return self._streams
 
     def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
@@ -129,7 +128,7 @@ class Membership:
         Without an answer it is *own*, and a session holds only where it was made.
         """
         key = f"{self.settler.prefix}pepper"
-        execute = self.bus.commands.execute
+        execute = self.commands.execute
         try:
             async with asyncio.timeout(AGREE_TIMEOUT):
                 await execute("SET", key, own, "NX", "EX", PEPPER_SECONDS)

@@ -12,5 +12,5 @@ the next process.
 What is wrong with the file is a *trouble*: it costs the history, never the chat. The package aiosqlite and the module sqlite3
 are only imported here, and only where the settings ask for them.
 
-The other one is Redis, for all instances of a cluster: `histories`, over the keys of `turns`.
+The other one is Redis, for all instances of a cluster: `redis`.
 """

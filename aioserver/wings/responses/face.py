@@ -18,7 +18,7 @@ from aioserver.errors import InvalidRequest, ResumeGap, StreamNotFound
 from aioserver.faces import openai, passthrough
 from aioserver.faces.admission import counted
 from aioserver.faces.ready import HIGH_WATER
-from aioserver.gateway.elsewhere import Start
+from aioserver.gateway.instances import Start
 from aioserver.gateway.request import Request
 from aioserver.streams.entries import CANCELLED, COMPLETE
 from aioserver.wings.responses import stored_face

@@ -30,7 +30,7 @@ from aioserver.faces import openai
 from aioserver.faces.socket import Socket
 from aioserver.faces.upgrade import serve
 from aioserver.gateway.calls import shutdown_error
-from aioserver.gateway.elsewhere import Start
+from aioserver.gateway.instances import Start
 from aioserver.limits.steps import in_turns
 from aioserver.protocol.json_body import NotUtf8
 from aioserver.streams.formats import WS_TEXT, ws_frame

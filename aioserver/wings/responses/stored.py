@@ -387,6 +387,10 @@ class StoredResponses:
         self._expire()
         return self._drop((caller, response_id))
 
+    async def delete(self, caller: Caller, response_id: str) -> bool:
+        """Let a response be found no longer where all instances find it; return whether there was one."""
+        return self.storage is not None and await self.storage.delete(caller, response_id)
+
     def oldest(self) -> float:
         """Return since when the oldest response is stored, or held by a connection; infinity if there is none."""
         return min(self._oldest(), self.held.oldest())

@@ -117,8 +117,9 @@ async def delete(
     """
     gateway, response_id = context.gateway, request.match_info["id"]
     known = gateway.forget_response(request[CALLER], response_id)
-    if gateway.elsewhere is not None:
-        known = await gateway.elsewhere.forget_response(request[CALLER], response_id) or known
+    known = await gateway.responses.delete(request[CALLER], response_id) or known
+    if gateway.instances is not None:
+        known = await gateway.instances.forget_response(request[CALLER], response_id) or known
     if not known:
         return await passing(request)
     return web.json_response({"id": response_id, "object": "response", "deleted": True})

@@ -17,7 +17,7 @@ from aioserver.errors import (
     ServerShutdown,
     StreamNotFound,
 )
-from aioserver.gateway.elsewhere import FROM_START, Start
+from aioserver.gateway.instances import FROM_START, Start
 from aioserver.provider_errors import ProviderRateLimited
 from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, TextEntry
 from aioserver.streams.lifetime import Lifetime

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from aioserver.gateway.commands import Commands
 from aioserver.wings.cluster.bus import RedisBus
-from aioserver.wings.cluster.claims import RedisClaims
+from aioserver.wings.cluster.claims import Claims
 from aioserver.wings.cluster.leases import Shares
 from aioserver.wings.cluster.renewer import Settler
+from aioserver.wings.conversations.redis import RedisTurns
 from tests.support.redis_server import RedisServer
 
 if TYPE_CHECKING:
@@ -29,7 +31,8 @@ class Instance:
     def __init__(self, url: str) -> None:
         self.settler = Settler(Shares("host-1"), url, "test")
         self.bus = RedisBus(url, self.settler.prefix, "host-1")
-        self.claims = RedisClaims(self.bus.commands, self.settler.prefix, "host-1")
+        commands = Commands(self.bus.commands, self.settler.prefix)
+        self.claims, self.turns = Claims(commands, "host-1"), RedisTurns(commands)
 
 
 @pytest.fixture
@@ -47,26 +50,26 @@ async def instance(tmp_path: Path) -> AsyncIterator[Instance]:
 async def test_conversations_that_fill_the_server_make_room_for_newer_ones(
     instance: Instance,
 ) -> None:
-    claims = instance.claims
+    turns = instance.turns
 
     for number in range(2 * MAX_MEMORY // len(TURN)):
-        await claims.keep_turn(f"c{number}", TURN, BOUNDS)
+        await turns.keep_turn(f"c{number}", TURN, BOUNDS)
 
-    assert await claims.turns("c0") == ([], False)
-    assert await claims.turns(f"c{number}") == ([TURN], False)
+    assert await turns.turns("c0") == ([], False)
+    assert await turns.turns(f"c{number}") == ([TURN], False)
     assert await instance.settler.open() is None
 
 
 async def test_a_conversation_for_which_there_is_no_room_is_forgotten_as_a_whole(
     instance: Instance,
 ) -> None:
-    claims = instance.claims
-    await claims.keep_turn("c", TURN, BOUNDS)
+    turns = instance.turns
+    await turns.keep_turn("c", TURN, BOUNDS)
 
-    await claims.keep_turn("c", TURN * 800, (1 << 30, 100, 60.0))
+    await turns.keep_turn("c", TURN * 800, (1 << 30, 100, 60.0))
 
     # Otherwise the next question would be asked without the last turn.
-    assert await claims.turns("c") == ([], False)
+    assert await turns.turns("c") == ([], False)
 
 
 async def test_logs_that_are_handed_over_leave_room(instance: Instance) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioserver.gateway.commands import Commands
 from aioserver.wings.cluster.bus import RedisBus, channel_of
 from aioserver.wings.cluster.claims import (
     CONFLICT,
@@ -16,17 +17,16 @@ from aioserver.wings.cluster.claims import (
     NONE,
     OURS,
     THEIRS,
-    RedisClaims,
+    Claims,
     Renewal,
     Verdict,
 )
-from aioserver.wings.cluster.instances import ClusterStreams
 from aioserver.wings.cluster.peer_messages import MAX_READ, Credit, Detach
-from aioserver.wings.conversations.turns import Listed
-from aioserver.wings.responses.chains import MISSING, NO_ROOM, WRITTEN
+from aioserver.wings.conversations.redis import Listed, RedisTurns
+from aioserver.wings.responses.redis import MISSING, NO_ROOM, WRITTEN, RedisChains
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import chat, resume, to_end, until_status
-from tests.support.memory_bus import Instance, World, instance_of
+from tests.support.memory_bus import PREFIX, Instance, World, instance_of
 from tests.support.redis_server import RedisServer
 from tests.support.server import ENDLESS, PACED
 from tests.support.waiting import until
@@ -35,13 +35,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
-    from aioserver.streams.store import StreamStore
-    from aioserver.wings.conversations.memory import Conversations
 
 # Another process takes part, whose time does not jump.
 pytestmark = pytest.mark.real_time
 
-PREFIX = "aio:{test}:"
 # Bytes and turns of a conversation, and seconds for which it is kept.
 BOUNDS = (1000, 4, 60.0)
 ONE, TWO = b"\1" * 32, b"\2" * 32
@@ -68,9 +65,17 @@ async def make_bus(valkey: RedisServer) -> AsyncIterator[Callable[[str], Any]]:
         yield make
 
 
+def commands_of(bus: RedisBus) -> Commands:
+    return Commands(bus.commands, PREFIX)
+
+
+def claims_of(bus: RedisBus) -> Claims:
+    return Claims(commands_of(bus), bus.name)
+
+
 async def test_a_claim_has_one_owner(make_bus: Any) -> None:
     a, b = await make_bus("a"), await make_bus("b")
-    at_a, at_b = RedisClaims(a.commands, PREFIX, "a"), RedisClaims(b.commands, PREFIX, "b")
+    at_a, at_b = claims_of(a), claims_of(b)
 
     assert await at_b.find("n") == Verdict(NONE, "")
     assert await at_a.take("n", ONE, 60) == Verdict(OURS, "a")
@@ -87,7 +92,7 @@ async def test_a_claim_has_one_owner(make_bus: Any) -> None:
 
 async def test_a_claim_lives_as_long_as_it_is_renewed(make_bus: Any) -> None:
     a, b = await make_bus("a"), await make_bus("b")
-    at_a, at_b = RedisClaims(a.commands, PREFIX, "a"), RedisClaims(b.commands, PREFIX, "b")
+    at_a, at_b = claims_of(a), claims_of(b)
     await at_a.take("n", ONE, 60)
 
     await at_a.renew([Renewal("n", ONE, 90), Renewal("gone", TWO, 90)])
@@ -103,7 +108,7 @@ async def test_a_claim_lives_as_long_as_it_is_renewed(make_bus: Any) -> None:
 
 async def test_a_log_that_was_handed_over_outlives_its_owner(make_bus: Any) -> None:
     a, b = await make_bus("a"), await make_bus("b")
-    at_a, at_b = RedisClaims(a.commands, PREFIX, "a"), RedisClaims(b.commands, PREFIX, "b")
+    at_a, at_b = claims_of(a), claims_of(b)
     await at_a.take("n", ONE, 60)
     await at_a.renew([Renewal("n", ONE, 30, done=True)])
     await at_a.put_log("n", b"log", 30)
@@ -116,116 +121,116 @@ async def test_a_log_that_was_handed_over_outlives_its_owner(make_bus: Any) -> N
 
 
 async def test_a_conversation_keeps_its_newest_turns(make_bus: Any) -> None:
-    claims = RedisClaims((await make_bus("a")).commands, PREFIX, "a")
+    turns = RedisTurns(commands_of(await make_bus("a")))
     for number in range(10):
-        await claims.keep_turn("c", b"%d" % number, (1000, 4, 60.0))
-        await claims.keep_turn("d", b"x" * number, (20, 100, 60.0))
-    await claims.keep_turn("d", b"y" * 100, (20, 100, 60.0))
+        await turns.keep_turn("c", b"%d" % number, (1000, 4, 60.0))
+        await turns.keep_turn("d", b"x" * number, (20, 100, 60.0))
+    await turns.keep_turn("d", b"y" * 100, (20, 100, 60.0))
 
-    assert await claims.turns("c") == ([b"6", b"7", b"8", b"9"], False)
+    assert await turns.turns("c") == ([b"6", b"7", b"8", b"9"], False)
     # The newest stays, even if it alone is more than the bound.
-    assert await claims.turns("d") == ([b"y" * 100], False)
+    assert await turns.turns("d") == ([b"y" * 100], False)
 
 
 async def test_a_caller_has_a_list_of_its_conversations(make_bus: Any) -> None:
-    claims = RedisClaims((await make_bus("a")).commands, PREFIX, "a")
+    turns = RedisTurns(commands_of(await make_bus("a")))
     now = time.time()
     for number in range(5):
         listed = Listed("owner", f"c {number}", now + number / 1000, now)
-        await claims.keep_turn(f"n{number}", b"%d" % number, BOUNDS, listed)
-    await claims.keep_turn("n1", b"again", BOUNDS, Listed("owner", "c 1", now + 1, now))
+        await turns.keep_turn(f"n{number}", b"%d" % number, BOUNDS, listed)
+    await turns.keep_turn("n1", b"again", BOUNDS, Listed("owner", "c 1", now + 1, now))
 
-    page = await claims.conversations("owner", 3, None)
-    rest = await claims.conversations("owner", 3, page[-1])
+    page = await turns.conversations("owner", 3, None)
+    rest = await turns.conversations("owner", 3, page[-1])
 
     assert [position.conversation_id for position in page] == ["c 1", "c 4", "c 3"]
     assert [position.conversation_id for position in rest] == ["c 2", "c 0"]
-    assert await claims.first_turns(["n1", "unknown", "n0"]) == [(2, b"1"), (0, b""), (1, b"0")]
-    assert await claims.conversations("another", 3, None) == []
+    assert await turns.first_turns(["n1", "unknown", "n0"]) == [(2, b"1"), (0, b""), (1, b"0")]
+    assert await turns.conversations("another", 3, None) == []
 
 
 async def test_a_response_is_kept_with_those_before_it(make_bus: Any) -> None:
     bus = await make_bus("a")
-    claims = RedisClaims(bus.commands, PREFIX, "a")
+    chains = RedisChains(commands_of(bus))
     for number in range(1, 6):
         previous = f"r{number - 1}" if number > 1 else ""
-        await claims.put_response(f"r{number}", b"%d" % number, previous, 100.0, 1 << 20)
-    assert await claims.put_response("fork", b"f", "r2", 100.0, 1 << 20) == WRITTEN
-    assert await claims.put_response("lost", b"l", "r0", 100.0, 1 << 20) == MISSING
+        await chains.put_response(f"r{number}", b"%d" % number, previous, 100.0, 1 << 20)
+    assert await chains.put_response("fork", b"f", "r2", 100.0, 1 << 20) == WRITTEN
+    assert await chains.put_response("lost", b"l", "r0", 100.0, 1 << 20) == MISSING
 
-    assert not await claims.has_response("lost")
-    assert await claims.response_chain("r5", 5) == [b"5", b"4", b"3", b"2", b"1"]
-    assert await claims.response_chain("fork", 1000) == [b"f", b"2", b"1"]
-    assert await claims.response_chain("r5", 4) == []
-    assert not await claims.has_response("r9")
+    assert not await chains.has_response("lost")
+    assert await chains.response_chain("r5", 5) == [b"5", b"4", b"3", b"2", b"1"]
+    assert await chains.response_chain("fork", 1000) == [b"f", b"2", b"1"]
+    assert await chains.response_chain("r5", 4) == []
+    assert not await chains.has_response("r9")
     # Those before live at least as long.
     lives = [await bus.commands.execute("PTTL", f"{PREFIX}r:r{n}") for n in range(1, 6)]
     assert min(lives[:-1]) >= lives[-1] > 0
     for name in ("r4", "r5"):
         await bus.commands.execute("PEXPIRE", f"{PREFIX}r:{name}", 50_000)
-    await claims.put_response("r6", b"6", "r5", 100.0, 1 << 20)
+    await chains.put_response("r6", b"6", "r5", 100.0, 1 << 20)
     for name in ("r4", "r5"):
         assert 150_000 < await bus.commands.execute("PTTL", f"{PREFIX}r:{name}") <= 200_000
     await bus.commands.execute("DEL", f"{PREFIX}r:r1")
-    assert await claims.response_chain("r5", 1000) == []
+    assert await chains.response_chain("r5", 1000) == []
 
 
 async def test_a_deleted_response_is_kept_for_those_that_continued_it(make_bus: Any) -> None:
     bus = await make_bus("a")
-    claims = RedisClaims(bus.commands, PREFIX, "a")
-    await claims.put_response("r1", b"1", "", 100.0, 1 << 20)
-    await claims.put_response("r2", b"2", "r1", 100.0, 1 << 20)
+    chains = RedisChains(commands_of(bus))
+    await chains.put_response("r1", b"1", "", 100.0, 1 << 20)
+    await chains.put_response("r2", b"2", "r1", 100.0, 1 << 20)
 
-    assert await claims.delete_response("r1")
+    assert await chains.delete_response("r1")
 
-    assert not await claims.delete_response("r1")
-    assert await claims.response_chain("r1", 1000) == []
-    assert await claims.response_chain("r2", 1000) == [b"2", b"1"]
-    assert await claims.delete_response("r2")
-    assert not await claims.has_response("r2")
-    assert not await claims.delete_response("r3")
+    assert not await chains.delete_response("r1")
+    assert await chains.response_chain("r1", 1000) == []
+    assert await chains.response_chain("r2", 1000) == [b"2", b"1"]
+    assert await chains.delete_response("r2")
+    assert not await chains.has_response("r2")
+    assert not await chains.delete_response("r3")
 
 
 async def test_responses_have_a_bound_and_the_ones_that_rested_for_longest_go(
     make_bus: Any,
 ) -> None:
     bus = await make_bus("a")
-    claims = RedisClaims(bus.commands, PREFIX, "a")
+    chains = RedisChains(commands_of(bus))
     data, most = b"x" * 744, 10_000
-    await claims.put_response("old", data, "", 100.0, most)
-    await claims.put_response("new", data, "old", 100.0, most)
+    await chains.put_response("old", data, "", 100.0, most)
+    await chains.put_response("new", data, "old", 100.0, most)
     for number in range(30):
-        await claims.put_response(f"r{number}", data, "", 101.0 + number, most)
+        await chains.put_response(f"r{number}", data, "", 101.0 + number, most)
         # Once more: it takes the place of the former.
-        await claims.put_response(f"r{number}", data, "", 101.0 + number, most)
+        await chains.put_response(f"r{number}", data, "", 101.0 + number, most)
         size = int(await bus.commands.execute("GET", f"{PREFIX}responses:bytes"))
         count = await bus.commands.execute("ZCARD", f"{PREFIX}responses")
         assert size == 1000 * count <= most
 
-    kept = [n for n in range(30) if await claims.has_response(f"r{n}")]
+    kept = [n for n in range(30) if await chains.has_response(f"r{n}")]
     assert kept == list(range(30 - len(kept), 30))
     assert len(kept) >= 8
-    assert not await claims.has_response("new")
-    assert await claims.put_response("large", b"x" * most, "", 100.0, most) == NO_ROOM
-    assert not await claims.has_response("large")
+    assert not await chains.has_response("new")
+    assert await chains.put_response("large", b"x" * most, "", 100.0, most) == NO_ROOM
+    assert not await chains.has_response("large")
 
 
 async def test_what_was_asked_before_a_deletion_is_not_kept(make_bus: Any) -> None:
-    claims = RedisClaims((await make_bus("a")).commands, PREFIX, "a")
+    turns = RedisTurns(commands_of(await make_bus("a")))
     now = time.time()
-    await claims.keep_turn("n", b"1", BOUNDS, Listed("owner", "c", now, now))
-    assert await claims.turns("m") == ([], False)
+    await turns.keep_turn("n", b"1", BOUNDS, Listed("owner", "c", now, now))
+    assert await turns.turns("m") == ([], False)
 
-    assert await claims.delete_turns("owner", {"c": "n", "d": "m"}, now + 1, 60.0) == 1
-    await claims.note_deletion("owner", now + 1, 60.0)
-    await claims.keep_turn("n", b"2", BOUNDS, Listed("owner", "c", now + 2, now + 1))
-    await claims.keep_turn("new", b"2", BOUNDS, Listed("owner", "new", now + 2, now + 1))
+    assert await turns.delete_turns("owner", {"c": "n", "d": "m"}, now + 1, 60.0) == 1
+    await turns.note_deletion("owner", now + 1, 60.0)
+    await turns.keep_turn("n", b"2", BOUNDS, Listed("owner", "c", now + 2, now + 1))
+    await turns.keep_turn("new", b"2", BOUNDS, Listed("owner", "new", now + 2, now + 1))
 
-    assert await claims.turns("n") == ([], True)
-    assert await claims.turns("new") == ([], False)
-    assert await claims.conversations("owner", 10, None) == []
-    await claims.keep_turn("n", b"3", BOUNDS, Listed("owner", "c", now + 3, now + 1.5))
-    assert await claims.turns("n") == ([b"3"], False)
+    assert await turns.turns("n") == ([], True)
+    assert await turns.turns("new") == ([], False)
+    assert await turns.conversations("owner", 10, None) == []
+    await turns.keep_turn("n", b"3", BOUNDS, Listed("owner", "c", now + 3, now + 1.5))
+    assert await turns.turns("n") == ([b"3"], False)
 
 
 async def test_keys_have_neither_names_nor_ids(make_bus: Any, tmp_path: Path) -> None:
@@ -313,15 +318,9 @@ class running_over:  # noqa: N801 - it is used like a function
         for name in "ab":
             bus = await self._make_bus(name)
 
-            def make(
-                streams: StreamStore, conversations: Conversations, bus: RedisBus = bus
-            ) -> ClusterStreams:
-                claims = RedisClaims(bus.commands, PREFIX, bus.name)
-                return ClusterStreams(bus, claims, streams, conversations)
-
             made.append(
                 await instance_of(
-                    World(), self._stack, self._path, name, self._behaviour, None, make
+                    World(), self._stack, self._path, name, self._behaviour, None, bus
                 )
             )
         return made

@@ -11,21 +11,22 @@ import pytest
 from openai import AsyncOpenAI
 
 from aioserver.auth.callers import Caller
+from aioserver.gateway.commands import Commands
 from aioserver.streams.store import StreamStore
-from aioserver.wings.responses import chains, stored
-from aioserver.wings.responses import responses as shared_responses
+from aioserver.wings.responses import redis as shared_responses
+from aioserver.wings.responses import stored
 from aioserver.wings.responses.items import ResponseParts
-from aioserver.wings.responses.responses import SharedResponses
+from aioserver.wings.responses.redis import SharedResponses
 from aioserver.wings.responses.stored import StoredResponses
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.clock import FakeClock
-from tests.support.memory_bus import MemoryClaims, World, instances
+from tests.support.memory_bus import MemoryStore, World, instances
 from tests.support.responses import connect, create, next_event, to_end, whole
 from tests.support.server import ENDLESS
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from aioserver.wings.responses.stored import StoredResponse
@@ -161,12 +162,9 @@ class Holder:
     """The store of an instance that has nothing else."""
 
     def __init__(self, world: World, name: str, clock: FakeClock, room: int = 1 << 24) -> None:
-        async def answer(call: Coroutine[Any, Any, Any], _seconds: float) -> Any:
-            return await call
-
         self.streams = StreamStore(max_stream_bytes=1 << 20, max_kept_bytes=room)
         self.stored = StoredResponses(self.streams, 60.0, clock=clock, loop=clock.loop)
-        self.shared = SharedResponses(MemoryClaims(world, name), answer, clock)
+        self.shared = SharedResponses(Commands(MemoryStore(world, name), ""), clock)
         self.stored.storage = self.shared
 
     def make(
@@ -254,9 +252,9 @@ async def test_a_response_that_could_not_be_written_goes_with_what_continues_it(
     clock = FakeClock()
     a, b = Holder(world, "a", clock), Holder(world, "b", clock)
     failing = asyncio.Event()
-    put = MemoryClaims.put_response
+    put = MemoryStore.put_response
 
-    class Failing(MemoryClaims):
+    class Failing(MemoryStore):
         async def put_response(self, name: str, *args: Any) -> int:
             if failing.is_set():
                 return await put(self, name, *args)
@@ -264,12 +262,9 @@ async def test_a_response_that_could_not_be_written_goes_with_what_continues_it(
             if late:
                 # It is given up when what continues it has been written.
                 await until(lambda: bool(world.responses))
-            return chains.NO_ROOM
+            return shared_responses.NO_ROOM
 
-    async def answer(call: Coroutine[Any, Any, Any], _seconds: float) -> Any:
-        return await call
-
-    a.stored.storage = shared = SharedResponses(Failing(world, "a"), answer, clock)
+    a.stored.storage = shared = SharedResponses(Commands(Failing(world, "a"), ""), clock)
     first = a.make("r1", None)
     a.stored.add(first)
     await failing.wait()
@@ -318,7 +313,7 @@ async def test_only_so_many_conversations_are_read_at_once(world: World) -> None
     await a.add("r1")
     reading = most = 0
 
-    class Watched(MemoryClaims):
+    class Watched(MemoryStore):
         async def response_chain(self, name: str, most_bytes: int) -> list[bytes]:
             nonlocal reading, most
             reading += 1
@@ -327,10 +322,7 @@ async def test_only_so_many_conversations_are_read_at_once(world: World) -> None
             reading -= 1
             return chain
 
-    async def answer(call: Coroutine[Any, Any, Any], _seconds: float) -> Any:
-        return await call
-
-    b.stored.storage = SharedResponses(Watched(world, "b"), answer, clock)
+    b.stored.storage = SharedResponses(Commands(Watched(world, "b"), ""), clock)
 
     responses = await asyncio.gather(*(b.stored.reach(CALLER, "r1") for _ in range(20)))
 

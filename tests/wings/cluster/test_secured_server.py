@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import pytest
 import trustme
 
+from aioserver.gateway.commands import Commands
 from aioserver.wings.cluster.bus import RedisBus
-from aioserver.wings.cluster.claims import OURS, RedisClaims, Renewal
+from aioserver.wings.cluster.claims import OURS, Claims, Renewal
 from aioserver.wings.cluster.connection import CallFailed, Connection
 from aioserver.wings.cluster.leases import Shares
 from aioserver.wings.cluster.renewer import Settler
+from aioserver.wings.conversations.redis import Listed, RedisTurns
 from aioserver.wings.conversations.turn import Position
-from aioserver.wings.conversations.turns import Listed
 from aioserver.workers.private_server import find_program
 from tests.support.redis_server import RedisServer, program_of_server
 from tests.support.tools import free_port
@@ -85,21 +86,22 @@ async def test_the_user_that_the_page_shows_may_do_what_is_needed_and_no_more(
         url = f"unix://aioserver:secret@{server.path}"
         settler = Settler(Shares("host-1"), url, "aioserver")
         bus = RedisBus(url, settler.prefix, "host-1")
-        claims = RedisClaims(bus.commands, settler.prefix, "host-1")
+        commands = Commands(bus.commands, settler.prefix)
+        claims, turns = Claims(commands, "host-1"), RedisTurns(commands)
 
         assert await settler.open() is None
         assert (await claims.take("n", b"1", 60)).state == OURS
         await claims.renew([Renewal("n", b"1", 30, done=True)])
         await claims.put_log("n", b"log", 30)
         assert await claims.get_log("n") == b"log"
-        await claims.keep_turn("c", b"turn", (1000, 4, 60.0))
-        assert await claims.turns("c") == ([b"turn"], False)
-        await claims.keep_turn("d", b"turn", (1000, 4, 60.0), Listed("o", "id", 4e9, 4e9))
-        assert await claims.conversations("o", 10, None) == [Position(4e9, "id")]
-        assert await claims.first_turns(["d"]) == [(1, b"turn")]
-        assert await claims.delete_turns("o", {"id": "d"}, 5e9, 60.0) == 1
-        assert await claims.note_deletion("o", 5e9, 60.0)
-        assert await claims.turns("d") == ([], True)
+        await turns.keep_turn("c", b"turn", (1000, 4, 60.0))
+        assert await turns.turns("c") == ([b"turn"], False)
+        await turns.keep_turn("d", b"turn", (1000, 4, 60.0), Listed("o", "id", 4e9, 4e9))
+        assert await turns.conversations("o", 10, None) == [Position(4e9, "id")]
+        assert await turns.first_turns(["d"]) == [(1, b"turn")]
+        assert await turns.delete_turns("o", {"id": "d"}, 5e9, 60.0) == 1
+        assert await turns.note_deletion("o", 5e9, 60.0)
+        assert await turns.turns("d") == ([], True)
         assert await claims.members() == ["host-1"]
         denied = server.call("ACL", "LOG")
         for command in (("GET", "other"), ("FLUSHALL",), ("CONFIG", "GET", "*")):

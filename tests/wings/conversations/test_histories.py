@@ -11,19 +11,19 @@ import pytest
 from aioserver.auth.callers import Caller, anonymous
 from aioserver.config.chat import Context, Persistence
 from aioserver.errors import ResumeGap, ServerShutdown, StreamNotFound
-from aioserver.gateway.elsewhere import Start
+from aioserver.gateway.commands import Commands, answer_of
+from aioserver.gateway.instances import Start
 from aioserver.streams.entries import CHUNK, COMPLETE
 from aioserver.streams.stream import Stream
 from aioserver.wings.cluster import handover
-from aioserver.wings.cluster.claims import answer_of
-from aioserver.wings.conversations.histories import Histories
 from aioserver.wings.conversations.memory import Conversations
+from aioserver.wings.conversations.redis import RedisHistories
 from aioserver.wings.conversations.turn import Page, Turn
 from tests.support.jumping_loop import block
-from tests.support.memory_bus import MemoryClaims, World
+from tests.support.memory_bus import MemoryStore, World
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable
 
 CALLER = Caller("somebody")
 
@@ -33,18 +33,15 @@ def conversations(**persistence: Any) -> Conversations:
     return Conversations(context, Persistence(**persistence))
 
 
-async def ask(call: Coroutine[Any, Any, Any], _seconds: float) -> Any:
-    return await call
-
-
 def make(
-    store: MemoryClaims, kept: Conversations | None = None, clock: Callable[[], float] = time.time
-) -> Histories:
-    return Histories(store, conversations() if kept is None else kept, ask, clock)
+    store: MemoryStore, kept: Conversations | None = None, clock: Callable[[], float] = time.time
+) -> RedisHistories:
+    commands = Commands(store, "")
+    return RedisHistories(commands, conversations() if kept is None else kept, clock)
 
 
 async def keep(
-    histories: Histories,
+    histories: RedisHistories,
     question: str,
     answer: str,
     *,
@@ -57,7 +54,7 @@ async def keep(
     await histories.close()
 
 
-async def load(histories: Histories, kept: Conversations) -> None:
+async def load(histories: RedisHistories, kept: Conversations) -> None:
     """Do what `History.load` does."""
     turns = await histories.load(CALLER, "c")
     if turns is not None:
@@ -71,7 +68,7 @@ def contents(kept: Conversations) -> list[str]:
 async def test_what_one_instance_keeps_another_loads() -> None:
     world = World()
     there = conversations()
-    a, b = make(MemoryClaims(world, "a")), make(MemoryClaims(world, "b"), there)
+    a, b = make(MemoryStore(world, "a")), make(MemoryStore(world, "b"), there)
     await keep(a, "q1", "a1")
     await keep(a, "q2", "a2")
     await keep(a, "q3", "a3", caller=Caller("other"))
@@ -84,7 +81,7 @@ async def test_what_one_instance_keeps_another_loads() -> None:
 async def test_turns_that_are_too_old_are_not_sent() -> None:
     now = time.time()
     kept = conversations(retention_policy="time_based", retention_days=1)
-    histories = make(MemoryClaims(World(), "a"), kept)
+    histories = make(MemoryStore(World(), "a"), kept)
     await keep(histories, "q1", "a1", ended=now - 90_000)
     await keep(histories, "q2", "a2", ended=now - 60)
 
@@ -96,7 +93,7 @@ async def test_turns_that_are_too_old_are_not_sent() -> None:
 async def test_the_policy_bounds_what_is_loaded() -> None:
     world = World()
     kept = conversations(retention_policy="message_count", max_messages_per_conversation=4)
-    histories = make(MemoryClaims(world, "a"), kept)
+    histories = make(MemoryStore(world, "a"), kept)
     for number in range(5):
         await keep(histories, f"q{number}", f"a{number}")
 
@@ -108,7 +105,7 @@ async def test_the_policy_bounds_what_is_loaded() -> None:
 
 async def test_what_is_no_turn_is_left_out() -> None:
     world, kept = World(), conversations()
-    histories = make(MemoryClaims(world, "a"), kept)
+    histories = make(MemoryStore(world, "a"), kept)
     await keep(histories, "q1", "a1")
     (turns,) = world.conversations.values()
     turns[:0] = [b"", b"\xc1", b"\x93\x01\x02\x03"]
@@ -122,7 +119,7 @@ async def test_an_unknown_conversation_leaves_what_is_known_here() -> None:
     kept = conversations()
     kept.keep(CALLER, "c", Turn.of("q1", "a1", time.time()), time.time())
 
-    await load(make(MemoryClaims(World(), "a"), kept), kept)
+    await load(make(MemoryStore(World(), "a"), kept), kept)
 
     assert contents(kept) == ["q1", "a1", "now"]
 
@@ -130,7 +127,7 @@ async def test_an_unknown_conversation_leaves_what_is_known_here() -> None:
 @pytest.mark.parametrize("deleter", ["a", "b"])
 async def test_what_one_instance_deletes_no_other_has(deleter: str) -> None:
     world, there = World(), conversations()
-    a, b = make(MemoryClaims(world, "a")), make(MemoryClaims(world, "b"), there)
+    a, b = make(MemoryStore(world, "a")), make(MemoryStore(world, "b"), there)
     await keep(a, "q1", "a1")
     await keep(a, "q2", "a2", name="d")
     await load(b, there)
@@ -151,7 +148,7 @@ async def test_what_one_instance_deletes_no_other_has(deleter: str) -> None:
 
 async def test_a_list_has_pages_and_titles() -> None:
     world = World()
-    a, b = make(MemoryClaims(world, "a")), make(MemoryClaims(world, "b"))
+    a, b = make(MemoryStore(world, "a")), make(MemoryStore(world, "b"))
     for number in range(5):
         await keep(a, f"question  {number}", "x", ended=1e9 + number, name=f"c{number}")
     await keep(a, "another", "x", ended=1e9 + 9, name="c1")
@@ -171,7 +168,7 @@ async def test_a_list_has_pages_and_titles() -> None:
 
 
 async def test_without_keys_a_list_is_that_of_an_address() -> None:
-    histories = make(MemoryClaims(World(), "a"))
+    histories = make(MemoryStore(World(), "a"))
     await keep(histories, "q", "a", caller=anonymous("192.0.2.1"))
 
     here = await histories.listing(anonymous("192.0.2.1"), 50, None)

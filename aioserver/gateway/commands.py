@@ -1,0 +1,107 @@
+"""Commands to the Redis or Valkey server that all instances share: what a wing keeps there for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Sequence
+
+logger = logging.getLogger("aioserver.cluster")
+
+# Seconds for which the server's answer is awaited where a request waits for it.
+TIMEOUT = 0.05
+# Seconds by which a timer is late where the event loop is, and for which an answer is awaited at most then.
+LATE, MAX_TIMEOUT = 0.01, 1.0
+# Begins the scripts that keep what may also be forgotten. Beyond its `maxmemory` a server refuses whatever writes, the renewal
+# of leases as well, so the last quarter is not for them.
+FULL = """
+local function full(more)
+  local memory = redis.call('INFO', 'memory')
+  local most = tonumber(memory:match('maxmemory:(%d+)'))
+  return most > 0 and tonumber(memory:match('used_memory:(%d+)')) + more > most * 0.75
+end
+"""
+
+T = TypeVar("T")
+
+
+class Connection(Protocol):
+    """A connection to the server."""
+
+    async def execute(self, *command: bytes | str | float) -> Any:
+        """Return the answer to one command; those of one connection are carried out in their order.
+
+        Raises:
+            Exception: the server is away, or refuses the command.
+        """
+
+
+class Commands:
+    """The shared store, as each wing uses it that keeps something there; each key begins with *prefix*.
+
+    Always: the log says once that the server is away, until it has answered again.
+    """
+
+    def __init__(self, connection: Connection, prefix: str) -> None:
+        self.prefix = prefix
+        # Whether the server did not answer the last `ask`.
+        self.away = False
+        self._connection = connection
+
+    async def execute(self, *command: bytes | str | float) -> Any:
+        """Return the answer to one command: see `Connection`."""
+        return await self._connection.execute(*command)
+
+    async def evaluate(
+        self, script: str, keys: Sequence[str], *values: bytes | str | float
+    ) -> Any:
+        """Return what *script* returns, which is short: see `Connection`."""
+        # Not EVALSHA: a server that comes back empty knows no script.
+        return await self._connection.execute("EVAL", script, len(keys), *keys, *values)
+
+    async def ask(self, call: Coroutine[Any, Any, T], seconds: float = TIMEOUT) -> T | None:
+        """Return the result of *call*, which executes commands; None if the server does not answer in time."""
+        try:
+            result = await answer_of(call, seconds)
+        except Exception as exc:  # noqa: BLE001 - whatever the server says, this instance goes on
+            if not self.away:
+                self.away = True
+                logger.warning("claims of streams get no answer: %r", exc)
+            return None
+        self.away = False
+        return result
+
+
+async def answer_of(call: Coroutine[Any, Any, T], seconds: float = TIMEOUT) -> T:
+    """Return the result of *call*, a question to the server, which has *seconds* to answer.
+
+    Time for which our own event loop was late does not count: a busy instance would otherwise take the server for
+    away when its answer is there already. Cancelling is safe.
+
+    Raises:
+        TimeoutError: there is no answer in time.
+    """
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(call)
+    end = loop.time() + max(seconds, MAX_TIMEOUT)
+    try:
+        while True:
+            due = loop.time() + seconds
+            done, _ = await asyncio.wait((task,), timeout=seconds)
+            if done:
+                return task.result()
+            now = loop.time()
+            if now - due < LATE or now >= end:
+                raise TimeoutError(f"no answer within {seconds} s")
+    finally:
+        task.cancel()
+
+
+def name_of(caller: str, request_id: str) -> str:
+    """Return the name under which all instances know an id of *caller*: a digest of both."""
+    both = b"%d:%b%b" % (len(caller), caller.encode(), request_id.encode())
+    return hashlib.sha256(both).hexdigest()[:40]

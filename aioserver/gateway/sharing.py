@@ -1,0 +1,31 @@
+"""What several instances share of their limits: the gates of providers, the quotas of keys, and the secret of sessions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aioserver.config.settings import ClientKey, HttpClient
+    from aioserver.limits.quota import Quota
+    from aioserver.providers.health import Health
+    from aioserver.providers.queueing import ProviderGate
+
+
+class Sharing(Protocol):
+    """The limits of all instances together, which the wing `cluster` implements."""
+
+    def make_gate(
+        self, name: str, limits: HttpClient, health: Health, clock: Callable[[], float]
+    ) -> ProviderGate:
+        """Return the gate of the provider *name*, whose places and starts all instances share."""
+
+    def make_quota(self, key: ClientKey, elsewhere: Callable[[int], int] | None) -> Quota:
+        """Return the quota of *key*, which all instances share; *elsewhere*: see `Quota`."""
+
+    async def agree_on_pepper(self, own: bytes) -> bytes:
+        """Return the secret of browser sessions on which the instances agree: *own*, if none was there before.
+
+        Without an answer it is *own*, and a session holds only where it was made.
+        """

@@ -1,0 +1,457 @@
+"""The streams of all instances, as the gateway of one of them sees them: see `gateway.instances.Instances`.
+
+    claim     claims.py: this instance answers, or another does (a mirror), or one that has stopped did (its log)
+    follow    a mirror of a stream that another instance has
+    cancel    its owner is asked
+    listing   all are asked
+
+Redis may be away. Then this instance answers by itself what it is asked, and knows no streams but its own.
+
+This file is one concept: how a request id leads to its one log, wherever it is asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from aioserver.auth.callers import Caller
+from aioserver.errors import RequestConflict, ResumeGap, ServerShutdown, StreamNotFound
+from aioserver.gateway.commands import name_of
+from aioserver.gateway.instances import NOT_FOUND, Start
+from aioserver.streams.entries import ERROR
+from aioserver.telemetry.counters import Counter
+from aioserver.wings.cluster import handover
+from aioserver.wings.cluster.claims import (
+    CONFLICT,
+    KEPT,
+    LEASE,
+    NONE,
+    OURS,
+    RENEWAL,
+    THEIRS,
+    Claims,
+    Renewal,
+)
+from aioserver.wings.cluster.peers import Peers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from aioserver.gateway.commands import Commands
+    from aioserver.gateway.gateway import Gateway
+    from aioserver.gateway.request import Request
+    from aioserver.streams.store import StreamStore
+    from aioserver.streams.stream import Stream
+    from aioserver.wings.cluster.bus import Bus
+    from aioserver.wings.cluster.claims import Verdict
+
+# Claims in one call that renews them, and seconds for which it and other calls that nobody waits for last.
+MAX_RENEWED, CALL_TIMEOUT = 1_000, 1.0
+# Owners that are asked for one id, one after the other, each having lost it.
+MAX_OWNERS = 3
+# Seconds for which a mirror waits for its first reader, who may have to wait for a place of its own.
+MAX_UNREAD = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class InstancesStats:
+    """A snapshot: claims that are ours and run, logs read elsewhere, logs of others read here.
+
+    *unclaimed* counts requests that were answered without a claim, since Redis did not answer in time.
+    """
+
+    claims: int
+    links: int
+    mirrors: int
+    unclaimed: int
+
+
+class RemoteStreams:
+    """Finds streams at other instances, and lets them find those of this one.
+
+    Always: each stream of this instance that has a name, and runs, is in `_claimed`, and its claim is renewed.
+
+    `serve` comes before anything is claimed.
+    """
+
+    _gateway: Gateway
+
+    def __init__(
+        self,
+        bus: Bus,
+        commands: Commands,
+        streams: StreamStore,
+    ) -> None:
+        self._me = bus.name
+        self._commands = commands
+        self._ask = commands.ask
+        self._store = Claims(commands, bus.name)
+        self._streams = streams
+        self._loop = asyncio.get_running_loop()
+        self._claimed: dict[Stream, list[Renewal]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._renewer: asyncio.TimerHandle | None = None
+        self._unclaimed = Counter()
+        self.peers = Peers(bus)
+        streams.on_alias = self._note_alias
+
+    def serve(self, gateway: Gateway) -> None:
+        """Let other instances read the streams of *gateway*: once."""
+        self._gateway = self.peers.gateway = gateway
+
+    def stats(self) -> InstancesStats:
+        """Return a snapshot."""
+        return InstancesStats(
+            claims=len(self._claimed),
+            links=self.peers.links,
+            mirrors=self.peers.mirrors,
+            unclaimed=int(self._unclaimed.value),
+        )
+
+    def claiming(
+        self,
+        stream: Stream,
+        request: Request,
+        producer: Coroutine[Any, Any, None],
+        release: Callable[[], None],
+    ) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
+        """Return the producer that claims the id of *stream* and then runs *producer*, and its release.
+
+        *release* is that of *producer*.
+        """
+        stream.attachment.claimed = self._loop.create_future()
+
+        def release_all() -> None:
+            # It may never have begun.
+            producer.close()
+            release()
+
+        return self._claim(stream, request, producer), release_all
+
+    def mirror(self, caller: Caller, request_id: str, start: Start) -> Stream:
+        """Return a mirror of the caller's stream *request_id*, which ends soon if there is none.
+
+        Raises:
+            ServerAtCapacity: there is no room for it.
+        """
+        stream = self._streams.open_mirror(request_id, caller, after=start.after or 0)
+        try:
+            stream.attachment.claimed = self._loop.create_future()
+            self._gateway.lifetime.expect(stream, MAX_UNREAD)
+            self._gateway.producers.start(stream, self._follow(stream, start), _nothing)
+        except BaseException:
+            self._streams.drop(stream)
+            raise
+        return stream
+
+    async def reach(self, caller: Caller, request_id: str, start: Start) -> Stream:
+        """Return a mirror, as `mirror`, once it is known that there is such a stream.
+
+        Raises:
+            StreamNotFound, RequestConflict, ResumeGap, ServerShutdown: as `Instances.reach`.
+        """
+        stream = self.mirror(caller, request_id, start)
+        await self.claimed(stream)
+        return stream
+
+    async def claimed(self, stream: Stream) -> None:
+        """Wait until it is known that *stream* is answered, here or elsewhere.
+
+        Raises:
+            AioserverError: it is not.
+        """
+        if (claimed := stream.attachment.claimed) is None:
+            return
+        try:
+            await asyncio.wait((claimed,))
+        except asyncio.CancelledError:
+            if stream.attachment.mirrored:
+                self._gateway.lifetime.let_go(stream)
+            elif not stream.readers:
+                self._gateway.lifetime.reader_removed(stream)
+            raise
+        if (error := claimed.result()) is not None:
+            raise error
+
+    async def cancel(self, caller: Caller, request_id: str) -> None:
+        """Cancel a stream of another instance.
+
+        Raises:
+            StreamNotFound: there is none.
+        """
+        if not await self._cancelled(caller, request_id):
+            raise StreamNotFound(NOT_FOUND)
+
+    async def listing(self, caller: Caller) -> list[dict[str, Any]]:
+        """Return what all others say of the caller's streams; those that do not answer in time are left out."""
+        members = await self._ask(self._store.members()) or []
+        others = [member for member in members if member != self._me]
+        answers = await self.peers.ask(others, caller, None)
+        return [
+            entry
+            for answer in answers
+            if isinstance(answer, list)
+            for entry in answer
+            if isinstance(entry, dict)
+        ]
+
+    async def forget_response(self, caller: Caller, response_id: str) -> bool:
+        """Let no other instance know a response any more; return whether one did, as far as they answer in time."""
+        members = await self._ask(self._store.members()) or []
+        others = [member for member in members if member != self._me]
+        answers = await self.peers.forget(others, caller, response_id)
+        return b"true" in answers.values()
+
+    def ended(self, stream: Stream) -> None:
+        """Note that the producer of *stream* has ended."""
+        attachment = stream.attachment
+        if attachment.claimed is not None:
+            if attachment.undecided and attachment.abandoned:
+                # Its client has left before it was known whether another instance has the answer.
+                self._streams.unname(stream)
+            refused = attachment.undecided
+            attachment.settle_claim(stream.error or StreamNotFound("this answer was cancelled"))
+            if refused:
+                # There is no such log: the answer is an error, and nobody reads it.
+                self._gateway.lifetime.let_go(stream)
+            if not attachment.mirrored:
+                self._note_end(stream)
+
+    async def hand_over(self, finished: list[Stream]) -> None:
+        """Give the logs that have ended, and are kept, to all: when this instance stops; *finished*: the newest first."""
+        for stream, seconds, log in handover.chosen(finished):
+            names = [stream.request_id, stream.attachment.alias]
+            for name in names:
+                if name is not None and not stream.private:
+                    await self._ask(
+                        self._store.put_log(name_of(_caller(stream).name, name), log, seconds),
+                        CALL_TIMEOUT,
+                    )
+                    if self._commands.away:
+                        return
+
+    async def close(self) -> None:
+        """Hand over what has ended, and be no instance any more. The gateway was closed before."""
+        finished = [stream for stream in self._streams.finished() if not stream.private]
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CALL_TIMEOUT)
+        await self.hand_over(finished[::-1])
+        if self._renewer is not None:
+            self._renewer.cancel()
+        for task in tuple(self._tasks):
+            task.cancel()
+        self.peers.close()
+
+    async def _claim(
+        self,
+        stream: Stream,
+        request: Request,
+        producer: Coroutine[Any, Any, None],
+    ) -> None:
+        try:
+            filled = await self._claimed_elsewhere(
+                stream, partial(self._become_mirror, stream, request)
+            )
+        except RequestConflict:
+            # The id stays free for a request with the payload that it is known with.
+            self._streams.hide(stream)
+            stream.attachment.mirrored = False
+            raise
+        stream.attachment.settle_claim()
+        if filled is not None:
+            await filled
+            return
+        await producer
+
+    async def _claimed_elsewhere(
+        self, stream: Stream, accept: Callable[[], None]
+    ) -> asyncio.Future[None] | None:
+        """Claim the request id of *stream* for this instance.
+
+        None: the answer is to be made here. Otherwise another instance has it, *accept* was called, and its
+        events come to *stream*: the future is done when there are no more. Cancelling is safe.
+
+        Raises:
+            RequestConflict: the id is another instance's, with another payload.
+        """
+        name, digest = _name(stream), stream.attachment.digest
+        renewal = Renewal(name, digest, LEASE + stream.window)
+        self._claimed[stream] = [renewal]
+        self._watch()
+        verdict: Verdict | None = await self._ask(self._store.take(name, digest, renewal.seconds))
+        if verdict is None:
+            self._unclaimed.value += 1
+            return None
+        for _ in range(MAX_OWNERS):
+            filled = await self._filled(stream, verdict, accept)
+            if filled is not None:
+                return filled
+            if verdict.state == OURS:
+                return None
+            # The owner does not have it any more.
+            found = await self._ask(self._store.take(name, digest, renewal.seconds, verdict.owner))
+            if found is None:
+                return None
+            verdict = found
+        return None
+
+    async def _filled(
+        self, stream: Stream, verdict: Verdict, accept: Callable[[], None]
+    ) -> asyncio.Future[None] | None:
+        """Return the future end of *stream* as a mirror; None if nobody has its log."""
+        start = Start(digest=stream.attachment.digest)
+        if verdict.state == CONFLICT:
+            del self._claimed[stream]
+            raise RequestConflict("this request id is already known, with another payload")
+
+        def accepted() -> None:
+            self._claimed.pop(stream, None)
+            accept()
+
+        if verdict.state == KEPT:
+            log = await self._ask(self._store.get_log(_name(stream)))
+            if log is None:
+                return None
+            try:
+                await handover.fill(stream, log, start, accepted)
+            except StreamNotFound:
+                return None
+            done: asyncio.Future[None] = self._loop.create_future()
+            done.set_result(None)
+            return done
+        if verdict.state == THEIRS:
+            mirror = self.peers.attach(stream, verdict.owner, start, accepted)
+            try:
+                await mirror.accepted
+            except (StreamNotFound, ServerShutdown):
+                if stream.attachment.mirrored:
+                    # The owner had it, and was lost before all of it was here.
+                    raise
+                return None
+            except BaseException:
+                mirror.close()
+                raise
+            return mirror.done
+        return None
+
+    def _become_mirror(self, stream: Stream, request: Request) -> None:
+        """Note that another instance has the answer: *stream* is its mirror, and no answer of ours."""
+        self._streams.hide(stream)
+        # First, or it would be given back as one that has a place.
+        request.forget_undecided()
+        if (quota := request.caller.quota) is not None:
+            quota.give_back(unused=True)
+        request.provider_request.forget_body()
+        self._gateway.lifetime.expect(stream, MAX_UNREAD)
+
+    async def _follow(self, stream: Stream, start: Start) -> None:
+        """Fill the mirror *stream*, whose claim is settled once it is known that there is such a log.
+
+        Raises:
+            StreamNotFound: no instance has such a log.
+            RequestConflict, ResumeGap, ServerShutdown: as `Instances.reach`.
+        """
+        name = _name(stream)
+        # Nobody else can answer, so this is worth waiting for.
+        verdict = await self._ask(self._store.find(name), CALL_TIMEOUT)
+        if verdict is None:
+            raise ServerShutdown(
+                "whether another process has this answer is unknown", retry_after=1.0
+            )
+        if verdict.state == KEPT:
+            if start.digest is not None and start.digest != verdict.digest:
+                raise RequestConflict("this request id is known, with another payload")
+            log = await self._ask(self._store.get_log(name))
+            if log is not None:
+                await handover.fill(stream, log, start, lambda: None)
+                stream.attachment.settle_claim()
+                return
+        if verdict.owner == self._me:
+            # Only one that was claimed a moment ago is looked for here.
+            self.peers.gateway.find(_caller(stream), stream.request_id, start.digest)
+            raise ResumeGap(f"event {start.after} does not exist yet")
+        if verdict.state in {NONE, KEPT}:
+            raise StreamNotFound(NOT_FOUND)
+        mirror = self.peers.attach(stream, verdict.owner, start, lambda: None)
+        try:
+            await mirror.accepted
+            stream.attachment.settle_claim()
+            await mirror.done
+        finally:
+            mirror.close()
+
+    async def _cancelled(self, caller: Caller, request_id: str) -> bool:
+        """Cancel a stream of another instance; return whether there is one."""
+        verdict = await self._ask(self._store.find(name_of(caller.name, request_id)))
+        if verdict is None or verdict.owner == self._me:
+            return False
+        if verdict.state == KEPT:
+            # It has ended: nothing is left to do.
+            return True
+        if verdict.state != THEIRS:
+            return False
+        answers = await self.peers.ask([verdict.owner], caller, request_id)
+        # An owner that does not answer in time has been told.
+        return answers != [False]
+
+    def _note_end(self, stream: Stream) -> None:
+        """Note that *stream*, whose id was claimed, has ended."""
+        claims = self._claimed.pop(stream, None)
+        if claims is None:
+            return
+        # Nobody has answered it, or the end of the server cut it: who asks again gets a new answer.
+        free = isinstance(stream.error, ServerShutdown) or (
+            stream.end_status == ERROR and not stream.sent
+        )
+        for claim in claims:
+            claim.seconds, claim.done = 0.0 if free else stream.window, True
+        self._start(self._store.renew(claims))
+
+    def _note_alias(self, stream: Stream, alias: str) -> None:
+        """Claim *alias*, by which *stream* is found, too."""
+        name = name_of(_caller(stream).name, alias)
+        claim = Renewal(name, stream.attachment.digest, LEASE + stream.window)
+        self._claimed.setdefault(stream, []).append(claim)
+        if stream.attachment.claimed is None:
+            # It has no other name: its end is noted as that of a claimed one.
+            stream.attachment.claimed = self._loop.create_future()
+            stream.attachment.settle_claim()
+        self._watch()
+        self._start(self._store.renew([claim]))
+
+    def _watch(self) -> None:
+        if self._renewer is None:
+            self._renewer = self._loop.call_later(RENEWAL, self._renew)
+
+    def _renew(self) -> None:
+        self._renewer = None
+        claims = [claim for claims in self._claimed.values() for claim in claims]
+        for start in range(0, len(claims), MAX_RENEWED):
+            self._start(self._store.renew(claims[start : start + MAX_RENEWED]))
+        if claims:
+            self._watch()
+
+    def _start(self, call: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(self._quietly(call))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _quietly(self, call: Coroutine[Any, Any, None]) -> None:
+        await self._ask(call, CALL_TIMEOUT)
+
+
+def _caller(stream: Stream) -> Caller:
+    caller = stream.caller
+    assert isinstance(caller, Caller)
+    return caller
+
+
+def _name(stream: Stream) -> str:
+    return name_of(_caller(stream).name, stream.request_id)
+
+
+def _nothing() -> None:
+    """Release nothing: a mirror has no request."""
