@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
+    from aioserver.gateway.histories import Histories
     from aioserver.gateway.instances import Instances, Start
     from aioserver.gateway.router import Router
     from aioserver.protocol.client_frames import Chat
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from aioserver.streams.store import HeldBytes, StreamStore
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.request_log import RequestLog
-    from aioserver.wings.conversations.history import History
 
 
 class Gateway:
@@ -54,7 +54,7 @@ class Gateway:
         self,
         router: Router,
         streams: StreamStore,
-        history: History,
+        histories: Histories,
         service: settings.Service,
         bounds: settings.Streams,
         request_log: RequestLog,
@@ -62,8 +62,7 @@ class Gateway:
     ) -> None:
         self._router = router
         self._streams = streams
-        self.history = history
-        self._prompts = Prompts(history, service, bounds)
+        self._prompts = Prompts(histories, service, bounds)
         self._request_log = request_log
         # The streams of other instances; None where this one is alone.
         self.instances = instances

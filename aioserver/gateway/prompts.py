@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from aioserver.gateway.histories import Answered
 from aioserver.protocol.openai import Reading
 from aioserver.providers.request import ProviderRequest
-from aioserver.wings.conversations.turn import Turn, counted_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
+    from aioserver.gateway.histories import Histories
     from aioserver.gateway.request import Route
     from aioserver.protocol.client_frames import Chat
     from aioserver.providers.request import Answer, Hold
     from aioserver.streams.stream import Stream
-    from aioserver.wings.conversations.history import History
 
 _EMPTY = re.compile(rb"\{[ \t\r\n]*\}")
 
@@ -43,7 +43,7 @@ class Prompt:
 
     __slots__ = (
         "_asked",
-        "_history",
+        "_histories",
         "_late",
         "_sent",
         "_text",
@@ -54,7 +54,7 @@ class Prompt:
 
     def __init__(
         self,
-        history: History,
+        histories: Histories,
         chat: Chat,
         request: ProviderRequest,
         reading: Reading,
@@ -62,8 +62,8 @@ class Prompt:
         sent: list[int],
         late: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
-        self._asked = history.now()
-        self._history = history
+        self._asked = histories.now()
+        self._histories = histories
         self._late = late
         self._sent = sent
         self._text = chat.text
@@ -82,9 +82,14 @@ class Prompt:
         if self.conversation_id is None or self._text is None:
             return
         share = len(self._text) / max(1, sum(self._sent))
-        tokens = counted_tokens(self.reading.usage, min(1.0, share))
-        turn = Turn.of(orjson.loads(self._text), self.reading.text, self._history.now(), tokens)
-        self._history.keep(self.request.caller, self.conversation_id, turn, self._asked)
+        answered = Answered(
+            orjson.loads(self._text),
+            self.reading.text,
+            self._asked,
+            self.reading.usage,
+            min(1.0, share),
+        )
+        self._histories.keep(self.request.caller, self.conversation_id, answered)
 
     def cut(self, stream: Stream) -> None:
         """Append the answer as far as it came, if there is any of it."""
@@ -99,9 +104,9 @@ class Prompts:
     """Makes prompts of chats, by the settings that were applied last."""
 
     def __init__(
-        self, history: History, service: settings.Service, bounds: settings.Streams
+        self, histories: Histories, service: settings.Service, bounds: settings.Streams
     ) -> None:
-        self._history = history
+        self._histories = histories
         self.apply(service, bounds)
 
     def apply(self, service: settings.Service, bounds: settings.Streams) -> None:
@@ -136,10 +141,10 @@ class Prompts:
                 sent.append(len(held[0]))
 
             async def load() -> None:
-                await self._history.load(caller, name)
+                await self._histories.load(caller, name)
                 take()
 
-            if known is not None and self._history.stored:
+            if known is not None and self._histories.stored:
                 take_history = load
             else:
                 take()
@@ -164,11 +169,11 @@ class Prompts:
             kept_bytes=len(chat.text or b""),
             client_headers=chat.client_headers,
         )
-        return Prompt(self._history, chat, request, reading, conversation_id, sent, take_history)
+        return Prompt(self._histories, chat, request, reading, conversation_id, sent, take_history)
 
     def _messages(self, caller: Caller, conversation_id: str, text: bytes) -> bytes:
         """Return, as JSON, the messages of a conversation as it is now, and *text* after them."""
-        history = self._history.messages(caller, conversation_id, orjson.loads(text))[:-1]
+        history = self._histories.messages(caller, conversation_id, orjson.loads(text))[:-1]
         if self._service.system_prompt:
             history.insert(0, {"role": "system", "content": self._service.system_prompt})
         return _messages(history, text)

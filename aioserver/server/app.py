@@ -272,7 +272,9 @@ async def open_server(
         middleware, add_headers = make_middleware(current, guard, origins, context.admission)
         app.middlewares.append(middleware)
         app.on_response_prepare.append(add_headers)
-        _add_routes(app, context, [await wing.serve(context) for wing in plugged])
+        served = [await wing.serve(context) for wing in plugged]
+        served.append(Routes(key=conversation_routes.routes(history)))
+        _add_routes(app, context, served)
         log_limits(chat.websocket.concurrency)
         lifecycle.ready = True
         # Otherwise `/stats` would show `ready` as false for a second.
@@ -349,7 +351,6 @@ def _add_routes(app: web.Application, context: Context, wings: Sequence[Routes])
             *websockets,
             *sse.routes(context),
             *openai.routes(context),
-            *conversation_routes.routes(context),
             *(route for routes in wings for route in routes.key),
             # It takes all paths below `/v1` that nobody else has.
             *passthrough.routes(context),

@@ -22,7 +22,7 @@ from aioserver.errors import InvalidRequest
 from aioserver.wings.conversations.turn import Position, title_of
 
 if TYPE_CHECKING:
-    from aioserver.faces.context import Context
+    from aioserver.wings.conversations.history import History
     from aioserver.wings.conversations.turn import Turn
 
 PATH = "/conversations"
@@ -33,17 +33,17 @@ MAX_SHOWN = 1 << 22
 NO_STORE = {"Cache-Control": "no-store"}
 
 
-def routes(context: Context) -> list[web.RouteDef]:
-    """Return the routes of `/conversations`."""
+def routes(history: History) -> list[web.RouteDef]:
+    """Return the routes of `/conversations`, which are those of *history*."""
     return [
-        web.get(PATH, partial(listing, context)),
-        web.delete(PATH, partial(delete_all, context)),
-        web.get(f"{PATH}/{{id}}", partial(read, context)),
-        web.delete(f"{PATH}/{{id}}", partial(delete, context)),
+        web.get(PATH, partial(listing, history)),
+        web.delete(PATH, partial(delete_all, history)),
+        web.get(f"{PATH}/{{id}}", partial(read, history)),
+        web.delete(f"{PATH}/{{id}}", partial(delete, history)),
     ]
 
 
-async def listing(context: Context, request: web.Request) -> web.Response:
+async def listing(history: History, request: web.Request) -> web.Response:
     """Answer a GET with a page of the list.
 
     Raises:
@@ -51,7 +51,7 @@ async def listing(context: Context, request: web.Request) -> web.Response:
     """
     before = request.query.get("before")
     after = None if before is None else Position.parse(before)
-    page = await context.gateway.history.listing(request[CALLER], _limit(request), after)
+    page = await history.listing(request[CALLER], _limit(request), after)
     conversations = [
         {
             "id": summary.conversation_id,
@@ -65,14 +65,14 @@ async def listing(context: Context, request: web.Request) -> web.Response:
     return _json({"conversations": conversations, "next": following, "partial": page.partial})
 
 
-async def read(context: Context, request: web.Request) -> web.Response:
+async def read(history: History, request: web.Request) -> web.Response:
     """Answer a GET with what is kept of one conversation.
 
     Raises:
         ConversationNotFound: the caller has no such conversation.
     """
     conversation_id = request.match_info["id"]
-    dialogue = await context.gateway.history.read(request[CALLER], conversation_id)
+    dialogue = await history.read(request[CALLER], conversation_id)
     turns, size = dialogue.turns, 0
     first = len(turns)
     while first and (first == len(turns) or size + turns[first - 1].size <= MAX_SHOWN):
@@ -90,7 +90,7 @@ async def read(context: Context, request: web.Request) -> web.Response:
     )
 
 
-async def delete(context: Context, request: web.Request) -> web.Response:
+async def delete(history: History, request: web.Request) -> web.Response:
     """Answer a DELETE of one conversation. An answer that runs in it goes on, and is not kept.
 
     Raises:
@@ -98,17 +98,17 @@ async def delete(context: Context, request: web.Request) -> web.Response:
         HistoryUnavailable: it is not deleted for certain.
     """
     conversation_id = request.match_info["id"]
-    await context.gateway.history.delete(request[CALLER], conversation_id)
+    await history.delete(request[CALLER], conversation_id)
     return web.Response(status=204, headers=NO_STORE)
 
 
-async def delete_all(context: Context, request: web.Request) -> web.Response:
+async def delete_all(history: History, request: web.Request) -> web.Response:
     """Answer a DELETE of all conversations in the caller's list.
 
     Raises:
         HistoryUnavailable: they are not deleted for certain.
     """
-    deleted = await context.gateway.history.delete_all(request[CALLER])
+    deleted = await history.delete_all(request[CALLER])
     return _json({"deleted": deleted})
 
 

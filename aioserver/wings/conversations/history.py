@@ -12,14 +12,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from aioserver.errors import ConversationNotFound, HistoryUnavailable
+from aioserver.wings.conversations.turn import Turn, counted_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aioserver.auth.callers import Caller
     from aioserver.config.settings import Context, Persistence
+    from aioserver.gateway.histories import Answered
     from aioserver.wings.conversations.memory import Conversations
-    from aioserver.wings.conversations.turn import Dialogue, Page, Position, Turn
+    from aioserver.wings.conversations.turn import Dialogue, Page, Position
 
 # Seconds after which a client may try a deletion again.
 RETRY_AFTER = 5.0
@@ -125,8 +127,10 @@ class History:
         """Return the messages to send for the question *text*: see `Conversations.history`."""
         return self._conversations.history(caller, conversation_id, text)
 
-    def keep(self, caller: Caller, conversation_id: str, turn: Turn, asked: float) -> None:
-        """Append *turn*, whose question came at *asked*. It never waits."""
+    def keep(self, caller: Caller, conversation_id: str, answered: Answered) -> None:
+        """Append a turn; not if the conversation was deleted since its question came. It never waits."""
+        question, answer, asked, usage, share = answered
+        turn = Turn.of(question, answer, self.now(), counted_tokens(usage, share))
         kept = self._conversations.keep(caller, conversation_id, turn, asked)
         if kept and self._storage is not None:
             self._storage.keep(caller, conversation_id, turn, asked)

@@ -16,6 +16,7 @@ import pytest
 
 from aioserver.config.settings import Context
 from aioserver.errors import HistoryUnavailable
+from aioserver.gateway.histories import Answered
 from aioserver.wings.conversations import connections, queue
 from aioserver.wings.conversations import storage as storage_module
 from aioserver.wings.conversations.history import History
@@ -27,7 +28,6 @@ from aioserver.wings.conversations.sqlite_file import (
     Broken,
     prepare,
 )
-from aioserver.wings.conversations.turn import Turn
 from tests.support.history import (
     ME,
     NOW,
@@ -391,11 +391,11 @@ async def test_the_chat_goes_on_with_what_the_process_remembers(tmp_path: Path) 
     async with storage(path) as kept:
         conversations = Conversations(context, policy(), clock=clock())
         history = History(conversations, kept)
-        history.keep(ME, "c", Turn.of("one", "1", NOW), NOW)
+        history.keep(ME, "c", Answered("one", "1", NOW, None, 1.0))
         await written(kept)
         path.unlink()
         folder(path)
-        history.keep(ME, "c", Turn.of("two", "2", NOW), NOW)
+        history.keep(ME, "c", Answered("two", "2", NOW, None, 1.0))
         await until(lambda: kind(kept) is not None, state=kept.stats)
 
         await history.load(ME, "c")

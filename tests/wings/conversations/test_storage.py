@@ -13,6 +13,7 @@ import pytest
 from aioserver.auth.callers import Caller, anonymous
 from aioserver.config.settings import Context
 from aioserver.errors import ConversationNotFound
+from aioserver.gateway.histories import Answered
 from aioserver.telemetry.counters import Counter
 from aioserver.wings.conversations import queue, sweep
 from aioserver.wings.conversations.history import History
@@ -295,6 +296,10 @@ async def test_what_waits_is_bounded_and_the_oldest_goes(
 # Alike.
 
 
+def used(prompt: int, completion: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion}
+
+
 class Pair:
     """The same history twice: in memory, and in a file, which is closed and opened now and then."""
 
@@ -326,11 +331,10 @@ class Pair:
         if chance == 0:
             await self.restart()
         elif chance <= 5:
-            usage = dice.choice([(None, None), (3, 1000), (10**12, 0), (2.5, None)])
-            turn = Turn.of(f"q{number}", "a" * dice.randint(0, 60), self._now(), usage)
-            asked = self._now() - dice.choice([0.0, 0.5, DAY / 2])
+            usage = dice.choice([None, used(3, 1000), used(10**12, 0), {"prompt_tokens": 5}])
+            answer, asked = "a" * dice.randint(0, 60), self._now() - dice.choice([0, 0.5, DAY / 2])
             for history in (self.memory, self.file):
-                history.keep(caller, name, turn, asked)
+                history.keep(caller, name, Answered(f"q{number}", answer, asked, usage, 0.5))
             # Of what was deleted, a storage knows when it writes.
             await written(self.storage)
         else:

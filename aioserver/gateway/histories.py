@@ -1,0 +1,67 @@
+"""The contract of conversations: the turns in front of a question, and the turn that it becomes with its answer.
+
+A core without the wing keeps no conversation: each question stands alone, under whatever id.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from aioserver.auth.callers import Caller
+
+
+class Answered(NamedTuple):
+    """A *question* that came at *asked*, in Unix time, and its *answer*, as far as that came.
+
+    *usage* is the provider's, None if it has none. *share* is the question's part of the bytes of the prompt, which *usage* counts.
+    """
+
+    question: str
+    answer: str
+    asked: float
+    usage: Mapping[str, Any] | None
+    share: float
+
+
+class Histories(Protocol):
+    """The conversations of all callers. No method raises: a chat goes on without what cannot be read."""
+
+    @property
+    def stored(self) -> bool:
+        """Whether a conversation is loaded before it is used."""
+
+    def now(self) -> float:
+        """Return the time of day by which turns are kept, in Unix time."""
+
+    async def load(self, caller: Caller, conversation_id: str) -> None:
+        """Let the conversation be as its storage has it; without an answer it stays as it is."""
+
+    def messages(self, caller: Caller, conversation_id: str, text: str) -> list[dict[str, Any]]:
+        """Return the messages to send for the question *text*, which is the last of them."""
+
+    def keep(self, caller: Caller, conversation_id: str, answered: Answered) -> None:
+        """Append a turn; not if the conversation was deleted since the question came. It never waits."""
+
+
+class NoHistories:
+    """The place of conversations that nobody keeps."""
+
+    stored = False
+
+    def now(self) -> float:
+        """Return the time of day, in Unix time."""
+        return time.time()
+
+    async def load(self, caller: Caller, conversation_id: str) -> None:
+        """Load nothing."""
+
+    def messages(self, _caller: Caller, _conversation_id: str, text: str) -> list[dict[str, Any]]:
+        """Return the question alone."""
+        return [{"role": "user", "content": text}]
+
+    def keep(self, caller: Caller, conversation_id: str, answered: Answered) -> None:
+        """Keep nothing."""
