@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import io
 import random
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import quote
 
 import aiohttp
@@ -23,19 +23,17 @@ from aioserver.client.faults import (
     Interrupted,
     Lost,
     Reconnection,
-    Refused,
     closed_fault,
     protocol_error,
+    read_body,
     refusal,
     unreachable_fault,
 )
-from aioserver.client.socket import MAX_FRAME_BYTES, Reading, fault_of
+from aioserver.client.socket import MAX_FRAME_BYTES, Reading, Transport, fault_of
 from aioserver.protocol import eventstream
 from aioserver.protocol import frames as protocol_frames
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
-
     from aioserver.client.socket import Question
     from aioserver.protocol.frames import Frame
 
@@ -66,7 +64,6 @@ class EventSourceReading(Reading):
         self._reconnection = Reconnection(random.random)
         # The interruption that came after the frames that were returned.
         self._interrupted: Interrupted | None = None
-        self._sent = self._left = False
 
     async def frames(self) -> list[Frame]:
         """Return the frames that have come."""
@@ -86,14 +83,12 @@ class EventSourceReading(Reading):
             if frames := self._parse(data):
                 return frames
 
-    def leave(self) -> asyncio.Future[None] | None:
-        """Read no further."""
+    def _cancel(self) -> asyncio.Future[None] | None:
+        return self._transport.cancel(self.question.request_id)
+
+    def _detach(self) -> None:
         self._drop()
         self._transport.forget(self)
-        if self._left or self.ended or not self._sent:
-            return None
-        self._left = True
-        return self._transport.cancel(self.question.request_id)
 
     def _parse(self, data: bytes) -> list[Frame]:
         """Return the frames that *data* completes, up to one that interrupts the reading."""
@@ -131,12 +126,12 @@ class EventSourceReading(Reading):
         Raises:
             Interrupted: there is no response to read from.
         """
-        sent, self._sent = self._sent, True
+        sent, self.sent = self.sent, True
         try:
             response = await self._transport.request(self.question, self.last, self)
         except (OSError, aiohttp.ClientError) as error:
             if isinstance(error, NOT_CONNECTED):
-                self._sent = sent
+                self.sent = sent
             if isinstance(error, aiohttp.InvalidURL):
                 raise Broken(unreachable_fault(self._transport.url, error)) from None
             raise self._lost(error) from None
@@ -144,7 +139,7 @@ class EventSourceReading(Reading):
             if response.status != 200:
                 raise await self._refused(response)
             if response.content_type != "text/event-stream":
-                self._sent = False
+                self.sent = False
                 raise protocol_error(
                     f"an answer of the type {response.content_type}, not text/event-stream"
                 )
@@ -158,23 +153,17 @@ class EventSourceReading(Reading):
         """Return what a status other than 200 says."""
         try:
             async with asyncio.timeout(ERROR_TIMEOUT):
-                body = await response.content.read(MAX_ERROR_BYTES)
+                body = await read_body(response, MAX_ERROR_BYTES)
         except (OSError, aiohttp.ClientError):
             body = b""
         if response.status < 400:
-            self._sent = False
+            self.sent = False
             return protocol_error(f"HTTP status {response.status} in place of the answer")
         fault, final = refusal(response.status, response.headers, body)
         if fault.code == "connect_error" and not final:
             return self._lost_by(fault)
         refused = self._refuse(fault)
         return Broken(fault) if final else refused
-
-    def _refuse(self, fault: Fault) -> Refused:
-        if not self.last or fault.code == "stream_not_found":
-            # There is nothing to cancel; the id may be another answer's.
-            self._sent = False
-        return Refused(fault)
 
     def _lost(self, error: BaseException | None) -> Interrupted:
         if error is None:
@@ -198,21 +187,17 @@ class EventSourceReading(Reading):
                 response.close()
 
 
-class EventSourceTransport:
+class EventSourceTransport(Transport):
     """The responses of a client."""
 
     _HEADERS: ClassVar = {"Accept": "text/event-stream"}
 
     def __init__(self, session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> None:
+        super().__init__(session, url, headers)
         # Whether the server has ever answered.
         self.reached = False
-        self._session = session
-        self.url = url
-        self._headers = headers
         # The readings that were sent and have not ended.
         self._readings: set[EventSourceReading] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._closed = False
 
     def read(self, question: Question) -> EventSourceReading:
         """Return the reading of the answer to *question*."""
@@ -226,7 +211,7 @@ class EventSourceTransport:
         Raises:
             OSError, aiohttp.ClientError: there is no response.
         """
-        if self._closed:
+        if self.closed:
             raise Broken(Fault("connect_error", "the client is closed"))
         self._readings.add(reading)
         headers = {**self._headers, **self._HEADERS}
@@ -257,32 +242,26 @@ class EventSourceTransport:
 
     def cancel(self, request_id: str) -> asyncio.Future[None] | None:
         """Cancel an answer. Returns what is done when the server was told."""
-        return None if self._closed else self._start(self._cancel(request_id))
+        return None if self.closed else self.start(self._cancel(request_id))
 
     def finish(self, response: aiohttp.ClientResponse) -> None:
         """Read the end of a response, so that its connection can be used again."""
-        if self._closed or response.content.at_eof():
+        if self.closed or response.content.at_eof():
             response.close()
         else:
-            self._start(self._finish(response))
+            self.start(self._finish(response))
 
     async def close(self) -> None:
         """Cancel what runs, for which there is a short time."""
         for reading in list(self._readings):
             reading.leave()
-        self._closed = True
+        self.closed = True
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT)
         for task in self._tasks:
             task.cancel()
         while self._tasks:
             await asyncio.wait(self._tasks)
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     async def _finish(self, response: aiohttp.ClientResponse) -> None:
         try:

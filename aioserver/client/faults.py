@@ -152,6 +152,16 @@ def describe(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """Read the body of *response*; of one that is larger, a little more than *limit* bytes."""
+    body = bytearray()
+    async for data in response.content.iter_any():
+        body += data
+        if len(body) > limit:
+            break
+    return bytes(body)
+
+
 def error_object(body: bytes) -> tuple[str, str]:
     """Return code and message of the error in *body*, an object like OpenAI's; empty, if there is none."""
     try:

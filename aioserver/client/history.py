@@ -21,12 +21,13 @@ from aioserver.client.faults import (
     Fault,
     Reconnection,
     Retries,
+    read_body,
     refusal,
     unreachable_fault,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 T = TypeVar("T")
 
@@ -146,7 +147,7 @@ class History:
                 raise _error(fault)
             await asyncio.sleep(wait)
 
-    async def _once(self, method: str, url: URL) -> tuple[int, bytes, dict[str, str]]:
+    async def _once(self, method: str, url: URL) -> tuple[int, bytes, Mapping[str, str]]:
         async with self._session.request(
             method,
             url,
@@ -155,13 +156,10 @@ class History:
             timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT),
         ) as response:
             limit = MAX_BYTES if response.status == 200 else MAX_ERROR_BYTES
-            body = bytearray()
-            async for data in response.content.iter_any():
-                body += data
-                if len(body) > limit:
-                    raise _error(Fault("protocol_error", f"an answer of more than {limit} bytes"))
-            headers = {name.lower(): value for name, value in response.headers.items()}
-            return response.status, bytes(body), headers
+            body = await read_body(response, limit)
+            if len(body) > limit:
+                raise _error(Fault("protocol_error", f"an answer of more than {limit} bytes"))
+            return response.status, body, response.headers
 
 
 def _turns(messages: list[_Message]) -> Iterator[Turn]:

@@ -19,7 +19,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import aiohttp
 import orjson
@@ -38,6 +38,7 @@ from aioserver.client.faults import (
     Refused,
     closed_fault,
     protocol_error,
+    read_body,
     refusal,
     unreachable_fault,
 )
@@ -144,6 +145,9 @@ class Reading(ABC):
         self.last = 0
         # Whether the last event has come; the program may not have read it yet.
         self.ended = False
+        # Whether the server may know the question.
+        self.sent = False
+        self._left = False
 
     @abstractmethod
     async def frames(self) -> list[Frame]:
@@ -157,13 +161,31 @@ class Reading(ABC):
             Broken: it is of no use to call again.
         """
 
-    @abstractmethod
     def leave(self) -> asyncio.Future[None] | None:
         """Read no further, and let the server cancel an answer that may not have ended.
 
         Returns what is done when the server has been told; None if there is nothing to tell it. Of
         no effect after the last event, and at the second call.
         """
+        told = None if self._left or self.ended or not self.sent else self._cancel()
+        self._left = True
+        self._detach()
+        return told
+
+    @abstractmethod
+    def _cancel(self) -> asyncio.Future[None] | None:
+        """Let the server cancel the answer. Returns what is done when it has been told."""
+
+    @abstractmethod
+    def _detach(self) -> None:
+        """Let the connection go."""
+
+    def _refuse(self, fault: Fault) -> Refused:
+        """Return the interruption by a *fault* that has no number."""
+        if not self.last or fault.code == "stream_not_found":
+            # There is nothing to cancel; the id may be another answer's.
+            self.sent = False
+        return Refused(fault)
 
     def _count(self, frame: Frame) -> None:
         """Take the next numbered frame.
@@ -177,64 +199,42 @@ class Reading(ABC):
         self.ended = frame.ends
 
 
-class Transport(Protocol):
-    """A way to a server."""
+class Transport(ABC):
+    """A way to the face of a server at *url*, and the tasks that work for it."""
 
+    def __init__(self, session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> None:
+        self.closed = False
+        self._session = session
+        self.url = url
+        self._headers = headers
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @abstractmethod
     def read(self, question: Question) -> Reading:
         """Return the reading of the answer to *question*; nothing is sent before its `frames` is called."""
 
+    @abstractmethod
     async def close(self) -> None:
         """Tell the server what is to be cancelled, and close all connections. Readings end as broken."""
+
+    def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start a task that ends before `close` returns."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
 
 # Bytes of frames that wait to be read by the program, for each answer.
 MAX_UNREAD = 1 << 20
 
 
-class Carrier(Protocol):
-    """A connection, as a reading uses it."""
-
-    @property
-    def closed(self) -> bool:
-        """Whether it sends nothing any more."""
-
-    def add(self, reading: SocketReading) -> None:
-        """Let *reading* ask, or resume, on this connection."""
-
-    def remove(self, reading: SocketReading) -> None:
-        """Let *reading* go."""
-
-    def send(
-        self,
-        frame: bytes,
-        reading: SocketReading | None = None,
-        done: asyncio.Future[None] | None = None,
-    ) -> None:
-        """Send *frame* when its turn comes, unless *reading* has gone by then."""
-
-
-class Carriers(Protocol):
-    """A transport, as a reading uses it."""
-
-    async def connection(self, request_id: str) -> Carrier:
-        """Return a connection with room for the answer *request_id*.
-
-        Raises:
-            Interrupted: there is none now.
-        """
-
-    def cancel(self, request_id: str, connection: Carrier | None) -> asyncio.Future[None] | None:
-        """Cancel an answer, on its connection or on the next one."""
-
-
 class SocketReading(Reading):
     """The reading of an answer on the sockets of a transport."""
 
-    def __init__(self, transport: Carriers, question: Question) -> None:
+    def __init__(self, transport: SocketTransport, question: Question) -> None:
         super().__init__(question)
-        self.connection: Carrier | None = None
-        # Whether the server may know the question.
-        self.sent = False
+        self.connection: Connection | None = None
         self._transport = transport
         self._frames: list[Frame] = []
         self._unread = 0
@@ -243,7 +243,6 @@ class SocketReading(Reading):
         self._waiter: asyncio.Future[None] | None = None
         # Whether frames were dropped; and whether they were asked for again.
         self._behind = self._resuming = False
-        self._left = False
 
     async def frames(self) -> list[Frame]:
         """Return the frames that have come."""
@@ -304,14 +303,8 @@ class SocketReading(Reading):
         self._interrupted = interrupted
         self._wake()
 
-    def leave(self) -> asyncio.Future[None] | None:
-        """Read no further."""
-        if self._left or self.ended:
-            return None
-        self._left = True
-        connection = self.connection
-        self._detach()
-        return self._transport.cancel(self.question.request_id, connection) if self.sent else None
+    def _cancel(self) -> asyncio.Future[None] | None:
+        return self._transport.cancel(self.question.request_id, self.connection)
 
     def _receive_remark(self, frame: Frame) -> None:
         if frame.status == "error":
@@ -319,10 +312,7 @@ class SocketReading(Reading):
             if fault.code == "slow_client":
                 self._behind, self._resuming = True, False
             else:
-                if not self.last or fault.code == "stream_not_found":
-                    # There is nothing to cancel; the id may be another answer's.
-                    self.sent = False
-                self.interrupt(Refused(fault))
+                self.interrupt(self._refuse(fault))
         elif frame.status == "queued":
             # It may come often, and only the newest is of interest.
             if self._frames and self._frames[-1].status == "queued":
@@ -353,34 +343,12 @@ BURST_SECONDS = 1.0
 _PING = b'{"action":"ping","request_id":"place"}'
 
 
-class Owner(Protocol):
-    """A transport, as its connections use it."""
-
-    @property
-    def closed(self) -> bool:
-        """Whether the client is closed."""
-
-    @property
-    def reconnection(self) -> Reconnection:
-        """When it connects again."""
-
-    def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Start a task that ends before the transport is closed."""
-
-    def gone(self, connection: Connection) -> None:
-        """Forget a connection that is closed."""
-
-    def emptied(self, connection: Connection) -> None:
-        """Close a connection without readings, if there are others."""
-
-    def lost(self, fault: Fault, delay: float) -> Interrupted:
-        """Return the loss of a connection, which holds the next one back for *delay* seconds."""
-
-
 class Connection:
     """One socket. Always: each reading in `readings` has it as its `connection`; at most MAX_ANSWERS."""
 
-    def __init__(self, transport: Owner, ws: aiohttp.ClientWebSocketResponse[bool]) -> None:
+    def __init__(
+        self, transport: SocketTransport, ws: aiohttp.ClientWebSocketResponse[bool]
+    ) -> None:
         self.readings: dict[str, SocketReading] = {}
         # Whether it takes no more questions, since it is closed or will be; and whether it sends nothing any more.
         self.leaving = self.closed = False
@@ -588,22 +556,18 @@ CANCEL_WINDOW = 30.0
 CLOSED = Fault("connect_error", "the client is closed")
 
 
-class SocketTransport:
+class SocketTransport(Transport):
     """The sockets of a client: one, and another one for each further MAX_ANSWERS answers at once."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> None:
-        self.closed = False
+        super().__init__(session, url, headers)
         self.reconnection = Reconnection(random.random)
-        self._session = session
-        self._url = url
-        self._headers = headers
         self._connections: list[Connection] = []
         self._opening: asyncio.Task[None] | None = None
         # Why there is no connection, and the loop's time before which none is opened.
         self._loss: tuple[Fault, float] | None = None
         # Answers to be cancelled when there is a connection, and until which time of the loop.
         self._cancels: dict[str, float] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def read(self, question: Question) -> SocketReading:
         """Return the reading of the answer to *question*."""
@@ -630,13 +594,6 @@ class SocketTransport:
             if not opening.cancelled() and (error := opening.exception()) is not None:
                 raise error
 
-    def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Start a task that ends before `close` returns."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
     def lost(self, fault: Fault, delay: float) -> Interrupted:
         """Return the loss of a connection, which holds the next one back for *delay* seconds."""
         if self.reconnection.hopeless:
@@ -657,7 +614,9 @@ class SocketTransport:
             self._connections.remove(connection)
             self.start(connection.close())
 
-    def cancel(self, request_id: str, connection: Carrier | None) -> asyncio.Future[None] | None:
+    def cancel(
+        self, request_id: str, connection: Connection | None
+    ) -> asyncio.Future[None] | None:
         """Cancel an answer, on its connection or on the next one. Returns what is done when it was sent."""
         if self.closed:
             return None
@@ -705,7 +664,7 @@ class SocketTransport:
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                 ws = await self._session.ws_connect(
-                    self._url,
+                    self.url,
                     headers=self._headers,
                     max_msg_size=MAX_FRAME_BYTES,
                     heartbeat=HEARTBEAT,
@@ -720,12 +679,12 @@ class SocketTransport:
             delay = self.reconnection.after_loss(None, fault.retry_after)
             raise self.lost(fault, delay) from None
         except aiohttp.TooManyRedirects:
-            raise protocol_error(f"{self._url} redirects for ever") from None
+            raise protocol_error(f"{self.url} redirects for ever") from None
         except aiohttp.InvalidURL as error:
-            raise Broken(unreachable_fault(self._url, error)) from None
+            raise Broken(unreachable_fault(self.url, error)) from None
         except (OSError, aiohttp.ClientError) as error:
             delay = self.reconnection.after_loss()
-            raise self.lost(unreachable_fault(self._url, error), delay) from None
+            raise self.lost(unreachable_fault(self.url, error), delay) from None
         connection = Connection(self, ws)
         self._connections.append(connection)
         now = asyncio.get_running_loop().time()
@@ -742,10 +701,10 @@ class SocketTransport:
         timeout = aiohttp.ClientTimeout(total=REASON_TIMEOUT)
         try:
             async with self._session.get(
-                self._url, headers=self._headers, timeout=timeout, allow_redirects=False
+                self.url, headers=self._headers, timeout=timeout, allow_redirects=False
             ) as response:
                 if response.status == status:
-                    body = await response.content.read(MAX_ERROR_BYTES)
+                    body = await read_body(response, MAX_ERROR_BYTES)
                     return refusal(status, response.headers, body)[0]
         except (OSError, aiohttp.ClientError):
             pass
