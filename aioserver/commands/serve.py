@@ -22,8 +22,8 @@ from aioserver.server.app import open_server
 from aioserver.server.reload import Reload, log_remarks
 from aioserver.server.runner import Runner
 from aioserver.server.stop import Stop
+from aioserver.server.wings import WINGS
 from aioserver.telemetry import logs
-from aioserver.wings.conversations.wing import prepare_file
 
 if TYPE_CHECKING:
     import socket
@@ -154,7 +154,8 @@ def _serve_with_workers(
         websocket = configuration.settings.chat.websocket
         print(preflight.cannot_listen(websocket.host, websocket.port, exc), file=sys.stderr)
         return 1
-    prepare_file(configuration.settings.chat.service.repository)
+    for wing in WINGS:
+        wing.before_workers(configuration.settings)
     _collect_rarely()
     code = parent.run()
     output.give_up()

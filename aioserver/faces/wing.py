@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from aioserver.config.settings import Settings
     from aioserver.faces.context import Context
+    from aioserver.gateway.commands import Commands
+    from aioserver.gateway.histories import Histories
     from aioserver.monitoring.section import Section
     from aioserver.providers.registry import Simulated
     from aioserver.telemetry.metrics import Metrics
@@ -26,11 +28,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Core:
-    """What there is before any wing is open."""
+    """What there is before any wing is open.
+
+    *commands* reach the store that all instances share; None if there is none. *prepared*: the process that has started this
+    one has called `before_workers`.
+    """
 
     settings: Settings
     metrics: Metrics
     loop: asyncio.AbstractEventLoop
+    commands: Commands | None = None
+    prepared: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +66,16 @@ class Wing:
     simulated: Simulated | None = None
     # The traces of requests.
     tracer: Tracer | None = None
+    # The turns in front of a question.
+    histories: Histories | None = None
 
     def faults(self, settings: Settings) -> Iterable[str]:  # noqa: ARG002
         """Return what the wing cannot serve with, for `check`, the start and a reload."""
         return ()
+
+    @staticmethod
+    def before_workers(settings: Settings) -> None:
+        """Do what one process does for all of a machine, before there are any. It blocks."""
 
     async def open(self, core: Core, stack: AsyncExitStack) -> None:
         """Make what lives as long as the server; *stack* closes it.

@@ -2,7 +2,7 @@
 
 `open_server` makes all of it, in this order, and closes it in the reverse one:
 
-    wings → providers → router → streams, conversations → gateway → monitor → faces
+    wings → providers → router → streams → gateway → monitor → faces
 
 How it changes while it runs is in reload.py, and how it ends in runner.py.
 """
@@ -30,6 +30,7 @@ from aioserver.faces.http import Request
 from aioserver.faces.wing import Core, Routes
 from aioserver.gateway.calls import shutdown_error
 from aioserver.gateway.gateway import Gateway
+from aioserver.gateway.histories import NoHistories
 from aioserver.gateway.instances import Instances
 from aioserver.gateway.router import Router
 from aioserver.gateway.sharing import Sharing
@@ -47,11 +48,6 @@ from aioserver.streams.store import StreamStore
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.request_log import RequestLog
-from aioserver.wings.conversations import face as conversation_routes
-from aioserver.wings.conversations.memory import Conversations
-from aioserver.wings.conversations.redis import RedisHistories
-from aioserver.wings.conversations.section import HistorySection
-from aioserver.wings.conversations.wing import open_history, prepare_file
 from aioserver.wings.responses.redis import SharedResponses
 
 if TYPE_CHECKING:
@@ -65,7 +61,6 @@ if TYPE_CHECKING:
     from aioserver.faces.wing import Wing
     from aioserver.gateway.commands import Commands
     from aioserver.providers.provider import Provider
-    from aioserver.wings.conversations.history import History
     from aioserver.workers.slot import Slot
 
 logger = logging.getLogger("aioserver.app")
@@ -87,7 +82,7 @@ class Server:
     context: Context
     provider_registry: ProviderRegistry
     streams: StreamStore
-    history: History
+    wings: Sequence[Wing]
     lag: LoopLag
     listening: list[socket.socket]
     slot: Slot | None = None
@@ -154,7 +149,7 @@ async def open_server(
 
     *app* must not be frozen yet. *pepper* is the secret of browser sessions; see `pepper_of`. *slot*: that of this
     process, where several serve the same sockets. *cluster*: what this instance shares with others; None if it is the only
-    one. *prepared*: the file of conversations is, by the process that has started this one. *wings* are the features that it
+    one. *prepared*: see `Core`. *wings* are the features that it
     has beside those of the core.
 
     Raises:
@@ -190,7 +185,13 @@ async def open_server(
             if cluster is not None:
                 slot.page.tell_instance(cluster.token)
                 slot.on_gone = cluster.ended
-        core = Core(settings=settings, metrics=metrics, loop=loop)
+        core = Core(
+            settings=settings,
+            metrics=metrics,
+            loop=loop,
+            commands=None if cluster is None else cluster.commands,
+            prepared=prepared,
+        )
         for wing in plugged:
             await wing.open(core, stack)
         simulated = next((wing.simulated for wing in plugged if wing.simulated is not None), None)
@@ -204,26 +205,26 @@ async def open_server(
             max_stream_bytes=chat.streams.max_stream_bytes,
             max_kept_bytes=chat.streams.max_kept_bytes,
         )
-        service = chat.service
-        if not prepared and service.repository.persistence.clear_on_startup:
-            await asyncio.to_thread(prepare_file, service.repository)
-        conversations = Conversations(service.context, service.repository.persistence)
         lag = LoopLag(loop, metrics.loop_lag)
         stack.callback(lag.close)
         instances = None if cluster is None else cluster.streams(streams)
-        shared = storage = None
+        storage = None
         if cluster is not None and instances is not None:
             stack.push_async_callback(instances.close)
-            shared = RedisHistories(cluster.commands, conversations)
             storage = SharedResponses(cluster.commands)
-            stack.push_async_callback(shared.close)
             stack.push_async_callback(storage.close)
         tracer = next((wing.tracer for wing in plugged if wing.tracer is not None), None)
         request_log = RequestLog(metrics, lag, tracer)
-        history = await open_history(
-            stack, service.repository, conversations, shared, metrics.history_turns
+        histories = next((wing.histories for wing in plugged if wing.histories is not None), None)
+        gateway = Gateway(
+            router,
+            streams,
+            histories or NoHistories(),
+            chat.service,
+            chat.streams,
+            request_log,
+            instances,
         )
-        gateway = Gateway(router, streams, history, service, chat.streams, request_log, instances)
         stack.push_async_callback(gateway.close)
         if instances is not None:
             instances.serve(gateway)
@@ -241,10 +242,7 @@ async def open_server(
             lag=lag,
             ready=lambda: lifecycle.ready and router.usable,
             listening=listening,
-            sections=[
-                HistorySection(history),
-                *(section for wing in plugged for section in wing.sections()),
-            ],
+            sections=[section for wing in plugged for section in wing.sections()],
         )
         monitor = Monitor(sources)
         stack.callback(monitor.close)
@@ -272,9 +270,7 @@ async def open_server(
         middleware, add_headers = make_middleware(current, guard, origins, context.admission)
         app.middlewares.append(middleware)
         app.on_response_prepare.append(add_headers)
-        served = [await wing.serve(context) for wing in plugged]
-        served.append(Routes(key=conversation_routes.routes(history)))
-        _add_routes(app, context, served)
+        _add_routes(app, context, [await wing.serve(context) for wing in plugged])
         log_limits(chat.websocket.concurrency)
         lifecycle.ready = True
         # Otherwise `/stats` would show `ready` as false for a second.
@@ -286,7 +282,7 @@ async def open_server(
                 context=context,
                 provider_registry=provider_registry,
                 streams=streams,
-                history=history,
+                wings=plugged,
                 lag=lag,
                 listening=listening,
                 slot=slot,

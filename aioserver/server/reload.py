@@ -159,6 +159,7 @@ class Reload:
         """
         server, context = self._server, self._server.context
         chat, llm = settings.chat, settings.llm
+        prepared = [wing.prepare(settings) for wing in server.wings]
         server.provider_registry.apply(llm, max_response_bytes=chat.streams.max_response_bytes)
         context.router.apply(server.provider_registry.providers, llm.active, llm.fallbacks)
         context.settings.apply(settings)
@@ -167,7 +168,8 @@ class Reload:
             max_stream_bytes=chat.streams.max_stream_bytes,
             max_kept_bytes=chat.streams.max_kept_bytes,
         )
-        server.history.apply(chat.service.context, chat.service.repository.persistence)
+        for put_in_effect in prepared:
+            put_in_effect()
         context.gateway.apply(chat.service, chat.streams)
         self._runner.apply(chat)
         context.origins.apply(

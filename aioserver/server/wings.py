@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aioserver.wings.anthropic.wing import AnthropicWing
+from aioserver.wings.conversations.wing import ConversationsWing
 from aioserver.wings.responses.wing import ResponsesWing
 from aioserver.wings.simulator.wing import SimulatorWing
 from aioserver.wings.tracing.wing import TracingWing
@@ -16,7 +17,13 @@ if TYPE_CHECKING:
     from aioserver.faces.wing import Wing
 
 # In the order in which they are opened; they are closed in the reverse one.
-WINGS: tuple[type[Wing], ...] = (SimulatorWing, TracingWing, ResponsesWing, AnthropicWing)
+WINGS: tuple[type[Wing], ...] = (
+    SimulatorWing,
+    ConversationsWing,
+    TracingWing,
+    ResponsesWing,
+    AnthropicWing,
+)
 
 
 def missing(settings: Settings, wings: Sequence[Wing]) -> Iterator[str]:
@@ -27,6 +34,11 @@ def missing(settings: Settings, wings: Sequence[Wing]) -> Iterator[str]:
             "simulator",
             "llm.providers: simulated: true",
             any(provider.simulated for provider in settings.llm.providers.values()),
+        ),
+        (
+            "conversations",
+            "chat.service.repository.type: sql",
+            settings.chat.service.repository.type == "sql",
         ),
         ("tracing", "tracing.otlp_endpoint", settings.tracing.otlp_endpoint is not None),
     )

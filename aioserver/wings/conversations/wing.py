@@ -1,27 +1,75 @@
-"""The history of conversations, as the settings ask for it: in memory, in Redis, or in an SQLite file."""
+"""Conversations as a wing: their history, as the settings ask for it: in memory, in Redis, or in an SQLite file."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import logging
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
+from aioserver.faces.wing import Routes, Wing
+from aioserver.wings.conversations import face
 from aioserver.wings.conversations.history import History, Trouble
+from aioserver.wings.conversations.memory import Conversations
+from aioserver.wings.conversations.redis import RedisHistories
+from aioserver.wings.conversations.section import HistorySection
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AsyncExitStack
 
-    from aioserver.config.settings import Repository
+    from aioserver.config.settings import Repository, Settings
+    from aioserver.faces.context import Context
+    from aioserver.faces.wing import Core
     from aioserver.telemetry.counters import Counter
     from aioserver.wings.conversations.history import Storage
-    from aioserver.wings.conversations.memory import Conversations
 
 logger = logging.getLogger("aioserver.history")
 
 SQL = "sql"
 NOT_INSTALLED = "conversations are not kept in a file: {} is not installed"
 INSTALL = "Run `pip install '.[history]'` in the clone, and restart."
+
+
+class ConversationsWing(Wing):
+    """The conversations of all callers: the turns in front of a question, and the face that shows and deletes them."""
+
+    name: ClassVar = "conversations"
+    _history: History
+
+    @staticmethod
+    def before_workers(settings: Settings) -> None:
+        """Make the file of conversations, if one is wanted. It blocks."""
+        prepare_file(settings.chat.service.repository)
+
+    async def open(self, core: Core, stack: AsyncExitStack) -> None:
+        """Open the storage that the settings ask for, and the one that all instances share."""
+        service = core.settings.chat.service
+        persistence = service.repository.persistence
+        if not core.prepared and persistence.clear_on_startup:
+            await asyncio.to_thread(prepare_file, service.repository)
+        conversations = Conversations(service.context, persistence)
+        shared = None
+        if core.commands is not None:
+            shared = RedisHistories(core.commands, conversations)
+            stack.push_async_callback(shared.close)
+        self.histories = self._history = await open_history(
+            stack, service.repository, conversations, shared, core.metrics.history_turns
+        )
+
+    def sections(self) -> Sequence[HistorySection]:
+        """Return the state of the storage."""
+        return (HistorySection(self._history),)
+
+    async def serve(self, context: Context) -> Routes:  # noqa: ARG002 - it needs none of it
+        """Return the routes of `/conversations`."""
+        return Routes(key=face.routes(self._history))
+
+    def prepare(self, settings: Settings) -> Callable[[], None]:
+        """Return the function that uses new bounds."""
+        service = settings.chat.service
+        return partial(self._history.apply, service.context, service.repository.persistence)
 
 
 def wants_file(repository: Repository) -> bool:
