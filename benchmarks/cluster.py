@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from aioserver.errors import ServerAtCapacity
-from aioserver.wings.cluster.leases import Shares
-from aioserver.wings.cluster.renewer import Settler
+from aioserver.wings.cluster.leases import Leases
+from aioserver.wings.cluster.renewer import Renewer
 from aioserver.wings.cluster.shared_gate import SharedGate
 from tests.support.cluster_simulation import Load, Simulation
 from tests.support.redis_server import RedisServer
@@ -39,7 +39,9 @@ async def instance(url: str, number: int, limit: int, load: float) -> None:
     """Be one instance, with requests for *load* of the limit, and print what it took."""
     import random  # noqa: PLC0415 - each process has its own
 
-    shares = Shares(f"host-{number}-{time.time_ns()}")
+    name = f"host-{number}-{time.time_ns()}"
+    renewer = Renewer(lambda on_due: Leases(name, on_due=on_due), url, "benchmark")
+    leases = renewer.leases
     gate = SharedGate(
         limit,
         queue_size=10_000,
@@ -47,9 +49,8 @@ async def instance(url: str, number: int, limit: int, load: float) -> None:
         full_error=lambda wait: ServerAtCapacity("full", retry_after=wait),
         timeout_error=lambda wait: ServerAtCapacity("late", retry_after=wait),
     )
-    gate.share(shares, "p:provider")
-    settler = Settler(shares, url, "benchmark")
-    await settler.open()
+    gate.share(leases, "p:provider")
+    await renewer.open()
     waits: list[float] = []
 
     async def request() -> None:
@@ -70,21 +71,21 @@ async def instance(url: str, number: int, limit: int, load: float) -> None:
                 await asyncio.sleep(at - loop.time())
                 group.create_task(request())
 
-    await requests(shares.times.blind + shares.times.beat)
-    before, cpu = shares.calls, time.process_time()
+    await requests(leases.times.grace + leases.times.beat)
+    before, cpu = leases.calls, time.process_time()
     waits.clear()
     await requests(RUN)
     waits.sort()
     row = {
         "starts": len(waits),
-        "calls": shares.calls - before,
+        "calls": leases.calls - before,
         "cpu": time.process_time() - cpu,
         "p50": waits[len(waits) // 2],
         "p99": waits[len(waits) * 99 // 100],
     }
     print(json.dumps(row))
-    await settler.leave(5.0)
-    await settler.close()
+    await renewer.leave(5.0)
+    await renewer.close()
 
 
 def measure(server: RedisServer, limit: int, load: float) -> None:

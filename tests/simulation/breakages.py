@@ -345,8 +345,8 @@ SqliteStorage.delete = kept
 """,
     # What instances promise each other.
     "the end of a lease": """
-from aioserver.wings.cluster.leases import Shares
-Shares.check = lambda self: None
+from aioserver.wings.cluster.leases import Leases
+Leases.check = lambda self: None
 """,
     "whose an id is": """
 from aioserver.wings.cluster.claims import OURS
@@ -371,12 +371,12 @@ from aioserver.wings.cluster.mirrors import Mirror
 Mirror.lose = lambda self: None
 """,
     "what it has when it comes back": """
-from aioserver.wings.cluster.grants import Holding
-op = Holding.op
+from aioserver.wings.cluster.grants import Grant
+op = Grant.op
 def forgetful(self):
     said = op(self)
     return said and said._replace(have=0)
-Holding.op = forgetful
+Grant.op = forgetful
 """,
     "that a response could not be written": """
 from aioserver.wings.responses import stored as stored_responses

@@ -213,16 +213,16 @@ class Client:
         if not self.has("ask twice") or self.face in {"stream", "responses", *CONVERSATIONS}:
             await ask(self)
             return
-        both = asyncio.gather(ask(self), ask(self._twin()), return_exceptions=True)
+        both = asyncio.gather(ask(self), ask(self._reference()), return_exceptions=True)
         for result in await both:
             if isinstance(result, BaseException):
                 raise result
 
-    def _twin(self) -> Client:
+    def _reference(self) -> Client:
         """Return a client that asks the same at the same time, and then only reads."""
-        twin = Client(self.plan, self.number, self.base)
-        twin.session, twin.patience, twin._habits = self.session, self.patience, {}
-        return twin
+        reference = Client(self.plan, self.number, self.base)
+        reference.session, reference.patience, reference._habits = self.session, self.patience, {}
+        return reference
 
     def another(self, number: int, face: str, conversation: str) -> Client:
         """Return a client that asks question *number* on *face*, on the connections and with the habits of this one."""

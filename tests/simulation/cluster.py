@@ -59,13 +59,13 @@ class Cluster:
             await self._lives[number]
         self._world.add(started.result())
 
-    async def settle(self) -> None:
+    async def renew(self) -> None:
         """Wait until all have joined a server that has just begun, and gives nothing in its first seconds."""
         if self._dice.random() < COLD:
             return
         for _ in range(START):
             if all(
-                not each.member.shares.standing.blind
+                not each.member.leases.standing.grace
                 for each in self._world.instances
                 if each.member
             ):

@@ -73,7 +73,7 @@ class Dial:
 
 
 def draw_dial(
-    shares: Mapping[str, float],
+    leases: Mapping[str, float],
     dice: random.Random,
     *,
     address: str = "127.0.0.1",
@@ -81,26 +81,26 @@ def draw_dial(
     patience: float = 0.0,
 ) -> Dial:
     """Draw how a connection is made, whose faults happen as often as *shares* says."""
-    accept_after = dice.uniform(0.5, 5.0) if _happens(shares, "full accept queue", dice) else 0.0
+    accept_after = dice.uniform(0.5, 5.0) if _happens(leases, "full accept queue", dice) else 0.0
     return Dial(
         random.Random(dice.random()),
-        there=_direction(shares, dice),
-        back=_direction(shares, dice),
+        there=_direction(leases, dice),
+        back=_direction(leases, dice),
         accept_after=accept_after,
-        refused=_happens(shares, "refused", dice),
+        refused=_happens(leases, "refused", dice),
         address=address,
         owner=owner,
         patience=patience,
     )
 
 
-def _happens(shares: Mapping[str, float], name: str, dice: random.Random) -> bool:
+def _happens(leases: Mapping[str, float], name: str, dice: random.Random) -> bool:
     # The dice are thrown in any case: leaving a fault out changes nothing else.
     thrown = dice.random()
-    return thrown < shares.get(name, 0.0)
+    return thrown < leases.get(name, 0.0)
 
 
-def _direction(shares: Mapping[str, float], dice: random.Random) -> Faults:
+def _direction(leases: Mapping[str, float], dice: random.Random) -> Faults:
     size = dice.choice((300, 1500, 6000, 50_000))
     place = dice.randrange(1, size)
     seconds = dice.choice((0.3, 3.0, 25.0))
@@ -108,10 +108,10 @@ def _direction(shares: Mapping[str, float], dice: random.Random) -> Faults:
     slow = dice.choice((500.0, 20_000.0))
     return Faults(
         latency=GOOD.latency if dice.random() < 0.7 else dice.choice((0.01, 0.2)),
-        bandwidth=slow if _happens(shares, "slow link", dice) else GOOD.bandwidth,
-        kernel=small if _happens(shares, "small kernel", dice) else GOOD.kernel,
-        reset_at=place if _happens(shares, "reset", dice) else None,
-        stall_at=place if _happens(shares, "stall", dice) else None,
+        bandwidth=slow if _happens(leases, "slow link", dice) else GOOD.bandwidth,
+        kernel=small if _happens(leases, "small kernel", dice) else GOOD.kernel,
+        reset_at=place if _happens(leases, "reset", dice) else None,
+        stall_at=place if _happens(leases, "stall", dice) else None,
         stall_seconds=seconds,
-        black_hole_at=place if _happens(shares, "black hole", dice) else None,
+        black_hole_at=place if _happens(leases, "black hole", dice) else None,
     )

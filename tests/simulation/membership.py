@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from aioserver.gateway.commands import Commands
 from aioserver.wings.cluster.grants import State
-from aioserver.wings.cluster.leases import Shares
+from aioserver.wings.cluster.lease_messages import TIMES
 from aioserver.wings.cluster.limits import SharedLimits
-from aioserver.wings.cluster.renewer import Settler
+from aioserver.wings.cluster.renewer import Renewer
 from aioserver.wings.cluster.wing import LEAVE_TIMEOUT, Membership
 from tests.simulation.shared_server import (
     SimulatedBus,
@@ -21,19 +21,26 @@ from tests.simulation.shared_server import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from aioserver.streams.store import StreamStore
+    from aioserver.wings.cluster.leases import Leases
+    from aioserver.wings.cluster.peer_messages import Message
     from aioserver.wings.cluster.remote_streams import RemoteStreams
     from tests.simulation.shared_server import SharedServer
 
 
-class _Settler(Settler):
+class _Renewer(Renewer):
     """Carries the calls over the run's own network."""
 
-    def __init__(self, shares: Shares, server: SharedServer, number: int) -> None:
-        super().__init__(shares, "redis://127.0.0.1", "simulation")
-        self.connection = SimulatedConnection(server, number, shares.times.bound)  # type: ignore[assignment]
+    def __init__(
+        self,
+        make_leases: Callable[[Callable[[], None]], Leases],
+        server: SharedServer,
+        number: int,
+    ) -> None:
+        super().__init__(make_leases, "redis://127.0.0.1", "simulation")
+        self.connection = SimulatedConnection(server, number, self.leases.times.bound)  # type: ignore[assignment]
         self.subscription = SimulatedSubscription()  # type: ignore[assignment]
 
 
@@ -50,16 +57,11 @@ class Member(Membership):
         self.left_over: dict[str, int] = defaultdict(int)
         # How often it was alone.
         self.alone = 0
-        self.shares = Shares(
-            self.instance,
-            fixed=fixed,
-            on_state=self._state_changed,
-            on_told=lambda *told: self.limits.told(*told),
-        )
-        self.limits = SharedLimits(self.shares)
-        self.shares.on_members = self.limits.instances_changed
-        self.settler = _Settler(self.shares, server, number)
-        self.bus = SimulatedBus(server, number, self.instance)  # type: ignore[assignment]
+        self._numbers, self._times = fixed, TIMES
+        self.renewer = _Renewer(self._make_leases, server, number)
+        self.leases = self.renewer.leases
+        self.limits = SharedLimits(self.leases)
+        self.bus = None
         self.commands = Commands(SimulatedStore(server, number, self.instance), "")
         self.known: RemoteStreams | None = None
         self.address = "simulation"
@@ -68,7 +70,15 @@ class Member(Membership):
         # It does not wait until the server gives something: what begins before is a part of the simulation.
         self._fixed = True
         self._streams = None
-        server.join(number, self.shares)
+        server.join(number, self.leases)
+
+    def _make_bus(  # type: ignore[override]
+        self, *, on_message: Callable[[str, Message], None], on_deaf: Callable[[str], None]
+    ) -> SimulatedBus:
+        self.bus = SimulatedBus(  # type: ignore[assignment]
+            self.server, self.number, self.instance, on_message=on_message, on_deaf=on_deaf
+        )
+        return self.bus  # type: ignore[return-value]
 
     def streams(self, store: StreamStore) -> RemoteStreams:
         """Return what knows the streams of other instances."""
@@ -77,8 +87,8 @@ class Member(Membership):
 
     async def close(self) -> None:
         """Tell the others that nothing is inside any more."""
-        await self.settler.leave(LEAVE_TIMEOUT)
-        await self.settler.close()
+        await self.renewer.leave(LEAVE_TIMEOUT)
+        await self.renewer.close()
         self.server.forget(self.instance)
 
     def held(self) -> dict[str, int]:
@@ -89,8 +99,8 @@ class Member(Membership):
 
     def _state_changed(self, old: State, new: State, why: str) -> None:
         if State.ALONE in (old, new):
-            for name, holding in self.shares._holdings.items():  # noqa: SLF001 - no snapshot has it
-                self.left_over[name] = max(0, holding.user.inside)
+            for name, grant in self.leases._grants.items():  # noqa: SLF001 - no snapshot has it
+                self.left_over[name] = max(0, grant.user.inside)
         self.alone += new is State.ALONE
         super()._state_changed(old, new, why)
 

@@ -183,13 +183,13 @@ def _draw_conversations(seed: int) -> tuple[tuple[str, ...], str, bool]:
 def _draw_shared(seed: int) -> Shared:
     # Dice of its own: a seed tries the same otherwise, whether there is one instance or several.
     dice = random.Random(f"shared {seed}")
-    shares = [dice.choice((0.0, 0.0, 0.01, 0.1)) if dice.random() < 0.5 else 0.0 for _ in range(3)]
+    leases = [dice.choice((0.0, 0.0, 0.01, 0.1)) if dice.random() < 0.5 else 0.0 for _ in range(3)]
     names = (*SERVER_EVENTS, *INSTANCE_EVENTS)
     chosen = [name for name in names if dice.random() < 0.2]
     events = [
         (dice.uniform(0.5, 40.0), name, dice.choice((0.3, 3.0, 12.0, 20.0))) for name in chosen
     ]
-    lost, late, doubled = shares
+    lost, late, doubled = leases
     return Shared(
         lost=lost, late=late, doubled=doubled, events=tuple(events), fixed=dice.random() < 0.5
     )

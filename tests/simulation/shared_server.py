@@ -1,4 +1,4 @@
-"""The Redis or Valkey server of a run, which all instances share: the twin of its script, claims and messages, with faults.
+"""The Redis or Valkey server of a run, which all instances share: the reference model of its script, claims and messages, with faults.
 
 What an instance says takes a moment each way, comes in the order in which it was said on one *line*, and may be lost,
 late, or never answered. What the server says to an instance by itself may be lost, late or doubled. The server may be
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from aioserver.wings.cluster.claims import Renewal, Verdict
-    from aioserver.wings.cluster.leases import Shares
+    from aioserver.wings.cluster.leases import Leases
+    from aioserver.wings.cluster.peer_messages import Message
     from aioserver.wings.conversations.redis import Listed
     from tests.simulation.loop import SimulatedLoop
     from tests.simulation.plan import Shared
@@ -37,7 +38,7 @@ WAY, LATEST, BACK = 0.001, 2.0, 0.5
 
 
 class _World(World):
-    """Claims, logs and messages; the members are those of the twin."""
+    """Claims, logs and messages; the members are those of the reference model."""
 
     def __init__(self, server: SharedServer, dice: random.Random) -> None:
         self._server = server
@@ -71,7 +72,7 @@ class SharedServer:
         self.run = "run0"
         # The instances whose messages do not get through.
         self.cut_off: set[int] = set()
-        self.shares: dict[str, tuple[int, Shares, Context]] = {}
+        self.leases: dict[str, tuple[int, Leases, Context]] = {}
         self.buses: dict[str, SimulatedBus] = {}
         self.troubled: set[str] = set()
         self.disturbed: list[float] = []
@@ -81,26 +82,26 @@ class SharedServer:
         """Return whether calls of instance *number* get through for certain."""
         return self.up and not self.paused and not self.faults.lossy and number not in self.cut_off
 
-    def join(self, number: int, shares: Shares) -> None:
+    def join(self, number: int, leases: Leases) -> None:
         """Let the instance *number* be woken."""
-        self.shares[shares.instance] = number, shares, copy_context()
+        self.leases[leases.instance] = number, leases, copy_context()
 
     def forget(self, name: str) -> None:
         """Let the instance *name* hear nothing any more."""
-        self.shares.pop(name, None)
+        self.leases.pop(name, None)
         self.buses.pop(name, None)
         self.world.ears.pop(name, None)
 
     # What it is asked.
 
-    def settle(self, request: bytes) -> bytes:
+    def renew(self, request: bytes) -> bytes:
         """Answer a call, and wake others.
 
         Raises:
             CallFailed: a later call was answered.
         """
         try:
-            answer, wakes = self.model.settle(request, round(Clock.now * SECOND))
+            answer, wakes = self.model.renew(request, round(Clock.now * SECOND))
         except Stale as error:
             raise CallFailed(str(error)) from error
         for name, words in wakes.items():
@@ -131,9 +132,9 @@ class SharedServer:
             carry()
 
     def _wake(self, name: str, words: Sequence[str]) -> None:
-        if (entry := self.shares.get(name)) is not None:
-            number, shares, context = entry
-            self._say(number, partial(shares.woken, words), context)
+        if (entry := self.leases.get(name)) is not None:
+            number, leases, context = entry
+            self._say(number, partial(leases.woken, words), context)
 
     def _say(self, number: int, action: Callable[[], None], context: Context) -> None:
         """Let *action* happen at instance *number*, unless the message is lost."""
@@ -186,10 +187,10 @@ class SharedServer:
 
     def reconnect(self, number: int) -> None:
         """Let instance *number* hear again, which was cut off."""
-        for other, shares, context in list(self.shares.values()):
+        for other, leases, context in list(self.leases.values()):
             if other == number:
                 moment = Clock.now + self.dice.uniform(0.0, BACK)
-                self.after(moment, partial(self._connected, shares), context)
+                self.after(moment, partial(self._connected, leases), context)
 
     def _empty(self) -> None:
         self.model = Model()
@@ -204,15 +205,15 @@ class SharedServer:
         self.up = True
         self.run = f"run{int(self.run[3:]) + 1}"
         self.world.ears.clear()
-        for number, shares, context in list(self.shares.values()):
+        for number, leases, context in list(self.leases.values()):
             if number not in self.cut_off:
                 moment = Clock.now + self.dice.uniform(0.0, BACK)
-                self.after(moment, partial(self._connected, shares), context)
+                self.after(moment, partial(self._connected, leases), context)
 
-    def _connected(self, shares: Shares) -> None:
-        if (bus := self.buses.get(shares.instance)) is not None:
+    def _connected(self, leases: Leases) -> None:
+        if (bus := self.buses.get(leases.instance)) is not None:
             self.world.ears[bus.name] = bus
-            shares.woken([""])
+            leases.woken([""])
 
 
 class Line:
@@ -267,7 +268,7 @@ class Line:
             except CallFailed as failure:
                 reply(partial(_refuse, answer, failure))
             else:
-                reply(partial(_settle, answer, result))
+                reply(partial(_renew, answer, result))
 
         def refuse() -> None:
             lost()
@@ -282,13 +283,21 @@ class Line:
 class SimulatedBus(MemoryBus):
     """The bus of instance *number*: see `Bus`."""
 
-    def __init__(self, server: SharedServer, number: int, name: str) -> None:
+    def __init__(
+        self,
+        server: SharedServer,
+        number: int,
+        name: str,
+        *,
+        on_message: Callable[[str, Message], None],
+        on_deaf: Callable[[str], None],
+    ) -> None:
         self.lost = Counter()
         self.number = number
         self.context = copy_context()
         self._server = server
         self._line = Line(server, number)
-        super().__init__(server.world, name)
+        super().__init__(server.world, name, on_message=on_message, on_deaf=on_deaf)
         server.buses[name] = self
 
     @property
@@ -382,7 +391,7 @@ class SimulatedStore(MemoryStore):
 
 
 class SimulatedConnection:
-    """What carries the calls of `Shares`: as `ScriptConnection`, with the same bound."""
+    """What carries the calls of `Leases`: as `ScriptConnection`, with the same bound."""
 
     def __init__(self, server: SharedServer, number: int, bound: float) -> None:
         self._server = server
@@ -415,7 +424,7 @@ class SimulatedConnection:
         """
         await self.ready()
 
-    async def settle(self, _prefix: str, request: bytes, run: str) -> bytes:
+    async def renew(self, _prefix: str, request: bytes, run: str) -> bytes:
         """Return the answer to *request*, which is meant for the process *run*.
 
         Raises:
@@ -426,7 +435,7 @@ class SimulatedConnection:
             raise CallFailed("it is another server now")
         try:
             async with asyncio.timeout(self._bound):
-                return await self._line.ask(partial(self._server.settle, request))
+                return await self._line.ask(partial(self._server.renew, request))
         except TimeoutError:
             self._open = False
             raise CallFailed("no answer") from None
@@ -436,7 +445,7 @@ class SimulatedConnection:
 
 
 class SimulatedSubscription:
-    """Stands for the connection on which `Shares` is woken: see `SharedServer.join`."""
+    """Stands for the connection on which `Leases` is woken: see `SharedServer.join`."""
 
     async def open(self) -> None:
         """Do nothing."""
@@ -450,7 +459,7 @@ def _refuse(answer: asyncio.Future[Any], failure: CallFailed | None = None) -> N
         answer.set_exception(CallFailed("refused") if failure is None else failure)
 
 
-def _settle(answer: asyncio.Future[T], result: T) -> None:
+def _renew(answer: asyncio.Future[T], result: T) -> None:
     if not answer.done():
         answer.set_result(result)
 

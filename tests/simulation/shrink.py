@@ -42,8 +42,8 @@ class Run:
             silent=0.0 if "silent" in self.without else plan.silent,
         )
 
-    def _kept(self, shares: dict[str, float]) -> dict[str, float]:
-        return {name: share for name, share in shares.items() if name not in self.without}
+    def _kept(self, leases: dict[str, float]) -> dict[str, float]:
+        return {name: share for name, share in leases.items() if name not in self.without}
 
     def play(self) -> Outcome:
         """Play it."""

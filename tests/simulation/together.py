@@ -9,7 +9,7 @@
     mirrors     who reads an answer of an instance that was killed is told so
     responses   a stored response is there for others, as far as its instance relies on that
 
-Private names used here: those of `Shares`, of its holdings and of rates, which no snapshot shows.
+Private names used here: those of `Leases`, of its grants and of rates, which no snapshot shows.
 """
 
 # ruff: noqa: SLF001 - see above
@@ -32,7 +32,7 @@ from tests.simulation.watch import delay_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from aioserver.wings.cluster.grants import Holding
+    from aioserver.wings.cluster.grants import Grant
     from tests.simulation.client import Client
     from tests.simulation.instance import Instance
     from tests.simulation.loop import SimulatedLoop
@@ -109,15 +109,15 @@ class Together:
             if instance.killed or instance.closed or member is None:
                 continue
             alone = self._alone(instance, member)
-            for name, holding in member.shares._holdings.items():
-                inside = holding.user.inside
+            for name, grant in member.leases._grants.items():
+                inside = grant.user.inside
                 left = member.left_over[name] = min(member.left_over[name], inside)
-                excess = max(left, inside, holding.share) if alone else left
+                excess = max(left, inside, grant.share) if alone else left
                 if (total := totals.get(name)) is None:
-                    totals[name] = [inside, holding.limit, excess]
+                    totals[name] = [inside, grant.limit, excess]
                 else:
                     total[0] += inside
-                    total[1] = max(total[1], holding.limit)
+                    total[1] = max(total[1], grant.limit)
                     total[2] += excess
         for name, (inside, limit, excess) in totals.items():
             if inside > limit:
@@ -131,17 +131,17 @@ class Together:
 
     def _alone(self, instance: Instance, member: Member) -> bool:
         """Return whether the instance uses what the server does not know of."""
-        shares, world = member.shares, self.server.model.world
-        if instance.number in self._loop.absent or shares.standing.state is State.ALONE:
+        leases, world = member.leases, self.server.model.world
+        if instance.number in self._loop.absent or leases.standing.state is State.ALONE:
             return True
-        if Clock.now >= shares.lease_end:
+        if Clock.now >= leases.lease_end:
             return True
-        if world is None or shares.epoch == world.epoch or self.server.reaches(member.number):
+        if world is None or leases.epoch == world.epoch or self.server.reaches(member.number):
             return False
-        if Clock.now * SECOND + world.offset >= world.blind:
+        if Clock.now * SECOND + world.offset >= world.grace:
             # It uses what it had in a world that is gone, and the server cannot know.
-            for name, holding in shares._holdings.items():
-                member.left_over[name] = max(member.left_over[name], holding.user.inside)
+            for name, grant in leases._grants.items():
+                member.left_over[name] = max(member.left_over[name], grant.user.inside)
         return False
 
     def _look_at_excess(self, name: str, inside: int, limit: int, excess: int) -> None:
@@ -165,8 +165,8 @@ class Together:
                 self._look_at_responses(instance)
         calm = Clock.now > self.troubled_at + SETTLED and not self.server.faults.lossy
         for member in members:
-            standing = member.shares.standing
-            calm = calm and standing.state is State.JOINED and not standing.blind
+            standing = member.leases.standing
+            calm = calm and standing.state is State.JOINED and not standing.grace
         for name, (inside, limit, _excess) in totals.items():
             if not calm or inside >= limit or not any(_waits(each, name) for each in members):
                 self._idle_since.pop(name, None)
@@ -221,11 +221,11 @@ class Together:
 
     def entered(self, gate: Any) -> None:
         """Look at a start."""
-        shares = gate._shares
+        leases = gate._leases
         if gate._inside > gate._limit:
             self._broken(f"{gate._inside} are inside of {gate._limit} places in hand")
-        if shares.standing.state is not State.ALONE and Clock.now >= shares.lease_end:
-            self._broken(f"{shares.instance} starts on a lease that is over")
+        if leases.standing.state is not State.ALONE and Clock.now >= leases.lease_end:
+            self._broken(f"{leases.instance} starts on a lease that is over")
 
     def check_calls(self, client: Client, calls: Sequence[Call], window: float) -> None:
         """Check that two instances have not asked for one answer, unless the claim could not be made.
@@ -274,10 +274,10 @@ class Together:
 
 def _waits(member: Member, name: str) -> bool:
     """Return whether a request waits for a place of the limit *name* alone."""
-    holding: Holding | None = member.shares._holdings.get(name)
-    if holding is None or not isinstance(holding.user, SharedGate):
+    grant: Grant | None = member.leases._grants.get(name)
+    if grant is None or not isinstance(grant.user, SharedGate):
         return False
-    gate: Any = holding.user
+    gate: Any = grant.user
     return bool(gate._queue) and delay_of(gate) <= 0
 
 

@@ -276,7 +276,7 @@ async def _run(world: World, outcome: Outcome, only: Collection[int] | None) -> 
                 await world.cluster.start(number)
         world.start_looking()
         if world.cluster is not None:
-            await world.cluster.settle()
+            await world.cluster.renew()
         await _serve(world, outcome, only)
         world.stop_looking()
         if world.cluster is not None:

@@ -12,8 +12,8 @@ import sys
 
 from aioserver.errors import ServerAtCapacity
 from aioserver.wings.cluster.lease_messages import Times
-from aioserver.wings.cluster.leases import Shares
-from aioserver.wings.cluster.renewer import Settler
+from aioserver.wings.cluster.leases import Leases
+from aioserver.wings.cluster.renewer import Renewer
 from aioserver.wings.cluster.shared_gate import SharedGate
 
 
@@ -33,7 +33,12 @@ def write(word: str) -> None:
 
 async def main(url: str, limit: str, clients: str, *times: str) -> None:
     """Be the instance until stdin ends."""
-    shares = Shares("process", times=Times(*map(float, times)))
+    renewer = Renewer(
+        lambda on_due: Leases("process", times=Times(*map(float, times)), on_due=on_due),
+        url,
+        "test",
+    )
+    leases = renewer.leases
     gate = Reported(
         int(limit),
         queue_size=100,
@@ -41,9 +46,8 @@ async def main(url: str, limit: str, clients: str, *times: str) -> None:
         full_error=lambda wait: ServerAtCapacity("full", retry_after=wait),
         timeout_error=lambda wait: ServerAtCapacity("late", retry_after=wait),
     )
-    gate.share(shares, "p:provider")
-    settler = Settler(shares, url, "test")
-    await settler.open()
+    gate.share(leases, "p:provider")
+    await renewer.open()
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
@@ -68,7 +72,7 @@ async def main(url: str, limit: str, clients: str, *times: str) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
-    await settler.close()
+    await renewer.close()
 
 
 if __name__ == "__main__":

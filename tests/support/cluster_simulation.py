@@ -1,4 +1,4 @@
-"""A cluster in virtual time: instances (`Shares`), the twin of `settle` between them, and every fault that there is.
+"""A cluster in virtual time: instances (`Leases`), the reference model of the renewal between them, and every fault that there is.
 
 Nothing of it is asynchronous: an instance is a state machine, and the simulation carries its calls. A call may arrive, be lost, be
 answered late or never. An instance may be killed, or stopped: then nothing of it runs, its requests keep their places, and what came
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from aioserver.wings.cluster.grants import State
 from aioserver.wings.cluster.lease_messages import SECOND, TIMES, Times, decode_request
-from aioserver.wings.cluster.leases import Shares
+from aioserver.wings.cluster.leases import Leases
 from tests.support.settle_model import Model, Stale
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Instance:
         self.left_over = 0
         self.call = 0
         self.timer = 0
-        self.shares = Shares(
+        self.leases = Leases(
             f"i{number}",
             fixed=simulation.fixed_share(number),
             times=simulation.times,
@@ -64,12 +64,12 @@ class Instance:
             on_due=self.arm,
             on_state=self.changed,
         )
-        self.holding = self.shares.hold(NAME, simulation.limit, self)
+        self.grant = self.leases.hold(NAME, simulation.limit, self)
         self.arm()
         if load.rate:
             self.arrive_later()
 
-    # What `Shares` asks.
+    # What `Leases` asks.
 
     @property
     def wanting(self) -> int:
@@ -80,7 +80,7 @@ class Instance:
         return 1
 
     def resize(self, places: int) -> None:
-        if hasattr(self, "holding"):
+        if hasattr(self, "grant"):
             self.serve()
 
     def changed(self, old: State, new: State, _why: str) -> None:
@@ -99,12 +99,12 @@ class Instance:
         self.waiting.append(self.simulation.now)
         self.serve()
         if self.waiting:
-            self.holding.wait_begins()
+            self.grant.wait_begins()
 
     def serve(self) -> None:
-        self.shares.check()
+        self.leases.check()
         now = self.simulation.now
-        while self.waiting and self.inside < self.holding.hand:
+        while self.waiting and self.inside < self.grant.granted:
             arrived = self.waiting.popleft()
             if now - arrived > self.load.patience:
                 continue
@@ -117,7 +117,7 @@ class Instance:
             self.simulation.later(seconds, self.end, self)
 
     def end(self) -> None:
-        self.holding.place_ends()
+        self.grant.place_ends()
         self.inside -= 1
         self.simulation.in_flight -= 1
         self.left_over = min(self.left_over, self.inside)
@@ -128,36 +128,36 @@ class Instance:
     def arm(self) -> None:
         self.timer += 1
         timer = self.timer
-        if hasattr(self, "shares"):
-            wait = max(0.0, self.shares.due - self.simulation.now)
+        if hasattr(self, "leases"):
+            wait = max(0.0, self.leases.due - self.simulation.now)
             if wait < 1e9:
                 self.simulation.later(wait, lambda: self.due(timer), self)
 
     def due(self, timer: int) -> None:
-        if timer != self.timer or self.shares.busy or self.shares.left:
+        if timer != self.timer or self.leases.busy or self.leases.left:
             return
         self.call += 1
         call = self.call
         simulation = self.simulation
-        request = self.shares.request(simulation.run)
+        request = self.leases.request(simulation.run)
         simulation.calls += 1
-        simulation.later(self.shares.times.bound, lambda: self.give_up(call), self)
+        simulation.later(self.leases.times.bound, lambda: self.give_up(call), self)
         simulation.send(self, call, request)
 
     def give_up(self, call: int) -> None:
-        if call == self.call and self.shares.busy:
+        if call == self.call and self.leases.busy:
             self.call += 1
-            self.shares.failed("no answer")
+            self.leases.failed("no answer")
 
     def answered(self, call: int, answer: bytes) -> None:
-        if call == self.call and self.shares.busy:
+        if call == self.call and self.leases.busy:
             self.call += 1
-            self.shares.answered(answer)
+            self.leases.answered(answer)
 
     def refused(self, call: int) -> None:
-        if call == self.call and self.shares.busy:
+        if call == self.call and self.leases.busy:
             self.call += 1
-            self.shares.failed("refused")
+            self.leases.failed("refused")
 
     # Faults.
 
@@ -272,24 +272,24 @@ class Simulation:
             elif self.paused:
                 self.inbox.append(arrive)
             else:
-                self._settle(instance, call, request)
+                self._renew(instance, call, request)
 
         self.later(self.delay * chance.uniform(0.5, 1.5), arrive)
 
-    def _settle(self, instance: Instance, call: int, request: bytes) -> None:
+    def _renew(self, instance: Instance, call: int, request: bytes) -> None:
         delay = self.delay * self.chance.uniform(0.5, 1.5)
         try:
-            answer, wakes = self.model.settle(request, round(self.now * SECOND))
+            answer, wakes = self.model.renew(request, round(self.now * SECOND))
         except Stale:
             self.later(delay, lambda: instance.refused(call), instance)
             return
         if decode_request(request).bye:
             assert not instance.inside, "it has left with requests inside"
         for name, words in wakes.items():
-            other = next(each for each in self.instances if each.shares.instance == name)
+            other = next(each for each in self.instances if each.leases.instance == name)
             self.messages += 1
             if self.chance.random() >= self.loss and other.number not in self.cut_off:
-                self.later(delay, functools.partial(other.shares.woken, words), other)
+                self.later(delay, functools.partial(other.leases.woken, words), other)
         if self.chance.random() >= self.loss and instance.number not in self.cut_off:
             self.later(delay, lambda: instance.answered(call, answer), instance)
 
@@ -330,7 +330,7 @@ class Simulation:
 
     def _connected(self) -> None:
         for each in self.instances:
-            wake = functools.partial(each.shares.woken, [""])
+            wake = functools.partial(each.leases.woken, [""])
             self.later(self.chance.uniform(0.0, 0.5), wake, each)
 
     # What has to hold.
@@ -342,28 +342,28 @@ class Simulation:
         holds = world.limits[NAME].holds if world and NAME in world.limits else {}
         for each in living:
             assert each.inside >= 0
-            holding = each.holding
-            assert 0 <= holding.hand <= self.limit
+            grant = each.grant
+            assert 0 <= grant.granted <= self.limit
             # `_standing`: the property would look at the clock.
-            standing = each.shares.standing
-            if world and each.shares.epoch != world.epoch and not self.reaches(each):
+            standing = each.leases.standing
+            if world and each.leases.epoch != world.epoch and not self.reaches(each):
                 # It uses what it had in a world that is gone, and the server cannot know.
                 each.left_over = max(each.left_over, each.inside)
-            valid = standing.state is not State.ALONE and self.now < each.shares.lease_end
-            if valid and world and each.shares.epoch == world.epoch:
-                hold = holds.get(each.shares.instance)
-                known = hold.held if hold else 0
-                answered = each.shares.lease_end - self.times.lease + self.times.margin
-                if self.rolled_back < answered and holding.hand:
-                    member = world.members.get(each.shares.instance)
+            valid = standing.state is not State.ALONE and self.now < each.leases.lease_end
+            if valid and world and each.leases.epoch == world.epoch:
+                hold = holds.get(each.leases.instance)
+                known = hold.recorded if hold else 0
+                answered = each.leases.lease_end - self.times.lease + self.times.margin
+                if self.rolled_back < answered and grant.granted:
+                    member = world.members.get(each.leases.instance)
                     assert member is not None
-                    assert member.ends / SECOND >= each.shares.lease_end
-                    assert known >= holding.hand, (each.number, known, holding.hand)
+                    assert member.ends / SECOND >= each.leases.lease_end
+                    assert known >= grant.granted, (each.number, known, grant.granted)
         # Those whose lease was over while they ran may still have so many, or their share.
         excess = 0
         for each in living:
-            if each.shares.standing.state is State.ALONE or each.stopped:
-                excess += max(each.left_over, each.inside, each.holding.share)
+            if each.leases.standing.state is State.ALONE or each.stopped:
+                excess += max(each.left_over, each.inside, each.grant.share)
             else:
                 excess += each.left_over
         assert self.in_flight <= self.limit + excess, (self.in_flight, excess)

@@ -7,6 +7,7 @@ import contextlib
 import random
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aioserver.auth.keys import quota_of
@@ -31,14 +32,13 @@ if TYPE_CHECKING:
     from aioserver.config.settings import ClientKey
     from aioserver.limits.quota import Quota
     from aioserver.streams.store import StreamStore
-    from aioserver.wings.cluster.bus import RedisBus
+    from aioserver.wings.cluster.bus import MakeBus
     from aioserver.wings.cluster.peer_messages import Message
     from aioserver.wings.simulator.exchange import Behaviour
 
+    # What makes the bus of an instance, and its commands.
+    Over = tuple[MakeBus, Commands]
     MakeQuota = Callable[[ClientKey, Callable[[int], int] | None], Quota]
-
-# The keys of instances over a real server begin with it.
-PREFIX = "aio:{test}:"
 
 
 @dataclass
@@ -86,10 +86,16 @@ class World:
 class MemoryBus:
     """The bus of one instance: see `Bus`."""
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(
+        self,
+        world: World,
+        name: str,
+        *,
+        on_message: Callable[[str, Message], None],
+        on_deaf: Callable[[str], None],
+    ) -> None:
         self.name = name
-        self.on_message: Callable[[str, Message], None] = lambda _sender, _message: None
-        self.on_deaf: Callable[[str], None] = lambda _target: None
+        self.on_message, self.on_deaf = on_message, on_deaf
         self.dead = False
         self.connected = True
         self._world = world
@@ -385,18 +391,22 @@ async def instance_of(
     name: str,
     behaviour: Behaviour = QUICK,
     changes: dict[str, Any] | None = None,
-    bus: RedisBus | None = None,
+    over: Over | None = None,
     make_quota: MakeQuota = quota_of,
 ) -> Instance:
     """Start one more instance; it ends with *stack*, or by its `leave`."""
     made: list[RemoteStreams] = []
-    if bus is None:
-        commands = Commands(MemoryStore(world, name), "")
+    make_bus: MakeBus
+    if over is None:
+        make_bus, commands = (
+            partial(MemoryBus, world, name),
+            Commands(MemoryStore(world, name), ""),
+        )
     else:
-        commands = Commands(bus.commands, PREFIX)
+        make_bus, commands = over
 
     def others(streams: StreamStore) -> RemoteStreams:
-        made.append(RemoteStreams(bus or MemoryBus(world, name), commands, streams))
+        made.append(RemoteStreams(make_bus, commands, streams))
         return made[0]
 
     own = AsyncExitStack()

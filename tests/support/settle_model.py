@@ -1,4 +1,4 @@
-"""The twin of wings/cluster/renew.lua: the same calls, answers and state in Python.
+"""The reference model of wings/cluster/renew.lua: the same calls, answers and state in Python.
 
 It is the model of the server in tests, where time is an argument, and it says why `settle` does what it does. A
 test runs random calls through both. Whoever changes one of them changes the other.
@@ -59,7 +59,7 @@ class Model:
     def __init__(self) -> None:
         self.world: World | None = None
 
-    def settle(self, request: bytes, wall: float) -> tuple[bytes, dict[str, list[str]]]:
+    def renew(self, request: bytes, wall: float) -> tuple[bytes, dict[str, list[str]]]:
         """Return the answer, and the words that wake other instances.
 
         Raises:
@@ -75,11 +75,11 @@ class _Call:
 
     def __init__(self, world: World | None, request: Request, wall: float) -> None:
         self.request = request
-        self.lease, self.pause, self.blindness, self.unheard, self.gone = request.times
+        self.lease, self.pause, self.grace_period, self.unheard, self.gone = request.times
         me = request.instance
         if world is None:
             epoch = f"{me}@{wall:.0f}"
-            world = World(epoch, request.run, last=wall, blind=wall + self.blindness)
+            world = World(epoch, request.run, last=wall, grace=wall + self.grace_period)
         former = world.members.get(me) or world.gone.get(me)
         if former is not None and request.seq <= former.seq:
             raise Stale("the call was given up")
@@ -99,16 +99,16 @@ class _Call:
         """Do it all."""
         request, world = self.request, self.world
         self.notice_absence()
-        blind = self.now < world.blind
+        grace = self.now < world.grace
         self.sweep()
-        mine = self.renew(blind=blind)
+        mine = self.renew(grace=grace)
         missing = len(world.awaited)
         reserve = missing / max(1, missing + len(world.members))
         if mine is not None:
             for op in request.ops:
                 self.say(op, anew=self.anew)
         over = {
-            name: self.share_out(name, limit, reserve, blind=blind)
+            name: self.share_out(name, limit, reserve, grace=grace)
             for name, limit in self.touched.items()
         }
         results = [self.result(op.name, over[op.name]) for op in request.ops if mine is not None]
@@ -122,7 +122,7 @@ class _Call:
         return Answer(
             epoch=world.epoch,
             anew=self.anew,
-            blind=max(0, world.blind - self.now),
+            grace=max(0, world.grace - self.now),
             number=world.number,
             rank=rank,
             count=count,
@@ -141,9 +141,9 @@ class _Call:
         world, run = self.world, self.request.run
         moved = run not in ("", world.run)
         if moved or (self.now - world.last > self.pause and world.members):
-            world.blind = max(world.blind, self.now + self.blindness)
+            world.grace = max(world.grace, self.now + self.grace_period)
             for name, member in world.members.items():
-                member.ends = max(member.ends, self.now + self.blindness)
+                member.ends = max(member.ends, self.now + self.grace_period)
                 self.tell(name, "")
         if moved:
             world.run = run
@@ -179,7 +179,7 @@ class _Call:
         for name in self.request.ended:
             self.leave(name)
 
-    def renew(self, *, blind: bool) -> Member | None:
+    def renew(self, *, grace: bool) -> Member | None:
         world, request, me = self.world, self.request, self.request.instance
         mine = world.members.get(me)
         # An instance that comes anew says what it has, and whom it knew.
@@ -200,7 +200,7 @@ class _Call:
         for name, ends in list(world.awaited.items()):
             if ends < self.now or name in world.members:
                 del world.awaited[name]
-        if self.anew and blind and mine is not None:
+        if self.anew and grace and mine is not None:
             for name in request.known:
                 if name not in world.members and name not in world.awaited:
                     world.awaited[name] = self.now + self.lease
@@ -213,12 +213,12 @@ class _Call:
         limit.limit = op.limit
         limit.unheard.pop(me, None)
         self.spare[op.name] = op.spare
-        held = limit.holds.get(me, Hold(0)).held - op.give
+        recorded = limit.holds.get(me, Hold(0)).recorded - op.give
         # What I have is what I say, unless more is known here: it was given since, and answers a part of what I want.
-        if anew or held < op.have:
-            held = op.have
-        limit.holds[me] = Hold(held)
-        want = op.want - (held - op.have)
+        if anew or recorded < op.have:
+            recorded = op.have
+        limit.holds[me] = Hold(recorded)
+        want = op.want - (recorded - op.have)
         if want <= 0:
             limit.wants.pop(me, None)
         elif me in limit.wants:
@@ -230,18 +230,18 @@ class _Call:
             limit.wants[me] = Want(tag, limit.orders, want, op.weight)
             self.newly.add(op.name)
 
-    def share_out(self, name: str, limit: Limit, reserve: float, *, blind: bool) -> int:
+    def share_out(self, name: str, limit: Limit, reserve: float, *, grace: bool) -> int:
         """Give the free places to those whose turn it is; return by how much the limit was exceeded."""
         me, holds, wants = self.request.instance, limit.holds, limit.wants
         total = limit.total
-        free = 0 if blind else limit.limit - math.ceil(limit.limit * reserve) - total
+        free = 0 if grace else limit.limit - math.ceil(limit.limit * reserve) - total
         while free > 0 and wants:
             who = min(wants, key=lambda name: (wants[name].tag, wants[name].order))
             want, since = wants[who], limit.unheard.get(who)
             if since is not None and self.now - since > self.unheard:
                 del wants[who]
                 continue
-            holds.setdefault(who, Hold(0)).held += 1
+            holds.setdefault(who, Hold(0)).recorded += 1
             free -= 1
             limit.virtual = want.tag
             limit.turns[who] = want.tag = want.tag + 1 / want.weight
@@ -252,10 +252,10 @@ class _Call:
                 limit.unheard[who] = self.now
                 self.tell(who, name)
         if free > 0 and (spare := self.spare.get(name, 0)) > 0:
-            holds[me].held += min(free, spare)
+            holds[me].recorded += min(free, spare)
         if name in self.newly and me in wants:
             for instance, hold in holds.items():
-                if instance != me and hold.held > 0 and not hold.knows:
+                if instance != me and hold.recorded > 0 and not hold.knows:
                     hold.knows = 1
                     self.tell(instance, f"?{name}")
         return max(0, total - limit.limit)
@@ -265,12 +265,12 @@ class _Call:
         hold = limit.holds[me]
         starving = len(limit.wants) - (me in limit.wants)
         hold.knows = int(starving > 0)
-        return Result(hold.held, starving, max(0, hold.held - over))
+        return Result(hold.recorded, starving, max(0, hold.recorded - over))
 
     def keep(self) -> None:
         limits = self.world.limits
         for name, limit in self.touched.items():
-            limit.holds = {who: hold for who, hold in limit.holds.items() if hold.held}
+            limit.holds = {who: hold for who, hold in limit.holds.items() if hold.recorded}
             if not limit.wants:
                 # In an empty queue nobody is ahead or behind.
                 limit.virtual, limit.orders, limit.turns = 0, 0, {}

@@ -1,4 +1,4 @@
-"""The state of the server, as the twin of wings/cluster/renew.lua has it."""
+"""The state of the server, as the reference model of wings/cluster/renew.lua has it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Member:
 class Hold:
     """The places that an instance holds, and whether it knows that others starve."""
 
-    held: int
+    recorded: int
     knows: int = 0
 
 
@@ -48,7 +48,7 @@ class Limit:
     @property
     def total(self) -> int:
         """How many places are held."""
-        return sum(hold.held for hold in self.holds.values())
+        return sum(hold.recorded for hold in self.holds.values())
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class World:
     epoch: str
     run: str
     last: float
-    blind: float
+    grace: float
     offset: float = 0
     number: int = 0
     version: int = 0

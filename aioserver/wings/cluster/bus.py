@@ -36,15 +36,9 @@ MAX_COMMANDS = 10_000
 
 
 class Bus(Protocol):
-    """Messages between instances.
-
-    *on_message* is called with each message and its sender, *on_deaf* with an instance that nobody is: what was
-    sent to it has reached no one.
-    """
+    """Messages between instances."""
 
     name: str
-    on_message: Callable[[str, Message], None]
-    on_deaf: Callable[[str], None]
 
     @property
     def connected(self) -> bool:
@@ -52,6 +46,15 @@ class Bus(Protocol):
 
     def send(self, target: str, message: Message) -> None:
         """Send *message* to the instance *target*, with all others of this turn of the event loop."""
+
+
+class MakeBus(Protocol):
+    """Makes the bus of this instance; *on_message* and *on_deaf*: see `RedisBus`."""
+
+    def __call__(
+        self, *, on_message: Callable[[str, Message], None], on_deaf: Callable[[str], None]
+    ) -> Bus:
+        """Return the bus."""
 
 
 def channel_of(prefix: str, name: str) -> str:
@@ -133,16 +136,28 @@ class RedisCommands:
 
 
 class RedisBus:
-    """The bus over Redis: see `Bus`. *prefix* is that of the cluster's keys."""
+    """The bus over Redis: see `Bus`. *prefix* is that of the cluster's keys; *commands* publishes, and *url* is subscribed to.
 
-    def __init__(self, url: str, prefix: str, name: str) -> None:
+    *on_message* is called with each message and its sender, *on_deaf* with an instance that nobody is: what was
+    sent to it has reached no one.
+    """
+
+    def __init__(
+        self,
+        commands: RedisCommands,
+        url: str,
+        prefix: str,
+        name: str,
+        *,
+        on_message: Callable[[str, Message], None],
+        on_deaf: Callable[[str], None],
+    ) -> None:
         self.name = name
-        self.on_message: Callable[[str, Message], None] = lambda _sender, _message: None
-        self.on_deaf: Callable[[str], None] = lambda _target: None
+        self._on_message, self._on_deaf = on_message, on_deaf
         # Publications that were none, and messages that were lost since too many waited.
         self.malformed, self.lost = Counter(), Counter()
         self._prefix = prefix
-        self.commands = RedisCommands(url)
+        self._commands = commands
         self._subscription = Subscription(
             url,
             {channel_of(prefix, name): self._receive},
@@ -158,7 +173,7 @@ class RedisBus:
     @property
     def connected(self) -> bool:
         """Whether messages come and go."""
-        return self._subscription.connected and self.commands.connected
+        return self._subscription.connected and self._commands.connected
 
     def send(self, target: str, message: Message) -> None:
         """Send *message* to the instance *target*, with all others of this turn of the event loop."""
@@ -169,7 +184,6 @@ class RedisBus:
         self._opening.cancel()
         await asyncio.wait((self._opening,))
         await self._subscription.close()
-        await self.commands.close()
 
     def _publish(self, target: str, data: bytes) -> None:
         if self._waiting + len(data) > MAX_WAITING:
@@ -181,9 +195,9 @@ class RedisBus:
             self._waiting -= len(data)
             # A command that has failed was told already: the connection is made again.
             if not answer.cancelled() and answer.exception() is None and answer.result() == 0:
-                self.on_deaf(target)
+                self._on_deaf(target)
 
-        answer = self.commands.ask("PUBLISH", channel_of(self._prefix, target), data)
+        answer = self._commands.ask("PUBLISH", channel_of(self._prefix, target), data)
         answer.add_done_callback(published)
 
     def _receive(self, data: bytes) -> None:
@@ -193,7 +207,7 @@ class RedisBus:
             self.malformed.value += 1
             return
         for message in publication.messages:
-            self.on_message(publication.sender, message)
+            self._on_message(publication.sender, message)
 
 
 async def _open(connection: Connection) -> None:

@@ -1,7 +1,7 @@
 """Claims: which instance answers a request id, so that the same request is never asked of a provider twice.
 
 A claim is a hash in Redis. Its key has a digest of the caller and the id, since an id is a name within a caller;
-neither stands in a key. It holds the owner's name, the digest of the request, and whether the answer
+neither stands in a key. It has the owner's name, the digest of the request, and whether the answer
 has ended. A claim lives for LEASE and the window of the stream, and is renewed while the answer runs; after
 the end it lives for the window.
 

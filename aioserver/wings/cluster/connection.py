@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 BOUND = 1.0
 # How many times as long the making of a connection may take, with TLS and authentication; and the pauses between two
 # attempts, the first and the longest. A longest pause, a connection and a call together have to be within the time for which a
-# server that comes back gives nothing (`Times.blind`).
+# server that comes back gives nothing (`Times.grace`).
 CONNECT, PAUSES = 2.0, (0.05, 0.5)
 # The first Redis whose scripts say before they run that they write; each Valkey says that it is a later one.
 OLDEST = 7
@@ -305,26 +305,26 @@ class Connection:
 
 
 class ScriptConnection(Connection):
-    """A connection that calls `settle`, and loads the script where the server does not have it."""
+    """A connection that calls the script of renewals (renew.lua), and loads it where the server does not have it."""
 
     _script = (files("aioserver") / "wings/cluster/renew.lua").read_text()
     _digest = hashlib.sha1(_script.encode()).hexdigest()  # noqa: S324 - the protocol's name for a script
 
-    async def settle(self, prefix: str, request: bytes, run: str) -> bytes:
+    async def renew(self, prefix: str, request: bytes, run: str) -> bytes:
         """Return the answer to *request* (wings/cluster/lease_messages.py), which is meant for the server's process *run*.
 
         Raises:
             CallFailed: as `execute`.
         """
         try:
-            return await self._settle(prefix, request, run)
+            return await self._renew(prefix, request, run)
         except CallFailed as failure:
             if not isinstance(failure.__cause__, NoScriptError):
                 raise
         await self.execute("SCRIPT", "LOAD", self._script)
-        return await self._settle(prefix, request, run)
+        return await self._renew(prefix, request, run)
 
-    async def _settle(self, prefix: str, request: bytes, run: str) -> bytes:
+    async def _renew(self, prefix: str, request: bytes, run: str) -> bytes:
         await self.ready()
         if self.run != run:
             raise CallFailed(f"{self.address}: it is another server now")

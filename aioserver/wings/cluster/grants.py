@@ -1,13 +1,13 @@
-"""What an instance holds of one limit, and what it says of it in its calls.
+"""A grant: the places of one limit that an instance may use, and what it says of them in its calls.
 
 The numbers, from the inside out:
 
-- `inside`: the places that are taken now, as the *user* of the holding says (a gate, a quota).
-- `hand`: the places that may be taken. The user is told each change, and starts nothing beyond.
-- `held`: what the server knew at its last answer. What is held and not in hand is given back with the next call.
+- `inside`: the places that are taken now, as the *user* of the grant says (a gate, a quota).
+- `granted`: the places that may be taken. The user is told each change, and starts nothing beyond.
+- `recorded`: what the server knew at its last answer. What is recorded beyond what is granted is given back with the next call.
 
-The hand is lowered first and told afterwards, and raised only by an answer: so the server always knows of at least what is
-in hand. Given back is only what is not needed: an instance keeps its places inside, one for each request that waits, and a
+A grant is lowered first and told afterwards, and raised only by an answer: so the server always knows of at least what is
+granted. Given back is only what is not needed: an instance keeps its places inside, one for each request that waits, and a
 few to spare (a quarter of its part of the limit) unless others starve. What is to spare comes only of what
 nobody wants, and nobody waits for it, or two idle instances would pass a place to and fro.
 
@@ -41,27 +41,27 @@ class State(Enum):
 
 @dataclass(slots=True)
 class Standing:
-    """What all holdings of an instance know of it. *share* is its fixed share of a limit.
+    """What all grants of an instance know of it. *share* is its fixed share of a limit.
 
-    *busy*: a call is under way. *blind*: the server gives nothing. *members* is how many instances there are.
+    *busy*: a call is under way. *grace*: the server is in its grace period, and gives nothing. *members* is how many instances there are.
     """
 
     share: Callable[[int, int], int]
-    call_soon: Callable[[Holding], None]
+    call_soon: Callable[[Grant], None]
     # As `call_soon`, if it is still to be said when a call can be made.
-    ask: Callable[[Holding], None]
+    ask: Callable[[Grant], None]
     clock: Callable[[], float]
     # Until then a place that ends is used at once, though others starve.
     keeps_until: float = 0.0
     state: State = State.ALONE
     busy: bool = False
-    blind: bool = True
+    grace: bool = True
     leaving: bool = False
     members: int = 1
 
 
 class User(Protocol):
-    """The gate or quota that takes the places of a holding."""
+    """The gate or quota that takes the places of a grant."""
 
     @property
     def inside(self) -> int:
@@ -79,19 +79,19 @@ class User(Protocol):
         """Take no more than *places* from now on, and start what waits if there are more than before."""
 
 
-class Holding:
-    """The places that an instance holds of the limit *name*. While it is alone it has at least *least*.
+class Grant:
+    """The places of the limit *name* that an instance may use. While it is alone it has at least *least*.
 
-    Always: `hand <= limit`; joined, what the server knows to be held is at least the hand, and at least what
-    is inside. Made by `Shares.hold`.
+    Always: `granted <= limit`; joined, what the server has recorded is at least what is granted, and at least what
+    is inside. Made by `Leases.hold`.
     """
 
     __slots__ = (
         "_least",
-        "_poked",
+        "_told",
         "_standing",
         "_wanted",
-        *("hand", "dropped", "held", "limit", "name"),
+        *("dropped", "granted", "limit", "name", "recorded"),
         *("starving", "user"),
     )
 
@@ -101,8 +101,8 @@ class Holding:
         self.name = name
         self.limit = limit
         self.user = user
-        self.hand = 0
-        self.held = 0
+        self.granted = 0
+        self.recorded = 0
         self.starving = False
         # Whether the limit is shared no more: all of it is given back.
         self.dropped = False
@@ -111,7 +111,7 @@ class Holding:
         # The want of which the server knows, as far as it was not answered.
         self._wanted = 0
         # Whether a message said, while a call was under way, that others starve.
-        self._poked = False
+        self._told = False
 
     @property
     def share(self) -> int:
@@ -122,10 +122,10 @@ class Holding:
     def elsewhere(self) -> int:
         """How many places may be free elsewhere, as far as is known: none while others starve, or a want is not met."""
         standing = self._standing
-        if standing.state is not State.JOINED or standing.blind or self.starving:
+        if standing.state is not State.JOINED or standing.grace or self.starving:
             return 0
         return (
-            max(0, self.limit - max(self.hand, self.user.inside))
+            max(0, self.limit - max(self.granted, self.user.inside))
             if standing.busy or not self._wanted
             else 0
         )
@@ -138,10 +138,10 @@ class Holding:
         if limit != self.limit:
             lowered, self.limit = limit < self.limit, limit
             if self._standing.state is State.ALONE:
-                self.resize(min(self.hand, self.share))
-            elif lowered and self._standing.state is State.JOINED and not self._standing.blind:
+                self.resize(min(self.granted, self.share))
+            elif lowered and self._standing.state is State.JOINED and not self._standing.grace:
                 self.resize(0)
-            self.resize(min(self.hand, limit))
+            self.resize(min(self.granted, limit))
             self._standing.call_soon(self)
 
     def wait_begins(self) -> None:
@@ -153,22 +153,22 @@ class Holding:
         """Say that a place is about to be given back, before it is counted as free: others may get it."""
         standing, inside = self._standing, self.user.inside
         if standing.leaving:
-            self.resize(min(self.hand, inside - 1))
+            self.resize(min(self.granted, inside - 1))
         elif standing.state is not State.JOINED or standing.busy:
             return
-        elif inside > self.hand:
+        elif inside > self.granted:
             pass
         elif self.starving and (standing.clock() >= standing.keeps_until or not self.user.wanting):
-            self.resize(self.hand - 1)
+            self.resize(self.granted - 1)
         else:
             return
         standing.call_soon(self)
 
-    def poke(self) -> None:
+    def others_starve(self) -> None:
         """Say that others starve, as a message said."""
         if self._standing.busy:
-            self._poked = True
-        elif self._standing.state is State.JOINED and not self._standing.blind:
+            self._told = True
+        elif self._standing.state is State.JOINED and not self._standing.grace:
             self.starving = True
             self.wait_begins()
 
@@ -176,66 +176,66 @@ class Holding:
         """Return whether something is to be said that does not wait for the next beat."""
         if self.dropped:
             return False
-        if self._standing.state is not State.JOINED or self._standing.blind:
+        if self._standing.state is not State.JOINED or self._standing.grace:
             return False
         inside, wanting = self.user.inside, self.user.wanting
-        free = self.hand - inside
-        if self.held > max(self.hand, inside) or (self.starving and free > wanting):
+        free = self.granted - inside
+        if self.recorded > max(self.granted, inside) or (self.starving and free > wanting):
             return True
-        more = min(wanting - max(0, free), self.limit - max(inside, self.hand))
+        more = min(wanting - max(0, free), self.limit - max(inside, self.granted))
         return more > self._wanted and not self._standing.leaving
 
     def op(self) -> Op | None:
-        """Say what this instance has and wants, and lower the hand to it; None if there is nothing to say."""
+        """Say what this instance has and wants, and lower the grant to it; None if there is nothing to say."""
         standing, inside, wanting = self._standing, self.user.inside, self.user.wanting
         if self.dropped:
             self.resize(0)
-            return Op(self.name, 0, self.held, 0, 1, self.limit, 0)
+            return Op(self.name, 0, self.recorded, 0, 1, self.limit, 0)
         target = 0 if self.starving or standing.leaving else self._to_spare()
         if standing.leaving:
             have, wanting = inside, 0
         elif standing.state is State.JOINED:
-            have = max(inside, min(self.hand, inside + wanting + target))
+            have = max(inside, min(self.granted, inside + wanting + target))
         elif standing.state is State.UNHEARD:
-            have = max(inside, self.hand)
+            have = max(inside, self.granted)
         else:
             # What starts between the call and its answer is counted as well.
-            have = max(inside, self.hand, self.share)
+            have = max(inside, self.granted, self.share)
         if standing.state is not State.ALONE or standing.leaving:
-            self.resize(min(self.hand, have))
+            self.resize(min(self.granted, have))
         self._wanted = max(0, min(wanting - (have - inside), self.limit - have))
         spare = max(0, target - max(0, have - inside - wanting))
-        self._poked = False
-        if not (have or self.held or self._wanted or spare):
+        self._told = False
+        if not (have or self.recorded or self._wanted or spare):
             return None
-        give = max(0, self.held - have)
+        give = max(0, self.recorded - have)
         return Op(self.name, have, give, self._wanted, self.user.weight, self.limit, spare)
 
     def answered(self, op: Op, result: Result, *, use: bool) -> None:
-        """Take in the server's *result*; without *use* nothing more is taken in hand for it."""
+        """Take in the server's *result*; without *use* nothing more is granted for it."""
         if self.dropped:
             return
-        self.held = result.held
-        self._wanted = max(0, op.want - max(0, result.held - op.have))
-        self.starving = use and (result.starving > 0 or self._poked)
+        self.recorded = result.recorded
+        self._wanted = max(0, op.want - max(0, result.recorded - op.have))
+        self.starving = use and (result.starving > 0 or self._told)
         raised = use and not self._standing.leaving
-        self.resize(result.allowed if raised else min(self.hand, result.allowed))
+        self.resize(result.allowed if raised else min(self.granted, result.allowed))
 
     def failed(self) -> None:
-        """Take in that the call was not answered: what is in hand stays, and nothing is given."""
-        self.starving = self._poked = False
+        """Take in that the call was not answered: what is granted stays, and nothing is given."""
+        self.starving = self._told = False
 
     def alone(self, places: int) -> None:
-        """Have *places* in hand, of which the server is not told."""
-        self.held = self._wanted = 0
-        self.starving = self._poked = False
+        """Use *places*, of which the server is not told."""
+        self.recorded = self._wanted = 0
+        self.starving = self._told = False
         self.resize(0 if self._standing.leaving else places)
 
     def resize(self, places: int) -> None:
-        """Have *places* in hand."""
-        if places != self.hand:
-            self.hand = max(0, places)
-            self.user.resize(self.hand)
+        """Let *places* be granted."""
+        if places != self.granted:
+            self.granted = max(0, places)
+            self.user.resize(self.granted)
 
     def _to_spare(self) -> int:
         return max(1, self.limit // (4 * max(1, self._standing.members)))

@@ -1,4 +1,4 @@
-"""What an instance and the server say to each other in one call of `settle`, in msgpack.
+"""What an instance and the server say to each other in one renewal, in msgpack.
 
 Both are arrays, in the order of the fields: renew.lua takes them apart by their places. Times are in microseconds.
 """
@@ -15,7 +15,7 @@ SECOND = 1_000_000
 class Times(NamedTuple):
     """The times of a cluster, in seconds; all its instances must have the same.
 
-    A test may shorten them, and must keep the order: `beat + bound <= blind < lease`.
+    A test may shorten them, and must keep the order: `beat + bound <= grace < lease`.
     """
 
     # An instance without a call for so long is no member any more. 2 s less than a killed one may keep its places.
@@ -29,7 +29,7 @@ class Times(NamedTuple):
     # While members live, some call comes in each `beat + bound`: after this time without one, the server was away.
     pause: float = 3.5
     # A server that was away or is new gives nothing for so long. Each living instance calls meanwhile.
-    blind: float = 3.5
+    grace: float = 3.5
     # An instance that has not come for so long for what it was given gets no more.
     unheard: float = 0.1
     # An instance whose lease is over may live alone. It is counted in the fixed shares for so long.
@@ -39,11 +39,11 @@ class Times(NamedTuple):
 
     def told(self) -> tuple[int, int, int, int, int]:
         """Return those that the server needs, in microseconds."""
-        lease, pause, blind, unheard, gone = (
+        lease, pause, grace, unheard, gone = (
             round(seconds * SECOND)
-            for seconds in (self.lease, self.pause, self.blind, self.unheard, self.gone)
+            for seconds in (self.lease, self.pause, self.grace, self.unheard, self.gone)
         )
-        return lease, pause, blind, unheard, gone
+        return lease, pause, grace, unheard, gone
 
 
 TIMES = Times()
@@ -111,9 +111,9 @@ class Request(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Result(NamedTuple):
-    """The places of one limit: *held* as the server knows, of which *allowed* may be used; how many others starve."""
+    """The places of one limit: those that the server has *recorded*, of which *allowed* may be used; how many others starve."""
 
-    held: int
+    recorded: int
     starving: int
     allowed: int
 
@@ -129,14 +129,14 @@ class Answer(msgspec.Struct, array_like=True, frozen=True):
     """The answer, with results in the order of the request.
 
     *anew*: the server knew nothing of the instance, and knows of no limit now that the request did not mention.
-    The server gives nothing for *blind* microseconds more. *number* counts the changes among the members. *count*
+    The server gives nothing for *grace* microseconds more. *number* counts the changes among the members. *count*
     instances may live, and *rank* of them come before this one; it is *known_to_all* once they have all heard of it.
     *members* are in the order in which they joined; empty if the instance knows them. *told* is empty unless *version* has changed.
     """
 
     epoch: str
     anew: bool
-    blind: float
+    grace: float
     number: int
     rank: int
     count: int

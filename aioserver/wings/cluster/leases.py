@@ -1,12 +1,12 @@
 """How an instance stands with the server, and what it says: the state machine, without I/O.
 
-                      an answer (not blind)                a call failed
+                      an answer (no grace)                 a call failed
             ALONE ─────────────────────────▶ JOINED ───────────────────────▶ UNHEARD
               ▲                                │  ▲         an answer           │  │
               │        the lease is over       │  └─────────────────────────────┘  │
               └────────────────────────────────┴───────────────────────────────────┘
 
-Joined, an instance uses what it has in hand (wings/cluster/grants.py) and asks nobody. Unheard, it goes on with that until its
+Joined, an instance uses what it was granted (wings/cluster/grants.py) and asks nobody. Unheard, it goes on with that until its
 lease is over. Alone, it has its fixed share of each limit (wings/cluster/fixed_share.py). The lease is counted from the moment of *sending* the last
 call that was answered, and is shorter here than at the server by a margin. Nothing starts on a lease that is over: whoever
 starts something calls `check` before. A timer alone would come too late, since a process that was stopped reads its sockets
@@ -15,7 +15,7 @@ first when it goes on.
 An instance that comes back says of each limit that it has what is inside, or its share if that is more, since it may start
 so much until it is answered. If others were given that meanwhile, the sum is above the limit; the answer allows so much less.
 
-When a lease ends the others' leases end within a beat and a bound: until then an instance has no more in hand than
+When a lease ends the others' leases end within a beat and a bound: until then an instance has no more granted than
 before, though its share may be more.
 
 One call is under way at most, and what comes meanwhile goes with the next one. A call is due when a request begins to wait
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from aioserver.wings.cluster.fixed_share import FixedShare
-from aioserver.wings.cluster.grants import Holding, Standing, State
+from aioserver.wings.cluster.grants import Grant, Standing, State
 from aioserver.wings.cluster.lease_messages import (
     SECOND,
     TIMES,
@@ -54,14 +54,14 @@ if TYPE_CHECKING:
 KEPT, MOST_KEPT = 4.0, 0.5
 
 
-class Shares:
-    """The shares of one *instance*, whose name no other instance ever has.
+class Leases:
+    """The leases of one *instance*, whose name no other instance ever has.
 
-    Always: what is in hand is held at the server, while the lease lasts; at most one call is under way.
+    Always: what is granted is recorded at the server, while the lease lasts; at most one call is under way.
 
     *fixed* is a rank from 0 and a number of instances, known by other means. *on_due* is called when `due`, the time of the next
-    call, comes earlier; *on_state* with the former state and the reason when the state has changed; *on_told* with the
-    provider, the word and the seconds left of each thing that instances have told (wings/cluster/provider_states.py).
+    call, comes earlier; *on_state* with the former state and the reason when the state has changed; *on_members* when
+    another number of instances is known; *on_told* with the provider, the word and the seconds left of each thing that instances have told (wings/cluster/provider_states.py).
     """
 
     def __init__(
@@ -73,34 +73,33 @@ class Shares:
         clock: Callable[[], float] = time.monotonic,
         on_due: Callable[[], None] = lambda: None,
         on_state: Callable[[State, State, str], None] = lambda _old, _new, _why: None,
+        on_members: Callable[[], None] = lambda: None,
         on_told: Callable[[str, str, float], None] = lambda _name, _word, _seconds: None,
     ) -> None:
         self.instance = instance
         self.times = times
-        self.on_due, self.on_state = on_due, on_state
-        # Called when another number of instances is known.
-        self.on_members: Callable[[], None] = lambda: None
+        self._on_due, self._on_state, self._on_members = on_due, on_state, on_members
         self._clock = clock
         self._fixed = FixedShare(fixed)
         self.standing = Standing(self._fixed.of, self._call_soon_for, self._asked, clock)
-        self._holdings: dict[str, Holding] = {}
+        self._grants: dict[str, Grant] = {}
         self._paces: dict[str, PaceUser] = {}
-        # Holdings of which something is to be said at once, and those that may have nothing to say by then.
-        self._dirty: set[Holding] = set()
-        self._asking: set[Holding] = set()
+        # Grants of which something is to be said at once, and those that may have nothing to say by then.
+        self._dirty: set[Grant] = set()
+        self._asking: set[Grant] = set()
         self.members: list[str] = []
         self.epoch = ""
         self._seq = self._heard = 0
         self._bye = False
         self.lease_end = -inf
-        # Alone: when the hand may be raised to the share, since all other leases are over by then.
+        # Alone: when grants may be raised to the share, since all other leases are over by then.
         self._raise_at = clock() + times.lease
         self._next_whole = -inf
         # Whether the call under way mentions all limits.
         self._whole = True
         self.due = -inf
         self._sent = 0.0
-        self._ops: list[tuple[Holding, Op]] = []
+        self._ops: list[tuple[Grant, Op]] = []
         self._pace_ops: list[PaceUser] = []
         self._ended: set[str] = set()
         self._ended_said: list[str] = []
@@ -127,22 +126,22 @@ class Shares:
 
     # What the process says.
 
-    def hold(self, name: str, limit: int, user: User, *, least: int = 0) -> Holding:
+    def hold(self, name: str, limit: int, user: User, *, least: int = 0) -> Grant:
         """Share *limit* under *name*, which is the same in all instances; *least* is the smallest fixed share."""
-        holding = Holding(name, limit, user, self.standing, least=least)
-        self._holdings[name] = holding
+        grant = Grant(name, limit, user, self.standing, least=least)
+        self._grants[name] = grant
         if self.standing.state is State.ALONE and self._clock() >= self._raise_at:
-            holding.resize(holding.share)
-        self._call_soon_for(holding)
-        return holding
+            grant.resize(grant.share)
+        self._call_soon_for(grant)
+        return grant
 
-    def drop(self, holding: Holding) -> None:
+    def drop(self, grant: Grant) -> None:
         """Share a limit no more. What is inside goes on, and is not counted."""
-        if self._holdings.get(holding.name) is holding:
-            del self._holdings[holding.name]
-            self._asking.discard(holding)
-            holding.dropped = True
-            self._call_soon_for(holding)
+        if self._grants.get(grant.name) is grant:
+            del self._grants[grant.name]
+            self._asking.discard(grant)
+            grant.dropped = True
+            self._call_soon_for(grant)
 
     def pace(self, user: PaceUser) -> None:
         """Share the pace of *user*."""
@@ -170,23 +169,23 @@ class Shares:
     def leave(self) -> None:
         """Take no more places; what is inside is given back as it ends, and with the last of it the instance is no member."""
         self.standing.leaving = True
-        for holding in self._holdings.values():
-            holding.resize(min(holding.hand, holding.user.inside))
+        for grant in self._grants.values():
+            grant.resize(min(grant.granted, grant.user.inside))
         self._next_whole = -inf
         self.call_soon()
 
     def woken(self, words: Iterable[str]) -> None:
         """Take in a message (`decode_words`): places were given, or others starve."""
         for word in words:
-            holding = self._holdings.get(word.removeprefix("?"))
-            if holding is None:
+            grant = self._grants.get(word.removeprefix("?"))
+            if grant is None:
                 # A server that has lost its state asks for everything.
                 self._next_whole = -inf
                 self.call_soon()
             elif word.startswith("?"):
-                holding.poke()
+                grant.others_starve()
             else:
-                self._call_soon_for(holding)
+                self._call_soon_for(grant)
 
     @property
     def instances(self) -> int:
@@ -202,12 +201,12 @@ class Shares:
         """Let the next call be due at once."""
         if self.due > -inf and not self.left:
             self.due = -inf
-            self.on_due()
+            self._on_due()
 
     # What carries the calls.
 
     def check(self) -> None:
-        """Let go of what is in hand if the lease is over; called before each start."""
+        """Let go of what is granted if the lease is over; called before each start."""
         if self.standing.state is not State.ALONE and self._clock() >= self.lease_end:
             self._lapse()
 
@@ -217,19 +216,19 @@ class Shares:
         standing = self.standing
         assert not standing.busy
         self._sent = self._clock()
-        self._whole = standing.state is not State.JOINED or standing.blind or standing.leaving
+        self._whole = standing.state is not State.JOINED or standing.grace or standing.leaving
         self._whole = self._whole or self._sent >= self._next_whole
-        holdings = self._dirty | self._asking
+        grants = self._dirty | self._asking
         if self._whole:
-            holdings.update(self._holdings.values())
+            grants.update(self._grants.values())
         self._dirty.clear()
         self._asking.clear()
         if self._whole:
             self._next_whole = self._sent + self.times.beat
-        in_order = sorted(holdings, key=lambda holding: holding.name)
-        self._ops = [(holding, op) for holding in in_order if (op := holding.op()) is not None]
+        in_order = sorted(grants, key=lambda grant: grant.name)
+        self._ops = [(grant, op) for grant in in_order if (op := grant.op()) is not None]
         self._bye = standing.leaving and not any(
-            each.user.inside for each in self._holdings.values()
+            each.user.inside for each in self._grants.values()
         )
         asked = [
             (user, slots) for user in self._paces.values() if (slots := user.op()) is not None
@@ -253,7 +252,7 @@ class Shares:
                 known=[name for name in self.members if name != self.instance],
                 ended=self._ended_said,
                 bye=self._bye,
-                ops=[op for _holding, op in self._ops],
+                ops=[op for _grant, op in self._ops],
                 paces=[slots for _user, slots in asked],
                 tells=tells,
             )
@@ -271,56 +270,56 @@ class Shares:
         try:
             answer = decode_answer(data)
         except msgspec.MsgspecError as error:
-            self.failed(f"not an answer of settle: {error}")
+            self.failed(f"not an answer to a renewal: {error}")
             return
         if answer.anew and not self._whole:
             # The server has lost its state: it is told everything, before anybody else is given it.
             self.failed("the server has lost its state")
             return
         standing = self.standing
-        standing.busy, standing.blind = False, answer.blind > 0
+        standing.busy, standing.grace = False, answer.grace > 0
         standing.keeps_until = now + min(KEPT * (now - self._sent), MOST_KEPT)
         self.epoch, self.lease_end = answer.epoch, lease_end
         self.members = answer.members or self.members
-        joined = standing.state is not State.ALONE or not standing.blind
-        if not standing.blind and not self._bye:
+        joined = standing.state is not State.ALONE or not standing.grace
+        if not standing.grace and not self._bye:
             self._heard = answer.number
             self._fixed.adopt(answer)
             before, standing.members = standing.members, max(1, len(self.members))
             if standing.members != before:
-                self.on_members()
+                self._on_members()
         if joined:
             self._change(State.JOINED, "the server answers")
         elif self._raise_at > -inf:
             self._raise_at = now + self.times.lease
-        for (holding, op), result in zip(self._ops, answer.results, strict=False):
-            holding.answered(op, result, use=joined and not standing.blind)
+        for (grant, op), result in zip(self._ops, answer.results, strict=False):
+            grant.answered(op, result, use=joined and not standing.grace)
         for user, slots in zip(self._pace_ops, answer.slots, strict=True):
             user.answered(slots, self._sent)
         self._pace_ops = []
         self._ended.difference_update(self._ended_said)
         self.told.answered(answer)
-        self._asking.update(holding for holding, _op in self._ops)
-        self._asking = {holding for holding in self._asking if holding.wants_call()}
+        self._asking.update(grant for grant, _op in self._ops)
+        self._asking = {grant for grant in self._asking if grant.wants_call()}
         self._ops = []
         if self._bye:
             self._end()
         elif self._more_to_say():
             self._set_due(-inf)
         else:
-            blind = max(answer.blind / SECOND, 0.001) if standing.blind else inf
-            self._set_due(now + min(self.times.beat, blind))
+            grace = max(answer.grace / SECOND, 0.001) if standing.grace else inf
+            self._set_due(now + min(self.times.beat, grace))
 
     def failed(self, why: str) -> None:
         """Take in that the last request was not answered, or with an error. Another one is due soon."""
         standing = self.standing
         standing.busy = False
         self.failures += 1
-        for holding in self._holdings.values():
-            holding.failed()
+        for grant in self._grants.values():
+            grant.failed()
         for user in self._pace_ops:
             user.answered(None, self._sent)
-        self._dirty.update(holding for holding, _op in self._ops if holding.dropped)
+        self._dirty.update(grant for grant, _op in self._ops if grant.dropped)
         self._ops, self._pace_ops = [], []
         self.check()
         now = self._clock()
@@ -333,35 +332,35 @@ class Shares:
     def _more_to_say(self) -> bool:
         if self._dirty or self._asking or self.told.pending or self._ended:
             return True
-        if self.standing.leaving and not any(each.user.inside for each in self._holdings.values()):
+        if self.standing.leaving and not any(each.user.inside for each in self._grants.values()):
             return True
         return self._next_whole == -inf
 
     def _end(self) -> None:
         self.left = True
         self._change(State.ALONE, "it has left")
-        for holding in self._holdings.values():
-            holding.alone(0)
+        for grant in self._grants.values():
+            grant.alone(0)
         self._set_due(inf)
 
     def _set_due(self, due: float) -> None:
         self.due = (
             min(due, *(pace.ask_at for pace in self._paces.values())) if self._paces else due
         )
-        self.on_due()
+        self._on_due()
 
-    def _call_soon_for(self, holding: Holding) -> None:
-        self._dirty.add(holding)
+    def _call_soon_for(self, grant: Grant) -> None:
+        self._dirty.add(grant)
         self.call_soon()
 
-    def _asked(self, holding: Holding) -> None:
-        self._asking.add(holding)
+    def _asked(self, grant: Grant) -> None:
+        self._asking.add(grant)
         self.call_soon()
 
     def _change(self, state: State, why: str) -> None:
         old, self.standing.state = self.standing.state, state
         if old is not state:
-            self.on_state(old, state, why)
+            self._on_state(old, state, why)
         for pace in self._paces.values():
             pace.stand(state, self._fixed.instances)
 
@@ -372,11 +371,11 @@ class Shares:
         # If no call has failed this process did not run, and the others go on with its places.
         away = standing.state is State.UNHEARD
         self._change(State.ALONE, "its lease is over")
-        standing.blind = True
-        for holding in self._holdings.values():
-            holding.alone(min(holding.hand, holding.share) if away else 0)
+        standing.grace = True
+        for grant in self._grants.values():
+            grant.alone(min(grant.granted, grant.share) if away else 0)
         self.call_soon()
 
     def _use_share(self) -> None:
-        for holding in self._holdings.values():
-            holding.alone(holding.share)
+        for grant in self._grants.values():
+            grant.alone(grant.share)

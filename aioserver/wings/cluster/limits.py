@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from aioserver.limits.quota import Quota
     from aioserver.providers.health import Health
     from aioserver.providers.provider import Provider
-    from aioserver.wings.cluster.leases import Shares
+    from aioserver.wings.cluster.leases import Leases
 
 # The words that are told of a provider: it is dead; it is dead and cannot be reached; it has answered again; it wants to be left alone.
 DEAD, AWAY, ALIVE, COOLING = "dead", "away", "alive", "cooling"
@@ -38,20 +38,20 @@ class SharedProviderGate(SharedGate, ProviderGate):
 
     def __init__(
         self,
-        shares: Shares,
+        leases: Leases,
         name: str,
         limits: HttpClient,
         health: Health,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._all_shares = shares
+        self._all_leases = leases
         self._complete = False
         super().__init__(name, limits, health, clock)
         self._whole = limits
-        self.share(shares, f"p:{name}")
+        self.share(leases, f"p:{name}")
         self._complete = True
         health.on_death = partial(self._tell_death, health)
-        self.pace.on_cooling = partial(shares.told.tell, name, COOLING)
+        self.pace.on_cooling = partial(leases.told.tell, name, COOLING)
         self.instances_changed()
 
     def apply_limits(self, limits: HttpClient) -> None:
@@ -61,21 +61,21 @@ class SharedProviderGate(SharedGate, ProviderGate):
 
     def instances_changed(self) -> None:
         """Take in how many instances there are now."""
-        self._health.breaker.instances = self._all_shares.instances
+        self._health.breaker.instances = self._all_leases.instances
         if self._whole.tokens_per_minute:
             super().apply_limits(self._part())
 
     def _part(self) -> HttpClient:
-        """Return the limits with this instance's part of what is not shared in hand."""
+        """Return the limits with this instance's part of what is not shared by grants."""
         tokens = self._whole.tokens_per_minute
         if not tokens:
             return self._whole
-        part = max(1, tokens // max(1, self._all_shares.instances))
+        part = max(1, tokens // max(1, self._all_leases.instances))
         return replace(self._whole, tokens_per_minute=part)
 
     def _make_rate(self, interval: float, tolerance: float) -> SharedRate:
         return SharedRate(
-            self._all_shares,
+            self._all_leases,
             f"P:{self._name}",
             interval,
             tolerance,
@@ -89,7 +89,7 @@ class SharedProviderGate(SharedGate, ProviderGate):
             self.serve()
 
     def _tell_death(self, health: Health, dead: bool) -> None:
-        tell = self._all_shares.told.tell
+        tell = self._all_leases.told.tell
         if dead:
             tell(self._name, ALIVE, 0.0)
             tell(self._name, AWAY if health.breaker.unreachable else DEAD, DEATH)
@@ -102,8 +102,8 @@ class SharedProviderGate(SharedGate, ProviderGate):
 class SharedLimits:
     """Makes the gates of providers and the quotas of keys that share *shares*, and passes on what is told."""
 
-    def __init__(self, shares: Shares) -> None:
-        self._shares = shares
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
         self._gates: dict[str, SharedProviderGate] = {}
         # The providers that are configured.
         self.providers: Callable[[], Mapping[str, Provider]] = dict
@@ -112,7 +112,7 @@ class SharedLimits:
         self, name: str, limits: HttpClient, health: Health, clock: Callable[[], float]
     ) -> ProviderGate:
         """Return the gate of the provider *name*."""
-        gate = self._gates[name] = SharedProviderGate(self._shares, name, limits, health, clock)
+        gate = self._gates[name] = SharedProviderGate(self._leases, name, limits, health, clock)
         return gate
 
     def make_quota(self, key: ClientKey, elsewhere: Callable[[int], int] | None) -> Quota:
@@ -122,7 +122,7 @@ class SharedLimits:
             key.requests_per_minute,
             max_connections=key.max_connections,
             elsewhere=elsewhere,
-            shares=self._shares,
+            leases=self._leases,
             name=key.name,
         )
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.gateway import Gateway
     from aioserver.gateway.instances import Start
     from aioserver.streams.stream import Stream
-    from aioserver.wings.cluster.bus import Bus
+    from aioserver.wings.cluster.bus import Bus, MakeBus
     from aioserver.wings.cluster.peer_messages import Message
 
 logger = logging.getLogger("aioserver.cluster")
@@ -70,15 +70,14 @@ class Peers:
 
     Always: each link is a reader of its stream; each mirror that is not done is pinged for.
 
-    *gateway* is set before anything comes: it finds this instance's own streams.
+    *make_bus* is called with what hears messages, and of instances that nobody is. *gateway* is set before anything
+    comes: it finds this instance's own streams.
     """
 
     gateway: Gateway
 
-    def __init__(self, bus: Bus) -> None:
-        self._bus = bus
+    def __init__(self, make_bus: MakeBus) -> None:
         self._loop = asyncio.get_running_loop()
-        bus.on_message, bus.on_deaf = self._receive, self._deaf
         self._links: dict[tuple[str, int], Link] = {}
         self._mirrors: dict[int, Mirror] = {}
         self._numbers = 0
@@ -91,6 +90,7 @@ class Peers:
         self.on_look: Callable[[str], bytes] = lambda _what: b""
         # Messages that made no sense.
         self.refused = Counter()
+        self.bus: Bus = make_bus(on_message=self._receive, on_deaf=self._deaf)
 
     @property
     def links(self) -> int:
@@ -110,7 +110,7 @@ class Peers:
             stream,
             owner,
             start,
-            lambda message: self._bus.send(owner, message),
+            lambda message: self.bus.send(owner, message),
             self._number,
             self._credit,
             on_accept,
@@ -156,7 +156,7 @@ class Peers:
             answer: asyncio.Future[bytes] = self._loop.create_future()
             self._asked[self._numbers] = answer
             asked[target] = self._numbers, answer
-            self._bus.send(target, make(self._numbers))
+            self.bus.send(target, make(self._numbers))
         if not asked:
             return {}
         try:
@@ -221,9 +221,9 @@ class Peers:
                 self._answer(sender, message)
             case Forget():
                 gone = self.gateway.forget_response(Caller(message.caller), message.response_id)
-                self._bus.send(sender, Answer(message.number, orjson.dumps(gone)))
+                self.bus.send(sender, Answer(message.number, orjson.dumps(gone)))
             case Look():
-                self._bus.send(sender, Answer(message.number, self.on_look(message.what)))
+                self.bus.send(sender, Answer(message.number, self.on_look(message.what)))
             case Answer():
                 asked = self._asked.get(message.number)
                 if asked is not None and not asked.done():
@@ -261,11 +261,11 @@ class Peers:
                 attach.link,
                 after,
                 min(attach.credit, CREDIT),
-                lambda message: self._bus.send(sender, message),
+                lambda message: self.bus.send(sender, message),
                 self._close_link,
             )
         except AioserverError as error:
-            self._bus.send(sender, Refused(attach.link, faults.pack(error)))
+            self.bus.send(sender, Refused(attach.link, faults.pack(error)))
             return
         link.heard_at = self._loop.time()
         link.peer = sender
@@ -297,7 +297,7 @@ class Peers:
                 link.heard_at = self._loop.time()
                 link.extend(limit)
                 links.append((number, link.sent))
-        self._bus.send(sender, Pong(links, gone))
+        self.bus.send(sender, Pong(links, gone))
 
     def _check_links(self, sender: str, pong: Pong) -> None:
         now = self._loop.time()
@@ -324,7 +324,7 @@ class Peers:
                 answer = True
             except StreamNotFound:
                 answer = False
-        self._bus.send(sender, Answer(ask.number, orjson.dumps(answer)))
+        self.bus.send(sender, Answer(ask.number, orjson.dumps(answer)))
 
     def _deaf(self, target: str) -> None:
         """Note that what was sent to *target* has reached no one: called by the bus."""
@@ -340,14 +340,14 @@ class Peers:
                 if mirror.owner == target:
                     mirror.lose()
         elif since == now and any(m.owner == target for m in self._mirrors.values()):
-            self._loop.call_later(DEAF_AGAIN, self._bus.send, target, Ping([]))
+            self._loop.call_later(DEAF_AGAIN, self.bus.send, target, Ping([]))
         for link in [link for link in self._links.values() if link.peer == target]:
             # It attaches again, if it lives.
             self._close_link(link)
 
     def _watch(self) -> None:
         if self._timer is None:
-            if self._bus.connected:
+            if self.bus.connected:
                 self._connected_at = self._loop.time()
             self._due = self._loop.time() + PING
             self._timer = self._loop.call_later(PING, self._tick)
@@ -355,9 +355,9 @@ class Peers:
     def _tick(self) -> None:
         self._timer = None
         now, late = self._loop.time(), self._loop.time() - self._due > PING
-        if self._bus.connected:
+        if self.bus.connected:
             self._connected_at = now
-        away = not self._bus.connected and now - self._connected_at < MAX_AWAY
+        away = not self.bus.connected and now - self._connected_at < MAX_AWAY
         owners: dict[str, list[tuple[int, int, int]]] = {}
         for number, mirror in tuple(self._mirrors.items()):
             if late or (away and mirror.accepted.done()):
@@ -369,7 +369,7 @@ class Peers:
             place = (number, mirror.received, mirror.limit)
             owners.setdefault(mirror.owner, []).append(place)
         for owner, places in owners.items():
-            self._bus.send(owner, Ping(places))
+            self.bus.send(owner, Ping(places))
         for link in tuple(self._links.values()):
             if late or away:
                 link.heard_at = max(link.heard_at, now - PING)

@@ -134,7 +134,7 @@ class PaceUser(Protocol):
 
 
 class Caller(Protocol):
-    """The object that carries the calls: `Shares`."""
+    """The object that carries the calls: `Leases`."""
 
     def pace(self, user: PaceUser) -> None:
         """Share the pace of *user*."""
@@ -283,7 +283,7 @@ class SharedRate(Gcra):
         self._not_before = -inf
         self._local.catch_up()
 
-    # What `Shares` asks.
+    # What `Leases` asks.
 
     def op(self) -> PaceOp | None:
         """Return what to ask for in a call that is sent now."""

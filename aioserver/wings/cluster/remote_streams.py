@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.request import Request
     from aioserver.streams.store import StreamStore
     from aioserver.streams.stream import Stream
-    from aioserver.wings.cluster.bus import Bus
+    from aioserver.wings.cluster.bus import MakeBus
     from aioserver.wings.cluster.claims import Verdict
 
 # Claims in one call that renews them, and seconds for which it and other calls that nobody waits for last.
@@ -81,21 +81,21 @@ class RemoteStreams:
 
     def __init__(
         self,
-        bus: Bus,
+        make_bus: MakeBus,
         commands: Commands,
         streams: StreamStore,
     ) -> None:
-        self._me = bus.name
         self._commands = commands
         self._ask = commands.ask
-        self._store = Claims(commands, bus.name)
         self._streams = streams
         self._loop = asyncio.get_running_loop()
         self._claimed: dict[Stream, list[Renewal]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._renewer: asyncio.TimerHandle | None = None
         self._unclaimed = Counter()
-        self.peers = Peers(bus)
+        self.peers = Peers(make_bus)
+        self._me = self.peers.bus.name
+        self._store = Claims(commands, self._me)
         streams.on_alias = self._note_alias
 
     def serve(self, gateway: Gateway) -> None:

@@ -1,5 +1,5 @@
 #!lua
--- settle: everything that one instance has to say to the others, in one atomic call.
+-- A renewal: everything that one instance has to say to the others, in one atomic call.
 --
 -- KEYS[1] is the prefix of all keys of the cluster; ARGV[1] is the request and the result is the answer, both in
 -- msgpack, as wings/cluster/lease_messages.py declares them. tests/support/settle_model.py says the same in Python, with the reasons;

@@ -1,4 +1,4 @@
-"""Carries the calls of `Shares` to the server, and the messages that wake them back."""
+"""Carries the calls of `Leases` to the server, and the messages that wake them back."""
 
 from __future__ import annotations
 
@@ -10,37 +10,41 @@ from aioserver.wings.cluster.lease_messages import decode_words
 from aioserver.wings.cluster.subscription import Subscription
 
 if TYPE_CHECKING:
-    from aioserver.wings.cluster.leases import Shares
+    from collections.abc import Callable
+
+    from aioserver.wings.cluster.leases import Leases
 
 
-class Settler:
-    """Settles *shares* with the server at *url*, in the cluster *name*: instances that share have the same name.
+class Renewer:
+    """Renews leases at the server at *url*, in the cluster *name*: instances that share have the same name.
 
-    `open` it, and `close` it in the end; `leave` before that gives everything back. `connection` takes other commands as
+    *make_leases* makes them, with the function that is called when a renewal is due earlier. `open` it, and `close` it in the end; `leave` before that gives everything back. `connection` takes other commands as
     well, and `subscription` other channels. Keys and channels begin with `prefix`.
 
     Raises:
         ValueError: *url* cannot be used.
     """
 
-    def __init__(self, shares: Shares, url: str, name: str) -> None:
-        self.shares = shares
+    def __init__(
+        self, make_leases: Callable[[Callable[[], None]], Leases], url: str, name: str
+    ) -> None:
+        self._task: asyncio.Task[None] | None = None
+        self._due = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+        self.leases = leases = make_leases(self._arm)
         self.prefix = f"aio:{{{name}}}:"
-        bound = shares.times.bound
+        bound = leases.times.bound
         self.connection = ScriptConnection(
             url, bound=bound, on_open=self._tell_all, on_loss=self._lost
         )
         self.subscription = Subscription(
             url,
-            {f"{self.prefix}wake:{shares.instance}": self._woken},
+            {f"{self.prefix}wake:{leases.instance}": self._woken},
             bound=bound,
             # What was said while nobody listened is lost.
             on_open=self._tell_all,
         )
-        self._task: asyncio.Task[None] | None = None
-        self._due = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
-        shares.on_due = self._arm
 
     async def open(self) -> CallFailed | None:
         """Connect, make the first call, and go on in the background. A server that is not there is looked for.
@@ -57,7 +61,7 @@ class Settler:
                 raise
             except CallFailed:
                 pass
-        failure = await self._settle()
+        failure = await self._renew()
         if isinstance(failure, AccessDenied):
             raise failure
         self._task = asyncio.create_task(self._run())
@@ -65,7 +69,7 @@ class Settler:
 
     async def leave(self, within: float) -> None:
         """Take no more places, and tell the others once nothing is inside; wait *within* seconds for that at most."""
-        self.shares.leave()
+        self.leases.leave()
         if self._task is not None:
             await asyncio.wait([self._task], timeout=within)
 
@@ -74,36 +78,36 @@ class Settler:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-        self.shares.on_due = lambda: None
+        self._closed = True
         if self._timer is not None:
             self._timer.cancel()
         await self.connection.close()
         await self.subscription.close()
 
     async def _run(self) -> None:
-        while not self.shares.left:
+        while not self.leases.left:
             self._arm()
             await self._due.wait()
-            await self._settle()
+            await self._renew()
 
-    async def _settle(self) -> CallFailed | None:
-        shares, connection = self.shares, self.connection
+    async def _renew(self) -> CallFailed | None:
+        leases, connection = self.leases, self.connection
         try:
             await connection.ready()
         except CallFailed as failure:
-            shares.failed(str(failure))
+            leases.failed(str(failure))
             return failure
         run = connection.run
-        request = shares.request(run)
+        request = leases.request(run)
         try:
-            answer = await connection.settle(self.prefix, request, run)
+            answer = await connection.renew(self.prefix, request, run)
         except CallFailed as failure:
-            shares.failed(str(failure))
+            leases.failed(str(failure))
             return failure
         except BaseException:
-            shares.failed("closed")
+            leases.failed("closed")
             raise
-        shares.answered(answer)
+        leases.answered(answer)
         return None
 
     def _arm(self) -> None:
@@ -111,22 +115,24 @@ class Settler:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._closed:
+            return
         loop = asyncio.get_running_loop()
-        wait = self.shares.due - self.shares.now
+        wait = self.leases.due - self.leases.now
         if wait <= 0:
             self._due.set()
             return
         self._due.clear()
-        if wait < self.shares.times.lease * 2:
+        if wait < self.leases.times.lease * 2:
             self._timer = loop.call_later(wait, self._due.set)
 
     def _lost(self, failure: CallFailed) -> None:
         # A call that is under way fails by itself.
-        if not self.shares.busy and not self.shares.left:
-            self.shares.failed(str(failure))
+        if not self.leases.busy and not self.leases.left:
+            self.leases.failed(str(failure))
 
     def _tell_all(self) -> None:
-        self.shares.woken([""])
+        self.leases.woken([""])
 
     def _woken(self, data: bytes) -> None:
-        self.shares.woken(decode_words(data))
+        self.leases.woken(decode_words(data))

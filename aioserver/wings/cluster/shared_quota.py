@@ -1,6 +1,6 @@
 """The limits of one key (limits/quota.py), shared with other instances.
 
-An answer that finds a place and a slot in hand is counted at once. Otherwise it is *undecided* until the server has said
+An answer that finds a granted place and a slot is counted at once. Otherwise it is *undecided* until the server has said
 whether another instance has a place to give, or when the next slot begins, for PATIENCE seconds at most: an answer that would
 have to wait for longer is refused, and does not queue.
 """
@@ -19,7 +19,7 @@ from aioserver.wings.cluster.rates import SharedRate
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aioserver.wings.cluster.leases import Shares
+    from aioserver.wings.cluster.leases import Leases
 
 # Seconds for which an answer may be undecided. An instance that is told of the want gives within two calls.
 PATIENCE = 0.25
@@ -31,7 +31,7 @@ SHARE_KEPT = 0.01
 class SharedQuota(Quota):
     """The counts of one key at this instance, within limits that all instances share under *name*.
 
-    Always: the answers that are counted and decided are within the places in hand, unless these were lowered since.
+    Always: the answers that are counted and decided are within the granted places, unless these were lowered since.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class SharedQuota(Quota):
         *,
         max_connections: int = 0,
         elsewhere: Callable[[int], int] | None = None,
-        shares: Shares,
+        leases: Leases,
         name: str,
     ) -> None:
         super().__init__(
@@ -52,12 +52,12 @@ class SharedQuota(Quota):
             max_connections=max_connections,
             elsewhere=elsewhere,
         )
-        self._shares = shares
-        self._hand = 0
+        self._leases = leases
+        self._granted = 0
         # The answers that wait for a place or a slot, the oldest first; one that is done waits no more, and has no place.
         self._undecided: deque[asyncio.Future[None]] = deque()
         self._rate = self._shared_rate = SharedRate(
-            shares,
+            leases,
             f"K:{name}",
             *minute(requests_per_minute),
             clock,
@@ -66,22 +66,22 @@ class SharedQuota(Quota):
             rested=True,
             share_kept=SHARE_KEPT,
         )
-        self._holding = shares.hold(f"k:{name}", max_concurrent, self, least=1)
+        self._grant = leases.hold(f"k:{name}", max_concurrent, self, least=1)
 
     def apply(
         self, max_concurrent: int, requests_per_minute: int, max_connections: int = 0
     ) -> None:
         """Use other limits from now on, for all instances together."""
         super().apply(max_concurrent, requests_per_minute, max_connections)
-        self._holding.apply(max_concurrent)
+        self._grant.apply(max_concurrent)
 
     def revoke(self) -> None:
         """Cancel what is bound to the key, and share its limits no more."""
         super().revoke()
-        self._shares.drop(self._holding)
-        self._shares.drop_pace(self._shared_rate)
+        self._leases.drop(self._grant)
+        self._leases.drop_pace(self._shared_rate)
         for decision in self._undecided:
-            _settle(decision, InvalidApiKey(REVOKED))
+            _conclude(decision, InvalidApiKey(REVOKED))
 
     def take(self) -> asyncio.Future[None] | None:
         """Count an answer that begins, as `Quota.take`."""
@@ -89,7 +89,7 @@ class SharedQuota(Quota):
             raise InvalidApiKey(REVOKED)
         if self.running >= self._max_concurrent:
             raise self._too_many()
-        if self.running < self._hand and not self._undecided:
+        if self.running < self._granted and not self._undecided:
             delay = self._rate.try_take()
             if not delay:
                 self.running += 1
@@ -102,7 +102,7 @@ class SharedQuota(Quota):
         self.running += 1
         self._undecided.append(decision)
         try:
-            self._holding.wait_begins()
+            self._grant.wait_begins()
         except BaseException:
             self._undecided.remove(decision)
             self.running -= 1
@@ -113,7 +113,7 @@ class SharedQuota(Quota):
         """Count an answer as ended; an *unused* one never began."""
         refused = next((decision for decision in self._undecided if decision.done()), None)
         if refused is None:
-            self._holding.place_ends()
+            self._grant.place_ends()
             if unused:
                 self._rate.take(-self._rate.interval)
         else:
@@ -123,7 +123,7 @@ class SharedQuota(Quota):
         self.running -= 1
         self._decide()
 
-    # A user of its holding (wings/cluster/grants.py).
+    # A user of its grant (wings/cluster/grants.py).
 
     @property
     def inside(self) -> int:
@@ -141,24 +141,26 @@ class SharedQuota(Quota):
         return 1
 
     def resize(self, places: int) -> None:
-        """Have *places* in hand."""
-        self._hand = places
+        """Use *places* from now on; called by the grant."""
+        self._granted = places
         self._decide()
 
     def _decide(self) -> None:
-        """Let the undecided answers have the places and slots in hand."""
-        while self._undecided and self.inside < self._hand:
+        """Let the undecided answers have the granted places and slots."""
+        while self._undecided and self.inside < self._granted:
             delay = 0.0 if self._undecided[0].done() else self._rate.try_take()
             if 0 < delay <= PATIENCE:
                 # There may be a slot soon.
                 return
-            _settle(self._undecided.popleft(), self._too_fast(delay) if delay else None)
+            _conclude(self._undecided.popleft(), self._too_fast(delay) if delay else None)
 
     def _give_up(self, decision: asyncio.Future[None]) -> None:
         """Refuse an answer that has been undecided for long enough."""
         if not decision.done() and decision in self._undecided:
-            no_place = self.inside >= self._hand
-            _settle(decision, self._too_many() if no_place else self._too_fast(self._rate.delay()))
+            no_place = self.inside >= self._granted
+            _conclude(
+                decision, self._too_many() if no_place else self._too_fast(self._rate.delay())
+            )
 
     def _too_many(self) -> ConcurrencyExceeded:
         return ConcurrencyExceeded(
@@ -173,7 +175,7 @@ class SharedQuota(Quota):
         )
 
 
-def _settle(decision: asyncio.Future[None], error: Exception | None = None) -> None:
+def _conclude(decision: asyncio.Future[None], error: Exception | None = None) -> None:
     if decision.done():
         return
     if error is None:

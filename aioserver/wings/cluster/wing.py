@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 
 from aioserver.config.faults import ConfigurationError
 from aioserver.gateway.commands import Commands
-from aioserver.wings.cluster.bus import RedisBus
+from aioserver.wings.cluster.bus import RedisBus, RedisCommands
 from aioserver.wings.cluster.connection import AccessDenied, CallFailed
 from aioserver.wings.cluster.grants import State
 from aioserver.wings.cluster.lease_messages import TIMES
-from aioserver.wings.cluster.leases import Shares
+from aioserver.wings.cluster.leases import Leases
 from aioserver.wings.cluster.limits import SharedLimits
 from aioserver.wings.cluster.remote_streams import RemoteStreams
-from aioserver.wings.cluster.renewer import Settler
+from aioserver.wings.cluster.renewer import Renewer
 from aioserver.wings.cluster.totals import Totals
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from aioserver.providers.queueing import ProviderGate
     from aioserver.streams.store import StreamStore
     from aioserver.wings.cluster.lease_messages import Times
+    from aioserver.wings.cluster.peer_messages import Message
 
 logger = logging.getLogger("aioserver.cluster")
 
@@ -74,19 +75,15 @@ class Membership:
         times: Times = TIMES,
     ) -> None:
         self.instance = instance
-        self.shares = Shares(
-            instance,
-            fixed=fixed,
-            times=times,
-            on_state=self._state_changed,
-            on_told=lambda *told: self.limits.told(*told),
-        )
-        self.limits = SharedLimits(self.shares)
-        self.shares.on_members = self.limits.instances_changed
-        self.settler = Settler(self.shares, url, name)
-        self.bus = RedisBus(url, self.settler.prefix, instance)
-        self.commands = Commands(self.bus.commands, self.settler.prefix)
-        self.address = self.settler.connection.address
+        self._numbers, self._times = fixed, times
+        self.renewer = Renewer(self._make_leases, url, name)
+        self.leases = self.renewer.leases
+        self.limits = SharedLimits(self.leases)
+        self._url = url
+        self._connection = RedisCommands(url)
+        self.bus: RedisBus | None = None
+        self.commands = Commands(self._connection, self.renewer.prefix)
+        self.address = self.renewer.connection.address
         self._incidents: Monitor | None = None
         self._fixed = fixed is not None
         self._joined = asyncio.Event()
@@ -104,7 +101,7 @@ class Membership:
 
     def streams(self, store: StreamStore) -> RemoteStreams:
         """Return what knows the streams of other instances."""
-        self._streams = RemoteStreams(self.bus, self.commands, store)
+        self._streams = RemoteStreams(self._make_bus, self.commands, store)
         return self._streams
 
     def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
@@ -116,7 +113,7 @@ class Membership:
             Totals(
                 self.instance,
                 self._streams.peers,
-                lambda: self.shares.members,
+                lambda: self.leases.members,
                 monitor,
                 self.standing,
             )
@@ -127,7 +124,7 @@ class Membership:
 
         Without an answer it is *own*, and a session holds only where it was made.
         """
-        key = f"{self.settler.prefix}pepper"
+        key = f"{self.renewer.prefix}pepper"
         execute = self.commands.execute
         try:
             async with asyncio.timeout(AGREE_TIMEOUT):
@@ -143,13 +140,13 @@ class Membership:
         assert self._streams is not None, "`streams` was called before"
         streams = self._streams.stats()
         return {
-            "state": self.shares.state.value,
-            "calls": self.shares.calls,
-            "failed_calls": self.shares.failures,
+            "state": self.leases.state.value,
+            "calls": self.leases.calls,
+            "failed_calls": self.leases.failures,
             "links": streams.links,
             "mirrors": streams.mirrors,
             "unclaimed": streams.unclaimed,
-            "lost": int(self.bus.lost.value),
+            "lost": 0 if self.bus is None else int(self.bus.lost.value),
         }
 
     @property
@@ -159,9 +156,9 @@ class Membership:
 
     def ended(self, token: int) -> None:
         """Note that the instance with *token* has ended for certain: its places are free now, and not after its lease."""
-        for name in self.shares.members:
+        for name in self.leases.members:
             if name.endswith(f"-{token:08x}"):
-                self.shares.ended(name)
+                self.leases.ended(name)
 
     async def open(self, *, clear: bool = False) -> None:
         """Connect, and share. A server that is not there is looked for in the background.
@@ -172,25 +169,51 @@ class Membership:
             ConfigurationError: the server refuses the password, or the user may not do what is needed.
         """
         try:
-            await self.settler.open()
+            await self.renewer.open()
         except AccessDenied as error:
             raise ConfigurationError([f"cluster.redis_url: {error}"]) from None
-        if clear and self.shares.members == [self.instance]:
+        if clear and self.leases.members == [self.instance]:
             await self._clear_conversations()
-        if self.shares.epoch and not self._fixed:
+        if self.leases.epoch and not self._fixed:
             # A server that is new gives nothing yet, and without a fixed share nothing could start until then.
-            times = self.shares.times
+            times = self.leases.times
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(times.blind + times.beat + times.bound):
+                async with asyncio.timeout(times.grace + times.beat + times.bound):
                     await self._joined.wait()
-        state = self.shares.state
+        state = self.leases.state
         logger.info("cluster: instance %s, %s (%s)", self.instance, state.value, self.address)
 
     async def close(self) -> None:
         """Tell the others that nothing is inside any more, and end the connections."""
-        await self.settler.leave(LEAVE_TIMEOUT)
-        await self.settler.close()
-        await self.bus.close()
+        await self.renewer.leave(LEAVE_TIMEOUT)
+        await self.renewer.close()
+        if self.bus is not None:
+            await self.bus.close()
+        await self._connection.close()
+
+    def _make_leases(self, on_due: Callable[[], None]) -> Leases:
+        return Leases(
+            self.instance,
+            fixed=self._numbers,
+            times=self._times,
+            on_due=on_due,
+            on_state=self._state_changed,
+            on_members=lambda: self.limits.instances_changed(),
+            on_told=lambda *told: self.limits.told(*told),
+        )
+
+    def _make_bus(
+        self, *, on_message: Callable[[str, Message], None], on_deaf: Callable[[str], None]
+    ) -> RedisBus:
+        self.bus = RedisBus(
+            self._connection,
+            self._url,
+            self.renewer.prefix,
+            self.instance,
+            on_message=on_message,
+            on_deaf=on_deaf,
+        )
+        return self.bus
 
     async def _clear_conversations(self) -> None:
         try:
@@ -203,8 +226,8 @@ class Membership:
 
     async def _unlink(self, pattern: str) -> int:
         """Delete the keys of the cluster that match *pattern*; return how many there were."""
-        prefix = _GLOB.sub(r"\\\g<0>", self.settler.prefix)
-        connection, cursor, count = self.settler.connection, b"0", 0
+        prefix = _GLOB.sub(r"\\\g<0>", self.renewer.prefix)
+        connection, cursor, count = self.renewer.connection, b"0", 0
         while True:
             cursor, keys = await connection.execute(
                 *("SCAN", cursor, "MATCH", f"{prefix}{pattern}", "COUNT", SCANNED)
@@ -217,7 +240,7 @@ class Membership:
     def _state_changed(self, _old: State, new: State, why: str) -> None:
         if new is State.JOINED:
             self._joined.set()
-        if self.shares.standing.leaving:
+        if self.leases.standing.leaving:
             # It has said good-bye.
             return
         if new is State.JOINED:
@@ -257,7 +280,7 @@ async def join(
     except ValueError as error:
         raise ConfigurationError([f"cluster.redis_url: {error}"]) from None
     if first:
-        membership.shares.use_fixed()
+        membership.leases.use_fixed()
     try:
         await membership.open(clear=clear)
         yield membership

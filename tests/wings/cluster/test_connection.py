@@ -53,7 +53,7 @@ async def test_script_that_the_server_does_not_have_is_loaded(redis: RedisServer
     await connection.open()
 
     for seq in (1, 2):
-        answer = decode_answer(await connection.settle(PREFIX, request(seq), connection.run))
+        answer = decode_answer(await connection.renew(PREFIX, request(seq), connection.run))
         assert answer.members == ["one"]
         redis.call("SCRIPT", "FLUSH")
 
@@ -175,7 +175,7 @@ async def test_missing_permission_is_denied_access(redis: RedisServer) -> None:
     await connection.open()
 
     with pytest.raises(AccessDenied):
-        await connection.settle(PREFIX, request(), connection.run)
+        await connection.renew(PREFIX, request(), connection.run)
 
     await connection.close()
 
@@ -188,7 +188,7 @@ async def test_command_that_the_script_may_not_use_is_denied_access(redis: Redis
     await connection.open()
 
     with pytest.raises(AccessDenied):
-        await connection.settle(PREFIX, request(), connection.run)
+        await connection.renew(PREFIX, request(), connection.run)
 
     await connection.close()
 
@@ -200,7 +200,7 @@ async def test_full_server_fails_the_call_and_changes_nothing(redis: RedisServer
     await connection.open()
 
     with pytest.raises(CallFailed, match="OOM"):
-        await connection.settle(PREFIX, request(), connection.run)
+        await connection.renew(PREFIX, request(), connection.run)
 
     assert redis.call("DBSIZE") == 0
     assert connection.connected
@@ -213,7 +213,7 @@ async def test_server_that_has_become_a_replica_is_left(redis: RedisServer) -> N
     redis.call("REPLICAOF", "127.0.0.1", "1")
 
     with pytest.raises(CallFailed, match="READONLY"):
-        await connection.settle(PREFIX, request(), connection.run)
+        await connection.renew(PREFIX, request(), connection.run)
 
     assert not connection.connected
     await connection.close()
@@ -222,10 +222,10 @@ async def test_server_that_has_become_a_replica_is_left(redis: RedisServer) -> N
 async def test_call_that_is_given_up_and_arrives_late_is_refused(redis: RedisServer) -> None:
     connection = ScriptConnection(redis.url)
     await connection.open()
-    await connection.settle(PREFIX, request(2), connection.run)
+    await connection.renew(PREFIX, request(2), connection.run)
 
     with pytest.raises(CallFailed, match="STALE"):
-        await connection.settle(PREFIX, request(1), connection.run)
+        await connection.renew(PREFIX, request(1), connection.run)
 
     assert connection.connected
     await connection.close()

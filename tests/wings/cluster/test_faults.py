@@ -62,7 +62,7 @@ def of_instances(simulation: Simulation, chance: random.Random) -> list[Callable
     actions: list[Callable[[], object]] = []
     if len(living) > 2:
         one = chance.choice(living)
-        actions += [one.kill, one.shares.leave]
+        actions += [one.kill, one.leases.leave]
     if len(living) < 5 and not simulation.fixed:
         actions.append(partial(simulation.add, Load(20.0, 0.3)))
     return actions
@@ -132,8 +132,8 @@ def recover(simulation: Simulation) -> None:
     starving = []
     for each in simulation.instances:
         if each.alive:
-            assert each.shares.left or each.shares.state is State.JOINED
-            if not each.shares.standing.leaving:
+            assert each.leases.left or each.leases.state is State.JOINED
+            if not each.leases.standing.leaving:
                 starving.append((each, each.starts))
     # Each of them has a turn, though one of 15 s may be before it for each other instance.
     simulation.advance(10.0 + 15.0 * len(starving) / min(simulation.limit, 4))

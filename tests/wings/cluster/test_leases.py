@@ -18,8 +18,8 @@ def cluster(count: int = 3) -> tuple[Simulation, list[Instance]]:
     simulation = Simulation(1, limit=LIMIT)
     simulation.on_step = simulation.check
     instances = [simulation.add(IDLE) for _ in range(count)]
-    simulation.advance(TIMES.blind + 3 * TIMES.beat)
-    assert all(each.shares.state is State.JOINED for each in instances)
+    simulation.advance(TIMES.grace + 3 * TIMES.beat)
+    assert all(each.leases.state is State.JOINED for each in instances)
     return simulation, instances
 
 
@@ -29,7 +29,7 @@ def ask(instance: Instance, count: int, seconds: float = 1000.0) -> None:
     for _ in range(count):
         instance.waiting.append(instance.simulation.now)
     instance.serve()
-    instance.holding.wait_begins()
+    instance.grant.wait_begins()
     instance.simulation.advance(0.1)
 
 
@@ -40,7 +40,7 @@ def test_instance_that_was_never_told_who_lives_has_no_share() -> None:
 
     simulation.advance(3 * TIMES.lease)
 
-    assert stranger.holding.hand == 0
+    assert stranger.grant.granted == 0
 
 
 def test_fixed_share_is_used_once_no_other_can_have_more() -> None:
@@ -49,10 +49,10 @@ def test_fixed_share_is_used_once_no_other_can_have_more() -> None:
     worker = simulation.add(IDLE)
 
     simulation.advance(TIMES.lease - TIMES.bound)
-    assert worker.holding.hand == 0
+    assert worker.grant.granted == 0
     simulation.advance(3 * TIMES.bound)
 
-    assert worker.holding.hand == 7
+    assert worker.grant.granted == 7
 
 
 def test_fixed_share_is_used_at_once_where_there_is_no_server() -> None:
@@ -61,9 +61,9 @@ def test_fixed_share_is_used_at_once_where_there_is_no_server() -> None:
     workers = [simulation.add(IDLE) for _ in range(3)]
 
     for each in workers:
-        each.shares.use_fixed()
+        each.leases.use_fixed()
 
-    assert [each.holding.hand for each in workers] == [7, 7, 6]
+    assert [each.grant.granted for each in workers] == [7, 7, 6]
 
 
 def test_newcomer_has_no_share_before_all_others_know_of_it() -> None:
@@ -72,14 +72,14 @@ def test_newcomer_has_no_share_before_all_others_know_of_it() -> None:
     simulation.cut_off.add(deaf.number)
     newcomer = simulation.add(IDLE)
     simulation.advance(2 * TIMES.beat)
-    assert newcomer.shares.state is State.JOINED
+    assert newcomer.leases.state is State.JOINED
 
-    assert newcomer.holding.share == 0
-    assert instances[1].holding.share <= 7
+    assert newcomer.grant.share == 0
+    assert instances[1].grant.share <= 7
 
     simulation.cut_off.clear()
     simulation.advance(3 * TIMES.beat)
-    assert sorted(each.holding.share for each in simulation.instances) == [6, 7, 7]
+    assert sorted(each.grant.share for each in simulation.instances) == [6, 7, 7]
 
 
 def test_instance_that_was_stopped_starts_nothing_before_it_is_answered() -> None:
@@ -95,7 +95,7 @@ def test_instance_that_was_stopped_starts_nothing_before_it_is_answered() -> Non
     one.stopped = False
     one.serve()
 
-    assert one.holding.hand == 0
+    assert one.grant.granted == 0
     assert one.inside == 5
     simulation.advance(1.0)
     assert one.inside == 5
@@ -104,41 +104,41 @@ def test_instance_that_was_stopped_starts_nothing_before_it_is_answered() -> Non
 def test_answer_that_was_read_after_a_stop_gives_nothing() -> None:
     simulation, (one, *_) = cluster()
     answers: list[bytes] = []
-    one.shares.call_soon()
+    one.leases.call_soon()
     one.timer += 1
-    request = one.shares.request(simulation.run)
-    answers.append(simulation.model.settle(request, round(simulation.now * SECOND))[0])
+    request = one.leases.request(simulation.run)
+    answers.append(simulation.model.renew(request, round(simulation.now * SECOND))[0])
     simulation.now += TIMES.lease
 
-    one.shares.answered(answers[0])
+    one.leases.answered(answers[0])
 
-    assert one.shares.state is State.ALONE
-    assert one.holding.hand == 0
+    assert one.leases.state is State.ALONE
+    assert one.grant.granted == 0
 
 
 def test_answer_that_cannot_be_read_is_a_failed_call() -> None:
     simulation, (one, *_) = cluster()
     one.timer += 1
-    one.shares.request(simulation.run)
+    one.leases.request(simulation.run)
 
-    one.shares.answered(b"\x90")
+    one.leases.answered(b"\x90")
 
-    assert one.shares.state is State.UNHEARD
+    assert one.leases.state is State.UNHEARD
 
 
 def test_hand_is_raised_to_the_share_only_when_all_other_leases_are_over() -> None:
     simulation, (one, other, _) = cluster()
     ask(other, 15, seconds=5.0)
-    hand = one.holding.hand
+    granted = one.grant.granted
     simulation.kill_server()
-    end = one.shares.lease_end
+    end = one.leases.lease_end
     simulation.advance(end - simulation.now + 0.5)
-    assert one.shares.state is State.ALONE
+    assert one.leases.state is State.ALONE
 
-    assert one.holding.hand <= hand < one.holding.share
+    assert one.grant.granted <= granted < one.grant.share
     simulation.advance(TIMES.beat + 2 * TIMES.bound)
 
-    assert one.holding.hand == one.holding.share
+    assert one.grant.granted == one.grant.share
 
 
 @pytest.mark.parametrize("inside", [2, 12])
@@ -149,14 +149,14 @@ def test_instance_that_comes_back_says_that_it_has_its_share_or_what_is_inside(
     ask(one, inside)
     simulation.kill_server()
     simulation.advance(TIMES.lease + TIMES.beat + 3 * TIMES.bound)
-    assert one.shares.state is State.ALONE
-    if one.shares.busy:
-        one.shares.failed("no answer")
+    assert one.leases.state is State.ALONE
+    if one.leases.busy:
+        one.leases.failed("no answer")
 
-    (op,) = decode_request(one.shares.request(simulation.run)).ops
+    (op,) = decode_request(one.leases.request(simulation.run)).ops
 
     # It may start so much until it is answered.
-    assert op.have == max(inside, one.holding.share)
+    assert op.have == max(inside, one.grant.share)
 
 
 @pytest.mark.parametrize("fault", ["away", "another process"])
@@ -179,7 +179,7 @@ def test_server_that_was_away_gives_nothing_before_all_have_called(fault: str) -
 
     assert simulation.in_flight == LIMIT
     simulation.cut_off.clear()
-    simulation.advance(TIMES.blind + TIMES.beat)
+    simulation.advance(TIMES.grace + TIMES.beat)
     assert simulation.in_flight == LIMIT
 
 
@@ -187,27 +187,27 @@ def test_server_that_has_lost_its_state_is_told_everything_at_once() -> None:
     simulation, (one, *_) = cluster()
     ask(one, 12)
     # The next call mentions nothing that has not changed.
-    one.shares.woken([""])
+    one.leases.woken([""])
     simulation.advance(0.3)
 
     simulation.empty()
-    one.shares.call_soon()
+    one.leases.call_soon()
     simulation.advance(0.3)
 
     assert simulation.model.world is not None
-    assert simulation.model.world.limits[NAME].holds[one.shares.instance].held >= 12
+    assert simulation.model.world.limits[NAME].holds[one.leases.instance].recorded >= 12
 
 
 def test_call_that_was_given_up_is_refused_when_it_arrives_after_a_later_one() -> None:
     simulation, (one, *_) = cluster()
     ask(one, 10)
     one.timer += 1
-    early = one.shares.request(simulation.run)
-    one.shares.failed("no answer")
-    simulation.model.settle(one.shares.request(simulation.run), round(simulation.now * SECOND))
+    early = one.leases.request(simulation.run)
+    one.leases.failed("no answer")
+    simulation.model.renew(one.leases.request(simulation.run), round(simulation.now * SECOND))
 
     with pytest.raises(Stale):
-        simulation.model.settle(early, round(simulation.now * SECOND))
+        simulation.model.renew(early, round(simulation.now * SECOND))
 
 
 def test_places_of_a_killed_instance_are_free_within_ten_seconds() -> None:
@@ -226,7 +226,7 @@ def test_places_of_an_instance_that_has_ended_for_certain_are_free_at_once() -> 
     ask(killed, 15)
     killed.kill()
     ask(other, LIMIT)
-    third.shares.ended(killed.shares.instance)
+    third.leases.ended(killed.leases.instance)
 
     simulation.advance(0.2)
 
@@ -236,31 +236,31 @@ def test_places_of_an_instance_that_has_ended_for_certain_are_free_at_once() -> 
 def test_instance_that_leaves_says_so_when_nothing_is_inside() -> None:
     simulation, (leaving, other, _) = cluster()
     ask(leaving, 5, seconds=3.0)
-    leaving.shares.leave()
+    leaving.leases.leave()
     simulation.advance(1.0)
-    assert not leaving.shares.left
+    assert not leaving.leases.left
     assert leaving.inside == 5
 
     simulation.advance(5.0)
     ask(other, LIMIT)
 
-    assert leaving.shares.left
+    assert leaving.leases.left
     assert other.inside == LIMIT
 
 
 def test_instance_that_leaves_starts_nothing_in_a_place_that_ended_during_a_call() -> None:
     simulation, (leaving, *_) = cluster()
     ask(leaving, 1)
-    leaving.shares.leave()
+    leaving.leases.leave()
     simulation.advance(0.1)
     leaving.timer += 1
-    answer, _ = simulation.model.settle(
-        leaving.shares.request(simulation.run), round(simulation.now * SECOND)
+    answer, _ = simulation.model.renew(
+        leaving.leases.request(simulation.run), round(simulation.now * SECOND)
     )
     leaving.waiting.append(simulation.now)
     leaving.end()
 
-    leaving.shares.answered(answer)
+    leaving.leases.answered(answer)
 
     assert leaving.inside == 0
 
@@ -288,17 +288,17 @@ def test_what_one_instance_tells_all_others_hear_and_newcomers_too() -> None:
         heard.append((name, word, round(seconds)))
 
     for each in instances[1:]:
-        each.shares.told._on_told = hear
-    instances[0].shares.told.tell("openai", "cooling", 30.0)
+        each.leases.told._on_told = hear
+    instances[0].leases.told.tell("openai", "cooling", 30.0)
     simulation.advance(0.1)
     assert heard == [("openai", "cooling", 30)] * 2
 
     newcomer = simulation.add(IDLE)
-    newcomer.shares.told._on_told = hear
+    newcomer.leases.told._on_told = hear
     simulation.advance(0.1)
     assert heard[2:] == [("openai", "cooling", 30)]
 
-    instances[1].shares.told.tell("openai", "cooling", 0.0)
+    instances[1].leases.told.tell("openai", "cooling", 0.0)
     simulation.advance(0.1)
     assert heard[3:].count(("openai", "cooling", 0)) >= 2
 
@@ -306,8 +306,8 @@ def test_what_one_instance_tells_all_others_hear_and_newcomers_too() -> None:
 def test_server_that_has_lost_its_state_ends_nothing_that_was_told() -> None:
     simulation, (one, other, _) = cluster()
     heard: list[float] = []
-    other.shares.told._on_told = lambda _name, _word, seconds: heard.append(seconds)
-    one.shares.told.tell("openai", "cooling", 30.0)
+    other.leases.told._on_told = lambda _name, _word, seconds: heard.append(seconds)
+    one.leases.told.tell("openai", "cooling", 30.0)
     simulation.advance(0.1)
 
     simulation.empty()
@@ -321,9 +321,9 @@ def test_answer_names_the_members_only_when_they_have_changed() -> None:
     simulation, (one, *_) = cluster()
     one.timer += 1
 
-    answer, _ = simulation.model.settle(
-        one.shares.request(simulation.run), round(simulation.now * SECOND)
+    answer, _ = simulation.model.renew(
+        one.leases.request(simulation.run), round(simulation.now * SECOND)
     )
 
     assert decode_answer(answer).members == []
-    assert sorted(one.shares.members) == ["i0", "i1", "i2"]
+    assert sorted(one.leases.members) == ["i0", "i1", "i2"]

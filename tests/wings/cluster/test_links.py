@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +55,8 @@ class Node:
         bounds: Any = SimpleNamespace(max_detached=100)
         self.ended: list[Stream] = []
         self.lifetime = Lifetime(self.store, bounds, self.ended.append, lambda _provider: 0)
-        self.bus = MemoryBus(world, name)
-        self.peers = Peers(self.bus)
+        self.peers = Peers(partial(MemoryBus, world, name))
+        self.bus = world.ears[name]
         self.peers.gateway = self  # type: ignore[assignment]
 
     def find(self, caller: Caller, request_id: str, digest: bytes | None = None) -> Stream:

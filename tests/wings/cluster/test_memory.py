@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.gateway.commands import Commands
-from aioserver.wings.cluster.bus import RedisBus
+from aioserver.wings.cluster.bus import RedisCommands
 from aioserver.wings.cluster.claims import Claims
-from aioserver.wings.cluster.leases import Shares
-from aioserver.wings.cluster.renewer import Settler
+from aioserver.wings.cluster.leases import Leases
+from aioserver.wings.cluster.renewer import Renewer
 from aioserver.wings.conversations.redis import RedisTurns
 from tests.support.redis_server import RedisServer
 
@@ -29,9 +29,9 @@ class Instance:
     """An instance of a cluster."""
 
     def __init__(self, url: str) -> None:
-        self.settler = Settler(Shares("host-1"), url, "test")
-        self.bus = RedisBus(url, self.settler.prefix, "host-1")
-        commands = Commands(self.bus.commands, self.settler.prefix)
+        self.renewer = Renewer(lambda on_due: Leases("host-1", on_due=on_due), url, "test")
+        self.connection = RedisCommands(url)
+        commands = Commands(self.connection, self.renewer.prefix)
         self.claims, self.turns = Claims(commands, "host-1"), RedisTurns(commands)
 
 
@@ -43,8 +43,8 @@ async def instance(tmp_path: Path) -> AsyncIterator[Instance]:
     ) as server:
         instance = Instance(server.url)
         yield instance
-        await instance.settler.close()
-        await instance.bus.close()
+        await instance.renewer.close()
+        await instance.connection.close()
 
 
 async def test_conversations_that_fill_the_server_make_room_for_newer_ones(
@@ -57,7 +57,7 @@ async def test_conversations_that_fill_the_server_make_room_for_newer_ones(
 
     assert await turns.turns("c0") == ([], False)
     assert await turns.turns(f"c{number}") == ([TURN], False)
-    assert await instance.settler.open() is None
+    assert await instance.renewer.open() is None
 
 
 async def test_a_conversation_for_which_there_is_no_room_is_forgotten_as_a_whole(
@@ -80,4 +80,4 @@ async def test_logs_that_are_handed_over_leave_room(instance: Instance) -> None:
 
     assert await claims.get_log("n0") is not None
     assert await claims.get_log(f"n{number}") is None
-    assert await instance.settler.open() is None
+    assert await instance.renewer.open() is None

@@ -27,7 +27,7 @@ class Paced:
         self.waiting = self.timer = 0
         self.starts: list[float] = []
         self.rate = SharedRate(
-            instance.shares,
+            instance.leases,
             "P:provider",
             interval,
             (burst - 1) * interval,

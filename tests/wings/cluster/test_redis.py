@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.gateway.commands import Commands
-from aioserver.wings.cluster.bus import RedisBus, channel_of
+from aioserver.wings.cluster.bus import RedisBus, RedisCommands, channel_of
 from aioserver.wings.cluster.claims import (
     CONFLICT,
     KEPT,
@@ -26,7 +26,7 @@ from aioserver.wings.conversations.redis import Listed, RedisTurns
 from aioserver.wings.responses.redis import MISSING, NO_ROOM, WRITTEN, RedisChains
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import chat, resume, to_end, until_status
-from tests.support.memory_bus import PREFIX, Instance, World, instance_of
+from tests.support.memory_bus import Instance, World, instance_of
 from tests.support.redis_server import RedisServer
 from tests.support.server import ENDLESS, PACED
 from tests.support.waiting import until
@@ -35,12 +35,15 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
+    from aioserver.wings.cluster.peer_messages import Message
+
 
 # Another process takes part, whose time does not jump.
 pytestmark = pytest.mark.real_time
 
 # Bytes and turns of a conversation, and seconds for which it is kept.
 BOUNDS = (1000, 4, 60.0)
+PREFIX = "aio:{test}:"
 ONE, TWO = b"\1" * 32, b"\2" * 32
 
 
@@ -50,26 +53,63 @@ def valkey(tmp_path: Path) -> Iterator[RedisServer]:
         yield server
 
 
+class Bus:
+    """The commands of an instance, and its bus once it is made; both are closed together."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self.name = name
+        self.commands = RedisCommands(url)
+        self.got: list[tuple[str, Message]] = []
+        self.deaf: list[str] = []
+        self._url = url
+        self._made: RedisBus | None = None
+
+    def make(
+        self, *, on_message: Callable[[str, Message], None], on_deaf: Callable[[str], None]
+    ) -> RedisBus:
+        self._made = RedisBus(
+            self.commands, self._url, PREFIX, self.name, on_message=on_message, on_deaf=on_deaf
+        )
+        return self._made
+
+    @property
+    def bus(self) -> RedisBus:
+        assert self._made is not None
+        return self._made
+
+    async def open(self) -> None:
+        """Hear what comes: it is in `got`, and `deaf`."""
+        self.make(on_message=lambda *message: self.got.append(message), on_deaf=self.deaf.append)
+        await until(lambda: self.bus.connected)
+
+    async def close(self) -> None:
+        if self._made is not None:
+            await self._made.close()
+        await self.commands.close()
+
+
 @pytest.fixture
 async def make_bus(valkey: RedisServer) -> AsyncIterator[Callable[[str], Any]]:
     """Make a bus that is connected: `await make_bus("a")`. It is a member, too."""
     async with AsyncExitStack() as stack:
 
-        async def make(name: str) -> RedisBus:
-            bus = RedisBus(valkey.url, PREFIX, name)
+        async def make(name: str, *, hears: bool = True) -> Bus:
+            bus = Bus(valkey.url, name)
             stack.push_async_callback(bus.close)
-            await until(lambda: bus.connected)
+            if hears:
+                await bus.open()
+            await until(lambda: bus.commands.connected)
             await bus.commands.execute("ZADD", f"{PREFIX}m", 1, name)
             return bus
 
         yield make
 
 
-def commands_of(bus: RedisBus) -> Commands:
+def commands_of(bus: Bus) -> Commands:
     return Commands(bus.commands, PREFIX)
 
 
-def claims_of(bus: RedisBus) -> Claims:
+def claims_of(bus: Bus) -> Claims:
     return Claims(commands_of(bus), bus.name)
 
 
@@ -249,61 +289,53 @@ async def test_keys_have_neither_names_nor_ids(make_bus: Any, tmp_path: Path) ->
 
 async def test_messages_of_one_turn_are_one_publication(make_bus: Any) -> None:
     a, b = await make_bus("a"), await make_bus("b")
-    got: list[Any] = []
-    b.on_message = lambda sender, message: got.append((sender, message))
     before = await publications(a)
 
     for number in range(50):
-        a.send("b", Credit(number, 1))
-    a.send("b", Detach(1))
-    await until(lambda: len(got) == 51)
+        a.bus.send("b", Credit(number, 1))
+    a.bus.send("b", Detach(1))
+    await until(lambda: len(b.got) == 51)
 
-    assert got[0] == ("a", Credit(0, 1))
-    assert got[-1] == ("a", Detach(1))
+    assert b.got[0] == ("a", Credit(0, 1))
+    assert b.got[-1] == ("a", Detach(1))
     assert await publications(a) - before == 1
 
 
 async def test_an_instance_that_nobody_is_has_no_ears(make_bus: Any) -> None:
     a = await make_bus("a")
-    deaf: list[str] = []
-    a.on_deaf = deaf.append
 
-    a.send("nobody", Detach(1))
+    a.bus.send("nobody", Detach(1))
 
-    await until(lambda: deaf == ["nobody"])
+    await until(lambda: a.deaf == ["nobody"])
 
 
 async def test_what_makes_no_sense_is_counted_and_left_out(make_bus: Any) -> None:
     a, b = await make_bus("a"), await make_bus("b")
-    got: list[Any] = []
-    b.on_message = lambda _sender, message: got.append(message)
     channel = channel_of(PREFIX, "b")
     nonsense = (b"", b"\xc1", b"\x92\xa1a\x90\x90", b"\x92\xa1a\x91\x92\x63\x01", b"\x91" * 5000)
 
     for data in (*nonsense, b"x" * (MAX_READ + 1)):
         await a.commands.execute("PUBLISH", channel, data)
-    a.send("b", Detach(1))
-    await until(lambda: got == [Detach(1)])
+    a.bus.send("b", Detach(1))
+    await until(lambda: b.got == [("a", Detach(1))])
 
-    assert b.malformed.value == len(nonsense) + 1
+    assert b.bus.malformed.value == len(nonsense) + 1
 
 
 async def test_a_bus_is_connected_again_to_a_server_that_comes_back(
     make_bus: Any, valkey: RedisServer
 ) -> None:
     a, b = await make_bus("a"), await make_bus("b")
-    got: list[Any] = []
-    b.on_message = lambda _sender, message: got.append(message)
 
     valkey.kill()
-    await until(lambda: not b.connected)
+    await until(lambda: not b.bus.connected)
     with pytest.raises(Exception, match=r"redis\.sock"):
         await a.commands.execute("PING")
     valkey.start()
-    await until(lambda: a.connected and b.connected)
-    a.send("b", Detach(7))
+    await until(lambda: a.bus.connected and b.bus.connected)
+    a.bus.send("b", Detach(7))
 
-    await until(lambda: got == [Detach(7)])
+    await until(lambda: b.got == [("a", Detach(7))])
 
 
 class running_over:  # noqa: N801 - it is used like a function
@@ -316,11 +348,17 @@ class running_over:  # noqa: N801 - it is used like a function
     async def __aenter__(self) -> list[Instance]:
         made = []
         for name in "ab":
-            bus = await self._make_bus(name)
+            bus = await self._make_bus(name, hears=False)
 
             made.append(
                 await instance_of(
-                    World(), self._stack, self._path, name, self._behaviour, None, bus
+                    World(),
+                    self._stack,
+                    self._path,
+                    name,
+                    self._behaviour,
+                    None,
+                    (bus.make, commands_of(bus)),
                 )
             )
         return made
@@ -390,7 +428,7 @@ async def test_a_mirror_outlives_a_pause_of_the_server(
             seen = await until_status(second, "chunk")
 
             valkey.pause()
-            await until(lambda: not b.cluster.peers._bus.connected)  # noqa: SLF001
+            await until(lambda: not b.cluster.peers.bus.connected)
             valkey.go_on()
             seen += [await second.receive_json(timeout=20) for _ in range(300)]
             async with a.server.session.delete(f"{a.server.sse}/r1") as response:
@@ -401,7 +439,7 @@ async def test_a_mirror_outlives_a_pause_of_the_server(
     assert [frame["event_id"] for frame in seen] == list(range(1, len(seen) + 1))
 
 
-async def publications(bus: RedisBus) -> int:
+async def publications(bus: Bus) -> int:
     info = await bus.commands.execute("INFO", "commandstats")
     for line in info.decode().splitlines():
         if line.startswith("cmdstat_publish:"):
@@ -416,8 +454,8 @@ async def test_a_command_after_a_restart_of_the_server_is_carried_out(
     valkey.kill()
     valkey.start()
     # It is heard that the server has gone, although nothing is asked.
-    await until(lambda: not a.connected)
-    await until(lambda: a.connected)
+    await until(lambda: not a.bus.connected)
+    await until(lambda: a.bus.connected)
 
     assert await a.commands.execute("PING") == b"PONG"
 
@@ -434,5 +472,5 @@ async def test_commands_that_wait_for_a_server_that_is_away_fail(
     valkey.go_on()
 
     assert all(isinstance(answer, Exception) for answer in answers)
-    await until(lambda: a.connected)
+    await until(lambda: a.bus.connected)
     assert await a.commands.execute("PING") == b"PONG"

@@ -14,8 +14,8 @@ from aioserver.errors import ServerAtCapacity
 from aioserver.wings.cluster.connection import AccessDenied
 from aioserver.wings.cluster.grants import State
 from aioserver.wings.cluster.lease_messages import Times
-from aioserver.wings.cluster.leases import Shares
-from aioserver.wings.cluster.renewer import Settler
+from aioserver.wings.cluster.leases import Leases
+from aioserver.wings.cluster.renewer import Renewer
 from aioserver.wings.cluster.shared_gate import SharedGate
 from tests.support.redis_server import RedisServer, away, full, paused, replica
 from tests.support.waiting import ticks, until
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.real_time
 LIMIT = 8
 # A tenth of the real times, but for the bound of a call: the machine may be busy.
-TIMES = Times(lease=0.9, margin=0.1, beat=0.15, bound=0.2, pause=0.4, blind=0.4, gone=3.0)
+TIMES = Times(lease=0.9, margin=0.1, beat=0.15, bound=0.2, pause=0.4, grace=0.4, gone=3.0)
 
 
 @pytest.fixture
@@ -50,11 +50,17 @@ class Instance:
         self.referee = referee
         self.states: list[State] = []
         self.starts = 0
-        self.shares = Shares(
-            f"host-{number}",
-            times=TIMES,
-            on_state=lambda _old, new, _why: self.states.append(new),
+        self.renewer = Renewer(
+            lambda on_due: Leases(
+                f"host-{number}",
+                times=TIMES,
+                on_due=on_due,
+                on_state=lambda _old, new, _why: self.states.append(new),
+            ),
+            url,
+            "test",
         )
+        self.leases = self.renewer.leases
         self.gate = SharedGate(
             LIMIT,
             queue_size=100,
@@ -62,12 +68,11 @@ class Instance:
             full_error=lambda wait: ServerAtCapacity("full", retry_after=wait),
             timeout_error=lambda wait: ServerAtCapacity("late", retry_after=wait),
         )
-        self.gate.share(self.shares, "p:provider")
-        self.settler = Settler(self.shares, url, "test")
+        self.gate.share(self.leases, "p:provider")
         self.clients: list[asyncio.Task[None]] = []
 
     async def open(self, clients: int = LIMIT) -> None:
-        await self.settler.open()
+        await self.renewer.open()
         self.clients = [asyncio.create_task(self.client()) for _ in range(clients)]
 
     async def client(self) -> None:
@@ -91,7 +96,7 @@ class Instance:
 
     async def close(self) -> None:
         await self.stop_clients()
-        await self.settler.close()
+        await self.renewer.close()
 
 
 @asynccontextmanager
@@ -110,7 +115,7 @@ async def three(url: str) -> AsyncIterator[tuple[Referee, list[Instance]]]:
 
 
 def working(instance: Instance) -> bool:
-    return instance.shares.state is State.JOINED and instance.starts > 2
+    return instance.leases.state is State.JOINED and instance.starts > 2
 
 
 async def work_again(instances: list[Instance]) -> None:
@@ -119,20 +124,20 @@ async def work_again(instances: list[Instance]) -> None:
 
     def back() -> bool:
         return all(
-            each.shares.state is State.JOINED and each.starts > starts + 2
+            each.leases.state is State.JOINED and each.starts > starts + 2
             for each, starts in zip(instances, before, strict=True)
         )
 
-    await until(back, state=lambda: [(each.shares.state, each.starts) for each in instances])
+    await until(back, state=lambda: [(each.leases.state, each.starts) for each in instances])
 
 
 async def test_place_of_an_instance_that_leaves_is_free_at_once(redis: RedisServer) -> None:
     async with three(redis.url) as (referee, instances):
         leaving, *others = instances
         await leaving.stop_clients()
-        await leaving.settler.leave(5.0)
+        await leaving.renewer.leave(5.0)
 
-        assert leaving.shares.left
+        assert leaving.leases.left
         await until(lambda: sum(each.gate.limit for each in others) == LIMIT)
         assert referee.peak == LIMIT
 
@@ -162,11 +167,11 @@ async def test_instances_work_through_whatever_happens_to_the_server(redis: Redi
 async def test_nothing_is_given_away_while_there_is_no_connection(redis: RedisServer) -> None:
     async with three(redis.url) as (referee, instances):
         redis.kill()
-        await until(lambda: not any(each.settler.connection.connected for each in instances))
+        await until(lambda: not any(each.renewer.connection.connected for each in instances))
         await ticks()
 
         # A place that ends is used at once: nobody can be given it.
-        assert not any(each.shares.state is State.JOINED for each in instances)
+        assert not any(each.leases.state is State.JOINED for each in instances)
         redis.start()
         await work_again(instances)
         assert referee.peak == LIMIT
@@ -176,7 +181,7 @@ async def test_instances_go_on_with_what_they_have_while_calls_fail(redis: Redis
     async with three(redis.url) as (referee, instances):
         for fault in (full, replica):
             undo = fault(redis)
-            await until(lambda: all(each.shares.state is State.UNHEARD for each in instances))
+            await until(lambda: all(each.leases.state is State.UNHEARD for each in instances))
             before = referee.starts
             await until(lambda before=before: referee.starts > before + LIMIT)  # type: ignore[misc]
 
@@ -194,7 +199,7 @@ async def test_instances_go_on_alone_while_the_server_is_away_and_come_back(
         await asyncio.sleep(2 * TIMES.beat)
         for fault in (paused, away):
             undo = fault(redis)
-            await until(lambda: all(each.shares.state is State.ALONE for each in instances))
+            await until(lambda: all(each.leases.state is State.ALONE for each in instances))
             await until(lambda: sum(each.gate.limit for each in instances) == LIMIT)
             before = referee.starts
             await until(lambda before=before: referee.starts > before + LIMIT)  # type: ignore[misc]

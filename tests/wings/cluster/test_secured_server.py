@@ -10,11 +10,11 @@ import pytest
 import trustme
 
 from aioserver.gateway.commands import Commands
-from aioserver.wings.cluster.bus import RedisBus
+from aioserver.wings.cluster.bus import RedisBus, RedisCommands
 from aioserver.wings.cluster.claims import OURS, Claims, Renewal
 from aioserver.wings.cluster.connection import CallFailed, Connection
-from aioserver.wings.cluster.leases import Shares
-from aioserver.wings.cluster.renewer import Settler
+from aioserver.wings.cluster.leases import Leases
+from aioserver.wings.cluster.renewer import Renewer
 from aioserver.wings.conversations.redis import Listed, RedisTurns
 from aioserver.wings.conversations.turn import Position
 from aioserver.workers.private_server import find_program
@@ -84,12 +84,13 @@ async def test_the_user_that_the_page_shows_may_do_what_is_needed_and_no_more(
     with RedisServer(tmp_path) as server:
         server.call("ACL", "SETUSER", "aioserver", "on", ">secret", *rules[1].split())
         url = f"unix://aioserver:secret@{server.path}"
-        settler = Settler(Shares("host-1"), url, "aioserver")
-        bus = RedisBus(url, settler.prefix, "host-1")
-        commands = Commands(bus.commands, settler.prefix)
+        renewer = Renewer(lambda on_due: Leases("host-1", on_due=on_due), url, "aioserver")
+        connection = RedisCommands(url)
+        bus = RedisBus(connection, url, renewer.prefix, "host-1", on_message=print, on_deaf=print)
+        commands = Commands(connection, renewer.prefix)
         claims, turns = Claims(commands, "host-1"), RedisTurns(commands)
 
-        assert await settler.open() is None
+        assert await renewer.open() is None
         assert (await claims.take("n", b"1", 60)).state == OURS
         await claims.renew([Renewal("n", b"1", 30, done=True)])
         await claims.put_log("n", b"log", 30)
@@ -106,8 +107,9 @@ async def test_the_user_that_the_page_shows_may_do_what_is_needed_and_no_more(
         denied = server.call("ACL", "LOG")
         for command in (("GET", "other"), ("FLUSHALL",), ("CONFIG", "GET", "*")):
             with pytest.raises(CallFailed, match="NOPERM"):
-                await bus.commands.execute(*command)
-        await settler.close()
+                await connection.execute(*command)
+        await renewer.close()
         await bus.close()
+        await connection.close()
 
     assert denied == []

@@ -1,4 +1,4 @@
-"""A gate whose places are shared: what it takes, gives back and asks for, with the twin as the server."""
+"""A gate whose places are shared: what it takes, gives back and asks for, with the reference model as the server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aioserver.providers.health import Health
 from aioserver.providers.queueing import ProviderGate
 from aioserver.telemetry.metrics import ProviderMeter
 from aioserver.wings.cluster.lease_messages import SECOND, TIMES
-from aioserver.wings.cluster.leases import Shares
+from aioserver.wings.cluster.leases import Leases
 from aioserver.wings.cluster.shared_gate import SharedGate
 from tests.support.clock import FakeClock
 from tests.support.failing import kill
@@ -30,24 +30,24 @@ class Cluster:
     def __init__(self) -> None:
         self.clock = FakeClock()
         self.model = Model()
-        self.instances: dict[str, Shares] = {}
+        self.instances: dict[str, Leases] = {}
         self.away = False
 
-    def add(self, name: str) -> Shares:
-        shares = self.instances[name] = Shares(name, clock=self.clock)
-        return shares
+    def add(self, name: str) -> Leases:
+        leases = self.instances[name] = Leases(name, clock=self.clock)
+        return leases
 
-    def call(self, shares: Shares) -> None:
-        request = shares.request("run")
+    def call(self, leases: Leases) -> None:
+        request = leases.request("run")
         if self.away:
-            shares.failed("away")
+            leases.failed("away")
             return
-        answer, wakes = self.model.settle(request, round(self.clock() * SECOND))
-        shares.answered(answer)
+        answer, wakes = self.model.renew(request, round(self.clock() * SECOND))
+        leases.answered(answer)
         for name, words in wakes.items():
             self.instances[name].woken(words)
 
-    def settle(self) -> None:
+    def renew(self) -> None:
         """Carry all calls that are due."""
         for _ in range(100):
             due = [each for each in self.instances.values() if each.due <= self.clock()]
@@ -63,10 +63,10 @@ class Cluster:
             step = min(0.25, seconds)
             self.clock.now += step
             seconds -= step
-            self.settle()
+            self.renew()
 
 
-def gate_of(cluster: Cluster, shares: Shares, limit: int, queue_size: int = 100) -> SharedGate:
+def gate_of(cluster: Cluster, leases: Leases, limit: int, queue_size: int = 100) -> SharedGate:
     gate = SharedGate(
         limit,
         queue_size=queue_size,
@@ -75,7 +75,7 @@ def gate_of(cluster: Cluster, shares: Shares, limit: int, queue_size: int = 100)
         timeout_error=lambda wait: ServerAtCapacity("late", retry_after=wait),
         clock=cluster.clock,
     )
-    gate.share(shares, "p:provider")
+    gate.share(leases, "p:provider")
     return gate
 
 
@@ -88,7 +88,7 @@ def cluster() -> Cluster:
 def gates(cluster: Cluster) -> list[SharedGate]:
     """The gates of two instances, which share four places."""
     gates = [gate_of(cluster, cluster.add(name), 4) for name in ("one", "two")]
-    cluster.advance(TIMES.blind + 3 * TIMES.beat)
+    cluster.advance(TIMES.grace + 3 * TIMES.beat)
     return gates
 
 
@@ -104,7 +104,7 @@ async def full(cluster: Cluster, gate: Gate, count: int) -> list[Place]:
     """So many places of *gate*."""
     tasks = [asyncio.create_task(gate.enter()) for _ in range(count)]
     await ticks()
-    cluster.settle()
+    cluster.renew()
     await asyncio.gather(*tasks)
     return [task.result() for task in tasks]
 
@@ -145,7 +145,7 @@ async def test_place_that_ends_goes_to_the_instance_whose_turn_it_is(
 ) -> None:
     places = await full(cluster, gates[0], 4)
     other = await waiting(gates[1])
-    cluster.settle()
+    cluster.renew()
     mine = await waiting(gates[0])
 
     places.pop().release()
@@ -153,13 +153,13 @@ async def test_place_that_ends_goes_to_the_instance_whose_turn_it_is(
 
     # It is not used here before the server has said so.
     assert not mine.done()
-    cluster.settle()
+    cluster.renew()
     await ticks()
     assert other.done()
     assert not mine.done()
 
     places.pop().release()
-    cluster.settle()
+    cluster.renew()
     await ticks()
     assert mine.done()
     for place in (*places, other.result(), mine.result()):
@@ -188,7 +188,7 @@ async def test_place_that_ends_is_used_at_once_while_a_call_is_in_doubt(
 ) -> None:
     places = await full(cluster, gates[0], 4)
     other = await waiting(gates[1])
-    cluster.settle()
+    cluster.renew()
     mine = await waiting(gates[0])
     one = cluster.instances["one"]
     one.request("run")
@@ -233,7 +233,7 @@ async def test_instance_whose_server_is_away_goes_on_with_its_share(
     cluster: Cluster, gates: list[SharedGate]
 ) -> None:
     cluster.away = True
-    places = await full_of_hand(gates[0])
+    places = await full_of_grants(gates[0])
     waiters = [await waiting(gates[0]) for _ in range(4)]
     cluster.advance(TIMES.lease + TIMES.beat + 2 * TIMES.bound)
     await ticks()
@@ -250,7 +250,7 @@ async def test_instance_whose_server_is_away_goes_on_with_its_share(
         place.release()
 
 
-async def full_of_hand(gate: SharedGate) -> list[Place]:
+async def full_of_grants(gate: SharedGate) -> list[Place]:
     places = []
     while (place := gate.try_enter()) is not None:
         places.append(place)
@@ -264,13 +264,13 @@ async def test_limit_that_a_reload_lowers_holds_for_all_at_once(
 
     for gate in gates:
         gate.apply(2, queue_size=100, queue_timeout=30.0)
-    cluster.settle()
+    cluster.renew()
 
     assert gates[0].shared_limit == 2
     assert gates[0].limit <= 2
     places.pop().release()
     places.pop().release()
-    cluster.settle()
+    cluster.renew()
     again = await full(cluster, gates[1], 1)
     assert gates[1].try_enter() is None
     for place in (*places, *again):
@@ -280,7 +280,7 @@ async def test_limit_that_a_reload_lowers_holds_for_all_at_once(
 async def test_full_queue_takes_what_may_have_places_elsewhere(cluster: Cluster) -> None:
     gate = gate_of(cluster, cluster.add("one"), 4, queue_size=0)
     other = gate_of(cluster, cluster.add("two"), 4, queue_size=0)
-    cluster.advance(TIMES.blind + 3 * TIMES.beat)
+    cluster.advance(TIMES.grace + 3 * TIMES.beat)
 
     places = await full(cluster, gate, 4)
 
@@ -298,7 +298,7 @@ async def test_gate_that_ends_gives_its_places_to_the_others(
     place.release()
 
     gates[0].unshare()
-    cluster.settle()
+    cluster.renew()
 
     for place in await full(cluster, gates[1], 4):
         place.release()
@@ -313,7 +313,7 @@ async def test_requests_that_the_provider_would_not_start_want_no_place(cluster:
     kill(health.breaker, unreachable=True, clock=cluster.clock)
     gate = SharedProviderGate("far", LIMITS, health, cluster.clock)
     gate.share(cluster.add("one"), "p:far")
-    cluster.advance(TIMES.blind + 3 * TIMES.beat)
+    cluster.advance(TIMES.grace + 3 * TIMES.beat)
     (trial,) = await full(cluster, gate, 1)
     task = await waiting(gate)
 

@@ -12,8 +12,8 @@ from aioserver.provider_errors import ProviderQueueTimeout
 from aioserver.providers.provider import Provider
 from aioserver.wings.cluster.limits import SharedLimits
 from tests.support.failing import kill
+from tests.support.reference_server import ReferenceServer
 from tests.support.server import NOWHERE, configured
-from tests.support.twin import Twin
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -30,13 +30,17 @@ pytestmark = pytest.mark.virtual_time
 class One:
     """One instance with one provider."""
 
-    def __init__(self, twin: Twin, number: int, count: int, settings: ProviderSettings) -> None:
+    def __init__(
+        self, reference: ReferenceServer, number: int, count: int, settings: ProviderSettings
+    ) -> None:
         self.told: list[tuple[str, str, float]] = []
-        self.shares = twin.join(
-            f"i{number}", fixed=(number, count), on_told=lambda *told: self.limits.told(*told)
+        self.leases = reference.join(
+            f"i{number}",
+            fixed=(number, count),
+            on_members=lambda: self.limits.instances_changed(),
+            on_told=lambda *told: self.limits.told(*told),
         )
-        self.limits: SharedLimits = SharedLimits(self.shares)
-        self.shares.on_members = self.limits.instances_changed
+        self.limits: SharedLimits = SharedLimits(self.leases)
         loop = asyncio.get_running_loop()
         self.provider = Provider(
             settings,
@@ -57,10 +61,10 @@ class One:
 
 
 @pytest.fixture
-async def twin() -> AsyncIterator[Twin]:
-    twin = Twin()
-    yield twin
-    twin.close()
+async def reference() -> AsyncIterator[ReferenceServer]:
+    reference = ReferenceServer()
+    yield reference
+    reference.close()
 
 
 def settings_of(tmp_path: Path, **limits: Any) -> ProviderSettings:
@@ -68,13 +72,13 @@ def settings_of(tmp_path: Path, **limits: Any) -> ProviderSettings:
     return dataclasses.replace(whole, http_client=dataclasses.replace(whole.http_client, **limits))
 
 
-async def joined(twin: Twin, count: int, settings: ProviderSettings) -> list[One]:
-    ones = [One(twin, number, count, settings) for number in range(count)]
+async def joined(reference: ReferenceServer, count: int, settings: ProviderSettings) -> list[One]:
+    ones = [One(reference, number, count, settings) for number in range(count)]
     # Longer than a new world is blind; polling would stop the time from jumping.
     await asyncio.sleep(6)
     assert all(
-        len(each.members) == count and not each.standing.blind
-        for each in [one.shares for one in ones]
+        len(each.members) == count and not each.standing.grace
+        for each in [one.leases for one in ones]
     )
     await asyncio.sleep(5)
     return ones
@@ -94,10 +98,10 @@ async def enter(one: One, seconds: float = 1.0) -> Place | None:
 
 
 async def test_places_are_those_of_all_instances_and_move_to_who_needs_them(
-    twin: Twin, tmp_path: Path
+    reference: ReferenceServer, tmp_path: Path
 ) -> None:
     settings = settings_of(tmp_path, concurrent_requests=6, queue_timeout=5.0)
-    a, b = await joined(twin, 2, settings)
+    a, b = await joined(reference, 2, settings)
 
     taken = [await enter(a) for _ in range(7)]
     assert [place is not None for place in taken] == [True] * 6 + [False]
@@ -117,11 +121,13 @@ async def test_places_are_those_of_all_instances_and_move_to_who_needs_them(
     await close(a, b)
 
 
-async def test_starts_a_minute_are_those_of_all_instances(twin: Twin, tmp_path: Path) -> None:
+async def test_starts_a_minute_are_those_of_all_instances(
+    reference: ReferenceServer, tmp_path: Path
+) -> None:
     settings = settings_of(
         tmp_path, concurrent_requests=100, max_connections=100, requests_per_minute=600
     )
-    ones = await joined(twin, 3, settings)
+    ones = await joined(reference, 3, settings)
     loop = asyncio.get_running_loop()
     starts: list[float] = []
 
@@ -144,10 +150,10 @@ async def test_starts_a_minute_are_those_of_all_instances(twin: Twin, tmp_path: 
 
 
 async def test_tokens_a_minute_are_shared_out_among_the_instances_there_are(
-    twin: Twin, tmp_path: Path
+    reference: ReferenceServer, tmp_path: Path
 ) -> None:
     settings = settings_of(tmp_path, tokens_per_minute=6000)
-    a, b = await joined(twin, 2, settings)
+    a, b = await joined(reference, 2, settings)
 
     for one in (a, b):
         one.gate.pace.charge(1000)
@@ -159,8 +165,8 @@ async def test_tokens_a_minute_are_shared_out_among_the_instances_there_are(
     await close(a, b)
 
 
-async def test_a_death_and_its_end_reach_all(twin: Twin, tmp_path: Path) -> None:
-    a, b = await joined(twin, 2, settings_of(tmp_path))
+async def test_a_death_and_its_end_reach_all(reference: ReferenceServer, tmp_path: Path) -> None:
+    a, b = await joined(reference, 2, settings_of(tmp_path))
     loop = asyncio.get_running_loop()
     kill(a.breaker, unreachable=True, clock=loop.time)
     a.provider.health.on_death(True)
@@ -180,14 +186,14 @@ async def test_a_death_and_its_end_reach_all(twin: Twin, tmp_path: Path) -> None
 
 
 async def test_a_rest_that_a_provider_asks_for_is_kept_by_all_and_by_who_comes_later(
-    twin: Twin, tmp_path: Path
+    reference: ReferenceServer, tmp_path: Path
 ) -> None:
     settings = settings_of(tmp_path)
-    a, b = await joined(twin, 2, settings)
+    a, b = await joined(reference, 2, settings)
 
     a.gate.pace.cool_down(30.0)
     await until(lambda: b.gate.pace.cooling > 0)
-    late = One(twin, 9, 2, settings)
+    late = One(reference, 9, 2, settings)
     await until(lambda: late.gate.pace.cooling > 0)
 
     assert 25 < b.gate.pace.cooling <= 33.1
@@ -196,9 +202,11 @@ async def test_a_rest_that_a_provider_asks_for_is_kept_by_all_and_by_who_comes_l
     await close(a, b, late)
 
 
-async def test_another_limit_is_that_of_all_instances_at_once(twin: Twin, tmp_path: Path) -> None:
+async def test_another_limit_is_that_of_all_instances_at_once(
+    reference: ReferenceServer, tmp_path: Path
+) -> None:
     settings = settings_of(tmp_path, concurrent_requests=6)
-    a, b = await joined(twin, 2, settings)
+    a, b = await joined(reference, 2, settings)
     taken = [await enter(a) for _ in range(3)] + [await enter(b) for _ in range(3)]
     assert None not in taken
 

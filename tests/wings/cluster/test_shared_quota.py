@@ -9,7 +9,7 @@ import pytest
 
 from aioserver.errors import ConcurrencyExceeded, InvalidApiKey, RateLimitExceeded
 from aioserver.wings.cluster.shared_quota import PATIENCE, SharedQuota
-from tests.support.twin import Twin
+from tests.support.reference_server import ReferenceServer
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.virtual_time
@@ -17,28 +17,28 @@ pytestmark = pytest.mark.virtual_time
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from aioserver.wings.cluster.leases import Shares
+    from aioserver.wings.cluster.leases import Leases
 
 
 @pytest.fixture
-async def twin() -> AsyncIterator[Twin]:
-    twin = Twin()
-    yield twin
-    twin.close()
+async def reference() -> AsyncIterator[ReferenceServer]:
+    reference = ReferenceServer()
+    yield reference
+    reference.close()
 
 
-async def joined(twin: Twin, count: int) -> list[Shares]:
+async def joined(reference: ReferenceServer, count: int) -> list[Leases]:
     """*count* instances that know each other, each with a fixed share."""
-    instances = [twin.join(f"i{number}", fixed=(number, count)) for number in range(count)]
+    instances = [reference.join(f"i{number}", fixed=(number, count)) for number in range(count)]
     # Longer than a new world is blind; polling would stop the time from jumping.
     await asyncio.sleep(6)
-    assert all(len(each.members) == count and not each.standing.blind for each in instances)
+    assert all(len(each.members) == count and not each.standing.grace for each in instances)
     return instances
 
 
-def quota(shares: Shares, most: int = 4, per_minute: int = 6000) -> SharedQuota:
+def quota(leases: Leases, most: int = 4, per_minute: int = 6000) -> SharedQuota:
     loop = asyncio.get_running_loop()
-    return SharedQuota(most, per_minute, loop.time, shares=shares, name="web")
+    return SharedQuota(most, per_minute, loop.time, leases=leases, name="web")
 
 
 async def take(one: SharedQuota) -> bool:
@@ -57,9 +57,9 @@ async def take(one: SharedQuota) -> bool:
 
 
 async def test_all_instances_together_have_no_more_answers_than_the_key_may_have(
-    twin: Twin,
+    reference: ReferenceServer,
 ) -> None:
-    quotas = [quota(shares, most=5) for shares in await joined(twin, 3)]
+    quotas = [quota(leases, most=5) for leases in await joined(reference, 3)]
     await asyncio.sleep(5)
 
     taken = await asyncio.gather(*(take(one) for one in quotas for _ in range(5)))
@@ -68,8 +68,10 @@ async def test_all_instances_together_have_no_more_answers_than_the_key_may_have
     assert sum(one.running for one in quotas) == 5
 
 
-async def test_one_instance_gets_all_that_the_others_do_not_use(twin: Twin) -> None:
-    first, *_others = [quota(shares, most=6) for shares in await joined(twin, 3)]
+async def test_one_instance_gets_all_that_the_others_do_not_use(
+    reference: ReferenceServer,
+) -> None:
+    first, *_others = [quota(leases, most=6) for leases in await joined(reference, 3)]
     await asyncio.sleep(5)
 
     taken = [await take(first) for _ in range(7)]
@@ -77,8 +79,8 @@ async def test_one_instance_gets_all_that_the_others_do_not_use(twin: Twin) -> N
     assert taken == [True] * 6 + [False]
 
 
-async def test_a_place_that_ends_elsewhere_is_had_here(twin: Twin) -> None:
-    first, second = [quota(shares, most=2) for shares in await joined(twin, 2)]
+async def test_a_place_that_ends_elsewhere_is_had_here(reference: ReferenceServer) -> None:
+    first, second = [quota(leases, most=2) for leases in await joined(reference, 2)]
     await asyncio.sleep(5)
     assert await take(first)
     assert await take(first)
@@ -90,9 +92,11 @@ async def test_a_place_that_ends_elsewhere_is_had_here(twin: Twin) -> None:
     assert not await take(second)
 
 
-async def test_where_no_place_can_be_free_the_refusal_comes_at_once(twin: Twin) -> None:
-    (shares,) = await joined(twin, 1)
-    only = quota(shares, most=1)
+async def test_where_no_place_can_be_free_the_refusal_comes_at_once(
+    reference: ReferenceServer,
+) -> None:
+    (leases,) = await joined(reference, 1)
+    only = quota(leases, most=1)
     await asyncio.sleep(5)
     assert await take(only)
 
@@ -100,8 +104,10 @@ async def test_where_no_place_can_be_free_the_refusal_comes_at_once(twin: Twin) 
         only.take()
 
 
-async def test_an_answer_whose_client_leaves_undecided_takes_nothing(twin: Twin) -> None:
-    first, second = [quota(shares, most=2) for shares in await joined(twin, 2)]
+async def test_an_answer_whose_client_leaves_undecided_takes_nothing(
+    reference: ReferenceServer,
+) -> None:
+    first, second = [quota(leases, most=2) for leases in await joined(reference, 2)]
     await asyncio.sleep(5)
     assert await take(first)
     assert await take(first)
@@ -120,9 +126,11 @@ async def test_an_answer_whose_client_leaves_undecided_takes_nothing(twin: Twin)
     assert await take(second)
 
 
-async def test_answers_that_are_refused_together_leave_no_place_of_another_one(twin: Twin) -> None:
-    instances = await joined(twin, 2)
-    here, there = (quota(shares) for shares in instances)
+async def test_answers_that_are_refused_together_leave_no_place_of_another_one(
+    reference: ReferenceServer,
+) -> None:
+    instances = await joined(reference, 2)
+    here, there = (quota(leases) for leases in instances)
     for one in (here, here, there, there):
         assert await take(one)
     # Neither finds a place, and nobody has given them back yet.
@@ -138,8 +146,10 @@ async def test_answers_that_are_refused_together_leave_no_place_of_another_one(t
     assert here.inside == here.running == 0
 
 
-async def test_the_rate_holds_over_all_instances_and_is_had_by_any(twin: Twin) -> None:
-    quotas = [quota(shares, most=100, per_minute=30) for shares in await joined(twin, 3)]
+async def test_the_rate_holds_over_all_instances_and_is_had_by_any(
+    reference: ReferenceServer,
+) -> None:
+    quotas = [quota(leases, most=100, per_minute=30) for leases in await joined(reference, 3)]
     await asyncio.sleep(5)
 
     began = 0
@@ -154,9 +164,9 @@ async def test_the_rate_holds_over_all_instances_and_is_had_by_any(twin: Twin) -
     assert began >= 29
 
 
-async def test_a_refusal_by_rate_says_when_to_come_back(twin: Twin) -> None:
-    (shares,) = await joined(twin, 1)
-    only = quota(shares, most=100, per_minute=10)
+async def test_a_refusal_by_rate_says_when_to_come_back(reference: ReferenceServer) -> None:
+    (leases,) = await joined(reference, 1)
+    only = quota(leases, most=100, per_minute=10)
     await asyncio.sleep(5)
     while await take(only):
         pass
@@ -170,9 +180,11 @@ async def test_a_refusal_by_rate_says_when_to_come_back(twin: Twin) -> None:
     assert await take(only)
 
 
-async def test_without_the_server_each_instance_has_its_fixed_share(twin: Twin) -> None:
-    quotas = [quota(shares, most=4, per_minute=60) for shares in await joined(twin, 2)]
-    twin.up = False
+async def test_without_the_server_each_instance_has_its_fixed_share(
+    reference: ReferenceServer,
+) -> None:
+    quotas = [quota(leases, most=4, per_minute=60) for leases in await joined(reference, 2)]
+    reference.up = False
     await asyncio.sleep(30)
 
     taken = [sum([await take(one) for _ in range(6)]) for one in quotas]
@@ -180,9 +192,11 @@ async def test_without_the_server_each_instance_has_its_fixed_share(twin: Twin) 
     assert taken == [2, 2]
 
 
-async def test_a_burst_has_its_slots_and_what_comes_later_asks_nobody(twin: Twin) -> None:
-    (shares,) = await joined(twin, 1)
-    only = quota(shares, most=100, per_minute=6000)
+async def test_a_burst_has_its_slots_and_what_comes_later_asks_nobody(
+    reference: ReferenceServer,
+) -> None:
+    (leases,) = await joined(reference, 1)
+    only = quota(leases, most=100, per_minute=6000)
     await asyncio.sleep(5)
     taken = await asyncio.gather(*(take(only) for _ in range(100)))
     assert all(taken)
@@ -193,8 +207,8 @@ async def test_a_burst_has_its_slots_and_what_comes_later_asks_nobody(twin: Twin
     assert only.take() is None
 
 
-async def test_a_revoked_key_ends_what_is_undecided(twin: Twin) -> None:
-    first, second = [quota(shares, most=1) for shares in await joined(twin, 2)]
+async def test_a_revoked_key_ends_what_is_undecided(reference: ReferenceServer) -> None:
+    first, second = [quota(leases, most=1) for leases in await joined(reference, 2)]
     await asyncio.sleep(5)
     assert await take(first)
     undecided = second.take()

@@ -52,7 +52,7 @@ def test_they_are_used_in_order_and_pass_at_their_end(steps: list[tuple[str, flo
     assert all(one <= other for one, other in pairwise(passing))
 
 
-def test_nothing_is_taken_where_nothing_is_in_hand() -> None:
+def test_nothing_is_taken_where_nothing_is_granted() -> None:
     slots = SlotsInHand()
     slots.add(1.0, 2.0)
     slots.take(3.0)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.one_loop
 LIMIT, CLIENTS = 6, 12
 # A tenth of the real times, but for the bound of a call: the machine may be busy.
-TIMES = Times(lease=0.9, margin=0.1, beat=0.15, bound=0.2, pause=0.4, blind=0.4, gone=3.0)
+TIMES = Times(lease=0.9, margin=0.1, beat=0.15, bound=0.2, pause=0.4, grace=0.4, gone=3.0)
 SLOW = 0.03
 
 
@@ -136,11 +136,11 @@ class World:
 
     async def are(self, state: State) -> None:
         await until(
-            lambda: all(each.shares.state is state for each in self.members), state=self.states
+            lambda: all(each.leases.state is state for each in self.members), state=self.states
         )
 
     def states(self) -> list[State]:
-        return [each.shares.state for each in self.members]
+        return [each.leases.state for each in self.members]
 
     async def work(self) -> None:
         """Wait until both have been answered several times more."""
@@ -312,10 +312,10 @@ async def test_a_worker_that_was_reaped_gives_its_places_back_at_once(
         server = running(tmp_path / "0.yaml", slot=Slot(mine, 2), cluster=first)
         await stack.enter_async_context(server)
         dead.tell_instance(second.token)
-        await until(lambda: len(first.shares.members) == 2)
+        await until(lambda: len(first.leases.members) == 2)
 
         # As a killed process ends: it says nothing.
-        await second.settler.close()
+        await second.renewer.close()
         page.reaped(1)
 
-        await until(lambda: first.shares.members == [first.instance], REAL_TIMES.lease / 2)
+        await until(lambda: first.leases.members == [first.instance], REAL_TIMES.lease / 2)

@@ -67,8 +67,8 @@ async def test_an_url_that_cannot_be_used_is_a_fault_of_the_configuration(url: s
 async def test_an_end_in_good_order_is_no_trouble(
     redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    times = Times(lease=0.9, margin=0.1, beat=0.15, bound=0.2, pause=0.4, blind=0.4, gone=3.0)
+    times = Times(lease=0.9, margin=0.1, beat=0.15, bound=0.2, pause=0.4, grace=0.4, gone=3.0)
     async with join(redis.url, "house", times=times) as one:
-        assert one.shares.state is State.JOINED, "it waits for that, having no fixed share"
+        assert one.leases.state is State.JOINED, "it waits for that, having no fixed share"
 
     assert [record for record in caplog.records if record.levelname != "INFO"] == []
