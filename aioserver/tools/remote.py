@@ -12,9 +12,13 @@ import click
 
 from aioserver.client import faults
 from aioserver.client.client import base_url
+from aioserver.protocol.eventstream import Splitter, parse
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
     from aioserver.client.faults import Fault
+    from aioserver.protocol.eventstream import ServerEvent
 
 RICH_MISSING = (
     "rich is not installed, and this command draws with it: run pip install '.[cli]' in the clone"
@@ -25,8 +29,16 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_TIMEOUT = 10.0
 # Characters of a server's message that are shown.
 MAX_TEXT = 300
-# Bytes that are read of an error's body.
-MAX_ERROR_BYTES = 1 << 16
+# Bytes of one event, which may hold ten minutes of history with many providers.
+MAX_EVENT_BYTES = 16 << 20
+# The paths of the faces, where the server has no overview that names them.
+PATHS = {
+    "websocket": "/ws/chat",
+    "sse": "/sse/chat",
+    "openai": "/v1",
+    "responses_ws": "/v1/responses",
+    "anthropic": "/v1",
+}
 
 
 class Unreachable(Exception):
@@ -55,8 +67,8 @@ key_option = click.option(
 )
 
 
-def session(key: str | None) -> aiohttp.ClientSession:
-    """Open a session without a limit of connections and without a deadline: callers set their own.
+def session(key: str | None, *traces: aiohttp.TraceConfig) -> aiohttp.ClientSession:
+    """Open a session without a limit of connections and without a deadline: callers set their own. *traces* see its requests.
 
     The caller must close it.
     """
@@ -65,11 +77,12 @@ def session(key: str | None) -> aiohttp.ClientSession:
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"Authorization": f"Bearer {key}"} if key else None,
         timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT),
+        trace_configs=[*traces],
     )
 
 
-async def overview(session: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:
-    """Ask the server for its overview, which is open to everybody; None if what answers is no aioserver.
+async def paths(session: aiohttp.ClientSession, url: str) -> dict[str, str] | None:
+    """Return the path of each face, of which the server's overview tells everybody; None if what answers is no aioserver.
 
     Raises:
         Unreachable: nothing answered in time.
@@ -84,9 +97,15 @@ async def overview(session: aiohttp.ClientSession, url: str) -> dict[str, Any] |
         return None
     except (aiohttp.ClientError, OSError) as error:
         raise Unreachable(f"{url} cannot be reached: {describe(error)}") from None
-    return (
-        answer if isinstance(answer, dict) and isinstance(answer.get("endpoints"), dict) else None
-    )
+    endpoints: Any = answer.get("endpoints") if isinstance(answer, dict) else None
+    if not isinstance(endpoints, dict):
+        return None
+    usable = {
+        face: path
+        for face, path in endpoints.items()
+        if isinstance(path, str) and path.startswith("/")
+    }
+    return PATHS | usable
 
 
 async def check_key(session: aiohttp.ClientSession, url: str, key: str | None) -> None:
@@ -121,10 +140,25 @@ def printable(text: object) -> str:
     return line if len(line) <= MAX_TEXT else f"{line[:MAX_TEXT]}…"
 
 
+async def events(response: aiohttp.ClientResponse) -> AsyncGenerator[ServerEvent]:
+    """Yield the events of a response to its end (WHATWG HTML 9.2).
+
+    Raises:
+        EventTooLong: one has more than MAX_EVENT_BYTES.
+        aiohttp.ClientError, OSError: the connection is lost.
+    """
+    splitter = Splitter(MAX_EVENT_BYTES)
+    async for data in response.content.iter_any():
+        for event in parse(splitter.feed(data)):
+            yield event
+
+
 async def read_error(response: aiohttp.ClientResponse) -> Fault:
-    """Read the error in a response whose status is not 200, up to MAX_ERROR_BYTES of its body."""
+    """Read the error in a response whose status is not 200, up to a bound of its body."""
     fault, _final = faults.refusal(
-        response.status, response.headers, await response.content.read(MAX_ERROR_BYTES)
+        response.status,
+        response.headers,
+        await faults.read_body(response, faults.MAX_ERROR_BYTES),
     )
     return shown(fault)
 

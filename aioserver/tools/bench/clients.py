@@ -1,4 +1,4 @@
-"""A client for each face: it sends requests, and reports their answers to an `Attempt`.
+"""Clients of all faces: they send requests, and report their answers to an `Attempt`.
 
 On the WebSocket and SSE faces an answer is complete when its events are numbered without a gap or
 a repetition and the last of them is `complete`, and so on that of Responses over WebSocket, where the last is
@@ -9,8 +9,9 @@ and, if it is streamed, `[DONE]`; on Anthropic's when it has a `stop_reason` and
 from __future__ import annotations
 
 import uuid
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import aiohttp
 import orjson
@@ -19,15 +20,14 @@ from aiohttp import WSMsgType
 from aioserver.client.faults import Fault, error_object
 from aioserver.client.socket import fault_of
 from aioserver.protocol import frames
-from aioserver.protocol.eventstream import Splitter, parse
+from aioserver.protocol.eventstream import ServerEvent
 from aioserver.protocol.frames import BadFrame
 from aioserver.protocol.openai import BadEvent, ErrorEvent, Reading
 from aioserver.tools import remote
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
-    from aioserver.protocol.frames import Frame
     from aioserver.tools.bench.attempt import Attempt
 
 # Seconds for the server to answer a close frame.
@@ -51,27 +51,170 @@ class Question:
         # longer than the one before.
         return [{"role": "user", "content": self.prompt}]
 
-    def payload(self) -> dict[str, Any]:
-        """Return the payload of a request on the WebSocket and SSE faces."""
+    def command(self, request_id: str) -> dict[str, Any]:
+        """Return what asks it on the WebSocket face."""
+        return {"action": "chat", "request_id": request_id, "payload": self._payload()}
+
+    def frame(self, request_id: str) -> dict[str, Any]:
+        """Return what asks it on the SSE face."""
+        return {"request_id": request_id, **self._payload()}
+
+    def body(self, _request_id: str) -> dict[str, Any]:
+        """Return what asks it on the OpenAI face."""
+        options = self._options("max_tokens")
+        return {"messages": self._messages, "stream": self.streamed, **options}
+
+    def message(self, request_id: str) -> dict[str, Any]:
+        """Return what asks it on Anthropic's face."""
+        return {"max_tokens": DEFAULT_MAX_TOKENS, **self.body(request_id)}
+
+    def creation(self, _request_id: str) -> dict[str, Any]:
+        """Return what asks it of OpenAI's Responses API."""
+        options = self._options("max_output_tokens")
+        return {"type": "response.create", "input": self.prompt, "store": False, **options}
+
+    def _payload(self) -> dict[str, Any]:
         options = {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
         model = {} if self.model is None else {"model": self.model}
         return {"messages": self._messages, "streaming": True, "options": options, **model}
 
-    def body(self) -> dict[str, Any]:
-        """Return the body of a request on the OpenAI face, or Anthropic's."""
-        choices = {"model": self.model, "max_tokens": self.max_tokens}
-        options = {name: value for name, value in choices.items() if value is not None}
-        return {"messages": self._messages, "stream": self.streamed, **options}
-
-    def creation(self) -> dict[str, Any]:
-        """Return the frame of a request for a response of OpenAI's Responses API."""
-        choices = {"model": self.model, "max_output_tokens": self.max_tokens}
-        options = {name: value for name, value in choices.items() if value is not None}
-        return {"type": "response.create", "input": self.prompt, "store": False, **options}
+    def _options(self, limit: str) -> dict[str, Any]:
+        choices = {"model": self.model, limit: self.max_tokens}
+        return {name: value for name, value in choices.items() if value is not None}
 
 
-class Client(Protocol):
-    """One client. `close` must be called at the end, and after `request` has raised."""
+# The events of a response, or the messages of a socket.
+Events = AsyncGenerator[ServerEvent]
+
+
+async def read_frames(attempt: Attempt, events: Events, request_id: str | None) -> None:
+    """Read an answer on the WebSocket face; on the SSE face, if there is no *request_id*."""
+    async for event in events:
+        frame = frames.parse(event.data)
+        if request_id is None:
+            if (event.id or b"") != (b"" if frame.event_id is None else b"%d" % frame.event_id):
+                raise BadFrame("an event whose id is not its number")
+        elif frame.request_id not in {request_id, None}:
+            attempt.mark_faulty("foreign_frame")
+            continue
+        if frame.event_id is not None:
+            attempt.event(frame.event_id)
+        match frame.status:
+            case "chunk":
+                attempt.token()
+            case "processing":
+                attempt.stop_waiting()
+            case "queued":
+                attempt.queued(for_admission=frame.request_id is None)
+            case "complete":
+                attempt.complete()
+            case "error" | "busy":
+                attempt.error(remote.shown(fault_of(frame)))
+            case "cancelled":
+                attempt.fail("cancelled")
+
+
+async def read_response(attempt: Attempt, events: Events, _request_id: str | None) -> None:
+    """Read an answer of OpenAI's Responses API."""
+    async for message in events:
+        event = parse_object(message.data)
+        match event.get("type"):
+            case "aioserver:queued":
+                attempt.queued(for_admission=False)
+            case "error":
+                attempt.error(_reported(event))
+            case kind:
+                number = event.get("sequence_number")
+                attempt.event(number + 1 if isinstance(number, int) else None)
+                if kind == "response.failed":
+                    attempt.error(_reported(event))
+                elif kind in {"response.completed", "response.incomplete"}:
+                    attempt.complete()
+                elif isinstance(kind, str) and kind.endswith(".delta"):
+                    attempt.token()
+
+
+async def read_completion(attempt: Attempt, events: Events, _request_id: str | None) -> None:
+    """Read an answer on the OpenAI face."""
+    reading = Reading()
+    async for event in events:
+        if event.data == b"[DONE]":
+            _finish(attempt, reading.finish_reason, "no_finish_reason")
+            continue
+        attempt.event()
+        if _speaks(attempt, reading, event.data):
+            attempt.token()
+    _finish(attempt, None, "no_done" if reading.finish_reason else "no_finish_reason")
+
+
+def read_whole_completion(attempt: Attempt, data: bytes) -> None:
+    """Read a whole answer on the OpenAI face."""
+    reading = Reading()
+    _speaks(attempt, reading, data)
+    _finish(attempt, reading.finish_reason, "no_finish_reason")
+
+
+async def read_message(attempt: Attempt, events: Events, _request_id: str | None) -> None:
+    """Read an answer on Anthropic's face."""
+    reason: object = None
+    async for data in events:
+        event = parse_object(data.data)
+        match event.get("type"):
+            case "ping":
+                continue
+            case "error":
+                attempt.error(_reported(event))
+            case "message_stop":
+                _finish(attempt, reason, "no_stop_reason")
+            case kind:
+                attempt.event()
+                if kind == "content_block_delta":
+                    attempt.token()
+                elif kind == "message_delta":
+                    delta = event.get("delta")
+                    reason = isinstance(delta, dict) and delta.get("stop_reason")
+    _finish(attempt, None, "no_message_stop")
+
+
+def read_whole_message(attempt: Attempt, data: bytes) -> None:
+    """Read a whole answer on Anthropic's face."""
+    _finish(attempt, parse_object(data).get("stop_reason"), "no_stop_reason")
+
+
+class Face(NamedTuple):
+    """A face: what is asked below its path, under a request's id, and how its answers are read."""
+
+    ask: Callable[[Question, str], dict[str, Any]]
+    read: Callable[[Attempt, Events, str | None], Coroutine[Any, Any, None]]
+    path: str = ""
+    # None: its answers are streamed, always.
+    read_whole: Callable[[Attempt, bytes], None] | None = None
+    socket: bool = False
+
+
+FACES = {
+    "websocket": Face(Question.command, read_frames, socket=True),
+    "sse": Face(Question.frame, read_frames),
+    "openai": Face(Question.body, read_completion, "/chat/completions", read_whole_completion),
+    "responses_ws": Face(Question.creation, read_response, socket=True),
+    "anthropic": Face(Question.message, read_message, "/messages", read_whole_message),
+}
+
+
+class Client:
+    """One client of *face*, whose path is at *url*; it sends all requests on one socket where the face has sockets.
+
+    `close` must be called at the end, and after a request that did not succeed.
+    """
+
+    def __init__(
+        self, session: aiohttp.ClientSession, face: str, url: str, question: Question
+    ) -> None:
+        self._session = session
+        self._face = FACES[face]
+        self._url = url + self._face.path
+        self._question = question
+        self._ws: aiohttp.ClientWebSocketResponse[bool] | None = None
 
     async def request(self, attempt: Attempt) -> None:
         """Send one request and read its answer to the end.
@@ -80,21 +223,21 @@ class Client(Protocol):
             aiohttp.ClientError, OSError: the connection failed.
             BadFrame, EventTooLong: the answer does not follow the face's protocol.
         """
+        face, request_id = self._face, uuid.uuid4().hex
+        body = face.ask(self._question, request_id)
+        if face.socket:
+            await face.read(attempt, self._messages(attempt, body), request_id)
+            return
+        async with self._session.post(self._url, json=body) as response:
+            if response.status != 200:
+                attempt.error(await remote.read_error(response))
+            elif self._question.streamed or face.read_whole is None:
+                await face.read(attempt, remote.events(response), None)
+            else:
+                face.read_whole(attempt, await response.read())
 
-    async def close(self) -> None:
-        """Close what is kept between two requests."""
-
-
-class SocketClient:
-    """Sends all requests on one socket, which is opened for the first one and after each loss."""
-
-    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
-        self._session = session
-        self._url = url
-        self._ws: aiohttp.ClientWebSocketResponse[bool] | None = None
-
-    async def send(self, frame: dict[str, Any]) -> None:
-        """Send *frame*, on the open socket or on a new one."""
+    async def _messages(self, attempt: Attempt, frame: dict[str, Any]) -> Events:
+        """Send *frame*, on the open socket or on a new one, and yield what comes until *attempt* has ended."""
         if self._ws is None:
             self._ws = await self._session.ws_connect(
                 self._url,
@@ -103,193 +246,18 @@ class SocketClient:
                 decode_text=False,
             )
         await self._ws.send_str(orjson.dumps(frame).decode())
-
-    async def receive(self, attempt: Attempt) -> bytes | None:
-        """Return the next message; None if there is none, so that *attempt* has failed."""
-        assert self._ws is not None
-        message = await self._ws.receive()
-        if message.type is WSMsgType.TEXT:
-            return cast("bytes", message.data)
-        attempt.fail("closed", f"close code {self._ws.close_code}")
-        await self.close()
-        return None
+        while not attempt.ended:
+            message = await self._ws.receive()
+            if message.type is WSMsgType.TEXT:
+                yield ServerEvent(cast("bytes", message.data))
+            else:
+                attempt.fail("closed", f"close code {self._ws.close_code}")
 
     async def close(self) -> None:
-        """Close the socket."""
+        """Close the socket, if there is one."""
         ws, self._ws = self._ws, None
         if ws is not None:
             await ws.close()
-
-
-class WebSocketClient(SocketClient):
-    """Sends chats."""
-
-    def __init__(self, session: aiohttp.ClientSession, url: str, question: Question) -> None:
-        super().__init__(session, url)
-        self._payload = question.payload()
-
-    async def request(self, attempt: Attempt) -> None:
-        """Send one request and read its answer."""
-        request_id = uuid.uuid4().hex
-        await self.send({"action": "chat", "request_id": request_id, "payload": self._payload})
-        while not attempt.ended and (data := await self.receive(attempt)) is not None:
-            frame = frames.parse(data)
-            if frame.request_id not in {request_id, None}:
-                attempt.mark_faulty("foreign_frame")
-                continue
-            report_frame(attempt, frame)
-            if attempt.ended and frame.request_id is None:
-                # An error of the whole socket: a close frame follows.
-                await self.close()
-
-
-class ResponsesClient(SocketClient):
-    """Sends requests of OpenAI's Responses API, as its SDKs do on a WebSocket."""
-
-    def __init__(self, session: aiohttp.ClientSession, url: str, question: Question) -> None:
-        super().__init__(session, url)
-        self._creation = question.creation()
-
-    async def request(self, attempt: Attempt) -> None:
-        """Send one request and read its answer."""
-        await self.send(self._creation)
-        while not attempt.ended and (data := await self.receive(attempt)) is not None:
-            event = parse_object(data)
-            match event.get("type"):
-                case "aioserver:queued":
-                    attempt.queued(for_admission=False)
-                case "error":
-                    attempt.error(_reported(event))
-                    if attempt.ended and event.get("status") == 503:
-                        # The error may be one of the whole socket, and a close frame follow.
-                        await self.close()
-                case kind:
-                    number = event.get("sequence_number")
-                    attempt.event(number + 1 if isinstance(number, int) else None)
-                    if kind == "response.failed":
-                        attempt.error(_reported(event))
-                    elif kind in {"response.completed", "response.incomplete"}:
-                        attempt.complete()
-                    elif isinstance(kind, str) and kind.endswith(".delta"):
-                        attempt.token()
-
-
-class SseClient:
-    """Sends a POST for each request."""
-
-    def __init__(self, session: aiohttp.ClientSession, url: str, question: Question) -> None:
-        self._session = session
-        self._url = url
-        self._payload = question.payload()
-
-    async def request(self, attempt: Attempt) -> None:
-        """Send one request and read its answer."""
-        body = {"request_id": uuid.uuid4().hex, **self._payload}
-        async with self._session.post(self._url, json=body) as response:
-            if response.status != 200:
-                attempt.error(await remote.read_error(response))
-                return
-            splitter = Splitter()
-            async for data in response.content.iter_any():
-                for event in parse(splitter.feed(data)):
-                    frame = frames.parse(event.data)
-                    number = b"" if frame.event_id is None else b"%d" % frame.event_id
-                    if (event.id or b"") != number:
-                        raise BadFrame("an event whose id is not its number")
-                    report_frame(attempt, frame)
-
-    async def close(self) -> None:
-        """Close nothing: no connection of its own is kept between two requests."""
-
-
-class OpenAiClient:
-    """Sends a POST for each request, as OpenAI's SDKs do."""
-
-    def __init__(self, session: aiohttp.ClientSession, url: str, question: Question) -> None:
-        self._session = session
-        self._url = f"{url}/chat/completions"
-        self._body = question.body()
-
-    async def request(self, attempt: Attempt) -> None:
-        """Send one request and read its answer."""
-        async with self._session.post(self._url, json=self._body) as response:
-            if response.status != 200:
-                attempt.error(await remote.read_error(response))
-            elif self._body["stream"]:
-                await self._follow(attempt, response)
-            else:
-                reading = Reading()
-                _read(attempt, reading, await response.read())
-                _finish(attempt, reading, done=True)
-
-    async def _follow(self, attempt: Attempt, response: aiohttp.ClientResponse) -> None:
-        splitter, reading = Splitter(), Reading()
-        async for data in response.content.iter_any():
-            for event in parse(splitter.feed(data)):
-                if event.data == b"[DONE]":
-                    _finish(attempt, reading, done=True)
-                else:
-                    attempt.event()
-                    if _read(attempt, reading, event.data):
-                        attempt.token()
-        _finish(attempt, reading, done=False)
-
-    async def close(self) -> None:
-        """Close nothing: no connection of its own is kept between two requests."""
-
-
-class AnthropicClient:
-    """Sends a POST for each request, as Anthropic's SDKs do."""
-
-    def __init__(self, session: aiohttp.ClientSession, url: str, question: Question) -> None:
-        self._session = session
-        self._url = f"{url}/messages"
-        self._body = {"max_tokens": DEFAULT_MAX_TOKENS, **question.body()}
-
-    async def request(self, attempt: Attempt) -> None:
-        """Send one request and read its answer."""
-        async with self._session.post(self._url, json=self._body) as response:
-            if response.status != 200:
-                attempt.error(await remote.read_error(response))
-            elif self._body["stream"]:
-                await self._follow(attempt, response)
-            else:
-                answer = parse_object(await response.read())
-                _stop(attempt, answer.get("stop_reason"))
-
-    async def _follow(self, attempt: Attempt, response: aiohttp.ClientResponse) -> None:
-        splitter, reason = Splitter(), None
-        async for data in response.content.iter_any():
-            for event in parse(splitter.feed(data)):
-                content = parse_object(event.data)
-                match content.get("type"):
-                    case "ping":
-                        continue
-                    case "error":
-                        attempt.error(_reported(content))
-                    case "message_stop":
-                        _stop(attempt, reason)
-                    case kind:
-                        attempt.event()
-                        if kind == "content_block_delta":
-                            attempt.token()
-                        elif kind == "message_delta":
-                            delta = content.get("delta")
-                            reason = isinstance(delta, dict) and delta.get("stop_reason")
-        if not attempt.ended:
-            attempt.fail("no_message_stop")
-
-    async def close(self) -> None:
-        """Close nothing: no connection of its own is kept between two requests."""
-
-
-CLIENTS: dict[str, Callable[[aiohttp.ClientSession, str, Question], Client]] = {
-    "websocket": WebSocketClient,
-    "sse": SseClient,
-    "openai": OpenAiClient,
-    "responses_ws": ResponsesClient,
-    "anthropic": AnthropicClient,
-}
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
@@ -307,37 +275,6 @@ def parse_object(data: bytes) -> dict[str, Any]:
     return content
 
 
-def report_frame(attempt: Attempt, frame: Frame) -> None:
-    """Report a frame of the WebSocket or SSE face."""
-    if frame.event_id is not None:
-        attempt.event(frame.event_id)
-    match frame.status:
-        case "chunk":
-            attempt.token()
-        case "processing":
-            attempt.stop_waiting()
-        case "queued":
-            attempt.queued(for_admission=frame.request_id is None)
-        case "complete":
-            attempt.complete()
-        case "error" | "busy":
-            attempt.error(remote.shown(fault_of(frame)))
-        case "cancelled":
-            attempt.fail("cancelled")
-
-
-def _read(attempt: Attempt, reading: Reading, data: bytes) -> bool:
-    """Read an event or a whole answer; returns whether it has a part of the model's text."""
-    try:
-        return bool(reading.read(data))
-    except ErrorEvent:
-        code, message = error_object(data)
-        attempt.error(remote.shown(Fault(code or "provider_error", message)))
-    except BadEvent as error:
-        attempt.fail("not_understood", str(error))
-    return False
-
-
 def _reported(content: dict[str, Any]) -> Fault:
     """Return the fault in an event of Anthropic's face or the Responses API that has an `error`."""
     error = content.get("error")
@@ -349,22 +286,23 @@ def _reported(content: dict[str, Any]) -> Fault:
     return remote.shown(Fault(code, str(fields.get("message") or ""), retry_after=seconds))
 
 
-def _stop(attempt: Attempt, reason: object) -> None:
-    """Report the end of an answer on Anthropic's face, which has this stop *reason*."""
+def _speaks(attempt: Attempt, reading: Reading, data: bytes) -> bool:
+    """Read a chunk, or a whole answer; returns whether it has a part of the model's text."""
+    try:
+        return bool(reading.read(data))
+    except ErrorEvent:
+        code, message = error_object(data)
+        attempt.error(remote.shown(Fault(code or "provider_error", message)))
+    except BadEvent as error:
+        attempt.fail("not_understood", str(error))
+    return False
+
+
+def _finish(attempt: Attempt, reason: object, fault: str) -> None:
+    """Report the end of an answer, unless it has been: it is complete if it has a *reason*, else it has a *fault*."""
     if attempt.ended:
         return
     if reason:
         attempt.complete()
     else:
-        attempt.fail("no_stop_reason")
-
-
-def _finish(attempt: Attempt, reading: Reading, *, done: bool) -> None:
-    if attempt.ended:
-        return
-    if reading.finish_reason is None:
-        attempt.fail("no_finish_reason")
-    elif not done:
-        attempt.fail("no_done")
-    else:
-        attempt.complete()
+        attempt.fail(fault)

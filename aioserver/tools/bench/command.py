@@ -13,7 +13,7 @@ import orjson
 
 from aioserver.commands import options
 from aioserver.tools import remote
-from aioserver.tools.bench.clients import CLIENTS, Question
+from aioserver.tools.bench.clients import FACES, Question
 from aioserver.tools.bench.load import Plan, Run
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ DEFAULT_REQUESTS = 4
 @remote.url_argument
 @click.option(
     "--face",
-    type=click.Choice(list(CLIENTS)),
+    type=click.Choice(list(FACES)),
     default="websocket",
     show_default=True,
     help="Protocol that the clients speak.",

@@ -14,23 +14,15 @@ from aioserver.protocol.eventstream import EventTooLong
 from aioserver.protocol.frames import BadFrame
 from aioserver.tools import remote
 from aioserver.tools.bench.attempt import Attempt
-from aioserver.tools.bench.clients import CLIENTS, Question
+from aioserver.tools.bench.clients import Client
 from aioserver.tools.bench.limits import Peaks, find_limit
 from aioserver.tools.bench.results import Results
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from aioserver.tools.bench.clients import Client
+    from aioserver.tools.bench.clients import Question
 
-# Where the server has an overview, it names them.
-ENDPOINTS = {
-    "websocket": "/ws/chat",
-    "sse": "/sse/chat",
-    "openai": "/v1",
-    "responses_ws": "/v1/responses",
-    "anthropic": "/v1",
-}
 # Seconds that a refused client waits at most, even if the server asks for more: the run must go on.
 MAX_DELAY = 1.0
 # Seconds that a refused client waits if the server asks for no time: it must not spin.
@@ -87,8 +79,8 @@ class Run:
             Unreachable: the server did not answer at the start, or wants another key.
         """
         async with remote.session(self.plan.key) as session:
-            overview = await remote.overview(session, self.plan.url) or {}
-            url = self.plan.url + (ENDPOINTS | overview.get("endpoints", {}))[self.plan.face]
+            paths = await remote.paths(session, self.plan.url) or remote.PATHS
+            url = self.plan.url + paths[self.plan.face]
             await remote.check_key(session, self.plan.url, self.plan.key)
             self._begun, cpu = time.perf_counter(), time.process_time()
             work = asyncio.create_task(self._run_clients(session, url))
@@ -115,7 +107,7 @@ class Run:
     async def _run_clients(self, session: aiohttp.ClientSession, url: str) -> None:
         async with asyncio.TaskGroup() as group:
             for number in range(self.plan.clients):
-                client = CLIENTS[self.plan.face](session, url, self.plan.question)
+                client = Client(session, self.plan.face, url, self.plan.question)
                 delay = self.plan.ramp * number / self.plan.clients
                 group.create_task(self._run_client(client, delay))
 

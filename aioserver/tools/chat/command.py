@@ -133,11 +133,8 @@ async def _look(settings: Settings) -> Settings:
         KeyNeeded: it wants another key.
     """
     async with remote.session(settings.key) as session:
-        overview = await remote.overview(session, settings.url)
-        if overview is None:
+        paths = await remote.paths(session, settings.url)
+        if paths is None:
             raise remote.Unreachable(f"{settings.url} answers, but it is no aioserver")
         await remote.check_key(session, settings.url, settings.key)
-    endpoint = overview["endpoints"].get("websocket")
-    if not isinstance(endpoint, str) or not endpoint.startswith("/"):
-        endpoint = None
-    return dataclasses.replace(settings, endpoint=endpoint)
+    return dataclasses.replace(settings, endpoint=paths["websocket"])

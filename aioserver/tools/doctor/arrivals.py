@@ -12,22 +12,21 @@ import asyncio
 import itertools
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import aiohttp
 import orjson
 
-from aioserver.protocol.eventstream import EventTooLong, Splitter, parse
+from aioserver.protocol.eventstream import EventTooLong
 from aioserver.protocol.frames import BadFrame
 from aioserver.tools import remote
 from aioserver.tools.bench.attempt import Attempt
-from aioserver.tools.bench.clients import OpenAiClient, Question, SseClient, WebSocketClient
+from aioserver.tools.bench.clients import Client, Question
 from aioserver.tools.bench.results import Results
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from aioserver.tools.bench.clients import Client
     from aioserver.tools.doctor.findings import Report
 
 # Seconds for one answer, whose provider may be slow.
@@ -49,13 +48,8 @@ INTERVAL = 1.0
 MAX_DELAY = 0.8
 # Seconds for all of them.
 EVENTS_TIMEOUT = SNAPSHOTS * INTERVAL + 5.0
-MAX_EVENT_BYTES = 16 << 20
 GATHERED = "switch buffering off for this path in the proxy (nginx: proxy_buffering off; docs/proxies.md has the others)"
-FACES: dict[str, tuple[str, Callable[[aiohttp.ClientSession, str, Question], Client]]] = {
-    "WebSocket": ("websocket", WebSocketClient),
-    "SSE": ("sse", SseClient),
-    "OpenAI": ("openai", OpenAiClient),
-}
+FACES = {"WebSocket": "websocket", "SSE": "sse", "OpenAI": "openai"}
 
 
 class Road(NamedTuple):
@@ -131,13 +125,7 @@ async def examine(
         faces = ["SSE"] if ask else []
         question = Question(prompt=PROMPT, max_tokens=MAX_TOKENS)
     encodings = Encodings()
-    async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        headers={"Authorization": f"Bearer {road.key}"} if road.key else None,
-        timeout=aiohttp.ClientTimeout(total=None, connect=remote.CONNECT_TIMEOUT),
-        trace_configs=[encodings.traced()],
-    ) as session:
+    async with remote.session(road.key, encodings.traced()) as session:
         async with asyncio.TaskGroup() as tasks:
             answers = {
                 face: tasks.create_task(_follow(session, road, face, question)) for face in faces
@@ -162,8 +150,8 @@ async def _follow(
 ) -> TimedAttempt:
     """Ask *question* on *face*, and read the answer to its end."""
     attempt = TimedAttempt()
-    name, make = FACES[face]
-    client = make(session, f"{road.url}{road.paths[name]}", question)
+    name = FACES[face]
+    client = Client(session, name, f"{road.url}{road.paths[name]}", question)
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT):
             await client.request(attempt)
@@ -213,10 +201,11 @@ async def _delays(session: aiohttp.ClientSession, road: Road) -> list[float] | s
         ):
             if response.status != 200 or response.content_type != "text/event-stream":
                 return f"HTTP {response.status}"
-            splitter = Splitter(MAX_EVENT_BYTES)
-            async for data in response.content.iter_any():
-                now = time.time()
-                delays += (now - made for made in _times(splitter, data))
+            async for event in remote.events(response):
+                if event.event == b"stats":
+                    match orjson.loads(event.data):
+                        case {"time": int(made) | float(made)}:
+                            delays.append(time.time() - made)
                 if len(delays) > SNAPSHOTS:
                     break
     except TimeoutError:
@@ -227,18 +216,6 @@ async def _delays(session: aiohttp.ClientSession, road: Road) -> list[float] | s
     # The first of them is the newest that there was, and up to an interval old.
     del delays[:1]
     return [delay - min(delays) for delay in delays]
-
-
-def _times(splitter: Splitter, data: bytes) -> list[float]:
-    """Return when the snapshots in *data* were made, by the clock of the server."""
-    times = []
-    for event in parse(splitter.feed(data)):
-        if event.event == b"stats":
-            snapshot: Any = orjson.loads(event.data)
-            made = snapshot.get("time") if isinstance(snapshot, dict) else None
-            if isinstance(made, int | float):
-                times.append(float(made))
-    return times
 
 
 def _tell_delays(report: Report, delays: list[float] | str) -> None:

@@ -37,7 +37,6 @@ HEADER_BYTES = 7000
 BODY_BYTES = 16 << 20
 # Seconds after which a head was not refused at once.
 REFUSAL_TIMEOUT = 1.0
-PATHS = {"websocket": "/ws/chat", "sse": "/sse/chat", "openai": "/v1"}
 PING = '{"action": "ping", "request_id": "doctor"}'
 
 
@@ -63,7 +62,7 @@ class Examination:
         self._report = report
         self._url = url
         self._key = key
-        self._paths = dict(PATHS)
+        self._paths = remote.PATHS
         # An identifier that the list of models has, whose answers cost nothing.
         self._simulated: str | None = None
 
@@ -259,13 +258,10 @@ class Examination:
         self._report.ok("key", "accepted" if self._key else "none is needed", answer.took)
         self._simulated = _simulated(answer.content)
         try:
-            overview = await remote.overview(session, self._url)
+            self._paths = await remote.paths(session, self._url) or remote.PATHS
         except remote.Unreachable as error:
             self._report.fail("server", str(error))
             return False
-        for face, path in (overview or {}).get("endpoints", {}).items():
-            if isinstance(path, str) and path.startswith("/"):
-                self._paths[face] = path
         return True
 
     async def _bugs(self, session: aiohttp.ClientSession) -> None:

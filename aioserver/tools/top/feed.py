@@ -13,7 +13,7 @@ import aiohttp
 import orjson
 
 from aioserver.client.faults import Reconnection
-from aioserver.protocol.eventstream import EventTooLong, Splitter, parse
+from aioserver.protocol.eventstream import EventTooLong
 from aioserver.tools import remote
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 # Incidents that are kept: as many as the server keeps.
 MAX_INCIDENTS = 100
-# Bytes of one event, which may hold ten minutes of history with many providers.
-MAX_EVENT_BYTES = 16 << 20
 # Seconds between two attempts at most: a person waits.
 MAX_DELAY = 4.0
 # Seconds beyond the interval after which a server that sends no byte counts as lost.
@@ -139,15 +137,13 @@ class Feed:
                 url, params=params, headers=headers, timeout=timeout
             ) as response:
                 await self._check(response)
-                splitter = Splitter(MAX_EVENT_BYTES)
-                async for data in response.content.iter_any():
-                    for event in parse(splitter.feed(data)):
-                        self._state.take(event.event, orjson.loads(event.data))
-                        if event.event == b"stats":
-                            self._state.problem = ""
-                            if until_snapshot:
-                                return
-                        self._changed()
+                async for event in remote.events(response):
+                    self._state.take(event.event, orjson.loads(event.data))
+                    if event.event == b"stats":
+                        self._state.problem = ""
+                        if until_snapshot:
+                            return
+                    self._changed()
         except (aiohttp.ClientError, OSError) as error:
             raise LostError(remote.describe(error)) from None
         except (EventTooLong, orjson.JSONDecodeError):

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import web
 
+from aioserver.tools import remote
 from aioserver.tools.doctor import arrivals, silence
 from aioserver.tools.doctor.arrivals import Road
 from aioserver.tools.doctor.findings import Report
-from aioserver.tools.doctor.server import PATHS, Examination
+from aioserver.tools.doctor.server import Examination
 from tests.support.keys import key_of, keys_of
 from tests.support.process import run_command
 from tests.support.server import HTTP_CLIENT, QUICK
@@ -220,7 +221,7 @@ async def test_an_idle_socket_that_is_closed_is_told_with_what_to_raise(
     server = await make_server(**{f"chat.websocket.{name}": n for name, n in changes.items()})
     texts: list[str] = []
     report = Report(lambda finding: texts.append(str(finding)))
-    road = Road(server.base, PATHS, None)
+    road = Road(server.base, remote.PATHS, None)
 
     await silence.examine(report, road, 20.0)
     assert texts[0].startswith("fail  idle WebSocket: was closed after ")
@@ -238,7 +239,9 @@ async def test_pings_are_counted_and_answered(make_server: MakeServer) -> None:
     texts: list[str] = []
 
     await silence.examine(
-        Report(lambda finding: texts.append(str(finding))), Road(server.base, PATHS, None), 1.0
+        Report(lambda finding: texts.append(str(finding))),
+        Road(server.base, remote.PATHS, None),
+        1.0,
     )
 
     assert texts[0].startswith("ok    idle WebSocket: lives for 1 s of silence, with ")
