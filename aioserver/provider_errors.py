@@ -31,8 +31,7 @@ Once an event is in the log of the answer, neither a retry nor a failover happen
 
 from __future__ import annotations
 
-from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 from aioserver.errors import AioserverError
 
@@ -40,6 +39,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 ErrorClass = TypeVar("ErrorClass", bound=AioserverError)
+
+
+class RequestOutcome(Protocol):
+    """What became of a request (telemetry/outcome.py), as its faults see it."""
+
+    provider: str
+    attempts: int
+    headers: Mapping[str, str]
 
 
 class ProviderFault(AioserverError):
@@ -59,19 +66,18 @@ class ProviderFault(AioserverError):
     unsent: ClassVar[bool] = False
     # The provider cannot be reached, or says that it is not ready.
     unreachable: bool = False
-    # The provider that was asked last, and the number of attempts at all providers.
-    provider: str = ""
-    attempts: int = 0
-    # Those headers of the provider's response that clients may see; none if no head has come.
-    provider_headers: Mapping[str, str] = MappingProxyType({})
+    # What became of the request that it has ended; None if it went to no provider.
+    request_outcome: RequestOutcome | None = None
 
     def headers(self) -> dict[str, str]:
         """Return the error's headers, with the provider's, the attempts, and whether an SDK may retry."""
-        headers = {**self.provider_headers, **super().headers()}
-        if self.provider:
-            headers["x-aioserver-provider"] = self.provider
-            headers["x-aioserver-attempts"] = str(self.attempts)
-        if self.attempts > 1 or (self.status in {502, 504} and not self.unsent):
+        headers, attempts = super().headers(), 0
+        if (outcome := self.request_outcome) is not None:
+            attempts = outcome.attempts
+            headers = {**outcome.headers, **headers}
+            headers["x-aioserver-provider"] = outcome.provider
+            headers["x-aioserver-attempts"] = str(attempts)
+        if attempts > 1 or (self.status in {502, 504} and not self.unsent):
             headers["x-should-retry"] = "false"
         return headers
 

@@ -364,7 +364,7 @@ def counted(
                     response = await serve(request, prepared)
                 except ProviderFault as fault:
                     started = isinstance(request, Request) and request.started
-                    if not fault.provider or started:
+                    if fault.request_outcome is None or started:
                         raise
                     # Counted with its record, and as large as the provider likes.
                     response = error_response(fault, request)

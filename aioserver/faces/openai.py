@@ -262,10 +262,10 @@ async def write(
 def response_of(request: web.Request, answer: Answer, dialect: Dialect) -> web.StreamResponse:
     """Return *answer*, which was not streamed, as a response."""
     headers = {
-        "x-aioserver-provider": answer.provider,
-        "x-aioserver-attempts": str(answer.attempts),
+        "x-aioserver-provider": answer.outcome.provider,
+        "x-aioserver-attempts": str(answer.outcome.attempts),
         **dialect.own_headers(request),
-        **answer.headers,
+        **answer.outcome.headers,
     }
     headers["Content-Type"] = answer.content_type
     if answer.status == 200 and fits(request):
@@ -322,10 +322,11 @@ def _begun(stream: Stream) -> bool:
 def _streamed_response(
     request: web.Request, stream: Stream, dialect: Dialect
 ) -> web.StreamResponse:
-    headers = {**STREAM_HEADERS, **dialect.own_headers(request), **stream.details.headers}
-    if stream.details.provider:
-        headers["x-aioserver-provider"] = stream.details.provider
-        headers["x-aioserver-attempts"] = str(stream.details.attempts)
+    outcome = stream.outcome
+    headers = {**STREAM_HEADERS, **dialect.own_headers(request), **outcome.headers}
+    if outcome.provider:
+        headers["x-aioserver-provider"] = outcome.provider
+        headers["x-aioserver-attempts"] = str(outcome.attempts)
     if fits(request):
         return ReadyStream(request, headers)
     response = web.StreamResponse(headers=headers)

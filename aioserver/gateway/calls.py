@@ -90,7 +90,6 @@ class Calls:
         finally:
             self._tasks.discard(task)
             request.release()
-        record.usage = answer.usage
         self._request_log.finish(record, None)
         return answer
 

@@ -314,10 +314,10 @@ class Gateway:
                 window=self._bounds.resume_window if resumable else 0.0,
                 digest=request.digest,
                 private=not resumable,
+                outcome=request.provider_request.outcome,
             )
             stream.details.path = request.provider_request.path
             stream.record = request.begin_record(self._request_log)
-            stream.attachment.request = request.provider_request
             stream.attachment.held = request.provider_request.answer_bytes = self._streams.hold()
             producer = produce(request, stream)
             self._start(stream, request, producer)
@@ -353,8 +353,6 @@ class Gateway:
         """Produce an answer that is not streamed, and keep it in *stream*."""
         answer = await self._router.call(request, stream)
         body = answer.body
-        stream.details.usage, answer.usage = answer.usage, None
-        stream.details.provider = answer.provider
         if request.stored and (response_id := await in_turns(final_response(body))) is not None:
             stream.add_alias(response_id)
         pieces = await in_turns(text_pieces(body))
@@ -362,7 +360,7 @@ class Gateway:
             # From here on the stream counts it.
             stream.attachment.held.release()
         stream.append_whole(answer, body, pieces)
-        stream.end(COMPLETE, {"metadata": {"provider": answer.provider}})
+        stream.end(COMPLETE, {"metadata": {"provider": answer.outcome.provider}})
 
 
 def _once_decided(

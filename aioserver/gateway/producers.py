@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import AioserverError, InternalError, StreamNotFound, public
-from aioserver.provider_errors import ProviderDisconnected, ProviderFault
+from aioserver.provider_errors import ProviderDisconnected
 from aioserver.streams import mirror
 from aioserver.streams.entries import CANCELLED
 from aioserver.tracebacks import forget_frames
@@ -128,9 +128,6 @@ class Producers:
             elif not task.cancelled():
                 error = public(fault or ProviderDisconnected("the answer has no end"))
                 error.paid = error.paid or (stream.sent and isinstance(error, InternalError))
-                if isinstance(error, ProviderFault) and error.provider_headers:
-                    # The log keeps them, and so must count them.
-                    stream.details.headers = error.provider_headers
                 stream.fail(error)
             elif reason is None:
                 # On the OpenAI face nothing but an error tells a cut from an end.
@@ -155,8 +152,5 @@ class Producers:
         record = stream.record
         # Without the two events that open and end the stream.
         record.events = stream.last - 2 if stream.answered_at else 0
-        record.usage = stream.details.usage
         record.abandoned = stream.attachment.abandoned
         self._request_log.finish(record, stream.error, cancelled=stream.end_status == CANCELLED)
-        # The stream is kept for its window; the provider's objects are needed no longer.
-        record.usage = stream.details.usage = stream.attachment.request = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import random
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from aioserver.errors import AioserverError
 from aioserver.gateway.choice import ProviderChoice
@@ -25,7 +25,6 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.breaker import SICK
-from aioserver.providers.error_mapping import visible_headers
 from aioserver.providers.health import KEY_FAULTS
 from aioserver.providers.passthrough import PassedAttempt, PassedRequest
 from aioserver.tracebacks import forget_frames
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from aioserver.providers.provider import Provider
     from aioserver.providers.request import Answer, ProviderRequest
     from aioserver.streams.stream import Stream
+    from aioserver.telemetry.outcome import Outcome
 
 # The faults of a provider that could not have answered.
 UNUSABLE = (*KEY_FAULTS, RequestNotBridged)
@@ -103,7 +103,6 @@ class Router(ProviderChoice):
         attempt = await self._ask(request, stream)
         answer = attempt.answer
         assert answer is not None, "a whole answer was asked for"
-        answer.attempts = request.provider_request.record.attempts
         if keeper is not None and (kept := keeper.keep(answer)) is not None:
             await kept
         return answer
@@ -116,19 +115,17 @@ class Router(ProviderChoice):
         """
         provider, passed = request.route.provider, request.provider_request
         assert isinstance(passed, PassedRequest)
-        record = passed.record
-        record.model = passed.model or ""
-        record.attempts = 1
+        outcome = passed.outcome
+        outcome.begin_attempt(provider.name, passed.model or "")
         attempt = PassedAttempt(provider, passed)
         try:
             await provider.answer(attempt)
         except ProviderFault as fault:
-            record.attempts = int(bool(fault.attempt_outcome))
-            fault.provider, fault.attempts = provider.name, record.attempts
-            fault.provider_headers = visible_headers(attempt.headers)
+            outcome.attempts = int(bool(fault.attempt_outcome))
+            fault.request_outcome = outcome
             raise
         except AioserverError as error:
-            error.paid = record.sent_at > 0
+            error.paid = outcome.sent_at > 0
             raise
         assert attempt.answer is not None
         return attempt.answer
@@ -144,7 +141,8 @@ class Router(ProviderChoice):
         if self._fallbacks and not route.pinned:
             others = self._usable_others(route.provider, messages=route.messages)
             providers = _sick_last([route.provider, *others])
-        faults: list[ProviderFault] = []
+        outcome = provider_request.outcome
+        tries: list[Try] = []
         while True:
             provider = providers.pop(0)
             try:
@@ -161,9 +159,9 @@ class Router(ProviderChoice):
                     raise
                 # A fault that is kept here must not lead back to this frame, which leads to the body.
                 forget_frames(fault)
-                faults.append(fault)
+                tries.append(Try.of(fault, outcome))
                 if not providers:
-                    raise _final_fault(faults, fault.attempts) from None
+                    raise _final_try(tries).raised(outcome) from None
                 provider.meter.failovers[fault.code].value += 1
 
     async def _ask_provider(
@@ -182,11 +180,11 @@ class Router(ProviderChoice):
         Raises:
             ProviderFault: of the last attempt that was made, or of the first if none was.
         """
-        record, limits = request.record, provider.settings.http_client
+        outcome, limits = request.outcome, provider.settings.http_client
         provider.budget.add_request()
         attempt_class = ResponseAttempt if request.path == RESPONSES else Attempt
         number, waited, rejoin = 0, 0.0, False
-        previous: list[ProviderFault] = []
+        previous: list[Try] = []
         while True:
             attempt = attempt_class(
                 provider,
@@ -198,17 +196,13 @@ class Router(ProviderChoice):
                 rejoin=rejoin,
                 fallback=fallback,
             )
-            record.provider, record.sent_at = provider.name, 0.0
-            record.model = model or provider.settings.model
-            record.attempts += 1
-            if stream is not None:
-                stream.details.attempts = record.attempts
+            outcome.begin_attempt(provider.name, model or provider.settings.model)
             try:
                 await provider.answer(attempt)
             except ProviderFault as fault:
                 if not fault.attempt_outcome:
                     # Nothing was sent.
-                    record.attempts -= 1
+                    outcome.attempts -= 1
                 if not _begun(stream):
                     parked = min(MAX_PARKED, self._backoff(1, limits.backoff_factor, None))
                     if await provider.absence.wait(attempt, fault, parked):
@@ -217,11 +211,10 @@ class Router(ProviderChoice):
                 waited, rejoin = attempt.waited, False  # a rest keeps no room in the queue
                 if previous and isinstance(fault, CircuitOpen):
                     # What killed the provider says more than that it is dead.
-                    raise previous.pop() from None
-                fault.provider, fault.attempts = provider.name, record.attempts
-                fault.provider_headers = visible_headers(attempt.headers)
+                    raise previous.pop().raised(outcome) from None
+                fault.request_outcome = outcome
                 forget_frames(fault)  # as in `_ask`
-                previous[:] = (fault,)
+                previous[:] = (Try.of(fault, outcome),)
                 number += 1
                 backoff = self._backoff(number, limits.backoff_factor, fault.retry_after)
                 breaker, limited = provider.health.breaker, isinstance(fault, ProviderRateLimited)
@@ -243,7 +236,7 @@ class Router(ProviderChoice):
                 provider.meter.retries[fault.code].value += 1
             except AioserverError as error:
                 # Raised by us, perhaps since there is no room for the answer that comes.
-                error.paid = record.sent_at > 0
+                error.paid = outcome.sent_at > 0
                 raise
             else:
                 return attempt
@@ -277,21 +270,39 @@ def _sick_last(providers: list[Provider]) -> list[Provider]:
     return [provider for provider in providers if provider not in sick] + sick
 
 
-def _final_fault(faults: list[ProviderFault], attempts: int) -> ProviderFault:
-    """Return the fault to raise when all providers have failed: the last of *faults*, as a rule.
+class Try(NamedTuple):
+    """How one attempt has failed, and what `Outcome` said of it."""
+
+    fault: ProviderFault
+    provider: str
+    model: str
+    headers: Mapping[str, str]
+
+    @classmethod
+    def of(cls, fault: ProviderFault, outcome: Outcome) -> Self:
+        """Return the attempt that was made last."""
+        return cls(fault, outcome.provider, outcome.model, outcome.headers)
+
+    def raised(self, outcome: Outcome) -> ProviderFault:
+        """Return the fault, which ends the request now: *outcome* is about this attempt again."""
+        _, outcome.provider, outcome.model, outcome.headers = self
+        return self.fault
+
+
+def _final_try(tries: list[Try]) -> Try:
+    """Return the attempt whose fault is raised when all providers have failed: the last of *tries*, as a rule.
 
     A provider that refuses our key is not usable, nor is one that has no form of the request: their faults are returned
     only if there is no other.
     A fault of too many requests is returned only if every usable provider has raised one. The `retry_after`
-    is that of the provider that may answer first, and *attempts* that of all. *faults* is empty afterwards.
+    is that of the provider that may answer first. *tries* is empty afterwards.
     """
-    of_usable = [fault for fault in faults if not isinstance(fault, UNUSABLE)] or faults
-    others = [fault for fault in of_usable if not isinstance(fault, ProviderRateLimited)]
+    of_usable = [one for one in tries if not isinstance(one.fault, UNUSABLE)] or tries
+    others = [one for one in of_usable if not isinstance(one.fault, ProviderRateLimited)]
     final = (others or of_usable)[-1]
-    if final.retry_after is not None:
-        final.retry_after = min(
-            fault.retry_after for fault in of_usable if fault.retry_after is not None
+    if final.fault.retry_after is not None:
+        final.fault.retry_after = min(
+            one.fault.retry_after for one in of_usable if one.fault.retry_after is not None
         )
-    final.attempts = attempts
-    faults.clear()
+    tries.clear()
     return final

@@ -10,7 +10,7 @@ that answers, is a `ProviderRequest` (request.py).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from aioserver.protocol.json_body import at_once
 from aioserver.protocol.openai import BadEvent, ErrorEvent, bounded, usage_of
@@ -79,8 +79,8 @@ class Attempt:
     requests in that queue; so does one that may *rejoin* it, because it has waited there while the provider
     was away, even if the queue is full. *fallback* says that another provider can be asked instead.
 
-    After the end, `answer` has an answer that was not streamed and is passed on unread; `usage` and
-    `events` say what is known of the answer. `fault` says why an answer broke off after its first
+    After the end, `answer` has an answer that was not streamed and is passed on unread, and `events` counts
+    the events of any other. `fault` says why an answer broke off after its first
     event. It is not raised, since the client has seen it.
     """
 
@@ -104,7 +104,6 @@ class Attempt:
         "status",
         "stream",
         "trial",
-        "usage",
         "waited",
     )
 
@@ -143,7 +142,6 @@ class Attempt:
         self.headers: Mapping[str, str] = {}
         self.sink: Sink | None = None
         self.answer: Answer | None = None
-        self.usage: Mapping[str, Any] | None = None
         self.events = 0
         self.fault: ProviderFault | None = None
 
@@ -156,10 +154,15 @@ class Attempt:
         """Note that a place is taken."""
         stream, provider = self.stream, self.provider
         if stream is not None:
-            stream.details.place_at = provider.name
-        if stream is not None and not self.request.whole:
-            stream.meter = provider.meter
-            stream.append_processing(provider.name, self.model or provider.settings.model)
+            stream.attempt = self
+            if not self.request.whole:
+                stream.meter = provider.meter
+                stream.append_processing()
+
+    @property
+    def place(self) -> str:
+        """The name of the provider where it has a place."""
+        return self.provider.name
 
     @property
     def unread(self) -> bool:
@@ -170,12 +173,13 @@ class Attempt:
     def ended(self) -> None:
         """Note that the place, if there was one, is given back."""
         if self.stream is not None:
-            self.stream.details.place_at = ""
+            self.stream.attempt = None
 
     def first_event(self) -> None:
-        """Note that the answer has begun."""
+        """Note that the answer has begun: no other provider is asked."""
         self.answered = True
         self.provider.answered(self)
+        self.request.forget_body()
 
     @property
     def body(self) -> Body | None:
@@ -244,8 +248,9 @@ class Attempt:
 
         *exchange* brings the answer.
         """
+        self.request.outcome.sent = True
         if self.stream is not None:
-            self.stream.sent, self.stream.source = True, exchange
+            self.stream.source = exchange
 
     def received(self) -> None:
         """Note that nothing more comes by the exchange."""
@@ -262,8 +267,8 @@ class Attempt:
         self.provider.head_received(self)
         request, stream = self.request, self.stream
         good = status == 200
-        if stream is not None and not request.whole:
-            stream.details.headers = visible_headers(headers)
+        request.outcome.headers = visible_headers(headers)
+        if stream is not None:
             stream.recount()
         sink: Sink
         if good and request.streamed and matches_type(headers, "text/event-stream"):
@@ -305,7 +310,7 @@ class Attempt:
         request, stream, sink = self.request, self.stream, self.sink
         if not isinstance(sink, BodySink):
             assert stream is not None
-            self.usage, self.events = stream.details.usage, stream.last
+            self.events = stream.last
             self.fault = stream.error if isinstance(stream.error, ProviderFault) else None
             return None
         body, headers = sink.body, self.headers
@@ -319,15 +324,9 @@ class Attempt:
             usage = usage_of(content)
             if usage and messages:
                 usage = with_total(usage)
-            self.usage = usage and bounded(usage)
-            self.answer = Answer(
-                self.status,
-                visible_headers(headers),
-                body,
-                headers.get("content-type", ""),
-                self.provider.name,
-                self.usage,
-            )
+            request.outcome.usage = usage and bounded(usage)
+            content_type = headers.get("content-type", "")
+            self.answer = Answer(self.status, body, content_type, request.outcome)
             return None
         assert stream is not None, "an answer that is read has a log"
         try:
@@ -338,5 +337,5 @@ class Attempt:
         if chunks:
             stream.append(entries.CHUNK, chunks)
         complete_chat(stream, reading)
-        self.usage, self.events = reading.usage, stream.last
+        self.events = stream.last
         return None

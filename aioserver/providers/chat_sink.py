@@ -39,5 +39,5 @@ class ChatSink(ReadingSink):
 
 def complete_chat(stream: Stream, reading: Reading) -> None:
     """End the log of *stream* well, with the metadata that the provider has sent."""
-    stream.details.usage = reading.usage
+    stream.outcome.usage = reading.usage
     complete(stream, finish_reason=reading.finish_reason, usage=reading.usage)

@@ -84,7 +84,6 @@ class Feedback:
             failed = exc is not None
             charge_difference(attempt, provider.settings, self._gate.pace, failed=failed)
             self._gate.serve()
-        record.on_answer = None
         if exc is None and not attempt.answered:
             # An answer in one piece has no first event.
             attempt.first_event()
@@ -126,7 +125,7 @@ class Feedback:
             first_chunk=record.first_event_at - record.sent_at if timed else 0.0,
             status=attempt.status,
             error=exc or attempt.fault,
-            usage=attempt.usage,
+            usage=record.outcome.usage,
             body=body,
         )
 

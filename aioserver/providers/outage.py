@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from aioserver.provider_errors import CircuitOpen, ProviderFault
 from aioserver.providers.breaker import TRIAL_INTERVAL
+from aioserver.telemetry.outcome import NO_HEADERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,8 +116,9 @@ class Absence:
             # It fails in another way now, and has died of it: *fault* says more than that.
             return False
         except ProviderFault as refusal:
-            refusal.provider = attempt.provider.name
-            refusal.attempts = attempt.request.record.attempts
+            refusal.request_outcome = outcome = attempt.request.outcome
+            # They are those of the fault before it.
+            outcome.headers = NO_HEADERS
             raise
         return True
 
@@ -127,7 +129,10 @@ class Absence:
         nobody reads does not stand in front of others. Cancelling is safe.
         """
         stream = attempt.stream
-        if stream is not None and stream.sent and attempt.provider.on_unsent(stream):
+        if stream is None or not stream.sent:
+            return
+        attempt.request.outcome.sent = False
+        if attempt.provider.on_unsent(stream):
             # The cancellation of this very task arrives.
             await asyncio.sleep(0)
 
@@ -139,7 +144,6 @@ class Absence:
         attempt.request.record.waited(attempt.provider.name, began, now)
 
 
-def unsent(stream: Stream) -> bool:
-    """Note that the request of *stream* waits as one that was not sent; return whether that ends it."""
-    stream.sent = False
+def unsent(_stream: Stream) -> bool:
+    """Return that nothing ends since its request waits as one that was not sent."""
     return False

@@ -212,12 +212,12 @@ class PassedAttempt(Attempt):
             ProviderBadResponse: the body is compressed.
         """
         self.status, self.headers = status, headers
+        self.request.outcome.headers = visible_headers(headers)
         self.provider.head_received(self)
         check_uncompressed(headers)
         if 200 <= status < 300:
             # However long its body is, the provider is well, and gets the request no second time.
             self.first_event()
-            self._passed.forget_body()
             self._passed.answer.begin(status, headers)
             self.sink = self._passed.answer
         else:
@@ -232,8 +232,8 @@ class PassedAttempt(Attempt):
         """
         if isinstance(self.sink, BodySink):
             check_status(self.provider.name, self.status, self.headers, self.sink.body)
-        headers, content_type = visible_headers(self.headers), self.headers.get("content-type", "")
-        self.answer = Answer(self.status, headers, b"", content_type, self.provider.name)
+        content_type = self.headers.get("content-type", "")
+        self.answer = Answer(self.status, b"", content_type, self.request.outcome)
 
 
 def shown_headers(headers: Mapping[str, str]) -> dict[str, str]:

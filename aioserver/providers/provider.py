@@ -151,7 +151,6 @@ class Provider:
             if attempt.rejoin:
                 self._gate.keep_room(attempt)
             attempt.began = self._clock()
-            record.on_answer = attempt.first_event
             attempt.started()
             if attempt.unread and self.waiting:
                 # A retry or a failover of an answer that nobody reads: somebody else wants the place.
@@ -263,7 +262,7 @@ class Provider:
             data = attempt.written(self.pools.writer)
             connection = pool.take() or await pool.connect()
             try:
-                record.sent_at = self._clock()
+                record.outcome.sent_at = self._clock()
                 exchange = Exchange(
                     connection,
                     read_timeout=limits.read_timeout,

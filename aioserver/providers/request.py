@@ -6,15 +6,15 @@ A request is made once and may be sent several times: each try of it is an `Atte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from aioserver.auth.callers import Caller
 from aioserver.protocol.client_headers import NO_HEADERS
-from aioserver.streams.details import headers_size
+from aioserver.telemetry.outcome import Outcome
 from aioserver.telemetry.request_log import RequestRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Callable, Generator
 
     from aioserver.config import settings
     from aioserver.protocol.client_headers import ClientHeaders
@@ -66,7 +66,7 @@ class ResponseDraft(Protocol):
 class ProviderRequest:
     """A request for one answer, the same for every provider that is asked.
 
-    Always: nothing in it but its `record` and `answer_bytes` change from one attempt to the next.
+    Always: nothing in it but its `record`, `outcome` and `answer_bytes` change from one attempt to the next.
 
     *path* is OpenAI's, below the provider's base URL. *body* makes the JSON for one provider, whose
     model may differ; it is called for each attempt, and its result is not kept. *hold* counts the client's body
@@ -89,6 +89,7 @@ class ProviderRequest:
         "client_headers",
         "draft",
         "model",
+        "outcome",
         "path",
         "reading",
         "record",
@@ -117,7 +118,8 @@ class ProviderRequest:
         self.reading = reading
         self.client_headers = client_headers
         self.draft = draft
-        self.record = RequestRecord()
+        self.outcome = Outcome()
+        self.record = RequestRecord(self.outcome)
         self.record.trace_id = client_headers.trace_id
         # Counts the bytes of an answer that is collected.
         self.answer_bytes: HeldBytes | None = None
@@ -159,21 +161,17 @@ def _no_body(_provider: settings.Provider) -> bytes:
 
 @dataclass(slots=True)
 class Answer:
-    """A body that was not streamed, with those of the provider's headers that clients may see.
+    """A body that was not streamed.
 
-    *usage* has the tokens, as the provider reports them. *attempts* counts the requests that were
-    sent for the answer, at all providers.
+    *outcome* says who has given it, and after how many attempts.
     """
 
     status: int
-    headers: Mapping[str, str]
     body: bytes
     content_type: str
-    provider: str
-    usage: Mapping[str, Any] | None = None
-    attempts: int = 1
+    outcome: Outcome
 
     @property
     def size(self) -> int:
-        """The bytes that it takes in memory; its usage, which is not kept for long, is not among them."""
-        return len(self.body) + headers_size(self.headers)
+        """The bytes of its body; what its outcome takes is counted for its log."""
+        return len(self.body)

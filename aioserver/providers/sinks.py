@@ -247,8 +247,8 @@ class ReadingSink(StreamSink):
 
 def complete(stream: Stream, data: bytes = b"", **metadata: object) -> None:
     """End the log of *stream* well: with *data* for the faces that pass on bytes, and this *metadata* for the others."""
-    details = stream.details
-    metadata |= {"provider": details.provider, "model": details.model}
+    outcome = stream.outcome
+    metadata |= {"provider": outcome.provider, "model": outcome.model}
     stream.finish({"metadata": metadata}, data)
 
 
@@ -317,7 +317,7 @@ class EventSink(PassingSink):
         if not self._finished:
             self._finished = find(_FINISH) >= 0 or find(_FINISH_SPACED) >= 0
         if self._finished and find(_USAGE) >= 0:
-            self._stream.details.usage = usage_in(block) or self._stream.details.usage
+            self._stream.outcome.usage = usage_in(block) or self._stream.outcome.usage
         if find(ERROR_NAME) >= 0:
             block, error = before_error(block)
             return block, ended and not error, error

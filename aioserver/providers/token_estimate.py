@@ -40,7 +40,8 @@ def real_tokens(attempt: Attempt, provider: settings.Provider, *, failed: bool) 
     """
     if failed and not attempt.request.record.sent_at:
         return 0
-    total = attempt.usage.get("total_tokens") if attempt.usage is not None else None
+    usage = None if failed else attempt.request.outcome.usage
+    total = usage.get("total_tokens") if usage is not None else None
     if isinstance(total, int) and 0 <= total < MAX_TOKENS:
         return total
     prompt = attempt.expected_tokens - (provider.max_tokens or 0)

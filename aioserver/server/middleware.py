@@ -113,7 +113,8 @@ def make_middleware(
             response = await handler(request)
         except AioserverError as error:
             # An error of a request that has a record is counted with that record.
-            if not error.counted and not (isinstance(error, ProviderFault) and error.provider):
+            recorded = isinstance(error, ProviderFault) and error.request_outcome is not None
+            if not error.counted and not recorded:
                 metrics.count_error(error)
             if isinstance(error, Denied):
                 log_refusal(request, error)

@@ -69,6 +69,17 @@ class Source(Protocol):
         """Read on."""
 
 
+class Attempt(Protocol):
+    """The attempt that fills a log (providers/attempt.py), from when it has its place until that is given back."""
+
+    @property
+    def place(self) -> str:
+        """The name of the provider where it has a place."""
+
+    def first_event(self) -> None:
+        """Note that the answer has begun."""
+
+
 class Keeper(Protocol):
     """What keeps the answer of a log (gateway/keeper.py), as the log sees it."""
 

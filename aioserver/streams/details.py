@@ -55,54 +55,34 @@ class WholeAnswer(Protocol):
         """The bytes that this object keeps."""
 
 
-class AskedRequest(Protocol):
-    """The request whose answer is in a log, as the log sees it."""
-
-    def forget_body(self) -> None:
-        """Forget the body: the provider has begun to answer, and no other is asked."""
-
-
 class AnswerDetails:
     """Facts about the answer in a log, beside its events.
 
-    *place_at* is the provider at which it holds a place now; empty while it waits, for a place or for a
-    retry. *attempts* counts the requests sent for it, at all providers. *headers* are those headers of
-    the provider's answer that clients may see. *usage* has the token counts, as the provider
-    reports them. *whole* is an answer that was not streamed, kept for a client that comes back.
+    *whole* is an answer that was not streamed, kept for a client that comes back.
     *error_format* renders the error that ends an answer, where its events have a form of their own.
     *text_bytes* counts the text that its producer keeps beside the log while the answer runs.
     *path* is that of the request to the provider, below its base URL: it says what kind of answer this is.
     """
 
     __slots__ = (
-        "attempts",
         "conversation_id",
         "error_format",
-        "headers",
-        "model",
         "path",
-        "place_at",
-        "provider",
         "text_bytes",
-        "usage",
         "whole",
     )
 
     def __init__(self) -> None:
-        self.provider = self.model = self.path = self.place_at = ""
-        self.attempts = self.text_bytes = 0
+        self.path = ""
+        self.text_bytes = 0
         self.conversation_id: str | None = None
-        self.headers: Mapping[str, str] = {}
-        self.usage: Mapping[str, Any] | None = None
         self.whole: WholeAnswer | None = None
         self.error_format: ErrorFormat | None = None
 
     @property
     def size(self) -> int:
         """The bytes that are kept beside the events."""
-        size = len(self.model) + self.text_bytes
-        if self.headers:
-            size += headers_size(self.headers)
+        size = self.text_bytes
         if self.whole is not None:
             size += self.whole.size
         if self.error_format is not None:
@@ -130,8 +110,7 @@ class Attachment:
     log is found. *timer* runs while the log is detached, and cancels it when its window is over.
     *abandoned* says that the log was cancelled because nobody read it. *cancel_reason* is the
     error with which a cancelled log ends; None if it ends with the event `cancelled`, as when a
-    reader asked for that. *held* counts a body that is collected for the log. *request* is told when its
-    answer begins; None once it was. *keeper* keeps the answer before the log gets its event `complete`. *on_settled* is
+    reader asked for that. *held* counts a body that is collected for the log. *keeper* keeps the answer before the log gets its event `complete`. *on_settled* is
     called when its producer has ended, and counts for no limit of its caller any more. *ending* is the last event,
     and what it waits for, of a log that is to end as soon as its answer is kept.
 
@@ -154,7 +133,6 @@ class Attachment:
         "keeper",
         "mirrored",
         "on_settled",
-        "request",
         "timer",
     )
 
@@ -168,7 +146,6 @@ class Attachment:
         self.keeper: Keeper | None = None
         self.ending: tuple[Awaitable[None], Mapping[str, Any], bytes] | None = None
         self.on_settled: Callable[[], None] | None = None
-        self.request: AskedRequest | None = None
         self.claimed: asyncio.Future[AioserverError | None] | None = None
         self.mirrored = self.expected = False
         self.broken: AioserverError | None = None

@@ -109,7 +109,6 @@ class Lifetime:
 
     def unsent(self, stream: Stream) -> bool:
         """Note that the request of *stream* waits as one that was not sent; return whether that ends it."""
-        stream.sent = False
         left = self._detached.get(stream, False)
         if left:
             self.end(stream)
@@ -122,7 +121,7 @@ class Lifetime:
         self._detached[stream] = left
         stream.attachment.timer = self._loop.call_later(stream.window, self.end, stream)
         self._enforce_max_detached()
-        provider = stream.details.place_at
+        provider = stream.place
         if provider and self._waiting(provider) > self._freed_soon(provider):
             self.make_room(provider)
 
@@ -143,15 +142,15 @@ class Lifetime:
     def make_room(self, provider: str) -> None:
         """Cancel the oldest detached stream that has a place at *provider*, where a request waits."""
         for stream in self._detached:
-            if stream.details.place_at == provider:
+            if stream.place == provider:
                 self._giving_way.add(stream)
                 self.end(stream)
                 return
 
     def _freed_soon(self, provider: str) -> int:
         """Return how many places at *provider* are about to be free."""
-        self._giving_way = {stream for stream in self._giving_way if stream.details.place_at}
-        return sum(stream.details.place_at == provider for stream in self._giving_way)
+        self._giving_way = {stream for stream in self._giving_way if stream.place}
+        return sum(stream.place == provider for stream in self._giving_way)
 
     def close(self) -> None:
         """Stop the timer; streams that are kept after their end are then never forgotten."""

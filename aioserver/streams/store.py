@@ -21,6 +21,8 @@ from aioserver.streams.stream import Stream
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
+    from aioserver.telemetry.outcome import Outcome
+
 # The share of max_kept_bytes that an eviction leaves. It is below 1, since otherwise each event would
 # have to search for logs to drop.
 EVICTION_TARGET = 0.95
@@ -96,8 +98,9 @@ class StreamStore:
         window: float,
         digest: bytes = b"",
         private: bool = False,
+        outcome: Outcome | None = None,
     ) -> Stream:
-        """Return a new log; a *private* one cannot be found.
+        """Return a new log, of a request with this *outcome*; a *private* one cannot be found.
 
         Raises:
             ServerAtCapacity: the logs that are running fill `max_kept_bytes`.
@@ -114,6 +117,7 @@ class StreamStore:
             max_bytes=self._max_stream_bytes,
             digest=digest,
             private=private,
+            outcome=outcome,
             store=self,
         )
         self._running.add(stream)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from aioserver.protocol import frames as protocol_frames
-from aioserver.streams.details import STREAM_OVERHEAD, AnswerDetails, Attachment
+from aioserver.streams.details import STREAM_OVERHEAD, AnswerDetails, Attachment, headers_size
 from aioserver.streams.ending import run_all
 from aioserver.streams.entries import (
     CHUNK,
@@ -44,6 +44,7 @@ from aioserver.streams.entries import (
 from aioserver.streams.flow import due, regulate
 from aioserver.streams.retention import discard, late
 from aioserver.telemetry.metrics import NO_METER
+from aioserver.telemetry.outcome import Outcome
 from aioserver.telemetry.request_log import NO_RECORD
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
     from aioserver.errors import AioserverError
     from aioserver.protocol.openai import Shape
-    from aioserver.streams.contracts import Path, Reader, Source, Store
+    from aioserver.streams.contracts import Attempt, Path, Reader, Source, Store
     from aioserver.streams.details import WholeAnswer
 
 
@@ -71,6 +72,7 @@ class Stream:
         "_store",
         "answered_at",
         "attachment",
+        "attempt",
         "bytes",
         "caller",
         "details",
@@ -84,13 +86,13 @@ class Stream:
         "max_bytes",
         "meter",
         "offset",
+        "outcome",
         "path",
         "private",
         "readers",
         "record",
         "rendered",
         "request_id",
-        "sent",
         "source",
         "window",
     )
@@ -104,6 +106,7 @@ class Stream:
         max_bytes: int,
         digest: bytes = b"",
         private: bool = False,
+        outcome: Outcome | None = None,
         store: Store | None = None,
     ) -> None:
         self.request_id = request_id
@@ -127,8 +130,10 @@ class Stream:
         self.end_status = b""
         # The error with which the stream ended.
         self.error: AioserverError | None = None
-        # Whether a request was sent to a provider: from then on the answer costs money.
-        self.sent = False
+        # What has become of its request so far.
+        self.outcome = Outcome() if outcome is None else outcome
+        # The attempt that has a place at a provider, if any.
+        self.attempt: Attempt | None = None
         # The exchange that fills the log, while it is under way.
         self.source: Source | None = None
         # The monotonic time of the provider's first event; no other attempt is made after it.
@@ -154,14 +159,23 @@ class Stream:
         """Whether an event of a provider has come."""
         return self.answered_at > 0
 
+    @property
+    def sent(self) -> bool:
+        """Whether a request was sent to a provider: from then on the answer costs money."""
+        return self.outcome.sent
+
+    @property
+    def place(self) -> str:
+        """The provider at which it has a place now; empty while it waits, for a place or for a retry."""
+        return "" if self.attempt is None else self.attempt.place
+
     def mark_answered(self) -> None:
         """Note that an event of a provider has come, before it is appended."""
         if not self.answered_at:
             self.answered_at = now = monotonic()
             self.record.answered(now)
-            request, self.attachment.request = self.attachment.request, None
-            if request is not None:
-                request.forget_body()
+            if self.attempt is not None:
+                self.attempt.first_event()
 
     def add_alias(self, alias: str) -> None:
         """Let this stream be found by *alias*, too; a private one is not found at all."""
@@ -227,7 +241,10 @@ class Stream:
 
     def recount(self) -> None:
         """Count what is kept beside the entries: to be called when it has changed."""
-        size = STREAM_OVERHEAD + 3 * len(self.head) + self.details.size
+        outcome = self.outcome
+        size = STREAM_OVERHEAD + 3 * len(self.head) + len(outcome.model) + self.details.size
+        if outcome.headers:
+            size += headers_size(outcome.headers)
         if self.error is not None:
             size += self.error.size
         grown, self.extra_bytes = size - self.extra_bytes, size
@@ -301,13 +318,13 @@ class Stream:
         self.path = self.readers[0].open_fast_path(shape)
         return self.path
 
-    def append_processing(self, provider: str, model: str) -> None:
-        """Append event 1: a place at *provider* is taken. Later attempts only change `details`."""
-        self.details.provider, self.details.model = provider, model
+    def append_processing(self) -> None:
+        """Append event 1: a place at a provider is taken. Later attempts only change `outcome`."""
         if self.last:
             return
         self.recount()
-        self.append(PROCESSING, [processing(provider, model, self.details.conversation_id)])
+        outcome, conversation = self.outcome, self.details.conversation_id
+        self.append(PROCESSING, [processing(outcome.provider, outcome.model, conversation)])
 
     def finish(self, chunk: Mapping[str, Any], data: bytes = b"") -> None:
         """End the log well, once its keeper has kept the answer: now, or in `finished`, if that takes a while."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from aioserver.errors import AioserverError, SlowClient
 from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
+from aioserver.telemetry.outcome import Outcome
 from aioserver.telemetry.tracer import RequestEnd
 from aioserver.wings.anthropic import wire as anthropic
 
@@ -64,7 +65,6 @@ class RequestRecord:
     __slots__ = (
         "abandoned",
         "admitted_at",
-        "attempts",
         "caller",
         "client_stall",
         "delay",
@@ -72,13 +72,10 @@ class RequestRecord:
         "face",
         "first_event_at",
         "log",
-        "model",
-        "on_answer",
-        "provider",
+        "outcome",
         "queue_wait",
         "queued_at",
         "request_id",
-        "sent_at",
         "silence",
         "silence_end",
         "slow_client",
@@ -86,11 +83,11 @@ class RequestRecord:
         "target",
         "trace",
         "trace_id",
-        "usage",
     )
 
-    def __init__(self) -> None:
-        self.face = self.request_id = self.provider = self.model = self.caller = ""
+    def __init__(self, outcome: Outcome | None = None) -> None:
+        self.outcome = Outcome() if outcome is None else outcome
+        self.face = self.request_id = self.caller = ""
         # The id of its trace (W3C Trace Context), the client's or a new one, 32 hex digits; "" if it has none.
         self.trace_id = ""
         # The trace of which spans are made; None if there is no tracer, or the client samples none.
@@ -98,21 +95,16 @@ class RequestRecord:
         # The method and the path of a request that is passed on as it is, without its query.
         self.target = ""
         self.admitted_at = 0.0
-        self.queued_at = self.sent_at = self.first_event_at = self.queue_wait = 0.0
+        self.queued_at = self.first_event_at = self.queue_wait = 0.0
         self.silence = self.silence_end = self.delay = self.client_stall = 0.0
-        self.attempts = 0
         # Events of the answer, without those that open and end the stream.
         self.events = 0
-        # The token counts, as the provider reports them.
-        self.usage: Mapping[str, Any] | None = None
         # Whether the request was cancelled because nobody read its answer any more.
         self.abandoned = False
         # Whether its last reader was dropped, since it read too slowly.
         self.slow_client = False
         # Whether the answer comes as events, while the model makes them.
         self.streamed = False
-        # Called when the first event of the answer has come; None unless an attempt is under way.
-        self.on_answer: Callable[[], None] | None = None
         # The log that counts the first event of the answer when it comes; None if nothing counts it.
         self.log: RequestLog | None = None
 
@@ -131,9 +123,28 @@ class RequestRecord:
         self.streamed = streamed
         self.caller = caller
         self.request_id = request_id
-        self.provider = provider
-        self.model = model
+        self.outcome.provider, self.outcome.model = provider, model
         self.admitted_at = monotonic()
+
+    @property
+    def provider(self) -> str:
+        """The provider that was asked last."""
+        return self.outcome.provider
+
+    @property
+    def model(self) -> str:
+        """The model that was asked for there."""
+        return self.outcome.model
+
+    @property
+    def attempts(self) -> int:
+        """The number of requests that were sent, at all providers."""
+        return self.outcome.attempts
+
+    @property
+    def sent_at(self) -> float:
+        """When the newest attempt was sent."""
+        return self.outcome.sent_at
 
     def answered(self, now: float) -> None:
         """Note that the first event of the answer has come *now*; it counts at once."""
@@ -142,8 +153,6 @@ class RequestRecord:
         self.silence = 0.0
         if self.log is not None:
             self.log.count_first_token(self)
-        if self.on_answer is not None:
-            self.on_answer()
 
     def silent(self, since: float, until: float) -> float:
         """Note a silence of the provider, in the loop's time; return the longest so far."""
@@ -164,7 +173,7 @@ class RequestRecord:
 
     def tokens(self, *names: str) -> int | None:
         """Return the first plausible number in the usage under *names*; None if there is none."""
-        return token_count(self.usage, names)
+        return token_count(self.outcome.usage, names)
 
 
 def token_count(usage: Mapping[str, Any] | None, names: Iterable[str]) -> int | None:
@@ -238,6 +247,8 @@ class RequestLog:
                 self._log(record, now, code, outcome, status, left_out=left_out)
         elif logger.isEnabledFor(logging.INFO):
             self._log(record, now, code, outcome, status)
+        # A log refers to the outcome for its window; the provider's objects are needed no longer.
+        record.outcome.usage = None
 
     def _count_gaps(self, record: RequestRecord, now: float) -> None:
         """Count the longest gap of each side, after moving our own lag out of the provider's."""
@@ -259,7 +270,7 @@ class RequestLog:
 
     def _count_tokens(self, record: RequestRecord) -> None:
         """Count the tokens of the usage; where it has no output, each event counts as one."""
-        usage, counters, provider = record.usage, self.metrics.tokens, record.provider
+        usage, counters, provider = record.outcome.usage, self.metrics.tokens, record.provider
         tokens_in, tokens_out = token_count(usage, TOKENS_IN), token_count(usage, TOKENS_OUT)
         configured = (provider, record.model, "output", "provider") in counters
         model = record.model if configured else "other"

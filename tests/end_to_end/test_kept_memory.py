@@ -130,9 +130,10 @@ async def test_no_usage_is_kept_after_the_end(
     await until(lambda: not server.held()["running"])
 
     (stream,) = server.owners.streams.owned_by(anonymous("127.0.0.1"))
-    assert stream.details.usage is stream.record.usage is None
+    assert stream.outcome.usage is None
+    assert stream.record.outcome is stream.outcome
     if isinstance(stream.details.whole, Answer):
-        assert stream.details.whole.usage is None
+        assert stream.details.whole.outcome is stream.outcome
     counted = await server.counted("tokens", "type")
     assert sum(counted.values()) > 0, "it was counted before"
 
@@ -146,7 +147,8 @@ async def test_an_answer_that_never_began_keeps_nothing_of_its_request(
         assert (await to_end(ws))[-1]["status"] == "error"
 
     (stream,) = server.owners.streams.owned_by(anonymous("127.0.0.1"))
-    assert stream.attachment.request is None
+    assert stream.attempt is None
+    assert stream.attachment.keeper is None
 
 
 def completed(server: RunningServer, count: int) -> bool:

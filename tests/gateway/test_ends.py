@@ -145,7 +145,7 @@ async def test_a_bug_after_the_provider_was_asked_is_not_to_be_repeated(
     route = Route(provider, None, renamed=True, pinned=True)
 
     async def call(request: Request) -> None:
-        request.provider_request.record.sent_at = 1.0 if sent else 0.0
+        request.provider_request.outcome.sent_at = 1.0 if sent else 0.0
         raise RuntimeError("a bug")
 
     router: Any = SimpleNamespace(call=call)

@@ -84,7 +84,7 @@ class Fake:
         attempt.sending()
         if request.whole:
             await self.turns()
-            attempt.answer = Answer(200, {}, b"{}", "application/json", self.name)
+            attempt.answer = Answer(200, b"{}", "application/json", request.outcome)
             return
         assert stream is not None
         stream.mark_answered()

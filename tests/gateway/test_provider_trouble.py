@@ -69,6 +69,12 @@ def events(*given: str) -> bytes:
     return EVENT_STREAM + chunk(data) + LAST_CHUNK
 
 
+def asked(fault: ProviderFault) -> tuple[str, int]:
+    """The provider of which *fault* tells, and the attempts at all of them."""
+    assert fault.request_outcome is not None
+    return fault.request_outcome.provider, fault.request_outcome.attempts
+
+
 def said(text: str | None, finish: str | None = None) -> str:
     return json.dumps({"choices": [{"delta": {"content": text}, "finish_reason": finish}]})
 
@@ -137,7 +143,6 @@ class Trouble:
     async def fill(
         self, provider: str | None = None, *, frames: bool = True
     ) -> tuple[Stream, ProviderRequest]:
-        stream = Stream("r1", "anybody", window=30.0, max_bytes=1 << 22)
         router = self.router
         route = router.route(None, provider)
 
@@ -147,6 +152,7 @@ class Trouble:
         asked = ProviderRequest(
             "chat/completions", body, streamed=True, reading=Reading() if frames else None
         )
+        stream = Stream("r1", "anybody", window=30.0, max_bytes=1 << 22, outcome=asked.outcome)
         stream.record = asked.record
         await router.fill(Request(route, asked, "face", "r1"), stream)
         return stream, asked
@@ -189,7 +195,7 @@ async def test_faults_that_may_pass_are_tried_again(trouble: Trouble, number: in
 
     stream, ask = await trouble.fill()
 
-    assert (stream.end_status, stream.details.attempts, ask.record.attempts) == (COMPLETE, 3, 3)
+    assert (stream.end_status, stream.outcome.attempts, ask.record.attempts) == (COMPLETE, 3, 3)
     assert trouble.counts() == {"a": 3}
     assert provider.meter.attempts["ok"].value == 1
     assert provider.meter.attempts["http_5xx"].value == 2
@@ -218,14 +224,15 @@ async def test_the_tries_are_bounded(trouble: Trouble) -> None:
     with pytest.raises(ProviderError) as told:
         await trouble.fill()
 
-    assert (told.value.provider, told.value.attempts) == ("a", 3)
+    assert asked(told.value) == ("a", 3)
     assert trouble.counts() == {"a": 3}
 
 
 async def test_an_answer_that_is_not_streamed_is_tried_again_as_well(trouble: Trouble) -> None:
     await trouble.add("a", status(500), JSON)
     answer = await trouble.call()
-    assert (answer.body, answer.attempts, answer.provider) == (b"{}", 2, "a")
+    outcome = answer.outcome
+    assert (answer.body, outcome.attempts, outcome.provider) == (b"{}", 2, "a")
 
 
 async def test_a_fault_under_200_before_the_first_event_is_tried_again(trouble: Trouble) -> None:
@@ -347,7 +354,7 @@ async def test_a_fallback_answers_with_its_own_model(trouble: Trouble, first: by
     stream, ask = await trouble.fill()
 
     assert stream.end_status == COMPLETE
-    assert (stream.details.provider, ask.record.provider, stream.details.attempts) == ("b", "b", 2)
+    assert (stream.outcome.provider, ask.record.provider, stream.outcome.attempts) == ("b", "b", 2)
     assert ask.record.model == "b-model"
     assert [one["model"] for one in trouble.asked["b"]] == ["b-model"]
     assert sum(one.value for one in provider.meter.failovers.values()) == 1
@@ -360,7 +367,7 @@ async def test_a_provider_that_is_not_there_is_tried_and_then_replaced(trouble: 
 
     stream, _ = await trouble.fill()
 
-    assert (stream.details.provider, stream.details.attempts) == ("b", 4)
+    assert (stream.outcome.provider, stream.outcome.attempts) == ("b", 4)
     assert provider.meter.attempts["connect_error"].value == 3
     assert provider.meter.failovers["connect_error"].value == 1
 
@@ -369,7 +376,7 @@ async def test_a_429_goes_to_the_fallback_without_a_backoff(trouble: Trouble) ->
     await trouble.add("a", status(429, "Retry-After: 50\r\n"))
     await trouble.add("b", ANSWER)
     stream, _ = await trouble.fill()
-    assert (stream.details.provider, trouble.counts()) == ("b", {"a": 1, "b": 1})
+    assert (stream.outcome.provider, trouble.counts()) == ("b", {"a": 1, "b": 1})
 
 
 async def test_the_fallbacks_are_asked_in_their_order_and_the_last_one_says_why(
@@ -379,7 +386,7 @@ async def test_the_fallbacks_are_asked_in_their_order_and_the_last_one_says_why(
         await trouble.add(name, status(500), max_retries=1)
     with pytest.raises(ProviderError) as told:
         await trouble.fill()
-    assert (told.value.provider, told.value.attempts) == ("c", 6)
+    assert asked(told.value) == ("c", 6)
     assert trouble.counts() == {"a": 2, "b": 2, "c": 2}
 
 
@@ -416,8 +423,8 @@ async def test_a_full_queue_fails_over_at_once(trouble: Trouble) -> None:
     await until(lambda: trouble.counts()["b"] == 1)
     trouble.gate.set()
 
-    assert (await third)[0].details.provider == "b"
-    assert (await inside)[0].details.provider == (await waits)[0].details.provider == "a"
+    assert (await third)[0].outcome.provider == "b"
+    assert (await inside)[0].outcome.provider == (await waits)[0].outcome.provider == "a"
 
 
 # Nobody answers: what a client is told, and when it may come back.
@@ -462,7 +469,7 @@ async def test_a_429_is_told_only_where_every_usable_one_says_it(trouble: Troubl
 
     assert told.value.http_status == 503
     assert 1 <= (told.value.retry_after or 0) <= 1.1
-    assert (told.value.provider, told.value.attempts) == ("a", 1)
+    assert asked(told.value) == ("a", 1)
 
 
 @pytest.mark.parametrize("names", ["ab", "ba"])
@@ -472,7 +479,7 @@ async def test_a_provider_that_refuses_our_key_is_not_usable(trouble: Trouble, n
     for _ in range(2):
         with pytest.raises(ProviderRateLimited) as told:
             await trouble.fill()
-        assert told.value.provider == "b"
+        assert asked(told.value)[0] == "b"
     assert trouble.counts() == {"a": 1, "b": 1}
 
 
@@ -500,21 +507,21 @@ async def test_while_a_provider_rests_its_fallback_is_asked_at_once(trouble: Tro
     await trouble.add("b", ANSWER)
 
     for number in range(1, 4):
-        assert (await trouble.fill())[0].details.provider == "b"
+        assert (await trouble.fill())[0].outcome.provider == "b"
         assert trouble.counts() == {"a": 1, "b": number}
     assert provider.meter.failovers["provider_rate_limited"].value == 3
     assert provider.meter.attempts["http_429"].value == 1
 
     trouble.renew("a")  # its rest is over
-    assert (await trouble.fill())[0].details.provider == "a"
+    assert (await trouble.fill())[0].outcome.provider == "a"
 
 
 async def test_a_short_rest_is_waited_for(trouble: Trouble) -> None:
     await trouble.add("a", status(429, "retry-after-ms: 100\r\n"), ANSWER)
     await trouble.add("b", ANSWER)
 
-    assert (await trouble.fill())[0].details.provider == "b"
-    assert (await trouble.fill())[0].details.provider == "a"
+    assert (await trouble.fill())[0].outcome.provider == "b"
+    assert (await trouble.fill())[0].outcome.provider == "a"
 
 
 async def test_waiters_of_a_provider_that_begins_to_rest_go_elsewhere(
@@ -530,7 +537,7 @@ async def test_waiters_of_a_provider_that_begins_to_rest_go_elsewhere(
     trouble.gate.set()
     done = await asyncio.gather(*tasks)
 
-    assert {stream.details.provider for stream, _ in done} == {"b"}
+    assert {stream.outcome.provider for stream, _ in done} == {"b"}
     assert trouble.counts() == {"a": 1, "b": 4}
     with pytest.raises(ProviderPaced):  # 30 s are more than it would wait
         await pinned
@@ -550,7 +557,7 @@ async def test_waiters_where_nothing_is_left_go_elsewhere_before_the_429(
     trouble.gate.set()
     done = await asyncio.gather(*tasks)
 
-    assert [stream.details.provider for stream, _ in done] == ["a", "b", "b", "b"]
+    assert [stream.outcome.provider for stream, _ in done] == ["a", "b", "b", "b"]
     assert provider.meter.failovers["provider_rate_limited"].value == 3
     assert provider.meter.attempts["http_429"].value == 0
 
@@ -730,7 +737,7 @@ async def test_where_another_provider_is_there_nobody_is_tried_again_at_a_dead_o
     await trouble.add("b", ANSWER)
 
     for _ in range(5):
-        assert (await trouble.fill())[0].details.provider == "b"
+        assert (await trouble.fill())[0].outcome.provider == "b"
 
     assert trouble.counts() == {"a": 1, "b": 5}
     assert first.meter.retries["provider_error"].value == 0
@@ -747,7 +754,7 @@ async def test_a_pinned_request_tries_a_dead_provider_though_there_is_another(
     await until(lambda: provider.health.breaker.delay() <= 0)
     assert provider.health.breaker.delay(alternative=True) > 10
 
-    assert (await trouble.fill("a"))[0].details.provider == "a"
+    assert (await trouble.fill("a"))[0].outcome.provider == "a"
 
 
 async def test_a_dead_fallback_is_no_reason_to_try_rarely(trouble: Trouble) -> None:
@@ -759,7 +766,7 @@ async def test_a_dead_fallback_is_no_reason_to_try_rarely(trouble: Trouble) -> N
     await until(lambda: provider.health.breaker.delay() <= 0)
     assert provider.health.breaker.delay(alternative=True) > 10
 
-    assert (await trouble.fill())[0].details.provider == "a"
+    assert (await trouble.fill())[0].outcome.provider == "a"
 
 
 async def test_a_sick_provider_comes_last_and_every_twentieth_request_asks_it_first(
@@ -769,10 +776,10 @@ async def test_a_sick_provider_comes_last_and_every_twentieth_request_asks_it_fi
     await trouble.add("b", ANSWER)
     sicken(provider.health.breaker)
 
-    asked = [(await trouble.fill())[0].details.provider for _ in range(2 * TURN)]
+    asked = [(await trouble.fill())[0].outcome.provider for _ in range(2 * TURN)]
 
     assert asked == (["b"] * (TURN - 1) + ["a"]) * 2
-    assert (await trouble.fill("a"))[0].details.provider == "a", "pinned"
+    assert (await trouble.fill("a"))[0].outcome.provider == "a", "pinned"
 
 
 async def test_a_sick_provider_answers_where_the_fallback_does_not(trouble: Trouble) -> None:
@@ -782,7 +789,7 @@ async def test_a_sick_provider_answers_where_the_fallback_does_not(trouble: Trou
 
     stream, _ = await trouble.fill()
 
-    assert (stream.details.provider, stream.details.model) == ("a", "a-model")
+    assert (stream.outcome.provider, stream.outcome.model) == ("a", "a-model")
     assert trouble.counts() == {"a": 1, "b": 1}
 
 
@@ -790,7 +797,7 @@ async def test_a_sick_provider_without_a_fallback_is_asked_by_all(trouble: Troub
     provider = await trouble.add("a", ANSWER)
     sicken(provider.health.breaker)
     for _ in range(TURN):
-        assert (await trouble.fill())[0].details.provider == "a"
+        assert (await trouble.fill())[0].outcome.provider == "a"
     assert provider.stats().state == "well", "they were all answered"
 
 
@@ -896,7 +903,7 @@ async def test_each_provider_has_a_wait_of_its_own(trouble: Trouble) -> None:
     await until(lambda: trouble.providers["b"].stats().queue.waiting == 1)
     trouble.gate.set()
 
-    assert (await third)[0].details.provider == "b"
+    assert (await third)[0].outcome.provider == "b"
     await asyncio.gather(*busy)
 
 

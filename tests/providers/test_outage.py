@@ -137,8 +137,9 @@ def test_requests_parked_queued_and_tried_again_share_the_bound_of_the_queue(
         assert far.stats().queue.refused == len(refused) > 0
         assert all((refusal.retry_after or 0.0) >= 1.0 for refusal in refused)
         attempts = {0} if known else {0, 1}
-        assert {refusal.attempts for refusal in refused} == attempts
-        assert {refusal.provider for refusal in refused} == {"far"}
+        outcomes = [refusal.request_outcome for refusal in refused]
+        assert {outcome.attempts for outcome in outcomes if outcome} == attempts
+        assert {outcome and outcome.provider for outcome in outcomes} == {"far"}
         await far.close()
 
     run_virtually(outage())
@@ -153,7 +154,7 @@ def test_a_trial_that_came_from_the_queue_and_fails_otherwise_waits_on() -> None
         await until(lambda: len(far.attempts) == 3)
         far.rate = 0.0
 
-        assert (await asking).attempts == 4
+        assert (await asking).outcome.attempts == 4
         assert far.stats().budget.used == 0
         await far.close()
 

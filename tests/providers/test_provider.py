@@ -397,7 +397,10 @@ async def test_only_harmless_headers_of_the_provider_pass() -> None:
     async with ScriptedProvider(play) as server, provider_at(server.url) as provider:
         answer = await call(provider, question(streamed=False))
 
-    assert answer.headers == {"x-ratelimit-remaining-requests": "9", "openai-processing-ms": "12"}
+    assert answer.outcome.headers == {
+        "x-ratelimit-remaining-requests": "9",
+        "openai-processing-ms": "12",
+    }
 
 
 async def test_a_response_that_has_failed_is_an_answer_and_passes() -> None:

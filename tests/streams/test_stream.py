@@ -130,7 +130,8 @@ def test_an_answer_is_numbered_from_1_without_holes() -> None:
     stream = streams_of().open("r1", DEMO, window=30)
     reader = Slow(stream)
 
-    stream.append_processing("groq", "llama")
+    stream.outcome.begin_attempt("groq", "llama")
+    stream.append_processing()
     stream.append(CHUNK, [chunk("a"), chunk("b")])
     stream.append(CHUNK, [chunk("c")])
     stream.end(COMPLETE, {"metadata": {"finish_reason": "stop"}})
@@ -149,11 +150,13 @@ def test_processing_is_event_1_and_a_later_try_keeps_it() -> None:
     stream = streams_of().open("r1", DEMO, window=30)
     stream.details.conversation_id = "c1"
 
-    stream.append_processing("groq", "llama")
-    stream.append_processing("openai", "gpt")
+    stream.outcome.begin_attempt("groq", "llama")
+    stream.append_processing()
+    stream.outcome.begin_attempt("openai", "gpt")
+    stream.append_processing()
 
     assert stream.last == 1
-    assert (stream.details.provider, stream.details.model) == ("openai", "gpt")
+    assert (stream.outcome.provider, stream.outcome.model) == ("openai", "gpt")
     assert orjson.loads(stream.frames(stream.entries[0])[0]) == {
         "request_id": "r1",
         "event_id": 1,
@@ -355,7 +358,7 @@ def test_frames_of_a_whole_answer_leave_no_hole_in_the_numbers() -> None:
     stream = streams_of().open("r1", DEMO, window=30)
     whole = orjson.dumps({"choices": [{"message": {"role": "assistant", "content": "Hello"}}]})
     pieces = at_once(text_pieces(whole))
-    stream.append_whole(Answer(200, {}, whole, "", "sim"), whole, pieces)
+    stream.append_whole(Answer(200, whole, "", stream.outcome), whole, pieces)
     stream.end(COMPLETE, {})
     reader = Slow(stream)
 
@@ -369,7 +372,7 @@ def test_a_large_whole_answer_is_shown_in_small_events_by_what_was_found_in_it()
     text = "Hell\u00f6 \U0001f600\n" * 100_000
     whole = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
     pieces = at_once(text_pieces(whole))
-    stream.append_whole(Answer(200, {}, whole, "", "sim"), whole, pieces)
+    stream.append_whole(Answer(200, whole, "", stream.outcome), whole, pieces)
     stream.end(COMPLETE, {})
     reader, later = Slow(stream), Slow(stream, 7)
 
@@ -671,13 +674,14 @@ def test_everything_that_a_stream_keeps_is_counted() -> None:
     empty = streams.stats().bytes
     assert empty >= STREAM_OVERHEAD
 
-    stream.details.headers = {"x-ratelimit-remaining": "9" * 10_000}
+    stream.outcome.headers = {"x-ratelimit-remaining": "9" * 10_000}
     stream.recount()
     assert streams.stats().bytes >= empty + 10_000
     stream.details.text_bytes = 50_000
     stream.recount()
     assert streams.stats().bytes >= empty + 60_000
-    stream.append_whole(Answer(200, {"a": "b" * 5000}, b"x" * 70_000, "", "sim"), b"x" * 70_000)
+    stream.outcome.headers = {"a": "b" * 5000}
+    stream.append_whole(Answer(200, b"x" * 70_000, "", stream.outcome), b"x" * 70_000)
     assert streams.stats().bytes >= empty + 135_000
     events = ResponseEvents()
     events.note(b'data: {"response":{"id":"%b"}}\n\n' % (b"z" * 20_000), 1)
@@ -697,7 +701,7 @@ def test_a_whole_answer_near_the_bound_of_a_log_is_counted_once_and_stays_counte
     stream = streams.open("r1", DEMO, window=30)
     body = b"x" * 99_990
 
-    stream.append_whole(Answer(200, {}, body, "", "sim"), body)
+    stream.append_whole(Answer(200, body, "", stream.outcome), body)
     stream.end(COMPLETE, {})
 
     assert len(body) < streams.stats().bytes < len(body) + 2 * STREAM_OVERHEAD

@@ -99,7 +99,7 @@ class ScriptedExchange(Provider):
         self.attempts.append(self._time())
         attempt.pool = self.pools.pool
         attempt.sending()
-        attempt.request.record.sent_at = self._time()
+        attempt.request.outcome.sent_at = self._time()
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,8 @@ class Road:
         self.stream = self.streams.open(
             "r1", "me", window=0.0 if private else window, private=private
         )
-        self.stream.append_processing("sim", "m")
+        self.stream.outcome.begin_attempt("sim", "m")
+        self.stream.append_processing()
         self.reading = Reading()
         self.sink = (
             ResponseSink(self.stream)

@@ -99,7 +99,7 @@ def test_tokens_are_the_providers_or_an_estimate(
 ) -> None:
     metrics = Metrics(GIVEN)
     one = record()
-    one.usage, one.events = usage, 9
+    one.outcome.usage, one.events = usage, 9
 
     records(metrics).finish(one, None)
 

@@ -34,7 +34,7 @@ class MessageSink(PassingSink):
         return _up_to_end(block) if wire.ending(block) else (block, False, b"")
 
     def _fault(self, event: bytes) -> ProviderFault:
-        return message_error_fault(self._stream.details.provider, event)
+        return message_error_fault(self._stream.outcome.provider, event)
 
     def _append(self, block: bytes) -> None:
         if not block:
@@ -61,7 +61,7 @@ class MessageSink(PassingSink):
                 usage = wire.usage_in(wire.content_of(event))
                 self._usage = bounded({**self._usage, **usage})
         if self._usage:
-            self._stream.details.usage = wire.with_total(self._usage)
+            self._stream.outcome.usage = wire.with_total(self._usage)
 
 
 def _up_to_end(block: bytes) -> tuple[bytes, bool, bytes]:

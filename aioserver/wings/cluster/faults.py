@@ -5,6 +5,7 @@ from __future__ import annotations
 from aioserver import provider_errors
 from aioserver.errors import AioserverError, InternalError
 from aioserver.provider_errors import ProviderFault, ProviderRefused
+from aioserver.telemetry.outcome import Outcome
 from aioserver.wings.cluster.peer_messages import Fault
 
 _CLASSES = {cls.__name__: cls for cls in provider_errors.subclasses(AioserverError)}
@@ -15,9 +16,9 @@ def pack(error: AioserverError) -> Fault:
     fault = Fault(
         type(error).__name__, error.message, error.retry_after, error.param, paid=error.paid
     )
-    if isinstance(error, ProviderFault):
-        fault.provider, fault.attempts = error.provider, error.attempts
-        fault.provider_headers = dict(error.provider_headers)
+    if isinstance(error, ProviderFault) and (outcome := error.request_outcome) is not None:
+        fault.provider, fault.attempts = outcome.provider, outcome.attempts
+        fault.provider_headers = dict(outcome.headers)
     if isinstance(error, ProviderRefused):
         fault.status, fault.body = error.provider_status, error.provider_body
     if isinstance(error, ProviderFault) and error.provider_answer is not None:
@@ -41,8 +42,10 @@ def unpack(fault: Fault) -> AioserverError:
     # It was counted where it happened.
     error.counted = True
     if isinstance(error, ProviderFault):
-        error.provider, error.attempts = fault.provider, fault.attempts
-        error.provider_headers = fault.provider_headers
+        if fault.provider:
+            error.request_outcome = Outcome(
+                fault.provider, "", fault.attempts, fault.provider_headers
+            )
         if fault.passed:
             error.provider_answer = fault.status, fault.body
     return error

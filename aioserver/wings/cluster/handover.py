@@ -88,7 +88,7 @@ async def fill(stream: Stream, log: bytes, start: Start, on_accept: Callable[[],
             case pipe.Part():
                 entries.append(pipe.entry_of(head, body))
             case pipe.Whole():
-                stream.details.whole = pipe.answer_of(head, body)
+                stream.details.whole = pipe.answer_of(stream, head, body)
                 stream.recount()
                 pieces = await in_turns(text_pieces(body)) or (NO_TEXT,)
                 entries += [

@@ -129,14 +129,14 @@ class Link:
 
     def _load(self) -> bool:
         """Take the next item from the log; return whether there is one."""
-        stream, details = self.stream, self.stream.details
+        stream, outcome = self.stream, self.stream.outcome
         facts = (
-            details.provider,
-            details.model,
-            details.attempts,
-            details.path,
+            outcome.provider,
+            outcome.model,
+            outcome.attempts,
+            stream.details.path,
             stream.answered,
-            id(details.headers),
+            id(outcome.headers),
         )
         if facts != self._facts:
             first, self._facts = self._facts is None, facts

@@ -254,7 +254,7 @@ class Mirror:
         """Make the events of an answer that was not streamed, as its owner did."""
         stream = self.stream
         pieces = await in_turns(text_pieces(body)) or (NO_TEXT,)
-        stream.details.whole = pipe.answer_of(whole, body)
+        stream.details.whole = pipe.answer_of(stream, whole, body)
         stream.recount()
         now = self._loop.time()
         for number, piece in enumerate(pieces, 1):

@@ -142,7 +142,7 @@ class Assembler:
 
 def facts_of(stream: Stream, after: int) -> tuple[Facts, bytes]:
     """Return the facts of *stream* now, and the body of their item."""
-    details, events = stream.details, stream.details.error_format
+    details, events, outcome = stream.details, stream.details.error_format, stream.outcome
     runs, newest = None, b""
     if isinstance(events, ResponseEvents):
         runs, newest = events.state()
@@ -152,22 +152,22 @@ def facts_of(stream: Stream, after: int) -> tuple[Facts, bytes]:
         stream.end_status,
         stream.answered,
         details.whole is not None,
-        details.provider,
-        details.model,
+        outcome.provider,
+        outcome.model,
         details.path,
         details.conversation_id,
-        details.attempts,
-        dict(details.headers),
+        outcome.attempts,
+        dict(outcome.headers),
         runs,
     ), newest
 
 
 def take_facts(stream: Stream, facts: Facts, body: bytes) -> None:
     """Let *stream* have these facts."""
-    details = stream.details
-    details.provider, details.model, details.path = facts.provider, facts.model, facts.path
-    details.conversation_id, details.attempts = facts.conversation_id, facts.attempts
-    details.headers = facts.headers
+    details, outcome = stream.details, stream.outcome
+    details.path, details.conversation_id = facts.path, facts.conversation_id
+    outcome.provider, outcome.model = facts.provider, facts.model
+    outcome.attempts, outcome.headers = facts.attempts, facts.headers
     if facts.answered and not stream.answered:
         stream.answered_at = monotonic()
     if facts.runs is not None:
@@ -216,22 +216,21 @@ def end_item(stream: Stream, entry: Entry) -> list[bytes]:
 
 def whole_item(answer: Answer) -> list[bytes]:
     """Return *answer* as an item."""
-    head = Whole(
-        answer.status, dict(answer.headers), answer.content_type, answer.provider, answer.attempts
-    )
+    outcome = answer.outcome
+    headers = dict(outcome.headers)
+    head = Whole(answer.status, headers, answer.content_type, outcome.provider, outcome.attempts)
     return pack(head, answer.body)
 
 
-def answer_of(whole: Whole, body: bytes) -> Answer:
-    """Return the answer that *whole* has."""
-    return Answer(
-        whole.status,
-        whole.headers,
-        body,
-        whole.content_type,
+def answer_of(stream: Stream, whole: Whole, body: bytes) -> Answer:
+    """Return the answer that *whole* has, for *stream*, which has the same outcome."""
+    outcome = stream.outcome
+    outcome.provider, outcome.attempts, outcome.headers = (
         whole.provider,
-        attempts=whole.attempts,
+        whole.attempts,
+        whole.headers,
     )
+    return Answer(whole.status, body, whole.content_type, outcome)
 
 
 def next_item(stream: Stream, index: int, skip: int) -> tuple[int, list[bytes]] | None:

@@ -159,11 +159,11 @@ class Draft:
     def keep(self, answer: Stream | Answer) -> None:
         """Keep the response that *answer* is, or whose events it has; see `keep_response`."""
         if isinstance(answer, Answer):
-            self.keep_response(answer.body, answer.provider)
+            self.keep_response(answer.body, answer.outcome.provider)
             return
         events = answer.details.error_format
         if self._input is not None and isinstance(events, ResponseEvents):
-            self.keep_response(events.newest() or b"", answer.details.provider)
+            self.keep_response(events.newest() or b"", answer.outcome.provider)
 
     def cut(self, _stream: Stream) -> None:
         """Do nothing: a response that was cancelled cannot be continued."""

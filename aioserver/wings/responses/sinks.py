@@ -63,7 +63,7 @@ class ResponseSink(PassingSink):
     def _up_to_end(self, block: bytes) -> tuple[bytes, bool, bytes]:
         block, ended = up_to_end(block)
         if ended:
-            self._stream.details.usage = usage_in(block)
+            self._stream.outcome.usage = usage_in(block)
         if block.find(ERROR_NAME) >= 0:
             block, error = before_error(block, _ERROR)
             return block, ended and not error, error
@@ -153,7 +153,7 @@ class BridgeSink(ReadingSink):
         except BadEvent as exc:
             raise event_fault(exc) from exc
         self._append(events)
-        stream.details.usage = writer.usage
+        stream.outcome.usage = writer.usage
         complete(stream)
 
     def _append(self, parts: list[bytes]) -> None:

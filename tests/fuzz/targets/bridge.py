@@ -61,7 +61,8 @@ def _check_request(content: bytes) -> None:
 
 def _play(reads: Iterable[bytes]) -> list[Any]:
     stream = Stream("r1", "me", window=30.0, max_bytes=1 << 22)
-    stream.append_processing("sim", "a-model")
+    stream.outcome.begin_attempt("sim", "a-model")
+    stream.append_processing()
     stream.details.error_format = form = ResponseEvents()
     request = at_once(chat_request(ASKED))
     writer = ResponseWriter(request, Frame("resp_1", 0, "m", request.repeated), 1 << 22)
@@ -83,4 +84,4 @@ def _play(reads: Iterable[bytes]) -> list[Any]:
     if not fault:
         # The time of its end.
         check_run(events)["completed_at"] = None
-    return [fault, stream.end_status, stream.details.usage, events]
+    return [fault, stream.end_status, stream.outcome.usage, events]

@@ -34,7 +34,8 @@ def run(data: bytes) -> None:
 def _play(reads: Iterable[bytes]) -> list[Any]:
     store = StreamStore(max_stream_bytes=1 << 22, max_kept_bytes=1 << 22)
     stream = store.open("r1", "me", window=30.0)
-    stream.append_processing("sim", "a-model")
+    stream.outcome.begin_attempt("sim", "a-model")
+    stream.append_processing()
     stream.details.error_format = MessageErrors()
     sink = MessageSink(stream)
     fault = ""
@@ -57,7 +58,7 @@ def _play(reads: Iterable[bytes]) -> list[Any]:
         assert _type(events[-1]) == "error" or b'"error"' in events[-1].data
     # Pings before the answer pass, unless a fault comes in the same read.
     answer = [event for event in events if _type(event) != "ping"]
-    return [fault, stream.end_status, stream.answered, answer, stream.details.usage]
+    return [fault, stream.end_status, stream.answered, answer, stream.outcome.usage]
 
 
 def _type(event: ServerEvent) -> Any:

@@ -130,7 +130,8 @@ async def _answer(kind: int, lost: int, reads: list[bytes]) -> Outcome:
     store = StreamStore(max_stream_bytes=1 << 20, max_kept_bytes=1 << 20)
     stream = store.open("r1", "me", window=30.0) if streamed or framed else None
     if stream is not None:
-        stream.append_processing("sim", "m")
+        stream.outcome.begin_attempt("sim", "m")
+        stream.append_processing()
         if path == "responses":
             stream.details.error_format = ResponseEvents()
     request = ProviderRequest(

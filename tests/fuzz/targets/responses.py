@@ -46,7 +46,8 @@ def run(data: bytes) -> None:
 def _play(reads: Iterable[bytes]) -> list[Any]:
     store = StreamStore(max_stream_bytes=1 << 22, max_kept_bytes=1 << 22)
     stream = store.open("r1", "me", window=30.0)
-    stream.append_processing("sim", "a-model")
+    stream.outcome.begin_attempt("sim", "a-model")
+    stream.append_processing()
     stream.details.error_format = form = ResponseEvents()
     sink = ResponseSink(stream)
     fault = ""

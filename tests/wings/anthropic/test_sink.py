@@ -55,7 +55,8 @@ ANSWER = START + PING + text("message_stop") + text('{"type":"message_stop"} GrÃ
 
 def new_stream() -> Stream:
     stream = Stream("r1", "anybody", window=30.0, max_bytes=1 << 20)
-    stream.append_processing("sim", "a-model")
+    stream.outcome.begin_attempt("sim", "a-model")
+    stream.append_processing()
     stream.details.error_format = MessageErrors()
     return stream
 
@@ -86,7 +87,7 @@ def test_every_cut_passes_the_same_bytes_up_to_the_end(line_end: bytes) -> None:
         assert ended
         assert passed(stream).replace(b"\r\n", b"\n").replace(b"\r", b"\n") == ANSWER + STOP
         assert stream.end_status == b"complete"
-        assert stream.details.usage == {
+        assert stream.outcome.usage == {
             "input_tokens": 7,
             "output_tokens": 9,
             "total_tokens": 16,
@@ -234,9 +235,9 @@ def test_usage_that_grows_costs_a_bounded_memory() -> None:
         usage = {f"count_{number}_{part}": "x" * 100 for part in range(20)}
         play(sink, event("message_delta", usage={**usage, "output_tokens": number}))
 
-    assert stream.details.usage is not None
-    assert len(orjson.dumps(stream.details.usage)) < 20_000
-    assert stream.details.usage["total_tokens"] == 7 + 199
+    assert stream.outcome.usage is not None
+    assert len(orjson.dumps(stream.outcome.usage)) < 20_000
+    assert stream.outcome.usage["total_tokens"] == 7 + 199
 
 
 def test_usage_may_be_anything_and_its_unknown_counts_are_left_out() -> None:
@@ -245,9 +246,9 @@ def test_usage_may_be_anything_and_its_unknown_counts_are_left_out() -> None:
         stream = new_stream()
         data = START + event("message_delta", usage=usage) + STOP
         assert play(MessageSink(stream), data)
-        assert stream.details.usage is not None
-        assert stream.details.usage["total_tokens"] == 8
+        assert stream.outcome.usage is not None
+        assert stream.outcome.usage["total_tokens"] == 8
     stream = new_stream()
     counts = {"input_tokens": 1, "cache_creation_input_tokens": 2, "cache_read_input_tokens": 4}
     play(MessageSink(stream), event("message_start", message={"usage": counts}))
-    assert stream.details.usage == {**counts, "total_tokens": 3}
+    assert stream.outcome.usage == {**counts, "total_tokens": 3}

@@ -23,6 +23,7 @@ from aioserver.provider_errors import ProviderRateLimited
 from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, TextEntry
 from aioserver.streams.lifetime import Lifetime
 from aioserver.streams.store import StreamStore
+from aioserver.telemetry.outcome import Outcome
 from aioserver.wings.cluster.links import CREDIT
 from aioserver.wings.cluster.peer_messages import (
     BLOCK_BYTES,
@@ -288,7 +289,7 @@ async def test_the_error_that_ends_an_answer_is_the_same_elsewhere(a: Node, b: N
     stream = a.open()
     reading = b.mirror(a)
     error = ProviderRateLimited("slowly", retry_after=3.0)
-    error.provider, error.attempts, error.provider_headers = "p", 2, {"x-ratelimit": "1"}
+    error.request_outcome = Outcome("p", "m", 2, {"x-ratelimit": "1"})
     await settled()
 
     stream.fail(error)

@@ -9,6 +9,7 @@ from aioserver.errors import AioserverError, InternalError
 from aioserver.provider_errors import ProviderFault, ProviderRefused
 from aioserver.streams.entries import CHUNK, COMPLETE, Entry, TextEntry
 from aioserver.streams.stream import Stream
+from aioserver.telemetry.outcome import Outcome
 from aioserver.wings.cluster import faults, pipe
 from aioserver.wings.cluster.peer_messages import (
     MAX_READ,
@@ -105,7 +106,7 @@ def test_every_error_looks_the_same_at_another_instance(
         error = cls("why", retry_after=2.5, param="model")
     error.paid = True
     if isinstance(error, ProviderFault):
-        error.provider, error.attempts, error.provider_headers = "p", 3, {"x-ratelimit": "1"}
+        error.request_outcome = Outcome("p", "m", 3, {"x-ratelimit": "1"})
         error.provider_answer = passed
 
     other = faults.unpack(faults.pack(error))

@@ -37,7 +37,8 @@ DONE = b"data: [DONE]\n\n"
 
 def new_stream(max_bytes: int = 1 << 22) -> Stream:
     stream = Stream("r1", "anybody", window=30.0, max_bytes=max_bytes)
-    stream.append_processing("sim", "a-model")
+    stream.outcome.begin_attempt("sim", "a-model")
+    stream.append_processing()
     stream.details.error_format = ResponseEvents()
     return stream
 
