@@ -144,11 +144,6 @@ class Monitor:
         return self._snapshot
 
     @property
-    def snapshot_json(self) -> bytes:
-        """The state at the last tick as JSON."""
-        return self._snapshot_json
-
-    @property
     def full(self) -> bool:
         """Whether there are MAX_WATCHERS watchers."""
         return len(self._watchers) >= MAX_WATCHERS

@@ -43,7 +43,7 @@ async def snapshot(server: RunningServer) -> Snapshot:
         assert (await response.read()).endswith(b"[DONE]\n\n")
     monitor = server.owners.context.monitor
     monitor.tick()
-    alone: Snapshot = json.loads(monitor.snapshot_json)
+    alone: Snapshot = json.loads(await monitor.state_of_all())
     alone["cluster"] = {
         "state": "joined",
         "calls": 0,

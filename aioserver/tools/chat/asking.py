@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from aioserver.client import Client, Complete, Processing, Queued, Reasoning, Text, ToolCalls
 from aioserver.tools.chat.display import make_display
-from aioserver.tools.chat.status import Silence, Status
+from aioserver.tools.chat.status import Status
 from aioserver.tools.remote import printable
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ async def ask(settings: Settings, history: History, question: str) -> None:
     begun = stopped = False
     # The socket lives as long as the answer: a person who thinks or leaves holds no place at the server.
     async with (
-        Status(sys.stderr) as status,
+        Status(sys.stderr, display.note) as status,
         Client(
             settings.url, key=settings.key, endpoint=settings.endpoint, deadline=settings.timeout
         ) as client,
@@ -255,11 +255,11 @@ async def ask(settings: Settings, history: History, question: str) -> None:
         except ValueError as error:
             raise BadQuestion(str(error)) from None
         try:
-            async with Silence(display.note) as silence, answer:
+            async with answer:
                 async for event in answer.events():
                     begun = begun or isinstance(event, Text)
                     if begun:
-                        silence.heard()
+                        status.heard()
                     # The last line of the terminal is the answer's, once there is a text.
                     if isinstance(event, Text) or not begun:
                         show(event, status, display)
@@ -293,7 +293,6 @@ def show(event: Event, status: Status, display: Display) -> None:
         case Reasoning(text=text):
             status.think(text)
         case Text(text=text):
-            status.clear()
             display.text(text)
         case ToolCalls():
             status.show("the model calls a tool")

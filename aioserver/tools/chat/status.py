@@ -41,6 +41,7 @@ def safe(text: str) -> str:
 LONG = 2.0
 TICK = 1.0
 DEFAULT_WIDTH = 80
+NEVER = float("inf")
 # Seconds without a word in the middle of an answer, after which that is said.
 SILENCE = 5.0
 # Characters of what a model thinks.
@@ -62,22 +63,25 @@ def fitting(text: str, columns: int) -> str:
 
 
 class Status:
-    """Shows one line on *err*, if that is a terminal, inside an `async with`; at the end the line is blank again.
+    """What is waited for, inside an `async with`: a line on *err*, if that is a terminal, which is blank again at the end.
 
-    Errors of that terminal cost the line and nothing else.
+    Once a text has come (`heard`), the last line of the terminal is the text's, and *note* is told how long nothing more has
+    come: the provider may be slow, or the connection lost, and then the client library tries to resume the answer. Errors of
+    the terminal cost the line and nothing else.
     """
 
-    def __init__(self, err: TextIO | None) -> None:
+    def __init__(self, err: TextIO | None, note: Callable[[str], None]) -> None:
         drawn = err is not None and err.isatty() and can_be_drawn_on()
         self._err = err if drawn else None
+        self._note = note
         self._text = ""
         self._thought = ""
-        self._since = 0.0
+        # Since when the text is shown, and when a text came the last time.
+        self._since = self._heard = NEVER
         self._ticking: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        if self._err is not None:
-            self._ticking = asyncio.create_task(self._tick())
+        self._ticking = asyncio.create_task(self._tick())
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
@@ -89,7 +93,7 @@ class Status:
     def show(self, text: str, *, progress: bool = False) -> None:
         """Show *text*, which may come from the server. *progress*: it shows by itself that something happens."""
         self._text = printable(text)
-        self._since = float("inf") if progress else time.monotonic()
+        self._since = NEVER if progress else time.monotonic()
         self._draw()
 
     def think(self, piece: str) -> None:
@@ -97,9 +101,14 @@ class Status:
         self._thought = (self._thought + piece)[-MAX_THOUGHT:]
         self.show(f"thinking: {self._thought.lstrip()}", progress=True)
 
+    def heard(self) -> None:
+        """Show nothing, and note that a piece of the answer has come."""
+        self.clear()
+        self._heard = time.monotonic()
+
     def clear(self) -> None:
-        """Show nothing."""
-        self._thought = ""
+        """Show nothing, and wait for nothing."""
+        self._heard, self._thought = NEVER, ""
         if self._text:
             self._text = ""
             self._write("\r\x1b[K")
@@ -107,8 +116,11 @@ class Status:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK)
-            if self._text and time.monotonic() - self._since >= LONG:
+            now = time.monotonic()
+            if self._text and now - self._since >= LONG:
                 self._draw()
+            if (seconds := now - self._heard) >= SILENCE:
+                self._note(f"nothing has come for {seconds:.0f} s; Ctrl-C stops the answer")
 
     def _draw(self) -> None:
         if self._err is None:
@@ -121,10 +133,8 @@ class Status:
     def _width(self) -> int:
         try:
             return (
-                os.get_terminal_size(self._err.fileno()).columns or DEFAULT_WIDTH
-                if self._err
-                else 0
-            )
+                self._err and os.get_terminal_size(self._err.fileno()).columns
+            ) or DEFAULT_WIDTH
         except (OSError, ValueError):
             return DEFAULT_WIDTH
 
@@ -133,34 +143,3 @@ class Status:
             with contextlib.suppress(OSError, ValueError):
                 self._err.write(text)
                 self._err.flush()
-
-
-class Silence:
-    """Says by *note* how long nothing has come, inside an `async with`, once `heard` was called.
-
-    The provider may be slow, or the connection lost: the client library then tries to resume the answer.
-    """
-
-    def __init__(self, note: Callable[[str], None]) -> None:
-        self._note = note
-        self._last = float("inf")
-        self._ticking: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> Self:
-        self._ticking = asyncio.create_task(self._tick())
-        return self
-
-    async def __aexit__(self, *_exc: object) -> None:
-        if self._ticking is not None:
-            self._ticking.cancel()
-            await asyncio.wait([self._ticking])
-
-    def heard(self) -> None:
-        """Note that a piece of the answer has come."""
-        self._last = time.monotonic()
-
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(TICK)
-            if (seconds := time.monotonic() - self._last) >= SILENCE:
-                self._note(f"nothing has come for {seconds:.0f} s; Ctrl-C stops the answer")
