@@ -492,7 +492,9 @@ async def test_a_foreign_page_cannot_use_the_cookie(
 
 
 async def test_a_key_needs_no_page(make_server: MakeServer) -> None:
-    """A header that a script has set is no browser's own doing: what CORS then shows is another thing."""
+    """A header that a script has set is no browser's own doing: what CORS then shows is another
+    thing.
+    """
     server = await make_server(**keys_of("web"), **PAGES)
     headers = {"Origin": "https://evil.example", **bearer("web")}
     async with server.session.get(f"{server.v1}/models", headers=headers) as response:

@@ -1,4 +1,6 @@
-"""Keys that change while the server runs: callers that lost theirs are closed, and no other client notices."""
+"""Keys that change while the server runs: callers that lost theirs are closed, and no other client
+notices.
+"""
 
 from __future__ import annotations
 

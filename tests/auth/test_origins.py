@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 SAFE = {"GET", "HEAD", "OPTIONS", "TRACE"}
 WEB_PAGE = "https://page.example"
 PAGES = {"chat.websocket.allow_origins": [WEB_PAGE]}
-# A page elsewhere; a sandboxed frame or a file; a page on another port of this machine; no origins.
+# A page elsewhere; a sandboxed frame or a file; a page on another port of this machine; no
+# origins.
 FOREIGN = ("https://evil.example", "null", "http://127.0.0.1:1", "file://", "http://[", "x")
 
 

@@ -1,4 +1,6 @@
-"""A key's own limits and its own answers, on each face; whatever the way an answer ends, it is counted once."""
+"""A key's own limits and its own answers, on each face; whatever the way an answer ends, it is
+counted once.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def quota(server: RunningServer, name: str = "web") -> Quota:
 
 
 class Client:
-    """Asks on one face, with the key of *name*; `refusal` is the code with which it was refused, if it was."""
+    """Asks on one face, with the key of *name*; `refusal` is the code with which it was refused,
+    if it was.
+    """
 
     def __init__(self, server: RunningServer, face: str, name: str = "web") -> None:
         self.server = server

@@ -1,4 +1,6 @@
-"""What the chat page does by itself after an error: it waits and asks again, or reads on, and says so."""
+"""What the chat page does by itself after an error: it waits and asks again, or reads on, and says
+so.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ async def provider() -> AsyncIterator[ManualProvider]:
 
 @contextlib.asynccontextmanager
 async def full(server: RunningServer) -> AsyncIterator[ClientWebSocketResponse]:
-    """The only place of the provider and of its queue are taken, by the questions r1 and r2 on this socket."""
+    """The only place of the provider and of its queue are taken, by the questions r1 and r2 on
+    this socket.
+    """
     async with server.connect() as other:
         for name in ("r1", "r2"):
             await other.send_json(chat(name))
@@ -109,7 +113,9 @@ async def test_it_is_asked_again_a_few_times_and_can_be_stopped(
 
 
 class Dropping:
-    """Stands between the page and the server: it drops the page as a slow reader when it is told."""
+    """Stands between the page and the server: it drops the page as a slow reader when it is
+    told.
+    """
 
     def __init__(self) -> None:
         self.dropped = False

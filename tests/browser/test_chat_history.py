@@ -1,4 +1,6 @@
-"""The chat page and the conversations that the server keeps: found again in another browser, and deleted in both."""
+"""The chat page and the conversations that the server keeps: found again in another browser, and
+deleted in both.
+"""
 
 from __future__ import annotations
 

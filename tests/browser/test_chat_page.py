@@ -1,4 +1,6 @@
-"""The chat page in a browser: nothing of an answer is lost or doubled, and a person knows what to do."""
+"""The chat page in a browser: nothing of an answer is lost or doubled, and a person knows what to
+do.
+"""
 
 from __future__ import annotations
 

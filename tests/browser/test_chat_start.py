@@ -1,4 +1,6 @@
-"""What the chat page offers before the first question: prompts, the dashboard, and whether a model answers."""
+"""What the chat page offers before the first question: prompts, the dashboard, and whether a model
+answers.
+"""
 
 from __future__ import annotations
 

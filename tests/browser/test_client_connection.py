@@ -1,4 +1,6 @@
-"""`/client.js` and its connection: lost, refused, blocked, with a key and with a session, and servers that go and come."""
+"""`/client.js` and its connection: lost, refused, blocked, with a key and with a session, and
+servers that go and come.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`/client.js` over connections that are cut at random: the exact text, asked of the provider once."""
+"""`/client.js` over connections that are cut at random: the exact text, asked of the provider
+once.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 CUTS = 300
 # A browser has six connections to a host at most.
 ANSWERS = 5
-# Slow enough that a browser has read most of it when a connection ends: fetch drops what it has not yet given out.
+# Slow enough that a browser has read most of it when a connection ends: fetch drops what it has
+# not yet given out.
 LONG = Behaviour(ttft=0, interval=0.004, tokens=300)
 ROUND = """
   window.clients ??= {};
@@ -40,7 +43,8 @@ async def test_each_token_comes_once_over_connections_that_are_cut(
     dice = random.Random(transport)
 
     def allowance() -> int | None:
-        # An answer is cut once its provider was asked: before, leaving ends it, since it costs nothing yet.
+        # An answer is cut once its provider was asked: before, leaving ends it, since it costs
+        # nothing yet.
         if proxy.cuts >= CUTS or server.simulator.stats().requests < asked:
             return None
         # Now and then no event comes through: the cut is in the handshake, the head, or before it.
@@ -55,7 +59,8 @@ async def test_each_token_comes_once_over_connections_that_are_cut(
         # Chromium reports a head that was cut as an error of the page.
         unwatched(page) as mine,
     ):
-        # No waits: a cut behind a burst makes fetch drop it, and some cuts in succession bring no event.
+        # No waits: a cut behind a burst makes fetch drop it, and some cuts in succession bring no
+        # event.
         await mine.add_init_script("Math.random = () => 0")
         async with page_elsewhere(mine, server.base):
             (whole,) = await run(mine, ROUND, server.base, transport, 1)

@@ -1,4 +1,6 @@
-"""The dashboard in a browser: it shows what the server sends, and notices when the server sends nothing more."""
+"""The dashboard in a browser: it shows what the server sends, and notices when the server sends
+nothing more.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The dashboard for every eye and none: small screens, contrast, headings, keyboards, motion; nothing inline."""
+"""The dashboard for every eye and none: small screens, contrast, headings, keyboards, motion;
+nothing inline.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The dashboard and a server that is gone, silent, or refuses it: it says so, and comes back by itself."""
+"""The dashboard and a server that is gone, silent, or refuses it: it says so, and comes back by
+itself.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from tests.support.waiting import until
 if TYPE_CHECKING:
     from playwright.async_api import Page
 
-# Milliseconds without data after which the page says so: after the connection was lost, and with it.
+# Milliseconds without data after which the page says so: after the connection was lost, and with
+# it.
 LOST_AFTER, SILENT_AFTER = 1_000, 3_000
 
 

@@ -1,4 +1,6 @@
-"""The pages of `examples/` and the scripts of `docs/client-js.md`, as they stand, in pages of another origin."""
+"""The pages of `examples/` and the scripts of `docs/client-js.md`, as they stand, in pages of
+another origin.
+"""
 
 from __future__ import annotations
 

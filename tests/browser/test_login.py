@@ -1,4 +1,6 @@
-"""The form that asks for a key: logging in with the right one, errors with a wrong one, and logging out."""
+"""The form that asks for a key: logging in with the right one, errors with a wrong one, and
+logging out.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The Markdown of an answer: what becomes an element and what stays text, while it grows and when it is hostile."""
+"""The Markdown of an answer: what becomes an element and what stays text, while it grows and when
+it is hostile.
+"""
 
 from __future__ import annotations
 
@@ -224,7 +226,9 @@ FURTHER = (
 )
 @pytest.mark.timeout(240)
 async def test_a_mebibyte_of_hostile_text_is_shown(blank: Page, units: tuple[str, ...]) -> None:
-    """Takes seconds, on a busy machine a minute. Quadratic time would take hours: 2**20 characters, squared."""
+    """Takes seconds, on a busy machine a minute. Quadratic time would take hours: 2**20
+    characters, squared.
+    """
     for unit in units:
         whole, grown = await blank.evaluate(
             """async ([unit, size]) => {

@@ -1,4 +1,6 @@
-"""The browser that all pages of a process share: nothing goes from page to page, and a dead one is replaced."""
+"""The browser that all pages of a process share: nothing goes from page to page, and a dead one is
+replaced.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The recipes of docs/recipes.md run as they stand, against the simulated model.
 
-The model is silent at first, so that each program meets heartbeats. A program that is not installed skips
-its tests: docs/testing.md says how to install it.
+The model is silent at first, so that each program meets heartbeats. A program that is not
+installed skips its tests: docs/testing.md says how to install it.
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ async def test_responses_are_translated_for_a_provider_that_has_none(
     assert paths == {"/v1/chat/completions"}
 
 
-# How often at most. Codex does not read `x-should-retry`: it asks again, over a WebSocket and over HTTP.
+# How often at most. Codex does not read `x-should-retry`: it asks again, over a WebSocket and over
+# HTTP.
 ASKED = {**dict.fromkeys((*PYTHON, *NODE), 1), "Codex": 4}
 
 

@@ -15,8 +15,8 @@ from tests.support.tools import installed
 if TYPE_CHECKING:
     from pathlib import Path
 
-# Completes each line of words on stdin. `compopt` works only while readline completes, so this one says that
-# files are asked for.
+# Completes each line of words on stdin. `compopt` works only while readline completes, so this one
+# says that files are asked for.
 COMPLETE = """
 eval "$(aioserver completion bash)"
 complete -p aioserver

@@ -1,6 +1,7 @@
 """Stdout or stderr is closed, on a full disk, or read by nobody.
 
-A server serves on all the same. Any other command says in one line that it could not write its results.
+A server serves on all the same. Any other command says in one line that it could not write its
+results.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Each alert fires for the series that it is for, and for no other: told by Prometheus's own `promtool`.
+"""Each alert fires for the series that it is for, and for no other: told by Prometheus's own
+`promtool`.
 
 The series are written in promtool's notation: `1+2x3` is 1, 3, 5, 7, one sample a minute.
 """
@@ -35,7 +36,9 @@ class Case(NamedTuple):
 
 
 def lag(late: str) -> dict[str, str]:
-    """The buckets of the loop's lag: 100 beats a minute, of which *late* were later than 0.25 s."""
+    """The buckets of the loop's lag: 100 beats a minute, of which *late* were later than 0.25
+    s.
+    """
     name = 'aioserver_loop_lag_seconds_bucket{instance="a:1",le="%s"}'
     return {
         name % "0.25": f"0+{100 - int(late)}x30",

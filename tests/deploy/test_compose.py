@@ -1,4 +1,6 @@
-"""`deploy/compose.yaml`: what its services say to each other fits together, and aioserver takes its settings."""
+"""`deploy/compose.yaml`: what its services say to each other fits together, and aioserver takes
+its settings.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The image itself, where a container engine is installed: built, started without a right to write, examined, stopped.
+"""The image itself, where a container engine is installed: built, started without a right to
+write, examined, stopped.
 
-It takes minutes, and the network: it runs in CI alone (`CI=true`). Elsewhere `test_image.py` reads the recipe, and
-`test_package.py` does what it does in a plain folder.
+It takes minutes, and the network: it runs in CI alone (`CI=true`). Elsewhere `test_image.py` reads
+the recipe, and `test_package.py` does what it does in a plain folder.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def base_is_there(program: str) -> bool:
 
 
 def ready(program: str, name: str) -> bool:
-    """Wait until the server in the container *name* is ready; return False if it has ended before."""
+    """Wait until the server in the container *name* is ready; return False if it has ended
+    before.
+    """
     command = [program, "logs", "--follow", name]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -83,7 +86,9 @@ def ready(program: str, name: str) -> bool:
 
 @pytest.fixture
 def container() -> Iterator[tuple[str, str]]:
-    """The engine, and the name of a running container of the image. At the end nothing of them is left."""
+    """The engine, and the name of a running container of the image. At the end nothing of them is
+    left.
+    """
     program, name = engine(), f"aioserver-test-{uuid.uuid4().hex[:12]}"
     if not base_is_there(program):
         pytest.skip("the image that the recipe begins with cannot be had")

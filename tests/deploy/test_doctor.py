@@ -1,4 +1,5 @@
-"""`aioserver doctor` through a real nginx: as its sample in `deploy/` has it, and as it gathers events.
+"""`aioserver doctor` through a real nginx: as its sample in `deploy/` has it, and as it gathers
+events.
 
 It takes four seconds: the snapshots of `/events` come once a second.
 """
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from tests.support.server import MakeServer
 
 SIMULATED = {"simulated": True, "model": "demo", "http_client": HTTP_CLIENT}
-# Lines that many a site has. nginx obeys a header of ours in each stream, unless it is told not to.
+# Lines that many a site has. nginx obeys a header of ours in each stream, unless it is told not
+# to.
 GATHERS = {
     "proxy_buffering off;": "proxy_buffering on; proxy_ignore_headers X-Accel-Buffering;",
     "client_max_body_size 20m;": "client_max_body_size 1m;",

@@ -1,4 +1,6 @@
-"""`deploy/kubernetes.yaml`: its objects fit together, and aioserver takes the configuration in it."""
+"""`deploy/kubernetes.yaml`: its objects fit together, and aioserver takes the configuration in
+it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The alerting rules and the dashboard for Grafana: each metric, label and value in them is one of `/metrics`."""
+"""The alerting rules and the dashboard for Grafana: each metric, label and value in them is one of
+`/metrics`.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A real server behind nginx, HAProxy and Caddy, each configured by its sample in `deploy/`.
 
-That nothing is buffered is shown without a clock: the provider falls silent in mid-answer, and what
-it has said until then arrives. That no event is held back for a moment is shown by order: requests
-that begin after an event, and pass the same proxy, do not overtake it.
+That nothing is buffered is shown without a clock: the provider falls silent in mid-answer, and
+what it has said until then arrives. That no event is held back for a moment is shown by order:
+requests that begin after an event, and pass the same proxy, do not overtake it.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 SAID = {"messages": [{"role": "user", "content": "Hello"}]}
 SILENT_AFTER_ONE = Behaviour(ttft=0, interval=0, stall_after=1)
 SILENT = Behaviour(ttft=3600)
-# Of Caddy Debian has 2.6.2, which now and then cuts a body short, also in front of a bare aiohttp server:
-# it is tested where no body is needed, or where one may be asked for again.
+# Of Caddy Debian has 2.6.2, which now and then cuts a body short, also in front of a bare aiohttp
+# server: it is tested where no body is needed, or where one may be asked for again.
 STREAMING = ("nginx", "haproxy")
 FULL = {
     "chat.websocket.concurrency.max_connections": 1,
@@ -54,7 +54,9 @@ FULL = {
 async def proxied(
     request: pytest.FixtureRequest, tmp_path: Path, make_server: MakeServer
 ) -> AsyncIterator[Proxied]:
-    """Start a server with a proxy in front: `server, proxy = await proxied(behaviour, **changes)`."""
+    """Start a server with a proxy in front: `server, proxy = await proxied(behaviour,
+    **changes)`.
+    """
     async with contextlib.AsyncExitStack() as stack:
 
         async def make(
@@ -187,8 +189,8 @@ async def read_openai(proxy: Proxy, seen: bytearray) -> None:
 
 READERS = {"websocket": read_websocket, "sse": read_sse, "openai": read_openai}
 EVENTS = 8
-# Requests, one after the other, that no event may be overtaken by. One may be answered while the thread of
-# the proxy that has the event waits for a core.
+# Requests, one after the other, that no event may be overtaken by. One may be answered while the
+# thread of the proxy that has the event waits for a core.
 ROUND_TRIPS = 3
 
 

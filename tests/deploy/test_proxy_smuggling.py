@@ -1,7 +1,8 @@
 """Requests that proxy and server might read differently, sent through the samples of `deploy/`.
 
-Whatever a proxy makes of them, each request that reaches aioserver has one answer, which reaches the client that
-sent it; and the next client gets its own answer, also over a connection that the proxy has kept.
+Whatever a proxy makes of them, each request that reaches aioserver has one answer, which reaches
+the client that sent it; and the next client gets its own answer, also over a connection that the
+proxy has kept.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The units for systemd: hardened, valid, in step with the shipped configuration, and they start."""
+"""The units for systemd: hardened, valid, in step with the shipped configuration, and they
+start.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# A Python that makes virtual environments with a pip of its own: it installs only as told below, and notes each try.
+# A Python that makes virtual environments with a pip of its own: it installs only as told below,
+# and notes each try.
 PYTHON = """#!/bin/sh
 case "$1 $2" in
   "-c "*) exit 0 ;;

@@ -1,4 +1,6 @@
-"""The map in docs/architecture.md is that of the tree; its line of packages is the one enforced."""
+"""The map in docs/architecture.md is that of the tree; its line of packages is the one
+enforced.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The page that lists what was made to fail names tests and metrics that exist, and a test on each line."""
+"""The page that lists what was made to fail names tests and metrics that exist, and a test on each
+line.
+"""
 
 from __future__ import annotations
 

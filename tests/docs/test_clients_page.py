@@ -1,4 +1,6 @@
-"""docs/clients.md against the code: commands, fields, frames, codes, close codes, and its rules."""
+"""docs/clients.md against the code: commands, fields, frames, codes, close codes, and its
+rules.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ OBJECTS = ("options", "metadata")
 
 
 def table(title: str, first: str) -> list[list[str]]:
-    """The rows of the table below the heading *title* whose first column is *first*, without the head."""
+    """The rows of the table below the heading *title* whose first column is *first*, without the
+    head.
+    """
     section = re.split(
         r"^## ", PAGE.partition(f"\n## {title}\n")[2], maxsplit=1, flags=re.MULTILINE
     )[0]
@@ -154,7 +158,8 @@ def test_every_close_code_has_its_row_and_no_other() -> None:
     written = (FACES / "socket.py").read_text()
     sent = {int(WSCloseCode[name]) for name in re.findall(r"WSCloseCode\.([A-Z_]+)", written)}
     sent |= {error.close for error in ERRORS if error.close is not None}
-    # A client's faulty frames close with the code of aiohttp's parser, a lost connection with none.
+    # A client's faulty frames close with the code of aiohttp's parser, a lost connection with
+    # none.
     sent |= {1002, 1007, 1006}
 
     assert {int(row[0]) for row in rows} == sent

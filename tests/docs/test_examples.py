@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 EXAMPLES = Path(__file__).parents[2] / "examples"
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 OURS = f"{sys.version_info.major}.{sys.version_info.minor}"
-# Another version finds the packages of this one. Their compiled parts do not fit it; aiohttp and its
-# dependencies then fall back to the same code in Python, and examples that need others are skipped.
+# Another version finds the packages of this one. Their compiled parts do not fit it; aiohttp and
+# its dependencies then fall back to the same code in Python, and examples that need others are
+# skipped.
 PACKAGES = {
     **os.environ,
     "PYTHONPATH": os.pathsep.join((str(EXAMPLES.parent), sysconfig.get_path("purelib"))),

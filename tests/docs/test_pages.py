@@ -1,4 +1,6 @@
-"""The pages in docs/ say what the code does: commands, log lines, metrics, state, settings' names."""
+"""The pages in docs/ say what the code does: commands, log lines, metrics, state, settings'
+names.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,8 @@ def fields(state: dict[str, Any], skip: frozenset[str]) -> Iterator[str]:
             yield from fields(value, skip)
 
 
-# Their fields are names: of error codes, faces, reasons, outcomes, or what another table describes.
+# Their fields are names: of error codes, faces, reasons, outcomes, or what another table
+# describes.
 NAMES = frozenset(
     {"rejections", "outcomes", "auth_failures", "active_by_face", "waiting_by_face", "endpoints"}
 )
@@ -113,7 +116,9 @@ def test_every_field_of_a_provider_is_described(server: str) -> None:
 
 
 def logged() -> Iterator[tuple[str, str]]:
-    """Every text that the package logs, and its file; but those made of nothing but other texts."""
+    """Every text that the package logs, and its file; but those made of nothing but other
+    texts.
+    """
     for path in sorted((ROOT / "aioserver").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):

@@ -1,8 +1,9 @@
 """The README's lines work as they are pasted, and its numbers are those of the last benchmark.
 
-The lines run in a copy of the clone's top folder. `.venv` there is the environment of the tests, with
-the mark that it is installed, so that nothing is fetched. Two things differ from what a reader has:
-the port, which may be taken here, and the speed of `demo`, which is a quicker simulated provider.
+The lines run in a copy of the clone's top folder. `.venv` there is the environment of the tests,
+with the mark that it is installed, so that nothing is fetched. Two things differ from what a
+reader has: the port, which may be taken here, and the speed of `demo`, which is a quicker
+simulated provider.
 """
 
 from __future__ import annotations

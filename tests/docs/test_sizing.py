@@ -1,4 +1,6 @@
-"""The table of sizes in docs/scaling.md is what docs/sizing.py makes, and its numbers hold where the queue is played."""
+"""The table of sizes in docs/scaling.md is what docs/sizing.py makes, and its numbers hold where
+the queue is played.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def test_a_stale_table_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def play(rate: float, seconds: float, places: int, starts: int) -> list[float]:
-    """Return how long each of so many answers waits for one of *places*: arrivals and lengths are exponential."""
+    """Return how long each of so many answers waits for one of *places*: arrivals and lengths are
+    exponential.
+    """
     generator = random.Random(1)
     # When each place is free again.
     free = [0.0] * places

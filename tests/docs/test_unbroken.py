@@ -1,4 +1,6 @@
-"""The example that cuts its own connections, with cuts at random: exact text, one provider call."""
+"""The example that cuts its own connections, with cuts at random: exact text, one provider
+call.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ async def test_an_answer_survives_its_connections(
             answer = await client(session, address, "Hello")
 
     assert answer == whole
-    # On a busy machine a client that comes back finds many events at once, and they are over before the cuts are.
+    # On a busy machine a client that comes back finds many events at once, and they are over
+    # before the cuts are.
     assert CUTS // 2 < proxy.cuts <= CUTS
     assert server.simulator.stats().requests == asked + 1
     await server.nothing_held()

@@ -1,7 +1,9 @@
-"""The command `python -m tests.fuzz`: one target with Atheris, which looks for inputs that reach new lines.
+"""The command `python -m tests.fuzz`: one target with Atheris, which looks for inputs that reach
+new lines.
 
-Needs the extra `fuzz`: `pip install -e '.[test,fuzz]'`. Atheris drives libFuzzer, and its options may follow those
-below: `-runs=1000`, for example. An input that fails is written to the folder that the last lines name.
+Needs the extra `fuzz`: `pip install -e '.[test,fuzz]'`. Atheris drives libFuzzer, and its options
+may follow those below: `-runs=1000`, for example. An input that fails is written to the folder
+that the last lines name.
 """
 
 from __future__ import annotations

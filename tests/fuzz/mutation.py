@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 def mutants(
     inputs: Sequence[bytes], words: Sequence[bytes], count: int, seed: int = 1
 ) -> Iterator[bytes]:
-    """Yield *count* mutants of *inputs*, with *words* in them; equal arguments give equal mutants."""
+    """Yield *count* mutants of *inputs*, with *words* in them; equal arguments give equal
+    mutants.
+    """
     dice = random.Random(seed)
     for _ in range(count):
         data = bytearray(dice.choice(inputs))

@@ -1,4 +1,6 @@
-"""Each target over its corpus and over mutants of it; with Atheris for an hour in all, by the mark `stress`."""
+"""Each target over its corpus and over mutants of it; with Atheris for an hour in all, by the mark
+`stress`.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ def test_no_kept_input_and_no_mutant_of_one_finds_a_fault(name: str) -> None:
     run_all(name, MUTANTS.get(name, MOST_MUTANTS))
 
 
-# What is broken, by the target that must notice it: an object, the name of its attribute, and another value.
+# What is broken, by the target that must notice it: an object, the name of its attribute, and
+# another value.
 BREAKAGES: dict[str, tuple[object, str, object]] = {
     "event_stream": (eventstream, "_BLANK", re.compile(rb"\n\n")),
     "fast_path": (fast_path, "_PLAIN", re.compile(rb"[^\n]+")),

@@ -1,4 +1,6 @@
-"""The quota of a key: never more than its limits, and nothing is kept of answers that have ended."""
+"""The quota of a key: never more than its limits, and nothing is kept of answers that have
+ended.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""text/event-stream under every cut of the bytes, against WHATWG HTML 9.2.6 written down plainly."""
+"""text/event-stream under every cut of the bytes, against WHATWG HTML 9.2.6 written down
+plainly.
+"""
 
 from __future__ import annotations
 

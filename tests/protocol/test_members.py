@@ -1,4 +1,6 @@
-"""Members of the top level: found, added and taken out in the bytes, as a decoder reads the body."""
+"""Members of the top level: found, added and taken out in the bytes, as a decoder reads the
+body.
+"""
 
 from __future__ import annotations
 

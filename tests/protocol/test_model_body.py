@@ -1,4 +1,6 @@
-"""A body with a model: what is read of it, and that nothing but the value of `model` is ever replaced."""
+"""A body with a model: what is read of it, and that nothing but the value of `model` is ever
+replaced.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Bodies that are decoded in pieces: as at once, wherever the cuts are, and in steps of a bounded size."""
+"""Bodies that are decoded in pieces: as at once, wherever the cuts are, and in steps of a bounded
+size.
+"""
 
 from __future__ import annotations
 

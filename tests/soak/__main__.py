@@ -1,4 +1,6 @@
-"""The command `python -m tests.soak`: a run, its JSON lines and its picture; or the picture of lines that are there."""
+"""The command `python -m tests.soak`: a run, its JSON lines and its picture; or the picture of
+lines that are there.
+"""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ class Left(Exception):
 class Answer:
     """What a client has read of an answer, whose whole text is *truth*.
 
-    Always, or `Violation` is raised: events are numbered without a gap, the text is the beginning of the truth, and
-    all of it where the answer is said to be complete.
+    Always, or `Violation` is raised: events are numbered without a gap, the text is the beginning
+    of the truth, and all of it where the answer is said to be complete.
     """
 
     truth: str

@@ -10,13 +10,15 @@ if TYPE_CHECKING:
 
 Line = dict[str, Any]
 MIB = 1 << 20
-# Between the middle and the last third of a run the median of the memory grows by no more than this share, and a few
-# MiB for what the allocator does with its pages.
+# Between the middle and the last third of a run the median of the memory grows by no more than
+# this share, and a few MiB for what the allocator does with its pages.
 MEMORY_SHARE, MEMORY_BYTES = 0.05, 4 * MIB
-# What the server adds to the first token of a direct request, in the last third of a run, is at most so many times that
-# of the first third, and 20 or 100 ms: a minute has few samples above its p99, and other programs run.
+# What the server adds to the first token of a direct request, in the last third of a run, is at
+# most so many times that of the first third, and 20 or 100 ms: a minute has few samples above its
+# p99, and other programs run.
 ADDED = {"p50": (1.5, 0.020), "p99": (2.0, 0.100)}
-# What is counted at the start and at the end. Connections that a provider's pool keeps have been closed by then.
+# What is counted at the start and at the end. Connections that a provider's pool keeps have been
+# closed by then.
 COUNTS = (
     *("connections", "waiting", "running", "kept", "stored", "detached", "in_flight", "queued"),
     "pool",
@@ -41,7 +43,9 @@ def memory(run: Sequence[Line]) -> tuple[float, float]:
 
 
 def added(run: Sequence[Line], percentile: str) -> tuple[float, float]:
-    """Return what the server adds to a first token: medians of the windows of the first and of the last third, in seconds."""
+    """Return what the server adds to a first token: medians of the windows of the first and of the
+    last third, in seconds.
+    """
     first, _, last = thirds(lines(run, "window"))
     return _added(first, percentile), _added(last, percentile)
 

@@ -1,4 +1,6 @@
-"""A client of a soak test: it asks one question on one face, does what its dice say, and checks what it reads."""
+"""A client of a soak test: it asks one question on one face, does what its dice say, and checks
+what it reads.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +42,11 @@ RETURNS = 3
 
 @dataclass
 class Client:
-    """Client *name*, which asks the server at *base* for an answer that fails by *fault*, if by any.
+    """Client *name*, which asks the server at *base* for an answer that fails by *fault*, if by
+    any.
 
-    *model* is what it asks for, None the active provider's own. *outcome* says at last how it ended.
+    *model* is what it asks for, None the active provider's own. *outcome* says at last how it
+    ended.
     """
 
     base: str

@@ -26,7 +26,8 @@ FAULT_SHARE = 0.3
 # Seconds after which a client gives up, as somebody does before whom nothing happens.
 PATIENCE = 20.0
 PROBED = ("websocket", "sse", "openai")
-# The keys of the clients, whose limits are reached; of the probes, whom nothing is refused; and of who looks at `/stats`.
+# The keys of the clients, whose limits are reached; of the probes, whom nothing is refused; and of
+# who looks at `/stats`.
 KEYS = [
     entry("many", max_concurrent=16, requests_per_minute=100_000),
     entry("few", max_concurrent=6, max_connections=8, requests_per_minute=600),
@@ -37,8 +38,8 @@ KEYS = [
 FEW_SHARE = 0.3
 # Seconds at most after which the next client comes, where one was refused.
 LATER = 1.0
-# Faults after which a provider is asked nothing for a while: each kind has a provider of its own, so that the others
-# go on. The rest is the active provider's.
+# Faults after which a provider is asked nothing for a while: each kind has a provider of its own,
+# so that the others go on. The rest is the active provider's.
 REFUSING = frozenset({"quota", "credits", "status-401"})
 LIMITED = frozenset(
     {
@@ -65,7 +66,9 @@ def model_of(fault: str) -> str | None:
 
 @dataclass
 class Load:
-    """The clients of a run, and what has become of them: *outcomes* are counted, *violations* are told."""
+    """The clients of a run, and what has become of them: *outcomes* are counted, *violations* are
+    told.
+    """
 
     base: str
     seed: int
@@ -139,9 +142,11 @@ class Load:
 
 
 async def probe(base: str, provider: str, seconds: float) -> dict[str, Any]:
-    """Ask the steady provider for *seconds*, on each face and directly; return the numbers of the window.
+    """Ask the steady provider for *seconds*, on each face and directly; return the numbers of the
+    window.
 
-    The direct answers show what the machine and this program add themselves: only the difference is the server's.
+    The direct answers show what the machine and this program add themselves: only the difference
+    is the server's.
     """
     question = Probe(prompt="Why are you called a gateway?", model="steady", max_tokens=20)
     plans = [

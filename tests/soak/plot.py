@@ -1,4 +1,6 @@
-"""A picture of a run (SVG): memory, what the server adds to a first token, and requests, over the minutes."""
+"""A picture of a run (SVG): memory, what the server adds to a first token, and requests, over the
+minutes.
+"""
 
 from __future__ import annotations
 

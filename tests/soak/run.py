@@ -50,7 +50,8 @@ conversations.MAX_CONVERSATIONS = 200
 main()
 """
 WORKERS = "chat.websocket.concurrency.uvicorn.workers"
-# Bounds that are met within the first minutes. If bodies were not let go, `max_body_bytes` would refuse the probes.
+# Bounds that are met within the first minutes. If bodies were not let go, `max_body_bytes` would
+# refuse the probes.
 CHANGES: dict[str, Any] = {
     "logging.level": "INFO",
     "auth.keys": KEYS,
@@ -70,7 +71,9 @@ CHANGES: dict[str, Any] = {
 
 
 async def soak(minutes: float, path: Path, seed: int = 1, workers: int = 1) -> list[Line]:
-    """Run *workers* processes for *minutes*; return the lines, which are written to *path* as they come."""
+    """Run *workers* processes for *minutes*; return the lines, which are written to *path* as they
+    come.
+    """
     run: list[Line] = []
     began = perf_counter()
 

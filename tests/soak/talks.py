@@ -1,7 +1,7 @@
 """Conversations of a soak test.
 
-In the Responses API they are on the lanes of a WebSocket, and over HTTP by `previous_response_id`; on our own face the server keeps
-them in an SQLite file.
+In the Responses API they are on the lanes of a WebSocket, and over HTTP by `previous_response_id`;
+on our own face the server keeps them in an SQLite file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 # A provider that has chat completions only, which are translated.
 BRIDGED = "bridged"
 LANES, TURNS, RETURNS = 2, 3, 3
-# What is said of a response that cannot be continued, or resumed: the small store has had to make room.
+# What is said of a response that cannot be continued, or resumed: the small store has had to make
+# room.
 LOST = {"previous_response_not_found", "stream_not_found", "resume_gap"}
 NOT_CANCELLED = "no such response is under way"
 
@@ -34,7 +35,8 @@ NOT_CANCELLED = "no such response is under way"
 class Talk:
     """A conversation of *client*, on the lane *name* if it is on a WebSocket.
 
-    *turn* counts the questions that the model is shown, and `answer` is that to the last one. *outcome* says how it has ended.
+    *turn* counts the questions that the model is shown, and `answer` is that to the last one.
+    *outcome* says how it has ended.
     """
 
     client: Client
@@ -66,7 +68,9 @@ class Talk:
         }
 
     def take(self, event: dict[str, Any]) -> None:
-        """Take one event of the response under way; sets `outcome` if nothing is to be asked after it."""
+        """Take one event of the response under way; sets `outcome` if nothing is to be asked after
+        it.
+        """
         answer = self.answer
         if answer.end:
             raise Violation(f"{event['type']} after the end")

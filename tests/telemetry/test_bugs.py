@@ -1,4 +1,6 @@
-"""Bugs: where they are, without a word of what they were about, and how many places are told apart."""
+"""Bugs: where they are, without a word of what they were about, and how many places are told
+apart.
+"""
 
 from __future__ import annotations
 

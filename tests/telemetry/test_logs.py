@@ -311,7 +311,8 @@ async def test_no_line_has_what_was_said(
     assert "x" * 201 not in written
 
 
-# A line feed, a colour, C1's CSI, a reversal of the text, a lone surrogate, and a field of its own.
+# A line feed, a colour, C1's CSI, a reversal of the text, a lone surrogate, and a field of its
+# own.
 HOSTILE = 'x\n00:00:00 ERROR   forged \x1b[31m \x9b2J \u202e \x7f \u2028 \udc80 outcome="ok"'
 
 

@@ -1,4 +1,6 @@
-"""The bridge: any request for a response as one for a chat completion, and the chunks of its answer as events."""
+"""The bridge: any request for a response as one for a chat completion, and the chunks of its
+answer as events.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ ROLES = {"system", "user", "assistant", "tool"}
 
 
 def run(data: bytes) -> None:
-    """Take the content for the body of a request, or for an answer: in pieces, at once, and byte for byte."""
+    """Take the content for the body of a request, or for an answer: in pieces, at once, and byte
+    for byte.
+    """
     given = parts(data)
     if given.choice % 2:
         _check_request(given.content)

@@ -1,7 +1,7 @@
 """The fast path and the slow path: the same events have the same effects on both, on each face.
 
-The content is the body of a provider's answer. Each event is a chunk and a read of its own, so that the fast path
-takes what it can.
+The content is the body of a provider's answer. Each event is a chunk and a read of its own, so
+that the fast path takes what it can.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ _EVENT = re.compile(rb".+?(?:\n\n|\Z)", re.DOTALL)
 
 
 def run(data: bytes) -> None:
-    """Compare an answer in reads of one event with the same in halves of them, and cut anywhere."""
+    """Compare an answer in reads of one event with the same in halves of them, and cut
+    anywhere.
+    """
     given = parts(data)
     face = FACES[given.choice % len(FACES)]
     chunks = [chunk(event) for event in _EVENT.findall(given.content)]

@@ -1,7 +1,7 @@
 """The bytes of a provider's answer (RFC 9112), whatever they are, on a connection that may break.
 
-The request ends with an answer or with an error that clients may see, the connection is released or closed, and
-what clients get does not depend on the reads.
+The request ends with an answer or with an error that clients may see, the connection is released
+or closed, and what clients get does not depend on the reads.
 """
 
 from __future__ import annotations

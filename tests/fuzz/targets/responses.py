@@ -1,4 +1,6 @@
-"""The events of a streamed response (`/v1/responses`), and what is remembered of them for clients that come back."""
+"""The events of a streamed response (`/v1/responses`), and what is remembered of them for clients
+that come back.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The frames that a server sends, as the client library reads them: against the standard library's JSON."""
+"""The frames that a server sends, as the client library reads them: against the standard library's
+JSON.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ WORDS = (
 
 
 def run(data: bytes) -> None:
-    """Check that each line is a frame with values of the right kinds, or is refused as one error."""
+    """Check that each line is a frame with values of the right kinds, or is refused as one
+    error.
+    """
     for line in parts(data).content.split(b"\n"):
         with contextlib.suppress(frames.BadFrame):
             frame = frames.parse(line)
