@@ -1,4 +1,6 @@
-"""An answer on either transport: its events, its three ends, what is asked again and what is not."""
+"""An answer on either transport: its events, its three ends, what is asked again and what is
+not.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The client library while its server is replaced, reloaded, killed and started again, as processes."""
+"""The client library while its server is replaced, reloaded, killed and started again, as
+processes.
+"""
 
 from __future__ import annotations
 

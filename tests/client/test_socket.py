@@ -1,4 +1,6 @@
-"""The WebSocket transport against a server that follows a script: places, refusals, close codes, slow readers."""
+"""The WebSocket transport against a server that follows a script: places, refusals, close codes,
+slow readers.
+"""
 
 from __future__ import annotations
 

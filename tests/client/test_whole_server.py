@@ -188,7 +188,9 @@ async def test_large_answer_read_slowly_is_whole(
 async def test_program_that_rests_over_a_large_answer_reads_all_of_it(
     make_server: MakeServer, transport: Transport
 ) -> None:
-    """The server drops a client that takes nothing for `send_timeout`; it comes back for the rest."""
+    """The server drops a client that takes nothing for `send_timeout`; it comes back for the
+    rest.
+    """
     changes = {"chat.streams.max_stream_bytes": 1 << 26, "chat.streams.send_timeout": 1.0}
     server = await make_server(QUICK, **changes)
     fields = big(400_000, 40)
