@@ -54,10 +54,11 @@ ONE = {
 
 @dataclass(frozen=True)
 class End:
-    """How a request ends: by what its provider *sends* before it *closes*, or since its client *leaves*.
+    """How a request ends: by what its provider *sends* before it *closes*, or since its client
+    *leaves*.
 
-    *others*: how many requests came before, which hold places or wait for them. *unsent*: what the server
-    counts once the request waits, if the provider does not see it.
+    *others*: how many requests came before, which hold places or wait for them. *unsent*: what the
+    server counts once the request waits, if the provider does not see it.
     """
 
     sends: bytes = b""

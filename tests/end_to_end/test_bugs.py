@@ -1,4 +1,6 @@
-"""A bug in a handler: an incident, the verdict and a line of the doctor's, for a minute, without a word of the request."""
+"""A bug in a handler: an incident, the verdict and a line of the doctor's, for a minute, without a
+word of the request.
+"""
 
 from __future__ import annotations
 

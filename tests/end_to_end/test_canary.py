@@ -33,7 +33,9 @@ NAME = f"app-{KEY}"  # the caller's name is no secret: what is looked for is its
 
 
 class Heard:
-    """Everything that the server has written for others than the caller: logs, metrics, state, pages."""
+    """Everything that the server has written for others than the caller: logs, metrics, state,
+    pages.
+    """
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -175,7 +177,9 @@ ECHOED = (b"500 Oops", b"404 Not Found", b"200 OK", b"401 Unauthorized")
 async def test_a_process_shows_neither_key_nor_prompt_not_even_when_it_is_aborted(
     tmp_path: Path,
 ) -> None:
-    """The provider's key as well, although this provider repeats all that it is sent in its answers."""
+    """The provider's key as well, although this provider repeats all that it is sent in its
+    answers.
+    """
     statuses = iter(ECHOED)
 
     async def play(peer: Peer) -> None:

@@ -1,7 +1,8 @@
-"""Random clients of two keys that connect, ask, cancel, leave, reset and send half requests, on every face.
+"""Random clients of two keys that connect, ask, cancel, leave, reset and send half requests, on
+every face.
 
-Afterwards nothing is held: no place, nothing of a key, no socket, no task, no stream that runs; and every
-place of the provider can be taken at once. The seed is printed with a failure.
+Afterwards nothing is held: no place, nothing of a key, no socket, no task, no stream that runs;
+and every place of the provider can be taken at once. The seed is printed with a failure.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from tests.support.server import MakeServer, RunningServer
 
 PACE = Behaviour(ttft=0.002, interval=0.001, tokens=12)
-# Two keys, whose limits are met: together they have more than all places, and one has no more than half of them.
+# Two keys, whose limits are met: together they have more than all places, and one has no more than
+# half of them.
 KEYS = (entry("many", max_concurrent=15), entry("few", max_connections=10, max_concurrent=5))
 
 

@@ -1,4 +1,6 @@
-"""What a request has taken is given back, whatever fails after that: each call of each section that takes something raises once."""
+"""What a request has taken is given back, whatever fails after that: each call of each section
+that takes something raises once.
+"""
 
 from __future__ import annotations
 
@@ -70,8 +72,8 @@ providers.provider Provider.exchange
 providers.queueing ProviderGate._start
 """.strip().splitlines()
 }
-# A refused socket, a trial of a dead provider, a pool behind no gate, a response whose log is gone, and what calls
-# nothing that may fail.
+# A refused socket, a trial of a dead provider, a pool behind no gate, a response whose log is
+# gone, and what calls nothing that may fail.
 RARE = {
     Function("faces.socket", "Socket.refused"),
     Function("faces.admission", "Admission.grow"),
@@ -245,7 +247,9 @@ FACES = (
 
 
 async def ask(server: RunningServer, face: Any, round_name: str) -> None:
-    """Let two clients of each of two keys ask at once, and leave; what they are answered is no matter here."""
+    """Let two clients of each of two keys ask at once, and leave; what they are answered is no
+    matter here.
+    """
 
     async def one(number: int) -> None:
         with contextlib.suppress(

@@ -1,4 +1,5 @@
-"""Clients with keys that all come at once to a house with few places, on every face, while limits change, and to workers.
+"""Clients with keys that all come at once to a house with few places, on every face, while limits
+change, and to workers.
 
 Each of them is served, and afterwards nothing is held: no place, none of a key's counts.
 """
@@ -39,12 +40,15 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 FACES = (*BODIES, "websocket")
 SERVED = "served"
-# What a client may hear whose key has as many connections as it may, and what one whose place is taken away.
+# What a client may hear whose key has as many connections as it may, and what one whose place is
+# taken away.
 REFUSALS = frozenset({"concurrency_exceeded", "server_at_capacity"})
 
 
 def house(places: int, *, bound: int = 0) -> dict[str, Any]:
-    """A server with that many *places*, where all may wait; each key has at most *bound* connections, if that is not 0."""
+    """A server with that many *places*, where all may wait; each key has at most *bound*
+    connections, if that is not 0.
+    """
     limits = {"max_connections": bound, "requests_per_minute": 1_000_000}
     return {
         f"{CONCURRENCY}.max_connections": places,

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from tests.support.server import MakeServer
 
 BLOCK = b"\xa5" * (1 << 16)
-# What a request may cost: what waits on either side of it, one read of each, and the other sides, which are here.
+# What a request may cost: what waits on either side of it, one read of each, and the other sides,
+# which are here.
 MOST = 1 << 21
 # Bytes that the reader of the test's provider buffers.
 LIMIT = 1 << 16

@@ -40,7 +40,9 @@ BIG = 14 << 20
 
 @dataclass(frozen=True)
 class Phase:
-    """The phase of a request in which its client leaves; it has come once *reached* returns true."""
+    """The phase of a request in which its client leaves; it has come once *reached* returns
+    true.
+    """
 
     reached: Callable[[RunningServer], bool]
     behaviour: Behaviour = STALLED

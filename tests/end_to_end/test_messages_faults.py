@@ -1,4 +1,6 @@
-"""Every fault of a provider, as a client of Anthropic's API sees it, streamed and whole; nothing is held afterwards."""
+"""Every fault of a provider, as a client of Anthropic's API sees it, streamed and whole; nothing
+is held afterwards.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ TEXTS_ABOUT_KEYS = (b"Incorrect API key", b"The simulator says", b"billing", b"c
 AUTH, ERROR, LIMITED = "provider_auth_error", "provider_error", "provider_rate_limited"
 BAD, CUT, SILENT = "provider_bad_response", "provider_disconnected", "read_timeout"
 
-# The status and the type that a client sees, what is counted, and whether the provider's own words pass.
+# The status and the type that a client sees, what is counted, and whether the provider's own words
+# pass.
 BEFORE: dict[str, tuple[int, str, str, str, bool]] = {
     "fault-status-400": (400, "invalid_request_error", ERROR, "http_4xx", True),
     "fault-status-401": (502, "api_error", AUTH, "http_4xx", False),

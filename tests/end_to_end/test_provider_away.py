@@ -1,4 +1,6 @@
-"""A provider that is away for a while, as a model server that restarts: `when_down: wait` and `fail`."""
+"""A provider that is away for a while, as a model server that restarts: `when_down: wait` and
+`fail`.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def waiting(server: RunningServer) -> int:
 
 
 async def waiters(server: RunningServer, *, known: bool) -> asyncio.Task[list[Seen]]:
-    """Ask on every face, and return when all wait; with *known* the provider is known as dead before."""
+    """Ask on every face, and return when all wait; with *known* the provider is known as dead
+    before.
+    """
     if known:
         kill(server.provider_of("far").health.breaker, unreachable=True)
     asking = asyncio.create_task(ask_every_face(server, "far"))

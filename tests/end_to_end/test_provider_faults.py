@@ -1,6 +1,7 @@
 """Every fault of a provider, as a client sees it on each face.
 
-Afterwards nothing is held, and it was counted: what became of each try, and how each request ended.
+Afterwards nothing is held, and it was counted: what became of each try, and how each request
+ended.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ async def ask_and_count(
     """The same question on three faces; then nothing is held, and all of it was counted.
 
     *outcome*: what became of each try. *code*: how each request ended, where that is not what the
-    client of the OpenAI face sees. *kept*: whether the provider's connection went back to the pool.
+    client of the OpenAI face sees. *kept*: whether the provider's connection went back to the
+    pool.
     """
     tries, ends = await counts(server)
     asked = server.simulator.stats().requests
@@ -63,7 +65,9 @@ async def ask_and_count(
 async def counts(
     server: RunningServer,
 ) -> tuple[Counter[tuple[str, ...]], Counter[tuple[str, ...]]]:
-    """The attempts by outcome, and the requests by face and the code with which they have ended."""
+    """The attempts by outcome, and the requests by face and the code with which they have
+    ended.
+    """
     return (
         await server.counted("provider_attempts", "outcome"),
         await server.counted("requests", "face", "code"),
@@ -77,7 +81,9 @@ BAD, CUT, SILENT = "provider_bad_response", "provider_disconnected", "read_timeo
 
 
 def patience(code: str) -> dict[str, Any]:
-    """Changes by which silence soon ends, only where it must: on a busy machine anybody may be silent."""
+    """Changes by which silence soon ends, only where it must: on a busy machine anybody may be
+    silent.
+    """
     return IMPATIENT if code == SILENT else {}
 
 
@@ -156,7 +162,8 @@ async def test_a_fault_before_the_first_event_has_its_status_and_code(
         assert ws.error["retry_after"] > 0
     elif status > 500:
         assert v1.headers["x-should-retry"] == "false"
-    # One that limits us or refuses our key is left alone: who comes next waits, or is told at once.
+    # One that limits us or refuses our key is left alone: who comes next waits, or is told at
+    # once.
     left_alone = status == 429 or code == AUTH
     assert server.simulator.stats().requests in ((1, 2, 3) if left_alone else (3,))
 

@@ -1,4 +1,6 @@
-"""Clients that read nothing of a response, whatever it is and however it is written: they are dropped."""
+"""Clients that read nothing of a response, whatever it is and however it is written: they are
+dropped.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Connections that slowhttptest makes: slow heads, slow bodies, slow reading. All go, and nobody else waits.
+"""Connections that slowhttptest makes: slow heads, slow bodies, slow reading. All go, and nobody
+else waits.
 
 They hold no place while they drip, and are gone at their deadlines, however much they drip.
 """
@@ -46,7 +47,9 @@ async def dripping(server: RunningServer, begin: bytes) -> bytes:
 
 
 async def slow_reader(server: RunningServer, name: str, readers: int) -> bytes:
-    """Read nothing of a large answer until all *readers* are dropped; returns what was on its way."""
+    """Read nothing of a large answer until all *readers* are dropped; returns what was on its
+    way.
+    """
     async with Raw(server, receive_buffer=SMALL) as raw:
         await raw.ask_sse(name, **ANSWER)
         await until(lambda: server.context.metrics.slow_clients.value == readers, 60.0)

@@ -1,4 +1,6 @@
-"""A crowd that asks and reads nothing, on every face: it costs a bounded memory, and nobody else."""
+"""A crowd that asks and reads nothing, on every face: it costs a bounded memory, and nobody
+else.
+"""
 
 from __future__ import annotations
 

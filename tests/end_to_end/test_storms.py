@@ -116,7 +116,8 @@ async def test_when_all_reconnect_the_rest_is_sent_away_and_running_answers_go_o
     await server.nothing_held()
 
 
-# The kernel's own deadline for the client that reads nothing is a second later, in the machine's time.
+# The kernel's own deadline for the client that reads nothing is a second later, in the machine's
+# time.
 @pytest.mark.real_time
 @pytest.mark.parametrize(
     "count", [20, pytest.param(200, marks=[pytest.mark.stress, pytest.mark.timeout(300)])]

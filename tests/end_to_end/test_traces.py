@@ -177,7 +177,9 @@ async def test_a_request_that_is_passed_on_is_named_without_the_id_of_an_object(
 
 
 class Listener:
-    """A provider that keeps the heads of its requests, and fails those before the last of *answers*."""
+    """A provider that keeps the heads of its requests, and fails those before the last of
+    *answers*.
+    """
 
     def __init__(self, answers: int = 1) -> None:
         self.heads: list[str] = []
