@@ -1,4 +1,6 @@
-"""What a client sends on a WebSocket is counted frame by frame, and refused where aiohttp would not."""
+"""What a client sends on a WebSocket is counted frame by frame, and refused where aiohttp would
+not.
+"""
 
 from __future__ import annotations
 

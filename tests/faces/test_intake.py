@@ -1,4 +1,6 @@
-"""What the bodies of requests hold: their bytes, counted until they were sent for the last time."""
+"""What the bodies of requests hold: their bytes, counted until they were sent for the last
+time.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
 
 
 class Staged:
-    """A provider that answers in stages: nothing, an event, then the rest; each when it is told to."""
+    """A provider that answers in stages: nothing, an event, then the rest; each when it is told
+    to.
+    """
 
     def __init__(self, *, refusals: int = 0) -> None:
         self.began = asyncio.Event()
@@ -312,7 +316,8 @@ async def test_admitted_bodies_cost_less_than_ten_times_their_bytes(
         provider.ended.set()
         await asyncio.gather(*asked)
 
-    # This process is also the client and the provider, which have the bytes two or three times more.
+    # This process is also the client and the provider, which have the bytes two or three times
+    # more.
     assert peak < 10 * count * size
     assert held < 5 * count * size
     assert kept < 1.5 * count * size

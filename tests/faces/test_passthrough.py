@@ -73,7 +73,9 @@ async def account() -> AsyncIterator[Account]:
 async def send(
     server: RunningServer, method: str, path: str, caller: str = "", **kwargs: Any
 ) -> tuple[int, bytes, dict[str, str]]:
-    """Make a request with the key of *caller*; returns the status, the body, and the headers in lower case."""
+    """Make a request with the key of *caller*; returns the status, the body, and the headers in
+    lower case.
+    """
     headers = {**kwargs.pop("headers", {}), **(bearer(caller) if caller else {})}
     url = URL(f"{server.v1}/{path}", encoded=True)
     request = server.session.request(method, url, headers=headers, **kwargs)

@@ -1,4 +1,6 @@
-"""OpenAI's own client on the paths that are passed on: files, batches, audio, images, moderations."""
+"""OpenAI's own client on the paths that are passed on: files, batches, audio, images,
+moderations.
+"""
 
 from __future__ import annotations
 

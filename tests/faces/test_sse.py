@@ -88,8 +88,8 @@ async def test_an_answer_that_nobody_comes_for_ends_with_its_window(
 async def test_a_reader_that_comes_back_gets_exactly_the_rest(
     server: RunningServer, way: str, method: str
 ) -> None:
-    # Some libraries repeat their POST when they reconnect: @microsoft/fetch-event-source does so at
-    # each switch of the browser's tab.
+    # Some libraries repeat their POST when they reconnect: @microsoft/fetch-event-source does so
+    # at each switch of the browser's tab.
     server.simulator.behaviour = Behaviour(ttft=0, interval=0, tokens=12)
     async with server.session.post(server.sse, json=ASK) as response:
         frames = await read_frames(response)
