@@ -1,4 +1,6 @@
-"""A breaker costs no more than the fault: what clients get from a provider that fails, in virtual time."""
+"""A breaker costs no more than the fault: what clients get from a provider that fails, in virtual
+time.
+"""
 
 from __future__ import annotations
 
