@@ -134,7 +134,9 @@ def troubled(
     kind: str = SILENT,
     severity: str = "error",
 ) -> list[tuple[str, str]]:
-    """The severities and texts of the incidents of a tick in which these providers are in trouble."""
+    """The severities and texts of the incidents of a tick in which these providers are in
+    trouble.
+    """
     state: Any = {name: {"trouble": None} for name in ("groq", "other")}
     for name in providers:
         state[name]["trouble"] = {

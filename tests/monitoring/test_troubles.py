@@ -34,7 +34,9 @@ def looked(
     fallbacks: tuple[str, ...] = (),
     **changes: Any,
 ) -> Any:
-    """The trouble of a provider with these *changes* of its state, and attempts since the last look."""
+    """The trouble of a provider with these *changes* of its state, and attempts since the last
+    look.
+    """
     attempts: dict[Total, float] = {
         Total(ATTEMPTS, outcome, "groq"): number for outcome, number in (growth or {}).items()
     }

@@ -42,7 +42,9 @@ def interval(growth: dict[Total, float] | None = None, *, lag_max: float = 0.0) 
 def judged(
     changes: dict[str, Any], growth: dict[Total, float] | None = None, *, lag_max: float = 0.0
 ) -> Any:
-    """The verdict on one tick of a server, whose troubles are found first, as the monitor does it."""
+    """The verdict on one tick of a server, whose troubles are found first, as the monitor does
+    it.
+    """
     stats, tick = state(changes), interval(growth, lag_max=lag_max)
     Troubles().observe(stats, tick)
     return Verdicts().observe(stats, tick)
