@@ -1,4 +1,6 @@
-"""The requests that are written to a provider: how its key is presented, and which path and version are asked for."""
+"""The requests that are written to a provider: how its key is presented, and which path and
+version are asked for.
+"""
 
 from __future__ import annotations
 
