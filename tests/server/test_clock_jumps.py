@@ -1,6 +1,7 @@
 """The machine's clock jumps by an hour, either way, under a running server: nobody notices.
 
-`tests/test_clocks.py` finds any look at that clock in the source; this is the same for a whole process.
+`tests/test_clocks.py` finds any look at that clock in the source; this is the same for a whole
+process.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from tests.support.process import ServerProcess
 
 HOUR = 3600.0
-# Python runs a module of this name at its start; the file has the seconds to add to the time of day.
+# Python runs a module of this name at its start; the file has the seconds to add to the time of
+# day.
 SHIFTED = """
 import mmap, struct, time
 with open({file!r}, "r+b") as file:

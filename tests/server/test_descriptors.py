@@ -1,4 +1,6 @@
-"""No file descriptor is left: what is served goes on, nobody else is blamed, and the server recovers."""
+"""No file descriptor is left: what is served goes on, nobody else is blamed, and the server
+recovers.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +127,8 @@ async def test_without_descriptors_what_is_served_goes_on_and_new_clients_are_se
             pass
         assert frame["status"] == "chunk"
         assert process.log.count("no file descriptor is free for a connection to") == 1
-        # asyncio reports each connection that it cannot accept, of which few are logged; uvloop none.
+        # asyncio reports each connection that it cannot accept, of which few are logged; uvloop
+        # none.
         reports = process.log.count("out of system resource")
         assert (reports > 0) == (loop_name() == "asyncio")
         assert reports < 5
@@ -135,7 +138,9 @@ async def test_without_descriptors_what_is_served_goes_on_and_new_clients_are_se
 async def test_where_the_limit_is_as_large_as_asked_for_all_caps_can_be_reached(
     tmp_path: Path,
 ) -> None:
-    """Everything that has a cap is there as often as it may be, and the next client is refused in words."""
+    """Everything that has a cap is there as often as it may be, and the next client is refused in
+    words.
+    """
     number = 4
     changes = {
         **places(number, 60.0),

@@ -1,4 +1,6 @@
-"""Requests served past aiohttp's loop: what a client sees is what aiohttp itself would have sent."""
+"""Requests served past aiohttp's loop: what a client sees is what aiohttp itself would have
+sent.
+"""
 
 from __future__ import annotations
 
@@ -148,7 +150,9 @@ async def connected(kind: type[RequestHandler], handler: Any = handle) -> tuple[
 
 
 class Seen(NamedTuple):
-    """What the client got, whether the connection had ended before and after KEEPALIVE seconds, and how many tasks there were."""
+    """What the client got, whether the connection had ended before and after KEEPALIVE seconds,
+    and how many tasks there were.
+    """
 
     written: bytes
     closed: bool
@@ -304,7 +308,9 @@ async def test_nothing_is_parsed_again_for_a_body_whose_reading_was_never_paused
 
 
 def test_the_private_names_of_aiohttp_are_what_we_take_them_for() -> None:
-    """See the head of `direct.py`. If this fails, read `RequestHandler.start` again, and then `_serve`."""
+    """See the head of `direct.py`. If this fails, read `RequestHandler.start` again, and then
+    `_serve`.
+    """
     start = inspect.getsource(RequestHandler.start)
     for line in (
         "self._waiter = loop.create_future()",

@@ -1,4 +1,6 @@
-"""The end of a process whose siblings go on: it refuses nothing before its connections are gone."""
+"""The end of a process whose siblings go on: it refuses nothing before its connections are
+gone.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ async def test_what_waits_for_a_provider_gets_it(make_server: MakeServer) -> Non
 
 
 async def all_are_served(server: RunningServer) -> None:
-    """Three requests of a second, of which two have to wait, are answered after a hand-over has begun."""
+    """Three requests of a second, of which two have to wait, are answered after a hand-over has
+    begun.
+    """
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(Raw(server)) for _ in range(3)]
         for raw in clients:

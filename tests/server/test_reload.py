@@ -1,4 +1,6 @@
-"""SIGHUP: what a new configuration changes while clients are connected, and what it leaves alone."""
+"""SIGHUP: what a new configuration changes while clients are connected, and what it leaves
+alone.
+"""
 
 from __future__ import annotations
 

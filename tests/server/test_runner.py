@@ -1,4 +1,6 @@
-"""Our connections: every limit reaches them, and a request is found the handler that aiohttp would find."""
+"""Our connections: every limit reaches them, and a request is found the handler that aiohttp would
+find.
+"""
 
 from __future__ import annotations
 

@@ -184,7 +184,9 @@ async def test_an_idle_server_ends_at_once(
 async def test_a_request_on_its_way_when_it_ends_is_answered(
     tmp_path: Path, simulator: Simulator
 ) -> None:
-    """A client that asks again the moment an answer ends cannot know that the connection ends, too."""
+    """A client that asks again the moment an answer ends cannot know that the connection ends,
+    too.
+    """
     simulator.behaviour = Behaviour(ttft=0, interval=0.01, tokens=20)
     async with serving(tmp_path / "c.yaml", simulator.base_url) as process:
         await process.ready()

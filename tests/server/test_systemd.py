@@ -539,7 +539,8 @@ async def test_a_service_feeds_its_watchdog_and_says_how_full_it_is(
         assert await process.ended() == 0
 
 
-# Python runs a module of this name at its start. A signal's handler runs in the thread of the event loop.
+# Python runs a module of this name at its start. A signal's handler runs in the thread of the
+# event loop.
 BLOCKABLE = """
 import signal, time
 seconds = iter((0.6, 1000))
