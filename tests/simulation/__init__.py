@@ -1,17 +1,22 @@
-"""The whole server in virtual time, on a network in memory: what sockets and real seconds do not show.
+"""The whole server in virtual time, on a network in memory: what sockets and real seconds do not
+show.
 
-seed: decides all that a run draws (clock.py). plan: what a run tries (plan.py, configuration.py). world: the servers,
-their providers and their clients, and one run of them (world.py). instance: one server. balancer: chooses the instance
-for each connection of a client. dial: how one connection is made, with its faults (dials.py); link: a connection of the
-server to a provider. listener, transport: the network (network.py, transport.py). client: who asks, and reads (client.py,
-own_faces.py, openai_faces.py, returning.py); silent: who says nothing (silence.py). habit: what a client does beside asking and reading.
+seed: decides all that a run draws (clock.py). plan: what a run tries (plan.py, configuration.py).
+world: the servers, their providers and their clients, and one run of them (world.py). instance:
+one server. balancer: chooses the instance for each connection of a client. dial: how one
+connection is made, with its faults (dials.py); link: a connection of the server to a provider.
+listener, transport: the network (network.py, transport.py). client: who asks, and reads
+(client.py, own_faces.py, openai_faces.py, returning.py); silent: who says nothing (silence.py).
+habit: what a client does beside asking and reading.
 
-cluster: instances that share a server, and what happens to them (cluster.py). member: one of them (membership.py). shared
-server: the Redis or Valkey of a run, with its faults (shared_server.py). What holds of all of them is in together.py.
+cluster: instances that share a server, and what happens to them (cluster.py). member: one of them
+(membership.py). shared server: the Redis or Valkey of a run, with its faults (shared_server.py).
+What holds of all of them is in together.py.
 
-violation: a promise of the server that was broken. What a client may read is in truth.py; what a server may hold in
-watch.py, how long it may wait in deadlines.py, whom it serves next in fairness.py, and what holds of all servers together in
-sums.py. breakage: a server that breaks a promise, as proof that it is noticed (breakages.py).
+violation: a promise of the server that was broken. What a client may read is in truth.py; what a
+server may hold in watch.py, how long it may wait in deadlines.py, whom it serves next in
+fairness.py, and what holds of all servers together in sums.py. breakage: a server that breaks a
+promise, as proof that it is noticed (breakages.py).
 
 swarm: the command (swarm.py); shrink.py finds the smallest part of a run that still fails.
 """

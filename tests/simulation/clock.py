@@ -1,7 +1,8 @@
-"""Virtual time for a whole process: `install` comes before anything that reads a clock is imported.
+"""Virtual time for a whole process: `install` comes before anything that reads a clock is
+imported.
 
-The seconds of `time.monotonic` are those of the loop, which jumps from timer to timer. What is random is
-drawn from the seed of the run, ids included, so that the same seed gives the same run.
+The seconds of `time.monotonic` are those of the loop, which jumps from timer to timer. What is
+random is drawn from the seed of the run, ids included, so that the same seed gives the same run.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def install() -> None:
 
 
 def fix_hashes(module: str) -> None:
-    """Start *module* anew if the order of sets of texts, which is a part of a run, differs from process to process."""
+    """Start *module* anew if the order of sets of texts, which is a part of a run, differs from
+    process to process.
+    """
     if os.environ.get("PYTHONHASHSEED") != "0":
         os.environ["PYTHONHASHSEED"] = "0"
         os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]])

@@ -1,4 +1,6 @@
-"""The configuration of a run, drawn from its dice: limits, times, keys, and whether there is a second provider."""
+"""The configuration of a run, drawn from its dice: limits, times, keys, and whether there is a
+second provider.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +102,9 @@ def draw_changes(dice: random.Random, keys: tuple[Key, ...]) -> dict[str, Any]:
 
 
 def with_spare(changes: dict[str, Any], base_url: str) -> dict[str, Any]:
-    """Return *changes* with a second provider at *base_url*, which is asked where the first one fails."""
+    """Return *changes* with a second provider at *base_url*, which is asked where the first one
+    fails.
+    """
     client = {
         name: changes.get(f"{HTTP}.{name}", value)
         for name, value in HTTP_CLIENT.items()
@@ -117,7 +121,8 @@ def with_spare(changes: dict[str, Any], base_url: str) -> dict[str, Any]:
 def longest_wait(changes: dict[str, Any], providers: int) -> float:
     """Return the seconds in which a client whose connection is good hears something at last.
 
-    It is the sum of all deadlines that a request may meet, one after another, and of the longest answer.
+    It is the sum of all deadlines that a request may meet, one after another, and of the longest
+    answer.
     """
     retries = 1 + changes[f"{HTTP}.max_retries"]
     attempt = sum(
@@ -130,7 +135,8 @@ def longest_wait(changes: dict[str, Any], providers: int) -> float:
     )
 
 
-# Seconds for a body to come (faces/intake.py), and at most between two attempts (gateway/router.py).
+# Seconds for a body to come (faces/intake.py), and at most between two attempts
+# (gateway/router.py).
 BODY, BACKOFF = 15.0, 60.0
 # Seconds for 200 tokens, one each 0.2 s, on a slow link; and some more.
 LONGEST_ANSWER, MARGIN = 80.0, 30.0

@@ -1,4 +1,6 @@
-"""A conversation of the Responses API: its turns, what the model may be shown for each, and when a response must be found."""
+"""A conversation of the Responses API: its turns, what the model may be shown for each, and when a
+response must be found.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,11 @@ ROOM = 1 << 28
 
 @dataclass(slots=True, eq=False)
 class Turn:
-    """A request for a response to *question*, after the turns *before* it; *store* is what it says.
+    """A request for a response to *question*, after the turns *before* it; *store* is what it
+    says.
 
-    *prepared*: nothing is generated (`generate: false`). *ended_at* is when its client has heard of its good end, 0.0 if it has not,
-    and *asked_at* when it was asked for.
+    *prepared*: nothing is generated (`generate: false`). *ended_at* is when its client has heard
+    of its good end, 0.0 if it has not, and *asked_at* when it was asked for.
     """
 
     question: Question
@@ -69,7 +72,9 @@ class Turn:
         return fields
 
     def may_be_shown(self, names: tuple[str, ...], previous: str) -> bool:
-        """Return whether the model may be shown these questions, and is told that they continue the response *previous*."""
+        """Return whether the model may be shown these questions, and is told that they continue
+        the response *previous*.
+        """
         if names == self.names and not previous:
             return True
         # A provider that keeps responses has seen those before, but none that was prepared only.
@@ -82,12 +87,16 @@ class Turn:
         self.ended_at = Clock.now
 
     def must_go_on(self, plan: Plan, *, to_lane: bool = False) -> bool:
-        """Return whether a request must be able to continue its response now; *to_lane*: see `must_be_known`."""
+        """Return whether a request must be able to continue its response now; *to_lane*: see
+        `must_be_known`.
+        """
         # Where a provider keeps responses it may be the only one that knows what came first.
         return plan.responses != KEEPS and self.must_be_known(plan, to_lane=to_lane)
 
     def must_be_known(self, plan: Plan, *, to_lane: bool = False) -> bool:
-        """Return whether the server must know its response now; *to_lane*: the lane keeps it for which it is asked."""
+        """Return whether the server must know its response now; *to_lane*: the lane keeps it for
+        which it is asked.
+        """
         room = plan.changes[f"{STREAMS}.max_kept_bytes"] >= ROOM
         if not (room and self.ended_at) or self.deleted:
             return False
@@ -100,7 +109,9 @@ class Turn:
         return stored and within and (plan.instances == 1 or self._is_anywhere(plan))
 
     def _is_anywhere(self, plan: Plan) -> bool:
-        """Return whether all instances must have it: it is written while nothing goes wrong between them."""
+        """Return whether all instances must have it: it is written while nothing goes wrong
+        between them.
+        """
         shared = plan.shared
         calm = shared is not None and not shared.lossy and not shared.events
         return calm and Clock.now > self.ended_at + WRITTEN

@@ -1,7 +1,8 @@
 """Every wait is ended by its deadline: looked at twice a second, from inside and from the network.
 
-The deadlines are taken from the settings, and the time of a wait from its beginning, not from the server's own
-timers. After a reload old waits may keep old deadlines: it is looked at again once they must be over.
+The deadlines are taken from the settings, and the time of a wait from its beginning, not from the
+server's own timers. After a reload old waits may keep old deadlines: it is looked at again once
+they must be over.
 """
 
 # ruff: noqa: SLF001 - no snapshot shows the waits
@@ -108,7 +109,9 @@ class Deadlines:
                 self._broken(f"{len(end._buffer)} bytes have been stuck for {stuck:.2f} s")
 
     def _look_at_kept(self) -> None:
-        """Look at the ended answers, which are forgotten after their windows unless somebody reads them."""
+        """Look at the ended answers, which are forgotten after their windows unless somebody reads
+        them.
+        """
         lifetime = self._server.context.gateway.lifetime
         for stream, due in lifetime._kept.items():
             if not stream.readers and Clock.now > due + max(stream.window, 1.0) + LATE:

@@ -1,4 +1,5 @@
-"""The disk of a run: SQLite does its work at once, in the thread of the loop, and what comes of it takes a moment.
+"""The disk of a run: SQLite does its work at once, in the thread of the loop, and what comes of it
+takes a moment.
 
 aiosqlite has a thread for each connection, which would have a time of its own.
 """

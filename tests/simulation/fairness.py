@@ -1,7 +1,9 @@
-"""No caller starves: start-time fair queueing bounds how far two callers who both wait may be apart.
+"""No caller starves: start-time fair queueing bounds how far two callers who both wait may be
+apart.
 
-The theorem (Goyal, Vin and Cheng, "Start-Time Fair Queueing", SIGCOMM 1996, theorem 1): in any time in which the
-callers f and m both have requests that wait, with n_f and n_m of them served and the weights w_f and w_m,
+The theorem (Goyal, Vin and Cheng, "Start-Time Fair Queueing", SIGCOMM 1996, theorem 1): in any
+time in which the callers f and m both have requests that wait, with n_f and n_m of them served and
+the weights w_f and w_m,
 
     |n_f / w_f - n_m / w_m| <= 1 / w_f + 1 / w_m
 
@@ -28,9 +30,11 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Pair:
-    """Two callers that both wait: how far the first is ahead, and how far it was at most and at least.
+    """Two callers that both wait: how far the first is ahead, and how far it was at most and at
+    least.
 
-    *entries* are theirs in the queue: a caller that has waited for nothing in between has another one.
+    *entries* are theirs in the queue: a caller that has waited for nothing in between has another
+    one.
     """
 
     entries: tuple[object, object]

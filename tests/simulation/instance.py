@@ -25,15 +25,16 @@ if TYPE_CHECKING:
     from tests.simulation.membership import Member
     from tests.simulation.network import Listener, Network
 
-# Seconds by which a stop may be late: connections that end are read for a second, and aborted after another.
+# Seconds by which a stop may be late: connections that end are read for a second, and aborted
+# after another.
 LATE = 3.0
 
 
 class Instance:
     """Server *number* of a run; *member*: what it shares with the others, None if nothing.
 
-    *ended*: whether it was told to stop; *killed*: whether nothing of it runs any more; *closed*: whether its process has
-    ended. *broken* is called with each promise that it breaks.
+    *ended*: whether it was told to stop; *killed*: whether nothing of it runs any more; *closed*:
+    whether its process has ended. *broken* is called with each promise that it breaks.
     """
 
     def __init__(
@@ -158,7 +159,9 @@ async def running(
     broken: Callable[[str], None],
     member: Member | None = None,
 ) -> AsyncIterator[Instance]:
-    """Run server *number*, whose provider is at *base_url*, until the end of the block; *member*: see `Instance`."""
+    """Run server *number*, whose provider is at *base_url*, until the end of the block; *member*:
+    see `Instance`.
+    """
     token = INSTANCE.set(number)
     try:
         configuration = configured(base_url, changes, folder / f"config-{number}.yaml")

@@ -1,4 +1,6 @@
-"""How a client talks in a conversation that the server keeps: on our own faces, one question after the other."""
+"""How a client talks in a conversation that the server keeps: on our own faces, one question after
+the other.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 async def talk(client: Client) -> None:
     """Ask some questions, then read the conversation, and delete it."""
     name = f"c{client.number}"
-    # Turns that are kept for certain, and those that may be: of an answer that was cancelled the text so far is kept.
+    # Turns that are kept for certain, and those that may be: of an answer that was cancelled the
+    # text so far is kept.
     kept = perhaps = 0
     for number in range(1, client.dice.choice((1, 3, 5)) + 1):
         face = client.dice.choice(("websocket", "sse"))

@@ -1,7 +1,9 @@
-"""An event loop whose clock jumps to the next timer, and whose connections are those of a `Network`.
+"""An event loop whose clock jumps to the next timer, and whose connections are those of a
+`Network`.
 
-Most of a run is this loop: hundreds of thousands of turns, in which a few callbacks run. So a turn is written
-for speed: no selector is asked, and timers lie in a heap of tuples, which Python compares in C.
+Most of a run is this loop: hundreds of thousands of turns, in which a few callbacks run. So a turn
+is written for speed: no selector is asked, and timers lie in a heap of tuples, which Python
+compares in C.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class SimulatedLoop(VirtualLoop):
 
     *on_pause* is called whenever nothing is ready to run and time is about to pass.
 
-    Always: timers fire in the order of their times, and of two with the same time the older one first.
+    Always: timers fire in the order of their times, and of two with the same time the older one
+    first.
     """
 
     def __init__(self, network: Network) -> None:
@@ -45,7 +48,8 @@ class SimulatedLoop(VirtualLoop):
         self.on_pause: Callable[[], None] = lambda: None
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._numbers = count()
-        # The instances of which nothing runs: what a stopped one has missed; None, if it was killed.
+        # The instances of which nothing runs: what a stopped one has missed; None, if it was
+        # killed.
         self.absent: dict[int, list[asyncio.Handle] | None] = {}
         # The instance of each task that is one's.
         self.owners: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -76,7 +80,9 @@ class SimulatedLoop(VirtualLoop):
     def call_exactly_at(
         self, when: float, callback: Callable[..., Any], *args: Any, context: Any = None
     ) -> None:
-        """Call *callback* at the time *when*: for what is no program's timer, but the network or a disk."""
+        """Call *callback* at the time *when*: for what is no program's timer, but the network or a
+        disk.
+        """
         timer = asyncio.TimerHandle(when, callback, args, self, context)
         heapq.heappush(self._timers, (when, next(self._numbers), timer))
 
@@ -99,7 +105,8 @@ class SimulatedLoop(VirtualLoop):
     def owner_of(self, task: Any) -> int:
         """Return the instance whose *task* that is."""
         if hasattr(task, "get_context"):
-            # Some tasks are made without the factory, and begin at once; only Python 3.12 and later have them.
+            # Some tasks are made without the factory, and begin at once; only Python 3.12 and
+            # later have them.
             return int(task.get_context().get(INSTANCE, -1))
         return self.owners.get(task, -1)
 

@@ -58,8 +58,9 @@ class Listener:
 class Network:
     """All listeners and connections of a run.
 
-    *on_made* is called with each connection that was made: its listener, and the end of whoever dials.
-    *on_late* is called with the seconds that a dial took which should have been given up before.
+    *on_made* is called with each connection that was made: its listener, and the end of whoever
+    dials. *on_late* is called with the seconds that a dial took which should have been given up
+    before.
     """
 
     def __init__(self, dice: random.Random) -> None:

@@ -134,7 +134,9 @@ async def _read(client: Client, response: aiohttp.ClientResponse, read: Response
 
 
 async def stored_responses(client: Client) -> None:
-    """Ask for a response that is kept, and come back for the rest of it: by its id, or by the key."""
+    """Ask for a response that is kept, and come back for the rest of it: by its id, or by the
+    key.
+    """
     read = ResponseReading(client.question)
 
     async def ask_or_resume(_attempt: int) -> None:

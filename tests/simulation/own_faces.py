@@ -1,4 +1,6 @@
-"""How a client asks on the WebSocket and on the SSE face, and comes back for the rest of its answer."""
+"""How a client asks on the WebSocket and on the SSE face, and comes back for the rest of its
+answer.
+"""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ class Left(Exception):
 
 
 class Patience:
-    """Raises TimeoutError in its `with`, once nothing was `heard` for so many *seconds* as are asked for now.
+    """Raises TimeoutError in its `with`, once nothing was `heard` for so many *seconds* as are
+    asked for now.
 
     Not asyncio.timeout: it would set a timer for each event that is heard.
     """

@@ -1,4 +1,6 @@
-"""The provider of a run: the simulator, which notes each call, and what reached the server of its answer."""
+"""The provider of a run: the simulator, which notes each call, and what reached the server of its
+answer.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,9 @@ _PREVIOUS = re.compile(rb'"previous_response_id":"([^"]+)"')
 class Call:
     """One request to the provider, on the *transport* of its own end of the connection.
 
-    *question* is the first word of what was asked, and *shown* has those of all that the model is shown, in order. *previous* is
-    the id of the response that is continued by its id. *begun_at* is when the answer has begun, 0.0 if it has not;
-    *instance* is the server that has asked.
+    *question* is the first word of what was asked, and *shown* has those of all that the model is
+    shown, in order. *previous* is the id of the response that is continued by its id. *begun_at*
+    is when the answer has begun, 0.0 if it has not; *instance* is the server that has asked.
     """
 
     transport: Transport
@@ -42,7 +44,8 @@ class Call:
     shown: tuple[str, ...] = ()
     previous: str = ""
     begun_at: float = 0.0
-    # The bytes that were written on the connection when the answer had begun, and when it had ended.
+    # The bytes that were written on the connection when the answer had begun, and when it had
+    # ended.
     begun: int = 0
     whole: int = 0
 
@@ -66,7 +69,9 @@ class Calls:
     )
 
     def of(self, question: str) -> list[Call]:
-        """Return the calls of all instances for one *question*, in the order in which their answers began."""
+        """Return the calls of all instances for one *question*, in the order in which their
+        answers began.
+        """
         found = [
             call
             for (_, name), calls in self.by_question.items()
@@ -76,7 +81,9 @@ class Calls:
         return sorted(found, key=lambda call: call.begun_at)
 
     def repeated(self, question: str, window: float) -> Iterator[tuple[Call, Call]]:
-        """Iterate over calls for one *question* that began within *window* seconds after one that arrived."""
+        """Iterate over calls for one *question* that began within *window* seconds after one that
+        arrived.
+        """
         for (_, name), calls in list(self.by_question.items()):
             if name == question:
                 for first, second in pairwise(calls):
@@ -98,7 +105,9 @@ class _Received(deque[ReceivedRequest]):
 
 
 class _Bodies(deque[Any]):
-    """The parsed bodies, none of which is kept: a provider refuses to continue a response that it cannot have made."""
+    """The parsed bodies, none of which is kept: a provider refuses to continue a response that it
+    cannot have made.
+    """
 
     def append(self, body: Any) -> None:
         previous = body.get("previous_response_id")

@@ -1,4 +1,6 @@
-"""How a client talks over HTTP in the Responses API: each request continues the response before by its id."""
+"""How a client talks over HTTP in the Responses API: each request continues the response before by
+its id.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +149,9 @@ def _compare(turn: Turn, listed: dict[str, Any]) -> None:
 
 
 async def _json(client: Client, method: str, url: str) -> dict[str, Any] | None:
-    """Return the JSON that is answered; None if it is no such response, or the request is refused."""
+    """Return the JSON that is answered; None if it is no such response, or the request is
+    refused.
+    """
     async with client.session.request(method, url, headers=client.headers) as response:
         body = orjson.loads(await response.read())
         if response.status == 200:

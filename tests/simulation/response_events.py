@@ -1,4 +1,6 @@
-"""The events of one response of the Responses API, as a client reads them on one or more connections."""
+"""The events of one response of the Responses API, as a client reads them on one or more
+connections.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,11 @@ MIRROR_LOST = {"server_shutdown", "stream_not_found", "resume_gap"}
 
 
 class ResponseReading:
-    """What a client has read of the response to *question*; *last* is its newest sequence number, -1 at first.
+    """What a client has read of the response to *question*; *last* is its newest sequence number,
+    -1 at first.
 
-    Always, or `Violation` is raised: sequence numbers have no gap, nothing comes after the end, the response has one id, and its
-    last event has the text that the others had.
+    Always, or `Violation` is raised: sequence numbers have no gap, nothing comes after the end,
+    the response has one id, and its last event has the text that the others had.
     """
 
     def __init__(self, question: Question) -> None:
@@ -30,11 +33,12 @@ class ResponseReading:
         """Take one event."""
         kind = event["type"]
         code = (event.get("error") or {}).get("code")
-        # An owner that is out of reach, or has lost the answer, is an error of the mirror's readers.
+        # An owner that is out of reach, or has lost the answer, is an error of the mirror's
+        # readers.
         lost = code in MIRROR_LOST and event["sequence_number"] <= self.last
         if code == "slow_client" or lost:
-            # An error of this reader alone, which leads nobody past what was missed. It has the number 0 if nothing was read, and
-            # has itself what the first event would have said.
+            # An error of this reader alone, which leads nobody past what was missed. It has the
+            # number 0 if nothing was read, and has itself what the first event would have said.
             if event["sequence_number"] > max(self.last, 0):
                 raise Violation(f"{event['sequence_number']}, after which {self.last} is lost")
         elif "sequence_number" in event:

@@ -1,4 +1,6 @@
-"""How a client talks on the WebSocket of the Responses API: conversations on several lanes, on one connection after another."""
+"""How a client talks on the WebSocket of the Responses API: conversations on several lanes, on one
+connection after another.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,11 @@ NOT_CANCELLED = "no such response is under way"
 
 
 class Lane:
-    """A conversation on the lane *name*: *left* turns are to come, and *chain* are those that the next one continues.
+    """A conversation on the lane *name*: *left* turns are to come, and *chain* are those that the
+    next one continues.
 
-    *asked* are the turns that were sent and have not ended; the oldest one is answered first. *latest* is the turn whose
-    response the present connection keeps for this lane.
+    *asked* are the turns that were sent and have not ended; the oldest one is answered first.
+    *latest* is the turn whose response the present connection keeps for this lane.
     """
 
     def __init__(self, name: str | None, left: int) -> None:
@@ -109,7 +112,9 @@ class Talk:
             raise EOFError(f"closed with {ws.close_code}")
 
     async def _begin(self, ws: aiohttp.ClientWebSocketResponse, lane: Lane) -> None:
-        """Go on with *lane* on a new connection: resume what may be resumed, and ask for the rest anew."""
+        """Go on with *lane* on a new connection: resume what may be resumed, and ask for the rest
+        anew.
+        """
         unfinished, lane.asked, lane.resumed = lane.asked, [], False
         if unfinished and not lane.outcome:
             first, *others = unfinished

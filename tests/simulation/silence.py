@@ -1,7 +1,7 @@
 """Clients that say nothing when it is their turn: each must be let go by its deadline.
 
-Their connections are good, and they are bytes on a connection rather than an HTTP client, which would never do
-that.
+Their connections are good, and they are bytes on a connection rather than an HTTP client, which
+would never do that.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class _Silent(asyncio.Protocol):
 
 
 async def be_silent(client: Client, port: int) -> None:
-    """Connect to *port*, fall silent at some point, and see that the server ends the connection in time."""
+    """Connect to *port*, fall silent at some point, and see that the server ends the connection in
+    time.
+    """
     loop: SimulatedLoop = asyncio.get_running_loop()  # type: ignore[assignment]
     kind = client.dice.choice(KINDS)
     dial = Dial(random.Random(client.dice.random()), address=client.address)
@@ -87,7 +89,8 @@ def _promised(client: Client, kind: str) -> float:
         # The connection is closed after the refusal, when its rest was awaited for a moment.
         return BODY_TIMEOUT + LINGERING + idle
     if kind == "deaf":
-        # Pings begin with the handshake. The place is not awaited in silence: the socket is told of it.
+        # Pings begin with the handshake. The place is not awaited in silence: the socket is told
+        # of it.
         pings = changes["chat.websocket.ping_interval"] + changes["chat.websocket.ping_timeout"]
         wheel = min(1.0, changes["chat.websocket.ping_interval"] / 4)
         return float(

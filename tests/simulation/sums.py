@@ -1,7 +1,7 @@
 """What holds of all instances together: sums over them, and what the provider sees of all.
 
-Each instance has connections of its own, to clients and to providers, so a sum is bounded by the sum of the limits. What
-instances share through a server is looked at in together.py.
+Each instance has connections of its own, to clients and to providers, so a sum is bounded by the
+sum of the limits. What instances share through a server is looked at in together.py.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Sums:
         self.together: Together | None = None
 
     def look(self) -> None:
-        """Look at the places that are taken; what holds of each instance is looked at by its watch."""
+        """Look at the places that are taken; what holds of each instance is looked at by its
+        watch.
+        """
         inside = limit = 0
         for instance in self._instances:
             if instance.killed:
@@ -61,7 +63,9 @@ class Sums:
         self.most_inside = max(self.most_inside, inside)
 
     def made(self, listener: Listener, near: Transport) -> None:
-        """Look at the connections to a provider, as the network shows them, since one more was made."""
+        """Look at the connections to a provider, as the network shows them, since one more was
+        made.
+        """
         if near.owner < 0:
             return
         limit = 0
@@ -76,7 +80,9 @@ class Sums:
             self._broken(f"{used} connections to a provider, at most {limit}")
 
     def check_turns(self, client: Client) -> None:
-        """Check that each request for a response was answered once, and that the model was shown what came before."""
+        """Check that each request for a response was answered once, and that the model was shown
+        what came before.
+        """
         for turn in client.turns:
             calls = self._calls.of(turn.question.name)
             for call in calls:
@@ -89,7 +95,9 @@ class Sums:
                 self._broken(f"client {client.number} ({client.face}) has {len(calls)} answers")
 
     def check_calls(self, client: Client) -> None:
-        """Check that no answer to *client* was asked for twice by one instance while it was kept."""
+        """Check that no answer to *client* was asked for twice by one instance while it was
+        kept.
+        """
         changes = self._plan.changes
         # What has failed may be asked for again, and so may what was dropped for want of room.
         if not client.has_id or client.question.fault:

@@ -1,4 +1,6 @@
-"""The command: many seeds, in several processes; what fails is shown with the command that repeats it."""
+"""The command: many seeds, in several processes; what fails is shown with the command that repeats
+it.
+"""
 
 from __future__ import annotations
 

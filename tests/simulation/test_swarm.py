@@ -1,4 +1,5 @@
-"""The whole server in virtual time: some seeds with all faults, and proof that a broken promise is noticed.
+"""The whole server in virtual time: some seeds with all faults, and proof that a broken promise is
+noticed.
 
 Each run is a process of its own, since it replaces the clock before anything is imported.
 """
@@ -55,7 +56,8 @@ for balancer, shared in (("sticky", None), ("random", None), ("random", Shared()
     assert not outcome.violations, outcome.violations
     print(balancer, outcome.most_inside, dict(outcome.ends))
 """
-# Heads that stall longer than the server waits for them, of clients that are still sending their bodies then.
+# Heads that stall longer than the server waits for them, of clients that are still sending their
+# bodies then.
 SLOW_UPLOADS = """
 from tests.simulation import clock
 clock.install()

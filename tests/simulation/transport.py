@@ -1,12 +1,12 @@
 """One end of a connection in memory, as an asyncio transport.
 
-What one end writes goes to its kernel buffer while there is room, and to the buffer of the transport otherwise;
-it arrives after the latency, in pieces that are cut and joined at random, and leaves the kernel buffer when the
-other end's protocol has got it. So writes block, `pause_writing` is called and watchdogs fire as they do on
-sockets.
+What one end writes goes to its kernel buffer while there is room, and to the buffer of the
+transport otherwise; it arrives after the latency, in pieces that are cut and joined at random, and
+leaves the kernel buffer when the other end's protocol has got it. So writes block, `pause_writing`
+is called and watchdogs fire as they do on sockets.
 
-`dials.Faults` has what a connection may suffer. Each connection draws from dice of its own, so that a run stays
-the same for the others when one client is left out of it.
+`dials.Faults` has what a connection may suffer. Each connection draws from dice of its own, so
+that a run stays the same for the others when one client is left out of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 # asyncio's own limits of a transport's buffer.
 HIGH_WATER = 64 * 1024
-# Seconds after which a kernel gives up what nobody takes, once the program has closed (TCP_USER_TIMEOUT).
+# Seconds after which a kernel gives up what nobody takes, once the program has closed
+# (TCP_USER_TIMEOUT).
 USER_TIMEOUT = 15.0
 # Bytes of a full segment on Ethernet.
 SEGMENT = 1460
@@ -67,10 +68,11 @@ class FakeSocket:
 class Transport(asyncio.Transport):
     """One end of a connection.
 
-    Always: bytes arrive in the order in which they were written, or not at all, and then nothing after them.
+    Always: bytes arrive in the order in which they were written, or not at all, and then nothing
+    after them.
 
-    What it does runs in *context*. *owner* is the instance that it belongs to, -1 if to none; *listener* is that
-    which was dialled, None at the listener's own end.
+    What it does runs in *context*. *owner* is the instance that it belongs to, -1 if to none;
+    *listener* is that which was dialled, None at the listener's own end.
     """
 
     peer: Transport
@@ -111,9 +113,11 @@ class Transport(asyncio.Transport):
         self.dead = False
         # The bytes that the program has written so far, and that its protocol has got.
         self.written = self.received = 0
-        # When the protocol got something last, when something was written, and when reading went on.
+        # When the protocol got something last, when something was written, and when reading went
+        # on.
         self.heard_at = self.spoke_at = self.resumed_at = Clock.now
-        # Since when the buffer has not shrunk, if there is anything in it; when it became too large last.
+        # Since when the buffer has not shrunk, if there is anything in it; when it became too
+        # large last.
         self.stuck_since = self.paused_at = Clock.now
 
     # What the transport is asked.
@@ -153,7 +157,9 @@ class Transport(asyncio.Transport):
         return True
 
     def _ensure_alive(self) -> None:
-        """Raise RuntimeError, as uvloop does, if the protocol has been told that the connection is lost."""
+        """Raise RuntimeError, as uvloop does, if the protocol has been told that the connection is
+        lost.
+        """
         if self.dead:
             raise RuntimeError("the transport is closed")
 
@@ -206,9 +212,10 @@ class Transport(asyncio.Transport):
     def _send(self) -> None:
         """Give the kernel what it has room for.
 
-        As kernels do, it waits until there is room for a segment, for half of what it can hold, or for all that
-        is left (RFC 1122, 4.2.3.4). Otherwise pieces that were cut would never grow again: a long answer would
-        end as single bytes, each of which takes the latency of the link.
+        As kernels do, it waits until there is room for a segment, for half of what it can hold, or
+        for all that is left (RFC 1122, 4.2.3.4). Otherwise pieces that were cut would never grow
+        again: a long answer would end as single bytes, each of which takes the latency of the
+        link.
         """
         kernel = self._faults.kernel
         while self._buffer:
@@ -320,7 +327,9 @@ class Transport(asyncio.Transport):
         self._loop.call_exactly_at(Clock.now + latency, self.lose, error, context=self.context)
 
     def vanish(self) -> None:
-        """Be closed by the kernel, as the process has been killed: its protocol hears nothing of it."""
+        """Be closed by the kernel, as the process has been killed: its protocol hears nothing of
+        it.
+        """
         if not self.dead:
             self._forget()
             if not self._lost_in_black_hole:

@@ -16,7 +16,8 @@ class Violation(AssertionError):
 
 @dataclass
 class Question:
-    """A question of client *number*: *text*, for at most *tokens* tokens, to a model that fails by *fault*.
+    """A question of client *number*: *text*, for at most *tokens* tokens, to a model that fails by
+    *fault*.
 
     *turns* are the numbers that it may have among the questions that the model is shown.
     """
@@ -62,8 +63,8 @@ class Question:
 class Reading:
     """What a client has read of the answer to *question*, on one or more connections.
 
-    Always, or `Violation` is raised: events are numbered without a gap, and the text is a part of the truth, whole
-    where it is said to be.
+    Always, or `Violation` is raised: events are numbered without a gap, and the text is a part of
+    the truth, whole where it is said to be.
     """
 
     question: Question

@@ -1,9 +1,10 @@
 """What must hold of one server, looked at from inside whenever time is about to pass.
 
-It runs hundreds of thousands of times in a run, so it reads a few numbers and makes no snapshots. What costs
-more is looked at twice a second (deadlines.py).
+It runs hundreds of thousands of times in a run, so it reads a few numbers and makes no snapshots.
+What costs more is looked at twice a second (deadlines.py).
 
-Private names used here: those of the gates, of the store, of the pools and of lanes, which no snapshot shows cheaply.
+Private names used here: those of the gates, of the store, of the pools and of lanes, which no
+snapshot shows cheaply.
 """
 
 # ruff: noqa: SLF001 - see above
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
 # Seconds between two closer looks.
 CLOSER = 0.5
-# What may be kept beyond the bound for a moment: one piece from a provider for each answer under way.
+# What may be kept beyond the bound for a moment: one piece from a provider for each answer under
+# way.
 SLACK = 1 << 20
 
 
@@ -54,7 +56,8 @@ class Watch:
         self._deadlines = Deadlines(instance, network, broken)
         self._fairness = Fairness(broken)
         self._reloaded = False
-        # The places that were taken at the last look, of each gate that has more inside than its limit.
+        # The places that were taken at the last look, of each gate that has more inside than its
+        # limit.
         self._taken: dict[Gate, int] = {}
         self._closer_at = 0.0
         instance.before_reload = self.forget
@@ -103,7 +106,9 @@ class Watch:
             self._broken(f"requests wait for connections to {provider.name}, and some are free")
 
     def _look_at_excess(self, gate: Gate, what: str) -> None:
-        """Look at a gate that has more inside than its limit: it was lowered, and nobody may enter."""
+        """Look at a gate that has more inside than its limit: it was lowered, and nobody may
+        enter.
+        """
         inside = gate._inside
         if isinstance(gate, SharedGate):
             # What is in hand may be lowered at any time; together.py looks at each start.
@@ -113,7 +118,9 @@ class Watch:
         self._taken[gate] = inside
 
     def _look_at_kept(self) -> None:
-        """Look at a store that keeps too much: only answers under way, or being read, may do that."""
+        """Look at a store that keeps too much: only answers under way, or being read, may do
+        that.
+        """
         store = self._streams
         if any(not stream.readers for stream in store._finished):
             self._broken(f"{store._bytes} of {store._max_kept_bytes} bytes are kept")
@@ -165,7 +172,9 @@ class Watch:
 
 
 def delay_of(gate: ProviderGate) -> float:
-    """Return the seconds until the next start at *gate*; a shared rate asks for no slots meanwhile."""
+    """Return the seconds until the next start at *gate*; a shared rate asks for no slots
+    meanwhile.
+    """
     rate = gate.pace._starts
     if not isinstance(rate, SharedRate):
         return gate._delay()
