@@ -1,8 +1,8 @@
 """The fast path has no effect of its own: with it and without it clients see the same.
 
-Most tests drive a `Road`: the provider's connection, a log and a client's socket with nothing between
-them but ours, so that what comes in which turn of the loop is said by the test. The last ones play
-the same over real sockets and whole servers.
+Most tests drive a `Road`: the provider's connection, a log and a client's socket with nothing
+between them but ours, so that what comes in which turn of the loop is said by the test. The last
+ones play the same over real sockets and whole servers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The fast path of the Responses API has no effect of its own, as that of the other faces: see test_fast_path.py."""
+"""The fast path of the Responses API has no effect of its own, as that of the other faces: see
+test_fast_path.py.
+"""
 
 from __future__ import annotations
 
