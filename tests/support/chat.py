@@ -37,7 +37,9 @@ def cancel(request_id: str) -> dict[str, Any]:
 
 
 async def to_end(ws: ClientWebSocketResponse, request_id: str | None = None) -> list[Any]:
-    """Read frames up to the end of an answer; with *request_id* only the frames of that request."""
+    """Read frames up to the end of an answer; with *request_id* only the frames of that
+    request.
+    """
     frames = []
     while True:
         frame = await ws.receive_json(timeout=20)

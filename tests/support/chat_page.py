@@ -33,7 +33,8 @@ class ManualProvider:
     @property
     def changes(self) -> dict[str, Any]:
         """The changes that make a server ask it."""
-        # A browser on a busy machine may take seconds for what a test waits for before it says more.
+        # A browser on a busy machine may take seconds for what a test waits for before it says
+        # more.
         entry = provider_entry(self._played.url, "manual-model", read_timeout=60.0)
         return {"llm.active": "manual", "llm.providers.manual": entry}
 

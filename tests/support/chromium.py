@@ -1,4 +1,6 @@
-"""One headless Chromium for all tests of a process: pages in it share nothing, and may report no error."""
+"""One headless Chromium for all tests of a process: pages in it share nothing, and may report no
+error.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
 
     from playwright.async_api import Browser, Page, Playwright
 
-# Debian's, or None. The shell has the same engine and no window around it: a page takes less than half the CPU time.
+# Debian's, or None. The shell has the same engine and no window around it: a page takes less than
+# half the CPU time.
 PROGRAM = (
     shutil.which("chromium-headless-shell")
     or shutil.which("chromium")
@@ -27,9 +30,9 @@ LOCAL = {"127.0.0.1", "localhost"}
 class Chromium:
     """Starts with its first page, and anew when it has died.
 
-    Always: a page has a browser context of its own (storage, cookies, permissions, clock), which ends
-    with the page's test. One event loop owns it. It ends with its process, however that ends: its
-    driver, which is Playwright's, ends it when the pipe to the process is closed.
+    Always: a page has a browser context of its own (storage, cookies, permissions, clock), which
+    ends with the page's test. One event loop owns it. It ends with its process, however that ends:
+    its driver, which is Playwright's, ends it when the pipe to the process is closed.
     """
 
     def __init__(self) -> None:

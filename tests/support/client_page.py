@@ -1,4 +1,6 @@
-"""A page of another origin that has imported `/client.js`, and a window whose errors are expected."""
+"""A page of another origin that has imported `/client.js`, and a window whose errors are
+expected.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ window.read = async (answer, each = () => {}) => {
 
 @contextlib.asynccontextmanager
 async def page_elsewhere(page: Page, base: str, body: str = BLANK) -> AsyncIterator[str]:
-    """Show a page of another origin, which this yields. The module of the server at *base* is in its variable `aio`."""
+    """Show a page of another origin, which this yields. The module of the server at *base* is in
+    its variable `aio`.
+    """
 
     async def show(_request: web.BaseRequest) -> web.Response:
         return web.Response(text=body, content_type="text/html")
@@ -53,7 +57,9 @@ async def page_elsewhere(page: Page, base: str, body: str = BLANK) -> AsyncItera
 
 @contextlib.asynccontextmanager
 async def unwatched(page: Page) -> AsyncIterator[Page]:
-    """A page of its own browser window: Chromium reports each 401 or 503 as an error of the page."""
+    """A page of its own browser window: Chromium reports each 401 or 503 as an error of the
+    page.
+    """
     assert page.context.browser is not None
     context = await page.context.browser.new_context(viewport={"width": 1280, "height": 800})
     try:

@@ -1,4 +1,6 @@
-"""A collector of spans: it takes them by OTLP over HTTP, and reads them with OpenTelemetry's own classes."""
+"""A collector of spans: it takes them by OTLP over HTTP, and reads them with OpenTelemetry's own
+classes.
+"""
 
 from __future__ import annotations
 
@@ -75,8 +77,9 @@ def span_of(span: WrittenSpan) -> Span:
 class Collector:
     """A collector at `url`.
 
-    It answers with `status`, never if that is 0, and says that it has `rejected` so many spans of a request. `bodies` has what came, with
-    any status, `headers` those of the newest request, `resource` the attributes of its resource.
+    It answers with `status`, never if that is 0, and says that it has `rejected` so many spans of
+    a request. `bodies` has what came, with any status, `headers` those of the newest request,
+    `resource` the attributes of its resource.
     """
 
     def __init__(self) -> None:

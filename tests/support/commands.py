@@ -6,8 +6,8 @@ from aioserver.errors import InvalidJson, InvalidRequest
 from aioserver.protocol import client_frames, frames
 from aioserver.protocol.client_frames import BadCommand, Chat
 
-# Levels that no Python reads. Until 3.13 it counts them, up to some thousands; from 3.14 on it measures its stack, and
-# the usual 8 MiB (`ulimit -s`) have room for 200,000 levels.
+# Levels that no Python reads. Until 3.13 it counts them, up to some thousands; from 3.14 on it
+# measures its stack, and the usual 8 MiB (`ulimit -s`) have room for 200,000 levels.
 TOO_DEEP = 500_000
 
 

@@ -16,7 +16,8 @@ from aioserver.config.schema import fields
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-# For tests with `given`: a busy machine is no fault, and every example may write over the same file.
+# For tests with `given`: a busy machine is no fault, and every example may write over the same
+# file.
 ANY_MACHINE = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )

@@ -29,7 +29,9 @@ def kill(
 
 @contextmanager
 def left_alone(*breakers: Breaker, unreachable: bool = False) -> Iterator[None]:
-    """Kill the providers, and let no trial start until the end of the block, however slow the machine is."""
+    """Kill the providers, and let no trial start until the end of the block, however slow the
+    machine is.
+    """
     for breaker in breakers:
         kill(breaker, unreachable=unreachable)
         for _ in range(MAX_TRIALS):

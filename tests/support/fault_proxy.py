@@ -1,4 +1,6 @@
-"""A proxy between a client and a server that breaks their connections, wherever in the bytes they are."""
+"""A proxy between a client and a server that breaks their connections, wherever in the bytes they
+are.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,18 @@ if TYPE_CHECKING:
 
 
 class FaultProxy:
-    """Relays TCP to *port*, and cuts each connection after `allowance()` bytes that came from the server.
+    """Relays TCP to *port*, and cuts each connection after `allowance()` bytes that came from the
+    server.
 
-    The last of them have arrived when the client sees the cut. An allowance of 0 cuts before the server hears of
-    the connection; None cuts never. `cuts` counts them.
+    The last of them have arrived when the client sees the cut. An allowance of 0 cuts before the
+    server hears of the connection; None cuts never. `cuts` counts them.
     """
 
     def __init__(self, port: int, allowance: Callable[[], int | None]) -> None:
         self.port = 0
         self.cuts = 0
-        # The port that it leads to, and whether it refuses connections as if nothing listened there.
+        # The port that it leads to, and whether it refuses connections as if nothing listened
+        # there.
         self.target = port
         self._allowance = allowance
         self._server: asyncio.Server | None = None

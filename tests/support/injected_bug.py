@@ -1,7 +1,8 @@
-"""A bug in one place: the first call that a function makes of another one raises, as a bug in the callee would.
+"""A bug in one place: the first call that a function makes of another one raises, as a bug in the
+callee would.
 
-Nothing is patched: the interpreter tells of each call (sys.settrace), and what the trace function raises is raised in the
-callee, before its first statement.
+Nothing is patched: the interpreter tells of each call (sys.settrace), and what the trace function
+raises is raised in the callee, before its first statement.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class InjectedBugError(Exception):
 
 
 class Function(NamedTuple):
-    """A function of the package: its module, without `aioserver.`, and its qualified name there."""
+    """A function of the package: its module, without `aioserver.`, and its qualified name
+    there.
+    """
 
     module: str
     name: str

@@ -1,9 +1,11 @@
-"""An event loop with real sockets, in whose time nothing is waited for: when all is idle, its clock jumps.
+"""An event loop with real sockets, in whose time nothing is waited for: when all is idle, its
+clock jumps.
 
-Time stands still while anything runs, so a busy machine makes no timeout come early. When no socket is ready
-the next timer is due at once. What a thread or another process does takes real time, though: while one of
-them works, the clock does not jump, but goes as the machine's does. A test that is never idle until a deadline
-has passed needs the mark `real_time`, and so does one that waits for a clock of the kernel.
+Time stands still while anything runs, so a busy machine makes no timeout come early. When no
+socket is ready the next timer is due at once. What a thread or another process does takes real
+time, though: while one of them works, the clock does not jump, but goes as the machine's does. A
+test that is never idle until a deadline has passed needs the mark `real_time`, and so does one
+that waits for a clock of the kernel.
 
 Its timers are those of strict_timers.py.
 
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Arguments = TypeVarTuple("Arguments")
 
-# Real seconds without a ready socket after which all is idle. The kernel passes bytes on at once on loopback,
-# but on a busy machine it may be interrupted.
+# Real seconds without a ready socket after which all is idle. The kernel passes bytes on at once
+# on loopback, but on a busy machine it may be interrupted.
 IDLE = 0.003
 # Seconds that each turn of the loop takes, so that no two moments are the same.
 TURN = 1e-5
@@ -51,7 +53,9 @@ _clock = _Clock()
 
 
 def install() -> None:
-    """Let `time.monotonic` tell the time of the loop that runs: before anything takes it by name."""
+    """Let `time.monotonic` tell the time of the loop that runs: before anything takes it by
+    name.
+    """
     time.monotonic = _clock
 
 

@@ -80,7 +80,9 @@ async def parts(peer: Peer, passed: Passed) -> AsyncIterator[bytes]:
 
 
 class Account(ScriptedProvider):
-    """A provider that reads each request whole and sends what *reply* makes of it; `passed` has the requests."""
+    """A provider that reads each request whole and sends what *reply* makes of it; `passed` has
+    the requests.
+    """
 
     def __init__(self, reply: Callable[[Passed], bytes] = lambda _passed: answer()) -> None:
         super().__init__(self._serve_all)
@@ -97,7 +99,9 @@ class Account(ScriptedProvider):
 
 
 def settings_for(scripted: ScriptedProvider, **changes: Any) -> dict[str, Any]:
-    """The changes of a server whose provider `sim` is *scripted*, with the paths of its account open."""
+    """The changes of a server whose provider `sim` is *scripted*, with the paths of its account
+    open.
+    """
     sim = "llm.providers.sim"
     return {
         f"{sim}.base_url": scripted.url,
@@ -118,7 +122,9 @@ async def scripted(
 
 @contextlib.asynccontextmanager
 async def silent() -> AsyncIterator[tuple[ScriptedProvider, asyncio.Event]]:
-    """A provider that reads the head of a request and no more; the event is set when its peer has left."""
+    """A provider that reads the head of a request and no more; the event is set when its peer has
+    left.
+    """
     left = asyncio.Event()
 
     async def play(peer: Peer) -> None:

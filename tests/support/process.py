@@ -27,8 +27,8 @@ READY = re.compile(r"aioserver is ready: http://[^ ]+:(\d+)\n")
 WITHOUT_RICH = (
     "import sys; sys.modules['rich'] = None; from aioserver.__main__ import main; main()"
 )
-# Puts the inherited descriptors where systemd puts them, names the process that they and the watchdog are for,
-# and becomes the program.
+# Puts the inherited descriptors where systemd puts them, names the process that they and the
+# watchdog are for, and becomes the program.
 LAUNCHER = """
 import fcntl, os, sys
 count, *rest = sys.argv[1:]
@@ -224,7 +224,9 @@ async def serving(
 
 
 async def run_command(*arguments: str, program: str = "") -> tuple[int, str, str]:
-    """The exit code, stdout and stderr of `aioserver` with *arguments*, or of *program* with them."""
+    """The exit code, stdout and stderr of `aioserver` with *arguments*, or of *program* with
+    them.
+    """
     how = ("-c", program) if program else ("-m", "aioserver")
     async with await Process.start(*how, *arguments) as process:
         code = await process.ended(60.0)

@@ -55,7 +55,8 @@ class Proxy:
 
     @contextlib.asynccontextmanager
     async def leaving(self, path: str, body: object) -> AsyncIterator[asyncio.StreamReader]:
-        """POST *body* and yield the answer; at the end of the block the client leaves without a goodbye.
+        """POST *body* and yield the answer; at the end of the block the client leaves without a
+        goodbye.
 
         aiohttp's client would send a TLS alert and keep the connection open until it is answered.
         """

@@ -53,7 +53,8 @@ class Raw:
         self._rest = b""
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         self._socket.setblocking(False)
-        # As every library does: what is small would wait for the kernel's clock, which does not jump.
+        # As every library does: what is small would wait for the kernel's clock, which does not
+        # jump.
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if receive_buffer is not None:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)

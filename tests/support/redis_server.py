@@ -22,7 +22,9 @@ Reply = Any
 
 
 def program_of_server() -> str:
-    """The path of a server. Without one the test skips, or fails with CI=true; the extra `cluster` brings one."""
+    """The path of a server. Without one the test skips, or fails with CI=true; the extra `cluster`
+    brings one.
+    """
     return find_program(os.environ) or installed("valkey-server")
 
 

@@ -16,7 +16,8 @@ CHUNKS = 4
 
 
 class Referee:
-    """The provider at `url`: each answer takes *seconds*, and is in flight until its last byte, or its client's end.
+    """The provider at `url`: each answer takes *seconds*, and is in flight until its last byte, or
+    its client's end.
 
     A client that is gone is counted until the provider notices it, as with any provider.
     """

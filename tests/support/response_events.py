@@ -1,4 +1,6 @@
-"""Checks of the events of a response: they are those of OpenAI's own SDK, and say the same thing throughout."""
+"""Checks of the events of a response: they are those of OpenAI's own SDK, and say the same thing
+throughout.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,12 @@ from aioserver.protocol import eventstream
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-# Members that the SDK does not know: one that OpenAI's response objects have too, and the one of a fault that is ours.
+# Members that the SDK does not know: one that OpenAI's response objects have too, and the one of a
+# fault that is ours.
 UNKNOWN = {"Response": {"store"}, "ResponseFailedEvent": {"error"}}
 ENDS = {"response.completed", "response.incomplete"}
-# For the kind of a text: the event of its pieces, the event of its end, and the member that has all of it there.
+# For the kind of a text: the event of its pieces, the event of its end, and the member that has
+# all of it there.
 TEXTS = {
     "response.output_text": "text",
     "response.refusal": "refusal",
@@ -47,7 +51,9 @@ def check_response(response: Mapping[str, Any]) -> None:
 
 
 def check_shape(model: type[BaseModel], content: Mapping[str, Any]) -> None:
-    """Check that *content* is a *model* of the SDK: every member known, and of its type to the letter."""
+    """Check that *content* is a *model* of the SDK: every member known, and of its type to the
+    letter.
+    """
     _check_known(model.model_validate(content, strict=True), model.__name__)
 
 
@@ -63,7 +69,9 @@ def _check_known(value: object, path: str) -> None:
 
 
 def check_run(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Check what the events of a response that has ended well say together; returns the response."""
+    """Check what the events of a response that has ended well say together; returns the
+    response.
+    """
     numbers = [event["sequence_number"] for event in events]
     assert numbers == list(range(len(events)))
     kinds = [event["type"] for event in events]

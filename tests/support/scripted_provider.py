@@ -74,7 +74,9 @@ class Peer:
         return head + await self.reader.readexactly(length)
 
     async def send(self, *pieces: bytes) -> None:
-        """Send *pieces*, each in a packet of its own, so that a reader on this loop reads it alone."""
+        """Send *pieces*, each in a packet of its own, so that a reader on this loop reads it
+        alone.
+        """
         for piece in pieces:
             self.writer.write(piece)
             await ticks(3)

@@ -1,7 +1,9 @@
-"""A server that says what a test tells it to, for the client library: aioserver itself is not odd enough.
+"""A server that says what a test tells it to, for the client library: aioserver itself is not odd
+enough.
 
-It plays the next script for each WebSocket (*sockets*), for each HTTP request (*responses*), or for each question
-and each `resume` on either (*answers*). The last script is played again and again.
+It plays the next script for each WebSocket (*sockets*), for each HTTP request (*responses*), or
+for each question and each `resume` on either (*answers*). The last script is played again and
+again.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ def answer(request_id: str, *words: str, after: int = 0) -> list[dict[str, Any]]
 
 
 def saying(*frames: dict[str, Any], cut: bool = False) -> AnswerScript:
-    """A script for an answer: *frames*, under the id of the question; then the connection is cut, if *cut*.
+    """A script for an answer: *frames*, under the id of the question; then the connection is cut,
+    if *cut*.
 
     Of a `resume` only what is left is said.
     """

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from aioserver.limits.quota import Quota
     from aioserver.workers.slot import Slot
 
-# How the simulated provider answers: at once; 40 tokens in 0.4 s; for 100 s; for 1000 s; not at all.
+# How the simulated provider answers: at once; 40 tokens in 0.4 s; for 100 s; for 1000 s; not at
+# all.
 QUICK = Behaviour(ttft=0, interval=0)
 PACED = Behaviour(ttft=0, interval=0.01, tokens=40)
 SLOW = Behaviour(ttft=0, interval=0.05, tokens=2000)
@@ -121,7 +122,8 @@ class _Watcher:
 class RunningServer:
     """A server that runs in the test's own event loop, with `simulator` as its provider `sim`.
 
-    `base` is its address; `ws`, `sse` and `v1` are those of its faces. `session` is an HTTP client.
+    `base` is its address; `ws`, `sse` and `v1` are those of its faces. `session` is an HTTP
+    client.
     """
 
     def __init__(
@@ -257,7 +259,9 @@ class RunningServer:
 
 
 def write(base_url: str, changes: dict[str, Any], path: Path) -> None:
-    """Write `BASE` with *changes*, by dotted path, to *path*; the provider `sim` is at *base_url*."""
+    """Write `BASE` with *changes*, by dotted path, to *path*; the provider `sim` is at
+    *base_url*.
+    """
     data = copy.deepcopy(BASE)
     data["llm"]["providers"]["sim"]["base_url"] = base_url
     for dotted, value in changes.items():
@@ -287,8 +291,8 @@ async def running(
 ) -> AsyncIterator[RunningServer]:
     """Run a server until the end of the block; then no request may hold anything any more.
 
-    *slot* and the socket that it has *inherited*: those of a server that shares them with others. *cluster*: as
-    that of `open_server`.
+    *slot* and the socket that it has *inherited*: those of a server that shares them with others.
+    *cluster*: as that of `open_server`.
     """
     async with Simulator(behaviour) as simulator:
         configuration = configured(simulator.base_url, changes or {}, path)

@@ -1,7 +1,8 @@
 """Requests that two parsers might read differently, and what must come of them.
 
-Each has a second request within or behind it. Whoever takes a part of the first request for the second, or
-the second for a part of the first, lets a client smuggle a request past the proxy that has checked it.
+Each has a second request within or behind it. Whoever takes a part of the first request for the
+second, or the second for a part of the first, lets a client smuggle a request past the proxy that
+has checked it.
 """
 
 from __future__ import annotations
@@ -119,5 +120,7 @@ def accesses(caplog: pytest.LogCaptureFixture) -> list[Any]:
 
 
 def answers_with_ids(data: bytes) -> int:
-    """The number of aioserver's answers in *data*; an upgrade is no answer, it is logged at its end."""
+    """The number of aioserver's answers in *data*; an upgrade is no answer, it is logged at its
+    end.
+    """
     return len(re.findall(rb"^x-request-id: ", data, re.MULTILINE)) - data.count(b"HTTP/1.1 101 ")

@@ -1,7 +1,9 @@
-"""Timers as the stricter of asyncio's loop and uvloop has them: what relies on the other fails (docs/event-loops.md).
+"""Timers as the stricter of asyncio's loop and uvloop has them: what relies on the other fails
+(docs/event-loops.md).
 
-uvloop counts whole milliseconds, so that a timer may fire half of one early, and does so here whenever it may. One that comes to nothing has a handle
-without `when`. It fires at its own time here: in virtual time none would pass, however often the loop turns.
+uvloop counts whole milliseconds, so that a timer may fire half of one early, and does so here
+whenever it may. One that comes to nothing has a handle without `when`. It fires at its own time
+here: in virtual time none would pass, however often the loop turns.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ def strict_timer(
     args: tuple[Any, ...],
     context: Any,
 ) -> tuple[float, asyncio.TimerHandle]:
-    """Return the time at which a timer of *loop* fires that was to fire at *when*, and its handle."""
+    """Return the time at which a timer of *loop* fires that was to fire at *when*, and its
+    handle.
+    """
     delay = when - loop.time()
     if not math.isfinite(delay):
         return when, asyncio.TimerHandle(when, callback, args, loop, context)

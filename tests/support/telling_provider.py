@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class TellingProvider:
-    """Tells *pieces*, and an *afterthought*; then it waits for *go_on*, and ends. *base_url* is for `llm.providers`.
+    """Tells *pieces*, and an *afterthought*; then it waits for *go_on*, and ends. *base_url* is
+    for `llm.providers`.
 
     *left* counts the clients that have left before the end.
     """

@@ -18,7 +18,8 @@ from tests.support.waiting import until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
-# Makes the terminal the controlling one, whose keys send signals; then puts other descriptors in its place.
+# Makes the terminal the controlling one, whose keys send signals; then puts other descriptors in
+# its place.
 LAUNCHER = """
 import fcntl, os, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -61,7 +62,9 @@ class Terminal:
 
     @property
     def as_before(self) -> bool:
-        """Whether the terminal has the settings that it had at the start: it echoes, for example."""
+        """Whether the terminal has the settings that it had at the start: it echoes, for
+        example.
+        """
         return termios.tcgetattr(self._theirs) == self._settings
 
     def type(self, text: str) -> None:
@@ -110,9 +113,11 @@ async def terminal(
     stdin: int | None = None,
     stdout: int | None = None,
 ) -> AsyncIterator[Terminal]:
-    """Start the interpreter with *program* on a terminal, in a session of its own; kill it at the end.
+    """Start the interpreter with *program* on a terminal, in a session of its own; kill it at the
+    end.
 
-    *environ* is put over the environment of the tests; *stdin* and *stdout* are descriptors in the terminal's place.
+    *environ* is put over the environment of the tests; *stdin* and *stdout* are descriptors in the
+    terminal's place.
     """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))

@@ -1,4 +1,6 @@
-"""The loops of the tests have timers as uvloop has them: brief ones whose time nobody knows, others that may be early."""
+"""The loops of the tests have timers as uvloop has them: brief ones whose time nobody knows,
+others that may be early.
+"""
 
 from __future__ import annotations
 

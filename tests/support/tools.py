@@ -25,7 +25,9 @@ def installed(program: str) -> str:
 
 
 def edited(name: str, edits: dict[str, str]) -> str:
-    """The sample *name* with the *edits* that an operator would make, each in exactly one place."""
+    """The sample *name* with the *edits* that an operator would make, each in exactly one
+    place.
+    """
     text = (DEPLOY / name).read_text()
     for old, new in edits.items():
         assert text.count(old) == 1, f"{name}: {old!r} is there {text.count(old)} times"

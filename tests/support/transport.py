@@ -1,4 +1,6 @@
-"""A client's socket in memory: a transport that takes what a test lets it take, and a writer on it."""
+"""A client's socket in memory: a transport that takes what a test lets it take, and a writer on
+it.
+"""
 
 from __future__ import annotations
 

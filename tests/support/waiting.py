@@ -45,6 +45,8 @@ async def until_result(
 
 
 async def ticks(count: int = 4) -> None:
-    """Let the event loop turn *count* times: what is ready runs, and so does what it makes ready."""
+    """Let the event loop turn *count* times: what is ready runs, and so does what it makes
+    ready.
+    """
     for _ in range(count):
         await asyncio.sleep(0)

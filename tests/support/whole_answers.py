@@ -29,7 +29,9 @@ RESPONSE = {"id": "resp_1", "status": "completed", "object": "response", "output
 
 @contextlib.asynccontextmanager
 async def provider(size: int = SIZE, *, http_status: int = 200) -> AsyncIterator[ScriptedProvider]:
-    """A provider whose every answer has *size* bytes and a little; its last event, if it is streamed."""
+    """A provider whose every answer has *size* bytes and a little; its last event, if it is
+    streamed.
+    """
     choice = {"message": {"content": "x" * size}, "finish_reason": "stop", "index": 0}
     body = json.dumps({**RESPONSE, "choices": [choice]}).encode()
     head = f"HTTP/1.1 {http_status} X\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"

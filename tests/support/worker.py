@@ -1,4 +1,5 @@
-"""One worker of several as a process: `python -m tests.support.worker CONFIG LOOP PAGE SLOT WORKERS SOCKET`.
+"""One worker of several as a process: `python -m tests.support.worker CONFIG LOOP PAGE SLOT
+WORKERS SOCKET`.
 
 It says `ready` on stdout once it accepts, and ends in good order at SIGTERM.
 """

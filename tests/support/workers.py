@@ -1,4 +1,6 @@
-"""Several servers in the test's own loop, which share a page and a listening socket as workers do."""
+"""Several servers in the test's own loop, which share a page and a listening socket as workers
+do.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +118,9 @@ class Workers:
     async def open(
         self, number: int, slot: int | None = None, headers: dict[str, str] | None = None
     ) -> list[aiohttp.ClientWebSocketResponse]:
-        """Open *number* WebSockets at once, all of them at the worker in *slot* if that is given."""
+        """Open *number* WebSockets at once, all of them at the worker in *slot* if that is
+        given.
+        """
         server = next(iter(self.servers.values()))
         port = self.socket.getsockname()[1] if slot is None else self.ports[slot]
         address = server.ws.replace(f":{server.port}/", f":{port}/")
