@@ -1,4 +1,6 @@
-"""`chat` in a real terminal: a pseudo-terminal that is the process's own, with signals from its keys."""
+"""`chat` in a real terminal: a pseudo-terminal that is the process's own, with signals from its
+keys.
+"""
 
 from __future__ import annotations
 

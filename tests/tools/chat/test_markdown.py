@@ -1,4 +1,6 @@
-"""An answer drawn as Markdown: what is on the screen at the end, whatever came and however it came."""
+"""An answer drawn as Markdown: what is on the screen at the end, whatever came and however it
+came.
+"""
 
 from __future__ import annotations
 
@@ -209,7 +211,9 @@ async def test_a_note_stands_below_the_last_block_until_more_comes() -> None:
 
 
 async def test_a_long_answer_costs_as_much_as_its_length() -> None:
-    """The number of characters sent, and not a time: each block is drawn again only while it is the last."""
+    """The number of characters sent, and not a time: each block is drawn again only while it is
+    the last.
+    """
 
     async def sent(blocks: int) -> int:
         out = io.StringIO()

@@ -185,7 +185,9 @@ async def test_a_proxy_is_what_is_reached_and_its_password_is_not_shown(
 async def certificate_steps(
     findings: Findings, names: tuple[str, ...], *, days: float = 30.0, trusted: bool = True
 ) -> str | None:
-    """Take the steps to a listener whose certificate is for *names*, and ends in so many *days*."""
+    """Take the steps to a listener whose certificate is for *names*, and ends in so many
+    *days*.
+    """
     authority = trustme.CA()
     until = dt.datetime.now(dt.UTC) + dt.timedelta(days=days)
     certificate = authority.issue_cert(*names, not_after=until)
