@@ -1,4 +1,6 @@
-"""The face of Anthropic's API: the official SDK unchanged, the provider's bytes as they came, errors in its form."""
+"""The face of Anthropic's API: the official SDK unchanged, the provider's bytes as they came,
+errors in its form.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A minute of churn: three servers as processes, clients of two keys, everything that can happen, and a provider that counts.
+"""A minute of churn: three servers as processes, clients of two keys, everything that can happen,
+and a provider that counts.
 
 Run by hand; it prints a table: `pytest -m stress -s tests/wings/cluster/test_churn.py`.
 """
@@ -171,7 +172,8 @@ async def churn_for(churn: Churn, chance: random.Random) -> None:
         redis.call("FLUSHALL")
         await for_(4.0)
 
-    # What may be in flight beyond the limit: what an instance had that was stopped for longer than its lease.
+    # What may be in flight beyond the limit: what an instance had that was stopped for longer than
+    # its lease.
     events: list[tuple[str, Callable[[], Awaitable[None]], bool]] = [
         ("an instance killed and started again", killed, False),
         ("an instance stopped, shortly", stopped(SHORT), False),

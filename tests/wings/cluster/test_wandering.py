@@ -1,4 +1,6 @@
-"""Clients that come back at whatever instance, over a network that loses messages: no event is lost or doubled."""
+"""Clients that come back at whatever instance, over a network that loses messages: no event is
+lost or doubled.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Turns on their way into the file, as other processes see them: each storage has locks of its own."""
+"""Turns on their way into the file, as other processes see them: each storage has locks of its
+own.
+"""
 
 from __future__ import annotations
 

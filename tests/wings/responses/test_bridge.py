@@ -1,4 +1,6 @@
-"""OpenAI's Responses API on a provider that has chat completions only: the official SDK sees no difference."""
+"""OpenAI's Responses API on a provider that has chat completions only: the official SDK sees no
+difference.
+"""
 
 from __future__ import annotations
 

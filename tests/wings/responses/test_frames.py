@@ -1,4 +1,6 @@
-"""The frames of the Responses API over WebSocket: what goes on to a provider, and what is refused."""
+"""The frames of the Responses API over WebSocket: what goes on to a provider, and what is
+refused.
+"""
 
 from __future__ import annotations
 

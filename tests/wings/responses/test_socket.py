@@ -191,7 +191,8 @@ async def test_only_so_many_bytes_wait_on_a_connection(
     server = await make_server(SILENT)
     async with connect(server) as ws:
         await ws.send_json(create())
-        # The first that waits may be larger: else a frame of max_message_size might never be answered.
+        # The first that waits may be larger: else a frame of max_message_size might never be
+        # answered.
         for size in (20_000, 100):
             await ws.send_json(create("x" * size, generate=False))
         refusal = await next_event(ws)

@@ -1,4 +1,6 @@
-"""OpenAI's own client for Responses over WebSocket, in front of a server and behind connections that are cut."""
+"""OpenAI's own client for Responses over WebSocket, in front of a server and behind connections
+that are cut.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The store of responses: bounded in bytes and time, shared along conversations, and a caller's own."""
+"""The store of responses: bounded in bytes and time, shared along conversations, and a caller's
+own.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Responses that are stored: continued by their ids at any provider, read, listed and deleted by the official SDK."""
+"""Responses that are stored: continued by their ids at any provider, read, listed and deleted by
+the official SDK.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 
     from tests.support.server import MakeServer, RunningServer
 
-# How engines refuse a request that continues a response: vLLM, llama.cpp, a validator, one without the path's feature.
+# How engines refuse a request that continues a response: vLLM, llama.cpp, a validator, one without
+# the path's feature.
 REFUSALS = [
     (404, "Response with id 'resp_1' not found."),
     (400, "previous_response_id is not supported"),
@@ -41,7 +44,9 @@ async def ask(sdk: Any, text: Any, *, streamed: bool = False, **fields: Any) -> 
 
 
 def inputs(server: RunningServer) -> list[Any]:
-    """What the simulated provider was asked: the texts of the input, or the id that stands for those before."""
+    """What the simulated provider was asked: the texts of the input, or the id that stands for
+    those before.
+    """
     asked = []
     for body in server.simulator.bodies:
         items = body["input"]
