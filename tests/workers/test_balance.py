@@ -45,7 +45,8 @@ async def test_a_worker_whose_loop_does_not_turn_holds_back_nobody(tmp_path: Pat
         blocked = SharedPage(workers.page.fd, 2)
         blocked.beat(State.SERVING, 0)
 
-        # With it they would have more than their share from 16 connections on, and nobody would accept.
+        # With it they would have more than their share from 16 connections on, and nobody would
+        # accept.
         await workers.open(60)
 
         assert sum(balance_of(workers, slot).connections for slot in (0, 1)) == 60

@@ -1,6 +1,7 @@
 """Several real processes on one port: served, reloaded, replaced, killed and stopped.
 
-A parent and two workers take two seconds to start, so each test tells a whole story, most on one kind of loop.
+A parent and two workers take two seconds to start, so each test tells a whole story, most on one
+kind of loop.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ async def limits_of(process: ServerProcess) -> list[int]:
 
 
 async def share(process: ServerProcess, total: int) -> None:
-    """Wait until the workers together serve *total* connections at once; each has looked at the page by then."""
+    """Wait until the workers together serve *total* connections at once; each has looked at the
+    page by then.
+    """
     limits = await until_result(lambda: limits_of(process), lambda limits: sum(limits) == total)
     assert min(limits) > 0
 

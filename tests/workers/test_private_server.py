@@ -45,7 +45,9 @@ def ask(server: PrivateServer, command: bytes) -> bytes:
 
 @pytest.fixture
 def runtime() -> Iterator[Path]:
-    """A folder with a path that is short enough for a socket, which those of pytest are not always."""
+    """A folder with a path that is short enough for a socket, which those of pytest are not
+    always.
+    """
     with tempfile.TemporaryDirectory(prefix="run-", dir="/tmp") as name:
         yield Path(name)
 

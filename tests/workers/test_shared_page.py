@@ -1,4 +1,6 @@
-"""The page of shared memory: whatever happens to its processes, its limits add up to no more than the total."""
+"""The page of shared memory: whatever happens to its processes, its limits add up to no more than
+the total.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ class World:
         del self.limits[slot], self.inside[slot]
 
     def replace(self, slot: int) -> None:
-        """End the process of *slot*, and start it again in a slot that is free: there, or in another one."""
+        """End the process of *slot*, and start it again in a slot that is free: there, or in
+        another one.
+        """
         self.end(slot)
         free = [one for one in range(self.parent.slots) if one not in self.pages]
         other = self.rng.choice(free)
@@ -288,7 +292,8 @@ while time.monotonic() < end:
         time.sleep(0.0002)
 page.settle(set_limit)
 """
-# Two processes write numbers into two cells, whose halves are equal, and each looks at that of the other.
+# Two processes write numbers into two cells, whose halves are equal, and each looks at that of the
+# other.
 HAMMER = """
 import mmap, sys, time
 own, other, count = map(int, sys.argv[2:])

@@ -1,4 +1,6 @@
-"""The supervisor of the workers: who is started, told, replaced and killed, and when. No process runs."""
+"""The supervisor of the workers: who is started, told, replaced and killed, and when. No process
+runs.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ BEAT = {"WATCHDOG": "1"}
 
 
 class Machine:
-    """Processes that exist only as numbers. `running` has their slots; `sent` what they were sent."""
+    """Processes that exist only as numbers. `running` has their slots; `sent` what they were
+    sent.
+    """
 
     def __init__(self) -> None:
         self.running: dict[int, int] = {}
