@@ -12,7 +12,9 @@ HARNESS = Path(__file__).resolve().parent / "harness"
 
 @dataclass(frozen=True, slots=True)
 class Encrypted:
-    """The TLS side of the mock provider: its *port*, its *certificate* with the key, and the *authority* that signed it."""
+    """The TLS side of the mock provider: its *port*, its *certificate* with the key, and the
+    *authority* that signed it.
+    """
 
     port: int
     certificate: Path

@@ -13,7 +13,10 @@ PIECE = 1 << 20  # bytes of a read
 
 @contextlib.contextmanager
 def reading(port: int, path: str, seen: Result) -> Iterator[None]:
-    """Read the mock provider's endless stream while the block lasts; its end fills *seen*: `megabytes`."""
+    """Read the mock provider's endless stream while the block lasts.
+
+    Its end fills *seen*: `megabytes`.
+    """
     body = json.dumps({**CHAT, "model": "firehose", "stream": True})
     request = (
         f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"

@@ -1,4 +1,5 @@
-"""Draw a run of `run.py`: the longest gaps and the CPU by the number of streams, and a request by what idles beside it.
+"""Draw a run of `run.py`: the longest gaps and the CPU by the number of streams, and a request by
+what idles beside it.
 
     python benchmarks/run.py --steps crowded,curve --runs 1 --json numbers.json
     python benchmarks/graph.py numbers.json docs/images/benchmark.svg
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from tests.support.plots import Curve
 
 Run = dict[str, dict[str, Any]]
-# Milliseconds of a gap, and microseconds of an event, above which a point stands at the upper edge.
+# Milliseconds of a gap, and microseconds of an event, above which a point stands at the upper
+# edge.
 GAP_CEILING, CPU_CEILING = 200.0, 50.0
 # The servers, in the order of their colours.
 SERVERS = ("aioserver", "bare", "nginx", "litellm")

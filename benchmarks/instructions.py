@@ -1,9 +1,11 @@
-"""Instructions that an answer costs, counted by valgrind: a number that no other program on the machine changes.
+"""Instructions that an answer costs, counted by valgrind: a number that no other program on the
+machine changes.
 
     python benchmarks/instructions.py               # of this version, about two minutes
     python benchmarks/instructions.py TREE TREE     # of other work trees, one after the other
 
-Counts of one version differ by some percent, by the moments at which the loop wakes. They know no caches, and no kernel.
+Counts of one version differ by some percent, by the moments at which the loop wakes. They know no
+caches, and no kernel.
 """
 
 from __future__ import annotations

@@ -32,7 +32,9 @@ def bodies() -> list[bytes]:
 
 @contextlib.contextmanager
 def sending(port: int, path: str, seen: Result) -> Iterator[None]:
-    """Send a body each second while the block lasts; its end fills *seen*: `sent`, `answered`, `slowest`.
+    """Send a body each second while the block lasts.
+
+    Its end fills *seen*: `sent`, `answered`, `slowest`.
 
     A body that takes longer than a second delays the next one.
     """

@@ -220,7 +220,9 @@ class Bench:
 
     @contextlib.contextmanager
     def beside(self, server: Server, load: Load, seen: Result, *, after: float) -> Iterator[None]:
-        """Put a second *load* on *server*, *after* so many seconds; its numbers are in *seen* at the end.
+        """Put a second *load* on *server*, *after* so many seconds.
+
+        Its numbers are in *seen* at the end.
 
         Raises `StepFailed` at the end, if it has no numbers in its own time.
         """

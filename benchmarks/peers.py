@@ -1,4 +1,7 @@
-"""The servers that can be measured: one `Peer` each. To compare with another, add it to `PEERS`."""
+"""The servers that can be measured: one `Peer` each.
+
+To compare with another, add it to `PEERS`.
+"""
 
 import hashlib
 import secrets
@@ -69,7 +72,8 @@ auth:
     for number, key in enumerate(KEYS)
 )
 
-# 200 places, and who finds none is refused at once; clients have keys, whose own limits are out of reach.
+# 200 places, and who finds none is refused at once; clients have keys, whose own limits are out of
+# reach.
 TIGHT = AUTH + (
     AIOSERVER.replace("max_connections: 12000", "max_connections: 200")
     .replace("connection_queue_size: 12000", "connection_queue_size: 200")
@@ -148,10 +152,10 @@ class Peer:
     """A server under load: OpenAI's `POST /v1/chat/completions`, and perhaps our WebSocket.
 
     In `command` and `config` stand for what differs from start to start: `$python`, `$here` (this
-    folder), `$port` (to listen on), `$loop`, `$config`, the file that `config` is written to, and `$folder`,
-    one for files that may be forgotten. Of the mock provider: `$provider`, its port; `$scheme`, `http` or `https`;
-    `$origin`, its URL; `$authority`, a file with the certificate that its own is checked against;
-    `$haproxy_tls`, the words that HAProxy needs for TLS.
+    folder), `$port` (to listen on), `$loop`, `$config`, the file that `config` is written to, and
+    `$folder`, one for files that may be forgotten. Of the mock provider: `$provider`, its port;
+    `$scheme`, `http` or `https`; `$origin`, its URL; `$authority`, a file with the certificate
+    that its own is checked against; `$haproxy_tls`, the words that HAProxy needs for TLS.
     """
 
     name: str

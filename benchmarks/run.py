@@ -33,7 +33,10 @@ from table import Run, brief, distances, machine, markdown, remarks, summary, ta
 
 
 def attempt(step: str, peer: Peer, do: Callable[..., Result], *arguments: object) -> Result:
-    """The result of a step; one that goes wrong in whatever way is INVALID, and the run goes on."""
+    """The result of a step.
+
+    One that goes wrong in whatever way is INVALID, and the run goes on.
+    """
     try:
         result = do(*arguments)
     except StepFailed as error:

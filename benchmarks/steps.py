@@ -172,7 +172,8 @@ def watched(bench: Bench, server: Server, load: Load) -> Result:
 
 
 def leave(bench: Bench, server: Server, load: Load) -> Result:
-    """What the provider still sends after its clients have left at their first event, and how long.
+    """What the provider still sends after its clients have left at their first event, and how
+    long.
 
     Who left is not matched with who was aborted: both are sorted, the n-th goes with the n-th. The
     median of the differences is the median delay where they come in order, and near it elsewhere.

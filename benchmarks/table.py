@@ -283,7 +283,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def distances(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """How far the median of each ratio is from the best that it ever had, those that are worse by a tenth first."""
+    """How far the median of each ratio is from the best that it ever had, those that are worse by
+    a tenth first.
+    """
     best: dict[str, dict[str, Any]] = json.loads(BEST.read_text())
     lines = []
     for row in rows:

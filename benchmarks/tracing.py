@@ -1,10 +1,12 @@
-"""The cost of traces: CPU time of a server for a request without them, with them, and with a collector that is away.
+"""The cost of traces: CPU time of a server for a request without them, with them, and with a
+collector that is away.
 
     python benchmarks/tracing.py            # about two minutes
     python benchmarks/tracing.py 40         # with so many rounds
 
-The three servers are up together, and get their requests in turns of some hundred, so that a noisy neighbour is a neighbour
-of all of them. The time is the kernel's, of all threads, and covers the export. The numbers are medians over the rounds.
+The three servers are up together, and get their requests in turns of some hundred, so that a noisy
+neighbour is a neighbour of all of them. The time is the kernel's, of all threads, and covers the
+export. The numbers are medians over the rounds.
 """
 
 from __future__ import annotations

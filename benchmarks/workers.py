@@ -1,10 +1,12 @@
-"""What several workers give and cost, and what their server carries. Ends by itself, in about three minutes.
+"""What several workers give and cost, and what their server carries.
+
+Ends by itself, in about three minutes.
 
     python benchmarks/workers.py                  # all tables
     python benchmarks/workers.py --only spread    # of load, spread, server, remote
 
-All share the machine's two cores with the mock provider and the load generator: CPU per answer is to be trusted, rates are
-those of this mixture.
+All share the machine's two cores with the mock provider and the load generator: CPU per answer is
+to be trusted, rates are those of this mixture.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ WORKERS = (1, 2, 4)
 WHOLE = Load(mode="http", connections=64)
 SPACED = Load(mode="sse", connections=300, chunks=100, interval_ms=20, ramp=2.0, duration=5.0)
 SOCKETS = 600
-# Places of the provider where the commands of the server are counted, and how many of them are in use.
+# Places of the provider where the commands of the server are counted, and how many of them are in
+# use.
 PLACES, PARTS, RATE = 100, (0.3, 0.9), 24_000
 # Half a second each.
 ANSWERS = Load(mode="sse", connections=0, chunks=25, interval_ms=20, ramp=0.5, duration=5.0)
@@ -52,7 +55,10 @@ STREAMS, EVENTS = 50, 150
 
 
 def peer(workers: int, redis_url: str | None = None, places: int = 4000) -> Peer:
-    """Return aioserver with so many workers; its private server is in the folder of the benchmark."""
+    """Return aioserver with so many workers.
+
+    Its private server is in the folder of the benchmark.
+    """
     config = AIOSERVER.replace("workers: 1", f"workers: {workers}")
     config = config.replace("concurrent_requests: 4000", f"concurrent_requests: {places}")
     if places < 4000:
@@ -85,7 +91,9 @@ def serving(bench: Bench, kind: Peer) -> Iterator[Server]:
 
 
 def memory(pid: int) -> tuple[float, float, float]:
-    """Return the proportional set size (PSS) in MB of a worker (mean), the parent, and the private server."""
+    """Return the proportional set size (PSS) in MB of a worker (mean), the parent, and the private
+    server.
+    """
     sizes: dict[str, list[float]] = {"worker": [], "parent": [0.0], "server": [0.0]}
     for member in tree(pid):
         rollup = Path(f"/proc/{member}/smaps_rollup").read_text()
@@ -103,7 +111,9 @@ def memory(pid: int) -> tuple[float, float, float]:
 
 
 def load(bench: Bench) -> None:
-    """Print what 1, 2 and 4 workers do with whole answers and with spaced events, and their memory."""
+    """Print what 1, 2 and 4 workers do with whole answers and with spaced events, and their
+    memory.
+    """
     print(
         "\n| workers | whole answers/s | CPU µs each | events/s, spaced | CPU µs each | p99 gap, ms "
         "| PSS of a worker, of the parent, of the server, MB | foreign load |"
@@ -150,7 +160,9 @@ def commands(client: redis.Redis) -> dict[str, float]:
 
 
 def server_commands(bench: Bench) -> None:
-    """Print what the private server carries for each answer, at two loads of the provider's places."""
+    """Print what the private server carries for each answer, at two loads of the provider's
+    places.
+    """
     print(
         f"\n| workers | face | of {PLACES} places in use | answers/s | `settle` per answer | claims | bytes "
         "| CPU of the server, µs |"
@@ -215,7 +227,9 @@ async def read(
 
 
 async def follow(ports: tuple[int, int], pause: float) -> tuple[list[float], list[float]]:
-    """Read streams at their own instance, there once more, and at the other one; return how much later the last two are."""
+    """Read streams at their own instance, there once more, and at the other one; return how much
+    later the last two are.
+    """
     own, other = (f"http://127.0.0.1:{port}/sse/chat" for port in ports)
     local: list[float] = []
     remote: list[float] = []
@@ -246,7 +260,9 @@ async def follow(ports: tuple[int, int], pause: float) -> tuple[list[float], lis
 
 
 def remote(bench: Bench) -> None:
-    """Print how much later an event is at a reader of another instance, and what the server carries for it."""
+    """Print how much later an event is at a reader of another instance, and what the server
+    carries for it.
+    """
     streams = Load(mode="sse", connections=STREAMS, chunks=EVENTS, interval_ms=20)
     with (
         RedisServer(bench.folder) as own,

@@ -4,8 +4,9 @@ python docs/sizing.py                      write the table into scaling.md
 python docs/sizing.py --check              exit with 1 if it is stale
 python docs/sizing.py 20000 30 400 60      20,000 clients, each of whom asks 30 times an hour; 400 tokens, 60 a second
 
-Arrivals are a Poisson process, and the places of the provider are the servers of a queue (M/M/c; Erlang, 1917). The number of
-places is the smallest for which one answer in a hundred waits. `tests/docs/test_sizing.py` plays the same queue event by event.
+Arrivals are a Poisson process, and the places of the provider are the servers of a queue (M/M/c;
+Erlang, 1917). The number of places is the smallest for which one answer in a hundred waits.
+`tests/docs/test_sizing.py` plays the same queue event by event.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ ASKED = (20, 300, 50)
 CLIENTS = (10**2, 10**3, 10**4, 10**5, 10**6)
 # The part of answers that wait for a place at the provider.
 WAITING = 0.01
-# Seconds for which a person waits for a first word (`queue_timeout` of a provider), and for which an answer is kept.
+# Seconds for which a person waits for a first word (`queue_timeout` of a provider), and for which
+# an answer is kept.
 PATIENCE, RESUME_WINDOW = 20.0, 30.0
 
-# What it costs, from benchmarks/README.md, where nothing else says so: CPU of a worker in seconds for an event, for what is around
-# an answer, and for an idle WebSocket in each second.
+# What it costs, from benchmarks/README.md, where nothing else says so: CPU of a worker in seconds
+# for an event, for what is around an answer, and for an idle WebSocket in each second.
 EVENT, ANSWER, IDLE = 40e-6, 400e-6, 2.5e-6
 # A core is full at this load on average, so that the event loop is not late.
 FULL = 0.5
@@ -34,7 +36,8 @@ FULL = 0.5
 SOCKET, STREAM, WORKER = 16 * 1024, 40 * 1024, 60e6
 # Bytes of the log of an answer, and of an event in it.
 LOG, LOGGED = 4096, 50
-# CPU of the Redis server in seconds for an answer with an id of its own, where several instances share it.
+# CPU of the Redis server in seconds for an answer with an id of its own, where several instances
+# share it.
 SHARED = 200e-6
 
 
@@ -56,7 +59,9 @@ class Size(NamedTuple):
 
 
 def size(clients: int, asked: float, tokens: float, speed: float) -> Size:
-    """Return the size for *clients*, each of whom asks *asked* times an hour for *tokens* that come at *speed* a second."""
+    """Return the size for *clients*, each of whom asks *asked* times an hour for *tokens* that
+    come at *speed* a second.
+    """
     rate, seconds = clients * asked / 3600, tokens / speed
     running = rate * seconds
     places = places_for(running)

@@ -1,4 +1,5 @@
-"""Writes the tables of `configuration.md`, and `config.schema.json`, from the declarations of the settings.
+"""Writes the tables of `configuration.md`, and `config.schema.json`, from the declarations of the
+settings.
 
 python docs/tables.py            write them
 python docs/tables.py --check    exit with 1 if they are stale

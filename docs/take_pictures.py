@@ -2,10 +2,10 @@
 
     .venv/bin/python docs/take_pictures.py [--seconds 75] [--folder docs/images]
 
-Starts the simulated provider and `aioserver serve` on free ports of loopback, loads the server with
-`aioserver bench` on all three faces for that many seconds, and takes a picture of the dashboard near
-the end of the load and one of the chat page with a question asked. What is shown is what the server
-said at that moment. Everything that was started here is ended at the end.
+Starts the simulated provider and `aioserver serve` on free ports of loopback, loads the server
+with `aioserver bench` on all three faces for that many seconds, and takes a picture of the
+dashboard near the end of the load and one of the chat page with a question asked. What is shown is
+what the server said at that moment. Everything that was started here is ended at the end.
 
 Needs the test extras, and Debian's `chromium`.
 """
@@ -50,8 +50,8 @@ SETTINGS = {
     f"{PROVIDERS}__LOCAL__MODEL": "simulated",
     "AIOSERVER__LOGGING__LEVEL": "WARNING",
 }
-# Options of `bench`, and the share of the whole time after which each load begins. The clients of all
-# of them together are more than max_connections (100).
+# Options of `bench`, and the share of the whole time after which each load begins. The clients of
+# all of them together are more than max_connections (100).
 LOADS = (
     (0.0, "--face websocket --clients 55 --ramp 8"),
     (0.2, "--face openai --clients 30 --ramp 10 --model local"),
@@ -62,7 +62,10 @@ QUESTION = "Why are you called a gateway?"
 
 @asynccontextmanager
 async def running(*command: str, environ: dict[str, str] | None = None) -> AsyncIterator[str]:
-    """Start *command*; yield the URL in its first line. At the end it is asked to end, and waited for."""
+    """Start *command*; yield the URL in its first line.
+
+    At the end it is asked to end, and waited for.
+    """
     process = await asyncio.create_subprocess_exec(
         *AIOSERVER,
         *command,

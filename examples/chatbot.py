@@ -1,4 +1,7 @@
-"""A chatbot in the terminal. The server keeps the conversation; an empty line or Ctrl-D ends it."""
+"""A chatbot in the terminal.
+
+The server keeps the conversation; an empty line or Ctrl-D ends it.
+"""
 
 import asyncio
 import sys

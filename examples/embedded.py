@@ -2,8 +2,9 @@
 
     python examples/embedded.py [--port 8000] [--config config.yaml]
 
-`/` is the chat page, `/ws/chat`, `/sse/chat` and `/v1` are the server's faces, and `/haiku?about=rain` is ours: a handler that
-asks the server in the same process. What an embedded server lacks stands at `aioserver.server.app.make_app`.
+`/` is the chat page, `/ws/chat`, `/sse/chat` and `/v1` are the server's faces, and
+`/haiku?about=rain` is ours: a handler that asks the server in the same process. What an embedded
+server lacks stands at `aioserver.server.app.make_app`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ async def haiku(request: web.Request) -> web.StreamResponse:
 
 
 def make_site(configuration: Configuration, url: str) -> web.Application:
-    """Return the chat server's application, with a route more. The client asks *url*, which is its address."""
+    """Return the chat server's application, with a route more.
+
+    The client asks *url*, which is its address.
+    """
 
     async def client_of_the_site(app: web.Application) -> AsyncIterator[None]:
         async with Client(url) as client:

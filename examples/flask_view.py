@@ -4,8 +4,9 @@
     python examples/flask_view.py [--url http://127.0.0.1:8000] [--port 5000]
     curl -N 'http://127.0.0.1:5000/ask?text=Hello'
 
-One client serves all threads; their answers share its sockets. In Django the same generator goes into a
-`StreamingHttpResponse`. With a server that forks (gunicorn, uWSGI) each worker makes a client of its own.
+One client serves all threads; their answers share its sockets. In Django the same generator goes
+into a `StreamingHttpResponse`. With a server that forks (gunicorn, uWSGI) each worker makes a
+client of its own.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def make_app(client: Client) -> Flask:
         """Stream the answer to `?text=`."""
         pieces = pieces_of(client.chat(request.args["text"], deadline=60.0))
         try:
-            # A refusal still has its status; after the first piece an error can only break off the response.
+            # A refusal still has its status; after the first piece an error can only break off the
+            # response.
             first = next(pieces, "")
         except AnswerError as error:
             headers = {"Retry-After": str(round(error.retry_after or 5))}

@@ -3,9 +3,9 @@
     python examples/unbroken.py [--url http://127.0.0.1:8000] [--every 20] [--text "Tell me a story"]
 
 A small fault proxy in this process stands between the clients and the server. It resets each
-connection after a number of events, wherever in the bytes it is then. Each client comes back with the
-number of the last event that it has seen: those of the WebSocket and the SSE face are the client library's, and
-the one of OpenAI's Responses shows how it is done by hand.
+connection after a number of events, wherever in the bytes it is then. Each client comes back with
+the number of the last event that it has seen: those of the WebSocket and the SSE face are the
+client library's, and the one of OpenAI's Responses shows how it is done by hand.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class FaultProxy:
             await server.wait_closed()
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # A coroutine as the callback would be a task of asyncio's, which Python 3.11 reports with a
-        # traceback when it is cancelled.
+        # A coroutine as the callback would be a task of asyncio's, which Python 3.11 reports with
+        # a traceback when it is cancelled.
         task = asyncio.create_task(self._relay(reader, writer))
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
@@ -94,7 +94,10 @@ class FaultProxy:
 
 
 async def websocket(session: aiohttp.ClientSession, address: str, text: str) -> str:
-    """Ask over a WebSocket. The client library resumes after each cut; this code knows nothing of them."""
+    """Ask over a WebSocket.
+
+    The client library resumes after each cut; this code knows nothing of them.
+    """
     async with Client(f"http://{address}", session=session) as client:
         return await client.chat(text).text()
 
