@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from contextlib import AsyncExitStack
 
     from aiohttp import web
@@ -59,6 +59,8 @@ class Wing:
 
     # In the log, and in the test that deletes the wing.
     name: ClassVar[str]
+    # The paths of its faces, as the server's overview and `/stats` tell them to clients.
+    endpoints: ClassVar[Mapping[str, str]] = {}
 
     # At most one wing fills each of these, and none stands for one that is not needed.
 

@@ -10,7 +10,7 @@ The meaning of each field is in docs/monitoring.md.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from aioserver import __version__
@@ -59,7 +59,8 @@ class Sources:
     """The objects from which the state is read; they live as long as the server.
 
     *gate* admits connections, *running* counts the answers under way, *ready* says whether the server takes new
-    work, and *listening* has the sockets that accept connections, as soon as there are any. *sections* are the wings' parts.
+    work, and *listening* has the sockets that accept connections, as soon as there are any. *sections* are the wings'
+    parts, and *endpoints* the paths of their faces.
     """
 
     settings: SettingsInEffect
@@ -73,6 +74,7 @@ class Sources:
     ready: Callable[[], bool]
     listening: Sequence[socket.socket]
     sections: Sequence[Section[Any]] = ()
+    endpoints: Mapping[str, str] = field(default_factory=dict)
 
 
 class Snapshots:
@@ -133,8 +135,7 @@ class Snapshots:
                 "websocket": chat.websocket.endpoint,
                 "sse": chat.sse.endpoint,
                 "openai": "/v1",
-                "anthropic": "/v1",
-                "conversations": "/conversations",
+                **sources.endpoints,
             },
         }
         parts = {section.key: section.state() for section in sources.sections}

@@ -243,6 +243,7 @@ async def open_server(
             ready=lambda: lifecycle.ready and router.usable,
             listening=listening,
             sections=[section for wing in plugged for section in wing.sections()],
+            endpoints={face: path for wing in plugged for face, path in wing.endpoints.items()},
         )
         monitor = Monitor(sources)
         stack.callback(monitor.close)

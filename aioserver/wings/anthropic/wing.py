@@ -15,6 +15,7 @@ class AnthropicWing(Wing):
     """`/v1/messages`, for providers that speak it."""
 
     name: ClassVar = "anthropic"
+    endpoints: ClassVar = {"anthropic": "/v1"}
 
     async def serve(self, context: Context) -> Routes:
         """Return the routes of its face."""

@@ -36,6 +36,7 @@ class ConversationsWing(Wing):
     """The conversations of all callers: the turns in front of a question, and the face that shows and deletes them."""
 
     name: ClassVar = "conversations"
+    endpoints: ClassVar = {"conversations": "/conversations"}
     _history: History
 
     @staticmethod
