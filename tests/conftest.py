@@ -48,7 +48,9 @@ def _debugged(loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
 
 
 def pytest_configure() -> None:
-    """Heed Ctrl-C, which a shell has its background jobs ignore: programs that tests interrupt would inherit that."""
+    """Heed Ctrl-C, which a shell has its background jobs ignore: programs that tests interrupt
+    would inherit that.
+    """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -103,7 +105,9 @@ def _bounded(
 
 @pytest.fixture(autouse=True)
 def log_level() -> Iterator[None]:
-    """Take back the log level of a server that has reloaded its settings: it is that of the whole process."""
+    """Take back the log level of a server that has reloaded its settings: it is that of the whole
+    process.
+    """
     level = logging.getLogger().level
     yield
     logging.getLogger().setLevel(level)
@@ -111,7 +115,9 @@ def log_level() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def watched(request: pytest.FixtureRequest) -> None:
-    """Watch every async test with `nothing_left`, set up before and so torn down after all else."""
+    """Watch every async test with `nothing_left`, set up before and so torn down after all
+    else.
+    """
     if inspect.iscoroutinefunction(request.function):
         request.getfixturevalue("nothing_left")
 
@@ -128,8 +134,8 @@ async def nothing_left(
 ) -> AsyncIterator[None]:
     """Fail the test that leaves a task behind; an unclosed socket is a warning, so a failure.
 
-    What lives when the test begins is taken out of the collector's sight: to look at it again after
-    each test would take as long as the test.
+    What lives when the test begins is taken out of the collector's sight: to look at it again
+    after each test would take as long as the test.
     """
     gc.collect()
     gc.freeze()

@@ -1,4 +1,6 @@
-"""Where uvloop differs from asyncio's loop: docs/event-loops.md has a line for each test, and says what follows from it."""
+"""Where uvloop differs from asyncio's loop: docs/event-loops.md has a line for each test, and says
+what follows from it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ T = TypeVar("T")
 PAGE = (Path(__file__).parents[1] / "docs/event-loops.md").read_text()
 # More than any kernel buffers for a connection of this machine.
 LARGE = b"x" * (32 << 20)
-# The versions whose `writelines` does not look whether the connection is lost (cpython's gh-136234).
+# The versions whose `writelines` does not look whether the connection is lost (cpython's
+# gh-136234).
 WATCHES_FOR_GOOD = (3, 12) <= sys.version_info < (3, 13, 8)
 
 
@@ -38,7 +41,9 @@ def on_both(main: Callable[[], Coroutine[Any, Any, T]]) -> tuple[T, T]:
 
 
 class Protocol(asyncio.Protocol):
-    """A protocol that notes what its transport calls, and in which turn of the loop it is given bytes."""
+    """A protocol that notes what its transport calls, and in which turn of the loop it is given
+    bytes.
+    """
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -66,7 +71,9 @@ class Protocol(asyncio.Protocol):
 
 
 class Connection:
-    """A connection of the loop, and the other end as a socket: `async with Connection() as (transport, protocol, far)`."""
+    """A connection of the loop, and the other end as a socket: `async with Connection() as
+    (transport, protocol, far)`.
+    """
 
     async def __aenter__(self) -> tuple[asyncio.Transport, Protocol, socket.socket]:
         near, self._far = socket.socketpair()

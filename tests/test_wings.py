@@ -1,4 +1,6 @@
-"""Each wing can be deleted: a copy of the package without it imports, and its core does what it did (tests/core)."""
+"""Each wing can be deleted: a copy of the package without it imports, and its core does what it
+did (tests/core).
+"""
 
 from __future__ import annotations
 
