@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import aiohttp
@@ -79,25 +78,19 @@ class TimedAttempt(Attempt):
         return next(iter(self.results.refused | self.results.incomplete), "")
 
 
-@dataclass
-class Encodings:
-    """The `Content-Encoding` of each streamed answer of a session."""
+def noting(encodings: set[str]) -> aiohttp.TraceConfig:
+    """Return what makes a session note the `Content-Encoding` of each streamed answer."""
 
-    seen: set[str] = field(default_factory=set)
-
-    def traced(self) -> aiohttp.TraceConfig:
-        """Return what makes a session note them."""
-        trace = aiohttp.TraceConfig()
-        trace.on_request_end.append(self._note)
-        return trace
-
-    async def _note(
-        self, _session: object, _context: object, params: aiohttp.TraceRequestEndParams
+    async def note(
+        _session: object, _context: object, params: aiohttp.TraceRequestEndParams
     ) -> None:
-        headers = params.response.headers
-        encoding = headers.get("Content-Encoding", "identity")
+        encoding = params.response.headers.get("Content-Encoding", "identity")
         if params.response.content_type == "text/event-stream" and encoding != "identity":
-            self.seen.add(encoding)
+            encodings.add(encoding)
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_end.append(note)
+    return trace
 
 
 def bursts(times: Sequence[float]) -> int:
@@ -124,8 +117,8 @@ async def examine(
     if simulated is None:
         faces = ["SSE"] if ask else []
         question = Question(prompt=PROMPT, max_tokens=MAX_TOKENS)
-    encodings = Encodings()
-    async with remote.session(road.key, encodings.traced()) as session:
+    encodings: set[str] = set()
+    async with remote.session(road.key, noting(encodings)) as session:
         async with asyncio.TaskGroup() as tasks:
             answers = {
                 face: tasks.create_task(_follow(session, road, face, question)) for face in faces
@@ -137,10 +130,10 @@ async def examine(
             reason = "only one face was asked" if ask else "--no-ask, and no model is simulated"
             report.skip("answers", f"not every face was asked for an answer: {reason}")
         _tell_delays(report, snapshots.result())
-    if encodings.seen:
+    if encodings:
         report.warn(
             "streams",
-            f"the proxy compresses streams ({', '.join(sorted(encodings.seen))})",
+            f"the proxy compresses streams ({', '.join(sorted(encodings))})",
             "a compressor may hold events back: leave text/event-stream out (nginx: gzip off)",
         )
 

@@ -59,9 +59,14 @@ def command(
         raise click.UsageError("either --config or a URL")
     report = Report(_ignore if as_json else _print)
     if url is None:
-        code = examine_here(report, config, ask=not no_ask)
+        from aioserver.tools.doctor import here  # noqa: PLC0415 - start-up time
+
+        code = here.examine(report, config, ask=not no_ask)
     else:
-        code = examine_server(report, url, key, ask=not no_ask, idle=idle)
+        from aioserver.tools.doctor.server import Examination  # noqa: PLC0415 - start-up time
+
+        asyncio.run(Examination(report, url, key).run(ask=not no_ask, idle=idle))
+        code = int(report.failed)
     if as_json:
         print(orjson.dumps(report.plain(), option=orjson.OPT_INDENT_2).decode())
     else:
@@ -76,25 +81,3 @@ def _print(finding: Finding) -> None:
 
 def _ignore(_finding: Finding) -> None:
     """Wait for the whole report."""
-
-
-def examine_here(report: Report, config: Path | None, *, ask: bool) -> int:
-    """Examine this machine, and the configuration in *config* (None: the file that `serve` would choose).
-
-    *ask*: whether a question may cost money. Returns the exit code: 0, 1 if anything failed, 2 for a configuration that
-    `serve` would refuse.
-    """
-    from aioserver.tools.doctor import here  # noqa: PLC0415 - start-up time
-
-    return here.examine(report, config, ask=ask)
-
-
-def examine_server(report: Report, url: str, key: str | None, *, ask: bool, idle: float) -> int:
-    """Examine the way to the server at *url*, as a client with *key* meets it. Returns the exit code.
-
-    *ask*: whether a question may cost money. *idle*: seconds for which a WebSocket is kept open in silence; 0: none.
-    """
-    from aioserver.tools.doctor.server import Examination  # noqa: PLC0415 - start-up time
-
-    asyncio.run(Examination(report, url, key).run(ask=ask, idle=idle))
-    return int(report.failed)

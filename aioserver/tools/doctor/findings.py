@@ -63,6 +63,13 @@ class Report:
         """Note what was not looked at."""
         self._add("skip", subject, text, hint)
 
+    def weigh(self, subject: str, good: bool, text: str, hint: str) -> None:
+        """Note *text*, which is well or costs speed; *hint* says what to do then."""
+        if good:
+            self.ok(subject, text)
+        else:
+            self.warn(subject, text, hint)
+
     def _add(
         self, level: Level, subject: str, text: str, hint: str, seconds: float | None = None
     ) -> None:

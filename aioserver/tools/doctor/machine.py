@@ -125,14 +125,14 @@ def _check_backlog(report: Report, settings: Settings, system: System) -> None:
     limit = _number(system.somaxconn)
     if limit is None:
         report.skip("machine", "somaxconn: this system does not show it")
-    elif limit < backlog:
-        report.warn(
-            "machine",
-            f"somaxconn: the kernel lets {limit} connections wait, and backlog asks for {backlog}",
-            f"sysctl -w net.core.somaxconn={backlog}",
-        )
-    else:
-        report.ok("machine", f"somaxconn: {limit}, and backlog asks for {backlog}")
+        return
+    text = f"the kernel lets {limit} connections wait" if limit < backlog else str(limit)
+    report.weigh(
+        "machine",
+        limit >= backlog,
+        f"somaxconn: {text}, and backlog asks for {backlog}",
+        f"sysctl -w net.core.somaxconn={backlog}",
+    )
 
 
 def _check_ports(report: Report, settings: Settings, system: System) -> None:
@@ -151,16 +151,17 @@ def _check_ports(report: Report, settings: Settings, system: System) -> None:
         report.skip("machine", "local ports: this system does not show them")
         return
     ports = high - low + 1
-    if ports < wanted:
-        report.warn(
-            "machine",
-            f"local ports: {ports}, and up to {wanted} connections to one address may need one each",
-            'sysctl -w net.ipv4.ip_local_port_range="1024 65535"',
-        )
-    else:
-        report.ok(
-            "machine", f"local ports: {ports}, for at most {wanted} connections to one address"
-        )
+    needed = (
+        f"and up to {wanted} connections to one address may need one each"
+        if ports < wanted
+        else f"for at most {wanted} connections to one address"
+    )
+    report.weigh(
+        "machine",
+        ports >= wanted,
+        f"local ports: {ports}, {needed}",
+        'sysctl -w net.ipv4.ip_local_port_range="1024 65535"',
+    )
 
 
 def _check_memory(report: Report, settings: Settings, system: System) -> None:
@@ -171,17 +172,12 @@ def _check_memory(report: Report, settings: Settings, system: System) -> None:
     if available is None:
         report.skip("machine", "memory: this system does not show it")
         return
-    sizes = (
-        f"{available // MIB} MiB are free, and kept answers and bodies may take {wanted // MIB}"
+    report.weigh(
+        "machine",
+        available >= wanted,
+        f"memory: {available // MIB} MiB are free, and kept answers and bodies may take {wanted // MIB}",
+        "lower chat.streams.max_kept_bytes and concurrency.max_body_bytes, or add memory",
     )
-    if available < wanted:
-        report.warn(
-            "machine",
-            f"memory: {sizes}",
-            "lower chat.streams.max_kept_bytes and concurrency.max_body_bytes, or add memory",
-        )
-    else:
-        report.ok("machine", f"memory: {sizes}")
 
 
 def available_memory(system: System) -> int | None:

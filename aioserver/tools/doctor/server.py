@@ -118,7 +118,7 @@ class Examination:
                 asyncio.timeout(TIMEOUT),
                 session.get(f"{self._url}{path}", allow_redirects=False, **options) as response,
             ):
-                body = await _body_of(response)
+                body = await faults.read_body(response, MAX_ANSWER_BYTES)
                 return Answered(
                     response.status, response.headers, _json(body), time.perf_counter() - began
                 )
@@ -220,7 +220,7 @@ class Examination:
                 ) as response,
             ):
                 status = response.status
-                code, _ = faults.error_object(await _body_of(response))
+                code, _ = faults.error_object(await faults.read_body(response, MAX_ANSWER_BYTES))
         except TimeoutError:
             self._report.ok("server", f"a body of {size} is not refused by its head")
             return
@@ -329,16 +329,6 @@ def _simulated(content: Any) -> str | None:
         if isinstance(model, dict) and model.get("simulated") is True:
             return str(model.get("id"))
     return None
-
-
-async def _body_of(response: aiohttp.ClientResponse) -> bytes:
-    """Read the body of *response*, up to MAX_ANSWER_BYTES and some more."""
-    body = bytearray()
-    async for data in response.content.iter_any():
-        body += data
-        if len(body) >= MAX_ANSWER_BYTES:
-            break
-    return bytes(body)
 
 
 def _json(body: bytes) -> Any:
