@@ -24,30 +24,9 @@ CORE, BESIDE, PROCESS = (part.split() for part in LINE.split("|"))
 ORDER = [*CORE, *BESIDE, *PROCESS]
 # Imports against this rule, as (importer, imported): rows may go, and none may come.
 OWED = {
-    ("faces.http", "wings.anthropic.wire"),
-    ("faces.openai", "wings.anthropic.wire"),
-    ("faces.openai", "wings.responses.draft"),
-    ("faces.openai", "wings.responses.events"),
-    ("faces.openai", "wings.responses.stored"),
     ("gateway.gateway", "wings.responses.stored"),
-    ("gateway.router", "wings.responses.bridged"),
-    ("providers.attempt", "wings.anthropic.sink"),
-    ("providers.attempt", "wings.anthropic.wire"),
-    ("providers.attempt", "wings.responses.bridging"),
-    ("providers.attempt", "wings.responses.continuation"),
-    ("providers.attempt", "wings.responses.sinks"),
-    ("providers.error_mapping", "wings.anthropic.wire"),
-    ("providers.http1", "wings.anthropic.wire"),
-    ("providers.provider", "wings.responses.bridging"),
     ("server.app", "workers.slot"),
     ("server.reload", "workers.worker"),
-    ("streams.fast_path", "wings.responses.events"),
-    ("streams.formats", "wings.responses.frames"),
-    ("telemetry.request_log", "wings.anthropic.wire"),
-    ("wings.cluster.handover", "wings.responses.events"),
-    ("wings.cluster.mirrors", "wings.responses.events"),
-    ("wings.cluster.peers", "wings.responses.events"),
-    ("wings.cluster.pipe", "wings.responses.events"),
 }
 # Folders of tests that are no package's: of pages, of deploy/ and docs/, of the whole server, and for all tests.
 OTHER_TESTS = {

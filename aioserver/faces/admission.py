@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from aioserver.auth.callers import CALLER
 from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerAtCapacity
 from aioserver.faces import whole
+from aioserver.faces.form import NO_FORMS
 from aioserver.faces.http import Request, error_response
 from aioserver.faces.idle_sockets import IdleSockets
 from aioserver.limits.gate import Gate, Place
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
     from aioserver.config.settings import Concurrency
+    from aioserver.faces.form import Forms
     from aioserver.limits.quota import Quota
     from aioserver.telemetry.metrics import Metrics
 
@@ -63,8 +65,10 @@ class Admission:
         metrics: Metrics,
         send_timeout: float,
         gate: Callable[..., Gate] = Gate,
+        forms: Forms = NO_FORMS,
     ) -> None:
         self.metrics = metrics
+        self.forms = forms
         self._entered = metrics.admission_wait["entered"]
         self.gate = gate(
             limits.max_connections,
@@ -367,7 +371,7 @@ def counted(
                     if fault.request_outcome is None or started:
                         raise
                     # Counted with its record, and as large as the provider likes.
-                    response = error_response(fault, request)
+                    response = error_response(fault, request, admission.forms.of(request))
                     forget_frames(fault)
                 if not response.prepared:
                     timeout, drop = admission.send_timeout, admission.dropped

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
-from aioserver.wings.anthropic import wire as anthropic
+from aioserver.faces.form import OPENAI
 
 if TYPE_CHECKING:
     from aioserver.errors import AioserverError
+    from aioserver.faces.form import Form
 
 # The value of the header `Server`.
 SERVER = "aioserver"
@@ -54,24 +55,22 @@ def last_on_connection(request: web.BaseRequest) -> bool:
     return getattr(request.protocol, "last", False)
 
 
-def speaks_anthropic(request: web.BaseRequest) -> bool:
-    """Return whether the client of *request* speaks Anthropic's API."""
-    return anthropic.speaks(request.path, request.headers)
-
-
-def error_response(error: AioserverError, request: web.BaseRequest | None = None) -> web.Response:
-    """Return *error* as an HTTP response, in the form that the client of *request* knows; None: OpenAI's form."""
+def error_response(
+    error: AioserverError, request: web.BaseRequest | None = None, form: Form = OPENAI
+) -> web.Response:
+    """Return *error* as an HTTP response to *request*, in the *form* that its client knows."""
     headers = error.headers()
-    status, body = error.http_status, b""
-    if request is not None and speaks_anthropic(request):
+    log_id = ""
+    if form.id_header and request is not None:
         log_id = request_id(request)
-        status, body = anthropic.http_status(error), anthropic.error_body(error, log_id)
-        headers.setdefault("request-id", log_id)
+        headers.setdefault(form.id_header, log_id)
     headers["Content-Type"] = "application/json"
     if error.force_close:
         # A client that sends `Upgrade` must name it in `Connection`, too (RFC 9110, 7.8).
         headers["Connection"] = "upgrade, close" if "Upgrade" in headers else "close"
-    response = web.Response(status=status, body=body or error.body(), headers=headers)
+    response = web.Response(
+        status=form.status(error), body=form.error(error, log_id), headers=headers
+    )
     if error.force_close:
         response.force_close()
     return response

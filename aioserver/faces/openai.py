@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from aiohttp import web
 
@@ -21,7 +21,6 @@ from aioserver.auth.callers import CALLER
 from aioserver.errors import StreamNotFound
 from aioserver.faces import http, whole
 from aioserver.faces.admission import counted
-from aioserver.faces.http import speaks_anthropic
 from aioserver.faces.intake import (
     begin_visit,
     client_headers,
@@ -34,29 +33,25 @@ from aioserver.faces.streaming import follow
 from aioserver.gateway.calls import kept_answer
 from aioserver.gateway.request import Request
 from aioserver.protocol.eventstream import HEARTBEAT
+from aioserver.providers.api import CHAT, Api
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.ending import run_all
 from aioserver.streams.formats import RAW
-from aioserver.wings.anthropic import wire as anthropic
-from aioserver.wings.responses.draft import Draft, draft_of
-from aioserver.wings.responses.events import ResponseEvents
-from aioserver.wings.responses.stored import RESPONSES
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
-    from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.gateway.request import Route
-    from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.model_body import ModelBody
     from aioserver.providers.request import Answer
     from aioserver.streams.stream import Stream
 
-PATHS = ("chat/completions", "completions", "embeddings", "responses")
+EMBEDDINGS = Api("embeddings")
+APIS = (CHAT, Api("completions"), EMBEDDINGS)
 STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -84,15 +79,15 @@ OPENAI = Dialect("openai", HEARTBEAT)
 
 
 def routes(context: Context) -> list[web.RouteDef]:
-    """Return the routes of this face; those of stored responses are in wings/responses/face.py."""
+    """Return the routes of this face."""
     serving = partial(serve, context)
     return [
         *(
             web.post(
-                f"/v1/{path}",
-                counted(context.admission, "openai", prepare_for(context, path), serving),
+                f"/v1/{api.path}",
+                counted(context.admission, OPENAI.face, prepare_for(context, api), serving),
             )
-            for path in PATHS
+            for api in APIS
         ),
         web.get("/v1/models", partial(models, context)),
         web.get("/v1/models/{id:.+}", partial(model, context)),
@@ -100,73 +95,31 @@ def routes(context: Context) -> list[web.RouteDef]:
 
 
 def prepare_for(
-    context: Context, path: str
+    context: Context, api: Api
 ) -> Callable[[web.Request, BodyHold], Awaitable[Request]]:
-    """Return the function that prepares a POST to *path*, below `/v1`."""
+    """Return the function that prepares a POST to the path of *api*, below `/v1`."""
 
     async def prepare(request: web.Request, hold: BodyHold) -> Request:
         limit = context.settings.chat.websocket.max_message_size
         body, data = await read_model_body(request, hold, limit)
         key = idempotency_key(request)
-        return make_request(
-            context,
-            path,
-            body,
-            face=OPENAI.face,
-            caller=request[CALLER],
-            name=http.request_id(request),
+        route = context.router.route(body.model)
+        if api is EMBEDDINGS:
+            # The vectors of a fallback's model mean nothing beside those of the model that was asked for.
+            route.pinned = True
+        provider_request = ProviderRequest(
+            api,
+            body_maker(body, route),
+            streamed=body.streamed and api is not EMBEDDINGS,
+            caller=request[CALLER].on_behalf_of(body.user),
+            model=route.model,
             hold=hold,
             client_headers=client_headers(context, request),
-            key=key,
-            digest=digest_of(path, data) if key else b"",
-            draft=draft_of(context.gateway.responses, request[CALLER], body, limit)
-            if path == RESPONSES
-            else None,
         )
+        digest = digest_of(api.path, data) if key else b""
+        return Request(route, provider_request, OPENAI.face, http.request_id(request), key, digest)
 
     return prepare
-
-
-def make_request(
-    context: Context,
-    path: str,
-    body: ModelBody,
-    *,
-    face: str,
-    caller: Caller,
-    name: str,
-    hold: BodyHold,
-    client_headers: ClientHeaders,
-    key: str | None = None,
-    digest: bytes = b"",
-    draft: Draft | None = None,
-) -> Request:
-    """Return the request of a client with this *body* for the *path* below `/v1`; *face*, *name*, *key*: as `Request`.
-
-    Raises:
-        ModelNotFound, NoProvider: no provider can be asked for its model.
-    """
-    route = context.router.route(body.model)
-    if path == "embeddings":
-        # The vectors of a fallback's model mean nothing beside those of the model that was asked for.
-        route.pinned = True
-    provider_request = ProviderRequest(
-        path,
-        body_maker(body, route),
-        streamed=body.streamed and path != "embeddings",
-        caller=caller.on_behalf_of(body.user),
-        model=route.model,
-        hold=hold,
-        client_headers=client_headers,
-        draft=draft,
-    )
-    stored = path == RESPONSES and (
-        body.stored
-        or body.background
-        # Nobody else keeps what is not a response at its provider.
-        or (body.stored is None and route.provider.bridging.on)
-    )
-    return Request(route, provider_request, face, name, key, digest, stored, draft)
 
 
 def digest_of(path: str, body: bytes) -> bytes:
@@ -190,15 +143,14 @@ def body_maker(body: ModelBody, route: Route) -> Callable[[settings.Provider], b
     return body_for
 
 
-async def serve(context: Context, request: web.Request, prepared: Request) -> web.StreamResponse:
+async def serve(
+    context: Context, request: web.Request, prepared: Request, dialect: Dialect = OPENAI
+) -> web.StreamResponse:
     """Answer a POST."""
     if prepared.provider_request.streamed:
         stream = context.gateway.relay(prepared)
-        details = stream.details
-        if prepared.provider_request.path == RESPONSES and details.error_format is None:
-            details.error_format = ResponseEvents()
-        return await follow_stream(context, request, stream)
-    return await write_answer(context, request, prepared)
+        return await follow_stream(context, request, stream, dialect=dialect)
+    return await write_answer(context, request, prepared, dialect)
 
 
 async def write_answer(
@@ -337,13 +289,13 @@ def _streamed_response(
 async def models(context: Context, request: web.Request) -> web.Response:
     """Answer `GET /v1/models`: the usable providers and their models, without asking a provider.
 
-    A client of Anthropic's API gets those that speak it, in that API's form.
+    A client gets those that speak its API, in the form that it knows.
     """
-    listed = _models(context)
-    if speaks_anthropic(request):
-        entries = [anthropic.model_object(name) for name, owner in listed if owner.messages]
-        return web.json_response(anthropic.model_list(entries))
-    return web.json_response({"object": "list", "data": [_model(*pair) for pair in listed]})
+    form = context.admission.forms.of(request)
+    entries = [
+        form.model(name, owner) for name, owner in _models(context) if form.api.speaks(owner)
+    ]
+    return web.json_response(form.models(entries))
 
 
 async def model(context: Context, request: web.Request) -> web.Response:
@@ -354,12 +306,9 @@ async def model(context: Context, request: web.Request) -> web.Response:
     Raises:
         ModelNotFound, NoProvider: a request for this model is refused, too.
     """
-    name = request.match_info["id"]
-    messages = speaks_anthropic(request)
-    route = context.router.route(name, messages=messages)
-    if messages:
-        return web.json_response(anthropic.model_object(name))
-    return web.json_response(_model(name, route.provider.settings))
+    name, form = request.match_info["id"], context.admission.forms.of(request)
+    route = context.router.route(name, api=form.api)
+    return web.json_response(form.model(name, route.provider.settings))
 
 
 def _models(context: Context) -> Iterator[tuple[str, settings.Provider]]:
@@ -371,9 +320,3 @@ def _models(context: Context) -> Iterator[tuple[str, settings.Provider]]:
         yield owner, configured
         for name in dict.fromkeys((configured.model, *configured.models)):
             yield f"{owner}/{name}", configured
-
-
-def _model(name: str, provider: settings.Provider) -> dict[str, Any]:
-    entry = {"id": name, "object": "model", "created": 0, "owned_by": provider.name}
-    # No field of OpenAI's: with it the chat page says that no real model answers.
-    return {**entry, "simulated": True} if provider.simulated else entry

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from aioserver.faces.context import Context
     from aioserver.gateway.request import Route
     from aioserver.protocol.model_body import ModelBody
-    from aioserver.providers.provider import Provider
 
 FACE = "other"
 API = "/v1/"
@@ -65,13 +64,13 @@ def routes(context: Context) -> list[web.RouteDef]:
     handler = counted(context.admission, FACE, partial(prepare, context), partial(serve, context))
     return [
         web.route(
-            method, f"{API}{{path:.+}}", handler, name=ROUTE_NAME, expect_handler=_expect_later
+            method, f"{API}{{path:.+}}", handler, name=ROUTE_NAME, expect_handler=expect_later
         )
         for method in passable.METHODS
     ]
 
 
-async def _expect_later(_request: web.Request) -> None:
+async def expect_later(_request: web.Request) -> None:
     """Do not ask for a body yet: it is asked for when a provider is there to take it."""
 
 
@@ -94,8 +93,6 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
     route = context.router.route(model, provider)
     if passage is not Passage.EVERY_KEY and not route.provider.settings.account_paths:
         raise NotFound(_closed(path, route.provider.name))
-    if passage is Passage.EVERY_KEY and path.startswith("responses/"):
-        _check_responses(path, route.provider)
     if model is not None and route.model is None:
         model = route.provider.settings.model
     passed = PassedRequest(
@@ -237,18 +234,6 @@ async def _take_body(
     if len(data) > most:
         return BodyStream(request, data), None
     return None, await in_turns(model_body.reading(data)) if data else None
-
-
-def _check_responses(path: str, provider: Provider) -> None:
-    """Refuse *path*, a question about responses, if *provider* has none.
-
-    Raises:
-        NotFound: it has chat completions only.
-    """
-    if provider.bridging.on:
-        raise NotFound(
-            f"the provider {provider.name} has no /v1/responses, so there is no /v1/{path} either"
-        )
 
 
 def _body_maker(

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
     from aioserver.config.settings import Settings
     from aioserver.faces.context import Context
+    from aioserver.faces.form import Form
     from aioserver.gateway.commands import Commands
     from aioserver.gateway.histories import Histories
     from aioserver.monitoring.section import Section
+    from aioserver.providers.api import Api
     from aioserver.providers.registry import Simulated
     from aioserver.telemetry.metrics import Metrics
     from aioserver.telemetry.tracer import Tracer
@@ -93,6 +95,14 @@ class Wing:
     async def serve(self, context: Context) -> Routes:  # noqa: ARG002
         """Return the routes of its faces; what they use is in *context*."""
         return Routes()
+
+    def apis(self) -> Sequence[Api]:
+        """Return the APIs of providers that it brings, for logs that come from elsewhere."""
+        return ()
+
+    def forms(self) -> Sequence[Form]:
+        """Return the forms in which its clients know errors and model lists."""
+        return ()
 
     def prepare(self, settings: Settings) -> Callable[[], None]:  # noqa: ARG002
         """Return the function that puts *settings* in effect, at a reload; nothing changes until it is called.

@@ -234,7 +234,8 @@ class Gateway:
     def forget_response(self, caller: Caller, response_id: str) -> bool:
         """Forget a response and its log here; cancel it if it runs. Return whether there was one."""
         stream = self._streams.find(caller, response_id)
-        found = stream is not None and stream.details.path == RESPONSES
+        api = None if stream is None else stream.details.api
+        found = api is not None and api.path == RESPONSES
         if stream is not None and found:
             self.lifetime.forget(stream)
         return self.responses.drop(caller, response_id) or found
@@ -316,7 +317,9 @@ class Gateway:
                 private=not resumable,
                 outcome=request.provider_request.outcome,
             )
-            stream.details.path = request.provider_request.path
+            stream.details.api = api = request.provider_request.api
+            if request.provider_request.streamed:
+                stream.details.events = api.events()
             stream.record = request.begin_record(self._request_log)
             stream.attachment.held = request.provider_request.answer_bytes = self._streams.hold()
             producer = produce(request, stream)

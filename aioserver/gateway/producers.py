@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from aioserver.errors import AioserverError, InternalError, StreamNotFound, public
 from aioserver.provider_errors import ProviderDisconnected
 from aioserver.streams import mirror
+from aioserver.streams.contracts import PLAIN_EVENTS
 from aioserver.streams.entries import CANCELLED
 from aioserver.tracebacks import forget_frames
 
@@ -139,7 +140,7 @@ class Producers:
         finally:
             if not stream.ended:
                 # The error could not be written in the form of this answer's events.
-                stream.details.error_format = None
+                stream.details.events = PLAIN_EVENTS
                 bug = InternalError("internal error")
                 bug.paid = stream.sent
                 stream.fail(bug)

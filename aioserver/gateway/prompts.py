@@ -16,6 +16,7 @@ import orjson
 
 from aioserver.gateway.histories import Answered
 from aioserver.protocol.openai import Reading
+from aioserver.providers.api import CHAT
 from aioserver.providers.request import ProviderRequest
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class Prompts:
         kept = self._bounds.max_stream_bytes if chat.messages is None else 0
         reading = Reading(route.provider.settings.choice_index, max_text_bytes=kept)
         request = ProviderRequest(
-            "chat/completions",
+            CHAT,
             body,
             streamed=streamed,
             caller=caller,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from aioserver.providers.attempt import Attempt
+
 if TYPE_CHECKING:
     import asyncio
 
@@ -21,14 +23,13 @@ class Route:
     """The way of a request: the provider that is asked first, and the model.
 
     *model* None stands for the provider's own. *renamed* says that `model` in a body is replaced,
-    *pinned* that no other provider may be asked, *messages* that only one that speaks Anthropic's Messages API may.
+    *pinned* that no other provider may be asked.
     """
 
     provider: Provider
     model: str | None
     renamed: bool
     pinned: bool
-    messages: bool = False
 
 
 # Not frozen, as above.
@@ -39,7 +40,8 @@ class Request:
     *name* is the id by which log lines name it. *key* is the id by which the caller finds its stream
     again, and *digest* tells a repeated request from a conflicting one. *key* is None if nobody can come
     back for the answer by an id of the client's. A *stored* answer is also found by the provider's id. *keeper*
-    keeps the answer beyond its log, or has what the request continues; None if there is nothing of either.
+    keeps the answer beyond its log, or has what the request continues; None if there is nothing of either. Each try
+    at a provider is an *attempt*, of a class that its API may extend.
     """
 
     route: Route
@@ -50,6 +52,7 @@ class Request:
     digest: bytes = b""
     stored: bool = False
     keeper: Keeper | None = None
+    attempt: type[Attempt] = Attempt
     # What `Quota.take` has returned for it.
     undecided: asyncio.Future[None] | None = None
 
@@ -95,7 +98,7 @@ class Request:
             self.caller.name,
             streamed=provider_request.streamed,
         )
-        record.log = request_log
+        record.log, record.statuses = request_log, provider_request.api
         if request_log.tracer is not None:
             record.trace = request_log.tracer.begin(
                 provider_request.client_headers,

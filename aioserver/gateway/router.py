@@ -1,4 +1,16 @@
-"""The router: it has the provider that a request goes to (choice.py) answer it, and says how often, and who instead.
+"""The router: it chooses the provider that a request goes to, and says how often it is asked, and who instead.
+
+This file is one concept: the table of providers by which a first one is chosen is that of those which may follow it.
+
+    the request has                    the router asks
+    a `provider` (chats only)          that provider, pinned; the request's model, or the provider's own
+    no model                           the active provider, with its own model
+    a provider's name as model         that provider, pinned, with its own model
+    "groq/llama-…", groq configured    groq, pinned; the rest is the model
+    another model                      the active provider, with the model unchanged
+
+A request of an API that some providers alone speak (providers/api.py) goes only to those: the active one stands then
+for the first of the active provider and the fallbacks that does.
 
 A fault that came before the first event of an answer may be tried again at the same provider (`retry`:
 `max_retries` times, with `backoff_factor`, within the budget), or at another (`failover`:
@@ -15,27 +27,28 @@ import random
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from aioserver.errors import AioserverError
-from aioserver.gateway.choice import ProviderChoice
+from aioserver.errors import AioserverError, ModelNotFound
+from aioserver.gateway.request import Route
 from aioserver.provider_errors import (
     CircuitOpen,
+    NoProvider,
     ProviderFault,
     ProviderRateLimited,
     RequestNotBridged,
 )
-from aioserver.providers.attempt import Attempt
+from aioserver.providers.api import CHAT, Api
 from aioserver.providers.breaker import SICK
 from aioserver.providers.health import KEY_FAULTS
 from aioserver.providers.passthrough import PassedAttempt, PassedRequest
 from aioserver.tracebacks import forget_frames
-from aioserver.wings.responses.bridged import RESPONSES, ResponseAttempt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from aioserver.gateway.request import Request
+    from aioserver.providers.attempt import Attempt
     from aioserver.providers.provider import Provider
-    from aioserver.providers.request import Answer, ProviderRequest
+    from aioserver.providers.request import Answer
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.outcome import Outcome
 
@@ -49,8 +62,8 @@ MAX_ASKED_BACKOFF = 60.0
 MAX_PARKED = 2.0
 
 
-class Router(ProviderChoice):
-    """Chooses providers for a request, and has them answer it.
+class Router:
+    """Chooses providers for a request, and has them answer it: one of *providers* is *active*, others are its *fallbacks*.
 
     Always: once an event of an answer is in a log, no further attempt is made for it.
 
@@ -64,8 +77,131 @@ class Router(ProviderChoice):
         fallbacks: Sequence[str] = (),
         random_number: Callable[[], float] = random.random,
     ) -> None:
-        super().__init__(providers, active, fallbacks)
         self._random_number = random_number
+        self.apply(providers, active, fallbacks)
+
+    def apply(
+        self, providers: Mapping[str, Provider], active: str, fallbacks: Sequence[str]
+    ) -> None:
+        """Choose among *providers* from now on; requests under way stay where they are."""
+        self._providers, self._active, self._fallbacks = providers, active, fallbacks
+        # The client headers that any provider is passed, in lower case.
+        self.passed_headers = frozenset(
+            name for provider in providers.values() for name in provider.settings.pass_headers
+        )
+
+    @property
+    def providers(self) -> Mapping[str, Provider]:
+        """All providers that are configured, by name."""
+        return self._providers
+
+    @property
+    def active(self) -> Provider:
+        """The provider that is asked if a request names none."""
+        return self._providers[self._active]
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """The names of those that are asked where the active provider fails."""
+        return [provider.name for provider in self._usable_others(self.active, CHAT)]
+
+    @property
+    def usable(self) -> bool:
+        """Whether the active provider can be asked."""
+        return self.active.settings.usable
+
+    def route(self, model: str | None, provider: str | None = None, *, api: Api = CHAT) -> Route:
+        """Return where a request of *api* with this *model* and *provider* goes.
+
+        Raises:
+            ModelNotFound: the request names a provider that is not configured, or not usable; or that does not
+                speak *api*, or none that may be asked does.
+            NoProvider: the request names none, and the active provider is not usable.
+        """
+        if provider is not None:
+            return Route(self._named(provider), model, renamed=True, pinned=True)
+        route = None if model is None else self._by_name(model)
+        if route is None:
+            route = Route(self._first(api), model, renamed=model is None, pinned=False)
+        if not api.speaks(route.provider.settings):
+            raise ModelNotFound(
+                f"the provider {route.provider.name} does not speak {api.name}: {self._speaking(api)}"
+            )
+        return route
+
+    def _by_name(self, model: str) -> Route | None:
+        """Return where a request for *model* goes, if that names a provider; otherwise None.
+
+        Raises:
+            ModelNotFound: that provider is not usable.
+        """
+        if model in self._providers:
+            return Route(self._named(model), None, renamed=True, pinned=True)
+        prefix, slash, rest = model.partition("/")
+        if slash and rest and prefix in self._providers:
+            return Route(self._named(prefix), rest, renamed=True, pinned=True)
+        return None
+
+    def _first(self, api: Api) -> Provider:
+        """Return the first provider, of the active one and the fallbacks, that speaks *api*.
+
+        Raises:
+            ModelNotFound: none does.
+            NoProvider: the active one does, and is not usable.
+        """
+        active = self.active
+        if api.speaks(active.settings):
+            if not active.settings.usable:
+                raise NoProvider(f"the active provider {self._active} is not usable")
+            return active
+        others = self._usable_others(active, api)
+        if not others:
+            raise ModelNotFound(
+                f"the active provider {self._active} does not speak {api.name}, nor does a fallback: "
+                f"{self._speaking(api)}"
+            )
+        return others[0]
+
+    def _speaking(self, api: Api) -> str:
+        """Return what to do where a provider does not speak *api*."""
+        names = [
+            name
+            for name, provider in self._providers.items()
+            if api.speaks(provider.settings) and provider.settings.usable
+        ]
+        if not names:
+            return f"no provider does, by its setting `{api.setting}`"
+        return f"the model may name one that does: {', '.join(names)}"
+
+    def waiting(self, provider: str) -> int:
+        """Return how many requests wait at *provider* for a place that others hold."""
+        asked = self._providers.get(provider)
+        return 0 if asked is None else asked.waiting
+
+    def _usable_others(self, first: Provider, api: Api) -> list[Provider]:
+        """Return the fallbacks that may be asked instead of *first*, in their order: those that speak *api*."""
+        fallbacks = (self._providers[name] for name in self._fallbacks)
+        return [
+            provider
+            for provider in fallbacks
+            if provider is not first and provider.settings.usable and api.speaks(provider.settings)
+        ]
+
+    def _named(self, name: str) -> Provider:
+        """Return the provider *name*.
+
+        Raises:
+            ModelNotFound: it is not configured, or not usable.
+        """
+        provider = self._providers.get(name)
+        if provider is None or not provider.settings.usable:
+            usable = ", ".join(
+                other_name
+                for other_name, other in self._providers.items()
+                if other.settings.usable
+            )
+            raise ModelNotFound(f"no usable provider is named {name[:64]!r}; there are: {usable}")
+        return provider
 
     async def fill(self, request: Request, stream: Stream) -> None:
         """Fill *stream* from the first provider that starts to answer.
@@ -139,7 +275,7 @@ class Router(ProviderChoice):
         route, provider_request = request.route, request.provider_request
         providers = [route.provider]
         if self._fallbacks and not route.pinned:
-            others = self._usable_others(route.provider, messages=route.messages)
+            others = self._usable_others(route.provider, provider_request.api)
             providers = _sick_last([route.provider, *others])
         outcome = provider_request.outcome
         tries: list[Try] = []
@@ -148,7 +284,7 @@ class Router(ProviderChoice):
             try:
                 return await self._ask_provider(
                     provider,
-                    provider_request,
+                    request,
                     stream,
                     # A fallback uses its own model.
                     provider_request.model if provider is route.provider else None,
@@ -167,7 +303,7 @@ class Router(ProviderChoice):
     async def _ask_provider(
         self,
         provider: Provider,
-        request: ProviderRequest,
+        request: Request,
         stream: Stream | None,
         model: str | None,
         *,
@@ -180,15 +316,15 @@ class Router(ProviderChoice):
         Raises:
             ProviderFault: of the last attempt that was made, or of the first if none was.
         """
-        outcome, limits = request.outcome, provider.settings.http_client
+        outcome = request.provider_request.outcome
+        limits = provider.settings.http_client
         provider.budget.add_request()
-        attempt_class = ResponseAttempt if request.path == RESPONSES else Attempt
         number, waited, rejoin = 0, 0.0, False
         previous: list[Try] = []
         while True:
-            attempt = attempt_class(
+            attempt = request.attempt(
                 provider,
-                request,
+                request.provider_request,
                 stream,
                 model=model,
                 waited=waited,

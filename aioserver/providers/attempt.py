@@ -10,43 +10,39 @@ that answers, is a `ProviderRequest` (request.py).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from aioserver.protocol.json_body import at_once
-from aioserver.protocol.openai import BadEvent, ErrorEvent, bounded, usage_of
+from aioserver.protocol.openai import BadEvent, ErrorEvent
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
 from aioserver.providers.chat_sink import ChatSink, complete_chat
 from aioserver.providers.error_mapping import (
     check_json,
-    check_status,
     check_uncompressed,
     event_fault,
     matches_type,
     visible_headers,
 )
 from aioserver.providers.request import Answer
-from aioserver.providers.sinks import BodySink, EventSink
+from aioserver.providers.sinks import BodySink
 from aioserver.streams import entries
-from aioserver.wings.anthropic.sink import MessageSink
-from aioserver.wings.anthropic.wire import is_messages, with_total
-from aioserver.wings.responses.continuation import learn
-from aioserver.wings.responses.sinks import ResponseSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
 
     from aioserver.config import settings
+    from aioserver.providers.api import Api, Memory
     from aioserver.providers.backpressure import Backpressure
     from aioserver.providers.http1 import RequestWriter, Sink
-    from aioserver.providers.request import ProviderRequest, ResponseDraft
+    from aioserver.providers.request import ProviderRequest
     from aioserver.providers.upload import Body
     from aioserver.streams.contracts import Source
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.metrics import ProviderMeter
-    from aioserver.wings.responses.bridging import Bridging
 
 # Bytes at most of the body of an answer with another status than 200.
 MAX_ERROR_BYTES = 1 << 20
+
+M = TypeVar("M", bound="Memory")
 
 
 class AttemptedProvider(Protocol):
@@ -57,14 +53,15 @@ class AttemptedProvider(Protocol):
     settings: settings.Provider
     max_response_bytes: int
     on_unsent: Callable[[Stream], bool]
-    bridging: Bridging
-    keeps_responses: bool
 
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer: *attempt* knows its status and headers now."""
 
     def answered(self, attempt: Attempt) -> None:
         """Learn that the answer of *attempt* has begun."""
+
+    def memory(self, kind: type[M]) -> M:
+        """Return what an API has learned of this provider."""
 
 
 class Attempt:
@@ -85,7 +82,6 @@ class Attempt:
     """
 
     __slots__ = (
-        "_prepared",
         "answer",
         "answered",
         "began",
@@ -129,8 +125,6 @@ class Attempt:
         self.fallback = fallback
         # Whether this is a trial of a dead provider, whose end the breaker does not know yet.
         self.trial = False
-        # The body of a request that continues a response, between its preparation and its sending.
-        self._prepared: bytes | None = None
         # When the attempt got its place.
         self.began = 0.0
         self.answered = False
@@ -198,50 +192,24 @@ class Attempt:
 
     def preparation(self) -> Generator[None, None, None] | None:
         """Return the steps to take before `written`; None if there are none."""
-        draft = self.request.draft
-        return None if draft is None or not draft.slow else self._prepare(draft)
-
-    def _prepare(self, draft: ResponseDraft) -> Generator[None, None, None]:
-        provider = self.provider
-        body = self.request.body(provider.settings)
-        keeps = provider.keeps_responses
-        self._prepared = yield from draft.body_for(body, provider.name, keeps=keeps)
+        return None
 
     def repeats(self) -> bool:
-        """Return whether the request has to be sent in another form, now that the answer is there.
-
-        A response is then continued by its conversation, since the provider does not know its id.
-        """
-        draft, sink = self.request.draft, self.sink
-        if draft is None or self.status == 200 or not isinstance(sink, BodySink):
-            return False
-        previous_id, by_id = draft.previous_id, draft.by_id
-        if not learn(self.provider, self.status, sink.body, previous_id=previous_id, by_id=by_id):
-            return False
-        self.provider.meter.attempts["http_4xx" if self.status < 500 else "http_5xx"].value += 1
-        return True
+        """Return whether the request has to be sent in another form, now that the answer is there."""
+        return False
 
     def written(self, writer: RequestWriter) -> bytes:
-        """Return the bytes to send. They are made now: the settings, and the model, may change in a wait.
+        """Return the bytes to send. They are made now: the settings, and the model, may change in a wait."""
+        request = self.request
+        body = request.body(self.provider.settings)
+        return self.request_bytes(writer, request.api, request.path, body)
 
-        Raises:
-            RequestTooLarge, InvalidRequest: the request continues a response, and that cannot be written out.
-        """
-        request, provider = self.request, self.provider
-        body, self._prepared = self._prepared, None
-        if body is None:
-            body = request.body(provider.settings)
-            if request.draft is not None:
-                keeps = provider.keeps_responses
-                body = at_once(request.draft.body_for(body, provider.name, keeps=keeps))
-        return self.request_bytes(writer, request.path, body)
-
-    def request_bytes(self, writer: RequestWriter, path: str, body: bytes) -> bytes:
-        """Return the bytes of a request for *path* with this *body*, and note it in the trace."""
+    def request_bytes(self, writer: RequestWriter, api: Api, path: str, body: bytes) -> bytes:
+        """Return the bytes of a request for *path*, that of *api*, with this *body*, and note it in the trace."""
         client_headers, trace = self.request.client_headers, self.request.record.trace
         if trace is not None:
             client_headers = trace.sending(client_headers, body)
-        return writer.write(path, body, client_headers)
+        return writer.write(api, path, body, client_headers)
 
     def sending(self, exchange: Source | None = None) -> None:
         """Note that the request goes out: from here on the model may run, and cost money.
@@ -292,9 +260,7 @@ class Attempt:
         request = self.request
         if request.reading is not None:
             return ChatSink(stream, request.reading)
-        if is_messages(request.path):
-            return MessageSink(stream)
-        return ResponseSink(stream) if request.path.endswith("responses") else EventSink(stream)
+        return request.api.sink(stream)
 
     @property
     def max_body_bytes(self) -> int:
@@ -314,17 +280,13 @@ class Attempt:
             self.fault = stream.error if isinstance(stream.error, ProviderFault) else None
             return None
         body, headers = sink.body, self.headers
-        messages = is_messages(request.path)
-        check_status(self.provider.name, self.status, headers, body, messages=messages)
+        request.api.check_status(self.provider.name, self.status, headers, body)
         if request.streamed:
             raise ProviderBadResponse("the provider's answer is not an event stream")
         content = check_json(headers, body)
         reading = request.reading
         if reading is None:
-            usage = usage_of(content)
-            if usage and messages:
-                usage = with_total(usage)
-            request.outcome.usage = usage and bounded(usage)
+            request.outcome.usage = request.api.usage(content)
             content_type = headers.get("content-type", "")
             self.answer = Answer(self.status, body, content_type, request.outcome)
             return None

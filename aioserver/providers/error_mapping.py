@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import orjson
 
 from aioserver.errors import InvalidRequest
-from aioserver.protocol import eventstream
 from aioserver.protocol.openai import BadEvent, ErrorEvent, error_codes, load_with_surrogates
 from aioserver.provider_errors import (
     ProviderAuthError,
@@ -30,7 +29,6 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.pace import MAX_COOLING
 from aioserver.providers.rate_headers import number
-from aioserver.wings.anthropic import wire as anthropic
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,32 +51,14 @@ VISIBLE_HEADERS = (
     *("x-ratelimit-", "openai-processing-ms", "openai-version", "x-generation-id"),
     *("anthropic-ratelimit-", "request-id"),
 )
-# Bytes of an error of Anthropic's API that a client gets as it is.
-MAX_PASSED_BYTES = 65_536
 
 
-def check_status(
-    name: str, status: int, headers: Mapping[str, str], body: bytes, *, messages: bool = False
-) -> None:
+def check_status(name: str, status: int, headers: Mapping[str, str], body: bytes) -> None:
     """Raise the fault that a *status* of the provider *name* means.
-
-    *messages* says that the answer is one of Anthropic's API, whose errors clients get as they are.
 
     Raises:
         ProviderFault: the status is none of 200 to 299; see the table above.
     """
-    if not messages:
-        _check_status(name, status, headers, body)
-        return
-    try:
-        _check_status(name, status, headers, body)
-    except (ProviderRateLimited, ProviderError, ProviderRefused) as fault:
-        if len(body) <= MAX_PASSED_BYTES and matches_type(headers, "application/json"):
-            fault.provider_answer = (status, body) if _parses(body) else None
-        raise
-
-
-def _check_status(name: str, status: int, headers: Mapping[str, str], body: bytes) -> None:
     if 200 <= status < 300:
         return
     if status < 400:
@@ -96,7 +76,7 @@ def _check_status(name: str, status: int, headers: Mapping[str, str], body: byte
         # An engine that loads its model says so, and a proxy in front of one that is away.
         fault.unreachable = status == 503
         raise fault
-    if not _parses(body):
+    if not parses(body):
         # The body is a proxy's page, for example, which our clients must not get.
         body = InvalidRequest(f"{name} answered {status}").body()
     raise ProviderRefused(f"{name} answered {status}", status, body)
@@ -136,19 +116,6 @@ def error_object_fault(error: object) -> ProviderFault:
         "code": status,
     }
     return ProviderRefused(message, status, orjson.dumps({"error": public_error}))
-
-
-def message_error_fault(name: str, event: bytes) -> ProviderFault:
-    """Return the fault of the provider *name* that *event* reports, an `error` of Anthropic's API."""
-    error = anthropic.content_of(event).get("error")
-    kind = error.get("type") if isinstance(error, dict) else None
-    status = anthropic.STATUSES.get(kind, 500) if isinstance(kind, str) else 500
-    data = eventstream.parse(event)[0].data
-    try:
-        check_status(name, status, {"content-type": "application/json"}, data, messages=True)
-    except ProviderFault as fault:
-        return fault
-    raise AssertionError("each status of an error is a fault")
 
 
 def visible_headers(headers: Mapping[str, str]) -> dict[str, str]:
@@ -209,7 +176,8 @@ def _quota_used_up(body: bytes) -> bool:
     return isinstance(content, dict) and QUOTA in error_codes(content.get("error", content))
 
 
-def _parses(body: bytes) -> bool:
+def parses(body: bytes) -> bool:
+    """Return whether *body* is JSON."""
     try:
         orjson.loads(body)
     except orjson.JSONDecodeError:

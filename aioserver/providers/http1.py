@@ -16,19 +16,17 @@ from yarl import URL
 from aioserver import __version__
 from aioserver.protocol.client_headers import NO_HEADERS, TRACE_HEADERS
 from aioserver.provider_errors import ProviderBadResponse
-from aioserver.wings.anthropic.wire import VERSION, VERSION_HEADER, is_messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
     from aioserver.config import settings
     from aioserver.protocol.client_headers import ClientHeaders
+    from aioserver.providers.api import Api
     from aioserver.streams.contracts import Path
 
 # Headers that frame a body; a configured header of one of these names is never sent.
 FRAMING_HEADERS = frozenset({"connection", "content-length", "transfer-encoding"})
-ANTHROPIC = "anthropic.com"
-_VERSION_LINE = f"{VERSION_HEADER}: ".encode()
 # Nor one of these with a body that is passed on: it is the client's, and so is its type.
 BODY_HEADERS = FRAMING_HEADERS | {"content-type", "content-encoding"}
 # Bytes of an answer's head, with the interim answers before it.
@@ -69,25 +67,31 @@ class RequestWriter:
         """Pass on the headers of clients that *settings* name; the other headers stay as they are."""
         configured = {name.lower() for name in self._settings.headers}
         self._configured = configured
-        self._versioned = VERSION_HEADER in configured
         self._passed = TRACE_HEADERS.union(settings.pass_headers) - configured
 
-    def write(self, path: str, body: bytes, client_headers: ClientHeaders = NO_HEADERS) -> bytes:
-        """Return the bytes of a POST of *body* (JSON) to *path*, below the base URL; it may have a query."""
+    def write(
+        self, api: Api, path: str, body: bytes, client_headers: ClientHeaders = NO_HEADERS
+    ) -> bytes:
+        """Return the bytes of a POST of *body* (JSON) to *path*, that of *api*, which may have a query."""
         head = self._heads.get(path)
         if head is None:
-            head = self._heads[path] = self._head(path)
+            head = self._heads[path] = self._head(api, path)
         passed = self._user_agent
         if client_headers:
             passed = client_headers.written(self._passed, self._configured)
             if b"user-agent: " not in passed:
                 passed += self._user_agent
-        if is_messages(path) and not self._versioned and not _has_version(passed):
-            passed += b"%b%b\r\n" % (_VERSION_LINE, VERSION.encode())
+        if api.headers:
+            passed += self._missing(api.headers, passed)
         return b"%b%d\r\n%b\r\n%b" % (head, len(body), passed, body)
 
     def head(
-        self, method: str, target: str, own: Mapping[str, str], client_headers: ClientHeaders
+        self,
+        api: Api,
+        method: str,
+        target: str,
+        own: Mapping[str, str],
+        client_headers: ClientHeaders,
     ) -> bytes:
         """Return the head of a request that is passed on.
 
@@ -98,10 +102,20 @@ class RequestWriter:
         passed = client_headers.written(self._passed)
         if b"user-agent: " not in passed:
             passed += self._user_agent
-        begun = self._begin(method, path, question_mark + query, own, BODY_HEADERS)
+        begun = self._begin(api, method, path, question_mark + query, own, BODY_HEADERS)
         return b"%b\r\n%b\r\n" % (begun, passed)
 
-    def _head(self, path: str) -> bytes:
+    def _missing(self, headers: Mapping[str, str], passed: bytes) -> bytes:
+        """Return the lines of those *headers* that neither the settings add nor *passed* has, lines of the client's."""
+        # No value has a line end, so that none is taken for a name.
+        lines = b"\r\n" + passed
+        return b"".join(
+            f"{name}: {value}\r\n".encode()
+            for name, value in headers.items()
+            if name not in self._configured and f"\r\n{name}: ".encode() not in lines
+        )
+
+    def _head(self, api: Api, path: str) -> bytes:
         """Return the head of every POST to *path*, up to the number after Content-Length."""
         path, question_mark, query = path.partition("?")
         own = {
@@ -109,11 +123,17 @@ class RequestWriter:
             "Accept-Encoding": "identity",
             "Content-Type": "application/json",
         }
-        begun = self._begin("POST", path, question_mark + query, own, FRAMING_HEADERS)
+        begun = self._begin(api, "POST", path, question_mark + query, own, FRAMING_HEADERS)
         return begun + b"\r\nContent-Length: "
 
     def _begin(
-        self, method: str, path: str, query: str, own: Mapping[str, str], never: Collection[str]
+        self,
+        api: Api,
+        method: str,
+        path: str,
+        query: str,
+        own: Mapping[str, str],
+        never: Collection[str],
     ) -> bytes:
         """Return the first lines of a head, without the end of the last one.
 
@@ -122,7 +142,7 @@ class RequestWriter:
         url = self._base.with_path(f"{self._base.path.rstrip('/')}/{path}")
         headers = {"Host": url.authority.rpartition("@")[2], **own}
         if self._settings.api_key is not None:
-            headers |= self._key_headers(path, self._settings.api_key.reveal())
+            headers |= api.key_headers(url.host or "", self._settings.api_key.reveal())
         configured = {
             name: value
             for name, value in {**self._settings.headers, **self._proxy_headers}.items()
@@ -137,23 +157,6 @@ class RequestWriter:
             *(f"{name}: {value}" for name, value in headers.items()),
         ]
         return "\r\n".join(lines).encode("latin-1")
-
-    def _key_headers(self, path: str, key: str) -> dict[str, str]:
-        """Return the headers that present *key* in a request for *path*.
-
-        Anthropic takes it for Messages as `x-api-key` alone, and engines that speak Messages as one or the other.
-        """
-        bearer = {"Authorization": f"Bearer {key}"}
-        if not is_messages(path):
-            return bearer
-        host = self._base.host or ""
-        anthropic = host == ANTHROPIC or host.endswith(f".{ANTHROPIC}")
-        return {"x-api-key": key} if anthropic else {**bearer, "x-api-key": key}
-
-
-def _has_version(lines: bytes) -> bool:
-    """Return whether the header is among *lines*. No value has a line end, so it is never taken for a name."""
-    return b"\r\n%b" % _VERSION_LINE in b"\r\n%b" % lines
 
 
 class Sink(Protocol):

@@ -12,13 +12,10 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from aioserver.providers.api import Api
 from aioserver.providers.attempt import MAX_ERROR_BYTES, Attempt
 from aioserver.providers.backpressure import Backpressure
-from aioserver.providers.error_mapping import (
-    check_status,
-    check_uncompressed,
-    visible_headers,
-)
+from aioserver.providers.error_mapping import check_uncompressed, visible_headers
 from aioserver.providers.request import Answer, ProviderRequest
 from aioserver.providers.sinks import BodySink
 
@@ -141,7 +138,7 @@ class PassedRequest(ProviderRequest):
     ) -> None:
         path = target.partition("?")[0]
         super().__init__(
-            path,
+            Api(path),
             body,
             streamed=False,
             caller=caller,
@@ -166,7 +163,7 @@ class PassedRequest(ProviderRequest):
         trace, client_headers = self.record.trace, self.client_headers
         if trace is not None:
             client_headers = trace.sending(client_headers)
-        return writer.head(self.method, self.target, own, client_headers) + body
+        return writer.head(self.api, self.method, self.target, own, client_headers) + body
 
 
 class PassedAttempt(Attempt):
@@ -231,7 +228,8 @@ class PassedAttempt(Attempt):
             ProviderFault: the status is none of a success.
         """
         if isinstance(self.sink, BodySink):
-            check_status(self.provider.name, self.status, self.headers, self.sink.body)
+            check = self.request.api.check_status
+            check(self.provider.name, self.status, self.headers, self.sink.body)
         content_type = self.headers.get("content-type", "")
         self.answer = Answer(self.status, b"", content_type, self.request.outcome)
 

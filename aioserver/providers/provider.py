@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from aioserver.limits.steps import in_turns
 from aioserver.provider_errors import (
@@ -30,7 +30,6 @@ from aioserver.providers.queueing import FAILOVER_WAIT, ProviderGate, TrialPlace
 from aioserver.providers.stall import measure
 from aioserver.providers.token_estimate import expected_tokens
 from aioserver.telemetry.metrics import ProviderMeter
-from aioserver.wings.responses.bridging import Bridging
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,9 +37,12 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.errors import AioserverError
     from aioserver.limits.gate import Place
+    from aioserver.providers.api import Memory
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.queueing import GateFactory
     from aioserver.streams.stream import Stream
+
+M = TypeVar("M", bound="Memory")
 
 
 class Provider:
@@ -70,9 +72,8 @@ class Provider:
         # Called with the log of a request that waits as one that was not sent (outage.py).
         self.on_unsent: Callable[[Stream], bool] = unsent
         self.max_response_bytes = max_response_bytes
-        self.bridging = Bridging(settings)
-        # Whether it keeps the responses that it has made, as far as we know.
-        self.keeps_responses = True
+        # What APIs have learned of it.
+        self._memories: dict[type[Memory], Memory] = {}
         self._clock = clock
         self.health = Health(settings.name, self.meter, clock)
         self._gate = make_gate(settings.name, settings.http_client, self.health, clock)
@@ -108,8 +109,8 @@ class Provider:
             apply_to_pools()
             self.settings = settings
             self.max_response_bytes = max_response_bytes
-            self._drained, self.keeps_responses = None, True
-            self.bridging.apply(settings)
+            self._drained = None
+            self._memories.clear()
             self.health.reset(new_address=new_address, new_key=new_key)
             if new_address or new_key:
                 self._pace.forget()
@@ -188,6 +189,13 @@ class Provider:
     def answered(self, attempt: Attempt) -> None:
         """Learn that an answer has begun: the provider is not dead."""
         self._feedback.answered(attempt)
+
+    def memory(self, kind: type[M]) -> M:
+        """Return what an API has learned of this provider, of which it has its own *kind*."""
+        memory = self._memories.get(kind)
+        if not isinstance(memory, kind):
+            memory = self._memories[kind] = kind(self.settings)
+        return memory
 
     def stats(self) -> ProviderStats:
         """Return a snapshot."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.openai import Reading
+    from aioserver.providers.api import Api
     from aioserver.streams.store import HeldBytes
 
 # The caller of a request that comes from no client.
@@ -68,7 +69,7 @@ class ProviderRequest:
 
     Always: nothing in it but its `record`, `outcome` and `answer_bytes` change from one attempt to the next.
 
-    *path* is OpenAI's, below the provider's base URL. *body* makes the JSON for one provider, whose
+    *api* says where it goes, and what comes back; `path` is the API's, with the *query* behind it. *body* makes the JSON for one provider, whose
     model may differ; it is called for each attempt, and its result is not kept. *hold* counts the client's body
     until `forget_body`, or `release`; of it *kept_bytes* are kept longer. *reading* collects
     the text of an answer whose log has `chunk` objects; None if the log has the provider's bytes. *model* is
@@ -84,6 +85,7 @@ class ProviderRequest:
         "_hold",
         "_kept_bytes",
         "answer_bytes",
+        "api",
         "body",
         "caller",
         "client_headers",
@@ -98,9 +100,10 @@ class ProviderRequest:
 
     def __init__(
         self,
-        path: str,
+        api: Api,
         body: Callable[[settings.Provider], bytes],
         *,
+        query: str = "",
         streamed: bool,
         caller: Caller = NO_CALLER,
         model: str | None = None,
@@ -110,7 +113,8 @@ class ProviderRequest:
         client_headers: ClientHeaders = NO_HEADERS,
         draft: ResponseDraft | None = None,
     ) -> None:
-        self.path = path
+        self.api = api
+        self.path = f"{api.path}?{query}" if query else api.path
         self.body = body
         self.streamed = streamed
         self.caller = caller

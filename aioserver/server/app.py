@@ -26,6 +26,7 @@ from aioserver.config.faults import ConfigurationError
 from aioserver.faces import openai, pages, passthrough, session, sse, status, websocket
 from aioserver.faces.admission import Admission
 from aioserver.faces.context import Context, CurrentSettings, Lifecycle
+from aioserver.faces.form import Forms
 from aioserver.faces.http import Request
 from aioserver.faces.wing import Core, Routes
 from aioserver.gateway.calls import shutdown_error
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Concurrency, Settings
     from aioserver.faces.wing import Wing
     from aioserver.gateway.commands import Commands
+    from aioserver.providers.api import Api
     from aioserver.providers.provider import Provider
     from aioserver.workers.slot import Slot
 
@@ -108,8 +110,8 @@ class Server:
 class OtherInstances(Instances, Protocol):
     """The streams of other instances, as the server opens and closes them."""
 
-    def serve(self, gateway: Gateway) -> None:
-        """Let other instances read the streams of *gateway*."""
+    def serve(self, gateway: Gateway, apis: Mapping[str, Api]) -> None:
+        """Let other instances read the streams of *gateway*; *apis*: what the paths of their answers mean."""
 
     async def close(self) -> None:
         """Give others what has ended here, and leave them; the gateway was closed before."""
@@ -178,6 +180,7 @@ async def open_server(
         metrics,
         chat.streams.send_timeout,
         gate=Gate if slot is None else slot.gate,
+        forms=Forms(form for wing in plugged for form in wing.forms()),
     )
     async with AsyncExitStack() as stack:
         if slot is not None:
@@ -227,7 +230,8 @@ async def open_server(
         )
         stack.push_async_callback(gateway.close)
         if instances is not None:
-            instances.serve(gateway)
+            brought = (api for wing in plugged for api in wing.apis())
+            instances.serve(gateway, {api.path: api for api in (*openai.APIS, *brought)})
         gateway.responses.storage = storage
         wheel = TimerWheel(loop, min(1.0, chat.websocket.ping_interval / WHEEL_GRAIN))
         stack.callback(wheel.close)

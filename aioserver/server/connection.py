@@ -20,6 +20,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
 
 from aioserver.errors import HeadersTooLarge, InternalError, InvalidRequest, UriTooLong
+from aioserver.faces.form import OPENAI
 from aioserver.faces.http import SERVER, error_response, request_id
 from aioserver.limits.write_watchdog import reset
 from aioserver.server.direct import DirectRequestHandler
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from aiohttp.http_websocket import WebSocketReader
     from aiohttp.web_protocol import RequestHandler
 
+    from aioserver.faces.form import Forms
     from aioserver.telemetry.metrics import Metrics
 
 logger = logging.getLogger("aioserver.runner")
@@ -48,11 +50,13 @@ class Connection(DirectRequestHandler):
     `max_keepalive_requests`. *last*: whether it ends with the response under way.
     """
 
-    __slots__ = ("last", "metrics", "outbox", "requests")
+    __slots__ = ("forms", "last", "metrics", "outbox", "requests")
 
-    def __init__(self, *args: Any, metrics: Metrics, outbox: Outbox, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, metrics: Metrics, forms: Forms, outbox: Outbox, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.metrics = metrics
+        self.metrics, self.forms = metrics, forms
         # Whole responses go out by it.
         self.outbox = outbox
         self.requests = 0
@@ -132,7 +136,9 @@ class Connection(DirectRequestHandler):
         else:
             error = InvalidRequest("this is no valid HTTP request")
         self.metrics.count_error(error)
-        response = error_response(error, request if status >= 500 else None)
+        # Of a request that the parser refused nothing is known.
+        form = self.forms.of(request) if status >= 500 else OPENAI
+        response = error_response(error, request, form)
         response.headers["Server"] = SERVER
         response.headers["x-request-id"] = request_id(request)
         response.headers["Connection"] = "close"
@@ -147,9 +153,9 @@ class ConnectionServer(web.Server):
     next request ends soon; a connection without a request so far may still bring one.
     """
 
-    def __init__(self, *args: Any, metrics: Metrics, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, metrics: Metrics, forms: Forms, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._metrics = metrics
+        self._metrics, self._forms = metrics, forms
         self._outbox = Outbox(self._loop)
         self._draining = False
         self._awaited: set[web.RequestHandler] = set()
@@ -163,7 +169,12 @@ class ConnectionServer(web.Server):
             TypeError: aiohttp does not know an option. Its own server would drop all options then.
         """
         connection = Connection(
-            self, metrics=self._metrics, outbox=self._outbox, loop=self._loop, **self._kwargs
+            self,
+            metrics=self._metrics,
+            forms=self._forms,
+            outbox=self._outbox,
+            loop=self._loop,
+            **self._kwargs,
         )
         connection.last = self._draining
         return connection

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from aioserver.auth.origins import Origins
     from aioserver.faces.admission import Admission
     from aioserver.faces.context import CurrentSettings
+    from aioserver.faces.form import Forms
 
     OnPrepare = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
 
@@ -68,6 +69,7 @@ def make_middleware(
 ) -> tuple[Middleware, OnPrepare]:
     """Return the middleware, and the handler of the signal `on_response_prepare`."""
     refusals, metrics = RateLimit(REFUSALS_PER_SECOND), admission.metrics
+    forms = admission.forms
 
     def check_head(request: web.Request) -> None:
         limits = settings.chat.websocket.concurrency.uvicorn
@@ -118,12 +120,12 @@ def make_middleware(
                 metrics.count_error(error)
             if isinstance(error, Denied):
                 log_refusal(request, error)
-            response = error_response(error, request)
+            response = error_response(error, request, forms.of(request))
             forget_frames(error)
         except web.HTTPException as exc:
-            fault, methods = _translated(exc, request)
+            fault, methods = _translated(exc, request, forms)
             metrics.count_error(fault)
-            response = error_response(fault, request)
+            response = error_response(fault, request, forms.of(request))
             if methods:
                 response.headers["Allow"] = ", ".join(sorted(methods))
         except (ConnectionError, asyncio.CancelledError):
@@ -135,7 +137,8 @@ def make_middleware(
                 "bug in a handler", extra={"fields": {"request_id": request_id(request)}}
             )
             metrics.bugs.note(bug)
-            response = error_response(InternalError("internal error"), request)
+            error_form = forms.of(request)
+            response = error_response(InternalError("internal error"), request, error_form)
         started = _forget_response(request)
         if started is not None and started is not response:
             if request.transport is not None:
@@ -231,7 +234,7 @@ def _preflight(request: web.Request) -> web.Response:
 
 
 def _translated(
-    exc: web.HTTPException, request: web.Request
+    exc: web.HTTPException, request: web.Request, forms: Forms
 ) -> tuple[AioserverError, Collection[str]]:
     """Return the error of ours that says the same as aiohttp's *exc*, and the methods that the path has, for 405."""
     methods: Collection[str] = ()
@@ -242,7 +245,7 @@ def _translated(
             methods = exc.allowed_methods
         if methods:
             return MethodNotAllowed(f"{request.method} is not for this path"), methods
-        return paths.not_found(request), ()
+        return paths.not_found(request, forms), ()
     if exc.status == 413:
         return RequestTooLarge("the body is too large"), ()
     if exc.status == 417:

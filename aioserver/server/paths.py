@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from aioserver.errors import NotFound
+from aioserver.faces.form import OPENAI
 from aioserver.faces.passthrough import ROUTE_NAME
 from aioserver.protocol.passable import Passage, passage
-from aioserver.wings.anthropic.wire import is_messages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from aioserver.faces.form import Forms
 
 # The part that all paths of OpenAI's API begin with.
 API = "/v1/"
@@ -47,13 +49,13 @@ def methods(request: web.Request) -> set[str]:
     return found
 
 
-def not_found(request: web.Request) -> NotFound:
+def not_found(request: web.Request, forms: Forms) -> NotFound:
     """Return the error of a path that is not there, with the one that was probably meant."""
     path = request.rel_url.raw_path
     message = f"no such path for {request.method}: {path[:MAX_SHOWN]}"
     meant = next((candidate for candidate in _candidates(path) if _exists(request, candidate)), "")
     if meant:
-        twice = path.startswith(API) and is_messages(meant.removeprefix(API))
+        twice = path.startswith(API) and forms.at(meant, {}) is not OPENAI
         rule = "must not end" if twice else "must end"
         message += f"; the base URL {rule} in /v1, so that the path is {meant[:MAX_SHOWN]}"
     return NotFound(message)

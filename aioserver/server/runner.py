@@ -233,6 +233,7 @@ class Runner(web.AppRunner):
         return connection_server(
             Dispatcher(app, self._owner.middleware, plain.request_handler),
             metrics=self._owner.context.metrics,
+            forms=self._owner.context.admission.forms,
             request_factory=functools.partial(app._make_request, _cls=Request),  # noqa: SLF001
             handler_cancellation=plain.handler_cancellation,
             **plain._kwargs,  # noqa: SLF001 - see the head of this file

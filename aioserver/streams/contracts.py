@@ -1,7 +1,7 @@
-"""The contracts of a log: its readers, its fast path, the source of its events, and its store.
+"""The contracts of a log: its readers, its fast path, the source of its events, what these mean, and its store.
 
 Each is implemented elsewhere: readers in cursor.py, fast paths in fast_path.py, the store in store.py,
-sources in the package `providers`.
+sources and APIs in the package `providers`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Sequence
 
+    from aioserver.errors import AioserverError
     from aioserver.protocol.openai import Shape
+
+# Runs of consecutive events (number, sequence, last sequence), and the newest event with an object.
+EventsState = tuple[list[tuple[int, int, int]], bytes]
 
 
 class Path(Protocol):
@@ -87,6 +91,55 @@ class Keeper(Protocol):
         """Keep the answer in *stream*, which is complete but for its last event; None if that is done already."""
 
 
+class AnswerEvents:
+    """The form of the errors between the events of one answer, and what is remembered of its events for as long as its log.
+
+    These are those of a chat completion, of which nothing is remembered. Clients of other APIs may name an event by a
+    *sequence* number of the provider's.
+    """
+
+    __slots__ = ()
+
+    @property
+    def size(self) -> int:
+        """The bytes that this object keeps."""
+        return 0
+
+    def note(self, block: bytes, first: int) -> None:
+        """Look at a block of the provider's events, of which *first* is the first one's number."""
+
+    def render(self, error: AioserverError, seen: int | None = None) -> bytes:  # noqa: ARG002
+        """Return *error* as the last event of the answer, or of a reader that has *seen* the event of that number."""
+        return b"data: %b\n\n" % error.body()
+
+    def event_before(self, sequence: int, last: int) -> int | None:  # noqa: ARG002
+        """Return the number of the event after which the first one above *sequence* comes, *last* if that is to come.
+
+        None if *sequence* has not come yet, or events have no such numbers.
+        """
+        return None
+
+    def newest(self, status: str = "") -> bytes | None:  # noqa: ARG002
+        """Return the newest object that the events describe, as JSON, with another *status* if one is passed."""
+        return None
+
+    def state(self) -> EventsState | None:
+        """Return all that is remembered, for `restore`; None if nothing is."""
+        return None
+
+    def restore(self, runs: Sequence[tuple[int, int, int]], newest: bytes) -> None:
+        """Remember what the `state` of another object was, instead."""
+
+
+class AnswerApi(Protocol):
+    """The API of an answer (providers/api.py), as its log and those who follow it see it."""
+
+    path: str
+
+    def fast_path(self, cursor: Any, destination: Any) -> Any:
+        """Return the `FastPath` by which the provider's bytes go from *cursor* to *destination*; None if there is none."""
+
+
 class Store(Protocol):
     """The store of a log (store.py), as the log sees it; each *stream* is the `Stream` that calls."""
 
@@ -98,3 +151,7 @@ class Store(Protocol):
 
     def add_alias(self, stream: Any, alias: str) -> None:
         """Let *stream* be found by *alias*, too, unless another stream has that name."""
+
+
+# Of every answer whose API has no others.
+PLAIN_EVENTS = AnswerEvents()

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from aioserver.streams.contracts import PLAIN_EVENTS
+
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Awaitable, Callable, Mapping
 
     from aioserver.errors import AioserverError
-    from aioserver.streams.contracts import Keeper
+    from aioserver.streams.contracts import AnswerApi, Keeper
 
 
 # Bytes of the Python objects of one stream: the log itself, its parts, the record of its request.
@@ -33,20 +35,6 @@ class Held(Protocol):
         """Give them back; a second call does nothing."""
 
 
-class ErrorFormat(Protocol):
-    """The form of the errors of one kind of answer."""
-
-    @property
-    def size(self) -> int:
-        """The bytes that this object keeps."""
-
-    def note(self, block: bytes, first: int) -> None:
-        """Look at a block of the provider's events, of which *first* is the first one's number."""
-
-    def render(self, error: AioserverError, seen: int | None = None) -> bytes:
-        """Return *error* as the last event of the answer, or of a reader that has *seen* the event of that number."""
-
-
 class WholeAnswer(Protocol):
     """An answer that was not streamed."""
 
@@ -59,48 +47,38 @@ class AnswerDetails:
     """Facts about the answer in a log, beside its events.
 
     *whole* is an answer that was not streamed, kept for a client that comes back.
-    *error_format* renders the error that ends an answer, where its events have a form of their own.
     *text_bytes* counts the text that its producer keeps beside the log while the answer runs.
-    *path* is that of the request to the provider, below its base URL: it says what kind of answer this is.
+    *api* says what kind of answer this is, None if it is no provider's, and *events* what its events are.
     """
 
     __slots__ = (
+        "api",
         "conversation_id",
-        "error_format",
-        "path",
+        "events",
         "text_bytes",
         "whole",
     )
 
     def __init__(self) -> None:
-        self.path = ""
         self.text_bytes = 0
         self.conversation_id: str | None = None
         self.whole: WholeAnswer | None = None
-        self.error_format: ErrorFormat | None = None
+        self.api: AnswerApi | None = None
+        self.events = PLAIN_EVENTS
 
     @property
     def size(self) -> int:
         """The bytes that are kept beside the events."""
-        size = self.text_bytes
+        size = self.text_bytes + self.events.size
         if self.whole is not None:
             size += self.whole.size
-        if self.error_format is not None:
-            size += self.error_format.size
         return size
 
     def final_error(self, error: AioserverError, number: int) -> bytes:
         """Return *error* as the last event of the log, whose number is *number*."""
-        data = self.render_error(error)
-        if self.error_format is not None:
-            self.error_format.note(data, number)
+        data = self.events.render(error)
+        self.events.note(data, number)
         return data
-
-    def render_error(self, error: AioserverError, seen: int | None = None) -> bytes:
-        """Return *error* as an event like the provider's own; *seen*: as `ErrorFormat.render`."""
-        if self.error_format is not None:
-            return self.error_format.render(error, seen)
-        return b"data: %b\n\n" % error.body()
 
 
 class Attachment:

@@ -25,12 +25,10 @@ the writer does when it is blocked or closed, and when it follows another stream
     FastPath   for the OpenAI face: an event `{…}` without an error or a finish_reason. The chunk's
                framing is what our client gets, too: the bytes pass unchanged. The log is private
                and empty, and stays empty: the effect is that of an event discarded at once
-    ResponsePath
-               for the Responses API, over HTTP and on a WebSocket: an event whose type ends with `.delta`,
-               which has the next sequence number and no response object. It is forwarded unchanged, or
-               its data as one frame; otherwise as above
     TextPath   for the faces that show frames: an event of the answer's `Shape`, which has a text
                and nothing else. It is appended to the log like any other
+
+An API may have one of its own (wings/responses/path.py).
 
 Every other form of the same bytes, every end, error and comment takes the slow path, and has the
 same effect there: the tests feed both paths with the same streams.
@@ -45,7 +43,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from aioserver.limits.write_watchdog import reset
 from aioserver.protocol.eventstream import utf8
 from aioserver.streams.entries import TextEntry
-from aioserver.wings.responses.events import ResponseEvents
 
 if TYPE_CHECKING:
     import asyncio
@@ -60,17 +57,13 @@ MAX_CHUNK_BYTES = 2048
 # Bytes of texts that are forwarded before they are appended to the log.
 MAX_RUN_BYTES = 2048
 # An event with one of these takes the slow path.
-_ERROR, _FINISH, _FINISH_SPACED = b'"error"', b'"finish_reason":"', b'"finish_reason": "'
-# A response object, and the type of each event of the Responses API, begin with it.
-_RESPONSE = b'"response'
-# The first bytes of an event of the Responses API that has a part of a text, and nothing else to look at.
-_DELTA = re.compile(rb"event: (response\.[a-z_.]{1,64}\.delta)\ndata: \{")
+ERROR_NAME, _FINISH, _FINISH_SPACED = b'"error"', b'"finish_reason":"', b'"finish_reason": "'
 # The first line of a read that is one chunk, by the size of the read. At a size that no chunk has,
 # it is b"\r\n", with which no chunk begins.
-_FIRST_LINES = [b"\r\n"] * (MAX_CHUNK_BYTES + 12)
+FIRST_LINES = [b"\r\n"] * (MAX_CHUNK_BYTES + 12)
 for _size in range(1, MAX_CHUNK_BYTES):
     _line = b"%x\r\n" % _size
-    _FIRST_LINES[len(_line) + _size + 2] = _line
+    FIRST_LINES[len(_line) + _size + 2] = _line
 # Characters that stand for themselves in a JSON string.
 _PLAIN = re.compile(rb'[^"\\\x00-\x1f]+')
 
@@ -140,7 +133,7 @@ class FastPath:
             return False
         # Not `in`: for bytes that costs more than twice as much.
         find = read.find
-        line = _FIRST_LINES[size]
+        line = FIRST_LINES[size]
         start, end = len(line), size - 2
         if (
             not read.startswith(line)
@@ -149,7 +142,7 @@ class FastPath:
             # One line, and so one event, which is not [DONE].
             or find(b"\n", start) != end - 2
             or find(b"\r", start) != end
-            or find(_ERROR) >= 0
+            or find(ERROR_NAME) >= 0
             or find(_FINISH) >= 0
             or find(_FINISH_SPACED) >= 0
             or not utf8(read)
@@ -179,70 +172,6 @@ class FastPath:
     def abort(self) -> None:
         """Reset the client's connection: called by the outbox, if `write` has failed."""
         reset(self._transport)
-
-
-class ResponsePath(FastPath):
-    """Forwards events of the Responses API that have a part of a text.
-
-    *frame* writes an event's data for the client; None: the client gets the provider's bytes.
-    """
-
-    __slots__ = ("_events", "_frame", "_opening", "_type")
-
-    def __init__(
-        self,
-        cursor: Cursor,
-        destination: Destination,
-        events: ResponseEvents,
-        frame: Callable[[bytes], bytes] | None,
-    ) -> None:
-        super().__init__(cursor, destination)
-        self._events = events
-        self._frame = frame
-        # The first bytes of the events that come now, up to the brace of their data, and their type. At first
-        # no event begins so.
-        self._opening, self._type = b"\n", b""
-
-    def forward(self, read: bytes) -> bool:
-        """Forward *read*, as `FastPath.forward` does."""
-        size = len(read)
-        if not self.open or size > MAX_CHUNK_BYTES:
-            return False
-        find = read.find
-        line, opening = _FIRST_LINES[size], self._opening
-        start, end = len(line), size - 2
-        if not read.startswith(opening, start):
-            match = _DELTA.match(read, start)
-            if match is None:
-                return False
-            self._opening, self._type = opening, _ = match[0], b'"%b"' % match[1]
-        begin = start + len(opening) - 1
-        if (
-            not read.startswith(line)
-            or not read.endswith(b"}\n\n\r\n")
-            # Two lines, and so one event.
-            or find(b"\n", begin) != end - 2
-            or find(b"\r", begin) != end
-            or find(_ERROR, begin) >= 0
-            or not (read.isascii() or utf8(read))
-        ):
-            return False
-        if (found := find(_RESPONSE, begin)) >= 0:
-            # The event has a type, as it should, and nothing else to look at.
-            kind = self._type
-            if not read.startswith(kind, found) or find(_RESPONSE, found + len(kind)) >= 0:
-                return False
-        stream = self._stream
-        if not self._events.follows(read, stream.last + 1):
-            return False
-        self._outbox.put(self, read if self._frame is None else self._frame(read[begin : end - 2]))
-        self.forwarded_at = now = self._clock()
-        if now - self.read_at > self._silence:
-            self._silence = stream.record.silent(self.read_at, now)
-        self.read_at = now
-        stream.last += 1
-        self._meter.events += 1
-        return True
 
 
 class TextPath(FastPath):
@@ -277,7 +206,7 @@ class TextPath(FastPath):
         if not self.open or size > MAX_CHUNK_BYTES:
             return False
         prefix, suffix = self._prefix, self._suffix
-        line = _FIRST_LINES[size]
+        line = FIRST_LINES[size]
         begin, stop = len(line) + len(prefix), size - len(suffix)
         if (
             begin >= stop
@@ -324,14 +253,10 @@ class TextPath(FastPath):
 
 
 def new_path(cursor: Cursor, destination: Destination, shape: Shape | None) -> FastPath | None:
-    """Return a path for *cursor*: for texts if there is a *shape*; None if its format has none."""
+    """Return a path for *cursor*: for texts if there is a *shape*; None if its format, or its API, has none."""
     if shape is not None:
         render_text = cursor.format.render_text
         return None if render_text is None else TextPath(cursor, destination, shape, render_text)
-    frame = cursor.format.frame
-    if frame is None and not destination.chunked:
-        return None
-    events = cursor.stream.details.error_format
-    if isinstance(events, ResponseEvents):
-        return ResponsePath(cursor, destination, events, frame)
-    return FastPath(cursor, destination)
+    api = cursor.stream.details.api
+    path: FastPath | None = None if api is None else api.fast_path(cursor, destination)
+    return path

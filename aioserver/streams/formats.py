@@ -3,20 +3,15 @@
 RAW       the provider's own bytes (the OpenAI face)
 EVENTS    text/event-stream (WHATWG HTML 9.2), each event with its number as `id` (the SSE face)
 MESSAGES  WebSocket text messages (RFC 6455), unfragmented and, as from a server, unmasked
-RESPONSES such messages, each with the data of one of the provider's events (Responses over WebSocket)
 """
 
 from __future__ import annotations
 
 import struct
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from aioserver.errors import StreamNotFound
 from aioserver.protocol import eventstream
 from aioserver.protocol import frames as protocol_frames
-from aioserver.streams.entries import CANCELLED, ERROR
-from aioserver.wings.responses import frames as response_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,7 +84,7 @@ def _raw(_stream: Stream, entry: Entry, skip: int) -> bytes:
 
 
 def _raw_error(stream: Stream, error: AioserverError, seen: int) -> bytes:
-    return stream.details.render_error(error, seen)
+    return stream.details.events.render(error, seen)
 
 
 def _event(number: int, status: bytes, frame: bytes) -> bytes:
@@ -138,33 +133,6 @@ def _error_message(stream: Stream, error: AioserverError, _seen: int) -> bytes:
     )
 
 
-def response_messages(lane: str | None) -> Format:
-    """Return the format of the *lane* of a WebSocket of the Responses API; None: that without a name."""
-
-    def named(data: bytes) -> bytes:
-        return ws_frame(WS_TEXT, response_frames.in_lane(data, lane or ""))
-
-    frame = partial(ws_frame, WS_TEXT) if lane is None else named
-
-    def render(stream: Stream, entry: Entry, skip: int) -> bytes:
-        if not entry.data or skip >= entry.count:
-            return b""
-        # The end of a response without an event of its own: at most `processing` came before.
-        if entry.first <= 2 and entry.status in {ERROR, CANCELLED}:
-            error = stream.error or StreamNotFound("this answer was cancelled")
-            return ws_frame(WS_TEXT, response_frames.error(error, lane))
-        return lane_format.render_bytes(entry.data, skip)
-
-    def render_error(stream: Stream, error: AioserverError, seen: int) -> bytes:
-        (event,) = eventstream.parse(stream.details.render_error(error, seen))
-        return frame(event.data)
-
-    name = "responses" if lane is None else f"responses {lane}"
-    lane_format = Format(name, render, None, render_error, frame)
-    return lane_format
-
-
 RAW = Format("raw", _raw, None, _raw_error)
 EVENTS = Format("events", _events, _text_event, _error_event)
 MESSAGES = Format("messages", _messages, _text_message, _error_message)
-RESPONSES = response_messages(None)

@@ -11,19 +11,17 @@ stuttered says why: the provider sent nothing, we were late, or the client read 
 from __future__ import annotations
 
 import logging
-from operator import attrgetter
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aioserver.errors import AioserverError, SlowClient
 from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
 from aioserver.telemetry.outcome import Outcome
 from aioserver.telemetry.tracer import RequestEnd
-from aioserver.wings.anthropic import wire as anthropic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     from aioserver.telemetry.loop_lag import LoopLag
     from aioserver.telemetry.tracer import RequestTrace, Tracer
@@ -35,11 +33,15 @@ MAX_NAME = 200
 # The keys of the token counts in a usage: of chat completions, then of responses.
 TOKENS_IN = ("prompt_tokens", "input_tokens")
 TOKENS_OUT = ("completion_tokens", "output_tokens")
-# The HTTP status of an error, by the face that has others than the error's own.
-HTTP_STATUS = attrgetter("http_status")
-STATUSES: Mapping[str, Callable[[AioserverError], int]] = {"anthropic": anthropic.http_status}
 # A number of tokens from this bound on is ignored.
 MAX_TOKENS = 1 << 40
+
+
+class Statuses(Protocol):
+    """The HTTP statuses of errors, as the clients of one API know them (providers/api.py)."""
+
+    def http_status(self, error: AioserverError) -> int:
+        """Return the HTTP status of *error*."""
 
 
 class RequestRecord:
@@ -79,6 +81,7 @@ class RequestRecord:
         "silence",
         "silence_end",
         "slow_client",
+        "statuses",
         "streamed",
         "target",
         "trace",
@@ -105,6 +108,8 @@ class RequestRecord:
         self.slow_client = False
         # Whether the answer comes as events, while the model makes them.
         self.streamed = False
+        # None: each error has its own.
+        self.statuses: Statuses | None = None
         # The log that counts the first event of the answer when it comes; None if nothing counts it.
         self.log: RequestLog | None = None
 
@@ -186,6 +191,10 @@ def token_count(usage: Mapping[str, Any] | None, names: Iterable[str]) -> int | 
     return None
 
 
+def _status(error: AioserverError, statuses: Statuses | None) -> int:
+    return error.http_status if statuses is None else statuses.http_status(error)
+
+
 # The record of a stream that no request has begun: its notes are shown nowhere.
 NO_RECORD = RequestRecord()
 
@@ -218,7 +227,7 @@ class RequestLog:
             public = error if isinstance(error, AioserverError) else None
             code = public.code if public else "internal_error"
             outcome = public.outcome if public else "internal_error"
-            status = STATUSES.get(record.face, HTTP_STATUS)(public) if public else 500
+            status = _status(public, record.statuses) if public else 500
         elif cancelled:
             outcome, status = (CLIENT_LEFT if record.abandoned else CANCELLED), 499
             if record.abandoned and record.slow_client:

@@ -12,7 +12,9 @@ import pytest
 from aioserver.errors import InternalError, ServerShutdown
 from aioserver.gateway.calls import Calls
 from aioserver.gateway.request import Request, Route
+from aioserver.providers.api import CHAT
 from aioserver.providers.request import ProviderRequest
+from aioserver.streams.contracts import AnswerEvents
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.request_log import RequestLog
@@ -55,13 +57,8 @@ class Broken:
         """Do nothing."""
 
 
-class BrokenFormat:
+class BrokenEvents(AnswerEvents):
     """The form of an answer's errors, with a bug."""
-
-    size = 0
-
-    def note(self, block: bytes, first: int) -> None:
-        """Do nothing."""
 
     def render(self, error: AioserverError, seen: int | None = None) -> bytes:
         raise RuntimeError("a bug")
@@ -120,7 +117,7 @@ async def test_an_answer_whose_error_cannot_be_written_ends_with_another(
 ) -> None:
     server = await make_server(SLOW, **KEYED)
     response, stream = await asked(server)
-    stream.details.error_format = BrokenFormat()
+    stream.details.events = BrokenEvents()
     stream.attachment.cancel_reason = ServerShutdown("over")
 
     with caplog.at_level(logging.ERROR):
@@ -141,7 +138,7 @@ async def test_a_bug_after_the_provider_was_asked_is_not_to_be_repeated(
     provider: Any = SimpleNamespace(name="sim", settings=SimpleNamespace(model="m", models=()))
     metrics = Metrics({"sim": provider.settings})
     request_log = RequestLog(metrics, LoopLag(asyncio.get_running_loop(), metrics.loop_lag))
-    asked = ProviderRequest("x", lambda _provider: b"", streamed=False)
+    asked = ProviderRequest(CHAT, lambda _provider: b"", streamed=False)
     route = Route(provider, None, renamed=True, pinned=True)
 
     async def call(request: Request) -> None:

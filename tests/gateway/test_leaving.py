@@ -18,6 +18,7 @@ from aioserver.gateway.request import Request
 from aioserver.gateway.router import Router
 from aioserver.limits.gate import Gate
 from aioserver.provider_errors import ProviderQueueFull, ProviderQueueTimeout
+from aioserver.providers.api import CHAT
 from aioserver.providers.budget import Budget
 from aioserver.providers.request import Answer, ProviderRequest
 from aioserver.streams import entries, stream
@@ -167,7 +168,7 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
         key = f"{dice.randrange(count)}" if dice.random() < 0.5 else None
         streamed = dice.random() < 0.5
         caller = anonymous(f"line {number % 7}") if streamed else anonymous(None)
-        asked = ProviderRequest("x", lambda _provider: b"", streamed=streamed, caller=caller)
+        asked = ProviderRequest(CHAT, lambda _provider: b"", streamed=streamed, caller=caller)
         living: asyncio.Future[Any]
         if streamed:
             request = Request(route, asked, "openai", "private", key)

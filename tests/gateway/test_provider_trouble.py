@@ -29,6 +29,7 @@ from aioserver.provider_errors import (
     ReadTimeout,
 )
 from aioserver.providers import exchange
+from aioserver.providers.api import CHAT
 from aioserver.providers.breaker import (
     FEW,
     LONG_PATIENCE,
@@ -149,9 +150,7 @@ class Trouble:
         def body(given: settings.Provider) -> bytes:
             return json.dumps({"model": given.model, "stream": True}).encode()
 
-        asked = ProviderRequest(
-            "chat/completions", body, streamed=True, reading=Reading() if frames else None
-        )
+        asked = ProviderRequest(CHAT, body, streamed=True, reading=Reading() if frames else None)
         stream = Stream("r1", "anybody", window=30.0, max_bytes=1 << 22, outcome=asked.outcome)
         stream.record = asked.record
         await router.fill(Request(route, asked, "face", "r1"), stream)
@@ -162,7 +161,7 @@ class Trouble:
             return json.dumps({"model": given.model}).encode()
 
         router = self.router
-        asked = ProviderRequest("chat/completions", body, streamed=False)
+        asked = ProviderRequest(CHAT, body, streamed=False)
         return await router.call(Request(router.route(None), asked, "face", "r1"))
 
     def renew(self, name: str) -> None:

@@ -12,7 +12,10 @@ from multidict import CIMultiDict
 from aioserver.config.schema import Secret
 from aioserver.config.settings import Provider
 from aioserver.protocol.client_headers import NO_HEADERS, collect
+from aioserver.providers.api import CHAT
 from aioserver.providers.http1 import RequestWriter
+from aioserver.providers.request import ProviderRequest
+from aioserver.wings.anthropic.api import COUNT_TOKENS, MESSAGES
 from tests.support.scripted_provider import LIMITS
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 ANTHROPIC, OTHER = "https://api.anthropic.com/v1", "http://127.0.0.1:9/v1"
 KEY = "sk-1"
+APIS = {api.path: api for api in (CHAT, MESSAGES, COUNT_TOKENS)}
 
 
 def written(
@@ -29,7 +33,14 @@ def written(
     provider = Provider(name="p", base_url=base_url, model="m", http_client=LIMITS, **settings)
     writer = RequestWriter(provider, base_url, absolute=False, proxy_headers={})
     client: Any = sent or {}
-    lines = writer.write(path, b"{}", collect(client, (), "anthropic-") if client else NO_HEADERS)
+    path, _, query = path.partition("?")
+    request = ProviderRequest(APIS[path], lambda _: b"", query=query, streamed=False)
+    lines = writer.write(
+        request.api,
+        request.path,
+        b"{}",
+        collect(client, (), "anthropic-") if client else NO_HEADERS,
+    )
     head = lines.decode().partition("\r\n\r\n")[0]
     first, *rest = head.split("\r\n")
     fields = [line.split(": ", 1) for line in rest]

@@ -32,6 +32,7 @@ from aioserver.provider_errors import (
     ProviderRefused,
     StaleConnection,
 )
+from aioserver.providers.api import CHAT
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.error_mapping import retry_after
 from aioserver.providers.pace import MAX_COOLING
@@ -97,7 +98,7 @@ def question(
 ) -> ProviderRequest:
     body = {"model": model, "messages": [{"role": "user", "content": text}], "stream": streamed}
     return ProviderRequest(
-        "chat/completions",
+        CHAT,
         lambda _: json.dumps(body).encode(),
         streamed=streamed,
         caller=caller,
@@ -522,9 +523,7 @@ async def test_a_connection_kept_for_a_request_that_cannot_be_written_is_closed(
         first = asyncio.ensure_future(fill(provider))
         await until(lambda: provider.stats().queue.inside == 1)
         second = asyncio.ensure_future(
-            fill_stream(
-                provider, new_stream(), ProviderRequest("chat/completions", refused, streamed=True)
-            )
+            fill_stream(provider, new_stream(), ProviderRequest(CHAT, refused, streamed=True))
         )
         await first
         with pytest.raises(InvalidRequest):
@@ -743,9 +742,7 @@ async def test_a_request_that_has_waited_asks_for_the_current_model() -> None:
 
     limits = {"tokens_per_minute": 1_000_000, "concurrent_requests": 1}
     async with ScriptedProvider(play) as server, provider_at(server.url, limits) as provider:
-        ask = ProviderRequest(
-            "chat/completions", lambda given: given.model.encode(), streamed=False
-        )
+        ask = ProviderRequest(CHAT, lambda given: given.model.encode(), streamed=False)
         holder = asyncio.create_task(call(provider, ask))
         await until(lambda: len(bodies) == 1)
         waiting = asyncio.create_task(call(provider, ask))

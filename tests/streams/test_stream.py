@@ -23,6 +23,7 @@ from aioserver.protocol.openai import Reading, Shape
 from aioserver.protocol.whole_answer import STEP_BYTES, text_pieces
 from aioserver.provider_errors import ProviderDisconnected, ProviderRefused
 from aioserver.providers.request import Answer
+from aioserver.streams.contracts import PLAIN_EVENTS
 from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.details import STREAM_OVERHEAD
 from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING
@@ -685,10 +686,10 @@ def test_everything_that_a_stream_keeps_is_counted() -> None:
     assert streams.stats().bytes >= empty + 135_000
     events = ResponseEvents()
     events.note(b'data: {"response":{"id":"%b"}}\n\n' % (b"z" * 20_000), 1)
-    stream.details.error_format = events
+    stream.details.events = events
     stream.recount()
     assert streams.stats().bytes >= empty + 155_000
-    stream.details.error_format = None
+    stream.details.events = PLAIN_EVENTS
     stream.fail(ProviderRefused("no", 400, b"y" * 30_000))
     # The text belongs to the producer, which is done; the body is in the error, and in its event.
     assert empty + 145_000 <= streams.stats().bytes < empty + 150_000

@@ -19,6 +19,7 @@ from aioserver.config import settings
 from aioserver.gateway.request import Request
 from aioserver.gateway.router import Router
 from aioserver.provider_errors import ConnectError, ProviderError, ProviderFault
+from aioserver.providers.api import CHAT
 from aioserver.providers.breaker import Breaker
 from aioserver.providers.provider import Provider
 from aioserver.providers.request import ProviderRequest
@@ -46,7 +47,7 @@ async def ask(router: Router, provider: str | None = None) -> Answer:
     Raises:
         ProviderFault: no provider answered.
     """
-    request = ProviderRequest("embeddings", lambda _settings: b"", streamed=False)
+    request = ProviderRequest(CHAT, lambda _settings: b"", streamed=False)
     return await router.call(Request(router.route(None, provider), request, "openai", "r"))
 
 

@@ -17,18 +17,19 @@ import pytest
 from aioserver.errors import AioserverError
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading
+from aioserver.providers.api import CHAT
 from aioserver.providers.chat_sink import ChatSink
 from aioserver.providers.connections import ConnectionProtocol
 from aioserver.providers.exchange import Exchange
-from aioserver.providers.sinks import EventSink
 from aioserver.streams.entries import CANCELLED
-from aioserver.streams.fast_path import FastPath, ResponsePath, TextPath
-from aioserver.streams.formats import EVENTS, MESSAGES, RAW, RESPONSES, response_messages
+from aioserver.streams.fast_path import FastPath, TextPath
+from aioserver.streams.formats import EVENTS, MESSAGES, RAW
 from aioserver.streams.outbox import Outbox
 from aioserver.streams.store import StreamStore
 from aioserver.streams.writer import Writer
-from aioserver.wings.responses.events import ResponseEvents
-from aioserver.wings.responses.sinks import ResponseSink
+from aioserver.wings.responses.api import RESPONSES
+from aioserver.wings.responses.path import RESPONSES as RESPONSE_MESSAGES
+from aioserver.wings.responses.path import ResponsePath, response_messages
 from tests.support.scripted_provider import chunk
 from tests.support.transport import FakeTransport
 from tests.support.waiting import ticks
@@ -132,15 +133,9 @@ class Road:
         self.stream.outcome.begin_attempt("sim", "m")
         self.stream.append_processing()
         self.reading = Reading()
-        self.sink = (
-            ResponseSink(self.stream)
-            if responses
-            else EventSink(self.stream)
-            if private
-            else ChatSink(self.stream, self.reading)
-        )
-        self.events = ResponseEvents() if responses else None
-        self.stream.details.error_format = self.events
+        self.stream.details.api = api = RESPONSES if responses else CHAT
+        self.sink = api.sink(self.stream) if private else ChatSink(self.stream, self.reading)
+        self.stream.details.events = self.events = api.events()
         self.outbox = Outbox(asyncio.get_running_loop())
         self.dropped: list[str] = []
         self.look = {
@@ -148,7 +143,7 @@ class Road:
             "sse": EVENTS,
             "websocket": MESSAGES,
             "responses": RAW,
-            "responses_ws": RESPONSES,
+            "responses_ws": RESPONSE_MESSAGES,
             "lane": response_messages("a"),
         }[face]
         self.chunked = face not in {"websocket", "responses_ws", "lane"}
@@ -232,7 +227,7 @@ class Road:
             self.reading.finish_reason,
             self.reading.usage,
             bool(self.wire.kept) and not self.wire.closed,
-            self.events and self.events.state(),
+            self.events.state(),
         )
 
 

@@ -27,6 +27,7 @@ from aioserver.provider_errors import (
     ProviderRateLimited,
     ProviderRefused,
 )
+from aioserver.providers.api import CHAT
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.passthrough import PassedAttempt, PassedRequest
 from aioserver.providers.pool import environment_proxy
@@ -132,7 +133,7 @@ async def _first_token(report: Report, subject: str, provider: Provider, problem
         short = dataclasses.replace(settings, max_tokens=limit)
         return chat_body(short, None, QUESTION, b"{}", frozenset(), streamed=True)
 
-    request = ProviderRequest("chat/completions", body, streamed=True, reading=Reading())
+    request = ProviderRequest(CHAT, body, streamed=True, reading=Reading())
     stream = Stream("doctor", "doctor", window=0.0, max_bytes=MAX_BYTES)
     attempt = Attempt(provider, request, stream)
     # The first event says that the request has its place here, the second comes from the provider.

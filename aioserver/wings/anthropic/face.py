@@ -23,13 +23,15 @@ from aioserver.faces.openai import Dialect
 from aioserver.gateway.request import Request
 from aioserver.providers.request import ProviderRequest
 from aioserver.wings.anthropic import wire
-from aioserver.wings.anthropic.wire import COUNT_TOKENS, MESSAGES, PING, MessageErrors
+from aioserver.wings.anthropic.api import COUNT_TOKENS, MESSAGES
+from aioserver.wings.anthropic.wire import PING
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
+    from aioserver.providers.api import Api
 
 ANTHROPIC = Dialect("anthropic", PING, "request-id")
 # Claude Code's id of a session: its requests wait apart from those of others of the same key.
@@ -40,53 +42,43 @@ BETA = "beta"
 
 def routes(context: Context) -> list[web.RouteDef]:
     """Return the routes of this face; `GET /v1/models` is in faces/openai.py, for both."""
-    serving = partial(serve, context)
+    serving = partial(openai.serve, context, dialect=ANTHROPIC)
     return [
         web.post(
-            f"/v1/{path}",
-            counted(context.admission, ANTHROPIC.face, prepare_for(context, path), serving),
+            f"/v1/{api.path}",
+            counted(context.admission, ANTHROPIC.face, prepare_for(context, api), serving),
         )
-        for path in (MESSAGES, COUNT_TOKENS)
+        for api in (MESSAGES, COUNT_TOKENS)
     ]
 
 
 def prepare_for(
-    context: Context, path: str
+    context: Context, api: Api
 ) -> Callable[[web.Request, BodyHold], Awaitable[Request]]:
-    """Return the function that prepares a POST to *path*, below `/v1`."""
+    """Return the function that prepares a POST to the path of *api*, below `/v1`."""
 
     async def prepare(request: web.Request, hold: BodyHold) -> Request:
         limit = context.settings.chat.websocket.max_message_size
         body, data = await read_model_body(request, hold, limit)
         key = idempotency_key(request)
-        route = context.router.route(body.model, messages=True)
-        if path == COUNT_TOKENS:
+        route = context.router.route(body.model, api=api)
+        if api is COUNT_TOKENS:
             # Another model counts other tokens.
             route.pinned = True
         session = request.headers.get(SESSION_HEADER) or wire.user_of(body.metadata)
-        full_path = f"{path}?{BETA}=true" if request.query.get(BETA) == "true" else path
         provider_request = ProviderRequest(
-            full_path,
+            api,
             openai.body_maker(body, route),
-            streamed=body.streamed and path == MESSAGES,
+            query=f"{BETA}=true" if request.query.get(BETA) == "true" else "",
+            streamed=body.streamed and api is MESSAGES,
             caller=request[CALLER].on_behalf_of(session),
             model=route.model,
             hold=hold,
             client_headers=client_headers(context, request, wire.HEADERS),
         )
-        digest = openai.digest_of(full_path, data) if key else b""
+        digest = openai.digest_of(provider_request.path, data) if key else b""
         return Request(
             route, provider_request, ANTHROPIC.face, http.request_id(request), key, digest
         )
 
     return prepare
-
-
-async def serve(context: Context, request: web.Request, prepared: Request) -> web.StreamResponse:
-    """Answer a POST."""
-    if not prepared.provider_request.streamed:
-        return await openai.write_answer(context, request, prepared, ANTHROPIC)
-    stream = context.gateway.relay(prepared)
-    if stream.details.error_format is None:
-        stream.details.error_format = MessageErrors()
-    return await openai.follow_stream(context, request, stream, dialect=ANTHROPIC)

@@ -1,6 +1,6 @@
-"""The sink of a streamed answer of Anthropic's Messages API: its bytes go into the log as they come.
+"""The sink of a streamed answer of Anthropic's Messages API, and what the API's errors mean.
 
-It ends with `message_stop`, and not with a stop_reason. An event `error` that ends it passes itself, unless another attempt may follow, or
+The bytes of an answer go into the log as they come. It ends with `message_stop`, and not with a stop_reason. An event `error` that ends it passes itself, unless another attempt may follow, or
 it is about our key. `ping` is no answer: it passes, and another attempt may follow.
 """
 
@@ -10,15 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import bounded
-from aioserver.providers.error_mapping import message_error_fault
+from aioserver.provider_errors import (
+    ProviderError,
+    ProviderFault,
+    ProviderRateLimited,
+    ProviderRefused,
+)
+from aioserver.providers import error_mapping
 from aioserver.providers.sinks import PassingSink
 from aioserver.wings.anthropic import wire
 
 if TYPE_CHECKING:
-    from aioserver.provider_errors import ProviderFault
+    from collections.abc import Mapping
+
     from aioserver.streams.stream import Stream
 
 _USAGE = b'"usage"'
+# Bytes of an error that a client gets as it is.
+MAX_PASSED_BYTES = 65_536
 
 
 class MessageSink(PassingSink):
@@ -34,7 +43,7 @@ class MessageSink(PassingSink):
         return _up_to_end(block) if wire.ending(block) else (block, False, b"")
 
     def _fault(self, event: bytes) -> ProviderFault:
-        return message_error_fault(self._stream.outcome.provider, event)
+        return event_fault(self._stream.outcome.provider, event)
 
     def _append(self, block: bytes) -> None:
         if not block:
@@ -80,6 +89,34 @@ def _up_to_end(block: bytes) -> tuple[bytes, bool, bytes]:
         if content.get("type") == "error" or isinstance(content.get("error"), dict):
             return b"".join(events[:number]), False, event
     return block, False, b""
+
+
+def check_status(name: str, status: int, headers: Mapping[str, str], body: bytes) -> None:
+    """Raise the fault that a *status* of the provider *name* means, with the error that a client gets as it is.
+
+    Raises:
+        ProviderFault: as `error_mapping.check_status`.
+    """
+    try:
+        error_mapping.check_status(name, status, headers, body)
+    except (ProviderRateLimited, ProviderError, ProviderRefused) as fault:
+        json = error_mapping.matches_type(headers, "application/json")
+        if json and len(body) <= MAX_PASSED_BYTES:
+            fault.provider_answer = (status, body) if error_mapping.parses(body) else None
+        raise
+
+
+def event_fault(name: str, event: bytes) -> ProviderFault:
+    """Return the fault of the provider *name* that *event* reports, an `error`."""
+    error = wire.content_of(event).get("error")
+    kind = error.get("type") if isinstance(error, dict) else None
+    status = wire.STATUSES.get(kind, 500) if isinstance(kind, str) else 500
+    data = eventstream.parse(event)[0].data
+    try:
+        check_status(name, status, {"content-type": "application/json"}, data)
+    except ProviderFault as fault:
+        return fault
+    raise AssertionError("each status of an error is a fault")
 
 
 def _is_ping(event: bytes) -> bool:

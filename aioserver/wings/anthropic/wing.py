@@ -6,9 +6,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 from aioserver.faces.wing import Routes, Wing
 from aioserver.wings.anthropic import face
+from aioserver.wings.anthropic.api import COUNT_TOKENS, MESSAGES
+from aioserver.wings.anthropic.form import MessagesForm
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aioserver.faces.context import Context
+    from aioserver.faces.form import Form
+    from aioserver.providers.api import Api
 
 
 class AnthropicWing(Wing):
@@ -16,6 +22,14 @@ class AnthropicWing(Wing):
 
     name: ClassVar = "anthropic"
     endpoints: ClassVar = {"anthropic": "/v1"}
+
+    def forms(self) -> Sequence[Form]:
+        """Return the form of errors and model lists."""
+        return (MessagesForm(),)
+
+    def apis(self) -> Sequence[Api]:
+        """Return the APIs of providers."""
+        return MESSAGES, COUNT_TOKENS
 
     async def serve(self, context: Context) -> Routes:
         """Return the routes of its face."""

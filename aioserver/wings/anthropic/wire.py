@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from aioserver.protocol import eventstream
+from aioserver.streams.contracts import AnswerEvents
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -53,11 +54,6 @@ _TOKENS = ("input_tokens", "cache_creation_input_tokens", "output_tokens")
 _SPEAKING = re.compile(r"/v1/messages(?:/.*)?", re.DOTALL)
 
 
-def is_messages(path: str) -> bool:
-    """Return whether *path*, below the base URL of a provider, is one of this API."""
-    return path.partition("?")[0] in {MESSAGES, COUNT_TOKENS}
-
-
 def speaks(path: str, headers: Mapping[str, str]) -> bool:
     """Return whether a client that asks for *path* with *headers* expects this API's answers, and errors."""
     if _SPEAKING.fullmatch(path) is not None:
@@ -85,17 +81,12 @@ def error_body(error: AioserverError, request_id: str = "") -> bytes:
     return orjson.dumps(body)
 
 
-class MessageErrors:
+class MessageErrors(AnswerEvents):
     """The form of an error between the events of a streamed answer: an event `error`."""
 
     __slots__ = ()
 
-    size = 0
-
-    def note(self, block: bytes, first: int) -> None:
-        """Remember nothing: an error needs nothing of the events before it."""
-
-    def render(self, error: AioserverError, _seen: int | None = None) -> bytes:
+    def render(self, error: AioserverError, seen: int | None = None) -> bytes:  # noqa: ARG002
         """Return *error* as an event."""
         return eventstream.write(error_body(error), event="error")
 

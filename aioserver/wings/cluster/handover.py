@@ -16,12 +16,12 @@ from aioserver.streams.entries import NO_TEXT, WholeEntry
 from aioserver.streams.store import ended_at
 from aioserver.wings.cluster import faults, pipe
 from aioserver.wings.cluster.peer_messages import Malformed
-from aioserver.wings.responses.events import ResponseEvents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from aioserver.gateway.instances import Start
+    from aioserver.providers.api import Api
     from aioserver.streams.entries import Entry
     from aioserver.streams.stream import Stream
 
@@ -63,8 +63,14 @@ def log_of(stream: Stream) -> bytes:
     return b"".join(pieces)
 
 
-async def fill(stream: Stream, log: bytes, start: Start, on_accept: Callable[[], None]) -> None:
-    """Fill the mirror *stream* with a *log* that was handed over, from *start* on.
+async def fill(
+    stream: Stream,
+    log: bytes,
+    start: Start,
+    on_accept: Callable[[], None],
+    apis: Mapping[str, Api],
+) -> None:
+    """Fill the mirror *stream* with a *log* that was handed over, from *start* on; its API is one of *apis*.
 
     Raises:
         StreamNotFound: what was kept is no log.
@@ -78,7 +84,7 @@ async def fill(stream: Stream, log: bytes, start: Start, on_accept: Callable[[],
     if not heads or not isinstance(heads[0], pipe.Facts) or not isinstance(heads[-1], pipe.End):
         raise StreamNotFound("this answer is not kept any more")
     (facts, newest), items = (heads[0], items[0][1]), items[1:]
-    pipe.take_facts(stream, facts, newest)
+    pipe.take_facts(stream, facts, newest, apis)
     after = _after(stream, facts, start)
     stream.last = after
     on_accept()
@@ -102,9 +108,8 @@ async def fill(stream: Stream, log: bytes, start: Start, on_accept: Callable[[],
 
 def _after(stream: Stream, facts: pipe.Facts, start: Start) -> int:
     after: int | None = start.after
-    events = stream.details.error_format
-    if start.sequence is not None and isinstance(events, ResponseEvents):
-        after = events.event_before(start.sequence, facts.last)
+    if start.sequence is not None and facts.runs is not None:
+        after = stream.details.events.event_before(start.sequence, facts.last)
         if after is None:
             raise ResumeGap(f"event {start.sequence} does not exist yet")
     if after is None:

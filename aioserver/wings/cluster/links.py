@@ -134,7 +134,7 @@ class Link:
             outcome.provider,
             outcome.model,
             outcome.attempts,
-            stream.details.path,
+            stream.details.api,
             stream.answered,
             id(outcome.headers),
         )

@@ -22,12 +22,12 @@ from aioserver.streams import mirror
 from aioserver.streams.entries import NO_TEXT, WholeEntry
 from aioserver.wings.cluster import faults, pipe
 from aioserver.wings.cluster.peer_messages import Attach, Credit, Detach, Fault, Malformed
-from aioserver.wings.responses.events import ResponseEvents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from aioserver.gateway.instances import Start
+    from aioserver.providers.api import Api
     from aioserver.streams.entries import Entry
     from aioserver.streams.stream import Stream
     from aioserver.wings.cluster.peer_messages import Block, Message
@@ -57,6 +57,7 @@ class Mirror:
         renumber: Callable[[Mirror], int],
         credit: Callable[[], int],
         on_accept: Callable[[], None],
+        apis: Mapping[str, Api],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.stream = stream
@@ -71,6 +72,7 @@ class Mirror:
         self._renumber = renumber
         self._credit = credit
         self._on_accept = on_accept
+        self._apis = apis
         self._assembler = pipe.Assembler()
         self._paused = self._agreed = False
         self._attempts = 0
@@ -202,9 +204,8 @@ class Mirror:
             case pipe.Part():
                 if head.first + head.count - 1 > self.stream.last + _count(entries):
                     entries.append(pipe.entry_of(head, body))
-                    events = self.stream.details.error_format
-                    if isinstance(events, ResponseEvents) and head.first > self._known:
-                        events.note(body, head.first)
+                    if head.first > self._known:
+                        self.stream.details.events.note(body, head.first)
             case pipe.Whole():
                 self._finishing = self._loop.create_task(self._take_whole(head, body))
                 self._finishing.add_done_callback(_retrieve)
@@ -227,7 +228,7 @@ class Mirror:
                 self._on_accept()
             if not facts.whole:
                 self.accepted.set_result(None)
-        pipe.take_facts(stream, facts, body)
+        pipe.take_facts(stream, facts, body, self._apis)
         if facts.end_status and facts.after >= facts.last and not facts.whole:
             # It has ended, and nothing of it is left.
             mirror.stop(stream, facts.end_status)
@@ -245,8 +246,8 @@ class Mirror:
             return
         error = None if end.fault is None else faults.unpack(end.fault)
         entry = pipe.entry_of(pipe.Part(end.number, 1, end.status, False, end.frames), body)
-        if isinstance(stream.details.error_format, ResponseEvents) and end.number > self._known:
-            stream.details.error_format.note(body, end.number)
+        if end.number > self._known:
+            stream.details.events.note(body, end.number)
         mirror.end(stream, entry, error)
         self._finish(None)
 

@@ -35,13 +35,13 @@ from aioserver.wings.cluster.peer_messages import (
     Position,
     Refused,
 )
-from aioserver.wings.responses.events import ResponseEvents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from aioserver.gateway.gateway import Gateway
     from aioserver.gateway.instances import Start
+    from aioserver.providers.api import Api
     from aioserver.streams.stream import Stream
     from aioserver.wings.cluster.bus import Bus, MakeBus
     from aioserver.wings.cluster.peer_messages import Message
@@ -86,6 +86,8 @@ class Peers:
         self._deaf_since: dict[str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._due = self._connected_at = 0.0
+        # What the paths of their answers mean.
+        self.apis: Mapping[str, Api] = {}
         # Called with what another instance wants to know for its operating pages.
         self.on_look: Callable[[str], bytes] = lambda _what: b""
         # Messages that made no sense.
@@ -114,6 +116,7 @@ class Peers:
             self._number,
             self._credit,
             on_accept,
+            self.apis,
         )
         mirror.done.add_done_callback(lambda _done: self._mirrors.pop(mirror.number, None))
         mirror.attach()
@@ -381,10 +384,7 @@ class Peers:
 
 def _event_before(stream: Stream, sequence: int) -> int:
     """Return the number of the last event of a response whose sequence number is at most *sequence*."""
-    events = stream.details.error_format
-    number = (
-        events.event_before(sequence, stream.last) if isinstance(events, ResponseEvents) else None
-    )
+    number = stream.details.events.event_before(sequence, stream.last)
     if number is None:
         raise ResumeGap(f"event {sequence} does not exist yet")
     return number

@@ -19,14 +19,15 @@ import msgspec
 
 from aioserver.protocol import eventstream
 from aioserver.providers.request import Answer
+from aioserver.streams.contracts import PLAIN_EVENTS
 from aioserver.streams.entries import CHUNK, Entry, TextEntry
 from aioserver.wings.cluster import faults
 from aioserver.wings.cluster.peer_messages import Fault, Malformed
-from aioserver.wings.responses.events import ResponseEvents
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
+    from aioserver.providers.api import Api
     from aioserver.streams.stream import Stream
 
 # Bytes of one item: more than any answer that is kept by default.
@@ -38,7 +39,7 @@ class Facts(msgspec.Struct, array_like=True, tag=1):
     """The facts of an answer beside its events.
 
     *after* is the event after which this reader gets the log, *last* the newest event now. *runs* are those
-    of `ResponseEvents`, whose newest response is the item's body; None if the answer is no response.
+    of `AnswerEvents.state`, whose newest event is the item's body; None if nothing is remembered.
     """
 
     after: int
@@ -142,10 +143,8 @@ class Assembler:
 
 def facts_of(stream: Stream, after: int) -> tuple[Facts, bytes]:
     """Return the facts of *stream* now, and the body of their item."""
-    details, events, outcome = stream.details, stream.details.error_format, stream.outcome
-    runs, newest = None, b""
-    if isinstance(events, ResponseEvents):
-        runs, newest = events.state()
+    details, outcome = stream.details, stream.outcome
+    runs, newest = details.events.state() or (None, b"")
     return Facts(
         after,
         stream.last,
@@ -154,7 +153,7 @@ def facts_of(stream: Stream, after: int) -> tuple[Facts, bytes]:
         details.whole is not None,
         outcome.provider,
         outcome.model,
-        details.path,
+        details.api.path if details.api is not None else "",
         details.conversation_id,
         outcome.attempts,
         dict(outcome.headers),
@@ -162,19 +161,19 @@ def facts_of(stream: Stream, after: int) -> tuple[Facts, bytes]:
     ), newest
 
 
-def take_facts(stream: Stream, facts: Facts, body: bytes) -> None:
-    """Let *stream* have these facts."""
+def take_facts(stream: Stream, facts: Facts, body: bytes, apis: Mapping[str, Api]) -> None:
+    """Let *stream* have these facts; its API is one of *apis*, by their paths."""
     details, outcome = stream.details, stream.outcome
-    details.path, details.conversation_id = facts.path, facts.conversation_id
+    details.api = api = apis.get(facts.path)
+    details.conversation_id = facts.conversation_id
     outcome.provider, outcome.model = facts.provider, facts.model
     outcome.attempts, outcome.headers = facts.attempts, facts.headers
     if facts.answered and not stream.answered:
         stream.answered_at = monotonic()
-    if facts.runs is not None:
-        events = details.error_format
-        if not isinstance(events, ResponseEvents):
-            details.error_format = events = ResponseEvents()
-        events.restore(facts.runs, body)
+    if facts.runs is not None and api is not None:
+        if details.events is PLAIN_EVENTS:
+            details.events = api.events()
+        details.events.restore(facts.runs, body)
     stream.recount()
 
 

@@ -38,11 +38,12 @@ from aioserver.wings.cluster.claims import (
 from aioserver.wings.cluster.peers import Peers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Mapping
 
     from aioserver.gateway.commands import Commands
     from aioserver.gateway.gateway import Gateway
     from aioserver.gateway.request import Request
+    from aioserver.providers.api import Api
     from aioserver.streams.store import StreamStore
     from aioserver.streams.stream import Stream
     from aioserver.wings.cluster.bus import MakeBus
@@ -98,9 +99,10 @@ class RemoteStreams:
         self._store = Claims(commands, self._me)
         streams.on_alias = self._note_alias
 
-    def serve(self, gateway: Gateway) -> None:
-        """Let other instances read the streams of *gateway*: once."""
+    def serve(self, gateway: Gateway, apis: Mapping[str, Api]) -> None:
+        """Let other instances read the streams of *gateway*: once. *apis*: what the paths of their answers mean."""
         self._gateway = self.peers.gateway = gateway
+        self.peers.apis = apis
 
     def stats(self) -> InstancesStats:
         """Return a snapshot."""
@@ -316,7 +318,7 @@ class RemoteStreams:
             if log is None:
                 return None
             try:
-                await handover.fill(stream, log, start, accepted)
+                await handover.fill(stream, log, start, accepted, self.peers.apis)
             except StreamNotFound:
                 return None
             done: asyncio.Future[None] = self._loop.create_future()
@@ -366,7 +368,7 @@ class RemoteStreams:
                 raise RequestConflict("this request id is known, with another payload")
             log = await self._ask(self._store.get_log(name))
             if log is not None:
-                await handover.fill(stream, log, start, lambda: None)
+                await handover.fill(stream, log, start, lambda: None, self.peers.apis)
                 stream.attachment.settle_claim()
                 return
         if verdict.owner == self._me:

@@ -20,6 +20,7 @@ import orjson
 from msgspec import Raw
 
 from aioserver.protocol.eventstream import parse, split, write
+from aioserver.streams.contracts import AnswerEvents
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,7 +63,7 @@ class _Run:
         self.last_sequence = last_sequence
 
 
-class ResponseEvents:
+class ResponseEvents(AnswerEvents):
     """The memory of the events of one response that is streamed, for as long as its log.
 
     Always: at most one of its events is kept, as bytes: the last that has a response object; the
@@ -91,10 +92,10 @@ class ResponseEvents:
             (run.number, run.sequence, run.last_sequence) for run in self._runs
         ], self._last_response
 
-    def restore(self, runs: Sequence[tuple[int, int, int]], last_response: bytes) -> None:
+    def restore(self, runs: Sequence[tuple[int, int, int]], newest: bytes) -> None:
         """Remember what the `state` of another object was, instead."""
         self._runs = [_Run(*run) for run in runs]
-        self._last_response = last_response
+        self._last_response = newest
 
     def newest(self, status: str = "") -> bytes | None:
         """Return the JSON of the response object that came last, with another *status* if one is passed.

@@ -1,4 +1,4 @@
-"""OpenAI's responses by their ids (`/v1/responses/{id}`), served from the log: SDKs resume by them.
+"""OpenAI's responses: new ones (`POST /v1/responses`), and those that are known by their ids, served from the log.
 
 A response that was requested with `store` or `background` is kept for its `resume_window`, and is
 found by the id that the provider gave it; a response that was not streamed only once it will not
@@ -15,22 +15,29 @@ from aiohttp import web
 
 from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest, ResumeGap, StreamNotFound
-from aioserver.faces import openai, passthrough
+from aioserver.faces import http, openai, passthrough
 from aioserver.faces.admission import counted
+from aioserver.faces.intake import client_headers, idempotency_key, read_model_body
 from aioserver.faces.ready import HIGH_WATER
 from aioserver.gateway.instances import Start
 from aioserver.gateway.request import Request
+from aioserver.providers.request import ProviderRequest
 from aioserver.streams.entries import CANCELLED, COMPLETE
 from aioserver.wings.responses import stored_face
-from aioserver.wings.responses.events import ResponseEvents
-from aioserver.wings.responses.stored import RESPONSES
+from aioserver.wings.responses.api import RESPONSES
+from aioserver.wings.responses.attempt import Learned, ResponseAttempt
+from aioserver.wings.responses.draft import draft_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from aioserver.auth.callers import Caller
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
+    from aioserver.protocol.client_headers import ClientHeaders
+    from aioserver.protocol.model_body import ModelBody
     from aioserver.streams.stream import Stream
+    from aioserver.wings.responses.draft import Draft
 
 
 # Where a mirror begins of whose events none is read.
@@ -46,6 +53,15 @@ def routes(context: Context) -> list[web.RouteDef]:
         partial(write_cancelled, context),
     )
     return [
+        web.post(
+            "/v1/responses",
+            counted(
+                context.admission,
+                openai.OPENAI.face,
+                partial(prepare_new, context),
+                partial(openai.serve, context),
+            ),
+        ),
         web.get(
             "/v1/responses/{id}",
             counted(
@@ -56,10 +72,71 @@ def routes(context: Context) -> list[web.RouteDef]:
         ),
         web.post(
             "/v1/responses/{id}/cancel",
-            partial(cancel, context, writing, stored_face.passing(context)),
+            partial(
+                cancel, context, writing, stored_face.passing(context, stored_face.prepare_passed)
+            ),
         ),
         *stored_face.routes(context),
     ]
+
+
+async def prepare_new(context: Context, request: web.Request, hold: BodyHold) -> Request:
+    """Prepare a POST of a new response."""
+    limit = context.settings.chat.websocket.max_message_size
+    body, data = await read_model_body(request, hold, limit)
+    key, caller = idempotency_key(request), request[CALLER]
+    return make_request(
+        context,
+        body,
+        face=openai.OPENAI.face,
+        caller=caller,
+        name=http.request_id(request),
+        hold=hold,
+        client_headers=client_headers(context, request),
+        draft=draft_of(context.gateway.responses, caller, body, limit),
+        key=key,
+        digest=openai.digest_of(RESPONSES.path, data) if key else b"",
+    )
+
+
+def make_request(
+    context: Context,
+    body: ModelBody,
+    *,
+    face: str,
+    caller: Caller,
+    name: str,
+    hold: BodyHold,
+    client_headers: ClientHeaders,
+    draft: Draft | None,
+    key: str | None = None,
+    digest: bytes = b"",
+) -> Request:
+    """Return the request of a client with this *body* for a response; *face*, *name*, *key*: as `gateway.Request`.
+
+    Raises:
+        ModelNotFound, NoProvider: no provider can be asked for its model.
+    """
+    route = context.router.route(body.model)
+    provider_request = ProviderRequest(
+        RESPONSES,
+        openai.body_maker(body, route),
+        streamed=body.streamed,
+        caller=caller.on_behalf_of(body.user),
+        model=route.model,
+        hold=hold,
+        client_headers=client_headers,
+        draft=draft,
+    )
+    stored = bool(
+        body.stored
+        or body.background
+        # Nobody else keeps what is not a response at its provider.
+        or (body.stored is None and route.provider.memory(Learned).bridged)
+    )
+    return Request(
+        route, provider_request, face, name, key, digest, stored, draft, ResponseAttempt
+    )
 
 
 async def prepare(
@@ -185,7 +262,7 @@ async def find(context: Context, request: web.Request, start: Start = LATEST) ->
             another face.
     """
     stream = await context.gateway.reach(request[CALLER], request.match_info["id"], start)
-    if stream.details.path != RESPONSES:
+    if stream.details.api is not RESPONSES:
         raise StreamNotFound(stored_face.NOT_FOUND)
     return stream
 
@@ -196,8 +273,7 @@ def event_of(stream: Stream, sequence: int) -> int:
     Raises:
         ResumeGap: events after *sequence* are no longer kept, or it does not exist yet.
     """
-    events = _remembered(stream)
-    number = None if events is None else events.event_before(sequence, stream.last)
+    number = stream.details.events.event_before(sequence, stream.last)
     if number is None:
         raise ResumeGap(f"event {sequence} does not exist yet")
     # Raises if the events after it are no longer kept.
@@ -211,13 +287,7 @@ def newest(stream: Stream, status: str = "") -> bytes:
     Raises:
         StreamNotFound: no event had a response, or *stream* is no response.
     """
-    events = _remembered(stream)
-    response = None if events is None else events.newest(status)
+    response = stream.details.events.newest(status)
     if response is None:
         raise StreamNotFound(stored_face.NOT_FOUND)
     return response
-
-
-def _remembered(stream: Stream) -> ResponseEvents | None:
-    events = stream.details.error_format
-    return events if isinstance(events, ResponseEvents) else None

@@ -11,7 +11,7 @@ from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.errors import ConcurrencyExceeded, StreamLimitReached
-from aioserver.streams.formats import response_messages
+from aioserver.wings.responses.path import response_messages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -46,7 +46,7 @@ _ERROR = "error"
 
 
 class ResponseSink(PassingSink):
-    """Appends the events of a response to a log, which remembers them in its `error_format`."""
+    """Appends the events of a response to a log, which remembers them."""
 
     def __init__(self, stream: Stream) -> None:
         super().__init__(stream)
@@ -55,10 +55,9 @@ class ResponseSink(PassingSink):
 
     def fast(self) -> Path | None:
         """Return the stream's fast path; none before the id of the response."""
-        stream = self._stream
-        if self._id_samples_left or not self._splitter.idle or stream.details.error_format is None:
+        if self._id_samples_left or not self._splitter.idle:
             return None
-        return stream.open_fast_path()
+        return self._stream.open_fast_path()
 
     def _up_to_end(self, block: bytes) -> tuple[bytes, bool, bytes]:
         block, ended = up_to_end(block)
@@ -104,12 +103,11 @@ class ResponseSink(PassingSink):
 
 def remember(stream: Stream, block: bytes) -> None:
     """Let *stream* remember the events of *block*, the next ones of a response, as far as its errors need them."""
-    form = stream.details.error_format
-    if form is not None:
-        size = form.size
-        form.note(block, stream.last + 1)
-        if form.size != size:
-            stream.recount()
+    events = stream.details.events
+    size = events.size
+    events.note(block, stream.last + 1)
+    if events.size != size:
+        stream.recount()
 
 
 class BridgeSink(ReadingSink):
@@ -165,8 +163,8 @@ class BridgeSink(ReadingSink):
     def _append_text(self, event: bytes) -> None:
         """Append the event of a text, about which there is nothing to be found out."""
         stream = self._stream
-        form = stream.details.error_format
-        if isinstance(form, ResponseEvents):
-            form.note_sequence(stream.last + 1, self._writer.sequence - 1)
+        events = stream.details.events
+        if isinstance(events, ResponseEvents):
+            events.note_sequence(stream.last + 1, self._writer.sequence - 1)
         stream.forward(event, 1)
         self._count_text()

@@ -26,7 +26,6 @@ from aioserver.errors import (
     StreamNotFound,
     public,
 )
-from aioserver.faces import openai
 from aioserver.faces.socket import Socket
 from aioserver.faces.upgrade import serve
 from aioserver.gateway.calls import shutdown_error
@@ -36,6 +35,7 @@ from aioserver.protocol.json_body import NotUtf8
 from aioserver.streams.formats import WS_TEXT, ws_frame
 from aioserver.wings.responses import face as responses
 from aioserver.wings.responses import frames
+from aioserver.wings.responses.api import RESPONSES
 from aioserver.wings.responses.draft import Draft
 from aioserver.wings.responses.events import ResponseEvents
 from aioserver.wings.responses.frames import (
@@ -48,7 +48,7 @@ from aioserver.wings.responses.frames import (
     Steer,
 )
 from aioserver.wings.responses.lanes import Lanes
-from aioserver.wings.responses.stored import RESPONSES, not_found
+from aioserver.wings.responses.stored import not_found
 from aioserver.wings.responses.stored_face import NOT_FOUND
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.connections")
 
-PATH = f"/v1/{RESPONSES}"
+PATH = f"/v1/{RESPONSES.path}"
 
 
 def routes(context: Context) -> list[web.RouteDef]:
@@ -200,9 +200,8 @@ class ResponsesSocket(Socket):
         """Ask a provider, as a POST does."""
         context, draft = self._context, self._draft(lane, body)
         try:
-            request = openai.make_request(
+            request = responses.make_request(
                 context,
-                RESPONSES,
                 body,
                 face=self.face,
                 caller=self.caller,
@@ -215,7 +214,6 @@ class ResponsesSocket(Socket):
         except AioserverError:
             draft.release()
             raise
-        stream.details.error_format = ResponseEvents()
         # Until then this response counts for the limits of its caller's key.
         stream.attachment.on_settled = partial(self._done, lane)
         self._lanes.begun(lane)
@@ -269,7 +267,7 @@ class ResponsesSocket(Socket):
         with self._context.metrics.resuming():
             gateway = self._context.gateway
             stream = await gateway.reach(self.caller, command.response_id, start)
-            if stream.details.path != RESPONSES or stream.details.whole is not None:
+            if stream.details.api is not RESPONSES or stream.details.whole is not None:
                 raise StreamNotFound(NOT_FOUND)
             after = 0 if start.sequence is None else responses.event_of(stream, start.sequence)
             lane.asked = lane.continues = None
@@ -390,7 +388,7 @@ class ResponsesSocket(Socket):
 
 def _id_of(stream: Stream) -> str | None:
     """Return the id that the provider has given to the response, None if it has not come."""
-    events = stream.details.error_format
+    events = stream.details.events
     response = events.response if isinstance(events, ResponseEvents) else None
     response_id = None if response is None else response.get("id")
     return response_id if isinstance(response_id, str) else None

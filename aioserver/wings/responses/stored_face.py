@@ -24,6 +24,7 @@ from aioserver.errors import InvalidRequest, NotFound, PermissionDenied, StreamN
 from aioserver.faces import openai, passthrough
 from aioserver.faces.admission import counted
 from aioserver.limits.steps import in_turns
+from aioserver.wings.responses.attempt import Learned
 from aioserver.wings.responses.items import Page, paging
 
 if TYPE_CHECKING:
@@ -42,7 +43,17 @@ MAX_ITEMS, ITEMS = 100, 20
 def routes(context: Context) -> list[web.RouteDef]:
     """Return the routes of this part of OpenAI's API."""
     return [
-        web.delete("/v1/responses/{id}", partial(delete, context, passing(context))),
+        *(
+            web.post(
+                f"/v1/responses/{question}",
+                passing(context, prepare_question),
+                expect_handler=passthrough.expect_later,
+            )
+            for question in ("compact", "input_tokens")
+        ),
+        web.delete(
+            "/v1/responses/{id}", partial(delete, context, passing(context, prepare_passed))
+        ),
         web.get(
             "/v1/responses/{id}/input_items",
             counted(
@@ -57,14 +68,32 @@ def routes(context: Context) -> list[web.RouteDef]:
     ]
 
 
-def passing(context: Context) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    """Return the handler that passes a request on which is about a response that is not kept here."""
+def passing(
+    context: Context,
+    prepare: Callable[[Context, web.Request, BodyHold], Awaitable[Request]],
+) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    """Return the handler that passes a request on which is prepared by *prepare*."""
     return counted(
         context.admission,
         passthrough.FACE,
-        partial(prepare_passed, context),
+        partial(prepare, context),
         partial(passthrough.serve, context),
     )
+
+
+async def prepare_question(context: Context, request: web.Request, hold: BodyHold) -> Request:
+    """Prepare a question about a conversation, for a provider that has responses.
+
+    Raises:
+        NotFound: it has chat completions only.
+    """
+    passed = await passthrough.prepare(context, request, hold)
+    provider = passed.route.provider
+    if provider.memory(Learned).bridged:
+        raise NotFound(
+            f"the provider {provider.name} has no /v1/responses, so there is no {request.path} either"
+        )
+    return passed
 
 
 async def find(context: Context, request: web.Request) -> StoredResponse:

@@ -7,7 +7,7 @@ or closed, and what clients get does not depend on the reads.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import orjson
 
@@ -15,14 +15,14 @@ from aioserver.config import settings
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading
 from aioserver.provider_errors import ProviderFault
+from aioserver.providers.api import CHAT, Memory
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.http1 import MAX_HEAD_BYTES
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.store import StreamStore
 from aioserver.telemetry.metrics import NO_METER
-from aioserver.wings.responses.bridging import Bridging
-from aioserver.wings.responses.events import ResponseEvents
+from aioserver.wings.responses.api import RESPONSES
 from tests.fuzz.inputs import parts
 from tests.support.road import Wire
 from tests.support.scripted_provider import LIMITS
@@ -76,12 +76,14 @@ WORDS = (
 MAX_BODY = 2000
 # Path, streamed, whether the answer is read for frames.
 KINDS = (
-    ("chat/completions", True, True),
-    ("chat/completions", True, False),
-    ("chat/completions", False, True),
-    ("chat/completions", False, False),
-    ("responses", True, False),
+    (CHAT, True, True),
+    (CHAT, True, False),
+    (CHAT, False, True),
+    (CHAT, False, False),
+    (RESPONSES, True, False),
 )
+
+M = TypeVar("M", bound=Memory)
 
 
 class Provider:
@@ -93,17 +95,18 @@ class Provider:
         name="sim", base_url="http://127.0.0.1:9/v1", model="m", http_client=LIMITS
     )
     max_response_bytes = MAX_BODY
-    keeps_responses = True
 
     def __init__(self) -> None:
         self.on_unsent: Callable[[Stream], bool] = lambda _stream: False
-        self.bridging = Bridging(self.settings)
 
     def head_received(self, attempt: Attempt) -> None:
         pass
 
     def answered(self, attempt: Attempt) -> None:
         pass
+
+    def memory(self, kind: type[M]) -> M:
+        return kind(self.settings)
 
 
 class Outcome(NamedTuple):
@@ -126,16 +129,15 @@ def run(data: bytes) -> None:
 
 
 async def _answer(kind: int, lost: int, reads: list[bytes]) -> Outcome:
-    path, streamed, framed = KINDS[kind]
+    api, streamed, framed = KINDS[kind]
     store = StreamStore(max_stream_bytes=1 << 20, max_kept_bytes=1 << 20)
     stream = store.open("r1", "me", window=30.0) if streamed or framed else None
     if stream is not None:
         stream.outcome.begin_attempt("sim", "m")
         stream.append_processing()
-        if path == "responses":
-            stream.details.error_format = ResponseEvents()
+        stream.details.events = api.events()
     request = ProviderRequest(
-        path,
+        api,
         lambda _settings: b"{}",
         streamed=streamed,
         reading=Reading() if framed else None,

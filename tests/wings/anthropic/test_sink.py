@@ -57,7 +57,7 @@ def new_stream() -> Stream:
     stream = Stream("r1", "anybody", window=30.0, max_bytes=1 << 20)
     stream.outcome.begin_attempt("sim", "a-model")
     stream.append_processing()
-    stream.details.error_format = MessageErrors()
+    stream.details.events = MessageErrors()
     return stream
 
 

@@ -36,20 +36,6 @@ def test_a_client_is_known_by_its_path_or_its_version(
 
 
 @pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        ("messages", True),
-        ("messages?beta=true", True),
-        ("messages/count_tokens", True),
-        ("messages/batches", False),
-        ("chat/completions", False),
-    ],
-)
-def test_the_paths_of_the_api_are_two(path: str, expected: bool) -> None:
-    assert anthropic.is_messages(path) == expected
-
-
-@pytest.mark.parametrize(
     "cls",
     [cls for cls in provider_errors.subclasses(AioserverError) if cls is not ProviderRefused],
     ids=lambda cls: cls.__name__,

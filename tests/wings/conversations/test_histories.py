@@ -229,7 +229,7 @@ async def test_a_log_is_filled_in_from_any_event_on(after: int) -> None:
     accepted: list[bool] = []
 
     await handover.fill(
-        mirror, handover.log_of(stream), Start(after), lambda: accepted.append(True)
+        mirror, handover.log_of(stream), Start(after), lambda: accepted.append(True), {}
     )
 
     frames = [frame for entry in stream.entries for frame in stream.frames(entry)]
@@ -244,9 +244,9 @@ async def test_a_log_has_no_events_beyond_its_end() -> None:
     mirror = Stream("1", CALLER, window=0.0, max_bytes=1 << 20, private=True)
 
     with pytest.raises(ResumeGap):
-        await handover.fill(mirror, log, Start(9), lambda: None)
+        await handover.fill(mirror, log, Start(9), lambda: None, {})
     with pytest.raises(StreamNotFound):
-        await handover.fill(mirror, log[:-10], Start(), lambda: None)
+        await handover.fill(mirror, log[:-10], Start(), lambda: None, {})
     with pytest.raises(StreamNotFound):
-        await handover.fill(mirror, b"\xff" * 50, Start(), lambda: None)
+        await handover.fill(mirror, b"\xff" * 50, Start(), lambda: None, {})
     assert not mirror.ended

@@ -12,6 +12,7 @@ import pytest
 from openai import AsyncOpenAI
 from pydantic import BaseModel
 
+from aioserver.wings.responses.attempt import Learned
 from aioserver.wings.simulator.exchange import Behaviour
 from aioserver.wings.simulator.server import Simulator
 from tests.support.raw import Raw
@@ -259,7 +260,7 @@ async def test_a_provider_that_has_answered_has_the_path_whatever_it_does_not_fi
     status, _ = await answer_of(server, ASK)
 
     assert status == 404
-    assert not server.provider.bridging.on
+    assert not server.provider.memory(Learned).bridged
 
 
 async def test_failover_goes_from_one_kind_of_provider_to_the_other(

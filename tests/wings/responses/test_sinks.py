@@ -21,10 +21,10 @@ from aioserver.provider_errors import (
 )
 from aioserver.streams import entries
 from aioserver.streams.stream import Stream
+from aioserver.wings.responses.attempt import path_absent
 from aioserver.wings.responses.bridge.events import ResponseWriter
 from aioserver.wings.responses.bridge.output import Frame
 from aioserver.wings.responses.bridge.request import chat_request
-from aioserver.wings.responses.bridged import path_absent
 from aioserver.wings.responses.events import ResponseEvents
 from aioserver.wings.responses.sinks import BridgeSink
 from tests.support.response_events import check_run, read_events
@@ -39,7 +39,7 @@ def new_stream(max_bytes: int = 1 << 22) -> Stream:
     stream = Stream("r1", "anybody", window=30.0, max_bytes=max_bytes)
     stream.outcome.begin_attempt("sim", "a-model")
     stream.append_processing()
-    stream.details.error_format = ResponseEvents()
+    stream.details.events = ResponseEvents()
     return stream
 
 
@@ -126,7 +126,7 @@ def test_every_framing_and_every_cut_gives_the_same_events(name: str) -> None:
         before_end = passed(stream).partition(b"event: response.completed")[0]
         assert before_end == (expected or before_end)
         expected = before_end
-        form = stream.details.error_format
+        form = stream.details.events
         assert isinstance(form, ResponseEvents)
         assert form.last_sequence == events[-1]["sequence_number"]
         assert [form.event_before(n, stream.last) for n in range(len(events) - 1)] == list(

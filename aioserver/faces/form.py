@@ -1,0 +1,71 @@
+"""The form in which the clients of an API know what this server itself says: errors, and the list of models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from aioserver.providers.api import CHAT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from aiohttp import web
+
+    from aioserver.config import settings
+    from aioserver.errors import AioserverError
+    from aioserver.providers.api import Api
+
+
+class Form:
+    """OpenAI's form; a wing has others, for the clients that it knows by their path or their headers.
+
+    Always: it has no state, so that one object serves every request.
+    """
+
+    # The models of the providers that speak it are listed, and others are not found.
+    api: Api = CHAT
+    # The header that has the id of a request, too.
+    id_header = ""
+
+    def speaks(self, path: str, headers: Mapping[str, str]) -> bool:  # noqa: ARG002
+        """Return whether a client that asks for *path* with *headers* expects this form."""
+        return True
+
+    def status(self, error: AioserverError) -> int:
+        """Return the HTTP status of *error*."""
+        return self.api.http_status(error)
+
+    def error(self, error: AioserverError, request_id: str) -> bytes:  # noqa: ARG002
+        """Return *error* as the body of a response to the request with this id."""
+        return error.body()
+
+    def model(self, name: str, provider: settings.Provider) -> dict[str, Any]:
+        """Return the model *name*, which leads to *provider*."""
+        entry = {"id": name, "object": "model", "created": 0, "owned_by": provider.name}
+        # No field of OpenAI's: with it the chat page says that no real model answers.
+        return {**entry, "simulated": True} if provider.simulated else entry
+
+    def models(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the list of models with these *entries*."""
+        return {"object": "list", "data": entries}
+
+
+OPENAI = Form()
+
+
+class Forms:
+    """The forms that there are: those of the wings, and OpenAI's for all other clients."""
+
+    def __init__(self, forms: Iterable[Form] = ()) -> None:
+        self._forms = tuple(forms)
+
+    def of(self, request: web.BaseRequest) -> Form:
+        """Return the form that the client of *request* knows."""
+        return self.at(request.path, request.headers)
+
+    def at(self, path: str, headers: Mapping[str, str]) -> Form:
+        """Return the form that a client knows which asks for *path* with *headers*."""
+        return next((form for form in self._forms if form.speaks(path, headers)), OPENAI)
+
+
+NO_FORMS = Forms()

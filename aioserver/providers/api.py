@@ -1,0 +1,91 @@
+"""An API: what a path below a provider's base URL means, and how it differs from chat completions.
+
+The face that makes a request passes its `Api` along; the attempt, its sink, the head of the request and the log of the
+answer ask it, and nothing looks it up. Chat completions are `CHAT`; what other APIs change is in their wings.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from aioserver.protocol.openai import bounded, usage_of
+from aioserver.providers import error_mapping
+from aioserver.providers.sinks import EventSink
+from aioserver.streams.contracts import PLAIN_EVENTS
+from aioserver.streams.fast_path import FastPath
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from aioserver.config import settings
+    from aioserver.errors import AioserverError
+    from aioserver.providers.sinks import StreamSink
+    from aioserver.streams.contracts import AnswerEvents
+    from aioserver.streams.cursor import Cursor
+    from aioserver.streams.fast_path import Destination
+    from aioserver.streams.stream import Stream
+
+
+class Memory:
+    """What an API has learned of one provider: made at its first use, and anew after a change of the settings."""
+
+    def __init__(self, settings: settings.Provider) -> None:
+        """Know nothing beside *settings*."""
+
+
+class Api:
+    """The API at *path*, below the base URL of a provider: chat completions, and all that is asked and answered like them.
+
+    Always: it has no state, so that one object serves every request for its path.
+    """
+
+    # In a sentence, and the setting by which a provider speaks it.
+    name: ClassVar[str] = "OpenAI's API"
+    setting: ClassVar[str] = ""
+    # Headers that a request has unless its client sends them or the settings do; the names in lower case.
+    headers: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def speaks(self, provider: settings.Provider) -> bool:  # noqa: ARG002 - all speak this one
+        """Return whether a provider with these settings has this API."""
+        return True
+
+    def key_headers(self, host: str, key: str) -> dict[str, str]:  # noqa: ARG002
+        """Return the headers that present *key* to a provider at *host*."""
+        return {"Authorization": f"Bearer {key}"}
+
+    def sink(self, stream: Stream) -> StreamSink:
+        """Return the sink that fills *stream* with the events of an answer as they come."""
+        return EventSink(stream)
+
+    def events(self) -> AnswerEvents:
+        """Return what is remembered of the events of an answer to come, and the form of its errors."""
+        return PLAIN_EVENTS
+
+    def fast_path(self, cursor: Cursor, destination: Destination) -> FastPath | None:
+        """Return the path by which the provider's bytes go from *cursor* to *destination*; None if there is none."""
+        return FastPath(cursor, destination) if destination.chunked else None
+
+    def check_status(
+        self, provider: str, status: int, headers: Mapping[str, str], body: bytes
+    ) -> None:
+        """Raise the fault that the *status* of an answer of *provider* means.
+
+        Raises:
+            ProviderFault: it is none of 200 to 299.
+        """
+        error_mapping.check_status(provider, status, headers, body)
+
+    def usage(self, content: object) -> Mapping[str, Any] | None:
+        """Return the tokens that *content*, a whole answer, reports; None if it reports none."""
+        usage = usage_of(content)
+        return usage and bounded(usage)
+
+    def http_status(self, error: AioserverError) -> int:
+        """Return the HTTP status of *error* for a client of this API."""
+        return error.http_status
+
+
+CHAT = Api("chat/completions")

@@ -1,0 +1,69 @@
+"""Anthropic's Messages API as providers speak it: its headers, its usage, and its errors, which clients get as they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from aioserver.protocol.openai import bounded, usage_of
+from aioserver.providers.api import Api
+from aioserver.wings.anthropic import sink, wire
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from aioserver.config import settings
+    from aioserver.errors import AioserverError
+    from aioserver.streams.stream import Stream
+
+HOST = "anthropic.com"
+
+
+class MessagesApi(Api):
+    """One of the paths of Anthropic's Messages API."""
+
+    name = "Anthropic's Messages API"
+    setting = "messages"
+    headers: ClassVar = {wire.VERSION_HEADER: wire.VERSION}
+
+    def speaks(self, provider: settings.Provider) -> bool:
+        """Return whether a provider with these settings has this API."""
+        return provider.messages
+
+    def key_headers(self, host: str, key: str) -> dict[str, str]:
+        """Return the headers that present *key*.
+
+        Anthropic takes it as `x-api-key` alone, and engines that speak Messages as one or the other.
+        """
+        own = {"x-api-key": key}
+        anthropic = host == HOST or host.endswith(f".{HOST}")
+        return own if anthropic else super().key_headers(host, key) | own
+
+    def sink(self, stream: Stream) -> sink.MessageSink:
+        """Return the sink that fills *stream* with the events of a message."""
+        return sink.MessageSink(stream)
+
+    def events(self) -> wire.MessageErrors:
+        """Return the form of the errors between the events of a message."""
+        return wire.MessageErrors()
+
+    def check_status(
+        self, provider: str, status: int, headers: Mapping[str, str], body: bytes
+    ) -> None:
+        """Raise the fault that the *status* of an answer of *provider* means.
+
+        Raises:
+            ProviderFault: it is none of 200 to 299.
+        """
+        sink.check_status(provider, status, headers, body)
+
+    def usage(self, content: object) -> Mapping[str, Any] | None:
+        """Return the tokens that *content*, a whole answer, reports; None if it reports none."""
+        usage = usage_of(content)
+        return usage and bounded(wire.with_total(usage))
+
+    def http_status(self, error: AioserverError) -> int:
+        """Return the HTTP status of *error* for a client of this API."""
+        return wire.http_status(error)
+
+
+MESSAGES, COUNT_TOKENS = MessagesApi(wire.MESSAGES), MessagesApi(wire.COUNT_TOKENS)

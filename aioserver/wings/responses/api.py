@@ -1,0 +1,37 @@
+"""OpenAI's Responses API as providers speak it: what its events are, and which of them go the fast way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aioserver.providers.api import Api
+from aioserver.wings.responses.events import ResponseEvents
+from aioserver.wings.responses.path import ResponsePath
+from aioserver.wings.responses.sinks import ResponseSink
+
+if TYPE_CHECKING:
+    from aioserver.streams.cursor import Cursor
+    from aioserver.streams.fast_path import Destination, FastPath
+    from aioserver.streams.stream import Stream
+
+
+class ResponsesApi(Api):
+    """The path of requests for responses."""
+
+    def sink(self, stream: Stream) -> ResponseSink:
+        """Return the sink that fills *stream* with the events of a response."""
+        return ResponseSink(stream)
+
+    def events(self) -> ResponseEvents:
+        """Return the memory of the events of a response to come."""
+        return ResponseEvents()
+
+    def fast_path(self, cursor: Cursor, destination: Destination) -> FastPath | None:
+        """Return the path by which events go from *cursor* to *destination*; None if there is none."""
+        events, frame = cursor.stream.details.events, cursor.format.frame
+        if not isinstance(events, ResponseEvents) or (frame is None and not destination.chunked):
+            return None
+        return ResponsePath(cursor, destination, events, frame)
+
+
+RESPONSES = ResponsesApi("responses")

@@ -1,0 +1,335 @@
+"""An attempt to get a response (`/v1/responses`), also from a provider that has chat completions only, or keeps no responses.
+
+A provider without responses is known by its setting `responses: false`, or by its answer: if it has no such path the attempt
+goes on at once, in the same place, with the request as one for a chat completion. It is known from then on, until a reload,
+if it answers that one. A 404 that is about a model or another response is no such answer: then the path is there. Nor is any
+404 of a provider that has answered there before.
+
+OpenAI's API continues a response by `previous_response_id`, which its server has kept. Many engines have the path and keep
+nothing. Some say that they do not support the field, others that there is no such response: the request is then sent once
+more, with the conversation.
+
+This file is one concept: what is learned of a provider, and what an attempt there makes of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from aioserver.errors import InvalidRequest, ResponseNotFound
+from aioserver.protocol.json_body import at_once
+from aioserver.protocol.openai import BadEvent, ErrorEvent
+from aioserver.provider_errors import RequestNotBridged
+from aioserver.providers.api import CHAT, Memory
+from aioserver.providers.attempt import Attempt
+from aioserver.providers.error_mapping import event_fault
+from aioserver.providers.sinks import BodySink
+from aioserver.wings.responses.bridge.events import ResponseWriter
+from aioserver.wings.responses.bridge.output import Frame
+from aioserver.wings.responses.bridge.request import chat_request
+from aioserver.wings.responses.bridge.whole import MAX_WHOLE_BYTES, WholeWriter, whole_response
+from aioserver.wings.responses.sinks import BridgeSink
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from aioserver.config import settings
+    from aioserver.providers.attempt import AttemptedProvider
+    from aioserver.providers.http1 import RequestWriter, Sink
+    from aioserver.providers.request import Answer, ProviderRequest, ResponseDraft
+    from aioserver.streams.stream import Stream
+    from aioserver.wings.responses.bridge.request import ChatRequest
+
+logger = logging.getLogger("aioserver.providers")
+
+# The statuses with which engines refuse to continue a response.
+REFUSAL_STATUSES = frozenset({400, 404, 422, 501})
+# Bytes of a refusal that is read.
+MAX_READ = 1 << 16
+_SUBJECT = re.compile(
+    r"\bprevious[ _-]?response(?:_?id)?\b|\bresponse (?:with|id)\b|\bno response found",
+    re.IGNORECASE,
+)
+_UNSUPPORTED = re.compile(
+    r"not (?:yet )?(?:supported|implemented|allowed)|does(?: not|n't) support|unsupported|unknown|unrecognized"
+    r"|unexpected|extra inputs",
+    re.IGNORECASE,
+)
+# The statuses by which a provider says that it has no such path, or no such method there.
+ABSENT_STATUSES = frozenset({404, 405, 501})
+# Words of a 404 that is about something else than the path.
+_OTHER_SUBJECTS = ("model", "resp_", "msg_")
+
+
+class Learned(Memory):
+    """What is known of the responses of one provider: from its settings, and from its answers since.
+
+    *lacking* says that it was found to have no `/v1/responses`, and *present* that it has answered there: a 404 is
+    about something else then, which a client may have named. *reasoning_field* is the name of the field in which it
+    sends its reasoning; empty if it has sent none. *keeps*: it keeps the responses that it has made, as far as we know.
+    """
+
+    def __init__(self, settings: settings.Provider) -> None:
+        super().__init__(settings)
+        self._name = settings.name
+        self._configured = settings.responses
+        self.lacking = self.present = False
+        self.reasoning_field = ""
+        self.keeps = True
+
+    @property
+    def bridged(self) -> bool:
+        """Whether a response is asked for as a chat completion."""
+        return self.lacking or not self._configured
+
+    def learn(self, status: int, body: bytes, *, previous_id: str | None, by_id: bool) -> bool:
+        """Learn from an answer with *status* and *body* whether the provider keeps responses.
+
+        Its request named the response *previous_id*; None: it named none, and says nothing. *by_id*: the provider has made that
+        response, and we have it. Return whether the request is to be sent once more, as the provider does not know that response.
+        """
+        if previous_id is None or not refuses_continuation(status, body):
+            return False
+        # Refusals repeat the id, and a client could make one up that says more than the provider does.
+        if by_id or (_UNSUPPORTED.search(previous_id) is None and supports_none(status, body)):
+            if self.keeps:
+                logger.info(
+                    "provider %s keeps no responses: those that continue others are asked for with the conversation",
+                    self._name,
+                )
+            self.keeps = False
+        return by_id
+
+
+class ResponseAttempt(Attempt):
+    """One try of one request for a response.
+
+    Always: `_chat` is set if, and only if, a chat completion is asked for.
+    """
+
+    __slots__ = ("_chat", "_learning", "_prepared", "_writer")
+
+    def __init__(
+        self,
+        provider: AttemptedProvider,
+        request: ProviderRequest,
+        stream: Stream | None,
+        **further: Any,
+    ) -> None:
+        super().__init__(provider, request, stream, **further)
+        self._chat: ChatRequest | None = None
+        self._writer: ResponseWriter | None = None
+        # The body of a request that continues a response, between its preparation and its sending.
+        self._prepared: bytes | None = None
+        # Whether the provider has said that it has no such path, and has not been asked otherwise before.
+        self._learning = False
+
+    def preparation(self) -> Generator[None, None, None] | None:
+        """Return the steps that translate the request, or put what it continues in front of its input."""
+        if self.bridged:
+            return self._translate()
+        draft = self.request.draft
+        return None if draft is None or not draft.slow else self._prepare(draft)
+
+    def _prepare(self, draft: ResponseDraft) -> Generator[None, None, None]:
+        provider = self.provider
+        body = self.request.body(provider.settings)
+        keeps = self._learned.keeps
+        self._prepared = yield from draft.body_for(body, provider.name, keeps=keeps)
+
+    @property
+    def _learned(self) -> Learned:
+        # Asked for anew each time, since a reload makes another.
+        return self.provider.memory(Learned)
+
+    @property
+    def bridged(self) -> bool:
+        """Whether a chat completion is asked for."""
+        return self._learned.bridged or self._learning
+
+    def written(self, writer: RequestWriter) -> bytes:
+        """Return the bytes to send.
+
+        Raises:
+            RequestTooLarge, InvalidRequest: the request continues a response, and that cannot be written out.
+        """
+        chat, prepared = self._chat, self._prepared
+        if chat is None:
+            request, self._prepared = self.request, None
+            if prepared is None:
+                prepared = request.body(self.provider.settings)
+                if request.draft is not None:
+                    keeps = self._learned.keeps
+                    steps = request.draft.body_for(prepared, self.provider.name, keeps=keeps)
+                    prepared = at_once(steps)
+            return self.request_bytes(writer, request.api, request.path, prepared)
+        body, chat.body = chat.body, b""
+        return self.request_bytes(writer, CHAT, CHAT.path, body)
+
+    def repeats(self) -> bool:
+        """Return whether the request is to be sent as one for a chat completion, since the provider has no such path.
+
+        Or, where it has, once more: with the conversation, since the provider does not know the id of the response.
+        """
+        sink = self.sink
+        if self._chat is not None or self.status == 200 or not isinstance(sink, BodySink):
+            return False
+        if (
+            self.status not in ABSENT_STATUSES
+            or (self.status == 404 and self._learned.present)
+            or not path_absent(self.status, sink.body)
+        ):
+            if not self._refused(sink.body):
+                return False
+        else:
+            self._learning = True
+        self.provider.meter.attempts["http_4xx" if self.status < 500 else "http_5xx"].value += 1
+        return True
+
+    def _refused(self, body: bytes) -> bool:
+        """Return whether the provider does not know the response which the request continues by its id."""
+        draft = self.request.draft
+        return draft is not None and self._learned.learn(
+            self.status, body, previous_id=draft.previous_id, by_id=draft.by_id
+        )
+
+    def first_event(self) -> None:
+        """Note that the answer has begun."""
+        learned = self._learned
+        if self._chat is None:
+            learned.present = True
+        elif self._learning and not learned.lacking:
+            learned.lacking = True
+            logger.info(
+                "provider %s has no /v1/responses: they are translated to chat completions",
+                self.provider.name,
+            )
+        super().first_event()
+
+    def event_sink(self, stream: Stream) -> Sink:
+        """Return the sink for the events of the answer."""
+        if self._chat is None:
+            return super().event_sink(stream)
+        self._writer = ResponseWriter(self._chat, self._frame(self._chat), stream.max_bytes)
+        return BridgeSink(stream, self._writer)
+
+    @property
+    def max_body_bytes(self) -> int:
+        """The bytes at most of a good answer that is not streamed."""
+        limit = super().max_body_bytes
+        return limit if self._chat is None else min(limit, MAX_WHOLE_BYTES)
+
+    def conclude(self) -> Generator[None, None, None] | None:
+        """Check the answer, and return the steps that translate it if it was not streamed.
+
+        Raises:
+            ProviderFault: as `Attempt.conclude`.
+        """
+        super().conclude()
+        chat, answer = self._chat, self.answer
+        if chat is not None and answer is not None:
+            self._writer = writer = WholeWriter(chat, self._frame(chat), MAX_WHOLE_BYTES)
+            return self._translate_answer(answer, writer)
+        if chat is not None:
+            self._note_reasoning()
+        return None
+
+    def _translate_answer(
+        self, answer: Answer, writer: WholeWriter
+    ) -> Generator[None, None, None]:
+        """Translate *answer*, in steps.
+
+        Raises:
+            ProviderFault: it is no chat completion.
+        """
+        body, answer.body = answer.body, b""
+        try:
+            answer.body = yield from whole_response(body, writer, int(time.time()))
+        except (BadEvent, ErrorEvent) as exc:
+            self.answer = None
+            raise event_fault(exc) from exc
+        self._note_reasoning()
+
+    def _note_reasoning(self) -> None:
+        if self._writer is not None and self._writer.reasoning_field:
+            self._learned.reasoning_field = self._writer.reasoning_field
+
+    def _translate(self) -> Generator[None, None, None]:
+        """Translate the request, in steps.
+
+        Raises:
+            RequestNotBridged: it has no form in chat completions.
+            ResponseNotFound: it continues a response that is not known here.
+        """
+        draft, provider = self.request.draft, self.provider
+        body = self.request.body(provider.settings)
+        if draft is not None:
+            body = yield from draft.bridge(body, provider.name)
+        try:
+            self._chat = yield from chat_request(
+                body,
+                previous=None if draft is None else draft.previous_id,
+                reasoning_field=self._learned.reasoning_field,
+            )
+        except ResponseNotFound:
+            raise
+        except InvalidRequest as exc:
+            raise RequestNotBridged(exc.message, param=exc.param) from None
+
+    @staticmethod
+    def _frame(chat: ChatRequest) -> Frame:
+        return Frame(f"resp_{uuid.uuid4().hex}", int(time.time()), chat.model, chat.repeated)
+
+
+def path_absent(status: int, body: bytes) -> bool:
+    """Return whether an answer with this *status* and *body* says that there is no such path, or no such method.
+
+    It may be about the model, or another object that the request names, too.
+    """
+    if refuses_continuation(status, body):
+        return False
+    if status != 404:
+        return True
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return True
+    error = content.get("error") if isinstance(content, dict) else None
+    if not isinstance(error, dict):
+        error = {"message": error or content}
+    text = f"{error.get('message')} {error.get('code')}".lower()
+    return not error.get("param") and not any(subject in text for subject in _OTHER_SUBJECTS)
+
+
+def refuses_continuation(status: int, body: bytes) -> bool:
+    """Return whether an answer with this *status* and *body* refuses the `previous_response_id` of its request."""
+    if status not in REFUSAL_STATUSES or len(body) > MAX_READ:
+        return False
+    error = _error_in(body)
+    if isinstance(error, dict):
+        if error.get("param") == "previous_response_id":
+            return True
+        error = f"{error.get('message')} {error.get('code')}"
+    return isinstance(error, str) and _SUBJECT.search(error) is not None
+
+
+def supports_none(status: int, body: bytes) -> bool:
+    """Return whether such a refusal says that no response at all can be continued, not only this one."""
+    return status == 501 or _UNSUPPORTED.search(body.decode("utf-8", "replace")) is not None
+
+
+def _error_in(body: bytes) -> object:
+    """Return the error that *body* has: an object or a text; other content is its own."""
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return body.decode("utf-8", "replace")
+    if isinstance(content, dict):
+        return content.get("error") or str(content)
+    return str(content)
