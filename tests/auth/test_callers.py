@@ -28,12 +28,12 @@ ANY = Origins(("*",), credentials=False)
 
 
 def test_all_clients_without_a_key_are_one_caller_in_lines_of_their_own() -> None:
-    one, two = anonymous("10.0.0.1"), anonymous("10.0.0.2")
+    first, second = anonymous("10.0.0.1"), anonymous("10.0.0.2")
 
-    assert one == two
-    assert hash(one) == hash(two)
-    assert one.subflow != two.subflow
-    assert anonymous(None) == one
+    assert first == second
+    assert hash(first) == hash(second)
+    assert first.subflow != second.subflow
+    assert anonymous(None) == first
 
 
 def test_a_user_has_its_own_line_and_is_the_same_caller() -> None:
@@ -47,10 +47,10 @@ def test_a_user_has_its_own_line_and_is_the_same_caller() -> None:
 
 
 def test_a_client_that_names_many_users_has_the_turns_of_one() -> None:
-    one = anonymous("10.0.0.1")
+    caller = anonymous("10.0.0.1")
 
-    assert {one.on_behalf_of(user).flow for user in ("ann", "bob")} == {one.flow}
-    assert one.flow != anonymous("10.0.0.2").flow
+    assert {caller.on_behalf_of(user).flow for user in ("ann", "bob")} == {caller.flow}
+    assert caller.flow != anonymous("10.0.0.2").flow
     assert Caller("web", "10.0.0.1").on_behalf_of("ann").flow == "web"
 
 
@@ -200,9 +200,9 @@ def client(name: str, key: str | None = None, **limits: Any) -> ClientKey:
     return ClientKey(name=name, sha256=digest, **limits)
 
 
-def held(*given: ClientKey, clock: FakeClock | None = None, pepper: bytes = b"p") -> Keys:
+def held(*client_keys: ClientKey, clock: FakeClock | None = None, pepper: bytes = b"p") -> Keys:
     keys = Keys(pepper, clock or FakeClock(WALL_TIME))
-    keys.apply(given)
+    keys.apply(client_keys)
     return keys
 
 
@@ -227,12 +227,12 @@ def test_an_unknown_key_is_refused_and_not_shown(key: bytes) -> None:
 
 
 def test_its_hash_is_no_key() -> None:
-    one = client("web")
-    assert one.sha256 is not None
+    web = client("web")
+    assert web.sha256 is not None
 
-    for wrong in (one.sha256.encode(), bytes.fromhex(one.sha256), one.name.encode()):
+    for wrong in (web.sha256.encode(), bytes.fromhex(web.sha256), web.name.encode()):
         with pytest.raises(InvalidApiKey):
-            held(one).caller(wrong)
+            held(web).caller(wrong)
 
 
 def test_a_change_tells_whose_key_is_gone_or_another() -> None:
@@ -342,13 +342,13 @@ def test_the_pepper_is_of_the_providers_keys(tmp_path: Path) -> None:
     text = small("base_url: http://h/v1", "api_key_env: K")
     file = tmp_path / "c.yaml"
 
-    one, other, none = (
+    first, other, none = (
         pepper_of(load(text, file, K=key).settings.llm) for key in ("one", "other", "")
     )
 
-    assert len({one, other, none}) == 3
-    assert pepper_of(load(text, file, K="one").settings.llm) == one
-    assert Secret("one").reveal().encode() not in one
+    assert len({first, other, none}) == 3
+    assert pepper_of(load(text, file, K="one").settings.llm) == first
+    assert Secret("one").reveal().encode() not in first
 
 
 # Access.

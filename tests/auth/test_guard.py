@@ -29,12 +29,12 @@ UPGRADE = (
 
 def routes(server: RunningServer) -> list[tuple[str, str, Policy]]:
     """Method, path and policy of each route."""
-    found = []
+    rows = []
     for route in server.app.router.routes():
         assert route.resource is not None
         path = re.sub(r"\{[^}]+\}", "x", route.resource.canonical)
-        found.append((route.method, path, server.context.guard.policies[route]))
-    return found
+        rows.append((route.method, path, server.context.guard.policies[route]))
+    return rows
 
 
 async def asked(
@@ -104,7 +104,9 @@ async def test_without_keys_every_route_is_open(server: RunningServer) -> None:
 async def test_a_route_that_nobody_named_wants_an_admin(make_server: MakeServer) -> None:
     server = await make_server(**keys_of("web", "root"))
     policies = server.context.guard.policies
-    for route in [one for one in policies if one.resource and one.resource.canonical == "/health"]:
+    for route in [
+        route for route in policies if route.resource and route.resource.canonical == "/health"
+    ]:
         del policies[route]
 
     assert (await asked(server, "GET", "/health"))[0] == 401
@@ -144,8 +146,8 @@ async def test_open_routes_hold_no_data(make_server: MakeServer) -> None:
     for name in (None, "web", "root"):
         headers = {"Accept": "application/json"} | (bearer(name) if name else {})
         async with server.session.get(server.base + "/", headers=headers) as response:
-            told = await response.json()
-        assert set(told) == {"name", "endpoints"}
+            shown = await response.json()
+        assert set(shown) == {"name", "endpoints"}
     for page in ("/", "/dashboard"):
         async with server.session.get(server.base + page, headers={"Accept": "text/html"}) as got:
             assert got.status == 200
@@ -347,8 +349,8 @@ async def test_a_key_becomes_a_session(make_server: MakeServer) -> None:
     server = await make_server(**keys_of("web", "root"))
     url = f"{server.base}/session"
     web = ""
-    for given in ({"json": {"key": f" {key_of('web')}\n"}}, {"headers": bearer("web")}):
-        async with server.session.post(url, **given) as response:  # type: ignore[arg-type]
+    for request in ({"json": {"key": f" {key_of('web')}\n"}}, {"headers": bearer("web")}):
+        async with server.session.post(url, **request) as response:  # type: ignore[arg-type]
             assert response.status == 200
             assert await response.json() == {"key_required": True, "name": "web", "admin": False}
             assert response.headers["Cache-Control"] == "no-store"
@@ -482,7 +484,7 @@ async def test_a_foreign_page_cannot_use_the_cookie(
     with pytest.raises(WSServerHandshakeError) as refused:
         await server.connect(headers=evil)
     assert refused.value.status == 403
-    for page in (server.base, *[one for one in allowed if one != "*"]):
+    for page in (server.base, *[origin for origin in allowed if origin != "*"]):
         mine = {"Origin": page, **cookie(session)}
         assert (await asked(server, "GET", "/v1/models", **mine))[0] == 200
         async with server.connect(headers=mine) as ws:
@@ -639,10 +641,10 @@ async def test_a_refused_client_is_one_line_with_its_address(
         headers = {"X-Forwarded-For": f"9.9.9.9, {address}", "Authorization": "Bearer canary"}
         assert (await asked(server, "GET", "/sse/chat/secret", **headers))[0] == 401
 
-    lines = [one.fields for one in caplog.records if one.getMessage() == "access refused"]  # type: ignore[attr-defined]
-    assert [one["address"] for one in lines] == ["203.0.113.9", "203.0.113.10"]
-    assert {one["reason"] for one in lines} == {"invalid_key"}
-    assert {one["route"] for one in lines} == {"/sse/chat/{request_id}"}
+    lines = [record.fields for record in caplog.records if record.getMessage() == "access refused"]  # type: ignore[attr-defined]
+    assert [line["address"] for line in lines] == ["203.0.113.9", "203.0.113.10"]
+    assert {line["reason"] for line in lines} == {"invalid_key"}
+    assert {line["route"] for line in lines} == {"/sse/chat/{request_id}"}
     assert "canary" not in str(lines)
 
 
@@ -665,12 +667,12 @@ async def test_a_refused_page_is_logged_with_its_origin_and_the_setting_that_let
             )
             assert (await raw.answer()).status == 200
 
-    lines = [one for one in caplog.records if one.getMessage() == "access refused"]
-    fields: list[Any] = [one.fields for one in lines]  # type: ignore[attr-defined]
-    assert [one["method"] for one in fields] == ["GET", "OPTIONS"]
-    for one in fields:
-        assert (one["reason"], one["origin"]) == ("origin", evil[:200])
-        assert one["setting"] == "chat.websocket.allow_origins"
+    lines = [record for record in caplog.records if record.getMessage() == "access refused"]
+    fields: list[Any] = [record.fields for record in lines]  # type: ignore[attr-defined]
+    assert [line["method"] for line in fields] == ["GET", "OPTIONS"]
+    for refused in fields:
+        assert (refused["reason"], refused["origin"]) == ("origin", evil[:200])
+        assert refused["setting"] == "chat.websocket.allow_origins"
 
 
 async def test_a_refused_host_is_logged_with_the_setting_that_lets_it_in(
@@ -678,7 +680,7 @@ async def test_a_refused_host_is_logged_with_the_setting_that_lets_it_in(
 ) -> None:
     assert (await asked(server, "GET", "/health", Host="evil.example"))[0] == 403
 
-    [line] = [one for one in caplog.records if one.getMessage() == "access refused"]
+    [line] = [record for record in caplog.records if record.getMessage() == "access refused"]
     fields: Any = line.fields  # type: ignore[attr-defined]
     assert (fields["host"], fields["setting"]) == ("evil.example", "auth.allowed_hosts")
 
@@ -690,7 +692,7 @@ async def test_guessing_keys_fills_no_log(
     for _ in range(60):
         await asked(server, "GET", "/stats", Authorization="Bearer x")
 
-    lines = [one for one in caplog.records if one.getMessage() == "access refused"]
+    lines = [record for record in caplog.records if record.getMessage() == "access refused"]
     assert 1 <= len(lines) < 60
 
 
@@ -702,5 +704,5 @@ async def test_a_client_behind_a_proxy_has_a_line_of_its_own(make_server: MakeSe
             await ws.ping()
             callers += [socket.caller for socket in server.context.sockets]
 
-    assert [one.subflow for one in callers] == ["203.0.113.9", "203.0.113.10"]
+    assert [caller.subflow for caller in callers] == ["203.0.113.9", "203.0.113.10"]
     assert callers[0] == callers[1]

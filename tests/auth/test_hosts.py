@@ -100,12 +100,12 @@ TRUSTED = Proxies(["10.0.0.0/8", "::1/128", "192.168.7.7/32"])
 
 
 def headers(*values: str, proto: str | None = None) -> CIMultiDict[str]:
-    found: CIMultiDict[str] = CIMultiDict()
+    lines: CIMultiDict[str] = CIMultiDict()
     for value in values:
-        found.add("x-forwarded-for", value)
+        lines.add("x-forwarded-for", value)
     if proto is not None:
-        found.add("X-Forwarded-Proto", proto)
-    return found
+        lines.add("X-Forwarded-Proto", proto)
+    return lines
 
 
 @pytest.mark.parametrize(
@@ -142,15 +142,15 @@ def test_the_last_hop_that_is_no_proxy_of_ours_is_the_client(
 
 @pytest.mark.parametrize("peer", [None, "", "/run/proxy.sock", "b'\\x00proxy'"])
 def test_a_peer_on_a_unix_socket_is_believed_where_configured(peer: str | None) -> None:
-    said = headers("1.1.1.1, 203.0.113.9", proto="https")
+    forwarded = headers("1.1.1.1, 203.0.113.9", proto="https")
     unix, both = Proxies(["unix"]), Proxies(["unix", "203.0.113.9"])
 
     assert unix
-    assert unix.address(peer, said) == "203.0.113.9"
-    assert unix.secure(peer, said)
-    assert both.address(peer, said) == "1.1.1.1"
-    assert unix.address("10.0.0.1", said) == "10.0.0.1"
-    assert not unix.secure("10.0.0.1", said)
+    assert unix.address(peer, forwarded) == "203.0.113.9"
+    assert unix.secure(peer, forwarded)
+    assert both.address(peer, forwarded) == "1.1.1.1"
+    assert unix.address("10.0.0.1", forwarded) == "10.0.0.1"
+    assert not unix.secure("10.0.0.1", forwarded)
 
 
 def test_without_proxies_nobody_is_believed() -> None:

@@ -52,14 +52,14 @@ async def test_its_sockets_hear_why_and_are_closed(make_server: MakeServer) -> N
         assert await reload.apply_auth(server.owners, auth_of("app")) == {"web"}
 
         for raw in (idle, busy):
-            told: list[Any] = []
+            frames: list[Any] = []
             while (frame := await raw.frame())[0] == TEXT:
-                told.append(json.loads(frame[1]))
+                frames.append(json.loads(frame[1]))
             assert frame[0] == CLOSE
             assert closing(frame[1]) == (1008, b"key revoked")
-            ends = [one for one in told if one["status"] != "chunk"]
-            assert {one["chunk"]["code"] for one in ends} == {"invalid_api_key"}
-            named = [one["request_id"] for one in ends]
+            ends = [frame for frame in frames if frame["status"] != "chunk"]
+            assert {end["chunk"]["code"] for end in ends} == {"invalid_api_key"}
+            named = [end["request_id"] for end in ends]
             assert named == ([None] if raw is idle else ["mine", None])
             raw.close()
         frame_of_other = await ws.receive_json(timeout=20)
@@ -95,7 +95,7 @@ async def test_its_answers_on_the_other_faces_end_with_an_error(make_server: Mak
 
 async def read_frames_from(body: bytes) -> list[Any]:
     """The frames of the rest of an SSE body, of which the first may be cut."""
-    return [json.loads(one.data) for one in eventstream.parse(body) if one.event]
+    return [json.loads(event.data) for event in eventstream.parse(body) if event.event]
 
 
 @pytest.mark.parametrize("extra", [{}, {"Idempotency-Key": "k"}])

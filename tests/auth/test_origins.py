@@ -26,13 +26,13 @@ FOREIGN = ("https://evil.example", "null", "http://127.0.0.1:1", "file://", "htt
 
 def unsafe_routes(server: RunningServer) -> list[tuple[str, str]]:
     """Method and path of each route that may change something."""
-    found = []
+    pairs = []
     for route in server.app.router.routes():
         assert route.resource is not None
         if route.method not in SAFE:
             method = "POST" if route.method == "*" else route.method
-            found.append((method, re.sub(r"\{[^}]+\}", "x", route.resource.canonical)))
-    return found
+            pairs.append((method, re.sub(r"\{[^}]+\}", "x", route.resource.canonical)))
+    return pairs
 
 
 async def status_of(
@@ -78,8 +78,8 @@ async def test_every_page_may_change_something_where_every_page_may_connect(
     server = await make_server(**{"chat.websocket.allow_origins": ["*"]})
 
     for origin in FOREIGN:
-        found = await status_of(server, "DELETE", "/sse/chat/x", {"Origin": origin})
-        assert found == (404, "stream_not_found")
+        outcome = await status_of(server, "DELETE", "/sse/chat/x", {"Origin": origin})
+        assert outcome == (404, "stream_not_found")
 
 
 @pytest.mark.parametrize("method", ["POST", "DELETE"])

@@ -43,9 +43,9 @@ FACES = ("websocket", "sse", *OPENAI, *MESSAGES)
 
 
 def quota(server: RunningServer, name: str = "web") -> Quota:
-    found: Quota | None = server.context.access.keys.caller(key_of(name).encode()).quota
-    assert found is not None
-    return found
+    key_quota: Quota | None = server.context.access.keys.caller(key_of(name).encode()).quota
+    assert key_quota is not None
+    return key_quota
 
 
 class Client:
@@ -112,11 +112,11 @@ class Client:
 
 @asynccontextmanager
 async def client(server: RunningServer, face: str, name: str = "web") -> AsyncIterator[Client]:
-    one = Client(server, face, name)
+    face_client = Client(server, face, name)
     try:
-        yield one
+        yield face_client
     finally:
-        await one.leave()
+        await face_client.leave()
 
 
 @pytest.mark.parametrize("face", FACES)
@@ -151,11 +151,11 @@ async def test_a_key_has_so_many_answers_at_once(make_server: MakeServer, face: 
         **{"chat.streams.resume_window": 0},
     )
     async with (
-        client(server, face) as one,
+        client(server, face) as first,
         client(server, face) as two,
         asyncio.TaskGroup() as group,
     ):
-        tasks = [group.create_task(each.ask()) for each in (one, two)]
+        tasks = [group.create_task(each.ask()) for each in (first, two)]
         await until(lambda: quota(server).running == 2)
         for other in FACES:
             async with client(server, other) as third:
@@ -362,13 +362,15 @@ async def test_streams_belong_to_their_key(make_server: MakeServer) -> None:
         async with server.session.get(server.sse, headers=yours) as response:
             assert await response.json() == {"streams": []}
         async with server.session.get(server.sse, headers=mine) as response:
-            assert [one["request_id"] for one in (await response.json())["streams"]] == ["same"]
+            assert [stream["request_id"] for stream in (await response.json())["streams"]] == [
+                "same"
+            ]
         await other.send_json(chat("same", "yours"))  # no conflict: another stream
         await until_status(other, "chunk")
         assert server.owners.streams.stats().running == 2
-        for one in (ws, other):
-            await one.send_json(cancel("same"))
-            await to_end(one)
+        for socket in (ws, other):
+            await socket.send_json(cancel("same"))
+            await to_end(socket)
 
 
 async def test_idempotency_keys_belong_to_their_key(make_server: MakeServer) -> None:
@@ -410,8 +412,8 @@ async def test_conversations_belong_to_their_key(make_server: MakeServer) -> Non
         async with server.connect(headers=bearer(name)) as ws:
             await ws.send_json(chat("r", f"I am {name}", conversation_id="c"))
             assert text_of(await to_end(ws))
-    sent = [json.loads(one.body)["messages"] for one in server.simulator.requests]
-    assert [[one["content"] for one in messages] for messages in sent] == [
+    sent = [json.loads(request.body)["messages"] for request in server.simulator.requests]
+    assert [[message["content"] for message in messages] for messages in sent] == [
         ["I am web"],
         ["I am app"],
     ]

@@ -33,7 +33,7 @@ def listed(page: Page) -> Locator:
 async def kept(server: RunningServer) -> list[str]:
     """The titles of the conversations that the server keeps."""
     async with server.session.get(server.base + "/conversations") as response:
-        return [one["title"] for one in (await response.json())["conversations"]]
+        return [conversation["title"] for conversation in (await response.json())["conversations"]]
 
 
 async def test_a_conversation_is_found_again_in_another_browser_and_goes_on(
@@ -51,7 +51,10 @@ async def test_a_conversation_is_found_again_in_another_browser_and_goes_on(
         await expect(other.get_by_role("article")).to_have_count(2)
         await is_now(other, "complete")
         asked = server.simulator.bodies[-1]["messages"]
-        assert [one["content"] for one in asked if one["role"] == "user"] == ["apples", "pears"]
+        assert [message["content"] for message in asked if message["role"] == "user"] == [
+            "apples",
+            "pears",
+        ]
 
         await other.reload()
         await expect(other.get_by_role("article")).to_have_count(2)
@@ -91,7 +94,10 @@ async def test_a_conversation_is_found_again_after_its_server_was_killed(
             await is_now(other, "complete")
 
     asked = simulator.bodies[-1]["messages"]
-    assert [one["content"] for one in asked if one["role"] == "user"] == ["apples", "pears"]
+    assert [message["content"] for message in asked if message["role"] == "user"] == [
+        "apples",
+        "pears",
+    ]
 
 
 async def test_what_is_deleted_is_deleted_at_the_server(server: RunningServer, page: Page) -> None:

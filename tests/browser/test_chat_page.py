@@ -666,7 +666,7 @@ async def test_conversations_keep_apart(server: RunningServer, page: Page) -> No
     await expect(page.get_by_role("article")).to_have_count(0)
     await ask(page, "pears")
     await is_now(page, "complete")
-    assert [one["content"] for one in server.simulator.bodies[-1]["messages"]] == ["pears"]
+    assert [message["content"] for message in server.simulator.bodies[-1]["messages"]] == ["pears"]
 
     await page.reload()
     await expect(page.get_by_role("article")).to_have_count(1)
@@ -679,7 +679,10 @@ async def test_conversations_keep_apart(server: RunningServer, page: Page) -> No
     await is_now(page, "complete")
 
     asked = server.simulator.bodies[-1]["messages"]
-    assert [one["content"] for one in asked if one["role"] == "user"] == ["apples", "more"]
+    assert [message["content"] for message in asked if message["role"] == "user"] == [
+        "apples",
+        "more",
+    ]
 
 
 async def test_answers_of_two_conversations_run_at_once(
@@ -933,9 +936,9 @@ async def test_the_page_is_light_or_dark_as_the_system_is(
 
 def test_no_script_writes_markup_or_the_title() -> None:
     scripts = [
-        one.read_text()
-        for one in files("aioserver.faces").joinpath("assets", "chat").iterdir()
-        if one.name.endswith(".js")
+        script.read_text()
+        for script in files("aioserver.faces").joinpath("assets", "chat").iterdir()
+        if script.name.endswith(".js")
     ]
 
     assert scripts

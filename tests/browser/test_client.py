@@ -117,10 +117,10 @@ async def test_what_the_server_keeps_of_conversations_is_listed_read_and_deleted
             key,
         )
 
-    assert [one["id"] for one in before["conversations"]] == ["c2", "c/1"]
+    assert [conversation["id"] for conversation in before["conversations"]] == ["c2", "c/1"]
     assert [message["role"] for message in turns["messages"]] == ["user", "assistant"]
     assert turns["messages"][0]["text"] == "apples"
-    assert [one["id"] for one in after["conversations"]] == ["c2"]
+    assert [conversation["id"] for conversation in after["conversations"]] == ["c2"]
     assert code == "conversation_not_found"
 
 

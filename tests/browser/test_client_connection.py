@@ -258,8 +258,8 @@ async def test_an_event_is_given_out_once_and_a_gap_is_an_error(
                 return
             for event in (1, 2, extra, 3):
                 chunk = {"type": "text", "data": str(event), "metadata": {}}
-                one = {"event_id": event, "status": "chunk", "chunk": chunk}
-                here.send(json.dumps({"request_id": frame["request_id"], **one}))
+                delivered = {"event_id": event, "status": "chunk", "chunk": chunk}
+                here.send(json.dumps({"request_id": frame["request_id"], **delivered}))
             end = {"event_id": 4, "status": "complete", "chunk": {"metadata": {}}}
             here.send(json.dumps({"request_id": frame["request_id"], **end}))
 

@@ -25,20 +25,20 @@ def members(name: str) -> set[str]:
         rf"^export (?:interface|class) {name}\b.*?\{{\n(.*?)^\}}", TYPES, re.MULTILINE | re.DOTALL
     )
     assert body is not None, name
-    found = re.findall(r"^  (?:readonly )?(\w+)\??[(:]", body[1], re.MULTILINE)
-    return {*found} - {"constructor"}
+    names = re.findall(r"^  (?:readonly )?(\w+)\??[(:]", body[1], re.MULTILINE)
+    return {*names} - {"constructor"}
 
 
 def variants(name: str) -> dict[str, set[str]]:
     """The fields of each variant of the union type *name*, by what tells it from the others."""
     union = re.search(rf"^export type {name} =\n(.*?);\n\n", TYPES, re.MULTILINE | re.DOTALL)
     assert union is not None, name
-    found = {}
+    fields_by_type = {}
     for variant in re.findall(r"\{ (.*) \}", union[1]):
         fields = {*re.findall(r"(\w+)\??:", variant)}
         for value in re.findall(r'"(\w+)"', variant):
-            found[value] = fields
-    return found
+            fields_by_type[value] = fields
+    return fields_by_type
 
 
 def options_read(source: str) -> set[str]:

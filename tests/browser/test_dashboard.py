@@ -146,9 +146,9 @@ async def test_a_page_that_opens_shows_the_last_ten_minutes(stand: Stand, page: 
     now = time.time()
     stand.past = {
         "interval": 1.0,
-        "time": [now - 600 + one for one in range(600)],
+        "time": [now - 600 + second for second in range(600)],
         "series": {
-            name: [float(one % 98) for one in range(600)]
+            name: [float(offset % 98) for offset in range(600)]
             for name in ("active", "waiting", "rejected_per_second", "requests_per_second")
         }
         | {"tokens_per_second": [7e6] * 600, "lag_max": [0.01] * 600}
@@ -156,13 +156,13 @@ async def test_a_page_that_opens_shows_the_last_ten_minutes(stand: Stand, page: 
         "providers": {"groq": {"in_flight": [5] * 600, "waiting": [0] * 600}},
         "incidents": [
             {
-                "time": now - 60 + one,
+                "time": now - 60 + number,
                 "kind": "breaker",
                 "severity": "error",
-                "text": f"breaker {one}",
+                "text": f"breaker {number}",
                 "provider": "groq",
             }
-            for one in range(3)
+            for number in range(3)
         ],
     }
     await opened(page, stand)
@@ -180,7 +180,7 @@ async def test_a_page_that_opens_shows_the_last_ten_minutes(stand: Stand, page: 
         await canvas.scroll_into_view_if_needed()
         await page.wait_for_function(drawn, arg=await canvas.element_handle())
     texts = await page.locator("#incident-list p").all_inner_texts()
-    assert texts == [f"groq: breaker {one}" for one in (2, 1, 0)]
+    assert texts == [f"groq: breaker {number}" for number in (2, 1, 0)]
 
 
 async def test_the_charts_follow_the_pointer_and_the_scheme(stand: Stand, page: Page) -> None:
@@ -328,7 +328,7 @@ async def test_providers_come_and_go(stand: Stand, page: Page) -> None:
 
 async def test_of_many_providers_those_in_trouble_come_first(stand: Stand, page: Page) -> None:
     await opened(page, stand)
-    many = {f"p{one:02}": provider(requests=10, in_flight=one % 20) for one in range(100)}
+    many = {f"p{offset:02}": provider(requests=10, in_flight=offset % 20) for offset in range(100)}
     many["p77"].update(waiting=9, oldest_wait=1.5, in_flight=20)
     many["p88"]["trouble"] = {**DEAD, "text": "p88 is dead"}
     stand.say(providers=many)

@@ -99,12 +99,14 @@ async def test_still_where_motion_is_not_wanted(stand: Stand, page: Page) -> Non
 def _luminance(colour: str) -> float:
     """The relative luminance of `#rrggbb`, as WCAG 2.2 defines it."""
     parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-    linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in parts]
+    linear = [
+        value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in parts
+    ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def _contrast(one: str, other: str) -> float:
-    low, high = sorted((_luminance(one), _luminance(other)))
+def _contrast(color: str, other: str) -> float:
+    low, high = sorted((_luminance(color), _luminance(other)))
     return (high + 0.05) / (low + 0.05)
 
 
@@ -135,7 +137,7 @@ def test_the_colours_stand_out(dark: bool) -> None:
 
 def test_nothing_is_inline_and_nothing_comes_from_elsewhere() -> None:
     root = files("aioserver.faces").joinpath("assets")
-    assets = {one.name: one.read_text() for one in root.joinpath("dashboard").iterdir()}
+    assets = {asset.name: asset.read_text() for asset in root.joinpath("dashboard").iterdir()}
     assets["theme.css"] = root.joinpath("theme.css").read_text()
     page = assets["index.html"]
 

@@ -16,7 +16,7 @@ DASH = "\u2013"
 
 async def test_numbers_are_short_and_carry_their_unit(stand: Stand, page: Page) -> None:
     await opened(page, stand)
-    said = await page.evaluate("""async () => {
+    children = await page.evaluate("""async () => {
       const { count, rate, seconds, bytes, share } = await import("/assets/dashboard/numbers.js");
       return [
         [0, 1990, 99999, 100000, 1234567, 9e15, null, NaN].map(count),
@@ -27,7 +27,7 @@ async def test_numbers_are_short_and_carry_their_unit(stand: Stand, page: Page) 
       ].map(said => said.map(one => one.replace("\\u00a0", " ")));
     }""")
 
-    assert said == [
+    assert children == [
         ["0", "1,990", "99,999", "100K", "1.23M", "9000T", DASH, DASH],
         ["0", "<0.1", "0.3", "3", "13", "123K"],
         ["0 s", "<1 ms", "210 ms", "1.0 s", "2.1 s", "10 s", "119 s", "2 min", "2 h", "2 d", DASH],

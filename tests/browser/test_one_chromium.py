@@ -43,7 +43,7 @@ async def other(
 def _children(process: int | str = "self") -> set[int]:
     """The process numbers of the children of *process*."""
     lists = Path(f"/proc/{process}/task").glob("*/children")
-    return {int(child) for one in lists for child in one.read_text().split()}
+    return {int(child) for texts in lists for child in texts.read_text().split()}
 
 
 def _descendants(process: int) -> set[int]:

@@ -42,7 +42,7 @@ def client_of(server: ScriptedServer, transport: Transport, **arguments: Any) ->
     return Client(server.url, transport=transport, **{"deadline": 1000.0, **arguments})
 
 
-def said(word: str, number: int) -> dict[str, Any]:
+def text_event(word: str, number: int) -> dict[str, Any]:
     return frame("", "chunk", number, type="text", data=word, metadata={})
 
 
@@ -302,7 +302,7 @@ async def test_program_that_always_finds_text_is_ended_by_the_deadline(
     async def talk(peer: SocketPeer | ResponsePeer, command: dict[str, Any]) -> None:
         await saying(HELLO[0])(peer, command)
         for number in itertools.count(2):
-            await peer.send({**said("word ", number), "request_id": command["request_id"]})
+            await peer.send({**text_event("word ", number), "request_id": command["request_id"]})
             if number % 5 == 0:
                 await asyncio.sleep(0.001)
 

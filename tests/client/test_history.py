@@ -67,7 +67,7 @@ async def test_list_is_read_page_by_page(kept: Kept, most: int, requests: int) -
     async with Client(kept.url) as client:
         summaries = await client.conversations(most)
 
-    assert [one.id for one in summaries] == kept.ids[:most]
+    assert [summary.id for summary in summaries] == kept.ids[:most]
     assert summaries[0] == Summary("c0", "t")
     assert len(kept.requests) == requests
 

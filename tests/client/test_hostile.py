@@ -154,7 +154,7 @@ async def http(peer: Peer, answer: bytes) -> None:
 
 @BOTH
 @pytest.mark.parametrize(
-    "said",
+    "raw_answer",
     [
         b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 5\r\n\r\nHello",
         b"HTTP/1.1 302 Found\r\nLocation: /login\r\nContent-Length: 0\r\n\r\n",
@@ -163,8 +163,10 @@ async def http(peer: Peer, answer: bytes) -> None:
         b"HTTP/1.1 400 Bad Request\r\nContent-Length: 4\r\n\r\n[{}]",
     ],
 )
-async def test_server_that_is_no_aioserver_is_an_error(transport: Transport, said: bytes) -> None:
-    async with ScriptedProvider(lambda peer: http(peer, said)) as server:
+async def test_server_that_is_no_aioserver_is_an_error(
+    transport: Transport, raw_answer: bytes
+) -> None:
+    async with ScriptedProvider(lambda peer: http(peer, raw_answer)) as server:
         error = await failure(f"http://127.0.0.1:{server.port}", transport)
 
     assert error.code == "protocol_error"
@@ -173,12 +175,14 @@ async def test_server_that_is_no_aioserver_is_an_error(transport: Transport, sai
 
 @BOTH
 @pytest.mark.parametrize(
-    "said",
+    "raw_answer",
     [b"SSH-2.0-OpenSSH_9.6\r\n", b"\0" * 100, b"HTTP/1.1 200\r\n: :\r\n\r\n"],
     ids=["ssh", "zeros", "header"],
 )
-async def test_bytes_that_are_no_http_are_an_error(transport: Transport, said: bytes) -> None:
-    async with ScriptedProvider(lambda peer: http(peer, said)) as server:
+async def test_bytes_that_are_no_http_are_an_error(
+    transport: Transport, raw_answer: bytes
+) -> None:
+    async with ScriptedProvider(lambda peer: http(peer, raw_answer)) as server:
         error = await failure(f"http://127.0.0.1:{server.port}", transport)
 
     assert error.code in {"connect_error", "protocol_error"}
@@ -261,9 +265,9 @@ async def test_key_is_not_sent_where_a_server_redirects_to(transport: Transport)
 
     async with ScriptedProvider(elsewhere) as other:
         target = f"http://127.0.0.1:{other.port}/ws/chat"
-        said = f"HTTP/1.1 307 T\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n".encode()
+        redirect = f"HTTP/1.1 307 T\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n".encode()
         async with (
-            ScriptedProvider(lambda peer: http(peer, said)) as server,
+            ScriptedProvider(lambda peer: http(peer, redirect)) as server,
             Client(f"http://127.0.0.1:{server.port}", transport=transport, key="secret") as client,
         ):
             with pytest.raises(AnswerError):

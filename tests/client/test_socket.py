@@ -105,15 +105,15 @@ async def test_wait_that_is_told_with_the_handshake_is_not_lost() -> None:
     async def play(peer: SocketPeer) -> None:
         await peer.send(frame(None, "queued", position=2, eta=1.5))
         ping = await peer.ws.receive_json()
-        await told.wait()
+        await announced.wait()
         await peer.send(frame(ping["request_id"], "pong"))
         await play_answers(peer)
 
-    told = asyncio.Event()
+    announced = asyncio.Event()
     async with ScriptedServer(sockets=[play]) as server, client_of(server) as client:
         events = client.chat("Hi").events()
         first = await anext(events)
-        told.set()
+        announced.set()
         rest = [event async for event in events]
         second = [event async for event in client.chat("Hi").events()]
 
@@ -193,9 +193,9 @@ async def test_wait_beyond_the_deadline_is_not_begun() -> None:
 async def test_socket_that_must_not_come_back_is_one_clear_error(
     code: int, remark: str | None, expected: str
 ) -> None:
-    said = None if remark is None else frame(None, "error", error="no", code=remark)
+    remark_frame = None if remark is None else frame(None, "error", error="no", code=remark)
     async with (
-        ScriptedServer(sockets=[closing(code, said)]) as server,
+        ScriptedServer(sockets=[closing(code, remark_frame)]) as server,
         client_of(server) as client,
     ):
         with pytest.raises(AnswerError) as caught:

@@ -39,7 +39,7 @@ async def test_text_pieces_events_and_conversations(
             answer = client.chat("Hi")
             events = list(answer.events())
             assert isinstance(events[0], Processing)
-            assert "".join(one.text for one in events if isinstance(one, Text)) == text
+            assert "".join(event.text for event in events if isinstance(event, Text)) == text
             assert isinstance(events[-1], Complete)
             assert answer.complete == events[-1]
             assert answer.received == text
@@ -111,7 +111,9 @@ def test_thread_begins_with_the_first_question_and_ends_with_the_client(
     unused_tcp_port: int,
 ) -> None:
     def threads() -> list[str]:
-        return [one.name for one in threading.enumerate() if one.name == "aioserver-client"]
+        return [
+            thread.name for thread in threading.enumerate() if thread.name == "aioserver-client"
+        ]
 
     with Client(f"http://127.0.0.1:{unused_tcp_port}") as client:
         assert not threads()

@@ -50,9 +50,9 @@ def test_a_name_that_no_caller_can_have_is_usage(name: str) -> None:
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("given", [[], ["a", "b"], ["--root", "a"]])
-def test_anything_but_one_name_is_a_usage_error(given: list[str]) -> None:
-    assert CliRunner().invoke(cli, ["key", *given]).exit_code == 2
+@pytest.mark.parametrize("arguments", [[], ["a", "b"], ["--root", "a"]])
+def test_anything_but_one_name_is_a_usage_error(arguments: list[str]) -> None:
+    assert CliRunner().invoke(cli, ["key", *arguments]).exit_code == 2
 
 
 def test_a_name_with_a_number_or_a_word_of_yaml_stays_a_name(tmp_path: Path) -> None:

@@ -79,11 +79,11 @@ def test_settings_survive_a_round_trip(
         llm__providers__groq__models=[model.replace("${", "") or "m" for model in models],
     )
 
-    one = load(yaml.safe_dump(data), tmp_path / "one.yaml")
-    two = load(yaml.safe_dump(one.effective()), tmp_path / "two.yaml")
+    first = load(yaml.safe_dump(data), tmp_path / "one.yaml")
+    two = load(yaml.safe_dump(first.effective()), tmp_path / "two.yaml")
 
-    assert one.settings.chat.websocket.port == port
-    assert one.settings == two.settings
+    assert first.settings.chat.websocket.port == port
+    assert first.settings == two.settings
 
 
 @ANY_MACHINE

@@ -74,10 +74,10 @@ def test_the_environment_of_the_process_is_the_default(
 def test_a_file_that_is_no_configuration_is_one_fault(
     content: bytes, fault: str, file: Path
 ) -> None:
-    found = refused(lambda: load(content, file), file)
+    faults = refused(lambda: load(content, file), file)
 
-    assert len(found) == 1
-    assert found[0].startswith(fault)
+    assert len(faults) == 1
+    assert faults[0].startswith(fault)
 
 
 def test_a_byte_order_mark_is_no_fault(file: Path) -> None:
@@ -147,9 +147,9 @@ llm:
 loging: {}
 """
 
-    found = refused(lambda: load(text, file, AIOSERVER__CHAT__SSE__ENDPOINT="1"), file)
+    faults = refused(lambda: load(text, file, AIOSERVER__CHAT__SSE__ENDPOINT="1"), file)
 
-    assert found == [
+    assert faults == [
         "AIOSERVER__CHAT__SSE__ENDPOINT chat.sse.endpoint: expected text, not 1 (put it in quotes)",
         "F:3:5 chat.websocket.port: expected a whole number, not true",
         "F:4:5 chat.websocket.prot: unknown key (did you mean port?)",
@@ -184,24 +184,24 @@ def test_faults_of_keys_and_files_come_with_all_others(file: Path) -> None:
     )
     text += "auth: {keys: [{name: a, key_env: A}, {name: b, sha256: canary}]}\n"
 
-    found = refused(lambda: load(text, file), file)
+    faults = refused(lambda: load(text, file), file)
 
-    assert [fault.split(": ")[0] for fault in found] == [
+    assert [fault.split(": ")[0] for fault in faults] == [
         "F:13:7 llm.providers.mine.base_url",
         "F:14:7 llm.providers.mine.api_key_file",
         "F:15:7 llm.providers.mine.ca_file",
         "F:20:15 auth.keys[0]",
         "F:20:48 auth.keys[1].sha256",
     ]
-    assert "canary" not in "".join(found)
+    assert "canary" not in "".join(faults)
 
 
 def test_a_provider_with_faults_does_not_hide_the_others(file: Path) -> None:
     text = small("api_key: a b") + "  fallbacks: [x]\n"
 
-    found = refused(lambda: load(text, file), file)
+    faults = refused(lambda: load(text, file), file)
 
-    assert [fault.split(" ", 1)[1].split(":")[0] for fault in found] == [
+    assert [fault.split(" ", 1)[1].split(":")[0] for fault in faults] == [
         "llm.providers.mine.base_url",
         "llm.providers.mine.api_key",
         "llm.fallbacks[0]",
@@ -249,10 +249,10 @@ def test_a_variable_overrides_the_file(file: Path) -> None:
 def test_a_fault_of_an_override_names_the_variable(
     name: str, value: str, fault: str, file: Path
 ) -> None:
-    found = refused(lambda: load(small(), file, **{f"AIOSERVER__{name}": value}))
+    faults = refused(lambda: load(small(), file, **{f"AIOSERVER__{name}": value}))
 
-    assert found[0].startswith(f"AIOSERVER__{name} {fault}")
-    assert "canary" not in found[0]
+    assert faults[0].startswith(f"AIOSERVER__{name} {fault}")
+    assert "canary" not in faults[0]
 
 
 LIST = "a ${…} reference is always one value: write "

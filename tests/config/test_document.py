@@ -139,9 +139,9 @@ def test_every_unset_variable_is_named_with_its_place() -> None:
 
 @pytest.mark.parametrize("text", ["${", "${1}", "${A", "${A:-${B}}", "${A-x}", "${}"])
 def test_a_reference_without_a_name_is_a_fault(text: str) -> None:
-    found = faults(f"a: x {text}", A="1", B="2")
+    errors = faults(f"a: x {text}", A="1", B="2")
 
-    assert found[0].startswith("f:1:1 a: ${ without a name")
+    assert errors[0].startswith("f:1:1 a: ${ without a name")
 
 
 def test_the_second_of_two_equal_keys_is_the_fault() -> None:
@@ -171,10 +171,10 @@ def test_an_alias_bomb_is_refused_before_it_grows() -> None:
     lines = ["a0: &a0 [x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
 
-    found = faults("\n".join(lines))
+    errors = faults("\n".join(lines))
 
-    assert len(found) == 9 + 8 * 9
-    assert all("are refused" in fault for fault in found)
+    assert len(errors) == 9 + 8 * 9
+    assert all("are refused" in fault for fault in errors)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "a: " + "{a: " * 5000, "- " * 20_000 + "x"])
@@ -183,10 +183,10 @@ def test_depth_is_bounded(text: str) -> None:
 
 
 def test_the_number_of_values_is_bounded() -> None:
-    found = faults("a: [" + "1, " * 20_000 + "1]")
+    errors = faults("a: [" + "1, " * 20_000 + "1]")
 
-    assert len(found) == 1
-    assert "too many values" in found[0]
+    assert len(errors) == 1
+    assert "too many values" in errors[0]
 
 
 @pytest.mark.parametrize(
@@ -205,11 +205,11 @@ def test_the_number_of_values_is_bounded() -> None:
     ],
 )
 def test_bad_yaml_has_a_place_and_shows_nothing_of_the_text(text: str, place: str) -> None:
-    found = faults(text)
+    errors = faults(text)
 
-    assert len(found) == 1
-    assert found[0].startswith(place)
-    assert "canary" not in found[0]
+    assert len(errors) == 1
+    assert errors[0].startswith(place)
+    assert "canary" not in errors[0]
 
 
 @pytest.mark.parametrize(

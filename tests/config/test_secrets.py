@@ -42,8 +42,8 @@ def test_a_key_file_is_looked_for_in_the_credentials_first(
     text = small("base_url: http://h", "api_key_file: key")
 
     def key(**environ: str) -> str | None:
-        found = load(text, file, **environ).settings.llm.providers["mine"].api_key
-        return None if found is None else found.reveal()
+        api_key = load(text, file, **environ).settings.llm.providers["mine"].api_key
+        return None if api_key is None else api_key.reveal()
 
     assert key(CREDENTIALS_DIRECTORY=str(folder)) == "one"
     assert key(CREDENTIALS_DIRECTORY="/nowhere") == "two"
@@ -57,10 +57,10 @@ def test_a_file_without_one_key_is_a_fault(content: bytes, file: Path) -> None:
     key = file.parent / "key"
     key.write_bytes(content)
 
-    found = refused(lambda: load(small("base_url: http://h", f"api_key_file: {key}"), file), file)
+    faults = refused(lambda: load(small("base_url: http://h", f"api_key_file: {key}"), file), file)
 
-    assert len(found) == 1
-    assert found[0].startswith("F:14:7 llm.providers.mine.api_key_file: ")
+    assert len(faults) == 1
+    assert faults[0].startswith("F:14:7 llm.providers.mine.api_key_file: ")
 
 
 def test_a_variable_without_a_usable_key_is_a_fault(file: Path) -> None:

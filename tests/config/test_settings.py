@@ -107,16 +107,16 @@ def test_places_queue_and_backlog_grow_outwards(
 ) -> None:
     data = changed(**{f"chat__websocket__concurrency__{key}": it for key, it in change.items()})
 
-    found = faults(SETTINGS, data)
+    refusals = faults(SETTINGS, data)
 
-    assert why in found[f"chat.websocket.concurrency.{where}"]
+    assert why in refusals[f"chat.websocket.concurrency.{where}"]
 
 
 @pytest.mark.parametrize("key", ["max_keepalive", "concurrent_requests"])
 def test_a_pool_is_never_smaller_than_what_it_serves(key: str) -> None:
-    found = faults(section(HttpClient), {**ORIGINAL_CLIENT, key: 51})
+    refusals = faults(section(HttpClient), {**ORIGINAL_CLIENT, key: 51})
 
-    assert found == {key: "must be <= max_connections (50), not 51"}
+    assert refusals == {key: "must be <= max_connections (50), not 51"}
 
 
 def test_equal_limits_are_allowed() -> None:
@@ -163,10 +163,10 @@ def test_a_faulty_value_breaks_no_rule() -> None:
 
 
 def test_the_nearest_known_key_is_the_hint() -> None:
-    found = faults(section(HttpClient), {**ORIGINAL_CLIENT, "max_retrys": 1, "zzz": 1})
+    refusals = faults(section(HttpClient), {**ORIGINAL_CLIENT, "max_retrys": 1, "zzz": 1})
 
-    assert found["max_retrys"] == "unknown key (did you mean max_retries?)"
-    assert found["zzz"].startswith("unknown key (known: max_connections, ")
+    assert refusals["max_retrys"] == "unknown key (did you mean max_retries?)"
+    assert refusals["zzz"].startswith("unknown key (known: max_connections, ")
 
 
 def test_a_section_of_comments_is_an_empty_one() -> None:
@@ -175,10 +175,10 @@ def test_a_section_of_comments_is_an_empty_one() -> None:
 
 @pytest.mark.parametrize("value", [1, "text", [], True])
 def test_a_section_is_a_mapping(value: object) -> None:
-    found = faults(SETTINGS, changed(chat__service=value, llm__providers=value))
+    refusals = faults(SETTINGS, changed(chat__service=value, llm__providers=value))
 
-    assert found["chat.service"].startswith("expected a section of keys, not ")
-    assert found["llm.providers"].startswith("expected a section of keys, not ")
+    assert refusals["chat.service"].startswith("expected a section of keys, not ")
+    assert refusals["llm.providers"].startswith("expected a section of keys, not ")
 
 
 def test_a_provider_is_remote_or_simulated() -> None:
@@ -225,9 +225,9 @@ def test_a_known_name_brings_its_variable(
 
 
 def test_fallbacks_are_providers() -> None:
-    found = faults(SETTINGS, changed(llm__fallbacks=["groq", "x"]))
+    refusals = faults(SETTINGS, changed(llm__fallbacks=["groq", "x"]))
 
-    assert found == {
+    assert refusals == {
         "llm.fallbacks.1": 'text "x" is not among llm.providers (openai, groq, openrouter)'
     }
 
@@ -240,11 +240,11 @@ def test_names_of_providers_and_headers_are_checked_with_their_values() -> None:
         "headers": {"a b": 1},
     }
 
-    found = faults(SETTINGS, changed(**{"llm__providers__a/b": provider}))
+    refusals = faults(SETTINGS, changed(**{"llm__providers__a/b": provider}))
 
-    assert "llm.providers.a/b" in found
-    assert "llm.providers.a/b.model" in found
-    assert "llm.providers.a/b.headers.a b" in found
+    assert "llm.providers.a/b" in refusals
+    assert "llm.providers.a/b.model" in refusals
+    assert "llm.providers.a/b.headers.a b" in refusals
 
 
 @pytest.mark.parametrize(
@@ -266,9 +266,9 @@ def test_names_of_providers_and_headers_are_checked_with_their_values() -> None:
 )
 def test_a_header_that_must_stay_here_is_not_passed_on(name: Any) -> None:
     names = ["x-tenant", name]
-    found = faults(SETTINGS, changed(llm__providers__openai__pass_headers=names))
+    refusals = faults(SETTINGS, changed(llm__providers__openai__pass_headers=names))
 
-    assert list(found) == ["llm.providers.openai.pass_headers.1"]
+    assert list(refusals) == ["llm.providers.openai.pass_headers.1"]
 
 
 def test_headers_that_are_passed_on_are_kept_in_lower_case() -> None:
@@ -280,7 +280,7 @@ def test_headers_that_are_passed_on_are_kept_in_lower_case() -> None:
 
 
 def test_a_header_that_the_settings_add_is_not_a_clients() -> None:
-    found = faults(
+    refusals = faults(
         SETTINGS,
         changed(
             llm__providers__openai__pass_headers=["x-a", "X-b"],
@@ -288,7 +288,7 @@ def test_a_header_that_the_settings_add_is_not_a_clients() -> None:
         ),
     )
 
-    assert found == {"llm.providers.openai.pass_headers.1": "x-b is set by `headers` already"}
+    assert refusals == {"llm.providers.openai.pass_headers.1": "x-b is set by `headers` already"}
 
 
 def test_both_faces_need_a_path_of_their_own() -> None:
@@ -300,19 +300,19 @@ def test_both_faces_need_a_path_of_their_own() -> None:
 @pytest.mark.parametrize("path", sorted(TAKEN))
 def test_no_face_can_have_the_path_of_something_else(path: str) -> None:
     for face in ("websocket", "sse"):
-        found = faults(SETTINGS, changed(**{f"chat__{face}__endpoint": path}))
+        refusals = faults(SETTINGS, changed(**{f"chat__{face}__endpoint": path}))
 
-        assert list(found) == [f"chat.{face}.endpoint"]
-        assert "that no other route has" in found[f"chat.{face}.endpoint"]
+        assert list(refusals) == [f"chat.{face}.endpoint"]
+        assert "that no other route has" in refusals[f"chat.{face}.endpoint"]
 
 
 def test_keys_of_callers_are_named_once_and_come_from_one_place() -> None:
-    one = {"name": "web", "sha256": "0" * 64}
-    keys = [one, one, {"name": "c"}, {**one, "name": "d", "key_env": "D"}]
+    client_key = {"name": "web", "sha256": "0" * 64}
+    keys = [client_key, client_key, {"name": "c"}, {**client_key, "name": "d", "key_env": "D"}]
 
-    found = faults(SETTINGS, changed(auth={"keys": keys, "open": True}))
+    refusals = faults(SETTINGS, changed(auth={"keys": keys, "open": True}))
 
-    assert found == {
+    assert refusals == {
         "auth.keys.1.name": "another key is named web as well",
         "auth.keys.2": "needs exactly one of key_env, key_file, sha256",
         "auth.keys.3": "needs exactly one of key_env, key_file, sha256",

@@ -38,14 +38,14 @@ def test_the_original_loads_unchanged_without_a_key() -> None:
 def test_every_value_of_the_original_is_kept() -> None:
     loaded = Configuration.load(ORIGINAL, environ={}).effective()
 
-    def differences(given: Any, kept: Any, path: str) -> list[str]:
-        if not isinstance(given, dict):
-            return [] if given == kept else [path]
+    def differences(written: Any, kept: Any, path: str) -> list[str]:
+        if not isinstance(written, dict):
+            return [] if written == kept else [path]
         return [
             line
-            for key in given
+            for key in written
             for line in (
-                differences(given[key], kept[key], f"{path}.{key}") if key in kept else ()
+                differences(written[key], kept[key], f"{path}.{key}") if key in kept else ()
             )
         ]
 

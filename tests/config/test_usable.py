@@ -24,9 +24,9 @@ def test_an_active_provider_without_its_key_says_what_to_set() -> None:
     assert refused(shipped.check_usable) == [
         "AIOSERVER__LLM__ACTIVE llm.active: openai is active but OPENAI_API_KEY is not set; set it, or set llm.active: demo"
     ]
-    (found,) = refused(original.check_usable)
-    assert ":80:3 llm.active: openai is active but OPENAI_API_KEY is not set; " in found
-    assert "llm.active: demo" in found
+    (fault,) = refused(original.check_usable)
+    assert ":80:3 llm.active: openai is active but OPENAI_API_KEY is not set; " in fault
+    assert "llm.active: demo" in fault
 
 
 def test_a_fallback_without_its_key_is_refused() -> None:
@@ -40,8 +40,8 @@ def test_a_fallback_without_its_key_is_refused() -> None:
 def test_a_missing_key_file_of_the_active_provider_is_named(file: Path) -> None:
     configuration = load(small("base_url: http://h", "api_key_file: gone.key"), file)
 
-    (found,) = refused(configuration.check_usable)
-    assert "mine is active but gone.key is not there" in found
+    (fault,) = refused(configuration.check_usable)
+    assert "mine is active but gone.key is not there" in fault
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "127.0.0.1", "127.9.9.9", "::1"])
@@ -55,16 +55,16 @@ def test_a_loopback_address_needs_no_keys(host: str, file: Path) -> None:
 def test_an_open_address_needs_keys_or_a_word(host: str, file: Path) -> None:
     environ = {"AIOSERVER__CHAT__WEBSOCKET__HOST": host}
 
-    (found,) = refused(load(small(), file, **environ).check_usable)
+    (fault,) = refused(load(small(), file, **environ).check_usable)
 
-    assert f"{host} is open to others" in found
-    assert "open: true" in found
-    assert "aioserver key NAME" in found
-    assert refused(load(small() + "auth:\n", file, **environ).check_usable) == [found]
+    assert f"{host} is open to others" in fault
+    assert "open: true" in fault
+    assert "aioserver key NAME" in fault
+    assert refused(load(small() + "auth:\n", file, **environ).check_usable) == [fault]
     load(small() + "auth: {open: true}\n", file, **environ).check_usable()
     keys = small() + "auth: {keys: [{name: a, key_env: A}]}\n"
     load(keys, file, A="x", **environ).check_usable()
-    assert refused(load(small() + "auth: {keys: []}\n", file, **environ).check_usable) == [found]
+    assert refused(load(small() + "auth: {keys: []}\n", file, **environ).check_usable) == [fault]
 
 
 def test_every_reason_not_to_serve_is_said_at_once(file: Path) -> None:

@@ -37,12 +37,12 @@ def interpolated(value: Any, environ: dict[str, str]) -> str:
     return VARIABLE.sub(fill, str(value))
 
 
-def configured(given: dict[str, str]) -> Configuration:
+def configured(variables: dict[str, str]) -> Configuration:
     """The configuration of the service, with the variables of the image."""
     recipe = (DEPLOY / "Dockerfile").read_text()
     environ = dict(re.findall(r"^(?:ENV|   ) (\w+)=(\S+)", recipe, re.MULTILINE))
     environ |= {
-        name: interpolated(value, given) for name, value in AIOSERVER["environment"].items()
+        name: interpolated(value, variables) for name, value in AIOSERVER["environment"].items()
     }
     (mounted,) = (volume for volume in AIOSERVER["volumes"] if volume.endswith(":ro"))
     source, target, _ = mounted.split(":")

@@ -33,10 +33,10 @@ def engine() -> str:
     """The path of an engine. Without one, or outside CI, the test skips."""
     if os.environ.get("CI") != "true":
         pytest.skip("the image is built in CI alone")
-    found = next(filter(None, map(shutil.which, ENGINES)), None)
-    if found is None:
+    program = next(filter(None, map(shutil.which, ENGINES)), None)
+    if program is None:
         pytest.skip("no container engine is installed")
-    return found
+    return program
 
 
 def run(*command: str, timeout: float = TIMEOUT) -> str:

@@ -48,10 +48,10 @@ async def test_doctor_passes_the_sample_of_nginx_and_finds_what_gathers_events(
             ) as process,
         ):
             code = await process.ended()
-        found: dict[str, list[str]] = {"ok": [], "warn": [], "fail": [], "skip": []}
+        findings: dict[str, list[str]] = {"ok": [], "warn": [], "fail": [], "skip": []}
         for finding in json.loads(process.out)["findings"]:
-            found[finding["level"]].append(f"{finding['subject']}: {finding['text']}")
-        return code, found
+            findings[finding["level"]].append(f"{finding['subject']}: {finding['text']}")
+        return code, findings
 
     (good, well), (bad, ill) = await asyncio.gather(
         examined("sample", {}), examined("gathers", GATHERS)

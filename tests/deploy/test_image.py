@@ -38,14 +38,14 @@ LAST = RECIPE[max(at for at, (word, _) in enumerate(RECIPE) if word == "FROM") :
 
 def of(word: str) -> list[str]:
     """The arguments of each instruction *word* in the last stage, which is the image."""
-    return [rest for found, rest in LAST if found == word]
+    return [rest for instruction, rest in LAST if instruction == word]
 
 
 def exec_form(text: str) -> list[str]:
     """A command without a shell between it and the signals."""
     command = json.loads(text)
     assert isinstance(command, list)
-    assert all(isinstance(one, str) for one in command)
+    assert all(isinstance(word, str) for word in command)
     return command
 
 
@@ -82,7 +82,7 @@ def test_every_file_that_the_installation_reads_is_copied() -> None:
 def test_image_runs_without_root_and_ends_on_a_signal() -> None:
     (user,) = of("USER")
 
-    assert all(int(one) >= 1000 for one in user.split(":"))
+    assert all(int(number) >= 1000 for number in user.split(":"))
     assert [word for word, _ in LAST if word in {"USER", "ENTRYPOINT"}] == ["USER", "ENTRYPOINT"]
     assert of("STOPSIGNAL") == ["SIGTERM"]
 
@@ -101,11 +101,11 @@ def test_no_secret_is_built_in() -> None:
 
 @pytest.mark.parametrize("guard", ["", "AIOSERVER__AUTH__OPEN"])
 def test_its_address_needs_a_guard(guard: str) -> None:
-    given = {
+    environ = {
         name: value for name, value in environment().items() if name.startswith("AIOSERVER__")
     }
     configuration = Configuration.load(
-        ROOT / "config.yaml", environ={**given, **({guard: "true"} if guard else {})}
+        ROOT / "config.yaml", environ={**environ, **({guard: "true"} if guard else {})}
     )
 
     assert configuration.settings.chat.websocket.host == "0.0.0.0"

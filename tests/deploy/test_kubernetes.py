@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from tests.support.server import MakeServer
 
 TEXT = (DEPLOY / "kubernetes.yaml").read_text()
-OBJECTS: dict[str, dict[str, Any]] = {one["kind"]: one for one in yaml.safe_load_all(TEXT)}
+OBJECTS: dict[str, dict[str, Any]] = {
+    document["kind"]: document for document in yaml.safe_load_all(TEXT)
+}
 DEPLOYMENT = OBJECTS["Deployment"]["spec"]
 POD = DEPLOYMENT["template"]["spec"]
 (CONTAINER,) = POD["containers"]
@@ -28,8 +30,8 @@ MEBIBYTES = {"Mi": 2**20, "Gi": 2**30}
 
 def volume(name: str) -> tuple[dict[str, Any], str]:
     """The volume *name*, and where it is mounted."""
-    (source,) = (one for one in POD["volumes"] if one["name"] == name)
-    (mount,) = (one for one in CONTAINER["volumeMounts"] if one["name"] == name)
+    (source,) = (volume for volume in POD["volumes"] if volume["name"] == name)
+    (mount,) = (mount for mount in CONTAINER["volumeMounts"] if mount["name"] == name)
     assert "subPath" not in mount, "such a file never changes"
     return source, mount["mountPath"]
 

@@ -148,7 +148,7 @@ def test_panels_lie_beside_each_other_and_say_what_they_show() -> None:
 
 
 def test_every_panel_asks_the_source_that_was_chosen() -> None:
-    variables = {one["name"]: one for one in GRAFANA["templating"]["list"]}
+    variables = {variable["name"]: variable for variable in GRAFANA["templating"]["list"]}
 
     assert variables.keys() == {"datasource", "instance", "provider"}
     for panel in PANELS:
@@ -160,7 +160,11 @@ def test_every_panel_asks_the_source_that_was_chosen() -> None:
 
 async def test_the_variables_ask_for_metrics_that_are_there(make_server: MakeServer) -> None:
     samples = await exposed(make_server)
-    queries = [one["definition"] for one in GRAFANA["templating"]["list"] if "definition" in one]
+    queries = [
+        variable["definition"]
+        for variable in GRAFANA["templating"]["list"]
+        if "definition" in variable
+    ]
     assert len(queries) == 2
     for query in queries:
         match = re.fullmatch(r"label_values\((\w+), (\w+)\)", query)

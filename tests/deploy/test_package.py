@@ -108,9 +108,9 @@ def test_page_loads_with_all_its_assets(address: str, page: str) -> None:
         text = load(url)
         loaded[url] = text
         for match in REFERENCES.finditer(text):
-            found = urljoin(url, next(filter(None, match.groups())))
-            if found.startswith(f"{address}/") and is_asset(found) and found not in loaded:
-                wanted.append(found)
+            asset = urljoin(url, next(filter(None, match.groups())))
+            if asset.startswith(f"{address}/") and is_asset(asset) and asset not in loaded:
+                wanted.append(asset)
 
     kinds = {PurePosixPath(urlsplit(url).path).suffix for url in loaded}
     assert {".js", ".css", ".svg"} <= kinds, sorted(loaded)

@@ -194,7 +194,7 @@ EVENTS = 8
 ROUND_TRIPS = 3
 
 
-def said(text: str, reason: str | None = None) -> bytes:
+def chunk_of(text: str, reason: str | None = None) -> bytes:
     """A chunk of a chat completion that says *text*."""
     choice = {"index": 0, "delta": {"content": text}, "finish_reason": reason}
     event = {"object": "chat.completion.chunk", "model": "m", "choices": [choice]}
@@ -213,7 +213,7 @@ async def held_back(proxy: Proxy, face: str, peers: asyncio.Queue[Peer]) -> list
         peer = await peers.get()
         for number in range(EVENTS):
             mark = f"event-{number};".encode()
-            await peer.send(said(mark.decode()))
+            await peer.send(chunk_of(mark.decode()))
             for _ in range(ROUND_TRIPS):
                 async with proxy.session.get(f"{proxy.base}/health") as response:
                     assert response.status == 200
@@ -222,7 +222,7 @@ async def held_back(proxy: Proxy, face: str, peers: asyncio.Queue[Peer]) -> list
             await until(lambda mark=mark: mark in seen or reader.done())  # type: ignore[misc]
             if reader.done():
                 return None
-        await peer.send(said("", "stop"), chunk(DONE), LAST_CHUNK)
+        await peer.send(chunk_of("", "stop"), chunk(DONE), LAST_CHUNK)
         await reader
     return late
 
@@ -255,17 +255,17 @@ async def test_each_event_arrives_by_itself_as_soon_as_it_is_said(
 async def test_an_answer_arrives_whole(proxied: Proxied) -> None:
     server, proxy = await proxied()
     body = {**SAID, "stream": True}
-    found = []
+    answers = []
     for base in (server.v1, f"{proxy.base}/v1"):
         async with proxy.session.post(f"{base}/chat/completions", json=body) as response:
             assert response.headers["x-aioserver-provider"] == "sim"
             text = await response.text()
             assert text.endswith("data: [DONE]\n\n")
-            found.append(text.count("data: "))
+            answers.append(text.count("data: "))
         async with proxy.session.post(f"{base}/chat/completions", json=SAID) as response:
-            found.append((await response.json())["choices"][0]["message"])
+            answers.append((await response.json())["choices"][0]["message"])
 
-    assert found[:2] == found[2:]
+    assert answers[:2] == answers[2:]
 
 
 @pytest.mark.parametrize("transport", ["websocket", "sse"])
@@ -273,10 +273,10 @@ async def test_client_library_reads_cancels_and_is_refused_as_without_the_proxy(
     proxied: Proxied, transport: Literal["websocket", "sse"]
 ) -> None:
     server, proxy = await proxied(QUICK, **FULL)
-    found = []
+    texts = []
     for base in (server.base, proxy.base):
         async with Client(base, transport=transport, session=proxy.session, deadline=20) as client:
-            found.append(await client.chat("Hello").text())
+            texts.append(await client.chat("Hello").text())
         await server.nothing_held()
     server.simulator.behaviour = SILENT_AFTER_ONE
     async with Client(proxy.base, transport=transport, session=proxy.session) as client:
@@ -290,7 +290,7 @@ async def test_client_library_reads_cancels_and_is_refused_as_without_the_proxy(
                     await other.chat("Hello").text()
         await server.simulator.until(lambda stats: stats.aborted == 1)
 
-    assert found[0] == found[1] != ""
+    assert texts[0] == texts[1] != ""
     assert caught.value.code == "server_at_capacity"
 
 

@@ -42,20 +42,20 @@ async def test_each_request_that_reaches_the_server_has_one_answer(
     caplog.set_level(logging.INFO, "aioserver.access")
     (tmp_path / "proxy").mkdir()
     async with running(kind, tmp_path / "proxy", server.port) as proxy:
-        for number, (data, followed) in enumerate([*((one, True) for one in INVALID), *VALID]):
+        for number, (data, followed) in enumerate([*((case, True) for case in INVALID), *VALID]):
             caplog.clear()
-            said = await answers_to(proxy, data)
+            answers = await answers_to(proxy, data)
             mine = {"X-Request-Id": f"victim-{number}", "Connection": "close"}
             async with proxy.session.get(f"{proxy.base}/v1/models", headers=mine) as response:
                 assert response.status == 200
                 assert response.headers["x-request-id"] == f"victim-{number}"
                 assert (await response.json())["object"] == "list"
 
-            seen = [one.fields["path"] for one in accesses(caplog)]
+            seen = [line.fields["path"] for line in accesses(caplog)]
             seen = [path for path in seen if path != "/v1/models"]
-            answered = answers_with_ids(said)
+            answered = answers_with_ids(answers)
             # A request without a version (HTTP/0.9) gets a body and no head.
-            if not said.startswith(b"HTTP/"):
+            if not answers.startswith(b"HTTP/"):
                 answered = min(len(seen), 1)
             assert len(seen) == answered, data
             assert seen.count("/smuggled") <= followed, data

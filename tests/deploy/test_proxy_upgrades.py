@@ -48,12 +48,12 @@ async def recorder() -> AsyncIterator[tuple[int, list[dict[str, str]]]]:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             first, *lines = head.strip().split("\r\n")
-            found = {"": first}
+            fields = {"": first}
             for line in lines:
                 name, _, value = line.partition(": ")
-                found[name.lower()] = found.get(name.lower(), "") + value
+                fields[name.lower()] = fields.get(name.lower(), "") + value
             if not first.startswith("GET /ready"):
-                heads.append(found)
+                heads.append(fields)
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
             await writer.drain()
         writer.close()

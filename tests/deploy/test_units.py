@@ -72,7 +72,7 @@ def test_systemd_understands_every_line(tmp_path: Path, name: str) -> None:
     changes = {} if name == "aioserver.service" else {"#Service=": "Service="}
     (tmp_path / "aioserver.socket").write_text(edited("aioserver.socket", changes))
 
-    said = run(
+    output = run(
         installed("systemd-analyze"),
         "verify",
         "--man=no",
@@ -80,22 +80,22 @@ def test_systemd_understands_every_line(tmp_path: Path, name: str) -> None:
         str(tmp_path / "aioserver.socket"),
     )
 
-    ours = [line for line in said.splitlines() if re.search(r"aioserver(@1?)?\.", line)]
+    ours = [line for line in output.splitlines() if re.search(r"aioserver(@1?)?\.", line)]
     assert ours == []
 
 
 def test_the_units_are_in_step_with_the_shipped_configuration() -> None:
     settings = Configuration.load(SHIPPED, environ={}).settings
-    given = settings.chat.websocket
-    limits = given.concurrency
+    websocket = settings.chat.websocket
+    limits = websocket.concurrency
     kept = settings.chat.streams.max_kept_bytes + limits.max_body_bytes
     descriptors = (
         limits.max_connections
         + limits.connection_queue_size
-        + sum(one.http_client.max_connections for one in settings.llm.providers.values())
+        + sum(provider.http_client.max_connections for provider in settings.llm.providers.values())
     )
 
-    assert int(SERVICE["TimeoutStopSec"]) > given.drain_delay + given.shutdown_timeout + 5
+    assert int(SERVICE["TimeoutStopSec"]) > websocket.drain_delay + websocket.shutdown_timeout + 5
     assert int(SERVICE["WatchdogSec"]) == 20
     assert int(SERVICE["LimitNOFILE"]) > 64 * descriptors
     assert SERVICE["MemoryMax"].endswith("G")
@@ -103,7 +103,7 @@ def test_the_units_are_in_step_with_the_shipped_configuration() -> None:
     assert SERVICE["RestartPreventExitStatus"] == "2"
     assert SERVICE["ExecReload"] == "/bin/kill -HUP $MAINPID"
     assert int(SOCKET["Backlog"]) == limits.uvicorn.backlog
-    assert SOCKET["ListenStream"] == f"127.0.0.1:{given.port}"
+    assert SOCKET["ListenStream"] == f"127.0.0.1:{websocket.port}"
     assert SOCKET["Accept"] == "no"
 
 
@@ -123,7 +123,7 @@ async def test_the_command_of_the_service_serves_the_socket_of_the_socket_unit(
     program, *arguments = shlex.split(SERVICE["ExecStart"])
     assert program == PYTHON
     assert arguments.count(CONFIG) == 1
-    arguments = [str(config) if one == CONFIG else one for one in arguments]
+    arguments = [str(config) if argument == CONFIG else argument for argument in arguments]
 
     with (
         Systemd(str(tmp_path / "notify")) as systemd,
@@ -158,7 +158,7 @@ async def test_two_services_serve_one_socket_and_either_may_end(tmp_path: Path) 
     config = tmp_path / "config.yaml"
     configured(NOWHERE, {}, config)
     _, *arguments = shlex.split(unit("aioserver@.service")["Service"]["ExecStart"])
-    arguments = [str(config) if one == CONFIG else one for one in arguments]
+    arguments = [str(config) if argument == CONFIG else argument for argument in arguments]
 
     async def status(port: socket.socket) -> bytes:
         reader, writer = await asyncio.open_connection(*port.getsockname())

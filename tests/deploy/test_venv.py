@@ -72,10 +72,10 @@ def test_without_all_wheels_the_newest_python_installs_what_it_can(tmp_path: Pat
 def test_what_cannot_be_installed_ends_with_a_message(
     tmp_path: Path, pythons: dict[str, str]
 ) -> None:
-    code, said, _ = install(tmp_path, pythons)
+    code, output, _ = install(tmp_path, pythons)
 
     assert code == 1
-    assert ("the installation failed" if pythons else "set PYTHON to the path of one") in said
+    assert ("the installation failed" if pythons else "set PYTHON to the path of one") in output
     assert not (tmp_path / ".venv/stamp").exists()
 
 

@@ -125,13 +125,15 @@ def test_every_type_of_a_chunk_has_its_row_and_no_other() -> None:
 
 
 def every_error(cls: type[errors.AioserverError]) -> Iterator[type[errors.AioserverError]]:
-    for one in cls.__subclasses__():
-        yield one
-        yield from every_error(one)
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from every_error(subclass)
 
 
 ERRORS = [
-    one for one in every_error(errors.AioserverError) if one is not provider_errors.ProviderFault
+    error
+    for error in every_error(errors.AioserverError)
+    if error is not provider_errors.ProviderFault
 ]
 
 
@@ -188,7 +190,7 @@ def test_our_own_client_and_page_ask_again_after_the_codes_that_the_table_says()
         )
     }
     page = (FACES / "assets/chat/errors.js").read_text()
-    said = page.partition("PASSING = new Map([")[2].partition("]);")[0]
+    client_source = page.partition("PASSING = new Map([")[2].partition("]);")[0]
     rows = {row[1]: named(row[0]) for row in table("What to do after an error", "code")}
 
     later = {code for do, codes in rows.items() if do.startswith("wait for") for code in codes}
@@ -197,7 +199,7 @@ def test_our_own_client_and_page_ask_again_after_the_codes_that_the_table_says()
     assert lists["BUSY"] | lists["LATER"] == later
     assert lists["TWICE"] == twice
     # The page has words for each wait.
-    assert later | twice <= {*re.findall(r'\["(\w+)", ', said)}
+    assert later | twice <= {*re.findall(r'\["(\w+)", ', client_source)}
 
 
 # The rules, on real sockets.

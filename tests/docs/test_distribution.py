@@ -38,14 +38,14 @@ EXTRAS = {extra: names(text) for extra, text in SETUP["options.extras_require"].
 
 def imported() -> set[str]:
     """Every top-level package that the code imports."""
-    found: set[str] = set()
+    names: set[str] = set()
     for path in (ROOT / "aioserver").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
-                found |= {alias.name.partition(".")[0] for alias in node.names}
+                names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module is not None:
-                found.add(node.module.partition(".")[0])
-    return found
+                names.add(node.module.partition(".")[0])
+    return names
 
 
 def test_both_files_name_the_same_distribution() -> None:

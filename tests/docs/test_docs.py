@@ -21,9 +21,9 @@ PROMISES = (ROOT / "docs/threat-model.md").read_text()
 
 def every_error(cls: type[errors.AioserverError]) -> Iterator[type[errors.AioserverError]]:
     """The classes below *cls*."""
-    for one in cls.__subclasses__():
-        yield one
-        yield from every_error(one)
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from every_error(subclass)
 
 
 def table(page: str, title: str) -> list[list[str]]:
@@ -39,7 +39,7 @@ CODES = {row[0].strip("` "): row for row in table(ERROR_PAGE, "Error codes")}
 ERRORS = [*every_error(errors.AioserverError)]
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
 def test_every_error_is_explained_with_its_status_and_close_code(
     error: type[errors.AioserverError],
 ) -> None:

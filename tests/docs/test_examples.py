@@ -188,6 +188,6 @@ async def flask(server: str) -> AsyncIterator[str]:
     program = (EXAMPLES / "flask_view.py", "--url", server, "--port", "0")
     async with await Process.start(*program, environ=PACKAGES) as process:
         await process.logs("Press CTRL+C to quit")
-        found = re.search(r"Running on (http://\S+)", process.log)
-        assert found is not None
-        yield found[1]
+        match = re.search(r"Running on (http://\S+)", process.log)
+        assert match is not None
+        yield match[1]
