@@ -208,6 +208,11 @@ class Repository:
     path: str = setting(line, "path of the SQLite file (with `type: sql`)", "events.db")
     persistence: Persistence = group(Persistence)
 
+    @property
+    def in_file(self) -> bool:
+        """Whether conversations are kept in a file."""
+        return self.type == "sql" and self.persistence.enabled
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:

@@ -7,6 +7,9 @@ as rates and the lag of the event loop. The *sources* are the objects from which
 `/stats` shows the newest snapshot. The *history* keeps a point of each for ten minutes. A *watcher*
 is a client of `/events`: it is sent the history, then each snapshot as it is made.
 
+A *section* is a wing's part of all this. Where there are several instances, each *reports* its snapshot, and the *fold* makes one of
+them, by the *rule* that each field declares.
+
 A *trouble* is a problem that a provider has now, described in a text that every display shows.
 
 An *incident* is something that an operator should know, such as the death of a provider.

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import aiohttp
 
 from aioserver.server import listener, preflight
-from aioserver.wings.conversations.wing import wants_file
 
 if TYPE_CHECKING:
     from aioserver.config.settings import Settings
@@ -94,7 +93,7 @@ def _check_extras(report: Report, settings: Settings) -> None:
         elif workers > 1:
             text = f"redis is not installed: each of {workers} workers has a fixed share of each limit"
             report.warn("machine", text, _install(REDIS))
-    if wants_file(settings.chat.service.repository) and util.find_spec(SQLITE.package) is None:
+    if settings.chat.service.repository.in_file and util.find_spec(SQLITE.package) is None:
         text = "aiosqlite is not installed: conversations are kept in memory, not in their file"
         report.warn("machine", text, _install(SQLITE))
 
@@ -207,7 +206,7 @@ def available_memory(system: System) -> int | None:
 def _check_history(report: Report, settings: Settings) -> None:
     """Find out whether the file of conversations can be written, and files beside it made. Nothing is written."""
     repository = settings.chat.service.repository
-    if not wants_file(repository):
+    if not repository.in_file:
         return
     file = Path(repository.path).absolute()
     places = [place for place in (file.parent, file) if place == file.parent or place.exists()]

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.history")
 
-SQL = "sql"
 NOT_INSTALLED = "conversations are not kept in a file: {} is not installed"
 INSTALL = "Run `pip install '.[history]'` in the clone, and restart."
 
@@ -73,17 +72,12 @@ class ConversationsWing(Wing):
         return partial(self._history.apply, service.context, service.repository.persistence)
 
 
-def wants_file(repository: Repository) -> bool:
-    """Return whether conversations are kept in a file."""
-    return repository.type == SQL and repository.persistence.enabled
-
-
 def prepare_file(repository: Repository) -> None:
     """Make the file of conversations, if one is wanted, before there are several processes; clear it, if that is wanted.
 
     It blocks. A fault is logged here, and met again by those who open the file.
     """
-    if not wants_file(repository):
+    if not repository.in_file:
         return
     if importlib.util.find_spec("aiosqlite") is None:
         return
@@ -117,7 +111,7 @@ async def open_history(
 
     A file, where one is wanted, is the storage instead: all processes of a machine have the same one.
     """
-    if not wants_file(repository):
+    if not repository.in_file:
         return History(conversations, shared)
     try:
         # The extra `history`, and Python's own sqlite3, which some builds lack.
