@@ -124,7 +124,7 @@ async def start(context: Context, request: web.Request, question: Question) -> w
     gateway, stream = context.gateway, question.stream
     if stream is not None:
         # A mirror is this request's own; a log that is kept here may have gone meanwhile.
-        stream = stream if stream.attachment.mirrored else await _known(context, question)
+        stream = stream if stream.mirrored else await _known(context, question)
         question.chat = None
         question.hold.release()
     else:
@@ -132,7 +132,7 @@ async def start(context: Context, request: web.Request, question: Question) -> w
         stream = gateway.ask(question.caller, chat, face="sse", hold=question.hold)
         if gateway.instances is not None:
             await gateway.instances.claimed(stream)
-            if stream.attachment.mirrored and stream.first > question.after + 1:
+            if stream.mirrored and stream.first > question.after + 1:
                 # Requests with one id have waited for its claim together, and others began to read the mirror already.
                 start = Start(question.after, digest=chat.digest())
                 stream = await gateway.reach(question.caller, chat.request_id, start)
@@ -187,8 +187,8 @@ async def resume(
     """
     stream, after = position
     if stream.ended and after >= stream.last:
-        if stream.attachment.broken is not None:
-            raise stream.attachment.broken
+        if stream.broken is not None:
+            raise stream.broken
         context.gateway.lifetime.let_go(stream)
         return web.Response(status=204)
     if request.method == "HEAD":

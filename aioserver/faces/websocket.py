@@ -145,7 +145,8 @@ class ChatSocket(Socket):
             stream = gateway.instances.mirror(self.caller, request_id, start)
             if request_id in self._following:
                 # Its end comes by the mirror that is followed already.
-                stream.attachment.expected = False
+                if stream.remote is not None:
+                    stream.remote.expected = False
             else:
                 self._follow(stream, 0)
             return

@@ -118,7 +118,7 @@ async def kept_answer(stream: Stream, lifetime: Lifetime) -> AsyncIterator[Answe
         await reader.reached
         # It has all of it, and is not late.
         reader.next_index = stream.offset + len(stream.entries)
-        answer = stream.details.whole
+        answer = stream.whole
         if not isinstance(answer, Answer):
             raise stream.error or StreamNotFound("this answer was cancelled")
         yield answer

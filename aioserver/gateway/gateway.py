@@ -21,7 +21,7 @@ from aioserver.errors import (
     StreamNotFound,
 )
 from aioserver.gateway.calls import Calls, shutdown_error
-from aioserver.gateway.instances import FROM_START, NOT_FOUND, describe
+from aioserver.gateway.instances import FROM_START, NOT_FOUND
 from aioserver.gateway.producers import Producers
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.request import Request
@@ -120,7 +120,7 @@ class Gateway:
         prompt = self._prompts.make(caller, chat, scope, route, hold)
         request = Request(route, prompt.request, face, key, key, digest, keeper=prompt)
         stream = self._begin(request, self._router.fill)
-        stream.details.conversation_id = prompt.conversation_id
+        stream.conversation_id = prompt.conversation_id
         return stream
 
     def relay(self, request: Request) -> Stream:
@@ -178,9 +178,9 @@ class Gateway:
             RequestConflict: the id is known with another payload.
         """
         stream = self._streams.find(caller, request_id)
-        if stream is None or (after != 0 and stream.attachment.undecided):
+        if stream is None or (after != 0 and stream.undecided):
             raise StreamNotFound(NOT_FOUND)
-        if digest is not None and stream.attachment.digest != digest:
+        if digest is not None and stream.digest != digest:
             raise RequestConflict("this request id is known, with another payload")
         return stream
 
@@ -213,8 +213,8 @@ class Gateway:
             await self.instances.cancel(caller, request_id)
 
     async def listing(self, caller: Caller) -> list[dict[str, Any]]:
-        """Return what `describe` says of the caller's own streams that are kept, wherever they are."""
-        own = [describe(stream) for stream in self.streams_of(caller)]
+        """Return what `Stream.describe` says of the caller's own streams that are kept, wherever they are."""
+        own = [stream.describe() for stream in self.streams_of(caller)]
         return own if self.instances is None else [*own, *await self.instances.listing(caller)]
 
     def streams_of(self, caller: Caller) -> Iterator[Stream]:
@@ -234,7 +234,7 @@ class Gateway:
     def forget_response(self, caller: Caller, response_id: str) -> bool:
         """Forget a response and its log here; cancel it if it runs. Return whether there was one."""
         stream = self._streams.find(caller, response_id)
-        api = None if stream is None else stream.details.api
+        api = None if stream is None else stream.api
         found = api is not None and api.path == RESPONSES
         if stream is not None and found:
             self.lifetime.forget(stream)
@@ -287,7 +287,7 @@ class Gateway:
         stream = self._streams.find(caller, key)
         if stream is None:
             return None
-        if stream.attachment.digest != digest:
+        if stream.digest != digest:
             raise RequestConflict("this request id is already known, with another payload")
         if stream.end_status == ERROR and not stream.sent and not stream.readers:
             # No provider has got the request, so a new try costs nothing.
@@ -317,11 +317,11 @@ class Gateway:
                 private=not resumable,
                 outcome=request.provider_request.outcome,
             )
-            stream.details.api = api = request.provider_request.api
+            stream.api = api = request.provider_request.api
             if request.provider_request.streamed:
-                stream.details.events = api.events()
+                stream.events = api.events()
             stream.record = request.begin_record(self._request_log)
-            stream.attachment.held = request.provider_request.answer_bytes = self._streams.hold()
+            stream.held = request.provider_request.answer_bytes = self._streams.hold()
             producer = produce(request, stream)
             self._start(stream, request, producer)
         except BaseException:
@@ -359,9 +359,9 @@ class Gateway:
         if request.stored and (response_id := await in_turns(final_response(body))) is not None:
             stream.add_alias(response_id)
         pieces = await in_turns(text_pieces(body))
-        if stream.attachment.held is not None:
+        if stream.held is not None:
             # From here on the stream counts it.
-            stream.attachment.held.release()
+            stream.held.release()
         stream.append_whole(answer, body, pieces)
         stream.end(COMPLETE, {"metadata": {"provider": answer.outcome.provider}})
 

@@ -1,7 +1,7 @@
 """Streams of other instances: where several processes serve together, any of them leads to any stream.
 
 A request id belongs to one instance, which *claims* it before it asks a provider: the owner of its
-stream. A request whose id is another instance's gets a mirror of the owner's log (streams/mirror.py). So
+stream. A request whose id is another instance's gets a mirror of the owner's log (streams/stream.py). So
 does a client that comes back for a stream which is not here. What the instances say to each other is
 behind `Instances`, which the wing `cluster` implements.
 """
@@ -83,21 +83,10 @@ class Instances(Protocol):
         """
 
     async def listing(self, caller: Caller) -> list[dict[str, Any]]:
-        """Return what `describe` says of the caller's streams at all other instances."""
+        """Return what `Stream.describe` says of the caller's streams at all other instances."""
 
     async def forget_response(self, caller: Caller, response_id: str) -> bool:
         """Let no other instance know a response any more; return whether one did."""
 
     def ended(self, stream: Stream) -> None:
         """Note that the producer of *stream* has ended."""
-
-
-def describe(stream: Stream) -> dict[str, Any]:
-    """Return what a list of streams says of *stream*."""
-    return {
-        "request_id": stream.request_id,
-        "status": stream.end_status.decode() or "running",
-        "last_event_id": stream.last,
-        "first_event_id": stream.first,
-        "readers": len(stream.readers),
-    }

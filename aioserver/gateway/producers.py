@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import AioserverError, InternalError, StreamNotFound, public
 from aioserver.provider_errors import ProviderDisconnected
-from aioserver.streams import mirror
 from aioserver.streams.contracts import PLAIN_EVENTS
 from aioserver.streams.entries import CANCELLED
 from aioserver.tracebacks import forget_frames
@@ -76,7 +75,7 @@ class Producers:
         for task, stream in self._streams.items():
             owner: Any = stream.caller
             if callers is None or owner.name in callers:
-                stream.attachment.cancel_reason = reason()
+                stream.cancel_reason = reason()
                 task.cancel()
                 ended.append(task)
         if ended:
@@ -95,15 +94,15 @@ class Producers:
         fault = None if task.cancelled() else task.exception()
         bugs = [] if fault is None or isinstance(fault, AioserverError) else [fault]
         owner: Any = stream.caller
-        mirrored = stream.attachment.mirrored
+        mirrored = stream.mirrored
         # A mirror counts for no quota, and the answer is in the request log of its owner.
         for step in (
             None if mirrored else owner.quota and owner.quota.give_back,
-            stream.attachment.held and stream.attachment.held.release,
+            stream.held and stream.held.release,
             partial(self._end, stream, task, fault),
             None if mirrored else partial(self._finish_record, stream),
             self._on_end and partial(self._on_end, stream),
-            stream.attachment.on_settled,
+            stream.on_settled,
         ):
             try:
                 if step:
@@ -120,12 +119,12 @@ class Producers:
         """End the log of *stream*, unless it has ended, as its producer *task* has: with *fault*, if any."""
         if stream.ended:
             return
-        reason = stream.attachment.cancel_reason
+        reason = stream.cancel_reason
         try:
-            if stream.attachment.mirrored:
+            if stream.mirrored:
                 gone = ProviderDisconnected("the answer has no end")
                 cut = reason or StreamNotFound("this answer was cancelled")
-                mirror.stop(stream, error=cut if task.cancelled() else public(fault or gone))
+                stream.stop(error=cut if task.cancelled() else public(fault or gone))
             elif not task.cancelled():
                 error = public(fault or ProviderDisconnected("the answer has no end"))
                 error.paid = error.paid or (stream.sent and isinstance(error, InternalError))
@@ -133,14 +132,14 @@ class Producers:
             elif reason is None:
                 # On the OpenAI face nothing but an error tells a cut from an end.
                 cut = StreamNotFound("this answer was cancelled")
-                data = stream.details.final_error(cut, stream.last + 1)
+                data = stream.final_error(cut, stream.last + 1)
                 stream.end(CANCELLED, {}, data=data)
             else:
                 stream.fail(reason)
         finally:
             if not stream.ended:
                 # The error could not be written in the form of this answer's events.
-                stream.details.events = PLAIN_EVENTS
+                stream.events = PLAIN_EVENTS
                 bug = InternalError("internal error")
                 bug.paid = stream.sent
                 stream.fail(bug)
@@ -153,5 +152,5 @@ class Producers:
         record = stream.record
         # Without the two events that open and end the stream.
         record.events = stream.last - 2 if stream.answered_at else 0
-        record.abandoned = stream.attachment.abandoned
+        record.abandoned = stream.abandoned
         self._request_log.finish(record, stream.error, cancelled=stream.end_status == CANCELLED)

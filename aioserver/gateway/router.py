@@ -215,17 +215,17 @@ class Router:
             await self._ask(request, stream)
             return
         await keeper.begin()
-        stream.attachment.keeper = keeper
+        stream.keeper = keeper
         try:
             await self._ask(request, stream)
             await stream.finished()
         except asyncio.CancelledError:
             stream.close_fast_path()
-            if not (stream.ended or stream.attachment.ending):
+            if not (stream.ended or stream.ending):
                 keeper.cut(stream)
             raise
         finally:
-            stream.attachment.keeper = None
+            stream.keeper = None
 
     async def call(self, request: Request, stream: Stream | None = None) -> Answer:
         """Return an answer that is not streamed; *stream* is the log that will keep it, if any.

@@ -1,6 +1,6 @@
 """The exchanges at one provider that are paused because their clients read too slowly.
 
-A log asks for a pause where its client cannot come back (streams/flow.py). A paused exchange keeps its
+A log asks for a pause where its client cannot come back (streams/stream.py). A paused exchange keeps its
 place at the provider, so it is read on as soon as a request waits for one.
 """
 

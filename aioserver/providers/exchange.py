@@ -13,7 +13,7 @@ answer came whole, with a length or in chunks, the provider keeps the connection
 the answer. Any other end aborts it at once, without TLS's closing handshake, which may take 30 s.
 
 Timeouts: each read must come within `read_timeout` of the last one: one lazy timer per connection checks
-the time of the last byte; it rests while the log has paused the exchange (streams/flow.py). A write must make progress within `write_timeout`, or a WriteWatchdog ends the
+the time of the last byte; it rests while the log has paused the exchange (streams/stream.py). A write must make progress within `write_timeout`, or a WriteWatchdog ends the
 exchange.
 """
 

@@ -239,10 +239,10 @@ class ReadingSink(StreamSink):
 
     def _count_text(self) -> None:
         """Count for the log what its reading keeps, once that has grown by a step."""
-        size, details = self._reading.size, self._stream.details
-        if size - details.text_bytes > TEXT_STEP:
-            details.text_bytes = size
-            self._stream.recount()
+        size, stream = self._reading.size, self._stream
+        if size - stream.text_bytes > TEXT_STEP:
+            stream.text_bytes = size
+            stream.recount()
 
 
 def complete(stream: Stream, data: bytes = b"", **metadata: object) -> None:

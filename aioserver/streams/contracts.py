@@ -73,6 +73,21 @@ class Source(Protocol):
         """Read on."""
 
 
+class Held(Protocol):
+    """Bytes that are counted (store.py)."""
+
+    def release(self) -> None:
+        """Give them back; a second call does nothing."""
+
+
+class WholeAnswer(Protocol):
+    """An answer that was not streamed."""
+
+    @property
+    def size(self) -> int:
+        """The bytes that this object keeps."""
+
+
 class Attempt(Protocol):
     """The attempt that fills a log (providers/attempt.py), from when it has its place until that is given back."""
 

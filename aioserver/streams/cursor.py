@@ -181,7 +181,7 @@ class Cursor:
         self.next_index = stream.offset + index
         if index < end:
             return False
-        if stream.ended and (error := stream.attachment.broken) is not None:
+        if stream.ended and (error := stream.broken) is not None:
             parts.append(event_format.render_error(stream, error, stream.last))
         return True
 

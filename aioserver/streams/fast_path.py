@@ -245,7 +245,7 @@ class TextPath(FastPath):
         assert self.shape is not None
         self.shape.reading.note(texts.replace(b'"', b""))
         # The reading keeps the texts as well, for the conversation.
-        stream.details.text_bytes = self.shape.reading.size
+        stream.text_bytes = self.shape.reading.size
         stream.recount()
         self.cursor.next_index += 1
         stream.append_forwarded(TextEntry(stream.last - count + 1, count, texts, monotonic()))
@@ -257,6 +257,6 @@ def new_path(cursor: Cursor, destination: Destination, shape: Shape | None) -> F
     if shape is not None:
         render_text = cursor.format.render_text
         return None if render_text is None else TextPath(cursor, destination, shape, render_text)
-    api = cursor.stream.details.api
+    api = cursor.stream.api
     path: FastPath | None = None if api is None else api.fast_path(cursor, destination)
     return path

@@ -84,7 +84,7 @@ def _raw(_stream: Stream, entry: Entry, skip: int) -> bytes:
 
 
 def _raw_error(stream: Stream, error: AioserverError, seen: int) -> bytes:
-    return stream.details.events.render(error, seen)
+    return stream.events.render(error, seen)
 
 
 def _event(number: int, status: bytes, frame: bytes) -> bytes:

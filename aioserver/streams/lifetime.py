@@ -77,7 +77,9 @@ class Lifetime:
 
     def reader_added(self, stream: Stream) -> None:
         """Note that *stream* has a reader, or has one again."""
-        stream.record.slow_client = stream.attachment.expected = False
+        stream.record.slow_client = False
+        if stream.remote is not None:
+            stream.remote.expected = False
         self._leave_detached(stream)
 
     def reader_removed(self, stream: Stream) -> None:
@@ -96,14 +98,15 @@ class Lifetime:
 
     def expect(self, stream: Stream, seconds: float) -> None:
         """Keep *stream*, a mirror, for *seconds* if it has no reader yet, even if it ends before."""
-        if not stream.readers:
-            stream.attachment.expected = True
-            stream.attachment.timer = self._loop.call_later(seconds, self.let_go, stream)
+        if stream.remote is not None and not stream.readers:
+            stream.remote.expected = True
+            stream.timer = self._loop.call_later(seconds, self.let_go, stream)
 
     def let_go(self, stream: Stream) -> None:
         """Note that nobody is going to read *stream*, if it is a mirror that has no reader."""
-        if stream.attachment.mirrored and not stream.readers:
-            stream.attachment.expected = False
+        remote = stream.remote
+        if remote is not None and remote.mirrored and not stream.readers:
+            remote.expected = False
             self._leave_detached(stream)
             self.reader_removed(stream)
 
@@ -119,7 +122,7 @@ class Lifetime:
         if stream.ended or stream in self._detached:
             return
         self._detached[stream] = left
-        stream.attachment.timer = self._loop.call_later(stream.window, self.end, stream)
+        stream.timer = self._loop.call_later(stream.window, self.end, stream)
         self._enforce_max_detached()
         provider = stream.place
         if provider and self._waiting(provider) > self._freed_soon(provider):
@@ -128,7 +131,7 @@ class Lifetime:
     def end(self, stream: Stream, *, abandoned: bool = True) -> None:
         """Cancel *stream*, with readers or without; *abandoned*: because nobody reads it."""
         self._leave_detached(stream)
-        stream.attachment.abandoned = abandoned
+        stream.abandoned = abandoned
         self._cancel(stream)
 
     def forget(self, stream: Stream) -> None:
@@ -163,19 +166,20 @@ class Lifetime:
 
     def _leave_detached(self, stream: Stream) -> None:
         self._detached.pop(stream, None)
-        if stream.attachment.timer is not None:
-            stream.attachment.timer.cancel()
-            stream.attachment.timer = None
+        if stream.timer is not None:
+            stream.timer.cancel()
+            stream.timer = None
 
     def _finished(self, stream: Stream) -> None:
-        if not stream.attachment.expected:
+        expected = stream.remote is not None and stream.remote.expected
+        if not expected:
             self._leave_detached(stream)
         self._giving_way.discard(stream)
         if stream.window > 0:
             self._kept[stream] = self._loop.time() + stream.window
             if self._sweeper is None:
                 self._sweeper = self._loop.call_later(stream.window, self._sweep)
-        elif not (stream.readers or stream.attachment.expected):
+        elif not (stream.readers or expected):
             self._store.drop(stream)
 
     def _sweep(self) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from aioserver.auth.callers import Caller
 from aioserver.errors import ServerAtCapacity
-from aioserver.streams.stream import Stream
+from aioserver.streams.stream import Remote, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
@@ -127,20 +127,21 @@ class StreamStore:
         return stream
 
     def open_mirror(self, request_id: str, caller: Hashable, *, after: int) -> Stream:
-        """Return the mirror, after event *after*, of a log that another instance has (mirror.py).
+        """Return the mirror, after event *after*, of a log that another instance has.
 
         Raises:
             ServerAtCapacity: as `open`.
         """
         stream = self.open(request_id, caller, window=0.0, private=True)
         stream.last = after
-        stream.attachment.mirrored = True
+        stream.remote = Remote(mirrored=True)
         return stream
 
     def hide(self, stream: Stream) -> None:
         """Let *stream* be found no longer, and kept only for the readers that it has: it is a mirror now."""
         stream.private, stream.window = True, 0.0
-        stream.attachment.mirrored = True
+        stream.remote = stream.remote or Remote()
+        stream.remote.mirrored = True
         self.unname(stream)
 
     def find(self, caller: Hashable, request_id: str) -> Stream | None:
@@ -178,7 +179,7 @@ class StreamStore:
 
     def unname(self, stream: Stream) -> None:
         """Let *stream* be found by no name any more; a second call does nothing."""
-        for name in (stream.request_id, stream.attachment.alias):
+        for name in (stream.request_id, stream.alias):
             if name is not None and self._by_name.get((stream.caller, name)) is stream:
                 del self._by_name[stream.caller, name]
         owner = _owner(stream.caller)

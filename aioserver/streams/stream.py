@@ -12,22 +12,37 @@ see `close_fast_path`.
 
 A log is bounded. Beyond `max_stream_bytes` its oldest entries are discarded, though never its
 newest; a reader that has not seen them yet is dropped, and skips no event silently. Where no
-client can come back (`window` 0), an entry is discarded once every reader has passed it, and the
-provider is read no faster than the client reads (flow.py).
+client can come back (`window` 0), an entry is discarded once every reader has passed it.
 
-This file is one concept: each method holds the same invariant, that of the entries and of what is counted.
+Where nobody can come back, the provider is also read no faster than its client reads. A log that a
+client can come back to takes the answer at the provider's speed, so that the provider's place is
+soon free; with a window of 0 that would only lose what the client has not read, so reading from
+the provider pauses instead: TCP's own flow control then reaches from the client to the provider.
+A pause costs the provider's place, so that there is none while a request waits for it
+(providers/backpressure.py). `send_timeout` ends a client that reads nothing at all.
+
+Where several processes serve together, a log stays where it is made: its instance is its *owner*.
+A client that reads it through another instance has a *mirror* there: a log like any other, with the
+owner's events and numbers, which is filled by messages between the two (wing `cluster`). A mirror
+begins where its reader goes on. It cannot be found, it keeps what its readers have not passed, and
+it goes with the last of them. It ends with the owner's last event. Where the owner is out of reach
+it stops instead, without an event of its own: its readers are told an error that has no number, so
+that a client which comes back says the number that it would have said anyway.
+
+This file is one concept: the entries and what is counted of them hold one invariant, and whatever
+adds to a log, discards of it or ends it holds it here.
 """
 
 from __future__ import annotations
 
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
 from aioserver.protocol import frames as protocol_frames
-from aioserver.streams.details import STREAM_OVERHEAD, AnswerDetails, Attachment, headers_size
+from aioserver.streams.contracts import PLAIN_EVENTS
 from aioserver.streams.ending import run_all
 from aioserver.streams.entries import (
     CHUNK,
@@ -41,19 +56,69 @@ from aioserver.streams.entries import (
     locate,
     processing,
 )
-from aioserver.streams.flow import due, regulate
-from aioserver.streams.retention import discard, late
 from aioserver.telemetry.metrics import NO_METER
 from aioserver.telemetry.outcome import Outcome
 from aioserver.telemetry.request_log import NO_RECORD
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
+    import asyncio
+    from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 
     from aioserver.errors import AioserverError
     from aioserver.protocol.openai import Shape
-    from aioserver.streams.contracts import Attempt, Path, Reader, Source, Store
-    from aioserver.streams.details import WholeAnswer
+    from aioserver.streams.contracts import (
+        AnswerApi,
+        Attempt,
+        Held,
+        Keeper,
+        Path,
+        Reader,
+        Source,
+        Store,
+        WholeAnswer,
+    )
+
+# Bytes of the Python objects of one stream: the log itself, the record of its request and its outcome.
+STREAM_OVERHEAD: Final = 4096
+# Bytes of Python objects per header.
+HEADER_OVERHEAD = 200
+# Unread bytes of a log at which reading pauses, and at which it goes on: as much as a socket's buffers
+# hold, and what a writer writes at once.
+PAUSE_BYTES, RESUME_BYTES = 1 << 18, 1 << 16
+# With several readers: entries between two counts of what is unread, and bytes of one that is counted at once.
+CHECK_EVERY, CHECK_BYTES = 16, 1 << 12
+
+
+class Remote:
+    """What a log has to do with other instances.
+
+    *claimed* is done once it is known which of them fills the log; its result is the error, if the answer is
+    refused. None: nobody asks. *mirrored*: another instance fills it. *expected*: the log waits for its first reader.
+    *broken* is the error with which a mirror ended where its owner's log goes on.
+    """
+
+    __slots__ = ("broken", "claimed", "expected", "mirrored")
+
+    def __init__(
+        self,
+        claimed: asyncio.Future[AioserverError | None] | None = None,
+        *,
+        mirrored: bool = False,
+    ) -> None:
+        self.claimed = claimed
+        self.mirrored = mirrored
+        self.expected = False
+        self.broken: AioserverError | None = None
+
+    @property
+    def undecided(self) -> bool:
+        """Whether it is not known yet which instance fills the log."""
+        return self.claimed is not None and not self.claimed.done()
+
+    def decide(self, error: AioserverError | None = None) -> None:
+        """Note that it is known which instance fills the log, or that the answer is refused with *error*."""
+        if self.claimed is not None and not self.claimed.done():
+            self.claimed.set_result(error)
 
 
 class Stream:
@@ -64,36 +129,48 @@ class Stream:
 
     *window* is the time, in seconds, that the log lives without a reader, and after its end. A
     *private* log is read only by the client that asked for it, and cannot be found; unless it is a
-    mirror (mirror.py) it has the provider's bytes. The attributes that an event touches are here, the others in `details` and
-    `attachment`.
+    mirror it has the provider's bytes. *digest* tells a repeated request from a conflicting one.
     """
 
     __slots__ = (
         "_store",
+        "abandoned",
+        "alias",
         "answered_at",
-        "attachment",
+        "api",
         "attempt",
         "bytes",
         "caller",
-        "details",
+        "cancel_reason",
+        "conversation_id",
+        "digest",
         "end_status",
         "ended",
+        "ending",
         "entries",
         "error",
+        "events",
         "extra_bytes",
         "head",
+        "held",
+        "keeper",
         "last",
         "max_bytes",
         "meter",
         "offset",
+        "on_settled",
         "outcome",
         "path",
         "private",
         "readers",
         "record",
+        "remote",
         "rendered",
         "request_id",
         "source",
+        "text_bytes",
+        "timer",
+        "whole",
         "window",
     )
 
@@ -113,8 +190,7 @@ class Stream:
         self.caller = caller
         self.window = window
         self.private = private
-        self.details = AnswerDetails()
-        self.attachment = Attachment(digest)
+        self.digest = digest
         # Not a deque: an empty one takes 700 bytes.
         self.entries: list[Entry] = []
         # The number of discarded entries: the index of entries[0], counted from the start.
@@ -145,6 +221,31 @@ class Stream:
         self.head = protocol_frames.frame_head(request_id)
         self.max_bytes = max_bytes
         self.extra_bytes = 0
+        # What kind of answer this is, None if it is no provider's; and what its events are.
+        self.api: AnswerApi | None = None
+        self.events = PLAIN_EVENTS
+        self.conversation_id: str | None = None
+        # An answer that was not streamed, kept for a client that comes back.
+        self.whole: WholeAnswer | None = None
+        # The bytes of text that the producer keeps beside the log while the answer runs.
+        self.text_bytes = 0
+        # What keeps the answer before the log gets its event `complete`; and that event, while it waits for that.
+        self.keeper: Keeper | None = None
+        self.ending: tuple[Awaitable[None], Mapping[str, Any], bytes] | None = None
+        # Counts a body that is collected for the log.
+        self.held: Held | None = None
+        # A second name by which the log is found.
+        self.alias: str | None = None
+        # Runs while the log is detached, and cancels it when its window is over.
+        self.timer: asyncio.TimerHandle | None = None
+        # Whether the log was cancelled because nobody read it.
+        self.abandoned = False
+        # The error with which a cancelled log ends; None if it ends with the event `cancelled`, as when a reader asked for that.
+        self.cancel_reason: AioserverError | None = None
+        # Called when the producer has ended, and counts for no limit of its caller any more.
+        self.on_settled: Callable[[], None] | None = None
+        # None where there are no other instances, or they have no part in this log.
+        self.remote: Remote | None = None
         self._store = store
         self.recount()
 
@@ -169,6 +270,21 @@ class Stream:
         """The provider at which it has a place now; empty while it waits, for a place or for a retry."""
         return "" if self.attempt is None else self.attempt.place
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether another instance fills the log."""
+        return self.remote is not None and self.remote.mirrored
+
+    @property
+    def undecided(self) -> bool:
+        """Whether it is not known yet which instance fills the log."""
+        return self.remote is not None and self.remote.undecided
+
+    @property
+    def broken(self) -> AioserverError | None:
+        """The error with which a mirror ended where its owner's log goes on."""
+        return None if self.remote is None else self.remote.broken
+
     def mark_answered(self) -> None:
         """Note that an event of a provider has come, before it is appended."""
         if not self.answered_at:
@@ -179,8 +295,8 @@ class Stream:
 
     def add_alias(self, alias: str) -> None:
         """Let this stream be found by *alias*, too; a private one is not found at all."""
-        if self.attachment.alias is None and not self.private and self._store is not None:
-            self.attachment.alias = alias
+        if self.alias is None and not self.private and self._store is not None:
+            self.alias = alias
             self._store.add_alias(self, alias)
 
     def add_reader(self, reader: Reader) -> None:
@@ -219,7 +335,7 @@ class Stream:
 
     def append_whole(self, answer: WholeAnswer, body: bytes, pieces: Sequence[slice] = ()) -> None:
         """Append *answer*, which was not streamed, as events with the *pieces* of its text, and keep it."""
-        self.details.whole = answer
+        self.whole = answer
         self.recount()
         for piece in pieces or (NO_TEXT,):
             self.add_entry(WholeEntry(self.last + 1, body, piece, monotonic()))
@@ -242,9 +358,12 @@ class Stream:
     def recount(self) -> None:
         """Count what is kept beside the entries: to be called when it has changed."""
         outcome = self.outcome
-        size = STREAM_OVERHEAD + 3 * len(self.head) + len(outcome.model) + self.details.size
-        if outcome.headers:
-            size += headers_size(outcome.headers)
+        size = STREAM_OVERHEAD + 3 * len(self.head) + len(outcome.model)
+        size += self.text_bytes + self.events.size
+        if headers := outcome.headers:
+            size += sum(len(name) + len(text) + HEADER_OVERHEAD for name, text in headers.items())
+        if self.whole is not None:
+            size += self.whole.size
         if self.error is not None:
             size += self.error.size
         grown, self.extra_bytes = size - self.extra_bytes, size
@@ -259,7 +378,7 @@ class Stream:
     def shed(self) -> bool:
         """Discard all but the newest entry, and drop late readers; return whether there were any."""
         self.close_fast_path()
-        if not any(late(self.entries, self.offset, reader) for reader in self.readers):
+        if not any(map(self._late, self.readers)):
             return False
         self._discard(len(self.entries) - 1)
         return True
@@ -271,7 +390,7 @@ class Stream:
         """
         if self.bytes > self.max_bytes or self.window <= 0:
             self._discard()
-            if due(self):
+            if self._due():
                 self._regulate()
 
     def note_passed(self) -> None:
@@ -279,10 +398,6 @@ class Stream:
         if self.window <= 0:
             self._discard()
             self._regulate()
-
-    def _regulate(self) -> None:
-        if self.source is not None and self.window <= 0 and not self.ended:
-            regulate(self.source, self)
 
     def forward(self, data: bytes, count: int, *, more: bool = False) -> None:
         """Append the provider's bytes of *count* whole events.
@@ -319,32 +434,32 @@ class Stream:
         return self.path
 
     def append_processing(self) -> None:
-        """Append event 1: a place at a provider is taken. Later attempts only change `outcome`."""
+        """Append event 1: a place at a provider is taken. Later attempts only change the outcome."""
         if self.last:
             return
         self.recount()
-        outcome, conversation = self.outcome, self.details.conversation_id
+        outcome, conversation = self.outcome, self.conversation_id
         self.append(PROCESSING, [processing(outcome.provider, outcome.model, conversation)])
 
     def finish(self, chunk: Mapping[str, Any], data: bytes = b"") -> None:
         """End the log well, once its keeper has kept the answer: now, or in `finished`, if that takes a while."""
         # The kept part of the answer has the texts that the fast path has passed on, too.
         self.close_fast_path()
-        keeper = self.attachment.keeper
+        keeper = self.keeper
         kept = None if keeper is None else keeper.keep(self)
         if kept is None:
             self.end(COMPLETE, chunk, data=data)
         else:
-            self.attachment.ending = kept, chunk, data
+            self.ending = kept, chunk, data
             self.notify()
 
     async def finished(self) -> None:
         """Wait until the answer is kept, if the log is to end then, and end it. Cancelling leaves it without an end."""
-        if (ending := self.attachment.ending) is not None:
+        if (ending := self.ending) is not None:
             kept, chunk, data = ending
             await kept
             self.end(COMPLETE, chunk, data=data)
-            self.attachment.ending = None
+            self.ending = None
 
     def end(self, status: bytes, chunk: Mapping[str, Any], *, data: bytes = b"") -> None:
         """Append the last event, and notify the readers and the store."""
@@ -360,13 +475,14 @@ class Stream:
         frames = [protocol_frames.frame(self.head, number, status, chunk)]
         self.end_with(Entry(number, 1, status, data, frames, monotonic()))
 
-    def end_with(self, entry: Entry) -> None:
-        """Append *entry*, the last event, as `append_end` does."""
+    def end_with(self, entry: Entry, error: AioserverError | None = None) -> None:
+        """Append *entry*, the last event, as `append_end` does; *error* is what it says, if it is one."""
         assert not self.ended, "nothing follows the end of a stream"
+        self.error = error or self.error
         self.entries.append(entry)
         self.last, self.ended, self.end_status = entry.first, True, entry.status
         # The producer is done with its text.
-        self.details.text_bytes = 0
+        self.text_bytes = 0
         notices = [reader.notify for reader in self.readers]
         run_all(
             (partial(self._grow, entry.size), self.recount, *notices, self.trim, self.tell_end)
@@ -375,7 +491,38 @@ class Stream:
     def fail(self, error: AioserverError) -> None:
         """Append *error* as the last event, for both kinds of face: as a frame, and as bytes."""
         self.error = error
-        self.end(ERROR, error.as_chunk(), data=self.details.final_error(error, self.last + 1))
+        self.end(ERROR, error.as_chunk(), data=self.final_error(error, self.last + 1))
+
+    def final_error(self, error: AioserverError, number: int) -> bytes:
+        """Return *error* as the last event of the log, whose number is *number*."""
+        data = self.events.render(error)
+        self.events.note(data, number)
+        return data
+
+    def extend(self, entries: Iterable[Entry]) -> None:
+        """Add the owner's next *entries* to this mirror, and notify its readers."""
+        for entry in entries:
+            self.add_entry(entry)
+        self.notify()
+
+    def stop(self, status: bytes = ERROR, error: AioserverError | None = None) -> None:
+        """End this mirror without an event, with the *status* of its owner's log; its readers are told *error*."""
+        self.ended, self.end_status, self.error = True, status, error
+        if self.remote is not None:
+            self.remote.broken = error
+        self.text_bytes = 0
+        notices = [reader.notify for reader in tuple(self.readers)]
+        run_all((self.recount, *notices, self.trim, self.tell_end))
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a list of streams says of this one."""
+        return {
+            "request_id": self.request_id,
+            "status": self.end_status.decode() or "running",
+            "last_event_id": self.last,
+            "first_event_id": self.first,
+            "readers": len(self.readers),
+        }
 
     def report_position(self, position: int, eta: float) -> None:
         """Tell the readers the position in the provider's queue, and the estimated wait in seconds."""
@@ -402,7 +549,7 @@ class Stream:
         freed, self.bytes, self.extra_bytes = self.kept_bytes, 0, 0
         self.offset += len(self.entries)
         self.entries.clear()
-        self.details.whole = self.rendered = None
+        self.whole = self.rendered = None
         return freed
 
     def notify(self) -> None:
@@ -431,8 +578,70 @@ class Stream:
 
     def _discard(self, count: int = 0) -> None:
         """Discard the oldest *count* entries, those passed, and what is beyond `max_stream_bytes`."""
-        if freed := discard(self, count):
+        entries, excess, freed = self.entries, self.bytes - self.max_bytes, 0
+        passed = count
+        if self.window <= 0 and self.readers:
+            ahead = min([reader.next_index for reader in self.readers])
+            passed = max(count, ahead - self.offset)
+        count = 0
+        while len(entries) - count > 1 or (len(entries) > count and count < passed):
+            if count >= passed and freed >= excess:
+                break
+            freed += entries[count].size
+            count += 1
+        if count:
+            del entries[:count]
+            self.offset += count
             self._grow(-freed)
             for reader in tuple(self.readers):
                 if reader.next_index < self.offset:
                     reader.drop()
+
+    def _late(self, reader: Reader) -> bool:
+        """Return whether *reader* is far behind: by more than it gets in one write, the newest entry aside."""
+        entries = self.entries
+        size, index = 0, len(entries) - 1
+        while index > max(reader.next_index - self.offset, 0) and size <= RESUME_BYTES:
+            index -= 1
+            size += entries[index].size
+        return size > RESUME_BYTES
+
+    def _regulate(self) -> None:
+        """Pause the source, or let it go on, as the log, where passed entries are discarded, is read."""
+        source = self.source
+        if source is None or self.window > 0 or self.ended:
+            return
+        unread, max_bytes = self._unread_bytes(), self.max_bytes
+        # A small log pauses well before its bound, which would drop the client.
+        if unread > min(PAUSE_BYTES, max_bytes // 2):
+            source.pause()
+        elif unread <= min(RESUME_BYTES, max_bytes // 8):
+            source.resume()
+
+    def _due(self) -> bool:
+        """Return whether the unread bytes are counted for the newest entry.
+
+        With several readers they are for each CHECK_EVERY-th entry and for each large one, since it takes
+        longer the more of them are unread. The count is then late by 64 KiB at most.
+        """
+        entries = self.entries
+        if len(self.readers) < 2 or not entries:
+            return True
+        number = self.offset + len(entries)
+        return not number % CHECK_EVERY or entries[-1].size > CHECK_BYTES
+
+    def _unread_bytes(self) -> int:
+        """Return about how many bytes no reader has passed; with several, PAUSE_BYTES and one entry at most.
+
+        The reader that is ahead counts: a slow reader costs the others nothing.
+        """
+        entries = self.entries
+        if len(self.readers) < 2:
+            # What the only reader has passed is discarded already.
+            return self.bytes
+        ahead = max([reader.next_index for reader in self.readers]) - self.offset
+        size, index = 0, len(entries)
+        while index > max(ahead, 0) and size <= PAUSE_BYTES:
+            index -= 1
+            size += entries[index].size
+        return size

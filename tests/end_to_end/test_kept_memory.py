@@ -132,8 +132,8 @@ async def test_no_usage_is_kept_after_the_end(
     (stream,) = server.owners.streams.owned_by(anonymous("127.0.0.1"))
     assert stream.outcome.usage is None
     assert stream.record.outcome is stream.outcome
-    if isinstance(stream.details.whole, Answer):
-        assert stream.details.whole.outcome is stream.outcome
+    if isinstance(stream.whole, Answer):
+        assert stream.whole.outcome is stream.outcome
     counted = await server.counted("tokens", "type")
     assert sum(counted.values()) > 0, "it was counted before"
 
@@ -148,7 +148,7 @@ async def test_an_answer_that_never_began_keeps_nothing_of_its_request(
 
     (stream,) = server.owners.streams.owned_by(anonymous("127.0.0.1"))
     assert stream.attempt is None
-    assert stream.attachment.keeper is None
+    assert stream.keeper is None
 
 
 def completed(server: RunningServer, count: int) -> bool:

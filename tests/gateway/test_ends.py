@@ -117,8 +117,8 @@ async def test_an_answer_whose_error_cannot_be_written_ends_with_another(
 ) -> None:
     server = await make_server(SLOW, **KEYED)
     response, stream = await asked(server)
-    stream.details.events = BrokenEvents()
-    stream.attachment.cancel_reason = ServerShutdown("over")
+    stream.events = BrokenEvents()
+    stream.cancel_reason = ServerShutdown("over")
 
     with caplog.at_level(logging.ERROR):
         server.context.gateway.lifetime.end(stream)

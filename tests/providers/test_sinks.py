@@ -343,7 +343,7 @@ def test_an_error_within_a_response_is_a_failed_response(
     data = before + error + behind
     for cut in every_cut(data):
         stream = new_stream()
-        stream.details.events = form = ResponseEvents()
+        stream.events = form = ResponseEvents()
         assert play(ResponseSink(stream), data, cut, end=True)
 
         assert passed(stream).startswith(before + seen + b"event: response.failed\n")
@@ -364,7 +364,7 @@ def test_a_failed_response_with_our_error_beside_it_passes_as_it_is() -> None:
     data += response_event("failed", sequence_number=1, response={}, error={"message": "gone"})
     for cut in every_cut(data):
         stream = new_stream()
-        stream.details.events = ResponseEvents()
+        stream.events = ResponseEvents()
         assert play(ResponseSink(stream), data, cut, end=True)
 
         assert passed(stream) == data
@@ -748,7 +748,7 @@ def test_what_a_running_answer_keeps_beside_its_events_is_counted_as_it_grows() 
     assert stream.extra_bytes - before >= 90_000
 
     stream = new_stream()
-    stream.details.events = ResponseEvents()
+    stream.events = ResponseEvents()
     response = ResponseSink(stream)
     before = stream.extra_bytes
     response.feed(b'data: {"type":"x","response":{"id":"r1","text":"%b"}}\n\n' % (b"x" * 20_000))

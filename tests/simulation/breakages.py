@@ -46,8 +46,8 @@ from aioserver.streams.stream import Stream
 Stream.fail = lambda self, error: self.end(COMPLETE, {}, data=b"data: [DONE]\\n\\n")
 """,
     "the error of a cut": """
-from aioserver.streams.details import AnswerDetails
-AnswerDetails.final_error = AnswerDetails.render_error = lambda self, error, number=0: b""
+from aioserver.streams.stream import Stream
+Stream.final_error = lambda self, error, number: b""
 """,
     "that a provider's connection was cut": """
 from aioserver.providers.exchange import Exchange
@@ -251,8 +251,8 @@ def silent(self, status, chunk, *, data=b""):
 Stream.end = silent
 """,
     "the sequence number of an error": """
-from aioserver.streams.details import AnswerDetails
-AnswerDetails.final_error = lambda self, error, number: self.render_error(error)
+from aioserver.streams.stream import Stream
+Stream.final_error = lambda self, error, number: self.events.render(error)
 """,
     "what a late reader has missed": """
 from aioserver.wings.responses.events import ResponseEvents

@@ -739,7 +739,7 @@ async def test_what_is_kept_at_the_end_has_what_was_taken_behind_a_finish_reason
             kept.append(road.reading.text)
 
     async with Road("sse") as road:
-        road.stream.attachment.keeper = TextKeeper()
+        road.stream.keeper = TextKeeper()
         await road.say(EVENT_STREAM, word(0), word(1), chunk(END))
         with taking() as taken:
             await road.say(word(2), word(3), LAST_CHUNK)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.streams.entries import CHUNK, COMPLETE, Entry
-from aioserver.streams.flow import PAUSE_BYTES, RESUME_BYTES
 from aioserver.streams.store import StreamStore
+from aioserver.streams.stream import PAUSE_BYTES, RESUME_BYTES
 from tests.support.transport import client, say
 from tests.support.waiting import ticks
 

@@ -25,13 +25,12 @@ from aioserver.provider_errors import ProviderDisconnected, ProviderRefused
 from aioserver.providers.request import Answer
 from aioserver.streams.contracts import PLAIN_EVENTS
 from aioserver.streams.cursor import ConditionReader
-from aioserver.streams.details import STREAM_OVERHEAD
 from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING
 from aioserver.streams.fast_path import Destination, TextPath
 from aioserver.streams.formats import EVENTS
 from aioserver.streams.lifetime import Lifetime
 from aioserver.streams.store import StreamStore
-from aioserver.streams.stream import Stream
+from aioserver.streams.stream import STREAM_OVERHEAD, Stream
 from aioserver.wings.responses.events import ResponseEvents
 from tests.support.waiting import ticks
 
@@ -149,7 +148,7 @@ def test_an_answer_is_numbered_from_1_without_holes() -> None:
 
 def test_processing_is_event_1_and_a_later_try_keeps_it() -> None:
     stream = streams_of().open("r1", DEMO, window=30)
-    stream.details.conversation_id = "c1"
+    stream.conversation_id = "c1"
 
     stream.outcome.begin_attempt("groq", "llama")
     stream.append_processing()
@@ -678,18 +677,18 @@ def test_everything_that_a_stream_keeps_is_counted() -> None:
     stream.outcome.headers = {"x-ratelimit-remaining": "9" * 10_000}
     stream.recount()
     assert streams.stats().bytes >= empty + 10_000
-    stream.details.text_bytes = 50_000
+    stream.text_bytes = 50_000
     stream.recount()
     assert streams.stats().bytes >= empty + 60_000
-    stream.outcome.headers = {"a": "b" * 5000}
+    stream.outcome.headers = {**stream.outcome.headers, "a": "b" * 5000}
     stream.append_whole(Answer(200, b"x" * 70_000, "", stream.outcome), b"x" * 70_000)
     assert streams.stats().bytes >= empty + 135_000
     events = ResponseEvents()
     events.note(b'data: {"response":{"id":"%b"}}\n\n' % (b"z" * 20_000), 1)
-    stream.details.events = events
+    stream.events = events
     stream.recount()
     assert streams.stats().bytes >= empty + 155_000
-    stream.details.events = PLAIN_EVENTS
+    stream.events = PLAIN_EVENTS
     stream.fail(ProviderRefused("no", 400, b"y" * 30_000))
     # The text belongs to the producer, which is done; the body is in the error, and in its event.
     assert empty + 145_000 <= streams.stats().bytes < empty + 150_000
@@ -1036,7 +1035,7 @@ class Bank:
 
 async def test_log_whose_answer_is_being_kept_ends_when_that_is_done() -> None:
     stream, bank = streams_of().open("r", "a", window=60.0), Bank()
-    stream.attachment.keeper = bank
+    stream.keeper = bank
     stream.append(CHUNK, [chunk("one")], more=True)
     reader = Slow(stream)
     stream.finish({})

@@ -133,9 +133,9 @@ class Road:
         self.stream.outcome.begin_attempt("sim", "m")
         self.stream.append_processing()
         self.reading = Reading()
-        self.stream.details.api = api = RESPONSES if responses else CHAT
+        self.stream.api = api = RESPONSES if responses else CHAT
         self.sink = api.sink(self.stream) if private else ChatSink(self.stream, self.reading)
-        self.stream.details.events = self.events = api.events()
+        self.stream.events = self.events = api.events()
         self.outbox = Outbox(asyncio.get_running_loop())
         self.dropped: list[str] = []
         self.look = {

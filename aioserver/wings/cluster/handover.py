@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from aioserver.errors import ResumeGap, ServerShutdown, StreamNotFound
 from aioserver.limits.steps import in_turns
 from aioserver.protocol.whole_answer import text_pieces
-from aioserver.streams import mirror
 from aioserver.streams.entries import NO_TEXT, WholeEntry
 from aioserver.streams.store import ended_at
 from aioserver.wings.cluster import faults, pipe
@@ -94,7 +93,7 @@ async def fill(
             case pipe.Part():
                 entries.append(pipe.entry_of(head, body))
             case pipe.Whole():
-                stream.details.whole = pipe.answer_of(stream, head, body)
+                stream.whole = pipe.answer_of(stream, head, body)
                 stream.recount()
                 pieces = await in_turns(text_pieces(body)) or (NO_TEXT,)
                 entries += [
@@ -109,7 +108,7 @@ async def fill(
 def _after(stream: Stream, facts: pipe.Facts, start: Start) -> int:
     after: int | None = start.after
     if start.sequence is not None and facts.runs is not None:
-        after = stream.details.events.event_before(start.sequence, facts.last)
+        after = stream.events.event_before(start.sequence, facts.last)
         if after is None:
             raise ResumeGap(f"event {start.sequence} does not exist yet")
     if after is None:
@@ -126,11 +125,11 @@ def _after(stream: Stream, facts: pipe.Facts, start: Start) -> int:
 def _end(stream: Stream, after: int, entries: list[Entry], end: pipe.End, body: bytes) -> None:
     error: Any = None if end.fault is None else faults.unpack(end.fault)
     if after >= end.number:
-        mirror.stop(stream, end.status)
+        stream.stop(end.status)
         return
     last = pipe.entry_of(pipe.Part(end.number, 1, end.status, False, end.frames), body)
     for entry in entries:
         if (part := pipe.rest_of(stream, entry, after)) is not None:
             stream.add_entry(part)
     stream.notify()
-    mirror.end(stream, last, error)
+    stream.end_with(last, error)

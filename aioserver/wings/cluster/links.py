@@ -72,7 +72,7 @@ class Link:
         # The other instance.
         self.peer = ""
         self.next_index, self._skip = stream.locate(after)
-        if stream.details.whole is not None:
+        if stream.whole is not None:
             # All of it is sent, since its events are made again of its body.
             self.next_index, self._skip = stream.offset, 0
         self._send = send
@@ -134,7 +134,7 @@ class Link:
             outcome.provider,
             outcome.model,
             outcome.attempts,
-            stream.details.api,
+            stream.api,
             stream.answered,
             id(outcome.headers),
         )

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from aioserver.errors import InternalError, ServerShutdown
 from aioserver.limits.steps import in_turns
 from aioserver.protocol.whole_answer import text_pieces
-from aioserver.streams import mirror
 from aioserver.streams.entries import NO_TEXT, WholeEntry
 from aioserver.wings.cluster import faults, pipe
 from aioserver.wings.cluster.peer_messages import Attach, Credit, Detach, Fault, Malformed
@@ -139,9 +138,9 @@ class Mirror:
         if self.done.done():
             return
         self._append(entries)
-        if (size := self._assembler.size) != self.stream.details.text_bytes:
+        if (size := self._assembler.size) != self.stream.text_bytes:
             # Bytes of an item that is not complete count, too.
-            self.stream.details.text_bytes = size
+            self.stream.text_bytes = size
             self.stream.recount()
         self._give_credit()
 
@@ -205,7 +204,7 @@ class Mirror:
                 if head.first + head.count - 1 > self.stream.last + _count(entries):
                     entries.append(pipe.entry_of(head, body))
                     if head.first > self._known:
-                        self.stream.details.events.note(body, head.first)
+                        self.stream.events.note(body, head.first)
             case pipe.Whole():
                 self._finishing = self._loop.create_task(self._take_whole(head, body))
                 self._finishing.add_done_callback(_retrieve)
@@ -231,13 +230,13 @@ class Mirror:
         pipe.take_facts(stream, facts, body, self._apis)
         if facts.end_status and facts.after >= facts.last and not facts.whole:
             # It has ended, and nothing of it is left.
-            mirror.stop(stream, facts.end_status)
+            stream.stop(facts.end_status)
             self._finish(None)
 
     def _append(self, entries: list[Entry]) -> None:
         if entries and not self.stream.ended:
             self._attempts = 0
-            mirror.add(self.stream, entries)
+            self.stream.extend(entries)
             entries.clear()
 
     def _end(self, end: pipe.End, body: bytes) -> None:
@@ -247,15 +246,15 @@ class Mirror:
         error = None if end.fault is None else faults.unpack(end.fault)
         entry = pipe.entry_of(pipe.Part(end.number, 1, end.status, False, end.frames), body)
         if end.number > self._known:
-            stream.details.events.note(body, end.number)
-        mirror.end(stream, entry, error)
+            stream.events.note(body, end.number)
+        stream.end_with(entry, error)
         self._finish(None)
 
     async def _take_whole(self, whole: pipe.Whole, body: bytes) -> None:
         """Make the events of an answer that was not streamed, as its owner did."""
         stream = self.stream
         pieces = await in_turns(text_pieces(body)) or (NO_TEXT,)
-        stream.details.whole = pipe.answer_of(stream, whole, body)
+        stream.whole = pipe.answer_of(stream, whole, body)
         stream.recount()
         now = self._loop.time()
         for number, piece in enumerate(pieces, 1):

@@ -16,7 +16,6 @@ import orjson
 
 from aioserver.auth.callers import Caller
 from aioserver.errors import AioserverError, ResumeGap, StreamNotFound
-from aioserver.gateway.instances import describe
 from aioserver.telemetry.counters import Counter
 from aioserver.wings.cluster import faults
 from aioserver.wings.cluster.links import CREDIT, Link
@@ -320,7 +319,7 @@ class Peers:
         answer: Any
         if ask.request_id is None:
             streams = tuple(self.gateway.streams_of(caller))[-MAX_LISTED:]
-            answer = [describe(stream) for stream in streams]
+            answer = [stream.describe() for stream in streams]
         else:
             try:
                 self.gateway.cancel(caller, ask.request_id)
@@ -384,7 +383,7 @@ class Peers:
 
 def _event_before(stream: Stream, sequence: int) -> int:
     """Return the number of the last event of a response whose sequence number is at most *sequence*."""
-    number = stream.details.events.event_before(sequence, stream.last)
+    number = stream.events.event_before(sequence, stream.last)
     if number is None:
         raise ResumeGap(f"event {sequence} does not exist yet")
     return number

@@ -143,18 +143,18 @@ class Assembler:
 
 def facts_of(stream: Stream, after: int) -> tuple[Facts, bytes]:
     """Return the facts of *stream* now, and the body of their item."""
-    details, outcome = stream.details, stream.outcome
-    runs, newest = details.events.state() or (None, b"")
+    outcome = stream.outcome
+    runs, newest = stream.events.state() or (None, b"")
     return Facts(
         after,
         stream.last,
         stream.end_status,
         stream.answered,
-        details.whole is not None,
+        stream.whole is not None,
         outcome.provider,
         outcome.model,
-        details.api.path if details.api is not None else "",
-        details.conversation_id,
+        stream.api.path if stream.api is not None else "",
+        stream.conversation_id,
         outcome.attempts,
         dict(outcome.headers),
         runs,
@@ -163,17 +163,17 @@ def facts_of(stream: Stream, after: int) -> tuple[Facts, bytes]:
 
 def take_facts(stream: Stream, facts: Facts, body: bytes, apis: Mapping[str, Api]) -> None:
     """Let *stream* have these facts; its API is one of *apis*, by their paths."""
-    details, outcome = stream.details, stream.outcome
-    details.api = api = apis.get(facts.path)
-    details.conversation_id = facts.conversation_id
+    outcome = stream.outcome
+    stream.api = api = apis.get(facts.path)
+    stream.conversation_id = facts.conversation_id
     outcome.provider, outcome.model = facts.provider, facts.model
     outcome.attempts, outcome.headers = facts.attempts, facts.headers
     if facts.answered and not stream.answered:
         stream.answered_at = monotonic()
     if facts.runs is not None and api is not None:
-        if details.events is PLAIN_EVENTS:
-            details.events = api.events()
-        details.events.restore(facts.runs, body)
+        if stream.events is PLAIN_EVENTS:
+            stream.events = api.events()
+        stream.events.restore(facts.runs, body)
     stream.recount()
 
 
@@ -243,11 +243,11 @@ def next_item(stream: Stream, index: int, skip: int) -> tuple[int, list[bytes]] 
     entry, last = stream.entries[at], stream.offset + len(stream.entries) - 1
     if stream.ended and index == last:
         return index + 1, end_item(stream, entry)
-    if isinstance(stream.details.whole, Answer):
+    if isinstance(stream.whole, Answer):
         if not stream.ended:
             # Its end follows at once.
             return None
         # The events are made again of its body.
-        return last, whole_item(stream.details.whole)
+        return last, whole_item(stream.whole)
     rest = rest_of(stream, entry, entry.first - 1 + skip)
     return index + 1, entry_item(rest or entry)

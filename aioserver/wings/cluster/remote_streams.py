@@ -22,6 +22,7 @@ from aioserver.errors import RequestConflict, ResumeGap, ServerShutdown, StreamN
 from aioserver.gateway.commands import name_of
 from aioserver.gateway.instances import NOT_FOUND, Start
 from aioserver.streams.entries import ERROR
+from aioserver.streams.stream import Remote
 from aioserver.telemetry.counters import Counter
 from aioserver.wings.cluster import handover
 from aioserver.wings.cluster.claims import (
@@ -124,7 +125,7 @@ class RemoteStreams:
 
         *release* is that of *producer*.
         """
-        stream.attachment.claimed = self._loop.create_future()
+        stream.remote = Remote(self._loop.create_future())
 
         def release_all() -> None:
             # It may never have begun.
@@ -141,7 +142,7 @@ class RemoteStreams:
         """
         stream = self._streams.open_mirror(request_id, caller, after=start.after or 0)
         try:
-            stream.attachment.claimed = self._loop.create_future()
+            _remote(stream).claimed = self._loop.create_future()
             self._gateway.lifetime.expect(stream, MAX_UNREAD)
             self._gateway.producers.start(stream, self._follow(stream, start), _nothing)
         except BaseException:
@@ -165,12 +166,12 @@ class RemoteStreams:
         Raises:
             AioserverError: it is not.
         """
-        if (claimed := stream.attachment.claimed) is None:
+        if stream.remote is None or (claimed := stream.remote.claimed) is None:
             return
         try:
             await asyncio.wait((claimed,))
         except asyncio.CancelledError:
-            if stream.attachment.mirrored:
+            if stream.mirrored:
                 self._gateway.lifetime.let_go(stream)
             elif not stream.readers:
                 self._gateway.lifetime.reader_removed(stream)
@@ -209,23 +210,23 @@ class RemoteStreams:
 
     def ended(self, stream: Stream) -> None:
         """Note that the producer of *stream* has ended."""
-        attachment = stream.attachment
-        if attachment.claimed is not None:
-            if attachment.undecided and attachment.abandoned:
+        remote = stream.remote
+        if remote is not None and remote.claimed is not None:
+            if remote.undecided and stream.abandoned:
                 # Its client has left before it was known whether another instance has the answer.
                 self._streams.unname(stream)
-            refused = attachment.undecided
-            attachment.settle_claim(stream.error or StreamNotFound("this answer was cancelled"))
+            refused = remote.undecided
+            remote.decide(stream.error or StreamNotFound("this answer was cancelled"))
             if refused:
                 # There is no such log: the answer is an error, and nobody reads it.
                 self._gateway.lifetime.let_go(stream)
-            if not attachment.mirrored:
+            if not remote.mirrored:
                 self._note_end(stream)
 
     async def hand_over(self, finished: list[Stream]) -> None:
         """Give the logs that have ended, and are kept, to all: when this instance stops; *finished*: the newest first."""
         for stream, seconds, log in handover.chosen(finished):
-            names = [stream.request_id, stream.attachment.alias]
+            names = [stream.request_id, stream.alias]
             for name in names:
                 if name is not None and not stream.private:
                     await self._ask(
@@ -260,9 +261,9 @@ class RemoteStreams:
         except RequestConflict:
             # The id stays free for a request with the payload that it is known with.
             self._streams.hide(stream)
-            stream.attachment.mirrored = False
+            _remote(stream).mirrored = False
             raise
-        stream.attachment.settle_claim()
+        _remote(stream).decide()
         if filled is not None:
             await filled
             return
@@ -279,7 +280,7 @@ class RemoteStreams:
         Raises:
             RequestConflict: the id is another instance's, with another payload.
         """
-        name, digest = _name(stream), stream.attachment.digest
+        name, digest = _name(stream), stream.digest
         renewal = Renewal(name, digest, LEASE + stream.window)
         self._claimed[stream] = [renewal]
         self._watch()
@@ -304,7 +305,7 @@ class RemoteStreams:
         self, stream: Stream, verdict: Verdict, accept: Callable[[], None]
     ) -> asyncio.Future[None] | None:
         """Return the future end of *stream* as a mirror; None if nobody has its log."""
-        start = Start(digest=stream.attachment.digest)
+        start = Start(digest=stream.digest)
         if verdict.state == CONFLICT:
             del self._claimed[stream]
             raise RequestConflict("this request id is already known, with another payload")
@@ -329,7 +330,7 @@ class RemoteStreams:
             try:
                 await mirror.accepted
             except (StreamNotFound, ServerShutdown):
-                if stream.attachment.mirrored:
+                if stream.mirrored:
                     # The owner had it, and was lost before all of it was here.
                     raise
                 return None
@@ -369,7 +370,7 @@ class RemoteStreams:
             log = await self._ask(self._store.get_log(name))
             if log is not None:
                 await handover.fill(stream, log, start, lambda: None, self.peers.apis)
-                stream.attachment.settle_claim()
+                _remote(stream).decide()
                 return
         if verdict.owner == self._me:
             # Only one that was claimed a moment ago is looked for here.
@@ -380,7 +381,7 @@ class RemoteStreams:
         mirror = self.peers.attach(stream, verdict.owner, start, lambda: None)
         try:
             await mirror.accepted
-            stream.attachment.settle_claim()
+            _remote(stream).decide()
             await mirror.done
         finally:
             mirror.close()
@@ -415,12 +416,12 @@ class RemoteStreams:
     def _note_alias(self, stream: Stream, alias: str) -> None:
         """Claim *alias*, by which *stream* is found, too."""
         name = name_of(_caller(stream).name, alias)
-        claim = Renewal(name, stream.attachment.digest, LEASE + stream.window)
+        claim = Renewal(name, stream.digest, LEASE + stream.window)
         self._claimed.setdefault(stream, []).append(claim)
-        if stream.attachment.claimed is None:
+        if stream.remote is None:
             # It has no other name: its end is noted as that of a claimed one.
-            stream.attachment.claimed = self._loop.create_future()
-            stream.attachment.settle_claim()
+            stream.remote = Remote(self._loop.create_future())
+            _remote(stream).decide()
         self._watch()
         self._start(self._store.renew([claim]))
 
@@ -457,3 +458,9 @@ def _name(stream: Stream) -> str:
 
 def _nothing() -> None:
     """Release nothing: a mirror has no request."""
+
+
+def _remote(stream: Stream) -> Remote:
+    """Return what *stream*, which is claimed or a mirror, has to do with other instances."""
+    assert stream.remote is not None
+    return stream.remote

@@ -28,7 +28,7 @@ class ResponsesApi(Api):
 
     def fast_path(self, cursor: Cursor, destination: Destination) -> FastPath | None:
         """Return the path by which events go from *cursor* to *destination*; None if there is none."""
-        events, frame = cursor.stream.details.events, cursor.format.frame
+        events, frame = cursor.stream.events, cursor.format.frame
         if not isinstance(events, ResponseEvents) or (frame is None and not destination.chunked):
             return None
         return ResponsePath(cursor, destination, events, frame)

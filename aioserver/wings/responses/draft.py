@@ -161,7 +161,7 @@ class Draft:
         if isinstance(answer, Answer):
             self.keep_response(answer.body, answer.outcome.provider)
             return
-        events = answer.details.events
+        events = answer.events
         if self._input is not None and isinstance(events, ResponseEvents):
             self.keep_response(events.newest() or b"", answer.outcome.provider)
 

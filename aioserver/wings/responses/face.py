@@ -171,7 +171,7 @@ async def _prepare(context: Context, request: web.Request) -> tuple[Stream, int 
         await find(context, request)
         raise InvalidRequest("starting_after must be a sequence_number", param="starting_after")
     stream = await find(context, request, start)
-    if stream.details.whole is not None:
+    if stream.whole is not None:
         raise InvalidRequest("this response was not streamed", param="stream")
     return stream, 0 if start.sequence is None else event_of(stream, start.sequence)
 
@@ -217,7 +217,7 @@ async def cancel(
         stored.release()
         raise
     await context.gateway.cancel_anywhere(request[CALLER], stream.request_id)
-    answer = stream.details.whole
+    answer = stream.whole
     size = len(newest(stream)) if answer is None else answer.size
     if size > HIGH_WATER:
         return await writing(request)
@@ -247,7 +247,7 @@ async def write(
     Raises:
         ServerAtCapacity: all that is kept would be more than `max_kept_bytes`.
     """
-    if stream.details.whole is not None:
+    if stream.whole is not None:
         return await openai.write_kept(context, request, stream)
     context.gateway.lifetime.let_go(stream)
     body = newest(stream, status or ("cancelled" if stream.end_status == CANCELLED else ""))
@@ -262,7 +262,7 @@ async def find(context: Context, request: web.Request, start: Start = LATEST) ->
             another face.
     """
     stream = await context.gateway.reach(request[CALLER], request.match_info["id"], start)
-    if stream.details.api is not RESPONSES:
+    if stream.api is not RESPONSES:
         raise StreamNotFound(stored_face.NOT_FOUND)
     return stream
 
@@ -273,7 +273,7 @@ def event_of(stream: Stream, sequence: int) -> int:
     Raises:
         ResumeGap: events after *sequence* are no longer kept, or it does not exist yet.
     """
-    number = stream.details.events.event_before(sequence, stream.last)
+    number = stream.events.event_before(sequence, stream.last)
     if number is None:
         raise ResumeGap(f"event {sequence} does not exist yet")
     # Raises if the events after it are no longer kept.
@@ -287,7 +287,7 @@ def newest(stream: Stream, status: str = "") -> bytes:
     Raises:
         StreamNotFound: no event had a response, or *stream* is no response.
     """
-    response = stream.details.events.newest(status)
+    response = stream.events.newest(status)
     if response is None:
         raise StreamNotFound(stored_face.NOT_FOUND)
     return response

@@ -166,7 +166,7 @@ class Lanes:
         for lane in self._lanes.values():
             self._held.drop(lane)
             if lane.asked is not None:
-                lane.asked.attachment.on_settled = None
+                lane.asked.on_settled = None
             for turn in lane.turns:
                 turn.hold.release()
             lane.turns.clear()

@@ -112,7 +112,7 @@ def response_messages(lane: str | None) -> Format:
         return lane_format.render_bytes(entry.data, skip)
 
     def render_error(stream: Stream, error: AioserverError, seen: int) -> bytes:
-        (event,) = eventstream.parse(stream.details.events.render(error, seen))
+        (event,) = eventstream.parse(stream.events.render(error, seen))
         return frame(event.data)
 
     name = "responses" if lane is None else f"responses {lane}"

@@ -103,7 +103,7 @@ class ResponseSink(PassingSink):
 
 def remember(stream: Stream, block: bytes) -> None:
     """Let *stream* remember the events of *block*, the next ones of a response, as far as its errors need them."""
-    events = stream.details.events
+    events = stream.events
     size = events.size
     events.note(block, stream.last + 1)
     if events.size != size:
@@ -163,7 +163,7 @@ class BridgeSink(ReadingSink):
     def _append_text(self, event: bytes) -> None:
         """Append the event of a text, about which there is nothing to be found out."""
         stream = self._stream
-        events = stream.details.events
+        events = stream.events
         if isinstance(events, ResponseEvents):
             events.note_sequence(stream.last + 1, self._writer.sequence - 1)
         stream.forward(event, 1)

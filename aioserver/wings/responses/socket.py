@@ -215,7 +215,7 @@ class ResponsesSocket(Socket):
             draft.release()
             raise
         # Until then this response counts for the limits of its caller's key.
-        stream.attachment.on_settled = partial(self._done, lane)
+        stream.on_settled = partial(self._done, lane)
         self._lanes.begun(lane)
         lane.asked, lane.continues = stream, body.previous_response_id
         self._follow(lane, stream, 0)
@@ -267,7 +267,7 @@ class ResponsesSocket(Socket):
         with self._context.metrics.resuming():
             gateway = self._context.gateway
             stream = await gateway.reach(self.caller, command.response_id, start)
-            if stream.details.api is not RESPONSES or stream.details.whole is not None:
+            if stream.api is not RESPONSES or stream.whole is not None:
                 raise StreamNotFound(NOT_FOUND)
             after = 0 if start.sequence is None else responses.event_of(stream, start.sequence)
             lane.asked = lane.continues = None
@@ -290,7 +290,7 @@ class ResponsesSocket(Socket):
             else:
                 # Read once: a response object may be large.
                 lane.response_id = lane.response_id or _id_of(stream)
-                wanted = command.response_id in {stream.attachment.alias, lane.response_id}
+                wanted = command.response_id in {stream.alias, lane.response_id}
             if wanted:
                 self._context.gateway.lifetime.end(stream, abandoned=False)
                 return
@@ -388,7 +388,7 @@ class ResponsesSocket(Socket):
 
 def _id_of(stream: Stream) -> str | None:
     """Return the id that the provider has given to the response, None if it has not come."""
-    events = stream.details.events
+    events = stream.events
     response = events.response if isinstance(events, ResponseEvents) else None
     response_id = None if response is None else response.get("id")
     return response_id if isinstance(response_id, str) else None

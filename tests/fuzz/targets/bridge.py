@@ -67,7 +67,7 @@ def _play(reads: Iterable[bytes]) -> list[Any]:
     stream = Stream("r1", "me", window=30.0, max_bytes=1 << 22)
     stream.outcome.begin_attempt("sim", "a-model")
     stream.append_processing()
-    stream.details.events = form = ResponseEvents()
+    stream.events = form = ResponseEvents()
     request = at_once(chat_request(ASKED))
     writer = ResponseWriter(request, Frame("resp_1", 0, "m", request.repeated), 1 << 22)
     sink, fault = BridgeSink(stream, writer), ""

@@ -36,7 +36,7 @@ def _play(reads: Iterable[bytes]) -> list[Any]:
     stream = store.open("r1", "me", window=30.0)
     stream.outcome.begin_attempt("sim", "a-model")
     stream.append_processing()
-    stream.details.events = MessageErrors()
+    stream.events = MessageErrors()
     sink = MessageSink(stream)
     fault = ""
     try:

@@ -135,7 +135,7 @@ async def _answer(kind: int, lost: int, reads: list[bytes]) -> Outcome:
     if stream is not None:
         stream.outcome.begin_attempt("sim", "m")
         stream.append_processing()
-        stream.details.events = api.events()
+        stream.events = api.events()
     request = ProviderRequest(
         api,
         lambda _settings: b"{}",

@@ -50,7 +50,7 @@ def _play(reads: Iterable[bytes]) -> list[Any]:
     stream = store.open("r1", "me", window=30.0)
     stream.outcome.begin_attempt("sim", "a-model")
     stream.append_processing()
-    stream.details.events = form = ResponseEvents()
+    stream.events = form = ResponseEvents()
     sink = ResponseSink(stream)
     fault = ""
     try:

@@ -57,7 +57,7 @@ def new_stream() -> Stream:
     stream = Stream("r1", "anybody", window=30.0, max_bytes=1 << 20)
     stream.outcome.begin_attempt("sim", "a-model")
     stream.append_processing()
-    stream.details.events = MessageErrors()
+    stream.events = MessageErrors()
     return stream
 
 

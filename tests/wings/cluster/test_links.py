@@ -64,7 +64,7 @@ class Node:
         stream = self.store.find(caller, request_id)
         if stream is None:
             raise StreamNotFound("no")
-        if digest is not None and digest != stream.attachment.digest:
+        if digest is not None and digest != stream.digest:
             raise RequestConflict("other")
         return stream
 

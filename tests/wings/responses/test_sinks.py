@@ -39,7 +39,7 @@ def new_stream(max_bytes: int = 1 << 22) -> Stream:
     stream = Stream("r1", "anybody", window=30.0, max_bytes=max_bytes)
     stream.outcome.begin_attempt("sim", "a-model")
     stream.append_processing()
-    stream.details.events = ResponseEvents()
+    stream.events = ResponseEvents()
     return stream
 
 
@@ -126,13 +126,13 @@ def test_every_framing_and_every_cut_gives_the_same_events(name: str) -> None:
         before_end = passed(stream).partition(b"event: response.completed")[0]
         assert before_end == (expected or before_end)
         expected = before_end
-        form = stream.details.events
+        form = stream.events
         assert isinstance(form, ResponseEvents)
         assert form.last_sequence == events[-1]["sequence_number"]
         assert [form.event_before(n, stream.last) for n in range(len(events) - 1)] == list(
             range(2, len(events) + 1)
         )
-        assert stream.details.text_bytes == 0
+        assert stream.text_bytes == 0
 
 
 @settings(max_examples=60)
@@ -190,7 +190,7 @@ def test_an_answer_beyond_the_bound_of_its_log_is_a_fault() -> None:
     for _ in range(40):
         sink.feed(chunk)
 
-    assert stream.details.text_bytes > 30_000
+    assert stream.text_bytes > 30_000
     with pytest.raises(ProviderBadResponse, match="more than 50000 bytes"):
         [sink.feed(chunk) for _ in range(20)]
 
