@@ -72,7 +72,7 @@ async def test_a_websocket_without_a_place_is_told_why_and_closed_with_1013(
         took = loop.time() - begun
 
     *queued, error = [json.loads(data) for opcode, data in frames if opcode == TEXT]
-    assert [one["status"] for one in queued] == (["queued"] if wait else [])
+    assert [frame["status"] for frame in queued] == (["queued"] if wait else [])
     assert (error["request_id"], error["status"]) == (None, "error")
     assert error["chunk"]["code"] == "server_at_capacity"
     assert error["chunk"]["error"] == REACHED
@@ -172,7 +172,7 @@ async def test_a_waiting_client_that_was_closed_and_then_gets_a_place_asks_nothi
         await raw.to_the_end()
 
     await server.nothing_held()
-    assert not any(one.value for one in server.context.metrics.outcomes.values())
+    assert not any(counter.value for counter in server.context.metrics.outcomes.values())
 
 
 @pytest.mark.parametrize("politely", [True, False])
@@ -333,7 +333,9 @@ async def test_requests_that_free_or_show_a_full_server_work_in_it(
         async with session.get(base + "/v1/models/sim") as response:
             assert response.status == 200
         async with session.get(server.sse) as response:
-            assert [one["request_id"] for one in (await response.json())["streams"]] == ["r1"]
+            assert [stream["request_id"] for stream in (await response.json())["streams"]] == [
+                "r1"
+            ]
         async with session.delete(f"{server.sse}/r1") as response:
             assert response.status == 204
         assert (await to_end(ws))[-1]["status"] == "cancelled"
@@ -465,11 +467,11 @@ async def test_the_count_never_drifts(
             assert (await ws.receive_json())["status"] == "pong"
     assert server.context.admission.refused_closing == 0
     async with server.session.get(server.sse) as response:
-        for one in (await response.json())["streams"]:
-            async with server.session.delete(f"{server.sse}/{one['request_id']}"):
+        for stream in (await response.json())["streams"]:
+            async with server.session.delete(f"{server.sse}/{stream['request_id']}"):
                 pass
-    bugs = [one.getMessage() for one in caplog.records if one.levelno >= logging.ERROR]
-    assert [one for one in bugs if "bug" in one] == []
+    bugs = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert [bug for bug in bugs if "bug" in bug] == []
 
 
 async def test_frames_that_came_before_a_socket_was_sent_away_are_not_carried_out(
@@ -512,7 +514,9 @@ async def test_a_socket_whose_wait_has_a_bug_is_refused(
     assert [error.code for error in refused] == ["internal_error"]
     assert metrics.bugs.value == 1
     # A tick may have found the incident already.
-    logged = [one.getMessage() for one in caplog.records if one.name != "aioserver.monitoring"]
+    logged = [
+        record.getMessage() for record in caplog.records if record.name != "aioserver.monitoring"
+    ]
     assert logged == ["bug in a socket's wait"]
 
 
@@ -549,8 +553,12 @@ async def test_refusals_are_one_line_a_second_and_face_and_the_others_are_counte
         for number in range(7, 9):
             await refused_once(server, face, number)
 
-    lines: list[Any] = [one for one in caplog.records if one.getMessage() == "connection refused"]
-    assert [(one.levelno, one.fields["face"]) for one in lines] == [(logging.WARNING, face)] * 2
-    assert {one.fields["code"] for one in lines} == {"server_at_capacity"}
+    lines: list[Any] = [
+        record for record in caplog.records if record.getMessage() == "connection refused"
+    ]
+    assert [(record.levelno, record.fields["face"]) for record in lines] == [
+        (logging.WARNING, face)
+    ] * 2
+    assert {line.fields["code"] for line in lines} == {"server_at_capacity"}
     assert "suppressed" not in lines[0].fields
     assert lines[1].fields["suppressed"] == 6

@@ -392,7 +392,8 @@ async def test_an_idle_socket_keeps_nothing_that_only_its_handshake_needed(
 ) -> None:
     def kept() -> int:
         return sum(
-            isinstance(one, HttpRequestParser | WebSocketWriter) for one in gc.get_objects()
+            isinstance(found_object, HttpRequestParser | WebSocketWriter)
+            for found_object in gc.get_objects()
         )
 
     with uncollected():

@@ -172,8 +172,8 @@ async def test_the_last_answer_of_a_connection_says_so(make_server: MakeServer) 
             await raw.get("/health", f"X: {number}")
         answers = await all_answers(raw)
 
-    assert [one.status for one in answers] == [200] * 3
-    assert [one.headers.get("connection") for one in answers] == [None, None, "close"]
+    assert [answer.status for answer in answers] == [200] * 3
+    assert [answer.headers.get("connection") for answer in answers] == [None, None, "close"]
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ async def test_an_invalid_request_gets_one_answer_with_our_error(
         assert "python" not in everything.lower()
 
     assert server.simulator.stats().requests == 0
-    assert [one for one in caplog.records if one.levelno >= logging.ERROR] == []
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 async def test_a_body_is_never_taken_for_a_request(
@@ -388,10 +388,10 @@ async def test_a_body_is_never_taken_for_a_request(
         caplog.clear()
         async with Raw(server) as raw:
             await raw.send(data + LAST)
-            said = await asyncio.wait_for(raw.to_the_end(), 10)
+            raw_answers = await asyncio.wait_for(raw.to_the_end(), 10)
 
-        seen = [one.fields["path"] for one in accesses(caplog)]
-        assert len(seen) == answers_with_ids(said), data
+        seen = [line.fields["path"] for line in accesses(caplog)]
+        assert len(seen) == answers_with_ids(raw_answers), data
         assert seen.count("/smuggled") <= followed, data
 
 
@@ -457,17 +457,17 @@ async def test_an_unknown_expectation_is_417(server: RunningServer) -> None:
 
 async def test_a_harmless_request_id_is_kept(server: RunningServer) -> None:
     async with Raw(server) as raw:
-        for given in ("abc", "A.b_c-9", "x" * 128):
-            await raw.get("/health", f"X-Request-Id: {given}")
-            assert (await raw.answer()).headers["x-request-id"] == given
+        for request_id in ("abc", "A.b_c-9", "x" * 128):
+            await raw.get("/health", f"X-Request-Id: {request_id}")
+            assert (await raw.answer()).headers["x-request-id"] == request_id
 
 
 async def test_any_other_request_id_is_replaced(server: RunningServer) -> None:
     seen = set()
     odd = ("", "a b", "x" * 129, "a\tb", "<script>", "é", "a,b", "a;b")
     async with Raw(server) as raw:
-        for given in odd:
-            await raw.get("/health", f"X-Request-Id: {given}")
+        for request_id in odd:
+            await raw.get("/health", f"X-Request-Id: {request_id}")
             seen.add((await raw.answer()).headers["x-request-id"])
 
     assert len(seen) == len(odd)
@@ -568,7 +568,7 @@ async def test_a_bug_in_a_handler_is_500_without_details(
     assert "S3CR3T" not in str(answer)
     assert answer.headers["x-request-id"]
     # A tick may have found the incident already.
-    (line,) = (one for one in caplog.records if one.name != "aioserver.monitoring")
+    (line,) = (record for record in caplog.records if record.name != "aioserver.monitoring")
     assert line.levelname == "ERROR"
     assert line.exc_info
     assert vars(line)["fields"] == {"request_id": answer.headers["x-request-id"]}

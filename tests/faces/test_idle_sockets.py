@@ -101,10 +101,10 @@ def test_one_gives_way_for_each_that_waits_down_to_half(house: House, clock: Fak
     clients = house.enter(MINE, 4)
     clock.advance(IDLE_SECONDS)
 
-    for waiting, told in ((1, 1), (2, 2), (3, 2)):
+    for waiting, gone in ((1, 1), (2, 2), (3, 2)):
         house.wait(OTHER)
         assert house.waiting == waiting
-        assert house.told == clients[:told]
+        assert house.told == clients[:gone]
     clock.advance(1000.0)
     assert len(house.told) == 2
 
@@ -241,12 +241,12 @@ async def held_by(server: RunningServer, name: str, count: int) -> AsyncIterator
     """*count* WebSockets of the key *name*, all with their places."""
     inside = server.held()["places"]
     async with contextlib.AsyncExitStack() as stack:
-        found = [
+        parts_held = [
             await stack.enter_async_context(server.connect(headers=bearer(name)))
             for _ in range(count)
         ]
         await until(lambda: server.held()["places"] == inside + count)
-        yield found
+        yield parts_held
 
 
 async def closed_with(ws: Any) -> tuple[Any, int]:
@@ -288,7 +288,7 @@ async def test_an_idle_socket_gives_way_to_another_key_on_each_face(
     assert (error["request_id"], error["chunk"]["code"]) == (None, "server_at_capacity")
     assert error["chunk"]["retry_after"] >= 1
     assert code == 1013
-    [line] = [one for one in caplog.records if one.getMessage() == "connection gave way"]
+    [line] = [record for record in caplog.records if record.getMessage() == "connection gave way"]
     fields: Any = line.fields  # type: ignore[attr-defined]
     assert (line.levelname, fields["caller"], fields["face"]) == ("WARNING", MINE, "websocket")
     async with server.session.get(f"{server.base}/metrics", headers=bearer("root")) as response:
@@ -333,7 +333,7 @@ async def test_one_key_gives_way_to_many_down_to_half_of_the_places(
             await stack.enter_async_context(server.connect(headers=bearer(name)))
         await until(lambda: server.held()["places"] == 6 and server.held()["waiting"] == 1)
         await until(lambda: len(server.context.sockets) == 7)
-        names = sorted(one.caller.name for one in server.context.sockets)
+        names = sorted(socket.caller.name for socket in server.context.sockets)
 
     assert names == ["a", "b", "c", "d", MINE, MINE, MINE]
     await server.nothing_held()
@@ -378,7 +378,7 @@ async def test_a_key_has_no_more_connections_than_its_own_bound(
             await ws.send_json({"action": "ping"})
     await server.nothing_held()
 
-    assert [one for one in caplog.records if one.getMessage() == "connection refused"]
+    assert [record for record in caplog.records if record.getMessage() == "connection refused"]
     async with server.connect(headers=bearer(MINE)) as ws:
         await ws.send_json(chat("r"))
         assert (await to_end(ws))[-1]["status"] == "complete"
@@ -426,5 +426,10 @@ async def test_a_key_at_its_bound_does_not_hide_in_the_log_that_the_server_is_fu
             async with server.session.post(url, json=CHAT, headers=bearer(name)) as response:
                 assert response.status == status
 
-    lines: list[Any] = [one for one in caplog.records if one.getMessage() == "connection refused"]
-    assert [one.fields["code"] for one in lines] == ["concurrency_exceeded", "server_at_capacity"]
+    lines: list[Any] = [
+        record for record in caplog.records if record.getMessage() == "connection refused"
+    ]
+    assert [line.fields["code"] for line in lines] == [
+        "concurrency_exceeded",
+        "server_at_capacity",
+    ]

@@ -69,7 +69,7 @@ async def test_completions(sdk: AsyncOpenAI) -> None:
 async def test_embeddings(sdk: AsyncOpenAI) -> None:
     answer = await sdk.embeddings.create(model="sim", input=["a", "b"])
 
-    assert [one.index for one in answer.data] == [0, 1]
+    assert [embedding.index for embedding in answer.data] == [0, 1]
     assert len(answer.data[0].embedding) == 8
 
 
@@ -95,7 +95,7 @@ async def test_models(make_server: MakeServer) -> None:
     keyless = copy.deepcopy({**other, "api_key_env": "NO_SUCH_KEY"})  # YAML aliases are refused
     server = await make_server(**{"llm.providers.other": other, "llm.providers.keyless": keyless})
     async with AsyncOpenAI(api_key="unused", base_url=server.v1, max_retries=0) as sdk:
-        listed = {one.id: one.owned_by async for one in sdk.models.list()}
+        listed = {model.id: model.owned_by async for model in sdk.models.list()}
 
     assert listed == {
         "sim": "sim",
@@ -140,13 +140,13 @@ async def test_a_model_is_there_if_a_chat_with_it_is_not_refused(
         for path in (quote(name), quote(name, safe="")):
             url = URL(f"{server.v1}/models/{path}", encoded=True)
             async with server.session.get(url) as response:
-                found = await response.json()
+                described = await response.json()
                 assert response.status == status == (404 if name.startswith("keyless") else 200)
             if status == 200:
-                assert (found["id"], found["owned_by"]) == (name, provider)
+                assert (described["id"], described["owned_by"]) == (name, provider)
             else:
-                assert found == refusal
-                assert found["error"]["code"] == "model_not_found"
+                assert described == refusal
+                assert described["error"]["code"] == "model_not_found"
 
 
 async def test_the_sdk_raises_its_own_errors_with_our_codes(sdk: AsyncOpenAI) -> None:
@@ -296,14 +296,14 @@ async def test_a_body_whose_model_is_not_replaced_goes_on_as_it_came(
 
 
 async def test_a_replaced_model_changes_nothing_else(server: RunningServer) -> None:
-    for given, expected in (
+    for before, expected in (
         (b"", "sim-model"),
         (b'"model":null,', "sim-model"),
         (b'"model":"sim",', "sim-model"),
         (b'"model":"sim/other",', "other"),
         (b'"model":"sim/org/other",', "org/other"),
     ):
-        body = json.loads(await sent(server, ODD % given))
+        body = json.loads(await sent(server, ODD % before))
         assert body.pop("model") == expected
         assert body == json.loads(ODD % b"")
 
@@ -447,9 +447,9 @@ async def test_a_fault_behind_the_head_is_one_error_event_and_no_done(
         async with post(server, {**STREAMED, "model": f"fault-{fault}"}) as response:
             assert response.status == 200
             body = await response.read()
-        *events, last = [one for one in body.split(b"\n\n") if one]
+        *events, last = [part for part in body.split(b"\n\n") if part]
         assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == code
-        assert all(b'"choices"' in one for one in events)
+        assert all(b'"choices"' in event for event in events)
         assert len(events) >= 3
         assert b"[DONE]" not in body
 

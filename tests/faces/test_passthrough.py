@@ -304,9 +304,9 @@ async def test_nothing_is_smuggled_to_the_provider(
             await asyncio.wait_for(raw.to_the_end(), 20)
         await server.nothing_held()
         assert len(account.passed) <= most, data
-        assert all(one.target == path.decode() for one in account.passed)
-        assert all("smuggled" not in str(one.headers) for one in account.passed)
-    assert [one for one in caplog.records if one.levelno >= logging.ERROR] == []
+        assert all(request.target == path.decode() for request in account.passed)
+        assert all("smuggled" not in str(request.headers) for request in account.passed)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 # Which provider is asked.
@@ -1019,10 +1019,12 @@ async def test_operators_see_one_face_and_what_was_asked(
 
     counts = await server.counted("requests", "face")
     assert counts["other",] == 2
-    lines: list[Any] = [one for one in caplog.records if one.getMessage() == "request finished"]
-    assert [one.fields.get("target") for one in lines][:2] == [
+    lines: list[Any] = [
+        record for record in caplog.records if record.getMessage() == "request finished"
+    ]
+    assert [line.fields.get("target") for line in lines][:2] == [
         "GET files/file-1/content",
         "POST moderations",
     ]
-    assert [one.fields["model"] for one in lines][:2] == ["", "omni"]
+    assert [line.fields["model"] for line in lines][:2] == ["", "omni"]
     assert "secret" not in caplog.text

@@ -103,11 +103,11 @@ async def test_files_are_those_of_the_providers_account(
 ) -> None:
     created = await admin.files.create(file=("a.jsonl", CONTENT), purpose="batch")
     listed = await admin.files.list(purpose="batch", limit=5)
-    found = await admin.files.retrieve("file-1")
+    retrieved = await admin.files.retrieve("file-1")
     content = await admin.files.content("file-1")
     deleted = await admin.files.delete("file-1")
 
-    assert created.id == found.id == "file-1"
+    assert created.id == retrieved.id == "file-1"
     assert [file.filename for file in listed.data] == ["a.jsonl"]
     assert content.content == CONTENT
     assert deleted.deleted
@@ -123,7 +123,7 @@ async def test_batches_and_vector_stores_are_made_and_cancelled(
         completion_window="24h", endpoint="/v1/responses", input_file_id="file-1"
     )
     cancelled = await admin.batches.cancel(batch.id)
-    assert [one.id async for one in admin.batches.list()] == ["batch_1"]
+    assert [batch.id async for batch in admin.batches.list()] == ["batch_1"]
     store = await admin.vector_stores.create(name="n")
 
     assert (batch.status, cancelled.status) == ("validating", "cancelling")

@@ -55,14 +55,14 @@ async def test_respond_async_says_where_the_answer_is(make_server: MakeServer) -
     ask = {**ASK, "request_id": "a/b c"}
     headers = {"Prefer": "wait=5, Respond-Async"}
     async with server.session.post(server.sse, json=ask, headers=headers) as response:
-        said = await response.json()
+        body = await response.json()
     assert response.status == 202
     assert response.headers["Preference-Applied"] == "respond-async"
-    assert response.headers["Location"] == said["location"] == "/sse/chat/a%2Fb%20c"
-    assert said["request_id"] == "a/b c"
+    assert response.headers["Location"] == body["location"] == "/sse/chat/a%2Fb%20c"
+    assert body["request_id"] == "a/b c"
 
     async with Raw(server) as raw:
-        await raw.get(said["location"])
+        await raw.get(body["location"])
         answer = await raw.answer()
 
     frames = frames_of(answer.body)
@@ -163,10 +163,10 @@ async def test_a_last_event_id_that_is_no_number_is_an_invalid_request(
 ) -> None:
     async with server.session.post(server.sse, json=ASK) as response:
         await response.read()
-    for given in ("x", "-1", "1.5", "1e3", "٣", "9" * 19, "0x1"):
-        params = {"last_event_id": given}
+    for position in ("x", "-1", "1.5", "1e3", "٣", "9" * 19, "0x1"):
+        params = {"last_event_id": position}
         async with server.session.get(f"{server.sse}/r1", params=params) as response:
-            assert response.status == 400, given
+            assert response.status == 400, position
             error = (await response.json())["error"]
             assert (error["code"], error["param"]) == ("invalid_request", "last_event_id")
 
@@ -208,9 +208,13 @@ async def test_the_listing_shows_the_streams_that_are_kept(make_server: MakeServ
         async with server.session.get(server.sse) as response:
             ended = await response.json()
 
-    one = {"request_id": "r1", "first_event_id": 1}
-    assert running == {"streams": [{**one, "status": "running", "last_event_id": 1, "readers": 1}]}
-    assert ended == {"streams": [{**one, "status": "cancelled", "last_event_id": 2, "readers": 0}]}
+    common = {"request_id": "r1", "first_event_id": 1}
+    assert running == {
+        "streams": [{**common, "status": "running", "last_event_id": 1, "readers": 1}]
+    }
+    assert ended == {
+        "streams": [{**common, "status": "cancelled", "last_event_id": 2, "readers": 0}]
+    }
 
 
 async def test_delete_ends_an_answer_for_every_reader_and_may_be_repeated(
@@ -383,7 +387,7 @@ async def test_turns_over_sse_share_a_conversation_by_its_id(server: RunningServ
         async with server.session.post(server.sse, json=ask) as response:
             assert text_of(await read_frames(response))
 
-    sent = [one["content"] for one in server.simulator.bodies[-1]["messages"]]
+    sent = [message["content"] for message in server.simulator.bodies[-1]["messages"]]
     assert (sent[0], sent[-1], len(sent)) == ("one", "two", 3)
 
 
@@ -409,9 +413,9 @@ async def test_without_keys_the_list_is_that_of_ones_own_address(make_server: Ma
     async with server.session.post(server.sse, json=body, headers=mine) as response:
         await response.read()
 
-    found = {}
+    ids = {}
     for name, headers in (("mine", mine), ("others", others)):
         async with server.session.get(server.sse, headers=headers) as response:
-            found[name] = [one["request_id"] for one in (await response.json())["streams"]]
+            ids[name] = [stream["request_id"] for stream in (await response.json())["streams"]]
 
-    assert found == {"mine": ["r1"], "others": []}
+    assert ids == {"mine": ["r1"], "others": []}

@@ -145,20 +145,20 @@ async def test_requests_and_their_ends_are_counted(server: RunningServer) -> Non
     assert state["first_token"]["count"] == 2
     assert 0 < state["first_token"]["p50"] <= state["first_token"]["p99"]
     assert state["providers"]["sim"]["requests"] == 3
-    found = samples(await scrape(server))
+    values = samples(await scrape(server))
     labels = {"face": "openai", "provider": "sim", "code": "", "outcome": "ok"}
-    assert found["aioserver_requests_total", *sorted(labels.items())] == 2
-    assert found["aioserver_bad_requests_total", ("code", "invalid_request")] == 1
-    assert found["aioserver_bad_requests_total", ("code", "model_not_found")] == 1
-    assert found["aioserver_bad_requests_total", ("code", "stream_not_found")] == 1
-    assert found["aioserver_resumes_total", ("outcome", "not_found")] == 1
-    assert found["aioserver_provider_attempts_total", ("outcome", "ok"), ("provider", "sim")] == 3
-    assert found["aioserver_first_token_seconds_count", ("face", "websocket")] == 1
+    assert values["aioserver_requests_total", *sorted(labels.items())] == 2
+    assert values["aioserver_bad_requests_total", ("code", "invalid_request")] == 1
+    assert values["aioserver_bad_requests_total", ("code", "model_not_found")] == 1
+    assert values["aioserver_bad_requests_total", ("code", "stream_not_found")] == 1
+    assert values["aioserver_resumes_total", ("outcome", "not_found")] == 1
+    assert values["aioserver_provider_attempts_total", ("outcome", "ok"), ("provider", "sim")] == 3
+    assert values["aioserver_first_token_seconds_count", ("face", "websocket")] == 1
     assert (
-        found["aioserver_connections_closed_total", ("code", "1000"), ("face", "websocket")] == 1
+        values["aioserver_connections_closed_total", ("code", "1000"), ("face", "websocket")] == 1
     )
     tokens = {"provider": "sim", "model": "sim-model", "type": "output", "source": "provider"}
-    assert found["aioserver_tokens_total", *sorted(tokens.items())] > 0
+    assert values["aioserver_tokens_total", *sorted(tokens.items())] > 0
 
 
 async def test_refusals_of_a_full_server_are_counted_by_code_and_logged_once(
@@ -168,7 +168,7 @@ async def test_refusals_of_a_full_server_are_counted_by_code_and_logged_once(
         SILENT,
         **{f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.queue_timeout": 0},
     )
-    async with Raw(server) as raw, watching(server) as told:
+    async with Raw(server) as raw, watching(server) as notes:
         await raw.post("/v1/chat/completions", CHAT)
         await server.simulator.until(lambda stats: stats.active == 1)
         for _ in range(3):
@@ -178,14 +178,18 @@ async def test_refusals_of_a_full_server_are_counted_by_code_and_logged_once(
             await ws.receive()
         state = await shown(server)
         await shown(server)
-        await until(lambda: any(one.get("kind") == "rejections" for _, one in told))
+        await until(lambda: any(note.get("kind") == "rejections" for _, note in notes))
 
         assert state["rejections"]["server_at_capacity"] == 4
         assert state["connections"]["rejected"] == 4
         assert state["connections"]["rejected_per_second"] > 0
         # On a busy machine the loop may have been late, which is an incident, too.
-        incidents = [one for kind, one in told if kind == "incident" and one["kind"] != "loop_lag"]
-        (text,) = (one["text"] for one in incidents)
+        incidents = [
+            incident
+            for kind, incident in notes
+            if kind == "incident" and incident["kind"] != "loop_lag"
+        ]
+        (text,) = (incident["text"] for incident in incidents)
         assert text.startswith("4 requests were rejected in ")
         assert text.endswith(": the server is full (server_at_capacity)")
         assert incidents[0]["kind"] == "rejections"
@@ -224,9 +228,9 @@ async def test_refused_callers_are_counted_and_a_burst_is_an_incident(
     expected = {"missing_key": 1, "invalid_key": 1, "session": 1, "not_admin": 1, "origin": 1}
     assert state["auth_failures"] == {**expected, "host": 0}
     async with server.session.get(f"{server.base}/metrics", headers=root) as response:
-        found = samples(await response.text())
+        values = samples(await response.text())
     for reason, number in state["auth_failures"].items():
-        assert found["aioserver_auth_failures_total", ("reason", reason)] == number
+        assert values["aioserver_auth_failures_total", ("reason", reason)] == number
     assert not server.incidents(), "five are no burst"
 
     for _ in range(incidents.DENIED_BURST):
@@ -276,11 +280,11 @@ async def test_a_callers_name_is_in_the_lines_of_its_requests(
             await response.read()
     await server.nothing_held()
 
-    told = [one for one in caplog.records if hasattr(one, "fields")]
-    lines = [one.getMessage() for one in told]
+    records = [record for record in caplog.records if hasattr(record, "fields")]
+    lines = [record.getMessage() for record in records]
     assert lines.count("request finished") == 3
     assert lines.count("connection opened") == lines.count("connection closed") == 3
-    assert {one.fields["caller"] for one in told} == {"web"}
+    assert {line.fields["caller"] for line in records} == {"web"}
 
 
 # The event stream.
@@ -289,12 +293,12 @@ async def test_a_callers_name_is_in_the_lines_of_its_requests(
 @asynccontextmanager
 async def watching(server: RunningServer, query: str = "") -> AsyncIterator[list[tuple[str, Any]]]:
     """The events that a client of `/events` gets, as (event, data)."""
-    told: list[tuple[str, Any]] = []
+    notes: list[tuple[str, Any]] = []
 
     async def read(response: Any) -> None:
         splitter = eventstream.Splitter()
         async for data in response.content.iter_any():
-            told.extend(
+            notes.extend(
                 (event.event.decode(), orjson.loads(event.data))
                 for event in eventstream.parse(splitter.feed(data))
             )
@@ -303,7 +307,7 @@ async def watching(server: RunningServer, query: str = "") -> AsyncIterator[list
         assert (response.status, response.content_type) == (200, "text/event-stream")
         task = asyncio.create_task(read(response))
         try:
-            yield told
+            yield notes
         finally:
             task.cancel()
             await asyncio.wait((task,))
@@ -315,22 +319,22 @@ async def test_a_watcher_gets_the_history_then_the_state_each_second(
 ) -> None:
     for _ in range(3):
         server.context.monitor.tick()
-    async with watching(server) as told:
-        await until(lambda: len([kind for kind, _ in told if kind == "stats"]) >= 2)
+    async with watching(server) as notes:
+        await until(lambda: len([kind for kind, _ in notes if kind == "stats"]) >= 2)
 
-    told = [one for one in told if one[0] != "incident"]  # of a busy machine
-    assert [kind for kind, _ in told[:3]] == ["history", "stats", "stats"]
-    history = told[0][1]
+    notes = [note for note in notes if note[0] != "incident"]  # of a busy machine
+    assert [kind for kind, _ in notes[:3]] == ["history", "stats", "stats"]
+    history = notes[0][1]
     assert len(history["time"]) >= 4
     for series in (*history["series"].values(), *history["providers"]["sim"].values()):
         assert len(series) == len(history["time"])
-    assert told[2][1]["watchers"] == 1
-    assert told[2][1].keys() == server.context.monitor.snapshot.keys()
+    assert notes[2][1]["watchers"] == 1
+    assert notes[2][1].keys() == server.context.monitor.snapshot.keys()
 
 
 async def test_a_watcher_may_ask_for_less(server: RunningServer) -> None:
-    async with watching(server, "?interval=5") as told:
-        await until(lambda: bool(told))
+    async with watching(server, "?interval=5") as notes:
+        await until(lambda: bool(notes))
         ticks = len(server.history()["time"])
         for _ in range(10):
             server.context.monitor.tick()
@@ -339,12 +343,12 @@ async def test_a_watcher_may_ask_for_less(server: RunningServer) -> None:
 
         def last() -> int | None:
             return next(
-                (n for n, (_, said) in enumerate(told) if said.get("kind") == "test"), None
+                (n for n, (_, note) in enumerate(notes) if note.get("kind") == "test"), None
             )
 
         await until(lambda: last() is not None)
         told_of = [
-            kind for kind, _ in told[: last()]
+            kind for kind, _ in notes[: last()]
         ]  # a busy machine may add incidents of its own
     assert told_of[0] == "history"
     assert told_of.count("stats") == 1 + len([n for n in range(ticks, ticks + ran) if n % 5 == 0])
@@ -362,12 +366,12 @@ async def test_watchers_are_bounded(
 ) -> None:
     monkeypatch.setattr(monitor, "MAX_WATCHERS", 1)
     async with (
-        watching(server) as told,
+        watching(server) as notes,
         server.session.get(f"{server.base}/events") as response,
     ):
         assert response.status == 503
         assert "Retry-After" in response.headers
-        await until(lambda: bool(told))
+        await until(lambda: bool(notes))
 
 
 async def test_a_watcher_who_takes_nothing_is_dropped(
@@ -391,30 +395,30 @@ async def test_a_watcher_who_takes_nothing_is_dropped(
 
 
 async def test_watchers_are_sent_home_when_the_server_ends(server: RunningServer) -> None:
-    async with watching(server) as told:
-        await until(lambda: bool(told))
+    async with watching(server) as notes:
+        await until(lambda: bool(notes))
         server.context.monitor.incident("shutdown", "the server is stopping", severity="info")
         server.context.lifecycle.stopping.set()
         await until(lambda: not server.watchers)
-        await until(lambda: told[-1][0] == "incident")
+        await until(lambda: notes[-1][0] == "incident")
 
 
 async def test_a_loop_that_is_late_is_told(server: RunningServer) -> None:
     mine = server.context.monitor
-    async with watching(server) as told:
-        await until(lambda: bool(told))
+    async with watching(server) as notes:
+        await until(lambda: bool(notes))
         block(0.35)
         await until(lambda: server.owners.lag.longest(0.0) >= 0.2)
         mine.tick()
         worst = mine.snapshot["loop"]["lag_max"]
-        await until(lambda: any(kind == "incident" for kind, _ in told))
+        await until(lambda: any(kind == "incident" for kind, _ in notes))
 
-    (incident,) = [one for kind, one in told if kind == "incident"]
+    (incident,) = [incident for kind, incident in notes if kind == "incident"]
     assert (incident["kind"], incident["severity"]) == ("loop_lag", "warning")
     assert worst >= 0.2
-    found = samples(await scrape(server))
-    late = found["aioserver_loop_lag_seconds_count",]
-    assert late > found["aioserver_loop_lag_seconds_bucket", ("le", "0.1")]
+    values = samples(await scrape(server))
+    late = values["aioserver_loop_lag_seconds_count",]
+    assert late > values["aioserver_loop_lag_seconds_bucket", ("le", "0.1")]
 
 
 # The metrics.
@@ -429,14 +433,14 @@ async def scrape(server: RunningServer) -> str:
 
 def samples(text: str) -> dict[tuple[Any, ...], float]:
     """Every sample, by its name and labels; the parser is the client library's."""
-    found: dict[tuple[Any, ...], float] = {}
+    values: dict[tuple[Any, ...], float] = {}
     for family in text_string_to_metric_families(text):
         assert family.documentation, family.name
         for sample in family.samples:
             key = (sample.name, *sorted(sample.labels.items()))
-            assert key not in found
-            found[key] = sample.value
-    return found
+            assert key not in values
+            values[key] = sample.value
+    return values
 
 
 async def test_the_metrics_are_there_from_the_start_and_stay_the_same(
@@ -464,17 +468,17 @@ async def test_histograms_grow_to_their_count(server: RunningServer) -> None:
         async with server.session.post(f"{server.v1}/chat/completions", json=CHAT) as response:
             await response.read()
 
-    found = samples(await scrape(server))
+    values = samples(await scrape(server))
 
     buckets = [
         value
-        for (name, *labels), value in found.items()
+        for (name, *labels), value in values.items()
         if name == "aioserver_request_duration_seconds_bucket" and ("face", "openai") in labels
     ]
     assert buckets == sorted(buckets)
     assert buckets[-1] == 5
-    assert found["aioserver_request_duration_seconds_count", ("face", "openai")] == 5
-    assert found["aioserver_request_duration_seconds_sum", ("face", "openai")] > 0
+    assert values["aioserver_request_duration_seconds_count", ("face", "openai")] == 5
+    assert values["aioserver_request_duration_seconds_sum", ("face", "openai")] > 0
 
 
 async def test_no_label_comes_from_a_client(server: RunningServer) -> None:

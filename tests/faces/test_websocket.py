@@ -875,16 +875,23 @@ async def test_there_are_at_most_max_detached_streams_without_a_reader(
 
 async def history(server: RunningServer) -> list[tuple[str, str]]:
     """The messages that the provider was sent last."""
-    return [(one["role"], one["content"]) for one in server.simulator.bodies[-1]["messages"]]
+    return [
+        (message["role"], message["content"])
+        for message in server.simulator.bodies[-1]["messages"]
+    ]
 
 
 async def test_turns_of_one_socket_share_their_history(server: RunningServer) -> None:
     async with server.connect() as ws:
         await ws.send_json(chat("r1", "one"))
-        said = text_of(await to_end(ws))
+        answer_text = text_of(await to_end(ws))
         await ws.send_json(chat("r2", "two"))
         await to_end(ws)
-        assert await history(server) == [("user", "one"), ("assistant", said), ("user", "two")]
+        assert await history(server) == [
+            ("user", "one"),
+            ("assistant", answer_text),
+            ("user", "two"),
+        ]
 
         await ws.send_json(chat("r3", "three", conversation_id="c1"))
         await to_end(ws)
@@ -933,13 +940,13 @@ async def test_a_cancelled_turn_keeps_the_text_so_far(make_server: MakeServer) -
         await until_status(ws, "chunk")
         await ws.send_json(cancel("r1"))
         await to_end(ws)
-        said = text_of(await whole(server, "r1"))
+        text = text_of(await whole(server, "r1"))
         server.simulator.behaviour = QUICK
         await ws.send_json(chat("r2", "two"))
         await to_end(ws)
 
-    assert said
-    assert await history(server) == [("user", "one"), ("assistant", said), ("user", "two")]
+    assert text
+    assert await history(server) == [("user", "one"), ("assistant", text), ("user", "two")]
 
 
 # Pings and idleness.

@@ -43,24 +43,24 @@ def main() -> int:
     if atheris is None:
         print("Atheris is missing: pip install -e '.[test,fuzz]'", file=sys.stderr)
         return 2
-    found = options.found or Path(tempfile.mkdtemp(prefix=f"fuzz-{options.target}-"))
-    found.mkdir(parents=True, exist_ok=True)
-    print(f"inputs are written to {found}", file=sys.stderr)
+    folder = options.found or Path(tempfile.mkdtemp(prefix=f"fuzz-{options.target}-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"inputs are written to {folder}", file=sys.stderr)
     fuzzer: Any = atheris
     with fuzzer.instrument_imports(include=["aioserver"]):
         from tests.fuzz.targets import load, words
 
         run = load(options.target)
-    dictionary = found.with_name(f"{found.name}.dict")
+    dictionary = folder.with_name(f"{folder.name}.dict")
     dictionary.write_text("".join(f'"{_escaped(word)}"\n' for word in words(options.target)))
     arguments = [
         sys.argv[0],
         *(f"-max_total_time={options.seconds}", f"-max_len={MAX_BYTES}", "-print_final_stats=1"),
         *(f"-timeout={TOO_LONG}", f"-rss_limit_mb={MAX_MEMORY_MB}"),
-        *(f"-artifact_prefix={found}/", f"-dict={dictionary}"),
+        *(f"-artifact_prefix={folder}/", f"-dict={dictionary}"),
         *more,
         # New inputs go to the first folder.
-        *map(str, (found, CORPUS / options.target)),
+        *map(str, (folder, CORPUS / options.target)),
     ]
     fuzzer.Setup(arguments, run)
     fuzzer.Fuzz()

@@ -90,7 +90,9 @@ async def settled(server: RunningServer, outcomes: dict[tuple[str, ...], int]) -
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What was logged, but the incidents, which a tick may have found or not."""
-    return [one.getMessage() for one in caplog.records if one.name != "aioserver.monitoring"]
+    return [
+        record.getMessage() for record in caplog.records if record.name != "aioserver.monitoring"
+    ]
 
 
 async def test_a_reader_with_a_bug_keeps_no_other_from_its_end(
@@ -152,4 +154,4 @@ async def test_a_bug_after_the_provider_was_asked_is_not_to_be_repeated(
     assert caught.value.headers().get("x-should-retry") == ("false" if sent else None)
     assert metrics.bugs.value == 1
     assert metrics.outcomes["internal_error"].value == 1
-    assert [one.getMessage() for one in caplog.records] == ["bug in an answer"]
+    assert [record.getMessage() for record in caplog.records] == ["bug in an answer"]

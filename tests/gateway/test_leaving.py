@@ -130,8 +130,8 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
     fake: Any = Fake(dice)
     store = StreamStore(max_stream_bytes=1 << 20, max_kept_bytes=1 << 26)
     nothing: Any = None
-    one: Any = SimpleNamespace(model="m", models=())
-    metrics = Metrics({"sim": one})
+    provider: Any = SimpleNamespace(model="m", models=())
+    metrics = Metrics({"sim": provider})
     lag = LoopLag(asyncio.get_running_loop(), metrics.loop_lag)
     gateway = Gateway(
         Router({"sim": fake}, "sim"),

@@ -65,8 +65,8 @@ def status(number: int, more: str = "", body: bytes = b'{"error":{"message":"no"
     return head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
-def events(*given: str) -> bytes:
-    data = "".join(f"data: {one}\n\n" for one in given).encode()
+def events(*data_lines: str) -> bytes:
+    data = "".join(f"data: {line}\n\n" for line in data_lines).encode()
     return EVENT_STREAM + chunk(data) + LAST_CHUNK
 
 
@@ -76,11 +76,11 @@ def asked(fault: ProviderFault) -> tuple[str, int]:
     return fault.request_outcome.provider, fault.request_outcome.attempts
 
 
-def said(text: str | None, finish: str | None = None) -> str:
+def chunk_event(text: str | None, finish: str | None = None) -> str:
     return json.dumps({"choices": [{"delta": {"content": text}, "finish_reason": finish}]})
 
 
-ANSWER = events(said("hello"), said(None, "stop"), "[DONE]")
+ANSWER = events(chunk_event("hello"), chunk_event(None, "stop"), "[DONE]")
 
 
 class Trouble:
@@ -124,14 +124,14 @@ class Trouble:
         http_client = dataclasses.replace(
             LIMITS, **{"max_retries": 2, "queue_size": None, **limits}
         )
-        given = settings.Provider(
+        provider_settings = settings.Provider(
             name=name,
             base_url=server.url,
             model=f"{name}-model",
             when_down=when_down,
             http_client=http_client,
         )
-        provider = Provider(given, server.url, max_response_bytes=1 << 20)
+        provider = Provider(provider_settings, server.url, max_response_bytes=1 << 20)
         self._stack.push_async_callback(provider.close)
         self.providers[name] = provider
         return provider
@@ -147,8 +147,8 @@ class Trouble:
         router = self.router
         route = router.route(None, provider)
 
-        def body(given: settings.Provider) -> bytes:
-            return json.dumps({"model": given.model, "stream": True}).encode()
+        def body(provider_settings: settings.Provider) -> bytes:
+            return json.dumps({"model": provider_settings.model, "stream": True}).encode()
 
         asked = ProviderRequest(CHAT, body, streamed=True, reading=Reading() if frames else None)
         stream = Stream("r1", "anybody", window=30.0, max_bytes=1 << 22, outcome=asked.outcome)
@@ -157,8 +157,8 @@ class Trouble:
         return stream, asked
 
     async def call(self) -> Any:
-        def body(given: settings.Provider) -> bytes:
-            return json.dumps({"model": given.model}).encode()
+        def body(provider_settings: settings.Provider) -> bytes:
+            return json.dumps({"model": provider_settings.model}).encode()
 
         router = self.router
         asked = ProviderRequest(CHAT, body, streamed=False)
@@ -220,10 +220,10 @@ async def test_a_silence_before_the_first_event_is_none_of_the_answer(
 async def test_the_tries_are_bounded(trouble: Trouble) -> None:
     await trouble.add("a", status(500))
 
-    with pytest.raises(ProviderError) as told:
+    with pytest.raises(ProviderError) as raised:
         await trouble.fill()
 
-    assert asked(told.value) == ("a", 3)
+    assert asked(raised.value) == ("a", 3)
     assert trouble.counts() == {"a": 3}
 
 
@@ -253,7 +253,7 @@ async def test_a_fault_under_200_before_the_first_event_is_tried_again(trouble: 
         (status(403), ProviderAuthError),
         (status(429, body=b'{"error":{"code":"insufficient_quota"}}'), ProviderAuthError),
         (b"", ProviderDisconnected),  # the model may have run
-        (events(said("half")), ProviderDisconnected),
+        (events(chunk_event("half")), ProviderDisconnected),
         (EVENT_STREAM, ReadTimeout),
     ],
 )
@@ -267,7 +267,7 @@ async def test_faults_that_stay_or_may_have_been_paid_are_not_tried_again(
 
 
 async def test_after_the_first_event_nothing_is_tried_again(trouble: Trouble) -> None:
-    broken = events(said("hel"), '{"error":{"code":502,"message":"overloaded"}}')
+    broken = events(chunk_event("hel"), '{"error":{"code":502,"message":"overloaded"}}')
     await trouble.add("a", broken, ANSWER)
     await trouble.add("b", ANSWER)
 
@@ -290,9 +290,9 @@ async def test_a_429_is_tried_again_after_its_time(trouble: Trouble) -> None:
 
 async def test_a_provider_that_asks_for_too_long_a_rest_is_passed_over(trouble: Trouble) -> None:
     await trouble.add("a", status(429, "Retry-After: 100\r\n"), ANSWER)
-    with pytest.raises(ProviderRateLimited) as told:
+    with pytest.raises(ProviderRateLimited) as raised:
         await trouble.fill()
-    assert told.value.retry_after == 100
+    assert raised.value.retry_after == 100
     assert trouble.counts() == {"a": 1}
 
 
@@ -336,7 +336,7 @@ async def test_a_storm_of_faults_makes_no_storm_of_retries(trouble: Trouble) -> 
 
     done = await asyncio.gather(*(trouble.fill() for _ in range(30)), return_exceptions=True)
 
-    assert all(isinstance(one, ProviderError) for one in done)
+    assert all(isinstance(outcome, ProviderError) for outcome in done)
     assert trouble.counts()["a"] <= 30 + MIN_RETRIES
     assert provider.meter.retries_refused.value > 0
     assert provider.stats().budget == (MIN_RETRIES, MIN_RETRIES)
@@ -355,8 +355,8 @@ async def test_a_fallback_answers_with_its_own_model(trouble: Trouble, first: by
     assert stream.end_status == COMPLETE
     assert (stream.outcome.provider, ask.record.provider, stream.outcome.attempts) == ("b", "b", 2)
     assert ask.record.model == "b-model"
-    assert [one["model"] for one in trouble.asked["b"]] == ["b-model"]
-    assert sum(one.value for one in provider.meter.failovers.values()) == 1
+    assert [body["model"] for body in trouble.asked["b"]] == ["b-model"]
+    assert sum(counter.value for counter in provider.meter.failovers.values()) == 1
 
 
 async def test_a_provider_that_is_not_there_is_tried_and_then_replaced(trouble: Trouble) -> None:
@@ -383,9 +383,9 @@ async def test_the_fallbacks_are_asked_in_their_order_and_the_last_one_says_why(
 ) -> None:
     for name in "abc":
         await trouble.add(name, status(500), max_retries=1)
-    with pytest.raises(ProviderError) as told:
+    with pytest.raises(ProviderError) as raised:
         await trouble.fill()
-    assert asked(told.value) == ("c", 6)
+    assert asked(raised.value) == ("c", 6)
     assert trouble.counts() == {"a": 2, "b": 2, "c": 2}
 
 
@@ -398,7 +398,7 @@ async def test_a_pinned_provider_is_not_replaced(trouble: Trouble) -> None:
     assert trouble.counts() == {"a": 0, "b": 1, "c": 0}
 
 
-@pytest.mark.parametrize("answer", [status(400), status(404), events(said("half"))])
+@pytest.mark.parametrize("answer", [status(400), status(404), events(chunk_event("half"))])
 async def test_the_callers_fault_and_a_broken_answer_are_not_passed_on(
     trouble: Trouble, answer: bytes
 ) -> None:
@@ -436,14 +436,14 @@ async def test_where_all_are_dead_a_client_comes_back_soon(trouble: Trouble) -> 
     providers = [await trouble.add(name, ANSWER) for name in "abc"]
 
     breakers = [provider.health.breaker for provider in providers]
-    with left_alone(*breakers), pytest.raises(CircuitOpen) as told:
+    with left_alone(*breakers), pytest.raises(CircuitOpen) as raised:
         await trouble.fill()
 
-    assert 1 <= (told.value.retry_after or 0) <= 1.1
+    assert 1 <= (raised.value.retry_after or 0) <= 1.1
     assert trouble.counts() == {"a": 0, "b": 0, "c": 0}
-    headers = told.value.headers()
-    assert int(headers["Retry-After"]) >= (told.value.retry_after or 0), "never too early"
-    assert (told.value.http_status, headers["x-aioserver-attempts"]) == (503, "0")
+    headers = raised.value.headers()
+    assert int(headers["Retry-After"]) >= (raised.value.retry_after or 0), "never too early"
+    assert (raised.value.http_status, headers["x-aioserver-attempts"]) == (503, "0")
     assert "x-should-retry" not in headers, "nothing was sent"
 
 
@@ -452,10 +452,10 @@ async def test_where_all_limit_us_the_soonest_counts(trouble: Trouble, names: st
     for name in names:
         await trouble.add(name, PACED if name == "a" else LONGER, max_retries=0)
     for _ in range(2):  # first they say so, then they need not be asked
-        with pytest.raises(ProviderRateLimited) as told:
+        with pytest.raises(ProviderRateLimited) as raised:
             await trouble.fill()
-        assert 29 < (told.value.retry_after or 0) <= 33
-        assert told.value.http_status == 429
+        assert 29 < (raised.value.retry_after or 0) <= 33
+        assert raised.value.http_status == 429
     assert trouble.counts() == {"a": 1, "b": 1}
 
 
@@ -463,12 +463,12 @@ async def test_a_429_is_told_only_where_every_usable_one_says_it(trouble: Troubl
     provider = await trouble.add("a", ANSWER)
     await trouble.add("b", PACED, max_retries=0)
 
-    with left_alone(provider.health.breaker), pytest.raises(CircuitOpen) as told:
+    with left_alone(provider.health.breaker), pytest.raises(CircuitOpen) as raised:
         await trouble.fill()
 
-    assert told.value.http_status == 503
-    assert 1 <= (told.value.retry_after or 0) <= 1.1
-    assert asked(told.value) == ("a", 1)
+    assert raised.value.http_status == 503
+    assert 1 <= (raised.value.retry_after or 0) <= 1.1
+    assert asked(raised.value) == ("a", 1)
 
 
 @pytest.mark.parametrize("names", ["ab", "ba"])
@@ -476,9 +476,9 @@ async def test_a_provider_that_refuses_our_key_is_not_usable(trouble: Trouble, n
     for name in names:
         await trouble.add(name, status(401) if name == "a" else PACED, max_retries=0)
     for _ in range(2):
-        with pytest.raises(ProviderRateLimited) as told:
+        with pytest.raises(ProviderRateLimited) as raised:
             await trouble.fill()
-        assert asked(told.value)[0] == "b"
+        assert asked(raised.value)[0] == "b"
     assert trouble.counts() == {"a": 1, "b": 1}
 
 
@@ -567,7 +567,7 @@ async def test_a_storm_of_429_makes_no_wave_of_retries(trouble: Trouble) -> None
     )
     done = await asyncio.gather(*(trouble.fill() for _ in range(30)), return_exceptions=True)
 
-    assert {type(one) for one in done} <= {ProviderRateLimited, ProviderPaced}
+    assert {type(outcome) for outcome in done} <= {ProviderRateLimited, ProviderPaced}
     assert trouble.counts()["a"] <= 30 + MIN_RETRIES
     assert provider.meter.attempts["http_429"].value == trouble.counts()["a"]
     assert provider.stats().state == "well"
@@ -615,10 +615,10 @@ def tried_in_vain(provider: Provider) -> None:
 async def test_a_dead_provider_is_left_alone(trouble: Trouble) -> None:
     provider = await trouble.add("a", ANSWER)
     with left_alone(provider.health.breaker):
-        with pytest.raises(CircuitOpen) as told:
+        with pytest.raises(CircuitOpen) as raised:
             await trouble.fill()
 
-        assert 1 <= (told.value.retry_after or 0) <= 1.1
+        assert 1 <= (raised.value.retry_after or 0) <= 1.1
         assert (provider.stats().state, provider.stats().next_try) == ("dead", 0.0)
     assert 0 <= (provider.stats().next_try or 0) <= TRIAL_INTERVAL
     assert trouble.counts() == {"a": 0}
@@ -641,7 +641,7 @@ async def test_a_trial_finds_out_that_it_is_back(trouble: Trouble) -> None:
 
 
 async def test_the_first_event_of_a_trial_brings_the_provider_back(trouble: Trouble) -> None:
-    begun = events(said("hel"))[: -len(LAST_CHUNK)]
+    begun = events(chunk_event("hel"))[: -len(LAST_CHUNK)]
     provider = await died(trouble, "a", begun, ANSWER)
     trial = asyncio.create_task(trouble.fill())
 
@@ -707,7 +707,7 @@ async def test_waiters_are_refused_when_their_provider_dies(trouble: Trouble) ->
     trouble.gate.set()
     done = await asyncio.gather(*tasks, return_exceptions=True)
 
-    kinds = [type(one) for one in done]
+    kinds = [type(outcome) for outcome in done]
     assert kinds == [ProviderError, *[CircuitOpen] * 11]
     assert trouble.counts()["a"] == 1
 
@@ -724,7 +724,7 @@ async def test_a_retry_that_meets_a_dead_provider_ends_with_what_killed_it(
 
     done = await asyncio.gather(*tasks, return_exceptions=True)
 
-    assert {type(one) for one in done} == {ProviderError}
+    assert {type(outcome) for outcome in done} == {ProviderError}
     # Each is parked until the next trial may start; the first to come is that trial.
     assert 5 < trouble.counts()["a"] < 15
 
@@ -883,7 +883,7 @@ async def test_faults_that_prove_nothing_count_neither_way(
 
 
 async def test_answers_that_break_off_are_failures_on_every_face(trouble: Trouble) -> None:
-    broken = events(said("hel"), '{"error":{"code":502,"message":"overloaded"}}')
+    broken = events(chunk_event("hel"), '{"error":{"code":502,"message":"overloaded"}}')
     provider = await trouble.add("a", broken)
     for _ in range(MIN_ATTEMPTS + 1):
         await trouble.fill(frames=False)  # the OpenAI face: the error event passes as it is

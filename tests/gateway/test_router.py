@@ -31,8 +31,10 @@ async def router_of(tmp_path: Path, active: str = "sim") -> AsyncIterator[Router
     }
     configuration = configured(NOWHERE, changes, tmp_path / "config.yaml")
     providers = {
-        name: Provider(given, given.base_url or NOWHERE, max_response_bytes=1000)
-        for name, given in configuration.settings.llm.providers.items()
+        name: Provider(
+            provider_settings, provider_settings.base_url or NOWHERE, max_response_bytes=1000
+        )
+        for name, provider_settings in configuration.settings.llm.providers.items()
     }
     yield Router(providers, active)
     for provider in providers.values():

@@ -161,9 +161,9 @@ def test_nobody_gets_more_than_its_share_by_more_than_a_turn(run: int) -> None:
             caller: Fraction(history[end].get(caller, 0) - history[begin].get(caller, 0), weight)
             for caller, weight in weights.items()
         }
-        for one, other in pairwise(weights):
-            most = Fraction(1, weights[one]) + Fraction(1, weights[other])
-            assert abs(got[one] - got[other]) <= most
+        for former, other in pairwise(weights):
+            most = Fraction(1, weights[former]) + Fraction(1, weights[other])
+            assert abs(got[former] - got[other]) <= most
 
 
 @pytest.mark.parametrize("run", range(40))
@@ -176,13 +176,13 @@ def test_positions_and_the_order_are_those_in_which_they_are_served(run: int) ->
     for number in range(150):
         match dice.choices(("come", "serve", "leave"), (5, 3, 1))[0]:
             case "come":
-                one = (number, dice.choice("abcde"), dice.randrange(3))
-                _, caller, line = one
+                waiter = (number, dice.choice("abcde"), dice.randrange(3))
+                _, caller, line = waiter
                 behind = turns.count(caller, line) + 1
                 expected = turns.position(caller, line, behind, weights[caller])
-                turns.add(one, caller, line, weights[caller])
-                waiting.append(one)
-                assert list(turns).index(one) + 1 == expected
+                turns.add(waiter, caller, line, weights[caller])
+                waiting.append(waiter)
+                assert list(turns).index(waiter) + 1 == expected
                 assert turns.position(caller, line, behind) == expected
             case "serve" if waiting:
                 first = next(iter(turns))

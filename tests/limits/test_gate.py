@@ -49,11 +49,11 @@ async def waiting(gate: Gate, caller: Hashable = None) -> asyncio.Task[Place]:
 def hearing(heard: list[int]) -> Callable[[int, float], None]:
     """Writes the positions down."""
 
-    def told(position: int, eta: float) -> None:
+    def hear(position: int, eta: float) -> None:
         assert eta >= 0
         heard.append(position)
 
-    return told
+    return hear
 
 
 async def given_up(*tasks: asyncio.Task[Place]) -> None:
@@ -536,11 +536,11 @@ async def test_a_waiter_whose_callback_raises_does_not_stay_in_the_queue() -> No
     gate = gate_of()
     place = await gate.enter()
 
-    def told(position: int, eta: float) -> None:
+    def hear(position: int, eta: float) -> None:
         raise ConnectionResetError
 
     with pytest.raises(ConnectionResetError):
-        await gate.enter(on_position=told)
+        await gate.enter(on_position=hear)
 
     assert gate.waiting == 0
     place.release()
@@ -626,7 +626,7 @@ async def test_random_steps_agree_with_the_model(run: int) -> None:
                 (await tasks.pop(leaver)).release()
                 model.leave(leaver)
             case "give up" if model.waiting:
-                leaver = dice.choice([one for line in model.lines.values() for one in line])
+                leaver = dice.choice([waiter for line in model.lines.values() for waiter in line])
                 await given_up(tasks.pop(leaver))
                 model.leave(leaver)
             case "apply":
@@ -635,7 +635,7 @@ async def test_random_steps_agree_with_the_model(run: int) -> None:
                 model.admit()
         await ticks()
 
-        assert {one for one, task in tasks.items() if task.done()} == model.inside
+        assert {name for name, task in tasks.items() if task.done()} == model.inside
         assert (gate.inside, gate.waiting) == (len(model.inside), model.waiting)
 
     for task in tasks.values():
@@ -688,7 +688,9 @@ async def test_a_storm_in_which_everybody_may_give_up_at_any_tick_leaves_zero(ru
             task.cancel()
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
 
-    assert all(one is None or isinstance(one, asyncio.CancelledError) for one in outcomes)
+    assert all(
+        outcome is None or isinstance(outcome, asyncio.CancelledError) for outcome in outcomes
+    )
     assert most <= limit
     assert gate.inside == gate.waiting == 0
     places = [gate.try_enter() for _ in range(limit)]
@@ -797,10 +799,10 @@ async def test_a_request_that_cannot_start_in_time_is_refused_at_once() -> None:
     gate = paced_gate(Steps(step=5.0), queue_timeout=12.0)
     waiters = [await waiting(gate) for _ in range(2)]
 
-    with pytest.raises(ServerAtCapacity, match=PACED) as told:
+    with pytest.raises(ServerAtCapacity, match=PACED) as raised:
         await gate.enter()
 
-    assert told.value.retry_after == pytest.approx(15.0)
+    assert raised.value.retry_after == pytest.approx(15.0)
     assert gate.waiting == 2
     assert gate.stats().refused == 1
     await given_up(*waiters)
@@ -828,9 +830,9 @@ async def test_a_rest_of_the_pace_tells_those_whom_it_makes_too_late() -> None:
 
     pace.delay = lambda ahead=0: 10.0 + ahead  # type: ignore[method-assign]
     gate.refuse_late(failover_wait=20.0)  # not so long that one goes elsewhere
-    with pytest.raises(ServerAtCapacity, match=PACED) as told:
+    with pytest.raises(ServerAtCapacity, match=PACED) as raised:
         await hasty
-    assert told.value.retry_after == 10.0
+    assert raised.value.retry_after == 10.0
     assert (other.done(), gate.waiting, gate.stats().refused) == (False, 2, 1)
     gate.refuse_late(failover_wait=1.0)
     with pytest.raises(ServerAtCapacity, match=PACED):
@@ -845,15 +847,15 @@ async def test_a_returning_waiter_stands_in_front_of_its_callers_others() -> Non
     inside = await gate.enter()
     order: list[str] = []
 
-    async def one(name: str, *, again: bool = False) -> None:
+    async def waiting(name: str, *, again: bool = False) -> None:
         with await gate.enter("caller", at_front=again):
             order.append(name)
 
     async with asyncio.TaskGroup() as group:
         for name in ("first", "second"):
-            group.create_task(one(name))
+            group.create_task(waiting(name))
             await ticks()
-        group.create_task(one("retry", again=True))
+        group.create_task(waiting("retry", again=True))
         await ticks()
         inside.release()
 
@@ -895,10 +897,10 @@ async def test_random_leavers_leave_no_start_behind(run: int) -> None:
     gate = paced_gate(pace, limit=3)
     inside: list[Place] = []
 
-    async def one() -> None:
+    async def leaving() -> None:
         inside.append(await gate.enter(dice.randrange(3)))
 
-    tasks = [asyncio.create_task(one()) for _ in range(40)]
+    tasks = [asyncio.create_task(leaving()) for _ in range(40)]
     while not all(task.done() for task in tasks):
         if dice.random() < 0.4:
             pace.free += 1
@@ -962,7 +964,7 @@ async def test_waiters_can_be_refused_and_others_may_come() -> None:
     gate.refuse_waiting(lambda: ServerAtCapacity(f"away {next(number)}"))
     done = await asyncio.gather(*waiters, return_exceptions=True)
 
-    assert sorted(str(one) for one in done) == ["away 0", "away 1", "away 2"]
+    assert sorted(str(outcome) for outcome in done) == ["away 0", "away 1", "away 2"]
     assert (gate.waiting, gate.inside) == (0, 1)
     later = await waiting(gate)
     inside.release()

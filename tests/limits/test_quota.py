@@ -23,98 +23,98 @@ if TYPE_CHECKING:
 
 
 def test_so_many_at_once_and_no_more(clock: FakeClock) -> None:
-    one = Quota(2, 1000, clock)
-    one.take()
-    one.take()
+    quota = Quota(2, 1000, clock)
+    quota.take()
+    quota.take()
 
     with pytest.raises(ConcurrencyExceeded, match="max_concurrent=2") as caught:
-        one.take()
+        quota.take()
 
     assert caught.value.retry_after == 1.0
-    assert one.running == 2
-    one.give_back()
-    one.take()
+    assert quota.running == 2
+    quota.give_back()
+    quota.take()
 
 
 def test_a_minutes_worth_after_a_rest_then_evenly(clock: FakeClock) -> None:
-    one = Quota(1000, 6, clock)
+    quota = Quota(1000, 6, clock)
     for _ in range(6):
-        one.take()
+        quota.take()
 
     with pytest.raises(RateLimitExceeded, match="requests_per_minute=6") as caught:
-        one.take()
+        quota.take()
 
     assert caught.value.retry_after == pytest.approx(10.0)
-    assert one.running == 6, "what was refused does not run"
+    assert quota.running == 6, "what was refused does not run"
     clock.now += 9.99
     with pytest.raises(RateLimitExceeded) as caught:
-        one.take()
+        quota.take()
     assert caught.value.retry_after == pytest.approx(0.01)
     clock.now += 0.01
-    one.take()
+    quota.take()
     with pytest.raises(RateLimitExceeded):
-        one.take()
+        quota.take()
 
 
 def test_a_refusal_for_concurrency_spends_nothing_of_the_minute(clock: FakeClock) -> None:
-    one = Quota(1, 2, clock)
-    one.take()
+    quota = Quota(1, 2, clock)
+    quota.take()
     for _ in range(5):
         with pytest.raises(ConcurrencyExceeded):
-            one.take()
+            quota.take()
 
-    one.give_back()
-    one.take()
+    quota.give_back()
+    quota.take()
 
-    assert one.running == 1
+    assert quota.running == 1
 
 
 def test_an_answer_that_never_began_counts_for_nothing(clock: FakeClock) -> None:
-    one = Quota(1, 1, clock)
+    quota = Quota(1, 1, clock)
     for _ in range(3):
-        one.take()
-        one.give_back(unused=True)
+        quota.take()
+        quota.give_back(unused=True)
 
-    one.take()
+    quota.take()
 
     with pytest.raises(ConcurrencyExceeded):
-        one.take()
+        quota.take()
 
 
 def test_limits_change_in_place(clock: FakeClock) -> None:
-    one = Quota(3, 3, clock)
+    quota = Quota(3, 3, clock)
     for _ in range(3):
-        one.take()
+        quota.take()
 
-    one.apply(4, 3)
+    quota.apply(4, 3)
     with pytest.raises(RateLimitExceeded):
-        one.take()  # what has begun in this minute counts
-    one.apply(2, 600)
+        quota.take()  # what has begun in this minute counts
+    quota.apply(2, 600)
     with pytest.raises(ConcurrencyExceeded):
-        one.take()  # what runs does, too
-    assert one.running == 3
-    one.give_back()
-    one.give_back()
+        quota.take()  # what runs does, too
+    assert quota.running == 3
+    quota.give_back()
+    quota.give_back()
     clock.now += 0.2
-    one.take()
+    quota.take()
 
-    assert one.running == 2
+    assert quota.running == 2
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_in_no_span_begin_more_than_its_share_and_a_minutes(seed: int, clock: FakeClock) -> None:
     chance = random.Random(seed)
     per_minute = chance.choice([1, 7, 60, 300])
-    one = Quota(10**6, per_minute, clock)
+    quota = Quota(10**6, per_minute, clock)
     begun: list[float] = []
     for _ in range(2000):
         clock.now += chance.expovariate(per_minute / 20)
         try:
-            one.take()
+            quota.take()
         except RateLimitExceeded as error:
             if chance.random() < 0.5:
                 clock.now += error.retry_after or 0.0
-                one.take()  # who comes when it was said is let in
+                quota.take()  # who comes when it was said is let in
                 begun.append(clock.now)
         else:
             begun.append(clock.now)
@@ -126,45 +126,45 @@ def test_in_no_span_begin_more_than_its_share_and_a_minutes(seed: int, clock: Fa
 
 
 def test_a_revoked_quota_gives_nothing(clock: FakeClock) -> None:
-    one = Quota(5, 5, clock)
-    one.take()
+    quota = Quota(5, 5, clock)
+    quota.take()
 
-    one.revoke()
+    quota.revoke()
 
     with pytest.raises(InvalidApiKey):
-        one.take()
-    one.give_back()
-    assert one.running == 0
+        quota.take()
+    quota.give_back()
+    assert quota.running == 0
 
 
 async def test_a_revocation_ends_what_is_held_for_the_key() -> None:
-    one, never = Quota(5, 5), asyncio.Event()
+    quota, never = Quota(5, 5), asyncio.Event()
 
     async def answer() -> None:
-        async with one.used():
+        async with quota.used():
             await never.wait()
 
     task = asyncio.ensure_future(answer())
     await asyncio.sleep(0)
-    assert one.running == 1
-    one.revoke()
+    assert quota.running == 1
+    quota.revoke()
 
     with pytest.raises(InvalidApiKey):
         await task
-    assert one.running == 0
+    assert quota.running == 0
 
 
 async def test_a_caller_demoted_and_revoked_at_once_ends_once() -> None:
-    one, never = Quota(5, 5), asyncio.Event()
+    quota, never = Quota(5, 5), asyncio.Event()
 
     async def watch(*, admin: bool) -> None:
-        with one.held(admin=admin):
+        with quota.held(admin=admin):
             await never.wait()
 
     watching, other = (asyncio.ensure_future(watch(admin=admin)) for admin in (True, False))
     await asyncio.sleep(0)
-    one.demote()
-    one.revoke()
+    quota.demote()
+    quota.revoke()
 
     with pytest.raises(PermissionDenied):
         await watching
@@ -173,27 +173,27 @@ async def test_a_caller_demoted_and_revoked_at_once_ends_once() -> None:
 
 
 async def test_a_client_that_leaves_in_the_same_moment_has_left() -> None:
-    one, never = Quota(5, 5), asyncio.Event()
+    quota, never = Quota(5, 5), asyncio.Event()
 
     async def answer() -> None:
-        async with one.used():
+        async with quota.used():
             await never.wait()
 
     task = asyncio.ensure_future(answer())
     await asyncio.sleep(0)
-    one.revoke()
+    quota.revoke()
     task.cancel()
 
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert one.running == 0
+    assert quota.running == 0
 
 
 async def test_places_of_cancelled_and_failed_answers_are_given_back() -> None:
-    one, never = Quota(5, 50), asyncio.Event()
+    quota, never = Quota(5, 50), asyncio.Event()
 
     async def answer(fault: Exception | None) -> None:
-        async with one.used():
+        async with quota.used():
             if fault is not None:
                 raise fault
             await never.wait()
@@ -206,62 +206,62 @@ async def test_places_of_cancelled_and_failed_answers_are_given_back() -> None:
     with pytest.raises(ZeroDivisionError):
         await answer(ZeroDivisionError())
 
-    assert one.running == 0
+    assert quota.running == 0
 
 
 # Connections.
 
 
 def test_connections_are_bounded_and_counted_through_a_change(clock: FakeClock) -> None:
-    one = Quota(5, 5, clock, max_connections=2)
-    one.connect()
-    one.connect()
+    quota = Quota(5, 5, clock, max_connections=2)
+    quota.connect()
+    quota.connect()
     with pytest.raises(ConcurrencyExceeded, match="max_connections=2") as caught:
-        one.connect()
-    assert (one.connections, one.running, caught.value.retry_after) == (2, 0, 1.0)
+        quota.connect()
+    assert (quota.connections, quota.running, caught.value.retry_after) == (2, 0, 1.0)
 
-    one.apply(5, 5, 3)
-    one.connect()
-    one.apply(5, 5, 1)
-    one.disconnect()
-    one.disconnect()
+    quota.apply(5, 5, 3)
+    quota.connect()
+    quota.apply(5, 5, 1)
+    quota.disconnect()
+    quota.disconnect()
     with pytest.raises(ConcurrencyExceeded):
-        one.connect()
-    one.disconnect()
-    one.connect()
-    assert one.connections == 1
+        quota.connect()
+    quota.disconnect()
+    quota.connect()
+    assert quota.connections == 1
 
 
 def test_connections_elsewhere_count_while_the_number_is_bounded(clock: FakeClock) -> None:
-    elsewhere, told = 2, 0
+    elsewhere, changes = 2, 0
 
     def tell(change: int) -> int:
-        nonlocal told
-        told += change
+        nonlocal changes
+        changes += change
         return elsewhere
 
-    one = Quota(5, 5, clock, max_connections=3, elsewhere=tell)
-    one.connect()
+    quota = Quota(5, 5, clock, max_connections=3, elsewhere=tell)
+    quota.connect()
     with pytest.raises(ConcurrencyExceeded, match="3 connections of this key"):
-        one.connect()
-    assert one.connections == told == 1
+        quota.connect()
+    assert quota.connections == changes == 1
 
     elsewhere = 0
-    one.connect()
-    one.apply(5, 5, 0)
-    assert told == 0
-    one.connect()
-    one.apply(5, 5, 4)
-    one.connect()
-    assert one.connections == told == 4
+    quota.connect()
+    quota.apply(5, 5, 0)
+    assert changes == 0
+    quota.connect()
+    quota.apply(5, 5, 4)
+    quota.connect()
+    assert quota.connections == changes == 4
     for _ in range(4):
-        one.disconnect()
-    assert told == 0
+        quota.disconnect()
+    assert changes == 0
 
 
 def test_without_a_bound_connections_are_only_counted(clock: FakeClock) -> None:
-    one = Quota(1, 1, clock)
+    quota = Quota(1, 1, clock)
     for _ in range(1000):
-        one.connect()
+        quota.connect()
 
-    assert one.connections == 1000
+    assert quota.connections == 1000

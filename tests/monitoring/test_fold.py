@@ -94,11 +94,11 @@ def test_numbers_of_things_are_added_and_of_waits_the_longest_counts(snapshot: S
 def test_every_counter_of_a_provider_is_added_and_its_shared_limits_are_not(
     snapshot: Snapshot,
 ) -> None:
-    one = report(snapshot)
+    instance_report = report(snapshot)
     name = provider_of(snapshot)
 
     state, single = (
-        total_of("a", {"a": one, "b": one})["providers"][name],
+        total_of("a", {"a": instance_report, "b": instance_report})["providers"][name],
         snapshot["providers"][name],
     )
 

@@ -97,7 +97,7 @@ def test_quiet_time_of_one_subject_does_not_silence_another() -> None:
     detector = Detector()
     texts(detector, 100.0, {Total(ATTEMPTS, "timeout", "groq"): 1})
 
-    told = texts(
+    lines = texts(
         detector,
         101.0,
         {
@@ -107,7 +107,7 @@ def test_quiet_time_of_one_subject_does_not_silence_another() -> None:
         },
     )
 
-    assert told == [
+    assert lines == [
         "groq fails in TLS: 1 attempt failed in 1 s",
         "other does not answer in time: 1 attempt failed in 1 s",
     ]
@@ -152,12 +152,12 @@ def troubled(
 def test_trouble_is_told_when_it_begins_and_when_it_ends() -> None:
     detector = Detector()
 
-    told = [
+    by_tick = [
         troubled(detector, float(now), *who)
         for now, who in enumerate(([], ["groq"], ["groq"], []))
     ]
 
-    assert told == [[], [("error", "groq is silent")], [], [("info", "groq speaks again")]]
+    assert by_tick == [[], [("error", "groq is silent")], [], [("info", "groq speaks again")]]
 
 
 @pytest.mark.parametrize(
@@ -194,15 +194,15 @@ def test_provider_that_is_configured_again_begins_without_trouble() -> None:
 def test_trouble_that_comes_and_goes_is_told_once_in_its_quiet_time() -> None:
     detector = Detector()
 
-    told = [
+    by_tick = [
         troubled(detector, 100.0 + second, *(["groq"] if second % 2 == 0 else []))
         for second in range(int(QUIET))
     ]
     other = troubled(detector, 100.0 + QUIET - 1, "other")
     lasting = troubled(detector, 100.0 + QUIET, "groq", "other")
 
-    assert told[:2] == [[("error", "groq is silent")], [("info", "groq speaks again")]]
-    assert not any(told[2:])
+    assert by_tick[:2] == [[("error", "groq is silent")], [("info", "groq speaks again")]]
+    assert not any(by_tick[2:])
     assert other == [("error", "other is silent")]
     assert lasting == [("error", "groq is silent")]
 
@@ -210,10 +210,10 @@ def test_trouble_that_comes_and_goes_is_told_once_in_its_quiet_time() -> None:
 def test_denied_requests_of_some_ticks_together_are_one_burst() -> None:
     detector = Detector()
 
-    told = [texts(detector, float(tick), {Total(DENIED): 1}) for tick in range(DENIED_TICKS)]
+    by_tick = [texts(detector, float(tick), {Total(DENIED): 1}) for tick in range(DENIED_TICKS)]
 
-    assert told[:-1] == [[]] * (DENIED_TICKS - 1)
-    assert told[-1][0].startswith(f"{DENIED_BURST} requests were denied")
+    assert by_tick[:-1] == [[]] * (DENIED_TICKS - 1)
+    assert by_tick[-1][0].startswith(f"{DENIED_BURST} requests were denied")
 
 
 def test_worst_lag_of_the_quiet_time_is_told_and_not_the_sum() -> None:

@@ -52,29 +52,29 @@ def collector(**process: int | None) -> ServerCollector:
 
 def gauges(collected: ServerCollector) -> dict[str, Any]:
     """The values of each gauge by its labels, or its only value."""
-    found: dict[str, Any] = {}
+    shown: dict[str, Any] = {}
     for metric in collected.collect():
         if metric.type == "gauge":
             values = {tuple(sample.labels.items()): sample.value for sample in metric.samples}
-            found[metric.name.removeprefix(PREFIX)] = values.get((), values)
-    return found
+            shown[metric.name.removeprefix(PREFIX)] = values.get((), values)
+    return shown
 
 
 def test_gauge_shows_the_number_of_the_snapshot() -> None:
-    found = gauges(collector())
+    values = gauges(collector())
 
-    assert found["ready"] == 1
-    assert found["connections_limit"] == 6
-    assert found["connections"] == {(("face", "sse"),): 7, (("face", "openai"),): 8}
-    assert found["pool_idle"] == {(("provider", "groq"),): 5, (("provider", "other"),): 5}
-    assert found["provider_silence_seconds"][("provider", "groq"),] == 2.5
-    assert found["provider_silent_answers"][("provider", "groq"),] == 4
-    assert found["retry_budget_used"][("provider", "groq"),] == 7
-    assert found["retry_budget_limit"][("provider", "groq"),] == 10
-    assert found["provider_state"] == {(("provider", "groq"),): 1, (("provider", "other"),): 2}
-    assert found["provider_trouble"] == {(("provider", "groq"),): 0, (("provider", "other"),): 4}
-    assert (found["listen_queue"], found["listen_queue_limit"]) == (0, 0)
-    assert found.keys() == {gauge.name for gauge in GAUGES} | {
+    assert values["ready"] == 1
+    assert values["connections_limit"] == 6
+    assert values["connections"] == {(("face", "sse"),): 7, (("face", "openai"),): 8}
+    assert values["pool_idle"] == {(("provider", "groq"),): 5, (("provider", "other"),): 5}
+    assert values["provider_silence_seconds"][("provider", "groq"),] == 2.5
+    assert values["provider_silent_answers"][("provider", "groq"),] == 4
+    assert values["retry_budget_used"][("provider", "groq"),] == 7
+    assert values["retry_budget_limit"][("provider", "groq"),] == 10
+    assert values["provider_state"] == {(("provider", "groq"),): 1, (("provider", "other"),): 2}
+    assert values["provider_trouble"] == {(("provider", "groq"),): 0, (("provider", "other"),): 4}
+    assert (values["listen_queue"], values["listen_queue_limit"]) == (0, 0)
+    assert values.keys() == {gauge.name for gauge in GAUGES} | {
         *("build_info", "listen_queue", "listen_queue_limit")
     }
 

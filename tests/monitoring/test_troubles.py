@@ -116,10 +116,10 @@ def test_faults_are_told_for_a_minute() -> None:
     troubles = Troubles()
     looked(troubles, 1000.0, {"http_5xx": 5})
 
-    told = [looked(troubles, 1000.0 + tick) for tick in range(1, WINDOW + 1)]
+    looks = [looked(troubles, 1000.0 + tick) for tick in range(1, WINDOW + 1)]
 
-    assert all(told[:-1])
-    assert told[-1] is None
+    assert all(looks[:-1])
+    assert looks[-1] is None
 
 
 def test_provider_that_is_left_alone_is_told_with_its_next_try_and_its_fallback() -> None:
@@ -155,7 +155,7 @@ def test_trouble_that_becomes_another_one_of_the_same_faults_began_with_the_firs
     troubles = Troubles()
     kinds = ("failing", "sick", "dead", "sick")
 
-    told = [
+    looks = [
         looked(
             troubles, 1000.0 + 10 * nth, {"timeout": 5}, state={"failing": "well"}.get(kind, kind)
         )
@@ -163,8 +163,8 @@ def test_trouble_that_becomes_another_one_of_the_same_faults_began_with_the_firs
     ]
     silent = looked(troubles, 1040.0, **silent_for(5.0, stalled=1, under_way=1))
 
-    assert [trouble["kind"] for trouble in told] == [*kinds]
-    assert [trouble["since"] for trouble in told] == [1000.0] * 4
+    assert [trouble["kind"] for trouble in looks] == [*kinds]
+    assert [trouble["since"] for trouble in looks] == [1000.0] * 4
     assert silent["since"] == 1035.0
 
 

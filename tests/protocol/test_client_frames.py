@@ -98,17 +98,17 @@ def test_a_chat_has_every_field_of_the_contract() -> None:
     )
 
 
-@pytest.mark.parametrize("given", [0, 17, "17", 2**63, "0", "9" * 18])
-def test_an_event_number_may_be_written_as_text(given: int | str) -> None:
-    assert client_frames.event_number(given) == int(given)
+@pytest.mark.parametrize("event_id", [0, 17, "17", 2**63, "0", "9" * 18])
+def test_an_event_number_may_be_written_as_text(event_id: int | str) -> None:
+    assert client_frames.event_number(event_id) == int(event_id)
 
 
 @pytest.mark.parametrize(
-    "given", [None, -1, 1.0, True, "", "-1", "1.5", " 1", "\u0661", "9" * 19, [1], {"a": 1}]
+    "event_id", [None, -1, 1.0, True, "", "-1", "1.5", " 1", "\u0661", "9" * 19, [1], {"a": 1}]
 )
-def test_an_event_number_is_a_number_from_0_on(given: object) -> None:
+def test_an_event_number_is_a_number_from_0_on(event_id: object) -> None:
     with pytest.raises(InvalidRequest, match=">= 0") as caught:
-        client_frames.event_number(given)
+        client_frames.event_number(event_id)
     assert caught.value.param == "last_event_id"
 
 
@@ -251,13 +251,13 @@ def test_a_frame_of_any_characters_is_a_command_or_a_bad_one(text: str) -> None:
 
 def test_the_same_bytes_have_the_same_digest_on_both_faces() -> None:
     payload = '"text":"a","options":{"a": 1}'
-    one = client_frames.parse(
+    question = client_frames.parse(
         f'{{"action":"chat","request_id":"r1","payload":{{{payload},"metadata":{{"user":"u1"}}}}}}'.encode()
     )
     two = at_once(client_frames.reading_question(f'{{{payload}, "request_id":"r1"}}'.encode()))
 
-    assert isinstance(one, Chat)
-    assert one.digest() == two.digest()
+    assert isinstance(question, Chat)
+    assert question.digest() == two.digest()
 
 
 def test_a_digest_is_of_the_bytes_as_they_came() -> None:
@@ -295,7 +295,7 @@ def test_other_questions_have_other_digests() -> None:
         base | {"options": {"n": "1"}},
     ]
 
-    assert len({chat(**one).digest() for one in (base, *others)}) == len(others) + 1
+    assert len({chat(**fields).digest() for fields in (base, *others)}) == len(others) + 1
 
 
 def test_a_digest_of_a_long_question_is_short() -> None:

@@ -54,7 +54,7 @@ def read(data: bytes) -> list[bytes]:
         raise event_fault(exc) from exc
 
 
-def said(chunks: list[bytes]) -> list[tuple[str, Any]]:
+def texts_of(chunks: list[bytes]) -> list[tuple[str, Any]]:
     read = [orjson.loads(chunk) for chunk in chunks]
     assert all(chunk.keys() == {"type", "data", "metadata"} for chunk in read)
     return [(chunk["type"], chunk["data"]) for chunk in read]
@@ -66,7 +66,7 @@ def test_text_is_a_chunk_and_is_kept_for_the_history() -> None:
     assert reading.read(event({"content": 'He"l'})) == [
         b'{"type":"text","data":"He\\"l","metadata":{}}'
     ]
-    assert said(reading.read(event({"content": "lo 😀"}))) == [("text", "lo 😀")]
+    assert texts_of(reading.read(event({"content": "lo 😀"}))) == [("text", "lo 😀")]
     assert reading.text == 'He"llo 😀'
 
 
@@ -84,7 +84,7 @@ def test_the_first_and_the_last_event_say_nothing() -> None:
 def test_reasoning_has_its_own_type_and_is_not_kept(name: str) -> None:
     reading = Reading()
 
-    assert said(reading.read(event({name: "hm", "content": "so"}))) == [
+    assert texts_of(reading.read(event({name: "hm", "content": "so"}))) == [
         ("reasoning", "hm"),
         ("text", "so"),
     ]
@@ -94,7 +94,7 @@ def test_reasoning_has_its_own_type_and_is_not_kept(name: str) -> None:
 def test_tool_calls_pass_as_they_are() -> None:
     calls = [{"index": 0, "id": "c1", "function": {"name": "weather", "arguments": '{"ci'}}]
 
-    assert said(Reading().read(event({"tool_calls": calls}))) == [("tool_calls", calls)]
+    assert texts_of(Reading().read(event({"tool_calls": calls}))) == [("tool_calls", calls)]
 
 
 def test_a_whole_answer_is_read_as_one_event() -> None:
@@ -107,7 +107,7 @@ def test_a_whole_answer_is_read_as_one_event() -> None:
         "usage": {"total_tokens": 7},
     }
 
-    assert said(reading.read(orjson.dumps(whole))) == [("text", "Hello")]
+    assert texts_of(reading.read(orjson.dumps(whole))) == [("text", "Hello")]
     assert reading.finish_reason == "length"
     assert reading.usage == {"total_tokens": 7}
 
@@ -118,12 +118,12 @@ def test_only_the_choice_asked_for_is_read() -> None:
         {"index": at, "delta": {"content": f"{at}"}, "finish_reason": f"f{at}"} for at in (0, 1, 2)
     ]
 
-    assert said(reading.read(orjson.dumps({"choices": choices}))) == [("text", "1")]
+    assert texts_of(reading.read(orjson.dumps({"choices": choices}))) == [("text", "1")]
     assert reading.finish_reason == "f1"
 
 
 def test_a_choice_without_an_index_is_the_first() -> None:
-    assert said(Reading().read(b'{"choices":[{"delta":{"content":"a"}}]}')) == [("text", "a")]
+    assert texts_of(Reading().read(b'{"choices":[{"delta":{"content":"a"}}]}')) == [("text", "a")]
 
 
 def test_usage_comes_in_an_event_without_choices_or_as_groqs() -> None:
@@ -149,11 +149,11 @@ def test_the_text_kept_for_the_history_is_bounded_and_the_answer_is_not() -> Non
 
 def test_the_text_kept_for_the_history_costs_its_bytes_in_however_many_events_it_comes() -> None:
     reading, count = Reading(), 30_000
-    one = event({"content": "€"})
+    piece = event({"content": "€"})
     tracemalloc.start()
     try:
         for _ in range(count):
-            reading.read(one)
+            reading.read(piece)
         taken = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
@@ -270,5 +270,5 @@ def test_any_answer_is_read_or_refused(answer: dict[str, Any]) -> None:
     except (BadEvent, ErrorEvent) as error:
         assert event_fault(error).body()  # noqa: PT017 - either is right
     else:
-        said(chunks)
+        texts_of(chunks)
         orjson.dumps({"finish_reason": reading.finish_reason, "usage": reading.usage})

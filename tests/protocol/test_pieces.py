@@ -170,9 +170,9 @@ def test_the_elements_of_an_array_are_those_of_its_pieces(text: str, size: int) 
     expected = [bytes(each) for each in msgspec.json.decode(body, type=list[Raw])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_body, "PIECE_BYTES", size)
-        found = [bytes(each) for batch in json_body.elements(body) for each in batch]
+        elements = [bytes(each) for batch in json_body.elements(body) for each in batch]
 
-    assert found == expected
+    assert elements == expected
 
 
 # Large bodies.

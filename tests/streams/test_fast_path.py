@@ -201,7 +201,7 @@ async def test_every_habit_of_a_provider_gives_the_same_on_both_ways(habit: str)
     say, passed, framed = HABITS[habit]
     end, done = END, DONE
     if habit in LINE_ENDS:
-        end, done = (one.replace(b"\n", LINE_ENDS[habit]) for one in (END, DONE))
+        end, done = (ending.replace(b"\n", LINE_ENDS[habit]) for ending in (END, DONE))
     reads = [EVENT_STREAM, *map(chunk, [*map(say, range(6)), end, done]), LAST_CHUNK]
     data = b"".join(reads)
     dice = random.Random(7)
@@ -408,51 +408,55 @@ def events(draw: st.DrawFn) -> tuple[list[bytes], bytes]:
         + ("comment", "error", "bytes", "escape")
     )
 
-    def written(*choices: dict[str, Any], **given: Any) -> bytes:
-        ordered = [{key: one[key] for key in inner if key in one} for one in choices]
+    def written(*choices: dict[str, Any], **replaced: Any) -> bytes:
+        ordered = [{key: fields[key] for key in inner if key in fields} for fields in choices]
         answer: dict[str, Any] = {"id": "c1", "model": "m", "choices": ordered}
-        answer = {key: answer[key] for key in keys} | more | given
+        answer = {key: answer[key] for key in keys} | more | replaced
         if not noise:
             answer["p"] = "x" * draw(st.integers(0, 9))
         separators = None if spaced else (",", ":")
         made = json.dumps(answer, ensure_ascii=ascii_only, separators=separators)
         return b"".join((field, made.encode("utf-8", "replace"), end, end))
 
-    found = []
+    written_events = []
     for kind in draw(st.lists(kinds, min_size=1, max_size=9)):
         text = draw(texts)
         match kind:
             case "text":
-                found.append(written(choice({"content": text})))
+                written_events.append(written(choice({"content": text})))
             case "role":
-                found.append(written(choice({"role": "assistant", "content": text})))
+                written_events.append(written(choice({"role": "assistant", "content": text})))
             case "reasoning":
-                found.append(written(choice({"reasoning_content": text, "content": None})))
+                written_events.append(
+                    written(choice({"reasoning_content": text, "content": None}))
+                )
             case "tools":
-                found.append(written(choice({"tool_calls": [{"index": 0, "id": text}]})))
+                written_events.append(written(choice({"tool_calls": [{"index": 0, "id": text}]})))
             case "finish":
-                found.append(written(choice({"content": text}, "length")))
+                written_events.append(written(choice({"content": text}, "length")))
             case "usage":
-                found.append(written(usage={"total_tokens": 7}))
+                written_events.append(written(usage={"total_tokens": 7}))
             case "other":
-                found.append(written(choice({"content": text}, index=1)))
+                written_events.append(written(choice({"content": text}, index=1)))
             case "both":
-                found.append(written(choice({"content": text}), choice({"content": "b"}, index=1)))
+                written_events.append(
+                    written(choice({"content": text}), choice({"content": "b"}, index=1))
+                )
             case "null":
-                found.append(written(choice({"content": None})))
+                written_events.append(written(choice({"content": None})))
             case "no index":
-                found.append(written({"delta": {"content": text}}))
+                written_events.append(written({"delta": {"content": text}}))
             case "comment":
-                found.append(b": hm" + end * 2)
+                written_events.append(b": hm" + end * 2)
             case "error":
-                found.append(event({"error": {"message": "no"}}).replace(b"\n", end))
+                written_events.append(event({"error": {"message": "no"}}).replace(b"\n", end))
             case "bytes":
                 junk = b"?" + draw(st.binary(max_size=5)).translate(None, b"\r\n")
-                found.append(written(choice({"content": "?"})).replace(b"?", junk))
+                written_events.append(written(choice({"content": "?"})).replace(b"?", junk))
             case "escape":
                 escape = draw(st.sampled_from((rb"\u00e9", rb"\ud83d\ude00", rb"\ud83d", rb"\/")))
-                found.append(written(choice({"content": "?"})).replace(b"?", escape))
-    return found, end
+                written_events.append(written(choice({"content": "?"})).replace(b"?", escape))
+    return written_events, end
 
 
 @st.composite
@@ -589,12 +593,12 @@ def assert_true(before: bytes, behind: bytes, text: str, index: int) -> None:
 @settings(max_examples=150)
 @given(events(), st.lists(plain, min_size=1, max_size=4), st.integers(0, 1))
 def test_lessons_are_true_for_every_text(
-    found: tuple[list[bytes], bytes], others: list[str], index: int
+    texts: tuple[list[bytes], bytes], others: list[str], index: int
 ) -> None:
-    for one in found[0]:
+    for block in texts[0]:
         with contextlib.suppress(ErrorEvent, BadEvent):
-            Reading(index).read(one[6:-2])  # only what was read is learned from
-            if (shape := learn(one, Reading(index))) is not None:
+            Reading(index).read(block[6:-2])  # only what was read is learned from
+            if (shape := learn(block, Reading(index))) is not None:
                 for text in others:
                     assert_true(shape.prefix, shape.suffix, text, index)
 
@@ -665,10 +669,10 @@ def test_lessons_are_true_among_repeated_keys(
 
 
 @contextlib.asynccontextmanager
-async def under_way(face: str, **given: Any) -> AsyncIterator[tuple[Road, list[bytes]]]:
+async def under_way(face: str, **changes: Any) -> AsyncIterator[tuple[Road, list[bytes]]]:
     """A road whose path is open, and the reads that were taken on it."""
     with taking() as taken:
-        async with Road(face, **given) as road:
+        async with Road(face, **changes) as road:
             await road.say(EVENT_STREAM, word(0), word(1))
             assert taken == [word(1)]
             yield road, taken
@@ -898,7 +902,7 @@ async def test_a_log_fed_by_the_fast_path_is_bounded(face: str) -> None:
         for number in range(2, 400):
             await road.say(chunk(said(f"w{number} and some more ")))
             assert road.stream.bytes <= 5_000
-            assert road.stream.bytes == sum(one.size for one in road.stream.entries)
+            assert road.stream.bytes == sum(entry.size for entry in road.stream.entries)
             assert road.streams.stats().bytes == road.stream.kept_bytes
 
         assert len(taken) == 399
@@ -945,8 +949,8 @@ async def test_all_faces_resume_what_the_fast_path_has_taken() -> None:
         await writer.flush()
 
         events = eventstream.parse(back.written)
-        assert [int(one.id or b"") for one in events] == list(range(11, road.stream.last + 1))
-        assert [orjson.loads(one.data)["chunk"]["data"] for one in events] == [
+        assert [int(event.id or b"") for event in events] == list(range(11, road.stream.last + 1))
+        assert [orjson.loads(event.data)["chunk"]["data"] for event in events] == [
             f"w{n} " for n in range(9, 20)
         ]
         writer.close()
@@ -1345,19 +1349,19 @@ async def test_two_answers_on_one_socket(
     server = await make_server(**staged(played), **{"chat.streams.resume_window": window})
     async with server.connect() as ws:
         await ws.send_json(chat("r1"))
-        one = await stage.asked()
-        await one.send(EVENT_STREAM, word(0), word(1))
+        first = await stage.asked()
+        await first.send(EVENT_STREAM, word(0), word(1))
         assert len(taken) == 1
         await ws.send_json(chat("r2"))
         two = await stage.asked()
         await two.send(EVENT_STREAM, word(0), word(1))
-        await one.send(word(2))
+        await first.send(word(2))
         await two.send(word(2), chunk(DONE) + LAST_CHUNK)
         seen = [await ws.receive_json() for _ in range(3)]
         while seen[-1]["status"] != "complete":
             seen.append(await ws.receive_json())
         assert len(taken) == 1
-        await one.send(word(3), word(4), chunk(DONE) + LAST_CHUNK)
+        await first.send(word(3), word(4), chunk(DONE) + LAST_CHUNK)
         seen += await to_end(ws, "r1")
 
         for name, count in (("r1", 5), ("r2", 3)):

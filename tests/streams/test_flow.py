@@ -47,28 +47,28 @@ def fill(stream: Stream, provider: Provider) -> None:
 
 
 async def test_a_provider_pauses_until_its_reader_has_read_on() -> None:
-    async with client(slow=True) as one:
+    async with client(slow=True) as peer:
         stream = store().open("r1", "me", window=0)
         stream.source = provider = Provider()
-        one.follow(stream)
+        peer.follow(stream)
 
         fill(stream, provider)
         assert PAUSE_BYTES < stream.bytes < PAUSE_BYTES + 2 * SIZE
         while provider.paused:
             assert stream.bytes > RESUME_BYTES
-            one.socket.take()
+            peer.socket.take()
             await ticks()
 
         assert stream.bytes <= RESUME_BYTES
-        assert one.dropped == []
+        assert peer.dropped == []
 
 
 @pytest.mark.parametrize("window", [0.1, 30.0])
 async def test_a_provider_goes_on_where_the_client_can_come_back(window: float) -> None:
-    async with client(slow=True) as one:
+    async with client(slow=True) as peer:
         stream = store().open("r1", "me", window=window)
         stream.source = provider = Provider()
-        one.follow(stream)
+        peer.follow(stream)
 
         for _ in range(3 * PAUSE_BYTES // SIZE):
             say(stream, TEXT)
@@ -77,14 +77,14 @@ async def test_a_provider_goes_on_where_the_client_can_come_back(window: float) 
 
 
 async def test_a_small_log_pauses_before_it_would_drop_its_reader() -> None:
-    async with client(slow=True) as one:
+    async with client(slow=True) as peer:
         stream = store(200_000).open("r1", "me", window=0)
         stream.source = provider = Provider()
-        one.follow(stream)
+        peer.follow(stream)
 
         fill(stream, provider)
 
-        assert one.dropped == []
+        assert peer.dropped == []
 
 
 async def test_the_reader_that_is_ahead_decides() -> None:
@@ -104,10 +104,10 @@ async def test_the_reader_that_is_ahead_decides() -> None:
 
 
 async def test_an_end_pauses_nothing() -> None:
-    async with client(slow=True) as one:
+    async with client(slow=True) as peer:
         stream = store().open("r1", "me", window=0)
         stream.source = provider = Provider()
-        one.follow(stream)
+        peer.follow(stream)
         while stream.bytes < PAUSE_BYTES - SIZE:
             say(stream, TEXT)
 
@@ -143,8 +143,8 @@ async def test_an_event_costs_the_same_however_much_is_unread(readers: int) -> N
         stream.entries = entries = Looked()
         stream.source = Deaf()
         for _ in range(readers):
-            one = await stack.enter_async_context(client(slow=True))
-            one.follow(stream)
+            peer = await stack.enter_async_context(client(slow=True))
+            peer.follow(stream)
         say(stream, TEXT * 20)
 
         looks = []

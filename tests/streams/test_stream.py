@@ -380,7 +380,7 @@ def test_a_large_whole_answer_is_shown_in_small_events_by_what_was_found_in_it()
     later.read()
 
     assert len(pieces) > 20
-    assert "".join(said for _, said in reader.seen) == text
+    assert "".join(text for _, text in reader.seen) == text
     assert later.seen == reader.seen[7:]
     assert max(len(stream.frames(entry)[0]) for entry in stream.entries) < 2 * STEP_BYTES
 
@@ -441,9 +441,9 @@ def test_without_keys_the_logs_of_other_addresses_are_not_listed() -> None:
     assert list(streams.owned_by(here)) == [stream]
     assert list(streams.owned_by(there)) == [other]
     assert streams.find(there, "r1") is stream  # an id is enough to read its answer
-    for one in (stream, other):
-        one.end(COMPLETE, {})
-        streams.drop(one)
+    for log in (stream, other):
+        log.end(COMPLETE, {})
+        streams.drop(log)
     assert list(streams.owned_by(here)) == list(streams.owned_by(there)) == []
 
 
@@ -495,9 +495,9 @@ def test_a_caller_whose_logs_are_all_dropped_is_forgotten() -> None:
 def test_a_dropped_log_gives_its_bytes_back_once() -> None:
     streams = streams_of()
     stream, other = streams.open("r1", DEMO, window=30), streams.open("r2", DEMO, window=30)
-    for one in (stream, other):
-        one.append(CHUNK, [chunk("a")])
-        one.end(COMPLETE, {})
+    for log in (stream, other):
+        log.append(CHUNK, [chunk("a")])
+        log.end(COMPLETE, {})
 
     streams.drop(stream)
     streams.drop(stream)
@@ -927,25 +927,25 @@ def test_random_steps_agree_with_the_model(run: int) -> None:
                 log.dropped = True
                 streams.drop(log.stream)
 
-        for one in logs:
-            for reader in [reader for reader in one.readers if reader.dropped]:
-                one.readers.remove(reader)
-                one.resumed.pop(reader)
+        for kept_log in logs:
+            for reader in [reader for reader in kept_log.readers if reader.dropped]:
+                kept_log.readers.remove(reader)
+                kept_log.resumed.pop(reader)
         stats = streams.stats()
         unread = False  # an older finished log is kept, and nobody reads it
-        for one in order:
-            if one.stream.entries:
-                unread = unread or not one.readers
-            elif not one.dropped and one.stream.window > 0:
-                one.dropped = True  # evicted: the oldest first, but for those that are read
-                assert not one.readers
+        for kept_log in order:
+            if kept_log.stream.entries:
+                unread = unread or not kept_log.readers
+            elif not kept_log.dropped and kept_log.stream.window > 0:
+                kept_log.dropped = True  # evicted: the oldest first, but for those that are read
+                assert not kept_log.readers
                 assert not unread
         if stats.bytes > max_kept and grown:
             assert not unread
-        for one in logs:
-            one.check(max_stream)
-        assert stats.bytes == sum(one.stream.kept_bytes for one in logs)
-        assert stats.running == sum(not one.stream.ended for one in logs)
+        for kept_log in logs:
+            kept_log.check(max_stream)
+        assert stats.bytes == sum(log.stream.kept_bytes for log in logs)
+        assert stats.running == sum(not log.stream.ended for log in logs)
 
     for log in logs:
         for reader in list(log.readers):
@@ -1017,8 +1017,8 @@ async def test_an_end_is_told_to_all_whatever_one_reader_raises() -> None:
         stream.end(COMPLETE, {})
 
     assert stream.ended
-    told = [reader.told - count for reader, count in zip(readers, before, strict=True)]
-    assert told == [0, 1, 0, 1]
+    counts = [reader.told - count for reader, count in zip(readers, before, strict=True)]
+    assert counts == [0, 1, 0, 1]
     assert finished == [stream]
     assert (streams.stats().running, streams.stats().finished) == (0, 1)
 

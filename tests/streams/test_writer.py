@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 
 async def test_one_stream_is_written_without_a_task_switch() -> None:
-    async with client() as one:
+    async with client() as peer:
         stream = stream_of()
-        one.follow(stream)
+        peer.follow(stream)
 
         say(stream, "a")
         say(stream, "b", "c")
         stream.end(COMPLETE, {})
 
-        assert one.socket.writes == [b"a", b"bc", b"."]
-        assert one.ended == one.left == [stream]
+        assert peer.socket.writes == [b"a", b"bc", b"."]
+        assert peer.ended == peer.left == [stream]
         assert stream.readers == []
-        assert one.writer.following == 0
+        assert peer.writer.following == 0
 
 
 async def test_earlier_events_are_replayed_from_any_event_in_one_write() -> None:
@@ -47,44 +47,44 @@ async def test_earlier_events_are_replayed_from_any_event_in_one_write() -> None
     say(stream, *"de")
     stream.end(COMPLETE, {})
     for after, expected in enumerate((b"abcde.", b"bcde.", b"cde.", b"de.", b"e.", b".", b"")):
-        async with client() as one:
-            one.follow(stream, after)
-            await until(lambda one=one: one.ended == [stream])  # type: ignore[misc]
+        async with client() as peer:
+            peer.follow(stream, after)
+            await until(lambda peer=peer: peer.ended == [stream])  # type: ignore[misc]
 
-            assert one.socket.writes == ([expected] if expected else [])
+            assert peer.socket.writes == ([expected] if expected else [])
 
 
 async def test_events_of_several_streams_in_one_turn_are_one_write() -> None:
-    async with client() as one:
+    async with client() as peer:
         streams = [stream_of(name) for name in "abc"]
         for stream in streams:
-            one.follow(stream)
+            peer.follow(stream)
 
         for stream in streams:
             say(stream, stream.request_id)
             say(stream, stream.request_id.upper())
-        assert one.socket.writes == []
+        assert peer.socket.writes == []
         await ticks()
 
-        assert one.socket.writes == [b"aAbBcC"]
+        assert peer.socket.writes == [b"aAbBcC"]
         streams[1].end(COMPLETE, {})
         streams[2].end(COMPLETE, {})
         await ticks()
-        assert one.socket.writes[1:] == [b".."]
-        assert one.ended == streams[1:]
+        assert peer.socket.writes[1:] == [b".."]
+        assert peer.ended == streams[1:]
 
 
 async def test_a_position_is_written_before_what_is_not_written_yet() -> None:
-    async with client() as one:
+    async with client() as peer:
         stream, other = stream_of(), stream_of("r2")
-        one.follow(stream)
-        one.follow(other)
+        peer.follow(stream)
+        peer.follow(other)
 
         say(other, "a")
         stream.report_position(3, 1.0)
         await ticks()
 
-        assert one.socket.writes == [b"<3>", b"a"]
+        assert peer.socket.writes == [b"<3>", b"a"]
 
 
 async def test_every_write_is_one_chunk() -> None:
@@ -115,359 +115,359 @@ async def test_every_write_is_one_chunk() -> None:
 
 
 async def test_a_blocked_writer_renders_nothing_and_goes_on_after_the_drain() -> None:
-    async with client(slow=True) as one:
+    async with client(slow=True) as peer:
         stream = stream_of()
-        one.follow(stream)
+        peer.follow(stream)
         say(stream, "x" * BIG)
         await ticks()
-        assert (one.rendered, one.socket.draining) == (1, 1)
+        assert (peer.rendered, peer.socket.draining) == (1, 1)
 
         for text in "abcde":
             say(stream, text)
         stream.end(COMPLETE, {})
-        one.socket.take(BIG - LOW - 1)  # not below the mark yet
+        peer.socket.take(BIG - LOW - 1)  # not below the mark yet
         await ticks()
-        assert (one.rendered, len(one.socket.writes)) == (1, 1)
-        one.socket.take(1)
-        await until(lambda: one.ended == [stream])
+        assert (peer.rendered, len(peer.socket.writes)) == (1, 1)
+        peer.socket.take(1)
+        await until(lambda: peer.ended == [stream])
 
-        assert one.socket.writes[1:] == [b"abcde."]
-        assert one.dropped == []
+        assert peer.socket.writes[1:] == [b"abcde."]
+        assert peer.dropped == []
 
 
 async def test_a_flush_waits_until_all_is_handed_over() -> None:
-    async with client(slow=True) as one:
+    async with client(slow=True) as peer:
         streams = [stream_of(name) for name in "ab"]
         for stream in streams:
             say(stream, stream.request_id * BIG)
-            one.follow(stream)
-        flushed = asyncio.create_task(one.writer.flush())
-        await until(lambda: one.socket.draining == 1)
+            peer.follow(stream)
+        flushed = asyncio.create_task(peer.writer.flush())
+        await until(lambda: peer.socket.draining == 1)
         assert not flushed.done()
 
-        one.socket.take()
-        await until(lambda: len(one.socket.writes) == 2)
-        one.socket.take()
+        peer.socket.take()
+        await until(lambda: len(peer.socket.writes) == 2)
+        peer.socket.take()
         await flushed
 
-        assert one.socket.written == b"a" * BIG + b"b" * BIG
+        assert peer.socket.written == b"a" * BIG + b"b" * BIG
 
 
 async def test_a_flush_ends_when_the_client_is_gone() -> None:
-    async with client(slow=True) as one:
-        one.writer.send(b"x" * BIG)
-        flushed = asyncio.create_task(one.writer.flush())
-        await until(lambda: one.socket.draining == 1)
+    async with client(slow=True) as peer:
+        peer.writer.send(b"x" * BIG)
+        flushed = asyncio.create_task(peer.writer.flush())
+        await until(lambda: peer.socket.draining == 1)
 
-        one.socket.lose()
+        peer.socket.lose()
         await flushed
 
-        assert one.writer.closed
+        assert peer.writer.closed
 
 
 async def test_a_cancelled_flush_does_not_cancel_the_blocked_write() -> None:
-    async with client(slow=True) as one:
-        one.writer.send(b"x" * BIG)
-        flushed = asyncio.create_task(one.writer.flush())
-        await until(lambda: one.socket.draining == 1)
+    async with client(slow=True) as peer:
+        peer.writer.send(b"x" * BIG)
+        flushed = asyncio.create_task(peer.writer.flush())
+        await until(lambda: peer.socket.draining == 1)
 
         flushed.cancel()
         await asyncio.wait((flushed,))
         await ticks()
 
-        assert one.socket.draining == 1
+        assert peer.socket.draining == 1
 
 
 async def test_without_progress_for_send_timeout_the_client_is_dropped() -> None:
-    async with client(slow=True, send_timeout=0.04) as one:
+    async with client(slow=True, send_timeout=0.04) as peer:
         stream, other = stream_of(), stream_of("r2")
-        one.follow(stream)
-        one.follow(other)
+        peer.follow(stream)
+        peer.follow(other)
         say(stream, "x" * BIG)
 
-        await until(lambda: one.socket.aborted)
+        await until(lambda: peer.socket.aborted)
 
-        assert one.dropped == ["nothing taken for 0.04 s"]
-        assert one.writer.closed
-        assert one.left == [stream, other]
+        assert peer.dropped == ["nothing taken for 0.04 s"]
+        assert peer.writer.closed
+        assert peer.left == [stream, other]
         assert stream.readers == other.readers == []
 
 
 async def test_progress_however_slow_keeps_the_client() -> None:
-    async with client(slow=True, send_timeout=0.08) as one:
+    async with client(slow=True, send_timeout=0.08) as peer:
         loop = asyncio.get_running_loop()
-        one.writer.send(b"x" * (BIG + 400))
+        peer.writer.send(b"x" * (BIG + 400))
         end = loop.time() + 0.4
 
         def read() -> bool:
-            one.socket.take(1)
+            peer.socket.take(1)
             return loop.time() > end
 
         await until(read)  # a byte each two milliseconds, for five times send_timeout
 
-        assert one.socket.draining == 1
-        assert not one.socket.aborted
-        await until(lambda: one.socket.aborted)  # and none from now on
+        assert peer.socket.draining == 1
+        assert not peer.socket.aborted
+        await until(lambda: peer.socket.aborted)  # and none from now on
 
 
 async def test_a_writer_that_was_drained_is_watched_no_more() -> None:
-    async with client(slow=True, send_timeout=0.02) as one:
+    async with client(slow=True, send_timeout=0.02) as peer:
         loop = asyncio.get_running_loop()
-        one.writer.send(b"x" * BIG)
-        one.socket.take(BIG - LOW)
+        peer.writer.send(b"x" * BIG)
+        peer.socket.take(BIG - LOW)
         end = loop.time() + 0.1
 
         await until(lambda: loop.time() > end)
 
-        assert not one.socket.aborted
+        assert not peer.socket.aborted
 
 
 async def test_of_control_frames_64_wait_and_one_more_drops_the_client() -> None:
-    async with client(slow=True) as one:
-        one.writer.send(b"x" * BIG)
+    async with client(slow=True) as peer:
+        peer.writer.send(b"x" * BIG)
         for _ in range(MAX_CONTROL_FRAMES):
-            one.writer.send(b"pong")
-        assert not one.socket.aborted
-        assert len(one.socket.writes) == 1
+            peer.writer.send(b"pong")
+        assert not peer.socket.aborted
+        assert len(peer.socket.writes) == 1
 
-        one.writer.send(b"pong")
+        peer.writer.send(b"pong")
 
-        assert one.socket.aborted
-        assert one.dropped == ["more than 64 control frames wait"]
-        assert len(one.socket.writes) == 1
+        assert peer.socket.aborted
+        assert peer.dropped == ["more than 64 control frames wait"]
+        assert len(peer.socket.writes) == 1
 
 
 async def test_positions_do_not_wait_for_a_client_that_takes_nothing() -> None:
-    async with client(slow=True) as one:
+    async with client(slow=True) as peer:
         stream, other = stream_of(), stream_of("r2")
-        one.follow(stream)
-        one.follow(other)
-        one.writer.send(b"x" * BIG)
+        peer.follow(stream)
+        peer.follow(other)
+        peer.writer.send(b"x" * BIG)
         for position in range(2 * MAX_CONTROL_FRAMES):
             stream.report_position(position, 1.0)
-        assert not one.socket.aborted
+        assert not peer.socket.aborted
 
-        one.socket.take()
-        await until(lambda: not one.writer.blocked)
+        peer.socket.take()
+        await until(lambda: not peer.writer.blocked)
         other.report_position(7, 1.0)
 
-        assert one.socket.writes[1:] == [b"<7>"]
+        assert peer.socket.writes[1:] == [b"<7>"]
 
 
 async def test_control_frames_that_waited_come_first_and_all() -> None:
-    async with client(slow=True) as one:
+    async with client(slow=True) as peer:
         stream = stream_of()
-        one.follow(stream)
+        peer.follow(stream)
         say(stream, "x" * BIG)
         say(stream, "event")
         for number in range(MAX_CONTROL_FRAMES):
-            one.writer.send(b"%d," % number)
+            peer.writer.send(b"%d," % number)
 
-        one.socket.take()
-        await until(lambda: len(one.socket.writes) == 2)
+        peer.socket.take()
+        await until(lambda: len(peer.socket.writes) == 2)
 
-        assert one.socket.writes[1] == b"".join(b"%d," % at for at in range(64)) + b"event"
+        assert peer.socket.writes[1] == b"".join(b"%d," % at for at in range(64)) + b"event"
 
 
 async def test_a_reader_that_falls_behind_its_log_is_dropped_and_never_skips() -> None:
-    async with client(slow=True) as one:
+    async with client(slow=True) as peer:
         stream = stream_of(most=3 * BIG)
-        one.follow(stream)
+        peer.follow(stream)
         for number in range(8):
             say(stream, f"{number}" * BIG)
         assert stream.first > 2
 
-        assert one.dropped == ["reader fell behind"]
-        assert one.left == [stream]
+        assert peer.dropped == ["reader fell behind"]
+        assert peer.left == [stream]
         assert stream.readers == []
 
-        one.socket.take()
-        await until(lambda: len(one.socket.writes) == 2)
+        peer.socket.take()
+        await until(lambda: len(peer.socket.writes) == 2)
 
-        assert one.socket.written == b"0" * BIG + b"<slow_client>"
-        assert one.ended == [stream]
-        assert not one.socket.aborted
+        assert peer.socket.written == b"0" * BIG + b"<slow_client>"
+        assert peer.ended == [stream]
+        assert not peer.socket.aborted
 
 
 async def test_a_reader_that_is_dropped_takes_no_other_with_it() -> None:
-    async with client(slow=True) as one:
+    async with client(slow=True) as peer:
         late, other = stream_of("late", most=3 * BIG), stream_of("other")
-        one.follow(late)
-        one.follow(other)
+        peer.follow(late)
+        peer.follow(other)
         for number in range(8):
             say(late, f"{number}" * BIG)
         await ticks()
         say(other, "still here")
 
-        while one.socket.held:
-            one.socket.take()
+        while peer.socket.held:
+            peer.socket.take()
             await ticks()
 
-        assert one.socket.written.count(b"<slow_client>") == 1
-        assert one.socket.written.endswith(b"still here")
-        assert one.left == one.ended == [late]
-        assert one.writer.following == 1
+        assert peer.socket.written.count(b"<slow_client>") == 1
+        assert peer.socket.written.endswith(b"still here")
+        assert peer.left == peer.ended == [late]
+        assert peer.writer.following == 1
 
 
 async def test_a_farewell_that_waits_is_not_written_once_the_stream_is_followed_again() -> None:
-    async with client(slow=True) as one:
+    async with client(slow=True) as peer:
         stream = stream_of(most=3 * BIG)
-        cursor = one.follow(stream)
+        cursor = peer.follow(stream)
         for number in range(8):
             say(stream, f"{number}" * BIG)
-        one.follow(stream, 7)
-        one.writer.unfollow(cursor)
+        peer.follow(stream, 7)
+        peer.writer.unfollow(cursor)
 
-        while one.socket.held:
-            one.socket.take()
+        while peer.socket.held:
+            peer.socket.take()
             await ticks()
 
-        assert one.socket.written == b"0" * BIG + b"7" * BIG
+        assert peer.socket.written == b"0" * BIG + b"7" * BIG
 
 
 async def test_a_resume_from_before_the_log_is_a_gap_and_leaves_no_reader() -> None:
-    async with client() as one:
+    async with client() as peer:
         stream = stream_of(most=1000)
         for _ in range(20):
             say(stream, "x" * 100)
 
         for after in (0, 21):
             with pytest.raises(ResumeGap):
-                one.follow(stream, after)
+                peer.follow(stream, after)
 
         assert stream.readers == []
-        assert one.writer.following == 0
+        assert peer.writer.following == 0
 
 
 # The end.
 
 
 async def test_nothing_is_written_after_the_close() -> None:
-    async with client() as one:
+    async with client() as peer:
         streams = [stream_of(name) for name in "ab"]
         for stream in streams:
-            one.follow(stream)
+            peer.follow(stream)
         for stream in streams:
             say(stream, "late")  # scheduled, not written
 
-        one.writer.close()
+        peer.writer.close()
         for stream in streams:
             say(stream, "later")
             stream.report_position(1, 1.0)
             stream.end(COMPLETE, {})
-        one.writer.send(b"pong")
-        one.writer.pump()
-        await one.writer.flush()
+        peer.writer.send(b"pong")
+        peer.writer.pump()
+        await peer.writer.flush()
         await ticks()
 
-        assert one.socket.writes == []
-        assert one.ended == []
-        assert one.left == streams
+        assert peer.socket.writes == []
+        assert peer.ended == []
+        assert peer.left == streams
         assert [stream.readers for stream in streams] == [[], []]
 
 
 async def test_a_close_while_blocked_writes_nothing_after_the_drain() -> None:
-    async with client(slow=True) as one:
+    async with client(slow=True) as peer:
         stream = stream_of()
-        one.follow(stream)
+        peer.follow(stream)
         say(stream, "x" * BIG)
         say(stream, "late")
-        one.writer.send(b"late")
+        peer.writer.send(b"late")
         await ticks()
 
-        one.writer.close()
-        one.socket.take()
-        await until(lambda: one.socket.draining == 0)
+        peer.writer.close()
+        peer.socket.take()
+        await until(lambda: peer.socket.draining == 0)
         await ticks()
 
-        assert len(one.socket.writes) == 1
-        assert not one.socket.aborted
+        assert len(peer.socket.writes) == 1
+        assert not peer.socket.aborted
 
 
 async def test_bytes_left_for_the_peer_of_a_unix_socket_are_watched_here() -> None:
-    async with client(slow=True, send_timeout=0.03) as one:
-        with sockets.socket(sockets.AF_UNIX) as one.socket.under:
-            one.writer.send(b"less than blocks")
+    async with client(slow=True, send_timeout=0.03) as peer:
+        with sockets.socket(sockets.AF_UNIX) as peer.socket.under:
+            peer.writer.send(b"less than blocks")
 
-            one.writer.close()  # no TCP_USER_TIMEOUT ends it
-            await until(lambda: one.socket.aborted)
+            peer.writer.close()  # no TCP_USER_TIMEOUT ends it
+            await until(lambda: peer.socket.aborted)
 
 
 async def test_a_close_while_blocked_keeps_the_watch() -> None:
-    async with client(slow=True, send_timeout=0.03) as one:
-        one.writer.send(b"x" * BIG)
+    async with client(slow=True, send_timeout=0.03) as peer:
+        peer.writer.send(b"x" * BIG)
         await ticks()
 
-        one.writer.close()
-        await until(lambda: one.socket.aborted)
+        peer.writer.close()
+        await until(lambda: peer.socket.aborted)
 
-        assert one.dropped == []  # it had been let go already
+        assert peer.dropped == []  # it had been let go already
 
 
 async def test_a_second_close_and_an_abort_after_it_are_nothing_new() -> None:
-    async with client() as one:
+    async with client() as peer:
         stream = stream_of()
-        one.follow(stream)
+        peer.follow(stream)
 
-        one.writer.close()
-        one.writer.close()
-        one.writer.abort("late")
+        peer.writer.close()
+        peer.writer.close()
+        peer.writer.abort("late")
 
-        assert one.left == [stream]
-        assert one.dropped == []
-        assert one.socket.aborted
+        assert peer.left == [stream]
+        assert peer.dropped == []
+        assert peer.socket.aborted
 
 
 async def test_a_client_that_is_gone_is_noticed_at_the_next_write() -> None:
-    async with client() as one:
+    async with client() as peer:
         stream = stream_of()
-        one.follow(stream)
-        one.socket.lose()
+        peer.follow(stream)
+        peer.socket.lose()
 
         say(stream, "a")
         stream.end(COMPLETE, {})
 
-        assert one.writer.closed
-        assert one.left == [stream]
-        assert one.ended == []
+        assert peer.writer.closed
+        assert peer.left == [stream]
+        assert peer.ended == []
         assert stream.readers == []
 
 
 async def test_following_on_a_closed_writer_leaves_no_reader() -> None:
-    async with client() as one:
+    async with client() as peer:
         stream = stream_of()
-        one.writer.close()
+        peer.writer.close()
 
-        cursor = one.follow(stream)
+        cursor = peer.follow(stream)
 
         assert cursor.removed
         assert stream.readers == []
-        assert one.left == []  # not before the face has said that it reads
-        await until(lambda: one.left == [stream])
-        one.writer.unfollow(cursor)
+        assert peer.left == []  # not before the face has said that it reads
+        await until(lambda: peer.left == [stream])
+        peer.writer.unfollow(cursor)
         say(stream, "a")
-        assert one.socket.writes == []
+        assert peer.socket.writes == []
 
 
 async def test_unfollow_ends_one_stream_and_not_the_others() -> None:
-    async with client() as one:
+    async with client() as peer:
         stream, other = stream_of(), stream_of("r2")
-        cursor = one.follow(stream)
-        one.follow(other)
+        cursor = peer.follow(stream)
+        peer.follow(other)
         say(stream, "a")
         say(other, "b")
 
-        one.writer.unfollow(cursor)
-        one.writer.unfollow(cursor)
+        peer.writer.unfollow(cursor)
+        peer.writer.unfollow(cursor)
         say(stream, "a")
         await ticks()
 
-        assert one.socket.writes == [b"b"]
-        assert one.left == [stream]
+        assert peer.socket.writes == [b"b"]
+        assert peer.left == [stream]
 
 
 async def test_finished_may_unfollow_the_others_and_follow_anew() -> None:
-    async with client() as one:
+    async with client() as peer:
         streams = [stream_of(name) for name in "abc"]
         after = stream_of("after")
         say(after, "after")
@@ -478,77 +478,77 @@ async def test_finished_may_unfollow_the_others_and_follow_anew() -> None:
             ended.append(cursor.stream)
             if cursor.stream is not after:
                 for other in cursors:
-                    one.writer.unfollow(other)
-                one.writer.follow(after, 0, one.look, on_end=finished)
+                    peer.writer.unfollow(other)
+                peer.writer.follow(after, 0, peer.look, on_end=finished)
 
-        cursors = [one.writer.follow(stream, 0, one.look, on_end=finished) for stream in streams]
+        cursors = [peer.writer.follow(stream, 0, peer.look, on_end=finished) for stream in streams]
         for stream in streams:
             stream.end(COMPLETE, {})
         await until(lambda: after in ended)
 
         assert ended == [streams[0], after]  # the others were let go in the first's callback
-        assert one.socket.written == b"...after."
-        assert one.left == [*streams, after]
+        assert peer.socket.written == b"...after."
+        assert peer.left == [*streams, after]
 
 
 async def test_finished_may_close_the_writer() -> None:
-    async with client() as one:
+    async with client() as peer:
         streams = [stream_of(name) for name in "ab"]
         for stream in streams:
-            one.writer.follow(stream, 0, one.look, on_end=lambda _one: one.writer.close())
+            peer.writer.follow(stream, 0, peer.look, on_end=lambda _one: peer.writer.close())
         for stream in streams:
             stream.end(COMPLETE, {})
         await ticks()
 
-        assert one.writer.closed
-        assert one.socket.written == b".."
-        assert one.left == streams
+        assert peer.writer.closed
+        assert peer.socket.written == b".."
+        assert peer.left == streams
 
 
 # Fairness.
 
 
 async def test_a_long_replay_does_not_hold_up_the_others() -> None:
-    async with client() as one:
+    async with client() as peer:
         long = [stream_of(name) for name in "ab"]
         for stream in long:
             for _ in range(100):
                 say(stream, stream.request_id * (WRITE_BYTES // 4))
-            one.follow(stream)
+            peer.follow(stream)
         small = stream_of("small")
         say(small, "!")
-        one.follow(small)
+        peer.follow(small)
         await ticks()
-        assert len(one.socket.writes) <= 4, "one write in each iteration"
-        await until(lambda: one.writer.following == 0 or len(one.socket.written) > 200 * 16384)
+        assert len(peer.socket.writes) <= 4, "one write in each iteration"
+        await until(lambda: peer.writer.following == 0 or len(peer.socket.written) > 200 * 16384)
 
-        assert b"!" in b"".join(one.socket.writes[:3])  # one turn of each of the others
-        assert max(map(len, one.socket.writes)) < 2 * WRITE_BYTES
+        assert b"!" in b"".join(peer.socket.writes[:3])  # one turn of each of the others
+        assert max(map(len, peer.socket.writes)) < 2 * WRITE_BYTES
         for name in (b"a", b"b"):
-            assert one.socket.written.count(name) == 100 * (WRITE_BYTES // 4)
+            assert peer.socket.written.count(name) == 100 * (WRITE_BYTES // 4)
         # They take turns: neither is ever more than two turns ahead.
         ahead = 0
-        for write in one.socket.writes[:-2]:
+        for write in peer.socket.writes[:-2]:
             ahead += write.count(b"a") - write.count(b"b")
             assert abs(ahead) <= 2 * WRITE_BYTES
 
 
 async def test_a_slow_client_gets_its_streams_in_turns() -> None:
-    async with client(slow=True) as one:
+    async with client(slow=True) as peer:
         streams = [stream_of(name) for name in "abcd"]
         for stream in streams:
             for _ in range(20):
                 say(stream, stream.request_id * (WRITE_BYTES // 2))
             stream.end(COMPLETE, {})
-            one.follow(stream)
+            peer.follow(stream)
 
-        while len(one.ended) < 4:
-            before = len(one.socket.writes)
-            one.socket.take()
-            await until(lambda n=before: len(one.socket.writes) > n or len(one.ended) == 4)  # type: ignore[misc]
+        while len(peer.ended) < 4:
+            before = len(peer.socket.writes)
+            peer.socket.take()
+            await until(lambda n=before: len(peer.socket.writes) > n or len(peer.ended) == 4)  # type: ignore[misc]
 
         for start in range(0, 16, 4):
-            seen = b"".join(write[:1] for write in one.socket.writes[start : start + 4])
+            seen = b"".join(write[:1] for write in peer.socket.writes[start : start + 4])
             assert sorted(seen) == sorted(b"abcd")
 
 
@@ -557,10 +557,10 @@ async def test_every_client_reads_every_answer_whole_in_order_or_is_dropped(run:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     dice = random.Random(seed)
-    async with client(slow=True) as one:
+    async with client(slow=True) as peer:
         streams = [stream_of(name, window=dice.choice((0.0, 30.0))) for name in "abcd"]
         expected = dict.fromkeys("abcd", 0)
-        cursors = {stream: one.follow(stream) for stream in streams}
+        cursors = {stream: peer.follow(stream) for stream in streams}
         for _ in range(400):
             stream = dice.choice(streams)
             match dice.choices(
@@ -573,16 +573,16 @@ async def test_every_client_reads_every_answer_whole_in_order_or_is_dropped(run:
                 case "end" if not stream.ended:
                     stream.end(COMPLETE, {})
                 case "take":
-                    one.socket.take(dice.choice((10, 50_000, None)))
+                    peer.socket.take(dice.choice((10, 50_000, None)))
                 case "send":
-                    if one.socket.held <= HIGH:
-                        one.writer.send(b"#")
+                    if peer.socket.held <= HIGH:
+                        peer.writer.send(b"#")
                 case "again" if not cursors[stream].removed and stream.window:
                     old = cursors[stream]
                     if old.next_index < stream.offset + len(stream.entries):
                         continue  # only what it has seen: the test counts
-                    cursors[stream] = one.follow(stream, stream.last)
-                    one.writer.unfollow(old)
+                    cursors[stream] = peer.follow(stream, stream.last)
+                    peer.writer.unfollow(old)
                 case "tick":
                     await ticks()
         for stream in streams:
@@ -590,15 +590,15 @@ async def test_every_client_reads_every_answer_whole_in_order_or_is_dropped(run:
                 stream.end(COMPLETE, {})
 
         def done() -> bool:
-            one.socket.take()
-            return one.writer.following == 0
+            peer.socket.take()
+            return peer.writer.following == 0
 
         await until(done)
 
-        assert not one.socket.aborted
-        assert {name: one.socket.written.count(name.encode()) for name in "abcd"} == expected
-        assert one.socket.written.count(b".") == 4
-        assert {stream.request_id for stream in one.ended} == set("abcd")
+        assert not peer.socket.aborted
+        assert {name: peer.socket.written.count(name.encode()) for name in "abcd"} == expected
+        assert peer.socket.written.count(b".") == 4
+        assert {stream.request_id for stream in peer.ended} == set("abcd")
         assert all(stream.readers == [] for stream in streams)
 
 
@@ -609,23 +609,23 @@ async def test_a_writer_with_a_bug_resets_its_client_and_no_other(
     def broken(_stream: Stream, _entry: Entry, _skip: int) -> bytes:
         raise RuntimeError("a bug")
 
-    async with client() as one, client() as other:
+    async with client() as peer, client() as other:
         stream = stream_of()
         if late:
             say(stream, "a")
         other.follow(stream)
-        one.look = one.look._replace(name="broken", render=broken)
-        one.follow(stream)
+        peer.look = peer.look._replace(name="broken", render=broken)
+        peer.follow(stream)
         if not late:
             say(stream, "a")
         await ticks()
         say(stream, "b")
         await ticks()
 
-        assert one.socket.aborted
-        assert one.writer.closed
-        assert one.left == [stream]
-        assert one.dropped == [], "it is no slow client"
+        assert peer.socket.aborted
+        assert peer.writer.closed
+        assert peer.left == [stream]
+        assert peer.dropped == [], "it is no slow client"
         assert other.socket.written == b"ab"
         assert len(stream.readers) == 1
     assert [record.getMessage() for record in caplog.records] == ["bug in a writer"]
@@ -635,14 +635,14 @@ async def test_a_writer_leaves_all_of_its_streams_whatever_one_of_them_raises() 
     def unfollowed(_stream: Stream) -> None:
         raise RuntimeError("a bug")
 
-    async with client() as one:
+    async with client() as peer:
         outbox = Outbox(asyncio.get_running_loop())
         writer = Writer(
-            one.socket, one.socket.drain, outbox, send_timeout=1.0, on_unfollow=unfollowed
+            peer.socket, peer.socket.drain, outbox, send_timeout=1.0, on_unfollow=unfollowed
         )
         streams = [stream_of(name) for name in "abc"]
         for stream in streams:
-            writer.follow(stream, 0, one.look)
+            writer.follow(stream, 0, peer.look)
 
         with pytest.raises(RuntimeError, match="a bug"):
             writer.close()

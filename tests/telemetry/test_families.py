@@ -25,8 +25,8 @@ def metrics() -> Metrics:
 
 
 def family(metrics: Metrics, name: str) -> Family:
-    (found,) = [family for family in metrics.families() if family.name == name]
-    return found
+    (match,) = [family for family in metrics.families() if family.name == name]
+    return match
 
 
 def test_family_of_a_provider_has_its_name_before_the_other_labels(metrics: Metrics) -> None:

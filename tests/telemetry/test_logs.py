@@ -163,21 +163,21 @@ def test_an_error_that_is_thinned_out_at_its_source_is_written_each_time(clock: 
 async def finished(caplog: pytest.LogCaptureFixture, number: int) -> list[dict[str, Any]]:
     """The lines of *number* requests."""
 
-    def found() -> list[Any]:
-        return [one for one in caplog.records if one.getMessage() == "request finished"]
+    def finished_records() -> list[Any]:
+        return [record for record in caplog.records if record.getMessage() == "request finished"]
 
-    await until(lambda: len(found()) >= number)
-    return [one.fields for one in found()]
+    await until(lambda: len(finished_records()) >= number)
+    return [line.fields for line in finished_records()]
 
 
 @pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.INFO, "aioserver")
     return caplog
 
 
 async def test_each_finished_request_is_one_line(
-    make_server: MakeServer, told: pytest.LogCaptureFixture
+    make_server: MakeServer, log: pytest.LogCaptureFixture
 ) -> None:
     server = await make_server(Behaviour(ttft=0.01, interval=0))
     async with server.connect() as ws:
@@ -190,7 +190,7 @@ async def test_each_finished_request_is_one_line(
     async with server.session.post(url, json={**CHAT, "stream": True}) as response:
         await response.read()
 
-    websocket, whole, stream = await finished(told, 3)
+    websocket, whole, stream = await finished(log, 3)
 
     assert (websocket["request_id"], websocket["face"]) == ("r1", "websocket")
     assert (whole["request_id"], whole["face"]) == ("mine", "openai")
@@ -206,7 +206,7 @@ async def test_each_finished_request_is_one_line(
 
 
 async def test_how_a_request_ended_is_told(
-    make_server: MakeServer, told: pytest.LogCaptureFixture
+    make_server: MakeServer, log: pytest.LogCaptureFixture
 ) -> None:
     server = await make_server(
         Behaviour(ttft=0, interval=60), **{"chat.streams.resume_window": 30.0}
@@ -224,7 +224,7 @@ async def test_how_a_request_ended_is_told(
     async with server.session.post(f"{server.v1}/chat/completions", json=CHAT) as response:
         assert response.status == 502
 
-    lines = await finished(told, 3)
+    lines = await finished(log, 3)
 
     assert [line["outcome"] for line in lines] == ["cancelled", "client_left", "provider_error"]
     assert [line["status"] for line in lines] == [499, 499, 502]
@@ -257,14 +257,14 @@ async def ask(server: RunningServer, face: str, name: str) -> None:
 )
 async def test_requests_that_are_refused_for_now_are_warnings_and_thinned_out(
     make_server: MakeServer,
-    told: pytest.LogCaptureFixture,
+    log: pytest.LogCaptureFixture,
     clock: FakeClock,
     face: str,
     cause: str,
     event: str,
     code: str,
 ) -> None:
-    told.set_level(logging.WARNING, "aioserver")
+    log.set_level(logging.WARNING, "aioserver")
     limits = {"requests_per_minute": 1} if cause == "the key's own limit" else {}
     server = await make_server(**keys_of("web", **limits))
     server.context.metrics.refusal_lines = logs.RateLimit(1, logs.SAME_ERROR, clock)
@@ -286,7 +286,7 @@ async def test_requests_that_are_refused_for_now_are_warnings_and_thinned_out(
     clock.now += logs.SAME_ERROR
     await ask_until(refused + 1)
 
-    lines: list[Any] = [line for line in told.records if line.getMessage() == event]
+    lines: list[Any] = [line for line in log.records if line.getMessage() == event]
     assert [line.levelno for line in lines] == [logging.WARNING] * 2
     assert [line.fields["code"] for line in lines] == [code] * 2
     assert "suppressed" not in lines[0].fields
@@ -294,16 +294,18 @@ async def test_requests_that_are_refused_for_now_are_warnings_and_thinned_out(
 
 
 async def test_no_line_has_what_was_said(
-    server: RunningServer, told: pytest.LogCaptureFixture
+    server: RunningServer, log: pytest.LogCaptureFixture
 ) -> None:
-    told.set_level(logging.INFO)
+    log.set_level(logging.INFO)
     async with server.connect() as ws:
         await ws.send_json(chat("r1", "my secret question", model="x" * 250))
         frames = await to_end(ws)
-    await finished(told, 1)
+    await finished(log, 1)
 
     answer = "".join(frame["chunk"].get("data", "") for frame in frames)
-    written = "\n".join(logs.JsonFormatter("aioserver", "").format(one) for one in told.records)
+    written = "\n".join(
+        logs.JsonFormatter("aioserver", "").format(record) for record in log.records
+    )
     assert "request finished" in written
     assert "secret" not in written
     assert answer
@@ -344,7 +346,7 @@ def test_what_is_not_printable_is_escaped_in_every_part_of_a_line(format_: str) 
 
 
 async def test_a_model_on_any_face_begins_no_line_and_steers_no_terminal(
-    server: RunningServer, told: pytest.LogCaptureFixture
+    server: RunningServer, log: pytest.LogCaptureFixture
 ) -> None:
     model = "m\n00:00:00 INFO forged\x1b[2J"
     async with server.connect() as ws:
@@ -355,10 +357,10 @@ async def test_a_model_on_any_face_begins_no_line_and_steers_no_terminal(
         await response.read()
     for stream in (True, False):
         await over_openai(server, model, stream=stream)
-    await finished(told, 4)
+    await finished(log, 4)
 
     console = logs.ConsoleFormatter()
-    lines = [console.format(one) for one in told.records]
+    lines = [console.format(record) for record in log.records]
     assert all(line.isprintable() for line in lines)
     assert sum(r"m\n00:00:00 INFO forged\x1b[2J" in line for line in lines) == 4
 
@@ -399,7 +401,7 @@ def test_of_several_processes_each_says_which_it_is_in_lines_that_no_pipe_tears(
     broken.exc_info = failed(60, word)
     wide.fields = {f"field{number}": word for number in range(20)}
 
-    texts = [formatter.format(one) for one in (plain, broken, wide)]
+    texts = [formatter.format(record) for record in (plain, broken, wide)]
 
     for text in texts:
         assert len(text.encode(errors="backslashreplace")) < logs.MAX_WHOLE

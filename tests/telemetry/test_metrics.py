@@ -16,12 +16,12 @@ GIVEN: Any = {name: SimpleNamespace(model="m", models=("n",)) for name in ("open
 
 
 def all_errors() -> list[type[errors.AioserverError]]:
-    found, todo = [], [*errors.AioserverError.__subclasses__()]
+    classes, todo = [], [*errors.AioserverError.__subclasses__()]
     while todo:
-        one = todo.pop()
-        todo += one.__subclasses__()
-        found.append(one)
-    return found
+        cls = todo.pop()
+        todo += cls.__subclasses__()
+        classes.append(cls)
+    return classes
 
 
 def made(kind: type[errors.AioserverError]) -> errors.AioserverError:
@@ -46,9 +46,9 @@ def records(metrics: Metrics) -> RequestLog:
 
 
 def record(face: str = "openai", provider: str = "groq", model: str = "m") -> RequestRecord:
-    one = RequestRecord()
-    one.begin(face, "r1", provider, model)
-    return one
+    request_record = RequestRecord()
+    request_record.begin(face, "r1", provider, model)
+    return request_record
 
 
 @pytest.mark.parametrize("kind", all_errors(), ids=lambda kind: kind.__name__)
@@ -60,9 +60,9 @@ def test_every_error_can_end_a_request(face: str, kind: type[errors.AioserverErr
 
     assert metrics.requests[face, "groq", kind.code, kind.outcome].value == 1
     assert metrics.outcomes[kind.outcome].value == 1
-    assert sum(one.value for one in metrics.requests.values()) == 1
-    told = metrics.rejections.get(kind.code)
-    assert (told is not None and told.value == 1) == (kind.outcome == "rejected")
+    assert sum(counter.value for counter in metrics.requests.values()) == 1
+    rejected = metrics.rejections.get(kind.code)
+    assert (rejected is not None and rejected.value == 1) == (kind.outcome == "rejected")
 
 
 def test_a_bug_is_an_internal_error_and_shows_nothing_of_itself() -> None:
@@ -73,9 +73,9 @@ def test_a_bug_is_an_internal_error_and_shows_nothing_of_itself() -> None:
 
 def test_leaving_and_cancelling_are_told_apart() -> None:
     metrics = Metrics(GIVEN)
-    one, other = record(), record()
+    request_record, other = record(), record()
     other.abandoned = True
-    records(metrics).finish(one, None, cancelled=True)
+    records(metrics).finish(request_record, None, cancelled=True)
     records(metrics).finish(other, None, cancelled=True)
     assert metrics.outcomes[CANCELLED].value == 1
     assert metrics.outcomes["client_left"].value == 1
@@ -98,10 +98,10 @@ def test_tokens_are_the_providers_or_an_estimate(
     usage: Any, into: int, out: int, estimate: int
 ) -> None:
     metrics = Metrics(GIVEN)
-    one = record()
-    one.outcome.usage, one.events = usage, 9
+    request_record = record()
+    request_record.outcome.usage, request_record.events = usage, 9
 
-    records(metrics).finish(one, None)
+    records(metrics).finish(request_record, None)
 
     family = metrics.tokens
     assert family["groq", "m", "input", "provider"].value == into
@@ -112,9 +112,9 @@ def test_tokens_are_the_providers_or_an_estimate(
 @pytest.mark.parametrize(("model", "label"), [("m", "m"), ("n", "n"), ("evil", "other")])
 def test_a_model_that_is_not_configured_is_another(model: str, label: str) -> None:
     metrics = Metrics(GIVEN)
-    one = record(model=model)
-    one.events = 2
-    records(metrics).finish(one, None)
+    request_record = record(model=model)
+    request_record.events = 2
+    records(metrics).finish(request_record, None)
     assert metrics.tokens["groq", label, "output", "estimate"].value == 2
 
 
@@ -129,29 +129,35 @@ def test_labels_are_fixed() -> None:
 
 
 def test_a_histogram_counts_up_to_each_bound() -> None:
-    one = Histogram((1.0, 2.0))
+    histogram = Histogram((1.0, 2.0))
     for value in (0.5, 1.0, 1.5, 2.0, 2.5, 99.0):
-        one.observe(value)
-    assert one.counts == [2, 2, 2]
-    assert one.sum == pytest.approx(106.5)
+        histogram.observe(value)
+    assert histogram.counts == [2, 2, 2]
+    assert histogram.sum == pytest.approx(106.5)
 
 
 def test_percentiles_are_of_the_last_minute_and_of_a_thousand() -> None:
-    one = RecentValues()
-    assert one.percentiles(0.0) is None
+    recent = RecentValues()
+    assert recent.percentiles(0.0) is None
     for number in range(100):
-        one.add(float(number), number / 100)
-    found = one.percentiles(100.0)
-    assert found is not None
-    assert found["count"] == 60  # 40 to 99
-    assert found["p50"] == pytest.approx(0.70)
-    assert found["p95"] == pytest.approx(0.97)
-    assert found["p99"] == pytest.approx(0.99)
-    one.add(500.0, 7.0)
-    assert one.percentiles(502.5) == {"p50": 7.0, "p95": 7.0, "p99": 7.0, "count": 1, "age": 2.5}
+        recent.add(float(number), number / 100)
+    percentiles = recent.percentiles(100.0)
+    assert percentiles is not None
+    assert percentiles["count"] == 60  # 40 to 99
+    assert percentiles["p50"] == pytest.approx(0.70)
+    assert percentiles["p95"] == pytest.approx(0.97)
+    assert percentiles["p99"] == pytest.approx(0.99)
+    recent.add(500.0, 7.0)
+    assert recent.percentiles(502.5) == {
+        "p50": 7.0,
+        "p95": 7.0,
+        "p99": 7.0,
+        "count": 1,
+        "age": 2.5,
+    }
     for _ in range(5000):
-        one.add(501.0, 1.0)
-    assert (one.percentiles(501.0) or {})["count"] == 1000
+        recent.add(501.0, 1.0)
+    assert (recent.percentiles(501.0) or {})["count"] == 1000
 
 
 def test_every_kind_of_error_has_an_outcome() -> None:

@@ -39,11 +39,11 @@ def run(data: bytes) -> None:
     """Take the content for the body of a request, or for an answer: in pieces, at once, and byte
     for byte.
     """
-    given = parts(data)
-    if given.choice % 2:
-        _check_request(given.content)
+    case = parts(data)
+    if case.choice % 2:
+        _check_request(case.content)
         return
-    whole, *others = map(_play, given.reads())
+    whole, *others = map(_play, case.reads())
     for other in others:
         assert other == whole, f"what is read depends on the reads: {other} {whole}"
 

@@ -48,19 +48,19 @@ MODEL = 'n"é'
 
 def run(data: bytes) -> None:
     """Read the content as either body."""
-    given = parts(data)
-    if given.choice % 2:
+    case = parts(data)
+    if case.choice % 2:
         with contextlib.suppress(InvalidJson, InvalidRequest):
-            _check_question(at_once(client_frames.reading_question(given.content)))
+            _check_question(at_once(client_frames.reading_question(case.content)))
         return
     try:
-        body = at_once(model_body.reading(given.content))
+        body = at_once(model_body.reading(case.content))
     except (InvalidJson, InvalidRequest):
         body = None
     if body is not None:
-        _check_completion(body, given.content)
+        _check_completion(body, case.content)
     else:
-        assert not _plain_chat(given.content), "a good body is refused"
+        assert not _plain_chat(case.content), "a good body is refused"
 
 
 def _check_question(chat: Chat) -> None:

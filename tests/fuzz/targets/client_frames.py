@@ -81,11 +81,11 @@ class Socket:
 
 def run(data: bytes) -> None:
     """Read frames in any pieces, or take the content for the text of one message."""
-    given = parts(data)
-    if given.choice % 2:
-        survives(given.content)
+    case = parts(data)
+    if case.choice % 2:
+        survives(case.content)
         return
-    whole, *others = (run_virtually(_read(reads)) for reads in given.reads())
+    whole, *others = (run_virtually(_read(reads)) for reads in case.reads())
     for other in others:
         # How much of a flood is read is a matter of time.
         if RateLimitExceeded.code not in {whole[1], other[1]}:

@@ -12,10 +12,10 @@ SMALL = 24
 
 def run(data: bytes) -> None:
     """Check that events, and the bound of one, do not depend on the reads."""
-    given = parts(data)
-    whole, *_ = ways = given.reads()
+    case = parts(data)
+    whole, *_ = ways = case.reads()
     for reads in ways:
-        check(given.content, reads)
+        check(case.content, reads)
         assert _fits(reads) == _fits(whole), "the bound depends on the reads"
 
 

@@ -37,14 +37,14 @@ def run(data: bytes) -> None:
     """Compare an answer in reads of one event with the same in halves of them, and cut
     anywhere.
     """
-    given = parts(data)
-    face = FACES[given.choice % len(FACES)]
-    chunks = [chunk(event) for event in _EVENT.findall(given.content)]
+    case = parts(data)
+    face = FACES[case.choice % len(FACES)]
+    chunks = [chunk(event) for event in _EVENT.findall(case.content)]
     reads = [EVENT_STREAM, *chunks, LAST_CHUNK]
     seen = run_virtually(play(face, reads))
 
     halves = [half for read in reads for half in (read[: len(read) // 2], read[len(read) // 2 :])]
     assert_same(face, seen, run_virtually(play(face, halves)))
     whole = b"".join(reads)
-    places = [1 + (byte * (len(whole) - 1) >> 8) for byte in given.control[1:]]
+    places = [1 + (byte * (len(whole) - 1) >> 8) for byte in case.control[1:]]
     assert_same(face, seen, run_virtually(play(face, cut(whole, places))))

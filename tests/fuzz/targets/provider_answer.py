@@ -121,9 +121,9 @@ class Outcome(NamedTuple):
 
 def run(data: bytes) -> None:
     """Answer a request with the content in pieces, at once, and byte for byte."""
-    given = parts(data)
-    kind, lost = given.choice % len(KINDS), given.choice // 16 % 3
-    whole, *others = (run_virtually(_answer(kind, lost, reads)) for reads in given.reads())
+    case = parts(data)
+    kind, lost = case.choice % len(KINDS), case.choice // 16 % 3
+    whole, *others = (run_virtually(_answer(kind, lost, reads)) for reads in case.reads())
     for other in others:
         assert other == whole, f"what is read depends on the reads: {other} {whole}"
 
@@ -195,6 +195,6 @@ def _events(stream: Stream, *, framed: bool) -> list[Any]:
         body = b"".join(entry.data for entry in stream.entries)
         assert not body or body.endswith((b"\n\n", b"\r", b"\r\n", b"\n")), "half an event"
         return eventstream.parse(body)
-    frames = [orjson.loads(one) for entry in stream.entries for one in stream.frames(entry)]
+    frames = [orjson.loads(frame) for entry in stream.entries for frame in stream.frames(entry)]
     assert [frame["event_id"] for frame in frames] == list(range(1, stream.last + 1))
     return [(frame["status"], frame["chunk"]) for frame in frames]

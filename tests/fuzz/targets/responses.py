@@ -76,5 +76,5 @@ def _play(reads: Iterable[bytes]) -> list[Any]:
     last = orjson.loads(failed[0].data)
     assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
     assert last["sequence_number"] == form.last_sequence + 1
-    found = store.find("me", "resp_1") is stream
-    return [fault, stream.end_status, events, numbers, newest, found]
+    known = store.find("me", "resp_1") is stream
+    return [fault, stream.end_status, events, numbers, newest, known]
