@@ -743,9 +743,9 @@ async def test_a_request_that_has_waited_asks_for_the_current_model() -> None:
     limits = {"tokens_per_minute": 1_000_000, "concurrent_requests": 1}
     async with ScriptedProvider(play) as server, provider_at(server.url, limits) as provider:
         ask = ProviderRequest(CHAT, lambda given: given.model.encode(), streamed=False)
-        holder = asyncio.create_task(call(provider, ask))
+        holder = asyncio.create_task(call(provider, ask()))
         await until(lambda: len(bodies) == 1)
-        waiting = asyncio.create_task(call(provider, ask))
+        waiting = asyncio.create_task(call(provider, ask()))
         await until(lambda: provider.stats().queue.waiting == 1)
 
         now = dataclasses.replace(provider.settings, model="new-model")
