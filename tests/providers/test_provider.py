@@ -742,7 +742,10 @@ async def test_a_request_that_has_waited_asks_for_the_current_model() -> None:
 
     limits = {"tokens_per_minute": 1_000_000, "concurrent_requests": 1}
     async with ScriptedProvider(play) as server, provider_at(server.url, limits) as provider:
-        ask = ProviderRequest(CHAT, lambda given: given.model.encode(), streamed=False)
+
+        def ask() -> ProviderRequest:
+            return ProviderRequest(CHAT, lambda settings: settings.model.encode(), streamed=False)
+
         holder = asyncio.create_task(call(provider, ask()))
         await until(lambda: len(bodies) == 1)
         waiting = asyncio.create_task(call(provider, ask()))
