@@ -48,12 +48,6 @@ PREFIX = "aioserver_"
 TROUBLES = tuple(reversed(WORDS))
 
 
-def _each_provider(
-    read: Callable[[ProviderState], float],
-) -> Callable[[Snapshot], dict[str, float]]:
-    return lambda s: {name: read(provider) for name, provider in s["providers"].items()}
-
-
 def _instances(snapshot: Snapshot) -> dict[str, float]:
     instances: Mapping[str, object] = snapshot.get("instances", {"": {}})
     heard = sum(instance is not None for instance in instances.values())
@@ -68,7 +62,8 @@ def _standings(snapshot: Snapshot) -> dict[str, float]:
     }
 
 
-GAUGES: tuple[Gauge[Snapshot], ...] = (
+# Of the server.
+_GAUGES: tuple[Gauge[Snapshot], ...] = (
     Gauge("ready", lambda s: s["ready"], "Whether the server takes new work"),
     Gauge(
         "connections",
@@ -100,68 +95,6 @@ GAUGES: tuple[Gauge[Snapshot], ...] = (
         "Bytes of all streams and stored responses together",
     ),
     Gauge("kept_stream_bytes_limit", lambda s: s["streams"]["max_bytes"], "max_kept_bytes"),
-    Gauge(
-        "provider_in_flight",
-        _each_provider(lambda p: p["in_flight"]),
-        "Requests in flight",
-        "provider",
-    ),
-    Gauge(
-        "provider_limit", _each_provider(lambda p: p["limit"]), "concurrent_requests", "provider"
-    ),
-    Gauge(
-        "provider_waiting",
-        _each_provider(lambda p: p["waiting"]),
-        "Requests in the provider's queue",
-        "provider",
-    ),
-    Gauge(
-        "provider_state",
-        _each_provider(lambda p: STATES[::-1].index(p["state"])),
-        "0 well, 1 sick (it fails often, and is asked), 2 dead (it is left alone, but for trials)",
-        "provider",
-    ),
-    Gauge(
-        "provider_trouble",
-        _each_provider(
-            lambda p: 0 if p["trouble"] is None else 1 + TROUBLES.index(p["trouble"]["kind"])
-        ),
-        "0 none, 1 failing, 2 sick, 3 silent (it has stalled), 4 dead, 5 key_refused",
-        "provider",
-    ),
-    Gauge(
-        "retry_budget_used",
-        _each_provider(lambda p: p["retry_budget"]["used"]),
-        "Retries in the last ten seconds",
-        "provider",
-    ),
-    Gauge(
-        "retry_budget_limit",
-        _each_provider(lambda p: p["retry_budget"]["limit"]),
-        "Retries that the budget allows in ten seconds: a fifth of the requests, or ten",
-        "provider",
-    ),
-    Gauge(
-        "provider_silence_seconds",
-        _each_provider(lambda p: p["silent"]["longest"]),
-        "Longest silence of the provider that is going on now in a streamed answer",
-        "provider",
-    ),
-    Gauge(
-        "provider_silent_answers",
-        _each_provider(lambda p: p["silent"]["stalled"] + p["silent"]["unanswered"]),
-        "Streamed answers in which the provider has said nothing for seconds, and says nothing now",
-        "provider",
-    ),
-    Gauge(
-        "pool_open",
-        _each_provider(lambda p: p["pool"]["open"]),
-        "Connections, idle ones included",
-        "provider",
-    ),
-    Gauge(
-        "pool_idle", _each_provider(lambda p: p["pool"]["idle"]), "Idle connections", "provider"
-    ),
     Gauge("open_fds", lambda s: s["process"]["open_fds"], "Open file descriptors"),
     Gauge("max_fds", lambda s: s["process"]["max_fds"], "Limit of open file descriptors"),
     Gauge("tasks", lambda s: s["process"]["tasks"], "Tasks of the event loop, some seconds ago"),
@@ -182,6 +115,55 @@ GAUGES: tuple[Gauge[Snapshot], ...] = (
         "cluster_mirrors",
         lambda s: s["cluster"]["mirrors"] if "cluster" in s else 0,
         "Answers of other instances that are read at another one",
+    ),
+)
+# Of each provider: the name, the number, and the help.
+_PROVIDER_GAUGES: tuple[tuple[str, Callable[[ProviderState], float], str], ...] = (
+    ("provider_in_flight", lambda p: p["in_flight"], "Requests in flight"),
+    ("provider_limit", lambda p: p["limit"], "concurrent_requests"),
+    ("provider_waiting", lambda p: p["waiting"], "Requests in the provider's queue"),
+    (
+        "provider_state",
+        lambda p: STATES[::-1].index(p["state"]),
+        "0 well, 1 sick (it fails often, and is asked), 2 dead (it is left alone, but for trials)",
+    ),
+    (
+        "provider_trouble",
+        lambda p: 0 if p["trouble"] is None else 1 + TROUBLES.index(p["trouble"]["kind"]),
+        "0 none, 1 failing, 2 sick, 3 silent (it has stalled), 4 dead, 5 key_refused",
+    ),
+    ("retry_budget_used", lambda p: p["retry_budget"]["used"], "Retries in the last ten seconds"),
+    (
+        "retry_budget_limit",
+        lambda p: p["retry_budget"]["limit"],
+        "Retries that the budget allows in ten seconds: a fifth of the requests, or ten",
+    ),
+    (
+        "provider_silence_seconds",
+        lambda p: p["silent"]["longest"],
+        "Longest silence of the provider that is going on now in a streamed answer",
+    ),
+    (
+        "provider_silent_answers",
+        lambda p: p["silent"]["stalled"] + p["silent"]["unanswered"],
+        "Streamed answers in which the provider has said nothing for seconds, and says nothing now",
+    ),
+    ("pool_open", lambda p: p["pool"]["open"], "Connections, idle ones included"),
+    ("pool_idle", lambda p: p["pool"]["idle"], "Idle connections"),
+)
+
+
+def _of_each_provider(
+    read: Callable[[ProviderState], float],
+) -> Callable[[Snapshot], dict[str, float]]:
+    return lambda s: {name: read(provider) for name, provider in s["providers"].items()}
+
+
+GAUGES = (
+    *_GAUGES,
+    *(
+        Gauge(name, _of_each_provider(read), about, "provider")
+        for name, read, about in _PROVIDER_GAUGES
     ),
 )
 
