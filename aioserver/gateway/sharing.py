@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from aioserver.config.settings import ClientKey, HttpClient
     from aioserver.limits.quota import Quota
-    from aioserver.providers.health import Health
+    from aioserver.providers.health import Health, ProviderObserver
     from aioserver.providers.queueing import ProviderGate
 
 
@@ -20,6 +20,9 @@ class Sharing(Protocol):
         self, name: str, limits: HttpClient, health: Health, clock: Callable[[], float]
     ) -> ProviderGate:
         """Return the gate of the provider *name*, whose places and starts all instances share."""
+
+    def observe(self, name: str) -> ProviderObserver:
+        """Return who tells the other instances what this one finds out about the provider *name*."""
 
     def make_quota(self, key: ClientKey, elsewhere: Callable[[int], int] | None) -> Quota:
         """Return the quota of *key*, which all instances share; *elsewhere*: see `Quota`."""

@@ -34,21 +34,42 @@ FLAGGED_FOR = 300.0
 KEY_FAULTS = (ProviderAuthError, CertificateFault)
 
 
+class ProviderObserver:
+    """Hears what this instance finds out about one provider; this one tells nobody."""
+
+    def died(self, *, unreachable: bool) -> None:
+        """Hear that the provider is dead, and whether it cannot be reached."""
+
+    def revived(self) -> None:
+        """Hear that the provider has answered again."""
+
+    def cooling(self, seconds: float) -> None:
+        """Hear that the provider wants to be left alone for *seconds*."""
+
+
+ALONE = ProviderObserver()
+
+
 class Health:
     """The health of the provider *name*, known from the ends of its attempts.
 
     Always: a provider that is removed is not asked, whatever its breaker says.
+
+    *observer* hears what is found out here, and not what `breaker` is told by others.
     """
 
     def __init__(
-        self, name: str, meter: ProviderMeter, clock: Callable[[], float] = time.monotonic
+        self,
+        name: str,
+        meter: ProviderMeter,
+        clock: Callable[[], float] = time.monotonic,
+        observer: ProviderObserver = ALONE,
     ) -> None:
         self._name = name
         self._meter = meter
         self._clock = clock
         self.breaker = Breaker(clock)
-        # Called when the provider is found dead, and with False when it has answered again.
-        self.on_death: Callable[[bool], None] = _nobody_else
+        self.observer = observer
         self._flagged_until = 0.0
         # Whether the provider has answered well with the key of its present settings.
         self._key_accepted = False
@@ -123,7 +144,7 @@ class Health:
         self._key_accepted = True
         revived = self.breaker.succeeded(seconds, trial=trial)
         if revived:
-            self.on_death(False)
+            self.observer.revived()
         return revived
 
     def attempt_failed(
@@ -150,7 +171,7 @@ class Health:
             began, trial=trial, answered=answered, unreachable=exc.unreachable
         )
         if died:
-            self.on_death(True)
+            self.observer.died(unreachable=self.breaker.unreachable)
         return died
 
     def reset(self, *, new_address: bool, new_key: bool) -> None:
@@ -165,7 +186,3 @@ class Health:
     def remove(self) -> None:
         """Note that the provider was removed from the configuration: it is asked no more."""
         self._removed, self._flagged_until = True, inf
-
-
-def _nobody_else(_dead: bool) -> None:
-    """Tell nobody: this instance alone asks the provider."""

@@ -38,6 +38,8 @@ class Pace:
     """*per_minute* starts a minute, *burst* of them at once after a rest.
 
     Always: in any span of t seconds at most `t * per_minute / 60 + burst` starts.
+
+    *on_cooling* is called with the seconds for which the provider wants to be left alone.
     """
 
     def __init__(
@@ -48,14 +50,14 @@ class Pace:
         *,
         tokens_per_minute: int = 0,
         make_rate: Callable[[float, float], Gcra] | None = None,
+        on_cooling: Callable[[float], None] = lambda _seconds: None,
     ) -> None:
         self._clock = clock
         rate = 60.0 / per_minute, _tolerance(per_minute, burst)
         self._starts = Gcra(*rate, clock) if make_rate is None else make_rate(*rate)
         self._tokens = _token_rate(tokens_per_minute, clock)
         self._closed_until = 0.0
-        # Called with the seconds for which the provider wants to be left alone.
-        self.on_cooling: Callable[[float], None] = _nobody_else
+        self._on_cooling = on_cooling
         self._slow_interval, self._slow_until = 0.0, 0.0
         self.per_minute = per_minute
 
@@ -108,7 +110,7 @@ class Pace:
         """Start nothing for *seconds*, as the provider asks, then at half the pace for as long."""
         self.told_cooling(seconds)
         if seconds > 0:
-            self.on_cooling(min(seconds, MAX_COOLING))
+            self._on_cooling(min(seconds, MAX_COOLING))
 
     def told_cooling(self, seconds: float) -> None:
         """Do what `cool_down` does, since the provider has asked another instance for it."""
@@ -157,10 +159,6 @@ class Pace:
         """Return the seconds between two starts at the present rate."""
         interval = self._starts.interval
         return max(interval, self._slow_interval) if now < self._slow_until else interval
-
-
-def _nobody_else(_seconds: float) -> None:
-    """Tell nobody: this instance alone asks the provider."""
 
 
 def _tolerance(per_minute: int, burst: int) -> float:

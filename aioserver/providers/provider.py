@@ -22,7 +22,7 @@ from aioserver.providers.backpressure import Backpressure
 from aioserver.providers.budget import Budget
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.feedback import Feedback
-from aioserver.providers.health import Health
+from aioserver.providers.health import ALONE, Health
 from aioserver.providers.outage import Absence, unsent
 from aioserver.providers.pools import Pools
 from aioserver.providers.provider_stats import PaceStats, ProviderStats
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from aioserver.limits.gate import Place
     from aioserver.providers.api import Memory
     from aioserver.providers.attempt import Attempt
+    from aioserver.providers.health import ProviderObserver
     from aioserver.providers.queueing import GateFactory
     from aioserver.streams.stream import Stream
 
@@ -63,6 +64,7 @@ class Provider:
         meter: ProviderMeter | None = None,
         clock: Callable[[], float] = time.monotonic,
         make_gate: GateFactory = ProviderGate,
+        observer: ProviderObserver = ALONE,
     ) -> None:
         self.name = settings.name
         self.settings = settings
@@ -75,7 +77,7 @@ class Provider:
         # What APIs have learned of it.
         self._memories: dict[type[Memory], Memory] = {}
         self._clock = clock
-        self.health = Health(settings.name, self.meter, clock)
+        self.health = Health(settings.name, self.meter, clock, observer)
         self._gate = make_gate(settings.name, settings.http_client, self.health, clock)
         self._pace = self._gate.pace
         self.backpressure = Backpressure(lambda: self._gate.waiting)

@@ -91,6 +91,7 @@ class ProviderGate(Gate):
             clock,
             tokens_per_minute=limits.tokens_per_minute,
             make_rate=self._make_rate,
+            on_cooling=health.observer.cooling,
         )
         super().__init__(
             limits.concurrent_requests,

@@ -12,6 +12,7 @@ import logging
 from typing import TYPE_CHECKING, Protocol
 
 from aioserver.config.faults import ConfigurationError
+from aioserver.providers.health import ALONE
 from aioserver.providers.provider import Provider
 from aioserver.providers.queueing import ProviderGate
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from aioserver.config import settings
+    from aioserver.providers.health import ProviderObserver
     from aioserver.providers.queueing import GateFactory
     from aioserver.telemetry.metrics import Metrics
 
@@ -38,17 +40,19 @@ class ProviderRegistry:
     Always: `providers` has those of the settings that were applied last, in their order; every other
     provider has a task, which closes it when its last attempt has ended. `close` closes all of them.
 
-    *simulated* is where `simulated: true` leads; None if there is no simulator.
+    *observe* returns who hears what is found out about the provider of a name. *simulated* is where `simulated: true` leads; None if there is no simulator.
     """
 
     def __init__(
         self,
         metrics: Metrics,
         make_gate: GateFactory = ProviderGate,
+        observe: Callable[[str], ProviderObserver] = lambda _name: ALONE,
         simulated: Simulated | None = None,
     ) -> None:
         self._metrics = metrics
         self._make_gate = make_gate
+        self._observe = observe
         self._simulated = simulated
         self._providers: dict[str, Provider] = {}
         # The providers that were removed, each with the task that closes it.
@@ -98,6 +102,7 @@ class ProviderRegistry:
                     max_response_bytes=max_response_bytes,
                     meter=self._metrics.providers[name],
                     make_gate=self._make_gate,
+                    observer=self._observe(name),
                 )
                 changed.append(provider)
             providers[name] = provider

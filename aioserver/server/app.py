@@ -40,6 +40,7 @@ from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring import prometheus
 from aioserver.monitoring.monitor import Monitor
 from aioserver.monitoring.snapshot import Sources
+from aioserver.providers.health import ALONE
 from aioserver.providers.queueing import ProviderGate
 from aioserver.providers.registry import ProviderRegistry
 from aioserver.server.middleware import make_middleware
@@ -198,8 +199,12 @@ async def open_server(
         for wing in plugged:
             await wing.open(core, stack)
         simulated = next((wing.simulated for wing in plugged if wing.simulated is not None), None)
-        make_gate = ProviderGate if cluster is None else cluster.make_gate
-        provider_registry = ProviderRegistry(metrics, make_gate, simulated)
+        provider_registry = ProviderRegistry(
+            metrics,
+            ProviderGate if cluster is None else cluster.make_gate,
+            (lambda _name: ALONE) if cluster is None else cluster.observe,
+            simulated,
+        )
         stack.push_async_callback(provider_registry.close)
         await provider_registry.prepare(llm)
         provider_registry.apply(llm, max_response_bytes=chat.streams.max_response_bytes)

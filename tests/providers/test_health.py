@@ -6,15 +6,28 @@ import time
 
 from aioserver.provider_errors import ProviderError
 from aioserver.providers.breaker import FEW, LONG_PATIENCE
-from aioserver.providers.health import Health
+from aioserver.providers.health import Health, ProviderObserver
 from aioserver.telemetry.metrics import ProviderMeter
 
 
+class Told(ProviderObserver):
+    """Writes down what it hears: deaths as true, their ends as false."""
+
+    def __init__(self) -> None:
+        self.deaths: list[bool] = []
+
+    def died(self, *, unreachable: bool) -> None:
+        assert not unreachable
+        self.deaths.append(True)
+
+    def revived(self) -> None:
+        self.deaths.append(False)
+
+
 def test_a_death_and_its_end_are_told_once_and_only_where_they_were_found() -> None:
-    found, other = Health("groq", ProviderMeter()), Health("groq", ProviderMeter())
-    told: list[bool] = []
-    heard: list[bool] = []
-    found.on_death, other.on_death = told.append, heard.append
+    told, heard = Told(), Told()
+    found = Health("groq", ProviderMeter(), observer=told)
+    other = Health("groq", ProviderMeter(), observer=heard)
 
     long_ago = time.monotonic() - LONG_PATIENCE
     for _ in range(2 * FEW):
@@ -25,5 +38,5 @@ def test_a_death_and_its_end_are_told_once_and_only_where_they_were_found() -> N
     found.breaker.told_alive()
     found.answered(0.1, trial=False)
 
-    assert told == [True]
-    assert heard == [False]
+    assert told.deaths == [True]
+    assert heard.deaths == [False]

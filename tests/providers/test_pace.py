@@ -281,9 +281,8 @@ def test_one_head_cannot_stop_a_provider_for_hours() -> None:
 
 def test_a_rest_that_another_instance_was_asked_for_is_kept_and_not_told_again() -> None:
     clock = FakeClock()
-    pace = Pace(600, 5, clock)
     told: list[float] = []
-    pace.on_cooling = told.append
+    pace = Pace(600, 5, clock, on_cooling=told.append)
 
     pace.told_cooling(7.0)
     rested = pace.cooling

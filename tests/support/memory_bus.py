@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from aioserver.auth.keys import quota_of
 from aioserver.gateway.commands import Commands
+from aioserver.providers.health import ALONE
 from aioserver.providers.queueing import ProviderGate
 from aioserver.wings.cluster import claims
 from aioserver.wings.cluster.bus import Outbox
@@ -369,6 +370,7 @@ class StreamsOnly:
     """A cluster whose instances share nothing but streams; *make* makes what knows those of the others."""
 
     make_gate = staticmethod(ProviderGate)
+    observe = staticmethod(lambda _name: ALONE)
 
     def __init__(
         self,

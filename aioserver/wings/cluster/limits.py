@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
+from aioserver.providers.health import ProviderObserver
 from aioserver.providers.queueing import FAILOVER_WAIT, ProviderGate
 from aioserver.wings.cluster.rates import SharedRate
 from aioserver.wings.cluster.shared_gate import SharedGate
@@ -50,8 +50,6 @@ class SharedProviderGate(SharedGate, ProviderGate):
         self._whole = limits
         self.share(leases, f"p:{name}")
         self._complete = True
-        health.on_death = partial(self._tell_death, health)
-        self.pace.on_cooling = partial(leases.told.tell, name, COOLING)
         self.instances_changed()
 
     def apply_limits(self, limits: HttpClient) -> None:
@@ -88,15 +86,30 @@ class SharedProviderGate(SharedGate, ProviderGate):
         if self._complete:
             self.serve()
 
-    def _tell_death(self, health: Health, dead: bool) -> None:
-        tell = self._all_leases.told.tell
-        if dead:
-            tell(self._name, ALIVE, 0.0)
-            tell(self._name, AWAY if health.breaker.unreachable else DEAD, DEATH)
-        else:
-            tell(self._name, DEAD, 0.0)
-            tell(self._name, AWAY, 0.0)
-            tell(self._name, ALIVE, RETURN)
+
+class Teller(ProviderObserver):
+    """Tells the other instances what this one finds out about the provider *name*."""
+
+    def __init__(self, leases: Leases, name: str) -> None:
+        self._leases = leases
+        self._name = name
+
+    def died(self, *, unreachable: bool) -> None:
+        """Tell that the provider is dead, and whether it cannot be reached."""
+        tell = self._leases.told.tell
+        tell(self._name, ALIVE, 0.0)
+        tell(self._name, AWAY if unreachable else DEAD, DEATH)
+
+    def revived(self) -> None:
+        """Tell that the provider has answered again."""
+        tell = self._leases.told.tell
+        tell(self._name, DEAD, 0.0)
+        tell(self._name, AWAY, 0.0)
+        tell(self._name, ALIVE, RETURN)
+
+    def cooling(self, seconds: float) -> None:
+        """Tell that the provider wants to be left alone for *seconds*."""
+        self._leases.told.tell(self._name, COOLING, seconds)
 
 
 class SharedLimits:
@@ -114,6 +127,10 @@ class SharedLimits:
         """Return the gate of the provider *name*."""
         gate = self._gates[name] = SharedProviderGate(self._leases, name, limits, health, clock)
         return gate
+
+    def observe(self, name: str) -> ProviderObserver:
+        """Return who tells the other instances what this one finds out about the provider *name*."""
+        return Teller(self._leases, name)
 
     def make_quota(self, key: ClientKey, elsewhere: Callable[[int], int] | None) -> Quota:
         """Return the quota of *key*; *elsewhere*: see `Quota`."""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from aioserver.limits.quota import Quota
     from aioserver.monitoring.monitor import Monitor
     from aioserver.monitoring.state import ClusterState
-    from aioserver.providers.health import Health
+    from aioserver.providers.health import Health, ProviderObserver
     from aioserver.providers.provider import Provider
     from aioserver.providers.queueing import ProviderGate
     from aioserver.streams.store import StreamStore
@@ -94,6 +94,10 @@ class Membership:
     ) -> ProviderGate:
         """Return the gate of the provider *name*, whose places and starts all instances share."""
         return self.limits.make_gate(name, limits, health, clock)
+
+    def observe(self, name: str) -> ProviderObserver:
+        """Return who tells the other instances what this one finds out about the provider *name*."""
+        return self.limits.observe(name)
 
     def make_quota(self, key: ClientKey, elsewhere: Callable[[int], int] | None) -> Quota:
         """Return the quota of *key*, which all instances share; *elsewhere*: see `Quota`."""

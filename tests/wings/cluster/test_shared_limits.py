@@ -48,6 +48,7 @@ class One:
             max_response_bytes=1000,
             clock=loop.time,
             make_gate=self.limits.make_gate,
+            observer=self.limits.observe(settings.name),
         )
         self.limits.providers = lambda: {settings.name: self.provider}
 
@@ -169,7 +170,7 @@ async def test_a_death_and_its_end_reach_all(reference: ReferenceServer, tmp_pat
     a, b = await joined(reference, 2, settings_of(tmp_path))
     loop = asyncio.get_running_loop()
     kill(a.breaker, unreachable=True, clock=loop.time)
-    a.provider.health.on_death(True)
+    a.provider.health.observer.died(unreachable=True)
 
     await until(lambda: b.breaker.dead)
     assert b.breaker.unreachable
@@ -180,7 +181,7 @@ async def test_a_death_and_its_end_reach_all(reference: ReferenceServer, tmp_pat
     await asyncio.sleep(30)
     assert not a.breaker.dead
     assert not b.breaker.dead
-    a.provider.health.on_death(True)
+    a.provider.health.observer.died(unreachable=True)
     await until(lambda: b.breaker.dead)
     await close(a, b)
 
