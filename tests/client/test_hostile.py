@@ -11,6 +11,7 @@ import pytest
 from aioserver.client import AnswerError, Client
 from tests.support.scripted_provider import ScriptedProvider
 from tests.support.scripted_server import ScriptedServer, answer, frame, saying
+from tests.support.waiting import ticks
 
 if TYPE_CHECKING:
     from tests.support.scripted_provider import Peer
@@ -171,6 +172,24 @@ async def test_server_that_is_no_aioserver_is_an_error(
 
     assert error.code == "protocol_error"
     assert server.accepted == 1
+
+
+@BOTH
+async def test_error_that_comes_in_pieces_is_read_whole(transport: Transport) -> None:
+    body = b'{"error":{"code":"model_not_found","message":"no such model"}}'
+    head = b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\n\r\n" % len(body)
+
+    async def play(peer: Peer) -> None:
+        while True:
+            await peer.head()
+            for piece in (head + body[:20], body[20:]):
+                await peer.send(piece)
+                await ticks()
+
+    async with ScriptedProvider(play) as server:
+        error = await failure(f"http://127.0.0.1:{server.port}", transport)
+
+    assert error.code == "model_not_found"
 
 
 @BOTH
