@@ -79,7 +79,7 @@ async def test_requests_that_meet_a_bug_are_told_everywhere_until_a_minute_has_p
 ) -> None:
     incidents, verdicts, during = [], [], list[Finding]()
     async with embedded(tmp_path) as session, session.get("/events") as response:
-        assert [(one.level, one.text) for one in await examined(session)] == [
+        assert [(finding.level, finding.text) for finding in await examined(session)] == [
             ("ok", "no request has met a bug of it since its start")
         ]
         await meet(session, 93)
@@ -104,21 +104,23 @@ async def test_requests_that_meet_a_bug_are_told_everywhere_until_a_minute_has_p
     assert verdicts[0]["advice"] == OF_A_BUG
     # A burst is one incident; where a tick has cut it in two, they are two.
     assert len(incidents) <= 2
-    assert sum(int(one["text"].split()[0]) for one in incidents) == 93
-    for one in incidents:
-        assert one["severity"] == "error"
-        assert f": {BUG}" in one["text"]
-        assert one["text"].endswith(" in broken")
-    assert [(one.level, one.text, one.hint) for one in during] == [("fail", told, OF_A_BUG)]
+    assert sum(int(incident["text"].split()[0]) for incident in incidents) == 93
+    for incident in incidents:
+        assert incident["severity"] == "error"
+        assert f": {BUG}" in incident["text"]
+        assert incident["text"].endswith(" in broken")
+    assert [(finding.level, finding.text, finding.hint) for finding in during] == [
+        ("fail", told, OF_A_BUG)
+    ]
     assert {verdict["word"] for verdict in verdicts[:59]} == {"Bug"}
     assert verdicts[-1]["word"] != "Bug"
-    assert [(one.level, one.text) for one in after] == [
+    assert [(finding.level, finding.text) for finding in after] == [
         ("warn", "93 requests met a bug of the server since its start")
     ]
     assert "aioserver_errors_total 93.0" in text
     assert SECRET not in text
-    lines = [one for one in caplog.records if one.name == "aioserver.monitoring"]
-    assert [one.getMessage() for one in lines if one.levelno == logging.ERROR] == [
-        one["text"] for one in incidents
+    lines = [record for record in caplog.records if record.name == "aioserver.monitoring"]
+    assert [record.getMessage() for record in lines if record.levelno == logging.ERROR] == [
+        incident["text"] for incident in incidents
     ]
-    assert SECRET not in str([vars(one) for one in lines])
+    assert SECRET not in str([vars(line) for line in lines])

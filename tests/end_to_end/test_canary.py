@@ -40,8 +40,8 @@ class Heard:
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    async def take(self, server: RunningServer, method: str, path: str, **given: Any) -> None:
-        async with server.session.request(method, server.base + path, **given) as response:
+    async def take(self, server: RunningServer, method: str, path: str, **request: Any) -> None:
+        async with server.session.request(method, server.base + path, **request) as response:
             self.texts.append(f"{response.headers} {await response.text()}")
         server.session.cookie_jar.clear()
 
@@ -58,11 +58,11 @@ async def tried_out(server: RunningServer, heard: Heard, session: str, secret: s
     """Questions on every face, well and badly; the answers themselves are the caller's own."""
     mine, prompt = {"Authorization": f"Bearer {secret}"}, {"role": "user", "content": PROMPT}
     offer = ("aioserver", f"aioserver.key.{secret}")
-    for given in (
+    for handshake in (
         *({"headers": mine}, {"headers": cookie(session)}, {"protocols": offer}),
         *({"headers": {"x-api-key": secret}}, {"headers": {"api-key": secret}}),
     ):
-        async with server.connect(**given) as ws:
+        async with server.connect(**handshake) as ws:
             await ws.send_json(chat("r", PROMPT, conversation_id="c"))
             await until_status(ws, "processing")
             await ws.send_json(cancel("r"))

@@ -147,13 +147,13 @@ async def test_nothing_is_held_after_random_clients(make_server: MakeServer, cou
     dice = random.Random(seed)
     room = asyncio.Semaphore(60)
 
-    async def one(number: int) -> None:
+    async def run_client(number: int) -> None:
         async with room:
             await Client(server, random.Random(dice.random()), number).live()
 
     async with asyncio.TaskGroup() as group:
         for number in range(count):
-            group.create_task(one(number))
+            group.create_task(run_client(number))
 
     await server.nothing_held()
     await until(lambda: server.simulator.stats().active == 0)

@@ -126,7 +126,7 @@ async def test_a_provider_gets_the_headers_that_it_names_and_the_trace(
     for name in ("x-other", "x-forwarded-for", "cookie", "x-api-key", "authorization"):
         assert listener.headers(name) == [], name
     assert len(listener.headers("host")) == len(listener.headers("content-length")) == 1
-    [line] = [one for one in caplog.records if one.getMessage() == "request finished"]
+    [line] = [record for record in caplog.records if record.getMessage() == "request finished"]
     fields: Any = line.fields  # type: ignore[attr-defined]
     assert fields["trace_id"] == TRACE
 
@@ -147,7 +147,7 @@ async def test_without_a_trace_none_is_made_up(
 
     for name in ("traceparent", "tracestate", "x-tenant"):
         assert listener.headers(name) == []
-    [line] = [one for one in caplog.records if one.getMessage() == "request finished"]
+    [line] = [record for record in caplog.records if record.getMessage() == "request finished"]
     assert "trace_id" not in line.fields  # type: ignore[attr-defined]
 
 

@@ -122,10 +122,10 @@ async def test_all_of_it_can_be_watched(make_server: MakeServer) -> None:
         async with server.session.get(server.base + "/metrics") as response:
             metrics = await response.text()
 
-        incidents = [one["text"] for one in server.incidents()]
+        incidents = [incident["text"] for incident in server.incidents()]
         await server.forgive()
         server.context.monitor.tick()
-        again = [one["text"] for one in server.incidents()]
+        again = [incident["text"] for incident in server.incidents()]
 
     text = "sim answers with server errors (5xx): 5 of 5 attempts failed in the last minute; it is left alone"
     assert text in incidents

@@ -102,18 +102,18 @@ async def test_a_loop_that_was_blocked_is_our_gap_and_not_the_providers(
 
 
 async def test_a_client_that_takes_nothing_is_the_clients_gap() -> None:
-    async with client(slow=True) as one:
+    async with client(slow=True) as peer:
         stream = stream_of()
         stream.record = RequestRecord()
-        one.follow(stream)
+        peer.follow(stream)
         say(stream, "x" * BIG)  # more than its socket takes
-        await until(lambda: one.socket.draining == 1)
+        await until(lambda: peer.socket.draining == 1)
         say(stream, "waits")
         began = time.monotonic()
         await until(lambda: time.monotonic() > began + 0.05)  # it takes its time
 
-        one.socket.take()
-        await until(lambda: one.rendered == 2)
+        peer.socket.take()
+        await until(lambda: peer.rendered == 2)
 
         assert stream.record.client_stall >= 0.05
         assert stream.record.delay < stream.record.client_stall
@@ -121,50 +121,50 @@ async def test_a_client_that_takes_nothing_is_the_clients_gap() -> None:
 
 @pytest.mark.parametrize("end", ["dropped", "ended", "left"])
 async def test_a_client_that_takes_nothing_any_more_is_the_clients_gap_as_well(end: str) -> None:
-    async with client(slow=True) as one:
+    async with client(slow=True) as peer:
         stream = stream_of()
         stream.record = RequestRecord()
-        cursor = one.follow(stream)
+        cursor = peer.follow(stream)
         say(stream, "x" * BIG)
-        await until(lambda: one.socket.draining == 1)
+        await until(lambda: peer.socket.draining == 1)
         began = time.monotonic()
         await until(lambda: time.monotonic() > began + 0.05)
 
         match end:
             case "dropped":
-                one.writer.abort("it takes nothing")
+                peer.writer.abort("it takes nothing")
             case "ended":
                 stream.end(COMPLETE, {})  # its request is counted now
             case "left":
-                one.writer.unfollow(cursor)
+                peer.writer.unfollow(cursor)
 
         assert stream.record.client_stall >= 0.05
 
 
 async def test_an_event_that_waits_for_its_turn_is_our_delay() -> None:
-    async with client() as one:
+    async with client() as peer:
         busy, other = stream_of("busy"), stream_of("other")
         other.record = RequestRecord()
-        one.follow(busy)
-        one.follow(other)
+        peer.follow(busy)
+        peer.follow(other)
         await ticks()
 
         say(other, "waits for the end of this turn")
         block(0.05)  # which is long
-        await until(lambda: one.rendered == 1)
+        await until(lambda: peer.rendered == 1)
 
         assert other.record.delay >= 0.05
         assert other.record.client_stall == 0.0
 
 
 async def test_events_from_before_a_reader_came_have_not_waited_for_us() -> None:
-    async with client() as one:
+    async with client() as peer:
         stream = stream_of()
         stream.record = RequestRecord()
         say(stream, "long ago")
         stream.entries[0].received_at -= 1000.0
 
-        one.follow(stream)
-        await until(lambda: one.rendered == 1)
+        peer.follow(stream)
+        await until(lambda: peer.rendered == 1)
 
         assert stream.record.delay < 500.0

@@ -251,14 +251,14 @@ async def ask(server: RunningServer, face: Any, round_name: str) -> None:
     matter here.
     """
 
-    async def one(number: int) -> None:
+    async def ask_one(number: int) -> None:
         with contextlib.suppress(
             aiohttp.ClientError, TimeoutError, TypeError, KeyError, ValueError
         ):
             name = f"{round_name}-{number}"
             await asyncio.wait_for(face(server, bearer(("ann", "bob")[number % 2]), name), 20)
 
-    await asyncio.gather(*map(one, range(4)))
+    await asyncio.gather(*map(ask_one, range(4)))
     await server.nothing_held(5)
 
 

@@ -197,7 +197,9 @@ async def test_a_file_that_fails_is_said_and_costs_no_answer(
     path.unlink()
     await until_result(lambda: trouble(server), lambda found: found is None)
     await until(
-        lambda: "conversations are kept again" in [one["text"] for one in server.incidents()]
+        lambda: (
+            "conversations are kept again" in [incident["text"] for incident in server.incidents()]
+        )
     )
     # What was asked meanwhile is in the new file.
     assert await stored(server.session, server.base) == ["Hello", "Hello again"]

@@ -67,7 +67,7 @@ async def test_requests_wait_until_it_is_back_on_every_face(
 
     await away.come(server.simulator.port)
 
-    assert [one.end for one in await asking] == ["complete"] * 4
+    assert [answer.end for answer in await asking] == ["complete"] * 4
     far = server.provider_of("far").stats()
     assert (far.state, far.budget.used) == ("well", 0)
     assert not await server.counted("retries", "reason"), "they cost no retry"
@@ -85,15 +85,15 @@ async def test_requests_wait_for_an_engine_that_loads_its_model(
 
     server.simulator.behaviour = QUICK
 
-    assert [one.end for one in await asking] == ["complete"] * 4
+    assert [answer.end for answer in await asking] == ["complete"] * 4
     await server.nothing_held()
 
 
 async def test_by_default_nobody_waits(make_server: MakeServer, away: AbsentProvider) -> None:
     server = await make_server(**behind(away, "fail"))
-    assert {one.code for one in await ask_every_face(server, "m")} == {"connect_error"}
+    assert {answer.code for answer in await ask_every_face(server, "m")} == {"connect_error"}
     with left_alone(server.provider_of("far").health.breaker, unreachable=True):
-        assert {one.code for one in await ask_every_face(server, "n")} == {"circuit_open"}
+        assert {answer.code for answer in await ask_every_face(server, "n")} == {"circuit_open"}
     await server.nothing_held()
 
 
@@ -102,9 +102,9 @@ async def test_a_provider_that_fails_otherwise_is_not_waited_for(
 ) -> None:
     server = await make_server(Behaviour(fail_rate=1.0, fail_status=500), **behind(away))
     await away.come(server.simulator.port)
-    assert {one.code for one in await ask_every_face(server, "m")} == {"provider_error"}
+    assert {answer.code for answer in await ask_every_face(server, "m")} == {"provider_error"}
     with left_alone(server.provider_of("far").health.breaker):
-        assert {one.code for one in await ask_every_face(server, "n")} == {"circuit_open"}
+        assert {answer.code for answer in await ask_every_face(server, "n")} == {"circuit_open"}
     await server.nothing_held()
 
 
@@ -115,8 +115,8 @@ async def test_the_queue_timeout_ends_the_wait(
     with left_alone(server.provider_of("far").health.breaker, unreachable=True):
         seen = await ask_every_face(server, "far")
 
-    assert {one.code for one in seen} == {"provider_queue_timeout"}
-    assert [one.status for one in seen[2:]] == [503, 503]
+    assert {answer.code for answer in seen} == {"provider_queue_timeout"}
+    assert [answer.status for answer in seen[2:]] == [503, 503]
     assert "was not back within 0.3 s" in seen[0].error["error"]
     await server.nothing_held()
 
@@ -144,7 +144,7 @@ async def test_a_stop_of_the_server_ends_the_wait(
 
     server.context.gateway.drain()
 
-    assert {one.code for one in await asking} == {"server_shutdown"}
+    assert {answer.code for answer in await asking} == {"server_shutdown"}
     await server.nothing_held()
 
 
@@ -165,7 +165,7 @@ async def test_the_queue_is_bounded_for_them_as_well(
     assert queue.waiting + queue.inside == 4
     await away.come(server.simulator.port)
 
-    assert [one.end for one in await asking] == ["complete"] * 4
+    assert [answer.end for answer in await asking] == ["complete"] * 4
 
 
 async def test_a_reload_ends_the_wait_or_begins_it(
@@ -175,7 +175,7 @@ async def test_a_reload_ends_the_wait_or_begins_it(
     asking = await waiters(server, known=True)
 
     assert await server.change(**behind(away, "fail"))
-    assert {one.code for one in await asking} <= {"circuit_open", "connect_error"}
+    assert {answer.code for answer in await asking} <= {"circuit_open", "connect_error"}
 
     assert await server.change(**behind(away, "wait"))
     asking = asyncio.create_task(ask_every_face(server, "n"))
@@ -183,7 +183,7 @@ async def test_a_reload_ends_the_wait_or_begins_it(
     moved = behind(away)
     moved["llm.providers.far"]["base_url"] = server.simulator.base_url
     assert await server.change(**moved)
-    assert [one.end for one in await asking] == ["complete"] * 4
+    assert [answer.end for answer in await asking] == ["complete"] * 4
     await server.nothing_held()
 
 
@@ -195,7 +195,7 @@ async def test_a_fallback_answers_instead_of_a_wait(
         if known:
             kill(server.provider_of("far").health.breaker, unreachable=True)
         seen = await ask_every_face(server, f"m{known}")
-        assert [one.end for one in seen] == ["complete"] * 4
+        assert [answer.end for answer in seen] == ["complete"] * 4
         assert seen[2].headers["x-aioserver-provider"] == "sim"
     # A request that is pinned has no fallback.
     pinned = asyncio.create_task(over_openai(server, "far"))
@@ -220,9 +220,9 @@ async def test_while_it_is_away_it_gets_only_trials(
     assert attempts <= (clock() - began) / TRIAL_INTERVAL, "one each half second, for all of them"
     assert waiting(server) + far.stats().queue.inside == 4, "the one that tried waits on"
     await away.come(server.simulator.port)
-    assert [one.end for one in await asking] == ["complete"] * 4
+    assert [answer.end for answer in await asking] == ["complete"] * 4
     late = [over_websocket(server, "m", "late"), over_sse(server, "late")]
-    assert [one.end for one in await asyncio.gather(*late)] == ["complete"] * 2
+    assert [answer.end for answer in await asyncio.gather(*late)] == ["complete"] * 2
 
 
 async def ask_for_later(server: RunningServer, name: str) -> None:

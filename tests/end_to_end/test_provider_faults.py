@@ -145,16 +145,16 @@ async def test_a_fault_before_the_first_event_has_its_status_and_code(
 
     ws, sse, v1 = await ask_and_count(server, model, outcome, code=code, kept=kept)
 
-    assert [one.end for one in (ws, sse, v1)] == ["error"] * 3
-    assert [one.code for one in (ws, sse)] == [code] * 2
+    assert [answer.end for answer in (ws, sse, v1)] == ["error"] * 3
+    assert [answer.code for answer in (ws, sse)] == [code] * 2
     assert v1.code == (code if status != 400 else 400)
     assert [one.text for one in (ws, sse, v1)] == [""] * 3
     assert v1.status == status
     retryable = code not in RETRYABLE_NOT and status != 400
     assert ws.error["retryable"] == sse.error["retryable"] == retryable
     if code == AUTH:
-        for one in (ws, sse, v1):
-            assert not any(text in one.raw for text in TEXTS_OF_THE_PROVIDER)
+        for answer in (ws, sse, v1):
+            assert not any(text in answer.raw for text in TEXTS_OF_THE_PROVIDER)
         assert server.provider.stats().flagged
         assert server.provider.meter.key_refused.value >= 1
     if status == 429:
@@ -201,8 +201,8 @@ async def test_the_callers_own_fault_passes_with_status_and_body(
     whole = await over_openai(server, model, stream=False)
 
     assert (v1.status, v1.raw) == (whole.status, whole.raw) == (status, original)
-    for one in (ws, sse):
-        assert (one.code, one.error["retryable"]) == ("provider_error", False)
+    for answer in (ws, sse):
+        assert (answer.code, answer.error["retryable"]) == ("provider_error", False)
 
 
 # After the first event: one error event, then the end.
@@ -232,11 +232,11 @@ async def test_a_fault_within_the_answer_is_one_error_event_and_no_done(
     ws, sse, v1 = await ask_and_count(server, model, outcome, kept=False)
 
     assert v1.status == 200
-    for one in (ws, sse, v1):
-        assert (one.end, one.code) == ("error", code)
-        assert one.text
-        assert text.startswith(one.text), "what was good before it, and never part of a line"
-        assert b"xxxxxxxx" not in one.raw
+    for answer in (ws, sse, v1):
+        assert (answer.end, answer.code) == ("error", code)
+        assert answer.text
+        assert text.startswith(answer.text), "what was good before it, and never part of a line"
+        assert b"xxxxxxxx" not in answer.raw
     assert ws.text == sse.text == v1.text
 
 
@@ -335,10 +335,10 @@ async def test_unusual_but_good_answers_read_the_same_on_every_face(
 
     ws, sse, v1 = await ask_and_count(server, model, kept=GOOD[model])
 
-    for one in (ws, sse, v1):
-        assert (one.end, one.error) == ("complete", {})
-        assert one.text == text if model not in SHORT else text.startswith(one.text)
-        assert one.text
+    for answer in (ws, sse, v1):
+        assert (answer.end, answer.error) == ("complete", {})
+        assert answer.text == text if model not in SHORT else text.startswith(answer.text)
+        assert answer.text
     assert ws.text == sse.text == v1.text
     assert "set-cookie" not in v1.headers
     assert b'"error"' not in v1.raw.replace(b'"error":null', b"")
@@ -543,7 +543,7 @@ async def test_a_provider_that_is_not_there_is_a_connect_error(make_server: Make
         await over_openai(server, "m", stream=False),
     ]
 
-    assert [one.code for one in seen] == ["connect_error"] * 4
+    assert [answer.code for answer in seen] == ["connect_error"] * 4
     assert seen[2].status == seen[3].status == 502
     assert await server.counted("provider_attempts", "outcome") == {("connect_error",): 4}
     await server.nothing_held()

@@ -38,14 +38,14 @@ async def trial_due(server: RunningServer) -> None:
 def refused_soon(seen: list[Seen]) -> None:
     """Each face says `circuit_open` and when to come back."""
     ws, sse, *openai = seen
-    assert [one.code for one in seen] == ["circuit_open"] * 4
-    for one in (ws, sse):
-        assert 1.0 <= one.error["retry_after"] <= 1.1
-        assert one.error["retryable"]
-    for one in openai:
-        assert (one.status, one.headers.get("x-should-retry")) == (503, None)
-        assert one.headers["x-aioserver-attempts"] == "0"
-        assert one.headers["retry-after"] in {"1", "2"}
+    assert [answer.code for answer in seen] == ["circuit_open"] * 4
+    for answer in (ws, sse):
+        assert 1.0 <= answer.error["retry_after"] <= 1.1
+        assert answer.error["retryable"]
+    for answer in openai:
+        assert (answer.status, answer.headers.get("x-should-retry")) == (503, None)
+        assert answer.headers["x-aioserver-attempts"] == "0"
+        assert answer.headers["retry-after"] in {"1", "2"}
 
 
 async def test_a_flapping_provider_is_left_alone_and_asked_again(make_server: MakeServer) -> None:
@@ -56,7 +56,7 @@ async def test_a_flapping_provider_is_left_alone_and_asked_again(make_server: Ma
 
     for round_ in range(1, 3):
         failed = [await over_openai(server, FLAPPING) for _ in range(FAILURES)]
-        assert [one.status for one in failed] == [502] * FAILURES
+        assert [answer.status for answer in failed] == [502] * FAILURES
         with left_alone(server.provider.health.breaker):
             assert await state(server) == DEAD
             asked = server.simulator.stats().requests
@@ -64,7 +64,7 @@ async def test_a_flapping_provider_is_left_alone_and_asked_again(make_server: Ma
             assert server.simulator.stats().requests == asked
         await trial_due(server)
         good = [await over_openai(server, FLAPPING) for _ in range(FAILURES)]
-        assert [one.end for one in good] == ["complete"] * FAILURES
+        assert [answer.end for answer in good] == ["complete"] * FAILURES
         assert await state(server) == WELL
         tries = await server.counted("provider_attempts", "outcome")
         assert tries["http_5xx",] == round_ * FAILURES
@@ -100,10 +100,10 @@ async def test_where_half_of_all_fail_the_other_half_is_answered(
     server = await make_server()
     # Five fail, five are answered, and so on: as many as would be without a breaker.
     seen = [await over_openai(server, FLAPPING) for _ in range(6 * FAILURES)]
-    assert sum(one.end == "complete" for one in seen) == 3 * FAILURES
+    assert sum(answer.end == "complete" for answer in seen) == 3 * FAILURES
     assert not (await server.counted("rejections", "code"))
     assert await state(server) == SICK
-    assert [one.end for one in await ask_every_face(server, "m")] == ["complete"] * 4
+    assert [answer.end for answer in await ask_every_face(server, "m")] == ["complete"] * 4
     await server.nothing_held()
 
 
@@ -137,12 +137,12 @@ async def test_where_all_limit_us_each_face_shows_the_soonest(make_server: MakeS
         first = await over_openai(server, "m")
         ws, sse, v1, whole = await ask_every_face(server, "m")  # nobody is asked any more
 
-        for one in (first, v1, whole):
-            assert (one.status, one.code) == (429, "provider_rate_limited")
-            assert 10 < int(one.headers["retry-after"]) <= 22
-        for one in (ws, sse):
-            assert one.code == "provider_rate_limited"
-            assert 10 < one.error["retry_after"] <= 22
+        for answer in (first, v1, whole):
+            assert (answer.status, answer.code) == (429, "provider_rate_limited")
+            assert 10 < int(answer.headers["retry-after"]) <= 22
+        for answer in (ws, sse):
+            assert answer.code == "provider_rate_limited"
+            assert 10 < answer.error["retry_after"] <= 22
         tries = await server.counted("provider_attempts", "provider", "outcome")
         assert tries == {("sim", "http_429"): 1, ("other", "http_429"): 1}
         over = await server.counted("failovers", "provider", "reason")
@@ -163,13 +163,13 @@ async def test_a_day_to_retry_after_is_two_minutes_on_every_face(
 
     assert server.provider.stats().pace.cooling > 100
     assert server.simulator.stats().requests == 1, "it is left alone"
-    for one in (first, *later):
-        assert one.code == "provider_rate_limited"
-    for one in (first, *later[2:]):
-        assert 100 < int(one.headers["retry-after"]) <= 120
-        assert 100_000 < int(one.headers["retry-after-ms"]) <= 120_000
-    for one in later[:2]:
-        assert 100 < one.error["retry_after"] <= 120
+    for answer in (first, *later):
+        assert answer.code == "provider_rate_limited"
+    for answer in (first, *later[2:]):
+        assert 100 < int(answer.headers["retry-after"]) <= 120
+        assert 100_000 < int(answer.headers["retry-after-ms"]) <= 120_000
+    for answer in later[:2]:
+        assert 100 < answer.error["retry_after"] <= 120
     await server.nothing_held()
 
 
@@ -209,7 +209,7 @@ async def test_a_429_under_load_lets_nobody_in_before_its_time(make_server: Make
         *(over_sse(server, f"m{number}") for number in range(5)),
     )
 
-    assert {one.code for one in (first, *many)} == {"provider_rate_limited"}
+    assert {answer.code for answer in (first, *many)} == {"provider_rate_limited"}
     assert server.simulator.stats().requests == 1, "no wave: nobody else is let through"
     ends = await server.counted("requests", "face", "code")
     assert ends == Counter(

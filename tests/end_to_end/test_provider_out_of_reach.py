@@ -143,9 +143,9 @@ def patience(code: str) -> dict[str, float]:
     return {"connect_timeout": 0.3} if code == "connect_timeout" else {}
 
 
-def far(given: dict[str, Any], **limits: Any) -> dict[str, Any]:
+def far(entry_changes: dict[str, Any], **limits: Any) -> dict[str, Any]:
     """The changes that make `far` the first provider that is asked."""
-    entry = provider_entry("", "far-model", **limits) | given
+    entry = provider_entry("", "far-model", **limits) | entry_changes
     return {"llm.active": "far", "llm.providers.far": entry}
 
 
@@ -154,17 +154,17 @@ async def test_a_provider_out_of_reach_is_an_error_on_every_face(
     where: str, make_server: MakeServer, tmp_path: Path
 ) -> None:
     place, status, code, outcome = OUT_OF_REACH[where]
-    async with place(tmp_path) as given:
-        server = await make_server(**far(given, **patience(code)))
+    async with place(tmp_path) as entry_changes:
+        server = await make_server(**far(entry_changes, **patience(code)))
 
         ws, sse, v1, whole = await ask_every_face(server, "m")
         other = await over_openai(server, "sim")
 
-        assert {one.code for one in (ws, sse, v1, whole)} == {code}
+        assert {answer.code for answer in (ws, sse, v1, whole)} == {code}
         assert v1.status == whole.status == status
-        for one in (ws, sse, v1, whole):
+        for answer in (ws, sse, v1, whole):
             for detail in (b"certificate verify", b"expired", b"elsewhere", b"Errno", b"name or"):
-                assert detail not in one.raw.replace(b"does not hold", b"")
+                assert detail not in answer.raw.replace(b"does not hold", b"")
         assert other.end == "complete", "the others are no worse for it"
         tries = await server.counted("provider_attempts", "provider", "outcome")
         # One that refuses us is left alone, perhaps before all have asked it.
@@ -182,13 +182,15 @@ async def test_another_provider_answers_in_place_of_one_out_of_reach(
     where: str, make_server: MakeServer, tmp_path: Path
 ) -> None:
     place, _, code, _ = OUT_OF_REACH[where]
-    async with place(tmp_path) as given:
-        server = await make_server(**far(given, **patience(code)), **{"llm.fallbacks": ["sim"]})
+    async with place(tmp_path) as entry_changes:
+        server = await make_server(
+            **far(entry_changes, **patience(code)), **{"llm.fallbacks": ["sim"]}
+        )
         text = await expected_text(server)
 
         seen = await ask_every_face(server, "m")
 
-        assert [(one.end, one.text) for one in seen] == [("complete", text)] * 4
+        assert [(answer.end, answer.text) for answer in seen] == [("complete", text)] * 4
         assert seen[2].headers["x-aioserver-provider"] == "sim"
         over = await server.counted("failovers", "provider", "reason")
         assert sum(over.values()) == 5
@@ -211,8 +213,8 @@ async def test_only_faults_that_may_pass_are_tried_again(
 ) -> None:
     place, status, code, outcome = OUT_OF_REACH[where]
     limits = {"max_retries": 2, "backoff_factor": 0.001, **patience(code)}
-    async with place(tmp_path) as given:
-        server = await make_server(**far(given, **limits))
+    async with place(tmp_path) as entry_changes:
+        server = await make_server(**far(entry_changes, **limits))
 
         seen = await over_openai(server, "m")
 
@@ -242,8 +244,8 @@ async def test_a_name_that_is_found_late_holds_up_nobody(
     names.found.set()
 
     assert still
-    assert [one.end for one in others] == ["complete"] * 4
-    assert [one.end for one in await waits] == ["complete"] * 4
+    assert [answer.end for answer in others] == ["complete"] * 4
+    assert [answer.end for answer in await waits] == ["complete"] * 4
     assert names.asked == 1, "one look-up, and so one thread, for all who ask for a name"
     await server.nothing_held()
 
@@ -256,7 +258,7 @@ async def test_a_name_that_is_not_found_in_time_is_a_connect_timeout(
 
     seen = await ask_every_face(server, "m")
 
-    assert [one.code for one in seen] == ["connect_timeout"] * 4
+    assert [answer.code for answer in seen] == ["connect_timeout"] * 4
     assert (seen[2].status, seen[3].status) == (504, 504)
     assert names.asked == 1
     assert await server.counted("provider_attempts", "outcome") == {("timeout",): 4}

@@ -283,11 +283,11 @@ async def test_an_answer_asked_for_later_is_listed_read_on_and_then_at_its_end(
             assert (one["status"], one["readers"], one["last_event_id"]) == ("running", 0, 1)
     frames = await read_on(server, "r2", 0)
     assert numbers(frames) == list(range(1, len(frames) + 1))
-    assert [(one["request_id"], one["status"]) for one in await listed()] == [
+    assert [(frame["request_id"], frame["status"]) for frame in await listed()] == [
         ("r1", "cancelled"),
         ("r2", "complete"),
     ]
     end = str(len(frames))
-    for given in ({"headers": {"Last-Event-ID": end}}, {"params": {"last_event_id": end}}):
-        async with server.session.get(f"{server.sse}/r2", **given) as response:  # type: ignore[arg-type]
+    for position in ({"headers": {"Last-Event-ID": end}}, {"params": {"last_event_id": end}}):
+        async with server.session.get(f"{server.sse}/r2", **position) as response:  # type: ignore[arg-type]
             assert response.status == 204

@@ -91,7 +91,7 @@ async def test_slow_connections_of_every_kind_go_at_their_deadlines_and_others_a
 
     assert {answer.end for answer in answers} == {"complete"}
     assert set(heads) == {b""}
-    assert all(said.startswith(b"HTTP/1.1 408 ") for said in bodies)
+    assert all(body.startswith(b"HTTP/1.1 408 ") for body in bodies)
     assert all(b'"complete"' not in said for said in read)
     assert await server.counted("bad_requests", "code") == {("request_timeout",): each}
     assert await server.counted("slow_clients") == {(): each}

@@ -93,12 +93,12 @@ async def test_when_all_reconnect_the_rest_is_sent_away_and_running_answers_go_o
     server.simulator.behaviour = Behaviour(ttft=0, interval=0)
     room = asyncio.Semaphore(AT_ONCE)
 
-    async def one(number: int) -> float:
+    async def ask_one(number: int) -> float:
         async with room:
             return await reconnect(server, number)
 
     before = [len(seen) for seen in told]
-    waits = await asyncio.gather(*(one(number) for number in range(count)))
+    waits = await asyncio.gather(*(ask_one(number) for number in range(count)))
     meanwhile = [len(seen) - begun for seen, begun in zip(told, before, strict=True)]
     over.set()
     await asyncio.gather(*answers)

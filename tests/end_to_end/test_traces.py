@@ -227,7 +227,7 @@ async def test_the_provider_gets_the_attempt_as_its_parent_and_the_log_names_the
     assert failed.attributes["http.response.status_code"] == 500
     assert not good.failed
     assert request.attributes["aioserver.attempts"] == 2
-    [line] = [one for one in caplog.records if one.getMessage() == "request finished"]
+    [line] = [record for record in caplog.records if record.getMessage() == "request finished"]
     assert line.fields["trace_id"] == request.trace_id  # type: ignore[attr-defined]
 
 

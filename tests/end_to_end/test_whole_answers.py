@@ -72,7 +72,7 @@ async def test_clients_that_do_not_read_whole_answers_hold_places_until_they_are
         async with server.session.post(f"{server.base}{PATH}", json=CHAT) as response:
             assert len(await response.read()) > SIZE
     # Nothing is written to a connection that is gone.
-    assert not [one for one in caplog.records if one.name == "asyncio"]
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 async def test_clients_that_do_not_read_a_large_refusal_hold_places_until_they_are_dropped(

@@ -217,8 +217,8 @@ def test_nothing_left_for_days_is_a_rest_as_long_as_any(kind: str, reset: str) -
     ],
 )
 def test_durations(text: str, seconds: float | None) -> None:
-    found = duration(text)
-    assert found == (None if seconds is None else pytest.approx(seconds))
+    parsed = duration(text)
+    assert parsed == (None if seconds is None else pytest.approx(seconds))
 
 
 # Tokens.

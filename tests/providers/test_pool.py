@@ -320,7 +320,7 @@ async def test_a_resolver_that_hangs_is_a_connect_timeout(monkeypatch: pytest.Mo
             asyncio.gather(*(ask(pool) for _ in range(3)), return_exceptions=True), 5
         )
 
-        assert [type(one) for one in outcomes] == [ConnectTimeout] * 3
+        assert [type(outcome) for outcome in outcomes] == [ConnectTimeout] * 3
         assert pool.stats().open == 0
 
 

@@ -625,11 +625,11 @@ async def test_an_attempt_that_cannot_start_in_time_is_refused_at_once(
     limits = {"requests_per_minute": 1, "queue_timeout": 5.0}
     async with provider_at(simulator.base_url, limits) as provider:
         await fill(provider)
-        with pytest.raises(ProviderPaced, match="requests_per_minute=1") as told:
+        with pytest.raises(ProviderPaced, match="requests_per_minute=1") as raised:
             await fill(provider)
 
-        assert 50 < (told.value.retry_after or 0) <= 60
-        assert told.value.http_status == 429
+        assert 50 < (raised.value.retry_after or 0) <= 60
+        assert raised.value.http_status == 429
         assert provider.stats().pace.left == 0
         assert provider.meter.attempts["http_429"].value == 0
     assert simulator.stats().requests == 1

@@ -196,11 +196,11 @@ def test_an_error_about_our_key_is_not_passed_on_in_the_middle_either(frames: bo
     stream = new_stream()
     sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream)
 
-    with pytest.raises(ProviderAuthError) as told:
+    with pytest.raises(ProviderAuthError) as raised:
         play(sink, delta("Hel") + error + DONE, (), end=True)
 
     assert b"credits" not in passed(stream)
-    assert "credits" not in told.value.message
+    assert "credits" not in raised.value.message
     assert not stream.ended
 
 

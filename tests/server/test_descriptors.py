@@ -98,9 +98,9 @@ async def test_without_descriptors_what_is_served_goes_on_and_new_clients_are_se
             frames.append(await ws.json_frame())
         frames += [await ws.json_frame() for _ in range(20)]
 
-        running = [one["event_id"] for one in frames if one["request_id"] == "runs"]
+        running = [frame["event_id"] for frame in frames if frame["request_id"] == "runs"]
         assert running == [*range(2, len(running) + 2)]
-        (error,) = [one["chunk"] for one in frames if one["status"] == "error"]
+        (error,) = [frame["chunk"] for frame in frames if frame["status"] == "error"]
         assert (error["code"], error["retryable"]) == ("pool_timeout", True)
         assert "descriptor" in error["error"]
 

@@ -32,22 +32,22 @@ def sockets_of(runner: Runner) -> list[Any]:
 
 
 async def test_the_backlog_reaches_the_kernel(tmp_path: Path) -> None:
-    async with runner_of(tmp_path, **{f"{UVICORN}.backlog": 77}) as (runner, given):
-        (one,) = await listener.listen(runner, given)
+    async with runner_of(tmp_path, **{f"{UVICORN}.backlog": 77}) as (runner, websocket):
+        (listening,) = await listener.listen(runner, websocket)
 
-        assert (one.host, one.backlog, one.queue_limit) == ("127.0.0.1", 77, 77)
-        assert one.url == f"http://127.0.0.1:{one.port}"
+        assert (listening.host, listening.backlog, listening.queue_limit) == ("127.0.0.1", 77, 77)
+        assert listening.url == f"http://127.0.0.1:{listening.port}"
         assert {kernel.accept_queue(sock) for sock in sockets_of(runner)} == {(0, 77)}
 
 
 async def test_many_that_come_at_once_are_let_in_within_few_turns_of_the_loop(
     tmp_path: Path,
 ) -> None:
-    async with runner_of(tmp_path, **{f"{UVICORN}.backlog": 512}) as (runner, given):
-        (one,) = await listener.listen(runner, given)
+    async with runner_of(tmp_path, **{f"{UVICORN}.backlog": 512}) as (runner, websocket):
+        (listening,) = await listener.listen(runner, websocket)
         server = runner.server
         assert server is not None
-        clients = [socket.create_connection((one.host, one.port)) for _ in range(200)]
+        clients = [socket.create_connection((listening.host, listening.port)) for _ in range(200)]
         turns = 0
         while len(server.connections) < len(clients):
             await asyncio.sleep(0)
@@ -61,10 +61,10 @@ async def test_a_backlog_that_the_kernel_cuts_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     somaxconn = int(listener.SOMAXCONN.read_text())
-    async with runner_of(tmp_path, **{f"{UVICORN}.backlog": somaxconn + 5}) as (runner, given):
-        (one,) = await listener.listen(runner, given)
+    async with runner_of(tmp_path, **{f"{UVICORN}.backlog": somaxconn + 5}) as (runner, websocket):
+        (listening,) = await listener.listen(runner, websocket)
 
-    assert one.queue_limit == somaxconn
+    assert listening.queue_limit == somaxconn
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert "net.core.somaxconn" in warning.getMessage()
     assert f"{somaxconn} instead of backlog={somaxconn + 5}" in warning.getMessage()
@@ -73,15 +73,15 @@ async def test_a_backlog_that_the_kernel_cuts_is_a_warning(
 async def test_a_backlog_that_fits_is_no_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with runner_of(tmp_path) as (runner, given):
-        await listener.listen(runner, given)
+    async with runner_of(tmp_path) as (runner, websocket):
+        await listener.listen(runner, websocket)
 
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 async def test_patience_without_end_is_as_much_as_the_kernel_takes(tmp_path: Path) -> None:
-    async with runner_of(tmp_path) as (runner, given):
-        await listener.listen(runner, given, send_timeout=1e9)
+    async with runner_of(tmp_path) as (runner, websocket):
+        await listener.listen(runner, websocket, send_timeout=1e9)
 
         (sock, *_) = sockets_of(runner)
         patience = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
@@ -91,49 +91,49 @@ async def test_patience_without_end_is_as_much_as_the_kernel_takes(tmp_path: Pat
 async def test_a_port_in_use_is_one_clear_error_and_leaves_nothing_open(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        async with runner_of(tmp_path, **{f"{WEBSOCKET}.port": port}) as (runner, given):
+        async with runner_of(tmp_path, **{f"{WEBSOCKET}.port": port}) as (runner, websocket):
             with pytest.raises(OSError, match="in use"):
-                await listener.listen(runner, given)
+                await listener.listen(runner, websocket)
             assert not runner.sites
 
 
 async def test_a_host_that_is_not_ours_is_an_error(tmp_path: Path) -> None:
     changes = {f"{WEBSOCKET}.host": "192.0.2.1", "auth.open": True}
-    async with runner_of(tmp_path, **changes) as (runner, given):
+    async with runner_of(tmp_path, **changes) as (runner, websocket):
         with pytest.raises(OSError):  # noqa: PT011 - the kernel's words
-            await listener.listen(runner, given)
+            await listener.listen(runner, websocket)
 
 
 async def test_a_port_may_be_bound_again_at_once(tmp_path: Path) -> None:
-    async with runner_of(tmp_path) as (runner, given):
-        (first,) = await listener.listen(runner, given)
+    async with runner_of(tmp_path) as (runner, websocket):
+        (first,) = await listener.listen(runner, websocket)
         reader, writer = await asyncio.open_connection("127.0.0.1", first.port)
         writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         await reader.read()  # the server closes first: its side stays in TIME_WAIT
         writer.close()
         await writer.wait_closed()
-    async with runner_of(tmp_path, **{f"{WEBSOCKET}.port": first.port}) as (runner, given):
-        (second,) = await listener.listen(runner, given)
+    async with runner_of(tmp_path, **{f"{WEBSOCKET}.port": first.port}) as (runner, websocket):
+        (second,) = await listener.listen(runner, websocket)
 
     assert second.port == first.port
 
 
 async def test_localhost_is_every_loopback_address_with_one_port(tmp_path: Path) -> None:
-    async with runner_of(tmp_path, **{f"{WEBSOCKET}.host": "localhost"}) as (runner, given):
-        listening = await listener.listen(runner, given)
+    async with runner_of(tmp_path, **{f"{WEBSOCKET}.host": "localhost"}) as (runner, websocket):
+        listening = await listener.listen(runner, websocket)
 
-    assert {one.host for one in listening} <= {"127.0.0.1", "::1"}
-    assert "127.0.0.1" in {one.host for one in listening}
-    assert len({one.port for one in listening}) == 1
+    assert {address.host for address in listening} <= {"127.0.0.1", "::1"}
+    assert "127.0.0.1" in {address.host for address in listening}
+    assert len({address.port for address in listening}) == 1
 
 
 @pytest.mark.parametrize("turns", range(6))
 async def test_a_client_that_connects_as_the_server_stops_is_answered_or_refused(
     tmp_path: Path, turns: int
 ) -> None:
-    async with runner_of(tmp_path) as (runner, given):
-        (one,) = await listener.listen(runner, given)
-        with socket.create_connection((one.host, one.port)) as client:
+    async with runner_of(tmp_path) as (runner, websocket):
+        (listening,) = await listener.listen(runner, websocket)
+        with socket.create_connection((listening.host, listening.port)) as client:
             client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             client.setblocking(False)
             # asyncio accepts in one turn, and makes a connection of it in the next one.

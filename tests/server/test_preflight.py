@@ -42,17 +42,18 @@ def refused(
 
 @pytest.mark.parametrize("how", [("-O",), ("-OO",)])
 def test_python_without_asserts_is_refused(tmp_path: Path, how: tuple[str, ...]) -> None:
-    code, said = refused(tmp_path, *how)
+    code, message = refused(tmp_path, *how)
     assert code == 2
     assert (
-        said == "python -O (or PYTHONOPTIMIZE) removes checks that aioserver needs: leave it out\n"
+        message
+        == "python -O (or PYTHONOPTIMIZE) removes checks that aioserver needs: leave it out\n"
     )
 
 
 def test_aiohttp_without_its_c_parser_is_refused(tmp_path: Path) -> None:
-    code, said = refused(tmp_path, environ={"AIOHTTP_NO_EXTENSIONS": "1"})
+    code, message = refused(tmp_path, environ={"AIOHTTP_NO_EXTENSIONS": "1"})
     assert code == 2
-    assert said == "AIOHTTP_NO_EXTENSIONS switches aiohttp's C parser off: unset it\n"
+    assert message == "AIOHTTP_NO_EXTENSIONS switches aiohttp's C parser off: unset it\n"
 
 
 def test_a_c_parser_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -78,10 +79,10 @@ def files(soft: int, hard: int) -> Callable[[], None]:
 
 
 def test_too_few_files_for_the_clients_are_refused(tmp_path: Path) -> None:
-    code, said = refused(tmp_path, before=files(100, 100))
+    code, message = refused(tmp_path, before=files(100, 100))
     wanted = preflight.wanted_files(configured(NOWHERE, {}, tmp_path / "w.yaml").settings)
     assert code == 1
-    assert said == (
+    assert message == (
         "100 open files are too few for chat.websocket.concurrency.max_connections=50: "
         f"raise it to {wanted} (ulimit -Hn {wanted}; systemd: LimitNOFILE={wanted}), or lower that\n"
     )
@@ -162,9 +163,9 @@ def test_a_port_in_use_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         changes = {"chat.websocket.port": port, "logging.level": "ERROR"}
-        code, said = refused(tmp_path, changes=changes)
+        code, message = refused(tmp_path, changes=changes)
     assert code == 1
-    assert said == (
+    assert message == (
         f"cannot listen on 127.0.0.1:{port}: Address already in use: "
         "end what listens there, or choose another port (--port)\n"
     )
@@ -173,10 +174,10 @@ def test_a_port_in_use_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
 def test_an_address_that_is_not_ours_is_one_line(tmp_path: Path, host: str) -> None:
     changes = {"chat.websocket.host": host, "auth": {"open": True}, "logging.level": "ERROR"}
-    code, said = refused(tmp_path, changes=changes)
+    code, message = refused(tmp_path, changes=changes)
     assert code == 1
-    assert said.startswith(f"cannot listen on {host}:0: ")
-    assert said.count("\n") == 1
+    assert message.startswith(f"cannot listen on {host}:0: ")
+    assert message.count("\n") == 1
 
 
 def test_certificates_that_are_none_are_one_line(tmp_path: Path) -> None:
@@ -186,6 +187,6 @@ def test_certificates_that_are_none_are_one_line(tmp_path: Path) -> None:
         "llm.providers.sim.ca_file": str(tmp_path / "ca.pem"),
         "logging.level": "ERROR",
     }
-    code, said = refused(tmp_path, changes=changes)
+    code, message = refused(tmp_path, changes=changes)
     assert code == 2
-    assert said == f"llm.providers.sim.ca_file: {tmp_path / 'ca.pem'} holds no certificates\n"
+    assert message == f"llm.providers.sim.ca_file: {tmp_path / 'ca.pem'} holds no certificates\n"

@@ -55,7 +55,7 @@ def reloads(server: RunningServer) -> dict[str, int]:
 
 
 def incidents(server: RunningServer) -> list[str]:
-    return [one["text"] for one in server.incidents() if one["kind"] == "reload"]
+    return [incident["text"] for incident in server.incidents() if incident["kind"] == "reload"]
 
 
 async def ask(server: RunningServer, **fields: Any) -> Any:
@@ -85,7 +85,7 @@ async def test_every_fault_is_told_and_nothing_changes(
 
     assert not done
     assert server.settings.chat is before
-    told = [one.getMessage() for one in caplog.records if one.name == "aioserver.reload"]
+    told = [record.getMessage() for record in caplog.records if record.name == "aioserver.reload"]
     assert len(told) == 3
     for place in (
         "chat.websocket.concurrency.max_connections: ",
@@ -142,7 +142,7 @@ async def test_a_file_that_cannot_be_read_changes_nothing(
     async with asyncio.timeout(10):
         assert not await server.reload.once()
 
-    assert all(server.file in one.getMessage() for one in caplog.records)
+    assert all(server.file in record.getMessage() for record in caplog.records)
     assert len(caplog.records) == 1 or how == "half"
     assert reloads(server)["invalid"] == 1
     assert (await ask(server))["status"] == 200
@@ -401,9 +401,9 @@ async def test_settings_that_only_a_restart_changes_are_named_and_stay(
         assert await server.change(**changes)
 
         named = {
-            one.getMessage().split(" has changed")[0]
-            for one in caplog.records
-            if "until a restart" in one.getMessage()
+            record.getMessage().split(" has changed")[0]
+            for record in caplog.records
+            if "until a restart" in record.getMessage()
         }
         assert named == {*changes, "cluster"} - {"cluster.name"}
     assert server.settings.chat.sse.endpoint == "/sse/chat"
@@ -509,7 +509,7 @@ async def test_a_new_key_goes_with_the_next_request_on_another_connection(
     assert await server.change(**{"llm.providers.sim.api_key": "second"})
     await ask(server)
 
-    sent = [one.headers["authorization"] for one in server.simulator.requests]
+    sent = [request.headers["authorization"] for request in server.simulator.requests]
     assert sent == ["Bearer first", "Bearer second"]
     await server.simulator.until(
         lambda stats: (stats.connections_accepted, stats.open_connections) == (2, 1)
@@ -588,7 +588,7 @@ async def test_attempts_with_the_old_settings_prove_nothing_about_the_new(
         answers.set()
 
         told = 429 if status == 429 else 502
-        assert [one["status"] for one in await asyncio.gather(*asked)] == [told] * len(asked)
+        assert [frame["status"] for frame in await asyncio.gather(*asked)] == [told] * len(asked)
         stats = server.provider.stats()
         assert (stats.flagged, stats.state, stats.pace.cooling) == (False, "well", 0.0)
 
@@ -634,7 +634,7 @@ async def test_answers_on_all_faces_go_on_while_their_pool_is_replaced_twice(
         assert numbers(events) == list(range(1, len(events) + 1))
         assert (await sdk.read()).endswith(b"data: [DONE]\n\n")
         assert (await plain)["status"] == 200
-        assert {one["status"] for one in await asyncio.gather(*new)} == {200}
+        assert {frame["status"] for frame in await asyncio.gather(*new)} == {200}
         stats = server.simulator.stats()
         assert stats.aborted == 0
         assert stats.peak_active <= max(4, limit)
@@ -711,7 +711,7 @@ async def test_a_new_provider_is_asked_counted_and_shown(make_server: MakeServer
             data = b""
             while b"event: stats" not in data:
                 data += await events.content.readany()
-        history = next(one for one in eventstream.parse(data) if one.event == b"history")
+        history = next(event for event in eventstream.parse(data) if event.event == b"history")
         seen = json.loads(history.data)["providers"]["two"]["in_flight"]
         assert seen[0] is None, "it was not there then"
         assert seen[-1] == 0

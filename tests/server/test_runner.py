@@ -75,7 +75,7 @@ async def test_an_access_log_is_written_when_asked_for(
             await raw.get("/health", "Connection: close")
             await raw.to_the_end()
 
-    lines = [one for one in caplog.records if one.name == "aioserver.access"]
+    lines = [record for record in caplog.records if record.name == "aioserver.access"]
     assert len(lines) == 2
     told = lines[0].fields  # type: ignore[attr-defined]
     assert (told["method"], told["path"], told["status"]) == ("GET", "/health", 200)
@@ -100,8 +100,8 @@ async def test_the_access_log_has_the_address_that_a_trusted_proxy_gives(
             await raw.send(b"GET /canary x HTTP/1.1\r\n\r\n")  # nothing that has an application
             await raw.to_the_end()
 
-    lines = [one.fields for one in caplog.records if one.name == "aioserver.access"]  # type: ignore[attr-defined]
-    assert [one["address"] for one in lines] == [address, "127.0.0.1"]
+    lines = [record.fields for record in caplog.records if record.name == "aioserver.access"]  # type: ignore[attr-defined]
+    assert [line["address"] for line in lines] == [address, "127.0.0.1"]
     assert "canary" not in str(lines[0])
 
 
@@ -219,8 +219,8 @@ async def test_a_response_that_cannot_be_written_is_a_bug_that_is_logged_and_cou
         bugs = owners.context.metrics.bugs
         (place,) = bugs.places
         assert (bugs.value, place.partition(" ")[0]) == (1, "ValueError")
-    lines = [one for one in caplog.records if one.name == "aioserver.runner"]
-    assert [one.getMessage() for one in lines] == ["bug in a connection"]
+    lines = [record for record in caplog.records if record.name == "aioserver.runner"]
+    assert [record.getMessage() for record in lines] == ["bug in a connection"]
 
 
 async def test_of_two_routes_on_one_path_the_first_is_found() -> None:

@@ -64,7 +64,7 @@ async def on_websocket(process: ServerProcess, name: str, session: aiohttp.Clien
         message = await ws.receive(timeout=20)
         assert message.type is aiohttp.WSMsgType.CLOSE, message
         assert ws.close_code == 1012
-        events = [one["event_id"] for one in frames]
+        events = [frame["event_id"] for frame in frames]
         assert events == list(range(1, len(events) + 1))
         return str(frames[-1]["chunk"].get("code", frames[-1]["status"]))
 
@@ -73,7 +73,7 @@ async def on_sse(process: ServerProcess, name: str, session: aiohttp.ClientSessi
     body = {"request_id": name, "text": "x"}
     async with session.post(f"{process.base}/sse/chat", json=body) as response:
         frames = frames_of(await response.read())
-        events = [one["event_id"] for one in frames if "event_id" in one]
+        events = [frame["event_id"] for frame in frames if "event_id" in frame]
         assert events == list(range(1, len(events) + 1))
         return str(frames[-1]["chunk"].get("code", frames[-1]["status"]))
 
@@ -317,7 +317,7 @@ async def test_an_answer_can_be_resumed_while_the_server_stops(
         frames = [await other.json_frame()]
         while frames[-1]["request_id"] != "lost" or frames[-1]["status"] != "error":
             frames.append(await other.json_frame())
-        resumed = [one["event_id"] for one in frames if one["request_id"] == "lost"]
+        resumed = [frame["event_id"] for frame in frames if frame["request_id"] == "lost"]
         assert resumed == [*range(2, len(resumed) + 2)]
         assert frames[-1]["chunk"]["code"] == "server_shutdown"
         assert await process.ended() == 0

@@ -134,7 +134,7 @@ async def test_a_broken_address_hurts_nobody_and_is_said_once(
     notifier.stopping()
     notifier.close()
 
-    assert len([one for one in caplog.records if one.levelno == logging.WARNING]) == 1
+    assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
 
 
 async def test_a_systemd_that_does_not_read_is_not_waited_for(
@@ -145,7 +145,7 @@ async def test_a_systemd_that_does_not_read_is_not_waited_for(
     for _ in range(2000):  # the kernel holds 10 to 512
         notifier.reloading()
 
-    warnings = [one for one in caplog.records if one.levelno == logging.WARNING]
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
     assert watching.unread()
     notifier.ready()
@@ -366,11 +366,11 @@ async def test_a_passed_socket_gets_backlog_and_bounds_like_one_of_ours(
     tmp_path: Path, port: socket.socket
 ) -> None:
     (sock,) = passed(port)
-    async with runner_of(tmp_path, **{f"{UVICORN}.backlog": 77}) as (runner, given):
-        (one,) = await listener.listen(runner, given, send_timeout=3.0, inherited=[sock])
+    async with runner_of(tmp_path, **{f"{UVICORN}.backlog": 77}) as (runner, websocket):
+        (listening,) = await listener.listen(runner, websocket, send_timeout=3.0, inherited=[sock])
 
-        assert (one.host, one.port) == port.getsockname()
-        assert one.queue_limit == 77
+        assert (listening.host, listening.port) == port.getsockname()
+        assert listening.queue_limit == 77
         assert kernel.accept_queue(port) == (0, 77)
         assert port.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 4000
         lowat = port.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
@@ -388,8 +388,8 @@ async def test_a_passed_unix_socket_is_served_and_its_file_left_alone(
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as unix:
         unix.bind(name)
         unix.listen()
-        async with runner_of(tmp_path) as (runner, given):
-            (one,) = await listener.listen(runner, given, inherited=passed(unix))
+        async with runner_of(tmp_path) as (runner, websocket):
+            (listening,) = await listener.listen(runner, websocket, inherited=passed(unix))
             for asked in ("/health", "/metrics"):
                 client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 client.connect(name)
@@ -399,7 +399,7 @@ async def test_a_passed_unix_socket_is_served_and_its_file_left_alone(
                 writer.close()
                 await writer.wait_closed()
 
-        assert one.url == f"unix:{name.replace(chr(0), '@')}"
+        assert listening.url == f"unix:{name.replace(chr(0), '@')}"
         assert path.exists() == (kind == "path")
 
 
@@ -411,8 +411,8 @@ async def test_the_word_of_a_proxy_behind_a_unix_socket_is_taken(
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as unix:
         unix.bind(name)
         unix.listen()
-        async with runner_of(tmp_path, **changes) as (runner, given):
-            await listener.listen(runner, given, inherited=passed(unix))
+        async with runner_of(tmp_path, **changes) as (runner, websocket):
+            await listener.listen(runner, websocket, inherited=passed(unix))
             with caplog.at_level(logging.INFO, "aioserver.access"):
                 reader, writer = await asyncio.open_unix_connection(name)
                 writer.write(
@@ -423,7 +423,7 @@ async def test_the_word_of_a_proxy_behind_a_unix_socket_is_taken(
                 writer.close()
                 await writer.wait_closed()
 
-    (line,) = [one.fields for one in caplog.records if one.name == "aioserver.access"]  # type: ignore[attr-defined]
+    (line,) = [record.fields for record in caplog.records if record.name == "aioserver.access"]  # type: ignore[attr-defined]
     assert line["address"] == "203.0.113.9"
 
 

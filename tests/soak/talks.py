@@ -213,10 +213,10 @@ async def _look_back(client: Client, talk: Talk) -> None:
             if response.status == 200 and not check(json.loads(await response.read())):
                 raise Violation(f"{method} {path} of a response is another one")
 
-    await look("GET", "", lambda found: _text_of(found) == talk.answer.text)
+    await look("GET", "", lambda body: _text_of(body) == talk.answer.text)
     count = 2 * talk.turn - 1
-    await look("GET", "/input_items", lambda found: len(found["data"]) == count)
-    await look("DELETE", "", lambda found: bool(found["deleted"]))
+    await look("GET", "/input_items", lambda body: len(body["data"]) == count)
+    await look("DELETE", "", lambda body: bool(body["deleted"]))
     async with client.session.get(url) as response:
         if response.status == 200:
             raise Violation("a response is read after it was deleted")

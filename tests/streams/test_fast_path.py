@@ -47,13 +47,13 @@ from tests.support.road import (
     Wire,
     assert_same,
     choice,
+    chunk_of,
     cut,
     event,
     joined,
     play,
     play_bytes,
     raw,
-    said,
     taking,
     word,
 )
@@ -92,7 +92,7 @@ EXAMPLES = int(os.environ.get("EXAMPLES", "30"))  # more by hand
 )
 async def test_texts_that_repeat_what_is_around_them_are_taken(face: str, text: bytes) -> None:
     reads = [chunk(raw(text)) for _ in range(4)]
-    reads += [chunk(said("x")), chunk(raw(text + b"."))]
+    reads += [chunk(chunk_of("x")), chunk(raw(text + b"."))]
     with taking() as taken:
         seen = await play(
             face, [EVENT_STREAM, word(0), *reads, chunk(END), chunk(DONE), LAST_CHUNK]
@@ -120,8 +120,8 @@ def role_first() -> bytes:
 LINE_ENDS = {"CRLF": b"\r\n", "CR": b"\r"}
 HABITS: dict[str, tuple[Callable[[int], bytes], int, int | None]] = {
     # a provider's n-th event, and how many of six are taken: as bytes, as frames (None: as it may)
-    "the same around each text": (lambda n: said(f"w{n}"), 5, 5),
-    "something else around each text": (lambda n: said(f"w{n}", random=n), 5, 0),
+    "the same around each text": (lambda n: chunk_of(f"w{n}"), 5, 5),
+    "something else around each text": (lambda n: chunk_of(f"w{n}", random=n), 5, 0),
     "blanks in its JSON": (
         lambda n: (
             b"data: %b\n\n" % json.dumps({"choices": [choice({"content": f"w{n}"})]}).encode()
@@ -129,7 +129,7 @@ HABITS: dict[str, tuple[Callable[[int], bytes], int, int | None]] = {
         5,
         5,
     ),
-    "a role first": (lambda n: said(f"w{n}") if n else role_first(), 5, 4),
+    "a role first": (lambda n: chunk_of(f"w{n}") if n else role_first(), 5, 4),
     "a role with the first text": (
         lambda n: event(
             {"choices": [choice({"content": "a"} | ({} if n else {"role": "assistant"}))]}
@@ -165,29 +165,29 @@ HABITS: dict[str, tuple[Callable[[int], bytes], int, int | None]] = {
         5,
         0,
     ),
-    "usage in each": (lambda n: said(f"w{n}", usage={"total_tokens": n}), 5, 0),
-    "no usage in each": (lambda n: said(f"w{n}", usage=None), 5, 5),
-    "no error in each": (lambda n: said(f"w{n}", error=None), 0, 5),
-    "a finish_reason in each": (lambda n: said(f"w{n}", "length"), 0, 0),
-    "its model's name as the text": (lambda _: said("m"), 5, None),
-    "a key's name as the text": (lambda _: said("content"), 5, None),
+    "usage in each": (lambda n: chunk_of(f"w{n}", usage={"total_tokens": n}), 5, 0),
+    "no usage in each": (lambda n: chunk_of(f"w{n}", usage=None), 5, 5),
+    "no error in each": (lambda n: chunk_of(f"w{n}", error=None), 0, 5),
+    "a finish_reason in each": (lambda n: chunk_of(f"w{n}", "length"), 0, 0),
+    "its model's name as the text": (lambda _: chunk_of("m"), 5, None),
+    "a key's name as the text": (lambda _: chunk_of("content"), 5, None),
     "escapes": (lambda n: raw(b"Gr\\u00fc\\u00dfe %d" % n), 5, 0),
-    "line ends escaped": (lambda n: said(f"w{n}\n"), 5, 0),
-    "quotes": (lambda n: said(f'"w{n}"'), 5, 0),
-    "no text but quotes": (lambda _: said(""), 5, 0),
-    "the end mark as the text": (lambda n: said("[DONE]" if n else "a"), 5, 5),
-    "data: [DONE] as the text": (lambda n: said("data: [DONE]" if n else "a"), 5, 5),
-    '"error" as the text': (lambda n: said('"error"' if n else "a"), 5, 0),
-    "no blank behind data:": (lambda n: said(f"w{n}").replace(b"data: ", b"data:"), 0, 0),
-    "ids": (lambda n: b"id: %d\n" % n + said(f"w{n}"), 0, 0),
-    "names": (lambda n: b"event: message\n" + said(f"w{n}"), 0, 0),
-    "names behind": (lambda n: said(f"w{n}")[:-1] + b"event: message\n\n", 0, 0),
-    "comments": (lambda n: b": hm\n\n" if n % 2 else said(f"w{n}"), 2, 2),
-    "CRLF": (lambda n: said(f"w{n}").replace(b"\n", b"\r\n"), 0, 0),
-    "CR": (lambda n: said(f"w{n}").replace(b"\n", b"\r"), 0, 0),
-    "two events in each": (lambda n: said(f"v{n}") + said(f"w{n}"), 0, 0),
-    "more blank lines": (lambda n: said(f"w{n}") + b"\n", 0, 0),
-    "texts of many bytes": (lambda n: said(f"w{n}" + "x" * MAX_CHUNK_BYTES), 0, 0),
+    "line ends escaped": (lambda n: chunk_of(f"w{n}\n"), 5, 0),
+    "quotes": (lambda n: chunk_of(f'"w{n}"'), 5, 0),
+    "no text but quotes": (lambda _: chunk_of(""), 5, 0),
+    "the end mark as the text": (lambda n: chunk_of("[DONE]" if n else "a"), 5, 5),
+    "data: [DONE] as the text": (lambda n: chunk_of("data: [DONE]" if n else "a"), 5, 5),
+    '"error" as the text': (lambda n: chunk_of('"error"' if n else "a"), 5, 0),
+    "no blank behind data:": (lambda n: chunk_of(f"w{n}").replace(b"data: ", b"data:"), 0, 0),
+    "ids": (lambda n: b"id: %d\n" % n + chunk_of(f"w{n}"), 0, 0),
+    "names": (lambda n: b"event: message\n" + chunk_of(f"w{n}"), 0, 0),
+    "names behind": (lambda n: chunk_of(f"w{n}")[:-1] + b"event: message\n\n", 0, 0),
+    "comments": (lambda n: b": hm\n\n" if n % 2 else chunk_of(f"w{n}"), 2, 2),
+    "CRLF": (lambda n: chunk_of(f"w{n}").replace(b"\n", b"\r\n"), 0, 0),
+    "CR": (lambda n: chunk_of(f"w{n}").replace(b"\n", b"\r"), 0, 0),
+    "two events in each": (lambda n: chunk_of(f"v{n}") + chunk_of(f"w{n}"), 0, 0),
+    "more blank lines": (lambda n: chunk_of(f"w{n}") + b"\n", 0, 0),
+    "texts of many bytes": (lambda n: chunk_of(f"w{n}" + "x" * MAX_CHUNK_BYTES), 0, 0),
     "a text in two data lines": (
         lambda n: b'data: {"choices":[{"delta":\ndata: {"content":"w%d"}}]}\n\n' % n,
         0,
@@ -235,23 +235,27 @@ BEHIND: dict[str, tuple[bytes, ...]] = {
     "an error as a text": (chunk(event({"error": "no", "choices": []})), word(2)),
     "no JSON": (chunk(b"data: {nonsense}\n\n"), word(2)),
     "no object": (chunk(b"data: 7\n\n"), word(2)),
-    "a finish_reason with a text": (chunk(said("end", "length")), word(2)),
+    "a finish_reason with a text": (chunk(chunk_of("end", "length")), word(2)),
     "a finish_reason of another choice": (
         chunk(event({"choices": [choice({}, "stop", index=1)]})),
         word(2),
     ),
-    "an end glued to a text": (chunk(said("a") + DONE), LAST_CHUNK),
+    "an end glued to a text": (chunk(chunk_of("a") + DONE), LAST_CHUNK),
     "an end in the same read": (word(2) + chunk(DONE) + LAST_CHUNK,),
     "an end without a blank": (chunk(b"data:[DONE]\n\n"), LAST_CHUNK),
     "no [DONE]": (chunk(END), LAST_CHUNK),
     "no [DONE] and no finish_reason": (LAST_CHUNK,),
     "no end at all": (),
     "half a chunk and no end": (word(2)[:-9],),
-    "half an event and no end": (chunk(said("a")[:-9]), LAST_CHUNK),
+    "half an event and no end": (chunk(chunk_of("a")[:-9]), LAST_CHUNK),
     "trailers": (chunk(END), chunk(DONE), b"0\r\nX-Sum: 1\r\nContent-Length: 3\r\n\r\n"),
     "a last chunk in two reads": (chunk(END + DONE), b"0\r\n", b"\r\n"),
     "more behind the end": (chunk(END + DONE), LAST_CHUNK + OK),
-    "more events behind the end": (chunk(DONE + said("late")), chunk(said("later")), LAST_CHUNK),
+    "more events behind the end": (
+        chunk(DONE + chunk_of("late")),
+        chunk(chunk_of("later")),
+        LAST_CHUNK,
+    ),
     "usage at the end": (
         chunk(END),
         chunk(event({"choices": [], "usage": {"total_tokens": 7}})),
@@ -259,23 +263,34 @@ BEHIND: dict[str, tuple[bytes, ...]] = {
         LAST_CHUNK,
     ),
     "no chunk": (b"nonsense\r\n",),
-    "a chunk shorter than it says": (b"%x\r\n%b\r\n" % (len(said("a")) + 1, said("a")), word(2)),
-    "a chunk longer than it says": (b"%x\r\n%b\r\n" % (len(said("a")) - 1, said("a")), word(2)),
-    "a size in capitals": (chunk(said("a" * 60), "%X"), word(2), chunk(DONE), LAST_CHUNK),
-    "a size with zeros": (chunk(said("a"), "000%x"), word(2), chunk(DONE), LAST_CHUNK),
-    "an extension": (chunk(said("a"), "%x;a=b"), word(2), chunk(DONE), LAST_CHUNK),
-    "an extension that is a size": (chunk(said("a"), "%x;5"), word(2), chunk(DONE), LAST_CHUNK),
-    "a blank behind the size": (chunk(said("a"), "%x "), word(2), chunk(DONE), LAST_CHUNK),
+    "a chunk shorter than it says": (
+        b"%x\r\n%b\r\n" % (len(chunk_of("a")) + 1, chunk_of("a")),
+        word(2),
+    ),
+    "a chunk longer than it says": (
+        b"%x\r\n%b\r\n" % (len(chunk_of("a")) - 1, chunk_of("a")),
+        word(2),
+    ),
+    "a size in capitals": (chunk(chunk_of("a" * 60), "%X"), word(2), chunk(DONE), LAST_CHUNK),
+    "a size with zeros": (chunk(chunk_of("a"), "000%x"), word(2), chunk(DONE), LAST_CHUNK),
+    "an extension": (chunk(chunk_of("a"), "%x;a=b"), word(2), chunk(DONE), LAST_CHUNK),
+    "an extension that is a size": (
+        chunk(chunk_of("a"), "%x;5"),
+        word(2),
+        chunk(DONE),
+        LAST_CHUNK,
+    ),
+    "a blank behind the size": (chunk(chunk_of("a"), "%x "), word(2), chunk(DONE), LAST_CHUNK),
     "two chunks in a read": (word(2) + word(3), word(4), chunk(DONE), LAST_CHUNK),
     "an event in two chunks": (
-        chunk(said("a")[:9]),
-        chunk(said("a")[9:]),
+        chunk(chunk_of("a")[:9]),
+        chunk(chunk_of("a")[9:]),
         chunk(DONE),
         LAST_CHUNK,
     ),
     "half an event in front": (
         chunk(b"data: {"),
-        chunk(said("a")),
+        chunk(chunk_of("a")),
         chunk(b'"a":1}\n\n'),
         chunk(DONE),
         LAST_CHUNK,
@@ -283,7 +298,7 @@ BEHIND: dict[str, tuple[bytes, ...]] = {
     "a line in front": (chunk(b"id: 7\n"), word(2), word(3), chunk(DONE), LAST_CHUNK),
     "chunks of CRLF": (chunk(b"\r\n"), chunk(b"\r\n\r\n"), word(2), chunk(DONE), LAST_CHUNK),
     "a chunk that ends with the CR of its event": (
-        chunk(said("a")[:-1] + b"\r\n"),
+        chunk(chunk_of("a")[:-1] + b"\r\n"),
         word(2),
         chunk(b"\r\n"),
         chunk(DONE),
@@ -291,7 +306,7 @@ BEHIND: dict[str, tuple[bytes, ...]] = {
     ),
 }
 # Chunks that hold what looks like chunks.
-INNER = chunk(said("inner"))
+INNER = chunk(chunk_of("inner"))
 BEHIND["a chunk inside a chunk, in reads of its own"] = (
     b"%x\r\n: " % (len(INNER) + 4),
     INNER,
@@ -301,16 +316,16 @@ BEHIND["a chunk inside a chunk, in reads of its own"] = (
     LAST_CHUNK,
 )
 BEHIND["two events with CR between"] = (
-    chunk(said("a").replace(b"\n", b"\r") + said("b")),
+    chunk(chunk_of("a").replace(b"\n", b"\r") + chunk_of("b")),
     word(2),
 )
-BEHIND["an end behind a CR"] = (chunk(said("a").replace(b"\n", b"\r") + DONE), LAST_CHUNK)
+BEHIND["an end behind a CR"] = (chunk(chunk_of("a").replace(b"\n", b"\r") + DONE), LAST_CHUNK)
 BEHIND["a chunk inside a chunk"] = (chunk(b": " + INNER + b"\n"), word(2), chunk(DONE), LAST_CHUNK)
 
 
 @pytest.mark.parametrize("name", BEHIND)
 async def test_anything_behind_texts_has_the_same_effect_on_both_ways(name: str) -> None:
-    front, behind = [EVENT_STREAM, word(0), word(1), chunk(said("x"))], b"".join(BEHIND[name])
+    front, behind = [EVENT_STREAM, word(0), word(1), chunk(chunk_of("x"))], b"".join(BEHIND[name])
     dice = random.Random(11)
     for face in FACES:
         with taking() as taken:
@@ -345,12 +360,12 @@ async def test_bytes_that_look_like_a_chunk_inside_a_first_line_are_none(
 
 
 LESSONS = {  # events that are good, and a way to fail in learning from them
-    "a comma": said(","),
-    "a colon": said(":"),
+    "a comma": chunk_of(","),
+    "a colon": chunk_of(":"),
     "a comma and a blank": b"data: %b\n\n"
     % json.dumps({"model": "m", "choices": [choice({"content": ", "})]}).encode(),
-    "line ends of two kinds": said("a").replace(b"\n", b"\r") + said(None),
-    "a comment behind a CR": said("a").replace(b"\n", b"\r") + b": hm\n\n",
+    "line ends of two kinds": chunk_of("a").replace(b"\n", b"\r") + chunk_of(None),
+    "a comment behind a CR": chunk_of("a").replace(b"\n", b"\r") + b": hm\n\n",
     "a key that is hidden": b'data: {"err\\u006fr":{"message":"no"},"error":null,'
     b'"choices":[{"delta":{"content":"error"}}]}\n\n',
 }
@@ -464,7 +479,7 @@ def answers(draw: st.DrawFn) -> list[bytes]:
     """The reads of an answer: most are a chunk each, most chunks are an event each."""
     sizes = st.sampled_from(("%x",) * 12 + ("%X", "0%x", "%x;a", "%x;a=b"))
     parts, line_end = draw(events())
-    tail = [draw(st.sampled_from((said("a"), raw("é".encode()))))] * draw(st.integers(0, 3))
+    tail = [draw(st.sampled_from((chunk_of("a"), raw("é".encode()))))] * draw(st.integers(0, 3))
     tail += [END] * draw(st.booleans())
     if draw(st.booleans()):
         tail.append(event({"choices": [], "usage": {"total_tokens": 8}}))
@@ -499,10 +514,10 @@ async def test_every_answer_is_the_same_however_it_comes(
 
 NOT_LEARNED = {
     "no text": event({"choices": [choice({"content": None})]}),
-    "an empty text": said(""),
-    "a finish_reason": said("a", "stop"),
-    "usage": said("a", usage={"total_tokens": 7}),
-    "usage in Groq's place": said("a", x_groq={"usage": {"total_tokens": 7}}),
+    "an empty text": chunk_of(""),
+    "a finish_reason": chunk_of("a", "stop"),
+    "usage": chunk_of("a", usage={"total_tokens": 7}),
+    "usage in Groq's place": chunk_of("a", x_groq={"usage": {"total_tokens": 7}}),
     "another choice": event({"choices": [choice({"content": "a"}, index=1)]}),
     "reasoning": event({"choices": [choice({"reasoning_content": "a"})]}),
     "reasoning and a text": event(
@@ -516,13 +531,13 @@ NOT_LEARNED = {
     "a text that is written with escapes, and a name that is not": raw(rb"\u006d"),
     "a slash that is escaped": raw(rb"\/"),
     "two lines": b'data: {"choices":[{"delta":\ndata: {"content":"a"}}]}\n\n',
-    "an id": b"id: 1\n" + said("a"),
-    "two events": said("a") + said(None),
-    "a comment in front": b": hm\n\n" + said("a"),
-    "a comment behind": said("a") + b": hm\n\n",
-    "no blank": said("a").replace(b"data: ", b"data:"),
-    "CRLF": said("a").replace(b"\n", b"\r\n"),
-    "CR": said("a").replace(b"\n", b"\r"),
+    "an id": b"id: 1\n" + chunk_of("a"),
+    "two events": chunk_of("a") + chunk_of(None),
+    "a comment in front": b": hm\n\n" + chunk_of("a"),
+    "a comment behind": chunk_of("a") + b": hm\n\n",
+    "no blank": chunk_of("a").replace(b"data: ", b"data:"),
+    "CRLF": chunk_of("a").replace(b"\n", b"\r\n"),
+    "CR": chunk_of("a").replace(b"\n", b"\r"),
 }
 
 
@@ -532,10 +547,10 @@ def test_no_shape_is_learned_where_it_would_not_be_true(name: str) -> None:
 
 
 LEARNED = {
-    "a text": (said("a"), 0),
-    "a quote in a text": (said('a"b'), 0),
-    "a line end in a text": (said("a\nb"), 0),
-    "a backslash and a brace": (said("\\}"), 0),
+    "a text": (chunk_of("a"), 0),
+    "a quote in a text": (chunk_of('a"b'), 0),
+    "a line end in a text": (chunk_of("a\nb"), 0),
+    "a backslash and a brace": (chunk_of("\\}"), 0),
     "choice 1": (event({"choices": [choice({"content": "a"}, index=1)]}), 1),
     "choice 1 of two with the same text": (
         event({"choices": [choice({"content": "b"}), choice({"content": "a"}, index=1)]}),
@@ -558,13 +573,13 @@ def test_a_shape_is_what_is_around_the_text(name: str) -> None:
 
 
 TWICE = {
-    "its model's name": said("m"),
-    "a key in front": said("choices"),
-    "its own key": said("content"),
-    "a key behind": said("finish_reason"),
-    "another text behind": said("a", p="a"),
+    "its model's name": chunk_of("m"),
+    "a key in front": chunk_of("choices"),
+    "its own key": chunk_of("content"),
+    "a key behind": chunk_of("finish_reason"),
+    "another text behind": chunk_of("a", p="a"),
     "itself, of which the second counts": raw(b'a","content":"a'),
-    "inside another text": said("a", p='"a"', q="\\a"),
+    "inside another text": chunk_of("a", p='"a"', q="\\a"),
 }
 
 
@@ -830,7 +845,7 @@ async def test_a_second_stream_on_the_socket_closes_the_path_and_its_end_opens_i
         await ticks()
 
         road.hear(word(2))
-        other.hear(EVENT_STREAM, chunk(said("o0 ")), chunk(said("o1 ")))
+        other.hear(EVENT_STREAM, chunk(chunk_of("o0 ")), chunk(chunk_of("o1 ")))
         road.hear(word(3))
         await ticks()
         assert len(taken) == 1
@@ -900,7 +915,7 @@ async def test_where_nobody_can_come_back_nothing_that_was_taken_is_kept(face: s
 async def test_a_log_fed_by_the_fast_path_is_bounded(face: str) -> None:
     async with under_way(face, most=5_000) as (road, taken):
         for number in range(2, 400):
-            await road.say(chunk(said(f"w{number} and some more ")))
+            await road.say(chunk(chunk_of(f"w{number} and some more ")))
             assert road.stream.bytes <= 5_000
             assert road.stream.bytes == sum(entry.size for entry in road.stream.entries)
             assert road.streams.stats().bytes == road.stream.kept_bytes
@@ -917,8 +932,8 @@ async def test_a_log_fed_by_the_fast_path_is_bounded(face: str) -> None:
 async def test_reads_that_were_taken_are_there_for_later_readers(face: str, text: str) -> None:
     """From every event on, and the same bytes that the first one got."""
     async with under_way(face) as (road, taken):
-        reads = [chunk(said(text % number)) for number in range(2, 300)]
-        reads[77] = chunk(said('a "quote" and\na line end'))  # the long way: between two runs
+        reads = [chunk(chunk_of(text % number)) for number in range(2, 300)]
+        reads[77] = chunk(chunk_of('a "quote" and\na line end'))  # the long way: between two runs
         await road.say(*reads)
         assert len(taken) == 298
         parts = list(road.body.partition(b'"event_id":150,'))
@@ -960,7 +975,7 @@ async def test_all_faces_resume_what_the_fast_path_has_taken() -> None:
 
 
 def large(number: int) -> bytes:
-    return chunk(said(f"v{number} " + "x" * 1500))
+    return chunk(chunk_of(f"v{number} " + "x" * 1500))
 
 
 @pytest.mark.parametrize("face", FACES)
@@ -1220,7 +1235,7 @@ async def test_openais_bytes_come_one_by_one_and_the_next_answer_starts_clean(
             await peer.send(chunk(END), chunk(DONE) + LAST_CHUNK)
             rest = await client.until(LAST_CHUNK)
 
-            assert joined(rest[: -len(LAST_CHUNK)]) == said("w5 ") + END + DONE
+            assert joined(rest[: -len(LAST_CHUNK)]) == chunk_of("w5 ") + END + DONE
             assert taken == [word(number) for number in range(2, 6)] * (turn + 1)
 
             await client.post("/v1/chat/completions", CHAT)

@@ -61,15 +61,15 @@ async def until_status(ws: ClientWebSocketResponse, status: str) -> list[Any]:
 def text_of(frames: list[Any]) -> str:
     """The text that the model has written in *frames*."""
     return "".join(
-        one["chunk"]["data"]
-        for one in frames
-        if one["status"] == "chunk" and one["chunk"]["type"] == "text"
+        frame["chunk"]["data"]
+        for frame in frames
+        if frame["status"] == "chunk" and frame["chunk"]["type"] == "text"
     )
 
 
 def numbers(frames: list[Any]) -> list[int]:
     """The numbers of the events; a frame without a number is no event."""
-    return [one["event_id"] for one in frames if "event_id" in one]
+    return [frame["event_id"] for frame in frames if "event_id" in frame]
 
 
 def frames_of(body: bytes) -> list[Any]:

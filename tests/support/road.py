@@ -54,7 +54,7 @@ def choice(delta: dict[str, Any], finish: str | None = None, index: int = 0) -> 
     return {"index": index, "delta": delta, "finish_reason": finish}
 
 
-def said(text: str | None, finish: str | None = None, **more: Any) -> bytes:
+def chunk_of(text: str | None, finish: str | None = None, **more: Any) -> bytes:
     """An event that says *text*."""
     return event(
         {"id": "c1", "model": "m", "choices": [choice({"content": text}, finish)], **more}
@@ -63,14 +63,14 @@ def said(text: str | None, finish: str | None = None, **more: Any) -> bytes:
 
 def raw(text: bytes) -> bytes:
     """An event with *text* between its quotes as it is."""
-    return said("?").replace(b"?", text)
+    return chunk_of("?").replace(b"?", text)
 
 
-END = said(None, "stop")
+END = chunk_of(None, "stop")
 
 
 def word(number: int) -> bytes:
-    return chunk(said(f"w{number} "))
+    return chunk(chunk_of(f"w{number} "))
 
 
 # The road.
@@ -265,9 +265,9 @@ def taking() -> Iterator[list[bytes]]:
         yield taken
 
 
-async def play(face: str, reads: Iterable[bytes], **given: Any) -> Seen:
+async def play(face: str, reads: Iterable[bytes], **changes: Any) -> Seen:
     """The effects of *reads*, each of which comes in a turn of its own."""
-    async with Road(face, **given) as road:
+    async with Road(face, **changes) as road:
         await road.say(*reads)
         await road.over()
         return road.seen
@@ -287,8 +287,8 @@ def cut(data: bytes, places: Iterable[int]) -> list[bytes]:
     return [data[a:b] for a, b in pairwise([0, *sorted(set(places)), len(data)]) if a < b]
 
 
-def assert_same(face: str, one: Seen, other: Seen) -> None:
-    bodies = [one.body, other.body]
+def assert_same(face: str, answer: Seen, other: Seen) -> None:
+    bodies = [answer.body, other.body]
     if face in {"openai", "responses"} and any(
         odd in b"".join(bodies) for odd in (b'"error"', b"\n\n:", b"\r", b"\n\n\n")
     ):
@@ -297,7 +297,7 @@ def assert_same(face: str, one: Seen, other: Seen) -> None:
         assert eventstream.parse(bodies[0]) == eventstream.parse(bodies[1])
     else:
         assert bodies[0] == bodies[1]
-    assert (one.last, one.status, one.error) == (other.last, other.status, other.error)
-    assert (one.text, one.finish, one.usage) == (other.text, other.finish, other.usage)
-    assert one.remembered == other.remembered
+    assert (answer.last, answer.status, answer.error) == (other.last, other.status, other.error)
+    assert (answer.text, answer.finish, answer.usage) == (other.text, other.finish, other.usage)
+    assert answer.remembered == other.remembered
     # Not `kept`: what comes behind an end is part of it, or closes the connection, by when it comes.

@@ -66,9 +66,9 @@ def saying(*frames: dict[str, Any], cut: bool = False) -> AnswerScript:
 
     async def play(peer: SocketPeer | ResponsePeer, command: dict[str, Any]) -> None:
         after = command.get("payload", {}).get("last_event_id", 0)
-        for one in frames:
-            if one.get("event_id", after + 1) > after:
-                await peer.send({**one, "request_id": command["request_id"]})
+        for frame in frames:
+            if frame.get("event_id", after + 1) > after:
+                await peer.send({**frame, "request_id": command["request_id"]})
         if cut:
             peer.cut()
 
@@ -103,8 +103,8 @@ class SocketPeer:
                 await self.send(frame(command.get("request_id"), "pong"))
 
     async def send(self, *frames: dict[str, Any]) -> None:
-        for one in frames:
-            await self.ws.send_str(orjson.dumps(one).decode())
+        for frame in frames:
+            await self.ws.send_str(orjson.dumps(frame).decode())
 
     async def write(self, data: bytes) -> None:
         """Write bytes that are no frame of this protocol."""
@@ -125,9 +125,9 @@ class ResponsePeer:
         self.response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
 
     async def send(self, *frames: dict[str, Any]) -> None:
-        for one in frames:
-            status, number = one["status"], one.get("event_id")
-            await self.write(eventstream.write(orjson.dumps(one), event=status, id=number))
+        for frame in frames:
+            status, number = frame["status"], frame.get("event_id")
+            await self.write(eventstream.write(orjson.dumps(frame), event=status, id=number))
 
     async def write(self, data: bytes) -> None:
         """Write bytes of the body."""

@@ -235,7 +235,9 @@ class RunningServer:
 
         They are of a loop that was late.
         """
-        return [one for one in self.history()["incidents"] if one["kind"] != "loop_lag"]
+        return [
+            incident for incident in self.history()["incidents"] if incident["kind"] != "loop_lag"
+        ]
 
     async def forgive(self) -> None:
         """Make the provider `sim` usable at once, as if no attempt had ever failed.

@@ -115,8 +115,12 @@ VALID: list[tuple[bytes, bool]] = [
 
 def accesses(caplog: pytest.LogCaptureFixture) -> list[Any]:
     """The lines of the access log, but for those of a proxy's health check."""
-    lines: list[Any] = [one for one in caplog.records if one.getMessage() == "access"]
-    return [one for one in lines if one.levelno == logging.INFO and one.fields["path"] != "/ready"]
+    lines: list[Any] = [record for record in caplog.records if record.getMessage() == "access"]
+    return [
+        record
+        for record in lines
+        if record.levelno == logging.INFO and record.fields["path"] != "/ready"
+    ]
 
 
 def answers_with_ids(data: bytes) -> int:

@@ -21,6 +21,6 @@ async def provider() -> AsyncIterator[TellingProvider]:
 
 
 @pytest.fixture
-async def told(make_server: MakeServer, provider: TellingProvider) -> RunningServer:
+async def telling_server(make_server: MakeServer, provider: TellingProvider) -> RunningServer:
     """A server in front of `provider`."""
     return await make_server(**{"llm.providers.sim.base_url": provider.base_url})

@@ -39,9 +39,9 @@ async def dialog(base: str, *options: str, **environment: Any) -> AsyncIterator[
 
 
 async def test_a_dialog_goes_on_with_its_conversation_until_it_is_left(
-    told: RunningServer, provider: TellingProvider
+    telling_server: RunningServer, provider: TellingProvider
 ) -> None:
-    async with dialog(told.base) as shown:
+    async with dialog(telling_server.base) as shown:
         for question in ("One", "Two", "/new", "Three", "/model m3", "Four"):
             shown.type(f"{question}\n")
             await shown.shows("> ")
@@ -49,7 +49,7 @@ async def test_a_dialog_goes_on_with_its_conversation_until_it_is_left(
 
         assert await shown.ended() == 0
 
-    asked = [[one["content"] for one in messages] for messages in provider.questions]
+    asked = [[message["content"] for message in messages] for messages in provider.questions]
     assert asked == [
         ["One"],
         ["One", "Hello", "Two"],
@@ -60,14 +60,14 @@ async def test_a_dialog_goes_on_with_its_conversation_until_it_is_left(
 
 
 async def test_a_system_prompt_keeps_the_conversation_here(
-    told: RunningServer, provider: TellingProvider
+    telling_server: RunningServer, provider: TellingProvider
 ) -> None:
-    async with dialog(told.base, "--system", "Be brief.") as shown:
+    async with dialog(telling_server.base, "--system", "Be brief.") as shown:
         for question in ("One", "Two", "/new", "Three"):
             shown.type(f"{question}\n")
             await shown.shows("> ")
 
-    asked = [[one["content"] for one in messages] for messages in provider.questions]
+    asked = [[message["content"] for message in messages] for messages in provider.questions]
     assert asked == [
         ["Be brief.", "One"],
         ["Be brief.", "One", "Hello", "Two"],
@@ -75,8 +75,10 @@ async def test_a_system_prompt_keeps_the_conversation_here(
     ]
 
 
-async def test_a_question_of_several_lines(told: RunningServer, provider: TellingProvider) -> None:
-    async with dialog(told.base) as shown:
+async def test_a_question_of_several_lines(
+    telling_server: RunningServer, provider: TellingProvider
+) -> None:
+    async with dialog(telling_server.base) as shown:
         shown.type('"""a\n  b\n\nc"""\n')
         await shown.shows("Hello")
         await shown.shows("> ")
@@ -88,9 +90,9 @@ async def test_a_question_of_several_lines(told: RunningServer, provider: Tellin
 
 
 async def test_commands_ask_the_server_nothing(
-    told: RunningServer, provider: TellingProvider
+    telling_server: RunningServer, provider: TellingProvider
 ) -> None:
-    async with dialog(told.base) as shown:
+    async with dialog(telling_server.base) as shown:
         shown.type("/help\n")
         await shown.shows("/new")
         shown.type("/nonsense \n")
@@ -104,9 +106,9 @@ async def test_commands_ask_the_server_nothing(
     assert provider.questions == []
 
 
-async def test_markdown_is_drawn(told: RunningServer, provider: TellingProvider) -> None:
+async def test_markdown_is_drawn(telling_server: RunningServer, provider: TellingProvider) -> None:
     provider.pieces = [*MARKDOWN]
-    async with dialog(told.base) as shown:
+    async with dialog(telling_server.base) as shown:
         shown.type("Hi\n")
         await shown.shows(" • two")
         await shown.shows("> ")
@@ -122,22 +124,24 @@ async def test_markdown_is_drawn(told: RunningServer, provider: TellingProvider)
     ids=["dumb terminal", "without rich"],
 )
 async def test_where_nothing_can_be_drawn_the_text_is_plain_and_harmless(
-    told: RunningServer,
+    telling_server: RunningServer,
     provider: TellingProvider,
     program: tuple[str, ...],
     environ: dict[str, str],
 ) -> None:
     provider.pieces = ["**bold**\x1b[31m\r", "\n\x9b2J"]
-    async with terminal(*program, told.base, environ=environ) as shown:
+    async with terminal(*program, telling_server.base, environ=environ) as shown:
         await shown.shows("> ")
         shown.type("Hi\n")
         await shown.shows("**bold**�[31m\n�2J\n")
         assert "\x1b[31m" not in shown.seen
 
 
-async def test_no_color_is_honoured(told: RunningServer, provider: TellingProvider) -> None:
+async def test_no_color_is_honoured(
+    telling_server: RunningServer, provider: TellingProvider
+) -> None:
     provider.pieces = ["```python\nx = 'a'\n```\n`c`"]
-    async with dialog(told.base, environ={"NO_COLOR": "1"}) as shown:
+    async with dialog(telling_server.base, environ={"NO_COLOR": "1"}) as shown:
         shown.type("Hi\n")
         await shown.shows("x = 'a'")
         await shown.shows("> ")
@@ -147,21 +151,21 @@ async def test_no_color_is_honoured(told: RunningServer, provider: TellingProvid
 
 
 async def test_text_is_wrapped_at_the_width_and_encoded_as_the_terminal_can(
-    told: RunningServer, provider: TellingProvider
+    telling_server: RunningServer, provider: TellingProvider
 ) -> None:
     provider.pieces = ["Größe " * 8]
     environ = {"PYTHONIOENCODING": "ascii"}
-    async with dialog(told.base, columns=30, environ=environ) as shown:
+    async with dialog(telling_server.base, columns=30, environ=environ) as shown:
         shown.type("Hi\n")
         await shown.shows("Gr??e Gr??e Gr??e Gr??e Gr??e\nGr??e Gr??e Gr??e\n")
 
 
 async def test_a_model_cannot_make_the_terminal_obey(
-    told: RunningServer, provider: TellingProvider
+    telling_server: RunningServer, provider: TellingProvider
 ) -> None:
     provider.pieces = ["a\x1b]0;title\x07", "<http://x/%1b%5b2J>", "&#13;&#155;", "\n\n**end**"]
     provider.reasoning = ["\x1b[5mthinking"]
-    async with dialog(told.base) as shown:
+    async with dialog(telling_server.base) as shown:
         shown.type("Hi\n")
         await shown.shows("end")
         await shown.shows("> ")
@@ -188,10 +192,10 @@ async def test_ctrl_c_stops_the_answer_at_the_server_and_a_second_one_leaves(
 
 
 async def test_keys_pressed_meanwhile_are_not_shown_and_are_the_next_question(
-    told: RunningServer, provider: TellingProvider
+    telling_server: RunningServer, provider: TellingProvider
 ) -> None:
     provider.go_on.clear()
-    async with dialog(told.base) as shown:
+    async with dialog(telling_server.base) as shown:
         shown.type("One\n")
         await shown.shows("Hello")
         shown.type("Two\n")
@@ -225,10 +229,10 @@ async def test_the_position_in_the_queue_is_shown(make_server: MakeServer) -> No
 
 
 async def test_what_a_model_thinks_is_on_the_status_line_only(
-    told: RunningServer, provider: TellingProvider
+    telling_server: RunningServer, provider: TellingProvider
 ) -> None:
     provider.reasoning = ["I wonder, ", "and wonder"]
-    async with dialog(told.base) as shown:
+    async with dialog(telling_server.base) as shown:
         shown.type("Hi\n")
         await shown.shows("thinking: I wonder, and wonder")
         await shown.shows("Hello")
@@ -236,10 +240,10 @@ async def test_what_a_model_thinks_is_on_the_status_line_only(
 
 
 async def test_thoughts_behind_a_text_do_not_write_over_it(
-    told: RunningServer, provider: TellingProvider
+    telling_server: RunningServer, provider: TellingProvider
 ) -> None:
     provider.afterthought = "hm"
-    async with dialog(told.base, environ={"TERM": "xterm", "NO_COLOR": "1"}) as shown:
+    async with dialog(telling_server.base, environ={"TERM": "xterm", "NO_COLOR": "1"}) as shown:
         shown.type("Hi\n")
         await shown.shows("Hello")
         await shown.shows("> ")
@@ -320,21 +324,21 @@ async def test_nobody_there_is_said_before_the_first_question() -> None:
 
 
 async def test_a_text_in_a_terminal_is_one_drawn_answer(
-    told: RunningServer, provider: TellingProvider
+    telling_server: RunningServer, provider: TellingProvider
 ) -> None:
     provider.pieces = [MARKDOWN]
-    async with terminal(*COMMAND, told.base, "Say hello") as shown:
+    async with terminal(*COMMAND, telling_server.base, "Say hello") as shown:
         assert await shown.ended() == 0
         await shown.shows(" • one\n • two\n")
 
 
 async def test_stdin_of_a_pipe_in_a_terminal_is_one_question(
-    told: RunningServer, provider: TellingProvider
+    telling_server: RunningServer, provider: TellingProvider
 ) -> None:
     ours, theirs = os.pipe()
     os.write(theirs, b"Hi\n")
     os.close(theirs)
-    async with terminal(*COMMAND, told.base, stdin=ours) as shown:
+    async with terminal(*COMMAND, telling_server.base, stdin=ours) as shown:
         os.close(ours)
         assert await shown.ended() == 0
         await shown.shows("Hello\n")
@@ -361,10 +365,10 @@ async def test_the_position_in_front_of_a_full_server_is_shown(make_server: Make
 
 
 async def test_a_file_for_the_answer_makes_one_question_of_what_is_typed(
-    told: RunningServer, provider: TellingProvider
+    telling_server: RunningServer, provider: TellingProvider
 ) -> None:
     ours, theirs = os.pipe()
-    async with terminal(*COMMAND, told.base, stdout=theirs) as shown:
+    async with terminal(*COMMAND, telling_server.base, stdout=theirs) as shown:
         os.close(theirs)
         await shown.shows("type the question, and Ctrl-D at its end")
         shown.type(f"One\ntwo\n{CTRL_D}")

@@ -45,12 +45,12 @@ async def run(*words: str, stdin: bytes = b"", **environ: str) -> tuple[int | No
 
 
 async def test_stdout_has_the_answer_byte_for_byte_and_nothing_else(
-    told: RunningServer, provider: TellingProvider
+    telling_server: RunningServer, provider: TellingProvider
 ) -> None:
     provider.reasoning = ["I think"]
     provider.pieces = ["# Grüße,\r\n", "\x1b[1m*you*", "\t\x07"]
 
-    code, out, err = await run(told.base, "Say", "hello")
+    code, out, err = await run(telling_server.base, "Say", "hello")
 
     assert (code, err) == (0, "")
     assert out == "# Grüße,\r\n\x1b[1m*you*\t\x07\n"
@@ -58,10 +58,10 @@ async def test_stdout_has_the_answer_byte_for_byte_and_nothing_else(
 
 
 async def test_stdin_is_the_question_and_follows_the_text(
-    told: RunningServer, provider: TellingProvider
+    telling_server: RunningServer, provider: TellingProvider
 ) -> None:
-    await run(told.base, stdin="﻿Größe?\n\nReally?\n".encode())
-    await run(told.base, "Sum up:", stdin=b"one\ntwo\n")
+    await run(telling_server.base, stdin="﻿Größe?\n\nReally?\n".encode())
+    await run(telling_server.base, "Sum up:", stdin=b"one\ntwo\n")
 
     assert [asked[-1]["content"] for asked in provider.questions] == [
         "Größe?\n\nReally?",
@@ -196,9 +196,9 @@ async def test_an_argument_that_can_be_no_part_of_a_question_is_exit_2(
 
 
 async def test_bytes_of_an_argument_that_are_not_utf_8_are_replaced(
-    told: RunningServer, provider: TellingProvider
+    telling_server: RunningServer, provider: TellingProvider
 ) -> None:
-    await run(told.base, "a\udcff")
+    await run(telling_server.base, "a\udcff")
 
     assert provider.questions[0][0]["content"] == "a\ufffd"
 
@@ -214,11 +214,11 @@ async def test_an_answer_in_time_or_not_at_all(server: RunningServer) -> None:
 
 
 async def test_a_cut_by_max_tokens_is_remarked_on_stderr(
-    told: RunningServer, provider: TellingProvider
+    telling_server: RunningServer, provider: TellingProvider
 ) -> None:
     provider.finish_reason = "length"
 
-    assert await run(told.base, "Hi") == (
+    assert await run(telling_server.base, "Hi") == (
         0,
         "Hello\n",
         "aioserver: the answer was cut: it is as long as max_tokens allows\n",
@@ -226,21 +226,21 @@ async def test_a_cut_by_max_tokens_is_remarked_on_stderr(
 
 
 async def test_a_conversation_goes_on_by_its_id(
-    told: RunningServer, provider: TellingProvider
+    telling_server: RunningServer, provider: TellingProvider
 ) -> None:
     for text in ("One", "Two"):
-        await run(told.base, text, "--conversation", "c1")
-    await run(told.base, "Three")
+        await run(telling_server.base, text, "--conversation", "c1")
+    await run(telling_server.base, "Three")
 
     assert [len(asked) for asked in provider.questions] == [1, 3, 1]
-    assert [one["content"] for one in provider.questions[1]] == ["One", "Hello", "Two"]
+    assert [message["content"] for message in provider.questions[1]] == ["One", "Hello", "Two"]
 
 
 async def test_a_system_prompt_goes_in_front_and_excludes_a_conversation(
-    told: RunningServer, provider: TellingProvider
+    telling_server: RunningServer, provider: TellingProvider
 ) -> None:
-    await run(told.base, "Hi", "--system", "Be brief.", "--model", "m2")
-    code, _, err = await run(told.base, "Hi", "--system", "x", "--conversation", "c1")
+    await run(telling_server.base, "Hi", "--system", "Be brief.", "--model", "m2")
+    code, _, err = await run(telling_server.base, "Hi", "--system", "x", "--conversation", "c1")
 
     assert provider.questions == [
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
@@ -301,8 +301,12 @@ async def test_a_closed_stdout_is_said() -> None:
 
 
 async def test_an_encoding_that_lacks_a_letter_costs_that_letter(
-    told: RunningServer, provider: TellingProvider
+    telling_server: RunningServer, provider: TellingProvider
 ) -> None:
     provider.pieces = ["Größe 中"]
 
-    assert await run(told.base, "Hi", PYTHONIOENCODING="ascii:strict") == (0, "Gr??e ?\n", "")
+    assert await run(telling_server.base, "Hi", PYTHONIOENCODING="ascii:strict") == (
+        0,
+        "Gr??e ?\n",
+        "",
+    )

@@ -734,7 +734,9 @@ async def test_the_log_has_the_status_that_the_client_has(
         await server.forgive()
     await server.nothing_held()
 
-    lines: list[Any] = [one for one in caplog.records if one.getMessage() == "request finished"]
+    lines: list[Any] = [
+        record for record in caplog.records if record.getMessage() == "request finished"
+    ]
     assert [line.fields["status"] for line in lines] == statuses == [529, 502, 404, 200]
     assert {line.fields["face"] for line in lines} == {"anthropic"}
 

@@ -304,7 +304,7 @@ async def test_another_payload_of_a_known_id_is_a_conflict(
         await to_end(ws)
     same = await answered(b)
 
-    assert [one["chunk"]["code"] for one in refused] == ["request_conflict"]
+    assert [frame["chunk"]["code"] for frame in refused] == ["request_conflict"]
     assert same[-1]["status"] == "cancelled"
     assert asked_once(a, b)
 

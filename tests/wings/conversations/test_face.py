@@ -290,12 +290,12 @@ async def test_pages_of_another_origin_may_ask(make_server: MakeServer) -> None:
 
 
 async def test_lists_and_deletions_that_cross_each_other_end(server: RunningServer) -> None:
-    async def one(number: int) -> None:
+    async def ask_one(number: int) -> None:
         await ask(server, f"q{number}", f"c{number}")
         await ids(server)
         async with server.session.delete(url(server, f"c{number}")) as response:
             assert response.status == 204
 
-    await asyncio.gather(*(one(number) for number in range(20)))
+    await asyncio.gather(*(ask_one(number) for number in range(20)))
 
     assert await ids(server) == []

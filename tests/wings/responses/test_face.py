@@ -56,7 +56,7 @@ async def cut(sdk: AsyncOpenAI, events: int, **changes: Any) -> list[Any]:
 
 
 def text_of(events: list[Any]) -> str:
-    return "".join(one.delta for one in events if one.type == "response.output_text.delta")
+    return "".join(event.delta for event in events if event.type == "response.output_text.delta")
 
 
 @pytest.mark.parametrize("how", ["store", "background"])
@@ -178,9 +178,9 @@ async def test_a_running_response_is_shown_in_progress(
     server.simulator.behaviour = SLOW
     seen = await cut(sdk, 3)
 
-    found = await sdk.responses.retrieve(seen[0].response.id)
+    answer = await sdk.responses.retrieve(seen[0].response.id)
 
-    assert (found.id, found.status) == (seen[0].response.id, "in_progress")
+    assert (answer.id, answer.status) == (seen[0].response.id, "in_progress")
 
 
 def test_the_error_of_a_late_reader_leads_nobody_past_what_was_missed() -> None:
@@ -260,9 +260,9 @@ async def test_an_answer_of_another_kind_is_no_response(
             *(("GET", "mine"), ("GET", "mine?stream=true"), ("POST", "mine/cancel")),
             ("GET", "mine?stream=true&starting_after=1"),
         ):
-            async with server.session.request(method, f"{server.v1}/responses/{path}") as found:
-                assert found.status == 404, path
-                assert (await found.json())["error"]["code"] == "stream_not_found"
+            async with server.session.request(method, f"{server.v1}/responses/{path}") as answer:
+                assert answer.status == 404, path
+                assert (await answer.json())["error"]["code"] == "stream_not_found"
 
         # Nobody has cancelled it, and its own face still has it.
         assert server.held()["running"] == running
@@ -446,10 +446,10 @@ async def test_a_response_is_found_whose_first_events_are_kept_no_longer(
     server.simulator.behaviour = Behaviour(ttft=0, interval=0.0005, tokens=100_000)
     async with AsyncOpenAI(api_key="unused", base_url=server.v1, max_retries=0) as sdk:
         seen = await cut(sdk, 600)
-        found = await sdk.responses.retrieve(seen[0].response.id)
+        answer = await sdk.responses.retrieve(seen[0].response.id)
         cancelled = await sdk.responses.cancel(seen[0].response.id)
 
-    assert (found.id, found.status) == (seen[0].response.id, "in_progress")
+    assert (answer.id, answer.status) == (seen[0].response.id, "in_progress")
     assert cancelled.status == "cancelled"
     await server.nothing_held()
 

@@ -125,7 +125,9 @@ def test_speech_has_markdown_for_who_asks_and_now_and_then() -> None:
         assert part in whole
     assert len(whole) < 2000
     answers = [speech(f"message {n}", 1) for n in range(200)]
-    some = [one for one in answers if "\n## " in one or "\n| " in one or "```" in one]
+    some = [
+        answer for answer in answers if "\n## " in answer or "\n| " in answer or "```" in answer
+    ]
     assert 20 < len(some) < 60
 
 
@@ -751,7 +753,7 @@ async def test_errors_inside_the_stream(
     assert (len(chunk), chunk[-1]["error"]["code"]) == (4, 502)
     assert chunk[-1]["choices"][0]["finish_reason"] == "error"
     assert comment == b": OPENROUTER PROCESSING"
-    assert [one["error"]["code"] for one in events(first)] == [429]
+    assert [event["error"]["code"] for event in events(first)] == [429]
 
 
 async def test_broken_events(simulator: Simulator, session: aiohttp.ClientSession) -> None:
