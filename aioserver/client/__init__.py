@@ -1,12 +1,13 @@
 """The client library: chat with an aioserver from a program of your own.
 
-A *client* asks *questions*, and each question has one *answer*. An answer is read as *pieces* of its
-text or as *events*. It comes over a *transport*, a WebSocket that many answers share (`socket`) or an HTTP
-response for each answer (`event_source`). The *reading* of an answer is its place on a transport:
-it knows the number of the last event. When the *connection* is lost, the reading goes on after that
-number on the next one, so that each event comes once. What the server refuses is asked again
-(`faults`), until the *deadline* of the answer. A *conversation* is an id that questions have in
-common, whose *turns* the server keeps (`history`). `sync` is the same for a program without an event loop.
+A *client* asks *questions*, and each question has one *answer*. An answer is read as *pieces* of
+its text or as *events*. It comes over a *transport*, a WebSocket that many answers share
+(`socket`) or an HTTP response for each answer (`event_source`). The *reading* of an answer is its
+place on a transport: it knows the number of the last event. When the *connection* is lost, the
+reading goes on after that number on the next one, so that each event comes once. What the server
+refuses is asked again (`faults`), until the *deadline* of the answer. A *conversation* is an id
+that questions have in common, whose *turns* the server keeps (`history`). `sync` is the same for a
+program without an event loop.
 
 The names that programs import stand here, unlike in the other packages: this one is an interface
 for code that is not ours, and its files may change.

@@ -1,4 +1,5 @@
-"""The answer to one question: asked, read to its end, asked again where that is allowed; and its events, as a program sees them.
+"""The answer to one question: asked, read to its end, asked again where that is allowed; and its
+events, as a program sees them.
 
 This file is one concept: an answer is its events, and when each of them comes.
 
@@ -147,7 +148,8 @@ CANCEL_TIMEOUT = 5.0
 
 
 class Answer:
-    """The answer to a question. Nothing is sent before it is read, and it is read once, in one of three ways.
+    """The answer to a question. Nothing is sent before it is read, and it is read once, in one of
+    three ways.
 
     Its text, piece by piece; the whole text (`text`); or its `events`:
 
@@ -159,9 +161,10 @@ class Answer:
         async for event in client.chat("Hello").events():
             print(event)
 
-    Leaving the loop before its end cancels the answer at the server, whether by `break`, by an exception, or
-    since the task is cancelled; so does an iterator that nobody has any more. A program that keeps the iterator should read the answer
-    `async with`, which cancels at the end of its block:
+    Leaving the loop before its end cancels the answer at the server, whether by `break`, by an
+    exception, or since the task is cancelled; so does an iterator that nobody has any more. A
+    program that keeps the iterator should read the answer `async with`, which cancels at the end
+    of its block:
 
         async with client.chat("Hello") as answer:
             async for piece in answer:
@@ -226,8 +229,8 @@ class Answer:
     async def batch(self) -> list[Event]:
         """Return all events that have come, one at least; none at the end.
 
-        This is the loop of `events` by hand, for a program that would rather take several at once. Such
-        a program calls `leave` when it gives up before the end.
+        This is the loop of `events` by hand, for a program that would rather take several at once.
+        Such a program calls `leave` when it gives up before the end.
 
         Raises:
             AnswerError: there is no whole answer.
@@ -254,7 +257,8 @@ class Answer:
         return []
 
     def leave(self) -> asyncio.Future[None] | None:
-        """Read no further, and let the server cancel what has not ended; of no effect after the end.
+        """Read no further, and let the server cancel what has not ended; of no effect after the
+        end.
 
         Returns what is done when the server has been told, None if there is nothing to tell it.
         """
@@ -264,7 +268,8 @@ class Answer:
     async def cancel(self) -> None:
         """Cancel the answer at the server; its reading ends here as after its last event.
 
-        It returns when the server was told, or cannot be told; cancelling an answer that has ended does nothing.
+        It returns when the server was told, or cannot be told; cancelling an answer that has ended
+        does nothing.
         """
         told = self.leave()
         if self._timer is not None and not self._timer.expired():
@@ -309,7 +314,8 @@ class Answer:
         self._started = True
 
     def _check_deadline(self) -> None:
-        """Look at the time: if frames wait whenever the program comes, no timeout ever has its turn.
+        """Look at the time: if frames wait whenever the program comes, no timeout ever has its
+        turn.
 
         Raises:
             TimeoutError: the deadline has passed. It does not matter once the last event has come.

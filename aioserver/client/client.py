@@ -33,12 +33,13 @@ class Client:
             async for piece in client.chat("Hello"):
                 print(piece, end="")
 
-    *url*: the server's, with the path of a proxy that leads to it, if there is one. *key*: a client key, for a
-    server that wants one. *transport*: `websocket`, where answers share sockets, or `sse`, where each
-    has an HTTP response. *endpoint*: the path of that face, if it is not the one of the shipped
-    configuration. *deadline*: seconds that an answer may take, waits and reconnections included; None: no deadline.
-    *session*: an aiohttp session to use, for a proxy or a certificate authority of your own; it is
-    not closed. Made and used in one event loop; a task that uses it must not outlive it.
+    *url*: the server's, with the path of a proxy that leads to it, if there is one. *key*: a
+    client key, for a server that wants one. *transport*: `websocket`, where answers share sockets,
+    or `sse`, where each has an HTTP response. *endpoint*: the path of that face, if it is not the
+    one of the shipped configuration. *deadline*: seconds that an answer may take, waits and
+    reconnections included; None: no deadline. *session*: an aiohttp session to use, for a proxy or
+    a certificate authority of your own; it is not closed. Made and used in one event loop; a task
+    that uses it must not outlive it.
 
     Raises:
         ValueError: *url* is not that of a server, or *transport* is unknown.
@@ -106,16 +107,18 @@ class Client:
         """Return the answer to a question, which is sent when the answer is read.
 
         *content*: the user's text, in front of which the server puts what was said before in
-        *conversation_id* (absent: nothing was), or OpenAI's list of messages, which is sent as it is. *options*: further fields of OpenAI's
-        request, such as `temperature`. *deadline*: as that of the client, for this answer.
-        *request_id*: the same id is the same answer, paid for once (absent: a new one).
+        *conversation_id* (absent: nothing was), or OpenAI's list of messages, which is sent as it
+        is. *options*: further fields of OpenAI's request, such as `temperature`. *deadline*: as
+        that of the client, for this answer. *request_id*: the same id is the same answer, paid for
+        once (absent: a new one).
 
         Raises:
             ValueError: an argument can be no part of a question.
             RuntimeError: the client is closed.
         """
         if isinstance(content, str) and conversation_id is None:
-            # Not the conversation of the socket, which other answers share and which ends with the socket.
+            # Not the conversation of the socket, which other answers share and which ends with the
+            # socket.
             conversation_id = uuid.uuid4().hex
         question = make_question(
             content,
@@ -134,7 +137,8 @@ class Client:
     def conversation(self, conversation_id: str | None = None) -> Conversation:
         """Return a conversation: a new one, or the one that has this id.
 
-        Without a key all clients are one caller, so an id should be hard to guess: the default is a UUID.
+        Without a key all clients are one caller, so an id should be hard to guess: the default is
+        a UUID.
         """
         return Conversation(self, conversation_id or uuid.uuid4().hex)
 
@@ -152,7 +156,8 @@ class Client:
         """Return the turns of a conversation that the server keeps, the oldest first.
 
         Raises:
-            AnswerError: they cannot be had; `conversation_not_found`: there is no such conversation.
+            AnswerError: they cannot be had; `conversation_not_found`: there is no such
+                conversation.
         """
         return await self._history().turns(conversation_id)
 
@@ -160,7 +165,8 @@ class Client:
         """Delete a conversation.
 
         Raises:
-            AnswerError: it may not be deleted; `conversation_not_found`: there is no such conversation.
+            AnswerError: it may not be deleted; `conversation_not_found`: there is no such
+                conversation.
         """
         await self._history().delete(conversation_id)
 
@@ -211,7 +217,8 @@ class Conversation:
         return self._client.chat(content, conversation_id=self.id, **arguments)
 
     async def turns(self) -> list[Turn]:
-        """Return the turns that the server keeps, the oldest first; none before the first one has ended.
+        """Return the turns that the server keeps, the oldest first; none before the first one has
+        ended.
 
         Raises:
             AnswerError: they cannot be had.

@@ -1,8 +1,8 @@
 """The SSE transport: an HTTP response for each answer (WHATWG HTML 9.2).
 
-A question is a POST. The rest of an answer is a GET with the number of the last event, and DELETE cancels it.
-The response is read when the program reads the answer, so that nothing is kept here: a program that is slow is
-waited for by the server, and resumes if it was too slow.
+A question is a POST. The rest of an answer is a GET with the number of the last event, and DELETE
+cancels it. The response is read when the program reads the answer, so that nothing is kept here: a
+program that is slow is waited for by the server, and resumes if it was too slow.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""The faults of an answer: the one error that it may raise, what a refusal means, and which fault is asked again, and when.
+"""The faults of an answer: the one error that it may raise, what a refusal means, and which fault
+is asked again, and when.
 
-No I/O, no clock: seconds are returned, and the caller waits. All waits have full jitter: a random part of a span that doubles
-with each failure (Marc Brooker, "Exponential
-Backoff And Jitter", 2015), on top of what the server asks for.
+No I/O, no clock: seconds are returned, and the caller waits. All waits have full jitter: a random
+part of a span that doubles with each failure (Marc Brooker, "Exponential Backoff And Jitter",
+2015), on top of what the server asks for.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 class AnswerError(Exception):
     """There is no answer, or not the whole of it. It is the only error that an answer raises.
 
-    *code* is the server's code (see the page on errors), or one of the library's own: `connect_error`, the
-    server cannot be reached; `deadline_exceeded`; `protocol_error`, what came is not an aioserver's;
-    `cancelled`, somebody else has cancelled the answer. *message* is for people. *retryable*: the same question
-    may succeed later, and is not paid for twice; after *retry_after* seconds, if they are known. *text* is
-    what has come of the answer.
+    *code* is the server's code (see the page on errors), or one of the library's own:
+    `connect_error`, the server cannot be reached; `deadline_exceeded`; `protocol_error`, what came
+    is not an aioserver's; `cancelled`, somebody else has cancelled the answer. *message* is for
+    people. *retryable*: the same question may succeed later, and is not paid for twice; after
+    *retry_after* seconds, if they are known. *text* is what has come of the answer.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Interrupted(Exception):
 
 
 class Lost(Interrupted):
-    """The connection is lost, or could not be opened. The reading may go on at the loop's time *until*."""
+    """There is no connection. The reading may go on at the loop's time *until*."""
 
     def __init__(self, fault: Fault, until: float) -> None:
         super().__init__(fault)
@@ -83,7 +84,7 @@ class Refused(Interrupted):
 
 
 class Broken(Interrupted):
-    """Nothing can be had from this server: its bytes are no protocol of ours, or it forbids us to come back."""
+    """The server's bytes are no protocol of ours, or it forbids us to come back."""
 
 
 def protocol_error(message: str) -> Broken:
@@ -95,7 +96,8 @@ def protocol_error(message: str) -> Broken:
 MAX_ERROR_BYTES = 1 << 16
 # Characters of a server's message that are kept.
 MAX_MESSAGE = 1000
-# The usual codes of statuses whose body has none, or is out of reach: that of a refused WebSocket handshake.
+# The usual codes of statuses whose body has none, or is out of reach: that of a refused WebSocket
+# handshake.
 CODES = {
     401: "invalid_api_key",
     403: "permission_denied",
@@ -129,13 +131,13 @@ def refusal(status: int, headers: Mapping[str, str], body: bytes) -> tuple[Fault
 
 
 def closed_fault(close_code: int | None) -> Fault:
-    """Return the fault of a connection that has ended too early; *close_code*: the server's, if it sent one."""
+    """Return the fault of a connection that ended early; *close_code*: the server's, if any."""
     suffix = "" if close_code in {None, 1006} else f", with close code {close_code}"
     return Fault("connect_error", f"the connection to the server was closed{suffix}", True)
 
 
 def unreachable_fault(url: str, error: BaseException) -> Fault:
-    """Return the fault of a connection to *url* that could not be opened, or has broken by *error*."""
+    """Return the fault of a connection to *url* that *error* has prevented or broken."""
     return Fault("connect_error", f"{url} cannot be reached: {describe(error)}", True)
 
 
@@ -163,7 +165,7 @@ async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
 
 
 def error_object(body: bytes) -> tuple[str, str]:
-    """Return code and message of the error in *body*, an object like OpenAI's; empty, if there is none."""
+    """Return code and message of an error like OpenAI's in *body*; empty without one."""
     try:
         answer: Any = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -182,11 +184,13 @@ def _seconds(text: str | None, per_second: int) -> float | None:
 
 # The longest span of a wait by chance, in seconds.
 MAX_SPAN = 30.0
-# A server that stops is left alone for 1 to 10 s: its successor has to start, and all its clients come.
+# A server that stops is left alone for 1 to 10 s: its successor has to start, and all its clients
+# come.
 RESTART_LEAST, RESTART_SPAN = 1.0, 9.0
 # Tries to reach a server that has never been reached: a wrong address is told soon.
 FIRST_TRIES = 3
-# How often a question is asked again after a fault that is the provider's, though nothing was paid for.
+# How often a question is asked again after a fault that is the provider's, though nothing was paid
+# for.
 MAX_UNPAID = 2
 
 # Codes that say "not now".
@@ -248,7 +252,8 @@ class Retries:
     def after_end(self, fault: Fault, *, shown: bool, began: bool) -> float | None:
         """Return the seconds after which to ask under a new id; None if the fault is the end.
 
-        *shown*: some of the answer has come. *began*: a provider has had the question, or may have.
+        *shown*: some of the answer has come. *began*: a provider has had the question, or may
+        have.
         """
         if shown or not fault.retryable:
             return None

@@ -51,7 +51,9 @@ class Turn:
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """A conversation in a list: *title* is how its oldest question begins, *updated* the end of its newest turn (Unix seconds)."""
+    """A conversation in a list: *title* is how its oldest question begins, *updated* the end of
+    its newest turn (Unix seconds).
+    """
 
     id: str
     title: str = ""

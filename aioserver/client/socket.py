@@ -1,14 +1,16 @@
 """The WebSocket transport: a connection for up to MAX_ANSWERS answers, and further ones for more.
 
-This file is one concept: a question, the reading of its answer, and the connections that many readings share. Who may send
-when, and what is asked for again, is decided by all three together.
+This file is one concept: a question, the reading of its answer, and the connections that many
+readings share. Who may send when, and what is asked for again, is decided by all three together.
 
-A connection (RFC 6455) asks first for a `pong`, which proves that it has its place at the server: a socket that
-waits for its place may send no more than 16 frames. Then it sends what its readings want, as fast as the server's
-bound of frames allows. What comes is given to the readings at once, so that a slow reader delays no other one.
+A connection (RFC 6455) asks first for a `pong`, which proves that it has its place at the server:
+a socket that waits for its place may send no more than 16 frames. Then it sends what its readings
+want, as fast as the server's bound of frames allows. What comes is given to the readings at once,
+so that a slow reader delays no other one.
 
-A reading keeps MAX_UNREAD bytes of frames. What comes beyond is dropped, and asked for again (`resume`) when the
-program has read what was kept: the server keeps an answer anyway, and it is not kept twice.
+A reading keeps MAX_UNREAD bytes of frames. What comes beyond is dropped, and asked for again
+(`resume`) when the program has read what was kept: the server keeps an answer anyway, and it is
+not kept twice.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ if TYPE_CHECKING:
 MAX_ID_CHARACTERS = 256
 # Fields of OpenAI's request that `options` cannot set: they have arguments, or are the server's.
 RESERVED_OPTIONS = frozenset({"model", "messages", "stream"})
-# An event is as large as the server's `max_stream_bytes` at most, 4 MiB by default. One that is larger than
-# this would fill the memory.
+# An event is as large as the server's `max_stream_bytes` at most, 4 MiB by default. One that is
+# larger than this would fill the memory.
 MAX_FRAME_BYTES = 1 << 26
 
 
@@ -157,7 +159,8 @@ class Reading(ABC):
 
         Raises:
             Lost: the connection is lost; call again at its time.
-            Refused: the server refuses the question, or the rest of the answer; call again to repeat it.
+            Refused: the server refuses the question, or the rest of the answer; call again to
+                repeat it.
             Broken: it is of no use to call again.
         """
 
@@ -211,11 +214,11 @@ class Transport(ABC):
 
     @abstractmethod
     def read(self, question: Question) -> Reading:
-        """Return the reading of the answer to *question*; nothing is sent before its `frames` is called."""
+        """Return the reading of an answer; nothing is sent before its `frames` is called."""
 
     @abstractmethod
     async def close(self) -> None:
-        """Tell the server what is to be cancelled, and close all connections. Readings end as broken."""
+        """Tell the server what to cancel, and close all connections. Readings end as broken."""
 
     def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start a task that ends before `close` returns."""
@@ -330,12 +333,13 @@ class SocketReading(Reading):
             self._waiter.set_result(None)
 
 
-# Answers at once on one socket. The server's bound is 32; the others are for answers whose `cancel` is on its way.
+# Answers at once on one socket. The server's bound is 32; the others are for answers whose
+# `cancel` is on its way.
 MAX_ANSWERS = 28
 # Seconds for commands that wait to be sent when the client is closed.
 FLUSH_TIMEOUT = 2.0
-# The server closes a socket that sends more than 100 frames or 16 MiB a second, after a burst of twice as
-# much. Pongs are frames, too.
+# The server closes a socket that sends more than 100 frames or 16 MiB a second, after a burst of
+# twice as much. Pongs are frames, too.
 SECONDS_PER_FRAME = 1 / 80
 SECONDS_PER_BYTE = 1 / (8 << 20)
 BURST_SECONDS = 1.0
@@ -344,18 +348,20 @@ _PING = b'{"action":"ping","request_id":"place"}'
 
 
 class Connection:
-    """One socket. Always: each reading in `readings` has it as its `connection`; at most MAX_ANSWERS."""
+    """A socket. Always: its at most MAX_ANSWERS `readings` have it as their `connection`."""
 
     def __init__(
         self, transport: SocketTransport, ws: aiohttp.ClientWebSocketResponse[bool]
     ) -> None:
         self.readings: dict[str, SocketReading] = {}
-        # Whether it takes no more questions, since it is closed or will be; and whether it sends nothing any more.
+        # Whether it takes no more questions, since it is closed or will be; and whether it sends
+        # nothing any more.
         self.leaving = self.closed = False
         self._transport = transport
         self._ws = ws
         self._loop = asyncio.get_running_loop()
-        # Frames to be sent, with the reading that wants them, and what is done when they were sent.
+        # Frames to be sent, with the reading that wants them, and what is done when they were
+        # sent.
         self._outbox: deque[tuple[bytes, SocketReading | None, asyncio.Future[None] | None]] = (
             deque()
         )
@@ -373,7 +379,7 @@ class Connection:
         self._sender = transport.start(self._send())
 
     def room_for(self, request_id: str) -> bool:
-        """Return whether it can take another reading; the server sends each answer once on a socket."""
+        """Return whether it can take another reading; a socket has each answer once."""
         return (
             not self.leaving
             and len(self.readings) < MAX_ANSWERS
@@ -545,13 +551,15 @@ class Connection:
         self._flushed.set()
 
 
-# Seconds for the handshake, connecting included; for asking why it was refused; for the server to answer a close frame.
+# Seconds for the handshake, connecting included; for asking why it was refused; for the server to
+# answer a close frame.
 HANDSHAKE_TIMEOUT = 30.0
 REASON_TIMEOUT = 5.0
 CLOSE_TIMEOUT = 2.0
 # Seconds of silence before a ping; half as long may its answer take.
 HEARTBEAT = 30.0
-# Seconds for which the server lets an answer without a reader go on, by default: then it needs no `cancel`.
+# Seconds for which the server lets an answer without a reader go on, by default: then it needs no
+# `cancel`.
 CANCEL_WINDOW = 30.0
 CLOSED = Fault("connect_error", "the client is closed")
 
@@ -617,7 +625,7 @@ class SocketTransport(Transport):
     def cancel(
         self, request_id: str, connection: Connection | None
     ) -> asyncio.Future[None] | None:
-        """Cancel an answer, on its connection or on the next one. Returns what is done when it was sent."""
+        """Cancel an answer, on any connection. Returns what is done when that was sent."""
         if self.closed:
             return None
         loop = asyncio.get_running_loop()
@@ -696,7 +704,8 @@ class SocketTransport(Transport):
     async def _reason(self, status: int, fault: Fault) -> Fault:
         """Return why a handshake was refused with *status*; *fault* if that cannot be known.
 
-        aiohttp keeps the body of a refused handshake to itself, but a plain request is refused for the same reason.
+        aiohttp keeps the body of a refused handshake to itself, but a plain request is refused for
+        the same reason.
         """
         timeout = aiohttp.ClientTimeout(total=REASON_TIMEOUT)
         try:

@@ -6,9 +6,9 @@
         for piece in client.chat("Hello"):
             print(piece, end="")
 
-The asynchronous client runs in an event loop in a thread of its own, which begins with the first question. A
-`Client` may be used from any number of threads at once, as in a web application that has a thread for
-each request. After a `fork` the child needs a client of its own.
+The asynchronous client runs in an event loop in a thread of its own, which begins with the first
+question. A `Client` may be used from any number of threads at once, as in a web application that
+has a thread for each request. After a `fork` the child needs a client of its own.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ JOIN_TIMEOUT = 5.0
 
 
 class Client:
-    """A client of one server; its arguments are those of `aioserver.client.Client`, but for a session.
+    """A client of one server; its arguments are those of `aioserver.client.Client`, but for a
+    session.
 
     Raises:
         ValueError: an argument has no meaning.
@@ -73,7 +74,8 @@ class Client:
         self._finalizer()
 
     def chat(self, content: str | list[dict[str, Any]], **arguments: Any) -> Answer:
-        """Return the answer to a question; the arguments are those of `aioserver.client.Client.chat`.
+        """Return the answer to a question; the arguments are those of
+        `aioserver.client.Client.chat`.
 
         Raises:
             ValueError: an argument can be no part of a question.
@@ -127,7 +129,8 @@ class Conversation:
         self._conversation = conversation
 
     def turns(self) -> list[Turn]:
-        """Return the turns that the server keeps, the oldest first; none before the first one has ended.
+        """Return the turns that the server keeps, the oldest first; none before the first one has
+        ended.
 
         Raises:
             AnswerError: they cannot be had.
@@ -154,11 +157,13 @@ class Conversation:
 class Answer:
     """The answer to a question, read once: its pieces, its `text`, or its `events`.
 
-    Leaving the loop before its end cancels the answer at the server, and so does the end of a `with` block.
+    Leaving the loop before its end cancels the answer at the server, and so does the end of a
+    `with` block.
     """
 
     def __init__(self, client: Client, thread: LoopThread, answer: AsynchronousAnswer) -> None:
-        # A client that nobody has any more closes itself, and not before its answers have been read.
+        # A client that nobody has any more closes itself, and not before its answers have been
+        # read.
         self._client = client
         self._thread = thread
         self._answer = answer

@@ -1,9 +1,10 @@
-"""The state of several instances as one: what `/stats` and `/events` show where there is a cluster.
+"""The state of several instances as one: what `/stats` and `/events` show where there is a
+cluster.
 
-Each instance makes a `Report` of itself, and the one that is asked folds them into one snapshot, by the rules that the
-fields of the snapshot declare (state.py). Made here are: percentiles, of all values, in buckets; the trouble of a provider,
-which is the worst of any instance, and says whose it is; the limit of a provider, which is shared; and the verdict, which is
-made of the sums.
+Each instance makes a `Report` of itself, and the one that is asked folds them into one snapshot,
+by the rules that the fields of the snapshot declare (state.py). Made here are: percentiles, of all
+values, in buckets; the trouble of a provider, which is the worst of any instance, and says whose
+it is; the limit of a provider, which is shared; and the verdict, which is made of the sums.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ FIRST_TOKEN, DELAY, PROVIDER_FIRST_TOKEN, PROVIDER_SILENCE = (
 
 
 class Report(NamedTuple):
-    """What an instance says of itself: its *snapshot*, and what the verdict and the percentiles are made of.
+    """What an instance says of itself: its *snapshot*, and what the verdict and the percentiles
+    are made of.
 
     *recent* has values by their name and detail: `(PROVIDER_SILENCE, "groq")`.
     """
@@ -76,7 +78,8 @@ def recent_values(metrics: Metrics, now: float) -> dict[tuple[str, str], RecentB
 
 
 def rules_of(shape: type) -> dict[str, Rule]:
-    """Return the rule of each field of *shape*: the one that it declares, or the fold of the states within.
+    """Return the rule of each field of *shape*: the one that it declares, or the fold of the
+    states within.
 
     Raises:
         TypeError: a field has none.
@@ -106,7 +109,8 @@ def _rule(field: Any) -> Rule | None:
 def fold(rules: Mapping[str, Rule], states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return *states* as one, by *rules*; the first is that of the instance that is asked.
 
-    An instance of another version may lack a field of the first one, and is left out where it does.
+    An instance of another version may lack a field of the first one, and is left out where it
+    does.
     """
     return {
         name: rule([state[name] for state in states if name in state])
@@ -118,12 +122,14 @@ def fold(rules: Mapping[str, Rule], states: Sequence[Mapping[str, Any]]) -> dict
 def _fold_by_key(
     rules: Mapping[str, Rule], states: Sequence[Mapping[str, Mapping[str, Any]]]
 ) -> dict[str, Any]:
-    """Return the states under each key of the first as one; an instance whose reload is not over may lack one."""
+    """Fold by the keys of the first; an instance whose reload is not over may lack one."""
     return {key: fold(rules, [each[key] for each in states if key in each]) for key in states[0]}
 
 
 class Fold:
-    """Adds up the reports of instances. The plan by which it does is made once, of the core's shapes and the *sections*'."""
+    """Adds up the reports of instances. The plan by which it does is made once, of the core's
+    shapes and the *sections*'.
+    """
 
     def __init__(self, sections: Sequence[Section[Any]] = ()) -> None:
         self._sections = sections
@@ -140,8 +146,8 @@ class Fold:
     ) -> Snapshot:
         """Return the snapshot of all instances in *reports* together, that of *own* among them.
 
-        *places* has what all have together at each provider. *unheard* are the instances that have not answered; they are
-        named in it.
+        *places* has what all have together at each provider. *unheard* are the instances that have
+        not answered; they are named in it.
         """
         first = reports[own].snapshot
         others = [report.snapshot for name, report in reports.items() if name != own]
@@ -210,7 +216,7 @@ def _lately(all_lately: Sequence[Lately]) -> Lately:
 
 
 def _worst_trouble(provider: str, own: str, reports: Mapping[str, Report]) -> Trouble | None:
-    """Return the worst trouble that any instance has with *provider*; of two that are as bad that of *own*."""
+    """Return the worst trouble of *provider* at any instance; of equal ones that of *own*."""
     kinds = list(WORDS)
     troubles = {
         instance: trouble
@@ -228,8 +234,9 @@ def _worst_trouble(provider: str, own: str, reports: Mapping[str, Report]) -> Tr
 def add_histories(histories: Sequence[History]) -> History:
     """Return the history of all *histories* together, at the times of the first.
 
-    The instances tick at different moments: a point is added to the one of the first that is less than a tick away. What is
-    no number of things is the largest: percentiles of the past are not known in buckets.
+    The instances tick at different moments: a point is added to the one of the first that is less
+    than a tick away. What is no number of things is the largest: percentiles of the past are not
+    known in buckets.
     """
     first = histories[0]
     times = first["time"]

@@ -1,10 +1,10 @@
 """Incidents: what has happened that an operator should know, found in the difference of two ticks.
 
-Everything that is counted is gathered: the first incident is reported at once, and after it a quiet time
-begins, in which numbers are added up for the next incident of the same kind, detail and provider. A
-trouble of a provider, or of a section, is an incident when it begins and when it ends; a trouble that comes back in its
-quiet time is reported after that, if it still lasts. The words are those of troubles.py,
-so that the log and the verdict say the same.
+Everything that is counted is gathered: the first incident is reported at once, and after it a
+quiet time begins, in which numbers are added up for the next incident of the same kind, detail and
+provider. A trouble of a provider, or of a section, is an incident when it begins and when it ends;
+a trouble that comes back in its quiet time is reported after that, if it still lasts. The words
+are those of troubles.py, so that the log and the verdict say the same.
 """
 
 from __future__ import annotations
@@ -80,9 +80,11 @@ TROUBLES = {
 }
 # Kinds and details whose severity is always "error".
 SEVERE = frozenset(("tls", "provider_auth", "no_provider", "bug"))
-# Rejections and faults are an error, too, if there are as many as this, and more than what went well meanwhile.
+# Rejections and faults are an error, too, if there are as many as this, and more than what went
+# well meanwhile.
 MANY_REJECTED, MANY_FAILED = 10, 5
-# Rejections with these codes are never an error: they are about one caller's limits, a stop, or no answer at all.
+# Rejections with these codes are never an error: they are about one caller's limits, a stop, or no
+# answer at all.
 HARMLESS = frozenset(
     ("rate_limit_exceeded", "concurrency_exceeded", "server_shutdown", "history_unavailable")
 )
@@ -143,7 +145,9 @@ class Detector:
         providers: Mapping[str, ProviderState],
         sections: Iterable[tuple[Section[Any], Any]] = (),
     ) -> list[Incident]:
-        """Return the incidents of the tick at *now*, a monotonic time, which ends *interval*; *sections* with their states."""
+        """Return the incidents of the tick at *now*, a monotonic time, which ends *interval*;
+        *sections* with their states.
+        """
         self._gather(now, interval)
         return [
             *self._trouble_changes(now, providers),

@@ -1,7 +1,8 @@
-"""The interval between two ticks: how much each total has grown, the event loop's lag, the CPU time.
+"""The interval between two ticks: how much each total has grown, the event loop's lag, the CPU
+time.
 
-Rates and incidents are made from an interval. Totals are read from the metrics and never reset: what has grown
-is the difference of two readings.
+Rates and incidents are made from an interval. Totals are read from the metrics and never reset:
+what has grown is the difference of two readings.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ TASK_TICKS = 10
 # Seconds; rates of a shorter interval are those of this one.
 MIN_SECONDS = 1e-3
 
-# Kinds of totals. The details are an error code for REJECTIONS, an outcome for ATTEMPTS, a place in the code for BUGS.
+# Kinds of totals. The details are an error code for REJECTIONS, an outcome for ATTEMPTS, a place
+# in the code for BUGS.
 REJECTIONS = "rejections"
 REQUESTS = "requests"
 DENIED = "denied"
@@ -52,9 +54,9 @@ class Total(NamedTuple):
 class Interval:
     """The measurements of one interval.
 
-    *growth* has only the totals that have grown; *rates* are per second, by kind and provider; *lag* (a
-    mean) and *lag_max* are in seconds; *cpu* is the share of one core; *tasks* may be TASK_TICKS old; *bugs*
-    are the requests that met a bug in the last MINUTE ticks.
+    *growth* has only the totals that have grown; *rates* are per second, by kind and provider;
+    *lag* (a mean) and *lag_max* are in seconds; *cpu* is the share of one core; *tasks* may be
+    TASK_TICKS old; *bugs* are the requests that met a bug in the last MINUTE ticks.
     """
 
     growth: dict[Total, float]

@@ -1,7 +1,8 @@
-"""The tick, once a second: a snapshot, ten minutes of history, incidents, and the clients that watch.
+"""The tick, once a second: a snapshot, ten minutes of history, incidents, and the clients that
+watch.
 
-Everything is built once a tick, however many clients look at it: `/stats` gets the bytes of the newest
-snapshot, and so does each watcher of `/events`.
+Everything is built once a tick, however many clients look at it: `/stats` gets the bytes of the
+newest snapshot, and so does each watcher of `/events`.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Others(Protocol):
         """Return the state of all together."""
 
     async def news(self) -> tuple[Snapshot, list[Incident]]:
-        """Return the state of all together, and what has happened in the others since the last call."""
+        """Return the state of all together, and the others' incidents since the last call."""
 
     async def history(self) -> History:
         """Return the history of all together."""
@@ -99,7 +100,7 @@ class Others(Protocol):
 
 
 class Point(NamedTuple):
-    """What the history keeps of one snapshot: the values of SERIES and of PROVIDER_SERIES, by name."""
+    """What the history keeps of a snapshot: values of SERIES and PROVIDER_SERIES, by name."""
 
     time: float
     values: dict[str, float | None]
@@ -180,7 +181,7 @@ class Monitor:
         return self._incident_count, list(self._incidents)[-NEWEST:]
 
     async def state_of_all(self) -> bytes:
-        """Return the state of all instances together as JSON: of this one at its last tick, if it is the only one."""
+        """Return the state of all instances together as JSON, as of the last tick."""
         if self.others is None:
             return self._snapshot_json
         return orjson.dumps(await self.others.state())
@@ -203,7 +204,8 @@ class Monitor:
         )
 
     def watch(self, watcher: Watcher, every: int) -> None:
-        """Send *watcher* the history, then a snapshot each *every* ticks and incidents as they happen.
+        """Send *watcher* the history, then a snapshot each *every* ticks and incidents as they
+        happen.
 
         The caller must pass *watcher* to `leave` at the end.
 
@@ -289,7 +291,7 @@ class Monitor:
             watcher.send(data)
 
     def history(self) -> History:
-        """Return the points of the last ten minutes as series; only providers that are configured now are in it."""
+        """Return the last ten minutes as series; only of providers that are configured now."""
         points = self._history
         return {
             "interval": TICK,

@@ -1,7 +1,7 @@
 """`/metrics`: Prometheus text (https://prometheus.io/docs/instrumenting/exposition_formats/).
 
-Counters and histograms are the families of the metrics. Gauges are read from a fresh snapshot, the same
-that `/stats` shows, by a table. prometheus-client writes the text.
+Counters and histograms are the families of the metrics. Gauges are read from a fresh snapshot, the
+same that `/stats` shows, by a table. prometheus-client writes the text.
 """
 
 from __future__ import annotations

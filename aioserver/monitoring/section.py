@@ -1,8 +1,9 @@
 """A section: a wing's part of what operators see.
 
-A section has a key of `/stats`, gauges of `/metrics`, and at most one trouble at a time, which is an incident when it begins
-and when it ends, and a finding of the verdict while it lasts. Where there are several instances, their states are added
-up by the rules that the fields of its *shape* declare, as those of the core (state.py).
+A section has a key of `/stats`, gauges of `/metrics`, and at most one trouble at a time, which is
+an incident when it begins and when it ends, and a finding of the verdict while it lasts. Where
+there are several instances, their states are added up by the rules that the fields of its *shape*
+declare, as those of the core (state.py).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Gauge(NamedTuple, Generic[State]):
 
 
 class SectionTrouble(NamedTuple):
-    """What is wrong with a section now. A new *kind* is a new incident; *word* and *detail* are those of the verdict."""
+    """What is wrong with a section now; a new *kind* is a new incident. *word*: of the verdict."""
 
     kind: str
     word: str

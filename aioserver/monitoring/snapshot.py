@@ -1,8 +1,9 @@
-"""The state of the server at one moment: what `/stats`, `/events` and the gauges of `/metrics` show.
+"""The state of the server at one moment: what `/stats`, `/events` and the gauges of `/metrics`
+show.
 
 Everything is read from counters and from `stats()`; clients are never walked, and of requests only
-those that a provider answers now: a silence that goes on is counted nowhere yet. What cannot be read
-at a moment, such as a rate, is that of the last interval.
+those that a provider answers now: a silence that goes on is counted nowhere yet. What cannot be
+read at a moment, such as a rate, is that of the last interval.
 
 The meaning of each field is in docs/monitoring.md.
 """
@@ -58,9 +59,9 @@ class SettingsInEffect(Protocol):
 class Sources:
     """The objects from which the state is read; they live as long as the server.
 
-    *gate* admits connections, *running* counts the answers under way, *ready* says whether the server takes new
-    work, and *listening* has the sockets that accept connections, as soon as there are any. *sections* are the wings'
-    parts, and *endpoints* the paths of their faces.
+    *gate* admits connections, *running* counts the answers under way, *ready* says whether the
+    server takes new work, and *listening* has the sockets that accept connections, as soon as
+    there are any. *sections* are the wings' parts, and *endpoints* the paths of their faces.
     """
 
     settings: SettingsInEffect

@@ -1,8 +1,9 @@
-"""The shapes of a snapshot: the JSON object of `/stats`, and what it consists of; and how each field adds up.
+"""The shapes of a snapshot: the JSON object of `/stats`, and what it consists of; and how each
+field adds up.
 
-Where there are several instances, `fold` (fold.py) makes one state of theirs. Each field declares the rule by which it does:
-numbers of things are added; of waits, silences and ages the longest counts; what is the same in all is that of the
-instance that is asked.
+Where there are several instances, `fold` (fold.py) makes one state of theirs. Each field declares
+the rule by which it does: numbers of things are added; of waits, silences and ages the longest
+counts; what is the same in all is that of the instance that is asked.
 
 The meaning of each field is in docs/monitoring.md.
 """
@@ -13,7 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NotRequired, TypedDict
 
-# Makes one value of those of several instances, of which the first is that of the instance that is asked.
+# Makes one value of those of several instances, of which the first is that of the instance that is
+# asked.
 Rule = Callable[[Sequence[Any]], Any]
 
 
@@ -58,7 +60,8 @@ COUNTS: Rule = _by_name
 KNOWN: Rule = _sum_of_known
 EARLIEST: Rule = _earliest
 OWN: Rule = _first
-# `Fold` makes these of more than the states: percentiles of all values, the worst trouble, the verdict.
+# `Fold` makes these of more than the states: percentiles of all values, the worst trouble, the
+# verdict.
 MADE = OWN
 # The states of a provider, and how an instance stands with the cluster's server: the worst first.
 STATES = ("dead", "sick", "well")
@@ -215,11 +218,13 @@ class ProcessState(TypedDict):
 
 
 class ClusterState(TypedDict):
-    """How an instance, or the worst of several, stands with the cluster's server, and what went to and fro.
+    """How an instance, or the worst of several, stands with the cluster's server, and what went to
+    and fro.
 
-    *state*: `joined`, `unheard` or `alone` (wings/cluster/leases.py). *calls* and *failed_calls* are those about limits. *links* are
-    logs of this instance that are read elsewhere, *mirrors* those of others that are read here. *unclaimed* requests with an
-    id were answered though the server did not say in time whether another instance has it. *lost* messages found too many
+    *state*: `joined`, `unheard` or `alone` (wings/cluster/leases.py). *calls* and *failed_calls*
+    are those about limits. *links* are logs of this instance that are read elsewhere, *mirrors*
+    those of others that are read here. *unclaimed* requests with an id were answered though the
+    server did not say in time whether another instance has it. *lost* messages found too many
     others waiting.
     """
 
@@ -233,7 +238,7 @@ class ClusterState(TypedDict):
 
 
 class InstanceState(TypedDict):
-    """One instance of a cluster by itself; *places* are those of each provider that it has in hand."""
+    """One instance of a cluster; *places* are those that it has in hand, by provider."""
 
     ready: bool
     uptime: float
@@ -256,7 +261,9 @@ class InstanceState(TypedDict):
 class Snapshot(TypedDict):
     """The whole state: the JSON object of `/stats`.
 
-    The state of each section (section.py) is in it, too, under the section's key. *cluster* and *instances* are there in a cluster only; the value of an instance that has not answered is None.
+    The state of each section (section.py) is in it, too, under the section's key. *cluster* and
+    *instances* are there in a cluster only; the value of an instance that has not answered is
+    None.
     """
 
     time: Annotated[float, OWN]

@@ -1,10 +1,10 @@
 """Troubles: what is wrong with a provider and since when, in words that every display shows.
 
-`/stats`, the dashboard, `top` and the log show the same texts, which are made here. A trouble has a
-*text* that stands alone, "groq has said nothing for 6 s in 25 answers", and a *detail*: when the trouble
-began, when the provider is tried next, and which fallback is asked instead. Of several troubles of a
-provider, the worst is shown. The *advice* says what an operator can do, and the *severity* how the log,
-the dashboard and `top` show the trouble: as an `error`, or as a `warning`.
+`/stats`, the dashboard, `top` and the log show the same texts, which are made here. A trouble has
+a *text* that stands alone, "groq has said nothing for 6 s in 25 answers", and a *detail*: when the
+trouble began, when the provider is tried next, and which fallback is asked instead. Of several
+troubles of a provider, the worst is shown. The *advice* says what an operator can do, and the
+*severity* how the log, the dashboard and `top` show the trouble: as an `error`, or as a `warning`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ WORDS = {
 }
 # One of these may become another, without an end of the trouble between them.
 FAILURES = frozenset((DEAD, SICK, FAILING))
-# Outcomes of an attempt that are the provider's fault, and how the provider fails then. A 4xx is none: it
-# is the fault of the request, or of our key. Nor is a stale connection, which is replaced at once.
+# Outcomes of an attempt that are the provider's fault, and how the provider fails then. A 4xx is
+# none: it is the fault of the request, or of our key. Nor is a stale connection, which is replaced
+# at once.
 FAULTS = {
     "connect_error": "cannot be reached",
     "timeout": "does not answer in time",
@@ -45,12 +46,14 @@ FAULTS = {
     "disconnected": "breaks off its answers",
     "bad_response": "sends what is no answer",
 }
-# A provider fails if at least FEW attempts of the last WINDOW ticks have failed, and this share of them.
+# A provider fails if at least FEW attempts of the last WINDOW ticks have failed, and this share of
+# them.
 WINDOW = 60
 FEW, SHARE = 3, 0.1
 
-# What an operator can do, by the kind of a trouble. The sentences name settings as they stand in `config.yaml`, and no number:
-# the numbers stand in the texts beside them. By outcome of a failed attempt:
+# What an operator can do, by the kind of a trouble. The sentences name settings as they stand in
+# `config.yaml`, and no number: the numbers stand in the texts beside them. By outcome of a failed
+# attempt:
 OF_FAULTS = {
     "connect_error": "Check that {name} runs, and that its base_url leads to it.",
     "timeout": "Look at the load of {name}; if it is only slow, raise read_timeout in its http_client.",
@@ -149,7 +152,7 @@ class Troubles:
     def _trouble(
         self, name: str, provider: ProviderState, snapshot: Snapshot, before: Trouble | None
     ) -> Trouble | None:
-        """Return the worst trouble of the provider *name*; *before* is its trouble at the last snapshot."""
+        """Return the worst trouble of the provider *name*; *before*: at the last snapshot."""
         faults, attempts = self._lately(name)
         failed = sum(faults.values())
         began = now = snapshot["time"]

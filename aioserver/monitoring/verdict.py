@@ -1,8 +1,9 @@
-"""The verdict: the state of the whole server in one word, one sentence, what more is known, and what to do.
+"""The verdict: the state of the whole server in one word, one sentence, what more is known, and
+what to do.
 
-It is made once a tick and is part of the snapshot, so that the dashboard, `top` and `/stats` say the same.
-Of several findings the worst is the verdict. Every number in its texts is one of the snapshot, or has been
-counted in the last RECENT ticks.
+It is made once a tick and is part of the snapshot, so that the dashboard, `top` and `/stats` say
+the same. Of several findings the worst is the verdict. Every number in its texts is one of the
+snapshot, or has been counted in the last RECENT ticks.
 """
 
 from __future__ import annotations
@@ -36,12 +37,15 @@ if TYPE_CHECKING:
 RECENT = 10
 # Seconds of lag of the event loop that clients notice.
 NOTICEABLE_LAG = 0.25
-# Shares: of the allowed open files, from which on they run out; of the places, from which on they do.
+# Shares: of the allowed open files, from which on they run out; of the places, from which on they
+# do.
 FEW_FILES, FEW_PLACES = 0.9, 0.9
 
 
 class Lately(NamedTuple):
-    """What happened in the last RECENT ticks: rejections by code, answers begun and failed; the largest lag in seconds."""
+    """What happened in the last RECENT ticks: rejections by code, answers begun and failed; the
+    largest lag in seconds.
+    """
 
     rejected: Mapping[str, int]
     answered: int
@@ -50,7 +54,9 @@ class Lately(NamedTuple):
 
 
 class Verdicts:
-    """Judges snapshot by snapshot; the snapshots must have their troubles, and the states of all *sections*."""
+    """Judges snapshot by snapshot; the snapshots must have their troubles, and the states of all
+    *sections*.
+    """
 
     def __init__(self, sections: Sequence[Section[Any]] = ()) -> None:
         self._sections = sections

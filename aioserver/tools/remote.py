@@ -1,4 +1,4 @@
-"""A running server, as `top`, `bench`, `chat` and `doctor` reach it: its URL, a key, a session, its errors."""
+"""A running server, as tools reach it: its URL, a key, a session, its errors."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ key_option = click.option(
 
 
 def session(key: str | None, *traces: aiohttp.TraceConfig) -> aiohttp.ClientSession:
-    """Open a session without a limit of connections and without a deadline: callers set their own. *traces* see its requests.
+    """Open a session without a limit of connections and without a deadline: callers set their own.
+    *traces* see its requests.
 
     The caller must close it.
     """
@@ -82,7 +83,8 @@ def session(key: str | None, *traces: aiohttp.TraceConfig) -> aiohttp.ClientSess
 
 
 async def paths(session: aiohttp.ClientSession, url: str) -> dict[str, str] | None:
-    """Return the path of each face, of which the server's overview tells everybody; None if what answers is no aioserver.
+    """Return the path of each face, of which the server's overview tells everybody; None if what
+    answers is no aioserver.
 
     Raises:
         Unreachable: nothing answered in time.
@@ -112,7 +114,8 @@ async def check_key(session: aiohttp.ClientSession, url: str, key: str | None) -
     """Ask for the models, which needs a key where any request does and costs nothing.
 
     Raises:
-        KeyNeeded: the server does not know *key*, with which *session* was made, or there is none and it wants one.
+        KeyNeeded: the server does not know *key*, with which *session* was made, or there is none
+            and it wants one.
         Unreachable: the server did not answer.
     """
     try:

@@ -3,8 +3,8 @@
 - `command` is the command line. It makes a **plan**: so many **clients**, each with so many
   requests, or for so many seconds, over one face of the server.
 - `load` carries the plan out: a **run** starts the clients and waits for them.
-- `clients` has a **client** of any face. It sends the same **question** with every request and reads
-  the answer to its end, as the face has it.
+- `clients` has a **client** of any face. It sends the same **question** with every request and
+  reads the answer to its end, as the face has it.
 - `attempt` is one request as its client sees it. It is **ok** (a complete answer), **refused**
   (the server said "not now": 429 or 503) or **incomplete** (whatever else did not end as it
   should).

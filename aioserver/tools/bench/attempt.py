@@ -23,7 +23,8 @@ REFUSALS = {
 
 
 class Attempt:
-    """Measures one request. The client reports all that comes, and `settle` counts the request, once.
+    """Measures one request. The client reports all that comes, and `settle` counts the request,
+    once.
 
     Always: the events of the answer had the numbers 1, 2, 3 … or it has a fault.
     """

@@ -1,9 +1,10 @@
 """Clients of all faces: they send requests, and report their answers to an `Attempt`.
 
 On the WebSocket and SSE faces an answer is complete when its events are numbered without a gap or
-a repetition and the last of them is `complete`, and so on that of Responses over WebSocket, where the last is
-`response.completed` or `response.incomplete`; on the OpenAI face when it has a `finish_reason`
-and, if it is streamed, `[DONE]`; on Anthropic's when it has a `stop_reason` and, if it is streamed, `message_stop`.
+a repetition and the last of them is `complete`, and so on that of Responses over WebSocket, where
+the last is `response.completed` or `response.incomplete`; on the OpenAI face when it has a
+`finish_reason` and, if it is streamed, `[DONE]`; on Anthropic's when it has a `stop_reason` and,
+if it is streamed, `message_stop`.
 """
 
 from __future__ import annotations
@@ -202,7 +203,8 @@ FACES = {
 
 
 class Client:
-    """One client of *face*, whose path is at *url*; it sends all requests on one socket where the face has sockets.
+    """One client of *face*, whose path is at *url*; it sends all requests on one socket where the
+    face has sockets.
 
     `close` must be called at the end, and after a request that did not succeed.
     """
@@ -237,7 +239,7 @@ class Client:
                 face.read_whole(attempt, await response.read())
 
     async def _messages(self, attempt: Attempt, frame: dict[str, Any]) -> Events:
-        """Send *frame*, on the open socket or on a new one, and yield what comes until *attempt* has ended."""
+        """Send *frame* on a socket, and yield what comes until *attempt* has ended."""
         if self._ws is None:
             self._ws = await self._session.ws_connect(
                 self._url,
@@ -299,7 +301,7 @@ def _speaks(attempt: Attempt, reading: Reading, data: bytes) -> bool:
 
 
 def _finish(attempt: Attempt, reason: object, fault: str) -> None:
-    """Report the end of an answer, unless it has been: it is complete if it has a *reason*, else it has a *fault*."""
+    """Report the end of an answer, once: it is complete with a *reason*, else has a *fault*."""
     if attempt.ended:
         return
     if reason:

@@ -114,7 +114,8 @@ def bench(plan: Plan, *, as_json: bool) -> int:
     """Carry out *plan* and print the report on stdout; the progress bar goes to stderr.
 
     Returns the exit code: 0, 1 for an incomplete answer or a server that is not there, 2 where
-    rich is missing, the server wants another key, or the clients need more open files than this process may have.
+    rich is missing, the server wants another key, or the clients need more open files than this
+    process may have.
     """
     drawing = _drawing()
     if drawing is None and not as_json:

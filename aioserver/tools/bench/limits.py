@@ -11,8 +11,8 @@ import aiohttp
 if TYPE_CHECKING:
     from aioserver.tools.bench.results import Results, Waits
 
-# Seconds before the first reading: the server updates its numbers once a second, and earlier ones are
-# older than the run.
+# Seconds before the first reading: the server updates its numbers once a second, and earlier ones
+# are older than the run.
 FIRST_READING = 1.0
 # Seconds between two readings.
 READING_INTERVAL = 0.5

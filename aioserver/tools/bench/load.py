@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from aioserver.tools.bench.clients import Question
 
-# Seconds that a refused client waits at most, even if the server asks for more: the run must go on.
+# Seconds that a refused client waits at most, even if the server asks for more: the run must go
+# on.
 MAX_DELAY = 1.0
 # Seconds that a refused client waits if the server asks for no time: it must not spin.
 DEFAULT_DELAY = 0.1

@@ -1,10 +1,11 @@
 """Asks one question over the client library, and shows what comes, until its end or a signal.
 
-The question is the words of a command line, and stdin where that is no terminal; with it goes a part of the conversation.
+The question is the words of a command line, and stdin where that is no terminal; with it goes a
+part of the conversation.
 
-Signals end an answer, or the program: SIGINT (Ctrl-C), SIGTERM, and SIGHUP of a terminal that was closed.
-While an answer comes, the first signal cancels its task, so that the answer ends at the server too. A second one, and any signal
-at another time, is an exception.
+Signals end an answer, or the program: SIGINT (Ctrl-C), SIGTERM, and SIGHUP of a terminal that was
+closed. While an answer comes, the first signal cancels its task, so that the answer ends at the
+server too. A second one, and any signal at another time, is an exception.
 """
 
 from __future__ import annotations
@@ -37,13 +38,16 @@ MAX_CHARACTERS = 1_000_000
 
 
 class History:
-    """Either the server keeps the conversation, and gets its id; or it is kept here, behind a system prompt.
+    """Either the server keeps the conversation, and gets its id; or it is kept here, behind a
+    system prompt.
 
     Always: what is kept here is whole turns, the newest, and at most MAX_CHARACTERS.
     """
 
     def __init__(self, *, conversation_id: str | None = None, system: str | None = None) -> None:
-        """*conversation_id*: that of a conversation to go on with. With a *system* prompt there is none at the server."""
+        """*conversation_id*: that of a conversation to go on with. With a *system* prompt there is
+        none at the server.
+        """
         self._system = system
         self._turns: list[tuple[str, str]] = []
         self._id = conversation_id or uuid.uuid4().hex
@@ -66,7 +70,7 @@ class History:
         return [*messages, {"role": "user", "content": question}]
 
     def add(self, question: str, answer: str) -> None:
-        """Keep a turn, which may have been stopped; one without an answer is as if it had not been."""
+        """Keep a turn, which may have been stopped; one without an answer is left out."""
         if self._system is None or not answer:
             return
         self._turns.append((question, answer))
@@ -95,14 +99,14 @@ class BadQuestion(Exception):
 
 
 def split(words: Sequence[str]) -> tuple[str | None, str]:
-    """Return the address in front of *words*, if the first one is an address, and the text of the others."""
+    """Return the first of *words*, if it is an address, and the text of the others."""
     if words and _ADDRESS.fullmatch(words[0]):
         return words[0], " ".join(words[1:])
     return None, " ".join(words)
 
 
 def decoded(argument: str) -> str:
-    """Return an *argument* of the command line without bytes that are not UTF-8, which no server takes."""
+    """Return an *argument* without bytes that are not UTF-8, which no server takes."""
     return argument.encode(errors="surrogateescape").decode(errors="replace")
 
 
@@ -126,7 +130,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came. *number* is that of the signal. *forced*: it is the second one, and work may still be under way.
+    """A signal came. *number* is that of the signal. *forced*: it is the second one, and work may
+    still be under way.
 
     A KeyboardInterrupt, since asyncio lets no other exception of a signal handler out of its loop.
     """
@@ -201,7 +206,9 @@ class Interrupts:
 
 
 def end_by(number: int) -> NoReturn:
-    """End this process by the signal *number*, as if nobody had taken it over: a shell then ends its loop, too."""
+    """End this process by the signal *number*, as if nobody had taken it over: a shell then ends
+    its loop, too.
+    """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -214,7 +221,8 @@ def end_by(number: int) -> NoReturn:
 class Settings:
     """The server that is asked, and how.
 
-    *timeout*: seconds for a whole answer, with all waits. *endpoint*: the path of the WebSocket face.
+    *timeout*: seconds for a whole answer, with all waits. *endpoint*: the path of the WebSocket
+    face.
     """
 
     url: str
@@ -226,7 +234,8 @@ class Settings:
 
 
 async def ask(settings: Settings, history: History, question: str) -> None:
-    """Ask *question*, and show its answer on stdout; add both to *history*, however the answer ends.
+    """Ask *question*, and show its answer on stdout; add both to *history*, however the answer
+    ends.
 
     Cancelling this stops the answer at the server.
 
@@ -237,7 +246,8 @@ async def ask(settings: Settings, history: History, question: str) -> None:
     """
     display = make_display(sys.stdout)
     begun = stopped = False
-    # The socket lives as long as the answer: a person who thinks or leaves holds no place at the server.
+    # The socket lives as long as the answer: a person who thinks or leaves holds no place at the
+    # server.
     async with (
         Status(sys.stderr, display.note) as status,
         Client(

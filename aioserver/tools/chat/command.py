@@ -1,4 +1,4 @@
-"""The command line of `chat`: a dialog where stdin and stdout are terminals, else one question and its answer."""
+"""The command line of `chat`: a dialog where there is a terminal, else one question."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class Dialog:
 
 @contextlib.contextmanager
 def _no_echo() -> Iterator[None]:
-    """Let the terminal keep keys for the next question without showing them: they would move the cursor."""
+    """Keep the terminal from showing keys for the next question, and so moving the cursor."""
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)
     quiet = [*before]

@@ -1,4 +1,4 @@
-"""Where the text of an answer goes: to a pipe as it is, to a terminal without what the terminal would obey."""
+"""Where an answer goes: to a pipe as it is, to a terminal without what it would obey."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Display(Protocol):
         """
 
     def note(self, text: str) -> None:
-        """Show *text* below what has come until more comes; of no effect where a line cannot be replaced."""
+        """Show *text* below what has come until more comes, where a line can be replaced."""
 
     def end(self) -> None:
         """Show what has not been shown, and end the line.
@@ -60,7 +60,8 @@ class PlainDisplay:
 
 
 def make_display(out: TextIO) -> Display:
-    """Return a display that fits *out*: Markdown on a terminal that can be drawn on, where rich is installed.
+    """Return a display that fits *out*: Markdown on a terminal that can be drawn on, where rich is
+    installed.
 
     It must be called in the event loop of the answer.
     """

@@ -1,19 +1,23 @@
 """Draws an answer as Markdown with rich, an optional package, while it comes.
 
-Markdown that still comes (CommonMark 0.31) is cut into blocks which later text cannot change. A finished block is printed once
-and scrolls away as any output. The last block is drawn below them, and again when more of it
-comes, at most each DRAW_INTERVAL; of one that is taller than the terminal the end is shown until it is finished. So the work for
-an answer grows with its length and not with its square. A block ends
+Markdown that still comes (CommonMark 0.31) is cut into blocks which later text cannot change. A
+finished block is printed once and scrolls away as any output. The last block is drawn below them,
+and again when more of it comes, at most each DRAW_INTERVAL; of one that is taller than the
+terminal the end is shown until it is finished. So the work for an answer grows with its length and
+not with its square. A block ends
 
 - with a blank line, but a list goes on after it with an indented line or another item;
 - in front of a heading or a code fence, and behind both;
-- when it is larger than a bound, with the line that it is in: a long code block is then drawn in pieces that look like one.
+- when it is larger than a bound, with the line that it is in: a long code block is then drawn in
+  pieces that look like one.
 
-A list is cut in front of an item, and a later piece of a table has the table's head again. What is lost: a link whose address
-is defined below the block that uses it is shown as it is written, and emphasis ends where a paragraph is cut.
+A list is cut in front of an item, and a later piece of a table has the table's head again. What is
+lost: a link whose address is defined below the block that uses it is shown as it is written, and
+emphasis ends where a paragraph is cut.
 
-What rich has drawn is made safe for the terminal again: `&#13;`, and `%1b` in a link, become control characters only there. HTML is
-text (else `List<String>` would lose its half), and links are written out: what a person sees is where a link leads.
+What rich has drawn is made safe for the terminal again: `&#13;`, and `%1b` in a link, become
+control characters only there. HTML is text (else `List<String>` would lose its half), and links
+are written out: what a person sees is where a link leads.
 """
 
 from __future__ import annotations
@@ -49,9 +53,11 @@ _HEADING = re.compile(r" {0,3}#{1,6}(?:[ \t]|$)")
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A part of the text. *joined*: it goes on with what the block before it began, without a blank line between.
+    """A part of the text. *joined*: it goes on with what the block before it began, without a
+    blank line between.
 
-    *opening* is what a later piece of a code block or table needs in front: the line that begins it, or its head.
+    *opening* is what a later piece of a code block or table needs in front: the line that begins
+    it, or its head.
     """
 
     text: str
@@ -67,8 +73,8 @@ class Block:
 class Blocks:
     """Text in, finished blocks out.
 
-    Always: the texts of the finished blocks and of `rest` are what was fed; no block is much larger than the bounds, however
-    the text was cut.
+    Always: the texts of the finished blocks and of `rest` are what was fed; no block is much
+    larger than the bounds, however the text was cut.
     """
 
     def __init__(self) -> None:
@@ -165,7 +171,7 @@ class Blocks:
             self._joined, self._reopened, self._list = True, opening, False
 
     def _table_head(self) -> str:
-        """Return the head of the table in this block, with the ruler below it; "" if there is none."""
+        """Return the head of the table in this block and its ruler; "" if there is none."""
         for head, ruler in zip(self._lines, self._lines[1:], strict=False):
             if "|" in ruler and _RULER.fullmatch(ruler):
                 return head + ruler
@@ -291,7 +297,8 @@ class MarkdownDisplay:
             output += "".join(f"{line}\n" for line in lines)
             self._anything = self._anything or bool(lines)
         self._finished.clear()
-        # One line stays free: a full screen would scroll, and lines that scrolled away cannot be replaced.
+        # One line stays free: a full screen would scroll, and lines that scrolled away cannot be
+        # replaced.
         room = self._console.height - (2 if self._note else 1)
         last = self._lines(self._blocks.rest)[-max(1, room) :]
         if self._note:
@@ -307,7 +314,7 @@ class MarkdownDisplay:
         return f"\r{up}\x1b[J"
 
     def _lines(self, block: Block) -> list[str]:
-        """Return the lines of *block* as they are sent to the terminal, after a blank one if there is a block above."""
+        """Return the lines of *block* for the terminal, after a blank one below another block."""
         if not block.text.strip():
             return []
         options = self._console.options.update(height=None)

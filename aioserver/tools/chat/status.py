@@ -1,8 +1,10 @@
-"""The status line: what is waited for, on the last line of a terminal, until there is something better to show.
+"""The status line: what is waited for, on the last line of a terminal, until there is something
+better to show.
 
-Text of a model or a server is made safe before it is sent to a terminal: ECMA-48 control functions are taken out.
-A terminal obeys what follows an ESC or a C1 control character: it can be made to lie about what it shows, to set its title,
-and some terminals to type. Bidirectional overrides (UAX #9) show a text in another order than it has.
+Text of a model or a server is made safe before it is sent to a terminal: ECMA-48 control functions
+are taken out. A terminal obeys what follows an ESC or a C1 control character: it can be made to
+lie about what it shows, to set its title, and some terminals to type. Bidirectional overrides (UAX
+#9) show a text in another order than it has.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import TextIO
 
-# C0 but tab and line feed, DEL, C1; line and paragraph separator, bidirectional embeddings, overrides and isolates; halves of
-# a surrogate pair, which no encoding has.
+# C0 but tab and line feed, DEL, C1; line and paragraph separator, bidirectional embeddings,
+# overrides and isolates; halves of a surrogate pair, which no encoding has.
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -63,11 +65,13 @@ def fitting(text: str, columns: int) -> str:
 
 
 class Status:
-    """What is waited for, inside an `async with`: a line on *err*, if that is a terminal, which is blank again at the end.
+    """What is waited for, inside an `async with`: a line on *err*, if that is a terminal, which is
+    blank again at the end.
 
-    Once a text has come (`heard`), the last line of the terminal is the text's, and *note* is told how long nothing more has
-    come: the provider may be slow, or the connection lost, and then the client library tries to resume the answer. Errors of
-    the terminal cost the line and nothing else.
+    Once a text has come (`heard`), the last line of the terminal is the text's, and *note* is told
+    how long nothing more has come: the provider may be slow, or the connection lost, and then the
+    client library tries to resume the answer. Errors of the terminal cost the line and nothing
+    else.
     """
 
     def __init__(self, err: TextIO | None, note: Callable[[str], None]) -> None:
@@ -91,7 +95,7 @@ class Status:
             await asyncio.wait([self._ticking])
 
     def show(self, text: str, *, progress: bool = False) -> None:
-        """Show *text*, which may come from the server. *progress*: it shows by itself that something happens."""
+        """Show *text*, of any origin. *progress*: it shows by itself that something happens."""
         self._text = printable(text)
         self._since = NEVER if progress else time.monotonic()
         self._draw()

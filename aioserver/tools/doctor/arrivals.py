@@ -1,9 +1,10 @@
-"""The arrivals of streamed events: each as it comes, or many at once because something on the road gathers them.
+"""The arrivals of streamed events: each as it comes, or many at once because something on the road
+gathers them.
 
-There are two measures, and neither compares the clocks of two machines. An answer of the simulated provider takes more
-than a second, and its events are evenly spread: a proxy that gathers them lets them come in few **bursts**. The
-snapshots of `/events` have the time at which they were made: the **delay** of each, less that of the quickest, is
-what the road has added.
+There are two measures, and neither compares the clocks of two machines. An answer of the simulated
+provider takes more than a second, and its events are evenly spread: a proxy that gathers them lets
+them come in few **bursts**. The snapshots of `/events` have the time at which they were made: the
+**delay** of each, less that of the quickest, is what the road has added.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 ANSWER_TIMEOUT = 60.0
 # Seconds between two events of one burst at most.
 TOGETHER = 0.005
-# Events from which on an answer says something, and the bursts in which it comes if it is gathered.
+# Events from which on an answer says something, and the bursts in which it comes if it is
+# gathered.
 MIN_EVENTS = 12
 MAX_BURSTS = 3
 # Tokens of an answer of the simulated provider: a second and a bit.
@@ -100,7 +102,7 @@ def bursts(times: Sequence[float]) -> int:
 
 
 def gathered(times: Sequence[float]) -> bool:
-    """Return whether the events of an evenly spread answer, which came at *times*, were gathered on their way."""
+    """Return whether the events of an even answer, come at *times*, were gathered."""
     return len(times) >= MIN_EVENTS and bursts(times) <= MAX_BURSTS
 
 
@@ -109,8 +111,8 @@ async def examine(
 ) -> None:
     """Follow an answer on each face, and the snapshots of `/events`.
 
-    *simulated*: a model whose answers cost nothing. Without one an answer is asked for on one face only, and none
-    with *ask* False. *websocket*: whether WebSockets can be opened.
+    *simulated*: a model whose answers cost nothing. Without one an answer is asked for on one face
+    only, and none with *ask* False. *websocket*: whether WebSockets can be opened.
     """
     faces = [face for face in FACES if websocket or face != "WebSocket"]
     question = Question(prompt="Hello", model=simulated, max_tokens=SIMULATED_TOKENS)
@@ -180,7 +182,7 @@ def _tell_answer(report: Report, face: str, attempt: TimedAttempt, *, even: bool
 
 
 async def _delays(session: aiohttp.ClientSession, road: Road) -> list[float] | str:
-    """Return by how much each snapshot of `/events` was later than the quickest; a text: why there are none."""
+    """Return how much later than the quickest each snapshot of `/events` was, or why not."""
     delays: list[float] = []
     try:
         async with (

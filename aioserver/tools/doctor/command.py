@@ -48,10 +48,11 @@ def command(
 ) -> int:
     """Find what stands between a client and an answer.
 
-    Without URL, the doctor looks at a server that would start here: its configuration, the limits of this
-    machine, and DNS, connection, TLS, key and first token of each provider. URL is the address of a running
-    server, direct or through a proxy: the doctor then looks at the way to it, as a client meets it. Keys and
-    texts are not shown. Exit code 1: something failed; 2: the configuration is bad.
+    Without URL, the doctor looks at a server that would start here: its configuration, the limits
+    of this machine, and DNS, connection, TLS, key and first token of each provider. URL is the
+    address of a running server, direct or through a proxy: the doctor then looks at the way to it,
+    as a client meets it. Keys and texts are not shown. Exit code 1: something failed; 2: the
+    configuration is bad.
     """
     if url is None and idle:
         raise click.UsageError("--idle goes with a URL")

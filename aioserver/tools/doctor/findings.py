@@ -20,9 +20,11 @@ INDENT = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """Something found out about *subject*. *seconds* is the time that it took, where that means something.
+    """Something found out about *subject*. *seconds* is the time that it took, where that means
+    something.
 
-    `warn` costs speed or some clients, `fail` costs answers, and `skip` was not looked at. *hint* says what to do.
+    `warn` costs speed or some clients, `fail` costs answers, and `skip` was not looked at. *hint*
+    says what to do.
     """
 
     level: Level

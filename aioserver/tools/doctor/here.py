@@ -27,10 +27,11 @@ REDIS_TIMEOUT = 5.0
 
 
 def examine(report: Report, config: Path | None, *, ask: bool) -> int:
-    """Examine what *config* (None: the file that `serve` would choose) asks for. Returns the exit code.
+    """Examine what *config* (None: the file that `serve` would choose) asks for. Returns the exit
+    code.
 
-    *ask*: whether a question may cost money. A configuration that is valid, but cannot be served, is examined to the
-    end all the same.
+    *ask*: whether a question may cost money. A configuration that is valid, but cannot be served,
+    is examined to the end all the same.
     """
     machine.examine_interpreter(report)
     usable = True
@@ -63,7 +64,7 @@ async def _examine(report: Report, settings: Settings, *, ask: bool) -> None:
 
 
 async def examine_cluster(report: Report, cluster: Cluster) -> None:
-    """Examine the way to the Redis or Valkey server, if one is named. A server serves without it, by fixed shares."""
+    """Examine the way to the Redis or Valkey server, without which shares are fixed."""
     if cluster.redis_url is None:
         return
     url = URL(cluster.redis_url)

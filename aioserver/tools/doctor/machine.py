@@ -142,7 +142,8 @@ def _check_ports(report: Report, settings: Settings, system: System) -> None:
         for provider in settings.llm.providers.values()
         if provider.usable
     ]
-    # A port can serve one connection to each address. A proxy on this machine needs one for each client.
+    # A port can serve one connection to each address. A proxy on this machine needs one for each
+    # client.
     wanted = max([concurrency.max_connections + concurrency.connection_queue_size, *pools])
     try:
         low, high = map(int, system.port_range.read_text().split())
@@ -180,7 +181,8 @@ def _check_memory(report: Report, settings: Settings, system: System) -> None:
 
 
 def available_memory(system: System) -> int | None:
-    """Return the bytes that this process could take: those of the machine, or of its cgroup (v2), if they are less.
+    """Return the bytes that this process could take: those of the machine, or of its cgroup (v2),
+    if they are less.
 
     None: the system does not show them.
     """
@@ -204,7 +206,7 @@ def available_memory(system: System) -> int | None:
 
 
 def _check_history(report: Report, settings: Settings) -> None:
-    """Find out whether the file of conversations can be written, and files beside it made. Nothing is written."""
+    """Find out whether the file of conversations could be written. Nothing is."""
     repository = settings.chat.service.repository
     if not repository.in_file:
         return

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     Problem = Callable[[str, str, str], None]
 
-# Addresses of one name that are tried; a name with more of them has them for one and the same service.
+# Addresses of one name that are tried; a name with more of them has them for one and the same
+# service.
 MAX_ADDRESSES = 4
 # This machine has no address of that family, as most containers have none of IPv6.
 NO_ROAD = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.ENETUNREACH})
@@ -30,7 +31,7 @@ SECONDS_A_DAY = 86400.0
 
 
 class Peer(NamedTuple):
-    """A host to reach, each step within *limit* seconds. *context* is None for a connection without TLS."""
+    """A host to reach, each step within *limit* seconds. *context*: None without TLS."""
 
     host: str
     port: int
@@ -39,7 +40,7 @@ class Peer(NamedTuple):
 
 
 class Steps:
-    """The steps to *peer*, and what is found at each. *problem* takes what is wrong; None: `report.fail`."""
+    """The steps to *peer*. *problem* takes what is wrong; None: `report.fail`."""
 
     def __init__(
         self, report: Report, subject: str, peer: Peer, problem: Problem | None = None
@@ -52,8 +53,8 @@ class Steps:
     async def take(self) -> str | None:
         """Look the name up, connect to each of its addresses, and make a TLS handshake with one.
 
-        Returns None if there is no way to the peer; otherwise the protocol that TLS has agreed on (ALPN, RFC
-        7301), empty where it has not.
+        Returns None if there is no way to the peer; otherwise the protocol that TLS has agreed on
+        (ALPN, RFC 7301), empty where it has not.
         """
         infos = await self._look_up()
         sock = await self._connect(infos) if infos else None

@@ -1,7 +1,9 @@
-"""The road to each provider: its name, a connection, TLS, the key, and the first token of an answer.
+"""The road to each provider: its name, a connection, TLS, the key, and the first token of an
+answer.
 
-The first token comes by the very code that serves clients: the same pool, timeouts, headers and meaning of a fault.
-Nothing that a provider says is shown but its status: its words may hold our key.
+The first token comes by the very code that serves clients: the same pool, timeouts, headers and
+meaning of a fault. Nothing that a provider says is shown but its status: its words may hold our
+key.
 """
 
 from __future__ import annotations
@@ -56,8 +58,9 @@ NOT_ASKED = "it is neither active nor a fallback"
 async def examine(report: Report, settings: Settings, *, ask: bool) -> None:
     """Examine the providers of *settings*, one after the other.
 
-    A small question is asked of those that clients are answered by unless they choose (the active one and the
-    fallbacks), and of simulated ones; only these can fail. *ask* False: of simulated ones alone.
+    A small question is asked of those that clients are answered by unless they choose (the active
+    one and the fallbacks), and of simulated ones; only these can fail. *ask* False: of simulated
+    ones alone.
 
     Raises:
         ConfigurationError: a `ca_file` holds no certificate.

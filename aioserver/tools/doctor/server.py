@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 TIMEOUT = 10.0
 # Bytes that are read of an answer.
 MAX_ANSWER_BYTES = 1 << 20
-# Seconds of difference between two clocks that make the times in two logs misleading. `Date` has whole seconds.
+# Seconds of difference between two clocks that make the times in two logs misleading. `Date` has
+# whole seconds.
 CLOCK_SKEW = 5.0
 # Bytes of a header that programs send: a token of a single sign-on, cookies of a large site.
 HEADER_BYTES = 7000
@@ -67,7 +68,7 @@ class Examination:
         self._simulated: str | None = None
 
     async def run(self, *, ask: bool, idle: float) -> None:
-        """Examine all. *ask*: whether an answer may cost money; *idle*: seconds of silence to bear, 0: none."""
+        """Examine all. *ask*: an answer may cost money; *idle*: seconds of silence to bear."""
         if not await self._reach():
             return
         async with remote.session(self._key) as session, asyncio.TaskGroup() as tasks:
@@ -206,7 +207,7 @@ class Examination:
             )
 
     async def _body(self, session: aiohttp.ClientSession) -> None:
-        """Announce a large body, send one byte of it, and see whether anybody refuses it for its size."""
+        """Announce a large body, send one byte, and see whether anybody refuses its size."""
         size = f"{BODY_BYTES >> 20} MiB"
         headers = {"Content-Length": str(BODY_BYTES), "Content-Type": "application/json"}
         try:
@@ -282,7 +283,7 @@ class Examination:
                 )
 
     async def _websocket(self, session: aiohttp.ClientSession) -> bool:
-        """Open a WebSocket as a page of this address does, and ask for a pong. Return whether it came."""
+        """Open a WebSocket as a page of this address does. Return whether a pong came."""
         path = self._paths["websocket"]
         origin = str(URL(self._url).origin())
         began = time.perf_counter()

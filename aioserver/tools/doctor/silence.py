@@ -1,4 +1,4 @@
-"""The life of a connection on which nobody says anything, and the arrival of the server's heartbeats on it."""
+"""The life of a silent connection, and the arrival of the server's pings on it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUBJECT = "idle WebSocket"
 
 
 async def examine(report: Report, road: Road, seconds: float) -> None:
-    """Keep a WebSocket open for *seconds*, say nothing on it, and count the server's pings (RFC 6455, 5.5.2)."""
+    """Keep a silent WebSocket open for *seconds*, and count pings (RFC 6455, 5.5.2)."""
     if not seconds:
         report.skip(SUBJECT, "not tested", "--idle 90 keeps one open for so many seconds")
         return

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from aioserver.tools.top.screen import Screen
 
-# Seconds. Each event draws the screen too, but a lost server sends none, and its time on the screen
-# goes on.
+# Seconds. Each event draws the screen too, but a lost server sends none, and its time on the
+# screen goes on.
 DRAW_INTERVAL = 1.0
 
 
@@ -53,9 +53,8 @@ def command(url: str, *, interval: float, once: bool, key: str | None) -> int:
 def top(url: str, *, interval: float, once: bool, key: str | None) -> int:
     """Show the state of the server at *url*, each *interval* seconds, until SIGINT or SIGTERM.
 
-    One snapshot is printed instead with *once*, and if stdout is not a terminal. Returns the
-    exit code: 0, 1 if the server refuses us (or, for one snapshot, is not there), 2 without
-    rich.
+    One snapshot is printed instead with *once*, and if stdout is not a terminal. Returns the exit
+    code: 0, 1 if the server refuses us (or, for one snapshot, is not there), 2 without rich.
     """
     try:
         from aioserver.tools.top import screen  # noqa: PLC0415 - optional

@@ -39,8 +39,8 @@ class LostError(Exception):
 class State:
     """The known state of the server.
 
-    *problem* says why no events come; it is empty while they do. *lost_at*, of the first failure in
-    a row, and *retry_at* are monotonic times.
+    *problem* says why no events come; it is empty while they do. *lost_at*, of the first failure
+    in a row, and *retry_at* are monotonic times.
     """
 
     url: str
@@ -95,7 +95,8 @@ class Feed:
             raise LostError("the server sent no snapshot in time") from None
 
     async def follow(self) -> None:
-        """Read for ever; after a loss connect again, as the client library does, but within MAX_DELAY.
+        """Read for ever; after a loss connect again, as the client library does, but within
+        MAX_DELAY.
 
         Raises:
             Unreachable: the server answers, and refuses us.
