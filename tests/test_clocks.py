@@ -44,13 +44,13 @@ def wall_clocks(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 names[alias.asname or alias.name] = alias.name
-    found = set()
+    clocks = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name | ast.Attribute):
             first, *rest = ast.unparse(node).split(".")
             whole = ".".join([names.get(first, first), *rest])
-            found |= {clock for clock in WALL if whole == clock or whole.endswith(f".{clock}")}
-    return found
+            clocks |= {clock for clock in WALL if whole == clock or whole.endswith(f".{clock}")}
+    return clocks
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -21,7 +21,7 @@ from tests.support.chat_page import (
     connected,
     enter,
     is_now,
-    said,
+    model_answer,
     shows,
     status,
 )
@@ -83,7 +83,7 @@ async def test_a_question_that_found_a_full_queue_is_asked_again_by_itself(
         await page.clock.fast_forward(91_000)  # milliseconds
 
         await is_now(page, "complete")
-    await shows(page, await said(server, "Hello"))
+    await shows(page, await model_answer(server, "Hello"))
 
 
 async def test_it_is_asked_again_a_few_times_and_can_be_stopped(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from playwright.async_api import expect
 
 from aioserver.wings.simulator.server import Simulator
-from tests.support.chat_page import answer, ask, cut, enter, is_now, said, shows
+from tests.support.chat_page import answer, ask, cut, enter, is_now, model_answer, shows
 from tests.support.client_page import unwatched
 from tests.support.history import sql
 from tests.support.process import serving
@@ -45,7 +45,7 @@ async def test_a_conversation_is_found_again_in_another_browser_and_goes_on(
     async with unwatched(page) as other:
         await enter(other, server)
         await other.get_by_role("button", name="apples", exact=True).click()
-        await shows(other, await said(server, "apples"))
+        await shows(other, await model_answer(server, "apples"))
         await expect(other.locator(".question")).to_contain_text("apples")
         await ask(other, "pears")
         await expect(other.get_by_role("article")).to_have_count(2)
@@ -58,13 +58,13 @@ async def test_a_conversation_is_found_again_in_another_browser_and_goes_on(
 
         await other.reload()
         await expect(other.get_by_role("article")).to_have_count(2)
-        await shows(other, await said(server, "pears"))
+        await shows(other, await model_answer(server, "pears"))
 
     await page.reload()
     await expect(page.get_by_role("article")).to_have_count(1)
     await page.get_by_role("button", name="apples", exact=True).click()
     await expect(page.get_by_role("article")).to_have_count(2)
-    await shows(page, await said(server, "pears"))
+    await shows(page, await model_answer(server, "pears"))
     await expect(listed(page)).to_have_count(1)
 
 

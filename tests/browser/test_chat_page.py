@@ -25,7 +25,7 @@ from tests.support.chat_page import (
     cut,
     enter,
     is_now,
-    said,
+    model_answer,
     shows,
     status,
 )
@@ -275,7 +275,7 @@ async def test_a_long_answer_survives_cuts_and_reloads(
     make_server: MakeServer, page: Page
 ) -> None:
     server = await make_server(Behaviour(ttft=0, interval=0, tokens=1000))
-    whole = await said(server, "Hello")
+    whole = await model_answer(server, "Hello")
     server.simulator.behaviour = Behaviour(ttft=0, interval=0.002, tokens=1000)
     await enter(page, server)
     await ask(page, "Hello")
@@ -493,7 +493,7 @@ async def test_a_reloaded_page_goes_on_waiting_for_the_provider(
         await other.send_json(cancel("r1"))
 
         await is_now(page, "complete")
-    await shows(page, await said(server, "Hello"))
+    await shows(page, await model_answer(server, "Hello"))
     assert server.simulator.stats().requests == 3
 
 
@@ -543,7 +543,7 @@ async def test_a_fault_says_what_to_do(
 
 async def test_text_from_before_a_fault_stays(make_server: MakeServer, page: Page) -> None:
     server = await make_server(**choosing("fault-cut-5"))
-    whole = await said(server, "Hello")
+    whole = await model_answer(server, "Hello")
     await enter(page, server)
     await page.get_by_label("Model").select_option(label="fault-cut-5")
 
@@ -600,7 +600,7 @@ async def test_a_number_that_is_taken_is_asked_under_another(
     await answer(page).get_by_role("button", name="Ask again").click()
 
     await is_now(page, "complete")
-    await shows(page, await said(server, "Hello"))
+    await shows(page, await model_answer(server, "Hello"))
 
 
 async def test_a_question_that_found_no_room_is_asked_again_by_itself(
@@ -639,7 +639,7 @@ async def test_a_connection_that_was_closed_unused_is_opened_by_a_question(
     await ask(page, "Hello")
 
     await is_now(page, "complete")
-    await shows(page, await said(server, "Hello"))
+    await shows(page, await model_answer(server, "Hello"))
 
 
 async def test_a_message_over_the_limit_is_told(make_server: MakeServer, page: Page) -> None:
@@ -670,7 +670,7 @@ async def test_conversations_keep_apart(server: RunningServer, page: Page) -> No
 
     await page.reload()
     await expect(page.get_by_role("article")).to_have_count(1)
-    await shows(page, await said(server, "pears"))
+    await shows(page, await model_answer(server, "pears"))
     await page.get_by_role("button", name="apples").first.click()
     await expect(page.locator(".question")).to_contain_text("apples")
     await connected(page)
@@ -886,7 +886,7 @@ async def test_a_full_storage_is_told_and_stops_nothing(server: RunningServer, p
     await ask(page, "Hello")
 
     await is_now(page, "complete")
-    await shows(page, await said(server, "Hello"))
+    await shows(page, await model_answer(server, "Hello"))
     await expect(page.locator("#notice")).to_contain_text("The browser's storage is full")
     await expect(page.get_by_role("button", name="old")).to_have_count(0)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.wings.simulator.exchange import Behaviour
-from tests.support.chat_page import ManualProvider, said
+from tests.support.chat_page import ManualProvider, model_answer
 from tests.support.client_page import page_elsewhere, run, unwatched
 from tests.support.keys import key_of, keys_of
 from tests.support.server import HTTP_CLIENT
@@ -40,7 +40,7 @@ async def test_an_answer_is_read_as_pieces_as_a_text_and_as_events(
             server.base,
             transport,
         )
-    whole = await said(server, "Hello")
+    whole = await model_answer(server, "Hello")
 
     assert len(pieces) > 1
     assert "".join(pieces) == text == outcome["text"] == whole

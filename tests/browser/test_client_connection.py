@@ -14,7 +14,7 @@ import pytest
 from aioserver.errors import ServerShutdown
 from aioserver.wings.simulator.exchange import Behaviour
 from aioserver.wings.simulator.server import Simulator
-from tests.support.chat_page import ManualProvider, said
+from tests.support.chat_page import ManualProvider, model_answer
 from tests.support.client_page import page_elsewhere, run, unwatched
 from tests.support.fault_proxy import FaultProxy
 from tests.support.keys import key_of, keys_of
@@ -242,7 +242,7 @@ async def test_where_no_websocket_opens_answers_come_by_events(
         )
 
     assert (result["error"], another["error"]) == (None, None)
-    assert result["text"] == await said(server, "Hello")
+    assert result["text"] == await model_answer(server, "Hello")
     assert server.simulator.stats().requests == 3
 
 

@@ -15,7 +15,7 @@ from aiohttp.test_utils import RawTestServer
 from playwright.async_api import expect
 
 from aioserver.wings.simulator.exchange import Behaviour
-from tests.support.chat_page import ManualProvider, cut, said
+from tests.support.chat_page import ManualProvider, cut, model_answer
 from tests.support.client_page import BLANK, unwatched
 
 if TYPE_CHECKING:
@@ -119,4 +119,4 @@ async def test_a_documented_script_runs_as_it_stands(
         await page.wait_for_function("window.ended", timeout=20_000)
         text = await page.evaluate("document.body.textContent")
     if "append" in script:
-        assert await said(server, "Hello") in text
+        assert await model_answer(server, "Hello") in text

@@ -96,10 +96,10 @@ async def test_requests_that_meet_a_bug_are_told_everywhere_until_a_minute_has_p
         async with session.get("/metrics") as metrics:
             text = await metrics.text()
 
-    told = "93 requests met a bug of the server in the last minute"
+    sentence = "93 requests met a bug of the server in the last minute"
     assert (verdicts[0]["level"], verdicts[0]["word"], verdicts[0]["text"]) == (
         *("error", "Bug"),
-        told,
+        sentence,
     )
     assert verdicts[0]["advice"] == OF_A_BUG
     # A burst is one incident; where a tick has cut it in two, they are two.
@@ -110,7 +110,7 @@ async def test_requests_that_meet_a_bug_are_told_everywhere_until_a_minute_has_p
         assert f": {BUG}" in incident["text"]
         assert incident["text"].endswith(" in broken")
     assert [(finding.level, finding.text, finding.hint) for finding in during] == [
-        ("fail", told, OF_A_BUG)
+        ("fail", sentence, OF_A_BUG)
     ]
     assert {verdict["word"] for verdict in verdicts[:59]} == {"Bug"}
     assert verdicts[-1]["word"] != "Bug"

@@ -190,7 +190,7 @@ async def test_a_process_shows_neither_key_nor_prompt_not_even_when_it_is_aborte
         echo = b'{"error": {"message": %b}}' % json.dumps(request.decode()).encode()
         await peer.send(head % (next(statuses), len(echo)) + echo)
 
-    said = ""
+    responses = ""
     async with (
         ScriptedProvider(play) as provider,
         serving(
@@ -208,10 +208,10 @@ async def test_a_process_shows_neither_key_nor_prompt_not_even_when_it_is_aborte
             async with session.post(url, json=body) as response:
                 # The caller's own fault passes as the provider has told it.
                 if not status.startswith(b"404"):
-                    said += f"{response.headers} {await response.text()}"
+                    responses += f"{response.headers} {await response.text()}"
         for path in ("/stats", "/metrics", "/health", "/", "/dashboard"):
             async with session.get(process.base + path) as response:
-                said += f"{response.headers} {await response.text()}"
+                responses += f"{response.headers} {await response.text()}"
 
         process.signal(signal.SIGABRT)
         await process.ended()
@@ -222,4 +222,4 @@ async def test_a_process_shows_neither_key_nor_prompt_not_even_when_it_is_aborte
     for canary in (KEY, PROMPT):
         assert canary not in process.log
         assert canary not in process.out
-        assert canary not in said
+        assert canary not in responses

@@ -149,9 +149,11 @@ def taking(node: ast.AST, names: tuple[str, ...] = ()) -> Iterator[str]:
 
 
 def test_every_section_of_the_package_that_takes_something_is_known() -> None:
-    found = {Function(module, name) for module, tree in MODULES.items() for name in taking(tree)}
+    sections = {
+        Function(module, name) for module, tree in MODULES.items() for name in taking(tree)
+    }
 
-    assert found == SECTIONS | SHARED | OTHERS
+    assert sections == SECTIONS | SHARED | OTHERS
 
 
 @pytest.mark.parametrize("function", sorted(TAKE_OVER))

@@ -160,8 +160,8 @@ async def test_no_more_answers_give_way_than_requests_wait(make_server: MakeServ
 
     assert server.held()["detached"] == 1
     assert server.simulator.stats().aborted == 1
-    async with server.session.delete(f"{server.sse}/r1") as one:
-        assert one.status == 204
+    async with server.session.delete(f"{server.sse}/r1") as response:
+        assert response.status == 204
     async with server.session.delete(f"{server.sse}/r2") as other:
         assert other.status == 204
     await server.nothing_held()

@@ -185,17 +185,17 @@ async def test_a_file_that_fails_is_said_and_costs_no_answer(
         assert response.headers["Retry-After"]
     async with server.session.get(f"{server.base}/conversations") as response:
         assert (await response.json())["partial"]
-    found = await until_result(lambda: trouble(server), bool)
-    assert found["kind"] == "corrupt"
+    trouble_found = await until_result(lambda: trouble(server), bool)
+    assert trouble_found["kind"] == "corrupt"
     async with server.session.get(f"{server.base}/stats") as response:
         state = await response.json()
     assert state["verdict"]["word"] == "Not kept"
-    assert state["verdict"]["advice"] == found["advice"]
-    assert server.incidents()[0]["advice"] == found["advice"]
+    assert state["verdict"]["advice"] == trouble_found["advice"]
+    assert server.incidents()[0]["advice"] == trouble_found["advice"]
     assert path.read_text() == "no database " * 1000
 
     path.unlink()
-    await until_result(lambda: trouble(server), lambda found: found is None)
+    await until_result(lambda: trouble(server), lambda trouble_now: trouble_now is None)
     await until(
         lambda: (
             "conversations are kept again" in [incident["text"] for incident in server.incidents()]
@@ -216,10 +216,10 @@ async def test_without_the_package_conversations_stay_in_memory(
 
     assert await ask(server.session, server.base, "Hello") == 1
     assert await ask(server.session, server.base, "Hello") == 2
-    found = await until_result(lambda: trouble(server), bool)
-    assert found["kind"] == "missing"
-    assert found["advice"] == history.INSTALL
-    assert "aiosqlite" in found["text"]
+    trouble_found = await until_result(lambda: trouble(server), bool)
+    assert trouble_found["kind"] == "missing"
+    assert trouble_found["advice"] == history.INSTALL
+    assert "aiosqlite" in trouble_found["text"]
     async with server.session.delete(f"{server.base}/conversations/c") as response:
         assert response.status == 204
 
@@ -244,8 +244,8 @@ async def test_a_server_that_is_killed_has_all_turns_that_were_written(
 
     async with serving(file, simulator.base_url, changes=changes) as process:
         await process.ready()
-        found = await stored(session, process.base)
-        assert found == [f"question {number}" for number in range(1, asked + 1)]
+        questions = await stored(session, process.base)
+        assert questions == [f"question {number}" for number in range(1, asked + 1)]
         # In the middle of it all: each turn that is there is whole.
         asking = asyncio.gather(
             *(ask(session, process.base, "x", f"c{number}") for number in range(40)),
@@ -281,8 +281,8 @@ async def test_one_file_serves_all_workers(
         assert numbers == list(range(1, 61))
         # A process that is stopped writes nothing, and keeps the others from it if it has just begun.
         await until(lambda: turns_in(tmp_path / "h.db") == 60)
-        one, two = workers(process)
-        async with alone(process, one):
+        first, two = workers(process)
+        async with alone(process, first):
             assert await ask(session, process.base, "1") == 1
             assert await ask(session, process.base, "2") == 2
             await until(lambda: turns_in(tmp_path / "h.db") == 62)
@@ -291,14 +291,14 @@ async def test_one_file_serves_all_workers(
             assert await stored(session, process.base) == ["1", "2", "3"]
             await until(lambda: turns_in(tmp_path / "h.db") == 63)
         async with (
-            alone(process, one),
+            alone(process, first),
             session.delete(f"{process.base}/conversations/c", headers=CLOSE) as response,
         ):
             assert response.status == 204
         async with alone(process, two):
             assert await ask(session, process.base, "new") == 1
-        os.kill(one, signal.SIGKILL)
-        await until(lambda: len(workers(process)) == 2 and one not in workers(process))
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: len(workers(process)) == 2 and first not in workers(process))
         assert await ask(session, process.base, "again") == 2
         process.signal()
         assert await process.ended() == 0
@@ -309,7 +309,7 @@ async def test_one_file_serves_all_workers(
         # What a killed process has not written yet is for the next one, which is not there at once.
         await until(lambda: turns_in(tmp_path / "h.db") == 1)
         # A worker that is started in place of another clears nothing.
-        one, _ = workers(process)
-        os.kill(one, signal.SIGKILL)
-        await until(lambda: len(workers(process)) == 2 and one not in workers(process))
+        first, _ = workers(process)
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: len(workers(process)) == 2 and first not in workers(process))
         assert await ask(session, process.base, "second") == 2

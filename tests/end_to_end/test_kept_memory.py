@@ -97,7 +97,7 @@ async def test_answers_that_made_room_for_others_are_forgotten_at_once(
 ) -> None:
     def alive() -> int:
         gc.collect()
-        return sum(isinstance(one, Stream) for one in gc.get_objects())
+        return sum(isinstance(held_object, Stream) for held_object in gc.get_objects())
 
     others = alive()
     server = await make_server(
@@ -187,10 +187,10 @@ async def test_stalled_readers_of_kept_logs_are_dropped_before_anybody_is_refuse
             bodies.append((await raw.answer()).body)
 
     ends = [frames_of(body)[-1] for body in bodies]
-    told = [end for end in ends if end["status"] == "error"]
-    assert {end["chunk"]["code"] for end in told} == {"slow_client"}
-    assert len(told) >= 8 - most // 900_000
-    assert server.context.metrics.slow_clients.value == len(told)
+    errors = [end for end in ends if end["status"] == "error"]
+    assert {end["chunk"]["code"] for end in errors} == {"slow_client"}
+    assert len(errors) >= 8 - most // 900_000
+    assert server.context.metrics.slow_clients.value == len(errors)
 
 
 async def test_a_usage_of_any_size_costs_little(make_server: MakeServer) -> None:

@@ -51,8 +51,8 @@ async def ask_and_count(
     more, ended = await counts(server)
     more.subtract(tries)
     ended.subtract(ends)
-    told = [seen[0].code or "", seen[1].code or "", code or seen[2].code or ""]
-    assert +ended == Counter(zip(("websocket", "sse", "openai"), told, strict=True))
+    codes = [seen[0].code or "", seen[1].code or "", code or seen[2].code or ""]
+    assert +ended == Counter(zip(("websocket", "sse", "openai"), codes, strict=True))
     del more["stale",]  # those were made again
     assert +more == Counter({(outcome,): asked})
     assert not await server.counted("retries", "reason")
@@ -148,7 +148,7 @@ async def test_a_fault_before_the_first_event_has_its_status_and_code(
     assert [answer.end for answer in (ws, sse, v1)] == ["error"] * 3
     assert [answer.code for answer in (ws, sse)] == [code] * 2
     assert v1.code == (code if status != 400 else 400)
-    assert [one.text for one in (ws, sse, v1)] == [""] * 3
+    assert [answer.text for answer in (ws, sse, v1)] == [""] * 3
     assert v1.status == status
     retryable = code not in RETRYABLE_NOT and status != 400
     assert ws.error["retryable"] == sse.error["retryable"] == retryable
@@ -253,9 +253,9 @@ async def test_an_error_object_in_the_stream_is_its_end(model: str, server: Runn
         "Provider disconnected unexpectedly",
     }, "the provider's own event passes"
     assert v1.raw.count(b'"error":{') == 1
-    for one in (ws, sse, v1):
-        assert one.text
-        assert text.startswith(one.text)
+    for answer in (ws, sse, v1):
+        assert answer.text
+        assert text.startswith(answer.text)
 
 
 @pytest.mark.parametrize(

@@ -221,8 +221,8 @@ async def test_only_faults_that_may_pass_are_tried_again(
         assert (seen.status, seen.code) == (status, code)
         assert seen.headers["x-aioserver-attempts"] == str(tries)
         assert seen.headers.get("x-should-retry") == "false"
-        found = await server.counted("provider_attempts", "provider", "outcome")
-        assert found == {("far", outcome): tries}
+        attempts = await server.counted("provider_attempts", "provider", "outcome")
+        assert attempts == {("far", outcome): tries}
         again = await server.counted("retries", "reason")
         assert again == ({(code,): tries - 1} if tries > 1 else {})
         await server.nothing_held()

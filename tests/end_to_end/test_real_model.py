@@ -53,13 +53,13 @@ def _python() -> str:
     """The interpreter that has the model server; skips where there is none."""
     python = os.environ.get("AIOSERVER_LLM_PYTHON") or sys.executable
     try:
-        found = subprocess.run(
+        probe = subprocess.run(
             [python, "-c", FIND, *NEEDED], check=False, capture_output=True, text=True
         )
     except OSError as exc:
         pytest.skip(f"AIOSERVER_LLM_PYTHON={python}: {exc.strerror}")
-    if found.returncode or (missing := found.stdout.strip()):
-        why = found.stderr.strip() or f"it lacks {missing}"
+    if probe.returncode or (missing := probe.stdout.strip()):
+        why = probe.stderr.strip() or f"it lacks {missing}"
         pytest.skip(f"no model server in {python}: {why}; set AIOSERVER_LLM_PYTHON")
     return python
 
@@ -84,8 +84,8 @@ def model_server() -> Iterator[str]:
                 assert process.stderr is not None
                 for line in process.stderr:  # to its end, or the server would block
                     last.append(line)
-                    if found := STARTED.search(line):
-                        address.append(found[1])
+                    if match := STARTED.search(line):
+                        address.append(match[1])
                         started.set()
                 started.set()  # or it has ended
 

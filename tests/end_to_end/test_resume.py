@@ -87,7 +87,7 @@ async def some(raw: Raw, count: int) -> bytes:
     raise AssertionError(body)
 
 
-async def said(server: RunningServer) -> str:
+async def text_of_answer(server: RunningServer) -> str:
     """The same question's answer, in one piece."""
     async with server.session.post(server.v1 + "/chat/completions", json={**CHAT}) as response:
         return str((await response.json())["choices"][0]["message"]["content"])
@@ -103,7 +103,7 @@ async def test_the_rest_is_read_on_any_face(
     read_on: Read,
 ) -> None:
     server = await make_server(PACED)
-    text = await said(server)
+    text = await text_of_answer(server)
     async with server.session.post(server.sse, json={"request_id": "r0", **CHAT}) as response:
         last = len(await read_frames(response))
     count %= last  # -1: all but the end
@@ -128,7 +128,7 @@ async def test_an_openai_answer_with_a_key_is_read_on_by_frames(
     make_server: MakeServer, count: int, read_on: Read
 ) -> None:
     server = await make_server(PACED)
-    text = await said(server)
+    text = await text_of_answer(server)
     async with Raw(server) as raw:
         await raw.post("/v1/chat/completions", STREAMED, KEY)
         assert (await raw.head()).status == 200
@@ -141,21 +141,23 @@ async def test_an_openai_answer_with_a_key_is_read_on_by_frames(
     assert numbers(rest) == list(range(first, first + len(rest)))
     assert first == count + 2
     assert rest[-1]["status"] == "complete"
-    begun = "".join(json.loads(one.data)["choices"][0]["delta"].get("content", "") for one in seen)
+    begun = "".join(
+        json.loads(event.data)["choices"][0]["delta"].get("content", "") for event in seen
+    )
     assert begun + text_of(rest) == text
     assert server.simulator.stats().requests == 2
 
 
 async def test_readers_on_all_faces_at_once_get_all_of_it(make_server: MakeServer) -> None:
     server = await make_server(PACED)
-    text = await said(server)
+    text = await text_of_answer(server)
     async with server.connect() as ws:
         await ws.send_json(chat("r1", **CHAT))
         seen = [await ws.receive_json() for _ in range(3)]
-        found = await asyncio.gather(*(read_on(server, "r1", 0) for read_on in READ_ON * 2))
+        readings = await asyncio.gather(*(read_on(server, "r1", 0) for read_on in READ_ON * 2))
         seen += await to_end(ws)
 
-    assert all(frames == seen for frames in found)
+    assert all(frames == seen for frames in readings)
     assert numbers(seen) == list(range(1, len(seen) + 1))
     assert text_of(seen) == text
     assert server.simulator.stats().requests == 2
@@ -163,7 +165,7 @@ async def test_readers_on_all_faces_at_once_get_all_of_it(make_server: MakeServe
 
 async def test_readers_of_an_openai_answer_at_once_get_all_of_it(make_server: MakeServer) -> None:
     server = await make_server(PACED)
-    text = await said(server)
+    text = await text_of_answer(server)
     headers = dict([KEY.split(": ")])
 
     async def ask() -> bytes:
@@ -174,15 +176,15 @@ async def test_readers_of_an_openai_answer_at_once_get_all_of_it(make_server: Ma
 
     first = asyncio.ensure_future(ask())
     await server.simulator.until(lambda stats: stats.requests == 2)
-    second, *found = await asyncio.gather(
+    second, *readings = await asyncio.gather(
         ask(), *(read_on(server, "r1", 0) for read_on in READ_ON)
     )
 
     assert await first == second
     assert second.endswith(b"data: [DONE]\n\n")
-    assert all(frames == found[0] for frames in found)
-    assert text_of(found[0]) == text
-    assert numbers(found[0]) == list(range(1, len(found[0]) + 1))
+    assert all(frames == readings[0] for frames in readings)
+    assert text_of(readings[0]) == text
+    assert numbers(readings[0]) == list(range(1, len(readings[0]) + 1))
     assert server.simulator.stats().requests == 2
 
 
@@ -194,14 +196,14 @@ async def refusals(server: RunningServer, name: str, after: int) -> list[tuple[i
     async with server.connect() as ws:
         await ws.send_json(resume(name, after))
         frame = await ws.receive_json()
-    found = [(0, frame["chunk"]["code"])]
+    outcomes = [(0, frame["chunk"]["code"])]
     for headers, query in (
         ({"Last-Event-ID": str(after)}, ""),
         ({}, f"?last_event_id={after}"),
     ):
         async with server.session.get(f"{server.sse}/{name}{query}", headers=headers) as response:
-            found.append((response.status, (await response.json())["error"]["code"]))
-    return found
+            outcomes.append((response.status, (await response.json())["error"]["code"]))
+    return outcomes
 
 
 @pytest.mark.parametrize("face", ["frames", "openai"])
@@ -279,8 +281,12 @@ async def test_an_answer_asked_for_later_is_listed_read_on_and_then_at_its_end(
             assert response.status == 202
         if expected == "running":
             await server.simulator.until(lambda stats: stats.active == 1)
-            (one,) = await listed()
-            assert (one["status"], one["readers"], one["last_event_id"]) == ("running", 0, 1)
+            (listed_stream,) = await listed()
+            assert (
+                listed_stream["status"],
+                listed_stream["readers"],
+                listed_stream["last_event_id"],
+            ) == ("running", 0, 1)
     frames = await read_on(server, "r2", 0)
     assert numbers(frames) == list(range(1, len(frames) + 1))
     assert [(frame["request_id"], frame["status"]) for frame in await listed()] == [

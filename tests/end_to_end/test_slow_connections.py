@@ -92,7 +92,7 @@ async def test_slow_connections_of_every_kind_go_at_their_deadlines_and_others_a
     assert {answer.end for answer in answers} == {"complete"}
     assert set(heads) == {b""}
     assert all(body.startswith(b"HTTP/1.1 408 ") for body in bodies)
-    assert all(b'"complete"' not in said for said in read)
+    assert all(b'"complete"' not in read_bytes for read_bytes in read)
     assert await server.counted("bad_requests", "code") == {("request_timeout",): each}
     assert await server.counted("slow_clients") == {(): each}
     assert not await server.counted("rejections", "code")

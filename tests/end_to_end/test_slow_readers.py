@@ -101,7 +101,11 @@ async def test_clients_that_read_nothing_delay_nobody_and_are_dropped(
         await until(lambda: done() and not server.held()["sim places"], 30, server.held)
         waiting = server.held()["places"]  # of those who read nothing: the provider does not wait
         transports = [connection.transport for connection in server.http_server.connections]
-        costs = [cost(one) for one in transports if one is not None and not one.is_closing()]
+        costs = [
+            cost(transport)
+            for transport in transports
+            if transport is not None and not transport.is_closing()
+        ]
 
         async with server.connect() as ws:
             await ws.send_json(chat("mine"))

@@ -287,5 +287,5 @@ async def metric(server: RunningServer, name: str) -> dict[str, float]:
     async with server.session.get(f"{server.base}/metrics") as response:
         lines = (await response.text()).splitlines()
     start = f'aioserver_{name}{{provider="'
-    found = [line.removeprefix(start) for line in lines if line.startswith(start)]
-    return {line.partition('"')[0]: float(line.rpartition(" ")[2]) for line in found}
+    samples = [line.removeprefix(start) for line in lines if line.startswith(start)]
+    return {line.partition('"')[0]: float(line.rpartition(" ")[2]) for line in samples}

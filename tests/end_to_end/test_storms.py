@@ -83,11 +83,11 @@ async def test_when_all_reconnect_the_rest_is_sent_away_and_running_answers_go_o
             f"{UVICORN}.backlog": 1024,
         },
     )
-    told: list[list[Any]] = [[] for _ in range(running)]
+    frames_of_clients: list[list[Any]] = [[] for _ in range(running)]
     over = asyncio.Event()
     answers = [
         asyncio.create_task(follow(server, f"runs-{number}", seen, over))
-        for number, seen in enumerate(told)
+        for number, seen in enumerate(frames_of_clients)
     ]
     await server.simulator.until(lambda stats: stats.active == running)
     server.simulator.behaviour = Behaviour(ttft=0, interval=0)
@@ -97,9 +97,9 @@ async def test_when_all_reconnect_the_rest_is_sent_away_and_running_answers_go_o
         async with room:
             return await reconnect(server, number)
 
-    before = [len(seen) for seen in told]
+    before = [len(seen) for seen in frames_of_clients]
     waits = await asyncio.gather(*(ask_one(number) for number in range(count)))
-    meanwhile = [len(seen) - begun for seen, begun in zip(told, before, strict=True)]
+    meanwhile = [len(seen) - begun for seen, begun in zip(frames_of_clients, before, strict=True)]
     over.set()
     await asyncio.gather(*answers)
 
@@ -108,7 +108,7 @@ async def test_when_all_reconnect_the_rest_is_sent_away_and_running_answers_go_o
     assert all(1 <= wait <= 60 for wait in refused)
     assert len(set(refused)) > 5, "they do not all come back at the same moment"
     assert min(meanwhile) > 0
-    for seen in told:
+    for seen in frames_of_clients:
         assert numbers(seen) == [*range(1, len(seen) + 1)]
         assert seen[-1]["status"] == "cancelled"
     assert await server.counted("connections_rejected") == {(): len(refused)}
@@ -128,7 +128,7 @@ async def test_dashboards_and_pollers_do_not_disturb_the_work(
     # All of them share one event loop with the server, and must read within that time.
     server = await make_server(**{"chat.streams.send_timeout": max(1.0, count / 40)})
     monitor = server.context.monitor
-    told: list[bytearray] = [bytearray() for _ in range(count)]
+    received: list[bytearray] = [bytearray() for _ in range(count)]
 
     async def watch(seen: bytearray) -> None:
         async with programs.get(f"{server.base}/events") as response:
@@ -149,7 +149,7 @@ async def test_dashboards_and_pollers_do_not_disturb_the_work(
         aiohttp.ClientSession(connector=connector) as programs,
         Raw(server, receive_buffer=SMALL) as stalled,
     ):
-        watching = [asyncio.create_task(watch(seen)) for seen in told]
+        watching = [asyncio.create_task(watch(seen)) for seen in received]
         polling = [asyncio.create_task(poll(path)) for path in ("/metrics", "/stats") * 2]
         await stalled.get("/events")
         await until(lambda: server.watchers == count + 1)
@@ -159,7 +159,7 @@ async def test_dashboards_and_pollers_do_not_disturb_the_work(
                 monitor.incident("test", "x" * 10_000)
                 incidents += 1
             answers += await ask_every_face(server, f"m-{incidents}")
-        await until(lambda: all(seen.count(b"event: incident") >= incidents for seen in told))
+        await until(lambda: all(seen.count(b"event: incident") >= incidents for seen in received))
         everyone, watching_now = [*watching], server.watchers
         watching.clear()
         polls = await asyncio.gather(*polling)

@@ -262,8 +262,8 @@ async def test_a_failover_has_an_attempt_at_each_provider(tmp_path: Path) -> Non
 
 
 async def test_a_wait_for_a_provider_has_a_span_and_so_has_one_in_vain(tmp_path: Path) -> None:
-    one = {"concurrent_requests": 1, "queue_timeout": 0.3, "queue_size": 5}
-    changes = {f"{SIM_HTTP_CLIENT}.{key}": value for key, value in one.items()}
+    limits = {"concurrent_requests": 1, "queue_timeout": 0.3, "queue_size": 5}
+    changes = {f"{SIM_HTTP_CLIENT}.{key}": value for key, value in limits.items()}
     async with tracing(tmp_path, PACED, **changes) as (server, collector), server.connect() as ws:
         await ws.send_json(chat("r1", options={"max_tokens": 10}))
         await until_status(ws, "processing")

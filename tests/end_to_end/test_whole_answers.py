@@ -319,8 +319,8 @@ async def test_a_client_of_a_unix_socket_that_reads_nothing_is_dropped(
 ) -> None:
     loop = asyncio.get_running_loop()
     data = json.dumps(CHAT).encode()
-    given = (f"POST {PATH} HTTP/1.1", "Host: x", "Content-Type: application/json", *lines)
-    head = "".join(f"{line}\r\n" for line in (*given, f"Content-Length: {len(data)}", ""))
+    request_lines = (f"POST {PATH} HTTP/1.1", "Host: x", "Content-Type: application/json", *lines)
+    head = "".join(f"{line}\r\n" for line in (*request_lines, f"Content-Length: {len(data)}", ""))
     async with provider() as scripted:
         server = await make_server(
             **{"llm.providers.sim.base_url": scripted.url, "chat.streams.send_timeout": 0.3}

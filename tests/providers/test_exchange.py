@@ -179,18 +179,18 @@ async def test_only_a_clean_end_keeps_the_connection(name: str) -> None:
 @pytest.mark.parametrize("name", BROKEN)
 async def test_bytes_that_are_no_http_are_refused_at_every_cut(name: str) -> None:
     answer = BROKEN[name]
-    told = set()
+    outcomes = set()
     for pieces in cuts(answer):
         async with ScriptedProvider(answering(pieces)) as server, pooled(server.url) as pool:
             got = Got()
             with pytest.raises(ProviderBadResponse):
                 await ask(pool, got)
-            told.add((got.status, got.body, got.ended))
+            outcomes.add((got.status, got.body, got.ended))
 
             assert pool.stats().open == 0
             await until(lambda server=server: server.open == 0, 2.0)  # type: ignore[misc]
 
-    assert len(told) == 1, "what was good before the fault comes through, however it was cut"
+    assert len(outcomes) == 1, "what was good before the fault comes through, however it was cut"
 
 
 @pytest.mark.parametrize("name", EARLY_CLOSE)

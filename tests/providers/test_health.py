@@ -25,18 +25,18 @@ class Told(ProviderObserver):
 
 
 def test_a_death_and_its_end_are_told_once_and_only_where_they_were_found() -> None:
-    told, heard = Told(), Told()
-    found = Health("groq", ProviderMeter(), observer=told)
+    deaths, heard = Told(), Told()
+    health = Health("groq", ProviderMeter(), observer=deaths)
     other = Health("groq", ProviderMeter(), observer=heard)
 
     long_ago = time.monotonic() - LONG_PATIENCE
     for _ in range(2 * FEW):
-        found.attempt_failed(ProviderError("503"), long_ago, trial=False, answered=False)
+        health.attempt_failed(ProviderError("503"), long_ago, trial=False, answered=False)
     other.breaker.told_dead(unreachable=False)
     other.answered(0.1, trial=False)
     other.answered(0.1, trial=False)
-    found.breaker.told_alive()
-    found.answered(0.1, trial=False)
+    health.breaker.told_alive()
+    health.answered(0.1, trial=False)
 
-    assert told.deaths == [True]
+    assert deaths.deaths == [True]
     assert heard.deaths == [False]

@@ -281,8 +281,8 @@ def test_one_head_cannot_stop_a_provider_for_hours() -> None:
 
 def test_a_rest_that_another_instance_was_asked_for_is_kept_and_not_told_again() -> None:
     clock = FakeClock()
-    told: list[float] = []
-    pace = Pace(600, 5, clock, on_cooling=told.append)
+    rests: list[float] = []
+    pace = Pace(600, 5, clock, on_cooling=rests.append)
 
     pace.told_cooling(7.0)
     rested = pace.cooling
@@ -291,7 +291,7 @@ def test_a_rest_that_another_instance_was_asked_for_is_kept_and_not_told_again()
     pace.cool_down(0.0)
 
     assert 7.0 <= rested <= 7.0 * (1 + JITTER)
-    assert told == [9.0, MAX_COOLING]
+    assert rests == [9.0, MAX_COOLING]
 
 
 def bucket(

@@ -66,14 +66,14 @@ async def simulator() -> AsyncIterator[Simulator]:
 
 @asynccontextmanager
 async def provider_at(
-    base_url: str, limits: dict[str, Any] | None = None, **given: Any
+    base_url: str, limits: dict[str, Any] | None = None, **more: Any
 ) -> AsyncIterator[Provider]:
     """A provider; at its end nothing may be held."""
     http_client = dataclasses.replace(LIMITS, **{"queue_size": None, **(limits or {})})
-    one = settings.Provider(
-        name="sim", base_url=base_url, model="own-model", http_client=http_client, **given
+    provider_settings = settings.Provider(
+        name="sim", base_url=base_url, model="own-model", http_client=http_client, **more
     )
-    provider = Provider(one, base_url, max_response_bytes=1 << 20)
+    provider = Provider(provider_settings, base_url, max_response_bytes=1 << 20)
     try:
         yield provider
         queue = provider.stats().queue
@@ -178,8 +178,10 @@ async def test_the_key_is_sent_and_a_netrc_changes_nothing(
     ):
         await call(provider, question(streamed=False))
 
-    found = [line for line in lines_of(requests[0]) if line.lower().startswith("authorization")]
-    assert found == ["Authorization: Bearer sk-1"]
+    authorization = [
+        line for line in lines_of(requests[0]) if line.lower().startswith("authorization")
+    ]
+    assert authorization == ["Authorization: Bearer sk-1"]
 
 
 async def test_configured_headers_replace_ours_whatever_their_case_but_not_the_framing() -> None:
@@ -357,8 +359,8 @@ async def test_how_long_a_5xx_wants_is_bounded_as_well() -> None:
 
 
 async def test_a_callers_word_does_not_use_up_the_quota() -> None:
-    said = b'{"error":{"message":"Rate limit reached for insufficient_quota","code":"rate"}}'
-    for body in (said, b"insufficient_quota", b'["insufficient_quota"]'):
+    error_body = b'{"error":{"message":"Rate limit reached for insufficient_quota","code":"rate"}}'
+    for body in (error_body, b"insufficient_quota", b'["insufficient_quota"]'):
         head = b"HTTP/1.1 429 No\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
         play, _ = serving(head % len(body) + body)
         async with ScriptedProvider(play) as server, provider_at(server.url) as provider:
@@ -560,7 +562,7 @@ async def test_an_address_that_names_many_users_delays_another_by_one_turn(
     async with provider_at(simulator.base_url, {"concurrent_requests": 1}) as provider:
         served: list[str] = []
 
-        async def one(caller: Caller) -> None:
+        async def ask(caller: Caller) -> None:
             await fill(provider, caller=caller)
             served.append(caller.flow)
 
@@ -569,7 +571,7 @@ async def test_an_address_that_names_many_users_delays_another_by_one_turn(
         await simulator.until(lambda stats: stats.active == 1)
         simulator.behaviour = QUICK
         many = [anonymous("10.0.0.1").on_behalf_of(f"user {number}") for number in range(5)]
-        asked = [asyncio.create_task(one(caller)) for caller in (*many, anonymous("10.0.0.2"))]
+        asked = [asyncio.create_task(ask(caller)) for caller in (*many, anonymous("10.0.0.2"))]
         await until(lambda: provider.stats().queue.waiting == len(asked))
         holder.cancel()
         await asyncio.gather(*asked)
@@ -670,7 +672,7 @@ async def test_the_providers_remaining_requests_lower_the_pace(headers: bytes) -
 
 
 @pytest.mark.parametrize(
-    ("given", "seconds"),
+    ("retry_after", "seconds"),
     [
         (b"Retry-After: 30", (30, 34)),
         (b"retry-after-ms: 20000\r\nRetry-After: 99", (20, 23)),
@@ -683,11 +685,11 @@ async def test_the_providers_remaining_requests_lower_the_pace(headers: bytes) -
     ],
 )
 async def test_after_a_429_the_provider_is_left_alone(
-    given: bytes, seconds: tuple[float, float]
+    retry_after: bytes, seconds: tuple[float, float]
 ) -> None:
     body = b'{"error":{"message":"slow down"}}'
     head = b"HTTP/1.1 429 No\r\nContent-Type: application/json\r\n%b\r\nContent-Length: %d\r\n\r\n"
-    play, played = serving(head % (given, len(body)) + body)
+    play, played = serving(head % (retry_after, len(body)) + body)
     async with ScriptedProvider(play) as server, provider_at(server.url) as provider:
         with pytest.raises(ProviderRateLimited):
             await call(provider, question(streamed=False))

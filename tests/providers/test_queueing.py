@@ -58,31 +58,33 @@ async def given_up(tasks: Sequence[asyncio.Task[Any]]) -> None:
 async def test_positions_say_when_the_next_trial_is_and_no_less_than_a_refusal_beyond(
     gate: ProviderGate,
 ) -> None:
-    told: list[tuple[int, float]] = []
+    positions: list[tuple[int, float]] = []
 
     def on_position(position: int, eta: float) -> None:
-        told.append((position, eta))
+        positions.append((position, eta))
 
     tasks = await waiting(
         gate, gate.enter(on_position=on_position), gate.enter(on_position=on_position)
     )
     await given_up(tasks)
 
-    assert told == [(1, TRIAL_INTERVAL), (2, 1.0)]
+    assert positions == [(1, TRIAL_INTERVAL), (2, 1.0)]
     assert 1.0 <= gate.retry_after() <= 1.5
 
 
 async def test_a_position_while_no_trial_may_start_is_no_promise(
     gate: ProviderGate, health: Health
 ) -> None:
-    told: list[float] = []
+    positions: list[float] = []
     for _ in range(MAX_TRIALS):
         health.breaker.start()
 
-    tasks = await waiting(gate, gate.enter(on_position=lambda _position, eta: told.append(eta)))
+    tasks = await waiting(
+        gate, gate.enter(on_position=lambda _position, eta: positions.append(eta))
+    )
     await given_up(tasks)
 
-    assert told == [1.0]
+    assert positions == [1.0]
 
 
 async def test_the_oldest_wait_is_told_while_requests_are_parked(

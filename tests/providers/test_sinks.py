@@ -68,7 +68,7 @@ def passed(stream: Stream) -> bytes:
 
 def shown(stream: Stream) -> list[tuple[str, Any]]:
     """The frames of WebSocket and SSE, without the processing event."""
-    frames = [orjson.loads(one) for entry in stream.entries for one in stream.frames(entry)]
+    frames = [orjson.loads(part) for entry in stream.entries for part in stream.frames(entry)]
     assert [frame["event_id"] for frame in frames] == list(range(1, stream.last + 1))
     return [(frame["status"], frame["chunk"]) for frame in frames[1:]]
 
@@ -476,7 +476,7 @@ def test_an_endless_line_is_cut_at_its_bound(frames: bool, size: int) -> None:
 
 def events(*deltas: str, finish: bool = True) -> bytes:
     """Events whose delta is JSON as it stands: escapes of surrogates, too."""
-    choices = [f'{{"index":0,"delta":{one}}}' for one in deltas]
+    choices = [f'{{"index":0,"delta":{part}}}' for part in deltas]
     if finish:
         choices.append('{"index":0,"delta":{},"finish_reason":"stop"}')
     return b"".join(f'data: {{"choices":[{choice}]}}\n\n'.encode() for choice in choices) + DONE

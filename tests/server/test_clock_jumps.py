@@ -59,8 +59,8 @@ async def next_event(ws: Raw, request_id: str) -> dict[str, Any]:
     """The next frame of *request_id*."""
     while (frame := await ws.json_frame())["request_id"] != request_id:
         pass
-    found: dict[str, Any] = frame
-    return found
+    event: dict[str, Any] = frame
+    return event
 
 
 async def date(raw: Raw) -> float:

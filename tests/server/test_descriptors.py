@@ -52,8 +52,8 @@ async def metrics(process: ServerProcess) -> dict[str, float]:
         aiohttp.ClientSession() as session,
         session.get(f"{process.base}/metrics") as response,
     ):
-        found = re.findall(r"^(\w+(?:\{.*\})?) (\S+)$", await response.text(), re.MULTILINE)
-    return {name: float(value) for name, value in found}
+        samples = re.findall(r"^(\w+(?:\{.*\})?) (\S+)$", await response.text(), re.MULTILINE)
+    return {name: float(value) for name, value in samples}
 
 
 async def serves(process: ServerProcess) -> dict[str, float]:
@@ -111,14 +111,14 @@ async def test_without_descriptors_what_is_served_goes_on_and_new_clients_are_se
         await process.logs("not applied: ")
 
         await silent.aclose()
-        found = await serves(process)
-        assert found["aioserver_max_fds"] == files
-        assert found['aioserver_reloads_total{outcome="invalid"}'] == 1
-        assert found["aioserver_open_fds"] <= files
-        assert found['aioserver_rejections_total{code="pool_timeout"}'] == 1
-        assert found['aioserver_connections{face="websocket"}'] == 1
+        numbers = await serves(process)
+        assert numbers["aioserver_max_fds"] == files
+        assert numbers['aioserver_reloads_total{outcome="invalid"}'] == 1
+        assert numbers["aioserver_open_fds"] <= files
+        assert numbers['aioserver_rejections_total{code="pool_timeout"}'] == 1
+        assert numbers['aioserver_connections{face="websocket"}'] == 1
         failed = 'aioserver_provider_attempts_total{outcome="connect_error",provider="sim"}'
-        assert found[failed] == 0, "the provider is not to blame"
+        assert numbers[failed] == 0, "the provider is not to blame"
         await ws.send_json(chat("again"))
         while (frame := await ws.json_frame())["request_id"] != "again":
             pass
@@ -177,9 +177,9 @@ async def test_where_the_limit_is_as_large_as_asked_for_all_caps_can_be_reached(
         async with Raw(process) as raw:
             await raw.post("/v1/chat/completions", CHAT)
             answer = await raw.answer()
-        found = await metrics(process)
+        numbers = await metrics(process)
 
         assert (answer.status, answer.code) == (503, "server_at_capacity")
-        assert found["aioserver_open_fds"] <= found["aioserver_max_fds"] == files
+        assert numbers["aioserver_open_fds"] <= numbers["aioserver_max_fds"] == files
         assert "open files" not in process.log
         assert "descriptor" not in process.log

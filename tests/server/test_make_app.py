@@ -139,10 +139,10 @@ async def test_the_end_of_the_program_ends_answers_and_sockets(tmp_path: Path) -
 async def test_two_applications_share_nothing(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    async with embedded(tmp_path / "a") as (_, one), embedded(tmp_path / "b") as (_, other):
-        async with one.post("/sse/chat", json={"request_id": "r1", "text": "Hello"}) as response:
+    async with embedded(tmp_path / "a") as (_, first), embedded(tmp_path / "b") as (_, other):
+        async with first.post("/sse/chat", json={"request_id": "r1", "text": "Hello"}) as response:
             await response.read()
-        async with one.get("/sse/chat/r1") as response:
+        async with first.get("/sse/chat/r1") as response:
             assert response.status == 200
         async with other.get("/sse/chat/r1") as response:
             assert response.status == 404

@@ -51,7 +51,7 @@ SLOW = Behaviour(ttft=0, interval=0.02, tokens=2000)
 
 
 def reloads(server: RunningServer) -> dict[str, int]:
-    return {name: int(one.value) for name, one in server.context.metrics.reloads.items()}
+    return {name: int(counter.value) for name, counter in server.context.metrics.reloads.items()}
 
 
 def incidents(server: RunningServer) -> list[str]:
@@ -85,14 +85,14 @@ async def test_every_fault_is_told_and_nothing_changes(
 
     assert not done
     assert server.settings.chat is before
-    told = [record.getMessage() for record in caplog.records if record.name == "aioserver.reload"]
-    assert len(told) == 3
+    texts = [record.getMessage() for record in caplog.records if record.name == "aioserver.reload"]
+    assert len(texts) == 3
     for place in (
         "chat.websocket.concurrency.max_connections: ",
         "chat.websocket.prot: unknown key (did you mean port?)",
         "llm.providers.sim.http_client.read_timeout: ",
     ):
-        assert any(f"{server.file}:" in line and place in line for line in told), place
+        assert any(f"{server.file}:" in line and place in line for line in texts), place
     assert reloads(server) == {"applied": 0, "invalid": 1, "failed": 0}
     assert incidents(server) == ["the configuration has 3 faults, and was not applied"]
     assert (await ask(server))["status"] == 200
@@ -429,8 +429,8 @@ async def test_changes_are_logged_by_name_and_never_by_value(
         "configuration applied: chat.websocket.concurrency.max_connections, "
         "llm.providers.sim.api_key, llm.providers.sim.headers"
     )
-    said = caplog.text + json.dumps(server.incidents())
-    assert "canary" not in said.replace("X-Canary", "")
+    logged = caplog.text + json.dumps(server.incidents())
+    assert "canary" not in logged.replace("X-Canary", "")
 
 
 # One provider.
@@ -457,11 +457,11 @@ async def test_certificates_are_read_again_under_the_same_name(
 ) -> None:
     file = tmp_path / "ca.pem"
     trustme.CA().cert_pem.write_to_path(str(file))
-    given = {"llm.providers.sim.ca_file": str(file)}
-    server = await make_server(**given)
+    changes = {"llm.providers.sim.ca_file": str(file)}
+    server = await make_server(**changes)
     await ask(server)
 
-    assert await server.change(**given)
+    assert await server.change(**changes)
     await ask(server)
 
     assert server.simulator.stats().connections_accepted == 2
@@ -587,8 +587,10 @@ async def test_attempts_with_the_old_settings_prove_nothing_about_the_new(
             server.provider.health.breaker.failed(time.monotonic() - LONG_PATIENCE, trial=False)
         answers.set()
 
-        told = 429 if status == 429 else 502
-        assert [frame["status"] for frame in await asyncio.gather(*asked)] == [told] * len(asked)
+        expected = 429 if status == 429 else 502
+        assert [frame["status"] for frame in await asyncio.gather(*asked)] == [expected] * len(
+            asked
+        )
         stats = server.provider.stats()
         assert (stats.flagged, stats.state, stats.pace.cooling) == (False, "well", 0.0)
 
@@ -693,7 +695,7 @@ async def test_a_new_provider_is_asked_counted_and_shown(make_server: MakeServer
 
         assert (await ask(server, model="two"))["status"] == 200
         async with server.session.get(f"{server.v1}/models") as response:
-            ids = {one["id"] for one in (await response.json())["data"]}
+            ids = {model["id"] for model in (await response.json())["data"]}
         assert {"two", "two/other-model"} <= ids
         server.context.monitor.tick()
         async with server.session.get(f"{server.base}/stats") as response:
@@ -740,10 +742,10 @@ async def test_answers_at_a_removed_provider_end_there_and_waiters_go_elsewhere(
         client: dict[str, Any] = dict.fromkeys(
             ("max_connections", "max_keepalive", "concurrent_requests"), 1
         )
-        one = provider_entry(server.simulator.base_url, **client)
+        first = provider_entry(server.simulator.base_url, **client)
         assert await server.change(
             **{
-                "llm.providers": {"one": one, "two": provider_entry(second.base_url)},
+                "llm.providers": {"one": first, "two": provider_entry(second.base_url)},
                 "llm.active": "one",
                 "llm.fallbacks": ["two"],
             }
@@ -818,7 +820,7 @@ async def test_a_provider_whose_key_is_gone_is_off_and_back_with_it(
     key = tmp_path / "key"
     two = provider_entry(server.simulator.base_url) | {"api_key_file": str(key)}
     assert await server.change(**{"llm.providers.two": two})
-    assert "two" not in {one["id"] for one in (await models(server))}
+    assert "two" not in {model["id"] for model in (await models(server))}
 
     key.write_text("secret\n")
 

@@ -77,10 +77,10 @@ async def test_an_access_log_is_written_when_asked_for(
 
     lines = [record for record in caplog.records if record.name == "aioserver.access"]
     assert len(lines) == 2
-    told = lines[0].fields  # type: ignore[attr-defined]
-    assert (told["method"], told["path"], told["status"]) == ("GET", "/health", 200)
-    assert told["address"] == "127.0.0.1"
-    assert told["bytes"] > 0
+    fields = lines[0].fields  # type: ignore[attr-defined]
+    assert (fields["method"], fields["path"], fields["status"]) == ("GET", "/health", 200)
+    assert fields["address"] == "127.0.0.1"
+    assert fields["bytes"] > 0
 
 
 @pytest.mark.parametrize(
@@ -133,10 +133,10 @@ async def found_at_once(
     app: web.Application, method: str, path: str
 ) -> tuple[web.UrlMappingMatchInfo, Any]:
     """The match and the handler that a request gets without aiohttp's router."""
-    found: list[tuple[web.UrlMappingMatchInfo, Any]] = []
+    matches: list[tuple[web.UrlMappingMatchInfo, Any]] = []
 
     async def shield(request: web.Request, handler: Any) -> web.StreamResponse:
-        found.append((request.match_info, handler))
+        matches.append((request.match_info, handler))
         return web.Response()
 
     async def router(_request: web.BaseRequest) -> web.StreamResponse:
@@ -145,7 +145,7 @@ async def found_at_once(
     request: Any = make_mocked_request(method, path, app=app)
     request.__class__ = Request
     await Dispatcher(app, shield, router)(request)
-    return found[0]
+    return matches[0]
 
 
 @pytest.mark.parametrize(

@@ -134,8 +134,8 @@ async def stop_with_many(tmp_path: Path, simulator: Simulator, each: int, grace:
         asked = asyncio.get_running_loop().time()
         process.signal()
 
-        told = {kind: set(await asyncio.gather(*some)) for kind, some in clients.items()}
-        assert told == {"long": {"server_shutdown"}, "short": {"complete"}}
+        ends = {kind: set(await asyncio.gather(*some)) for kind, some in clients.items()}
+        assert ends == {"long": {"server_shutdown"}, "short": {"complete"}}
         assert await process.ended() == 0
         assert asyncio.get_running_loop().time() - asked < grace + 5
         assert clean(process)

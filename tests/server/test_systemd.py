@@ -85,10 +85,10 @@ async def test_a_reload_has_a_beginning_on_the_clock_of_systemd_and_an_end(
     notifier.ready()
     notifier.close()
 
-    told = await manager.message()
+    notice = await manager.message()
     after = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
-    assert told["RELOADING"] == "1"
-    assert before <= int(told["MONOTONIC_USEC"]) <= after
+    assert notice["RELOADING"] == "1"
+    assert before <= int(notice["MONOTONIC_USEC"]) <= after
     assert (await manager.message())["READY"] == "1"
 
 
@@ -175,7 +175,7 @@ async def test_a_reload_that_is_over_starts_no_second_feeding(watching: Systemd)
         notifier.ready()
     notifier.close()
 
-    assert sum(b"WATCHDOG=1" in one for one in watching.unread()) == 1
+    assert sum(b"WATCHDOG=1" in message for message in watching.unread()) == 1
 
 
 async def test_the_watchdog_of_another_process_is_not_fed(watching: Systemd) -> None:
@@ -296,23 +296,23 @@ def test_a_passed_socket_is_taken_and_not_passed_on(port: socket.socket) -> None
 
 def test_several_are_taken_in_order(tmp_path: Path) -> None:
     with (
-        socket.create_server(("127.0.0.1", 0)) as one,
+        socket.create_server(("127.0.0.1", 0)) as former,
         socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as two,
     ):
         two.bind(str(tmp_path / "socket"))
         two.listen()
-        first = max(one.fileno(), two.fileno()) + 100
-        os.dup2(one.fileno(), first)
+        first = max(former.fileno(), two.fileno()) + 100
+        os.dup2(former.fileno(), first)
         os.dup2(two.fileno(), first + 1)
 
-        found = systemd.inherited({**USUAL, "LISTEN_FDS": "2"}, first=first)
+        sockets = systemd.inherited({**USUAL, "LISTEN_FDS": "2"}, first=first)
 
-        assert [listener.address_of(sock) for sock in found] == [
-            one.getsockname(),
+        assert [listener.address_of(sock) for sock in sockets] == [
+            former.getsockname(),
             (str(tmp_path / "socket"), 0),
         ]
-        assert listener.hosts(found) == ["127.0.0.1"]
-        for sock in found:
+        assert listener.hosts(sockets) == ["127.0.0.1"]
+        for sock in sockets:
             sock.close()
 
 
@@ -340,9 +340,9 @@ def test_sockets_that_are_no_listening_streams_are_refused_all_at_once(tmp_path:
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams,
         socket.socket(socket.AF_INET, socket.SOCK_STREAM) as silent,
     ):
-        given = [good.fileno(), datagrams.fileno(), silent.fileno(), file]
-        first = max(given) + 100
-        for at, number in enumerate(given):
+        descriptors = [good.fileno(), datagrams.fileno(), silent.fileno(), file]
+        first = max(descriptors) + 100
+        for at, number in enumerate(descriptors):
             os.dup2(number, first + at)
         environ = {**USUAL, "LISTEN_FDS": "5", "LISTEN_FDNAMES": "a:b:c:d:e"}
 
@@ -576,9 +576,9 @@ async def test_a_service_whose_loop_is_blocked_shows_it_and_leaves_its_stacks_if
 async def _has_been_late(session: aiohttp.ClientSession, metrics: str) -> bool:
     """Whether the loop was later than half a second at least once."""
     async with session.get(metrics) as response:
-        found = dict(line.rsplit(" ", 1) for line in (await response.text()).splitlines())
+        samples = dict(line.rsplit(" ", 1) for line in (await response.text()).splitlines())
     most = 'aioserver_loop_lag_seconds_bucket{le="0.5"}'
-    return float(found["aioserver_loop_lag_seconds_count"]) > float(found[most])
+    return float(samples["aioserver_loop_lag_seconds_count"]) > float(samples[most])
 
 
 @pytest.mark.one_loop

@@ -36,14 +36,14 @@ async def talk(client: Client) -> None:
         perhaps += asked.outcome != "complete"
     url = f"{client.base}/conversations/{name}"
     async with client.session.get(url, headers=client.headers) as response:
-        found = orjson.loads(await response.read())
+        shown = orjson.loads(await response.read())
         alone = client.plan.instances == 1
         if response.status == 200:
-            count = len(found["messages"]) // 2
+            count = len(shown["messages"]) // 2
         else:
-            client.note_refusal(response.status, found["error"], response.headers)
+            client.note_refusal(response.status, shown["error"], response.headers)
             count = 0
-            alone &= found["error"]["code"] == "not_found"
+            alone &= shown["error"]["code"] == "not_found"
         if alone and not kept <= count <= kept + perhaps:
             raise Violation(f"{count} turns are kept, not {kept}, or {perhaps} more")
     async with client.session.delete(url, headers=client.headers) as response:

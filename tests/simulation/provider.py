@@ -72,13 +72,13 @@ class Calls:
         """Return the calls of all instances for one *question*, in the order in which their
         answers began.
         """
-        found = [
+        received = [
             call
             for (_, name), calls in self.by_question.items()
             if name == question
             for call in calls
         ]
-        return sorted(found, key=lambda call: call.begun_at)
+        return sorted(received, key=lambda call: call.begun_at)
 
     def repeated(self, question: str, window: float) -> Iterator[tuple[Call, Call]]:
         """Iterate over calls for one *question* that began within *window* seconds after one that

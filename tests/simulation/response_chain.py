@@ -143,8 +143,10 @@ def _compare(turn: Turn, listed: dict[str, Any]) -> None:
         content if isinstance(content := item["content"], str) else content[0]["text"]
         for item in listed["data"]
     ]
-    said = [text for each in turn.before for text in (each.question.text, each.read.reading.text)]
-    if texts != [*said, turn.question.text]:
+    kept_texts = [
+        text for each in turn.before for text in (each.question.text, each.read.reading.text)
+    ]
+    if texts != [*kept_texts, turn.question.text]:
         raise Violation(f"{len(texts)} items are listed for {turn.names}: {texts}")
 
 

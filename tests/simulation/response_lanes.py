@@ -101,13 +101,13 @@ class Talk:
                 client.patience.heard()
                 if message.type is not aiohttp.WSMsgType.TEXT:
                     continue
-                told = self._take(orjson.loads(message.data))
+                lane_event = self._take(orjson.loads(message.data))
                 if self.outcome:
                     return
                 if client.now("leave", self.events):
                     raise Left
-                if told is not None:
-                    await self._go_on(ws, told)
+                if lane_event is not None:
+                    await self._go_on(ws, lane_event)
                 await client.pause()
             raise EOFError(f"closed with {ws.close_code}")
 

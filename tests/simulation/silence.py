@@ -60,14 +60,14 @@ async def be_silent(client: Client, port: int) -> None:
     )
     assert isinstance(protocol, _Silent)
     credentials = "".join(f"{name}: {value}\r\n" for name, value in client.headers.items())
-    said = {
+    last_words = {
         "no byte": "",
         "half a head": HEAD.format("GET /health", credentials),
         "half a body": HEAD.format("POST /v1/chat/completions", credentials) + LONG_BODY,
         "idle": HEAD.format("GET /health", credentials) + "\r\n",
         "deaf": HEAD.format("GET /ws/chat", credentials) + UPGRADE,
     }[kind]
-    transport.write(said.encode())
+    transport.write(last_words.encode())
     began, seconds = Clock.now, _promised(client, kind)
     try:
         done, _ = await asyncio.wait([protocol.lost], timeout=seconds + LATE)

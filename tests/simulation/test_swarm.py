@@ -174,14 +174,14 @@ def test_servers_that_forget_something_are_noticed() -> None:
     # Every third; `stress` has all.
     some = list(BREAKAGES)[::3]
 
-    found, printed = noticed(some)
+    names, printed = noticed(some)
 
-    assert found == set(some), printed
+    assert names == set(some), printed
 
 
 @pytest.mark.stress
 @pytest.mark.timeout(700)
 def test_each_server_that_forgets_something_is_noticed() -> None:
-    found, printed = noticed(BREAKAGES)
+    names, printed = noticed(BREAKAGES)
 
-    assert found == BREAKAGES.keys(), printed
+    assert names == BREAKAGES.keys(), printed

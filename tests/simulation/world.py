@@ -129,8 +129,8 @@ class World:
     def start_looking(self) -> None:
         """Look at the servers from now on, whenever time is about to pass."""
         # Of a single server there are no sums.
-        one = len(self._watches) == 1
-        self.network.loop.on_pause = self._watches[0].look if one else self.look
+        alone = len(self._watches) == 1
+        self.network.loop.on_pause = self._watches[0].look if alone else self.look
 
     def stop_looking(self) -> None:
         """Look at nothing any more: the servers are being closed."""

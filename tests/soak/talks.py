@@ -234,9 +234,9 @@ async def conversation(client: Client) -> str:
         if talk.outcome == "complete":
             if response.status != 200:
                 raise Violation(f"{response.status}: a conversation is not found")
-            said = [message["text"] for message in (await response.json())["messages"]]
-            if len(said) != 2 * TURNS or said[-1] != talk.answer.text:
-                raise Violation(f"{len(said)} messages are kept of {TURNS} turns")
+            kept_texts = [message["text"] for message in (await response.json())["messages"]]
+            if len(kept_texts) != 2 * TURNS or kept_texts[-1] != talk.answer.text:
+                raise Violation(f"{len(kept_texts)} messages are kept of {TURNS} turns")
     async with client.session.delete(url) as response:
         if response.status == 503:
             # The disk of a machine that does much else may be slow.

@@ -55,10 +55,10 @@ class AbsentProvider:
             try:
                 await asyncio.gather(_copy(reader, here), _copy(there, writer))
             finally:
-                for one in (here, writer):
-                    one.close()
+                for writer_ in (here, writer):
+                    writer_.close()
                     with contextlib.suppress(ConnectionError, asyncio.CancelledError):
-                        await one.wait_closed()
+                        await writer_.wait_closed()
 
         # A duplicate: the server closes its socket, and this one holds the address.
         self._server = await asyncio.start_server(relay, sock=self._socket.dup())

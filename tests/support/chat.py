@@ -74,7 +74,7 @@ def numbers(frames: list[Any]) -> list[int]:
 
 def frames_of(body: bytes) -> list[Any]:
     """The frames of an SSE body; each is checked against the `id` and `event` of its block."""
-    found = []
+    frames = []
     for event in eventstream.parse(body):
         frame = json.loads(event.data)
         assert event.event.decode() == frame["status"]
@@ -82,8 +82,8 @@ def frames_of(body: bytes) -> list[Any]:
             assert int(event.id or b"0") == frame["event_id"]
         else:
             assert event.id is None
-        found.append(frame)
-    return found
+        frames.append(frame)
+    return frames
 
 
 async def read_frames(response: ClientResponse) -> list[Any]:

@@ -130,7 +130,7 @@ def status(page: Page) -> Locator:
     return answer(page).locator(".status")
 
 
-async def said(server: RunningServer, text: str) -> str:
+async def model_answer(server: RunningServer, text: str) -> str:
     """The simulated model's answer to *text*. This sends it a request."""
     body = {"messages": [{"role": "user", "content": text}]}
     async with server.session.post(server.v1 + "/chat/completions", json=body) as response:

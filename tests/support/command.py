@@ -50,11 +50,11 @@ def serving(
             assert process.stdout is not None
             line = process.stdout.readline()
             deadline.cancel()
-            found = re.search(r"http://[^\s/]+(/\S*)?", line)
-            if found is None:
+            match = re.search(r"http://[^\s/]+(/\S*)?", line)
+            if match is None:
                 stderr.seek(0)
                 raise AssertionError(f"{line!r} has no URL; stderr: {stderr.read()}")
-            yield found[0]
+            yield match[0]
         finally:
             deadline.cancel()
             process.terminate()

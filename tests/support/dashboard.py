@@ -244,12 +244,12 @@ def _event(name: str, data: Any) -> bytes:
 @contextlib.asynccontextmanager
 async def standing() -> AsyncIterator[Stand]:
     """Run a stand-in until the end of the block."""
-    one = Stand()
-    await one.open()
+    stand = Stand()
+    await stand.open()
     try:
-        yield one
+        yield stand
     finally:
-        await one.close()
+        await stand.close()
 
 
 async def opened(page: Page, stand: Stand) -> None:

@@ -87,8 +87,8 @@ async def over_openai(
     url = f"{server.v1}/chat/completions"
     async with server.session.post(url, json=body, headers=headers) as response:
         raw = await response.read()
-        given = {name.lower(): value for name, value in response.headers.items()}
-        seen = Seen(status=response.status, headers=given, raw=raw)
+        fields = {name.lower(): value for name, value in response.headers.items()}
+        seen = Seen(status=response.status, headers=fields, raw=raw)
     assert seen.headers["x-request-id"]
     if response.status != 200:
         seen.end, seen.error = "error", json.loads(raw)["error"]
@@ -117,8 +117,8 @@ async def over_anthropic(server: RunningServer, model: str, *, stream: bool = Tr
     body = {"model": model, "max_tokens": 4096, "messages": messages, "stream": stream}
     async with server.session.post(f"{server.v1}/messages", json=body) as response:
         raw = await response.read()
-        given = {name.lower(): value for name, value in response.headers.items()}
-        seen = Seen(status=response.status, headers=given, raw=raw)
+        headers = {name.lower(): value for name, value in response.headers.items()}
+        seen = Seen(status=response.status, headers=headers, raw=raw)
     assert seen.headers["request-id"]
     if response.status != 200:
         answer = json.loads(raw)

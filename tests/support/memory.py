@@ -17,7 +17,7 @@ PIECE = 1 << 13
 def holders() -> Counter[str]:
     """The bytes in large objects, by what holds them: a frame by its name, or else a type."""
     seen: set[int] = set()
-    found: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
     for owner in gc.get_objects():
         for value in gc.get_referents(owner):
             if (
@@ -26,8 +26,8 @@ def holders() -> Counter[str]:
                 and id(value) not in seen
             ):
                 seen.add(id(value))
-                found[_name(owner)] += len(value)
-    return found
+                sizes[_name(owner)] += len(value)
+    return sizes
 
 
 @contextlib.contextmanager

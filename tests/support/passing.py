@@ -27,12 +27,12 @@ class Passed:
 
 def answer(body: bytes = ANSWER, status: int = 200, *lines: str) -> bytes:
     """The bytes of an answer with *lines* among its headers."""
-    given = (
+    headers = (
         lines if any("ontent-" in line for line in lines) else ("Content-Type: application/json",)
     )
     head = [
         f"HTTP/1.1 {status} X",
-        *dict.fromkeys((*given, *lines)),
+        *dict.fromkeys((*headers, *lines)),
         f"Content-Length: {len(body)}",
     ]
     return "\r\n".join([*head, "", ""]).encode() + body

@@ -125,8 +125,14 @@ class Raw:
 
     async def post(self, path: str, body: object, *lines: str, version: str = "1.1") -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        given = (f"POST {path} HTTP/{version}", "Host: x", "Content-Type: application/json")
-        head = "".join(f"{line}\r\n" for line in (*given, f"Content-Length: {len(data)}", *lines))
+        request_lines = (
+            f"POST {path} HTTP/{version}",
+            "Host: x",
+            "Content-Type: application/json",
+        )
+        head = "".join(
+            f"{line}\r\n" for line in (*request_lines, f"Content-Length: {len(data)}", *lines)
+        )
         await self.send(f"{head}\r\n".encode("latin-1") + data)
 
     async def ask_sse(self, request_id: str, **fields: Any) -> None:
@@ -196,12 +202,12 @@ class Raw:
 
     async def frames(self) -> list[tuple[int, bytes]]:
         """Read frames until the server closes the connection."""
-        found = []
+        collected = []
         while True:
             try:
-                found.append(await self.frame())
+                collected.append(await self.frame())
             except (EOFError, ConnectionError):
-                return found
+                return collected
 
     async def json_frame(self) -> Any:
         opcode, payload = await self.frame()

@@ -268,10 +268,10 @@ async def full_listener() -> AsyncIterator[int]:
         listener.listen(0)
         port = listener.getsockname()[1]
         for _ in range(16):
-            one = stack.enter_context(socket.socket())
-            one.setblocking(False)
+            backlog_socket = stack.enter_context(socket.socket())
+            backlog_socket.setblocking(False)
             try:
-                await asyncio.wait_for(loop.sock_connect(one, ("127.0.0.1", port)), 0.1)
+                await asyncio.wait_for(loop.sock_connect(backlog_socket, ("127.0.0.1", port)), 0.1)
             except TimeoutError:
                 break
         else:

@@ -87,13 +87,13 @@ class Terminal:
             AssertionError: *within* seconds have passed without them.
         """
 
-        def found() -> bool:
+        def visible() -> bool:
             at = self.text.find(words, self._looked)
             if at >= 0:
                 self._looked = at + len(words)
             return at >= 0
 
-        await until(found, within, lambda: self.text)
+        await until(visible, within, lambda: self.text)
 
     async def ended(self, within: float = 30.0) -> int:
         """Wait for the end of the process; returns its exit code, minus a signal's number."""

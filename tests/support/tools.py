@@ -15,13 +15,13 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 
 def installed(program: str) -> str:
     """The path of *program*. Without it the test skips, or fails with CI=true."""
-    found = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    if found is None:
+    path = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if path is None:
         why = f"{program} is not installed"
         if os.environ.get("CI") == "true":
             pytest.fail(why)
         pytest.skip(why)
-    return found
+    return path
 
 
 def edited(name: str, edits: dict[str, str]) -> str:

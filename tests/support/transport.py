@@ -147,12 +147,12 @@ def _text(frame: bytes) -> bytes:
 @asynccontextmanager
 async def client(*, slow: bool = False, send_timeout: float = 30.0) -> AsyncIterator[FakeClient]:
     """A fake client, which leaves at the end of the block."""
-    one = FakeClient(slow=slow, send_timeout=send_timeout)
-    yield one
-    one.writer.close()
-    one.socket.lose()
-    await until(lambda: one.socket.draining == 0)
-    assert not one.socket.drain_cancelled, "a blocked write is never cancelled"
+    fake = FakeClient(slow=slow, send_timeout=send_timeout)
+    yield fake
+    fake.writer.close()
+    fake.socket.lose()
+    await until(lambda: fake.socket.draining == 0)
+    assert not fake.socket.drain_cancelled, "a blocked write is never cancelled"
 
 
 def stream_of(name: str = "r1", *, window: float = 30.0, most: int = 1 << 30) -> Stream:

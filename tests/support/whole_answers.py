@@ -53,4 +53,6 @@ async def provider(size: int = SIZE, *, http_status: int = 200) -> AsyncIterator
 def unsent(server: RunningServer) -> int:
     """Bytes that wait in our transports."""
     transports = [connection.transport for connection in server.http_server.connections]
-    return sum(one.get_write_buffer_size() for one in transports if one is not None)
+    return sum(
+        transport.get_write_buffer_size() for transport in transports if transport is not None
+    )

@@ -46,8 +46,8 @@ SLOW = Behaviour(ttft=0.3, interval=0.01, tokens=5)
 
 def planned(url: str, **fields: Any) -> Plan:
     question = fields.pop("question", Question(prompt="Hello"))
-    given: dict[str, Any] = {"face": "websocket", "clients": 4, "requests": 2, "timeout": 20.0}
-    return Plan(url=url, question=question, **{**given, **fields})
+    defaults: dict[str, Any] = {"face": "websocket", "clients": 4, "requests": 2, "timeout": 20.0}
+    return Plan(url=url, question=question, **{**defaults, **fields})
 
 
 async def ran(url: str, **fields: Any) -> dict[str, Any]:
@@ -350,16 +350,16 @@ async def test_a_response_that_has_no_good_end_is_seen(frames: list[Any], reason
     assert report["incomplete"] == {reason: 1}
 
 
-@pytest.mark.parametrize(("status", "found"), [(503, "refused"), (404, "incomplete")])
-async def test_a_refused_handshake_has_its_status(status: int, found: str) -> None:
+@pytest.mark.parametrize(("status", "field"), [(503, "refused"), (404, "incomplete")])
+async def test_a_refused_handshake_has_its_status(status: int, field: str) -> None:
     async def handler(_request: web.Request) -> web.Response:
         return web.Response(status=status)
 
     async with saying("/ws/chat", handler) as base:
         report = await ran(base, clients=1, requests=1)
 
-    assert report[found] == {f"http_{status}": 1}
-    assert report["requests"][found] == 1
+    assert report[field] == {f"http_{status}": 1}
+    assert report["requests"][field] == 1
 
 
 def test_only_what_says_not_now_before_the_first_token_is_a_refusal() -> None:
@@ -460,7 +460,7 @@ def test_clients_that_do_not_fit_are_refused(
 ) -> None:
     limits = [(64, 264)]
     monkeypatch.setattr(resource, "getrlimit", lambda _which: limits[-1])
-    monkeypatch.setattr(resource, "setrlimit", lambda _which, given: limits.append(given))
+    monkeypatch.setattr(resource, "setrlimit", lambda _which, limit: limits.append(limit))
 
     assert command.raise_file_limit(100) == 100
     assert limits[-1] == (164, 264)

@@ -54,15 +54,15 @@ async def test_a_bench_meets_the_keys_own_limit(make_server: MakeServer, face: s
 
 @pytest.mark.parametrize("face", ["websocket", "sse", "openai"])
 @pytest.mark.parametrize(
-    ("key", "said"), [(None, "wants an API key"), ("aio-nobody", "does not know this key")]
+    ("key", "remark"), [(None, "wants an API key"), ("aio-nobody", "does not know this key")]
 )
 async def test_a_bench_that_is_not_let_in_says_so_and_asks_nothing(
-    make_server: MakeServer, face: str, key: str | None, said: str
+    make_server: MakeServer, face: str, key: str | None, remark: str
 ) -> None:
     server = await make_server(**keys_of("web"))
     run = Run(plan(server, face, key))
 
-    with pytest.raises(remote.KeyNeeded, match=said):
+    with pytest.raises(remote.KeyNeeded, match=remark):
         await run.execute(asyncio.Event())
 
     assert run.results.begun == 0
@@ -79,13 +79,13 @@ async def test_a_bench_without_a_key_is_exit_2_and_one_line(make_server: MakeSer
 
 async def test_top_wants_an_admins_key(make_server: MakeServer) -> None:
     server = await make_server(**keys_of("web", "root"))
-    for key, said in (
+    for key, remark in (
         (None, "wants an API key"),
         ("aio-nobody", "this API key is not known"),
         (key_of("web"), "it is no admin key"),
     ):
         async with remote.session(key) as session:
-            with pytest.raises(remote.Unreachable, match=said):
+            with pytest.raises(remote.Unreachable, match=remark):
                 await Feed(session, State(server.base), 1.0, lambda: None).first()
     state = State(server.base)
     async with remote.session(key_of("root")) as session:

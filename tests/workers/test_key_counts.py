@@ -53,7 +53,7 @@ def test_counts_are_those_of_the_other_workers(pages: list[SharedPage]) -> None:
         slot, name = rng.randrange(len(pages)), rng.choice(names)
         change = rng.choice([1, -1]) if held[slot][name] else 1
         held[slot][name] += change
-        others = sum(one[name] for at, one in enumerate(held) if at != slot)
+        others = sum(counts[name] for at, counts in enumerate(held) if at != slot)
         assert counts[slot].counter(name)(change) == others
     # Beside the places on the same page.
     assert sum(pages[0].places(slot) for slot in range(pages[0].slots)) == 10

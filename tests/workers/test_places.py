@@ -84,8 +84,8 @@ async def test_the_first_client_beyond_all_places_is_refused_with_the_configured
         await served(sockets)
 
         for slot in (None, 0, 1, 2, 3):
-            told = await refusal(workers, slot)
-            assert told == "chat.websocket.concurrency.max_connections=61 reached"
+            message = await refusal(workers, slot)
+            assert message == "chat.websocket.concurrency.max_connections=61 reached"
 
         # A place that becomes free anywhere is everybody's.
         await sockets.pop().close()
@@ -289,7 +289,9 @@ class Model:
                 await self.end(worker)
                 self.start(worker.slot)
         self.page.resize(self.total, list(self.workers))
-        for leaving in [one for one in self.workers.values() if one.gate.closed and not one.held]:
+        for leaving in [
+            worker for worker in self.workers.values() if worker.gate.closed and not worker.held
+        ]:
             await self.end(leaving)
             self.page.retire(leaving.slot, self.rng.choice(list(self.workers)))
         await asyncio.sleep(0)

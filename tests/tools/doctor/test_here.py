@@ -51,9 +51,9 @@ class Findings(list[Any]):
 
 @pytest.fixture
 def findings() -> Iterator[Findings]:
-    found = Findings()
-    yield found
-    assert not any(CANARY in line for line in found)
+    report = Findings()
+    yield report
+    assert not any(CANARY in line for line in report)
 
 
 def refusing(status: str) -> Any:
@@ -84,9 +84,12 @@ async def test_the_active_provider_is_asked_for_its_first_token_and_no_more(
     assert not findings.report.failed
     assert findings[0] == "ok    provider sim: its key is in the configuration"
     assert any(
-        "provider sim: answers: the first token of sim-model came" in one for one in findings
+        "provider sim: answers: the first token of sim-model came" in finding
+        for finding in findings
     )
-    assert any("provider demo: answers: the first token of demo came" in one for one in findings)
+    assert any(
+        "provider demo: answers: the first token of demo came" in finding for finding in findings
+    )
 
 
 @pytest.mark.parametrize("ask", [True, False])
@@ -333,7 +336,10 @@ async def test_an_active_provider_without_its_key_is_2_and_the_rest_is_examined_
     code, out, _ = await run_command("doctor", "--config", str(file), "--json")
 
     report = json.loads(out)
-    texts = {f"{one['subject']}: {one['text']}": one["level"] for one in report["findings"]}
+    texts = {
+        f"{finding['subject']}: {finding['text']}": finding["level"]
+        for finding in report["findings"]
+    }
     assert (code, report["failed"]) == (2, True)
     assert any("sim is active but NOT_SET is not set" in text for text in texts)
     assert texts["provider sim: off: NOT_SET is not set"] == "skip"

@@ -145,14 +145,14 @@ async def test_models_of_providers_that_speak_it_are_discovered(make_server: Mak
     server = await make_server(**{OLD: provider_entry(NOWHERE, "m")})
     async with AsyncAnthropic(api_key="unused", base_url=server.base, max_retries=0) as sdk:
         listed = [model.id async for model in sdk.models.list(limit=1000)]
-        found = await sdk.models.retrieve("sim/anything")
+        retrieved = await sdk.models.retrieve("sim/anything")
         with pytest.raises(anthropic.NotFoundError, match="old does not speak"):
             await sdk.models.retrieve("old")
     async with server.session.get(f"{server.v1}/models") as response:
         others = [model["id"] for model in (await response.json())["data"]]
 
     assert listed == ["sim", "sim/sim-model"]
-    assert (found.id, found.type) == ("sim/anything", "model")
+    assert (retrieved.id, retrieved.type) == ("sim/anything", "model")
     assert {"sim", "old"} < set(others)
 
 

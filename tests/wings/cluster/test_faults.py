@@ -61,8 +61,8 @@ def of_instances(simulation: Simulation, chance: random.Random) -> list[Callable
     living = [each for each in simulation.instances if each.alive]
     actions: list[Callable[[], object]] = []
     if len(living) > 2:
-        one = chance.choice(living)
-        actions += [one.kill, one.leases.leave]
+        instance = chance.choice(living)
+        actions += [instance.kill, instance.leases.leave]
     if len(living) < 5 and not simulation.fixed:
         actions.append(partial(simulation.add, Load(20.0, 0.3)))
     return actions
@@ -70,16 +70,16 @@ def of_instances(simulation: Simulation, chance: random.Random) -> list[Callable
 
 def of_one_instance(simulation: Simulation, chance: random.Random) -> list[Callable[[], object]]:
     """Faults after which the others may have the places that it uses."""
-    one = chance.choice([each for each in simulation.instances if each.alive])
+    instance = chance.choice([each for each in simulation.instances if each.alive])
     length = chance.choice((0.5, 2.0, 7.5, 12.0))
 
     def stopped() -> None:
-        one.stop()
-        simulation.later(length, one.go_on)
+        instance.stop()
+        simulation.later(length, instance.go_on)
 
     def cut_off() -> None:
-        simulation.cut_off.add(one.number)
-        simulation.later(length, partial(simulation.cut_off.discard, one.number))
+        simulation.cut_off.add(instance.number)
+        simulation.later(length, partial(simulation.cut_off.discard, instance.number))
 
     return [stopped, cut_off, partial(setattr, simulation, "loss", chance.choice((0.0, 0.1)))]
 

@@ -84,89 +84,89 @@ def test_newcomer_has_no_share_before_all_others_know_of_it() -> None:
 
 def test_instance_that_was_stopped_starts_nothing_before_it_is_answered() -> None:
     simulation, instances = cluster()
-    one, other, _ = instances
-    ask(one, 5)
-    one.stop()
+    first, other, _ = instances
+    ask(first, 5)
+    first.stop()
     simulation.advance(TIMES.lease + 1.0)
     ask(other, LIMIT)
     assert other.inside == LIMIT
 
-    one.waiting.extend([simulation.now] * 5)
-    one.stopped = False
-    one.serve()
+    first.waiting.extend([simulation.now] * 5)
+    first.stopped = False
+    first.serve()
 
-    assert one.grant.granted == 0
-    assert one.inside == 5
+    assert first.grant.granted == 0
+    assert first.inside == 5
     simulation.advance(1.0)
-    assert one.inside == 5
+    assert first.inside == 5
 
 
 def test_answer_that_was_read_after_a_stop_gives_nothing() -> None:
-    simulation, (one, *_) = cluster()
+    simulation, (first, *_) = cluster()
     answers: list[bytes] = []
-    one.leases.call_soon()
-    one.timer += 1
-    request = one.leases.request(simulation.run)
+    first.leases.call_soon()
+    first.timer += 1
+    request = first.leases.request(simulation.run)
     answers.append(simulation.model.renew(request, round(simulation.now * SECOND))[0])
     simulation.now += TIMES.lease
 
-    one.leases.answered(answers[0])
+    first.leases.answered(answers[0])
 
-    assert one.leases.state is State.ALONE
-    assert one.grant.granted == 0
+    assert first.leases.state is State.ALONE
+    assert first.grant.granted == 0
 
 
 def test_answer_that_cannot_be_read_is_a_failed_call() -> None:
-    simulation, (one, *_) = cluster()
-    one.timer += 1
-    one.leases.request(simulation.run)
+    simulation, (first, *_) = cluster()
+    first.timer += 1
+    first.leases.request(simulation.run)
 
-    one.leases.answered(b"\x90")
+    first.leases.answered(b"\x90")
 
-    assert one.leases.state is State.UNHEARD
+    assert first.leases.state is State.UNHEARD
 
 
 def test_hand_is_raised_to_the_share_only_when_all_other_leases_are_over() -> None:
-    simulation, (one, other, _) = cluster()
+    simulation, (first, other, _) = cluster()
     ask(other, 15, seconds=5.0)
-    granted = one.grant.granted
+    granted = first.grant.granted
     simulation.kill_server()
-    end = one.leases.lease_end
+    end = first.leases.lease_end
     simulation.advance(end - simulation.now + 0.5)
-    assert one.leases.state is State.ALONE
+    assert first.leases.state is State.ALONE
 
-    assert one.grant.granted <= granted < one.grant.share
+    assert first.grant.granted <= granted < first.grant.share
     simulation.advance(TIMES.beat + 2 * TIMES.bound)
 
-    assert one.grant.granted == one.grant.share
+    assert first.grant.granted == first.grant.share
 
 
 @pytest.mark.parametrize("inside", [2, 12])
 def test_instance_that_comes_back_says_that_it_has_its_share_or_what_is_inside(
     inside: int,
 ) -> None:
-    simulation, (one, *_) = cluster()
-    ask(one, inside)
+    simulation, (first, *_) = cluster()
+    ask(first, inside)
     simulation.kill_server()
     simulation.advance(TIMES.lease + TIMES.beat + 3 * TIMES.bound)
-    assert one.leases.state is State.ALONE
-    if one.leases.busy:
-        one.leases.failed("no answer")
+    assert first.leases.state is State.ALONE
+    if first.leases.busy:
+        first.leases.failed("no answer")
 
-    (op,) = decode_request(one.leases.request(simulation.run)).ops
+    (op,) = decode_request(first.leases.request(simulation.run)).ops
 
     # It may start so much until it is answered.
-    assert op.have == max(inside, one.grant.share)
+    assert op.have == max(inside, first.grant.share)
 
 
 @pytest.mark.parametrize("fault", ["away", "another process"])
 def test_server_that_was_away_gives_nothing_before_all_have_called(fault: str) -> None:
-    simulation, (one, other, _) = cluster()
-    ask(one, 12)
+    simulation, (first, other, _) = cluster()
+    ask(first, 12)
     simulation.keep()
-    ask(one, 8)
-    assert one.inside == LIMIT
-    simulation.cut_off.add(one.number)
+    ask(first, 8)
+    assert first.inside == LIMIT
+    simulation.cut_off.add(first.number)
     if fault == "away":
         simulation.pause()
         simulation.advance(TIMES.lease + 0.5)
@@ -184,27 +184,27 @@ def test_server_that_was_away_gives_nothing_before_all_have_called(fault: str) -
 
 
 def test_server_that_has_lost_its_state_is_told_everything_at_once() -> None:
-    simulation, (one, *_) = cluster()
-    ask(one, 12)
+    simulation, (first, *_) = cluster()
+    ask(first, 12)
     # The next call mentions nothing that has not changed.
-    one.leases.woken([""])
+    first.leases.woken([""])
     simulation.advance(0.3)
 
     simulation.empty()
-    one.leases.call_soon()
+    first.leases.call_soon()
     simulation.advance(0.3)
 
     assert simulation.model.world is not None
-    assert simulation.model.world.limits[NAME].holds[one.leases.instance].recorded >= 12
+    assert simulation.model.world.limits[NAME].holds[first.leases.instance].recorded >= 12
 
 
 def test_call_that_was_given_up_is_refused_when_it_arrives_after_a_later_one() -> None:
-    simulation, (one, *_) = cluster()
-    ask(one, 10)
-    one.timer += 1
-    early = one.leases.request(simulation.run)
-    one.leases.failed("no answer")
-    simulation.model.renew(one.leases.request(simulation.run), round(simulation.now * SECOND))
+    simulation, (first, *_) = cluster()
+    ask(first, 10)
+    first.timer += 1
+    early = first.leases.request(simulation.run)
+    first.leases.failed("no answer")
+    simulation.model.renew(first.leases.request(simulation.run), round(simulation.now * SECOND))
 
     with pytest.raises(Stale):
         simulation.model.renew(early, round(simulation.now * SECOND))
@@ -304,10 +304,10 @@ def test_what_one_instance_tells_all_others_hear_and_newcomers_too() -> None:
 
 
 def test_server_that_has_lost_its_state_ends_nothing_that_was_told() -> None:
-    simulation, (one, other, _) = cluster()
+    simulation, (first, other, _) = cluster()
     heard: list[float] = []
     other.leases.told._on_told = lambda _name, _word, seconds: heard.append(seconds)
-    one.leases.told.tell("openai", "cooling", 30.0)
+    first.leases.told.tell("openai", "cooling", 30.0)
     simulation.advance(0.1)
 
     simulation.empty()
@@ -318,12 +318,12 @@ def test_server_that_has_lost_its_state_ends_nothing_that_was_told() -> None:
 
 
 def test_answer_names_the_members_only_when_they_have_changed() -> None:
-    simulation, (one, *_) = cluster()
-    one.timer += 1
+    simulation, (first, *_) = cluster()
+    first.timer += 1
 
     answer, _ = simulation.model.renew(
-        one.leases.request(simulation.run), round(simulation.now * SECOND)
+        first.leases.request(simulation.run), round(simulation.now * SECOND)
     )
 
     assert decode_answer(answer).members == []
-    assert sorted(one.leases.members) == ["i0", "i1", "i2"]
+    assert sorted(first.leases.members) == ["i0", "i1", "i2"]

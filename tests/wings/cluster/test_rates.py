@@ -136,10 +136,10 @@ def test_burst_after_a_rest_is_that_of_all_together(per_minute: int, burst: int)
         each.waiting = 0
     simulation.advance(70.0)
     before = len(starts_of(all_paced))
-    one = all_paced[0]
+    burster = all_paced[0]
 
-    one.waiting = burst
-    one.serve()
+    burster.waiting = burst
+    burster.serve()
     simulation.advance(0.5)
 
     started = len(starts_of(all_paced)) - before

@@ -406,8 +406,10 @@ async def test_a_stored_response_is_continued_anywhere_over_a_real_server(
             url = f"{b.server.v1}/responses/{response_id}"
             async with b.server.session.delete(url) as response:
                 assert response.status == status
-        async with b.server.session.get(f"{b.server.v1}/responses/{second}/input_items") as found:
-            assert len((await found.json())["data"]) == 3
+        async with b.server.session.get(
+            f"{b.server.v1}/responses/{second}/input_items"
+        ) as listing:
+            assert len((await listing.json())["data"]) == 3
 
 
 async def post(instance: Instance, path: str, body: dict[str, Any]) -> dict[str, Any]:

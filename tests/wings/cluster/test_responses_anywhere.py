@@ -52,9 +52,9 @@ async def sdks(pair: list[Instance]) -> AsyncIterator[list[AsyncOpenAI]]:
     async with AsyncExitStack() as stack:
         yield [
             await stack.enter_async_context(
-                AsyncOpenAI(api_key="x", base_url=one.server.v1, max_retries=0)
+                AsyncOpenAI(api_key="x", base_url=instance.server.v1, max_retries=0)
             )
-            for one in pair
+            for instance in pair
         ]
 
 
@@ -96,7 +96,7 @@ async def test_a_conversation_goes_on_at_any_instance(
         assert await texts(sdk, previous) == expected[:-1]
         assert (await sdk.responses.retrieve(previous)).output_text == expected[-1]
     # What an instance has of a conversation is not kept there a second time.
-    sizes = [one.server.owners.streams.stats().bytes for one in pair]
+    sizes = [instance.server.owners.streams.stats().bytes for instance in pair]
     assert max(sizes) < 1.3 * min(sizes)
 
 
@@ -276,12 +276,12 @@ async def test_a_response_that_could_not_be_written_goes_with_what_continues_it(
     await shared.close()
     assert [response.shared for response in (first, second)] == [False, True]
 
-    found = await b.stored.reach(CALLER, "r2")
+    stored = await b.stored.reach(CALLER, "r2")
 
     assert await b.stored.reach(CALLER, "r1") is None
-    assert found is not None
-    assert b",".join(found.history()).count(b"x" * 10) == 2
-    for response in (first, second, found):
+    assert stored is not None
+    assert b",".join(stored.history()).count(b"x" * 10) == 2
+    for response in (first, second, stored):
         response.release()
     clock.advance(100.0)
     assert (a.streams.stats().bytes, b.streams.stats().bytes) == (0, 0)
@@ -390,8 +390,8 @@ async def test_a_cancelled_look_holds_nothing(world: World) -> None:
             with pytest.raises(asyncio.CancelledError):
                 await look
         assert b.streams.stats().bytes == 0 or look.done()
-        if not look.cancelled() and (found := look.result()) is not None:
-            found.release()
+        if not look.cancelled() and (stored := look.result()) is not None:
+            stored.release()
     assert b.streams.stats().bytes == 0
 
 

@@ -190,10 +190,10 @@ async def test_place_that_ends_is_used_at_once_while_a_call_is_in_doubt(
     other = await waiting(gates[1])
     cluster.renew()
     mine = await waiting(gates[0])
-    one = cluster.instances["one"]
-    one.request("run")
+    first = cluster.instances["one"]
+    first.request("run")
     if not under_way:
-        one.failed("no answer")
+        first.failed("no answer")
 
     places.pop().release()
     await ticks()

@@ -79,21 +79,21 @@ async def joined(reference: ReferenceServer, count: int, settings: ProviderSetti
     await asyncio.sleep(6)
     assert all(
         len(each.members) == count and not each.standing.grace
-        for each in [one.leases for one in ones]
+        for each in [instance.leases for instance in ones]
     )
     await asyncio.sleep(5)
     return ones
 
 
 async def close(*ones: One) -> None:
-    for one in ones:
-        await one.provider.close()
+    for instance in ones:
+        await instance.provider.close()
 
 
-async def enter(one: One, seconds: float = 1.0) -> Place | None:
+async def enter(instance: One, seconds: float = 1.0) -> Place | None:
     try:
         async with asyncio.timeout(seconds):
-            return await one.gate.enter()
+            return await instance.gate.enter()
     except (TimeoutError, ProviderQueueTimeout):
         return None
 
@@ -132,16 +132,16 @@ async def test_starts_a_minute_are_those_of_all_instances(
     loop = asyncio.get_running_loop()
     starts: list[float] = []
 
-    async def ask(one: One) -> None:
+    async def ask(instance: One) -> None:
         while loop.time() < end:
-            place = await enter(one, 5.0)
+            place = await enter(instance, 5.0)
             if place is not None:
                 starts.append(loop.time())
                 place.release()
 
     began = loop.time()
     end = began + 10
-    await asyncio.gather(*(ask(one) for one in ones for _ in range(4)))
+    await asyncio.gather(*(ask(instance) for instance in ones for _ in range(4)))
 
     burst = min(100, 600 // 60)
     within = [start for start in starts if start < end]
@@ -156,8 +156,8 @@ async def test_tokens_a_minute_are_shared_out_among_the_instances_there_are(
     settings = settings_of(tmp_path, tokens_per_minute=6000)
     a, b = await joined(reference, 2, settings)
 
-    for one in (a, b):
-        one.gate.pace.charge(1000)
+    for instance in (a, b):
+        instance.gate.pace.charge(1000)
     part = a.gate.pace.delay()
     b.gate.pace.charge(-1000)
     a.gate.pace.charge(-1000)
@@ -211,8 +211,10 @@ async def test_another_limit_is_that_of_all_instances_at_once(
     taken = [await enter(a) for _ in range(3)] + [await enter(b) for _ in range(3)]
     assert None not in taken
 
-    for one in (a, b):
-        one.gate.apply_limits(dataclasses.replace(settings.http_client, concurrent_requests=2))
+    for instance in (a, b):
+        instance.gate.apply_limits(
+            dataclasses.replace(settings.http_client, concurrent_requests=2)
+        )
     for place in taken[:3]:
         assert place is not None
         place.release()
@@ -220,7 +222,7 @@ async def test_another_limit_is_that_of_all_instances_at_once(
     for place in taken[3:]:
         assert place is not None
         place.release()
-    places = [await enter(one) for one in (a, b, a)]
+    places = [await enter(instance) for instance in (a, b, a)]
 
     assert [place is not None for place in places] == [True, True, False]
     await close(a, b)

@@ -41,17 +41,17 @@ def quota(leases: Leases, most: int = 4, per_minute: int = 6000) -> SharedQuota:
     return SharedQuota(most, per_minute, loop.time, leases=leases, name="web")
 
 
-async def take(one: SharedQuota) -> bool:
+async def take(quota: SharedQuota) -> bool:
     """Whether an answer may begin; one that may not is given back."""
     try:
-        undecided = one.take()
+        undecided = quota.take()
     except (ConcurrencyExceeded, RateLimitExceeded):
         return False
     if undecided is not None:
         try:
             await undecided
         except (ConcurrencyExceeded, RateLimitExceeded):
-            one.give_back()
+            quota.give_back()
             return False
     return True
 
@@ -62,10 +62,10 @@ async def test_all_instances_together_have_no_more_answers_than_the_key_may_have
     quotas = [quota(leases, most=5) for leases in await joined(reference, 3)]
     await asyncio.sleep(5)
 
-    taken = await asyncio.gather(*(take(one) for one in quotas for _ in range(5)))
+    taken = await asyncio.gather(*(take(quota) for quota in quotas for _ in range(5)))
 
     assert sum(taken) == 5
-    assert sum(one.running for one in quotas) == 5
+    assert sum(quota.running for quota in quotas) == 5
 
 
 async def test_one_instance_gets_all_that_the_others_do_not_use(
@@ -131,8 +131,8 @@ async def test_answers_that_are_refused_together_leave_no_place_of_another_one(
 ) -> None:
     instances = await joined(reference, 2)
     here, there = (quota(leases) for leases in instances)
-    for one in (here, here, there, there):
-        assert await take(one)
+    for side in (here, here, there, there):
+        assert await take(side)
     # Neither finds a place, and nobody has given them back yet.
     refused = [here.take() for _ in range(2)]
     await until(lambda: all(each is not None and each.done() for each in refused))
@@ -154,10 +154,10 @@ async def test_the_rate_holds_over_all_instances_and_is_had_by_any(
 
     began = 0
     for _ in range(20):
-        for one in quotas:
-            if await take(one):
+        for side in quotas:
+            if await take(side):
                 began += 1
-                one.give_back()
+                side.give_back()
 
     assert began <= 31
     # A slot that is used later than it begins is as much of the burst: 0.1 s, or one start here.
@@ -187,7 +187,7 @@ async def test_without_the_server_each_instance_has_its_fixed_share(
     reference.up = False
     await asyncio.sleep(30)
 
-    taken = [sum([await take(one) for _ in range(6)]) for one in quotas]
+    taken = [sum([await take(quota) for _ in range(6)]) for quota in quotas]
 
     assert taken == [2, 2]
 

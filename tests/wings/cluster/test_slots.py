@@ -49,7 +49,7 @@ def test_they_are_used_in_order_and_pass_at_their_end(steps: list[tuple[str, flo
         in_order = sorted(passing + lasting)
         assert [slots.begins(before) for before in range(len(in_order))] == in_order
         assert slots.begun(now) == sum(begins <= now for begins in in_order)
-    assert all(one <= other for one, other in pairwise(passing))
+    assert all(passed <= other for passed, other in pairwise(passing))
 
 
 def test_nothing_is_taken_where_nothing_is_granted() -> None:

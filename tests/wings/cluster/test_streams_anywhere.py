@@ -92,7 +92,7 @@ def transport_of(ws: Any) -> asyncio.Transport:
 
 
 def asked_once(*every: Instance) -> bool:
-    return sum(one.requests for one in every) == 1
+    return sum(instance.requests for instance in every) == 1
 
 
 @pytest.mark.parametrize("after", [0, 1, 7, 39])
@@ -180,7 +180,7 @@ async def test_a_client_that_leaves_while_its_id_is_claimed_finds_the_answer_aga
 async def test_of_two_that_ask_at_once_one_asks_the_provider(make: Make) -> None:
     every = await make(3)
 
-    answers = await asyncio.gather(*(answered(one) for one in every))
+    answers = await asyncio.gather(*(answered(instance) for instance in every))
 
     assert answers[0] == answers[1] == answers[2]
     assert asked_once(*every)
@@ -226,9 +226,9 @@ async def test_a_key_of_a_request_elsewhere_is_answered_from_the_first(
 ) -> None:
     every = await make()
     answers = []
-    for one in (*every, *every):
-        async with one.server.session.post(
-            f"{one.server.v1}/chat/completions", json=body, headers=KEY
+    for instance in (*every, *every):
+        async with instance.server.session.post(
+            f"{instance.server.v1}/chat/completions", json=body, headers=KEY
         ) as response:
             assert response.status == 200
             assert response.headers["x-aioserver-provider"] == "sim"
@@ -248,9 +248,9 @@ async def test_an_answer_of_anthropics_api_is_the_same_elsewhere(
 ) -> None:
     a, b = await make(2)
     answers = []
-    for one in (a, b):
-        async with one.server.session.post(
-            f"{one.server.v1}/messages",
+    for instance in (a, b):
+        async with instance.server.session.post(
+            f"{instance.server.v1}/messages",
             json={**MESSAGE, "model": model, "stream": streamed},
             headers=KEY,
         ) as response:
@@ -267,8 +267,10 @@ async def test_a_reader_elsewhere_of_anthropics_api_is_told_of_a_killed_owner_in
     a, b = await make(2, ENDLESS)
     body = {**MESSAGE, "stream": True}
 
-    def ask(one: Instance) -> Any:
-        return one.server.session.post(f"{one.server.v1}/messages", json=body, headers=KEY)
+    def ask(instance: Instance) -> Any:
+        return instance.server.session.post(
+            f"{instance.server.v1}/messages", json=body, headers=KEY
+        )
 
     async with ask(a) as first, ask(b) as second:
         while b"text_delta" not in await second.content.readline():
@@ -380,24 +382,24 @@ async def test_a_stream_of_another_key_is_not_found_elsewhere(make: Make) -> Non
         await ws.send_json(chat("r1", conversation_id="c1"))
         whole = await to_end(ws)
 
-    for name, found in (("one", True), ("two", False)):
+    for name, known in (("one", True), ("two", False)):
         headers = bearer(name)
         async with b.server.session.get(f"{b.server.sse}/r1", headers=headers) as response:
-            assert response.status == (200 if found else 404)
+            assert response.status == (200 if known else 404)
         async with b.server.session.get(b.server.sse, headers=headers) as response:
-            assert len((await response.json())["streams"]) == found
+            assert len((await response.json())["streams"]) == known
         async with b.server.session.delete(f"{b.server.sse}/r1", headers=headers) as response:
-            assert response.status == (204 if found else 404)
+            assert response.status == (204 if known else 404)
         async with b.server.connect(headers=headers) as ws:
             await ws.send_json(resume("r1", 1))
             rest = await to_end(ws)
-        assert rest == whole[1:] if found else rest[-1]["chunk"]["code"] == "stream_not_found"
-        assert found or "event_id" not in rest[-1]
+        assert rest == whole[1:] if known else rest[-1]["chunk"]["code"] == "stream_not_found"
+        assert known or "event_id" not in rest[-1]
         async with b.server.connect(headers=headers) as ws:
             await ws.send_json(chat(f"of-{name}", "again", conversation_id="c1"))
             await to_end(ws)
         sent = b.server.simulator.bodies[-1]["messages"]
-        assert len(sent) == (3 if found else 1)
+        assert len(sent) == (3 if known else 1)
     # The id of another key is free.
     async with b.server.connect(headers=bearer("two")) as ws:
         await ws.send_json(chat("r1"))
@@ -506,8 +508,8 @@ async def test_streams_of_all_instances_are_listed(make: Make) -> None:
     await answered(a, "r1")
     await answered(b, "r2")
 
-    for one in (a, b, c):
-        async with one.server.session.get(one.server.sse) as response:
+    for instance in (a, b, c):
+        async with instance.server.session.get(instance.server.sse) as response:
             listed = {entry["request_id"] for entry in (await response.json())["streams"]}
         assert listed == {"r1", "r2"}
 
@@ -672,22 +674,24 @@ async def test_a_stored_response_is_read_elsewhere(make: Make) -> None:
         whole = await response.json()
     streamed = events.split(b'"id":"', 1)[1].split(b'"', 1)[0].decode()
 
-    for one in (a, b):
-        url = f"{one.server.v1}/responses"
-        async with one.server.session.get(f"{url}/{whole['id']}") as response:
+    for instance in (a, b):
+        url = f"{instance.server.v1}/responses"
+        async with instance.server.session.get(f"{url}/{whole['id']}") as response:
             assert (response.status, await response.json()) == (200, whole)
-        async with one.server.session.get(f"{url}/{streamed}") as response:
+        async with instance.server.session.get(f"{url}/{streamed}") as response:
             assert (await response.json())["status"] == "completed"
-        async with one.server.session.get(f"{url}/{streamed}?stream=true") as response:
+        async with instance.server.session.get(f"{url}/{streamed}?stream=true") as response:
             assert await response.read() == events
         later = f"{url}/{streamed}?stream=true&starting_after=3"
-        async with one.server.session.get(later) as response:
+        async with instance.server.session.get(later) as response:
             rest = await response.read()
         assert events.endswith(rest)
         assert b'"sequence_number":4' in rest.split(b"\n\n", 1)[0]
-        async with one.server.session.get(f"{url}/{streamed}?starting_after=900&stream=true") as r:
+        async with instance.server.session.get(
+            f"{url}/{streamed}?starting_after=900&stream=true"
+        ) as r:
             assert r.status == 409
-        async with one.server.session.post(f"{url}/{streamed}/cancel") as response:
+        async with instance.server.session.post(f"{url}/{streamed}/cancel") as response:
             assert (await response.json())["status"] == "completed"
     await until(lambda: b.cluster.stats().mirrors == 0)
 

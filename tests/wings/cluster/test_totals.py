@@ -213,12 +213,12 @@ async def test_an_answer_that_is_not_understood_is_none(
         def send(self, data: bytes) -> None:
             watcher.append(data)
 
-    one = Watcher()
+    listener = Watcher()
     monitor = a.server.context.monitor
-    await monitor.watch_all(one, 1)
+    await monitor.watch_all(listener, 1)
     monitor.tick()
     await until(lambda: len(watcher) > 1)
-    monitor.leave(one)
+    monitor.leave(listener)
     assert b"event: history" in watcher[0]
 
 

@@ -65,7 +65,7 @@ async def test_clients_may_come_back_anywhere(tmp_path: Path, seed: int) -> None
         answers = await asyncio.gather(
             *(wander(every, random.Random(rng.random()), f"r{n}") for n in range(CLIENTS))
         )
-        requests = sum(one.requests for one in every)
+        requests = sum(instance.requests for instance in every)
         world.lost = world.late = world.doubled = 0.0
 
     for events in answers:

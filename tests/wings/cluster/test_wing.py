@@ -41,9 +41,9 @@ async def test_instances_agree_on_the_first_secret(redis: RedisServer) -> None:
 async def test_without_an_answer_an_instance_keeps_its_own_secret(
     redis: RedisServer, tmp_path: Path
 ) -> None:
-    async with join(redis.url, "house") as one:
+    async with join(redis.url, "house") as membership:
         redis.kill()
-        assert await one.agree_on_pepper(b"own") == b"own"
+        assert await membership.agree_on_pepper(b"own") == b"own"
     async with join(f"unix://{tmp_path / 'absent.sock'}", "house") as alone:
         assert await alone.agree_on_pepper(b"mine") == b"mine"
 
@@ -68,7 +68,7 @@ async def test_an_end_in_good_order_is_no_trouble(
     redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     times = Times(lease=0.9, margin=0.1, beat=0.15, bound=0.2, pause=0.4, grace=0.4, gone=3.0)
-    async with join(redis.url, "house", times=times) as one:
-        assert one.leases.state is State.JOINED, "it waits for that, having no fixed share"
+    async with join(redis.url, "house", times=times) as membership:
+        assert membership.leases.state is State.JOINED, "it waits for that, having no fixed share"
 
     assert [record for record in caplog.records if record.levelname != "INFO"] == []

@@ -92,13 +92,13 @@ async def test_pages_follow_each_other(server: RunningServer) -> None:
         await ask(server, f"q{number}", f"c:{number}")
     await ask(server, "again", "c:2")
 
-    found, query = [], "?limit=3"
+    ids, query = [], "?limit=3"
     while query:
         page = await get(server, None, query)
-        found.append([each["id"] for each in page["conversations"]])
+        ids.append([each["id"] for each in page["conversations"]])
         query = f"?limit=3&before={quote(page['next'])}" if page["next"] else ""
 
-    assert found == [["c:2", "c:6", "c:5"], ["c:4", "c:3", "c:1"], ["c:0"]]
+    assert ids == [["c:2", "c:6", "c:5"], ["c:4", "c:3", "c:1"], ["c:0"]]
 
 
 @pytest.mark.parametrize(

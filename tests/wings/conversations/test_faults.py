@@ -228,10 +228,11 @@ async def test_a_file_that_was_moved_away_is_followed_by_a_new_one(tmp_path: Pat
         await until(lambda: kind(kept) is None, state=kept.stats)
         await written(kept)
 
-        found = await questions(kept)
-    assert [*(row[0] for row in query(away, "SELECT question FROM turns")), *(found or ())] == [
-        *("one", "two", "three")
-    ]
+        kept_questions = await questions(kept)
+    assert [
+        *(row[0] for row in query(away, "SELECT question FROM turns")),
+        *(kept_questions or ()),
+    ] == [*("one", "two", "three")]
 
 
 async def test_a_file_that_breaks_while_it_is_open_is_not_written_any_more(tmp_path: Path) -> None:
@@ -274,15 +275,15 @@ async def test_a_full_disk_loses_nothing_that_fits_into_memory(tmp_path: Path) -
                 keep(kept, f"{number}" + "x" * 2000)
             await until(lambda: kind(kept) == "full", state=kept.stats)
 
-            found = await questions(kept)
-            assert found is not None
-            assert [each[:2].strip("x") for each in found] == ["on", *map(str, range(20))]
+            kept_questions = await questions(kept)
+            assert kept_questions is not None
+            assert [each[:2].strip("x") for each in kept_questions] == ["on", *map(str, range(20))]
             assert await listed(kept) == ["c"]
             (disk / "ballast").unlink()
             await until(lambda: kind(kept) is None, state=kept.stats)
             await written(kept)
 
-            assert await questions(kept) == found
+            assert await questions(kept) == kept_questions
             assert kept.stats().lost == 0
     finally:
         unmounted = await asyncio.create_subprocess_exec("umount", "-l", disk)

@@ -228,7 +228,7 @@ def test_random_turns_stay_within_every_bound(name: str, run: int) -> None:
         text = "x" * dice.randint(1, 60)
         kept_texts, sent = wide.sent(text), narrow.sent(text)
 
-        assert kept_texts == [one for _, one in every[len(every) - len(kept_texts) :]]
+        assert kept_texts == [text for _, text in every[len(every) - len(kept_texts) :]]
         assert sent == kept_texts[len(kept_texts) - len(sent) :]
         if len(kept_texts) > 2 and name == "token_limit":
             assert sum(map(estimated_tokens, kept_texts)) <= bounds.max_tokens_per_conversation
@@ -236,7 +236,7 @@ def test_random_turns_stay_within_every_bound(name: str, run: int) -> None:
             assert len(kept_texts) <= bounds.max_messages_per_conversation
         if name == "time_based":
             alive = [
-                one for at, one in every if at >= wide.clock.now - bounds.retention_days * DAY
+                text for at, text in every if at >= wide.clock.now - bounds.retention_days * DAY
             ]
             assert kept_texts == alive
         room = context.max_tokens - context.reserve_tokens - estimated_tokens(text)

@@ -50,8 +50,8 @@ def test_a_trouble_is_an_incident_when_it_begins_and_when_it_ends() -> None:
     full = state(why=trouble("full", 1.0))
 
     def tick(now: float, state: HistoryState) -> list[tuple[str, str, str]]:
-        found = detector.detect(now, NOTHING, {}, [(history, state)])
-        return [(each["kind"], each["severity"], each["text"]) for each in found]
+        incidents = detector.detect(now, NOTHING, {}, [(history, state)])
+        return [(each["kind"], each["severity"], each["text"]) for each in incidents]
 
     assert tick(1.0, full) == [("history", "error", "full text")]
     assert tick(2.0, full) == []

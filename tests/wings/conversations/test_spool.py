@@ -84,8 +84,8 @@ def test_a_spool_that_is_full_or_cut_loses_no_earlier_record(
     assert left == [b"record %d" % number for number in range(len(left))]
     assert len(left) == 5
     for cut in range(len(data)):
-        found = list(spool_module.records_in(data[:cut]))
-        assert found == left[: len(found)]
+        records = list(spool_module.records_in(data[:cut]))
+        assert records == left[: len(records)]
     assert list(spool_module.records_in(random.randbytes(100))) == []
 
 

@@ -93,8 +93,10 @@ async def test_storages_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
             keep(b, f"b{number}", f"c{number % 7}")
         await asyncio.gather(written(a), written(b))
 
-        found = [each for name in range(7) for each in await questions(a, f"c{name}") or ()]
-        assert sorted(found) == sorted(f"{who}{n}" for n in range(500) for who in "ab")
+        kept_questions = [
+            each for name in range(7) for each in await questions(a, f"c{name}") or ()
+        ]
+        assert sorted(kept_questions) == sorted(f"{who}{n}" for n in range(500) for who in "ab")
         assert a.stats().lost == b.stats().lost == 0
 
 
@@ -354,13 +356,13 @@ class Pair:
 
     async def answers(self, ask: Any) -> list[Any]:
         """What both say to *ask*."""
-        found: list[Any] = []
+        results: list[Any] = []
         for history in (self.memory, self.file):
             try:
-                found.append(await ask(history))
+                results.append(await ask(history))
             except ConversationNotFound as error:
-                found.append(str(error))
-        return found
+                results.append(str(error))
+        return results
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -385,7 +387,7 @@ async def test_memory_and_file_answer_alike(tmp_path: Path, name: str) -> None:
 
 async def pages(history: History, caller: Caller, limit: int) -> list[Page]:
     """All pages of a list."""
-    found = [await history.listing(caller, limit, None)]
-    while found[-1].after is not None:
-        found.append(await history.listing(caller, limit, found[-1].after))
-    return found
+    listings = [await history.listing(caller, limit, None)]
+    while listings[-1].after is not None:
+        listings.append(await history.listing(caller, limit, listings[-1].after))
+    return listings

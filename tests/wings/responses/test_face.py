@@ -98,12 +98,12 @@ async def test_a_stream_that_ended_is_kept(server: RunningServer, sdk: AsyncOpen
     events = [event async for event in await sdk.responses.create(**ASK)]
     last = events[-1]
 
-    found = await sdk.responses.retrieve(last.response.id)
+    retrieved = await sdk.responses.retrieve(last.response.id)
     rest = await sdk.responses.retrieve(
         last.response.id, stream=True, starting_after=last.sequence_number
     )
 
-    assert found.model_dump() == last.response.model_dump()
+    assert retrieved.model_dump() == last.response.model_dump()
     assert [event async for event in rest] == []
     assert server.held()["running"] == 0
 
@@ -133,10 +133,10 @@ async def test_an_answer_not_streamed_is_kept_whole(
 ) -> None:
     whole = await sdk.responses.create(model="sim", input="Hello", store=True)
 
-    found = await sdk.responses.retrieve(whole.id)
+    retrieved = await sdk.responses.retrieve(whole.id)
     cancelled = await sdk.responses.cancel(whole.id)
 
-    assert found.model_dump() == whole.model_dump()
+    assert retrieved.model_dump() == whole.model_dump()
     assert cancelled.status == "completed"
     with pytest.raises(openai.BadRequestError, match="was not streamed"):
         await sdk.responses.retrieve(whole.id, stream=True)

@@ -56,15 +56,15 @@ async def over_http(server: RunningServer, **fields: Any) -> list[bytes]:
 
 def without_ids(events: list[bytes]) -> list[Any]:
     """*events* without what differs from one response to the next."""
-    found = []
+    stripped = []
     for event in events:
         fields = json.loads(event)
         identity = (fields.get("response") or {}).get("id") or fields.get("item_id") or ""
         number = identity.partition("_")[2] or (fields.get("item") or {}).get("id", "_")[4:]
         text = event.replace(number.encode(), b"ID")
         created = (fields.get("response") or {}).get("created_at")
-        found.append(text.replace(f'"created_at":{created}'.encode(), b""))
-    return found
+        stripped.append(text.replace(f'"created_at":{created}'.encode(), b""))
+    return stripped
 
 
 # Events.

@@ -198,9 +198,9 @@ async def test_a_stored_response_is_read_when_its_log_has_gone(make_server: Make
         first = await ask(sdk, "one", streamed=True)
         await until(lambda: not server.owners.streams.finished())
 
-        found = await sdk.responses.retrieve(first.id)
+        retrieved = await sdk.responses.retrieve(first.id)
 
-        assert found.model_dump() == first.model_dump()
+        assert retrieved.model_dump() == first.model_dump()
         with pytest.raises(openai.ConflictError, match="no longer kept"):
             await sdk.responses.retrieve(first.id, stream=True, starting_after=3)
 

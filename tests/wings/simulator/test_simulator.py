@@ -105,7 +105,7 @@ def events(text: bytes) -> list[Any]:
     return [part.decode() if part == b"[DONE]" else orjson.loads(part) for part in parts]
 
 
-def said(text: bytes) -> str:
+def text_of_chunk(text: bytes) -> str:
     choices = [e["choices"][0] for e in events(text) if e != "[DONE]" and e["choices"]]
     return "".join(choice["delta"].get("content") or "" for choice in choices)
 
@@ -149,7 +149,7 @@ async def test_stream_begins_with_the_role_and_ends_with_usage_and_done(
     first, *chunks, finish, usage, done = events(text)
     assert response.content_type == "text/event-stream"
     assert first["choices"][0]["delta"]["role"] == "assistant"
-    assert said(text) == speech("Hello", 1)
+    assert text_of_chunk(text) == speech("Hello", 1)
     assert {chunk["choices"][0]["finish_reason"] for chunk in chunks} == {None}
     assert finish["choices"][0]["finish_reason"] == "stop"
     assert (usage["choices"], usage["usage"]["completion_tokens"]) == ([], len(chunks))
@@ -277,9 +277,9 @@ async def test_sdk_embeddings(sdk: openai.AsyncOpenAI) -> None:
 
 async def test_sdk_models(sdk: openai.AsyncOpenAI) -> None:
     listed = [model.id async for model in sdk.models.list()]
-    one = await sdk.models.retrieve("simulated")
+    retrieved = await sdk.models.retrieve("simulated")
 
-    assert one.id in listed
+    assert retrieved.id in listed
 
 
 async def test_sdk_raises_the_error_in_the_stream(sdk: openai.AsyncOpenAI) -> None:
@@ -398,8 +398,8 @@ async def test_a_client_that_leaves_is_counted_as_aborted(
 async def test_close_is_prompt_with_running_streams(session: aiohttp.ClientSession) -> None:
     simulator = Simulator(Behaviour(ttft=0, interval=60))
     await simulator.start()
-    async with post(session, simulator, chat(stream=True)) as one:
-        await until_tokens(one, 1)
+    async with post(session, simulator, chat(stream=True)) as response:
+        await until_tokens(response, 1)
         simulator.behaviour = QUICK
         async with post(session, simulator, chat("fault-endless", stream=True)) as two:
             await until_tokens(two, 5)  # and then nobody reads
@@ -599,7 +599,7 @@ async def test_a_good_stream_of_another_type(
         text = await response.read()
 
     assert response.content_type == kind
-    assert (said(text), events(text)[-1]) == ("Hello", "[DONE]")
+    assert (text_of_chunk(text), events(text)[-1]) == ("Hello", "[DONE]")
 
 
 @pytest.mark.parametrize(
@@ -650,7 +650,7 @@ async def test_comments_and_then_an_answer_or_none(
         assert set(text.split(b"\n\n")) == {comment.strip(), b""}
 
     assert thinking.startswith(4 * comment + b"data: ")
-    assert said(thinking[4 * len(comment) :]) == speech("Hello", 1)
+    assert text_of_chunk(thinking[4 * len(comment) :]) == speech("Hello", 1)
 
 
 async def test_where_the_usage_is_said(
@@ -668,9 +668,9 @@ async def test_where_the_usage_is_said(
     assert "usage" not in nowhere
     assert "usage" not in whole_without
     assert nowhere["choices"][0]["finish_reason"] == "stop"
-    for one in (groqs, whole_groqs):
-        assert "usage" not in one
-        assert one["x_groq"]["usage"]["completion_tokens"] > 20
+    for chunk in (groqs, whole_groqs):
+        assert "usage" not in chunk
+        assert chunk["x_groq"]["usage"]["completion_tokens"] > 20
 
 
 @pytest.mark.parametrize("model", ["fault-silent", "fault-head-only", "fault-stall-0"])
@@ -720,7 +720,7 @@ async def test_clean_end_without_finish(
 ) -> None:
     text = await streamed(session, simulator, "fault-end-2")
 
-    assert said(text) == "".join(tokens(speech("Hello", 1))[:2])
+    assert text_of_chunk(text) == "".join(tokens(speech("Hello", 1))[:2])
     assert b"[DONE]" not in text
     assert b'"finish_reason":"' not in text
 
@@ -802,7 +802,7 @@ async def test_other_line_ends(
     text = await streamed(session, simulator, name)
 
     assert text.endswith(b"data: [DONE]" + 2 * line_end)
-    assert said(text.replace(line_end, b"\n")) == speech("Hello", 1)
+    assert text_of_chunk(text.replace(line_end, b"\n")) == speech("Hello", 1)
 
 
 async def test_bom_comments_and_several_data_lines(
@@ -812,12 +812,14 @@ async def test_bom_comments_and_several_data_lines(
     comments = await streamed(session, simulator, "fault-comments")
     several = await streamed(session, simulator, "fault-multi-data")
 
-    assert said(bom.removeprefix(b"\xef\xbb\xbf")) == speech("Hello", 1)
+    assert text_of_chunk(bom.removeprefix(b"\xef\xbb\xbf")) == speech("Hello", 1)
     assert comments.startswith(b": OPENROUTER PROCESSING\n\ndata: ")
-    assert said(comments.replace(b": OPENROUTER PROCESSING\n\n", b"")) == speech("Hello", 1)
+    assert text_of_chunk(comments.replace(b": OPENROUTER PROCESSING\n\n", b"")) == speech(
+        "Hello", 1
+    )
     assert several.startswith(b"data: {\ndata: ")
     joined = several.replace(b"data: {\ndata: ", b"data: {").replace(b"\ndata:}", b"}")
-    assert said(joined) == speech("Hello", 1)
+    assert text_of_chunk(joined) == speech("Hello", 1)
 
 
 async def test_slices_are_a_good_short_answer(
@@ -825,7 +827,7 @@ async def test_slices_are_a_good_short_answer(
 ) -> None:
     text = await streamed(session, simulator, "fault-slices")
 
-    assert said(text) == "".join(tokens(speech("Hello", 1))[:8])
+    assert text_of_chunk(text) == "".join(tokens(speech("Hello", 1))[:8])
     assert orjson.loads(await whole(session, simulator, "fault-slices"))["object"]
 
 
@@ -836,7 +838,7 @@ async def test_heads_of_another_kind(simulator: Simulator) -> None:
     await simulator.close()
 
     assert http10.startswith(b"HTTP/1.0 200 OK\r\n")
-    assert said(http10.partition(b"\r\n\r\n")[2]) == speech("Hello", 1)
+    assert text_of_chunk(http10.partition(b"\r\n\r\n")[2]) == speech("Hello", 1)
     assert (await hints).startswith(b"HTTP/1.1 103 Early Hints\r\n")
     assert b"\r\n\r\nHTTP/1.1 200 OK\r\n" in await hints
 
@@ -857,7 +859,7 @@ async def test_gzip_that_nobody_asked_for(
         text = zlib.decompress(await response.read(), wbits=31)
 
     assert response.headers["Content-Encoding"] == "gzip"
-    assert said(text) == speech("Hello", 1)
+    assert text_of_chunk(text) == speech("Hello", 1)
 
 
 async def test_kept_connection_that_is_closed(simulator: Simulator) -> None:
