@@ -29,7 +29,6 @@ from aioserver.limits.quota import REVOKED
 from aioserver.limits.steps import in_turns
 from aioserver.protocol.whole_answer import final_response, text_pieces
 from aioserver.streams.entries import COMPLETE, ERROR
-from aioserver.streams.lifetime import Lifetime
 from aioserver.wings.responses.stored import RESPONSES, StoredResponses
 
 if TYPE_CHECKING:
@@ -42,7 +41,8 @@ if TYPE_CHECKING:
     from aioserver.gateway.router import Router
     from aioserver.protocol.client_frames import Chat
     from aioserver.providers.request import Answer, Hold
-    from aioserver.streams.store import HeldBytes, StreamStore
+    from aioserver.streams.lifetime import Lifetime
+    from aioserver.streams.store import HeldBytes
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.request_log import RequestLog
 
@@ -53,7 +53,7 @@ class Gateway:
     def __init__(
         self,
         router: Router,
-        streams: StreamStore,
+        lifetime: Lifetime,
         histories: Histories,
         service: settings.Service,
         bounds: settings.Streams,
@@ -61,7 +61,8 @@ class Gateway:
         instances: Instances | None = None,
     ) -> None:
         self._router = router
-        self._streams = streams
+        self.lifetime = lifetime
+        self._streams = streams = lifetime.store
         self._prompts = Prompts(histories, service, bounds)
         self._request_log = request_log
         # The streams of other instances; None where this one is alone.
@@ -72,18 +73,14 @@ class Gateway:
         self._stopping = False
         # The responses that requests may continue.
         self.responses = StoredResponses(streams, bounds.store_window)
-        self.lifetime = Lifetime(streams, bounds, self.producers.cancel, router.waiting)
         self.apply(service, bounds)
 
     def apply(self, service: settings.Service, bounds: settings.Streams) -> None:
-        """Use these settings from now on, and the providers that the router has now."""
+        """Use these settings from now on."""
         self._bounds = bounds
         self._prompts.apply(service, bounds)
         self.lifetime.apply(bounds)
         self.responses.apply(bounds.store_window)
-        for provider in self._router.providers.values():
-            provider.on_wait = self.lifetime.make_room
-            provider.on_unsent = self.lifetime.unsent
 
     @property
     def running(self) -> int:

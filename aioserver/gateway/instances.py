@@ -88,5 +88,8 @@ class Instances(Protocol):
     async def forget_response(self, caller: Caller, response_id: str) -> bool:
         """Let no other instance know a response any more; return whether one did."""
 
+    def aliased(self, stream: Stream, alias: str) -> None:
+        """Note that *stream* is found by *alias*, too."""
+
     def ended(self, stream: Stream) -> None:
         """Note that the producer of *stream* has ended."""

@@ -40,7 +40,6 @@ class Producers:
         self._request_log = request_log
         self._loop = asyncio.get_running_loop()
         self._streams: dict[asyncio.Task[None], Stream] = {}
-        self._tasks: dict[Stream, asyncio.Task[None]] = {}
         self._on_end = on_end
 
     def __len__(self) -> int:
@@ -58,14 +57,8 @@ class Producers:
             raise
         task.add_done_callback(lambda _task: release())
         self._streams[task] = stream
-        self._tasks[stream] = task
+        stream.producer = task
         task.add_done_callback(self._settle)
-
-    def cancel(self, stream: Stream) -> None:
-        """Cancel the producer of *stream*, unless it has ended."""
-        task = self._tasks.get(stream)
-        if task is not None and not stream.ended:
-            task.cancel()
 
     async def end(
         self, reason: Callable[[], AioserverError], callers: Collection[str] | None = None
@@ -90,7 +83,7 @@ class Producers:
         another raises.
         """
         stream = self._streams.pop(task)
-        del self._tasks[stream]
+        stream.producer = None
         fault = None if task.cancelled() else task.exception()
         bugs = [] if fault is None or isinstance(fault, AioserverError) else [fault]
         owner: Any = stream.caller

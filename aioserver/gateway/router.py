@@ -173,11 +173,6 @@ class Router:
             return f"no provider does, by its setting `{api.setting}`"
         return f"the model may name one that does: {', '.join(names)}"
 
-    def waiting(self, provider: str) -> int:
-        """Return how many requests wait at *provider* for a place that others hold."""
-        asked = self._providers.get(provider)
-        return 0 if asked is None else asked.waiting
-
     def _usable_others(self, first: Provider, api: Api) -> list[Provider]:
         """Return the fallbacks that may be asked instead of *first*, in their order: those that speak *api*."""
         fallbacks = (self._providers[name] for name in self._fallbacks)

@@ -27,7 +27,7 @@ from aioserver.providers.sinks import BodySink
 from aioserver.streams import entries
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Generator, Mapping
 
     from aioserver.config import settings
     from aioserver.providers.api import Api, Memory
@@ -52,7 +52,10 @@ class AttemptedProvider(Protocol):
     meter: ProviderMeter
     settings: settings.Provider
     max_response_bytes: int
-    on_unsent: Callable[[Stream], bool]
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a place that other requests hold."""
 
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer: *attempt* knows its status and headers now."""
@@ -157,6 +160,11 @@ class Attempt:
     def place(self) -> str:
         """The name of the provider where it has a place."""
         return self.provider.name
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait there for a place that others hold."""
+        return self.provider.waiting
 
     @property
     def unread(self) -> bool:

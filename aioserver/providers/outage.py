@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.health import Health
     from aioserver.providers.queueing import ProviderGate
-    from aioserver.streams.stream import Stream
+    from aioserver.streams.lifetime import Lifetime
 
 # The value of `when_down` by which requests wait.
 WAIT = "wait"
@@ -40,11 +40,13 @@ class Absence:
         health: Health,
         gate: ProviderGate,
         clock: Callable[[], float],
+        lifetime: Lifetime | None = None,
     ) -> None:
         self._settings = provider
         self._health = health
         self._gate = gate
         self._clock = clock
+        self._lifetime = lifetime
 
     def apply(self, provider: settings.Provider) -> None:
         """Use new settings; if requests wait no longer, those that do are refused."""
@@ -132,7 +134,7 @@ class Absence:
         if stream is None or not stream.sent:
             return
         attempt.request.outcome.sent = False
-        if attempt.provider.on_unsent(stream):
+        if self._lifetime is not None and self._lifetime.unsent(stream):
             # The cancellation of this very task arrives.
             await asyncio.sleep(0)
 
@@ -142,8 +144,3 @@ class Absence:
         now = self._clock()
         attempt.waited += now - began
         attempt.request.record.waited(attempt.provider.name, began, now)
-
-
-def unsent(_stream: Stream) -> bool:
-    """Return that nothing ends since its request waits as one that was not sent."""
-    return False

@@ -23,7 +23,7 @@ from aioserver.providers.budget import Budget
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.feedback import Feedback
 from aioserver.providers.health import ALONE, Health
-from aioserver.providers.outage import Absence, unsent
+from aioserver.providers.outage import Absence
 from aioserver.providers.pools import Pools
 from aioserver.providers.provider_stats import PaceStats, ProviderStats
 from aioserver.providers.queueing import FAILOVER_WAIT, ProviderGate, TrialPlace
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.health import ProviderObserver
     from aioserver.providers.queueing import GateFactory
-    from aioserver.streams.stream import Stream
+    from aioserver.streams.lifetime import Lifetime
 
 M = TypeVar("M", bound="Memory")
 
@@ -65,14 +65,12 @@ class Provider:
         clock: Callable[[], float] = time.monotonic,
         make_gate: GateFactory = ProviderGate,
         observer: ProviderObserver = ALONE,
+        lifetime: Lifetime | None = None,
     ) -> None:
         self.name = settings.name
         self.settings = settings
         self.meter = ProviderMeter() if meter is None else meter
-        # Called with this provider's name when an attempt waits, or an unread answer takes a place that others want.
-        self.on_wait: Callable[[str], None] = lambda _name: None
-        # Called with the log of a request that waits as one that was not sent (outage.py).
-        self.on_unsent: Callable[[Stream], bool] = unsent
+        self._lifetime = lifetime
         self.max_response_bytes = max_response_bytes
         # What APIs have learned of it.
         self._memories: dict[type[Memory], Memory] = {}
@@ -81,7 +79,7 @@ class Provider:
         self._gate = make_gate(settings.name, settings.http_client, self.health, clock)
         self._pace = self._gate.pace
         self.backpressure = Backpressure(lambda: self._gate.waiting)
-        self.absence = Absence(settings, self.health, self._gate, clock)
+        self.absence = Absence(settings, self.health, self._gate, clock, lifetime)
         # Attempts that wait for a place, or have got one and have not run since. The gate does not
         # count the latter as waiting.
         self._pending = 0
@@ -157,7 +155,7 @@ class Provider:
             attempt.started()
             if attempt.unread and self.waiting:
                 # A retry or a failover of an answer that nobody reads: somebody else wants the place.
-                self.on_wait(self.name)
+                self._make_room()
             await self.exchange(attempt)
             if (steps := attempt.conclude()) is not None:
                 await in_turns(steps)
@@ -307,7 +305,7 @@ class Provider:
             await self.absence.begin(attempt)
         if self._gate.inside >= self._gate.limit and not self._gate.full:
             # Not called if a place is free and only the pace delays the start, nor for a refusal.
-            self.on_wait(self.name)
+            self._make_room()
         self.backpressure.end()
         request = attempt.request
         caller, record = request.caller, request.record
@@ -343,6 +341,11 @@ class Provider:
         # A trial may have to come back.
         attempt.rejoin = attempt.rejoin or isinstance(place, TrialPlace)
         return place
+
+    def _make_room(self) -> None:
+        """Have an answer that nobody reads give its place here to a request that waits."""
+        if self._lifetime is not None:
+            self._lifetime.make_room(self.name)
 
     def _check(self, attempt: Attempt) -> None:
         """Refuse *attempt* if the provider is not asked now.

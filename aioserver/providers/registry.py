@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.providers.health import ProviderObserver
     from aioserver.providers.queueing import GateFactory
+    from aioserver.streams.lifetime import Lifetime
     from aioserver.telemetry.metrics import Metrics
 
 logger = logging.getLogger("aioserver.providers")
@@ -40,7 +41,8 @@ class ProviderRegistry:
     Always: `providers` has those of the settings that were applied last, in their order; every other
     provider has a task, which closes it when its last attempt has ended. `close` closes all of them.
 
-    *observe* returns who hears what is found out about the provider of a name. *simulated* is where `simulated: true` leads; None if there is no simulator.
+    *observe* returns who hears what is found out about the provider of a name. *simulated* is where `simulated: true` leads; None if there is no simulator. *lifetime* has the answers that
+    nobody reads, and that give way to requests which wait; None if there are none.
     """
 
     def __init__(
@@ -49,11 +51,13 @@ class ProviderRegistry:
         make_gate: GateFactory = ProviderGate,
         observe: Callable[[str], ProviderObserver] = lambda _name: ALONE,
         simulated: Simulated | None = None,
+        lifetime: Lifetime | None = None,
     ) -> None:
         self._metrics = metrics
         self._make_gate = make_gate
         self._observe = observe
         self._simulated = simulated
+        self._lifetime = lifetime
         self._providers: dict[str, Provider] = {}
         # The providers that were removed, each with the task that closes it.
         self._draining: dict[Provider, asyncio.Task[None]] = {}
@@ -103,6 +107,7 @@ class ProviderRegistry:
                     meter=self._metrics.providers[name],
                     make_gate=self._make_gate,
                     observer=self._observe(name),
+                    lifetime=self._lifetime,
                 )
                 changed.append(provider)
             providers[name] = provider

@@ -45,8 +45,8 @@ from aioserver.providers.queueing import ProviderGate
 from aioserver.providers.registry import ProviderRegistry
 from aioserver.server.middleware import make_middleware
 from aioserver.server.wings import WINGS, missing
+from aioserver.streams.lifetime import Lifetime
 from aioserver.streams.outbox import Outbox
-from aioserver.streams.store import StreamStore
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.request_log import RequestLog
@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.commands import Commands
     from aioserver.providers.api import Api
     from aioserver.providers.provider import Provider
+    from aioserver.streams.store import StreamStore
     from aioserver.workers.slot import Slot
 
 logger = logging.getLogger("aioserver.app")
@@ -130,7 +131,7 @@ class Cluster(Sharing, Protocol):
     def ended(self, token: int) -> None:
         """Note that the process of another instance has ended for certain."""
 
-    def streams(self, store: StreamStore) -> OtherInstances:
+    def streams(self) -> OtherInstances:
         """Return what knows the streams of other instances."""
 
     def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
@@ -199,23 +200,24 @@ async def open_server(
         for wing in plugged:
             await wing.open(core, stack)
         simulated = next((wing.simulated for wing in plugged if wing.simulated is not None), None)
+        if (instances := None if cluster is None else cluster.streams()) is None:
+            lifetime = Lifetime(chat.streams)
+        else:
+            lifetime = Lifetime(chat.streams, instances.aliased)
+        streams = lifetime.store
         provider_registry = ProviderRegistry(
             metrics,
             ProviderGate if cluster is None else cluster.make_gate,
             (lambda _name: ALONE) if cluster is None else cluster.observe,
             simulated,
+            lifetime,
         )
         stack.push_async_callback(provider_registry.close)
         await provider_registry.prepare(llm)
         provider_registry.apply(llm, max_response_bytes=chat.streams.max_response_bytes)
         router = Router(provider_registry.providers, llm.active, llm.fallbacks)
-        streams = StreamStore(
-            max_stream_bytes=chat.streams.max_stream_bytes,
-            max_kept_bytes=chat.streams.max_kept_bytes,
-        )
         lag = LoopLag(loop, metrics.loop_lag)
         stack.callback(lag.close)
-        instances = None if cluster is None else cluster.streams(streams)
         storage = None
         if cluster is not None and instances is not None:
             stack.push_async_callback(instances.close)
@@ -226,7 +228,7 @@ async def open_server(
         histories = next((wing.histories for wing in plugged if wing.histories is not None), None)
         gateway = Gateway(
             router,
-            streams,
+            lifetime,
             histories or NoHistories(),
             chat.service,
             chat.streams,
@@ -246,7 +248,7 @@ async def open_server(
             gate=admission.gate,
             streams=streams,
             running=lambda: gateway.running,
-            lifetime=gateway.lifetime,
+            lifetime=lifetime,
             router=router,
             lag=lag,
             ready=lambda: lifecycle.ready and router.usable,

@@ -164,10 +164,6 @@ class Reload:
         context.router.apply(server.provider_registry.providers, llm.active, llm.fallbacks)
         context.settings.apply(settings)
         context.admission.apply(chat.websocket.concurrency, chat.streams.send_timeout)
-        server.streams.apply(
-            max_stream_bytes=chat.streams.max_stream_bytes,
-            max_kept_bytes=chat.streams.max_kept_bytes,
-        )
         for put_in_effect in prepared:
             put_in_effect()
         context.gateway.apply(chat.service, chat.streams)

@@ -95,6 +95,10 @@ class Attempt(Protocol):
     def place(self) -> str:
         """The name of the provider where it has a place."""
 
+    @property
+    def waiting(self) -> int:
+        """How many requests wait there for a place that others hold."""
+
     def first_event(self) -> None:
         """Note that the answer has begun."""
 

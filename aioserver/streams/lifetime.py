@@ -15,36 +15,39 @@ import asyncio
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from aioserver.streams.store import StoreObserver, StreamStore
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.config import settings
-    from aioserver.streams.store import StreamStore
     from aioserver.streams.stream import Stream
 
 # Seconds between two sweeps of the streams that have ended: one sweep removes all that are due.
 MIN_SWEEP_INTERVAL = 0.05
 
 
-class Lifetime:
-    """Ends and forgets streams in time; it has to learn of each reader that comes or leaves.
+class Lifetime(StoreObserver):
+    """Owns the store, and ends and forgets its streams in time; it has to learn of each reader that comes or leaves.
 
     Always: a stream in `_detached` runs, has no reader, and has a timer. Its request was sent,
     unless a client began it without reading it.
+
+    *on_alias* is called with each stream that is found by another name, too.
     """
 
     def __init__(
         self,
-        store: StreamStore,
         bounds: settings.Streams,
-        cancel: Callable[[Stream], None],
-        waiting: Callable[[str], int],
+        on_alias: Callable[[Stream, str], None] = lambda _stream, _alias: None,
     ) -> None:
-        self._store = store
+        self.store = StreamStore(
+            max_stream_bytes=bounds.max_stream_bytes,
+            max_kept_bytes=bounds.max_kept_bytes,
+            observer=self,
+        )
         self._bounds = bounds
-        self._cancel = cancel
-        # Counts the requests that wait for a place at a provider.
-        self._waiting = waiting
+        self._on_alias = on_alias
         # Streams that were cancelled for a request that waits, and have not given their place back.
         self._giving_way: set[Stream] = set()
         self._loop = asyncio.get_running_loop()
@@ -54,9 +57,6 @@ class Lifetime:
         self._kept: OrderedDict[Stream, float] = OrderedDict()
         self._sweeper: asyncio.TimerHandle | None = None
         self._draining = False
-        store.on_finished = self._finished
-        # A stream that is dropped for want of room takes none here either.
-        store.on_dropped = lambda stream: self._kept.pop(stream, None)
 
     @property
     def detached(self) -> int:
@@ -66,12 +66,15 @@ class Lifetime:
     def apply(self, bounds: settings.Streams) -> None:
         """Use new bounds; a stream keeps the window that it began with."""
         self._bounds = bounds
+        self.store.apply(
+            max_stream_bytes=bounds.max_stream_bytes, max_kept_bytes=bounds.max_kept_bytes
+        )
         self._enforce_max_detached()
 
     def drain(self) -> None:
         """End every stream that nobody reads, now and from now on."""
         self._draining = True
-        for stream in self._store.running():
+        for stream in self.store.running():
             if not stream.readers:
                 self.end(stream)
 
@@ -88,9 +91,9 @@ class Lifetime:
             return
         if stream.ended:
             if stream.window <= 0:
-                self._store.drop(stream)
+                self.store.drop(stream)
             else:
-                self._store.note_unread()
+                self.store.note_unread()
         elif not stream.sent or stream.window <= 0 or self._draining:
             self.end(stream)
         else:
@@ -124,23 +127,23 @@ class Lifetime:
         self._detached[stream] = left
         stream.timer = self._loop.call_later(stream.window, self.end, stream)
         self._enforce_max_detached()
-        provider = stream.place
-        if provider and self._waiting(provider) > self._freed_soon(provider):
-            self.make_room(provider)
+        attempt = stream.attempt
+        if attempt is not None and attempt.waiting > self._freed_soon(attempt.place):
+            self.make_room(attempt.place)
 
     def end(self, stream: Stream, *, abandoned: bool = True) -> None:
         """Cancel *stream*, with readers or without; *abandoned*: because nobody reads it."""
         self._leave_detached(stream)
         stream.abandoned = abandoned
-        self._cancel(stream)
+        stream.cancel()
 
     def forget(self, stream: Stream) -> None:
         """Let *stream* be found no longer, and drop it once nobody reads it; if it runs, it is cancelled."""
         self.end(stream, abandoned=False)
-        self._store.unname(stream)
+        self.store.unname(stream)
         stream.window = 0.0
         if stream.ended and not stream.readers:
-            self._store.drop(stream)
+            self.store.drop(stream)
 
     def make_room(self, provider: str) -> None:
         """Cancel the oldest detached stream that has a place at *provider*, where a request waits."""
@@ -170,7 +173,16 @@ class Lifetime:
             stream.timer.cancel()
             stream.timer = None
 
-    def _finished(self, stream: Stream) -> None:
+    def aliased(self, stream: Stream, alias: str) -> None:
+        """Hear that *stream* is found by *alias*, too."""
+        self._on_alias(stream, alias)
+
+    def dropped(self, stream: Stream) -> None:
+        """Hear that *stream* is kept no longer, perhaps for want of room."""
+        self._kept.pop(stream, None)
+
+    def finished(self, stream: Stream) -> None:
+        """Hear that *stream* has its last event."""
         expected = stream.remote is not None and stream.remote.expected
         if not expected:
             self._leave_detached(stream)
@@ -180,7 +192,7 @@ class Lifetime:
             if self._sweeper is None:
                 self._sweeper = self._loop.call_later(stream.window, self._sweep)
         elif not (stream.readers or expected):
-            self._store.drop(stream)
+            self.store.drop(stream)
 
     def _sweep(self) -> None:
         """Forget the streams that were kept for their windows. One timer serves all of them."""
@@ -192,7 +204,7 @@ class Lifetime:
                 # A slow reader has not read the end yet: keep the stream for another window, at least 1 s.
                 self._kept[stream] = now + max(stream.window, 1.0)
             else:
-                self._store.drop(stream)
+                self.store.drop(stream)
         if self._kept:
             delay = max(MIN_SWEEP_INTERVAL, next(iter(self._kept.values())) - now)
             self._sweeper = self._loop.call_later(delay, self._sweep)

@@ -19,7 +19,7 @@ from aioserver.errors import ServerAtCapacity
 from aioserver.streams.stream import Remote, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Hashable, Iterator
 
     from aioserver.telemetry.outcome import Outcome
 
@@ -54,6 +54,22 @@ class StoreStats:
     max_bytes: int
 
 
+class StoreObserver:
+    """Hears what becomes of the logs of a store; this one does nothing."""
+
+    def finished(self, stream: Stream) -> None:
+        """Hear that *stream* has its last event."""
+
+    def dropped(self, stream: Stream) -> None:
+        """Hear that *stream* is kept no longer."""
+
+    def aliased(self, stream: Stream, alias: str) -> None:
+        """Hear that *stream* is found by *alias*, too."""
+
+
+NOBODY = StoreObserver()
+
+
 class StreamStore:
     """Every log that a caller can find: running, or finished and kept for its window.
 
@@ -61,7 +77,9 @@ class StreamStore:
     found, while they run, and over bodies that no log has; a log is found by its caller only.
     """
 
-    def __init__(self, *, max_stream_bytes: int, max_kept_bytes: int) -> None:
+    def __init__(
+        self, *, max_stream_bytes: int, max_kept_bytes: int, observer: StoreObserver = NOBODY
+    ) -> None:
         self._max_stream_bytes = max_stream_bytes
         self._max_kept_bytes = max_kept_bytes
         self._by_name: dict[tuple[Hashable, str], Stream] = {}
@@ -77,12 +95,7 @@ class StreamStore:
         self._dropping = False
         # What else may be dropped; None if there is nothing.
         self.stored: StoredBytes | None = None
-        # Called with each stream that has its last event.
-        self.on_finished: Callable[[Stream], None] = lambda _stream: None
-        # Called with each stream that is found by another name, too; None if nobody has to know.
-        self.on_alias: Callable[[Stream, str], None] | None = None
-        # Called with each stream that is dropped.
-        self.on_dropped: Callable[[Stream], object] = lambda _stream: None
+        self._observer = observer
 
     def apply(self, *, max_stream_bytes: int, max_kept_bytes: int) -> None:
         """Use new bounds; a log keeps the `max_stream_bytes` that it began with."""
@@ -151,8 +164,7 @@ class StreamStore:
     def add_alias(self, stream: Stream, alias: str) -> None:
         """Let *stream* be found by *alias*, too, unless another stream has that name."""
         self._by_name.setdefault((stream.caller, alias), stream)
-        if self.on_alias is not None:
-            self.on_alias(stream, alias)
+        self._observer.aliased(stream, alias)
 
     def owned_by(self, caller: Hashable) -> Iterator[Stream]:
         """Iterate over the caller's logs, the oldest first.
@@ -175,7 +187,7 @@ class StreamStore:
         self._running.discard(stream)
         self.unname(stream)
         self._bytes -= stream.forget()
-        self.on_dropped(stream)
+        self._observer.dropped(stream)
 
     def unname(self, stream: Stream) -> None:
         """Let *stream* be found by no name any more; a second call does nothing."""
@@ -200,7 +212,7 @@ class StreamStore:
         self._finished[stream] = None
         # The rendering of an event may be as large as the log, and is not counted.
         stream.rendered = None
-        self.on_finished(stream)
+        self._observer.finished(stream)
         if self._bytes > self._max_kept_bytes:
             self._evict()
 

@@ -162,6 +162,7 @@ class Stream:
         "outcome",
         "path",
         "private",
+        "producer",
         "readers",
         "record",
         "remote",
@@ -210,6 +211,8 @@ class Stream:
         self.outcome = Outcome() if outcome is None else outcome
         # The attempt that has a place at a provider, if any.
         self.attempt: Attempt | None = None
+        # The task that fills the log, until it has ended.
+        self.producer: asyncio.Task[None] | None = None
         # The exchange that fills the log, while it is under way.
         self.source: Source | None = None
         # The monotonic time of the provider's first event; no other attempt is made after it.
@@ -523,6 +526,11 @@ class Stream:
             "first_event_id": self.first,
             "readers": len(self.readers),
         }
+
+    def cancel(self) -> None:
+        """Cancel the task that fills the log, unless the log has ended."""
+        if self.producer is not None and not self.ended:
+            self.producer.cancel()
 
     def report_position(self, position: int, eta: float) -> None:
         """Tell the readers the position in the provider's queue, and the estimated wait in seconds."""

@@ -22,7 +22,7 @@ from aioserver.providers.api import CHAT
 from aioserver.providers.budget import Budget
 from aioserver.providers.request import Answer, ProviderRequest
 from aioserver.streams import entries, stream
-from aioserver.streams.store import StreamStore
+from aioserver.streams.lifetime import Lifetime
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics, ProviderMeter
 from aioserver.telemetry.request_log import RequestLog
@@ -30,8 +30,6 @@ from tests.support.scripted_provider import LIMITS
 from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from aioserver.providers.attempt import Attempt
 
 PLACES = 2  # of the provider
@@ -40,14 +38,14 @@ PLACES = 2  # of the provider
 class Fake:
     """A provider whose answers take as many turns of the loop as the dice say."""
 
-    def __init__(self, dice: random.Random) -> None:
+    def __init__(self, dice: random.Random, lifetime: Lifetime) -> None:
         self.name = "sim"
         self.settings = SimpleNamespace(
             usable=True, model="m", http_client=LIMITS, pass_headers=()
         )
         self.budget = Budget()
         self.meter = ProviderMeter()
-        self.on_wait: Callable[[Any], None] = lambda _name: None
+        self.lifetime = lifetime
         self.gate = Gate(
             PLACES,
             queue_size=1000,
@@ -67,7 +65,7 @@ class Fake:
     async def answer(self, attempt: Attempt) -> None:
         request = attempt.request
         if (place := self.gate.try_enter()) is None:
-            self.on_wait(self.name)
+            self.lifetime.make_room(self.name)
             place = await self.gate.enter(
                 request.caller.name, request.caller.subflow, on_position=attempt.queued
             )
@@ -127,18 +125,22 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
     seed = random.randrange(1 << 30)
     print("seed", seed)
     dice = random.Random(seed)
-    fake: Any = Fake(dice)
-    store = StreamStore(max_stream_bytes=1 << 20, max_kept_bytes=1 << 26)
+    bounds = settings.Streams(
+        resume_window=0.05, max_detached=10, max_stream_bytes=1 << 20, max_kept_bytes=1 << 26
+    )
+    lifetime = Lifetime(bounds)
+    store = lifetime.store
+    fake: Any = Fake(dice, lifetime)
     nothing: Any = None
     provider: Any = SimpleNamespace(model="m", models=())
     metrics = Metrics({"sim": provider})
     lag = LoopLag(asyncio.get_running_loop(), metrics.loop_lag)
     gateway = Gateway(
         Router({"sim": fake}, "sim"),
-        store,
+        lifetime,
         nothing,
         nothing,
-        settings.Streams(resume_window=0.05, max_detached=10),
+        bounds,
         RequestLog(metrics, lag),
     )
     route = Router({"sim": fake}, "sim").route(None)

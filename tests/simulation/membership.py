@@ -23,7 +23,6 @@ from tests.simulation.shared_server import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from aioserver.streams.store import StreamStore
     from aioserver.wings.cluster.leases import Leases
     from aioserver.wings.cluster.peer_messages import Message
     from aioserver.wings.cluster.remote_streams import RemoteStreams
@@ -80,9 +79,9 @@ class Member(Membership):
         )
         return self.bus  # type: ignore[return-value]
 
-    def streams(self, store: StreamStore) -> RemoteStreams:
+    def streams(self) -> RemoteStreams:
         """Return what knows the streams of other instances."""
-        self.known = super().streams(store)
+        self.known = super().streams()
         return self.known
 
     async def close(self) -> None:

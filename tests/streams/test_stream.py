@@ -29,7 +29,7 @@ from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESS
 from aioserver.streams.fast_path import Destination, TextPath
 from aioserver.streams.formats import EVENTS
 from aioserver.streams.lifetime import Lifetime
-from aioserver.streams.store import StreamStore
+from aioserver.streams.store import StoreObserver, StreamStore
 from aioserver.streams.stream import STREAM_OVERHEAD, Stream
 from aioserver.wings.responses.events import ResponseEvents
 from tests.support.waiting import ticks
@@ -59,6 +59,16 @@ def raw(*texts: str) -> bytes:
 
 def texts(frames: Sequence[bytes]) -> list[str]:
     return [orjson.loads(frame)["chunk"].get("data") for frame in frames]
+
+
+class Ends(StoreObserver):
+    """Writes down which logs have ended."""
+
+    def __init__(self) -> None:
+        self.seen: list[Stream] = []
+
+    def finished(self, stream: Stream) -> None:
+        self.seen.append(stream)
 
 
 class Nowhere:
@@ -570,8 +580,8 @@ def test_a_finished_log_that_is_still_read_is_not_dropped() -> None:
 
 
 async def test_an_ended_log_goes_with_its_last_reader_if_too_much_is_kept() -> None:
-    streams = streams_of(max_kept_bytes=60_000)
-    lifetime = Lifetime(streams, Streams(), lambda _stream: None, lambda _provider: 0)
+    lifetime = Lifetime(Streams(max_kept_bytes=60_000))
+    streams = lifetime.store
     ended = streams.open("ended", DEMO, window=30)
     reader = ConditionReader(ended, lambda _stream: False)
     ended.append(CHUNK, [chunk("x" * 62_000)])
@@ -758,15 +768,14 @@ def test_a_long_id_is_counted_as_often_as_it_is_kept() -> None:
 
 
 def test_the_store_hears_of_each_end_once() -> None:
-    streams = streams_of()
-    ends: list[Stream] = []
-    streams.on_finished = ends.append
+    ends = Ends()
+    streams = StreamStore(max_stream_bytes=MUCH, max_kept_bytes=MUCH, observer=ends)
     first, second = (streams.open(name, DEMO, window=30) for name in "ab")
 
     second.end(CANCELLED, {})
     first.fail(ProviderDisconnected("gone"))
 
-    assert ends == [second, first]
+    assert ends.seen == [second, first]
     assert streams.stats().running == 0
     assert streams.stats().finished == 2
 
@@ -1006,9 +1015,8 @@ class Told(ConditionReader):
 
 
 async def test_an_end_is_told_to_all_whatever_one_reader_raises() -> None:
-    streams = StreamStore(max_stream_bytes=1 << 20, max_kept_bytes=1 << 20)
-    finished: list[Stream] = []
-    streams.on_finished = finished.append
+    ends = Ends()
+    streams = StreamStore(max_stream_bytes=1 << 20, max_kept_bytes=1 << 20, observer=ends)
     stream = streams.open("r1", DEMO, window=30)
     readers = [Told(stream, broken=broken) for broken in (True, False, True, False)]
     before = [reader.told for reader in readers]
@@ -1019,7 +1027,7 @@ async def test_an_end_is_told_to_all_whatever_one_reader_raises() -> None:
     assert stream.ended
     counts = [reader.told - count for reader, count in zip(readers, before, strict=True)]
     assert counts == [0, 1, 0, 1]
-    assert finished == [stream]
+    assert ends.seen == [stream]
     assert (streams.stats().running, streams.stats().finished) == (0, 1)
 
 

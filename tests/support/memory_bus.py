@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from aioserver.config.settings import ClientKey
     from aioserver.limits.quota import Quota
-    from aioserver.streams.store import StreamStore
     from aioserver.wings.cluster.bus import MakeBus
     from aioserver.wings.cluster.peer_messages import Message
     from aioserver.wings.simulator.exchange import Behaviour
@@ -375,7 +374,7 @@ class StreamsOnly:
     def __init__(
         self,
         commands: Commands,
-        make: Callable[[StreamStore], RemoteStreams],
+        make: Callable[[], RemoteStreams],
         make_quota: MakeQuota = quota_of,
     ) -> None:
         self.commands = commands
@@ -407,8 +406,8 @@ async def instance_of(
     else:
         make_bus, commands = over
 
-    def others(streams: StreamStore) -> RemoteStreams:
-        made.append(RemoteStreams(make_bus, commands, streams))
+    def others() -> RemoteStreams:
+        made.append(RemoteStreams(make_bus, commands))
         return made[0]
 
     own = AsyncExitStack()

@@ -80,16 +80,15 @@ class RemoteStreams:
     """
 
     _gateway: Gateway
+    _streams: StreamStore
 
     def __init__(
         self,
         make_bus: MakeBus,
         commands: Commands,
-        streams: StreamStore,
     ) -> None:
         self._commands = commands
         self._ask = commands.ask
-        self._streams = streams
         self._loop = asyncio.get_running_loop()
         self._claimed: dict[Stream, list[Renewal]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -98,11 +97,11 @@ class RemoteStreams:
         self.peers = Peers(make_bus)
         self._me = self.peers.bus.name
         self._store = Claims(commands, self._me)
-        streams.on_alias = self._note_alias
 
     def serve(self, gateway: Gateway, apis: Mapping[str, Api]) -> None:
         """Let other instances read the streams of *gateway*: once. *apis*: what the paths of their answers mean."""
         self._gateway = self.peers.gateway = gateway
+        self._streams = gateway.lifetime.store
         self.peers.apis = apis
 
     def stats(self) -> InstancesStats:
@@ -413,7 +412,7 @@ class RemoteStreams:
             claim.seconds, claim.done = 0.0 if free else stream.window, True
         self._start(self._store.renew(claims))
 
-    def _note_alias(self, stream: Stream, alias: str) -> None:
+    def aliased(self, stream: Stream, alias: str) -> None:
         """Claim *alias*, by which *stream* is found, too."""
         name = name_of(_caller(stream).name, alias)
         claim = Renewal(name, stream.digest, LEASE + stream.window)

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from aioserver.providers.health import Health, ProviderObserver
     from aioserver.providers.provider import Provider
     from aioserver.providers.queueing import ProviderGate
-    from aioserver.streams.store import StreamStore
     from aioserver.wings.cluster.lease_messages import Times
     from aioserver.wings.cluster.peer_messages import Message
 
@@ -103,9 +102,9 @@ class Membership:
         """Return the quota of *key*, which all instances share; *elsewhere*: see `Quota`."""
         return self.limits.make_quota(key, elsewhere)
 
-    def streams(self, store: StreamStore) -> RemoteStreams:
+    def streams(self) -> RemoteStreams:
         """Return what knows the streams of other instances."""
-        self._streams = RemoteStreams(self._make_bus, self.commands, store)
+        self._streams = RemoteStreams(self._make_bus, self.commands)
         return self._streams
 
     def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:

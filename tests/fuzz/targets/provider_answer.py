@@ -30,8 +30,6 @@ from tests.support.virtual_loop import run_virtually
 from tests.support.waiting import ticks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from aioserver.providers.connections import PooledConnection
     from aioserver.streams.stream import Stream
 
@@ -90,14 +88,12 @@ class Provider:
     """The provider of an attempt, which learns nothing."""
 
     name = "sim"
+    waiting = 0
     meter = NO_METER
     settings = settings.Provider(
         name="sim", base_url="http://127.0.0.1:9/v1", model="m", http_client=LIMITS
     )
     max_response_bytes = MAX_BODY
-
-    def __init__(self) -> None:
-        self.on_unsent: Callable[[Stream], bool] = lambda _stream: False
 
     def head_received(self, attempt: Attempt) -> None:
         pass

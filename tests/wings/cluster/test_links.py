@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.auth.callers import Caller
+from aioserver.config.settings import Streams
 from aioserver.errors import (
     AioserverError,
     RequestConflict,
@@ -22,7 +23,6 @@ from aioserver.gateway.instances import FROM_START, Start
 from aioserver.provider_errors import ProviderRateLimited
 from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, TextEntry
 from aioserver.streams.lifetime import Lifetime
-from aioserver.streams.store import StreamStore
 from aioserver.telemetry.outcome import Outcome
 from aioserver.wings.cluster.links import CREDIT
 from aioserver.wings.cluster.peer_messages import (
@@ -52,10 +52,10 @@ class Node:
     def __init__(self, world: World, name: str, max_stream_bytes: int = 1 << 22) -> None:
         self.name = name
         self.world = world
-        self.store = StreamStore(max_stream_bytes=max_stream_bytes, max_kept_bytes=1 << 30)
-        bounds: Any = SimpleNamespace(max_detached=100)
+        bounds = Streams(max_stream_bytes=max_stream_bytes, max_kept_bytes=1 << 30)
         self.ended: list[Stream] = []
-        self.lifetime = Lifetime(self.store, bounds, self.ended.append, lambda _provider: 0)
+        self.lifetime = Lifetime(bounds)
+        self.store = self.lifetime.store
         self.peers = Peers(partial(MemoryBus, world, name))
         self.bus = world.ears[name]
         self.peers.gateway = self  # type: ignore[assignment]
@@ -74,6 +74,8 @@ class Node:
     def open(self, request_id: str = "r1", window: float = 600.0) -> Stream:
         stream = self.store.open(request_id, CALLER, window=window, digest=b"d")
         stream.mark_answered()
+        producer: Any = SimpleNamespace(cancel=partial(self.ended.append, stream))
+        stream.producer = producer
         return stream
 
     def mirror(self, owner: Node, start: Start = FROM_START, request_id: str = "r1") -> Reading:
