@@ -1,18 +1,20 @@
 """Faces: the protocols by which clients reach us, one a file.
 
-A *face* is a protocol that we show to clients: WebSocket, SSE, OpenAI's API in two files, and Anthropic's. The
-operating pages, the session of a browser and the web pages are handlers like theirs. Each file has
+A *face* is a protocol that we show to clients: WebSocket, SSE, and OpenAI's API in two files. A
+*wing*, a feature that the core does not need, may bring a face of its own. The operating pages,
+the session of a browser and the web pages are handlers like theirs. Each file has
 `routes(context)`, whose handlers are bound to the *context*: what a face may use of the server.
 
-*Admission* bounds what is open at once. A handler first *prepares*: it reads the request and checks
-it, while a *hold* counts the bytes of its body. Then it *enters*: it gets a *place* at the gate, or
-queues for one. With its place it *serves*. A WebSocket queues for its place after its handshake, and
-keeps it until it closes.
+*Admission* bounds what is open at once. A handler first *prepares*: it reads the request and
+checks it, while a *hold* counts the bytes of its body. Then it *enters*: it gets a *place* at the
+gate, or queues for one. With its place it *serves*. A WebSocket queues for its place after its
+handshake, and keeps it until it closes.
 
 To serve is to turn the request into a question or a provider request, to get its *stream* from the
-gateway, and to *follow* that stream: a writer sends its events to the client, in the *format* of this
-face, to the end. A *ready* response has a head of our own making, sent together with its first bytes.
-Silence is filled by *heartbeats*, and on a WebSocket by *pings*.
+gateway, and to *follow* that stream: a writer sends its events to the client, in the *format* of
+this face, to the end. A *ready* response has a head of our own making, sent together with its
+first bytes. Silence is filled by *heartbeats*, and on a WebSocket by *pings*.
 
-A face knows HTTP and no provider. It renders errors, and has no table of them.
+A face knows HTTP and no provider. It renders errors, and has no table of them; the *form* of an
+API is how its clients know an error, or the list of models.
 """

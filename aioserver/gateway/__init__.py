@@ -4,18 +4,23 @@ A face makes a *request* of what the client asks: a chat, or a body that is pass
 finds its *route*: the provider to ask first, and the model. A request that names a provider is
 *pinned* to it.
 
-A chat becomes a *prompt*: the messages that a provider gets. Those before the question are the history
-of its *conversation*, to which the question and its answer are appended.
+A chat becomes a *prompt*: the messages that a provider gets. Those before the question are the
+history of its *conversation*, to which the question and its answer are appended.
 
-A new answer has a *stream*, its log, and a *producer*: the task that fills the log, whether or not a
-client reads it. A request whose id is known gets the stream that is there already. Without streaming,
-and if nobody can come back for the answer, there is neither of the two: the handler's task waits for the
-answer.
+A new answer has a *stream*, its log, and a *producer*: the task that fills the log, whether or not
+a client reads it. A request whose id is known gets the stream that is there already. Without
+streaming, and if nobody can come back for the answer, there is neither of the two: the handler's
+task waits for the answer.
 
-Where other instances serve, too, a producer first *claims* the id of its request: the answer may be theirs.
+What wings add here, the gateway knows by contracts alone. The *histories* have the turns in front
+of a question. A *keeper* is what a request continues, and what it keeps of its answer. The
+*instances* know the streams of other processes: a producer first *claims* the id of its request,
+since the answer may be theirs. *Sharing* makes gates and quotas that hold for all instances, and
+*commands* reach the store that they share.
 
-The producer has the router make attempts at the provider. After a fault that allows it, the same provider
-is asked again after a *backoff* (a *retry*), or the next of the *fallbacks* is asked (a *failover*). Once
-an event is in the log neither happens: the client would read two answers. However the producer ends,
-its log then gets its last event, and its request a line in the request log.
+The producer has the router make attempts at the provider. After a fault that allows it, the same
+provider is asked again after a *backoff* (a *retry*), or the next of the *fallbacks* is asked (a
+*failover*). Once an event is in the log neither happens: the client would read two answers.
+However the producer ends, its log then gets its last event, and its request a line in the request
+log.
 """

@@ -1,25 +1,28 @@
 """Providers: how a request reaches a model, and how its answer comes back.
 
-A *request* says what is asked, whichever provider answers it. One try of it at one *provider* is an
-*attempt*. An attempt waits in the provider's *queue* until a *place* is free, one of
-`concurrent_requests`, and until the *pace* allows it to start: so many requests per minute.
+A *request* says what is asked, whichever provider answers it. Its *API* says what its path means:
+chat completions here, and what a wing adds. One try of it at one *provider* is an *attempt*. An
+attempt waits in the provider's *queue* until a *place* is free, one of `concurrent_requests`, and
+until the *pace* allows it to start: so many requests per minute.
 
-A provider is *well*; or it is *sick*: many attempts fail and some succeed, so that it is asked, but after
-a provider that is well; or it is *dead*: nothing succeeds any more, so that it is left alone but for *trials*.
-Its *breaker* knows which. A provider that cannot be reached, or says that it is not ready, is *away*: requests may
-wait in its queue until it is back. A request whose attempt has just failed is *parked* outside of the queue
-before it queues again. Its *health* is this breaker and two facts more: whether the
-provider has refused our key (it is *flagged*), and whether it was removed from the configuration. The
-*feedback* of the attempts tells breaker, pace and queue how they fare. The *budget* bounds the retries, so that a
-failing provider does not get a multiple of the requests.
+A provider is *well*; or it is *sick*: many attempts fail and some succeed, so that it is asked,
+but after a provider that is well; or it is *dead*: nothing succeeds any more, so that it is left
+alone but for *trials*. Its *breaker* knows which. A provider that cannot be reached, or says that
+it is not ready, is *away*: requests may wait in its queue until it is back. A request whose
+attempt has just failed is *parked* outside of the queue before it queues again. Its *health* is
+this breaker and two facts more: whether the provider has refused our key (it is *flagged*), and
+whether it was removed from the configuration. The *feedback* of the attempts tells breaker, pace
+and queue how they fare. The *budget* bounds the retries, so that a failing provider does not get a
+multiple of the requests.
 
-The attempt that has started takes a connection from the *pool*, the open sockets to one provider. The
-request and its answer on this connection are an *exchange*. It pushes the body into a *sink*, which
-makes events of a stream from it, or collects a body that was not streamed. The *error mapping* reads a
-status, or an error in the body, as a *fault*, which says whether a retry or another provider may help.
-The time for which a provider sends nothing, in the answers under way, is its *silence*.
+The attempt that has started takes a connection from the *pool*, the open sockets to one provider.
+The request and its answer on this connection are an *exchange*. It pushes the body into a *sink*,
+which makes events of a stream from it, or collects a body that was not streamed. The *error
+mapping* reads a status, or an error in the body, as a *fault*, which says whether a retry or
+another provider may help. The time for which a provider sends nothing, in the answers under way,
+is its *silence*.
 
-The *registry* has every provider by name, and applies new settings to them while answers run. Where
-new settings need new connections, the old pool is *retired*: it serves the requests that it has, and closes.
-The wing `simulator` is a provider of our own, for demonstrations and tests.
+The *registry* has every provider by name, and applies new settings to them while answers run.
+Where new settings need new connections, the old pool is *retired*: it serves the requests that it
+has, and closes. The wing `simulator` is a provider of our own, for demonstrations and tests.
 """

@@ -1,16 +1,18 @@
 """The server: one process that listens, runs the faces, and changes and ends in good order.
 
-A *preflight* checks, before anything is opened, that this process can serve. `open_server` then makes
-the *server*: the object that holds everything that lives as long as itself, and its *application*,
-aiohttp's object with the routes of the faces.
+A *preflight* checks, before anything is opened, that this process can serve. `open_server` then
+makes the *server*: the object that holds everything that lives as long as itself, and its
+*application*, aiohttp's object with the routes of the faces. The table of *wings* names the
+features that stand on the core: they are opened before all else, and closed last.
 
-A *runner* runs the application. It *listens*: the kernel queues connections up to the *backlog*, and
-the runner accepts them, on sockets that it has opened or that systemd has passed on. A *connection* is
-aiohttp's, with our limits and errors. The *dispatcher* finds the handler of a request, and the
-*middleware* is in front of it: limits of the head, the guard, CORS, and errors that become responses.
+A *runner* runs the application. It *listens*: the kernel queues connections up to the *backlog*,
+and the runner accepts them, on sockets that it has opened or that systemd has passed on. A
+*connection* is aiohttp's, with our limits and errors. The *dispatcher* finds the handler of a
+request, and the *middleware* is in front of it: limits of the head, the guard, CORS, and errors
+that become responses.
 
-A *reload* puts another configuration in effect, with no connection dropped. At the end the server is
-first not *ready* any more, then *drains*: it refuses new work, and what runs may finish. The
+A *reload* puts another configuration in effect, with no connection dropped. At the end the server
+is first not *ready* any more, then *drains*: it refuses new work, and what runs may finish. The
 *notifier* reports all of this to systemd.
 
 Several such processes may serve one port: the folder `workers`.

@@ -1,23 +1,28 @@
-"""The cluster: what several processes and machines share, through one Redis or Valkey server.
+"""The cluster: without it each process serves alone, with limits, streams and conversations of its
+own.
 
-Without it each process serves alone. An *instance* is one process of the cluster; its name says where it runs, and a process that is started again is another
-instance. It is a *member* while its *lease* lasts, which each of its calls renews. All that it has to say of limits, it
-says in one call, the *renewal*: a script in Lua that the server runs in one piece. The tests have a *reference model* of it
-in Python.
+Several processes and machines share these through one Redis or Valkey server. An *instance* is one
+process of the cluster; its name says where it runs, and a process that is started again is another
+instance. It is a *member* while its *lease* lasts, which each of its calls renews. All that it has
+to say of limits, it says in one call, the *renewal*: a script in Lua that the server runs in one
+piece. The tests have a *reference model* of it in Python.
 
-What is shared are *limits*: the places of a provider, the concurrent answers of a key. The server *grants* an instance so many places of
-each: a request that finds a granted one free starts at once, and asks nobody.
-An instance whose requests wait *wants* places; the others *give* what they do not use, and while others *starve*, each place
-that ends as well. A rate is shared in the same way: its *slots* are moments at which a request may start.
+What is shared are *limits*: the places of a provider, the concurrent answers of a key. The server
+*grants* an instance so many places of each: a request that finds a granted one free starts at
+once, and asks nobody. An instance whose requests wait *wants* places; the others *give* what they
+do not use, and while others *starve*, each place that ends as well. A rate is shared in the same
+way: its *slots* are moments at which a request may start.
 
-An instance that hears of the server is *joined*. One whose call failed is *unheard*, and goes on with what it was
-granted until its lease is over. Then it is *alone*, and each limit is its *fixed share* of the whole. A server that has lost
-its state, or did not run for a while, has a *grace period* of some seconds: it gives nothing until all who live have
-said what they have (Gray and Cheriton, "Leases", 1989).
+An instance that hears of the server is *joined*. One whose call failed is *unheard*, and goes on
+with what it was granted until its lease is over. Then it is *alone*, and each limit is its *fixed
+share* of the whole. A server that has lost its state, or did not run for a while, has a *grace
+period* of some seconds: it gives nothing until all who live have said what they have (Gray and
+Cheriton, "Leases", 1989).
 
-Instances talk to each other by *messages* over the server's pub/sub: the *bus*. A stream's log stays in the instance that
-makes it, its *owner*. The *claim* says which one that is. A client that reads the stream at another instance has a *mirror*
-there; the owner's side of it is a *link*, a reader like any other, which sends the log as *blocks* of bytes for as long as
-it has *credit*. Logs that have ended are *handed over* to the server when their owner stops. The turns of *conversations*
-that clients name are there, too.
+Instances talk to each other by *messages* over the server's pub/sub: the *bus*. A stream's log
+stays in the instance that makes it, its *owner*. The *claim* says which one that is. A client that
+reads the stream at another instance has a *mirror* there; the owner's side of it is a *link*, a
+reader like any other, which sends the log as *blocks* of bytes for as long as it has *credit*.
+Logs that have ended are *handed over* to the server when their owner stops. The turns of
+*conversations* that clients name are there, too.
 """

@@ -1,14 +1,15 @@
-"""A simulated provider: real sockets, invented answers, and faults on request.
+"""A simulated provider: without it no answer can be had without an LLM.
 
-It is the provider of a first start without a key (`llm.active: demo`), the `aioserver provider`
-command, and the provider in the tests. A request meets these words in this order:
+It has real sockets, invented answers, and faults on request. It is the provider of a first start
+without a key (`llm.active: demo`), the `aioserver provider` command, and the provider in the
+tests. A request meets these words in this order:
 
 - The **simulator** (`server`) listens, routes and counts. It keeps the last requests for tests.
 - Its **behaviour** (`exchange`) says how it answers: times, tokens, and which requests fail.
 - The **parsed request** (`model`) is what the body asks for. The same module writes the words of
   the answer: the same words for the same message.
-- A **call** (`tools`) is the answer to a request that has tools and asks for one. Its arguments are a
-  **sample** (`samples`): a value that the tool's schema allows.
+- A **call** (`tools`) is the answer to a request that has tools and asks for one. Its arguments
+  are a **sample** (`samples`): a value that the tool's schema allows.
 - The **answer** (`shapes`) is these words as OpenAI's JSON: the events of a stream, or one piece.
 - A **fault** (`faults`, with the table of all names) is what a request gets instead of a plain
   answer: `refusals` come before the answer, `broken` has what goes wrong within it, `unusual` what
