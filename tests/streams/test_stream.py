@@ -86,7 +86,7 @@ class Slow:
         self.next = after + 1
         self.next_index, self.skip = stream.locate(after)
         self.seen: list[tuple[int, str]] = []
-        self.pokes = 0
+        self.notices = 0
         self.dropped = False
         self.positions: list[int] = []
         stream.add_reader(self)
@@ -98,7 +98,7 @@ class Slow:
         return None
 
     def notify(self) -> None:
-        self.pokes += 1
+        self.notices += 1
 
     def drop(self) -> None:
         assert self.next_index < self.stream.offset
@@ -148,7 +148,7 @@ def test_an_answer_is_numbered_from_1_without_holes() -> None:
     reader.read()
 
     assert [number for number, _ in reader.seen] == [1, 2, 3, 4, 5]
-    assert reader.pokes == 4
+    assert reader.notices == 4
     assert (stream.first, stream.last, stream.ended, stream.end_status) == (1, 5, True, COMPLETE)
     assert stream.frames(stream.entries[1])[1] == (
         b'{"request_id":"r1","event_id":3,"status":"chunk",'
@@ -227,7 +227,7 @@ def test_a_reader_that_leaves_while_it_is_poked_keeps_no_other_from_being_poked(
     stream.append(CHUNK, [chunk("a")])
     stream.end(COMPLETE, {})
 
-    assert [reader.pokes for reader in readers] == [1, 2, 1, 2]
+    assert [reader.notices for reader in readers] == [1, 2, 1, 2]
 
 
 # Where a reader goes on.
@@ -1047,7 +1047,7 @@ async def test_log_whose_answer_is_being_kept_ends_when_that_is_done() -> None:
     stream.append(CHUNK, [chunk("one")], more=True)
     reader = Slow(stream)
     stream.finish({})
-    before = reader.pokes
+    before = reader.notices
     ending = asyncio.create_task(stream.finished())
     await ticks(3)
     assert (before, stream.ended, stream.last) == (1, False, 1)
@@ -1056,7 +1056,7 @@ async def test_log_whose_answer_is_being_kept_ends_when_that_is_done() -> None:
     await ending
 
     assert (stream.ended, stream.end_status, stream.last) == (True, COMPLETE, 2)
-    assert reader.pokes == 2
+    assert reader.notices == 2
 
 
 async def test_log_whose_answer_was_kept_at_once_has_ended_before_anybody_waits() -> None:

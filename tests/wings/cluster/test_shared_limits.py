@@ -1,4 +1,6 @@
-"""The limits of a provider over several instances: places, pace, tokens, and what is told of its health."""
+"""The limits of a provider over several instances: places, pace, tokens, and what is told of its
+health.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,7 @@ def settings_of(tmp_path: Path, **limits: Any) -> ProviderSettings:
 
 async def joined(reference: ReferenceServer, count: int, settings: ProviderSettings) -> list[One]:
     ones = [One(reference, number, count, settings) for number in range(count)]
-    # Longer than a new world is blind; polling would stop the time from jumping.
+    # Longer than the grace period of a new epoch; polling would stop the time from jumping.
     await asyncio.sleep(6)
     assert all(
         len(each.members) == count and not each.standing.grace

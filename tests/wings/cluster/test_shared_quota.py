@@ -30,7 +30,7 @@ async def reference() -> AsyncIterator[ReferenceServer]:
 async def joined(reference: ReferenceServer, count: int) -> list[Leases]:
     """*count* instances that know each other, each with a fixed share."""
     instances = [reference.join(f"i{number}", fixed=(number, count)) for number in range(count)]
-    # Longer than a new world is blind; polling would stop the time from jumping.
+    # Longer than the grace period of a new epoch; polling would stop the time from jumping.
     await asyncio.sleep(6)
     assert all(len(each.members) == count and not each.standing.grace for each in instances)
     return instances
@@ -139,7 +139,8 @@ async def test_answers_that_are_refused_together_leave_no_place_of_another_one(
 
     here.give_back()
 
-    # One of the refused may count as the answer that has ended, until its own end, but no more than one.
+    # One of the refused may count as the answer that has ended, until its own end, but no more
+    # than one.
     assert here.inside <= 2
     for _ in range(3):
         here.give_back()
