@@ -1,4 +1,5 @@
-"""What sharing limits costs: calls per start, CPU of the server and of an instance; and the faults in virtual time.
+"""What sharing limits costs: calls per start, CPU of the server and of an instance; and the faults
+in virtual time.
 
     python benchmarks/cluster.py            # three processes and a server of their own, half a minute
     python benchmarks/cluster.py --faults   # the table of faults, in virtual time, a few seconds

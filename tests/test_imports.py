@@ -1,4 +1,6 @@
-"""The layout: a core whose imports point to the left, wings that stand on it, and tests that mirror the package."""
+"""The layout: a core whose imports point to the left, wings that stand on it, and tests that
+mirror the package.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from tests.support.package import FILES, MODULES, PACKAGES, TESTS, TREES
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# A package imports what stands left of it; between the bars only from the core, which is left of the first one.
-# The root package holds the version, imports nothing, and stands left of all.
+# A package imports what stands left of it; between the bars only from the core, which is left of
+# the first one. The root package holds the version, imports nothing, and stands left of all.
 LINE = (
     "errors provider_errors tracebacks protocol limits config auth telemetry streams providers gateway monitoring"
     " faces | wings client | server workers commands tools __main__"
@@ -28,7 +30,8 @@ OWED = {
     ("server.app", "workers.slot"),
     ("server.reload", "workers.worker"),
 }
-# Folders of tests that are no package's: of pages, of deploy/ and docs/, of the whole server, and for all tests.
+# Folders of tests that are no package's: of pages, of deploy/ and docs/, of the whole server, and
+# for all tests.
 OTHER_TESTS = {
     "browser",
     "clients",
@@ -74,7 +77,9 @@ OTHER_CODECS = {("config.configuration", "utf-8-sig")}
 
 
 def imports(node: ast.AST, late: bool = False) -> Iterator[tuple[str, bool]]:
-    """Yield each imported module, also those for the type checker, and whether inside a function."""
+    """Yield each imported module, also those for the type checker, and whether inside a
+    function.
+    """
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
             for alias in child.names:

@@ -1,6 +1,8 @@
-"""What the server does without any wing: chats on each face of its own, its state, a reload, and an orderly end.
+"""What the server does without any wing: chats on each face of its own, its state, a reload, and
+an orderly end.
 
-These tests know no wing, nor do the helpers that they use: tests/test_wings.py runs them without each.
+These tests know no wing, nor do the helpers that they use: tests/test_wings.py runs them without
+each.
 """
 
 from __future__ import annotations

@@ -42,7 +42,9 @@ def away(
 
 
 class SlowAnswers(ScriptedExchange):
-    """A provider whose answers begin late and take long; they fail instead of beginning where `rate` is 1."""
+    """A provider whose answers begin late and take long; they fail instead of beginning where
+    `rate` is 1.
+    """
 
     async def exchange(self, attempt: Attempt) -> None:
         self.sent(attempt)

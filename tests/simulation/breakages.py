@@ -1,7 +1,8 @@
-"""Servers that break one promise each, as proof that the simulation would notice: `python -m tests.simulation.breakages`.
+"""Servers that break one promise each, as proof that the simulation would notice:
+`python -m tests.simulation.breakages`.
 
-Each is broken by a piece of code in a process of its own, which is forked once all is imported. It prints a line
-for each: its name, and what was noticed, which is nothing if all seeds pass.
+Each is broken by a piece of code in a process of its own, which is forked once all is imported. It
+prints a line for each: its name, and what was noticed, which is nothing if all seeds pass.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A client of a run: it asks one question, on one face, and does what its dice say.
 
-A client keeps what it read (`truth.Reading`), comes back where its connection broke, if it has that habit, and
-notes its outcome. Whatever its network does to it, it never accepts a wrong answer. How it asks is in
-own_faces.py and openai_faces.py.
+A client keeps what it read (`truth.Reading`), comes back where its connection broke, if it has
+that habit, and notes its outcome. Whatever its network does to it, it never accepts a wrong
+answer. How it asks is in own_faces.py and openai_faces.py.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ SECOND = 1_000_000
 LONG = 0.03
 # Seconds without a word after which a client gives up whose network is bad.
 GIVE_UP = 90.0
-# The longest answer, with all that a client may do meanwhile, in the patience of a client that hears nothing.
+# The longest answer, with all that a client may do meanwhile, in the patience of a client that
+# hears nothing.
 LONGEST = 10
 # Whoever dials in this task; unset: a server.
 DIALLER: ContextVar[Client] = ContextVar("DIALLER")
@@ -65,9 +66,10 @@ COME_BACK = {
 class Request(aiohttp.ClientRequest):
     """A request whose connection may be closing when the end of its slow upload is due.
 
-    aiohttp sends a body that comes in pieces in a task of its own, which hands on an error of a piece, but not one
-    of the end: that one ends the task, and asyncio complains of it, as nobody awaits the task. Whoever awaits the
-    answer learns from the connection itself that it is lost, so nothing is hidden here.
+    aiohttp sends a body that comes in pieces in a task of its own, which hands on an error of a
+    piece, but not one of the end: that one ends the task, and asyncio complains of it, as nobody
+    awaits the task. Whoever awaits the answer learns from the connection itself that it is lost,
+    so nothing is hidden here.
     """
 
     async def write_bytes(
@@ -121,7 +123,8 @@ class Client:
         # Whether a connection of it has suffered anything.
         self.network_was_bad = False
         self.second: Client | None = None
-        # What it has asked in conversations of the Responses API, and in one that the server keeps, whose id that of its questions is.
+        # What it has asked in conversations of the Responses API, and in one that the server
+        # keeps, whose id that of its questions is.
         self.turns: list[Turn] = []
         self.questions: list[Client] = []
         self.conversation = ""
@@ -157,7 +160,9 @@ class Client:
         return self._habits.get(habit, False)
 
     def now(self, habit: str, events: int) -> bool:
-        """Return whether this client has a *habit*, and does it now that it has read so many *events*."""
+        """Return whether this client has a *habit*, and does it now that it has read so many
+        *events*.
+        """
         return events >= self._moment and self.has(habit)
 
     async def pause(self) -> None:
@@ -225,7 +230,9 @@ class Client:
         return reference
 
     def another(self, number: int, face: str, conversation: str) -> Client:
-        """Return a client that asks question *number* on *face*, on the connections and with the habits of this one."""
+        """Return a client that asks question *number* on *face*, on the connections and with the
+        habits of this one.
+        """
         client = Client(self.plan, number, self.base, like=self)
         client.face, client.conversation = face, conversation
         client.session, client.patience, client._habits = self.session, self.patience, self._habits

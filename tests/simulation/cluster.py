@@ -1,4 +1,6 @@
-"""The instances of a run that share a server: their processes, which may be killed or stopped, and what happens to them."""
+"""The instances of a run that share a server: their processes, which may be killed or stopped, and
+what happens to them.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,15 @@ if TYPE_CHECKING:
     from tests.simulation.membership import Member
     from tests.simulation.world import World
 
-# The share of runs whose clients come before the instances have joined; seconds for which those of the others wait.
+# The share of runs whose clients come before the instances have joined; seconds for which those of
+# the others wait.
 COLD, START = 0.2, 15
 
 
 class Cluster:
-    """The instances of *world*, each in a context of its own, by which all that is theirs is known."""
+    """The instances of *world*, each in a context of its own, by which all that is theirs is
+    known.
+    """
 
     def __init__(self, world: World, loop: SimulatedLoop) -> None:
         plan = world.plan
@@ -60,7 +65,9 @@ class Cluster:
         self._world.add(started.result())
 
     async def renew(self) -> None:
-        """Wait until all have joined a server that has just begun, and gives nothing in its first seconds."""
+        """Wait until all have joined a server that has just begun, and gives nothing in its first
+        seconds.
+        """
         if self._dice.random() < COLD:
             return
         for _ in range(START):

@@ -25,9 +25,10 @@ LINK_FAULTS = (
 class Faults:
     """What happens to one direction of a connection. Bytes are counted from its beginning.
 
-    *reset_at*: the connection is reset when so many bytes were sent. *stall_at*: then nothing arrives for
-    *stall_seconds*. *black_hole_at*: from then on nothing arrives, and nobody is told. *latency* is in seconds,
-    *bandwidth* in bytes a second; *kernel* bytes are taken from the transport before it buffers.
+    *reset_at*: the connection is reset when so many bytes were sent. *stall_at*: then nothing
+    arrives for *stall_seconds*. *black_hole_at*: from then on nothing arrives, and nobody is told.
+    *latency* is in seconds, *bandwidth* in bytes a second; *kernel* bytes are taken from the
+    transport before it buffers.
     """
 
     latency: float = 0.0002
@@ -49,11 +50,13 @@ GOOD = Faults()
 
 @dataclass(frozen=True, slots=True)
 class Dial:
-    """How one connection is made: its dice, the faults of both directions, and what its listener does.
+    """How one connection is made: its dice, the faults of both directions, and what its listener
+    does.
 
-    *accept_after*: seconds until the listener accepts it (its queue is full so long). *refused*: it does not.
-    *address*: whence it comes. *owner*: the instance that makes it; -1 is a client. *patience*: the seconds
-    in which whoever dials gives up by itself, 0 if nobody has promised that.
+    *accept_after*: seconds until the listener accepts it (its queue is full so long). *refused*:
+    it does not. *address*: whence it comes. *owner*: the instance that makes it; -1 is a client.
+    *patience*: the seconds in which whoever dials gives up by itself, 0 if nobody has promised
+    that.
     """
 
     dice: random.Random

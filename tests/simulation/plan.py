@@ -1,7 +1,8 @@
-"""What one run tries, all of it drawn from its seed: faults, clients, limits, and what the operator does.
+"""What one run tries, all of it drawn from its seed: faults, clients, limits, and what the
+operator does.
 
-Each run leaves some faults out and has more of others, since a mix of all of them hides what only a few can
-show (Groce, Zhang, Eide, Chen and Regehr, "Swarm Testing", ISSTA 2012).
+Each run leaves some faults out and has more of others, since a mix of all of them hides what only
+a few can show (Groce, Zhang, Eide, Chen and Regehr, "Swarm Testing", ISSTA 2012).
 """
 
 from __future__ import annotations
@@ -47,16 +48,18 @@ FACES = (
     *("websocket", "sse", "stream", "whole", "keyed stream", "keyed whole", "responses"),
     "stored responses",
 )
-# Conversations: of the Responses API over WebSocket and over HTTP, and those that the server keeps.
+# Conversations: of the Responses API over WebSocket and over HTTP, and those that the server
+# keeps.
 CONVERSATIONS = ("response lanes", "response chain", "conversation")
-# What a provider does with a request that continues a response: it has kept that one, it knows of none, or it has no
-# `/v1/responses`, which is found out, or written in the settings.
+# What a provider does with a request that continues a response: it has kept that one, it knows of
+# none, or it has no `/v1/responses`, which is found out, or written in the settings.
 KEEPS, FORGETS, LACKS, BRIDGED = RESPONSES = ("keeps", "forgets", "lacks", "bridged")
 # What the operator does in the middle of a run.
 OPERATIONS = ("reload limits", "reload provider", "reload keys", "drain")
 # Who chooses the instance of a client: the same for all its connections, or another one for each.
 BALANCERS = ("sticky", "random")
-# Seconds that an answer may take more which another instance has: its owner is asked, and found to be gone.
+# Seconds that an answer may take more which another instance has: its owner is asked, and found to
+# be gone.
 ELSEWHERE = 30.0
 
 
@@ -67,10 +70,11 @@ INSTANCE_EVENTS = ("kill instance", "stop instance", "cut off")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shared:
-    """What goes wrong between instances: the shares of messages that are *lost*, *late* and *doubled*.
+    """What goes wrong between instances: the shares of messages that are *lost*, *late* and
+    *doubled*.
 
-    *events* happen at a moment, and last for some seconds. *fixed*: the instances know how many they are, as workers
-    of a parent do.
+    *events* happen at a moment, and last for some seconds. *fixed*: the instances know how many
+    they are, as workers of a parent do.
     """
 
     lost: float = 0.0
@@ -89,7 +93,8 @@ class Shared:
 class Plan:
     """One run. Times in seconds; *faults*, *habits* and *provider_links* have the share of each.
 
-    *faults* are those of the clients' connections, *provider_links* those of our connections to providers.
+    *faults* are those of the clients' connections, *provider_links* those of our connections to
+    providers.
     """
 
     seed: int
@@ -107,7 +112,8 @@ class Plan:
     # Changes of the configuration, by dotted path.
     changes: dict[str, Any] = field(default_factory=dict)
     keys: tuple[Key, ...] = ()
-    # Whether a second provider is asked where the first one fails, but by requests that name the first.
+    # Whether a second provider is asked where the first one fails, but by requests that name the
+    # first.
     spare: bool = False
     pinned: bool = True
     # The share of clients that say nothing when it is their turn (silence.py).
@@ -133,7 +139,9 @@ class Plan:
 
     @property
     def patience(self) -> float:
-        """Seconds in which a client hears something, or gives up: longer than any wait that is promised."""
+        """Seconds in which a client hears something, or gives up: longer than any wait that is
+        promised.
+        """
         wait = configuration.longest_wait(self.changes, 2 if self.spare else 1)
         return wait if self.shared is None else wait + ELSEWHERE
 
@@ -173,7 +181,9 @@ def draw(seed: int, clients: int, instances: int = 1) -> Plan:
 
 
 def _draw_conversations(seed: int) -> tuple[tuple[str, ...], str, bool]:
-    """Draw the conversations of a run, what the providers do with responses, and whether there is a file of conversations."""
+    """Draw the conversations of a run, what the providers do with responses, and whether there is
+    a file of conversations.
+    """
     dice = random.Random(f"conversations {seed}")
     count = dice.choice((0, 1, 2, 4))
     talks = tuple(dice.choice(CONVERSATIONS) for _ in range(count))

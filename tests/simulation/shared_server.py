@@ -1,8 +1,10 @@
-"""The Redis or Valkey server of a run, which all instances share: the reference model of its script, claims and messages, with faults.
+"""The Redis or Valkey server of a run, which all instances share: the reference model of its
+script, claims and messages, with faults.
 
-What an instance says takes a moment each way, comes in the order in which it was said on one *line*, and may be lost,
-late, or never answered. What the server says to an instance by itself may be lost, late or doubled. The server may be
-gone and come back empty, be emptied, be paused, or be put back to an earlier state.
+What an instance says takes a moment each way, comes in the order in which it was said on one
+*line*, and may be lost, late, or never answered. What the server says to an instance by itself may
+be lost, late or doubled. The server may be gone and come back empty, be emptied, be paused, or be
+put back to an earlier state.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
     from tests.simulation.plan import Shared
 
 T = TypeVar("T")
-# Seconds for a way, at most; the longest that is late; until instances hear again a server that is back.
+# Seconds for a way, at most; the longest that is late; until instances hear again a server that is
+# back.
 WAY, LATEST, BACK = 0.001, 2.0, 0.5
 
 
@@ -58,8 +61,8 @@ class _World(World):
 class SharedServer:
     """The server; *faults* has the share of each fault of a message.
 
-    *troubled* has the names of which some claim may not have come through, and *disturbed* when all of them were
-    forgotten.
+    *troubled* has the names of which some claim may not have come through, and *disturbed* when
+    all of them were forgotten.
     """
 
     def __init__(self, loop: SimulatedLoop, dice: random.Random, faults: Shared) -> None:
@@ -217,7 +220,9 @@ class SharedServer:
 
 
 class Line:
-    """A connection of instance *number* to *server*: what is asked on it arrives in its order, if at all."""
+    """A connection of instance *number* to *server*: what is asked on it arrives in its order, if
+    at all.
+    """
 
     def __init__(self, server: SharedServer, number: int) -> None:
         self._server = server
@@ -235,7 +240,9 @@ class Line:
     def ask(
         self, action: Callable[[], T], lost: Callable[[], None] = lambda: None
     ) -> asyncio.Future[T]:
-        """Let the server do *action*; return the future result. *lost* is called if it may never come."""
+        """Let the server do *action*; return the future result. *lost* is called if it may never
+        come.
+        """
         server, dice, faults = self._server, self._server.dice, self._server.faults
         answer: asyncio.Future[T] = server.loop.create_future()
         answer.add_done_callback(_retrieve)

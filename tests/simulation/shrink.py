@@ -1,4 +1,6 @@
-"""The smallest part of a run that still fails: fewer faults, then fewer clients (Zeller's ddmin, 2002)."""
+"""The smallest part of a run that still fails: fewer faults, then fewer clients (Zeller's ddmin,
+2002).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ ENOUGH = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A seed, *without* some faults, habits and operations, and with the clients *only*; None: all of them."""
+    """A seed, *without* some faults, habits and operations, and with the clients *only*; None: all
+    of them.
+    """
 
     seed: int
     clients: int

@@ -1,4 +1,5 @@
-"""What holds of all instances that share a server, looked at from inside whenever time is about to pass.
+"""What holds of all instances that share a server, looked at from inside whenever time is about to
+pass.
 
     limits      over all instances no more is inside than the limit, but for what those have that were cut off for
                 longer than their lease, or whose server has forgotten them
@@ -40,18 +41,21 @@ if TYPE_CHECKING:
     from tests.simulation.provider import Call
     from tests.simulation.shared_server import SharedServer
 
-# Seconds after which all have heard of a reload, and after which nothing is left of a fault: a lease, and what is blind.
+# Seconds after which all have heard of a reload, and after which nothing is left of a fault: a
+# lease, and what is blind.
 SETTLED = 20.0
 # Seconds for which a place may be free while somebody waits: a beat, and some calls.
 IDLE = 3.0
-# Seconds after which a reader knows that the owner of its answer was killed; with a server that does not answer either.
+# Seconds after which a reader knows that the owner of its answer was killed; with a server that
+# does not answer either.
 TOLD, TOLD_LATE = 4.0, 16.0
 # Starts beyond the bound of a rate, for what is rounded.
 ROUNDED = 1e-3
 CLOSER = 0.5
 # Seconds in which it is known whether a response was written.
 UNWRITTEN = 5.0
-# Seconds before an answer begins in which it may have been claimed: its request waits, and is tried again.
+# Seconds before an answer begins in which it may have been claimed: its request waits, and is
+# tried again.
 CLAIMED = 120.0
 
 
@@ -64,7 +68,8 @@ class _Rate:
 
 
 class Together:
-    """Looks at all *instances*, which share *server*, and calls *broken* with what they have broken together.
+    """Looks at all *instances*, which share *server*, and calls *broken* with what they have
+    broken together.
 
     *counts* says how often something happened that a fault explains.
     """
@@ -213,7 +218,8 @@ class Together:
         bucket.level = max(0.0, bucket.level - (Clock.now - bucket.at) / interval)
         bucket.at = Clock.now
         bucket.level += 1 if seconds > 0 else -1
-        # GCRA allows the burst and one that is due. A server that has forgotten it allows a key its burst again.
+        # GCRA allows the burst and one that is due. A server that has forgotten it allows a key
+        # its burst again.
         burst = 1 + tolerance / interval
         burst *= 1 + len(self.server.disturbed) * name.startswith("K:")
         if bucket.level > burst + len(self.server.disturbed) + ROUNDED:
@@ -228,7 +234,8 @@ class Together:
             self._broken(f"{leases.instance} starts on a lease that is over")
 
     def check_calls(self, client: Client, calls: Sequence[Call], window: float) -> None:
-        """Check that two instances have not asked for one answer, unless the claim could not be made.
+        """Check that two instances have not asked for one answer, unless the claim could not be
+        made.
 
         *calls* are all calls for its question that have arrived, in their order.
         """

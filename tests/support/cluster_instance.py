@@ -1,8 +1,10 @@
-"""An instance in a process of its own: `python -m tests.support.cluster_instance URL LIMIT CLIENTS TIMES…`.
+"""An instance in a process of its own: `python -m tests.support.cluster_instance URL LIMIT CLIENTS
+TIMES…`.
 
-It writes a line for each start and each end, and waits for a line after each end: the referee sees an end before the place is given
-back, so that it never counts more than there are. The line of a start is written in the step that takes the place: a process that
-is stopped can be between the two with one start at most.
+It writes a line for each start and each end, and waits for a line after each end: the referee sees
+an end before the place is given back, so that it never counts more than there are. The line of a
+start is written in the step that takes the place: a process that is stopped can be between the two
+with one start at most.
 """
 
 from __future__ import annotations

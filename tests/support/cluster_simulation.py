@@ -1,10 +1,14 @@
-"""A cluster in virtual time: instances (`Leases`), the reference model of the renewal between them, and every fault that there is.
+"""A cluster in virtual time: instances (`Leases`), the reference model of the renewal between
+them, and every fault that there is.
 
-Nothing of it is asynchronous: an instance is a state machine, and the simulation carries its calls. A call may arrive, be lost, be
-answered late or never. An instance may be killed, or stopped: then nothing of it runs, its requests keep their places, and what came
-meanwhile comes in any order when it goes on. The server may be killed, emptied, paused, or put back to an earlier state.
+Nothing of it is asynchronous: an instance is a state machine, and the simulation carries its
+calls. A call may arrive, be lost, be answered late or never. An instance may be killed, or
+stopped: then nothing of it runs, its requests keep their places, and what came meanwhile comes in
+any order when it goes on. The server may be killed, emptied, paused, or put back to an earlier
+state.
 
-After each step `check` asserts the invariants of wings/cluster/grants.py and wings/cluster/leases.py.
+After each step `check` asserts the invariants of wings/cluster/grants.py and
+wings/cluster/leases.py.
 """
 
 from __future__ import annotations
@@ -225,7 +229,9 @@ class Simulation:
     def later(
         self, seconds: float, action: Callable[[], None], instance: Instance | None = None
     ) -> None:
-        """Do *action* in *seconds*, as a part of *instance*: not if it is dead, and later if it is stopped."""
+        """Do *action* in *seconds*, as a part of *instance*: not if it is dead, and later if it is
+        stopped.
+        """
 
         def act() -> None:
             if instance is None or (instance.alive and not instance.stopped):
@@ -323,7 +329,9 @@ class Simulation:
         self.snapshot = copy.deepcopy(self.model.world)
 
     def roll_back(self) -> None:
-        """Go on with the state that was kept, in another process: what a replica that lags does."""
+        """Go on with the state that was kept, in another process: what a replica that lags
+        does.
+        """
         self.model.world = copy.deepcopy(self.snapshot)
         self.rolled_back = self.now
         self.start_server()

@@ -1,8 +1,8 @@
 """An outage in virtual time: clients, the real router and providers, and a scripted exchange.
 
-The provider of a run fails a share of its attempts. Its clients ask one request after another, as people and
-programs do, until the run has seen enough of them. Nothing sleeps: the loop's clock jumps to the next timer. The
-same seed gives the same run.
+The provider of a run fails a share of its attempts. Its clients ask one request after another, as
+people and programs do, until the run has seen enough of them. Nothing sleeps: the loop's clock
+jumps to the next timer. The same seed gives the same run.
 
     python -m tests.support.outage        prints the tables of docs/performance.md
 """
@@ -37,7 +37,8 @@ REQUESTS, MANY_REQUESTS, MOST_FAIL = 2000, 15_000, 0.9
 CLIENTS = (1, 10, 300)
 RETRIES = (0, 3)
 JSON = {"content-type": "application/json"}
-# Seconds that an answer, a failure, and a client between two requests take: means of what is drawn.
+# Seconds that an answer, a failure, and a client between two requests take: means of what is
+# drawn.
 ANSWER, FAILURE, THINKING = 1.0, 0.2, 1.0
 
 
@@ -59,7 +60,9 @@ class NeverOpen(Breaker):
 
 
 class ScriptedExchange(Provider):
-    """A provider whose exchange with the network is a throw of *dice*: *rate* of the attempts fail."""
+    """A provider whose exchange with the network is a throw of *dice*: *rate* of the attempts
+    fail.
+    """
 
     def __init__(
         self,
@@ -124,8 +127,8 @@ class Case:
 class Outcome(NamedTuple):
     """What became of a run: *share* of the requests was answered.
 
-    *attempts* at the provider were made for each request. *per_second* is the rate of attempts at a
-    provider that answers nothing from its death on; None if it never died.
+    *attempts* at the provider were made for each request. *per_second* is the rate of attempts at
+    a provider that answers nothing from its death on; None if it never died.
     """
 
     share: float

@@ -1,4 +1,6 @@
-"""The reference model of the shared server in the test's event loop: calls of `Leases` are answered without any socket."""
+"""The reference model of the shared server in the test's event loop: calls of `Leases` are
+answered without any socket.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ DELAY = 0.001
 
 
 class ReferenceServer:
-    """A server, and the instances that have joined it. *up*: calls are answered; otherwise they fail at once."""
+    """A server, and the instances that have joined it. *up*: calls are answered; otherwise they
+    fail at once.
+    """
 
     def __init__(self) -> None:
         self.model = Model()

@@ -1,6 +1,8 @@
-"""The way of one answer in memory: the provider's connection, a log and a client's socket, with nothing but our code between them.
+"""The way of one answer in memory: the provider's connection, a log and a client's socket, with
+nothing but our code between them.
 
-What comes in which turn of the loop is said by the caller: `async with Road("sse") as road: await road.say(EVENT_STREAM, word(1))`.
+What comes in which turn of the loop is said by the caller: `async with Road("sse") as road: await
+road.say(EVENT_STREAM, word(1))`.
 """
 
 from __future__ import annotations
@@ -111,7 +113,9 @@ class Seen:
 
 
 class Road:
-    """One answer from a provider to a client: `async with Road("sse") as road: await road.say(EVENT_STREAM, word(1))`."""
+    """One answer from a provider to a client: `async with Road("sse") as road: await
+    road.say(EVENT_STREAM, word(1))`.
+    """
 
     def __init__(
         self,
@@ -202,7 +206,9 @@ class Road:
             await ticks(2)
 
     async def over(self) -> None:
-        """End the provider's connection if the answer has no end, and let the client read everything."""
+        """End the provider's connection if the answer has no end, and let the client read
+        everything.
+        """
         if not self.task.done():
             await ticks()
         if not self.task.done():
@@ -292,12 +298,13 @@ def assert_same(face: str, answer: Seen, other: Seen) -> None:
     if face in {"openai", "responses"} and any(
         odd in b"".join(bodies) for odd in (b'"error"', b"\n\n:", b"\r", b"\n\n\n")
     ):
-        # A block with an error object, or an end, loses its comments; of CRLF the last LF may never come, nor may a blank
-        # line behind that of the last event.
+        # A block with an error object, or an end, loses its comments; of CRLF the last LF may
+        # never come, nor may a blank line behind that of the last event.
         assert eventstream.parse(bodies[0]) == eventstream.parse(bodies[1])
     else:
         assert bodies[0] == bodies[1]
     assert (answer.last, answer.status, answer.error) == (other.last, other.status, other.error)
     assert (answer.text, answer.finish, answer.usage) == (other.text, other.finish, other.usage)
     assert answer.remembered == other.remembered
-    # Not `kept`: what comes behind an end is part of it, or closes the connection, by when it comes.
+    # Not `kept`: what comes behind an end is part of it, or closes the connection, by when it
+    # comes.

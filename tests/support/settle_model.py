@@ -1,31 +1,36 @@
 """The reference model of wings/cluster/renew.lua: the same calls, answers and state in Python.
 
-It is the model of the server in tests, where time is an argument, and it says why `settle` does what it does. A
-test runs random calls through both. Whoever changes one of them changes the other.
+It is the model of the server in tests, where time is an argument, and it says why `settle` does
+what it does. A test runs random calls through both. Whoever changes one of them changes the other.
 
-What has to hold, however calls are lost, late or repeated, servers emptied and processes stopped: the places that
-instances may use are never more than the limit. So a place has one holder at each moment, in the eyes of the server, and
-who may hold places that the server does not know of is waited for before anything is given:
+What has to hold, however calls are lost, late or repeated, servers emptied and processes stopped:
+the places that instances may use are never more than the limit. So a place has one holder at each
+moment, in the eyes of the server, and who may hold places that the server does not know of is
+waited for before anything is given:
 
-1. A call that was given up may still arrive. Calls have numbers (`seq`), and one that is not newer than the last is refused.
-2. A *world* is one life of the server's state; it has a name of its own, its `epoch`. In the first seconds of a world the
-   server gives nothing (it is *blind*): those who live in another world have places, and come within a beat. The ones that
-   somebody knew are woken and, if they do not come, their part of each limit is kept until their leases are over.
-3. A server that nobody has called for longer than any beat was away itself (stopped, paused, cut off), and so is each lease
-   longer than it seems. The same goes for a server that is not the process it was: a replica that lags has
-   forgotten its last answers, and so has one that has loaded a file. It is blind for a while, and no lease ends meanwhile.
-4. An instance without a call for the length of its lease is no member; its places are free. It lets go of them
-   earlier by its own clock, from the moment of sending on.
-5. Above a limit (somebody came back, or the limit was lowered) whoever calls may not use all that is too much, and
-   gives it back with its next call. Nothing starts on such a place before.
-6. Fixed shares are for times without a server: of N instances each has `limit // N`, and the first `limit % N` one more.
-   Instances may have heard of different members then. So whoever is new has no share until all others have said that
-   they know of it; and whoever has vanished without a word is counted for a while, as it may be alone somewhere. A share
-   only falls with a higher rank and with more instances, so the sum of all shares is at most the limit.
+1. A call that was given up may still arrive. Calls have numbers (`seq`), and one that is not newer
+   than the last is refused.
+2. A *world* is one life of the server's state; it has a name of its own, its `epoch`. In the first
+   seconds of a world the server gives nothing (it is *blind*): those who live in another world
+   have places, and come within a beat. The ones that somebody knew are woken and, if they do not
+   come, their part of each limit is kept until their leases are over.
+3. A server that nobody has called for longer than any beat was away itself (stopped, paused, cut
+   off), and so is each lease longer than it seems. The same goes for a server that is not the
+   process it was: a replica that lags has forgotten its last answers, and so has one that has
+   loaded a file. It is blind for a while, and no lease ends meanwhile.
+4. An instance without a call for the length of its lease is no member; its places are free. It
+   lets go of them earlier by its own clock, from the moment of sending on.
+5. Above a limit (somebody came back, or the limit was lowered) whoever calls may not use all that
+   is too much, and gives it back with its next call. Nothing starts on such a place before.
+6. Fixed shares are for times without a server: of N instances each has `limit // N`, and the first
+   `limit % N` one more. Instances may have heard of different members then. So whoever is new has
+   no share until all others have said that they know of it; and whoever has vanished without a
+   word is counted for a while, as it may be alone somewhere. A share only falls with a higher rank
+   and with more instances, so the sum of all shares is at most the limit.
 
-Between instances start-time fair queueing (as in limits/fair_queue.py) decides whose turn it is, weighted by the
-callers that wait there. One that does not come for what it was given gets no more, or a stopped process would collect
-all places.
+Between instances start-time fair queueing (as in limits/fair_queue.py) decides whose turn it is,
+weighted by the callers that wait there. One that does not come for what it was given gets no more,
+or a stopped process would collect all places.
 """
 
 from __future__ import annotations
@@ -214,7 +219,8 @@ class _Call:
         limit.unheard.pop(me, None)
         self.spare[op.name] = op.spare
         recorded = limit.holds.get(me, Hold(0)).recorded - op.give
-        # What I have is what I say, unless more is known here: it was given since, and answers a part of what I want.
+        # What I have is what I say, unless more is known here: it was given since, and answers a
+        # part of what I want.
         if anew or recorded < op.have:
             recorded = op.have
         limit.holds[me] = Hold(recorded)
@@ -231,7 +237,9 @@ class _Call:
             self.newly.add(op.name)
 
     def share_out(self, name: str, limit: Limit, reserve: float, *, grace: bool) -> int:
-        """Give the free places to those whose turn it is; return by how much the limit was exceeded."""
+        """Give the free places to those whose turn it is; return by how much the limit was
+        exceeded.
+        """
         me, holds, wants = self.request.instance, limit.holds, limit.wants
         total = limit.total
         free = 0 if grace else limit.limit - math.ceil(limit.limit * reserve) - total
@@ -321,7 +329,9 @@ class _Call:
         return told
 
     def place_of(self, mine: Member | None, missing: int) -> tuple[int, int, bool]:
-        """Return the rank and the number of all that may live, and whether all of them know of me."""
+        """Return the rank and the number of all that may live, and whether all of them know of
+        me.
+        """
         if mine is None:
             return missing, missing, not missing
         all_members = (*self.world.members.values(), *self.world.gone.values())

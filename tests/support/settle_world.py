@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Member:
-    """An instance: when its lease ends, its last call, when it joined, and which of those that joined it knows."""
+    """An instance: when its lease ends, its last call, when it joined, and which of those that
+    joined it knows.
+    """
 
     ends: float
     seq: int
@@ -35,7 +37,9 @@ class Want:
 
 @dataclass(slots=True)
 class Limit:
-    """The holders of a limit and those who want more of it, each with a number; *turns* is where the last turn of each has ended."""
+    """The holders of a limit and those who want more of it, each with a number; *turns* is where
+    the last turn of each has ended.
+    """
 
     limit: int = 0
     virtual: float = 0

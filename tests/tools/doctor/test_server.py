@@ -1,4 +1,6 @@
-"""The doctor and a running server: what is accepted, what is refused, and what is not to be seen."""
+"""The doctor and a running server: what is accepted, what is refused, and what is not to be
+seen.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ async def examined(
 async def test_a_client_of_a_server_with_keys_sees_each_event_of_an_answer_that_costs_nothing(
     make_server: MakeServer,
 ) -> None:
-    """It takes two seconds: an answer whose events are spread over one, so that their spread can be seen."""
+    """It takes two seconds: an answer whose events are spread over one, so that their spread can
+    be seen.
+    """
     # A list of models that takes more than one packet, in which the simulated one comes last.
     models = [f"a-model-with-a-long-name-{number}" for number in range(2000)]
     changes = {"llm.providers.zzz": SIMULATED, "llm.providers.sim.models": models}
@@ -135,7 +139,9 @@ async def standing_in(
     refused: str = "",
     headers: Mapping[str, str] = MappingProxyType({}),
 ) -> AsyncIterator[str]:
-    """The address of a program that answers every request alike, and at the path *refused* that it is denied."""
+    """The address of a program that answers every request alike, and at the path *refused* that it
+    is denied.
+    """
 
     async def answer(request: web.Request) -> web.Response:
         if request.path == refused:
@@ -233,7 +239,9 @@ async def test_an_idle_socket_that_is_closed_is_told_with_what_to_raise(
 
 @pytest.mark.one_loop
 async def test_pings_are_counted_and_answered(make_server: MakeServer) -> None:
-    """It takes a second: a socket that does not answer its pings would be closed in the meantime."""
+    """It takes a second: a socket that does not answer its pings would be closed in the
+    meantime.
+    """
     changes = {"chat.websocket.ping_interval": 0.2, "chat.websocket.ping_timeout": 0.2}
     server = await make_server(**changes)
     texts: list[str] = []

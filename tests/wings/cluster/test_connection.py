@@ -1,4 +1,6 @@
-"""The connection to the server: replies in order, one death for all calls, errors by their kind."""
+"""The connection to the server: replies in order, one death for all calls, errors by their
+kind.
+"""
 
 from __future__ import annotations
 

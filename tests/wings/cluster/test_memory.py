@@ -1,4 +1,6 @@
-"""The memory of the server that instances share: what is nice to have never takes the room of what is needed."""
+"""The memory of the server that instances share: what is nice to have never takes the room of what
+is needed.
+"""
 
 from __future__ import annotations
 

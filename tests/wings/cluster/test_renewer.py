@@ -1,4 +1,6 @@
-"""Instances with a real server between them: whatever happens to it, no more is in flight than the limit."""
+"""Instances with a real server between them: whatever happens to it, no more is in flight than the
+limit.
+"""
 
 from __future__ import annotations
 
@@ -259,7 +261,8 @@ async def test_stopped_process_costs_what_it_had_and_starts_nothing_when_it_goes
         process.send_signal(signal.SIGCONT)
         await until(lambda: len(counts) > 5)
 
-        # Each start after that was within the limit; the first one may have been under way already.
+        # Each start after that was within the limit; the first one may have been under way
+        # already.
         assert max(counts[1:]) <= LIMIT
         assert counts[0] <= LIMIT + stopped + 1
     finally:

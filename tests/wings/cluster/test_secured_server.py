@@ -1,4 +1,6 @@
-"""A server that is secured as docs/scaling.md says: over TLS, and with a user who may do no more than is needed."""
+"""A server that is secured as docs/scaling.md says: over TLS, and with a user who may do no more
+than is needed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The script in Lua and its reference model in Python are one: the same answers and the same state for any calls."""
+"""The script in Lua and its reference model in Python are one: the same answers and the same state
+for any calls.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +104,9 @@ def state_of_model(model: Model) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """*value* without what Lua cannot tell apart: an empty table is a list, a whole number an integer."""
+    """*value* without what Lua cannot tell apart: an empty table is a list, a whole number an
+    integer.
+    """
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()} or []
     if isinstance(value, list | tuple):

@@ -1,6 +1,8 @@
-"""Whole servers with a real Redis or Valkey server between them: whatever happens to it, clients are answered.
+"""Whole servers with a real Redis or Valkey server between them: whatever happens to it, clients
+are answered.
 
-A provider counts what is in flight at it: never more than its limit, which is that of all servers together.
+A provider counts what is in flight at it: never more than its limit, which is that of all servers
+together.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 class Road:
-    """What stands between the servers and Redis: it passes bytes on, late or never, or answers itself."""
+    """What stands between the servers and Redis: it passes bytes on, late or never, or answers
+    itself.
+    """
 
     def __init__(self, folder: Path, redis: RedisServer) -> None:
         self.path, self._redis = folder / "road.sock", redis
@@ -182,7 +186,9 @@ async def two(url: str, path: Path, **changes: Any) -> AsyncIterator[World]:
 async def test_clients_are_answered_whatever_happens_to_the_server(
     redis: RedisServer, tmp_path: Path
 ) -> None:
-    """Paused, full and read-only for longer than a lease, emptied, restarted, without its scripts."""
+    """Paused, full and read-only for longer than a lease, emptied, restarted, without its
+    scripts.
+    """
     async with two(redis.url, tmp_path) as world:
         world.load()
         await world.recover()
