@@ -25,7 +25,7 @@ SHOWN = {  # module: why it may know what time people have
     "tools.doctor.server": "compares the server's Date with the time of this machine",
     "wings.responses.socket": "`created_at` in OpenAI's objects",
     "wings.responses.sinks": "`completed_at` in OpenAI's objects",
-    "wings.responses.bridged": "`created_at` in OpenAI's objects",
+    "wings.responses.attempt": "`created_at` in OpenAI's objects",
     "wings.conversations.redis": "the age of turns that another machine has written, kept for days",
     "gateway.histories": "when a question was asked, of a turn that is kept for days",
     "wings.conversations.memory": "turns are older than the process, and kept for days",

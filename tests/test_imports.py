@@ -54,9 +54,8 @@ INSIDE_FUNCTIONS = {
         "aioserver.workers.worker",
     },
     "wings.conversations.wing": {
-        "aioserver.wings.conversations.spool",
+        "aioserver.wings.conversations.sqlite",
         "aioserver.wings.conversations.sqlite_file",
-        "aioserver.wings.conversations.storage",
     },
     "commands.serve_command": {"aioserver.commands.serve"},
     "tools.bench.command": {"aioserver.tools.bench.table"},

@@ -202,7 +202,7 @@ class Repository:
 
     type: str = setting(
         one_of("memory", "sql"),
-        "storage of conversations: memory, or an SQLite file (with the extra `history`)",
+        "storage of conversations: memory, or an SQLite file",
         "memory",
     )
     path: str = setting(line, "path of the SQLite file (with `type: sql`)", "events.db")
@@ -210,7 +210,7 @@ class Repository:
 
     @property
     def in_file(self) -> bool:
-        """Whether conversations are kept in a file."""
+        """Whether conversations are kept in the file."""
         return self.type == "sql" and self.persistence.enabled
 
 

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Mapping
 
     from aioserver.auth.callers import Caller
 
@@ -43,8 +43,13 @@ class Histories(Protocol):
     def messages(self, caller: Caller, conversation_id: str, text: str) -> list[dict[str, Any]]:
         """Return the messages to send for the question *text*, which is the last of them."""
 
-    def keep(self, caller: Caller, conversation_id: str, answered: Answered) -> None:
-        """Append a turn; not if the conversation was deleted since the question came. It never waits."""
+    def keep(
+        self, caller: Caller, conversation_id: str, answered: Answered
+    ) -> Awaitable[None] | None:
+        """Append a turn; not if the conversation was deleted since the question came.
+
+        Return what the end of the answer is to wait for, as `Keeper.keep`; None if it need not wait.
+        """
 
 
 class NoHistories:

@@ -35,8 +35,8 @@ class Keeper(Protocol):
         and has a bound of its own; the provider's place is free meanwhile.
         """
 
-    def cut(self, stream: Stream) -> None:
-        """Keep what *stream* has of an answer that was cancelled."""
+    def cut(self, stream: Stream) -> Awaitable[None] | None:
+        """Keep what *stream* has of an answer that was cancelled; the log ends as after `keep`."""
 
     def release(self) -> None:
         """Forget all of it; a second call does nothing."""

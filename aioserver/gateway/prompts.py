@@ -20,7 +20,7 @@ from aioserver.providers.api import CHAT
 from aioserver.providers.request import ProviderRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
@@ -78,10 +78,10 @@ class Prompt:
         if late is not None:
             await late()
 
-    def keep(self, _answer: Stream | Answer) -> None:
+    def keep(self, _answer: Stream | Answer) -> Awaitable[None] | None:
         """Append the client's text, and the answer so far, to the conversation, if there is one."""
         if self.conversation_id is None or self._text is None:
-            return
+            return None
         share = len(self._text) / max(1, sum(self._sent))
         answered = Answered(
             orjson.loads(self._text),
@@ -90,12 +90,11 @@ class Prompt:
             self.reading.usage,
             min(1.0, share),
         )
-        self._histories.keep(self.request.caller, self.conversation_id, answered)
+        return self._histories.keep(self.request.caller, self.conversation_id, answered)
 
-    def cut(self, stream: Stream) -> None:
+    def cut(self, stream: Stream) -> Awaitable[None] | None:
         """Append the answer as far as it came, if there is any of it."""
-        if self.reading.size:
-            self.keep(stream)
+        return self.keep(stream) if self.reading.size else None
 
     def release(self) -> None:
         """Do nothing: what it has goes with it."""

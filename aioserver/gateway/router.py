@@ -217,7 +217,9 @@ class Router:
         except asyncio.CancelledError:
             stream.close_fast_path()
             if not (stream.ended or stream.ending):
-                keeper.cut(stream)
+                kept = keeper.cut(stream)
+                if kept is not None:
+                    await kept
             raise
         finally:
             stream.keeper = None

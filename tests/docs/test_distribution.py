@@ -108,7 +108,6 @@ def test_every_extra_is_for_something() -> None:
         "speedups",
         "cli",
         "cluster",
-        "history",
         "test",
         "fuzz",
         "clients",

@@ -8,26 +8,26 @@ import re
 import signal
 import sqlite3
 import sys
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import aiohttp
 import pytest
 
-from aioserver.wings.conversations import wing as history
-from aioserver.wings.conversations.spool import Spool
+from aioserver.wings.conversations import wing as conversations
+from aioserver.wings.conversations.history import History
 from aioserver.wings.simulator.server import Simulator
-from tests.support.chat import frames_of, text_of
-from tests.support.history import sql
+from tests.support.chat import cancel, chat, frames_of, text_of, to_end, until_status
+from tests.support.history import query, sql
 from tests.support.keys import bearer, cookie, keys_of, log_in
 from tests.support.process import serving
-from tests.support.server import CONCURRENCY, QUICK, UVICORN, MakeServer
+from tests.support.server import CONCURRENCY, PACED, QUICK, SIM_HTTP_CLIENT, UVICORN, MakeServer
 from tests.support.waiting import until, until_result
 from tests.support.worker_processes import alone, workers
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
     from tests.support.server import RunningServer
@@ -87,9 +87,11 @@ async def trouble(server: RunningServer) -> Any:
         return (await response.json())["history"]["trouble"]
 
 
-async def waiting(server: RunningServer) -> int:
-    async with server.session.get(f"{server.base}/stats") as response:
-        return int((await response.json())["history"]["waiting"])
+def waiting(server: RunningServer) -> int:
+    """How many turns wait to be written."""
+    (history,) = (wing.histories for wing in server.owners.wings if wing.name == "conversations")
+    assert isinstance(history, History)
+    return history.stats().waiting
 
 
 async def test_a_restart_keeps_conversations(make_server: MakeServer, tmp_path: Path) -> None:
@@ -138,19 +140,11 @@ async def test_memory_and_switched_off_persistence_forget(
 async def test_a_start_may_delete_all(make_server: MakeServer, tmp_path: Path) -> None:
     server = await make_server(**sql(tmp_path / "h.db"))
     await ask(server.session, server.base, "Hello")
-    await until_result(lambda: waiting(server), lambda number: number == 0)
-    # As a killed process leaves it; that of the server above is locked.
-    left = Spool(str(tmp_path / "h.db"))
-    left.open()
-    left.add(b"a turn that was not written")
-    left.close(empty=False)
+    await until(lambda: waiting(server) == 0)
 
     other = await make_server(**sql(tmp_path / "h.db", clear_on_startup=True))
 
     assert await ask(other.session, other.base, "Hello") == 1
-    assert b"not written" not in b"".join(
-        (tmp_path / f"h.db-spool-{number}").read_bytes() for number in range(2)
-    )
 
 
 async def test_the_retention_of_a_reload_holds_for_what_is_in_the_file(
@@ -160,7 +154,7 @@ async def test_the_retention_of_a_reload_holds_for_what_is_in_the_file(
     server = await make_server(**changes)
     for number in range(5):
         await ask(server.session, server.base, f"{number}")
-    await until_result(lambda: waiting(server), lambda number: number == 0)
+    await until(lambda: waiting(server) == 0)
 
     few = {"retention_policy": "message_count", "max_messages_per_conversation": 4}
     assert await server.change(**sql(tmp_path / "other.db", **few))
@@ -205,23 +199,92 @@ async def test_a_file_that_fails_is_said_and_costs_no_answer(
     assert await stored(server.session, server.base) == ["Hello", "Hello again"]
 
 
-async def test_without_the_package_conversations_stay_in_memory(
+async def test_without_sqlite_conversations_stay_in_memory(
     make_server: MakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # They are imported again, which fails.
-    for name in ("storage", "connections"):
+    for name in ("sqlite", "sqlite_file"):
         monkeypatch.delitem(sys.modules, f"aioserver.wings.conversations.{name}", raising=False)
-    monkeypatch.setitem(sys.modules, "aiosqlite", None)
+    monkeypatch.setitem(sys.modules, "sqlite3", None)
     server = await make_server(**sql(tmp_path / "h.db"))
 
     assert await ask(server.session, server.base, "Hello") == 1
     assert await ask(server.session, server.base, "Hello") == 2
     trouble_found = await until_result(lambda: trouble(server), bool)
     assert trouble_found["kind"] == "missing"
-    assert trouble_found["advice"] == history.INSTALL
-    assert "aiosqlite" in trouble_found["text"]
+    assert trouble_found["advice"] == conversations.MISSING.advice
+    assert "sqlite3" in trouble_found["text"]
     async with server.session.delete(f"{server.base}/conversations/c") as response:
         assert response.status == 204
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep all others from writing the file in the block."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+
+
+async def test_a_complete_answer_is_in_the_file_and_a_cancelled_one_as_far_as_it_came(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    server = await make_server(PACED, **sql(tmp_path / "h.db"))
+    async with server.session.ws_connect(server.ws) as ws:
+        for number in range(5):
+            await ws.send_json(chat(f"r{number}", conversation_id="c"))
+            await to_end(ws)
+            assert turns_in(tmp_path / "h.db") == number + 1
+        await ws.send_json(chat("last", conversation_id="c"))
+        frames = await until_status(ws, "chunk")
+        await ws.send_json(cancel("last"))
+        frames += await to_end(ws)
+
+        assert turns_in(tmp_path / "h.db") == 6
+
+    assert frames[-1]["status"] == "cancelled"
+    answers = "SELECT answer FROM turns ORDER BY id DESC LIMIT 1"
+    assert query(tmp_path / "h.db", answers) == [(text_of(frames),)]
+
+
+async def test_an_answer_that_waits_for_its_turn_holds_no_place(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    names = ("concurrent_requests", "max_connections", "max_keepalive")
+    few = {f"{SIM_HTTP_CLIENT}.{name}": 1 for name in names}
+    server = await make_server(**sql(tmp_path / "h.db"), **few)
+    async with server.session.ws_connect(server.ws) as ws:
+        with locked(tmp_path / "h.db"):
+            await ws.send_json(chat("one", conversation_id="c"))
+            await until(lambda: waiting(server) == 1)
+            await ws.send_json(chat("two", conversation_id="d"))
+            await until(lambda: waiting(server) == 2)
+            frames = [await ws.receive_json() for _ in range(4)]
+        while len([one for one in frames if one["status"] == "complete"]) < 2:
+            frames.append(await ws.receive_json(timeout=20))
+
+    # The other one got the place, and its first events have passed the end of the first one.
+    order = [(one["request_id"], one["status"]) for one in frames]
+    assert order.index(("two", "chunk")) < order.index(("one", "complete"))
+    assert turns_in(tmp_path / "h.db") == 2
+
+
+async def test_an_answer_that_is_cancelled_while_it_waits_for_its_turn_is_kept_once(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    server = await make_server(**sql(tmp_path / "h.db"))
+    async with server.session.ws_connect(server.ws) as ws:
+        with locked(tmp_path / "h.db"):
+            await ws.send_json(chat("r", conversation_id="c"))
+            await until(lambda: waiting(server) == 1)
+            await ws.send_json(cancel("r"))
+            frames = await to_end(ws)
+        assert frames[-1]["status"] == "cancelled"
+        await until(lambda: turns_in(tmp_path / "h.db") == 1)
+        await ws.send_json(chat("s", conversation_id="c"))
+        await to_end(ws)
+
+    assert turns_in(tmp_path / "h.db") == 2
 
 
 @pytest.mark.one_loop

@@ -334,12 +334,11 @@ from aioserver.wings.conversations.history import History
 keep, count = History.keep, [0]
 def lossy(self, *args, **kwargs):
     count[0] += 1
-    if count[0] % 5:
-        keep(self, *args, **kwargs)
+    return keep(self, *args, **kwargs) if count[0] % 5 else None
 History.keep = lossy
 """,
     "that a conversation was deleted": """
-from aioserver.wings.conversations.storage import SqliteStorage
+from aioserver.wings.conversations.sqlite import SqliteStorage
 async def kept(self, caller, conversation_ids=None):
     return 1
 SqliteStorage.delete = kept

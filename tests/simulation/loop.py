@@ -15,6 +15,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from tests.simulation.clock import Clock
+from tests.simulation.disk import tell
 from tests.simulation.network import INSTANCE
 from tests.support.strict_timers import strict_timer
 from tests.support.virtual_loop import VirtualLoop
@@ -22,6 +23,7 @@ from tests.support.virtual_loop import VirtualLoop
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tests.simulation.disk import Disk
     from tests.simulation.network import Network
     from tests.simulation.transport import FakeSocket
 
@@ -42,9 +44,10 @@ class SimulatedLoop(VirtualLoop):
     first.
     """
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, disk: Disk | None = None) -> None:
         super().__init__()
         self.network = network
+        self.disk = disk
         self.on_pause: Callable[[], None] = lambda: None
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._numbers = count()
@@ -174,12 +177,16 @@ class SimulatedLoop(VirtualLoop):
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., Any], *args: Any
     ) -> Any:
-        """Run *func* at once: a thread would have a time of its own."""
-        future = self.create_future()
+        """Run *func* at once: a thread would have a time of its own. What an *executor* does is over when the disk says."""
+        future, result, error = self.create_future(), None, None
         try:
-            future.set_result(func(*args))
+            result = func(*args)
         except Exception as exc:  # noqa: BLE001 - whoever waits gets it
-            future.set_exception(exc)
+            error = exc
+        if executor is None or self.disk is None:
+            tell(future, result, error)
+        else:
+            self.call_exactly_at(self.disk.end_of(executor), tell, future, result, error)
         return future
 
     async def create_server(  # type: ignore[override]

@@ -24,10 +24,11 @@ from aiohttp import web_app
 
 from aioserver.monitoring import snapshot
 from aioserver.wings.simulator.exchange import Behaviour
-from tests.simulation import clock, disk
+from tests.simulation import clock
 from tests.simulation.client import DIALLER, Client
 from tests.simulation.cluster import Cluster
 from tests.simulation.configuration import with_spare
+from tests.simulation.disk import Disk
 from tests.simulation.instance import Instance, running
 from tests.simulation.loop import SimulatedLoop
 from tests.simulation.network import INSTANCE, Network
@@ -173,7 +174,7 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
     clock.seed(plan.seed)
     outcome = Outcome(plan)
     network = Network(random.Random(f"network {plan.seed}"))
-    loop = SimulatedLoop(network)
+    loop = SimulatedLoop(network, Disk(plan.seed))
     asyncio.set_event_loop(loop)
     faults: list[dict[str, Any]] = []
     dead: list[asyncio.Task[object]] = []
@@ -191,7 +192,6 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
             # The machine is no part of a run.
             mock.patch.object(snapshot, "process_usage", return_value=NO_USAGE),
             world.patches(),
-            disk.patches(plan.seed),
         ):
             loop.run_until_complete(_run(world, outcome, only))
             dead = [task for task in asyncio.all_tasks(loop) if world.is_dead(task)]

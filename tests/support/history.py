@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aioserver.auth.callers import Caller
 from aioserver.config.settings import Persistence
 from aioserver.telemetry.counters import Counter
-from aioserver.wings.conversations.storage import SqliteStorage
+from aioserver.wings.conversations.sqlite import SqliteStorage
 from aioserver.wings.conversations.turn import Turn
 from tests.support.clock import FakeClock
 from tests.support.waiting import until

@@ -48,7 +48,6 @@ class Extra(NamedTuple):
 
 UVLOOP = Extra("speedups", "uvloop", "a faster event loop")
 REDIS = Extra("cluster", "redis", "limits and streams that processes and machines share")
-SQLITE = Extra("history", "aiosqlite", "conversations in a file")
 
 
 def examine_interpreter(report: Report) -> None:
@@ -93,9 +92,6 @@ def _check_extras(report: Report, settings: Settings) -> None:
         elif workers > 1:
             text = f"redis is not installed: each of {workers} workers has a fixed share of each limit"
             report.warn("machine", text, _install(REDIS))
-    if settings.chat.service.repository.in_file and util.find_spec(SQLITE.package) is None:
-        text = "aiosqlite is not installed: conversations are kept in memory, not in their file"
-        report.warn("machine", text, _install(SQLITE))
 
 
 def _check_workers(report: Report, settings: Settings) -> None:

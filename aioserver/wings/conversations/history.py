@@ -15,7 +15,7 @@ from aioserver.errors import ConversationNotFound, HistoryUnavailable
 from aioserver.wings.conversations.turn import Turn, counted_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Sequence
 
     from aioserver.auth.callers import Caller
     from aioserver.config.settings import Context, Persistence
@@ -67,8 +67,13 @@ class Storage(Protocol):
     async def load(self, caller: Caller, conversation_id: str) -> Sequence[Turn] | None:
         """Return the turns of a conversation, the oldest first; None if nothing is known of it."""
 
-    def keep(self, caller: Caller, conversation_id: str, turn: Turn, asked: float) -> None:
-        """Append *turn*, whose question came at *asked*, soon; not if the conversation was deleted since."""
+    def keep(
+        self, caller: Caller, conversation_id: str, turn: Turn, asked: float
+    ) -> Awaitable[None] | None:
+        """Append *turn*, whose question came at *asked*, soon; not if the conversation was deleted since.
+
+        Return what the end of the answer is to wait for, if anything: see `Histories.keep`.
+        """
 
     async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page | None:
         """Return part of the caller's conversations, as `Conversations.listing`; None if it cannot."""
@@ -127,13 +132,16 @@ class History:
         """Return the messages to send for the question *text*: see `Conversations.history`."""
         return self._conversations.history(caller, conversation_id, text)
 
-    def keep(self, caller: Caller, conversation_id: str, answered: Answered) -> None:
-        """Append a turn; not if the conversation was deleted since its question came. It never waits."""
+    def keep(
+        self, caller: Caller, conversation_id: str, answered: Answered
+    ) -> Awaitable[None] | None:
+        """Append a turn; not if the conversation was deleted since its question came: see `Histories.keep`."""
         question, answer, asked, usage, share = answered
         turn = Turn.of(question, answer, self.now(), counted_tokens(usage, share))
         kept = self._conversations.keep(caller, conversation_id, turn, asked)
-        if kept and self._storage is not None:
-            self._storage.keep(caller, conversation_id, turn, asked)
+        if not kept or self._storage is None:
+            return None
+        return self._storage.keep(caller, conversation_id, turn, asked)
 
     async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page:
         """Return part of the caller's conversations: see `Conversations.listing`."""

@@ -177,12 +177,12 @@ def prepare(path: str, *, check: bool = True, clear: bool = False) -> tuple[int,
     """
     try:
         _make(path)
-        with contextlib.closing(_connect(path)) as connection:
+        with contextlib.closing(connect(path, WRITE_WAIT)) as connection:
             _migrate(connection, path)
             if check:
                 _check(connection, path)
             if clear:
-                with _transaction(connection):
+                with transaction(connection):
                     connection.execute("DELETE FROM conversations")
                     connection.execute("DELETE FROM deletions")
         return identity(path)
@@ -215,8 +215,13 @@ def _make(path: str) -> None:
         raise Broken(trouble("unreachable", path, what))
 
 
-def _connect(path: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=WRITE_WAIT, isolation_level=None)
+def connect(path: str, wait: float) -> sqlite3.Connection:
+    """Return a connection to the file *path*, which waits for a lock for *wait* seconds.
+
+    Raises:
+        sqlite3.Error: it cannot be opened.
+    """
+    connection = sqlite3.connect(path, timeout=wait, isolation_level=None)
     try:
         for pragma in PRAGMAS:
             connection.execute(pragma)
@@ -236,7 +241,7 @@ def _migrate(connection: sqlite3.Connection, path: str) -> None:
         raise Broken(trouble("io", path, "its file system has no shared memory for WAL"))
     if _version(connection, path) == VERSION:
         return
-    with _transaction(connection):
+    with transaction(connection):
         # Another process may have done it meanwhile.
         for script in MIGRATIONS[_version(connection, path) :]:
             for statement in _statements(script):
@@ -291,14 +296,20 @@ def _statements(script: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Commit what is done in the block, or nothing of it.
+
+    Raises:
+        sqlite3.Error: nothing is written.
+    """
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield
         connection.execute("COMMIT")
     finally:
         if connection.in_transaction:
-            connection.execute("ROLLBACK")
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
 
 
 # A turn is not kept if its conversation was deleted after its question had come.
@@ -316,12 +327,7 @@ INSERT INTO turns (conversation, ended, question_tokens, answer_tokens, size, qu
 SELECT id, :ended, :question_tokens, :answer_tokens, :turn_size, :question, :answer
 FROM conversations WHERE caller = :caller AND name = :name AND {_NOT_DELETED}
 """  # noqa: S608
-# A turn that a killed process has left may be written already.
-KEEP_LEFT_TURN = f"""{KEEP_TURN}
-AND NOT EXISTS (SELECT 1 FROM turns WHERE conversation = conversations.id
-    AND ended = :ended AND question = :question)
-"""  # noqa: S608
-# The turns that `retention.Bounds.kept` leaves out: of one conversation, and of those with the ids of a range.
+# The turns that `turn.Bounds.kept` leaves out: of one conversation, and of those with the ids of a range.
 _BEYOND = """
 SELECT id FROM (
     SELECT id, ended, row_number() OVER newest AS number,
@@ -347,7 +353,6 @@ TOTALS = "SELECT count(*), coalesce(sum(size), 0) FROM conversations"
 DROP_OLDEST = """
 DELETE FROM conversations WHERE id IN (SELECT id FROM conversations ORDER BY updated LIMIT :limit)
 """
-SHRINK = "PRAGMA incremental_vacuum(1000);"
 # It writes a page, although nothing changes.
 PROBE = f"PRAGMA user_version = {VERSION}"
 
@@ -380,3 +385,13 @@ DELETE = "DELETE FROM conversations WHERE caller = :caller AND name = :name"
 DELETE_EXPIRED = DELETE + _EXPIRED
 DELETE_ALL = "DELETE FROM conversations WHERE caller = :caller AND address = :address"
 DELETE_ALL_EXPIRED = DELETE_ALL + _EXPIRED
+
+
+def shrink(connection: sqlite3.Connection) -> None:
+    """Give some pages that are free back to the file system.
+
+    Raises:
+        sqlite3.Error: the file cannot be written.
+    """
+    # Not `execute`: in Python 3.11 it ends after the first step, and each step frees one page.
+    connection.executescript("PRAGMA incremental_vacuum(1000);")

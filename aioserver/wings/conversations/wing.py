@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import logging
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
@@ -27,8 +26,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.history")
 
-NOT_INSTALLED = "conversations are not kept in a file: {} is not installed"
-INSTALL = "Run `pip install '.[history]'` in the clone, and restart."
+MISSING = Trouble(
+    "missing",
+    "conversations are not kept in a file: this Python has no sqlite3",
+    "Run the server with a Python that was built with SQLite.",
+)
 
 
 class ConversationsWing(Wing):
@@ -79,11 +81,11 @@ def prepare_file(repository: Repository) -> None:
     """
     if not repository.in_file:
         return
-    if importlib.util.find_spec("aiosqlite") is None:
-        return
     try:
-        from aioserver.wings.conversations.spool import Spool  # noqa: PLC0415 - see `open_history`
-        from aioserver.wings.conversations.sqlite_file import Broken, prepare  # noqa: PLC0415
+        from aioserver.wings.conversations.sqlite_file import (  # noqa: PLC0415 - see `open_history`
+            Broken,
+            prepare,
+        )
     except ModuleNotFoundError:
         return
     clear = repository.persistence.clear_on_startup
@@ -93,10 +95,6 @@ def prepare_file(repository: Repository) -> None:
         logger.warning("%s. %s", fault.trouble.text, fault.trouble.advice)
     else:
         if clear:
-            # Otherwise what a killed process has left would be written after it.
-            spool = Spool(repository.path)
-            spool.open()
-            spool.close(empty=True)
             logger.info("conversations deleted at the start: all in %s", repository.path)
 
 
@@ -114,12 +112,10 @@ async def open_history(
     if not repository.in_file:
         return History(conversations, shared)
     try:
-        # The extra `history`, and Python's own sqlite3, which some builds lack.
-        from aioserver.wings.conversations.storage import SqliteStorage  # noqa: PLC0415
-    except ModuleNotFoundError as missing:
-        return History(
-            conversations, shared, Trouble("missing", NOT_INSTALLED.format(missing.name), INSTALL)
-        )
+        # Python's own sqlite3, which some builds lack.
+        from aioserver.wings.conversations.sqlite import SqliteStorage  # noqa: PLC0415
+    except ModuleNotFoundError:
+        return History(conversations, shared, MISSING)
     storage = SqliteStorage(repository.path, repository.persistence, conversations.clock, counts)
     stack.push_async_callback(storage.close)
     await storage.open()

@@ -270,7 +270,7 @@ async def test_this_machine_is_measured_against_the_settings(
 async def test_packages_and_a_file_that_the_settings_want_are_missed(
     tmp_path: Path, findings: Findings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("uvloop", "redis", "aiosqlite"):
+    for name in ("uvloop", "redis"):
         monkeypatch.setitem(sys.modules, name, None)
     changes = {
         "cluster.redis_url": "redis://127.0.0.1:9",
@@ -286,7 +286,6 @@ async def test_packages_and_a_file_that_the_settings_want_are_missed(
     assert "cluster.redis_url is set, and redis is not installed" in failed
     texts = " ".join(findings.of("warn"))
     assert "machine: uvloop is not installed" in texts
-    assert "aiosqlite is not installed" in texts
     assert "events.db cannot be written" in texts
     assert "cluster: no connection: 127.0.0.1 port 9: Connection refused" in texts
 

@@ -17,8 +17,7 @@ import pytest
 from aioserver.config.settings import Context
 from aioserver.errors import HistoryUnavailable
 from aioserver.gateway.histories import Answered
-from aioserver.wings.conversations import connections, queue
-from aioserver.wings.conversations import storage as storage_module
+from aioserver.wings.conversations import sqlite
 from aioserver.wings.conversations.history import History
 from aioserver.wings.conversations.memory import Conversations
 from aioserver.wings.conversations.sqlite_file import (
@@ -28,6 +27,7 @@ from aioserver.wings.conversations.sqlite_file import (
     Broken,
     prepare,
 )
+from aioserver.wings.conversations.turn import Turn
 from tests.support.history import (
     ME,
     NOW,
@@ -43,7 +43,7 @@ from tests.support.history import (
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from aioserver.wings.conversations.storage import SqliteStorage
+    from aioserver.wings.conversations.sqlite import SqliteStorage
 
 # The file is read and written by threads.
 pytestmark = pytest.mark.real_time
@@ -52,9 +52,9 @@ pytestmark = pytest.mark.real_time
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let what failed be tried again soon, and locks be waited for not long."""
-    monkeypatch.setattr(storage_module, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(storage_module, "LONGEST_PAUSE", 0.05)
-    monkeypatch.setattr(connections, "LOOK_PERIOD", 0.0)
+    monkeypatch.setattr(sqlite, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(sqlite, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(sqlite, "LOOK_PERIOD", 0.0)
     for name in ("READ_WAIT", "WRITE_WAIT"):
         monkeypatch.setattr(f"aioserver.wings.conversations.sqlite_file.{name}", 0.02)
 
@@ -184,14 +184,36 @@ async def test_while_another_program_locks_the_file_turns_wait(tmp_path: Path) -
             keep(kept, "two")
             await until(lambda: kind(kept) == "locked", state=kept.stats)
 
-            # It can be read, and what waits is there as well.
-            assert await questions(kept) == ["one", "two"]
+            # No answer waits for it.
+            assert kept.keep(ME, "d", Turn.of("three", "3", NOW), NOW) is None
+            # It can be read, but has not all of it.
+            assert await questions(kept) is None
+            assert await listed(kept) == ["c"]
             assert await kept.delete(ME, "c") is None
             other.execute("COMMIT")
         await until(lambda: kind(kept) is None)
+        await written(kept)
 
-        assert query(path, "SELECT question FROM turns") == [("one",), ("two",)]
+        assert query(path, "SELECT question FROM turns") == [("one",), ("two",), ("three",)]
         assert kept.stats().lost == 0
+
+
+async def test_answers_that_wait_when_the_file_fails_wait_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "COMMIT_TIMEOUT", 1000.0)
+    path = tmp_path / "h.db"
+    async with storage(path) as kept:
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            ending = kept.keep(ME, "c", Turn.of("one", "1", NOW), NOW)
+            assert ending is not None
+            await ending
+            assert (kind(kept), kept.stats().waiting) == ("locked", 1)
+        await until(lambda: kind(kept) is None)
+        await written(kept)
+
+        assert await questions(kept) == ["one"]
 
 
 async def test_a_file_that_is_locked_for_all_costs_only_the_history(tmp_path: Path) -> None:
@@ -275,15 +297,14 @@ async def test_a_full_disk_loses_nothing_that_fits_into_memory(tmp_path: Path) -
                 keep(kept, f"{number}" + "x" * 2000)
             await until(lambda: kind(kept) == "full", state=kept.stats)
 
-            kept_questions = await questions(kept)
-            assert kept_questions is not None
-            assert [each[:2].strip("x") for each in kept_questions] == ["on", *map(str, range(20))]
+            assert await questions(kept) is None
             assert await listed(kept) == ["c"]
             (disk / "ballast").unlink()
             await until(lambda: kind(kept) is None, state=kept.stats)
             await written(kept)
 
-            assert await questions(kept) == kept_questions
+            kept_questions = await questions(kept) or []
+            assert [each[:2].strip("x") for each in kept_questions] == ["on", *map(str, range(20))]
             assert kept.stats().lost == 0
     finally:
         unmounted = await asyncio.create_subprocess_exec("umount", "-l", disk)
@@ -313,7 +334,7 @@ async def main(path):
         for number in range(40):
             keep(kept, f"{number}" + "x" * 5000)
         await until(lambda: kept.stats().trouble is not None, state=kept.stats)
-        print(kept.stats().trouble.kind, len(await questions(kept)))
+        print(kept.stats().trouble.kind, await questions(kept))
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         await until(lambda: kept.stats().trouble is None, state=kept.stats)
         await written(kept)
@@ -331,7 +352,7 @@ async def test_a_file_that_may_not_grow_is_written_when_it_may(tmp_path: Path) -
     )
     out, _ = await process.communicate()
 
-    assert out.decode().split() in (["full", "41", "41", "0"], ["io", "41", "41", "0"])
+    assert out.decode().split() in (["full", "None", "41", "0"], ["io", "None", "41", "0"])
 
 
 READ_ONLY = """
@@ -372,7 +393,7 @@ async def test_what_the_user_of_the_server_may_not_write_is_said(
 async def test_beyond_its_bound_the_queue_loses_its_oldest_turns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queue, "MAX_WAITING_BYTES", 100)
+    monkeypatch.setattr(sqlite, "MAX_WAITING_BYTES", 100)
     path = tmp_path / "h.db"
     folder(path)
     async with storage(path) as kept:

@@ -6,6 +6,8 @@ import asyncio
 import math
 import os
 import random
+import sqlite3
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,10 +17,10 @@ from aioserver.config.settings import Context
 from aioserver.errors import ConversationNotFound
 from aioserver.gateway.histories import Answered
 from aioserver.telemetry.counters import Counter
-from aioserver.wings.conversations import queue, sweep
+from aioserver.wings.conversations import sqlite
 from aioserver.wings.conversations.history import History
 from aioserver.wings.conversations.memory import Conversations
-from aioserver.wings.conversations.storage import SqliteStorage
+from aioserver.wings.conversations.sqlite import SqliteStorage
 from aioserver.wings.conversations.turn import Page, Turn
 from tests.support.history import (
     ME,
@@ -134,10 +136,8 @@ async def test_the_file_is_for_its_owner_alone(tmp_path: Path) -> None:
     finally:
         os.umask(umask)
 
-    names = ("h.db", "h.db-wal", "h.db-shm", "h.db-turns", "h.db-spool-0")
-    assert modes == dict.fromkeys(names, 0o600)
-    assert files_in(tmp_path) == ["h.db", "h.db-turns"]
-    assert (tmp_path / "h.db-turns").stat().st_size == 0
+    assert modes == dict.fromkeys(("h.db", "h.db-wal", "h.db-shm"), 0o600)
+    assert files_in(tmp_path) == ["h.db"]
 
 
 async def test_deleted_text_is_nowhere_in_the_file(tmp_path: Path) -> None:
@@ -146,9 +146,6 @@ async def test_deleted_text_is_nowhere_in_the_file(tmp_path: Path) -> None:
         keep(kept, "still-here", "d")
         await written(kept)
         assert await kept.delete(ME, "c")
-
-        # Until the next checkpoint the log of changes may have it.
-        assert b"very-secret" not in (tmp_path / "h.db-spool-0").read_bytes()
 
     data = (tmp_path / "h.db").read_bytes()
     assert b"very-secret" not in data
@@ -233,8 +230,8 @@ async def test_new_bounds_hold_for_conversations_that_nobody_goes_on_with(
 async def test_conversations_whose_days_are_over_are_swept_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "TURNS", 50)
-    monkeypatch.setattr(sweep, "STEP", 20)
+    monkeypatch.setattr(sqlite, "SWEEP_TURNS", 50)
+    monkeypatch.setattr(sqlite, "SWEEP_STEP", 20)
     now = clock()
     async with storage(tmp_path / "h.db", policy("time_based", retention_days=1), now) as kept:
         for number in range(90):
@@ -255,9 +252,9 @@ async def test_conversations_whose_days_are_over_are_swept_away(
 async def test_a_file_that_is_too_large_loses_what_rested_for_longest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, most: int
 ) -> None:
-    monkeypatch.setattr(sweep, name, most)
-    monkeypatch.setattr(sweep, "TURNS", 100)
-    monkeypatch.setattr(sweep, "FEW", 1)
+    monkeypatch.setattr(sqlite, name, most)
+    monkeypatch.setattr(sqlite, "SWEEP_TURNS", 100)
+    monkeypatch.setattr(sqlite, "FEW", 1)
     async with storage(tmp_path / "h.db") as kept:
         for number in range(100):
             keep(kept, "q", f"c{number}", ended=NOW + number)  # 5 bytes
@@ -270,7 +267,7 @@ async def test_a_file_that_is_too_large_loses_what_rested_for_longest(
 async def test_a_file_shrinks_when_its_conversations_are_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "TURNS", 1)
+    monkeypatch.setattr(sqlite, "SWEEP_TURNS", 1)
     async with storage(tmp_path / "h.db") as kept:
         for number in range(50):
             keep(kept, "q" * 20_000, f"c{number}")
@@ -285,7 +282,7 @@ async def test_a_file_shrinks_when_its_conversations_are_gone(
 async def test_what_waits_is_bounded_and_the_oldest_goes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queue, "MAX_WAITING", 10)
+    monkeypatch.setattr(sqlite, "MAX_WAITING", 10)
     async with storage(tmp_path / "h.db") as kept:
         for number in range(25):  # in one turn of the event loop
             keep(kept, f"{number}")
@@ -293,6 +290,60 @@ async def test_what_waits_is_bounded_and_the_oldest_goes(
         await written(kept)
 
         assert await questions(kept) == [f"{number}" for number in range(15, 25)]
+
+
+# Committed before the answer ends.
+
+
+def committed(kept: SqliteStorage, text: str, name: str = "c") -> asyncio.Future[None]:
+    """What the end of the answer to *text* waits for."""
+    ending = kept.keep(ME, name, Turn.of(text, f"to {text}", NOW), NOW)
+    assert ending is not None
+    return ending
+
+
+async def test_an_answer_that_may_end_has_its_turn_in_the_file(tmp_path: Path) -> None:
+    async with storage(tmp_path / "h.db") as kept:
+        for number in range(30):
+            await committed(kept, f"{number}")
+
+            assert query(tmp_path / "h.db", "SELECT count(*) FROM turns") == [(number + 1,)]
+
+
+async def test_answers_that_end_at_once_share_a_transaction(tmp_path: Path) -> None:
+    seen = []
+    async with storage(tmp_path / "h.db") as kept:
+        endings = [committed(kept, f"{number}", f"c{number % 50}") for number in range(500)]
+        for ending in endings:
+            ending.add_done_callback(lambda _ending: seen.append(kept.stats().waiting))
+        await asyncio.gather(*endings)
+
+        assert kept.stats().written == 500
+    # Two full batches, and the rest.
+    assert sorted(set(seen), reverse=True) == [300, 100, 0]
+
+
+async def test_an_answer_does_not_wait_for_long_and_its_turn_is_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "COMMIT_TIMEOUT", 0.05)
+    async with storage(tmp_path / "h.db") as kept:
+        with closing(sqlite3.connect(tmp_path / "h.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            await committed(kept, "one")
+            assert (kept.stats().waiting, kept.stats().trouble) == (1, None)
+        await written(kept)
+
+        assert await questions(kept) == ["one"]
+
+
+async def test_who_waits_for_a_turn_and_is_cancelled_takes_nothing_from_it(tmp_path: Path) -> None:
+    async with storage(tmp_path / "h.db") as kept:
+        committed(kept, "one").cancel()
+        await written(kept)
+
+        assert await questions(kept) == ["one"]
+        assert (kept.stats().written, kept.stats().lost) == (1, 0)
 
 
 # Alike.

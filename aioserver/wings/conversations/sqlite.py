@@ -1,0 +1,683 @@
+"""Conversations in an SQLite file (see `history.Storage`): a turn is committed before its client knows that the answer is complete.
+
+    keep, delete  → a queue → one thread: all that waits in one transaction
+    load, listing → another thread, which waits for no writer
+
+What comes while a transaction is under way is in the next one (group commit: DeWitt et al., "Implementation Techniques for
+Main Memory Database Systems", 1984). So an answer waits for one or two transactions at most, however many answers end at
+once, and what a client has seen survives a process that is killed. Of several processes each has its own connections, and
+what one has committed the others read.
+
+The file may fail at any time. That is a trouble: the task tries again, with growing pauses; turns wait in the queue, and
+beyond its bounds the oldest are lost; the chat goes on with what the process remembers, and waits for nothing. A trouble
+ends with the first write that succeeds. Nothing is written to a file that is damaged.
+
+The sweep does what the bounds ask of conversations that nobody goes on with, step by step; between two steps turns are
+written. Each process sweeps; what one has deleted, the others do not find any more.
+
+This file is one concept: the queue, its transactions, their failures and the sweep are one order of writes to one file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import sqlite3
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, TypeVarTuple
+
+from aioserver.wings.conversations import sqlite_file
+from aioserver.wings.conversations.history import StorageStats, Trouble
+from aioserver.wings.conversations.sqlite_file import UNREADABLE, Broken, trouble, trouble_of
+from aioserver.wings.conversations.turn import Bounds, Page, Position, Summary, Turn, title_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from aioserver.auth.callers import Caller
+    from aioserver.config.settings import Persistence
+    from aioserver.telemetry.counters import Counter
+
+    Values = Mapping[str, Any]
+    # A statement, and its values; a list does it for each of them.
+    Statement = tuple[str, Values | list[Values]]
+
+logger = logging.getLogger("aioserver.history")
+
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
+
+# Seconds for which the end of an answer waits for its turn; then it goes out all the same, and the turn stays in the queue.
+COMMIT_TIMEOUT = 1.0
+# Seconds for which a question waits for its conversation, and a client for a list or a deletion.
+LOAD_TIMEOUT, CALL_TIMEOUT = 2.0, 5.0
+# Seconds for which the first opening holds up the start of the server, and the queue its end.
+OPEN_TIMEOUT, CLOSE_TIMEOUT = 3.0, 3.0
+# Seconds of the first pause after a failure, and of the longest.
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+# Seconds after which it is looked again whether the path still leads to the file that is open.
+LOOK_PERIOD = 5.0
+# Bounds on what waits, in writes and in bytes of text.
+MAX_WAITING, MAX_WAITING_BYTES = 10_000, 1 << 26
+# Bounds on one transaction, in writes and in bytes of text.
+MAX_BATCH, MAX_BATCH_BYTES = 200, 1 << 22
+# Seconds between two sweeps, and the turns after which one comes sooner.
+SWEEP_PERIOD, SWEEP_TURNS = 60.0, 1_000
+# Bounds on what one step of a sweep deletes, or looks at.
+SWEEP_STEP = 500
+# Bounds on all conversations of a file together; beyond, those that rested for longest are deleted.
+MAX_CONVERSATIONS, MAX_BYTES = 100_000, 1 << 30
+# Conversations that go at once where the bytes are too many: they may be large.
+FEW = 10
+# Seconds for which a deletion is remembered: no answer runs for longer.
+DELETION_SECONDS = 86_400.0
+NO_BOUND = 1 << 62
+KEEP = (
+    sqlite_file.KEEP_CONVERSATION,
+    sqlite_file.KEEP_TURN,
+    sqlite_file.TRIM_OLD,
+    sqlite_file.TRIM,
+)
+DELETE = (sqlite_file.NOTE_DELETION, sqlite_file.DELETE_EXPIRED, sqlite_file.DELETE)
+DELETE_ALL = (sqlite_file.NOTE_ALL_DELETED, sqlite_file.DELETE_ALL_EXPIRED, sqlite_file.DELETE_ALL)
+
+
+class Key(NamedTuple):
+    """A conversation: the caller's name, and its own."""
+
+    caller: str
+    name: str
+
+
+class Write:
+    """A turn that is to be written, or a deletion, which has *statements*.
+
+    *done*: nobody need wait any longer. Of a deletion it has the number of rows that are deleted, and cancelled it is not
+    written; a turn stays in the queue, whoever waits for it.
+    """
+
+    __slots__ = ("done", "key", "statements", "turn", "values")
+
+    def __init__(
+        self,
+        key: Key,
+        values: Values,
+        done: asyncio.Future[int],
+        turn: Turn | None = None,
+        statements: tuple[str, ...] = (),
+    ) -> None:
+        self.key = key
+        self.values = values
+        self.done = done
+        self.turn = turn
+        self.statements = statements
+
+    @property
+    def size(self) -> int:
+        """The bytes of its text."""
+        return 0 if self.turn is None else self.turn.size
+
+    def settle(self, number: int) -> None:
+        """Tell who waits that it is written, and that *number* rows were deleted."""
+        if not self.done.done():
+            self.done.set_result(number)
+
+    def give_up(self) -> None:
+        """Tell who waits that it is not written: a deletion will not be, a turn perhaps later."""
+        if self.turn is None:
+            self.done.cancel()
+        else:
+            self.settle(0)
+
+
+class Queue:
+    """Writes in their order.
+
+    Always: at most MAX_WAITING with MAX_WAITING_BYTES of text, but for the newest.
+    """
+
+    def __init__(self) -> None:
+        self._writes: deque[Write] = deque()
+        self._by_key: dict[Key, list[Write]] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return len(self._writes)
+
+    def add(self, write: Write) -> int:
+        """Append *write*; return how many turns had to go for it."""
+        self._writes.append(write)
+        self._by_key.setdefault(write.key, []).append(write)
+        self._size += write.size
+        lost = 0
+        while len(self._writes) > MAX_WAITING or (
+            self._size > MAX_WAITING_BYTES and len(self._writes) > 1
+        ):
+            oldest = self._writes[0]
+            self.remove(oldest)
+            oldest.give_up()
+            lost += oldest.turn is not None
+        return lost
+
+    def batch(self) -> list[Write]:
+        """Return the first writes, which stay in the queue."""
+        batch: list[Write] = []
+        size = 0
+        for write in self._writes:
+            size += write.size
+            if batch and (len(batch) == MAX_BATCH or size > MAX_BATCH_BYTES):
+                break
+            batch.append(write)
+        return batch
+
+    def remove(self, write: Write) -> None:
+        """Take *write* out, if it is the first; it may have gone already."""
+        if self._writes and self._writes[0] is write:
+            self._writes.popleft()
+            self._size -= write.size
+            same = self._by_key[write.key]
+            same.remove(write)
+            if not same:
+                del self._by_key[write.key]
+
+    def newest(self, key: Key | None = None) -> Write | None:
+        """Return the newest write, or that of one conversation; None if none waits."""
+        writes: Sequence[Write] = self._writes if key is None else self._by_key.get(key, ())
+        return writes[-1] if writes else None
+
+    def give_up(self) -> None:
+        """Let nobody wait: turns stay for later, and who has asked for a deletion is told that it is not certain."""
+        for write in self._writes:
+            write.give_up()
+
+
+class Connection:
+    """A connection to the file, and the thread that alone uses it."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread = ThreadPoolExecutor(1, f"history-{name}")
+        self._connection: sqlite3.Connection | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is open."""
+        return self._connection is not None
+
+    async def open(self, path: str, wait: float) -> None:
+        """Open it, unless it is open; *wait*: seconds for which it waits for a lock.
+
+        Raises:
+            sqlite3.Error: it cannot be opened.
+        """
+        if self._connection is None:
+            work = self._loop.run_in_executor(self._thread, sqlite_file.connect, path, wait)
+            self._connection = await work
+
+    async def do(self, work: Callable[[sqlite3.Connection, *Args], T], *args: *Args) -> T:
+        """Return what *work* returns, which is done in the thread; cancelling does not stop it.
+
+        Raises:
+            sqlite3.Error: by *work*.
+        """
+        assert self._connection is not None, "it is open"
+        return await self._loop.run_in_executor(self._thread, work, self._connection, *args)
+
+    async def close(self) -> None:
+        """Close it, once its thread has done what it does."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(sqlite3.Error):
+                await self._loop.run_in_executor(self._thread, connection.close)
+
+    def end(self) -> None:
+        """Let the thread end."""
+        self._thread.shutdown(wait=False)
+
+
+def rows(connection: sqlite3.Connection, statement: str, values: Values) -> list[Any]:
+    """Return the rows of a query.
+
+    Raises:
+        sqlite3.Error: the file cannot be read.
+    """
+    return connection.execute(statement, values).fetchall()
+
+
+def transact(connection: sqlite3.Connection, statements: Sequence[Statement]) -> list[int]:
+    """Do *statements* in one transaction; return how many rows each has changed.
+
+    Without any statement it writes all the same, so that a return means that the file can be written.
+
+    Raises:
+        sqlite3.Error: nothing is written.
+    """
+    counts = []
+    with sqlite_file.transaction(connection):
+        for statement, values in statements or [(sqlite_file.PROBE, {})]:
+            if isinstance(values, list):
+                cursor = connection.executemany(statement, values)
+            else:
+                cursor = connection.execute(statement, values)
+            counts.append(cursor.rowcount)
+    return counts
+
+
+class SqliteStorage:
+    """The conversations in the file *path*; *clock* returns Unix time. *counts*: of turns `written` and `lost`.
+
+    Always: a turn that was kept is written once, or waits, or is counted as lost. A connection is only opened to a file that
+    was found good, and closed when it proves not to be.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        persistence: Persistence,
+        clock: Callable[[], float],
+        counts: Mapping[str, Counter],
+    ) -> None:
+        self._path = path
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._reader, self._writer = Connection("reader"), Connection("writer")
+        self._identity = (0, 0)
+        self._looked_at = 0.0
+        # Whether the file was found good, and nothing speaks against it.
+        self._checked = False
+        self._queue = Queue()
+        self._sweep = Sweep(Bounds.of(persistence), clock)
+        self._wake = asyncio.Event()
+        self._opened = asyncio.Event()
+        self._closing = False
+        self._pause = FIRST_PAUSE
+        self._trouble: Trouble | None = None
+        self._since = 0.0
+        # A failure of a read, for the task to deal with.
+        self._failure: BaseException | None = None
+        self._written, self._lost = counts["written"], counts["lost"]
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Open the file; what takes longer than OPEN_TIMEOUT goes on in the background."""
+        self._task = self._loop.create_task(self._run())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(OPEN_TIMEOUT):
+                await self._opened.wait()
+
+    def apply(self, persistence: Persistence) -> None:
+        """Use new bounds, also for conversations that nobody goes on with."""
+        self._sweep.apply(Bounds.of(persistence))
+        self._wake.set()
+
+    def stats(self) -> StorageStats:
+        """Return a snapshot."""
+        return StorageStats(
+            storage="sql",
+            waiting=len(self._queue),
+            written=int(self._written.value),
+            lost=int(self._lost.value),
+            trouble=self._trouble,
+            since=self._since,
+        )
+
+    @property
+    def troubled(self) -> bool:
+        """Whether what is read may lack what was kept."""
+        return self._trouble is not None
+
+    async def load(self, caller: Caller, conversation_id: str) -> list[Turn] | None:
+        """Return the turns of a conversation; None if the file does not say in time, or lacks one that this process has kept."""
+        key, end = Key(caller.name, conversation_id), self._loop.time() + LOAD_TIMEOUT
+        while (newest := self._queue.newest(key)) is not None:
+            left = end - self._loop.time()
+            if self._trouble is not None or left <= 0:
+                return None
+            await asyncio.wait((newest.done,), timeout=left)
+        values = {**key._asdict(), "oldest": self._sweep.oldest()}
+        found = await self._read(sqlite_file.LOAD, values, LOAD_TIMEOUT)
+        return None if found is None else [Turn(*row) for row in found]
+
+    def keep(
+        self, caller: Caller, conversation_id: str, turn: Turn, asked: float
+    ) -> asyncio.Future[None] | None:
+        """Append a turn; not if its conversation was deleted since *asked*.
+
+        Return what ends once it is committed, or after COMMIT_TIMEOUT; None in a trouble.
+        """
+        key = Key(caller.name, conversation_id)
+        values = {
+            **key._asdict(),
+            "address": caller.address,
+            "asked": asked,
+            "ended": turn.ended,
+            "question": turn.question,
+            "answer": turn.answer,
+            "question_tokens": turn.question_tokens,
+            "answer_tokens": turn.answer_tokens,
+            "turn_size": turn.size,
+        }
+        write = Write(key, values, self._loop.create_future(), turn)
+        self._add(write)
+        return None if self._trouble is not None else self._committed(write)
+
+    async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page | None:
+        """Return part of the caller's conversations; None if the file does not say in time."""
+        values = {
+            "caller": caller.name,
+            "address": caller.address,
+            "oldest": self._sweep.oldest(),
+            "updated": 1e300 if after is None else after.updated,
+            "after": "" if after is None else after.conversation_id,
+            "limit": limit + 1,
+        }
+        newest = self._queue.newest()
+        if newest is not None and self._trouble is None:
+            await asyncio.wait((newest.done,), timeout=CALL_TIMEOUT)
+        found = await self._read(sqlite_file.LIST, values, CALL_TIMEOUT)
+        if found is None:
+            return None
+        summaries = [
+            Summary(name, title_of(question), updated, messages)
+            for name, question, updated, messages in found[:limit]
+        ]
+        if len(found) <= limit:
+            return Page(summaries)
+        return Page(summaries, Position(summaries[-1].updated, summaries[-1].conversation_id))
+
+    async def delete(self, caller: Caller, conversation_id: str) -> bool | None:
+        """Delete a conversation; return whether there was one, None if it is not deleted for certain."""
+        key = Key(caller.name, conversation_id)
+        number = await self._delete(key, DELETE, key._asdict())
+        return None if number is None else number > 0
+
+    async def delete_all(self, caller: Caller) -> int | None:
+        """Delete all that `listing` shows; return their number, None if they are not deleted for certain."""
+        values = {"caller": caller.name, "address": caller.address}
+        return await self._delete(Key(caller.name, ""), DELETE_ALL, values)
+
+    async def close(self) -> None:
+        """Write what waits, for CLOSE_TIMEOUT at most, and close the file."""
+        self._closing = True
+        self._wake.set()
+        if self._task is not None:
+            await asyncio.wait((self._task,), timeout=CLOSE_TIMEOUT)
+            self._task.cancel()
+            await asyncio.wait((self._task,))
+        self._queue.give_up()
+        await self._close()
+        for connection in (self._reader, self._writer):
+            connection.end()
+        if waiting := len(self._queue):
+            logger.warning("turns that are not written at the end: %d", waiting)
+
+    def _add(self, write: Write) -> None:
+        self._lost.value += self._queue.add(write)
+        self._wake.set()
+
+    def _committed(self, write: Write) -> asyncio.Future[None]:
+        # Not `done` itself: who awaits a future cancels it when it is cancelled.
+        committed: asyncio.Future[None] = self._loop.create_future()
+
+        def tell(_future: object = None) -> None:
+            timer.cancel()
+            if not committed.done():
+                committed.set_result(None)
+
+        timer = self._loop.call_later(COMMIT_TIMEOUT, tell)
+        write.done.add_done_callback(tell)
+        return committed
+
+    async def _delete(self, key: Key, statements: tuple[str, ...], values: Values) -> int | None:
+        if self._trouble is not None or self._closing:
+            return None
+        times = {"at": self._clock(), "oldest": self._sweep.oldest()}
+        write = Write(key, {**values, **times}, self._loop.create_future(), statements=statements)
+        self._add(write)
+        await asyncio.wait((write.done,), timeout=CALL_TIMEOUT)
+        # A client that is told that nothing is certain may go on with the conversation: it must not be deleted later.
+        write.done.cancel()
+        return None if write.done.cancelled() else write.done.result()
+
+    async def _read(self, statement: str, values: Values, seconds: float) -> list[Any] | None:
+        """Return the rows of a query; None if the file cannot be read now."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._opened.wait()
+                if not self._reader.usable:
+                    return None
+                return await self._reader.do(rows, statement, values)
+        except TimeoutError:
+            fault: Exception = Broken(trouble("slow", self._path))
+        except sqlite3.Error as failure:
+            fault = failure
+        if self._opened.is_set() and self._trouble is None:
+            self._failure = fault
+            self._wake.set()
+        return None
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._open()
+                if not self._queue:
+                    await self._writer.do(transact, ())
+                    self._recover()
+                self._opened.set()
+                await self._work()
+                return
+            except (Broken, OSError, sqlite3.Error) as fault:
+                await self._fail(fault)
+            except Exception as bug:
+                # It costs the history, and not the server.
+                logger.exception("bug in the history")
+                await self._fail(bug)
+            if self._closing:
+                return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._pause):
+                    while not self._closing:
+                        self._wake.clear()
+                        await self._wake.wait()
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+    async def _open(self) -> None:
+        """Open what is not open.
+
+        Raises:
+            Broken, OSError, sqlite3.Error: the file cannot be used.
+        """
+        self._identity = await asyncio.to_thread(
+            sqlite_file.prepare, self._path, check=not self._checked
+        )
+        self._checked = True
+        self._looked_at = self._loop.time()
+        await self._reader.open(self._path, sqlite_file.READ_WAIT)
+        await self._writer.open(self._path, sqlite_file.WRITE_WAIT)
+
+    async def _close(self, *, readable: bool = False) -> None:
+        """Close what is open; the connection that reads stays if the file is *readable*."""
+        self._checked = self._checked and readable
+        await self._writer.close()
+        if not readable:
+            await self._reader.close()
+
+    async def _fail(self, fault: BaseException) -> None:
+        """Note the trouble, and close what is open of the file; of a full disk, for example, it can still be read."""
+        by_read, self._failure = fault is self._failure, None
+        found = trouble_of(fault, self._path) or trouble("io", self._path, fault)
+        if self._trouble is None:
+            self._since = self._clock()
+        self._trouble = found
+        self._queue.give_up()
+        self._opened.set()
+        await self._close(readable=not by_read and found.kind not in UNREADABLE)
+
+    def _recover(self) -> None:
+        self._trouble, self._pause = None, FIRST_PAUSE
+
+    async def _look(self) -> None:
+        """Check, not too often, that the path still leads to the file that is open.
+
+        Raises:
+            Broken: it does not.
+        """
+        if self._loop.time() < self._looked_at + LOOK_PERIOD:
+            return
+        self._looked_at = self._loop.time()
+        try:
+            identity = await asyncio.to_thread(sqlite_file.identity, self._path)
+        except OSError as fault:
+            raise Broken(trouble("gone", self._path, fault.strerror)) from fault
+        if identity != self._identity:
+            raise Broken(trouble("gone", self._path))
+
+    async def _work(self) -> None:
+        """Write what comes, and sweep now and then, until the end.
+
+        Raises:
+            Broken, OSError, sqlite3.Error: the file has failed.
+        """
+        while True:
+            self._wake.clear()
+            if self._failure is not None:
+                raise self._failure
+            await self._look()
+            if self._queue:
+                await self._write(self._queue.batch())
+                self._recover()
+            elif self._closing:
+                return
+            if not self._closing:
+                await self._sweep.step(self._writer)
+            if not self._queue and not self._closing:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(self._sweep.due):
+                        await self._wake.wait()
+
+    async def _write(self, batch: list[Write]) -> None:
+        """Write *batch*, the first of the queue, and take it out."""
+        try:
+            deleted = await self._write_once(batch)
+        except (sqlite3.Error, ValueError, OverflowError) as fault:
+            if trouble_of(fault, self._path) is not None:
+                raise
+            if len(batch) > 1:
+                # One of them cannot be written.
+                for write in batch:
+                    await self._write([write])
+                return
+            logger.error("a turn cannot be written: %s", type(fault).__name__)  # noqa: TRY400
+            self._lost.value += 1
+            deleted = [0]
+        for write, number in zip(batch, deleted, strict=True):
+            self._queue.remove(write)
+            write.settle(number)
+
+    async def _write_once(self, batch: list[Write]) -> list[int]:
+        """Write *batch* in one transaction; return how many rows each deletion has deleted."""
+        bounds = self._sweep.values()
+        statements: list[Statement] = []
+        turns: list[Values] = []
+        # The place of each deletion's last statement.
+        places: dict[Write, int] = {}
+        written = 0
+        for write in batch:
+            if write.turn is not None:
+                turns.append({**write.values, **bounds})
+                written += 1
+            elif not write.done.cancelled():
+                statements += _kept(turns)
+                turns = []
+                statements += ((statement, write.values) for statement in write.statements)
+                places[write] = len(statements) - 1
+        statements += _kept(turns)
+        counts = await self._writer.do(transact, statements)
+        self._written.value += written
+        self._sweep.count(written)
+        return [counts[places[write]] if write in places else 0 for write in batch]
+
+
+def _kept(turns: list[Values]) -> list[Statement]:
+    return [(statement, turns) for statement in KEEP] if turns else []
+
+
+class Sweep:
+    """When to sweep, and how far the sweep is; *clock* returns Unix time."""
+
+    def __init__(self, bounds: Bounds, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._turns = 0
+        # By chance, so that several processes do not sweep at once.
+        self.due = self._loop.time() + random.uniform(0, SWEEP_PERIOD)  # noqa: S311
+        self.bounds = bounds
+        # The id of the last conversation that was cut to these bounds; None: all are.
+        self._trimmed: int | None = 0
+
+    def apply(self, bounds: Bounds) -> None:
+        """Use new bounds, and sweep soon if they have changed."""
+        if bounds != self.bounds:
+            self.bounds, self._trimmed = bounds, 0
+            self.due = self._loop.time()
+
+    def oldest(self) -> float:
+        """Return the time before which a turn is too old, in Unix time."""
+        # SQLite has no infinite literal, but any number will do.
+        return max(-1e300, self._clock() - self.bounds.seconds)
+
+    def values(self) -> dict[str, Any]:
+        """Return the bounds as values of statements."""
+        return {
+            "oldest": self.oldest(),
+            "tokens": min(self.bounds.tokens, NO_BOUND),
+            "turns": min(self.bounds.turns, NO_BOUND),
+            "size": self.bounds.size,
+        }
+
+    def count(self, turns: int) -> None:
+        """Note that so many *turns* were written."""
+        self._turns += turns
+        if self._turns >= SWEEP_TURNS:
+            self.due = self._loop.time()
+
+    async def step(self, writer: Connection) -> None:
+        """Do a step, if one is due.
+
+        Raises:
+            sqlite3.Error: the file cannot be used.
+        """
+        if self._loop.time() < self.due:
+            return
+        if self._trimmed is not None:
+            await self._trim(writer, self._trimmed)
+        elif await self._delete(writer):
+            await writer.do(sqlite_file.shrink)
+            self.due, self._turns = self._loop.time() + SWEEP_PERIOD, 0
+
+    async def _trim(self, writer: Connection, first: int) -> None:
+        """Cut the next conversations to the bounds."""
+        ((newest,),) = await writer.do(rows, sqlite_file.LAST_CONVERSATION, {})
+        last = first + SWEEP_STEP
+        values = {**self.values(), "first": first, "last": last}
+        await writer.do(transact, [(sqlite_file.TRIM_RANGE, values)])
+        if self._trimmed == first:
+            self._trimmed = last if last < newest else None
+
+    async def _delete(self, writer: Connection) -> bool:
+        """Delete what is too old or too much; return whether nothing is left."""
+        ((number, size),) = await writer.do(rows, sqlite_file.TOTALS, {})
+        limit = {"limit": SWEEP_STEP, "oldest": self.oldest()}
+        step: list[Statement] = [
+            (sqlite_file.EXPIRE, limit),
+            (sqlite_file.DROP_EMPTY, limit),
+            (sqlite_file.FORGET_DELETIONS, {"before": self._clock() - DELETION_SECONDS}),
+        ]
+        over = number - MAX_CONVERSATIONS
+        if over > 0 or size > MAX_BYTES:
+            step.append((sqlite_file.DROP_OLDEST, {"limit": min(SWEEP_STEP, max(over, FEW))}))
+        expired, emptied, *_ = await writer.do(transact, step)
+        return expired < SWEEP_STEP and emptied < SWEEP_STEP and len(step) == 3
