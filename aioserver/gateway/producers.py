@@ -95,7 +95,6 @@ class Producers:
             partial(self._end, stream, task, fault),
             None if mirrored else partial(self._finish_record, stream),
             self._on_end and partial(self._on_end, stream),
-            stream.on_settled,
         ):
             try:
                 if step:

@@ -87,8 +87,8 @@ class ConnectionProtocol(ResponseHandler):
         self.response_parser = ResponseParser()
         # Done when the transport takes more; None unless an upload waits for it.
         self.resumed: asyncio.Future[None] | None = None
-        # Called when the connection is lost without an exchange under way.
-        self.on_idle_lost: Callable[[], None] | None = None
+        # What hears that the connection is lost without an exchange under way.
+        self.pooled: PooledConnection | None = None
         self._deadline_timer: asyncio.TimerHandle | None = None
         # When it fires, in the loop's time: uvloop's handle of a short delay does not know.
         self._deadline = 0.0
@@ -129,8 +129,8 @@ class ConnectionProtocol(ResponseHandler):
             self._deadline_timer = None
         if self.exchange is not None:
             self.exchange.connection_lost(exc)
-        elif self.on_idle_lost is not None:
-            self.on_idle_lost()
+        elif self.pooled is not None:
+            self.pooled.lost()
 
     def watch_deadline(self, read_timeout: float) -> None:
         """Enforce the read deadline of the exchange under way.
@@ -174,7 +174,7 @@ class PooledConnection:
         self.protocol = protocol
         self.place: Place | None = None
         self.idle_since = 0.0
-        protocol.on_idle_lost = self._lost
+        protocol.pooled = self
 
     @property
     def transport(self) -> asyncio.Transport | None:
@@ -200,11 +200,11 @@ class PooledConnection:
         """Close the connection, which no request uses."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            self.protocol.on_idle_lost = None
+            self.protocol.pooled = None
             self.protocol.abort()
             connection.close()
 
-    def _lost(self) -> None:
+    def lost(self) -> None:
         """Note that the provider has closed the connection; a request that uses it ends its use itself."""
         if self.place is None:
             self._owner.forget(self)

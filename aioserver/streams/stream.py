@@ -62,7 +62,7 @@ from aioserver.telemetry.request_log import NO_RECORD
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Hashable, Iterable, Mapping, Sequence
 
     from aioserver.errors import AioserverError
     from aioserver.protocol.openai import Shape
@@ -158,7 +158,6 @@ class Stream:
         "max_bytes",
         "meter",
         "offset",
-        "on_settled",
         "outcome",
         "path",
         "private",
@@ -245,8 +244,6 @@ class Stream:
         self.abandoned = False
         # The error with which a cancelled log ends; None if it ends with the event `cancelled`, as when a reader asked for that.
         self.cancel_reason: AioserverError | None = None
-        # Called when the producer has ended, and counts for no limit of its caller any more.
-        self.on_settled: Callable[[], None] | None = None
         # None where there are no other instances, or they have no part in this log.
         self.remote: Remote | None = None
         self._store = store

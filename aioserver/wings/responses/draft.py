@@ -46,6 +46,7 @@ class Draft:
     __slots__ = (
         "_held",
         "_input",
+        "_on_kept",
         "_responses",
         "by_id",
         "caller",
@@ -53,7 +54,6 @@ class Draft:
         "large",
         "max_bytes",
         "named",
-        "on_kept",
         "previous",
         "previous_id",
         "store",
@@ -71,6 +71,7 @@ class Draft:
         max_bytes: int,
         usually_named: bool = False,
         large: bool = False,
+        on_kept: Callable[[StoredResponse], None] | None = None,
     ) -> None:
         self._responses = responses
         self.caller = caller
@@ -85,7 +86,7 @@ class Draft:
         self.by_id = False
         # Whether the provider that was asked last keeps the response, too.
         self.kept_there = False
-        self.on_kept: Callable[[StoredResponse], None] | None = None
+        self._on_kept = on_kept
         # The joined items of its own input; None before they are taken, or if there was no room.
         self._input: bytes | None = None
         self._held: HeldBytes | None = None
@@ -200,14 +201,14 @@ class Draft:
         try:
             if self.named:
                 self._responses.add(stored)
-            if self.on_kept is not None:
-                self.on_kept(stored)
+            if self._on_kept is not None:
+                self._on_kept(stored)
         finally:
             stored.release()
 
     def release(self) -> None:
         """Forget all of it; a second call does nothing."""
-        self._input = self.on_kept = None
+        self._input = self._on_kept = None
         if self._held is not None:
             self._held.release()
         previous, self.previous = self.previous, None
@@ -219,7 +220,7 @@ class Draft:
         usually_named = self.usually_named or not keeps
         self.named = self.store is True or (self.store is None and usually_named)
         self.kept_there = keeps and self.store is not False
-        if self.named or self.on_kept is not None:
+        if self.named or self._on_kept is not None:
             yield from self.take_input(body)
 
 

@@ -14,7 +14,8 @@ from aioserver.errors import ConcurrencyExceeded, StreamLimitReached
 from aioserver.wings.responses.path import response_messages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import asyncio
+    from collections.abc import Callable, Iterator
 
     from aioserver.faces.admission import BodyHold
     from aioserver.streams.stream import Stream
@@ -41,7 +42,7 @@ class Lane:
     """One lane of a connection; *name* is None for the one without a `stream_id`.
 
     *stream* is the response that is read, or was read last, *response_id* its id, once it is known, and *continues* the id of the one
-    before it. *asked* is the last one that was asked for here, which a resumed one is not. *under_way* counts what its end
+    before it. *asked* fills the last one that was asked for here, which a resumed one is not, and *on_end* is called at its end. *under_way* counts what its end
     still has to wait for, such as events that are not written.
     """
 
@@ -50,19 +51,21 @@ class Lane:
         "continues",
         "format",
         "name",
+        "on_end",
         "response_id",
         "stream",
         "turns",
         "under_way",
     )
 
-    def __init__(self, name: str | None) -> None:
+    def __init__(self, name: str | None, on_end: Callable[[Lane], None]) -> None:
         self.name = name
+        self.on_end: Callable[[object], None] = lambda _task: on_end(self)
         self.format = response_messages(name)
         self.turns: deque[Turn] = deque()
         self.stream: Stream | None = None
         self.response_id: str | None = None
-        self.asked: Stream | None = None
+        self.asked: asyncio.Task[None] | None = None
         self.continues: str | None = None
         self.under_way = 0
 
@@ -73,11 +76,15 @@ class Lanes:
     Always: at most MAX_RUNNING lanes have something under way, and at most MAX_WAITING commands wait, of MAX_WAITING_BYTES; a lane has a
     place in `_due` if and only if a command waits on it, and nothing is under way there.
 
-    *held* has the latest response of each lane, until it is dropped to make room.
+    *held* has the latest response of each lane, until it is dropped to make room. *on_end* is called with a lane when the
+    response that was asked for on it has ended, and counts for no limit of its caller any more.
     """
 
-    def __init__(self, held: HeldResponses[StoredResponse]) -> None:
+    def __init__(
+        self, held: HeldResponses[StoredResponse], on_end: Callable[[Lane], None]
+    ) -> None:
         self._held = held
+        self._on_end = on_end
         self._lanes: dict[str | None, Lane] = {}
         # The lane that has waited longest comes first.
         self._due: dict[Lane, None] = {}
@@ -166,7 +173,7 @@ class Lanes:
         for lane in self._lanes.values():
             self._held.drop(lane)
             if lane.asked is not None:
-                lane.asked.on_settled = None
+                lane.asked.remove_done_callback(lane.on_end)
             for turn in lane.turns:
                 turn.hold.release()
             lane.turns.clear()
@@ -180,7 +187,7 @@ class Lanes:
             if name is not None and named >= MAX_NAMED_LANES:
                 text = f"{MAX_NAMED_LANES} lanes of this socket have a name already"
                 raise StreamLimitReached(text, param="stream_id")
-            lane = self._lanes[name] = Lane(name)
+            lane = self._lanes[name] = Lane(name, self._on_end)
         return lane
 
 

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
     from aioserver.wings.responses.frames import Command
     from aioserver.wings.responses.lanes import Lane
+    from aioserver.wings.responses.stored import StoredResponse
 
 logger = logging.getLogger("aioserver.connections")
 
@@ -101,7 +102,7 @@ class ResponsesSocket(Socket):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._lanes = Lanes(self._context.gateway.responses.held)
+        self._lanes = Lanes(self._context.gateway.responses.held, self._done)
         self._tasks: set[asyncio.Task[None]] = set()
         self._over = False
 
@@ -214,10 +215,11 @@ class ResponsesSocket(Socket):
         except AioserverError:
             draft.release()
             raise
-        # Until then this response counts for the limits of its caller's key.
-        stream.on_settled = partial(self._done, lane)
         self._lanes.begun(lane)
-        lane.asked, lane.continues = stream, body.previous_response_id
+        lane.asked, lane.continues = stream.producer, body.previous_response_id
+        if lane.asked is not None:
+            # Until then this response counts for the limits of its caller's key.
+            lane.asked.add_done_callback(lane.on_end)
         self._follow(lane, stream, 0)
 
     async def _prepare(self, lane: Lane, command: Create) -> None:
@@ -300,8 +302,13 @@ class ResponsesSocket(Socket):
 
     def _draft(self, lane: Lane, body: ModelBody) -> Draft:
         """Return the draft of a response on *lane*, which this connection keeps whatever `store` says."""
+
+        def keep(response: StoredResponse) -> None:
+            if not self._over:
+                self._lanes.keep(lane, response)
+
         previous_id = body.previous_response_id
-        draft = Draft(
+        return Draft(
             self._context.gateway.responses,
             self.caller,
             store=body.stored,
@@ -310,9 +317,8 @@ class ResponsesSocket(Socket):
             max_bytes=self._context.settings.chat.websocket.max_message_size,
             usually_named=True,
             large=body.large,
+            on_kept=keep,
         )
-        draft.on_kept = lambda response: None if self._over else self._lanes.keep(lane, response)
-        return draft
 
     def _work(self, lane: Lane, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Do *work*, for whose end the next turn on *lane* waits, and tell the client what goes wrong."""

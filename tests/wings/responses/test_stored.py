@@ -208,8 +208,7 @@ def test_a_connection_holds_a_response_that_has_no_name(conversations: Conversat
         response.retain()
         held.append(response)
 
-    draft = conversations.draft(store=False)
-    draft.on_kept = keep
+    draft = conversations.draft(store=False, on_kept=keep)
     at_once(draft.take_input(b'{"input":"q"}'))
     draft.keep_response(answer("r1", "a"), "demo")
     draft.release()
