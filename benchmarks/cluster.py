@@ -139,9 +139,9 @@ def faults() -> None:
         simulation.later(12.0, simulation.go_on)
 
     def stopped(simulation: Simulation) -> None:
-        one = simulation.instances[0]
-        one.stop()
-        simulation.later(12.0, one.go_on)
+        instance = simulation.instances[0]
+        instance.stop()
+        simulation.later(12.0, instance.go_on)
 
     def put_back(simulation: Simulation) -> None:
         simulation.keep()

@@ -340,14 +340,14 @@ def good_answer(peer: Peer, port: int) -> bool:
 
 def faults(result: Result, *, ignored: Sequence[str] = ()) -> list[str]:
     """Why the numbers of *result* do not count, but for the errors in *ignored*."""
-    found = [
+    problems = [
         f"{name}={result[name]}" for name in ERRORS if result.get(name) and name not in ignored
     ]
-    found += [
+    problems += [
         f"status {status}: {count}"
         for status, count in result["status"].items()
         if status not in {"200", "101"}
     ]
     if not result["ok"] and "ok" not in ignored:
-        found.append("nothing was measured")
-    return found
+        problems.append("nothing was measured")
+    return problems

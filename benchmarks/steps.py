@@ -59,27 +59,27 @@ def held(bench: Bench, server: Server, load: Load) -> Result:
         if why:
             break
         streams = count
-    said = f"fails at {count}: {why}" if why else "holds all that was tried"
+    verdict = f"fails at {count}: {why}" if why else "holds all that was tried"
     return {
         "streams": streams,
         "levels": levels,
-        "notes": [said] if streams else [],
-        "faults": [] if streams else [said],
+        "notes": [verdict] if streams else [],
+        "faults": [] if streams else [verdict],
     }
 
 
 def missed(result: Result, streams: int) -> list[str]:
     """Which of the conditions of a held level *result* does not fulfil."""
-    found = faults(result, ignored=("unfinished", "ok"))  # it ends before its streams do
+    problems = faults(result, ignored=("unfinished", "ok"))  # it ends before its streams do
     if result["gap_p99_ms"] >= 100:
-        found.append(f"p99 gap {result['gap_p99_ms']:.0f} ms")
+        problems.append(f"p99 gap {result['gap_p99_ms']:.0f} ms")
     if result["ttft_p99_ms"] >= 1000:
-        found.append(f"p99 first token {result['ttft_p99_ms']:.0f} ms")
+        problems.append(f"p99 first token {result['ttft_p99_ms']:.0f} ms")
     if result["chunks_per_second"] <= 0.9 * streams * 50:
-        found.append(f"{result['chunks_per_second']:.0f} events/s of {streams * 50}")
+        problems.append(f"{result['chunks_per_second']:.0f} events/s of {streams * 50}")
     if result["peak_active"] <= 0.95 * streams:
-        found.append(f"{result['peak_active']} streams at once")
-    return found
+        problems.append(f"{result['peak_active']} streams at once")
+    return problems
 
 
 @contextlib.contextmanager
@@ -98,10 +98,10 @@ def memory(bench: Bench, server: Server, load: Load) -> Result:
     with fresh(bench, server.peer) as fresh_server:
         result = bench.measure(fresh_server, load)
         result["kib"] = kib_each(result["rss_mb"] - fresh_server.memory, load.connections)
-    found = faults(result, ignored=("unfinished", "ok"))
+    problems = faults(result, ignored=("unfinished", "ok"))
     if result["unfinished"] != load.connections or result["peak_active"] < load.connections:
-        found.append(f"{result['unfinished']} of {load.connections} streams were there")
-    return result | {"faults": found}
+        problems.append(f"{result['unfinished']} of {load.connections} streams were there")
+    return result | {"faults": problems}
 
 
 def kib_each(megabytes: float, count: int) -> float:
@@ -142,19 +142,19 @@ def curve(bench: Bench, server: Server, load: Load) -> Result:
 
 def crowded(bench: Bench, server: Server, load: Load) -> Result:
     """CPU of a plain request beside few and beside many idle WebSockets."""
-    costs, found = {}, []
+    costs, problems = {}, []
     for count in IDLE_LEVELS:
         with bench.idle(server, count, ramp=count / 2000):
             result = bench.measure(server, load)
         costs[count] = result["cpu_us"]
-        found += faults(result)
+        problems += faults(result)
     few, many = costs[FEW], costs[MANY]
     return {
         "levels": [{"idle": count, "cpu_us": cost} for count, cost in costs.items()],
         "few_us": few,
         "many_us": many,
         "quotient": many / few if few else 0.0,
-        "faults": found,
+        "faults": problems,
     }
 
 
@@ -188,9 +188,9 @@ def leave(bench: Bench, server: Server, load: Load) -> Result:
                     f"{over['completed']} sent to the end"
                 )
             time.sleep(0.1)
-    found = faults(result, ignored=("ok",))
+    problems = faults(result, ignored=("ok",))
     if result["dropped"] != LEAVING:
-        found.append(f"{result['dropped']} clients have left, not {LEAVING}")
+        problems.append(f"{result['dropped']} clients have left, not {LEAVING}")
     sent = [events - 1 for _, events in over["aborts"]]
     sent += [load.chunks - 1] * over["completed"]
     left = sorted(result["drop_times_ns"])
@@ -201,7 +201,7 @@ def leave(bench: Bench, server: Server, load: Load) -> Result:
         "sent_after": statistics.median(sent),
         "to_the_end": over["completed"],
         "aborts": over["aborts"],
-        "faults": found,
+        "faults": problems,
     }
 
 
@@ -229,16 +229,16 @@ def large(bench: Bench, server: Server, load: Load) -> Result:
     result = bench.measure(
         server, load, during=lambda: sending(server.port, server.peer.path, seen)
     )
-    found = faults(alone) + faults(result)
+    problems = faults(alone) + faults(result)
     if not seen["answered"] or seen["answered"] < seen["sent"]:
-        found.append(f"{seen['answered']} of {seen['sent']} large bodies were answered")
+        problems.append(f"{seen['answered']} of {seen['sent']} large bodies were answered")
     names = ("gap_p99_ms", "gap_max_ms", "foreign_share", "provider_late_p99_ms")
     waits = {name: result[name] for name in names}
     note = (
         f"the longest gap was {alone['gap_max_ms']:.0f} ms without the large bodies; the slowest of "
         f"{seen['sent']} of them took {seen['slowest']:.1f} s"
     )
-    return waits | {"alone": alone, "beside": result, "notes": [note], "faults": found}
+    return waits | {"alone": alone, "beside": result, "notes": [note], "faults": problems}
 
 
 def firehose(bench: Bench, server: Server, load: Load) -> Result:
@@ -248,9 +248,9 @@ def firehose(bench: Bench, server: Server, load: Load) -> Result:
     result = bench.measure(
         server, load, during=lambda: reading(server.port, server.peer.path, seen)
     )
-    found = faults(alone) + faults(result)
+    problems = faults(alone) + faults(result)
     if seen["megabytes"] < MB_LEAST:
-        found.append(f"only {seen['megabytes']:.0f} MB came of the firehose")
+        problems.append(f"only {seen['megabytes']:.0f} MB came of the firehose")
     names = ("gap_p99_ms", "foreign_share", "provider_late_p99_ms")
     return {name: result[name] for name in names} | {
         "quotient": result["gap_p99_ms"] / alone["gap_p99_ms"],
@@ -259,7 +259,7 @@ def firehose(bench: Bench, server: Server, load: Load) -> Result:
         "notes": [
             f"{seen['megabytes']:,.0f} MB of the firehose in {load.ramp + load.duration:.0f} s"
         ],
-        "faults": found,
+        "faults": problems,
     }
 
 
@@ -281,9 +281,9 @@ def rush(bench: Bench, server: Server, load: Load) -> Result:
         inside = bench.measure(
             tight, load, during=lambda: bench.beside(tight, crowd, seen, after=1.0)
         )
-    found = faults(alone) + faults(inside)
+    problems = faults(alone) + faults(inside)
     if seen["refused"] != count:
-        found.append(
+        problems.append(
             f"{seen['refused']} of {count} were refused, {seen['ok_total']} served, "
             f"{seen['io_errors']} lost connections"
         )
@@ -297,7 +297,7 @@ def rush(bench: Bench, server: Server, load: Load) -> Result:
         "notes": [
             f"{count:,} clients came; without them the p99 gap was {alone['gap_p99_ms']:.0f} ms"
         ],
-        "faults": found,
+        "faults": problems,
     }
 
 
@@ -307,21 +307,21 @@ def overload(bench: Bench, server: Server, load: Load) -> Result:
         once = bench.measure(tight, load)
         five = dataclasses.replace(load, connections=5 * load.connections)
         result = bench.measure(tight, five)
-    found = [
+    problems = [
         f"{name}={once[name]}" for name in ("truncated", "seq_bad", "io_errors") if once[name]
     ]
-    found += [
+    problems += [
         f"{name}={result[name]}" for name in ("truncated", "seq_bad", "io_errors") if result[name]
     ]
     if once["refused"] or not result["refused"]:
-        found.append(f"{once['refused']} were refused at 1x, {result['refused']} at 5x")
+        problems.append(f"{once['refused']} were refused at 1x, {result['refused']} at 5x")
     return {
         "refuse_p95_ms": result["refuse_p95_ms"],
         "quotient": result["latency_p50_ms"] / once["latency_p50_ms"],
         "foreign_share": result["foreign_share"],
         "once": once,
         "five": result,
-        "faults": found,
+        "faults": problems,
     }
 
 
@@ -342,10 +342,10 @@ def restart(bench: Bench, server: Server, load: Load) -> Result:
             old = stack.enter_context(bench.server(peer))
             result = bench.loaded(old, load, mock, during=replaced)
     refused = sum(count for status, count in result["status"].items() if int(status) >= 400)
-    found = [f"{name}={result[name]}" for name in ("seq_bad", "unfinished") if result[name]]
+    problems = [f"{name}={result[name]}" for name in ("seq_bad", "unfinished") if result[name]]
     if not result["ok"]:
-        found.append("nothing was measured")
-    return result | {"turned_away": refused, "faults": found}
+        problems.append("nothing was measured")
+    return result | {"turned_away": refused, "faults": problems}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -244,7 +244,7 @@ def tabulate(runs: Sequence[Run], peers: Sequence[str]) -> list[dict[str, Any]]:
             for number, run in enumerate(runs):
                 with contextlib.suppress(KeyError):  # not asked for, or not of this peer
                     numbers[number] = value(run, name, row)
-            valid = {number: found for number, found in numbers.items() if found is not None}
+            valid = {number: value for number, value in numbers.items() if value is not None}
             if numbers:
                 complete = len(valid) == len(numbers)
                 line["values"][name] = statistics.median(valid.values()) if complete else None
@@ -358,16 +358,16 @@ def machine(cores: Sequence[int], loop: str, runs: int, quick: bool) -> str:
 
 def remarks(runs: Sequence[Run]) -> list[str]:
     """What a reader must know: what is invalid and why, and how noisy the machine was."""
-    found, noise, late = [], 0.0, 0.0
+    lines, noise, late = [], 0.0, 0.0
     for number, run in enumerate(runs, 1):
         for name, steps in run.items():
             for step, result in steps.items():
                 if result["faults"]:
                     why = "; ".join(result["faults"])
-                    found.append(f"INVALID: {name}, {step}, run {number}: {why}")
-                found += [f"{name}, {step}: {note}" for note in result.get("notes", [])]
+                    lines.append(f"INVALID: {name}, {step}, run {number}: {why}")
+                lines += [f"{name}, {step}: {note}" for note in result.get("notes", [])]
                 noise = max(noise, result.get("foreign_share") or 0.0)
                 late = max(late, result.get("provider_late_p99_ms") or 0.0)
-    found.append(f"Others used at most {noise:.0%} of the two cores in a step (quiet: under 5%).")
-    found.append(f"The mock provider was at most {late:.1f} ms late (p99 of a step).")
-    return found
+    lines.append(f"Others used at most {noise:.0%} of the two cores in a step (quiet: under 5%).")
+    lines.append(f"The mock provider was at most {late:.1f} ms late (p99 of a step).")
+    return lines

@@ -175,23 +175,23 @@ def server_commands(bench: Bench) -> None:
             for mode, face in (("sse", "/v1"), ("ws", "WebSocket")):
                 for part in PARTS:
                     each = dataclasses.replace(ANSWERS, mode=mode, connections=int(PLACES * part))
-                    found: dict[str, float] = {}
-                    result = bench.measure(server, each, during=counted(client, each, found))
+                    calls: dict[str, float] = {}
+                    result = bench.measure(server, each, during=counted(client, each, calls))
                     if wrong := faults(result):
                         print(f"INVALID: {wrong}")
                     # loadgen counts answers that began within its time.
                     answers = result["per_second"] * each.duration
                     print(
                         f"| {workers} | {face} | {part:.0%} | {result['per_second']:.0f} "
-                        f"| {found['settled'] / answers:.2f} | {found['claims'] / answers:.2f} "
-                        f"| {found['bytes'] / answers:.0f} | {found['cpu'] / answers * 1e6:.0f} |",
+                        f"| {calls['settled'] / answers:.2f} | {calls['claims'] / answers:.2f} "
+                        f"| {calls['bytes'] / answers:.0f} | {calls['cpu'] / answers * 1e6:.0f} |",
                         flush=True,
                     )
             client.close()
 
 
 def counted(
-    client: redis.Redis, each: Load, found: dict[str, float]
+    client: redis.Redis, each: Load, calls: dict[str, float]
 ) -> Callable[[], contextlib.AbstractContextManager[None]]:
     """Return what counts the server's commands for the measured time of *each*, in a thread."""
 
@@ -204,7 +204,7 @@ def counted(
             before = commands(client)
             time.sleep(each.duration)
             after = commands(client)
-            found.update({name: after[name] - before[name] for name in after})
+            calls.update({name: after[name] - before[name] for name in after})
 
         thread = threading.Thread(target=count)
         thread.start()
@@ -266,15 +266,15 @@ def remote(bench: Bench) -> None:
     streams = Load(mode="sse", connections=STREAMS, chunks=EVENTS, interval_ms=20)
     with (
         RedisServer(bench.folder) as own,
-        serving(bench, peer(1, own.url)) as one,
+        serving(bench, peer(1, own.url)) as server,
         serving(bench, peer(1, own.url)) as two,
         bench.mock(streams),
     ):
         client = redis.Redis(unix_socket_path=str(own.path))
         time.sleep(4)  # the provider was away, and the instances have met
         before = commands(client)
-        local, elsewhere = asyncio.run(follow((one.port, two.port), 0.02))
-        found = {name: value - before[name] for name, value in commands(client).items()}
+        local, elsewhere = asyncio.run(follow((server.port, two.port), 0.02))
+        counts = {name: value - before[name] for name, value in commands(client).items()}
         client.close()
     events = STREAMS * EVENTS
     print("\n| reader | p50, ms | p99, ms later than the first reader |\n| --- | ---: | ---: |")
@@ -282,9 +282,9 @@ def remote(bench: Bench) -> None:
         p50, p99 = (values[int(len(values) * part)] * 1000 for part in (0.5, 0.99))
         print(f"| {name} | {p50:.2f} | {p99:.2f} |")
     print(
-        f"\n{STREAMS} streams of 50 events/s, all read elsewhere as well: {found['publications'] / events:.3f} "
-        f"publications, {found['bytes'] / events:.0f} bytes in and out, and "
-        f"{found['cpu'] / events * 1e6:.1f} µs of the server's CPU an event",
+        f"\n{STREAMS} streams of 50 events/s, all read elsewhere as well: {counts['publications'] / events:.3f} "
+        f"publications, {counts['bytes'] / events:.0f} bytes in and out, and "
+        f"{counts['cpu'] / events * 1e6:.1f} µs of the server's CPU an event",
         flush=True,
     )
 

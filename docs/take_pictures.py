@@ -77,10 +77,10 @@ async def running(*command: str, environ: dict[str, str] | None = None) -> Async
         assert process.stdout is not None
         async with asyncio.timeout(START):
             line = (await process.stdout.readline()).decode()
-        found = re.search(r"http://[^\s/]+(/\S*)?", line)
-        if found is None:
+        match = re.search(r"http://[^\s/]+(/\S*)?", line)
+        if match is None:
             raise RuntimeError(f"{' '.join(command)} did not start: {line!r}")
-        yield found[0]
+        yield match[0]
     finally:
         if process.returncode is None:
             process.terminate()

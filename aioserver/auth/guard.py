@@ -156,12 +156,12 @@ class Guard:
         sources += [_keys(headers.getall(name, ())) for name in KEY_HEADERS]
         if hdrs.SEC_WEBSOCKET_PROTOCOL in headers:
             sources.append(offered_keys(offered_protocols(request)))
-        found = {key for keys in sources for key in keys}
-        if len(found) > 1 or any(len(keys) > 1 for keys in sources):
+        keys_sent = {key for keys in sources for key in keys}
+        if len(keys_sent) > 1 or any(len(keys) > 1 for keys in sources):
             raise InvalidApiKey("more than one API key")
-        if not found:
+        if not keys_sent:
             return None
-        return self._access.keys.caller(found.pop().encode("utf-8", "surrogatepass"))
+        return self._access.keys.caller(keys_sent.pop().encode("utf-8", "surrogatepass"))
 
     def check_page(self, request: web.Request) -> None:
         """Refuse a request that another page makes a browser send, cookie included (CSRF).

@@ -80,8 +80,10 @@ def _made(part: Mapping[str, Any]) -> dict[str, Any]:
     elif "additionalProperties" in part:
         made["additionalProperties"] = _made(part["additionalProperties"])
     elif "anyOf" in part:
-        choices = [choice for one in part["anyOf"] for choice in _choices(one)]
-        made["anyOf"] = [one for number, one in enumerate(choices) if one not in choices[:number]]
+        choices = [choice for alternative in part["anyOf"] for choice in _choices(alternative)]
+        made["anyOf"] = [
+            choice for number, choice in enumerate(choices) if choice not in choices[:number]
+        ]
     elif part != {"type": "string"} and "const" not in part:
         return {"anyOf": [made, VARIABLE]}
     return made

@@ -134,8 +134,8 @@ def collect(
         own = NEVER_PASSED | TRACE_HEADERS | set(_connection_options(headers))
         lines = _lines(headers, names, own)
         if api:
-            found = {name.lower() for name in headers if name.lower().startswith(api)}
-            api_lines = _lines(headers, found, own)
+            api_names = {name.lower() for name in headers if name.lower().startswith(api)}
+            api_lines = _lines(headers, api_names, own)
     trace_id, trace = _trace(headers)
     return ClientHeaders([*lines, *trace], trace_id, api_lines)
 

@@ -522,18 +522,18 @@ def elements(array: bytes) -> Generator[list[Raw], None, None]:
         piece = b"".join((prefix, view[cuts.start : cuts.end], suffix))
         if len(piece) > STEP_BYTES:
             yield []
-        found = _LIST.decode(piece)
-        first = len(memoryview(found[0])) if found else 0
+        decoded = _LIST.decode(piece)
+        first = len(memoryview(decoded[0])) if decoded else 0
         if cuts.stack == b"[":
-            del found[0]
-        elif head and (len(found) > 1 or not tail):
-            found[0] = Raw(view[start : cuts.start + first - len(head)])
+            del decoded[0]
+        elif head and (len(decoded) > 1 or not tail):
+            decoded[0] = Raw(view[start : cuts.start + first - len(head)])
         if not cuts.last:
             # It is the mark, or an element that is open.
-            open_size = len(memoryview(found.pop())) - len(tail)
-            if not head or found:
+            open_size = len(memoryview(decoded.pop())) - len(tail)
+            if not head or decoded:
                 start = cuts.end - open_size
-        yield found
+        yield decoded
         if cuts.last:
             return
         cuts.advance()

@@ -124,11 +124,11 @@ class _Walk:
             self._expect(b'"')
             yield from self._past(_STRING)
             self._expect(b'"')
-            found = self.place - start == len(key) and self.body.startswith(key, start)
+            matches = self.place - start == len(key) and self.body.startswith(key, start)
             yield from self._past(_SPACE)
             self._expect(b":")
             yield from self._past(_SPACE)
-            if found:
+            if matches:
                 return
             yield from self._skip()
             yield from self._past(_SPACE)
