@@ -26,7 +26,6 @@ CORE, BESIDE, PROCESS = (part.split() for part in LINE.split("|"))
 ORDER = [*CORE, *BESIDE, *PROCESS]
 # Imports against this rule, as (importer, imported): rows may go, and none may come.
 OWED = {
-    ("gateway.gateway", "wings.responses.stored"),
     ("server.app", "workers.slot"),
     ("server.reload", "workers.worker"),
 }

@@ -18,6 +18,8 @@ from aioserver.faces.intake import client_headers
 from aioserver.faces.socket import MAX_WAITING_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiohttp import web
 
     from aioserver.auth.callers import Caller
@@ -106,17 +108,22 @@ class SocketPlace:
             self._socket.refused(public(error))
 
 
-async def serve(context: Context, request: web.Request, make: type[Socket]) -> web.StreamResponse:
-    """Serve one socket, made by *make*, from the handshake to the end of its connection.
+async def serve(
+    context: Context,
+    request: web.Request,
+    kind: type[Socket],
+    make: Callable[..., Socket] | None = None,
+) -> web.StreamResponse:
+    """Serve one socket of this *kind*, which *make* makes if it needs more than the others, from the handshake to the end of its connection.
 
     Raises:
         InvalidRequest, ConcurrencyExceeded, ServerAtCapacity: the handshake is refused.
     """
     admission = context.admission
-    with admission.connect(make.face, request[CALLER]):
+    with admission.connect(kind.face, request[CALLER]):
         if admission.refused_closing >= MAX_REFUSED_CLOSING:
             raise ServerAtCapacity("too many refused sockets are still closing", retry_after=5.0)
-        ws, messages, socket = await _upgrade(context, request, make)
+        ws, messages, socket = await _upgrade(context, request, kind, make or kind)
         context.sockets.add(socket)
         try:
             messages.start(socket)
@@ -129,7 +136,7 @@ async def serve(context: Context, request: web.Request, make: type[Socket]) -> w
 
 
 async def _upgrade(
-    context: Context, request: web.Request, make: type[Socket]
+    context: Context, request: web.Request, kind: type[Socket], make: Callable[..., Socket]
 ) -> tuple[Upgraded, ClientMessages, Socket]:
     """Do the handshake. What it needs is gone after it: an idle socket keeps each frame of its task."""
     admission = context.admission
@@ -143,7 +150,7 @@ async def _upgrade(
         compress=False,
         # Text of four bytes a character would cost four times its bytes.
         decode_text=False,
-        protocols=selectable_protocols(request, make.protocols),
+        protocols=selectable_protocols(request, kind.protocols),
         # aiohttp refuses a message of exactly `max_msg_size`.
         max_msg_size=limit + 1,
     )

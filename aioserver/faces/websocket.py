@@ -39,7 +39,7 @@ MAX_ANSWERS = 32
 def routes(context: Context) -> list[web.RouteDef]:
     """Return the route of this face."""
     endpoint = context.settings.chat.websocket.endpoint
-    return [web.get(endpoint, partial(serve, context, make=ChatSocket), allow_head=False)]
+    return [web.get(endpoint, partial(serve, context, kind=ChatSocket), allow_head=False)]
 
 
 class ChatSocket(Socket):

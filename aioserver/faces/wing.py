@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from aioserver.monitoring.section import Section
     from aioserver.providers.api import Api
     from aioserver.providers.registry import Simulated
+    from aioserver.streams.store import StreamStore
     from aioserver.telemetry.metrics import Metrics
     from aioserver.telemetry.tracer import Tracer
 
@@ -39,6 +40,7 @@ class Core:
     settings: Settings
     metrics: Metrics
     loop: asyncio.AbstractEventLoop
+    streams: StreamStore
     commands: Commands | None = None
     prepared: bool = False
 

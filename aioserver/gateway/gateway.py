@@ -29,7 +29,6 @@ from aioserver.limits.quota import REVOKED
 from aioserver.limits.steps import in_turns
 from aioserver.protocol.whole_answer import final_response, text_pieces
 from aioserver.streams.entries import COMPLETE, ERROR
-from aioserver.wings.responses.stored import RESPONSES, StoredResponses
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
@@ -62,7 +61,7 @@ class Gateway:
     ) -> None:
         self._router = router
         self.lifetime = lifetime
-        self._streams = streams = lifetime.store
+        self._streams = lifetime.store
         self._prompts = Prompts(histories, service, bounds)
         self._request_log = request_log
         # The streams of other instances; None where this one is alone.
@@ -71,8 +70,6 @@ class Gateway:
         # Answers without a log.
         self._calls = Calls(router, request_log)
         self._stopping = False
-        # The responses that requests may continue.
-        self.responses = StoredResponses(streams, bounds.store_window)
         self.apply(service, bounds)
 
     def apply(self, service: settings.Service, bounds: settings.Streams) -> None:
@@ -80,7 +77,6 @@ class Gateway:
         self._bounds = bounds
         self._prompts.apply(service, bounds)
         self.lifetime.apply(bounds)
-        self.responses.apply(bounds.store_window)
 
     @property
     def running(self) -> int:
@@ -228,14 +224,15 @@ class Gateway:
         self.lifetime.end(stream, abandoned=False)
         return stream
 
-    def forget_response(self, caller: Caller, response_id: str) -> bool:
-        """Forget a response and its log here; cancel it if it runs. Return whether there was one."""
-        stream = self._streams.find(caller, response_id)
-        api = None if stream is None else stream.api
-        found = api is not None and api.path == RESPONSES
-        if stream is not None and found:
-            self.lifetime.forget(stream)
-        return self.responses.drop(caller, response_id) or found
+    def forget(self, caller: Caller, name: str) -> bool:
+        """Forget an answer that is kept beside its log, and the log here; cancel it if it runs. Return whether there was one."""
+        stream, known = self._streams.find(caller, name), False
+        for shelf in self._streams.shelves:
+            if stream is not None and stream.api is shelf.api:
+                self.lifetime.forget(stream)
+                known = True
+            known = shelf.drop(caller, name) or known
+        return known
 
     async def revoke(self, callers: Collection[str]) -> None:
         """End every answer of *callers* with `invalid_api_key`, since their keys are no longer valid."""
@@ -254,7 +251,6 @@ class Gateway:
         self._calls.close()
         await self.producers.end(shutdown_error)
         self.lifetime.close()
-        self.responses.close()
 
     async def _call(
         self, request: Request, ask: Callable[[Request], Awaitable[Answer]] | None = None

@@ -85,8 +85,8 @@ class Instances(Protocol):
     async def listing(self, caller: Caller) -> list[dict[str, Any]]:
         """Return what `Stream.describe` says of the caller's streams at all other instances."""
 
-    async def forget_response(self, caller: Caller, response_id: str) -> bool:
-        """Let no other instance know a response any more; return whether one did."""
+    async def forget(self, caller: Caller, name: str) -> bool:
+        """Let no other instance know an answer any more that is kept beside its log; return whether one did."""
 
     def aliased(self, stream: Stream, alias: str) -> None:
         """Note that *stream* is found by *alias*, too."""

@@ -50,7 +50,6 @@ from aioserver.streams.outbox import Outbox
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.request_log import RequestLog
-from aioserver.wings.responses.redis import SharedResponses
 
 if TYPE_CHECKING:
     import socket
@@ -190,21 +189,22 @@ async def open_server(
             if cluster is not None:
                 slot.page.tell_instance(cluster.token)
                 slot.on_gone = cluster.ended
+        if (instances := None if cluster is None else cluster.streams()) is None:
+            lifetime = Lifetime(chat.streams)
+        else:
+            lifetime = Lifetime(chat.streams, instances.aliased)
+        streams = lifetime.store
         core = Core(
             settings=settings,
             metrics=metrics,
             loop=loop,
+            streams=streams,
             commands=None if cluster is None else cluster.commands,
             prepared=prepared,
         )
         for wing in plugged:
             await wing.open(core, stack)
         simulated = next((wing.simulated for wing in plugged if wing.simulated is not None), None)
-        if (instances := None if cluster is None else cluster.streams()) is None:
-            lifetime = Lifetime(chat.streams)
-        else:
-            lifetime = Lifetime(chat.streams, instances.aliased)
-        streams = lifetime.store
         provider_registry = ProviderRegistry(
             metrics,
             ProviderGate if cluster is None else cluster.make_gate,
@@ -218,11 +218,8 @@ async def open_server(
         router = Router(provider_registry.providers, llm.active, llm.fallbacks)
         lag = LoopLag(loop, metrics.loop_lag)
         stack.callback(lag.close)
-        storage = None
-        if cluster is not None and instances is not None:
+        if instances is not None:
             stack.push_async_callback(instances.close)
-            storage = SharedResponses(cluster.commands)
-            stack.push_async_callback(storage.close)
         tracer = next((wing.tracer for wing in plugged if wing.tracer is not None), None)
         request_log = RequestLog(metrics, lag, tracer)
         histories = next((wing.histories for wing in plugged if wing.histories is not None), None)
@@ -239,7 +236,6 @@ async def open_server(
         if instances is not None:
             brought = (api for wing in plugged for api in wing.apis())
             instances.serve(gateway, {api.path: api for api in (*openai.APIS, *brought)})
-        gateway.responses.storage = storage
         wheel = TimerWheel(loop, min(1.0, chat.websocket.ping_interval / WHEEL_GRAIN))
         stack.callback(wheel.close)
         sources = Sources(

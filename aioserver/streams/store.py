@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from aioserver.auth.callers import Caller
 from aioserver.errors import ServerAtCapacity
@@ -21,6 +21,7 @@ from aioserver.streams.stream import Remote, Stream
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
 
+    from aioserver.streams.contracts import AnswerApi
     from aioserver.telemetry.outcome import Outcome
 
 # The share of max_kept_bytes that an eviction leaves. It is below 1, since otherwise each event would
@@ -30,8 +31,10 @@ EVICTION_TARGET = 0.95
 SEARCH_STEP = 0.01
 
 
-class StoredBytes(Protocol):
-    """The stored responses, which are kept beside the logs, and may be dropped to make room."""
+class Shelf(Protocol):
+    """Answers of one *api* that are kept beside the logs, such as stored responses, and may be dropped to make room."""
+
+    api: AnswerApi
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -41,6 +44,9 @@ class StoredBytes(Protocol):
 
     def drop_oldest(self) -> None:
         """Drop the oldest."""
+
+    def drop(self, caller: Any, name: str) -> bool:
+        """Let an answer of *caller* be found no longer; return whether there was one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +99,8 @@ class StreamStore:
         self._search_at = 0.0
         # Whether late readers are being dropped.
         self._dropping = False
-        # What else may be dropped; None if there is nothing.
-        self.stored: StoredBytes | None = None
+        # What else may be dropped.
+        self.shelves: list[Shelf] = []
         self._observer = observer
 
     def apply(self, *, max_stream_bytes: int, max_kept_bytes: int) -> None:
@@ -248,7 +254,7 @@ class StreamStore:
         return StoreStats(
             running=len(self._running),
             finished=len(self._finished),
-            responses=0 if self.stored is None else len(self.stored),
+            responses=sum(map(len, self.shelves)),
             bytes=self._bytes,
             max_bytes=self._max_kept_bytes,
         )
@@ -297,11 +303,16 @@ class StreamStore:
         self._drop_stored(target, inf)
 
     def _drop_stored(self, target: float, before: float) -> None:
-        """Drop responses that were stored *before* that time, until less than *target* bytes are kept."""
-        stored = self.stored
-        if stored is not None:
-            while self._bytes >= target and stored.oldest() < before:
-                stored.drop_oldest()
+        """Drop answers that were stored *before* that time, until less than *target* bytes are kept."""
+        while self._bytes >= target and self.shelves:
+            shelf = min(self.shelves, key=_oldest)
+            if shelf.oldest() >= before:
+                return
+            shelf.drop_oldest()
+
+
+def _oldest(shelf: Shelf) -> float:
+    return shelf.oldest()
 
 
 class HeldBytes:

@@ -17,6 +17,7 @@ from tests.simulation.clock import Clock
 from tests.simulation.configuration import GATE, HTTP
 from tests.simulation.network import INSTANCE
 from tests.support.server import configured, write
+from tests.support.stored_responses import stored_in
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
@@ -85,7 +86,7 @@ class Instance:
             "detached": context.gateway.lifetime.detached,
             "answers": context.gateway.running,
             "stored responses": streams.responses,
-            "responses of lanes": len(context.gateway.responses.held._held),  # noqa: SLF001 - no snapshot has it
+            "responses of lanes": len(stored_in(self.server).held._held),  # noqa: SLF001 - no snapshot has it
         }
         for name, provider in context.router.providers.items():
             stats = provider.stats()

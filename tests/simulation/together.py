@@ -29,6 +29,7 @@ from aioserver.wings.cluster.rates import SharedRate
 from aioserver.wings.cluster.shared_gate import SharedGate
 from tests.simulation.clock import Clock
 from tests.simulation.watch import delay_of
+from tests.support.stored_responses import stored_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -193,7 +194,7 @@ class Together:
 
     def _look_at_responses(self, instance: Instance) -> None:
         """Look at the stored responses of which an instance believes that others can find them."""
-        stored = instance.server.context.gateway.responses
+        stored = stored_in(instance.server)
         for (caller, response_id), response in stored._named.items():
             # It may still be on its way, or be forgotten since.
             since = response.stored_at - UNWRITTEN

@@ -23,6 +23,7 @@ from aioserver.wings.responses.socket import ResponsesSocket
 from tests.simulation.clock import Clock
 from tests.simulation.deadlines import Deadlines
 from tests.simulation.fairness import Fairness
+from tests.support.stored_responses import stored_in
 
 if TYPE_CHECKING:
     import asyncio
@@ -153,7 +154,7 @@ class Watch:
         for socket in self._server.context.sockets:
             if isinstance(socket, ResponsesSocket):
                 lanes += self._look_at_lanes(socket._lanes)
-        if len(self._server.context.gateway.responses.held._held) > lanes:
+        if len(stored_in(self._server).held._held) > lanes:
             self._broken("a response is kept for a lane that is gone")
         self._deadlines.look()
 

@@ -37,6 +37,7 @@ from aioserver.providers.registry import ProviderRegistry
 from aioserver.providers.request import NO_CALLER, ProviderRequest
 from aioserver.server.wings import WINGS
 from aioserver.streams.cursor import ConditionReader
+from aioserver.streams.store import StreamStore
 from aioserver.streams.stream import Stream
 from aioserver.telemetry.metrics import Metrics
 from aioserver.tools.doctor.network import Peer, Steps
@@ -70,7 +71,9 @@ async def examine(report: Report, settings: Settings, *, ask: bool) -> None:
     wing = next((wing() for wing in WINGS if wing.name == "simulator"), Wing())
     async with AsyncExitStack() as stack:
         loop = asyncio.get_running_loop()
-        await wing.open(Core(settings=settings, metrics=metrics, loop=loop), stack)
+        streams = StreamStore(max_stream_bytes=MAX_BYTES, max_kept_bytes=MAX_BYTES)
+        core = Core(settings=settings, metrics=metrics, loop=loop, streams=streams)
+        await wing.open(core, stack)
         registry = ProviderRegistry(metrics, simulated=wing.simulated)
         try:
             await registry.prepare(llm)

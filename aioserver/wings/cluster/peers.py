@@ -222,7 +222,7 @@ class Peers:
             case Ask():
                 self._answer(sender, message)
             case Forget():
-                gone = self.gateway.forget_response(Caller(message.caller), message.response_id)
+                gone = self.gateway.forget(Caller(message.caller), message.response_id)
                 self.bus.send(sender, Answer(message.number, orjson.dumps(gone)))
             case Look():
                 self.bus.send(sender, Answer(message.number, self.on_look(message.what)))

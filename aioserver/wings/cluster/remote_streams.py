@@ -200,11 +200,11 @@ class RemoteStreams:
             if isinstance(entry, dict)
         ]
 
-    async def forget_response(self, caller: Caller, response_id: str) -> bool:
-        """Let no other instance know a response any more; return whether one did, as far as they answer in time."""
+    async def forget(self, caller: Caller, name: str) -> bool:
+        """Let no other instance know an answer any more that is kept beside its log; return whether one did, as far as they answer in time."""
         members = await self._ask(self._store.members()) or []
         others = [member for member in members if member != self._me]
-        answers = await self.peers.forget(others, caller, response_id)
+        answers = await self.peers.forget(others, caller, name)
         return b"true" in answers.values()
 
     def ended(self, stream: Stream) -> None:

@@ -38,13 +38,14 @@ if TYPE_CHECKING:
     from aioserver.protocol.model_body import ModelBody
     from aioserver.streams.stream import Stream
     from aioserver.wings.responses.draft import Draft
+    from aioserver.wings.responses.stored import StoredResponses
 
 
 # Where a mirror begins of whose events none is read.
 LATEST = Start(after=None)
 
 
-def routes(context: Context) -> list[web.RouteDef]:
+def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
     """Return the routes of this part of OpenAI's API."""
     writing = counted(
         context.admission,
@@ -58,14 +59,17 @@ def routes(context: Context) -> list[web.RouteDef]:
             counted(
                 context.admission,
                 openai.OPENAI.face,
-                partial(prepare_new, context),
+                partial(prepare_new, context, stored),
                 partial(openai.serve, context),
             ),
         ),
         web.get(
             "/v1/responses/{id}",
             counted(
-                context.admission, "openai", partial(prepare, context), partial(retrieve, context)
+                context.admission,
+                "openai",
+                partial(prepare, context, stored),
+                partial(retrieve, context, stored),
             ),
             # The body is not written by aiohttp, which would leave it out for HEAD.
             allow_head=False,
@@ -73,14 +77,20 @@ def routes(context: Context) -> list[web.RouteDef]:
         web.post(
             "/v1/responses/{id}/cancel",
             partial(
-                cancel, context, writing, stored_face.passing(context, stored_face.prepare_passed)
+                cancel,
+                context,
+                stored,
+                writing,
+                stored_face.passing(context, stored_face.prepare_passed),
             ),
         ),
-        *stored_face.routes(context),
+        *stored_face.routes(context, stored),
     ]
 
 
-async def prepare_new(context: Context, request: web.Request, hold: BodyHold) -> Request:
+async def prepare_new(
+    context: Context, stored: StoredResponses, request: web.Request, hold: BodyHold
+) -> Request:
     """Prepare a POST of a new response."""
     limit = context.settings.chat.websocket.max_message_size
     body, data = await read_model_body(request, hold, limit)
@@ -93,7 +103,7 @@ async def prepare_new(context: Context, request: web.Request, hold: BodyHold) ->
         name=http.request_id(request),
         hold=hold,
         client_headers=client_headers(context, request),
-        draft=draft_of(context.gateway.responses, caller, body, limit),
+        draft=draft_of(stored, caller, body, limit),
         key=key,
         digest=openai.digest_of(RESPONSES.path, data) if key else b"",
     )
@@ -140,7 +150,7 @@ def make_request(
 
 
 async def prepare(
-    context: Context, request: web.Request, hold: BodyHold
+    context: Context, stored: StoredResponses, request: web.Request, hold: BodyHold
 ) -> tuple[Stream, int | None] | Request | None:
     """Prepare a GET: find the response, and the event after which to stream it.
 
@@ -150,10 +160,10 @@ async def prepare(
     try:
         return await _prepare(context, request)
     except StreamNotFound:
-        stored = await context.gateway.responses.reach(request[CALLER], request.match_info["id"])
-        if stored is None:
+        response = await stored.reach(request[CALLER], request.match_info["id"])
+        if response is None:
             return await stored_face.prepare_passed(context, request, hold)
-        stored.release()
+        response.release()
         if request.query.get("stream", "false") == "true":
             raise ResumeGap("the events of this response are no longer kept") from None
         return None
@@ -177,13 +187,16 @@ async def _prepare(context: Context, request: web.Request) -> tuple[Stream, int 
 
 
 async def retrieve(
-    context: Context, request: web.Request, found: tuple[Stream, int | None] | Request | None
+    context: Context,
+    stored: StoredResponses,
+    request: web.Request,
+    found: tuple[Stream, int | None] | Request | None,
 ) -> web.StreamResponse:
     """Answer a GET with what `prepare` has found: the events after a position, or the response as it is now."""
     if found is None:
-        stored = await stored_face.find(context, request)
-        body = stored.response()
-        stored.release()
+        response = await stored_face.find(stored, request)
+        body = response.response()
+        response.release()
         return await stored_face.write(context, request, body)
     if isinstance(found, Request):
         return await passthrough.serve(context, request, found)
@@ -195,6 +208,7 @@ async def retrieve(
 
 async def cancel(
     context: Context,
+    stored: StoredResponses,
     writing: Callable[[web.Request], Awaitable[web.StreamResponse]],
     passing: Callable[[web.Request], Awaitable[web.StreamResponse]],
     request: web.Request,
@@ -211,10 +225,10 @@ async def cancel(
         stream = await find(context, request)
     except StreamNotFound:
         # One that is stored has ended: its provider need not know it.
-        stored = await context.gateway.responses.reach(request[CALLER], request.match_info["id"])
-        if stored is None:
+        response = await stored.reach(request[CALLER], request.match_info["id"])
+        if response is None:
             return await passing(request)
-        stored.release()
+        response.release()
         raise
     await context.gateway.cancel_anywhere(request[CALLER], stream.request_id)
     answer = stream.whole

@@ -62,19 +62,21 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
     from aioserver.wings.responses.frames import Command
     from aioserver.wings.responses.lanes import Lane
-    from aioserver.wings.responses.stored import StoredResponse
+    from aioserver.wings.responses.stored import StoredResponse, StoredResponses
 
 logger = logging.getLogger("aioserver.connections")
 
 PATH = f"/v1/{RESPONSES.path}"
 
 
-def routes(context: Context) -> list[web.RouteDef]:
+def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
     """Return the route of this face."""
-    return [web.get(PATH, partial(answer, context), allow_head=False)]
+    return [web.get(PATH, partial(answer, context, stored), allow_head=False)]
 
 
-async def answer(context: Context, request: web.Request) -> web.StreamResponse:
+async def answer(
+    context: Context, stored: StoredResponses, request: web.Request
+) -> web.StreamResponse:
     """Answer a handshake, and serve the socket to its end.
 
     Raises:
@@ -86,7 +88,7 @@ async def answer(context: Context, request: web.Request) -> web.StreamResponse:
         )
         error.allowed = ("POST",)
         raise error
-    return await serve(context, request, ResponsesSocket)
+    return await serve(context, request, ResponsesSocket, partial(ResponsesSocket, stored))
 
 
 class ResponsesSocket(Socket):
@@ -100,9 +102,10 @@ class ResponsesSocket(Socket):
     # A shorter one has ended long turns of agents, whose machines are busy meanwhile.
     min_ping_timeout = 30.0
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, stored: StoredResponses, *args: Any) -> None:
         super().__init__(*args)
-        self._lanes = Lanes(self._context.gateway.responses.held, self._done)
+        self._stored = stored
+        self._lanes = Lanes(stored.held, self._done)
         self._tasks: set[asyncio.Task[None]] = set()
         self._over = False
 
@@ -309,7 +312,7 @@ class ResponsesSocket(Socket):
 
         previous_id = body.previous_response_id
         return Draft(
-            self._context.gateway.responses,
+            self._stored,
             self.caller,
             store=body.stored,
             previous_id=previous_id,

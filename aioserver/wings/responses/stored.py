@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from aioserver.errors import ResponseNotFound, ServerAtCapacity
+from aioserver.wings.responses.api import RESPONSES
 from aioserver.wings.responses.items import ResponseParts, joined, replayable
 from aioserver.wings.responses.storage import Record
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Sequence
 
     from aioserver.auth.callers import Caller
+    from aioserver.streams.contracts import AnswerApi
     from aioserver.streams.store import HeldBytes, StreamStore
     from aioserver.wings.responses.storage import Storage
 
@@ -237,8 +239,6 @@ class HeldResponses(Generic[R]):
         self.drop(next(iter(self._held)))
 
 
-# The path of a request for a response, below the base URL of its provider.
-RESPONSES = "responses"
 # Seconds between two sweeps at least: one sweep removes all that are due.
 MIN_SWEEP_INTERVAL = 0.05
 
@@ -254,13 +254,17 @@ class StoredResponses:
 
     Always: a response is found by its caller only, within the window; the store refers to each once.
 
-    *clock* is that of the entries of logs, which are evicted together with responses.
+    *clock* is that of the entries of logs, which are evicted together with responses. *storage* is where those of other
+    instances are, None if there are none.
     """
+
+    api: AnswerApi = RESPONSES
 
     def __init__(
         self,
         streams: StreamStore,
         window: float,
+        storage: Storage | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
         loop: asyncio.AbstractEventLoop | None = None,
@@ -273,13 +277,12 @@ class StoredResponses:
         self._named: OrderedDict[tuple[Caller, str], StoredResponse] = OrderedDict()
         self._sweeper: asyncio.TimerHandle | None = None
         self.held: HeldResponses[StoredResponse] = HeldResponses(clock)
-        # Where those of other instances are; None if there are none.
-        self.storage: Storage | None = None
-        # Where there are: what is here of their conversations, as long as something refers to it.
+        self.storage = storage
+        # Where there are other instances: what is here of their conversations, as long as something refers to it.
         self._known: WeakValueDictionary[tuple[Caller, str], StoredResponse] = (
             WeakValueDictionary()
         )
-        streams.stored = self
+        streams.shelves.append(self)
 
     def __len__(self) -> int:
         return len(self._named)

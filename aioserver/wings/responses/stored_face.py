@@ -33,34 +33,32 @@ if TYPE_CHECKING:
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.gateway.request import Request
-    from aioserver.wings.responses.stored import StoredResponse
+    from aioserver.wings.responses.stored import StoredResponse, StoredResponses
 
 NOT_FOUND = "no such response: never seen, or kept no longer"
 # Items of one page, at most and where the request does not say.
 MAX_ITEMS, ITEMS = 100, 20
 
 
-def routes(context: Context) -> list[web.RouteDef]:
+def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
     """Return the routes of this part of OpenAI's API."""
     return [
-        *(
-            web.post(
-                f"/v1/responses/{question}",
-                passing(context, prepare_question),
-                expect_handler=passthrough.expect_later,
-            )
-            for question in ("compact", "input_tokens")
+        web.post(
+            "/v1/responses/{question:compact|input_tokens}",
+            passing(context, prepare_question),
+            expect_handler=passthrough.expect_later,
         ),
         web.delete(
-            "/v1/responses/{id}", partial(delete, context, passing(context, prepare_passed))
+            "/v1/responses/{id}",
+            partial(delete, context, stored, passing(context, prepare_passed)),
         ),
         web.get(
             "/v1/responses/{id}/input_items",
             counted(
                 context.admission,
                 "openai",
-                partial(prepare_items, context),
-                partial(write_items, context),
+                partial(prepare_items, context, stored),
+                partial(write_items, context, stored),
             ),
             # The body is not written by aiohttp, which would leave it out for HEAD.
             allow_head=False,
@@ -96,13 +94,13 @@ async def prepare_question(context: Context, request: web.Request, hold: BodyHol
     return passed
 
 
-async def find(context: Context, request: web.Request) -> StoredResponse:
+async def find(stored: StoredResponses, request: web.Request) -> StoredResponse:
     """Return the stored response that the path of *request* names, to be released.
 
     Raises:
         StreamNotFound: the caller has no such response.
     """
-    response = await context.gateway.responses.reach(request[CALLER], request.match_info["id"])
+    response = await stored.reach(request[CALLER], request.match_info["id"])
     if response is None:
         raise StreamNotFound(NOT_FOUND)
     return response
@@ -136,6 +134,7 @@ async def prepare_passed(context: Context, request: web.Request, hold: BodyHold)
 
 async def delete(
     context: Context,
+    stored: StoredResponses,
     passing: Callable[[web.Request], Awaitable[web.StreamResponse]],
     request: web.Request,
 ) -> web.StreamResponse:
@@ -145,23 +144,25 @@ async def delete(
         StreamNotFound: the caller has no such response.
     """
     gateway, response_id = context.gateway, request.match_info["id"]
-    known = gateway.forget_response(request[CALLER], response_id)
-    known = await gateway.responses.delete(request[CALLER], response_id) or known
+    known = gateway.forget(request[CALLER], response_id)
+    known = await stored.delete(request[CALLER], response_id) or known
     if gateway.instances is not None:
-        known = await gateway.instances.forget_response(request[CALLER], response_id) or known
+        known = await gateway.instances.forget(request[CALLER], response_id) or known
     if not known:
         return await passing(request)
     return web.json_response({"id": response_id, "object": "response", "deleted": True})
 
 
-async def prepare_items(context: Context, request: web.Request, hold: BodyHold) -> Request | None:
+async def prepare_items(
+    context: Context, stored: StoredResponses, request: web.Request, hold: BodyHold
+) -> Request | None:
     """Prepare a list of input items: None, or a request to the provider if the response is not kept here.
 
     Raises:
         StreamNotFound: the caller has no such response.
     """
     try:
-        response = await find(context, request)
+        response = await find(stored, request)
     except StreamNotFound:
         return await prepare_passed(context, request, hold)
     response.release()
@@ -170,7 +171,7 @@ async def prepare_items(context: Context, request: web.Request, hold: BodyHold) 
 
 
 async def write_items(
-    context: Context, request: web.Request, passed: Request | None
+    context: Context, stored: StoredResponses, request: web.Request, passed: Request | None
 ) -> web.StreamResponse:
     """Answer with a page of input items.
 
@@ -180,7 +181,7 @@ async def write_items(
     """
     if passed is not None:
         return await passthrough.serve(context, request, passed)
-    response = await find(context, request)
+    response = await find(stored, request)
     try:
         page = await _page(request, response)
     finally:

@@ -23,6 +23,7 @@ from tests.support.clock import FakeClock
 from tests.support.memory_bus import MemoryStore, World, instances
 from tests.support.responses import connect, create, next_event, to_end, whole
 from tests.support.server import ENDLESS
+from tests.support.stored_responses import stored_in
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ async def test_a_deleted_response_is_found_nowhere(
                 await call(first.id)
     # What went on from it goes on.
     assert await texts(sdks[1], second.id) == ["one", first.output_text, "two"]
-    assert len(pair[0].server.context.gateway.responses) == 1
+    assert len(stored_in(pair[0].server.owners)) == 1
 
 
 async def test_a_response_that_runs_elsewhere_is_cancelled_by_its_deletion(

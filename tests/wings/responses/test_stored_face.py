@@ -16,6 +16,7 @@ from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.keys import bearer, key_of, keys_of
 from tests.support.passing import ANSWER, Account, settings_for
 from tests.support.server import CONCURRENCY, ENDLESS, QUICK, provider_entry
+from tests.support.stored_responses import stored_in
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ async def to_end(events: AsyncIterator[Any]) -> None:
 
 
 def stored(server: RunningServer) -> int:
-    return len(server.context.gateway.responses)
+    return len(stored_in(server.owners))
 
 
 @pytest.mark.parametrize("streamed", [True, False])
