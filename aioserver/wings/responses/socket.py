@@ -7,6 +7,8 @@ nothing about a provider, a place or a limit belongs to the connection. A *lane*
 
 A client that leaves ends its responses at once, but for those with `store: true`: they are found by their ids, over HTTP
 or by `response.resume` on another connection.
+
+This file is one concept: what one connection does with its frames, and with the answers to them.
 """
 
 from __future__ import annotations
