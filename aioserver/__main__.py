@@ -1,8 +1,9 @@
 """The command line: `python -m aioserver`, installed also as `aioserver`.
 
-A new command is one line in COMMANDS and one module. The module's `command` is a click command with
-its options and its help; the function behind it returns the exit code: 0 done, 2 bad configuration
-or usage, 1 anything else. Where its results cannot be written, one line on stderr says so.
+A new command is one line in COMMANDS and one module. The module's `command` is a click command
+with its options and its help; the function behind it returns the exit code: 0 done, 2 bad
+configuration or usage, 1 anything else. Where its results cannot be written, one line on stderr
+says so.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class CommandGroup(click.Group):
         return list(self.commands)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Insert the default command if *args* begins with neither a command nor a group option."""
+        """Insert the default command if *args* begins with neither a command nor a group
+        option.
+        """
         if args:
             default = args[0].startswith("-") and args[0] not in GROUP_OPTIONS
         else:
@@ -131,7 +134,9 @@ class Output(io.FileIO):
 
 
 def watch_stdout() -> None:
-    """Put a stream that raises `OutputError` in place of stdout, unless that is closed, or not Python's own."""
+    """Put a stream that raises `OutputError` in place of stdout, unless that is closed, or not
+    Python's own.
+    """
     stdout = sys.stdout
     if isinstance(stdout, io.TextIOWrapper) and stdout is sys.__stdout__:
         raw = Output(stdout.fileno(), "w", closefd=False)

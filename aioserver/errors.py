@@ -2,9 +2,9 @@
 
 A face is a protocol that clients speak to us: WebSocket, SSE, OpenAI's API. Faces only render an
 error; its class states its whole appearance once: its code and HTTP status, whether the client may
-try again, and the close code (RFC 6455, 7.4.1) that ends a WebSocket. An error without a close code
-leaves the WebSocket open. The body of an HTTP answer is OpenAI's error object, so that
-every SDK reads it:
+try again, and the close code (RFC 6455, 7.4.1) that ends a WebSocket. An error without a close
+code leaves the WebSocket open. The body of an HTTP answer is OpenAI's error object, so that every
+SDK reads it:
 
     {"error": {"message": "…", "type": "…", "param": null, "code": "connect_timeout"}}
 
@@ -68,8 +68,8 @@ TYPES = {
     503: "service_unavailable_error",
     504: "provider_error",
 }
-# Seconds that a client is told to wait at most: SDKs take no more than a minute or two for true, and whatever a
-# client waits for may be over long before.
+# Seconds that a client is told to wait at most: SDKs take no more than a minute or two for true,
+# and whatever a client waits for may be over long before.
 MAX_RETRY_AFTER = 120.0
 
 
@@ -90,8 +90,8 @@ class AioserverError(Exception):
     force_close: ClassVar[bool] = False
     # The outcome of a request that ends with this error, in metrics and logs.
     outcome: ClassVar[str] = "client_error"
-    # The status and the body with which a provider has refused, where clients get them unchanged: on the face of
-    # Anthropic's API, and not if they are about our key.
+    # The status and the body with which a provider has refused, where clients get them unchanged:
+    # on the face of Anthropic's API, and not if they are about our key.
     provider_answer: tuple[int, bytes] | None = None
 
     def __init__(
@@ -101,7 +101,8 @@ class AioserverError(Exception):
         self.message = message
         self.retry_after = None if retry_after is None else min(retry_after, MAX_RETRY_AFTER)
         self.param = param
-        # True once the request that this error ended has been counted, so that no face counts it again.
+        # True once the request that this error ended has been counted, so that no face counts it
+        # again.
         self.counted = False
         # True if a provider has worked on the request: a client that repeats it pays again.
         self.paid = False
@@ -182,7 +183,9 @@ class StreamLimitReached(InvalidRequest):
 
 
 class ResponseNotFound(InvalidRequest):
-    """The response that a request continues does not exist, is no longer kept, or is another caller's."""
+    """The response that a request continues does not exist, is no longer kept, or is another
+    caller's.
+    """
 
     code, status = "previous_response_not_found", 400
 
@@ -262,7 +265,10 @@ class ConversationNotFound(AioserverError):
 
 
 class MethodNotAllowed(AioserverError):
-    """The path exists, but not with this method. *allowed*: the methods that it has, where that is known here."""
+    """The path exists, but not with this method.
+
+    *allowed*: the methods that it has, where that is known here.
+    """
 
     code, status = "method_not_allowed", 405
 
@@ -283,7 +289,10 @@ class RequestTimeout(AioserverError):
 
 
 class SlowClient(AioserverError):
-    """The client fell behind the events that are kept; it is told within the stream, and may resume."""
+    """The client fell behind the events that are kept.
+
+    It is told within the stream, and may resume.
+    """
 
     outcome = "slow_client"
     code, status, retryable = "slow_client", 408, True
@@ -327,7 +336,10 @@ class ExpectationFailed(AioserverError):
 
 
 class UpgradeRequired(AioserverError):
-    """An upgrade to a WebSocket where there is none; clients that can do without one fall back at once."""
+    """An upgrade to a WebSocket where there is none.
+
+    Clients that can do without one fall back at once.
+    """
 
     code, status, force_close = "upgrade_required", 426, True
 
@@ -386,7 +398,9 @@ class ServerShutdown(AioserverError):
 
 
 class HistoryUnavailable(AioserverError):
-    """The storage of conversations cannot be reached, so what was asked of it is not done for certain."""
+    """The storage of conversations cannot be reached, so what was asked of it is not done for
+    certain.
+    """
 
     outcome = "rejected"
     code, status, retryable = "history_unavailable", 503, True

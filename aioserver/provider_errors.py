@@ -1,7 +1,8 @@
 """What can go wrong between us and a provider's answer, and what each fault allows.
 
-How errors look on the faces is described in errors.py. A fault also states whether the same provider
-may be asked again (retry), whether the next one may be (failover), and whether the breaker counts it:
+How errors look on the faces is described in errors.py. A fault also states whether the same
+provider may be asked again (retry), whether the next one may be (failover), and whether the
+breaker counts it:
 
     ProviderFault
         ConnectError                502  connect_error           retry  failover  breaker
@@ -26,7 +27,8 @@ may be asked again (retry), whether the next one may be (failover), and whether 
         ProviderQueueTimeout        503  provider_queue_timeout         failover
         NoProvider                  503  no_provider                    failover
 
-Once an event is in the log of the answer, neither a retry nor a failover happens, whatever the fault allows.
+Once an event is in the log of the answer, neither a retry nor a failover happens, whatever the
+fault allows.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ class ProviderFault(AioserverError):
     request_outcome: RequestOutcome | None = None
 
     def headers(self) -> dict[str, str]:
-        """Return the error's headers, with the provider's, the attempts, and whether an SDK may retry."""
+        """Return the error's headers, with the provider's, the attempts, and whether an SDK may
+        retry.
+        """
         headers, attempts = super().headers(), 0
         if (outcome := self.request_outcome) is not None:
             attempts = outcome.attempts
@@ -107,7 +111,9 @@ class CertificateFault(ProviderFault):
 
 
 class PoolTimeout(ProviderFault):
-    """No pooled connection became free within `pool_timeout`, or no descriptor was free for a new one."""
+    """No pooled connection became free within `pool_timeout`, or no descriptor was free for a new
+    one.
+    """
 
     outcome = "rejected"
     code, status, retryable = "pool_timeout", 503, True
@@ -136,7 +142,9 @@ class ProviderDisconnected(ProviderFault):
 
 
 class StaleConnection(ProviderDisconnected):
-    """A pooled connection was dead before a byte of the answer came: the request may be repeated."""
+    """A pooled connection was dead before a byte of the answer came: the request may be
+    repeated.
+    """
 
     attempt_outcome = "stale"
     retry, failover, breaker_failure = True, True, False
@@ -158,7 +166,9 @@ class ProviderAuthError(ProviderFault):
 
 
 class ProviderForbidden(ProviderAuthError):
-    """The provider answered 403: our key may not do this, or this request may not be made (moderation)."""
+    """The provider answered 403: our key may not do this, or this request may not be made
+    (moderation).
+    """
 
 
 class ProviderFlagged(ProviderAuthError):
@@ -184,7 +194,9 @@ class ProviderRateLimited(ProviderFault):
 
 
 class ProviderPaced(ProviderRateLimited):
-    """Our pace for the provider (`requests_per_minute`) cannot start the request before its deadline."""
+    """Our pace for the provider (`requests_per_minute`) cannot start the request before its
+    deadline.
+    """
 
     outcome, attempt_outcome = "rejected", ""
     retry = False
@@ -255,7 +267,8 @@ class NoProvider(ProviderFault):
 def subclasses(root: type[ErrorClass]) -> Iterator[type[ErrorClass]]:
     """Yield every class that is derived from *root*, at any depth.
 
-    This stands in the file that is loaded last of the two with error classes, so that no class is missing.
+    This stands in the file that is loaded last of the two with error classes, so that no class is
+    missing.
     """
     for subclass in root.__subclasses__():
         yield subclass

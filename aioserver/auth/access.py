@@ -1,4 +1,5 @@
-"""The section `auth` as it is in use: the valid keys, the hosts that are answered, the proxies that are trusted.
+"""The section `auth` as it is in use: the valid keys, the hosts that are answered, the proxies
+that are trusted.
 
 Whether a request may pass is decided in guard.py, which reads it here.
 """
@@ -25,11 +26,12 @@ NO_LIMITS = 1 << 31, 1 << 31
 class Access:
     """The section `auth` of the configuration in use.
 
-    If there are keys, a client needs one. Without keys, and unless `auth.open` is set, a request is answered
-    only under a name of this machine or an allowed one.
+    If there are keys, a client needs one. Without keys, and unless `auth.open` is set, a request
+    is answered only under a name of this machine or an allowed one.
 
     The object stays when the configuration is read again; its attributes are replaced. The quota
-    *keyless* limits nothing: revoking it ends the work of clients without a key, once they need one.
+    *keyless* limits nothing: revoking it ends the work of clients without a key, once they need
+    one.
     """
 
     def __init__(
@@ -52,7 +54,8 @@ class Access:
         """Use the settings *auth* from now on.
 
         Return the names of the callers that are no longer admitted, since their key was removed or
-        replaced. If clients need a key only from now on, the name "" of those without one is included.
+        replaced. If clients need a key only from now on, the name "" of those without one is
+        included.
         """
         open_before = not self.keyed
         revoked = self.keys.apply(auth.keys if auth is not None else ())

@@ -20,7 +20,8 @@ from aiohttp import web
 if TYPE_CHECKING:
     from aioserver.limits.quota import Quota
 
-# Characters of a request's `user` that count: it may be any text, and becomes part of a queue's name.
+# Characters of a request's `user` that count: it may be any text, and becomes part of a queue's
+# name.
 MAX_USER = 128
 
 
@@ -41,16 +42,20 @@ class Caller:
 
     @property
     def flow(self) -> str:
-        """The flow in which requests wait at a provider: the caller's key, or its address without keys.
+        """The flow in which requests wait at a provider: the caller's key, or its address without
+        keys.
 
-        The user is not part of the flow: otherwise a client without a key would get a larger share by
-        naming more users.
+        The user is not part of the flow: otherwise a client without a key would get a larger share
+        by naming more users.
         """
         return self.name or self.address
 
     @property
     def address(self) -> str:
-        """The address of a client without a key; "" for a key, which is the same caller everywhere."""
+        """The address of a client without a key.
+
+        "" for a key, which is the same caller everywhere.
+        """
         return "" if self.name else self.subflow.partition("\0")[0]
 
     def on_behalf_of(self, user: object) -> Caller:

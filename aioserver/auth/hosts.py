@@ -1,9 +1,9 @@
 """Policies for the headers that say which host a request is for, and where it comes from.
 
 A page on the web can have its own name resolve to 127.0.0.1 (DNS rebinding), and the browser then
-takes a server on this machine for the page's own origin; only the `Host` header shows the difference.
-A server without keys therefore answers requests for the names of this machine and for configured
-names, and no others.
+takes a server on this machine for the page's own origin; only the `Host` header shows the
+difference. A server without keys therefore answers requests for the names of this machine and for
+configured names, and no others.
 
 Any client can write `X-Forwarded-For` and `X-Forwarded-Proto`. They are believed only when a proxy
 of `auth.trusted_proxies` sends them, and each proxy is believed only about the peer that connected
@@ -33,8 +33,8 @@ MAX_KNOWN = 256
 class Hosts:
     """The `Host` values that a server without keys answers.
 
-    These are the loopback names of this machine with any port, and each host in *allowed*: with its
-    own port, or with any port if it has none.
+    These are the loopback names of this machine with any port, and each host in *allowed*: with
+    its own port, or with any port if it has none.
     """
 
     def __init__(self, allowed: Iterable[str] = ()) -> None:

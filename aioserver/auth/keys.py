@@ -1,13 +1,14 @@
 """API keys, and the sessions that browsers get for them.
 
 Of a key only its SHA-256 is kept. A browser exchanges its key for a session of 12 hours, which it
-holds in a cookie: `name.expiry.mac`, with an HMAC (RFC 2104) whose own key is made of the hash of the
-API key and of a pepper. A session therefore ends with its key, outlives a restart, is valid in every
-worker, and needs no setting.
+holds in a cookie: `name.expiry.mac`, with an HMAC (RFC 2104) whose own key is made of the hash of
+the API key and of a pepper. A session therefore ends with its key, outlives a restart, is valid in
+every worker, and needs no setting.
 
-The pepper is made of the providers' keys, which are in the environment and not in the file: otherwise
-anybody who can read the hashes in the file could make sessions of them. If no provider has a key,
-the pepper is random, and a restart ends all sessions; instances of a cluster agree on one through its server.
+The pepper is made of the providers' keys, which are in the environment and not in the file:
+otherwise anybody who can read the hashes in the file could make sessions of them. If no provider
+has a key, the pepper is random, and a restart ends all sessions; instances of a cluster agree on
+one through its server.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     MakeQuota = Callable[[ClientKey, Callable[[int], int] | None], Quota]
 
 SESSION_SECONDS = 12 * 3600
-# Digits of an expiry at most: a longer number is no date, and int() is slow with thousands of digits.
+# Digits of an expiry at most: a longer number is no date, and int() is slow with thousands of
+# digits.
 MAX_EXPIRY_DIGITS = 15
 
 
@@ -56,8 +58,8 @@ def quota_of(key: ClientKey, elsewhere: Callable[[int], int] | None = None) -> Q
 class Keys:
     """The valid keys, and the sessions made of them.
 
-    Always: there is one `Caller` for each key, made once, so that a request costs a hash, a look-up
-    and a comparison; a name keeps its counts for as long as its key stays the same.
+    Always: there is one `Caller` for each key, made once, so that a request costs a hash, a
+    look-up and a comparison; a name keeps its counts for as long as its key stays the same.
 
     *connection_counter* makes the `elsewhere` of a key's `Quota`, where several processes serve.
     """
@@ -180,7 +182,10 @@ def pepper_of(llm: Llm) -> bytes:
 
 
 def known_pepper(llm: Llm) -> bytes | None:
-    """Return the secret that every instance makes of the same providers' keys; None if no provider has a key."""
+    """Return the secret that every instance makes of the same providers' keys.
+
+    None if no provider has a key.
+    """
     provider_keys = sorted(
         provider.api_key.reveal()
         for provider in llm.providers.values()

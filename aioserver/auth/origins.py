@@ -1,4 +1,6 @@
-"""Origins (RFC 6454): the web pages that may connect, change something, and read our answers (Fetch: CORS)."""
+"""Origins (RFC 6454): the web pages that may connect, change something, and read our answers
+(Fetch: CORS).
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ if TYPE_CHECKING:
 class Origins:
     """The pages of `allow_origins`, and our own.
 
-    CORS guards neither a WebSocket, which a browser opens to any host, nor a request that a page may
-    send without asking, whose answer it only cannot read: `check` refuses both if another page sends
-    them, before anything is done.
+    CORS guards neither a WebSocket, which a browser opens to any host, nor a request that a page
+    may send without asking, whose answer it only cannot read: `check` refuses both if another page
+    sends them, before anything is done.
     """
 
     def __init__(self, allowed: tuple[str, ...], *, credentials: bool) -> None:
@@ -29,14 +31,18 @@ class Origins:
         self._credentials = credentials
 
     def allows(self, origin: str, host: str | None) -> bool:
-        """Return whether a page of *origin* may use this server; our own (same host and port) may."""
+        """Return whether a page of *origin* may use this server; our own (same host and port)
+        may.
+        """
         return self._any or self.trusts(origin, host)
 
     def trusts(self, origin: str, host: str | None) -> bool:
-        """Return whether a cookie counts in a request from *origin*: our own, or one in `allow_origins`.
+        """Return whether a cookie counts in a request from *origin*: our own, or one in
+        `allow_origins`.
 
         A browser adds the cookie by itself, so "*" is not enough: every page on this machine could
-        chat as the person who has logged in here, since SameSite takes other ports for the same site.
+        chat as the person who has logged in here, since SameSite takes other ports for the same
+        site.
         """
         if origin.rstrip("/").lower() in self._allowed:
             return True
@@ -50,9 +56,9 @@ class Origins:
     def check(self, headers: Mapping[str, str]) -> None:
         """Refuse a handshake, or a request that changes something, of a page that may not connect.
 
-        A request without `Origin` comes from no page, and passes: browsers send the header with each
-        handshake and with each method but GET and HEAD. The origin `null` (a sandboxed frame, a file) is
-        another page's.
+        A request without `Origin` comes from no page, and passes: browsers send the header with
+        each handshake and with each method but GET and HEAD. The origin `null` (a sandboxed frame,
+        a file) is another page's.
 
         Raises:
             OriginNotAllowed: the page is neither ours nor allowed.

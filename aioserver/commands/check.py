@@ -1,4 +1,6 @@
-"""`aioserver check`: validate a configuration without starting, and print it, or print the schema of all."""
+"""`aioserver check`: validate a configuration without starting, and print it, or print the schema
+of all.
+"""
 
 from __future__ import annotations
 

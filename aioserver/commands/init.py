@@ -23,14 +23,15 @@ def command(file: Path) -> int:
     """Write a commented config.yaml to start from.
 
     FILE is config.yaml in the current folder unless you name another. A file that exists is never
-    overwritten. Beside it comes config.schema.json, by which editors complete and check FILE; `aioserver
-    check --schema` prints it anew.
+    overwritten. Beside it comes config.schema.json, by which editors complete and check FILE;
+    `aioserver check --schema` prints it anew.
     """
     return init(file)
 
 
 def init(target: Path) -> int:
-    """Write the shipped configuration to *target*, never over a file, and its schema beside it, unless one is there.
+    """Write the shipped configuration to *target*, never over a file, and its schema beside it,
+    unless one is there.
 
     Returns the exit code: 0, or 2 where *target* exists or cannot be written.
     """

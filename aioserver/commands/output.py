@@ -28,7 +28,8 @@ def open_closed() -> None:
         except OSError:
             _silence(descriptor)
     if sys.stderr is None:
-        # Not `open(STDERR)`, whose buffer would be flushed at the end. It lives as long as the process.
+        # Not `open(STDERR)`, whose buffer would be flushed at the end. It lives as long as the
+        # process.
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
 

@@ -107,7 +107,9 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
 
 
 def _worker() -> Worker | None:
-    """Return what this process is among several, as its parent says; None if it has no such parent.
+    """Return what this process is among several, as its parent says.
+
+    None if it has no such parent.
 
     Raises:
         Unfit: the parent does not give what a worker needs.
@@ -118,7 +120,8 @@ def _worker() -> Worker | None:
 
     worker = Worker.take(os.environ)
     if worker is None:
-        # As a process on its own it would serve the same sockets, with limits that others have already.
+        # As a process on its own it would serve the same sockets, with limits that others have
+        # already.
         raise preflight.Unfit(
             "AIOSERVER_WORKER is set, but not all that belongs to it: "
             "the parent process is of another version; restart it",
@@ -284,7 +287,9 @@ async def _run(
 def _joined(
     url: str | None, name: str, fixed: tuple[int, int] | None, *, first: bool, clear: bool
 ) -> AbstractAsyncContextManager[Membership | None]:
-    """Return the membership in the cluster *name*, for the length of an `async with`; None without an *url*.
+    """Return the membership in the cluster *name*, for the length of an `async with`.
+
+    None without an *url*.
 
     Raises:
         ConfigurationError: *url* cannot be used; or, from the `async with`, its server refuses us.

@@ -1,4 +1,5 @@
-"""The command line of `serve`: its options, without the server, which takes half a second to import.
+"""The command line of `serve`: its options, without the server, which takes half a second to
+import.
 
 A shell that completes options needs no more than this.
 """
@@ -39,8 +40,9 @@ def command(config: Path | None, *, host: str | None, port: int | None, loop: st
     chat.websocket.shutdown_timeout to finish; a second signal ends the process at once. SIGHUP
     reloads the configuration. SIGUSR2 replaces the processes, if there are several workers.
     """
-    # Nearly every object of the imports and the settings lives as long as the process: the collector's
-    # passes over them were a tenth of the start. `serve` enables it before there is an event loop.
+    # Nearly every object of the imports and the settings lives as long as the process: the
+    # collector's passes over them were a tenth of the start. `serve` enables it before there is an
+    # event loop.
     gc.disable()
     try:
         from aioserver.commands.serve import serve  # noqa: PLC0415 - start-up time

@@ -1,12 +1,13 @@
-"""Configuration: reads a YAML file and the environment into settings, and reports every fault at once.
+"""Configuration: reads a YAML file and the environment into settings, and reports every fault at
+once.
 
     configuration = Configuration.load("config.yaml")
     configuration.settings.chat.websocket.port
 
-A fault is one line, `file:line:column path: message (hint)`. The place is that of the
-key; that of the section, if the key is missing; or the variable, if a variable sets the value. The
-file names secrets (`api_key_env`, `api_key_file`), and `credentials.py` reads them; no message and no
-output shows a secret.
+A fault is one line, `file:line:column path: message (hint)`. The place is that of the key; that of
+the section, if the key is missing; or the variable, if a variable sets the value. The file names
+secrets (`api_key_env`, `api_key_file`), and `credentials.py` reads them; no message and no output
+shows a secret.
 """
 
 from __future__ import annotations
@@ -150,7 +151,9 @@ class Configuration:
             raise ConfigurationError(_lines(faults))
 
     def effective(self) -> dict[str, Any]:
-        """Return every setting as plain data, with defaults and overrides, and secrets as `***`."""
+        """Return every setting as plain data, with defaults and overrides, and secrets as
+        `***`.
+        """
         data: dict[str, Any] = views.plain(self.settings)
         return data
 
@@ -212,7 +215,9 @@ def _content(source: str) -> bytes:
 
 
 def _read(source: str, content: bytes, environ: Mapping[str, str]) -> Document:
-    """Return the document with *content* of the file *source*. Its values are a mapping; it may have faults.
+    """Return the document with *content* of the file *source*.
+
+    Its values are a mapping; it may have faults.
 
     Raises:
         ConfigurationError: the content is no UTF-8, or its values are no mapping.

@@ -31,8 +31,8 @@ class Credentials:
     The settings may have been made of a faulty document: the fault of a value that is
     `FAULTY` is reported already, and the key that it names is `FAULTY` as well.
 
-    *again*: the document was loaded before. A pipe with a key was read to its end then, and reading
-    it once more would wait for ever; such a pipe is a fault.
+    *again*: the document was loaded before. A pipe with a key was read to its end then, and
+    reading it once more would wait for ever; such a pipe is a fault.
     """
 
     def __init__(self, document: Document, environ: Mapping[str, str], *, again: bool) -> None:
@@ -96,7 +96,10 @@ class Credentials:
         return None
 
     def _from_variable(self, name: Any, path: KeyPath) -> Any:
-        """Return the key in the variable *name*; None if it is empty or not set, or *name* is None."""
+        """Return the key in the variable *name*.
+
+        None if it is empty or not set, or *name* is None.
+        """
         if not isinstance(name, str):
             return name
         value = self._environ.get(name, "").strip()

@@ -118,7 +118,8 @@ class Document:
             self.values = FAULTY
             mark = getattr(exc, "problem_mark", None) or getattr(exc, "context_mark", None)
             place = Place(mark.line + 1, mark.column + 1, self.source) if mark else None
-            # PyYAML quotes its own tokens, such as "<block end>", and parts of the text, which may be secret.
+            # PyYAML quotes its own tokens, such as "<block end>", and parts of the text, which may
+            # be secret.
             problem = re.sub(r"'(?!<)[^']{2,}'", "…", str(getattr(exc, "problem", "") or ""))
             hint = _layout_hint(text, mark) if mark else ""
             self._refuse((), f"not valid YAML: {problem or 'cannot be parsed'}{hint}", place)
@@ -280,10 +281,11 @@ def _layout_hint(text: str, mark: Any) -> str:
 
 
 def scalar(text: str) -> Any:
-    """Return the value of a scalar without quotes, as in YAML 1.1, but `010` is text, as dates are.
+    """Return the value of a scalar without quotes, as in YAML 1.1, but `010` is text, as dates
+    are.
 
-    What PyYAML reads as text is text here as well, so that a value that it has written is read back
-    unchanged.
+    What PyYAML reads as text is text here as well, so that a value that it has written is read
+    back unchanged.
     """
     if text.lower() in _WORDS and text in {text.lower(), text.upper(), text.capitalize()}:
         return _WORDS[text.lower()]

@@ -53,7 +53,10 @@ _PLAIN = re.compile(r"[A-Za-z0-9/.][A-Za-z0-9._/-]*")
 
 
 def number(value: object, kind: str) -> str:
-    """Return how to write the number that *value* probably means; *kind* is that of the setting."""
+    """Return how to write the number that *value* probably means.
+
+    *kind* is that of the setting.
+    """
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return f" (write {value:.0f})"
     if not isinstance(value, str):
@@ -99,7 +102,10 @@ def items(value: object) -> str:
 
 
 def address(value: object) -> str | None:
-    """Return *value*, the address of a server, with the scheme that it lacks; None: it is no address."""
+    """Return *value*, the address of a server, with the scheme that it lacks.
+
+    None: it is no address.
+    """
     match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         return None

@@ -1,8 +1,9 @@
 """How settings are declared, and how the declarations become a voluptuous schema.
 
-A settings class is a frozen dataclass, and stands for one section of the file. `setting()` declares
-a field by its validator, its meaning and its default; `group()` declares a section inside the
-section. `section()` turns the class into a validator: a valid mapping becomes an instance of it.
+A settings class is a frozen dataclass, and stands for one section of the file. `setting()`
+declares a field by its validator, its meaning and its default; `group()` declares a section inside
+the section. `section()` turns the class into a validator: a valid mapping becomes an instance of
+it.
 
 All faults of a mapping are collected and raised together. A value that fails its validator is
 replaced by `FAULTY`, so that the rules between the other settings are still checked.
@@ -71,7 +72,10 @@ class Faults(vol.MultipleInvalid):
 
 
 class WrongShape(vol.Invalid):
-    """Another value where a list or a section of keys belongs; *written* is how to write that in one line."""
+    """Another value where a list or a section of keys belongs.
+
+    *written* is how to write that in one line.
+    """
 
     def __init__(self, message: str, written: str) -> None:
         super().__init__(message)
@@ -106,8 +110,9 @@ class Validator:
 
     *kind* is the type that the documentation shows. *inner* is the settings class of the sections
     inside the value, if there are any, and *suffix* is what follows the key if the value may hold
-    several of them: `.<name>` in a mapping, `[]` in a list. *json* is the JSON Schema of the value, which
-    accepts at least what *test* does; json_schema.py makes that of a section, whose *json* is empty.
+    several of them: `.<name>` in a mapping, `[]` in a list. *json* is the JSON Schema of the
+    value, which accepts at least what *test* does; json_schema.py makes that of a section, whose
+    *json* is empty.
     """
 
     kind: str
@@ -163,7 +168,9 @@ def group(cls: type[Any]) -> Any:
 
 
 def fields(cls: type[Any] | object) -> list[dataclasses.Field[Any]]:
-    """Return the declared settings and sections of a settings class or of an instance, in order."""
+    """Return the declared settings and sections of a settings class or of an instance, in
+    order.
+    """
     return [field for field in dataclasses.fields(cls) if "validator" in field.metadata]  # type: ignore[arg-type]
 
 
@@ -175,8 +182,9 @@ def required(field: dataclasses.Field[Any]) -> bool:
 def section(cls: type[T]) -> Validator:
     """Return the validator of a settings class, which turns a valid mapping into an instance.
 
-    Keys that the class lists in `IGNORED` are accepted and dropped. A section without a value, such
-    as one whose lines are all comments, counts as an empty mapping. The validator raises `Faults`.
+    Keys that the class lists in `IGNORED` are accepted and dropped. A section without a value,
+    such as one whose lines are all comments, counts as an empty mapping. The validator raises
+    `Faults`.
     """
     keys: dict[Any, Any] = {
         (vol.Required if required(field) else vol.Optional)(field.name): field.metadata[
@@ -206,7 +214,9 @@ def section(cls: type[T]) -> Validator:
 
 
 def _partial(cls: type[T], mapping: dict[str, Any]) -> tuple[T | Any, list[vol.Invalid]]:
-    """Return the instance that a faulty section makes, and the rules that its valid values break."""
+    """Return the instance that a faulty section makes, and the rules that its valid values
+    break.
+    """
     values = {}
     for field in fields(cls):
         if field.name in mapping:
@@ -266,7 +276,10 @@ def check_rules(owner: object, *broken: BrokenRule | None) -> None:
 
 
 def compare(owner: object, path: str, sign: str, limit_path: str) -> BrokenRule | None:
-    """Check the rule that one setting of *owner* is `>=` or `<=` another; None if the rule holds."""
+    """Check the rule that one setting of *owner* is `>=` or `<=` another.
+
+    None if the rule holds.
+    """
     value, limit = operator.attrgetter(path, limit_path)(owner)
     if not (value < limit if sign == ">=" else value > limit):
         return None

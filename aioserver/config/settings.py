@@ -1,8 +1,10 @@
-"""The settings of a whole configuration; the classes of all its sections can be imported from here.
+"""The settings of a whole configuration.
 
-The keys, types and rules are those of the system that aioserver replaces: a key that the
-old system requires has no default here, and a key that it lacks is optional. A settings object is never changed: a reload
-makes a new one. Durations are seconds, sizes are bytes.
+The classes of all its sections can be imported from here.
+
+The keys, types and rules are those of the system that aioserver replaces: a key that the old
+system requires has no default here, and a key that it lacks is optional. A settings object is
+never changed: a reload makes a new one. Durations are seconds, sizes are bytes.
 """
 
 # ruff: noqa: RUF009 - setting() and group() are dataclasses.field()

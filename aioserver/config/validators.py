@@ -1,8 +1,8 @@
 """The validators of single values, by the names that declarations of settings use.
 
 A validator returns the value to keep, or raises `vol.Invalid`. Its message shows the value that it
-refuses if that is short, and no value of a setting that may hold a secret; it quotes limits and bounds,
-and says what to write instead (hints.py).
+refuses if that is short, and no value of a setting that may hold a secret; it quotes limits and
+bounds, and says what to write instead (hints.py).
 """
 
 from __future__ import annotations
@@ -243,7 +243,9 @@ _secret_text = text("secret", masked=True)
 
 
 def _passed_header(value: Any) -> str:
-    """Accept the name of a client's header that may go on to a provider, and return it in lower case."""
+    """Accept the name of a client's header that may go on to a provider, and return it in lower
+    case.
+    """
     name: str = header(value).lower()
     if name in TRACE_HEADERS:
         refuse(f"{name} is passed on in any case, if it is valid")
@@ -267,7 +269,10 @@ def _network(value: Any) -> str:
 
 
 def _log_format(value: Any) -> str:
-    """Accept json and console; a format string of `logging`, as the old system has, means console."""
+    """Accept json and console.
+
+    A format string of `logging`, as the old system has, means console.
+    """
     return "console" if isinstance(value, str) and "%(" in value else _log_formats(value)
 
 

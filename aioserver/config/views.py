@@ -1,7 +1,7 @@
 """Views of settings for people: plain data with secrets masked, and the names of settings.
 
-Only names are shown where a value could be a secret: in the log lines about what a reload has changed,
-and about settings that have no effect yet.
+Only names are shown where a value could be a secret: in the log lines about what a reload has
+changed, and about settings that have no effect yet.
 """
 
 from __future__ import annotations

@@ -2,15 +2,15 @@
 
 Algorithm: Goyal, Vin, Cheng, "Start-Time Fair Queueing: A Scheduling Algorithm for Integrated
 Services Packet Switching Networks", SIGCOMM 1996. Each caller has a start tag: the virtual time at
-which its next item starts. The caller with the smallest tag is served, and its tag grows by
-1 / weight. Virtual time is the tag that was served last. A caller that arrives starts at virtual time,
-or where its last item has ended, if that is later: it gains nothing by being away for a moment, and
-nobody waits for items that were never served. So a caller of weight 3 is served three times for
-each time that a caller of weight 1 is, and a caller with a thousand items delays another by one item
-at most.
+which its next item starts. The caller with the smallest tag is served, and its tag grows by 1 /
+weight. Virtual time is the tag that was served last. A caller that arrives starts at virtual time,
+or where its last item has ended, if that is later: it gains nothing by being away for a moment,
+and nobody waits for items that were never served. So a caller of weight 3 is served three times
+for each time that a caller of weight 1 is, and a caller with a thousand items delays another by
+one item at most.
 
-The items of a caller belong to flows (the users of one key, for example). A caller's flows are served
-round robin (Nagle, RFC 970, 1985), and a flow's items in order of arrival.
+The items of a caller belong to flows (the users of one key, for example). A caller's flows are
+served round robin (Nagle, RFC 970, 1985), and a flow's items in order of arrival.
 
 Tags are whole numbers, since their order must be exact: the length of an item in virtual time is
 2520 / weight, which has no remainder for the weights 1 to 10.
@@ -29,7 +29,8 @@ T = TypeVar("T")
 # The length of an item at weight 1: the least common multiple of 1 to 10.
 LENGTH = 2520
 MAX_WEIGHT = 10
-# Stale entries that are kept before they are swept: a sweep at each departure would cost O(callers).
+# Stale entries that are kept before they are swept: a sweep at each departure would cost
+# O(callers).
 MAX_STALE = 64
 
 
@@ -60,8 +61,8 @@ class _Caller(Generic[T]):
     def position_of(self, flow: Hashable, number: int) -> int:
         """Return the position among this caller's items of the *number*-th item of *flow*, from 1.
 
-        Before it the round robin serves *number* items of each flow that is ahead of *flow*, and one
-        less of each flow behind it. A flow that has no item yet is behind all others.
+        Before it the round robin serves *number* items of each flow that is ahead of *flow*, and
+        one less of each flow behind it. A flow that has no item yet is behind all others.
         """
         position, own = 0, number
         for other, items in self.flows.items():
@@ -190,8 +191,8 @@ class FairQueue(Generic[T]):
     ) -> int:
         """Return the position in the queue of the *number*-th item of *flow*; 1 is served next.
 
-        The item need not be in the queue yet: its position is then the one that `add` would give it
-        with the same *weight* and *at_front*.
+        The item need not be in the queue yet: its position is then the one that `add` would give
+        it with the same *weight* and *at_front*.
         """
         entry = self._callers.get(caller)
         if entry is None:

@@ -2,15 +2,15 @@
 
 This file is one concept: a gate and the requests in its queue, whose invariants are the same ones.
 
-A gate stands in front of the handlers (`max_connections`, one queue in order of arrival), in front of
-each provider (`concurrent_requests`, fair between callers) and in front of a provider's sockets. It
-is bounded three times: in its places, in its waiters, and in the time that each of them waits. A
-freed place is handed to the next waiter directly, so that a newcomer cannot overtake, and nobody
-waits while a place is free. fair_queue.py decides which waiter is next.
+A gate stands in front of the handlers (`max_connections`, one queue in order of arrival), in front
+of each provider (`concurrent_requests`, fair between callers) and in front of a provider's
+sockets. It is bounded three times: in its places, in its waiters, and in the time that each of
+them waits. A freed place is handed to the next waiter directly, so that a newcomer cannot
+overtake, and nobody waits while a place is free. fair_queue.py decides which waiter is next.
 
-A gate may have a pace as well (requests per minute). One queue then serves both: its head starts once
-a place is free and the pace allows it. A request whose earliest start, by the pace alone, is past its
-deadline is refused at once.
+A gate may have a pace as well (requests per minute). One queue then serves both: its head starts
+once a place is free and the pace allows it. A request whose earliest start, by the pace alone, is
+past its deadline is refused at once.
 
 Not asyncio.Semaphore: it bounds neither its waiters nor their wait, and reports no positions.
 """
@@ -38,8 +38,8 @@ P = TypeVar("P")
 class Waiter(Generic[P]):
     """A request in the queue; *place* is done once it has a place or an error.
 
-    *arrived* and *deadline* are times of the gate's clock. A request that has waited before counts as one
-    that arrived so much earlier.
+    *arrived* and *deadline* are times of the gate's clock. A request that has waited before counts
+    as one that arrived so much earlier.
     """
 
     __slots__ = (
@@ -141,12 +141,12 @@ class Place:
 class Gate:
     """Bounded in places, in waiters and in their wait; fair between callers.
 
-    Always: `inside <= limit`, unless `apply` has lowered the limit since; nobody waits while a place
-    is free and the pace allows a start. One event loop owns one gate.
+    Always: `inside <= limit`, unless `apply` has lowered the limit since; nobody waits while a
+    place is free and the pace allows a start. One event loop owns one gate.
 
-    The errors are made by *full_error* (the queue is full), *timeout_error* (the wait was too long)
-    and *pace_error* (the pace would make the wait too long; by default *timeout_error*). Each of the three is
-    called with the seconds after which the client should come back.
+    The errors are made by *full_error* (the queue is full), *timeout_error* (the wait was too
+    long) and *pace_error* (the pace would make the wait too long; by default *timeout_error*).
+    Each of the three is called with the seconds after which the client should come back.
     """
 
     def __init__(
@@ -254,11 +254,12 @@ class Gate:
         """Wait for a place. Cancelling is safe at any time: no place is lost.
 
         Callers share the places by their *weight* (1 to 10); the flows of one caller share evenly.
-        *on_position* is called with `(position, eta in seconds)` when the wait begins, and again each
-        second if they have changed. The seconds that the request has *waited* before are a part of its
-        `queue_timeout`. A request that has waited before is put *at_front* of its caller's other requests.
-        `refuse_late` may also refuse a request that *may_fail_over* to another gate. A request that was in the
-        queue before may *rejoin* it, though it is full. *cost* counts for the pace.
+        *on_position* is called with `(position, eta in seconds)` when the wait begins, and again
+        each second if they have changed. The seconds that the request has *waited* before are a
+        part of its `queue_timeout`. A request that has waited before is put *at_front* of its
+        caller's other requests. `refuse_late` may also refuse a request that *may_fail_over* to
+        another gate. A request that was in the queue before may *rejoin* it, though it is full.
+        *cost* counts for the pace.
 
         Raises:
             AioserverError: made by *full_error* or *pace_error* at once, by *timeout_error* at the
@@ -271,7 +272,8 @@ class Gate:
         seconds = max(0.0, self._queue_timeout - waited)
         if ((self.full and not rejoin) or seconds <= 0) and (seconds := self._grace()) <= 0:
             self._refused += 1
-            # A request without time left has waited already, at another gate or in an earlier attempt.
+            # A request without time left has waited already, at another gate or in an earlier
+            # attempt.
             timed_out = waited >= self._queue_timeout > 0
             raise (self._timeout_error if timed_out else self._full_error)(self.retry_after())
         if self._pace is not None:
@@ -331,7 +333,8 @@ class Gate:
         self._queue.clear()
 
     def refuse_late(self, failover_wait: float) -> None:
-        """Refuse the waiters that cannot start before their deadline, since the pace has slowed down.
+        """Refuse the waiters that cannot start before their deadline, since the pace has slowed
+        down.
 
         A waiter that may fail over is also refused if nothing starts for more than *failover_wait*
         seconds.
@@ -378,7 +381,10 @@ class Gate:
         return 0.0
 
     def _delay(self) -> float:
-        """Return the seconds until the next start; 0.0 if nothing but places limits it, inf until `serve`."""
+        """Return the seconds until the next start.
+
+        0.0 if nothing but places limits it, inf until `serve`.
+        """
         return 0.0 if self._pace is None else self._pace.delay()
 
     def _start(self, cost: int) -> Place:
@@ -412,7 +418,8 @@ class Gate:
         except Exception as exc:
             if waiter is None:
                 raise
-            # It is raised in the task that waits, and not in the one that has given its place back.
+            # It is raised in the task that waits, and not in the one that has given its place
+            # back.
             waiter.place.set_exception(exc)
         finally:
             if place is None:
@@ -422,7 +429,9 @@ class Gate:
             waiter.place.set_result(place)
 
     def _handed_over(self, waiter: Waiter[Place]) -> None:
-        """Note that *waiter* gets a place, of which its task hears in the next turn of the loop."""
+        """Note that *waiter* gets a place, of which its task hears in the next turn of the
+        loop.
+        """
 
     def _resumed(self, waiter: Waiter[Place]) -> None:
         """Note that the task of *waiter* goes on, with a place or without one."""

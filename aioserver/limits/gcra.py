@@ -1,11 +1,11 @@
 """The one rate algorithm: GCRA, the generic cell rate algorithm (ITU-T I.371).
 
-The state is one number, the theoretical arrival time (TAT): the moment at which the next start would be
-exactly on schedule. A start is allowed while the TAT is at most a tolerance ahead of now, and
-moves the TAT ahead by an interval (from now, if the TAT has passed). So after a rest `1 + tolerance / interval`
-starts may follow each other at once, then one each interval. Nothing is stored per start, and nothing
-is reset at the edge of a minute, where a counter would allow two bursts. See also Brandur Leach,
-"Rate limiting, cells, and GCRA", 2015.
+The state is one number, the theoretical arrival time (TAT): the moment at which the next start
+would be exactly on schedule. A start is allowed while the TAT is at most a tolerance ahead of now,
+and moves the TAT ahead by an interval (from now, if the TAT has passed). So after a rest
+`1 + tolerance / interval` starts may follow each other at once, then one each interval. Nothing is
+stored per start, and nothing is reset at the edge of a minute, where a counter would allow two
+bursts. See also Brandur Leach, "Rate limiting, cells, and GCRA", 2015.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Seconds by which a start may be early, for the rounding errors of a minute's additions: a client that
-# comes back after exactly the delay of its refusal is not refused again.
+# Seconds by which a start may be early, for the rounding errors of a minute's additions: a client
+# that comes back after exactly the delay of its refusal is not refused again.
 ROUNDING = 1e-9
 
 
 class Gcra:
     """A start each *interval* seconds, and up to *tolerance* seconds early.
 
-    Always: at most `(t + tolerance) / interval + 1` starts in any span of t seconds, if each start is
-    counted by `try_take`, or by `take` when `delay` is 0.
+    Always: at most `(t + tolerance) / interval + 1` starts in any span of t seconds, if each start
+    is counted by `try_take`, or by `take` when `delay` is 0.
 
-    Waiting is the caller's business. The whole state is one number, so that several instances of the
-    server can share it as one key.
+    Waiting is the caller's business. The whole state is one number, so that several instances of
+    the server can share it as one key.
     """
 
     __slots__ = ("_clock", "_tat", "_tolerance", "interval")
@@ -42,7 +42,9 @@ class Gcra:
         self.interval = interval
 
     def delay(self, ahead: float = 0.0) -> float:
-        """Return the seconds until a start is allowed after others that are worth *ahead* seconds."""
+        """Return the seconds until a start is allowed after others that are worth *ahead*
+        seconds.
+        """
         wait = ahead - self._tolerance
         if (counted := self._tat - self._clock()) > 0:
             wait += counted
@@ -56,7 +58,9 @@ class Gcra:
         self._tat = max(self._tat, self._clock()) + seconds
 
     def try_take(self) -> float:
-        """Count a start if it is allowed, and return 0; otherwise return the seconds until it is."""
+        """Count a start if it is allowed, and return 0; otherwise return the seconds until it
+        is.
+        """
         now = self._clock()
         tat = max(self._tat, now)
         delay = tat - now - self._tolerance

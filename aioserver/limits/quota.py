@@ -1,11 +1,13 @@
-"""The limits of one key (`auth.keys`): connections and answers at once, and new answers per minute.
+"""The limits of one key (`auth.keys`): connections and answers at once, and new answers per
+minute.
 
-An answer counts from its beginning to its end, on whatever face, and however it ends; a request that
-attaches to an answer under way begins none. A connection counts from its request or handshake to its end,
-also while it waits for its place; a `max_connections` of 0 bounds nothing. The limit per minute is a GCRA (limits/gcra.py) with a
-burst of a whole minute: after a rest `requests_per_minute` answers may begin at once, then one each
-60 / `requests_per_minute` seconds. A request over a limit is refused and does not wait: only the
-providers' queues, which are fair, make requests wait.
+An answer counts from its beginning to its end, on whatever face, and however it ends; a request
+that attaches to an answer under way begins none. A connection counts from its request or handshake
+to its end, also while it waits for its place; a `max_connections` of 0 bounds nothing. The limit
+per minute is a GCRA (limits/gcra.py) with a burst of a whole minute: after a rest
+`requests_per_minute` answers may begin at once, then one each 60 / `requests_per_minute` seconds.
+A request over a limit is refused and does not wait: only the providers' queues, which are fair,
+make requests wait.
 """
 
 from __future__ import annotations
@@ -34,11 +36,12 @@ REVOKED = "this API key is no longer valid"
 class Quota:
     """The counts of one key; they outlive a change of its limits.
 
-    Always: `running` answers were taken and not given back, and `connections` counted and not ended; in any span of t seconds at most
-    `(t / 60 + 1) * requests_per_minute` are taken. Once `revoked`, none is taken any more.
+    Always: `running` answers were taken and not given back, and `connections` counted and not
+    ended; in any span of t seconds at most `(t / 60 + 1) * requests_per_minute` are taken. Once
+    `revoked`, none is taken any more.
 
-    *elsewhere* is called with each change of the number of connections, while they are bounded, and returns how many
-    the other processes have of this key; None: there are no others.
+    *elsewhere* is called with each change of the number of connections, while they are bounded,
+    and returns how many the other processes have of this key; None: there are no others.
     """
 
     def __init__(
@@ -66,7 +69,10 @@ class Quota:
     def apply(
         self, max_concurrent: int, requests_per_minute: int, max_connections: int = 0
     ) -> None:
-        """Use other limits from now on. Answers that run or have begun, and connections, count as before."""
+        """Use other limits from now on.
+
+        Answers that run or have begun, and connections, count as before.
+        """
         self._max_concurrent = max_concurrent
         if bool(max_connections) != bool(self._max_connections) and self._elsewhere is not None:
             self._elsewhere(self.connections if max_connections else -self.connections)
@@ -77,9 +83,10 @@ class Quota:
     def take(self) -> asyncio.Future[None] | None:
         """Count an answer that begins; call `give_back` once when it has ended.
 
-        Where other instances share the limits it may not be known yet whether the answer is within them. Then the
-        result is a future, to be awaited before a provider is asked: it raises one of the first two errors if the answer is
-        not. The answer is counted meanwhile; if it ends before that is known, the future is to be cancelled.
+        Where other instances share the limits it may not be known yet whether the answer is within
+        them. Then the result is a future, to be awaited before a provider is asked: it raises one
+        of the first two errors if the answer is not. The answer is counted meanwhile; if it ends
+        before that is known, the future is to be cancelled.
 
         Raises:
             ConcurrencyExceeded: `max_concurrent` answers run; nothing is counted.
@@ -192,6 +199,8 @@ class Quota:
 
 
 def minute(requests: int) -> tuple[float, float]:
-    """Return the interval and the tolerance of *requests* a minute; after a rest all may start at once."""
+    """Return the interval and the tolerance of *requests* a minute; after a rest all may start at
+    once.
+    """
     interval = MINUTE / requests
     return interval, (requests - 1) * interval

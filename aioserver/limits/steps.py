@@ -1,4 +1,6 @@
-"""Work in steps, each in a turn of the event loop of its own, so that nobody waits for the whole of it."""
+"""Work in steps, each in a turn of the event loop of its own, so that nobody waits for the whole
+of it.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Many timers of about the same length on one timer of the event loop.
 
-Algorithm: the hashed timing wheel of Varghese and Lauck, "Hashed and Hierarchical Timing Wheels", SOSP
-1987, as a dict of buckets and a heap of their numbers. It serves pings and heartbeats: thousands of
-members, each visited every twenty seconds. A member is in the bucket of its time, and the one timer is
-set for the next bucket that has a member. Adding, removing and visiting a member take the same time
-however many there are.
+Algorithm: the hashed timing wheel of Varghese and Lauck, "Hashed and Hierarchical Timing Wheels",
+SOSP 1987, as a dict of buckets and a heap of their numbers. It serves pings and heartbeats:
+thousands of members, each visited every twenty seconds. A member is in the bucket of its time, and
+the one timer is set for the next bucket that has a member. Adding, removing and visiting a member
+take the same time however many there are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ EARLY = 1e-3
 
 
 class Member(Protocol):
-    """A member of a wheel. Only the wheel sets *bucket*: 0 outside every bucket, -1 during a visit."""
+    """A member of a wheel.
+
+    Only the wheel sets *bucket*: 0 outside every bucket, -1 during a visit.
+    """
 
     bucket: int
 

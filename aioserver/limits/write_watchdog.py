@@ -2,9 +2,9 @@
 
 A blocked write is never cancelled: aiohttp's drain waits on one shared future, and cancelling it
 once breaks every later write on that connection. Instead the watchdog looks at the size of the
-transport's buffer from time to time. When it has not shrunk for *timeout* seconds, the watchdog calls
-*alarm*, which aborts the transport, and the blocked write ends by itself. The watchdog runs only
-while a write is blocked.
+transport's buffer from time to time. When it has not shrunk for *timeout* seconds, the watchdog
+calls *alarm*, which aborts the transport, and the blocked write ends by itself. The watchdog runs
+only while a write is blocked.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ KERNEL_ABORTS = hasattr(socket, "TCP_USER_TIMEOUT")
 class WriteWatchdog:
     """Calls *alarm* once when the buffer of *transport* has not shrunk for *timeout* seconds.
 
-    Always: nothing is written to the transport while it is watched. The watchdog ends by itself when
-    the buffer is empty or the transport is closed.
+    Always: nothing is written to the transport while it is watched. The watchdog ends by itself
+    when the buffer is empty or the transport is closed.
     """
 
     __slots__ = ("_alarm", "_handle", "_loop", "_period", "_size", "_stalled", "_transport")
@@ -79,7 +79,8 @@ def reset(transport: asyncio.Transport) -> None:
 def watch_rest(transport: asyncio.Transport, timeout: float) -> None:
     """Abort *transport*, to which nothing is written any more, if its peer does not read the rest.
 
-    Its close() would wait for that peer for ever. Over TCP the kernel aborts the connection itself.
+    Its close() would wait for that peer for ever. Over TCP the kernel aborts the connection
+    itself.
     """
     if transport.is_closing() or not transport.get_write_buffer_size():
         return

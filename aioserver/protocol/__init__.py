@@ -1,17 +1,20 @@
-"""The protocols: bytes in, objects out, and back. No sockets, no clock, no knowledge of the server.
+"""The protocols: bytes in, objects out, and back.
 
-A client sends *commands* (chat, cancel, resume, ping), each of them a JSON *frame* on a WebSocket, or the
-body of an HTTP request. A command names its request by a *request id*, which the client has chosen.
+No sockets, no clock, no knowledge of the server.
+
+A client sends *commands* (chat, cancel, resume, ping), each of them a JSON *frame* on a WebSocket,
+or the body of an HTTP request. A command names its request by a *request id*, which the client has
+chosen.
 
 A provider answers with an *event stream* (text/event-stream). The *splitter* cuts its bytes into
 *blocks* of complete *events*, wherever a read from the socket ends. The *data* of an event is one
-of OpenAI's chat objects: a *delta* for each *choice*, that is a piece of text, reasoning or tool calls, and
-at the end the *finish reason* and the *usage*. It can also be an *error object*.
+of OpenAI's chat objects: a *delta* for each *choice*, that is a piece of text, reasoning or tool
+calls, and at the end the *finish reason* and the *usage*. It can also be an *error object*.
 
 The *reading* of an answer turns each event into *chunks*, our own form of these pieces, and keeps
 what the conversation needs. The *shape* of an answer is the bytes that the provider repeats around
 every text: an event of that shape need not be parsed.
 
-Chunks go to the clients in frames of ours: request id, *event id* (from 1, to resume after it), *status* and
-chunk.
+Chunks go to the clients in frames of ours: request id, *event id* (from 1, to resume after it),
+*status* and chunk.
 """

@@ -5,9 +5,9 @@
     {"action": "resume", "request_id": "6f0c", "payload": {"last_event_id": 17}}
     {"action": "ping"}
 
-The body of an SSE request has the payload's fields and the `request_id`. Of a question only the fields
-are looked at: `text`, `messages` and `options` stay the bytes that the client has written, and go to the
-provider as they are.
+The body of an SSE request has the payload's fields and the `request_id`. Of a question only the
+fields are looked at: `text`, `messages` and `options` stay the bytes that the client has written,
+and go to the provider as they are.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ MAX_ID_CHARACTERS = 256
 # A character of an id may be written as an escape, and one beyond U+FFFF as two of six bytes.
 MAX_ID_BYTES = 12 * MAX_ID_CHARACTERS + 2
 MAX_EVENT_NUMBER_BYTES = 32
-# Messages of a chat are looked at one by one if they cannot be more than this. The provider judges larger
-# chats: an object for each of a million messages would stop the event loop.
+# Messages of a chat are looked at one by one if they cannot be more than this. The provider judges
+# larger chats: an object for each of a million messages would stop the event loop.
 MAX_CHECKED_MESSAGES = 30_000
 _ACTIONS = "chat, cancel, resume, ping"
 _EMPTY = Raw(b"{}")
@@ -96,12 +96,15 @@ _DEFAULTED = tuple(name for name in _Options.__struct_fields__ if name not in RE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chat:
-    """A question. Exactly one of *text* and *messages* is set; both are JSON, as the client wrote it.
+    """A question.
 
-    *options* is the JSON of an object, and *option_names* says which of its keys replace a default.
-    If *streaming* is None, the configuration decides. *original* is empty, unless something in the
-    question was replaced: it is then a hash of what the client has sent. *hashed* is the `digest`, if it was made in steps. The *client_headers* go on to
-    the provider, and are no part of the question: two questions that differ in them alone are the same.
+    Exactly one of *text* and *messages* is set; both are JSON, as the client wrote it.
+
+    *options* is the JSON of an object, and *option_names* says which of its keys replace a
+    default. If *streaming* is None, the configuration decides. *original* is empty, unless
+    something in the question was replaced: it is then a hash of what the client has sent. *hashed*
+    is the `digest`, if it was made in steps. The *client_headers* go on to the provider, and are
+    no part of the question: two questions that differ in them alone are the same.
     """
 
     request_id: str
@@ -120,8 +123,8 @@ class Chat:
     def digest(self) -> bytes:
         """Return a hash of the question, which tells a repeated request from a conflicting one.
 
-        It is a hash of the bytes as they came: another order of keys is another question. The hash is
-        kept as long as the answer, since the question itself may have megabytes.
+        It is a hash of the bytes as they came: another order of keys is another question. The hash
+        is kept as long as the answer, since the question itself may have megabytes.
         """
         return self.hashed or at_once(self.hashing())
 

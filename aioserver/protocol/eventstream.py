@@ -2,7 +2,8 @@ r"""text/event-stream (WHATWG HTML 9.2), parsed and written; no I/O.
 
 `Splitter` cuts a stream of bytes into blocks of whole events. It looks for blank lines only and
 changes nothing, so that a block can be passed on as it is. `parse` returns the events of a block,
-for code that needs their contents. The result does not depend on how the bytes were cut into reads.
+for code that needs their contents. The result does not depend on how the bytes were cut into
+reads.
 
 A blank line is two line ends in a row; a line end is LF, CRLF or CR. Almost every provider sends
 LF alone, so both functions look for b"\n\n" first, and treat every kind of line end only once a CR
@@ -29,7 +30,10 @@ class EventTooLong(ValueError):
 
 # Not a frozen dataclass: making one takes three times as long.
 class ServerEvent(NamedTuple):
-    """A dispatched event. *data* has its lines joined by LF; *id* is None if the field was absent."""
+    """A dispatched event.
+
+    *data* has its lines joined by LF; *id* is None if the field was absent.
+    """
 
     data: bytes
     event: bytes = b""
@@ -39,8 +43,8 @@ class ServerEvent(NamedTuple):
 class Splitter:
     """Bytes in, blocks of whole events out, byte for byte.
 
-    Always: what was fed is what was returned plus what is pending, except for a byte order mark at the
-    start; a block ends with a blank line.
+    Always: what was fed is what was returned plus what is pending, except for a byte order mark at
+    the start; a block ends with a blank line.
     """
 
     __slots__ = ("_cr", "_max", "_rest", "_started")
@@ -59,7 +63,10 @@ class Splitter:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is pending and every line end so far was LF; false before the first byte."""
+        """Whether nothing is pending and every line end so far was LF.
+
+        False before the first byte.
+        """
         return self._started and not self._rest and not self._cr
 
     def feed(self, chunk: bytes) -> bytes:
@@ -78,7 +85,8 @@ class Splitter:
             and chunk.find(b"\r") < 0
         ):
             return chunk
-        # The rest ends with one line end at most, so no blank line begins before its last two bytes.
+        # The rest ends with one line end at most, so no blank line begins before its last two
+        # bytes.
         start = max(0, len(self._rest) - 2)
         data: bytes | bytearray = chunk
         if self._rest:
@@ -121,7 +129,8 @@ def _longest(data: bytes | bytearray) -> int:
 def split(block: bytes) -> list[bytes]:
     """Return the events of a block as bytes, each with LF line ends and its blank line.
 
-    A part without a `data` line, such as a comment, is no event (WHATWG HTML 9.2.6) and is dropped.
+    A part without a `data` line, such as a comment, is no event (WHATWG HTML 9.2.6) and is
+    dropped.
     """
     if b"\r" in block:
         block = _EOL.sub(b"\n", block)
@@ -156,7 +165,9 @@ def count(block: bytes) -> int:
 
 
 def _named(block: bytes) -> bool:
-    """Return whether *block* is one event of two lines, its name and its data, as the Responses API has them."""
+    """Return whether *block* is one event of two lines, its name and its data, as the Responses
+    API has them.
+    """
     return (
         block.startswith(b"event: ")
         and block.endswith(b"\n\n")

@@ -1,9 +1,9 @@
 """A body with a `model`, as OpenAI's API has it: its bytes, and what is read of its top level.
 
-The body goes to the provider as it came. Where a provider is asked for another model than the client
-named, the value of `model` is replaced in the bytes, and nothing else. If the key stands there several times,
-that is the last of them, the one that was read: a request must not be served by another value than the
-one it was routed by.
+The body goes to the provider as it came. Where a provider is asked for another model than the
+client named, the value of `model` is replaced in the bytes, and nothing else. If the key stands
+there several times, that is the last of them, the one that was read: a request must not be served
+by another value than the one it was routed by.
 """
 
 from __future__ import annotations
@@ -57,10 +57,11 @@ class _RawFields(msgspec.Struct, gc=False):
 
 _DECODER = msgspec.json.Decoder(_Fields)
 _RAW_DECODER = msgspec.json.Decoder(_RawFields)
-# The longest body that may be read twice: first as nearly all clients send it, then whatever it has.
+# The longest body that may be read twice: first as nearly all clients send it, then whatever it
+# has.
 MAX_READ_TWICE = 1 << 16
-# Characters of a name that has MAX_MODEL_BYTES at most, whichever way it is written: 12 bytes stand for an
-# escaped pair of surrogates.
+# Characters of a name that has MAX_MODEL_BYTES at most, whichever way it is written: 12 bytes
+# stand for an escaped pair of surrogates.
 MAX_SURE_CHARACTERS = MAX_MODEL_BYTES // 12
 MODEL = Member("model")
 
@@ -68,8 +69,9 @@ MODEL = Member("model")
 class ModelBody:
     """The body of one request, and the values of its top level that are read.
 
-    *model*, *user*, *stored* and *previous_response_id* are None where the client set none; *streamed* and
-    *background* are false then. *metadata* is JSON; it is empty where the client set none, or more than MAX_METADATA_BYTES.
+    *model*, *user*, *stored* and *previous_response_id* are None where the client set none;
+    *streamed* and *background* are false then. *metadata* is JSON; it is empty where the client
+    set none, or more than MAX_METADATA_BYTES.
     """
 
     __slots__ = (
@@ -114,7 +116,9 @@ class ModelBody:
         return len(self.data) > json_body.STEP_BYTES
 
     def _read(self) -> bool:
-        """Read a body whose fields have the types that they should have; return whether it is one."""
+        """Read a body whose fields have the types that they should have; return whether it is
+        one.
+        """
         try:
             fields = _DECODER.decode(self.data)
         except (msgspec.DecodeError, RecursionError):
@@ -151,7 +155,9 @@ class ModelBody:
         self._value = bytes(fields.model)
 
     def _take_metadata(self, metadata: Raw) -> None:
-        """Keep *metadata*, if it is short: as a copy, since the body is let go before its request ends."""
+        """Keep *metadata*, if it is short: as a copy, since the body is let go before its request
+        ends.
+        """
         short = metadata is not ABSENT and len(memoryview(metadata)) <= MAX_METADATA_BYTES
         self.metadata = bytes(metadata) if short else b""
 
@@ -159,7 +165,8 @@ class ModelBody:
         """Return the body with *model* in place of the client's.
 
         Raises:
-            InvalidRequest: the body has more than `json_body.MAX_PLACES` keys that may be its model's.
+            InvalidRequest: the body has more than `json_body.MAX_PLACES` keys that may be its
+                model's.
         """
         data, value = self.data, self._value
         if value is None:

@@ -1,7 +1,8 @@
 """OpenAI's chat objects: text, reasoning, tool calls, finish reason, usage and errors.
 
-The delta of a `chat.completion.chunk`, or the message of a whole `chat.completion`, becomes the `chunk`
-objects of our frames. They are JSON already, since each is rendered once and shared by all readers:
+The delta of a `chat.completion.chunk`, or the message of a whole `chat.completion`, becomes the
+`chunk` objects of our frames. They are JSON already, since each is rendered once and shared by all
+readers:
 
     {"type":"text","data":"Hel","metadata":{}}
 """
@@ -65,8 +66,9 @@ class Reading:
     Always: the text costs its bytes in memory, in however many events it came; it is kept in one
     buffer and not as a list of pieces, each of which would be an object.
 
-    Some providers split a surrogate pair over two events. *half* keeps the first half of such a pair, by
-    the text of the `delta` in which it came, until the second half comes. If none comes, U+FFFD replaces it.
+    Some providers split a surrogate pair over two events. *half* keeps the first half of such a
+    pair, by the text of the `delta` in which it came, until the second half comes. If none comes,
+    U+FFFD replaces it.
     """
 
     choice_index: int = 0
@@ -115,7 +117,8 @@ class Reading:
         if error := answer.get("error"):
             raise ErrorEvent(error)
         if (usage := usage_of(answer)) is not None:
-            # Raises if orjson cannot write the usage where the `complete` event has it: two levels deeper.
+            # Raises if orjson cannot write the usage where the `complete` event has it: two levels
+            # deeper.
             written = orjson.dumps([[usage]])
             self.usage = usage if len(written) <= MAX_USAGE_BYTES else bounded(usage)
         chunks: list[bytes] = []
@@ -130,9 +133,12 @@ class Reading:
         return chunks
 
     def _join_halves(self, choice: dict[str, Any]) -> dict[str, Any]:
-        """Return *choice* without lone surrogates; a first half at the end of a text is kept in `half`.
+        """Return *choice* without lone surrogates.
 
-        A half that was kept goes in front of the next text of its field, or in front of the finish.
+        A first half at the end of a text is kept in `half`.
+
+        A half that was kept goes in front of the next text of its field, or in front of the
+        finish.
         """
         name = "delta" if choice.get("delta") else "message"
         delta = choice.get(name)
@@ -160,7 +166,10 @@ class Reading:
         return repaired
 
     def _join(self, place: TextPlace, text: str, last: bool) -> str:
-        """Return *text* with the half that came before it; a half at its end is kept, unless it is the *last*."""
+        """Return *text* with the half that came before it.
+
+        A half at its end is kept, unless it is the *last*.
+        """
         text = self.half.pop(place, "") + text
         if not last and len(self.half) < MAX_HALVES and "\ud800" <= text[-1] <= "\udbff":
             self.half[place], text = text[-1], text[:-1]
@@ -210,7 +219,8 @@ class Reading:
 
 
 def load_with_surrogates(data: bytes) -> Any:
-    """Return the JSON in *data*, which orjson has refused, perhaps only because of lone surrogates.
+    """Return the JSON in *data*, which orjson has refused, perhaps only because of lone
+    surrogates.
 
     Lone surrogates are valid JSON (RFC 8259, 8.2), and stay in the texts that are returned.
 
@@ -242,10 +252,10 @@ def _replace_surrogates(value: Any) -> Any:
 class Shape:
     """The bytes that a provider repeats around each text of an answer.
 
-    An event that begins with *prefix*, ends with *suffix*, and has between them only characters that
-    stand for themselves in a JSON string differs from every other such event in its text alone, so it need
-    not be parsed. *prefix* goes from `data: ` to the text's opening quote, *suffix* from its closing
-    quote to the blank line. *reading* is that of the answer.
+    An event that begins with *prefix*, ends with *suffix*, and has between them only characters
+    that stand for themselves in a JSON string differs from every other such event in its text
+    alone, so it need not be parsed. *prefix* goes from `data: ` to the text's opening quote,
+    *suffix* from its closing quote to the blank line. *reading* is that of the answer.
     """
 
     prefix: bytes
@@ -253,7 +263,10 @@ class Shape:
     reading: Reading
 
     def text_in(self, event: bytes) -> bytes | None:
-        """Return the text in *event*, as it stands in JSON; None if *event* is of another shape, or no UTF-8."""
+        """Return the text in *event*, as it stands in JSON.
+
+        None if *event* is of another shape, or no UTF-8.
+        """
         begin, stop = len(self.prefix), len(event) - len(self.suffix)
         if (
             begin >= stop
@@ -267,9 +280,12 @@ class Shape:
 
 
 def learn(event: bytes, reading: Reading) -> Shape | None:
-    """Return the shape of *event*, part of the answer of *reading*; None if *event* has more than a text.
+    """Return the shape of *event*, part of the answer of *reading*.
 
-    The place of the text is proved: *event* with another text in that place must read as that text.
+    None if *event* has more than a text.
+
+    The place of the text is proved: *event* with another text in that place must read as that
+    text.
     """
     if (
         not event.startswith(b"data: {")
@@ -288,7 +304,10 @@ def learn(event: bytes, reading: Reading) -> Shape | None:
 
 
 def _only_text(data: bytes, reading: Reading) -> str | None:
-    """Return the text of an event that has nothing else; None for any other event, or for no event."""
+    """Return the text of an event that has nothing else.
+
+    None for any other event, or for no event.
+    """
     fresh = Reading(reading.choice_index)
     try:
         chunks = fresh.read(data)

@@ -9,9 +9,10 @@
     organization, messages, other responses   never pass: the account's administration, and what this server
                                       answers itself
 
-A path is compared as it stands on the wire, and only a path that can be read in one way is a path at all:
-with an escape (`%2e`, `%2f`), an empty segment, a dot segment, a backslash or a semicolon, a provider or a proxy
-in front of it may read another path than was allowed here (CWE-22, CWE-436). None of OpenAI's paths has any.
+A path is compared as it stands on the wire, and only a path that can be read in one way is a path
+at all: with an escape (`%2e`, `%2f`), an empty segment, a dot segment, a backslash or a semicolon,
+a provider or a proxy in front of it may read another path than was allowed here (CWE-22, CWE-436).
+None of OpenAI's paths has any.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ QUESTION_PATHS = frozenset(
 )
 # The voices that somebody has recorded, and their consent to it, are kept in the account.
 OBJECTS = ("audio/voice",)
-# First segments of paths that never pass, in lower case: some providers read a path in any case. A second `v1`
-# is that of a wrong base URL.
+# First segments of paths that never pass, in lower case: some providers read a path in any case. A
+# second `v1` is that of a wrong base URL.
 NEVER = frozenset({"organization", "organizations", "responses", "messages", "v1"})
-# First segments of OpenAI's paths that name objects of an account; any other path is taken for one, too.
+# First segments of OpenAI's paths that name objects of an account; any other path is taken for
+# one, too.
 ACCOUNT = frozenset(
     {
         *("assistants", "batches", "containers", "conversations", "evals", "files", "fine_tuning"),
@@ -62,7 +64,10 @@ class Passage(Enum):
 
 
 def passage(path: str) -> Passage | None:
-    """Return for whom *path*, below `/v1/` and as it stands on the wire, passes; None for nobody."""
+    """Return for whom *path*, below `/v1/` and as it stands on the wire, passes.
+
+    None for nobody.
+    """
     if not _PATH.fullmatch(path):
         return None
     if path in QUESTION_PATHS or (path.startswith(QUESTIONS) and not path.startswith(OBJECTS)):
@@ -80,5 +85,7 @@ def names_account(path: str) -> bool:
 
 
 def sound_query(query: str) -> bool:
-    """Return whether *query* can stand in a request line, and ends the path there in one way only."""
+    """Return whether *query* can stand in a request line, and ends the path there in one way
+    only.
+    """
     return _QUERY.fullmatch(query) is not None
