@@ -1,5 +1,8 @@
 """Every error that a client may see, and how it looks on every face.
 
+This file is one concept: the errors are one tree, and each of its classes is a table row of the
+same columns.
+
 A face is a protocol that clients speak to us: WebSocket, SSE, OpenAI's API. Faces only render an
 error; its class states its whole appearance once: its code and HTTP status, whether the client may
 try again, and the close code (RFC 6455, 7.4.1) that ends a WebSocket. An error without a close
