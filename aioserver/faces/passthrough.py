@@ -140,10 +140,10 @@ async def _write(
         ConnectionError: the client has left, or is dropped.
         AioserverError: the answer is not complete.
     """
-    answer, provider = passed.answer, passed.record.provider
+    answer, provider = passed.answer, passed.outcome.provider
     headers = {
         PROVIDER: provider,
-        "x-aioserver-attempts": str(passed.record.attempts),
+        "x-aioserver-attempts": str(passed.outcome.attempts),
         **shown_headers(answer.headers),
         **GUARDS,
     }

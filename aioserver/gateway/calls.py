@@ -85,7 +85,7 @@ class Calls:
             logger.exception("bug in an answer")
             self._request_log.metrics.bugs.note(exc)
             bug = InternalError("internal error")
-            bug.counted, bug.paid = True, record.sent_at > 0
+            bug.counted, bug.paid = True, record.outcome.sent_at > 0
             raise bug from exc
         finally:
             self._tasks.discard(task)

@@ -67,7 +67,7 @@ class Feedback:
             # Another trial may start now.
             self._gate.serve()
             return
-        seconds = self._clock() - (attempt.request.record.sent_at or attempt.began)
+        seconds = self._clock() - (attempt.request.outcome.sent_at or attempt.began)
         if self._health.answered(seconds, trial=trial):
             self._gate.resume()
 
@@ -99,7 +99,7 @@ class Feedback:
         if isinstance(exc, ProviderFault):
             if exc.attempt_outcome:
                 attempts[exc.attempt_outcome].value += 1
-        elif isinstance(exc, asyncio.CancelledError) and record.sent_at:
+        elif isinstance(exc, asyncio.CancelledError) and record.outcome.sent_at:
             attempts["cancelled"].value += 1
         if outdated or attempt.says_little:
             # Its fault is that of former settings, with another key or address, or of one path.
@@ -122,7 +122,7 @@ class Feedback:
             base_url=self._pools.base_url,
             began=attempt.began,
             ended=self._clock(),
-            first_chunk=record.first_event_at - record.sent_at if timed else 0.0,
+            first_chunk=record.first_event_at - record.outcome.sent_at if timed else 0.0,
             status=attempt.status,
             error=exc or attempt.fault,
             usage=record.outcome.usage,

@@ -38,7 +38,7 @@ def real_tokens(attempt: Attempt, provider: settings.Provider, *, failed: bool) 
 
     Where the provider reports no usage, the prompt counts as estimated, and each event as a token.
     """
-    if failed and not attempt.request.record.sent_at:
+    if failed and not attempt.request.outcome.sent_at:
         return 0
     usage = None if failed else attempt.request.outcome.usage
     total = usage.get("total_tokens") if usage is not None else None

@@ -51,7 +51,6 @@ class RequestRecord:
 
         admitted_at     the request was admitted and understood
         queued_at       the request asked for a place at its provider, for the first time
-        sent_at         its newest attempt was sent
         first_event_at  the first event of its answer was there
 
     Durations are in seconds:
@@ -62,6 +61,8 @@ class RequestRecord:
                         *silence_end*, in the time of the event loop
         delay           the longest time that an event which had been read waited for us
         client_stall    the longest time that the client read nothing
+
+    *outcome* says which provider was asked, and what became of it there.
     """
 
     __slots__ = (
@@ -131,26 +132,6 @@ class RequestRecord:
         self.outcome.provider, self.outcome.model = provider, model
         self.admitted_at = monotonic()
 
-    @property
-    def provider(self) -> str:
-        """The provider that was asked last."""
-        return self.outcome.provider
-
-    @property
-    def model(self) -> str:
-        """The model that was asked for there."""
-        return self.outcome.model
-
-    @property
-    def attempts(self) -> int:
-        """The number of requests that were sent, at all providers."""
-        return self.outcome.attempts
-
-    @property
-    def sent_at(self) -> float:
-        """When the newest attempt was sent."""
-        return self.outcome.sent_at
-
     def answered(self, now: float) -> None:
         """Note that the first event of the answer has come *now*; it counts at once."""
         self.first_event_at = now
@@ -210,10 +191,10 @@ class RequestLog:
     def count_first_token(self, record: RequestRecord) -> None:
         """Count how long the first event of the answer took, from admission and from being sent."""
         metrics, first = self.metrics, record.first_event_at
-        from_admission, from_sending = first - record.admitted_at, first - record.sent_at
+        from_admission, from_sending = first - record.admitted_at, first - record.outcome.sent_at
         metrics.faces[record.face].first_token.observe(from_admission)
         metrics.recent_first_tokens.add(first, from_admission)
-        provider = metrics.providers[record.provider]
+        provider = metrics.providers[record.outcome.provider]
         provider.first_token.observe(from_sending)
         provider.recent_first_tokens.add(first, from_sending)
 
@@ -232,13 +213,13 @@ class RequestLog:
             outcome, status = (CLIENT_LEFT if record.abandoned else CANCELLED), 499
             if record.abandoned and record.slow_client:
                 code, outcome = SlowClient.code, SlowClient.outcome
-        metrics.requests[record.face, record.provider, code, outcome].value += 1
+        metrics.requests[record.face, record.outcome.provider, code, outcome].value += 1
         metrics.outcomes[outcome].value += 1
         if outcome == "rejected":
             metrics.rejections[code].value += 1
             if isinstance(error, AioserverError):
                 error.counted = True
-        face, provider = metrics.faces[record.face], metrics.providers[record.provider]
+        face, provider = metrics.faces[record.face], metrics.providers[record.outcome.provider]
         face.duration.observe(now - record.admitted_at)
         if record.queued_at:
             face.overhead.observe(record.queued_at - record.admitted_at)
@@ -266,7 +247,7 @@ class RequestLog:
             ours = lag.before(end, end - record.silence)
             # Not below 0: the lag is a sum of floats, and may exceed the silence by its rounding.
             record.silence = max(0.0, record.silence - ours)
-        provider = metrics.providers[record.provider]
+        provider = metrics.providers[record.outcome.provider]
         provider.gap.observe(record.silence)
         provider.recent_silences.add(now, record.silence)
         if not record.first_event_at:
@@ -279,10 +260,14 @@ class RequestLog:
 
     def _count_tokens(self, record: RequestRecord) -> None:
         """Count the tokens of the usage; where it has no output, each event counts as one."""
-        usage, counters, provider = record.outcome.usage, self.metrics.tokens, record.provider
+        usage, counters, provider = (
+            record.outcome.usage,
+            self.metrics.tokens,
+            record.outcome.provider,
+        )
         tokens_in, tokens_out = token_count(usage, TOKENS_IN), token_count(usage, TOKENS_OUT)
-        configured = (provider, record.model, "output", "provider") in counters
-        model = record.model if configured else "other"
+        configured = (provider, record.outcome.model, "output", "provider") in counters
+        model = record.outcome.model if configured else "other"
         if tokens_in is not None:
             counters[provider, model, "input", "provider"].value += tokens_in
         if tokens_out is not None:
@@ -303,13 +288,13 @@ class RequestLog:
         fields: dict[str, Any] = {
             "request_id": record.request_id[:MAX_NAME],
             "face": record.face,
-            "provider": record.provider,
-            "model": record.model[:MAX_NAME],
+            "provider": record.outcome.provider,
+            "model": record.outcome.model[:MAX_NAME],
             "status": status,
             "outcome": outcome,
             "duration_ms": round((now - record.admitted_at) * 1000, 1),
             "wait_ms": round(record.queue_wait * 1000, 1),
-            "attempts": record.attempts,
+            "attempts": record.outcome.attempts,
         }
         if record.caller:
             fields["caller"] = record.caller
@@ -343,14 +328,14 @@ def _end_of(record: RequestRecord, now: float, code: str, outcome: str, status: 
         request_id=record.request_id,
         face=record.face,
         target=record.target,
-        provider=record.provider,
+        provider=record.outcome.provider,
         caller=record.caller,
         streamed=record.streamed,
         admitted_at=record.admitted_at,
         first_event_at=record.first_event_at,
         ended_at=now,
         queue_wait=record.queue_wait,
-        attempts=record.attempts,
+        attempts=record.outcome.attempts,
         code=code,
         outcome=outcome,
         status=status,

@@ -194,7 +194,11 @@ async def test_faults_that_may_pass_are_tried_again(trouble: Trouble, number: in
 
     stream, ask = await trouble.fill()
 
-    assert (stream.end_status, stream.outcome.attempts, ask.record.attempts) == (COMPLETE, 3, 3)
+    assert (stream.end_status, stream.outcome.attempts, ask.record.outcome.attempts) == (
+        COMPLETE,
+        3,
+        3,
+    )
     assert trouble.counts() == {"a": 3}
     assert provider.meter.attempts["ok"].value == 1
     assert provider.meter.attempts["http_5xx"].value == 2
@@ -213,7 +217,7 @@ async def test_a_silence_before_the_first_event_is_none_of_the_answer(
 
     _, ask = await trouble.fill(frames=frames)
 
-    assert ask.record.attempts == 2
+    assert ask.record.outcome.attempts == 2
     assert ask.record.silence == 0.0  # the answer itself came in one read
 
 
@@ -353,8 +357,12 @@ async def test_a_fallback_answers_with_its_own_model(trouble: Trouble, first: by
     stream, ask = await trouble.fill()
 
     assert stream.end_status == COMPLETE
-    assert (stream.outcome.provider, ask.record.provider, stream.outcome.attempts) == ("b", "b", 2)
-    assert ask.record.model == "b-model"
+    assert (stream.outcome.provider, ask.record.outcome.provider, stream.outcome.attempts) == (
+        "b",
+        "b",
+        2,
+    )
+    assert ask.record.outcome.model == "b-model"
     assert [body["model"] for body in trouble.asked["b"]] == ["b-model"]
     assert sum(counter.value for counter in provider.meter.failovers.values()) == 1
 
@@ -807,7 +815,7 @@ async def test_a_wait_for_a_provider_that_is_away_costs_no_retry(trouble: Troubl
 
     stream, ask = await trouble.fill()
 
-    assert (stream.end_status, ask.record.attempts) == (COMPLETE, 3)
+    assert (stream.end_status, ask.record.outcome.attempts) == (COMPLETE, 3)
     assert ask.record.queue_wait > 0
     assert provider.stats().budget.used == 0
 
