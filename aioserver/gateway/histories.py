@@ -1,4 +1,4 @@
-"""The contract of conversations: the turns in front of a question, and the turn that it becomes with its answer.
+"""The contract of conversations: the turns in front of a question, and the one it becomes.
 
 A core without the wing keeps no conversation: each question stands alone, under whatever id.
 """
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class Answered(NamedTuple):
     """A *question* that came at *asked*, in Unix time, and its *answer*, as far as that came.
 
-    *usage* is the provider's, None if it has none. *share* is the question's part of the bytes of the prompt, which *usage* counts.
+    *usage* is the provider's, None if it has none. *share* is the question's part of the bytes of
+    the prompt, which *usage* counts.
     """
 
     question: str
@@ -28,7 +29,7 @@ class Answered(NamedTuple):
 
 
 class Histories(Protocol):
-    """The conversations of all callers. No method raises: a chat goes on without what cannot be read."""
+    """The conversations of all callers. No method raises: a chat goes on without them."""
 
     @property
     def stored(self) -> bool:
@@ -48,7 +49,8 @@ class Histories(Protocol):
     ) -> Awaitable[None] | None:
         """Append a turn; not if the conversation was deleted since the question came.
 
-        Return what the end of the answer is to wait for, as `Keeper.keep`; None if it need not wait.
+        Return what the end of the answer is to wait for, as `Keeper.keep`; None if it need not
+        wait.
         """
 
 

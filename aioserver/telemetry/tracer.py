@@ -1,10 +1,10 @@
-"""The contract of a tracer: what is noted of a request while it runs, of which spans are made after its end.
+"""The contract of a tracer: what is noted of a request, of which spans are made after its end.
 
     Tracer.begin ──▶ RequestTrace: waited, sending ──▶ watch ──▶ attempt_ended ──▶ ended
     Tracer.visit ──▶ Visit: a client that reads the answer of another request, until `end`
 
-Without a tracer no request has a trace. Nothing of the W3C Trace Context that a client sends is lost then: it goes on to the
-provider as it came.
+Without a tracer no request has a trace. Nothing of the W3C Trace Context that a client sends is
+lost then: it goes on to the provider as it came.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ class WatchedSink(Protocol[Fast_co]):
 
 
 class AttemptEnd(NamedTuple):
-    """How an attempt at *provider* has ended, well or with *error*; *began* and *ended* are monotonic times.
+    """How an attempt at *provider* has ended, well or with *error*.
 
-    *began* is 0.0 if it got no place. *base_url* is where it was sent, *first_chunk* the seconds from there to the first event
-    of a stream. *body*: a good answer that came as a whole.
+    *began* and *ended* are monotonic times. *began* is 0.0 if it got no place. *base_url* is where
+    it was sent, *first_chunk* the seconds from there to the first event of a stream. *body*: a
+    good answer that came as a whole.
     """
 
     provider: str
@@ -56,7 +57,7 @@ class AttemptEnd(NamedTuple):
 
 
 class RequestEnd(NamedTuple):
-    """How a request has ended, as its log line says; *ended_at* is a monotonic time, as the record's own."""
+    """How a request has ended, as its log line says; its times are monotonic."""
 
     request_id: str
     face: str
@@ -75,7 +76,10 @@ class RequestEnd(NamedTuple):
 
 
 class RequestTrace(Protocol):
-    """The notes of one request. *followed*: a client reads its answer, or has read it; any other one comes back for it."""
+    """The notes of one request.
+
+    *followed*: a client reads its answer, or has read it; any other one comes back for it.
+    """
 
     followed: bool
 
@@ -85,13 +89,13 @@ class RequestTrace(Protocol):
 
     @property
     def link(self) -> tuple[bytes, bytes]:
-        """The ids of the trace and of the request's span, to which the spans of later readers link."""
+        """The ids of the trace and of the request's span: those of later readers link to it."""
 
     def waited(self, provider: str, began: float, ended: float) -> None:
         """Note a wait for a place at *provider* that is over."""
 
     def sending(self, client_headers: ClientHeaders, body: bytes = b"") -> ClientHeaders:
-        """Note that *body* is about to be sent; return the headers that go with it, whose parent is the attempt."""
+        """Note that *body* is about to be sent; return its headers, below the attempt."""
 
     def watch(self, sink: WatchedSink[Fast_co]) -> WatchedSink[Fast_co]:
         """Return a sink that notes the beginning and the end of what *sink* is fed."""
@@ -109,7 +113,8 @@ class Visit(Protocol):
     def end(self, status: bytes, code: str = "") -> None:
         """Note that the client has left, or has read all of it.
 
-        *status* is that with which the answer has ended, empty if it goes on; *code*: that of its error.
+        *status* is that with which the answer has ended, empty if it goes on; *code*: that of its
+        error.
         """
 
 
@@ -119,9 +124,10 @@ class Tracer(Protocol):
     def begin(
         self, client_headers: ClientHeaders, path: str, admitted_at: float, waited_since: float
     ) -> RequestTrace | None:
-        """Begin the trace of a request that goes to *path* at its provider; None if its client samples no trace.
+        """Begin the trace of a request that goes to *path* at its provider.
 
-        It was admitted at the monotonic time *admitted_at*, and had waited for a place since *waited_since*; 0.0 if it has not.
+        None if its client samples no trace. The request was admitted at the monotonic time
+        *admitted_at*, and had waited for a place since *waited_since*; 0.0 if it has not.
         """
 
     def visit(
@@ -131,8 +137,8 @@ class Tracer(Protocol):
         request_id: str,
         after: int = 0,
     ) -> Visit | None:
-        """Note that a client reads the answer of the request with *trace*, known as *request_id*, from event *after* on.
+        """Note that a client reads the answer of *request_id*, with *trace*, after event *after*.
 
-        Return the visit, which the caller ends; None for the client whose request began the answer, and for one that samples
-        no trace.
+        Return the visit, which the caller ends; None for the client whose request began the
+        answer, and for one that samples no trace.
         """

@@ -5,9 +5,9 @@
     DELETE /conversations/{id}       one
     DELETE /conversations            all that the list has
 
-With keys these are the conversations of the key. Without keys all clients are one caller, and an id is enough to read its
-conversation: a client is therefore shown those of its own address only, as with streams. Reading and deleting need no
-place: they work in a full server.
+With keys these are the conversations of the key. Without keys all clients are one caller, and an
+id is enough to read its conversation: a client is therefore shown those of its own address only,
+as with streams. Reading and deleting need no place: they work in a full server.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The history of conversations: what this process knows of it, and a storage that outlives or spans processes.
+"""The history of conversations: what this process knows, and a storage beyond it.
 
-Each process has its `Conversations` in memory. Where there is a *storage*, that is the truth: a turn goes to both, a
-question first loads its conversation from there, and lists and pages are read there. A storage may fail. Then
-the chat goes on with what this process remembers, lists are partial, and a deletion is refused: nobody is told that
-something is deleted which may come back.
+Each process has its `Conversations` in memory. Where there is a *storage*, that is the truth: a
+turn goes to both, a question first loads its conversation from there, and lists and pages are read
+there. A storage may fail. Then the chat goes on with what this process remembers, lists are
+partial, and a deletion is refused: nobody is told that something is deleted which may come back.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Trouble(NamedTuple):
 class StorageStats:
     """A snapshot of a storage: `memory`, `sql` or `redis`.
 
-    *waiting* turns are not written yet, *written* and *lost* are counts since the start. *trouble* is what is wrong now, and
-    *since* when, in Unix time.
+    *waiting* turns are not written yet, *written* and *lost* are counts since the start. *trouble*
+    is what is wrong now, and *since* when, in Unix time.
     """
 
     storage: str = "memory"
@@ -52,7 +52,7 @@ class StorageStats:
 
 
 class Storage(Protocol):
-    """A storage of conversations. No method waits for long, and none raises: each says if it could not."""
+    """A storage of conversations. No method waits for long or raises; each says if it cannot."""
 
     @property
     def troubled(self) -> bool:
@@ -70,23 +70,23 @@ class Storage(Protocol):
     def keep(
         self, caller: Caller, conversation_id: str, turn: Turn, asked: float
     ) -> Awaitable[None] | None:
-        """Append *turn*, whose question came at *asked*, soon; not if the conversation was deleted since.
+        """Append *turn* soon, unless the conversation was deleted since *asked*, its question's time.
 
         Return what the end of the answer is to wait for, if anything: see `Histories.keep`.
         """
 
     async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page | None:
-        """Return part of the caller's conversations, as `Conversations.listing`; None if it cannot."""
+        """Return part of the caller's conversations, as `Conversations.listing`, or None."""
 
     async def delete(self, caller: Caller, conversation_id: str) -> bool | None:
-        """Delete a conversation; return whether there was one, None if it is not deleted for certain."""
+        """Delete a conversation; return whether there was one, None if that is not certain."""
 
     async def delete_all(self, caller: Caller) -> int | None:
-        """Delete all that `listing` shows; return their number, None if they are not deleted for certain."""
+        """Delete all that `listing` shows; return their number, None if that is not certain."""
 
 
 class History:
-    """The conversations of all callers. *missing*: why there is another storage than the settings want, for good."""
+    """The conversations of all callers; *missing*: why the storage is not the configured one."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class History:
             self._storage.apply(persistence)
 
     async def load(self, caller: Caller, conversation_id: str) -> None:
-        """Let this process have the conversation as the storage has it; without an answer it stays as it is."""
+        """Let this process have the conversation as the storage has it, if that answers."""
         if self._storage is not None:
             turns = await self._storage.load(caller, conversation_id)
             if turns is not None:
@@ -135,7 +135,7 @@ class History:
     def keep(
         self, caller: Caller, conversation_id: str, answered: Answered
     ) -> Awaitable[None] | None:
-        """Append a turn; not if the conversation was deleted since its question came: see `Histories.keep`."""
+        """Append a turn, unless its conversation was deleted: see `Histories.keep`."""
         question, answer, asked, usage, share = answered
         turn = Turn.of(question, answer, self.now(), counted_tokens(usage, share))
         kept = self._conversations.keep(caller, conversation_id, turn, asked)

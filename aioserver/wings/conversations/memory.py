@@ -1,9 +1,10 @@
 """The histories of conversations, in memory and bounded.
 
-A history consists of turns: a client's question and the model's answer. A turn is kept when its answer is complete,
-or with the text so far if it was cancelled; a failed answer leaves nothing. `chat.service.repository.persistence` bounds
-what is kept (turn.py), and `chat.service.context` bounds what is sent to the provider. The number of conversations is
-bounded too: the least recently used one is forgotten first.
+A history consists of turns: a client's question and the model's answer. A turn is kept when its
+answer is complete, or with the text so far if it was cancelled; a failed answer leaves nothing.
+`chat.service.repository.persistence` bounds what is kept (turn.py), and `chat.service.context`
+bounds what is sent to the provider. The number of conversations is bounded too: the least recently
+used one is forgotten first.
 
 A conversation may be deleted while an answer in it runs: that answer is then not kept either.
 """
@@ -34,9 +35,11 @@ if TYPE_CHECKING:
     from aioserver.wings.conversations.turn import Turn
 
 MAX_CONVERSATIONS = 10_000
-# Tokens of all conversations together, four bytes each, the overhead of their messages included: 256 MiB.
+# Tokens of all conversations together, four bytes each, the overhead of their messages included:
+# 256 MiB.
 MAX_KEPT_TOKENS = 1 << 26
-# A message's Python objects, as tokens of 4 bytes: otherwise short messages would be unbounded, nearly.
+# A message's Python objects, as tokens of 4 bytes: otherwise short messages would be unbounded,
+# nearly.
 MESSAGE_OVERHEAD = 64
 # Turns of one conversation that several instances share.
 MAX_TURNS = 10_000
@@ -57,8 +60,8 @@ class _Conversation:
 class Conversations:
     """Histories, by caller and conversation id; *clock* returns Unix time, which outlives the process.
 
-    Always: all histories together have at most `MAX_KEPT_TOKENS`, overhead counted; a history alternates
-    between `user` and `assistant`, and begins with `user`.
+    Always: all histories together have at most `MAX_KEPT_TOKENS`, overhead counted; a history
+    alternates between `user` and `assistant`, and begins with `user`.
     """
 
     def __init__(

@@ -1,13 +1,15 @@
 """Conversations for all instances: their turns are in Redis or Valkey. See `wings.conversations.history.Storage`.
 
-A turn is written when its answer has ended, and all turns are read when the next question of the conversation is asked. This
-instance keeps them, too (`wings.conversations.memory`): while the server is away, a conversation goes on with what is known
-here. What is kept is bounded as the settings say, and forgotten a day after the last turn.
+A turn is written when its answer has ended, and all turns are read when the next question of the
+conversation is asked. This instance keeps them, too (`wings.conversations.memory`): while the
+server is away, a conversation goes on with what is known here. What is kept is bounded as the
+settings say, and forgotten a day after the last turn.
 
-A conversation is a list of turns; all of them are in one sorted set, by their last turn, so that those that rested for longest
-go where there is no room. A deletion is remembered, for answers that run meanwhile, and for instances that know the
-conversation still. Each caller has a list of its conversations by their last turn; without keys each address has one. A key
-in Redis is made of digests: neither the caller nor the id stands in it.
+A conversation is a list of turns; all of them are in one sorted set, by their last turn, so that
+those that rested for longest go where there is no room. A deletion is remembered, for answers that
+run meanwhile, and for instances that know the conversation still. Each caller has a list of its
+conversations by their last turn; without keys each address has one. A key in Redis is made of
+digests: neither the caller nor the id stands in it.
 """
 
 from __future__ import annotations
@@ -38,11 +40,12 @@ CALL_TIMEOUT = 1.0
 STEP = 100
 # Conversations whose last turns end at the very same time, at most.
 TIES = 20
-# KEYS: the conversation, all conversations by their last turn. ARGV: the turn, bytes and turns that are kept, milliseconds
-# to live. Where there is no room, the conversations that rested for longest go, some with each turn. One that lacks its
-# newest turn goes as a whole: the instances then use what they know of it themselves. If the conversation is listed, three
-# keys and values more: the list, two deletions; the id, the time of the turn, and that of its question: what was asked before a
-# deletion is not kept.
+# KEYS: the conversation, all conversations by their last turn. ARGV: the turn, bytes and turns
+# that are kept, milliseconds to live. Where there is no room, the conversations that rested for
+# longest go, some with each turn. One that lacks its newest turn goes as a whole: the instances
+# then use what they know of it themselves. If the conversation is listed, three keys and values
+# more: the list, two deletions; the id, the time of the turn, and that of its question: what was
+# asked before a deletion is not kept.
 KEEP_TURN = (
     FULL
     + """
@@ -91,8 +94,8 @@ for number, key in ipairs(KEYS) do
 end
 return found
 """
-# KEYS: the list, all conversations, then for each a conversation and its deletion. ARGV: the time, milliseconds for which a
-# deletion is remembered, then ids.
+# KEYS: the list, all conversations, then for each a conversation and its deletion. ARGV: the time,
+# milliseconds for which a deletion is remembered, then ids.
 DELETE_TURNS = """
 local count = 0
 for number = 3, #ARGV do

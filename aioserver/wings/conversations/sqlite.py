@@ -1,21 +1,25 @@
-"""Conversations in an SQLite file (see `history.Storage`): a turn is committed before its client knows that the answer is complete.
+"""Conversations in an SQLite file: a turn is committed before its client knows of its end.
 
     keep, delete  → a queue → one thread: all that waits in one transaction
     load, listing → another thread, which waits for no writer
 
-What comes while a transaction is under way is in the next one (group commit: DeWitt et al., "Implementation Techniques for
-Main Memory Database Systems", 1984). So an answer waits for one or two transactions at most, however many answers end at
-once, and what a client has seen survives a process that is killed. Of several processes each has its own connections, and
-what one has committed the others read.
+What comes while a transaction is under way is in the next one (group commit: DeWitt et al.,
+"Implementation Techniques for Main Memory Database Systems", 1984). So an answer waits for one or
+two transactions, as long as each holds all that waits, and what a client has seen survives a
+process that is killed. Of several processes each has its own connections, and what one has
+committed the others read.
 
-The file may fail at any time. That is a trouble: the task tries again, with growing pauses; turns wait in the queue, and
-beyond its bounds the oldest are lost; the chat goes on with what the process remembers, and waits for nothing. A trouble
-ends with the first write that succeeds. Nothing is written to a file that is damaged.
+The file may fail at any time. That is a trouble: the task tries again, with growing pauses; turns
+wait in the queue, and beyond its bounds the oldest are lost; the chat goes on with what the
+process remembers, and waits for nothing. A trouble ends with the first write that succeeds.
+Nothing is written to a file that is damaged.
 
-The sweep does what the bounds ask of conversations that nobody goes on with, step by step; between two steps turns are
-written. Each process sweeps; what one has deleted, the others do not find any more.
+The sweep does what the bounds ask of conversations that nobody goes on with, step by step; between
+two steps turns are written. Each process sweeps; what one has deleted, the others do not find any
+more.
 
-This file is one concept: the queue, its transactions, their failures and the sweep are one order of writes to one file.
+This file is one concept: the queue, its transactions, their failures and the sweep are one order
+of writes to one file.
 """
 
 from __future__ import annotations
@@ -50,7 +54,8 @@ logger = logging.getLogger("aioserver.history")
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
-# Seconds for which the end of an answer waits for its turn; then it goes out all the same, and the turn stays in the queue.
+# Seconds for which the end of an answer waits for its turn; then it goes out all the same, and the
+# turn stays in the queue.
 COMMIT_TIMEOUT = 1.0
 # Seconds for which a question waits for its conversation, and a client for a list or a deletion.
 LOAD_TIMEOUT, CALL_TIMEOUT = 2.0, 5.0
@@ -68,7 +73,8 @@ MAX_BATCH, MAX_BATCH_BYTES = 200, 1 << 22
 SWEEP_PERIOD, SWEEP_TURNS = 60.0, 1_000
 # Bounds on what one step of a sweep deletes, or looks at.
 SWEEP_STEP = 500
-# Bounds on all conversations of a file together; beyond, those that rested for longest are deleted.
+# Bounds on all conversations of a file together; beyond, those that rested for longest are
+# deleted.
 MAX_CONVERSATIONS, MAX_BYTES = 100_000, 1 << 30
 # Conversations that go at once where the bytes are too many: they may be large.
 FEW = 10
@@ -95,8 +101,8 @@ class Key(NamedTuple):
 class Write:
     """A turn that is to be written, or a deletion, which has *statements*.
 
-    *done*: nobody need wait any longer. Of a deletion it has the number of rows that are deleted, and cancelled it is not
-    written; a turn stays in the queue, whoever waits for it.
+    *done*: nobody need wait any longer. Of a deletion it has the number of rows that are deleted,
+    and cancelled it is not written; a turn stays in the queue, whoever waits for it.
     """
 
     __slots__ = ("done", "key", "statements", "turn", "values")
@@ -189,7 +195,7 @@ class Queue:
         return writes[-1] if writes else None
 
     def give_up(self) -> None:
-        """Let nobody wait: turns stay for later, and who has asked for a deletion is told that it is not certain."""
+        """Let nobody wait: turns stay for later, and no deletion is certain."""
         for write in self._writes:
             write.give_up()
 
@@ -250,7 +256,8 @@ def rows(connection: sqlite3.Connection, statement: str, values: Values) -> list
 def transact(connection: sqlite3.Connection, statements: Sequence[Statement]) -> list[int]:
     """Do *statements* in one transaction; return how many rows each has changed.
 
-    Without any statement it writes all the same, so that a return means that the file can be written.
+    Without any statement it writes all the same, so that a return means that the file can be
+    written.
 
     Raises:
         sqlite3.Error: nothing is written.
@@ -267,10 +274,12 @@ def transact(connection: sqlite3.Connection, statements: Sequence[Statement]) ->
 
 
 class SqliteStorage:
-    """The conversations in the file *path*; *clock* returns Unix time. *counts*: of turns `written` and `lost`.
+    """The conversations in the file *path*: see `history.Storage`; *clock* returns Unix time.
 
-    Always: a turn that was kept is written once, or waits, or is counted as lost. A connection is only opened to a file that
-    was found good, and closed when it proves not to be.
+    *counts*: of turns `written` and `lost`.
+
+    Always: a turn that was kept is written once, or waits, or is counted as lost. A connection is
+    only opened to a file that was found good, and closed when it proves not to be.
     """
 
     def __init__(
@@ -330,7 +339,10 @@ class SqliteStorage:
         return self._trouble is not None
 
     async def load(self, caller: Caller, conversation_id: str) -> list[Turn] | None:
-        """Return the turns of a conversation; None if the file does not say in time, or lacks one that this process has kept."""
+        """Return the turns of a conversation.
+
+        None if the file does not say in time, or lacks one that this process has kept.
+        """
         key, end = Key(caller.name, conversation_id), self._loop.time() + LOAD_TIMEOUT
         while (newest := self._queue.newest(key)) is not None:
             left = end - self._loop.time()
@@ -389,13 +401,13 @@ class SqliteStorage:
         return Page(summaries, Position(summaries[-1].updated, summaries[-1].conversation_id))
 
     async def delete(self, caller: Caller, conversation_id: str) -> bool | None:
-        """Delete a conversation; return whether there was one, None if it is not deleted for certain."""
+        """Delete a conversation; return whether there was one, None if that is not certain."""
         key = Key(caller.name, conversation_id)
         number = await self._delete(key, DELETE, key._asdict())
         return None if number is None else number > 0
 
     async def delete_all(self, caller: Caller) -> int | None:
-        """Delete all that `listing` shows; return their number, None if they are not deleted for certain."""
+        """Delete all that `listing` shows; return their number, None if that is not certain."""
         values = {"caller": caller.name, "address": caller.address}
         return await self._delete(Key(caller.name, ""), DELETE_ALL, values)
 
@@ -438,7 +450,8 @@ class SqliteStorage:
         write = Write(key, {**values, **times}, self._loop.create_future(), statements=statements)
         self._add(write)
         await asyncio.wait((write.done,), timeout=CALL_TIMEOUT)
-        # A client that is told that nothing is certain may go on with the conversation: it must not be deleted later.
+        # A client that is told that nothing is certain may go on with the conversation: it must
+        # not be deleted later.
         write.done.cancel()
         return None if write.done.cancelled() else write.done.result()
 
@@ -506,7 +519,7 @@ class SqliteStorage:
             await self._reader.close()
 
     async def _fail(self, fault: BaseException) -> None:
-        """Note the trouble, and close what is open of the file; of a full disk, for example, it can still be read."""
+        """Note the trouble, and close what is open; a file on a full disk can still be read."""
         by_read, self._failure = fault is self._failure, None
         found = trouble_of(fault, self._path) or trouble("io", self._path, fault)
         if self._trouble is None:

@@ -1,11 +1,16 @@
-"""The SQLite file of conversations: its tables and their versions, the statements that use them, and its faults in words.
+"""The SQLite file of conversations: its tables, their versions, its statements and its faults.
 
-The file is in WAL mode, so that readers and the writer of several processes do not wait for each other, with
-`synchronous=NORMAL`: a turn that was committed survives a process that is killed at any moment. A machine that loses its
-power may lose the last turns before that, but not the file. Text that is deleted is overwritten (`secure_delete`).
+The file is in WAL mode, so that readers and the writer of several processes do not wait for each
+other, with `synchronous=NORMAL`: a turn that was committed survives a process that is killed at
+any moment. A machine that loses its power may lose the last turns before that, but not the file.
+Text that is deleted is overwritten (`secure_delete`).
 
-`PRAGMA user_version` is the version of the tables. A file of an older version is brought to the newest by the steps of
-`MIGRATIONS`, in one transaction. A file of a newer version, or of another program, stays as it is.
+`PRAGMA user_version` is the version of the tables. A file of an older version is brought to the
+newest by the steps of `MIGRATIONS`, in one transaction. A file of a newer version, or of another
+program, stays as it is.
+
+This file is one concept: whatever says how SQLite is used is here, tables and statements side by
+side.
 """
 
 from __future__ import annotations
@@ -145,7 +150,8 @@ CREATE TRIGGER turn_deleted AFTER DELETE ON turns BEGIN
     UPDATE conversations SET size = size - OLD.size WHERE id = OLD.conversation;
 END;
 """
-# Deletions, of a conversation or (name '') of all of a caller's at an address, for answers that run meanwhile.
+# Deletions, of a conversation or (name '') of all of a caller's at an address, for answers that
+# run meanwhile.
 _VERSION_2 = """
 CREATE TABLE deletions (
     caller TEXT NOT NULL,
@@ -155,7 +161,8 @@ CREATE TABLE deletions (
     PRIMARY KEY (caller, address, name)
 ) WITHOUT ROWID;
 """
-# Each step leaves what the version before it reads and writes: processes of both are at the file while workers are replaced.
+# Each step leaves what the version before it reads and writes: processes of both are at the file
+# while workers are replaced.
 MIGRATIONS = (_VERSION_1, _VERSION_2)
 VERSION = len(MIGRATIONS)
 # In one statement: another process may make the tables meanwhile.
@@ -170,7 +177,8 @@ PRAGMAS = ("PRAGMA foreign_keys = ON", "PRAGMA synchronous = NORMAL", "PRAGMA se
 def prepare(path: str, *, check: bool = True, clear: bool = False) -> tuple[int, int]:
     """Make the file *path*, or bring it to the newest version; return its device and inode.
 
-    *check*: look for damage in all of it. *clear*: delete all conversations. It blocks, for seconds if another process is at the file.
+    *check*: look for damage in all of it. *clear*: delete all conversations. It blocks, for
+    seconds if another process is at the file.
 
     Raises:
         Broken: the file cannot be used. It stays as it is.
@@ -204,7 +212,8 @@ def _make(path: str) -> None:
     """Make an empty file that only its owner can read, unless there is a file already."""
     for left in (f"{path}-wal", f"{path}-shm"):
         if not Path(path).exists() and Path(left).exists():
-            # It belongs to the file that was there, and SQLite would put what it has into the new one.
+            # It belongs to the file that was there, and SQLite would put what it has into the new
+            # one.
             raise Broken(trouble("gone", path, f"{left} is still there"))
     # Not opened if it is there: closing it would drop the locks that this process has on it
     # (https://sqlite.org/howtocorrupt.html, 2.2).
@@ -258,7 +267,8 @@ def _write_ahead(connection: sqlite3.Connection) -> str:
             (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
             return str(mode)
         except sqlite3.OperationalError as fault:
-            # SQLite does not wait for a lock here, which another process may have that makes the file as well.
+            # SQLite does not wait for a lock here, which another process may have that makes the
+            # file as well.
             if fault.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
                 raise
         time.sleep(AGAIN)
@@ -327,7 +337,8 @@ INSERT INTO turns (conversation, ended, question_tokens, answer_tokens, size, qu
 SELECT id, :ended, :question_tokens, :answer_tokens, :turn_size, :question, :answer
 FROM conversations WHERE caller = :caller AND name = :name AND {_NOT_DELETED}
 """  # noqa: S608
-# The turns that `turn.Bounds.kept` leaves out: of one conversation, and of those with the ids of a range.
+# The turns that `turn.Bounds.kept` leaves out: of one conversation, and of those with the ids of a
+# range.
 _BEYOND = """
 SELECT id FROM (
     SELECT id, ended, row_number() OVER newest AS number,

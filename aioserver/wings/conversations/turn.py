@@ -1,8 +1,8 @@
 """A turn of a conversation, a question and its answer; which turns are kept; what a list and a page show of conversations.
 
-Tokens are those of the provider's `usage`, as far as the answer has one. The usage of a prompt counts the whole
-prompt: the history, the question, the tools. The question's part of it is taken to be its part of the bytes. Without a usage a
-token is estimated as four bytes of UTF-8.
+Tokens are those of the provider's `usage`, as far as the answer has one. The usage of a prompt
+counts the whole prompt: the history, the question, the tools. The question's part of it is taken
+to be its part of the bytes. Without a usage a token is estimated as four bytes of UTF-8.
 
 Every storage keeps to the bounds of the policy:
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from aioserver.config.settings import Persistence
 
-# Bytes of a token where nothing is known of it, and where a provider's count cannot be true: a token has a byte at least,
-# and in a text of any length far fewer than sixteen.
+# Bytes of a token where nothing is known of it, and where a provider's count cannot be true: a
+# token has a byte at least, and in a text of any length far fewer than sixteen.
 TOKEN_BYTES, MIN_TOKEN_BYTES, MAX_TOKEN_BYTES = 4, 1, 16
 # Characters of a title, and of the question of which it is made.
 MAX_TITLE, MAX_READ = 80, 400
@@ -133,7 +133,8 @@ def counted_tokens(
 ) -> tuple[float | None, float | None]:
     """Return the tokens of a question and of its answer, by the provider's *usage*; None: not known.
 
-    *share*: the question's part of the bytes of the prompt. Reasoning is no part of an answer that is kept.
+    *share*: the question's part of the bytes of the prompt. Reasoning is no part of an answer that
+    is kept.
     """
     usage = usage or {}
     prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
@@ -158,7 +159,8 @@ def _tokens(size: int, counted: float | None) -> int:
 
 # Bytes of one conversation, if the retention policy sets no bound.
 MAX_UNLIMITED_BYTES = 1 << 20
-# Bytes of one conversation under the other policies: one turn may have as many, and a conversation is read whole.
+# Bytes of one conversation under the other policies: one turn may have as many, and a conversation
+# is read whole.
 MAX_CONVERSATION_BYTES = 1 << 24
 SECONDS_PER_DAY = 86_400
 

@@ -1,4 +1,4 @@
-"""Conversations as a wing: their history, as the settings ask for it: in memory, in Redis, or in an SQLite file."""
+"""Conversations as a wing: their history in memory, in Redis, or in an SQLite file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MISSING = Trouble(
 
 
 class ConversationsWing(Wing):
-    """The conversations of all callers: the turns in front of a question, and the face that shows and deletes them."""
+    """The turns in front of a question, and the face that shows and deletes them."""
 
     name: ClassVar = "conversations"
     endpoints: ClassVar = {"conversations": "/conversations"}
@@ -75,7 +75,7 @@ class ConversationsWing(Wing):
 
 
 def prepare_file(repository: Repository) -> None:
-    """Make the file of conversations, if one is wanted, before there are several processes; clear it, if that is wanted.
+    """Make the file of conversations, or clear it, as the settings ask for it.
 
     It blocks. A fault is logged here, and met again by those who open the file.
     """
@@ -105,9 +105,10 @@ async def open_history(
     shared: Storage | None,
     counts: Mapping[str, Counter],
 ) -> History:
-    """Return the history, which *stack* closes. *shared*: the storage of a cluster, if there is one. *counts*: of turns.
+    """Return the history, which *stack* closes; *shared* is the storage of a cluster.
 
-    A file, where one is wanted, is the storage instead: all processes of a machine have the same one.
+    A file, where one is wanted, is the storage instead: all processes of a machine have the same
+    one.
     """
     if not repository.in_file:
         return History(conversations, shared)

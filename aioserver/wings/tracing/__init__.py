@@ -1,6 +1,7 @@
-"""Traces of requests (OpenTelemetry): without them there are a log line and metrics for each request.
+"""Traces of requests (OpenTelemetry): without them a request has a log line and metrics alone.
 
-The *tracer* begins a *trace* with the record of a request. While the request runs, the trace has notes of its *waits* and its
-*attempts*; a client that reads the answer of another request is a *visit*. At the end *spans* are made of the notes, as
-bytes (`otlp`), and an *exporter* sends them to a *collector*, in batches, from a bounded queue.
+The *tracer* begins a *trace* with the record of a request. While the request runs, the trace has
+notes of its *waits* and its *attempts*; a client that reads the answer of another request is a
+*visit*. At the end *spans* are made of the notes, as bytes (`otlp`), and an *exporter* sends them
+to a *collector*, in batches, from a bounded queue.
 """

@@ -1,9 +1,10 @@
 """The export of spans by OTLP over HTTP: batches that a task of its own sends to a collector.
 
-The spans of a batch are written a few at a time, each in a turn of the event loop of its own. A thread would not do it beside
-the loop: it would take the interpreter's lock from the loop, for five milliseconds at once. What the collector cannot take now is
-kept, up to a bound, and tried again with growing pauses; beyond the bound spans are dropped and counted. A request never
-waits for any of it.
+The spans of a batch are written a few at a time, each in a turn of the event loop of its own. A
+thread would not do it beside the loop: it would take the interpreter's lock from the loop, for
+five milliseconds at once. What the collector cannot take now is kept, up to a bound, and tried
+again with growing pauses; beyond the bound spans are dropped and counted. A request never waits
+for any of it.
 """
 
 from __future__ import annotations
@@ -73,10 +74,12 @@ class Unavailable(Exception):
 class SpanExporter:
     """Sends spans to the collector at *url*, with *headers*, which may hold a key.
 
-    Always: at most MAX_SPANS spans wait, and those of one request more; each span is counted once, as exported or dropped.
+    Always: at most MAX_SPANS spans wait, and those of one request more; each span is counted once,
+    as exported or dropped.
 
-    *resource*: the attributes of this process, made by `otlp.key_value`. *counters*: `exported` and `dropped`. *interval*:
-    seconds that spans wait for others. *pause*: seconds of the pause after a first failure. The caller calls `start` and `close`.
+    *resource*: the attributes of this process, made by `otlp.key_value`. *counters*: `exported`
+    and `dropped`. *interval*: seconds that spans wait for others. *pause*: seconds of the pause
+    after a first failure. The caller calls `start` and `close`.
     """
 
     def __init__(

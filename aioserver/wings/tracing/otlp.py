@@ -2,9 +2,10 @@
 
     ExportTraceServiceRequest { ResourceSpans { Resource, ScopeSpans { InstrumentationScope, Span* } } }
 
-They are written in the binary form of Protocol Buffers, which every collector takes; its JSON form some do not. Field
-numbers of a stable version of the protocol never change. Written by hand because the official encoder takes eight times as long,
-and would hold the event loop up by the interpreter's lock even from a thread of its own.
+They are written in the binary form of Protocol Buffers, which every collector takes; its JSON form
+some do not. Field numbers of a stable version of the protocol never change. Written by hand
+because the official encoder takes eight times as long, and would hold the event loop up by the
+interpreter's lock even from a thread of its own.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ Value = str | bool | int | float | tuple[str, ...]
 # Values of `Span.kind` and of `Status.code`.
 INTERNAL, SERVER, CLIENT = 1, 2, 3
 ERROR: Final = 2
-# `Span.flags` of a sampled trace, whose parent is a span of another process, or is none or one of this process.
+# `Span.flags` of a sampled trace, whose parent is a span of another process, or is none or one of
+# this process.
 _REMOTE, _HERE = 0x301, 0x101
 
 _DOUBLE = struct.Struct("<d")
-# `start_time_unix_nano`, `end_time_unix_nano` (fixed64) and `flags` (fixed32) of a span, with their tags.
+# `start_time_unix_nano`, `end_time_unix_nano` (fixed64) and `flags` (fixed32) of a span, with
+# their tags.
 _REST = struct.Struct("<BQBQBBI")
 _START_TAG, _END_TAG, _FLAGS_TAG = 7 << 3 | 1, 8 << 3 | 1, (0x85, 0x01)
 _ONE_BYTE = [bytes((number,)) for number in range(128)]
@@ -112,8 +115,9 @@ def span(
 ) -> bytes:
     """Return a span as a part of `ScopeSpans`.
 
-    *times*: its start and its end in nanoseconds of Unix time. *described*: made by `description`. *attributes*: more of
-    them, made by `attribute`. *link*: the ids of the trace and of another span, to which it belongs.
+    *times*: its start and its end in nanoseconds of Unix time. *described*: made by `description`.
+    *attributes*: more of them, made by `attribute`. *link*: the ids of the trace and of another
+    span, to which it belongs.
     """
     trace_id, span_id, parent_id, remote, state = context
     data = b"\x0a\x10%b\x12\x08%b%b%b%b%b" % (
@@ -143,7 +147,8 @@ def request(resource: Iterable[bytes], scope: tuple[str, str], spans: bytes) -> 
 
 def rejected(response: bytes) -> int:
     """Return how many spans a collector has rejected, as it says in its `ExportTraceServiceResponse`; 0 if none."""
-    # partial_success { rejected_spans, error_message }: the number comes first, and is left out where it is 0.
+    # partial_success { rejected_spans, error_message }: the number comes first, and is left out
+    # where it is 0.
     if len(response) < 4 or response[0] != 0x0A:
         return 0
     start = 1

@@ -5,9 +5,9 @@
       CLIENT    an attempt at a provider, from its place there to the end of what came
     SERVER      resume: a client that comes back for the answer of another request, to whose span this one links
 
-Names and attributes are those of OpenTelemetry's semantic conventions for HTTP and for generative AI (in development), as far
-as there are any; others begin with `aioserver.`. Nothing of a question, of an answer, or of a key is in a span, nor the text
-of an error.
+Names and attributes are those of OpenTelemetry's semantic conventions for HTTP and for generative
+AI (in development), as far as there are any; others begin with `aioserver.`. Nothing of a
+question, of an answer, or of a key is in a span, nor the text of an error.
 """
 
 from __future__ import annotations
@@ -37,11 +37,14 @@ OPERATIONS = {
 }
 # The faces that have a protocol of ours, and the one that passes requests on.
 OWN_FACES, PASSED_ON = ("websocket", "sse"), "other"
-# An HTTP status that exists in logs and metrics only: the client has left, or the answer was cancelled.
+# An HTTP status that exists in logs and metrics only: the client has left, or the answer was
+# cancelled.
 NO_STATUS = 499
-# The parts that spans have in common are kept as bytes, some hundred each; clients may make up any number of models.
+# The parts that spans have in common are kept as bytes, some hundred each; clients may make up any
+# number of models.
 MAX_KEPT = 512
-# Facts that an answer states about itself. A quote inside a JSON string is escaped, so none of it is a text of the model.
+# Facts that an answer states about itself. A quote inside a JSON string is escaped, so none of it
+# is a text of the model.
 _ID = re.compile(rb'"id": ?"([^"\\]{1,200})"')
 _MODEL = re.compile(rb'"model": ?"([^"\\]{1,200})"')
 _FINISH = re.compile(rb'"(?:finish_reason|stop_reason)": ?"([^"\\]{1,64})"')
@@ -96,8 +99,8 @@ class EndedRequest(NamedTuple):
 class EndedVisit(NamedTuple):
     """A client that has read the answer to *request_id* after event *after*, from *began* to *now*.
 
-    *link*: the ids of the trace and of the span of the request that asked for the answer, if known. *status*: how the answer ended, empty if it goes on;
-    *code*: its error.
+    *link*: the ids of the trace and of the span of the request that asked for the answer, if
+    known. *status*: how the answer ended, empty if it goes on; *code*: its error.
     """
 
     context: Context

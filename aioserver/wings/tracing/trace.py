@@ -1,10 +1,10 @@
-"""The trace of one request while it runs: notes of its waits and its attempts, of which spans are made at its end (spans.py).
+"""The trace of one request while it runs: notes of its waits and its attempts, for spans.py.
 
-The id of an attempt's span is made before it is sent, since the provider gets it as the parent of its own spans (W3C Trace
-Context). Nothing else of a span exists before the request has ended.
+The id of an attempt's span is made before it is sent, since the provider gets it as the parent of
+its own spans (W3C Trace Context). Nothing else of a span exists before the request has ended.
 
-Of a question only two numbers are read. Of an answer some bytes of its beginning and its end are kept until the spans are
-written: they have its id, its model and why it ended.
+Of a question only two numbers are read. Of an answer some bytes of its beginning and its end are
+kept until the spans are written: they have its id, its model and why it ended.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ T = TypeVar("T")
 MAX_READ = 1 << 16
 # Bytes at the beginning and at the end of an answer that are noted.
 HEAD_BYTES, TAIL_BYTES = 512, 1024
-# Waits, and attempts, of one request that become spans, the newest ones: while its provider is away, a request may make an
-# attempt every two seconds.
+# Waits, and attempts, of one request that become spans, the newest ones: while its provider is
+# away, a request may make an attempt every two seconds.
 MAX_CHILDREN = 32
 # The flag of a trace that is sampled.
 SAMPLED = 1
@@ -52,7 +52,7 @@ _PARAMETERS = msgspec.json.Decoder(_Parameters)
 
 
 class Wait:
-    """A wait in a queue, in monotonic time; *provider* is empty for that of the server. *error*: the code of its end."""
+    """A wait in a queue, in monotonic time; *provider* is empty for that of the server."""
 
     __slots__ = ("began", "ended", "error", "provider", "span_id")
 
@@ -67,9 +67,10 @@ class Wait:
 class AttemptTrace:
     """The facts of which the span of one attempt is made; times are monotonic.
 
-    *address* is the host and the port of the provider. *error* is the code of the fault. *first_chunk*: seconds from sending to
-    the first event of a stream. *tokens*: input and output, None where they are not known. *head* and *tail*: the first and the
-    last bytes of the answer, which have its id, its model and why it ended.
+    *address* is the host and the port of the provider. *error* is the code of the fault.
+    *first_chunk*: seconds from sending to the first event of a stream. *tokens*: input and output,
+    None where they are not known. *head* and *tail*: the first and the last bytes of the answer,
+    which have its id, its model and why it ended.
     """
 
     __slots__ = (
@@ -152,16 +153,16 @@ class NotingSink(Generic[Fast_co]):
         self._sink.end()
 
     def fast(self) -> Fast_co | None:
-        """Return the fast path of the other sink: what goes by it is a text, and pays nothing for the trace."""
+        """Return that of the other sink: a text that goes by it pays nothing for the trace."""
         return self._sink.fast()
 
 
 class Trace:
     """The trace of one request, while it runs.
 
-    *context* is that of its SERVER span. *attempt* is under way, or about to be. *wait* is the newest one, of which the end is
-    not known yet. *followed*: a client reads the answer, or has read it; any other one comes back for it. *finish* is called at
-    the end.
+    *context* is that of its SERVER span. *attempt* is under way, or about to be. *wait* is the
+    newest one, of which the end is not known yet. *followed*: a client reads the answer, or has
+    read it; any other one comes back for it. *finish* is called at the end.
     """
 
     __slots__ = (
@@ -201,13 +202,13 @@ class Trace:
         return self.context.trace_id, self.context.span_id
 
     def _attempt(self) -> AttemptTrace:
-        """Return the attempt under way; a request that is sent again on another connection is the same attempt."""
+        """Return the attempt under way, which may be sent again on another connection."""
         if self.attempt is None:
             self.attempt = AttemptTrace()
         return self.attempt
 
     def sending(self, client_headers: ClientHeaders, body: bytes = b"") -> ClientHeaders:
-        """Note what *body* asks for, which is about to be sent; return the headers that go with it.
+        """Note what *body* asks for, which is about to be sent; return its headers.
 
         They have the span of the attempt under way as the parent of what the provider does.
         """
@@ -221,12 +222,12 @@ class Trace:
         return NotingSink(sink, self._attempt())
 
     def waited(self, provider: str, began: float, ended: float) -> None:
-        """Note a wait that is over, for a place at *provider*, or in the server if that is empty."""
+        """Note a wait that is over, for a place at *provider*; "" stands for the server."""
         self.wait = Wait(provider, began, ended)
         self._keep(self.waits, self.wait)
 
     def attempt_ended(self, end: AttemptEnd) -> None:
-        """Note that the attempt under way is over; one that got no place has no span, and its wait an error."""
+        """Note that the attempt under way is over; without a place its wait has the error."""
         attempt, wait = self._attempt(), self.wait
         self.attempt = self.wait = None
         if end.began:
@@ -246,13 +247,13 @@ class Trace:
         kept.append(new)
 
     def forget(self) -> None:
-        """Forget all but the context, to which the spans of later readers link: the request has ended."""
+        """Forget all but the context, to which the spans of later readers link."""
         self.waits, self.attempts = [], []
         self.attempt = self.wait = None
 
 
 def new_context(client_headers: ClientHeaders) -> Context | None:
-    """Return the place of a new span, below that of the client, if it has one; None if the client samples no trace."""
+    """Return the place of a new span, below the client's; None if that samples no trace."""
     parent, state = client_headers.trace()
     if not parent:
         return Context(new_id(16), new_id(8))

@@ -1,12 +1,13 @@
-"""The traces of requests (OpenTelemetry): begun with their records, made of them at the end, and sent by an exporter.
+"""The traces of requests (OpenTelemetry): begun with them, and given to an exporter.
 
     begin ──▶ trace.py: notes of waits and attempts ──▶ ended ──▶ export.py: a batch ──▶ spans.py: as bytes ──▶ sent
 
-The spans of many requests are written one after the other, which takes a third of the time that it would take at the end of each:
-between two ends a thousand other things are in the processor's caches.
+The spans of many requests are written one after the other, which takes a third of the time that it
+would take at the end of each: between two ends a thousand other things are in the processor's
+caches.
 
-A client that says that its trace is not sampled gets no spans here, and its headers go on as they came. Where `tracing` has
-no endpoint there is no tracer, and a request has no trace.
+A client that says that its trace is not sampled gets no spans here, and its headers go on as they
+came. Where `tracing` has no endpoint there is no tracer, and a request has no trace.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ class Tracer:
         admitted_at: float,
         waited_since: float = 0.0,
     ) -> Trace | None:
-        """Begin the trace of a request that goes to *path* at its provider; None if its client samples no trace.
+        """Begin the trace of a request that goes to *path* at its provider.
 
-        It was admitted at the monotonic time *admitted_at*, and had waited for a place since *waited_since*; 0.0 if it has not.
+        None if its client samples no trace. The request was admitted at the monotonic time
+        *admitted_at*, and had waited for a place since *waited_since*; 0.0 if it has not.
         """
         context = new_context(client_headers)
         if context is None:
@@ -57,10 +59,10 @@ class Tracer:
         request_id: str,
         after: int = 0,
     ) -> Visit | None:
-        """Note that a client reads the answer of the request with *trace*, known as *request_id*, from event *after* on.
+        """Note that a client reads the answer of *request_id*, with *trace*, after event *after*.
 
-        Return the visit, which the caller ends; None for the client whose request began the answer, and for one that samples
-        no trace.
+        Return the visit, which the caller ends; None for the client whose request began the
+        answer, and for one that samples no trace.
         """
         if trace is not None and not trace.followed:
             trace.followed = True
@@ -101,7 +103,8 @@ class Visit:
     def end(self, status: bytes, code: str = "") -> None:
         """Make the span: the client has left, or has read it all.
 
-        *status* is that with which the answer has ended, empty if it goes on; *code*: that of its error.
+        *status* is that with which the answer has ended, empty if it goes on; *code*: that of its
+        error.
         """
         self._exporter.take(
             EndedVisit(

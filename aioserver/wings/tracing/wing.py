@@ -1,7 +1,8 @@
-"""Tracing as a wing: the tracer of a server, as its settings and the standard variables of OpenTelemetry ask for it.
+"""Tracing as a wing: a tracer, as the settings and OpenTelemetry's variables ask for it.
 
-`tracing.otlp_endpoint` says where spans go. What may hold a secret, or is of the machine, comes from the environment, by the
-names that OpenTelemetry gives to it (https://opentelemetry.io/docs/specs/otel/protocol/exporter/).
+`tracing.otlp_endpoint` says where spans go. What may hold a secret, or is of the machine, comes
+from the environment, by the names that OpenTelemetry gives to it
+(https://opentelemetry.io/docs/specs/otel/protocol/exporter/).
 """
 
 from __future__ import annotations
