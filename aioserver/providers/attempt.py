@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from aioserver.protocol.openai import BadEvent, ErrorEvent
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
-from aioserver.providers.chat_sink import ChatSink, complete_chat
 from aioserver.providers.error_mapping import (
     check_json,
     check_uncompressed,
@@ -22,6 +21,7 @@ from aioserver.providers.error_mapping import (
     matches_type,
     visible_headers,
 )
+from aioserver.providers.reading_sinks import ChatSink, complete_chat
 from aioserver.providers.request import Answer
 from aioserver.providers.sinks import BodySink
 from aioserver.streams import entries

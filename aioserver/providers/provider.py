@@ -4,53 +4,97 @@
 
 The place and the connection are given back the moment the provider is done, however slow the client
 is. A provider knows no face: it runs an `Attempt`, which fills a `Stream` or has an `Answer`.
+
+Its guards, the breaker, the pace and the queue, learn from its attempts:
+
+    the head of an answer       its headers say what is left of the provider's limits
+    the first event             the provider is not dead
+    a refusal for its rate      nothing starts for as long as the provider asks
+    the end                     well, or with a fault that the breaker hears of; the tokens that it did cost
+
+An attempt that was sent by former settings, perhaps with another key or to another address, teaches nothing of this.
+
+This file is one concept: an attempt's way through the guards, and what they make of its end.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from aioserver.limits.steps import in_turns
 from aioserver.provider_errors import (
     NoProvider,
+    ProviderFault,
     ProviderRateLimited,
     StaleConnection,
 )
 from aioserver.providers.backpressure import Backpressure
 from aioserver.providers.budget import Budget
 from aioserver.providers.exchange import Exchange
-from aioserver.providers.feedback import Feedback
 from aioserver.providers.health import ALONE, Health
 from aioserver.providers.outage import Absence
 from aioserver.providers.pools import Pools
-from aioserver.providers.provider_stats import PaceStats, ProviderStats
 from aioserver.providers.queueing import FAILOVER_WAIT, ProviderGate, TrialPlace
+from aioserver.providers.sinks import BodySink
 from aioserver.providers.stall import measure
-from aioserver.providers.token_estimate import expected_tokens
 from aioserver.telemetry.metrics import ProviderMeter
+from aioserver.telemetry.request_log import MAX_TOKENS
+from aioserver.telemetry.tracer import AttemptEnd
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.config import settings
     from aioserver.errors import AioserverError
-    from aioserver.limits.gate import Place
+    from aioserver.limits.gate import GateStats, Place
     from aioserver.providers.api import Memory
     from aioserver.providers.attempt import Attempt
+    from aioserver.providers.budget import BudgetStats
     from aioserver.providers.health import ProviderObserver
+    from aioserver.providers.pool import PoolStats
     from aioserver.providers.queueing import GateFactory
+    from aioserver.providers.stall import Silence
     from aioserver.streams.lifetime import Lifetime
 
 M = TypeVar("M", bound="Memory")
+# Bytes of a request for each of its tokens, as an estimate.
+BYTES_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class PaceStats:
+    """A snapshot of a pace: starts per minute, how many could start now, seconds of cooling down."""
+
+    per_minute: int
+    left: int
+    cooling: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderStats:
+    """A snapshot of a provider."""
+
+    name: str
+    usable: bool
+    queue: GateStats
+    pool: PoolStats
+    pace: PaceStats
+    state: str
+    flagged: bool
+    next_try: float | None
+    silence: Silence
+    budget: BudgetStats
 
 
 class Provider:
     """One provider, which runs attempts within its limits.
 
     Always: at most `concurrent_requests` attempts are under way, unless new settings have lowered that
-    number since; whatever an attempt takes is given back by the end of `answer`, however it ends.
+    number since; whatever an attempt takes is given back by the end of `answer`, however it ends. The
+    breaker hears of the end of each trial, once.
 
     Created by the registry, which must close it.
     """
@@ -84,7 +128,6 @@ class Provider:
         # count the latter as waiting.
         self._pending = 0
         self.pools = Pools(settings, base_url, pending=lambda: self._pending)
-        self._feedback = Feedback(self.health, self._gate, self.pools, self.absence, clock)
         self.budget = Budget(clock)
         # Set at the end of the last attempt; None unless the provider is removed.
         self._drained: asyncio.Event | None = None
@@ -136,7 +179,7 @@ class Provider:
             self._check(attempt)
             record.queued_at = record.queued_at or self._clock()
             if self.settings.http_client.tokens_per_minute:
-                attempt.expected_tokens = expected_tokens(attempt, self.settings)
+                attempt.expected_tokens = _expected_tokens(attempt, self.settings)
             place = self._gate.try_enter(attempt.expected_tokens)
             if place is None:
                 place = await self._wait(attempt)
@@ -166,7 +209,7 @@ class Provider:
             self.pools.pool.trim()
             # A fault without an outcome is our own pace's, not the provider's.
             if isinstance(exc, ProviderRateLimited) and exc.attempt_outcome:
-                self._feedback.rate_limited(attempt, exc)
+                self._rate_limited(attempt, exc)
             raise
         finally:
             try:
@@ -179,16 +222,29 @@ class Provider:
                 finally:
                     if self._drained is not None and not self._gate.inside:
                         self._drained.set()
-                    self._feedback.ended(attempt, error)
+                    self._ended(attempt, error)
                     error = None  # its traceback leads here
 
     def head_received(self, attempt: Attempt) -> None:
-        """Learn from the head of an answer: its headers tell what is left of the provider's limits."""
-        self._feedback.head_received(attempt)
+        """Learn from the head of an answer: *attempt* knows its status and headers now."""
+        if self._outdated(attempt):
+            return
+        if self._pace.learn(attempt.headers) and self._gate.waiting:
+            self._gate.refuse_late(FAILOVER_WAIT)
 
     def answered(self, attempt: Attempt) -> None:
         """Learn that an answer has begun: the provider is not dead."""
-        self._feedback.answered(attempt)
+        trial, attempt.trial = attempt.trial, False
+        if attempt.rejoin:
+            self._gate.free_room(attempt)
+        if self._outdated(attempt):
+            self.health.breaker.unsure(trial=trial)
+            # Another trial may start now.
+            self._gate.serve()
+            return
+        seconds = self._clock() - (attempt.request.outcome.sent_at or attempt.began)
+        if self.health.answered(seconds, trial=trial):
+            self._gate.resume()
 
     def memory(self, kind: type[M]) -> M:
         """Return what an API has learned of this provider, of which it has its own *kind*."""
@@ -364,3 +420,91 @@ class Provider:
             raise self.health.refusal()
         if attempt.fallback and (wait := self._pace.cooling) > FAILOVER_WAIT:
             raise self._gate.paced_fault(wait)
+
+    def _rate_limited(self, attempt: Attempt, fault: ProviderRateLimited) -> None:
+        """Start nothing for as long as the provider asks, which has refused *attempt* for its rate."""
+        if not self._outdated(attempt):
+            self._pace.cool_down(fault.retry_after or 0.0)
+            self._gate.refuse_late(FAILOVER_WAIT)
+
+    def _ended(self, attempt: Attempt, exc: BaseException | None) -> None:
+        """Count an attempt that has ended, well or with *exc*, and learn from it. Its place is given back already."""
+        record = attempt.request.record
+        if attempt.expected_tokens:
+            tokens = _real_tokens(attempt, self.settings, failed=exc is not None)
+            self._pace.charge(tokens - attempt.expected_tokens)
+            attempt.expected_tokens = 0
+            self._gate.serve()
+        if exc is None and not attempt.answered:
+            # An answer in one piece has no first event.
+            attempt.first_event()
+        if record.trace is not None:
+            record.trace.attempt_ended(self._end_of(attempt, exc))
+        trial, attempt.trial = attempt.trial, False
+        outdated, attempt.pool = self._outdated(attempt), None
+        exc = exc or attempt.fault
+        attempts = self.meter.attempts
+        if exc is None:
+            attempts["ok"].value += 1
+            return
+        if isinstance(exc, ProviderFault):
+            if exc.attempt_outcome:
+                attempts[exc.attempt_outcome].value += 1
+        elif isinstance(exc, asyncio.CancelledError) and record.outcome.sent_at:
+            attempts["cancelled"].value += 1
+        if outdated or attempt.says_little:
+            # Its fault is that of former settings, with another key or address, or of one path.
+            self.health.breaker.unsure(trial=trial)
+        elif self.health.attempt_failed(
+            exc, attempt.began, trial=trial, answered=attempt.answered
+        ):
+            self.absence.refuse()
+        if trial:
+            # Another trial may start now.
+            self._gate.serve()
+
+    def _outdated(self, attempt: Attempt) -> bool:
+        """Return whether *attempt* was sent by former settings, perhaps with another key or address."""
+        return attempt.pool is not None and attempt.pool is not self.pools.pool
+
+    def _end_of(self, attempt: Attempt, exc: BaseException | None) -> AttemptEnd:
+        record, sink = attempt.request.record, attempt.sink
+        body = sink.body if isinstance(sink, BodySink) and attempt.status == 200 else b""
+        timed = record.streamed and record.first_event_at > attempt.began
+        return AttemptEnd(
+            provider=self.name,
+            model=attempt.model or self.settings.model,
+            base_url=self.pools.base_url,
+            began=attempt.began,
+            ended=self._clock(),
+            first_chunk=record.first_event_at - record.outcome.sent_at if timed else 0.0,
+            status=attempt.status,
+            error=exc or attempt.fault,
+            usage=record.outcome.usage,
+            body=body,
+        )
+
+
+def _expected_tokens(attempt: Attempt, provider: settings.Provider) -> int:
+    """Return the tokens that *attempt* will cost, by an estimate; 0 if tokens are not paced."""
+    limit = provider.http_client.tokens_per_minute
+    if not limit or not attempt.request.estimated:
+        return 0
+    prompt = len(attempt.request.body(provider)) // BYTES_PER_TOKEN
+    # At most a minute's worth: a body with a picture has far fewer tokens than its bytes say.
+    return min(prompt + (provider.max_tokens or 0), limit)
+
+
+def _real_tokens(attempt: Attempt, provider: settings.Provider, *, failed: bool) -> int:
+    """Return the tokens that *attempt*, which has ended, did cost.
+
+    Where the provider reports no usage, the prompt counts as estimated, and each event as a token.
+    """
+    if failed and not attempt.request.outcome.sent_at:
+        return 0
+    usage = None if failed else attempt.request.outcome.usage
+    total = usage.get("total_tokens") if usage is not None else None
+    if isinstance(total, int) and 0 <= total < MAX_TOKENS:
+        return total
+    prompt = attempt.expected_tokens - (provider.max_tokens or 0)
+    return max(0, prompt) + attempt.events

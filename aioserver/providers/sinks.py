@@ -10,8 +10,8 @@ A sink gets the bytes of an answer as they come, and fills a log. All of them cu
             EventSink       chat completions, for the OpenAI face; they end with `[DONE]`, which is added if it is missing after a finish_reason
             ResponseSink    responses (wings/responses/sinks.py)
             MessageSink     messages of Anthropic's API (wings/anthropic/sink.py)
-        ReadingSink         reads each event, and keeps what it makes of it
-            ChatSink        chat completions as `chunk` objects, for the faces that show frames (chat_sink.py)
+        ReadingSink         reads each event, and keeps what it makes of it (reading_sinks.py)
+            ChatSink        chat completions as `chunk` objects, for the faces that show frames (reading_sinks.py)
             BridgeSink      chat completions as the events of a response (wings/responses/sinks.py)
 
 A body that is not streamed is collected, up to a bound (`BodySink`). How an answer may end:
@@ -33,7 +33,7 @@ import orjson
 
 from aioserver.protocol import eventstream
 from aioserver.protocol.eventstream import EventTooLong
-from aioserver.protocol.openai import BadEvent, ErrorEvent, Shape, bounded, learn, usage_of
+from aioserver.protocol.openai import BadEvent, ErrorEvent, bounded, usage_of
 from aioserver.provider_errors import (
     ProviderAuthError,
     ProviderBadResponse,
@@ -44,15 +44,9 @@ from aioserver.providers.error_mapping import error_object_fault, event_fault
 from aioserver.streams import entries
 
 if TYPE_CHECKING:
-    from aioserver.protocol.openai import Reading
     from aioserver.streams.contracts import Path
     from aioserver.streams.store import HeldBytes
     from aioserver.streams.stream import Stream
-
-# Events of an answer from which its shape is learned; some providers repeat no shape at all.
-MAX_SHAPE_SAMPLES = 4
-# Bytes of an answer's text that are not counted yet, at most.
-TEXT_STEP = 4096
 
 
 class StreamSink(ABC):
@@ -175,74 +169,6 @@ class PassingSink(StreamSink):
             if count and not stream.answered_at:
                 stream.mark_answered()
             stream.forward(block, count, more=self._over)
-
-
-class ReadingSink(StreamSink):
-    """Reads each event of a chat completion, and appends what becomes of it.
-
-    *reading* has what was read so far. Once the shape of the provider's events is known, an event of that shape need
-    not be read.
-    """
-
-    def __init__(self, stream: Stream, reading: Reading) -> None:
-        super().__init__(stream)
-        self._reading = reading
-        self._shape: Shape | None = None
-        self._samples_left = MAX_SHAPE_SAMPLES
-
-    @property
-    def _complete_without_mark(self) -> bool:
-        return self._reading.finish_reason is not None
-
-    def _take(self, block: bytes) -> bool:
-        stream, read = self._stream, self._reading.read
-        if stream.path is not None:
-            # The texts that it has passed on come before these events in the log.
-            stream.close_fast_path()
-        parts: list[bytes] = []
-        try:
-            for event in eventstream.parse(block):
-                if event.data == b"[DONE]":
-                    self._over = True
-                    break
-                # Without data it is no event (WHATWG HTML 9.2.6): it keeps the connection alive.
-                if event.data:
-                    parts += read(event.data) if stream.answered_at else self._begin(event.data)
-        finally:
-            if parts:
-                self._append(parts)
-        if self._over:
-            self._complete()
-        elif self._samples_left and len(parts) == 1 and self._may_be_text(parts[0]):
-            self._samples_left -= 1
-            self._shape = learn(block, self._reading) or self._shape
-        return not self._over
-
-    def _begin(self, data: bytes) -> list[bytes]:
-        """Return what becomes of the first event, which has *data*; from then on there is no second attempt.
-
-        Raises:
-            BadEvent, ErrorEvent: see `Reading.read`.
-        """
-        parts = self._reading.read(data)
-        # Also if the event has no text yet.
-        self._stream.mark_answered()
-        return parts
-
-    @abstractmethod
-    def _may_be_text(self, part: bytes) -> bool:
-        """Return whether an event of which *part* became may have had a text and nothing else."""
-
-    @abstractmethod
-    def _append(self, parts: list[bytes]) -> None:
-        """Append *parts*, of which there is at least one."""
-
-    def _count_text(self) -> None:
-        """Count for the log what its reading keeps, once that has grown by a step."""
-        size, stream = self._reading.size, self._stream
-        if size - stream.text_bytes > TEXT_STEP:
-            stream.text_bytes = size
-            stream.recount()
 
 
 def complete(stream: Stream, data: bytes = b"", **metadata: object) -> None:

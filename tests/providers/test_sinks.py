@@ -19,7 +19,7 @@ from aioserver.provider_errors import (
     ProviderDisconnected,
     ProviderError,
 )
-from aioserver.providers.chat_sink import ChatSink
+from aioserver.providers.reading_sinks import ChatSink
 from aioserver.providers.sinks import DONE, BodySink, EventSink
 from aioserver.streams import entries
 from aioserver.streams.store import StreamStore

@@ -52,7 +52,7 @@ Stream.final_error = lambda self, error, number: b""
 """,
     "that a provider's connection was cut": """
 from aioserver.providers.exchange import Exchange
-from aioserver.providers.chat_sink import ChatSink
+from aioserver.providers.reading_sinks import ChatSink
 from aioserver.providers.sinks import EventSink
 from aioserver.wings.responses.sinks import ResponseSink
 lost = Exchange.connection_lost

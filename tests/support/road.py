@@ -20,9 +20,9 @@ from aioserver.errors import AioserverError
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading
 from aioserver.providers.api import CHAT
-from aioserver.providers.chat_sink import ChatSink
 from aioserver.providers.connections import ConnectionProtocol
 from aioserver.providers.exchange import Exchange
+from aioserver.providers.reading_sinks import ChatSink
 from aioserver.streams.entries import CANCELLED
 from aioserver.streams.fast_path import FastPath, TextPath
 from aioserver.streams.formats import EVENTS, MESSAGES, RAW

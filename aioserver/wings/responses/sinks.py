@@ -22,10 +22,10 @@ import orjson
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import BadEvent
 from aioserver.providers.error_mapping import error_object_fault, event_fault
+from aioserver.providers.reading_sinks import ReadingSink
 from aioserver.providers.sinks import (
     ERROR_NAME,
     PassingSink,
-    ReadingSink,
     before_error,
     complete,
     error_in,

@@ -1,0 +1,118 @@
+"""The sinks that read each event of a chat completion: what they share, and that of the faces that show frames."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+from aioserver.protocol import eventstream
+from aioserver.protocol.openai import TEXT_START, Shape, learn
+from aioserver.providers.sinks import StreamSink, complete
+from aioserver.streams import entries
+
+if TYPE_CHECKING:
+    from aioserver.protocol.openai import Reading
+    from aioserver.streams.contracts import Path
+    from aioserver.streams.stream import Stream
+
+# Events of an answer from which its shape is learned; some providers repeat no shape at all.
+MAX_SHAPE_SAMPLES = 4
+# Bytes of an answer's text that are not counted yet, at most.
+TEXT_STEP = 4096
+
+
+class ReadingSink(StreamSink):
+    """Reads each event of a chat completion, and appends what becomes of it.
+
+    *reading* has what was read so far. Once the shape of the provider's events is known, an event of that shape need
+    not be read.
+    """
+
+    def __init__(self, stream: Stream, reading: Reading) -> None:
+        super().__init__(stream)
+        self._reading = reading
+        self._shape: Shape | None = None
+        self._samples_left = MAX_SHAPE_SAMPLES
+
+    @property
+    def _complete_without_mark(self) -> bool:
+        return self._reading.finish_reason is not None
+
+    def _take(self, block: bytes) -> bool:
+        stream, read = self._stream, self._reading.read
+        if stream.path is not None:
+            # The texts that it has passed on come before these events in the log.
+            stream.close_fast_path()
+        parts: list[bytes] = []
+        try:
+            for event in eventstream.parse(block):
+                if event.data == b"[DONE]":
+                    self._over = True
+                    break
+                # Without data it is no event (WHATWG HTML 9.2.6): it keeps the connection alive.
+                if event.data:
+                    parts += read(event.data) if stream.answered_at else self._begin(event.data)
+        finally:
+            if parts:
+                self._append(parts)
+        if self._over:
+            self._complete()
+        elif self._samples_left and len(parts) == 1 and self._may_be_text(parts[0]):
+            self._samples_left -= 1
+            self._shape = learn(block, self._reading) or self._shape
+        return not self._over
+
+    def _begin(self, data: bytes) -> list[bytes]:
+        """Return what becomes of the first event, which has *data*; from then on there is no second attempt.
+
+        Raises:
+            BadEvent, ErrorEvent: see `Reading.read`.
+        """
+        parts = self._reading.read(data)
+        # Also if the event has no text yet.
+        self._stream.mark_answered()
+        return parts
+
+    @abstractmethod
+    def _may_be_text(self, part: bytes) -> bool:
+        """Return whether an event of which *part* became may have had a text and nothing else."""
+
+    @abstractmethod
+    def _append(self, parts: list[bytes]) -> None:
+        """Append *parts*, of which there is at least one."""
+
+    def _count_text(self) -> None:
+        """Count for the log what its reading keeps, once that has grown by a step."""
+        size, stream = self._reading.size, self._stream
+        if size - stream.text_bytes > TEXT_STEP:
+            stream.text_bytes = size
+            stream.recount()
+
+
+class ChatSink(ReadingSink):
+    """Reads the provider's events and appends their `chunk` objects to a log."""
+
+    def fast(self) -> Path | None:
+        """Return the stream's fast path, once the shape of the provider's events is known.
+
+        There is none while half a character waits for its other half.
+        """
+        if self._shape is None or not self._splitter.idle or self._reading.half:
+            return None
+        return self._stream.open_fast_path(self._shape)
+
+    def _may_be_text(self, part: bytes) -> bool:
+        return part.startswith(TEXT_START)
+
+    def _append(self, parts: list[bytes]) -> None:
+        self._stream.append(entries.CHUNK, parts, more=self._over)
+        self._count_text()
+
+    def _complete(self) -> None:
+        complete_chat(self._stream, self._reading)
+
+
+def complete_chat(stream: Stream, reading: Reading) -> None:
+    """End the log of *stream* well, with the metadata that the provider has sent."""
+    stream.outcome.usage = reading.usage
+    complete(stream, finish_reason=reading.finish_reason, usage=reading.usage)
