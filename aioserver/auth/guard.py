@@ -1,8 +1,8 @@
 """The guard in front of every handler: whether a request may call its route, and for which caller.
 
-Every route has a policy in the table that server/app.py fills; a route without one is for admins. The
-decision rests on the route that was matched and on nothing else: neither on the path nor on the
-`Host`. A request presents its key in one of these ways:
+Every route has a policy in the table that server/app.py fills; a route without one is for admins.
+The decision rests on the route that was matched and on nothing else: neither on the path nor on
+the `Host`. A request presents its key in one of these ways:
 
     Authorization: Bearer <key>              RFC 6750
     x-api-key: <key>, api-key: <key>         as the SDKs of Anthropic and Azure do
@@ -15,13 +15,13 @@ decision rests on the route that was matched and on nothing else: neither on the
                                              in a request of our own page, or of one that
                                              `allow_origins` names
 
-The value of such a header may be a guess: it is compared, and never shown or logged. A key may come in
-several of them, but a request with two keys is refused: whichever of them counted, the other one
-would mean another caller.
+The value of such a header may be a guess: it is compared, and never shown or logged. A key may
+come in several of them, but a request with two keys is refused: whichever of them counted, the
+other one would mean another caller.
 
-A key alone does not protect a server that needs none, and a page may send some requests without asking
-(Fetch, 4.10), such as a POST without a body. So a request with a method that may change something,
-and one for an upgrade, is checked for its `Origin` on every route, before its key.
+A key alone does not protect a server that needs none, and a page may send some requests without
+asking (Fetch, 4.10), such as a POST without a body. So a request with a method that may change
+something, and one for an upgrade, is checked for its `Origin` on every route, before its key.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Guard:
     """Checks each request before its handler.
 
     Always: a route that is not in *policies* needs an admin key, and no foreign page changes
-    anything by any route. A key is looked for only where keys exist, and a forwarded address only where
-    proxies are trusted: otherwise a request costs a few look-ups.
+    anything by any route. A key is looked for only where keys exist, and a forwarded address only
+    where proxies are trusted: otherwise a request costs a few look-ups.
     """
 
     def __init__(self, access: Access, origins: Origins) -> None:
@@ -181,12 +181,14 @@ def offered_protocols(request: web.Request) -> list[str]:
 
 
 def selectable_protocols(request: web.Request, others: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Return the subprotocol to select of those that a handshake offers; never the one with its key.
+    """Return the subprotocol to select of those that a handshake offers; never the one with its
+    key.
 
     It is SUBPROTOCOL or, if that is not offered, the first offered one of *others*.
 
     Raises:
-        InvalidRequest: the client offers a key and no protocol beside it: aiohttp would log the whole offer.
+        InvalidRequest: the client offers a key and no protocol beside it: aiohttp would log the
+            whole offer.
     """
     offered = offered_protocols(request)
     if SUBPROTOCOL in offered:

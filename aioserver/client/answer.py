@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """The question waits: *position* of the queue, from 1, and an estimate of the wait in seconds."""
+    """The question waits: *position* of the queue, from 1, and an estimate of the wait in
+    seconds.
+    """
 
     position: int
     eta: float

@@ -218,7 +218,9 @@ POLICY, RESTART, TRY_AGAIN_LATER = 1008, 1012, 1013
 
 
 def span(failures: int, first: float) -> float:
-    """Return the span of the wait after so many *failures* before the last one, at most MAX_SPAN."""
+    """Return the span of the wait after so many *failures* before the last one, at most
+    MAX_SPAN.
+    """
     return float(min(MAX_SPAN, first * 2.0 ** min(failures, 16)))
 
 

@@ -565,7 +565,9 @@ CLOSED = Fault("connect_error", "the client is closed")
 
 
 class SocketTransport(Transport):
-    """The sockets of a client: one, and another one for each further MAX_ANSWERS answers at once."""
+    """The sockets of a client: one, and another one for each further MAX_ANSWERS answers at
+    once.
+    """
 
     def __init__(self, session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> None:
         super().__init__(session, url, headers)

@@ -2,9 +2,9 @@
 
 Admission has two steps. *Prepare*: the handshake is done, or the body is read under a deadline and
 found valid, so that a slow upload holds no place. *Enter*: a request gets a place at once below
-`max_connections`, and at the limit in the order of arrival. At most `connection_queue_size` wait, and
-none longer than `queue_timeout`; past either bound the face refuses in its own way. Every way out of a handler gives
-the place back, once, and not before its response is in the kernel.
+`max_connections`, and at the limit in the order of arrival. At most `connection_queue_size` wait,
+and none longer than `queue_timeout`; past either bound the face refuses in its own way. Every way
+out of a handler gives the place back, once, and not before its response is in the kernel.
 
 An HTTP handler waits in its own task, which is cancelled when the client leaves (`counted`). A
 WebSocket has to go on reading while it waits, so it waits in a task of its own (upgrade.py).
@@ -54,7 +54,8 @@ MAX_REFUSED_CLOSING = 256
 
 
 class Admission:
-    """The gate in front of the handlers, and the bytes of the bodies that may yet be sent to a provider.
+    """The gate in front of the handlers, and the bytes of the bodies that may yet be sent to a
+    provider.
 
     Always: `body_bytes <= max_body_bytes`.
     """
@@ -91,7 +92,10 @@ class Admission:
         self.refusal_lines = RateLimit(REFUSAL_LINES_PER_SECOND)
 
     def apply(self, limits: Concurrency, send_timeout: float) -> None:
-        """Use new limits. Connections that have a place keep it; those that wait keep their deadline."""
+        """Use new limits.
+
+        Connections that have a place keep it; those that wait keep their deadline.
+        """
         self._limits, self.send_timeout = limits, send_timeout
         self.gate.apply(
             limits.max_connections,
@@ -182,7 +186,9 @@ class Admission:
         on_position: Callable[[int, float], None] | None = None,
         hold: BodyHold | None = None,
     ) -> Place:
-        """Queue for a place, and return it; *name*: that of the key that waits; *hold*: of its body, which notes the wait.
+        """Queue for a place, and return it; *name*: that of the key that waits.
+
+        *hold*: of its body, which notes the wait.
 
         Whoever calls this releases the place; cancelling leaves the queue.
 
@@ -225,7 +231,10 @@ class Admission:
         meter.opened.value += 1
 
     def closed(self, face: str, code: str = "", caller: str = "") -> None:
-        """Count that a connection has ended, which was `opened`; *code*: the close code of a WebSocket."""
+        """Count that a connection has ended, which was `opened`.
+
+        *code*: the close code of a WebSocket.
+        """
         self.metrics.faces[face].connections.value -= 1
         self.idle_sockets.closed(caller)
         closed = self.metrics.closed
@@ -252,7 +261,8 @@ class Admission:
 class Visit:
     """A client that has its *place*, and is counted as served, until the end of its `with`.
 
-    Always: the place is given back, whatever fails meanwhile, and the client is counted as often as it is taken off.
+    Always: the place is given back, whatever fails meanwhile, and the client is counted as often
+    as it is taken off.
     """
 
     __slots__ = ("_admission", "_face", "_name", "_place")
@@ -292,8 +302,8 @@ class CountedConnection:
 class BodyHold:
     """The bytes that one body has taken of `max_body_bytes`, from its first byte.
 
-    The end of its `with` gives them back, unless the hold was `given` to a request that outlives the
-    handler: the end of that request does it then.
+    The end of its `with` gives them back, unless the hold was `given` to a request that outlives
+    the handler: the end of that request does it then.
     """
 
     __slots__ = ("_admission", "given", "size", "waited_since")
@@ -341,8 +351,8 @@ def counted(
 ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """Return an HTTP handler that prepares, enters, and serves with what was prepared.
 
-    *refuse* answers a request that got no place, or whose key has too many connections; without it the
-    refusal is raised: a plain 503 or 429.
+    *refuse* answers a request that got no place, or whose key has too many connections; without it
+    the refusal is raised: a plain 503 or 429.
     """
 
     async def handler(request: web.Request) -> web.StreamResponse:

@@ -1,22 +1,24 @@
 """What comes on a WebSocket (RFC 6455, 5.2), counted frame by frame before aiohttp reads it.
 
-aiohttp shows a message when it is whole, and what it does not show it does not count: half a message, and
-the frames that it refuses nothing of. `ClientMessages` stands between the connection and aiohttp's reader.
-It reads the heads of the frames only, and passes everything on unchanged. Always:
+aiohttp shows a message when it is whole, and what it does not show it does not count: half a
+message, and the frames that it refuses nothing of. `ClientMessages` stands between the connection
+and aiohttp's reader. It reads the heads of the frames only, and passes everything on unchanged.
+Always:
 
-- at most FRAMES_PER_SECOND frames come, after a burst; control frames count, and parts of a message that
-  are too small to be sent for their size;
+- at most FRAMES_PER_SECOND frames come, after a burst; control frames count, and parts of a
+  message that are too small to be sent for their size;
 - at most `max_message_size` bytes a second come, after a burst of twice that;
-- the bytes of an unfinished message count against `max_body_bytes`. While the socket waits for its place
-  they are at most `room`;
+- the bytes of an unfinished message count against `max_body_bytes`. While the socket waits for its
+  place they are at most `room`;
 - a message is whole within BODY_TIMEOUT after its first byte;
 - every frame is masked, and a close frame has a code that may be sent (RFC 6455, 5.1 and 7.4).
 
-A fault between two frames takes effect after the messages before it: the reader gets a frame instead that
-it refuses. Any other fault takes effect at once.
+A fault between two frames takes effect after the messages before it: the reader gets a frame
+instead that it refuses. Any other fault takes effect at once.
 
-Private names of aiohttp used here, guarded by `tests/faces/test_client_messages.py`: `_post_start` of
-`WebSocketResponse`, in which the reader is given to the connection, its `_writer` and its `_reader`.
+Private names of aiohttp used here, guarded by `tests/faces/test_client_messages.py`: `_post_start`
+of `WebSocketResponse`, in which the reader is given to the connection, its `_writer` and its
+`_reader`.
 """
 
 from __future__ import annotations
@@ -43,12 +45,13 @@ FRAME_INTERVAL = 1 / FRAMES_PER_SECOND
 FRAME_TOLERANCE = (FRAMES_BURST - 1) * FRAME_INTERVAL
 # Seconds' worth of bytes that may come at once.
 BYTES_BURST = 2.0
-# A part of a message of at least so many bytes is no frame of a flood: browsers send a large message in
-# parts of 128 KiB, and its bytes count anyway.
+# A part of a message of at least so many bytes is no frame of a flood: browsers send a large
+# message in parts of 128 KiB, and its bytes count anyway.
 MIN_PART_BYTES = 1024
 # Why nothing more may come before the socket has its place.
 FULL_ROOM = "too many messages before a place was free"
-# Seconds after which a client that was told so may come back: what it may send is counted by the second.
+# Seconds after which a client that was told so may come back: what it may send is counted by the
+# second.
 COME_BACK = 1.0
 CONTINUATION, CLOSE = 0, 8
 # Bytes of a frame's head with its mask, for a length of 7, 16 and 64 bits.
@@ -58,12 +61,16 @@ REFUSED_FRAME = b"\xf0\x80\0\0\0\0"
 
 
 def sendable(code: int) -> bool:
-    """Return whether a close frame may have *code* (RFC 6455, 7.4; IANA's registry for 1012 to 1014)."""
+    """Return whether a close frame may have *code* (RFC 6455, 7.4; IANA's registry for 1012 to
+    1014).
+    """
     return 3000 <= code < 5000 or (1000 <= code < 1015 and code not in {1004, 1005, 1006})
 
 
 def too_much(text: str) -> RateLimitExceeded:
-    """Return the error of a client that has sent more than it may, which says when to come back."""
+    """Return the error of a client that has sent more than it may, which says when to come
+    back.
+    """
     return RateLimitExceeded(text, retry_after=COME_BACK)
 
 
@@ -80,8 +87,9 @@ class Receiver(Protocol):
 class ClientMessages:
     """Counts what a client sends on one socket; aiohttp's connection takes it for its reader.
 
-    Always: the reader gets whole heads, never a part of one; a whole message of the client has its hold in
-    `_holds`, in the order of the messages. `close` must be called at the end of the socket.
+    Always: the reader gets whole heads, never a part of one; a whole message of the client has its
+    hold in `_holds`, in the order of the messages. `close` must be called at the end of the
+    socket.
     """
 
     __slots__ = (
@@ -217,8 +225,8 @@ class ClientMessages:
     def _read_head(self, data: bytes, start: int) -> int:
         """Read the head of the frame at *start*, and return where its payload begins.
 
-        Returns 0 if it is not complete, and -1 if the frame is refused. A close frame is complete with
-        its payload only.
+        Returns 0 if it is not complete, and -1 if the frame is refused. A close frame is complete
+        with its payload only.
         """
         have = len(data) - start
         if have < 2:
@@ -312,7 +320,10 @@ class ClientMessages:
 
 
 class Upgraded(web.WebSocketResponse):
-    """aiohttp's handshake and parser, with *messages* between them. It writes and closes nothing: the socket does."""
+    """aiohttp's handshake and parser, with *messages* between them.
+
+    It writes and closes nothing: the socket does.
+    """
 
     def __init__(self, messages: ClientMessages, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -46,9 +46,9 @@ class CurrentSettings:
 class Lifecycle:
     """Whether the server takes work, and whether it stops.
 
-    *ready* is false until the server has started, and again from the moment when it begins to stop.
-    *stopping* is set `drain_delay` seconds later, and open connections end then: until that moment a
-    load balancer can send its clients elsewhere.
+    *ready* is false until the server has started, and again from the moment when it begins to
+    stop. *stopping* is set `drain_delay` seconds later, and open connections end then: until that
+    moment a load balancer can send its clients elsewhere.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,6 @@
-"""The form in which the clients of an API know what this server itself says: errors, and the list of models."""
+"""The form in which the clients of an API know what this server itself says: errors, and the list
+of models.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
 
 
 class Form:
-    """OpenAI's form; a wing has others, for the clients that it knows by their path or their headers.
+    """OpenAI's form.
+
+    A wing has others, for the clients that it knows by their path or their headers.
 
     Always: it has no state, so that one object serves every request.
     """

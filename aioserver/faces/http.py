@@ -26,8 +26,8 @@ _numbers = itertools.count(1)
 class Request(web.Request):
     """aiohttp's request with two attributes of ours; server/runner.py makes every request one.
 
-    *known_id*: the id that `request_id` has returned before. *started*: the response whose head was sent, or is
-    about to be.
+    *known_id*: the id that `request_id` has returned before. *started*: the response whose head
+    was sent, or is about to be.
     """
 
     ATTRS = web.Request.ATTRS | frozenset(["known_id", "started"])
@@ -37,7 +37,9 @@ class Request(web.Request):
 
 
 def request_id(request: web.BaseRequest) -> str:
-    """Return the id of *request* for logs: the client's `X-Request-Id` if it is harmless, or a new one."""
+    """Return the id of *request* for logs: the client's `X-Request-Id` if it is harmless, or a new
+    one.
+    """
     assert isinstance(request, Request)
     log_id = request.known_id
     if not log_id:
@@ -51,7 +53,10 @@ def request_id(request: web.BaseRequest) -> str:
 
 
 def last_on_connection(request: web.BaseRequest) -> bool:
-    """Return whether the connection ends with this response; false on another server's connections."""
+    """Return whether the connection ends with this response.
+
+    False on another server's connections.
+    """
     return getattr(request.protocol, "last", False)
 
 
@@ -81,8 +86,9 @@ def announce_close(
 ) -> None:
     """Announce in the head of *response* that the connection ends with it, if it does.
 
-    The client may have asked for that (RFC 9112, 9.6). The connection of an HTTP/1.0 client ends with a
-    *streamed* body in any case: the body has neither chunks nor a length, and only the close ends it.
+    The client may have asked for that (RFC 9112, 9.6). The connection of an HTTP/1.0 client ends
+    with a *streamed* body in any case: the body has neither chunks nor a length, and only the
+    close ends it.
     """
     if (
         last_on_connection(request)

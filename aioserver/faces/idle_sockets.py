@@ -1,12 +1,13 @@
 """Which idle WebSocket gives way, where one key holds most places and others wait for one.
 
-An idle socket holds a place, and a key may open as many as there are places, whatever else its limits
-are. While a client of another key waits for a place, the socket of that key which has asked nothing
-for longest closes: at most one for each client that waits, none that has an answer under way or has
-asked within the last IDLE_SECONDS, and none once the key has no more than half of the places.
+An idle socket holds a place, and a key may open as many as there are places, whatever else its
+limits are. While a client of another key waits for a place, the socket of that key which has asked
+nothing for longest closes: at most one for each client that waits, none that has an answer under
+way or has asked within the last IDLE_SECONDS, and none once the key has no more than half of the
+places.
 
-A socket asks by a chat, a resume or a cancel that is carried out, and by its handshake. Pings ask nothing, so
-they keep no place.
+A socket asks by a chat, a resume or a cancel that is carried out, and by its handshake. Pings ask
+nothing, so they keep no place.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
 
-# Seconds without a question after which a socket is idle: a person who types an answer may take them.
+# Seconds without a question after which a socket is idle: a person who types an answer may take
+# them.
 IDLE_SECONDS = 30.0
 
 
@@ -38,10 +40,11 @@ class IdleSocket(Protocol):
 
 
 class IdleSockets:
-    """The places of each key, its waiting clients, and its sockets, those that asked longest ago first.
+    """The places of each key, its waiting clients, and its sockets, those that asked longest ago
+    first.
 
-    Always: a socket is told to give way at most once. Clients without a key are one caller, and not
-    counted. Each change takes the same time, however many sockets there are.
+    Always: a socket is told to give way at most once. Clients without a key are one caller, and
+    not counted. Each change takes the same time, however many sockets there are.
 
     *limit* returns how many places there are, and *waiting* how many clients wait for one.
     """
@@ -62,7 +65,8 @@ class IdleSockets:
         self._sockets: dict[str, OrderedDict[IdleSocket, float]] = {}
         # The sockets that were told to give way, and still have their places.
         self._leaving: set[IdleSocket] = set()
-        # The key with the most places. It may be outdated, but not while a key has more than half of them.
+        # The key with the most places. It may be outdated, but not while a key has more than half
+        # of them.
         self._largest = ""
         self._timer: asyncio.TimerHandle | None = None
         # When it fires, in the loop's time: uvloop's handle of a short delay does not know.
@@ -84,7 +88,9 @@ class IdleSockets:
             _take_one(self._places, name)
 
     def waits(self, name: str) -> None:
-        """Count a client of the key *name* that begins to wait for a place in this turn of the loop."""
+        """Count a client of the key *name* that begins to wait for a place in this turn of the
+        loop.
+        """
         if name:
             self._look_in(0.0)
             self._waiters[name] += 1

@@ -1,10 +1,11 @@
 """Taking in what clients send: the bytes of a body, bounded and under a deadline.
 
 The bytes count against `max_body_bytes` from the first one. What is read of them comes in steps
-(protocol/json_body.py, limits/steps.py). A body that is passed on while its client sends it is a `BodyStream`.
+(protocol/json_body.py, limits/steps.py). A body that is passed on while its client sends it is a
+`BodyStream`.
 
-Where spans are made, a client that reads the answer of another request is a visit, with a span of its own. The client whose
-request began an answer is its first reader, and no visit.
+Where spans are made, a client that reads the answer of another request is a visit, with a span of
+its own. The client whose request began an answer is its first reader, and no visit.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ async def read_body(request: web.Request, hold: BodyHold, max_bytes: int) -> byt
 
 
 async def read_start(request: web.Request, hold: BodyHold, max_bytes: int) -> bytes:
-    """Return the whole body, or, if it has more than *max_bytes*, what was read of it; *hold* counts it.
+    """Return the whole body, or, if it has more than *max_bytes*, what was read of it.
+
+    *hold* counts it.
 
     Raises:
         RequestTimeout, ServerAtCapacity: as `read_body`.
@@ -112,8 +115,8 @@ def let_continue(request: web.Request) -> None:
 class BodyStream:
     """A body that its client is still sending, for the upload to a provider.
 
-    *first* is what was read of it before. A client that waits to be asked for its body is asked when the
-    provider is there to take it.
+    *first* is what was read of it before. A client that waits to be asked for its body is asked
+    when the provider is there to take it.
 
     Always: at most MAX_REPEATED bytes are kept of what was read, beside *first*, until it is read.
     """
@@ -142,7 +145,10 @@ class BodyStream:
         return piece
 
     def rewind(self) -> bool:
-        """Let all of the body be read again, and return True; False if it was too much to be kept."""
+        """Let all of the body be read again, and return True.
+
+        False if it was too much to be kept.
+        """
         if self._read is None:
             return False
         self._before += reversed([piece for piece in self._read if piece])
@@ -176,7 +182,8 @@ async def _collect(content: StreamReader, hold: BodyHold, max_bytes: int) -> byt
 async def read_model_body(
     request: web.Request, hold: BodyHold, max_bytes: int
 ) -> tuple[ModelBody, bytes]:
-    """Read a body that is a JSON object with a `model`, which *hold* counts; return it, and the bytes as they came.
+    """Read a body that is a JSON object with a `model`, which *hold* counts; return it, and the
+    bytes as they came.
 
     Raises:
         InvalidJson, InvalidRequest: as `ModelBody`.
@@ -203,7 +210,8 @@ def idempotency_key(request: web.Request) -> str | None:
 
 
 def client_headers(context: Context, request: web.Request, api: str = "") -> ClientHeaders:
-    """Return the headers of *request* that go on to a provider: its trace, and those that settings name.
+    """Return the headers of *request* that go on to a provider: its trace, and those that settings
+    name.
 
     Those of the API, if it has any, whose names begin with *api*, are among them.
     """
@@ -213,7 +221,10 @@ def client_headers(context: Context, request: web.Request, api: str = "") -> Cli
 def begin_visit(
     context: Context, request: web.Request, stream: Stream, after: int = 0
 ) -> Visit | None:
-    """Return the visit of *request*, which reads *stream* from event *after* on; None if it is none."""
+    """Return the visit of *request*, which reads *stream* from event *after* on.
+
+    None if it is none.
+    """
     if context.tracer is None:
         return None
     headers = client_headers(context, request)

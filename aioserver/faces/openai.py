@@ -1,11 +1,11 @@
 """OpenAI's API: the official SDKs work unchanged with their `base_url` set to our `/v1`.
 
-The body is passed on as it came, but for two things: `model` is replaced where it names a provider, and
-a lone surrogate by U+FFFD. The provider's events come back byte for byte, each as soon as it arrives.
-The head of a streamed answer is sent with the provider's first bytes, so that a fault before them has
-its HTTP status; after `ping_interval` of silence it is sent alone, and heartbeat comments follow. A
-fault after the head is one error event, then the end: an answer never ends silently, and never with a
-false `[DONE]`.
+The body is passed on as it came, but for two things: `model` is replaced where it names a
+provider, and a lone surrogate by U+FFFD. The provider's events come back byte for byte, each as
+soon as it arrives. The head of a streamed answer is sent with the provider's first bytes, so that
+a fault before them has its HTTP status; after `ping_interval` of silence it is sent alone, and
+heartbeat comments follow. A fault after the head is one error event, then the end: an answer never
+ends silently, and never with a false `[DONE]`.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ STREAM_HEADERS = {
 class Dialect(NamedTuple):
     """The differences between the APIs whose answers pass as the provider's bytes.
 
-    *face* is the name of their face. *heartbeat* is written into a stream after each `ping_interval` of silence. The
-    id of a request is in the header *id_header*, too, if the provider has sent none.
+    *face* is the name of their face. *heartbeat* is written into a stream after each
+    `ping_interval` of silence. The id of a request is in the header *id_header*, too, if the
+    provider has sent none.
     """
 
     face: str
@@ -105,7 +106,8 @@ def prepare_for(
         key = idempotency_key(request)
         route = context.router.route(body.model)
         if api is EMBEDDINGS:
-            # The vectors of a fallback's model mean nothing beside those of the model that was asked for.
+            # The vectors of a fallback's model mean nothing beside those of the model that was
+            # asked for.
             route.pinned = True
         provider_request = ProviderRequest(
             api,
@@ -267,7 +269,9 @@ async def follow_stream(
 
 
 def _begun(stream: Stream) -> bool:
-    """Return whether the head can be sent: the provider's first bytes are there, or an end without any."""
+    """Return whether the head can be sent: the provider's first bytes are there, or an end without
+    any.
+    """
     return stream.ended or bool(stream.entries and stream.entries[-1].data)
 
 

@@ -1,7 +1,10 @@
-"""The chat page, the dashboard, their assets, and the client library for pages; all are read once, at the start.
+"""The chat page, the dashboard, their assets, and the client library for pages.
 
-`/` is the chat page for browsers, and JSON for programs. `/client.js` is revalidated each time, and the same module at
-`/client/VERSION.js` never changes. Pages of `allow_origins` may import both: the middleware adds the CORS headers.
+All are read once, at the start.
+
+`/` is the chat page for browsers, and JSON for programs. `/client.js` is revalidated each time,
+and the same module at `/client/VERSION.js` never changes. Pages of `allow_origins` may import
+both: the middleware adds the CORS headers.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
-    # A cache must not give what it has for our own pages, without CORS headers, to a page of another origin.
+    # A cache must not give what it has for our own pages, without CORS headers, to a page of
+    # another origin.
     "Vary": "Origin",
 }
 # For a year, which is as long as a cache may keep anything (RFC 9111, 5.2.2.1; RFC 8246).
@@ -104,7 +108,8 @@ async def versioned(client: _Asset, request: web.Request) -> web.StreamResponse:
     """Answer `GET /client/VERSION.js` with the module, which a cache may keep for ever.
 
     Raises:
-        NotFound: this server has another version: it would be wrong to give that under this address.
+        NotFound: this server has another version: it would be wrong to give that under this
+            address.
     """
     if request.match_info["version"] != __version__:
         raise NotFound(

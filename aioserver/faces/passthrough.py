@@ -1,12 +1,14 @@
-"""Everything else below `/v1`: requests that go to a provider as they are, and its answers, which come back so.
+"""Everything else below `/v1`: requests that go to a provider as they are, and its answers, which
+come back so.
 
-protocol/passable.py says which paths pass, and for whom. A request takes the same way as any other, through the
-provider's queue, pace and pool, but neither it nor its answer is kept: what a client uploads goes out while it comes,
-and what the provider answers comes back at the speed at which its client reads. So there is neither a retry nor
-a failover, and a fault after the head of the answer cuts the connection.
+protocol/passable.py says which paths pass, and for whom. A request takes the same way as any
+other, through the provider's queue, pace and pool, but neither it nor its answer is kept: what a
+client uploads goes out while it comes, and what the provider answers comes back at the speed at
+which its client reads. So there is neither a retry nor a failover, and a fault after the head of
+the answer cuts the connection.
 
-Only a JSON body is read, if it is no longer than a question may be, since its `model` may name a provider. The header
-`x-aioserver-provider` names one for any request.
+Only a JSON body is read, if it is no longer than a question may be, since its `model` may name a
+provider. The header `x-aioserver-provider` names one for any request.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ API = "/v1/"
 ROUTE_NAME = "aioserver.passthrough"
 # The header by which a request names its provider.
 PROVIDER = "x-aioserver-provider"
-# Other files of the provider's account are not of this origin: a browser must not run or keep them.
+# Other files of the provider's account are not of this origin: a browser must not run or keep
+# them.
 GUARDS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; sandbox",
@@ -60,7 +63,9 @@ GUARDS = {
 
 
 def routes(context: Context) -> list[web.RouteDef]:
-    """Return the routes of this face, which match every path below `/v1` that has no handler of its own."""
+    """Return the routes of this face, which match every path below `/v1` that has no handler of
+    its own.
+    """
     handler = counted(context.admission, FACE, partial(prepare, context), partial(serve, context))
     return [
         web.route(
@@ -75,7 +80,9 @@ async def expect_later(_request: web.Request) -> None:
 
 
 async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Request:
-    """Prepare a request: find out whether it passes, and where to. Of its body no more than JSON is read.
+    """Prepare a request: find out whether it passes, and where to.
+
+    Of its body no more than JSON is read.
 
     Raises:
         web.HTTPNotFound: the path does not pass, or not by this method.
@@ -174,7 +181,10 @@ async def _write(
 
 
 def _path(request: web.Request) -> tuple[str, str]:
-    """Return the path below `/v1`, and the query, as they stand on the wire; an empty path if it is none."""
+    """Return the path below `/v1`, and the query, as they stand on the wire.
+
+    An empty path if it is none.
+    """
     url = request.rel_url
     if "#" in request.raw_path or not url.raw_path.startswith(API):
         return "", ""
@@ -182,9 +192,11 @@ def _path(request: web.Request) -> tuple[str, str]:
 
 
 def _check_admin(context: Context, request: web.Request, path: str) -> None:
-    """Refuse a path that names objects of a provider's account, unless they are there and its caller may use them.
+    """Refuse a path that names objects of a provider's account, unless they are there and its
+    caller may use them.
 
-    Without keys the clients are those on this machine, all of them admins; an open server has no admin.
+    Without keys the clients are those on this machine, all of them admins; an open server has no
+    admin.
 
     Raises:
         NotFound, web.HTTPNotFound: no provider has `account_paths`.
@@ -214,7 +226,8 @@ def _closed(path: str, provider: str) -> str:
 async def _take_body(
     context: Context, request: web.Request, hold: BodyHold
 ) -> tuple[BodyStream | None, ModelBody | None]:
-    """Return the body that is passed on while it comes, or what was read of a JSON body; two None without a body.
+    """Return the body that is passed on while it comes, or what was read of a JSON body; two None
+    without a body.
 
     Raises:
         AioserverError: the body is not one that passes.
@@ -239,7 +252,8 @@ async def _take_body(
 def _body_maker(
     body: ModelBody | None, route: Route, *, renamed: bool
 ) -> Callable[[settings.Provider], bytes]:
-    """Return a function that makes the body for a provider: the client's, or the same with another model.
+    """Return a function that makes the body for a provider: the client's, or the same with another
+    model.
 
     *renamed* says that the client's model may name the provider.
     """

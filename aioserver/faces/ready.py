@@ -1,9 +1,9 @@
 """Responses whose head is made here, and written together with the first bytes of the body.
 
-aiohttp's work for a head costs a tenth of a request's time: a dictionary, a signal, the serialization, and
-for a stream two more writes. Here the ordinary head is made from one template, and a stream's last
-chunk goes out with its last bytes. A response that is not ordinary (HTTP/1.0, a page's Origin, the last
-one on a connection) is left to aiohttp: see `fits`.
+aiohttp's work for a head costs a tenth of a request's time: a dictionary, a signal, the
+serialization, and for a stream two more writes. Here the ordinary head is made from one template,
+and a stream's last chunk goes out with its last bytes. A response that is not ordinary (HTTP/1.0,
+a page's Origin, the last one on a connection) is left to aiohttp: see `fits`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ _first_lines = (0, "")
 
 
 def _begun_head() -> str:
-    """Return the first lines of a head, which are made once a second for `Date` (RFC 9110, 6.6.1)."""
+    """Return the first lines of a head, which are made once a second for `Date` (RFC 9110,
+    6.6.1).
+    """
     global _first_lines  # noqa: PLW0603 - a cache of one value
     now = int(time.time())
     if _first_lines[0] != now:
@@ -88,7 +90,9 @@ class ReadyResponse(web.StreamResponse):
         return len(self._ready[0]) <= HIGH_WATER
 
     def first_piece(self, request: web.BaseRequest) -> bytes:
-        """Return the head with the first HIGH_WATER bytes of the body; who calls this writes the response."""
+        """Return the head with the first HIGH_WATER bytes of the body; who calls this writes the
+        response.
+        """
         body, headers = self._ready
         self._keep_alive = True
         self._eof_sent = True
@@ -107,7 +111,10 @@ class ReadyResponse(web.StreamResponse):
 
 
 class ReadyStream(web.StreamResponse):
-    """A 200 in chunks, for a request that `fits`; `streaming.follow` writes all of it, head included."""
+    """A 200 in chunks, for a request that `fits`.
+
+    `streaming.follow` writes all of it, head included.
+    """
 
     def __init__(self, request: web.Request, headers: Mapping[str, str]) -> None:
         super().__init__()

@@ -1,17 +1,17 @@
 """One client's WebSocket (RFC 6455), for any face: messages, pings, closing.
 
-A face derives its sockets from `Socket`, and upgrade.py runs one for each handshake. `Socket` owns the
-connection and its one writer; the face carries out messages in `receive`, and lets the writer follow
-streams.
+A face derives its sockets from `Socket`, and upgrade.py runs one for each handshake. `Socket` owns
+the connection and its one writer; the face carries out messages in `receive`, and lets the writer
+follow streams.
 
 One task always reads, since only a reader sees that its client leaves. Messages are carried out in
-that task, without waiting for anything but the next step of a large one. What comes is counted first
-(client_messages.py). Frames go straight to the transport, ready-made: no
-compression, and no masking from a server.
+that task, without waiting for anything but the next step of a large one. What comes is counted
+first (client_messages.py). Frames go straight to the transport, ready-made: no compression, and no
+masking from a server.
 
-Pings are made here: aiohttp's heartbeat waits for a fixed time, and closes without a close frame. So is
-the closing handshake: aiohttp ends the connection together with its close frame, and if the client is
-still sending then, the kernel's reset can destroy that frame.
+Pings are made here: aiohttp's heartbeat waits for a fixed time, and closes without a close frame.
+So is the closing handshake: aiohttp ends the connection together with its close frame, and if the
+client is still sending then, the kernel's reset can destroy that frame.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ ABNORMAL_CLOSURE = 1006
 class Socket(ABC):
     """One client's WebSocket.
 
-    Always: messages that come before the socket has its place are kept in order, and carried out then;
-    every byte to the client goes through `_writer`. *face* is a metric label. *protocols* are the subprotocols
-    that may be selected, beside ours. A pong may take *min_ping_timeout* seconds, whatever `ping_timeout` is.
+    Always: messages that come before the socket has its place are kept in order, and carried out
+    then; every byte to the client goes through `_writer`. *face* is a metric label. *protocols*
+    are the subprotocols that may be selected, beside ours. A pong may take *min_ping_timeout*
+    seconds, whatever `ping_timeout` is.
     """
 
     face: ClassVar[str]
@@ -134,7 +135,9 @@ class Socket(ABC):
 
     @abstractmethod
     async def receive_in_turns(self, data: bytes, hold: BodyHold) -> None:
-        """Carry out one large message of the client, as `receive`, in several turns of the event loop."""
+        """Carry out one large message of the client, as `receive`, in several turns of the event
+        loop.
+        """
 
     @abstractmethod
     def show_position(self, position: int, eta: float) -> None:
@@ -240,7 +243,10 @@ class Socket(ABC):
     # Pings.
 
     def visit(self, now: float) -> float | None:
-        """Ping, or see whether the last ping was answered. Return the seconds until the next visit."""
+        """Ping, or see whether the last ping was answered.
+
+        Return the seconds until the next visit.
+        """
         if self._writer.closed or self._closing is not None:
             return None
         # The settings in effect now, which may have changed since the handshake.
@@ -335,7 +341,10 @@ class Socket(ABC):
         self._writer.end(ws_frame(WS_CLOSE, struct.pack("!H", code) + reason))
 
     async def finish(self) -> None:
-        """Complete the close after the last read, and leave nothing behind. Call it once, always."""
+        """Complete the close after the last read, and leave nothing behind.
+
+        Call it once, always.
+        """
         admission = self._context.admission
         holds, self._waiting = [hold for _, hold in self._waiting], []
         steps: list[Callable[[], object]] = [

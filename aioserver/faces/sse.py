@@ -1,9 +1,9 @@
 """The SSE face (WHATWG HTML 9.2): for `fetch` and `EventSource`; each event's number is its `id`.
 
-POST starts an answer and streams it or, with `Prefer: respond-async` (RFC 7240), returns its location.
-GET follows an answer from any event on, so that an EventSource which reconnects by itself misses
-nothing. DELETE ends an answer. The headers are aiohttp-sse's; its ping task is not used, since it would be a second
-writer on the socket.
+POST starts an answer and streams it or, with `Prefer: respond-async` (RFC 7240), returns its
+location. GET follows an answer from any event on, so that an EventSource which reconnects by
+itself misses nothing. DELETE ends an answer. The headers are aiohttp-sse's; its ping task is not
+used, since it would be a second writer on the socket.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class Events(EventSourceResponse):
 class Question:
     """A POST, read and found valid.
 
-    *detached*: the client gets a 202 now, and the events by GET. *after*: the last event that the client
-    has seen; above 0 it comes back for the rest of an answer that is known.
+    *detached*: the client gets a 202 now, and the events by GET. *after*: the last event that the
+    client has seen; above 0 it comes back for the rest of an answer that is known.
     """
 
     caller: Caller
@@ -133,7 +133,8 @@ async def start(context: Context, request: web.Request, question: Question) -> w
         if gateway.instances is not None:
             await gateway.instances.claimed(stream)
             if stream.mirrored and stream.first > question.after + 1:
-                # Requests with one id have waited for its claim together, and others began to read the mirror already.
+                # Requests with one id have waited for its claim together, and others began to read
+                # the mirror already.
                 start = Start(question.after, digest=chat.digest())
                 stream = await gateway.reach(question.caller, chat.request_id, start)
         del chat
@@ -206,7 +207,9 @@ async def _head(request: web.Request) -> web.StreamResponse:
 async def busy(
     context: Context, request: web.Request, error: AioserverError
 ) -> web.StreamResponse:
-    """Answer a GET for which there is no place: any status but 200 would stop an EventSource for good."""
+    """Answer a GET for which there is no place: any status but 200 would stop an EventSource for
+    good.
+    """
     context.metrics.count_error(error)
     response = await _head(request)
     if request.method == "HEAD":

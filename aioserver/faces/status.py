@@ -1,4 +1,6 @@
-"""The operating pages: whether the server lives, whether it takes work, its state now and as it changes."""
+"""The operating pages: whether the server lives, whether it takes work, its state now and as it
+changes.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,10 @@ async def ready(context: Context, _request: web.Request) -> web.Response:
 
 
 def overview(context: Context) -> Mapping[str, object]:
-    """Return the snapshot that `/stats` shows; where keys exist, only what a client has to know."""
+    """Return the snapshot that `/stats` shows.
+
+    Where keys exist, only what a client has to know.
+    """
     snapshot = context.monitor.snapshot
     if context.access.keyed:
         return {"name": snapshot["name"], "endpoints": snapshot["endpoints"]}
@@ -106,8 +111,8 @@ async def metrics(context: Context, _request: web.Request) -> web.Response:
 async def events(context: Context, request: web.Request) -> web.StreamResponse:
     """Answer with the state as an event stream: `history` first, then `stats` and `incident`.
 
-    A watcher that reads nothing is disconnected as any client is. A watcher whose key is revoked, or
-    is no admin key any more, gets an `error` event that says so, and the end.
+    A watcher that reads nothing is disconnected as any client is. A watcher whose key is revoked,
+    or is no admin key any more, gets an `error` event that says so, and the end.
 
     Raises:
         InvalidRequest: the interval is not 1 to 60 seconds.

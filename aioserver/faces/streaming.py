@@ -1,4 +1,5 @@
-"""A stream as the body of an HTTP response, to its end: what the SSE face and those of OpenAI's and Anthropic's APIs share.
+"""A stream as the body of an HTTP response, to its end: what the SSE face and those of OpenAI's
+and Anthropic's APIs share.
 
 The events go straight to the transport, without a task switch: each read of the provider's bytes
 becomes one chunk (RFC 9112, 7.1). The head and the last chunk of a `ReadyStream` go the same way;
@@ -45,12 +46,12 @@ async def follow(
 ) -> None:
     """Send the head of *response*, and the events of *stream* after event *after*, to its end.
 
-    *render_position* renders the position in a provider's queue,
-    and the seconds until the request is expected to start there. *on_follow* is called once the stream
-    has this reader. *heartbeat* is written after each `ping_interval` of silence.
+    *render_position* renders the position in a provider's queue, and the seconds until the request
+    is expected to start there. *on_follow* is called once the stream has this reader. *heartbeat*
+    is written after each `ping_interval` of silence.
 
-    However this ends, the writer follows nothing afterwards: an event that is appended later would land
-    inside the next response on this connection.
+    However this ends, the writer follows nothing afterwards: an event that is appended later would
+    land inside the next response on this connection.
 
     Raises:
         ResumeGap: the events after *after* are no longer kept; nothing was sent then.

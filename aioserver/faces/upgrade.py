@@ -1,4 +1,5 @@
-"""A WebSocket from its handshake (RFC 6455, 4.2) to the end of its connection, with its counted place.
+"""A WebSocket from its handshake (RFC 6455, 4.2) to the end of its connection, with its counted
+place.
 
 The socket waits for its place in a task of its own, since it has to go on reading.
 """
@@ -53,8 +54,8 @@ class AdmittedSocket(Protocol):
 class SocketPlace:
     """The place of *socket*: taken at once, or awaited while the socket's reader goes on.
 
-    Within its `with` the socket is told once that it has `entered`, or was `refused`; neither, if the
-    `with` ends before. At its end the place is given back, or the wait is cancelled.
+    Within its `with` the socket is told once that it has `entered`, or was `refused`; neither, if
+    the `with` ends before. At its end the place is given back, or the wait is cancelled.
     """
 
     __slots__ = ("_admission", "_over", "_place", "_socket", "_task")
@@ -114,7 +115,8 @@ async def serve(
     kind: type[Socket],
     make: Callable[..., Socket] | None = None,
 ) -> web.StreamResponse:
-    """Serve one socket of this *kind*, which *make* makes if it needs more than the others, from the handshake to the end of its connection.
+    """Serve one socket of this *kind*, which *make* makes if it needs more than the others, from
+    the handshake to the end of its connection.
 
     Raises:
         InvalidRequest, ConcurrencyExceeded, ServerAtCapacity: the handshake is refused.
@@ -138,7 +140,10 @@ async def serve(
 async def _upgrade(
     context: Context, request: web.Request, kind: type[Socket], make: Callable[..., Socket]
 ) -> tuple[Upgraded, ClientMessages, Socket]:
-    """Do the handshake. What it needs is gone after it: an idle socket keeps each frame of its task."""
+    """Do the handshake.
+
+    What it needs is gone after it: an idle socket keeps each frame of its task.
+    """
     admission = context.admission
     limit = context.settings.chat.websocket.max_message_size
     messages = ClientMessages(admission.hold, limit)

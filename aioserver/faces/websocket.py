@@ -1,7 +1,7 @@
 """The WebSocket face: many questions at once on one socket, each resumable.
 
-The commands of protocol/client_frames.py come as text messages. Their answers are streams, which the
-socket's writer follows. The code that any WebSocket needs is in socket.py.
+The commands of protocol/client_frames.py come as text messages. Their answers are streams, which
+the socket's writer follows. The code that any WebSocket needs is in socket.py.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Writes a response that is not streamed, for as long as its client needs to read it.
 
-aiohttp writes a response after its handler has returned. The connection's place is given back by then, so
-that any number of clients that read nothing could hold an answer each. This module writes the whole
-response before the handler returns, and waits until the kernel has it. A client that takes nothing for
-`send_timeout` is dropped, also on a UNIX socket, where no kernel would drop it.
+aiohttp writes a response after its handler has returned. The connection's place is given back by
+then, so that any number of clients that read nothing could hold an answer each. This module writes
+the whole response before the handler returns, and waits until the kernel has it. A client that
+takes nothing for `send_timeout` is dropped, also on a UNIX socket, where no kernel would drop it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ async def write(
 ) -> None:
     """Write the whole *response*, unless it was written before, and wait until the kernel has it.
 
-    *on_drop* is called with *face* and the reason when the client takes nothing for *send_timeout* seconds
-    and is dropped.
+    *on_drop* is called with *face* and the reason when the client takes nothing for *send_timeout*
+    seconds and is dropped.
 
     Raises:
         ConnectionError: the client has left, or is dropped.
@@ -74,7 +74,9 @@ async def _write_by_aiohttp(
     transport: asyncio.Transport,
     watched: Callable[[], Awaitable[None]],
 ) -> None:
-    """Have aiohttp write *response*, but without its own wait for the client, which nothing bounds."""
+    """Have aiohttp write *response*, but without its own wait for the client, which nothing
+    bounds.
+    """
     announce_close(request, response)
     writer = await response.prepare(request)
     if isinstance(response, web.Response) and isinstance(response.body, bytes):

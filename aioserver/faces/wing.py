@@ -1,7 +1,8 @@
 """The contract of a wing: how a feature that the core does not need is plugged into a server.
 
-The core knows a wing by these members alone, and a wing knows of the core what `Core` and `Context` have. A server opens its
-wings in the order of `server/wings.py`, which is the one file that names them, and closes them in the reverse one.
+The core knows a wing by these members alone, and a wing knows of the core what `Core` and
+`Context` have. A server opens its wings in the order of `server/wings.py`, which is the one file
+that names them, and closes them in the reverse one.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 class Core:
     """What there is before any wing is open.
 
-    *commands* reach the store that all instances share; None if there is none. *prepared*: the process that has started this
-    one has called `before_workers`.
+    *commands* reach the store that all instances share; None if there is none. *prepared*: the
+    process that has started this one has called `before_workers`.
     """
 
     settings: Settings
@@ -47,7 +48,10 @@ class Core:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routes:
-    """Routes of handlers by who may use them: any caller, admins alone, everybody; *websockets*: handshakes, for any caller."""
+    """Routes of handlers by who may use them: any caller, admins alone, everybody.
+
+    *websockets*: handshakes, for any caller.
+    """
 
     websockets: Sequence[web.RouteDef] = field(default=())
     key: Sequence[web.RouteDef] = field(default=())
@@ -58,7 +62,8 @@ class Routes:
 class Wing:
     """One feature with everything of it. Each member has a default that does nothing.
 
-    Always: `open` is called once, before anything else exists, and `serve` once, when the gateway does.
+    Always: `open` is called once, before anything else exists, and `serve` once, when the gateway
+    does.
     """
 
     # In the log, and in the test that deletes the wing.
@@ -91,7 +96,9 @@ class Wing:
         """
 
     def sections(self) -> Sequence[Section[Any]]:
-        """Return its parts of `/stats`, of `/metrics`, of incidents and of the verdict; asked once, when all wings are open."""
+        """Return its parts of `/stats`, of `/metrics`, of incidents and of the verdict; asked
+        once, when all wings are open.
+        """
         return ()
 
     async def serve(self, context: Context) -> Routes:  # noqa: ARG002
@@ -107,7 +114,9 @@ class Wing:
         return ()
 
     def prepare(self, settings: Settings) -> Callable[[], None]:  # noqa: ARG002
-        """Return the function that puts *settings* in effect, at a reload; nothing changes until it is called.
+        """Return the function that puts *settings* in effect, at a reload.
+
+        Nothing changes until it is called.
 
         Raises:
             ConfigurationError: they cannot be used.

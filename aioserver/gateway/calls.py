@@ -1,7 +1,7 @@
 """Answers that are not streamed: those that nobody can come back for, and the wait for the others.
 
-A call has no log: it runs in the task of the handler that waits for it, and ends with it. The other
-answers are kept in a stream.
+A call has no log: it runs in the task of the handler that waits for it, and ends with it. The
+other answers are kept in a stream.
 """
 
 from __future__ import annotations

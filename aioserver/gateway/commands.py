@@ -1,4 +1,6 @@
-"""Commands to the Redis or Valkey server that all instances share: what a wing keeps there for all of them."""
+"""Commands to the Redis or Valkey server that all instances share: what a wing keeps there for all
+of them.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,11 @@ logger = logging.getLogger("aioserver.cluster")
 
 # Seconds for which the server's answer is awaited where a request waits for it.
 TIMEOUT = 0.05
-# Seconds by which a timer is late where the event loop is, and for which an answer is awaited at most then.
+# Seconds by which a timer is late where the event loop is, and for which an answer is awaited at
+# most then.
 LATE, MAX_TIMEOUT = 0.01, 1.0
-# Begins the scripts that keep what may also be forgotten. Beyond its `maxmemory` a server refuses whatever writes, the renewal
-# of leases as well, so the last quarter is not for them.
+# Begins the scripts that keep what may also be forgotten. Beyond its `maxmemory` a server refuses
+# whatever writes, the renewal of leases as well, so the last quarter is not for them.
 FULL = """
 local function full(more)
   local memory = redis.call('INFO', 'memory')
@@ -33,7 +36,8 @@ class Connection(Protocol):
     """A connection to the server."""
 
     async def execute(self, *command: bytes | str | float) -> Any:
-        """Return the answer to one command; those of one connection are carried out in their order.
+        """Return the answer to one command; those of one connection are carried out in their
+        order.
 
         Raises:
             Exception: the server is away, or refuses the command.
@@ -41,7 +45,9 @@ class Connection(Protocol):
 
 
 class Commands:
-    """The shared store, as each wing uses it that keeps something there; each key begins with *prefix*.
+    """The shared store, as each wing uses it that keeps something there.
+
+    Each key begins with *prefix*.
 
     Always: the log says once that the server is away, until it has answered again.
     """
@@ -64,7 +70,10 @@ class Commands:
         return await self._connection.execute("EVAL", script, len(keys), *keys, *values)
 
     async def ask(self, call: Coroutine[Any, Any, T], seconds: float = TIMEOUT) -> T | None:
-        """Return the result of *call*, which executes commands; None if the server does not answer in time."""
+        """Return the result of *call*, which executes commands.
+
+        None if the server does not answer in time.
+        """
         try:
             result = await answer_of(call, seconds)
         except Exception as exc:  # noqa: BLE001 - whatever the server says, this instance goes on
@@ -79,8 +88,8 @@ class Commands:
 async def answer_of(call: Coroutine[Any, Any, T], seconds: float = TIMEOUT) -> T:
     """Return the result of *call*, a question to the server, which has *seconds* to answer.
 
-    Time for which our own event loop was late does not count: a busy instance would otherwise take the server for
-    away when its answer is there already. Cancelling is safe.
+    Time for which our own event loop was late does not count: a busy instance would otherwise take
+    the server for away when its answer is there already. Cancelling is safe.
 
     Raises:
         TimeoutError: there is no answer in time.

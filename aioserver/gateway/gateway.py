@@ -7,7 +7,8 @@
 A new stream gets one producer task (producers.py), which goes on whatever the client does.
 streams/lifetime.py decides how long an answer lives that nobody reads.
 
-This file is one concept: which answer a request has, one under way or a new one, is decided in one place.
+This file is one concept: which answer a request has, one under way or a new one, is decided in one
+place.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ if TYPE_CHECKING:
 
 
 class Gateway:
-    """Answers requests: finds the stream of a known one, and has a producer fill that of a new one."""
+    """Answers requests: finds the stream of a known one, and has a producer fill that of a new
+    one.
+    """
 
     def __init__(
         self,
@@ -131,7 +134,9 @@ class Gateway:
         return self._streams.hold()
 
     async def call(self, request: Request) -> Answer:
-        """Return the answer to a *request* that is neither streamed nor resumable. Cancelling ends it.
+        """Return the answer to a *request* that is neither streamed nor resumable.
+
+        Cancelling ends it.
 
         Raises:
             ProviderFault: no provider answered.
@@ -149,7 +154,8 @@ class Gateway:
         await self._call(request, self._router.pass_on)
 
     def keep(self, request: Request) -> Stream:
-        """Return the stream that keeps the answer to a resumable *request* that is not streamed, as `relay`.
+        """Return the stream that keeps the answer to a resumable *request* that is not streamed,
+        as `relay`.
 
         calls.py has `kept_answer`, which waits for the answer.
 
@@ -161,13 +167,15 @@ class Gateway:
     def find(
         self, caller: Caller, request_id: str, digest: bytes | None = None, after: int | None = 0
     ) -> Stream:
-        """Return the caller's stream of *request_id*; with a *digest*, only that of the same request.
+        """Return the caller's stream of *request_id*; with a *digest*, only that of the same
+        request.
 
-        A stream of which is not known yet whether another instance has it is found to be read from its
-        start only: if events come after event *after*, they are there.
+        A stream of which is not known yet whether another instance has it is found to be read from
+        its start only: if events come after event *after*, they are there.
 
         Raises:
-            StreamNotFound: there was never such a stream, it is no longer kept, or it is another caller's.
+            StreamNotFound: there was never such a stream, it is no longer kept, or it is another
+                caller's.
             RequestConflict: the id is known with another payload.
         """
         stream = self._streams.find(caller, request_id)
@@ -178,7 +186,8 @@ class Gateway:
         return stream
 
     async def reach(self, caller: Caller, request_id: str, start: Start = FROM_START) -> Stream:
-        """Return the caller's stream of *request_id*, as `find`, or a mirror of another instance's.
+        """Return the caller's stream of *request_id*, as `find`, or a mirror of another
+        instance's.
 
         Raises:
             StreamNotFound, RequestConflict: as `find`.
@@ -206,7 +215,9 @@ class Gateway:
             await self.instances.cancel(caller, request_id)
 
     async def listing(self, caller: Caller) -> list[dict[str, Any]]:
-        """Return what `Stream.describe` says of the caller's own streams that are kept, wherever they are."""
+        """Return what `Stream.describe` says of the caller's own streams that are kept, wherever
+        they are.
+        """
         own = [stream.describe() for stream in self.streams_of(caller)]
         return own if self.instances is None else [*own, *await self.instances.listing(caller)]
 
@@ -215,7 +226,9 @@ class Gateway:
         return self._streams.owned_by(caller)
 
     def cancel(self, caller: Caller, request_id: str) -> Stream:
-        """Cancel a stream for all its readers, and return it; a stream that has ended stays as it is.
+        """Cancel a stream for all its readers, and return it.
+
+        A stream that has ended stays as it is.
 
         Raises:
             StreamNotFound: as `find`.
@@ -225,7 +238,10 @@ class Gateway:
         return stream
 
     def forget(self, caller: Caller, name: str) -> bool:
-        """Forget an answer that is kept beside its log, and the log here; cancel it if it runs. Return whether there was one."""
+        """Forget an answer that is kept beside its log, and the log here; cancel it if it runs.
+
+        Return whether there was one.
+        """
         stream, known = self._streams.find(caller, name), False
         for shelf in self._streams.shelves:
             if stream is not None and stream.api is shelf.api:
@@ -235,11 +251,15 @@ class Gateway:
         return known
 
     async def revoke(self, callers: Collection[str]) -> None:
-        """End every answer of *callers* with `invalid_api_key`, since their keys are no longer valid."""
+        """End every answer of *callers* with `invalid_api_key`, since their keys are no longer
+        valid.
+        """
         await self.producers.end(lambda: InvalidApiKey(REVOKED), callers)
 
     def drain(self) -> None:
-        """Refuse new requests and those that wait for a provider, and end streams without a reader."""
+        """Refuse new requests and those that wait for a provider, and end streams without a
+        reader.
+        """
         self._stopping = True
         for provider in self._router.providers.values():
             provider.refuse(shutdown_error)
@@ -291,7 +311,9 @@ class Gateway:
     def _begin(
         self, request: Request, produce: Callable[[Request, Stream], Coroutine[Any, Any, None]]
     ) -> Stream:
-        """Return the log of a new answer, which *produce* fills. It counts for its caller's quota until it has ended.
+        """Return the log of a new answer, which *produce* fills.
+
+        It counts for its caller's quota until it has ended.
 
         A log that nobody can come back to is private, and its window is 0: see streams/store.py.
         """
@@ -362,7 +384,9 @@ class Gateway:
 def _once_decided(
     request: Request, producer: Coroutine[Any, Any, None]
 ) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
-    """Return a producer that runs *producer* if *request* is within its caller's limits, and its release."""
+    """Return a producer that runs *producer* if *request* is within its caller's limits, and its
+    release.
+    """
 
     async def decide() -> None:
         await request.decided()

@@ -1,9 +1,10 @@
-"""Streams of other instances: where several processes serve together, any of them leads to any stream.
+"""Streams of other instances: where several processes serve together, any of them leads to any
+stream.
 
 A request id belongs to one instance, which *claims* it before it asks a provider: the owner of its
-stream. A request whose id is another instance's gets a mirror of the owner's log (streams/stream.py). So
-does a client that comes back for a stream which is not here. What the instances say to each other is
-behind `Instances`, which the wing `cluster` implements.
+stream. A request whose id is another instance's gets a mirror of the owner's log
+(streams/stream.py). So does a client that comes back for a stream which is not here. What the
+instances say to each other is behind `Instances`, which the wing `cluster` implements.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ NOT_FOUND = "no such stream: it never existed, or is no longer kept"
 
 
 class Start(NamedTuple):
-    """Where a mirror begins: after event *after*, or after that with the sequence number *sequence*.
+    """Where a mirror begins: after event *after*, or after that with the sequence number
+    *sequence*.
 
-    Both None: after the newest event. *digest*: only if the log is that of the same request. *cancel*: the
-    answer is cancelled.
+    Both None: after the newest event. *digest*: only if the log is that of the same request.
+    *cancel*: the answer is cancelled.
     """
 
     after: int | None = 0
@@ -47,7 +49,8 @@ class Instances(Protocol):
         producer: Coroutine[Any, Any, None],
         release: Callable[[], None],
     ) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
-        """Return the producer that claims the id of *stream* and then runs *producer*, and its release.
+        """Return the producer that claims the id of *stream* and then runs *producer*, and its
+        release.
 
         *release* is that of *producer*.
         """
@@ -86,7 +89,9 @@ class Instances(Protocol):
         """Return what `Stream.describe` says of the caller's streams at all other instances."""
 
     async def forget(self, caller: Caller, name: str) -> bool:
-        """Let no other instance know an answer any more that is kept beside its log; return whether one did."""
+        """Let no other instance know an answer any more that is kept beside its log; return
+        whether one did.
+        """
 
     def aliased(self, stream: Stream, alias: str) -> None:
         """Note that *stream* is found by *alias*, too."""

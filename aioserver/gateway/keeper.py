@@ -5,7 +5,8 @@
     cut       instead, when the answer was cancelled
     release   whatever happened
 
-A chat keeps its turn of the conversation (prompts.py), a response itself (wing `responses`). Most requests have no keeper.
+A chat keeps its turn of the conversation (prompts.py), a response itself (wing `responses`). Most
+requests have no keeper.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ if TYPE_CHECKING:
 class Keeper(Protocol):
     """What one request continues, and keeps; it is given to `Request` once.
 
-    Always: `keep` and `cut` are called once at most, and only one of them; nothing is called after `release`.
+    Always: `keep` and `cut` are called once at most, and only one of them; nothing is called after
+    `release`.
     """
 
     async def begin(self) -> None:
         """Find what the request continues. Cancelling is safe."""
 
     def keep(self, answer: Stream | Answer) -> Awaitable[None] | None:
-        """Keep *answer*, which is complete: a log with all but its last event, or an answer that was not streamed.
+        """Keep *answer*, which is complete: a log with all but its last event, or an answer that
+        was not streamed.
 
-        Return None if that is done. Otherwise the answer ends only when the awaitable is done, which must not raise,
-        and has a bound of its own; the provider's place is free meanwhile.
+        Return None if that is done. Otherwise the answer ends only when the awaitable is done,
+        which must not raise, and has a bound of its own; the provider's place is free meanwhile.
         """
 
     def cut(self, stream: Stream) -> Awaitable[None] | None:

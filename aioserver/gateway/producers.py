@@ -1,7 +1,7 @@
 """The producers: one task for each log, which fills it, and its end.
 
-A producer goes on whatever its clients do. Its done callback ends the log, so that no way of ending leaves
-readers waiting for ever.
+A producer goes on whatever its clients do. Its done callback ends the log, so that no way of
+ending leaves readers waiting for ever.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ class Producers:
             self._request_log.metrics.bugs.note(bug)
 
     def _end(self, stream: Stream, task: asyncio.Task[None], fault: BaseException | None) -> None:
-        """End the log of *stream*, unless it has ended, as its producer *task* has: with *fault*, if any."""
+        """End the log of *stream*, unless it has ended, as its producer *task* has: with *fault*,
+        if any.
+        """
         if stream.ended:
             return
         reason = stream.cancel_reason

@@ -2,8 +2,8 @@
 
 A chat with a `text` belongs to a conversation: the history so far is sent before the text, and the
 text and its answer are appended to it, as far as the answer came, unless it failed. A chat with
-`messages` brings its own history, and none is kept. What the client has written stays as it is: a body
-is joined of its bytes, our defaults, and the history.
+`messages` brings its own history, and none is kept. What the client has written stays as it is: a
+body is joined of its bytes, our defaults, and the history.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ _EMPTY = re.compile(rb"\{[ \t\r\n]*\}")
 
 
 class Prompt:
-    """One chat, ready to be sent; the `Keeper` of its turn. *conversation_id* is None if it belongs to no conversation.
+    """One chat, ready to be sent; the `Keeper` of its turn.
+
+    *conversation_id* is None if it belongs to no conversation.
 
     Always: *reading* is that of *request*, and so has the text that came so far.
 
-    *late* takes the history, if that has to be loaded first. *sent* holds the bytes of the messages and options
-    that were sent, as soon as they are known. *asked*: when the question came, in Unix time.
+    *late* takes the history, if that has to be loaded first. *sent* holds the bytes of the
+    messages and options that were sent, as soon as they are known. *asked*: when the question
+    came, in Unix time.
     """
 
     __slots__ = (
@@ -79,7 +82,9 @@ class Prompt:
             await late()
 
     def keep(self, _answer: Stream | Answer) -> Awaitable[None] | None:
-        """Append the client's text, and the answer so far, to the conversation, if there is one."""
+        """Append the client's text, and the answer so far, to the conversation, if there is
+        one.
+        """
         if self.conversation_id is None or self._text is None:
             return None
         share = len(self._text) / max(1, sum(self._sent))
@@ -124,11 +129,13 @@ class Prompts:
         """Return the prompt of *chat*; *scope* is its conversation if it names none.
 
         A history that has to be loaded is taken by `Prompt.begin`. *hold* counts the bytes of
-        *chat*. A text counts until its answer has ended, since it is then kept in the conversation.
+        *chat*. A text counts until its answer has ended, since it is then kept in the
+        conversation.
         """
         streamed = self._service.streaming.enabled if chat.streaming is None else chat.streaming
         conversation_id: str | None = None
-        # In lists of their own, so that the prompt, which lives longer, does not keep the messages.
+        # In lists of their own, so that the prompt, which lives longer, does not keep the
+        # messages.
         held, sent = [chat.messages or b""], [len(chat.options)]
         take_history: Callable[[], Coroutine[Any, Any, None]] | None = None
         if chat.messages is None:
@@ -196,8 +203,8 @@ def chat_body(
 ) -> bytes:
     """Return the body of a chat completion: *options* replace the provider's defaults.
 
-    *messages* and *options* are JSON, a list and an object; *option_names* are the keys of *options* for
-    which there is a default.
+    *messages* and *options* are JSON, a list and an object; *option_names* are the keys of
+    *options* for which there is a default.
     """
     defaults: dict[str, Any] = {
         "model": model or provider.model,

@@ -1,4 +1,6 @@
-"""A request of a client on its way to a provider: which one is asked, for whom, and by which names it is known."""
+"""A request of a client on its way to a provider: which one is asked, for whom, and by which names
+it is known.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,12 @@ class Route:
 class Request:
     """One request of a client for an answer; *face* is the name of the face that it came through.
 
-    *name* is the id by which log lines name it. *key* is the id by which the caller finds its stream
-    again, and *digest* tells a repeated request from a conflicting one. *key* is None if nobody can come
-    back for the answer by an id of the client's. A *stored* answer is also found by the provider's id. *keeper*
-    keeps the answer beyond its log, or has what the request continues; None if there is nothing of either. Each try
-    at a provider is an *attempt*, of a class that its API may extend.
+    *name* is the id by which log lines name it. *key* is the id by which the caller finds its
+    stream again, and *digest* tells a repeated request from a conflicting one. *key* is None if
+    nobody can come back for the answer by an id of the client's. A *stored* answer is also found
+    by the provider's id. *keeper* keeps the answer beyond its log, or has what the request
+    continues; None if there is nothing of either. Each try at a provider is an *attempt*, of a
+    class that its API may extend.
     """
 
     route: Route
@@ -87,7 +90,9 @@ class Request:
         return self.key is not None or self.stored
 
     def begin_record(self, request_log: RequestLog) -> RequestRecord:
-        """Begin the record of this request, which is understood and goes to its first provider now."""
+        """Begin the record of this request, which is understood and goes to its first provider
+        now.
+        """
         provider_request, provider = self.provider_request, self.route.provider
         record = provider_request.record
         record.begin(

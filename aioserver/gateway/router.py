@@ -1,6 +1,8 @@
-"""The router: it chooses the provider that a request goes to, and says how often it is asked, and who instead.
+"""The router: it chooses the provider that a request goes to, and says how often it is asked, and
+who instead.
 
-This file is one concept: the table of providers by which a first one is chosen is that of those which may follow it.
+This file is one concept: the table of providers by which a first one is chosen is that of those
+which may follow it.
 
     the request has                    the router asks
     a `provider` (chats only)          that provider, pinned; the request's model, or the provider's own
@@ -9,15 +11,16 @@ This file is one concept: the table of providers by which a first one is chosen 
     "groq/llama-…", groq configured    groq, pinned; the rest is the model
     another model                      the active provider, with the model unchanged
 
-A request of an API that some providers alone speak (providers/api.py) goes only to those: the active one stands then
-for the first of the active provider and the fallbacks that does.
+A request of an API that some providers alone speak (providers/api.py) goes only to those: the
+active one stands then for the first of the active provider and the fallbacks that does.
 
-A fault that came before the first event of an answer may be tried again at the same provider (`retry`:
-`max_retries` times, with `backoff_factor`, within the budget), or at another (`failover`:
-`llm.fallbacks` in their order, each with its own model; never for a pinned provider). Place and
-connection are free meanwhile. provider_errors.py says which fault allows what.
+A fault that came before the first event of an answer may be tried again at the same provider
+(`retry`: `max_retries` times, with `backoff_factor`, within the budget), or at another
+(`failover`: `llm.fallbacks` in their order, each with its own model; never for a pinned provider).
+Place and connection are free meanwhile. provider_errors.py says which fault allows what.
 
-Where there is another provider, one that is sick comes last, and one that is dead is passed over (providers/breaker.py).
+Where there is another provider, one that is sick comes last, and one that is dead is passed over
+(providers/breaker.py).
 """
 
 from __future__ import annotations
@@ -63,7 +66,8 @@ MAX_PARKED = 2.0
 
 
 class Router:
-    """Chooses providers for a request, and has them answer it: one of *providers* is *active*, others are its *fallbacks*.
+    """Chooses providers for a request, and has them answer it: one of *providers* is *active*,
+    others are its *fallbacks*.
 
     Always: once an event of an answer is in a log, no further attempt is made for it.
 
@@ -114,8 +118,8 @@ class Router:
         """Return where a request of *api* with this *model* and *provider* goes.
 
         Raises:
-            ModelNotFound: the request names a provider that is not configured, or not usable; or that does not
-                speak *api*, or none that may be asked does.
+            ModelNotFound: the request names a provider that is not configured, or not usable; or
+                that does not speak *api*, or none that may be asked does.
             NoProvider: the request names none, and the active provider is not usable.
         """
         if provider is not None:
@@ -174,7 +178,9 @@ class Router:
         return f"the model may name one that does: {', '.join(names)}"
 
     def _usable_others(self, first: Provider, api: Api) -> list[Provider]:
-        """Return the fallbacks that may be asked instead of *first*, in their order: those that speak *api*."""
+        """Return the fallbacks that may be asked instead of *first*, in their order: those that
+        speak *api*.
+        """
         fallbacks = (self._providers[name] for name in self._fallbacks)
         return [
             provider
@@ -241,7 +247,8 @@ class Router:
         return answer
 
     async def pass_on(self, request: Request) -> Answer:
-        """Pass a `PassedRequest` on to its provider, once; return its answer, whose body has been handed over.
+        """Pass a `PassedRequest` on to its provider, once; return its answer, whose body has been
+        handed over.
 
         Raises:
             ProviderFault: there is no good answer, or not all of it.
@@ -290,7 +297,8 @@ class Router:
             except ProviderFault as fault:
                 if _begun(stream) or not fault.failover:
                     raise
-                # A fault that is kept here must not lead back to this frame, which leads to the body.
+                # A fault that is kept here must not lead back to this frame, which leads to the
+                # body.
                 forget_frames(fault)
                 tries.append(Try.of(fault, outcome))
                 if not providers:
@@ -352,7 +360,8 @@ class Router:
                 backoff = self._backoff(number, limits.backoff_factor, fault.retry_after)
                 breaker, limited = provider.health.breaker, isinstance(fault, ProviderRateLimited)
                 if not fallback and backoff < (trial := breaker.delay()) < inf:
-                    # The retry of a lone client would come shortly before the next trial may start.
+                    # The retry of a lone client would come shortly before the next trial may
+                    # start.
                     backoff = trial
                 if (
                     _begun(stream)
@@ -423,12 +432,13 @@ class Try(NamedTuple):
 
 
 def _final_try(tries: list[Try]) -> Try:
-    """Return the attempt whose fault is raised when all providers have failed: the last of *tries*, as a rule.
+    """Return the attempt whose fault is raised when all providers have failed: the last of
+    *tries*, as a rule.
 
-    A provider that refuses our key is not usable, nor is one that has no form of the request: their faults are returned
-    only if there is no other.
-    A fault of too many requests is returned only if every usable provider has raised one. The `retry_after`
-    is that of the provider that may answer first. *tries* is empty afterwards.
+    A provider that refuses our key is not usable, nor is one that has no form of the request:
+    their faults are returned only if there is no other. A fault of too many requests is returned
+    only if every usable provider has raised one. The `retry_after` is that of the provider that
+    may answer first. *tries* is empty afterwards.
     """
     of_usable = [one for one in tries if not isinstance(one.fault, UNUSABLE)] or tries
     others = [one for one in of_usable if not isinstance(one.fault, ProviderRateLimited)]

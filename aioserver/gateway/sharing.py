@@ -1,4 +1,6 @@
-"""What several instances share of their limits: the gates of providers, the quotas of keys, and the secret of sessions."""
+"""What several instances share of their limits: the gates of providers, the quotas of keys, and
+the secret of sessions.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,16 @@ class Sharing(Protocol):
         """Return the gate of the provider *name*, whose places and starts all instances share."""
 
     def observe(self, name: str) -> ProviderObserver:
-        """Return who tells the other instances what this one finds out about the provider *name*."""
+        """Return who tells the other instances what this one finds out about the provider
+        *name*.
+        """
 
     def make_quota(self, key: ClientKey, elsewhere: Callable[[int], int] | None) -> Quota:
         """Return the quota of *key*, which all instances share; *elsewhere*: see `Quota`."""
 
     async def agree_on_pepper(self, own: bytes) -> bytes:
-        """Return the secret of browser sessions on which the instances agree: *own*, if none was there before.
+        """Return the secret of browser sessions on which the instances agree: *own*, if none was
+        there before.
 
         Without an answer it is *own*, and a session holds only where it was made.
         """

@@ -253,7 +253,9 @@ def _words(subject: Subject) -> tuple[str, str]:
 
 
 def _severity(subject: Subject, gathered: Gathered) -> str:
-    """Return "error" for what most clients notice, such as that they are rejected; else "warning"."""
+    """Return "error" for what most clients notice, such as that they are rejected; else
+    "warning".
+    """
     kind, detail, _ = subject
     total = gathered.number + gathered.well
     worst = detail not in HARMLESS and most(gathered.number, total) == "error"

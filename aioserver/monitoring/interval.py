@@ -68,7 +68,9 @@ class Interval:
     bugs: int = 0
 
     def rate(self, kind: str, provider: str | None = None) -> float:
-        """Return the growth per second of the totals of *kind*: of all, or of those of *provider*."""
+        """Return the growth per second of the totals of *kind*: of all, or of those of
+        *provider*.
+        """
         return round(self.rates.get((kind, provider), 0.0), 1)
 
 

@@ -234,7 +234,9 @@ class Monitor:
         self._publish(incident(kind, text, severity, provider))
 
     def tick(self) -> None:
-        """End the interval: build its snapshot, find its incidents, and send both to the watchers."""
+        """End the interval: build its snapshot, find its incidents, and send both to the
+        watchers.
+        """
         self._interval = self._intervals.measure()
         self._snapshot = self.fresh()
         self._troubles.observe(self._snapshot, self._interval)

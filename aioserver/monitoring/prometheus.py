@@ -201,7 +201,10 @@ def registry(
     listening: Sequence[socket.socket],
     sections: Sequence[Section[Any]] = (),
 ) -> CollectorRegistry:
-    """Return a registry of the server's and the process's metrics; *snapshot* makes a fresh one."""
+    """Return a registry of the server's and the process's metrics.
+
+    *snapshot* makes a fresh one.
+    """
     collectors = CollectorRegistry(auto_describe=False)
     collectors.register(ServerCollector(families, snapshot, listening, sections))
     ProcessCollector(registry=collectors)

@@ -93,7 +93,10 @@ class Snapshots:
         *,
         watchers: int,
     ) -> Snapshot:
-        """Return the state of this moment; *interval*, *troubles* and *verdict* are those known."""
+        """Return the state of this moment.
+
+        *interval*, *troubles* and *verdict* are those known.
+        """
         sources, metrics, now = self._sources, self._sources.metrics, time.monotonic()
         router, chat = sources.router, sources.settings.chat
         providers = {

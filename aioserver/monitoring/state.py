@@ -130,7 +130,10 @@ class PaceState(TypedDict):
 
 
 class RetryBudgetState(TypedDict):
-    """The budget of retries: *used* of *limit* in the last ten seconds; *refused* since the start."""
+    """The budget of retries: *used* of *limit* in the last ten seconds.
+
+    *refused* since the start.
+    """
 
     used: Annotated[int, SUM]
     limit: Annotated[int, SUM]

@@ -219,7 +219,9 @@ def _next_try(provider: ProviderState) -> Iterator[str]:
 
 
 def most(failed: int, total: int) -> str:
-    """Return the severity of *failed* of *total*: "error" for more than half, otherwise "warning"."""
+    """Return the severity of *failed* of *total*: "error" for more than half, otherwise
+    "warning".
+    """
     return "error" if 2 * failed > total else "warning"
 
 

@@ -84,7 +84,10 @@ class Verdicts:
 
 
 def judge(snapshot: Snapshot, lately: Lately, sections: Sequence[Section[Any]] = ()) -> Verdict:
-    """Return the verdict on *snapshot*, before which *lately* happened; *sections* are its parts."""
+    """Return the verdict on *snapshot*, before which *lately* happened.
+
+    *sections* are its parts.
+    """
     return _Judge(snapshot, lately, sections).verdict()
 
 
@@ -181,7 +184,9 @@ class _Judge:
         return [f"{were(number, 'rejected')} in {RECENT} s{part} {of_rejections(code)[0]}"]
 
     def _rejected_most(self) -> bool:
-        """Return whether more was rejected than was answered, as the severity of an incident says."""
+        """Return whether more was rejected than was answered, as the severity of an incident
+        says.
+        """
         number = sum(n for code, n in self._rejected.items() if code not in HARMLESS)
         return number >= MANY_REJECTED and most(number, number + self._answered) == "error"
 

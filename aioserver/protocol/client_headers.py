@@ -1,13 +1,14 @@
-"""The headers of a client that go on to the provider: its trace, and those that the configuration names.
+"""The headers of a client that go on to the provider: its trace, and those that the configuration
+names.
 
 A trace is W3C's Trace Context, Level 1 (https://www.w3.org/TR/trace-context/):
 
     traceparent: 00-<32 hex digits: trace>-<16: span>-<2: flags>
     tracestate: <name>=<value>,…                what tracing systems add to it
 
-An invalid `traceparent` does not go on, nor the `tracestate` beside it; an invalid `tracestate` does not go
-on alone. What goes on is as the client sent it, unless this server makes spans of its own (wings/tracing/tracer.py): then the
-parent is one of them.
+An invalid `traceparent` does not go on, nor the `tracestate` beside it; an invalid `tracestate`
+does not go on alone. What goes on is as the client sent it, unless this server makes spans of its
+own (wings/tracing/tracer.py): then the parent is one of them.
 
 No value can end its line, so a client cannot add a header or a body to the request: values are
 compared as bytes with what HTTP allows in one (RFC 9110, 5.5).
@@ -67,8 +68,9 @@ _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 class ClientHeaders:
     """Some headers of one client's request, or of its handshake.
 
-    Always: no line of them has a character that could end it. *trace_id* is "" without a trace. *api_lines* are
-    headers of the API that the request is for: they go on to each provider, unless its settings have one of the name.
+    Always: no line of them has a character that could end it. *trace_id* is "" without a trace.
+    *api_lines* are headers of the API that the request is for: they go on to each provider, unless
+    its settings have one of the name.
     """
 
     __slots__ = ("_api_lines", "_lines", "trace_id")
@@ -94,7 +96,9 @@ class ClientHeaders:
         return values[TRACEPARENT], values.get(TRACESTATE, b"")
 
     def with_parent(self, parent: bytes, trace_id: str) -> ClientHeaders:
-        """Return these headers with another `traceparent`, of a span of this server in the trace *trace_id*."""
+        """Return these headers with another `traceparent`, of a span of this server in the trace
+        *trace_id*.
+        """
         lines = [(TRACEPARENT, parent)]
         if self._lines:
             lines += [line for line in self._lines if line[0] != TRACEPARENT]
@@ -123,8 +127,8 @@ def collect(
 ) -> ClientHeaders:
     """Return the headers that go on: the trace, and those in *names*, which are in lower case.
 
-    The names of the headers of the API, if it has any, begin with *api*. A header of NEVER_PASSED does not go on,
-    nor one that the client's `Connection` names.
+    The names of the headers of the API, if it has any, begin with *api*. A header of NEVER_PASSED
+    does not go on, nor one that the client's `Connection` names.
     """
     if not names and not api and TRACEPARENT not in headers:
         return NO_HEADERS
@@ -172,7 +176,9 @@ def _trace(headers: MultiMapping[str]) -> tuple[str, list[tuple[str, bytes]]]:
 
 
 def _state(values: Sequence[str]) -> str:
-    """Return the `tracestate` of a request with these *values*, "" if there is none, or it is invalid."""
+    """Return the `tracestate` of a request with these *values*, "" if there is none, or it is
+    invalid.
+    """
     members = [
         member.strip(" \t") for value in values for member in value.split(",", MAX_TRACESTATE)
     ]
@@ -193,7 +199,10 @@ def _connection_options(headers: MultiMapping[str]) -> list[str]:
 
 
 def as_sent(text: str) -> bytes | None:
-    """Return the bytes of a header's value as the client sent them; None if HTTP forbids one of them."""
+    """Return the bytes of a header's value as the client sent them.
+
+    None if HTTP forbids one of them.
+    """
     try:
         # As aiohttp decodes them.
         value = text.encode("utf-8", "surrogateescape")

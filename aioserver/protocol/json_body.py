@@ -1,34 +1,36 @@
 """A body that is JSON (RFC 8259), read without building what is below its top level.
 
-This file is one concept, and long: how a body is decoded, how a large one is decoded piece by piece, and where one of its
-values stands in its bytes. Each of the three needs the two others' rules of what the body is.
+This file is one concept, and long: how a body is decoded, how a large one is decoded piece by
+piece, and where one of its values stands in its bytes. Each of the three needs the two others'
+rules of what the body is.
 
-msgspec reads a body once, which validates all of it, and gives the values that are wanted as the bytes
-that stand for them (`Raw`). The rest is skipped, so a body of millions of small values costs no object
-for any of them. Two checks come before, since msgspec looks into no string that it skips: `sound`
-makes sure of UTF-8, and writes U+FFFD in place of each lone surrogate escape (`D83D` without its other
-half). Such an escape is the remains of a character that a client cut in two. Most providers
-refuse it, and an agent whose history holds one could not go on.
+msgspec reads a body once, which validates all of it, and gives the values that are wanted as the
+bytes that stand for them (`Raw`). The rest is skipped, so a body of millions of small values costs
+no object for any of them. Two checks come before, since msgspec looks into no string that it
+skips: `sound` makes sure of UTF-8, and writes U+FFFD in place of each lone surrogate escape
+(`D83D` without its other half). Such an escape is the remains of a character that a client cut in
+two. Most providers refuse it, and an agent whose history holds one could not go on.
 
-What takes long comes in steps: the generators here yield between two of them, so that their caller can
-let an event loop run, or go on (`at_once`).
+What takes long comes in steps: the generators here yield between two of them, so that their caller
+can let an event loop run, or go on (`at_once`).
 
-A large body: msgspec reads a body in one call, which takes 70 ms for 16 MiB of small values, and nothing else runs meanwhile.
-Here the body is cut after commas outside of its strings. A piece is put between the brackets that are open
-where it begins and where it ends, and is decoded as a body of its own. The whole is JSON if, and only if, each of its
-pieces is:
+A large body: msgspec reads a body in one call, which takes 70 ms for 16 MiB of small values, and
+nothing else runs meanwhile. Here the body is cut after commas outside of its strings. A piece is
+put between the brackets that are open where it begins and where it ends, and is decoded as a body
+of its own. The whole is JSON if, and only if, each of its pieces is:
 
     {"a":[1,{"b":2,"c":3}],"model":"m"}        the body
     {"a":[1,{"b":2,"":"S"}]}                   its first piece, with what closes it
            {"a":[{"":"S","c":3}],"model":"m"}  its second one, with what opens it
 
-`S` is a text that the piece has not. It tells the value that is open at a cut from the others, so its
-place in the body is known when it ends. What is between two commas is one piece however long it is: that is a text, a number,
-white space or brackets, of which a decoder reads 16 MiB in some 10 ms.
+`S` is a text that the piece has not. It tells the value that is open at a cut from the others, so
+its place in the body is known when it ends. What is between two commas is one piece however long
+it is: that is a text, a number, white space or brackets, of which a decoder reads 16 MiB in some
+10 ms.
 
-A member: a body goes on as it came. Where one value on its top level has to be another, its place in the bytes is looked
-for. If a key stands there several times, that is the last of
-them, the one that decoders read: a request must not be served by another value than the one that was checked.
+A member: a body goes on as it came. Where one value on its top level has to be another, its place
+in the bytes is looked for. If a key stands there several times, that is the last of them, the one
+that decoders read: a request must not be served by another value than the one that was checked.
 """
 
 from __future__ import annotations
@@ -49,16 +51,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Bytes that are checked in one step.
 STEP_BYTES = 1 << 20
-# Bytes that are looked through in one step, and about those of a piece. Lone surrogates are replaced in 10 ms, if
-# there is nothing else.
+# Bytes that are looked through in one step, and about those of a piece. Lone surrogates are
+# replaced in 10 ms, if there is nothing else.
 PIECE_BYTES = 1 << 18
 ABSENT = Raw(b"")
 # How msgspec names a key that its type has not.
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*?)`(?: - at `.*`)?", re.DOTALL)
 ANYTHING = msgspec.json.Decoder(Raw)
 _HIGH = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}")
-# A high half that no low half follows, or a low half that follows no high half. A high half is never the
-# second of a pair, so its neighbours say all, if no backslash is itself escaped.
+# A high half that no low half follows, or a low half that follows no high half. A high half is
+# never the second of a pair, so its neighbours say all, if no backslash is itself escaped.
 _LONE = re.compile(
     rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
     rb"|[c-fC-F][0-9a-fA-F]{2}(?<!\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}))"
@@ -184,7 +186,10 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes | memoryview, what: str
 
 
 def text(raw: Raw, max_bytes: int | None = None) -> str | None:
-    """Return the string that *raw* is; None if it is none, or is written in more than *max_bytes*."""
+    """Return the string that *raw* is.
+
+    None if it is none, or is written in more than *max_bytes*.
+    """
     if raw is ABSENT:
         return None
     view = memoryview(raw)
@@ -224,7 +229,8 @@ _LIST = msgspec.json.Decoder(list[Raw])
 class Site(NamedTuple):
     """Where a value stands in a body: from *start* to *end*.
 
-    If *prefix* is set, that is only where the piece stands that has it, behind *prefix* and before *suffix*.
+    If *prefix* is set, that is only where the piece stands that has it, behind *prefix* and before
+    *suffix*.
     """
 
     start: int
@@ -236,7 +242,8 @@ class Site(NamedTuple):
 class _Cuts:
     """The cuts of *body*, in their order.
 
-    Always: the piece from `start` on begins within the brackets `stack`, behind a comma that is outside of strings.
+    Always: the piece from `start` on begins within the brackets `stack`, behind a comma that is
+    outside of strings.
     """
 
     __slots__ = (
@@ -258,7 +265,8 @@ class _Cuts:
         self.stack, self.nested = b"", b""
         # Whether the piece up to `end` is the last one.
         self.last = False
-        # Up to where the body was looked through, whether that is within a string, and the brackets since `start`.
+        # Up to where the body was looked through, whether that is within a string, and the
+        # brackets since `start`.
         self._scanned, self._within = 0, 0
         self._brackets = b""
 
@@ -357,7 +365,8 @@ def decoding(
 def locating(
     decoder: msgspec.json.Decoder[T], body: bytes, what: str
 ) -> Generator[None, None, tuple[T, dict[str, Site]]]:
-    """Return what `decode` returns, and where the values of its fields stand, by their keys; in steps.
+    """Return what `decode` returns, and where the values of its fields stand, by their keys; in
+    steps.
 
     Raises the same as `decode`.
     """
@@ -376,8 +385,8 @@ def locating(
 class _Pieces:
     """The pieces of *body*, each decoded by *decoder*, and their values put together.
 
-    Always: `_open` is the key of the member of the top level within which the last piece ended; empty if it is none of the
-    decoder's, or there is none.
+    Always: `_open` is the key of the member of the top level within which the last piece ended;
+    empty if it is none of the decoder's, or there is none.
     """
 
     def __init__(self, decoder: msgspec.json.Decoder[Any], body: bytes, what: str) -> None:
@@ -466,8 +475,9 @@ def _mark(body: bytes, start: int, end: int) -> bytes:
     """Return a JSON string that the piece has not."""
     mark = b'"aioserver-"'
     while body.find(mark, start, end) >= 0:
-        # Each is twice as long as the one before it, so no piece has room for more than a few of them. A client
-        # that knows them could fill it with thousands of numbered ones, and each would have to be looked for.
+        # Each is twice as long as the one before it, so no piece has room for more than a few of
+        # them. A client that knows them could fill it with thousands of numbered ones, and each
+        # would have to be looked for.
         mark = b'"aioserver%b"' % (b"-" * 2 * mark.count(b"-"))
     return mark
 
@@ -477,8 +487,8 @@ def _opening(
 ) -> tuple[bytes, bytes]:
     """Return what opens the value that is open at the start of a piece, and all that opens there.
 
-    It ends in an element or a member, and a comma, so that one has to follow. *key* is that of the value, if it is
-    a member, and *filling* one that the decoder knows.
+    It ends in an element or a member, and a comma, so that one has to follow. *key* is that of the
+    value, if it is a member, and *filling* one that the decoder knows.
     """
     if not stack:
         return b"", b""
@@ -506,7 +516,10 @@ def _shifted(message: str, by: int) -> str:
 
 
 def elements(array: bytes) -> Generator[list[Raw], None, None]:
-    """Yield the elements of *array*, which is JSON, a list of them for each of its pieces; a list may be empty."""
+    """Yield the elements of *array*, which is JSON, a list of them for each of its pieces.
+
+    A list may be empty.
+    """
     if len(array) <= PIECE_BYTES:
         yield _LIST.decode(array)
         return
@@ -539,7 +552,8 @@ def elements(array: bytes) -> Generator[list[Raw], None, None]:
         cuts.advance()
 
 
-# Places in one body, on all its levels, where a key with one value may be, and where one with a long value may.
+# Places in one body, on all its levels, where a key with one value may be, and where one with a
+# long value may.
 MAX_PLACES, MAX_LONG_PLACES = 10_000, 100
 _SPACE = rb"[ \t\r\n]*"
 _COLON = re.compile(_SPACE + b":" + _SPACE)
@@ -676,7 +690,9 @@ class Member:
                 yield start, colon.end()
 
     def insert(self, data: bytes, pieces: Sequence[bytes]) -> bytes:
-        """Return *data*, which has no such member, with one in front, whose value are the *pieces*."""
+        """Return *data*, which has no such member, with one in front, whose value are the
+        *pieces*.
+        """
         match = _START.match(data)
         assert match is not None, "the body is an object"
         start = match.end()
@@ -685,7 +701,9 @@ class Member:
 
     @staticmethod
     def extent(data: bytes, place: Place) -> tuple[int, int]:
-        """Return the bytes that are to be taken out of *data*, so that it lacks the member at *place*: from, to."""
+        """Return the bytes that are to be taken out of *data*, so that it lacks the member at
+        *place*: from, to.
+        """
         start, end = place.key, place.end
         if (comma := _COMMA_AFTER.match(data, end)) is not None:
             return start, comma.end()
@@ -695,7 +713,8 @@ class Member:
         return (start if alone else before), end
 
     def check_absent(self, data: bytes) -> Generator[None, None, None]:
-        """Make sure that *data* lacks this member, which was taken out of it, in steps if it is large.
+        """Make sure that *data* lacks this member, which was taken out of it, in steps if it is
+        large.
 
         Raises:
             InvalidRequest: there is another one.

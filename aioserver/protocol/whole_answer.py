@@ -1,8 +1,8 @@
 """Lookups in the body of a whole answer: the model's text, and whether a response is final.
 
-Such a body may have many megabytes, and parsing it would stop the event loop for a second. Here it is
-walked through in steps (limits/steps.py) along a path, without building anything: what is not on
-the path is skipped. A body is what a provider has sent, and need not be JSON.
+Such a body may have many megabytes, and parsing it would stop the event loop for a second. Here it
+is walked through in steps (limits/steps.py) along a path, without building anything: what is not
+on the path is skipped. A body is what a provider has sent, and need not be JSON.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from aioserver.protocol.json_body import at_once, sound
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-# Bytes that are walked through in one step, which takes a few milliseconds at most. It is also about the
-# size of a piece of text.
+# Bytes that are walked through in one step, which takes a few milliseconds at most. It is also
+# about the size of a piece of text.
 STEP_BYTES = 1 << 15
 # Bytes of a value that is read: an id, or a status.
 MAX_VALUE_BYTES = 1024
@@ -46,7 +46,10 @@ class _Missing(ValueError):
 
 
 class _Walk:
-    """A walk through *body*; each method moves `place`, and yields after about STEP_BYTES of it."""
+    """A walk through *body*.
+
+    Each method moves `place`, and yields after about STEP_BYTES of it.
+    """
 
     __slots__ = ("_yield_at", "body", "place")
 
@@ -69,7 +72,9 @@ class _Walk:
                 yield from self._element(part)
 
     def text(self) -> Generator[None, None, list[slice]]:
-        """Return the pieces of the string at this place, without its quotes; no piece ends within a character.
+        """Return the pieces of the string at this place, without its quotes.
+
+        No piece ends within a character.
 
         Raises:
             _Missing: there is no string, or it is not valid.
@@ -204,10 +209,11 @@ def _others(name: str) -> re.Pattern[bytes]:
 
 
 def text_pieces(body: bytes) -> Generator[None, None, list[slice]]:
-    """Return where the text of a whole chat completion stands in *body*, in pieces of STEP_BYTES about.
+    """Return where the text of a whole chat completion stands in *body*, in pieces of STEP_BYTES
+    about.
 
-    A piece is the inside of a JSON string, as it is written; lone surrogates may be in it. There is none
-    if the body has no text, or is no chat completion.
+    A piece is the inside of a JSON string, as it is written; lone surrogates may be in it. There
+    is none if the body has no text, or is no chat completion.
     """
     walk = _Walk(body)
     try:
@@ -218,7 +224,9 @@ def text_pieces(body: bytes) -> Generator[None, None, list[slice]]:
 
 
 def string_pieces(text: bytes) -> Generator[None, None, list[slice]]:
-    """Return the pieces of *text*, a JSON string, as `text_pieces` does; none if it is not valid."""
+    """Return the pieces of *text*, a JSON string, as `text_pieces` does; none if it is not
+    valid.
+    """
     try:
         return (yield from _Walk(text).text())
     except _Missing:
@@ -228,7 +236,8 @@ def string_pieces(text: bytes) -> Generator[None, None, list[slice]]:
 def final_response(body: bytes) -> Generator[None, None, str | None]:
     """Return the id of a whole `response` object that will not change any more, or None.
 
-    A client asks again for a response that runs in the background, so only its final state is kept.
+    A client asks again for a response that runs in the background, so only its final state is
+    kept.
     """
     try:
         walk = _Walk(body)

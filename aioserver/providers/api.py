@@ -1,7 +1,8 @@
 """An API: what a path below a provider's base URL means, and how it differs from chat completions.
 
-The face that makes a request passes its `Api` along; the attempt, its sink, the head of the request and the log of the
-answer ask it, and nothing looks it up. Chat completions are `CHAT`; what other APIs change is in their wings.
+The face that makes a request passes its `Api` along; the attempt, its sink, the head of the
+request and the log of the answer ask it, and nothing looks it up. Chat completions are `CHAT`;
+what other APIs change is in their wings.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ if TYPE_CHECKING:
 
 
 class Memory:
-    """What an API has learned of one provider: made at its first use, and anew after a change of the settings."""
+    """What an API has learned of one provider: made at its first use, and anew after a change of
+    the settings.
+    """
 
     def __init__(self, settings: settings.Provider) -> None:
         """Know nothing beside *settings*."""
 
 
 class Api:
-    """The API at *path*, below the base URL of a provider: chat completions, and all that is asked and answered like them.
+    """The API at *path*, below the base URL of a provider: chat completions, and all that is asked
+    and answered like them.
 
     Always: it has no state, so that one object serves every request for its path.
     """
@@ -42,7 +46,8 @@ class Api:
     # In a sentence, and the setting by which a provider speaks it.
     name: ClassVar[str] = "OpenAI's API"
     setting: ClassVar[str] = ""
-    # Headers that a request has unless its client sends them or the settings do; the names in lower case.
+    # Headers that a request has unless its client sends them or the settings do; the names in
+    # lower case.
     headers: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, path: str) -> None:
@@ -61,11 +66,16 @@ class Api:
         return EventSink(stream)
 
     def events(self) -> AnswerEvents:
-        """Return what is remembered of the events of an answer to come, and the form of its errors."""
+        """Return what is remembered of the events of an answer to come, and the form of its
+        errors.
+        """
         return PLAIN_EVENTS
 
     def fast_path(self, cursor: Cursor, destination: Destination) -> FastPath | None:
-        """Return the path by which the provider's bytes go from *cursor* to *destination*; None if there is none."""
+        """Return the path by which the provider's bytes go from *cursor* to *destination*.
+
+        None if there is none.
+        """
         return FastPath(cursor, destination) if destination.chunked else None
 
     def check_status(

@@ -1,7 +1,7 @@
 """The exchanges at one provider that are paused because their clients read too slowly.
 
-A log asks for a pause where its client cannot come back (streams/stream.py). A paused exchange keeps its
-place at the provider, so it is read on as soon as a request waits for one.
+A log asks for a pause where its client cannot come back (streams/stream.py). A paused exchange
+keeps its place at the provider, so it is read on as soon as a request waits for one.
 """
 
 from __future__ import annotations

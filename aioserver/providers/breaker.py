@@ -11,11 +11,11 @@ After Michael T. Nygard, "Release It!", 2007, but dead is another thing than sic
           ▲    fewer than a quarter fail                                     │
           └──────────────────────── any success ─────────────────────────────┘
 
-A success counts at the first event of an answer, and a failure at its end. An answer that has begun and
-breaks off is a failure for the share of a sick provider, and says nothing of a dead one: where all places are
-taken by long answers, nothing begins for minutes. A breaker that opens at a share
-of failures takes away the requests that would have been answered, and retries multiply that: where half of
-all attempts fail, a request with three retries is answered 15 times out of 16.
+A success counts at the first event of an answer, and a failure at its end. An answer that has
+begun and breaks off is a failure for the share of a sick provider, and says nothing of a dead one:
+where all places are taken by long answers, nothing begins for minutes. A breaker that opens at a
+share of failures takes away the requests that would have been answered, and retries multiply that:
+where half of all attempts fail, a request with three retries is answered 15 times out of 16.
 """
 
 from __future__ import annotations
@@ -30,18 +30,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 WELL, SICK, DEAD = "well", "sick", "dead"
-# A provider is dead if for PATIENCE seconds nothing has succeeded and at least MANY attempts failed: of a
-# provider that answers one attempt in twenty, so many fail in a row once in 400 attempts.
+# A provider is dead if for PATIENCE seconds nothing has succeeded and at least MANY attempts
+# failed: of a provider that answers one attempt in twenty, so many fail in a row once in 400
+# attempts.
 PATIENCE, MANY = 5.0, 60
-# So it is if nothing has succeeded for LONG_PATIENCE seconds and at least FEW attempts failed, but at most
-# MAX_RATE of them a second: then there can be as many trials, and nobody loses anything by them.
+# So it is if nothing has succeeded for LONG_PATIENCE seconds and at least FEW attempts failed, but
+# at most MAX_RATE of them a second: then there can be as many trials, and nobody loses anything by
+# them.
 LONG_PATIENCE, FEW, MAX_RATE = 15.0, 5, 1.0
 # Those seconds are at least this multiple of the median time to the first event: slow is not dead.
 USUAL = 2.0
 # Times to a first event that the median is taken of.
 FIRST_EVENTS = 100
-# A provider is sick if more than SICK_ABOVE of at least MIN_ATTEMPTS in the last WINDOW seconds failed, and
-# well again if fewer than WELL_BELOW of at least MIN_ATTEMPTS did: between the two it stays what it is.
+# A provider is sick if more than SICK_ABOVE of at least MIN_ATTEMPTS in the last WINDOW seconds
+# failed, and well again if fewer than WELL_BELOW of at least MIN_ATTEMPTS did: between the two it
+# stays what it is.
 WINDOW, MIN_ATTEMPTS = 30.0, 20
 SICK_ABOVE, WELL_BELOW = 0.5, 0.25
 # Attempts that are remembered for these shares.
@@ -57,18 +60,20 @@ LONGEST_INTERVAL = 30.0
 class Breaker:
     """Decides which attempts may start, by how earlier ones have ended.
 
-    Always: while the provider is dead, trials start TRIAL_INTERVAL apart or more, and at most MAX_TRIALS
-    are under way; every attempt that `start` has let pass has one verdict: `succeeded`, `failed`, or
-    `unsure` if it proves nothing. A failure may follow a success: the answer has broken off.
+    Always: while the provider is dead, trials start TRIAL_INTERVAL apart or more, and at most
+    MAX_TRIALS are under way; every attempt that `start` has let pass has one verdict: `succeeded`,
+    `failed`, or `unsure` if it proves nothing. A failure may follow a success: the answer has
+    broken off.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.dead = self.sick = False
-        # Whether the provider could not be reached, or is not ready yet, at its newest failure; of a dead
-        # one, at any failure since it died, or at that by which it died.
+        # Whether the provider could not be reached, or is not ready yet, at its newest failure; of
+        # a dead one, at any failure since it died, or at that by which it died.
         self.unreachable = False
-        # How many instances ask the provider, and have a breaker of their own: they share the trials.
+        # How many instances ask the provider, and have a breaker of their own: they share the
+        # trials.
         self.instances = 1
         self._first_events: deque[float] = deque(maxlen=FIRST_EVENTS)
         self._last_success = -inf
@@ -80,7 +85,8 @@ class Breaker:
         self._recent_attempts = self._recent_failures = 0
         self._requests_while_sick = 0
         self._trials = 0
-        # The times from which on the next trial may start: at all, and where there is another provider.
+        # The times from which on the next trial may start: at all, and where there is another
+        # provider.
         self._next_trial = self._next_spared_trial = 0.0
         self._interval = TRIAL_INTERVAL
 
@@ -111,12 +117,16 @@ class Breaker:
         return 0.0 if self._trials else self.delay(alternative=alternative)
 
     def first_in_turn(self) -> bool:
-        """Count a request that would ask the provider first; return whether it does, though it is sick."""
+        """Count a request that would ask the provider first; return whether it does, though it is
+        sick.
+        """
         self._requests_while_sick += 1
         return self._requests_while_sick % TURN == 0
 
     def start(self) -> bool:
-        """Note that an attempt starts, which `delay` must have permitted; return whether it is a trial."""
+        """Note that an attempt starts, which `delay` must have permitted; return whether it is a
+        trial.
+        """
         if not self.dead:
             return False
         self._trials += 1
@@ -124,7 +134,9 @@ class Breaker:
         return True
 
     def succeeded(self, seconds: float, *, trial: bool) -> bool:
-        """Note the first event of an answer, after *seconds*; return whether the provider was dead."""
+        """Note the first event of an answer, after *seconds*; return whether the provider was
+        dead.
+        """
         self._trials -= trial
         was_dead = self.dead
         if was_dead:
@@ -139,10 +151,11 @@ class Breaker:
     def failed(
         self, began: float, *, trial: bool, answered: bool = False, unreachable: bool = False
     ) -> bool:
-        """Note the failure of an attempt that *began* then; return whether the provider is dead by it.
+        """Note the failure of an attempt that *began* then; return whether the provider is dead by
+        it.
 
-        *answered*: the attempt has succeeded before, and its answer broke off. *unreachable*: there was no
-        connection, or the provider said that it is not ready.
+        *answered*: the attempt has succeeded before, and its answer broke off. *unreachable*:
+        there was no connection, or the provider said that it is not ready.
         """
         self._trials -= trial
         if self.dead:
@@ -155,7 +168,8 @@ class Breaker:
         now = self._clock()
         self._remember(now, 0 if answered and began > now - WINDOW else 1, 1)
         if answered:
-            # The provider may be sick. That it is dead no answer says which has begun, however it ends.
+            # The provider may be sick. That it is dead no answer says which has begun, however it
+            # ends.
             return False
         self.unreachable = unreachable
         began = max(began, self._last_success)
@@ -183,7 +197,9 @@ class Breaker:
         return was_dead
 
     def unsure(self, *, trial: bool) -> None:
-        """Note the end of an attempt that proves nothing: its client left, or the fault is not ours."""
+        """Note the end of an attempt that proves nothing: its client left, or the fault is not
+        ours.
+        """
         self._trials -= trial
 
     def reset(self) -> None:
@@ -200,7 +216,9 @@ class Breaker:
         self._next_trial = self._next_spared_trial = self._clock() + first
 
     def _lifeless(self) -> bool:
-        """Return whether nothing has succeeded for so long, and so often, that the provider is dead."""
+        """Return whether nothing has succeeded for so long, and so often, that the provider is
+        dead.
+        """
         seconds, failures = self._clock() - self._failing_since, self._failures
         if not (
             (failures >= MANY and seconds >= PATIENCE)

@@ -1,7 +1,8 @@
-"""The budget of retries: a fifth of the requests, so that a failing provider causes no wave of retries.
+"""The budget of retries: a fifth of the requests, so that a failing provider causes no wave of
+retries.
 
-After "Handling Overload" in Beyer et al., "Site Reliability Engineering", 2016. A provider with few
-requests may have MIN_RETRIES in each WINDOW all the same.
+After "Handling Overload" in Beyer et al., "Site Reliability Engineering", 2016. A provider with
+few requests may have MIN_RETRIES in each WINDOW all the same.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ MIN_RETRIES = 10
 
 
 class BudgetStats(NamedTuple):
-    """A snapshot of a budget: the retries of the last WINDOW seconds, and how many it allows in them."""
+    """A snapshot of a budget: the retries of the last WINDOW seconds, and how many it allows in
+    them.
+    """
 
     used: int
     limit: int

@@ -1,14 +1,18 @@
-"""The open connections of a pool: those that requests use, one after another, and the idle ones, which wait for the next request.
+"""The open connections of a pool: those that requests use, one after another, and the idle ones,
+which wait for the next request.
 
-aiohttp's connector opens and closes them. What it does for each request besides (a coroutine, two objects, a search by a
-key, a list of callbacks) costs more than the rest of a pool, so idle connections wait here, in front of it. For the
-connector an idle one is still in use, and its `limit` counts all that are open.
+aiohttp's connector opens and closes them. What it does for each request besides (a coroutine, two
+objects, a search by a key, a list of callbacks) costs more than the rest of a pool, so idle
+connections wait here, in front of it. For the connector an idle one is still in use, and its
+`limit` counts all that are open.
 
-Bytes that come while no exchange is under way (a late 408, a close) abort the connection: aiohttp would pass them
-to the next request as its answer. A proxy's handshake (CONNECT), by aiohttp's parser, comes before any exchange.
+Bytes that come while no exchange is under way (a late 408, a close) abort the connection: aiohttp
+would pass them to the next request as its answer. A proxy's handshake (CONNECT), by aiohttp's
+parser, comes before any exchange.
 
-Private names of aiohttp used here, guarded by `tests/providers/test_pool.py` (answers with and without
-an exchange, and a proxy's to CONNECT): `_loop` and `_parser` of `ResponseHandler`, `_factory` and `_loop` of `TCPConnector`.
+Private names of aiohttp used here, guarded by `tests/providers/test_pool.py` (answers with and
+without an exchange, and a proxy's to CONNECT): `_loop` and `_parser` of `ResponseHandler`,
+`_factory` and `_loop` of `TCPConnector`.
 """
 
 from __future__ import annotations
@@ -51,7 +55,10 @@ class Receiver(Protocol):
         """End, since the connection is lost; *exc* None stands for an orderly close."""
 
     def check_deadline(self) -> float | None:
-        """Fail if the read deadline has passed. Return the seconds until it; None if there is none."""
+        """Fail if the read deadline has passed.
+
+        Return the seconds until it; None if there is none.
+        """
 
     def silence(self, now: float) -> float | None:
         """Return the seconds since the provider said something; None if nothing is awaited."""
@@ -135,14 +142,15 @@ class ConnectionProtocol(ResponseHandler):
     def watch_deadline(self, read_timeout: float) -> None:
         """Enforce the read deadline of the exchange under way.
 
-        There is one timer per connection and not one per request: it is not cancelled after an answer,
-        and goes on with the request that is under way when it fires.
+        There is one timer per connection and not one per request: it is not cancelled after an
+        answer, and goes on with the request that is under way when it fires.
         """
         deadline = self._loop.time() + read_timeout
         if self._deadline_timer is not None:
             if self._deadline <= deadline:
                 return
-            # The timer was set for a request that might wait longer: a reload has changed the timeout.
+            # The timer was set for a request that might wait longer: a reload has changed the
+            # timeout.
             self._deadline_timer.cancel()
         self._set_deadline(read_timeout)
 
@@ -159,9 +167,11 @@ class ConnectionProtocol(ResponseHandler):
 class PooledConnection:
     """An open connection of a pool.
 
-    A request that has taken it ends its use by `release` or `close`; only the first of these calls has an effect.
+    A request that has taken it ends its use by `release` or `close`; only the first of these calls
+    has an effect.
 
-    Always: *place* is the request's place in the gate of the pool, and None while the connection is idle.
+    Always: *place* is the request's place in the gate of the pool, and None while the connection
+    is idle.
     """
 
     __slots__ = ("_connection", "_owner", "idle_since", "place", "protocol")
@@ -205,7 +215,10 @@ class PooledConnection:
             connection.close()
 
     def lost(self) -> None:
-        """Note that the provider has closed the connection; a request that uses it ends its use itself."""
+        """Note that the provider has closed the connection.
+
+        A request that uses it ends its use itself.
+        """
         if self.place is None:
             self._owner.forget(self)
             self.discard()
@@ -222,12 +235,15 @@ class Connector(TCPConnector):
 
 
 class Connections:
-    """The open connections of one pool to *endpoint*, *limit* at most; *timeout* is that of opening one.
+    """The open connections of one pool to *endpoint*, *limit* at most.
+
+    *timeout* is that of opening one.
 
     The other *options* are those of aiohttp's `TCPConnector`.
 
-    Always: a connection that is given back is kept only if at most `max_idle + pending()` are idle then, and for
-    *expiry* seconds at most. The connection that has been idle longest is taken first.
+    Always: a connection that is given back is kept only if at most `max_idle + pending()` are idle
+    then, and for *expiry* seconds at most. The connection that has been idle longest is taken
+    first.
     """
 
     def __init__(
@@ -338,7 +354,10 @@ class Connections:
             self._idle.remove(connection)
 
     def retire(self, on_release: Callable[[], None]) -> None:
-        """Keep no connection from now on; *on_release* is called when one is given back or closed."""
+        """Keep no connection from now on.
+
+        *on_release* is called when one is given back or closed.
+        """
         self._max_idle, self._pending, self._on_release = 0, lambda: 0, on_release
         self.drop_idle()
 

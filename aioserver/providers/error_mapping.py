@@ -1,4 +1,5 @@
-"""The fault that a provider's answer means, by its status, its headers and its body (RFC 9110, 15).
+"""The fault that a provider's answer means, by its status, its headers and its body (RFC 9110,
+15).
 
 401, 402, insufficient_quota      our key or our account is refused: ProviderAuthError
 403                               our key, or this one request, is refused: ProviderForbidden
@@ -128,10 +129,11 @@ def visible_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds of `retry-after-ms`, or of `retry-after` (RFC 9110, 10.2.3: seconds or a date).
+    """Return the seconds of `retry-after-ms`, or of `retry-after` (RFC 9110, 10.2.3: seconds or a
+    date).
 
-    More than MAX_COOLING is that, however much it is. None if neither header has a plausible value: a
-    negative number is none, nor is a date that is past for more than a day.
+    More than MAX_COOLING is that, however much it is. None if neither header has a plausible
+    value: a negative number is none, nor is a date that is past for more than a day.
     """
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         seconds = number(headers.get(name, ""))

@@ -1,19 +1,22 @@
 """One request and its answer on a pooled connection, without aiohttp's `ClientSession`.
 
-`ClientSession` costs a third of a request's time, and a task switch per read. Here the connection's own
-protocol parses the answer (http1.py) and pushes the body, as it comes, into a sink, from
-`data_received` itself; the sink appends to the log, and the log notifies the writers. One task per
-request waits for one future, the end of the exchange; nothing else is scheduled per read.
+`ClientSession` costs a third of a request's time, and a task switch per read. Here the
+connection's own protocol parses the answer (http1.py) and pushes the body, as it comes, into a
+sink, from `data_received` itself; the sink appends to the log, and the log notifies the writers.
+One task per request waits for one future, the end of the exchange; nothing else is scheduled per
+read.
 
     Exchange.run: write the request → (1xx)* head → sink = on_head(status, headers)
                   → sink.feed(block)* → sink.end() → the connection is released, or closed
 
 The connection goes back to the pool only after a clean end: the request was written whole, the
-answer came whole, with a length or in chunks, the provider keeps the connection, and nothing followed
-the answer. Any other end aborts it at once, without TLS's closing handshake, which may take 30 s.
+answer came whole, with a length or in chunks, the provider keeps the connection, and nothing
+followed the answer. Any other end aborts it at once, without TLS's closing handshake, which may
+take 30 s.
 
-Timeouts: each read must come within `read_timeout` of the last one: one lazy timer per connection checks
-the time of the last byte; it rests while the log has paused the exchange (streams/stream.py). A write must make progress within `write_timeout`, or a WriteWatchdog ends the
+Timeouts: each read must come within `read_timeout` of the last one: one lazy timer per connection
+checks the time of the last byte; it rests while the log has paused the exchange
+(streams/stream.py). A write must make progress within `write_timeout`, or a WriteWatchdog ends the
 exchange.
 """
 
@@ -49,8 +52,9 @@ LAST_CHUNK_TIMEOUT = 0.25
 class Exchange:
     """One request and its answer. `run` may be called once.
 
-    Always: after `run`, however it ended, the connection is released or closed and the protocol holds no
-    exchange; after a good answer whose last chunk is still to come, LAST_CHUNK_TIMEOUT later at most.
+    Always: after `run`, however it ended, the connection is released or closed and the protocol
+    holds no exchange; after a good answer whose last chunk is still to come, LAST_CHUNK_TIMEOUT
+    later at most.
     """
 
     def __init__(
@@ -78,7 +82,8 @@ class Exchange:
         self._faults: list[Exception] = []  # until raised: their tracebacks lead to this object
         self._last_chunk_timer: asyncio.TimerHandle | None = None
         self.last_byte_at = 0.0
-        # When the provider said something last, or the request was sent, and the progress of the sink then.
+        # When the provider said something last, or the request was sent, and the progress of the
+        # sink then.
         self.spoke_at = 0.0
         self._progress = 0
         self.record = record
@@ -90,13 +95,14 @@ class Exchange:
         self._paused = False
 
     async def run(self, request: bytes, body: Body | None = None) -> None:
-        """Send *request* (head and body, or what is before the *body*) and push the answer to its sink.
+        """Send *request* (head and body, or what is before the *body*) and push the answer to its
+        sink.
 
         Cancelling is safe: the connection is closed at once.
 
         Raises:
-            StaleConnection: a reused connection was lost within STALE_WITHIN of the request, before
-                a byte of the answer.
+            StaleConnection: a reused connection was lost within STALE_WITHIN of the request,
+                before a byte of the answer.
             ProviderFault: there is no complete answer for another reason.
             AioserverError: raised by the sink.
         """
@@ -130,7 +136,8 @@ class Exchange:
             self.record.silent(self.spoke_at, now)
         self.last_byte_at = now
         if parser.between_chunks and data.endswith(b"\r\n"):
-            # Most reads of a stream are one whole chunk, which the parser, between two chunks, need not see.
+            # Most reads of a stream are one whole chunk, which the parser, between two chunks,
+            # need not see.
             start = data.find(b"\r\n") + 2
             size = len(data) - start - 2
             if size > 0 and data.startswith(b"%x\r\n" % size):
@@ -151,7 +158,10 @@ class Exchange:
             self._open_fast_path()
 
     def _open_fast_path(self) -> None:
-        """Let the fast path take the next read, if the sink has one; the parser is between two chunks."""
+        """Let the fast path take the next read, if the sink has one.
+
+        The parser is between two chunks.
+        """
         sink = self._parser.sink
         if sink is not None and not self._done.done():
             self.protocol.fast_path = fast_path = sink.fast()
@@ -181,7 +191,10 @@ class Exchange:
                 self._fail(exc)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """End the exchange, since its connection is lost; *exc* None stands for an orderly close."""
+        """End the exchange, since its connection is lost.
+
+        *exc* None stands for an orderly close.
+        """
         parser = self._parser
         if self._done.done():
             self._settle()
@@ -218,7 +231,10 @@ class Exchange:
         return None
 
     def silence(self, now: float) -> float | None:
-        """Return the seconds since the provider said something, or the request; None if nothing is awaited."""
+        """Return the seconds since the provider said something, or the request.
+
+        None if nothing is awaited.
+        """
         if not self._written or self._paused or self._done.done():
             return None
         return max(0.0, now - self._last(self.spoke_at))
@@ -254,7 +270,9 @@ class Exchange:
             self.protocol.watch_deadline(self._read_timeout)
 
     def _last(self, moment: float) -> float:
-        """Return *moment*, in the loop's time, or when the fast path has forwarded something since."""
+        """Return *moment*, in the loop's time, or when the fast path has forwarded something
+        since.
+        """
         fast_path = self.protocol.fast_path
         return moment if fast_path is None else max(moment, fast_path.forwarded_at)
 
@@ -294,8 +312,8 @@ class Exchange:
         if self._paused:
             self.resume()
         ended_well = done.done() and not done.cancelled() and not self._faults
-        # A silence that lasts until the end counts as any other. The record drops a silence before the
-        # answer when the answer comes.
+        # A silence that lasts until the end counts as any other. The record drops a silence before
+        # the answer when the answer comes.
         if self._written and not self._awaiting_last_chunk and not ended_well:
             self.record.silent(self._last(self.spoke_at), self._loop.time())
         protocol.exchange = protocol.fast_path = None

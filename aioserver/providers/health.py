@@ -1,9 +1,10 @@
 """Whether a provider is asked: not while it is dead, refuses our key, or after it was removed.
 
-The breaker of a dead provider keeps requests away from it, but for trials. A provider that refuses our key is flagged,
-for 5 minutes or until a reload: no client's request would fare better. A 403 may be about the one
-request (a text that moderation does not let through), so it flags the provider only as long as the key
-has never been accepted: otherwise one client could stop the provider for all.
+The breaker of a dead provider keeps requests away from it, but for trials. A provider that refuses
+our key is flagged, for 5 minutes or until a reload: no client's request would fare better. A 403
+may be about the one request (a text that moderation does not let through), so it flags the
+provider only as long as the key has never been accepted: otherwise one client could stop the
+provider for all.
 """
 
 from __future__ import annotations
@@ -89,15 +90,17 @@ class Health:
 
     @property
     def state(self) -> str:
-        """How the provider is: `well`, `sick` (asked, though it fails often) or `dead` (left alone)."""
+        """How the provider is: `well`, `sick` (asked, though it fails often) or `dead` (left
+        alone).
+        """
         return self.breaker.state
 
     def next_try(self, *, waited_for: bool) -> float | None:
         """Return the seconds until the provider is asked again; None while it is asked.
 
-        *waited_for* says that requests wait until it is back: they are its next trials. Otherwise the next
-        request that comes is the next trial, and is taken to be like the newest: another provider can answer
-        it, so that trials are rare, or none can.
+        *waited_for* says that requests wait until it is back: they are its next trials. Otherwise
+        the next request that comes is the next trial, and is taken to be like the newest: another
+        provider can answer it, so that trials are rare, or none can.
         """
         if self.flagged:
             return self._flagged_until - self._clock()
@@ -140,7 +143,9 @@ class Health:
         )
 
     def answered(self, seconds: float, *, trial: bool) -> bool:
-        """Learn that an attempt has its first event, after *seconds*; return whether that ends a death."""
+        """Learn that an attempt has its first event, after *seconds*; return whether that ends a
+        death.
+        """
         self._key_accepted = True
         revived = self.breaker.succeeded(seconds, trial=trial)
         if revived:
@@ -150,7 +155,8 @@ class Health:
     def attempt_failed(
         self, exc: BaseException, began: float, *, trial: bool, answered: bool
     ) -> bool:
-        """Learn from an attempt that *began* then and ended with *exc*; return whether none starts now.
+        """Learn from an attempt that *began* then and ended with *exc*; return whether none starts
+        now.
 
         *answered*: it had its first event before.
         """

@@ -1,8 +1,9 @@
 """HTTP/1.1 with a provider (RFC 9112): requests as bytes, and the bytes of answers parsed.
 
-httptools (llhttp) parses; the `ResponseParser` keeps what httptools reports. One such object lives as
-long as its connection: a parser for each answer would cost as much as the parsing, and leave a reference cycle
-behind for the garbage collector, which then takes a seventh of the time of a request.
+httptools (llhttp) parses; the `ResponseParser` keeps what httptools reports. One such object lives
+as long as its connection: a parser for each answer would cost as much as the parsing, and leave a
+reference cycle behind for the garbage collector, which then takes a seventh of the time of a
+request.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ MAX_HEAD_BYTES = 65_536
 class RequestWriter:
     """Writes the requests to the API at *base_url*.
 
-    *absolute* says that a plain HTTP proxy gets the requests: the target is then an absolute URL (RFC 9112,
-    3.2.2), and the proxy wants to see *proxy_headers*.
+    *absolute* says that a plain HTTP proxy gets the requests: the target is then an absolute URL
+    (RFC 9112, 3.2.2), and the proxy wants to see *proxy_headers*.
 
-    Always: two requests for one path differ in their body, its length, and the headers of their client,
-    which stand behind that length, so that the head of each path is made once. A header that the
-    settings add is never the client's.
+    Always: two requests for one path differ in their body, its length, and the headers of their
+    client, which stand behind that length, so that the head of each path is made once. A header
+    that the settings add is never the client's.
     """
 
     def __init__(
@@ -64,7 +65,10 @@ class RequestWriter:
         self.apply(settings)
 
     def apply(self, settings: settings.Provider) -> None:
-        """Pass on the headers of clients that *settings* name; the other headers stay as they are."""
+        """Pass on the headers of clients that *settings* name.
+
+        The other headers stay as they are.
+        """
         configured = {name.lower() for name in self._settings.headers}
         self._configured = configured
         self._passed = TRACE_HEADERS.union(settings.pass_headers) - configured
@@ -72,7 +76,9 @@ class RequestWriter:
     def write(
         self, api: Api, path: str, body: bytes, client_headers: ClientHeaders = NO_HEADERS
     ) -> bytes:
-        """Return the bytes of a POST of *body* (JSON) to *path*, that of *api*, which may have a query."""
+        """Return the bytes of a POST of *body* (JSON) to *path*, that of *api*, which may have a
+        query.
+        """
         head = self._heads.get(path)
         if head is None:
             head = self._heads[path] = self._head(api, path)
@@ -95,8 +101,8 @@ class RequestWriter:
     ) -> bytes:
         """Return the head of a request that is passed on.
 
-        *target* is its path below the base URL, with its query. *own* are the headers of its body, and those that
-        stand in for the writer's.
+        *target* is its path below the base URL, with its query. *own* are the headers of its body,
+        and those that stand in for the writer's.
         """
         path, question_mark, query = target.partition("?")
         passed = client_headers.written(self._passed)
@@ -106,7 +112,9 @@ class RequestWriter:
         return b"%b\r\n%b\r\n" % (begun, passed)
 
     def _missing(self, headers: Mapping[str, str], passed: bytes) -> bytes:
-        """Return the lines of those *headers* that neither the settings add nor *passed* has, lines of the client's."""
+        """Return the lines of those *headers* that neither the settings add nor *passed* has,
+        lines of the client's.
+        """
         # No value has a line end, so that none is taken for a name.
         lines = b"\r\n" + passed
         return b"".join(
@@ -137,7 +145,8 @@ class RequestWriter:
     ) -> bytes:
         """Return the first lines of a head, without the end of the last one.
 
-        Configured headers replace those in *own*, but no header is sent that *never* names in lower case.
+        Configured headers replace those in *own*, but no header is sent that *never* names in
+        lower case.
         """
         url = self._base.with_path(f"{self._base.path.rstrip('/')}/{path}")
         headers = {"Host": url.authority.rpartition("@")[2], **own}
@@ -162,12 +171,15 @@ class RequestWriter:
 class Sink(Protocol):
     """The destination of an answer's body.
 
-    Called from `data_received`. An `AioserverError` that it raises ends the exchange with this error.
+    Called from `data_received`. An `AioserverError` that it raises ends the exchange with this
+    error.
     """
 
     @property
     def progress(self) -> int:
-        """A number that grows with what the provider says; comments, which keep a connection alive, say nothing."""
+        """A number that grows with what the provider says; comments, which keep a connection
+        alive, say nothing.
+        """
 
     def feed(self, data: bytes) -> bool:
         """Take a part of the body, never empty; return False if the answer needs no more."""
@@ -176,17 +188,21 @@ class Sink(Protocol):
         """Note that the body is complete."""
 
     def fast(self) -> Path | None:
-        """Return the fast path, by which the next chunk may bypass this sink; None if there is none."""
+        """Return the fast path, by which the next chunk may bypass this sink.
+
+        None if there is none.
+        """
 
 
 class ResponseParser:
     """Parses the answers on one connection, one after the other.
 
-    `begin` comes before each answer, then `feed` until it is `whole`, then `forget`. After an answer
-    that did not end well the connection is closed, and its parser is used no more.
+    `begin` comes before each answer, then `feed` until it is `whole`, then `forget`. After an
+    answer that did not end well the connection is closed, and its parser is used no more.
 
-    Always: `parts` has the body's bytes that came since they were taken last; nothing that comes after
-    a whole answer is added to it. `between_chunks` is empty unless the parser is between two chunks.
+    Always: `parts` has the body's bytes that came since they were taken last; nothing that comes
+    after a whole answer is added to it. `between_chunks` is empty unless the parser is between two
+    chunks.
     """
 
     __slots__ = (
@@ -219,7 +235,10 @@ class ResponseParser:
         self.parts: list[bytes] = []
 
     def begin(self, on_head: Callable[[int, Mapping[str, str]], Sink]) -> None:
-        """Expect another answer. Once its head is complete, *on_head* returns the sink of its body."""
+        """Expect another answer.
+
+        Once its head is complete, *on_head* returns the sink of its body.
+        """
         self._on_head = on_head
         # Bytes that came before the head was complete; some of them may be the body's.
         self._head_bytes = 0
@@ -231,7 +250,8 @@ class ResponseParser:
         self.whole = False
         # Whether the provider keeps the connection open.
         self.keep_alive = False
-        # Whether anything came that is no part of the answer, so that the connection cannot be reused.
+        # Whether anything came that is no part of the answer, so that the connection cannot be
+        # reused.
         self.surplus = False
         # The parts of the body that the sink has not got yet.
         self.parts = []
@@ -323,7 +343,8 @@ class ResponseParser:
     def on_body(self, body: bytes) -> None:
         """Keep a part of the body, without the framing of its chunks.
 
-        An interim answer has none (RFC 9112, 6.3), but llhttp reads it where it does not know the status.
+        An interim answer has none (RFC 9112, 6.3), but llhttp reads it where it does not know the
+        status.
         """
         if self._interim:
             raise ProviderBadResponse("the provider's interim answer has a body")

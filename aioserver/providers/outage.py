@@ -1,8 +1,10 @@
-"""What requests do while their provider is away: it cannot be reached, or says that it is not ready.
+"""What requests do while their provider is away: it cannot be reached, or says that it is not
+ready.
 
-A model server that restarts is away for minutes. With `when_down: wait` a request that no other provider can
-answer waits in the provider's queue until it is back, for `queue_timeout` at most, all its waits
-together. A trial finds out that it is back, and the requests that wait are the trials.
+A model server that restarts is away for minutes. With `when_down: wait` a request that no other
+provider can answer waits in the provider's queue until it is back, for `queue_timeout` at most,
+all its waits together. A trial finds out that it is back, and the requests that wait are the
+trials.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ WAIT = "wait"
 class Absence:
     """Keeps requests in the queue of a provider while it is away.
 
-    Always: a request waits only while its provider is away and no attempt of it is under way. It waits for a
-    client, or for one that has begun it and not read it yet.
+    Always: a request waits only while its provider is away and no attempt of it is under way. It
+    waits for a client, or for one that has begun it and not read it yet.
     """
 
     def __init__(
@@ -83,10 +85,11 @@ class Absence:
             self._gate.resume()
 
     async def wait(self, attempt: Attempt, fault: ProviderFault, seconds: float) -> bool:
-        """Return whether the request of *attempt*, which ended with *fault*, is to ask again and wait.
+        """Return whether the request of *attempt*, which ended with *fault*, is to ask again and
+        wait.
 
-        If the provider is not known as dead yet, the request is parked before, outside of the queue, for
-        *seconds* or more. Cancelling is safe.
+        If the provider is not known as dead yet, the request is parked before, outside of the
+        queue, for *seconds* or more. Cancelling is safe.
 
         Raises:
             ProviderQueueFull: too many requests wait already.
@@ -125,10 +128,11 @@ class Absence:
         return True
 
     async def begin(self, attempt: Attempt) -> None:
-        """Note that the request of *attempt* waits, and that no attempt of it is under way any more.
+        """Note that the request of *attempt* waits, and that no attempt of it is under way any
+        more.
 
-        A client that leaves ends the wait from now on, and one that has left ends it here: an answer that
-        nobody reads does not stand in front of others. Cancelling is safe.
+        A client that leaves ends the wait from now on, and one that has left ends it here: an
+        answer that nobody reads does not stand in front of others. Cancelling is safe.
         """
         stream = attempt.stream
         if stream is None or not stream.sent:

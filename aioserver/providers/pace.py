@@ -3,13 +3,14 @@
 The starts are spaced out by GCRA (limits/gcra.py): in any window no more than its share of
 `requests_per_minute`, and a small burst.
 
-The provider itself can lower the rate. Its headers report how many requests remain until their reset:
-the starts are spread over that time, before the provider has to answer 429. After a `Retry-After` nothing starts
-until that time is over; then requests start without a burst, and for as long again at half the rate.
+The provider itself can lower the rate. Its headers report how many requests remain until their
+reset: the starts are spread over that time, before the provider has to answer 429. After a
+`Retry-After` nothing starts until that time is over; then requests start without a burst, and for
+as long again at half the rate.
 
-`tokens_per_minute` is a second GCRA whose starts are worth their tokens, with a burst of a sixth of
-the minute: a request is counted with its expected tokens when it starts, and the count is corrected
-at its end. While more tokens are counted than the rate allows, nothing starts.
+`tokens_per_minute` is a second GCRA whose starts are worth their tokens, with a burst of a sixth
+of the minute: a request is counted with its expected tokens when it starts, and the count is
+corrected at its end. While more tokens are counted than the rate allows, nothing starts.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 # Seconds for which a provider can stop the starts.
 MAX_COOLING = 120.0
-# Seconds over which what is left is spread; over a longer time, or a date, it would be next to nothing.
+# Seconds over which what is left is spread; over a longer time, or a date, it would be next to
+# nothing.
 MAX_RESET = 86_400.0
 # Seconds' worth of tokens that may be used at once: a sixth of the minute.
 TOKEN_BURST = 10.0
@@ -63,7 +65,8 @@ class Pace:
 
     def apply(self, per_minute: int, burst: int, *, tokens_per_minute: int = 0) -> None:
         """Use another pace from now on; what has started counts as before."""
-        # A faster pace keeps the number of starts that are counted, a slower one the seconds until the next.
+        # A faster pace keeps the number of starts that are counted, a slower one the seconds until
+        # the next.
         scale = min(1.0, self.per_minute / per_minute)
         self._starts.apply(60.0 / per_minute, _tolerance(per_minute, burst), scale=scale)
         self.per_minute = per_minute

@@ -2,9 +2,10 @@
 
     client ──▶ Body ──▶ upload ──▶ provider ──▶ Handover ──▶ face ──▶ client
 
-Nothing of either is kept or read: an upload and an answer may have any size. A part waits in memory until the other
-side has taken the part before it, so that the slower side sets the pace of both. There is one attempt, and its
-faults are those of any other: a status that is no success means what it means elsewhere (error_mapping.py).
+Nothing of either is kept or read: an upload and an answer may have any size. A part waits in
+memory until the other side has taken the part before it, so that the slower side sets the pace of
+both. There is one attempt, and its faults are those of any other: a status that is no success
+means what it means elsewhere (error_mapping.py).
 """
 
 from __future__ import annotations
@@ -31,17 +32,19 @@ if TYPE_CHECKING:
     from aioserver.providers.upload import Body
     from aioserver.streams.contracts import Source
 
-# Bytes that are handed on and not taken yet, from which on nothing more is read. A read adds 256 KiB at most.
+# Bytes that are handed on and not taken yet, from which on nothing more is read. A read adds 256
+# KiB at most.
 PAUSE_BYTES = 1 << 16
 # Headers of the provider that say what its body is. Neither a cookie nor a redirect is among them.
 BODY_HEADERS = ("content-type", "content-disposition", "content-range")
 
 
 class Handover:
-    """The answer to a request that is passed on: the provider puts its parts in, and a face takes them out.
+    """The answer to a request that is passed on: the provider puts its parts in, and a face takes
+    them out.
 
-    Always: about PAUSE_BYTES and one read wait in it; *source* is read on once they are taken. Nothing comes
-    after `stop`.
+    Always: about PAUSE_BYTES and one read wait in it; *source* is read on once they are taken.
+    Nothing comes after `stop`.
     """
 
     def __init__(self) -> None:
@@ -91,7 +94,10 @@ class Handover:
         return bool(self.status)
 
     async def take(self) -> bytes:
-        """Return what has come since the last call; empty when nothing more comes. Cancelling is safe."""
+        """Return what has come since the last call; empty when nothing more comes.
+
+        Cancelling is safe.
+        """
         while not self._parts and not self._stopped:
             await self._wait()
         parts, self._parts = self._parts, []
@@ -114,9 +120,9 @@ class Handover:
 class PassedRequest(ProviderRequest):
     """A request that is passed on with its own method, path and body.
 
-    *target* is its path below the provider's base URL, with its query. *upload* is a body that its client is
-    still sending; without it the body is what *body* makes, unless *method* has none. *body_headers* are those
-    that go with it.
+    *target* is its path below the provider's base URL, with its query. *upload* is a body that its
+    client is still sending; without it the body is what *body* makes, unless *method* has none.
+    *body_headers* are those that go with it.
     """
 
     estimated = False
@@ -182,12 +188,16 @@ class PassedAttempt(Attempt):
 
     @property
     def backpressure(self) -> Backpressure:
-        """One that always lets the exchange pause: an answer of any size must not be read ahead of its client."""
+        """One that always lets the exchange pause: an answer of any size must not be read ahead of
+        its client.
+        """
         return Backpressure(lambda: 0)
 
     @property
     def says_little(self) -> bool:
-        """Whether the provider has answered with a fault: it may not have this path, or our key not the right to it."""
+        """Whether the provider has answered with a fault: it may not have this path, or our key
+        not the right to it.
+        """
         return self.status >= 300
 
     def written(self, writer: RequestWriter) -> bytes:
@@ -235,7 +245,9 @@ class PassedAttempt(Attempt):
 
 
 def shown_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """Return those of the *headers* of a provider's success that go on to the client, all of printable ASCII."""
+    """Return those of the *headers* of a provider's success that go on to the client, all of
+    printable ASCII.
+    """
     shown = {
         name: value
         for name in BODY_HEADERS
@@ -245,7 +257,10 @@ def shown_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def body_length(headers: Mapping[str, str]) -> int | None:
-    """Return the length of the body that follows a head with *headers*; None if it ends otherwise."""
+    """Return the length of the body that follows a head with *headers*.
+
+    None if it ends otherwise.
+    """
     length = headers.get("content-length", "")
     if "transfer-encoding" in headers or not (length.isascii() and length.isdigit()):
         return None

@@ -1,10 +1,10 @@
 """The sockets to one provider: one TCPConnector, with httpx's limits and timeouts.
 
 `max_connections` is the cap on open sockets, and aiohttp's `limit`. At most `max_keepalive` idle
-connections are kept; but while requests wait for this provider, its connections are handed on instead
-of closed, however many they are. httpx closes them then, and opens 24 sockets for the work of 6.
-`keepalive_expiry` is aiohttp's `keepalive_timeout`, checked on reuse and by a sweep. connections.py has the
-idle connections.
+connections are kept; but while requests wait for this provider, its connections are handed on
+instead of closed, however many they are. httpx closes them then, and opens 24 sockets for the work
+of 6. `keepalive_expiry` is aiohttp's `keepalive_timeout`, checked on reuse and by a sweep.
+connections.py has the idle connections.
 
 `pool_timeout` is the wait for a connection and nothing else: our gate stands in front, so that the
 connector never has a waiter of its own and `connect_timeout` is DNS, TCP and TLS together.
@@ -90,9 +90,9 @@ class Pool:
     Always: `open <= max_connections`; every connection handed out is released or closed by its
     exchange. `close` aborts them all.
 
-    *pending* counts the requests that may soon want a connection, beyond those that wait in the pool:
-    as many idle connections are kept for them. A pool that is retired opens connections only for the
-    requests that it has, and keeps none.
+    *pending* counts the requests that may soon want a connection, beyond those that wait in the
+    pool: as many idle connections are kept for them. A pool that is retired opens connections only
+    for the requests that it has, and keeps none.
     """
 
     def __init__(
@@ -113,8 +113,8 @@ class Pool:
             context = ssl.create_default_context(cafile=ca_file)
         self._limits = limits
         self._gate = connection_gate(limits) if gate is None else gate
-        # Requests that wait for a place in the gate, or have got one and have not run since. The gate
-        # does not count the latter as waiting.
+        # Requests that wait for a place in the gate, or have got one and have not run since. The
+        # gate does not count the latter as waiting.
         self._pending = 0
         # Set when a retired pool has no request any more; None unless the pool is retired.
         self._drained: asyncio.Event | None = None
@@ -142,7 +142,8 @@ class Pool:
             expiry=limits.keepalive_expiry,
             pending=lambda: pending() + self._pending,
             timeout_ceil_threshold=NEVER_CEIL,
-            # Set, since aiohttp would use aiodns where that is installed, which resolves differently.
+            # Set, since aiohttp would use aiodns where that is installed, which resolves
+            # differently.
             resolver=aiohttp.ThreadedResolver(),
             ssl=context,
         )
@@ -158,7 +159,10 @@ class Pool:
         return {"Proxy-Authorization": credentials.encode()} if credentials else {}
 
     def take(self) -> PooledConnection | None:
-        """Return an idle connection, as `connect` does; None if there is none, or no place for it."""
+        """Return an idle connection, as `connect` does.
+
+        None if there is none, or no place for it.
+        """
         if not self._connections.idle or (place := self._gate.try_enter()) is None:
             return None
         connection = None
@@ -175,9 +179,11 @@ class Pool:
         Cancelling is safe: no connection is lost.
 
         Raises:
-            PoolTimeout: no connection became free within `pool_timeout`, or no descriptor is free for one.
+            PoolTimeout: no connection became free within `pool_timeout`, or no descriptor is free
+                for one.
             ConnectTimeout: DNS, TCP and TLS took longer than `connect_timeout`.
-            ConnectError: the connection was refused, the host is unreachable or unknown, or TLS failed.
+            ConnectError: the connection was refused, the host is unreachable or unknown, or TLS
+                failed.
             CertificateFault: the provider's certificate is not valid.
         """
         place = self._gate.try_enter() or await self._wait()
@@ -190,7 +196,8 @@ class Pool:
             self._check_drained()
             if isinstance(exc, Exception):
                 fault = self._translated(exc)
-                # What aiohttp raises is in cycles with its frames, which lead to ours and to the request.
+                # What aiohttp raises is in cycles with its frames, which lead to ours and to the
+                # request.
                 if fault is not exc:
                     forget_frames(exc)
                 raise fault from exc
@@ -232,7 +239,9 @@ class Pool:
         return self._connections.exchanges
 
     def retire(self) -> None:
-        """Serve the requests that the pool has, and keep no connection: another pool takes over."""
+        """Serve the requests that the pool has, and keep no connection: another pool takes
+        over.
+        """
         self._drained = asyncio.Event()
         self._connections.retire(self._check_drained)
         self._check_drained()

@@ -1,9 +1,10 @@
 """The pool that a provider uses, and beside it those of former settings that still have requests.
 
-A pool fits its settings: when one of them changes (the address, the key, a limit of connections, …)
-another pool is built beside it, and the old one is retired. Requests end where they began; the old pool
-keeps no connection that becomes free. All pools count their connections in one gate, so that together
-they have no more than the newest `max_connections`, once the requests above that number have ended.
+A pool fits its settings: when one of them changes (the address, the key, a limit of connections,
+…) another pool is built beside it, and the old one is retired. Requests end where they began; the
+old pool keeps no connection that becomes free. All pools count their connections in one gate, so
+that together they have no more than the newest `max_connections`, once the requests above that
+number have ended.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.providers.connections import Receiver
 
-# The settings of a provider, and of its `http_client`, that a pool or its requests' heads depend on.
+# The settings of a provider, and of its `http_client`, that a pool or its requests' heads depend
+# on.
 PROVIDER_SETTINGS = ("api_key", "headers", "proxy", "ca_file")
 CLIENT_SETTINGS = (
     "max_connections",
@@ -54,7 +56,9 @@ class Pools:
         self.pool, self.writer = self._build(settings, base_url)
 
     def prepare(self, settings: settings.Provider, base_url: str) -> Callable[[], None]:
-        """Return the function that puts *settings* into effect; nothing changes until it is called.
+        """Return the function that puts *settings* into effect.
+
+        Nothing changes until it is called.
 
         Raises:
             ConfigurationError: `ca_file` cannot be read, or holds no certificate.
@@ -93,7 +97,10 @@ class Pools:
         return chain.from_iterable(pool.exchanges() for pool in (self.pool, *self._retired))
 
     async def drain(self) -> None:
-        """Close each pool when its last request has ended. Cancelling leaves all of them as they are."""
+        """Close each pool when its last request has ended.
+
+        Cancelling leaves all of them as they are.
+        """
         self.pool.retire()
         await self.pool.drain()
         if self._retired:
@@ -112,7 +119,8 @@ class Pools:
     def _needs_replacement(self, settings: settings.Provider, base_url: str) -> bool:
         """Return whether the pool does not fit *settings*.
 
-        A pool with a certificate file never does: the content may have changed under the file's name.
+        A pool with a certificate file never does: the content may have changed under the file's
+        name.
         """
         old, client, old_client = self._settings, settings.http_client, self._settings.http_client
         return (

@@ -1,9 +1,10 @@
 """The queue of a provider: its gate, which opens at the provider's pace, and its faults.
 
-While the provider is dead, the gate opens for trials only. Where requests may wait until it is back
-(`when_down: wait`), they stay in the queue meanwhile. A request whose attempt has just failed is *parked*
-outside of the queue before it comes back to it, since the provider may be away and not be known as dead
-yet. A request whose attempt is under way may come back as well, so its room in the queue is kept.
+While the provider is dead, the gate opens for trials only. Where requests may wait until it is
+back (`when_down: wait`), they stay in the queue meanwhile. A request whose attempt has just failed
+is *parked* outside of the queue before it comes back to it, since the provider may be away and not
+be known as dead yet. A request whose attempt is under way may come back as well, so its room in
+the queue is kept.
 """
 
 from __future__ import annotations
@@ -31,15 +32,16 @@ if TYPE_CHECKING:
     # Called as `ProviderGate` is.
     GateFactory = Callable[[str, HttpClient, Health, Callable[[], float]], "ProviderGate"]
 
-# An attempt that can fail over does so if nothing can start at its provider for more than these seconds.
+# An attempt that can fail over does so if nothing can start at its provider for more than these
+# seconds.
 FAILOVER_WAIT = 1.0
 
 
 class TrialPlace(Place):
     """A place whose attempt is a trial of a dead provider.
 
-    Always: the breaker hears of the trial's end, also if the place is given back and nobody has taken
-    the trial over.
+    Always: the breaker hears of the trial's end, also if the place is given back and nobody has
+    taken the trial over.
     """
 
     __slots__ = ("_breaker", "_taken")
@@ -65,8 +67,8 @@ class ProviderGate(Gate):
     """The gate of the provider *name*, which opens as the breaker of its *health* allows.
 
     Always: places, queue and pace follow the *limits* that were applied last; a parked request is
-    counted as one that waits, and refused as one. Those that queue, are parked, or may come back are
-    `queue_size` together, unless new limits have lowered that number since.
+    counted as one that waits, and refused as one. Those that queue, are parked, or may come back
+    are `queue_size` together, unless new limits have lowered that number since.
     """
 
     def __init__(
@@ -80,10 +82,11 @@ class ProviderGate(Gate):
         self._limits = limits
         self._health = health
         self._clock = clock
-        # The parked requests, each done when it may come back, with the time at which its wait began.
+        # The parked requests, each done when it may come back, with the time at which its wait
+        # began.
         self._parked: dict[asyncio.Future[None], float] = {}
-        # The attempts under way whose requests have waited, and come back if the provider is still away;
-        # and the waiters that such attempts begin with, until their tasks go on.
+        # The attempts under way whose requests have waited, and come back if the provider is still
+        # away; and the waiters that such attempts begin with, until their tasks go on.
         self._returning: set[Hashable] = set()
         self.pace = Pace(
             limits.requests_per_minute,
@@ -107,7 +110,9 @@ class ProviderGate(Gate):
         )
 
     def paced_fault(self, wait: float) -> ProviderPaced:
-        """Return the fault of a request that cannot wait the *wait* seconds until it could start."""
+        """Return the fault of a request that cannot wait the *wait* seconds until it could
+        start.
+        """
         limits = self._limits
         text = f"{self._name} limits our rate"
         if not self.pace.cooling:
@@ -180,7 +185,8 @@ class ProviderGate(Gate):
             del over
 
     def told_cooling(self, seconds: float, failover_wait: float) -> None:
-        """Start nothing for *seconds*, since the provider has asked another instance to be left alone.
+        """Start nothing for *seconds*, since the provider has asked another instance to be left
+        alone.
 
         Waiters that may fail over are refused as by `refuse_late`.
         """
@@ -241,8 +247,9 @@ class ProviderGate(Gate):
         eta, breaker = super()._eta(position), self._health.breaker
         if not breaker.dead:
             return eta
-        # Nobody knows when the provider is back. The first in the queue waits for the next trial, and the
-        # others wait for one that succeeds: they are told what a request that does not wait is told.
+        # Nobody knows when the provider is back. The first in the queue waits for the next trial,
+        # and the others wait for one that succeeds: they are told what a request that does not
+        # wait is told.
         trial = breaker.delay()
         return max(eta, self._health.retry_after if position > 1 or trial == inf else trial)
 

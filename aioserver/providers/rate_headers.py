@@ -24,8 +24,8 @@ BUCKETS = {
     kind: f"anthropic-ratelimit-{kind}-remaining"
     for kind in ("requests", "tokens", "input-tokens", "output-tokens")
 }
-# Of a bucket of tokens, this share must come in before a request is worth sending. Anthropic rounds what
-# remains to thousands, so 0 may be some hundreds.
+# Of a bucket of tokens, this share must come in before a request is worth sending. Anthropic
+# rounds what remains to thousands, so 0 may be some hundreds.
 USEFUL_SHARE = 0.1
 _DURATION = re.compile(
     r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?"
@@ -33,7 +33,10 @@ _DURATION = re.compile(
 
 
 class Left(NamedTuple):
-    """The rest of one limit: *left* units for *seconds*; 0 for that long where nothing is. *requests*: of starts."""
+    """The rest of one limit: *left* units for *seconds*; 0 for that long where nothing is.
+
+    *requests*: of starts.
+    """
 
     requests: bool
     left: float
@@ -59,7 +62,9 @@ def limits_left(headers: Mapping[str, str]) -> Iterator[Left]:
 
 
 def _of_bucket(requests: bool, left: float, reset: float, limit: float | None) -> Left:
-    """Return what is left in a bucket that is full again, with *limit* units, after *reset* seconds."""
+    """Return what is left in a bucket that is full again, with *limit* units, after *reset*
+    seconds.
+    """
     if limit is None or not max(1.0, left) <= limit < inf:
         return Left(requests, left, reset)
     if left < 1:
@@ -85,7 +90,9 @@ def duration(text: str) -> float | None:
 
 
 def seconds_until(text: str, now: float) -> float | None:
-    """Return the seconds from *now* until the time that *text* is (RFC 3339), None if it is none, or has no zone."""
+    """Return the seconds from *now* until the time that *text* is (RFC 3339), None if it is none,
+    or has no zone.
+    """
     try:
         moment = datetime.fromisoformat(text.strip())
         return None if moment.tzinfo is None else moment.timestamp() - now
@@ -94,7 +101,9 @@ def seconds_until(text: str, now: float) -> float | None:
 
 
 def _now(date: str) -> float:
-    """Return the time that the provider's clock shows by its header `Date`, which may differ from ours."""
+    """Return the time that the provider's clock shows by its header `Date`, which may differ from
+    ours.
+    """
     try:
         return parsedate_to_datetime(date).timestamp()
     except (ValueError, OverflowError):
@@ -104,8 +113,8 @@ def _now(date: str) -> float:
 def number(text: str) -> float | None:
     """Parse a number >= 0; None for anything else, such as -1, by which some mean "no limit".
 
-    More digits than a float can hold are infinite; the words "inf" and "nan", which Python reads, too, are no
-    numbers.
+    More digits than a float can hold are infinite; the words "inf" and "nan", which Python reads,
+    too, are no numbers.
     """
     try:
         value = float(text)

@@ -1,8 +1,9 @@
-"""The registry: the providers of the configuration, by name, and how they change while answers run.
+"""The registry: the providers of the configuration, by name, and how they change while answers
+run.
 
-A provider that stays in the configuration is the same object, whatever changes in it. A provider that
-is removed takes no new attempt, and is closed when the running ones have ended. If it comes back before that, it is
-the same object again, so that its places are counted once.
+A provider that stays in the configuration is the same object, whatever changes in it. A provider
+that is removed takes no new attempt, and is closed when the running ones have ended. If it comes
+back before that, it is the same object again, so that its places are counted once.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ class Simulated(Protocol):
 class ProviderRegistry:
     """Owns every provider.
 
-    Always: `providers` has those of the settings that were applied last, in their order; every other
-    provider has a task, which closes it when its last attempt has ended. `close` closes all of them.
+    Always: `providers` has those of the settings that were applied last, in their order; every
+    other provider has a task, which closes it when its last attempt has ended. `close` closes all
+    of them.
 
-    *observe* returns who hears what is found out about the provider of a name. *simulated* is where `simulated: true` leads; None if there is no simulator. *lifetime* has the answers that
+    *observe* returns who hears what is found out about the provider of a name. *simulated* is
+    where `simulated: true` leads; None if there is no simulator. *lifetime* has the answers that
     nobody reads, and that give way to requests which wait; None if there are none.
     """
 

@@ -27,10 +27,12 @@ NO_CALLER = Caller()
 
 
 class Hold(Protocol):
-    """The bytes of a client's body that count against `max_body_bytes`, as their request sees them.
+    """The bytes of a client's body that count against `max_body_bytes`, as their request sees
+    them.
 
-    *given* says that the request releases them, and not the handler that has read them. *waited_since* is the monotonic
-    time since which its client had waited for a place, 0.0 if it has got one at once.
+    *given* says that the request releases them, and not the handler that has read them.
+    *waited_since* is the monotonic time since which its client had waited for a place, 0.0 if it
+    has got one at once.
     """
 
     given: bool
@@ -46,8 +48,8 @@ class Hold(Protocol):
 class ResponseDraft(Protocol):
     """What a request for a response of the Responses API continues, as attempts see it.
 
-    *by_id* says that the provider was sent the id of a response which could be sent as a conversation instead.
-    *previous_id* is the id of the response that the request continues.
+    *by_id* says that the provider was sent the id of a response which could be sent as a
+    conversation instead. *previous_id* is the id of the response that the request continues.
     """
 
     by_id: bool
@@ -55,27 +57,33 @@ class ResponseDraft(Protocol):
 
     @property
     def slow(self) -> bool:
-        """Whether its body may take long to make: it is large, or continues a response that is held here."""
+        """Whether its body may take long to make: it is large, or continues a response that is
+        held here.
+        """
 
     def body_for(self, body: bytes, provider: str, *, keeps: bool) -> Generator[None, None, bytes]:
         """Return *body* as *provider* gets it, which *keeps* responses, or does not, in steps."""
 
     def bridge(self, body: bytes, provider: str = "") -> Generator[None, None, bytes]:
-        """Return *body* for a *provider* that has no responses at all, without `previous_response_id`, in steps."""
+        """Return *body* for a *provider* that has no responses at all, without
+        `previous_response_id`, in steps.
+        """
 
 
 class ProviderRequest:
     """A request for one answer, the same for every provider that is asked.
 
-    Always: nothing in it but its `record`, `outcome` and `answer_bytes` change from one attempt to the next.
+    Always: nothing in it but its `record`, `outcome` and `answer_bytes` change from one attempt to
+    the next.
 
-    *api* says where it goes, and what comes back; `path` is the API's, with the *query* behind it. *body* makes the JSON for one provider, whose
-    model may differ; it is called for each attempt, and its result is not kept. *hold* counts the client's body
-    until `forget_body`, or `release`; of it *kept_bytes* are kept longer. *reading* collects
-    the text of an answer whose log has `chunk` objects; None if the log has the provider's bytes. *model* is
-    for the provider that is asked first; None stands for the model in its settings. Of the
-    *client_headers* each provider gets those that its settings name, and the trace. *draft* is that of a response
-    which continues another, or may be continued; None for all other requests.
+    *api* says where it goes, and what comes back; `path` is the API's, with the *query* behind it.
+    *body* makes the JSON for one provider, whose model may differ; it is called for each attempt,
+    and its result is not kept. *hold* counts the client's body until `forget_body`, or `release`;
+    of it *kept_bytes* are kept longer. *reading* collects the text of an answer whose log has
+    `chunk` objects; None if the log has the provider's bytes. *model* is for the provider that is
+    asked first; None stands for the model in its settings. Of the *client_headers* each provider
+    gets those that its settings name, and the trace. *draft* is that of a response which continues
+    another, or may be continued; None for all other requests.
     """
 
     # Whether its tokens are estimated before it starts, where tokens are paced.
@@ -131,7 +139,9 @@ class ProviderRequest:
         self._kept_bytes = kept_bytes
 
     def outlive_handler(self) -> None:
-        """Note that the request goes on when the client's handler has ended: `release` is called then."""
+        """Note that the request goes on when the client's handler has ended: `release` is called
+        then.
+        """
         if self._hold is not None:
             self._hold.given = True
 
@@ -150,7 +160,10 @@ class ProviderRequest:
 
     @property
     def waited_since(self) -> float:
-        """The monotonic time since which its client had waited for a place; 0.0 if it has not, or that is unknown."""
+        """The monotonic time since which its client had waited for a place.
+
+        0.0 if it has not, or that is unknown.
+        """
         return 0.0 if self._hold is None else self._hold.waited_since
 
     @property

@@ -1,7 +1,7 @@
 """Silence: how long a provider has sent nothing, in the answers that are under way now.
 
-An answer that has ended is measured in its record (telemetry/request_log.py). An answer that has stalled
-has no end yet, so the exchanges under way are measured once a second: there are at most
+An answer that has ended is measured in its record (telemetry/request_log.py). An answer that has
+stalled has no end yet, so the exchanges under way are measured once a second: there are at most
 `max_connections` of them, and an event costs nothing.
 
 Only streamed answers count: an answer in one piece sends nothing until it is complete.
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from aioserver.providers.connections import Receiver
     from aioserver.telemetry.counters import Histogram
 
-# Seconds after which a silence is reported: within an answer, where a model sends several tokens a second,
-# and before its first event, since the model may have to be loaded, or to read a long prompt.
+# Seconds after which a silence is reported: within an answer, where a model sends several tokens a
+# second, and before its first event, since the model may have to be loaded, or to read a long
+# prompt.
 IN_ANSWER, BEFORE_ANSWER = 5.0, 10.0
-# A silence before the first event is not reported before this multiple of the time in which 95 of 100
-# first events came.
+# A silence before the first event is not reported before this multiple of the time in which 95 of
+# 100 first events came.
 USUAL = 2.0
 
 
@@ -29,8 +30,8 @@ class Silence(NamedTuple):
     """A provider's silence at one moment.
 
     *longest* is the seconds since the last byte of the answer that has been silent for longest, or
-    since its request was sent. Of the answers *under_way*, *stalled* have begun and then stopped, and
-    *unanswered* have not begun, both for so long that the silence should be reported.
+    since its request was sent. Of the answers *under_way*, *stalled* have begun and then stopped,
+    and *unanswered* have not begun, both for so long that the silence should be reported.
     """
 
     longest: float = 0.0

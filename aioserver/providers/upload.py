@@ -1,7 +1,8 @@
 """Sends a request to a provider, in pieces, under the deadline of each write.
 
-A request is there as a whole, or its body comes from a client that is still sending: a piece is then asked for
-when the piece before it has left, so that no more than a piece and the buffers of two sockets are in memory.
+A request is there as a whole, or its body comes from a client that is still sending: a piece is
+then asked for when the piece before it has left, so that no more than a piece and the buffers of
+two sockets are in memory.
 """
 
 from __future__ import annotations
@@ -62,10 +63,11 @@ async def upload(
     on_timeout: Callable[[], None],
     body: Body | None = None,
 ) -> None:
-    """Send *request* and the *body* behind it, unless *done* is done before: the answer may come early.
+    """Send *request* and the *body* behind it, unless *done* is done before: the answer may come
+    early.
 
-    *on_timeout* is called when a write has made no progress for *write_timeout* seconds; it must make
-    *done* done. Cancelling leaves the request half sent.
+    *on_timeout* is called when a write has made no progress for *write_timeout* seconds; it must
+    make *done* done. Cancelling leaves the request half sent.
 
     Raises:
         AioserverError: the client does not send all of the *body*.
@@ -85,8 +87,9 @@ async def upload(
             await _writable(connection, transport, done, write_timeout, on_timeout)
     while body is not None and (piece := await _next_piece(body, done)) is not None:
         if body.chunked:
-            # asyncio's `writelines` would watch the descriptor of a closing connection for good, and the next
-            # connection that gets this number would hear nothing (cpython's gh-136234).
+            # asyncio's `writelines` would watch the descriptor of a closing connection for good,
+            # and the next connection that gets this number would hear nothing (cpython's
+            # gh-136234).
             if not transport.is_closing():
                 transport.writelines((b"%x\r\n" % len(piece), piece, b"\r\n"))
         elif piece:
@@ -98,7 +101,10 @@ async def upload(
 
 
 async def _next_piece(body: Body, done: asyncio.Future[None]) -> bytes | None:
-    """Return the next piece of *body*, empty at its end; None if *done* is done before there is one."""
+    """Return the next piece of *body*, empty at its end.
+
+    None if *done* is done before there is one.
+    """
     reading = asyncio.get_running_loop().create_task(body.read())
     # It may end just when nobody waits for it any more.
     reading.add_done_callback(lambda task: task.cancelled() or task.exception())

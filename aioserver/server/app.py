@@ -76,8 +76,8 @@ WHEEL_GRAIN = 20
 class Server:
     """A running server. Its faces may use what is in *context*; only server/ needs the rest.
 
-    *listening*: the sockets on which it listens; the runner fills the list. *slot*: that of this process, where
-    several serve.
+    *listening*: the sockets on which it listens; the runner fills the list. *slot*: that of this
+    process, where several serve.
     """
 
     app: web.Application
@@ -112,7 +112,10 @@ class OtherInstances(Instances, Protocol):
     """The streams of other instances, as the server opens and closes them."""
 
     def serve(self, gateway: Gateway, apis: Mapping[str, Api]) -> None:
-        """Let other instances read the streams of *gateway*; *apis*: what the paths of their answers mean."""
+        """Let other instances read the streams of *gateway*.
+
+        *apis*: what the paths of their answers mean.
+        """
 
     async def close(self) -> None:
         """Give others what has ended here, and leave them; the gateway was closed before."""
@@ -134,7 +137,9 @@ class Cluster(Sharing, Protocol):
         """Return what knows the streams of other instances."""
 
     def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
-        """Let what others tell reach *providers*, and operators read in *monitor* how the cluster is."""
+        """Let what others tell reach *providers*, and operators read in *monitor* how the cluster
+        is.
+        """
 
 
 @asynccontextmanager
@@ -150,10 +155,10 @@ async def open_server(
 ) -> AsyncIterator[Server]:
     """Make the server, and add its routes to *app*, or to a new application. Close it at the end.
 
-    *app* must not be frozen yet. *pepper* is the secret of browser sessions; see `pepper_of`. *slot*: that of this
-    process, where several serve the same sockets. *cluster*: what this instance shares with others; None if it is the only
-    one. *prepared*: see `Core`. *wings* are the features that it
-    has beside those of the core.
+    *app* must not be frozen yet. *pepper* is the secret of browser sessions; see `pepper_of`.
+    *slot*: that of this process, where several serve the same sockets. *cluster*: what this
+    instance shares with others; None if it is the only one. *prepared*: see `Core`. *wings* are
+    the features that it has beside those of the core.
 
     Raises:
         ConfigurationError: a provider cannot be used as it is configured.
@@ -306,8 +311,8 @@ def make_app(configuration: Configuration) -> web.Application:
 
         web.run_app(make_app(Configuration.load("config.yaml")), port=8000)
 
-    Routes may be added to it before; where keys exist, those are for admins. The application must be the
-    main one: as a sub-application it has no routes, since they are made when it starts.
+    Routes may be added to it before; where keys exist, those are for admins. The application must
+    be the main one: as a sub-application it has no routes, since they are made when it starts.
 
     An embedded server lacks what `aioserver serve` does around the application:
 
@@ -316,8 +321,8 @@ def make_app(configuration: Configuration) -> web.Application:
       the sizes of the request line and the headers, where they are lower than the configured ones;
       requests that aiohttp cannot parse get its own error bodies;
     - host, port, the access log and the log's format, which are the program's business;
-    - signals: the configuration is not read again, and at the end there is neither `drain_delay` nor
-      `shutdown_timeout`: answers that still run end with `server_shutdown`.
+    - signals: the configuration is not read again, and at the end there is neither `drain_delay`
+      nor `shutdown_timeout`: answers that still run end with `server_shutdown`.
     """
 
     async def lifetime(app: web.Application) -> AsyncIterator[None]:

@@ -1,11 +1,13 @@
-"""Our connections: aiohttp's, with our error bodies, a count of their requests, and an orderly end.
+"""Our connections: aiohttp's, with our error bodies, a count of their requests, and an orderly
+end.
 
-aiohttp forgives a misspelled option by dropping all of them, with one log line for each connection:
-`__call__` therefore makes each connection with all options, and the tests prove each option over a socket. Errors of
-aiohttp's parser come as text with the request's own bytes in it; `Connection` gives them our body.
+aiohttp forgives a misspelled option by dropping all of them, with one log line for each
+connection: `__call__` therefore makes each connection with all options, and the tests prove each
+option over a socket. Errors of aiohttp's parser come as text with the request's own bytes in it;
+`Connection` gives them our body.
 
-Private names of aiohttp used here, guarded by `tests/server/test_runner.py`: `_kwargs`, `_waiter`, `_parser`,
-`_messages`, `_upgraded`.
+Private names of aiohttp used here, guarded by `tests/server/test_runner.py`: `_kwargs`, `_waiter`,
+`_parser`, `_messages`, `_upgraded`.
 """
 
 from __future__ import annotations
@@ -70,14 +72,16 @@ class Connection(DirectRequestHandler):
     def set_parser(
         self, parser: WebSocketReader, data_received_cb: Callable[[], None] | None = None
     ) -> None:
-        """Give everything that comes from now on to *parser*: the connection has become a WebSocket.
+        """Give everything that comes from now on to *parser*: the connection has become a
+        WebSocket.
 
-        What reads requests goes, since none follows: it is a tenth of an idle socket, and more after long headers.
+        What reads requests goes, since none follows: it is a tenth of an idle socket, and more
+        after long headers.
         """
         super().set_parser(parser, data_received_cb)
         self._parser, self._messages = None, NO_REQUESTS
-        # Unless this is set, a pause of the reading would be one of the parser, too. It is not where a handshake
-        # announced a body.
+        # Unless this is set, a pause of the reading would be one of the parser, too. It is not
+        # where a handshake announced a body.
         self._upgraded = True
 
     def write(self, data: bytes) -> None:
@@ -93,8 +97,8 @@ class Connection(DirectRequestHandler):
     def close_soon(self) -> None:
         """Close, although the last response did not say so.
 
-        The client's next request may be on its way: for LAST_CALL it is still read, and its response
-        says that the connection ends.
+        The client's next request may be on its way: for LAST_CALL it is still read, and its
+        response says that the connection ends.
         """
         self.last = True
         self._loop.call_later(LAST_CALL, self._close_if_idle)
@@ -104,7 +108,9 @@ class Connection(DirectRequestHandler):
             self.force_close()
 
     def note_bug(self, bug: Exception) -> None:
-        """Log and count *bug*, which a request has met outside of its handler; aiohttp's own logger is silent."""
+        """Log and count *bug*, which a request has met outside of its handler; aiohttp's own
+        logger is silent.
+        """
         logger.error("bug in a connection", exc_info=bug)
         self.metrics.bugs.note(bug)
 
@@ -115,7 +121,9 @@ class Connection(DirectRequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Return the response to a request that aiohttp's parser refused, or that broke aiohttp."""
+        """Return the response to a request that aiohttp's parser refused, or that broke
+        aiohttp.
+        """
         if status >= 500:
             # A ConnectionError is a client that left.
             if not isinstance(exc, ConnectionError):
@@ -149,8 +157,8 @@ class Connection(DirectRequestHandler):
 class ConnectionServer(web.Server):
     """Makes the connections, and ends them.
 
-    Once it drains, each connection ends with the response under way. A connection that waits for its
-    next request ends soon; a connection without a request so far may still bring one.
+    Once it drains, each connection ends with the response under way. A connection that waits for
+    its next request ends soon; a connection without a request so far may still bring one.
     """
 
     def __init__(self, *args: Any, metrics: Metrics, forms: Forms, **kwargs: Any) -> None:
@@ -193,7 +201,8 @@ class ConnectionServer(web.Server):
     def drain(self, *, silent: bool = False) -> None:
         """Let no connection live longer than the response under way on it.
 
-        *silent*: connections that have brought no request end as soon as those that wait for their next.
+        *silent*: connections that have brought no request end as soon as those that wait for their
+        next.
         """
         self._draining = True
         for connection in self.connections:
@@ -221,7 +230,9 @@ class ConnectionServer(web.Server):
                     await self._none_awaited.wait()
 
     async def disconnect(self, seconds: float) -> None:
-        """Close idle connections at once, the others when they are done, by force after *seconds*."""
+        """Close idle connections at once, the others when they are done, by force after
+        *seconds*.
+        """
         for connection in self.connections:
             if isinstance(connection, Connection) and connection.idle:
                 connection.force_close()

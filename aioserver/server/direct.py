@@ -1,12 +1,14 @@
-"""Serves a request at once if its connection is idle, past the loop in which aiohttp serves those of a connection.
+"""Serves a request at once if its connection is idle, past the loop in which aiohttp serves those
+of a connection.
 
-That loop (`RequestHandler.start`) is a task that waits for the next request. To wake it, to have it start another task for
-the request and to wake it again at the end takes a tenth of the CPU time of a request that is not streamed. Here it
-sleeps on, and the request's own task begins within `data_received`. The loop is woken for all that is not one ordinary request:
-what came before its turn, what the parser refuses, and a change of the protocol (WebSockets).
+That loop (`RequestHandler.start`) is a task that waits for the next request. To wake it, to have
+it start another task for the request and to wake it again at the end takes a tenth of the CPU time
+of a request that is not streamed. Here it sleeps on, and the request's own task begins within
+`data_received`. The loop is woken for all that is not one ordinary request: what came before its
+turn, what the parser refuses, and a change of the protocol (WebSockets).
 
-Private names of aiohttp used here, guarded by `tests/server/test_direct.py`: those of `RequestHandler` that `start` uses,
-`_ErrInfo` and `_PAYLOAD_ACCESS_ERROR`.
+Private names of aiohttp used here, guarded by `tests/server/test_direct.py`: those of
+`RequestHandler` that `start` uses, `_ErrInfo` and `_PAYLOAD_ACCESS_ERROR`.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ def start_task(
 class DirectRequestHandler(RequestHandler):
     """aiohttp's connection, but for the way on which most requests are served.
 
-    Always: while a request is served directly, aiohttp's loop waits for `_waiter`, which the connection does not have
-    then; a connection that has it waits for its next request.
+    Always: while a request is served directly, aiohttp's loop waits for `_waiter`, which the
+    connection does not have then; a connection that has it waits for its next request.
     """
 
     __slots__ = ()
@@ -77,7 +79,9 @@ class DirectRequestHandler(RequestHandler):
     async def _serve(
         self, waiter: asyncio.Future[None], message: RawRequestMessage, payload: StreamReader
     ) -> None:
-        """Serve one request as `start` does; then wait for the next by *waiter*, or end the connection."""
+        """Serve one request as `start` does; then wait for the next by *waiter*, or end the
+        connection.
+        """
         loop, manager, parser = self._loop, self._manager, self._parser
         make_request, handler = self._request_factory, self._request_handler
         if manager is None or parser is None or make_request is None or handler is None:
@@ -109,7 +113,8 @@ class DirectRequestHandler(RequestHandler):
             self.note_bug(exc)
             self.force_close()
         except asyncio.CancelledError:
-            # The task ends here. If it raised the error, it would keep it, and with it all frames of the request.
+            # The task ends here. If it raised the error, it would keep it, and with it all frames
+            # of the request.
             self.force_close()
         except BaseException:
             self.force_close()
@@ -128,9 +133,11 @@ class DirectRequestHandler(RequestHandler):
         self.log_exception("bug in a connection", exc_info=bug)
 
     async def _linger(self, payload: StreamReader) -> bool:
-        """Read what is left of a body that its handler has not read; return whether all of it came.
+        """Read what is left of a body that its handler has not read; return whether all of it
+        came.
 
-        A close while bytes come would reset the connection, perhaps before the client has the response.
+        A close while bytes come would reset the connection, perhaps before the client has the
+        response.
         """
         if self._force_close or not self._lingering_time:
             return False

@@ -1,7 +1,7 @@
 """Listening with the configured backlog, and a check of the backlog that the kernel granted.
 
-Private names of aiohttp used here, guarded by `tests/server/test_listener.py`: `_runner`, `_server`, `_sock`,
-`_backlog`.
+Private names of aiohttp used here, guarded by `tests/server/test_listener.py`: `_runner`,
+`_server`, `_sock`, `_backlog`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ MAX_PATIENCE = 2**31 - 1
 MAX_NOT_SENT = 1 << 17
 # How the configured host is looked up.
 LOOK_UP: dict[str, Any] = {"type": socket.SOCK_STREAM, "flags": socket.AI_PASSIVE}
-# Iterations of the loop in which asyncio has made a connection of what it has accepted: it takes one.
+# Iterations of the loop in which asyncio has made a connection of what it has accepted: it takes
+# one.
 MAX_TURNS = 10
 SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
 
@@ -89,14 +90,17 @@ class Site(web.SockSite):
             )
 
     def pause(self) -> None:
-        """Accept nothing more on asyncio's loop, which tries again and again until `stop` is called."""
+        """Accept nothing more on asyncio's loop, which tries again and again until `stop` is
+        called.
+        """
         self._sock.paused = True
 
     async def stop(self) -> None:
         """Accept no more connections, and close the socket.
 
-        asyncio makes a connection of an accepted socket in the next iteration of the loop, and if its server
-        is closed by then, it drops the socket without a word: the client would wait for ever.
+        asyncio makes a connection of an accepted socket in the next iteration of the loop, and if
+        its server is closed by then, it drops the socket without a word: the client would wait for
+        ever.
         """
         self.pause()
         for _ in range(MAX_TURNS):
@@ -115,7 +119,9 @@ class Balance(Protocol):
     """Decides when this process accepts connections, where several do."""
 
     async def accept_on(self, runner: web.AppRunner, sock: ListeningSocket, backlog: int) -> None:
-        """Accept for *runner* what comes on *sock*, which listens already, and close it at the end."""
+        """Accept for *runner* what comes on *sock*, which listens already, and close it at the
+        end.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +156,13 @@ async def listen(
     *inherited*: sockets that are bound and listen already. If there are any, host and port are
     not used; connections that wait in them are answered, and the sockets are closed at the end.
 
-    *balance* decides when this process accepts; the sockets listen already then, and other processes accept as well.
+    *balance* decides when this process accepts; the sockets listen already then, and other
+    processes accept as well.
 
     *send_timeout*: the kernel aborts a connection whose client acknowledges nothing for one second
-    more than that, also when it only remains to be closed (`TCP_USER_TIMEOUT`, which accepted sockets
-    inherit). What the kernel keeps for such a client is bounded as well (`TCP_NOTSENT_LOWAT`).
+    more than that, also when it only remains to be closed (`TCP_USER_TIMEOUT`, which accepted
+    sockets inherit). What the kernel keeps for such a client is bounded as well
+    (`TCP_NOTSENT_LOWAT`).
 
     Raises:
         OSError: the address is in use, or is not one of this machine.
@@ -186,9 +194,9 @@ async def listen(
 def watchers(loop: asyncio.AbstractEventLoop) -> int:
     """Return how often *loop* has to watch one listening socket.
 
-    uvloop accepts one connection for each watcher and iteration of the loop. Under load an iteration is
-    long, and new clients would starve, while connected ones notice nothing. asyncio accepts all that
-    wait.
+    uvloop accepts one connection for each watcher and iteration of the loop. Under load an
+    iteration is long, and new clients would starve, while connected ones notice nothing. asyncio
+    accepts all that wait.
     """
     return UVLOOP_WATCHERS if type(loop).__module__.startswith("uvloop") else 1
 
@@ -256,7 +264,9 @@ def hosts(inherited: Sequence[socket.socket]) -> list[str] | None:
 
 
 def address_of(sock: socket.socket) -> tuple[str, int]:
-    """Return host and port of *sock*; of a UNIX socket its path (abstract: `@` and the name) and 0."""
+    """Return host and port of *sock*; of a UNIX socket its path (abstract: `@` and the name)
+    and 0.
+    """
     name = sock.getsockname()
     if sock.family != socket.AF_UNIX:
         return name[0], name[1]

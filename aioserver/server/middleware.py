@@ -1,8 +1,8 @@
 """The middleware in front of every handler, and the border at which an error becomes a response.
 
-It counts the requests of a connection, checks the limits of the request line and of the header block,
-which aiohttp does not have, asks the guard, and answers CORS preflights (Fetch, 3.2). A signal of
-aiohttp's adds the headers that every response has.
+It counts the requests of a connection, checks the limits of the request line and of the header
+block, which aiohttp does not have, asks the guard, and answers CORS preflights (Fetch, 3.2). A
+signal of aiohttp's adds the headers that every response has.
 """
 
 from __future__ import annotations
@@ -90,7 +90,10 @@ def make_middleware(
             raise HeadersTooLarge(f"{head} bytes of headers, at most {max_head}")
 
     def check_upgrade(request: web.Request) -> None:
-        """Refuse a handshake where there is no WebSocket; other upgrades are ignored (RFC 9110, 7.8)."""
+        """Refuse a handshake where there is no WebSocket.
+
+        Other upgrades are ignored (RFC 9110, 7.8).
+        """
         protocols = ",".join(request.headers.getall(hdrs.UPGRADE)).split(",")
         if all(protocol.strip().lower() != "websocket" for protocol in protocols):
             return
@@ -217,7 +220,9 @@ def _forget_response(request: web.Request) -> web.StreamResponse | None:
 
 
 def _large(response: web.Response) -> bool:
-    """Return whether aiohttp would have to wait for the client before the kernel has all of *response*."""
+    """Return whether aiohttp would have to wait for the client before the kernel has all of
+    *response*.
+    """
     body = response.body
     return isinstance(body, bytes | bytearray) and len(body) > HIGH_WATER
 
@@ -236,7 +241,9 @@ def _preflight(request: web.Request) -> web.Response:
 def _translated(
     exc: web.HTTPException, request: web.Request, forms: Forms
 ) -> tuple[AioserverError, Collection[str]]:
-    """Return the error of ours that says the same as aiohttp's *exc*, and the methods that the path has, for 405."""
+    """Return the error of ours that says the same as aiohttp's *exc*, and the methods that the
+    path has, for 405.
+    """
     methods: Collection[str] = ()
     if exc.status in {404, 405}:
         if request.rel_url.raw_path.startswith(paths.API):

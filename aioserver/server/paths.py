@@ -1,9 +1,9 @@
 """Paths that are not there, and what a client that asks for one of them probably means.
 
-OpenAI's SDKs put a path such as `chat/completions` behind a base URL. Where that URL lacks its `/v1`, has
-it twice, or has a part of another server's, every request of the program is 404: the message names the
-path that is there. Anthropic's SDKs put the `/v1` there themselves, so their base URL must not have it; other programs for that
-API do not.
+OpenAI's SDKs put a path such as `chat/completions` behind a base URL. Where that URL lacks its
+`/v1`, has it twice, or has a part of another server's, every request of the program is 404: the
+message names the path that is there. Anthropic's SDKs put the `/v1` there themselves, so their
+base URL must not have it; other programs for that API do not.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ if TYPE_CHECKING:
 API = "/v1/"
 # Characters of a path in a message.
 MAX_SHOWN = 200
-# Segments in front of a path of ours that a wrong base URL may have, as `openai/deployments/x`. A longer
-# path is no such mistake, and would cost a comparison for each segment.
+# Segments in front of a path of ours that a wrong base URL may have, as `openai/deployments/x`. A
+# longer path is no such mistake, and would cost a comparison for each segment.
 MAX_EXTRA = 4
 
 
 def methods(request: web.Request) -> set[str]:
-    """Return the methods with which the path of *request*, below `/v1`, is there, so that the answer is 405.
+    """Return the methods with which the path of *request*, below `/v1`, is there, so that the
+    answer is 405.
 
-    A path that only matches as somebody's id has none, but for HEAD: `responses/compact` is OpenAI's, and no
-    response is named `compact`.
+    A path that only matches as somebody's id has none, but for HEAD: `responses/compact` is
+    OpenAI's, and no response is named `compact`.
     """
     path = request.rel_url.raw_path
     found = {

@@ -1,8 +1,8 @@
 """The conditions under which this process can serve; each that fails is one clear line.
 
-Python runs without `-O`, since asserts state our invariants. aiohttp has its parser in C: the parser
-in Python is slow, and has had security holes that the one in C had not. There are enough descriptors
-for all limits of the configuration together.
+Python runs without `-O`, since asserts state our invariants. aiohttp has its parser in C: the
+parser in Python is slow, and has had security holes that the one in C had not. There are enough
+descriptors for all limits of the configuration together.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ SPARE_FILES = 64
 
 
 class Unfit(Exception):
-    """This process cannot serve. *code* is its exit code: 2 for how it was started, otherwise 1."""
+    """This process cannot serve.
+
+    *code* is its exit code: 2 for how it was started, otherwise 1.
+    """
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)

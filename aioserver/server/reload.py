@@ -3,9 +3,9 @@
     read and check (in a thread) → prepare what may fail → apply, in one step of the event loop
 
 A configuration with a fault changes nothing, and every fault is in the log. Connections and
-answers that have a place, wait or run stay, under the limits that are now in effect: a lowered limit
-admits nobody until it is kept again. A setting that only a restart can change is named in the log, and
-stays as it was.
+answers that have a place, wait or run stay, under the limits that are now in effect: a lowered
+limit admits nobody until it is kept again. A setting that only a restart can change is named in
+the log, and stays as it was.
 """
 
 from __future__ import annotations
@@ -92,7 +92,10 @@ class Reload:
         self._asked.set()
 
     async def run(self) -> NoReturn:
-        """Do the reloads. Cancelling one before it is applied leaves the old settings in effect."""
+        """Do the reloads.
+
+        Cancelling one before it is applied leaves the old settings in effect.
+        """
         while True:
             await self._asked.wait()
             self._asked.clear()
@@ -116,7 +119,8 @@ class Reload:
             self._apply(settings)
             await apply_auth(self._server, settings.auth)
         except ConfigurationError as exc:
-            # As warnings, since the log writes an error of one place in the code once in ten seconds.
+            # As warnings, since the log writes an error of one place in the code once in ten
+            # seconds.
             for fault in exc.faults:
                 logger.warning("not applied: %s", fault)
             number = len(exc.faults)
@@ -181,7 +185,8 @@ def read_again(
 ) -> Configuration:
     """Return the configuration as it is in the file *source* now.
 
-    *hosts*: the addresses of inherited sockets; None if the server listens on the one of *at_start*.
+    *hosts*: the addresses of inherited sockets; None if the server listens on the one of
+    *at_start*.
 
     Raises:
         ConfigurationError: the configuration cannot be used.
@@ -231,9 +236,9 @@ def _raise_file_limit(settings: Settings) -> tuple[str, ...]:
 async def apply_auth(server: Server, auth: Auth | None) -> frozenset[str]:
     """Put *auth* in effect, and end the work of callers that are no longer admitted.
 
-    Their answers end with `invalid_api_key`, their WebSockets close with 1008 `key revoked`, and their
-    sessions are no longer valid. The limits of the others change in place. Cancelling this may leave
-    sockets open that should be closed.
+    Their answers end with `invalid_api_key`, their WebSockets close with 1008 `key revoked`, and
+    their sessions are no longer valid. The limits of the others change in place. Cancelling this
+    may leave sockets open that should be closed.
 
     Return the names of the callers that are no longer admitted; see `Access.apply`.
     """

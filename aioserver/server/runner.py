@@ -1,11 +1,11 @@
 """Runs the application on our connections, under the HTTP limits of the configuration.
 
-aiohttp's work between a parsed request and its handler (finding the route, making its match, building
-the middlewares around the handler) takes a seventh of a request's time. For a path without parameters
-its result is always the same, and is made once: see `Dispatcher`.
+aiohttp's work between a parsed request and its handler (finding the route, making its match,
+building the middlewares around the handler) takes a seventh of a request's time. For a path
+without parameters its result is always the same, and is made once: see `Dispatcher`.
 
-Private names of aiohttp used here, guarded by `tests/server/test_runner.py`: `_make_server`, `_kwargs`,
-`_make_request`, `_match_info`.
+Private names of aiohttp used here, guarded by `tests/server/test_runner.py`: `_make_server`,
+`_kwargs`, `_make_request`, `_match_info`.
 """
 
 from __future__ import annotations
@@ -42,13 +42,16 @@ access_logger = logging.getLogger("aioserver.access")
 MAX_PATH = 200
 # Header fields of one request.
 MAX_HEADERS = 128
-# Bytes of a body that wait in its connection, above twice of which its client is stopped: a read adds 256 KiB.
+# Bytes of a body that wait in its connection, above twice of which its client is stopped: a read
+# adds 256 KiB.
 READ_BUFFER = 1 << 16
 # Seconds for the last responses and close frames, once nothing runs any more.
 FAREWELL = 2.0
-# Seconds for which the unread body of an answered request is read on, so that the response arrives.
+# Seconds for which the unread body of an answered request is read on, so that the response
+# arrives.
 LINGERING = 1.0
-# Seconds beside LAST_CALL in which the requests are served that a connection's last call has brought.
+# Seconds beside LAST_CALL in which the requests are served that a connection's last call has
+# brought.
 LAST_REQUESTS = 0.3
 # Seconds between two looks at the queues of a process that hands over.
 LOOK = 0.05
@@ -75,11 +78,12 @@ class AccessLogger(AbstractAccessLogger):
 
 
 class Dispatcher:
-    """The handler of all requests: directly where the path has no parameters, or by aiohttp's router.
+    """The handler of all requests: directly where the path has no parameters, or by aiohttp's
+    router.
 
-    Always: a request gets the handler, the middleware and the match that aiohttp's router would give
-    it. One exception: a request with an `Expect` that is not understood, which aiohttp answers in
-    front of the middleware, goes through the middleware.
+    Always: a request gets the handler, the middleware and the match that aiohttp's router would
+    give it. One exception: a request with an `Expect` that is not understood, which aiohttp
+    answers in front of the middleware, goes through the middleware.
     """
 
     def __init__(self, app: web.Application, middleware: Middleware, router: Handler) -> None:
@@ -136,7 +140,8 @@ class Runner(web.AppRunner):
         self._owner = server
 
     async def listen(self, inherited: Sequence[socket.socket] = ()) -> list[Listening]:
-        """Listen where the configuration says, or on the *inherited* sockets: see `listener.listen`.
+        """Listen where the configuration says, or on the *inherited* sockets: see
+        `listener.listen`.
 
         Raises:
             OSError: the address is in use, or is not one of this machine.
@@ -163,20 +168,21 @@ class Runner(web.AppRunner):
     async def end(self, *, hand_over: bool = False, at_once: bool = False) -> None:
         """Stop serving in good order; call it before `cleanup`.
 
-        *hand_over*: other processes go on to accept connections from the same sockets. Before this one
-        refuses anything, its connections end, each with an answer; what comes on them meanwhile is
-        served, and what waits gets its turn, for half of `shutdown_timeout`.
+        *hand_over*: other processes go on to accept connections from the same sockets. Before this
+        one refuses anything, its connections end, each with an answer; what comes on them
+        meanwhile is served, and what waits gets its turn, for half of `shutdown_timeout`.
 
-        *at_once*: the port is given up without `drain_delay`, since another server may be waiting for it.
+        *at_once*: the port is given up without `drain_delay`, since another server may be waiting
+        for it.
 
-        First the server is not ready, but still takes work (`drain_delay`). Then it accepts no more
-        connections and refuses new work: requests that wait are refused, idle connections close,
-        and answers without a reader end. The other answers have `shutdown_timeout` to finish, and
-        each connection ends with its last response. Answers that are left after that end with
-        `server_shutdown`, within FAREWELL seconds.
+        First the server is not ready, but still takes work (`drain_delay`). Then it accepts no
+        more connections and refuses new work: requests that wait are refused, idle connections
+        close, and answers without a reader end. The other answers have `shutdown_timeout` to
+        finish, and each connection ends with its last response. Answers that are left after that
+        end with `server_shutdown`, within FAREWELL seconds.
 
-        WebSockets close here, and not in aiohttp's own shutdown: once that begins, aiohttp drops all
-        incoming data, and each close handshake would last for its whole timeout.
+        WebSockets close here, and not in aiohttp's own shutdown: once that begins, aiohttp drops
+        all incoming data, and each close handshake would last for its whole timeout.
         """
         context, connections = self._owner.context, self._connections()
         settings = context.settings.chat.websocket

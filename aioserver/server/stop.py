@@ -1,4 +1,6 @@
-"""The request that this process ends: by a signal, by its parent, or because the parent is gone."""
+"""The request that this process ends: by a signal, by its parent, or because the parent is
+gone.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ logger = logging.getLogger("aioserver.serve")
 class Stop:
     """Whether this process was asked to end, and how.
 
-    *hand_over*: whether other processes go on to serve the same sockets. *orphaned*: whether the parent is gone.
+    *hand_over*: whether other processes go on to serve the same sockets. *orphaned*: whether the
+    parent is gone.
     """
 
     def __init__(self) -> None:

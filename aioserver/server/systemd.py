@@ -1,8 +1,9 @@
-"""The protocols of systemd, without its library: sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3).
+"""The protocols of systemd, without its library: sd_notify(3), sd_watchdog_enabled(3),
+sd_listen_fds(3).
 
-systemd passes its variables in the environment. They are removed from it here, since they are meant for
-this process and not for its children. A notification is one datagram, which is sent or lost: nothing waits
-for it, and a server whose systemd does not listen serves on.
+systemd passes its variables in the environment. They are removed from it here, since they are
+meant for this process and not for its children. A notification is one datagram, which is sent or
+lost: nothing waits for it, and a server whose systemd does not listen serves on.
 
 The watchdog is fed from the event loop, so that a blocked loop starves it. A process that systemd
 then kills leaves its stacks behind: once just before the deadline, by the timer of `faulthandler`,
@@ -38,9 +39,10 @@ class Notifier:
     """Tells systemd the state of the service; does nothing where there is no systemd.
 
     *address*: a path, or `@` and an abstract name; None without systemd. *watchdog*: the seconds
-    after which systemd takes silence for a hang. From the first `ready()` to `close()` a keep-alive
-    is sent after each half of them, with the line that *status* returns. *channel*: a connected socket to a
-    parent process that hears the same messages, in place of an address; it is closed at the end.
+    after which systemd takes silence for a hang. From the first `ready()` to `close()` a
+    keep-alive is sent after each half of them, with the line that *status* returns. *channel*: a
+    connected socket to a parent process that hears the same messages, in place of an address; it
+    is closed at the end.
 
     Always: no method raises or waits. Called on the event loop.
     """
@@ -57,8 +59,8 @@ class Notifier:
         self._watchdog = watchdog
         self._status = status
         self._timer: asyncio.TimerHandle | None = None
-        # Open from the first datagram to `close`: later no descriptor may be free for another one, and a
-        # server that still serves must not be killed for that.
+        # Open from the first datagram to `close`: later no descriptor may be free for another one,
+        # and a server that still serves must not be killed for that.
         self._socket: socket.socket | None = None
         # The last datagram could not be sent: that is logged once.
         self._failing = False
@@ -135,7 +137,8 @@ class Notifier:
 
 
 def manager(environ: MutableMapping[str, str]) -> tuple[str | None, float | None]:
-    """Return the address of systemd and the seconds of its watchdog, and remove its variables from *environ*.
+    """Return the address of systemd and the seconds of its watchdog, and remove its variables from
+    *environ*.
 
     Each is None if there is none.
     """
@@ -150,7 +153,8 @@ def manager(environ: MutableMapping[str, str]) -> tuple[str | None, float | None
 
 
 def inherited(environ: MutableMapping[str, str], first: int = FIRST) -> list[socket.socket]:
-    """Return the listening sockets that systemd passed on, and remove its variables from *environ*.
+    """Return the listening sockets that systemd passed on, and remove its variables from
+    *environ*.
 
     The caller closes them. *first*: the number of the first descriptor.
 

@@ -1,4 +1,7 @@
-"""The table of wings: the one file that names them. What a deleted wing has served is then unknown, as any path is."""
+"""The table of wings: the one file that names them.
+
+What a deleted wing has served is then unknown, as any path is.
+"""
 
 from __future__ import annotations
 

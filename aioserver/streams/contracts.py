@@ -1,7 +1,8 @@
-"""The contracts of a log: its readers, its fast path, the source of its events, what these mean, and its store.
+"""The contracts of a log: its readers, its fast path, the source of its events, what these mean,
+and its store.
 
-Each is implemented elsewhere: readers in cursor.py, fast paths in fast_path.py, the store in store.py,
-sources and APIs in the package `providers`.
+Each is implemented elsewhere: readers in cursor.py, fast paths in fast_path.py, the store in
+store.py, sources and APIs in the package `providers`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from aioserver.errors import AioserverError
     from aioserver.protocol.openai import Shape
 
-# Runs of consecutive events (number, sequence, last sequence), and the newest event with an object.
+# Runs of consecutive events (number, sequence, last sequence), and the newest event with an
+# object.
 EventsState = tuple[list[tuple[int, int, int]], bytes]
 
 
@@ -48,7 +50,10 @@ class Reader(Protocol):
         """Write *data* as the next entry; return False, with nothing done, if it must wait."""
 
     def open_fast_path(self, shape: Shape | None) -> Path | None:
-        """Return the reader's fast path; None if anything must be written before the next event."""
+        """Return the reader's fast path.
+
+        None if anything must be written before the next event.
+        """
 
     def notify(self) -> None:
         """Read on: the log has grown or ended."""
@@ -89,7 +94,9 @@ class WholeAnswer(Protocol):
 
 
 class Attempt(Protocol):
-    """The attempt that fills a log (providers/attempt.py), from when it has its place until that is given back."""
+    """The attempt that fills a log (providers/attempt.py), from when it has its place until that
+    is given back.
+    """
 
     @property
     def place(self) -> str:
@@ -107,14 +114,18 @@ class Keeper(Protocol):
     """What keeps the answer of a log (gateway/keeper.py), as the log sees it."""
 
     def keep(self, stream: Any) -> Awaitable[None] | None:
-        """Keep the answer in *stream*, which is complete but for its last event; None if that is done already."""
+        """Keep the answer in *stream*, which is complete but for its last event.
+
+        None if that is done already.
+        """
 
 
 class AnswerEvents:
-    """The form of the errors between the events of one answer, and what is remembered of its events for as long as its log.
+    """The form of the errors between the events of one answer, and what is remembered of its
+    events for as long as its log.
 
-    These are those of a chat completion, of which nothing is remembered. Clients of other APIs may name an event by a
-    *sequence* number of the provider's.
+    These are those of a chat completion, of which nothing is remembered. Clients of other APIs may
+    name an event by a *sequence* number of the provider's.
     """
 
     __slots__ = ()
@@ -128,18 +139,23 @@ class AnswerEvents:
         """Look at a block of the provider's events, of which *first* is the first one's number."""
 
     def render(self, error: AioserverError, seen: int | None = None) -> bytes:  # noqa: ARG002
-        """Return *error* as the last event of the answer, or of a reader that has *seen* the event of that number."""
+        """Return *error* as the last event of the answer, or of a reader that has *seen* the event
+        of that number.
+        """
         return b"data: %b\n\n" % error.body()
 
     def event_before(self, sequence: int, last: int) -> int | None:  # noqa: ARG002
-        """Return the number of the event after which the first one above *sequence* comes, *last* if that is to come.
+        """Return the number of the event after which the first one above *sequence* comes, *last*
+        if that is to come.
 
         None if *sequence* has not come yet, or events have no such numbers.
         """
         return None
 
     def newest(self, status: str = "") -> bytes | None:  # noqa: ARG002
-        """Return the newest object that the events describe, as JSON, with another *status* if one is passed."""
+        """Return the newest object that the events describe, as JSON, with another *status* if one
+        is passed.
+        """
         return None
 
     def state(self) -> EventsState | None:
@@ -156,11 +172,17 @@ class AnswerApi(Protocol):
     path: str
 
     def fast_path(self, cursor: Any, destination: Any) -> Any:
-        """Return the `FastPath` by which the provider's bytes go from *cursor* to *destination*; None if there is none."""
+        """Return the `FastPath` by which the provider's bytes go from *cursor* to *destination*.
+
+        None if there is none.
+        """
 
 
 class Store(Protocol):
-    """The store of a log (store.py), as the log sees it; each *stream* is the `Stream` that calls."""
+    """The store of a log (store.py), as the log sees it.
+
+    Each *stream* is the `Stream` that calls.
+    """
 
     def count_bytes(self, stream: Any, size: int) -> None:
         """Note that *stream* has grown by *size* bytes; negative: it has shrunk."""

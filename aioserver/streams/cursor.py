@@ -44,7 +44,9 @@ class CursorWriter(Protocol):
         """Write a control frame or a comment."""
 
     def drop(self, cursor: Cursor) -> None:
-        """Unfollow the stream of *cursor*, and write its `farewell` as soon as the client reads."""
+        """Unfollow the stream of *cursor*, and write its `farewell` as soon as the client
+        reads.
+        """
 
 
 class Cursor:
@@ -88,7 +90,9 @@ class Cursor:
         self._render_position = render_position
 
     def write_now(self, data: bytes) -> bool:
-        """Write *data*, events as the provider sent them; return False if something must go before them."""
+        """Write *data*, events as the provider sent them; return False if something must go before
+        them.
+        """
         if self._writer.write_now(self.format.render_bytes(data)):
             self.next_index += 1
             return True
@@ -139,8 +143,8 @@ class Cursor:
     def note_delay(self, now: float, blocked_until: float) -> None:
         """Note how long the next event has waited for this server, in the record of the request.
 
-        Until *blocked_until* the event waited for the client, which was not reading. An event that was in
-        the log before this reader came has waited since the reader came.
+        Until *blocked_until* the event waited for the client, which was not reading. An event that
+        was in the log before this reader came has waited since the reader came.
         """
         stream = self.stream
         index = self.next_index - stream.offset

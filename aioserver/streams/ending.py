@@ -1,4 +1,6 @@
-"""Ends of things that others wait for: each step of such an end is done, whatever the others raise."""
+"""Ends of things that others wait for: each step of such an end is done, whatever the others
+raise.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ if TYPE_CHECKING:
 def run_all(steps: Iterable[Callable[[], object]]) -> None:
     """Call each of *steps*, then raise the first exception that one of them has raised.
 
-    A `finally` or a done callback with several steps uses this: otherwise a bug in the first step would keep
-    readers waiting, or places taken, for ever.
+    A `finally` or a done callback with several steps uses this: otherwise a bug in the first step
+    would keep readers waiting, or places taken, for ever.
     """
     fault: Exception | None = None
     for step in steps:

@@ -35,8 +35,8 @@ class Entry:
     """Consecutive events of one *status*: *count* of them, from event number *first* on.
 
     *data* is the provider's own bytes, whole events; *frames* are the events as the JSON of
-    frames. Which of the two a log has depends on the face that asked for it; the last entry of a log may
-    have both. *received_at* is the monotonic time at which its last event was read. *size*
+    frames. Which of the two a log has depends on the face that asked for it; the last entry of a
+    log may have both. *received_at* is the monotonic time at which its last event was read. *size*
     is in bytes and includes the overhead.
     """
 
@@ -72,10 +72,12 @@ class Entry:
 
 
 class WholeEntry(Entry):
-    """A *piece* of the text of an answer that was not streamed, as one event: where it stands in *body*.
+    """A *piece* of the text of an answer that was not streamed, as one event: where it stands in
+    *body*.
 
-    The body is counted where it is kept, and the log never discards it for its size. Nothing is parsed,
-    neither here nor for a reader: the piece is the inside of a JSON string, and goes on as it is written.
+    The body is counted where it is kept, and the log never discards it for its size. Nothing is
+    parsed, neither here nor for a reader: the piece is the inside of a JSON string, and goes on as
+    it is written.
     """
 
     __slots__ = ("_body", "_piece")
@@ -131,7 +133,8 @@ def find_event(entries: Sequence[Entry], number: int) -> int:
 
 
 def locate(entries: Sequence[Entry], last: int, after: int) -> tuple[int, int]:
-    """Return where a reader goes on after event *after*: an index in *entries*, and the events to skip there.
+    """Return where a reader goes on after event *after*: an index in *entries*, and the events to
+    skip there.
 
     *last* is the newest event, kept or not.
 
@@ -148,7 +151,9 @@ def locate(entries: Sequence[Entry], last: int, after: int) -> tuple[int, int]:
 
 
 def frames_of(head: bytes, first: int, status: bytes, chunks: Sequence[bytes]) -> list[bytes]:
-    """Return the frames of events with these *chunks*, of which *first* is the first one's number."""
+    """Return the frames of events with these *chunks*, of which *first* is the first one's
+    number.
+    """
     return [
         protocol_frames.frame(head, number, status, chunk)
         for number, chunk in enumerate(chunks, first)

@@ -8,8 +8,8 @@ the provider's connection, this object, the log, and the client's transport.
     ConnectionProtocol.data_received → forward → (the end of this loop iteration) transport.write
 
 *When it is open.* It is opened after a read that took the slow path, if all of the following
-holds. The conditions are checked one after the other, each by the object that knows it (`Exchange` →
-the sink → `Stream` → `Writer`):
+holds. The conditions are checked one after the other, each by the object that knows it (`Exchange`
+→ the sink → `Stream` → `Writer`):
 
     the provider's parser is between two chunks, and the answer goes on
     no event is half read, and one has been appended already
@@ -20,7 +20,8 @@ A read that takes the slow path begins by leaving the fast path. Whatever else c
 these conditions closes the fast path: the log does when a reader comes or goes and when it ends;
 the writer does when it is blocked or closed, and when it follows another stream.
 
-*What it forwards.* One read that is one whole chunk with one whole event, if the event is ordinary:
+*What it forwards.* One read that is one whole chunk with one whole event, if the event is
+ordinary:
 
     FastPath   for the OpenAI face: an event `{…}` without an error or a finish_reason. The chunk's
                framing is what our client gets, too: the bytes pass unchanged. The log is private
@@ -87,8 +88,8 @@ class FastPath:
     """Forwards the provider's bytes unchanged.
 
     *forwarded_at* is the loop's time of the last read that it forwarded, *read_at* when the
-    provider said something last, by either path. *_silence* is the longest silence noted so far, in
-    seconds: only a longer one is noted.
+    provider said something last, by either path. *_silence* is the longest silence noted so far,
+    in seconds: only a longer one is noted.
     """
 
     __slots__ = (
@@ -177,8 +178,8 @@ class FastPath:
 class TextPath(FastPath):
     """Forwards events of the answer's shape, which have a text and nothing else.
 
-    The reader gets each event at once. The log gets a run of consecutive events as one entry, which
-    has only their texts, so that an event leaves no object behind.
+    The reader gets each event at once. The log gets a run of consecutive events as one entry,
+    which has only their texts, so that an event leaves no object behind.
 
     Always: `_texts` has the texts of the stream's last events, which are not in its entries yet.
     """
@@ -234,7 +235,9 @@ class TextPath(FastPath):
         return True
 
     def close(self) -> None:
-        """Forward nothing from now on, and append to the log the texts that it does not have yet."""
+        """Forward nothing from now on, and append to the log the texts that it does not have
+        yet.
+        """
         self.open = False
         if self._texts:
             self._append_texts()
@@ -253,7 +256,10 @@ class TextPath(FastPath):
 
 
 def new_path(cursor: Cursor, destination: Destination, shape: Shape | None) -> FastPath | None:
-    """Return a path for *cursor*: for texts if there is a *shape*; None if its format, or its API, has none."""
+    """Return a path for *cursor*: for texts if there is a *shape*.
+
+    None if its format, or its API, has none.
+    """
     if shape is not None:
         render_text = cursor.format.render_text
         return None if render_text is None else TextPath(cursor, destination, shape, render_text)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 # The first byte of a frame: the mark of the last fragment (FIN), and the opcode.
 WS_TEXT, WS_CLOSE, WS_PING, WS_PONG = 0x81, 0x88, 0x89, 0x8A
 
-# How many milliseconds an EventSource waits before it comes back. The line stands in the block of an
-# event: alone in a block it is an empty event to some clients (httpx-sse, fetch-event-source).
+# How many milliseconds an EventSource waits before it comes back. The line stands in the block of
+# an event: alone in a block it is an empty event to some clients (httpx-sse, fetch-event-source).
 RETRY = b"retry: 2000\n"
 
 
@@ -33,10 +33,10 @@ class Format(NamedTuple):
 
     *render* takes a stream, one of its entries, and the number of events to skip at its start.
     *render_text* renders one event that contains only a text. It takes the head of the stream's
-    frames, the event's number, and the text as JSON with its closing quote. It is None for
-    a format that needs the provider's bytes. *render_error* renders an error that ends the reading after
-    the event of a number, or a later one,
-    though not the stream. *frame* writes the data of one of the provider's events, for a format that does so.
+    frames, the event's number, and the text as JSON with its closing quote. It is None for a
+    format that needs the provider's bytes. *render_error* renders an error that ends the reading
+    after the event of a number, or a later one, though not the stream. *frame* writes the data of
+    one of the provider's events, for a format that does so.
     """
 
     name: str
@@ -46,7 +46,8 @@ class Format(NamedTuple):
     frame: Callable[[bytes], bytes] | None = None
 
     def render_bytes(self, data: bytes, skip: int = 0) -> bytes:
-        """Render *data*, the provider's own bytes of whole events, in a format that needs nothing else of them.
+        """Render *data*, the provider's own bytes of whole events, in a format that needs nothing
+        else of them.
 
         The first *skip* events are left out.
         """

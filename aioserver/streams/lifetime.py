@@ -3,10 +3,11 @@
 A stream that loses its last reader ends at once if its request has not been sent to a provider, or
 if its window is 0. Otherwise it is detached: it runs on for its window and is then cancelled. At
 most `max_detached` streams are detached; beyond that the oldest is cancelled. When a request has
-to wait for a provider, the oldest detached stream that holds a place there is cancelled, too, and a
-stream that loses its last reader while others wait gives way at once: an answer that nobody reads
-never costs a client that waits. A request that has to wait until its provider is back counts as not sent
-again, so it ends if its client has left. A stream that has ended is kept for its window.
+to wait for a provider, the oldest detached stream that holds a place there is cancelled, too, and
+a stream that loses its last reader while others wait gives way at once: an answer that nobody
+reads never costs a client that waits. A request that has to wait until its provider is back counts
+as not sent again, so it ends if its client has left. A stream that has ended is kept for its
+window.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ MIN_SWEEP_INTERVAL = 0.05
 
 
 class Lifetime(StoreObserver):
-    """Owns the store, and ends and forgets its streams in time; it has to learn of each reader that comes or leaves.
+    """Owns the store, and ends and forgets its streams in time.
+
+    It has to learn of each reader that comes or leaves.
 
     Always: a stream in `_detached` runs, has no reader, and has a timer. Its request was sent,
     unless a client began it without reading it.
@@ -48,10 +51,12 @@ class Lifetime(StoreObserver):
         )
         self._bounds = bounds
         self._on_alias = on_alias
-        # Streams that were cancelled for a request that waits, and have not given their place back.
+        # Streams that were cancelled for a request that waits, and have not given their place
+        # back.
         self._giving_way: set[Stream] = set()
         self._loop = asyncio.get_running_loop()
-        # The streams that run without a reader: whether the last one has left, or none has come yet.
+        # The streams that run without a reader: whether the last one has left, or none has come
+        # yet.
         self._detached: OrderedDict[Stream, bool] = OrderedDict()
         # Ended streams with the loop's time at which to forget each, the next one in front.
         self._kept: OrderedDict[Stream, float] = OrderedDict()
@@ -100,7 +105,9 @@ class Lifetime(StoreObserver):
             self.detach(stream, left=True)
 
     def expect(self, stream: Stream, seconds: float) -> None:
-        """Keep *stream*, a mirror, for *seconds* if it has no reader yet, even if it ends before."""
+        """Keep *stream*, a mirror, for *seconds* if it has no reader yet, even if it ends
+        before.
+        """
         if stream.remote is not None and not stream.readers:
             stream.remote.expected = True
             stream.timer = self._loop.call_later(seconds, self.let_go, stream)
@@ -114,14 +121,19 @@ class Lifetime(StoreObserver):
             self.reader_removed(stream)
 
     def unsent(self, stream: Stream) -> bool:
-        """Note that the request of *stream* waits as one that was not sent; return whether that ends it."""
+        """Note that the request of *stream* waits as one that was not sent; return whether that
+        ends it.
+        """
         left = self._detached.get(stream, False)
         if left:
             self.end(stream)
         return left
 
     def detach(self, stream: Stream, *, left: bool = False) -> None:
-        """Let *stream* run without a reader, for its window; *left* says that the last one has left."""
+        """Let *stream* run without a reader, for its window.
+
+        *left* says that the last one has left.
+        """
         if stream.ended or stream in self._detached:
             return
         self._detached[stream] = left
@@ -138,7 +150,10 @@ class Lifetime(StoreObserver):
         stream.cancel()
 
     def forget(self, stream: Stream) -> None:
-        """Let *stream* be found no longer, and drop it once nobody reads it; if it runs, it is cancelled."""
+        """Let *stream* be found no longer, and drop it once nobody reads it.
+
+        If it runs, it is cancelled.
+        """
         self.end(stream, abandoned=False)
         self.store.unname(stream)
         stream.window = 0.0
@@ -146,7 +161,9 @@ class Lifetime(StoreObserver):
             self.store.drop(stream)
 
     def make_room(self, provider: str) -> None:
-        """Cancel the oldest detached stream that has a place at *provider*, where a request waits."""
+        """Cancel the oldest detached stream that has a place at *provider*, where a request
+        waits.
+        """
         for stream in self._detached:
             if stream.place == provider:
                 self._giving_way.add(stream)
@@ -201,7 +218,8 @@ class Lifetime(StoreObserver):
         while self._kept and next(iter(self._kept.values())) <= now:
             stream, _ = self._kept.popitem(last=False)
             if stream.readers:
-                # A slow reader has not read the end yet: keep the stream for another window, at least 1 s.
+                # A slow reader has not read the end yet: keep the stream for another window, at
+                # least 1 s.
                 self._kept[stream] = now + max(stream.window, 1.0)
             else:
                 self.store.drop(stream)

@@ -1,8 +1,9 @@
 """The writes of one iteration of the event loop, which go out together at its end.
 
-If the reader of the sockets is on this machine (a proxy in front, or a provider), a write that closely follows
-another finds that process still awake: waking it is a third of the cost of a write. And what comes before and after the
-writes is done for one request after another, from code that the processor still has in its caches.
+If the reader of the sockets is on this machine (a proxy in front, or a provider), a write that
+closely follows another finds that process still awake: waking it is a third of the cost of a
+write. And what comes before and after the writes is done for one request after another, from code
+that the processor still has in its caches.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Writable(Protocol):
 class Outbox:
     """The pending writes of one event loop: those of one iteration go out together.
 
-    Always: the outbox is flushed before one of its sockets is written to by other means, and before it is closed.
+    Always: the outbox is flushed before one of its sockets is written to by other means, and
+    before it is closed.
     """
 
     __slots__ = ("_loop", "_pending", "_waiting")

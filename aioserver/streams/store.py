@@ -24,15 +24,17 @@ if TYPE_CHECKING:
     from aioserver.streams.contracts import AnswerApi
     from aioserver.telemetry.outcome import Outcome
 
-# The share of max_kept_bytes that an eviction leaves. It is below 1, since otherwise each event would
-# have to search for logs to drop.
+# The share of max_kept_bytes that an eviction leaves. It is below 1, since otherwise each event
+# would have to search for logs to drop.
 EVICTION_TARGET = 0.95
 # The share of max_kept_bytes by which the logs must grow before late readers are looked for again.
 SEARCH_STEP = 0.01
 
 
 class Shelf(Protocol):
-    """Answers of one *api* that are kept beside the logs, such as stored responses, and may be dropped to make room."""
+    """Answers of one *api* that are kept beside the logs, such as stored responses, and may be
+    dropped to make room.
+    """
 
     api: AnswerApi
 
@@ -51,7 +53,9 @@ class Shelf(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """A snapshot of the store: numbers of logs and of stored responses, their bytes, and the bound of these."""
+    """A snapshot of the store: numbers of logs and of stored responses, their bytes, and the bound
+    of these.
+    """
 
     running: int
     finished: int
@@ -157,7 +161,9 @@ class StreamStore:
         return stream
 
     def hide(self, stream: Stream) -> None:
-        """Let *stream* be found no longer, and kept only for the readers that it has: it is a mirror now."""
+        """Let *stream* be found no longer, and kept only for the readers that it has: it is a
+        mirror now.
+        """
         stream.private, stream.window = True, 0.0
         stream.remote = stream.remote or Remote()
         stream.remote.mirrored = True
@@ -303,7 +309,9 @@ class StreamStore:
         self._drop_stored(target, inf)
 
     def _drop_stored(self, target: float, before: float) -> None:
-        """Drop answers that were stored *before* that time, until less than *target* bytes are kept."""
+        """Drop answers that were stored *before* that time, until less than *target* bytes are
+        kept.
+        """
         while self._bytes >= target and self.shelves:
             shelf = min(self.shelves, key=_oldest)
             if shelf.oldest() >= before:
@@ -318,7 +326,8 @@ def _oldest(shelf: Shelf) -> float:
 class HeldBytes:
     """The bytes of one body that is collected or written, and that no log has.
 
-    `release` gives them back, also in a `with`; nothing is counted after it. *size* is how many they are.
+    `release` gives them back, also in a `with`; nothing is counted after it. *size* is how many
+    they are.
     """
 
     __slots__ = ("_released", "_store", "size")
@@ -362,5 +371,7 @@ def ended_at(stream: Stream) -> float:
 
 
 def _owner(caller: Hashable) -> Hashable:
-    """Return the owner of the streams that *caller* is shown: its key, or its address without keys."""
+    """Return the owner of the streams that *caller* is shown: its key, or its address without
+    keys.
+    """
     return (caller, caller.flow) if isinstance(caller, Caller) else caller

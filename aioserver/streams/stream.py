@@ -22,12 +22,12 @@ A pause costs the provider's place, so that there is none while a request waits 
 (providers/backpressure.py). `send_timeout` ends a client that reads nothing at all.
 
 Where several processes serve together, a log stays where it is made: its instance is its *owner*.
-A client that reads it through another instance has a *mirror* there: a log like any other, with the
-owner's events and numbers, which is filled by messages between the two (wing `cluster`). A mirror
-begins where its reader goes on. It cannot be found, it keeps what its readers have not passed, and
-it goes with the last of them. It ends with the owner's last event. Where the owner is out of reach
-it stops instead, without an event of its own: its readers are told an error that has no number, so
-that a client which comes back says the number that it would have said anyway.
+A client that reads it through another instance has a *mirror* there: a log like any other, with
+the owner's events and numbers, which is filled by messages between the two (wing `cluster`). A
+mirror begins where its reader goes on. It cannot be found, it keeps what its readers have not
+passed, and it goes with the last of them. It ends with the owner's last event. Where the owner is
+out of reach it stops instead, without an event of its own: its readers are told an error that has
+no number, so that a client which comes back says the number that it would have said anyway.
 
 This file is one concept: the entries and what is counted of them hold one invariant, and whatever
 adds to a log, discards of it or ends it holds it here.
@@ -78,23 +78,26 @@ if TYPE_CHECKING:
         WholeAnswer,
     )
 
-# Bytes of the Python objects of one stream: the log itself, the record of its request and its outcome.
+# Bytes of the Python objects of one stream: the log itself, the record of its request and its
+# outcome.
 STREAM_OVERHEAD: Final = 4096
 # Bytes of Python objects per header.
 HEADER_OVERHEAD = 200
-# Unread bytes of a log at which reading pauses, and at which it goes on: as much as a socket's buffers
-# hold, and what a writer writes at once.
+# Unread bytes of a log at which reading pauses, and at which it goes on: as much as a socket's
+# buffers hold, and what a writer writes at once.
 PAUSE_BYTES, RESUME_BYTES = 1 << 18, 1 << 16
-# With several readers: entries between two counts of what is unread, and bytes of one that is counted at once.
+# With several readers: entries between two counts of what is unread, and bytes of one that is
+# counted at once.
 CHECK_EVERY, CHECK_BYTES = 16, 1 << 12
 
 
 class Remote:
     """What a log has to do with other instances.
 
-    *claimed* is done once it is known which of them fills the log; its result is the error, if the answer is
-    refused. None: nobody asks. *mirrored*: another instance fills it. *expected*: the log waits for its first reader.
-    *broken* is the error with which a mirror ended where its owner's log goes on.
+    *claimed* is done once it is known which of them fills the log; its result is the error, if the
+    answer is refused. None: nobody asks. *mirrored*: another instance fills it. *expected*: the
+    log waits for its first reader. *broken* is the error with which a mirror ended where its
+    owner's log goes on.
     """
 
     __slots__ = ("broken", "claimed", "expected", "mirrored")
@@ -116,7 +119,9 @@ class Remote:
         return self.claimed is not None and not self.claimed.done()
 
     def decide(self, error: AioserverError | None = None) -> None:
-        """Note that it is known which instance fills the log, or that the answer is refused with *error*."""
+        """Note that it is known which instance fills the log, or that the answer is refused with
+        *error*.
+        """
         if self.claimed is not None and not self.claimed.done():
             self.claimed.set_result(error)
 
@@ -231,7 +236,8 @@ class Stream:
         self.whole: WholeAnswer | None = None
         # The bytes of text that the producer keeps beside the log while the answer runs.
         self.text_bytes = 0
-        # What keeps the answer before the log gets its event `complete`; and that event, while it waits for that.
+        # What keeps the answer before the log gets its event `complete`; and that event, while it
+        # waits for that.
         self.keeper: Keeper | None = None
         self.ending: tuple[Awaitable[None], Mapping[str, Any], bytes] | None = None
         # Counts a body that is collected for the log.
@@ -242,7 +248,8 @@ class Stream:
         self.timer: asyncio.TimerHandle | None = None
         # Whether the log was cancelled because nobody read it.
         self.abandoned = False
-        # The error with which a cancelled log ends; None if it ends with the event `cancelled`, as when a reader asked for that.
+        # The error with which a cancelled log ends; None if it ends with the event `cancelled`, as
+        # when a reader asked for that.
         self.cancel_reason: AioserverError | None = None
         # None where there are no other instances, or they have no part in this log.
         self.remote: Remote | None = None
@@ -267,7 +274,9 @@ class Stream:
 
     @property
     def place(self) -> str:
-        """The provider at which it has a place now; empty while it waits, for a place or for a retry."""
+        """The provider at which it has a place now; empty while it waits, for a place or for a
+        retry.
+        """
         return "" if self.attempt is None else self.attempt.place
 
     @property
@@ -334,7 +343,9 @@ class Stream:
             self.notify()
 
     def append_whole(self, answer: WholeAnswer, body: bytes, pieces: Sequence[slice] = ()) -> None:
-        """Append *answer*, which was not streamed, as events with the *pieces* of its text, and keep it."""
+        """Append *answer*, which was not streamed, as events with the *pieces* of its text, and
+        keep it.
+        """
         self.whole = answer
         self.recount()
         for piece in pieces or (NO_TEXT,):
@@ -376,7 +387,9 @@ class Stream:
         return self.bytes + self.extra_bytes
 
     def shed(self) -> bool:
-        """Discard all but the newest entry, and drop late readers; return whether there were any."""
+        """Discard all but the newest entry, and drop late readers; return whether there were
+        any.
+        """
         self.close_fast_path()
         if not any(map(self._late, self.readers)):
             return False
@@ -434,7 +447,10 @@ class Stream:
         return self.path
 
     def append_processing(self) -> None:
-        """Append event 1: a place at a provider is taken. Later attempts only change the outcome."""
+        """Append event 1: a place at a provider is taken.
+
+        Later attempts only change the outcome.
+        """
         if self.last:
             return
         self.recount()
@@ -442,7 +458,9 @@ class Stream:
         self.append(PROCESSING, [processing(outcome.provider, outcome.model, conversation)])
 
     def finish(self, chunk: Mapping[str, Any], data: bytes = b"") -> None:
-        """End the log well, once its keeper has kept the answer: now, or in `finished`, if that takes a while."""
+        """End the log well, once its keeper has kept the answer: now, or in `finished`, if that
+        takes a while.
+        """
         # The kept part of the answer has the texts that the fast path has passed on, too.
         self.close_fast_path()
         keeper = self.keeper
@@ -454,7 +472,10 @@ class Stream:
             self.notify()
 
     async def finished(self) -> None:
-        """Wait until the answer is kept, if the log is to end then, and end it. Cancelling leaves it without an end."""
+        """Wait until the answer is kept, if the log is to end then, and end it.
+
+        Cancelling leaves it without an end.
+        """
         if (ending := self.ending) is not None:
             kept, chunk, data = ending
             await kept
@@ -468,7 +489,8 @@ class Stream:
     def append_end(self, status: bytes, chunk: bytes, data: bytes = b"") -> None:
         """Append the last event as `end` does, its *chunk* already JSON.
 
-        If this raises after the event is in the log, all has been done nevertheless: each reader is notified.
+        If this raises after the event is in the log, all has been done nevertheless: each reader
+        is notified.
         """
         self.close_fast_path()
         number = self.last + 1
@@ -476,7 +498,10 @@ class Stream:
         self.end_with(Entry(number, 1, status, data, frames, monotonic()))
 
     def end_with(self, entry: Entry, error: AioserverError | None = None) -> None:
-        """Append *entry*, the last event, as `append_end` does; *error* is what it says, if it is one."""
+        """Append *entry*, the last event, as `append_end` does.
+
+        *error* is what it says, if it is one.
+        """
         assert not self.ended, "nothing follows the end of a stream"
         self.error = error or self.error
         self.entries.append(entry)
@@ -506,7 +531,10 @@ class Stream:
         self.notify()
 
     def stop(self, status: bytes = ERROR, error: AioserverError | None = None) -> None:
-        """End this mirror without an event, with the *status* of its owner's log; its readers are told *error*."""
+        """End this mirror without an event, with the *status* of its owner's log.
+
+        Its readers are told *error*.
+        """
         self.ended, self.end_status, self.error = True, status, error
         if self.remote is not None:
             self.remote.broken = error
@@ -530,12 +558,15 @@ class Stream:
             self.producer.cancel()
 
     def report_position(self, position: int, eta: float) -> None:
-        """Tell the readers the position in the provider's queue, and the estimated wait in seconds."""
+        """Tell the readers the position in the provider's queue, and the estimated wait in
+        seconds.
+        """
         for reader in tuple(self.readers):
             reader.report_position(position, eta)
 
     def locate(self, after: int) -> tuple[int, int]:
-        """Return where a reader goes on after event *after*: an entry's index, and the events to skip.
+        """Return where a reader goes on after event *after*: an entry's index, and the events to
+        skip.
 
         Raises:
             ResumeGap: events after *after* are no longer kept, or *after* does not exist yet.
@@ -582,7 +613,9 @@ class Stream:
             self._store.count_bytes(self, size)
 
     def _discard(self, count: int = 0) -> None:
-        """Discard the oldest *count* entries, those passed, and what is beyond `max_stream_bytes`."""
+        """Discard the oldest *count* entries, those passed, and what is beyond
+        `max_stream_bytes`.
+        """
         entries, excess, freed = self.entries, self.bytes - self.max_bytes, 0
         passed = count
         if self.window <= 0 and self.readers:
@@ -603,7 +636,9 @@ class Stream:
                     reader.drop()
 
     def _late(self, reader: Reader) -> bool:
-        """Return whether *reader* is far behind: by more than it gets in one write, the newest entry aside."""
+        """Return whether *reader* is far behind: by more than it gets in one write, the newest
+        entry aside.
+        """
         entries = self.entries
         size, index = 0, len(entries) - 1
         while index > max(reader.next_index - self.offset, 0) and size <= RESUME_BYTES:
@@ -612,7 +647,9 @@ class Stream:
         return size > RESUME_BYTES
 
     def _regulate(self) -> None:
-        """Pause the source, or let it go on, as the log, where passed entries are discarded, is read."""
+        """Pause the source, or let it go on, as the log, where passed entries are discarded, is
+        read.
+        """
         source = self.source
         if source is None or self.window > 0 or self.ended:
             return
@@ -626,8 +663,8 @@ class Stream:
     def _due(self) -> bool:
         """Return whether the unread bytes are counted for the newest entry.
 
-        With several readers they are for each CHECK_EVERY-th entry and for each large one, since it takes
-        longer the more of them are unread. The count is then late by 64 KiB at most.
+        With several readers they are for each CHECK_EVERY-th entry and for each large one, since
+        it takes longer the more of them are unread. The count is then late by 64 KiB at most.
         """
         entries = self.entries
         if len(self.readers) < 2 or not entries:
@@ -636,7 +673,8 @@ class Stream:
         return not number % CHECK_EVERY or entries[-1].size > CHECK_BYTES
 
     def _unread_bytes(self) -> int:
-        """Return about how many bytes no reader has passed; with several, PAUSE_BYTES and one entry at most.
+        """Return about how many bytes no reader has passed; with several, PAUSE_BYTES and one
+        entry at most.
 
         The reader that is ahead counts: a slow reader costs the others nothing.
         """

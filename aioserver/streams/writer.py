@@ -1,18 +1,23 @@
 """The one writer of a client's socket.
 
-Every byte to a client goes through its writer: events, heartbeats, pings, pongs, close frames. A writer keeps
-cursors into logs, not events; only control frames are queued, at most 64. Writing is synchronous and happens within
-`Stream.append` itself, which notifies its cursors: a token reaches the client's socket without a task switch.
+This file is one concept: one writer decides what is written to its socket, and what becomes of it
+when it blocks.
 
-Most tokens do not pass through the writer: when nothing else is to be written, it opens a fast path
-for its stream (fast_path.py), whose bytes go out before anything else that the writer writes.
+Every byte to a client goes through its writer: events, heartbeats, pings, pongs, close frames. A
+writer keeps cursors into logs, not events; only control frames are queued, at most 64. Writing is
+synchronous and happens within `Stream.append` itself, which notifies its cursors: a token reaches
+the client's socket without a task switch.
 
-When the transport's buffer is over its high-water mark, the writer is *blocked*: it stops rendering, one task waits
-in `drain()`, and a watchdog aborts the transport after `send_timeout` without progress. A blocked write is never
-cancelled. An idle writer has no task and no timer.
+Most tokens do not pass through the writer: when nothing else is to be written, it opens a fast
+path for its stream (fast_path.py), whose bytes go out before anything else that the writer writes.
 
-A writer with one cursor writes at once; one with several gathers the events of one iteration of the event
-loop. Cursors take turns, with one write in each iteration, so that a long replay holds up nobody.
+When the transport's buffer is over its high-water mark, the writer is *blocked*: it stops
+rendering, one task waits in `drain()`, and a watchdog aborts the transport after `send_timeout`
+without progress. A blocked write is never cancelled. An idle writer has no task and no timer.
+
+A writer with one cursor writes at once; one with several gathers the events of one iteration of
+the event loop. Cursors take turns, with one write in each iteration, so that a long replay holds
+up nobody.
 """
 
 from __future__ import annotations
@@ -39,8 +44,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.streams")
 
-# Bytes rendered for one write, and so for one cursor before the next; the last entry may exceed it. It
-# is also the high-water mark of a transport's buffer, as in asyncio: `drain()` waits above it.
+# Bytes rendered for one write, and so for one cursor before the next; the last entry may exceed
+# it. It is also the high-water mark of a transport's buffer, as in asyncio: `drain()` waits above
+# it.
 WRITE_BYTES = 1 << 16
 MAX_CONTROL_FRAMES = 64
 
@@ -163,7 +169,9 @@ class Writer:
         self._on_unfollow(stream)
 
     def drop(self, cursor: Cursor) -> None:
-        """Unfollow the stream of *cursor*, and write its `farewell` as soon as the client reads."""
+        """Unfollow the stream of *cursor*, and write its `farewell` as soon as the client
+        reads.
+        """
         self._on_drop("reader fell behind")
         self.unfollow(cursor)
         if not self._closed:
@@ -219,7 +227,8 @@ class Writer:
     def send(self, data: bytes) -> None:
         """Write a control frame or a comment, before every event that is not written yet.
 
-        While the writer is blocked, *data* is queued; beyond MAX_CONTROL_FRAMES the client is dropped.
+        While the writer is blocked, *data* is queued; beyond MAX_CONTROL_FRAMES the client is
+        dropped.
         """
         if self._closed:
             return
@@ -237,7 +246,9 @@ class Writer:
             self._write(b"")
 
     def pump(self) -> None:
-        """Write what is ready, about WRITE_BYTES in one turn of the loop, until the transport's buffer is full."""
+        """Write what is ready, about WRITE_BYTES in one turn of the loop, until the transport's
+        buffer is full.
+        """
         if self._scheduled is not None:
             self._scheduled.cancel()
             self._scheduled = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from aioserver.telemetry.counters import Counter
 from aioserver.tracebacks import last_line
 
-# Lines of code that are told apart, far more than have a bug at once; and what stands for those beyond.
+# Lines of code that are told apart, far more than have a bug at once; and what stands for those
+# beyond.
 MAX_PLACES, ELSEWHERE = 100, "other bugs"
 
 
@@ -22,7 +23,10 @@ class Bugs(Counter):
         self.places: dict[str, int] = {}
 
     def note(self, bug: BaseException) -> None:
-        """Count a request that has met *bug*, which still has its traceback; the caller logs it."""
+        """Count a request that has met *bug*, which still has its traceback.
+
+        The caller logs it.
+        """
         place = last_line(bug)
         if place not in self.places and len(self.places) >= MAX_PLACES:
             place = ELSEWHERE

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-# Upper bounds of histograms, in seconds: for latencies, and for times that are short by nature, such
-# as our own work or the time between two events.
+# Upper bounds of histograms, in seconds: for latencies, and for times that are short by nature,
+# such as our own work or the time between two events.
 LATENCY_BOUNDS = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0),
@@ -42,8 +42,8 @@ class Counter:
 class Histogram:
     """The number of observations in each bucket, and the sum of all.
 
-    Always: `counts[i]` observations were at most `bounds[i]` and above the bound before it; the last
-    of `counts` is of those above every bound.
+    Always: `counts[i]` observations were at most `bounds[i]` and above the bound before it; the
+    last of `counts` is of those above every bound.
     """
 
     __slots__ = ("bounds", "counts", "sum")
@@ -84,7 +84,8 @@ class RecentValues:
         self._values.append((now, value))
 
     def percentiles(self, now: float) -> dict[str, float] | None:
-        """Return `p50`, `p95`, `p99` (nearest rank), `count` and `age`, the seconds since the newest.
+        """Return `p50`, `p95`, `p99` (nearest rank), `count` and `age`, the seconds since the
+        newest.
 
         None if there are no values.
         """
@@ -99,7 +100,10 @@ class RecentValues:
         return {**ranks, "count": len(ordered), "age": round(now - values[-1][0], 3)}
 
     def buckets(self, now: float) -> RecentBuckets | None:
-        """Return the values as counts in buckets, which can be added to those of others; None without any."""
+        """Return the values as counts in buckets, which can be added to those of others.
+
+        None without any.
+        """
         percentiles = self.percentiles(now)
         if percentiles is None:
             return None
@@ -119,7 +123,8 @@ class RecentBuckets(NamedTuple):
 def percentiles_of(sources: Iterable[RecentBuckets]) -> dict[str, float] | None:
     """Return what `RecentValues.percentiles` returns, of the values of all *sources* together.
 
-    They are never made of percentiles, whose mean is none. A percentile is the middle of its bucket.
+    They are never made of percentiles, whose mean is none. A percentile is the middle of its
+    bucket.
     """
     counts: Tally[int] = Tally()
     age = math.inf

@@ -8,7 +8,8 @@ import struct
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
-# Bytes to read of `struct tcp_info`, which hold `tcpi_unacked` and `tcpi_sacked`, and their offset.
+# Bytes to read of `struct tcp_info`, which hold `tcpi_unacked` and `tcpi_sacked`, and their
+# offset.
 TCP_INFO_BYTES = 104
 QUEUE_OFFSET = 24
 
@@ -21,7 +22,10 @@ class AcceptQueue(NamedTuple):
 
 
 class ProcessUsage(TypedDict):
-    """Descriptors and resident memory of this process; None where the system does not show them."""
+    """Descriptors and resident memory of this process.
+
+    None where the system does not show them.
+    """
 
     open_fds: int | None
     max_fds: int

@@ -1,9 +1,10 @@
-"""Logs: one JSON object a line for machines, or plain lines for people; never a key, never chat text.
+"""Logs: one JSON object a line for machines, or plain lines for people; never a key, never chat
+text.
 
 Lines are written by a thread, from a bounded queue: a terminal that is stopped, a pipe that nobody
-reads or a disk that is full never blocks the event loop. Lines for which there is no room are dropped
-and counted. An error that repeats is written once in ten seconds, with the number of those left out,
-unless its record has an attribute `thinned`: its logger has left lines out already.
+reads or a disk that is full never blocks the event loop. Lines for which there is no room are
+dropped and counted. An error that repeats is written once in ten seconds, with the number of those
+left out, unless its record has an attribute `thinned`: its logger has left lines out already.
 
 Names and paths in a line come from clients. Characters that are not printable are escaped in both
 formats, so that no client can begin a line of its own, or control the terminal that shows the line
@@ -52,7 +53,8 @@ MAX_FIELD = 100
 class JsonFormatter(logging.Formatter):
     """One JSON object a line.
 
-    *worker*: the slot of this process among those that share the log; None if it has the log alone.
+    *worker*: the slot of this process among those that share the log; None if it has the log
+    alone.
     """
 
     def __init__(self, service: str, version: str, worker: int | None = None) -> None:
@@ -64,7 +66,10 @@ class JsonFormatter(logging.Formatter):
             self._service["worker"] = worker
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line of *record*; the items of its `fields` attribute, if any, are added to it."""
+        """Return the line of *record*.
+
+        The items of its `fields` attribute, if any, are added to it.
+        """
         moment = datetime.fromtimestamp(record.created, UTC)
         line: dict[str, Any] = {
             "ts": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -89,7 +94,8 @@ class ConsoleFormatter(logging.Formatter):
 
     A traceback follows in lines of its own, which are indented: no record begins with a space.
 
-    *worker*: the slot of this process among those that share the log; None if it has the log alone.
+    *worker*: the slot of this process among those that share the log; None if it has the log
+    alone.
     """
 
     def __init__(self, worker: int | None = None) -> None:
@@ -127,10 +133,13 @@ def _as_json(line: dict[str, Any]) -> str:
 
 
 def _shorten(line: dict[str, Any], excess: int) -> None:
-    """Take *excess* bytes or more out of *line*, if that can be: the beginning of a traceback, else of all texts."""
+    """Take *excess* bytes or more out of *line*, if that can be: the beginning of a traceback,
+    else of all texts.
+    """
     traceback = line.get("traceback", "")
     if len(traceback) > MAX_FIELD:
-        # A character may have become six bytes; what was not enough is made up for in the next turn.
+        # A character may have become six bytes; what was not enough is made up for in the next
+        # turn.
         line["traceback"] = "…" + traceback[max(16, excess // 6) :]
         return
     longest = max(line, key=lambda name: len(str(line[name])))
@@ -139,7 +148,9 @@ def _shorten(line: dict[str, Any], excess: int) -> None:
 
 
 def whole(text: str) -> str:
-    """Return *text*, or as much of it as several processes can write to one pipe in one piece with a line end."""
+    """Return *text*, or as much of it as several processes can write to one pipe in one piece with
+    a line end.
+    """
     data = text.encode(errors="backslashreplace")
     if len(data) < MAX_WHOLE:
         return text
@@ -147,10 +158,13 @@ def whole(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Return *text* with `\n`, `\x1b` or `\u202e` in place of characters that are not printable."""
+    r"""Return *text* with `\n`, `\x1b` or `\u202e` in place of characters that are not
+    printable.
+    """
     if text.isprintable():
         return text
-    # Not the codec `unicode_escape`: its first use imports it, which fails where no descriptor is free.
+    # Not the codec `unicode_escape`: its first use imports it, which fails where no descriptor is
+    # free.
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
@@ -256,7 +270,8 @@ class BackgroundHandler(logging.Handler):
 
 
 class DirectHandler(logging.Handler):
-    """Writes lines to *descriptor* at once, for a process that may have no thread because it forks.
+    """Writes lines to *descriptor* at once, for a process that may have no thread because it
+    forks.
 
     Always: a line is at most MAX_WHOLE bytes, and is dropped where it would have to wait.
     """
@@ -284,8 +299,8 @@ class DirectHandler(logging.Handler):
 def set_up(settings: Logging, worker: int | None = None) -> None:
     """Send all logs of the process to stderr in the configured format.
 
-    *worker*: the slot of this process among those that share stderr. Its lines say it, and are at most
-    MAX_WHOLE bytes.
+    *worker*: the slot of this process among those that share stderr. Its lines say it, and are at
+    most MAX_WHOLE bytes.
     """
     handler = BackgroundHandler(sys.stderr)
     handler.worker = worker
@@ -307,7 +322,9 @@ def _set_up(handler: BackgroundHandler | DirectHandler, settings: Logging) -> No
 
 
 def _format_a_traceback() -> None:
-    """Load what tracebacks are formatted with: Python 3.15 does it for the first one, for which no descriptor may be free."""
+    """Load what tracebacks are formatted with: Python 3.15 does it for the first one, for which no
+    descriptor may be free.
+    """
     try:
         int("x")
     except ValueError:

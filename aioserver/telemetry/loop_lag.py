@@ -1,9 +1,9 @@
 """How late the event loop is, and when it was late: the part of a provider's silence that is ours.
 
 A timer that is due every tenth of a second measures how late it is called. While the loop is late
-nothing is read: the bytes of a provider wait in the kernel, and the provider seems to be silent for
-as much longer as the loop was late. So the late periods are kept, and taken out of the silences that
-they end.
+nothing is read: the bytes of a provider wait in the kernel, and the provider seems to be silent
+for as much longer as the loop was late. So the late periods are kept, and taken out of the
+silences that they end.
 
 Only the time after the timer was due is measured: a block of 150 ms is measured as 50 to 150 ms.
 """
@@ -42,7 +42,9 @@ class LoopLag:
         self._timer = loop.call_at(self._due, self._measure)
 
     def take(self) -> tuple[float, float]:
-        """Return the mean and the maximum lateness since the last call of this method, in seconds."""
+        """Return the mean and the maximum lateness since the last call of this method, in
+        seconds.
+        """
         mean, maximum = self._sum / max(1, self._count), self._max
         self._sum = self._max = 0.0
         self._count = 0
@@ -51,8 +53,8 @@ class LoopLag:
     def before(self, until: float, since: float) -> float:
         """Return for how many seconds the loop was late just before *until*, a time of the loop.
 
-        What came meanwhile was read at *until*. A late period that was over INTERVAL earlier has hidden
-        nothing until then. The part before *since* does not count.
+        What came meanwhile was read at *until*. A late period that was over INTERVAL earlier has
+        hidden nothing until then. The part before *since* does not count.
         """
         for due, called in reversed(self._late):
             if called < until - INTERVAL:

@@ -1,11 +1,13 @@
 """Every metric of the server: where it is counted, its name, its help text and its labels.
 
-What happens is counted in attributes of `Metrics` and of its meters, one for each face and provider.
-The three tables at the end of the file make metrics of these attributes, one row each; names lack
-their prefix `aioserver_`, those of counters their suffix `_total`.
+This file is one concept: every metric stands here, so that no name or label is made anywhere else.
 
-Labels come from the configuration or from a list in this file, never from a client, and every set of
-labels exists from the start, at 0.
+What happens is counted in attributes of `Metrics` and of its meters, one for each face and
+provider. The three tables at the end of the file make metrics of these attributes, one row each;
+names lack their prefix `aioserver_`, those of counters their suffix `_total`.
+
+Labels come from the configuration or from a list in this file, never from a client, and every set
+of labels exists from the start, at 0.
 """
 
 from __future__ import annotations
@@ -149,7 +151,8 @@ class Metrics:
         self.auth_failures = {reason: Counter() for reason in DENIED_REASONS}
         self.resumes = {outcome: Counter() for outcome in ("ok", "gap", "not_found")}
         self.reloads = {outcome: Counter() for outcome in ("applied", "invalid", "failed")}
-        # Limits the log lines about refused requests, by error code: thousands a second may be refused.
+        # Limits the log lines about refused requests, by error code: thousands a second may be
+        # refused.
         self.refusal_lines = logs.RateLimit(1, logs.SAME_ERROR)
         self.history_turns = {outcome: Counter() for outcome in ("written", "lost")}
         self.spans = {outcome: Counter() for outcome in ("exported", "dropped")}
@@ -165,7 +168,10 @@ class Metrics:
         self.apply(providers)
 
     def apply(self, providers: Mapping[str, settings.Provider]) -> None:
-        """Count *providers* from now on, too; a provider that is no longer configured keeps its numbers."""
+        """Count *providers* from now on, too.
+
+        A provider that is no longer configured keeps its numbers.
+        """
         for name, provider in providers.items():
             self.providers.setdefault(name, ProviderMeter())
             for labels in _request_labels(name):
@@ -248,8 +254,8 @@ class Family(NamedTuple):
 class Row(NamedTuple, Generic[Owner]):
     """One metric in a table.
 
-    *children* gives the only child, or a child for each value of *labels* (a string, or a tuple where
-    there are several labels).
+    *children* gives the only child, or a child for each value of *labels* (a string, or a tuple
+    where there are several labels).
     """
 
     name: str
@@ -259,7 +265,10 @@ class Row(NamedTuple, Generic[Owner]):
 
 
 def _family(row: Row[Owner], owners: Mapping[str, Owner], label: str = "") -> Family:
-    """Return the metric of *row* over all *owners*; the owners' names are the values of *label*, if any."""
+    """Return the metric of *row* over all *owners*.
+
+    The owners' names are the values of *label*, if any.
+    """
     merged: dict[tuple[str, ...], Child] = {}
     for name, owner in owners.items():
         owner_values = (name,) if label else ()

@@ -1,4 +1,6 @@
-"""What became of one request at its providers: one object, to which its record, its log, its answer and its error refer."""
+"""What became of one request at its providers: one object, to which its record, its log, its
+answer and its error refer.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,14 @@ NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 class Outcome:
     """The provider that was asked last, and what is known of its answer.
 
-    Always: it is written by the router and its attempts alone; where the answer is another instance's, by the facts
-    that come from there. If the request has failed, it is about the attempt whose fault is raised.
+    Always: it is written by the router and its attempts alone; where the answer is another
+    instance's, by the facts that come from there. If the request has failed, it is about the
+    attempt whose fault is raised.
 
-    *attempts* counts the requests that were sent, at all providers, and the one that is under way. *sent*: one was
-    sent, so that the answer may cost money; *sent_at* is the monotonic time when the newest was, 0.0 if it was not.
-    *headers* are those of the provider's answer that clients may see, *usage* its tokens, as the provider reports
-    them, until the request is logged.
+    *attempts* counts the requests that were sent, at all providers, and the one that is under way.
+    *sent*: one was sent, so that the answer may cost money; *sent_at* is the monotonic time when
+    the newest was, 0.0 if it was not. *headers* are those of the provider's answer that clients
+    may see, *usage* its tokens, as the provider reports them, until the request is logged.
     """
 
     __slots__ = ("attempts", "headers", "model", "provider", "sent", "sent_at", "usage")

@@ -1,11 +1,12 @@
 """One request for an answer, from its admission to its end: its times, its gaps, its log line.
 
-A record is made when the request is understood, and goes along with it: gateway, provider, stream and
-writers note in the record what happens. When the request has ended, the request log adds the record to the
-metrics and writes one line. Requests that are refused for now are warnings, and thinned out.
+A record is made when the request is understood, and goes along with it: gateway, provider, stream
+and writers note in the record what happens. When the request has ended, the request log adds the
+record to the metrics and writes one line. Requests that are refused for now are warnings, and
+thinned out.
 
-The longest gap of an answer is measured for each of three causes, so that the line of an answer that
-stuttered says why: the provider sent nothing, we were late, or the client read nothing.
+The longest gap of an answer is measured for each of three causes, so that the line of an answer
+that stuttered says why: the provider sent nothing, we were late, or the client read nothing.
 """
 
 from __future__ import annotations
@@ -92,9 +93,11 @@ class RequestRecord:
     def __init__(self, outcome: Outcome | None = None) -> None:
         self.outcome = Outcome() if outcome is None else outcome
         self.face = self.request_id = self.caller = ""
-        # The id of its trace (W3C Trace Context), the client's or a new one, 32 hex digits; "" if it has none.
+        # The id of its trace (W3C Trace Context), the client's or a new one, 32 hex digits; "" if
+        # it has none.
         self.trace_id = ""
-        # The trace of which spans are made; None if there is no tracer, or the client samples none.
+        # The trace of which spans are made; None if there is no tracer, or the client samples
+        # none.
         self.trace: RequestTrace | None = None
         # The method and the path of a request that is passed on as it is, without its query.
         self.target = ""
@@ -111,7 +114,8 @@ class RequestRecord:
         self.streamed = False
         # None: each error has its own.
         self.statuses: Statuses | None = None
-        # The log that counts the first event of the answer when it comes; None if nothing counts it.
+        # The log that counts the first event of the answer when it comes; None if nothing counts
+        # it.
         self.log: RequestLog | None = None
 
     def begin(
@@ -124,7 +128,10 @@ class RequestRecord:
         *,
         streamed: bool = False,
     ) -> None:
-        """Note that the request is understood and goes to *provider*; *caller* is its key's name."""
+        """Note that the request is understood and goes to *provider*.
+
+        *caller* is its key's name.
+        """
         self.face = face
         self.streamed = streamed
         self.caller = caller
@@ -135,7 +142,8 @@ class RequestRecord:
     def answered(self, now: float) -> None:
         """Note that the first event of the answer has come *now*; it counts at once."""
         self.first_event_at = now
-        # Silences before the answer do not count: in a head, between comments, in a failed attempt.
+        # Silences before the answer do not count: in a head, between comments, in a failed
+        # attempt.
         self.silence = 0.0
         if self.log is not None:
             self.log.count_first_token(self)
@@ -189,7 +197,9 @@ class RequestLog:
         self._lag = lag
 
     def count_first_token(self, record: RequestRecord) -> None:
-        """Count how long the first event of the answer took, from admission and from being sent."""
+        """Count how long the first event of the answer took, from admission and from being
+        sent.
+        """
         metrics, first = self.metrics, record.first_event_at
         from_admission, from_sending = first - record.admitted_at, first - record.outcome.sent_at
         metrics.faces[record.face].first_token.observe(from_admission)

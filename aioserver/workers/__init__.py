@@ -1,10 +1,11 @@
 """Workers: several processes that serve one port, and their parent.
 
-Each *worker* is such a process as the folder `server` makes. Their *parent* holds the port, and has no event loop, since it
-forks. Its *supervisor* decides which of them run: there is a *seat* for each, with two *slots*, in which a worker and
-its successor are told apart. A worker that is replaced *hands over*: others accept connections
-already, and it refuses nothing before its own have ended.
+Each *worker* is such a process as the folder `server` makes. Their *parent* holds the port, and
+has no event loop, since it forks. Its *supervisor* decides which of them run: there is a *seat*
+for each, with two *slots*, in which a worker and its successor are told apart. A worker that is
+replaced *hands over*: others accept connections already, and it refuses nothing before its own
+have ended.
 
-Places move between the slots by way of the *shared page*, and
-the *balance* decides which worker accepts the next connection. A *private server* carries what else they share.
+Places move between the slots by way of the *shared page*, and the *balance* decides which worker
+accepts the next connection. A *private server* carries what else they share.
 """

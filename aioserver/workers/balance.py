@@ -1,13 +1,16 @@
-"""The balance: workers that share a listening socket stop accepting in turn, so that connections spread evenly.
+"""The balance: workers that share a listening socket stop accepting in turn, so that connections
+spread evenly.
 
-The kernel wakes all workers for a new connection, and the one that comes first gets it. Left alone, 600 idle
-WebSockets may all go to one worker. A worker therefore stops accepting, with a new connection, where it has more than
-STOP times the mean of all workers and a few beyond; it goes on, at a beat, where it has less than GO_ON times
-the mean. The mean is over the workers whose loops turn, so one that is blocked holds back nobody. The worker with the
-fewest connections has no more than the mean, so there is always one that accepts.
+The kernel wakes all workers for a new connection, and the one that comes first gets it. Left
+alone, 600 idle WebSockets may all go to one worker. A worker therefore stops accepting, with a new
+connection, where it has more than STOP times the mean of all workers and a few beyond; it goes on,
+at a beat, where it has less than GO_ON times the mean. The mean is over the workers whose loops
+turn, so one that is blocked holds back nobody. The worker with the fewest connections has no more
+than the mean, so there is always one that accepts.
 
-To stop is to close this process' copies of the socket; the socket itself, which the siblings share, goes on listening.
-To go on is to make new copies. Nothing accepted is lost: see `Site.stop`.
+To stop is to close this process' copies of the socket; the socket itself, which the siblings
+share, goes on listening. To go on is to make new copies. Nothing accepted is lost: see
+`Site.stop`.
 """
 
 from __future__ import annotations
@@ -30,13 +33,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.balance")
 
-# Shares of the mean, and connections beyond, at which a worker stops accepting, and goes on. Below four workers with
-# a few connections each the constants decide.
+# Shares of the mean, and connections beyond, at which a worker stops accepting, and goes on. Below
+# four workers with a few connections each the constants decide.
 STOP = (1.06, 4)
 GO_ON = (1.03, 2)
-# Seconds until it is tried again to make copies of the socket: the process has too many open files.
+# Seconds until it is tried again to make copies of the socket: the process has too many open
+# files.
 RETRY = 1.0
-# Connections that asyncio's loop accepts in one turn: a burst is not all for the worker that wakes up first.
+# Connections that asyncio's loop accepts in one turn: a burst is not all for the worker that wakes
+# up first.
 AT_ONCE = 16
 
 
@@ -50,8 +55,8 @@ class SharedSocket(ListeningSocket):
 class Balance:
     """Whether this worker accepts connections.
 
-    Always: `connections` are those of this worker, and the page says so. *on_stop* is called when it stops
-    accepting: the next beat should be soon.
+    Always: `connections` are those of this worker, and the page says so. *on_stop* is called when
+    it stops accepting: the next beat should be soon.
     """
 
     def __init__(self, page: SharedPage, on_stop: Callable[[], None]) -> None:
@@ -77,7 +82,9 @@ class Balance:
 
     @property
     def able(self) -> bool:
-        """Whether this worker accepts connections, or will as soon as the others have caught up."""
+        """Whether this worker accepts connections, or will as soon as the others have caught
+        up.
+        """
         return not self._ended and not self._failing
 
     async def accept_on(self, runner: web.AppRunner, sock: ListeningSocket, backlog: int) -> None:
@@ -112,7 +119,10 @@ class Balance:
         self._page.tell_connections(self.connections)
 
     def beat(self) -> bool:
-        """Go on accepting if the others have caught up. Return whether it has still to wait for them."""
+        """Go on accepting if the others have caught up.
+
+        Return whether it has still to wait for them.
+        """
         if not self._accepts and not self._ended:
             if asyncio.get_running_loop().time() < self._retry_at:
                 return False

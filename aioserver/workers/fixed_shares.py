@@ -1,11 +1,14 @@
-"""Fixed shares: what one worker process may use of each limit that the configuration sets for all of them.
+"""Fixed shares: what one worker process may use of each limit that the configuration sets for all
+of them.
 
-The shares of all workers together are the limit, and never more, but for a limit that is lower than the number of workers: a
-share is at least 1. While a worker is replaced, its successor has the same share.
+The shares of all workers together are the limit, and never more, but for a limit that is lower
+than the number of workers: a share is at least 1. While a worker is replaced, its successor has
+the same share.
 
-Not shared out are `max_connections` and its queue, whose places move between the workers (places.py), the `max_connections`
-of keys, which are counted over all workers (key_counts.py), and, where the workers
-belong to a cluster, what they share through its server (wings/cluster/limits.py).
+Not shared out are `max_connections` and its queue, whose places move between the workers
+(places.py), the `max_connections` of keys, which are counted over all workers (key_counts.py),
+and, where the workers belong to a cluster, what they share through its server
+(wings/cluster/limits.py).
 """
 
 from __future__ import annotations
@@ -18,20 +21,23 @@ if TYPE_CHECKING:
 
 
 def share(limit: int, rank: int, workers: int) -> int:
-    """Return the part of *limit* that the worker *rank* (from 0) of *workers* has: at least 1, but 0 of 0."""
+    """Return the part of *limit* that the worker *rank* (from 0) of *workers* has: at least 1, but
+    0 of 0.
+    """
     if not limit:
         return 0
     return max(1, limit // workers + (rank < limit % workers))
 
 
 def share_out(settings: Settings, rank: int, workers: int, *, clustered: bool = False) -> Settings:
-    """Return *settings* with the share of the worker *rank* in place of each limit that is for all of them.
+    """Return *settings* with the share of the worker *rank* in place of each limit that is for all
+    of them.
 
-    *clustered*: the workers share the limits of providers and keys through a server. A provider's `max_connections` stays as
-    it is: its `concurrent_requests` bounds the connections in use.
+    *clustered*: the workers share the limits of providers and keys through a server. A provider's
+    `max_connections` stays as it is: its `concurrent_requests` bounds the connections in use.
 
-    Each worker may keep one whole body, answer or log, however many workers there are: where that is more than its share, all
-    together may keep more than is configured.
+    Each worker may keep one whole body, answer or log, however many workers there are: where that
+    is more than its share, all together may keep more than is configured.
     """
 
     def part(limit: int) -> int:

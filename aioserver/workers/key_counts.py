@@ -1,11 +1,12 @@
 """The connections of each key, counted over all workers, for a key's own `max_connections`.
 
-Each slot has a table of its own on the shared page, which only its worker writes: rows of a digest of the key's
-name and a count, with open addressing (Knuth, "The Art of Computer Programming" 3, 6.4). A row stays where it is until the
-slot's process is gone. Only keys with a bound have a row.
+Each slot has a table of its own on the shared page, which only its worker writes: rows of a digest
+of the key's name and a count, with open addressing (Knuth, "The Art of Computer Programming" 3,
+6.4). A row stays where it is until the slot's process is gone. Only keys with a bound have a row.
 
-A worker first adds a connection to its own count and then reads those of the others. So two workers that take the last
-place at the same time cannot both miss the other one; both may be refused, though.
+A worker first adds a connection to its own count and then reads those of the others. So two
+workers that take the last place at the same time cannot both miss the other one; both may be
+refused, though.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _DIGEST, _COUNT, _ROW = 0, 1, 2
 class KeyCounts:
     """Counts connections by the names of their keys.
 
-    Always: a row's count is that of this worker's connections. A key beyond `shared_page.MAX_KEYS` has no row: its
-    connections are counted in each worker alone.
+    Always: a row's count is that of this worker's connections. A key beyond `shared_page.MAX_KEYS`
+    has no row: its connections are counted in each worker alone.
     """
 
     def __init__(self, page: SharedPage) -> None:
@@ -35,7 +36,9 @@ class KeyCounts:
         self._others = [page.key_table(slot) for slot in range(page.slots) if slot != page.slot]
 
     def counter(self, name: str) -> Callable[[int], int]:
-        """Return a function that adds to the count of *name* here, and returns how many there are elsewhere."""
+        """Return a function that adds to the count of *name* here, and returns how many there are
+        elsewhere.
+        """
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         # Positive, and not the 0 of an empty row.
         return partial(self._add, int.from_bytes(digest) >> 1 | 1)
@@ -55,7 +58,10 @@ class KeyCounts:
 
 
 def _find(table: memoryview[int], digest: int) -> int | None:
-    """Return where the row of *digest* is, or where it would be; None if it is not there, and there is no room."""
+    """Return where the row of *digest* is, or where it would be.
+
+    None if it is not there, and there is no room.
+    """
     size = len(table)
     start = digest * _ROW % size
     for step in range(0, size, _ROW):

@@ -1,7 +1,9 @@
-"""The parent's side of the shared page: whose places are whose when workers start and end, and how many there are.
+"""The parent's side of the shared page: whose places are whose when workers start and end, and how
+many there are.
 
-Each worker has two slots (shared_page.py), of which one is used but while a worker is being replaced. What the worker of a
-slot leaves there belongs to the next worker in it, or to the one in its other slot.
+Each worker has two slots (shared_page.py), of which one is used but while a worker is being
+replaced. What the worker of a slot leaves there belongs to the next worker in it, or to the one in
+its other slot.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class PageKeeper:
         self._page = SharedPage.create(workers, max_connections)
         # The slots of the processes that have not been reaped.
         self._slots: dict[int, int] = {}
-        # When the page is to be given a total again for which it had no room; None if it has the one of the configuration.
+        # When the page is to be given a total again for which it had no room; None if it has the
+        # one of the configuration.
         self.resize_at: float | None = None
 
     @property
@@ -54,7 +57,9 @@ class PageKeeper:
             self._page.retire(slot, sibling)
 
     def resize(self, max_connections: int) -> None:
-        """Have *max_connections* places from now on, or as soon as workers have given what is too much."""
+        """Have *max_connections* places from now on, or as soon as workers have given what is too
+        much.
+        """
         self._total = max_connections
         self._resize()
 

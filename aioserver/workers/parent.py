@@ -1,12 +1,14 @@
-"""The parent of several workers: it holds the port, starts `serve` once for each, and replaces those that end.
+"""The parent of several workers: it holds the port, starts `serve` once for each, and replaces
+those that end.
 
     signals, ends of processes, what workers say → supervisor → processes, signals, what systemd hears
 
-It has no event loop, no threads and no application: it waits for one signal after the other, with all of
-them blocked (sigtimedwait(2)); that a worker has said something is a signal, too (O_ASYNC; fcntl(2)). A
-worker is `serve` in another program image, started by fork and exec, so that nothing of the parent is left
-in it, and so that a replacement runs the code that is installed then. A worker tells its parent what a
-service tells systemd, over a socket of its own, and the parent tells systemd what becomes of all.
+It has no event loop, no threads and no application: it waits for one signal after the other, with
+all of them blocked (sigtimedwait(2)); that a worker has said something is a signal, too (O_ASYNC;
+fcntl(2)). A worker is `serve` in another program image, started by fork and exec, so that nothing
+of the parent is left in it, and so that a replacement runs the code that is installed then. A
+worker tells its parent what a service tells systemd, over a socket of its own, and the parent
+tells systemd what becomes of all.
 
 Linux only, as the files in memory are.
 """
@@ -99,7 +101,8 @@ class Parent:
         self._systemd = systemd.Notifier(address, None, self._status)
         self._watchdog = watchdog
         self._period = watchdog or PERIOD
-        # When the watchdog of systemd is fed; None before the start is over, or without a watchdog.
+        # When the watchdog of systemd is fed; None before the start is over, or without a
+        # watchdog.
         self._feed_at: float | None = None
         self._announced = False
         # Whether systemd was told of a reload that is not over.
@@ -126,7 +129,8 @@ class Parent:
         self._mask: set[Any] = set()
 
     def listen(self) -> None:
-        """Open the port, unless it was inherited; connections wait in it until workers accept them.
+        """Open the port, unless it was inherited; connections wait in it until workers accept
+        them.
 
         Raises:
             OSError: the address is in use, or is not one of this machine.
@@ -279,7 +283,9 @@ class Parent:
         self._supervisor.stop()
 
     def _read(self, number: signal.Signals) -> None:
-        """Read the configuration again, and if it is valid, let the workers apply it, or replace them."""
+        """Read the configuration again, and if it is valid, let the workers apply it, or replace
+        them.
+        """
         self._systemd.reloading()
         self._reloading = True
         try:
@@ -328,7 +334,9 @@ class Parent:
         return f"{text}: {inside} of {limit} connections, {waiting} waiting"
 
     def _enter_child(self) -> None:
-        """Prepare a process of ours that is no worker, before it becomes another program: it ends with the parent."""
+        """Prepare a process of ours that is no worker, before it becomes another program: it ends
+        with the parent.
+        """
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

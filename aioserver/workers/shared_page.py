@@ -1,11 +1,14 @@
-"""The page of shared memory on which the workers of one host share the places of `max_connections`.
+"""The page of shared memory on which the workers of one host share the places of
+`max_connections`.
 
-Each worker process has a **slot**, and its gate has a limit of its own. Places move from slot to slot, so that
-nobody is refused in one worker while another one has room. The page is mapped by the parent and by all workers
-(a memfd, or an unlinked file); it has no lock, and nothing on it waits.
+This file is one concept: the layout of the page and each step that changes it hold one invariant.
 
-**The cells.** Every cell is a number of 8 bytes with exactly one writer at a time: the worker of its slot, or the
-parent, for a slot whose process it has reaped. Anybody may read. Each slot has
+Each worker process has a **slot**, and its gate has a limit of its own. Places move from slot to
+slot, so that nobody is refused in one worker while another one has room. The page is mapped by the
+parent and by all workers (a memfd, or an unlinked file); it has no lock, and nothing on it waits.
+
+**The cells.** Every cell is a number of 8 bytes with exactly one writer at a time: the worker of
+its slot, or the parent, for a slot whose process it has reaped. Anybody may read. Each slot has
 
     target        places that the configuration gives it; written by the parent alone
     base          how much of that is in effect; moves towards `target`
@@ -16,29 +19,33 @@ parent, for a slot whose process it has reaped. Anybody may read. Each slot has
 
 **Places.** A slot *i* has `places(i) = base(i) + Σj given[j][i] - Σj given[i][j]`.
 
-To give k places, a worker first lowers its own gate by k and then adds k to one cell. A worker raises its gate only
-after it has read such a cell. In between the places are nobody's. Therefore
+To give k places, a worker first lowers its own gate by k and then adds k to one cell. A worker
+raises its gate only after it has read such a cell. In between the places are nobody's. Therefore
 
     Σ limits <= Σ places <= Σ base <= Σ max(base, target) = the bound
 
-holds at every moment, also between any two stores, and with each store seen by the others however late: a
-stale cell holds fewer given places, never more. No store depends on a cell that somebody else writes meanwhile,
-which is why there is no lock, and why a process may be killed anywhere: the worker that is started again in its slot
-reads the cells and has exactly the places of the dead one.
+holds at every moment, also between any two stores, and with each store seen by the others however
+late: a stale cell holds fewer given places, never more. No store depends on a cell that somebody
+else writes meanwhile, which is why there is no lock, and why a process may be killed anywhere: the
+worker that is started again in its slot reads the cells and has exactly the places of the dead
+one.
 
-**A rolling restart** needs slots of its own, so there are two for each worker. The new worker's slot begins with nothing; a
-worker that ends gives away each place that is free; what is left when its process is gone is moved by the
-parent (`retire`). **A reload** that changes `max_connections` changes the targets (`resize`). A raised target is in
-effect at the next beat of its worker. A lowered one is paid with the places that the worker has, the rest with those that it
-gets. The parent raises no target before the bound has room for it, so the bound is never above the larger one of two totals.
+**A rolling restart** needs slots of its own, so there are two for each worker. The new worker's
+slot begins with nothing; a worker that ends gives away each place that is free; what is left when
+its process is gone is moved by the parent (`retire`). **A reload** that changes `max_connections`
+changes the targets (`resize`). A raised target is in effect at the next beat of its worker. A
+lowered one is paid with the places that the worker has, the rest with those that it gets. The
+parent raises no target before the bound has room for it, so the bound is never above the larger
+one of two totals.
 
-**What it relies on.** A store through a memoryview of format `q` is a memcpy of 8 bytes in CPython (`PACK_SINGLE` in
-Objects/memoryobject.c), which compilers turn into one store; aligned stores of 8 bytes are atomic on every 64-bit
-machine that CPython supports. `tests/workers/test_shared_page.py` looks for torn numbers. The order in which stores of
-*different* cells are seen does not matter, see above.
+**What it relies on.** A store through a memoryview of format `q` is a memcpy of 8 bytes in CPython
+(`PACK_SINGLE` in Objects/memoryobject.c), which compilers turn into one store; aligned stores of 8
+bytes are atomic on every 64-bit machine that CPython supports. `tests/workers/test_shared_page.py`
+looks for torn numbers. The order in which stores of *different* cells are seen does not matter,
+see above.
 
-A reader of many cells that needs them all at one moment collects them twice, until two collections are equal (Afek et al., "Atomic
-Snapshots of Shared Memory", 1993, the simple case): see `collect`.
+A reader of many cells that needs them all at one moment collects them twice, until two collections
+are equal (Afek et al., "Atomic Snapshots of Shared Memory", 1993, the simple case): see `collect`.
 """
 
 from __future__ import annotations
@@ -57,9 +64,11 @@ if TYPE_CHECKING:
 
 # Each worker has two slots: a rolling restart starts the new process before the old one ends.
 SLOTS_PER_WORKER = 2
-# Seconds. A worker whose beat is later than that is blocked, or gone: it counts for no mean, and is given nothing.
+# Seconds. A worker whose beat is later than that is blocked, or gone: it counts for no mean, and
+# is given nothing.
 LATE = 0.075
-# Seconds. A worker whose beat is later than that will not give a place soon, though it may have one.
+# Seconds. A worker whose beat is later than that will not give a place soon, though it may have
+# one.
 BUSY = 1.0
 # Reads that `collect` tries. Two of them are equal unless places move all the time.
 MAX_COLLECTIONS = 1000
@@ -77,8 +86,8 @@ _NANOSECONDS = 1_000_000_000
 class State(IntEnum):
     """What the worker of a slot does.
 
-    *DRAINING*: it accepts no more connections, but still serves those that it has. *LEAVING*: it lets in nobody
-    any more, and gives its places away.
+    *DRAINING*: it accepts no more connections, but still serves those that it has. *LEAVING*: it
+    lets in nobody any more, and gives its places away.
     """
 
     ABSENT = 0
@@ -102,7 +111,8 @@ class _Column(IntEnum):
 
 # Cells in front of the columns: the layout, and the number of slots.
 _HEAD: Final = 2
-# The layout of the page, which a worker of another version than its parent's must not misread. Count up the number where cells get another meaning.
+# The layout of the page, which a worker of another version than its parent's must not misread.
+# Count up the number where cells get another meaning.
 _LAYOUT: Final = zlib.crc32(repr((1, list(_Column), SLOTS_PER_WORKER, MAX_KEYS)).encode())
 
 
@@ -113,10 +123,12 @@ class OtherLayout(Exception):
 class SharedPage:
     """The page, as one process sees it.
 
-    Always: `0 <= places(i)`, and the sum of all limits is at most the bound, see the head of this file.
+    Always: `0 <= places(i)`, and the sum of all limits is at most the bound, see the head of this
+    file.
 
-    *fd*: the descriptor of the page, which stays open. *slot*: that of this worker; None in the parent and in
-    observers. A worker's constructor takes its slot over: whatever the last process left there is put in order.
+    *fd*: the descriptor of the page, which stays open. *slot*: that of this worker; None in the
+    parent and in observers. A worker's constructor takes its slot over: whatever the last process
+    left there is put in order.
 
     Raises:
         OtherLayout: another version of aioserver has made the page; nothing on it was touched.
@@ -143,7 +155,8 @@ class SharedPage:
 
     @classmethod
     def create(cls, workers: int, max_connections: int) -> SharedPage:
-        """Make a page for *workers*, whose first slots share *max_connections* evenly; in the parent.
+        """Make a page for *workers*, whose first slots share *max_connections* evenly; in the
+        parent.
 
         Raises:
             OSError: there is no memory for it.
@@ -186,7 +199,8 @@ class SharedPage:
     def owed(self, slot: int) -> int:
         """Return how many places of a lowered total *slot* has still to pay.
 
-        What it was given and has not seen yet is on its way: it will pay with that, and must not be given it twice.
+        What it was given and has not seen yet is on its way: it will pay with that, and must not
+        be given it twice.
         """
         unseen = max(0, self.places(slot) - self._get(_Column.LIMIT, slot))
         return max(0, self._get(_Column.BASE, slot) - self._get(_Column.TARGET, slot) - unseen)
@@ -200,11 +214,15 @@ class SharedPage:
         return self._get(_Column.WAITING, slot)
 
     def free(self, slot: int) -> int:
-        """Return how many more clients *slot* could let in; below 0: it has let in too many for a lowered total."""
+        """Return how many more clients *slot* could let in; below 0: it has let in too many for a
+        lowered total.
+        """
         return self.places(slot) - self.inside(slot) - self.owed(slot)
 
     def turning(self, *states: State, late: float = LATE) -> list[int]:
-        """Return the slots whose workers are in one of *states*, with a beat that is at most *late* seconds late."""
+        """Return the slots whose workers are in one of *states*, with a beat that is at most
+        *late* seconds late.
+        """
         oldest = int((self._clock() - late) * _NANOSECONDS)
         beats = self._all(_Column.BEAT)
         return [
@@ -223,11 +241,15 @@ class SharedPage:
         return self._all(_Column.CONNECTIONS)
 
     def room(self) -> int:
-        """Return how many more clients the siblings of this worker could let in, or a busy one among them soon."""
+        """Return how many more clients the siblings of this worker could let in, or a busy one
+        among them soon.
+        """
         return sum(max(0, self.free(slot)) for slot in self.siblings(late=BUSY))
 
     def wanted(self, reserve: int) -> bool:
-        """Return whether some sibling has fewer than *reserve* places free, or clients that wait: roughly, but quickly."""
+        """Return whether some sibling has fewer than *reserve* places free, or clients that wait:
+        roughly, but quickly.
+        """
         limits, insides = self._all(_Column.LIMIT), self._all(_Column.INSIDE)
         waiting, states = self._all(_Column.WAITING), self._all(_Column.STATE)
         return any(
@@ -273,7 +295,9 @@ class SharedPage:
     # What the worker of this slot does.
 
     def beat(self, state: State, after: float) -> None:
-        """Say that this worker's loop turns, what it does, and that the next beat is *after* so many seconds."""
+        """Say that this worker's loop turns, what it does, and that the next beat is *after* so
+        many seconds.
+        """
         self._put(_Column.STATE, self.slot, state)
         self._put(_Column.BEAT, self.slot, int((self._clock() + after) * _NANOSECONDS))
 
@@ -283,7 +307,10 @@ class SharedPage:
         self._put(_Column.WAITING, self.slot, waiting)
 
     def tell_instance(self, token: int) -> None:
-        """Say which instance of the cluster this worker is; *token* is not 0, and no other one ever has it."""
+        """Say which instance of the cluster this worker is.
+
+        *token* is not 0, and no other one ever has it.
+        """
         self._put(_Column.INSTANCE, self.slot, token)
 
     def tell_connections(self, connections: int) -> None:
@@ -305,7 +332,9 @@ class SharedPage:
             self._put(_Column.BASE, slot, base + change)
 
     def give(self, to: int, count: int, set_limit: Callable[[int], None]) -> None:
-        """Give *count* places to the slot *to*; *set_limit* lowers the limit of this worker's gate.
+        """Give *count* places to the slot *to*.
+
+        *set_limit* lowers the limit of this worker's gate.
 
         Raises:
             ValueError: this slot has not so many places.
@@ -313,7 +342,8 @@ class SharedPage:
         places = self.places(self.slot)
         if not 0 < count <= places:
             raise ValueError(f"{count} places to give, of {places}")
-        # In this order: in between the places are nobody's, in the other one they would be of both.
+        # In this order: in between the places are nobody's, in the other one they would be of
+        # both.
         self._limit(places - count, set_limit)
         self._add_given(self.slot, to, count)
 
@@ -324,9 +354,12 @@ class SharedPage:
     # What the parent does.
 
     def resize(self, max_connections: int, slots: Sequence[int]) -> bool:
-        """Share a changed total among *slots*, those that serve. Return whether that was possible at once.
+        """Share a changed total among *slots*, those that serve.
 
-        Otherwise call it again a little later: a slot has still to pay for an earlier, lower total.
+        Return whether that was possible at once.
+
+        Otherwise call it again a little later: a slot has still to pay for an earlier, lower
+        total.
         """
         targets = self._all(_Column.TARGET)
         change = max_connections - sum(targets)
@@ -350,12 +383,13 @@ class SharedPage:
     def retire(self, slot: int, heir: int) -> None:
         """Note that the process of *slot* is gone, and move all its places to the slot *heir*.
 
-        For a process that another one has replaced, or that is not started again soon. A process that is started in
-        *slot* later begins without a place, and is given some by its siblings.
+        For a process that another one has replaced, or that is not started again soon. A process
+        that is started in *slot* later begins without a place, and is given some by its siblings.
         """
         self.reaped(slot)
         base, target = self._get(_Column.BASE, slot), self._get(_Column.TARGET, slot)
-        # What the dead one had not put in effect: first off its own target, so that the bound never rises.
+        # What the dead one had not put in effect: first off its own target, so that the bound
+        # never rises.
         self._put(_Column.TARGET, slot, base)
         self._put(_Column.TARGET, heir, self._get(_Column.TARGET, heir) + target - base)
         if places := self.places(slot):

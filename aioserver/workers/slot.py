@@ -1,8 +1,10 @@
-"""The slot of one worker among several: its gate, who accepts, and the beat by which both follow the page.
+"""The slot of one worker among several: its gate, who accepts, and the beat by which both follow
+the page.
 
-A beat every BEAT says that this worker's loop turns, and looks what the siblings need. Where something is to
-come, a place for a client that waits or the turn to accept again, the next beat is after SOON. Where nothing
-happens here, and every worker has PLENTY of places, it is after REST: an idle server wakes up for little else.
+A beat every BEAT says that this worker's loop turns, and looks what the siblings need. Where
+something is to come, a place for a client that waits or the turn to accept again, the next beat is
+after SOON. Where nothing happens here, and every worker has PLENTY of places, it is after REST: an
+idle server wakes up for little else.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ BEAT = 0.025
 SOON = 0.005
 # A client waits for a place of a resting worker for that long at most; `places.GRACE` is longer.
 REST = 0.25
-# Free places of each worker: a burst of more clients that all come to one worker has to wait for the others' places.
+# Free places of each worker: a burst of more clients that all come to one worker has to wait for
+# the others' places.
 PLENTY = 16
 
 

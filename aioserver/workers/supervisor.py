@@ -1,15 +1,17 @@
-"""Which worker processes run, and what becomes of each: the decisions of the parent, without its processes.
+"""Which worker processes run, and what becomes of each: the decisions of the parent, without its
+processes.
 
-This file is one concept: the seats of the workers, what is known of each process, and each decision that follows from it.
+This file is one concept: the seats of the workers, what is known of each process, and each
+decision that follows from it.
 
-A *seat* is a place for one worker that serves; there are as many as `workers`. Each seat has two *slots*,
-so that a worker that ends and its successor are told apart. A process passes through
+A *seat* is a place for one worker that serves; there are as many as `workers`. Each seat has two
+*slots*, so that a worker that ends and its successor are told apart. A process passes through
 
     STARTING → SERVING → ENDING → gone
 
-A seat whose worker ends unasked gets another one: at once if the former lived for long, else after a
-pause that doubles. A replacement starts the successor first, and asks the worker to end once the successor
-serves; a successor that does not get so far is given up, and its worker stays.
+A seat whose worker ends unasked gets another one: at once if the former lived for long, else after
+a pause that doubles. A replacement starts the successor first, and asks the worker to end once the
+successor serves; a successor that does not get so far is given up, and its worker stays.
 
 Every process has a deadline in every state: to get ready, to be heard of again, to end. One that
 misses it gets SIGABRT, on which it writes the stacks of its threads, and then SIGKILL.
@@ -61,8 +63,8 @@ class Phase(Enum):
 class Process:
     """One worker process. Times are of the supervisor's clock.
 
-    *generation*: the replacement that started it. *configuration*: the number of the one it has, and
-    *told* of the one it was told to read.
+    *generation*: the replacement that started it. *configuration*: the number of the one it has,
+    and *told* of the one it was told to read.
     """
 
     pid: int
@@ -82,7 +84,9 @@ class Process:
     status: str = ""
 
     def deadline(self, period: float) -> float | None:
-        """Return when something must have happened: its end, or else that it is heard of; None after SIGKILL.
+        """Return when something must have happened: its end, or else that it is heard of.
+
+        None after SIGKILL.
 
         *period*: the seconds within which it is to be heard of while it serves.
         """
@@ -152,7 +156,8 @@ RELOAD_TIMEOUT = 30.0
 LAST_WORDS = 2.0
 # The parent was itself stopped, or had no processor, if it wakes later than it meant to by more.
 OVERSLEPT = 1.0
-# Seconds after its deadline for which a worker is not taken for one that even SIGKILL does not end.
+# Seconds after its deadline for which a worker is not taken for one that even SIGKILL does not
+# end.
 UNKILLABLE = 2 * LAST_WORDS
 # The signal for a worker to end while its siblings go on.
 HAND_OVER = signal.SIGUSR1
@@ -161,8 +166,8 @@ HAND_OVER = signal.SIGUSR1
 class Supervisor:
     """Decides about *workers* processes. Whatever happens is told to it; then `turn` is called.
 
-    *period*: the seconds within which a worker must be heard of. *end_timeout*: those that a worker may
-    take to end.
+    *period*: the seconds within which a worker must be heard of. *end_timeout*: those that a
+    worker may take to end.
     """
 
     def __init__(
@@ -186,7 +191,8 @@ class Supervisor:
         self._stopping = False
         self._code = 0
         self._generation = 0
-        # The configuration that processes start with, that which all should have, and the one before a replacement.
+        # The configuration that processes start with, that which all should have, and the one
+        # before a replacement.
         self._configuration = 0
         self._wanted = 0
         self._former = 0
@@ -264,7 +270,10 @@ class Supervisor:
             process.configuration = process.told
 
     def ended(self, pid: int, code: int) -> None:
-        """Take note that the process *pid* is gone. *code*: its exit code, negative for a signal."""
+        """Take note that the process *pid* is gone.
+
+        *code*: its exit code, negative for a signal.
+        """
         if pid not in self._by_pid:
             # A process 1 gets the orphans of others.
             return

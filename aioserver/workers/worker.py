@@ -1,9 +1,9 @@
 """A worker: one of several processes that serve the same port, as its parent has started it.
 
-The parent passes its listening sockets by the protocol of systemd. What systemd has no words for comes in
-variables: `AIOSERVER_WORKER=SLOT/WORKERS`; `AIOSERVER_FDS=NAME=NUMBER,…`, descriptors by name; and
-`AIOSERVER_PRIVATE_SERVER`, the URL of the parent's own Valkey or Redis server, if it has one
-(workers/private_server.py).
+The parent passes its listening sockets by the protocol of systemd. What systemd has no words for
+comes in variables: `AIOSERVER_WORKER=SLOT/WORKERS`; `AIOSERVER_FDS=NAME=NUMBER,…`, descriptors by
+name; and `AIOSERVER_PRIVATE_SERVER`, the URL of the parent's own Valkey or Redis server, if it has
+one (workers/private_server.py).
 
 | name | what it is |
 | --- | --- |
@@ -13,8 +13,8 @@ variables: `AIOSERVER_WORKER=SLOT/WORKERS`; `AIOSERVER_FDS=NAME=NUMBER,…`, des
 | pepper | the secret of browser sessions, the same in each worker |
 | page | shared memory, by which places of `max_connections` move between workers (shared_page.py) |
 
-A worker that is replaced, and its successor, have different slots of the same rank: there are twice as
-many slots as workers.
+A worker that is replaced, and its successor, have different slots of the same rank: there are
+twice as many slots as workers.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ NAMES = frozenset({"ear", "lifeline", "configuration", "pepper", "page"})
 class Worker:
     """What this process is among *workers* processes. *slot*: from 0 to `2 * workers - 1`.
 
-    *period*: the seconds within which its parent wants to hear from it. *server_url*: the parent's private server,
-    through which the workers share limits and streams; None if it has none. *first*: whether it was started with the
-    parent, so that no worker was there before.
+    *period*: the seconds within which its parent wants to hear from it. *server_url*: the parent's
+    private server, through which the workers share limits and streams; None if it has none.
+    *first*: whether it was started with the parent, so that no worker was there before.
     """
 
     slot: int
@@ -63,7 +63,9 @@ class Worker:
 
     @classmethod
     def take(cls, environ: MutableMapping[str, str]) -> Self | None:
-        """Return the worker that *environ* describes, and remove its variables; None if it describes none.
+        """Return the worker that *environ* describes, and remove its variables.
+
+        None if it describes none.
 
         There may be descriptors with other names, of a parent of another version.
 
@@ -120,7 +122,9 @@ class Worker:
         return self.slot % self.workers
 
     def content(self) -> bytes:
-        """Return the content of the configuration file that was in effect when the worker was started."""
+        """Return the content of the configuration file that was in effect when the worker was
+        started.
+        """
         return read(self.descriptors["configuration"])
 
     def pepper(self) -> bytes:

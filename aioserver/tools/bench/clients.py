@@ -39,7 +39,10 @@ DEFAULT_MAX_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """The chat that every request sends. If *model* or *max_tokens* is None, the server chooses."""
+    """The chat that every request sends.
+
+    If *model* or *max_tokens* is None, the server chooses.
+    """
 
     prompt: str
     model: str | None = None
@@ -278,7 +281,9 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 
 def _reported(content: dict[str, Any]) -> Fault:
-    """Return the fault in an event of Anthropic's face or the Responses API that has an `error`."""
+    """Return the fault in an event of Anthropic's face or the Responses API that has an
+    `error`.
+    """
     error = content.get("error")
     fields = error if isinstance(error, dict) else {}
     code = str(fields.get("code") or fields.get("type") or "provider_error")

@@ -52,7 +52,9 @@ class PlainDisplay:
         """Show nothing: the line belongs to the answer."""
 
     def end(self) -> None:
-        """End the last line, if it has no end: what follows in a terminal or a file begins a line."""
+        """End the last line, if it has no end: what follows in a terminal or a file begins a
+        line.
+        """
         if self._last != "\n":
             self._out.write("\n")
             self._last = "\n"

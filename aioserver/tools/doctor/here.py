@@ -1,4 +1,6 @@
-"""A server that would start here: its configuration, this machine, and the road to its providers."""
+"""A server that would start here: its configuration, this machine, and the road to its
+providers.
+"""
 
 from __future__ import annotations
 

@@ -87,7 +87,10 @@ class Steps:
         return infos[:MAX_ADDRESSES]
 
     async def _connect(self, infos: Sequence[tuple[Any, ...]]) -> socket.socket | None:
-        """Connect to all addresses. Returns the first socket that is connected; None if none is."""
+        """Connect to all addresses.
+
+        Returns the first socket that is connected; None if none is.
+        """
         subject = self._subject
         faults: list[str] = []
         # Addresses of a family that this machine has not, which cost nobody any time.

@@ -242,7 +242,9 @@ class Examination:
             )
 
     async def _key_accepted(self, session: aiohttp.ClientSession) -> bool:
-        """Find out whether the server serves us; also its paths, and a model that costs nothing."""
+        """Find out whether the server serves us; also its paths, and a model that costs
+        nothing.
+        """
         answer = await self._ask(session, "/v1/models")
         if answer is None:
             return False

@@ -1,4 +1,6 @@
-"""Anthropic's Messages API as providers speak it: its headers, its usage, and its errors, which clients get as they are."""
+"""Anthropic's Messages API as providers speak it: its headers, its usage, and its errors, which
+clients get as they are.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ class MessagesApi(Api):
     def key_headers(self, host: str, key: str) -> dict[str, str]:
         """Return the headers that present *key*.
 
-        Anthropic takes it as `x-api-key` alone, and engines that speak Messages as one or the other.
+        Anthropic takes it as `x-api-key` alone, and engines that speak Messages as one or the
+        other.
         """
         own = {"x-api-key": key}
         anthropic = host == HOST or host.endswith(f".{HOST}")

@@ -1,7 +1,8 @@
 """The sink of a streamed answer of Anthropic's Messages API, and what the API's errors mean.
 
-The bytes of an answer go into the log as they come. It ends with `message_stop`, and not with a stop_reason. An event `error` that ends it passes itself, unless another attempt may follow, or
-it is about our key. `ping` is no answer: it passes, and another attempt may follow.
+The bytes of an answer go into the log as they come. It ends with `message_stop`, and not with a
+stop_reason. An event `error` that ends it passes itself, unless another attempt may follow, or it
+is about our key. `ping` is no answer: it passes, and another attempt may follow.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ MAX_PASSED_BYTES = 65_536
 
 
 class MessageSink(PassingSink):
-    """Appends the events of a message to a log. None takes the fast path, since each has two lines."""
+    """Appends the events of a message to a log.
+
+    None takes the fast path, since each has two lines.
+    """
 
     end_mark = "message_stop"
 
@@ -74,7 +78,8 @@ class MessageSink(PassingSink):
 
 
 def _up_to_end(block: bytes) -> tuple[bytes, bool, bytes]:
-    """Return the events of *block* before its end, whether it ends well, and the event of an error that ends it.
+    """Return the events of *block* before its end, whether it ends well, and the event of an error
+    that ends it.
 
     The event of a good end is among those before it.
     """
@@ -92,7 +97,8 @@ def _up_to_end(block: bytes) -> tuple[bytes, bool, bytes]:
 
 
 def check_status(name: str, status: int, headers: Mapping[str, str], body: bytes) -> None:
-    """Raise the fault that a *status* of the provider *name* means, with the error that a client gets as it is.
+    """Raise the fault that a *status* of the provider *name* means, with the error that a client
+    gets as it is.
 
     Raises:
         ProviderFault: as `error_mapping.check_status`.

@@ -7,9 +7,9 @@ The events of a streamed answer: `message_start`, then for each block of its con
 `content_block_start`, `content_block_delta`*, `content_block_stop`, then `message_delta` and
 `message_stop`, its end. `ping` may stand anywhere, and says nothing. An `error` is an end, too.
 
-An error is `{"type": "error", "error": {"type": "…", "message": "…"}, "request_id": "…"}`, in an event as
-in the body of an HTTP answer. Ours has our code beside its type. Where others of our faces say 503, it is 529
-here, `overloaded_error`: Anthropic's programs know it, and ask less.
+An error is `{"type": "error", "error": {"type": "…", "message": "…"}, "request_id": "…"}`, in an
+event as in the body of an HTTP answer. Ours has our code beside its type. Where others of our
+faces say 503, it is 529 here, `overloaded_error`: Anthropic's programs know it, and ask less.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ VERSION = "2023-06-01"
 # The beginning of the names of headers that belong to the API, and go on to the provider.
 HEADERS = "anthropic-"
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
-# Error types by HTTP status; any other below 500 is an invalid_request_error, and above an api_error.
+# Error types by HTTP status; any other below 500 is an invalid_request_error, and above an
+# api_error.
 TYPES = {
     401: "authentication_error",
     402: "billing_error",
@@ -55,7 +56,9 @@ _SPEAKING = re.compile(r"/v1/messages(?:/.*)?", re.DOTALL)
 
 
 def speaks(path: str, headers: Mapping[str, str]) -> bool:
-    """Return whether a client that asks for *path* with *headers* expects this API's answers, and errors."""
+    """Return whether a client that asks for *path* with *headers* expects this API's answers, and
+    errors.
+    """
     if _SPEAKING.fullmatch(path) is not None:
         return True
     return path.startswith("/v1/") and VERSION_HEADER in headers
@@ -69,7 +72,10 @@ def http_status(error: AioserverError) -> int:
 
 
 def error_body(error: AioserverError, request_id: str = "") -> bytes:
-    """Return *error* as the JSON of a body or an event; what a provider has said passes unchanged."""
+    """Return *error* as the JSON of a body or an event.
+
+    What a provider has said passes unchanged.
+    """
     if error.provider_answer is not None:
         return error.provider_answer[1]
     status = http_status(error)
@@ -110,9 +116,11 @@ def content_of(event: bytes) -> dict[str, Any]:
 
 
 def usage_in(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the usage in an event or a whole answer, without its unknown counts; empty if there is none.
+    """Return the usage in an event or a whole answer, without its unknown counts; empty if there
+    is none.
 
-    `message_start` has it in its message. What `message_delta` has replaces that: its counts are of the whole answer.
+    `message_start` has it in its message. What `message_delta` has replaces that: its counts are
+    of the whole answer.
     """
     message = content.get("message")
     usage = (message if isinstance(message, dict) else content).get("usage")
@@ -122,7 +130,9 @@ def usage_in(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_total(usage: dict[str, Any]) -> dict[str, Any]:
-    """Return *usage* with the `total_tokens` that count for a pace; those read from a cache do not."""
+    """Return *usage* with the `total_tokens` that count for a pace; those read from a cache do
+    not.
+    """
     counts = [usage[name] for name in _TOKENS if isinstance(usage.get(name), int)]
     return {**usage, "total_tokens": sum(counts)} if counts else usage
 

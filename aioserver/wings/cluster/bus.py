@@ -1,11 +1,11 @@
 """The bus: messages between instances, over the pub/sub of Redis.
 
-What is sent to one instance within a turn of the event loop goes out as one publication. A message may be
-lost: Redis drops a subscriber that reads too slowly, and forgets what it was sent. It may be late, too,
-and then comes after others. Who sends messages has to notice both (links.py).
+What is sent to one instance within a turn of the event loop goes out as one publication. A message
+may be lost: Redis drops a subscriber that reads too slowly, and forgets what it was sent. It may
+be late, too, and then comes after others. Who sends messages has to notice both (links.py).
 
-`RedisBus` has two connections: one is subscribed to this instance's channel, the other publishes. Both are made
-again, after a short wait, when they break.
+`RedisBus` has two connections: one is subscribed to this instance's channel, the other publishes.
+Both are made again, after a short wait, when they break.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Bus(Protocol):
         """Whether messages come and go."""
 
     def send(self, target: str, message: Message) -> None:
-        """Send *message* to the instance *target*, with all others of this turn of the event loop."""
+        """Send *message* to the instance *target*, with all others of this turn of the event
+        loop.
+        """
 
 
 class MakeBus(Protocol):
@@ -58,7 +60,10 @@ class MakeBus(Protocol):
 
 
 def channel_of(prefix: str, name: str) -> str:
-    """Return the channel on which the instance *name* hears others; *prefix* is that of the cluster's keys."""
+    """Return the channel on which the instance *name* hears others.
+
+    *prefix* is that of the cluster's keys.
+    """
     return f"{prefix}i:{name}:streams"
 
 
@@ -85,7 +90,8 @@ class Outbox:
 
 
 class RedisCommands:
-    """A connection for commands that may be given up: their answers are then not awaited, and may come.
+    """A connection for commands that may be given up: their answers are then not awaited, and may
+    come.
 
     Always: commands are carried out in the order in which they were asked, each at most once.
     """
@@ -136,10 +142,12 @@ class RedisCommands:
 
 
 class RedisBus:
-    """The bus over Redis: see `Bus`. *prefix* is that of the cluster's keys; *commands* publishes, and *url* is subscribed to.
+    """The bus over Redis: see `Bus`.
 
-    *on_message* is called with each message and its sender, *on_deaf* with an instance that nobody is: what was
-    sent to it has reached no one.
+    *prefix* is that of the cluster's keys; *commands* publishes, and *url* is subscribed to.
+
+    *on_message* is called with each message and its sender, *on_deaf* with an instance that nobody
+    is: what was sent to it has reached no one.
     """
 
     def __init__(
@@ -176,7 +184,9 @@ class RedisBus:
         return self._subscription.connected and self._commands.connected
 
     def send(self, target: str, message: Message) -> None:
-        """Send *message* to the instance *target*, with all others of this turn of the event loop."""
+        """Send *message* to the instance *target*, with all others of this turn of the event
+        loop.
+        """
         self._outbox.put(target, message)
 
     async def close(self) -> None:

@@ -1,9 +1,10 @@
-"""Claims: which instance answers a request id, so that the same request is never asked of a provider twice.
+"""Claims: which instance answers a request id, so that the same request is never asked of a
+provider twice.
 
-A claim is a hash in Redis. Its key has a digest of the caller and the id, since an id is a name within a caller;
-neither stands in a key. It has the owner's name, the digest of the request, and whether the answer
-has ended. A claim lives for LEASE and the window of the stream, and is renewed while the answer runs; after
-the end it lives for the window.
+A claim is a hash in Redis. Its key has a digest of the caller and the id, since an id is a name
+within a caller; neither stands in a key. It has the owner's name, the digest of the request, and
+whether the answer has ended. A claim lives for LEASE and the window of the stream, and is renewed
+while the answer runs; after the end it lives for the window.
 
     none, or the owner is no member any more   → ours
     ours                                       → ours
@@ -11,9 +12,9 @@ the end it lives for the window.
     another's, with another request            → a conflict
     ended, and the log was handed over         → the log is read from Redis
 
-The decision is made in Redis, by a script, so that of two instances which claim an id at once one is the
-owner. Each answer of Redis is awaited for `commands.TIMEOUT` at most: beyond, an instance goes on with its
-own store alone, and an id may then be answered twice.
+The decision is made in Redis, by a script, so that of two instances which claim an id at once one
+is the owner. Each answer of Redis is awaited for `commands.TIMEOUT` at most: beyond, an instance
+goes on with its own store alone, and an id may then be answered twice.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
 
     from aioserver.gateway.commands import Commands
 
-# Seconds for which a claim lives that is not renewed, beyond the stream's window, and between two renewals.
+# Seconds for which a claim lives that is not renewed, beyond the stream's window, and between two
+# renewals.
 LEASE, RENEWAL = 60.0, 20.0
 OURS, THEIRS, CONFLICT, KEPT, NONE = 1, 2, 3, 4, 5
 
-# KEYS: the claim, the handed-over log, the members. ARGV: my name, the request's digest, milliseconds to live,
-# an owner that no longer has the stream ("" if none).
+# KEYS: the claim, the handed-over log, the members. ARGV: my name, the request's digest,
+# milliseconds to live, an owner that no longer has the stream ("" if none).
 TAKE = """
 local owner, digest, done = unpack(redis.call('HMGET', KEYS[1], 'owner', 'digest', 'done'))
 if owner and owner ~= ARGV[1] then
@@ -59,8 +61,9 @@ if done and redis.call('EXISTS', KEYS[2]) == 1 then return {4, owner, digest} en
 if redis.call('ZSCORE', KEYS[3], owner) then return {2, owner, digest} end
 return {5, '', ''}
 """
-# KEYS: claims. ARGV: my name, then for each the digest, milliseconds to live, and "1" if the answer has ended.
-# A claim that is another's by now stays so. One that has no time left to live is given up.
+# KEYS: claims. ARGV: my name, then for each the digest, milliseconds to live, and "1" if the
+# answer has ended. A claim that is another's by now stays so. One that has no time left to live is
+# given up.
 RENEW = """
 for number, key in ipairs(KEYS) do
   local digest, ttl, done = ARGV[3 * number - 1], ARGV[3 * number], ARGV[3 * number + 1]
@@ -88,7 +91,10 @@ return 1
 
 
 class Verdict(NamedTuple):
-    """The state of an id: OURS, THEIRS, CONFLICT, KEPT, or NONE; the owner's name, and the request's digest, if it is known."""
+    """The state of an id: OURS, THEIRS, CONFLICT, KEPT, or NONE.
+
+    The owner's name, and the request's digest, if it is known.
+    """
 
     state: int
     owner: str
@@ -97,7 +103,9 @@ class Verdict(NamedTuple):
 
 @dataclass(slots=True)
 class Renewal:
-    """A claim that is renewed: the id's *name*, the request's *digest*, how long it lives, in seconds."""
+    """A claim that is renewed: the id's *name*, the request's *digest*, how long it lives, in
+    seconds.
+    """
 
     name: str
     digest: bytes
@@ -106,7 +114,10 @@ class Renewal:
 
 
 class Claims:
-    """Claims of the instance *me*, and logs that were handed over. Each method raises what its connection raises."""
+    """Claims of the instance *me*, and logs that were handed over.
+
+    Each method raises what its connection raises.
+    """
 
     def __init__(self, commands: Commands, me: str) -> None:
         self._commands = commands
@@ -114,7 +125,9 @@ class Claims:
         self._me = me
 
     async def take(self, name: str, digest: bytes, seconds: float, lost: str = "") -> Verdict:
-        """Claim *name* for *seconds*, unless it is another's, other than *lost*, which no longer has the stream."""
+        """Claim *name* for *seconds*, unless it is another's, other than *lost*, which no longer
+        has the stream.
+        """
         keys, milliseconds = self._keys(name), int(1000 * seconds)
         return _verdict(
             await self._commands.evaluate(TAKE, keys, self._me, digest.hex(), milliseconds, lost)

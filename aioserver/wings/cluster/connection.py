@@ -1,9 +1,11 @@
-"""A connection to the Redis or Valkey server (RESP2, by redis-py), on which calls are answered in their order.
+"""A connection to the Redis or Valkey server (RESP2, by redis-py), on which calls are answered in
+their order.
 
-A pool that repeats its calls is not wanted here: a call whose fate is not known may be answered later, when it is no
-longer true. So there is one connection, owned by one task. A call that is not answered in time kills it, and
-with it all other calls under way; what arrives at the server afterwards is refused by its number (tests/support/settle_model.py). The next
-connection is made at once at first, then after a pause that doubles, with jitter, so that the instances of a server that
+A pool that repeats its calls is not wanted here: a call whose fate is not known may be answered
+later, when it is no longer true. So there is one connection, owned by one task. A call that is not
+answered in time kills it, and with it all other calls under way; what arrives at the server
+afterwards is refused by its number (tests/support/settle_model.py). The next connection is made at
+once at first, then after a pause that doubles, with jitter, so that the instances of a server that
 comes back do not all come at once.
 
 Calls under way at the same time are written one behind the other, without a wait between them.
@@ -39,13 +41,16 @@ if TYPE_CHECKING:
 
 # Seconds that a call may take.
 BOUND = 1.0
-# How many times as long the making of a connection may take, with TLS and authentication; and the pauses between two
-# attempts, the first and the longest. A longest pause, a connection and a call together have to be within the time for which a
-# server that comes back gives nothing (`Times.grace`).
+# How many times as long the making of a connection may take, with TLS and authentication; and the
+# pauses between two attempts, the first and the longest. A longest pause, a connection and a call
+# together have to be within the time for which a server that comes back gives nothing
+# (`Times.grace`).
 CONNECT, PAUSES = 2.0, (0.05, 0.5)
-# The first Redis whose scripts say before they run that they write; each Valkey says that it is a later one.
+# The first Redis whose scripts say before they run that they write; each Valkey says that it is a
+# later one.
 OLDEST = 7
-# What makes the server's own address wrong, or the server useless for now: another connection may find a better one.
+# What makes the server's own address wrong, or the server useless for now: another connection may
+# find a better one.
 USELESS = ("READONLY", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "NOAUTH")
 
 
@@ -54,14 +59,17 @@ class CallFailed(Exception):
 
 
 class AccessDenied(CallFailed):
-    """The server refuses the password, is too old, or the user may not do what is needed: trying again does not help."""
+    """The server refuses the password, is too old, or the user may not do what is needed: trying
+    again does not help.
+    """
 
 
 class Connection:
     """The connection to *url*; `open` it, and `close` it in the end.
 
-    Always: replies come in the order of calls, and none to a call that was given up. Each call is over within its *bound*
-    in seconds. An error or a log line has the `address` of the server, never a password.
+    Always: replies come in the order of calls, and none to a call that was given up. Each call is
+    over within its *bound* in seconds. An error or a log line has the `address` of the server,
+    never a password.
 
     *on_open* is called whenever a connection is made, *on_loss* whenever one is lost.
 
@@ -126,7 +134,8 @@ class Connection:
         """Wait until calls are sent at once.
 
         Raises:
-            CallFailed: there is no connection within the bound; the reason is that of the last attempt.
+            CallFailed: there is no connection within the bound; the reason is that of the last
+                attempt.
         """
         if self._opened.is_set():
             return
@@ -140,7 +149,8 @@ class Connection:
         """Return the server's reply to *command*.
 
         Raises:
-            CallFailed: no reply within *bound* seconds, or an error; cancelling it does the same as no reply.
+            CallFailed: no reply within *bound* seconds, or an error; cancelling it does the same
+                as no reply.
         """
         try:
             async with asyncio.timeout(self._bound if bound is None else bound):
@@ -166,7 +176,8 @@ class Connection:
         reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._calls.append(reply)
         try:
-            # It writes before it waits for anything, so that replies come in the order of `_calls`.
+            # It writes before it waits for anything, so that replies come in the order of
+            # `_calls`.
             await connection.send_packed_command(
                 connection.pack_command(*command), check_health=False
             )
@@ -184,7 +195,10 @@ class Connection:
             raise
 
     def kill(self, failure: CallFailed) -> None:
-        """End the present connection: each call under way raises *failure*. Another one is made."""
+        """End the present connection: each call under way raises *failure*.
+
+        Another one is made.
+        """
         self._failure = failure
         if self._connection is not None and self._session is not None:
             self._connection = None
@@ -305,13 +319,16 @@ class Connection:
 
 
 class ScriptConnection(Connection):
-    """A connection that calls the script of renewals (renew.lua), and loads it where the server does not have it."""
+    """A connection that calls the script of renewals (renew.lua), and loads it where the server
+    does not have it.
+    """
 
     _script = (files("aioserver") / "wings/cluster/renew.lua").read_text()
     _digest = hashlib.sha1(_script.encode()).hexdigest()  # noqa: S324 - the protocol's name for a script
 
     async def renew(self, prefix: str, request: bytes, run: str) -> bytes:
-        """Return the answer to *request* (wings/cluster/lease_messages.py), which is meant for the server's process *run*.
+        """Return the answer to *request* (wings/cluster/lease_messages.py), which is meant for the
+        server's process *run*.
 
         Raises:
             CallFailed: as `execute`.
@@ -338,7 +355,9 @@ def _useless(error: ResponseError) -> bool:
 
 
 def _parse(url: str) -> tuple[type[AbstractConnection], dict[str, Any], str]:
-    """Return the class and the options of a connection to *url*, and the address without a password."""
+    """Return the class and the options of a connection to *url*, and the address without a
+    password.
+    """
     try:
         options: dict[str, Any] = dict(parse_url(url))
     except ValueError as error:

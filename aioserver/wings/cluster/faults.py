@@ -1,4 +1,6 @@
-"""Errors on their way between instances: an error at the owner looks the same to a client elsewhere."""
+"""Errors on their way between instances: an error at the owner looks the same to a client
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ def pack(error: AioserverError) -> Fault:
 
 
 def unpack(fault: Fault) -> AioserverError:
-    """Return the error of which *fault* was made; an `InternalError` if its class is unknown here."""
+    """Return the error of which *fault* was made.
+
+    An `InternalError` if its class is unknown here.
+    """
     cls = _CLASSES.get(fault.kind)
     if cls is None or not issubclass(cls, AioserverError):
         return InternalError("internal error")

@@ -1,7 +1,8 @@
 """The part of each limit that an instance has while the server does not answer.
 
-Of N instances each has `limit // N`, and the first `limit % N` one more: as many as the limit together. Instances may have heard of
-different members; what tests/support/settle_model.py says of ranks keeps the sum within the limit then.
+Of N instances each has `limit // N`, and the first `limit % N` one more: as many as the limit
+together. Instances may have heard of different members; what tests/support/settle_model.py says of
+ranks keeps the sum within the limit then.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ if TYPE_CHECKING:
 class FixedShare:
     """The fixed share of an instance.
 
-    *known* are its rank from 0 and the number of instances, where both are known by other means than answers: those of a
-    parent's workers. Without them an instance has no share before it was told who lives: two strangers must not
-    both think that they are alone.
+    *known* are its rank from 0 and the number of instances, where both are known by other means
+    than answers: those of a parent's workers. Without them an instance has no share before it was
+    told who lives: two strangers must not both think that they are alone.
     """
 
     def __init__(self, known: tuple[int, int] | None) -> None:
@@ -41,7 +42,8 @@ class FixedShare:
     def adopt(self, answer: Answer) -> None:
         """Take in who else lives.
 
-        Until all others know of this instance, its share is within both its former one and the one to come.
+        Until all others know of this instance, its share is within both its former one and the one
+        to come.
         """
         if answer.known_to_all:
             self._told = answer.rank, answer.count

@@ -1,20 +1,25 @@
-"""A grant: the places of one limit that an instance may use, and what it says of them in its calls.
+"""A grant: the places of one limit that an instance may use, and what it says of them in its
+calls.
 
 The numbers, from the inside out:
 
 - `inside`: the places that are taken now, as the *user* of the grant says (a gate, a quota).
 - `granted`: the places that may be taken. The user is told each change, and starts nothing beyond.
-- `recorded`: what the server knew at its last answer. What is recorded beyond what is granted is given back with the next call.
+- `recorded`: what the server knew at its last answer. What is recorded beyond what is granted is
+  given back with the next call.
 
-A grant is lowered first and told afterwards, and raised only by an answer: so the server always knows of at least what is
-granted. Given back is only what is not needed: an instance keeps its places inside, one for each request that waits, and a
-few to spare (a quarter of its part of the limit) unless others starve. What is to spare comes only of what
-nobody wants, and nobody waits for it, or two idle instances would pass a place to and fro.
+A grant is lowered first and told afterwards, and raised only by an answer: so the server always
+knows of at least what is granted. Given back is only what is not needed: an instance keeps its
+places inside, one for each request that waits, and a few to spare (a quarter of its part of the
+limit) unless others starve. What is to spare comes only of what nobody wants, and nobody waits for
+it, or two idle instances would pass a place to and fro.
 
-While others starve, a place that ends is not taken by the next request here: it goes back with the own want, in the same
-call, and turns decide. But never two gives in doubt: while a call is under way, or after one that failed, a place
-that ends is used at once, or a paused server would drain all places within moments. The same goes for a while after each call, some
-times as long as the call took: a place that changes hands is idle for that long, and a far server would keep many of them idle.
+While others starve, a place that ends is not taken by the next request here: it goes back with the
+own want, in the same call, and turns decide. But never two gives in doubt: while a call is under
+way, or after one that failed, a place that ends is used at once, or a paused server would drain
+all places within moments. The same goes for a while after each call, some times as long as the
+call took: a place that changes hands is idle for that long, and a far server would keep many of
+them idle.
 """
 
 from __future__ import annotations
@@ -43,7 +48,8 @@ class State(Enum):
 class Standing:
     """What all grants of an instance know of it. *share* is its fixed share of a limit.
 
-    *busy*: a call is under way. *grace*: the server is in its grace period, and gives nothing. *members* is how many instances there are.
+    *busy*: a call is under way. *grace*: the server is in its grace period, and gives nothing.
+    *members* is how many instances there are.
     """
 
     share: Callable[[int, int], int]
@@ -76,14 +82,18 @@ class User(Protocol):
         """The weights of the callers that wait, together; at least 1."""
 
     def resize(self, places: int) -> None:
-        """Take no more than *places* from now on, and start what waits if there are more than before."""
+        """Take no more than *places* from now on, and start what waits if there are more than
+        before.
+        """
 
 
 class Grant:
-    """The places of the limit *name* that an instance may use. While it is alone it has at least *least*.
+    """The places of the limit *name* that an instance may use.
 
-    Always: `granted <= limit`; joined, what the server has recorded is at least what is granted, and at least what
-    is inside. Made by `Leases.hold`.
+    While it is alone it has at least *least*.
+
+    Always: `granted <= limit`; joined, what the server has recorded is at least what is granted,
+    and at least what is inside. Made by `Leases.hold`.
     """
 
     __slots__ = (
@@ -120,7 +130,9 @@ class Grant:
 
     @property
     def elsewhere(self) -> int:
-        """How many places may be free elsewhere, as far as is known: none while others starve, or a want is not met."""
+        """How many places may be free elsewhere, as far as is known: none while others starve, or
+        a want is not met.
+        """
         standing = self._standing
         if standing.state is not State.JOINED or standing.grace or self.starving:
             return 0
@@ -133,7 +145,8 @@ class Grant:
     def apply(self, limit: int) -> None:
         """Use another limit for all instances, which they are told with the next call.
 
-        After a lower one nothing starts before the server has answered, since others may have all of its places.
+        After a lower one nothing starts before the server has answered, since others may have all
+        of its places.
         """
         if limit != self.limit:
             lowered, self.limit = limit < self.limit, limit
@@ -150,7 +163,9 @@ class Grant:
             self._standing.ask(self)
 
     def place_ends(self) -> None:
-        """Say that a place is about to be given back, before it is counted as free: others may get it."""
+        """Say that a place is about to be given back, before it is counted as free: others may get
+        it.
+        """
         standing, inside = self._standing, self.user.inside
         if standing.leaving:
             self.resize(min(self.granted, inside - 1))
@@ -186,7 +201,10 @@ class Grant:
         return more > self._wanted and not self._standing.leaving
 
     def op(self) -> Op | None:
-        """Say what this instance has and wants, and lower the grant to it; None if there is nothing to say."""
+        """Say what this instance has and wants, and lower the grant to it.
+
+        None if there is nothing to say.
+        """
         standing, inside, wanting = self._standing, self.user.inside, self.user.wanting
         if self.dropped:
             self.resize(0)

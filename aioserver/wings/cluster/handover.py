@@ -1,4 +1,5 @@
-"""Logs that have ended, handed over to Redis by an instance that stops, and read from there by the others.
+"""Logs that have ended, handed over to Redis by an instance that stops, and read from there by the
+others.
 
 What is kept is the log as bytes (pipe.py), for what is left of its window.
 """
@@ -34,7 +35,8 @@ def kept_seconds(stream: Stream) -> float:
 
 
 def chosen(streams: Iterable[Stream]) -> Iterator[tuple[Stream, float, bytes]]:
-    """Yield those of *streams*, the newest first, that are handed over: how long each is kept, and its log.
+    """Yield those of *streams*, the newest first, that are handed over: how long each is kept, and
+    its log.
 
     An answer that the end of the server has cut is not: who asks again gets a new one.
     """
@@ -69,7 +71,9 @@ async def fill(
     on_accept: Callable[[], None],
     apis: Mapping[str, Api],
 ) -> None:
-    """Fill the mirror *stream* with a *log* that was handed over, from *start* on; its API is one of *apis*.
+    """Fill the mirror *stream* with a *log* that was handed over, from *start* on.
+
+    Its API is one of *apis*.
 
     Raises:
         StreamNotFound: what was kept is no log.

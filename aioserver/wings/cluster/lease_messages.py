@@ -1,6 +1,7 @@
 """What an instance and the server say to each other in one renewal, in msgpack.
 
-Both are arrays, in the order of the fields: renew.lua takes them apart by their places. Times are in microseconds.
+Both are arrays, in the order of the fields: renew.lua takes them apart by their places. Times are
+in microseconds.
 """
 
 from __future__ import annotations
@@ -18,21 +19,26 @@ class Times(NamedTuple):
     A test may shorten them, and must keep the order: `beat + bound <= grace < lease`.
     """
 
-    # An instance without a call for so long is no member any more. 2 s less than a killed one may keep its places.
+    # An instance without a call for so long is no member any more. 2 s less than a killed one may
+    # keep its places.
     lease: float = 8.0
-    # What the instance's own lease is shorter, for clocks that do not run alike and for the way of the answer.
+    # What the instance's own lease is shorter, for clocks that do not run alike and for the way of
+    # the answer.
     margin: float = 1.0
     # An instance that has nothing to say calls after so long.
     beat: float = 2.0
     # A call that is not answered by then has failed.
     bound: float = 1.0
-    # While members live, some call comes in each `beat + bound`: after this time without one, the server was away.
+    # While members live, some call comes in each `beat + bound`: after this time without one, the
+    # server was away.
     pause: float = 3.5
-    # A server that was away or is new gives nothing for so long. Each living instance calls meanwhile.
+    # A server that was away or is new gives nothing for so long. Each living instance calls
+    # meanwhile.
     grace: float = 3.5
     # An instance that has not come for so long for what it was given gets no more.
     unheard: float = 0.1
-    # An instance whose lease is over may live alone. It is counted in the fixed shares for so long.
+    # An instance whose lease is over may live alone. It is counted in the fixed shares for so
+    # long.
     gone: float = 30.0
     # A start may be as much later than its slot.
     horizon: float = 0.1
@@ -50,9 +56,11 @@ TIMES = Times()
 
 
 class Op(NamedTuple):
-    """What an instance says of one limit: it has *have* places, gives *give*, and wants *want* more.
+    """What an instance says of one limit: it has *have* places, gives *give*, and wants *want*
+    more.
 
-    *weight* is that of its waiting callers together. Of places that nobody wants it takes *spare* more.
+    *weight* is that of its waiting callers together. Of places that nobody wants it takes *spare*
+    more.
     """
 
     name: str
@@ -67,8 +75,9 @@ class Op(NamedTuple):
 class PaceOp(NamedTuple):
     """Asks for *slots* of a pace; a negative number gives some back.
 
-    Slots are *step* microseconds apart; after a rest `slack / step` more follow each other at once. Only those that
-    begin within *horizon* are given. A pace of which nothing is known has rested for *rested*.
+    Slots are *step* microseconds apart; after a rest `slack / step` more follow each other at
+    once. Only those that begin within *horizon* are given. A pace of which nothing is known has
+    rested for *rested*.
     """
 
     name: str
@@ -80,7 +89,10 @@ class PaceOp(NamedTuple):
 
 
 class Tell(NamedTuple):
-    """Tells all instances that *word* holds of the provider *name* for *length* microseconds; 0: no more."""
+    """Tells all instances that *word* holds of the provider *name* for *length* microseconds.
+
+    0: no more.
+    """
 
     name: str
     word: str
@@ -90,9 +102,10 @@ class Tell(NamedTuple):
 class Request(msgspec.Struct, array_like=True, frozen=True):
     """All that an instance has to say.
 
-    *epoch* is empty, or that of the world in which its lease is not over; *run* names the server's process, and *seq* counts
-    the calls of the instance. *heard* and *version* are those of the last answer. *known* are the other members
-    that it knows of; *ended* are instances that have ended for certain; *bye* says that it ends itself.
+    *epoch* is empty, or that of the world in which its lease is not over; *run* names the server's
+    process, and *seq* counts the calls of the instance. *heard* and *version* are those of the
+    last answer. *known* are the other members that it knows of; *ended* are instances that have
+    ended for certain; *bye* says that it ends itself.
     """
 
     instance: str
@@ -111,7 +124,9 @@ class Request(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Result(NamedTuple):
-    """The places of one limit: those that the server has *recorded*, of which *allowed* may be used; how many others starve."""
+    """The places of one limit: those that the server has *recorded*, of which *allowed* may be
+    used; how many others starve.
+    """
 
     recorded: int
     starving: int
@@ -128,10 +143,11 @@ class Slots(NamedTuple):
 class Answer(msgspec.Struct, array_like=True, frozen=True):
     """The answer, with results in the order of the request.
 
-    *anew*: the server knew nothing of the instance, and knows of no limit now that the request did not mention.
-    The server gives nothing for *grace* microseconds more. *number* counts the changes among the members. *count*
-    instances may live, and *rank* of them come before this one; it is *known_to_all* once they have all heard of it.
-    *members* are in the order in which they joined; empty if the instance knows them. *told* is empty unless *version* has changed.
+    *anew*: the server knew nothing of the instance, and knows of no limit now that the request did
+    not mention. The server gives nothing for *grace* microseconds more. *number* counts the
+    changes among the members. *count* instances may live, and *rank* of them come before this one;
+    it is *known_to_all* once they have all heard of it. *members* are in the order in which they
+    joined; empty if the instance knows them. *told* is empty unless *version* has changed.
     """
 
     epoch: str
@@ -151,5 +167,6 @@ class Answer(msgspec.Struct, array_like=True, frozen=True):
 encode = msgspec.msgpack.Encoder().encode
 decode_request = msgspec.msgpack.Decoder(Request).decode
 decode_answer = msgspec.msgpack.Decoder(Answer).decode
-# The names of limits that were given ("NAME"), or wanted by somebody ("?NAME"); an empty one only wakes.
+# The names of limits that were given ("NAME"), or wanted by somebody ("?NAME"); an empty one only
+# wakes.
 decode_words = msgspec.msgpack.Decoder(list[str]).decode

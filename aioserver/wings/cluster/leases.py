@@ -1,25 +1,31 @@
 """How an instance stands with the server, and what it says: the state machine, without I/O.
 
+This file is one concept: the states of an instance and what it says in each of them are one
+machine.
+
                       an answer (no grace)                 a call failed
             ALONE ─────────────────────────▶ JOINED ───────────────────────▶ UNHEARD
               ▲                                │  ▲         an answer           │  │
               │        the lease is over       │  └─────────────────────────────┘  │
               └────────────────────────────────┴───────────────────────────────────┘
 
-Joined, an instance uses what it was granted (wings/cluster/grants.py) and asks nobody. Unheard, it goes on with that until its
-lease is over. Alone, it has its fixed share of each limit (wings/cluster/fixed_share.py). The lease is counted from the moment of *sending* the last
-call that was answered, and is shorter here than at the server by a margin. Nothing starts on a lease that is over: whoever
-starts something calls `check` before. A timer alone would come too late, since a process that was stopped reads its sockets
-first when it goes on.
+Joined, an instance uses what it was granted (wings/cluster/grants.py) and asks nobody. Unheard, it
+goes on with that until its lease is over. Alone, it has its fixed share of each limit
+(wings/cluster/fixed_share.py). The lease is counted from the moment of *sending* the last call
+that was answered, and is shorter here than at the server by a margin. Nothing starts on a lease
+that is over: whoever starts something calls `check` before. A timer alone would come too late,
+since a process that was stopped reads its sockets first when it goes on.
 
-An instance that comes back says of each limit that it has what is inside, or its share if that is more, since it may start
-so much until it is answered. If others were given that meanwhile, the sum is above the limit; the answer allows so much less.
+An instance that comes back says of each limit that it has what is inside, or its share if that is
+more, since it may start so much until it is answered. If others were given that meanwhile, the sum
+is above the limit; the answer allows so much less.
 
-When a lease ends the others' leases end within a beat and a bound: until then an instance has no more granted than
-before, though its share may be more.
+When a lease ends the others' leases end within a beat and a bound: until then an instance has no
+more granted than before, though its share may be more.
 
-One call is under way at most, and what comes meanwhile goes with the next one. A call is due when a request begins to wait
-that could be served, a place ends while others starve, a message came, a limit has changed; else after a beat.
+One call is under way at most, and what comes meanwhile goes with the next one. A call is due when
+a request begins to wait that could be served, a place ends while others starve, a message came, a
+limit has changed; else after a beat.
 """
 
 from __future__ import annotations
@@ -49,19 +55,23 @@ if TYPE_CHECKING:
     from aioserver.wings.cluster.lease_messages import Op
     from aioserver.wings.cluster.rates import PaceUser
 
-# For so many times the length of the last call, and so many seconds at most, a place that ends is used at once, though
-# others starve: an instance then has one place on the way for a fifth of the time.
+# For so many times the length of the last call, and so many seconds at most, a place that ends is
+# used at once, though others starve: an instance then has one place on the way for a fifth of the
+# time.
 KEPT, MOST_KEPT = 4.0, 0.5
 
 
 class Leases:
     """The leases of one *instance*, whose name no other instance ever has.
 
-    Always: what is granted is recorded at the server, while the lease lasts; at most one call is under way.
+    Always: what is granted is recorded at the server, while the lease lasts; at most one call is
+    under way.
 
-    *fixed* is a rank from 0 and a number of instances, known by other means. *on_due* is called when `due`, the time of the next
-    call, comes earlier; *on_state* with the former state and the reason when the state has changed; *on_members* when
-    another number of instances is known; *on_told* with the provider, the word and the seconds left of each thing that instances have told (wings/cluster/provider_states.py).
+    *fixed* is a rank from 0 and a number of instances, known by other means. *on_due* is called
+    when `due`, the time of the next call, comes earlier; *on_state* with the former state and the
+    reason when the state has changed; *on_members* when another number of instances is known;
+    *on_told* with the provider, the word and the seconds left of each thing that instances have
+    told (wings/cluster/provider_states.py).
     """
 
     def __init__(
@@ -84,7 +94,8 @@ class Leases:
         self.standing = Standing(self._fixed.of, self._call_soon_for, self._asked, clock)
         self._grants: dict[str, Grant] = {}
         self._paces: dict[str, PaceUser] = {}
-        # Grants of which something is to be said at once, and those that may have nothing to say by then.
+        # Grants of which something is to be said at once, and those that may have nothing to say
+        # by then.
         self._dirty: set[Grant] = set()
         self._asking: set[Grant] = set()
         self.members: list[str] = []
@@ -127,7 +138,10 @@ class Leases:
     # What the process says.
 
     def hold(self, name: str, limit: int, user: User, *, least: int = 0) -> Grant:
-        """Share *limit* under *name*, which is the same in all instances; *least* is the smallest fixed share."""
+        """Share *limit* under *name*, which is the same in all instances.
+
+        *least* is the smallest fixed share.
+        """
         grant = Grant(name, limit, user, self.standing, least=least)
         self._grants[name] = grant
         if self.standing.state is State.ALONE and self._clock() >= self._raise_at:
@@ -154,20 +168,26 @@ class Leases:
             del self._paces[user.name]
 
     def ended(self, instance: str) -> None:
-        """Say that another instance has ended for certain, so that nobody waits for its lease to end."""
+        """Say that another instance has ended for certain, so that nobody waits for its lease to
+        end.
+        """
         self._ended.add(instance)
         self.call_soon()
 
     def use_fixed(self) -> None:
         """Have the fixed shares in hand now: nobody else has more than that.
 
-        For instances without a server, and for those that all start together with a server of their own.
+        For instances without a server, and for those that all start together with a server of
+        their own.
         """
         self._raise_at = -inf
         self._use_share()
 
     def leave(self) -> None:
-        """Take no more places; what is inside is given back as it ends, and with the last of it the instance is no member."""
+        """Take no more places.
+
+        What is inside is given back as it ends, and with the last of it the instance is no member.
+        """
         self.standing.leaving = True
         for grant in self._grants.values():
             grant.resize(min(grant.granted, grant.user.inside))
@@ -211,7 +231,10 @@ class Leases:
             self._lapse()
 
     def request(self, run: str) -> bytes:
-        """Return a request that is sent now, to the server's process *run*. `answered` or `failed` must follow."""
+        """Return a request that is sent now, to the server's process *run*.
+
+        `answered` or `failed` must follow.
+        """
         self.check()
         standing = self.standing
         assert not standing.busy
@@ -273,7 +296,8 @@ class Leases:
             self.failed(f"not an answer to a renewal: {error}")
             return
         if answer.anew and not self._whole:
-            # The server has lost its state: it is told everything, before anybody else is given it.
+            # The server has lost its state: it is told everything, before anybody else is given
+            # it.
             self.failed("the server has lost its state")
             return
         standing = self.standing
@@ -311,7 +335,10 @@ class Leases:
             self._set_due(now + min(self.times.beat, grace))
 
     def failed(self, why: str) -> None:
-        """Take in that the last request was not answered, or with an error. Another one is due soon."""
+        """Take in that the last request was not answered, or with an error.
+
+        Another one is due soon.
+        """
         standing = self.standing
         standing.busy = False
         self.failures += 1

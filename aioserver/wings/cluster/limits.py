@@ -1,8 +1,10 @@
-"""The limits of a provider, shared with other instances: places, starts a minute, and what is known of its health.
+"""The limits of a provider, shared with other instances: places, starts a minute, and what is
+known of its health.
 
-Places and starts are exact (wings/cluster/grants.py, wings/cluster/rates.py). Tokens a minute are not known before an answer has ended, so
-each instance has a fixed part of them. Whether the provider is dead, and whether it wants to be left alone, is told to
-all: each applies it to its own breaker and pace, and together they try a dead provider as often as one would.
+Places and starts are exact (wings/cluster/grants.py, wings/cluster/rates.py). Tokens a minute are
+not known before an answer has ended, so each instance has a fixed part of them. Whether the
+provider is dead, and whether it wants to be left alone, is told to all: each applies it to its own
+breaker and pace, and together they try a dead provider as often as one would.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ if TYPE_CHECKING:
     from aioserver.providers.provider import Provider
     from aioserver.wings.cluster.leases import Leases
 
-# The words that are told of a provider: it is dead; it is dead and cannot be reached; it has answered again; it wants to be left alone.
+# The words that are told of a provider: it is dead; it is dead and cannot be reached; it has
+# answered again; it wants to be left alone.
 DEAD, AWAY, ALIVE, COOLING = "dead", "away", "alive", "cooling"
-# Seconds for which instances that come later hear of a death, and for which its end is told. An instance that was told of a
-# death tries the provider by itself, and does not take it for alive because nobody tells of it any more.
+# Seconds for which instances that come later hear of a death, and for which its end is told. An
+# instance that was told of a death tries the provider by itself, and does not take it for alive
+# because nobody tells of it any more.
 DEATH, RETURN = 60.0, 10.0
 
 
@@ -113,7 +117,9 @@ class Teller(ProviderObserver):
 
 
 class SharedLimits:
-    """Makes the gates of providers and the quotas of keys that share *shares*, and passes on what is told."""
+    """Makes the gates of providers and the quotas of keys that share *shares*, and passes on what
+    is told.
+    """
 
     def __init__(self, leases: Leases) -> None:
         self._leases = leases
@@ -129,7 +135,9 @@ class SharedLimits:
         return gate
 
     def observe(self, name: str) -> ProviderObserver:
-        """Return who tells the other instances what this one finds out about the provider *name*."""
+        """Return who tells the other instances what this one finds out about the provider
+        *name*.
+        """
         return Teller(self._leases, name)
 
     def make_quota(self, key: ClientKey, elsewhere: Callable[[int], int] | None) -> Quota:

@@ -1,11 +1,12 @@
 """Links: a log of this instance, as another instance reads it.
 
-A link is a reader of its log like any other: so its window, `left`, and `max_detached` hold as they are. It
-sends the log as blocks (pipe.py), for as long as the other side gives credit: that side's readers may be
-slow, and are then read ahead for by no more than that. The other side is a mirror (mirrors.py).
+A link is a reader of its log like any other: so its window, `left`, and `max_detached` hold as
+they are. It sends the log as blocks (pipe.py), for as long as the other side gives credit: that
+side's readers may be slow, and are then read ahead for by no more than that. The other side is a
+mirror (mirrors.py).
 
-A link ends when the mirror says so, or has not been heard for a while. It stays until then even if all
-was sent: a block may be lost.
+A link ends when the mirror says so, or has not been heard for a while. It stays until then even if
+all was sent: a block may be lost.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ CREDIT = 1 << 18
 class Link:
     """A reader of *stream* at another instance, which has the events up to *after*.
 
-    Always: no more than `limit` bytes were sent; `next_index` is that of the next entry to be sent.
+    Always: no more than `limit` bytes were sent; `next_index` is that of the next entry to be
+    sent.
 
-    *send* sends a message to the other instance, which calls this link *number*. *on_drop* is called when
-    the log has discarded what comes next. *heard_at* is the loop's time of the last sign of the other side.
+    *send* sends a message to the other instance, which calls this link *number*. *on_drop* is
+    called when the log has discarded what comes next. *heard_at* is the loop's time of the last
+    sign of the other side.
     """
 
     __slots__ = (
@@ -118,7 +121,9 @@ class Link:
             self.stream.note_passed()
 
     def drop(self) -> None:
-        """Leave the log, which no longer has the events that come next, and tell the other side so."""
+        """Leave the log, which no longer has the events that come next, and tell the other side
+        so.
+        """
         self._on_drop(self)
         error = SlowClient("this client reads more slowly than the answer comes, and fell behind")
         self._send(Refused(self.number, faults.pack(error)))

@@ -1,13 +1,15 @@
-"""Mirrors, as they are filled: this side of a link (links.py), whose other side is the log's owner.
+"""Mirrors, as they are filled: this side of a link (links.py), whose other side is the log's
+owner.
 
-A mirror gives credit for what its readers have passed, so that it keeps no more than that. The bytes of a
-link are numbered: a gap says that a block was lost, and the log is then attached to again, from the last
-event on that is complete. What comes twice is left out.
+A mirror gives credit for what its readers have passed, so that it keeps no more than that. The
+bytes of a link are numbered: a gap says that a block was lost, and the log is then attached to
+again, from the last event on that is complete. What comes twice is left out.
 
     attaching → following → done
         ↖______/ a gap
 
-An owner is gone when what is sent to it reaches no one, or when it has not been heard for MAX_SILENCE.
+An owner is gone when what is sent to it reaches no one, or when it has not been heard for
+MAX_SILENCE.
 """
 
 from __future__ import annotations
@@ -38,13 +40,14 @@ MAX_ATTEMPTS = 20
 class Mirror:
     """Fills *stream* with the log of *owner*, from *start* on.
 
-    Always: the owner may send up to `limit`, at most CREDIT beyond what was `received`; the stream's events
-    are those of the owner, without a gap.
+    Always: the owner may send up to `limit`, at most CREDIT beyond what was `received`; the
+    stream's events are those of the owner, without a gap.
 
-    *send* sends a message to the owner, and *number* names the link; *renumber* returns a new number, *credit*
-    the bytes that may be on their way to one mirror now, at most CREDIT. The
-    future *accepted* is done once the owner has said that it has the log, after *on_accept* was called, and
-    *done* when the log has ended here. Both raise what the owner says, if it has no such log.
+    *send* sends a message to the owner, and *number* names the link; *renumber* returns a new
+    number, *credit* the bytes that may be on their way to one mirror now, at most CREDIT. The
+    future *accepted* is done once the owner has said that it has the log, after *on_accept* was
+    called, and *done* when the log has ended here. Both raise what the owner says, if it has no
+    such log.
     """
 
     def __init__(

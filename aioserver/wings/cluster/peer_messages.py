@@ -1,7 +1,8 @@
-"""Messages between instances, as msgpack: who asks for a log, its blocks, and whether the other side lives.
+"""Messages between instances, as msgpack: who asks for a log, its blocks, and whether the other
+side lives.
 
-Messages come from processes of our own, and are nevertheless parsed as what comes from elsewhere: each is
-checked against its shape, and bounded in size.
+Messages come from processes of our own, and are nevertheless parsed as what comes from elsewhere:
+each is checked against its shape, and bounded in size.
 
     reader's side                        owner's side
     Attach(link, …)              →
@@ -45,7 +46,9 @@ class Fault(msgspec.Struct, array_like=True):
 
 
 class Attach(msgspec.Struct, array_like=True, tag=1):
-    """Send me the log of a caller's stream from *after* on, at most *credit* bytes: see `gateway.instances.Start`."""
+    """Send me the log of a caller's stream from *after* on, at most *credit* bytes: see
+    `gateway.instances.Start`.
+    """
 
     link: int
     caller: str
@@ -92,7 +95,9 @@ class Ping(msgspec.Struct, array_like=True, tag=6):
 
 
 class Pong(msgspec.Struct, array_like=True, tag=7):
-    """I still send these links: the number of each, and the bytes sent; those that are *gone* I do not know."""
+    """I still send these links: the number of each, and the bytes sent; those that are *gone* I do
+    not know.
+    """
 
     links: list[tuple[int, int]]
     gone: list[int]
@@ -107,7 +112,9 @@ class Position(msgspec.Struct, array_like=True, tag=8):
 
 
 class Ask(msgspec.Struct, array_like=True, tag=9):
-    """A question with an answer: cancel a stream, or (without a request id) list the caller's streams."""
+    """A question with an answer: cancel a stream, or (without a request id) list the caller's
+    streams.
+    """
 
     number: int
     caller: str

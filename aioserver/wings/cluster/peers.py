@@ -1,9 +1,9 @@
 """Peers: the other instances, as far as streams go. What is said to them, and what they say.
 
-Here are the links, by which others read logs of this instance, and the mirrors, by which clients of this
-instance read logs of others. Mirrors ping the owners of their logs. A ping says what was received,
-and its answer what was sent, so that nothing that is lost stays so: neither a block, nor credit, nor the
-end. Who has nothing to do with any other instance says nothing.
+Here are the links, by which others read logs of this instance, and the mirrors, by which clients
+of this instance read logs of others. Mirrors ping the owners of their logs. A ping says what was
+received, and its answer what was sent, so that nothing that is lost stays so: neither a block, nor
+credit, nor the end. Who has nothing to do with any other instance says nothing.
 """
 
 from __future__ import annotations
@@ -49,14 +49,16 @@ logger = logging.getLogger("aioserver.cluster")
 
 # Seconds between two pings. A single one that is lost does no harm.
 PING = 0.5
-# Seconds without a sign of an owner, after which it is gone, and of a mirror, after which its link ends.
+# Seconds without a sign of an owner, after which it is gone, and of a mirror, after which its link
+# ends.
 MAX_SILENCE, MAX_IDLE = 2.0, 6.0
 # Seconds for which mirrors wait for our own connection to Redis.
 MAX_AWAY = 10.0
-# Seconds after which an instance that heard nothing is tried again: its subscription may have been broken.
+# Seconds after which an instance that heard nothing is tried again: its subscription may have been
+# broken.
 DEAF_AGAIN = 0.5
-# Bytes that may be on their way to all mirrors of this instance, but for MIN_CREDIT to each. Redis' default for
-# a subscriber is 32 MiB, and 8 MiB for a minute.
+# Bytes that may be on their way to all mirrors of this instance, but for MIN_CREDIT to each.
+# Redis' default for a subscriber is 32 MiB, and 8 MiB for a minute.
 ALL_CREDIT, MIN_CREDIT = 1 << 23, 1 << 14
 # Seconds for which answers of other instances are awaited.
 ANSWER_TIMEOUT = 0.1
@@ -69,8 +71,8 @@ class Peers:
 
     Always: each link is a reader of its stream; each mirror that is not done is pinged for.
 
-    *make_bus* is called with what hears messages, and of instances that nobody is. *gateway* is set before anything
-    comes: it finds this instance's own streams.
+    *make_bus* is called with what hears messages, and of instances that nobody is. *gateway* is
+    set before anything comes: it finds this instance's own streams.
     """
 
     gateway: Gateway
@@ -185,7 +187,9 @@ class Peers:
             mirror.close()
 
     def _credit(self) -> int:
-        """Return the bytes that may be on their way to one mirror: Redis drops a subscriber to which many wait."""
+        """Return the bytes that may be on their way to one mirror: Redis drops a subscriber to
+        which many wait.
+        """
         return max(MIN_CREDIT, min(CREDIT, ALL_CREDIT // max(1, len(self._mirrors))))
 
     def _number(self, mirror: Mirror) -> int:
@@ -382,7 +386,9 @@ class Peers:
 
 
 def _event_before(stream: Stream, sequence: int) -> int:
-    """Return the number of the last event of a response whose sequence number is at most *sequence*."""
+    """Return the number of the last event of a response whose sequence number is at most
+    *sequence*.
+    """
     number = stream.events.event_before(sequence, stream.last)
     if number is None:
         raise ResumeGap(f"event {sequence} does not exist yet")

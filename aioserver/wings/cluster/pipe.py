@@ -1,6 +1,7 @@
 """A log as bytes, in which other instances get it, and Redis keeps it.
 
-The bytes are a sequence of items. Each has a head, which is msgpack, and a body, which is copied as it is:
+The bytes are a sequence of items. Each has a head, which is msgpack, and a body, which is copied
+as it is:
 
     length of the head, length of the body (two 32-bit numbers, big endian), head, body
 
@@ -38,8 +39,9 @@ _LENGTHS = struct.Struct(">II")
 class Facts(msgspec.Struct, array_like=True, tag=1):
     """The facts of an answer beside its events.
 
-    *after* is the event after which this reader gets the log, *last* the newest event now. *runs* are those
-    of `AnswerEvents.state`, whose newest event is the item's body; None if nothing is remembered.
+    *after* is the event after which this reader gets the log, *last* the newest event now. *runs*
+    are those of `AnswerEvents.state`, whose newest event is the item's body; None if nothing is
+    remembered.
     """
 
     after: int
@@ -57,7 +59,10 @@ class Facts(msgspec.Struct, array_like=True, tag=1):
 
 
 class Part(msgspec.Struct, array_like=True, tag=2):
-    """An entry: its *frames*, or the provider's bytes in the body; *texts*: the body has texts alone."""
+    """An entry: its *frames*, or the provider's bytes in the body.
+
+    *texts*: the body has texts alone.
+    """
 
     first: int
     count: int
@@ -233,7 +238,8 @@ def answer_of(stream: Stream, whole: Whole, body: bytes) -> Answer:
 
 
 def next_item(stream: Stream, index: int, skip: int) -> tuple[int, list[bytes]] | None:
-    """Return the item of the entry at *index*, counted from the start of the log, and the index after it.
+    """Return the item of the entry at *index*, counted from the start of the log, and the index
+    after it.
 
     *skip*: events at the entry's start that the reader has. None: the log has no more yet.
     """

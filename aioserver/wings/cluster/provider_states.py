@@ -1,7 +1,8 @@
-"""What instances tell each other of providers: that one is dead, answers again, or cools down, for so many seconds.
+"""What instances tell each other of providers: that one is dead, answers again, or cools down, for
+so many seconds.
 
-It is told and not counted: each instance applies it to its own breaker and pace. The server keeps it for those that come
-later, and an answer brings all of it whenever it has changed.
+It is told and not counted: each instance applies it to its own breaker and pace. The server keeps
+it for those that come later, and an answer brings all of it whenever it has changed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 class Told:
     """The words to be told with the next call, and those that were heard.
 
-    *on_told* is called with the provider, the word and the seconds that it holds for; 0.0: no more.
+    *on_told* is called with the provider, the word and the seconds that it holds for; 0.0: no
+    more.
     """
 
     def __init__(
@@ -37,7 +39,10 @@ class Told:
         return bool(self._tells)
 
     def tell(self, name: str, word: str, seconds: float) -> None:
-        """Tell all instances that *word* holds of the provider *name* for *seconds*; 0: no more."""
+        """Tell all instances that *word* holds of the provider *name* for *seconds*.
+
+        0: no more.
+        """
         self._tells.append(Tell(name, word, round(seconds * SECOND)))
         self._call_soon()
 

@@ -1,13 +1,18 @@
 """Rates that instances share: slots in hand.
 
-A slot is a moment at which a request may start. The server gives slots by GCRA (limits/gcra.py), and only those that begin
-within the *horizon*, so that an instance that vanishes takes little with it. A slot is used at its time, or later by at most
-the horizon; else it is let go. As a start may be late by the horizon, the burst that the server allows is smaller by as much.
+This file is one concept: how slots are asked for, granted and used is one algorithm.
 
-An instance asks for as many slots as it used within the last horizon, so that of a busy one few requests wait for an answer,
-but for no more than its part of the horizon. Where the burst is large, an instance keeps some slots of it in hand for as long as it likes, so that a request after a rest
-asks nobody. They are a part of the burst as well: all that instances may keep is taken off what the server allows. So in any
-window of t seconds at most `t * rate + burst` requests start, by all instances together.
+A slot is a moment at which a request may start. The server gives slots by GCRA (limits/gcra.py),
+and only those that begin within the *horizon*, so that an instance that vanishes takes little with
+it. A slot is used at its time, or later by at most the horizon; else it is let go. As a start may
+be late by the horizon, the burst that the server allows is smaller by as much.
+
+An instance asks for as many slots as it used within the last horizon, so that of a busy one few
+requests wait for an answer, but for no more than its part of the horizon. Where the burst is
+large, an instance keeps some slots of it in hand for as long as it likes, so that a request after
+a rest asks nobody. They are a part of the burst as well: all that instances may keep is taken off
+what the server allows. So in any window of t seconds at most `t * rate + burst` requests start, by
+all instances together.
 
 An instance that the server does not answer has its part of the rate, without a burst at first.
 """
@@ -35,8 +40,9 @@ if TYPE_CHECKING:
 class SlotsInHand:
     """Slots that pass, each with its end, and slots that last until they are taken.
 
-    All times are seconds of one clock. Always: each group is in the order of its beginnings. A slot that has ended is
-    dropped once it is the first of its group, so each operation costs the same however many slots there are.
+    All times are seconds of one clock. Always: each group is in the order of its beginnings. A
+    slot that has ended is dropped once it is the first of its group, so each operation costs the
+    same however many slots there are.
     """
 
     __slots__ = ("_lasting", "_passing")
@@ -76,7 +82,9 @@ class SlotsInHand:
         )
 
     def take(self, now: float) -> None:
-        """Use one slot: one that has begun before one that has not, and one that passes before one that lasts."""
+        """Use one slot: one that has begun before one that has not, and one that passes before one
+        that lasts.
+        """
         if not self.count(now):
             return
         passing, lasting = self._passing, self._lasting
@@ -92,7 +100,10 @@ class SlotsInHand:
         self._passing.appendleft((begins, ends))
 
     def add(self, begins: float, ends: float) -> None:
-        """Have one more slot, which passes at *ends*. It begins no earlier than the one before it."""
+        """Have one more slot, which passes at *ends*.
+
+        It begins no earlier than the one before it.
+        """
         passing = self._passing
         self._passing.append((max(begins, passing[-1][0]) if passing else begins, ends))
 
@@ -111,14 +122,18 @@ class SlotsInHand:
 ASK_BELOW = 0.25
 # Slots that are kept in hand at most; of the burst, all instances together keep this share.
 MOST_KEPT, SHARE_KEPT = 32, 0.5
-# Seconds after which a request looks again whether a slot has come; an answer lets it look at once.
+# Seconds after which a request looks again whether a slot has come; an answer lets it look at
+# once.
 LOOK_AGAIN = 0.05
 # Seconds that an instance waits which does not know how many others there are.
 UNKNOWN = 1.0
 
 
 class PaceUser(Protocol):
-    """The user of a pace, which takes its slots; its *name* is that of the pace. It asks for some at *ask_at*; inf: for none."""
+    """The user of a pace, which takes its slots; its *name* is that of the pace.
+
+    It asks for some at *ask_at*; inf: for none.
+    """
 
     name: str
     ask_at: float
@@ -130,7 +145,10 @@ class PaceUser(Protocol):
         """Take in the answer to what was asked for at *sent*; None: the call failed."""
 
     def stand(self, state: State, instances: int) -> None:
-        """Take in that this instance is in *state*, and one of so many if it is alone; 0: of an unknown number."""
+        """Take in that this instance is in *state*, and one of so many if it is alone.
+
+        0: of an unknown number.
+        """
 
 
 class Caller(Protocol):
@@ -150,11 +168,13 @@ class Caller(Protocol):
 class SharedRate(Gcra):
     """A rate that is shared under *name*; it stands where a `Gcra` of the whole rate would.
 
-    Always: a start is counted on a slot in hand while the server is heard, and else on a part of the rate.
+    Always: a start is counted on a slot in hand while the server is heard, and else on a part of
+    the rate.
 
-    *waiting* tells how many requests wait for a start; *on_slots* is called when more may start than before. *rested*: a
-    server that knows nothing of the rate allows the whole burst at once, and not one start after another. Of the burst,
-    all instances together keep *share_kept* in hand: the others can start so much less at once.
+    *waiting* tells how many requests wait for a start; *on_slots* is called when more may start
+    than before. *rested*: a server that knows nothing of the rate allows the whole burst at once,
+    and not one start after another. Of the burst, all instances together keep *share_kept* in
+    hand: the others can start so much less at once.
     """
 
     __slots__ = (
@@ -200,7 +220,8 @@ class SharedRate(Gcra):
         self._slots = SlotsInHand()
         # When the next slot begins, as far as is known.
         self._next_at = 0.0
-        # What a start is worth now, in seconds: more than the interval while the provider wants it.
+        # What a start is worth now, in seconds: more than the interval while the provider wants
+        # it.
         self._step = interval
         # Whether the last answer brought slots.
         self._served = False
@@ -218,7 +239,9 @@ class SharedRate(Gcra):
     # What the pace of a provider, and a quota, ask.
 
     def delay(self, ahead: float = 0.0) -> float:
-        """Return the seconds until a start is allowed after others that are worth *ahead* seconds."""
+        """Return the seconds until a start is allowed after others that are worth *ahead*
+        seconds.
+        """
         now = self._clock()
         wait = max(0.0, self._not_before - now)
         if self._state is not State.JOINED:
@@ -235,7 +258,10 @@ class SharedRate(Gcra):
         return max(wait, next_at + (others - count) * self._step)
 
     def take(self, seconds: float) -> None:
-        """Count a start that is worth *seconds*, whether it is allowed or not; a negative number takes one back."""
+        """Count a start that is worth *seconds*, whether it is allowed or not.
+
+        A negative number takes one back.
+        """
         now = self._clock()
         if self._state is not State.JOINED:
             self._local.take(seconds * max(1, self._instances))
@@ -248,7 +274,9 @@ class SharedRate(Gcra):
             self._slots.take(now)
 
     def try_take(self) -> float:
-        """Count a start if it is allowed, and return 0; otherwise return the seconds until it is."""
+        """Count a start if it is allowed, and return 0; otherwise return the seconds until it
+        is.
+        """
         if (delay := self.delay()) > ROUNDING:
             return delay
         self.take(self.interval)
@@ -265,7 +293,10 @@ class SharedRate(Gcra):
         return self._slots.begun(now)
 
     def apply(self, interval: float, tolerance: float, *, scale: float = 1.0) -> None:
-        """Use another rate from now on; what is counted locally ahead of now is multiplied by *scale*."""
+        """Use another rate from now on.
+
+        What is counted locally ahead of now is multiplied by *scale*.
+        """
         self._tolerance = tolerance
         self.interval = self._step = interval
         if self._instances:
@@ -345,7 +376,8 @@ class SharedRate(Gcra):
         self._on_slots()
 
     def _ask(self, now: float) -> None:
-        """Ask for slots once the next ones are well within the horizon: for several of a fast pace in one call.
+        """Ask for slots once the next ones are well within the horizon: for several of a fast pace
+        in one call.
 
         An instance that was given some at last asks later than those that were not.
         """

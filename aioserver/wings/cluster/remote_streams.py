@@ -1,11 +1,13 @@
-"""The streams of all instances, as the gateway of one of them sees them: see `gateway.instances.Instances`.
+"""The streams of all instances, as the gateway of one of them sees them: see
+`gateway.instances.Instances`.
 
     claim     claims.py: this instance answers, or another does (a mirror), or one that has stopped did (its log)
     follow    a mirror of a stream that another instance has
     cancel    its owner is asked
     listing   all are asked
 
-Redis may be away. Then this instance answers by itself what it is asked, and knows no streams but its own.
+Redis may be away. Then this instance answers by itself what it is asked, and knows no streams but
+its own.
 
 This file is one concept: how a request id leads to its one log, wherever it is asked for.
 """
@@ -50,11 +52,13 @@ if TYPE_CHECKING:
     from aioserver.wings.cluster.bus import MakeBus
     from aioserver.wings.cluster.claims import Verdict
 
-# Claims in one call that renews them, and seconds for which it and other calls that nobody waits for last.
+# Claims in one call that renews them, and seconds for which it and other calls that nobody waits
+# for last.
 MAX_RENEWED, CALL_TIMEOUT = 1_000, 1.0
 # Owners that are asked for one id, one after the other, each having lost it.
 MAX_OWNERS = 3
-# Seconds for which a mirror waits for its first reader, who may have to wait for a place of its own.
+# Seconds for which a mirror waits for its first reader, who may have to wait for a place of its
+# own.
 MAX_UNREAD = 60.0
 
 
@@ -62,7 +66,8 @@ MAX_UNREAD = 60.0
 class InstancesStats:
     """A snapshot: claims that are ours and run, logs read elsewhere, logs of others read here.
 
-    *unclaimed* counts requests that were answered without a claim, since Redis did not answer in time.
+    *unclaimed* counts requests that were answered without a claim, since Redis did not answer in
+    time.
     """
 
     claims: int
@@ -74,7 +79,8 @@ class InstancesStats:
 class RemoteStreams:
     """Finds streams at other instances, and lets them find those of this one.
 
-    Always: each stream of this instance that has a name, and runs, is in `_claimed`, and its claim is renewed.
+    Always: each stream of this instance that has a name, and runs, is in `_claimed`, and its claim
+    is renewed.
 
     `serve` comes before anything is claimed.
     """
@@ -99,7 +105,10 @@ class RemoteStreams:
         self._store = Claims(commands, self._me)
 
     def serve(self, gateway: Gateway, apis: Mapping[str, Api]) -> None:
-        """Let other instances read the streams of *gateway*: once. *apis*: what the paths of their answers mean."""
+        """Let other instances read the streams of *gateway*: once.
+
+        *apis*: what the paths of their answers mean.
+        """
         self._gateway = self.peers.gateway = gateway
         self._streams = gateway.lifetime.store
         self.peers.apis = apis
@@ -120,7 +129,8 @@ class RemoteStreams:
         producer: Coroutine[Any, Any, None],
         release: Callable[[], None],
     ) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
-        """Return the producer that claims the id of *stream* and then runs *producer*, and its release.
+        """Return the producer that claims the id of *stream* and then runs *producer*, and its
+        release.
 
         *release* is that of *producer*.
         """
@@ -188,7 +198,9 @@ class RemoteStreams:
             raise StreamNotFound(NOT_FOUND)
 
     async def listing(self, caller: Caller) -> list[dict[str, Any]]:
-        """Return what all others say of the caller's streams; those that do not answer in time are left out."""
+        """Return what all others say of the caller's streams; those that do not answer in time are
+        left out.
+        """
         members = await self._ask(self._store.members()) or []
         others = [member for member in members if member != self._me]
         answers = await self.peers.ask(others, caller, None)
@@ -201,7 +213,9 @@ class RemoteStreams:
         ]
 
     async def forget(self, caller: Caller, name: str) -> bool:
-        """Let no other instance know an answer any more that is kept beside its log; return whether one did, as far as they answer in time."""
+        """Let no other instance know an answer any more that is kept beside its log; return
+        whether one did, as far as they answer in time.
+        """
         members = await self._ask(self._store.members()) or []
         others = [member for member in members if member != self._me]
         answers = await self.peers.forget(others, caller, name)
@@ -223,7 +237,10 @@ class RemoteStreams:
                 self._note_end(stream)
 
     async def hand_over(self, finished: list[Stream]) -> None:
-        """Give the logs that have ended, and are kept, to all: when this instance stops; *finished*: the newest first."""
+        """Give the logs that have ended, and are kept, to all: when this instance stops.
+
+        *finished*: the newest first.
+        """
         for stream, seconds, log in handover.chosen(finished):
             names = [stream.request_id, stream.alias]
             for name in names:
@@ -273,8 +290,9 @@ class RemoteStreams:
     ) -> asyncio.Future[None] | None:
         """Claim the request id of *stream* for this instance.
 
-        None: the answer is to be made here. Otherwise another instance has it, *accept* was called, and its
-        events come to *stream*: the future is done when there are no more. Cancelling is safe.
+        None: the answer is to be made here. Otherwise another instance has it, *accept* was
+        called, and its events come to *stream*: the future is done when there are no more.
+        Cancelling is safe.
 
         Raises:
             RequestConflict: the id is another instance's, with another payload.
@@ -340,7 +358,9 @@ class RemoteStreams:
         return None
 
     def _become_mirror(self, stream: Stream, request: Request) -> None:
-        """Note that another instance has the answer: *stream* is its mirror, and no answer of ours."""
+        """Note that another instance has the answer: *stream* is its mirror, and no answer of
+        ours.
+        """
         self._streams.hide(stream)
         # First, or it would be given back as one that has a place.
         request.forget_undecided()
@@ -350,7 +370,8 @@ class RemoteStreams:
         self._gateway.lifetime.expect(stream, MAX_UNREAD)
 
     async def _follow(self, stream: Stream, start: Start) -> None:
-        """Fill the mirror *stream*, whose claim is settled once it is known that there is such a log.
+        """Fill the mirror *stream*, whose claim is settled once it is known that there is such a
+        log.
 
         Raises:
             StreamNotFound: no instance has such a log.
@@ -404,7 +425,8 @@ class RemoteStreams:
         claims = self._claimed.pop(stream, None)
         if claims is None:
             return
-        # Nobody has answered it, or the end of the server cut it: who asks again gets a new answer.
+        # Nobody has answered it, or the end of the server cut it: who asks again gets a new
+        # answer.
         free = isinstance(stream.error, ServerShutdown) or (
             stream.end_status == ERROR and not stream.sent
         )

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 
 class Renewer:
-    """Renews leases at the server at *url*, in the cluster *name*: instances that share have the same name.
+    """Renews leases at the server at *url*, in the cluster *name*: instances that share have the
+    same name.
 
-    *make_leases* makes them, with the function that is called when a renewal is due earlier. `open` it, and `close` it in the end; `leave` before that gives everything back. `connection` takes other commands as
-    well, and `subscription` other channels. Keys and channels begin with `prefix`.
+    *make_leases* makes them, with the function that is called when a renewal is due earlier.
+    `open` it, and `close` it in the end; `leave` before that gives everything back. `connection`
+    takes other commands as well, and `subscription` other channels. Keys and channels begin with
+    `prefix`.
 
     Raises:
         ValueError: *url* cannot be used.
@@ -47,7 +50,9 @@ class Renewer:
         )
 
     async def open(self) -> CallFailed | None:
-        """Connect, make the first call, and go on in the background. A server that is not there is looked for.
+        """Connect, make the first call, and go on in the background.
+
+        A server that is not there is looked for.
 
         Returns why the first call failed, if it has.
 
@@ -68,7 +73,9 @@ class Renewer:
         return failure
 
     async def leave(self, within: float) -> None:
-        """Take no more places, and tell the others once nothing is inside; wait *within* seconds for that at most."""
+        """Take no more places, and tell the others once nothing is inside; wait *within* seconds
+        for that at most.
+        """
         self.leases.leave()
         if self._task is not None:
             await asyncio.wait([self._task], timeout=within)

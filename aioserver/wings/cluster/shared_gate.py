@@ -1,4 +1,6 @@
-"""A gate whose places are shared with other instances: its limit is what is granted here (wings/cluster/grants.py)."""
+"""A gate whose places are shared with other instances: its limit is what is granted here
+(wings/cluster/grants.py).
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ SOON = 0.1
 class SharedGate(Gate):
     """A gate that starts nothing beyond what is granted; `share` it before it is used.
 
-    It comes first among the bases of a gate that has others: `class Shared(SharedGate, ProviderGate)`.
+    It comes first among the bases of a gate that has others:
+    `class Shared(SharedGate, ProviderGate)`.
 
-    Always: nothing starts on a lease that is over. A queue that is full takes as many more requests as there are places that
-    others may have free, until the server has said that they have not.
+    Always: nothing starts on a lease that is over. A queue that is full takes as many more
+    requests as there are places that others may have free, until the server has said that they
+    have not.
     """
 
     _leases: Leases
@@ -59,7 +63,10 @@ class SharedGate(Gate):
             self._grant.wait_begins()
 
     def try_enter(self, cost: int = 0) -> Place | None:
-        """Return a place if a granted one is free and nobody waits for it; *cost* counts for the pace."""
+        """Return a place if a granted one is free and nobody waits for it.
+
+        *cost* counts for the pace.
+        """
         self._leases.check()
         return super().try_enter(cost)
 

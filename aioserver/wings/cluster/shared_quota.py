@@ -1,8 +1,9 @@
 """The limits of one key (limits/quota.py), shared with other instances.
 
-An answer that finds a granted place and a slot is counted at once. Otherwise it is *undecided* until the server has said
-whether another instance has a place to give, or when the next slot begins, for PATIENCE seconds at most: an answer that would
-have to wait for longer is refused, and does not queue.
+An answer that finds a granted place and a slot is counted at once. Otherwise it is *undecided*
+until the server has said whether another instance has a place to give, or when the next slot
+begins, for PATIENCE seconds at most: an answer that would have to wait for longer is refused, and
+does not queue.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ if TYPE_CHECKING:
 
     from aioserver.wings.cluster.leases import Leases
 
-# Seconds for which an answer may be undecided. An instance that is told of the want gives within two calls.
+# Seconds for which an answer may be undecided. An instance that is told of the want gives within
+# two calls.
 PATIENCE = 0.25
-# Of the burst so much is kept in hand by all instances together. A key of 300 a minute has 3 slots of it, so that its
-# clients find nearly all of it at any instance.
+# Of the burst so much is kept in hand by all instances together. A key of 300 a minute has 3 slots
+# of it, so that its clients find nearly all of it at any instance.
 SHARE_KEPT = 0.01
 
 
 class SharedQuota(Quota):
     """The counts of one key at this instance, within limits that all instances share under *name*.
 
-    Always: the answers that are counted and decided are within the granted places, unless these were lowered since.
+    Always: the answers that are counted and decided are within the granted places, unless these
+    were lowered since.
     """
 
     def __init__(
@@ -54,7 +57,8 @@ class SharedQuota(Quota):
         )
         self._leases = leases
         self._granted = 0
-        # The answers that wait for a place or a slot, the oldest first; one that is done waits no more, and has no place.
+        # The answers that wait for a place or a slot, the oldest first; one that is done waits no
+        # more, and has no place.
         self._undecided: deque[asyncio.Future[None]] = deque()
         self._rate = self._shared_rate = SharedRate(
             leases,
@@ -117,8 +121,8 @@ class SharedQuota(Quota):
             if unused:
                 self._rate.take(-self._rate.interval)
         else:
-            # One that has neither a place nor a slot. If it is not this one, it counts as this one until its own end:
-            # no more than one at a time.
+            # One that has neither a place nor a slot. If it is not this one, it counts as this one
+            # until its own end: no more than one at a time.
             self._undecided.remove(refused)
         self.running -= 1
         self._decide()

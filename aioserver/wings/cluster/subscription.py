@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 class Subscription(Connection):
     """Messages: each of *handlers* is called with what comes on its channel.
 
-    A message that comes while there is no connection is lost, so *on_open* has to look for what was missed.
+    A message that comes while there is no connection is lost, so *on_open* has to look for what
+    was missed.
     """
 
     def __init__(
@@ -32,7 +33,8 @@ class Subscription(Connection):
         """Call *handler* with what comes on *channel*, also on later connections.
 
         Raises:
-            CallFailed: the server does not answer; the channel is subscribed with the next connection.
+            CallFailed: the server does not answer; the channel is subscribed with the next
+                connection.
         """
         self._handlers[channel.encode()] = handler
         await self.execute("SUBSCRIBE", channel)

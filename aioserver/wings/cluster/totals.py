@@ -1,7 +1,9 @@
-"""The operating pages of all instances: each is asked how it is when somebody looks, and nothing is said while nobody does.
+"""The operating pages of all instances: each is asked how it is when somebody looks, and nothing
+is said while nobody does.
 
-An instance that does not answer in time is named on the page, and so is one whose answer this version does not understand: it
-may be of another one, while processes are replaced one after the other.
+An instance that does not answer in time is named on the page, and so is one whose answer this
+version does not understand: it may be of another one, while processes are replaced one after the
+other.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ class Totals:
         return snapshot
 
     async def news(self) -> tuple[Snapshot, list[Incident]]:
-        """Return the state of all instances together, and what has happened in others since the last call."""
+        """Return the state of all instances together, and what has happened in others since the
+        last call.
+        """
         snapshot, answers = await self._ask()
         incidents: list[Incident] = []
         for name, (_report, number, newest) in answers.items():

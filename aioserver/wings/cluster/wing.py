@@ -1,4 +1,5 @@
-"""This process as an instance of a cluster: all of this package that lives as long as a server, and its end.
+"""This process as an instance of a cluster: all of this package that lives as long as a server,
+and its end.
 
 join       connections are made, and limits are shared from the first provider on
 serve      the server exists: its streams can be read elsewhere, and what others tell reaches its providers
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.cluster")
 
-# Seconds in which the others are told that this instance is no more; a server that is away hears nothing.
+# Seconds in which the others are told that this instance is no more; a server that is away hears
+# nothing.
 LEAVE_TIMEOUT = 1.0
 # Seconds for the instances' agreement on a secret, at a start.
 AGREE_TIMEOUT = 1.0
@@ -62,7 +64,8 @@ _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9.]+")
 class Membership:
     """One instance of the cluster *name*, whose server is at *url*. Made by `join`.
 
-    *fixed*: the rank of this instance and the number of all, where a parent knows them. *times*: those of the cluster.
+    *fixed*: the rank of this instance and the number of all, where a parent knows them. *times*:
+    those of the cluster.
     """
 
     def __init__(
@@ -95,7 +98,9 @@ class Membership:
         return self.limits.make_gate(name, limits, health, clock)
 
     def observe(self, name: str) -> ProviderObserver:
-        """Return who tells the other instances what this one finds out about the provider *name*."""
+        """Return who tells the other instances what this one finds out about the provider
+        *name*.
+        """
         return self.limits.observe(name)
 
     def make_quota(self, key: ClientKey, elsewhere: Callable[[int], int] | None) -> Quota:
@@ -108,7 +113,9 @@ class Membership:
         return self._streams
 
     def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
-        """Let what others tell reach *providers*, and *monitor* show the state of all instances."""
+        """Let what others tell reach *providers*, and *monitor* show the state of all
+        instances.
+        """
         self.limits.providers = providers
         self._incidents = monitor
         assert self._streams is not None, "`streams` was called before"
@@ -123,7 +130,8 @@ class Membership:
         )
 
     async def agree_on_pepper(self, own: bytes) -> bytes:
-        """Return the secret of browser sessions on which the instances agree: *own*, if none was there before.
+        """Return the secret of browser sessions on which the instances agree: *own*, if none was
+        there before.
 
         Without an answer it is *own*, and a session holds only where it was made.
         """
@@ -158,7 +166,9 @@ class Membership:
         return int(self.instance.rpartition("-")[2], 16)
 
     def ended(self, token: int) -> None:
-        """Note that the instance with *token* has ended for certain: its places are free now, and not after its lease."""
+        """Note that the instance with *token* has ended for certain: its places are free now, and
+        not after its lease.
+        """
         for name in self.leases.members:
             if name.endswith(f"-{token:08x}"):
                 self.leases.ended(name)
@@ -166,10 +176,12 @@ class Membership:
     async def open(self, *, clear: bool = False) -> None:
         """Connect, and share. A server that is not there is looked for in the background.
 
-        *clear*: delete the conversations that are there, if this is the first instance: others may use them.
+        *clear*: delete the conversations that are there, if this is the first instance: others may
+        use them.
 
         Raises:
-            ConfigurationError: the server refuses the password, or the user may not do what is needed.
+            ConfigurationError: the server refuses the password, or the user may not do what is
+                needed.
         """
         try:
             await self.renewer.open()
@@ -178,7 +190,8 @@ class Membership:
         if clear and self.leases.members == [self.instance]:
             await self._clear_conversations()
         if self.leases.epoch and not self._fixed:
-            # A server that is new gives nothing yet, and without a fixed share nothing could start until then.
+            # A server that is new gives nothing yet, and without a fixed share nothing could start
+            # until then.
             times = self.leases.times
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(times.grace + times.beat + times.bound):
@@ -270,10 +283,12 @@ async def join(
     clear: bool = False,
     times: Times = TIMES,
 ) -> AsyncIterator[Membership]:
-    """Join the cluster *name* for the length of the block; the server within the block has ended before its end.
+    """Join the cluster *name* for the length of the block.
 
-    *fixed*, *times*: see `Membership`. *first*: no other instance can have places of a former life of the cluster, so that the
-    fixed share may be used at once. *clear*: see `Membership.open`.
+    The server within the block has ended before its end.
+
+    *fixed*, *times*: see `Membership`. *first*: no other instance can have places of a former life
+    of the cluster, so that the fixed share may be used at once. *clear*: see `Membership.open`.
 
     Raises:
         ConfigurationError: *url* cannot be used, or its server refuses us.
@@ -292,6 +307,8 @@ async def join(
 
 
 def instance_name() -> str:
-    """Return a name that no other instance ever has: the host, the process, and something random."""
+    """Return a name that no other instance ever has: the host, the process, and something
+    random.
+    """
     host = _NOT_IN_NAMES.sub("-", socket.gethostname())[:MAX_HOST]
     return f"{host}-{os.getpid()}-{secrets.token_hex(4)}"

@@ -1,4 +1,6 @@
-"""What operators see of the storage of conversations: the key `history` of `/stats`, two gauges, and its troubles."""
+"""What operators see of the storage of conversations: the key `history` of `/stats`, two gauges,
+and its troubles.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
 
 
 class HistoryTrouble(TypedDict):
-    """A fault of the storage of conversations, since when it is there (Unix time), and what to do."""
+    """A fault of the storage of conversations, since when it is there (Unix time), and what to
+    do.
+    """
 
     kind: str
     since: float
@@ -29,7 +33,9 @@ def _oldest(troubles: Sequence[HistoryTrouble | None]) -> HistoryTrouble | None:
 
 
 class HistoryState(TypedDict):
-    """The storage of conversations: `memory`, `sql` or `redis`; turns that wait to be written, were, and were lost."""
+    """The storage of conversations: `memory`, `sql` or `redis`; turns that wait to be written,
+    were, and were lost.
+    """
 
     storage: Annotated[str, OWN]
     waiting: Annotated[int, SUM]

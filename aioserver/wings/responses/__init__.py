@@ -1,13 +1,16 @@
 """OpenAI's Responses API, `/v1/responses`: without it a client has chat completions.
 
-A request makes a *response*, whose *items* are its input and its output. Its *events* go into the log as the provider sends
-them; a provider that has chat completions only is behind the *bridge*, which makes events of its chunks. What a provider
-has, its *bridging* knows, from the settings or from its answers.
+A request makes a *response*, whose *items* are its input and its output. Its *events* go into the
+log as the provider sends them; a provider that has chat completions only is behind the *bridge*,
+which makes events of its chunks. What a provider has, its *bridging* knows, from the settings or
+from its answers.
 
-A response may be *continued* by its id. The *draft* of a response keeps what its request says until the response has ended; it
-is then a *stored response*, which refers to the one that it continued. The *storage* brings stored responses to other instances:
-`responses`, over the *chains* of keys in Redis.
+A response may be *continued* by its id. The *draft* of a response keeps what its request says
+until the response has ended; it is then a *stored response*, which refers to the one that it
+continued. The *storage* brings stored responses to other instances: `responses`, over the *chains*
+of keys in Redis.
 
-The *face* serves a response from its log, the *stored face* one that is stored. Over a WebSocket, requests come as *frames*; a
-*lane* of a connection has one under way, and *holds* its latest response.
+The *face* serves a response from its log, the *stored face* one that is stored. Over a WebSocket,
+requests come as *frames*; a *lane* of a connection has one under way, and *holds* its latest
+response.
 """

@@ -1,4 +1,6 @@
-"""OpenAI's Responses API as providers speak it: what its events are, and which of them go the fast way."""
+"""OpenAI's Responses API as providers speak it: what its events are, and which of them go the fast
+way.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,10 @@ class ResponsesApi(Api):
         return ResponseEvents()
 
     def fast_path(self, cursor: Cursor, destination: Destination) -> FastPath | None:
-        """Return the path by which events go from *cursor* to *destination*; None if there is none."""
+        """Return the path by which events go from *cursor* to *destination*.
+
+        None if there is none.
+        """
         events, frame = cursor.stream.events, cursor.format.frame
         if not isinstance(events, ResponseEvents) or (frame is None and not destination.chunked):
             return None

@@ -1,13 +1,15 @@
-"""An attempt to get a response (`/v1/responses`), also from a provider that has chat completions only, or keeps no responses.
+"""An attempt to get a response (`/v1/responses`), also from a provider that has chat completions
+only, or keeps no responses.
 
-A provider without responses is known by its setting `responses: false`, or by its answer: if it has no such path the attempt
-goes on at once, in the same place, with the request as one for a chat completion. It is known from then on, until a reload,
-if it answers that one. A 404 that is about a model or another response is no such answer: then the path is there. Nor is any
-404 of a provider that has answered there before.
+A provider without responses is known by its setting `responses: false`, or by its answer: if it
+has no such path the attempt goes on at once, in the same place, with the request as one for a chat
+completion. It is known from then on, until a reload, if it answers that one. A 404 that is about a
+model or another response is no such answer: then the path is there. Nor is any 404 of a provider
+that has answered there before.
 
-OpenAI's API continues a response by `previous_response_id`, which its server has kept. Many engines have the path and keep
-nothing. Some say that they do not support the field, others that there is no such response: the request is then sent once
-more, with the conversation.
+OpenAI's API continues a response by `previous_response_id`, which its server has kept. Many
+engines have the path and keep nothing. Some say that they do not support the field, others that
+there is no such response: the request is then sent once more, with the conversation.
 
 This file is one concept: what is learned of a provider, and what an attempt there makes of it.
 """
@@ -68,11 +70,13 @@ _OTHER_SUBJECTS = ("model", "resp_", "msg_")
 
 
 class Learned(Memory):
-    """What is known of the responses of one provider: from its settings, and from its answers since.
+    """What is known of the responses of one provider: from its settings, and from its answers
+    since.
 
-    *lacking* says that it was found to have no `/v1/responses`, and *present* that it has answered there: a 404 is
-    about something else then, which a client may have named. *reasoning_field* is the name of the field in which it
-    sends its reasoning; empty if it has sent none. *keeps*: it keeps the responses that it has made, as far as we know.
+    *lacking* says that it was found to have no `/v1/responses`, and *present* that it has answered
+    there: a 404 is about something else then, which a client may have named. *reasoning_field* is
+    the name of the field in which it sends its reasoning; empty if it has sent none. *keeps*: it
+    keeps the responses that it has made, as far as we know.
     """
 
     def __init__(self, settings: settings.Provider) -> None:
@@ -91,12 +95,14 @@ class Learned(Memory):
     def learn(self, status: int, body: bytes, *, previous_id: str | None, by_id: bool) -> bool:
         """Learn from an answer with *status* and *body* whether the provider keeps responses.
 
-        Its request named the response *previous_id*; None: it named none, and says nothing. *by_id*: the provider has made that
-        response, and we have it. Return whether the request is to be sent once more, as the provider does not know that response.
+        Its request named the response *previous_id*; None: it named none, and says nothing.
+        *by_id*: the provider has made that response, and we have it. Return whether the request is
+        to be sent once more, as the provider does not know that response.
         """
         if previous_id is None or not refuses_continuation(status, body):
             return False
-        # Refusals repeat the id, and a client could make one up that says more than the provider does.
+        # Refusals repeat the id, and a client could make one up that says more than the provider
+        # does.
         if by_id or (_UNSUPPORTED.search(previous_id) is None and supports_none(status, body)):
             if self.keeps:
                 logger.info(
@@ -127,11 +133,14 @@ class ResponseAttempt(Attempt):
         self._writer: ResponseWriter | None = None
         # The body of a request that continues a response, between its preparation and its sending.
         self._prepared: bytes | None = None
-        # Whether the provider has said that it has no such path, and has not been asked otherwise before.
+        # Whether the provider has said that it has no such path, and has not been asked otherwise
+        # before.
         self._learning = False
 
     def preparation(self) -> Generator[None, None, None] | None:
-        """Return the steps that translate the request, or put what it continues in front of its input."""
+        """Return the steps that translate the request, or put what it continues in front of its
+        input.
+        """
         if self.bridged:
             return self._translate()
         draft = self.request.draft
@@ -157,7 +166,8 @@ class ResponseAttempt(Attempt):
         """Return the bytes to send.
 
         Raises:
-            RequestTooLarge, InvalidRequest: the request continues a response, and that cannot be written out.
+            RequestTooLarge, InvalidRequest: the request continues a response, and that cannot be
+                written out.
         """
         chat, prepared = self._chat, self._prepared
         if chat is None:
@@ -173,9 +183,11 @@ class ResponseAttempt(Attempt):
         return self.request_bytes(writer, CHAT, CHAT.path, body)
 
     def repeats(self) -> bool:
-        """Return whether the request is to be sent as one for a chat completion, since the provider has no such path.
+        """Return whether the request is to be sent as one for a chat completion, since the
+        provider has no such path.
 
-        Or, where it has, once more: with the conversation, since the provider does not know the id of the response.
+        Or, where it has, once more: with the conversation, since the provider does not know the id
+        of the response.
         """
         sink = self.sink
         if self._chat is not None or self.status == 200 or not isinstance(sink, BodySink):
@@ -193,7 +205,9 @@ class ResponseAttempt(Attempt):
         return True
 
     def _refused(self, body: bytes) -> bool:
-        """Return whether the provider does not know the response which the request continues by its id."""
+        """Return whether the provider does not know the response which the request continues by
+        its id.
+        """
         draft = self.request.draft
         return draft is not None and self._learned.learn(
             self.status, body, previous_id=draft.previous_id, by_id=draft.by_id
@@ -288,7 +302,8 @@ class ResponseAttempt(Attempt):
 
 
 def path_absent(status: int, body: bytes) -> bool:
-    """Return whether an answer with this *status* and *body* says that there is no such path, or no such method.
+    """Return whether an answer with this *status* and *body* says that there is no such path, or
+    no such method.
 
     It may be about the model, or another object that the request names, too.
     """
@@ -308,7 +323,9 @@ def path_absent(status: int, body: bytes) -> bool:
 
 
 def refuses_continuation(status: int, body: bytes) -> bool:
-    """Return whether an answer with this *status* and *body* refuses the `previous_response_id` of its request."""
+    """Return whether an answer with this *status* and *body* refuses the `previous_response_id` of
+    its request.
+    """
     if status not in REFUSAL_STATUSES or len(body) > MAX_READ:
         return False
     error = _error_in(body)
@@ -320,7 +337,9 @@ def refuses_continuation(status: int, body: bytes) -> bool:
 
 
 def supports_none(status: int, body: bytes) -> bool:
-    """Return whether such a refusal says that no response at all can be continued, not only this one."""
+    """Return whether such a refusal says that no response at all can be continued, not only this
+    one.
+    """
     return status == 501 or _UNSUPPORTED.search(body.decode("utf-8", "replace")) is not None
 
 

@@ -1,15 +1,18 @@
-"""The draft of a response: what a request to `/v1/responses` keeps for the time when its response has ended.
+"""The draft of a response: what a request to `/v1/responses` keeps for the time when its response
+has ended.
 
     begin       finds the response that it continues, if it is held here or at another instance
     body_for    its body as one provider gets it: as it came, or with the conversation in front of its input
     keep        the response itself, at its end
     release     whatever happened
 
-A body goes as it came to a provider that knows the response which it continues, because it has made it and keeps it,
-and to one that may know it, because we do not. Any other gets the conversation.
+A body goes as it came to a provider that knows the response which it continues, because it has
+made it and keeps it, and to one that may know it, because we do not. Any other gets the
+conversation.
 
-A response is named in the store, so that it is found by its id, if its request says `store: true`; or says
-nothing, and its provider does not keep it, or it came on a WebSocket. A connection may hold one without a name.
+A response is named in the store, so that it is found by its id, if its request says `store: true`;
+or says nothing, and its provider does not keep it, or it came on a WebSocket. A connection may
+hold one without a name.
 """
 
 from __future__ import annotations
@@ -33,12 +36,15 @@ if TYPE_CHECKING:
 
 
 class Draft:
-    """The response to come of one request, and the response that it continues; the `Keeper` of both.
+    """The response to come of one request, and the response that it continues.
 
-    *store* is the request's; None if it says nothing. *previous_id* is its `previous_response_id`, and *previous* that
-    response, if it is held here. *named* says that the response will be found by its id, and *on_kept* is called
-    with it, named or not; a connection that holds it retains it there. *max_bytes* bounds an expanded body. *usually_named*: a
-    request that says nothing has its response named. *large* says that its body is.
+    The `Keeper` of both.
+
+    *store* is the request's; None if it says nothing. *previous_id* is its `previous_response_id`,
+    and *previous* that response, if it is held here. *named* says that the response will be found
+    by its id, and *on_kept* is called with it, named or not; a connection that holds it retains it
+    there. *max_bytes* bounds an expanded body. *usually_named*: a request that says nothing has
+    its response named. *large* says that its body is.
 
     Always: what it refers to and has taken is counted until `release`, and not after.
     """
@@ -100,11 +106,14 @@ class Draft:
 
     @property
     def slow(self) -> bool:
-        """Whether its body may take long to make: it is large, or continues a response that is held here."""
+        """Whether its body may take long to make: it is large, or continues a response that is
+        held here.
+        """
         return self.large or self.previous is not None
 
     def body_for(self, body: bytes, provider: str, *, keeps: bool) -> Generator[None, None, bytes]:
-        """Return *body* as *provider* gets it, which *keeps* responses, or does not as far as we know, in steps.
+        """Return *body* as *provider* gets it, which *keeps* responses, or does not as far as we
+        know, in steps.
 
         Raises:
             RequestTooLarge, InvalidRequest: as `expand`.
@@ -118,7 +127,8 @@ class Draft:
         return (yield from self.expand(body, provider))
 
     def bridge(self, body: bytes, provider: str = "") -> Generator[None, None, bytes]:
-        """Return *body* for a *provider* that has no responses at all: without `previous_response_id`, in steps.
+        """Return *body* for a *provider* that has no responses at all: without
+        `previous_response_id`, in steps.
 
         Raises:
             ResponseNotFound: the request continues a response that is not held here.
@@ -129,10 +139,12 @@ class Draft:
         return (yield from self.expand(body, provider))
 
     def expand(self, body: bytes, provider: str) -> Generator[None, None, bytes]:
-        """Return *body* with what it continues in front of its input, for *provider*, in steps; see `continued`.
+        """Return *body* with what it continues in front of its input, for *provider*, in steps;
+        see `continued`.
 
         Raises:
-            ResponseNotFound: the request continues a response that is not held here, or not with all that came before it.
+            ResponseNotFound: the request continues a response that is not held here, or not with
+                all that came before it.
             RequestTooLarge, InvalidRequest: as `continued`.
         """
         if self.previous is not None and self.previous.whole:
@@ -184,7 +196,8 @@ class Draft:
             self._held.release()
         previous = self.previous
         if previous is not None and previous.history_bytes > self.max_bytes:
-            # No body could have it in front of its input. Its provider goes on with it, and nothing need be held for that.
+            # No body could have it in front of its input. Its provider goes on with it, and
+            # nothing need be held for that.
             previous = None
         stored = self._responses.make(
             self.caller,
@@ -216,7 +229,10 @@ class Draft:
             previous.release()
 
     def _note_provider(self, body: bytes, *, keeps: bool) -> Generator[None, None, None]:
-        """Note that a provider gets *body*, in steps, and whether it *keeps* responses. The last one counts."""
+        """Note that a provider gets *body*, in steps, and whether it *keeps* responses.
+
+        The last one counts.
+        """
         usually_named = self.usually_named or not keeps
         self.named = self.store is True or (self.store is None and usually_named)
         self.kept_there = keeps and self.store is not False
@@ -227,7 +243,10 @@ class Draft:
 def draft_of(
     responses: StoredResponses, caller: Caller, body: ModelBody, max_bytes: int
 ) -> Draft | None:
-    """Return the draft of a request with *body*; None if it neither continues a response nor has its own kept."""
+    """Return the draft of a request with *body*.
+
+    None if it neither continues a response nor has its own kept.
+    """
     previous_id = body.previous_response_id
     if previous_id is None and (body.stored is False or not responses.window):
         return None

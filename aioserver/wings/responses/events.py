@@ -1,12 +1,14 @@
-"""OpenAI's Responses API: where a response ends, what is remembered of its events, and its error in their form.
+"""OpenAI's Responses API: where a response ends, what is remembered of its events, and its error
+in their form.
 
-An error between the events of a response is a `response.failed` event with the response object that came
-last, its status `failed`, and the next `sequence_number`; our error object, with our code, stands beside
-it. Of the forms that were tried, this one alone is understood by openai for Python and Node, the AI SDK
-and Codex.
+An error between the events of a response is a `response.failed` event with the response object
+that came last, its status `failed`, and the next `sequence_number`; our error object, with our
+code, stands beside it. Of the forms that were tried, this one alone is understood by openai for
+Python and Node, the AI SDK and Codex.
 
-Clients name an event by its `sequence_number`, and the log by a number of its own. Which is which is
-remembered as the events come, so that neither a resume nor a look at the response reads the log.
+Clients name an event by its `sequence_number`, and the log by a number of its own. Which is which
+is remembered as the events come, so that neither a resume nor a look at the response reads the
+log.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 
     from aioserver.errors import AioserverError
 
-# Of the codes that OpenAI has for the error in a response object, those that fit: clients check them.
+# Of the codes that OpenAI has for the error in a response object, those that fit: clients check
+# them.
 SERVER_ERROR, RATE_LIMITED = "server_error", "rate_limit_exceeded"
 # The types of the events that end a response, unless an error does.
 ENDS = ("response.completed", "response.incomplete", "response.failed")
@@ -52,7 +55,9 @@ _OBJECT = msgspec.json.Decoder(dict[str, Raw])
 
 
 class _Run:
-    """Consecutive events with consecutive sequence numbers: the number of the first event, its own and the last one's."""
+    """Consecutive events with consecutive sequence numbers: the number of the first event, its own
+    and the last one's.
+    """
 
     __slots__ = ("last_sequence", "number", "sequence")
 
@@ -98,9 +103,11 @@ class ResponseEvents(AnswerEvents):
         self._last_response = newest
 
     def newest(self, status: str = "") -> bytes | None:
-        """Return the JSON of the response object that came last, with another *status* if one is passed.
+        """Return the JSON of the response object that came last, with another *status* if one is
+        passed.
 
-        None if there is no such object. Nothing below its top level is built, and it is no deeper than it came.
+        None if there is no such object. Nothing below its top level is built, and it is no deeper
+        than it came.
         """
         try:
             response = _EVENT.decode(self._last_response).response
@@ -118,7 +125,8 @@ class ResponseEvents(AnswerEvents):
         return self._runs[-1].last_sequence if self._runs else -1
 
     def note(self, block: bytes, first: int) -> None:
-        """Remember the sequence numbers, and the newest response object, of a block of whole events.
+        """Remember the sequence numbers, and the newest response object, of a block of whole
+        events.
 
         *first* is the number of its first event in the log.
         """
@@ -132,7 +140,8 @@ class ResponseEvents(AnswerEvents):
                 self._last_response = data
 
     def follows(self, event: bytes, number: int) -> bool:
-        """Note *event*, whose *number* is the next, if no more of it is to be remembered than that it comes next.
+        """Note *event*, whose *number* is the next, if no more of it is to be remembered than that
+        it comes next.
 
         Return False, with nothing done, if `note` must look at it. It has no response object.
         """
@@ -156,14 +165,16 @@ class ResponseEvents(AnswerEvents):
         return True
 
     def note_sequence(self, number: int, sequence: int) -> None:
-        """Remember the *sequence* number of the event *number* of the log, which has no response object."""
+        """Remember the *sequence* number of the event *number* of the log, which has no response
+        object.
+        """
         self._add(number, sequence)
 
     def event_before(self, sequence: int, last: int) -> int | None:
         """Return the number of the event after which the first one above *sequence* comes.
 
-        It is *last*, the newest event's number, if *sequence* is the newest; None if *sequence* has
-        not come yet.
+        It is *last*, the newest event's number, if *sequence* is the newest; None if *sequence*
+        has not come yet.
         """
         for run in self._runs:
             if run.last_sequence > sequence:
@@ -184,10 +195,12 @@ class ResponseEvents(AnswerEvents):
     def render(self, error: AioserverError, seen: int | None = None) -> bytes:
         """Return *error* as a `response.failed` event.
 
-        It has the next sequence number. For a reader that fell behind, and has *seen* the event of that
-        number in the log, it has that event's: whoever comes back after it is not led past what was missed.
+        It has the next sequence number. For a reader that fell behind, and has *seen* the event of
+        that number in the log, it has that event's: whoever comes back after it is not led past
+        what was missed.
 
-        It has no more of a response object than its frame, if that is nested deeper than orjson writes.
+        It has no more of a response object than its frame, if that is nested deeper than orjson
+        writes.
         """
         sequence = self.last_sequence + 1 if seen is None else self._sequence_at(seen)
         try:
@@ -196,7 +209,9 @@ class ResponseEvents(AnswerEvents):
             return self._render(_NO_RESPONSE, error, sequence)
 
     def _sequence_at(self, number: int) -> int:
-        """Return the sequence number of the event *number* of the log, or of the one before that has any."""
+        """Return the sequence number of the event *number* of the log, or of the one before that
+        has any.
+        """
         sequence = 0
         for run in self._runs:
             if run.number > number:

@@ -1,9 +1,11 @@
-"""OpenAI's responses: new ones (`POST /v1/responses`), and those that are known by their ids, served from the log.
+"""OpenAI's responses: new ones (`POST /v1/responses`), and those that are known by their ids,
+served from the log.
 
 A response that was requested with `store` or `background` is kept for its `resume_window`, and is
 found by the id that the provider gave it; a response that was not streamed only once it will not
-change any more. `starting_after` counts as the provider does, by the `sequence_number` in its events;
-the log's own numbers have no part in it. A response that is stored can be read for longer (stored_face.py).
+change any more. `starting_after` counts as the provider does, by the `sequence_number` in its
+events; the log's own numbers have no part in it. A response that is stored can be read for longer
+(stored_face.py).
 """
 
 from __future__ import annotations
@@ -122,7 +124,9 @@ def make_request(
     key: str | None = None,
     digest: bytes = b"",
 ) -> Request:
-    """Return the request of a client with this *body* for a response; *face*, *name*, *key*: as `gateway.Request`.
+    """Return the request of a client with this *body* for a response.
+
+    *face*, *name*, *key*: as `gateway.Request`.
 
     Raises:
         ModelNotFound, NoProvider: no provider can be asked for its model.
@@ -154,8 +158,9 @@ async def prepare(
 ) -> tuple[Stream, int | None] | Request | None:
     """Prepare a GET: find the response, and the event after which to stream it.
 
-    None instead of an event means that the response is not to be streamed, and None alone that it has no log any
-    more, but is stored. A request goes to the provider, where the response is not kept here.
+    None instead of an event means that the response is not to be streamed, and None alone that it
+    has no log any more, but is stored. A request goes to the provider, where the response is not
+    kept here.
     """
     try:
         return await _prepare(context, request)
@@ -192,7 +197,9 @@ async def retrieve(
     request: web.Request,
     found: tuple[Stream, int | None] | Request | None,
 ) -> web.StreamResponse:
-    """Answer a GET with what `prepare` has found: the events after a position, or the response as it is now."""
+    """Answer a GET with what `prepare` has found: the events after a position, or the response as
+    it is now.
+    """
     if found is None:
         response = await stored_face.find(stored, request)
         body = response.response()
@@ -215,8 +222,9 @@ async def cancel(
 ) -> web.StreamResponse:
     """Answer `POST /v1/responses/{id}/cancel`. A response that has ended stays as it is.
 
-    This works in a full server, too: only a large response needs a place, by *writing*, until its client has
-    read it. One that is not kept here may be the provider's, for which the request is *passing* on.
+    This works in a full server, too: only a large response needs a place, by *writing*, until its
+    client has read it. One that is not kept here may be the provider's, for which the request is
+    *passing* on.
 
     Raises:
         StreamNotFound: there is no such response under way, or with a log.
@@ -256,7 +264,8 @@ async def write(
 ) -> web.StreamResponse:
     """Answer with the response that *stream* keeps, as it is now, and write it.
 
-    A *status* replaces that of a response that was streamed, and so does that of one that was cancelled.
+    A *status* replaces that of a response that was streamed, and so does that of one that was
+    cancelled.
 
     Raises:
         ServerAtCapacity: all that is kept would be more than `max_kept_bytes`.
@@ -269,7 +278,8 @@ async def write(
 
 
 async def find(context: Context, request: web.Request, start: Start = LATEST) -> Stream:
-    """Return the response of the caller that the path of *request* names, to be read from *start* on.
+    """Return the response of the caller that the path of *request* names, to be read from *start*
+    on.
 
     Raises:
         StreamNotFound: there is no such stream, or it is an answer of another kind, such as one of
@@ -296,7 +306,8 @@ def event_of(stream: Stream, sequence: int) -> int:
 
 
 def newest(stream: Stream, status: str = "") -> bytes:
-    """Return the JSON of the response object that the provider sent last, with another *status* if one is passed.
+    """Return the JSON of the response object that the provider sent last, with another *status* if
+    one is passed.
 
     Raises:
         StreamNotFound: no event had a response, or *stream* is no response.

@@ -1,5 +1,7 @@
 """The frames of OpenAI's Responses API over WebSocket, one JSON object each.
 
+This file is one concept: what a client may send, and what it gets, are one protocol.
+
 From clients:
 
     {"type": "response.create", …the body of POST /v1/responses…, "stream_id": "a", "generate": false}
@@ -8,11 +10,13 @@ From clients:
     {"type": "response.steer", "previous_response_id": "resp_1", "input": "Shorter!"}
     {"type": "response.processed", …}
 
-To clients: the events of the response, which are the provider's bytes, and what is made here: errors, the place in
-a queue, and the events of a response that is prepared only (`generate: false`).
+To clients: the events of the response, which are the provider's bytes, and what is made here:
+errors, the place in a queue, and the events of a response that is prepared only
+(`generate: false`).
 
-A `stream_id` names a *lane* of the connection. Of a `response.create` only its top level is decoded, and the body that
-goes on to the provider is what the client wrote, without the members that belong to the frame.
+A `stream_id` names a *lane* of the connection. Of a `response.create` only its top level is
+decoded, and the body that goes on to the provider is what the client wrote, without the members
+that belong to the frame.
 """
 
 from __future__ import annotations
@@ -59,7 +63,8 @@ class _Frame(msgspec.Struct, gc=False):
     input: Raw = ABSENT
 
 
-# The fields of a request that its response shows, and what stands for one that is absent, or too long.
+# The fields of a request that its response shows, and what stands for one that is absent, or too
+# long.
 _DEFAULTS = {
     "instructions": b"null",
     "max_output_tokens": b"null",
@@ -109,7 +114,10 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Go on with the events of a response after *after*, a sequence number, on the *lane*; None: from the first."""
+    """Go on with the events of a response after *after*, a sequence number, on the *lane*.
+
+    None: from the first.
+    """
 
     lane: str | None
     response_id: str
@@ -198,7 +206,10 @@ def parsing(data: bytes) -> Generator[None, None, Command]:
 def _create(
     lane: str | None, frame: _Frame, body: bytes, sites: dict[str, Site]
 ) -> Generator[None, None, Create]:
-    """Return the command of a frame whose bytes are *body*, in steps; *sites*: of members that were read in pieces."""
+    """Return the command of a frame whose bytes are *body*, in steps.
+
+    *sites*: of members that were read in pieces.
+    """
     generate = json_body.flag(frame.generate)
     if generate is None and not json_body.null(frame.generate):
         raise InvalidRequest("generate must be true or false", param="generate")
@@ -245,7 +256,8 @@ def _without(
         body = b"".join((view[:start], view[end:]))
         if sites:
             yield
-    # Without their keys, however they are written, there is nothing to read; to look for them takes long in itself.
+    # Without their keys, however they are written, there is nothing to read; to look for them
+    # takes long in itself.
     if sites or b"\\u00" in body or any(member.key in body for member in removed):
         rest = yield from json_body.decoding(_FRAME, body, "a frame")
         for member in removed:
@@ -310,8 +322,8 @@ def queued(lane: str | None, position: int, eta: float) -> bytes:
 def error(fault: AioserverError, lane: str | None) -> bytes:
     """Return the frame for a *fault* before the first event of a response.
 
-    The headers that an answer over HTTP would have are in `error.headers`, as openai-python reads them, and beside
-    `error`, as Codex does.
+    The headers that an answer over HTTP would have are in `error.headers`, as openai-python reads
+    them, and beside `error`, as Codex does.
     """
     frame: dict[str, Any] = {"type": "error", "status": fault.http_status}
     if lane is not None:
@@ -353,7 +365,8 @@ def _error_object(fault: AioserverError) -> dict[str, Any]:
 def preparing(
     command: Create, response_id: str, model: str, created_at: int
 ) -> Generator[None, None, list[tuple[bytes, bytes]]]:
-    """Return the events of a response for which nothing is generated, each with the response object in it, in steps.
+    """Return the events of a response for which nothing is generated, each with the response
+    object in it, in steps.
 
     *created_at*: seconds since 1970.
     """

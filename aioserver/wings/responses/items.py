@@ -1,7 +1,8 @@
-"""The items of OpenAI's Responses API, as bytes: those of a request, of a response, and of what a request continues.
+"""The items of OpenAI's Responses API, as bytes: those of a request, of a response, and of what a
+request continues.
 
-Items are kept, and joined, as they came: as JSON values with commas between them, the inside of an array.
-Nothing below them is built, so a long conversation costs the bytes that it has.
+Items are kept, and joined, as they came: as JSON values with commas between them, the inside of an
+array. Nothing below them is built, so a long conversation costs the bytes that it has.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 INPUT, PREVIOUS = Member("input"), Member("previous_response_id")
 # The statuses of a response that can be continued.
 CONTINUABLE = frozenset({"completed", "incomplete"})
-# Commas in a value of which each part becomes an object: some megabytes of text have so many, and a few hundred KB of numbers.
+# Commas in a value of which each part becomes an object: some megabytes of text have so many, and
+# a few hundred KB of numbers.
 MAX_COMMAS = 200_000
 # Bytes of items that are read in one step.
 STEP_BYTES = 1 << 18
@@ -53,7 +55,9 @@ _ITEM = msgspec.json.Decoder(_Item)
 
 
 class ResponseParts(NamedTuple):
-    """A response object in parts: its *id* and *status*, and its JSON as `head`, items of its output, `tail`."""
+    """A response object in parts: its *id* and *status*, and its JSON as `head`, items of its
+    output, `tail`.
+    """
 
     id: str
     status: str
@@ -63,7 +67,9 @@ class ResponseParts(NamedTuple):
 
 
 class Page(NamedTuple):
-    """A part of a list of *items*, whether there are *more*, and the ids of its first and last one."""
+    """A part of a list of *items*, whether there are *more*, and the ids of its first and last
+    one.
+    """
 
     items: list[Raw]
     first_id: str | None
@@ -72,7 +78,9 @@ class Page(NamedTuple):
 
 
 def input_items(body: bytes) -> Generator[None, None, bytes]:
-    """Return the items of the input in *body*, a request for a response, in steps; a text becomes a message of the user.
+    """Return the items of the input in *body*, a request for a response, in steps.
+
+    A text becomes a message of the user.
 
     Raises:
         InvalidJson, InvalidRequest: *body* is no object.
@@ -88,7 +96,9 @@ def items_of(value: bytes) -> bytes:
 
 
 def response_parts(response: bytes) -> ResponseParts | None:
-    """Return *response*, the JSON of a response object, in parts; None if it is none, has no id, or is too large.
+    """Return *response*, the JSON of a response object, in parts.
+
+    None if it is none, has no id, or is too large.
 
     Lost are white space on its top level, and lone surrogates, which no provider would take back.
     """
@@ -109,7 +119,9 @@ def response_parts(response: bytes) -> ResponseParts | None:
 
 
 def separable(items: bytes) -> bool:
-    """Return whether *items* are not so many that it would cost too much to have them one by one."""
+    """Return whether *items* are not so many that it would cost too much to have them one by
+    one.
+    """
     return items.count(b",") <= MAX_COMMAS
 
 
@@ -124,10 +136,12 @@ def joined(pieces: Iterable[bytes]) -> bytes:
 
 
 def replayable(items: bytes, *, same_provider: bool) -> bytes:
-    """Return those of the *items* of a response that a provider takes back without having kept them.
+    """Return those of the *items* of a response that a provider takes back without having kept
+    them.
 
-    A reasoning item without its content is a mere reference to what its provider has kept; encrypted content
-    can be read by the provider alone that has written it, which the *same_provider* is.
+    A reasoning item without its content is a mere reference to what its provider has kept;
+    encrypted content can be read by the provider alone that has written it, which the
+    *same_provider* is.
     """
     if b"reasoning" not in items or not separable(items):
         return items
@@ -147,7 +161,8 @@ def replayable(items: bytes, *, same_provider: bool) -> bytes:
 def continued(
     body: bytes, history: Iterable[bytes], max_bytes: int
 ) -> Generator[None, None, bytes]:
-    """Return *body* with *history*, joined items, in front of its input, and without `previous_response_id`, in steps.
+    """Return *body* with *history*, joined items, in front of its input, and without
+    `previous_response_id`, in steps.
 
     No more of *history* is taken than fits.
 
@@ -204,13 +219,16 @@ def continued(
 def paging(
     pieces: Iterable[tuple[str, bytes]], *, newest_first: bool, limit: int, after: str | None
 ) -> Generator[None, None, Page | None]:
-    """Return *limit* of the items in *pieces*, those that follow the one with the id *after*, in steps.
+    """Return *limit* of the items in *pieces*, those that follow the one with the id *after*, in
+    steps.
 
-    The pieces are in the order of the list, each with a name, and of joined items. An item without an id gets one
-    that is made of that name, and stays the same; so does one whose id has come before. None: no item has the id *after*.
+    The pieces are in the order of the list, each with a name, and of joined items. An item without
+    an id gets one that is made of that name, and stays the same; so does one whose id has come
+    before. None: no item has the id *after*.
     """
     listed: list[tuple[str, Raw]] = []
-    # A client that asks for what follows an id would never come to the end of a list that has it twice.
+    # A client that asks for what follows an id would never come to the end of a list that has it
+    # twice.
     ids: set[str] = set()
     found, size = after is None, 0
     for name, piece in pieces:

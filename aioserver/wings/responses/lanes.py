@@ -1,8 +1,10 @@
-"""The lanes of one connection of the Responses API: what comes on each, in which order it is answered, and what may be continued.
+"""The lanes of one connection of the Responses API: what comes on each, in which order it is
+answered, and what may be continued.
 
-What comes on one lane is answered in its order, and different lanes are answered at once, at most MAX_RUNNING. The next
-turn is that of the lane which has waited longest. A lane keeps the latest of its responses, so that a request on any lane
-can continue it, although nobody else may keep it (`store: false`), unless the room is needed (wings/responses/stored.py).
+What comes on one lane is answered in its order, and different lanes are answered at once, at most
+MAX_RUNNING. The next turn is that of the lane which has waited longest. A lane keeps the latest of
+its responses, so that a request on any lane can continue it, although nobody else may keep it
+(`store: false`), unless the room is needed (wings/responses/stored.py).
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ if TYPE_CHECKING:
 
 # Responses under way at once on one connection, and its lanes with a name, as OpenAI has them.
 MAX_RUNNING, MAX_NAMED_LANES = 16, 32
-# Commands that wait on one connection, on all of its lanes: two for each lane that may have a name.
+# Commands that wait on one connection, on all of its lanes: two for each lane that may have a
+# name.
 MAX_WAITING = 64
-# Their bytes, unless it is one command: they wait for answers that may take an hour, and count for max_body_bytes meanwhile.
+# Their bytes, unless it is one command: they wait for answers that may take an hour, and count for
+# max_body_bytes meanwhile.
 MAX_WAITING_BYTES = 1 << 25
 
 
@@ -41,9 +45,10 @@ class Turn(NamedTuple):
 class Lane:
     """One lane of a connection; *name* is None for the one without a `stream_id`.
 
-    *stream* is the response that is read, or was read last, *response_id* its id, once it is known, and *continues* the id of the one
-    before it. *asked* fills the last one that was asked for here, which a resumed one is not, and *on_end* is called at its end. *under_way* counts what its end
-    still has to wait for, such as events that are not written.
+    *stream* is the response that is read, or was read last, *response_id* its id, once it is
+    known, and *continues* the id of the one before it. *asked* fills the last one that was asked
+    for here, which a resumed one is not, and *on_end* is called at its end. *under_way* counts
+    what its end still has to wait for, such as events that are not written.
     """
 
     __slots__ = (
@@ -73,11 +78,13 @@ class Lane:
 class Lanes:
     """The lanes of one connection. `close` must be called at its end.
 
-    Always: at most MAX_RUNNING lanes have something under way, and at most MAX_WAITING commands wait, of MAX_WAITING_BYTES; a lane has a
-    place in `_due` if and only if a command waits on it, and nothing is under way there.
+    Always: at most MAX_RUNNING lanes have something under way, and at most MAX_WAITING commands
+    wait, of MAX_WAITING_BYTES; a lane has a place in `_due` if and only if a command waits on it,
+    and nothing is under way there.
 
-    *held* has the latest response of each lane, until it is dropped to make room. *on_end* is called with a lane when the
-    response that was asked for on it has ended, and counts for no limit of its caller any more.
+    *held* has the latest response of each lane, until it is dropped to make room. *on_end* is
+    called with a lane when the response that was asked for on it has ended, and counts for no
+    limit of its caller any more.
     """
 
     def __init__(
@@ -101,7 +108,9 @@ class Lanes:
         return (lane for lane in self._lanes.values() if lane.under_way)
 
     def add(self, name: str | None, command: Create | Refused | Resume, hold: BodyHold) -> None:
-        """Let *command* wait for its turn, which may be at once; the bytes that *hold* counts count until then.
+        """Let *command* wait for its turn, which may be at once.
+
+        The bytes that *hold* counts count until then.
 
         Raises:
             StreamLimitReached: there are too many lanes with a name.
@@ -120,7 +129,10 @@ class Lanes:
         self.free(lane)
 
     def next(self) -> Turn | None:
-        """Return the next command that may be carried out; None if there is none now. `free` follows."""
+        """Return the next command that may be carried out; None if there is none now.
+
+        `free` follows.
+        """
         if not self._due or self._running >= MAX_RUNNING:
             return None
         lane = next(iter(self._due))

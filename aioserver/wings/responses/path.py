@@ -1,4 +1,6 @@
-"""How the events of a response go to the client: by a fast path of their own, and on a WebSocket as one frame each."""
+"""How the events of a response go to the client: by a fast path of their own, and on a WebSocket
+as one frame each.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,11 @@ _DELTA = re.compile(rb"event: (response\.[a-z_.]{1,64}\.delta)\ndata: \{")
 
 
 class ResponsePath(FastPath):
-    """Forwards events that have a part of a text, and the next sequence number: unchanged, or the data as one frame.
+    """Forwards events that have a part of a text, and the next sequence number: unchanged, or the
+    data as one frame.
 
-    An event whose type ends with `.delta` is one, if it has no response object. *frame* writes an event's data for the client; None: the client gets the provider's bytes.
+    An event whose type ends with `.delta` is one, if it has no response object. *frame* writes an
+    event's data for the client; None: the client gets the provider's bytes.
     """
 
     __slots__ = ("_events", "_frame", "_opening", "_type")
@@ -48,8 +52,8 @@ class ResponsePath(FastPath):
         super().__init__(cursor, destination)
         self._events = events
         self._frame = frame
-        # The first bytes of the events that come now, up to the brace of their data, and their type. At first
-        # no event begins so.
+        # The first bytes of the events that come now, up to the brace of their data, and their
+        # type. At first no event begins so.
         self._opening, self._type = b"\n", b""
 
     def forward(self, read: bytes) -> bool:
@@ -95,7 +99,10 @@ class ResponsePath(FastPath):
 
 
 def response_messages(lane: str | None) -> Format:
-    """Return the format of the *lane* of a WebSocket of the Responses API; None: that without a name."""
+    """Return the format of the *lane* of a WebSocket of the Responses API.
+
+    None: that without a name.
+    """
 
     def named(data: bytes) -> bytes:
         return ws_frame(WS_TEXT, frames.in_lane(data, lane or ""))

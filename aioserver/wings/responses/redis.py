@@ -1,18 +1,23 @@
-"""Stored responses for all instances, in Redis or Valkey, each with the name of the one that it continued: see `storage`.
+"""Stored responses for all instances, in Redis or Valkey, each with the name of the one that it
+continued: see `storage`.
 
-A response is written when it is stored, without those before it, and read with all of them when an instance that does not
-hold it gets a request that continues it. What an instance stores it holds itself, too: while the server is away, it goes on
-with these. A key in Redis is made of a digest: neither the caller nor the id stands in it.
+A response is written when it is stored, without those before it, and read with all of them when an
+instance that does not hold it gets a request that continues it. What an instance stores it holds
+itself, too: while the server is away, it goes on with these. A key in Redis is made of a digest:
+neither the caller nor the id stands in it.
 
-A response is a hash with its `data`, its own input and output, and the name of the `previous` one; a conversation is read
-along these names. A response lives for its window, and those before it at least as long: they are given twice the
-window, so that a new turn seldom has to look further back than to the one before it. All of them are in one sorted set, by the
-time at which they are over, so that where there is no room the ones that nothing has continued for longest go first.
+A response is a hash with its `data`, its own input and output, and the name of the `previous` one;
+a conversation is read along these names. A response lives for its window, and those before it at
+least as long: they are given twice the window, so that a new turn seldom has to look further back
+than to the one before it. All of them are in one sorted set, by the time at which they are over,
+so that where there is no room the ones that nothing has continued for longest go first.
 
-One that is deleted is found no longer. It is kept for those that have continued it, if there are any.
+One that is deleted is found no longer. It is kept for those that have continued it, if there are
+any.
 
-A response whose `previous` one is not there, since it was never written or had to go, is not kept either: nobody could read
-its conversation. Its instance is told so, and writes it with all that came before.
+A response whose `previous` one is not there, since it was never written or had to go, is not kept
+either: nobody could read its conversation. Its instance is told so, and writes it with all that
+came before.
 """
 
 from __future__ import annotations
@@ -36,19 +41,22 @@ if TYPE_CHECKING:
 
 # Seconds for which a whole conversation is awaited, and what nobody waits for.
 LOAD_TIMEOUT, CALL_TIMEOUT = 1.0, 1.0
-# Conversations that are read at once, each of tens of megabytes at most, and that wait, fairly between callers; Redis has other
-# things to do, and what comes of it is not counted. One beyond that is not found.
+# Conversations that are read at once, each of tens of megabytes at most, and that wait, fairly
+# between callers; Redis has other things to do, and what comes of it is not counted. One beyond
+# that is not found.
 MAX_LOADS, MAX_LOADS_WAITING = 4, 1000
 # Bytes that are on their way to Redis, which may be slow: those of some large responses.
 MAX_PENDING = 1 << 26
 # Bytes of all responses in Redis; a quarter of its `maxmemory` is the bound, too.
 MAX_BYTES = 1 << 28
-# What becomes of a response: there is no room, it is kept, or the one that it continued is missing.
+# What becomes of a response: there is no room, it is kept, or the one that it continued is
+# missing.
 NO_ROOM, WRITTEN, MISSING = range(3)
 # Turns of a conversation that is read.
 MAX_TURNS = 10_000
-# KEYS: the response, the set of all, the bytes of all; the one before it, if there is any. ARGV: the data, milliseconds to live,
-# bytes of all at most, and how keys begin, then the name of the one before. A member of the set is a key and its bytes.
+# KEYS: the response, the set of all, the bytes of all; the one before it, if there is any. ARGV:
+# the data, milliseconds to live, bytes of all at most, and how keys begin, then the name of the
+# one before. A member of the set is a key and its bytes.
 PUT = (
     FULL
     + """
@@ -133,7 +141,9 @@ class RedisChains:
     async def put_response(
         self, name: str, data: bytes, previous: str, seconds: float, most: int
     ) -> int:
-        """Keep a response for *seconds*, if there is room; *previous* is "" or the name of the one that it continued.
+        """Keep a response for *seconds*, if there is room.
+
+        *previous* is "" or the name of the one that it continued.
 
         *most* are the bytes that all of them may have. Return NO_ROOM, WRITTEN or MISSING.
         """
@@ -151,7 +161,10 @@ class RedisChains:
         return bool(await self._commands.execute("EXISTS", f"{self._prefix}r:{name}"))
 
     async def response_chain(self, name: str, most: int) -> Sequence[bytes]:
-        """Return a response and those before it, the newest first; nothing if one is missing, or beyond *most* bytes."""
+        """Return a response and those before it, the newest first.
+
+        Nothing if one is missing, or beyond *most* bytes.
+        """
         prefix = f"{self._prefix}r:"
         found = await self._commands.evaluate(CHAIN, [prefix + name], prefix, most, MAX_TURNS)
         return [data for data in found if isinstance(data, bytes)]
@@ -184,7 +197,10 @@ _decoder = msgspec.msgpack.Decoder(_Record)
 
 
 class SharedResponses:
-    """The responses of all instances in Redis; *clock* returns the time of day, which all machines share."""
+    """The responses of all instances in Redis.
+
+    *clock* returns the time of day, which all machines share.
+    """
 
     def __init__(self, commands: Commands, clock: Callable[[], float] = time.time) -> None:
         self._chains = RedisChains(commands)
@@ -211,7 +227,9 @@ class SharedResponses:
         whole: Callable[[], Record | None],
         done: Callable[[bool], None],
     ) -> bool:
-        """Keep a response of *caller* for *seconds*, soon; return False if MAX_PENDING bytes are on their way: see `Storage`."""
+        """Keep a response of *caller* for *seconds*, soon; return False if MAX_PENDING bytes are
+        on their way: see `Storage`.
+        """
         data = self._encoded(record)
         if data is None:
             return False
@@ -226,7 +244,8 @@ class SharedResponses:
     async def load(
         self, caller: Caller, response_id: str, window: float, most: int
     ) -> Sequence[Record]:
-        """Return a response that was stored within *window*, and those before it, the newest first; nothing if there is none.
+        """Return a response that was stored within *window*, and those before it, the newest
+        first; nothing if there is none.
 
         *most* are the bytes that they may have together.
         """
@@ -262,7 +281,10 @@ class SharedResponses:
             task.cancel()
 
     def _encoded(self, record: Record) -> bytes | None:
-        """Return *record* as bytes that are counted as on their way; None if there is no room for them."""
+        """Return *record* as bytes that are counted as on their way.
+
+        None if there is no room for them.
+        """
         data = _encoder.encode(_Record(self._clock(), *record))
         if self._pending + len(data) > MAX_PENDING:
             return None
@@ -282,7 +304,10 @@ class SharedResponses:
         seconds: float,
         whole: Callable[[], Record | None],
     ) -> bool:
-        """Write a response, and return whether it is kept; *whole* is needed if the one before it is missing."""
+        """Write a response, and return whether it is kept.
+
+        *whole* is needed if the one before it is missing.
+        """
         result = await self._put(name, data, previous, seconds)
         if result != MISSING or (record := whole()) is None:
             return result == WRITTEN

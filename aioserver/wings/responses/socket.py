@@ -1,12 +1,12 @@
 """OpenAI's Responses API over WebSocket: many responses on one connection, in lanes.
 
-A `response.create` frame (wings/responses/frames.py) is the body of a `POST /v1/responses`, and is answered by the
-events of that response, each one a frame with the bytes of the provider's event. It takes the same way as the POST:
-nothing about a provider, a place or a limit belongs to the connection. A *lane* is what a `stream_id` names
-(lanes.py).
+A `response.create` frame (wings/responses/frames.py) is the body of a `POST /v1/responses`, and is
+answered by the events of that response, each one a frame with the bytes of the provider's event.
+It takes the same way as the POST: nothing about a provider, a place or a limit belongs to the
+connection. A *lane* is what a `stream_id` names (lanes.py).
 
-A client that leaves ends its responses at once, but for those with `store: true`: they are found by their ids, over HTTP
-or by `response.resume` on another connection.
+A client that leaves ends its responses at once, but for those with `store: true`: they are found
+by their ids, over HTTP or by `response.resume` on another connection.
 
 This file is one concept: what one connection does with its frames, and with the answers to them.
 """
@@ -96,7 +96,8 @@ async def answer(
 class ResponsesSocket(Socket):
     """One client's socket on this face.
 
-    Always: each response under way is followed by the writer, or searched for by a task in `_tasks`.
+    Always: each response under way is followed by the writer, or searched for by a task in
+    `_tasks`.
     """
 
     face = "responses_ws"
@@ -306,7 +307,9 @@ class ResponsesSocket(Socket):
     # Turns.
 
     def _draft(self, lane: Lane, body: ModelBody) -> Draft:
-        """Return the draft of a response on *lane*, which this connection keeps whatever `store` says."""
+        """Return the draft of a response on *lane*, which this connection keeps whatever `store`
+        says.
+        """
 
         def keep(response: StoredResponse) -> None:
             if not self._over:
@@ -326,7 +329,9 @@ class ResponsesSocket(Socket):
         )
 
     def _work(self, lane: Lane, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Do *work*, for whose end the next turn on *lane* waits, and tell the client what goes wrong."""
+        """Do *work*, for whose end the next turn on *lane* waits, and tell the client what goes
+        wrong.
+        """
 
         async def working() -> None:
             try:
@@ -392,7 +397,8 @@ class ResponsesSocket(Socket):
             self.close(WSCloseCode.INVALID_TEXT, b"")
             return
         self._send(frames.error(error, lane))
-        # While responses are under way the socket stays open for them, and closes after the last one.
+        # While responses are under way the socket stays open for them, and closes after the last
+        # one.
         if isinstance(error, ServerShutdown) and not self.busy:
             self.close(ServerShutdown.close or 1012, ServerShutdown.close_reason)
 

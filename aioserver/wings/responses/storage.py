@@ -1,4 +1,7 @@
-"""Stored responses on their way between instances, where several serve; the wing `cluster` implements `Storage`."""
+"""Stored responses on their way between instances, where several serve.
+
+The wing `cluster` implements `Storage`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ if TYPE_CHECKING:
 
 
 class Record(NamedTuple):
-    """A response without those before it, on its way between instances: see `stored_response.StoredResponse` and `ResponseParts`."""
+    """A response without those before it, on its way between instances: see
+    `stored_response.StoredResponse` and `ResponseParts`.
+    """
 
     id: str
     status: str
@@ -37,16 +42,20 @@ class Storage(Protocol):
         whole: Callable[[], Record | None],
         done: Callable[[bool], None],
     ) -> bool:
-        """Keep a response of *caller* for *seconds*, soon; *previous_id* is that of the response which it continued.
+        """Keep a response of *caller* for *seconds*, soon.
 
-        Where that one proves to be missing, `whole()` is kept instead, the record that has all that came before. `done` is called once
-        with whether it is kept. Return whether there is room for it among those that are on their way; if not, `done` is not called.
+        *previous_id* is that of the response which it continued.
+
+        Where that one proves to be missing, `whole()` is kept instead, the record that has all
+        that came before. `done` is called once with whether it is kept. Return whether there is
+        room for it among those that are on their way; if not, `done` is not called.
         """
 
     async def load(
         self, caller: Caller, response_id: str, window: float, most: int
     ) -> Sequence[Record]:
-        """Return a response that was stored within *window*, and those before it, the newest first; nothing if there is none.
+        """Return a response that was stored within *window*, and those before it, the newest
+        first; nothing if there is none.
 
         *most* are the bytes that they may have together.
         """

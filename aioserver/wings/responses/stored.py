@@ -1,20 +1,22 @@
 """The store of responses: what a request to `/v1/responses` continues by `previous_response_id`.
 
-This file is one concept: a stored response, who refers to it, and how long it is kept. All three count the same bytes.
+This file is one concept: a stored response, who refers to it, and how long it is kept. All three
+count the same bytes.
 
-A `StoredResponse` has its own input and output, as bytes, and the response that it continued; so the responses of a
-conversation share what came before, and each byte is kept and counted once. It is kept as long as something refers to it: its
-name in the store, for `store_window`, a response that
-continued it, or a request or a connection that may. Deleting a response takes its name away; the
-conversations that went on from it go on, as they do at OpenAI.
+A `StoredResponse` has its own input and output, as bytes, and the response that it continued; so
+the responses of a conversation share what came before, and each byte is kept and counted once. It
+is kept as long as something refers to it: its name in the store, for `store_window`, a response
+that continued it, or a request or a connection that may. Deleting a response takes its name away;
+the conversations that went on from it go on, as they do at OpenAI.
 
-`HeldResponses` are those that connections hold: the latest one of each of their lanes, whatever `store` says. Only the connection
-that holds a response finds it. Such a response takes as much room as a stored one, and a
-client gets it for nothing (`generate: false`), so it is dropped like a stored one where the room is needed: first the one
-that has been held longest. A client that continues it afterwards is told so, and sends the conversation again.
+`HeldResponses` are those that connections hold: the latest one of each of their lanes, whatever
+`store` says. Only the connection that holds a response finds it. Such a response takes as much
+room as a stored one, and a client gets it for nothing (`generate: false`), so it is dropped like a
+stored one where the room is needed: first the one that has been held longest. A client that
+continues it afterwards is told so, and sends the conversation again.
 
-All of it counts for `max_kept_bytes`. Beyond that the oldest go first, logs and stored responses alike
-(streams/store.py). A request has a `Draft` of the response to come (draft.py).
+All of it counts for `max_kept_bytes`. Beyond that the oldest go first, logs and stored responses
+alike (streams/store.py). A request has a `Draft` of the response to come (draft.py).
 """
 
 from __future__ import annotations
@@ -47,11 +49,14 @@ MAX_LOADED = 1 << 25
 
 
 class StoredResponse:
-    """A response that can be continued; nothing of it changes but the number of those who refer to it.
+    """A response that can be continued.
 
-    *provider* has made it. *kept_there* says that this provider keeps it too, so that it can continue it by its
-    id. *input* and `output` are joined items (wings/responses/items.py): its own, without those of *previous*, the response that
-    it continued. *whole* says that all that came before is held: a provider may continue a response that it alone knows. `history_bytes`
+    Nothing of it changes but the number of those who refer to it.
+
+    *provider* has made it. *kept_there* says that this provider keeps it too, so that it can
+    continue it by its id. *input* and `output` are joined items (wings/responses/items.py): its
+    own, without those of *previous*, the response that it continued. *whole* says that all that
+    came before is held: a provider may continue a response that it alone knows. `history_bytes`
     are those of the items of the whole conversation.
 
     Always: its bytes are counted while something refers to it, and not after.
@@ -132,7 +137,9 @@ class StoredResponse:
             response = response.leave()
 
     def leave(self) -> StoredResponse | None:
-        """Count one reference less; after the last one, return the response before, which has one less, too."""
+        """Count one reference less; after the last one, return the response before, which has one
+        less, too.
+        """
         self._references -= 1
         if self._references:
             return None
@@ -151,9 +158,11 @@ class StoredResponse:
         return chain
 
     def history(self, provider: str | None = None) -> Iterator[bytes]:
-        """Yield the items of the whole conversation, in order, in pieces of joined items, which may be empty.
+        """Yield the items of the whole conversation, in order, in pieces of joined items, which
+        may be empty.
 
-        With a *provider*, without those of its responses that it would not take back: see `replayable`.
+        With a *provider*, without those of its responses that it would not take back: see
+        `replayable`.
         """
         for response in self.chain():
             yield response.input
@@ -163,7 +172,9 @@ class StoredResponse:
                 yield replayable(response.output, same_provider=response.provider == provider)
 
     def shown(self) -> list[tuple[str, bytes]]:
-        """Return the items that the model was shown for this response, in named pieces of joined items."""
+        """Return the items that the model was shown for this response, in named pieces of joined
+        items.
+        """
         pieces = []
         for response in self.chain():
             name = response.id.removeprefix("resp_")
@@ -171,7 +182,8 @@ class StoredResponse:
         return pieces[:-1]
 
     def record(self, *, alone: bool = False) -> Record | None:
-        """Return it as a record, which has all that came before if it is to stand *alone*, or other instances cannot find that.
+        """Return it as a record, which has all that came before if it is to stand *alone*, or
+        other instances cannot find that.
 
         None if that is more than they would take over.
         """
@@ -244,18 +256,23 @@ MIN_SWEEP_INTERVAL = 0.05
 
 
 def not_found(response_id: str) -> ResponseNotFound:
-    """Return the error of a request that continues a response which cannot be found, in OpenAI's words."""
+    """Return the error of a request that continues a response which cannot be found, in OpenAI's
+    words.
+    """
     text = f"Previous response with id '{response_id[:64]}' not found."
     return ResponseNotFound(text, param="previous_response_id")
 
 
 class StoredResponses:
-    """The responses that a caller can find by their ids, for *window* seconds; the oldest is the first to go.
+    """The responses that a caller can find by their ids, for *window* seconds.
 
-    Always: a response is found by its caller only, within the window; the store refers to each once.
+    The oldest is the first to go.
 
-    *clock* is that of the entries of logs, which are evicted together with responses. *storage* is where those of other
-    instances are, None if there are none.
+    Always: a response is found by its caller only, within the window; the store refers to each
+    once.
+
+    *clock* is that of the entries of logs, which are evicted together with responses. *storage* is
+    where those of other instances are, None if there are none.
     """
 
     api: AnswerApi = RESPONSES
@@ -278,7 +295,8 @@ class StoredResponses:
         self._sweeper: asyncio.TimerHandle | None = None
         self.held: HeldResponses[StoredResponse] = HeldResponses(clock)
         self.storage = storage
-        # Where there are other instances: what is here of their conversations, as long as something refers to it.
+        # Where there are other instances: what is here of their conversations, as long as
+        # something refers to it.
         self._known: WeakValueDictionary[tuple[Caller, str], StoredResponse] = (
             WeakValueDictionary()
         )
@@ -311,8 +329,8 @@ class StoredResponses:
         """Return the caller's response of this id.
 
         Raises:
-            ResponseNotFound: there was never such a response, it is no longer kept, or it is another
-                caller's.
+            ResponseNotFound: there was never such a response, it is no longer kept, or it is
+                another caller's.
         """
         response = self.get(caller, response_id)
         if response is None:
@@ -320,7 +338,9 @@ class StoredResponses:
         return response
 
     async def reach(self, caller: Caller, response_id: str) -> StoredResponse | None:
-        """Return the caller's response of this id, for the caller to `release`; None if no instance has one.
+        """Return the caller's response of this id, for the caller to `release`.
+
+        None if no instance has one.
 
         Cancelling is safe.
         """
@@ -343,7 +363,9 @@ class StoredResponses:
         kept_there: bool,
         whole: bool = True,
     ) -> StoredResponse | None:
-        """Return a response that nobody can find yet, for its caller to `release`; None if there is no room.
+        """Return a response that nobody can find yet, for its caller to `release`.
+
+        None if there is no room.
 
         *whole* false: it has continued a response that is not held here.
         """
@@ -386,16 +408,23 @@ class StoredResponses:
             self._rearm()
 
     def drop(self, caller: Caller, response_id: str) -> bool:
-        """Let a response be found no longer; return whether there was one. Those that continued it go on."""
+        """Let a response be found no longer; return whether there was one.
+
+        Those that continued it go on.
+        """
         self._expire()
         return self._drop((caller, response_id))
 
     async def delete(self, caller: Caller, response_id: str) -> bool:
-        """Let a response be found no longer where all instances find it; return whether there was one."""
+        """Let a response be found no longer where all instances find it; return whether there was
+        one.
+        """
         return self.storage is not None and await self.storage.delete(caller, response_id)
 
     def oldest(self) -> float:
-        """Return since when the oldest response is stored, or held by a connection; infinity if there is none."""
+        """Return since when the oldest response is stored, or held by a connection; infinity if
+        there is none.
+        """
         return min(self._oldest(), self.held.oldest())
 
     def drop_oldest(self) -> None:
@@ -432,7 +461,9 @@ class StoredResponses:
             response.release()
 
     def _restore(self, caller: Caller, records: Sequence[Record]) -> StoredResponse | None:
-        """Return the first of *records*, which continues the others, to be released; None if there is no room.
+        """Return the first of *records*, which continues the others, to be released.
+
+        None if there is no room.
 
         What is here already is not made again.
         """

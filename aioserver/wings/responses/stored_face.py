@@ -1,14 +1,16 @@
-"""Responses that this server has stored (`store_window`): read, deleted, and their input listed, as at OpenAI.
+"""Responses that this server has stored (`store_window`): read, deleted, and their input listed,
+as at OpenAI.
 
     GET    /v1/responses/{id}               face.py, from the log as long as there is one
     DELETE /v1/responses/{id}
     GET    /v1/responses/{id}/input_items
 
-What is deleted is not found by its id any more, and its log is gone; a response that runs is cancelled. Conversations
-that went on from it go on. Deleting needs no place: it works in a full server.
+What is deleted is not found by its id any more, and its log is gone; a response that runs is
+cancelled. Conversations that went on from it go on. Deleting needs no place: it works in a full
+server.
 
-What is not kept here may be kept by the provider: where its account is open to the caller (faces/passthrough.py), the
-request is passed on, and is 404 otherwise.
+What is not kept here may be kept by the provider: where its account is open to the caller
+(faces/passthrough.py), the request is passed on, and is 404 otherwise.
 """
 
 from __future__ import annotations
@@ -120,7 +122,8 @@ async def write(context: Context, request: web.Request, body: bytes) -> web.Stre
 
 
 async def prepare_passed(context: Context, request: web.Request, hold: BodyHold) -> Request:
-    """Prepare a request about a response that is not kept here, for the provider, which may keep it.
+    """Prepare a request about a response that is not kept here, for the provider, which may keep
+    it.
 
     Raises:
         StreamNotFound: no provider's account is open to its caller.
@@ -156,7 +159,8 @@ async def delete(
 async def prepare_items(
     context: Context, stored: StoredResponses, request: web.Request, hold: BodyHold
 ) -> Request | None:
-    """Prepare a list of input items: None, or a request to the provider if the response is not kept here.
+    """Prepare a list of input items: None, or a request to the provider if the response is not
+    kept here.
 
     Raises:
         StreamNotFound: the caller has no such response.

@@ -1,7 +1,8 @@
 """The answers of the simulated model as Anthropic's Messages API has them. No I/O.
 
-They have the words of the other answers (shapes.py), and so do the errors. Streamed, the first block begins with
-a `ping`, as Anthropic sends it. With `thinking` enabled the answer begins with a block of it.
+They have the words of the other answers (shapes.py), and so do the errors. Streamed, the first
+block begins with a `ping`, as Anthropic sends it. With `thinking` enabled the answer begins with a
+block of it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 _THOUGHT = "I am only simulated, so I think of nothing."
 _SIGNATURE = "c2ltdWxhdGVk"
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
-# Types of errors by HTTP status. None of these constants is the server's: what a test shares with the code that it
-# tests proves nothing.
+# Types of errors by HTTP status. None of these constants is the server's: what a test shares with
+# the code that it tests proves nothing.
 _TYPES = {
     401: "authentication_error",
     402: "billing_error",
@@ -41,7 +42,9 @@ _EMPTY_THOUGHT = {"thinking": "", "signature": ""}
 
 
 def answer(request: ParsedRequest, ident: str, count: int = 0) -> Answer:
-    """Build the answer to *request*, with ids made from *ident*, of *count* tokens, as `shapes.answer` does."""
+    """Build the answer to *request*, with ids made from *ident*, of *count* tokens, as
+    `shapes.answer` does.
+    """
     if request.endpoint == COUNT_TOKENS:
         return _with_forms(in_one_piece({"input_tokens": request.prompt_tokens}, SLICES))
     words, cut = words_of(request, count)

@@ -79,7 +79,10 @@ async def _error_first(exchange: Exchange, n: int) -> web.StreamResponse:
 
 
 def _chunk_error(exchange: Exchange, code: int) -> bytes:
-    """Encode an error as OpenRouter does: in a chunk, with a number for its code. Messages have events for errors."""
+    """Encode an error as OpenRouter does: in a chunk, with a number for its code.
+
+    Messages have events for errors.
+    """
     if exchange.answer.idle != COMMENT:
         return exchange.answer.error_event(code, "Provider disconnected unexpectedly")
     choice = {"index": 0, "delta": {"content": ""}, "finish_reason": "error"}
@@ -124,7 +127,9 @@ async def _comments_endless(exchange: Exchange, _n: int) -> web.StreamResponse:
 
 
 async def comments(exchange: Exchange, n: int) -> None:
-    """Write *n* comments, or pings, one each `interval`, as providers do to keep a connection alive."""
+    """Write *n* comments, or pings, one each `interval`, as providers do to keep a connection
+    alive.
+    """
     if not exchange.response.prepared:
         await exchange.head()
     for _ in range(n):

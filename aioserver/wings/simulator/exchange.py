@@ -1,4 +1,7 @@
-"""One request and its answer on a connection of the simulator; the steps that faults are made of."""
+"""One request and its answer on a connection of the simulator.
+
+The steps that faults are made of.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ class Behaviour:
     reset. stall_after: tokens before nothing more is sent; None: all are sent. ignore_body: read
     no body, so that a large upload gets stuck; a client that leaves then goes unnoticed. headers:
     added to every good answer, for example x-ratelimit-*. forgets: status and message with which a
-    request that continues a response is refused; None: none is. responses: whether there is a /v1/responses.
+    request that continues a response is refused; None: none is. responses: whether there is a
+    /v1/responses.
     """
 
     ttft: float = 0.2
@@ -50,7 +54,9 @@ class Behaviour:
 
 
 class RawResponse(web.StreamResponse):
-    """Stands for an answer that was written below HTTP: aiohttp adds nothing, and closes the connection."""
+    """Stands for an answer that was written below HTTP: aiohttp adds nothing, and closes the
+    connection.
+    """
 
     async def prepare(self, request: web.BaseRequest) -> None:
         """Write no head."""

@@ -1,9 +1,9 @@
 r"""The faults of the simulator: the table that `aioserver provider --list-faults` prints.
 
-A request to the model in the first column is answered as the second column says. `<n>`, `<ms>`
-and `<code>` are numbers; where a number is left out it is 3, or the number in brackets. "Stalls"
-means that nothing more is sent and that the connection stays open. In an answer that is not
-streamed, slices of its JSON count as tokens. In answers of Anthropic's Messages API an SSE comment is a
+A request to the model in the first column is answered as the second column says. `<n>`, `<ms>` and
+`<code>` are numbers; where a number is left out it is 3, or the number in brackets. "Stalls" means
+that nothing more is sent and that the connection stays open. In an answer that is not streamed,
+slices of its JSON count as tokens. In answers of Anthropic's Messages API an SSE comment is a
 `ping`, [DONE] is `message_stop`, and an error is an event `error`.
 
 Before the answer

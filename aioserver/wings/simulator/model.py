@@ -27,7 +27,8 @@ CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS = (
 NESTED_TOO_DEEPLY = "Your request is nested too deeply."
 # The matches, joined, are the text again.
 _TOKEN = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")
-# Characters of the user's message that the answer quotes, and of a tool's result: programs put lines of their own before it.
+# Characters of the user's message that the answer quotes, and of a tool's result: programs put
+# lines of their own before it.
 _MAX_QUOTE = 80
 _MAX_RESULT_QUOTE = 300
 _GREETINGS = (
@@ -92,8 +93,9 @@ class BadRequest(Exception):
 class ParsedRequest:
     """The fields of a request's body.
 
-    *text* is the last message of the user and *turn* its number, from 1 (0: there is none); *call* is the call of a tool
-    that is the answer, None for an answer in words; *words* is what that answer says, None for a speech.
+    *text* is the last message of the user and *turn* its number, from 1 (0: there is none); *call*
+    is the call of a tool that is the answer, None for an answer in words; *words* is what that
+    answer says, None for a speech.
     """
 
     endpoint: str
@@ -219,7 +221,10 @@ def _call(
 def _prescribed_words(
     body: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]
 ) -> str | None:
-    """Return the JSON that *body* asks for, or what is to be said of a tool's result; None: neither."""
+    """Return the JSON that *body* asks for, or what is to be said of a tool's result.
+
+    None: neither.
+    """
     if (answer := tools.structured(body, tools.question(messages)[1])) is not None:
         return answer
     results = tools.results(messages) if body.get("tools") else None
@@ -274,7 +279,9 @@ def _size(text: str) -> str:
 
 
 def _samples(text: str, seed: int) -> tuple[str, ...]:
-    """Return the Markdown of the answer: all samples for who asks for it, else one now and then."""
+    """Return the Markdown of the answer: all samples for who asks for it, else one now and
+    then.
+    """
     if "markdown" in text[:_MAX_QUOTE].lower():
         return _SAMPLES
     return (_SAMPLES[seed // 7 % len(_SAMPLES)],) if seed % 5 == 0 else ()

@@ -1,8 +1,11 @@
-"""A value that a JSON Schema (2020-12) allows, made of texts at hand: the same for the same schema and texts. No I/O.
+"""A value that a JSON Schema (2020-12) allows, made of texts at hand: the same for the same schema
+and texts. No I/O.
 
-It heeds what schemas of tools and of structured output have: `type`, `enum`, `const`, `properties`, `required`, `items`,
-`anyOf`, `oneOf`, `allOf`, local `$ref`, bounds of numbers, strings and arrays, and the usual formats. It does not heed `pattern`,
-`not`, `if` and `dependentSchemas`: a value with a `pattern` is its `examples` or `default`, where the schema has one.
+It heeds what schemas of tools and of structured output have: `type`, `enum`, `const`,
+`properties`, `required`, `items`, `anyOf`, `oneOf`, `allOf`, local `$ref`, bounds of numbers,
+strings and arrays, and the usual formats. It does not heed `pattern`, `not`, `if` and
+`dependentSchemas`: a value with a `pattern` is its `examples` or `default`, where the schema has
+one.
 """
 
 from __future__ import annotations
@@ -38,7 +41,10 @@ _JOINED = ("properties", "required")
 
 
 class Sampler:
-    """Makes one value. Each of *texts* becomes one string of it; further strings are *otherwise*."""
+    """Makes one value.
+
+    Each of *texts* becomes one string of it; further strings are *otherwise*.
+    """
 
     def __init__(
         self, schema: Mapping[str, Any], texts: Iterable[str] = (), otherwise: str = "text"
@@ -49,7 +55,10 @@ class Sampler:
         self._values_left = _MAX_VALUES
 
     def value(self) -> Any:
-        """Return the value. It has the required properties of each object, or all where no `required` is named."""
+        """Return the value.
+
+        It has the required properties of each object, or all where no `required` is named.
+        """
         return self._value(self._schema, 0)
 
     def _value(self, definition: Any, depth: int) -> Any:
@@ -74,9 +83,12 @@ class Sampler:
         return None if kind == "null" else self._string(schema)
 
     def _flat(self, definition: Any) -> dict[str, Any]:
-        """Return *definition* with what it refers to, all of `allOf`, and the first variant that is not null."""
+        """Return *definition* with what it refers to, all of `allOf`, and the first variant that
+        is not null.
+        """
         schema = dict(definition) if isinstance(definition, dict) else {}
-        # A step takes one keyword away and may bring another. The bounds are there since they can be a circle.
+        # A step takes one keyword away and may bring another. The bounds are there since they can
+        # be a circle.
         for _ in range(_MAX_DEPTH):
             if self._values_left <= 0:
                 break

@@ -1,9 +1,9 @@
 """The simulated OpenAI-compatible provider: its listening socket, its routes, its counters.
 
 It speaks HTTP/1.1 over real sockets. Below `/v1` it has POST `chat/completions`, `completions`,
-`responses`, `messages` (each streamed or not), `embeddings` and `messages/count_tokens`, and GET `models` and
-`models/{id}`. It answers for any model, but a model whose name begins with `fault-` fails in the way that the
-name says; `faults` opens with the table of these names.
+`responses`, `messages` (each streamed or not), `embeddings` and `messages/count_tokens`, and GET
+`models` and `models/{id}`. It answers for any model, but a model whose name begins with `fault-`
+fails in the way that the name says; `faults` opens with the table of these names.
 
     async with Simulator(Behaviour(ttft=0, interval=0)) as simulator:
         simulator.base_url                      # http://127.0.0.1:40123/v1

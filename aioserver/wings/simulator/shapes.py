@@ -53,8 +53,9 @@ def _error_event(status: int, message: str) -> bytes:
 class Answer:
     """The pieces to write, in order: opening, `piece(0)` to `piece(count - 1)`, closing, end.
 
-    In a stream a piece is the event of one token; else it is one slice of the JSON in *whole*. *idle* is what keeps a
-    connection alive, and *error_event* makes the event of an error with a status and a message.
+    In a stream a piece is the event of one token; else it is one slice of the JSON in *whole*.
+    *idle* is what keeps a connection alive, and *error_event* makes the event of an error with a
+    status and a message.
     """
 
     streamed: bool
@@ -97,7 +98,8 @@ def answer(request: ParsedRequest, ident: str, count: int = 0) -> Answer:
     The answer has *count* tokens; for 0, as many as its text.
 
     Raises:
-        BadRequest: the dimensions of an embedding are not an integer from 1 to 4096, or *request* is nested too deeply.
+        BadRequest: the dimensions of an embedding are not an integer from 1 to 4096, or *request*
+            is nested too deeply.
     """
     if request.endpoint == EMBEDDINGS:
         return in_one_piece(_embeddings(request), SLICES)
@@ -107,7 +109,10 @@ def answer(request: ParsedRequest, ident: str, count: int = 0) -> Answer:
 
 
 def words_of(request: ParsedRequest, count: int = 0) -> tuple[list[str], bool]:
-    """Return the tokens of the answer to *request*, and whether its `max_tokens` have cut it; *count*: as `answer`."""
+    """Return the tokens of the answer to *request*, and whether its `max_tokens` have cut it.
+
+    *count*: as `answer`.
+    """
     prescribed = request.call.arguments if request.call else request.words
     words = tokens(speech(request.text, request.turn) if prescribed is None else prescribed)
     if count and prescribed is None:

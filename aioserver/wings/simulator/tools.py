@@ -1,16 +1,17 @@
 r"""Which tool the simulated model calls, and with what arguments. No I/O, no clock, no randomness.
 
-A tool is called where the request demands it (`tool_choice`), and otherwise where the user's last message asks for it: it has the
-words "call a tool", or the name of a tool, or it asks to run a command in backticks and there is a tool for that. The
-arguments are valid by the tool's schema. They are, in this order: a JSON object in the message; what the
-message quotes; the message itself. A command for a shell is what the message has in backticks if it only reads, else `ls`.
+A tool is called where the request demands it (`tool_choice`), and otherwise where the user's last
+message asks for it: it has the words "call a tool", or the name of a tool, or it asks to run a
+command in backticks and there is a tool for that. The arguments are valid by the tool's schema.
+They are, in this order: a JSON object in the message; what the message quotes; the message itself.
+A command for a shell is what the message has in backticks if it only reads, else `ls`.
 
     Run `ls -1` with the shell.
     Call get_weather for "Rome".
     Call get_weather with {"city": "Rome", "days": 3}.
 
-After the result of a tool the model answers in words, so that an agent comes to an end. If a call is demanded still, it
-calls the tools that it has not called yet since that message, each once.
+After the result of a tool the model answers in words, so that an agent comes to an end. If a call
+is demanded still, it calls the tools that it has not called yet since that message, each once.
 """
 
 from __future__ import annotations
@@ -74,7 +75,10 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """The tools that were called since the user's last message, and the result that came last; None: none came."""
+    """The tools that were called since the user's last message, and the result that came last.
+
+    None: none came.
+    """
 
     called: tuple[str, ...]
     last: str | None
@@ -113,7 +117,10 @@ def question(messages: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
 
 
 def results(messages: Sequence[Mapping[str, Any]]) -> Results:
-    """Read what has happened since the user's last message; *messages* are those of any endpoint."""
+    """Read what has happened since the user's last message.
+
+    *messages* are those of any endpoint.
+    """
     called: list[str] = []
     last: str | None = None
     for message in messages[question(messages)[0] + 1 :]:
@@ -154,7 +161,10 @@ def call(
 
 
 def _tools(endpoint: str, declared: Any) -> Iterator[Tool]:
-    """Yield the tools that the client itself runs; the provider's own, as `web_search`, are passed over."""
+    """Yield the tools that the client itself runs.
+
+    The provider's own, as `web_search`, are passed over.
+    """
     for item in _parts(declared):
         kind = str(item.get("type", "function"))
         definition = _function(item)
@@ -172,7 +182,8 @@ def _tools(endpoint: str, declared: Any) -> Iterator[Tool]:
 
 
 def _choice(choice: Any) -> tuple[str, list[str] | None]:
-    """Return what `tool_choice` asks for, as "none", "auto" or "required", and the tools that it allows; None: all.
+    """Return what `tool_choice` asks for, as "none", "auto" or "required", and the tools that it
+    allows; None: all.
 
     Chat, Responses and Messages write it differently, and this reads all of them.
     """
@@ -231,7 +242,10 @@ def _call(tool: Tool, text: str) -> Call:
 
 
 def structured(body: Mapping[str, Any], text: str) -> str | None:
-    """Return the JSON that the request asks for as its answer, valid by its schema; None: it asks for words."""
+    """Return the JSON that the request asks for as its answer, valid by its schema.
+
+    None: it asks for words.
+    """
     chat, responses, messages = (
         body.get(name) for name in ("response_format", "text", "output_config")
     )
@@ -291,6 +305,8 @@ def _kind(item: Mapping[str, Any]) -> str:
 
 
 def _function(item: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return where *item* has the name of its tool: Chat has it below its type, the others flat."""
+    """Return where *item* has the name of its tool: Chat has it below its type, the others
+    flat.
+    """
     inner = item.get("function") or item.get("custom")
     return inner if isinstance(inner, dict) else item

@@ -160,7 +160,9 @@ def _duration(milliseconds: int) -> str:
 
 
 def _usage(change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Fault:
-    """Move the usage: *change* gets the last event (or the whole JSON) without it, and the usage."""
+    """Move the usage: *change* gets the last event (or the whole JSON) without it, and the
+    usage.
+    """
 
     async def play(exchange: Exchange, _n: int) -> web.StreamResponse:
         answer = exchange.answer

@@ -1,4 +1,6 @@
-"""The bridge: OpenAI's Responses API over a provider that has chat completions only. Bytes in, bytes out.
+"""The bridge: OpenAI's Responses API over a provider that has chat completions only.
+
+Bytes in, bytes out.
 
 In the order in which a request meets them:
 
@@ -9,6 +11,7 @@ In the order in which a request meets them:
     chunk        the texts and the logprobs in a chunk
     output       the output items, while they grow: messages, reasoning, calls of tools; the response object around them
 
-What is not read stays the bytes that it was: an instruction of megabytes is neither parsed nor written anew.
-A request is refused, by the name of what it wants, if chat completions have no form of it.
+What is not read stays the bytes that it was: an instruction of megabytes is neither parsed nor
+written anew. A request is refused, by the name of what it wants, if chat completions have no form
+of it.
 """

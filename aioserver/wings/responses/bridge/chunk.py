@@ -1,6 +1,8 @@
-"""A chunk of a chat completion: the texts in its delta, or in the message of a whole answer, and its logprobs.
+"""A chunk of a chat completion: the texts in its delta, or in the message of a whole answer, and
+its logprobs.
 
-The texts have all the names that engines give them; the logprobs are written as a response has them.
+The texts have all the names that engines give them; the logprobs are written as a response has
+them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ REASONING_FIELDS = ("reasoning_content", "reasoning")
 
 
 class DeltaText(NamedTuple):
-    """A text that is not empty. *kind* is TEXT, REFUSAL or REASONING, *field* the one of the delta in which it came."""
+    """A text that is not empty.
+
+    *kind* is TEXT, REFUSAL or REASONING, *field* the one of the delta in which it came.
+    """
 
     kind: bytes
     text: str
@@ -61,7 +66,9 @@ def _texts_of_part(part: object) -> list[DeltaText]:
 
 
 def written_logprobs(tokens: object) -> tuple[bytes, bytes]:
-    """Return the *tokens* of a chunk's logprobs as JSON, joined: with the bytes of each, and without."""
+    """Return the *tokens* of a chunk's logprobs as JSON, joined: with the bytes of each, and
+    without.
+    """
     own: list[bytes] = []
     plain: list[bytes] = []
     for token in tokens if isinstance(tokens, list) else ():

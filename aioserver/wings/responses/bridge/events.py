@@ -12,11 +12,12 @@
         response.output_item.done
     response.completed, or response.incomplete      at the end of the stream, when the usage is known
 
-Reasoning ends where the message begins, and the message where a call begins. Calls stay open until the end, since
-providers may send the pieces of several in turns; so no argument comes too late for its item.
+Reasoning ends where the message begins, and the message where a call begins. Calls stay open until
+the end, since providers may send the pieces of several in turns; so no argument comes too late for
+its item.
 
-A chunk is read as for the faces that show frames (`protocol.openai.Reading`): halves of characters are joined, only one
-choice counts, an error object ends the answer.
+A chunk is read as for the faces that show frames (`protocol.openai.Reading`): halves of characters
+are joined, only one choice counts, an error object ends the answer.
 """
 
 from __future__ import annotations
@@ -52,10 +53,11 @@ ITEM_BYTES = 1024
 class ResponseWriter(Reading):
     """Reads the chunks of one answer, or a whole answer, and writes the response.
 
-    *frame* is that of the response, *request* what was sent to the provider. All that is kept has at most
-    *max_bytes*: the last event has it all.
+    *frame* is that of the response, *request* what was sent to the provider. All that is kept has
+    at most *max_bytes*: the last event has it all.
 
-    Always: `sequence` is the number of events that were written; an item is written to only while it is in `_open`.
+    Always: `sequence` is the number of events that were written; an item is written to only while
+    it is in `_open`.
     """
 
     __slots__ = (
@@ -88,7 +90,8 @@ class ResponseWriter(Reading):
         self._max_bytes = max_bytes
         self._name = frame.id.removeprefix("resp_")
         self.sequence = 0
-        # The name of the field in which the provider sends its reasoning; empty if it has sent none.
+        # The name of the field in which the provider sends its reasoning; empty if it has sent
+        # none.
         self.reasoning_field = ""
         self._items: list[Message | Call] = []
         # The items that are not done, in their order.
@@ -97,7 +100,8 @@ class ResponseWriter(Reading):
         self._message: Message | None = None
         self._reasoning: Reasoning | None = None
         self._part: Part | None = None
-        # The calls by the index that the provider gives them; of those without one, by a number below 0.
+        # The calls by the index that the provider gives them; of those without one, by a number
+        # below 0.
         self._calls: dict[int, Call] = {}
         # The first key in it of each id that the provider gives its calls.
         self._ids: dict[str, int] = {}

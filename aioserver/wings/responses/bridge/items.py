@@ -7,11 +7,12 @@
     custom_tool_call_output  the same
     reasoning                the reasoning of the assistant message that follows, if the provider has such a field
 
-Any other item belongs to a tool that runs at the provider, or is a reference that only the provider can
-read: it is refused by name.
+Any other item belongs to a tool that runs at the provider, or is a reference that only the
+provider can read: it is refused by name.
 
-System messages at the start become one message, since the templates of many models take no other. A message that
-stands between a call and its output goes behind the output, where a chat must have it.
+System messages at the start become one message, since the templates of many models take no other.
+A message that stands between a call and its output goes behind the output, where a chat must have
+it.
 """
 
 from __future__ import annotations
@@ -77,9 +78,11 @@ _PART = msgspec.json.Decoder(_Part)
 class Messages:
     """The messages of a chat, which grow item by item.
 
-    *reasoning_field* is the name that the provider has for the reasoning of a message; empty if it has none.
+    *reasoning_field* is the name that the provider has for the reasoning of a message; empty if it
+    has none.
 
-    Always: a `tool` message stands behind the call that it answers, with nothing but others between them.
+    Always: a `tool` message stands behind the call that it answers, with nothing but others
+    between them.
     """
 
     def __init__(self, tools: Tools, reasoning_field: str = "") -> None:
@@ -251,7 +254,9 @@ class Messages:
             self._system = []
 
     def _close_assistant(self) -> None:
-        """Add the assistant message that is under way; reasoning that no message followed is dropped."""
+        """Add the assistant message that is under way; reasoning that no message followed is
+        dropped.
+        """
         reasoning, self._reasoning = self._reasoning, []
         if not self._assistant:
             return
@@ -268,7 +273,8 @@ class Messages:
 
 
 class _Content(NamedTuple):
-    """The content of a message or of an output: *text* is that of its texts, *others* are its parts that are no text.
+    """The content of a message or of an output: *text* is that of its texts, *others* are its
+    parts that are no text.
 
     *parts* are all of them, in their order.
     """

@@ -1,14 +1,15 @@
 """The output items of a response, while they grow, and the response object around them.
 
-The texts of items are kept escaped, as they stand in JSON, so that an event is bytes put together, and no text is written
-twice. An item is one of
+The texts of items are kept escaped, as they stand in JSON, so that an event is bytes put together,
+and no text is written twice. An item is one of
 
     Message    parts of text and of a refusal
     Reasoning  one part
     Call       the arguments of a function, or the input of a custom tool
 
-The members of the object that repeat the request are written once, and stand in each copy of it. OpenAI repeats the
-instructions and the tools too; so do we, unless they are longer than MAX_REPEATED_BYTES.
+The members of the object that repeat the request are written once, and stand in each copy of it.
+OpenAI repeats the instructions and the tools too; so do we, unless they are longer than
+MAX_REPEATED_BYTES.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ IN_PROGRESS, COMPLETED, INCOMPLETE = b"in_progress", b"completed", b"incomplete"
 class Part:
     """A text that grows, part of an item. *kind* is TEXT, REFUSAL or REASONING.
 
-    *place* are the members of an event that say where it stands. `logprobs` and `plain_logprobs` are JSON, joined:
-    with the bytes of each token, as an item has them, and without, as events do.
+    *place* are the members of an event that say where it stands. `logprobs` and `plain_logprobs`
+    are JSON, joined: with the bytes of each token, as an item has them, and without, as events do.
     """
 
     __slots__ = ("_delta_head", "kind", "logprobs", "place", "plain_logprobs", "text")
@@ -129,9 +130,12 @@ class Reasoning(Message):
 
 
 class Call:
-    """A call of *tool*. `text` are the arguments of its function, escaped; *provider_id* is what the provider calls it.
+    """A call of *tool*.
 
-    The input of a custom tool is within those arguments, and so is known only when they are complete.
+    `text` are the arguments of its function, escaped; *provider_id* is what the provider calls it.
+
+    The input of a custom tool is within those arguments, and so is known only when they are
+    complete.
     """
 
     __slots__ = ("_call_id", "custom", "id", "index", "place", "provider_id", "text", "tool")
@@ -148,7 +152,9 @@ class Call:
 
     @property
     def input(self) -> bytes:
-        """The input of a custom tool, escaped: the one argument of its function, or all that the model wrote."""
+        """The input of a custom tool, escaped: the one argument of its function, or all that the
+        model wrote.
+        """
         try:
             arguments = orjson.loads(b'"%b"' % bytes(self.text))
             text = orjson.loads(arguments)["input"]
@@ -197,8 +203,8 @@ REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
 class Frame:
     """The response object, as far as it is known before its answer comes.
 
-    *repeated* are the members that repeat the request, JSON without the braces. *model* is the model that was asked
-    for, and *created_at* the time of the response, in whole seconds since 1970.
+    *repeated* are the members that repeat the request, JSON without the braces. *model* is the
+    model that was asked for, and *created_at* the time of the response, in whole seconds since 1970.
     """
 
     id: str
@@ -244,8 +250,8 @@ class Frame:
 def usage_object(usage: Mapping[str, Any] | None, asked_bytes: int, answered_bytes: int) -> bytes:
     """Return the usage of a response for that of a chat completion.
 
-    If the provider has reported none it is an estimate, since many clients cannot do without: a token for
-    BYTES_PER_TOKEN bytes of the request and of the answer.
+    If the provider has reported none it is an estimate, since many clients cannot do without: a
+    token for BYTES_PER_TOKEN bytes of the request and of the answer.
     """
     known = usage or {}
     asked = _count(known, "prompt_tokens")

@@ -1,7 +1,8 @@
-"""Parts of a request, read by msgspec into types whose values stay bytes (`Raw`) where they are only passed on.
+"""Parts of a request, read by msgspec into types whose values stay bytes (`Raw`) where they are
+only passed on.
 
-Their decoders build every element of a list at once, so `check_density` comes before them: a body of
-millions of empty elements would otherwise cost thirty times its bytes.
+Their decoders build every element of a list at once, so `check_density` comes before them: a body
+of millions of empty elements would otherwise cost thirty times its bytes.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Values in one body, whatever its size.
 MAX_VALUES = 100_000
-# Bytes that each value of a body with more values has on the average: an element of a list costs about 100.
+# Bytes that each value of a body with more values has on the average: an element of a list costs
+# about 100.
 MIN_VALUE_BYTES = 12
-# Elements of a list that is read in one step, all but the input: more parts than a message has, or tools.
+# Elements of a list that is read in one step, all but the input: more parts than a message has, or
+# tools.
 MAX_ELEMENTS = 4096
 # Bytes of a body that are looked through in one step.
 STEP_BYTES = 1 << 18
@@ -33,7 +36,8 @@ def check_density(body: bytes) -> Generator[None, None, None]:
     """Refuse a *body*, which is JSON, whose values are too many for its size.
 
     Raises:
-        InvalidRequest: it has more than MAX_VALUES values, each of fewer than MIN_VALUE_BYTES on the average.
+        InvalidRequest: it has more than MAX_VALUES values, each of fewer than MIN_VALUE_BYTES on
+            the average.
     """
     limit = max(MAX_VALUES, len(body) // MIN_VALUE_BYTES)
     # Commas within strings count here, so that the slow way is taken by few.
@@ -103,14 +107,18 @@ def is_string(raw: Raw) -> bool:
 
 
 def join(texts: list[bytes], between: bytes) -> bytes:
-    r"""Return one JSON string of *texts*, which are JSON strings, with *between*, escaped, between two of them."""
+    r"""Return one JSON string of *texts*, which are JSON strings, with *between*, escaped, between
+    two of them.
+    """
     if len(texts) == 1:
         return texts[0]
     return b'"%b"' % between.join([text[1:-1] for text in texts])
 
 
 def members(*pairs: tuple[bytes, Raw | bytes]) -> bytes:
-    """Return those members of an object that are neither absent nor null, each with a comma in front."""
+    """Return those members of an object that are neither absent nor null, each with a comma in
+    front.
+    """
     return b"".join(
         [
             b',"%b":%b' % (name, bytes(raw))

@@ -11,9 +11,10 @@
     safety_identifier            user, unless there is one
     temperature, top_p, user, service_tier, parallel_tool_calls    the same
 
-`metadata`, `store` and `previous_response_id` are our own affair, and not the provider's. Hints for caches and what
-else only bounds what the provider does by itself are left out, since some providers refuse every word that they do
-not know. Whatever would change the meaning of the answer is refused by name: see `_REFUSED`.
+`metadata`, `store` and `previous_response_id` are our own affair, and not the provider's. Hints
+for caches and what else only bounds what the provider does by itself are left out, since some
+providers refuse every word that they do not know. Whatever would change the meaning of the answer
+is refused by name: see `_REFUSED`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ from aioserver.wings.responses.bridge.tools import Tools
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-# Items of a request that become messages in one step, and their bytes, since an item may have thousands of parts.
+# Items of a request that become messages in one step, and their bytes, since an item may have
+# thousands of parts.
 STEP_ITEMS, STEP_BYTES = 256, 1 << 18
 LOGPROBS = "message.output_text.logprobs"
 # Fields that only a provider with responses of its own can honour.
@@ -107,8 +109,8 @@ _METADATA = msgspec.json.Decoder(dict[str, str] | None)
 class ChatRequest:
     """A request for chat completions, and what its answer needs to become a response.
 
-    *body* is the JSON to send, of *asked_bytes*; it is let go when it was sent. *repeated* is for the `Frame` of the response.
-    *logprobs* says that the answer shall have them.
+    *body* is the JSON to send, of *asked_bytes*; it is let go when it was sent. *repeated* is for
+    the `Frame` of the response. *logprobs* says that the answer shall have them.
     """
 
     body: bytes
@@ -127,8 +129,8 @@ def chat_request(
 ) -> Generator[None, None, ChatRequest]:
     """Return the request for chat completions that *body* means, in steps.
 
-    *body* is JSON with a model. *previous* is the id of the response that it continues, if its items are in the
-    body already. *reasoning_field* is as for `Messages`.
+    *body* is JSON with a model. *previous* is the id of the response that it continues, if its
+    items are in the body already. *reasoning_field* is as for `Messages`.
 
     Raises:
         InvalidRequest: *body* is no request, or one that has no form in chat completions.

@@ -6,8 +6,8 @@
     web_search without web access   left out: it may find nothing that the model does not know
     any other                       refused by name: it would run where there is nobody to run it
 
-A call comes back under the name and kind that the client knows: `Tools.declared` has them by the function's name.
-The choice of a tool, and a list of those allowed, follow the tools that are left.
+A call comes back under the name and kind that the client knows: `Tools.declared` has them by the
+function's name. The choice of a tool, and a list of those allowed, follow the tools that are left.
 """
 
 from __future__ import annotations
@@ -69,7 +69,10 @@ _CHOICE = msgspec.json.Decoder(_Choice)
 
 
 class Tool(NamedTuple):
-    """A tool as the client knows it. *kind* is FUNCTION or CUSTOM; *namespace* is empty outside of one."""
+    """A tool as the client knows it.
+
+    *kind* is FUNCTION or CUSTOM; *namespace* is empty outside of one.
+    """
 
     kind: str
     name: str
@@ -79,8 +82,8 @@ class Tool(NamedTuple):
 class Tools:
     """The tools of one request.
 
-    `declared` has them by the names of their functions, `functions` has those functions as JSON by the same
-    names, and `shown` is JSON of the tools in effect, as the client has declared them.
+    `declared` has them by the names of their functions, `functions` has those functions as JSON by
+    the same names, and `shown` is JSON of the tools in effect, as the client has declared them.
     """
 
     def __init__(self) -> None:
@@ -98,15 +101,18 @@ class Tools:
         return known
 
     def find(self, name: str) -> Tool:
-        """Return the tool whose function has this *name*; a function that was not declared is itself."""
+        """Return the tool whose function has this *name*.
+
+        A function that was not declared is itself.
+        """
         return self.declared.get(name) or Tool(FUNCTION, name)
 
     def add(self, raw: Raw, param: str, namespace: str = "") -> None:
         """Add a declared tool, of a *namespace* if one is passed.
 
         Raises:
-            InvalidRequest: it is none, or chat completions have no such tool, or there are too many; *param*
-                names it.
+            InvalidRequest: it is none, or chat completions have no such tool, or there are too
+                many; *param* names it.
         """
         if len(self.functions) >= MAX_ELEMENTS:
             raise InvalidRequest(f"more than {MAX_ELEMENTS} tools", param=param)
@@ -133,12 +139,14 @@ class Tools:
             self.shown.append(bytes(raw))
 
     def choose(self, raw: Raw) -> bytes:
-        """Return the `tool_choice` of chat completions for that of a request; empty if there is none.
+        """Return the `tool_choice` of chat completions for that of a request; empty if there is
+        none.
 
         Tools that the choice does not allow are taken out of `functions`.
 
         Raises:
-            InvalidRequest: it is none, or names a tool that was not declared, or that chat completions do not have.
+            InvalidRequest: it is none, or names a tool that was not declared, or that chat
+                completions do not have.
         """
         if null(raw):
             return b""
@@ -179,7 +187,8 @@ class Tools:
         name = f"{tool.namespace}__{tool.name}" if tool.namespace else tool.name
         if len(name) <= MAX_NAME and name not in self.declared:
             return name
-        # A digest keeps apart what is the same when it is cut, or a function and a custom tool of one name.
+        # A digest keeps apart what is the same when it is cut, or a function and a custom tool of
+        # one name.
         digest = f"{zlib.crc32(repr(tool).encode('utf-8', 'replace')):08x}"
         return f"{name[: MAX_NAME - 9]}_{digest}"
 
@@ -201,7 +210,10 @@ def _function(tool: _Tool, name: str, param: str) -> bytes:
 
 
 def _custom(tool: _Tool, name: str, param: str) -> bytes:
-    """Return the function of a custom tool; the grammar of its input stands in the description of that."""
+    """Return the function of a custom tool.
+
+    The grammar of its input stands in the description of that.
+    """
     described = b""
     if not null(tool.format):
         grammar = read(_FORMAT, tool.format, f"{param}.format")

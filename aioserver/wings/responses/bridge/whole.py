@@ -1,7 +1,8 @@
 """A whole chat completion as a whole response.
 
-A large one is read in pieces (protocol/json_body.py), and what stands in it is written as the chunks of a stream would be:
-a text in slices, calls and logprobs a few at a time. So no step takes long, and what nobody reads is skipped.
+A large one is read in pieces (protocol/json_body.py), and what stands in it is written as the
+chunks of a stream would be: a text in slices, calls and logprobs a few at a time. So no step takes
+long, and what nobody reads is skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from aioserver.wings.responses.bridge.output import REASONS, TEXT, Call
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-# Bytes of a chat completion that is read at all; those of models that exist are a hundredth of it, as a rule.
+# Bytes of a chat completion that is read at all; those of models that exist are a hundredth of it,
+# as a rule.
 MAX_WHOLE_BYTES = 1 << 24
 # Bytes of one that is read in one step, or of what stands in it.
 STEP_BYTES = 1 << 16
@@ -111,7 +113,9 @@ class WholeWriter(ResponseWriter):
 
 
 def whole_response(body: bytes, writer: WholeWriter, now: int) -> Generator[None, None, bytes]:
-    """Return the response that *body* means, as *writer* reads it, in steps; *now* is the time of its end.
+    """Return the response that *body* means, as *writer* reads it, in steps.
+
+    *now* is the time of its end.
 
     Raises:
         BadEvent: *body* is no chat completion.
@@ -254,7 +258,10 @@ def _chunk(delta: bytes, further: bytes = b"") -> bytes:
 
 
 def _batches(raw: Raw) -> Generator[list[Raw], None, None]:
-    """Yield the elements of the list that *raw* is, at most STEP_ELEMENTS at a time; a batch may be empty."""
+    """Yield the elements of the list that *raw* is, at most STEP_ELEMENTS at a time.
+
+    A batch may be empty.
+    """
     if null(raw) or bytes(memoryview(raw)[:1]) != b"[":
         return
     for found in json_body.elements(bytes(raw)):
