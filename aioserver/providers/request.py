@@ -14,7 +14,7 @@ from aioserver.telemetry.outcome import Outcome
 from aioserver.telemetry.request_log import RequestRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable
 
     from aioserver.config import settings
     from aioserver.protocol.client_headers import ClientHeaders
@@ -45,31 +45,6 @@ class Hold(Protocol):
         """Count nothing any more; a second call does nothing."""
 
 
-class ResponseDraft(Protocol):
-    """What a request for a response of the Responses API continues, as attempts see it.
-
-    *by_id* says that the provider was sent the id of a response which could be sent as a
-    conversation instead. *previous_id* is the id of the response that the request continues.
-    """
-
-    by_id: bool
-    previous_id: str | None
-
-    @property
-    def slow(self) -> bool:
-        """Whether its body may take long to make: it is large, or continues a response that is
-        held here.
-        """
-
-    def body_for(self, body: bytes, provider: str, *, keeps: bool) -> Generator[None, None, bytes]:
-        """Return *body* as *provider* gets it, which *keeps* responses, or does not, in steps."""
-
-    def bridge(self, body: bytes, provider: str = "") -> Generator[None, None, bytes]:
-        """Return *body* for a *provider* that has no responses at all, without
-        `previous_response_id`, in steps.
-        """
-
-
 class ProviderRequest:
     """A request for one answer, the same for every provider that is asked.
 
@@ -82,8 +57,7 @@ class ProviderRequest:
     of it *kept_bytes* are kept longer. *reading* collects the text of an answer whose log has
     `chunk` objects; None if the log has the provider's bytes. *model* is for the provider that is
     asked first; None stands for the model in its settings. Of the *client_headers* each provider
-    gets those that its settings name, and the trace. *draft* is that of a response which continues
-    another, or may be continued; None for all other requests.
+    gets those that its settings name, and the trace.
     """
 
     # Whether its tokens are estimated before it starts, where tokens are paced.
@@ -97,7 +71,6 @@ class ProviderRequest:
         "body",
         "caller",
         "client_headers",
-        "draft",
         "model",
         "outcome",
         "path",
@@ -119,7 +92,6 @@ class ProviderRequest:
         hold: Hold | None = None,
         kept_bytes: int = 0,
         client_headers: ClientHeaders = NO_HEADERS,
-        draft: ResponseDraft | None = None,
     ) -> None:
         self.api = api
         self.path = f"{api.path}?{query}" if query else api.path
@@ -129,7 +101,6 @@ class ProviderRequest:
         self.model = model
         self.reading = reading
         self.client_headers = client_headers
-        self.draft = draft
         self.outcome = Outcome()
         self.record = RequestRecord(self.outcome)
         self.record.trace_id = client_headers.trace_id

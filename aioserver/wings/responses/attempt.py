@@ -31,7 +31,9 @@ from aioserver.provider_errors import RequestNotBridged
 from aioserver.providers.api import CHAT, Memory
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.error_mapping import event_fault
+from aioserver.providers.request import ProviderRequest
 from aioserver.providers.sinks import BodySink
+from aioserver.wings.responses.api import RESPONSES
 from aioserver.wings.responses.bridge.events import ResponseWriter
 from aioserver.wings.responses.bridge.output import Frame
 from aioserver.wings.responses.bridge.request import chat_request
@@ -39,14 +41,17 @@ from aioserver.wings.responses.bridge.whole import MAX_WHOLE_BYTES, WholeWriter,
 from aioserver.wings.responses.sinks import BridgeSink
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
+    from aioserver.auth.callers import Caller
     from aioserver.config import settings
+    from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.providers.attempt import AttemptedProvider
     from aioserver.providers.http1 import RequestWriter, Sink
-    from aioserver.providers.request import Answer, ProviderRequest, ResponseDraft
+    from aioserver.providers.request import Answer, Hold
     from aioserver.streams.stream import Stream
     from aioserver.wings.responses.bridge.request import ChatRequest
+    from aioserver.wings.responses.draft import Draft
 
 logger = logging.getLogger("aioserver.providers")
 
@@ -113,13 +118,41 @@ class Learned(Memory):
         return by_id
 
 
+class ResponseRequest(ProviderRequest):
+    """A request for a response. *draft*: what it continues, or keeps to be continued; None if there is nothing of either."""
+
+    __slots__ = ("draft",)
+
+    def __init__(
+        self,
+        body: Callable[[settings.Provider], bytes],
+        draft: Draft | None,
+        *,
+        streamed: bool,
+        caller: Caller,
+        model: str | None,
+        hold: Hold,
+        client_headers: ClientHeaders,
+    ) -> None:
+        super().__init__(
+            RESPONSES,
+            body,
+            streamed=streamed,
+            caller=caller,
+            model=model,
+            hold=hold,
+            client_headers=client_headers,
+        )
+        self.draft = draft
+
+
 class ResponseAttempt(Attempt):
     """One try of one request for a response.
 
     Always: `_chat` is set if, and only if, a chat completion is asked for.
     """
 
-    __slots__ = ("_chat", "_learning", "_prepared", "_writer")
+    __slots__ = ("_chat", "_draft", "_learning", "_prepared", "_writer")
 
     def __init__(
         self,
@@ -129,6 +162,8 @@ class ResponseAttempt(Attempt):
         **further: Any,
     ) -> None:
         super().__init__(provider, request, stream, **further)
+        assert isinstance(request, ResponseRequest), "the face makes it"
+        self._draft = request.draft
         self._chat: ChatRequest | None = None
         self._writer: ResponseWriter | None = None
         # The body of a request that continues a response, between its preparation and its sending.
@@ -143,10 +178,10 @@ class ResponseAttempt(Attempt):
         """
         if self.bridged:
             return self._translate()
-        draft = self.request.draft
+        draft = self._draft
         return None if draft is None or not draft.slow else self._prepare(draft)
 
-    def _prepare(self, draft: ResponseDraft) -> Generator[None, None, None]:
+    def _prepare(self, draft: Draft) -> Generator[None, None, None]:
         provider = self.provider
         body = self.request.body(provider.settings)
         keeps = self._learned.keeps
@@ -174,9 +209,9 @@ class ResponseAttempt(Attempt):
             request, self._prepared = self.request, None
             if prepared is None:
                 prepared = request.body(self.provider.settings)
-                if request.draft is not None:
+                if self._draft is not None:
                     keeps = self._learned.keeps
-                    steps = request.draft.body_for(prepared, self.provider.name, keeps=keeps)
+                    steps = self._draft.body_for(prepared, self.provider.name, keeps=keeps)
                     prepared = at_once(steps)
             return self.request_bytes(writer, request.api, request.path, prepared)
         body, chat.body = chat.body, b""
@@ -208,7 +243,7 @@ class ResponseAttempt(Attempt):
         """Return whether the provider does not know the response which the request continues by
         its id.
         """
-        draft = self.request.draft
+        draft = self._draft
         return draft is not None and self._learned.learn(
             self.status, body, previous_id=draft.previous_id, by_id=draft.by_id
         )
@@ -281,7 +316,7 @@ class ResponseAttempt(Attempt):
             RequestNotBridged: it has no form in chat completions.
             ResponseNotFound: it continues a response that is not known here.
         """
-        draft, provider = self.request.draft, self.provider
+        draft, provider = self._draft, self.provider
         body = self.request.body(provider.settings)
         if draft is not None:
             body = yield from draft.bridge(body, provider.name)

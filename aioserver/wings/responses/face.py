@@ -23,11 +23,10 @@ from aioserver.faces.intake import client_headers, idempotency_key, read_model_b
 from aioserver.faces.ready import HIGH_WATER
 from aioserver.gateway.instances import Start
 from aioserver.gateway.request import Request
-from aioserver.providers.request import ProviderRequest
 from aioserver.streams.entries import CANCELLED, COMPLETE
 from aioserver.wings.responses import stored_face
 from aioserver.wings.responses.api import RESPONSES
-from aioserver.wings.responses.attempt import Learned, ResponseAttempt
+from aioserver.wings.responses.attempt import Learned, ResponseAttempt, ResponseRequest
 from aioserver.wings.responses.draft import draft_of
 
 if TYPE_CHECKING:
@@ -132,15 +131,14 @@ def make_request(
         ModelNotFound, NoProvider: no provider can be asked for its model.
     """
     route = context.router.route(body.model)
-    provider_request = ProviderRequest(
-        RESPONSES,
+    provider_request = ResponseRequest(
         openai.body_maker(body, route),
+        draft,
         streamed=body.streamed,
         caller=caller.on_behalf_of(body.user),
         model=route.model,
         hold=hold,
         client_headers=client_headers,
-        draft=draft,
     )
     stored = bool(
         body.stored
