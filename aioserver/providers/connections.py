@@ -10,6 +10,9 @@ Bytes that come while no exchange is under way (a late 408, a close) abort the c
 would pass them to the next request as its answer. A proxy's handshake (CONNECT), by aiohttp's
 parser, comes before any exchange.
 
+All of it is one concept: what holds a connection, what reads it, and who may have it next cannot
+change apart.
+
 Private names of aiohttp used here, guarded by `tests/providers/test_pool.py` (answers with and
 without an exchange, and a proxy's to CONNECT): `_loop` and `_parser` of `ResponseHandler`,
 `_factory` and `_loop` of `TCPConnector`.
@@ -20,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections import deque
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import TCPConnector
@@ -50,6 +54,9 @@ class Receiver(Protocol):
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the provider."""
+
+    def stale(self) -> None:
+        """Fail: bytes have come on a kept connection before the request was written."""
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """End, since the connection is lost; *exc* None stands for an orderly close."""
@@ -99,6 +106,9 @@ class ConnectionProtocol(ResponseHandler):
         self._deadline_timer: asyncio.TimerHandle | None = None
         # When it fires, in the loop's time: uvloop's handle of a short delay does not know.
         self._deadline = 0.0
+        # Whether a request waits in the outbox, and the monotonic time of the last write.
+        self._unwritten = False
+        self.written_at = 0.0
 
     def data_received(self, data: bytes) -> None:
         """Push *data* to the exchange under way; abort the connection if there is none."""
@@ -106,7 +116,11 @@ class ConnectionProtocol(ResponseHandler):
         if fast_path is not None and fast_path.forward(data):
             return
         if self.exchange is not None:
-            self.exchange.feed(data)
+            if self._unwritten and self.reused:
+                # The provider has said this to nobody: a 408 for an idle connection, perhaps.
+                self.exchange.stale()
+            else:
+                self.exchange.feed(data)
         elif self._parser is not None:
             # A proxy answers CONNECT.
             super().data_received(data)
@@ -115,12 +129,15 @@ class ConnectionProtocol(ResponseHandler):
 
     def write_soon(self, data: bytes) -> None:
         """Write *data* with all that this iteration of the event loop writes."""
+        self._unwritten = True
         self._outbox.put(self, data)
 
     def write(self, data: bytes) -> None:
         """Write *data*, unless the connection is lost or closing: called by the outbox."""
+        self._unwritten = False
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(data)
+            self.written_at = monotonic()
 
     def resume_writing(self) -> None:
         """Wake the upload that waits."""

@@ -23,6 +23,7 @@ exchange.
 from __future__ import annotations
 
 import asyncio
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from aioserver.provider_errors import (
@@ -32,6 +33,7 @@ from aioserver.provider_errors import (
     WriteTimeout,
 )
 from aioserver.providers.upload import upload
+from aioserver.telemetry.kernel import least_round_trip
 from aioserver.telemetry.request_log import NO_RECORD
 
 if TYPE_CHECKING:
@@ -88,6 +90,8 @@ class Exchange:
         self._progress = 0
         self.record = record
         self._written = False
+        # The monotonic time of the first byte; 0.0 until then.
+        self._heard_at = 0.0
         # Whether the sink needs no more, and only the end of the body's framing is to come.
         self._awaiting_last_chunk = False
         self._backpressure = backpressure
@@ -134,6 +138,8 @@ class Exchange:
         # Once there is a sink, the answer has begun.
         if parser.sink is not None:
             self.record.silent(self.spoke_at, now)
+        elif not self._heard_at:
+            self._heard_at = monotonic()
         self.last_byte_at = now
         if parser.between_chunks and data.endswith(b"\r\n"):
             # Most reads of a stream are one whole chunk, which the parser, between two chunks,
@@ -189,6 +195,10 @@ class Exchange:
                     self._finish()
             except Exception as exc:  # noqa: BLE001 - as in `feed`
                 self._fail(exc)
+
+    def stale(self) -> None:
+        """Fail, since the provider has said something on a kept connection before it can have read the request."""
+        self._fail(StaleConnection("the provider has ended the kept connection"))
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """End the exchange, since its connection is lost.
@@ -328,8 +338,24 @@ class Exchange:
             and parser.keep_alive
             and not parser.surplus
             and not parser.parts
+            and not self._answers_another()
         ):
             protocol.reused = True
             self._connection.release()
         else:
             self._connection.close()
+
+    def _answers_another(self) -> bool:
+        """Return whether the answer may not be that of this request, which is then answered, too, and by the next one's bytes.
+
+        A 408 ends an idle connection (RFC 9110, 15.5.9), and may cross the request. So may any error which comes on a kept
+        connection sooner than a byte can go there and back.
+        """
+        status, protocol = self._parser.status, self.protocol
+        if status < 400:
+            return False
+        if status == 408 or not protocol.reused:
+            return status == 408
+        sock = self._transport.get_extra_info("socket")
+        round_trip = 0.0 if sock is None else least_round_trip(sock)
+        return self._heard_at - protocol.written_at < round_trip

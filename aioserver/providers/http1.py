@@ -219,6 +219,7 @@ class ResponseParser:
         "on_chunk_header",
         "parts",
         "sink",
+        "status",
         "surplus",
         "whole",
     )
@@ -244,6 +245,8 @@ class ResponseParser:
         self._head_bytes = 0
         self._header_bytes = 0
         self._interim = False
+        # That of the answer; 0 until its head is complete.
+        self.status = 0
         self.between_chunks.clear()
         # Whether the body has a length, or comes in chunks.
         self.framed = False
@@ -331,7 +334,7 @@ class ResponseParser:
             if status == 101:
                 raise ProviderBadResponse("the provider switched the protocol")
             return
-        headers = self._headers
+        self.status, headers = status, self._headers
         self.framed = (
             "content-length" in headers
             or "chunked" in headers.get("transfer-encoding", "").lower()

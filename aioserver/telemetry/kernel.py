@@ -12,6 +12,8 @@ from typing import NamedTuple, TypedDict
 # offset.
 TCP_INFO_BYTES = 104
 QUEUE_OFFSET = 24
+# Up to `tcpi_min_rtt`, in microseconds, which Linux has since 4.6.
+ROUND_TRIP_BYTES, ROUND_TRIP_OFFSET = 152, 148
 
 
 class AcceptQueue(NamedTuple):
@@ -41,6 +43,21 @@ def accept_queue(sock: socket.socket) -> AcceptQueue | None:
         return None
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
     return AcceptQueue(*struct.unpack_from("=2I", info, QUEUE_OFFSET))
+
+
+def least_round_trip(sock: socket.socket) -> float:
+    """Return the seconds in which a byte has come back soonest on a connection; 0.0 where that is not known."""
+    if not hasattr(socket, "TCP_INFO") or sock.family == socket.AF_UNIX:
+        return 0.0
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, ROUND_TRIP_BYTES)
+    except (OSError, ValueError):
+        # The connection is lost.
+        return 0.0
+    if len(info) < ROUND_TRIP_BYTES:
+        return 0.0
+    (microseconds,) = struct.unpack_from("=I", info, ROUND_TRIP_OFFSET)
+    return float(microseconds) / 1e6
 
 
 def process_usage() -> ProcessUsage:

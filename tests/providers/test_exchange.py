@@ -36,7 +36,7 @@ from tests.support.scripted_provider import (
     pooled,
     request,
 )
-from tests.support.waiting import until
+from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
     from aioserver.providers.pool import Pool
@@ -379,6 +379,79 @@ async def test_a_kept_connection_that_closes_before_it_is_used_is_stale() -> Non
 
         with pytest.raises(StaleConnection):
             await exchange(connection, Got()).run(request())
+
+
+LATE_408 = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 2\r\n\r\n{}"
+
+
+async def test_a_connection_is_never_kept_after_a_408() -> None:
+    async def play(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(LATE_408)
+        # It answers all the same, when the connection would be idle.
+        await peer.send(OK)
+        await peer.left()
+
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
+        assert (await ask(pool)).status == 408
+
+        assert pool.stats().open == 0
+
+
+async def test_what_a_provider_says_before_it_has_the_request_is_no_answer_to_it() -> None:
+    """A provider ends an idle connection just when a request takes it."""
+    said = asyncio.Event()
+
+    async def play(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(OK)
+        await said.wait()
+        peer.writer.write(LATE_408)
+        await peer.request()
+        await peer.send(OK.replace(b"ok", b"no"))
+        await peer.left()
+
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
+        await ask(pool)
+        connection = await pool.connect()
+        running = asyncio.ensure_future(exchange(connection, Got()).run(request()))
+        await asyncio.sleep(0)
+        # As if the 408 had come in the same turn, before the outbox is flushed.
+        connection.protocol.data_received(LATE_408)
+        with pytest.raises(StaleConnection):
+            await running
+
+        assert pool.stats().open == 0
+        said.set()
+
+
+async def test_a_late_408_never_gives_a_request_the_answer_of_another() -> None:
+    """One of fifty idle connections is ended by a 408 at any moment, and its next request is answered all the same."""
+    luck = random.Random(408)
+
+    async def play(peer: Peer) -> None:
+        while True:
+            number = (await peer.request()).rpartition(b"\r\n\r\n")[2]
+            head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(number)
+            peer.writer.write(head + number)
+            if luck.random() < 0.02:
+                await ticks(luck.randrange(8))
+                peer.writer.write(LATE_408)
+
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
+        swapped = served = 0
+        for number in range(2000):
+            body = str(number).encode()
+            try:
+                got = await ask(pool, body=body)
+            except (StaleConnection, ProviderDisconnected):
+                continue
+            served += got.status == 200
+            swapped += got.status == 200 and got.body != body
+            await ticks(luck.randrange(3))
+
+    assert served > 1000
+    assert not swapped
 
 
 async def test_done_and_a_late_last_chunk_keep_the_connection() -> None:
