@@ -11,8 +11,8 @@ alone but for *trials*. Its *breaker* knows which. A provider that cannot be rea
 it is not ready, is *away*: requests may wait in its queue until it is back. A request whose
 attempt has just failed is *parked* outside of the queue before it queues again. Its *health* is
 this breaker and two facts more: whether the provider has refused our key (it is *flagged*), and
-whether it was removed from the configuration. The *feedback* of the attempts tells breaker, pace
-and queue how they fare. The *budget* bounds the retries, so that a failing provider does not get a
+whether it was removed from the configuration. The provider tells breaker, pace and queue
+how its attempts fare. The *budget* bounds the retries, so that a failing provider does not get a
 multiple of the requests.
 
 The attempt that has started takes a connection from the *pool*, the open sockets to one provider.
