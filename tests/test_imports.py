@@ -25,10 +25,7 @@ LINE = (
 CORE, BESIDE, PROCESS = (part.split() for part in LINE.split("|"))
 ORDER = [*CORE, *BESIDE, *PROCESS]
 # Imports against this rule, as (importer, imported): rows may go, and none may come.
-OWED = {
-    ("server.app", "workers.slot"),
-    ("server.reload", "workers.worker"),
-}
+OWED: set[tuple[str, str]] = set()
 # Folders of tests that are no package's: of pages, of deploy/ and docs/, of the whole server, and
 # for all tests.
 OTHER_TESTS = {

@@ -13,8 +13,6 @@ from aioserver.auth.keys import Keys, quota_of
 from aioserver.limits.quota import Quota
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from aioserver.auth.callers import Caller
     from aioserver.auth.keys import MakeQuota
     from aioserver.config.settings import Auth
@@ -39,9 +37,8 @@ class Access:
         auth: Auth | None = None,
         pepper: bytes = b"",
         make_quota: MakeQuota = quota_of,
-        connection_counter: Callable[[str], Callable[[int], int]] | None = None,
     ) -> None:
-        self.keys = Keys(pepper, make_quota=make_quota, connection_counter=connection_counter)
+        self.keys = Keys(pepper, make_quota=make_quota)
         self.keyless = Quota(*NO_LIMITS)
         self.apply(auth)
 

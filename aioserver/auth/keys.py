@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import ClientKey, Llm
 
     # Called as `quota_of` is.
-    MakeQuota = Callable[[ClientKey, Callable[[int], int] | None], Quota]
+    MakeQuota = Callable[[ClientKey], Quota]
 
 SESSION_SECONDS = 12 * 3600
 # Digits of an expiry at most: a longer number is no date, and int() is slow with thousands of
@@ -45,13 +45,12 @@ class _Key:
     quota: Quota
 
 
-def quota_of(key: ClientKey, elsewhere: Callable[[int], int] | None = None) -> Quota:
-    """Return the quota of *key*; *elsewhere*: see `Quota`."""
+def quota_of(key: ClientKey) -> Quota:
+    """Return the quota of *key*."""
     return Quota(
         key.max_concurrent,
         key.requests_per_minute,
         max_connections=key.max_connections,
-        elsewhere=elsewhere,
     )
 
 
@@ -60,8 +59,6 @@ class Keys:
 
     Always: there is one `Caller` for each key, made once, so that a request costs a hash, a
     look-up and a comparison; a name keeps its counts for as long as its key stays the same.
-
-    *connection_counter* makes the `elsewhere` of a key's `Quota`, where several processes serve.
     """
 
     def __init__(
@@ -70,11 +67,9 @@ class Keys:
         clock: Callable[[], float] = time.time,
         *,
         make_quota: MakeQuota = quota_of,
-        connection_counter: Callable[[str], Callable[[int], int]] | None = None,
     ) -> None:
         self._pepper = pepper
         self._make_quota = make_quota
-        self._connection_counter = connection_counter
         # Wall time: a session may be older than the process.
         self._clock = clock
         self._by_name: dict[str, _Key] = {}
@@ -86,7 +81,6 @@ class Keys:
     def apply(self, keys: Iterable[ClientKey]) -> frozenset[str]:
         """Accept *keys* and no others. Return the names whose key was removed or replaced."""
         old, new = self._by_name, {}
-        counter = self._connection_counter
         for settings in keys:
             assert settings.sha256 is not None, "config/ makes sha256 of key_env and key_file"
             digest, old_key = bytes.fromhex(settings.sha256), old.get(settings.name)
@@ -100,8 +94,7 @@ class Keys:
                 if old_key.caller.admin and not settings.admin:
                     quota.demote()
             else:
-                elsewhere = counter(settings.name) if counter is not None else None
-                quota = self._make_quota(settings, elsewhere)
+                quota = self._make_quota(settings)
             caller = Caller(
                 settings.name,
                 priority=settings.priority,

@@ -31,8 +31,12 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
+    from aioserver.limits.fixed_share import Scope
+    from aioserver.limits.gate import Gate
     from aioserver.server.app import Server
     from aioserver.wings.cluster.wing import Membership
+    from aioserver.workers.balance import Balance
+    from aioserver.workers.loads import Loads
     from aioserver.workers.worker import Worker
 
 logger = logging.getLogger("aioserver.serve")
@@ -229,11 +233,12 @@ async def _run(
     loop.add_signal_handler(signal.SIGHUP, hangup.set)
     # By default it kills.
     loop.add_signal_handler(signal.SIGUSR2, _ignore)
-    settings, pepper, slot = configuration.settings, None, None
-    url, fixed, first = settings.cluster.redis_url, None, False
+    settings, pepper, loads = configuration.settings, None, None
+    url, fixed, first, scope = settings.cluster.redis_url, None, False, None
     clear = settings.chat.service.repository.persistence.clear_on_startup
     if worker is not None:
-        settings, pepper, slot = worker.settings(settings), worker.pepper(), worker.make_slot()
+        settings, pepper, loads = worker.settings(settings), worker.pepper(), worker.take_loads()
+        scope = worker.scope
         if url is None:
             # Nobody else uses it, so the number of instances is known.
             url, fixed = worker.server_url, (worker.rank, worker.workers)
@@ -244,14 +249,22 @@ async def _run(
         lifeline = worker.descriptors["lifeline"]
         loop.add_reader(lifeline, stop.by_lifeline, lifeline)
     try:
-        async with _joined(url, settings.cluster.name, fixed, first=first, clear=clear) as cluster:
+        joined = _joined(url, settings.cluster.name, fixed, first=first, clear=clear, scope=scope)
+        async with joined as cluster:
             if cluster is not None and fixed is None and known_pepper(settings.llm) is None:
                 # The workers of one parent have its secret; machines have to agree on one.
                 pepper = await cluster.agree_on_pepper(pepper or pepper_of(settings.llm))
+            make_admission = balance = None
+            if worker is not None and loads is not None:
+                make_admission, balance = _among_workers(worker, loads, cluster)
             async with open_server(
-                settings, pepper=pepper, slot=slot, cluster=cluster, prepared=worker is not None
+                settings,
+                pepper=pepper,
+                make_admission=make_admission,
+                cluster=cluster,
+                prepared=worker is not None,
             ) as server:
-                runner = Runner(server)
+                runner = Runner(server, balance)
                 if worker is None:
                     notifier = systemd.Notifier.take(os.environ, lambda: _status(server))
                 else:
@@ -264,7 +277,7 @@ async def _run(
                     environ,
                     hosts=hosts,
                     notifier=notifier,
-                    worker=worker,
+                    share_out=None if worker is None else worker.settings,
                 )
                 loop.add_signal_handler(signal.SIGHUP, reload.ask)
                 # A SIGHUP may have come while the server was made.
@@ -285,7 +298,13 @@ async def _run(
 
 
 def _joined(
-    url: str | None, name: str, fixed: tuple[int, int] | None, *, first: bool, clear: bool
+    url: str | None,
+    name: str,
+    fixed: tuple[int, int] | None,
+    *,
+    first: bool,
+    clear: bool,
+    scope: Scope | None,
 ) -> AbstractAsyncContextManager[Membership | None]:
     """Return the membership in the cluster *name*, for the length of an `async with`.
 
@@ -303,7 +322,17 @@ def _joined(
             raise
         fault = "cluster.redis_url: redis is not installed (pip install '.[cluster]' in the clone)"
         raise ConfigurationError([fault]) from None
-    return join(url, name, fixed=fixed, first=first, clear=clear)
+    return join(url, name, fixed=fixed, first=first, clear=clear, scope=scope)
+
+
+def _among_workers(
+    worker: Worker, loads: Loads, cluster: Membership | None
+) -> tuple[Callable[..., Gate] | None, Balance]:
+    """Return what makes the gate of *worker*, if *cluster* does not, and what decides when it accepts."""
+    if cluster is None:
+        return worker.gate_maker(loads), worker.balance(loads)
+    loads.tell_instance(cluster.token)
+    return None, worker.balance(loads, cluster.ended)
 
 
 async def _serve(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from time import monotonic
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -31,7 +31,6 @@ from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from contextlib import AbstractContextManager
 
     from aiohttp import web
 
@@ -48,7 +47,7 @@ LINES_PER_SECOND = 20
 # Of the lines about refusals: a full server refuses thousands, and an incident counts them.
 REFUSAL_LINES_PER_SECOND = 1
 # The connection of a client without a key.
-NOT_COUNTED = nullcontext()
+NOT_COUNTED: AbstractContextManager[object] = nullcontext()
 # Refused WebSockets whose close handshake is not over; beyond: a handshake gets a plain 503.
 MAX_REFUSED_CLOSING = 256
 
@@ -82,6 +81,7 @@ class Admission:
             asyncio.get_running_loop(),
             limit=lambda: self.gate.limit,
             waiting=lambda: self.gate.waiting,
+            elsewhere=lambda: self.gate.room_elsewhere,
         )
         self.refused_closing = 0
         # Seconds without progress after which a client is dropped that does not read its response.
@@ -152,18 +152,26 @@ class Admission:
             }
             logger.log(level, "connection %s", event, extra={"fields": fields})
 
-    def connect(self, face: str, caller: Caller) -> AbstractContextManager[object]:
+    async def connect(self, face: str, caller: Caller) -> AbstractContextManager[object]:
         """Count a connection of the caller's key, until the `with` of the result ends.
+
+        Cancelling is safe.
 
         Raises:
             ConcurrencyExceeded: the key has as many connections as it may have.
+            InvalidApiKey: the key was revoked meanwhile.
         """
         quota = caller.quota
         if quota is None:
             return NOT_COUNTED
         connection = CountedConnection(quota)
         try:
-            quota.connect()
+            if (undecided := quota.connect()) is not None:
+                try:
+                    await undecided
+                except BaseException:
+                    quota.disconnect()
+                    raise
         except ConcurrencyExceeded as error:
             self.log("refused", face, logging.WARNING, caller=caller.name, code=error.code)
             raise
@@ -359,7 +367,7 @@ def counted(
         caller = request[CALLER]
         name = caller.name
         try:
-            connection = admission.connect(face, caller)
+            connection = await admission.connect(face, caller)
         except ConcurrencyExceeded as error:
             if refuse is None:
                 raise

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Seconds without a question after which a socket is idle: a person who types an answer may take
 # them.
 IDLE_SECONDS = 30.0
+# Seconds until it is known whether another process has a place for those that wait.
+KNOWN = 0.05
 
 
 class IdleSocket(Protocol):
@@ -46,7 +48,8 @@ class IdleSockets:
     Always: a socket is told to give way at most once. Clients without a key are one caller, and
     not counted. Each change takes the same time, however many sockets there are.
 
-    *limit* returns how many places there are, and *waiting* how many clients wait for one.
+    *limit* returns how many places there are, *waiting* how many clients wait for one, and *elsewhere* whether another
+    process may have one for them: then nobody has to give way.
     """
 
     def __init__(
@@ -55,10 +58,12 @@ class IdleSockets:
         *,
         limit: Callable[[], int],
         waiting: Callable[[], int],
+        elsewhere: Callable[[], bool] = lambda: False,
     ) -> None:
         self._loop = loop
         self._limit = limit
         self._waiting = waiting
+        self._elsewhere = elsewhere
         self._places: Counter[str] = Counter()
         self._waiters: Counter[str] = Counter()
         # Of each key: its sockets, with the time at which each has asked last.
@@ -143,6 +148,10 @@ class IdleSockets:
     def _make_room(self) -> None:
         """Let a socket give way for each client that waits, as far as the rule goes."""
         self._timer = None
+        if self._elsewhere():
+            if self._waiters:
+                self._look_in(KNOWN)
+            return
         name, now = self._largest, self._loop.time()
         # A client that was handed its place in this turn of the loop waits no more for the gate.
         others = min(self._waiters.total() - self._waiters[name], self._waiting())

@@ -122,7 +122,7 @@ async def serve(
         InvalidRequest, ConcurrencyExceeded, ServerAtCapacity: the handshake is refused.
     """
     admission = context.admission
-    with admission.connect(kind.face, request[CALLER]):
+    with await admission.connect(kind.face, request[CALLER]):
         if admission.refused_closing >= MAX_REFUSED_CLOSING:
             raise ServerAtCapacity("too many refused sockets are still closing", retry_after=5.0)
         ws, messages, socket = await _upgrade(context, request, kind, make or kind)

@@ -4,12 +4,13 @@ the secret of sessions.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.config.settings import ClientKey, HttpClient
+    from aioserver.limits.gate import Gate
     from aioserver.limits.quota import Quota
     from aioserver.providers.health import Health, ProviderObserver
     from aioserver.providers.queueing import ProviderGate
@@ -28,8 +29,11 @@ class Sharing(Protocol):
         *name*.
         """
 
-    def make_quota(self, key: ClientKey, elsewhere: Callable[[int], int] | None) -> Quota:
-        """Return the quota of *key*, which all instances share; *elsewhere*: see `Quota`."""
+    def make_quota(self, key: ClientKey) -> Quota:
+        """Return the quota of *key*, which all instances share."""
+
+    def make_admission(self, limit: int, **bounds: Any) -> Gate:
+        """Return the gate in front of the handlers; the arguments are those of `Gate`."""
 
     async def agree_on_pepper(self, own: bytes) -> bytes:
         """Return the secret of browser sessions on which the instances agree: *own*, if none was

@@ -14,6 +14,8 @@ provider's gate also has a *pace*, which limits the *rate* of starts: two of the
 apart, and a *tolerance* allows a *burst* after a rest. A last gate counts a provider's
 connections.
 
+Where several processes share a limit and nobody says who uses how much, each has a *fixed share*.
+
 While the answer is sent, a *watchdog* aborts a socket that accepts nothing, and one *timer wheel*
 runs the timers of all connections: pings and heartbeats.
 """

@@ -193,6 +193,11 @@ class Gate:
         return self.waiting >= self._queue_size
 
     @property
+    def room_elsewhere(self) -> bool:
+        """Whether another process that shares these places may have one that it does not use."""
+        return False
+
+    @property
     def inside(self) -> int:
         """How many places are taken."""
         return self._inside

@@ -40,8 +40,6 @@ class Quota:
     ended; in any span of t seconds at most `(t / 60 + 1) * requests_per_minute` are taken. Once
     `revoked`, none is taken any more.
 
-    *elsewhere* is called with each change of the number of connections, while they are bounded,
-    and returns how many the other processes have of this key; None: there are no others.
     """
 
     def __init__(
@@ -51,12 +49,10 @@ class Quota:
         clock: Callable[[], float] = time.monotonic,
         *,
         max_connections: int = 0,
-        elsewhere: Callable[[int], int] | None = None,
     ) -> None:
         self.running = 0
-        self.connections = 0
+        self._connections = 0
         self._max_connections = max_connections
-        self._elsewhere = elsewhere
         self.revoked = False
         self._max_concurrent = max_concurrent
         self._per_minute = requests_per_minute
@@ -74,8 +70,6 @@ class Quota:
         Answers that run or have begun, and connections, count as before.
         """
         self._max_concurrent = max_concurrent
-        if bool(max_connections) != bool(self._max_connections) and self._elsewhere is not None:
-            self._elsewhere(self.connections if max_connections else -self.connections)
         self._max_connections = max_connections
         self._per_minute = requests_per_minute
         self._rate.apply(*minute(requests_per_minute))
@@ -108,30 +102,35 @@ class Quota:
         self.running += 1
         return None
 
-    def connect(self) -> None:
+    @property
+    def connections(self) -> int:
+        """The connections that are counted."""
+        return self._connections
+
+    def connect(self) -> asyncio.Future[None] | None:
         """Count a connection; call `disconnect` once when it has ended.
+
+        Where other processes share the limit, the result may be a future that is undecided, as that of `take`; a
+        connection that is refused by it has ended, too.
 
         Raises:
             ConcurrencyExceeded: `max_connections` of the key are open or wait; nothing is counted.
         """
-        connections = self.connections + self._count(1)
-        if 0 < self._max_connections <= connections:
-            self._count(-1)
-            raise ConcurrencyExceeded(
-                f"{connections} connections of this key are open or wait,"
-                f" at most max_connections={self._max_connections}",
-                retry_after=1.0,  # nobody knows when one of them ends
-            )
-        self.connections += 1
+        if 0 < self._max_connections <= self._connections:
+            raise self._too_many_connections(self._connections)
+        self._connections += 1
+        return None
 
     def disconnect(self) -> None:
         """Count a connection as ended."""
-        self.connections -= 1
-        self._count(-1)
+        self._connections -= 1
 
-    def _count(self, change: int) -> int:
-        """Tell the other processes of *change*, and return how many connections they have."""
-        return self._elsewhere(change) if self._max_connections and self._elsewhere else 0
+    def _too_many_connections(self, connections: int) -> ConcurrencyExceeded:
+        return ConcurrencyExceeded(
+            f"{connections} connections of this key are open or wait,"
+            f" at most max_connections={self._max_connections}",
+            retry_after=1.0,  # nobody knows when one of them ends
+        )
 
     def give_back(self, *, unused: bool = False) -> None:
         """Count an answer as ended; an *unused* one never began, and does not count at all."""

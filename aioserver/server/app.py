@@ -64,7 +64,6 @@ if TYPE_CHECKING:
     from aioserver.providers.api import Api
     from aioserver.providers.provider import Provider
     from aioserver.streams.store import StreamStore
-    from aioserver.workers.slot import Slot
 
 logger = logging.getLogger("aioserver.app")
 
@@ -76,8 +75,7 @@ WHEEL_GRAIN = 20
 class Server:
     """A running server. Its faces may use what is in *context*; only server/ needs the rest.
 
-    *listening*: the sockets on which it listens; the runner fills the list. *slot*: that of this
-    process, where several serve.
+    *listening*: the sockets on which it listens; the runner fills the list.
     """
 
     app: web.Application
@@ -88,7 +86,6 @@ class Server:
     wings: Sequence[Wing]
     lag: LoopLag
     listening: list[socket.socket]
-    slot: Slot | None = None
 
     @property
     def waiting(self) -> int:
@@ -126,13 +123,6 @@ class Cluster(Sharing, Protocol):
 
     commands: Commands
 
-    @property
-    def token(self) -> int:
-        """The number of this instance, which no other one ever has."""
-
-    def ended(self, token: int) -> None:
-        """Note that the process of another instance has ended for certain."""
-
     def streams(self) -> OtherInstances:
         """Return what knows the streams of other instances."""
 
@@ -148,17 +138,17 @@ async def open_server(
     app: web.Application | None = None,
     *,
     pepper: bytes | None = None,
-    slot: Slot | None = None,
+    make_admission: Callable[..., Gate] | None = None,
     cluster: Cluster | None = None,
     prepared: bool = False,
     wings: Sequence[type[Wing]] = WINGS,
 ) -> AsyncIterator[Server]:
     """Make the server, and add its routes to *app*, or to a new application. Close it at the end.
 
-    *app* must not be frozen yet. *pepper* is the secret of browser sessions; see `pepper_of`.
-    *slot*: that of this process, where several serve the same sockets. *cluster*: what this
-    instance shares with others; None if it is the only one. *prepared*: see `Core`. *wings* are
-    the features that it has beside those of the core.
+    *app* must not be frozen yet. *pepper* is the secret of browser sessions; see `pepper_of`. *make_admission* makes
+    the gate in front of the handlers, instead of that of *cluster*. *cluster*: what this instance shares with others; None if it is the only
+    one. *prepared*: see `Core`. *wings* are the features that it
+    has beside those of the core.
 
     Raises:
         ConfigurationError: a provider cannot be used as it is configured.
@@ -177,7 +167,6 @@ async def open_server(
         settings.auth,
         pepper_of(llm) if pepper is None else pepper,
         quota_of if cluster is None else cluster.make_quota,
-        None if slot is None else slot.key_counts.counter,
     )
     origins = Origins(chat.websocket.allow_origins, credentials=chat.websocket.allow_credentials)
     guard = Guard(access, origins)
@@ -185,15 +174,10 @@ async def open_server(
         chat.websocket.concurrency,
         metrics,
         chat.streams.send_timeout,
-        gate=Gate if slot is None else slot.gate,
+        gate=make_admission or (Gate if cluster is None else cluster.make_admission),
         forms=Forms(form for wing in plugged for form in wing.forms()),
     )
     async with AsyncExitStack() as stack:
-        if slot is not None:
-            stack.callback(slot.close)
-            if cluster is not None:
-                slot.page.tell_instance(cluster.token)
-                slot.on_gone = cluster.ended
         if (instances := None if cluster is None else cluster.streams()) is None:
             lifetime = Lifetime(chat.streams)
         else:
@@ -298,7 +282,6 @@ async def open_server(
                 wings=plugged,
                 lag=lag,
                 listening=listening,
-                slot=slot,
             )
         finally:
             lifecycle.ready = False

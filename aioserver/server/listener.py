@@ -19,9 +19,10 @@ from aiohttp import web
 from aioserver.telemetry.kernel import accept_queue
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from aioserver.config.settings import WebSocket
+    from aioserver.server.connection import ConnectionServer
 
 logger = logging.getLogger("aioserver.listener")
 
@@ -122,6 +123,18 @@ class Balance(Protocol):
         """Accept for *runner* what comes on *sock*, which listens already, and close it at the
         end.
         """
+
+    def server(self, *args: Any, **kwargs: Any) -> ConnectionServer:
+        """Return a server whose connections are counted."""
+
+    def start(self, waiting: Callable[[], int]) -> None:
+        """Begin: this process serves. *waiting* returns how many clients wait for a place here."""
+
+    async def end(self) -> None:
+        """Accept no more connections, for good."""
+
+    def close(self) -> None:
+        """End what `start` has begun."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,14 +26,13 @@ from aioserver.server.app import log_limits
 from aioserver.telemetry import logs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import NoReturn
 
     from aioserver.config.settings import Auth, Settings
     from aioserver.server.app import Server
     from aioserver.server.runner import Runner
     from aioserver.server.systemd import Notifier
-    from aioserver.workers.worker import Worker
 
 logger = logging.getLogger("aioserver.reload")
 
@@ -59,7 +58,7 @@ class Reload:
     Always: one reload runs at a time; `ask` during a reload causes another one after it.
 
     *hosts*: the addresses of inherited sockets; None if the server listens on the configured one.
-    *worker*: what this process is among several; None if it serves alone.
+    *share_out* returns the part of the settings that this process has among several; None if it serves alone.
     """
 
     def __init__(
@@ -71,20 +70,20 @@ class Reload:
         *,
         hosts: Sequence[str] | None = None,
         notifier: Notifier | None = None,
-        worker: Worker | None = None,
+        share_out: Callable[[Settings], Settings] | None = None,
     ) -> None:
         self._server = server
         self._runner = runner
         self._hosts = hosts
         self._notifier = notifier
-        self._worker = worker
+        self._share_out = share_out
         self.source = configuration.source
         self._environ = environ
         # The settings with which sockets and routes were made.
         self._at_start = configuration.settings
         self._current = configuration.settings
-        if worker is not None:
-            self._current = worker.settings(self._current)
+        if share_out is not None:
+            self._current = share_out(self._current)
         self._asked = asyncio.Event()
 
     def ask(self) -> None:
@@ -112,8 +111,8 @@ class Reload:
                 read_again, self.source, self._environ, self._hosts, self._at_start
             )
             settings = self._with_fixed_paths(configuration.settings)
-            if self._worker is not None:
-                settings = self._worker.settings(settings)
+            if self._share_out is not None:
+                settings = self._share_out(settings)
             few_files = _raise_file_limit(settings)
             await self._server.provider_registry.prepare(settings.llm)
             self._apply(settings)
@@ -134,7 +133,7 @@ class Reload:
         for warning in few_files:
             logger.warning("%s", warning)
         # A parent says the rest once for all.
-        if self._worker is None:
+        if self._share_out is None:
             log_remarks(configuration)
             for key in only_by_restart(configuration.settings, self._at_start):
                 logger.warning("%s has changed, and stays as it was until a restart", key)

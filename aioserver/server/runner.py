@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from aioserver.config.settings import Chat, WebSocket
     from aioserver.server.app import Server
-    from aioserver.server.listener import Listening
+    from aioserver.server.listener import Balance, Listening
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -118,9 +118,12 @@ class Dispatcher:
 
 
 class Runner(web.AppRunner):
-    """Listens, and runs the application of *server* on our connections."""
+    """Listens, and runs the application of *server* on our connections.
 
-    def __init__(self, server: Server) -> None:
+    *balance* decides when this process accepts, where several serve the same sockets.
+    """
+
+    def __init__(self, server: Server, balance: Balance | None = None) -> None:
         settings = server.context.settings.chat.websocket
         super().__init__(
             server.app,
@@ -138,6 +141,7 @@ class Runner(web.AppRunner):
             **_options(settings),
         )
         self._owner = server
+        self._balance = balance
 
     async def listen(self, inherited: Sequence[socket.socket] = ()) -> list[Listening]:
         """Listen where the configuration says, or on the *inherited* sockets: see
@@ -146,17 +150,18 @@ class Runner(web.AppRunner):
         Raises:
             OSError: the address is in use, or is not one of this machine.
         """
-        chat, slot = self._owner.context.settings.chat, self._owner.slot
+        context, balance = self._owner.context, self._balance
+        chat = context.settings.chat
         listening = await listener.listen(
             self,
             chat.websocket,
             send_timeout=chat.streams.send_timeout,
             inherited=inherited,
-            balance=None if slot is None else slot.balance,
+            balance=balance,
         )
         self._owner.listening.extend(entry.sock for entry in listening)
-        if slot is not None:
-            slot.start()
+        if balance is not None:
+            balance.start(lambda: context.admission.gate.waiting)
         return listening
 
     def apply(self, chat: Chat) -> None:
@@ -219,11 +224,13 @@ class Runner(web.AppRunner):
     async def cleanup(self) -> None:
         """Release everything; call `end` before."""
         await self._stop_accepting()
+        if self._balance is not None:
+            self._balance.close()
         await super().cleanup()
 
     async def _stop_accepting(self) -> None:
-        if self._owner.slot is not None:
-            await self._owner.slot.balance.end()
+        if self._balance is not None:
+            await self._balance.end()
         for site in list(self.sites):
             await site.stop()
 
@@ -234,8 +241,8 @@ class Runner(web.AppRunner):
     async def _make_server(self) -> ConnectionServer:
         # aiohttp's server, with its router and all options.
         plain = await super()._make_server()
-        app, slot = self.app, self._owner.slot
-        connection_server = ConnectionServer if slot is None else slot.balance.server
+        app, balance = self.app, self._balance
+        connection_server = ConnectionServer if balance is None else balance.server
         return connection_server(
             Dispatcher(app, self._owner.middleware, plain.request_handler),
             metrics=self._owner.context.metrics,

@@ -8,9 +8,11 @@ at a beat, where it has less than GO_ON times the mean. The mean is over the wor
 turn, so one that is blocked holds back nobody. The worker with the fewest connections has no more
 than the mean, so there is always one that accepts.
 
-To stop is to close this process' copies of the socket; the socket itself, which the siblings
-share, goes on listening. To go on is to make new copies. Nothing accepted is lost: see
-`Site.stop`.
+To stop is to close this process' copies of the socket; the socket itself, which the siblings share, goes on listening.
+To go on is to make new copies. Nothing accepted is lost: see `Site.stop`.
+
+A *beat* every BEAT says that this worker's loop turns, and looks at the others. Where the turn to accept again is to come, the next
+beat is after SOON. Where nothing happens here it is after REST: an idle server wakes up for little else.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 from aioserver.server.connection import ConnectionServer
 from aioserver.server.listener import ListeningSocket, Site, watchers
-from aioserver.workers.shared_page import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from aiohttp import web
     from aiohttp.web_protocol import RequestHandler
 
-    from aioserver.workers.shared_page import SharedPage
+    from aioserver.workers.loads import Loads
 
 logger = logging.getLogger("aioserver.balance")
 
@@ -37,8 +38,9 @@ logger = logging.getLogger("aioserver.balance")
 # four workers with a few connections each the constants decide.
 STOP = (1.06, 4)
 GO_ON = (1.03, 2)
-# Seconds until it is tried again to make copies of the socket: the process has too many open
-# files.
+# Seconds between two beats. A worker counts as blocked three beats later (`loads.LATE`).
+BEAT, SOON, REST = 0.025, 0.005, 0.25
+# Seconds until it is tried again to make copies of the socket: the process has too many open files.
 RETRY = 1.0
 # Connections that asyncio's loop accepts in one turn: a burst is not all for the worker that wakes
 # up first.
@@ -55,16 +57,26 @@ class SharedSocket(ListeningSocket):
 class Balance:
     """Whether this worker accepts connections.
 
-    Always: `connections` are those of this worker, and the page says so. *on_stop* is called when
-    it stops accepting: the next beat should be soon.
+    Always: `connections` are those of this worker, and *loads* say so; from `start` to `close` one timer runs, for the next
+    beat. *on_gone* is called with each instance of the cluster whose process has ended: see `Loads.gone`.
     """
 
-    def __init__(self, page: SharedPage, on_stop: Callable[[], None]) -> None:
-        self._page = page
-        self._on_stop = on_stop
+    def __init__(
+        self, loads: Loads, on_gone: Callable[[int], None] = lambda _instance: None
+    ) -> None:
+        self._loads = loads
+        self._on_gone = on_gone
+        self._gone = loads.gone()
         self.connections = 0
-        # How often a connection has come or gone.
-        self.events = 0
+        # How often a connection has come or gone, and how often it had at the last beat.
+        self._events, self._seen = 0, -1
+        # How many beats there were, and the seconds from the last one to the next.
+        self.beats, self.interval = 0, 0.0
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        # When the next beat is due, in the loop's time.
+        self._due = 0.0
+        self._waiting: Callable[[], int] = lambda: 0
         self._sites: list[Site] = []
         self._sockets: list[tuple[web.AppRunner, ListeningSocket, int]] = []
         # The wanted state; the task makes it so.
@@ -103,26 +115,58 @@ class Balance:
     def made(self) -> None:
         """Count a connection; stop accepting if this worker has its share."""
         self.connections += 1
-        self.events += 1
-        self._page.tell_connections(self.connections)
+        self._events += 1
+        self._loads.tell_connections(self.connections)
         if self._accepts and self.connections > self._bound(*STOP):
             self._accepts = False
             for site in self._sites:
                 site.pause()
             self._switch()
-            self._on_stop()
+            self._hurry()
 
     def lost(self) -> None:
         """Count a connection that has ended."""
         self.connections -= 1
-        self.events += 1
-        self._page.tell_connections(self.connections)
+        self._events += 1
+        self._loads.tell_connections(self.connections)
 
-    def beat(self) -> bool:
-        """Go on accepting if the others have caught up.
+    def start(self, waiting: Callable[[], int]) -> None:
+        """Begin to beat: this worker serves. *waiting* returns how many clients wait for a place here."""
+        self._waiting = waiting
+        self._beat()
 
-        Return whether it has still to wait for them.
-        """
+    def close(self) -> None:
+        """Beat no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _beat(self) -> None:
+        self.beats += 1
+        if (gone := self._loads.gone()) != self._gone:
+            for instance in set(gone).difference(self._gone):
+                self._on_gone(instance)
+            self._gone = gone
+        if self._go_on():
+            self.interval = SOON
+        else:
+            self.interval = REST if self._events == self._seen and not self._waiting() else BEAT
+        self._seen = self._events
+        self._loads.beat(self.interval, accepting=self.able)
+        self._beat_in(self.interval)
+
+    def _hurry(self) -> None:
+        """Let the next beat be soon."""
+        if self._timer is not None and self._due > self._loop.time() + SOON:
+            self._timer.cancel()
+            self._beat_in(SOON)
+
+    def _beat_in(self, delay: float) -> None:
+        self._due = self._loop.time() + delay
+        self._timer = self._loop.call_later(delay, self._beat)
+
+    def _go_on(self) -> bool:
+        """Go on accepting if the others have caught up. Return whether it has still to wait for them."""
         if not self._accepts and not self._ended:
             if asyncio.get_running_loop().time() < self._retry_at:
                 return False
@@ -144,9 +188,9 @@ class Balance:
 
     def _bound(self, share: float, beyond: int) -> float:
         """Return *share* of the mean of all that accept, and *beyond*."""
-        page = self._page
-        connections = page.connections()
-        others = [connections[slot] for slot in page.turning(State.SERVING) if slot != page.slot]
+        loads = self._loads
+        connections = loads.connections()
+        others = [connections[slot] for slot in loads.accepting() if slot != loads.slot]
         return share * (self.connections + sum(others)) / (1 + len(others)) + beyond
 
     def _switch(self) -> None:

@@ -5,33 +5,61 @@ The shares of all workers together are the limit, and never more, but for a limi
 than the number of workers: a share is at least 1. While a worker is replaced, its successor has
 the same share.
 
-Not shared out are `max_connections` and its queue, whose places move between the workers
-(places.py), the `max_connections` of keys, which are counted over all workers (key_counts.py),
-and, where the workers belong to a cluster, what they share through its server
-(wings/cluster/limits.py).
+Not shared out is, where the workers belong to a cluster, what they share through its server (wings/cluster/limits.py).
+Without one `max_connections` and its queue are shared out by `FixedGate`, so that messages have the configured number.
 """
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from aioserver.limits.gate import Gate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aioserver.config.settings import Auth, Chat, ClientKey, Llm, Provider, Settings
+    from aioserver.limits.fixed_share import Scope
+
+# Seconds until a worker without a server looks again how many connections its predecessor has.
+LOOK = 0.1
 
 
-def share(limit: int, rank: int, workers: int) -> int:
-    """Return the part of *limit* that the worker *rank* (from 0) of *workers* has: at least 1, but
-    0 of 0.
+class FixedGate(Gate):
+    """The gate of the worker of *scope* without a server: its share of all places, but for those that its predecessor has still.
+
+    *before* returns how many connections that has.
     """
-    if not limit:
-        return 0
-    return max(1, limit // workers + (rank < limit % workers))
+
+    def __init__(self, scope: Scope, before: Callable[[], int], limit: int, **bounds: Any) -> None:
+        self._scope, self._before = scope, before
+        bounds["queue_size"] = scope.share(bounds["queue_size"])
+        super().__init__(0, **bounds)
+        self._whole = limit
+        self._look()
+
+    def apply(self, limit: int, *, queue_size: int, queue_timeout: float) -> None:
+        """Use new bounds, those of all workers together."""
+        self._whole = limit
+        super().apply(
+            self._places(), queue_size=self._scope.share(queue_size), queue_timeout=queue_timeout
+        )
+
+    def _places(self) -> int:
+        return max(0, self._scope.share(self._whole) - self._before())
+
+    def _look(self) -> None:
+        super().apply(
+            self._places(), queue_size=self._queue_size, queue_timeout=self._queue_timeout
+        )
+        if self._before() and self._closed is None:
+            asyncio.get_running_loop().call_later(LOOK, self._look)
 
 
-def share_out(settings: Settings, rank: int, workers: int, *, clustered: bool = False) -> Settings:
-    """Return *settings* with the share of the worker *rank* in place of each limit that is for all
-    of them.
+def share_out(settings: Settings, scope: Scope, *, clustered: bool = False) -> Settings:
+    """Return *settings* with the share of the worker of *scope* in place of each limit that is for all of them.
 
     *clustered*: the workers share the limits of providers and keys through a server. A provider's
     `max_connections` stays as it is: its `concurrent_requests` bounds the connections in use.
@@ -39,9 +67,7 @@ def share_out(settings: Settings, rank: int, workers: int, *, clustered: bool = 
     Each worker may keep one whole body, answer or log, however many workers there are: where that
     is more than its share, all together may keep more than is configured.
     """
-
-    def part(limit: int) -> int:
-        return share(limit, rank, workers)
+    part = scope.share
 
     def memory(limit: int, least: int) -> int:
         return max(part(limit), min(limit, least))
@@ -92,6 +118,7 @@ def share_out(settings: Settings, rank: int, workers: int, *, clustered: bool = 
         return replace(
             whole,
             max_concurrent=part(whole.max_concurrent),
+            max_connections=part(whole.max_connections),
             requests_per_minute=part(whole.requests_per_minute),
         )
 

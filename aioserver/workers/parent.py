@@ -21,6 +21,7 @@ import fcntl
 import logging
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
@@ -31,7 +32,7 @@ from aioserver.auth.keys import pepper_of
 from aioserver.config.faults import ConfigurationError
 from aioserver.server import listener, reload, systemd
 from aioserver.telemetry import logs
-from aioserver.workers.page_keeper import PageKeeper
+from aioserver.workers.loads import Loads
 from aioserver.workers.private_server import SharedServer
 from aioserver.workers.supervisor import Supervisor
 from aioserver.workers.worker import Worker, as_file
@@ -119,8 +120,10 @@ class Parent:
         self._contents = {0: as_file("configuration", configuration.content)}
         self._number = 0
         self._pepper = as_file("pepper", pepper_of(self._at_start.llm))
-        max_connections = self._at_start.chat.websocket.concurrency.max_connections
-        self._page = PageKeeper(self._workers, max_connections)
+        self._loads = Loads.create(self._workers)
+        # The slots of the processes that have not been reaped.
+        self._slots: dict[int, int] = {}
+        self._host = secrets.token_hex(4)
         self._shared_server = SharedServer()
         # The other end is open here and nowhere else, until this process ends.
         self._lifeline, self._held = os.pipe()
@@ -161,7 +164,6 @@ class Parent:
                 self._asked.clear()
             self._supervisor.turn()
             self._shared_server.turn()
-            self._page.turn()
             self._report()
         self._shared_server.stop()
         if code == 0:
@@ -172,7 +174,6 @@ class Parent:
 
     def start(self, slot: int, configuration: int) -> int:
         """Start the worker *slot*; see `Processes`."""
-        self._page.starting(slot)
         ear, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ear.setblocking(False)
         # Whatever comes is a SIGIO.
@@ -187,7 +188,7 @@ class Parent:
             if pid == 0:
                 self._become(slot, configuration, theirs)
         self._ears[pid] = ear
-        self._page.started(slot, pid)
+        self._slots[pid] = slot
         return pid
 
     def send(self, pid: int, number: signal.Signals) -> None:
@@ -203,6 +204,7 @@ class Parent:
             descriptors,
             self._shared_server.url,
             first=not self._announced,
+            host=self._host,
         )
 
     # Steps of `run`.
@@ -212,7 +214,6 @@ class Parent:
         times = (
             self._supervisor.wake_at(),
             self._feed_at,
-            self._page.resize_at,
             self._shared_server.start_at,
         )
         due = min((moment for moment in times if moment is not None), default=None)
@@ -244,7 +245,8 @@ class Parent:
                 return
             if pid == 0:
                 return
-            self._page.reaped(pid)
+            if (slot := self._slots.pop(pid, None)) is not None:
+                self._loads.reaped(slot)
             self._supervisor.ended(pid, os.waitstatus_to_exitcode(status))
             self._shared_server.ended(pid)
             if (ear := self._ears.pop(pid, None)) is not None:
@@ -307,7 +309,6 @@ class Parent:
                     logger.warning("%s has changed, and stays as it was until SIGUSR2", key)
         logs.apply(settings.logging)
         self._supervisor.end_timeout = _end_timeout(settings)
-        self._page.resize(settings.chat.websocket.concurrency.max_connections)
         self._number += 1
         self._contents[self._number] = as_file("configuration", configuration.content)
         if replaced:
@@ -350,7 +351,7 @@ class Parent:
                 "lifeline": self._lifeline,
                 "configuration": self._contents[configuration],
                 "pepper": self._pepper,
-                "page": self._page.fd,
+                "loads": self._loads.fd,
             }
             passed = [*(sock.fileno() for sock in self._sockets), *named.values()]
             first, count = systemd.FIRST, len(self._sockets)

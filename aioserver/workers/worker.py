@@ -1,9 +1,9 @@
 """A worker: one of several processes that serve the same port, as its parent has started it.
 
-The parent passes its listening sockets by the protocol of systemd. What systemd has no words for
-comes in variables: `AIOSERVER_WORKER=SLOT/WORKERS`; `AIOSERVER_FDS=NAME=NUMBER,…`, descriptors by
-name; and `AIOSERVER_PRIVATE_SERVER`, the URL of the parent's own Valkey or Redis server, if it has
-one (workers/private_server.py).
+The parent passes its listening sockets by the protocol of systemd. What systemd has no words for comes in
+variables: `AIOSERVER_WORKER=SLOT/WORKERS`; `AIOSERVER_FDS=NAME=NUMBER,…`, descriptors by name; and
+`AIOSERVER_PRIVATE_SERVER`, the URL of the parent's own Valkey or Redis server, if it has one
+(workers/private_server.py); `AIOSERVER_HOST`, a name that only the workers of this parent have.
 
 | name | what it is |
 | --- | --- |
@@ -11,7 +11,7 @@ one (workers/private_server.py).
 | lifeline | a pipe that ends with the parent |
 | configuration | the content of the configuration file that is in effect |
 | pepper | the secret of browser sessions, the same in each worker |
-| page | shared memory, by which places of `max_connections` move between workers (shared_page.py) |
+| loads | shared memory, by which the workers balance what they accept (loads.py) |
 
 A worker that is replaced, and its successor, have different slots of the same rank: there are
 twice as many slots as workers.
@@ -22,18 +22,21 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
+from aioserver.limits.fixed_share import Scope
 from aioserver.server.preflight import Unfit
 from aioserver.server.systemd import Notifier
-from aioserver.workers.fixed_shares import share_out
-from aioserver.workers.shared_page import OtherLayout, SharedPage
-from aioserver.workers.slot import Slot
+from aioserver.workers.balance import Balance
+from aioserver.workers.fixed_shares import FixedGate, share_out
+from aioserver.workers.loads import Loads, OtherLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableMapping
 
     from aioserver.config.settings import Settings
+    from aioserver.limits.gate import Gate
 
 WORKER = "AIOSERVER_WORKER"
 DESCRIPTORS = "AIOSERVER_FDS"
@@ -42,16 +45,18 @@ SERVER = "AIOSERVER_PRIVATE_SERVER"
 FIRST = "AIOSERVER_FIRST"
 # The seconds within which the parent wants to hear from the worker.
 PERIOD = "AIOSERVER_PERIOD"
-NAMES = frozenset({"ear", "lifeline", "configuration", "pepper", "page"})
+# The name under which the workers of one parent share what other hosts do not.
+HOST = "AIOSERVER_HOST"
+NAMES = frozenset({"ear", "lifeline", "configuration", "pepper", "loads"})
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
     """What this process is among *workers* processes. *slot*: from 0 to `2 * workers - 1`.
 
-    *period*: the seconds within which its parent wants to hear from it. *server_url*: the parent's
-    private server, through which the workers share limits and streams; None if it has none.
-    *first*: whether it was started with the parent, so that no worker was there before.
+    *period*: the seconds within which its parent wants to hear from it. *server_url*: the parent's private server,
+    through which the workers share limits and streams; None if it has none. *first*: whether it was started with the
+    parent, so that no worker was there before. *host*: the name that the workers of this parent have together.
     """
 
     slot: int
@@ -60,6 +65,7 @@ class Worker:
     descriptors: Mapping[str, int]
     server_url: str | None = None
     first: bool = False
+    host: str = ""
 
     @classmethod
     def take(cls, environ: MutableMapping[str, str]) -> Self | None:
@@ -79,7 +85,7 @@ class Worker:
             name, _, number = item.partition("=")
             if name and number.isdigit():
                 descriptors[name] = int(number)
-        period = environ.pop(PERIOD, "")
+        period, host = environ.pop(PERIOD, ""), environ.pop(HOST, "")
         if not (
             slot.isdigit()
             and workers.isdigit()
@@ -91,14 +97,16 @@ class Worker:
             # Not for the children of this process.
             os.set_inheritable(descriptor, False)
         try:
-            SharedPage(descriptors["page"]).close()
+            Loads(descriptors["loads"]).close()
         except OtherLayout:
             raise Unfit(
                 "the parent process is of a version of aioserver whose workers share their places in another way: "
                 "restart the service, SIGUSR2 is not enough",
                 1,
             ) from None
-        return cls(int(slot), int(workers), int(period) / 1e6, descriptors, server_url, first)
+        return cls(
+            int(slot), int(workers), int(period) / 1e6, descriptors, server_url, first, host
+        )
 
     def variables(self) -> dict[str, str]:
         """Return the variables from which `take` makes this worker."""
@@ -109,6 +117,7 @@ class Worker:
             DESCRIPTORS: descriptors,
             **({} if self.server_url is None else {SERVER: self.server_url}),
             **({FIRST: "1"} if self.first else {}),
+            HOST: self.host,
         }
 
     @property
@@ -121,6 +130,11 @@ class Worker:
         """The number, from 0, of this worker's share of each limit."""
         return self.slot % self.workers
 
+    @property
+    def scope(self) -> Scope:
+        """What this worker is among those of its parent."""
+        return Scope(self.host, self.rank, self.workers, self.first)
+
     def content(self) -> bytes:
         """Return the content of the configuration file that was in effect when the worker was
         started.
@@ -131,9 +145,20 @@ class Worker:
         """Return the secret of browser sessions."""
         return read(self.descriptors["pepper"])
 
-    def make_slot(self) -> Slot:
-        """Return this worker's slot on the page, in the event loop that runs."""
-        return Slot(SharedPage(self.descriptors["page"], self.slot), self.workers)
+    def take_loads(self) -> Loads:
+        """Take this worker's slot on the page of loads over, and return the page."""
+        return Loads(self.descriptors["loads"], self.slot)
+
+    def gate_maker(self, loads: Loads) -> Callable[..., Gate]:
+        """Return what makes the gate in front of the handlers, where there is no server by which places are shared."""
+        other = (self.slot + self.workers) % self.slots
+        return partial(FixedGate, self.scope, lambda: loads.connections()[other])
+
+    def balance(
+        self, loads: Loads, on_gone: Callable[[int], None] = lambda _instance: None
+    ) -> Balance:
+        """Return what decides when this worker accepts; *on_gone*: see `Balance`."""
+        return Balance(loads, on_gone)
 
     def notifier(self, status: Callable[[], str]) -> Notifier:
         """Return what tells the parent how this worker is."""
@@ -144,7 +169,7 @@ class Worker:
     def settings(self, whole: Settings) -> Settings:
         """Return *whole* with this worker's share of each limit."""
         clustered = self.server_url is not None or whole.cluster.redis_url is not None
-        return share_out(whole, self.rank, self.workers, clustered=clustered)
+        return share_out(whole, self.scope, clustered=clustered)
 
 
 def as_file(name: str, content: bytes) -> int:

@@ -59,7 +59,6 @@ wings.responses.stored StoredResponses.hold
 wings.responses.stored StoredResponses.make
 limits.gate Gate._enter
 limits.gate Gate.enter
-limits.quota Quota.connect
 limits.quota Quota.take
 providers.breaker Breaker.start
 providers.connections Connections.open_one
@@ -110,7 +109,6 @@ WITHIN = {
 # Other processes take part in these: tests/wings/cluster and tests/server.
 SHARED = {
     Function("wings.cluster.shared_gate", "SharedGate.try_enter"),
-    Function("wings.cluster.shared_quota", "SharedQuota.take"),
     Function("wings.cluster.remote_streams", "RemoteStreams.mirror"),
 }
 # These count something else: bytes on their way to a file, connections for the balance, spans.

@@ -232,33 +232,6 @@ def test_connections_are_bounded_and_counted_through_a_change(clock: FakeClock) 
     assert quota.connections == 1
 
 
-def test_connections_elsewhere_count_while_the_number_is_bounded(clock: FakeClock) -> None:
-    elsewhere, changes = 2, 0
-
-    def tell(change: int) -> int:
-        nonlocal changes
-        changes += change
-        return elsewhere
-
-    quota = Quota(5, 5, clock, max_connections=3, elsewhere=tell)
-    quota.connect()
-    with pytest.raises(ConcurrencyExceeded, match="3 connections of this key"):
-        quota.connect()
-    assert quota.connections == changes == 1
-
-    elsewhere = 0
-    quota.connect()
-    quota.apply(5, 5, 0)
-    assert changes == 0
-    quota.connect()
-    quota.apply(5, 5, 4)
-    quota.connect()
-    assert quota.connections == changes == 4
-    for _ in range(4):
-        quota.disconnect()
-    assert changes == 0
-
-
 def test_without_a_bound_connections_are_only_counted(clock: FakeClock) -> None:
     quota = Quota(1, 1, clock)
     for _ in range(1000):

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from aioserver.gateway.commands import Commands
+from aioserver.limits.fixed_share import Scope
 from aioserver.wings.cluster.grants import State
 from aioserver.wings.cluster.lease_messages import TIMES
 from aioserver.wings.cluster.limits import SharedLimits
@@ -59,7 +60,9 @@ class Member(Membership):
         self._numbers, self._times = fixed, TIMES
         self.renewer = _Renewer(self._make_leases, server, number)
         self.leases = self.renewer.leases
-        self.limits = SharedLimits(self.leases)
+        # Instances that know how many they are, are the workers of one host, and share connections.
+        scope = None if fixed is None else Scope("host", *fixed)
+        self.limits = SharedLimits(self.leases, scope)
         self.bus = None
         self.commands = Commands(SimulatedStore(server, number, self.instance), "")
         self.known: RemoteStreams | None = None

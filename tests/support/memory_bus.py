@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from aioserver.auth.keys import quota_of
 from aioserver.gateway.commands import Commands
+from aioserver.limits.gate import Gate
 from aioserver.providers.health import ALONE
 from aioserver.providers.queueing import ProviderGate
 from aioserver.wings.cluster import claims
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     # What makes the bus of an instance, and its commands.
     Over = tuple[MakeBus, Commands]
-    MakeQuota = Callable[[ClientKey, Callable[[int], int] | None], Quota]
+    MakeQuota = Callable[[ClientKey], Quota]
 
 
 @dataclass
@@ -376,7 +377,9 @@ class StreamsOnly:
         commands: Commands,
         make: Callable[[], RemoteStreams],
         make_quota: MakeQuota = quota_of,
+        make_admission: Callable[..., Gate] = Gate,
     ) -> None:
+        self.make_admission = make_admission
         self.commands = commands
         self.streams = make
         self.make_quota = make_quota

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
 
     from aioserver.limits.quota import Quota
-    from aioserver.workers.slot import Slot
+    from aioserver.workers.balance import Balance
 
 # How the simulated provider answers: at once; 40 tokens in 0.4 s; for 100 s; for 1000 s; not at
 # all.
@@ -287,19 +287,19 @@ async def running(
     behaviour: Behaviour = QUICK,
     changes: dict[str, Any] | None = None,
     *,
-    slot: Slot | None = None,
+    balance: Balance | None = None,
     cluster: Any = None,
     inherited: Sequence[socket.socket] = (),
 ) -> AsyncIterator[RunningServer]:
     """Run a server until the end of the block; then no request may hold anything any more.
 
-    *slot* and the socket that it has *inherited*: those of a server that shares them with others.
-    *cluster*: as that of `open_server`.
+    *balance* and the socket that it has *inherited*: those of a server that shares it with others. *cluster*: as
+    that of `open_server`.
     """
     async with Simulator(behaviour) as simulator:
         configuration = configured(simulator.base_url, changes or {}, path)
-        async with open_server(configuration.settings, slot=slot, cluster=cluster) as owners:
-            runner = Runner(owners)
+        async with open_server(configuration.settings, cluster=cluster) as owners:
+            runner = Runner(owners, balance)
             await runner.setup()
             try:
                 listening = await runner.listen(inherited)

@@ -1,12 +1,14 @@
-"""One worker of several as a process: `python -m tests.support.worker CONFIG LOOP PAGE SLOT
-WORKERS SOCKET`.
+"""One worker of several as a process: `python -m tests.support.worker CONFIG LOOP URL LOADS SLOT WORKERS SOCKET FIRST`.
 
-It says `ready` on stdout once it accepts, and ends in good order at SIGTERM.
+It says `ready` on stdout once it accepts, and ends in good order at SIGTERM. To each line on stdin it answers with its places:
+those that are taken, those that it may use, how many clients wait, and whether places move. *URL* is that of the server through which the workers
+share limits; `-` stands for none.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import socket
 import sys
@@ -15,26 +17,54 @@ from aioserver.commands.serve import loop_factory
 from aioserver.config import Configuration
 from aioserver.server.app import open_server
 from aioserver.server.runner import Runner
-from aioserver.workers.shared_page import SharedPage
-from aioserver.workers.slot import Slot
+from aioserver.wings.cluster.wing import join
+from aioserver.workers.loads import Loads
+from aioserver.workers.worker import Worker
 
 
-async def serve(config: str, page: int, slot: int, workers: int, sock: int) -> None:
+async def serve(
+    config: str, url: str, page: int, slot: int, workers: int, sock: int, first: int
+) -> None:
     """Serve until SIGTERM."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    settings = Configuration.load(config, environ={}).settings
-    async with open_server(settings, slot=Slot(SharedPage(page, slot), workers)) as server:
-        runner = Runner(server)
+    server_url = None if url == "-" else url
+    worker = Worker(slot, workers, 20.0, {}, server_url, first=bool(first), host="host")
+    settings = worker.settings(Configuration.load(config, environ={}).settings)
+    loads = Loads(page, slot)
+    async with contextlib.AsyncExitStack() as stack:
+        cluster = make_admission = None
+        if url == "-":
+            make_admission, balance = worker.gate_maker(loads), worker.balance(loads)
+        else:
+            fixed = worker.rank, workers
+            cluster = await stack.enter_async_context(
+                join(url, "workers", fixed=fixed, first=worker.first, scope=worker.scope)
+            )
+            loads.tell_instance(cluster.token)
+            balance = worker.balance(loads, cluster.ended)
+        server = await stack.enter_async_context(
+            open_server(settings, cluster=cluster, make_admission=make_admission)
+        )
+        runner = Runner(server, balance)
         await runner.setup()
         await runner.listen([socket.socket(fileno=sock)])
         print("ready", flush=True)
+        gate = server.context.admission.gate
+
+        def tell() -> None:
+            sys.stdin.readline()
+            moves = cluster is not None and not cluster.leases.standing.grace
+            print(gate.inside, gate.limit, gate.waiting, int(moves), flush=True)
+
+        asyncio.get_running_loop().add_reader(0, tell)
         await stop.wait()
+        asyncio.get_running_loop().remove_reader(0)
         await runner.end()
         await runner.cleanup()
 
 
 if __name__ == "__main__":
-    config, loop, *numbers = sys.argv[1:]
+    config, loop, url, *numbers = sys.argv[1:]
     with asyncio.Runner(loop_factory=loop_factory(loop)) as loop_runner:
-        loop_runner.run(serve(config, *map(int, numbers)))
+        loop_runner.run(serve(config, url, *map(int, numbers)))

@@ -1,6 +1,4 @@
-"""Several servers in the test's own loop, which share a page and a listening socket as workers
-do.
-"""
+"""Several servers in the test's own loop, which share limits and a listening socket as workers do."""
 
 from __future__ import annotations
 
@@ -13,9 +11,15 @@ from typing import TYPE_CHECKING, Any, Self
 
 import aiohttp
 
+from aioserver.gateway.commands import Commands
+from aioserver.limits.fixed_share import Scope
 from aioserver.server.listener import ListeningSocket, Site
-from aioserver.workers.shared_page import SharedPage
-from aioserver.workers.slot import Slot
+from aioserver.wings.cluster.limits import SharedLimits
+from aioserver.wings.cluster.remote_streams import RemoteStreams
+from aioserver.workers.balance import Balance
+from aioserver.workers.loads import Loads
+from tests.support.memory_bus import MemoryBus, MemoryStore, StreamsOnly, World
+from tests.support.reference_server import ReferenceServer
 from tests.support.server import CONCURRENCY, QUICK, UVICORN, RunningServer, running
 from tests.support.waiting import until
 
@@ -24,21 +28,27 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aioserver.limits.gate import Gate
+    from aioserver.wings.cluster.leases import Leases
 
 
 class Workers:
-    """The parent's page and socket, and the servers by their slots."""
+    """The parent's page and socket, the server that the workers share limits through, and the workers by their slots."""
 
     def __init__(self, path: Path, count: int, changes: dict[str, Any]) -> None:
         self.path, self.count, self.changes = path, count, changes
         self.total: int = changes[f"{CONCURRENCY}.max_connections"]
-        self.page = SharedPage.create(count, self.total)
+        self.loads = Loads.create(count)
+        self.reference = ReferenceServer()
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
         # By slot; the ports lead to that worker alone.
         self.servers: dict[int, RunningServer] = {}
+        self.balances: dict[int, Balance] = {}
+        self.leases: dict[int, Leases] = {}
         self.ports: dict[int, int] = {}
         # All clients, which would leave if nothing held them.
         self.clients: list[aiohttp.ClientWebSocketResponse] = []
+        self._world = World()
+        self._started = 0
         self._blocks: dict[int, AsyncExitStack] = {}
         self._stack = AsyncExitStack()
 
@@ -47,28 +57,37 @@ class Workers:
             aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         )
         for slot in range(self.count):
-            await self.start(slot)
+            await self.start(slot, first=True)
+        await self.joined()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         await self._stack.aclose()
         for slot in list(self.servers):
             await self.end(slot)
+        self.reference.close()
         self.socket.close()
-        self.page.close()
-        os.close(self.page.fd)
+        self.loads.close()
+        os.close(self.loads.fd)
 
-    async def start(self, slot: int) -> RunningServer:
+    async def start(self, slot: int, *, first: bool = False) -> RunningServer:
         """Start a worker in *slot*."""
-        page = SharedPage(self.page.fd, slot)
+        loads = Loads(self.loads.fd, slot)
         block = AsyncExitStack()
-        block.callback(page.close)
+        block.callback(loads.close)
+        self._started += 1
+        name, rank = f"i{self._started}", slot % self.count
+        leases = self.reference.join(name, fixed=(rank, self.count))
+        limits = SharedLimits(leases, Scope("host", rank, self.count, first))
+        commands, balance = Commands(MemoryStore(self._world, name), ""), Balance(loads)
+        make = partial(RemoteStreams, partial(MemoryBus, self._world, name), commands)
         server = await block.enter_async_context(
             running(
                 self.path / f"{slot}.yaml",
                 QUICK,
                 self.changes,
-                slot=Slot(page, self.count),
+                cluster=StreamsOnly(commands, make, limits.make_quota, limits.make_admission),
+                balance=balance,
                 inherited=[self.socket.dup()],
             )
         )
@@ -79,27 +98,36 @@ class Workers:
         await Site(server.runner, own, backlog=1024).start()
         self.ports[slot] = own.getsockname()[1]
         self.servers[slot], self._blocks[slot] = server, block
+        self.balances[slot], self.leases[slot] = balance, leases
         return server
+
+    async def joined(self) -> None:
+        """Wait until the server shares the limits among the workers."""
+        await until(
+            lambda: all(
+                len(each.members) == len(self.leases) and not each.standing.grace
+                for each in self.leases.values()
+            )
+        )
 
     async def end(self, slot: int) -> None:
         """End the worker of *slot* in good order."""
         del self.servers[slot]
+        self.leases.pop(slot).leave()
         await self._blocks.pop(slot).aclose()
-        self.page.reaped(slot)
+        self.loads.reaped(slot)
 
     async def change(self, places: int) -> None:
         """Reload all workers with another number of places, as the parent does."""
         self.changes[f"{CONCURRENCY}.max_connections"] = places
-        self.page.resize(places, list(self.servers))
         for server in self.servers.values():
             assert await server.change(**self.changes)
 
     async def beats(self) -> None:
-        """Wait until each worker has looked at the page once more."""
-        for server in self.servers.values():
-            slot = server.owners.slot
-            assert slot is not None
-            await until(partial(_has_beaten, slot, slot.beats))
+        """Wait until each worker has looked at the loads once more."""
+        for slot in self.servers:
+            balance = self.balances[slot]
+            await until(partial(_has_beaten, balance, balance.beats))
 
     def gate(self, slot: int) -> Gate:
         """The gate of the worker in *slot*."""
@@ -131,8 +159,8 @@ class Workers:
         return clients
 
 
-def _has_beaten(slot: Slot, before: int) -> bool:
-    return slot.beats > before
+def _has_beaten(balance: Balance, before: int) -> bool:
+    return balance.beats > before
 
 
 @asynccontextmanager

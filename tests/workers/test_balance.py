@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from aioserver.workers.shared_page import SharedPage, State
+from aioserver.workers.balance import REST
+from aioserver.workers.loads import Loads
 from tests.support.waiting import until
 from tests.support.workers import workers_of
 
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 
 
 def balance_of(workers: Workers, slot: int) -> Balance:
-    owner = workers.servers[slot].owners.slot
-    assert owner is not None
-    return owner.balance
+    return workers.balances[slot]
 
 
 async def test_a_worker_with_too_many_connections_stops_until_the_others_have_caught_up(
@@ -42,8 +41,8 @@ async def test_a_worker_with_too_many_connections_stops_until_the_others_have_ca
 
 async def test_a_worker_whose_loop_does_not_turn_holds_back_nobody(tmp_path: Path) -> None:
     async with workers_of(tmp_path, 2, 100) as workers:
-        blocked = SharedPage(workers.page.fd, 2)
-        blocked.beat(State.SERVING, 0)
+        blocked = Loads(workers.loads.fd, 2)
+        blocked.beat(0, accepting=True)
 
         # With it they would have more than their share from 16 connections on, and nobody would
         # accept.
@@ -74,7 +73,7 @@ async def test_no_connection_is_lost_while_it_stops_and_goes_on(tmp_path: Path) 
             balance.connections -= 1000
             balance.lost()
             await asyncio.sleep(0)
-            balance.beat()
+            balance._go_on()  # noqa: SLF001 - a beat would come later
 
         clients = await burst
 
@@ -98,14 +97,15 @@ async def test_a_worker_that_has_no_descriptor_left_leaves_it_to_the_others(
         assert (balance.connections, balance_of(workers, 1).connections) == (9, 37)
 
 
-async def test_an_idle_worker_rests_between_its_beats_and_a_full_one_does_not(
+async def test_an_idle_worker_rests_between_its_beats_and_one_whose_clients_wait_does_not(
     tmp_path: Path,
 ) -> None:
-    async with workers_of(tmp_path, 2, 100) as workers:
-        # Whose next beat is more than 0.1 s away, though nobody's is late.
-        await until(lambda: workers.page.turning(State.SERVING, late=-0.1) == [0, 1])
-        assert workers.page.turning(State.SERVING) == [0, 1]
+    async with workers_of(tmp_path, 2, 10) as workers:
+        balances = workers.balances.values()
+        await until(lambda: all(each.interval == REST for each in balances))
+        assert workers.loads.accepting() == [0, 1]
 
-        await workers.open(90)
+        await workers.open(20)
+        await workers.beats()
 
-        await until(lambda: workers.page.turning(State.SERVING, late=-0.1) == [])
+        assert any(each.interval < REST for each in balances)

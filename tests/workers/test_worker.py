@@ -10,9 +10,10 @@ import pytest
 
 from aioserver.config import Configuration
 from aioserver.config.configuration import SHIPPED
+from aioserver.limits.fixed_share import Scope
 from aioserver.server.preflight import Unfit
-from aioserver.workers.fixed_shares import share, share_out
-from aioserver.workers.shared_page import SharedPage
+from aioserver.workers.fixed_shares import share_out
+from aioserver.workers.loads import Loads
 from aioserver.workers.worker import NAMES, Worker, as_file, read
 from tests.support.server import NOWHERE, configured
 
@@ -53,7 +54,7 @@ def numbers(settings: Any, path: str = "") -> Iterator[tuple[str, float]]:
         yield path, settings
 
 
-# What workers know of each other by the page, and what a cluster has in hand.
+# What is shared out later, and what a cluster shares by leases.
 MOVED = {"max_connections", "connection_queue_size"}
 IN_HAND = {"concurrent_requests", "requests_per_minute", "tokens_per_minute", "max_concurrent"}
 
@@ -61,7 +62,7 @@ IN_HAND = {"concurrent_requests", "requests_per_minute", "tokens_per_minute", "m
 @pytest.mark.parametrize("workers", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("limit", [0, 1, 2, 63, 64, 65, 1000, 2**28])
 def test_shares_sum_up_to_the_limit_and_differ_by_one(limit: int, workers: int) -> None:
-    shares = [share(limit, rank, workers) for rank in range(workers)]
+    shares = [Scope("", rank, workers).share(limit) for rank in range(workers)]
 
     assert max(shares) - min(shares) <= 1
     if limit == 0 or limit >= workers:
@@ -81,7 +82,9 @@ def test_no_limit_of_the_configuration_is_multiplied(
         "auth.allowed_hosts": [],
     }
     whole = configured(NOWHERE, changes, tmp_path / "c.yaml").settings
-    shares = [share_out(whole, rank, workers, clustered=clustered) for rank in range(workers)]
+    shares = [
+        share_out(whole, Scope("", rank, workers), clustered=clustered) for rank in range(workers)
+    ]
 
     for (path, limit), *parts in zip(
         numbers(whole), *(numbers(part) for part in shares), strict=True
@@ -102,23 +105,24 @@ def test_the_shipped_configuration_can_be_shared_out() -> None:
     whole = Configuration.load(SHIPPED, environ={}).settings
 
     for rank in range(25):
-        share_out(whole, rank, 25)
+        share_out(whole, Scope("", rank, 25))
 
 
 def test_a_worker_is_what_its_parent_has_written() -> None:
     names = sorted({*NAMES, "later"})
     descriptors = {name: as_file("test", name.encode()) for name in names}
-    descriptors["page"] = SharedPage.create(3, 20).fd
+    descriptors["loads"] = Loads.create(3).fd
     try:
         for number in descriptors.values():
             os.set_inheritable(number, True)
-        environ = {**Worker(5, 3, 20.0, descriptors).variables(), "HOME": "/"}
+        environ = {**Worker(5, 3, 20.0, descriptors, host="host").variables(), "HOME": "/"}
 
         worker = Worker.take(environ)
 
         assert worker is not None
         assert (worker.slot, worker.workers, worker.slots, worker.rank) == (5, 3, 6, 2)
         assert worker.period == 20.0
+        assert worker.scope == ("host", 2, 3, False)
         assert worker.descriptors == descriptors, "also what a newer parent gives"
         assert worker.content() == b"configuration"
         assert worker.pepper() == worker.pepper() == b"pepper"
@@ -136,7 +140,7 @@ def test_a_worker_of_another_version_than_its_parent_does_not_start(page: bytes)
         with pytest.raises(Unfit, match="restart the service") as refusal:
             Worker.take(Worker(0, 2, 20.0, descriptors).variables())
         assert refusal.value.code == 1
-        assert os.pread(descriptors["page"], 4096, 0) == page, "it has touched nothing"
+        assert os.pread(descriptors["loads"], 4096, 0) == page, "it has touched nothing"
     finally:
         for number in descriptors.values():
             os.close(number)
@@ -147,10 +151,10 @@ def test_a_worker_of_another_version_than_its_parent_does_not_start(page: bytes)
     [
         {},
         {"AIOSERVER_WORKER": "0/2"},
-        {"AIOSERVER_WORKER": "0/2", "AIOSERVER_FDS": "lifeline=0,page=0"},
-        {"AIOSERVER_WORKER": "x", "AIOSERVER_FDS": "lifeline=0,page=0,pepper=0,configuration=0"},
-        {"AIOSERVER_FDS": "lifeline=0,page=0,pepper=0,configuration=0"},
-        {"AIOSERVER_WORKER": "0/2", "AIOSERVER_FDS": "lifeline=x,page=-1,pepper=,=3,,"},
+        {"AIOSERVER_WORKER": "0/2", "AIOSERVER_FDS": "lifeline=0,loads=0"},
+        {"AIOSERVER_WORKER": "x", "AIOSERVER_FDS": "lifeline=0,loads=0,pepper=0,configuration=0"},
+        {"AIOSERVER_FDS": "lifeline=0,loads=0,pepper=0,configuration=0"},
+        {"AIOSERVER_WORKER": "0/2", "AIOSERVER_FDS": "lifeline=x,loads=-1,pepper=,=3,,"},
     ],
 )
 def test_other_variables_make_no_worker(variables: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Workers as processes of their own, on one page and one listening socket."""
+"""Workers as processes of their own, with one listening socket, and a server through which they share their places."""
 
 from __future__ import annotations
 
@@ -9,37 +9,60 @@ import socket
 import statistics
 import sys
 import time
-from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Self
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import aiohttp
 import pytest
 
 from aioserver.workers.balance import AT_ONCE, STOP
-from aioserver.workers.shared_page import SharedPage
+from aioserver.workers.loads import Loads
+from tests.support.keys import bearer, keys_of
+from tests.support.redis_server import RedisServer
 from tests.support.server import CONCURRENCY, NOWHERE, UVICORN, write
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
+    from typing import Any
+
+pytestmark = pytest.mark.real_time
+# Seconds for places to move, after a fault.
+SOON = 5.0
+
+
+class State(NamedTuple):
+    """What a worker says of its gate."""
+
+    inside: int
+    limit: int
+    waiting: int
+    # Whether places move between the workers: not in the first seconds of a server.
+    moves: int
 
 
 class Parent:
     """The parent of *count* workers, which share *places*; they run the loop of the test."""
 
-    def __init__(self, path: Path, count: int, places: int) -> None:
-        self.count, self.places, self.config = count, places, path / "config.yaml"
+    def __init__(
+        self, path: Path, count: int, places: int, url: str, changes: dict[str, Any] | None = None
+    ) -> None:
+        self.count, self.places, self.config, self.url = count, places, path / "config.yaml", url
         sizes = {
             f"{CONCURRENCY}.max_connections": places,
-            f"{CONCURRENCY}.connection_queue_size": places,
+            f"{CONCURRENCY}.connection_queue_size": 10 * places,
+            f"{CONCURRENCY}.queue_timeout": 30,
             f"{UVICORN}.backlog": 1024,
         }
-        write(NOWHERE, sizes, self.config)
-        self.page = SharedPage.create(count, places)
+        write(NOWHERE, {**sizes, **(changes or {})}, self.config)
+        self.loads = Loads.create(count)
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.address = f"ws://127.0.0.1:{self.socket.getsockname()[1]}/ws/chat"
         self.workers: dict[int, asyncio.subprocess.Process] = {}
         self.seconds: list[float] = []
+        # All clients, which would leave if nothing held them.
+        self.clients: list[aiohttp.ClientWebSocketResponse] = []
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -47,8 +70,14 @@ class Parent:
         self.session = await self._stack.enter_async_context(
             aiohttp.ClientSession(connector=connector)
         )
-        await asyncio.gather(*map(self.start, range(self.count)))
+        await asyncio.gather(*(self.start(slot, first=1) for slot in range(self.count)))
         return self
+
+    async def joined(self) -> None:
+        """Wait until places move between the workers."""
+        async with asyncio.timeout(2 * SOON):
+            while not all(state.moves for state in await self.states()):
+                pass
 
     async def __aexit__(self, *exc: object) -> None:
         await self._stack.aclose()
@@ -62,84 +91,198 @@ class Parent:
                 if worker.returncode is None:
                     worker.kill()
             self.socket.close()
-            self.page.close()
-            os.close(self.page.fd)
+            self.loads.close()
+            os.close(self.loads.fd)
 
-    async def start(self, slot: int) -> None:
+    async def start(self, slot: int, first: int = 0) -> None:
         """Start the worker of *slot*."""
         loop = "uvloop" if "uvloop" in type(asyncio.get_running_loop()).__module__ else "asyncio"
-        page, sock = self.page.fd, self.socket.fileno()
+        page, sock = self.loads.fd, self.socket.fileno()
         worker = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "tests.support.worker", self.config, loop),
-            *map(str, (page, slot, self.count, sock)),
+            *(sys.executable, "-m", "tests.support.worker", self.config, loop, self.url),
+            *map(str, (page, slot, self.count, sock, first)),
             pass_fds=[page, sock],
+            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )
         self.workers[slot] = worker
         assert worker.stdout is not None
         assert await worker.stdout.readline() == b"ready\n"
 
+    async def state(self, slot: int) -> State:
+        """What the worker of *slot* says of its gate."""
+        worker = self.workers[slot]
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        worker.stdin.write(b"\n")
+        return State(*map(int, (await worker.stdout.readline()).split()))
+
+    async def states(self) -> list[State]:
+        """What all workers say."""
+        return [await self.state(slot) for slot in self.workers]
+
+    async def inside(self) -> list[int]:
+        """The places of each worker that are taken."""
+        return [state.inside for state in await self.states()]
+
     async def kill(self, slot: int) -> None:
         """Kill the worker of *slot*, and reap it."""
         worker = self.workers.pop(slot)
         worker.send_signal(signal.SIGKILL)
         await worker.wait()
-        self.page.reaped(slot)
+        self.loads.reaped(slot)
 
-    async def client(self) -> aiohttp.ClientWebSocketResponse:
+    async def client(self, key: str = "") -> aiohttp.ClientWebSocketResponse:
         """A WebSocket that has its place."""
         began = time.perf_counter()
-        client = await self.session.ws_connect(self.address)
+        headers = bearer(key) if key else None
+        client = await self.session.ws_connect(self.address, headers=headers)
         self.seconds.append(time.perf_counter() - began)
+        self.clients.append(client)
         await client.send_json({"action": "ping"})
-        while (await client.receive_json())["status"] != "pong":
-            pass
+        while (frame := await client.receive_json())["status"] != "pong":
+            assert frame["status"] == "queued", frame
         return client
 
-    @property
-    def inside(self) -> list[int]:
-        """The places of each worker that are taken."""
-        return [self.page.inside(slot) for slot in range(self.count)]
+    async def open(self, number: int, key: str = "") -> None:
+        """Open *number* WebSockets that have their places."""
+        await asyncio.gather(*(self.client(key) for _ in range(number)))
+
+    async def admitted(self, key: str) -> None:
+        """Open a WebSocket of *key*; on a machine that is late it is refused while a place is on its way."""
+        while await self.status(key) == 429:
+            pass
+        await self.client(key)
+
+    async def status(self, key: str) -> int:
+        """The status of a request with *key*: 429 where its connections are too many."""
+        address = self.address.replace("ws://", "http://").replace(
+            "/ws/chat", "/v1/responses/none"
+        )
+        async with self.session.get(address, headers=bearer(key)) as response:
+            return response.status
+
+    async def alive(self) -> int:
+        """How many clients are still connected; those of a killed process hear of its end."""
+        await asyncio.sleep(0)
+        return sum(not client.closed for client in self.clients)
 
 
-def test_a_worker_that_is_killed_leaves_its_places_to_the_next_one(tmp_path: Path) -> None:
-    # On one loop: a process takes half a second to start.
-    asyncio.run(kill_and_start_again(tmp_path))
+@asynccontextmanager
+async def parent_of(
+    path: Path, count: int, places: int, **changes: Any
+) -> AsyncIterator[tuple[Parent, RedisServer]]:
+    """A parent whose workers share their places through a server."""
+    with RedisServer(path) as server:
+        async with Parent(path, count, places, server.url, changes) as parent:
+            await parent.joined()
+            yield parent, server
 
 
-async def kill_and_start_again(tmp_path: Path) -> None:
-    async with Parent(tmp_path, 2, 9) as parent:
-        clients = await asyncio.gather(*(parent.client() for _ in range(9)))
-        assert sum(parent.inside) == 9
-        mine = parent.inside[0]
+async def test_the_places_of_a_killed_worker_are_free_for_its_siblings_and_its_successor(
+    tmp_path: Path,
+) -> None:
+    async with parent_of(tmp_path, 2, 9) as (parent, _server):
+        await parent.open(9)
+        inside = await parent.inside()
+        assert sum(inside) == 9
 
         await parent.kill(0)
-        assert parent.page.places(0) == mine
-        await parent.start(0)
+        async with asyncio.timeout(SOON):
+            await parent.open(inside[0])
 
-        more = await asyncio.gather(*(parent.client() for _ in range(mine)))
-        assert sum(parent.inside) == 9
-        limits, bound = parent.page.collect()
-        assert sum(limits) == bound == 9
-        assert len([client for client in (*clients, *more) if not client.closed]) >= 9
+        assert (await parent.state(1)).inside == 9
+        await parent.start(0)
+        await parent.clients[-1].close()
+        async with asyncio.timeout(SOON):
+            await parent.open(1)
+        assert sum(await parent.inside()) == 9
+
+
+async def test_a_worker_that_is_stopped_keeps_its_places_and_no_one_is_refused(
+    tmp_path: Path,
+) -> None:
+    async with parent_of(tmp_path, 2, 20) as (parent, _server):
+        await parent.open(10)
+        stopped = parent.workers[0]
+        mine = (await parent.state(0)).inside
+        stopped.send_signal(signal.SIGSTOP)
+        try:
+            # The balance takes it for blocked; what it was given beyond its clients comes back with its lease at the latest.
+            await asyncio.sleep(2.0)
+            async with asyncio.timeout(2 * SOON):
+                await parent.open(4)
+        finally:
+            stopped.send_signal(signal.SIGCONT)
+
+        async with asyncio.timeout(2 * SOON):
+            await parent.open(6)
+        states = await parent.states()
+        assert sum(state.inside for state in states) == 20
+        assert states[0].inside >= mine
+
+
+async def test_a_server_that_was_killed_and_started_again_costs_no_connection(
+    tmp_path: Path,
+) -> None:
+    async with parent_of(tmp_path, 2, 20) as (parent, server):
+        await parent.open(6)
+
+        server.kill()
+        # What was granted is used without the server.
+        async with asyncio.timeout(SOON):
+            await parent.open(2)
+        server.start()
+        async with asyncio.timeout(2 * SOON):
+            await parent.open(12)
+
+        assert sum(await parent.inside()) == 20
+        assert await parent.alive() == 20
+
+
+async def test_a_key_has_its_connections_over_all_processes(tmp_path: Path) -> None:
+    async with parent_of(tmp_path, 2, 40, **keys_of("web", max_connections=7)) as (parent, _):
+        async with asyncio.timeout(2 * SOON):
+            for _ in range(7):
+                await parent.admitted("web")
+
+        for _ in range(4):
+            assert await parent.status("web") == 429
+        await parent.clients[0].close()
+        await until(lambda: parent.clients[0].closed)
+        async with asyncio.timeout(SOON):
+            await parent.admitted("web")
+
+
+async def test_without_a_server_each_worker_has_a_fixed_share(tmp_path: Path) -> None:
+    async with Parent(tmp_path, 2, 41, "-") as parent:
+        assert [state.limit for state in await parent.states()] == [21, 20]
+
+        await parent.open(16)
+
+        before = (await parent.state(0)).inside
+        await parent.start(2)
+        # Its successor has what is left of the share.
+        assert (await parent.state(2)).limit == 21 - before
 
 
 @pytest.mark.stress
 @pytest.mark.timeout(120)
 async def test_600_sockets_are_all_held_and_spread_over_four_workers(tmp_path: Path) -> None:
     """Prints the spread: `pytest -m stress -s tests/workers/test_worker_processes.py`."""
-    async with Parent(tmp_path, 4, 600) as parent:
+    async with parent_of(tmp_path, 4, 600) as (parent, _server):
         began = time.perf_counter()
-        clients = await asyncio.gather(*(parent.client() for _ in range(600)))
+        await parent.open(600)
         seconds = time.perf_counter() - began
 
         connects = statistics.quantiles(parent.seconds, n=100)
+        inside = await parent.inside()
         print(
-            f"{parent.inside} in {seconds:.2f} s; "
+            f"{inside} in {seconds:.2f} s; "
             f"connects: p50 {connects[49] * 1000:.0f} ms, p99 {connects[98] * 1000:.0f} ms"
         )
-        assert sum(parent.inside) == 600
+        assert sum(inside) == 600
         share, beyond = STOP
-        assert max(parent.inside) <= share * 150 + beyond + 2 * AT_ONCE
-        await until(lambda: sum(parent.page.connections()) == 600)
-        assert not any(client.closed for client in clients)
+        assert max(inside) <= share * 150 + beyond + 2 * AT_ONCE
+        await until(lambda: sum(parent.loads.connections()) == 600)
+        assert await parent.alive() == 600

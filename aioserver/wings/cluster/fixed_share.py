@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aioserver.limits.fixed_share import fixed_share
+
 if TYPE_CHECKING:
     from aioserver.wings.cluster.lease_messages import Answer
 
@@ -37,7 +39,7 @@ class FixedShare:
         if view is None:
             return 0
         rank, count = view
-        return max(least, limit // count + (rank < limit % count))
+        return max(least, fixed_share(limit, rank, count))
 
     def adopt(self, answer: Answer) -> None:
         """Take in who else lives.

@@ -8,11 +8,10 @@ The numbers, from the inside out:
 - `recorded`: what the server knew at its last answer. What is recorded beyond what is granted is
   given back with the next call.
 
-A grant is lowered first and told afterwards, and raised only by an answer: so the server always
-knows of at least what is granted. Given back is only what is not needed: an instance keeps its
-places inside, one for each request that waits, and a few to spare (a quarter of its part of the
-limit) unless others starve. What is to spare comes only of what nobody wants, and nobody waits for
-it, or two idle instances would pass a place to and fro.
+A grant is lowered first and told afterwards, and raised only by an answer: so the server always knows of at least what is
+granted. Given back is only what is not needed: an instance keeps its places inside, one for each request that waits, and a
+few to spare (a quarter of its part of the limit, or of places for connections all of its part) unless others starve. What is to spare comes only of what
+nobody wants, and nobody waits for it, or two idle instances would pass a place to and fro.
 
 While others starve, a place that ends is not taken by the next request here: it goes back with the
 own want, in the same call, and turns decide. But never two gives in doubt: while a call is under
@@ -33,6 +32,7 @@ from aioserver.wings.cluster.lease_messages import Op
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aioserver.limits.fixed_share import Scope
     from aioserver.wings.cluster.lease_messages import Result
 
 
@@ -90,23 +90,31 @@ class User(Protocol):
 class Grant:
     """The places of the limit *name* that an instance may use.
 
-    While it is alone it has at least *least*.
+    *scope*: the instances that share it, if they are not all.
 
-    Always: `granted <= limit`; joined, what the server has recorded is at least what is granted,
-    and at least what is inside. Made by `Leases.hold`.
+    Always: `granted <= limit`; joined, what the server has recorded is at least what is granted, and at least what
+    is inside. Made by `Leases.hold`.
     """
 
     __slots__ = (
         "_least",
+        "_scope",
         "_told",
         "_standing",
         "_wanted",
-        *("dropped", "granted", "limit", "name", "recorded"),
+        *("dropped", "granted", "left", "limit", "name", "recorded"),
         *("starving", "user"),
     )
 
     def __init__(
-        self, name: str, limit: int, user: User, standing: Standing, *, least: int = 0
+        self,
+        name: str,
+        limit: int,
+        user: User,
+        standing: Standing,
+        *,
+        least: int = 0,
+        scope: Scope | None = None,
     ) -> None:
         self.name = name
         self.limit = limit
@@ -116,7 +124,10 @@ class Grant:
         self.starving = False
         # Whether the limit is shared no more: all of it is given back.
         self.dropped = False
+        # Whether no more places are taken: each is given back as it ends.
+        self.left = False
         self._least = least
+        self._scope = scope
         self._standing = standing
         # The want of which the server knows, as far as it was not answered.
         self._wanted = 0
@@ -126,7 +137,14 @@ class Grant:
     @property
     def share(self) -> int:
         """The fixed share of the limit."""
+        if self._scope is not None:
+            return self._scope.share(self.limit)
         return min(self.limit, self._standing.share(self.limit, self._least))
+
+    @property
+    def joined(self) -> bool:
+        """Whether places move between the instances."""
+        return self._standing.state is State.JOINED and not self._standing.grace
 
     @property
     def elsewhere(self) -> int:
@@ -134,7 +152,7 @@ class Grant:
         a want is not met.
         """
         standing = self._standing
-        if standing.state is not State.JOINED or standing.grace or self.starving:
+        if not self.joined or self.starving:
             return 0
         return (
             max(0, self.limit - max(self.granted, self.user.inside))
@@ -157,6 +175,12 @@ class Grant:
             self.resize(min(self.granted, limit))
             self._standing.call_soon(self)
 
+    def leave(self) -> None:
+        """Take no more places; what is inside is given back as it ends."""
+        self.left = True
+        self.resize(min(self.granted, self.user.inside))
+        self._standing.call_soon(self)
+
     def wait_begins(self) -> None:
         """Say that a request waits for a place, which another instance may have."""
         if self.wants_call():
@@ -167,7 +191,7 @@ class Grant:
         it.
         """
         standing, inside = self._standing, self.user.inside
-        if standing.leaving:
+        if self._leaving:
             self.resize(min(self.granted, inside - 1))
         elif standing.state is not State.JOINED or standing.busy:
             return
@@ -198,7 +222,7 @@ class Grant:
         if self.recorded > max(self.granted, inside) or (self.starving and free > wanting):
             return True
         more = min(wanting - max(0, free), self.limit - max(inside, self.granted))
-        return more > self._wanted and not self._standing.leaving
+        return more > self._wanted and not self._leaving
 
     def op(self) -> Op | None:
         """Say what this instance has and wants, and lower the grant to it.
@@ -209,8 +233,8 @@ class Grant:
         if self.dropped:
             self.resize(0)
             return Op(self.name, 0, self.recorded, 0, 1, self.limit, 0)
-        target = 0 if self.starving or standing.leaving else self._to_spare()
-        if standing.leaving:
+        target = 0 if self.starving or self._leaving else self._to_spare()
+        if self._leaving:
             have, wanting = inside, 0
         elif standing.state is State.JOINED:
             have = max(inside, min(self.granted, inside + wanting + target))
@@ -219,7 +243,7 @@ class Grant:
         else:
             # What starts between the call and its answer is counted as well.
             have = max(inside, self.granted, self.share)
-        if standing.state is not State.ALONE or standing.leaving:
+        if standing.state is not State.ALONE or self._leaving:
             self.resize(min(self.granted, have))
         self._wanted = max(0, min(wanting - (have - inside), self.limit - have))
         spare = max(0, target - max(0, have - inside - wanting))
@@ -236,7 +260,7 @@ class Grant:
         self.recorded = result.recorded
         self._wanted = max(0, op.want - max(0, result.recorded - op.have))
         self.starving = use and (result.starving > 0 or self._told)
-        raised = use and not self._standing.leaving
+        raised = use and not self._leaving
         self.resize(result.allowed if raised else min(self.granted, result.allowed))
 
     def failed(self) -> None:
@@ -247,7 +271,7 @@ class Grant:
         """Use *places*, of which the server is not told."""
         self.recorded = self._wanted = 0
         self.starving = self._told = False
-        self.resize(0 if self._standing.leaving else places)
+        self.resize(0 if self._leaving else places)
 
     def resize(self, places: int) -> None:
         """Let *places* be granted."""
@@ -255,5 +279,13 @@ class Grant:
             self.granted = max(0, places)
             self.user.resize(self.granted)
 
+    @property
+    def _leaving(self) -> bool:
+        return self.left or self._standing.leaving
+
     def _to_spare(self) -> int:
-        return max(1, self.limit // (4 * max(1, self._standing.members)))
+        if self._scope is None:
+            return max(1, self.limit // (4 * max(1, self._standing.members)))
+        # Nobody else has them: what no worker uses is shared out, and so found without a call.
+        least = max(1, self.limit // (4 * self._scope.workers))
+        return max(least, self.share - self.user.inside)

@@ -51,6 +51,7 @@ from aioserver.wings.cluster.provider_states import Told
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from aioserver.limits.fixed_share import Scope
     from aioserver.wings.cluster.grants import User
     from aioserver.wings.cluster.lease_messages import Op
     from aioserver.wings.cluster.rates import PaceUser
@@ -137,14 +138,18 @@ class Leases:
 
     # What the process says.
 
-    def hold(self, name: str, limit: int, user: User, *, least: int = 0) -> Grant:
-        """Share *limit* under *name*, which is the same in all instances.
+    def hold(
+        self, name: str, limit: int, user: User, *, least: int = 0, scope: Scope | None = None
+    ) -> Grant:
+        """Share *limit* under *name*, which is the same in all instances, or in those of *scope*.
 
         *least* is the smallest fixed share.
         """
-        grant = Grant(name, limit, user, self.standing, least=least)
+        grant = Grant(name, limit, user, self.standing, least=least, scope=scope)
         self._grants[name] = grant
-        if self.standing.state is State.ALONE and self._clock() >= self._raise_at:
+        # What is shared by first workers alone, nobody else has.
+        known = self._clock() >= self._raise_at or (scope is not None and scope.first)
+        if self.standing.state is State.ALONE and known:
             grant.resize(grant.share)
         self._call_soon_for(grant)
         return grant

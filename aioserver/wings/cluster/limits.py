@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from aioserver.limits.gate import Gate
 from aioserver.providers.health import ProviderObserver
 from aioserver.providers.queueing import FAILOVER_WAIT, ProviderGate
 from aioserver.wings.cluster.rates import SharedRate
-from aioserver.wings.cluster.shared_gate import SharedGate
+from aioserver.wings.cluster.shared_gate import ConnectionGate, SharedGate
 from aioserver.wings.cluster.shared_quota import SharedQuota
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from aioserver.config.settings import ClientKey, HttpClient
+    from aioserver.limits.fixed_share import Scope
     from aioserver.limits.quota import Quota
     from aioserver.providers.health import Health
     from aioserver.providers.provider import Provider
@@ -117,12 +119,14 @@ class Teller(ProviderObserver):
 
 
 class SharedLimits:
-    """Makes the gates of providers and the quotas of keys that share *shares*, and passes on what
-    is told.
+    """Makes the gates and the quotas of keys that share limits by *leases*, and passes on what is told.
+
+    The workers of one host, which is their *scope*, share connections.
     """
 
-    def __init__(self, leases: Leases) -> None:
+    def __init__(self, leases: Leases, scope: Scope | None = None) -> None:
         self._leases = leases
+        self._scope = scope
         self._gates: dict[str, SharedProviderGate] = {}
         # The providers that are configured.
         self.providers: Callable[[], Mapping[str, Provider]] = dict
@@ -140,15 +144,21 @@ class SharedLimits:
         """
         return Teller(self._leases, name)
 
-    def make_quota(self, key: ClientKey, elsewhere: Callable[[int], int] | None) -> Quota:
-        """Return the quota of *key*; *elsewhere*: see `Quota`."""
+    def make_admission(self, limit: int, **bounds: Any) -> Gate:
+        """Return the gate in front of the handlers; the arguments are those of `Gate`."""
+        if self._scope is None:
+            return Gate(limit, **bounds)
+        return ConnectionGate(self._leases, self._scope, limit, **bounds)
+
+    def make_quota(self, key: ClientKey) -> Quota:
+        """Return the quota of *key*."""
         return SharedQuota(
             key.max_concurrent,
             key.requests_per_minute,
             max_connections=key.max_connections,
-            elsewhere=elsewhere,
             leases=self._leases,
             name=key.name,
+            scope=self._scope,
         )
 
     def told(self, name: str, word: str, seconds: float) -> None:

@@ -4,16 +4,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aioserver.limits.gate import Gate, Place
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aioserver.errors import AioserverError
+    from aioserver.limits.fixed_share import Scope
     from aioserver.wings.cluster.grants import Grant
     from aioserver.wings.cluster.leases import Leases
 
 # Seconds: a request that the pace lets start within them wants a place.
 SOON = 0.1
+# Seconds that a request may wait for a place of another instance, where it would be refused at once otherwise: it is given
+# within two renewals, later only if an event loop is late.
+GRACE = 0.5
+# As long where no other instance is known to have one: a place that has just ended may be on its way between two of them; and
+# how many may wait so.
+MOMENT, MOMENTARY = 0.05, 100
 
 
 class SharedGate(Gate):
@@ -30,11 +40,11 @@ class SharedGate(Gate):
     _leases: Leases
     _grant: Grant
 
-    def share(self, leases: Leases, name: str) -> None:
-        """Share the limit, which is that of all instances together, under *name*."""
+    def share(self, leases: Leases, name: str, scope: Scope | None = None) -> None:
+        """Share the limit, which is that of all instances together, or of those of *scope*, under *name*."""
         limit, self._limit = self._limit, 0
         self._leases = leases
-        self._grant = leases.hold(name, limit, self)
+        self._grant = leases.hold(name, limit, self, scope=scope)
 
     def unshare(self) -> None:
         """Say no more of the places; for a gate that ends."""
@@ -49,6 +59,11 @@ class SharedGate(Gate):
     def full(self) -> bool:
         """Whether the queue has no room for one more request."""
         return super().full and self.waiting >= self._queue_size + self._grant.elsewhere
+
+    @property
+    def room_elsewhere(self) -> bool:
+        """Whether others may have a place that they do not use."""
+        return self._grant.elsewhere > 0
 
     def apply(self, limit: int, *, queue_size: int, queue_timeout: float) -> None:
         """Use new bounds; *limit* is that of all instances together."""
@@ -95,6 +110,37 @@ class SharedGate(Gate):
             self._full_since = self._clock()
             super().serve()
 
+    def _grace(self) -> float:
+        if self._queue_timeout > 0:
+            return 0.0
+        own = max(0, self._limit - self._inside)
+        if own + self._grant.elsewhere > self.waiting:
+            return GRACE
+        shared = self._grant.joined and self.waiting < MOMENTARY
+        return MOMENT if shared and self._grant.limit > self._inside else 0.0
+
     def _leave(self) -> None:
         self._grant.place_ends()
         super()._leave()
+
+
+class ConnectionGate(SharedGate):
+    """The gate in front of the handlers of one worker: those of one host, its *scope*, share its places.
+
+    Its queue is a fixed share. A gate that is closed takes no more places, and gives each back that ends.
+    """
+
+    def __init__(self, leases: Leases, scope: Scope, limit: int, **bounds: Any) -> None:
+        self._scope = scope
+        bounds["queue_size"] = scope.share(bounds["queue_size"])
+        super().__init__(limit, **bounds)
+        self.share(leases, f"h:{scope.host}:c", scope)
+
+    def apply(self, limit: int, *, queue_size: int, queue_timeout: float) -> None:
+        """Use new bounds, those of all workers of the host together."""
+        super().apply(limit, queue_size=self._scope.share(queue_size), queue_timeout=queue_timeout)
+
+    def close(self, error: Callable[[], AioserverError]) -> None:
+        """Refuse every waiter and every newcomer, and leave the places to others."""
+        super().close(error)
+        self._grant.leave()

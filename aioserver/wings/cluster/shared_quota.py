@@ -20,6 +20,8 @@ from aioserver.wings.cluster.rates import SharedRate
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aioserver.limits.fixed_share import Scope
+    from aioserver.wings.cluster.grants import Grant
     from aioserver.wings.cluster.leases import Leases
 
 # Seconds for which an answer may be undecided. An instance that is told of the want gives within
@@ -30,113 +32,94 @@ PATIENCE = 0.25
 SHARE_KEPT = 0.01
 
 
-class SharedQuota(Quota):
-    """The counts of one key at this instance, within limits that all instances share under *name*.
+class Counted:
+    """What one key has of one thing at this instance, its answers or its connections, of which several share the limit.
 
-    Always: the answers that are counted and decided are within the granted places, unless these
-    were lowered since.
+    Always: those that are counted and decided are within the granted places, unless these were lowered since.
+
+    *try_start* counts a start, or returns the seconds until there is one, which *delay* returns without a start; *refuse*
+    makes the error, with these seconds, or with 0.0 where there is no place. `grant` is set by whoever makes this, before anything is taken.
     """
+
+    grant: Grant
 
     def __init__(
         self,
-        max_concurrent: int,
-        requests_per_minute: int,
-        clock: Callable[[], float] = time.monotonic,
-        *,
-        max_connections: int = 0,
-        elsewhere: Callable[[int], int] | None = None,
         leases: Leases,
-        name: str,
+        try_start: Callable[[], float],
+        delay: Callable[[], float],
+        refuse: Callable[[float], Exception],
     ) -> None:
-        super().__init__(
-            max_concurrent,
-            requests_per_minute,
-            clock,
-            max_connections=max_connections,
-            elsewhere=elsewhere,
-        )
+        self.count = 0
         self._leases = leases
         self._granted = 0
-        # The answers that wait for a place or a slot, the oldest first; one that is done waits no
-        # more, and has no place.
+        self._try_start = try_start
+        self._delay = delay
+        self._refuse = refuse
+        # Those that wait for a place or a start, the oldest first; one that is done waits no more, and has no place.
         self._undecided: deque[asyncio.Future[None]] = deque()
-        self._rate = self._shared_rate = SharedRate(
-            leases,
-            f"K:{name}",
-            *minute(requests_per_minute),
-            clock,
-            waiting=lambda: len(self._undecided),
-            on_slots=self._decide,
-            rested=True,
-            share_kept=SHARE_KEPT,
-        )
-        self._grant = leases.hold(f"k:{name}", max_concurrent, self, least=1)
-
-    def apply(
-        self, max_concurrent: int, requests_per_minute: int, max_connections: int = 0
-    ) -> None:
-        """Use other limits from now on, for all instances together."""
-        super().apply(max_concurrent, requests_per_minute, max_connections)
-        self._grant.apply(max_concurrent)
-
-    def revoke(self) -> None:
-        """Cancel what is bound to the key, and share its limits no more."""
-        super().revoke()
-        self._leases.drop(self._grant)
-        self._leases.drop_pace(self._shared_rate)
-        for decision in self._undecided:
-            _conclude(decision, InvalidApiKey(REVOKED))
 
     def take(self) -> asyncio.Future[None] | None:
-        """Count an answer that begins, as `Quota.take`."""
-        if self.revoked:
-            raise InvalidApiKey(REVOKED)
-        if self.running >= self._max_concurrent:
-            raise self._too_many()
-        if self.running < self._granted and not self._undecided:
-            delay = self._rate.try_take()
+        """Count one more, or wait for its decision: see `Quota.take`."""
+        self._leases.check()
+        if self.count < self._granted and not self._undecided:
+            delay = self._try_start()
             if not delay:
-                self.running += 1
+                self.count += 1
                 return None
             if delay > PATIENCE:
-                raise self._too_fast(delay)
+                raise self._refuse(delay)
         loop = asyncio.get_running_loop()
         decision: asyncio.Future[None] = loop.create_future()
         loop.call_later(PATIENCE, self._give_up, decision)
-        self.running += 1
+        self.count += 1
         self._undecided.append(decision)
         try:
-            self._grant.wait_begins()
+            self.grant.wait_begins()
         except BaseException:
             self._undecided.remove(decision)
-            self.running -= 1
+            self.count -= 1
             raise
         return decision
 
-    def give_back(self, *, unused: bool = False) -> None:
-        """Count an answer as ended; an *unused* one never began."""
+    def give_back(self) -> bool:
+        """Count one less; return whether it had a place."""
         refused = next((decision for decision in self._undecided if decision.done()), None)
         if refused is None:
-            self._grant.place_ends()
-            if unused:
-                self._rate.take(-self._rate.interval)
+            self.grant.place_ends()
         else:
-            # One that has neither a place nor a slot. If it is not this one, it counts as this one
-            # until its own end: no more than one at a time.
+            # One that has neither a place nor a start. If it is not this one, it counts as this one until its own end:
+            # no more than one at a time.
             self._undecided.remove(refused)
-        self.running -= 1
-        self._decide()
+        self.count -= 1
+        self.decide()
+        return refused is None
+
+    def decide(self) -> None:
+        """Let the undecided have the granted places and the starts."""
+        while self._undecided and self.inside < self._granted:
+            delay = 0.0 if self._undecided[0].done() else self._try_start()
+            if 0 < delay <= PATIENCE:
+                # There may be a start soon.
+                return
+            _conclude(self._undecided.popleft(), self._refuse(delay) if delay else None)
+
+    def end(self, error: Exception | None) -> None:
+        """Decide all, and share the limit no more."""
+        self._leases.drop(self.grant)
+        for decision in self._undecided:
+            _conclude(decision, error)
 
     # A user of its grant (wings/cluster/grants.py).
 
     @property
     def inside(self) -> int:
-        """The answers that are counted and decided."""
-        return self.running - len(self._undecided)
+        """Those that are counted and decided."""
+        return self.count - len(self._undecided)
 
     @property
     def wanting(self) -> int:
-        """The answers that are counted and wait for a place."""
+        """Those that are counted and wait for a place."""
         return len(self._undecided)
 
     @property
@@ -147,35 +130,138 @@ class SharedQuota(Quota):
     def resize(self, places: int) -> None:
         """Use *places* from now on; called by the grant."""
         self._granted = places
-        self._decide()
-
-    def _decide(self) -> None:
-        """Let the undecided answers have the granted places and slots."""
-        while self._undecided and self.inside < self._granted:
-            delay = 0.0 if self._undecided[0].done() else self._rate.try_take()
-            if 0 < delay <= PATIENCE:
-                # There may be a slot soon.
-                return
-            _conclude(self._undecided.popleft(), self._too_fast(delay) if delay else None)
+        self.decide()
 
     def _give_up(self, decision: asyncio.Future[None]) -> None:
-        """Refuse an answer that has been undecided for long enough."""
+        """Refuse one that has been undecided for long enough."""
         if not decision.done() and decision in self._undecided:
             no_place = self.inside >= self._granted
-            _conclude(
-                decision, self._too_many() if no_place else self._too_fast(self._rate.delay())
-            )
+            _conclude(decision, self._refuse(0.0 if no_place else self._delay()))
 
-    def _too_many(self) -> ConcurrencyExceeded:
+
+class SharedQuota(Quota):
+    """The counts of one key at this instance, within limits that all instances share under *name*.
+
+    The connections are those of the workers of one host, which is its *scope*; None: there are no others.
+    """
+
+    def __init__(
+        self,
+        max_concurrent: int,
+        requests_per_minute: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        max_connections: int = 0,
+        leases: Leases,
+        name: str,
+        scope: Scope | None = None,
+    ) -> None:
+        super().__init__(
+            max_concurrent, requests_per_minute, clock, max_connections=max_connections
+        )
+        self._leases, self._name, self._scope = leases, name, scope
+        self.answers = Counted(
+            leases, lambda: self._rate.try_take(), lambda: self._rate.delay(), self._refusal
+        )
+        self._rate = self._shared_rate = SharedRate(
+            leases,
+            f"K:{name}",
+            *minute(requests_per_minute),
+            clock,
+            waiting=lambda: self.answers.wanting,
+            on_slots=self.answers.decide,
+            rested=True,
+            share_kept=SHARE_KEPT,
+        )
+        self.answers.grant = leases.hold(f"k:{name}", max_concurrent, self.answers, least=1)
+        # Where the connections are bounded, and shared.
+        self._connected: Counted | None = None
+        self._bound_connections()
+
+    def apply(
+        self, max_concurrent: int, requests_per_minute: int, max_connections: int = 0
+    ) -> None:
+        """Use other limits from now on, for all instances together."""
+        super().apply(max_concurrent, requests_per_minute, max_connections)
+        self.answers.grant.apply(max_concurrent)
+        self._bound_connections()
+
+    def revoke(self) -> None:
+        """Cancel what is bound to the key, and share its limits no more."""
+        super().revoke()
+        self._leases.drop_pace(self._shared_rate)
+        for counted in (self.answers, self._connected):
+            if counted is not None:
+                counted.end(InvalidApiKey(REVOKED))
+
+    def take(self) -> asyncio.Future[None] | None:
+        """Count an answer that begins, as `Quota.take`."""
+        if self.revoked:
+            raise InvalidApiKey(REVOKED)
+        if self.running >= self._max_concurrent:
+            raise self._refusal(0.0)
+        try:
+            return self.answers.take()
+        finally:
+            self.running = self.answers.count
+
+    def give_back(self, *, unused: bool = False) -> None:
+        """Count an answer as ended; an *unused* one never began."""
+        if self.answers.give_back() and unused:
+            self._rate.take(-self._rate.interval)
+            self.answers.decide()
+        self.running = self.answers.count
+
+    @property
+    def connections(self) -> int:
+        """The connections that are counted."""
+        return self._connections if self._connected is None else self._connected.count
+
+    def connect(self) -> asyncio.Future[None] | None:
+        """Count a connection, as `Quota.connect`."""
+        if self._connected is None:
+            return super().connect()
+        if self._connected.count >= self._max_connections:
+            raise self._too_many_connections(self._connected.count)
+        return self._connected.take()
+
+    def disconnect(self) -> None:
+        """Count a connection as ended."""
+        if self._connected is None:
+            super().disconnect()
+        else:
+            self._connected.give_back()
+
+    def _bound_connections(self) -> None:
+        """Share the bound of the connections as it is now, if there is one."""
+        limit, connected = self._max_connections, self._connected
+        if self._scope is None or self.revoked:
+            return
+        if connected is not None and limit:
+            connected.grant.apply(limit)
+        elif connected is not None:
+            connected.end(None)
+            self._connections, self._connected = connected.count, None
+        elif limit:
+            self._connected = connected = Counted(
+                self._leases,
+                lambda: 0.0,
+                lambda: 0.0,
+                lambda _delay: self._too_many_connections(self._max_connections),
+            )
+            connected.count = self._connections
+            name = f"h:{self._scope.host}:k:{self._name}"
+            connected.grant = self._leases.hold(name, limit, connected, scope=self._scope)
+
+    def _refusal(self, delay: float) -> ConcurrencyExceeded | RateLimitExceeded:
+        if delay:
+            return RateLimitExceeded(
+                f"requests_per_minute={self._per_minute} of this key reached", retry_after=delay
+            )
         return ConcurrencyExceeded(
             f"{self._max_concurrent} answers of this key run or wait,"
             f" at most max_concurrent={self._max_concurrent}",
             retry_after=1.0,  # nobody knows when one of them ends
-        )
-
-    def _too_fast(self, delay: float) -> RateLimitExceeded:
-        return RateLimitExceeded(
-            f"requests_per_minute={self._per_minute} of this key reached", retry_after=delay
         )
 
 

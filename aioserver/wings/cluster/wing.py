@@ -16,7 +16,7 @@ import re
 import secrets
 import socket
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aioserver.config.faults import ConfigurationError
 from aioserver.gateway.commands import Commands
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
     from aioserver.config.settings import ClientKey, HttpClient
+    from aioserver.limits.fixed_share import Scope
+    from aioserver.limits.gate import Gate
     from aioserver.limits.quota import Quota
     from aioserver.monitoring.monitor import Monitor
     from aioserver.monitoring.state import ClusterState
@@ -64,8 +66,8 @@ _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9.]+")
 class Membership:
     """One instance of the cluster *name*, whose server is at *url*. Made by `join`.
 
-    *fixed*: the rank of this instance and the number of all, where a parent knows them. *times*:
-    those of the cluster.
+    *fixed*: the rank of this instance and the number of all, where a parent knows them. *times*: those of the cluster.
+    *scope*: this instance among the workers of its host, which share connections; None if it has no parent.
     """
 
     def __init__(
@@ -75,12 +77,13 @@ class Membership:
         instance: str,
         fixed: tuple[int, int] | None,
         times: Times = TIMES,
+        scope: Scope | None = None,
     ) -> None:
         self.instance = instance
         self._numbers, self._times = fixed, times
         self.renewer = Renewer(self._make_leases, url, name)
         self.leases = self.renewer.leases
-        self.limits = SharedLimits(self.leases)
+        self.limits = SharedLimits(self.leases, scope)
         self._url = url
         self._connection = RedisCommands(url)
         self.bus: RedisBus | None = None
@@ -103,9 +106,13 @@ class Membership:
         """
         return self.limits.observe(name)
 
-    def make_quota(self, key: ClientKey, elsewhere: Callable[[int], int] | None) -> Quota:
-        """Return the quota of *key*, which all instances share; *elsewhere*: see `Quota`."""
-        return self.limits.make_quota(key, elsewhere)
+    def make_quota(self, key: ClientKey) -> Quota:
+        """Return the quota of *key*, which all instances share."""
+        return self.limits.make_quota(key)
+
+    def make_admission(self, limit: int, **bounds: Any) -> Gate:
+        """Return the gate in front of the handlers, whose places the workers of one host share."""
+        return self.limits.make_admission(limit, **bounds)
 
     def streams(self) -> RemoteStreams:
         """Return what knows the streams of other instances."""
@@ -282,19 +289,18 @@ async def join(
     first: bool = False,
     clear: bool = False,
     times: Times = TIMES,
+    scope: Scope | None = None,
 ) -> AsyncIterator[Membership]:
     """Join the cluster *name* for the length of the block.
 
-    The server within the block has ended before its end.
-
-    *fixed*, *times*: see `Membership`. *first*: no other instance can have places of a former life
-    of the cluster, so that the fixed share may be used at once. *clear*: see `Membership.open`.
+    *fixed*, *times*, *scope*: see `Membership`. *first*: no other instance can have places of a former life of the cluster, so that the
+    fixed share may be used at once. *clear*: see `Membership.open`.
 
     Raises:
         ConfigurationError: *url* cannot be used, or its server refuses us.
     """
     try:
-        membership = Membership(url, name, instance_name(), fixed, times)
+        membership = Membership(url, name, instance_name(), fixed, times, scope)
     except ValueError as error:
         raise ConfigurationError([f"cluster.redis_url: {error}"]) from None
     if first:

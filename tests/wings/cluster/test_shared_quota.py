@@ -119,7 +119,7 @@ async def test_an_answer_whose_client_leaves_undecided_takes_nothing(
         second.give_back()
     await asyncio.sleep(2 * PATIENCE)
 
-    assert (second.running, second.inside, second.wanting) == (0, 0, 0)
+    assert (second.running, second.answers.inside, second.answers.wanting) == (0, 0, 0)
     first.give_back()
     first.give_back()
     assert await take(second)
@@ -141,10 +141,10 @@ async def test_answers_that_are_refused_together_leave_no_place_of_another_one(
 
     # One of the refused may count as the answer that has ended, until its own end, but no more
     # than one.
-    assert here.inside <= 2
+    assert here.answers.inside <= 2
     for _ in range(3):
         here.give_back()
-    assert here.inside == here.running == 0
+    assert here.answers.inside == here.running == 0
 
 
 async def test_the_rate_holds_over_all_instances_and_is_had_by_any(

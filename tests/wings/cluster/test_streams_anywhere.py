@@ -322,7 +322,7 @@ async def test_a_conflict_takes_the_question_for_a_place_of_its_key_back(
             asked.append(asyncio.get_running_loop().create_future())
             return asked[-1]
 
-    def make_quota(key: ClientKey, _elsewhere: object) -> Quota:
+    def make_quota(key: ClientKey) -> Quota:
         return Asking(key.max_concurrent, key.requests_per_minute)
 
     async with AsyncExitStack() as stack:
@@ -357,7 +357,7 @@ async def test_a_mirror_takes_its_question_back_before_it_gives_its_answer_back(
             taken_back.append(asked[-1].cancelled())
             super().give_back(unused=unused)
 
-    def make_quota(key: ClientKey, _elsewhere: object) -> Quota:
+    def make_quota(key: ClientKey) -> Quota:
         return Asking(key.max_concurrent, key.requests_per_minute)
 
     async with AsyncExitStack() as stack:

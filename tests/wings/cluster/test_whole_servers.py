@@ -18,8 +18,8 @@ from aioserver.wings.cluster.grants import State
 from aioserver.wings.cluster.lease_messages import TIMES as REAL_TIMES
 from aioserver.wings.cluster.lease_messages import Times
 from aioserver.wings.cluster.wing import join
-from aioserver.workers.shared_page import SharedPage
-from aioserver.workers.slot import Slot
+from aioserver.workers.balance import Balance
+from aioserver.workers.loads import Loads
 from tests.support.keys import bearer, keys_of
 from tests.support.redis_server import RedisServer, away, full, paused, replica
 from tests.support.referee import Referee
@@ -305,17 +305,17 @@ async def test_the_first_instance_deletes_the_conversations_if_it_is_told_to(
 async def test_a_worker_that_was_reaped_gives_its_places_back_at_once(
     redis: RedisServer, tmp_path: Path
 ) -> None:
-    """Its sibling learns of its end from the page of shared memory."""
-    page = SharedPage.create(2, 100)
+    """Its sibling learns of its end from the loads in shared memory."""
+    page = Loads.create(2)
     async with AsyncExitStack() as stack:
         stack.callback(os.close, page.fd)
         stack.callback(page.close)
-        mine, dead = SharedPage(page.fd, 0), SharedPage(page.fd, 1)
+        mine, dead = Loads(page.fd, 0), Loads(page.fd, 1)
         stack.callback(mine.close)
         stack.callback(dead.close)
         first = await stack.enter_async_context(join(redis.url, "test", times=REAL_TIMES))
         second = await stack.enter_async_context(join(redis.url, "test", times=REAL_TIMES))
-        server = running(tmp_path / "0.yaml", slot=Slot(mine, 2), cluster=first)
+        server = running(tmp_path / "0.yaml", balance=Balance(mine, first.ended), cluster=first)
         await stack.enter_async_context(server)
         dead.tell_instance(second.token)
         await until(lambda: len(first.leases.members) == 2)
