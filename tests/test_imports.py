@@ -43,9 +43,9 @@ OTHER_TESTS = {
 # Modules, and what they may import inside a function, for start-up time or as an option.
 INSIDE_FUNCTIONS = {
     "wings.simulator.wing": {"aioserver.wings.simulator.server"},
+    "wings.cluster.wing": {"aioserver.wings.cluster.membership"},
     "commands.serve": {
         "uvloop",
-        "aioserver.wings.cluster.wing",
         "aioserver.workers.parent",
         "aioserver.workers.worker",
     },

@@ -20,19 +20,7 @@ from tests.support.package import PACKAGE, TESTS, TREES
 if TYPE_CHECKING:
     from pathlib import Path
 
-# Those that something imports which is no wing of that name, and not the table.
-NEEDED_ELSEWHERE = {
-    node.module.split(".")[2]
-    for name, tree in TREES.items()
-    if name != "server.wings"
-    for node in ast.walk(tree)
-    if isinstance(node, ast.ImportFrom)
-    and node.module
-    and node.module.startswith("aioserver.wings.")
-    and not name.startswith(f"wings.{node.module.split('.')[2]}")
-    and name != "tools.provider"
-}
-NAMES = sorted({wing.name for wing in WINGS} - NEEDED_ELSEWHERE)
+NAMES = sorted(wing.name for wing in WINGS)
 CLASSES = {wing.name: wing.__name__ for wing in WINGS}
 TABLE = "server/wings.py"
 # What a wing adds to the commands goes with it.
@@ -86,6 +74,25 @@ def run(into: Path, *command: str) -> None:
         check=False,
     )
     assert not done.returncode, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_the_table_has_each_wing_once() -> None:
+    folders = {path.parent.name for path in (PACKAGE / "wings").glob("*/__init__.py")}
+
+    assert len(set(NAMES)) == len(NAMES)
+    assert set(NAMES) == folders
+
+
+def test_nothing_but_the_table_names_a_wing_in_the_server() -> None:
+    namers = {
+        name
+        for name, tree in TREES.items()
+        if name.partition(".")[0] in {"server", "workers", "commands"} and name != "server.wings"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("aioserver.wings")
+    }
+
+    assert not namers
 
 
 # Each copy has two servers to start.

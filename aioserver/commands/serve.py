@@ -10,13 +10,12 @@ import os
 import signal
 import sys
 import threading
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from aioserver.auth.keys import known_pepper, pepper_of
 from aioserver.commands import output
 from aioserver.config import Configuration
 from aioserver.config.faults import ConfigurationError
+from aioserver.limits.gate import Gate
 from aioserver.server import listener, preflight, systemd
 from aioserver.server.app import open_server
 from aioserver.server.reload import Reload, log_remarks
@@ -28,13 +27,10 @@ from aioserver.telemetry import logs
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Mapping, Sequence
-    from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
-    from aioserver.limits.fixed_share import Scope
-    from aioserver.limits.gate import Gate
+    from aioserver.gateway.sharing import Sharing
     from aioserver.server.app import Server
-    from aioserver.wings.cluster.wing import Membership
     from aioserver.workers.balance import Balance
     from aioserver.workers.loads import Loads
     from aioserver.workers.worker import Worker
@@ -233,63 +229,48 @@ async def _run(
     loop.add_signal_handler(signal.SIGHUP, hangup.set)
     # By default it kills.
     loop.add_signal_handler(signal.SIGUSR2, _ignore)
-    settings, pepper, loads = configuration.settings, None, None
-    url, fixed, first, scope = settings.cluster.redis_url, None, False, None
-    clear = settings.chat.service.repository.persistence.clear_on_startup
+    settings, loads, balance = configuration.settings, None, None
     if worker is not None:
-        settings, pepper, loads = worker.settings(settings), worker.pepper(), worker.take_loads()
-        scope = worker.scope
-        if url is None:
-            # Nobody else uses it, so the number of instances is known.
-            url, fixed = worker.server_url, (worker.rank, worker.workers)
-            first = worker.first
-        # One that is started in place of another is no start of the server.
-        clear = clear and worker.first
+        settings, loads = worker.settings(settings), worker.take_loads()
         loop.add_signal_handler(signal.SIGUSR1, stop.by_parent)
         lifeline = worker.descriptors["lifeline"]
         loop.add_reader(lifeline, stop.by_lifeline, lifeline)
     try:
-        joined = _joined(url, settings.cluster.name, fixed, first=first, clear=clear, scope=scope)
-        async with joined as cluster:
-            if cluster is not None and fixed is None and known_pepper(settings.llm) is None:
-                # The workers of one parent have its secret; machines have to agree on one.
-                pepper = await cluster.agree_on_pepper(pepper or pepper_of(settings.llm))
-            make_admission = balance = None
+        async with open_server(
+            settings,
+            pepper=None if worker is None else worker.pepper(),
+            make_admission=Gate if worker is None or loads is None else worker.gate_maker(loads),
+            scope=None if worker is None else worker.scope,
+            private_server=None if worker is None else worker.server_url,
+        ) as server:
             if worker is not None and loads is not None:
-                make_admission, balance = _among_workers(worker, loads, cluster)
-            async with open_server(
-                settings,
-                pepper=pepper,
-                make_admission=make_admission,
-                cluster=cluster,
-                prepared=worker is not None,
-            ) as server:
-                runner = Runner(server, balance)
-                if worker is None:
-                    notifier = systemd.Notifier.take(os.environ, lambda: _status(server))
-                else:
-                    notifier = worker.notifier(lambda: _status(server))
-                hosts = listener.hosts(inherited)
-                reload = Reload(
-                    server,
-                    runner,
-                    configuration,
-                    environ,
-                    hosts=hosts,
-                    notifier=notifier,
-                    share_out=None if worker is None else worker.settings,
+                balance = _balance(worker, loads, server.sharing)
+            runner = Runner(server, balance)
+            if worker is None:
+                notifier = systemd.Notifier.take(os.environ, lambda: _status(server))
+            else:
+                notifier = worker.notifier(lambda: _status(server))
+            hosts = listener.hosts(inherited)
+            reload = Reload(
+                server,
+                runner,
+                configuration,
+                environ,
+                hosts=hosts,
+                notifier=notifier,
+                share_out=None if worker is None else worker.settings,
+            )
+            loop.add_signal_handler(signal.SIGHUP, reload.ask)
+            # A SIGHUP may have come while the server was made.
+            if hangup.is_set():
+                reload.ask()
+            try:
+                code = await _serve(
+                    server, runner, reload, notifier, inherited, stop, announced=worker is None
                 )
-                loop.add_signal_handler(signal.SIGHUP, reload.ask)
-                # A SIGHUP may have come while the server was made.
-                if hangup.is_set():
-                    reload.ask()
-                try:
-                    code = await _serve(
-                        server, runner, reload, notifier, inherited, stop, announced=worker is None
-                    )
-                finally:
-                    await runner.cleanup()
-                    notifier.close()
+            finally:
+                await runner.cleanup()
+                notifier.close()
     except ConfigurationError as exc:
         return _refuse(exc)
     if code == 0:
@@ -297,42 +278,12 @@ async def _run(
     return code
 
 
-def _joined(
-    url: str | None,
-    name: str,
-    fixed: tuple[int, int] | None,
-    *,
-    first: bool,
-    clear: bool,
-    scope: Scope | None,
-) -> AbstractAsyncContextManager[Membership | None]:
-    """Return the membership in the cluster *name*, for the length of an `async with`.
-
-    None without an *url*.
-
-    Raises:
-        ConfigurationError: *url* cannot be used; or, from the `async with`, its server refuses us.
-    """
-    if url is None:
-        return nullcontext()
-    try:
-        from aioserver.wings.cluster.wing import join  # noqa: PLC0415 - one instance needs none of it
-    except ModuleNotFoundError as error:
-        if error.name != "redis":
-            raise
-        fault = "cluster.redis_url: redis is not installed (pip install '.[cluster]' in the clone)"
-        raise ConfigurationError([fault]) from None
-    return join(url, name, fixed=fixed, first=first, clear=clear, scope=scope)
-
-
-def _among_workers(
-    worker: Worker, loads: Loads, cluster: Membership | None
-) -> tuple[Callable[..., Gate] | None, Balance]:
-    """Return what makes the gate of *worker*, if *cluster* does not, and what decides when it accepts."""
-    if cluster is None:
-        return worker.gate_maker(loads), worker.balance(loads)
-    loads.tell_instance(cluster.token)
-    return None, worker.balance(loads, cluster.ended)
+def _balance(worker: Worker, loads: Loads, sharing: Sharing | None) -> Balance:
+    """Return what decides when *worker* accepts."""
+    if sharing is None:
+        return worker.balance(loads)
+    loads.tell_instance(sharing.token)
+    return worker.balance(loads, sharing.ended)
 
 
 async def _serve(

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from prometheus_client import CollectorRegistry
 
     from aioserver.auth.access import Access
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.router import Router
     from aioserver.limits.timer_wheel import TimerWheel
     from aioserver.monitoring.monitor import Monitor
+    from aioserver.providers.api import Api
     from aioserver.streams.outbox import Outbox
     from aioserver.telemetry.metrics import Metrics
     from aioserver.telemetry.tracer import Tracer
@@ -85,6 +88,7 @@ class Context:
     guard: Guard
     admission: Admission
     gateway: Gateway
+    apis: Mapping[str, Api]
     router: Router
     outbox: Outbox
     wheel: TimerWheel

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from aioserver.faces.form import Form
     from aioserver.gateway.commands import Commands
     from aioserver.gateway.histories import Histories
+    from aioserver.gateway.instances import Instances
+    from aioserver.gateway.sharing import Sharing
+    from aioserver.limits.fixed_share import Scope
     from aioserver.monitoring.section import Section
     from aioserver.providers.api import Api
     from aioserver.providers.registry import Simulated
@@ -34,8 +37,10 @@ if TYPE_CHECKING:
 class Core:
     """What there is before any wing is open.
 
-    *commands* reach the store that all instances share; None if there is none. *prepared*: the
-    process that has started this one has called `before_workers`.
+    *commands* reach the store that all instances share; None if there is none, or no wing that
+    brings it is open yet. *scope*: this process among those of its parent, which has called
+    `before_workers`; None if it has no parent. *private_server* is the URL of the parent's own
+    Valkey or Redis server, if it has one.
     """
 
     settings: Settings
@@ -43,7 +48,8 @@ class Core:
     loop: asyncio.AbstractEventLoop
     streams: StreamStore
     commands: Commands | None = None
-    prepared: bool = False
+    scope: Scope | None = None
+    private_server: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +79,12 @@ class Wing:
 
     # At most one wing fills each of these, and none stands for one that is not needed.
 
+    # Gates, quotas and the secret that instances share.
+    sharing: Sharing | None = None
+    # The store that instances share, for the wings behind this one.
+    commands: Commands | None = None
+    # The logs of other instances.
+    instances: Instances | None = None
     # Where `simulated: true` leads.
     simulated: Simulated | None = None
     # The traces of requests.

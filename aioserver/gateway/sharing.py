@@ -35,6 +35,13 @@ class Sharing(Protocol):
     def make_admission(self, limit: int, **bounds: Any) -> Gate:
         """Return the gate in front of the handlers; the arguments are those of `Gate`."""
 
+    @property
+    def token(self) -> int:
+        """The number of this instance, which no other one ever has."""
+
+    def ended(self, token: int) -> None:
+        """Note that the process of another instance has ended for certain."""
+
     async def agree_on_pepper(self, own: bytes) -> bytes:
         """Return the secret of browser sessions on which the instances agree: *own*, if none was
         there before.

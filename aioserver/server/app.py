@@ -12,15 +12,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from aiohttp import hdrs, web
 
 from aioserver.auth.access import Access
 from aioserver.auth.guard import Guard, Policy
-from aioserver.auth.keys import pepper_of, quota_of
+from aioserver.auth.keys import known_pepper, pepper_of, quota_of
 from aioserver.auth.origins import Origins
 from aioserver.config.faults import ConfigurationError
 from aioserver.faces import openai, pages, passthrough, session, sse, status, websocket
@@ -32,9 +32,7 @@ from aioserver.faces.wing import Core, Routes
 from aioserver.gateway.calls import shutdown_error
 from aioserver.gateway.gateway import Gateway
 from aioserver.gateway.histories import NoHistories
-from aioserver.gateway.instances import Instances
 from aioserver.gateway.router import Router
-from aioserver.gateway.sharing import Sharing
 from aioserver.limits.gate import Gate
 from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring import prometheus
@@ -53,17 +51,18 @@ from aioserver.telemetry.request_log import RequestLog
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from aiohttp.typedefs import Handler, Middleware
 
     from aioserver.config import Configuration
     from aioserver.config.settings import Concurrency, Settings
     from aioserver.faces.wing import Wing
-    from aioserver.gateway.commands import Commands
-    from aioserver.providers.api import Api
-    from aioserver.providers.provider import Provider
+    from aioserver.gateway.instances import Instances
+    from aioserver.gateway.sharing import Sharing
+    from aioserver.limits.fixed_share import Scope
     from aioserver.streams.store import StreamStore
+    from aioserver.streams.stream import Stream
 
 logger = logging.getLogger("aioserver.app")
 
@@ -75,7 +74,8 @@ WHEEL_GRAIN = 20
 class Server:
     """A running server. Its faces may use what is in *context*; only server/ needs the rest.
 
-    *listening*: the sockets on which it listens; the runner fills the list.
+    *listening*: the sockets on which it listens; the runner fills the list. *sharing*: what it shares
+    with other instances; None if it is the only one.
     """
 
     app: web.Application
@@ -84,6 +84,7 @@ class Server:
     provider_registry: ProviderRegistry
     streams: StreamStore
     wings: Sequence[Wing]
+    sharing: Sharing | None
     lag: LoopLag
     listening: list[socket.socket]
 
@@ -105,50 +106,22 @@ class Server:
             open_socket.drain()
 
 
-class OtherInstances(Instances, Protocol):
-    """The streams of other instances, as the server opens and closes them."""
-
-    def serve(self, gateway: Gateway, apis: Mapping[str, Api]) -> None:
-        """Let other instances read the streams of *gateway*.
-
-        *apis*: what the paths of their answers mean.
-        """
-
-    async def close(self) -> None:
-        """Give others what has ended here, and leave them; the gateway was closed before."""
-
-
-class Cluster(Sharing, Protocol):
-    """What several instances share: see `wings.cluster.wing.Membership`."""
-
-    commands: Commands
-
-    def streams(self) -> OtherInstances:
-        """Return what knows the streams of other instances."""
-
-    def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
-        """Let what others tell reach *providers*, and operators read in *monitor* how the cluster
-        is.
-        """
-
-
 @asynccontextmanager
 async def open_server(
     settings: Settings,
     app: web.Application | None = None,
     *,
     pepper: bytes | None = None,
-    make_admission: Callable[..., Gate] | None = None,
-    cluster: Cluster | None = None,
-    prepared: bool = False,
-    wings: Sequence[type[Wing]] = WINGS,
+    make_admission: Callable[..., Gate] = Gate,
+    scope: Scope | None = None,
+    private_server: str | None = None,
+    wings: Sequence[Callable[[], Wing]] = WINGS,
 ) -> AsyncIterator[Server]:
     """Make the server, and add its routes to *app*, or to a new application. Close it at the end.
 
-    *app* must not be frozen yet. *pepper* is the secret of browser sessions; see `pepper_of`. *make_admission* makes
-    the gate in front of the handlers, instead of that of *cluster*. *cluster*: what this instance shares with others; None if it is the only
-    one. *prepared*: see `Core`. *wings* are the features that it
-    has beside those of the core.
+    *app* must not be frozen yet. *pepper* is the secret of browser sessions; see `pepper_of`.
+    *make_admission* makes the gate in front of the handlers, unless a wing does. *scope*,
+    *private_server*: see `Core`. *wings* make the features that it has beside those of the core.
 
     Raises:
         ConfigurationError: a provider cannot be used as it is configured.
@@ -163,41 +136,49 @@ async def open_server(
     current = CurrentSettings(settings)
     lifecycle = Lifecycle()
     listening: list[socket.socket] = []
-    access = Access(
-        settings.auth,
-        pepper_of(llm) if pepper is None else pepper,
-        quota_of if cluster is None else cluster.make_quota,
-    )
-    origins = Origins(chat.websocket.allow_origins, credentials=chat.websocket.allow_credentials)
-    guard = Guard(access, origins)
-    admission = Admission(
-        chat.websocket.concurrency,
-        metrics,
-        chat.streams.send_timeout,
-        gate=make_admission or (Gate if cluster is None else cluster.make_admission),
-        forms=Forms(form for wing in plugged for form in wing.forms()),
-    )
+    instances: Instances | None = None
+
+    def aliased(stream: Stream, alias: str) -> None:
+        if instances is not None:
+            instances.aliased(stream, alias)
+
+    lifetime = Lifetime(chat.streams, aliased)
     async with AsyncExitStack() as stack:
-        if (instances := None if cluster is None else cluster.streams()) is None:
-            lifetime = Lifetime(chat.streams)
-        else:
-            lifetime = Lifetime(chat.streams, instances.aliased)
-        streams = lifetime.store
         core = Core(
             settings=settings,
             metrics=metrics,
             loop=loop,
-            streams=streams,
-            commands=None if cluster is None else cluster.commands,
-            prepared=prepared,
+            streams=lifetime.store,
+            scope=scope,
+            private_server=private_server,
         )
         for wing in plugged:
             await wing.open(core, stack)
+            if wing.commands is not None:
+                core = replace(core, commands=wing.commands)
+        sharing = next((wing.sharing for wing in plugged if wing.sharing is not None), None)
+        instances = next((wing.instances for wing in plugged if wing.instances is not None), None)
         simulated = next((wing.simulated for wing in plugged if wing.simulated is not None), None)
+        if pepper is None:
+            pepper = pepper_of(llm)
+        if sharing is not None and known_pepper(llm) is None:
+            pepper = await sharing.agree_on_pepper(pepper)
+        access = Access(settings.auth, pepper, quota_of if sharing is None else sharing.make_quota)
+        origins = Origins(
+            chat.websocket.allow_origins, credentials=chat.websocket.allow_credentials
+        )
+        guard = Guard(access, origins)
+        admission = Admission(
+            chat.websocket.concurrency,
+            metrics,
+            chat.streams.send_timeout,
+            gate=make_admission if sharing is None else sharing.make_admission,
+            forms=Forms(form for wing in plugged for form in wing.forms()),
+        )
         provider_registry = ProviderRegistry(
             metrics,
-            ProviderGate if cluster is None else cluster.make_gate,
-            (lambda _name: ALONE) if cluster is None else cluster.observe,
+            ProviderGate if sharing is None else sharing.make_gate,
+            (lambda _name: ALONE) if sharing is None else sharing.observe,
             simulated,
             lifetime,
         )
@@ -207,8 +188,8 @@ async def open_server(
         router = Router(provider_registry.providers, llm.active, llm.fallbacks)
         lag = LoopLag(loop, metrics.loop_lag)
         stack.callback(lag.close)
-        if instances is not None:
-            stack.push_async_callback(instances.close)
+        for wing in plugged:
+            stack.push_async_callback(wing.leave)
         tracer = next((wing.tracer for wing in plugged if wing.tracer is not None), None)
         request_log = RequestLog(metrics, lag, tracer)
         histories = next((wing.histories for wing in plugged if wing.histories is not None), None)
@@ -222,16 +203,13 @@ async def open_server(
             instances,
         )
         stack.push_async_callback(gateway.close)
-        if instances is not None:
-            brought = (api for wing in plugged for api in wing.apis())
-            instances.serve(gateway, {api.path: api for api in (*openai.APIS, *brought)})
         wheel = TimerWheel(loop, min(1.0, chat.websocket.ping_interval / WHEEL_GRAIN))
         stack.callback(wheel.close)
         sources = Sources(
             settings=current,
             metrics=metrics,
             gate=admission.gate,
-            streams=streams,
+            streams=lifetime.store,
             running=lambda: gateway.running,
             lifetime=lifetime,
             router=router,
@@ -243,8 +221,6 @@ async def open_server(
         )
         monitor = Monitor(sources)
         stack.callback(monitor.close)
-        if cluster is not None:
-            cluster.serve(lambda: provider_registry.providers, monitor)
         context = Context(
             settings=current,
             lifecycle=lifecycle,
@@ -253,6 +229,10 @@ async def open_server(
             guard=guard,
             admission=admission,
             gateway=gateway,
+            apis={
+                api.path: api
+                for api in (*openai.APIS, *(api for wing in plugged for api in wing.apis()))
+            },
             router=router,
             outbox=Outbox(loop),
             wheel=wheel,
@@ -278,7 +258,8 @@ async def open_server(
                 middleware=middleware,
                 context=context,
                 provider_registry=provider_registry,
-                streams=streams,
+                streams=lifetime.store,
+                sharing=sharing,
                 wings=plugged,
                 lag=lag,
                 listening=listening,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aioserver.wings.anthropic.wing import AnthropicWing
+from aioserver.wings.cluster.wing import ClusterWing
 from aioserver.wings.conversations.wing import ConversationsWing
 from aioserver.wings.responses.wing import ResponsesWing
 from aioserver.wings.simulator.wing import SimulatorWing
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # In the order in which they are opened; they are closed in the reverse one.
 WINGS: tuple[type[Wing], ...] = (
+    ClusterWing,
     SimulatorWing,
     ConversationsWing,
     TracingWing,
@@ -33,6 +35,7 @@ def missing(settings: Settings, wings: Sequence[Wing]) -> Iterator[str]:
     """Yield a fault for each setting that needs a wing which is not among *wings*."""
     there = {wing.name for wing in wings}
     needs = (
+        ("cluster", "cluster.redis_url", settings.cluster.redis_url is not None),
         (
             "simulator",
             "llm.providers: simulated: true",

@@ -16,6 +16,7 @@ from aioserver.server.runner import FAREWELL, Runner
 from tests.simulation.clock import Clock
 from tests.simulation.configuration import GATE, HTTP
 from tests.simulation.network import INSTANCE
+from tests.support.members import wings_of
 from tests.support.server import configured, write
 from tests.support.stored_responses import stored_in
 
@@ -166,7 +167,7 @@ async def running(
     token = INSTANCE.set(number)
     try:
         configuration = configured(base_url, changes, folder / f"config-{number}.yaml")
-        async with open_server(configuration.settings, cluster=member) as server:
+        async with open_server(configuration.settings, wings=wings_of(member)) as server:
             runner = Runner(server)
             await runner.setup()
             assert runner.server is not None

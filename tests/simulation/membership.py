@@ -12,8 +12,8 @@ from aioserver.limits.fixed_share import Scope
 from aioserver.wings.cluster.grants import State
 from aioserver.wings.cluster.lease_messages import TIMES
 from aioserver.wings.cluster.limits import SharedLimits
+from aioserver.wings.cluster.membership import LEAVE_TIMEOUT, Membership
 from aioserver.wings.cluster.renewer import Renewer
-from aioserver.wings.cluster.wing import LEAVE_TIMEOUT, Membership
 from tests.simulation.shared_server import (
     SimulatedBus,
     SimulatedConnection,

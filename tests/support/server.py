@@ -22,6 +22,7 @@ from aioserver.server.reload import Reload
 from aioserver.server.runner import Runner
 from aioserver.wings.simulator.exchange import Behaviour
 from aioserver.wings.simulator.server import Simulator
+from tests.support.members import wings_of
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -293,12 +294,12 @@ async def running(
 ) -> AsyncIterator[RunningServer]:
     """Run a server until the end of the block; then no request may hold anything any more.
 
-    *balance* and the socket that it has *inherited*: those of a server that shares it with others. *cluster*: as
-    that of `open_server`.
+    *balance* and the socket that it has *inherited*: those of a server that shares it with others. *cluster*: the
+    instance of a cluster that it is; None if it is none.
     """
     async with Simulator(behaviour) as simulator:
         configuration = configured(simulator.base_url, changes or {}, path)
-        async with open_server(configuration.settings, cluster=cluster) as owners:
+        async with open_server(configuration.settings, wings=wings_of(cluster)) as owners:
             runner = Runner(owners, balance)
             await runner.setup()
             try:

@@ -12,14 +12,20 @@ import contextlib
 import signal
 import socket
 import sys
+from typing import TYPE_CHECKING
 
 from aioserver.commands.serve import loop_factory
 from aioserver.config import Configuration
+from aioserver.limits.gate import Gate
 from aioserver.server.app import open_server
 from aioserver.server.runner import Runner
-from aioserver.wings.cluster.wing import join
+from aioserver.wings.cluster.membership import join
 from aioserver.workers.loads import Loads
 from aioserver.workers.worker import Worker
+from tests.support.members import wings_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 async def serve(
@@ -33,7 +39,8 @@ async def serve(
     settings = worker.settings(Configuration.load(config, environ={}).settings)
     loads = Loads(page, slot)
     async with contextlib.AsyncExitStack() as stack:
-        cluster = make_admission = None
+        cluster = None
+        make_admission: Callable[..., Gate] = Gate
         if url == "-":
             make_admission, balance = worker.gate_maker(loads), worker.balance(loads)
         else:
@@ -44,7 +51,12 @@ async def serve(
             loads.tell_instance(cluster.token)
             balance = worker.balance(loads, cluster.ended)
         server = await stack.enter_async_context(
-            open_server(settings, cluster=cluster, make_admission=make_admission)
+            open_server(
+                settings,
+                make_admission=make_admission,
+                scope=worker.scope,
+                wings=wings_of(cluster),
+            )
         )
         runner = Runner(server, balance)
         await runner.setup()

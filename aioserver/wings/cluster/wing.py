@@ -1,320 +1,107 @@
-"""This process as an instance of a cluster: all of this package that lives as long as a server,
-and its end.
-
-join       connections are made, and limits are shared from the first provider on
-serve      the server exists: its streams can be read elsewhere, and what others tell reaches its providers
-leave      the server has ended: nothing is inside any more, and the others are told
-"""
+"""The cluster as a wing: this process joins it before anything else exists, and leaves it last."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import logging
-import os
-import re
-import secrets
-import socket
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from aioserver.config.faults import ConfigurationError
-from aioserver.gateway.commands import Commands
-from aioserver.wings.cluster.bus import RedisBus, RedisCommands
-from aioserver.wings.cluster.connection import AccessDenied, CallFailed
-from aioserver.wings.cluster.grants import State
-from aioserver.wings.cluster.lease_messages import TIMES
-from aioserver.wings.cluster.leases import Leases
-from aioserver.wings.cluster.limits import SharedLimits
-from aioserver.wings.cluster.remote_streams import RemoteStreams
-from aioserver.wings.cluster.renewer import Renewer
-from aioserver.wings.cluster.totals import Totals
+from aioserver.faces.wing import Routes, Wing
+from aioserver.gateway.instances import Instances
+from aioserver.gateway.sharing import Sharing
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import Callable, Mapping
+    from contextlib import AsyncExitStack
 
-    from aioserver.config.settings import ClientKey, HttpClient
-    from aioserver.limits.fixed_share import Scope
-    from aioserver.limits.gate import Gate
-    from aioserver.limits.quota import Quota
+    from aioserver.faces.context import Context
+    from aioserver.faces.wing import Core
+    from aioserver.gateway.commands import Commands
+    from aioserver.gateway.gateway import Gateway
     from aioserver.monitoring.monitor import Monitor
-    from aioserver.monitoring.state import ClusterState
-    from aioserver.providers.health import Health, ProviderObserver
+    from aioserver.providers.api import Api
     from aioserver.providers.provider import Provider
-    from aioserver.providers.queueing import ProviderGate
-    from aioserver.wings.cluster.lease_messages import Times
-    from aioserver.wings.cluster.peer_messages import Message
-
-logger = logging.getLogger("aioserver.cluster")
-
-# Seconds in which the others are told that this instance is no more; a server that is away hears
-# nothing.
-LEAVE_TIMEOUT = 1.0
-# Seconds for the instances' agreement on a secret, at a start.
-AGREE_TIMEOUT = 1.0
-# Seconds for which it is kept while no instance starts: longer than a browser session lasts.
-PEPPER_SECONDS = 30 * 86_400
-# Characters of a host's name in the name of an instance.
-MAX_HOST = 32
-# Keys that the server looks at in one step.
-SCANNED = 1000
-# Characters with a meaning of their own in a pattern of keys.
-_GLOB = re.compile(r"[*?\[\]\\^-]")
-_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9.]+")
 
 
-class Membership:
-    """One instance of the cluster *name*, whose server is at *url*. Made by `join`.
+class OtherInstances(Instances, Protocol):
+    """The streams of other instances, from the start of this one to its end."""
 
-    *fixed*: the rank of this instance and the number of all, where a parent knows them. *times*: those of the cluster.
-    *scope*: this instance among the workers of its host, which share connections; None if it has no parent.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        name: str,
-        instance: str,
-        fixed: tuple[int, int] | None,
-        times: Times = TIMES,
-        scope: Scope | None = None,
-    ) -> None:
-        self.instance = instance
-        self._numbers, self._times = fixed, times
-        self.renewer = Renewer(self._make_leases, url, name)
-        self.leases = self.renewer.leases
-        self.limits = SharedLimits(self.leases, scope)
-        self._url = url
-        self._connection = RedisCommands(url)
-        self.bus: RedisBus | None = None
-        self.commands = Commands(self._connection, self.renewer.prefix)
-        self.address = self.renewer.connection.address
-        self._incidents: Monitor | None = None
-        self._fixed = fixed is not None
-        self._joined = asyncio.Event()
-        self._streams: RemoteStreams | None = None
-
-    def make_gate(
-        self, name: str, limits: HttpClient, health: Health, clock: Callable[[], float]
-    ) -> ProviderGate:
-        """Return the gate of the provider *name*, whose places and starts all instances share."""
-        return self.limits.make_gate(name, limits, health, clock)
-
-    def observe(self, name: str) -> ProviderObserver:
-        """Return who tells the other instances what this one finds out about the provider
-        *name*.
-        """
-        return self.limits.observe(name)
-
-    def make_quota(self, key: ClientKey) -> Quota:
-        """Return the quota of *key*, which all instances share."""
-        return self.limits.make_quota(key)
-
-    def make_admission(self, limit: int, **bounds: Any) -> Gate:
-        """Return the gate in front of the handlers, whose places the workers of one host share."""
-        return self.limits.make_admission(limit, **bounds)
-
-    def streams(self) -> RemoteStreams:
-        """Return what knows the streams of other instances."""
-        self._streams = RemoteStreams(self._make_bus, self.commands)
-        return self._streams
-
-    def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
-        """Let what others tell reach *providers*, and *monitor* show the state of all
-        instances.
-        """
-        self.limits.providers = providers
-        self._incidents = monitor
-        assert self._streams is not None, "`streams` was called before"
-        monitor.share(
-            Totals(
-                self.instance,
-                self._streams.peers,
-                lambda: self.leases.members,
-                monitor,
-                self.standing,
-            )
-        )
-
-    async def agree_on_pepper(self, own: bytes) -> bytes:
-        """Return the secret of browser sessions on which the instances agree: *own*, if none was
-        there before.
-
-        Without an answer it is *own*, and a session holds only where it was made.
-        """
-        key = f"{self.renewer.prefix}pepper"
-        execute = self.commands.execute
-        try:
-            async with asyncio.timeout(AGREE_TIMEOUT):
-                await execute("SET", key, own, "NX", "EX", PEPPER_SECONDS)
-                agreed = await execute("GET", key)
-                await execute("EXPIRE", key, PEPPER_SECONDS)
-        except (CallFailed, TimeoutError):
-            return own
-        return agreed if isinstance(agreed, bytes) and agreed else own
-
-    def standing(self) -> ClusterState:
-        """Return how this instance stands with the others."""
-        assert self._streams is not None, "`streams` was called before"
-        streams = self._streams.stats()
-        return {
-            "state": self.leases.state.value,
-            "calls": self.leases.calls,
-            "failed_calls": self.leases.failures,
-            "links": streams.links,
-            "mirrors": streams.mirrors,
-            "unclaimed": streams.unclaimed,
-            "lost": 0 if self.bus is None else int(self.bus.lost.value),
-        }
-
-    @property
-    def token(self) -> int:
-        """The number at the end of this instance's name."""
-        return int(self.instance.rpartition("-")[2], 16)
-
-    def ended(self, token: int) -> None:
-        """Note that the instance with *token* has ended for certain: its places are free now, and
-        not after its lease.
-        """
-        for name in self.leases.members:
-            if name.endswith(f"-{token:08x}"):
-                self.leases.ended(name)
-
-    async def open(self, *, clear: bool = False) -> None:
-        """Connect, and share. A server that is not there is looked for in the background.
-
-        *clear*: delete the conversations that are there, if this is the first instance: others may
-        use them.
-
-        Raises:
-            ConfigurationError: the server refuses the password, or the user may not do what is
-                needed.
-        """
-        try:
-            await self.renewer.open()
-        except AccessDenied as error:
-            raise ConfigurationError([f"cluster.redis_url: {error}"]) from None
-        if clear and self.leases.members == [self.instance]:
-            await self._clear_conversations()
-        if self.leases.epoch and not self._fixed:
-            # A server that is new gives nothing yet, and without a fixed share nothing could start
-            # until then.
-            times = self.leases.times
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(times.grace + times.beat + times.bound):
-                    await self._joined.wait()
-        state = self.leases.state
-        logger.info("cluster: instance %s, %s (%s)", self.instance, state.value, self.address)
+    def serve(self, gateway: Gateway, apis: Mapping[str, Api]) -> None:
+        """Let other instances read the streams of *gateway*; *apis*: see `Context`."""
 
     async def close(self) -> None:
-        """Tell the others that nothing is inside any more, and end the connections."""
-        await self.renewer.leave(LEAVE_TIMEOUT)
-        await self.renewer.close()
-        if self.bus is not None:
-            await self.bus.close()
-        await self._connection.close()
-
-    def _make_leases(self, on_due: Callable[[], None]) -> Leases:
-        return Leases(
-            self.instance,
-            fixed=self._numbers,
-            times=self._times,
-            on_due=on_due,
-            on_state=self._state_changed,
-            on_members=lambda: self.limits.instances_changed(),
-            on_told=lambda *told: self.limits.told(*told),
-        )
-
-    def _make_bus(
-        self, *, on_message: Callable[[str, Message], None], on_deaf: Callable[[str], None]
-    ) -> RedisBus:
-        self.bus = RedisBus(
-            self._connection,
-            self._url,
-            self.renewer.prefix,
-            self.instance,
-            on_message=on_message,
-            on_deaf=on_deaf,
-        )
-        return self.bus
-
-    async def _clear_conversations(self) -> None:
-        try:
-            count = await self._unlink("c:*")
-            await self._unlink("own:*")
-        except CallFailed as failure:
-            logger.warning("not all conversations are deleted at the start: %s", failure)
-        else:
-            logger.info("conversations deleted at the start: %d", count)
-
-    async def _unlink(self, pattern: str) -> int:
-        """Delete the keys of the cluster that match *pattern*; return how many there were."""
-        prefix = _GLOB.sub(r"\\\g<0>", self.renewer.prefix)
-        connection, cursor, count = self.renewer.connection, b"0", 0
-        while True:
-            cursor, keys = await connection.execute(
-                *("SCAN", cursor, "MATCH", f"{prefix}{pattern}", "COUNT", SCANNED)
-            )
-            if keys:
-                count += await connection.execute("UNLINK", *keys)
-            if int(cursor) == 0:
-                return count
-
-    def _state_changed(self, _old: State, new: State, why: str) -> None:
-        if new is State.JOINED:
-            self._joined.set()
-        if self.leases.standing.leaving:
-            # It has said good-bye.
-            return
-        if new is State.JOINED:
-            text = "the instances share their limits exactly"
-        elif new is State.UNHEARD:
-            text = f"the cluster's server does not answer: {why}"
-        else:
-            text = "the cluster's server is away: this instance goes on with its fixed share of each limit"
-        level = logging.INFO if new is State.JOINED else logging.WARNING
-        logger.log(level, "cluster: %s: %s", new.value, text)
-        # The first contact is none to talk about.
-        if self._incidents is not None:
-            severity = "info" if new is State.JOINED else "warning"
-            self._incidents.incident("cluster", text, severity=severity)
+        """Give others what has ended here, and leave them; the gateway was closed before."""
 
 
-@asynccontextmanager
-async def join(
-    url: str,
-    name: str,
-    *,
-    fixed: tuple[int, int] | None = None,
-    first: bool = False,
-    clear: bool = False,
-    times: Times = TIMES,
-    scope: Scope | None = None,
-) -> AsyncIterator[Membership]:
-    """Join the cluster *name* for the length of the block.
+class Member(Sharing, Protocol):
+    """This process as an instance of a cluster: see `membership.Membership`."""
 
-    *fixed*, *times*, *scope*: see `Membership`. *first*: no other instance can have places of a former life of the cluster, so that the
-    fixed share may be used at once. *clear*: see `Membership.open`.
+    commands: Commands
 
-    Raises:
-        ConfigurationError: *url* cannot be used, or its server refuses us.
+    def streams(self) -> OtherInstances:
+        """Return what knows the streams of other instances."""
+
+    def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
+        """Let what others tell reach *providers*, and *monitor* show the state of all instances."""
+
+
+class ClusterWing(Wing):
+    """What several processes and machines share, through `cluster.redis_url` or a parent's private server.
+
+    *member* is this process as an instance of a cluster that it has joined already; None: it joins by itself, if it is to.
     """
-    try:
-        membership = Membership(url, name, instance_name(), fixed, times, scope)
-    except ValueError as error:
-        raise ConfigurationError([f"cluster.redis_url: {error}"]) from None
-    if first:
-        membership.leases.use_fixed()
-    try:
-        await membership.open(clear=clear)
-        yield membership
-    finally:
-        await membership.close()
+
+    name: ClassVar = "cluster"
+
+    def __init__(self, member: Member | None = None) -> None:
+        self._member = member
+        self._others: OtherInstances | None = None
+
+    async def open(self, core: Core, stack: AsyncExitStack) -> None:
+        """Join the cluster, if there is one.
+
+        Raises:
+            ConfigurationError: `cluster.redis_url` cannot be used, or its server refuses us.
+        """
+        if self._member is None:
+            self._member = await _join(core, stack)
+        if self._member is not None:
+            self.sharing, self.commands = self._member, self._member.commands
+            self.instances = self._others = self._member.streams()
+
+    async def serve(self, context: Context) -> Routes:
+        """Let the other instances read the streams of this one, and tell it what they find out."""
+        if self._member is not None and self._others is not None:
+            self._others.serve(context.gateway, context.apis)
+            self._member.serve(lambda: context.router.providers, context.monitor)
+        return Routes()
+
+    async def leave(self) -> None:
+        """Give the others what has ended here."""
+        if self._others is not None:
+            await self._others.close()
 
 
-def instance_name() -> str:
-    """Return a name that no other instance ever has: the host, the process, and something
-    random.
-    """
-    host = _NOT_IN_NAMES.sub("-", socket.gethostname())[:MAX_HOST]
-    return f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
+async def _join(core: Core, stack: AsyncExitStack) -> Member | None:
+    """Return this process as an instance, until *stack* closes it; None if it is the only one."""
+    cluster, scope = core.settings.cluster, core.scope
+    clear = core.settings.chat.service.repository.persistence.clear_on_startup
+    url, fixed, first = cluster.redis_url, None, False
+    if scope is not None:
+        if url is None:
+            # Nobody else uses it, so the number of instances is known.
+            url, fixed, first = core.private_server, (scope.rank, scope.workers), scope.first
+        # One that is started in place of another is no start of the server.
+        clear = clear and scope.first
+    if url is None:
+        return None
+    try:
+        # One instance needs none of it.
+        from aioserver.wings.cluster.membership import join  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if error.name != "redis":
+            raise
+        fault = "cluster.redis_url: redis is not installed (pip install '.[cluster]' in the clone)"
+        raise ConfigurationError([fault]) from None
+    return await stack.enter_async_context(
+        join(url, cluster.name, fixed=fixed, first=first, clear=clear, scope=scope)
+    )

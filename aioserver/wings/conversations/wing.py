@@ -49,7 +49,7 @@ class ConversationsWing(Wing):
         """Open the storage that the settings ask for, and the one that all instances share."""
         service = core.settings.chat.service
         persistence = service.repository.persistence
-        if not core.prepared and persistence.clear_on_startup:
+        if core.scope is None and persistence.clear_on_startup:
             await asyncio.to_thread(prepare_file, service.repository)
         conversations = Conversations(service.context, persistence)
         shared = None

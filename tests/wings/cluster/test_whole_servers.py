@@ -17,7 +17,7 @@ import pytest
 from aioserver.wings.cluster.grants import State
 from aioserver.wings.cluster.lease_messages import TIMES as REAL_TIMES
 from aioserver.wings.cluster.lease_messages import Times
-from aioserver.wings.cluster.wing import join
+from aioserver.wings.cluster.membership import join
 from aioserver.workers.balance import Balance
 from aioserver.workers.loads import Loads
 from tests.support.keys import bearer, keys_of
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from aioserver.wings.cluster.wing import Membership
+    from aioserver.wings.cluster.membership import Membership
     from tests.support.server import RunningServer
 
 pytestmark = pytest.mark.one_loop

@@ -10,7 +10,7 @@ import pytest
 from aioserver.config.faults import ConfigurationError
 from aioserver.wings.cluster.grants import State
 from aioserver.wings.cluster.lease_messages import Times
-from aioserver.wings.cluster.wing import instance_name, join
+from aioserver.wings.cluster.membership import instance_name, join
 from tests.support.redis_server import RedisServer
 
 if TYPE_CHECKING:
