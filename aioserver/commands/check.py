@@ -13,6 +13,7 @@ import yaml
 from aioserver.commands import options
 from aioserver.config import Configuration, json_schema
 from aioserver.config.faults import ConfigurationError
+from aioserver.server.wings import WINGS, faults
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,6 +49,8 @@ def check(config: Path | None) -> int:
     try:
         configuration = Configuration.load(config)
         configuration.check_usable()
+        if unfit := list(faults(configuration.settings, (wing() for wing in WINGS))):
+            raise ConfigurationError(unfit)
     except ConfigurationError as error:
         print(*error.faults, sep="\n", file=sys.stderr)
         return 2

@@ -21,7 +21,7 @@ from aioserver.server.app import open_server
 from aioserver.server.reload import Reload, log_remarks
 from aioserver.server.runner import Runner
 from aioserver.server.stop import Stop
-from aioserver.server.wings import WINGS
+from aioserver.server.wings import WINGS, faults
 from aioserver.telemetry import logs
 
 if TYPE_CHECKING:
@@ -140,6 +140,8 @@ def _serve_with_workers(
         Unfit: this system lacks what a parent needs.
     """
     preflight.check_workers()
+    if unfit := list(faults(configuration.settings, (wing() for wing in WINGS))):
+        raise ConfigurationError(unfit)
     from aioserver.workers.parent import Parent  # noqa: PLC0415 - one process needs none of it
 
     # As each worker does.

@@ -42,7 +42,7 @@ from aioserver.providers.health import ALONE
 from aioserver.providers.queueing import ProviderGate
 from aioserver.providers.registry import ProviderRegistry
 from aioserver.server.middleware import make_middleware
-from aioserver.server.wings import WINGS, missing
+from aioserver.server.wings import WINGS, faults
 from aioserver.streams.lifetime import Lifetime
 from aioserver.streams.outbox import Outbox
 from aioserver.telemetry.loop_lag import LoopLag
@@ -128,8 +128,8 @@ async def open_server(
     """
     app = web.Application() if app is None else app
     plugged = [wing() for wing in wings]
-    if faults := list(missing(settings, plugged)):
-        raise ConfigurationError(faults)
+    if unfit := list(faults(settings, plugged)):
+        raise ConfigurationError(unfit)
     loop = asyncio.get_running_loop()
     chat, llm = settings.chat, settings.llm
     metrics = Metrics(llm.providers)

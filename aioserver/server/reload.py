@@ -23,6 +23,7 @@ from aioserver.config.faults import ConfigurationError
 from aioserver.config.views import changes
 from aioserver.server import preflight
 from aioserver.server.app import log_limits
+from aioserver.server.wings import faults
 from aioserver.telemetry import logs
 
 if TYPE_CHECKING:
@@ -162,6 +163,8 @@ class Reload:
         """
         server, context = self._server, self._server.context
         chat, llm = settings.chat, settings.llm
+        if unfit := list(faults(settings, server.wings)):
+            raise ConfigurationError(unfit)
         prepared = [wing.prepare(settings) for wing in server.wings]
         server.provider_registry.apply(llm, max_response_bytes=chat.streams.max_response_bytes)
         context.router.apply(server.provider_registry.providers, llm.active, llm.fallbacks)

@@ -15,7 +15,7 @@ from aioserver.wings.simulator.wing import SimulatorWing
 from aioserver.wings.tracing.wing import TracingWing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
     from aioserver.config.settings import Settings
     from aioserver.faces.wing import Wing
@@ -31,8 +31,11 @@ WINGS: tuple[type[Wing], ...] = (
 )
 
 
-def missing(settings: Settings, wings: Sequence[Wing]) -> Iterator[str]:
-    """Yield a fault for each setting that needs a wing which is not among *wings*."""
+def faults(settings: Settings, wings: Iterable[Wing]) -> Iterator[str]:
+    """Yield what *wings* cannot serve with, and each setting that needs a wing which is not among
+    them.
+    """
+    wings = tuple(wings)
     there = {wing.name for wing in wings}
     needs = (
         ("cluster", "cluster.redis_url", settings.cluster.redis_url is not None),
@@ -51,3 +54,5 @@ def missing(settings: Settings, wings: Sequence[Wing]) -> Iterator[str]:
     for name, setting, needed in needs:
         if needed and name not in there:
             yield f"{setting} needs the wing {name}, which this server does not have"
+    for wing in wings:
+        yield from wing.faults(settings)

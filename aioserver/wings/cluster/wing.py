@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from aioserver.config.faults import ConfigurationError
 from aioserver.faces.wing import Routes, Wing
 from aioserver.gateway.instances import Instances
 from aioserver.gateway.sharing import Sharing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from contextlib import AsyncExitStack
 
+    from aioserver.config.settings import Settings
     from aioserver.faces.context import Context
     from aioserver.faces.wing import Core
     from aioserver.gateway.commands import Commands
@@ -56,6 +57,11 @@ class ClusterWing(Wing):
         self._member = member
         self._others: OtherInstances | None = None
 
+    def faults(self, settings: Settings) -> Iterable[str]:
+        """Return what is missing for `cluster.redis_url`."""
+        if settings.cluster.redis_url is not None and find_spec("redis") is None:
+            yield "cluster.redis_url: redis is not installed (pip install '.[cluster]' in the clone)"
+
     async def open(self, core: Core, stack: AsyncExitStack) -> None:
         """Join the cluster, if there is one.
 
@@ -94,14 +100,9 @@ async def _join(core: Core, stack: AsyncExitStack) -> Member | None:
         clear = clear and scope.first
     if url is None:
         return None
-    try:
-        # One instance needs none of it.
-        from aioserver.wings.cluster.membership import join  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        if error.name != "redis":
-            raise
-        fault = "cluster.redis_url: redis is not installed (pip install '.[cluster]' in the clone)"
-        raise ConfigurationError([fault]) from None
+    # One instance needs none of it.
+    from aioserver.wings.cluster.membership import join  # noqa: PLC0415
+
     return await stack.enter_async_context(
         join(url, cluster.name, fixed=fixed, first=first, clear=clear, scope=scope)
     )
