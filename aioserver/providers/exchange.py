@@ -330,26 +330,30 @@ class Exchange:
         if self._last_chunk_timer is not None:
             self._last_chunk_timer.cancel()
         parser.forget()
-        if (
-            ended_well
-            and self._written
-            and parser.whole
-            and parser.framed
-            and parser.keep_alive
-            and not parser.surplus
-            and not parser.parts
-            and not self._answers_another()
-        ):
-            protocol.reused = True
-            self._connection.release()
-        else:
-            self._connection.close()
+        kept = False
+        try:
+            kept = (
+                ended_well
+                and self._written
+                and parser.whole
+                and parser.framed
+                and parser.keep_alive
+                and not parser.surplus
+                and not parser.parts
+                and not self._answers_another()
+            )
+        finally:
+            if kept:
+                protocol.reused = True
+                self._connection.release()
+            else:
+                self._connection.close()
 
     def _answers_another(self) -> bool:
-        """Return whether the answer may not be that of this request, which is then answered, too, and by the next one's bytes.
+        """Return whether the answer may be meant for nobody, so that this request's own is still to come.
 
-        A 408 ends an idle connection (RFC 9110, 15.5.9), and may cross the request. So may any error which comes on a kept
-        connection sooner than a byte can go there and back.
+        A 408 ends an idle connection (RFC 9110, 15.5.9), and may cross the request. So may any
+        error which comes on a kept connection sooner than a byte can go there and back.
         """
         status, protocol = self._parser.status, self.protocol
         if status < 400:

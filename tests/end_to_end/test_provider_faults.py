@@ -95,7 +95,7 @@ BEFORE = {
     "fault-status-403": (502, AUTH, "http_4xx", True),
     "fault-quota": (502, AUTH, "http_4xx", True),
     "fault-credits": (502, AUTH, "http_4xx", True),
-    "fault-status-408": (502, ERROR, "http_5xx", True),
+    "fault-status-408": (502, ERROR, "http_5xx", False),
     "fault-status-500": (502, ERROR, "http_5xx", True),
     "fault-status-502": (502, ERROR, "http_5xx", True),
     "fault-status-503": (502, ERROR, "http_5xx", True),

@@ -52,8 +52,9 @@ class FakeSocket:
     def setsockopt(self, *_args: Any) -> None:
         """Do nothing: a reset comes with `abort`, and the rest changes nothing here."""
 
-    def getsockopt(self, *_args: Any) -> int:
-        return 0
+    def getsockopt(self, _level: int, _name: int, size: int = 0) -> int | bytes:
+        """Know nothing: each number is 0."""
+        return bytes(size) if size else 0
 
     def getpeername(self) -> tuple[str, int]:
         return self.address
