@@ -384,6 +384,14 @@ class StreamsOnly:
         self.streams = make
         self.make_quota = make_quota
 
+    token = 0
+
+    def ended(self, token: int) -> None:
+        """Note nothing."""
+
+    async def agree_on_pepper(self, own: bytes) -> bytes:
+        return own
+
     def serve(self, *_owners: object) -> None:
         """Tell nothing."""
 
