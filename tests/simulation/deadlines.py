@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from aioserver.limits.write_watchdog import LOOKS
 from aioserver.providers.exchange import Exchange
+from aioserver.wings.cluster.shared_gate import GRACE, SharedGate
 from tests.simulation.clock import Clock
 from tests.simulation.transport import USER_TIMEOUT, Transport
 
@@ -54,7 +55,11 @@ class Deadlines:
         context = self._server.context
         settings = context.settings
         gate = context.admission.gate
-        self._look_at_queue(gate, settings.chat.websocket.concurrency.queue_timeout, "a place")
+        longest = settings.chat.websocket.concurrency.queue_timeout
+        if isinstance(gate, SharedGate):
+            # A place of another worker may be on its way.
+            longest = max(longest, GRACE)
+        self._look_at_queue(gate, longest, "a place")
         for provider in context.router._providers.values():
             self._look_at_provider(provider)
         self._look_at_writes(settings.chat.streams.send_timeout)

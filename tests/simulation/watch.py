@@ -16,8 +16,9 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from aioserver.limits.gcra import ROUNDING
+from aioserver.providers.queueing import ProviderGate
 from aioserver.wings.cluster.rates import SharedRate
-from aioserver.wings.cluster.shared_gate import SharedGate
+from aioserver.wings.cluster.shared_gate import MOMENTARY, SharedGate
 from aioserver.wings.responses.lanes import MAX_NAMED_LANES, MAX_RUNNING, MAX_WAITING
 from aioserver.wings.responses.socket import ResponsesSocket
 from tests.simulation.clock import Clock
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from aioserver.limits.gate import Gate
     from aioserver.providers.provider import Provider
-    from aioserver.providers.queueing import ProviderGate
     from aioserver.wings.responses.lanes import Lanes
     from tests.simulation.instance import Instance
     from tests.simulation.network import Network
@@ -133,8 +133,12 @@ class Watch:
         bodies = admission._limits.max_body_bytes
         if admission.body_bytes > bodies:
             self._broken(f"{admission.body_bytes} of {bodies} bytes of bodies")
-        if self._gate.waiting > self._gate._queue_size:
-            self._broken(f"{self._gate.waiting} clients wait, at most {self._gate._queue_size}")
+        most = self._gate._queue_size
+        if isinstance(self._gate, SharedGate):
+            # As many more as others may have had places for, or a place on its way to.
+            most += self._gate.shared_limit + MOMENTARY
+        if self._gate.waiting > most:
+            self._broken(f"{self._gate.waiting} clients wait, at most {most}")
         lifetime = self._server.context.gateway.lifetime
         if lifetime.detached > lifetime._bounds.max_detached:
             self._broken(f"{lifetime.detached} answers without a reader")
@@ -172,10 +176,12 @@ class Watch:
         return len(every)
 
 
-def delay_of(gate: ProviderGate) -> float:
+def delay_of(gate: Gate) -> float:
     """Return the seconds until the next start at *gate*; a shared rate asks for no slots
     meanwhile.
     """
+    if not isinstance(gate, ProviderGate):
+        return gate._delay()
     rate = gate.pace._starts
     if not isinstance(rate, SharedRate):
         return gate._delay()
