@@ -67,11 +67,21 @@ async def limits_of(process: ServerProcess) -> list[int]:
 
 
 async def share(process: ServerProcess, total: int) -> None:
-    """Wait until the workers together serve *total* connections at once; each has looked at the
-    page by then.
+    """Wait until the workers together serve *total* connections at once, and each of them some.
+
+    The state of all is asked for until then: to ask each alone would stop the others, whose leases
+    then move.
     """
-    limits = await until_result(lambda: limits_of(process), lambda limits: sum(limits) == total)
-    assert min(limits) > 0
+
+    async def together() -> int:
+        async with (
+            aiohttp.ClientSession(headers=bearer("root")) as session,
+            session.get(f"{process.base}/stats") as response,
+        ):
+            return int((await response.json())["connections"]["limit"])
+
+    await until_result(together, lambda limit: limit == total)
+    assert min(await limits_of(process)) > 0
 
 
 async def caller_of(process: ServerProcess, worker: int, session: str) -> str | None:
