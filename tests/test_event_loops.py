@@ -141,15 +141,22 @@ def test_the_time_of_the_loop_is_cut_to_whole_milliseconds() -> None:
 
 
 def test_timers_of_one_millisecond_fire_in_the_order_in_which_they_were_set() -> None:
-    async def ask() -> list[str]:
-        loop, order = asyncio.get_running_loop(), list[str]()
-        now = loop.time()
-        loop.call_at(now + 0.0334, order.append, "later")
-        loop.call_at(now + 0.0326, order.append, "earlier")
-        await until(lambda: len(order) == 2)
-        return order
+    async def ask() -> set[str]:
+        loop, orders = asyncio.get_running_loop(), set[str]()
+        for _ in range(10):
+            order = list[str]()
+            now = loop.time()
+            loop.call_at(now + 0.0334, order.append, "later")
+            loop.call_at(now + 0.0326, order.append, "earlier")
+            await until(lambda order=order: len(order) == 2)  # type: ignore[misc]
+            orders.add(" ".join(order))
+        return orders
 
-    assert on_both(ask) == (["earlier", "later"], ["later", "earlier"])
+    on_asyncio, on_uvloop = on_both(ask)
+
+    assert on_asyncio == {"earlier later"}
+    # A machine that is late between the two calls has the other order, too.
+    assert "later earlier" in on_uvloop
 
 
 def test_a_timer_of_no_time_takes_its_turn_among_callbacks() -> None:
