@@ -111,9 +111,11 @@ class Conversations:
     def replace(self, caller: Caller, conversation_id: str, turns: Sequence[Turn]) -> None:
         """Let the history consist of *turns*, the oldest first; without any there is no such conversation."""
         key = (caller, conversation_id)
-        conversation = self._kept.setdefault(key, _Conversation("" if caller.name else None))
+        unknown = "" if caller.name else None
+        conversation = self._kept.setdefault(key, _Conversation(unknown))
         self._kept.move_to_end(key)
-        conversation.turns = list(turns)
+        # What was kept here last may be a turn that the storage did not take.
+        conversation.address, conversation.turns = unknown, list(turns)
         self._bound(key, conversation)
 
     @property
