@@ -32,7 +32,7 @@ class Gauge(NamedTuple, Generic[State]):
 
 
 class SectionTrouble(NamedTuple):
-    """What is wrong with a section now; a new *kind* is a new incident. *word*: of the verdict."""
+    """A fault of a section now; a new *kind* is a new incident. *word*: of the verdict."""
 
     kind: str
     word: str

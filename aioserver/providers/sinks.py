@@ -1,9 +1,12 @@
-"""The sinks of answers: what those of streamed answers share, whichever API their provider speaks, and those of chat completions.
+"""The sinks of answers: what those of streamed answers share, whichever API their provider speaks,
+and those of chat completions.
 
-This file is one concept: how the bytes of an answer become the events of a log, and how an answer may end.
+This file is one concept: how the bytes of an answer become the events of a log, and how an answer
+may end.
 
-A sink gets the bytes of an answer as they come, and fills a log. All of them cut the bytes into whole events
-(text/event-stream, WHATWG HTML 9.2) and end the log; they differ in what an event means:
+A sink gets the bytes of an answer as they come, and fills a log. All of them cut the bytes into
+whole events (text/event-stream, WHATWG HTML 9.2) and end the log; they differ in what an event
+means:
 
     StreamSink
         PassingSink         keeps the provider's bytes: one entry for each read
@@ -63,8 +66,9 @@ class StreamSink(ABC):
         self._splitter = eventstream.Splitter(stream.max_bytes)
         # Whether anything has come.
         self._begun = False
-        # Whether the answer is over, so that readers are notified of what is appended now together with the end of the
-        # log. An attribute, since a keyword argument costs as much as two calls.
+        # Whether the answer is over, so that readers are notified of what is appended now together
+        # with the end of the log. An attribute, since a keyword argument costs as much as two
+        # calls.
         self._over = False
 
     @property
@@ -76,7 +80,8 @@ class StreamSink(ABC):
         """Append the events that are whole now; return False at the end of the answer.
 
         Raises:
-            ProviderFault: an event is too long, is not JSON, or reports an error that the log does not end with.
+            ProviderFault: an event is too long, is not JSON, or reports an error that the log does
+                not end with.
         """
         self._begun = True
         try:
@@ -100,7 +105,10 @@ class StreamSink(ABC):
         self._complete()
 
     def fast(self) -> Path | None:
-        """Return the stream's fast path, by which the next event may go; None if this sink has to see it."""
+        """Return the stream's fast path, by which the next event may go.
+
+        None if this sink has to see it.
+        """
         return None
 
     @property
@@ -145,7 +153,8 @@ class PassingSink(StreamSink):
 
     @abstractmethod
     def _up_to_end(self, block: bytes) -> tuple[bytes, bool, bytes]:
-        """Return the events of *block* that pass, whether they end the answer well, or else the event that reports an error.
+        """Return the events of *block* that pass, whether they end the answer well, or else the
+        event that reports an error.
 
         The events behind either end are dropped: a good end after an error would be none.
         """
@@ -172,7 +181,9 @@ class PassingSink(StreamSink):
 
 
 def complete(stream: Stream, data: bytes = b"", **metadata: object) -> None:
-    """End the log of *stream* well: with *data* for the faces that pass on bytes, and this *metadata* for the others."""
+    """End the log of *stream* well: with *data* for the faces that pass on bytes, and this
+    *metadata* for the others.
+    """
     outcome = stream.outcome
     metadata |= {"provider": outcome.provider, "model": outcome.model}
     stream.finish({"metadata": metadata}, data)
@@ -181,8 +192,9 @@ def complete(stream: Stream, data: bytes = b"", **metadata: object) -> None:
 def plausible(block: bytes) -> bool:
     """Return whether the events of a block may be JSON objects: `{…}`, in UTF-8.
 
-    The bytes between the braces are not parsed. This finds truncated events and half characters, the
-    faults that occur; parsing each event would take 0.5 µs of the 12 that an event costs in all.
+    The bytes between the braces are not parsed. This finds truncated events and half characters,
+    the faults that occur; parsing each event would take 0.5 µs of the 12 that an event costs in
+    all.
     """
     if (
         block.startswith(b"data: {")
@@ -208,8 +220,9 @@ def before_broken(block: bytes) -> bytes:
 
 
 DONE = b"data: [DONE]\n\n"
-# A quote inside a JSON string is escaped, so these are never text that a model has written. They are
-# looked for with `find` and not with a regular expression, since every byte that passes is searched.
+# A quote inside a JSON string is escaped, so these are never text that a model has written. They
+# are looked for with `find` and not with a regular expression, since every byte that passes is
+# searched.
 _FINISH, _FINISH_SPACED = b'"finish_reason":"', b'"finish_reason": "'
 ERROR_NAME = b'"error"'
 _USAGE = b'"usage"'
@@ -257,7 +270,8 @@ class EventSink(PassingSink):
 
 
 def before_error(block: bytes, kind: str = "") -> tuple[bytes, bytes]:
-    """Return the events of *block* before the first that reports an error, and that event; b"" if none does.
+    """Return the events of *block* before the first that reports an error, and that event; b"" if
+    none does.
 
     *kind* is that of `error_in`.
     """
@@ -310,7 +324,8 @@ def _done_line(block: bytes) -> int:
     return -1
 
 
-# Parts below this size are put together as they come: each by itself would cost more than its bytes.
+# Parts below this size are put together as they come: each by itself would cost more than its
+# bytes.
 SMALL_PART_BYTES = 1024
 
 

@@ -8,11 +8,13 @@ at a beat, where it has less than GO_ON times the mean. The mean is over the wor
 turn, so one that is blocked holds back nobody. The worker with the fewest connections has no more
 than the mean, so there is always one that accepts.
 
-To stop is to close this process' copies of the socket; the socket itself, which the siblings share, goes on listening.
-To go on is to make new copies. Nothing accepted is lost: see `Site.stop`.
+To stop is to close this process' copies of the socket; the socket itself, which the siblings
+share, goes on listening. To go on is to make new copies. Nothing accepted is lost: see
+`Site.stop`.
 
-A *beat* every BEAT says that this worker's loop turns, and looks at the others. Where the turn to accept again is to come, the next
-beat is after SOON. Where nothing happens here it is after REST: an idle server wakes up for little else.
+A *beat* every BEAT says that this worker's loop turns, and looks at the others. Where the turn to
+accept again is to come, the next beat is after SOON. Where nothing happens here it is after REST:
+an idle server wakes up for little else.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ STOP = (1.06, 4)
 GO_ON = (1.03, 2)
 # Seconds between two beats. A worker counts as blocked three beats later (`loads.LATE`).
 BEAT, SOON, REST = 0.025, 0.005, 0.25
-# Seconds until it is tried again to make copies of the socket: the process has too many open files.
+# Seconds until it is tried again to make copies of the socket: the process has too many open
+# files.
 RETRY = 1.0
 # Connections that asyncio's loop accepts in one turn: a burst is not all for the worker that wakes
 # up first.
@@ -57,8 +60,9 @@ class SharedSocket(ListeningSocket):
 class Balance:
     """Whether this worker accepts connections.
 
-    Always: `connections` are those of this worker, and *loads* say so; from `start` to `close` one timer runs, for the next
-    beat. *on_gone* is called with each instance of the cluster whose process has ended: see `Loads.gone`.
+    Always: `connections` are those of this worker, and *loads* say so; from `start` to `close` one
+    timer runs, for the next beat. *on_gone* is called with each instance of the cluster whose
+    process has ended: see `Loads.gone`.
     """
 
     def __init__(
@@ -131,7 +135,10 @@ class Balance:
         self._loads.tell_connections(self.connections)
 
     def start(self, waiting: Callable[[], int]) -> None:
-        """Begin to beat: this worker serves. *waiting* returns how many clients wait for a place here."""
+        """Begin to beat: this worker serves.
+
+        *waiting* returns how many clients wait for a place here.
+        """
         self._waiting = waiting
         self._beat()
 
@@ -166,7 +173,10 @@ class Balance:
         self._timer = self._loop.call_later(delay, self._beat)
 
     def _go_on(self) -> bool:
-        """Go on accepting if the others have caught up. Return whether it has still to wait for them."""
+        """Go on accepting if the others have caught up.
+
+        Return whether it has still to wait for them.
+        """
         if not self._accepts and not self._ended:
             if asyncio.get_running_loop().time() < self._retry_at:
                 return False

@@ -5,8 +5,9 @@ The shares of all workers together are the limit, and never more, but for a limi
 than the number of workers: a share is at least 1. While a worker is replaced, its successor has
 the same share.
 
-Not shared out is, where the workers belong to a cluster, what they share through its server (wings/cluster/limits.py).
-Without one `max_connections` and its queue are shared out by `FixedGate`, so that messages have the configured number.
+Not shared out is, where the workers belong to a cluster, what they share through its server
+(wings/cluster/limits.py). Without one `max_connections` and its queue are shared out by
+`FixedGate`, so that messages have the configured number.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ LOOK = 0.1
 
 
 class FixedGate(Gate):
-    """The gate of the worker of *scope* without a server: its share of all places, but for those that its predecessor has still.
+    """The gate of the worker of *scope* without a server: its share of all places, but for those
+    that its predecessor has still.
 
     *before* returns how many connections that has.
     """
@@ -59,7 +61,8 @@ class FixedGate(Gate):
 
 
 def share_out(settings: Settings, scope: Scope, *, clustered: bool = False) -> Settings:
-    """Return *settings* with the share of the worker of *scope* in place of each limit that is for all of them.
+    """Return *settings* with the share of the worker of *scope* in place of each limit that is for
+    all of them.
 
     *clustered*: the workers share the limits of providers and keys through a server. A provider's
     `max_connections` stays as it is: its `concurrent_requests` bounds the connections in use.

@@ -1,12 +1,16 @@
-"""The loads of the workers of one host, in shared memory: hints, by which they balance what they accept.
+"""The loads of the workers of one host, in shared memory: hints, by which they balance what they
+accept.
 
-Each worker process has a slot; there are two for each worker, since a rolling restart starts the new process before the old one
-ends. Every cell is a number of 8 bytes with one writer at a time: the worker of its slot, or the parent, for a slot whose process
-it has reaped. Anybody may read. No cell is a limit: a wrong value costs balance, and the places of the workers are leases
-(wings/cluster/grants.py). The page is mapped by the parent and by all workers (a memfd, or an unlinked file); it has no lock.
+Each worker process has a slot; there are two for each worker, since a rolling restart starts the
+new process before the old one ends. Every cell is a number of 8 bytes with one writer at a time:
+the worker of its slot, or the parent, for a slot whose process it has reaped. Anybody may read. No
+cell is a limit: a wrong value costs balance, and the places of the workers are leases
+(wings/cluster/grants.py). The page is mapped by the parent and by all workers (a memfd, or an
+unlinked file); it has no lock.
 
-A store through a memoryview of format `q` is a memcpy of 8 bytes in CPython (`PACK_SINGLE` in Objects/memoryobject.c), which
-compilers turn into one store; aligned stores of 8 bytes are atomic on every 64-bit machine that CPython supports.
+A store through a memoryview of format `q` is a memcpy of 8 bytes in CPython (`PACK_SINGLE` in
+Objects/memoryobject.c), which compilers turn into one store; aligned stores of 8 bytes are atomic
+on every 64-bit machine that CPython supports.
 """
 
 from __future__ import annotations
@@ -42,8 +46,8 @@ class _Column(IntEnum):
 
 # Cells in front of the columns: the layout, and the number of slots.
 _HEAD: Final = 2
-# The layout of the page, which a worker of another version than its parent's must not misread. Count up the number where cells
-# get another meaning.
+# The layout of the page, which a worker of another version than its parent's must not misread.
+# Count up the number where cells get another meaning.
 _LAYOUT: Final = zlib.crc32(repr((2, list(_Column), SLOTS_PER_WORKER)).encode())
 
 
@@ -54,8 +58,8 @@ class OtherLayout(Exception):
 class Loads:
     """The page, as one process sees it.
 
-    *fd*: the descriptor of the page, which stays open. *slot*: that of this worker; None in the parent and in
-    observers. A worker's constructor takes its slot over.
+    *fd*: the descriptor of the page, which stays open. *slot*: that of this worker; None in the
+    parent and in observers. A worker's constructor takes its slot over.
 
     Raises:
         OtherLayout: another version of aioserver has made the page; nothing on it was touched.
@@ -111,7 +115,9 @@ class Loads:
         return self._all(_Column.CONNECTIONS)
 
     def accepting(self) -> list[int]:
-        """Return the slots whose workers accept connections, with a beat that is no more than LATE."""
+        """Return the slots whose workers accept connections, with a beat that is no more than
+        LATE.
+        """
         oldest = int((self._clock() - LATE) * _NANOSECONDS)
         beats = self._all(_Column.BEAT)
         states = self._all(_Column.ACCEPTING)
@@ -122,7 +128,9 @@ class Loads:
         return self._all(_Column.GONE)
 
     def beat(self, after: float, *, accepting: bool) -> None:
-        """Say that this worker's loop turns, whether it accepts, and that the next beat is *after* so many seconds."""
+        """Say that this worker's loop turns, whether it accepts, and that the next beat is *after*
+        so many seconds.
+        """
         self._put(_Column.ACCEPTING, self.slot, int(accepting))
         self._put(_Column.BEAT, self.slot, int((self._clock() + after) * _NANOSECONDS))
 
@@ -131,7 +139,10 @@ class Loads:
         self._put(_Column.CONNECTIONS, self.slot, connections)
 
     def tell_instance(self, token: int) -> None:
-        """Say which instance of the cluster this worker is; *token* is not 0, and no other one ever has it."""
+        """Say which instance of the cluster this worker is.
+
+        *token* is not 0, and no other one ever has it.
+        """
         self._put(_Column.INSTANCE, self.slot, token)
 
     def reaped(self, slot: int) -> None:

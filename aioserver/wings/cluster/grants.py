@@ -8,10 +8,12 @@ The numbers, from the inside out:
 - `recorded`: what the server knew at its last answer. What is recorded beyond what is granted is
   given back with the next call.
 
-A grant is lowered first and told afterwards, and raised only by an answer: so the server always knows of at least what is
-granted. Given back is only what is not needed: an instance keeps its places inside, one for each request that waits, and a
-few to spare (a quarter of its part of the limit, or of places for connections all of its part) unless others starve. What is to spare comes only of what
-nobody wants, and nobody waits for it, or two idle instances would pass a place to and fro.
+A grant is lowered first and told afterwards, and raised only by an answer: so the server always
+knows of at least what is granted. Given back is only what is not needed: an instance keeps its
+places inside, one for each request that waits, and a few to spare (a quarter of its part of the
+limit, or of places for connections all of its part) unless others starve. What is to spare comes
+only of what nobody wants, and nobody waits for it, or two idle instances would pass a place to and
+fro.
 
 While others starve, a place that ends is not taken by the next request here: it goes back with the
 own want, in the same call, and turns decide. But never two gives in doubt: while a call is under
@@ -92,8 +94,8 @@ class Grant:
 
     *scope*: the instances that share it, if they are not all.
 
-    Always: `granted <= limit`; joined, what the server has recorded is at least what is granted, and at least what
-    is inside. Made by `Leases.hold`.
+    Always: `granted <= limit`; joined, what the server has recorded is at least what is granted,
+    and at least what is inside. Made by `Leases.hold`.
     """
 
     __slots__ = (

@@ -66,8 +66,9 @@ _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9.]+")
 class Membership:
     """One instance of the cluster *name*, whose server is at *url*. Made by `join`.
 
-    *fixed*: the rank of this instance and the number of all, where a parent knows them. *times*: those of the cluster.
-    *scope*: this instance among the workers of its host, which share connections; None if it has no parent.
+    *fixed*: the rank of this instance and the number of all, where a parent knows them. *times*:
+    those of the cluster. *scope*: this instance among the workers of its host, which share
+    connections; None if it has no parent.
     """
 
     def __init__(
@@ -296,8 +297,9 @@ async def join(
 ) -> AsyncIterator[Membership]:
     """Join the cluster *name* for the length of the block.
 
-    *fixed*, *times*, *scope*: see `Membership`. *first*: no other instance can have places of a former life of the cluster, so that the
-    fixed share may be used at once. *clear*: see `Membership.open`.
+    *fixed*, *times*, *scope*: see `Membership`. *first*: no other instance can have places of a
+    former life of the cluster, so that the fixed share may be used at once. *clear*: see
+    `Membership.open`.
 
     Raises:
         ConfigurationError: *url* cannot be used, or its server refuses us.

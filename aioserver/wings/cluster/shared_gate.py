@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 # Seconds: a request that the pace lets start within them wants a place.
 SOON = 0.1
-# Seconds that a request may wait for a place of another instance, where it would be refused at once otherwise: it is given
-# within two renewals, later only if an event loop is late.
+# Seconds that a request may wait for a place of another instance, where it would be refused at
+# once otherwise: it is given within two renewals, later only if an event loop is late.
 GRACE = 0.5
-# As long where no other instance is known to have one: a place that has just ended may be on its way between two of them; and
-# how many may wait so.
+# As long where no other instance is known to have one: a place that has just ended may be on its
+# way between two of them; and how many may wait so.
 MOMENT, MOMENTARY = 0.05, 100
 
 
@@ -41,7 +41,9 @@ class SharedGate(Gate):
     _grant: Grant
 
     def share(self, leases: Leases, name: str, scope: Scope | None = None) -> None:
-        """Share the limit, which is that of all instances together, or of those of *scope*, under *name*."""
+        """Share the limit, which is that of all instances together, or of those of *scope*, under
+        *name*.
+        """
         limit, self._limit = self._limit, 0
         self._leases = leases
         self._grant = leases.hold(name, limit, self, scope=scope)
@@ -125,9 +127,11 @@ class SharedGate(Gate):
 
 
 class ConnectionGate(SharedGate):
-    """The gate in front of the handlers of one worker: those of one host, its *scope*, share its places.
+    """The gate in front of the handlers of one worker: those of one host, its *scope*, share its
+    places.
 
-    Its queue is a fixed share. A gate that is closed takes no more places, and gives each back that ends.
+    Its queue is a fixed share. A gate that is closed takes no more places, and gives each back
+    that ends.
     """
 
     def __init__(self, leases: Leases, scope: Scope, limit: int, **bounds: Any) -> None:

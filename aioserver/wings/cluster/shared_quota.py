@@ -33,12 +33,15 @@ SHARE_KEPT = 0.01
 
 
 class Counted:
-    """What one key has of one thing at this instance, its answers or its connections, of which several share the limit.
+    """What one key has of one thing at this instance, its answers or its connections, of which
+    several share the limit.
 
-    Always: those that are counted and decided are within the granted places, unless these were lowered since.
+    Always: those that are counted and decided are within the granted places, unless these were
+    lowered since.
 
-    *try_start* counts a start, or returns the seconds until there is one, which *delay* returns without a start; *refuse*
-    makes the error, with these seconds, or with 0.0 where there is no place. `grant` is set by whoever makes this, before anything is taken.
+    *try_start* counts a start, or returns the seconds until there is one, which *delay* returns
+    without a start; *refuse* makes the error, with these seconds, or with 0.0 where there is no
+    place. `grant` is set by whoever makes this, before anything is taken.
     """
 
     grant: Grant
@@ -56,7 +59,8 @@ class Counted:
         self._try_start = try_start
         self._delay = delay
         self._refuse = refuse
-        # Those that wait for a place or a start, the oldest first; one that is done waits no more, and has no place.
+        # Those that wait for a place or a start, the oldest first; one that is done waits no more,
+        # and has no place.
         self._undecided: deque[asyncio.Future[None]] = deque()
 
     def take(self) -> asyncio.Future[None] | None:
@@ -88,8 +92,8 @@ class Counted:
         if refused is None:
             self.grant.place_ends()
         else:
-            # One that has neither a place nor a start. If it is not this one, it counts as this one until its own end:
-            # no more than one at a time.
+            # One that has neither a place nor a start. If it is not this one, it counts as this
+            # one until its own end: no more than one at a time.
             self._undecided.remove(refused)
         self.count -= 1
         self.decide()
@@ -114,12 +118,12 @@ class Counted:
 
     @property
     def inside(self) -> int:
-        """Those that are counted and decided."""
+        """The places that are counted and decided."""
         return self.count - len(self._undecided)
 
     @property
     def wanting(self) -> int:
-        """Those that are counted and wait for a place."""
+        """The places that are counted and still wanted."""
         return len(self._undecided)
 
     @property
@@ -142,7 +146,8 @@ class Counted:
 class SharedQuota(Quota):
     """The counts of one key at this instance, within limits that all instances share under *name*.
 
-    The connections are those of the workers of one host, which is its *scope*; None: there are no others.
+    The connections are those of the workers of one host, which is its *scope*; None: there are no
+    others.
     """
 
     def __init__(

@@ -42,13 +42,17 @@ class Member(Sharing, Protocol):
         """Return what knows the streams of other instances."""
 
     def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
-        """Let what others tell reach *providers*, and *monitor* show the state of all instances."""
+        """Let what others tell reach *providers*, and *monitor* show the state of all
+        instances.
+        """
 
 
 class ClusterWing(Wing):
-    """What several processes and machines share, through `cluster.redis_url` or a parent's private server.
+    """What several processes and machines share, through `cluster.redis_url` or a parent's private
+    server.
 
-    *member* is this process as an instance of a cluster that it has joined already; None: it joins by itself, if it is to.
+    *member* is this process as an instance of a cluster that it has joined already; None: it joins
+    by itself, if it is to.
     """
 
     name: ClassVar = "cluster"

@@ -1,4 +1,6 @@
-"""A turn of a conversation, a question and its answer; which turns are kept; what a list and a page show of conversations.
+"""A turn of a conversation, a question and its answer; which turns are kept.
+
+What a list and a page show of conversations.
 
 Tokens are those of the provider's `usage`, as far as the answer has one. The usage of a prompt
 counts the whole prompt: the history, the question, the tools. The question's part of it is taken
@@ -38,7 +40,10 @@ MAX_TITLE, MAX_READ = 80, 400
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A question and its answer; *ended*: when the answer ended, in Unix time; *size*: the bytes of both in UTF-8."""
+    """A question and its answer; *ended*: when the answer ended, in Unix time.
+
+    *size*: the bytes of both in UTF-8.
+    """
 
     question: str
     answer: str
@@ -55,7 +60,10 @@ class Turn:
         ended: float,
         tokens: tuple[float | None, float | None] = (None, None),
     ) -> Self:
-        """Return the turn of *question* and *answer*; *tokens*: those of both, where a provider has counted them."""
+        """Return the turn of *question* and *answer*.
+
+        *tokens*: those of both, where a provider has counted them.
+        """
         sizes = len(question.encode()), len(answer.encode())
         question_tokens, answer_tokens = map(_tokens, sizes, tokens)
         return cls(question, answer, ended, question_tokens, answer_tokens, sum(sizes))
@@ -76,7 +84,10 @@ class Summary(NamedTuple):
 
 
 class Page(NamedTuple):
-    """Part of a list of conversations; *after* is the position of the next part, None at the end."""
+    """Part of a list of conversations.
+
+    *after* is the position of the next part, None at the end.
+    """
 
     summaries: list[Summary]
     after: Position | None = None
@@ -131,7 +142,9 @@ def estimated_tokens(text: str) -> int:
 def counted_tokens(
     usage: Mapping[str, Any] | None, share: float
 ) -> tuple[float | None, float | None]:
-    """Return the tokens of a question and of its answer, by the provider's *usage*; None: not known.
+    """Return the tokens of a question and of its answer, by the provider's *usage*.
+
+    None: not known.
 
     *share*: the question's part of the bytes of the prompt. Reasoning is no part of an answer that
     is kept.
@@ -166,7 +179,9 @@ SECONDS_PER_DAY = 86_400
 
 
 class Bounds(NamedTuple):
-    """The bounds of one conversation: the tokens, turns and bytes that its turns have together, and their age in seconds."""
+    """The bounds of one conversation: the tokens, turns and bytes that its turns have together,
+    and their age in seconds.
+    """
 
     tokens: float = math.inf
     turns: float = math.inf

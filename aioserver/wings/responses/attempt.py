@@ -119,7 +119,10 @@ class Learned(Memory):
 
 
 class ResponseRequest(ProviderRequest):
-    """A request for a response. *draft*: what it continues, or keeps to be continued; None if there is nothing of either."""
+    """A request for a response.
+
+    *draft*: what it continues, or keeps to be continued; None if there is nothing of either.
+    """
 
     __slots__ = ("draft",)
 

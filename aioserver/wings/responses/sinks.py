@@ -1,14 +1,16 @@
-"""The sinks of a streamed response (`/v1/responses`): one whose bytes come as they are, and one made of a chat completion.
+"""The sinks of a streamed response (`/v1/responses`): one whose bytes come as they are, and one
+made of a chat completion.
 
-The bytes of a response go into the log as they come. It ends with `response.completed`, `response.incomplete` or
-`response.failed`. An error that the provider reports
-otherwise becomes a `response.failed`, the one error that all clients of this API take for an end.
+The bytes of a response go into the log as they come. It ends with `response.completed`,
+`response.incomplete` or `response.failed`. An error that the provider reports otherwise becomes a
+`response.failed`, the one error that all clients of this API take for an end.
 
-The chunks of a chat completion become the events of a response. The log has the bytes that a provider with responses of its own
-would have sent, so that everything behind it, the faces, the
-resume by `starting_after`, the memory of the last response object, works as for those. An answer ends as providers/sinks.py says
-of chat completions, and the response with it: well with `response.completed` or `response.incomplete`, or with the
-`response.failed` that a fault has on every face of this API.
+The chunks of a chat completion become the events of a response. The log has the bytes that a
+provider with responses of its own would have sent, so that everything behind it, the faces, the
+resume by `starting_after`, the memory of the last response object, works as for those. An answer
+ends as providers/sinks.py says of chat completions, and the response with it: well with
+`response.completed` or `response.incomplete`, or with the `response.failed` that a fault has on
+every face of this API.
 """
 
 from __future__ import annotations
@@ -102,7 +104,9 @@ class ResponseSink(PassingSink):
 
 
 def remember(stream: Stream, block: bytes) -> None:
-    """Let *stream* remember the events of *block*, the next ones of a response, as far as its errors need them."""
+    """Let *stream* remember the events of *block*, the next ones of a response, as far as its
+    errors need them.
+    """
     events = stream.events
     size = events.size
     events.note(block, stream.last + 1)

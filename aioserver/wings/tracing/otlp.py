@@ -1,4 +1,5 @@
-"""Spans as bytes: what the OpenTelemetry Protocol (OTLP 1.x, https://opentelemetry.io/docs/specs/otlp/) sends over HTTP.
+"""Spans as bytes: what the OpenTelemetry Protocol (OTLP 1.x,
+https://opentelemetry.io/docs/specs/otlp/) sends over HTTP.
 
     ExportTraceServiceRequest { ResourceSpans { Resource, ScopeSpans { InstrumentationScope, Span* } } }
 
@@ -94,7 +95,8 @@ def description(name: str, kind: int, attributes: Mapping[str, Value], *, failed
 
 
 class Context(NamedTuple):
-    """The place of a span in its trace: ids of 16 and 8 bytes, the parent's empty if there is none.
+    """The place of a span in its trace: ids of 16 and 8 bytes, the parent's empty if there is
+    none.
 
     *remote*: the parent is a span of another process. *state* is a `tracestate`.
     """
@@ -138,7 +140,10 @@ def span(
 
 
 def request(resource: Iterable[bytes], scope: tuple[str, str], spans: bytes) -> bytes:
-    """Return an export of *spans*, joined; *resource*: key-value pairs; *scope*: name and version of what has made them."""
+    """Return an export of *spans*, joined; *resource*: key-value pairs.
+
+    *scope*: name and version of what has made them.
+    """
     attributes = b"".join([field(1, pair) for pair in resource])
     name, version = scope
     written_scope = field(1, field(1, _text(name)) + field(2, _text(version)))
@@ -146,7 +151,9 @@ def request(resource: Iterable[bytes], scope: tuple[str, str], spans: bytes) -> 
 
 
 def rejected(response: bytes) -> int:
-    """Return how many spans a collector has rejected, as it says in its `ExportTraceServiceResponse`; 0 if none."""
+    """Return how many spans a collector has rejected, as it says in its
+    `ExportTraceServiceResponse`; 0 if none.
+    """
     # partial_success { rejected_spans, error_message }: the number comes first, and is left out
     # where it is 0.
     if len(response) < 4 or response[0] != 0x0A:

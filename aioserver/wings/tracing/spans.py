@@ -1,4 +1,5 @@
-"""The spans of a request that has ended, made of its record and its trace, as bytes (wings/tracing/otlp.py).
+"""The spans of a request that has ended, made of its record and its trace, as bytes
+(wings/tracing/otlp.py).
 
     SERVER      the request, from its wait for a place, or its admission, to the end of its answer
       INTERNAL  queue: a wait for a place of the server, or of a provider
@@ -63,7 +64,10 @@ class EndedRequest(NamedTuple):
         return 1 + len(self.trace.waits) + len(self.trace.attempts)
 
     def write(self, zero: int) -> bytes:
-        """Return its spans; *zero*: the nanoseconds of Unix time at which the monotonic clock was at 0."""
+        """Return its spans.
+
+        *zero*: the nanoseconds of Unix time at which the monotonic clock was at 0.
+        """
         trace, end = self
         began = end.admitted_at
         for wait in trace.waits:
@@ -97,7 +101,8 @@ class EndedRequest(NamedTuple):
 
 
 class EndedVisit(NamedTuple):
-    """A client that has read the answer to *request_id* after event *after*, from *began* to *now*.
+    """A client that has read the answer to *request_id* after event *after*, from *began* to
+    *now*.
 
     *link*: the ids of the trace and of the span of the request that asked for the answer, if
     known. *status*: how the answer ended, empty if it goes on; *code*: its error.
@@ -169,7 +174,9 @@ def _request(
 
 
 def _route_name(target: str, path: str) -> str:
-    """Return the method and the path of a request; of one that is passed on only its beginning: the rest may be an id."""
+    """Return the method and the path of a request; of one that is passed on only its beginning:
+    the rest may be an id.
+    """
     if not target:
         return f"POST /v1/{path}"
     method, _, passed = target.partition(" ")
