@@ -265,7 +265,8 @@ class Streams:
     max_kept_bytes: int = setting(
         size,
         "bytes kept of all answers and stored responses together, all that belongs to them counted; beyond: "
-        "the oldest of those that have ended are dropped, then readers that are behind, then new requests get 503",
+        "of the key that keeps most the oldest that have ended are dropped, then readers that are behind, then new "
+        "requests get 503",
         2**28,
     )
     max_detached: int = setting(

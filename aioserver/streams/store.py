@@ -2,9 +2,14 @@
 
 All logs together keep `max_kept_bytes`, in everything that they keep. Beyond that
 
-    1. the finished logs that nobody reads, and stored responses, are dropped, the oldest first
+    1. the finished logs that nobody reads, and stored responses, are dropped: of the owner that
+       keeps most of both, the oldest first
     2. readers that are far behind are dropped, with what only they still need
     3. new answers are refused
+
+An owner is a key or, without keys, an address: see `owner_of`.
+
+This file is one concept: whatever is kept is counted here, and goes from here, by one order.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from aioserver.auth.callers import Caller
 from aioserver.errors import ServerAtCapacity
+from aioserver.limits.shares import ByOwner, Shares
 from aioserver.streams.stream import Remote, Stream
 
 if TYPE_CHECKING:
@@ -33,7 +39,7 @@ SEARCH_STEP = 0.01
 
 class Shelf(Protocol):
     """Answers of one *api* that are kept beside the logs, such as stored responses, and may be
-    dropped to make room.
+    dropped to make room. Their bytes are counted by `StreamStore.hold`, for their owners.
     """
 
     api: AnswerApi
@@ -41,11 +47,13 @@ class Shelf(Protocol):
     def __len__(self) -> int:
         """Return how many there are."""
 
-    def oldest(self) -> float:
-        """Return the monotonic time at which the oldest was stored; infinity if there is none."""
+    def oldest(self, owner: Hashable) -> float:
+        """Return the monotonic time at which the oldest of *owner* was stored; infinity if there
+        is none.
+        """
 
-    def drop_oldest(self) -> None:
-        """Drop the oldest."""
+    def drop_oldest(self, owner: Hashable) -> None:
+        """Drop the oldest of *owner*."""
 
     def drop(self, caller: Any, name: str) -> bool:
         """Let an answer of *caller* be found no longer; return whether there was one."""
@@ -97,6 +105,9 @@ class StreamStore:
         self._owned: dict[Hashable, dict[Stream, None]] = {}
         # The oldest first.
         self._finished: OrderedDict[Stream, None] = OrderedDict()
+        self._finished_of: ByOwner[Hashable, Stream, None] = ByOwner()
+        # The bytes of what may be dropped where room is needed: finished logs, and shelves.
+        self._shares: Shares[Hashable] = Shares()
         self._running: set[Stream] = set()
         self._bytes = 0
         # The bytes from which on late readers are looked for.
@@ -146,7 +157,7 @@ class StreamStore:
         self._running.add(stream)
         if not private:
             self._by_name[caller, request_id] = stream
-            self._owned.setdefault(_owner(caller), {})[stream] = None
+            self._owned.setdefault(owner_of(caller), {})[stream] = None
         return stream
 
     def open_mirror(self, request_id: str, caller: Hashable, *, after: int) -> Stream:
@@ -183,7 +194,7 @@ class StreamStore:
 
         Without keys all clients are one caller; the logs are those of the caller's address then.
         """
-        return iter(tuple(self._owned.get(_owner(caller), ())))
+        return iter(tuple(self._owned.get(owner_of(caller), ())))
 
     def running(self) -> tuple[Stream, ...]:
         """Return the logs that have not ended, private ones included."""
@@ -195,10 +206,15 @@ class StreamStore:
 
     def drop(self, stream: Stream) -> None:
         """Forget *stream*, which has ended; a second call does nothing."""
-        self._finished.pop(stream, None)
         self._running.discard(stream)
         self.unname(stream)
-        self._bytes -= stream.forget()
+        freed = stream.forget()
+        self._bytes -= freed
+        if stream in self._finished:
+            del self._finished[stream]
+            owner = owner_of(stream.caller)
+            self._finished_of.pop(owner, stream)
+            self._shares.add(owner, -freed)
         self._observer.dropped(stream)
 
     def unname(self, stream: Stream) -> None:
@@ -206,15 +222,17 @@ class StreamStore:
         for name in (stream.request_id, stream.alias):
             if name is not None and self._by_name.get((stream.caller, name)) is stream:
                 del self._by_name[stream.caller, name]
-        owner = _owner(stream.caller)
+        owner = owner_of(stream.caller)
         if (owned := self._owned.get(owner)) is not None:
             owned.pop(stream, None)
             if not owned:
                 del self._owned[owner]
 
-    def count_bytes(self, _stream: Stream, size: int) -> None:
+    def count_bytes(self, stream: Stream, size: int) -> None:
         """Note that a log has grown by *size* bytes; negative: it has shrunk."""
         self._bytes += size
+        if stream.ended and stream in self._finished:
+            self._shares.add(owner_of(stream.caller), size)
         if self._bytes > self._max_kept_bytes:
             self._evict()
 
@@ -222,6 +240,9 @@ class StreamStore:
         """Note that *stream* has its last event."""
         self._running.discard(stream)
         self._finished[stream] = None
+        owner = owner_of(stream.caller)
+        self._finished_of.put(owner, stream, None)
+        self._shares.add(owner, stream.kept_bytes)
         # The rendering of an event may be as large as the log, and is not counted.
         stream.rendered = None
         self._observer.finished(stream)
@@ -233,12 +254,15 @@ class StreamStore:
         if self._bytes > self._max_kept_bytes:
             self._evict()
 
-    def hold(self) -> HeldBytes:
-        """Return a count, at 0, of the bytes of a body that no log has."""
-        return HeldBytes(self)
+    def hold(self, owner: Hashable = None) -> HeldBytes:
+        """Return a count, at 0, of the bytes of a body that no log has.
 
-    def take(self, size: int) -> None:
-        """Count *size* bytes of a body that no log has.
+        *owner* is that of an answer on a shelf; None: they cannot be dropped to make room.
+        """
+        return HeldBytes(self, owner)
+
+    def take(self, size: int, owner: Hashable = None) -> None:
+        """Count *size* bytes of a body that no log has: see `hold`.
 
         Raises:
             ServerAtCapacity: there is no room for them.
@@ -250,10 +274,14 @@ class StreamStore:
                 f"chat.streams.max_kept_bytes={self._max_kept_bytes} reached by answers",
                 retry_after=5.0,
             )
+        if owner is not None:
+            self._shares.add(owner, size)
 
-    def give_back(self, size: int) -> None:
+    def give_back(self, size: int, owner: Hashable = None) -> None:
         """Count *size* bytes no longer, which `take` has counted."""
         self._bytes -= size
+        if owner is not None:
+            self._shares.add(owner, -size)
 
     def stats(self) -> StoreStats:
         """Return a snapshot."""
@@ -293,34 +321,40 @@ class StreamStore:
                 self._drop_unread()
 
     def _drop_unread(self) -> None:
-        """Drop finished logs that nobody reads, and stored responses, the oldest first."""
-        target, evicted, freed = self._max_kept_bytes * EVICTION_TARGET, [], 0
-        for stream in self._finished:
-            if self._bytes - freed < target:
-                break
-            if not stream.readers:
-                self._drop_stored(target + freed, ended_at(stream))
-                if self._bytes - freed < target:
-                    break
-                evicted.append(stream)
-                freed += stream.kept_bytes
-        for stream in evicted:
-            self.drop(stream)
-        self._drop_stored(target, inf)
-
-    def _drop_stored(self, target: float, before: float) -> None:
-        """Drop answers that were stored *before* that time, until less than *target* bytes are
-        kept.
+        """Drop finished logs that nobody reads, and stored responses: of the owner that keeps most
+        of them, the oldest first.
         """
-        while self._bytes >= target and self.shelves:
-            shelf = min(self.shelves, key=_oldest)
-            if shelf.oldest() >= before:
+        target = self._max_kept_bytes * EVICTION_TARGET
+        if self._bytes < target:
+            return
+        # Of each owner that keeps most at some moment: its finished logs, the oldest last.
+        logs: dict[Hashable, list[Stream]] = {}
+        for owner in self._shares.largest_first():
+            if owner not in logs:
+                logs[owner] = [*reversed(self._finished_of.of(owner))]
+            kept = self._shares.of(owner)
+            # A stored response that others continue keeps its bytes as long as they do.
+            while self._shares.of(owner) == kept and self._drop_oldest(owner, logs[owner]):
+                pass
+            if self._bytes < target:
                 return
-            shelf.drop_oldest()
 
-
-def _oldest(shelf: Shelf) -> float:
-    return shelf.oldest()
+    def _drop_oldest(self, owner: Hashable, logs: list[Stream]) -> bool:
+        """Drop the oldest of the finished *logs* of *owner*, the oldest last, and of what it has
+        stored; return whether there was any.
+        """
+        while logs and logs[-1].readers:
+            logs.pop()
+        ended = ended_at(logs[-1]) if logs else inf
+        stored_at, shelf = inf, None
+        for each in self.shelves:
+            if (oldest := each.oldest(owner)) < stored_at:
+                stored_at, shelf = oldest, each
+        if shelf is not None and stored_at < ended:
+            shelf.drop_oldest(owner)
+        elif logs:
+            self.drop(logs.pop())
+        return stored_at < inf or ended < inf
 
 
 class HeldBytes:
@@ -330,10 +364,11 @@ class HeldBytes:
     they are.
     """
 
-    __slots__ = ("_released", "_store", "size")
+    __slots__ = ("_owner", "_released", "_store", "size")
 
-    def __init__(self, store: StreamStore) -> None:
+    def __init__(self, store: StreamStore, owner: Hashable = None) -> None:
         self._store = store
+        self._owner = owner
         self.size = 0
         self._released = False
 
@@ -344,13 +379,13 @@ class HeldBytes:
             ServerAtCapacity: all that is kept would be more than `max_kept_bytes`.
         """
         if not self._released:
-            self._store.take(size)
+            self._store.take(size, self._owner)
             self.size += size
 
     def reset(self) -> None:
         """Give the bytes back: another attempt begins anew."""
         size, self.size = self.size, 0
-        self._store.give_back(size)
+        self._store.give_back(size, self._owner)
 
     def release(self) -> None:
         """Give the bytes back for good; a second call does nothing."""
@@ -370,8 +405,8 @@ def ended_at(stream: Stream) -> float:
     return stream.entries[-1].received_at if stream.entries else 0.0
 
 
-def _owner(caller: Hashable) -> Hashable:
-    """Return the owner of the streams that *caller* is shown: its key, or its address without
-    keys.
+def owner_of(caller: Hashable) -> Hashable:
+    """Return the owner of what is kept of *caller*, and shown to it: its key, or its address
+    without keys.
     """
     return (caller, caller.flow) if isinstance(caller, Caller) else caller

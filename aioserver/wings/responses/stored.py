@@ -15,8 +15,9 @@ room as a stored one, and a client gets it for nothing (`generate: false`), so i
 stored one where the room is needed: first the one that has been held longest. A client that
 continues it afterwards is told so, and sends the conversation again.
 
-All of it counts for `max_kept_bytes`. Beyond that the oldest go first, logs and stored responses
-alike (streams/store.py). A request has a `Draft` of the response to come (draft.py).
+All of it counts for `max_kept_bytes`, as kept for its owner. Beyond that the owner that keeps most
+loses its oldest first, logs and stored responses alike (streams/store.py). A request has a `Draft`
+of the response to come (draft.py).
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from aioserver.errors import ResponseNotFound, ServerAtCapacity
+from aioserver.limits.shares import ByOwner
+from aioserver.streams.store import owner_of
 from aioserver.wings.responses.api import RESPONSES
 from aioserver.wings.responses.items import ResponseParts, joined, replayable
 from aioserver.wings.responses.storage import Record
@@ -203,7 +206,9 @@ class StoredResponse:
 
 
 class Counted(Protocol):
-    """A response, which is kept as long as something refers to it."""
+    """A response of *caller*, which is kept as long as something refers to it."""
+
+    caller: Caller
 
     def retain(self) -> None:
         """Refer to it, until `release`."""
@@ -223,8 +228,10 @@ class HeldResponses(Generic[R]):
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        # With the times since when they are held: the oldest first.
-        self._held: OrderedDict[Hashable, tuple[float, R]] = OrderedDict()
+        # With the times since when they are held.
+        self._held: dict[Hashable, tuple[float, R]] = {}
+        # Their holders, by the owners of the responses: the oldest first.
+        self._holders: ByOwner[Hashable, Hashable, None] = ByOwner()
 
     def get(self, holder: Hashable) -> R | None:
         """Return what *holder* holds; None if it holds nothing, or that was dropped."""
@@ -236,19 +243,21 @@ class HeldResponses(Generic[R]):
         response.retain()
         self.drop(holder)
         self._held[holder] = self._clock(), response
+        self._holders.put(owner_of(response.caller), holder, None)
 
     def drop(self, holder: Hashable) -> None:
         """Let *holder* hold nothing."""
         if (held := self._held.pop(holder, None)) is not None:
+            self._holders.pop(owner_of(held[1].caller), holder)
             held[1].release()
 
-    def oldest(self) -> float:
-        """Return since when the oldest is held; infinity if there is none."""
-        return next((since for since, _response in self._held.values()), inf)
+    def oldest(self, owner: Hashable) -> float:
+        """Return since when the oldest of *owner* is held; infinity if there is none."""
+        return next((self._held[holder][0] for holder in self._holders.of(owner)), inf)
 
-    def drop_oldest(self) -> None:
-        """Drop the oldest, to make room."""
-        self.drop(next(iter(self._held)))
+    def drop_oldest(self, owner: Hashable) -> None:
+        """Drop the oldest of *owner*, to make room."""
+        self.drop(next(iter(self._holders.of(owner))))
 
 
 # Seconds between two sweeps at least: one sweep removes all that are due.
@@ -292,6 +301,7 @@ class StoredResponses:
         self._loop = asyncio.get_running_loop() if loop is None else loop
         # The oldest first.
         self._named: OrderedDict[tuple[Caller, str], StoredResponse] = OrderedDict()
+        self._named_of: ByOwner[Hashable, str, StoredResponse] = ByOwner()
         self._sweeper: asyncio.TimerHandle | None = None
         self.held: HeldResponses[StoredResponse] = HeldResponses(clock)
         self.storage = storage
@@ -369,7 +379,7 @@ class StoredResponses:
 
         *whole* false: it has continued a response that is not held here.
         """
-        held = self._streams.hold()
+        held = self._streams.hold(owner_of(caller))
         response = StoredResponse(
             caller,
             parts,
@@ -398,10 +408,10 @@ class StoredResponses:
         self._expire()
         key = (response.caller, response.id)
         response.retain()
-        if (older := self._named.pop(key, None)) is not None:
-            older.release()
+        self._drop(key)
         response.stored_at = self._clock()
         self._named[key] = response
+        self._named_of.put(owner_of(response.caller), response.id, response)
         if self.storage is not None:
             self._share(response, self.storage)
         if self._sweeper is None:
@@ -421,18 +431,19 @@ class StoredResponses:
         """
         return self.storage is not None and await self.storage.delete(caller, response_id)
 
-    def oldest(self) -> float:
-        """Return since when the oldest response is stored, or held by a connection; infinity if
-        there is none.
+    def oldest(self, owner: Hashable) -> float:
+        """Return since when the oldest response of *owner* is stored, or held by a connection;
+        infinity if there is none.
         """
-        return min(self._oldest(), self.held.oldest())
+        return min(self._oldest_of(owner), self.held.oldest(owner))
 
-    def drop_oldest(self) -> None:
-        """Drop the oldest response, to make room."""
-        if self.held.oldest() < self._oldest():
-            self.held.drop_oldest()
+    def drop_oldest(self, owner: Hashable) -> None:
+        """Drop the oldest response of *owner*, to make room."""
+        if self.held.oldest(owner) < self._oldest_of(owner):
+            self.held.drop_oldest(owner)
         else:
-            self._drop(next(iter(self._named)))
+            response = next(iter(self._named_of.of(owner).values()))
+            self._drop((response.caller, response.id))
 
     def close(self) -> None:
         """Forget every response, and stop the timer."""
@@ -493,6 +504,10 @@ class StoredResponses:
             response.shared = True
         return response
 
+    def _oldest_of(self, owner: Hashable) -> float:
+        named = self._named_of.of(owner).values()
+        return next((response.stored_at for response in named), inf)
+
     def _oldest(self) -> float:
         return next((response.stored_at for response in self._named.values()), inf)
 
@@ -500,6 +515,7 @@ class StoredResponses:
         response = self._named.pop(key, None)
         if response is None:
             return False
+        self._named_of.pop(owner_of(response.caller), response.id)
         response.release()
         return True
 

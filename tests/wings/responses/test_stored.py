@@ -405,6 +405,35 @@ def test_answers_that_are_kept_and_stored_responses_make_room_oldest_first() -> 
         assert kept() == []
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_one_caller_pushes_out_nothing_that_others_keep(held: bool) -> None:
+    conversations = Conversations(room=1 << 20)
+    streams, others = conversations.streams, [Caller(f"other{number}") for number in range(5)]
+    for other in others:
+        conversations.ask("r", text="x" * 20_000, caller=other)
+        stream = streams.open("log", other, window=60.0)
+        stream.end_with(Entry(1, 1, COMPLETE, b"x" * 20_000, None, conversations.clock.now))
+        conversations.clock.advance(1.0)
+
+    for number in range(20):
+        lane = number % 5
+        draft = conversations.draft(
+            store=not held,
+            on_kept=lambda response, lane=lane: conversations.stored.held.hold(lane, response),
+        )
+        text = json.dumps({"input": "x" * 200_000})
+        at_once(draft.body_for(text.encode(), "demo", keeps=True))
+        draft.keep_response(answer(f"r{number}", "a"), "demo")
+        draft.release()
+        conversations.clock.advance(1.0)
+
+    assert conversations.bytes <= 1 << 20
+    for other in others:
+        assert conversations.stored.get(other, "r") is not None
+        assert streams.find(other, "log") is not None
+    assert any(conversations.stored.held.get(lane) for lane in range(5))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_random_conversations_stay_within_their_bounds_and_leave_nothing(seed: int) -> None:
     rng = random.Random(seed)
