@@ -17,6 +17,8 @@ import aiohttp
 import orjson
 
 from tests.simulation import kept_talk, openai_faces, own_faces, response_chain, response_lanes
+from tests.simulation.clock import Clock
+from tests.simulation.configuration import ROOM, STREAMS
 from tests.simulation.dials import draw_dial
 from tests.simulation.patience import GONE, Left, Patience
 from tests.simulation.plan import CONVERSATIONS
@@ -122,6 +124,10 @@ class Client:
         self.home = dice.randrange(1 << 16)
         # Whether a connection of it has suffered anything.
         self.network_was_bad = False
+        # When its question was first asked, and how often it was asked again when its answer might
+        # be forgotten, so that it may be a turn of its conversation more than once.
+        self._asked_at = 0.0
+        self.repeats = 0
         self.second: Client | None = None
         # What it has asked in conversations of the Responses API, and in one that the server
         # keeps, whose id that of its questions is.
@@ -169,6 +175,16 @@ class Client:
         """Wait a moment, as a client that reads slowly does after each event."""
         if self.has("read slowly"):
             await asyncio.sleep(self._read_pause)
+
+    def asks(self) -> None:
+        """Note that it asks its question, once more if nothing was heard of the first time."""
+        changes = self.plan.changes
+        kept = Clock.now - self._asked_at <= changes[f"{STREAMS}.resume_window"]
+        if not self._asked_at:
+            self._asked_at = Clock.now
+        elif not (kept and changes[f"{STREAMS}.max_kept_bytes"] >= ROOM):
+            self.repeats += 1
+            self.question.may_be_repeated()
 
     def body(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a request with *payload* as its body."""

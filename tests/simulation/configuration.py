@@ -18,6 +18,8 @@ GATE = "chat.websocket.concurrency"
 HTTP_SERVER = f"{GATE}.uvicorn"
 STREAMS = "chat.streams"
 SPARE = "llm.providers.spare"
+# What is kept is dropped for want of room where there is less room than this.
+ROOM = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)

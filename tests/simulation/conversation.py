@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tests.simulation.clock import Clock
-from tests.simulation.configuration import STREAMS
+from tests.simulation.configuration import ROOM, STREAMS
 from tests.simulation.plan import KEEPS
 from tests.simulation.response_events import ResponseReading
 from tests.simulation.truth import Question
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 NEXT = 10_000_000
 # Seconds after which a response is written for other instances, if nothing goes wrong.
 WRITTEN = 2.0
-# Stored responses are dropped for want of room where there is less room than this.
-ROOM = 1 << 28
 
 
 @dataclass(slots=True, eq=False)

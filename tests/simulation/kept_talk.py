@@ -20,7 +20,8 @@ async def talk(client: Client) -> None:
     """Ask some questions, then read the conversation, and delete it."""
     name = f"c{client.number}"
     # Turns that are kept for certain, and those that may be: of an answer that was cancelled the
-    # text so far is kept.
+    # text so far is kept, and a question that is asked again when its answer is forgotten is
+    # another turn.
     kept = perhaps = 0
     for number in range(1, client.dice.choice((1, 3, 5)) + 1):
         face = client.dice.choice(("websocket", "sse"))
@@ -33,7 +34,7 @@ async def talk(client: Client) -> None:
         if asked.outcome.startswith("refused"):
             return
         kept += asked.outcome == "complete"
-        perhaps += asked.outcome != "complete"
+        perhaps += (asked.outcome != "complete") + asked.repeats
     url = f"{client.base}/conversations/{name}"
     async with client.session.get(url, headers=client.headers) as response:
         shown = orjson.loads(await response.read())

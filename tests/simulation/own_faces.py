@@ -46,6 +46,8 @@ async def _websocket(client: Client, attempt: int) -> None:
         if attempt and client.reading.last:
             frame["action"] = "resume"
             frame["payload"] = {"last_event_id": client.reading.last}
+        else:
+            client.asks()
         await ws.send_str(orjson.dumps(frame).decode())
         cancelled = False
         async for message in ws:
@@ -70,6 +72,7 @@ async def _sse(client: Client, attempt: int) -> None:
         headers = {**client.headers, "Last-Event-ID": str(client.reading.last)}
         request = client.session.get(f"{url}/{client.name}", headers=headers)
     else:
+        client.asks()
         body = {**_payload(client), "request_id": client.name}
         request = client.session.post(url, **client.body(body))
     async with request as response:

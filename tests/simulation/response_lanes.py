@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 LANES = (1, 1, 2, 5, 20, 34)
 # Requests of a conversation that are refused, or fail, before its client gives up.
 TRIES = 3
-# What a server says of a response that cannot be resumed.
-NOT_RESUMED = {"stream_not_found", "resume_gap"}
+# What a server says of a response that cannot be resumed; the last one if another instance has it,
+# or may have it, and does not answer.
+NOT_RESUMED = {"stream_not_found", "resume_gap", "server_shutdown"}
+# How a connection is closed that was good.
+CLOSED_WELL = 1000
 NO_ROOM = "wait on this socket already"
 NOT_CANCELLED = "no such response is under way"
 
@@ -75,6 +78,8 @@ class Talk:
         self.prepares = dice.random() < 0.3
         self.store = dice.choice((None, True, False))
         self.events = 0
+        # Whether the server has said that it closes the connection.
+        self.closes = False
 
     @property
     def outcome(self) -> str:
@@ -93,6 +98,7 @@ class Talk:
         """
         client = self.client
         url = client.base.replace("http", "ws", 1) + "/v1/responses"
+        self.closes = False
         async with client.session.ws_connect(url, max_msg_size=0, headers=client.headers) as ws:
             for lane in self.lanes.values():
                 lane.latest, lane.cancelled, lane.cancels = None, False, 0
@@ -106,9 +112,11 @@ class Talk:
                     return
                 if client.now("leave", self.events):
                     raise Left
-                if lane_event is not None:
+                if lane_event is not None and not self.closes:
                     await self._go_on(ws, lane_event)
                 await client.pause()
+            if self.closes and ws.close_code == CLOSED_WELL:
+                raise Violation("an error of the connection, which is closed as if it were none")
             raise EOFError(f"closed with {ws.close_code}")
 
     async def _begin(self, ws: aiohttp.ClientWebSocketResponse, lane: Lane) -> None:
@@ -238,6 +246,11 @@ class Talk:
             lane.left += 1
             return
         if turn.read.last >= 0:
+            if "stream_id" not in event:
+                # An error of the whole connection looks like one of the lane without a name. The
+                # server closes the connection; what is under way goes on until then.
+                self.closes = True
+                return
             raise Violation(f"{code} as a refusal, after {turn.read.last + 1} events")
         lane.asked.pop(0)
         lane.resumed = lane.cancelled = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.simulation.configuration import HTTP, STREAMS
+from tests.simulation.configuration import HTTP, ROOM, STREAMS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from tests.simulation.provider import Calls
     from tests.simulation.together import Together
     from tests.simulation.transport import Transport
-
-# Kept answers are dropped for want of room where there is less room than this.
-ROOM = 1 << 28
 
 
 class Sums:

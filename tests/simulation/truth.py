@@ -51,6 +51,12 @@ class Question:
         speeches = (model.speech(self.text, turn) for turn in self.turns)
         return tuple("".join(model.tokens(speech)[: self.tokens]) for speech in speeches)
 
+    def may_be_repeated(self) -> None:
+        """Let it also be one turn later: it is asked again, and may have been answered before."""
+        self.turns = (*self.turns, self.turns[-1] + 1)
+        for cached in ("answer", "answers"):
+            self.__dict__.pop(cached, None)
+
     @property
     def may_be_whole(self) -> bool:
         """Whether the answer may end well."""

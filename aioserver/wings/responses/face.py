@@ -208,7 +208,11 @@ async def retrieve(
     stream, after = found
     if after is not None:
         return await openai.follow_stream(context, request, stream, after)
-    return await write(context, request, stream)
+    try:
+        return await write(context, request, stream)
+    except StreamNotFound:
+        # Its log has gone while the request waited for a place.
+        return await retrieve(context, stored, request, None)
 
 
 async def cancel(

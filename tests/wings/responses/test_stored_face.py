@@ -4,6 +4,7 @@ the official SDK.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -204,6 +205,26 @@ async def test_a_stored_response_is_read_when_its_log_has_gone(make_server: Make
         assert retrieved.model_dump() == first.model_dump()
         with pytest.raises(openai.ConflictError, match="no longer kept"):
             await sdk.responses.retrieve(first.id, stream=True, starting_after=3)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_stored_response_is_read_though_its_log_goes_while_a_place_is_awaited(
+    make_server: MakeServer, streamed: bool
+) -> None:
+    server = await make_server(
+        QUICK,
+        **{"chat.streams.resume_window": 60.0, f"{CONCURRENCY}.max_connections": 1},
+    )
+    streams, gate = server.owners.streams, server.owners.context.admission.gate
+    async with AsyncOpenAI(api_key="x", base_url=server.v1, max_retries=0) as sdk:
+        first = await ask(sdk, "one", streamed=streamed)
+        async with server.connect():
+            retrieving = asyncio.ensure_future(sdk.responses.retrieve(first.id))
+            await until(lambda: gate.waiting == 1)
+            for log in streams.finished():
+                streams.drop(log)
+
+        assert (await retrieving).model_dump() == first.model_dump()
 
 
 async def test_a_deleted_response_is_gone_with_its_log(
