@@ -46,6 +46,7 @@ The tree, with HTTP status, code and close code:
         InternalError               500  internal_error          1011
         ServerAtCapacity            503  server_at_capacity      1013
         ServerShutdown              503  server_shutdown         1012
+        InstanceUnavailable         503  instance_unavailable
         HistoryUnavailable          503  history_unavailable
         ProviderFault               faults of a provider, in provider_errors.py
 """
@@ -400,9 +401,16 @@ class ServerShutdown(AioserverError):
     close_reason = b"server is stopping"
 
 
+class InstanceUnavailable(AioserverError):
+    """Whether another instance has what was asked for is not known now."""
+
+    outcome = "rejected"
+    code, status, retryable = "instance_unavailable", 503, True
+
+
 class HistoryUnavailable(AioserverError):
-    """The storage of conversations cannot be reached, so what was asked of it is not done for
-    certain.
+    """The storage of conversations cannot be reached, so what was asked of it is not known, or not
+    done for certain.
     """
 
     outcome = "rejected"

@@ -49,6 +49,7 @@ TABLE = {
     503: {
         *("server_at_capacity", "provider_queue_full", "provider_queue_timeout", "pool_timeout"),
         *("circuit_open", "no_provider", "server_shutdown", "history_unavailable"),
+        "instance_unavailable",
     },
     504: {"connect_timeout", "read_timeout", "write_timeout"},
 }

@@ -7,15 +7,26 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import secrets
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from aioserver.errors import InstanceUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
 
 logger = logging.getLogger("aioserver.cluster")
 
-# Seconds for which the server's answer is awaited where a request waits for it.
-TIMEOUT = 0.05
+# Seconds for which the server's answer is awaited where a request can do without it, and where no
+# answer would be taken for one.
+TIMEOUT, KNOWN_TIMEOUT = 0.05, 1.0
+# Seconds for which the end of an answer waits for what is written of it.
+WRITE_TIMEOUT = 0.02
+# Seconds for which a look-up waits for what another instance is about to write, in growing pauses,
+# and for which a mark says so if its instance is killed.
+BUSY_PAUSES, MARKED = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.185), 120.0
+# Seconds after which a client may ask again for what was not known.
+RETRY_AFTER = 1.0
 # Seconds by which a timer is late where the event loop is, and for which an answer is awaited at
 # most then.
 LATE, MAX_TIMEOUT = 0.01, 1.0
@@ -35,6 +46,10 @@ T = TypeVar("T")
 class Connection(Protocol):
     """A connection to the server."""
 
+    @property
+    def connected(self) -> bool:
+        """Whether commands are carried out."""
+
     async def execute(self, *command: bytes | str | float) -> Any:
         """Return the answer to one command; those of one connection are carried out in their
         order.
@@ -47,16 +62,25 @@ class Connection(Protocol):
 class Commands:
     """The shared store, as each wing uses it that keeps something there.
 
-    Each key begins with *prefix*.
+    Each key begins with *prefix*. *me* is a name that no other instance has.
 
     Always: the log says once that the server is away, until it has answered again.
     """
 
     def __init__(self, connection: Connection, prefix: str) -> None:
         self.prefix = prefix
+        self.me = secrets.token_hex(6)
         # Whether the server did not answer the last `ask`.
         self.away = False
         self._connection = connection
+
+    @property
+    def patience(self) -> float:
+        """Seconds for which an answer is awaited that a request goes on without, but badly.
+
+        None is waited for long while it is known that the server is away.
+        """
+        return KNOWN_TIMEOUT if self._connection.connected else TIMEOUT
 
     async def execute(self, *command: bytes | str | float) -> Any:
         """Return the answer to one command: see `Connection`."""
@@ -74,15 +98,66 @@ class Commands:
 
         None if the server does not answer in time.
         """
+        answered = await self._answered(call, seconds)
+        return answered[0] if answered else None
+
+    async def know(self, call: Coroutine[Any, Any, T], subject: str) -> T:
+        """Return the result of *call*, which looks a *subject* up that all instances share.
+
+        Raises:
+            InstanceUnavailable: the server does not answer within KNOWN_TIMEOUT. What is not known
+                is not absent.
+        """
+        answered = await self._answered(call, KNOWN_TIMEOUT)
+        if not answered:
+            raise unknown(subject)
+        return answered[0]
+
+    async def _answered(
+        self, call: Coroutine[Any, Any, T], seconds: float
+    ) -> tuple[T] | tuple[()]:
         try:
             result = await answer_of(call, seconds)
         except Exception as exc:  # noqa: BLE001 - whatever the server says, this instance goes on
             if not self.away:
                 self.away = True
                 logger.warning("claims of streams get no answer: %r", exc)
-            return None
+            return ()
         self.away = False
-        return result
+        return (result,)
+
+
+def unknown(subject: str) -> InstanceUnavailable:
+    """Return the error of a request for *subject*, of which nobody says whether it is there."""
+    text = f"whether another process has this {subject} cannot be found out now"
+    return InstanceUnavailable(text, retry_after=RETRY_AFTER)
+
+
+def awaited(writing: asyncio.Future[Any], seconds: float) -> asyncio.Future[None]:
+    """Return a future that is done once *writing* is, or after *seconds*: see `Keeper.keep`.
+
+    Time for which our own event loop was late does not count, as in `answer_of`.
+    """
+    loop = asyncio.get_running_loop()
+    # Not *writing* itself: who awaits a future cancels it when it is cancelled.
+    done: asyncio.Future[None] = loop.create_future()
+    end = loop.time() + max(seconds, MAX_TIMEOUT)
+
+    def look(due: float) -> None:
+        now = loop.time()
+        if now - due < LATE or now >= end:
+            tell()
+        elif not done.done():
+            loop.call_later(seconds, look, now + seconds)
+
+    def tell(_writing: object = None) -> None:
+        if not done.done():
+            done.set_result(None)
+
+    timer = loop.call_later(seconds, look, loop.time() + seconds)
+    done.add_done_callback(lambda _done: timer.cancel())
+    writing.add_done_callback(tell)
+    return done
 
 
 async def answer_of(call: Coroutine[Any, Any, T], seconds: float = TIMEOUT) -> T:

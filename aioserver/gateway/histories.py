@@ -28,30 +28,51 @@ class Answered(NamedTuple):
     share: float
 
 
+class Begun(NamedTuple):
+    """A question as a storage knows it that several processes share, until its turn is kept.
+
+    *mark* is its name there; *asked* is when it came, by the storage's own clock, None if the
+    storage did not answer.
+    """
+
+    mark: str
+    asked: float | None
+
+
 class Histories(Protocol):
     """The conversations of all callers. No method raises: a chat goes on without them."""
 
     @property
     def stored(self) -> bool:
-        """Whether a conversation is loaded before it is used."""
+        """Whether a question begins with `begin`."""
 
     def now(self) -> float:
         """Return the time of day by which turns are kept, in Unix time."""
 
-    async def load(self, caller: Caller, conversation_id: str) -> None:
-        """Let the conversation be as its storage has it; without an answer it stays as it is."""
+    async def begin(self, caller: Caller, conversation_id: str, *, known: bool) -> Begun | None:
+        """Let the conversation be as its storage has it; without an answer it stays as it is.
+
+        *known*: it may be there already. What is returned is for `keep`, or `leave` instead.
+        """
 
     def messages(self, caller: Caller, conversation_id: str, text: str) -> list[dict[str, Any]]:
         """Return the messages to send for the question *text*, which is the last of them."""
 
     def keep(
-        self, caller: Caller, conversation_id: str, answered: Answered
+        self,
+        caller: Caller,
+        conversation_id: str,
+        answered: Answered,
+        begun: Begun | None = None,
     ) -> Awaitable[None] | None:
         """Append a turn; not if the conversation was deleted since the question came.
 
         Return what the end of the answer is to wait for, as `Keeper.keep`; None if it need not
         wait.
         """
+
+    def leave(self, caller: Caller, conversation_id: str, begun: Begun) -> None:
+        """Note that no turn comes of a question that has begun."""
 
 
 class NoHistories:
@@ -63,12 +84,21 @@ class NoHistories:
         """Return the time of day, in Unix time."""
         return time.time()
 
-    async def load(self, caller: Caller, conversation_id: str) -> None:
+    async def begin(self, caller: Caller, conversation_id: str, *, known: bool) -> None:
         """Load nothing."""
 
     def messages(self, _caller: Caller, _conversation_id: str, text: str) -> list[dict[str, Any]]:
         """Return the question alone."""
         return [{"role": "user", "content": text}]
 
-    def keep(self, caller: Caller, conversation_id: str, answered: Answered) -> None:
+    def keep(
+        self,
+        caller: Caller,
+        conversation_id: str,
+        answered: Answered,
+        begun: Begun | None = None,
+    ) -> None:
         """Keep nothing."""
+
+    def leave(self, caller: Caller, conversation_id: str, begun: Begun) -> None:
+        """Do nothing."""

@@ -1,9 +1,10 @@
 """The contract of what a request continues, and of what is kept of its answer.
 
-    begin     before any provider is asked
-    keep      before the client knows that the answer is complete
-    cut       instead, when the answer was cancelled
-    release   whatever happened
+    begin        before any provider is asked
+    identified   once the provider's id of the answer is known, if it has one
+    keep         before the client knows that the answer is complete
+    cut          instead, when the answer was cancelled
+    release      whatever happened
 
 A chat keeps its turn of the conversation (prompts.py), a response itself (wing `responses`). Most
 requests have no keeper.
@@ -29,6 +30,11 @@ class Keeper(Protocol):
 
     async def begin(self) -> None:
         """Find what the request continues. Cancelling is safe."""
+
+    def identified(self, answer_id: str) -> None:
+        """Note the id that the provider has given to the answer, which clients know from now
+        on.
+        """
 
     def keep(self, answer: Stream | Answer) -> Awaitable[None] | None:
         """Keep *answer*, which is complete: a log with all but its last event, or an answer that

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
-    from aioserver.gateway.histories import Histories
+    from aioserver.gateway.histories import Begun, Histories
     from aioserver.gateway.request import Route
     from aioserver.protocol.client_frames import Chat
     from aioserver.providers.request import Answer, Hold
@@ -40,13 +40,15 @@ class Prompt:
 
     Always: *reading* is that of *request*, and so has the text that came so far.
 
-    *late* takes the history, if that has to be loaded first. *sent* holds the bytes of the
+    *late* takes the history, if that has to be loaded first, and returns how the storage knows the
+    question. *sent* holds the bytes of the
     messages and options that were sent, as soon as they are known. *asked*: when the question
     came, in Unix time.
     """
 
     __slots__ = (
         "_asked",
+        "_begun",
         "_histories",
         "_late",
         "_sent",
@@ -64,9 +66,11 @@ class Prompt:
         reading: Reading,
         conversation_id: str | None,
         sent: list[int],
-        late: Callable[[], Coroutine[Any, Any, None]] | None = None,
+        late: Callable[[], Coroutine[Any, Any, Begun | None]] | None = None,
     ) -> None:
         self._asked = histories.now()
+        # How the storage knows the question, from `begin` on until it has its turn.
+        self._begun: Begun | None = None
         self._histories = histories
         self._late = late
         self._sent = sent
@@ -79,7 +83,10 @@ class Prompt:
         """Take the history as it is now, if it was not taken when the prompt was made."""
         late, self._late = self._late, None
         if late is not None:
-            await late()
+            self._begun = await late()
+
+    def identified(self, answer_id: str) -> None:
+        """Do nothing: a turn goes by the id of its conversation."""
 
     def keep(self, _answer: Stream | Answer) -> Awaitable[None] | None:
         """Append the client's text, and the answer so far, to the conversation, if there is
@@ -95,14 +102,18 @@ class Prompt:
             self.reading.usage,
             min(1.0, share),
         )
-        return self._histories.keep(self.request.caller, self.conversation_id, answered)
+        begun, self._begun = self._begun, None
+        return self._histories.keep(self.request.caller, self.conversation_id, answered, begun)
 
     def cut(self, stream: Stream) -> Awaitable[None] | None:
         """Append the answer as far as it came, if there is any of it."""
         return self.keep(stream) if self.reading.size else None
 
     def release(self) -> None:
-        """Do nothing: what it has goes with it."""
+        """Let nobody wait for a turn that does not come."""
+        begun, self._begun = self._begun, None
+        if begun is not None and self.conversation_id is not None:
+            self._histories.leave(self.request.caller, self.conversation_id, begun)
 
 
 class Prompts:
@@ -137,7 +148,7 @@ class Prompts:
         # In lists of their own, so that the prompt, which lives longer, does not keep the
         # messages.
         held, sent = [chat.messages or b""], [len(chat.options)]
-        take_history: Callable[[], Coroutine[Any, Any, None]] | None = None
+        take_history: Callable[[], Coroutine[Any, Any, Begun | None]] | None = None
         if chat.messages is None:
             assert chat.text is not None
             text, known = chat.text, chat.conversation_id or scope
@@ -147,11 +158,12 @@ class Prompts:
                 held[0] = self._messages(caller, name, text)
                 sent.append(len(held[0]))
 
-            async def load() -> None:
-                await self._histories.load(caller, name)
+            async def load() -> Begun | None:
+                begun = await self._histories.begin(caller, name, known=known is not None)
                 take()
+                return begun
 
-            if known is not None and self._histories.stored:
+            if self._histories.stored:
                 take_history = load
             else:
                 take()

@@ -93,8 +93,12 @@ OF_REJECTIONS = {
     ),
     "concurrency_exceeded": ("a client has as many answers as it may", _OWN_LIMITS),
     "history_unavailable": (
-        "conversations cannot be deleted now",
+        "conversations cannot be read or deleted now",
         "The log says what is wrong with the storage of conversations.",
+    ),
+    "instance_unavailable": (
+        "other instances, or the server that they share, do not answer",
+        "Look at the load of the cluster's Redis or Valkey server, and of the instances.",
     ),
     "no_provider": (
         "no provider can be asked",

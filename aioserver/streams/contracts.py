@@ -113,6 +113,9 @@ class Attempt(Protocol):
 class Keeper(Protocol):
     """What keeps the answer of a log (gateway/keeper.py), as the log sees it."""
 
+    def identified(self, answer_id: str) -> None:
+        """Note the id that the provider has given to the answer."""
+
     def keep(self, stream: Any) -> Awaitable[None] | None:
         """Keep the answer in *stream*, which is complete but for its last event.
 

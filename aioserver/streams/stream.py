@@ -303,7 +303,11 @@ class Stream:
                 self.attempt.first_event()
 
     def add_alias(self, alias: str) -> None:
-        """Let this stream be found by *alias*, too; a private one is not found at all."""
+        """Let this stream be found by *alias*, the provider's id of the answer, too; a private one is
+        not found at all.
+        """
+        if self.keeper is not None:
+            self.keeper.identified(alias)
         if self.alias is None and not self.private and self._store is not None:
             self.alias = alias
             self._store.add_alias(self, alias)

@@ -360,17 +360,28 @@ class SimulatedStore(MemoryStore):
         turn: bytes,
         bounds: tuple[int, int, float],
         listed: Listed | None = None,
-    ) -> None:
-        await self._ask(lambda: super(SimulatedStore, self).keep_turn(name, turn, bounds, listed))
+        mark: str = "",
+    ) -> bool:
+        keep = super().keep_turn
+        return await self._ask(lambda: keep(name, turn, bounds, listed, mark))
 
-    async def turns(self, name: str) -> tuple[list[bytes], bool]:
-        return await self._ask(lambda: super(SimulatedStore, self).turns(name))
+    async def turns(self, name: str, me: str, mark: str) -> tuple[list[bytes], bool, bool, float]:
+        return await self._ask(lambda: super(SimulatedStore, self).turns(name, me, mark))
+
+    async def take_mark(self, name: str, mark: str) -> int:
+        return await self._ask(lambda: super(SimulatedStore, self).take_mark(name, mark))
 
     async def put_response(
         self, name: str, data: bytes, previous: str, seconds: float, most: int
     ) -> int:
         put = super().put_response
         return await self._ask(lambda: put(name, data, previous, seconds, most))
+
+    async def mark_response(self, name: str) -> bool:
+        return await self._ask(lambda: super(SimulatedStore, self).mark_response(name))
+
+    async def unmark_response(self, name: str) -> int:
+        return await self._ask(lambda: super(SimulatedStore, self).unmark_response(name))
 
     async def has_response(self, name: str) -> bool:
         return await self._ask(lambda: super(SimulatedStore, self).has_response(name))

@@ -754,6 +754,8 @@ async def test_what_is_kept_at_the_end_has_what_was_taken_behind_a_finish_reason
     kept: list[str] = []
 
     class TextKeeper:
+        def identified(self, answer_id: str) -> None: ...
+
         def keep(self, _stream: Stream) -> None:
             kept.append(road.reading.text)
 

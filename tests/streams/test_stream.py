@@ -1037,6 +1037,8 @@ class Bank:
     def __init__(self) -> None:
         self.kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+    def identified(self, answer_id: str) -> None: ...
+
     def keep(self, _stream: Stream) -> Awaitable[None]:
         return self.kept
 

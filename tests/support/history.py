@@ -76,8 +76,8 @@ def keep(
 
 async def questions(kept: SqliteStorage, name: str = "c", caller: Caller = ME) -> list[str] | None:
     """The questions of a conversation, as it is loaded."""
-    turns = await kept.load(caller, name)
-    return None if turns is None else [turn.question for turn in turns]
+    loaded = await kept.load(caller, name)
+    return None if loaded is None else [turn.question for turn in loaded.turns]
 
 
 async def listed(kept: SqliteStorage, caller: Caller = ME) -> list[str]:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aioserver.auth.keys import quota_of
-from aioserver.gateway.commands import Commands
+from aioserver.gateway.commands import MARKED, Commands
 from aioserver.limits.gate import Gate
 from aioserver.providers.health import ALONE
 from aioserver.providers.queueing import ProviderGate
@@ -69,12 +69,16 @@ class World:
     conversations: dict[str, list[bytes]] = field(default_factory=dict)
     # By name: the data, and the name of the response before.
     responses: dict[str, tuple[bytes, str]] = field(default_factory=dict)
+    # Those that are about to be written, and whether they were deleted before.
+    announced: dict[str, bool] = field(default_factory=dict)
     # The names of responses that were deleted.
     forgotten: set[str] = field(default_factory=set)
     # By owner, and in it by id: when its last turn ended.
     lists: dict[str, dict[str, float]] = field(default_factory=dict)
     # When a conversation, or all of an owner, were deleted.
     deletions: dict[str, float] = field(default_factory=dict)
+    # The questions under way in conversations, and when they came.
+    marks: dict[str, dict[str, float]] = field(default_factory=dict)
     # How often the store was asked for anything, and the bytes that were published.
     calls: int = 0
     published: int = 0
@@ -140,6 +144,7 @@ class MemoryStore:
     def __init__(self, world: World, me: str) -> None:
         self._world = world
         self._me = me
+        self.connected = True
 
     async def execute(self, *command: Any) -> Any:
         match command:
@@ -150,18 +155,16 @@ class MemoryStore:
                 return [name.encode() for name in await self.members()]
             case ("GET", key) if key.startswith("log:"):
                 return await self.get_log(_name(key))
-            case ("GET", key):
-                return b"1" if (await self.turns(_name(key)))[1] else None
-            case ("LRANGE", key, *_):
-                return (await self.turns(_name(key)))[0]
             case ("ZREVRANGEBYSCORE", key, most, _, _, _, _, limit):
                 listed = await self.conversations(_name(key))
                 some = [each for each in listed if each.updated <= float(most)][:limit]
                 return [part for at, name in some for part in (name.encode(), b"%r" % at)]
-            case ("SET", key, now, "PX", milliseconds):
-                return await self.note_deletion(_name(key), float(now), milliseconds / 1000)
-            case ("EXISTS", key):
-                return await self.has_response(_name(key))
+            case ("ZREM", key, mark):
+                return await self.take_mark(_name(key), mark)
+            case ("SET", key, "", "EX", _seconds):
+                return await self.mark_response(_name(key))
+            case ("DEL", key):
+                return await self.unmark_response(_name(key))
         raise AssertionError(command)
 
     async def _evaluate(self, script: str, names: list[str], values: list[Any]) -> Any:
@@ -185,25 +188,33 @@ class MemoryStore:
             case claims.PUT_LOG:
                 return await self.put_log(names[0], values[0], values[1] / 1000)
             case turns.KEEP_TURN:
-                turn, size, count, milliseconds, *rest = values
+                turn, size, count, milliseconds, mark, *rest = values
                 listed = None
                 if rest:
-                    listed = Listed(names[2], rest[0], float(rest[1]), float(rest[2]))
+                    listed = Listed(names[3], rest[0], float(rest[1]), float(rest[2]))
                 return await self.keep_turn(
-                    names[0], turn, (size, count, milliseconds / 1000), listed
+                    names[0], turn, (size, count, milliseconds / 1000), listed, mark
                 )
+            case turns.LOAD_TURNS:
+                me, mark, _seconds = values
+                kept, deleted, busy, now = await self.turns(names[0], me, mark)
+                return kept, int(deleted), int(busy), b"%r" % now
             case turns.FIRST_TURNS:
                 return await self.first_turns(names)
             case turns.DELETE_TURNS:
-                now, milliseconds, *ids = values
-                kept = dict(zip(ids, names[2::2], strict=True))
-                return await self.delete_turns(names[0], kept, float(now), milliseconds / 1000)
+                _milliseconds, *ids = values
+                return await self.delete_turns(names[0], dict(zip(ids, names[2::3], strict=True)))
+            case turns.NOTE_DELETION:
+                return await self.note_deletion(names[0])
             case chains.PUT:
                 data, milliseconds, most, *_ = values
-                previous = names[3] if names[3:] else ""
+                previous = names[4] if names[4:] else ""
                 return await self.put_response(names[0], data, previous, milliseconds / 1000, most)
+            case chains.LOOK:
+                there = await self.has_response(names[0])
+                return 1 if there else 2 * (names[0] in self._world.announced)
             case chains.CHAIN:
-                return await self.response_chain(names[0], values[1])
+                return [b"", *await self.response_chain(names[0], values[1])]
             case chains.DELETE:
                 return await self.delete_response(names[0])
         raise AssertionError(script)
@@ -259,22 +270,34 @@ class MemoryStore:
         turn: bytes,
         bounds: tuple[int, int, float],
         listed: Listed | None = None,
-    ) -> None:
+        mark: str = "",
+    ) -> bool:
         await self._asked()
         world = self._world
+        world.marks.get(name, {}).pop(mark, None)
         if listed is not None:
             deleted = (world.deletions.get(each, 0.0) for each in (name, listed.owner))
             if listed.asked <= max(deleted):
-                return
+                return False
             world.lists.setdefault(listed.owner, {})[listed.conversation_id] = listed.updated
         turns = world.conversations.setdefault(name, [])
         turns.append(turn)
         del turns[: -bounds[1]]
+        return True
 
-    async def turns(self, name: str) -> tuple[list[bytes], bool]:
+    async def turns(self, name: str, me: str, mark: str) -> tuple[list[bytes], bool, bool, float]:
+        now, world = await self._asked(), self._world
+        marks = world.marks.get(name, {})
+        busy = any(not each.startswith(me) and at > now - MARKED for each, at in marks.items())
+        if mark:
+            world.marks[name] = {**marks, mark: now}
+        turns = list(world.conversations.get(name, ()))
+        return turns, name in world.deletions, busy, now
+
+    async def take_mark(self, name: str, mark: str) -> int:
         await self._asked()
-        turns = list(self._world.conversations.get(name, ()))
-        return turns, not turns and name in self._world.deletions
+        self._world.marks.get(name, {}).pop(mark, None)
+        return 1
 
     async def conversations(self, owner: str) -> list[Position]:
         await self._asked()
@@ -286,20 +309,18 @@ class MemoryStore:
         kept = [self._world.conversations.get(name, []) for name in names]
         return [(len(turns), turns[0] if turns else b"") for turns in kept]
 
-    async def delete_turns(
-        self, owner: str, names: Mapping[str, str], now: float, seconds: float
-    ) -> int:
-        await self._asked()
+    async def delete_turns(self, owner: str, names: Mapping[str, str]) -> int:
+        now = await self._asked()
         world, count = self._world, 0
         for conversation_id, name in names.items():
             world.deletions[name] = now
             world.lists.get(owner, {}).pop(conversation_id, None)
-            count += world.conversations.pop(name, None) is not None
+            kept, marks = world.conversations.pop(name, None), world.marks.pop(name, None)
+            count += kept is not None or bool(marks)
         return count
 
-    async def note_deletion(self, owner: str, now: float, seconds: float) -> bool:
-        await self._asked()
-        self._world.deletions[owner] = now
+    async def note_deletion(self, owner: str) -> bool:
+        self._world.deletions[owner] = await self._asked()
         return True
 
     async def put_response(
@@ -309,8 +330,18 @@ class MemoryStore:
         responses = self._world.responses
         if previous and previous not in responses:
             return chains.MISSING
-        responses[name] = data, previous
+        if not self._world.announced.pop(name, False):
+            responses[name] = data, previous
         return chains.WRITTEN
+
+    async def mark_response(self, name: str) -> bool:
+        await self._asked()
+        self._world.announced.setdefault(name, False)
+        return True
+
+    async def unmark_response(self, name: str) -> int:
+        await self._asked()
+        return int(self._world.announced.pop(name, None) is not None)
 
     async def has_response(self, name: str) -> bool:
         await self._asked()
@@ -330,8 +361,12 @@ class MemoryStore:
 
     async def delete_response(self, name: str) -> bool:
         await self._asked()
-        known = name in self._world.responses and name not in self._world.forgotten
-        self._world.forgotten.add(name)
+        world = self._world
+        if name not in world.responses and name in world.announced:
+            world.announced[name] = True
+            return True
+        known = name in world.responses and name not in world.forgotten
+        world.forgotten.add(name)
         return known
 
     async def _asked(self) -> float:

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
     from aioserver.config.settings import Context, Persistence
-    from aioserver.gateway.histories import Answered
+    from aioserver.gateway.histories import Answered, Begun
     from aioserver.wings.conversations.memory import Conversations
     from aioserver.wings.conversations.turn import Dialogue, Page, Position
 
-# Seconds after which a client may try a deletion again.
+# Seconds after which a client may try again.
 RETRY_AFTER = 5.0
 
 
@@ -51,6 +51,16 @@ class StorageStats:
     since: float = 0.0
 
 
+class Loaded(NamedTuple):
+    """The *turns* of a conversation, the oldest first.
+
+    *certain* false: there are none, and what this process remembers stands.
+    """
+
+    turns: Sequence[Turn]
+    certain: bool = True
+
+
 class Storage(Protocol):
     """A storage of conversations. No method waits for long or raises; each says if it cannot."""
 
@@ -64,13 +74,28 @@ class Storage(Protocol):
     def stats(self) -> StorageStats:
         """Return a snapshot."""
 
-    async def load(self, caller: Caller, conversation_id: str) -> Sequence[Turn] | None:
-        """Return the turns of a conversation, the oldest first; None if nothing is known of it."""
+    async def load(self, caller: Caller, conversation_id: str) -> Loaded | None:
+        """Return the turns of a conversation; None if the storage does not say them now."""
+
+    async def begin(
+        self, caller: Caller, conversation_id: str, *, known: bool
+    ) -> tuple[Loaded | None, Begun | None]:
+        """Return what `load` does, for a question whose turn is to come: see `Histories.begin`."""
+
+    def leave(self, caller: Caller, conversation_id: str, begun: Begun) -> None:
+        """Note that no turn comes of a question: see `Histories.leave`."""
 
     def keep(
-        self, caller: Caller, conversation_id: str, turn: Turn, asked: float
+        self,
+        caller: Caller,
+        conversation_id: str,
+        turn: Turn,
+        asked: float,
+        begun: Begun | None = None,
     ) -> Awaitable[None] | None:
-        """Append *turn* soon, unless the conversation was deleted since *asked*, its question's time.
+        """Append *turn* soon, unless the conversation was deleted since its question.
+
+        *asked* is the question's time by the clock of this machine.
 
         Return what the end of the answer is to wait for, if anything: see `Histories.keep`.
         """
@@ -101,7 +126,7 @@ class History:
 
     @property
     def stored(self) -> bool:
-        """Whether there is a storage, from which a conversation is loaded before it is used."""
+        """Whether there is a storage, with which a question begins."""
         return self._storage is not None
 
     def stats(self) -> StorageStats:
@@ -121,27 +146,41 @@ class History:
         if self._storage is not None:
             self._storage.apply(persistence)
 
-    async def load(self, caller: Caller, conversation_id: str) -> None:
+    async def begin(self, caller: Caller, conversation_id: str, *, known: bool) -> Begun | None:
         """Let this process have the conversation as the storage has it, if that answers."""
+        if self._storage is None:
+            return None
+        loaded, begun = await self._storage.begin(caller, conversation_id, known=known)
+        self._use(caller, conversation_id, loaded)
+        return begun
+
+    def leave(self, caller: Caller, conversation_id: str, begun: Begun) -> None:
+        """Note that no turn comes of a question that has begun."""
         if self._storage is not None:
-            turns = await self._storage.load(caller, conversation_id)
-            if turns is not None:
-                self._conversations.replace(caller, conversation_id, turns)
+            self._storage.leave(caller, conversation_id, begun)
 
     def messages(self, caller: Caller, conversation_id: str, text: str) -> list[dict[str, Any]]:
         """Return the messages to send for the question *text*: see `Conversations.history`."""
         return self._conversations.history(caller, conversation_id, text)
 
     def keep(
-        self, caller: Caller, conversation_id: str, answered: Answered
+        self,
+        caller: Caller,
+        conversation_id: str,
+        answered: Answered,
+        begun: Begun | None = None,
     ) -> Awaitable[None] | None:
         """Append a turn, unless its conversation was deleted: see `Histories.keep`."""
         question, answer, asked, usage, share = answered
         turn = Turn.of(question, answer, self.now(), counted_tokens(usage, share))
         kept = self._conversations.keep(caller, conversation_id, turn, asked)
-        if not kept or self._storage is None:
+        if self._storage is None:
             return None
-        return self._storage.keep(caller, conversation_id, turn, asked)
+        if not kept:
+            if begun is not None:
+                self._storage.leave(caller, conversation_id, begun)
+            return None
+        return self._storage.keep(caller, conversation_id, turn, asked, begun)
 
     async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page:
         """Return part of the caller's conversations: see `Conversations.listing`."""
@@ -158,15 +197,17 @@ class History:
 
         Raises:
             ConversationNotFound: there is none.
+            HistoryUnavailable: the storage may have it.
         """
         partial = False
         if self._storage is not None:
-            turns = await self._storage.load(caller, conversation_id)
-            if turns is not None:
-                self._conversations.replace(caller, conversation_id, turns)
-            partial = turns is None or self._storage.troubled
+            loaded = await self._storage.load(caller, conversation_id)
+            self._use(caller, conversation_id, loaded)
+            partial = loaded is None or self._storage.troubled
         dialogue = self._conversations.read(caller, conversation_id)
         if dialogue is None:
+            if partial:
+                raise _unavailable("it is not known whether there is such a conversation")
             raise ConversationNotFound("no such conversation: it never existed, or is forgotten")
         return dialogue._replace(partial=partial)
 
@@ -181,7 +222,7 @@ class History:
         if self._storage is not None:
             stored = await self._storage.delete(caller, conversation_id)
             if stored is None:
-                raise _unavailable()
+                raise _unavailable("it is not certain that this is deleted")
             deleted = stored
         if not deleted:
             raise ConversationNotFound("no such conversation: it never existed, or is forgotten")
@@ -196,11 +237,15 @@ class History:
         if self._storage is not None:
             stored = await self._storage.delete_all(caller)
             if stored is None:
-                raise _unavailable()
+                raise _unavailable("it is not certain that this is deleted")
             number = stored
         return number
 
+    def _use(self, caller: Caller, conversation_id: str, loaded: Loaded | None) -> None:
+        if loaded is not None and loaded.certain:
+            self._conversations.replace(caller, conversation_id, loaded.turns)
 
-def _unavailable() -> HistoryUnavailable:
-    text = "the conversations cannot be reached now, so it is not certain that this is deleted"
+
+def _unavailable(so: str) -> HistoryUnavailable:
+    text = f"the conversations cannot be reached now, so {so}"
     return HistoryUnavailable(text, retry_after=RETRY_AFTER)

@@ -1,31 +1,48 @@
 """Conversations for all instances: their turns are in Redis or Valkey. See `wings.conversations.history.Storage`.
 
 A turn is written when its answer has ended, and all turns are read when the next question of the
-conversation is asked. This instance keeps them, too (`wings.conversations.memory`): while the
+conversation is asked. The end of an answer waits for its turn, but not for long: a question leaves
+a *mark* where the turns are, with the reading of them, which goes when its turn is kept, or none
+comes. While there is a mark of another instance, a reader waits for a moment, and reads again. So
+a turn whose end a client has seen is not missed, however late it is written. This instance keeps them, too (`wings.conversations.memory`): while the
 server is away, a conversation goes on with what is known here. What is kept is bounded as the
 settings say, and forgotten a day after the last turn.
 
 A conversation is a list of turns; all of them are in one sorted set, by their last turn, so that
 those that rested for longest go where there is no room. A deletion is remembered, for answers that
 run meanwhile, and for instances that know the conversation still. Each caller has a list of its
-conversations by their last turn; without keys each address has one. A key in Redis is made of
+conversations by their last turn; without keys each address has one. Whether a question came before
+a deletion is told by the clock of the server: those of machines differ. A key in Redis is made of
 digests: neither the caller nor the id stands in it.
+
+This file is one concept: what is in Redis of a conversation, and who waits for what of it, is one
+set of keys that scripts change as one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from aioserver.gateway.commands import FULL, TIMEOUT, name_of
-from aioserver.wings.conversations.history import StorageStats
+from aioserver.gateway.commands import (
+    BUSY_PAUSES,
+    FULL,
+    KNOWN_TIMEOUT,
+    MARKED,
+    WRITE_TIMEOUT,
+    awaited,
+    name_of,
+)
+from aioserver.gateway.histories import Begun
+from aioserver.wings.conversations.history import Loaded, StorageStats
 from aioserver.wings.conversations.turn import Page, Position, Summary, Turn, title_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from aioserver.auth.callers import Caller
     from aioserver.config.settings import Persistence
@@ -40,18 +57,45 @@ CALL_TIMEOUT = 1.0
 STEP = 100
 # Conversations whose last turns end at the very same time, at most.
 TIES = 20
-# KEYS: the conversation, all conversations by their last turn. ARGV: the turn, bytes and turns
-# that are kept, milliseconds to live. Where there is no room, the conversations that rested for
-# longest go, some with each turn. One that lacks its newest turn goes as a whole: the instances
-# then use what they know of it themselves. If the conversation is listed, three keys and values
-# more: the list, two deletions; the id, the time of the turn, and that of its question: what was
-# asked before a deletion is not kept.
+# The server's time in seconds, with microseconds.
+NOW = """
+local time = redis.call('TIME')
+local clock = time[1] .. '.' .. string.format('%06d', time[2])
+"""
+# KEYS: the conversation, its deletion, its marks. ARGV: the name of this instance, a mark to be
+# set ("" if none), seconds for which a mark says something. The turns, whether the conversation
+# was deleted, whether there are marks of other instances, the time.
+LOAD_TURNS = (
+    NOW
+    + """
+local turns, busy = redis.call('LRANGE', KEYS[1], 0, -1), 0
+if redis.call('EXISTS', KEYS[3]) == 1 then
+  redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', clock - ARGV[3])
+  for _, mark in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
+    if mark:sub(1, #ARGV[1]) ~= ARGV[1] then busy = 1 end
+  end
+end
+if ARGV[2] ~= '' then
+  redis.call('ZADD', KEYS[3], clock, ARGV[2])
+  redis.call('EXPIRE', KEYS[3], ARGV[3])
+end
+return {turns, redis.call('EXISTS', KEYS[2]), busy, clock}
+"""
+)
+# KEYS: the conversation, all conversations by their last turn, the marks of the conversation.
+# ARGV: the turn, bytes and turns that are kept, milliseconds to live, the mark of its question.
+# Where there is no room, the conversations that rested for longest go, some with each turn. One
+# that lacks its newest turn goes as a whole: the instances then use what they know of it
+# themselves. If the conversation is listed, three keys and values more: the list, two deletions;
+# the id, the time of the turn, and that of its question: what was asked before a deletion is not
+# kept.
 KEEP_TURN = (
     FULL
     + """
-for number = 4, #KEYS do
+redis.call('ZREM', KEYS[3], ARGV[5])
+for number = 5, #KEYS do
   local deleted = redis.call('GET', KEYS[number])
-  if deleted and tonumber(ARGV[7]) <= tonumber(deleted) then return 0 end
+  if deleted and tonumber(ARGV[8]) <= tonumber(deleted) then return 0 end
 end
 local now, kept = tonumber(redis.call('TIME')[1]), tonumber(ARGV[4])
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - kept / 1000)
@@ -77,11 +121,11 @@ if first > 1 then redis.call('LTRIM', KEYS[1], first - 1, -1) end
 redis.call('PEXPIRE', KEYS[1], kept)
 redis.call('ZADD', KEYS[2], now, KEYS[1])
 redis.call('PEXPIRE', KEYS[2], kept)
-if KEYS[3] then
-  redis.call('ZADD', KEYS[3], ARGV[6], ARGV[5])
-  redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now - kept / 1000)
-  redis.call('ZREMRANGEBYRANK', KEYS[3], 0, -10001)
-  redis.call('PEXPIRE', KEYS[3], kept)
+if KEYS[4] then
+  redis.call('ZADD', KEYS[4], ARGV[7], ARGV[6])
+  redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', now - kept / 1000)
+  redis.call('ZREMRANGEBYRANK', KEYS[4], 0, -10001)
+  redis.call('PEXPIRE', KEYS[4], kept)
 end
 return 1
 """
@@ -94,31 +138,49 @@ for number, key in ipairs(KEYS) do
 end
 return found
 """
-# KEYS: the list, all conversations, then for each a conversation and its deletion. ARGV: the time,
-# milliseconds for which a deletion is remembered, then ids.
-DELETE_TURNS = """
+# KEYS: the list, all conversations, then for each a conversation, its deletion, and its marks.
+# ARGV: milliseconds for which a deletion is remembered, then ids. A question that is under way in
+# a conversation is one that there is, though it has no turn yet: none will be kept.
+DELETE_TURNS = (
+    NOW
+    + """
 local count = 0
-for number = 3, #ARGV do
-  local key = KEYS[2 * number - 3]
-  redis.call('SET', KEYS[2 * number - 2], ARGV[1], 'PX', ARGV[2])
+for number = 2, #ARGV do
+  local key, deleted, marks = KEYS[3 * number - 3], KEYS[3 * number - 2], KEYS[3 * number - 1]
+  redis.call('SET', deleted, clock, 'PX', ARGV[1])
   redis.call('ZREM', KEYS[1], ARGV[number])
   redis.call('ZREM', KEYS[2], key)
-  count = count + redis.call('DEL', key)
+  count = count + math.max(redis.call('DEL', key), redis.call('DEL', marks))
 end
 return count
 """
+)
+# KEYS: the deletion of all of a caller's. ARGV: milliseconds for which it is remembered.
+NOTE_DELETION = NOW + "return redis.call('SET', KEYS[1], clock, 'PX', ARGV[1])"
 
 
 class Listed(NamedTuple):
     """The entry of a conversation in the list of its *owner*, with a new turn that ended at *updated*.
 
-    *asked*: when the turn's question came. Both in Unix time.
+    *asked*: when the turn's question came, by the clock of the server. Both in Unix time.
     """
 
     owner: str
     conversation_id: str
     updated: float
     asked: float
+
+
+class Turns(NamedTuple):
+    """The *turns* of a conversation, which was *deleted*, or is not there, if it has none.
+
+    *busy*: another instance is about to keep one. *now*: the server's time.
+    """
+
+    turns: list[bytes]
+    deleted: bool = False
+    busy: bool = False
+    now: float = 0.0
 
 
 class RedisTurns:
@@ -134,23 +196,35 @@ class RedisTurns:
         turn: bytes,
         bounds: tuple[int, int, float],
         listed: Listed | None = None,
-    ) -> None:
-        """Append *turn* to a conversation; *bounds*: bytes and turns that are kept, and for how many seconds."""
+        mark: str = "",
+    ) -> bool:
+        """Append *turn* to a conversation, and take the *mark* of its question away.
+
+        Return whether it is kept. *bounds*: bytes and turns that are kept, and for how many seconds.
+        """
         (size, count, seconds), prefix = bounds, self._prefix
-        keys = [f"{prefix}c:{name}", f"{prefix}talks"]
-        values: list[bytes | str | int] = [turn, size, count, int(1000 * seconds)]
+        keys = [f"{prefix}c:{name}", f"{prefix}talks", f"{prefix}busy:{name}"]
+        values: list[bytes | str | int] = [turn, size, count, int(1000 * seconds), mark]
         if listed is not None:
             owner = listed.owner
             keys += (f"{prefix}own:{owner}", f"{prefix}gone:{name}", f"{prefix}gone:{owner}")
             values += (listed.conversation_id, repr(listed.updated), repr(listed.asked))
-        await self._commands.evaluate(KEEP_TURN, keys, *values)
+        return bool(await self._commands.evaluate(KEEP_TURN, keys, *values))
 
-    async def turns(self, name: str) -> tuple[list[bytes], bool]:
-        """Return the turns of a conversation, and whether it was deleted."""
-        turns = await self._commands.execute("LRANGE", f"{self._prefix}c:{name}", 0, -1)
+    async def turns(self, name: str, mark: str = "") -> Turns:
+        """Return the turns of a conversation, and leave the *mark* of a question there, if any."""
+        prefix = self._prefix
+        keys = [f"{prefix}c:{name}", f"{prefix}gone:{name}", f"{prefix}busy:{name}"]
+        me, marked = self._commands.me, int(MARKED)
+        turns, deleted, busy, now = await self._commands.evaluate(
+            LOAD_TURNS, keys, me, mark, marked
+        )
         kept = [turn for turn in turns if isinstance(turn, bytes)]
-        deleted = not kept and await self._commands.execute("GET", f"{self._prefix}gone:{name}")
-        return kept, bool(deleted)
+        return Turns(kept, not kept and bool(deleted), bool(busy), float(now))
+
+    async def take_mark(self, name: str, mark: str) -> None:
+        """Take the mark of a question away of which no turn comes."""
+        await self._commands.execute("ZREM", f"{self._prefix}busy:{name}", mark)
 
     async def conversations(
         self, owner: str, limit: int, after: Position | None
@@ -177,23 +251,18 @@ class RedisTurns:
         )
         return [(int(number), first) for number, first in found]
 
-    async def delete_turns(
-        self, owner: str, names: Mapping[str, str], now: float, seconds: float
-    ) -> int:
+    async def delete_turns(self, owner: str, names: Mapping[str, str], seconds: float) -> int:
         """Delete conversations, by their ids, and remember it for *seconds*; return how many there were."""
         prefix = self._prefix
         keys = [f"{prefix}own:{owner}", f"{prefix}talks"]
         for name in names.values():
-            keys += (f"{prefix}c:{name}", f"{prefix}gone:{name}")
-        milliseconds = int(1000 * seconds)
-        return int(
-            await self._commands.evaluate(DELETE_TURNS, keys, repr(now), milliseconds, *names)
-        )
+            keys += (f"{prefix}c:{name}", f"{prefix}gone:{name}", f"{prefix}busy:{name}")
+        return int(await self._commands.evaluate(DELETE_TURNS, keys, int(1000 * seconds), *names))
 
-    async def note_deletion(self, owner: str, now: float, seconds: float) -> bool:
+    async def note_deletion(self, owner: str, seconds: float) -> bool:
         """Remember for *seconds* that all conversations of *owner* are deleted."""
-        key, milliseconds = f"{self._prefix}gone:{owner}", int(1000 * seconds)
-        return bool(await self._commands.execute("SET", key, repr(now), "PX", milliseconds))
+        keys = [f"{self._prefix}gone:{owner}"]
+        return bool(await self._commands.evaluate(NOTE_DELETION, keys, int(1000 * seconds)))
 
 
 class _Turn(msgspec.Struct, array_like=True):
@@ -210,7 +279,7 @@ _decoder = msgspec.msgpack.Decoder(_Turn)
 
 
 class RedisHistories:
-    """The turns of conversations in Redis; *clock* returns the time of day, which all machines share."""
+    """The turns of conversations in Redis; *clock* returns the time of day."""
 
     def __init__(
         self,
@@ -220,8 +289,11 @@ class RedisHistories:
     ) -> None:
         self._turns = RedisTurns(commands)
         self._conversations = conversations
+        self._commands = commands
         self._ask = commands.ask
         self._clock = clock
+        # The questions that have begun here.
+        self._questions = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -236,24 +308,45 @@ class RedisHistories:
     def apply(self, persistence: Persistence) -> None:
         """Do nothing: the bounds are those of the conversations here."""
 
-    async def load(self, caller: Caller, conversation_id: str) -> list[Turn] | None:
-        """Return the turns that all have; what makes no sense is left out. None: none are known."""
-        name = name_of(caller.name, conversation_id)
-        found: tuple[list[bytes], bool] | None = await self._ask(self._turns.turns(name), TIMEOUT)
-        if found is None:
-            return None
-        data, deleted = found
-        turns = [turn for each in data if (turn := _decoded(each, self._clock())) is not None]
-        # Redis may have forgotten what this instance knows still.
-        return turns if turns or deleted else None
+    async def load(self, caller: Caller, conversation_id: str) -> Loaded | None:
+        """Return the turns that all have; what makes no sense is left out."""
+        found = await self._read(name_of(caller.name, conversation_id))
+        return None if found is None else self._loaded(found)
 
-    def keep(self, caller: Caller, conversation_id: str, turn: Turn, asked: float) -> None:
-        """Append a turn soon."""
-        task = asyncio.get_running_loop().create_task(
-            self._keep(caller, conversation_id, turn, asked)
-        )
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    async def begin(
+        self,
+        caller: Caller,
+        conversation_id: str,
+        *,
+        known: bool,  # noqa: ARG002 - the mark is needed in any case
+    ) -> tuple[Loaded | None, Begun]:
+        """Return the turns that all have, for a question, which leaves its mark."""
+        mark = f"{self._commands.me}:{next(self._questions)}"
+        found = await self._read(name_of(caller.name, conversation_id), mark)
+        if found is None:
+            # The mark may have been set nevertheless.
+            return None, Begun(mark, None)
+        return self._loaded(found), Begun(mark, found.now)
+
+    def leave(self, caller: Caller, conversation_id: str, begun: Begun) -> None:
+        """Take the mark of a question away, soon."""
+        name = name_of(caller.name, conversation_id)
+        self._start(self._unmark(name, begun.mark))
+
+    def keep(
+        self,
+        caller: Caller,
+        conversation_id: str,
+        turn: Turn,
+        asked: float,
+        begun: Begun | None = None,
+    ) -> asyncio.Future[None]:
+        """Append a turn; return what ends once it is written, or after WRITE_TIMEOUT."""
+        begun = begun or Begun("", None)
+        # Where the server did not answer, only the clock of this machine says when.
+        asked = asked if begun.asked is None else begun.asked
+        keeping = self._keep(caller, conversation_id, turn, asked, begun.mark)
+        return awaited(self._start(keeping), WRITE_TIMEOUT)
 
     async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page | None:
         """Return part of the caller's conversations; those that Redis has forgotten are left out."""
@@ -286,9 +379,7 @@ class RedisHistories:
     async def delete_all(self, caller: Caller) -> int | None:
         """Delete the caller's conversations; return their number, None without an answer of Redis."""
         owner, number = _owner(caller), 0
-        noted = await self._ask(
-            self._turns.note_deletion(owner, self._clock(), KEPT), CALL_TIMEOUT
-        )
+        noted = await self._ask(self._turns.note_deletion(owner, KEPT), CALL_TIMEOUT)
         if noted is None:
             return None
         while True:
@@ -311,21 +402,52 @@ class RedisHistories:
         for task in tuple(self._tasks):
             task.cancel()
 
-    async def _keep(self, caller: Caller, conversation_id: str, turn: Turn, asked: float) -> None:
+    def _start(self, call: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(call)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _read(self, name: str, mark: str = "") -> Turns | None:
+        """Return the turns of a conversation, with those that other instances are about to write;
+        None without an answer of Redis.
+        """
+        found: Turns | None = None
+        for pause in (*BUSY_PAUSES, 0.0):
+            found = await self._ask(self._turns.turns(name, mark), self._commands.patience)
+            if found is None or not found.busy or not pause:
+                break
+            await asyncio.sleep(pause)
+        return found
+
+    def _loaded(self, found: Turns) -> Loaded:
+        now = self._clock()
+        turns = [turn for each in found.turns if (turn := _decoded(each, now)) is not None]
+        # Redis may have forgotten what this instance knows still.
+        return Loaded(turns, certain=bool(turns) or found.deleted)
+
+    async def _keep(
+        self, caller: Caller, conversation_id: str, turn: Turn, asked: float, mark: str
+    ) -> None:
         data = _encoder.encode(
             _Turn(turn.ended, turn.question, turn.answer, turn.question_tokens, turn.answer_tokens)
         )
         size, turns = self._conversations.shared_bounds
         listed = Listed(_owner(caller), conversation_id, turn.ended, asked)
         name = name_of(caller.name, conversation_id)
-        kept = self._turns.keep_turn(name, data, (size, turns, KEPT), listed)
-        await self._ask(kept, CALL_TIMEOUT)
+        kept = self._turns.keep_turn(name, data, (size, turns, KEPT), listed, mark)
+        if await self._ask(kept, KNOWN_TIMEOUT) is None and mark:
+            # It is not known to come any more.
+            await self._unmark(name, mark)
+
+    async def _unmark(self, name: str, mark: str) -> None:
+        await self._ask(self._turns.take_mark(name, mark), KNOWN_TIMEOUT)
 
     async def _delete(self, caller: Caller, ids: list[str]) -> int | None:
         """Delete conversations; return how many there were, None without an answer of Redis."""
         names = {conversation_id: name_of(caller.name, conversation_id) for conversation_id in ids}
         deleted: int | None = await self._ask(
-            self._turns.delete_turns(_owner(caller), names, self._clock(), KEPT), CALL_TIMEOUT
+            self._turns.delete_turns(_owner(caller), names, KEPT), CALL_TIMEOUT
         )
         return deleted
 

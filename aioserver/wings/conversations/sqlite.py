@@ -33,8 +33,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, TypeVarTuple
 
+from aioserver.gateway.commands import awaited
 from aioserver.wings.conversations import sqlite_file
-from aioserver.wings.conversations.history import StorageStats, Trouble
+from aioserver.wings.conversations.history import Loaded, StorageStats, Trouble
 from aioserver.wings.conversations.sqlite_file import UNREADABLE, Broken, trouble, trouble_of
 from aioserver.wings.conversations.turn import Bounds, Page, Position, Summary, Turn, title_of
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
     from aioserver.config.settings import Persistence
+    from aioserver.gateway.histories import Begun
     from aioserver.telemetry.counters import Counter
 
     Values = Mapping[str, Any]
@@ -338,7 +340,16 @@ class SqliteStorage:
         """Whether what is read may lack what was kept."""
         return self._trouble is not None
 
-    async def load(self, caller: Caller, conversation_id: str) -> list[Turn] | None:
+    async def begin(
+        self, caller: Caller, conversation_id: str, *, known: bool
+    ) -> tuple[Loaded | None, Begun | None]:
+        """Return the turns of a conversation that is *known*, for a question."""
+        return (await self.load(caller, conversation_id) if known else None), None
+
+    def leave(self, caller: Caller, conversation_id: str, begun: Begun) -> None:
+        """Do nothing: no question leaves a mark in the file."""
+
+    async def load(self, caller: Caller, conversation_id: str) -> Loaded | None:
         """Return the turns of a conversation.
 
         None if the file does not say in time, or lacks one that this process has kept.
@@ -351,10 +362,15 @@ class SqliteStorage:
             await asyncio.wait((newest.done,), timeout=left)
         values = {**key._asdict(), "oldest": self._sweep.oldest()}
         found = await self._read(sqlite_file.LOAD, values, LOAD_TIMEOUT)
-        return None if found is None else [Turn(*row) for row in found]
+        return None if found is None else Loaded([Turn(*row) for row in found])
 
     def keep(
-        self, caller: Caller, conversation_id: str, turn: Turn, asked: float
+        self,
+        caller: Caller,
+        conversation_id: str,
+        turn: Turn,
+        asked: float,
+        begun: Begun | None = None,  # noqa: ARG002 - one machine has one clock
     ) -> asyncio.Future[None] | None:
         """Append a turn; not if its conversation was deleted since *asked*.
 
@@ -374,7 +390,7 @@ class SqliteStorage:
         }
         write = Write(key, values, self._loop.create_future(), turn)
         self._add(write)
-        return None if self._trouble is not None else self._committed(write)
+        return None if self._trouble is not None else awaited(write.done, COMMIT_TIMEOUT)
 
     async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page | None:
         """Return part of the caller's conversations; None if the file does not say in time."""
@@ -429,19 +445,6 @@ class SqliteStorage:
     def _add(self, write: Write) -> None:
         self._lost.value += self._queue.add(write)
         self._wake.set()
-
-    def _committed(self, write: Write) -> asyncio.Future[None]:
-        # Not `done` itself: who awaits a future cancels it when it is cancelled.
-        committed: asyncio.Future[None] = self._loop.create_future()
-
-        def tell(_future: object = None) -> None:
-            timer.cancel()
-            if not committed.done():
-                committed.set_result(None)
-
-        timer = self._loop.call_later(COMMIT_TIMEOUT, tell)
-        write.done.add_done_callback(tell)
-        return committed
 
     async def _delete(self, key: Key, statements: tuple[str, ...], values: Values) -> int | None:
         if self._trouble is not None or self._closing:

@@ -26,7 +26,7 @@ from aioserver.wings.responses.items import CONTINUABLE, continued, input_items,
 from aioserver.wings.responses.stored import not_found
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Awaitable, Callable, Generator
 
     from aioserver.auth.callers import Caller
     from aioserver.protocol.model_body import ModelBody
@@ -50,6 +50,7 @@ class Draft:
     """
 
     __slots__ = (
+        "_announced",
         "_held",
         "_input",
         "_on_kept",
@@ -93,6 +94,8 @@ class Draft:
         # Whether the provider that was asked last keeps the response, too.
         self.kept_there = False
         self._on_kept = on_kept
+        # The id under which other instances wait for the response.
+        self._announced: str | None = None
         # The joined items of its own input; None before they are taken, or if there was no room.
         self._input: bytes | None = None
         self._held: HeldBytes | None = None
@@ -100,7 +103,11 @@ class Draft:
             previous.retain()
 
     async def begin(self) -> None:
-        """Find the response that the request continues. Cancelling is safe."""
+        """Find the response that the request continues. Cancelling is safe.
+
+        Raises:
+            InstanceUnavailable, ServerAtCapacity: whether another instance has it is not known.
+        """
         if self.previous is None and self.previous_id is not None:
             self.previous = await self._responses.reach(self.caller, self.previous_id)
 
@@ -169,28 +176,39 @@ class Draft:
             return
         self._input = items
 
-    def keep(self, answer: Stream | Answer) -> None:
+    def identified(self, answer_id: str) -> None:
+        """Let other instances know the id of the response, which clients know from now on."""
+        if (
+            self.named
+            and self._input is not None
+            and self._announced is None
+            and self._responses.announce(self.caller, answer_id)
+        ):
+            self._announced = answer_id
+
+    def keep(self, answer: Stream | Answer) -> Awaitable[None] | None:
         """Keep the response that *answer* is, or whose events it has; see `keep_response`."""
         if isinstance(answer, Answer):
-            self.keep_response(answer.body, answer.outcome.provider)
-            return
+            return self.keep_response(answer.body, answer.outcome.provider)
         events = answer.events
-        if self._input is not None and isinstance(events, ResponseEvents):
-            self.keep_response(events.newest() or b"", answer.outcome.provider)
+        if self._input is None or not isinstance(events, ResponseEvents):
+            return None
+        return self.keep_response(events.newest() or b"", answer.outcome.provider)
 
     def cut(self, _stream: Stream) -> None:
         """Do nothing: a response that was cancelled cannot be continued."""
 
-    def keep_response(self, response: bytes, provider: str) -> None:
+    def keep_response(self, response: bytes, provider: str) -> Awaitable[None] | None:
         """Keep *response*, the JSON of the response object that *provider* has ended with.
 
-        It is kept if its input was taken, it can be continued, and there is room.
+        It is kept if its input was taken, it can be continued, and there is room. Return what its
+        end is to wait for: see `Keeper.keep`.
         """
         if self._input is None or len(response) > self.max_bytes:
-            return
+            return None
         parts = response_parts(response)
         if parts is None or parts.status not in CONTINUABLE:
-            return
+            return None
         if self._held is not None:
             # From here on the stored response counts it.
             self._held.release()
@@ -210,18 +228,26 @@ class Draft:
             whole=previous is not None or self.previous_id is None,
         )
         if stored is None:
-            return
+            return None
         try:
+            kept = None
             if self.named:
-                self._responses.add(stored)
+                if self._announced == stored.id:
+                    # The store goes on from here.
+                    self._announced = None
+                kept = self._responses.add(stored)
             if self._on_kept is not None:
                 self._on_kept(stored)
         finally:
             stored.release()
+        return kept
 
     def release(self) -> None:
         """Forget all of it; a second call does nothing."""
         self._input = self._on_kept = None
+        if self._announced is not None:
+            self._responses.withdraw(self.caller, self._announced)
+            self._announced = None
         if self._held is not None:
             self._held.release()
         previous, self.previous = self.previous, None

@@ -18,50 +18,63 @@ any.
 A response whose `previous` one is not there, since it was never written or had to go, is not kept
 either: nobody could read its conversation. Its instance is told so, and writes it with all that
 came before.
+
+The end of an answer waits until it is written, but not for long. A response whose id is known is
+announced before: who looks for it elsewhere then waits for a moment, and looks again. One that is
+deleted before it is written is not kept.
+
+This file is one concept: what is in Redis of a response, and who waits for what of it, is one set
+of keys that scripts change as one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from aioserver.errors import ServerAtCapacity
-from aioserver.gateway.commands import FULL, name_of
+from aioserver.gateway.commands import BUSY_PAUSES, FULL, KNOWN_TIMEOUT, MARKED, name_of
 from aioserver.limits.gate import Gate
 from aioserver.wings.responses.storage import Record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
     from aioserver.auth.callers import Caller
     from aioserver.gateway.commands import Commands
 
-# Seconds for which a whole conversation is awaited, and what nobody waits for.
-LOAD_TIMEOUT, CALL_TIMEOUT = 1.0, 1.0
+T = TypeVar("T")
+
+# What a look-up is for.
+SUBJECT = "response"
 # Conversations that are read at once, each of tens of megabytes at most, and that wait, fairly
 # between callers; Redis has other things to do, and what comes of it is not counted. One beyond
-# that is not found.
+# that is refused.
 MAX_LOADS, MAX_LOADS_WAITING = 4, 1000
 # Bytes that are on their way to Redis, which may be slow: those of some large responses.
 MAX_PENDING = 1 << 26
 # Bytes of all responses in Redis; a quarter of its `maxmemory` is the bound, too.
 MAX_BYTES = 1 << 28
+# What a look-up finds: the response, or that it is about to be written.
+PRESENT, NEXT = 1, 2
 # What becomes of a response: there is no room, it is kept, or the one that it continued is
 # missing.
 NO_ROOM, WRITTEN, MISSING = range(3)
 # Turns of a conversation that is read.
 MAX_TURNS = 10_000
-# KEYS: the response, the set of all, the bytes of all; the one before it, if there is any. ARGV:
-# the data, milliseconds to live, bytes of all at most, and how keys begin, then the name of the
-# one before. A member of the set is a key and its bytes.
+# KEYS: the response, the set of all, the bytes of all, its announcement; the one before it, if
+# there is any. ARGV: the data, milliseconds to live, bytes of all at most, and how keys begin,
+# then the name of the one before. A member of the set is a key and its bytes.
 PUT = (
     FULL
     + """
 local prefix, most = ARGV[4], tonumber(ARGV[3])
 local now, window = tonumber(redis.call('TIME')[1]), tonumber(ARGV[2]) / 1000
+local deleted = redis.call('GET', KEYS[4]) == 'deleted'
 local limit = tonumber(redis.call('INFO', 'memory'):match('maxmemory:(%d+)'))
 if limit > 0 then most = math.min(most, limit / 4) end
 local function drop(member)
@@ -73,7 +86,9 @@ end
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, 100)) do
   drop(member)
 end
-if KEYS[4] and redis.call('EXISTS', KEYS[4]) == 0 then return 2 end
+if KEYS[5] and redis.call('EXISTS', KEYS[5]) == 0 then return 2 end
+redis.call('DEL', KEYS[4])
+if deleted then return 1 end
 local size = #ARGV[1] + 256
 for _ = 1, 100 do
   if tonumber(redis.call('GET', KEYS[3]) or '0') + size <= most and not full(size) then break end
@@ -84,13 +99,13 @@ end
 if tonumber(redis.call('GET', KEYS[3]) or '0') + size > most or full(size) then return 0 end
 local function member_of(key) return key .. ' ' .. (redis.call('HSTRLEN', key, 'data') + 256) end
 if redis.call('EXISTS', KEYS[1]) == 1 then drop(member_of(KEYS[1])) end
-redis.call('HSET', KEYS[1], 'data', ARGV[1], 'previous', ARGV[5] or '')
+redis.call('HSET', KEYS[1], 'data', ARGV[1], 'previous', ARGV[5] or '', 'at', now)
 redis.call('EXPIRE', KEYS[1], math.ceil(window))
 redis.call('ZADD', KEYS[2], now + window, member_of(KEYS[1]))
 redis.call('INCRBY', KEYS[3], size)
 redis.call('EXPIRE', KEYS[2], math.ceil(2 * window))
 redis.call('EXPIRE', KEYS[3], math.ceil(2 * window))
-local key, next = KEYS[4], true
+local key, next = KEYS[5], true
 if key and redis.call('EXISTS', key) == 1 then redis.call('HSET', key, 'continued', 1) end
 for _ = 1, 10000 do
   if not key or redis.call('PTTL', key) > 1000 * window then break end
@@ -102,22 +117,34 @@ end
 return 1
 """
 )
-# KEYS: the response. ARGV: how keys begin, bytes and turns at most.
+# KEYS: the response, its announcement. Whether it is there (1), or about to be (2).
+LOOK = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return 1 end
+return 2 * redis.call('EXISTS', KEYS[2])
+"""
+# KEYS: the response. ARGV: how keys begin, bytes and turns at most. First the seconds since it was
+# written, by the server's clock.
 CHAIN = """
-local found, size, key = {}, 0, KEYS[1]
+local at = redis.call('HGET', KEYS[1], 'at')
+local age = at and tostring(tonumber(redis.call('TIME')[1]) - tonumber(at)) or ''
+local found, size, key = {age}, 0, KEYS[1]
 if redis.call('HEXISTS', key, 'deleted') == 1 then return {} end
 while key do
   local data, previous = unpack(redis.call('HMGET', key, 'data', 'previous'))
   if not data then return {} end
   size = size + #data
   found[#found + 1] = data
-  if size > tonumber(ARGV[2]) or #found > tonumber(ARGV[3]) then return {} end
+  if size > tonumber(ARGV[2]) or #found > tonumber(ARGV[3]) + 1 then return {} end
   key = previous ~= '' and ARGV[1] .. previous or nil
 end
 return found
 """
-# KEYS: the response, the set of all, the bytes of all.
+# KEYS: the response, the set of all, the bytes of all, its announcement.
 DELETE = """
+if redis.call('EXISTS', KEYS[1]) == 0 and redis.call('EXISTS', KEYS[4]) == 1 then
+  redis.call('SET', KEYS[4], 'deleted', 'KEEPTTL')
+  return 1
+end
 local size = redis.call('HSTRLEN', KEYS[1], 'data')
 if size == 0 or redis.call('HEXISTS', KEYS[1], 'deleted') == 1 then return 0 end
 if redis.call('HEXISTS', KEYS[1], 'continued') == 1 then
@@ -156,18 +183,31 @@ class RedisChains:
         result = await self._commands.evaluate(PUT, keys, *values)
         return result if isinstance(result, int) else NO_ROOM
 
-    async def has_response(self, name: str) -> bool:
-        """Return whether there is such a response, perhaps one that was deleted."""
-        return bool(await self._commands.execute("EXISTS", f"{self._prefix}r:{name}"))
+    async def announce(self, name: str) -> None:
+        """Note that a response will be written."""
+        await self._commands.execute("SET", f"{self._prefix}next:{name}", "", "EX", int(MARKED))
 
-    async def response_chain(self, name: str, most: int) -> Sequence[bytes]:
-        """Return a response and those before it, the newest first.
+    async def withdraw(self, name: str) -> None:
+        """Note that a response will not be written."""
+        await self._commands.execute("DEL", f"{self._prefix}next:{name}")
+
+    async def has_response(self, name: str) -> int:
+        """Return PRESENT, also of one that was deleted, NEXT, or neither."""
+        keys = [f"{self._prefix}r:{name}", f"{self._prefix}next:{name}"]
+        return int(await self._commands.evaluate(LOOK, keys))
+
+    async def response_chain(self, name: str, most: int) -> tuple[float | None, Sequence[bytes]]:
+        """Return a response and those before it, the newest first, and the seconds since it was
+        written, if they are known.
 
         Nothing if one is missing, or beyond *most* bytes.
         """
         prefix = f"{self._prefix}r:"
         found = await self._commands.evaluate(CHAIN, [prefix + name], prefix, most, MAX_TURNS)
-        return [data for data in found if isinstance(data, bytes)]
+        if not found:
+            return None, ()
+        age, *chain = found
+        return float(age) if age else None, chain
 
     async def delete_response(self, name: str) -> bool:
         """Let a response be found no longer; return whether there was one."""
@@ -175,7 +215,8 @@ class RedisChains:
 
     def _chain_keys(self, name: str) -> list[str]:
         prefix = self._prefix
-        return [f"{prefix}r:{name}", f"{prefix}responses", f"{prefix}responses:bytes"]
+        own, following = f"{prefix}r:{name}", f"{prefix}next:{name}"
+        return [own, f"{prefix}responses", f"{prefix}responses:bytes", following]
 
 
 class _Record(msgspec.Struct, array_like=True):
@@ -199,23 +240,35 @@ _decoder = msgspec.msgpack.Decoder(_Record)
 class SharedResponses:
     """The responses of all instances in Redis.
 
-    *clock* returns the time of day, which all machines share.
+    *clock* returns the time of day.
     """
 
     def __init__(self, commands: Commands, clock: Callable[[], float] = time.time) -> None:
         self._chains = RedisChains(commands)
-        self._ask = commands.ask
+        self._ask, self._know = commands.ask, commands.know
         self._clock = clock
-        self._tasks: set[asyncio.Task[bool]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        # Those under way whose look-ups wait elsewhere.
+        self._announced: set[str] = set()
         # The bytes that they send.
         self._pending = 0
         self._loads = Gate(
             MAX_LOADS,
             queue_size=MAX_LOADS_WAITING,
-            queue_timeout=LOAD_TIMEOUT,
+            queue_timeout=KNOWN_TIMEOUT,
             full_error=_too_many,
             timeout_error=_too_many,
         )
+
+    def announce(self, caller: Caller, response_id: str) -> None:
+        """Let look-ups of a response wait for it, soon."""
+        name = name_of(caller.name, response_id)
+        self._announced.add(name)
+        self._start(self._ask(self._chains.announce(name), KNOWN_TIMEOUT))
+
+    def withdraw(self, caller: Caller, response_id: str) -> None:
+        """Let look-ups of a response not wait for it, soon."""
+        self._withdraw(name_of(caller.name, response_id))
 
     def keep(
         self,
@@ -225,21 +278,23 @@ class SharedResponses:
         seconds: float,
         *,
         whole: Callable[[], Record | None],
-        done: Callable[[bool], None],
-    ) -> bool:
-        """Keep a response of *caller* for *seconds*, soon; return False if MAX_PENDING bytes are
-        on their way: see `Storage`.
+    ) -> asyncio.Future[bool] | None:
+        """Keep a response of *caller* for *seconds*, soon; return None if MAX_PENDING bytes are on
+        their way: see `Storage`.
         """
+        name = name_of(caller.name, record.id)
         data = self._encoded(record)
         if data is None:
-            return False
-        name = name_of(caller.name, record.id)
+            self._withdraw(name)
+            return None
         previous = "" if previous_id is None else name_of(caller.name, previous_id)
-        writing = self._write(name, data, previous, seconds, whole)
-        task = asyncio.get_running_loop().create_task(writing)
-        self._tasks.add(task)
-        task.add_done_callback(lambda task: self._sent(len(data), task, done))
-        return True
+        if name not in self._announced:
+            # It goes out first, and a large response takes a while.
+            self.announce(caller, record.id)
+        writing = self._start(self._write(name, data, previous, seconds, whole))
+        # Not by `_write`, which may never begin.
+        writing.add_done_callback(partial(self._sent, len(data)))
+        return writing
 
     async def load(
         self, caller: Caller, response_id: str, window: float, most: int
@@ -248,35 +303,48 @@ class SharedResponses:
         first; nothing if there is none.
 
         *most* are the bytes that they may have together.
+
+        Raises:
+            InstanceUnavailable, ServerAtCapacity: see `Storage`.
         """
         name = name_of(caller.name, response_id)
-        # Most ids that are not known here are known nowhere, and Redis may be slow.
-        if not await self._ask(self._chains.has_response(name)):
+        # Most ids that are not known here are known nowhere, and reading is bounded.
+        if not await self._look(name):
             return ()
-        try:
-            place = await self._loads.enter(caller)
-        except ServerAtCapacity:
-            return ()
-        with place:
-            chain: Sequence[bytes] = (
-                await self._ask(self._chains.response_chain(name, most), LOAD_TIMEOUT) or ()
-            )
+        with await self._loads.enter(caller):
+            age, chain = await self._know(self._chains.response_chain(name, most), SUBJECT)
         records = [_decoded(data) for data in chain]
         known = [record for record in records if record is not None]
-        # The clock of another machine may be behind.
-        if len(known) < len(records) or not known or known[0][0] <= self._clock() - window:
+        if len(known) < len(records) or not known:
             return ()
-        return [record for _stored_at, record in known]
+        if age is None:
+            # An earlier version has written it, by the clock of its machine.
+            age = self._clock() - known[0][0]
+        return () if age >= window else [record for _stored_at, record in known]
+
+    async def _look(self, name: str) -> bool:
+        """Return whether a response is there, or is within a moment."""
+        found = 0
+        for pause in (*BUSY_PAUSES, 0.0):
+            found = await self._know(self._chains.has_response(name), SUBJECT)
+            if found != NEXT or not pause:
+                break
+            await asyncio.sleep(pause)
+        return found == PRESENT
 
     async def delete(self, caller: Caller, response_id: str) -> bool:
-        """Let a response be found no longer; return whether there was one."""
+        """Let a response be found no longer; return whether there was one.
+
+        Raises:
+            InstanceUnavailable: see `Storage`.
+        """
         name = name_of(caller.name, response_id)
-        return bool(await self._ask(self._chains.delete_response(name), CALL_TIMEOUT))
+        return await self._know(self._chains.delete_response(name), SUBJECT)
 
     async def close(self) -> None:
-        """Wait until what was kept is there, for CALL_TIMEOUT at most."""
+        """Wait until what was kept is there, for KNOWN_TIMEOUT at most."""
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=CALL_TIMEOUT)
+            await asyncio.wait(self._tasks, timeout=KNOWN_TIMEOUT)
         for task in tuple(self._tasks):
             task.cancel()
 
@@ -291,10 +359,19 @@ class SharedResponses:
         self._pending += len(data)
         return data
 
-    def _sent(self, size: int, task: asyncio.Task[bool], done: Callable[[bool], None]) -> None:
-        self._tasks.discard(task)
+    def _start(self, call: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(call)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _sent(self, size: int, _writing: object) -> None:
         self._pending -= size
-        done(not task.cancelled() and task.exception() is None and task.result())
+
+    def _withdraw(self, name: str) -> None:
+        if name in self._announced:
+            self._announced.discard(name)
+            self._start(self._ask(self._chains.withdraw(name), KNOWN_TIMEOUT))
 
     async def _write(
         self,
@@ -309,19 +386,22 @@ class SharedResponses:
         *whole* is needed if the one before it is missing.
         """
         result = await self._put(name, data, previous, seconds)
-        if result != MISSING or (record := whole()) is None:
-            return result == WRITTEN
-        again = self._encoded(record)
-        if again is None:
-            return False
-        try:
-            return await self._put(name, again, "", seconds) == WRITTEN
-        finally:
-            self._pending -= len(again)
+        if result == MISSING and (record := whole()) is not None:
+            again = self._encoded(record)
+            if again is not None:
+                try:
+                    result = await self._put(name, again, "", seconds)
+                finally:
+                    self._pending -= len(again)
+        if result == WRITTEN:
+            self._announced.discard(name)
+        else:
+            self._withdraw(name)
+        return result == WRITTEN
 
     async def _put(self, name: str, data: bytes, previous: str, seconds: float) -> int | None:
         call = self._chains.put_response(name, data, previous, seconds, MAX_BYTES)
-        return await self._ask(call, CALL_TIMEOUT)
+        return await self._ask(call, KNOWN_TIMEOUT)
 
 
 def _too_many(retry_after: float) -> ServerAtCapacity:

@@ -259,7 +259,9 @@ class ResponsesSocket(Socket):
             response_id, now = f"resp_{uuid.uuid4().hex}", int(time.time())
             events = await in_turns(frames.preparing(command, response_id, model, now))
             await in_turns(draft.take_input(body.data))
-            draft.keep_response(events[-1][1], route.provider.name)
+            kept = draft.keep_response(events[-1][1], route.provider.name)
+            if kept is not None:
+                await kept
         finally:
             draft.release()
         for event, _ in events:

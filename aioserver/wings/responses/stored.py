@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from aioserver.errors import ResponseNotFound, ServerAtCapacity
+from aioserver.gateway.commands import WRITE_TIMEOUT, awaited
 from aioserver.limits.shares import ByOwner
 from aioserver.streams.store import owner_of
 from aioserver.wings.responses.api import RESPONSES
@@ -38,7 +39,7 @@ from aioserver.wings.responses.items import ResponseParts, joined, replayable
 from aioserver.wings.responses.storage import Record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 
     from aioserver.auth.callers import Caller
     from aioserver.streams.contracts import AnswerApi
@@ -353,6 +354,10 @@ class StoredResponses:
         None if no instance has one.
 
         Cancelling is safe.
+
+        Raises:
+            InstanceUnavailable, ServerAtCapacity: whether another instance has one is not known
+                now.
         """
         response = self.get(caller, response_id)
         if response is not None:
@@ -401,10 +406,14 @@ class StoredResponses:
             self._known[caller, response.id] = response
         return response
 
-    def add(self, response: StoredResponse) -> None:
-        """Let *response* be found by its id from now on, instead of an older one of that id."""
+    def add(self, response: StoredResponse) -> Awaitable[None] | None:
+        """Let *response* be found by its id from now on, instead of an older one of that id.
+
+        Return what its answer's end is to wait for, so that it is found at any instance: see
+        `Keeper.keep`.
+        """
         if self._window <= 0:
-            return
+            return None
         self._expire()
         key = (response.caller, response.id)
         response.retain()
@@ -412,10 +421,24 @@ class StoredResponses:
         response.stored_at = self._clock()
         self._named[key] = response
         self._named_of.put(owner_of(response.caller), response.id, response)
-        if self.storage is not None:
-            self._share(response, self.storage)
         if self._sweeper is None:
             self._rearm()
+        return None if self.storage is None else self._share(response, self.storage)
+
+    def announce(self, caller: Caller, response_id: str) -> bool:
+        """Note that a response is under way which will be added; return whether others are told.
+
+        In that case `withdraw` is called if it is not added.
+        """
+        if self.storage is None or self._window <= 0:
+            return False
+        self.storage.announce(caller, response_id)
+        return True
+
+    def withdraw(self, caller: Caller, response_id: str) -> None:
+        """Note that a response that was announced will not be added."""
+        if self.storage is not None:
+            self.storage.withdraw(caller, response_id)
 
     def drop(self, caller: Caller, response_id: str) -> bool:
         """Let a response be found no longer; return whether there was one.
@@ -428,6 +451,9 @@ class StoredResponses:
     async def delete(self, caller: Caller, response_id: str) -> bool:
         """Let a response be found no longer where all instances find it; return whether there was
         one.
+
+        Raises:
+            InstanceUnavailable: that is not known.
         """
         return self.storage is not None and await self.storage.delete(caller, response_id)
 
@@ -451,25 +477,29 @@ class StoredResponses:
         self._expire()
         self._rearm()
 
-    def _share(self, response: StoredResponse, storage: Storage) -> None:
+    def _share(self, response: StoredResponse, storage: Storage) -> Awaitable[None] | None:
         """Let other instances find *response*, soon."""
         previous = response.previous
         previous_id = previous.id if previous is not None and previous.shared else None
         record = response.record()
         if record is None:
-            return
+            storage.withdraw(response.caller, response.id)
+            return None
         # What came before is needed once more if it proves to be missing there.
         response.retain()
-        response.shared = storage.keep(
+        writing = storage.keep(
             response.caller,
             record,
             previous_id,
             self._window,
             whole=partial(response.record, alone=True),
-            done=partial(_note_written, response),
         )
-        if not response.shared:
+        response.shared = writing is not None
+        if writing is None:
             response.release()
+            return None
+        writing.add_done_callback(partial(_note_written, response))
+        return awaited(writing, WRITE_TIMEOUT)
 
     def _restore(self, caller: Caller, records: Sequence[Record]) -> StoredResponse | None:
         """Return the first of *records*, which continues the others, to be released.
@@ -540,7 +570,8 @@ class StoredResponses:
             self._sweeper = self._loop.call_later(max(MIN_SWEEP_INTERVAL, delay), self._sweep)
 
 
-def _note_written(response: StoredResponse, kept: bool) -> None:
+def _note_written(response: StoredResponse, writing: asyncio.Future[bool]) -> None:
     # One that continues it is written with it, if it could not be.
-    response.shared = kept
+    failed = writing.cancelled() or writing.exception() is not None
+    response.shared = not failed and writing.result()
     response.release()

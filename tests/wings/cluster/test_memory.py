@@ -57,8 +57,8 @@ async def test_conversations_that_fill_the_server_make_room_for_newer_ones(
     for number in range(2 * MAX_MEMORY // len(TURN)):
         await turns.keep_turn(f"c{number}", TURN, BOUNDS)
 
-    assert await turns.turns("c0") == ([], False)
-    assert await turns.turns(f"c{number}") == ([TURN], False)
+    assert (await turns.turns("c0"))[:2] == ([], False)
+    assert (await turns.turns(f"c{number}"))[:2] == ([TURN], False)
     assert await instance.renewer.open() is None
 
 
@@ -71,7 +71,7 @@ async def test_a_conversation_for_which_there_is_no_room_is_forgotten_as_a_whole
     await turns.keep_turn("c", TURN * 800, (1 << 30, 100, 60.0))
 
     # Otherwise the next question would be asked without the last turn.
-    assert await turns.turns("c") == ([], False)
+    assert (await turns.turns("c"))[:2] == ([], False)
 
 
 async def test_logs_that_are_handed_over_leave_room(instance: Instance) -> None:

@@ -23,7 +23,7 @@ from aioserver.wings.cluster.claims import (
 )
 from aioserver.wings.cluster.peer_messages import MAX_READ, Credit, Detach
 from aioserver.wings.conversations.redis import Listed, RedisTurns
-from aioserver.wings.responses.redis import MISSING, NO_ROOM, WRITTEN, RedisChains
+from aioserver.wings.responses.redis import MISSING, NEXT, NO_ROOM, PRESENT, WRITTEN, RedisChains
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import chat, resume, to_end, until_status
 from tests.support.memory_bus import Instance, World, instance_of
@@ -167,9 +167,9 @@ async def test_a_conversation_keeps_its_newest_turns(make_bus: Any) -> None:
         await turns.keep_turn("d", b"x" * number, (20, 100, 60.0))
     await turns.keep_turn("d", b"y" * 100, (20, 100, 60.0))
 
-    assert await turns.turns("c") == ([b"6", b"7", b"8", b"9"], False)
+    assert (await turns.turns("c"))[:2] == ([b"6", b"7", b"8", b"9"], False)
     # The newest stays, even if it alone is more than the bound.
-    assert await turns.turns("d") == ([b"y" * 100], False)
+    assert (await turns.turns("d"))[:2] == ([b"y" * 100], False)
 
 
 async def test_a_caller_has_a_list_of_its_conversations(make_bus: Any) -> None:
@@ -199,9 +199,9 @@ async def test_a_response_is_kept_with_those_before_it(make_bus: Any) -> None:
     assert await chains.put_response("lost", b"l", "r0", 100.0, 1 << 20) == MISSING
 
     assert not await chains.has_response("lost")
-    assert await chains.response_chain("r5", 5) == [b"5", b"4", b"3", b"2", b"1"]
-    assert await chains.response_chain("fork", 1000) == [b"f", b"2", b"1"]
-    assert await chains.response_chain("r5", 4) == []
+    assert list((await chains.response_chain("r5", 5))[1]) == [b"5", b"4", b"3", b"2", b"1"]
+    assert list((await chains.response_chain("fork", 1000))[1]) == [b"f", b"2", b"1"]
+    assert list((await chains.response_chain("r5", 4))[1]) == []
     assert not await chains.has_response("r9")
     # Those before live at least as long.
     lives = [await bus.commands.execute("PTTL", f"{PREFIX}r:r{n}") for n in range(1, 6)]
@@ -212,7 +212,7 @@ async def test_a_response_is_kept_with_those_before_it(make_bus: Any) -> None:
     for name in ("r4", "r5"):
         assert 150_000 < await bus.commands.execute("PTTL", f"{PREFIX}r:{name}") <= 200_000
     await bus.commands.execute("DEL", f"{PREFIX}r:r1")
-    assert await chains.response_chain("r5", 1000) == []
+    assert list((await chains.response_chain("r5", 1000))[1]) == []
 
 
 async def test_a_deleted_response_is_kept_for_those_that_continued_it(make_bus: Any) -> None:
@@ -224,8 +224,8 @@ async def test_a_deleted_response_is_kept_for_those_that_continued_it(make_bus: 
     assert await chains.delete_response("r1")
 
     assert not await chains.delete_response("r1")
-    assert await chains.response_chain("r1", 1000) == []
-    assert await chains.response_chain("r2", 1000) == [b"2", b"1"]
+    assert list((await chains.response_chain("r1", 1000))[1]) == []
+    assert list((await chains.response_chain("r2", 1000))[1]) == [b"2", b"1"]
     assert await chains.delete_response("r2")
     assert not await chains.has_response("r2")
     assert not await chains.delete_response("r3")
@@ -255,22 +255,66 @@ async def test_responses_have_a_bound_and_the_ones_that_rested_for_longest_go(
     assert not await chains.has_response("large")
 
 
-async def test_what_was_asked_before_a_deletion_is_not_kept(make_bus: Any) -> None:
+async def test_what_was_asked_before_a_deletion_is_not_kept_whatever_clocks_say(
+    make_bus: Any,
+) -> None:
     turns = RedisTurns(commands_of(await make_bus("a")))
-    now = time.time()
-    await turns.keep_turn("n", b"1", BOUNDS, Listed("owner", "c", now, now))
-    assert await turns.turns("m") == ([], False)
+    # The time of a turn is that of its machine, which may be an hour ahead.
+    ended = time.time() + 3600
+    asked = (await turns.turns("n")).now
+    assert abs(asked - time.time()) < 60
+    await turns.keep_turn("n", b"1", BOUNDS, Listed("owner", "c", ended, asked))
+    assert (await turns.turns("m"))[:2] == ([], False)
+    asked = (await turns.turns("n")).now
 
-    assert await turns.delete_turns("owner", {"c": "n", "d": "m"}, now + 1, 60.0) == 1
-    await turns.note_deletion("owner", now + 1, 60.0)
-    await turns.keep_turn("n", b"2", BOUNDS, Listed("owner", "c", now + 2, now + 1))
-    await turns.keep_turn("new", b"2", BOUNDS, Listed("owner", "new", now + 2, now + 1))
+    assert await turns.delete_turns("owner", {"c": "n", "d": "m"}, 60.0) == 1
+    await turns.note_deletion("owner", 60.0)
+    assert not await turns.keep_turn("n", b"2", BOUNDS, Listed("owner", "c", ended, asked))
+    assert not await turns.keep_turn("new", b"2", BOUNDS, Listed("owner", "new", ended, asked))
 
-    assert await turns.turns("n") == ([], True)
-    assert await turns.turns("new") == ([], False)
+    assert (await turns.turns("n"))[:2] == ([], True)
+    assert (await turns.turns("new"))[:2] == ([], False)
     assert await turns.conversations("owner", 10, None) == []
-    await turns.keep_turn("n", b"3", BOUNDS, Listed("owner", "c", now + 3, now + 1.5))
-    assert await turns.turns("n") == ([b"3"], False)
+    asked = (await turns.turns("n")).now
+    assert await turns.keep_turn("n", b"3", BOUNDS, Listed("owner", "c", ended, asked))
+    assert (await turns.turns("n"))[:2] == ([b"3"], False)
+
+
+async def test_a_question_leaves_a_mark_until_its_turn_is_kept(make_bus: Any) -> None:
+    here, there = [commands_of(await make_bus(name)) for name in "ab"]
+    at_a, at_b = RedisTurns(here), RedisTurns(there)
+    one, two = (f"{here.me}:{number}" for number in range(2))
+
+    assert not (await at_a.turns("n", one)).busy
+    assert not (await at_a.turns("n", two)).busy
+    assert (await at_b.turns("n")).busy
+    assert await here.execute("PTTL", f"{PREFIX}busy:n") > 60_000
+    await at_a.keep_turn("n", b"1", BOUNDS, None, one)
+    assert (await at_b.turns("n")).busy
+    await at_a.take_mark("n", two)
+    assert not (await at_b.turns("n")).busy
+    # A question under way is a conversation that there is, and its turn comes too late.
+    asked = (await at_a.turns("new", one)).now
+    assert await at_b.delete_turns("owner", {"id": "new"}, 60.0) == 1
+    assert await at_b.delete_turns("owner", {"id": "new"}, 60.0) == 0
+    listed = Listed("owner", "id", asked, asked)
+    assert not await at_a.keep_turn("new", b"1", BOUNDS, listed, one)
+
+
+async def test_a_response_that_is_deleted_before_it_is_written_is_not_kept(make_bus: Any) -> None:
+    chains = RedisChains(commands_of(await make_bus("a")))
+    await chains.announce("r1")
+    assert await chains.has_response("r1") == NEXT
+
+    assert await chains.delete_response("r1")
+
+    assert await chains.put_response("r1", b"1", "", 60.0, 1000) == WRITTEN
+    assert not await chains.has_response("r1")
+    assert not await chains.delete_response("r1")
+    await chains.announce("r2")
+    assert await chains.put_response("r2", b"2", "", 60.0, 1000) == WRITTEN
+    assert await chains.has_response("r2") == PRESENT
+    assert (await chains.response_chain("r2", 1000))[0] in {0, 1}
 
 
 async def test_keys_have_neither_names_nor_ids(make_bus: Any, tmp_path: Path) -> None:

@@ -153,8 +153,11 @@ async def test_while_redis_is_away_an_instance_goes_on_with_its_own(
     await ask(sdks[0], "two", first.id)
 
     assert last_input(pair[0]) == ["one", first.output_text, "two"]
-    with pytest.raises(openai.NotFoundError):
+    # What is not known is not absent.
+    with pytest.raises(openai.InternalServerError, match="cannot be found out") as unknown:
         await ask(sdks[1], "two", first.id)
+    assert unknown.value.status_code == 503
+    assert "retry-after" in unknown.value.response.headers
     world.away = False
     await sdks[0].responses.delete(first.id)
 

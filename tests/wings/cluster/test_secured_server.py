@@ -98,13 +98,13 @@ async def test_the_user_that_the_page_shows_may_do_what_is_needed_and_no_more(
         await claims.put_log("n", b"log", 30)
         assert await claims.get_log("n") == b"log"
         await turns.keep_turn("c", b"turn", (1000, 4, 60.0))
-        assert await turns.turns("c") == ([b"turn"], False)
+        assert (await turns.turns("c"))[:2] == ([b"turn"], False)
         await turns.keep_turn("d", b"turn", (1000, 4, 60.0), Listed("o", "id", 4e9, 4e9))
         assert await turns.conversations("o", 10, None) == [Position(4e9, "id")]
         assert await turns.first_turns(["d"]) == [(1, b"turn")]
-        assert await turns.delete_turns("o", {"id": "d"}, 5e9, 60.0) == 1
-        assert await turns.note_deletion("o", 5e9, 60.0)
-        assert await turns.turns("d") == ([], True)
+        assert await turns.delete_turns("o", {"id": "d"}, 60.0) == 1
+        assert await turns.note_deletion("o", 60.0)
+        assert (await turns.turns("d"))[:2] == ([], True)
         assert await claims.members() == ["host-1"]
         denied = server.call("ACL", "LOG")
         for command in (("GET", "other"), ("FLUSHALL",), ("CONFIG", "GET", "*")):

@@ -420,7 +420,7 @@ async def test_the_chat_goes_on_with_what_the_process_remembers(tmp_path: Path) 
         history.keep(ME, "c", Answered("two", "2", NOW, None, 1.0))
         await until(lambda: kind(kept) is not None, state=kept.stats)
 
-        await history.load(ME, "c")
+        await history.begin(ME, "c", known=True)
         sent = history.messages(ME, "c", "three")
         dialogue, page = await history.read(ME, "c"), await history.listing(ME, 10, None)
         with pytest.raises(HistoryUnavailable):

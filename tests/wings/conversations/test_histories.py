@@ -56,9 +56,9 @@ async def keep(
 
 async def load(histories: RedisHistories, kept: Conversations) -> None:
     """Do what `History.load` does."""
-    turns = await histories.load(CALLER, "c")
-    if turns is not None:
-        kept.replace(CALLER, "c", turns)
+    loaded = await histories.load(CALLER, "c")
+    if loaded is not None and loaded.certain:
+        kept.replace(CALLER, "c", loaded.turns)
 
 
 def contents(kept: Conversations) -> list[str]:
@@ -132,9 +132,11 @@ async def test_what_one_instance_deletes_no_other_has(deleter: str) -> None:
     await keep(a, "q2", "a2", name="d")
     await load(b, there)
 
+    _loaded, begun = await a.begin(CALLER, "c", known=True)
     assert await (a if deleter == "a" else b).delete(CALLER, "c")
-    asked_before = time.time() - 1
-    await keep(a, "q3", "a3", ended=asked_before)
+    now = time.time() + 3600
+    a.keep(CALLER, "c", Turn.of("q3", "a3", now), now, begun)
+    await a.close()
     await load(b, there)
 
     assert contents(there) == ["now"]

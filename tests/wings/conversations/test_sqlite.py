@@ -60,7 +60,9 @@ async def test_a_conversation_is_found_again_after_a_restart(tmp_path: Path) -> 
         keep(kept, "other", caller=YOU)
 
     async with storage(tmp_path / "h.db") as kept:
-        assert await kept.load(ME, "c") == [
+        loaded = await kept.load(ME, "c")
+        assert loaded is not None
+        assert loaded.turns == [
             Turn("one", "to one", NOW, 1, 2, 9),
             Turn("two", "to two", NOW, 1, 2, 9),
         ]
@@ -111,8 +113,9 @@ async def test_any_text_comes_back_as_it_was(tmp_path: Path, text: str) -> None:
         kept.keep(Caller(text[:50]), name, Turn.of(text, text, NOW), NOW)
 
     async with storage(tmp_path / "h.db") as kept:
-        turns = await kept.load(Caller(text[:50]), name)
-        assert [(turn.question, turn.answer) for turn in turns or ()] == [(text, text)]
+        loaded = await kept.load(Caller(text[:50]), name)
+        assert loaded is not None
+        assert [(turn.question, turn.answer) for turn in loaded.turns] == [(text, text)]
 
 
 async def test_a_turn_that_cannot_be_written_costs_no_other_turn(tmp_path: Path) -> None:
@@ -401,7 +404,7 @@ class Pair:
             assert in_memory == in_file, (number, chance, caller, name)
         messages = []
         for history in (self.memory, self.file):
-            await history.load(caller, name)
+            await history.begin(caller, name, known=True)
             messages.append(history.messages(caller, name, "?"))
         assert messages[0] == messages[1], (number, chance, caller, name)
 
