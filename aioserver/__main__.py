@@ -103,8 +103,8 @@ class CommandGroup(click.Group):
 def cli() -> None:
     """A gateway between many chat clients and few connections to LLM providers.
 
-    Without a command, aioserver runs `serve`, whose options may stand alone: aioserver --port 9000.
-    `aioserver COMMAND --help` explains a command.
+    Without a command, aioserver runs `serve`, whose options may stand alone: aioserver --port
+    9000. `aioserver COMMAND --help` explains a command.
 
     Exit codes: 0 done, 2 bad configuration or usage, 1 anything else.
     """

@@ -1,7 +1,7 @@
 """What sharing limits costs: calls per start, CPU of the server and of an instance; and the faults
 in virtual time.
 
-    python benchmarks/cluster.py            # three processes and a server of their own, half a minute
+    python benchmarks/cluster.py            # three processes and a server, half a minute
     python benchmarks/cluster.py --faults   # the table of faults, in virtual time, a few seconds
 
 Counts and CPU are to be trusted, rates are those of the machine.
@@ -112,9 +112,10 @@ def measure(server: RedisServer, limit: int, load: float) -> None:
     starts, calls = sum(row["starts"] for row in rows), sum(row["calls"] for row in rows)
     cpu = sum(row["cpu"] for row in rows)
     print(
-        f"{limit:6} {load:5.0%} {starts:7} {calls / starts:12.2f} {int(match[2]) / int(match[1]):10.0f}"
-        f" {cpu / starts * 1e6:13.0f} {max(row['p50'] for row in rows) * 1000:8.1f}"
-        f" {max(row['p99'] for row in rows) * 1000:8.1f}",
+        f"{limit:6} {load:5.0%} {starts:7} {calls / starts:12.2f} "
+        f"{int(match[2]) / int(match[1]):10.0f} {cpu / starts * 1e6:13.0f} "
+        f"{max(row['p50'] for row in rows) * 1000:8.1f} "
+        f"{max(row['p99'] for row in rows) * 1000:8.1f}",
         flush=True,
     )
 

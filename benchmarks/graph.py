@@ -52,7 +52,8 @@ def draw(numbers: Mapping[str, Any]) -> str:
                 ceiling=CPU_CEILING,
             ),
             Panel(
-                "CPU of the server per request that is not streamed, µs, by idle WebSockets beside it",
+                "CPU of the server per request that is not streamed, µs, "
+                "by idle WebSockets beside it",
                 {
                     name: [
                         (level["idle"], level["cpu_us"]) for level in steps["crowded"]["levels"]

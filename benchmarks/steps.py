@@ -235,8 +235,8 @@ def large(bench: Bench, server: Server, load: Load) -> Result:
     names = ("gap_p99_ms", "gap_max_ms", "foreign_share", "provider_late_p99_ms")
     waits = {name: result[name] for name in names}
     note = (
-        f"the longest gap was {alone['gap_max_ms']:.0f} ms without the large bodies; the slowest of "
-        f"{seen['sent']} of them took {seen['slowest']:.1f} s"
+        f"the longest gap was {alone['gap_max_ms']:.0f} ms without the large bodies; the slowest "
+        f"of {seen['sent']} of them took {seen['slowest']:.1f} s"
     )
     return waits | {"alone": alone, "beside": result, "notes": [note], "faults": problems}
 

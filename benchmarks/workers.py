@@ -115,8 +115,8 @@ def load(bench: Bench) -> None:
     memory.
     """
     print(
-        "\n| workers | whole answers/s | CPU µs each | events/s, spaced | CPU µs each | p99 gap, ms "
-        "| PSS of a worker, of the parent, of the server, MB | foreign load |"
+        "\n| workers | whole answers/s | CPU µs each | events/s, spaced | CPU µs each | p99 gap, "
+        "ms | PSS of a worker, of the parent, of the server, MB | foreign load |"
     )
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for workers in WORKERS:
@@ -128,10 +128,10 @@ def load(bench: Bench) -> None:
             if wrong := faults(result):
                 print(f"INVALID with {workers} workers: {wrong}")
         print(
-            f"| {workers} | {whole['per_second']:,.0f} | {whole['cpu_us']:.0f} "
-            f"| {spaced['chunks_per_second']:,.0f} | {spaced['cpu_us']:.0f} | {spaced['gap_p99_ms']:.0f} "
-            f"| {', '.join(f'{size:.0f}' for size in sizes)} "
-            f"| {max(whole['foreign_share'], spaced['foreign_share']):.0%} |",
+            f"| {workers} | {whole['per_second']:,.0f} | {whole['cpu_us']:.0f} | "
+            f"{spaced['chunks_per_second']:,.0f} | {spaced['cpu_us']:.0f} | "
+            f"{spaced['gap_p99_ms']:.0f} | {', '.join(f'{size:.0f}' for size in sizes)} | "
+            f"{max(whole['foreign_share'], spaced['foreign_share']):.0%} |",
             flush=True,
         )
 
@@ -164,8 +164,8 @@ def server_commands(bench: Bench) -> None:
     places.
     """
     print(
-        f"\n| workers | face | of {PLACES} places in use | answers/s | `settle` per answer | claims | bytes "
-        "| CPU of the server, µs |"
+        f"\n| workers | face | of {PLACES} places in use | answers/s | `settle` per answer | "
+        "claims | bytes | CPU of the server, µs |"
     )
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for workers in WORKERS[1:]:
@@ -282,9 +282,10 @@ def remote(bench: Bench) -> None:
         p50, p99 = (values[int(len(values) * part)] * 1000 for part in (0.5, 0.99))
         print(f"| {name} | {p50:.2f} | {p99:.2f} |")
     print(
-        f"\n{STREAMS} streams of 50 events/s, all read elsewhere as well: {counts['publications'] / events:.3f} "
-        f"publications, {counts['bytes'] / events:.0f} bytes in and out, and "
-        f"{counts['cpu'] / events * 1e6:.1f} µs of the server's CPU an event",
+        f"\n{STREAMS} streams of 50 events/s, all read elsewhere as well: "
+        f"{counts['publications'] / events:.3f} publications, {counts['bytes'] / events:.0f} "
+        f"bytes in and out, and {counts['cpu'] / events * 1e6:.1f} µs of the "
+        "server's CPU an event",
         flush=True,
     )
 

@@ -2,7 +2,8 @@
 
 python docs/sizing.py                      write the table into scaling.md
 python docs/sizing.py --check              exit with 1 if it is stale
-python docs/sizing.py 20000 30 400 60      20,000 clients, each of whom asks 30 times an hour; 400 tokens, 60 a second
+python docs/sizing.py 20000 30 400 60      20,000 clients, each of whom asks 30 times an hour; 400
+                                           tokens, 60 a second
 
 Arrivals are a Poisson process, and the places of the provider are the servers of a queue (M/M/c;
 Erlang, 1917). The number of places is the smallest for which one answer in a hundred waits.
@@ -124,17 +125,18 @@ def table(rows: list[tuple[int, Size]]) -> str:
     """Return *rows* as a table."""
     lines = [
         (
-            "| clients | answers/s | at once | 1 `requests_per_minute` | 2 `concurrent_requests` | 3 `queue_size` "
-            "| 4 `max_connections` | 5 `max_kept_bytes` | 6 `workers` | 7 memory | 8 Redis, of a core |"
+            "| clients | answers/s | at once | 1 `requests_per_minute` | 2 `concurrent_requests` "
+            "| 3 `queue_size` | 4 `max_connections` | 5 `max_kept_bytes` | 6 `workers` | 7 memory "
+            "| 8 Redis, of a core |"
         ),
         "| ---: " * 11 + "|",
     ]
     for clients, each in rows:
         lines.append(
-            f"| {clients:,} | {rounded(each.rate)} | {each.running:,.0f} | {each.requests_per_minute:,} "
-            f"| {each.concurrent_requests:,} | {each.queue_size:,} | {each.max_connections:,} "
-            f"| {in_bytes(each.max_kept_bytes)} | {each.workers} | {in_bytes(each.memory)} "
-            f"| {f'{each.redis:.1%}' if each.redis else 'none'} |"
+            f"| {clients:,} | {rounded(each.rate)} | {each.running:,.0f} | "
+            f"{each.requests_per_minute:,} | {each.concurrent_requests:,} | {each.queue_size:,} | "
+            f"{each.max_connections:,} | {in_bytes(each.max_kept_bytes)} | {each.workers} | "
+            f"{in_bytes(each.memory)} | {f'{each.redis:.1%}' if each.redis else 'none'} |"
         )
     return "\n".join(lines) + "\n"
 

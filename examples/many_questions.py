@@ -1,7 +1,8 @@
 """A hundred questions, ten at a time, on one socket: a server that is full makes them wait, and
 loses none.
 
-    python examples/many_questions.py [--url http://127.0.0.1:8000] [--questions 100] [--at-once 10]
+    python examples/many_questions.py [--url http://127.0.0.1:8000] [--questions 100]
+                                      [--at-once 10]
 
 Not all of them at once: the server would queue or refuse those beyond its limits, and the client
 would ask again until its deadline. With the bound here each question waits in this program

@@ -1,6 +1,6 @@
 """Answers that survive their connections: cut every few events, on each face, and still complete.
 
-    python examples/unbroken.py [--url http://127.0.0.1:8000] [--every 20] [--text "Tell me a story"]
+    python examples/unbroken.py [--url http://127.0.0.1:8000] [--every 20] [--text "Tell me more"]
 
 A small fault proxy in this process stands between the clients and the server. It resets each
 connection after a number of events, wherever in the bytes it is then. Each client comes back with

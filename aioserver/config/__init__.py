@@ -1,6 +1,6 @@
 """The configuration: one YAML file and the environment become settings.
 
-file           YAML 1.1 in UTF-8: `--config`, `$AIOSERVER_CONFIG`, `./config.yaml`, or the shipped one
+file           YAML 1.1 in UTF-8: `--config`, `$AIOSERVER_CONFIG`, `./config.yaml`, or the shipped
 document       the file as plain values, each with its place; `document.py` parses it
 place          the line and column of a value, or the variable that set it
 reference      `${NAME}` in a scalar: it is replaced by a variable of the environment

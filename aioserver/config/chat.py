@@ -165,7 +165,8 @@ class Persistence:
 
     enabled: bool = setting(
         boolean,
-        "whether conversations outlive a restart (with `type: sql`); false: as with `type: memory`",
+        "whether conversations outlive a restart (with `type: sql`); false: "
+        "as with `type: memory`",
         True,
     )
     retention_policy: str = setting(
@@ -175,12 +176,14 @@ class Persistence:
     )
     max_tokens_per_conversation: int = setting(
         count,
-        "tokens kept of one conversation under `token_limit`; beyond: its oldest turns are deleted",
+        "tokens kept of one conversation under `token_limit`; beyond: "
+        "its oldest turns are deleted",
         8000,
     )
     max_messages_per_conversation: int = setting(
         count,
-        "messages kept of one conversation under `message_count`; beyond: its oldest turns are deleted",
+        "messages kept of one conversation under `message_count`; beyond: "
+        "its oldest turns are deleted",
         100,
     )
     retention_days: float = setting(
@@ -222,7 +225,8 @@ class Context:
 
     max_tokens: int = setting(
         count,
-        "tokens of history, new message and answer together; beyond: the oldest turns are not sent",
+        "tokens of history, new message and answer together; beyond: "
+        "the oldest turns are not sent",
         4000,
     )
     reserve_tokens: int = setting(
@@ -259,14 +263,15 @@ class Streams:
     )
     max_stream_bytes: int = setting(
         size,
-        "bytes kept of one answer; beyond: its oldest events are dropped; an event larger than that: 502",
+        "bytes kept of one answer; beyond: its oldest events are dropped; "
+        "an event larger than that: 502",
         2**22,
     )
     max_kept_bytes: int = setting(
         size,
-        "bytes kept of all answers and stored responses together, all that belongs to them counted; beyond: "
-        "of the key that keeps most the oldest that have ended are dropped, then readers that are behind, then new "
-        "requests get 503",
+        "bytes kept of all answers and stored responses together, all that belongs to them "
+        "counted; beyond: of the key that keeps most the oldest that have ended are dropped, "
+        "then readers that are behind, then new requests get 503",
         2**28,
     )
     max_detached: int = setting(
@@ -274,8 +279,8 @@ class Streams:
     )
     store_window: float = setting(
         seconds_or_0,
-        "seconds that a stored response can be continued by its id (`previous_response_id`) and read; "
-        "0: none is stored",
+        "seconds that a stored response can be continued by its id (`previous_response_id`) and "
+        "read; 0: none is stored",
         3600.0,
     )
     max_response_bytes: int = setting(

@@ -68,7 +68,8 @@ class HttpClient:
     )
     concurrent_requests: int = setting(
         count,
-        "requests in flight at once; <= max_connections; beyond: they wait in the provider's queue",
+        "requests in flight at once; <= max_connections; beyond: "
+        "they wait in the provider's queue",
     )
     max_retries: int = setting(
         count_or_0, "retries of one request; none after the first event of its answer"
@@ -165,7 +166,8 @@ class Provider:
     )
     pass_headers: tuple[str, ...] = setting(
         list_of(passed_header),
-        "names of client headers that are passed on to the provider, beside traceparent and tracestate",
+        "names of client headers that are passed on to the provider, "
+        "beside traceparent and tracestate",
         (),
     )
     proxy: str | None = setting(
@@ -178,26 +180,26 @@ class Provider:
     )
     messages: bool = setting(
         boolean,
-        "whether it speaks Anthropic's Messages API, below the same base_url; false: requests for that API never "
-        "go to it",
+        "whether it speaks Anthropic's Messages API, below the same base_url; false: requests for "
+        "that API never go to it",
         False,
     )
     responses: bool = setting(
         boolean,
-        "whether it has /v1/responses; false: requests for it are translated to chat completions, as they are for a "
-        "provider that answers 404, 405 or 501 there",
+        "whether it has /v1/responses; false: requests for it are translated to chat completions, "
+        "as they are for a provider that answers 404, 405 or 501 there",
         True,
     )
     when_down: str = setting(
         one_of("fail", "wait"),
-        "what requests do while the provider cannot be reached and no fallback can answer: fail at once, or "
-        "wait in its queue, for queue_timeout at most, until it is back",
+        "what requests do while the provider cannot be reached and no fallback can answer: fail "
+        "at once, or wait in its queue, for queue_timeout at most, until it is back",
         "fail",
     )
     account_paths: bool = setting(
         boolean,
-        "whether admins may use the objects of the account that the API key belongs to: files, batches, "
-        "vector_stores and every other path of the API",
+        "whether admins may use the objects of the account that the API key belongs to: files, "
+        "batches, vector_stores and every other path of the API",
         False,
     )
     http_client: HttpClient = group(HttpClient)

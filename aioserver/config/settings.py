@@ -94,7 +94,8 @@ class ClientKey:
     )
     max_connections: int = setting(
         count_or_0,
-        "connections that this key may have open or waiting at once; beyond: 429; 0: no bound of its own",
+        "connections that this key may have open or waiting at once; beyond: 429; "
+        "0: no bound of its own",
         0,
     )
     requests_per_minute: int = setting(
@@ -105,7 +106,8 @@ class ClientKey:
     )
     admin: bool = setting(
         boolean,
-        "whether this key may read /stats, /events and /metrics, and use account_paths of a provider",
+        "whether this key may read /stats, /events and /metrics, "
+        "and use account_paths of a provider",
         False,
     )
 
@@ -122,7 +124,8 @@ class Auth:
     )
     open: bool = setting(
         boolean,
-        "whether every address is served without keys, because a proxy in front checks its clients",
+        "whether every address is served without keys, "
+        "because a proxy in front checks its clients",
         False,
     )
     allowed_hosts: tuple[str, ...] = setting(
@@ -170,8 +173,8 @@ class Tracing:
 
     otlp_endpoint: str | None = setting(
         optional(api),
-        "base URL of the collector that gets the spans by OTLP over HTTP, such as http://127.0.0.1:4318; "
-        "null: no spans are made",
+        "base URL of the collector that gets the spans by OTLP over HTTP, such as "
+        "http://127.0.0.1:4318; null: no spans are made",
         None,
     )
     service_name: str = setting(
@@ -208,7 +211,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         workers = self.chat.websocket.concurrency.uvicorn.workers
-        message = f"must be >= uvicorn.workers ({workers}), each of which needs one when it is alone, not "
+        message = (
+            f"must be >= uvicorn.workers ({workers}), "
+            "each of which needs one when it is alone, not "
+        )
         check_rules(
             self,
             *(

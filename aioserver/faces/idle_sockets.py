@@ -48,8 +48,8 @@ class IdleSockets:
     Always: a socket is told to give way at most once. Clients without a key are one caller, and
     not counted. Each change takes the same time, however many sockets there are.
 
-    *limit* returns how many places there are, *waiting* how many clients wait for one, and *elsewhere* whether another
-    process may have one for them: then nobody has to give way.
+    *limit* returns how many places there are, *waiting* how many clients wait for one, and
+    *elsewhere* whether another process may have one for them: then nobody has to give way.
     """
 
     def __init__(

@@ -114,7 +114,8 @@ async def versioned(client: _Asset, request: web.Request) -> web.StreamResponse:
     if request.match_info["version"] != __version__:
         raise NotFound(
             f"this server has version {__version__} of its client: it is at "
-            f"/client/{__version__}.js, and at /client.js, which has whatever version the server has"
+            f"/client/{__version__}.js, and at /client.js, "
+            "which has whatever version the server has"
         )
     response = await client.serve(request)
     response.headers["Cache-Control"] = IMMUTABLE

@@ -4,12 +4,12 @@ who instead.
 This file is one concept: the table of providers by which a first one is chosen is that of those
 which may follow it.
 
-    the request has                    the router asks
-    a `provider` (chats only)          that provider, pinned; the request's model, or the provider's own
-    no model                           the active provider, with its own model
-    a provider's name as model         that provider, pinned, with its own model
-    "groq/llama-…", groq configured    groq, pinned; the rest is the model
-    another model                      the active provider, with the model unchanged
+    the request has                  the router asks
+    a `provider` (chats only)        that provider, pinned; the request's model, or its own
+    no model                         the active provider, with its own model
+    a provider's name as model       that provider, pinned, with its own model
+    "groq/llama-…", groq configured  groq, pinned; the rest is the model
+    another model                    the active provider, with the model unchanged
 
 A request of an API that some providers alone speak (providers/api.py) goes only to those: the
 active one stands then for the first of the active provider and the fallbacks that does.
@@ -129,7 +129,8 @@ class Router:
             route = Route(self._first(api), model, renamed=model is None, pinned=False)
         if not api.speaks(route.provider.settings):
             raise ModelNotFound(
-                f"the provider {route.provider.name} does not speak {api.name}: {self._speaking(api)}"
+                f"the provider {route.provider.name} does not speak {api.name}: "
+                f"{self._speaking(api)}"
             )
         return route
 
@@ -161,8 +162,8 @@ class Router:
         others = self._usable_others(active, api)
         if not others:
             raise ModelNotFound(
-                f"the active provider {self._active} does not speak {api.name}, nor does a fallback: "
-                f"{self._speaking(api)}"
+                f"the active provider {self._active} does not speak {api.name}, nor does a "
+                f"fallback: {self._speaking(api)}"
             )
         return others[0]
 

@@ -1,4 +1,6 @@
-"""Fixed shares: what one of several processes may use of a limit, where nobody says who uses how much."""
+"""Fixed shares: what one of several processes may use of a limit, where nobody says who uses how
+much.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,11 @@ def fixed_share(limit: int, rank: int, count: int) -> int:
 
 
 class Scope(NamedTuple):
-    """The processes among which a limit is shared: this one is number *rank* of the *workers* of *host*.
+    """The processes among which a limit is shared: this one is number *rank* of the *workers* of
+    *host*.
 
-    *host* is a name that only the workers of one parent have. *first*: no other worker of it was there before.
+    *host* is a name that only the workers of one parent have. *first*: no other worker of it was
+    there before.
     """
 
     host: str

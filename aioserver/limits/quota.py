@@ -110,8 +110,8 @@ class Quota:
     def connect(self) -> asyncio.Future[None] | None:
         """Count a connection; call `disconnect` once when it has ended.
 
-        Where other processes share the limit, the result may be a future that is undecided, as that of `take`; a
-        connection that is refused by it has ended, too.
+        Where other processes share the limit, the result may be a future that is undecided, as
+        that of `take`; a connection that is refused by it has ended, too.
 
         Raises:
             ConcurrencyExceeded: `max_connections` of the key are open or wait; nothing is counted.

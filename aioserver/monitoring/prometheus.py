@@ -146,7 +146,10 @@ _PROVIDER_GAUGES: tuple[tuple[str, Callable[[ProviderState], float], str], ...] 
     (
         "provider_silent_answers",
         lambda p: p["silent"]["stalled"] + p["silent"]["unanswered"],
-        "Streamed answers in which the provider has said nothing for seconds, and says nothing now",
+        (
+            "Streamed answers in which the provider has said nothing for seconds, "
+            "and says nothing now"
+        ),
     ),
     ("pool_open", lambda p: p["pool"]["open"], "Connections, idle ones included"),
     ("pool_idle", lambda p: p["pool"]["idle"], "Idle connections"),

@@ -56,7 +56,9 @@ FEW, SHARE = 3, 0.1
 # attempt:
 OF_FAULTS = {
     "connect_error": "Check that {name} runs, and that its base_url leads to it.",
-    "timeout": "Look at the load of {name}; if it is only slow, raise read_timeout in its http_client.",
+    "timeout": (
+        "Look at the load of {name}; if it is only slow, raise read_timeout in its http_client."
+    ),
     "http_429": "Lower requests_per_minute of {name}, or have its limits raised.",
     "http_5xx": "Look at the log of {name}, or at its status page.",
     "tls": "Check the certificate of {name}, and its base_url and ca_file.",
@@ -164,7 +166,10 @@ class Troubles:
         if failed:
             outcome = faults.most_common(1)[0][0]
             remedy = OF_FAULTS[outcome]
-            text = f"{name} {FAULTS[outcome]}: {failed} of {attempts} attempts failed in the last minute"
+            text = (
+                f"{name} {FAULTS[outcome]}: {failed} of {attempts} attempts failed "
+                "in the last minute"
+            )
         if provider["flagged"]:
             kind, text = FLAGGED, f"{name} refuses our key, or its quota is used up"
             remedy = OF_A_REFUSED_KEY

@@ -57,7 +57,8 @@ _TRACEPARENT = re.compile(
 # The longest `traceparent` of a later version that goes on.
 MAX_TRACEPARENT = 256
 _MEMBER = re.compile(
-    r"[a-z0-9][a-z0-9_*/@-]{0,255}=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
+    r"[a-z0-9][a-z0-9_*/@-]{0,255}"
+    r"=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
 )
 MAX_MEMBERS = 32
 # Characters of a `tracestate`: the standard asks for no more. Whole members go, from the end.

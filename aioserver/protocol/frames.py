@@ -1,7 +1,8 @@
 """The frames of the WebSocket and SSE faces that go to clients, as they are written, and as a
 client reads them.
 
-{"request_id":"6f0c","event_id":3,"status":"chunk","chunk":{"type":"text","data":"Hel","metadata":{}}}
+    {"request_id":"6f0c","event_id":3,"status":"chunk",
+     "chunk":{"type":"text","data":"Hel","metadata":{}}}
 
 Those from clients are in client_frames.py. A frame with an `event_id` is an event of an answer;
 one without is a remark to this connection. A client ignores fields, types and statuses that it

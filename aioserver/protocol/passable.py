@@ -1,13 +1,14 @@
 """The paths below `/v1` that are passed on to a provider as they are, and for whom.
 
     audio, images, moderations, …     a question by itself: passes for every key, as a POST
-    files, batches, vector_stores, …  objects of the account that the provider's key belongs to. That account
-                                      is not the caller's, so that they pass for admins only, and only where
-                                      the provider has `account_paths`; so does every path not listed here
-    responses/ID, …/input_items       the same, but only to read and to delete what this server does not keep itself
+    files, batches, vector_stores, …  objects of the account of the provider's key. It is not the
+                                      caller's, so that they pass for admins only, and only where
+                                      the provider has `account_paths`; so does every other path
+    responses/ID, …/input_items       the same, but only to read and to delete what this server
+                                      does not keep itself
     responses/ID/cancel               the same, to cancel it
-    organization, messages, other responses   never pass: the account's administration, and what this server
-                                      answers itself
+    organization, messages,           never pass: the account's administration, and what this
+    other responses                   server answers itself
 
 A path is compared as it stands on the wire, and only a path that can be read in one way is a path
 at all: with an escape (`%2e`, `%2f`), an empty segment, a dot segment, a backslash or a semicolon,

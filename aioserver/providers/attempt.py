@@ -4,8 +4,8 @@
        └───────────┴───────────┴─────────────┴──▶ a ProviderFault, or cancelled
 
 The router's loop over retries and the provider's loop over dead connections share this object: the
-router makes an attempt for each try, and the provider runs it. What is asked, independently of the provider
-that answers, is a `ProviderRequest` (request.py).
+router makes an attempt for each try, and the provider runs it. What is asked, independently of the
+provider that answers, is a `ProviderRequest` (request.py).
 """
 
 from __future__ import annotations
@@ -70,17 +70,18 @@ class AttemptedProvider(Protocol):
 class Attempt:
     """One try of *request* at *provider*, which `Provider.answer` runs once.
 
-    Always: at most one of `answer` and `fault` is set, and neither before `conclude`. `answered` is set by
-    the first event of the answer, or by the end of one that has no events.
+    Always: at most one of `answer` and `fault` is set, and neither before `conclude`. `answered`
+    is set by the first event of the answer, or by the end of one that has no events.
 
     *stream* is the log to fill; None if no log keeps the answer. *model* None stands for the
-    provider's own. *waited* has the seconds that earlier attempts of this request have spent in the
-    queue of this provider; the wait of this attempt is added. A *retry* goes to the front of its caller's
-    requests in that queue; so does one that may *rejoin* it, because it has waited there while the provider
-    was away, even if the queue is full. *fallback* says that another provider can be asked instead.
+    provider's own. *waited* has the seconds that earlier attempts of this request have spent in
+    the queue of this provider; the wait of this attempt is added. A *retry* goes to the front of
+    its caller's requests in that queue; so does one that may *rejoin* it, because it has waited
+    there while the provider was away, even if the queue is full. *fallback* says that another
+    provider can be asked instead.
 
-    After the end, `answer` has an answer that was not streamed and is passed on unread, and `events` counts
-    the events of any other. `fault` says why an answer broke off after its first
+    After the end, `answer` has an answer that was not streamed and is passed on unread, and
+    `events` counts the events of any other. `fault` says why an answer broke off after its first
     event. It is not raised, since the client has seen it.
     """
 
@@ -168,7 +169,9 @@ class Attempt:
 
     @property
     def unread(self) -> bool:
-        """Whether it goes on, after earlier attempts or a wait, with an answer that nobody reads."""
+        """Whether it goes on, after earlier attempts or a wait, with an answer that nobody
+        reads.
+        """
         stream = self.stream
         return stream is not None and (stream.sent or self.rejoin) and not stream.readers
 
@@ -190,12 +193,17 @@ class Attempt:
 
     @property
     def backpressure(self) -> Backpressure | None:
-        """The function that decides whether the exchange may pause; None for that of the provider."""
+        """The function that decides whether the exchange may pause.
+
+        None for that of the provider.
+        """
         return None
 
     @property
     def says_little(self) -> bool:
-        """Whether a fault of it says nothing of the provider as a whole, neither of its health nor of our key."""
+        """Whether a fault of it says nothing of the provider as a whole, neither of its health nor
+        of our key.
+        """
         return False
 
     def preparation(self) -> Generator[None, None, None] | None:
@@ -203,17 +211,24 @@ class Attempt:
         return None
 
     def repeats(self) -> bool:
-        """Return whether the request has to be sent in another form, now that the answer is there."""
+        """Return whether the request has to be sent in another form, now that the answer is
+        there.
+        """
         return False
 
     def written(self, writer: RequestWriter) -> bytes:
-        """Return the bytes to send. They are made now: the settings, and the model, may change in a wait."""
+        """Return the bytes to send.
+
+        They are made now: the settings, and the model, may change in a wait.
+        """
         request = self.request
         body = request.body(self.provider.settings)
         return self.request_bytes(writer, request.api, request.path, body)
 
     def request_bytes(self, writer: RequestWriter, api: Api, path: str, body: bytes) -> bytes:
-        """Return the bytes of a request for *path*, that of *api*, with this *body*, and note it in the trace."""
+        """Return the bytes of a request for *path*, that of *api*, with this *body*, and note it
+        in the trace.
+        """
         client_headers, trace = self.request.client_headers, self.request.record.trace
         if trace is not None:
             client_headers = trace.sending(client_headers, body)
@@ -276,7 +291,8 @@ class Attempt:
         return self.provider.max_response_bytes
 
     def conclude(self) -> Generator[None, None, None] | None:
-        """Check the answer, which is complete now, and read it if it was not streamed; return the steps that are left.
+        """Check the answer, which is complete now, and read it if it was not streamed; return the
+        steps that are left.
 
         Raises:
             ProviderFault: the status or the body is not that of a good answer.

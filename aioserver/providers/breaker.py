@@ -3,7 +3,8 @@
 After Michael T. Nygard, "Release It!", 2007, but dead is another thing than sick:
 
     well    every request is sent
-    sick    many attempts fail, and some succeed: every request is sent, to a provider that is well first
+    sick    many attempts fail, and some succeed: every request is sent, but first to a provider
+            that is well
     dead    nothing succeeds: no request is sent but for trials, and the first success ends it
 
                  more than half fail             nothing succeeds any more

@@ -5,7 +5,7 @@
 403                               our key, or this one request, is refused: ProviderForbidden
 429, 498                          we ask too much at the moment: ProviderRateLimited
 408, 5xx                          the provider failed: ProviderError
-another 4xx                       the caller is at fault: ProviderRefused; a JSON body passes as it is
+another 4xx                       the caller is at fault: ProviderRefused; a JSON body passes
 a redirect, not JSON, compressed  ProviderBadResponse
 """
 

@@ -197,7 +197,9 @@ class Exchange:
                 self._fail(exc)
 
     def stale(self) -> None:
-        """Fail, since the provider has said something on a kept connection before it can have read the request."""
+        """Fail, since the provider has said something on a kept connection before it can have read
+        the request.
+        """
         self._fail(StaleConnection("the provider has ended the kept connection"))
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -350,7 +352,8 @@ class Exchange:
                 self._connection.close()
 
     def _answers_another(self) -> bool:
-        """Return whether the answer may be meant for nobody, so that this request's own is still to come.
+        """Return whether the answer may be meant for nobody, so that this request's own is still
+        to come.
 
         A 408 ends an idle connection (RFC 9110, 15.5.9), and may cross the request. So may any
         error which comes on a kept connection sooner than a byte can go there and back.

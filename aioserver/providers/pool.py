@@ -273,7 +273,8 @@ class Pool:
                 )
             case OSError(errno=code) if code in NO_DESCRIPTOR:
                 logger.error(
-                    "no file descriptor is free for a connection to %s: raise the limit of open files",
+                    "no file descriptor is free for a connection to %s: "
+                    "raise the limit of open files",
                     self._address,
                 )
                 return PoolTimeout("no file descriptor is free for a connection", retry_after=1.0)

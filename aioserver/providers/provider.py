@@ -1,18 +1,21 @@
-"""One provider behind its guards: its health, its queue, its pool, and what it learns from answers.
+"""One provider behind its guards: its health, its queue, its pool, and what it learns from
+answers.
 
     healthy? → queue → place taken: `processing` → connection → POST → sinks fill the log
 
-The place and the connection are given back the moment the provider is done, however slow the client
-is. A provider knows no face: it runs an `Attempt`, which fills a `Stream` or has an `Answer`.
+The place and the connection are given back the moment the provider is done, however slow the
+client is. A provider knows no face: it runs an `Attempt`, which fills a `Stream` or has an
+`Answer`.
 
 Its guards, the breaker, the pace and the queue, learn from its attempts:
 
     the head of an answer       its headers say what is left of the provider's limits
     the first event             the provider is not dead
     a refusal for its rate      nothing starts for as long as the provider asks
-    the end                     well, or with a fault that the breaker hears of; the tokens that it did cost
+    the end                     well, or with a fault that the breaker hears of; the real tokens
 
-An attempt that was sent by former settings, perhaps with another key or to another address, teaches nothing of this.
+An attempt that was sent by former settings, perhaps with another key or to another address,
+teaches nothing of this.
 
 This file is one concept: an attempt's way through the guards, and what they make of its end.
 """
@@ -66,7 +69,9 @@ BYTES_PER_TOKEN = 4
 
 @dataclass(frozen=True, slots=True)
 class PaceStats:
-    """A snapshot of a pace: starts per minute, how many could start now, seconds of cooling down."""
+    """A snapshot of a pace: starts per minute, how many could start now, seconds of cooling
+    down.
+    """
 
     per_minute: int
     left: int
@@ -92,9 +97,9 @@ class ProviderStats:
 class Provider:
     """One provider, which runs attempts within its limits.
 
-    Always: at most `concurrent_requests` attempts are under way, unless new settings have lowered that
-    number since; whatever an attempt takes is given back by the end of `answer`, however it ends. The
-    breaker hears of the end of each trial, once.
+    Always: at most `concurrent_requests` attempts are under way, unless new settings have lowered
+    that number since; whatever an attempt takes is given back by the end of `answer`, however it
+    ends. The breaker hears of the end of each trial, once.
 
     Created by the registry, which must close it.
     """
@@ -135,11 +140,14 @@ class Provider:
     def prepare(
         self, settings: settings.Provider, base_url: str, *, max_response_bytes: int
     ) -> Callable[[], None]:
-        """Return the function that puts *settings* into effect; nothing changes until it is called.
+        """Return the function that puts *settings* into effect.
+
+        Nothing changes until it is called.
 
         Attempts that run end as they began. The counts of places and pace go on, and those of the
-        breaker too, unless the address is another. The provider is asked again if it had refused our key.
-        It is also asked before a cooling down is over, if the key or the address is another.
+        breaker too, unless the address is another. The provider is asked again if it had refused
+        our key. It is also asked before a cooling down is over, if the key or the address is
+        another.
 
         Raises:
             ConfigurationError: `ca_file` cannot be read, or holds no certificate.
@@ -197,7 +205,8 @@ class Provider:
             attempt.began = self._clock()
             attempt.started()
             if attempt.unread and self.waiting:
-                # A retry or a failover of an answer that nobody reads: somebody else wants the place.
+                # A retry or a failover of an answer that nobody reads: somebody else wants the
+                # place.
                 self._make_room()
             await self.exchange(attempt)
             if (steps := attempt.conclude()) is not None:
@@ -288,9 +297,11 @@ class Provider:
         return self._gate.inside > 0
 
     def remove(self) -> None:
-        """Refuse the attempts that wait and all later ones, since the configuration dropped the provider.
+        """Refuse the attempts that wait and all later ones, since the configuration dropped the
+        provider.
 
-        Attempts that have started go on. The function that `prepare` returns brings the provider back.
+        Attempts that have started go on. The function that `prepare` returns brings the provider
+        back.
         """
         self._drained = asyncio.Event()
         self.health.remove()
@@ -344,7 +355,8 @@ class Provider:
             try:
                 await running
             except StaleConnection:
-                # Nothing had come on a reused connection: repeat at once, on a new one, which never raises this.
+                # Nothing had come on a reused connection: repeat at once, on a new one, which
+                # never raises this.
                 if attempt.body is not None and not attempt.body.rewind():
                     raise
                 self.meter.attempts["stale"].value += 1
@@ -408,8 +420,8 @@ class Provider:
 
         Raises:
             ProviderFault: the provider is not healthy, and the attempt cannot be its next trial.
-            ProviderPaced: the provider is cooling down for longer than *attempt* waits before it fails
-                over.
+            ProviderPaced: the provider is cooling down for longer than *attempt* waits before it
+                fails over.
         """
         dead = self.health.breaker.dead
         if dead and self.absence.waits(attempt):
@@ -422,13 +434,18 @@ class Provider:
             raise self._gate.paced_fault(wait)
 
     def _rate_limited(self, attempt: Attempt, fault: ProviderRateLimited) -> None:
-        """Start nothing for as long as the provider asks, which has refused *attempt* for its rate."""
+        """Start nothing for as long as the provider asks, which has refused *attempt* for its
+        rate.
+        """
         if not self._outdated(attempt):
             self._pace.cool_down(fault.retry_after or 0.0)
             self._gate.refuse_late(FAILOVER_WAIT)
 
     def _ended(self, attempt: Attempt, exc: BaseException | None) -> None:
-        """Count an attempt that has ended, well or with *exc*, and learn from it. Its place is given back already."""
+        """Count an attempt that has ended, well or with *exc*, and learn from it.
+
+        Its place is given back already.
+        """
         record = attempt.request.record
         if attempt.expected_tokens:
             tokens = _real_tokens(attempt, self.settings, failed=exc is not None)
@@ -464,7 +481,9 @@ class Provider:
             self._gate.serve()
 
     def _outdated(self, attempt: Attempt) -> bool:
-        """Return whether *attempt* was sent by former settings, perhaps with another key or address."""
+        """Return whether *attempt* was sent by former settings, perhaps with another key or
+        address.
+        """
         return attempt.pool is not None and attempt.pool is not self.pools.pool
 
     def _end_of(self, attempt: Attempt, exc: BaseException | None) -> AttemptEnd:

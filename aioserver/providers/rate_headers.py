@@ -1,10 +1,10 @@
 """The limits that a provider says, in its headers, are left.
 
-x-ratelimit-{remaining,reset}-{requests,tokens}         OpenAI, Groq and others. A window: what remains is for
-the time until the reset, a duration
+x-ratelimit-{remaining,reset}-{requests,tokens}
+    OpenAI, Groq and others. A window: what remains is for the time until the reset, a duration
 anthropic-ratelimit-{requests,tokens,input-tokens,output-tokens}-{limit,remaining,reset}
-Anthropic. A bucket that fills evenly: the reset is the
-time (RFC 3339) at which it has its limit again
+    Anthropic. A bucket that fills evenly: the reset is the time (RFC 3339) at which it has its
+    limit again
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The sinks that read each event of a chat completion: what they share, and that of the faces that show frames."""
+"""The sinks that read each event of a chat completion: what they share, and that of the faces that
+show frames.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ TEXT_STEP = 4096
 class ReadingSink(StreamSink):
     """Reads each event of a chat completion, and appends what becomes of it.
 
-    *reading* has what was read so far. Once the shape of the provider's events is known, an event of that shape need
-    not be read.
+    *reading* has what was read so far. Once the shape of the provider's events is known, an event
+    of that shape need not be read.
     """
 
     def __init__(self, stream: Stream, reading: Reading) -> None:
@@ -63,7 +65,8 @@ class ReadingSink(StreamSink):
         return not self._over
 
     def _begin(self, data: bytes) -> list[bytes]:
-        """Return what becomes of the first event, which has *data*; from then on there is no second attempt.
+        """Return what becomes of the first event, which has *data*; from then on there is no
+        second attempt.
 
         Raises:
             BadEvent, ErrorEvent: see `Reading.read`.

@@ -10,21 +10,24 @@ means:
 
     StreamSink
         PassingSink         keeps the provider's bytes: one entry for each read
-            EventSink       chat completions, for the OpenAI face; they end with `[DONE]`, which is added if it is missing after a finish_reason
+            EventSink       chat completions, for the OpenAI face; they end with `[DONE]`, which is
+                            added if it is missing after a finish_reason
             ResponseSink    responses (wings/responses/sinks.py)
             MessageSink     messages of Anthropic's API (wings/anthropic/sink.py)
         ReadingSink         reads each event, and keeps what it makes of it (reading_sinks.py)
-            ChatSink        chat completions as `chunk` objects, for the faces that show frames (reading_sinks.py)
+            ChatSink        chat completions as `chunk` objects, for the faces that show frames
+                            (reading_sinks.py)
             BridgeSink      chat completions as the events of a response (wings/responses/sinks.py)
 
 A body that is not streamed is collected, up to a bound (`BodySink`). How an answer may end:
 
-    its end mark                            well; which event that is, the API says
-    the body ends after a finish_reason     well, for chat completions
-    an event that is not JSON               ProviderBadResponse
-    an event that reports an error          ProviderError, or the fault that its code means; nothing after it passes
-    the body ends otherwise                 ProviderDisconnected
-    there is no body                        ProviderBadResponse
+    its end mark                           well; which event that is, the API says
+    the body ends after a finish_reason    well, for chat completions
+    an event that is not JSON              ProviderBadResponse
+    an event that reports an error         ProviderError, or the fault that its code means; nothing
+                                           after it passes
+    the body ends otherwise                ProviderDisconnected
+    there is no body                       ProviderBadResponse
 """
 
 from __future__ import annotations

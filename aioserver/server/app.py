@@ -74,8 +74,8 @@ WHEEL_GRAIN = 20
 class Server:
     """A running server. Its faces may use what is in *context*; only server/ needs the rest.
 
-    *listening*: the sockets on which it listens; the runner fills the list. *sharing*: what it shares
-    with other instances; None if it is the only one.
+    *listening*: the sockets on which it listens; the runner fills the list. *sharing*: what it
+    shares with other instances; None if it is the only one.
     """
 
     app: web.Application

@@ -103,7 +103,8 @@ def make_middleware(
         if ours and match.route not in guard.websockets:
             endpoint = settings.chat.websocket.endpoint
             raise UpgradeRequired(
-                f"there is no WebSocket at this path: it is at {endpoint}, that of responses at /v1/responses"
+                f"there is no WebSocket at this path: it is at {endpoint}, "
+                "that of responses at /v1/responses"
             )
 
     @web.middleware

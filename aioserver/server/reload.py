@@ -59,7 +59,8 @@ class Reload:
     Always: one reload runs at a time; `ask` during a reload causes another one after it.
 
     *hosts*: the addresses of inherited sockets; None if the server listens on the configured one.
-    *share_out* returns the part of the settings that this process has among several; None if it serves alone.
+    *share_out* returns the part of the settings that this process has among several; None if it
+    serves alone.
     """
 
     def __init__(

@@ -46,7 +46,10 @@ def accept_queue(sock: socket.socket) -> AcceptQueue | None:
 
 
 def least_round_trip(sock: socket.socket) -> float:
-    """Return the seconds in which a byte has come back soonest on a connection; 0.0 where that is not known."""
+    """Return the seconds in which a byte has come back soonest on a connection.
+
+    0.0 where that is not known.
+    """
     if not hasattr(socket, "TCP_INFO") or sock.family == socket.AF_UNIX:
         return 0.0
     try:

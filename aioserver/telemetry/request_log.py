@@ -57,9 +57,9 @@ class RequestRecord:
     Durations are in seconds:
 
         queue_wait      spent in queues of providers, over all attempts
-        silence         the longest time between two reads of the provider, or from the last one to the
-                        end: from the first event on, or of an attempt that got none; it ended at
-                        *silence_end*, in the time of the event loop
+        silence         the longest time between two reads of the provider, or from the last one
+                        to the end: from the first event on, or of an attempt that got none; it
+                        ended at *silence_end*, in the time of the event loop
         delay           the longest time that an event which had been read waited for us
         client_stall    the longest time that the client read nothing
 

@@ -1,7 +1,8 @@
 """The parent of several workers: it holds the port, starts `serve` once for each, and replaces
 those that end.
 
-    signals, ends of processes, what workers say → supervisor → processes, signals, what systemd hears
+    signals, ends of processes, what workers say
+        → supervisor → processes, signals, what systemd hears
 
 It has no event loop, no threads and no application: it waits for one signal after the other, with
 all of them blocked (sigtimedwait(2)); that a worker has said something is a signal, too (O_ASYNC;

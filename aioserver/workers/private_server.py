@@ -245,7 +245,8 @@ def _folder(environ: Mapping[str, str]) -> tuple[Path, int]:
                     if (lock := _locked(folder)) is not None:
                         return folder, lock
     raise PrivateServerFailed(
-        "no folder for the socket of the private server can be written: set TMPDIR to a short path of one"
+        "no folder for the socket of the private server can be written: "
+        "set TMPDIR to a short path of one"
     )
 
 

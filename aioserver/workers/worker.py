@@ -1,13 +1,14 @@
 """A worker: one of several processes that serve the same port, as its parent has started it.
 
-The parent passes its listening sockets by the protocol of systemd. What systemd has no words for comes in
-variables: `AIOSERVER_WORKER=SLOT/WORKERS`; `AIOSERVER_FDS=NAME=NUMBER,…`, descriptors by name; and
-`AIOSERVER_PRIVATE_SERVER`, the URL of the parent's own Valkey or Redis server, if it has one
-(workers/private_server.py); `AIOSERVER_HOST`, a name that only the workers of this parent have.
+The parent passes its listening sockets by the protocol of systemd. What systemd has no words for
+comes in variables: `AIOSERVER_WORKER=SLOT/WORKERS`; `AIOSERVER_FDS=NAME=NUMBER,…`, descriptors by
+name; and `AIOSERVER_PRIVATE_SERVER`, the URL of the parent's own Valkey or Redis server, if it has
+one (workers/private_server.py); `AIOSERVER_HOST`, a name that only the workers of this parent
+have.
 
 | name | what it is |
 | --- | --- |
-| ear | a socket on which the parent hears from this worker, and from nobody else, what systemd hears from a service |
+| ear | a socket on which this worker alone tells its parent what a service tells systemd |
 | lifeline | a pipe that ends with the parent |
 | configuration | the content of the configuration file that is in effect |
 | pepper | the secret of browser sessions, the same in each worker |
@@ -54,9 +55,10 @@ NAMES = frozenset({"ear", "lifeline", "configuration", "pepper", "loads"})
 class Worker:
     """What this process is among *workers* processes. *slot*: from 0 to `2 * workers - 1`.
 
-    *period*: the seconds within which its parent wants to hear from it. *server_url*: the parent's private server,
-    through which the workers share limits and streams; None if it has none. *first*: whether it was started with the
-    parent, so that no worker was there before. *host*: the name that the workers of this parent have together.
+    *period*: the seconds within which its parent wants to hear from it. *server_url*: the parent's
+    private server, through which the workers share limits and streams; None if it has none.
+    *first*: whether it was started with the parent, so that no worker was there before. *host*:
+    the name that the workers of this parent have together.
     """
 
     slot: int
@@ -100,8 +102,8 @@ class Worker:
             Loads(descriptors["loads"]).close()
         except OtherLayout:
             raise Unfit(
-                "the parent process is of a version of aioserver whose workers share their places in another way: "
-                "restart the service, SIGUSR2 is not enough",
+                "the parent process is of a version of aioserver whose workers share their places "
+                "in another way: restart the service, SIGUSR2 is not enough",
                 1,
             ) from None
         return cls(
@@ -150,7 +152,9 @@ class Worker:
         return Loads(self.descriptors["loads"], self.slot)
 
     def gate_maker(self, loads: Loads) -> Callable[..., Gate]:
-        """Return what makes the gate in front of the handlers, where there is no server by which places are shared."""
+        """Return what makes the gate in front of the handlers, where there is no server by which
+        places are shared.
+        """
         other = (self.slot + self.workers) % self.slots
         return partial(FixedGate, self.scope, lambda: loads.connections()[other])
 

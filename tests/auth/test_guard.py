@@ -641,7 +641,11 @@ async def test_a_refused_client_is_one_line_with_its_address(
         headers = {"X-Forwarded-For": f"9.9.9.9, {address}", "Authorization": "Bearer canary"}
         assert (await asked(server, "GET", "/sse/chat/secret", **headers))[0] == 401
 
-    lines = [record.fields for record in caplog.records if record.getMessage() == "access refused"]  # type: ignore[attr-defined]
+    lines = [
+        record.fields  # type: ignore[attr-defined]
+        for record in caplog.records
+        if record.getMessage() == "access refused"
+    ]
     assert [line["address"] for line in lines] == ["203.0.113.9", "203.0.113.10"]
     assert {line["reason"] for line in lines} == {"invalid_key"}
     assert {line["route"] for line in lines} == {"/sse/chat/{request_id}"}

@@ -60,7 +60,9 @@ async def test_what_else_a_question_says_is_sent(server: RunningServer, page: Pa
             page,
             """
             const client = new aio.Client(a);
-            const options = { options: { temperature: 0.5 }, tools: [b], provider: "sim", model: "sim-model", metadata: {} };
+            const options = {
+              options: { temperature: 0.5 }, tools: [b], provider: "sim", model: "sim-model", metadata: {},
+            };
             await client.chat([{ role: "user", content: "Hello" }], options).text();
             """,
             server.base,
@@ -255,7 +257,8 @@ async def test_a_deadline_ends_an_answer_with_what_has_come(
     async with page_elsewhere(page, server.base):
         outcome = await run(
             page,
-            "return await read(new aio.Client(a, { transport: b }).chat('Hello', { deadline: 1 }))",
+            "return await read(new aio.Client(a, { transport: b }).chat('Hello', { deadline: "
+            "1 }))",
             server.base,
             transport,
         )

@@ -367,7 +367,8 @@ async def test_a_session_of_another_origin_is_enough(
             page,
             """
             await fetch(`${a}/session`, {
-              method: "POST", credentials: "include", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ key: b }),
+              method: "POST", credentials: "include", headers: { "Content-Type": "application/json" },
+              body: JSON.stringify({ key: b }),
             });
             return await read(new aio.Client(a, { session: true, transport: c }).chat("Hello"));
             """,

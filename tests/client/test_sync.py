@@ -127,7 +127,8 @@ def test_thread_begins_with_the_first_question_and_ends_with_the_client(
 PROGRAM = """
 import logging, os, sys
 from aioserver.client.sync import Client
-logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of a callback that was slow: a busy machine is no fault
+# It warns of a callback that was slow: a busy machine is no fault.
+logging.getLogger("asyncio").setLevel(logging.ERROR)
 client = Client(sys.argv[1])
 {body}
 """

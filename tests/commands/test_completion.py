@@ -69,10 +69,10 @@ def test_bash_completes_commands_options_choices_and_files(tmp_path: Path) -> No
 
 def test_completing_the_options_of_serve_does_not_import_the_server() -> None:
     program = (
-        "import sys; from click.shell_completion import ShellComplete; from aioserver.__main__ import cli\n"
-        "items = ShellComplete(cli, {}, 'aioserver', '').get_completions(['serve'], '--')\n"
-        "assert '--loop' in [item.value for item in items]\n"
-        "assert not {'aiohttp', 'aioserver.commands.serve'} & sys.modules.keys()"
+        "import sys; from click.shell_completion import ShellComplete; from aioserver.__main__ "
+        "import cli\nitems = ShellComplete(cli, {}, 'aioserver', '').get_completions(['serve'], "
+        "'--')\nassert '--loop' in [item.value for item in items]\nassert not {'aiohttp', "
+        "'aioserver.commands.serve'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", program], timeout=30, check=True)
 

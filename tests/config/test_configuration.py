@@ -150,21 +150,42 @@ loging: {}
     faults = refused(lambda: load(text, file, AIOSERVER__CHAT__SSE__ENDPOINT="1"), file)
 
     assert faults == [
-        "AIOSERVER__CHAT__SSE__ENDPOINT chat.sse.endpoint: expected text, not 1 (put it in quotes)",
+        (
+            "AIOSERVER__CHAT__SSE__ENDPOINT chat.sse.endpoint: expected text, "
+            "not 1 (put it in quotes)"
+        ),
         "F:3:5 chat.websocket.port: expected a whole number, not true",
         "F:4:5 chat.websocket.prot: unknown key (did you mean port?)",
         "F:5:5 chat.websocket.ping_interval: must be finite and at most 1000000000, not nan",
-        'F:6:5 chat.websocket.max_message_size: expected a whole number, not text "16" (write a number without quotes and without leading zeros)',
-        "F:9:7 chat.websocket.concurrency.connection_queue_size: must be >= max_connections (10), not 9",
+        (
+            'F:6:5 chat.websocket.max_message_size: expected a whole number, not text "16" '
+            "(write a number without quotes and without leading zeros)"
+        ),
+        (
+            "F:9:7 chat.websocket.concurrency.connection_queue_size: "
+            "must be >= max_connections (10), not 9"
+        ),
         "F:10:7 chat.websocket.concurrency.uvicorn.workers: required key is missing",
-        "F:11:9 chat.websocket.concurrency.uvicorn.backlog: must be >= connection_queue_size (9), not 5",
-        "F:13:9 chat.websocket.concurrency.uvicorn.keepalive_timeout: KEEPALIVE is not set (set it, or write ${KEEPALIVE:-default})",
-        "F:18:9 chat.websocket.concurrency.uvicorn.backlog: this key appears twice (first on line 11)",
+        (
+            "F:11:9 chat.websocket.concurrency.uvicorn.backlog: "
+            "must be >= connection_queue_size (9), not 5"
+        ),
+        (
+            "F:13:9 chat.websocket.concurrency.uvicorn.keepalive_timeout: KEEPALIVE is not set "
+            "(set it, or write ${KEEPALIVE:-default})"
+        ),
+        (
+            "F:18:9 chat.websocket.concurrency.uvicorn.backlog: "
+            "this key appears twice (first on line 11)"
+        ),
         'F:20:3 llm.active: text "x" is not among llm.providers (mine)',
         "F:24:14 llm.providers.mine.model: aliases are refused (write the value out)",
         "F:25:19 llm.providers.mine.models[1]: expected text, not 1 (put it in quotes)",
         "F:26:7 llm.providers.mine.http_client.backoff_factor: required key is missing",
-        "F:27:30 llm.providers.mine.http_client.max_keepalive: must be <= max_connections (2), not 3",
+        (
+            "F:27:30 llm.providers.mine.http_client.max_keepalive: "
+            "must be <= max_connections (2), not 3"
+        ),
         "F:28:44 llm.providers.mine.http_client.pool_timeout: must be greater than 0, not 0",
         "F:30:1 loging: unknown key (did you mean logging?)",
     ]
@@ -265,7 +286,8 @@ LIST = "a ${…} reference is always one value: write "
             "fallbacks",
             "[local, groq]",
             (
-                f'F:11:3 llm.fallbacks: expected a list, not text "[local, groq]" ({LIST}[local, groq] '
+                'F:11:3 llm.fallbacks: expected a list, not text "[local, '
+                f'groq]" ({LIST}[local, groq] '
                 "in the file, or set AIOSERVER__LLM__FALLBACKS='[local, groq]')"
             ),
         ),
@@ -281,8 +303,9 @@ LIST = "a ${…} reference is always one value: write "
             "providers",
             "{a: canary}",
             (
-                f"F:11:3 llm.providers: expected a section of keys, not text ({LIST}{{a: …, b: …}} "
-                "in the file, or set AIOSERVER__LLM__PROVIDERS='{a: …, b: …}')"
+                "F:11:3 llm.providers: expected a section of keys, not text "
+                f"({LIST}{{a: …, b: …}} in the file, "
+                "or set AIOSERVER__LLM__PROVIDERS='{a: …, b: …}')"
             ),
         ),
     ],
@@ -307,7 +330,10 @@ def test_a_list_in_a_variable_without_brackets_is_told_of_them(file: Path) -> No
     variables = {"AIOSERVER__LLM__FALLBACKS": "local,groq", "AIOSERVER__AUTH": "canary"}
 
     assert refused(lambda: load(small(), file, **variables), file) == [
-        "AIOSERVER__AUTH auth: expected a section of keys, not text (write AIOSERVER__AUTH='{a: …, b: …}')",
+        (
+            "AIOSERVER__AUTH auth: expected a section of keys, "
+            "not text (write AIOSERVER__AUTH='{a: …, b: …}')"
+        ),
         (
             'AIOSERVER__LLM__FALLBACKS llm.fallbacks: expected a list, not text "local,groq" '
             "(write AIOSERVER__LLM__FALLBACKS='[local, groq]')"

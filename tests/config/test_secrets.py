@@ -67,7 +67,10 @@ def test_a_variable_without_a_usable_key_is_a_fault(file: Path) -> None:
     text = small("base_url: http://h", "api_key_env: KEY")
 
     assert refused(lambda: load(text, file, KEY="ca nary"), file) == [
-        "F:14:7 llm.providers.mine.api_key_env: KEY contains a space, or a character that is not printable ASCII"
+        (
+            "F:14:7 llm.providers.mine.api_key_env: KEY contains a space, "
+            "or a character that is not printable ASCII"
+        )
     ]
     assert load(text, file, KEY=" canary\n").settings.llm.providers["mine"].usable
     assert load(text, file, KEY="").settings.llm.providers["mine"].missing_key == "KEY"

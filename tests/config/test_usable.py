@@ -22,7 +22,10 @@ def test_an_active_provider_without_its_key_says_what_to_set() -> None:
     original = Configuration.load(ORIGINAL, environ={})
 
     assert refused(shipped.check_usable) == [
-        "AIOSERVER__LLM__ACTIVE llm.active: openai is active but OPENAI_API_KEY is not set; set it, or set llm.active: demo"
+        (
+            "AIOSERVER__LLM__ACTIVE llm.active: openai is active but OPENAI_API_KEY is not set; "
+            "set it, or set llm.active: demo"
+        )
     ]
     (fault,) = refused(original.check_usable)
     assert ":80:3 llm.active: openai is active but OPENAI_API_KEY is not set; " in fault
@@ -33,7 +36,10 @@ def test_a_fallback_without_its_key_is_refused() -> None:
     environ = {"AIOSERVER__LLM__FALLBACKS": "[local, groq]"}
 
     assert refused(Configuration.load(SHIPPED, environ=environ).check_usable) == [
-        "AIOSERVER__LLM__FALLBACKS llm.fallbacks[1]: groq is a fallback but GROQ_API_KEY is not set; set it, or take groq out"
+        (
+            "AIOSERVER__LLM__FALLBACKS llm.fallbacks[1]: groq is a fallback "
+            "but GROQ_API_KEY is not set; set it, or take groq out"
+        )
     ]
 
 

@@ -127,7 +127,10 @@ async def test_all_of_it_can_be_watched(make_server: MakeServer) -> None:
         server.context.monitor.tick()
         again = [incident["text"] for incident in server.incidents()]
 
-    text = "sim answers with server errors (5xx): 5 of 5 attempts failed in the last minute; it is left alone"
+    text = (
+        "sim answers with server errors (5xx): 5 of 5 attempts failed in the last minute; "
+        "it is left alone"
+    )
     assert text in incidents
     assert providers["sim"]["trouble"]["text"] == text
     assert providers["sim"]["trouble"]["detail"].endswith("; its fallback is other")

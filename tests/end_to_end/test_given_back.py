@@ -125,7 +125,8 @@ TAKE_OVER = {
 }
 # What gives back: if this itself fails, nothing else can do it.
 GIVES = re.compile(
-    r"(__exit__|release|_leave|closed|disconnect|give_back|ended|waited|finish|close|leave|free_room|trim|_resumed|_settle)$"
+    r"(__exit__|release|_leave|closed|disconnect|give_back|ended|waited|finish|close|leave"
+    r"|free_room|trim|_resumed|_settle)$"
 )
 
 

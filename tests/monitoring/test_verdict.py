@@ -141,7 +141,10 @@ VERDICTS: dict[str, tuple[dict[str, Any], dict[Total, float], str, str, str]] = 
         {OWN: 1, PLACES: 2},
         "warning rejecting",
         "Rejecting",
-        "3 requests were rejected in 10 s, 2 of them since the server is full (server_at_capacity)",
+        (
+            "3 requests were rejected in 10 s, 2 of them since the server is full "
+            "(server_at_capacity)"
+        ),
     ),
     "a broken provider": (
         {},
@@ -276,9 +279,9 @@ def test_trouble_comes_with_what_is_felt_of_it_and_what_to_do() -> None:
     verdict = judged(changes, growth)
 
     assert verdict["detail"] == (
-        "It began 6 s ago."
-        " 35 requests wait for groq, the longest for 3.2 s; 12 answers failed in 10 s;"
-        " 6,248 requests were rejected in 10 s: the queue of a provider is full (provider_queue_full)."
+        "It began 6 s ago. 35 requests wait for groq, the longest for 3.2 s; 12 answers failed in "
+        "10 s; 6,248 requests were rejected in 10 s: the queue of a provider is full "
+        "(provider_queue_full)."
     )
     assert verdict["advice"].startswith("Look at the log and the load of groq;")
     assert verdict["about"] == "groq"

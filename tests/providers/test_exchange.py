@@ -426,7 +426,9 @@ async def test_what_a_provider_says_before_it_has_the_request_is_no_answer_to_it
 
 
 async def test_a_late_408_never_gives_a_request_the_answer_of_another() -> None:
-    """One of fifty idle connections is ended by a 408 at any moment, and its next request is answered all the same."""
+    """One of fifty idle connections is ended by a 408 at any moment, and its next request is
+    answered all the same.
+    """
     luck = random.Random(408)
 
     async def play(peer: Peer) -> None:

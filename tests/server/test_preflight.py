@@ -83,8 +83,8 @@ def test_too_few_files_for_the_clients_are_refused(tmp_path: Path) -> None:
     wanted = preflight.wanted_files(configured(NOWHERE, {}, tmp_path / "w.yaml").settings)
     assert code == 1
     assert message == (
-        "100 open files are too few for chat.websocket.concurrency.max_connections=50: "
-        f"raise it to {wanted} (ulimit -Hn {wanted}; systemd: LimitNOFILE={wanted}), or lower that\n"
+        "100 open files are too few for chat.websocket.concurrency.max_connections=50: raise it "
+        f"to {wanted} (ulimit -Hn {wanted}; systemd: LimitNOFILE={wanted}), or lower that\n"
     )
 
 

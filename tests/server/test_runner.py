@@ -100,7 +100,11 @@ async def test_the_access_log_has_the_address_that_a_trusted_proxy_gives(
             await raw.send(b"GET /canary x HTTP/1.1\r\n\r\n")  # nothing that has an application
             await raw.to_the_end()
 
-    lines = [record.fields for record in caplog.records if record.name == "aioserver.access"]  # type: ignore[attr-defined]
+    lines = [
+        record.fields  # type: ignore[attr-defined]
+        for record in caplog.records
+        if record.name == "aioserver.access"
+    ]
     assert [line["address"] for line in lines] == [address, "127.0.0.1"]
     assert "canary" not in str(lines[0])
 

@@ -423,7 +423,11 @@ async def test_the_word_of_a_proxy_behind_a_unix_socket_is_taken(
                 writer.close()
                 await writer.wait_closed()
 
-    (line,) = [record.fields for record in caplog.records if record.name == "aioserver.access"]  # type: ignore[attr-defined]
+    (line,) = [
+        record.fields  # type: ignore[attr-defined]
+        for record in caplog.records
+        if record.name == "aioserver.access"
+    ]
     assert line["address"] == "203.0.113.9"
 
 

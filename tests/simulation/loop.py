@@ -177,7 +177,9 @@ class SimulatedLoop(VirtualLoop):
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., Any], *args: Any
     ) -> Any:
-        """Run *func* at once: a thread would have a time of its own. What an *executor* does is over when the disk says."""
+        """Run *func* at once: a thread would have a time of its own. What an *executor* does is
+        over when the disk says.
+        """
         future, result, error = self.create_future(), None, None
         try:
             result = func(*args)

@@ -1,4 +1,6 @@
-"""An instance of a run as a member of the cluster: the real parts, over the run's own shared server."""
+"""An instance of a run as a member of the cluster: the real parts, over the run's own shared
+server.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ class _Renewer(Renewer):
 class Member(Membership):
     """Instance *number*, which shares *server* with the others.
 
-    *left_over* has how many places of each limit it had when it was alone, as far as they did not end since.
+    *left_over* has how many places of each limit it had when it was alone, as far as they did not
+    end since.
     """
 
     def __init__(self, server: SharedServer, number: int, fixed: tuple[int, int] | None) -> None:
@@ -60,7 +63,8 @@ class Member(Membership):
         self._numbers, self._times = fixed, TIMES
         self.renewer = _Renewer(self._make_leases, server, number)
         self.leases = self.renewer.leases
-        # Instances that know how many they are, are the workers of one host, and share connections.
+        # Instances that know how many they are, are the workers of one host, and share
+        # connections.
         scope = None if fixed is None else Scope("host", *fixed)
         self.limits = SharedLimits(self.leases, scope)
         self.bus = None
@@ -69,7 +73,8 @@ class Member(Membership):
         self.address = "simulation"
         self._incidents = None
         self._joined = asyncio.Event()
-        # It does not wait until the server gives something: what begins before is a part of the simulation.
+        # It does not wait until the server gives something: what begins before is a part of the
+        # simulation.
         self._fixed = True
         self._streams = None
         server.join(number, self.leases)

@@ -85,8 +85,8 @@ class Sums:
             for call in calls:
                 if not turn.may_be_shown(call.shown, call.previous):
                     self._broken(
-                        f"client {client.number} ({client.face}) asks {turn.names}, the model is shown "
-                        f"{call.shown} after {call.previous!r}"
+                        f"client {client.number} ({client.face}) asks {turn.names}, the model is "
+                        f"shown {call.shown} after {call.previous!r}"
                     )
             if not turn.question.fault and any(call.arrived for call in calls[:-1]):
                 self._broken(f"client {client.number} ({client.face}) has {len(calls)} answers")

@@ -72,7 +72,8 @@ def main() -> None:
         print(
             f"{total.seeds} seeds, {total.clients:,} clients, {total.connections:,} connections: "
             f"{total.failed} seeds failed, {perf_counter() - began:.0f} s "
-            f"({1000 * total.seconds / max(1, total.clients):.2f} s of a processor for 1,000 clients)"
+            f"({1000 * total.seconds / max(1, total.clients):.2f} s of a "
+            "processor for 1,000 clients)"
         )
         ends = sorted(total.ends.items(), key=lambda end: -end[1])
         print(", ".join(f"{end} {count:,}" for end, count in ends))

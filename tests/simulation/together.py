@@ -1,12 +1,13 @@
 """What holds of all instances that share a server, looked at from inside whenever time is about to
 pass.
 
-    limits      over all instances no more is inside than the limit, but for what those have that were cut off for
-                longer than their lease, or whose server has forgotten them
+    limits      over all instances no more is inside than the limit, but for what those have that
+                were cut off for longer than their lease, or whose server has forgotten them
     leases      nothing starts on a lease that is over, or beyond what is in hand
-    rates       in any window of t seconds at most `t * rate + burst` requests start; and where an instance is not
-                heard, its part of that
-    idleness    nobody waits for a place while one is free, once all are joined and nothing goes wrong
+    rates       in any window of t seconds at most `t * rate + burst` requests start; and where an
+                instance is not heard, its part of that
+    idleness    nobody waits for a place while one is free, once all are joined and nothing goes
+                wrong
     mirrors     who reads an answer of an instance that was killed is told so
     responses   a stored response is there for others, as far as its instance relies on that
 

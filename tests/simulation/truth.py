@@ -90,7 +90,8 @@ class Reading:
         self.text += text
         if not any(answer.startswith(self.text) for answer in self.question.answers):
             raise Violation(
-                f"read {self.text[-40:]!r}, which is not in the answer {self.question.answer[-40:]!r}"
+                f"read {self.text[-40:]!r}, which is not in the answer "
+                f"{self.question.answer[-40:]!r}"
             )
 
     def finish(self, status: str) -> None:

@@ -1,7 +1,8 @@
-"""One run: the whole real server, or several of them, their provider and their clients in one loop, in virtual time.
+"""One run: the whole real server, or several of them, their provider and their clients in one
+loop, in virtual time.
 
-`play` returns what happened. The servers are looked at whenever time is about to pass (watch.py), and at the end,
-when nothing may be held any more.
+`play` returns what happened. The servers are looked at whenever time is about to pass (watch.py),
+and at the end, when nothing may be held any more.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ if TYPE_CHECKING:
 
 # The address of the balancer in front of the instances, at which nobody listens.
 BALANCER = ("127.0.0.1", 80)
-# Seconds after the last client until everything must be given back: the longest window, and some more.
+# Seconds after the last client until everything must be given back: the longest window, and some
+# more.
 AFTERWARDS = 120.0
 # How a provider refuses to continue a response that it has not kept.
 NO_RESPONSES = (404, "Previous response with id 'x' not found.")
@@ -79,7 +81,8 @@ class Outcome:
 class World:
     """All that a run consists of: *instances* of the server, their providers, and their clients.
 
-    What holds of each instance is looked at by its watch (watch.py), and what holds of all together by *sums*.
+    What holds of each instance is looked at by its watch (watch.py), and what holds of all
+    together by *sums*.
     """
 
     def __init__(self, plan: Plan, outcome: Outcome, network: Network) -> None:
@@ -148,7 +151,9 @@ class World:
         return FakeSocket(address, client.dial())
 
     def balance(self, client: Client) -> Instance:
-        """Choose the instance for a connection of *client*, as a balancer in front of all would."""
+        """Choose the instance for a connection of *client*, as a balancer in front of all
+        would.
+        """
         if len(self.instances) == 1:
             return self.instances[0]
         chosen = client.home if self.plan.balancer == "sticky" else client.dice.randrange(1 << 16)
@@ -184,7 +189,8 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
         loop.follow_tasks()
         world.cluster = Cluster(world, loop)
         world.sums.together = world.cluster.together
-    # What is garbage is collected at the end, when it may still complain of errors that nobody has seen.
+    # What is garbage is collected at the end, when it may still complain of errors that nobody has
+    # seen.
     gc.disable()
     try:
         with (
@@ -343,7 +349,9 @@ async def _be(world: World, client: Client) -> None:
 
 
 async def _operate(world: World, name: str, moment: float, chosen: float) -> None:
-    """Do *name* at *moment* to one of the instances, as an operator would, or to all that share their limits."""
+    """Do *name* at *moment* to one of the instances, as an operator would, or to all that share
+    their limits.
+    """
     await asyncio.sleep(moment)
     instances = world.instances
     if world.cluster is None:

@@ -65,7 +65,8 @@ def summary(run: Sequence[Line]) -> list[str]:
     for percentile in claims.ADDED:
         first, last = (1000 * seconds for seconds in claims.added(run, percentile))
         lines.append(
-            f"added to the first token, {percentile}: {first:.1f} ms in the first third, {last:.1f} in the last"
+            f"added to the first token, {percentile}: {first:.1f} ms in the first third, "
+            f"{last:.1f} in the last"
         )
     return lines
 

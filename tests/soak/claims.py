@@ -66,7 +66,10 @@ def broken(run: Sequence[Line]) -> Iterator[str]:
     for percentile, (factor, seconds) in ADDED.items():
         first, last = added(run, percentile)
         if last > first * factor + seconds:
-            yield f"{percentile} of what is added grew from {1000 * first:.1f} to {1000 * last:.1f} ms"
+            yield (
+                f"{percentile} of what is added grew from "
+                f"{1000 * first:.1f} to {1000 * last:.1f} ms"
+            )
     for window in lines(run, "window"):
         if window["ok"] != window["requests"]:
             yield f"a probe got no whole answer: {window}"

@@ -37,7 +37,10 @@ def draw(run: Sequence[Line]) -> str:
             },
         ),
         (
-            f"first token of {sum(window['ok'] for window in windows):,} answers that are measured, ms",
+            (
+                f"first token of {sum(window['ok'] for window in windows):,} "
+                "answers that are measured, ms"
+            ),
             {
                 "p99": _curve(windows, "first_token_p99", 1000),
                 "p50": _curve(windows, "first_token_p50", 1000),

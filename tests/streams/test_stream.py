@@ -1,4 +1,6 @@
-"""The log against a simple model: gapless for every reader or a ResumeGap, and every byte counted."""
+"""The log against a simple model: gapless for every reader or a ResumeGap, and every byte
+counted.
+"""
 
 from __future__ import annotations
 
@@ -805,7 +807,9 @@ class Known:
         self.sizes.append(self.stream.entries[-1].size)
 
     def pass_on(self, dice: random.Random) -> None:
-        """Append as the fast path does if there is one reader, which has read everything; otherwise as `append` does."""
+        """Append as the fast path does if there is one reader, which has read everything;
+        otherwise as `append` does.
+        """
         if len(self.readers) != 1 or self.stream.private:
             return self.append(dice)
         (reader,) = self.readers

@@ -1,4 +1,6 @@
-"""Several instances in one process: a bus and a store of claims in memory, with the faults of a network."""
+"""Several instances in one process: a bus and a store of claims in memory, with the faults of a
+network.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ class Claim:
 
 @dataclass
 class World:
-    """What the instances share. *lost*, *late*, *doubled*: the shares of publications with such a fault."""
+    """What the instances share. *lost*, *late*, *doubled*: the shares of publications with such a
+    fault.
+    """
 
     random: random.Random = field(default_factory=lambda: random.Random(1))
     lost: float = 0.0
@@ -136,7 +140,8 @@ class MemoryBus:
 
 
 class MemoryStore:
-    """What the instances share at a server, as one of them reaches it: a connection, see `Commands`.
+    """What the instances share at a server, as one of them reaches it: a connection, see
+    `Commands`.
 
     Keys have no prefix. Each script that the wings send is a method of its own.
     """
@@ -402,7 +407,9 @@ class Instance:
 
 
 class StreamsOnly:
-    """A cluster whose instances share nothing but streams; *make* makes what knows those of the others."""
+    """A cluster whose instances share nothing but streams; *make* makes what knows those of the
+    others.
+    """
 
     make_gate = staticmethod(ProviderGate)
     observe = staticmethod(lambda _name: ALONE)
@@ -485,7 +492,9 @@ async def instances(
     world: World | None = None,
     **changes: Any,
 ) -> AsyncIterator[list[Instance]]:
-    """Run *count* servers that know of each other, a, b, c …; *changes* as those of `make_server`."""
+    """Run *count* servers that know of each other, a, b, c …; *changes* as those of
+    `make_server`.
+    """
     world = World() if world is None else world
     async with AsyncExitStack() as stack:
         yield [

@@ -294,8 +294,8 @@ async def running(
 ) -> AsyncIterator[RunningServer]:
     """Run a server until the end of the block; then no request may hold anything any more.
 
-    *balance* and the socket that it has *inherited*: those of a server that shares it with others. *cluster*: the
-    instance of a cluster that it is; None if it is none.
+    *balance* and the socket that it has *inherited*: those of a server that shares it with others.
+    *cluster*: the instance of a cluster that it is; None if it is none.
     """
     async with Simulator(behaviour) as simulator:
         configuration = configured(simulator.base_url, changes or {}, path)

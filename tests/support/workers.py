@@ -1,4 +1,6 @@
-"""Several servers in the test's own loop, which share limits and a listening socket as workers do."""
+"""Several servers in the test's own loop, which share limits and a listening socket as workers
+do.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
 
 
 class Workers:
-    """The parent's page and socket, the server that the workers share limits through, and the workers by their slots."""
+    """The parent's page and socket, the server that the workers share limits through, and the
+    workers by their slots.
+    """
 
     def __init__(self, path: Path, count: int, changes: dict[str, Any]) -> None:
         self.path, self.count, self.changes = path, count, changes

@@ -50,7 +50,9 @@ async def refusal(workers: Workers, slot: int | None = None) -> str:
 
 
 def fair(workers: Workers) -> bool:
-    """Whether the connections of the workers are spread within the rule; a burst comes 16 at a time."""
+    """Whether the connections of the workers are spread within the rule; a burst comes 16 at a
+    time.
+    """
     counts = [balance.connections for balance in workers.balances.values()]
     share, beyond = STOP
     return max(counts) <= share * sum(counts) / len(counts) + beyond + 16

@@ -1,4 +1,6 @@
-"""Workers as processes of their own, with one listening socket, and a server through which they share their places."""
+"""Workers as processes of their own, with one listening socket, and a server through which they
+share their places.
+"""
 
 from __future__ import annotations
 
@@ -149,7 +151,9 @@ class Parent:
         await asyncio.gather(*(self.client(key) for _ in range(number)))
 
     async def admitted(self, key: str) -> None:
-        """Open a WebSocket of *key*; on a machine that is late it is refused while a place is on its way."""
+        """Open a WebSocket of *key*; on a machine that is late it is refused while a place is on
+        its way.
+        """
         while await self.status(key) == 429:
             pass
         await self.client(key)
@@ -208,7 +212,8 @@ async def test_a_worker_that_is_stopped_keeps_its_places_and_no_one_is_refused(
         mine = (await parent.state(0)).inside
         stopped.send_signal(signal.SIGSTOP)
         try:
-            # The balance takes it for blocked; what it was given beyond its clients comes back with its lease at the latest.
+            # The balance takes it for blocked; what it was given beyond its clients comes back
+            # with its lease at the latest.
             await asyncio.sleep(2.0)
             async with asyncio.timeout(2 * SOON):
                 await parent.open(4)

@@ -328,7 +328,10 @@ def explain(error: AnswerError, settings: Settings) -> str:
     if error.code == "connect_error" and not error.text:
         return error.message
     if error.code == "protocol_error":
-        return f"{settings.url} is no aioserver, or a proxy in front of it is not set up: {error.message}"
+        return (
+            f"{settings.url} is no aioserver, "
+            f"or a proxy in front of it is not set up: {error.message}"
+        )
     if error.code == "cancelled":
         return "somebody else has cancelled the answer"
     start = "the answer broke off: " if error.text else ""

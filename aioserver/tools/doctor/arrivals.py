@@ -49,7 +49,10 @@ INTERVAL = 1.0
 MAX_DELAY = 0.8
 # Seconds for all of them.
 EVENTS_TIMEOUT = SNAPSHOTS * INTERVAL + 5.0
-GATHERED = "switch buffering off for this path in the proxy (nginx: proxy_buffering off; docs/proxies.md has the others)"
+GATHERED = (
+    "switch buffering off for this path in the proxy (nginx: proxy_buffering off; "
+    "docs/proxies.md has the others)"
+)
 FACES = {"WebSocket": "websocket", "SSE": "sse", "OpenAI": "openai"}
 
 

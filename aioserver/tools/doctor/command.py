@@ -25,8 +25,8 @@ MAX_IDLE = 3700.0
 @click.option(
     "--no-ask",
     is_flag=True,
-    help="Ask no question that could cost money. Otherwise a small one goes to the active provider and to"
-    " each fallback; with URL, to the server, if it has no simulated model.",
+    help="Ask no question that could cost money. Otherwise a small one goes to the active "
+    "provider and to each fallback; with URL, to the server, if it has no simulated model.",
 )
 @click.option(
     "--idle",

@@ -90,7 +90,10 @@ def _check_extras(report: Report, settings: Settings) -> None:
                 "machine", "cluster.redis_url is set, and redis is not installed", _install(REDIS)
             )
         elif workers > 1:
-            text = f"redis is not installed: each of {workers} workers has a fixed share of each limit"
+            text = (
+                f"redis is not installed: each of {workers} workers has a fixed "
+                "share of each limit"
+            )
             report.warn("machine", text, _install(REDIS))
 
 
@@ -171,7 +174,8 @@ def _check_memory(report: Report, settings: Settings, system: System) -> None:
     report.weigh(
         "machine",
         available >= wanted,
-        f"memory: {available // MIB} MiB are free, and kept answers and bodies may take {wanted // MIB}",
+        f"memory: {available // MIB} MiB are free, "
+        f"and kept answers and bodies may take {wanted // MIB}",
         "lower chat.streams.max_kept_bytes and concurrency.max_body_bytes, or add memory",
     )
 
@@ -213,8 +217,10 @@ def _check_history(report: Report, settings: Settings) -> None:
     else:
         report.warn(
             "machine",
-            f"conversations: {file} cannot be written, and they are lost at the end of the process",
-            "make the folder, and let the user of the server write it (chat.service.repository.path)",
+            f"conversations: {file} cannot be written, "
+            "and they are lost at the end of the process",
+            "make the folder, and let the user of the server write it "
+            "(chat.service.repository.path)",
         )
 
 

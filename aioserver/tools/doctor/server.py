@@ -104,7 +104,8 @@ class Examination:
         elif context is not None:
             self._report.warn(
                 "server",
-                "HTTP/2 is not offered: a browser opens six connections for all tabs, one for each EventSource",
+                "HTTP/2 is not offered: a browser opens six connections for all tabs, "
+                "one for each EventSource",
                 "switch it on in the proxy (nginx: http2 on)",
             )
         return True
@@ -174,7 +175,8 @@ class Examination:
             self._report.warn(
                 "server",
                 f"its clock, or that of the proxy, differs from ours by {skew:.0f} s",
-                "use NTP on both: logs cannot be compared, and sessions of browsers end early or late",
+                "use NTP on both: logs cannot be compared, "
+                "and sessions of browsers end early or late",
             )
         else:
             self._report.ok("server", "its clock agrees with ours")
@@ -237,8 +239,8 @@ class Examination:
             self._report.warn(
                 "server",
                 f"the proxy refuses a body of {size}",
-                "conversations with pictures fail there: allow more than chat.websocket.max_message_size "
-                "(nginx: client_max_body_size)",
+                "conversations with pictures fail there: allow more than "
+                "chat.websocket.max_message_size (nginx: client_max_body_size)",
             )
 
     async def _key_accepted(self, session: aiohttp.ClientSession) -> bool:
@@ -315,13 +317,15 @@ class Examination:
             self._report.fail(
                 "WebSocket",
                 f"{text}: pages of this address may not connect",
-                "let the proxy pass Host unchanged, or add the address to chat.websocket.allow_origins",
+                "let the proxy pass Host unchanged, or add the address to "
+                "chat.websocket.allow_origins",
             )
         else:
             self._report.fail(
                 "WebSocket",
                 text,
-                "the proxy must pass Upgrade and Connection on this path, by HTTP/1.1: docs/proxies.md",
+                "the proxy must pass Upgrade and Connection on this path, "
+                "by HTTP/1.1: docs/proxies.md",
             )
 
 

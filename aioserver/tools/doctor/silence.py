@@ -66,6 +66,6 @@ def _tell_end(report: Report, lived: float, pings: int) -> None:
     report.fail(
         SUBJECT,
         f"was closed after {lived:.0f} s, and {pings} pings of the server",
-        "raise the proxy's timeout for reading (nginx: proxy_read_timeout) above 4 x ping_interval, "
-        "or see chat.websocket.idle_timeout",
+        "raise the proxy's timeout for reading (nginx: proxy_read_timeout) above 4 x "
+        "ping_interval, or see chat.websocket.idle_timeout",
     )

@@ -182,9 +182,10 @@ def _instances(instances: dict[str, Any]) -> list[Text]:
             continue
         text = Text(f"{printable(name)}: ")
         text.append(
-            f"{instance.get('connections', 0)} of {instance.get('connections_limit', 0)} connections, "
-            f"{instance.get('running', 0)} answers, {instance.get('tokens_per_second', 0.0):.0f} tokens/s, "
-            f"CPU {100 * instance.get('cpu', 0.0):.0f} %",
+            f"{instance.get('connections', 0)} of {instance.get('connections_limit', 0)} "
+            f"connections, {instance.get('running', 0)} answers, "
+            f"{instance.get('tokens_per_second', 0.0):.0f} tokens/s, CPU "
+            f"{100 * instance.get('cpu', 0.0):.0f} %",
             style="dim",
         )
         lines.append(text)
@@ -246,8 +247,9 @@ def _facts(stats: dict[str, Any]) -> Table:
         "answers": f"{stats.get('tokens_per_second', 0.0):.0f} tokens/s; first token p50 "
         f"{_time(first.get('p50'))}, p95 {_time(first.get('p95'))}, p99 {_time(first.get('p99'))}",
         "streams": f"{streams.get('detached', 0)} without a "
-        f"reader, {streams.get('finished', 0)} kept, {streams.get('responses', 0)} stored, {_bytes(streams.get('bytes'))} of "
-        f"{_bytes(streams.get('max_bytes'))}; {stats.get('slow_clients', 0)} slow clients dropped",
+        f"reader, {streams.get('finished', 0)} kept, {streams.get('responses', 0)} stored, "
+        f"{_bytes(streams.get('bytes'))} of {_bytes(streams.get('max_bytes'))}; "
+        f"{stats.get('slow_clients', 0)} slow clients dropped",
         "rejections": total + codes if rejected else "none",
         "loop": f"lag {_time(loop.get('lag'))}, worst {_time(loop.get('lag_max'))}; "
         f"cpu {_share(process.get('cpu'))}, {_or_unknown(process.get('tasks'))} tasks",

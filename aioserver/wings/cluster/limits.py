@@ -119,7 +119,8 @@ class Teller(ProviderObserver):
 
 
 class SharedLimits:
-    """Makes the gates and the quotas of keys that share limits by *leases*, and passes on what is told.
+    """Makes the gates and the quotas of keys that share limits by *leases*, and passes on what is
+    told.
 
     The workers of one host, which is their *scope*, share connections.
     """

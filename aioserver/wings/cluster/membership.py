@@ -1,9 +1,10 @@
 """This process as an instance of a cluster: all of this package that lives as long as a server,
 and its end.
 
-join       connections are made, and limits are shared from the first provider on
-serve      the server exists: its streams can be read elsewhere, and what others tell reaches its providers
-leave      the server has ended: nothing is inside any more, and the others are told
+    join     connections are made, and limits are shared from the first provider on
+    serve    the server exists: its streams can be read elsewhere, and what others find out reaches
+             its providers
+    leave    the server has ended: nothing is inside any more, of which the others hear
 """
 
 from __future__ import annotations
@@ -275,7 +276,10 @@ class Membership:
         elif new is State.UNHEARD:
             text = f"the cluster's server does not answer: {why}"
         else:
-            text = "the cluster's server is away: this instance goes on with its fixed share of each limit"
+            text = (
+                "the cluster's server is away: "
+                "this instance goes on with its fixed share of each limit"
+            )
         level = logging.INFO if new is State.JOINED else logging.WARNING
         logger.log(level, "cluster: %s: %s", new.value, text)
         # The first contact is none to talk about.

@@ -1,7 +1,8 @@
 """The streams of all instances, as the gateway of one of them sees them: see
 `gateway.instances.Instances`.
 
-    claim     claims.py: this instance answers, or another does (a mirror), or one that has stopped did (its log)
+    claim     claims.py: this instance answers, or another does (a mirror), or one that has stopped
+              did (its log)
     follow    a mirror of a stream that another instance has
     cancel    its owner is asked
     listing   all are asked

@@ -64,7 +64,9 @@ class ClusterWing(Wing):
     def faults(self, settings: Settings) -> Iterable[str]:
         """Return what is missing for `cluster.redis_url`."""
         if settings.cluster.redis_url is not None and find_spec("redis") is None:
-            yield "cluster.redis_url: redis is not installed (pip install '.[cluster]' in the clone)"
+            yield (
+                "cluster.redis_url: redis is not installed (pip install '.[cluster]' in the clone)"
+            )
 
     async def open(self, core: Core, stack: AsyncExitStack) -> None:
         """Join the cluster, if there is one.

@@ -58,7 +58,9 @@ class _Conversation:
 
 
 class Conversations:
-    """Histories, by caller and conversation id; *clock* returns Unix time, which outlives the process.
+    """Histories, by caller and conversation id.
+
+    *clock* returns Unix time, which outlives the process.
 
     Always: all histories together have at most `MAX_KEPT_TOKENS`, overhead counted; a history
     alternates between `user` and `assistant`, and begins with `user`.
@@ -109,7 +111,9 @@ class Conversations:
         return [*messages, {"role": "user", "content": text}]
 
     def replace(self, caller: Caller, conversation_id: str, turns: Sequence[Turn]) -> None:
-        """Let the history consist of *turns*, the oldest first; without any there is no such conversation."""
+        """Let the history consist of *turns*, the oldest first; without any there is no such
+        conversation.
+        """
         key = (caller, conversation_id)
         unknown = "" if caller.name else None
         conversation = self._kept.setdefault(key, _Conversation(unknown))
@@ -129,7 +133,9 @@ class Conversations:
         return size, max(1, turns)
 
     def keep(self, caller: Caller, conversation_id: str, turn: Turn, asked: float) -> bool:
-        """Append *turn*, whose question came at *asked*; return whether it is kept: not if it was deleted since."""
+        """Append *turn*, whose question came at *asked*; return whether it is kept: not if it was
+        deleted since.
+        """
         key = (caller, conversation_id)
         if asked <= max(
             self._deleted.get(key, 0.0), self._all_deleted.get((caller, caller.address), 0.0)
@@ -190,7 +196,9 @@ class Conversations:
         return len(keys)
 
     def _own(self, caller: Caller) -> list[tuple[tuple[Caller, str], _Conversation]]:
-        """Return the conversations of *caller* that are not empty; without keys those of its address."""
+        """Return the conversations of *caller* that are not empty; without keys those of its
+        address.
+        """
         return [
             (key, conversation)
             for key, conversation in self._kept.items()

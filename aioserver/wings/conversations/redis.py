@@ -1,12 +1,15 @@
-"""Conversations for all instances: their turns are in Redis or Valkey. See `wings.conversations.history.Storage`.
+"""Conversations for all instances: their turns are in Redis or Valkey.
+
+See `wings.conversations.history.Storage`.
 
 A turn is written when its answer has ended, and all turns are read when the next question of the
 conversation is asked. The end of an answer waits for its turn, but not for long: a question leaves
 a *mark* where the turns are, with the reading of them, which goes when its turn is kept, or none
 comes. While there is a mark of another instance, a reader waits for a moment, and reads again. So
-a turn whose end a client has seen is not missed, however late it is written. This instance keeps them, too (`wings.conversations.memory`): while the
-server is away, a conversation goes on with what is known here. What is kept is bounded as the
-settings say, and forgotten a day after the last turn.
+a turn whose end a client has seen is not missed, however late it is written. This instance keeps
+them, too (`wings.conversations.memory`): while the server is away, a conversation goes on with
+what is known here. What is kept is bounded as the settings say, and forgotten a day after the last
+turn.
 
 A conversation is a list of turns; all of them are in one sorted set, by their last turn, so that
 those that rested for longest go where there is no room. A deletion is remembered, for answers that
@@ -160,7 +163,8 @@ NOTE_DELETION = NOW + "return redis.call('SET', KEYS[1], clock, 'PX', ARGV[1])"
 
 
 class Listed(NamedTuple):
-    """The entry of a conversation in the list of its *owner*, with a new turn that ended at *updated*.
+    """The entry of a conversation in the list of its *owner*, with a new turn that ended at
+    *updated*.
 
     *asked*: when the turn's question came, by the clock of the server. Both in Unix time.
     """
@@ -200,7 +204,8 @@ class RedisTurns:
     ) -> bool:
         """Append *turn* to a conversation, and take the *mark* of its question away.
 
-        Return whether it is kept. *bounds*: bytes and turns that are kept, and for how many seconds.
+        Return whether it is kept. *bounds*: bytes and turns that are kept, and for how many
+        seconds.
         """
         (size, count, seconds), prefix = bounds, self._prefix
         keys = [f"{prefix}c:{name}", f"{prefix}talks", f"{prefix}busy:{name}"]
@@ -252,7 +257,9 @@ class RedisTurns:
         return [(int(number), first) for number, first in found]
 
     async def delete_turns(self, owner: str, names: Mapping[str, str], seconds: float) -> int:
-        """Delete conversations, by their ids, and remember it for *seconds*; return how many there were."""
+        """Delete conversations, by their ids, and remember it for *seconds*; return how many there
+        were.
+        """
         prefix = self._prefix
         keys = [f"{prefix}own:{owner}", f"{prefix}talks"]
         for name in names.values():
@@ -349,7 +356,9 @@ class RedisHistories:
         return awaited(self._start(keeping), WRITE_TIMEOUT)
 
     async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page | None:
-        """Return part of the caller's conversations; those that Redis has forgotten are left out."""
+        """Return part of the caller's conversations; those that Redis has forgotten are left
+        out.
+        """
         owner = _owner(caller)
         found: list[Position] | None = await self._ask(
             self._turns.conversations(owner, limit + 1, after), CALL_TIMEOUT
@@ -377,7 +386,9 @@ class RedisHistories:
         return None if deleted is None else deleted > 0
 
     async def delete_all(self, caller: Caller) -> int | None:
-        """Delete the caller's conversations; return their number, None without an answer of Redis."""
+        """Delete the caller's conversations; return their number, None without an answer of
+        Redis.
+        """
         owner, number = _owner(caller), 0
         noted = await self._ask(self._turns.note_deletion(owner, KEPT), CALL_TIMEOUT)
         if noted is None:

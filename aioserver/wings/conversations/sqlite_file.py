@@ -62,7 +62,10 @@ KINDS = {
     ),
     "gone": (
         "it was moved or deleted while the server ran",
-        "Move its -wal and -shm along with it; better stop the server before: see docs/history.md.",
+        (
+            "Move its -wal and -shm along with it; better stop the server before: "
+            "see docs/history.md."
+        ),
     ),
     "slow": ("it does not answer in time", _DISK),
     "io": ("it cannot be read or written", _DISK),
@@ -95,7 +98,10 @@ def trouble(kind: str, path: str, why: object = "") -> Trouble:
 
 
 def trouble_of(fault: BaseException, path: str) -> Trouble | None:
-    """Return the trouble that *fault* tells of; None if it is about what was written, not about the file."""
+    """Return the trouble that *fault* tells of.
+
+    None if it is about what was written, not about the file.
+    """
     if isinstance(fault, Broken):
         return fault.trouble
     if isinstance(fault, OSError):

@@ -64,8 +64,8 @@ _SUBJECT = re.compile(
     re.IGNORECASE,
 )
 _UNSUPPORTED = re.compile(
-    r"not (?:yet )?(?:supported|implemented|allowed)|does(?: not|n't) support|unsupported|unknown|unrecognized"
-    r"|unexpected|extra inputs",
+    r"not (?:yet )?(?:supported|implemented|allowed)|does(?: not|n't) support|unsupported|unknown"
+    r"|unrecognized|unexpected|extra inputs",
     re.IGNORECASE,
 )
 # The statuses by which a provider says that it has no such path, or no such method there.
@@ -111,7 +111,8 @@ class Learned(Memory):
         if by_id or (_UNSUPPORTED.search(previous_id) is None and supports_none(status, body)):
             if self.keeps:
                 logger.info(
-                    "provider %s keeps no responses: those that continue others are asked for with the conversation",
+                    "provider %s keeps no responses: those that continue others are asked for "
+                    "with the conversation",
                     self._name,
                 )
             self.keeps = False

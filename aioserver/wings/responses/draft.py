@@ -2,7 +2,7 @@
 has ended.
 
     begin       finds the response that it continues, if it is held here or at another instance
-    body_for    its body as one provider gets it: as it came, or with the conversation in front of its input
+    body_for    its body as one provider gets it: as it came, or with the conversation in front
     keep        the response itself, at its end
     release     whatever happened
 

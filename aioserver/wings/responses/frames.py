@@ -4,9 +4,11 @@ This file is one concept: what a client may send, and what it gets, are one prot
 
 From clients:
 
-    {"type": "response.create", …the body of POST /v1/responses…, "stream_id": "a", "generate": false}
+    {"type": "response.create", …the body of POST /v1/responses…, "stream_id": "a",
+     "generate": false}
     {"type": "response.cancel", "response_id": "resp_1"}, or with "stream_id"        ours
-    {"type": "response.resume", "response_id": "resp_1", "starting_after": 17, "stream_id": "a"}   ours
+    {"type": "response.resume", "response_id": "resp_1", "starting_after": 17,
+     "stream_id": "a"}                                                               ours
     {"type": "response.steer", "previous_response_id": "resp_1", "input": "Shorter!"}
     {"type": "response.processed", …}
 

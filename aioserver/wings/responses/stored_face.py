@@ -91,7 +91,8 @@ async def prepare_question(context: Context, request: web.Request, hold: BodyHol
     provider = passed.route.provider
     if provider.memory(Learned).bridged:
         raise NotFound(
-            f"the provider {provider.name} has no /v1/responses, so there is no {request.path} either"
+            f"the provider {provider.name} has no /v1/responses, "
+            f"so there is no {request.path} either"
         )
     return passed
 

@@ -15,7 +15,7 @@ Before the answer
     fault-retry-after-ms        429 with retry-after-ms: 700 and Retry-After: 1
     fault-retry-after-date      429 with a date as Retry-After, about 2 s from now
     fault-retry-after-absurd    429 with Retry-After: 31536000, a year
-    fault-day-over              429 with Retry-After: 2, as Groq sends it at the end of a day's quota
+    fault-day-over              429 with Retry-After: 2, as Groq sends it when a day's quota ends
     fault-capacity              498 as Groq sends it, with the code capacity_exceeded
     fault-slow-down             503 as OpenAI sends it, with the code slow_down
     fault-html                  200 with an HTML page

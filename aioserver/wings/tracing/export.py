@@ -60,11 +60,17 @@ class Ended(Protocol):
         """The number of its spans."""
 
     def write(self, zero: int) -> bytes:
-        """Return its spans; *zero*: the nanoseconds of Unix time at which the monotonic clock was at 0."""
+        """Return its spans.
+
+        *zero*: the nanoseconds of Unix time at which the monotonic clock was at 0.
+        """
 
 
 class Unavailable(Exception):
-    """The collector cannot take spans now; *pause*: the seconds that it asks for, 0.0 if it asks for none."""
+    """The collector cannot take spans now.
+
+    *pause*: the seconds that it asks for, 0.0 if it asks for none.
+    """
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
@@ -149,7 +155,9 @@ class SpanExporter:
             self._batch, self._batch_spans, self._waiting = b"", 0, 0
 
     async def _run(self) -> None:
-        """Send batch after batch, until `close`; then what is left, as long as the collector takes it."""
+        """Send batch after batch, until `close`; then what is left, as long as the collector takes
+        it.
+        """
         async with aiohttp.ClientSession(
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=TIMEOUT),
@@ -198,7 +206,9 @@ class SpanExporter:
             self._enough.clear()
 
     async def _send(self, session: aiohttp.ClientSession) -> None:
-        """Send the batch once. Its spans are then exported, or dropped if the collector refuses them.
+        """Send the batch once.
+
+        Its spans are then exported, or dropped if the collector refuses them.
 
         Raises:
             Unavailable: they may be sent again.
@@ -226,7 +236,10 @@ class SpanExporter:
             logger.warning("the collector has refused spans", extra={"fields": fields})
 
     def _fields(self, kind: str, reason: str) -> dict[str, object] | None:
-        """Return the fields of a line about a fault; None if one of its *kind* was written in the last ten seconds."""
+        """Return the fields of a line about a fault.
+
+        None if one of its *kind* was written in the last ten seconds.
+        """
         if (left_out := self._lines.allow(kind)) < 0:
             return None
         suppressed = {"suppressed": left_out} if left_out else {}

@@ -1,7 +1,9 @@
 """Spans as bytes: what the OpenTelemetry Protocol (OTLP 1.x,
 https://opentelemetry.io/docs/specs/otlp/) sends over HTTP.
 
-    ExportTraceServiceRequest { ResourceSpans { Resource, ScopeSpans { InstrumentationScope, Span* } } }
+    ExportTraceServiceRequest {
+        ResourceSpans { Resource, ScopeSpans { InstrumentationScope, Span* } }
+    }
 
 They are written in the binary form of Protocol Buffers, which every collector takes; its JSON form
 some do not. Field numbers of a stable version of the protocol never change. Written by hand

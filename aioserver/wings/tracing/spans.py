@@ -4,7 +4,8 @@
     SERVER      the request, from its wait for a place, or its admission, to the end of its answer
       INTERNAL  queue: a wait for a place of the server, or of a provider
       CLIENT    an attempt at a provider, from its place there to the end of what came
-    SERVER      resume: a client that comes back for the answer of another request, to whose span this one links
+    SERVER      resume: a client that comes back for the answer of another request, to whose span
+                this one links
 
 Names and attributes are those of OpenTelemetry's semantic conventions for HTTP and for generative
 AI (in development), as far as there are any; others begin with `aioserver.`. Nothing of a

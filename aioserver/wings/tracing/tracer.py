@@ -1,6 +1,7 @@
 """The traces of requests (OpenTelemetry): begun with them, and given to an exporter.
 
-    begin ──▶ trace.py: notes of waits and attempts ──▶ ended ──▶ export.py: a batch ──▶ spans.py: as bytes ──▶ sent
+    begin ──▶ trace.py: notes of waits and attempts ──▶ ended
+          ──▶ export.py: a batch ──▶ spans.py: as bytes ──▶ sent
 
 The spans of many requests are written one after the other, which takes a third of the time that it
 would take at the end of each: between two ends a thousand other things are in the processor's

@@ -88,7 +88,10 @@ def open_tracer(
 
 
 def traces_url(endpoint: str) -> str:
-    """Return the URL for traces of a collector whose base URL is *endpoint*; one that has the path already stays."""
+    """Return the URL for traces of a collector whose base URL is *endpoint*.
+
+    One that has the path already stays.
+    """
     base = endpoint.rstrip("/")
     return base if base.endswith(PATH) else base + PATH
 
@@ -103,7 +106,9 @@ def _headers(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _pairs(name: str, text: str) -> dict[str, str]:
-    """Return the pairs in *text*, `key=value,…`, whose values may have %XX; it is the value of the variable *name*.
+    """Return the pairs in *text*, `key=value,…`, whose values may have %XX.
+
+    It is the value of the variable *name*.
 
     Raises:
         ConfigurationError: *text* has another form. It is not shown, since it may hold a key.

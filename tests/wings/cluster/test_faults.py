@@ -1,4 +1,6 @@
-"""Whatever happens to instances, calls and the server: no more is in flight than the limit, and what those cut off had."""
+"""Whatever happens to instances, calls and the server: no more is in flight than the limit, and
+what those cut off had.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,9 @@ def of_one_instance(simulation: Simulation, chance: random.Random) -> list[Calla
 
 
 def server_faults(seed: int, steps: int) -> None:
-    """Run faults of the server and ends of instances, with requests that end before a lease does: exact all the time."""
+    """Run faults of the server and ends of instances, with requests that end before a lease does:
+    exact all the time.
+    """
     chance = random.Random(seed)
     simulation = cluster(chance, (0.0003, 0.03, 0.15))
     for _ in range(steps):
@@ -156,8 +160,9 @@ def test_no_place_is_idle_for_longer_than_a_few_calls_take_while_somebody_waits(
             return
         if idle_since is None:
             idle_since = simulation.now
-        # The waiter's call, the message to a holder, its call, the message to the waiter, and its call again;
-        # each may have to wait for one under way, and another place may be on its way meanwhile.
+        # The waiter's call, the message to a holder, its call, the message to the waiter, and its
+        # call again; each may have to wait for one under way, and another place may be on its way
+        # meanwhile.
         assert simulation.now - idle_since < 60 * simulation.delay
 
     simulation.on_step = check

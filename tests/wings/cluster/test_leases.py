@@ -1,4 +1,6 @@
-"""What an instance does by itself: at the start, when the server is away, after it was stopped, when it comes back."""
+"""What an instance does by itself: at the start, when the server is away, after it was stopped,
+when it comes back.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Links and mirrors in virtual time: whatever becomes of messages, a mirror has the owner's events, each once."""
+"""Links and mirrors in virtual time: whatever becomes of messages, a mirror has the owner's
+events, each once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A gate whose places are shared: what it takes, gives back and asks for, with the reference model as the server."""
+"""A gate whose places are shared: what it takes, gives back and asks for, with the reference model
+as the server.
+"""
 
 from __future__ import annotations
 

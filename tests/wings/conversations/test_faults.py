@@ -1,4 +1,6 @@
-"""The file of conversations fails: it costs the history and never the chat, is said, and ends by itself."""
+"""The file of conversations fails: it costs the history and never the chat, is said, and ends by
+itself.
+"""
 
 from __future__ import annotations
 

@@ -357,7 +357,9 @@ def used(prompt: int, completion: int) -> dict[str, int]:
 
 
 class Pair:
-    """The same history twice: in memory, and in a file, which is closed and opened now and then."""
+    """The same history twice: in memory, and in a file, which is closed and opened now and
+    then.
+    """
 
     def __init__(self, path: Path, persistence: Any, now: FakeClock) -> None:
         self._path, self._persistence, self._now = path, persistence, now

@@ -4,12 +4,15 @@ Bytes in, bytes out.
 
 In the order in which a request meets them:
 
-    request      the body of `/v1/responses` becomes that of `/v1/chat/completions`: a `ChatRequest`
-    items        the input items become messages
-    tools        the tools become functions, and the choice of one becomes that of a function
-    events       the chunks of the answer become the events of a response; a whole answer becomes a response
-    chunk        the texts and the logprobs in a chunk
-    output       the output items, while they grow: messages, reasoning, calls of tools; the response object around them
+    request    the body of `/v1/responses` becomes that of `/v1/chat/completions`: a `ChatRequest`
+    reading    parts of that body stay bytes, and what it may cost is bounded
+    items      its input items become messages
+    tools      its tools become functions, and the choice of one becomes that of a function
+    events     the chunks of a streamed answer become the events of a response
+    chunk      the texts and the logprobs in such a chunk
+    whole      a whole answer becomes a whole response
+    output     the output items, while they grow: messages, reasoning, calls of tools; and the
+               response object around them
 
 What is not read stays the bytes that it was: an instruction of megabytes is neither parsed nor
 written anew. A request is refused, by the name of what it wants, if chat completions have no form

@@ -10,7 +10,7 @@
             response.function_call_arguments.delta … .done          or, in one piece,
             response.custom_tool_call_input.delta, .done
         response.output_item.done
-    response.completed, or response.incomplete      at the end of the stream, when the usage is known
+    response.completed, or response.incomplete      at the end, when the usage is known
 
 Reasoning ends where the message begins, and the message where a call begins. Calls stay open until
 the end, since providers may send the pieces of several in turns; so no argument comes too late for

@@ -5,7 +5,8 @@
     custom_tool_call         the same, with its input as the one argument of its function
     function_call_output     a `tool` message; what is no text follows in a `user` message
     custom_tool_call_output  the same
-    reasoning                the reasoning of the assistant message that follows, if the provider has such a field
+    reasoning                the reasoning of the assistant message that follows, if the provider
+                             has such a field
 
 Any other item belongs to a tool that runs at the provider, or is a reference that only the
 provider can read: it is refused by name.
@@ -131,7 +132,10 @@ class Messages:
             case "reasoning":
                 self._add_reasoning(item, param)
             case _:
-                message = f"an item {item.type[:64]!r} has no form in chat completions, which are all that the provider has"
+                message = (
+                    f"an item {item.type[:64]!r} has no form in chat completions, which are all "
+                    "that the provider has"
+                )
                 raise InvalidRequest(message, param=f"{param}.type")
 
     def finish(self) -> bytes:

@@ -179,7 +179,8 @@ class Call:
                 )
             )
         return (
-            b'{"id":"%b","type":"function_call","status":"%b","call_id":%b,"name":%b%b,"arguments":"%b"}'
+            b'{"id":"%b","type":"function_call","status":"%b","call_id":%b,"name":%b%b,'
+            b'"arguments":"%b"}'
             % (
                 self.id,
                 status,
@@ -204,7 +205,8 @@ class Frame:
     """The response object, as far as it is known before its answer comes.
 
     *repeated* are the members that repeat the request, JSON without the braces. *model* is the
-    model that was asked for, and *created_at* the time of the response, in whole seconds since 1970.
+    model that was asked for, and *created_at* the time of the response, in whole seconds since
+    1970.
     """
 
     id: str
@@ -232,8 +234,9 @@ class Frame:
         """
         incomplete = b'{"reason":%b}' % orjson.dumps(reason) if reason else b"null"
         return (
-            b'{"id":%b,"object":"response","created_at":%d,"status":"%b","background":false,"completed_at":%b,'
-            b'"error":null,"incomplete_details":%b,"model":%b,"output":[%b],%b,"usage":%b}'
+            b'{"id":%b,"object":"response","created_at":%d,"status":"%b","background":false,'
+            b'"completed_at":%b,"error":null,"incomplete_details":%b,"model":%b,"output":[%b],%b,'
+            b'"usage":%b}'
         ) % (
             orjson.dumps(self.id),
             self.created_at,

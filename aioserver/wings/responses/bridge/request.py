@@ -289,7 +289,8 @@ def _repeated(fields: _Body, tools: Tools, text: bytes, previous: str | None) ->
     repeated = b",".join([b'"%b":%b' % pair for pair in values.items()])
     if len(repeated) > 2 * MAX_REPEATED_BYTES:
         raise InvalidRequest(
-            f"the request has more than {MAX_REPEATED_BYTES} bytes beside input, instructions and tools"
+            f"the request has more than {MAX_REPEATED_BYTES} bytes beside input, "
+            "instructions and tools"
         )
     return repeated
 

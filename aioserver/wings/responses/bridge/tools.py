@@ -34,7 +34,10 @@ FUNCTION, CUSTOM = "function", "custom"
 # The characters in the name of a function that engines take.
 MAX_NAME = 64
 # The parameters of the function that stands for a custom tool.
-_INPUT = b'{"type":"object","properties":{"input":{"type":"string"%b}},"required":["input"],"additionalProperties":false}'
+_INPUT = (
+    b'{"type":"object","properties":{"input":{"type":"string"%b}},"required":["input"],'
+    b'"additionalProperties":false}'
+)
 _CHOICES = frozenset({b'"none"', b'"auto"', b'"required"'})
 _MODES = frozenset({"auto", "required"})
 
@@ -233,6 +236,6 @@ def _custom(tool: _Tool, name: str, param: str) -> bytes:
 def _hosted(kind: str) -> str:
     hint = '; Codex leaves it out with web_search = "disabled"' if kind == "web_search" else ""
     return (
-        f"the tool {kind[:MAX_NAME]!r} is not available: the provider has chat completions only, whose tools are "
-        f"functions that the client runs{hint}"
+        f"the tool {kind[:MAX_NAME]!r} is not available: the provider has chat completions only, "
+        f"whose tools are functions that the client runs{hint}"
     )
