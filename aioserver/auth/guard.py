@@ -84,7 +84,7 @@ class Guard:
 
     def __init__(self, access: Access, origins: Origins) -> None:
         self.policies: dict[AbstractRoute, Policy] = {}
-        # Those of the routes above that are WebSockets.
+        # The routes of WebSockets among them.
         self.websockets: set[AbstractRoute] = set()
         self._access = access
         self._origins = origins

@@ -724,7 +724,7 @@ class SocketTransport(Transport):
     def _opened(self, task: asyncio.Task[None]) -> None:
         self._opening = None
         if not task.cancelled():
-            # Those that wait have it raised; it may be that nobody waits any more.
+            # Its waiters have it raised; it may be that nobody waits any more.
             task.exception()
 
 

@@ -159,7 +159,7 @@ class Socket(ABC):
         self._context.admission.opened(self.face, self.caller.name)
         self._inside, self._messages.room = True, None
         self._context.admission.idle_sockets.add(self)
-        # What is left in the list is released at the end, whatever a message does.
+        # The list is released at the end, whatever a message does.
         while self._waiting:
             data, hold = self._waiting.pop(0)
             with hold:

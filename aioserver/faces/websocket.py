@@ -55,7 +55,7 @@ class ChatSocket(Socket):
         # The conversation of the questions that name none; "" before the first question.
         self._scope = ""
         self._following: dict[str, Cursor] = {}
-        # Those among them whose answers other requests have begun; None without one.
+        # The cursors on answers that other requests have begun; None without one.
         self._visits: dict[Cursor, Visit] | None = None
 
     @property

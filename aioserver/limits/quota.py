@@ -59,7 +59,7 @@ class Quota:
         self._rate = Gcra(*minute(requests_per_minute), clock)
         # The tasks that are bound to the key, and whether they need an admin key.
         self._held: dict[asyncio.Task[object], bool] = {}
-        # Those of them that were cancelled, and the error that each of them raises instead.
+        # The cancelled ones among them, and the error that each of those raises instead.
         self._denials: dict[asyncio.Task[object], Denied] = {}
 
     def apply(

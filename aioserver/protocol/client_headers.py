@@ -33,7 +33,7 @@ HOP_BY_HOP = frozenset(
         *("proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"),
     }
 )
-# Those that hold our own keys and sessions, or may:
+# Headers that hold our own keys and sessions, or may:
 CREDENTIALS = frozenset(
     {
         *("authorization", "x-api-key", "api-key", "cookie", "set-cookie"),

@@ -39,7 +39,7 @@ PATIENCE, MANY = 5.0, 60
 # at most MAX_RATE of them a second: then there can be as many trials, and nobody loses anything by
 # them.
 LONG_PATIENCE, FEW, MAX_RATE = 15.0, 5, 1.0
-# Those seconds are at least this multiple of the median time to the first event: slow is not dead.
+# A patience is at least this multiple of the median time to the first event: slow is not dead.
 USUAL = 2.0
 # Times to a first event that the median is taken of.
 FIRST_EVENTS = 100

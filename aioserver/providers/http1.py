@@ -245,7 +245,7 @@ class ResponseParser:
         self._head_bytes = 0
         self._header_bytes = 0
         self._interim = False
-        # That of the answer; 0 until its head is complete.
+        # The status of the answer; 0 until its head is complete.
         self.status = 0
         self.between_chunks.clear()
         # Whether the body has a length, or comes in chunks.

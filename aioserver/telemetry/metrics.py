@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aioserver.requests")
 
 FACES = ("websocket", "sse", "openai", "responses_ws", "anthropic", "other")
-# Those of them whose connections end with a close code.
+# The faces whose connections end with a close code.
 WEBSOCKETS = ("websocket", "responses_ws")
 OK, CLIENT_LEFT, CANCELLED = "ok", "client_left", "cancelled"
 OUTCOMES = (

@@ -240,7 +240,7 @@ async def test_rest_that_can_no_longer_be_had_is_an_error_with_the_part(
             await client.chat("Hi").text()
 
     assert (caught.value.code, caught.value.text) == (code, "Hel")
-    # What is left of the answer is of no use to anybody, if it is there.
+    # The rest of the answer is of no use to anybody, if it is there.
     assert server.actions == ["chat", "resume", *["cancel"] * (code == "resume_gap")]
 
 

@@ -115,7 +115,7 @@ class Client:
         self.begins = dice.uniform(0.0, plan.spread)
         self.key = self._draw_key()
         self.silent = dice.random() < plan.silent
-        # Those without keys have the address of this machine, since only they are served.
+        # A client without a key has the address of this machine: no other address is served.
         self.address = f"10.0.0.{dice.randrange(1, 4)}" if self.key else "127.0.0.1"
         if like is not None:
             # A second question of the same client.

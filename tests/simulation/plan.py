@@ -36,7 +36,7 @@ PROVIDER_FAULTS = (
     *("head-only", "silent", "bad-json-<n>", "bad-utf8-<n>", "no-done", "early-done-<n>"),
     *("after-done", "flap-<n>"),
 )
-# Those after which no answer may end well, unless another provider has answered.
+# Faults after which no answer may end well, unless another provider has answered.
 NEVER_WHOLE = frozenset(
     {
         *("cut", "cut-mid", "bad-chunk", "end", "error-event", "error-chunk", "stall"),

@@ -66,7 +66,7 @@ class Talk:
         # Whether all turns of a lane are sent at once, so that none continues another.
         self.at_once = dice.random() < 0.2
         count = dice.choice(LANES)
-        # Those may be more than can wait.
+        # The turns may be more than can wait.
         turns = dice.choice((1, 2, 4)) if count < 20 or self.at_once else 1
         unnamed = dice.random() < 0.5
         self.lanes = {

@@ -53,7 +53,7 @@ class Sums:
                 continue
             gate = instance.server.context.admission.gate
             inside += gate.inside
-            # Those that have entered before a reload stay inside.
+            # Connections that have entered before a reload stay inside.
             limit += max(gate.limit, gate.inside)
         if inside > limit:
             self._broken(f"{inside} of {limit} places are taken in all")
@@ -70,7 +70,7 @@ class Sums:
             for provider in instance.server.context.router.providers.values():
                 if provider.pools.base_url.endswith(f":{listener.port}/v1"):
                     limit += provider.settings.http_client.max_connections
-        # Those that were made before a reload are not cut.
+        # Connections that were made before a reload are not cut.
         limit = max(limit, len(self._instances) * self._plan.changes[f"{HTTP}.max_connections"])
         used = sum(not end.is_closing() for end in listener.dialled)
         if used > limit:

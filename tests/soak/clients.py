@@ -25,7 +25,7 @@ FACES = (
     *("websocket", "sse", "stream", "whole", "keyed stream", "keyed whole", "responses"),
     *("response lanes", "response chain", "conversation"),
 )
-# Those that talk, and the functions by which they do.
+# The kinds that talk, and the functions by which they do.
 TALKS = {
     "response lanes": talks.lanes,
     "response chain": talks.chain,

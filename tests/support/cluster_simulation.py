@@ -367,7 +367,7 @@ class Simulation:
                     assert member is not None
                     assert member.ends / SECOND >= each.leases.lease_end
                     assert known >= grant.granted, (each.number, known, grant.granted)
-        # Those whose lease was over while they ran may still have so many, or their share.
+        # Instances whose lease was over while they ran may still have so many, or their share.
         excess = 0
         for each in living:
             if each.leases.standing.state is State.ALONE or each.stopped:

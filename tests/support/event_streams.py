@@ -47,7 +47,7 @@ def reference(data: bytes) -> list[ServerEvent]:
             continue
         lines.append(line)
         line = b""
-    # What is left in `line` has no end: it is never processed.
+    # The rest in `line` has no end: it is never processed.
     events: list[ServerEvent] = []
     buffer, name = b"", b""
     id_: bytes | None = None

@@ -54,7 +54,7 @@ class FaultProxy:
 
     async def cut(self) -> None:
         """Cut all connections."""
-        # Those of now: a client may have come back before they have ended.
+        # Only the connections of now: a client may have come back before they have ended.
         relays = set(self._relays)
         for relay in relays:
             relay.cancel()

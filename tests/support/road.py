@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from aioserver.providers.connections import PooledConnection
 
 FACES = ("openai", "sse", "websocket")
-# Those of the Responses API: over HTTP, and on a WebSocket without and with a lane.
+# The faces of the Responses API: over HTTP, and on a WebSocket without and with a lane.
 RESPONSES_FACES = ("responses", "responses_ws", "lane")
 
 # What a provider says.

@@ -147,7 +147,7 @@ class Leases:
         """
         grant = Grant(name, limit, user, self.standing, least=least, scope=scope)
         self._grants[name] = grant
-        # What is shared by first workers alone, nobody else has.
+        # Nobody else has a limit that first workers alone share.
         known = self._clock() >= self._raise_at or (scope is not None and scope.first)
         if self.standing.state is State.ALONE and known:
             grant.resize(grant.share)

@@ -337,7 +337,7 @@ class Peers:
         now = self._loop.time()
         since = self._deaf_since.get(target, now)
         if now - since > MAX_SILENCE:
-            # That was another time.
+            # The last time was long ago.
             since = now
         self._deaf_since[target] = since
         if now - since >= DEAF_AGAIN * 0.9:

@@ -216,7 +216,7 @@ class SharedRate(Gcra):
         self._rested = rested
         self._share_kept = share_kept
         self._horizon = horizon
-        # Those that are kept last; all others pass.
+        # Kept slots last; all others pass.
         self._slots = SlotsInHand()
         # When the next slot begins, as far as is known.
         self._next_at = 0.0

@@ -45,7 +45,7 @@ class Renewer:
             url,
             {f"{self.prefix}wake:{leases.instance}": self._woken},
             bound=bound,
-            # What was said while nobody listened is lost.
+            # Words that were said while nobody listened are lost.
             on_open=self._tell_all,
         )
 

@@ -59,8 +59,8 @@ class Counted:
         self._try_start = try_start
         self._delay = delay
         self._refuse = refuse
-        # Those that wait for a place or a start, the oldest first; one that is done waits no more,
-        # and has no place.
+        # Requests that wait for a place or a start, the oldest first; one that is done waits no
+        # more, and has no place.
         self._undecided: deque[asyncio.Future[None]] = deque()
 
     def take(self) -> asyncio.Future[None] | None:

@@ -118,7 +118,7 @@ class Conversations:
         unknown = "" if caller.name else None
         conversation = self._kept.setdefault(key, _Conversation(unknown))
         self._kept.move_to_end(key)
-        # What was kept here last may be a turn that the storage did not take.
+        # The newest turn that was kept here may be one that the storage did not take.
         conversation.address, conversation.turns = unknown, list(turns)
         self._bound(key, conversation)
 

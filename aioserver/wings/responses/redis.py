@@ -229,7 +229,7 @@ class _Record(msgspec.Struct, array_like=True):
     head: bytes
     output: bytes
     tail: bytes
-    # Those of an earlier version do not say it.
+    # A record of an earlier version does not say it.
     whole: bool = True
 
 

@@ -66,7 +66,7 @@ class SimulatorStats:
 
     # Every POST to a known endpoint, also with a faulty body.
     requests: int = 0
-    # Those of them with "stream": true.
+    # Requests among them with "stream": true.
     streams: int = 0
     # Requests that the simulator has ended, also by a fault.
     completed: int = 0

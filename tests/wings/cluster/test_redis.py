@@ -203,7 +203,7 @@ async def test_a_response_is_kept_with_those_before_it(make_bus: Any) -> None:
     assert list((await chains.response_chain("fork", 1000))[1]) == [b"f", b"2", b"1"]
     assert list((await chains.response_chain("r5", 4))[1]) == []
     assert not await chains.has_response("r9")
-    # Those before live at least as long.
+    # The responses before it live at least as long.
     lives = [await bus.commands.execute("PTTL", f"{PREFIX}r:r{n}") for n in range(1, 6)]
     assert min(lives[:-1]) >= lives[-1] > 0
     for name in ("r4", "r5"):

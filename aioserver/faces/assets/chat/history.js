@@ -40,7 +40,7 @@ export class ServerHistory {
     this.changed();
   }
 
-  // Those that this browser has not, as conversations without turns.
+  // Conversations that this browser has not, without their turns.
   get missing() {
     const removed = new Set(this.removed);
     return [...this.summaries.values()]

@@ -90,7 +90,7 @@ class Messages:
         self._tools = tools
         self._reasoning_field = reasoning_field.encode()
         self._messages: list[bytes] = []
-        # Those before them, many joined as one.
+        # The messages before them, many joined as one.
         self._joined: list[bytes] = []
         # Texts of system messages, until anything else comes.
         self._system: list[bytes] = []
