@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 from aioserver.auth.callers import CALLER
 from aioserver.auth.guard import selectable_protocols
@@ -23,32 +23,12 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
-    from aioserver.auth.callers import Caller
     from aioserver.faces.admission import Admission
     from aioserver.faces.context import Context
     from aioserver.faces.socket import Socket
     from aioserver.limits.gate import Place
 
 logger = logging.getLogger("aioserver.connections")
-
-
-class AdmittedSocket(Protocol):
-    """A WebSocket that wants a place."""
-
-    caller: Caller
-
-    @property
-    def face(self) -> str:
-        """The face that it speaks."""
-
-    def entered(self) -> None:
-        """Begin to work: the socket has its place."""
-
-    def refused(self, error: AioserverError) -> None:
-        """Close with *error*: the socket gets no place."""
-
-    def show_position(self, position: int, eta: float) -> None:
-        """Tell the client its position in the queue; *eta* in seconds."""
 
 
 class SocketPlace:
@@ -60,7 +40,7 @@ class SocketPlace:
 
     __slots__ = ("_admission", "_over", "_place", "_socket", "_task")
 
-    def __init__(self, admission: Admission, socket: AdmittedSocket) -> None:
+    def __init__(self, admission: Admission, socket: Socket) -> None:
         self._admission = admission
         self._socket = socket
         self._place: Place | None = None

@@ -13,7 +13,7 @@ from aioserver.protocol.openai import bounded, usage_of
 from aioserver.providers import error_mapping
 from aioserver.providers.sinks import EventSink
 from aioserver.streams.contracts import PLAIN_EVENTS
-from aioserver.streams.fast_path import FastPath
+from aioserver.streams.fast_path import ForwardedApi
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from aioserver.errors import AioserverError
     from aioserver.providers.sinks import StreamSink
     from aioserver.streams.contracts import AnswerEvents
-    from aioserver.streams.cursor import Cursor
-    from aioserver.streams.fast_path import Destination
     from aioserver.streams.stream import Stream
 
 
@@ -36,7 +34,7 @@ class Memory:
         """Know nothing beside *settings*."""
 
 
-class Api:
+class Api(ForwardedApi):
     """The API at *path*, below the base URL of a provider: chat completions, and all that is asked
     and answered like them.
 
@@ -70,13 +68,6 @@ class Api:
         errors.
         """
         return PLAIN_EVENTS
-
-    def fast_path(self, cursor: Cursor, destination: Destination) -> FastPath | None:
-        """Return the path by which the provider's bytes go from *cursor* to *destination*.
-
-        None if there is none.
-        """
-        return FastPath(cursor, destination) if destination.chunked else None
 
     def check_status(
         self, provider: str, status: int, headers: Mapping[str, str], body: bytes

@@ -46,7 +46,7 @@ M = TypeVar("M", bound="Memory")
 
 
 class AttemptedProvider(Protocol):
-    """The provider, as its attempts see it."""
+    """The provider, as its attempts see it: provider.py knows attempts, and not they it."""
 
     name: str
     meter: ProviderMeter

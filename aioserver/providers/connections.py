@@ -71,19 +71,6 @@ class Receiver(Protocol):
         """Return the seconds since the provider said something; None if nothing is awaited."""
 
 
-class Owner(Protocol):
-    """The connections of a pool (connections.py), as one of them sees them."""
-
-    def give_back(self, connection: PooledConnection) -> None:
-        """Keep *connection* for the next request, or close it."""
-
-    def gone(self, connection: PooledConnection) -> None:
-        """Note that *connection*, which was in use, is closed."""
-
-    def forget(self, connection: PooledConnection) -> None:
-        """Take *connection*, which the provider has closed, out of the idle ones."""
-
-
 class ConnectionProtocol(ResponseHandler):
     """The protocol of a pooled connection: it pushes what it receives to the exchange under way.
 
@@ -193,7 +180,7 @@ class PooledConnection:
 
     __slots__ = ("_connection", "_owner", "idle_since", "place", "protocol")
 
-    def __init__(self, owner: Owner, connection: Connection) -> None:
+    def __init__(self, owner: Connections, connection: Connection) -> None:
         protocol = connection.protocol
         assert isinstance(protocol, ConnectionProtocol)
         self._owner = owner

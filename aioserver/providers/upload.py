@@ -15,6 +15,8 @@ from aioserver.limits.write_watchdog import WriteWatchdog
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aioserver.providers.connections import ConnectionProtocol
+
 # Bytes that are written before the transport is asked whether it takes more.
 UPLOAD_PIECE = 65_536
 
@@ -38,26 +40,9 @@ class Body(Protocol):
         """Begin anew, and return True; False if a part of the body is gone."""
 
 
-class Connection(Protocol):
-    """The protocol of the provider's connection (exchange.py), as an upload sees it.
-
-    *resumed* is done when the transport takes more; None unless an upload waits for it.
-    """
-
-    transport: asyncio.Transport | None
-    resumed: asyncio.Future[None] | None
-
-    def write_soon(self, data: bytes) -> None:
-        """Write *data* with all that this iteration of the event loop writes."""
-
-    @property
-    def writing_paused(self) -> bool:
-        """Whether the transport takes no more for now."""
-
-
 async def upload(
     request: bytes,
-    connection: Connection,
+    connection: ConnectionProtocol,
     done: asyncio.Future[None],
     write_timeout: float,
     on_timeout: Callable[[], None],
@@ -116,7 +101,7 @@ async def _next_piece(body: Body, done: asyncio.Future[None]) -> bytes | None:
 
 
 async def _writable(
-    connection: Connection,
+    connection: ConnectionProtocol,
     transport: asyncio.Transport,
     done: asyncio.Future[None],
     write_timeout: float,

@@ -1,16 +1,17 @@
-"""The contracts of a log: its readers, its fast path, the source of its events, what these mean,
-and its store.
+"""The contracts of a log: its readers, its fast path, the source of its events, and what these
+mean.
 
-Each is implemented elsewhere: readers in cursor.py, fast paths in fast_path.py, the store in
-store.py, sources and APIs in the package `providers`.
+Each is implemented elsewhere: readers in cursor.py, fast paths in fast_path.py, sources and APIs
+in the package `providers`. Those of its store and of its keeper, which see the log, stand beside
+it in stream.py.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Sequence
+    from collections.abc import Sequence
 
     from aioserver.errors import AioserverError
     from aioserver.protocol.openai import Shape
@@ -110,19 +111,6 @@ class Attempt(Protocol):
         """Note that the answer has begun."""
 
 
-class Keeper(Protocol):
-    """What keeps the answer of a log (gateway/keeper.py), as the log sees it."""
-
-    def identified(self, answer_id: str) -> None:
-        """Note the id that the provider has given to the answer."""
-
-    def keep(self, stream: Any) -> Awaitable[None] | None:
-        """Keep the answer in *stream*, which is complete but for its last event.
-
-        None if that is done already.
-        """
-
-
 class AnswerEvents:
     """The form of the errors between the events of one answer, and what is remembered of its
     events for as long as its log.
@@ -169,32 +157,10 @@ class AnswerEvents:
         """Remember what the `state` of another object was, instead."""
 
 
-class AnswerApi(Protocol):
-    """The API of an answer (providers/api.py), as its log and those who follow it see it."""
+class AnswerApi:
+    """The API of an answer, as its log sees it; `ForwardedApi` (fast_path.py) has more of it."""
 
     path: str
-
-    def fast_path(self, cursor: Any, destination: Any) -> Any:
-        """Return the `FastPath` by which the provider's bytes go from *cursor* to *destination*.
-
-        None if there is none.
-        """
-
-
-class Store(Protocol):
-    """The store of a log (store.py), as the log sees it.
-
-    Each *stream* is the `Stream` that calls.
-    """
-
-    def count_bytes(self, stream: Any, size: int) -> None:
-        """Note that *stream* has grown by *size* bytes; negative: it has shrunk."""
-
-    def note_end(self, stream: Any) -> None:
-        """Note that *stream* has its last event."""
-
-    def add_alias(self, stream: Any, alias: str) -> None:
-        """Let *stream* be found by *alias*, too, unless another stream has that name."""
 
 
 # Of every answer whose API has no others.

@@ -29,7 +29,8 @@ ordinary:
     TextPath   for the faces that show frames: an event of the answer's `Shape`, which has a text
                and nothing else. It is appended to the log like any other
 
-An API may have one of its own (wings/responses/path.py).
+An API may have one of its own: the path is made by the `ForwardedApi` of the answer
+(wings/responses/path.py).
 
 Every other form of the same bytes, every end, error and comment takes the slow path, and has the
 same effect there: the tests feed both paths with the same streams.
@@ -43,6 +44,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.limits.write_watchdog import reset
 from aioserver.protocol.eventstream import utf8
+from aioserver.streams.contracts import AnswerApi
 from aioserver.streams.entries import TextEntry
 
 if TYPE_CHECKING:
@@ -255,6 +257,17 @@ class TextPath(FastPath):
         stream.trim()
 
 
+class ForwardedApi(AnswerApi):
+    """An API, as fast paths see it: chat completions, and all that is answered like them."""
+
+    def fast_path(self, cursor: Cursor, destination: Destination) -> FastPath | None:
+        """Return the path by which the provider's bytes go from *cursor* to *destination*.
+
+        None if there is none.
+        """
+        return FastPath(cursor, destination) if destination.chunked else None
+
+
 def new_path(cursor: Cursor, destination: Destination, shape: Shape | None) -> FastPath | None:
     """Return a path for *cursor*: for texts if there is a *shape*.
 
@@ -264,5 +277,4 @@ def new_path(cursor: Cursor, destination: Destination, shape: Shape | None) -> F
         render_text = cursor.format.render_text
         return None if render_text is None else TextPath(cursor, destination, shape, render_text)
     api = cursor.stream.api
-    path: FastPath | None = None if api is None else api.fast_path(cursor, destination)
-    return path
+    return api.fast_path(cursor, destination) if isinstance(api, ForwardedApi) else None

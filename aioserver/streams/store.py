@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from aioserver.auth.callers import Caller
 from aioserver.errors import ServerAtCapacity
@@ -55,7 +55,7 @@ class Shelf(Protocol):
     def drop_oldest(self, owner: Hashable) -> None:
         """Drop the oldest of *owner*."""
 
-    def drop(self, caller: Any, name: str) -> bool:
+    def drop(self, caller: Caller, name: str) -> bool:
         """Let an answer of *caller* be found no longer; return whether there was one."""
 
 

@@ -37,7 +37,7 @@ from __future__ import annotations
 
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import orjson
 
@@ -70,11 +70,9 @@ if TYPE_CHECKING:
         AnswerApi,
         Attempt,
         Held,
-        Keeper,
         Path,
         Reader,
         Source,
-        Store,
         WholeAnswer,
     )
 
@@ -89,6 +87,32 @@ PAUSE_BYTES, RESUME_BYTES = 1 << 18, 1 << 16
 # With several readers: entries between two counts of what is unread, and bytes of one that is
 # counted at once.
 CHECK_EVERY, CHECK_BYTES = 16, 1 << 12
+
+
+class Store(Protocol):
+    """The store of a log (store.py), as the log sees it. Each *stream* is the one that calls."""
+
+    def count_bytes(self, stream: Stream, size: int) -> None:
+        """Note that *stream* has grown by *size* bytes; negative: it has shrunk."""
+
+    def note_end(self, stream: Stream) -> None:
+        """Note that *stream* has its last event."""
+
+    def add_alias(self, stream: Stream, alias: str) -> None:
+        """Let *stream* be found by *alias*, too, unless another stream has that name."""
+
+
+class Keeper(Protocol):
+    """What keeps the answer of a log (gateway/keeper.py), as the log sees it."""
+
+    def identified(self, answer_id: str) -> None:
+        """Note the id that the provider has given to the answer."""
+
+    def keep(self, stream: Stream) -> Awaitable[None] | None:
+        """Keep the answer in *stream*, which is complete but for its last event.
+
+        None if that is done already.
+        """
 
 
 class Remote:

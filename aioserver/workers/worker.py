@@ -1,4 +1,5 @@
-"""A worker: one of several processes that serve the same port, as its parent has started it.
+"""A worker: one of several processes that serve the same port, as its parent has started it, with
+its fixed share of each limit that the configuration sets for all of them.
 
 The parent passes its listening sockets by the protocol of systemd. What systemd has no words for
 comes in variables: `AIOSERVER_WORKER=SLOT/WORKERS`; `AIOSERVER_FDS=NAME=NUMBER,…`, descriptors by
@@ -16,28 +17,34 @@ have.
 
 A worker that is replaced, and its successor, have different slots of the same rank: there are
 twice as many slots as workers.
+
+The shares of all workers together are the limit, and never more, but for a limit that is lower
+than the number of workers: a share is at least 1. While a worker is replaced, its successor has
+the same share. What workers share through a server (wings/cluster/limits.py) is not shared out.
+Without one `max_connections` and its queue are shared out by `FixedGate`, so that messages have
+the configured number.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from aioserver.limits.fixed_share import Scope
+from aioserver.limits.gate import Gate
 from aioserver.server.preflight import Unfit
 from aioserver.server.systemd import Notifier
 from aioserver.workers.balance import Balance
-from aioserver.workers.fixed_shares import FixedGate, share_out
 from aioserver.workers.loads import Loads, OtherLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableMapping
 
-    from aioserver.config.settings import Settings
-    from aioserver.limits.gate import Gate
+    from aioserver.config.settings import Auth, Chat, ClientKey, Llm, Provider, Settings
 
 WORKER = "AIOSERVER_WORKER"
 DESCRIPTORS = "AIOSERVER_FDS"
@@ -48,6 +55,8 @@ FIRST = "AIOSERVER_FIRST"
 PERIOD = "AIOSERVER_PERIOD"
 # The name under which the workers of one parent share what other hosts do not.
 HOST = "AIOSERVER_HOST"
+# Seconds until a worker without a server looks again how many connections its predecessor has.
+LOOK = 0.1
 NAMES = frozenset({"ear", "lifeline", "configuration", "pepper", "loads"})
 
 
@@ -188,3 +197,111 @@ def as_file(name: str, content: bytes) -> int:
 def read(descriptor: int) -> bytes:
     """Return the content of the file *descriptor*, whose position several processes share."""
     return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+
+
+class FixedGate(Gate):
+    """The gate of the worker of *scope* without a server: its share of all places, but for those
+    that its predecessor has still.
+
+    *before* returns how many connections that has.
+    """
+
+    def __init__(self, scope: Scope, before: Callable[[], int], limit: int, **bounds: Any) -> None:
+        self._scope, self._before = scope, before
+        bounds["queue_size"] = scope.share(bounds["queue_size"])
+        super().__init__(0, **bounds)
+        self._whole = limit
+        self._look()
+
+    def apply(self, limit: int, *, queue_size: int, queue_timeout: float) -> None:
+        """Use new bounds, those of all workers together."""
+        self._whole = limit
+        super().apply(
+            self._places(), queue_size=self._scope.share(queue_size), queue_timeout=queue_timeout
+        )
+
+    def _places(self) -> int:
+        return max(0, self._scope.share(self._whole) - self._before())
+
+    def _look(self) -> None:
+        super().apply(
+            self._places(), queue_size=self._queue_size, queue_timeout=self._queue_timeout
+        )
+        if self._before() and self._closed is None:
+            asyncio.get_running_loop().call_later(LOOK, self._look)
+
+
+def share_out(settings: Settings, scope: Scope, *, clustered: bool = False) -> Settings:
+    """Return *settings* with the share of the worker of *scope* in place of each limit that is for
+    all of them.
+
+    *clustered*: the workers share the limits of providers and keys through a server. A provider's
+    `max_connections` stays as it is: its `concurrent_requests` bounds the connections in use.
+
+    Each worker may keep one whole body, answer or log, however many workers there are: where that
+    is more than its share, all together may keep more than is configured.
+    """
+    part = scope.share
+
+    def memory(limit: int, least: int) -> int:
+        return max(part(limit), min(limit, least))
+
+    def chat(whole: Chat) -> Chat:
+        websocket, streams = whole.websocket, whole.streams
+        concurrency = replace(
+            websocket.concurrency,
+            max_body_bytes=memory(
+                websocket.concurrency.max_body_bytes, websocket.max_message_size
+            ),
+            # Nothing is left to be shared out.
+            uvicorn=replace(websocket.concurrency.uvicorn, workers=1),
+        )
+        kept = max(streams.max_stream_bytes, streams.max_response_bytes)
+        streams = replace(
+            streams,
+            max_kept_bytes=memory(streams.max_kept_bytes, kept),
+            max_detached=part(streams.max_detached),
+        )
+        return replace(
+            whole, websocket=replace(websocket, concurrency=concurrency), streams=streams
+        )
+
+    def provider(whole: Provider) -> Provider:
+        client = whole.http_client
+        client = replace(
+            client, max_keepalive=part(client.max_keepalive), queue_size=part(client.queue_size)
+        )
+        if not clustered:
+            client = replace(
+                client,
+                concurrent_requests=part(client.concurrent_requests),
+                requests_per_minute=part(client.requests_per_minute),
+                tokens_per_minute=part(client.tokens_per_minute),
+            )
+        return replace(whole, http_client=client)
+
+    def llm(whole: Llm) -> Llm:
+        return replace(
+            whole,
+            providers={name: provider(settings) for name, settings in whole.providers.items()},
+        )
+
+    def key(whole: ClientKey) -> ClientKey:
+        if clustered:
+            return whole
+        return replace(
+            whole,
+            max_concurrent=part(whole.max_concurrent),
+            max_connections=part(whole.max_connections),
+            requests_per_minute=part(whole.requests_per_minute),
+        )
+
+    def auth(whole: Auth) -> Auth:
+        return replace(whole, keys=tuple(key(each) for each in whole.keys))
+
+    return replace(
+        settings,
+        chat=chat(settings.chat),
+        llm=llm(settings.llm),
+        auth=None if settings.auth is None else auth(settings.auth),
+    )

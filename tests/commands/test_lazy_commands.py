@@ -66,7 +66,7 @@ def test_one_process_imports_nothing_of_several() -> None:
     imported = set(done.stdout.split())
 
     assert "aioserver.server.reload" in imported
-    several = {"parent", "supervisor", "worker", "fixed_shares"}
+    several = {"parent", "supervisor", "worker"}
     assert not {f"aioserver.workers.{name}" for name in several} & imported
 
 

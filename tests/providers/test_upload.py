@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from aioserver.providers.upload import upload
 from tests.support.waiting import ticks
+
+if TYPE_CHECKING:
+    from aioserver.providers.connections import ConnectionProtocol
 
 
 class Connection(asyncio.Protocol):
@@ -57,7 +60,8 @@ async def test_nobody_watches_the_descriptor_of_a_connection_that_broke_in_an_up
     with far:
         transport, connection = await loop.create_connection(Connection, sock=near)
         body = BreakingBody(transport)
-        await upload(b"head", connection, connection.lost, 5.0, transport.abort, body)
+        protocol = cast("ConnectionProtocol", connection)
+        await upload(b"head", protocol, connection.lost, 5.0, transport.abort, body)
         await connection.lost
         await ticks()
 

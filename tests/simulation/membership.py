@@ -76,7 +76,7 @@ class Member(Membership):
         # It does not wait until the server gives something: what begins before is a part of the
         # simulation.
         self._fixed = True
-        self._streams = None
+        self._streams = self._totals = None
         server.join(number, self.leases)
 
     def _make_bus(  # type: ignore[override]

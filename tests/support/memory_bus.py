@@ -393,12 +393,16 @@ def _name(key: str) -> str:
 
 @dataclass
 class Instance:
-    """One of several servers in this process, and what it knows of the others."""
+    """One of several servers in this process, and what it knows of the others.
+
+    *look* answers others that want to know something for their operating pages.
+    """
 
     name: str
     server: RunningServer
     cluster: RemoteStreams
     leave: Callable[[], Any]
+    look: Callable[[str], bytes] = lambda _what: b""
 
     @property
     def requests(self) -> int:
@@ -460,7 +464,7 @@ async def instance_of(
         make_bus, commands = over
 
     def others() -> RemoteStreams:
-        made.append(RemoteStreams(make_bus, commands))
+        made.append(RemoteStreams(make_bus, commands, lambda what: instance.look(what)))
         return made[0]
 
     own = AsyncExitStack()
@@ -481,7 +485,8 @@ async def instance_of(
             world.members.remove(name)
 
     stack.push_async_callback(leave)
-    return Instance(name, server, made[0], leave)
+    instance = Instance(name, server, made[0], leave)
+    return instance
 
 
 @contextlib.asynccontextmanager

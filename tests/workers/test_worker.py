@@ -12,10 +12,9 @@ from aioserver.config import Configuration
 from aioserver.config.configuration import SHIPPED
 from aioserver.limits.fixed_share import Scope
 from aioserver.server.preflight import Unfit
-from aioserver.workers.fixed_shares import share_out
 from aioserver.workers.loads import Loads
-from aioserver.workers.worker import NAMES, Worker, as_file, read
-from tests.support.server import NOWHERE, configured
+from aioserver.workers.worker import NAMES, Worker, as_file, read, share_out
+from tests.support.server import CONCURRENCY, NOWHERE, configured
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -171,3 +170,23 @@ def test_a_large_file_is_whole() -> None:
         assert read(number) == content
     finally:
         os.close(number)
+
+
+def test_each_worker_can_keep_one_whole_body_answer_and_log(tmp_path: Path) -> None:
+    changes = {
+        f"{CONCURRENCY}.max_body_bytes": 1000,
+        "chat.websocket.max_message_size": 400,
+        "chat.streams.max_kept_bytes": 900,
+        "chat.streams.max_stream_bytes": 100,
+        "chat.streams.max_response_bytes": 50,
+        "chat.streams.max_detached": 2,
+    }
+    settings = configured(NOWHERE, changes, tmp_path / "config.yaml").settings
+
+    chat = share_out(settings, Scope("", 3, 4)).chat
+
+    assert chat.websocket.concurrency.max_body_bytes == 400
+    assert chat.streams.max_kept_bytes == 225
+    assert chat.streams.max_detached == 1
+    assert chat.websocket.concurrency.max_connections == 50
+    assert share_out(settings, Scope("", 0, 1)) == settings

@@ -11,7 +11,7 @@ machine.
 
 Joined, an instance uses what it was granted (wings/cluster/grants.py) and asks nobody. Unheard, it
 goes on with that until its lease is over. Alone, it has its fixed share of each limit
-(wings/cluster/fixed_share.py). The lease is counted from the moment of *sending* the last call
+(limits/fixed_share.py). The lease is counted from the moment of *sending* the last call
 that was answered, and is shorter here than at the server by a margin. Nothing starts on a lease
 that is over: whoever starts something calls `check` before. A timer alone would come too late,
 since a process that was stopped reads its sockets first when it goes on.
@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from aioserver.wings.cluster.fixed_share import FixedShare
+from aioserver.limits.fixed_share import FixedShare
 from aioserver.wings.cluster.grants import Grant, Standing, State
 from aioserver.wings.cluster.lease_messages import (
     SECOND,
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from aioserver.limits.fixed_share import Scope
     from aioserver.wings.cluster.grants import User
     from aioserver.wings.cluster.lease_messages import Op
-    from aioserver.wings.cluster.rates import PaceUser
+    from aioserver.wings.cluster.rates import SharedRate
 
 # For so many times the length of the last call, and so many seconds at most, a place that ends is
 # used at once, though others starve: an instance then has one place on the way for a fifth of the
@@ -94,7 +94,7 @@ class Leases:
         self._fixed = FixedShare(fixed)
         self.standing = Standing(self._fixed.of, self._call_soon_for, self._asked, clock)
         self._grants: dict[str, Grant] = {}
-        self._paces: dict[str, PaceUser] = {}
+        self._paces: dict[str, SharedRate] = {}
         # Grants of which something is to be said at once, and those that may have nothing to say
         # by then.
         self._dirty: set[Grant] = set()
@@ -112,7 +112,7 @@ class Leases:
         self.due = -inf
         self._sent = 0.0
         self._ops: list[tuple[Grant, Op]] = []
-        self._pace_ops: list[PaceUser] = []
+        self._pace_ops: list[SharedRate] = []
         self._ended: set[str] = set()
         self._ended_said: list[str] = []
         self.told = Told(self.call_soon, on_told)
@@ -162,12 +162,12 @@ class Leases:
             grant.dropped = True
             self._call_soon_for(grant)
 
-    def pace(self, user: PaceUser) -> None:
+    def pace(self, user: SharedRate) -> None:
         """Share the pace of *user*."""
         self._paces[user.name] = user
         user.stand(self.standing.state, self._fixed.instances)
 
-    def drop_pace(self, user: PaceUser) -> None:
+    def drop_pace(self, user: SharedRate) -> None:
         """Share a pace no more."""
         if self._paces.get(user.name) is user:
             del self._paces[user.name]
@@ -313,7 +313,7 @@ class Leases:
         joined = standing.state is not State.ALONE or not standing.grace
         if not standing.grace and not self._bye:
             self._heard = answer.number
-            self._fixed.adopt(answer)
+            self._fixed.adopt(answer.rank, answer.count, known_to_all=answer.known_to_all)
             before, standing.members = standing.members, max(1, len(self.members))
             if standing.members != before:
                 self._on_members()

@@ -129,8 +129,11 @@ class SharedLimits:
         self._leases = leases
         self._scope = scope
         self._gates: dict[str, SharedProviderGate] = {}
-        # The providers that are configured.
-        self.providers: Callable[[], Mapping[str, Provider]] = dict
+        self._providers: Callable[[], Mapping[str, Provider]] = dict
+
+    def serve(self, providers: Callable[[], Mapping[str, Provider]]) -> None:
+        """Let what others tell reach the *providers* that are configured: none before."""
+        self._providers = providers
 
     def make_gate(
         self, name: str, limits: HttpClient, health: Health, clock: Callable[[], float]
@@ -164,7 +167,7 @@ class SharedLimits:
 
     def told(self, name: str, word: str, seconds: float) -> None:
         """Take in that *word* holds of the provider *name* for *seconds*; 0.0: no more."""
-        provider = self.providers().get(name)
+        provider = self._providers().get(name)
         if provider is None or not seconds:
             return
         if word == COOLING:

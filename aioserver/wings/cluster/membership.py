@@ -95,6 +95,7 @@ class Membership:
         self._fixed = fixed is not None
         self._joined = asyncio.Event()
         self._streams: RemoteStreams | None = None
+        self._totals: Totals | None = None
 
     def make_gate(
         self, name: str, limits: HttpClient, health: Health, clock: Callable[[], float]
@@ -118,25 +119,28 @@ class Membership:
 
     def streams(self) -> RemoteStreams:
         """Return what knows the streams of other instances."""
-        self._streams = RemoteStreams(self._make_bus, self.commands)
+        self._streams = RemoteStreams(self._make_bus, self.commands, self._look)
         return self._streams
 
     def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
         """Let what others tell reach *providers*, and *monitor* show the state of all
         instances.
         """
-        self.limits.providers = providers
+        self.limits.serve(providers)
         self._incidents = monitor
         assert self._streams is not None, "`streams` was called before"
-        monitor.share(
-            Totals(
-                self.instance,
-                self._streams.peers,
-                lambda: self.leases.members,
-                monitor,
-                self.standing,
-            )
+        self._totals = Totals(
+            self.instance,
+            self._streams.peers,
+            lambda: self.leases.members,
+            monitor,
+            self.standing,
         )
+        monitor.share(self._totals)
+
+    def _look(self, what: str) -> bytes:
+        """Return *what* another instance wants to know; nothing before this one serves."""
+        return b"" if self._totals is None else self._totals.tell(what)
 
     async def agree_on_pepper(self, own: bytes) -> bytes:
         """Return the secret of browser sessions on which the instances agree: *own*, if none was

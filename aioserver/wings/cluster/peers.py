@@ -71,13 +71,15 @@ class Peers:
 
     Always: each link is a reader of its stream; each mirror that is not done is pinged for.
 
-    *make_bus* is called with what hears messages, and of instances that nobody is. *gateway* is
-    set before anything comes: it finds this instance's own streams.
+    *make_bus* is called with what hears messages, and of instances that nobody is. *on_look* is
+    called with what another instance wants to know for its operating pages. `serve` comes before
+    anything else.
     """
 
     gateway: Gateway
+    apis: Mapping[str, Api]
 
-    def __init__(self, make_bus: MakeBus) -> None:
+    def __init__(self, make_bus: MakeBus, on_look: Callable[[str], bytes]) -> None:
         self._loop = asyncio.get_running_loop()
         self._links: dict[tuple[str, int], Link] = {}
         self._mirrors: dict[int, Mirror] = {}
@@ -87,13 +89,17 @@ class Peers:
         self._deaf_since: dict[str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._due = self._connected_at = 0.0
-        # What the paths of their answers mean.
-        self.apis: Mapping[str, Api] = {}
-        # Called with what another instance wants to know for its operating pages.
-        self.on_look: Callable[[str], bytes] = lambda _what: b""
+        self._on_look = on_look
         # Messages that made no sense.
         self.refused = Counter()
         self.bus: Bus = make_bus(on_message=self._receive, on_deaf=self._deaf)
+
+    def serve(self, gateway: Gateway, apis: Mapping[str, Api]) -> None:
+        """Let others read the streams that *gateway* finds.
+
+        *apis*: what the paths of their answers mean.
+        """
+        self.gateway, self.apis = gateway, apis
 
     @property
     def links(self) -> int:
@@ -229,7 +235,7 @@ class Peers:
                 gone = self.gateway.forget(Caller(message.caller), message.response_id)
                 self.bus.send(sender, Answer(message.number, orjson.dumps(gone)))
             case Look():
-                self.bus.send(sender, Answer(message.number, self.on_look(message.what)))
+                self.bus.send(sender, Answer(message.number, self._on_look(message.what)))
             case Answer():
                 asked = self._asked.get(message.number)
                 if asked is not None and not asked.done():

@@ -129,32 +129,10 @@ LOOK_AGAIN = 0.05
 UNKNOWN = 1.0
 
 
-class PaceUser(Protocol):
-    """The user of a pace, which takes its slots; its *name* is that of the pace.
-
-    It asks for some at *ask_at*; inf: for none.
-    """
-
-    name: str
-    ask_at: float
-
-    def op(self) -> PaceOp | None:
-        """Return what to ask for in a call that is sent now; None: nothing."""
-
-    def answered(self, slots: Slots | None, sent: float) -> None:
-        """Take in the answer to what was asked for at *sent*; None: the call failed."""
-
-    def stand(self, state: State, instances: int) -> None:
-        """Take in that this instance is in *state*, and one of so many if it is alone.
-
-        0: of an unknown number.
-        """
-
-
 class Caller(Protocol):
     """The object that carries the calls: `Leases`."""
 
-    def pace(self, user: PaceUser) -> None:
+    def pace(self, user: SharedRate) -> None:
         """Share the pace of *user*."""
 
     def call_by(self, moment: float) -> None:
@@ -175,6 +153,8 @@ class SharedRate(Gcra):
     than before. *rested*: a server that knows nothing of the rate allows the whole burst at once,
     and not one start after another. Of the burst, all instances together keep *share_kept* in
     hand: the others can start so much less at once.
+
+    It asks for slots at *ask_at*; inf: for none.
     """
 
     __slots__ = (
@@ -317,7 +297,7 @@ class SharedRate(Gcra):
     # What `Leases` asks.
 
     def op(self) -> PaceOp | None:
-        """Return what to ask for in a call that is sent now."""
+        """Return what to ask for in a call that is sent now; None: nothing."""
         now = self._clock()
         if self.ask_at > now + ROUNDING or self._state is not State.JOINED:
             return None
@@ -340,7 +320,10 @@ class SharedRate(Gcra):
         )
 
     def answered(self, slots: Slots | None, sent: float) -> None:
-        """Take in the slots that the server has given for what was asked for at *sent*."""
+        """Take in the slots that the server has given for what was asked for at *sent*.
+
+        None: the call failed.
+        """
         if slots is None:
             return
         now = self._clock()
@@ -363,7 +346,10 @@ class SharedRate(Gcra):
         self._on_slots()
 
     def stand(self, state: State, instances: int) -> None:
-        """Take in how this instance stands with the server."""
+        """Take in that this instance is in *state*, and one of so many if it is alone.
+
+        0: of an unknown number.
+        """
         before, self._state = self._state, state
         if instances and instances != self._instances:
             self._local.apply(self.interval * instances, self._tolerance / instances)

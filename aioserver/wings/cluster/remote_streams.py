@@ -93,6 +93,7 @@ class RemoteStreams:
         self,
         make_bus: MakeBus,
         commands: Commands,
+        on_look: Callable[[str], bytes],
     ) -> None:
         self._commands = commands
         self._ask = commands.ask
@@ -101,7 +102,7 @@ class RemoteStreams:
         self._tasks: set[asyncio.Task[None]] = set()
         self._renewer: asyncio.TimerHandle | None = None
         self._unclaimed = Counter()
-        self.peers = Peers(make_bus)
+        self.peers = Peers(make_bus, on_look)
         self._me = self.peers.bus.name
         self._store = Claims(commands, self._me)
 
@@ -110,9 +111,9 @@ class RemoteStreams:
 
         *apis*: what the paths of their answers mean.
         """
-        self._gateway = self.peers.gateway = gateway
+        self._gateway = gateway
         self._streams = gateway.lifetime.store
-        self.peers.apis = apis
+        self.peers.serve(gateway, apis)
 
     def stats(self) -> InstancesStats:
         """Return a snapshot."""

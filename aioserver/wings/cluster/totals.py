@@ -52,7 +52,6 @@ class Totals:
         self._fold = Fold(monitor.sections)
         # How many incidents of each instance were shown.
         self._shown: dict[str, int] = {}
-        peers.on_look = self._tell
 
     async def state(self) -> Snapshot:
         """Return the state of all instances together."""
@@ -123,7 +122,8 @@ class Totals:
     def _others(self) -> list[str]:
         return [name for name in self._members() if name != self._me]
 
-    def _tell(self, what: str) -> bytes:
+    def tell(self, what: str) -> bytes:
+        """Return *what* another instance wants to know of this one."""
         monitor = self._monitor
         answer: Any
         if what == STATE:

@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from aioserver.faces.wing import Routes, Wing
-from aioserver.gateway.instances import Instances
 from aioserver.gateway.sharing import Sharing
 
 if TYPE_CHECKING:
@@ -17,28 +16,19 @@ if TYPE_CHECKING:
     from aioserver.faces.context import Context
     from aioserver.faces.wing import Core
     from aioserver.gateway.commands import Commands
-    from aioserver.gateway.gateway import Gateway
     from aioserver.monitoring.monitor import Monitor
-    from aioserver.providers.api import Api
     from aioserver.providers.provider import Provider
-
-
-class OtherInstances(Instances, Protocol):
-    """The streams of other instances, from the start of this one to its end."""
-
-    def serve(self, gateway: Gateway, apis: Mapping[str, Api]) -> None:
-        """Let other instances read the streams of *gateway*; *apis*: see `Context`."""
-
-    async def close(self) -> None:
-        """Give others what has ended here, and leave them; the gateway was closed before."""
+    from aioserver.wings.cluster.remote_streams import RemoteStreams
 
 
 class Member(Sharing, Protocol):
-    """This process as an instance of a cluster: see `membership.Membership`."""
+    """This process as an instance of a cluster: a `Membership` (membership.py), or a test's own
+    with less of it.
+    """
 
     commands: Commands
 
-    def streams(self) -> OtherInstances:
+    def streams(self) -> RemoteStreams:
         """Return what knows the streams of other instances."""
 
     def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
@@ -59,7 +49,7 @@ class ClusterWing(Wing):
 
     def __init__(self, member: Member | None = None) -> None:
         self._member = member
-        self._others: OtherInstances | None = None
+        self._others: RemoteStreams | None = None
 
     def faults(self, settings: Settings) -> Iterable[str]:
         """Return what is missing for `cluster.redis_url`."""

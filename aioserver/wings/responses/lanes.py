@@ -87,9 +87,7 @@ class Lanes:
     limit of its caller any more.
     """
 
-    def __init__(
-        self, held: HeldResponses[StoredResponse], on_end: Callable[[Lane], None]
-    ) -> None:
+    def __init__(self, held: HeldResponses, on_end: Callable[[Lane], None]) -> None:
         self._held = held
         self._on_end = on_end
         self._lanes: dict[str | None, Lane] = {}

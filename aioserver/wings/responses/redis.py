@@ -1,5 +1,5 @@
 """Stored responses for all instances, in Redis or Valkey, each with the name of the one that it
-continued: see `storage`.
+continued.
 
 A response is written when it is stored, without those before it, and read with all of them when an
 instance that does not hold it gets a request that continues it. What an instance stores it holds
@@ -32,14 +32,13 @@ from __future__ import annotations
 import asyncio
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 
 from aioserver.errors import ServerAtCapacity
 from aioserver.gateway.commands import BUSY_PAUSES, FULL, KNOWN_TIMEOUT, MARKED, name_of
 from aioserver.limits.gate import Gate
-from aioserver.wings.responses.storage import Record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -237,6 +236,22 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Record)
 
 
+class Record(NamedTuple):
+    """A response without those before it, on its way between instances: see
+    `stored.StoredResponse` and `items.ResponseParts`.
+    """
+
+    id: str
+    status: str
+    provider: str
+    kept_there: bool
+    input: bytes
+    head: bytes
+    output: bytes
+    tail: bytes
+    whole: bool
+
+
 class SharedResponses:
     """The responses of all instances in Redis.
 
@@ -279,8 +294,12 @@ class SharedResponses:
         *,
         whole: Callable[[], Record | None],
     ) -> asyncio.Future[bool] | None:
-        """Keep a response of *caller* for *seconds*, soon; return None if MAX_PENDING bytes are on
-        their way: see `Storage`.
+        """Keep a response of *caller* for *seconds*, soon.
+
+        *previous_id* is that of the response which it continued. Where that one proves to be
+        missing, `whole()` is kept instead, the record that has all that came before. What is
+        returned has whether it is kept, once that is known; None if there is no room for it among
+        the bytes that are on their way, MAX_PENDING at most.
         """
         name = name_of(caller.name, record.id)
         data = self._encoded(record)
@@ -305,7 +324,8 @@ class SharedResponses:
         *most* are the bytes that they may have together.
 
         Raises:
-            InstanceUnavailable, ServerAtCapacity: see `Storage`.
+            InstanceUnavailable: whether there is one is not known.
+            ServerAtCapacity: too many are read already.
         """
         name = name_of(caller.name, response_id)
         # Most ids that are not known here are known nowhere, and reading is bounded.
@@ -336,7 +356,7 @@ class SharedResponses:
         """Let a response be found no longer; return whether there was one.
 
         Raises:
-            InstanceUnavailable: see `Storage`.
+            InstanceUnavailable: that is not known.
         """
         name = name_of(caller.name, response_id)
         return await self._know(self._chains.delete_response(name), SUBJECT)

@@ -27,7 +27,7 @@ import time
 from collections import OrderedDict
 from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from aioserver.errors import ResponseNotFound, ServerAtCapacity
@@ -36,7 +36,7 @@ from aioserver.limits.shares import ByOwner
 from aioserver.streams.store import owner_of
 from aioserver.wings.responses.api import RESPONSES
 from aioserver.wings.responses.items import ResponseParts, joined, replayable
-from aioserver.wings.responses.storage import Record
+from aioserver.wings.responses.redis import Record
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
     from aioserver.streams.contracts import AnswerApi
     from aioserver.streams.store import HeldBytes, StreamStore
-    from aioserver.wings.responses.storage import Storage
+    from aioserver.wings.responses.redis import SharedResponses
 
 # Bytes of the Python objects of one response, its names included.
 RESPONSE_OVERHEAD = 1024
@@ -206,22 +206,7 @@ class StoredResponse:
         return b"".join((self._head, self.output, self._tail))
 
 
-class Counted(Protocol):
-    """A response of *caller*, which is kept as long as something refers to it."""
-
-    caller: Caller
-
-    def retain(self) -> None:
-        """Refer to it, until `release`."""
-
-    def release(self) -> None:
-        """Refer to it no longer."""
-
-
-R = TypeVar("R", bound=Counted)
-
-
-class HeldResponses(Generic[R]):
+class HeldResponses:
     """The responses that connections hold: at most one for each holder, a lane.
 
     Always: each response in it is referred to once for each of its holders.
@@ -230,16 +215,16 @@ class HeldResponses(Generic[R]):
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         # With the times since when they are held.
-        self._held: dict[Hashable, tuple[float, R]] = {}
+        self._held: dict[Hashable, tuple[float, StoredResponse]] = {}
         # Their holders, by the owners of the responses: the oldest first.
         self._holders: ByOwner[Hashable, Hashable, None] = ByOwner()
 
-    def get(self, holder: Hashable) -> R | None:
+    def get(self, holder: Hashable) -> StoredResponse | None:
         """Return what *holder* holds; None if it holds nothing, or that was dropped."""
         held = self._held.get(holder)
         return None if held is None else held[1]
 
-    def hold(self, holder: Hashable, response: R) -> None:
+    def hold(self, holder: Hashable, response: StoredResponse) -> None:
         """Let *holder* hold *response*, instead of what it has held."""
         response.retain()
         self.drop(holder)
@@ -291,7 +276,7 @@ class StoredResponses:
         self,
         streams: StreamStore,
         window: float,
-        storage: Storage | None = None,
+        storage: SharedResponses | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
         loop: asyncio.AbstractEventLoop | None = None,
@@ -304,7 +289,7 @@ class StoredResponses:
         self._named: OrderedDict[tuple[Caller, str], StoredResponse] = OrderedDict()
         self._named_of: ByOwner[Hashable, str, StoredResponse] = ByOwner()
         self._sweeper: asyncio.TimerHandle | None = None
-        self.held: HeldResponses[StoredResponse] = HeldResponses(clock)
+        self.held = HeldResponses(clock)
         self.storage = storage
         # Where there are other instances: what is here of their conversations, as long as
         # something refers to it.
@@ -477,7 +462,7 @@ class StoredResponses:
         self._expire()
         self._rearm()
 
-    def _share(self, response: StoredResponse, storage: Storage) -> Awaitable[None] | None:
+    def _share(self, response: StoredResponse, storage: SharedResponses) -> Awaitable[None] | None:
         """Let other instances find *response*, soon."""
         previous = response.previous
         previous_id = previous.id if previous is not None and previous.shared else None

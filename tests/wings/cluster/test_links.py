@@ -58,9 +58,9 @@ class Node:
         self.ended: list[Stream] = []
         self.lifetime = Lifetime(bounds)
         self.store = self.lifetime.store
-        self.peers = Peers(partial(MemoryBus, world, name))
+        self.peers = Peers(partial(MemoryBus, world, name), lambda _what: b"")
         self.bus = world.ears[name]
-        self.peers.gateway = self  # type: ignore[assignment]
+        self.peers.serve(self, {})  # type: ignore[arg-type]
 
     def find(self, caller: Caller, request_id: str, digest: bytes | None = None) -> Stream:
         stream = self.store.find(caller, request_id)

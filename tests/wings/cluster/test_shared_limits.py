@@ -52,7 +52,7 @@ class One:
             make_gate=self.limits.make_gate,
             observer=self.limits.observe(settings.name),
         )
-        self.limits.providers = lambda: {settings.name: self.provider}
+        self.limits.serve(lambda: {settings.name: self.provider})
 
     @property
     def gate(self) -> ProviderGate:

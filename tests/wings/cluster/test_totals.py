@@ -41,15 +41,15 @@ async def pair(tmp_path: Path) -> AsyncIterator[tuple[Instance, Instance]]:
     async with instances(tmp_path) as (a, b):
         for instance in (a, b):
             monitor = instance.server.context.monitor
-            monitor.share(
-                Totals(
-                    instance.name,
-                    instance.cluster.peers,
-                    lambda: [a.name, b.name],
-                    monitor,
-                    standing,
-                )
+            totals = Totals(
+                instance.name,
+                instance.cluster.peers,
+                lambda: [a.name, b.name],
+                monitor,
+                standing,
             )
+            monitor.share(totals)
+            instance.look = totals.tell
         yield a, b
 
 
@@ -201,7 +201,7 @@ async def test_an_answer_that_is_not_understood_is_none(
 ) -> None:
     a, b = pair
     await answer(a, 1)
-    b.cluster.peers.on_look = lambda _what: answer_of_b
+    b.look = lambda _what: answer_of_b
 
     state = await stats(a)
     assert state["requests"]["total"] == 1
@@ -230,7 +230,7 @@ async def test_nobody_is_asked_while_nobody_looks(pair: tuple[Instance, Instance
         looks.append(what)
         return b""
 
-    b.cluster.peers.on_look = note
+    b.look = note
 
     for _ in range(3):
         a.server.context.monitor.tick()
