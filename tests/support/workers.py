@@ -84,7 +84,8 @@ class Workers:
         leases = self.reference.join(name, fixed=(rank, self.count))
         limits = SharedLimits(leases, Scope("host", rank, self.count, first))
         commands, balance = Commands(MemoryStore(self._world, name), ""), Balance(loads)
-        make = partial(RemoteStreams, partial(MemoryBus, self._world, name), commands)
+        make_bus = partial(MemoryBus, self._world, name)
+        make = partial(RemoteStreams, make_bus, commands, lambda _what: b"")
         server = await block.enter_async_context(
             running(
                 self.path / f"{slot}.yaml",

@@ -95,10 +95,7 @@ class Peers:
         self.bus: Bus = make_bus(on_message=self._receive, on_deaf=self._deaf)
 
     def serve(self, gateway: Gateway, apis: Mapping[str, Api]) -> None:
-        """Let others read the streams that *gateway* finds.
-
-        *apis*: what the paths of their answers mean.
-        """
+        """Let others read the streams that *gateway* finds; *apis*: what their paths mean."""
         self.gateway, self.apis = gateway, apis
 
     @property
