@@ -271,7 +271,8 @@ class Streams:
         size,
         "bytes kept of all answers and stored responses together, all that belongs to them "
         "counted; beyond: of the key that keeps most the oldest that have ended are dropped, "
-        "then readers that are behind, then new requests get 503",
+        "then readers that are behind, then events of running answers that every reader has "
+        "passed, then answers that nobody reads, then new requests get 503",
         2**28,
     )
     max_detached: int = setting(

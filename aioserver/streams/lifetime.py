@@ -13,13 +13,14 @@ window.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
-from aioserver.streams.store import StoreObserver, StreamStore
+from aioserver.limits.shares import Shares
+from aioserver.streams.store import StoreObserver, StreamStore, owner_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
     from aioserver.config import settings
     from aioserver.streams.stream import Stream
@@ -197,6 +198,24 @@ class Lifetime(StoreObserver):
     def dropped(self, stream: Stream) -> None:
         """Hear that *stream* is kept no longer, perhaps for want of room."""
         self._kept.pop(stream, None)
+
+    def crowded(self, size: int) -> None:
+        """End detached streams that keep *size* bytes, to make room: of the owner whose detached
+        streams keep most the oldest, again and again.
+        """
+        shares: Shares[Hashable] = Shares()
+        oldest: dict[Hashable, deque[Stream]] = {}
+        for stream in self._detached:
+            owner = owner_of(stream.caller)
+            oldest.setdefault(owner, deque()).append(stream)
+            shares.add(owner, stream.kept_bytes)
+        for owner in shares.largest_first():
+            if size <= 0:
+                return
+            stream = oldest[owner].popleft()
+            size -= stream.kept_bytes
+            shares.add(owner, -stream.kept_bytes)
+            self.end(stream)
 
     def finished(self, stream: Stream) -> None:
         """Hear that *stream* has its last event."""

@@ -5,9 +5,12 @@ All logs together keep `max_kept_bytes`, in everything that they keep. Beyond th
     1. the finished logs that nobody reads, and stored responses, are dropped: of the owner that
        keeps most of both, the oldest first
     2. readers that are far behind are dropped, with what only they still need
-    3. new answers are refused
+    3. running logs lose the oldest events that no reader has still to read
+    4. answers that nobody reads are ended, the oldest first
+    5. new answers are refused
 
-An owner is a key or, without keys, an address: see `owner_of`.
+In each step the owner that keeps most of it makes room first, in 2 and 3 with its largest log. An
+owner is a key or, without keys, an address: see `owner_of`.
 
 This file is one concept: whatever is kept is counted here, and goes from here, by one order.
 """
@@ -25,7 +28,7 @@ from aioserver.limits.shares import ByOwner, Shares
 from aioserver.streams.stream import Remote, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Hashable, Iterable, Iterator
 
     from aioserver.streams.contracts import AnswerApi
     from aioserver.telemetry.outcome import Outcome
@@ -84,6 +87,11 @@ class StoreObserver:
     def aliased(self, stream: Stream, alias: str) -> None:
         """Hear that *stream* is found by *alias*, too."""
 
+    def crowded(self, size: int) -> None:
+        """Hear that running answers need *size* bytes more than there are: end some that nobody
+        reads.
+        """
+
 
 NOBODY = StoreObserver()
 
@@ -93,6 +101,10 @@ class StreamStore:
 
     Always: the bytes counted are the sum over these logs, over the private ones, which are never
     found, while they run, and over bodies that no log has; a log is found by its caller only.
+    It is more than `max_kept_bytes` only by what running answers and their readers have needed
+    when room was looked for last, and by SEARCH_STEP: nothing was kept then but finished logs that
+    are read, what readers that are not late have still to read, the newest event of each running
+    log, and what is kept beside its events.
     """
 
     def __init__(
@@ -122,7 +134,7 @@ class StreamStore:
         """Use new bounds; a log keeps the `max_stream_bytes` that it began with."""
         self._max_stream_bytes, self._max_kept_bytes = max_stream_bytes, max_kept_bytes
         if self._bytes > max_kept_bytes:
-            self._evict()
+            self._evict(search=True)
 
     def open(
         self,
@@ -139,7 +151,7 @@ class StreamStore:
         Raises:
             ServerAtCapacity: the logs that are running fill `max_kept_bytes`.
         """
-        if self._bytes >= self._max_kept_bytes and not self._evict():
+        if self._bytes >= self._max_kept_bytes and not self._evict(search=True):
             raise ServerAtCapacity(
                 f"chat.streams.max_kept_bytes={self._max_kept_bytes} reached by running answers",
                 retry_after=5.0,
@@ -268,7 +280,7 @@ class StreamStore:
             ServerAtCapacity: there is no room for them.
         """
         self._bytes += size
-        if self._bytes > self._max_kept_bytes and not self._evict():
+        if self._bytes > self._max_kept_bytes and not self._evict(search=True):
             self._bytes -= size
             raise ServerAtCapacity(
                 f"chat.streams.max_kept_bytes={self._max_kept_bytes} reached by answers",
@@ -293,32 +305,48 @@ class StreamStore:
             max_bytes=self._max_kept_bytes,
         )
 
-    def _evict(self) -> bool:
-        """Make room, as the head of this file says; return whether there is room now."""
+    def _evict(self, *, search: bool = False) -> bool:
+        """Make room, as the head of this file says; return whether there is room now.
+
+        *search*: also among running logs, where the last search has not found enough.
+        """
         if self._dropping:
             # A log that is made smaller counts what its fast path had not counted yet.
             return self._bytes < self._max_kept_bytes
         self._drop_unread()
-        if self._bytes >= max(self._max_kept_bytes, self._search_at):
+        step = SEARCH_STEP * self._max_kept_bytes
+        self._search_at = min(self._search_at, self._bytes + step)
+        if self._bytes >= self._max_kept_bytes and (search or self._bytes >= self._search_at):
             self._dropping = True
             try:
                 self._drop_late_readers()
+                self._cut_running()
+                if (excess := self._bytes - self._max_kept_bytes) >= 0:
+                    self._observer.crowded(excess + 1)
             finally:
                 self._dropping = False
             # If that was not enough, it is not tried again for each event.
-            self._search_at = self._bytes + SEARCH_STEP * self._max_kept_bytes
+            self._search_at = self._bytes + step
         elif self._bytes < self._max_kept_bytes:
             self._search_at = 0.0
         return self._bytes < self._max_kept_bytes
 
     def _drop_late_readers(self) -> None:
-        """Drop readers that are far behind: of finished logs first, then of the largest others."""
-        running = sorted(self._running, key=lambda stream: stream.bytes, reverse=True)
-        for stream in (*self._finished, *running):
-            if self._bytes < self._max_kept_bytes:
+        """Drop readers that are far behind: of finished logs first."""
+        for logs in (reversed(self._finished), sorted(self._running, key=_size)):
+            for stream in _of_who_keeps_most(logs):
+                if self._bytes < self._max_kept_bytes:
+                    return
+                if stream.readers and stream.shed():
+                    self._drop_unread()
+
+    def _cut_running(self) -> None:
+        """Let running logs lose the oldest events that nobody has still to read."""
+        target = self._max_kept_bytes * EVICTION_TARGET
+        for stream in _of_who_keeps_most(sorted(self._running, key=_size)):
+            if self._bytes < target:
                 return
-            if stream.readers and stream.shed():
-                self._drop_unread()
+            stream.cut(int(self._bytes - target) + 1)
 
     def _drop_unread(self) -> None:
         """Drop finished logs that nobody reads, and stored responses: of the owner that keeps most
@@ -355,6 +383,30 @@ class StreamStore:
         elif logs:
             self.drop(logs.pop())
         return stored_at < inf or ended < inf
+
+
+def _size(stream: Stream) -> int:
+    return stream.bytes
+
+
+def _of_who_keeps_most(streams: Iterable[Stream]) -> Iterator[Stream]:
+    """Yield each of *streams*, for the caller to take from it: of the owner whose logs keep most
+    the last one, again and again.
+    """
+    shares: Shares[Hashable] = Shares()
+    logs: dict[Hashable, list[Stream]] = {}
+    for stream in streams:
+        owner = owner_of(stream.caller)
+        logs.setdefault(owner, []).append(stream)
+        shares.add(owner, stream.kept_bytes)
+    for owner in shares.largest_first():
+        freed = 0
+        while logs[owner] and not freed:
+            stream = logs[owner].pop()
+            before = stream.kept_bytes
+            yield stream
+            freed = before - stream.kept_bytes
+        shares.add(owner, -freed)
 
 
 class HeldBytes:

@@ -424,6 +424,23 @@ class Stream:
         self._discard(len(self.entries) - 1)
         return True
 
+    def cut(self, size: int) -> None:
+        """Discard the oldest entries that no reader has still to read: *size* bytes of them, or as
+        much as there is.
+
+        The newest entry stays, and so does an answer that was not streamed. The fast path may stay
+        open, since what it has is newer.
+        """
+        entries, offset = self.entries, self.offset
+        passed = [reader.next_index - offset for reader in self.readers]
+        most = 0 if self.whole is not None else min([len(entries) - 1, *passed])
+        count = freed = 0
+        while count < most and freed < size:
+            freed += entries[count].size
+            count += 1
+        if count:
+            self._discard(count)
+
     def trim(self) -> None:
         """Discard entries beyond `max_stream_bytes`; if no client can come back, those passed.
 

@@ -17,7 +17,14 @@ from aioserver.streams.stream import Stream
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import STREAMED, big, cancel, chat, frames_of, to_end, until_status
 from tests.support.raw import SMALL, Raw
-from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, Peer, ScriptedProvider, chunk
+from tests.support.scripted_provider import (
+    DONE,
+    EVENT_STREAM,
+    LAST_CHUNK,
+    Peer,
+    ScriptedProvider,
+    chunk,
+)
 from tests.support.server import NOWHERE, SIM_HTTP_CLIENT
 from tests.support.waiting import until
 
@@ -191,6 +198,96 @@ async def test_stalled_readers_of_kept_logs_are_dropped_before_anybody_is_refuse
     assert {end["chunk"]["code"] for end in errors} == {"slow_client"}
     assert len(errors) >= 8 - most // 900_000
     assert server.context.metrics.slow_clients.value == len(errors)
+
+
+# Answers that run at once; the events of each, and the bytes of text of an event.
+RUNNING, EVENTS, TEXT = 12, 30, 30_000
+MESSAGES = [{"role": "user", "content": "Hello"}]
+
+
+async def ask_socket(raw: Raw, name: str) -> None:
+    await raw.upgrade()
+    await raw.send_json(chat(name, messages=MESSAGES))
+
+
+async def ask_in_conversation(raw: Raw, name: str) -> None:
+    await raw.ask_sse(name, text="Hello")
+
+
+async def ask_sse(raw: Raw, name: str) -> None:
+    await raw.ask_sse(name, messages=MESSAGES)
+
+
+async def ask_keyed(raw: Raw, name: str) -> None:
+    body = {"messages": MESSAGES, "stream": True}
+    await raw.post("/v1/chat/completions", body, f"Idempotency-Key: {name}")
+
+
+async def ask_stored(raw: Raw, name: str) -> None:
+    body = {"input": "Hello", "stream": True, "store": True}
+    await raw.post("/v1/responses", body, f"Idempotency-Key: {name}")
+
+
+def events_for(request: bytes, text: bytes) -> tuple[bytes, ...]:
+    """The first bytes of an answer to *request*, and an event with *text*."""
+    if b"/responses" not in request.partition(b"\r\n")[0]:
+        event = b'data: {"choices":[{"index":0,"delta":{"content":"%b"}}]}\n\n'
+        return EVENT_STREAM, chunk(event % text)
+    created = b'data: {"type":"response.created","response":{"id":"resp_1"}}\n\n'
+    event = b'data: {"type":"response.output_text.delta","delta":"%b"}\n\n'
+    return EVENT_STREAM + chunk(created), chunk(event % text)
+
+
+@pytest.mark.parametrize("ask", [ask_socket, ask_sse, ask_in_conversation, ask_keyed, ask_stored])
+async def test_running_answers_that_nobody_takes_stay_within_the_bound(
+    make_server: MakeServer, ask: Callable[[Raw, str], Awaitable[None]]
+) -> None:
+    most, largest, written = 2 << 20, 0, 0
+
+    async def write_on(peer: Peer) -> None:
+        """Answer with many events and no end; but well where the question is a short one."""
+        nonlocal written
+        request = await peer.request()
+        begin, event = events_for(request, b"y" * TEXT)
+        await peer.send(begin)
+        if b"short" in request:
+            await peer.send(chunk(DONE), LAST_CHUNK)
+            return
+        with contextlib.suppress(ConnectionError):
+            for _ in range(EVENTS):
+                await peer.send(event)
+                await peer.writer.drain()
+        written += 1
+        await peer.left()
+
+    def all_written() -> bool:
+        nonlocal largest
+        largest = max(largest, store.stats().bytes)
+        return written == RUNNING
+
+    async with ScriptedProvider(write_on) as provider, contextlib.AsyncExitStack() as stack:
+        server = await make_server(
+            **{
+                "llm.providers.sim.base_url": provider.url,
+                "chat.streams.max_kept_bytes": most,
+                "chat.streams.max_stream_bytes": 1 << 20,
+                "chat.streams.send_timeout": 60.0,
+                f"{SIM_HTTP_CLIENT}.concurrent_requests": RUNNING + 1,
+                f"{SIM_HTTP_CLIENT}.read_timeout": 120.0,
+            }
+        )
+        store = server.owners.streams
+        for number in range(RUNNING):
+            raw = await stack.enter_async_context(Raw(server, receive_buffer=SMALL))
+            await ask(raw, f"r{number}")
+        await until(all_written, 30.0, server.held)
+        async with server.connect() as ws:
+            await ws.send_json(chat("mine", messages=[{"role": "user", "content": "short"}]))
+            frames = await to_end(ws)
+
+    assert frames[-1]["status"] == "complete"
+    # A conversation needs the texts of answers that are still read.
+    assert largest < most * (2 if ask is ask_in_conversation else 1.05)
 
 
 async def test_a_usage_of_any_size_costs_little(make_server: MakeServer) -> None:

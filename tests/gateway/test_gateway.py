@@ -207,11 +207,12 @@ async def test_new_answers_are_refused_where_running_ones_fill_the_memory(
 ) -> None:
     server = await make_server(
         Behaviour(ttft=0, interval=0.001, tokens=3000),
-        **{"chat.streams.max_kept_bytes": 20_000, "chat.streams.max_stream_bytes": 30_000},
+        **{"chat.streams.max_kept_bytes": 10_000, "chat.streams.max_stream_bytes": 30_000},
     )
     async with server.connect() as ws:
+        # Its conversation needs all of the text until it ends.
         await ws.send_json(chat("r1"))
-        await until(lambda: server.owners.streams.stats().bytes > 20_000)
+        await until(lambda: server.owners.streams.stats().bytes > 11_000)
         await ws.send_json(chat("r2"))
         frames = await until_status(ws, "error")
         assert frames[-1]["request_id"] == "r2"

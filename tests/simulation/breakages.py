@@ -243,6 +243,11 @@ ResponseSink._end_with_error = PassingSink._end_with_error
 from aioserver.streams.store import StreamStore
 StreamStore.note_unread = lambda self: None
 """,
+    "that running answers keep no more than they need": """
+from aioserver.streams.lifetime import Lifetime
+from aioserver.streams.stream import Stream
+Stream.cut = Lifetime.crowded = lambda self, size: None
+""",
     "the error of a cancelled answer": """
 from aioserver.streams.entries import CANCELLED
 from aioserver.streams.stream import Stream
@@ -430,6 +435,13 @@ NEEDS: dict[str, dict[str, Any]] = {
             "chat.websocket.concurrency.max_connections": 5,
             "chat.websocket.concurrency.queue_timeout": 5.0,
         },
+    },
+    "that running answers keep no more than they need": {
+        "faces": ("websocket", "sse"),
+        "faults": {},
+        "habits": {"leave": 0.9},
+        "large": 0.5,
+        "changes": {"chat.streams.resume_window": 30.0, "chat.streams.max_kept_bytes": 65_536},
     },
     "the error of a cancelled answer": {
         "faces": ("stored responses", "keyed stream"),

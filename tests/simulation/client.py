@@ -22,7 +22,7 @@ from tests.simulation.configuration import ROOM, STREAMS
 from tests.simulation.dials import draw_dial
 from tests.simulation.patience import GONE, Left, Patience
 from tests.simulation.plan import CONVERSATIONS
-from tests.simulation.truth import Question, Reading, Violation
+from tests.simulation.truth import LARGE, Question, Reading, Violation
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -98,10 +98,13 @@ class Client:
         # Some answers are longer than what a transport buffers.
         if long := dice.random() < LONG:
             words = f"word markdown {words}"
+        # And some are larger than what a small store keeps, in few events.
+        if large := random.Random(f"large {plan.seed} {number}").random() < plan.large:
+            words = f"word {LARGE} {words}"
         self.question = Question(
             number,
             f"q{number} {words}",
-            2000 if long else dice.choice((1, 5, 40, 200)),
+            2000 if long else dice.choice((1, 5, 40, 200)) + 400 * large,
             fault if thrown < plan.provider_fault_share else "",
             fails_over=plan.fails_over,
         )

@@ -118,6 +118,8 @@ class Plan:
     pinned: bool = True
     # The share of clients that say nothing when it is their turn (silence.py).
     silent: float = 0.0
+    # The share of clients that ask for a large answer.
+    large: float = 0.0
     instances: int = 1
     balancer: str = "sticky"
     # What goes wrong between the instances; None: they share nothing.
@@ -174,6 +176,8 @@ def draw(seed: int, clients: int, instances: int = 1) -> Plan:
         spare=dice.random() < 0.3,
         pinned=dice.random() < 0.3,
         silent=dice.choice((0.0, 0.0, 0.05)),
+        # Dice of its own: a seed tries the same otherwise.
+        large=random.Random(f"large {seed}").choice((0.0, 0.0, 0.1, 0.5)),
         instances=instances,
         balancer=dice.choice(BALANCERS),
         shared=_draw_shared(seed) if instances > 1 else None,

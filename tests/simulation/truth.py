@@ -9,9 +9,19 @@ from dataclasses import dataclass
 from aioserver.wings.simulator import model
 from tests.simulation.plan import NEVER_WHOLE
 
+# What a question has that asks for a large answer: as many words of so many letters, each of which
+# is one token.
+LARGE, LARGE_WORDS, LARGE_LETTERS = "large", 12, 20_000
+
 
 class Violation(AssertionError):
     """The server has broken a promise."""
+
+
+def speech(text: str, turn: int) -> str:
+    """Return what the simulated model says, to some questions at length."""
+    words = model.speech(text, turn)
+    return words + f"\n{'y' * LARGE_LETTERS}" * LARGE_WORDS if LARGE in text else words
 
 
 @dataclass
@@ -48,8 +58,8 @@ class Question:
     @functools.cached_property
     def answers(self) -> tuple[str, ...]:
         """The whole texts, of which one is that of the answer."""
-        speeches = (model.speech(self.text, turn) for turn in self.turns)
-        return tuple("".join(model.tokens(speech)[: self.tokens]) for speech in speeches)
+        texts = (speech(self.text, turn) for turn in self.turns)
+        return tuple("".join(model.tokens(text)[: self.tokens]) for text in texts)
 
     def may_be_repeated(self) -> None:
         """Let it also be one turn later: it is asked again, and may have been answered before."""

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 from aioserver.limits.gcra import ROUNDING
 from aioserver.providers.queueing import ProviderGate
+from aioserver.streams.store import SEARCH_STEP
+from aioserver.streams.stream import RESUME_BYTES
 from aioserver.wings.cluster.rates import SharedRate
 from aioserver.wings.cluster.shared_gate import MOMENTARY, SharedGate
 from aioserver.wings.responses.lanes import MAX_NAMED_LANES, MAX_RUNNING, MAX_WAITING
@@ -32,15 +34,17 @@ if TYPE_CHECKING:
 
     from aioserver.limits.gate import Gate
     from aioserver.providers.provider import Provider
+    from aioserver.streams.stream import Stream
     from aioserver.wings.responses.lanes import Lanes
     from tests.simulation.instance import Instance
     from tests.simulation.network import Network
 
 # Seconds between two closer looks.
 CLOSER = 0.5
-# What may be kept beyond the bound for a moment: one piece from a provider for each answer under
-# way.
-SLACK = 1 << 20
+# More entries than a log has.
+MANY = 1 << 30
+# What may come of one answer before room is looked for: one read from a provider.
+SLACK = 1 << 16
 
 
 class Watch:
@@ -60,6 +64,8 @@ class Watch:
         # The places that were taken at the last look, of each gate that has more inside than its
         # limit.
         self._taken: dict[Gate, int] = {}
+        # The most bytes that answers under way have needed since all that was kept had room last.
+        self._needed = 0
         self._closer_at = 0.0
         instance.before_reload = self.forget
 
@@ -84,6 +90,8 @@ class Watch:
             self._look_at_provider(provider)
         if self._streams._bytes > self._streams._max_kept_bytes:
             self._look_at_kept()
+        else:
+            self._needed = 0
         if Clock.now >= self._closer_at:
             self._closer_at = Clock.now + CLOSER
             self._look_closer()
@@ -119,14 +127,19 @@ class Watch:
         self._taken[gate] = inside
 
     def _look_at_kept(self) -> None:
-        """Look at a store that keeps too much: only answers under way, or being read, may do
-        that.
+        """Look at a store that keeps too much: only what answers under way, and readers that are
+        not late, have needed since there was room last may do that.
         """
-        store = self._streams
-        if any(not stream.readers for stream in store._finished):
-            self._broken(f"{store._bytes} of {store._max_kept_bytes} bytes are kept")
-        if store._bytes > store._max_kept_bytes + SLACK:
-            self._broken(f"{store._bytes} of {store._max_kept_bytes} bytes are kept")
+        store, lifetime = self._streams, self._server.context.gateway.lifetime
+        logs = [*store._running, *store._finished]
+        needed = store._bytes - sum(stream.kept_bytes for stream in logs)
+        needed += sum(needed_bytes(each) for each in logs if each not in lifetime._detached)
+        self._needed = max(self._needed, needed)
+        most = max(store._max_kept_bytes, self._needed) * (1 + SEARCH_STEP) + SLACK
+        if any(not stream.readers for stream in store._finished) or store._bytes > most:
+            self._broken(
+                f"{store._bytes} of {store._max_kept_bytes} bytes are kept, {self._needed} are needed"
+            )
 
     def _look_closer(self) -> None:
         admission = self._server.context.admission
@@ -174,6 +187,20 @@ class Watch:
         if running < MAX_RUNNING and lanes._due and not self._instance.ended:
             self._broken(f"{waiting} requests wait on lanes while {running} responses come")
         return len(every)
+
+
+def needed_bytes(stream: Stream) -> int:
+    """Return what is needed of *stream*: all but its events, the newest of these, and what its
+    readers have still to read, unless they are late.
+    """
+    if stream.whole is not None:
+        return stream.kept_bytes
+    if not stream.entries:
+        return stream.extra_bytes
+    *older, newest = [entry.size for entry in stream.entries]
+    passed = min([reader.next_index - stream.offset for reader in stream.readers], default=MANY)
+    unread = min(sum(older[max(0, passed) :]), RESUME_BYTES + max(older, default=0))
+    return stream.extra_bytes + newest + unread
 
 
 def delay_of(gate: Gate) -> float:

@@ -24,6 +24,7 @@ import aiohappyeyeballs
 from aiohttp import web_app
 
 from aioserver.monitoring import snapshot
+from aioserver.wings.simulator import shapes
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.simulation import clock
 from tests.simulation.client import DIALLER, Client
@@ -38,7 +39,7 @@ from tests.simulation.provider import Calls, NotingSimulator
 from tests.simulation.silence import be_silent
 from tests.simulation.sums import Sums
 from tests.simulation.transport import USER_TIMEOUT, FakeSocket, Transport
-from tests.simulation.truth import Violation
+from tests.simulation.truth import Violation, speech
 from tests.simulation.watch import Watch
 from tests.support.history import sql
 from tests.support.virtual_loop import START
@@ -197,6 +198,7 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
             mock.patch.object(aiohappyeyeballs, "start_connection", world.start_connection),
             # The machine is no part of a run.
             mock.patch.object(snapshot, "process_usage", return_value=NO_USAGE),
+            mock.patch.object(shapes, "speech", speech),
             world.patches(),
         ):
             loop.run_until_complete(_run(world, outcome, only))

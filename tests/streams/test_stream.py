@@ -659,6 +659,100 @@ def test_of_running_logs_the_largest_drops_its_late_reader_first() -> None:
     assert [reader.dropped for reader in readers] == [False, True]
 
 
+def test_past_the_bound_running_logs_lose_what_nobody_reads_the_largest_first() -> None:
+    streams = streams_of(max_kept_bytes=1_000_000)
+    small, large = (streams.open(name, DEMO, window=30) for name in ("small", "large"))
+    for stream, count in ((small, 4), (large, 15)):
+        for _ in range(count):
+            stream.append(CHUNK, [chunk("x" * 50_000)])
+            assert streams.stats().bytes < 1_000_000
+
+    for _ in range(40):
+        large.append(CHUNK, [chunk("x" * 50_000)])
+        assert streams.stats().bytes < 1_000_000
+
+    assert (small.first, small.last) == (1, 4)
+    assert (large.first, large.last) == (55 - len(large.entries) + 1, 55)
+    streams.open("more", DEMO, window=30)
+
+
+def test_past_the_bound_running_logs_lose_what_every_reader_has_passed() -> None:
+    streams = streams_of(max_kept_bytes=1_000_000)
+    stream = streams.open("r", DEMO, window=30)
+    readers = [Slow(stream), Slow(stream)]
+
+    for _ in range(60):
+        stream.append(CHUNK, [chunk("x" * 50_000)])
+        readers[0].read()
+        readers[1].read(1 if len(stream.entries) < 2 else MUCH)
+        assert streams.stats().bytes < 1_000_000
+
+    assert not any(reader.dropped for reader in readers)
+    assert [number for number, _ in readers[0].seen] == [*range(1, 61)]
+    assert stream.first > 40
+    with pytest.raises(ResumeGap):
+        Slow(stream)
+    assert Slow(stream, 55).next_index == 55
+
+
+def test_a_whole_answer_that_is_kept_while_it_runs_loses_nothing() -> None:
+    streams = streams_of(max_kept_bytes=100_000)
+    stream = streams.open("r", DEMO, window=30)
+    body = b"x" * 110_000
+    pieces = [slice(start, start + 10_000) for start in range(0, 110_000, 10_000)]
+
+    stream.append_whole(Answer(200, body, "", stream.outcome), body, pieces)
+
+    assert stream.first == 1
+    assert len(stream.entries) == 11
+
+
+async def test_past_the_bound_answers_that_nobody_reads_are_ended_last_of_all() -> None:
+    lifetime = Lifetime(Streams(max_kept_bytes=200_000, max_detached=100))
+    streams, ended = lifetime.store, list[str]()
+
+    async def produce(stream: Stream) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(stream.request_id)
+            stream.end(CANCELLED, {})
+
+    def begin(name: str, caller: str) -> Stream:
+        stream = streams.open(name, caller, window=30)
+        stream.outcome.sent = True
+        stream.producer = asyncio.create_task(produce(stream))
+        stream.append(CHUNK, [chunk("x" * 4000)])
+        stream.append(CHUNK, [chunk("x" * 4000)])
+        return stream
+
+    others = begin("others", "another")
+    mine = [begin(f"r{number}", DEMO) for number in range(5)]
+    read = begin("read", DEMO)
+    Slow(read).read()
+    await ticks()
+    for stream in (others, *mine):
+        lifetime.detach(stream, left=True)
+
+    # What a conversation needs of an answer cannot be cut.
+    for _ in range(250):
+        read.text_bytes += 1000
+        read.recount()
+        await ticks()
+        assert streams.stats().bytes < 203_000 or len(ended) == 6
+        if not ended:
+            assert streams.stats().bytes < 200_000
+        elif len(ended) == 1:
+            assert all(len(stream.entries) == 1 for stream in (read, *mine[1:], others))
+
+    # Then both keep as much.
+    assert ended[:4] == ["r0", "r1", "r2", "r3"]
+    for stream in (others, read, *mine):
+        stream.cancel()
+    await ticks()
+    lifetime.close()
+
+
 def test_the_objects_of_tiny_events_are_counted() -> None:
     stream = streams_of(max_stream_bytes=20_000).open("r", DEMO, window=30)
     for _ in range(1000):
@@ -846,7 +940,16 @@ class Known:
         entries = self.stream.entries
         self.sizes.append(entries[-1].size if entries else 0)
 
-    def check(self, max_bytes: int) -> None:
+    @property
+    def spare(self) -> int:
+        """The bytes of a running log that nobody needs: its newest entry is not among them."""
+        stream = self.stream
+        if stream.ended:
+            return 0
+        passed = min([reader.next_index - stream.offset for reader in self.readers], default=MUCH)
+        return sum(entry.size for entry in stream.entries[:-1][: max(0, passed)])
+
+    def check(self, max_bytes: int, *, crowded: bool) -> None:
         stream = self.stream
         assert stream.last == len(self.events)
         assert stream.bytes == sum(entry.size for entry in stream.entries)
@@ -857,7 +960,7 @@ class Known:
             assert entry.first == number
             number += entry.count
         assert number == stream.last + 1
-        if stream.window > 0 and not self.dropped and stream.offset:
+        if stream.window > 0 and not (self.dropped or crowded) and stream.offset:
             # No more was let go than had to be; the last entry brought it over the bound.
             assert stream.bytes + self.sizes[stream.offset - 1] > max_bytes
 
@@ -917,6 +1020,7 @@ def test_random_steps_agree_with_the_model(run: int) -> None:
                     stream = streams.open(f"r{step}", DEMO, window=window, private=private)
                 except ServerAtCapacity:
                     assert not room
+                    assert not any(log.spare for log in logs)
                 else:
                     assert (streams.find(DEMO, f"r{step}") is None) == private
                     logs.append(Known(stream))
@@ -956,7 +1060,7 @@ def test_random_steps_agree_with_the_model(run: int) -> None:
         if stats.bytes > max_kept and grown:
             assert not unread
         for kept_log in logs:
-            kept_log.check(max_stream)
+            kept_log.check(max_stream, crowded=max_kept < MUCH)
         assert stats.bytes == sum(log.stream.kept_bytes for log in logs)
         assert stats.running == sum(not log.stream.ended for log in logs)
 
