@@ -53,7 +53,7 @@ class ChatSocket(Socket):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         # The conversation of the questions that name none; "" before the first question.
-        self._scope = ""
+        self._conversation = ""
         self._following: dict[str, Cursor] = {}
         # The cursors on answers that other requests have begun; None without one.
         self._visits: dict[Cursor, Visit] | None = None
@@ -116,9 +116,9 @@ class ChatSocket(Socket):
         self._check_room(command.request_id)
         if self._client_headers:
             command = replace(command, client_headers=self._client_headers)
-        self._scope = self._scope or uuid.uuid4().hex
+        self._conversation = self._conversation or uuid.uuid4().hex
         gateway = self._context.gateway
-        stream = gateway.ask(self.caller, command, self._scope, face=self.face, hold=hold)
+        stream = gateway.ask(self.caller, command, self._conversation, face=self.face, hold=hold)
         self._follow(stream, 0)
 
     def _resume(self, command: Resume) -> None:

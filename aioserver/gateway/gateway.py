@@ -90,14 +90,14 @@ class Gateway:
         self,
         caller: Caller,
         chat: Chat,
-        scope: str | None = None,
+        conversation: str | None = None,
         *,
         face: str,
         hold: Hold | None = None,
     ) -> Stream:
         """Return the stream that answers *chat*: that of its request id, or a new one.
 
-        *scope* is the conversation if the chat names none. A new stream is cancelled if it gets no
+        *conversation* is its own if the chat names none. A new stream is cancelled if it gets no
         reader before its window is over. *hold* is released here, unless this raises.
 
         Raises:
@@ -113,7 +113,7 @@ class Gateway:
                 hold.release()
             return existing
         route = self._router.route(chat.model, chat.provider)
-        prompt = self._prompts.make(caller, chat, scope, route, hold)
+        prompt = self._prompts.make(caller, chat, conversation, route, hold)
         request = Request(route, prompt.request, face, key, key, digest, keeper=prompt)
         stream = self._begin(request, self._router.fill)
         stream.conversation_id = prompt.conversation_id

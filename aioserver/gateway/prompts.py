@@ -133,11 +133,11 @@ class Prompts:
         self,
         caller: Caller,
         chat: Chat,
-        scope: str | None,
+        conversation: str | None,
         route: Route,
         hold: Hold | None = None,
     ) -> Prompt:
-        """Return the prompt of *chat*; *scope* is its conversation if it names none.
+        """Return the prompt of *chat*; *conversation* is its own if it names none.
 
         A history that has to be loaded is taken by `Prompt.begin`. *hold* counts the bytes of
         *chat*. A text counts until its answer has ended, since it is then kept in the
@@ -151,7 +151,7 @@ class Prompts:
         take_history: Callable[[], Coroutine[Any, Any, Begun | None]] | None = None
         if chat.messages is None:
             assert chat.text is not None
-            text, known = chat.text, chat.conversation_id or scope
+            text, known = chat.text, chat.conversation_id or conversation
             name = conversation_id = known or uuid.uuid4().hex
 
             def take() -> None:

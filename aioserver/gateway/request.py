@@ -55,7 +55,7 @@ class Request:
     digest: bytes = b""
     stored: bool = False
     keeper: Keeper | None = None
-    attempt: type[Attempt] = Attempt
+    make_attempt: type[Attempt] = Attempt
     # What `Quota.take` has returned for it.
     undecided: asyncio.Future[None] | None = None
 

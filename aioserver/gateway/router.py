@@ -260,7 +260,7 @@ class Router:
         outcome.begin_attempt(provider.name, passed.model or "")
         attempt = PassedAttempt(provider, passed)
         try:
-            await provider.answer(attempt)
+            await provider.run(attempt)
         except ProviderFault as fault:
             outcome.attempts = int(bool(fault.attempt_outcome))
             fault.request_outcome = outcome
@@ -328,7 +328,7 @@ class Router:
         number, waited, rejoin = 0, 0.0, False
         previous: list[Try] = []
         while True:
-            attempt = request.attempt(
+            attempt = request.make_attempt(
                 provider,
                 request.provider_request,
                 stream,
@@ -340,7 +340,7 @@ class Router:
             )
             outcome.begin_attempt(provider.name, model or provider.settings.model)
             try:
-                await provider.answer(attempt)
+                await provider.run(attempt)
             except ProviderFault as fault:
                 if not fault.attempt_outcome:
                     # Nothing was sent.

@@ -3,6 +3,10 @@
     queued ──▶ started ──▶ sending ──▶ head_received ──▶ (the sink fills the log) ──▶ conclude
        └───────────┴───────────┴─────────────┴──▶ a ProviderFault, or cancelled
 
+Between started and sending come `preparation`, which may take long, and `written`. An attempt of
+another kind, of a request that is passed on (passthrough.py) or of a wing's API, replaces some of
+these steps; `repeats` sends the request once more in another form.
+
 The router's loop over retries and the provider's loop over dead connections share this object: the
 router makes an attempt for each try, and the provider runs it. What is asked, independently of the
 provider that answers, is a `ProviderRequest` (request.py).
@@ -68,7 +72,7 @@ class AttemptedProvider(Protocol):
 
 
 class Attempt:
-    """One try of *request* at *provider*, which `Provider.answer` runs once.
+    """One try of *request* at *provider*, which `Provider.run` runs once.
 
     Always: at most one of `answer` and `fault` is set, and neither before `conclude`. `answered`
     is set by the first event of the answer, or by the end of one that has no events.
@@ -266,7 +270,7 @@ class Attempt:
             assert stream is not None, "a streamed answer has a log"
             sink = self.event_sink(stream)
         else:
-            limit = self.max_body_bytes if good else MAX_ERROR_BYTES
+            limit = self.max_answer_bytes if good else MAX_ERROR_BYTES
             if stream is not None and request.reading is not None:
                 # It is parsed at once, and becomes one event of the log.
                 limit = min(limit, stream.max_bytes)
@@ -286,7 +290,7 @@ class Attempt:
         return request.api.sink(stream)
 
     @property
-    def max_body_bytes(self) -> int:
+    def max_answer_bytes(self) -> int:
         """The bytes at most of a good answer that is not streamed."""
         return self.provider.max_response_bytes
 

@@ -98,7 +98,7 @@ class Provider:
     """One provider, which runs attempts within its limits.
 
     Always: at most `concurrent_requests` attempts are under way, unless new settings have lowered
-    that number since; whatever an attempt takes is given back by the end of `answer`, however it
+    that number since; whatever an attempt takes is given back by the end of `run`, however it
     ends. The breaker hears of the end of each trial, once.
 
     Created by the registry, which must close it.
@@ -172,7 +172,7 @@ class Provider:
 
         return apply
 
-    async def answer(self, attempt: Attempt) -> None:
+    async def run(self, attempt: Attempt) -> None:
         """Run *attempt*: wait for a place, send the request, and take the answer in.
 
         Cancelling is safe: the connection is closed at once, and the place is free.
@@ -323,7 +323,7 @@ class Provider:
     async def exchange(self, attempt: Attempt) -> None:
         """Send the request of *attempt* on a connection, and push the answer to its sink.
 
-        `answer` calls this when the attempt has its place.
+        `run` calls this when the attempt has its place.
 
         Raises:
             ProviderFault: there was no connection, or the answer was not complete.

@@ -66,7 +66,7 @@ providers.pool Pool._wait
 providers.pool Pool.connect
 providers.pool Pool.take
 providers.provider Provider._wait
-providers.provider Provider.answer
+providers.provider Provider.run
 providers.provider Provider.exchange
 providers.queueing ProviderGate._start
 """.strip().splitlines()

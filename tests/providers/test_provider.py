@@ -107,7 +107,7 @@ def question(
 
 
 async def fill_stream(provider: Provider, stream: Stream, request: ProviderRequest) -> None:
-    await provider.answer(Attempt(provider, request, stream))
+    await provider.run(Attempt(provider, request, stream))
 
 
 async def fill(provider: Provider, model: str = "m", **more: Any) -> Stream:
@@ -118,7 +118,7 @@ async def fill(provider: Provider, model: str = "m", **more: Any) -> Stream:
 
 async def call(provider: Provider, request: ProviderRequest) -> Answer:
     attempt = Attempt(provider, request, None)
-    await provider.answer(attempt)
+    await provider.run(attempt)
     assert attempt.answer is not None
     return attempt.answer
 
@@ -770,7 +770,7 @@ async def test_expected_tokens_are_settled_however_the_attempt_ends(
     limits = {"tokens_per_minute": 600}
     async with provider_at(address, limits, max_tokens=100_000) as provider:
         attempt = Attempt(provider, question(), None)
-        task = asyncio.create_task(provider.answer(attempt))
+        task = asyncio.create_task(provider.run(attempt))
         if fault is asyncio.CancelledError:
             await simulator.until(lambda stats: stats.active == 1)
             assert provider.stats().pace.left == 0, "it is expected to use up 166 minutes' worth"

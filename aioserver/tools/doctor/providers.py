@@ -201,7 +201,7 @@ async def _run(provider: Provider, attempt: Attempt, enough: asyncio.Future[Any]
     Raises:
         ProviderFault: the attempt has failed before.
     """
-    answering = asyncio.ensure_future(provider.answer(attempt))
+    answering = asyncio.ensure_future(provider.run(attempt))
     try:
         await asyncio.wait((answering, enough), return_when=asyncio.FIRST_COMPLETED)
         if answering.done():

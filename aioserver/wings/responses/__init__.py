@@ -7,7 +7,7 @@ answers, by the *attempt* of a request.
 
 A response may be *continued* by its id. The *draft* of a response keeps what its request says
 until the response has ended; it is then a *stored response*, which refers to the one that it
-continued. The *storage* brings stored responses to other instances, over chains of keys in Redis.
+continued. *Shared responses* are those that other instances have, in chains of keys in Redis.
 
 The *face* serves a response from its log, the *stored face* one that is stored. Over a WebSocket,
 requests come as *frames*; a *lane* of a connection has one under way, and *holds* its latest

@@ -273,9 +273,9 @@ class ResponseAttempt(Attempt):
         return BridgeSink(stream, self._writer)
 
     @property
-    def max_body_bytes(self) -> int:
+    def max_answer_bytes(self) -> int:
         """The bytes at most of a good answer that is not streamed."""
-        limit = super().max_body_bytes
+        limit = super().max_answer_bytes
         return limit if self._chat is None else min(limit, MAX_WHOLE_BYTES)
 
     def conclude(self) -> Generator[None, None, None] | None:

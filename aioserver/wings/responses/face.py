@@ -1,6 +1,10 @@
 """OpenAI's responses: new ones (`POST /v1/responses`), and those that are known by their ids,
 served from the log.
 
+    POST /v1/responses               prepare_new, then as any answer of that API (faces/openai.py)
+    GET  /v1/responses/{id}          prepare, retrieve
+    POST /v1/responses/{id}/cancel   cancel
+
 A response that was requested with `store` or `background` is kept for its `resume_window`, and is
 found by the id that the provider gave it; a response that was not streamed only once it will not
 change any more. `starting_after` counts as the provider does, by the `sequence_number` in its
@@ -147,7 +151,15 @@ def make_request(
         or (body.stored is None and route.provider.memory(Learned).bridged)
     )
     return Request(
-        route, provider_request, face, name, key, digest, stored, draft, ResponseAttempt
+        route,
+        provider_request,
+        face,
+        name,
+        key,
+        digest,
+        stored,
+        keeper=draft,
+        make_attempt=ResponseAttempt,
     )
 
 
