@@ -10,6 +10,8 @@ first (client_messages.py). Frames go straight to the transport, ready-made: no 
 masking from a server.
 
 Pings are made here: aiohttp's heartbeat waits for a fixed time, and closes without a close frame.
+A ping is read after all that was written before it, so a client that reads slowly has as much
+longer for its pong as limits/write_watchdog.py gives it for those bytes.
 So is the closing handshake: aiohttp ends the connection together with its close frame, and if the
 client is still sending then, the kernel's reset can destroy that frame.
 """
@@ -37,6 +39,14 @@ from aioserver.errors import (
 from aioserver.faces.client_messages import FULL_ROOM, ClientMessages, Upgraded, too_much
 from aioserver.faces.idle_sockets import IDLE_SECONDS
 from aioserver.limits.quota import REVOKED
+from aioserver.limits.timer_wheel import EARLY
+from aioserver.limits.write_watchdog import (
+    CLIENT_BYTES,
+    MOST_UNREAD,
+    patience,
+    peer_of,
+    vanished,
+)
 from aioserver.protocol.json_body import STEP_BYTES
 from aioserver.streams.ending import run_all
 from aioserver.streams.formats import WS_CLOSE, WS_PING, WS_PONG, ws_frame
@@ -107,6 +117,11 @@ class Socket(ABC):
         self._pings = itertools.count(1)
         # The payload of a ping whose pong has not come.
         self._ping: bytes | None = None
+        # When it was sent, the bytes that were written until then, and those of them that the
+        # client may have had to read first.
+        self._ping_at, self._ping_behind, self._ping_ahead = 0.0, 0, 0
+        # The bytes that were written before the ping that was answered last.
+        self._read_bytes = 0
         # A ping was sent, and `ping_timeout` after it is not over.
         self._pinged = False
         self._last_request = self._loop.time()
@@ -196,7 +211,7 @@ class Socket(ABC):
                     continue
                 case WSMsgType.PONG:
                     if bytes(message.data) == self._ping:
-                        self._ping = None
+                        self._ping, self._read_bytes = None, self._ping_behind
                 case WSMsgType.PING:
                     self._writer.send(ws_frame(WS_PONG, bytes(message.data)))
                 case WSMsgType.BINARY:
@@ -255,10 +270,13 @@ class Socket(ABC):
         if idle and now - self._last_request >= idle and not self.busy and self._inside:
             self.close(WSCloseCode.OK, b"idle")
             return None
-        if self._ping is not None:
-            self.close(WSCloseCode.INTERNAL_ERROR, b"keepalive ping timeout", lost=True)
-            return None
         timeout = max(limits.ping_timeout, self.min_ping_timeout)
+        if self._ping is not None:
+            left = self._ping_at + patience(timeout, self._ping_ahead, CLIENT_BYTES) - now
+            if left <= EARLY or vanished(self._transport, timeout):
+                self.close(WSCloseCode.INTERNAL_ERROR, b"keepalive ping timeout", lost=True)
+                return None
+            return min(left, timeout)
         if self._pinged:
             self._pinged = False
             delay = limits.ping_interval - timeout
@@ -266,6 +284,10 @@ class Socket(ABC):
                 return delay
         self._ping = struct.pack("!I", next(self._pings))
         self._pinged = True
+        peer = peer_of(self._transport)
+        self._ping_at, self._ping_behind = now, peer.taken + peer.waiting
+        unread = min(self._ping_behind - self._read_bytes - peer.waiting, MOST_UNREAD)
+        self._ping_ahead = max(0, unread) + peer.waiting
         self._writer.send(ws_frame(WS_PING, self._ping))
         return timeout
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Protocol
 
-from aioserver.limits.write_watchdog import WriteWatchdog
+from aioserver.limits.write_watchdog import PROVIDER_BYTES, WriteWatchdog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,8 +51,8 @@ async def upload(
     """Send *request* and the *body* behind it, unless *done* is done before: the answer may come
     early.
 
-    *on_timeout* is called when a write has made no progress for *write_timeout* seconds; it must
-    make *done* done. Cancelling leaves the request half sent.
+    *on_timeout* is called when the provider has taken nothing for *write_timeout* seconds
+    (limits/write_watchdog.py); it must make *done* done. Cancelling leaves the request half sent.
 
     Raises:
         AioserverError: the client does not send all of the *body*.
@@ -109,7 +109,7 @@ async def _writable(
 ) -> None:
     """Wait until the transport takes more, or the exchange has ended."""
     loop = asyncio.get_running_loop()
-    watchdog = WriteWatchdog(loop, transport, write_timeout, on_timeout)
+    watchdog = WriteWatchdog(loop, transport, write_timeout, on_timeout, least=PROVIDER_BYTES)
     try:
         while connection.writing_paused and not done.done():
             connection.resumed = resumed = loop.create_future()

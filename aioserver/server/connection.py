@@ -24,7 +24,7 @@ from aiohttp.http_exceptions import LineTooLong
 from aioserver.errors import HeadersTooLarge, InternalError, InvalidRequest, UriTooLong
 from aioserver.faces.form import OPENAI
 from aioserver.faces.http import SERVER, error_response, request_id
-from aioserver.limits.write_watchdog import reset
+from aioserver.limits.write_watchdog import reset, watch_rest
 from aioserver.server.direct import DirectRequestHandler
 from aioserver.streams.outbox import Outbox
 
@@ -94,6 +94,28 @@ class Connection(DirectRequestHandler):
         if self.transport is not None:
             reset(self.transport)
 
+    async def start(self) -> None:
+        """Serve the requests of the connection, one after the other, and close it."""
+        try:
+            await super().start()
+        finally:
+            self._watch_rest(self.transport)
+
+    def force_close(self) -> None:
+        """Close the connection, which still sends what its transport has."""
+        transport = self.transport
+        super().force_close()
+        self._watch_rest(transport)
+
+    def _end(self, waiter: asyncio.Future[None]) -> None:
+        super()._end(waiter)
+        self._watch_rest(self.transport)
+
+    def _watch_rest(self, transport: asyncio.Transport | None) -> None:
+        server = self._manager
+        if transport is not None and isinstance(server, ConnectionServer):
+            watch_rest(transport, server.send_timeout)
+
     def close_soon(self) -> None:
         """Close, although the last response did not say so.
 
@@ -159,10 +181,16 @@ class ConnectionServer(web.Server):
 
     Once it drains, each connection ends with the response under way. A connection that waits for
     its next request ends soon; a connection without a request so far may still bring one.
+
+    *send_timeout*: seconds after which a connection that is closed is aborted, if its client reads
+    nothing of the rest.
     """
 
-    def __init__(self, *args: Any, metrics: Metrics, forms: Forms, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, metrics: Metrics, forms: Forms, send_timeout: float, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.send_timeout = send_timeout
         self._metrics, self._forms = metrics, forms
         self._outbox = Outbox(self._loop)
         self._draining = False

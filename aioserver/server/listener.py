@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aioserver.listener")
 
 UVLOOP_WATCHERS = 8
-# Seconds by which the kernel's timeout comes after ours, which logs and counts.
-KERNEL_PATIENCE = 1.0
-# Milliseconds: the largest value that setsockopt(2) takes.
-MAX_PATIENCE = 2**31 - 1
 # Unsent bytes that the kernel keeps for a client that reads nothing; by itself it keeps 4 MiB.
 MAX_NOT_SENT = 1 << 17
 # How the configured host is looked up.
@@ -160,7 +156,6 @@ async def listen(
     runner: web.AppRunner,
     settings: WebSocket,
     *,
-    send_timeout: float = 10.0,
     inherited: Sequence[socket.socket] = (),
     balance: Balance | None = None,
 ) -> list[Listening]:
@@ -172,10 +167,9 @@ async def listen(
     *balance* decides when this process accepts; the sockets listen already then, and other
     processes accept as well.
 
-    *send_timeout*: the kernel aborts a connection whose client acknowledges nothing for one second
-    more than that, also when it only remains to be closed (`TCP_USER_TIMEOUT`, which accepted
-    sockets inherit). What the kernel keeps for such a client is bounded as well
-    (`TCP_NOTSENT_LOWAT`).
+    What the kernel keeps for a client that reads nothing is bounded (`TCP_NOTSENT_LOWAT`, which
+    accepted sockets inherit). There is no `TCP_USER_TIMEOUT`: it resets a client that reads
+    steadily, too, if its window is shut meanwhile (limits/write_watchdog.py).
 
     Raises:
         OSError: the address is in use, or is not one of this machine.
@@ -190,7 +184,7 @@ async def listen(
     listening = []
     for plain in bound:
         sock = ListeningSocket(plain.family, plain.type, plain.proto, fileno=plain.detach())
-        limit_kernel(sock, send_timeout)
+        limit_kernel(sock)
         sock.setblocking(False)
         if balance is not None:
             await balance.accept_on(runner, sock, backlog)
@@ -258,14 +252,9 @@ def _bind(family: int, address: str, port: int) -> socket.socket:
     return sock
 
 
-def limit_kernel(sock: socket.socket, send_timeout: float) -> None:
-    """Bound what the kernel keeps for a client, and how long, on sockets accepted from *sock*."""
-    if sock.family == socket.AF_UNIX or sock.fileno() < 0:
-        return
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        milliseconds = min(int((send_timeout + KERNEL_PATIENCE) * 1000), MAX_PATIENCE)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+def limit_kernel(sock: socket.socket) -> None:
+    """Bound what the kernel keeps for a client on sockets accepted from *sock*."""
+    if sock.family != socket.AF_UNIX and hasattr(socket, "TCP_NOTSENT_LOWAT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_NOT_SENT)
 
 

@@ -155,7 +155,6 @@ class Runner(web.AppRunner):
         listening = await listener.listen(
             self,
             chat.websocket,
-            send_timeout=chat.streams.send_timeout,
             inherited=inherited,
             balance=balance,
         )
@@ -166,9 +165,9 @@ class Runner(web.AppRunner):
 
     def apply(self, chat: Chat) -> None:
         """Use the limits of *chat* for connections that are accepted from now on."""
-        self._connections().apply(_options(chat.websocket))
-        for sock in self._owner.listening:
-            listener.limit_kernel(sock, chat.streams.send_timeout)
+        connections = self._connections()
+        connections.apply(_options(chat.websocket))
+        connections.send_timeout = chat.streams.send_timeout
 
     async def end(self, *, hand_over: bool = False, at_once: bool = False) -> None:
         """Stop serving in good order; call it before `cleanup`.
@@ -247,6 +246,7 @@ class Runner(web.AppRunner):
             Dispatcher(app, self._owner.middleware, plain.request_handler),
             metrics=self._owner.context.metrics,
             forms=self._owner.context.admission.forms,
+            send_timeout=self._owner.context.settings.chat.streams.send_timeout,
             request_factory=functools.partial(app._make_request, _cls=Request),  # noqa: SLF001
             handler_cancellation=plain.handler_cancellation,
             **plain._kwargs,  # noqa: SLF001 - see the head of this file

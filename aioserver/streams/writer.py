@@ -12,8 +12,9 @@ Most tokens do not pass through the writer: when nothing else is to be written, 
 path for its stream (fast_path.py), whose bytes go out before anything else that the writer writes.
 
 When the transport's buffer is over its high-water mark, the writer is *blocked*: it stops
-rendering, one task waits in `drain()`, and a watchdog aborts the transport after `send_timeout`
-without progress. A blocked write is never cancelled. An idle writer has no task and no timer.
+rendering, one task waits in `drain()`, and a watchdog aborts the transport once the client is gone
+(limits/write_watchdog.py). A blocked write is never cancelled. An idle writer has no task and no
+timer.
 
 A writer with one cursor writes at once; one with several gathers the events of one iteration of
 the event loop. Cursors take turns, with one write in each iteration, so that a long replay holds
@@ -29,7 +30,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ResumeGap
-from aioserver.limits.write_watchdog import WriteWatchdog, reset, watch_rest
+from aioserver.limits.write_watchdog import WriteWatchdog, reset, vanished, watch_rest
 from aioserver.streams.cursor import Cursor
 from aioserver.streams.ending import run_all
 from aioserver.streams.fast_path import Destination, FastPath, new_path
@@ -228,7 +229,7 @@ class Writer:
         """Write a control frame or a comment, before every event that is not written yet.
 
         While the writer is blocked, *data* is queued; beyond MAX_CONTROL_FRAMES the client is
-        dropped.
+        dropped. So is one that has vanished, while the kernel had room for what was written to it.
         """
         if self._closed:
             return
@@ -237,6 +238,8 @@ class Writer:
                 self.abort("more than 64 control frames wait")
                 return
             self._control.append(data)
+        elif vanished(self._transport, self._send_timeout):
+            self.abort(f"nothing answered for {self._send_timeout} s")
         else:
             self._write(data)
 
@@ -325,8 +328,8 @@ class Writer:
     def close(self) -> None:
         """Unfollow every stream and write nothing from now on; a second call does nothing.
 
-        The transport still sends what it has. If the client does not read it, the kernel aborts
-        the connection or, where the kernel cannot, a watchdog does.
+        The transport still sends what it has. If the client does not read it, a watchdog aborts
+        the connection.
         """
         if self._closed:
             return

@@ -28,12 +28,6 @@ if TYPE_CHECKING:
     from tests.support.server import MakeServer
 
 
-@pytest.fixture(autouse=True)
-def patient_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the kernel abort nobody: on a machine that is a second late it would be first."""
-    monkeypatch.setattr(listener, "KERNEL_PATIENCE", 60.0)
-
-
 # Lines of a request: the first one's response is made here, that of the others by aiohttp.
 HEADS = {"plain": (), "page": ("Origin: http://x",), "last": ("Connection: close",)}
 

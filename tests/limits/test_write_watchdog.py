@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+
 import pytest
 
-from aioserver.limits.write_watchdog import WriteWatchdog
+from aioserver.limits.write_watchdog import WriteWatchdog, peer_of
 from tests.support.clock import FakeClock
 from tests.support.transport import FakeTransport
 
@@ -90,3 +93,91 @@ def test_an_alarm_may_stop_its_own_watch() -> None:
     watched.clock.advance(100.0)
 
     assert watched.clock.pending == 0
+
+
+class Connected:
+    """A watch over a socket whose other end reads when it is told to, by the machine's clock."""
+
+    def __init__(self, pair: tuple[socket.socket, socket.socket], least: int) -> None:
+        self.clock = FakeClock()
+        self.buffer = FakeTransport(held=1)
+        self.buffer.under, self.reader = pair
+        self.buffer.under.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.buffer.under.send(bytes(4096))
+        self.alarms: list[float] = []
+        start = self.clock.now
+        WriteWatchdog(
+            self.clock.loop,
+            self.buffer,
+            TIMEOUT,
+            lambda: self.alarms.append(self.clock.now - start),
+            least=least,
+        )
+
+
+def connected(family: socket.AddressFamily) -> tuple[socket.socket, socket.socket]:
+    """Two ends of a connection, the second with a small receive buffer."""
+    if family == socket.AF_UNIX:
+        return socket.socketpair(family)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        reader = socket.socket(family)
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+        reader.connect(server.getsockname())
+        return server.accept()[0], reader
+
+
+FAMILIES = [socket.AF_INET, socket.AF_UNIX]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_taken_and_may_be_unread_gives_more_time(family: socket.AddressFamily) -> None:
+    writer, reader = pair = connected(family)
+    with writer, reader:
+        most = Connected(pair, 1 << 30)
+        unread = peer_of(most.buffer).unread
+        watched = Connected(pair, unread // 3)
+
+        most.clock.advance(100.0)
+        watched.clock.advance(2.9 * TIMEOUT)
+        assert (most.alarms, watched.alarms) == ([TIMEOUT], [])
+        watched.clock.advance(100.0)
+
+    (alarm,) = watched.alarms
+    assert 3 * TIMEOUT <= alarm <= 3.3 * TIMEOUT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_other_end_takes_is_progress_though_the_buffer_stays(
+    family: socket.AddressFamily,
+) -> None:
+    writer, reader = pair = connected(family)
+    with writer, reader:
+        watched = Connected(pair, 1 << 30)
+
+        for _ in range(5):
+            before = progress_of(watched.buffer)
+            while progress_of(watched.buffer) == before:
+                reader.recv(4096)
+            watched.clock.advance(TIMEOUT * 0.9)
+
+    assert watched.alarms == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_connection_that_is_lost_is_no_error(family: socket.AddressFamily) -> None:
+    writer, reader = pair = connected(family)
+    watched = Connected(pair, 1 << 30)
+    writer.close()
+    reader.close()
+
+    watched.clock.advance(100.0)
+
+    (alarm,) = watched.alarms
+    assert alarm <= 1.25 * TIMEOUT
+
+
+def progress_of(transport: FakeTransport) -> int:
+    peer = peer_of(transport)
+    return peer.taken - peer.waiting

@@ -79,15 +79,6 @@ async def test_a_backlog_that_fits_is_no_warning(
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-async def test_patience_without_end_is_as_much_as_the_kernel_takes(tmp_path: Path) -> None:
-    async with runner_of(tmp_path) as (runner, websocket):
-        await listener.listen(runner, websocket, send_timeout=1e9)
-
-        (sock, *_) = sockets_of(runner)
-        patience = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
-        assert patience == listener.MAX_PATIENCE
-
-
 async def test_a_port_in_use_is_one_clear_error_and_leaves_nothing_open(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -334,18 +334,6 @@ async def test_open_sockets_are_pinged_as_the_configuration_says_now(
     assert closing(payload) == (1000, b"idle")
 
 
-async def test_the_kernel_watches_new_connections_by_the_new_send_timeout(
-    make_server: MakeServer,
-) -> None:
-    server = await make_server()
-    assert await server.change(**{"chat.streams.send_timeout": 3.0})
-    async with server.connect():
-        (connection,) = server.http_server.connections
-        assert connection.transport is not None
-        sock = connection.transport.get_extra_info("socket")
-        assert sock.getsockopt(6, 18) == 4000  # TCP_USER_TIMEOUT: a second more
-
-
 async def test_new_bounds_hold_for_kept_streams(make_server: MakeServer) -> None:
     server = await make_server(SILENT)
     async with server.connect() as ws:

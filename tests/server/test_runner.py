@@ -20,6 +20,8 @@ from aioserver.server.connection import Connection
 from aioserver.server.runner import LINGERING, MAX_HEADERS, Dispatcher, Runner
 from tests.support.raw import Raw
 from tests.support.server import NOWHERE, UVICORN, MakeServer, configured, runner_of
+from tests.support.transport import FakeTransport
+from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -107,6 +109,22 @@ async def test_the_access_log_has_the_address_that_a_trusted_proxy_gives(
     ]
     assert [line["address"] for line in lines] == [address, "127.0.0.1"]
     assert "canary" not in str(lines[0])
+
+
+@pytest.mark.parametrize("close", ["force_close", "close"])
+async def test_what_is_left_on_a_connection_that_is_closed_is_watched(
+    make_server: MakeServer, close: str
+) -> None:
+    server = await make_server(**{"chat.streams.send_timeout": 0.05})
+    connection, transport = server.http_server(), FakeTransport(slow=True)
+    connection.connection_made(transport)
+    await ticks()
+    transport.held = 1
+
+    getattr(connection, close)()
+    await until(lambda: transport.aborted)
+
+    connection.connection_lost(None)
 
 
 # Handlers found at once.

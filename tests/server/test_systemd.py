@@ -367,12 +367,11 @@ async def test_a_passed_socket_gets_backlog_and_bounds_like_one_of_ours(
 ) -> None:
     (sock,) = passed(port)
     async with runner_of(tmp_path, **{f"{UVICORN}.backlog": 77}) as (runner, websocket):
-        (listening,) = await listener.listen(runner, websocket, send_timeout=3.0, inherited=[sock])
+        (listening,) = await listener.listen(runner, websocket, inherited=[sock])
 
         assert (listening.host, listening.port) == port.getsockname()
         assert listening.queue_limit == 77
         assert kernel.accept_queue(port) == (0, 77)
-        assert port.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 4000
         lowat = port.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
         assert lowat == listener.MAX_NOT_SENT
         uvloop = "uvloop" in type(asyncio.get_running_loop()).__module__

@@ -15,7 +15,7 @@ from aioserver.limits.write_watchdog import LOOKS
 from aioserver.providers.exchange import Exchange
 from aioserver.wings.cluster.shared_gate import GRACE, SharedGate
 from tests.simulation.clock import Clock
-from tests.simulation.transport import USER_TIMEOUT, Transport
+from tests.simulation.transport import Transport
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,10 +107,10 @@ class Deadlines:
         for end in self._network.open:
             if end.owner != self._instance.number or end.listener is not None or not end._buffer:
                 continue
-            # A write is watched from when it blocks.
-            stuck = Clock.now - max(end.stuck_since, end.paused_at)
-            # A connection that is closed is the kernel's business.
-            if end.writing_paused and stuck > (USER_TIMEOUT + LATE if end._closing else longest):
+            # A write is watched from when it blocks, and any rest from when it is closed.
+            began = end.closed_at if end._closing else end.paused_at
+            stuck = Clock.now - max(end.stuck_since, began)
+            if (end.writing_paused or end._closing) and stuck > longest:
                 self._broken(f"{len(end._buffer)} bytes have been stuck for {stuck:.2f} s")
 
     def _look_at_kept(self) -> None:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 # asyncio's own limits of a transport's buffer.
 HIGH_WATER = 64 * 1024
-# Seconds after which a kernel gives up what nobody takes, once the program has closed
-# (TCP_USER_TIMEOUT).
+# Seconds after which a kernel gives up what nobody takes, once the program has closed. The server
+# must not need it for its clients.
 USER_TIMEOUT = 15.0
 # Bytes of a full segment on Ethernet.
 SEGMENT = 1460
@@ -118,8 +118,8 @@ class Transport(asyncio.Transport):
         # on.
         self.heard_at = self.spoke_at = self.resumed_at = Clock.now
         # Since when the buffer has not shrunk, if there is anything in it; when it became too
-        # large last.
-        self.stuck_since = self.paused_at = Clock.now
+        # large last, and when it was closed.
+        self.stuck_since = self.paused_at = self.closed_at = Clock.now
 
     # What the transport is asked.
 
@@ -201,9 +201,10 @@ class Transport(asyncio.Transport):
     def close(self) -> None:
         if not self._closing:
             self._closing = True
+            self.closed_at = Clock.now
             if not self._buffer:
                 self._loop.call_soon(self._end, None, context=self.context)
-            else:
+            elif self.owner < 0 or self.listener is not None:
                 self._loop.call_later(USER_TIMEOUT, self._reset, context=self.context)
 
     def abort(self) -> None:

@@ -384,12 +384,15 @@ async def test_a_close_while_blocked_writes_nothing_after_the_drain() -> None:
         assert not peer.socket.aborted
 
 
-async def test_bytes_left_for_the_peer_of_a_unix_socket_are_watched_here() -> None:
+@pytest.mark.parametrize("family", [sockets.AF_UNIX, sockets.AF_INET])
+async def test_bytes_left_for_a_client_are_watched_after_the_close(
+    family: sockets.AddressFamily,
+) -> None:
     async with client(slow=True, send_timeout=0.03) as peer:
-        with sockets.socket(sockets.AF_UNIX) as peer.socket.under:
+        with sockets.socket(family) as peer.socket.under:
             peer.writer.send(b"less than blocks")
 
-            peer.writer.close()  # no TCP_USER_TIMEOUT ends it
+            peer.writer.close()
             await until(lambda: peer.socket.aborted)
 
 

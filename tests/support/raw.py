@@ -44,7 +44,11 @@ class Raw:
     """One TCP connection to a server: `async with Raw(server) as raw`."""
 
     def __init__(
-        self, server: RunningServer | ServerProcess, *, receive_buffer: int | None = None
+        self,
+        server: RunningServer | ServerProcess,
+        *,
+        receive_buffer: int | None = None,
+        segment: int | None = None,
     ) -> None:
         self._port = server.port
         self._path = server.settings.chat.websocket.endpoint
@@ -58,6 +62,8 @@ class Raw:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if receive_buffer is not None:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        if segment is not None:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, segment)
 
     async def __aenter__(self) -> Self:
         await self._loop.sock_connect(self._socket, ("127.0.0.1", self._port))
@@ -88,6 +94,10 @@ class Raw:
         data = await self._loop.sock_recv(self._socket, 65536)
         self._rest += data
         return bool(data)
+
+    async def some(self, most: int) -> bytes:
+        """Read what there is, *most* bytes at most; empty at the end."""
+        return await self._loop.sock_recv(self._socket, most)
 
     async def exactly(self, count: int) -> bytes:
         while len(self._rest) < count:

@@ -67,6 +67,9 @@ class FakeTransport(asyncio.Transport):
     def get_extra_info(self, name: str, default: object = None) -> object:
         return self.under if name == "socket" else default
 
+    def close(self) -> None:
+        self.closing = True
+
     def abort(self) -> None:
         self.aborted = True
         self.lose()
