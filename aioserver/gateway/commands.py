@@ -30,7 +30,7 @@ RETRY_AFTER = 1.0
 # Seconds by which a timer is late where the event loop is, and for which an answer is awaited at
 # most then.
 LATE, MAX_TIMEOUT = 0.01, 1.0
-# Begins the scripts that keep what may also be forgotten. Beyond its `maxmemory` a server refuses
+# Begins the scripts that write what clients let grow. Beyond its `maxmemory` a server refuses
 # whatever writes, the renewal of leases as well, so the last quarter is not for them.
 FULL = """
 local function full(more)
@@ -39,6 +39,74 @@ local function full(more)
   return most > 0 and tonumber(memory:match('used_memory:(%d+)')) + more > most * 0.75
 end
 """
+# Begins the scripts that keep what may also be forgotten: each item is a key, kept for its owner,
+# and all owners share the room. Where there is none, the owner that keeps most loses the items
+# that end first. ARGV[1] is how keys begin. Of all items there are:
+#
+#   PREFIX items       hash: the owner and the bytes of each    PREFIX ends   when each ends
+#   PREFIX ends:OWNER  when each of an owner ends               PREFIX owners  how much each keeps
+#   PREFIX kept        how much all of them keep
+ITEMS = (
+    FULL
+    + """
+local prefix = ARGV[1]
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+local function forget(key)
+  local owner, size = (redis.call('HGET', prefix .. 'items', key) or ''):match('^(.*) (%d+)$')
+  redis.call('DEL', key)
+  redis.call('ZREM', prefix .. 'ends', key)
+  if not owner then return end
+  redis.call('HDEL', prefix .. 'items', key)
+  redis.call('ZREM', prefix .. 'ends:' .. owner, key)
+  redis.call('DECRBY', prefix .. 'kept', size)
+  if tonumber(redis.call('ZINCRBY', prefix .. 'owners', -size, owner)) <= 0 then
+    redis.call('ZREM', prefix .. 'owners', owner)
+  end
+end
+local function sweep()
+  local over = redis.call('ZRANGEBYSCORE', prefix .. 'ends', '-inf', now, 'LIMIT', 0, 100)
+  for _, key in ipairs(over) do forget(key) end
+end
+local function room(more, most)
+  for _ = 1, 100 do
+    local kept = tonumber(redis.call('GET', prefix .. 'kept') or '0')
+    if kept + more <= most and not full(more) then return true end
+    local owner = redis.call('ZREVRANGE', prefix .. 'owners', 0, 0)[1]
+    local oldest = owner and redis.call('ZRANGE', prefix .. 'ends:' .. owner, 0, 0)[1]
+    if not oldest then return false end
+    forget(oldest)
+  end
+  return false
+end
+local function last(key, seconds)
+  if redis.call('TTL', key) < seconds then redis.call('EXPIRE', key, math.ceil(seconds)) end
+end
+local function note(owner, key, size, seconds)
+  local former, before = (redis.call('HGET', prefix .. 'items', key) or ''):match('^(.*) (%d+)$')
+  if former then
+    redis.call('ZREM', prefix .. 'ends:' .. former, key)
+    redis.call('ZINCRBY', prefix .. 'owners', -before, former)
+    redis.call('DECRBY', prefix .. 'kept', before)
+  end
+  redis.call('HSET', prefix .. 'items', key, owner .. ' ' .. size)
+  redis.call('ZADD', prefix .. 'ends', now + seconds, key)
+  redis.call('ZADD', prefix .. 'ends:' .. owner, now + seconds, key)
+  redis.call('ZINCRBY', prefix .. 'owners', size, owner)
+  redis.call('INCRBY', prefix .. 'kept', size)
+  for _, name in ipairs({'items', 'ends', 'ends:' .. owner, 'owners', 'kept'}) do
+    last(prefix .. name, seconds + 60)
+  end
+  if redis.call('ZCARD', prefix .. 'ends:' .. owner) > 20000 then
+    forget(redis.call('ZRANGE', prefix .. 'ends:' .. owner, 0, 0)[1])
+  end
+end
+"""
+)
+# Bytes that one item takes beside its own, about: its key, and what is said of it.
+ITEM_OVERHEAD = 600
+# Bytes of all items at a server without a `maxmemory`.
+MAX_KEPT = 1 << 30
 
 T = TypeVar("T")
 

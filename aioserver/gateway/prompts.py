@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
-    from aioserver.gateway.histories import Begun, Histories
+    from aioserver.gateway.histories import Asked, Begun, Histories
     from aioserver.gateway.request import Route
     from aioserver.protocol.client_frames import Chat
     from aioserver.providers.request import Answer, Hold
@@ -41,9 +41,8 @@ class Prompt:
     Always: *reading* is that of *request*, and so has the text that came so far.
 
     *late* takes the history, if that has to be loaded first, and returns how the storage knows the
-    question. *sent* holds the bytes of the
-    messages and options that were sent, as soon as they are known. *asked*: when the question
-    came, in Unix time.
+    question. *sent* holds the bytes of the messages and options that were sent, as soon as they
+    are known. *asked* is the question, if it belongs to a conversation.
     """
 
     __slots__ = (
@@ -64,11 +63,11 @@ class Prompt:
         chat: Chat,
         request: ProviderRequest,
         reading: Reading,
-        conversation_id: str | None,
+        asked: Asked | None,
         sent: list[int],
         late: Callable[[], Coroutine[Any, Any, Begun | None]] | None = None,
     ) -> None:
-        self._asked = histories.now()
+        self._asked = asked
         # How the storage knows the question, from `begin` on until it has its turn.
         self._begun: Begun | None = None
         self._histories = histories
@@ -77,7 +76,7 @@ class Prompt:
         self._text = chat.text
         self.request = request
         self.reading = reading
-        self.conversation_id = conversation_id
+        self.conversation_id = None if asked is None else asked.conversation_id
 
     async def begin(self) -> None:
         """Take the history as it is now, if it was not taken when the prompt was made."""
@@ -92,7 +91,7 @@ class Prompt:
         """Append the client's text, and the answer so far, to the conversation, if there is
         one.
         """
-        if self.conversation_id is None or self._text is None:
+        if self._asked is None or self._text is None:
             return None
         share = len(self._text) / max(1, sum(self._sent))
         answered = Answered(
@@ -103,17 +102,20 @@ class Prompt:
             min(1.0, share),
         )
         begun, self._begun = self._begun, None
-        return self._histories.keep(self.request.caller, self.conversation_id, answered, begun)
+        return self._histories.keep(answered, begun)
 
     def cut(self, stream: Stream) -> Awaitable[None] | None:
         """Append the answer as far as it came, if there is any of it."""
         return self.keep(stream) if self.reading.size else None
 
     def release(self) -> None:
-        """Let nobody wait for a turn that does not come."""
+        """Forget the question, and let nobody wait for a turn that does not come."""
+        asked, self._asked = self._asked, None
         begun, self._begun = self._begun, None
-        if begun is not None and self.conversation_id is not None:
-            self._histories.leave(self.request.caller, self.conversation_id, begun)
+        if asked is not None:
+            if begun is not None:
+                self._histories.leave(asked, begun)
+            self._histories.done(asked)
 
 
 class Prompts:
@@ -144,7 +146,7 @@ class Prompts:
         conversation.
         """
         streamed = self._service.streaming.enabled if chat.streaming is None else chat.streaming
-        conversation_id: str | None = None
+        asked: Asked | None = None
         # In lists of their own, so that the prompt, which lives longer, does not keep the
         # messages.
         held, sent = [chat.messages or b""], [len(chat.options)]
@@ -152,14 +154,15 @@ class Prompts:
         if chat.messages is None:
             assert chat.text is not None
             text, known = chat.text, chat.conversation_id or conversation
-            name = conversation_id = known or uuid.uuid4().hex
+            name = known or uuid.uuid4().hex
+            question = asked = self._histories.ask(caller, name)
 
             def take() -> None:
                 held[0] = self._messages(caller, name, text)
                 sent.append(len(held[0]))
 
             async def load() -> Begun | None:
-                begun = await self._histories.begin(caller, name, known=known is not None)
+                begun = await self._histories.begin(question, known=known is not None)
                 take()
                 return begun
 
@@ -188,7 +191,7 @@ class Prompts:
             kept_bytes=len(chat.text or b""),
             client_headers=chat.client_headers,
         )
-        return Prompt(self._histories, chat, request, reading, conversation_id, sent, take_history)
+        return Prompt(self._histories, chat, request, reading, asked, sent, take_history)
 
     def _messages(self, caller: Caller, conversation_id: str, text: bytes) -> bytes:
         """Return, as JSON, the messages of a conversation as it is now, and *text* after them."""

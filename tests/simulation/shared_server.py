@@ -371,11 +371,9 @@ class SimulatedStore(MemoryStore):
     async def take_mark(self, name: str, mark: str) -> int:
         return await self._ask(lambda: super(SimulatedStore, self).take_mark(name, mark))
 
-    async def put_response(
-        self, name: str, data: bytes, previous: str, seconds: float, most: int
-    ) -> int:
+    async def put_response(self, name: str, data: bytes, previous: str) -> int:
         put = super().put_response
-        return await self._ask(lambda: put(name, data, previous, seconds, most))
+        return await self._ask(lambda: put(name, data, previous))
 
     async def mark_response(self, name: str) -> bool:
         return await self._ask(lambda: super(SimulatedStore, self).mark_response(name))

@@ -43,11 +43,15 @@ def sql(path: Path, **persistence: Any) -> dict[str, Any]:
 
 @asynccontextmanager
 async def storage(
-    path: Path, persistence: Persistence | None = None, now: Callable[[], float] | None = None
+    path: Path,
+    persistence: Persistence | None = None,
+    now: Callable[[], float] | None = None,
+    *,
+    shared: bool = False,
 ) -> AsyncIterator[SqliteStorage]:
     """A storage that is open."""
     counts = {"written": Counter(), "lost": Counter()}
-    made = SqliteStorage(str(path), persistence or policy(), now or clock(), counts)
+    made = SqliteStorage(str(path), persistence or policy(), now or clock(), counts, shared=shared)
     await made.open()
     try:
         yield made

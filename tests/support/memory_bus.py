@@ -166,8 +166,6 @@ class MemoryStore:
                 return [part for at, name in some for part in (name.encode(), b"%r" % at)]
             case ("ZREM", key, mark):
                 return await self.take_mark(_name(key), mark)
-            case ("SET", key, "", "EX", _seconds):
-                return await self.mark_response(_name(key))
             case ("DEL", key):
                 return await self.unmark_response(_name(key))
         raise AssertionError(command)
@@ -193,28 +191,31 @@ class MemoryStore:
             case claims.PUT_LOG:
                 return await self.put_log(names[0], values[0], values[1] / 1000)
             case turns.KEEP_TURN:
-                turn, size, count, milliseconds, mark, *rest = values
-                listed = None
-                if rest:
-                    listed = Listed(names[3], rest[0], float(rest[1]), float(rest[2]))
+                _prefix, owner, turn, size, count, milliseconds, _overhead, _most, mark = values[
+                    :9
+                ]
+                name, updated, asked = values[9:]
+                listed = Listed(owner, name, float(updated), float(asked))
                 return await self.keep_turn(
                     names[0], turn, (size, count, milliseconds / 1000), listed, mark
                 )
             case turns.LOAD_TURNS:
-                me, mark, _seconds = values
+                _prefix, me, mark, *_seconds = values
                 kept, deleted, busy, now = await self.turns(names[0], me, mark)
                 return kept, int(deleted), int(busy), b"%r" % now
             case turns.FIRST_TURNS:
                 return await self.first_turns(names)
             case turns.DELETE_TURNS:
-                _milliseconds, *ids = values
-                return await self.delete_turns(names[0], dict(zip(ids, names[2::3], strict=True)))
+                _prefix, owner, _milliseconds, _overhead, _most, asked, *ids = values
+                named = dict(zip(ids, names[1::3], strict=True))
+                return await self.delete_turns(owner, named, asked=bool(asked))
             case turns.NOTE_DELETION:
-                return await self.note_deletion(names[0])
+                return await self.note_deletion(values[1], asked=bool(values[5]))
             case chains.PUT:
-                data, milliseconds, most, *_ = values
-                previous = names[4] if names[4:] else ""
-                return await self.put_response(names[0], data, previous, milliseconds / 1000, most)
+                previous = names[2] if names[2:] else ""
+                return await self.put_response(names[0], values[2], previous)
+            case chains.ANNOUNCE:
+                return await self.mark_response(names[0])
             case chains.LOOK:
                 there = await self.has_response(names[0])
                 return 1 if there else 2 * (names[0] in self._world.announced)
@@ -314,23 +315,25 @@ class MemoryStore:
         kept = [self._world.conversations.get(name, []) for name in names]
         return [(len(turns), turns[0] if turns else b"") for turns in kept]
 
-    async def delete_turns(self, owner: str, names: Mapping[str, str]) -> int:
+    async def delete_turns(self, owner: str, names: Mapping[str, str], *, asked: bool) -> int:
         now = await self._asked()
         world, count = self._world, 0
         for conversation_id, name in names.items():
-            world.deletions[name] = now
             world.lists.get(owner, {}).pop(conversation_id, None)
             kept, marks = world.conversations.pop(name, None), world.marks.pop(name, None)
-            count += kept is not None or bool(marks)
+            there = kept is not None or bool(marks)
+            if there or asked:
+                world.deletions[name] = now
+            count += there
         return count
 
-    async def note_deletion(self, owner: str) -> bool:
-        self._world.deletions[owner] = await self._asked()
+    async def note_deletion(self, owner: str, *, asked: bool) -> bool:
+        now = await self._asked()
+        if asked or self._world.lists.get(owner):
+            self._world.deletions[owner] = now
         return True
 
-    async def put_response(
-        self, name: str, data: bytes, previous: str, seconds: float, most: int
-    ) -> int:
+    async def put_response(self, name: str, data: bytes, previous: str) -> int:
         await self._asked()
         responses = self._world.responses
         if previous and previous not in responses:

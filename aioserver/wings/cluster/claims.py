@@ -35,8 +35,11 @@ LEASE, RENEWAL = 60.0, 20.0
 OURS, THEIRS, CONFLICT, KEPT, NONE = 1, 2, 3, 4, 5
 
 # KEYS: the claim, the handed-over log, the members. ARGV: my name, the request's digest,
-# milliseconds to live, an owner that no longer has the stream ("" if none).
-TAKE = """
+# milliseconds to live, an owner that no longer has the stream ("" if none). Where there is no
+# room, the id is ours and nobody else knows.
+TAKE = (
+    FULL
+    + """
 local owner, digest, done = unpack(redis.call('HMGET', KEYS[1], 'owner', 'digest', 'done'))
 if owner and owner ~= ARGV[1] then
   if done and redis.call('EXISTS', KEYS[2]) == 1 then
@@ -49,10 +52,12 @@ if owner and owner ~= ARGV[1] then
   end
 end
 redis.call('DEL', KEYS[1])
+if full(0) then return {1, ARGV[1]} end
 redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'digest', ARGV[2])
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 return {1, ARGV[1]}
 """
+)
 # KEYS: the claim, the handed-over log, the members.
 FIND = """
 local owner, digest, done = unpack(redis.call('HMGET', KEYS[1], 'owner', 'digest', 'done'))
@@ -64,13 +69,16 @@ return {5, '', ''}
 # KEYS: claims. ARGV: my name, then for each the digest, milliseconds to live, and "1" if the
 # answer has ended. A claim that is another's by now stays so. One that has no time left to live is
 # given up.
-RENEW = """
+RENEW = (
+    FULL
+    + """
+local no_room = full(0)
 for number, key in ipairs(KEYS) do
   local digest, ttl, done = ARGV[3 * number - 1], ARGV[3 * number], ARGV[3 * number + 1]
   local owner = redis.call('HGET', key, 'owner')
   if not owner or owner == ARGV[1] then
     if tonumber(ttl) <= 0 then redis.call('DEL', key)
-    else
+    elseif owner or not no_room then
       redis.call('HSET', key, 'owner', ARGV[1], 'digest', digest)
       if done == '1' then redis.call('HSET', key, 'done', '1') end
       redis.call('PEXPIRE', key, ttl)
@@ -79,6 +87,7 @@ for number, key in ipairs(KEYS) do
 end
 return 1
 """
+)
 # KEYS: the log. ARGV: the log, milliseconds to live.
 PUT_LOG = (
     FULL

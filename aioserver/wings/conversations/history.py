@@ -4,6 +4,11 @@ Each process has its `Conversations` in memory. Where there is a *storage*, that
 turn goes to both, a question first loads its conversation from there, and lists and pages are read
 there. A storage may fail. Then the chat goes on with what this process remembers, lists are
 partial, and a deletion is refused: nobody is told that something is deleted which may come back.
+
+A conversation may be deleted while an answer in it runs: that answer is then not kept either. So
+the questions that have no answer yet are known, and a deletion marks those that it concerns.
+Beyond this process a storage remembers it, but only where there is something to forget: otherwise
+a client could fill the storage of all with deletions of what never was.
 """
 
 from __future__ import annotations
@@ -12,6 +17,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from aioserver.errors import ConversationNotFound, HistoryUnavailable
+from aioserver.gateway.histories import Asked
+from aioserver.limits.shares import ByOwner
 from aioserver.wings.conversations.turn import Turn, counted_tokens
 
 if TYPE_CHECKING:
@@ -103,11 +110,17 @@ class Storage(Protocol):
     async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page | None:
         """Return part of the caller's conversations, as `Conversations.listing`, or None."""
 
-    async def delete(self, caller: Caller, conversation_id: str) -> bool | None:
-        """Delete a conversation; return whether there was one, None if that is not certain."""
+    async def delete(self, caller: Caller, conversation_id: str, *, asked: bool) -> bool | None:
+        """Delete a conversation; return whether there was one, None if that is not certain.
 
-    async def delete_all(self, caller: Caller) -> int | None:
-        """Delete all that `listing` shows; return their number, None if that is not certain."""
+        *asked*: this process has questions of it that have no answer yet.
+        """
+
+    async def delete_all(self, caller: Caller, *, asked: bool) -> int | None:
+        """Delete all that `listing` shows; return their number, None if that is not certain.
+
+        *asked*: this process has questions of the caller that have no answer yet.
+        """
 
 
 class History:
@@ -122,6 +135,9 @@ class History:
         self._conversations = conversations
         self._storage = storage
         self._missing = missing
+        # The questions without an answer, by conversation and by who lists it.
+        self._asked: ByOwner[tuple[Caller, str], Asked, None] = ByOwner()
+        self._asked_by: ByOwner[tuple[Caller, str], Asked, None] = ByOwner()
         self._since = conversations.clock()
 
     @property
@@ -136,51 +152,56 @@ class History:
             stats = replace(stats, trouble=self._missing, since=self._since)
         return stats
 
-    def now(self) -> float:
-        """Return the time of day by which turns are kept, in Unix time."""
-        return self._conversations.clock()
-
     def apply(self, context: Context, persistence: Persistence) -> None:
         """Use new bounds; a history beyond them is cut when it is used next."""
         self._conversations.apply(context, persistence)
         if self._storage is not None:
             self._storage.apply(persistence)
 
-    async def begin(self, caller: Caller, conversation_id: str, *, known: bool) -> Begun | None:
+    def ask(self, caller: Caller, conversation_id: str) -> Asked:
+        """Note that a question has come: see `Histories.ask`."""
+        asked = Asked(caller, conversation_id, self._conversations.clock())
+        self._asked.put((caller, conversation_id), asked, None)
+        self._asked_by.put((caller, caller.address), asked, None)
+        return asked
+
+    def done(self, asked: Asked) -> None:
+        """Note that no turn of a question will be kept any more."""
+        caller = asked.caller
+        self._asked.pop((caller, asked.conversation_id), asked)
+        self._asked_by.pop((caller, caller.address), asked)
+
+    async def begin(self, asked: Asked, *, known: bool) -> Begun | None:
         """Let this process have the conversation as the storage has it, if that answers."""
         if self._storage is None:
             return None
+        caller, conversation_id = asked.caller, asked.conversation_id
         loaded, begun = await self._storage.begin(caller, conversation_id, known=known)
         self._use(caller, conversation_id, loaded)
         return begun
 
-    def leave(self, caller: Caller, conversation_id: str, begun: Begun) -> None:
+    def leave(self, asked: Asked, begun: Begun) -> None:
         """Note that no turn comes of a question that has begun."""
         if self._storage is not None:
-            self._storage.leave(caller, conversation_id, begun)
+            self._storage.leave(asked.caller, asked.conversation_id, begun)
 
     def messages(self, caller: Caller, conversation_id: str, text: str) -> list[dict[str, Any]]:
         """Return the messages to send for the question *text*: see `Conversations.history`."""
         return self._conversations.history(caller, conversation_id, text)
 
-    def keep(
-        self,
-        caller: Caller,
-        conversation_id: str,
-        answered: Answered,
-        begun: Begun | None = None,
-    ) -> Awaitable[None] | None:
+    def keep(self, answered: Answered, begun: Begun | None = None) -> Awaitable[None] | None:
         """Append a turn, unless its conversation was deleted: see `Histories.keep`."""
         question, answer, asked, usage, share = answered
-        turn = Turn.of(question, answer, self.now(), counted_tokens(usage, share))
-        kept = self._conversations.keep(caller, conversation_id, turn, asked)
+        if asked.deleted:
+            if begun is not None:
+                self.leave(asked, begun)
+            return None
+        caller, name, now = asked.caller, asked.conversation_id, self._conversations.clock()
+        turn = Turn.of(question, answer, now, counted_tokens(usage, share))
+        self._conversations.keep(caller, name, turn)
         if self._storage is None:
             return None
-        if not kept:
-            if begun is not None:
-                self._storage.leave(caller, conversation_id, begun)
-            return None
-        return self._storage.keep(caller, conversation_id, turn, asked, begun)
+        return self._storage.keep(caller, name, turn, asked.at, begun)
 
     async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page:
         """Return part of the caller's conversations: see `Conversations.listing`."""
@@ -219,8 +240,11 @@ class History:
             HistoryUnavailable: the storage may have it still.
         """
         deleted = self._conversations.delete(caller, conversation_id)
+        running = self._asked.of((caller, conversation_id))
+        for asked in running:
+            asked.deleted = True
         if self._storage is not None:
-            stored = await self._storage.delete(caller, conversation_id)
+            stored = await self._storage.delete(caller, conversation_id, asked=bool(running))
             if stored is None:
                 raise _unavailable("it is not certain that this is deleted")
             deleted = stored
@@ -233,9 +257,16 @@ class History:
         Raises:
             HistoryUnavailable: the storage may have them still.
         """
-        number = self._conversations.delete_all(caller)
+        deleted = self._conversations.delete_all(caller)
+        running, number = self._asked_by.of((caller, caller.address)), len(deleted)
+        # Without keys, questions of another address may be in them.
+        for asked in (
+            *running,
+            *(each for name in deleted for each in self._asked.of((caller, name))),
+        ):
+            asked.deleted = True
         if self._storage is not None:
-            stored = await self._storage.delete_all(caller)
+            stored = await self._storage.delete_all(caller, asked=bool(running))
             if stored is None:
                 raise _unavailable("it is not certain that this is deleted")
             number = stored

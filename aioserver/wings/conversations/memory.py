@@ -3,19 +3,18 @@
 A history consists of turns: a client's question and the model's answer. A turn is kept when its
 answer is complete, or with the text so far if it was cancelled; a failed answer leaves nothing.
 `chat.service.repository.persistence` bounds what is kept (turn.py), and `chat.service.context`
-bounds what is sent to the provider. The number of conversations is bounded too: the least recently
-used one is forgotten first.
-
-A conversation may be deleted while an answer in it runs: that answer is then not kept either.
+bounds what is sent to the provider. All conversations together are bounded too: beyond that who
+keeps most of them loses those that it has used least recently.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from bisect import bisect_left, insort
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from aioserver.limits.shares import ByOwner, Shares
 from aioserver.wings.conversations.turn import (
     MAX_UNLIMITED_BYTES,
     Bounds,
@@ -43,18 +42,19 @@ MAX_KEPT_TOKENS = 1 << 26
 MESSAGE_OVERHEAD = 64
 # Turns of one conversation that several instances share.
 MAX_TURNS = 10_000
-# Deletions that are remembered for answers which run meanwhile.
-MAX_DELETIONS = 10_000
-
-T = TypeVar("T")
+# What an eviction leaves of a bound, so that not each turn has to look for what may go.
+EVICTION_TARGET = 0.99
 
 
 @dataclass(slots=True)
 class _Conversation:
-    # None: it came from a storage, and without a key it is not known from where it was asked.
-    address: str | None
+    # Who has used it last: the name of its key, or its address.
+    owner: str
     tokens: int = 0
     turns: list[Turn] = field(default_factory=list)
+    # Whose list has it, and where. None: it is empty, or came from a storage, and without a key it
+    # is not known from where it was asked.
+    listed: tuple[tuple[Caller, str], Position] | None = None
 
 
 class Conversations:
@@ -74,13 +74,14 @@ class Conversations:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.clock = clock
-        # The tokens of all histories.
-        self._tokens = 0
-        # The least recently used conversation comes first.
-        self._kept: OrderedDict[tuple[Caller, str], _Conversation] = OrderedDict()
-        # When a conversation was deleted, and when all of a caller's at an address were.
-        self._deleted: OrderedDict[tuple[Caller, str], float] = OrderedDict()
-        self._all_deleted: OrderedDict[tuple[Caller, str], float] = OrderedDict()
+        self._kept: dict[tuple[Caller, str], _Conversation] = {}
+        # Of each owner, the least recently used one comes first.
+        self._used: ByOwner[str, tuple[Caller, str], None] = ByOwner()
+        # The tokens of all histories, and their numbers, by owner.
+        self._tokens: Shares[str] = Shares()
+        self._numbers: Shares[str] = Shares()
+        # Of each caller, at each address: its conversations, the newest last.
+        self._lists: dict[tuple[Caller, str], list[Position]] = {}
         self.apply(context, persistence)
 
     def __len__(self) -> int:
@@ -96,7 +97,7 @@ class Conversations:
         key = (caller, conversation_id)
         conversation = self._kept.get(key)
         if conversation is not None:
-            self._kept.move_to_end(key)
+            self._use(key, conversation, caller)
         kept = [] if conversation is None else self._messages(conversation)
         room = self._context.max_tokens - self._context.reserve_tokens - estimated_tokens(text)
         first = len(kept)
@@ -115,12 +116,10 @@ class Conversations:
         conversation.
         """
         key = (caller, conversation_id)
-        unknown = "" if caller.name else None
-        conversation = self._kept.setdefault(key, _Conversation(unknown))
-        self._kept.move_to_end(key)
-        # The newest turn that was kept here may be one that the storage did not take.
-        conversation.address, conversation.turns = unknown, list(turns)
-        self._bound(key, conversation)
+        conversation = self._used_by(caller, key)
+        # What was kept here last may be a turn that the storage did not take.
+        conversation.turns = list(turns)
+        self._bound(key, conversation, "" if caller.name else None)
 
     @property
     def shared_bounds(self) -> tuple[int, int]:
@@ -132,34 +131,28 @@ class Conversations:
             size = 4 * self._persistence.max_tokens_per_conversation
         return size, max(1, turns)
 
-    def keep(self, caller: Caller, conversation_id: str, turn: Turn, asked: float) -> bool:
-        """Append *turn*, whose question came at *asked*; return whether it is kept: not if it was
-        deleted since.
-        """
+    def keep(self, caller: Caller, conversation_id: str, turn: Turn) -> None:
+        """Append *turn*."""
         key = (caller, conversation_id)
-        if asked <= max(
-            self._deleted.get(key, 0.0), self._all_deleted.get((caller, caller.address), 0.0)
-        ):
-            return False
-        conversation = self._kept.setdefault(key, _Conversation(caller.address))
-        self._kept.move_to_end(key)
-        conversation.address = caller.address
+        conversation = self._used_by(caller, key)
         conversation.turns.append(turn)
-        self._bound(key, conversation)
-        return True
+        self._bound(key, conversation, caller.address)
 
     def listing(self, caller: Caller, limit: int, after: Position | None) -> Page:
         """Return the newest *limit* of the caller's conversations *after* a position.
 
         Without keys all clients are one caller: they are those of the client's address then.
         """
-        found = []
-        for (_, conversation_id), conversation in self._own(caller):
-            updated = conversation.turns[-1].ended
-            position = Position(updated, conversation_id)
-            if after is None or position < after:
-                found.append((position, conversation.turns))
-        found.sort(key=lambda item: item[0], reverse=True)
+        positions = self._lists.get((caller, caller.address), [])
+        index = len(positions) if after is None else bisect_left(positions, after)
+        found: list[tuple[Position, list[Turn]]] = []
+        while index and len(found) <= limit:
+            index -= 1
+            turns = self._retained(self._kept[caller, positions[index].conversation_id])
+            if not turns:
+                # Its days are over, and so are those of the ones before it.
+                break
+            found.append((positions[index], turns))
         summaries = [
             Summary(
                 position.conversation_id,
@@ -179,33 +172,14 @@ class Conversations:
 
     def delete(self, caller: Caller, conversation_id: str) -> bool:
         """Delete a conversation; return whether there was one."""
-        key = (caller, conversation_id)
-        _remember(self._deleted, key, self.clock())
         kept = self.read(caller, conversation_id) is not None
-        self._forget(key)
+        self._forget((caller, conversation_id))
         return kept
 
-    def delete_all(self, caller: Caller) -> int:
-        """Delete the conversations that `listing` shows; return their number."""
-        keys = [key for key, _ in self._own(caller)]
-        now = self.clock()
-        _remember(self._all_deleted, (caller, caller.address), now)
-        for key in keys:
-            _remember(self._deleted, key, now)
-            self._forget(key)
-        return len(keys)
-
-    def _own(self, caller: Caller) -> list[tuple[tuple[Caller, str], _Conversation]]:
-        """Return the conversations of *caller* that are not empty; without keys those of its
-        address.
-        """
-        return [
-            (key, conversation)
-            for key, conversation in self._kept.items()
-            if key[0] == caller
-            and conversation.address == caller.address
-            and self._retained(conversation)
-        ]
+    def delete_all(self, caller: Caller) -> list[str]:
+        """Delete the conversations that `listing` shows; return their ids."""
+        listed = [each.conversation_id for each in self._lists.get((caller, caller.address), ())]
+        return [each for each in listed if self.delete(caller, each)]
 
     def _messages(self, conversation: _Conversation) -> list[tuple[str, str, int]]:
         """Return role, text and tokens of each message."""
@@ -218,30 +192,74 @@ class Conversations:
             )
         ]
 
-    def _bound(self, key: tuple[Caller, str], conversation: _Conversation) -> None:
-        """Keep *conversation*, which has changed, and all of them together within their bounds."""
+    def _used_by(self, caller: Caller, key: tuple[Caller, str]) -> _Conversation:
+        """Return the conversation, a new one if there is none, as one that *caller* uses now."""
+        conversation = self._kept.get(key)
+        if conversation is None:
+            self._kept[key] = conversation = _Conversation(caller.flow)
+            self._numbers.add(caller.flow, 1)
+        self._use(key, conversation, caller)
+        return conversation
+
+    def _use(self, key: tuple[Caller, str], conversation: _Conversation, caller: Caller) -> None:
+        former, conversation.owner = conversation.owner, caller.flow
+        self._used.pop(former, key)
+        self._used.put(caller.flow, key, None)
+        if former != caller.flow:
+            for shares, size in ((self._numbers, 1), (self._tokens, conversation.tokens)):
+                shares.add(former, -size)
+                shares.add(caller.flow, size)
+
+    def _bound(
+        self, key: tuple[Caller, str], conversation: _Conversation, address: str | None
+    ) -> None:
+        """Keep *conversation*, which has changed, and all of them together within their bounds.
+
+        *address*: where it is listed.
+        """
         turns = self._retained(conversation)
         tokens = sum(-(-turn.size // 4) + 2 * MESSAGE_OVERHEAD for turn in turns)
-        self._tokens += tokens - conversation.tokens
+        self._tokens.add(conversation.owner, tokens - conversation.tokens)
         conversation.tokens = tokens
         if not turns:
             self._forget(key)
-        while len(self._kept) > MAX_CONVERSATIONS or self._tokens > MAX_KEPT_TOKENS:
-            self._tokens -= self._kept.popitem(last=False)[1].tokens
+            return
+        self._unlist(conversation)
+        if address is not None:
+            position, whose = Position(turns[-1].ended, key[1]), (key[0], address)
+            insort(self._lists.setdefault(whose, []), position)
+            conversation.listed = whose, position
+        for shares, most in ((self._numbers, MAX_CONVERSATIONS), (self._tokens, MAX_KEPT_TOKENS)):
+            if shares.total > most:
+                self._evict(shares, most * EVICTION_TARGET)
+
+    def _evict(self, shares: Shares[str], most: float) -> None:
+        """Forget conversations until they have no more than *most* of what *shares* counts: of who
+        has most of it, those used least recently.
+        """
+        for owner in shares.largest_first():
+            self._forget(next(iter(self._used.of(owner))))
+            if shares.total <= most:
+                return
 
     def _retained(self, conversation: _Conversation) -> list[Turn]:
         """Return the turns of *conversation*, without those beyond the bounds."""
         conversation.turns = self.bounds.kept(conversation.turns, self.clock())
         return conversation.turns
 
+    def _unlist(self, conversation: _Conversation) -> None:
+        if conversation.listed is not None:
+            whose, position = conversation.listed
+            conversation.listed = None
+            positions = self._lists[whose]
+            del positions[bisect_left(positions, position)]
+            if not positions:
+                del self._lists[whose]
+
     def _forget(self, key: tuple[Caller, str]) -> None:
         conversation = self._kept.pop(key, None)
         if conversation is not None:
-            self._tokens -= conversation.tokens
-
-
-def _remember(times: OrderedDict[T, float], key: T, now: float) -> None:
-    times[key] = now
-    times.move_to_end(key)
-    if len(times) > MAX_DELETIONS:
-        times.popitem(last=False)
+            self._unlist(conversation)
+            self._used.pop(conversation.owner, key)
+            self._numbers.add(conversation.owner, -1)
+            self._tokens.add(conversation.owner, -conversation.tokens)

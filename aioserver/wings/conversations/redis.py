@@ -11,12 +11,13 @@ them, too (`wings.conversations.memory`): while the server is away, a conversati
 what is known here. What is kept is bounded as the settings say, and forgotten a day after the last
 turn.
 
-A conversation is a list of turns; all of them are in one sorted set, by their last turn, so that
-those that rested for longest go where there is no room. A deletion is remembered, for answers that
-run meanwhile, and for instances that know the conversation still. Each caller has a list of its
-conversations by their last turn; without keys each address has one. Whether a question came before
-a deletion is told by the clock of the server: those of machines differ. A key in Redis is made of
-digests: neither the caller nor the id stands in it.
+A conversation is a list of turns, and an item (gateway/commands.py): where there is no room,
+whoever keeps most loses those that rested for longest. A deletion is remembered, for answers that
+run meanwhile, and for instances that know the conversation still; but only where there are turns,
+or marks of questions. Each caller has a list of its conversations by their last turn; without keys
+each address has one. Whether a question came before a deletion is told by the clock of the server:
+those of machines differ. A key in Redis is made of digests: neither the caller nor the id stands
+in it.
 
 This file is one concept: what is in Redis of a conversation, and who waits for what of it, is one
 set of keys that scripts change as one.
@@ -33,9 +34,11 @@ import msgspec
 
 from aioserver.gateway.commands import (
     BUSY_PAUSES,
-    FULL,
+    ITEM_OVERHEAD,
+    ITEMS,
     KNOWN_TIMEOUT,
     MARKED,
+    MAX_KEPT,
     WRITE_TIMEOUT,
     awaited,
     name_of,
@@ -62,73 +65,63 @@ STEP = 100
 TIES = 20
 # The server's time in seconds, with microseconds.
 NOW = """
-local time = redis.call('TIME')
 local clock = time[1] .. '.' .. string.format('%06d', time[2])
 """
-# KEYS: the conversation, its deletion, its marks. ARGV: the name of this instance, a mark to be
-# set ("" if none), seconds for which a mark says something. The turns, whether the conversation
-# was deleted, whether there are marks of other instances, the time.
+# KEYS: the conversation, its deletion, its marks. ARGV: how keys begin, the name of this instance,
+# a mark to be set ("" if none), seconds for which a mark lets readers wait, and for which it
+# lives, so that a deletion is remembered. The turns, whether the conversation was deleted, whether
+# there are marks of other instances, the time.
 LOAD_TURNS = (
-    NOW
+    ITEMS
+    + NOW
     + """
 local turns, busy = redis.call('LRANGE', KEYS[1], 0, -1), 0
-if redis.call('EXISTS', KEYS[3]) == 1 then
-  redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', clock - ARGV[3])
-  for _, mark in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
-    if mark:sub(1, #ARGV[1]) ~= ARGV[1] then busy = 1 end
-  end
+for _, mark in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], clock - ARGV[4], '+inf')) do
+  if mark:sub(1, #ARGV[2]) ~= ARGV[2] then busy = 1 end
 end
-if ARGV[2] ~= '' then
-  redis.call('ZADD', KEYS[3], clock, ARGV[2])
-  redis.call('EXPIRE', KEYS[3], ARGV[3])
+if ARGV[3] ~= '' and not full(0) then
+  redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', clock - ARGV[5])
+  redis.call('ZADD', KEYS[3], clock, ARGV[3])
+  redis.call('EXPIRE', KEYS[3], ARGV[5])
 end
 return {turns, redis.call('EXISTS', KEYS[2]), busy, clock}
 """
 )
-# KEYS: the conversation, all conversations by their last turn, the marks of the conversation.
-# ARGV: the turn, bytes and turns that are kept, milliseconds to live, the mark of its question.
-# Where there is no room, the conversations that rested for longest go, some with each turn. One
-# that lacks its newest turn goes as a whole: the instances then use what they know of it
-# themselves. If the conversation is listed, three keys and values more: the list, two deletions;
-# the id, the time of the turn, and that of its question: what was asked before a deletion is not
-# kept.
+# KEYS: the conversation, its marks; if it is listed, also the list, and two deletions. ARGV: how
+# keys begin, the owner, the turn, bytes and turns that are kept, milliseconds to live, bytes of an
+# item, of all, the mark of the question; if it is listed, also the id, the time of the turn, and
+# that of its question: what was asked before a deletion is not kept. Where there is no room, it
+# goes as a whole: the instances then use what they know of it themselves.
 KEEP_TURN = (
-    FULL
+    ITEMS
     + """
-redis.call('ZREM', KEYS[3], ARGV[5])
-for number = 5, #KEYS do
+redis.call('ZREM', KEYS[2], ARGV[9])
+for number = 4, #KEYS do
   local deleted = redis.call('GET', KEYS[number])
-  if deleted and tonumber(ARGV[8]) <= tonumber(deleted) then return 0 end
+  if deleted and tonumber(ARGV[12]) <= tonumber(deleted) then return 0 end
 end
-local now, kept = tonumber(redis.call('TIME')[1]), tonumber(ARGV[4])
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - kept / 1000)
-for _ = 1, 100 do
-  if not full(#ARGV[1]) then break end
-  local oldest = redis.call('ZPOPMIN', KEYS[2])[1]
-  if not oldest then break end
-  redis.call('DEL', oldest)
-end
-if full(#ARGV[1]) then
-  redis.call('DEL', KEYS[1])
+local owner, turn, seconds, overhead = ARGV[2], ARGV[3], ARGV[6] / 1000, tonumber(ARGV[7])
+sweep()
+if not room(#turn + overhead, tonumber(ARGV[8])) then
+  forget(KEYS[1])
   return 0
 end
-redis.call('RPUSH', KEYS[1], ARGV[1])
+redis.call('RPUSH', KEYS[1], turn)
 local turns, size = redis.call('LRANGE', KEYS[1], 0, -1), 0
 local first = #turns + 1
-while first > 1 and #turns - first + 1 < tonumber(ARGV[3]) do
-  size = size + #turns[first - 1]
-  if size > tonumber(ARGV[2]) and first <= #turns then break end
-  first = first - 1
+while first > 1 and #turns - first + 1 < tonumber(ARGV[5]) do
+  local more = size + #turns[first - 1]
+  if more > tonumber(ARGV[4]) and first <= #turns then break end
+  size, first = more, first - 1
 end
 if first > 1 then redis.call('LTRIM', KEYS[1], first - 1, -1) end
-redis.call('PEXPIRE', KEYS[1], kept)
-redis.call('ZADD', KEYS[2], now, KEYS[1])
-redis.call('PEXPIRE', KEYS[2], kept)
-if KEYS[4] then
-  redis.call('ZADD', KEYS[4], ARGV[7], ARGV[6])
-  redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', now - kept / 1000)
-  redis.call('ZREMRANGEBYRANK', KEYS[4], 0, -10001)
-  redis.call('PEXPIRE', KEYS[4], kept)
+redis.call('PEXPIRE', KEYS[1], ARGV[6])
+note(owner, KEYS[1], size + overhead, seconds)
+if KEYS[3] then
+  redis.call('ZADD', KEYS[3], ARGV[11], ARGV[10])
+  redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now - seconds)
+  redis.call('ZREMRANGEBYRANK', KEYS[3], 0, -10001)
+  redis.call('PEXPIRE', KEYS[3], ARGV[6])
 end
 return 1
 """
@@ -141,25 +134,45 @@ for number, key in ipairs(KEYS) do
 end
 return found
 """
-# KEYS: the list, all conversations, then for each a conversation, its deletion, and its marks.
-# ARGV: milliseconds for which a deletion is remembered, then ids. A question that is under way in
-# a conversation is one that there is, though it has no turn yet: none will be kept.
+# KEYS: the list, then for each a conversation, its deletion, and its marks. ARGV: how keys begin,
+# the owner, milliseconds for which a deletion is remembered, bytes of an item, of all, "1" if
+# there are questions without a mark, then ids. A question that is under way in a conversation is
+# one that there is, though it has no turn yet: none will be kept. Of what is not there nothing is
+# written.
 DELETE_TURNS = (
-    NOW
+    ITEMS
+    + NOW
     + """
 local count = 0
-for number = 2, #ARGV do
-  local key, deleted, marks = KEYS[3 * number - 3], KEYS[3 * number - 2], KEYS[3 * number - 1]
-  redis.call('SET', deleted, clock, 'PX', ARGV[1])
+for number = 7, #ARGV do
+  local first = 3 * (number - 7) + 2
+  local key, deletion, marks = KEYS[first], KEYS[first + 1], KEYS[first + 2]
+  local there = math.min(1, redis.call('EXISTS', key, marks))
+  if there == 1 or ARGV[6] == '1' then
+    forget(key)
+    if not room(tonumber(ARGV[4]), tonumber(ARGV[5])) then return redis.error_reply('FULL') end
+    redis.call('SET', deletion, clock, 'PX', ARGV[3])
+    note(ARGV[2], deletion, tonumber(ARGV[4]), ARGV[3] / 1000)
+    redis.call('DEL', marks)
+  end
   redis.call('ZREM', KEYS[1], ARGV[number])
-  redis.call('ZREM', KEYS[2], key)
-  count = count + math.max(redis.call('DEL', key), redis.call('DEL', marks))
+  count = count + there
 end
 return count
 """
 )
-# KEYS: the deletion of all of a caller's. ARGV: milliseconds for which it is remembered.
-NOTE_DELETION = NOW + "return redis.call('SET', KEYS[1], clock, 'PX', ARGV[1])"
+# KEYS: the list of an owner, its deletion. ARGV: as above, without ids.
+NOTE_DELETION = (
+    ITEMS
+    + NOW
+    + """
+if ARGV[6] ~= '1' and redis.call('EXISTS', KEYS[1]) == 0 then return 1 end
+if not room(tonumber(ARGV[4]), tonumber(ARGV[5])) then return redis.error_reply('FULL') end
+redis.call('SET', KEYS[2], clock, 'PX', ARGV[3])
+note(ARGV[2], KEYS[2], tonumber(ARGV[4]), ARGV[3] / 1000)
+return 1
+"""
+)
 
 
 class Listed(NamedTuple):
@@ -208,10 +221,11 @@ class RedisTurns:
         seconds.
         """
         (size, count, seconds), prefix = bounds, self._prefix
-        keys = [f"{prefix}c:{name}", f"{prefix}talks", f"{prefix}busy:{name}"]
-        values: list[bytes | str | int] = [turn, size, count, int(1000 * seconds), mark]
+        owner = "" if listed is None else listed.owner
+        keys = [f"{prefix}c:{name}", f"{prefix}busy:{name}"]
+        values: list[bytes | str | int] = [prefix, owner, turn, size, count, int(1000 * seconds)]
+        values += (ITEM_OVERHEAD, MAX_KEPT, mark)
         if listed is not None:
-            owner = listed.owner
             keys += (f"{prefix}own:{owner}", f"{prefix}gone:{name}", f"{prefix}gone:{owner}")
             values += (listed.conversation_id, repr(listed.updated), repr(listed.asked))
         return bool(await self._commands.evaluate(KEEP_TURN, keys, *values))
@@ -220,10 +234,8 @@ class RedisTurns:
         """Return the turns of a conversation, and leave the *mark* of a question there, if any."""
         prefix = self._prefix
         keys = [f"{prefix}c:{name}", f"{prefix}gone:{name}", f"{prefix}busy:{name}"]
-        me, marked = self._commands.me, int(MARKED)
-        turns, deleted, busy, now = await self._commands.evaluate(
-            LOAD_TURNS, keys, me, mark, marked
-        )
+        values = (prefix, self._commands.me, mark, int(MARKED), int(KEPT))
+        turns, deleted, busy, now = await self._commands.evaluate(LOAD_TURNS, keys, *values)
         kept = [turn for turn in turns if isinstance(turn, bytes)]
         return Turns(kept, not kept and bool(deleted), bool(busy), float(now))
 
@@ -256,20 +268,29 @@ class RedisTurns:
         )
         return [(int(number), first) for number, first in found]
 
-    async def delete_turns(self, owner: str, names: Mapping[str, str], seconds: float) -> int:
-        """Delete conversations, by their ids, and remember it for *seconds*; return how many there
-        were.
+    async def delete_turns(
+        self, owner: str, names: Mapping[str, str], seconds: float, *, asked: bool = False
+    ) -> int:
+        """Delete conversations, by their ids, and remember it for *seconds*, if there are turns or
+        marks, or *asked* says so; return how many there were.
         """
         prefix = self._prefix
-        keys = [f"{prefix}own:{owner}", f"{prefix}talks"]
+        keys = [f"{prefix}own:{owner}"]
         for name in names.values():
             keys += (f"{prefix}c:{name}", f"{prefix}gone:{name}", f"{prefix}busy:{name}")
-        return int(await self._commands.evaluate(DELETE_TURNS, keys, int(1000 * seconds), *names))
+        values = self._deletion(owner, seconds, asked=asked)
+        return int(await self._commands.evaluate(DELETE_TURNS, keys, *values, *names))
 
-    async def note_deletion(self, owner: str, seconds: float) -> bool:
-        """Remember for *seconds* that all conversations of *owner* are deleted."""
-        keys = [f"{self._prefix}gone:{owner}"]
-        return bool(await self._commands.evaluate(NOTE_DELETION, keys, int(1000 * seconds)))
+    async def note_deletion(self, owner: str, seconds: float, *, asked: bool = False) -> bool:
+        """Remember for *seconds* that all conversations of *owner* are deleted, if it has any;
+        *asked*: or may have questions under way.
+        """
+        keys = [f"{self._prefix}own:{owner}", f"{self._prefix}gone:{owner}"]
+        values = self._deletion(owner, seconds, asked=asked)
+        return bool(await self._commands.evaluate(NOTE_DELETION, keys, *values))
+
+    def _deletion(self, owner: str, seconds: float, *, asked: bool) -> tuple[str | int, ...]:
+        return self._prefix, owner, int(1000 * seconds), ITEM_OVERHEAD, MAX_KEPT, int(asked)
 
 
 class _Turn(msgspec.Struct, array_like=True):
@@ -380,17 +401,20 @@ class RedisHistories:
                 summaries.append(Summary(identity, title, updated, 2 * number))
         return Page(summaries, found[limit - 1] if len(found) > limit else None)
 
-    async def delete(self, caller: Caller, conversation_id: str) -> bool | None:
+    async def delete(self, caller: Caller, conversation_id: str, *, asked: bool) -> bool | None:
         """Delete a conversation; return whether there was one, None without an answer of Redis."""
-        deleted = await self._delete(caller, [conversation_id])
+        deleted = await self._delete(caller, [conversation_id], asked=asked)
         return None if deleted is None else deleted > 0
 
-    async def delete_all(self, caller: Caller) -> int | None:
+    async def delete_all(self, caller: Caller, *, asked: bool) -> int | None:
         """Delete the caller's conversations; return their number, None without an answer of
         Redis.
         """
         owner, number = _owner(caller), 0
-        noted = await self._ask(self._turns.note_deletion(owner, KEPT), CALL_TIMEOUT)
+        # There are as many keys as the configuration has, whose questions other instances may
+        # have.
+        noting = self._turns.note_deletion(owner, KEPT, asked=asked or bool(caller.name))
+        noted = await self._ask(noting, CALL_TIMEOUT)
         if noted is None:
             return None
         while True:
@@ -454,11 +478,11 @@ class RedisHistories:
     async def _unmark(self, name: str, mark: str) -> None:
         await self._ask(self._turns.take_mark(name, mark), KNOWN_TIMEOUT)
 
-    async def _delete(self, caller: Caller, ids: list[str]) -> int | None:
+    async def _delete(self, caller: Caller, ids: list[str], *, asked: bool = False) -> int | None:
         """Delete conversations; return how many there were, None without an answer of Redis."""
         names = {conversation_id: name_of(caller.name, conversation_id) for conversation_id in ids}
         deleted: int | None = await self._ask(
-            self._turns.delete_turns(_owner(caller), names, KEPT), CALL_TIMEOUT
+            self._turns.delete_turns(_owner(caller), names, KEPT, asked=asked), CALL_TIMEOUT
         )
         return deleted
 

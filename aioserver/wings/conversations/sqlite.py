@@ -76,7 +76,7 @@ SWEEP_PERIOD, SWEEP_TURNS = 60.0, 1_000
 # Bounds on what one step of a sweep deletes, or looks at.
 SWEEP_STEP = 500
 # Bounds on all conversations of a file together; beyond, those that rested for longest are
-# deleted.
+# deleted, of the key (or address) that has most.
 MAX_CONVERSATIONS, MAX_BYTES = 100_000, 1 << 30
 # Conversations that go at once where the bytes are too many: they may be large.
 FEW = 10
@@ -89,8 +89,20 @@ KEEP = (
     sqlite_file.TRIM_OLD,
     sqlite_file.TRIM,
 )
-DELETE = (sqlite_file.NOTE_DELETION, sqlite_file.DELETE_EXPIRED, sqlite_file.DELETE)
-DELETE_ALL = (sqlite_file.NOTE_ALL_DELETED, sqlite_file.DELETE_ALL_EXPIRED, sqlite_file.DELETE_ALL)
+DELETE = (
+    sqlite_file.NOTE_DELETION,
+    sqlite_file.FORGET_OLD_DELETIONS,
+    sqlite_file.DELETE_EXPIRED,
+    sqlite_file.DELETE,
+)
+DELETE_ALL = (
+    sqlite_file.NOTE_ALL_DELETED,
+    sqlite_file.FORGET_OLD_DELETIONS,
+    sqlite_file.DELETE_ALL_EXPIRED,
+    sqlite_file.DELETE_ALL,
+)
+# Deletions of one caller that are remembered: more than it has answers under way.
+MAX_DELETIONS = 1_000
 
 
 class Key(NamedTuple):
@@ -278,7 +290,8 @@ def transact(connection: sqlite3.Connection, statements: Sequence[Statement]) ->
 class SqliteStorage:
     """The conversations in the file *path*: see `history.Storage`; *clock* returns Unix time.
 
-    *counts*: of turns `written` and `lost`.
+    *counts*: of turns `written` and `lost`. *shared*: other processes have the file, too, whose
+    questions nobody knows here; a deletion is remembered for these.
 
     Always: a turn that was kept is written once, or waits, or is counted as lost. A connection is
     only opened to a file that was found good, and closed when it proves not to be.
@@ -290,8 +303,11 @@ class SqliteStorage:
         persistence: Persistence,
         clock: Callable[[], float],
         counts: Mapping[str, Counter],
+        *,
+        shared: bool = False,
     ) -> None:
         self._path = path
+        self._shared = shared
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._reader, self._writer = Connection("reader"), Connection("writer")
@@ -416,15 +432,20 @@ class SqliteStorage:
             return Page(summaries)
         return Page(summaries, Position(summaries[-1].updated, summaries[-1].conversation_id))
 
-    async def delete(self, caller: Caller, conversation_id: str) -> bool | None:
+    async def delete(self, caller: Caller, conversation_id: str, *, asked: bool) -> bool | None:
         """Delete a conversation; return whether there was one, None if that is not certain."""
         key = Key(caller.name, conversation_id)
-        number = await self._delete(key, DELETE, key._asdict())
+        values = {**key._asdict(), "asked": asked or self._shared}
+        number = await self._delete(key, DELETE, values)
         return None if number is None else number > 0
 
-    async def delete_all(self, caller: Caller) -> int | None:
+    async def delete_all(self, caller: Caller, *, asked: bool) -> int | None:
         """Delete all that `listing` shows; return their number, None if that is not certain."""
-        values = {"caller": caller.name, "address": caller.address}
+        values = {
+            "caller": caller.name,
+            "address": caller.address,
+            "asked": asked or self._shared,
+        }
         return await self._delete(Key(caller.name, ""), DELETE_ALL, values)
 
     async def close(self) -> None:
@@ -449,7 +470,11 @@ class SqliteStorage:
     async def _delete(self, key: Key, statements: tuple[str, ...], values: Values) -> int | None:
         if self._trouble is not None or self._closing:
             return None
-        times = {"at": self._clock(), "oldest": self._sweep.oldest()}
+        times = {
+            "at": self._clock(),
+            "oldest": self._sweep.oldest(),
+            "most": MAX_DELETIONS,
+        }
         write = Write(key, {**values, **times}, self._loop.create_future(), statements=statements)
         self._add(write)
         await asyncio.wait((write.done,), timeout=CALL_TIMEOUT)
@@ -694,6 +719,19 @@ class Sweep:
         ]
         over = number - MAX_CONVERSATIONS
         if over > 0 or size > MAX_BYTES:
-            step.append((sqlite_file.DROP_OLDEST, {"limit": min(SWEEP_STEP, max(over, FEW))}))
+            step.append((sqlite_file.DROP_OLDEST, await self._largest(writer, over)))
         expired, emptied, *_ = await writer.do(transact, step)
         return expired < SWEEP_STEP and emptied < SWEEP_STEP and len(step) == 3
+
+    async def _largest(self, writer: Connection, over: int) -> Values:
+        """Return who has most of what is too much, and how many of its conversations go at once:
+        *over*, or FEW if that is not their number, and not many more than it has above the next.
+        """
+        if over > 0:
+            first, *others = await writer.do(rows, sqlite_file.LARGEST_BY_NUMBER, {})
+            limit = min(SWEEP_STEP, over, 1 + first[2] - sum(other[2] for other in others))
+        else:
+            first, *others = await writer.do(rows, sqlite_file.LARGEST_BY_SIZE, {})
+            above = first[3] - sum(other[3] for other in others)
+            limit = min(FEW, 1 + first[2] * above // first[3])
+        return {"caller": first[0], "address": first[1], "limit": limit}

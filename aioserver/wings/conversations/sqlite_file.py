@@ -367,8 +367,16 @@ DELETE FROM conversations WHERE id IN (
 """
 FORGET_DELETIONS = "DELETE FROM deletions WHERE at < :before"
 TOTALS = "SELECT count(*), coalesce(sum(size), 0) FROM conversations"
+# The two that have most: a key or, without keys, an address.
+_LARGEST = """
+SELECT caller, address, count(*), sum(size) FROM conversations
+GROUP BY caller, address ORDER BY {what} DESC LIMIT 2
+"""
+LARGEST_BY_NUMBER, LARGEST_BY_SIZE = _LARGEST.format(what=3), _LARGEST.format(what=4)
 DROP_OLDEST = """
-DELETE FROM conversations WHERE id IN (SELECT id FROM conversations ORDER BY updated LIMIT :limit)
+DELETE FROM conversations WHERE id IN (
+    SELECT id FROM conversations WHERE caller = :caller AND address = :address
+    ORDER BY updated LIMIT :limit)
 """
 # It writes a page, although nothing changes.
 PROBE = f"PRAGMA user_version = {VERSION}"
@@ -389,12 +397,24 @@ WHERE caller = :caller AND address = :address AND updated >= :oldest
     AND (updated, name) < (:updated, :after)
 ORDER BY updated DESC, name DESC LIMIT :limit
 """  # noqa: S608
-NOTE_DELETION = "INSERT OR REPLACE INTO deletions VALUES (:caller, '', :name, :at)"
+# A deletion is noted where there is something to forget: turns, or (`:asked`) a question whose
+# turn may come. Without a key, the conversations of an address may be asked from elsewhere as
+# well.
+NOTE_DELETION = """
+INSERT OR REPLACE INTO deletions SELECT :caller, '', :name, :at
+WHERE :asked OR EXISTS (SELECT 1 FROM conversations WHERE caller = :caller AND name = :name)
+"""
 NOTE_ALL_DELETED = """
 INSERT OR REPLACE INTO deletions
 SELECT caller, '', name, :at FROM conversations
-WHERE caller = :caller AND address = :address AND updated >= :oldest
+WHERE :address != '' AND caller = :caller AND address = :address AND updated >= :oldest
 UNION ALL SELECT :caller, :address, '', :at
+WHERE :asked OR EXISTS (
+    SELECT 1 FROM conversations WHERE caller = :caller AND address = :address)
+"""
+FORGET_OLD_DELETIONS = """
+DELETE FROM deletions WHERE caller = :caller AND at < (
+    SELECT at FROM deletions WHERE caller = :caller ORDER BY at DESC LIMIT 1 OFFSET :most)
 """
 # First those that are over already, and then those that count.
 _EXPIRED = " AND updated < :oldest"

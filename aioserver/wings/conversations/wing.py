@@ -57,7 +57,12 @@ class ConversationsWing(Wing):
             shared = RedisHistories(core.commands, conversations)
             stack.push_async_callback(shared.close)
         self.histories = self._history = await open_history(
-            stack, service.repository, conversations, shared, core.metrics.history_turns
+            stack,
+            service.repository,
+            conversations,
+            shared,
+            core.metrics.history_turns,
+            alone=core.scope is None,
         )
 
     def sections(self) -> Sequence[HistorySection]:
@@ -104,8 +109,12 @@ async def open_history(
     conversations: Conversations,
     shared: Storage | None,
     counts: Mapping[str, Counter],
+    *,
+    alone: bool,
 ) -> History:
     """Return the history, which *stack* closes; *shared* is the storage of a cluster.
+
+    *alone*: no other process of a parent has the file.
 
     A file, where one is wanted, is the storage instead: all processes of a machine have the same
     one.
@@ -117,7 +126,9 @@ async def open_history(
         from aioserver.wings.conversations.sqlite import SqliteStorage  # noqa: PLC0415
     except ModuleNotFoundError:
         return History(conversations, shared, MISSING)
-    storage = SqliteStorage(repository.path, repository.persistence, conversations.clock, counts)
+    storage = SqliteStorage(
+        repository.path, repository.persistence, conversations.clock, counts, shared=not alone
+    )
     stack.push_async_callback(storage.close)
     await storage.open()
     return History(conversations, storage)

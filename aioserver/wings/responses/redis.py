@@ -9,8 +9,8 @@ neither the caller nor the id stands in it.
 A response is a hash with its `data`, its own input and output, and the name of the `previous` one;
 a conversation is read along these names. A response lives for its window, and those before it at
 least as long: they are given twice the window, so that a new turn seldom has to look further back
-than to the one before it. All of them are in one sorted set, by the time at which they are over,
-so that where there is no room the ones that nothing has continued for longest go first.
+than to the one before it. Each is an item of its owner (gateway/commands.py): where there is no
+room, whoever keeps most loses those that nothing has continued for longest.
 
 One that is deleted is found no longer. It is kept for those that have continued it, if there are
 any.
@@ -37,7 +37,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import msgspec
 
 from aioserver.errors import ServerAtCapacity
-from aioserver.gateway.commands import BUSY_PAUSES, FULL, KNOWN_TIMEOUT, MARKED, name_of
+from aioserver.gateway.commands import (
+    BUSY_PAUSES,
+    FULL,
+    ITEM_OVERHEAD,
+    ITEMS,
+    KNOWN_TIMEOUT,
+    MARKED,
+    MAX_KEPT,
+    name_of,
+)
 from aioserver.limits.gate import Gate
 
 if TYPE_CHECKING:
@@ -56,8 +65,6 @@ SUBJECT = "response"
 MAX_LOADS, MAX_LOADS_WAITING = 4, 1000
 # Bytes that are on their way to Redis, which may be slow: those of some large responses.
 MAX_PENDING = 1 << 26
-# Bytes of all responses in Redis; a quarter of its `maxmemory` is the bound, too.
-MAX_BYTES = 1 << 28
 # What a look-up finds: the response, or that it is about to be written.
 PRESENT, NEXT = 1, 2
 # What becomes of a response: there is no room, it is kept, or the one that it continued is
@@ -65,57 +72,42 @@ PRESENT, NEXT = 1, 2
 NO_ROOM, WRITTEN, MISSING = range(3)
 # Turns of a conversation that is read.
 MAX_TURNS = 10_000
-# KEYS: the response, the set of all, the bytes of all, its announcement; the one before it, if
-# there is any. ARGV: the data, milliseconds to live, bytes of all at most, and how keys begin,
-# then the name of the one before. A member of the set is a key and its bytes.
+# KEYS: the response, its announcement; the one before it, if there is any. ARGV: how keys begin,
+# the owner, the data, milliseconds to live, bytes of an item, of all at most, and how keys of
+# responses begin, then the name of the one before.
 PUT = (
-    FULL
+    ITEMS
     + """
-local prefix, most = ARGV[4], tonumber(ARGV[3])
-local now, window = tonumber(redis.call('TIME')[1]), tonumber(ARGV[2]) / 1000
-local deleted = redis.call('GET', KEYS[4]) == 'deleted'
-local limit = tonumber(redis.call('INFO', 'memory'):match('maxmemory:(%d+)'))
-if limit > 0 then most = math.min(most, limit / 4) end
-local function drop(member)
-  local key, size = member:match('^(.*) (%d+)$')
-  redis.call('ZREM', KEYS[2], member)
-  redis.call('DECRBY', KEYS[3], size)
-  redis.call('DEL', key)
-end
-for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, 100)) do
-  drop(member)
-end
-if KEYS[5] and redis.call('EXISTS', KEYS[5]) == 0 then return 2 end
-redis.call('DEL', KEYS[4])
+local owner, data, window, start = ARGV[2], ARGV[3], ARGV[4] / 1000, ARGV[7]
+local size = #data + tonumber(ARGV[5])
+local deleted = redis.call('GET', KEYS[2]) == 'deleted'
+local function lost() return KEYS[3] and redis.call('EXISTS', KEYS[3]) == 0 end
+sweep()
+if lost() then return 2 end
+redis.call('DEL', KEYS[2])
 if deleted then return 1 end
-local size = #ARGV[1] + 256
-for _ = 1, 100 do
-  if tonumber(redis.call('GET', KEYS[3]) or '0') + size <= most and not full(size) then break end
-  local oldest = redis.call('ZRANGE', KEYS[2], 0, 0)[1]
-  if not oldest then break end
-  drop(oldest)
-end
-if tonumber(redis.call('GET', KEYS[3]) or '0') + size > most or full(size) then return 0 end
-local function member_of(key) return key .. ' ' .. (redis.call('HSTRLEN', key, 'data') + 256) end
-if redis.call('EXISTS', KEYS[1]) == 1 then drop(member_of(KEYS[1])) end
-redis.call('HSET', KEYS[1], 'data', ARGV[1], 'previous', ARGV[5] or '', 'at', now)
+forget(KEYS[1])
+if not room(size, tonumber(ARGV[6])) then return 0 end
+-- It may have been what had to go.
+if lost() then return 2 end
+redis.call('HSET', KEYS[1], 'data', data, 'previous', ARGV[8] or '', 'at', time[1])
+redis.call('HSET', KEYS[1], 'owner', owner, 'size', size)
 redis.call('EXPIRE', KEYS[1], math.ceil(window))
-redis.call('ZADD', KEYS[2], now + window, member_of(KEYS[1]))
-redis.call('INCRBY', KEYS[3], size)
-redis.call('EXPIRE', KEYS[2], math.ceil(2 * window))
-redis.call('EXPIRE', KEYS[3], math.ceil(2 * window))
-local key, next = KEYS[5], true
-if key and redis.call('EXISTS', key) == 1 then redis.call('HSET', key, 'continued', 1) end
+note(owner, KEYS[1], size, window)
+local key = KEYS[3]
+if key then redis.call('HSET', key, 'continued', 1) end
 for _ = 1, 10000 do
   if not key or redis.call('PTTL', key) > 1000 * window then break end
   if redis.call('EXPIRE', key, math.ceil(2 * window)) == 0 then break end
-  redis.call('ZADD', KEYS[2], 'XX', now + 2 * window, member_of(key))
-  next = redis.call('HGET', key, 'previous')
-  key = next ~= '' and prefix .. next or nil
+  local previous, whose, bytes = unpack(redis.call('HMGET', key, 'previous', 'owner', 'size'))
+  if whose then note(whose, key, bytes, 2 * window) end
+  key = previous ~= '' and start .. previous or nil
 end
 return 1
 """
 )
+# KEYS: the announcement of a response. ARGV: seconds to live.
+ANNOUNCE = FULL + "if not full(0) then redis.call('SET', KEYS[1], '', 'EX', ARGV[1]) end return 1"
 # KEYS: the response, its announcement. Whether it is there (1), or about to be (2).
 LOOK = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return 1 end
@@ -138,23 +130,24 @@ while key do
 end
 return found
 """
-# KEYS: the response, the set of all, the bytes of all, its announcement.
-DELETE = """
-if redis.call('EXISTS', KEYS[1]) == 0 and redis.call('EXISTS', KEYS[4]) == 1 then
-  redis.call('SET', KEYS[4], 'deleted', 'KEEPTTL')
+# KEYS: the response, its announcement. ARGV: how keys begin.
+DELETE = (
+    ITEMS
+    + """
+if redis.call('EXISTS', KEYS[1]) == 0 and redis.call('EXISTS', KEYS[2]) == 1 then
+  redis.call('SET', KEYS[2], 'deleted', 'KEEPTTL')
   return 1
 end
-local size = redis.call('HSTRLEN', KEYS[1], 'data')
-if size == 0 or redis.call('HEXISTS', KEYS[1], 'deleted') == 1 then return 0 end
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+if redis.call('HEXISTS', KEYS[1], 'deleted') == 1 then return 0 end
 if redis.call('HEXISTS', KEYS[1], 'continued') == 1 then
   redis.call('HSET', KEYS[1], 'deleted', 1)
 else
-  redis.call('ZREM', KEYS[2], KEYS[1] .. ' ' .. (size + 256))
-  redis.call('DECRBY', KEYS[3], size + 256)
-  redis.call('DEL', KEYS[1])
+  forget(KEYS[1])
 end
 return 1
 """
+)
 
 
 class RedisChains:
@@ -165,17 +158,17 @@ class RedisChains:
         self._prefix = commands.prefix
 
     async def put_response(
-        self, name: str, data: bytes, previous: str, seconds: float, most: int
+        self, owner: str, name: str, data: bytes, previous: str, seconds: float, most: int
     ) -> int:
-        """Keep a response for *seconds*, if there is room.
+        """Keep a response of *owner* for *seconds*, if there is room.
 
-        *previous* is "" or the name of the one that it continued.
-
-        *most* are the bytes that all of them may have. Return NO_ROOM, WRITTEN or MISSING.
+        *previous* is "" or the name of the one that it continued. *most* are the bytes that all
+        items may have. Return NO_ROOM, WRITTEN or MISSING.
         """
         prefix = f"{self._prefix}r:"
-        values: list[bytes | str | int] = [data, int(1000 * seconds), most, prefix]
-        keys = self._chain_keys(name)
+        values: list[bytes | str | int] = [self._prefix, owner, data, int(1000 * seconds)]
+        values += (ITEM_OVERHEAD, most, prefix)
+        keys = self._keys(name)
         if previous:
             keys.append(prefix + previous)
             values.append(previous)
@@ -184,7 +177,7 @@ class RedisChains:
 
     async def announce(self, name: str) -> None:
         """Note that a response will be written."""
-        await self._commands.execute("SET", f"{self._prefix}next:{name}", "", "EX", int(MARKED))
+        await self._commands.evaluate(ANNOUNCE, self._keys(name)[1:], int(MARKED))
 
     async def withdraw(self, name: str) -> None:
         """Note that a response will not be written."""
@@ -192,8 +185,7 @@ class RedisChains:
 
     async def has_response(self, name: str) -> int:
         """Return PRESENT, also of one that was deleted, NEXT, or neither."""
-        keys = [f"{self._prefix}r:{name}", f"{self._prefix}next:{name}"]
-        return int(await self._commands.evaluate(LOOK, keys))
+        return int(await self._commands.evaluate(LOOK, self._keys(name)))
 
     async def response_chain(self, name: str, most: int) -> tuple[float | None, Sequence[bytes]]:
         """Return a response and those before it, the newest first, and the seconds since it was
@@ -210,12 +202,10 @@ class RedisChains:
 
     async def delete_response(self, name: str) -> bool:
         """Let a response be found no longer; return whether there was one."""
-        return bool(await self._commands.evaluate(DELETE, self._chain_keys(name)))
+        return bool(await self._commands.evaluate(DELETE, self._keys(name), self._prefix))
 
-    def _chain_keys(self, name: str) -> list[str]:
-        prefix = self._prefix
-        own, following = f"{prefix}r:{name}", f"{prefix}next:{name}"
-        return [own, f"{prefix}responses", f"{prefix}responses:bytes", following]
+    def _keys(self, name: str) -> list[str]:
+        return [f"{self._prefix}r:{name}", f"{self._prefix}next:{name}"]
 
 
 class _Record(msgspec.Struct, array_like=True):
@@ -310,7 +300,8 @@ class SharedResponses:
         if name not in self._announced:
             # It goes out first, and a large response takes a while.
             self.announce(caller, record.id)
-        writing = self._start(self._write(name, data, previous, seconds, whole))
+        owner = name_of(caller.name, caller.address)
+        writing = self._start(self._write((owner, name), data, previous, seconds, whole))
         # Not by `_write`, which may never begin.
         writing.add_done_callback(partial(self._sent, len(data)))
         return writing
@@ -395,32 +386,34 @@ class SharedResponses:
 
     async def _write(
         self,
-        name: str,
+        names: tuple[str, str],
         data: bytes,
         previous: str,
         seconds: float,
         whole: Callable[[], Record | None],
     ) -> bool:
-        """Write a response, and return whether it is kept.
+        """Write a response, and return whether it is kept; *names*: of its owner, and its own.
 
         *whole* is needed if the one before it is missing.
         """
-        result = await self._put(name, data, previous, seconds)
+        result = await self._put(names, data, previous, seconds)
         if result == MISSING and (record := whole()) is not None:
             again = self._encoded(record)
             if again is not None:
                 try:
-                    result = await self._put(name, again, "", seconds)
+                    result = await self._put(names, again, "", seconds)
                 finally:
                     self._pending -= len(again)
         if result == WRITTEN:
-            self._announced.discard(name)
+            self._announced.discard(names[1])
         else:
-            self._withdraw(name)
+            self._withdraw(names[1])
         return result == WRITTEN
 
-    async def _put(self, name: str, data: bytes, previous: str, seconds: float) -> int | None:
-        call = self._chains.put_response(name, data, previous, seconds, MAX_BYTES)
+    async def _put(
+        self, names: tuple[str, str], data: bytes, previous: str, seconds: float
+    ) -> int | None:
+        call = self._chains.put_response(*names, data, previous, seconds, MAX_KEPT)
         return await self._ask(call, KNOWN_TIMEOUT)
 
 

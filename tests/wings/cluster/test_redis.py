@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.gateway.commands import Commands
+from aioserver.gateway.commands import ITEM_OVERHEAD, Commands
 from aioserver.wings.cluster.bus import RedisBus, RedisCommands, channel_of
 from aioserver.wings.cluster.claims import (
     CONFLICT,
@@ -194,9 +194,9 @@ async def test_a_response_is_kept_with_those_before_it(make_bus: Any) -> None:
     chains = RedisChains(commands_of(bus))
     for number in range(1, 6):
         previous = f"r{number - 1}" if number > 1 else ""
-        await chains.put_response(f"r{number}", b"%d" % number, previous, 100.0, 1 << 20)
-    assert await chains.put_response("fork", b"f", "r2", 100.0, 1 << 20) == WRITTEN
-    assert await chains.put_response("lost", b"l", "r0", 100.0, 1 << 20) == MISSING
+        await chains.put_response("o", f"r{number}", b"%d" % number, previous, 100.0, 1 << 20)
+    assert await chains.put_response("o", "fork", b"f", "r2", 100.0, 1 << 20) == WRITTEN
+    assert await chains.put_response("o", "lost", b"l", "r0", 100.0, 1 << 20) == MISSING
 
     assert not await chains.has_response("lost")
     assert list((await chains.response_chain("r5", 5))[1]) == [b"5", b"4", b"3", b"2", b"1"]
@@ -208,7 +208,7 @@ async def test_a_response_is_kept_with_those_before_it(make_bus: Any) -> None:
     assert min(lives[:-1]) >= lives[-1] > 0
     for name in ("r4", "r5"):
         await bus.commands.execute("PEXPIRE", f"{PREFIX}r:{name}", 50_000)
-    await chains.put_response("r6", b"6", "r5", 100.0, 1 << 20)
+    await chains.put_response("o", "r6", b"6", "r5", 100.0, 1 << 20)
     for name in ("r4", "r5"):
         assert 150_000 < await bus.commands.execute("PTTL", f"{PREFIX}r:{name}") <= 200_000
     await bus.commands.execute("DEL", f"{PREFIX}r:r1")
@@ -218,8 +218,8 @@ async def test_a_response_is_kept_with_those_before_it(make_bus: Any) -> None:
 async def test_a_deleted_response_is_kept_for_those_that_continued_it(make_bus: Any) -> None:
     bus = await make_bus("a")
     chains = RedisChains(commands_of(bus))
-    await chains.put_response("r1", b"1", "", 100.0, 1 << 20)
-    await chains.put_response("r2", b"2", "r1", 100.0, 1 << 20)
+    await chains.put_response("o", "r1", b"1", "", 100.0, 1 << 20)
+    await chains.put_response("o", "r2", b"2", "r1", 100.0, 1 << 20)
 
     assert await chains.delete_response("r1")
 
@@ -237,21 +237,21 @@ async def test_responses_have_a_bound_and_the_ones_that_rested_for_longest_go(
     bus = await make_bus("a")
     chains = RedisChains(commands_of(bus))
     data, most = b"x" * 744, 10_000
-    await chains.put_response("old", data, "", 100.0, most)
-    await chains.put_response("new", data, "old", 100.0, most)
+    await chains.put_response("o", "old", data, "", 100.0, most)
+    await chains.put_response("o", "new", data, "old", 100.0, most)
     for number in range(30):
-        await chains.put_response(f"r{number}", data, "", 101.0 + number, most)
+        await chains.put_response("o", f"r{number}", data, "", 101.0 + number, most)
         # Once more: it takes the place of the former.
-        await chains.put_response(f"r{number}", data, "", 101.0 + number, most)
-        size = int(await bus.commands.execute("GET", f"{PREFIX}responses:bytes"))
-        count = await bus.commands.execute("ZCARD", f"{PREFIX}responses")
-        assert size == 1000 * count <= most
+        await chains.put_response("o", f"r{number}", data, "", 101.0 + number, most)
+        size = int(await bus.commands.execute("GET", f"{PREFIX}kept"))
+        count = await bus.commands.execute("ZCARD", f"{PREFIX}ends")
+        assert size == (744 + ITEM_OVERHEAD) * count <= most
 
     kept = [n for n in range(30) if await chains.has_response(f"r{n}")]
     assert kept == list(range(30 - len(kept), 30))
-    assert len(kept) >= 8
+    assert len(kept) >= 6
     assert not await chains.has_response("new")
-    assert await chains.put_response("large", b"x" * most, "", 100.0, most) == NO_ROOM
+    assert await chains.put_response("o", "large", b"x" * most, "", 100.0, most) == NO_ROOM
     assert not await chains.has_response("large")
 
 
@@ -268,7 +268,7 @@ async def test_what_was_asked_before_a_deletion_is_not_kept_whatever_clocks_say(
     asked = (await turns.turns("n")).now
 
     assert await turns.delete_turns("owner", {"c": "n", "d": "m"}, 60.0) == 1
-    await turns.note_deletion("owner", 60.0)
+    await turns.note_deletion("owner", 60.0, asked=True)
     assert not await turns.keep_turn("n", b"2", BOUNDS, Listed("owner", "c", ended, asked))
     assert not await turns.keep_turn("new", b"2", BOUNDS, Listed("owner", "new", ended, asked))
 
@@ -308,13 +308,53 @@ async def test_a_response_that_is_deleted_before_it_is_written_is_not_kept(make_
 
     assert await chains.delete_response("r1")
 
-    assert await chains.put_response("r1", b"1", "", 60.0, 1000) == WRITTEN
+    assert await chains.put_response("o", "r1", b"1", "", 60.0, 1000) == WRITTEN
     assert not await chains.has_response("r1")
     assert not await chains.delete_response("r1")
     await chains.announce("r2")
-    assert await chains.put_response("r2", b"2", "", 60.0, 1000) == WRITTEN
+    assert await chains.put_response("o", "r2", b"2", "", 60.0, 1000) == WRITTEN
     assert await chains.has_response("r2") == PRESENT
     assert (await chains.response_chain("r2", 1000))[0] in {0, 1}
+
+
+async def test_deletions_of_what_never_was_leave_nothing(make_bus: Any) -> None:
+    bus = await make_bus("a")
+    turns, chains = RedisTurns(commands_of(bus)), RedisChains(commands_of(bus))
+    before = set(await bus.commands.execute("KEYS", "*"))
+
+    for number in range(100):
+        assert await turns.delete_turns("owner", {f"c{number}": f"n{number}"}, 60.0) == 0
+        assert await turns.note_deletion(f"owner{number}", 60.0)
+        assert not await chains.delete_response(f"r{number}")
+
+    assert set(await bus.commands.execute("KEYS", "*")) == before
+
+
+async def test_who_keeps_most_makes_room_and_nothing_is_counted_twice(make_bus: Any) -> None:
+    bus = await make_bus("a")
+    chains, turns, now = RedisChains(commands_of(bus)), RedisTurns(commands_of(bus)), time.time()
+    data, most = b"x" * 1000, 20 * 1600
+    for number in range(4):
+        await chains.put_response("small", f"s{number}", data, "", 100.0, most)
+        listed = Listed("other", f"c{number}", now, now)
+        await turns.keep_turn(f"n{number}", data, (4000, 4, 60.0), listed)
+
+    for number in range(200):
+        assert await chains.put_response("large", f"r{number}", data, "", 50.0, most) == WRITTEN
+
+    assert all([await chains.has_response(f"s{number}") for number in range(4)])
+    assert all([(await turns.turns(f"n{number}"))[0] for number in range(4)])
+    kept = [number for number in range(200) if await chains.has_response(f"r{number}")]
+    assert kept == list(range(188, 200))
+    sums = await bus.commands.execute("ZRANGE", f"{PREFIX}owners", 0, -1, "WITHSCORES")
+    assert sums == [b"other", b"6400", b"small", b"6400", b"large", b"19200"]
+    assert int(await bus.commands.execute("GET", f"{PREFIX}kept")) == most
+    # All that is said of items goes with them, and lives no longer.
+    for number in range(200):
+        await chains.delete_response(f"r{number}")
+    for key in await bus.commands.execute("KEYS", f"{PREFIX}*"):
+        assert key == f"{PREFIX}m".encode() or await bus.commands.execute("TTL", key) > 0
+    assert int(await bus.commands.execute("GET", f"{PREFIX}kept")) == 12800
 
 
 async def test_keys_have_neither_names_nor_ids(make_bus: Any, tmp_path: Path) -> None:

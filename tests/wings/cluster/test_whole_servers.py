@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import os
-from contextlib import AsyncExitStack, asynccontextmanager
+import time
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Self
 
 import pytest
 
+from aioserver.wings.cluster.claims import Claims
+from aioserver.wings.cluster.connection import CallFailed
 from aioserver.wings.cluster.grants import State
 from aioserver.wings.cluster.lease_messages import TIMES as REAL_TIMES
 from aioserver.wings.cluster.lease_messages import Times
 from aioserver.wings.cluster.membership import join
+from aioserver.wings.conversations.redis import Listed, RedisTurns
+from aioserver.wings.responses.redis import RedisChains
 from aioserver.workers.balance import Balance
 from aioserver.workers.loads import Loads
 from tests.support.keys import bearer, keys_of
@@ -280,6 +285,57 @@ async def test_the_limit_of_a_key_holds_for_both_together(
         refused = [text for status, text in answers if status == 429]
         assert len(refused) == 9
         assert all("concurrency_exceeded" in text for text in refused)
+
+
+async def test_all_that_clients_let_grow_fills_the_server_and_every_limit_stays_exact(
+    tmp_path: Path,
+) -> None:
+    most = 8 << 20
+    options = ("--maxmemory", str(most), "--maxmemory-policy", "noeviction")
+    with RedisServer(tmp_path, *options) as redis:
+        async with two(redis.url, tmp_path) as world:
+            world.load()
+            await world.recover()
+            commands = world.members[0].commands
+            turns, chains = RedisTurns(commands), RedisChains(commands)
+            claims, now = Claims(commands, world.members[0].instance), time.time()
+
+            async def grow(number: int) -> None:
+                name, owner = f"n{number}", f"o{number % 50}"
+                listed = Listed(owner, name * 8, now, now)
+                for growing in (
+                    claims.take(name, b"x" * 32, 3600.0),
+                    claims.put_log(name, b"x" * 1000, 3600.0),
+                    turns.turns(f"q{number}", f"mark{number}"),
+                    chains.announce(f"a{number}"),
+                    turns.keep_turn(name, b"x" * 500, (1 << 20, 10, 3600.0), listed),
+                    turns.delete_turns(owner, {name: f"d{number}"}, 3600.0, asked=True),
+                    turns.note_deletion(name, 3600.0, asked=True),
+                    chains.put_response(owner, name, b"x" * 500, "", 3600.0, 1 << 30),
+                ):
+                    # Where there is no room, some of it is refused.
+                    with suppress(CallFailed):
+                        await growing
+
+            def used() -> float:
+                memory = redis.call("INFO", "memory").decode()
+                return int(memory.partition("used_memory:")[2].split()[0]) / most
+
+            number, rounds = 0, 0
+            while rounds < 5:
+                await asyncio.gather(*map(grow, range(number, number + 50)))
+                number += 50
+                rounds += used() > 0.74
+                assert number < 50_000
+            await world.work()
+
+            # A moment of a script is above, by what it has just written.
+            assert used() < 0.85
+            assert world.states() == [State.JOINED] * 2
+            assert world.referee.peak == LIMIT
+            assert world.faults == []
+            # What is newest is kept.
+            assert await chains.has_response(f"n{number - 1}")
 
 
 async def test_the_first_instance_deletes_the_conversations_if_it_is_told_to(

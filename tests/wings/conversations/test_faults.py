@@ -152,8 +152,8 @@ async def test_a_file_that_cannot_be_used_stays_as_it_is(
         assert kind(kept) == expected
         assert await questions(kept) is None
         assert await kept.listing(ME, 10, None) is None
-        assert await kept.delete(ME, "c") is None
-        assert await kept.delete_all(ME) is None
+        assert await kept.delete(ME, "c", asked=False) is None
+        assert await kept.delete_all(ME, asked=False) is None
         keep(kept, "one")
         await asyncio.sleep(0.1)  # it is tried some times more
         assert (kept.stats().waiting, kept.stats().written) == (1, 0)
@@ -191,7 +191,7 @@ async def test_while_another_program_locks_the_file_turns_wait(tmp_path: Path) -
             # It can be read, but has not all of it.
             assert await questions(kept) is None
             assert await listed(kept) == ["c"]
-            assert await kept.delete(ME, "c") is None
+            assert await kept.delete(ME, "c", asked=False) is None
             other.execute("COMMIT")
         await until(lambda: kind(kept) is None)
         await written(kept)
@@ -415,14 +415,14 @@ async def test_the_chat_goes_on_with_what_the_process_remembers(tmp_path: Path) 
     async with storage(path) as kept:
         conversations = Conversations(context, policy(), clock=clock())
         history = History(conversations, kept)
-        history.keep(ME, "c", Answered("one", "1", NOW, None, 1.0))
+        history.keep(Answered("one", "1", history.ask(ME, "c"), None, 1.0))
         await written(kept)
         path.unlink()
         folder(path)
-        history.keep(ME, "c", Answered("two", "2", NOW, None, 1.0))
+        history.keep(Answered("two", "2", history.ask(ME, "c"), None, 1.0))
         await until(lambda: kind(kept) is not None, state=kept.stats)
 
-        await history.begin(ME, "c", known=True)
+        await history.begin(history.ask(ME, "c"), known=True)
         sent = history.messages(ME, "c", "three")
         dialogue, page = await history.read(ME, "c"), await history.listing(ME, 10, None)
         with pytest.raises(HistoryUnavailable):
@@ -470,7 +470,7 @@ async def test_a_file_of_the_first_version_is_brought_to_the_newest(tmp_path: Pa
         keep(kept, "new")
         await written(kept)
         assert await questions(kept) == ["q", "new"]
-        assert await kept.delete(ME, "c") is True
+        assert await kept.delete(ME, "c", asked=False) is True
 
     assert query(path, "PRAGMA user_version") == [(VERSION,)]
 

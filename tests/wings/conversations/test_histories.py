@@ -117,7 +117,7 @@ async def test_what_is_no_turn_is_left_out() -> None:
 
 async def test_an_unknown_conversation_leaves_what_is_known_here() -> None:
     kept = conversations()
-    kept.keep(CALLER, "c", Turn.of("q1", "a1", time.time()), time.time())
+    kept.keep(CALLER, "c", Turn.of("q1", "a1", time.time()))
 
     await load(make(MemoryStore(World(), "a"), kept), kept)
 
@@ -133,7 +133,7 @@ async def test_what_one_instance_deletes_no_other_has(deleter: str) -> None:
     await load(b, there)
 
     _loaded, begun = await a.begin(CALLER, "c", known=True)
-    assert await (a if deleter == "a" else b).delete(CALLER, "c")
+    assert await (a if deleter == "a" else b).delete(CALLER, "c", asked=False)
     now = time.time() + 3600
     a.keep(CALLER, "c", Turn.of("q3", "a3", now), now, begun)
     await a.close()
@@ -143,8 +143,8 @@ async def test_what_one_instance_deletes_no_other_has(deleter: str) -> None:
     page = await b.listing(CALLER, 50, None)
     assert page is not None
     assert [summary.conversation_id for summary in page.summaries] == ["d"]
-    assert await b.delete(CALLER, "c") is False
-    assert await b.delete_all(CALLER) == 1
+    assert await b.delete(CALLER, "c", asked=False) is False
+    assert await b.delete_all(CALLER, asked=False) == 1
     assert await a.listing(CALLER, 50, None) == Page([], None)
 
 

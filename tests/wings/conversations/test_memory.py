@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -34,7 +34,7 @@ class Kept:
 
     def keep(self, question: str, answer: str = "a", name: str = "c1") -> None:
         turn = Turn.of(question, answer, self.clock())
-        assert self.all.keep(ME, name, turn, self.clock())
+        self.all.keep(ME, name, turn)
 
     def sent(self, text: str = "now", name: str = "c1") -> list[str]:
         messages = self.all.history(ME, name, text)
@@ -81,7 +81,7 @@ def test_a_history_is_a_snapshot() -> None:
 def test_conversations_belong_to_their_caller() -> None:
     kept = Kept()
     kept.keep("mine")
-    kept.all.keep(YOU, "c1", Turn.of("yours", "a", 1.0), 1.0)
+    kept.all.keep(YOU, "c1", Turn.of("yours", "a", 1.0))
 
     assert kept.sent() == ["mine", "a"]
     assert kept.sent(name="c2") == []
@@ -163,7 +163,7 @@ def test_of_too_many_conversations_the_one_used_longest_ago_goes() -> None:
     kept.keep("q", name="new")
     kept.keep("q", name="newer")
 
-    assert len(kept.all) == MAX_CONVERSATIONS
+    assert 0.98 * MAX_CONVERSATIONS < len(kept.all) <= MAX_CONVERSATIONS
     assert kept.sent(name="c0") != []
     assert kept.sent(name="c1") != []
     assert kept.sent(name="c2") == kept.sent(name="c3") == []
@@ -252,11 +252,57 @@ def test_all_conversations_together_are_bounded(monkeypatch: pytest.MonkeyPatch)
 
     for number in range(20):
         turn = Turn.of("x" * 40, "y" * 40, time.time())  # 20 tokens
-        kept.keep(ME, f"c{number}", turn, time.time())
+        kept.keep(ME, f"c{number}", turn)
 
-    assert len(kept) == 5
+    assert len(kept) in {4, 5}
     assert len(kept.history(ME, "c19", "?")) == 3
     assert len(kept.history(ME, "c14", "?")) == 1
+
+
+def test_who_keeps_most_loses_the_conversations_used_longest_ago(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("aioserver.wings.conversations.memory.MAX_CONVERSATIONS", 100)
+    kept = Kept()
+    for number in range(20):
+        kept.all.keep(YOU, f"c{number}", Turn.of("yours", "a", 1.0))
+
+    for number in range(1000):
+        kept.keep("mine", name=f"c{number}")
+
+    assert len(kept.all) <= 100
+    assert len(kept.all.listing(YOU, 50, None).summaries) == 20
+    assert kept.sent(name="c999") == ["mine", "a"]
+    assert kept.sent(name="c0") == []
+
+
+def test_a_list_costs_what_it_shows_and_not_what_others_keep() -> None:
+    kept = Kept()
+    for number in range(30):
+        kept.keep("mine", name=f"c{number:02}")
+        kept.clock.now += 1
+    looked_at: list[float] = []
+
+    class Bounds(NamedTuple):
+        def kept(self, turns: list[Turn], now: float) -> list[Turn]:
+            looked_at.append(now)
+            return turns
+
+    for number in range(2000):
+        kept.all.keep(Caller(f"other{number % 7}"), f"c{number}", Turn.of("theirs", "a", 1.0))
+    kept.all.bounds = Bounds()  # type: ignore[assignment]
+
+    page = kept.all.listing(ME, 5, None)
+    assert page.after is not None
+    rest = kept.all.listing(ME, 5, page.after)
+
+    assert [each.conversation_id for each in page.summaries] == [
+        f"c{n}" for n in range(29, 24, -1)
+    ]
+    assert [each.conversation_id for each in rest.summaries] == [
+        f"c{n}" for n in range(24, 19, -1)
+    ]
+    assert len(looked_at) == 12
 
 
 def test_short_messages_count_with_what_they_cost_in_memory(
@@ -266,7 +312,7 @@ def test_short_messages_count_with_what_they_cost_in_memory(
     kept = Conversations(Context(), Persistence())
 
     for number in range(2000):
-        kept.keep(ME, f"c{number}", Turn.of("?", "!", time.time()), time.time())
+        kept.keep(ME, f"c{number}", Turn.of("?", "!", time.time()))
 
     # 64 KiB have no room for more, at 256 bytes a message and more.
     assert 1 <= len(kept) <= 128

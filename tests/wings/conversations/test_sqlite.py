@@ -15,7 +15,7 @@ import pytest
 from aioserver.auth.callers import Caller, anonymous
 from aioserver.config.settings import Context
 from aioserver.errors import ConversationNotFound
-from aioserver.gateway.histories import Answered
+from aioserver.gateway.histories import Answered, Asked
 from aioserver.telemetry.counters import Counter
 from aioserver.wings.conversations import sqlite
 from aioserver.wings.conversations.history import History
@@ -148,7 +148,7 @@ async def test_deleted_text_is_nowhere_in_the_file(tmp_path: Path) -> None:
         keep(kept, "very-secret" * 1000)
         keep(kept, "still-here", "d")
         await written(kept)
-        assert await kept.delete(ME, "c")
+        assert await kept.delete(ME, "c", asked=False)
 
     data = (tmp_path / "h.db").read_bytes()
     assert b"very-secret" not in data
@@ -161,8 +161,8 @@ async def test_what_was_asked_before_a_deletion_is_not_kept(tmp_path: Path) -> N
         keep(kept, "one")
         keep(kept, "one", "d")
         now.now = NOW + 10
-        assert await kept.delete(ME, "c") is True
-        assert await kept.delete(ME, "never") is False
+        assert await kept.delete(ME, "c", asked=False) is True
+        assert await kept.delete(ME, "never", asked=True) is False
 
         for name in ("c", "d", "never"):
             keep(kept, "late", name, ended=NOW + 20, asked=NOW + 9)
@@ -174,6 +174,55 @@ async def test_what_was_asked_before_a_deletion_is_not_kept(tmp_path: Path) -> N
         assert await questions(kept, "never") == []
 
 
+@pytest.mark.parametrize("shared", [False, True])
+async def test_deletions_of_what_never_was_are_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    monkeypatch.setattr(sqlite, "MAX_DELETIONS", 50)
+    now, deletions = clock(), "SELECT count(*) FROM deletions"
+    async with storage(tmp_path / "h.db", now=now, shared=shared) as kept:
+        keep(kept, "one", caller=YOU)
+        now.now += 1
+        assert await kept.delete(YOU, "c", asked=False) is True
+        for number in range(500):
+            now.now += 1
+            assert await kept.delete(ME, f"c{number}", asked=False) is False
+            assert await kept.delete_all(ME, asked=False) == 0
+
+        # Where other processes have the file, their questions may be meant; yet a caller's
+        # deletions are bounded, and push out nobody else's.
+        (own,) = query(tmp_path / "h.db", f"{deletions} WHERE caller = ?", ME.name)
+        assert own[0] <= (51 if shared else 0)
+        assert query(tmp_path / "h.db", f"{deletions} WHERE caller = ?", YOU.name) == [(1,)]
+
+
+async def test_a_caller_that_deletes_all_it_has_pushes_out_no_deletion_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "MAX_DELETIONS", 50)
+    now = clock()
+    async with storage(tmp_path / "h.db", now=now) as kept:
+        for caller in (YOU, anonymous("192.0.2.1")):
+            for number in range(300):
+                keep(kept, "one", f"c{number}", caller=caller)
+        keep(kept, "one")
+        now.now += 1
+        assert await kept.delete(ME, "c", asked=False)
+        for number in range(300):
+            now.now += 1
+            assert await kept.delete(YOU, f"c{number}", asked=False)
+        assert await kept.delete_all(anonymous("192.0.2.1"), asked=False) == 300
+
+        keep(kept, "late", asked=NOW)
+        await written(kept)
+        assert await questions(kept) == []
+        ((most,),) = query(
+            tmp_path / "h.db",
+            "SELECT max(number) FROM (SELECT count(*) AS number FROM deletions WHERE caller != '' GROUP BY caller)",
+        )
+        assert most <= 51
+
+
 async def test_all_of_a_caller_are_deleted_and_no_others(tmp_path: Path) -> None:
     now = clock()
     async with storage(tmp_path / "h.db", now=now) as kept:
@@ -181,7 +230,7 @@ async def test_all_of_a_caller_are_deleted_and_no_others(tmp_path: Path) -> None
             keep(kept, "q", f"c{number}")
         keep(kept, "q", caller=YOU)
         now.now = NOW + 1
-        assert await kept.delete_all(ME) == 5
+        assert await kept.delete_all(ME, asked=False) == 5
         keep(kept, "late", "new", ended=NOW + 2, asked=NOW)
 
         assert await listed(kept) == []
@@ -196,7 +245,7 @@ async def test_without_keys_a_list_is_that_of_an_address(tmp_path: Path) -> None
 
         assert (await listed(kept, here), await listed(kept, there)) == (["a"], ["b"])
         assert await questions(kept, "a", there) == ["q"]  # its id is enough
-        assert await kept.delete_all(there) == 1
+        assert await kept.delete_all(there, asked=False) == 1
         assert await listed(kept, here) == ["a"]
 
 
@@ -242,7 +291,7 @@ async def test_conversations_whose_days_are_over_are_swept_away(
         await written(kept)
         now.now = NOW + 2 * DAY
         assert await listed(kept) == []
-        assert await kept.delete(ME, "c3") is False
+        assert await kept.delete(ME, "c3", asked=False) is False
 
         for number in range(50):
             keep(kept, "new", f"d{number}", ended=now())
@@ -267,6 +316,26 @@ async def test_a_file_that_is_too_large_loses_what_rested_for_longest(
         assert await listed(kept) == [f"c{number}" for number in range(99, 69, -1)]
 
 
+@pytest.mark.parametrize(("name", "most"), [("MAX_CONVERSATIONS", 60), ("MAX_BYTES", 60 * 5)])
+async def test_who_has_most_in_a_file_that_is_too_large_loses_its_oldest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, most: int
+) -> None:
+    monkeypatch.setattr(sqlite, name, most)
+    monkeypatch.setattr(sqlite, "SWEEP_TURNS", 100)
+    monkeypatch.setattr(sqlite, "FEW", 1)
+    others = [YOU, anonymous("192.0.2.1"), anonymous("192.0.2.2")]
+    async with storage(tmp_path / "h.db") as kept:
+        for number, caller in enumerate(others * 5):
+            keep(kept, "q", f"{caller.address}{number}", caller=caller, ended=NOW)
+        for number in range(300):
+            keep(kept, "q", f"c{number}", ended=NOW + number)  # 5 bytes
+
+        count = "SELECT count(*) FROM conversations"
+        await until(lambda: query(tmp_path / "h.db", count) == [(60,)])
+        assert await listed(kept) == [f"c{number}" for number in range(299, 254, -1)]
+        assert [len(await listed(kept, caller)) for caller in others] == [5, 5, 5]
+
+
 async def test_a_file_shrinks_when_its_conversations_are_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,7 +344,7 @@ async def test_a_file_shrinks_when_its_conversations_are_gone(
         for number in range(50):
             keep(kept, "q" * 20_000, f"c{number}")
         await written(kept)
-        await kept.delete_all(ME)
+        await kept.delete_all(ME, asked=False)
         keep(kept, "q", asked=NOW + 1)
         await written(kept)
 
@@ -364,6 +433,8 @@ class Pair:
     def __init__(self, path: Path, persistence: Any, now: FakeClock) -> None:
         self._path, self._persistence, self._now = path, persistence, now
         self.memory = History(self._conversations())
+        # Questions without an answer, as both know them.
+        self._asked: list[list[Asked]] = []
 
     def _conversations(self) -> Conversations:
         context = Context(max_tokens=10**9, reserve_tokens=0, preserve_recent=0)
@@ -376,6 +447,10 @@ class Pair:
         self.file = History(self._conversations(), self.storage)
 
     async def restart(self) -> None:
+        # Its answers end with a process.
+        for asked in self._asked:
+            self._done(asked)
+        self._asked.clear()
         await self.storage.close()
         await self.start()
 
@@ -388,11 +463,18 @@ class Pair:
         chance = dice.randrange(10)
         if chance == 0:
             await self.restart()
+        elif chance <= 2:
+            self._asked.append([each.ask(caller, name) for each in (self.memory, self.file)])
         elif chance <= 5:
+            asked = [each.ask(caller, name) for each in (self.memory, self.file)]
+            if self._asked and dice.random() < 0.5:
+                self._done(asked)
+                asked = self._asked.pop(dice.randrange(len(self._asked)))
             usage = dice.choice([None, used(3, 1000), used(10**12, 0), {"prompt_tokens": 5}])
-            answer, asked = "a" * dice.randint(0, 60), self._now() - dice.choice([0, 0.5, DAY / 2])
-            for history in (self.memory, self.file):
-                history.keep(caller, name, Answered(f"q{number}", answer, asked, usage, 0.5))
+            answer = "a" * dice.randint(0, 60)
+            for history, question in zip((self.memory, self.file), asked, strict=True):
+                history.keep(Answered(f"q{number}", answer, question, usage, 0.5))
+            self._done(asked)
             # Of what was deleted, a storage knows when it writes.
             await written(self.storage)
         else:
@@ -406,9 +488,15 @@ class Pair:
             assert in_memory == in_file, (number, chance, caller, name)
         messages = []
         for history in (self.memory, self.file):
-            await history.begin(caller, name, known=True)
+            question = history.ask(caller, name)
+            await history.begin(question, known=True)
+            history.done(question)
             messages.append(history.messages(caller, name, "?"))
         assert messages[0] == messages[1], (number, chance, caller, name)
+
+    def _done(self, asked: list[Asked]) -> None:
+        self.memory.done(asked[0])
+        self.file.done(asked[1])
 
     async def answers(self, ask: Any) -> list[Any]:
         """What both say to *ask*."""
