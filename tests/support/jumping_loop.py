@@ -15,12 +15,11 @@ This is the "autojump clock" of the library trio, with asyncio's loop and socket
 from __future__ import annotations
 
 import asyncio
-import heapq
 import selectors
 import time
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
 
-from tests.support.strict_timers import strict_timer
+from tests.support.strict_timers import StrictLoop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -68,7 +67,7 @@ def block(seconds: float) -> None:
         loop.now += seconds
 
 
-class JumpingLoop(asyncio.SelectorEventLoop):
+class JumpingLoop(StrictLoop, asyncio.SelectorEventLoop):
     """The loop. Its `now` is in seconds, and begins with the time of the machine."""
 
     def __init__(self) -> None:
@@ -81,23 +80,6 @@ class JumpingLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self.now
-
-    def call_at(  # type: ignore[override]
-        self, when: float, callback: Callable[..., Any], *args: Any, context: Any = None
-    ) -> asyncio.TimerHandle:
-        """Call *callback* at the time *when*, as strictly as strict_timers.py says."""
-        self._check_closed()  # type: ignore[attr-defined]
-        _, timer = strict_timer(self, when, callback, args, context)
-        heapq.heappush(self._scheduled, timer)  # type: ignore[attr-defined]
-        # As asyncio's own `call_at`: it counts those that are cancelled.
-        timer._scheduled = True  # type: ignore[attr-defined]  # noqa: SLF001
-        return timer
-
-    def call_later(  # type: ignore[override]
-        self, delay: float, callback: Callable[..., Any], *args: Any, context: Any = None
-    ) -> asyncio.TimerHandle:
-        """Call *callback* in *delay* seconds, as `call_at` does."""
-        return self.call_at(self.time() + delay, callback, *args, context=context)
 
     def run_forever(self) -> None:
         before, _clock.running = _clock.running, self

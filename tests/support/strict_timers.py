@@ -9,6 +9,7 @@ here: in virtual time none would pass, however often the loop turns.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -39,3 +40,24 @@ def strict_timer(
         return when, BriefTimer(when, callback, args, loop, context)
     when = min(when, loop.time() + milliseconds / 1000)
     return when, asyncio.TimerHandle(when, callback, args, loop, context)
+
+
+class StrictLoop(asyncio.BaseEventLoop):
+    """An event loop whose timers are such."""
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[..., Any], *args: Any, context: Any = None
+    ) -> asyncio.TimerHandle:
+        """Call *callback* at the time *when*, as `strict_timer` says."""
+        self._check_closed()  # type: ignore[attr-defined]
+        _, timer = strict_timer(self, when, callback, args, context)
+        heapq.heappush(self._scheduled, timer)  # type: ignore[attr-defined]
+        # As asyncio's own `call_at`: it counts those that are cancelled.
+        timer._scheduled = True  # type: ignore[attr-defined]  # noqa: SLF001
+        return timer
+
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Callable[..., Any], *args: Any, context: Any = None
+    ) -> asyncio.TimerHandle:
+        """Call *callback* in *delay* seconds, as `call_at` does."""
+        return self.call_at(self.time() + delay, callback, *args, context=context)

@@ -6,20 +6,19 @@ Its timers are those of strict_timers.py.
 from __future__ import annotations
 
 import asyncio
-import heapq
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tests.support.strict_timers import strict_timer
+from tests.support.strict_timers import StrictLoop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Coroutine
 
 T = TypeVar("T")
 # When a run begins.
 START = 1000.0
 
 
-class VirtualLoop(asyncio.BaseEventLoop):
+class VirtualLoop(StrictLoop):
     """An event loop without sockets, whose clock jumps to the next timer."""
 
     def __init__(self) -> None:
@@ -30,23 +29,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def time(self) -> float:
         return self.now
-
-    def call_at(  # type: ignore[override]
-        self, when: float, callback: Callable[..., Any], *args: Any, context: Any = None
-    ) -> asyncio.TimerHandle:
-        """Call *callback* at the time *when*, as strictly as strict_timers.py says."""
-        self._check_closed()  # type: ignore[attr-defined]
-        _, timer = strict_timer(self, when, callback, args, context)
-        heapq.heappush(self._scheduled, timer)  # type: ignore[attr-defined]
-        # As asyncio's own `call_at`: it counts those that are cancelled.
-        timer._scheduled = True  # type: ignore[attr-defined]  # noqa: SLF001
-        return timer
-
-    def call_later(  # type: ignore[override]
-        self, delay: float, callback: Callable[..., Any], *args: Any, context: Any = None
-    ) -> asyncio.TimerHandle:
-        """Call *callback* in *delay* seconds, as `call_at` does."""
-        return self.call_at(self.time() + delay, callback, *args, context=context)
 
     def select(self, timeout: float | None) -> list[Any]:
         """Be the loop's selector: let *timeout* seconds pass."""
