@@ -1,8 +1,7 @@
 """Taking in what clients send: the bytes of a body, bounded and under a deadline.
 
 The bytes count against `max_body_bytes` from the first one. What is read of them comes in steps
-(protocol/json_body.py, limits/steps.py). A body that is passed on while its client sends it is a
-`BodyStream`.
+(protocol/json_body.py). A body that is passed on while its client sends it is a `BodyStream`.
 
 Where spans are made, a client that reads the answer of another request is a visit, with a span of
 its own. The client whose request began an answer is its first reader, and no visit.
@@ -24,7 +23,6 @@ from aioserver.errors import (
     RequestTooLarge,
     UnsupportedMediaType,
 )
-from aioserver.limits.steps import in_turns
 from aioserver.protocol import model_body
 from aioserver.protocol.client_frames import MAX_ID_CHARACTERS
 from aioserver.protocol.client_headers import collect
@@ -191,7 +189,7 @@ async def read_model_body(
     """
     data = await read_body(request, hold, max_bytes)
     # Steps, for which nearly no body has a use, would cost each request a coroutine.
-    body = ModelBody(data) if simple(data) else await in_turns(model_body.reading(data))
+    body = ModelBody(data) if simple(data) else await model_body.reading(data)
     return body, data
 
 

@@ -33,7 +33,6 @@ from aioserver.faces.admission import counted
 from aioserver.faces.intake import BodyStream, client_headers, read_start
 from aioserver.faces.ready import HIGH_WATER
 from aioserver.gateway.request import Request
-from aioserver.limits.steps import in_turns
 from aioserver.protocol import model_body, passable
 from aioserver.protocol.client_headers import as_sent
 from aioserver.protocol.passable import Passage
@@ -246,7 +245,7 @@ async def _take_body(
     data = await read_start(request, hold, most)
     if len(data) > most:
         return BodyStream(request, data), None
-    return None, await in_turns(model_body.reading(data)) if data else None
+    return None, await model_body.reading(data) if data else None
 
 
 def _body_maker(

@@ -22,7 +22,6 @@ from aioserver.faces.admission import counted
 from aioserver.faces.intake import client_headers, read_body
 from aioserver.faces.streaming import follow
 from aioserver.gateway.instances import Start
-from aioserver.limits.steps import in_turns
 from aioserver.protocol import client_frames, eventstream, frames
 from aioserver.streams.formats import EVENTS, RETRY
 
@@ -100,7 +99,7 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Que
     """Prepare a POST."""
     limit = context.settings.chat.websocket.max_message_size
     data = await read_body(request, hold, limit)
-    chat = await in_turns(client_frames.reading_question(data))
+    chat = await client_frames.reading_question(data)
     preferences = request.headers.get("Prefer", "").split(",")
     detached = any(value.strip().lower() == "respond-async" for value in preferences)
     if headers := client_headers(context, request):

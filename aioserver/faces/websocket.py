@@ -18,7 +18,6 @@ from aioserver.faces.intake import end_visit
 from aioserver.faces.socket import Socket
 from aioserver.faces.upgrade import serve
 from aioserver.gateway.instances import Start
-from aioserver.limits.steps import in_turns
 from aioserver.protocol import client_frames, frames
 from aioserver.protocol.client_frames import BadCommand, Cancel, Chat, Ping, Resume
 from aioserver.protocol.json_body import NotUtf8
@@ -75,7 +74,7 @@ class ChatSocket(Socket):
     async def receive_in_turns(self, data: bytes, hold: BodyHold) -> None:
         """Carry out one command, whose frame is read in several turns of the event loop."""
         try:
-            command = await in_turns(client_frames.parsing(data))
+            command = await client_frames.parsing(data)
         except BadCommand as fault:
             self._refuse(fault.request_id, fault.error)
         else:

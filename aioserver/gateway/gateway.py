@@ -27,7 +27,6 @@ from aioserver.gateway.producers import Producers
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.request import Request
 from aioserver.limits.quota import REVOKED
-from aioserver.limits.steps import in_turns
 from aioserver.protocol.whole_answer import final_response, text_pieces
 from aioserver.streams.entries import COMPLETE, ERROR
 
@@ -371,9 +370,9 @@ class Gateway:
         """Produce an answer that is not streamed, and keep it in *stream*."""
         answer = await self._router.call(request, stream)
         body = answer.body
-        if request.stored and (response_id := await in_turns(final_response(body))) is not None:
+        if request.stored and (response_id := await final_response(body)) is not None:
             stream.add_alias(response_id)
-        pieces = await in_turns(text_pieces(body))
+        pieces = await text_pieces(body)
         if stream.held is not None:
             # From here on the stream counts it.
             stream.held.release()

@@ -23,11 +23,9 @@ from msgspec import Raw
 from aioserver.errors import AioserverError, InvalidJson, InvalidRequest
 from aioserver.protocol import json_body
 from aioserver.protocol.client_headers import NO_HEADERS
-from aioserver.protocol.json_body import ABSENT, UnknownField, at_once
+from aioserver.protocol.json_body import ABSENT, UnknownField, at_once, pause
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from aioserver.protocol.client_headers import ClientHeaders
 
 MAX_ID_CHARACTERS = 256
@@ -128,13 +126,13 @@ class Chat:
         """
         return self.hashed or at_once(self.hashing())
 
-    def hashing(self) -> Generator[None, None, bytes]:
+    async def hashing(self) -> bytes:
         """Return the digest, in steps."""
         names = (self.conversation_id, self.provider, self.model, self.streaming)
         digest = hashlib.sha256(self.original)
         for part in (orjson.dumps(names), self.text or b"", self.messages or b"", self.options):
             digest.update(b"%d:" % len(part))
-            yield from _hashing(digest, part)
+            await _hashing(digest, part)
         return digest.digest()
 
 
@@ -181,15 +179,15 @@ def parse(frame: bytes) -> Command:
     return at_once(parsing(frame))
 
 
-def parsing(data: bytes) -> Generator[None, None, Command]:
+async def parsing(data: bytes) -> Command:
     """Parse as `parse` does, in steps if the frame is large."""
     request_id: str | None = None
     large = len(data) > json_body.STEP_BYTES
     try:
-        body = yield from json_body.sound(data)
+        body = await json_body.sound(data)
         if large:
-            yield
-        frame = yield from json_body.decoding(_FRAME, body, "a frame")
+            await pause()
+        frame = await json_body.decoding(_FRAME, body, "a frame")
         written_id = json_body.text(frame.request_id, MAX_ID_BYTES)
         if written_id is not None and len(written_id) <= MAX_ID_CHARACTERS:
             request_id = written_id
@@ -202,58 +200,58 @@ def parsing(data: bytes) -> Generator[None, None, Command]:
             case "chat":
                 name = identifier(written_id)
                 if large:
-                    yield
-                fields = yield from json_body.decoding(_PAYLOAD, payload, "payload")
+                    await pause()
+                fields = await json_body.decoding(_PAYLOAD, payload, "payload")
                 if large:
-                    yield
-                original = yield from _original(data, body)
-                return (yield from _chat(name, fields, original, large=large))
+                    await pause()
+                original = await _original(data, body)
+                return await _chat(name, fields, original, large=large)
             case "cancel":
                 return Cancel(identifier(written_id))
             case "resume":
                 name = identifier(written_id)
-                position = yield from json_body.decoding(_POSITION, payload, "payload")
+                position = await json_body.decoding(_POSITION, payload, "payload")
                 return Resume(name, _event_number(position.last_event_id))
         raise InvalidRequest(f"unknown action; one of {_ACTIONS} is expected", param="action")
     except AioserverError as error:
         raise BadCommand(error, request_id) from None
 
 
-def reading_question(data: bytes) -> Generator[None, None, Chat]:
+async def reading_question(data: bytes) -> Chat:
     """Parse the body of an SSE request, in steps as `parsing`.
 
     Raises:
         InvalidJson: *data* is not JSON.
         InvalidRequest: a field is missing, unknown or of the wrong type.
     """
-    body = yield from json_body.sound(data)
+    body = await json_body.sound(data)
     large = len(data) > json_body.STEP_BYTES
     if large:
-        yield
+        await pause()
     try:
-        fields = yield from json_body.decoding(_QUESTION, body, "the body")
+        fields = await json_body.decoding(_QUESTION, body, "the body")
     except UnknownField as error:
         # A missing id is told first.
-        frame = yield from json_body.decoding(_FRAME, body, "the body")
+        frame = await json_body.decoding(_FRAME, body, "the body")
         identifier(json_body.text(frame.request_id, MAX_ID_BYTES))
         raise InvalidRequest(
             f"unknown field in payload: {error.param}", param=error.param
         ) from None
     if large:
-        yield
+        await pause()
     name = identifier(json_body.text(fields.request_id, MAX_ID_BYTES))
-    return (yield from _chat(name, fields, (yield from _original(data, body)), large=large))
+    return await _chat(name, fields, await _original(data, body), large=large)
 
 
-def _original(data: bytes, body: bytes) -> Generator[None, None, bytes]:
+async def _original(data: bytes, body: bytes) -> bytes:
     if body is data:
         return b""
     digest = hashlib.sha256()
-    yield from _hashing(digest, data)
+    await _hashing(digest, data)
     return digest.digest()
 
 
-def _hashing(digest: hashlib._Hash, data: bytes) -> Generator[None, None, None]:
+async def _hashing(digest: hashlib._Hash, data: bytes) -> None:
     """Add *data* to *digest*, in steps if it is large."""
     if len(data) <= json_body.STEP_BYTES:
         digest.update(data)
@@ -261,7 +259,7 @@ def _hashing(digest: hashlib._Hash, data: bytes) -> Generator[None, None, None]:
     view = memoryview(data)
     for start in range(0, len(data), json_body.STEP_BYTES):
         digest.update(view[start : start + json_body.STEP_BYTES])
-        yield
+        await pause()
 
 
 def identifier(value: object) -> str:
@@ -304,9 +302,7 @@ def _event_number(raw: Raw) -> int:
         return event_number(None)
 
 
-def _chat(
-    request_id: str, fields: _Payload, original: bytes, *, large: bool
-) -> Generator[None, None, Chat]:
+async def _chat(request_id: str, fields: _Payload, original: bytes, *, large: bool) -> Chat:
     """Check the fields of a question, in steps if it is *large*.
 
     Raises:
@@ -330,10 +326,10 @@ def _chat(
         "streaming",
     )
     if large:
-        yield
+        await pause()
     options = bytes(fields.options)
     _expect(options.startswith(b"{"), "options must be an object", "options")
-    option_names = yield from _option_names(options)
+    option_names = await _option_names(options)
     _expect(
         bytes(memoryview(fields.metadata)[:1]) == b"{", "metadata must be an object", "metadata"
     )
@@ -349,7 +345,7 @@ def _chat(
         option_names=option_names,
         original=original,
     )
-    return replace(chat, hashed=(yield from chat.hashing())) if large else chat
+    return replace(chat, hashed=await chat.hashing()) if large else chat
 
 
 def _valid_messages(messages: bytes) -> bool:
@@ -377,7 +373,7 @@ def _name(raw: Raw, name: str) -> str | None:
     return value
 
 
-def _option_names(options: bytes) -> Generator[None, None, frozenset[str]]:
+async def _option_names(options: bytes) -> frozenset[str]:
     """Return which of the options with a default are set, in steps if they are large.
 
     Raises:
@@ -385,7 +381,7 @@ def _option_names(options: bytes) -> Generator[None, None, frozenset[str]]:
     """
     if options == b"{}":
         return frozenset()
-    fields = yield from json_body.decoding(_OPTIONS, options, "options")
+    fields = await json_body.decoding(_OPTIONS, options, "options")
     for name in RESERVED_OPTIONS:
         if getattr(fields, name) is not ABSENT:
             raise InvalidRequest(f"{name} cannot be set in options", param="options")

@@ -11,8 +11,8 @@ skips: `sound` makes sure of UTF-8, and writes U+FFFD in place of each lone surr
 (`D83D` without its other half). Such an escape is the remains of a character that a client cut in
 two. Most providers refuse it, and an agent whose history holds one could not go on.
 
-What takes long comes in steps: the generators here yield between two of them, so that their caller
-can let an event loop run, or go on (`at_once`).
+What takes long comes in steps: coroutines `pause` between two of them. Awaited in a task, a pause
+lets the event loop run; `at_once` needs no loop, and passes over the pauses.
 
 A large body: msgspec reads a body in one call, which takes 70 ms for 16 MiB of small values, and
 nothing else runs meanwhile. Here the body is cut after commas outside of its strings. A piece is
@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import types
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 import msgspec
@@ -46,7 +47,7 @@ from msgspec import Raw
 from aioserver.errors import InvalidJson, InvalidRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Coroutine, Generator, Iterator, Sequence
 
 T = TypeVar("T")
 # Bytes that are checked in one step.
@@ -75,11 +76,17 @@ class UnknownField(InvalidRequest):
     """An object has a key that its type does not have; `param` is that key."""
 
 
-def at_once(steps: Generator[None, None, T]) -> T:
-    """Take all *steps*, and return their result."""
+@types.coroutine
+def pause() -> Generator[None]:
+    """Let the event loop run, as `asyncio.sleep(0)` does, before the next step."""
+    yield
+
+
+def at_once(steps: Coroutine[object, None, T]) -> T:
+    """Take all *steps*, which wait for nothing but `pause`, and return their result."""
     while True:
         try:
-            next(steps)
+            steps.send(None)
         except StopIteration as stop:
             result: T = stop.value
             return result
@@ -93,7 +100,7 @@ def simple(body: bytes) -> bool:
     return b"\\u" not in body or (b"\\ud" not in body and b"\\uD" not in body)
 
 
-def sound(body: bytes) -> Generator[None, None, bytes]:
+async def sound(body: bytes) -> bytes:
     """Return *body*, or a copy in which each lone surrogate escape is that of U+FFFD.
 
     Both have the same length. The result is UTF-8; it need not be JSON.
@@ -103,16 +110,16 @@ def sound(body: bytes) -> Generator[None, None, bytes]:
         InvalidJson: *body* has a NUL, which stands nowhere in JSON.
     """
     if not body.isascii():
-        yield from _check_utf8(body)
+        await _check_utf8(body)
     # Nearly no body has an escaped surrogate.
     if b"\\ud" not in body and b"\\uD" not in body:
         return body
     if b"\0" in body:
         raise InvalidJson("not JSON: a NUL")
-    return (yield from _without_lone_surrogates(body))
+    return await _without_lone_surrogates(body)
 
 
-def _check_utf8(body: bytes) -> Generator[None, None, None]:
+async def _check_utf8(body: bytes) -> None:
     view, start = memoryview(body), 0
     while start < len(body):
         end = start + STEP_BYTES
@@ -123,10 +130,10 @@ def _check_utf8(body: bytes) -> Generator[None, None, None]:
             raise NotUtf8(f"not JSON: no UTF-8 at byte {start + exc.start}") from None
         start += read
         if start < len(body):
-            yield
+            await pause()
 
 
-def _without_lone_surrogates(body: bytes) -> Generator[None, None, bytes]:
+async def _without_lone_surrogates(body: bytes) -> bytes:
     """Return *body* without its lone surrogates; it has no NUL.
 
     Pieces are taken one by one, none of which ends within an escape or a pair. In a piece, escaped
@@ -147,7 +154,7 @@ def _without_lone_surrogates(body: bytes) -> Generator[None, None, bytes]:
             pieces.append(piece[: len(marked)])
         start += len(marked)
         if start < len(body):
-            yield
+            await pause()
     return b"".join(pieces) if changed else body
 
 
@@ -350,21 +357,19 @@ def _nested(stack: bytes, brackets: bytes) -> bytes:
     return bytes(nested)
 
 
-def decoding(
-    decoder: msgspec.json.Decoder[T], body: bytes | memoryview, what: str
-) -> Generator[None, None, T]:
+async def decoding(decoder: msgspec.json.Decoder[T], body: bytes | memoryview, what: str) -> T:
     """Return what `decode` returns, in steps if *body* is large.
 
     All fields of the decoder's type are `Raw`. Raises the same as `decode`.
     """
     if len(body) <= STEP_BYTES:
         return decode(decoder, body, what)
-    return (yield from locating(decoder, bytes(body), what))[0]
+    return (await locating(decoder, bytes(body), what))[0]
 
 
-def locating(
+async def locating(
     decoder: msgspec.json.Decoder[T], body: bytes, what: str
-) -> Generator[None, None, tuple[T, dict[str, Site]]]:
+) -> tuple[T, dict[str, Site]]:
     """Return what `decode` returns, and where the values of its fields stand, by their keys; in
     steps.
 
@@ -373,11 +378,11 @@ def locating(
     cuts, pieces = _Cuts(body), _Pieces(decoder, body, what)
     while True:
         while not cuts.look():
-            yield
-        yield from pieces.take(cuts)
+            await pause()
+        await pieces.take(cuts)
         if cuts.last:
             break
-        yield
+        await pause()
         cuts.advance()
     return pieces.result(), pieces.sites
 
@@ -407,7 +412,7 @@ class _Pieces:
         self._values: dict[str, Raw] = {}
         self.sites: dict[str, Site] = {}
 
-    def take(self, cuts: _Cuts) -> Generator[None, None, None]:
+    async def take(self, cuts: _Cuts) -> None:
         """Decode the piece that *cuts* has found, in steps.
 
         Raises:
@@ -426,7 +431,7 @@ class _Pieces:
         if start or suffix:
             piece = b"".join((prefix, self._view[start:end], suffix))
             if len(piece) > STEP_BYTES:
-                yield
+                await pause()
         try:
             fields = decode(self._decoder, piece, self._what)
         except InvalidJson as error:
@@ -515,7 +520,7 @@ def _shifted(message: str, by: int) -> str:
     return _BYTE.sub(lambda match: f"(byte {max(0, int(match[1]) + by)})", message)
 
 
-def elements(array: bytes) -> Generator[list[Raw], None, None]:
+def elements(array: bytes) -> Iterator[list[Raw]]:
     """Yield the elements of *array*, which is JSON, a list of them for each of its pieces.
 
     A list may be empty.
@@ -602,11 +607,11 @@ class Member:
         """
         return bytes(decode(self._decoder, data, "the body").value)
 
-    def reading(self, data: bytes) -> Generator[None, None, bytes]:
+    async def reading(self, data: bytes) -> bytes:
         """Return what `value` returns, in steps if *data* is large."""
-        return bytes((yield from decoding(self._decoder, data, "the body")).value)
+        return bytes((await decoding(self._decoder, data, "the body")).value)
 
-    def finding(self, data: bytes) -> Generator[None, None, Place | None]:
+    async def finding(self, data: bytes) -> Place | None:
         """Return where the member stands, in steps if *data* is large; None: there is none.
 
         Raises:
@@ -616,7 +621,7 @@ class Member:
         if len(data) <= STEP_BYTES:
             value = self.value(data)
             return self.find(data, value) if value else None
-        fields, sites = yield from locating(self._decoder, data, "the body")
+        fields, sites = await locating(self._decoder, data, "the body")
         if fields.value is ABSENT:
             return None
         return self.place(data, sites[self.name], bytes(fields.value))
@@ -712,7 +717,7 @@ class Member:
         alone = before < 0 or data[before + 1 : start].strip(b" \t\r\n")
         return (start if alone else before), end
 
-    def check_absent(self, data: bytes) -> Generator[None, None, None]:
+    async def check_absent(self, data: bytes) -> None:
         """Make sure that *data* lacks this member, which was taken out of it, in steps if it is
         large.
 
@@ -720,5 +725,5 @@ class Member:
             InvalidRequest: there is another one.
         """
         # Without the key, however it is written, there is nothing to read.
-        if (self.key in data or b"\\u00" in data) and (yield from self.reading(data)):
+        if (self.key in data or b"\\u00" in data) and await self.reading(data):
             raise InvalidRequest(f"several keys {self.name} in one body", param=self.name)

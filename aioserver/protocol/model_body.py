@@ -16,11 +16,9 @@ from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
 from aioserver.protocol import json_body
-from aioserver.protocol.json_body import ABSENT, Member
+from aioserver.protocol.json_body import ABSENT, Member, pause
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from aioserver.protocol.json_body import Site
 
 # Bytes in which the name of a model is written.
@@ -182,17 +180,17 @@ class ModelBody:
         return b"".join((view[: self._place], written, view[self._place + len(value) :]))
 
 
-def reading(data: bytes) -> Generator[None, None, ModelBody]:
+async def reading(data: bytes) -> ModelBody:
     """Return the body in *data*, in steps; a lone surrogate escape in it becomes that of U+FFFD.
 
     Raises:
         InvalidJson: *data* is not JSON.
         InvalidRequest: *data* is no object, or a field has a wrong type.
     """
-    return (yield from reading_sound((yield from json_body.sound(data))))
+    return await reading_sound(await json_body.sound(data))
 
 
-def reading_sound(body: bytes) -> Generator[None, None, ModelBody]:
+async def reading_sound(body: bytes) -> ModelBody:
     """Return the *body*, which is UTF-8 without lone surrogates, in steps.
 
     Raises:
@@ -200,6 +198,6 @@ def reading_sound(body: bytes) -> Generator[None, None, ModelBody]:
     """
     if len(body) <= json_body.STEP_BYTES:
         return ModelBody(body)
-    yield
-    fields, sites = yield from json_body.locating(_RAW_DECODER, body, "the body")
+    await pause()
+    fields, sites = await json_body.locating(_RAW_DECODER, body, "the body")
     return ModelBody(body, (fields, sites.get("model")))

@@ -1,7 +1,7 @@
 """Lookups in the body of a whole answer: the model's text, and whether a response is final.
 
 Such a body may have many megabytes, and parsing it would stop the event loop for a second. Here it
-is walked through in steps (limits/steps.py) along a path, without building anything: what is not
+is walked through in steps along a path, without building anything: what is not
 on the path is skipped. A body is what a provider has sent, and need not be JSON.
 """
 
@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import TYPE_CHECKING
 
 import orjson
 
 from aioserver.errors import InvalidJson
-from aioserver.protocol.json_body import at_once, sound
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
+from aioserver.protocol.json_body import at_once, pause, sound
 
 # Bytes that are walked through in one step, which takes a few milliseconds at most. It is also
 # about the size of a piece of text.
@@ -48,30 +44,30 @@ class _Missing(ValueError):
 class _Walk:
     """A walk through *body*.
 
-    Each method moves `place`, and yields after about STEP_BYTES of it.
+    Each method moves `place`, and pauses after about STEP_BYTES of it.
     """
 
-    __slots__ = ("_yield_at", "body", "place")
+    __slots__ = ("_pause_at", "body", "place")
 
     def __init__(self, body: bytes) -> None:
         self.body = body
         self.place = 0
-        self._yield_at = STEP_BYTES
+        self._pause_at = STEP_BYTES
 
-    def find(self, *path: str | int) -> Generator[None, None, None]:
+    async def find(self, *path: str | int) -> None:
         """Go to the value at *path*: the names of members, and indices of elements.
 
         Raises:
             _Missing: there is none.
         """
-        yield from self._past(_SPACE)
+        await self._past(_SPACE)
         for part in path:
             if isinstance(part, str):
-                yield from self._member(part)
+                await self._member(part)
             else:
-                yield from self._element(part)
+                await self._element(part)
 
-    def text(self) -> Generator[None, None, list[slice]]:
+    async def text(self) -> list[slice]:
         """Return the pieces of the string at this place, without its quotes.
 
         No piece ends within a character.
@@ -98,18 +94,18 @@ class _Walk:
                 raise _Missing from None
             pieces.append(piece)
             self.place = stop
-            yield from self._yield_if_due()
+            await self._pause_if_due()
         self._expect(b'"')
         return pieces
 
-    def value(self) -> Generator[None, None, object]:
+    async def value(self) -> object:
         """Return the scalar or the short string at this place.
 
         Raises:
             _Missing: it is another value.
         """
         start = self.place
-        yield from self._skip()
+        await self._skip()
         if self.place - start > MAX_VALUE_BYTES:
             raise _Missing
         try:
@@ -117,40 +113,40 @@ class _Walk:
         except orjson.JSONDecodeError:
             raise _Missing from None
 
-    def _member(self, name: str) -> Generator[None, None, None]:
+    async def _member(self, name: str) -> None:
         """Go from the start of an object to the value of its first member *name*."""
         self._expect(b"{")
-        yield from self._past(_SPACE)
+        await self._past(_SPACE)
         key, others = b'"%b"' % name.encode(), _others(name)
         while True:
             # Simple members are many, or they are the large ones: no loop is needed for them.
-            yield from self._past(others)
+            await self._past(others)
             start = self.place
             self._expect(b'"')
-            yield from self._past(_STRING)
+            await self._past(_STRING)
             self._expect(b'"')
             matches = self.place - start == len(key) and self.body.startswith(key, start)
-            yield from self._past(_SPACE)
+            await self._past(_SPACE)
             self._expect(b":")
-            yield from self._past(_SPACE)
+            await self._past(_SPACE)
             if matches:
                 return
-            yield from self._skip()
-            yield from self._past(_SPACE)
+            await self._skip()
+            await self._past(_SPACE)
             self._expect(b",")
-            yield from self._past(_SPACE)
+            await self._past(_SPACE)
 
-    def _element(self, index: int) -> Generator[None, None, None]:
+    async def _element(self, index: int) -> None:
         """Go from the start of an array to its element *index*."""
         self._expect(b"[")
-        yield from self._past(_SPACE)
+        await self._past(_SPACE)
         for _ in range(index):
-            yield from self._skip()
-            yield from self._past(_SPACE)
+            await self._skip()
+            await self._past(_SPACE)
             self._expect(b",")
-            yield from self._past(_SPACE)
+            await self._past(_SPACE)
 
-    def _skip(self) -> Generator[None, None, None]:
+    async def _skip(self) -> None:
         """Go past the value at this place."""
         body, depth = self.body, 0
         while True:
@@ -158,7 +154,7 @@ class _Walk:
             byte = body[start] if start < len(body) else -1
             if byte == _QUOTE:
                 self.place += 1
-                yield from self._past(_STRING)
+                await self._past(_STRING)
                 self._expect(b'"')
             elif byte in (_BRACE, _BRACKET):
                 self.place = self._match(_OPENING)
@@ -169,19 +165,19 @@ class _Walk:
             elif depth:
                 self.place = self._match(_CONTENT)
             else:
-                yield from self._past(_SCALAR)
+                await self._past(_SCALAR)
             if self.place == start:
                 raise _Missing
             if not depth:
                 return
-            if self.place >= self._yield_at:
-                yield from self._yield_if_due()
+            if self.place >= self._pause_at:
+                await self._pause_if_due()
 
-    def _past(self, pattern: re.Pattern[bytes]) -> Generator[None, None, None]:
+    async def _past(self, pattern: re.Pattern[bytes]) -> None:
         """Go past what *pattern* matches, however long it is."""
         while (stop := self._match(pattern)) > self.place:
             self.place = stop
-            yield from self._yield_if_due()
+            await self._pause_if_due()
 
     def _match(self, pattern: re.Pattern[bytes]) -> int:
         match = pattern.match(self.body, self.place, self.place + STEP_BYTES)
@@ -192,10 +188,10 @@ class _Walk:
             raise _Missing
         self.place += 1
 
-    def _yield_if_due(self) -> Generator[None, None, None]:
-        if self.place >= self._yield_at:
-            self._yield_at = self.place + STEP_BYTES // 2
-            yield
+    async def _pause_if_due(self) -> None:
+        if self.place >= self._pause_at:
+            self._pause_at = self.place + STEP_BYTES // 2
+            await pause()
 
 
 @cache
@@ -208,7 +204,7 @@ def _others(name: str) -> re.Pattern[bytes]:
     return re.compile(rb"(?:%b)*+" % (member % parts), re.DOTALL)
 
 
-def text_pieces(body: bytes) -> Generator[None, None, list[slice]]:
+async def text_pieces(body: bytes) -> list[slice]:
     """Return where the text of a whole chat completion stands in *body*, in pieces of STEP_BYTES
     about.
 
@@ -217,23 +213,23 @@ def text_pieces(body: bytes) -> Generator[None, None, list[slice]]:
     """
     walk = _Walk(body)
     try:
-        yield from walk.find("choices", 0, "message", "content")
-        return (yield from walk.text())
+        await walk.find("choices", 0, "message", "content")
+        return await walk.text()
     except _Missing:
         return []
 
 
-def string_pieces(text: bytes) -> Generator[None, None, list[slice]]:
+async def string_pieces(text: bytes) -> list[slice]:
     """Return the pieces of *text*, a JSON string, as `text_pieces` does; none if it is not
     valid.
     """
     try:
-        return (yield from _Walk(text).text())
+        return await _Walk(text).text()
     except _Missing:
         return []
 
 
-def final_response(body: bytes) -> Generator[None, None, str | None]:
+async def final_response(body: bytes) -> str | None:
     """Return the id of a whole `response` object that will not change any more, or None.
 
     A client asks again for a response that runs in the background, so only its final state is
@@ -241,12 +237,12 @@ def final_response(body: bytes) -> Generator[None, None, str | None]:
     """
     try:
         walk = _Walk(body)
-        yield from walk.find("status")
-        if (yield from walk.value()) not in FINAL_STATUSES:
+        await walk.find("status")
+        if await walk.value() not in FINAL_STATUSES:
             return None
         walk = _Walk(body)
-        yield from walk.find("id")
-        name = yield from walk.value()
+        await walk.find("id")
+        name = await walk.value()
     except _Missing:
         return None
     return name if isinstance(name, str) and name else None

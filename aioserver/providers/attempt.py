@@ -31,7 +31,7 @@ from aioserver.providers.sinks import BodySink
 from aioserver.streams import entries
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Awaitable, Mapping
 
     from aioserver.config import settings
     from aioserver.providers.api import Api, Memory
@@ -210,7 +210,7 @@ class Attempt:
         """
         return False
 
-    def preparation(self) -> Generator[None, None, None] | None:
+    def preparation(self) -> Awaitable[None] | None:
         """Return the steps to take before `written`; None if there are none."""
         return None
 
@@ -294,7 +294,7 @@ class Attempt:
         """The bytes at most of a good answer that is not streamed."""
         return self.provider.max_response_bytes
 
-    def conclude(self) -> Generator[None, None, None] | None:
+    def conclude(self) -> Awaitable[None] | None:
         """Check the answer, which is complete now, and read it if it was not streamed; return the
         steps that are left.
 

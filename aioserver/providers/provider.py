@@ -27,7 +27,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from aioserver.limits.steps import in_turns
 from aioserver.provider_errors import (
     NoProvider,
     ProviderFault,
@@ -210,7 +209,7 @@ class Provider:
                 self._make_room()
             await self.exchange(attempt)
             if (steps := attempt.conclude()) is not None:
-                await in_turns(steps)
+                await steps
         except BaseException as exc:
             error = exc
             self._gate.free_room(attempt)
@@ -331,7 +330,7 @@ class Provider:
         record, limits = attempt.request.record, self.settings.http_client
         while True:
             if (steps := attempt.preparation()) is not None:
-                await in_turns(steps)
+                await steps
             attempt.pool = pool = self.pools.pool
             # No reference to it is held while the answer comes.
             data = attempt.written(self.pools.writer)

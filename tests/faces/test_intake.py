@@ -17,7 +17,6 @@ from aiohttp.base_protocol import BaseProtocol
 from aiohttp.test_utils import make_mocked_request
 
 from aioserver.faces import intake
-from aioserver.limits.steps import in_turns
 from aioserver.protocol import model_body
 from tests.support.chat import CHAT
 from tests.support.scripted_provider import (
@@ -263,7 +262,7 @@ async def test_others_are_served_between_the_steps_of_a_large_body() -> None:
     await asyncio.sleep(0)
     surrogates = rb"\ud83d" * (4 * MIB // 6)
     body = b'{"model":"m","x":"%b"}' % surrogates
-    parsed = await in_turns(model_body.reading(body))
+    parsed = await model_body.reading(body)
     task.cancel()
 
     assert parsed.data == body.replace(rb"\ud83d", rb"\ufffd")

@@ -205,7 +205,7 @@ def test_no_call_of_a_decoder_gets_more_than_a_piece(
     monkeypatch.setattr(json_body, "decode", counted)
     body = filled(*HOSTILE[name])
 
-    steps = [*reading(body)]
+    steps = [*reading(body).__await__()]
     read = at_once(reading(body))
 
     assert max(sizes) < 2 * json_body.PIECE_BYTES
@@ -225,7 +225,7 @@ def test_a_small_body_is_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(json_body, "locating", None)
     body = b'{"model":"m","x":[%b0]}' % (b"1," * 1000)
 
-    assert [*json_body.decoding(FIELDS, body, "it")] == []
+    assert [*json_body.decoding(FIELDS, body, "it").__await__()] == []
     assert at_once(reading(body)).model == "m"
 
 

@@ -20,7 +20,7 @@ from aioserver.protocol.json_body import ABSENT, NotUtf8, UnknownField, at_once
 from tests.support.commands import TOO_DEEP
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Coroutine
 
 MIB = 1 << 20
 
@@ -141,11 +141,11 @@ HOSTILE = {
 }
 
 
-def model_of(filling: bytes) -> Generator[None, None, object]:
+def model_of(filling: bytes) -> Coroutine[object, None, object]:
     return model_body.reading(b'{"model":"m","x":[' + filling + b"0]}")
 
 
-def chat_of(filling: bytes) -> Generator[None, None, object]:
+def chat_of(filling: bytes) -> Coroutine[object, None, object]:
     return client_frames.parsing(
         b'{"action":"chat","request_id":"r","payload":{"messages":[{"role":"user","x":['
         + filling
@@ -156,7 +156,7 @@ def chat_of(filling: bytes) -> Generator[None, None, object]:
 @pytest.mark.parametrize("steps_of", [model_of, chat_of])
 @pytest.mark.parametrize("filling", HOSTILE)
 def test_a_body_of_16_mib_costs_less_than_ten_times_its_bytes(
-    steps_of: Callable[[bytes], Generator[None, None, object]], filling: str
+    steps_of: Callable[[bytes], Coroutine[object, None, object]], filling: str
 ) -> None:
     steps = steps_of(HOSTILE[filling])
     tracemalloc.start()
@@ -174,4 +174,4 @@ def test_a_body_of_16_mib_costs_less_than_ten_times_its_bytes(
 def test_a_large_body_is_checked_in_steps(filling: str) -> None:
     steps = json_body.sound(HOSTILE[filling])
 
-    assert sum(1 for _ in steps) >= 15
+    assert sum(1 for _ in steps.__await__()) >= 15

@@ -15,7 +15,7 @@ from aioserver.protocol.json_body import at_once, sound
 from aioserver.protocol.whole_answer import STEP_BYTES, final_response, text_pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Awaitable
 
 BIG = 10 * STEP_BYTES
 ALPHABET = 'ab "\\/\n\t\x00\x1f\x7f{}[],:é€\u2028\ud7ff\ue000😀𝄞'
@@ -155,5 +155,5 @@ def test_a_step_is_short_whatever_the_body_is(before: bytes) -> None:
     assert at_once(final_response(body)) == "r1"
 
 
-def steps(generator: Generator[None, None, object]) -> int:
-    return sum(1 for _ in generator)
+def steps(work: Awaitable[object]) -> int:
+    return sum(1 for _ in work.__await__())

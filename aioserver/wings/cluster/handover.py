@@ -10,7 +10,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import ResumeGap, ServerShutdown, StreamNotFound
-from aioserver.limits.steps import in_turns
 from aioserver.protocol.whole_answer import text_pieces
 from aioserver.streams.entries import NO_TEXT, WholeEntry
 from aioserver.streams.store import ended_at
@@ -99,7 +98,7 @@ async def fill(
             case pipe.Whole():
                 stream.whole = pipe.answer_of(stream, head, body)
                 stream.recount()
-                pieces = await in_turns(text_pieces(body)) or (NO_TEXT,)
+                pieces = await text_pieces(body) or (NO_TEXT,)
                 entries += [
                     WholeEntry(number, body, piece, monotonic())
                     for number, piece in enumerate(pieces, 1)

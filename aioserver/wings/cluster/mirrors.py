@@ -18,7 +18,6 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from aioserver.errors import InternalError, ServerShutdown
-from aioserver.limits.steps import in_turns
 from aioserver.protocol.whole_answer import text_pieces
 from aioserver.streams.entries import NO_TEXT, WholeEntry
 from aioserver.wings.cluster import faults, pipe
@@ -256,7 +255,7 @@ class Mirror:
     async def _take_whole(self, whole: pipe.Whole, body: bytes) -> None:
         """Make the events of an answer that was not streamed, as its owner did."""
         stream = self.stream
-        pieces = await in_turns(text_pieces(body)) or (NO_TEXT,)
+        pieces = await text_pieces(body) or (NO_TEXT,)
         stream.whole = pipe.answer_of(stream, whole, body)
         stream.recount()
         now = self._loop.time()

@@ -41,7 +41,7 @@ from aioserver.wings.responses.bridge.whole import MAX_WHOLE_BYTES, WholeWriter,
 from aioserver.wings.responses.sinks import BridgeSink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Awaitable, Callable
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
@@ -176,7 +176,7 @@ class ResponseAttempt(Attempt):
         # before.
         self._learning = False
 
-    def preparation(self) -> Generator[None, None, None] | None:
+    def preparation(self) -> Awaitable[None] | None:
         """Return the steps that translate the request, or put what it continues in front of its
         input.
         """
@@ -185,11 +185,11 @@ class ResponseAttempt(Attempt):
         draft = self._draft
         return None if draft is None or not draft.slow else self._prepare(draft)
 
-    def _prepare(self, draft: Draft) -> Generator[None, None, None]:
+    async def _prepare(self, draft: Draft) -> None:
         provider = self.provider
         body = self.request.body(provider.settings)
         keeps = self._learned.keeps
-        self._prepared = yield from draft.body_for(body, provider.name, keeps=keeps)
+        self._prepared = await draft.body_for(body, provider.name, keeps=keeps)
 
     @property
     def _learned(self) -> Learned:
@@ -278,7 +278,7 @@ class ResponseAttempt(Attempt):
         limit = super().max_answer_bytes
         return limit if self._chat is None else min(limit, MAX_WHOLE_BYTES)
 
-    def conclude(self) -> Generator[None, None, None] | None:
+    def conclude(self) -> Awaitable[None] | None:
         """Check the answer, and return the steps that translate it if it was not streamed.
 
         Raises:
@@ -293,9 +293,7 @@ class ResponseAttempt(Attempt):
             self._note_reasoning()
         return None
 
-    def _translate_answer(
-        self, answer: Answer, writer: WholeWriter
-    ) -> Generator[None, None, None]:
+    async def _translate_answer(self, answer: Answer, writer: WholeWriter) -> None:
         """Translate *answer*, in steps.
 
         Raises:
@@ -303,7 +301,7 @@ class ResponseAttempt(Attempt):
         """
         body, answer.body = answer.body, b""
         try:
-            answer.body = yield from whole_response(body, writer, int(time.time()))
+            answer.body = await whole_response(body, writer, int(time.time()))
         except (BadEvent, ErrorEvent) as exc:
             self.answer = None
             raise event_fault(exc) from exc
@@ -313,7 +311,7 @@ class ResponseAttempt(Attempt):
         if self._writer is not None and self._writer.reasoning_field:
             self._learned.reasoning_field = self._writer.reasoning_field
 
-    def _translate(self) -> Generator[None, None, None]:
+    async def _translate(self) -> None:
         """Translate the request, in steps.
 
         Raises:
@@ -323,9 +321,9 @@ class ResponseAttempt(Attempt):
         draft, provider = self._draft, self.provider
         body = self.request.body(provider.settings)
         if draft is not None:
-            body = yield from draft.bridge(body, provider.name)
+            body = await draft.bridge(body, provider.name)
         try:
-            self._chat = yield from chat_request(
+            self._chat = await chat_request(
                 body,
                 previous=None if draft is None else draft.previous_id,
                 reasoning_field=self._learned.reasoning_field,

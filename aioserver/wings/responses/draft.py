@@ -26,7 +26,7 @@ from aioserver.wings.responses.items import CONTINUABLE, continued, input_items,
 from aioserver.wings.responses.stored import not_found
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator
+    from collections.abc import Awaitable, Callable
 
     from aioserver.auth.callers import Caller
     from aioserver.protocol.model_body import ModelBody
@@ -118,22 +118,22 @@ class Draft:
         """
         return self.large or self.previous is not None
 
-    def body_for(self, body: bytes, provider: str, *, keeps: bool) -> Generator[None, None, bytes]:
+    async def body_for(self, body: bytes, provider: str, *, keeps: bool) -> bytes:
         """Return *body* as *provider* gets it, which *keeps* responses, or does not as far as we
         know, in steps.
 
         Raises:
             RequestTooLarge, InvalidRequest: as `expand`.
         """
-        yield from self._note_provider(body, keeps=keeps)
+        await self._note_provider(body, keeps=keeps)
         previous = self.previous
         known = previous is None or (previous.kept_there and previous.provider == provider)
         self.by_id = keeps and known and previous is not None
         if known and (keeps or previous is None):
             return body
-        return (yield from self.expand(body, provider))
+        return await self.expand(body, provider)
 
-    def bridge(self, body: bytes, provider: str = "") -> Generator[None, None, bytes]:
+    async def bridge(self, body: bytes, provider: str = "") -> bytes:
         """Return *body* for a *provider* that has no responses at all: without
         `previous_response_id`, in steps.
 
@@ -141,11 +141,11 @@ class Draft:
             ResponseNotFound: the request continues a response that is not held here.
             RequestTooLarge, InvalidRequest: as `expand`.
         """
-        yield from self._note_provider(body, keeps=False)
+        await self._note_provider(body, keeps=False)
         self.by_id = False
-        return (yield from self.expand(body, provider))
+        return await self.expand(body, provider)
 
-    def expand(self, body: bytes, provider: str) -> Generator[None, None, bytes]:
+    async def expand(self, body: bytes, provider: str) -> bytes:
         """Return *body* with what it continues in front of its input, for *provider*, in steps;
         see `continued`.
 
@@ -156,19 +156,19 @@ class Draft:
         """
         if self.previous is not None and self.previous.whole:
             history = self.previous.history(provider)
-            return (yield from continued(body, history, self.max_bytes))
+            return await continued(body, history, self.max_bytes)
         if self.previous_id is not None:
             raise not_found(self.previous_id)
         return body
 
-    def take_input(self, body: bytes) -> Generator[None, None, None]:
+    async def take_input(self, body: bytes) -> None:
         """Keep the input in *body*, the request's, in steps; a second call does nothing.
 
         Where there is no room for it, the response is not kept.
         """
         if self._held is not None:
             return
-        items = yield from input_items(body)
+        items = await input_items(body)
         self._held = self._responses.hold()
         try:
             self._held.grow(len(items))
@@ -254,7 +254,7 @@ class Draft:
         if previous is not None:
             previous.release()
 
-    def _note_provider(self, body: bytes, *, keeps: bool) -> Generator[None, None, None]:
+    async def _note_provider(self, body: bytes, *, keeps: bool) -> None:
         """Note that a provider gets *body*, in steps, and whether it *keeps* responses.
 
         The last one counts.
@@ -263,7 +263,7 @@ class Draft:
         self.named = self.store is True or (self.store is None and usually_named)
         self.kept_there = keeps and self.store is not False
         if self.named or self._on_kept is not None:
-            yield from self.take_input(body)
+            await self.take_input(body)
 
 
 def draft_of(

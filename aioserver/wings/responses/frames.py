@@ -33,10 +33,10 @@ from msgspec import Raw
 
 from aioserver.errors import AioserverError, InvalidRequest, InvalidStreamId
 from aioserver.protocol import json_body, model_body
-from aioserver.protocol.json_body import ABSENT, Member, at_once
+from aioserver.protocol.json_body import ABSENT, Member, at_once, pause
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Sequence
 
     from aioserver.protocol.json_body import Place, Site
     from aioserver.protocol.model_body import ModelBody
@@ -168,17 +168,17 @@ def parse(frame: bytes) -> Command:
     return at_once(parsing(frame))
 
 
-def parsing(data: bytes) -> Generator[None, None, Command]:
+async def parsing(data: bytes) -> Command:
     """Parse as `parse` does, in steps."""
     lane: str | None = None
     large = len(data) > json_body.STEP_BYTES
     try:
-        body = yield from json_body.sound(data)
+        body = await json_body.sound(data)
         if large:
-            yield
+            await pause()
         sites: dict[str, Site] = {}
         if large:
-            frame, sites = yield from json_body.locating(_FRAME, body, "a frame")
+            frame, sites = await json_body.locating(_FRAME, body, "a frame")
         else:
             frame = json_body.decode(_FRAME, body, "a frame")
         kind = json_body.text(frame.type, MAX_ID_BYTES)
@@ -190,7 +190,7 @@ def parsing(data: bytes) -> Generator[None, None, Command]:
         match kind:
             case "response.create":
                 try:
-                    return (yield from _create(lane, frame, body, sites))
+                    return await _create(lane, frame, body, sites)
                 except AioserverError as error:
                     return Refused(lane, error)
             case "response.cancel":
@@ -205,9 +205,7 @@ def parsing(data: bytes) -> Generator[None, None, Command]:
         raise BadFrame(error, lane) from None
 
 
-def _create(
-    lane: str | None, frame: _Frame, body: bytes, sites: dict[str, Site]
-) -> Generator[None, None, Create]:
+async def _create(lane: str | None, frame: _Frame, body: bytes, sites: dict[str, Site]) -> Create:
     """Return the command of a frame whose bytes are *body*, in steps.
 
     *sites*: of members that were read in pieces.
@@ -220,19 +218,17 @@ def _create(
             "background is not for a WebSocket: POST /v1/responses has it", param="background"
         )
     streamed = json_body.flag(frame.stream) is True
-    body = yield from _without(
-        _OF_FRAME if streamed else (*_OF_FRAME, _STREAM), frame, body, sites
-    )
+    body = await _without(_OF_FRAME if streamed else (*_OF_FRAME, _STREAM), frame, body, sites)
     if sites:
-        yield
+        await pause()
     if not streamed:
         body = _STREAM.insert(body, [b"true"])
-    return Create(lane, (yield from model_body.reading_sound(body)), generate is not False)
+    return Create(lane, await model_body.reading_sound(body), generate is not False)
 
 
-def _without(
+async def _without(
     members: Sequence[Member], frame: _Frame, body: bytes, sites: dict[str, Site]
-) -> Generator[None, None, bytes]:
+) -> bytes:
     """Return *body* without those of its *members* that *frame* has, in steps if it was read so.
 
     Raises:
@@ -250,18 +246,18 @@ def _without(
             )
             removed.append(member)
             if sites:
-                yield
+                await pause()
     # From the last one on, so that the places of the others stay the same.
     for place in sorted(places, reverse=True):
         start, end = Member.extent(body, place)
         view = memoryview(body)
         body = b"".join((view[:start], view[end:]))
         if sites:
-            yield
+            await pause()
     # Without their keys, however they are written, there is nothing to read; to look for them
     # takes long in itself.
     if sites or b"\\u00" in body or any(member.key in body for member in removed):
-        rest = yield from json_body.decoding(_FRAME, body, "a frame")
+        rest = await json_body.decoding(_FRAME, body, "a frame")
         for member in removed:
             if getattr(rest, member.name) is not ABSENT:
                 raise InvalidRequest(f"several keys {member.name} in one body", param=member.name)
@@ -364,15 +360,15 @@ def _error_object(fault: AioserverError) -> dict[str, Any]:
     }
 
 
-def preparing(
+async def preparing(
     command: Create, response_id: str, model: str, created_at: int
-) -> Generator[None, None, list[tuple[bytes, bytes]]]:
+) -> list[tuple[bytes, bytes]]:
     """Return the events of a response for which nothing is generated, each with the response
     object in it, in steps.
 
     *created_at*: seconds since 1970.
     """
-    fields = yield from json_body.decoding(_SHOWN, command.body.data, "the body")
+    fields = await json_body.decoding(_SHOWN, command.body.data, "the body")
     shown = {name: _short(getattr(fields, name), default) for name, default in _DEFAULTS.items()}
     response: dict[str, Any] = {
         "id": response_id,

@@ -14,10 +14,10 @@ import msgspec
 from msgspec import Raw
 
 from aioserver.errors import InvalidJson, InvalidRequest, RequestTooLarge
-from aioserver.protocol.json_body import ABSENT, Member, at_once, sound
+from aioserver.protocol.json_body import ABSENT, Member, at_once, pause, sound
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
 INPUT, PREVIOUS = Member("input"), Member("previous_response_id")
 # The statuses of a response that can be continued.
@@ -77,7 +77,7 @@ class Page(NamedTuple):
     more: bool
 
 
-def input_items(body: bytes) -> Generator[None, None, bytes]:
+async def input_items(body: bytes) -> bytes:
     """Return the items of the input in *body*, a request for a response, in steps.
 
     A text becomes a message of the user.
@@ -85,7 +85,7 @@ def input_items(body: bytes) -> Generator[None, None, bytes]:
     Raises:
         InvalidJson, InvalidRequest: *body* is no object.
     """
-    return items_of((yield from INPUT.reading(body)))
+    return items_of(await INPUT.reading(body))
 
 
 def items_of(value: bytes) -> bytes:
@@ -158,9 +158,7 @@ def replayable(items: bytes, *, same_provider: bool) -> bytes:
     return joined(kept)
 
 
-def continued(
-    body: bytes, history: Iterable[bytes], max_bytes: int
-) -> Generator[None, None, bytes]:
+async def continued(body: bytes, history: Iterable[bytes], max_bytes: int) -> bytes:
     """Return *body* with *history*, joined items, in front of its input, and without
     `previous_response_id`, in steps.
 
@@ -171,15 +169,15 @@ def continued(
         InvalidRequest: *body* has several keys `previous_response_id`.
     """
     large = len(body) > STEP_BYTES
-    place, view = (yield from INPUT.finding(body)), memoryview(body)
+    place, view = await INPUT.finding(body), memoryview(body)
     value = b"" if place is None else body[place.value : place.end]
     if large:
-        yield
+        await pause()
     start = stop = 0
-    if (previous := (yield from PREVIOUS.finding(body))) is not None:
+    if (previous := await PREVIOUS.finding(body)) is not None:
         start, stop = PREVIOUS.extent(body, previous)
     if large:
-        yield
+        await pause()
     # Brackets, and a comma between two pieces.
     size = len(body) - (stop - start) - len(value) + 2
     pieces: list[bytes] = []
@@ -197,7 +195,7 @@ def continued(
         step += len(piece) + STEP_BYTES // 1000
         if step > STEP_BYTES:
             step = 0
-            yield
+            await pause()
     items = (b"[", b",".join(pieces), b"]")
     if place is None:
         result = INPUT.insert(b"".join((view[:start], view[stop:])), items)
@@ -211,14 +209,14 @@ def continued(
         result = b"".join((*parts, view[end:]))
     if stop:
         if large:
-            yield
-        yield from PREVIOUS.check_absent(result)
+            await pause()
+        await PREVIOUS.check_absent(result)
     return result
 
 
-def paging(
+async def paging(
     pieces: Iterable[tuple[str, bytes]], *, newest_first: bool, limit: int, after: str | None
-) -> Generator[None, None, Page | None]:
+) -> Page | None:
     """Return *limit* of the items in *pieces*, those that follow the one with the id *after*, in
     steps.
 
@@ -250,7 +248,7 @@ def paging(
             size += len(memoryview(item)) + STEP_BYTES // 1000
             if size >= STEP_BYTES:
                 size = 0
-                yield
+                await pause()
     return _page_of(listed, more=False) if found else None
 
 

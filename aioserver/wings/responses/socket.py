@@ -32,7 +32,6 @@ from aioserver.faces.socket import Socket
 from aioserver.faces.upgrade import serve
 from aioserver.gateway.calls import shutdown_error
 from aioserver.gateway.instances import Start
-from aioserver.limits.steps import in_turns
 from aioserver.protocol.json_body import NotUtf8
 from aioserver.streams.formats import WS_TEXT, ws_frame
 from aioserver.wings.responses import face as responses
@@ -129,7 +128,7 @@ class ResponsesSocket(Socket):
     async def receive_in_turns(self, data: bytes, hold: BodyHold) -> None:
         """Carry out one frame, which is read in several turns of the event loop."""
         try:
-            command = await in_turns(frames.parsing(data))
+            command = await frames.parsing(data)
         except BadFrame as fault:
             self._refuse(fault.lane, fault.error)
         else:
@@ -257,8 +256,8 @@ class ResponsesSocket(Socket):
             if body.previous_response_id is not None and draft.previous is None:
                 raise not_found(body.previous_response_id)
             response_id, now = f"resp_{uuid.uuid4().hex}", int(time.time())
-            events = await in_turns(frames.preparing(command, response_id, model, now))
-            await in_turns(draft.take_input(body.data))
+            events = await frames.preparing(command, response_id, model, now)
+            await draft.take_input(body.data)
             kept = draft.keep_response(events[-1][1], route.provider.name)
             if kept is not None:
                 await kept

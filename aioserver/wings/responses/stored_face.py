@@ -25,7 +25,6 @@ from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest, NotFound, PermissionDenied, StreamNotFound
 from aioserver.faces import openai, passthrough
 from aioserver.faces.admission import counted
-from aioserver.limits.steps import in_turns
 from aioserver.wings.responses.attempt import Learned
 from aioserver.wings.responses.items import Page, paging
 
@@ -214,10 +213,8 @@ async def _page(request: web.Request, response: StoredResponse) -> Page:
     pieces = response.shown()
     if order == "desc":
         pieces.reverse()
-    steps = paging(
-        pieces, newest_first=order == "desc", limit=int(text), after=request.query.get("after")
-    )
-    page = await in_turns(steps)
+    after = request.query.get("after")
+    page = await paging(pieces, newest_first=order == "desc", limit=int(text), after=after)
     if page is None:
         raise InvalidRequest("after must be the id of an item in this list", param="after")
     return page

@@ -120,7 +120,7 @@ def test_a_large_body_is_continued_in_steps() -> None:
     body = dumped({"model": "m", "previous_response_id": "r1", "input": text})
     history = [dumped({"role": "user", "content": text})] * 8
 
-    assert len([*continued(body, history, 1 << 24)]) > 8
+    assert len([*continued(body, history, 1 << 24).__await__()]) > 8
 
 
 @given(ITEMS, st.dictionaries(st.sampled_from(["model", "usage", "output"]), TEXTS))
@@ -231,7 +231,7 @@ def test_a_page_of_a_long_list_comes_in_steps(pieces: int) -> None:
     piece = b"{}," * (50_000 // pieces - 1) + b"{}"
     steps = paging([("r", piece)] * pieces, newest_first=True, limit=9, after="x")
 
-    assert sum(1 for _ in steps) >= 49
+    assert sum(1 for _ in steps.__await__()) >= 49
 
 
 def test_very_many_items_cost_no_more_than_their_size() -> None:

@@ -7,17 +7,14 @@ of millions of empty elements would otherwise cost thirty times its bytes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import msgspec
 from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
 from aioserver.protocol import json_body
-from aioserver.protocol.json_body import ABSENT, null
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
+from aioserver.protocol.json_body import ABSENT, null, pause
 
 T = TypeVar("T")
 # Values in one body, whatever its size.
@@ -32,7 +29,7 @@ MAX_ELEMENTS = 4096
 STEP_BYTES = 1 << 18
 
 
-def check_density(body: bytes) -> Generator[None, None, None]:
+async def check_density(body: bytes) -> None:
     """Refuse a *body*, which is JSON, whose values are too many for its size.
 
     Raises:
@@ -55,7 +52,7 @@ def check_density(body: bytes) -> Generator[None, None, None]:
         within = (within + len(parts) - 1) % 2
         if commas > limit:
             raise InvalidRequest(f"more than {limit} values in a body of {len(body)} bytes")
-        yield
+        await pause()
 
 
 def elements(raw: Raw, param: str) -> list[Raw]:

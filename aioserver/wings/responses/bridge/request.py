@@ -20,7 +20,6 @@ is refused by name: see `_REFUSED`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import msgspec
 import orjson
@@ -28,7 +27,7 @@ from msgspec import Raw
 
 from aioserver.errors import InvalidRequest, ResponseNotFound
 from aioserver.protocol import json_body
-from aioserver.protocol.json_body import ABSENT, flag, null
+from aioserver.protocol.json_body import ABSENT, flag, null, pause
 from aioserver.wings.responses.bridge.items import Messages
 from aioserver.wings.responses.bridge.output import MAX_REPEATED_BYTES
 from aioserver.wings.responses.bridge.reading import (
@@ -40,9 +39,6 @@ from aioserver.wings.responses.bridge.reading import (
     string,
 )
 from aioserver.wings.responses.bridge.tools import Tools
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
 
 # Items of a request that become messages in one step, and their bytes, since an item may have
 # thousands of parts.
@@ -124,9 +120,9 @@ class ChatRequest:
         self.asked_bytes = len(self.body)
 
 
-def chat_request(
+async def chat_request(
     body: bytes, *, previous: str | None = None, reasoning_field: str = ""
-) -> Generator[None, None, ChatRequest]:
+) -> ChatRequest:
     """Return the request for chat completions that *body* means, in steps.
 
     *body* is JSON with a model. *previous* is the id of the response that it continues, if its
@@ -135,9 +131,9 @@ def chat_request(
     Raises:
         InvalidRequest: *body* is no request, or one that has no form in chat completions.
     """
-    yield from check_density(body)
-    yield
-    fields = yield from _fields(body)
+    await check_density(body)
+    await pause()
+    fields = await _fields(body)
     model = b'""' if null(fields.model) else string(fields.model, "model")
     if not null(fields.previous_response_id):
         raise ResponseNotFound("the previous response is not known", param="previous_response_id")
@@ -151,8 +147,8 @@ def chat_request(
     if is_string(fields.input):
         messages.ask(bytes(fields.input))
     else:
-        yield
-        yield from _add_items(messages, fields.input)
+        await pause()
+        await _add_items(messages, fields.input)
     logprobs = not null(fields.top_logprobs) or LOGPROBS in _names(fields.include)
     written_format, shown_text = _text(fields.text)
     parts = (
@@ -169,7 +165,7 @@ def chat_request(
     return ChatRequest(b"".join(parts), orjson.loads(model), tools, repeated, logprobs)
 
 
-def _add_items(messages: Messages, raw: Raw) -> Generator[None, None, None]:
+async def _add_items(messages: Messages, raw: Raw) -> None:
     """Add the items in *raw*, the input, to *messages*, in steps."""
     array = b"[]" if null(raw) else bytes(raw)
     if not array.startswith(b"["):
@@ -183,15 +179,15 @@ def _add_items(messages: Messages, raw: Raw) -> Generator[None, None, None]:
             if size >= STEP_BYTES:
                 size = 0
                 messages.compact()
-                yield
+                await pause()
         if len(array) > STEP_BYTES:
-            yield
+            await pause()
     if not number:
         raise InvalidRequest("input must be a text, or a list of items", param="input")
 
 
-def _fields(body: bytes) -> Generator[None, None, _Body]:
-    fields = yield from json_body.decoding(_BODY, body, "the body")
+async def _fields(body: bytes) -> _Body:
+    fields = await json_body.decoding(_BODY, body, "the body")
     for name in _REFUSED:
         raw = getattr(fields, name)
         if not null(raw) and flag(raw) is not False:

@@ -15,7 +15,7 @@ from msgspec import Raw
 
 from aioserver.errors import InvalidJson, InvalidRequest
 from aioserver.protocol import json_body
-from aioserver.protocol.json_body import ABSENT, null, sound
+from aioserver.protocol.json_body import ABSENT, null, pause, sound
 from aioserver.protocol.openai import BadEvent
 from aioserver.protocol.whole_answer import string_pieces
 from aioserver.wings.responses.bridge.chunk import REASONING_FIELDS, written_logprobs
@@ -23,7 +23,7 @@ from aioserver.wings.responses.bridge.events import ResponseWriter
 from aioserver.wings.responses.bridge.output import REASONS, TEXT, Call
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Iterator
 
 # Bytes of a chat completion that is read at all; those of models that exist are a hundredth of it,
 # as a rule.
@@ -112,7 +112,7 @@ class WholeWriter(ResponseWriter):
             part.add_logprobs(own, plain)
 
 
-def whole_response(body: bytes, writer: WholeWriter, now: int) -> Generator[None, None, bytes]:
+async def whole_response(body: bytes, writer: WholeWriter, now: int) -> bytes:
     """Return the response that *body* means, as *writer* reads it, in steps.
 
     *now* is the time of its end.
@@ -126,18 +126,18 @@ def whole_response(body: bytes, writer: WholeWriter, now: int) -> Generator[None
         writer.read(body)
     else:
         try:
-            yield from _read((yield from sound(body)), writer)
+            await _read(await sound(body), writer)
         except (InvalidJson, InvalidRequest, msgspec.ValidationError):
             raise BadEvent("the provider's answer is no chat completion") from None
-        yield
+        await pause()
     if writer.finish_reason is None and not writer.begun:
         raise BadEvent("the provider's answer is no chat completion")
     return writer.whole(now)
 
 
-def _read(body: bytes, writer: WholeWriter) -> Generator[None, None, None]:
+async def _read(body: bytes, writer: WholeWriter) -> None:
     """Read *body*, in steps."""
-    answer = yield from json_body.decoding(_ANSWER, body, "the answer")
+    answer = await json_body.decoding(_ANSWER, body, "the answer")
     # A larger one is none that anybody would read.
     error, usage, model = (
         bytes(raw) if _size(raw) <= STEP_BYTES else b"null"
@@ -155,85 +155,81 @@ def _read(body: bytes, writer: WholeWriter) -> Generator[None, None, None]:
     for batch in _batches(answer.choices):
         for raw in batch:
             try:
-                choice = yield from json_body.decoding(_CHOICE, memoryview(raw), "a choice")
+                choice = await json_body.decoding(_CHOICE, memoryview(raw), "a choice")
             except InvalidRequest:
                 continue
             index = b"0" if choice.index is ABSENT else bytes(memoryview(choice.index)[:16])
             if index == b"%d" % writer.choice_index:
-                yield from _read_choice(choice, writer)
-        yield
+                await _read_choice(choice, writer)
+        await pause()
 
 
-def _read_choice(choice: _Choice, writer: WholeWriter) -> Generator[None, None, None]:
+async def _read_choice(choice: _Choice, writer: WholeWriter) -> None:
     raw = choice.message if null(choice.delta) or _size(choice.delta) <= 2 else choice.delta
     if not null(raw):
         try:
-            message = yield from json_body.decoding(_MESSAGE, memoryview(raw), "a message")
+            message = await json_body.decoding(_MESSAGE, memoryview(raw), "a message")
         except InvalidRequest:
             message = _Message()
-        yield from _read_message(message, choice.logprobs, writer)
+        await _read_message(message, choice.logprobs, writer)
     if not null(choice.finish_reason) and _size(choice.finish_reason) <= STEP_BYTES:
         writer.read(_chunk(b"", b',"finish_reason":%b' % bytes(choice.finish_reason)))
 
 
-def _read_message(
-    message: _Message, logprobs: Raw, writer: WholeWriter
-) -> Generator[None, None, None]:
+async def _read_message(message: _Message, logprobs: Raw, writer: WholeWriter) -> None:
     for name in REASONING_FIELDS:
         raw: Raw = getattr(message, name)
         if _text(raw) and _size(raw) > 2:
             # Some engines send it under both names.
-            yield from _write_text(name, raw, writer)
+            await _write_text(name, raw, writer)
             break
     content = message.content
     if _text(content):
-        yield from _write_text("content", content, writer)
+        await _write_text("content", content, writer)
     else:
         for batch in _batches(content):
             for part in _joined(batch):
                 writer.read(_chunk(b'"content":[%b]' % part))
-                yield
-            yield
+                await pause()
+            await pause()
     if writer.logprobs and not null(logprobs):
         try:
-            tokens = (yield from json_body.decoding(_LOGPROBS, memoryview(logprobs), "")).content
+            tokens = (await json_body.decoding(_LOGPROBS, memoryview(logprobs), "")).content
         except InvalidRequest:
             tokens = ABSENT
         for batch in _batches(tokens):
             for part in _joined(batch):
                 writer.add_logprobs(orjson.loads(b"[%b]" % part))
-                yield
-            yield
+                await pause()
+            await pause()
     if _text(message.refusal):
-        yield from _write_text("refusal", message.refusal, writer)
+        await _write_text("refusal", message.refusal, writer)
     for batch in _batches(message.tool_calls):
         for part in _joined(batch):
             if len(part) <= STEP_BYTES:
                 writer.read(_chunk(b'"tool_calls":[%b]' % part))
             else:
-                yield from _write_call(part, writer)
-            yield
-        yield
+                await _write_call(part, writer)
+            await pause()
+        await pause()
     if not null(message.function_call) and _size(message.function_call) > 2:
         # The form before there were tools.
-        yield from _write_call(b'{"index":0,"function":%b}' % bytes(message.function_call), writer)
+        await _write_call(b'{"index":0,"function":%b}' % bytes(message.function_call), writer)
 
 
-def _write_text(name: str, raw: Raw, writer: WholeWriter) -> Generator[None, None, None]:
+async def _write_text(name: str, raw: Raw, writer: WholeWriter) -> None:
     """Write the text *raw*, in slices."""
     text = bytes(raw)
-    for piece in (yield from string_pieces(text)):
+    for piece in await string_pieces(text):
         writer.read(_chunk(b'"%b":"%b"' % (name.encode(), text[piece])))
-        yield
+        await pause()
 
 
-def _write_call(raw: bytes, writer: WholeWriter) -> Generator[None, None, None]:
+async def _write_call(raw: bytes, writer: WholeWriter) -> None:
     """Write one call, whose arguments may be long."""
     try:
-        call = yield from json_body.decoding(_CALL, raw, "a call")
-        function = yield from json_body.decoding(
-            _FUNCTION, memoryview(call.function), "a function"
-        )
+        call = await json_body.decoding(_CALL, raw, "a call")
+        function = await json_body.decoding(_FUNCTION, memoryview(call.function), "a function")
     except (InvalidRequest, InvalidJson):
         return
     place = b"" if null(call.index) else b'"index":%b,' % bytes(call.index)
@@ -247,17 +243,17 @@ def _write_call(raw: bytes, writer: WholeWriter) -> Generator[None, None, None]:
     )
     writer.read(_chunk(b'"tool_calls":[{%b}]' % first))
     text = bytes(function.arguments)
-    for piece in (yield from string_pieces(text)):
+    for piece in await string_pieces(text):
         more = b'{%b"function":{"arguments":"%b"}}' % (place, text[piece])
         writer.read(_chunk(b'"tool_calls":[%b]' % more))
-        yield
+        await pause()
 
 
 def _chunk(delta: bytes, further: bytes = b"") -> bytes:
     return b'{"choices":[{"index":0,"delta":{%b}%b}]}' % (delta, further)
 
 
-def _batches(raw: Raw) -> Generator[list[Raw], None, None]:
+def _batches(raw: Raw) -> Iterator[list[Raw]]:
     """Yield the elements of the list that *raw* is, at most STEP_ELEMENTS at a time.
 
     A batch may be empty.
@@ -270,7 +266,7 @@ def _batches(raw: Raw) -> Generator[list[Raw], None, None]:
             yield found[start : start + STEP_ELEMENTS]
 
 
-def _joined(batch: list[Raw]) -> Generator[bytes, None, None]:
+def _joined(batch: list[Raw]) -> Iterator[bytes]:
     """Yield the elements of *batch*, joined, but those alone that are large."""
     small: list[bytes] = []
     for raw in batch:

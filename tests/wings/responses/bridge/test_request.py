@@ -457,7 +457,7 @@ def test_no_body_costs_ten_times_its_bytes(element: bytes, place: str) -> None:
         "parts": b'{"model":"m","input":[{"role":"user","content":[%b]}]}',
         "tools": b'{"model":"m","input":"x","tools":[%b]}',
     }[place] % many
-    steps = chat_request(body)
+    steps = chat_request(body).__await__()
 
     tracemalloc.start()
     try:
@@ -476,7 +476,7 @@ def test_items_of_many_parts_are_read_in_steps() -> None:
     parts = [{"type": "input_text", "text": "x"}] * 500
     body = orjson.dumps({"model": "m", "input": [{"role": "user", "content": parts}] * 100})
 
-    assert len([*chat_request(body)]) > len(body) >> 19
+    assert len([*chat_request(body).__await__()]) > len(body) >> 19
 
 
 @pytest.mark.parametrize("size", [2, 3, 7, 1 << 18])

@@ -155,7 +155,7 @@ def test_an_answer_of_very_many_values_is_read_in_steps() -> None:
     message = {"content": "x", "tool_calls": [tool("f", "{}", id=f"c{n}") for n in range(1000)]}
     body = answer(message, logprobs={"content": [TOKEN] * 2000})
 
-    steps = [*whole_response(body, new_writer(1 << 24), NOW)]
+    steps = [*whole_response(body, new_writer(1 << 24), NOW).__await__()]
 
     assert len(steps) > 3000 / bridge.STEP_ELEMENTS
 
