@@ -25,7 +25,7 @@ from unittest import mock
 
 from aioserver.gateway.commands import name_of
 from aioserver.wings.cluster.grants import State
-from aioserver.wings.cluster.lease_messages import SECOND
+from aioserver.wings.cluster.lease_messages import SECOND, TIMES
 from aioserver.wings.cluster.rates import SharedRate
 from aioserver.wings.cluster.shared_gate import SharedGate
 from tests.simulation.clock import Clock
@@ -54,6 +54,8 @@ TOLD, TOLD_LATE = 4.0, 16.0
 # Starts beyond the bound of a rate, for what is rounded.
 ROUNDED = 1e-3
 CLOSER = 0.5
+# Seconds for which an instance is away, at most.
+LONGEST = 20.0
 # Seconds in which it is known whether a response was written.
 UNWRITTEN = 5.0
 # Seconds before an answer begins in which it may have been claimed: its request waits, and is
@@ -62,11 +64,28 @@ CLAIMED = 120.0
 
 
 class _Rate:
-    """The starts of a rate, as a bucket that leaks: its level is never above the burst."""
+    """The starts of a rate, as a bucket that leaks: its level is never above the burst.
+
+    A burst that is lowered holds in each window of time that begins afterwards, so that such a
+    window has a bucket of its own. The one of before is looked at until it is empty.
+    """
 
     def __init__(self) -> None:
-        self.level = 0.0
-        self.at = Clock.now
+        # The level of each, and the largest burst that was allowed in it: the latest window last.
+        self._buckets: list[tuple[float, float]] = []
+        self._at = Clock.now
+
+    def add(self, starts: float, interval: float, burst: float) -> tuple[float, float]:
+        """Count *starts* while *burst* is allowed; return the level, and at most what it may be,
+        of the bucket that exceeds that most.
+        """
+        leaked, self._at = (Clock.now - self._at) / interval, Clock.now
+        left = [(level - leaked, most) for level, most in self._buckets]
+        left = [(level, most) for level, most in left if level > 0]
+        if not left or left[-1][1] > burst + ROUNDED:
+            left.append((0.0, burst))
+        self._buckets = [(level + starts, max(most, burst)) for level, most in left]
+        return max(self._buckets, key=lambda bucket: bucket[0] - bucket[1])
 
 
 class Together:
@@ -208,24 +227,36 @@ class Together:
     def started(self, rate: SharedRate, seconds: float) -> None:
         """Note that a start was counted, or with negative *seconds* that it never happened."""
         name, key = rate.name, (rate.name, "")
-        interval, tolerance = rate.interval, rate._tolerance
+        # A start may be later than its slot: where the burst is less than what the rate allows
+        # meanwhile, as many as that.
+        interval, tolerance = rate.interval, max(rate._tolerance, rate._late)
+        forgotten = self.forgotten
         if rate._state is not State.JOINED:
             # Its part of the rate, of which the server does not know.
             local = rate._local
-            interval, tolerance = local.interval, max(tolerance, local._tolerance)
+            interval, tolerance = local.interval, local._tolerance
             key = name, rate._caller.instance  # type: ignore[attr-defined]
-        bucket = self._rates.get(key)
-        if bucket is None:
-            bucket = self._rates[key] = _Rate()
-        bucket.level = max(0.0, bucket.level - (Clock.now - bucket.at) / interval)
-        bucket.at = Clock.now
-        bucket.level += 1 if seconds > 0 else -1
-        # GCRA allows the burst and one that is due. A server that has forgotten it allows a key
-        # its burst again.
+            forgotten = 0
+        # GCRA allows the burst and one that is due.
         burst = 1 + tolerance / interval
-        burst *= 1 + len(self.server.disturbed) * name.startswith("K:")
-        if bucket.level > burst + len(self.server.disturbed) + ROUNDED:
-            self._broken(f"{bucket.level:.2f} starts of {key} at once, at most {burst:.2f}")
+        bucket = self._rates.setdefault(key, _Rate())
+        level, most = bucket.add(1 if seconds > 0 else -1, interval, burst)
+        # A server that has lost its state, and is not told by all what they know, allows the burst
+        # again.
+        if level > most * (1 + forgotten) + ROUNDED:
+            self._broken(f"{level:.2f} starts of {key} at once, at most {most:.2f}")
+
+    @property
+    def forgotten(self) -> int:
+        """How often starts may have been forgotten: the server has lost its state, and some
+        instance was not heard in time, or was killed before it could say what it knew.
+        """
+        if self.server.faults.lossy:
+            return len(self.server.disturbed)
+        return sum(
+            any(moment - LONGEST < absent <= moment + TIMES.grace for _, absent in self.absences)
+            for moment in self.server.disturbed
+        )
 
     def entered(self, gate: Any) -> None:
         """Look at a start."""

@@ -213,7 +213,7 @@ def delay_of(gate: Gate) -> float:
     if not isinstance(rate, SharedRate):
         return gate._delay()
     caller, ask_at = rate._caller, rate.ask_at
-    rate._caller = _Silence(caller.instances)
+    rate._caller = _Silence(caller.instances, caller.round_trip)
     try:
         return gate._delay()
     finally:
@@ -225,6 +225,7 @@ class _Silence:
     """Carries no calls."""
 
     instances: int
+    round_trip: float
 
     def pace(self, _user: object) -> None:
         """Do nothing."""

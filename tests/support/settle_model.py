@@ -28,6 +28,10 @@ waited for before anything is given:
    word is counted for a while, as it may be alone somewhere. A share only falls with a higher rank
    and with more instances, so the sum of all shares is at most the limit.
 
+The starts of a pace are one number, the time of its next slot. A server that is new or has moved
+may have forgotten some of them: while it is blind, no pace has rested, and whoever comes says when
+the next slot begins, as far as it knows.
+
 Between instances start-time fair queueing (as in limits/fair_queue.py) decides whose turn it is,
 weighted by the callers that wait there. One that does not come for what it was given gets no more,
 or a stopped process would collect all places.
@@ -84,7 +88,8 @@ class _Call:
         me = request.instance
         if world is None:
             epoch = f"{me}@{wall:.0f}"
-            world = World(epoch, request.run, last=wall, grace=wall + self.grace_period)
+            grace = wall + self.grace_period
+            world = World(epoch, request.run, last=wall, grace=grace, lost=grace)
         former = world.members.get(me) or world.gone.get(me)
         if former is not None and request.seq <= former.seq:
             raise Stale("the call was given up")
@@ -152,6 +157,7 @@ class _Call:
                 self.tell(name, "")
         if moved:
             world.run = run
+            world.lost = max(world.lost, self.now + self.grace_period)
         world.last = self.now
 
     def touch(self, name: str) -> Limit:
@@ -290,15 +296,21 @@ class _Call:
     def pace(self, op: PaceOp) -> Slots:
         """GCRA (limits/gcra.py)."""
         now, name = self.now, op.name
-        due = max(self.world.paces.get(name, now - op.rested), now - op.slack)
+        slack, first = op.slack, 0.0
+        if now < self.world.lost:
+            # Starts may be forgotten: nothing has rested. Slots that were given before begin
+            # within a horizon.
+            slack, first = 0.0, self.world.lost - self.grace_period + op.horizon
+        due = self.world.paces.get(name, now - op.rested)
+        due = max(due, now - slack, now + op.known, first)
         if op.slots < 0:
-            due = max(due + op.slots * op.step, now - op.slack)
+            due = max(due + op.slots * op.step, now - slack)
         delays: list[float] = []
         while len(delays) < op.slots and due <= now + op.horizon:
             delays.append(max(0, due - now))
             due += op.step
         self.world.paces[name] = due
-        return Slots(delays, max(0, due - now))
+        return Slots(delays, due - now)
 
     def tell_states(self) -> list[Tell]:
         world, request, now = self.world, self.request, self.now

@@ -64,6 +64,8 @@ class World:
     last: float
     grace: float
     offset: float = 0
+    # Until then the starts of paces may be forgotten.
+    lost: float = 0
     number: int = 0
     version: int = 0
     members: dict[str, Member] = field(default_factory=dict)

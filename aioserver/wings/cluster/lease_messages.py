@@ -11,6 +11,8 @@ from typing import NamedTuple
 import msgspec
 
 SECOND = 1_000_000
+# Microseconds from now: nothing is known of a pace.
+UNKNOWN_PACE = -1e15
 
 
 class Times(NamedTuple):
@@ -77,7 +79,8 @@ class PaceOp(NamedTuple):
 
     Slots are *step* microseconds apart; after a rest `slack / step` more follow each other at
     once. Only those that begin within *horizon* are given. A pace of which nothing is known has
-    rested for *rested*.
+    rested for *rested*; *known* says that its next slot does not begin before so many microseconds
+    have passed, a negative number that it could have begun so many before.
     """
 
     name: str
@@ -86,6 +89,7 @@ class PaceOp(NamedTuple):
     slack: float
     horizon: float
     rested: float
+    known: float = UNKNOWN_PACE
 
 
 class Tell(NamedTuple):
@@ -134,7 +138,9 @@ class Result(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Slots of a pace: microseconds until each begins, and until the *next* one would."""
+    """Slots of a pace: microseconds until each begins, and until the *next* one would, which is
+    negative after a rest.
+    """
 
     delays: list[float]
     next: float

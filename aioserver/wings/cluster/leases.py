@@ -31,6 +31,7 @@ limit has changed; else after a beat.
 from __future__ import annotations
 
 import time
+from collections import deque
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
     from aioserver.wings.cluster.lease_messages import Op
     from aioserver.wings.cluster.rates import SharedRate
 
+# Of so many calls the quickest says how far away the server is: some are late.
+ROUND_TRIPS = 8
 # For so many times the length of the last call, and so many seconds at most, a place that ends is
 # used at once, though others starve: an instance then has one place on the way for a fifth of the
 # time.
@@ -101,6 +104,14 @@ class Leases:
         self._asking: set[Grant] = set()
         self.members: list[str] = []
         self.epoch = ""
+        # The world and the server's process that have answered last, and those that were told what
+        # is known of the paces.
+        self._met = self._told_paces = ("", "")
+        self._run = ""
+        # Whether the call under way tells that.
+        self._restates = False
+        # The seconds of the last calls.
+        self._round_trips: deque[float] = deque(maxlen=ROUND_TRIPS)
         self._seq = self._heard = 0
         self._bye = False
         self.lease_end = -inf
@@ -217,6 +228,11 @@ class Leases:
         """How many instances are members."""
         return self.standing.members
 
+    @property
+    def round_trip(self) -> float:
+        """The seconds of the quickest of the last calls."""
+        return min(self._round_trips, default=0.0)
+
     def call_by(self, moment: float) -> None:
         """Make the next call at *moment* at the latest."""
         if moment < self.due and not self.standing.busy and not self.left:
@@ -258,8 +274,12 @@ class Leases:
         self._bye = standing.leaving and not any(
             each.user.inside for each in self._grants.values()
         )
+        self._run = run
+        self._restates = self._met != self._told_paces or run != self._met[1]
         asked = [
-            (user, slots) for user in self._paces.values() if (slots := user.op()) is not None
+            (user, slots)
+            for user in self._paces.values()
+            if (slots := user.op(restate=self._restates)) is not None
         ]
         self._pace_ops = [user for user, _slots in asked]
         self._ended_said = sorted(self._ended)
@@ -300,6 +320,10 @@ class Leases:
         except msgspec.MsgspecError as error:
             self.failed(f"not an answer to a renewal: {error}")
             return
+        self._round_trips.append(now - self._sent)
+        self._met = (answer.epoch, self._run)
+        if self._restates:
+            self._told_paces = self._met
         if answer.anew and not self._whole:
             # The server has lost its state: it is told everything, before anybody else is given
             # it.
@@ -363,6 +387,8 @@ class Leases:
 
     def _more_to_say(self) -> bool:
         if self._dirty or self._asking or self.told.pending or self._ended:
+            return True
+        if self._met != self._told_paces and self._paces:
             return True
         if self.standing.leaving and not any(each.user.inside for each in self._grants.values()):
             return True

@@ -4,15 +4,22 @@ This file is one concept: how slots are asked for, granted and used is one algor
 
 A slot is a moment at which a request may start. The server gives slots by GCRA (limits/gcra.py),
 and only those that begin within the *horizon*, so that an instance that vanishes takes little with
-it. A slot is used at its time, or later by at most the horizon; else it is let go. As a start may
-be late by the horizon, the burst that the server allows is smaller by as much.
+it. A slot is used at its time, or later by at most the horizon; else it is let go, also if the
+answer that brings it comes too late. Where a server is always so far away that hardly any slot
+could be used, a slot may be late by two round trips. As a start may be late, the burst that the
+server allows is smaller by as much.
 
 An instance asks for as many slots as it used within the last horizon, so that of a busy one few
 requests wait for an answer, but for no more than its part of the horizon. Where the burst is
 large, an instance keeps some slots of it in hand for as long as it likes, so that a request after
 a rest asks nobody. They are a part of the burst as well: all that instances may keep is taken off
 what the server allows. So in any window of t seconds at most `t * rate + burst` requests start, by
-all instances together.
+all instances together; where the burst is less than what the rate allows in the time by which a
+start may be late, that many instead.
+
+A server that has lost its state, or has an older one, is told by each instance when the next slot
+begins, as far as it knows, and allows no burst until all have had the time to say so. Only starts
+that nobody tells of are forgotten: those of an instance that is not heard meanwhile.
 
 An instance that the server does not answer has its part of the rate, without a burst at first.
 """
@@ -29,7 +36,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from aioserver.limits.gcra import ROUNDING, Gcra
 from aioserver.wings.cluster.grants import State
-from aioserver.wings.cluster.lease_messages import SECOND, PaceOp
+from aioserver.wings.cluster.lease_messages import SECOND, UNKNOWN_PACE, PaceOp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,10 +102,6 @@ class SlotsInHand:
         else:
             lasting.popleft()
 
-    def put_back(self, begins: float, ends: float) -> None:
-        """Have a slot again that was taken."""
-        self._passing.appendleft((begins, ends))
-
     def add(self, begins: float, ends: float) -> None:
         """Have one more slot, which passes at *ends*.
 
@@ -142,6 +145,10 @@ class Caller(Protocol):
     def instances(self) -> int:
         """How many instances are members."""
 
+    @property
+    def round_trip(self) -> float:
+        """The seconds of the quickest of the last calls."""
+
 
 class SharedRate(Gcra):
     """A rate that is shared under *name*; it stands where a `Gcra` of the whole rate would.
@@ -168,7 +175,7 @@ class SharedRate(Gcra):
             "_instances",
             "_horizon",
             "_served",
-            *("_starts", "_starts_before", "_starts_since", "_too_few"),
+            *("_starts", "_starts_before", "_starts_since", "_taken_back", "_too_few"),
         ),
         *("ask_at", "name"),
     )
@@ -199,7 +206,9 @@ class SharedRate(Gcra):
         # Kept slots last; all others pass.
         self._slots = SlotsInHand()
         # When the next slot begins, as far as is known.
-        self._next_at = 0.0
+        self._next_at = -inf
+        # Starts that are taken back, of which the server does not know yet.
+        self._taken_back = 0
         # What a start is worth now, in seconds: more than the interval while the provider wants
         # it.
         self._step = interval
@@ -246,8 +255,10 @@ class SharedRate(Gcra):
         if self._state is not State.JOINED:
             self._local.take(seconds * max(1, self._instances))
         elif seconds < 0:
+            # Its slot is over by now, or others' to use.
             self._starts -= 1
-            self._slots.put_back(now, now + self._horizon)
+            self._taken_back += 1
+            self._ask_by(now)
         else:
             self._step = seconds
             self._starts += 1
@@ -296,20 +307,31 @@ class SharedRate(Gcra):
 
     # What `Leases` asks.
 
-    def op(self) -> PaceOp | None:
-        """Return what to ask for in a call that is sent now; None: nothing."""
+    def op(self, *, restate: bool) -> PaceOp | None:
+        """Return what to ask for in a call that is sent now; None: nothing.
+
+        *restate*: say what is known of the next slot.
+        """
         now = self._clock()
-        if self.ask_at > now + ROUNDING or self._state is not State.JOINED:
+        asks = self.ask_at <= now + ROUNDING and self._state is State.JOINED
+        # A pace that has rested for long enough may be forgotten.
+        restate = restate and self._next_at > now - self._tolerance
+        if not (asks or restate):
             return None
-        self.ask_at = inf
-        members = max(1, self._caller.instances)
-        chunk = max(1, int(self._horizon / self._step / members))
-        there, kept = self._slots.count(now), self._kept()
-        wanted = max(self._waiting(), math.ceil(self._used(now)))
-        count = max(min(wanted - there, chunk), kept - there, 1)
+        members, kept = max(1, self._caller.instances), self._kept()
+        count = 0
+        if asks:
+            self.ask_at = inf
+            chunk = max(1, int(self._horizon / self._step / members))
+            there = self._slots.count(now)
+            wanted = max(self._waiting(), math.ceil(self._used(now)))
+            count = max(min(wanted - there, chunk), kept - there, 1)
+            if self._taken_back:
+                # What is wanted is asked for once they are given back.
+                count, self._taken_back = -self._taken_back, 0
         slack = 0.0
         if not self._no_burst:
-            slack = max(0.0, self._tolerance - self._horizon - kept * members * self.interval)
+            slack = max(0.0, self._tolerance - self._late - kept * members * self.interval)
         return PaceOp(
             self.name,
             count,
@@ -317,6 +339,7 @@ class SharedRate(Gcra):
             slack * SECOND,
             self._horizon * SECOND,
             slack * SECOND if self._rested else 0.0,
+            (self._next_at - now) * SECOND if restate else UNKNOWN_PACE,
         )
 
     def answered(self, slots: Slots | None, sent: float) -> None:
@@ -328,15 +351,15 @@ class SharedRate(Gcra):
             return
         now = self._clock()
         self._no_burst = False
-        held, kept = self._slots, self._kept()
+        held, kept, late = self._slots, self._kept(), self._late
         self._too_few = max(kept // 2, int(self._used(now) * ASK_BELOW))
         for delay in slots.delays:
             begins = now + delay / SECOND
             # The server counted from a moment between the two.
-            ends = max(sent + delay / SECOND + self._horizon, begins + self._horizon / 4)
+            ends = sent + delay / SECOND + late
             if held.lasting < kept:
                 held.add_lasting(begins)
-            else:
+            elif begins <= ends:
                 held.add(begins, ends)
         self._next_at = now + slots.next / SECOND
         self._served = bool(slots.delays)
@@ -357,7 +380,7 @@ class SharedRate(Gcra):
         if (state is State.JOINED) == (before is State.JOINED):
             return
         self._slots.clear()
-        self.ask_at = inf
+        self.ask_at, self._taken_back = inf, 0
         self._local.postpone(self._clock())
         self._on_slots()
 
@@ -368,10 +391,18 @@ class SharedRate(Gcra):
         An instance that was given some at last asks later than those that were not.
         """
         before = self._horizon / (4 if self._served else 2)
-        moment = max(now, self._next_at - before, self._not_before)
+        self._ask_by(max(now, self._next_at - before, self._not_before))
+
+    def _ask_by(self, moment: float) -> None:
+        """Ask at *moment* at the latest."""
         if moment < self.ask_at:
             self.ask_at = moment
             self._caller.call_by(moment)
+
+    @property
+    def _late(self) -> float:
+        """The seconds by which a start may be later than its slot."""
+        return max(self._horizon, 2 * self._caller.round_trip)
 
     def _used(self, now: float) -> float:
         """Return the starts of a horizon, as they are now."""

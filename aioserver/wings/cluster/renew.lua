@@ -43,7 +43,7 @@ local world = read('world')
 if not world then
   world = {
     epoch = me .. '@' .. string.format('%.0f', wall), run = run, last = wall, offset = 0, blind = wall + BLIND,
-    number = 0, version = 0, members = {}, gone = {}, awaited = {},
+    number = 0, version = 0, members = {}, gone = {}, awaited = {}, lost = wall + BLIND,
   }
 end
 local former_number = world.number
@@ -71,7 +71,10 @@ if moved or (now - world.last > PAUSE and next(members)) then
     tell(instance, '')
   end
 end
-if moved then world.run = run end
+if moved then
+  world.run = run
+  world.lost = math.max(world.lost or 0, now + BLIND)
+end
 world.last = now
 local blind = now < world.blind
 
@@ -242,12 +245,15 @@ for _, name in ipairs(touched) do
   end
 end
 
--- Paces: GCRA.
+-- Paces: GCRA. While starts may be forgotten that the instances know of, nothing has rested.
 local slots = {}
 for _, pace in ipairs(paces) do
-  local name, count, step, slack, horizon, rested = unpack(pace)
+  local name, count, step, slack, horizon, rested, known = unpack(pace)
+  local lost, first = world.lost or 0, 0
+  -- Slots that were given before, and are forgotten, begin within a horizon.
+  if now < lost then slack, first = 0, lost - BLIND + horizon end
   local due = tonumber(redis.call('GET', PREFIX .. 'pace:' .. name)) or now - rested
-  due = math.max(due, now - slack)
+  due = math.max(due, now - slack, now + known, first)
   local delays = {}
   if count < 0 then due = math.max(due + count * step, now - slack) end
   while #delays < count and due <= now + horizon do
@@ -255,7 +261,7 @@ for _, pace in ipairs(paces) do
     due = due + step
   end
   redis.call('SET', PREFIX .. 'pace:' .. name, due, 'EX', DAY)
-  table.insert(slots, { delays, math.max(0, due - now) })
+  table.insert(slots, { delays, due - now })
 end
 
 -- What is known of providers, for as long as it was said to hold.

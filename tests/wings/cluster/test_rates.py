@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from math import inf
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from aioserver.limits.gcra import ROUNDING
+from aioserver.wings.cluster import rates, shared_quota
 from aioserver.wings.cluster.rates import SharedRate
 from tests.support.cluster_simulation import Load, Simulation
 
@@ -20,7 +23,15 @@ class Paced:
     """Requests of an instance that wait for nothing but the rate."""
 
     def __init__(
-        self, simulation: Simulation, instance: Instance, per_minute: int, burst: int, load: float
+        self,
+        simulation: Simulation,
+        instance: Instance,
+        per_minute: int,
+        burst: int,
+        load: float,
+        *,
+        rested: bool = False,
+        share_kept: float = rates.SHARE_KEPT,
     ) -> None:
         interval = 60.0 / per_minute
         self.simulation, self.instance, self.load = simulation, instance, load
@@ -34,6 +45,8 @@ class Paced:
             lambda: simulation.now,
             waiting=lambda: self.waiting,
             on_slots=self.serve,
+            rested=rested,
+            share_kept=share_kept,
         )
         self.arrive()
 
@@ -74,12 +87,13 @@ def excess(starts: list[float], per_minute: int, burst: int) -> float:
 
 
 def paced(
-    seed: int, per_minute: int, burst: int, delay: float = 0.0005
+    seed: int, per_minute: int, burst: int, delay: float = 0.0005, **of_rate: Any
 ) -> tuple[Simulation, list[Paced]]:
     simulation = Simulation(seed, delay=delay)
     load = per_minute / 60.0
     all_paced = [
-        Paced(simulation, simulation.add(IDLE), per_minute, burst, load) for _ in range(3)
+        Paced(simulation, simulation.add(IDLE), per_minute, burst, load, **of_rate)
+        for _ in range(3)
     ]
     simulation.advance(10.0)
     return simulation, all_paced
@@ -149,6 +163,111 @@ def test_burst_after_a_rest_is_that_of_all_together(per_minute: int, burst: int)
         each.serve()
     simulation.advance(10.0)
     assert excess(starts_of(all_paced), per_minute, burst) <= 0.5
+
+
+@pytest.mark.parametrize("fault", ["emptied", "restarted", "put back"])
+@pytest.mark.parametrize("rested", [False, True])
+def test_a_server_that_has_forgotten_starts_allows_no_second_burst(
+    fault: str, rested: bool
+) -> None:
+    per_minute, burst = 600, 100
+    # The rate of a key keeps little in hand.
+    simulation, all_paced = paced(
+        4, per_minute, burst, rested=rested, share_kept=shared_quota.SHARE_KEPT
+    )
+    for each in all_paced:
+        each.load = 0.0
+        each.waiting = 0
+    simulation.advance(20.0)
+    simulation.keep()
+    for each in all_paced:
+        each.starts.clear()
+
+    for each in all_paced:
+        each.waiting = burst
+        each.serve()
+    simulation.advance(0.5)
+    assert len(starts_of(all_paced)) >= 0.9 * burst
+    if fault == "emptied":
+        simulation.empty()
+    elif fault == "restarted":
+        simulation.kill_server()
+        simulation.start_server()
+    else:
+        simulation.roll_back()
+    simulation.advance(8.0)
+
+    assert len(starts_of(all_paced)) >= 0.9 * burst + 0.8 * 8.0 * per_minute / 60
+    # Each instance may begin its part of the rate anew, while it is not heard.
+    assert excess(starts_of(all_paced), per_minute, burst) <= 3
+
+
+def test_slots_of_an_answer_that_comes_late_are_not_used() -> None:
+    per_minute, burst = 600, 2
+    simulation, all_paced = paced(5, per_minute, burst)
+    for each in all_paced:
+        each.starts.clear()
+
+    # They are stopped for less than a lease while they are given a slot.
+    for _ in range(5):
+        stopped: list[Paced] = []
+        simulation.on_step = partial(stop_who_asks, all_paced, stopped)
+        simulation.advance(1.0)
+        simulation.on_step = lambda: None
+        assert stopped
+        for each in stopped:
+            each.instance.go_on()
+        simulation.advance(1.0)
+
+    assert excess(starts_of(all_paced), per_minute, burst) <= 1e-3
+
+
+def stop_who_asks(all_paced: list[Paced], stopped: list[Paced]) -> None:
+    """Stop those that have no slot in hand, and are about to be answered."""
+    for each in all_paced:
+        if each not in stopped and each.instance.leases.busy and each.rate.ask_at == inf:
+            each.instance.stop()
+            stopped.append(each)
+
+
+def test_of_a_far_server_all_slots_are_used_late() -> None:
+    per_minute, burst = 600, 10
+    simulation, all_paced = paced(6, per_minute, burst, delay=0.15)
+    for each in all_paced:
+        each.starts.clear()
+
+    simulation.advance(20.0)
+
+    starts = starts_of(all_paced)
+    assert len(starts) >= 0.7 * per_minute / 60 * 20
+    assert excess(starts, per_minute, burst) <= 1e-3
+
+
+def test_starts_that_are_taken_back_are_no_second_burst() -> None:
+    per_minute, burst = 600, 100
+    simulation, all_paced = paced(7, per_minute, burst)
+    for each in all_paced:
+        each.load = 0.0
+        each.waiting = 0
+    simulation.advance(20.0)
+    (used, *_others) = all_paced
+    used.waiting = burst
+    used.serve()
+    simulation.advance(5.0)
+    taken_back = len(used.starts)
+
+    # Meanwhile half of them came back by themselves.
+    for _ in range(taken_back):
+        used.rate.take(-used.rate.interval)
+    for each in all_paced:
+        each.starts.clear()
+        each.waiting = 2 * burst
+        each.serve()
+    simulation.advance(2.0)
+
+    starts = starts_of(all_paced)
+    assert len(starts) >= 0.5 * burst
+    assert excess(starts, per_minute, burst) <= 0.5
 
 
 @pytest.mark.parametrize("fault", ["killed", "emptied", "paused", "restarted"])

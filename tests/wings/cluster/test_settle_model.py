@@ -15,6 +15,7 @@ import pytest
 from aioserver.wings.cluster.lease_messages import (
     SECOND,
     TIMES,
+    UNKNOWN_PACE,
     Op,
     PaceOp,
     Request,
@@ -87,7 +88,7 @@ def state_of_model(model: Model) -> dict[str, Any]:
     )
     numbers = {
         name: getattr(world, name)
-        for name in ("epoch", "run", "last", "offset", "number", "version", "awaited")
+        for name in ("epoch", "run", "last", "offset", "number", "version", "awaited", "lost")
     }
     # As the script calls it, whose state outlives an update.
     numbers["blind"] = world.grace
@@ -142,11 +143,12 @@ class Caller:
         paces = [
             PaceOp(
                 "P:one",
-                chance.choice((1, 2, 5, -1)),
+                chance.choice((1, 2, 5, 0, -1)),
                 100_000.5,
                 250_000.0,
                 100_000.0,
                 chance.choice((0.0, 250_000.0)),
+                chance.choice((UNKNOWN_PACE, UNKNOWN_PACE, -50_000.5, 70_000.25)),
             )
             for _ in range(chance.choice((0, 0, 1)))
         ]

@@ -58,14 +58,3 @@ def test_nothing_is_taken_where_nothing_is_granted() -> None:
     slots.take(3.0)
 
     assert slots.count(3.0) == 0
-
-
-def test_a_slot_that_was_put_back_is_used_next() -> None:
-    slots = SlotsInHand()
-    slots.add(5.0, 15.0)
-    slots.put_back(1.0, 11.0)
-
-    assert slots.begins(0) == 1.0
-
-    slots.clear()
-    assert slots.count(1.0) == 0
