@@ -53,7 +53,8 @@ FULL_ROOM = "too many messages before a place was free"
 # Seconds after which a client that was told so may come back: what it may send is counted by the
 # second.
 COME_BACK = 1.0
-CONTINUATION, CLOSE = 0, 8
+# The opcode of a close frame (RFC 6455, 5.2).
+CLOSE = 8
 # Bytes of a frame's head with its mask, for a length of 7, 16 and 64 bits.
 HEAD, HEAD_16, HEAD_64 = 6, 8, 14
 # aiohttp's reader refuses a frame with reserved bits, with 1002.

@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from aioserver.wings.cluster.grants import State
-from aioserver.wings.cluster.lease_messages import SECOND, TIMES, Times, decode_request
+from aioserver.wings.cluster.lease_messages import SECOND, TIMES, Times
 from aioserver.wings.cluster.leases import Leases
-from tests.support.settle_model import Model, Stale
+from tests.support.settle_model import Model, Stale, decode_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -42,6 +42,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from aioserver.wings.cluster.lease_messages import (
     Answer,
     Op,
@@ -49,13 +51,15 @@ from aioserver.wings.cluster.lease_messages import (
     Result,
     Slots,
     Tell,
-    decode_request,
     encode,
 )
 from tests.support.settle_world import Hold, Limit, Member, Want, World
 
 if TYPE_CHECKING:
     from aioserver.wings.cluster.lease_messages import PaceOp
+
+
+decode_request = msgspec.msgpack.Decoder(Request).decode
 
 
 class Stale(Exception):

@@ -171,7 +171,6 @@ class Answer(msgspec.Struct, array_like=True, frozen=True):
 
 
 encode = msgspec.msgpack.Encoder().encode
-decode_request = msgspec.msgpack.Decoder(Request).decode
 decode_answer = msgspec.msgpack.Decoder(Answer).decode
 # The names of limits that were given ("NAME"), or wanted by somebody ("?NAME"); an empty one only
 # wakes.

@@ -21,8 +21,7 @@ class Renewer:
 
     *make_leases* makes them, with the function that is called when a renewal is due earlier.
     `open` it, and `close` it in the end; `leave` before that gives everything back. `connection`
-    takes other commands as well, and `subscription` other channels. Keys and channels begin with
-    `prefix`.
+    takes other commands as well. Keys and channels begin with `prefix`.
 
     Raises:
         ValueError: *url* cannot be used.

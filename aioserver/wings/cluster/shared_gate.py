@@ -48,10 +48,6 @@ class SharedGate(Gate):
         self._leases = leases
         self._grant = leases.hold(name, limit, self, scope=scope)
 
-    def unshare(self) -> None:
-        """Say no more of the places; for a gate that ends."""
-        self._leases.drop(self._grant)
-
     @property
     def shared_limit(self) -> int:
         """How many places all instances have together."""

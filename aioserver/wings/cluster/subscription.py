@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from aioserver.wings.cluster.connection import BOUND, CallFailed, Connection
+from aioserver.wings.cluster.connection import BOUND, Connection
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from aioserver.wings.cluster.connection import CallFailed
 
 
 class Subscription(Connection):
@@ -28,25 +30,6 @@ class Subscription(Connection):
     ) -> None:
         super().__init__(url, bound=bound, on_open=on_open, on_loss=on_loss)
         self._handlers = {channel.encode(): handler for channel, handler in handlers.items()}
-
-    async def subscribe(self, channel: str, handler: Callable[[bytes], None]) -> None:
-        """Call *handler* with what comes on *channel*, also on later connections.
-
-        Raises:
-            CallFailed: the server does not answer; the channel is subscribed with the next
-                connection.
-        """
-        self._handlers[channel.encode()] = handler
-        await self.execute("SUBSCRIBE", channel)
-
-    async def unsubscribe(self, channel: str) -> None:
-        """Listen to *channel* no more.
-
-        Raises:
-            CallFailed: the server does not answer.
-        """
-        del self._handlers[channel.encode()]
-        await self.execute("UNSUBSCRIBE", channel)
 
     async def _greet(self, connection: Any) -> None:
         for channel in list(self._handlers):

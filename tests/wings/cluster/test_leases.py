@@ -7,9 +7,9 @@ from __future__ import annotations
 import pytest
 
 from aioserver.wings.cluster.grants import State
-from aioserver.wings.cluster.lease_messages import SECOND, TIMES, decode_answer, decode_request
+from aioserver.wings.cluster.lease_messages import SECOND, TIMES, decode_answer
 from tests.support.cluster_simulation import NAME, Instance, Load, Simulation
-from tests.support.settle_model import Stale
+from tests.support.settle_model import Stale, decode_request
 
 IDLE = Load(rate=0.0)
 LIMIT = 20

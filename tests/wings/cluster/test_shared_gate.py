@@ -293,19 +293,6 @@ async def test_full_queue_takes_what_may_have_places_elsewhere(cluster: Cluster)
         place.release()
 
 
-async def test_gate_that_ends_gives_its_places_to_the_others(
-    cluster: Cluster, gates: list[SharedGate]
-) -> None:
-    (place,) = await full(cluster, gates[0], 1)
-    place.release()
-
-    gates[0].unshare()
-    cluster.renew()
-
-    for place in await full(cluster, gates[1], 4):
-        place.release()
-
-
 class SharedProviderGate(SharedGate, ProviderGate):
     """What a provider has."""
 
