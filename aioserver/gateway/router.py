@@ -441,12 +441,14 @@ def _final_try(tries: list[Try]) -> Try:
     only if every usable provider has raised one. The `retry_after` is that of the provider that
     may answer first. *tries* is empty afterwards.
     """
-    of_usable = [one for one in tries if not isinstance(one.fault, UNUSABLE)] or tries
-    others = [one for one in of_usable if not isinstance(one.fault, ProviderRateLimited)]
+    of_usable = [failed for failed in tries if not isinstance(failed.fault, UNUSABLE)] or tries
+    others = [failed for failed in of_usable if not isinstance(failed.fault, ProviderRateLimited)]
     final = (others or of_usable)[-1]
     if final.fault.retry_after is not None:
         final.fault.retry_after = min(
-            one.fault.retry_after for one in of_usable if one.fault.retry_after is not None
+            failed.fault.retry_after
+            for failed in of_usable
+            if failed.fault.retry_after is not None
         )
     tries.clear()
     return final

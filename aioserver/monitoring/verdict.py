@@ -150,7 +150,7 @@ class _Judge:
             for name, provider in self._snapshot["providers"].items()
             if provider["active"] == active and (trouble := provider["trouble"]) is not None
         ]
-        troubles.sort(key=lambda one: [*WORDS].index(one[2]["kind"]))
+        troubles.sort(key=lambda row: [*WORDS].index(row[2]["kind"]))
         for name, provider, trouble in troubles[:1]:
             rejected = self._rejections()
             level = trouble["severity"]

@@ -64,7 +64,7 @@ class Process:
     """One worker process. Times are of the supervisor's clock.
 
     *generation*: the replacement that started it. *configuration*: the number of the one it has,
-    and *told* of the one it was told to read.
+    and *asked_for* of the one that it was asked to read.
     """
 
     pid: int
@@ -72,7 +72,7 @@ class Process:
     started: float
     generation: int
     configuration: int
-    told: int
+    asked_for: int
     heard: float
     phase: Phase = Phase.STARTING
     reading: bool = False
@@ -267,7 +267,7 @@ class Supervisor:
             self._serves(seat, process)
         elif "READY" in message and process.reading:
             process.reading = False
-            process.configuration = process.told
+            process.configuration = process.asked_for
 
     def ended(self, pid: int, code: int) -> None:
         """Take note that the process *pid* is gone.
@@ -351,7 +351,7 @@ class Supervisor:
         ):
             for process in self._unread():
                 logger.warning("worker %d has not answered to the reload", process.slot)
-                process.configuration = process.told
+                process.configuration = process.asked_for
             self._reload_until = None
         self._wake_at = self.wake_at()
 
@@ -380,7 +380,9 @@ class Supervisor:
         ]
 
     def _unread(self) -> Iterator[Process]:
-        return (process for process in self._serving() if process.configuration < process.told)
+        return (
+            process for process in self._serving() if process.configuration < process.asked_for
+        )
 
     def _watch(self, process: Process, now: float) -> None:
         """End *process* by force if it has missed its deadline."""
@@ -437,7 +439,7 @@ class Supervisor:
             self.started = True
 
     def _tell(self, process: Process) -> None:
-        process.told = self._wanted
+        process.asked_for = self._wanted
         self._processes.send(process.pid, signal.SIGHUP)
 
     def _hand_over(self, process: Process) -> None:

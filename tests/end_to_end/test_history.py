@@ -264,11 +264,11 @@ async def test_an_answer_that_waits_for_its_turn_holds_no_place(
             await ws.send_json(chat("two", conversation_id="d"))
             await until(lambda: waiting(server) == 2)
             frames = [await ws.receive_json() for _ in range(4)]
-        while len([one for one in frames if one["status"] == "complete"]) < 2:
+        while len([frame for frame in frames if frame["status"] == "complete"]) < 2:
             frames.append(await ws.receive_json(timeout=20))
 
     # The other one got the place, and its first events have passed the end of the first one.
-    order = [(one["request_id"], one["status"]) for one in frames]
+    order = [(frame["request_id"], frame["status"]) for frame in frames]
     assert order.index(("two", "chunk")) < order.index(("one", "complete"))
     assert turns_in(tmp_path / "h.db") == 2
 

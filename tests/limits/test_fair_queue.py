@@ -18,7 +18,7 @@ class Caller:
     """A caller that may be forgotten."""
 
 
-def alive(_one: object) -> bool:
+def alive(_waiter: object) -> bool:
     return False
 
 

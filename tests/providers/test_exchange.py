@@ -400,12 +400,12 @@ async def test_a_connection_is_never_kept_after_a_408() -> None:
 
 async def test_what_a_provider_says_before_it_has_the_request_is_no_answer_to_it() -> None:
     """A provider ends an idle connection just when a request takes it."""
-    said = asyncio.Event()
+    taken = asyncio.Event()
 
     async def play(peer: Peer) -> None:
         await peer.request()
         await peer.send(OK)
-        await said.wait()
+        await taken.wait()
         peer.writer.write(LATE_408)
         await peer.request()
         await peer.send(OK.replace(b"ok", b"no"))
@@ -422,7 +422,7 @@ async def test_what_a_provider_says_before_it_has_the_request_is_no_answer_to_it
             await running
 
         assert pool.stats().open == 0
-        said.set()
+        taken.set()
 
 
 async def test_a_late_408_never_gives_a_request_the_answer_of_another() -> None:

@@ -132,7 +132,7 @@ async def test_sockets_close_when_no_answer_runs_on_them(make_server: MakeServer
 
 
 async def test_a_process_without_its_parent_gives_up_the_port_at_once(tmp_path: Path) -> None:
-    async with runner_of(tmp_path, **{"chat.websocket.drain_delay": 600.0}) as (runner, _given):
+    async with runner_of(tmp_path, **{"chat.websocket.drain_delay": 600.0}) as (runner, _):
         (listening,) = await runner.listen()
 
         async with asyncio.timeout(5.0):

@@ -498,7 +498,7 @@ async def test_finished_may_close_the_writer() -> None:
     async with client() as peer:
         streams = [stream_of(name) for name in "ab"]
         for stream in streams:
-            peer.writer.follow(stream, 0, peer.look, on_end=lambda _one: peer.writer.close())
+            peer.writer.follow(stream, 0, peer.look, on_end=lambda _cursor: peer.writer.close())
         for stream in streams:
             stream.end(COMPLETE, {})
         await ticks()

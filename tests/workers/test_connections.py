@@ -75,8 +75,8 @@ async def test_the_first_client_beyond_all_places_is_refused_with_the_configured
         await served(sockets)
 
         for slot in (None, 0, 1, 2, 3):
-            told = await refusal(workers, slot)
-            assert told == "chat.websocket.concurrency.max_connections=61 reached"
+            message = await refusal(workers, slot)
+            assert message == "chat.websocket.concurrency.max_connections=61 reached"
 
         # A place that becomes free anywhere is everybody's.
         await sockets.pop().close()

@@ -42,8 +42,6 @@ class Times(NamedTuple):
     # An instance whose lease is over may live alone. It is counted in the fixed shares for so
     # long.
     gone: float = 30.0
-    # A start may be as much later than its slot.
-    horizon: float = 0.1
 
     def told(self) -> tuple[int, int, int, int, int]:
         """Return those that the server needs, in microseconds."""

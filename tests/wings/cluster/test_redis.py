@@ -283,22 +283,22 @@ async def test_what_was_asked_before_a_deletion_is_not_kept_whatever_clocks_say(
 async def test_a_question_leaves_a_mark_until_its_turn_is_kept(make_bus: Any) -> None:
     here, there = [commands_of(await make_bus(name)) for name in "ab"]
     at_a, at_b = RedisTurns(here), RedisTurns(there)
-    one, two = (f"{here.me}:{number}" for number in range(2))
+    first, second = (f"{here.me}:{number}" for number in range(2))
 
-    assert not (await at_a.turns("n", one)).busy
-    assert not (await at_a.turns("n", two)).busy
+    assert not (await at_a.turns("n", first)).busy
+    assert not (await at_a.turns("n", second)).busy
     assert (await at_b.turns("n")).busy
     assert await here.execute("PTTL", f"{PREFIX}busy:n") > 60_000
-    await at_a.keep_turn("n", b"1", BOUNDS, None, one)
+    await at_a.keep_turn("n", b"1", BOUNDS, None, first)
     assert (await at_b.turns("n")).busy
-    await at_a.take_mark("n", two)
+    await at_a.take_mark("n", second)
     assert not (await at_b.turns("n")).busy
     # A question under way is a conversation that there is, and its turn comes too late.
-    asked = (await at_a.turns("new", one)).now
+    asked = (await at_a.turns("new", first)).now
     assert await at_b.delete_turns("owner", {"id": "new"}, 60.0) == 1
     assert await at_b.delete_turns("owner", {"id": "new"}, 60.0) == 0
     listed = Listed("owner", "id", asked, asked)
-    assert not await at_a.keep_turn("new", b"1", BOUNDS, listed, one)
+    assert not await at_a.keep_turn("new", b"1", BOUNDS, listed, first)
 
 
 async def test_a_response_that_is_deleted_before_it_is_written_is_not_kept(make_bus: Any) -> None:

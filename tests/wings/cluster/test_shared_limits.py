@@ -35,7 +35,6 @@ class One:
     def __init__(
         self, reference: ReferenceServer, number: int, count: int, settings: ProviderSettings
     ) -> None:
-        self.told: list[tuple[str, str, float]] = []
         self.leases = reference.join(
             f"i{number}",
             fixed=(number, count),
