@@ -99,7 +99,7 @@ class ClientKey:
         0,
     )
     requests_per_minute: int = setting(
-        count, "answers that this key may begin per minute; beyond: 429", 300
+        count, "answers and deletions that this key may begin per minute; beyond: 429", 300
     )
     priority: int = setting(
         weight, "weight of this key in a provider's queue: 2 gets twice the starts of 1", 1

@@ -6,6 +6,7 @@ that attaches to an answer under way begins none. A connection counts from its r
 to its end, also while it waits for its place; a `max_connections` of 0 bounds nothing. The limit
 per minute is a GCRA (limits/gcra.py) with a burst of a whole minute: after a rest
 `requests_per_minute` answers may begin at once, then one each 60 / `requests_per_minute` seconds.
+A deletion counts like the beginning of an answer, since it costs all instances a look.
 A request over a limit is refused and does not wait: only the providers' queues, which are fair,
 make requests wait.
 """
@@ -96,11 +97,18 @@ class Quota:
                 retry_after=1.0,  # nobody knows when one of them ends
             )
         if delay := self._rate.try_take():
-            raise RateLimitExceeded(
-                f"requests_per_minute={self._per_minute} of this key reached", retry_after=delay
-            )
+            raise self._too_fast(delay)
         self.running += 1
         return None
+
+    async def count(self) -> None:
+        """Count a request that begins no answer in the limit per minute. Cancelling is safe.
+
+        Raises:
+            RateLimitExceeded: `requests_per_minute` is reached.
+        """
+        if delay := self._rate.try_take():
+            raise self._too_fast(delay)
 
     @property
     def connections(self) -> int:
@@ -130,6 +138,11 @@ class Quota:
             f"{connections} connections of this key are open or wait,"
             f" at most max_connections={self._max_connections}",
             retry_after=1.0,  # nobody knows when one of them ends
+        )
+
+    def _too_fast(self, delay: float) -> RateLimitExceeded:
+        return RateLimitExceeded(
+            f"requests_per_minute={self._per_minute} of this key reached", retry_after=delay
         )
 
     def give_back(self, *, unused: bool = False) -> None:

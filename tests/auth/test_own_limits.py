@@ -239,6 +239,31 @@ async def test_however_an_answer_ends_its_place_is_back(
     await until(lambda: quota(server).running == 0)
 
 
+@pytest.mark.parametrize("path", ["/conversations/never", "/conversations", "/v1/responses/never"])
+async def test_deletions_count_in_the_rate_of_their_key(
+    make_server: MakeServer, path: str
+) -> None:
+    changes = keys_of("web", "other", max_concurrent=1) | {"chat.streams.resume_window": 0}
+    changes["auth.keys"][0]["requests_per_minute"] = 3
+    server = await make_server(ENDLESS, **changes)
+    async with server.connect(headers=bearer("web")) as ws:
+        # A deletion takes no place: it works while the key has all its answers.
+        await ws.send_json(chat("a"))
+        await until_status(ws, "chunk")
+        for name, expected in (("web", 2), ("other", 4)):
+            statuses = []
+            for _ in range(4):
+                async with server.session.delete(
+                    f"{server.base}{path}", headers=bearer(name)
+                ) as response:
+                    statuses.append(response.status)
+                    if response.status == 429:
+                        assert await code_of(response) == "rate_limit_exceeded"
+                        assert int(response.headers["Retry-After"]) > 0
+            assert statuses[:expected] == [200 if path == "/conversations" else 404] * expected
+            assert statuses[expected:] == [429] * (4 - expected)
+
+
 async def test_a_provider_that_fails_gives_the_place_back(make_server: MakeServer) -> None:
     server = await make_server(
         Behaviour(fail_rate=1.0, fail_status=400), **keys_of("web", max_concurrent=1)

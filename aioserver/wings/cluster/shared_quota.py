@@ -165,6 +165,7 @@ class SharedQuota(Quota):
             max_concurrent, requests_per_minute, clock, max_connections=max_connections
         )
         self._leases, self._name, self._scope = leases, name, scope
+        self._clock = clock
         self.answers = Counted(
             leases, lambda: self._rate.try_take(), lambda: self._rate.delay(), self._refusal
         )
@@ -209,6 +210,14 @@ class SharedQuota(Quota):
             return self.answers.take()
         finally:
             self.running = self.answers.count
+
+    async def count(self) -> None:
+        """Count a request that begins no answer, as `Quota.count`; its slot may take PATIENCE."""
+        end = self._clock() + PATIENCE
+        while delay := self._rate.try_take():
+            if self._clock() + delay > end:
+                raise self._too_fast(delay)
+            await asyncio.sleep(delay)
 
     def give_back(self, *, unused: bool = False) -> None:
         """Count an answer as ended; an *unused* one never began."""
@@ -260,9 +269,7 @@ class SharedQuota(Quota):
 
     def _refusal(self, delay: float) -> ConcurrencyExceeded | RateLimitExceeded:
         if delay:
-            return RateLimitExceeded(
-                f"requests_per_minute={self._per_minute} of this key reached", retry_after=delay
-            )
+            return self._too_fast(delay)
         return ConcurrencyExceeded(
             f"{self._max_concurrent} answers of this key run or wait,"
             f" at most max_concurrent={self._max_concurrent}",

@@ -96,9 +96,10 @@ async def delete(history: History, request: web.Request) -> web.Response:
     Raises:
         ConversationNotFound: the caller has no such conversation.
         HistoryUnavailable: it is not deleted for certain.
+        RateLimitExceeded: the key has used its requests of this minute.
     """
-    conversation_id = request.match_info["id"]
-    await history.delete(request[CALLER], conversation_id)
+    await _count(request)
+    await history.delete(request[CALLER], request.match_info["id"])
     return web.Response(status=204, headers=NO_STORE)
 
 
@@ -106,10 +107,18 @@ async def delete_all(history: History, request: web.Request) -> web.Response:
     """Answer a DELETE of all conversations in the caller's list.
 
     Raises:
+        RateLimitExceeded: the key has used its requests of this minute.
         HistoryUnavailable: they are not deleted for certain.
     """
+    await _count(request)
     deleted = await history.delete_all(request[CALLER])
     return _json({"deleted": deleted})
+
+
+async def _count(request: web.Request) -> None:
+    """Count a deletion, of whatever it is, in the rate of its key."""
+    if (quota := request[CALLER].quota) is not None:
+        await quota.count()
 
 
 def _limit(request: web.Request) -> int:

@@ -143,10 +143,15 @@ async def delete(
 ) -> web.StreamResponse:
     """Answer a DELETE: of what is kept here, or by *passing* the request on.
 
+    It counts in the rate of its key, since all instances have to look.
+
     Raises:
         StreamNotFound: the caller has no such response.
+        RateLimitExceeded: the key has used its requests of this minute.
     """
     gateway, response_id = context.gateway, request.match_info["id"]
+    if (quota := request[CALLER].quota) is not None:
+        await quota.count()
     known = gateway.forget(request[CALLER], response_id)
     known = await stored.delete(request[CALLER], response_id) or known
     if gateway.instances is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -163,6 +164,24 @@ async def test_the_rate_holds_over_all_instances_and_is_had_by_any(
     assert began <= 31
     # A slot that is used later than it begins is as much of the burst: 0.1 s, or one start here.
     assert began >= 29
+
+
+async def test_what_begins_no_answer_counts_in_the_rate_of_all_instances(
+    reference: ReferenceServer,
+) -> None:
+    quotas = [quota(leases, most=1, per_minute=30) for leases in await joined(reference, 3)]
+    await asyncio.sleep(5)
+    assert await take(quotas[0])
+
+    counted = 0
+    for _ in range(20):
+        for side in quotas:
+            with suppress(RateLimitExceeded):
+                await side.count()
+                counted += 1
+
+    assert 28 <= counted <= 30
+    assert quotas[0].running == 1
 
 
 async def test_a_refusal_by_rate_says_when_to_come_back(reference: ReferenceServer) -> None:
