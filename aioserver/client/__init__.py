@@ -24,6 +24,7 @@ from aioserver.client.answer import (
     Reasoning,
     Text,
     ToolCalls,
+    Waiting,
 )
 from aioserver.client.client import Client, Conversation
 from aioserver.client.faults import AnswerError
@@ -43,4 +44,5 @@ __all__ = [
     "Text",
     "ToolCalls",
     "Turn",
+    "Waiting",
 ]

@@ -5,7 +5,9 @@ This file is one concept: an answer is its events, and when each of them comes.
 
     Queued* Processing (Text | Reasoning | ToolCalls)* Complete
 
-An answer that was asked again by the library may have more than one `Processing`.
+An answer that was asked again by the library may have more than one `Processing`. A `Waiting` may
+come anywhere before the end. The *number* of an event is that of the server, from 1; `Queued` and
+`Waiting` have none.
 """
 
 from __future__ import annotations
@@ -45,12 +47,24 @@ class Queued:
 
 
 @dataclass(frozen=True, slots=True)
+class Waiting:
+    """The library waits for *seconds* before it asks, or reads on, again: *code* and *message* are
+    those of the fault that passes by itself.
+    """
+
+    code: str
+    message: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Processing:
     """A provider has begun."""
 
     provider: str = ""
     model: str = ""
     conversation_id: str | None = None
+    number: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +72,7 @@ class Text:
     """A piece of the answer."""
 
     text: str
+    number: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +80,7 @@ class Reasoning:
     """A piece of what the model thinks."""
 
     text: str
+    number: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +88,7 @@ class ToolCalls:
     """OpenAI's list of deltas: join `function.arguments` of those that have the same `index`."""
 
     deltas: list[dict[str, Any]]
+    number: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +102,10 @@ class Complete:
     usage: dict[str, Any] = field(default_factory=dict)
     provider: str = ""
     model: str = ""
+    number: int = field(default=0, compare=False)
 
 
-Event = Queued | Processing | Text | Reasoning | ToolCalls | Complete
+Event = Queued | Waiting | Processing | Text | Reasoning | ToolCalls | Complete
 
 
 def event_of(frame: Frame) -> Event | None:
@@ -96,10 +114,10 @@ def event_of(frame: Frame) -> Event | None:
     Raises:
         Broken: a field has the wrong type.
     """
-    chunk = frame.chunk
+    chunk, number = frame.chunk, frame.event_id or 0
     match frame.status:
         case "chunk":
-            return _piece(chunk.type, chunk.data)
+            return _piece(chunk.type, chunk.data, number)
         case "queued":
             return Queued(chunk.position, chunk.eta)
         case "processing":
@@ -108,6 +126,7 @@ def event_of(frame: Frame) -> Event | None:
                 _text(metadata, "provider") or "",
                 _text(metadata, "model") or "",
                 _text(metadata, "conversation_id"),
+                number,
             )
         case "complete":
             metadata = chunk.metadata
@@ -119,20 +138,21 @@ def event_of(frame: Frame) -> Event | None:
                 usage,
                 _text(metadata, "provider") or "",
                 _text(metadata, "model") or "",
+                number,
             )
     return None
 
 
-def _piece(kind: str, data: Any) -> Event | None:
+def _piece(kind: str, data: Any, number: int) -> Event | None:
     if kind == "text":
         if isinstance(data, str):
-            return Text(data)
+            return Text(data, number)
     elif kind == "reasoning":
         if isinstance(data, str):
-            return Reasoning(data)
+            return Reasoning(data, number)
     elif kind == "tool_calls":
         if isinstance(data, list) and all(isinstance(delta, dict) for delta in data):
-            return ToolCalls(data)
+            return ToolCalls(data, number)
     else:
         return None
     raise protocol_error(f"the data of a {kind} chunk is of the type {type(data).__name__}")
@@ -147,6 +167,8 @@ def _text(metadata: dict[str, Any], name: str) -> str | None:
 
 # Seconds that `cancel` waits for its command to be sent.
 CANCEL_TIMEOUT = 5.0
+# Seconds of a wait that is told; an event loop may wake up a part of a millisecond early.
+LEAST_WAIT = 0.01
 
 
 class Answer:
@@ -173,13 +195,19 @@ class Answer:
                 ...
     """
 
-    def __init__(self, transport: Transport, question: Question, deadline: float | None) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        question: Question,
+        deadline: float | None,
+        last_event_id: int | None = None,
+    ) -> None:
         # The text of the answer so far; whole after the end.
         self._texts: list[str] = []
         # The last event of a whole answer.
         self.complete: Complete | None = None
         self._transport = transport
-        self._reading: Reading = transport.read(question)
+        self._reading: Reading = transport.read(question, last_event_id)
         self._timeout = deadline
         # The loop's time, once the answer is read.
         self._deadline: float | None = None
@@ -187,10 +215,12 @@ class Answer:
         self._started = self._ended = False
         # Frames that have come and were not taken yet.
         self._rest: list[Frame] = []
-        # Whether a part of the answer has come.
-        self._shown = False
-        # Why the answer has been asked again the last time.
+        # Whether a part of the answer has come; event 1 is none.
+        self._shown = last_event_id is not None and last_event_id > 1
+        # Why the answer has been asked again the last time, and the loop's time before which
+        # nothing is sent.
         self._fault: Fault | None = None
+        self._until: float | None = None
         self._timer: asyncio.Timeout | None = None
 
     @property
@@ -240,20 +270,25 @@ class Answer:
         if self._timeout is not None and self._deadline is None:
             self._deadline = asyncio.get_running_loop().time() + self._timeout
         while not self._ended:
+            if self._until is not None:
+                await self._pause(self._until)
+                continue
             try:
                 self._check_deadline()
                 frames = self._rest or await self._frames()
-                if events := await self._take(frames):
+                if events := self._take(frames):
                     return events
             except TimeoutError:
                 # Or it was cancelled by `cancel`, which moves the deadline.
                 if not self._ended:
                     raise self._error(self._overdue()) from None
             except Lost as lost:
-                await self._pause(lost.fault, lost.until)
+                if events := self._wait(lost.fault, lost.until):
+                    return events
             except Refused as refused:
                 wait = self._retries.after_refusal(refused.fault)
-                await self._pause(refused.fault, self._after(refused.fault, wait))
+                if events := self._wait(refused.fault, self._after(refused.fault, wait)):
+                    return events
             except Broken as broken:
                 raise self._error(broken.fault) from None
         return []
@@ -340,7 +375,7 @@ class Answer:
         finally:
             self._timer = None
 
-    async def _take(self, frames: list[Frame]) -> list[Event]:
+    def _take(self, frames: list[Frame]) -> list[Event]:
         """Return what *frames* say, or prepare to ask again.
 
         Raises:
@@ -355,7 +390,7 @@ class Answer:
                 if events:
                     self._rest = frames[position:]
                 elif frame.status == "error":
-                    await self._ask_anew(fault_of(frame), frame.event_id > 1)
+                    return self._ask_anew(fault_of(frame), frame.event_id > 1)
                 else:
                     raise Broken(Fault("cancelled", "another client has cancelled the answer"))
                 break
@@ -377,23 +412,24 @@ class Answer:
             events.append(event)
         return events
 
-    async def _ask_anew(self, fault: Fault, began: bool) -> None:
-        """Wait, and ask under a new id, after an error that ended the answer.
+    def _ask_anew(self, fault: Fault, began: bool) -> list[Event]:
+        """Ask under a new id, after a wait, since an error has ended the answer.
 
         Raises:
             AnswerError: the error is final.
         """
         wait = self._retries.after_end(fault, shown=self._shown, began=began)
-        await self._pause(fault, self._after(fault, wait))
+        events = self._wait(fault, self._after(fault, wait))
         self._reading = self._transport.read(self._reading.question.under_new_id())
+        return events
 
     def _after(self, fault: Fault, wait: float | None) -> float:
         if wait is None:
             raise self._error(fault)
         return asyncio.get_running_loop().time() + wait
 
-    async def _pause(self, fault: Fault, until: float) -> None:
-        """Sleep until the loop's time *until*.
+    def _wait(self, fault: Fault, until: float) -> list[Event]:
+        """Let nothing be sent before the loop's time *until*, and return what is to be told of it.
 
         Raises:
             AnswerError: the deadline comes before.
@@ -401,11 +437,18 @@ class Answer:
         self._fault = fault
         if self._deadline is not None and until >= self._deadline:
             raise self._error(fault)
+        self._until = until
+        delay = until - asyncio.get_running_loop().time()
+        return [Waiting(fault.code, fault.message, delay)] if delay > LEAST_WAIT else []
+
+    async def _pause(self, until: float) -> None:
+        """Sleep until the loop's time *until*."""
         delay = until - asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(None) as timer:
                 self._timer = timer
                 await asyncio.sleep(max(0.0, delay))
+                self._until = None
         except TimeoutError:
             # It was cancelled meanwhile, which the caller sees.
             pass

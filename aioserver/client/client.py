@@ -10,10 +10,10 @@ import aiohttp
 from yarl import URL
 
 from aioserver.client.answer import Answer
-from aioserver.client.event_source import EventSourceTransport
-from aioserver.client.faults import AnswerError
+from aioserver.client.event_source import NOT_CONNECTED, EventSourceTransport
+from aioserver.client.faults import AnswerError, describe
 from aioserver.client.history import PAGE, History, Summary, Turn
-from aioserver.client.socket import SocketTransport, make_question
+from aioserver.client.socket import MAX_ID_CHARACTERS, SocketTransport, make_question
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -103,6 +103,7 @@ class Client:
         streaming: bool | None = None,
         deadline: float | None = None,
         request_id: str | None = None,
+        last_event_id: int | None = None,
     ) -> Answer:
         """Return the answer to a question, which is sent when the answer is read.
 
@@ -110,16 +111,23 @@ class Client:
         *conversation_id* (absent: nothing was), or OpenAI's list of messages, which is sent as it
         is. *options*: further fields of OpenAI's request, such as `temperature`. *deadline*: as
         that of the client, for this answer. *request_id*: the same id is the same answer, paid for
-        once (absent: a new one).
+        once (absent: a new one). *last_event_id*: go on with the answer to *request_id* after this
+        event, whose *number* an earlier program has kept; nothing is asked anew.
 
         Raises:
             ValueError: an argument can be no part of a question.
             RuntimeError: the client is closed.
         """
+        if last_event_id is not None and (request_id is None or last_event_id < 0):
+            raise ValueError("last_event_id is the number of an event of the answer to request_id")
         if isinstance(content, str) and conversation_id is None:
             # Not the conversation of the socket, which other answers share and which ends with the
-            # socket.
-            conversation_id = uuid.uuid4().hex
+            # socket. The same question under the same id has the same bytes.
+            conversation_id = (
+                uuid.uuid4().hex
+                if request_id is None
+                else f"request:{request_id}"[-MAX_ID_CHARACTERS:]
+            )
         question = make_question(
             content,
             request_id=request_id,
@@ -132,7 +140,7 @@ class Client:
             streaming=streaming,
         )
         limit = self._deadline if deadline is None else _checked(deadline)
-        return Answer(self._opened(), question, limit)
+        return Answer(self._opened(), question, limit, last_event_id)
 
     def conversation(self, conversation_id: str | None = None) -> Conversation:
         """Return a conversation: a new one, or the one that has this id.
@@ -181,6 +189,7 @@ class Client:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0),
                 cookie_jar=aiohttp.DummyCookieJar(),
+                middlewares=(send_once,),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
             )
         return self._session
@@ -241,6 +250,26 @@ class Conversation:
         except AnswerError as error:
             if error.code != NOT_FOUND:
                 raise
+
+
+async def send_once(
+    request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
+    """Send *request*; a GET is not sent again by aiohttp, at once, where the server has closed the
+    connection without an answer. A transport knows when to come back.
+
+    Raises:
+        aiohttp.ClientError: there is no response.
+    """
+    try:
+        return await send(request)
+    except NOT_CONNECTED:
+        raise
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        if request.method != "GET":
+            raise
+        # aiohttp repeats after an error of these two classes alone.
+        raise aiohttp.ClientConnectionError(describe(error)) from error
 
 
 def base_url(text: str) -> str:

@@ -3,13 +3,16 @@
 A question is a POST. The rest of an answer is a GET with the number of the last event, and DELETE
 cancels it. The response is read when the program reads the answer, so that nothing is kept here: a
 program that is slow is waited for by the server, and resumes if it was too slow.
+
+After a loss one request is the trial, and the others wait until it has its response: a server that
+is full, or away, is asked once at a time by a client, as on a WebSocket.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
-import random
 from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import quote
 
@@ -18,11 +21,11 @@ from yarl import URL
 
 from aioserver.client.faults import (
     MAX_ERROR_BYTES,
+    RESTART,
+    SHUTDOWN,
     Broken,
     Fault,
     Interrupted,
-    Lost,
-    Reconnection,
     closed_fault,
     protocol_error,
     read_body,
@@ -34,6 +37,8 @@ from aioserver.protocol import eventstream
 from aioserver.protocol import frames as protocol_frames
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from aioserver.client.socket import Question
     from aioserver.protocol.frames import Frame
 
@@ -48,6 +53,10 @@ CLOSE_TIMEOUT = 2.0
 CANCEL_TIMEOUT = 10.0
 # Seconds for the end of a response after its last event.
 FINISH_TIMEOUT = 1.0
+# Refusals of everything that is asked, as a WebSocket's handshake is refused.
+CLOSED_TO_ALL = frozenset({"server_at_capacity", SHUTDOWN})
+# Statuses that may say so, or that nothing is behind a proxy.
+AWAY = frozenset({502, 503, 504})
 # The errors of a request that was never sent.
 NOT_CONNECTED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL)
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=SILENCE)
@@ -56,12 +65,15 @@ _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_
 class EventSourceReading(Reading):
     """The reading of an answer from one HTTP response after the other."""
 
-    def __init__(self, transport: EventSourceTransport, question: Question) -> None:
-        super().__init__(question)
+    def __init__(
+        self, transport: EventSourceTransport, question: Question, last: int | None = None
+    ) -> None:
+        super().__init__(question, last)
         self._transport = transport
+        # The losses before its last request.
+        self.losses = 0
         self._response: aiohttp.ClientResponse | None = None
         self._splitter = eventstream.Splitter(MAX_FRAME_BYTES)
-        self._reconnection = Reconnection(random.random)
         # The interruption that came after the frames that were returned.
         self._interrupted: Interrupted | None = None
 
@@ -100,7 +112,7 @@ class EventSourceReading(Reading):
                     raise protocol_error("a frame of another answer")
                 if frame.event_id is not None:
                     self._count(frame)
-                    self._reconnection.progressed()
+                    self._transport.reconnection.progressed()
                     frames.append(frame)
                     if self.ended:
                         break
@@ -108,7 +120,7 @@ class EventSourceReading(Reading):
                     frames.append(frame)
                 elif frame.status in {"error", "busy"}:
                     fault = fault_of(frame)
-                    raise self._lost(None) if fault.code == "slow_client" else self._refuse(fault)
+                    raise self._lost(None) if fault.code == "slow_client" else self._turned(fault)
         except Interrupted as error:
             self._interrupted = error
         except (protocol_frames.BadFrame, eventstream.EventTooLong) as error:
@@ -126,28 +138,28 @@ class EventSourceReading(Reading):
         Raises:
             Interrupted: there is no response to read from.
         """
-        sent, self.sent = self.sent, True
-        try:
-            response = await self._transport.request(self.question, self.last, self)
-        except (OSError, aiohttp.ClientError) as error:
-            if isinstance(error, NOT_CONNECTED):
-                self.sent = sent
-            if isinstance(error, aiohttp.InvalidURL):
-                raise Broken(unreachable_fault(self._transport.url, error)) from None
-            raise self._lost(error) from None
-        try:
-            if response.status != 200:
-                raise await self._refused(response)
-            if response.content_type != "text/event-stream":
-                self.sent = False
-                raise protocol_error(
-                    f"an answer of the type {response.content_type}, not text/event-stream"
-                )
-        except BaseException:
-            response.close()
-            raise
-        self._reconnection.reached = True
-        return response
+        async with self._transport.turn():
+            sent, self.sent = self.sent, True
+            try:
+                response = await self._transport.request(self)
+            except (OSError, aiohttp.ClientError) as error:
+                if isinstance(error, NOT_CONNECTED):
+                    self.sent = sent
+                if isinstance(error, aiohttp.InvalidURL):
+                    raise Broken(unreachable_fault(self._transport.url, error)) from None
+                raise self._lost(error) from None
+            try:
+                if response.status != 200:
+                    raise await self._refused(response)
+                if response.content_type != "text/event-stream":
+                    self.sent = False
+                    raise protocol_error(
+                        f"an answer of the type {response.content_type}, not text/event-stream"
+                    )
+            except BaseException:
+                response.close()
+                raise
+            return response
 
     async def _refused(self, response: aiohttp.ClientResponse) -> Interrupted:
         """Return what a status other than 200 says."""
@@ -162,8 +174,13 @@ class EventSourceReading(Reading):
         fault, final = refusal(response.status, response.headers, body)
         if fault.code == "connect_error" and not final:
             return self._lost_by(fault)
+        turned = self._turned(fault)
+        return Broken(turned.fault) if final else turned
+
+    def _turned(self, fault: Fault) -> Interrupted:
+        """Return the interruption by a refusal: of this answer, or of everything that is asked."""
         refused = self._refuse(fault)
-        return Broken(fault) if final else refused
+        return self._lost_by(fault) if fault.retryable and fault.code in CLOSED_TO_ALL else refused
 
     def _lost(self, error: BaseException | None) -> Interrupted:
         if error is None:
@@ -172,10 +189,7 @@ class EventSourceReading(Reading):
 
     def _lost_by(self, fault: Fault) -> Interrupted:
         self._drop()
-        delay = self._reconnection.after_loss(None, fault.retry_after)
-        if self._reconnection.hopeless and not self._transport.reached:
-            return Broken(fault)
-        return Lost(fault, asyncio.get_running_loop().time() + delay)
+        return self._transport.lost_since(self.losses, fault)
 
     def _drop(self) -> None:
         """Let the response go; its connection may be used again after the last event."""
@@ -194,19 +208,51 @@ class EventSourceTransport(Transport):
 
     def __init__(self, session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> None:
         super().__init__(session, url, headers)
-        # Whether the server has ever answered.
-        self.reached = False
         # The readings that were sent and have not ended.
         self._readings: set[EventSourceReading] = set()
+        # Losses so far; whether nothing that was asked since the last one has had a response; and
+        # what is done when the trial has one.
+        self.losses = 0
+        self._down = False
+        self._trial: asyncio.Future[None] | None = None
 
-    def read(self, question: Question) -> EventSourceReading:
+    def read(self, question: Question, last: int | None = None) -> EventSourceReading:
         """Return the reading of the answer to *question*."""
-        return EventSourceReading(self, question)
+        return EventSourceReading(self, question, last)
 
-    async def request(
-        self, question: Question, last: int, reading: EventSourceReading
-    ) -> aiohttp.ClientResponse:
-        """Ask *question*, or for what comes after the event *last* of its answer.
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait until a request may be sent, which is done in the block.
+
+        Raises:
+            Lost: that is later.
+        """
+        while self._trial is not None and self.loss is None:
+            await asyncio.wait([self._trial])
+        if (loss := self.loss) is not None:
+            raise loss
+        if not self._down:
+            yield
+            return
+        self._trial = trial = asyncio.get_running_loop().create_future()
+        try:
+            yield
+        finally:
+            self._trial = None
+            trial.set_result(None)
+
+    def lost_since(self, losses: int, fault: Fault) -> Interrupted:
+        """Return the loss, by *fault*, of what was asked after so many *losses*.
+
+        Responses that are lost together are one loss.
+        """
+        counted = not self._down or losses == self.losses
+        self._down = True
+        self.losses += counted
+        return self.lost(fault, RESTART if fault.code == SHUTDOWN else None, counted=counted)
+
+    async def request(self, reading: EventSourceReading) -> aiohttp.ClientResponse:
+        """Ask the question of *reading*, or for the rest of its answer.
 
         Raises:
             OSError, aiohttp.ClientError: there is no response.
@@ -214,9 +260,10 @@ class EventSourceTransport(Transport):
         if self.closed:
             raise Broken(Fault("connect_error", "the client is closed"))
         self._readings.add(reading)
+        question, reading.losses = reading.question, self.losses
         headers = {**self._headers, **self._HEADERS}
-        if last:
-            headers["Last-Event-ID"] = str(last)
+        if reading.resumes:
+            headers["Last-Event-ID"] = str(reading.last)
             response = await self._session.get(
                 self._address(question.request_id),
                 headers=headers,
@@ -233,7 +280,9 @@ class EventSourceTransport(Transport):
                 timeout=_TIMEOUT,
                 allow_redirects=False,
             )
-        self.reached = True
+        self.reconnection.reached = True
+        if response.status not in AWAY and reading.losses == self.losses:
+            self._down = False
         return response
 
     def forget(self, reading: EventSourceReading) -> None:

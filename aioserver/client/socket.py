@@ -21,7 +21,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import aiohttp
 import orjson
@@ -32,6 +32,8 @@ from aioserver.client.faults import (
     FINAL_CLOSE_CODES,
     MAX_ERROR_BYTES,
     QUIET_CLOSE_CODES,
+    RESTART,
+    SHUTDOWN,
     Broken,
     Fault,
     Interrupted,
@@ -51,12 +53,19 @@ if TYPE_CHECKING:
 
     from aioserver.protocol.frames import Frame
 
+T = TypeVar("T")
+
 MAX_ID_CHARACTERS = 256
 # Fields of OpenAI's request that `options` cannot set: they have arguments, or are the server's.
 RESERVED_OPTIONS = frozenset({"model", "messages", "stream"})
 # An event is as large as the server's `max_stream_bytes` at most, 4 MiB by default. One that is
 # larger than this would fill the memory.
 MAX_FRAME_BYTES = 1 << 26
+# The code of an answer that is not kept, and what it means for one that has begun.
+GONE = "stream_not_found"
+LOST_ANSWER = (
+    "the server has lost the rest of this answer: it was started anew, or keeps it no longer"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +148,26 @@ def fault_of(frame: Frame) -> Fault:
 class Reading(ABC):
     """The reading of one answer on a transport, over as many connections as it takes.
 
-    Always: the numbered frames that `frames` has returned are those from 1 to *last*, each once.
+    *last*: the number of the last event that an earlier program has dealt with; None if the
+    question is new.
+
+    Always: the numbered frames that `frames` has returned are those after the first *last* up to
+    the present one, each once.
     """
 
-    def __init__(self, question: Question) -> None:
+    def __init__(self, question: Question, last: int | None = None) -> None:
         self.question = question
-        self.last = 0
+        self.last = last or 0
         # Whether the last event has come; the program may not have read it yet.
         self.ended = False
-        # Whether the server may know the question.
-        self.sent = False
+        # Whether the server may know the question; and whether it surely has had it.
+        self.sent = self._asked = last is not None
         self._left = False
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the rest of the answer is asked for, and not the question."""
+        return self._asked or self.last > 0
 
     @abstractmethod
     async def frames(self) -> list[Frame]:
@@ -185,9 +203,12 @@ class Reading(ABC):
 
     def _refuse(self, fault: Fault) -> Refused:
         """Return the interruption by a *fault* that has no number."""
-        if not self.last or fault.code == "stream_not_found":
+        if not self.resumes or fault.code == GONE:
             # There is nothing to cancel; the id may be another answer's.
             self.sent = False
+        if self.resumes and fault.code == GONE:
+            # The server, which may be another process now, cannot know that there was an answer.
+            return Refused(Fault(GONE, LOST_ANSWER))
         return Refused(fault)
 
     def _count(self, frame: Frame) -> None:
@@ -203,24 +224,58 @@ class Reading(ABC):
 
 
 class Transport(ABC):
-    """A way to the face of a server at *url*, and the tasks that work for it."""
+    """A way to the face of a server at *url*, and the tasks that work for it.
+
+    Always: after a loss nothing connects before the time that the loss allows, whoever was
+    reading then.
+    """
 
     def __init__(self, session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> None:
         self.closed = False
+        self.reconnection = Reconnection(random.random)
         self._session = session
         self.url = url
         self._headers = headers
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        # Why there is no connection, and the loop's time before which none is opened.
+        self._loss: tuple[Fault, float] | None = None
 
     @abstractmethod
-    def read(self, question: Question) -> Reading:
-        """Return the reading of an answer; nothing is sent before its `frames` is called."""
+    def read(self, question: Question, last: int | None = None) -> Reading:
+        """Return the reading of an answer, as `Reading`; nothing is sent before its `frames` is
+        called.
+        """
 
     @abstractmethod
     async def close(self) -> None:
         """Tell the server what to cancel, and close all connections. Readings end as broken."""
 
-    def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    @property
+    def loss(self) -> Lost | None:
+        """The last loss, while it holds the next connection back."""
+        if self._loss is None or asyncio.get_running_loop().time() >= self._loss[1]:
+            return None
+        return Lost(*self._loss)
+
+    def lost(
+        self, fault: Fault, close_code: int | None = None, *, counted: bool = True
+    ) -> Interrupted:
+        """Note a loss, by *fault* and with *close_code*, and return what it means for a reading.
+
+        It is final at an address where no server was ever reached. *counted*: it is not a part of
+        the last one.
+        """
+        delay = fault.retry_after or 0.0
+        if counted:
+            delay = self.reconnection.after_loss(close_code, fault.retry_after)
+        until = asyncio.get_running_loop().time() + delay
+        if self._loss is not None:
+            # A loss that allows an earlier return does not take back what the server asked for.
+            until = max(until, self._loss[1])
+        self._loss = fault, until
+        return Broken(fault) if self.reconnection.hopeless else Lost(fault, until)
+
+    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start a task that ends before `close` returns."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
@@ -235,8 +290,10 @@ MAX_UNREAD = 1 << 20
 class SocketReading(Reading):
     """The reading of an answer on the sockets of a transport."""
 
-    def __init__(self, transport: SocketTransport, question: Question) -> None:
-        super().__init__(question)
+    def __init__(
+        self, transport: SocketTransport, question: Question, last: int | None = None
+    ) -> None:
+        super().__init__(question, last)
         self.connection: Connection | None = None
         self._transport = transport
         self._frames: list[Frame] = []
@@ -270,7 +327,7 @@ class SocketReading(Reading):
 
     def command(self) -> bytes:
         """Return the frame that asks for what comes next."""
-        if not self.last:
+        if not self.resumes:
             return self.question.command()
         name = orjson.dumps(self.question.request_id)
         return b'{"action":"resume","request_id":%b,"payload":{"last_event_id":%d}}' % (
@@ -357,6 +414,9 @@ class Connection:
         # Whether it takes no more questions, since it is closed or will be; and whether it sends
         # nothing any more.
         self.leaving = self.closed = False
+        # What the end of the socket means for its readings, if it was not closed here.
+        self.end: Interrupted | None = None
+        self._left = False
         self._transport = transport
         self._ws = ws
         self._loop = asyncio.get_running_loop()
@@ -414,7 +474,7 @@ class Connection:
 
     async def close(self) -> None:
         """Send what waits, for a short time, and close the socket."""
-        self.leaving = self.closed = True
+        self.leaving = self.closed = self._left = True
         try:
             if not self._ws.closed and self._placed.is_set():
                 async with asyncio.timeout(FLUSH_TIMEOUT):
@@ -464,9 +524,10 @@ class Connection:
             reading = self.readings.get(frame.request_id)
             if frame.event_id is not None:
                 reconnection.progressed()
-            elif frame.status == "error" and frame.chunk.code == "server_shutdown":
-                # The next question is for another process.
+            elif frame.status == "error" and frame.chunk.code == SHUTDOWN and not self.leaving:
+                # The next question is for another process, which has to start.
                 self.leaving = True
+                self._transport.lost(fault_of(frame), RESTART)
             if reading is not None:
                 reading.receive(frame, len(data))
         elif frame.status == "pong":
@@ -510,11 +571,15 @@ class Connection:
         self._forget_outbox()
 
     def _finish(self, end: Interrupted | None) -> None:
-        """Interrupt the readings: the socket is closed, by the server if *end* is None."""
+        """Interrupt the readings: the socket is closed, by the server if *end* is None.
+
+        Without a reading it is a loss, too: a full server may close a socket before its first
+        question.
+        """
         self._sender.cancel()
         self._forget_outbox()
         readings = list(self.readings.values())
-        if self._transport.closed or not readings:
+        if self._left or self._transport.closed:
             return
         code, remark = self._ws.close_code, self._remark
         if end is None and code == aiohttp.WSCloseCode.MESSAGE_TOO_BIG:
@@ -525,10 +590,9 @@ class Connection:
                 readings.remove(largest)
                 too_large = Fault("request_too_large", "the server takes no question of this size")
                 largest.interrupt(Broken(remark or too_large))
-        if end is None:
-            end = self._end(code, remark)
+        self.end = self._end(code, remark) if end is None else end
         for reading in readings:
-            reading.interrupt(end)
+            reading.interrupt(self.end)
 
     def _end(self, code: int | None, remark: Fault | None) -> Interrupted:
         """Return what the close *code*, and the *remark* before it, mean for the readings."""
@@ -536,12 +600,8 @@ class Connection:
             return protocol_error(f"the server closed the socket with close code {code}")
         if code == aiohttp.WSCloseCode.POLICY_VIOLATION and remark and not remark.retryable:
             return Broken(remark)
-        fault = remark or closed_fault(code)
-        reconnection = self._transport.reconnection
-        if code in QUIET_CLOSE_CODES:
-            code = None
-        delay = reconnection.after_loss(code, None if remark is None else remark.retry_after)
-        return self._transport.lost(fault, delay)
+        quiet = code in QUIET_CLOSE_CODES
+        return self._transport.lost(remark or closed_fault(code), None if quiet else code)
 
     def _forget_outbox(self) -> None:
         for _frame, _reading, done in self._outbox:
@@ -571,17 +631,14 @@ class SocketTransport(Transport):
 
     def __init__(self, session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> None:
         super().__init__(session, url, headers)
-        self.reconnection = Reconnection(random.random)
         self._connections: list[Connection] = []
-        self._opening: asyncio.Task[None] | None = None
-        # Why there is no connection, and the loop's time before which none is opened.
-        self._loss: tuple[Fault, float] | None = None
+        self._opening: asyncio.Task[Connection] | None = None
         # Answers to be cancelled when there is a connection, and until which time of the loop.
         self._cancels: dict[str, float] = {}
 
-    def read(self, question: Question) -> SocketReading:
+    def read(self, question: Question, last: int | None = None) -> SocketReading:
         """Return the reading of the answer to *question*."""
-        return SocketReading(self, question)
+        return SocketReading(self, question, last)
 
     async def connection(self, request_id: str) -> Connection:
         """Return a connection with room for the answer *request_id*.
@@ -589,27 +646,19 @@ class SocketTransport(Transport):
         Raises:
             Interrupted: there is none now.
         """
-        loop = asyncio.get_running_loop()
         while True:
             for connection in self._connections:
                 if connection.room_for(request_id):
                     return connection
             if self.closed:
                 raise Broken(CLOSED)
-            if self._opening is None and self._loss is not None and loop.time() < self._loss[1]:
-                raise Lost(*self._loss)
+            if self._opening is None and (loss := self.loss) is not None:
+                raise loss
             opening = self._open_once()
             # Others may wait for the same connection, so it is opened even if this one gives up.
             await asyncio.wait([opening])
-            if not opening.cancelled() and (error := opening.exception()) is not None:
-                raise error
-
-    def lost(self, fault: Fault, delay: float) -> Interrupted:
-        """Return the loss of a connection, which holds the next one back for *delay* seconds."""
-        if self.reconnection.hopeless:
-            return Broken(fault)
-        self._loss = fault, asyncio.get_running_loop().time() + delay
-        return Lost(*self._loss)
+            if not opening.cancelled() and (end := opening.result().end) is not None:
+                raise end.with_traceback(None)
 
     def gone(self, connection: Connection) -> None:
         """Forget a connection that is closed."""
@@ -638,7 +687,7 @@ class SocketTransport(Transport):
                 candidate.send(frame, done=done)
                 return done
         self._cancels[request_id] = loop.time() + CANCEL_WINDOW
-        if self._loss is None or self._loss[1] <= loop.time():
+        if self.loss is None:
             self._open_once()
         return None
 
@@ -658,14 +707,14 @@ class SocketTransport(Transport):
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _open_once(self) -> asyncio.Task[None]:
+    def _open_once(self) -> asyncio.Task[Connection]:
         """Open a connection; it is the one that is being opened, if there is one."""
         if self._opening is None:
             self._opening = self.start(self._open())
             self._opening.add_done_callback(self._opened)
         return self._opening
 
-    async def _open(self) -> None:
+    async def _open(self) -> Connection:
         """Open a connection.
 
         Raises:
@@ -686,15 +735,13 @@ class SocketTransport(Transport):
             if final:
                 raise Broken(await self._reason(error.status, fault)) from None
             self.reconnection.reached = True
-            delay = self.reconnection.after_loss(None, fault.retry_after)
-            raise self.lost(fault, delay) from None
+            raise self.lost(fault) from None
         except aiohttp.TooManyRedirects:
             raise protocol_error(f"{self.url} redirects for ever") from None
         except aiohttp.InvalidURL as error:
             raise Broken(unreachable_fault(self.url, error)) from None
         except (OSError, aiohttp.ClientError) as error:
-            delay = self.reconnection.after_loss()
-            raise self.lost(unreachable_fault(self.url, error), delay) from None
+            raise self.lost(unreachable_fault(self.url, error)) from None
         connection = Connection(self, ws)
         self._connections.append(connection)
         now = asyncio.get_running_loop().time()
@@ -702,6 +749,7 @@ class SocketTransport(Transport):
             if now < until:
                 connection.send(_cancel_command(request_id))
         self._cancels.clear()
+        return connection
 
     async def _reason(self, status: int, fault: Fault) -> Fault:
         """Return why a handshake was refused with *status*; *fault* if that cannot be known.
@@ -721,7 +769,7 @@ class SocketTransport(Transport):
             pass
         return fault
 
-    def _opened(self, task: asyncio.Task[None]) -> None:
+    def _opened(self, task: asyncio.Task[Connection]) -> None:
         self._opening = None
         if not task.cancelled():
             # Its waiters have it raised; it may be that nobody waits any more.

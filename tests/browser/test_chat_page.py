@@ -403,7 +403,7 @@ async def test_an_answer_that_is_gone_says_so_and_is_asked_again(
     await enter(page, server)
     await page.get_by_role("button", name="Hello").first.click()
     await is_now(page, "failed")
-    await expect(answer(page)).to_contain_text("not over a restart")
+    await expect(answer(page)).to_contain_text("the server has lost the rest of this answer")
     await answer(page).get_by_role("button", name="Ask again").click()
 
     await is_now(page, "complete")

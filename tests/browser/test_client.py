@@ -74,6 +74,27 @@ async def test_what_else_a_question_says_is_sent(server: RunningServer, page: Pa
     assert (body["temperature"], body["tools"], body["model"]) == (0.5, [tool], "sim-model")
 
 
+@TRANSPORTS
+async def test_the_same_question_under_the_same_id_is_the_same_answer(
+    server: RunningServer, page: Page, transport: str
+) -> None:
+    async with page_elsewhere(page, server.base):
+        texts = await run(
+            page,
+            """
+            const texts = [];
+            for (const id of ["x", "x", "\u00fc".repeat(256), "\u00fc".repeat(256)])
+              texts.push(await new aio.Client(a, { transport: b }).chat("Hello", { requestId: id }).text());
+            return texts;
+            """,
+            server.base,
+            transport,
+        )
+
+    assert len({*texts}) == 1
+    assert server.simulator.stats().requests == 2
+
+
 async def test_only_the_questions_of_a_conversation_follow_each_other(
     server: RunningServer, page: Page
 ) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -107,6 +108,7 @@ async def test_a_server_that_is_killed_and_started_again(tmp_path: Path, page: P
                 await second.ready()
                 lost, whole = await outcome(mine), await run(mine, "return await next")
     assert lost["error"]["code"] == "stream_not_found"
+    assert "the server has lost the rest of this answer" in lost["error"]["message"]
     assert lost["error"]["text"] == lost["text"] != ""
     assert (whole["error"], whole["events"][-1]["type"]) == (None, "complete")
     assert simulator.stats().requests == 2
@@ -275,6 +277,60 @@ async def test_an_event_is_given_out_once_and_a_gap_is_an_error(
         assert result["error"]["text"] == result["text"] == "12"
     else:
         assert (result["text"], result["error"]) == ("123", None)
+
+
+async def test_what_a_slow_page_has_not_read_is_bounded_and_asked_for_again(
+    server: RunningServer, page: Page
+) -> None:
+    word, count = "x" * 100_000, 60
+    resumes: list[int] = []
+
+    def between(here: WebSocketRoute) -> None:
+        def answer(message: str | bytes) -> None:
+            frame = json.loads(message)
+            if frame["action"] == "ping":
+                here.send(json.dumps({"request_id": None, "status": "pong", "chunk": {}}))
+                return
+            after = frame["payload"].get("last_event_id", 0)
+            if frame["action"] == "resume":
+                resumes.append(after)
+            for number in range(after + 1, count + 1):
+                chunk = {"type": "text", "data": word, "metadata": {}}
+                event = {"event_id": number, "status": "chunk", "chunk": chunk}
+                here.send(json.dumps({"request_id": frame["request_id"], **event}))
+            end = {"event_id": count + 1, "status": "complete", "chunk": {"metadata": {}}}
+            here.send(json.dumps({"request_id": frame["request_id"], **end}))
+
+        here.on_message(answer)
+
+    await page.route_web_socket(re.compile("/ws/"), between)
+    async with page_elsewhere(page, server.base):
+        size, numbers, error = await run(
+            page,
+            """
+            const client = new aio.Client(a, { transport: "websocket" }), numbers = [];
+            const answer = client.chat("Hello");
+            let size = 0, error = null;
+            try {
+              for await (const event of answer.events()) {
+                if (event.type === "text") size += event.text.length;
+                if (event.number) numbers.push(event.number);
+                if (event.type === "text") await new Promise((done) => setTimeout(done, 1));
+              }
+            } catch (caught) {
+              error = caught.message;
+            }
+            return [size, numbers, error];
+            """,
+            server.base,
+        )
+
+    assert error is None
+    assert size == len(word) * count
+    assert numbers == [*range(1, count + 2)]
+    assert resumes
+    # 1 MiB are eleven of the words, and one is read while they come.
+    assert all(later - before >= 8 for before, later in pairwise(resumes))
 
 
 @pytest.mark.parametrize(("seconds", "action"), [(0, "chat"), (26, "resume")])

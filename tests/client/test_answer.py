@@ -19,6 +19,7 @@ from aioserver.client import (
     Reasoning,
     Text,
     ToolCalls,
+    Waiting,
 )
 from tests.support.scripted_server import ScriptedServer, answer, frame, idle, saying
 from tests.support.waiting import until
@@ -240,6 +241,8 @@ async def test_rest_that_can_no_longer_be_had_is_an_error_with_the_part(
             await client.chat("Hi").text()
 
     assert (caught.value.code, caught.value.text) == (code, "Hel")
+    lost = "the server has lost the rest of this answer"
+    assert (lost in caught.value.message) == (code == "stream_not_found")
     # The rest of the answer is of no use to anybody, if it is there.
     assert server.actions == ["chat", "resume", *["cancel"] * (code == "resume_gap")]
 
@@ -255,6 +258,94 @@ async def test_connection_that_is_lost_is_continued_after_the_last_event(
     assert pieces == ["Hel", "lo"]
     assert server.actions == ["chat", "resume" if number else "chat"]
     assert server.seen[1]["request_id"] == "r1"
+
+
+@pytest.mark.parametrize("number", range(4))
+async def test_answer_of_an_earlier_program_goes_on_after_its_last_event(
+    transport: Transport, number: int
+) -> None:
+    async with ScriptedServer(answers=[WHOLE]) as server, client_of(server, transport) as client:
+        first = [event async for event in client.chat("Hi", request_id="r1").events()]
+        numbers = [getattr(event, "number", 0) for event in first]
+        rest = client.chat("Hi", request_id="r1", last_event_id=number)
+        events = [event async for event in rest.events()]
+
+    assert numbers == [1, 2, 3, 4]
+    assert events == first[number:]
+    assert server.actions == ["chat", "resume"]
+    assert server.seen[1]["payload"] == {"last_event_id": number}
+
+
+@pytest.mark.parametrize("number", [0, 2])
+async def test_answer_of_an_earlier_program_that_is_lost_says_so_and_is_not_asked_again(
+    transport: Transport, number: int
+) -> None:
+    gone = saying(error("stream_not_found", retryable=False))
+    async with ScriptedServer(answers=[gone]) as server, client_of(server, transport) as client:
+        with pytest.raises(AnswerError) as caught:
+            await client.chat("Hi", request_id="r1", last_event_id=number).text()
+
+    assert caught.value.code == "stream_not_found"
+    assert "the server has lost the rest of this answer" in caught.value.message
+    assert server.actions == ["resume"]
+
+
+async def test_number_of_an_event_belongs_to_an_id(transport: Transport) -> None:
+    async with ScriptedServer(answers=[WHOLE]) as server, client_of(server, transport) as client:
+        for arguments in ({"last_event_id": 1}, {"last_event_id": -1, "request_id": "r1"}):
+            with pytest.raises(ValueError, match="last_event_id"):
+                client.chat("Hi", **arguments)
+
+
+async def test_same_question_under_the_same_id_has_the_same_bytes(transport: Transport) -> None:
+    longest = "ü" * 256
+    async with ScriptedServer(answers=[WHOLE]) as server, client_of(server, transport) as client:
+        for name in ("r1", "r1", longest, longest):
+            assert await client.chat("Hi", request_id=name).text() == "Hello"
+        await client.chat("Hi", request_id="r1", conversation_id="c").text()
+
+    first, second, third, fourth, fifth = (command["payload"] for command in server.seen)
+    assert first == second
+    assert third == fourth
+    conversations = {payload["conversation_id"] for payload in (first, third, fifth)}
+    assert len(conversations) == 3
+    assert all(0 < len(name) <= 256 for name in conversations)
+    assert fifth["conversation_id"] == "c"
+
+
+@pytest.mark.virtual_time
+async def test_wait_before_the_next_try_is_an_event(transport: Transport) -> None:
+    refusal = saying(error("server_at_capacity", retryable=True, retry_after=5.0))
+    failure = saying(HELLO[0], error("circuit_open", 2, retryable=True, retry_after=3.0))
+    async with (
+        ScriptedServer(answers=[refusal, failure, WHOLE]) as server,
+        client_of(server, transport) as client,
+    ):
+        loop = asyncio.get_running_loop()
+        waits: list[tuple[Waiting, float]] = []
+        others = []
+        async for event in client.chat("Hi").events():
+            if isinstance(event, Waiting):
+                waits.append((event, loop.time()))
+            else:
+                others.append((event, loop.time()))
+
+    assert [wait.code for wait, _time in waits] == ["server_at_capacity", "circuit_open"]
+    assert [wait.message for wait, _time in waits] == [
+        "server_at_capacity happened",
+        "circuit_open happened",
+    ]
+    assert waits[0][0].seconds >= 4.9
+    assert waits[1][0].seconds >= 2.9
+    for (wait, begun), (_event, then) in zip(waits, others, strict=False):
+        assert then - begun >= wait.seconds - 0.01
+    assert [type(event) for event, _time in others] == [
+        Processing,
+        Processing,
+        Text,
+        Text,
+        Complete,
+    ]
 
 
 async def test_answer_that_another_client_cancelled_is_an_error(transport: Transport) -> None:

@@ -120,6 +120,7 @@ async def test_server_that_is_killed_and_started_again(tmp_path: Path) -> None:
                 with pytest.raises(AnswerError) as caught:
                     await task
                 assert caught.value.code == "stream_not_found"
+                assert "the server has lost the rest of this answer" in caught.value.message
                 assert caught.value.text == answer.received != ""
             assert len({*await asyncio.gather(*waiting)}) == 1
             for client in clients:

@@ -45,6 +45,16 @@ async def test_conversation_has_what_was_said_before(
     assert [len(messages) for messages in roles] == [1, 3, 1, 5]
 
 
+async def test_same_question_under_the_same_id_is_the_same_answer(
+    server: RunningServer, transport: Transport
+) -> None:
+    async with client_of(server, transport) as client, client_of(server, transport) as other:
+        texts = [await each.chat("Hi", request_id="x").text() for each in (client, client, other)]
+
+    assert len({*texts}) == 1
+    assert server.simulator.stats().requests == 1
+
+
 async def test_key_opens_a_server_and_a_wrong_one_is_one_clear_error(
     make_server: MakeServer, transport: Transport
 ) -> None:

@@ -20,7 +20,16 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from aioserver.client import Client, Complete, Processing, Queued, Reasoning, Text, ToolCalls
+from aioserver.client import (
+    Client,
+    Complete,
+    Processing,
+    Queued,
+    Reasoning,
+    Text,
+    ToolCalls,
+    Waiting,
+)
 from aioserver.tools.chat.display import make_display
 from aioserver.tools.chat.status import Status
 from aioserver.tools.remote import printable
@@ -297,6 +306,8 @@ def show(event: Event, status: Status, display: Display) -> None:
             status.show(
                 f"position {position} in the queue, about {max(1.0, eta):.0f} s", progress=True
             )
+        case Waiting(message=message, seconds=seconds):
+            status.show(f"{message}: again in {max(1.0, seconds):.0f} s", progress=True)
         case Processing(provider=provider, model=model):
             name = "/".join(filter(None, (provider, model))) or "a provider"
             status.show(f"{name} has begun")

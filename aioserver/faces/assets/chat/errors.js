@@ -40,7 +40,7 @@ const ADVICE = {
   request_conflict: "The server knows this id from another question. Ask again under a new id.",
   slow_client: "This browser could not read as fast as the answer came. Ask again for the whole answer.",
   resume_gap: "A part of the answer is no longer kept. Ask again for the whole answer.",
-  stream_not_found: "The server keeps an answer for a short time, and not over a restart. Ask again.",
+  stream_not_found: "Ask again for the whole answer.",
   not_sent: "Ask again to send it now.",
   request_too_large: "Shorten the message.",
   invalid_request: "Reload the page; if the error persists, change the message.",

@@ -18,7 +18,7 @@ export interface ClientOptions {
 
 /** A question beyond its text. */
 export interface ChatOptions {
-  /** The conversation of a text; absent: a new one. */
+  /** The conversation of a text; absent: one of its own, made from `requestId` if there is one. */
   conversationId?: string;
   /** The provider that alone is asked; absent or null: as the server is configured. */
   provider?: string | null;
@@ -146,7 +146,7 @@ export class Client {
   /** The messages of a conversation. */
   turns(id: string): Promise<Turns>;
   deleteConversation(id: string): Promise<void>;
-  /** Connect now, and stay connected while nothing is asked. */
+  /** Connect now, but not before a full server wants it, and stay connected while nothing is asked. */
   connect(): void;
   /** Cancel the answers that run, and close the connection. */
   close(): void;

@@ -2,22 +2,28 @@
 //     for await (const piece of new Client("https://chat.example.com").chat("Hello")) document.body.append(piece);
 //
 // All questions share one WebSocket or, where a proxy lets none through, have a request of server-sent events each. After a loss
-// a question is sent again with its id, or resumed. Always: its caller has got the events 1 to `last` of the answer, each once.
+// a question is sent again with its id, or resumed. Always: its caller has got the events 1 to `last` of the answer, each once; and
+// after a loss nothing is sent before the time that the loss allows, whoever was reading then.
 
 const PATIENCE = 15_000; // ms in which the server says its first word, and between two pings, each answered before the next
 const SSE_SILENCE = 80_000; // ms without a byte: four intervals of the server's heartbeat
+const MAX_UNREAD = 1 << 20; // characters of events that wait to be read, for each answer; what comes beyond is asked for again
 const RESEND_WITHIN = 25_000; // ms: the server knows a request at least so long after it came
 const FINAL_CODES = new Set([1002, 1003, 1007, 1008]); // close codes after which another connection would not help
 // After these errors a question is asked again, if nothing of its answer has come: up to its deadline, or at most twice.
 const BUSY = ["server_at_capacity", "provider_queue_full", "provider_queue_timeout", "pool_timeout", "circuit_open"];
 const LATER = new Set([...BUSY, "no_provider", "provider_rate_limited", "rate_limit_exceeded"]);
 const TWICE = new Set(["request_timeout", "connect_error", "connect_timeout"]);
+const TOLD = new Set([1012, 1013]); // close codes by which the server says when to come back
+const AWAY = new Set([502, 503, 504]); // statuses of a server that is full, or that is not there, behind a proxy
+const SHUT = new Set(["server_at_capacity", "server_shutdown", "server_unavailable"]); // codes that refuse all that is asked
+const LOST = "the server has lost the rest of this answer: it was started anew, or keeps it no longer";
 const ENDS = new Set(["complete", "error", "cancelled", "busy"]); // statuses after which nothing more is sent
 // Seconds: *least*, which a server may have asked for, and a part by chance of a span that doubles with each failure.
 export const backoff = (least, failures, span) => Math.min(3600, least) + Math.random() * Math.min(30, span * 2 ** failures);
 // The seconds before connecting again after so many failures and a close code; null: never. After a restart clients come one by one.
 export function reconnectDelay(code, failures, retryAfter = 0) {
-  if (code === 1012) return 1 + 9 * Math.random();
+  if (code === 1012) return Math.min(3600, Math.max(retryAfter, 1 + 9 * Math.random()));
   return FINAL_CODES.has(code) ? null : backoff(Math.max(code === 1013 ? 5 : 0, retryAfter), failures - 1, failures && 0.5);
 }
 // 128 random bits. Browsers offer crypto.randomUUID only on localhost and over TLS.
@@ -39,12 +45,16 @@ export class Client {
   #links = new Set(); // what is known of each question whose answer is being read
   #attempt = { timers: [] }; // this connection: { timers, socket, send, heard, silent, fault }
   #failures = 0; // to connect, in succession
+  #loss = { code: 1000 }; // the last one, and the time of performance.now() before which nothing is sent: { code, fault, notBefore }
+  #tried = -Infinity; // when the last connection was begun
+  #losses = 0; // so far, of requests for server-sent events
+  #down = false; // whether no request since the last of them has had a response; then one is sent, and the others wait for it
+  #trial = null; // the question whose request that is
   #keep = false; // whether the connection is wanted without a question
   conversation = (id = newId()) => ({ id, chat: (content, options) => this.chat(content, { ...options, conversationId: id }) });
   conversations = (query) => this.#kept(`?${new URLSearchParams(query)}`);
   turns = (id) => this.#kept(`/${encodeURIComponent(id)}`);
   deleteConversation = (id) => this.#kept(`/${encodeURIComponent(id)}`, { method: "DELETE" });
-  connect = () => void ((this.#keep = true), this.#connect());
 
   constructor(url, options = {}) {
     if (/[^\w!#$%&'*+.^`|~-]/.test(options.key ?? "")) throw new TypeError("the key has characters that no key has");
@@ -55,13 +65,16 @@ export class Client {
 
   chat(content, options = {}) {
     if (typeof content !== "string" && !Array.isArray(content)) throw new TypeError("a question is a text, or a list of messages");
-    const { requestId: id = newId(), lastEventId: last = 0, conversationId = newId(), deadline = this.#options.deadline } = options;
+    const { requestId: id = newId(), lastEventId: last = 0, deadline = this.#options.deadline } = options;
+    // The same question under the same id has the same bytes.
+    const { conversationId = options.requestId === undefined ? newId() : `request:${id}`.slice(-256) } = options;
     const { provider, model, metadata, streaming, tools, signal } = options;
     const question = typeof content === "string" ? { text: content, conversation_id: conversationId } : { messages: content };
     const fields = tools ? { ...options.options, tools } : options.options;
     const body = JSON.stringify({ ...question, provider, model, metadata, streaming, options: fields }); // the same at each sending
-    const link = { id, last, body, deadline, stop: new AbortController(), wake() {}, unread: [], text: "", complete: null };
-    Object.assign(link, { attached: false, notBefore: 0, sent: 0, tries: 0, shown: last > 1 }); // event 1 is `processing`
+    const link = { id, last, body, deadline, stop: new AbortController(), wake() {}, unread: [], size: 0, text: "", complete: null };
+    Object.assign(link, { attached: false, notBefore: 0, sent: 0, tries: 0, losses: 0, shown: last > 1 }); // event 1 is `processing`
+    Object.assign(link, { behind: false, resuming: false }); // whether events were dropped, and whether they were asked for again
     Object.assign(link, { asked: options.lastEventId !== undefined, repeated: options.requestId !== undefined }); // surely; maybe
     const events = () => this.#events(link, AbortSignal.any([link.stop.signal, signal ?? link.stop.signal]));
     const pieces = async function* () { for await (const event of events()) if (event.type === "text") yield event.text; };
@@ -70,10 +83,19 @@ export class Client {
     return Object.defineProperties(answer, { requestId: { get: () => link.id }, complete: { get: () => link.complete } });
   }
 
+  // Without the wait by chance, but not before a server wants it, and once a second at most.
+  connect() {
+    this.#keep = true;
+    if (["connecting", "queued", "open"].includes(this.state.name)) return;
+    if (!this.#loss.told) this.#loss.notBefore = Math.min(this.#loss.notBefore ?? 0, this.#tried + 1000);
+    this.#connect();
+  }
+
   close() {
     this.#keep = false;
     for (const link of this.#links) link.stop.abort(new AnswerError({ code: "cancelled", error: "the client was closed" }, link));
-    this.#lose(1000);
+    this.#discard();
+    this.#setState({ name: "closed", code: 1000 });
   }
 
   async *#events(link, stop) {
@@ -84,15 +106,21 @@ export class Client {
     stop.addEventListener("abort", () => this.#leave(link)); // at once, and not when the caller reads on
     try {
       for (stop.aborted || this.#links.add(link); !stop.aborted && !link.complete; ) {
-        const wait = link.notBefore - Date.now();
+        const wait = Math.max(link.notBefore - Date.now(), this.#sse ? this.#rest : 0);
         if (link.unread.length) {
-          const event = this.#take(link, link.unread.shift());
+          const [frame, size] = link.unread.shift();
+          link.size -= size;
+          const event = this.#take(link, frame);
           if (event) yield event;
         } else if (link.fault) {
           throw new AnswerError(link.fault, link);
         } else if (["idle", "closed"].includes(this.state.name)) {
           this.#connect();
-        } else if (link.attached || wait > 0 || this.state.name !== "open") {
+        } else if (link.behind && link.attached && !link.resuming) {
+          link.resuming = true;
+          this.#resume(link);
+        } else if (link.attached || wait > 0 || this.#trial || this.state.name !== "open") {
+          link.drained?.();
           await new Promise((wake) => ((link.wake = wake), wait > 0 && setTimeout(wake, wait)));
         } else {
           this.#attach(link);
@@ -112,6 +140,8 @@ export class Client {
     if (number > link.last + 1) throw new AnswerError({ error: `event ${number} came after event ${link.last}` }, link);
     const failed = ENDS.has(status) && status !== "complete";
     const fault = { code: status, error: "somebody has cancelled the answer, or nobody read it", ...chunk };
+    // The server, which may be another process now, cannot know that there was an answer.
+    if (fault.code === "stream_not_found" && (link.last || link.asked)) fault.error = LOST;
     const seconds = failed ? this.#patience(link, fault, number) : null;
     if (seconds !== null) {
       if (number || fault.code !== "slow_client") link.sent = 0; // nothing has begun
@@ -143,7 +173,9 @@ export class Client {
 
   #leave(link) {
     clearTimeout(link.alarm);
+    link.attached = false;
     link.wake();
+    link.drained?.();
     link.request?.abort();
     if (!this.#links.delete(link) || link.settled || !(link.sent || link.asked)) return;
     const path = `${this.endpoints.sse}/${encodeURIComponent(link.id)}`;
@@ -156,22 +188,72 @@ export class Client {
     const { id, last, sent, asked } = link;
     const resumed = last > 0 || asked || (sent > 0 && Date.now() - sent > RESEND_WITHIN);
     Object.assign(link, { attached: true, repeated: link.repeated || sent > 0, sent: resumed ? sent : Date.now() });
+    Object.assign(link, { behind: false, resuming: false });
     if (this.#sse) this.#follow(link, resumed);
-    else if (resumed) this.#attempt.send({ action: "resume", request_id: id, payload: { last_event_id: last } });
+    else if (resumed) this.#resume(link);
     else this.#attempt.socket.send(`{"action":"chat","request_id":${JSON.stringify(id)},"payload":${link.body}}`);
   }
 
-  #deliver(link, frame) {
+  #resume({ id, last }) {
+    this.#attempt.send({ action: "resume", request_id: id, payload: { last_event_id: last } });
+  }
+
+  // A caller that reads slowly delays nobody: of a WebSocket, which others share, events are dropped, and asked for again later.
+  #deliver(link, frame, size) {
+    const number = frame.event_id;
+    if (link && this.#sse && !number && SHUT.has(frame.chunk?.code)) this.#lostSince(link.losses, frame.chunk);
     if (!link?.attached) return;
-    if (frame.event_id) this.#failures = 0;
-    Object.assign(link, { sent: Date.now(), attached: !ENDS.has(frame.status) }).unread.push({ chunk: {}, ...frame });
+    if (number) this.#failures = 0;
+    link.sent = Date.now();
+    if (number && link.behind && !(link.resuming && number === link.last + 1)) return;
+    if (number && !this.#sse && link.size > MAX_UNREAD) return void (link.behind = true);
+    if (number) Object.assign(link, { behind: false, resuming: false });
+    link.attached = !ENDS.has(frame.status);
+    this.#push(link, { chunk: {}, ...frame }, size);
+  }
+
+  // Of the positions in a queue only the newest is of interest.
+  #push(link, frame, size) {
+    if (frame.status === "queued" && link.unread.at(-1)?.[0].status === "queued") link.size -= link.unread.pop()[1];
+    link.unread.push([frame, size]);
+    link.size += size;
     link.wake();
+  }
+
+  // The milliseconds before which nothing is sent.
+  get #rest() {
+    return (this.#loss.notBefore ?? 0) - performance.now();
+  }
+
+  // Note a loss. Returns the seconds after which to come back; null: never, and the next question does not come at once either.
+  #hold(code, fault, counted = true) {
+    const failures = counted ? this.#failures++ : 0;
+    const seconds = counted ? reconnectDelay(code, failures, fault?.retry_after) : (fault?.retry_after ?? 0);
+    const until = performance.now() + 1000 * (seconds ?? backoff(0, failures - 1, failures && 0.5));
+    const told = TOLD.has(code) || fault?.retry_after > 0;
+    // One that allows an earlier return does not take back what the server has asked for.
+    if (!(this.#rest > 0 && this.#loss.notBefore > until)) this.#loss = { code, fault, told, notBefore: until };
+    return seconds;
+  }
+
+  // A request for server-sent events was lost that was sent after so many losses: those that are lost together are one.
+  #lostSince(losses, fault) {
+    const counted = !this.#down || losses === this.#losses;
+    this.#losses += counted;
+    this.#down = true;
+    this.#hold(fault?.code === "server_shutdown" ? 1012 : 1006, fault, counted);
   }
 
   // The connection is idle, connecting, queued (the server is at capacity), open, lost (it comes back), or closed. Before the
   // server has admitted a WebSocket only a ping is sent; its pong says that it has. So a rejected one loses no question.
   async #connect() {
     const attempt = this.#discard();
+    const { code, fault } = this.#loss;
+    if (this.#rest > 0) {
+      attempt.timers.push(setTimeout(() => this.#connect(), this.#rest));
+      return this.#setState({ name: "lost", code, fault, until: Date.now() + this.#rest });
+    }
+    this.#tried = performance.now();
     this.#setState({ name: "connecting" });
     try {
       await this.#options.before(this);
@@ -192,6 +274,8 @@ export class Client {
   // No WebSocket has opened, and a page is not told why: ask over HTTP. Where that answers, a proxy may let none through.
   async #diagnose(code) {
     const attempt = this.#attempt;
+    if (attempt.diagnosed) return;
+    attempt.diagnosed = true;
     const response = await this.#fetch(this.endpoints.sse, { signal: AbortSignal.timeout(PATIENCE) }).catch(() => null);
     const fault = response && !response.ok ? await refusal(response) : undefined;
     if (attempt !== this.#attempt) return;
@@ -204,7 +288,7 @@ export class Client {
       const frame = JSON.parse(data);
       Object.assign(this.#attempt, { heard: true, silent: false });
       if (frame.status === "pong") this.state.name === "open" || this.#admitted();
-      else if (frame.request_id !== null) this.#deliver([...this.#links].find(({ id }) => id === frame.request_id), frame);
+      else if (frame.request_id !== null) this.#deliver([...this.#links].find(({ id }) => id === frame.request_id), frame, data.length);
       else if (frame.status === "error") this.#attempt.fault = frame.chunk;
       else if (frame.status === "queued") this.#setState({ ...frame.chunk, name: "queued" }, frame);
     } catch (error) {
@@ -215,7 +299,7 @@ export class Client {
   // A broken network path is not reported to a page: the server is pinged, and the connection is lost without an answer.
   #admitted() {
     const check = () => {
-      for (const link of this.#links) if (link.attached && Date.now() - link.alive > SSE_SILENCE) link.request.abort();
+      for (const link of this.#links) if (link.attached && !link.drained && Date.now() - link.alive > SSE_SILENCE) link.request.abort();
       if (this.#attempt.silent) return this.#lose(1006);
       this.#failures = this.#blocked = 0;
       this.#attempt.silent = !this.#sse;
@@ -227,15 +311,19 @@ export class Client {
 
   #lose(code, fault) {
     this.#discard();
-    let seconds = reconnectDelay(code, this.#failures++, fault?.retry_after);
+    // It was idle; or one message was too large.
+    const seconds = this.#hold(code === 1000 || code === 1009 ? 1006 : code, fault);
+    Object.assign(this.#loss, { code, fault });
     const [longest] = [...this.#links].filter((link) => link.attached && !link.last).sort((a, b) => b.body.length - a.body.length);
     if (code === 1009 && longest) longest.fault = { error: "the question is too large", ...fault, code: "request_too_large" };
-    if (code === 1000 || code === 1009) seconds = this.#links.size ? 0 : null; // it was idle; or one message was too large
     for (const link of this.#links) link.attached = false;
+    [this.#down, this.#trial] = [this.#sse, null];
+    this.#losses += 1;
     if (seconds === null) for (const link of this.#links) link.fault ??= fault ?? { error: `the server closed the connection (${code})` };
-    if (seconds === null || !(this.#keep || this.#links.size)) return this.#setState({ name: "closed", code, fault });
-    this.#attempt.timers.push(setTimeout(() => this.#connect(), seconds * 1000));
-    this.#setState({ name: "lost", code, fault, until: Date.now() + seconds * 1000 });
+    const wanted = this.#links.size > 0 || (this.#keep && code !== 1000 && code !== 1009);
+    if (seconds === null || !wanted) return this.#setState({ name: "closed", code, fault });
+    this.#attempt.timers.push(setTimeout(() => this.#connect(), this.#rest));
+    this.#setState({ name: "lost", code, fault, until: Date.now() + this.#rest });
   }
 
   #discard() {
@@ -247,7 +335,7 @@ export class Client {
 
   #setState(state, ...frames) {
     this.state = state;
-    for (const link of this.#links) link.unread.push(...frames), link.wake();
+    for (const link of this.#links) frames.forEach((frame) => this.#push(link, frame, 0)), link.wake();
     this.#options.onstate(state);
   }
 
@@ -269,23 +357,35 @@ export class Client {
     const request = Object.assign(link, { request: new AbortController(), alive: Date.now() }).request;
     const body = `{"request_id":${JSON.stringify(link.id)},${link.body.slice(1)}`;
     const ask = { method: "POST", headers: { "Content-Type": "application/json" }, body };
+    link.losses = this.#losses;
+    if (this.#down) this.#trial = link;
+    const responded = () => {
+      if (this.#trial === link) this.#trial = null;
+      for (const other of this.#links) other.wake();
+    };
     let [path, init, response] = resumed ? [`/${encodeURIComponent(link.id)}`, { headers: { "Last-Event-ID": String(link.last) } }] : ["", ask];
     try {
       response = await this.#fetch(this.endpoints.sse + path, { ...init, signal: request.signal });
+      if (!AWAY.has(response.status) && link.losses === this.#losses) this.#down = false;
       const events = /^text\/event-stream/.test(response.headers.get("Content-Type"));
-      if (!events) this.#deliver(link, { status: "error", chunk: await refusal(response) });
+      if (!events) this.#deliver(link, { status: "error", chunk: await refusal(response) }, 0);
+      responded();
       const reader = events && response.body.pipeThrough(new TextDecoderStream()).getReader();
       for (let rest = "", part; reader && !(part = await reader.read()).done; link.alive = Date.now()) {
         const lines = (rest + part.value).split("\n");
         rest = lines.pop();
-        for (const line of lines) if (line.startsWith("data:")) this.#deliver(link, JSON.parse(line.slice(5)));
+        for (const line of lines) if (line.startsWith("data:")) this.#deliver(link, JSON.parse(line.slice(5)), line.length);
+        if (link.size > MAX_UNREAD && this.#links.has(link)) await new Promise((drained) => (link.drained = drained)); // the server waits
+        link.drained = null;
       }
     } catch (error) {
       if (error instanceof SyntaxError) link.fault = { error: `not an event of aioserver: ${error.message}` };
     }
+    if (!response) responded();
     if (link.request !== request) return; // another one has begun
     if (link.attached && !response) return this.#lose(1006);
-    if (link.attached) Object.assign(link, { attached: false, notBefore: Date.now() + 1000 * reconnectDelay(1006, this.#failures++) });
+    if (link.attached) this.#lostSince(link.losses);
+    link.attached = false;
     link.wake();
   }
 }
