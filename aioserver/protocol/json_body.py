@@ -564,6 +564,8 @@ _SPACE = rb"[ \t\r\n]*"
 _COLON = re.compile(_SPACE + b":" + _SPACE)
 _START = re.compile(_SPACE + rb"\{" + _SPACE)
 _COMMA_AFTER = re.compile(_SPACE + b"," + _SPACE)
+# The bytes of which one follows each value in an object or an array.
+_VALUE_ENDS = b",}] \t\r\n"
 # Keys that are looked at one by one.
 _FEW = 1000
 # Bytes at the beginning and at the end of a value that are compared first.
@@ -655,8 +657,11 @@ class Member:
         places: list[Place] = []
         for number, (start, begin) in enumerate(self._starts(data, value[:_EDGE], escaped), 1):
             end = begin + len(value)
-            if data.startswith(value[-_EDGE:], end - min(_EDGE, len(value))) and (
-                len(value) <= _EDGE or data.startswith(value, begin)
+            if (
+                data.startswith(value[-_EDGE:], end - min(_EDGE, len(value)))
+                # A number may be the beginning of a longer one.
+                and data[end : end + 1] in _VALUE_ENDS
+                and (len(value) <= _EDGE or data.startswith(value, begin))
             ):
                 places.append(Place(start, begin, end))
             # To compare a long value everywhere would take the square of its length.

@@ -121,6 +121,8 @@ class _Walk:
         while True:
             # Simple members are many, or they are the large ones: no loop is needed for them.
             await self._past(others)
+            # The last of them may be cut behind its comma.
+            await self._past(_SPACE)
             start = self.place
             self._expect(b'"')
             await self._past(_STRING)

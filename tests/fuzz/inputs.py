@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+from aioserver.protocol import json_body, whole_answer
+from aioserver.wings.responses import items
+from aioserver.wings.responses.bridge import reading, request
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 CORPUS = Path(__file__).with_name("corpus")
 CONTROL_BYTES = 4
+# Bytes at least of a window that may end anywhere but within an escaped pair of surrogates.
+LEAST_PIECE = 18
 
 
 class Input(NamedTuple):
@@ -21,6 +33,11 @@ class Input(NamedTuple):
         """A number that chooses between the variants of a target."""
         return self.control[0]
 
+    @property
+    def window(self) -> int:
+        """A number of bytes for `windows`, from 16 to 64."""
+        return 16 + self.control[1] % 49
+
     def reads(self) -> tuple[list[bytes], list[bytes], list[bytes]]:
         """Return the content as reads, none of which is empty: one, a few, and one for each byte.
 
@@ -31,6 +48,16 @@ class Input(NamedTuple):
         few = [content[a:b] for a, b in pairwise(sorted({0, len(content), *places}))]
         single = [content[at : at + 1] for at in range(len(content))]
         return [content] if content else [], few, single
+
+
+@contextmanager
+def windows(size: int) -> Iterator[None]:
+    """Within it, what is read in steps is read *size* bytes at a time, and every body is large."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (json_body, whole_answer, items, reading, request):
+            patch.setattr(module, "STEP_BYTES", size)
+        patch.setattr(json_body, "PIECE_BYTES", max(size, LEAST_PIECE))
+        yield
 
 
 def parts(data: bytes) -> Input:

@@ -13,7 +13,7 @@ import pytest
 from aioserver.client import answer
 from aioserver.config import configuration
 from aioserver.faces.client_messages import ClientMessages
-from aioserver.protocol import eventstream, json_body
+from aioserver.protocol import eventstream, json_body, whole_answer
 from aioserver.providers.exchange import Exchange
 from aioserver.streams import fast_path
 from aioserver.wings.anthropic import sink as message_sink
@@ -68,6 +68,7 @@ BREAKAGES: dict[str, tuple[object, str, object]] = {
             0, data.find(value), data.find(value) + len(value)
         ),
     ),
+    "whole_answers": (whole_answer, "_LOW_HALF", re.compile(rb"(?!)")),
     "configuration": (configuration, "_lines", lambda _faults: ["a line without a place"]),
 }
 

@@ -96,6 +96,22 @@ def test_the_last_of_several_is_the_one_that_is_found() -> None:
     assert data[place.key :] == b'"input":[1],"b":0}'
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"a":{"input":12},"input":1}',
+        b'{"a":[{"input":1.5}, {"input":1e3}],"input" : 1 ,"b":0}',
+        b'{"input":10,"input":1}',
+        rb'{"a":{"input":12},"\u0069nput":1}',
+    ],
+)
+def test_a_number_is_told_from_longer_ones_that_begin_with_it(data: bytes) -> None:
+    place = INPUT.find(data, INPUT.value(data))
+
+    replaced = data[: place.value] + b"[]" + data[place.end :]
+    assert json.loads(replaced) == {**json.loads(data), "input": []}
+
+
 @pytest.mark.parametrize("others", [1, 50, MAX_LONG_PLACES + 1])
 def test_a_long_value_is_told_from_others_that_begin_in_the_same_way(others: int) -> None:
     start = b"0," * 5000

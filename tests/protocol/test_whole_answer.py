@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aioserver.protocol import whole_answer
 from aioserver.protocol.json_body import at_once, sound
 from aioserver.protocol.whole_answer import STEP_BYTES, final_response, text_pieces
 
@@ -81,6 +82,18 @@ def test_no_piece_ends_within_a_character(character: str, at: int) -> None:
     )
 
     assert text_in(body) == parsed(body)
+
+
+@pytest.mark.parametrize("indent", [None, 8])
+def test_a_window_ends_anywhere_between_two_members(
+    indent: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = json.dumps(whole("text", model="m", usage={"a": [1, 2]}), indent=indent).encode()
+    for size in range(16, len(body)):
+        monkeypatch.setattr(whole_answer, "STEP_BYTES", size)
+
+        assert at_once(text_pieces(body)) != [], size
+        assert at_once(final_response(b'{"status":"completed",' + body[1:])) == "c1", size
 
 
 def test_lone_surrogates_become_replacement_characters() -> None:

@@ -40,6 +40,7 @@ TARGETS = (
     "client_frames",
     "server_frames",
     "chat_bodies",
+    "whole_answers",
     "configuration",
 )
 

@@ -18,7 +18,7 @@ from aioserver.wings.responses.bridge.output import Frame
 from aioserver.wings.responses.bridge.request import chat_request
 from aioserver.wings.responses.events import ResponseEvents
 from aioserver.wings.responses.sinks import BridgeSink
-from tests.fuzz.inputs import parts
+from tests.fuzz.inputs import parts, windows
 from tests.support.response_events import check_run
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def run(data: bytes) -> None:
     case = parts(data)
     if case.choice % 2:
         _check_request(case.content)
+        with windows(case.window):
+            _check_request(case.content)
         return
     whole, *others = map(_play, case.reads())
     for other in others:

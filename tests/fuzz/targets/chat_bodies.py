@@ -11,7 +11,7 @@ from aioserver.protocol import client_frames, model_body
 from aioserver.protocol.client_frames import PAYLOAD_FIELDS
 from aioserver.protocol.json_body import at_once, simple
 from aioserver.wings.responses.items import continued
-from tests.fuzz.inputs import parts
+from tests.fuzz.inputs import parts, windows
 
 WORDS = (
     *(b'"%b":' % name.encode() for name in PAYLOAD_FIELDS),
@@ -42,13 +42,20 @@ WORDS = (
 if TYPE_CHECKING:
     from aioserver.protocol.client_frames import Chat
     from aioserver.protocol.model_body import ModelBody
+    from tests.fuzz.inputs import Input
 
 MODEL = 'n"é'
 
 
 def run(data: bytes) -> None:
-    """Read the content as either body."""
+    """Read the content as either body, at once and in small windows."""
     case = parts(data)
+    _read(case)
+    with windows(case.window):
+        _read(case)
+
+
+def _read(case: Input) -> None:
     if case.choice % 2:
         with contextlib.suppress(InvalidJson, InvalidRequest):
             _check_question(at_once(client_frames.reading_question(case.content)))
@@ -94,9 +101,13 @@ def _check_completion(body: ModelBody, content: bytes) -> None:
 
 
 def _loaded(body: bytes) -> dict[str, Any]:
-    loaded = json.loads(body, parse_int=str, parse_float=str, parse_constant=_no_constant)
+    loaded = json.loads(body, parse_int=_number, parse_float=_number, parse_constant=_no_constant)
     assert isinstance(loaded, dict)
     return loaded
+
+
+def _number(written: str) -> tuple[str, ...]:
+    return (written,)
 
 
 def _no_constant(name: str) -> None:
