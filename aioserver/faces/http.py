@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from aioserver.errors import AioserverError
     from aioserver.faces.form import Form
 
+# Headers of what nobody may keep.
+NO_STORE = {"Cache-Control": "no-store"}
 # The value of the header `Server`.
 SERVER = "aioserver"
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from aioserver.protocol.model_body import ModelBody
 
 FACE = "other"
+# The part that all paths of OpenAI's API begin with.
 API = "/v1/"
 ROUTE_NAME = "aioserver.passthrough"
 # The header by which a request names its provider.

@@ -13,6 +13,7 @@ from msgspec import Raw
 from aioserver.auth.guard import COOKIE, KEY_NEEDED
 from aioserver.auth.keys import SESSION_SECONDS
 from aioserver.errors import Denied, InvalidRequest, MissingApiKey
+from aioserver.faces.http import NO_STORE
 from aioserver.faces.intake import read_body
 from aioserver.protocol import json_body
 from aioserver.protocol.json_body import ABSENT
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from aioserver.faces.context import Context
 
 MAX_LOGIN_BYTES = 1 << 14
-NO_STORE = {"Cache-Control": "no-store"}
 
 
 class _Login(msgspec.Struct, gc=False):

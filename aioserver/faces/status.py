@@ -14,6 +14,7 @@ from aiohttp.http import HttpVersion11
 from aioserver import __version__
 from aioserver.auth.callers import CALLER
 from aioserver.errors import Denied, InvalidRequest, ServerAtCapacity
+from aioserver.faces.http import NO_STORE
 from aioserver.faces.sse import Events
 from aioserver.monitoring import prometheus
 from aioserver.protocol import eventstream
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from aioserver.faces.context import Context
-
-NO_STORE = {"Cache-Control": "no-store"}
 
 
 def probes(context: Context) -> list[web.RouteDef]:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 # Series of a history that are no numbers of things: of several instances the largest counts.
 LARGEST = frozenset(("first_token_p50", "first_token_p95", "lag_max"))
-# Incidents of all instances together that a history has.
+# Incidents that a history has.
 MAX_INCIDENTS = 100
 # How a value that percentiles are made of is named in a report.
 FIRST_TOKEN, DELAY, PROVIDER_FIRST_TOKEN, PROVIDER_SILENCE = (

@@ -26,12 +26,10 @@ from aioserver.monitoring.interval import (
     Total,
 )
 from aioserver.monitoring.troubles import (
-    DEAD,
     FAULTS,
     OF_A_BUG,
     OF_A_REFUSED_KEY,
     OF_FAULTS,
-    SICK,
     SILENT,
     count,
     met_a_bug,
@@ -40,6 +38,7 @@ from aioserver.monitoring.troubles import (
     span,
     were,
 )
+from aioserver.providers.breaker import DEAD, SICK
 from aioserver.telemetry.metrics import OK
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import orjson
 
 from aioserver.errors import ServerAtCapacity
-from aioserver.monitoring.fold import Report, recent_values
+from aioserver.monitoring.fold import MAX_INCIDENTS, Report, recent_values
 from aioserver.monitoring.incidents import Detector, incident
 from aioserver.monitoring.interval import TICK, IntervalMeter
 from aioserver.monitoring.snapshot import Snapshots
@@ -42,8 +42,7 @@ logger = logging.getLogger("aioserver.monitoring")
 
 # Ticks that the history keeps: ten minutes.
 HISTORY = 600
-MAX_INCIDENTS = 100
-# Of these the newest that an instance tells another one.
+# The newest incidents that an instance tells another one.
 NEWEST = 20
 MAX_WATCHERS = 256
 # The log levels of an incident's severities.

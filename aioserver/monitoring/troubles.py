@@ -14,6 +14,7 @@ from collections import Counter, deque
 from typing import TYPE_CHECKING
 
 from aioserver.monitoring.interval import ATTEMPTS
+from aioserver.providers.breaker import DEAD, SICK
 from aioserver.telemetry.metrics import OK
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from aioserver.monitoring.interval import Interval
     from aioserver.monitoring.state import ProviderState, SilenceState, Snapshot, Trouble
 
-# Kinds of troubles, the worst first.
-FLAGGED, DEAD, SILENT, SICK, FAILING = "key_refused", "dead", "silent", "sick", "failing"
-# The word for each.
+# Kinds of troubles, beside a provider that is dead or sick.
+FLAGGED, SILENT, FAILING = "key_refused", "silent", "failing"
+# The word for each, the worst first.
 WORDS = {
     FLAGGED: "Key refused",
     DEAD: "Dead",

@@ -36,7 +36,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 # Characters that stand for themselves in a JSON string.
-_PLAIN = re.compile(rb'[^"\\\x00-\x1f]+')
+PLAIN = re.compile(rb'[^"\\\x00-\x1f]+')
 
 
 # A text that comes in pieces: a field of the delta, or (index, holder, field) in a tool call.
@@ -272,7 +272,7 @@ class Shape:
             begin >= stop
             or not event.startswith(self.prefix)
             or not event.endswith(self.suffix)
-            or _PLAIN.fullmatch(event, begin, stop) is None
+            or PLAIN.fullmatch(event, begin, stop) is None
         ):
             return None
         text = event[begin:stop]

@@ -48,6 +48,7 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.error_mapping import error_object_fault, event_fault
 from aioserver.streams import entries
+from aioserver.streams.fast_path import ERROR_NAME, FINISH, FINISH_SPACED
 
 if TYPE_CHECKING:
     from aioserver.streams.contracts import Path
@@ -223,11 +224,6 @@ def before_broken(block: bytes) -> bytes:
 
 
 DONE = b"data: [DONE]\n\n"
-# A quote inside a JSON string is escaped, so these are never text that a model has written. They
-# are looked for with `find` and not with a regular expression, since every byte that passes is
-# searched.
-_FINISH, _FINISH_SPACED = b'"finish_reason":"', b'"finish_reason": "'
-ERROR_NAME = b'"error"'
 _USAGE = b'"usage"'
 
 
@@ -257,7 +253,7 @@ class EventSink(PassingSink):
             ended = True
             block = block[:start]
         if not self._finished:
-            self._finished = find(_FINISH) >= 0 or find(_FINISH_SPACED) >= 0
+            self._finished = find(FINISH) >= 0 or find(FINISH_SPACED) >= 0
         if self._finished and find(_USAGE) >= 0:
             self._stream.outcome.usage = usage_in(block) or self._stream.outcome.usage
         if find(ERROR_NAME) >= 0:

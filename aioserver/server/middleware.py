@@ -30,6 +30,7 @@ from aioserver.errors import (
 )
 from aioserver.faces import whole
 from aioserver.faces.http import SERVER, Request, announce_close, error_response, request_id
+from aioserver.faces.passthrough import API
 from aioserver.faces.ready import HIGH_WATER
 from aioserver.provider_errors import ProviderFault
 from aioserver.providers.error_mapping import VISIBLE_HEADERS
@@ -247,7 +248,7 @@ def _translated(
     """
     methods: Collection[str] = ()
     if exc.status in {404, 405}:
-        if request.rel_url.raw_path.startswith(paths.API):
+        if request.rel_url.raw_path.startswith(API):
             methods = paths.methods(request)
         elif isinstance(exc, web.HTTPMethodNotAllowed):
             methods = exc.allowed_methods

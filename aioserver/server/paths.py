@@ -14,7 +14,7 @@ from aiohttp import web
 
 from aioserver.errors import NotFound
 from aioserver.faces.form import OPENAI
-from aioserver.faces.passthrough import ROUTE_NAME
+from aioserver.faces.passthrough import API, ROUTE_NAME
 from aioserver.protocol.passable import Passage, passage
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from aioserver.faces.form import Forms
 
-# The part that all paths of OpenAI's API begin with.
-API = "/v1/"
 # Characters of a path in a message.
 MAX_SHOWN = 200
 # Segments in front of a path of ours that a wrong base URL may have, as `openai/deployments/x`. A

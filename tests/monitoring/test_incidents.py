@@ -32,7 +32,6 @@ from aioserver.monitoring.interval import (
     Total,
 )
 from aioserver.monitoring.troubles import (
-    DEAD,
     FAILING,
     FAULTS,
     FLAGGED,
@@ -40,10 +39,10 @@ from aioserver.monitoring.troubles import (
     OF_A_REFUSED_KEY,
     OF_FAULTS,
     OF_REJECTIONS,
-    SICK,
     SILENT,
     of_rejections,
 )
+from aioserver.providers.breaker import DEAD, SICK
 from aioserver.telemetry.metrics import ATTEMPTS as OUTCOMES
 from aioserver.telemetry.metrics import Metrics
 

@@ -19,6 +19,7 @@ from aiohttp import web
 
 from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest
+from aioserver.faces.http import NO_STORE
 from aioserver.wings.conversations.turn import Position, title_of
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ PATH = "/conversations"
 MAX_PAGE, PAGE = 200, 50
 # Bytes of text of one answer; the newest turn is always there.
 MAX_SHOWN = 1 << 22
-NO_STORE = {"Cache-Control": "no-store"}
 
 
 def routes(history: History) -> list[web.RouteDef]:

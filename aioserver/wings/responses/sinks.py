@@ -26,13 +26,13 @@ from aioserver.protocol.openai import BadEvent
 from aioserver.providers.error_mapping import error_object_fault, event_fault
 from aioserver.providers.reading_sinks import ReadingSink
 from aioserver.providers.sinks import (
-    ERROR_NAME,
     PassingSink,
     before_error,
     complete,
     error_in,
     usage_in,
 )
+from aioserver.streams.fast_path import ERROR_NAME
 from aioserver.wings.responses.events import ENDS, ResponseEvents, up_to_end
 
 if TYPE_CHECKING:

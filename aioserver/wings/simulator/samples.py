@@ -95,10 +95,10 @@ class Sampler:
             if "$ref" in schema:
                 schema = {**self._target(schema.pop("$ref")), **schema}
             elif "allOf" in schema:
-                for part in _dicts(schema.pop("allOf")):
+                for part in objects(schema.pop("allOf")):
                     schema = _merged(schema, part)
             elif variants := [name for name in _VARIANTS if name in schema]:
-                choices = _dicts(schema.pop(variants[0]))
+                choices = objects(schema.pop(variants[0]))
                 values = [choice for choice in choices if choice.get("type") != "null"]
                 schema = _merged(schema, values[0]) if values else schema
             else:
@@ -152,7 +152,8 @@ class Sampler:
         return text[:_MAX_TEXT]
 
 
-def _dicts(items: Any) -> list[dict[str, Any]]:
+def objects(items: Any) -> list[dict[str, Any]]:
+    """Return the objects among *items*; none if that is no list."""
     return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from aioserver.wings.simulator.samples import Sampler
+from aioserver.wings.simulator.samples import Sampler, objects
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -103,13 +103,13 @@ def question(messages: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
         message = messages[index]
         content = message.get("content")
         if message["role"] != "user" or any(
-            _kind(part) == "tool_result" for part in _parts(content)
+            _kind(part) == "tool_result" for part in objects(content)
         ):
             continue
         texts = (
             [content]
             if isinstance(content, str)
-            else [text_of([part]) for part in _parts(content)]
+            else [text_of([part]) for part in objects(content)]
         )
         if own := [text for text in texts if text and not _ADDED.fullmatch(text)]:
             return index, " ".join(own)
@@ -124,14 +124,14 @@ def results(messages: Sequence[Mapping[str, Any]]) -> Results:
     called: list[str] = []
     last: str | None = None
     for message in messages[question(messages)[0] + 1 :]:
-        for item in itertools.chain((message,), _parts(message.get("content"))):
+        for item in itertools.chain((message,), objects(message.get("content"))):
             if _kind(item) in {"function_call", "custom_tool_call", "tool_use"}:
                 called.append(str(item.get("name")))
             elif _kind(item).endswith("_call_output"):
                 last = text_of(item.get("output"))
             elif _kind(item) == "tool_result":
                 last = text_of(item.get("content"))
-        called += [str(_function(call).get("name")) for call in _parts(message.get("tool_calls"))]
+        called += [str(_function(call).get("name")) for call in objects(message.get("tool_calls"))]
         if message["role"] == "tool" and "tool_call_id" in message:
             last = text_of(message.get("content"))
     return Results(tuple(called), last)
@@ -165,7 +165,7 @@ def _tools(endpoint: str, declared: Any) -> Iterator[Tool]:
 
     The provider's own, as `web_search`, are passed over.
     """
-    for item in _parts(declared):
+    for item in objects(declared):
         kind = str(item.get("type", "function"))
         definition = _function(item)
         name = definition.get("name")
@@ -195,7 +195,7 @@ def _choice(choice: Any) -> tuple[str, list[str] | None]:
     if kind == "allowed_tools":
         inner = choice.get("allowed_tools", choice)
         inner = inner if isinstance(inner, dict) else {}
-        names = [_function(tool).get("name") for tool in _parts(inner.get("tools"))]
+        names = [_function(tool).get("name") for tool in objects(inner.get("tools"))]
         mode = "required" if inner.get("mode") == "required" else "auto"
         return mode, [name for name in names if isinstance(name, str)]
     name = _function(choice).get("name")
@@ -293,10 +293,6 @@ def _harmless(command: str) -> bool:
 def _properties(schema: Mapping[str, Any]) -> dict[str, Any]:
     properties = schema.get("properties")
     return properties if isinstance(properties, dict) else {}
-
-
-def _parts(items: Any) -> list[dict[str, Any]]:
-    return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
 
 
 def _kind(item: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.telemetry.metrics import CLIENT_LEFT, OK
+from aioserver.telemetry.request_log import MAX_NAME
 from aioserver.wings.tracing import otlp
 from aioserver.wings.tracing.otlp import Context, attribute
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from aioserver.wings.tracing.otlp import Value
     from aioserver.wings.tracing.trace import AttemptTrace, Trace, Wait
 
-# Characters of an id or a name that comes from a client or a provider.
-MAX_NAME = 200
 # gen_ai.operation.name, by the path below the provider's base URL.
 OPERATIONS = {
     "chat/completions": "chat",

@@ -21,6 +21,7 @@ from aioserver.protocol.whole_answer import string_pieces
 from aioserver.wings.responses.bridge.chunk import REASONING_FIELDS, written_logprobs
 from aioserver.wings.responses.bridge.events import ResponseWriter
 from aioserver.wings.responses.bridge.output import REASONS, TEXT, Call
+from aioserver.wings.responses.bridge.reading import is_string
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -179,12 +180,12 @@ async def _read_choice(choice: _Choice, writer: WholeWriter) -> None:
 async def _read_message(message: _Message, logprobs: Raw, writer: WholeWriter) -> None:
     for name in REASONING_FIELDS:
         raw: Raw = getattr(message, name)
-        if _text(raw) and _size(raw) > 2:
+        if is_string(raw) and _size(raw) > 2:
             # Some engines send it under both names.
             await _write_text(name, raw, writer)
             break
     content = message.content
-    if _text(content):
+    if is_string(content):
         await _write_text("content", content, writer)
     else:
         for batch in _batches(content):
@@ -202,7 +203,7 @@ async def _read_message(message: _Message, logprobs: Raw, writer: WholeWriter) -
                 writer.add_logprobs(orjson.loads(b"[%b]" % part))
                 await pause()
             await pause()
-    if _text(message.refusal):
+    if is_string(message.refusal):
         await _write_text("refusal", message.refusal, writer)
     for batch in _batches(message.tool_calls):
         for part in _joined(batch):
@@ -233,7 +234,7 @@ async def _write_call(raw: bytes, writer: WholeWriter) -> None:
     except (InvalidRequest, InvalidJson):
         return
     place = b"" if null(call.index) else b'"index":%b,' % bytes(call.index)
-    if not _text(function.arguments):
+    if not is_string(function.arguments):
         writer.read(_chunk(b'"tool_calls":[%b]' % raw))
         return
     first = b'%b"id":%b,"function":{"name":%b,"arguments":""}' % (
@@ -282,10 +283,6 @@ def _joined(batch: list[Raw]) -> Iterator[bytes]:
                 small = []
     if small:
         yield b",".join(small)
-
-
-def _text(raw: Raw) -> bool:
-    return raw is not ABSENT and bytes(memoryview(raw)[:1]) == b'"'
 
 
 def _size(raw: Raw) -> int:
