@@ -222,9 +222,11 @@ async def listing(context: Context, request: web.Request) -> web.Response:
     """Answer a GET without an id: the caller's own streams that are kept.
 
     Without keys all clients are one caller, and an id is enough to read its answer: a client is
-    therefore shown the streams of its own address only.
+    therefore shown the streams of its own address only. A list that lacks those of an instance which
+    does not answer says that it is `partial`.
     """
-    return web.json_response({"streams": await context.gateway.listing(request[CALLER])})
+    streams, partial = await context.gateway.listing(request[CALLER])
+    return web.json_response({"streams": streams} | ({"partial": True} if partial else {}))
 
 
 async def cancel(context: Context, request: web.Request) -> web.Response:

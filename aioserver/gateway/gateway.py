@@ -191,6 +191,7 @@ class Gateway:
         Raises:
             StreamNotFound, RequestConflict: as `find`.
             ResumeGap: another instance has the stream, but not the events after *start*.
+            InstanceUnavailable: whether another instance has it is not known.
         """
         try:
             after = start.after if start.sequence is None else None
@@ -205,6 +206,7 @@ class Gateway:
 
         Raises:
             StreamNotFound: as `find`.
+            InstanceUnavailable: whether another instance has it is not known.
         """
         try:
             self.cancel(caller, request_id)
@@ -213,12 +215,15 @@ class Gateway:
                 raise
             await self.instances.cancel(caller, request_id)
 
-    async def listing(self, caller: Caller) -> list[dict[str, Any]]:
+    async def listing(self, caller: Caller) -> tuple[list[dict[str, Any]], bool]:
         """Return what `Stream.describe` says of the caller's own streams that are kept, wherever
-        they are.
+        they are, and whether some may be missing.
         """
         own = [stream.describe() for stream in self.streams_of(caller)]
-        return own if self.instances is None else [*own, *await self.instances.listing(caller)]
+        if self.instances is None:
+            return own, False
+        others, partial = await self.instances.listing(caller)
+        return [*own, *others], partial
 
     def streams_of(self, caller: Caller) -> Iterator[Stream]:
         """Return the caller's own streams that are kept."""

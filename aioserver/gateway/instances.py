@@ -69,6 +69,7 @@ class Instances(Protocol):
             StreamNotFound: no instance has such a log.
             RequestConflict, ResumeGap: as `Gateway.find`, and `Stream.locate`.
             ServerShutdown: its owner is gone.
+            InstanceUnavailable: whether there is one is not known.
         """
 
     async def claimed(self, stream: Stream) -> None:
@@ -83,14 +84,20 @@ class Instances(Protocol):
 
         Raises:
             StreamNotFound: there is none.
+            InstanceUnavailable: whether there is one is not known.
         """
 
-    async def listing(self, caller: Caller) -> list[dict[str, Any]]:
-        """Return what `Stream.describe` says of the caller's streams at all other instances."""
+    async def listing(self, caller: Caller) -> tuple[list[dict[str, Any]], bool]:
+        """Return what `Stream.describe` says of the caller's streams at all other instances, and
+        whether it may be only a part of that.
+        """
 
     async def forget(self, caller: Caller, name: str) -> bool:
         """Let no other instance know an answer any more that is kept beside its log; return
         whether one did.
+
+        Raises:
+            InstanceUnavailable: that is not known of all.
         """
 
     def aliased(self, stream: Stream, alias: str) -> None:

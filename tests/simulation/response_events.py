@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tests.simulation.truth import Question
 
 # Errors of the readers of a mirror; those of the answer itself come next in its order.
-MIRROR_LOST = {"server_shutdown", "stream_not_found", "resume_gap"}
+MIRROR_LOST = {"server_shutdown", "instance_unavailable", "stream_not_found", "resume_gap"}
 
 
 class ResponseReading:

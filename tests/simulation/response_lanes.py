@@ -23,7 +23,7 @@ LANES = (1, 1, 2, 5, 20, 34)
 TRIES = 3
 # What a server says of a response that cannot be resumed; the last one if another instance has it,
 # or may have it, and does not answer.
-NOT_RESUMED = {"stream_not_found", "resume_gap", "server_shutdown"}
+NOT_RESUMED = {"stream_not_found", "resume_gap", "server_shutdown", "instance_unavailable"}
 # How a connection is closed that was good.
 CLOSED_WELL = 1000
 NO_ROOM = "wait on this socket already"

@@ -467,7 +467,11 @@ async def instance_of(
         make_bus, commands = over
 
     def others() -> RemoteStreams:
-        made.append(RemoteStreams(make_bus, commands, lambda what: instance.look(what)))
+        made.append(
+            RemoteStreams(
+                make_bus, commands, lambda what: instance.look(what), lambda: world.members
+            )
+        )
         return made[0]
 
     own = AsyncExitStack()

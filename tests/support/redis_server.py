@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import hiredis
 
 from aioserver.workers.private_server import find_program
 from tests.support.tools import installed
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,3 +133,58 @@ def replica(server: RedisServer) -> Callable[[], None]:
     """Let every writing call fail, as at a replica. Return what ends it."""
     server.call("REPLICAOF", "127.0.0.1", "1")
     return lambda: server.call("REPLICAOF", "NO", "ONE")
+
+
+class Road:
+    """What stands between the servers and Redis: it passes bytes on, late or never, or answers
+    itself.
+    """
+
+    def __init__(self, folder: Path, redis: RedisServer, name: str = "road") -> None:
+        self.path, self._redis = folder / f"{name}.sock", redis
+        self.delay = 0.0
+        # What is answered instead to whatever is asked.
+        self.reply = b""
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.path}"
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_unix_server(self._accept, self.path)
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        self._server.close()
+        for writer in self._writers:
+            writer.close()
+        await until(lambda: not self._writers)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            there, back = await asyncio.open_unix_connection(os.fspath(self._redis.path))
+        except OSError:
+            writer.close()
+            return
+        self._writers |= {writer, back}
+        await asyncio.gather(self._pass(reader, back, writer), self._pass(there, writer, None))
+        self._writers -= {writer, back}
+
+    async def _pass(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        asking: asyncio.StreamWriter | None,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while data := await reader.read(65536):
+                if asking is not None and self.reply:
+                    asking.write(self.reply)
+                else:
+                    loop.call_later(self.delay, writer.write, data)
+        except OSError:
+            pass
+        finally:
+            loop.call_later(self.delay, writer.close)

@@ -119,7 +119,9 @@ class Membership:
 
     def streams(self) -> RemoteStreams:
         """Return what knows the streams of other instances."""
-        self._streams = RemoteStreams(self._make_bus, self.commands, self._look)
+        self._streams = RemoteStreams(
+            self._make_bus, self.commands, self._look, lambda: self.leases.members
+        )
         return self._streams
 
     def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:

@@ -4,13 +4,15 @@ Here are the links, by which others read logs of this instance, and the mirrors,
 of this instance read logs of others. Mirrors ping the owners of their logs. A ping says what was
 received, and its answer what was sent, so that nothing that is lost stays so: neither a block, nor
 credit, nor the end. Who has nothing to do with any other instance says nothing.
+
+This file is one concept: what instances say to each other of streams, and who hears it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
@@ -60,10 +62,41 @@ DEAF_AGAIN = 0.5
 # Bytes that may be on their way to all mirrors of this instance, but for MIN_CREDIT to each.
 # Redis' default for a subscriber is 32 MiB, and 8 MiB for a minute.
 ALL_CREDIT, MIN_CREDIT = 1 << 23, 1 << 14
-# Seconds for which answers of other instances are awaited.
-ANSWER_TIMEOUT = 0.1
+# Seconds after which a question without an answer is asked once more, since a message may be lost,
+# and for which the answer is awaited in all.
+ASK_AGAIN, ANSWER_TIMEOUT = 0.4, 1.0
 # Links of one instance, and streams in one list.
 MAX_LINKS, MAX_LISTED = 10_000, 1_000
+
+
+class Answers(NamedTuple):
+    """What instances have answered, by their names; *missing*: those of which it is not known.
+
+    An instance that hears nothing any more is in neither.
+    """
+
+    answers: dict[str, bytes]
+    missing: list[str]
+
+
+class Question:
+    """A question to an instance, and its answer to come; None: it hears nothing any more."""
+
+    __slots__ = ("answer", "message", "patience", "target")
+
+    def __init__(self, target: str, message: Message, patience: int) -> None:
+        self.target = target
+        self.message = message
+        self.answer: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+        # How often it may reach no one, until the instance is taken for gone: its subscription may
+        # have been broken.
+        self.patience = patience
+
+    def unheard(self) -> None:
+        """Note that it has reached no one."""
+        self.patience -= 1
+        if self.patience <= 0 and not self.answer.done():
+            self.answer.set_result(None)
 
 
 class Peers:
@@ -84,7 +117,7 @@ class Peers:
         self._links: dict[tuple[str, int], Link] = {}
         self._mirrors: dict[int, Mirror] = {}
         self._numbers = 0
-        self._asked: dict[int, asyncio.Future[bytes]] = {}
+        self._asked: dict[int, Question] = {}
         # Since when what was sent to an instance has reached no one.
         self._deaf_since: dict[str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -129,10 +162,10 @@ class Peers:
 
     async def ask(
         self, targets: Iterable[str], caller: Caller, request_id: str | None
-    ) -> list[Any]:
-        """Return the answers of those instances that answer in time to a question: see `Ask`."""
+    ) -> tuple[list[Any], bool]:
+        """Return the answers to a question (see `Ask`), and whether none is missing."""
         answers = []
-        asked = await self._question(
+        asked, missing = await self._question(
             targets, lambda number: Ask(number, caller.name, caller.subflow, request_id)
         )
         for answer in asked.values():
@@ -140,45 +173,53 @@ class Peers:
                 answers.append(orjson.loads(answer))
             except orjson.JSONDecodeError:
                 self.refused.value += 1
-        return answers
+        return answers, not missing
 
-    async def forget(
-        self, targets: Iterable[str], caller: Caller, response_id: str
-    ) -> dict[str, bytes]:
-        """Return what those instances say that answer in time: see `Forget`."""
+    async def forget(self, targets: Iterable[str], caller: Caller, response_id: str) -> Answers:
+        """Return what the instances say: see `Forget`."""
         return await self._question(
             targets, lambda number: Forget(number, caller.name, response_id)
         )
 
     async def look(self, targets: Iterable[str], what: str) -> dict[str, bytes]:
         """Return what those instances say of *what* that answer in time: see `Look`."""
-        return await self._question(targets, lambda number: Look(number, what))
+        # Who looks at a page would rather not wait for an instance that has just gone.
+        answers, _missing = await self._question(
+            targets, lambda number: Look(number, what), patience=1
+        )
+        return answers
 
     async def _question(
-        self, targets: Iterable[str], make: Callable[[int], Message]
-    ) -> dict[str, bytes]:
-        asked: dict[str, tuple[int, asyncio.Future[bytes]]] = {}
+        self, targets: Iterable[str], make: Callable[[int], Message], patience: int = 2
+    ) -> Answers:
+        asked: dict[int, Question] = {}
         for target in targets:
             self._numbers += 1
-            answer: asyncio.Future[bytes] = self._loop.create_future()
-            self._asked[self._numbers] = answer
-            asked[target] = self._numbers, answer
-            self.bus.send(target, make(self._numbers))
-        if not asked:
-            return {}
+            question = Question(target, make(self._numbers), patience)
+            self._asked[self._numbers] = asked[self._numbers] = question
+            self.bus.send(target, question.message)
         try:
-            await asyncio.wait(
-                [answer for _number, answer in asked.values()], timeout=ANSWER_TIMEOUT
-            )
-            return {
-                target: answer.result()
-                for target, (_number, answer) in asked.items()
-                if answer.done()
+            waiting = {question.answer for question in asked.values()}
+            for seconds in (ASK_AGAIN, ANSWER_TIMEOUT - ASK_AGAIN):
+                if waiting:
+                    _done, waiting = await asyncio.wait(waiting, timeout=seconds)
+                if seconds == ASK_AGAIN:
+                    for question in asked.values():
+                        if question.answer in waiting:
+                            self.bus.send(question.target, question.message)
+            answers = {
+                question.target: answer
+                for question in asked.values()
+                if question.answer.done() and (answer := question.answer.result()) is not None
             }
+            missing = [
+                question.target for question in asked.values() if question.answer in waiting
+            ]
+            return Answers(answers, missing)
         finally:
-            for number, answer in asked.values():
+            for number, question in asked.items():
                 del self._asked[number]
-                answer.cancel()
+                question.answer.cancel()
 
     def close(self) -> None:
         """Send and fill nothing any more."""
@@ -235,8 +276,8 @@ class Peers:
                 self.bus.send(sender, Answer(message.number, self._on_look(message.what)))
             case Answer():
                 asked = self._asked.get(message.number)
-                if asked is not None and not asked.done():
-                    asked.set_result(message.data)
+                if asked is not None and not asked.answer.done():
+                    asked.answer.set_result(message.data)
 
     def _receive_log(self, sender: str, message: Block | Refused | Position) -> None:
         mirror = self._mirrors.get(message.link)
@@ -337,6 +378,9 @@ class Peers:
 
     def _deaf(self, target: str) -> None:
         """Note that what was sent to *target* has reached no one: called by the bus."""
+        for question in self._asked.values():
+            if question.target == target:
+                question.unheard()
         now = self._loop.time()
         since = self._deaf_since.get(target, now)
         if now - since > MAX_SILENCE:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from aioserver.auth.callers import Caller
 from aioserver.errors import RequestConflict, ResumeGap, ServerShutdown, StreamNotFound
-from aioserver.gateway.commands import name_of
+from aioserver.gateway.commands import KNOWN_TIMEOUT, TIMEOUT, name_of, unknown
 from aioserver.gateway.instances import NOT_FOUND, Start
 from aioserver.streams.entries import ERROR
 from aioserver.streams.stream import Remote
@@ -42,7 +42,7 @@ from aioserver.wings.cluster.claims import (
 from aioserver.wings.cluster.peers import Peers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from aioserver.gateway.commands import Commands
     from aioserver.gateway.gateway import Gateway
@@ -83,7 +83,8 @@ class RemoteStreams:
     Always: each stream of this instance that has a name, and runs, is in `_claimed`, and its claim
     is renewed.
 
-    `serve` comes before anything is claimed.
+    `serve` comes before anything is claimed. *members* are the names of the instances, as far as
+    this one has heard: for when the server does not say them.
     """
 
     _gateway: Gateway
@@ -94,9 +95,11 @@ class RemoteStreams:
         make_bus: MakeBus,
         commands: Commands,
         on_look: Callable[[str], bytes],
+        members: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         self._commands = commands
-        self._ask = commands.ask
+        self._ask, self._know = commands.ask, commands.know
+        self._members = members
         self._loop = asyncio.get_running_loop()
         self._claimed: dict[Stream, list[Renewal]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -195,33 +198,85 @@ class RemoteStreams:
 
         Raises:
             StreamNotFound: there is none.
+            InstanceUnavailable: whether there is one is not known.
         """
-        if not await self._cancelled(caller, request_id):
-            raise StreamNotFound(NOT_FOUND)
+        telling: list[asyncio.Task[tuple[list[Any], bool]]] = []
 
-    async def listing(self, caller: Caller) -> list[dict[str, Any]]:
-        """Return what all others say of the caller's streams; those that do not answer in time are
-        left out.
+        def tell() -> None:
+            telling.append(self._loop.create_task(self._tell(caller, request_id)))
+
+        try:
+            verdict = await self._find(name_of(caller.name, request_id), tell)
+            if verdict is not None and verdict.state == KEPT:
+                # It has ended: nothing is left to do.
+                return
+            if verdict is not None and verdict.state == THEIRS and verdict.owner != self._me:
+                answers, complete = await self.peers.ask([verdict.owner], caller, request_id)
+            elif telling:
+                answers, complete = await telling[0]
+                complete = complete and verdict is not None
+            else:
+                answers, complete = [], verdict is not None
+        finally:
+            for task in telling:
+                task.cancel()
+        if True not in answers:
+            raise StreamNotFound(NOT_FOUND) if complete else unknown("stream")
+
+    async def listing(self, caller: Caller) -> tuple[list[dict[str, Any]], bool]:
+        """Return what all others say of the caller's streams, and whether one has not answered in
+        time.
         """
-        members = await self._ask(self._store.members()) or []
-        others = [member for member in members if member != self._me]
-        answers = await self.peers.ask(others, caller, None)
-        return [
+        others, certain = await self._others()
+        answers, complete = await self.peers.ask(others, caller, None)
+        entries = [
             entry
             for answer in answers
             if isinstance(answer, list)
             for entry in answer
             if isinstance(entry, dict)
         ]
+        return entries, not (certain and complete)
 
     async def forget(self, caller: Caller, name: str) -> bool:
         """Let no other instance know an answer any more that is kept beside its log; return
-        whether one did, as far as they answer in time.
+        whether one did.
+
+        Raises:
+            InstanceUnavailable: that is not known of all.
         """
-        members = await self._ask(self._store.members()) or []
-        others = [member for member in members if member != self._me]
-        answers = await self.peers.forget(others, caller, name)
+        others, certain = await self._others()
+        answers, missing = await self.peers.forget(others, caller, name)
+        if missing or not certain:
+            raise unknown("response")
         return b"true" in answers.values()
+
+    async def _find(self, name: str, late: Callable[[], object]) -> Verdict | None:
+        """Return whose *name* is; None if the server does not say so.
+
+        *late* is called if the answer takes longer than TIMEOUT.
+        """
+        finding = self._loop.create_task(self._ask(self._store.find(name), KNOWN_TIMEOUT))
+        try:
+            found, _ = await asyncio.wait((finding,), timeout=TIMEOUT)
+            if not found:
+                late()
+            return await finding
+        finally:
+            finding.cancel()
+
+    async def _tell(self, caller: Caller, request_id: str) -> tuple[list[Any], bool]:
+        """Let each instance cancel a stream, if it has it: whose it is takes long to find out, and
+        an answer that runs is paid for.
+        """
+        others = [member for member in self._members() if member != self._me]
+        return await self.peers.ask(others, caller, request_id)
+
+    async def _others(self) -> tuple[Sequence[str], bool]:
+        """Return the names of the other instances, and whether they are all for certain."""
+        members = await self._ask(self._store.members(), KNOWN_TIMEOUT)
+        known = self._members() if members is None else members
+        return [member for member in known if member != self._me], members is not None
 
     def ended(self, stream: Stream) -> None:
         """Note that the producer of *stream* has ended."""
@@ -334,7 +389,7 @@ class RemoteStreams:
             accept()
 
         if verdict.state == KEPT:
-            log = await self._ask(self._store.get_log(_name(stream)))
+            log = await self._know(self._store.get_log(_name(stream)), "answer")
             if log is None:
                 return None
             try:
@@ -377,19 +432,22 @@ class RemoteStreams:
 
         Raises:
             StreamNotFound: no instance has such a log.
-            RequestConflict, ResumeGap, ServerShutdown: as `Instances.reach`.
+            RequestConflict, ResumeGap, ServerShutdown, InstanceUnavailable: as `Instances.reach`.
         """
         name = _name(stream)
+
+        def tell() -> None:
+            if start.cancel:
+                self._start(self._tell(_caller(stream), stream.request_id))
+
         # Nobody else can answer, so this is worth waiting for.
-        verdict = await self._ask(self._store.find(name), CALL_TIMEOUT)
+        verdict = await self._find(name, tell)
         if verdict is None:
-            raise ServerShutdown(
-                "whether another process has this answer is unknown", retry_after=1.0
-            )
+            raise unknown("stream")
         if verdict.state == KEPT:
             if start.digest is not None and start.digest != verdict.digest:
                 raise RequestConflict("this request id is known, with another payload")
-            log = await self._ask(self._store.get_log(name))
+            log = await self._know(self._store.get_log(name), "stream")
             if log is not None:
                 await handover.fill(stream, log, start, lambda: None, self.peers.apis)
                 _remote(stream).decide()
@@ -407,20 +465,6 @@ class RemoteStreams:
             await mirror.done
         finally:
             mirror.close()
-
-    async def _cancelled(self, caller: Caller, request_id: str) -> bool:
-        """Cancel a stream of another instance; return whether there is one."""
-        verdict = await self._ask(self._store.find(name_of(caller.name, request_id)))
-        if verdict is None or verdict.owner == self._me:
-            return False
-        if verdict.state == KEPT:
-            # It has ended: nothing is left to do.
-            return True
-        if verdict.state != THEIRS:
-            return False
-        answers = await self.peers.ask([verdict.owner], caller, request_id)
-        # An owner that does not answer in time has been told.
-        return answers != [False]
 
     def _note_end(self, stream: Stream) -> None:
         """Note that *stream*, whose id was claimed, has ended."""
@@ -460,12 +504,12 @@ class RemoteStreams:
         if claims:
             self._watch()
 
-    def _start(self, call: Coroutine[Any, Any, None]) -> None:
+    def _start(self, call: Coroutine[Any, Any, object]) -> None:
         task = self._loop.create_task(self._quietly(call))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _quietly(self, call: Coroutine[Any, Any, None]) -> None:
+    async def _quietly(self, call: Coroutine[Any, Any, object]) -> None:
         await self._ask(call, CALL_TIMEOUT)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from aioserver.auth.callers import CALLER
-from aioserver.errors import InvalidRequest, ResumeGap, StreamNotFound
+from aioserver.errors import InstanceUnavailable, InvalidRequest, ResumeGap, StreamNotFound
 from aioserver.faces import http, openai, passthrough
 from aioserver.faces.admission import counted
 from aioserver.faces.intake import client_headers, idempotency_key, read_model_body
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aioserver.auth.callers import Caller
+    from aioserver.errors import AioserverError
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.protocol.client_headers import ClientHeaders
@@ -174,7 +175,8 @@ async def prepare(
     """
     try:
         return await _prepare(context, request)
-    except StreamNotFound:
+    except (StreamNotFound, InstanceUnavailable) as missing:
+        _check_known(stored, request, missing)
         response = await stored.reach(request[CALLER], request.match_info["id"])
         if response is None:
             return await stored_face.prepare_passed(context, request, hold)
@@ -182,6 +184,14 @@ async def prepare(
         if request.query.get("stream", "false") == "true":
             raise ResumeGap("the events of this response are no longer kept") from None
         return None
+
+
+def _check_known(stored: StoredResponses, request: web.Request, missing: AioserverError) -> None:
+    """Raise *missing* if the log of a response may be elsewhere, and it is not stored here."""
+    if isinstance(missing, InstanceUnavailable) and not stored.get(
+        request[CALLER], request.match_info["id"]
+    ):
+        raise missing
 
 
 async def _prepare(context: Context, request: web.Request) -> tuple[Stream, int | None]:
@@ -242,16 +252,23 @@ async def cancel(
 
     Raises:
         StreamNotFound: there is no such response under way, or with a log.
+        InstanceUnavailable: another instance may have it.
     """
     try:
         stream = await find(context, request)
-    except StreamNotFound:
+    except (StreamNotFound, InstanceUnavailable) as missing:
+        try:
+            _check_known(stored, request, missing)
+        except InstanceUnavailable:
+            # It is paid for while it runs: whoever has it is told.
+            await context.gateway.cancel_anywhere(request[CALLER], request.match_info["id"])
+            raise
         # One that is stored has ended: its provider need not know it.
         response = await stored.reach(request[CALLER], request.match_info["id"])
         if response is None:
             return await passing(request)
         response.release()
-        raise
+        raise StreamNotFound(stored_face.NOT_FOUND) from None
     await context.gateway.cancel_anywhere(request[CALLER], stream.request_id)
     answer = stream.whole
     size = len(newest(stream)) if answer is None else answer.size

@@ -740,7 +740,7 @@ async def test_redis_away_leaves_each_instance_with_its_own_streams(
     await answered(a)
     await answered(b)
     async with b.server.session.get(f"{b.server.sse}/r9") as response:
-        assert (await response.json())["error"]["code"] == "server_shutdown"
+        assert (await response.json())["error"]["code"] == "instance_unavailable"
 
     assert (a.requests, b.requests) == (1, 1)
     assert a.cluster.stats().unclaimed == 1

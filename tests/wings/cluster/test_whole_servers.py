@@ -11,7 +11,7 @@ import asyncio
 import os
 import time
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -26,7 +26,7 @@ from aioserver.wings.responses.redis import RedisChains
 from aioserver.workers.balance import Balance
 from aioserver.workers.loads import Loads
 from tests.support.keys import bearer, keys_of
-from tests.support.redis_server import RedisServer, away, full, paused, replica
+from tests.support.redis_server import RedisServer, Road, away, full, paused, replica
 from tests.support.referee import Referee
 from tests.support.server import CONCURRENCY, QUICK, SIM_HTTP_CLIENT, UVICORN, running
 from tests.support.waiting import until
@@ -50,61 +50,6 @@ SLOW = 0.03
 def redis(tmp_path: Path) -> Iterator[RedisServer]:
     with RedisServer(tmp_path) as server:
         yield server
-
-
-class Road:
-    """What stands between the servers and Redis: it passes bytes on, late or never, or answers
-    itself.
-    """
-
-    def __init__(self, folder: Path, redis: RedisServer) -> None:
-        self.path, self._redis = folder / "road.sock", redis
-        self.delay = 0.0
-        # What is answered instead to whatever is asked.
-        self.reply = b""
-        self._writers: set[asyncio.StreamWriter] = set()
-
-    @property
-    def url(self) -> str:
-        return f"unix://{self.path}"
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_unix_server(self._accept, self.path)
-        return self
-
-    async def __aexit__(self, *_exc: object) -> None:
-        self._server.close()
-        for writer in self._writers:
-            writer.close()
-        await until(lambda: not self._writers)
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            there, back = await asyncio.open_unix_connection(os.fspath(self._redis.path))
-        except OSError:
-            writer.close()
-            return
-        self._writers |= {writer, back}
-        await asyncio.gather(self._pass(reader, back, writer), self._pass(there, writer, None))
-        self._writers -= {writer, back}
-
-    async def _pass(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        asking: asyncio.StreamWriter | None,
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            while data := await reader.read(65536):
-                if asking is not None and self.reply:
-                    asking.write(self.reply)
-                else:
-                    loop.call_later(self.delay, writer.write, data)
-        except OSError:
-            pass
-        finally:
-            loop.call_later(self.delay, writer.close)
 
 
 class World:
