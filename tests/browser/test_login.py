@@ -86,6 +86,7 @@ async def test_one_chats_with_a_key_and_logs_out(make_server: MakeServer, page: 
     await ask(page, "Hello again")
     await is_now(page, "complete")
     await page.get_by_role("button", name="Log out").click()
+    await page.get_by_role("button", name="Log out, and keep them").click()
     await expect(form(page)).to_be_visible()
     await until(lambda: not server.context.sockets)
     assert await page.context.cookies() == []
@@ -93,6 +94,65 @@ async def test_one_chats_with_a_key_and_logs_out(make_server: MakeServer, page: 
     await connected(page)
     await ask(page, "Once more")
     await is_now(page, "complete")
+
+
+@pytest.mark.parametrize("way", ["remove", "keep"])
+async def test_the_next_person_at_this_browser_sees_nothing_of_the_one_before(
+    make_server: MakeServer, page: Page, way: str
+) -> None:
+    # The second name is how an entry of the first one would go on.
+    server = await make_server(**keys_of("ann", "ann.conversation"))
+    await page.goto(server.base + "/")
+    await enter_key(page, "ann")
+    await connected(page)
+    await ask(page, "apples")
+    await is_now(page, "complete")
+    await page.get_by_role("textbox", name="Message").fill("a draft")
+    stored = await page.evaluate("Object.keys(localStorage).join()")
+    assert "conversation" in stored
+
+    await page.get_by_role("button", name="Log out").click()
+    await page.get_by_role("button", name=f"Log out, and {way} them").click()
+    await expect(form(page)).to_be_visible()
+    await expect(page.locator("#conversations li")).to_have_count(0)
+    await expect(page.get_by_role("article")).to_have_count(0)
+    left = await page.evaluate("JSON.stringify({...localStorage})")
+    assert ("apples" in left) == (way == "keep")
+
+    await page.reload()
+    await expect(page.locator("#conversations li")).to_have_count(0)
+    await enter_key(page, "ann.conversation")
+    await connected(page)
+    await expect(page.locator("#conversations li")).to_have_count(0)
+    assert "apples" not in await page.content()
+    assert await page.get_by_role("textbox", name="Message").input_value() == ""
+    await page.get_by_role("button", name="Log out").click()
+
+    # What the server keeps is there again in both ways.
+    await enter_key(page, "ann")
+    await connected(page)
+    await expect(page.locator("#conversations li")).to_have_count(1)
+    await expect(page.locator("#conversations li")).to_contain_text("apples")
+
+
+async def test_an_answer_that_runs_ends_with_the_log_out(
+    make_server: MakeServer, page: Page
+) -> None:
+    server = await make_server(ENDLESS, **keys_of("ann", "bob"))
+    await page.goto(server.base + "/")
+    await enter_key(page, "ann")
+    await connected(page)
+    await ask(page, "apples")
+    await is_now(page, "running")
+
+    await page.get_by_role("button", name="Log out").click()
+    await page.get_by_role("button", name="Log out, and remove them").click()
+    await enter_key(page, "bob")
+    await connected(page)
+
+    await server.simulator.until(lambda stats: stats.active == 0)
+    await expect(page.get_by_role("article")).to_have_count(0)
+    assert "apples" not in await page.evaluate("JSON.stringify({...localStorage})")
 
 
 async def test_a_wrong_key_says_so_and_there_is_no_way_around(
@@ -176,8 +236,11 @@ async def test_a_revoked_key_asks_for_another(make_server: MakeServer, page: Pag
     await reload.apply_auth(server.owners, auth_of("other"))
 
     await expect(form(page)).to_be_visible()
-    await enter_key(page, "other")
+    await expect(page.get_by_role("article")).to_have_count(0)
+    await reload.apply_auth(server.owners, auth_of("web"))
+    await enter_key(page, "web")
     await connected(page)
+    await page.get_by_role("button", name="Hello", exact=True).click()
     await is_now(page, "failed")
     await expect(answer(page).locator(".fault")).to_contain_text("Your key was withdrawn")
 

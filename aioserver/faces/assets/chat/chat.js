@@ -38,7 +38,7 @@ let atEnd = true; // whether the end of the conversation is kept in sight
 const busy = (conversation) => runningTurn(conversation) !== undefined;
 const store = new Store({ busy, changed: changedElsewhere, warn: showNotice });
 const models = new Models(byId("model"), { store, changed: drawModel });
-const login = new Login({ changed: drawLogin });
+const login = new Login({ changed: changeOwner });
 const client = new Client(location.origin, { before, onstate });
 const requests = new Requests(client, store, { changed: drawTurn, started, finished });
 const kept = new ServerHistory(client, store, {
@@ -48,6 +48,7 @@ const kept = new ServerHistory(client, store, {
 let lastLoss = null; // the state in which the connection was lost, until it is open again
 const list = new ConversationList(byId("conversations"), { open: choose, remove });
 let current = newConversation();
+const reopened = history.state?.open; // what this window showed before it was reloaded
 
 // Before each connection: is a key needed, and where are the faces?
 async function before() {
@@ -91,7 +92,9 @@ async function choose(conversation) {
 
 // The server has more of this conversation: it was continued elsewhere, or this browser has lost it.
 async function catchUp(conversation) {
+  const { owner } = store;
   const turns = await kept.turns(conversation.id);
+  if (owner !== store.owner) return; // another person is there meanwhile
   if (turns === null) showNotice("The server cannot show this conversation now.");
   if (!turns?.length || busy(conversation)) return;
   const known = store.conversations.get(conversation.id) ?? conversation;
@@ -123,6 +126,31 @@ function remove(conversation) {
   if (conversation === current) show(newConversation());
   drawList();
   (byId("conversations").querySelector("button") ?? byId("new")).focus();
+}
+
+// What is shown and stored belongs to a key, and to nobody else in front of this browser.
+function changeOwner() {
+  drawLogin();
+  const { key_required: required, name } = login.session;
+  const owner = required ? (name ?? undefined) : null;
+  if (owner === store.owner) return;
+  current.draft = message.value;
+  store.saveSoon(current);
+  for (const conversation of store.list) requests.forget(conversation);
+  store.open(owner);
+  kept.clear();
+  message.value = "";
+  for (const conversation of store.list) requests.restore(conversation);
+  show(store.conversations.get(reopened) ?? newConversation());
+}
+
+async function logOut(remove) {
+  const { owner } = store;
+  await login.logOut().catch(() => showNotice("The server does not answer: you are still logged in."));
+  if (login.session.name !== null) return;
+  if (remove) store.forget(owner);
+  client.close();
+  client.connect(); // the login asks for a key first
 }
 
 function changedElsewhere(id, before) {
@@ -300,9 +328,10 @@ byId("stop").addEventListener("click", () => {
 window.addEventListener("online", retryNow);
 document.addEventListener("visibilitychange", () => document.hidden || retryNow());
 byId("connect").addEventListener("click", () => client.connect());
-byId("logout").addEventListener("click", async () => {
-  await login.logOut().catch(() => showNotice("The server does not answer: you are still logged in."));
-  if (login.session.name === null) client.connect(); // the login asks for a key first
+byId("logout").addEventListener("click", () => (store.list.length ? byId("leaving").showModal() : logOut(true)));
+byId("leaving").addEventListener("close", ({ target }) => {
+  if (target.returnValue) logOut(target.returnValue === "remove");
+  target.returnValue = "";
 });
 byId("new").addEventListener("click", () => choose(newConversation()));
 byId("menu").addEventListener("click", () => {
@@ -320,5 +349,5 @@ function closeSidebar() {
 // The start.
 
 for (const conversation of store.list) requests.restore(conversation);
-show(store.conversations.get(history.state?.open) ?? current);
+show(store.conversations.get(reopened) ?? current);
 client.connect();

@@ -25,19 +25,26 @@ export class ServerHistory {
   // Ids that were deleted here. The server is told when its list has one: it may be away now, and a running answer is kept
   // after it was stopped.
   get removed() {
-    return this.store.getSetting("removed", []);
+    return this.store.getSetting("removed", [], { own: true });
   }
 
   // Read the list from the server. If it does not answer, the former list stays.
   async load() {
     if (!this.personal()) return;
+    const { owner } = this.store;
     const list = await this.client.conversations({ limit: MAX_LISTED }).catch(() => null);
-    if (list === null) return;
+    if (list === null || owner !== this.store.owner) return; // another person is there meanwhile
     const removed = new Set(this.removed);
     for (const { id } of list.conversations) if (removed.has(id)) await this.client.deleteConversation(id).catch(() => {});
     const kept = list.conversations.filter(({ id }) => !removed.has(id));
+    if (owner !== this.store.owner) return;
     this.summaries = new Map(kept.map((summary) => [summary.id, summary]));
     this.changed();
+  }
+
+  // Another person is there: forget the list.
+  clear() {
+    this.summaries = new Map();
   }
 
   // Conversations that this browser has not, without their turns.
@@ -71,7 +78,7 @@ export class ServerHistory {
 
   remove(id) {
     if (!this.personal()) return this.client.deleteConversation(id).catch(() => {});
-    this.store.setSetting("removed", [...this.removed, id].slice(-MAX_REMOVED));
+    this.store.setSetting("removed", [...this.removed, id].slice(-MAX_REMOVED), { own: true });
     return this.load();
   }
 }

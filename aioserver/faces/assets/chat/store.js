@@ -1,10 +1,10 @@
 // Conversations and settings in the browser's storage, with bounds. Each conversation has its own
-// entry, so that two windows do not overwrite each other's conversations.
+// entry, so that two windows do not overwrite each other's conversations. The entries of each key are
+// apart from those of the others: who logs in next in the same browser sees nothing of them.
 
 import { ended, newId, newTurn } from "./turn.js";
 
 const PREFIX = "aioserver.chat.";
-const CONVERSATION = `${PREFIX}conversation.`;
 const MAX_CONVERSATIONS = 50;
 const MAX_TURNS = 100; // of one conversation: 200 messages
 const MAX_STORED = 1 << 20; // characters of one conversation, so that it leaves room for others
@@ -13,6 +13,12 @@ const SAVE_EVERY = 500; // milliseconds, while an answer comes
 
 export function newConversation() {
   return { id: newId(), used: Date.now(), draft: "", turns: [] };
+}
+
+// How the names of the entries of *owner* begin: the name of a key; null: the server wants no key. No prefix is the beginning of
+// another.
+function prefixOf(owner) {
+  return owner === null ? PREFIX : `aioserver.chat/${encodeURIComponent(owner)}/`;
 }
 
 export class Store {
@@ -25,6 +31,7 @@ export class Store {
     this.warn = warn;
     this.unsaved = new Set();
     this.timer = null;
+    this.owner = null; // whose entries are shown; undefined: nobody has logged in, and nothing is stored
     try {
       this.storage = window.localStorage;
       this.load();
@@ -33,7 +40,7 @@ export class Store {
       warn("This browser stores nothing for this page: a reload loses the conversations.");
     }
     window.addEventListener("storage", (event) => {
-      if (event.key === null || event.key.startsWith(CONVERSATION)) this.reload(event, changed);
+      if (event.key === null || (this.stores && event.key.startsWith(this.conversation))) this.reload(event, changed);
     });
     window.addEventListener("pagehide", () => this.flush());
     document.addEventListener("visibilitychange", () => this.flush());
@@ -44,9 +51,31 @@ export class Store {
     return [...this.conversations.values()].sort((a, b) => b.used - a.used);
   }
 
+  // Show what is stored of *owner*, and nothing of the former one.
+  open(owner) {
+    this.flush();
+    this.unsaved.clear();
+    this.conversations = new Map();
+    this.owner = owner;
+    if (this.stores) this.load();
+  }
+
+  // Remove all that is stored of *owner*, who is not shown any more.
+  forget(owner) {
+    for (const key of Object.keys(this.storage ?? {})) if (key.startsWith(prefixOf(owner))) this.storage.removeItem(key);
+  }
+
+  get stores() {
+    return this.storage !== null && this.owner !== undefined;
+  }
+
+  get conversation() {
+    return `${prefixOf(this.owner)}conversation.`;
+  }
+
   load() {
     for (const key of Object.keys(this.storage)) {
-      if (!key.startsWith(CONVERSATION)) continue;
+      if (!key.startsWith(this.conversation)) continue;
       const conversation = parse(this.storage.getItem(key));
       if (conversation) this.conversations.set(conversation.id, conversation);
     }
@@ -68,9 +97,9 @@ export class Store {
 
   save(conversation) {
     this.unsaved.delete(conversation);
-    if (this.storage === null || !this.conversations.has(conversation.id)) return;
+    if (!this.stores || this.conversations.get(conversation.id) !== conversation) return;
     const entry = serialize(conversation);
-    while (!this.write(CONVERSATION + conversation.id, entry)) {
+    while (!this.write(this.conversation + conversation.id, entry)) {
       if (!this.removeOldest(conversation)) {
         this.warn("The browser's storage is full: a reload loses the new messages.");
         return;
@@ -94,19 +123,21 @@ export class Store {
   remove(conversation) {
     this.conversations.delete(conversation.id);
     this.unsaved.delete(conversation);
-    this.storage?.removeItem(CONVERSATION + conversation.id);
+    if (this.stores) this.storage.removeItem(this.conversation + conversation.id);
   }
 
-  getSetting(name, fallback) {
+  // A setting of the owner's *own*, or of this browser.
+  getSetting(name, fallback, { own = false } = {}) {
+    if (own && !this.stores) return fallback;
     try {
-      return JSON.parse(this.storage.getItem(PREFIX + name)) ?? fallback;
+      return JSON.parse(this.storage.getItem((own ? prefixOf(this.owner) : PREFIX) + name)) ?? fallback;
     } catch {
       return fallback;
     }
   }
 
-  setSetting(name, value) {
-    if (this.storage !== null) this.write(PREFIX + name, JSON.stringify(value));
+  setSetting(name, value, { own = false } = {}) {
+    if (own ? this.stores : this.storage !== null) this.write((own ? prefixOf(this.owner) : PREFIX) + name, JSON.stringify(value));
   }
 
   write(key, value) {
@@ -130,7 +161,7 @@ export class Store {
   // as well, and its state here is as new.
   reload({ key, newValue }, changed) {
     if (key === null) return; // all was cleared: a conversation is stored again when it changes
-    const id = key.slice(CONVERSATION.length);
+    const id = key.slice(this.conversation.length);
     const before = this.conversations.get(id);
     if (before && this.busy(before) && newValue !== null) return;
     const after = parse(newValue);
