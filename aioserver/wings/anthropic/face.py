@@ -13,13 +13,14 @@ fallbacks (gateway/router.py).
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
 from aioserver.auth.callers import CALLER
 from aioserver.faces import http, openai
 from aioserver.faces.admission import counted
+from aioserver.faces.form import Form
 from aioserver.faces.intake import client_headers, idempotency_key, read_model_body
 from aioserver.faces.openai import Dialect
 from aioserver.gateway.request import Request
@@ -29,8 +30,10 @@ from aioserver.wings.anthropic.api import COUNT_TOKENS, MESSAGES
 from aioserver.wings.anthropic.wire import PING
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+    from aioserver.config import settings
+    from aioserver.errors import AioserverError
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.providers.api import Api
@@ -84,3 +87,26 @@ def prepare_for(
         )
 
     return prepare
+
+
+class MessagesForm(Form):
+    """Anthropic's form of errors and of the list of models, for the clients that speak its API."""
+
+    api = MESSAGES
+    id_header = "request-id"
+
+    def speaks(self, path: str, headers: Mapping[str, str]) -> bool:
+        """Return whether a client that asks for *path* with *headers* expects this form."""
+        return wire.speaks(path, headers)
+
+    def error(self, error: AioserverError, request_id: str) -> bytes:
+        """Return *error* as the body of a response to the request with this id."""
+        return wire.error_body(error, request_id)
+
+    def model(self, name: str, provider: settings.Provider) -> dict[str, Any]:  # noqa: ARG002
+        """Return the model *name*."""
+        return wire.model_object(name)
+
+    def models(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the list of models with these *entries*."""
+        return wire.model_list(entries)

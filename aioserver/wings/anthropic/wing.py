@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 from aioserver.faces.wing import Routes, Wing
 from aioserver.wings.anthropic import face
 from aioserver.wings.anthropic.api import COUNT_TOKENS, MESSAGES
-from aioserver.wings.anthropic.form import MessagesForm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +24,7 @@ class AnthropicWing(Wing):
 
     def forms(self) -> Sequence[Form]:
         """Return the form of errors and model lists."""
-        return (MessagesForm(),)
+        return (face.MessagesForm(),)
 
     def apis(self) -> Sequence[Api]:
         """Return the APIs of providers."""

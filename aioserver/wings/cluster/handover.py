@@ -1,7 +1,7 @@
 """Logs that have ended, handed over to Redis by an instance that stops, and read from there by the
 others.
 
-What is kept is the log as bytes (pipe.py), for what is left of its window.
+What is kept is the log as bytes (log_codec.py), for what is left of its window.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from aioserver.errors import ResumeGap, ServerShutdown, StreamNotFound
 from aioserver.protocol.whole_answer import text_pieces
 from aioserver.streams.entries import NO_TEXT, WholeEntry
 from aioserver.streams.store import ended_at
-from aioserver.wings.cluster import faults, pipe
+from aioserver.wings.cluster import log_codec
 from aioserver.wings.cluster.peer_messages import Malformed
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ def chosen(streams: Iterable[Stream]) -> Iterator[tuple[Stream, float, bytes]]:
 def log_of(stream: Stream) -> bytes:
     """Return the log of *stream*, which has ended, as bytes."""
     stream.close_fast_path()
-    facts, body = pipe.facts_of(stream, stream.first - 1)
-    pieces = pipe.pack(facts, body)
+    facts, body = log_codec.facts_of(stream, stream.first - 1)
+    pieces = log_codec.pack(facts, body)
     index = stream.offset
-    while (item := pipe.next_item(stream, index, 0)) is not None:
+    while (item := log_codec.next_item(stream, index, 0)) is not None:
         index, more = item
         pieces += more
     return b"".join(pieces)
@@ -79,36 +79,40 @@ async def fill(
         ResumeGap: the log does not have the events after *start*.
     """
     try:
-        items = list(pipe.Assembler().feed(log))
+        items = list(log_codec.Assembler().feed(log))
     except Malformed as exc:
         raise StreamNotFound("this answer is not kept any more") from exc
     heads = [head for head, _body in items]
-    if not heads or not isinstance(heads[0], pipe.Facts) or not isinstance(heads[-1], pipe.End):
+    if (
+        not heads
+        or not isinstance(heads[0], log_codec.Facts)
+        or not isinstance(heads[-1], log_codec.End)
+    ):
         raise StreamNotFound("this answer is not kept any more")
     (facts, newest), items = (heads[0], items[0][1]), items[1:]
-    pipe.take_facts(stream, facts, newest, apis)
+    log_codec.take_facts(stream, facts, newest, apis)
     after = _after(stream, facts, start)
     stream.last = after
     on_accept()
     entries: list[Entry] = []
     for head, body in items:
         match head:
-            case pipe.Part():
-                entries.append(pipe.entry_of(head, body))
-            case pipe.Whole():
-                stream.whole = pipe.answer_of(stream, head, body)
+            case log_codec.Part():
+                entries.append(log_codec.entry_of(head, body))
+            case log_codec.Whole():
+                stream.whole = log_codec.answer_of(stream, head, body)
                 stream.recount()
                 pieces = await text_pieces(body) or (NO_TEXT,)
                 entries += [
                     WholeEntry(number, body, piece, monotonic())
                     for number, piece in enumerate(pieces, 1)
                 ]
-            case pipe.End():
+            case log_codec.End():
                 _end(stream, after, entries, head, body)
                 return
 
 
-def _after(stream: Stream, facts: pipe.Facts, start: Start) -> int:
+def _after(stream: Stream, facts: log_codec.Facts, start: Start) -> int:
     after: int | None = start.after
     if start.sequence is not None and facts.runs is not None:
         after = stream.events.event_before(start.sequence, facts.last)
@@ -125,14 +129,16 @@ def _after(stream: Stream, facts: pipe.Facts, start: Start) -> int:
     return after
 
 
-def _end(stream: Stream, after: int, entries: list[Entry], end: pipe.End, body: bytes) -> None:
-    error: Any = None if end.fault is None else faults.unpack(end.fault)
+def _end(
+    stream: Stream, after: int, entries: list[Entry], end: log_codec.End, body: bytes
+) -> None:
+    error: Any = None if end.fault is None else log_codec.unpack_fault(end.fault)
     if after >= end.number:
         stream.stop(end.status)
         return
-    last = pipe.entry_of(pipe.Part(end.number, 1, end.status, False, end.frames), body)
+    last = log_codec.entry_of(log_codec.Part(end.number, 1, end.status, False, end.frames), body)
     for entry in entries:
-        if (part := pipe.rest_of(stream, entry, after)) is not None:
+        if (part := log_codec.rest_of(stream, entry, after)) is not None:
             stream.add_entry(part)
     stream.notify()
     stream.end_with(last, error)

@@ -1,7 +1,7 @@
 """Links: a log of this instance, as another instance reads it.
 
 A link is a reader of its log like any other: so its window, `left`, and `max_detached` hold as
-they are. It sends the log as blocks (pipe.py), for as long as the other side gives credit: that
+they are. It sends the log as blocks (log_codec.py), for as long as the other side gives credit: that
 side's readers may be slow, and are then read ahead for by no more than that. The other side is a
 mirror (mirrors.py).
 
@@ -15,7 +15,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from aioserver.errors import SlowClient
-from aioserver.wings.cluster import faults, pipe
+from aioserver.wings.cluster import log_codec
 from aioserver.wings.cluster.peer_messages import BLOCK_BYTES, Block, Position, Refused
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Link:
         """
         self._on_drop(self)
         error = SlowClient("this client reads more slowly than the answer comes, and fell behind")
-        self._send(Refused(self.number, faults.pack(error)))
+        self._send(Refused(self.number, log_codec.pack_fault(error)))
 
     def report_position(self, position: int, eta: float) -> None:
         """Tell the other side the position in the provider's queue."""
@@ -145,13 +145,13 @@ class Link:
         )
         if facts != self._facts:
             first, self._facts = self._facts is None, facts
-            item, body = pipe.facts_of(stream, self.after)
+            item, body = log_codec.facts_of(stream, self.after)
             if not first:
                 # The other side looks at the events itself.
                 item.runs, body = None, b""
-            self._pieces.extend(pipe.pack(item, body))
+            self._pieces.extend(log_codec.pack(item, body))
             return True
-        loaded = pipe.next_item(stream, self.next_index, self._skip)
+        loaded = log_codec.next_item(stream, self.next_index, self._skip)
         if loaded is None:
             return False
         self.next_index, pieces = loaded

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from aioserver.errors import InternalError, ServerShutdown
 from aioserver.protocol.whole_answer import text_pieces
 from aioserver.streams.entries import NO_TEXT, WholeEntry
-from aioserver.wings.cluster import faults, pipe
+from aioserver.wings.cluster import log_codec
 from aioserver.wings.cluster.peer_messages import Attach, Credit, Detach, Fault, Malformed
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Mirror:
         self._credit = credit
         self._on_accept = on_accept
         self._apis = apis
-        self._assembler = pipe.Assembler()
+        self._assembler = log_codec.Assembler()
         self._paused = self._agreed = False
         self._attempts = 0
         # The newest event when the log was attached to: what the owner's facts know of.
@@ -97,7 +97,7 @@ class Mirror:
             return
         self.number = self._renumber(self)
         self.received, self.limit = 0, self._credit()
-        self._assembler = pipe.Assembler()
+        self._assembler = log_codec.Assembler()
         caller, start = getattr(self.stream.caller, "name", ""), self._start
         after, sequence, digest, cancel = start
         if self.accepted.done():
@@ -153,7 +153,7 @@ class Mirror:
 
     def refuse(self, fault: Fault) -> None:
         """Note that the owner has no such log, or cannot send it any further."""
-        self.fail(faults.unpack(fault))
+        self.fail(log_codec.unpack_fault(fault))
 
     def lose(self) -> None:
         """Note that the owner is gone."""
@@ -197,27 +197,27 @@ class Mirror:
             self.limit = self.received + credit
             self._send(Credit(self.number, self.limit))
 
-    def _take(self, head: pipe.Head, body: bytes, entries: list[Entry]) -> None:
+    def _take(self, head: log_codec.Head, body: bytes, entries: list[Entry]) -> None:
         """Take in an item; entries are added to *entries*."""
         match head:
-            case pipe.Facts():
+            case log_codec.Facts():
                 self._take_facts(head, body)
-            case pipe.Part():
+            case log_codec.Part():
                 if head.first + head.count - 1 > self.stream.last + _count(entries):
-                    entries.append(pipe.entry_of(head, body))
+                    entries.append(log_codec.entry_of(head, body))
                     if head.first > self._known:
                         self.stream.events.note(body, head.first)
-            case pipe.Whole():
+            case log_codec.Whole():
                 self._finishing = self._loop.create_task(self._take_whole(head, body))
                 self._finishing.add_done_callback(_retrieve)
-            case pipe.End():
+            case log_codec.End():
                 if self._finishing is not None:
                     self._finishing.add_done_callback(lambda _task: self._end(head, body))
                     return
                 self._append(entries)
                 self._end(head, body)
 
-    def _take_facts(self, facts: pipe.Facts, body: bytes) -> None:
+    def _take_facts(self, facts: log_codec.Facts, body: bytes) -> None:
         stream = self.stream
         if not self.accepted.done():
             # The owner has chosen where this begins.
@@ -229,7 +229,7 @@ class Mirror:
                 self._on_accept()
             if not facts.whole:
                 self.accepted.set_result(None)
-        pipe.take_facts(stream, facts, body, self._apis)
+        log_codec.take_facts(stream, facts, body, self._apis)
         if facts.end_status and facts.after >= facts.last and not facts.whole:
             # It has ended, and nothing of it is left.
             stream.stop(facts.end_status)
@@ -241,22 +241,24 @@ class Mirror:
             self.stream.extend(entries)
             entries.clear()
 
-    def _end(self, end: pipe.End, body: bytes) -> None:
+    def _end(self, end: log_codec.End, body: bytes) -> None:
         stream = self.stream
         if stream.ended or self.done.done():
             return
-        error = None if end.fault is None else faults.unpack(end.fault)
-        entry = pipe.entry_of(pipe.Part(end.number, 1, end.status, False, end.frames), body)
+        error = None if end.fault is None else log_codec.unpack_fault(end.fault)
+        entry = log_codec.entry_of(
+            log_codec.Part(end.number, 1, end.status, False, end.frames), body
+        )
         if end.number > self._known:
             stream.events.note(body, end.number)
         stream.end_with(entry, error)
         self._finish(None)
 
-    async def _take_whole(self, whole: pipe.Whole, body: bytes) -> None:
+    async def _take_whole(self, whole: log_codec.Whole, body: bytes) -> None:
         """Make the events of an answer that was not streamed, as its owner did."""
         stream = self.stream
         pieces = await text_pieces(body) or (NO_TEXT,)
-        stream.whole = pipe.answer_of(stream, whole, body)
+        stream.whole = log_codec.answer_of(stream, whole, body)
         stream.recount()
         now = self._loop.time()
         for number, piece in enumerate(pieces, 1):

@@ -68,7 +68,7 @@ class Refused(msgspec.Struct, array_like=True, tag=2):
 
 
 class Block(msgspec.Struct, array_like=True, tag=3):
-    """Bytes of a log (pipe.py), from byte *offset* of this link on."""
+    """Bytes of a log (log_codec.py), from byte *offset* of this link on."""
 
     link: int
     offset: int

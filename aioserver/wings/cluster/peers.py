@@ -19,7 +19,7 @@ import orjson
 from aioserver.auth.callers import Caller
 from aioserver.errors import AioserverError, ResumeGap, StreamNotFound
 from aioserver.telemetry.counters import Counter
-from aioserver.wings.cluster import faults
+from aioserver.wings.cluster import log_codec
 from aioserver.wings.cluster.links import CREDIT, Link
 from aioserver.wings.cluster.mirrors import Mirror
 from aioserver.wings.cluster.peer_messages import (
@@ -315,7 +315,7 @@ class Peers:
                 self._close_link,
             )
         except AioserverError as error:
-            self.bus.send(sender, Refused(attach.link, faults.pack(error)))
+            self.bus.send(sender, Refused(attach.link, log_codec.pack_fault(error)))
             return
         link.heard_at = self._loop.time()
         link.peer = sender

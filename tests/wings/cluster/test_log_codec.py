@@ -10,7 +10,7 @@ from aioserver.provider_errors import ProviderFault, ProviderRefused
 from aioserver.streams.entries import CHUNK, COMPLETE, Entry, TextEntry
 from aioserver.streams.stream import Stream
 from aioserver.telemetry.outcome import Outcome
-from aioserver.wings.cluster import faults, pipe
+from aioserver.wings.cluster import log_codec
 from aioserver.wings.cluster.peer_messages import (
     MAX_READ,
     MAX_SENT,
@@ -32,15 +32,15 @@ def log() -> tuple[Stream, bytes]:
     stream.append(CHUNK, data=b"data: 1\n\ndata: 2\n\n", count=2)
     stream.add_entry(TextEntry(5, 3, b'a"b"c"'))
     stream.end(COMPLETE, {}, data=b"data: [DONE]\n\n")
-    pieces, index = pipe.pack(*pipe.facts_of(stream, 0)), 0
-    while (item := pipe.next_item(stream, index, 0)) is not None:
+    pieces, index = log_codec.pack(*log_codec.facts_of(stream, 0)), 0
+    while (item := log_codec.next_item(stream, index, 0)) is not None:
         index, more = item
         pieces += more
     return stream, b"".join(pieces)
 
 
-def read(data: bytes, size: int) -> list[tuple[pipe.Head, bytes]]:
-    assembler = pipe.Assembler()
+def read(data: bytes, size: int) -> list[tuple[log_codec.Head, bytes]]:
+    assembler = log_codec.Assembler()
     return [
         item
         for start in range(0, len(data), size)
@@ -53,12 +53,18 @@ def test_a_log_is_the_same_under_every_cut() -> None:
     whole = read(data, len(data))
 
     kinds = [type(head) for head, _body in whole]
-    assert kinds == [pipe.Facts, pipe.Part, pipe.Part, pipe.Part, pipe.End]
+    assert kinds == [
+        log_codec.Facts,
+        log_codec.Part,
+        log_codec.Part,
+        log_codec.Part,
+        log_codec.End,
+    ]
     frames = [
         frame
         for head, body in whole
-        if isinstance(head, pipe.Part)
-        for frame in stream.frames(pipe.entry_of(head, body))
+        if isinstance(head, log_codec.Part)
+        for frame in stream.frames(log_codec.entry_of(head, body))
     ]
     assert frames == [f for entry in stream.entries[:-1] for f in stream.frames(entry)]
     for size in range(1, len(data)):
@@ -72,12 +78,12 @@ def test_the_rest_of_an_entry_has_the_events_that_are_left(kind: int) -> None:
     frames = stream.frames(entry)
 
     for skip in range(1, entry.count):
-        rest = pipe.rest_of(stream, entry, entry.first + skip - 1)
+        rest = log_codec.rest_of(stream, entry, entry.first + skip - 1)
         assert rest is not None
         assert (rest.first, rest.count) == (entry.first + skip, entry.count - skip)
         assert list(stream.frames(rest)) == list(frames[skip:])
-    assert pipe.rest_of(stream, entry, entry.first - 1) is entry
-    assert pipe.rest_of(stream, entry, entry.first + entry.count - 1) is None
+    assert log_codec.rest_of(stream, entry, entry.first - 1) is entry
+    assert log_codec.rest_of(stream, entry, entry.first + entry.count - 1) is None
 
 
 @pytest.mark.parametrize("start", [0, 8, 9, 12])
@@ -92,7 +98,7 @@ def test_what_is_no_log_is_malformed(start: int) -> None:
 
 def test_an_item_that_is_too_large_is_malformed_before_it_comes() -> None:
     with pytest.raises(Malformed):
-        list(pipe.Assembler().feed(b"\xff\xff\xff\xff\x00\x00\x00\x01"))
+        list(log_codec.Assembler().feed(b"\xff\xff\xff\xff\x00\x00\x00\x01"))
 
 
 @pytest.mark.parametrize("passed", [None, (422, b'{"error":{}}')])
@@ -109,7 +115,7 @@ def test_every_error_looks_the_same_at_another_instance(
         error.request_outcome = Outcome("p", "m", 3, {"x-ratelimit": "1"})
         error.provider_answer = passed
 
-    other = faults.unpack(faults.pack(error))
+    other = log_codec.unpack_fault(log_codec.pack_fault(error))
 
     assert type(other) is cls
     assert other.body() == error.body()
@@ -119,10 +125,10 @@ def test_every_error_looks_the_same_at_another_instance(
 
 
 def test_an_error_that_is_unknown_here_is_an_internal_one() -> None:
-    fault = faults.pack(InternalError("x"))
+    fault = log_codec.pack_fault(InternalError("x"))
     fault.kind = "SystemExit"
 
-    assert type(faults.unpack(fault)) is InternalError
+    assert type(log_codec.unpack_fault(fault)) is InternalError
 
 
 def test_messages_go_out_in_bounded_publications() -> None:
@@ -153,7 +159,9 @@ def test_a_publication_that_is_too_large_is_malformed() -> None:
 def test_an_entry_is_counted_as_at_its_owner() -> None:
     stream, data = log()
     entries: list[Entry] = [
-        pipe.entry_of(head, body) for head, body in read(data, 7) if isinstance(head, pipe.Part)
+        log_codec.entry_of(head, body)
+        for head, body in read(data, 7)
+        if isinstance(head, log_codec.Part)
     ]
 
     assert [entry.size for entry in entries] == [entry.size for entry in stream.entries[:-1]]

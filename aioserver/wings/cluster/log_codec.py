@@ -1,4 +1,5 @@
-"""A log as bytes, in which other instances get it, and Redis keeps it.
+"""A log as bytes, in which other instances get it, and Redis keeps it; and errors on their way
+between instances: one at the owner looks the same to a client elsewhere.
 
 The bytes are a sequence of items. Each has a head, which is msgpack, and a body, which is copied
 as it is:
@@ -18,11 +19,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from aioserver import provider_errors
+from aioserver.errors import AioserverError, InternalError
 from aioserver.protocol import eventstream
+from aioserver.provider_errors import ProviderFault, ProviderRefused
 from aioserver.providers.request import Answer
 from aioserver.streams.contracts import PLAIN_EVENTS
 from aioserver.streams.entries import CHUNK, Entry, TextEntry
-from aioserver.wings.cluster import faults
+from aioserver.telemetry.outcome import Outcome
 from aioserver.wings.cluster.peer_messages import Fault, Malformed
 
 if TYPE_CHECKING:
@@ -214,7 +218,7 @@ def entry_of(part: Part, body: bytes) -> Entry:
 
 def end_item(stream: Stream, entry: Entry) -> list[bytes]:
     """Return *entry*, the last event of *stream*, as an item."""
-    fault = None if stream.error is None else faults.pack(stream.error)
+    fault = None if stream.error is None else pack_fault(stream.error)
     return pack(End(entry.first, entry.status, list(entry.frames or ()), fault), entry.data)
 
 
@@ -257,3 +261,49 @@ def next_item(stream: Stream, index: int, skip: int) -> tuple[int, list[bytes]] 
         return last, whole_item(stream.whole)
     rest = rest_of(stream, entry, entry.first - 1 + skip)
     return index + 1, entry_item(rest or entry)
+
+
+_CLASSES = {cls.__name__: cls for cls in provider_errors.subclasses(AioserverError)}
+
+
+def pack_fault(error: AioserverError) -> Fault:
+    """Return *error* as a part of a message."""
+    fault = Fault(
+        type(error).__name__, error.message, error.retry_after, error.param, paid=error.paid
+    )
+    if isinstance(error, ProviderFault) and (outcome := error.request_outcome) is not None:
+        fault.provider, fault.attempts = outcome.provider, outcome.attempts
+        fault.provider_headers = dict(outcome.headers)
+    if isinstance(error, ProviderRefused):
+        fault.status, fault.body = error.provider_status, error.provider_body
+    if isinstance(error, ProviderFault) and error.provider_answer is not None:
+        fault.status, fault.body = error.provider_answer
+        fault.passed = True
+    return fault
+
+
+def unpack_fault(fault: Fault) -> AioserverError:
+    """Return the error of which *fault* was made.
+
+    An `InternalError` if its class is unknown here.
+    """
+    cls = _CLASSES.get(fault.kind)
+    if cls is None or not issubclass(cls, AioserverError):
+        return InternalError("internal error")
+    if issubclass(cls, ProviderRefused):
+        refused = cls(fault.message, fault.status, fault.body)
+        refused.retry_after, refused.param = fault.retry_after, fault.param
+        error: AioserverError = refused
+    else:
+        error = cls(fault.message, retry_after=fault.retry_after, param=fault.param)
+    error.paid = fault.paid
+    # It was counted where it happened.
+    error.counted = True
+    if isinstance(error, ProviderFault):
+        if fault.provider:
+            error.request_outcome = Outcome(
+                fault.provider, "", fault.attempts, fault.provider_headers
+            )
+        if fault.passed:
+            error.provider_answer = fault.status, fault.body
+    return error
