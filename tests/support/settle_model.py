@@ -17,7 +17,8 @@ waited for before anything is given:
 3. A server that nobody has called for longer than any beat was away itself (stopped, paused, cut
    off), and so is each lease longer than it seems. The same goes for a server that is not the
    process it was: a replica that lags has forgotten its last answers, and so has one that has
-   loaded a file. It is blind for a while, and no lease ends meanwhile.
+   loaded a file: it is blind until each member has called, or its lease is over, which may have
+   been renewed just before. No lease ends meanwhile.
 4. An instance without a call for the length of its lease is no member; its places are free. It
    lets go of them earlier by its own clock, from the moment of sending on.
 5. Above a limit (somebody came back, or the limit was lowered) whoever calls may not use all that
@@ -113,9 +114,11 @@ class _Call:
         """Do it all."""
         request, world = self.request, self.world
         self.notice_absence()
-        grace = self.now < world.grace
         self.sweep()
-        mine = self.renew(grace=grace)
+        mine = self.renew()
+        silent = [member.ends for member in world.members.values() if member.silent]
+        grace_ends = max([world.grace, *silent])
+        grace = self.now < grace_ends
         missing = len(world.awaited)
         reserve = missing / max(1, missing + len(world.members))
         if mine is not None:
@@ -136,7 +139,7 @@ class _Call:
         return Answer(
             epoch=world.epoch,
             anew=self.anew,
-            grace=max(0, world.grace - self.now),
+            grace=max(0, grace_ends - self.now),
             number=world.number,
             rank=rank,
             count=count,
@@ -157,7 +160,10 @@ class _Call:
         if moved or (self.now - world.last > self.pause and world.members):
             world.grace = max(world.grace, self.now + self.grace_period)
             for name, member in world.members.items():
-                member.ends = max(member.ends, self.now + self.grace_period)
+                # An older state lacks the last renewals, and what was given with them.
+                length = self.lease if moved else self.grace_period
+                member.ends = max(member.ends, self.now + length)
+                member.silent |= moved
                 self.tell(name, "")
         if moved:
             world.run = run
@@ -194,7 +200,7 @@ class _Call:
         for name in self.request.ended:
             self.leave(name)
 
-    def renew(self, *, grace: bool) -> Member | None:
+    def renew(self) -> Member | None:
         world, request, me = self.world, self.request, self.request.instance
         mine = world.members.get(me)
         # An instance that comes anew says what it has, and whom it knew.
@@ -210,12 +216,13 @@ class _Call:
             elif self.anew:
                 self.forget(me)
             world.awaited.pop(me, None)
-            mine.ends, mine.seq = self.now + self.lease, request.seq
+            mine.ends, mine.seq, mine.silent = self.now + self.lease, request.seq, False
             mine.heard = request.heard if request.epoch == world.epoch else 0
         for name, ends in list(world.awaited.items()):
             if ends < self.now or name in world.members:
                 del world.awaited[name]
-        if self.anew and grace and mine is not None:
+        asks = (self.anew and self.now < world.grace) or self.now < world.lost
+        if asks and mine is not None:
             for name in request.known:
                 if name not in world.members and name not in world.awaited:
                     world.awaited[name] = self.now + self.lease

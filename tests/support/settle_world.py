@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Member:
-    """An instance: when its lease ends, its last call, when it joined, and which of those that
-    joined it knows.
+    """An instance: when its lease ends, its last call, when it joined, which of those that joined
+    it knows, and whether it has not called since the server had an older state.
     """
 
     ends: float
     seq: int
     number: int
     heard: int
+    silent: bool = False
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@
 -- Lua iterates over a table in no order, and compares strings by the server's locale: so whoever comes first
 -- is decided by numbers. Numbers are passed to commands as they are: `..` would keep 14 digits of them.
 local PREFIX, DAY = KEYS[1], 86400
-local ENDS, SEQ, NUMBER, HEARD = 1, 2, 3, 4
+local ENDS, SEQ, NUMBER, HEARD, SILENT = 1, 2, 3, 4, 5
 local HELD, KNOWS = 1, 2
 local TAG, ORDER, NEED, WEIGHT = 1, 2, 3, 4
 
@@ -67,7 +67,9 @@ local moved = run ~= '' and run ~= world.run
 if moved or (now - world.last > PAUSE and next(members)) then
   world.blind = math.max(world.blind, now + BLIND)
   for instance, member in pairs(members) do
-    member[ENDS] = math.max(member[ENDS], now + BLIND)
+    -- An older state lacks the last renewals, and what was given with them.
+    member[ENDS] = math.max(member[ENDS], now + (moved and LEASE or BLIND))
+    if moved then member[SILENT] = 1 end
     tell(instance, '')
   end
 end
@@ -76,7 +78,6 @@ if moved then
   world.lost = math.max(world.lost or 0, now + BLIND)
 end
 world.last = now
-local blind = now < world.blind
 
 local limits, touched = {}, {}
 local function touch(name)
@@ -125,13 +126,13 @@ else
     forget(me)
   end
   awaited[me] = nil
-  mine[ENDS], mine[SEQ] = now + LEASE, seq
+  mine[ENDS], mine[SEQ], mine[SILENT] = now + LEASE, seq, nil
   mine[HEARD] = epoch == world.epoch and heard or 0
 end
 for instance, ends in pairs(awaited) do
   if ends < now or members[instance] then awaited[instance] = nil end
 end
-if anew and blind and not bye then
+if (anew and now < world.blind or now < (world.lost or 0)) and not bye then
   for _, instance in ipairs(known) do
     if not members[instance] and not awaited[instance] then
       awaited[instance] = now + LEASE
@@ -139,6 +140,11 @@ if anew and blind and not bye then
     end
   end
 end
+local blind_ends = world.blind
+for _, member in pairs(members) do
+  if member[SILENT] then blind_ends = math.max(blind_ends, member[ENDS]) end
+end
+local blind = now < blind_ends
 local missing = size(awaited)
 local reserve = missing / math.max(1, missing + size(members))
 
@@ -324,6 +330,6 @@ for instance, words in pairs(wakes) do
   redis.call('PUBLISH', PREFIX .. 'wake:' .. instance, cmsgpack.pack(words))
 end
 return cmsgpack.pack({
-  world.epoch, anew, math.max(0, world.blind - now), world.number, rank, count, known_to_all, names, world.version, told,
+  world.epoch, anew, math.max(0, blind_ends - now), world.number, rank, count, known_to_all, names, world.version, told,
   results, slots,
 })

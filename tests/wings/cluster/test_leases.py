@@ -329,3 +329,28 @@ def test_answer_names_the_members_only_when_they_have_changed() -> None:
 
     assert decode_answer(answer).members == []
     assert sorted(first.leases.members) == ["i0", "i1", "i2"]
+
+
+@pytest.mark.parametrize("joined_since", [False, True])
+def test_places_that_an_older_state_lacks_are_nobody_elses(joined_since: bool) -> None:
+    simulation, (deaf, other, third) = cluster()
+    simulation.keep()
+    if joined_since:
+        deaf = simulation.add(IDLE)
+        simulation.advance(3 * TIMES.beat)
+    simulation.advance(TIMES.lease)
+    count = 3 if joined_since else 8
+    ask(deaf, count)
+    assert deaf.inside == count
+    simulation.cut_off.add(deaf.number)
+
+    simulation.roll_back()
+    ask(other, LIMIT)
+    ask(third, LIMIT)
+    simulation.advance(deaf.leases.lease_end - simulation.now - 0.2)
+
+    # It may still start what it was granted.
+    assert deaf.leases.state is not State.ALONE
+    assert simulation.in_flight <= LIMIT
+    simulation.advance(TIMES.lease)
+    assert other.inside + third.inside == LIMIT

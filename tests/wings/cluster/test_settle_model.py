@@ -83,7 +83,10 @@ def state_of_model(model: Model) -> dict[str, Any]:
         for name, limit in world.limits.items()
     }
     members, gone = (
-        {name: [each.ends, each.seq, each.number, each.heard] for name, each in group.items()}
+        {
+            name: [each.ends, each.seq, each.number, each.heard, *[1] * each.silent]
+            for name, each in group.items()
+        }
         for group in (world.members, world.gone)
     )
     numbers = {
