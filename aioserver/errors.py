@@ -44,6 +44,7 @@ The tree, with HTTP status, code and close code:
         ConcurrencyExceeded         429  concurrency_exceeded
         HeadersTooLarge             431  headers_too_large
         InternalError               500  internal_error          1011
+        UnsupportedCoding           501  unsupported_transfer_coding
         ServerAtCapacity            503  server_at_capacity      1013
         ServerShutdown              503  server_shutdown         1012
         InstanceUnavailable         503  instance_unavailable
@@ -133,7 +134,7 @@ class AioserverError(Exception):
                 headers["retry-after-ms"] = str(max(1, math.ceil(1000 * self.retry_after)))
         elif self.http_status == 503:
             headers["Retry-After"] = "1"
-        if self.http_status == 409 or self.paid:
+        if self.http_status in {409, 501} or self.paid:
             headers["x-should-retry"] = "false"
         return headers
 
@@ -381,6 +382,12 @@ class InternalError(AioserverError):
     code, status, force_close = "internal_error", 500, True
     close = 1011
     close_reason = b"internal error"
+
+
+class UnsupportedCoding(AioserverError):
+    """The body has a transfer coding other than `chunked` (RFC 9112, 6.1)."""
+
+    code, status, force_close = "unsupported_transfer_coding", 501, True
 
 
 class ServerAtCapacity(AioserverError):

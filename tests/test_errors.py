@@ -42,6 +42,7 @@ TABLE = {
     429: {"rate_limit_exceeded", "concurrency_exceeded", "provider_rate_limited"},
     431: {"headers_too_large"},
     500: {"internal_error"},
+    501: {"unsupported_transfer_coding"},
     502: {
         *("connect_error", "provider_disconnected", "provider_bad_response"),
         *("provider_auth_error", "provider_error"),

@@ -21,6 +21,7 @@ from aioserver.errors import (
     InvalidRequest,
     RequestTimeout,
     RequestTooLarge,
+    UnsupportedCoding,
     UnsupportedMediaType,
 )
 from aioserver.protocol import model_body
@@ -53,13 +54,13 @@ async def read_body(request: web.Request, hold: BodyHold, max_bytes: int) -> byt
     """Read the body, and return its bytes, which *hold* counts.
 
     Raises:
-        UnsupportedMediaType: the body is not `application/json`, or is compressed.
+        UnsupportedMediaType, UnsupportedCoding: the body is not `application/json`, or as
+            `refuse_coded`.
         RequestTooLarge: the body has more than *max_bytes*.
         RequestTimeout: the body was not complete within BODY_TIMEOUT.
         ServerAtCapacity: see `Admission.grow`.
     """
-    if "Content-Encoding" in request.headers:
-        raise UnsupportedMediaType("a compressed body is not accepted")
+    refuse_coded(request)
     header = request.headers.get("Content-Type")
     # For nearly all clients, comparing the header itself saves parsing it.
     if header != "application/json" and request.content_type != "application/json":
@@ -81,6 +82,21 @@ async def read_body(request: web.Request, hold: BodyHold, max_bytes: int) -> byt
     if len(body) > max_bytes:
         raise RequestTooLarge(f"a body of {len(body)} bytes, at most {max_bytes}")
     return body
+
+
+def refuse_coded(request: web.Request) -> None:
+    """Refuse a body whose bytes are not those that they stand for.
+
+    Raises:
+        UnsupportedMediaType: it is compressed.
+        UnsupportedCoding: it has a transfer coding other than `chunked`.
+    """
+    headers = request.headers
+    if hdrs.CONTENT_ENCODING in headers:
+        raise UnsupportedMediaType("a compressed body is not accepted")
+    # aiohttp's parser takes off the last coding, which is `chunked`, and says nothing of others.
+    if headers.get(hdrs.TRANSFER_ENCODING, "chunked").strip().lower() != "chunked":
+        raise UnsupportedCoding("no transfer coding but chunked is accepted")
 
 
 async def read_start(request: web.Request, hold: BodyHold, max_bytes: int) -> bytes:

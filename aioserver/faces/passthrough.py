@@ -26,11 +26,10 @@ from aioserver.errors import (
     InvalidRequest,
     NotFound,
     PermissionDenied,
-    UnsupportedMediaType,
 )
 from aioserver.faces import http, whole
 from aioserver.faces.admission import counted
-from aioserver.faces.intake import BodyStream, client_headers, read_start
+from aioserver.faces.intake import BodyStream, client_headers, read_start, refuse_coded
 from aioserver.faces.ready import HIGH_WATER
 from aioserver.gateway.request import Request
 from aioserver.protocol import model_body, passable
@@ -234,8 +233,7 @@ async def _take_body(
     """
     if request.headers.get(hdrs.EXPECT, "100-continue").lower() != "100-continue":
         raise ExpectationFailed("Expect may be 100-continue and nothing else")
-    if hdrs.CONTENT_ENCODING in request.headers:
-        raise UnsupportedMediaType("a compressed body is not accepted")
+    refuse_coded(request)
     if not request.body_exists:
         return None, None
     if request.method != "POST":

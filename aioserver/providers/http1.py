@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from aioserver.providers.api import Api
     from aioserver.streams.contracts import Path
 
+CODINGS = "transfer-encoding"
 # Headers that frame a body; a configured header of one of these names is never sent.
-FRAMING_HEADERS = frozenset({"connection", "content-length", "transfer-encoding"})
+FRAMING_HEADERS = frozenset({"connection", "content-length", CODINGS})
 # Nor one of these with a body that is passed on: it is the client's, and so is its type.
 BODY_HEADERS = FRAMING_HEADERS | {"content-type", "content-encoding"}
 # Bytes of an answer's head, with the interim answers before it.
@@ -314,13 +315,18 @@ class ResponseParser:
         self._header_bytes += len(reason)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep a header, the last of those with one name; a trailer is counted and not read."""
+        """Keep a header, the last of those with one name, and all codings; a trailer is counted and
+        not read.
+        """
         if self.whole:
             return
         # The 4 bytes are ": " and the line's end.
         self._header_bytes += len(name) + len(value) + 4
         if self.sink is None:
-            self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+            key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+            if key == CODINGS and key in self._headers:
+                text = f"{self._headers[key]}, {text}"
+            self._headers[key] = text
 
     def on_headers_complete(self) -> None:
         """Get the sink for the body, since the head is complete."""
@@ -335,11 +341,11 @@ class ResponseParser:
                 raise ProviderBadResponse("the provider switched the protocol")
             return
         self.status, headers = status, self._headers
-        self.framed = (
-            "content-length" in headers
-            or "chunked" in headers.get("transfer-encoding", "").lower()
-            or status in {204, 304}
-        )
+        coding = headers.get(CODINGS, "").strip().lower()
+        if coding not in {"", "chunked", "identity"}:
+            # llhttp takes off the last one, and no request of ours has a `TE` that allows others.
+            raise ProviderBadResponse("the provider's answer has a transfer coding but chunked")
+        self.framed = "content-length" in headers or coding == "chunked" or status in {204, 304}
         assert self._on_head is not None
         self.sink = self._on_head(status, headers)
 

@@ -335,6 +335,31 @@ async def test_a_compressed_body_is_415(server: RunningServer, line: str) -> Non
     assert (answer.status, answer.code) == (415, "unsupported_media_type")
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/audio/speech"),
+        *("/v1/moderations", "/sse/chat"),
+    ],
+)
+async def test_a_body_with_another_coding_than_chunked_is_501(
+    server: RunningServer, path: str
+) -> None:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    for coding in ("gzip, chunked", "deflate,chunked"):
+        async with Raw(server) as raw:
+            await raw.send(
+                f"{head}Transfer-Encoding: {coding}\r\n\r\n2\r\n{{}}\r\n0\r\n\r\n".encode()
+            )
+            answer = await raw.answer()
+
+        assert (answer.status, answer.code) == (501, "unsupported_transfer_coding")
+        assert answer.headers["connection"] == "close"
+        # The SDKs repeat what fails with such a status.
+        assert answer.headers["x-should-retry"] == "false"
+    assert server.simulator.stats().requests == 0
+
+
 async def test_a_body_of_another_type_is_415(server: RunningServer) -> None:
     for path in ("/sse/chat", "/v1/embeddings"):
         for kind in ("text/plain", "application/x-www-form-urlencoded", ""):

@@ -94,6 +94,15 @@ BROKEN = {
     + chunk(b"hello")
     + b"0\r\n\r\n"
     + OK,
+    "a coding within the chunks": CHUNKED.replace(b"chunked", b"gzip, chunked")
+    + chunk(b"hello")
+    + b"0\r\n\r\n",
+    "a coding in a line of its own": CHUNKED.replace(
+        b"\r\n", b"\r\nTransfer-Encoding: gzip\r\n", 1
+    )
+    + chunk(b"hello")
+    + b"0\r\n\r\n",
+    "a coding up to the end": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nhello",
     "another protocol": b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
     b"Connection: Upgrade\r\n\r\n",
 }

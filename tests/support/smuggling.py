@@ -74,6 +74,7 @@ INVALID = [
     POST
     + b"Transfer-Encoding: identity\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
     + SMUGGLED,
+    POST + b"Transfer-Encoding: gzip\r\n" + CHUNKED + SMUGGLED,
     POST + b"Transfer-Encoding:\x0bchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
     POST + b"Transfer-Encoding: chunked\r\n\r\n0;\n\r\n\r\n" + SMUGGLED,
     POST + b"Transfer-Encoding: chunked\r\n\r\n5;a\nb\r\nhello\r\n0\r\n\r\n" + SMUGGLED,
@@ -109,6 +110,7 @@ VALID: list[tuple[bytes, bool]] = [
     (POST + b"Connection: transfer-encoding\r\n" + CHUNKED + SMUGGLED, True),
     (POST + CHUNKED.replace(b": c", b":\tc") + SMUGGLED, True),
     (POST + CHUNKED.replace(b"chunked", b"CHUNKED") + SMUGGLED, True),
+    (POST + CHUNKED.replace(b"chunked", b"gzip, chunked") + SMUGGLED, False),
     (POST + b"Content_Length: 38\r\n\r\n" + SMUGGLED, True),
 ]
 

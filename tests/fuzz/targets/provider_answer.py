@@ -57,6 +57,7 @@ WORDS = (
     ),
     *(
         b"Content-Encoding: gzip\r\n",
+        b"Transfer-Encoding: gzip\r\n",
         b"x-ratelimit-a: ",
         b"\r\n\r\n",
         b"5\r\nhello\r\n",
