@@ -226,11 +226,9 @@ class Monitor:
         """Send *watcher* nothing more, if it watches."""
         self._watchers.pop(watcher, None)
 
-    def incident(
-        self, kind: str, text: str, *, severity: str = "warning", provider: str | None = None
-    ) -> None:
+    def incident(self, kind: str, text: str, *, severity: str = "warning") -> None:
         """Keep an incident that happens now, and send it to all watchers; the caller logs it."""
-        self._publish(incident(kind, text, severity, provider))
+        self._publish(incident(kind, text, severity))
 
     def tick(self) -> None:
         """End the interval: build its snapshot, find its incidents, and send both to the

@@ -226,11 +226,9 @@ def _event(part: bytes) -> ServerEvent | None:
     return ServerEvent(b"\n".join(data), name, id_) if data else None
 
 
-def write(data: bytes, *, event: str = "", id: int | None = None) -> bytes:  # noqa: A002 - the field's name
+def write(data: bytes, *, event: str = "") -> bytes:
     """Return one event. *data* must be a single line, as our JSON is."""
-    head = b"" if id is None else b"id: %d\n" % id
-    if event:
-        head += b"event: %b\n" % event.encode()
+    head = b"event: %b\n" % event.encode() if event else b""
     return b"%bdata: %b\n\n" % (head, data)
 
 

@@ -214,8 +214,8 @@ def test_written_events_are_read_again() -> None:
     data = b'{"a":"\\n"}'
 
     assert write(data) == b'data: {"a":"\\n"}\n\n'
-    assert write(data, event="chunk", id=3) == b'id: 3\nevent: chunk\ndata: {"a":"\\n"}\n\n'
-    assert parse(write(data, event="chunk", id=3)) == [ServerEvent(data, b"chunk", b"3")]
+    assert write(data, event="chunk") == b'event: chunk\ndata: {"a":"\\n"}\n\n'
+    assert parse(write(data, event="chunk")) == [ServerEvent(data, b"chunk")]
 
 
 def test_a_heartbeat_is_no_event() -> None:

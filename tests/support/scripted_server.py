@@ -127,7 +127,8 @@ class ResponsePeer:
     async def send(self, *frames: dict[str, Any]) -> None:
         for frame in frames:
             status, number = frame["status"], frame.get("event_id")
-            await self.write(eventstream.write(orjson.dumps(frame), event=status, id=number))
+            head = b"" if number is None else b"id: %d\n" % number
+            await self.write(head + eventstream.write(orjson.dumps(frame), event=status))
 
     async def write(self, data: bytes) -> None:
         """Write bytes of the body."""
