@@ -8,6 +8,8 @@ out of a handler gives the place back, once, and not before its response is in t
 
 An HTTP handler waits in its own task, which is cancelled when the client leaves (`counted`). A
 WebSocket has to go on reading while it waits, so it waits in a task of its own (upgrade.py).
+
+This file is one concept: a place, and what is counted with it from its request to its end.
 """
 
 from __future__ import annotations
@@ -209,6 +211,8 @@ class Admission:
         """
         waits, meter = self.metrics.admission_wait, self.metrics.faces[face]
         began = monotonic()
+        if not self._limits.queue_timeout:
+            self.idle_sockets.make_room(name)
         self.idle_sockets.waits(name)
         meter.waiting.value += 1
         place = None
@@ -238,13 +242,16 @@ class Admission:
         meter.connections.value += 1
         meter.opened.value += 1
 
-    def closed(self, face: str, code: str = "", caller: str = "") -> None:
+    def closed(
+        self, face: str, code: str = "", caller: str = "", *, gave_way: bool = False
+    ) -> None:
         """Count that a connection has ended, which was `opened`.
 
-        *code*: the close code of a WebSocket.
+        *code*: the close code of a WebSocket. *gave_way*: its place went to another one before.
         """
         self.metrics.faces[face].connections.value -= 1
-        self.idle_sockets.closed(caller)
+        if not gave_way:
+            self.idle_sockets.closed(caller)
         closed = self.metrics.closed
         (closed.get((face, code)) or closed[face, "other"]).value += 1
         self.log("closed", face, caller=caller)

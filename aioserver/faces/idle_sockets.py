@@ -8,6 +8,9 @@ places.
 
 A socket asks by a chat, a resume or a cancel that is carried out, and by its handshake. Pings ask
 nothing, so they keep no place.
+
+Its place is free as soon as it gives way, however long its client takes to close. So a client gets
+it that may not wait (`queue_timeout: 0`), too.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ class IdleSocket(Protocol):
         """Whether answers run on this socket."""
 
     def give_way(self) -> None:
-        """Close, since others wait for a place; `remove` follows."""
+        """Give the place back, and close, since others wait for one; `remove` follows."""
 
 
 class IdleSockets:
@@ -68,8 +71,6 @@ class IdleSockets:
         self._waiters: Counter[str] = Counter()
         # Of each key: its sockets, with the time at which each has asked last.
         self._sockets: dict[str, OrderedDict[IdleSocket, float]] = {}
-        # The sockets that were told to give way, and still have their places.
-        self._leaving: set[IdleSocket] = set()
         # The key with the most places. It may be outdated, but not while a key has more than half
         # of them.
         self._largest = ""
@@ -100,6 +101,13 @@ class IdleSockets:
             self._look_in(0.0)
             self._waiters[name] += 1
 
+    def make_room(self, name: str) -> None:
+        """Let a socket give way now, as far as the rule goes, for a client of the key *name* that
+        may not wait.
+        """
+        if name and name != self._largest and not self._elsewhere():
+            self._give(self._waiting() + 1)
+
     def waited(self, name: str) -> None:
         """Count a client of the key *name* that waits no more."""
         if name:
@@ -128,7 +136,6 @@ class IdleSockets:
 
     def remove(self, socket: IdleSocket) -> None:
         """Forget *socket*, whose connection has ended. It need not have been added."""
-        self._leaving.discard(socket)
         name = socket.caller.name
         sockets = self._sockets.get(name)
         if sockets is not None:
@@ -152,24 +159,29 @@ class IdleSockets:
             if self._waiters:
                 self._look_in(KNOWN)
             return
-        name, now = self._largest, self._loop.time()
         # A client that was handed its place in this turn of the loop waits no more for the gate.
-        others = min(self._waiters.total() - self._waiters[name], self._waiting())
+        self._give(min(self._waiters.total() - self._waiters[self._largest], self._waiting()))
+
+    def _give(self, others: int) -> None:
+        """Let sockets of the key with the most places give way to so many *others*."""
+        name, now = self._largest, self._loop.time()
         while (
-            others > len(self._leaving)
-            and 2 * (self._places[name] - len(self._leaving)) > self._limit()
+            others > 0
+            and 2 * self._places[name] > self._limit()
             and (sockets := self._sockets.get(name))
         ):
             socket, since = next(iter(sockets.items()))
             if (left := since + IDLE_SECONDS - now) > 0:
-                self._look_in(left)
+                if self._waiters:
+                    self._look_in(left)
                 return
             if socket.busy:
                 # It asks until its answers have ended.
                 self.asked(socket)
                 continue
-            del sockets[socket]
-            self._leaving.add(socket)
+            others -= 1
+            self.remove(socket)
+            _take_one(self._places, name)
             socket.give_way()
 
 

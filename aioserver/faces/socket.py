@@ -14,6 +14,8 @@ A ping is read after all that was written before it, so a client that reads slow
 longer for its pong as limits/write_watchdog.py gives it for those bytes.
 So is the closing handshake: aiohttp ends the connection together with its close frame, and if the
 client is still sending then, the kernel's reset can destroy that frame.
+
+This file is one concept: what one connection is doing decides on each of these.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
+    from aioserver.limits.gate import Place
     from aioserver.protocol.client_headers import ClientHeaders
 
 # Messages, and their bytes, that are kept of a socket that waits for its place.
@@ -113,6 +116,8 @@ class Socket(ABC):
             on_unfollow=context.gateway.lifetime.reader_removed,
         )
         self._inside = False
+        # None before it has one, and after it gave way.
+        self._place: Place | None = None
         self._waiting: list[tuple[bytes, BodyHold]] = []
         self._pings = itertools.count(1)
         # The payload of a ping whose pong has not come.
@@ -169,8 +174,9 @@ class Socket(ABC):
 
     # Admission.
 
-    def entered(self) -> None:
-        """Carry out what came while the socket waited: it has its place now."""
+    def entered(self, place: Place) -> None:
+        """Carry out what came while the socket waited: it has its *place* now."""
+        self._place = place
         self._context.admission.opened(self.face, self.caller.name)
         self._inside, self._messages.room = True, None
         self._context.admission.idle_sockets.add(self)
@@ -306,9 +312,17 @@ class Socket(ABC):
         self.end(InvalidApiKey(REVOKED))
 
     def give_way(self) -> None:
-        """Tell the client that others need its place, and close with 1013."""
+        """Give the place to others, tell the client, and close with 1013.
+
+        What is left to do counts as the end of a refused socket.
+        """
         admission = self._context.admission
         admission.gave_way(self.face, self.caller.name)
+        place, self._place = self._place, None
+        if place is not None:
+            self._refused_closing = True
+            admission.refused_closing += 1
+            place.release()
         reason = f"nothing was asked for {IDLE_SECONDS:.0f} s, and other keys wait for a place"
         self.end(ServerAtCapacity(reason, retry_after=admission.gate.retry_after()))
 
@@ -377,7 +391,9 @@ class Socket(ABC):
         ]
         if self._inside:
             code, name = str(self._close_code), self.caller.name
-            steps.append(partial(admission.closed, self.face, code, name))
+            gave_way = self._place is None
+            closed = partial(admission.closed, self.face, code, name, gave_way=gave_way)
+            steps.append(closed)
         try:
             run_all(steps)
             if self._closing is None:

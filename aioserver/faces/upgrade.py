@@ -51,7 +51,7 @@ class SocketPlace:
         self._place = self._admission.try_enter()
         try:
             if self._place is not None:
-                self._socket.entered()
+                self._socket.entered(self._place)
             else:
                 socket = self._socket
                 wait = self._admission.wait(socket.face, socket.caller.name, socket.show_position)
@@ -79,7 +79,7 @@ class SocketPlace:
                 self._place.release()
                 return
             try:
-                self._socket.entered()
+                self._socket.entered(self._place)
             except Exception as exc:  # noqa: BLE001 - logged below, and the client is told
                 error = exc
         if error is not None and not self._over:

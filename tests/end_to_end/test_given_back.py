@@ -46,6 +46,7 @@ faces.admission counted.handler
 faces.client_messages ClientMessages._read_head
 faces.openai write_answer
 faces.session _key_in_body
+faces.socket Socket.give_way
 faces.socket Socket.refused
 faces.upgrade SocketPlace.__enter__
 wings.responses.stored_face write
@@ -71,9 +72,10 @@ providers.provider Provider.exchange
 providers.queueing ProviderGate._start
 """.strip().splitlines()
 }
-# A refused socket, a trial of a dead provider, a pool behind no gate, a response whose log is
+# A socket that is refused or gives way, a trial of a dead provider, a pool behind no gate, a response whose log is
 # gone, and what calls nothing that may fail.
 RARE = {
+    Function("faces.socket", "Socket.give_way"),
     Function("faces.socket", "Socket.refused"),
     Function("faces.admission", "Admission.grow"),
     Function("gateway.gateway", "Gateway.hold"),

@@ -46,22 +46,26 @@ class Client:
         assert not self.busy
         self.left = True
         self._house.told.append(self)
+        self._house.free()
 
     def close(self) -> None:
-        self._house.inside -= 1
         self._house.idle.remove(self)
         self._house.idle.closed(self.caller.name)
+        self._house.inside -= 1
 
 
 class House:
-    """A server with *limit* places, whose waiting clients are only counted."""
+    """A server with *limit* places, whose waiting clients get what becomes free in their order."""
 
     def __init__(self, clock: FakeClock, limit: int) -> None:
         self.clock = clock
         self.limit = limit
-        self.inside = self.waiting = 0
+        self.inside = 0
+        self.queue: list[str] = []
         self.told: list[Client] = []
-        self.idle = IdleSockets(clock.loop, limit=lambda: self.limit, waiting=lambda: self.waiting)
+        self.idle = IdleSockets(
+            clock.loop, limit=lambda: self.limit, waiting=lambda: len(self.queue)
+        )
 
     def enter(self, name: str, count: int, pause: float = 1.0) -> list[Client]:
         clients = []
@@ -71,13 +75,24 @@ class House:
         return clients
 
     def wait(self, name: str) -> None:
-        self.waiting += 1
+        self.queue.append(name)
         self.idle.waits(name)
         self.clock.advance(0)
 
     def give_up(self, name: str) -> None:
-        self.waiting -= 1
+        self.queue.remove(name)
         self.idle.waited(name)
+
+    def free(self) -> None:
+        self.inside -= 1
+        if self.queue:
+            # Its task runs in a later turn.
+            self.clock.loop.call_later(0.0, self._entered, self.queue.pop(0))
+
+    def _entered(self, name: str) -> None:
+        self.idle.waited(name)
+        self.inside += 1
+        self.idle.opened(name)
 
 
 @pytest.fixture
@@ -101,9 +116,9 @@ def test_one_gives_way_for_each_that_waits_down_to_half(house: House, clock: Fak
     clients = house.enter(MINE, 4)
     clock.advance(IDLE_SECONDS)
 
-    for waiting, gone in ((1, 1), (2, 2), (3, 2)):
+    for waiting, gone in ((0, 1), (0, 2), (1, 2)):
         house.wait(OTHER)
-        assert house.waiting == waiting
+        assert len(house.queue) == waiting
         assert house.told == clients[:gone]
     clock.advance(1000.0)
     assert len(house.told) == 2
@@ -215,8 +230,25 @@ def test_what_has_closed_is_forgotten(house: House, clock: FakeClock) -> None:
     clock.advance(1000.0)
     house.wait(OTHER)
     assert house.told == [second]
-    second.close()
+    house.idle.remove(second)
     assert third.left is False
+
+
+def test_a_socket_gives_way_at_once_to_who_may_not_wait(house: House, clock: FakeClock) -> None:
+    first, second, third, fourth = house.enter(MINE, 4)
+    clock.advance(IDLE_SECONDS - 4)
+
+    for name, gone in (
+        *((MINE, []), (OTHER, [first]), (OTHER, [first, second])),
+        *((OTHER, [first, second]), ("", [first, second])),
+    ):
+        house.idle.make_room(name)
+        house.idle.make_room(MINE)
+        assert house.told == gone
+        clock.advance(1.0)
+    assert house.inside == 2
+    assert clock.pending == 0
+    assert [client.left for client in (third, fourth)] == [False] * 2
 
 
 # On real sockets.
@@ -294,6 +326,35 @@ async def test_an_idle_socket_gives_way_to_another_key_on_each_face(
     async with server.session.get(f"{server.base}/metrics", headers=bearer("root")) as response:
         text = await response.text()
     assert "aioserver_connections_gave_way_total 1.0" in text
+    await server.nothing_held()
+
+
+@pytest.mark.usefixtures("no_patience")
+@pytest.mark.parametrize("queue_timeout", [0.0, 0.05])
+async def test_where_nobody_may_wait_others_are_served_at_once_whatever_idle_clients_do(
+    make_server: MakeServer, queue_timeout: float
+) -> None:
+    keys = keys_of(MINE, "a", "b", "c", max_concurrent=1)
+    server = await make_server(**limits(6, timeout=queue_timeout), **keys)
+
+    async def ask(name: str) -> int:
+        async with server.session.post(
+            f"{server.v1}/chat/completions", json=CHAT, headers=bearer(name)
+        ) as response:
+            await response.read()
+            return response.status
+
+    # Its clients read nothing, so they answer no close frame for as long as they like.
+    async with held_by(server, MINE, 6) as sockets:
+        # One waits in vain: it has answers under way.
+        await sockets[0].send_json(chat("r"))
+        await to_end(sockets[0])
+        for names in ("a", "abc", "cab"):
+            assert await asyncio.gather(*map(ask, names)) == [200] * len(names)
+        # Half of the places stay, and none of the same key gives way.
+        assert server.held()["places"] == 3
+        for ws in sockets[3:5]:
+            assert not ws.closed
     await server.nothing_held()
 
 
