@@ -330,7 +330,7 @@ async def test_a_message_written_without_a_connection_is_sent_later(
     assert server.simulator.stats().requests == 1
 
 
-async def test_a_restart_is_told_and_survived(
+async def test_a_restart_is_reported_and_survived(
     make_server: MakeServer, provider: ManualProvider, page: Page
 ) -> None:
     server = await make_server(**provider.changes)
@@ -556,7 +556,7 @@ async def test_text_from_before_a_fault_stays(make_server: MakeServer, page: Pag
     await expect(answer(page).locator(".fault")).to_contain_text("Ask again")
 
 
-async def test_a_gap_is_told_and_not_skipped(
+async def test_a_gap_is_reported_and_not_skipped(
     make_server: MakeServer, provider: ManualProvider, page: Page
 ) -> None:
     server = await make_server(**provider.changes, **{"chat.streams.max_stream_bytes": 4096})
@@ -642,7 +642,7 @@ async def test_a_connection_that_was_closed_unused_is_opened_by_a_question(
     await shows(page, await model_answer(server, "Hello"))
 
 
-async def test_a_message_over_the_limit_is_told(make_server: MakeServer, page: Page) -> None:
+async def test_a_message_over_the_limit_is_reported(make_server: MakeServer, page: Page) -> None:
     server = await make_server(**{"chat.websocket.max_message_size": 1000})
     await enter(page, server)
 
@@ -866,7 +866,9 @@ async def test_a_long_answer_does_not_drive_out_the_others(
     assert provider.requests == 3
 
 
-async def test_a_full_storage_is_told_and_stops_nothing(server: RunningServer, page: Page) -> None:
+async def test_a_full_storage_is_reported_and_stops_nothing(
+    server: RunningServer, page: Page
+) -> None:
     await enter(page, server)
     await page.evaluate(
         """() => {

@@ -276,7 +276,7 @@ async def test_a_card_shows_state_silence_next_try_and_the_retry_budget(
     )
 
 
-async def test_old_first_tokens_are_told_as_old(stand: Stand, page: Page) -> None:
+async def test_old_first_tokens_are_reported_as_old(stand: Stand, page: Page) -> None:
     stand.say(first_token={**TOKEN, "age": 0.4})
     await opened(page, stand)
     under = page.locator("[data-needs=first_token].under")

@@ -28,7 +28,7 @@ async def later(page: Page, milliseconds: int) -> None:
     )
 
 
-async def test_a_server_that_is_gone_is_said_and_found_again(stand: Stand, page: Page) -> None:
+async def test_a_server_that_is_gone_is_reported_and_found_again(stand: Stand, page: Page) -> None:
     stand.say(connections__active=3)
     await page.add_init_script("Math.random = () => 0")  # the shortest time between two attempts
     await opened(page, stand)
@@ -65,7 +65,7 @@ async def test_a_server_that_only_keeps_the_line_is_lost_too(stand: Stand, page:
     await verdict(page, "Open", "Room for 100 more")
 
 
-async def test_a_server_that_was_never_there_is_said_too(stand: Stand, page: Page) -> None:
+async def test_a_server_that_was_never_there_is_reported_too(stand: Stand, page: Page) -> None:
     await page.route("**/events", lambda route: route.abort())
     await page.goto(stand.base + "/dashboard")
     await verdict(page, "Disconnected", re.compile("The server has been unreachable for"))

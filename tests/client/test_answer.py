@@ -439,7 +439,7 @@ async def test_server_that_stays_away_is_one_error_at_the_deadline(transport: Tr
     assert caught.value.retryable
 
 
-async def test_address_where_nothing_listens_is_told_soon(
+async def test_address_where_nothing_listens_is_reported_soon(
     transport: Transport, unused_tcp_port: int
 ) -> None:
     async with Client(f"http://127.0.0.1:{unused_tcp_port}", transport=transport) as client:

@@ -125,7 +125,7 @@ async def test_full_server_is_asked_again_until_the_deadline(kept: Kept) -> None
     assert caught.value.retryable
 
 
-async def test_address_where_nothing_listens_is_told_soon(unused_tcp_port: int) -> None:
+async def test_address_where_nothing_listens_is_reported_soon(unused_tcp_port: int) -> None:
     async with Client(f"http://127.0.0.1:{unused_tcp_port}") as client:
         with pytest.raises(AnswerError) as caught:
             await client.conversations()

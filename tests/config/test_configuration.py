@@ -191,7 +191,7 @@ loging: {}
     ]
 
 
-def test_a_missing_section_is_said_at_the_top(file: Path) -> None:
+def test_a_missing_section_is_reported_at_the_top(file: Path) -> None:
     assert refused(lambda: load("logging: {}\n", file), file) == [
         "F:1:1 chat: required key is missing",
         "F:1:1 llm: required key is missing",

@@ -73,7 +73,7 @@ def test_an_open_address_needs_keys_or_a_word(host: str, file: Path) -> None:
     assert refused(load(small() + "auth: {keys: []}\n", file, **environ).check_usable) == [fault]
 
 
-def test_every_reason_not_to_serve_is_said_at_once(file: Path) -> None:
+def test_every_reason_not_to_serve_is_reported_at_once(file: Path) -> None:
     text = small("base_url: http://h", "api_key_env: A")
 
     assert len(refused(load(text, file, AIOSERVER__CHAT__WEBSOCKET__HOST="::").check_usable)) == 2

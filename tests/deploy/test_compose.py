@@ -72,7 +72,7 @@ def test_aioserver_takes_its_settings_and_may_be_reached_from_other_containers()
     assert f"-o 10001 -g 10001 {folder}\n" in (DEPLOY / "Dockerfile").read_text()
 
 
-def test_a_key_that_was_forgotten_is_said_by_compose_and_a_bad_one_by_aioserver() -> None:
+def test_a_key_that_was_forgotten_is_reported_by_compose_and_a_bad_one_by_aioserver() -> None:
     with pytest.raises(KeyError, match=r"write CHAT_KEY into deploy/\.env"):
         configured({})
     with pytest.raises(ConfigurationError):

@@ -74,7 +74,7 @@ async def examined(session: ClientSession) -> list[Finding]:
 # Virtual seconds, of which a minute passes.
 @pytest.mark.timeout(180)
 @pytest.mark.virtual_time
-async def test_requests_that_meet_a_bug_are_told_everywhere_until_a_minute_has_passed(
+async def test_requests_that_meet_a_bug_are_reported_everywhere_until_a_minute_has_passed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     incidents, verdicts, during = [], [], list[Finding]()

@@ -63,7 +63,7 @@ async def ask(server: RunningServer, face: str) -> None:
 
 
 @pytest.mark.parametrize("face", ["websocket", "sse", "openai"])
-async def test_a_provider_that_falls_silent_is_told_as_its_gap(
+async def test_a_provider_that_falls_silent_is_reported_as_its_gap(
     face: str, make_server: MakeServer, finished: Callable[[], list[dict[str, Any]]]
 ) -> None:
     # Takes a second: the gaps are what is measured.

@@ -168,7 +168,7 @@ async def test_the_retention_of_a_reload_holds_for_what_is_in_the_file(
     assert not (tmp_path / "other.db").exists()
 
 
-async def test_a_file_that_fails_is_said_and_costs_no_answer(
+async def test_a_file_that_fails_is_reported_and_costs_no_answer(
     make_server: MakeServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "h.db"

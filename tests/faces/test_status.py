@@ -195,7 +195,7 @@ async def test_refusals_of_a_full_server_are_counted_by_code_and_logged_once(
         assert incidents[0]["kind"] == "rejections"
 
 
-async def test_a_providers_faults_are_told(make_server: MakeServer) -> None:
+async def test_a_providers_faults_are_reported(make_server: MakeServer) -> None:
     server = await make_server(Behaviour(fail_rate=1.0, fail_status=500))
     async with server.session.post(f"{server.v1}/chat/completions", json=CHAT) as response:
         assert response.status == 502
@@ -403,7 +403,7 @@ async def test_watchers_are_sent_home_when_the_server_ends(server: RunningServer
         await until(lambda: notes[-1][0] == "incident")
 
 
-async def test_a_loop_that_is_late_is_told(server: RunningServer) -> None:
+async def test_a_loop_that_is_late_is_reported(server: RunningServer) -> None:
     mine = server.context.monitor
     async with watching(server) as notes:
         await until(lambda: bool(notes))

@@ -467,7 +467,7 @@ async def test_where_all_limit_us_the_soonest_counts(trouble: Trouble, names: st
     assert trouble.counts() == {"a": 1, "b": 1}
 
 
-async def test_a_429_is_told_only_where_every_usable_one_says_it(trouble: Trouble) -> None:
+async def test_a_429_is_reported_only_where_every_usable_one_says_it(trouble: Trouble) -> None:
     provider = await trouble.add("a", ANSWER)
     await trouble.add("b", PACED, max_retries=0)
 
@@ -593,7 +593,7 @@ async def test_a_limit_that_is_told_within_a_stream_is_a_rest_as_well(trouble: T
     assert provider.meter.attempts["http_429"].value == 1
 
 
-async def test_credits_that_are_used_up_are_told_within_a_stream(trouble: Trouble) -> None:
+async def test_credits_that_are_used_up_are_reported_within_a_stream(trouble: Trouble) -> None:
     provider = await trouble.add("a", events('{"error":{"code":402,"message":"no credits"}}'))
     with pytest.raises(ProviderAuthError):
         await trouble.fill()

@@ -214,7 +214,7 @@ async def test_an_hour_in_which_nobody_came_does_not_count_as_a_wait_for_a_place
         place.release()
 
 
-async def test_the_oldest_wait_is_told() -> None:
+async def test_the_oldest_wait_is_reported() -> None:
     clock = FakeClock()
     gate = gate_of(clock=clock)
     place = await gate.enter()
@@ -922,7 +922,7 @@ def given_back(gate: Gate, tasks: list[asyncio.Task[None]]) -> int:
     return gate.stats().entered - sum(not task.cancelled() for task in tasks)
 
 
-async def test_a_cost_is_told_when_its_start_is_taken() -> None:
+async def test_a_cost_is_reported_when_its_start_is_taken() -> None:
     pace = Steps(free=1)
     gate = paced_gate(pace)
     first = gate.try_enter(7)

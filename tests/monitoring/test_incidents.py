@@ -63,7 +63,7 @@ def texts(
     return [incident["text"] for incident in happened]
 
 
-def test_first_incident_is_told_at_once_and_what_follows_is_added_up() -> None:
+def test_first_incident_is_reported_at_once_and_what_follows_is_added_up() -> None:
     detector, full = Detector(), Total(REJECTIONS, "server_at_capacity")
 
     first = texts(detector, 100.0, {full: 2})
@@ -148,7 +148,7 @@ def troubled(
     return [(incident["severity"], incident["text"]) for incident in happened]
 
 
-def test_trouble_is_told_when_it_begins_and_when_it_ends() -> None:
+def test_trouble_is_reported_when_it_begins_and_when_it_ends() -> None:
     detector = Detector()
 
     by_tick = [
@@ -168,7 +168,7 @@ def test_trouble_is_told_when_it_begins_and_when_it_ends() -> None:
         (SILENT, "error", "groq speaks again"),
     ],
 )
-def test_trouble_is_told_as_severe_as_it_is(kind: str, severity: str, end: str) -> None:
+def test_trouble_is_reported_as_severe_as_it_is(kind: str, severity: str, end: str) -> None:
     detector = Detector()
 
     begin = troubled(detector, 1.0, "groq", kind=kind, severity=severity)
@@ -190,7 +190,7 @@ def test_provider_that_is_configured_again_begins_without_trouble() -> None:
     assert troubled(detector, 102.0) == []
 
 
-def test_trouble_that_comes_and_goes_is_told_once_in_its_quiet_time() -> None:
+def test_trouble_that_comes_and_goes_is_reported_once_in_its_quiet_time() -> None:
     detector = Detector()
 
     by_tick = [
@@ -215,7 +215,7 @@ def test_denied_requests_of_some_ticks_together_are_one_burst() -> None:
     assert by_tick[-1][0].startswith(f"{DENIED_BURST} requests were denied")
 
 
-def test_worst_lag_of_the_quiet_time_is_told_and_not_the_sum() -> None:
+def test_worst_lag_of_the_quiet_time_is_reported_and_not_the_sum() -> None:
     detector = Detector()
 
     first = texts(detector, 100.0, lag_max=0.2)

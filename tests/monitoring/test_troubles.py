@@ -89,7 +89,7 @@ def test_trouble_that_lasts_keeps_its_beginning() -> None:
 
 
 @pytest.mark.parametrize("outcome", FAULTS)
-def test_provider_that_fails_is_told_with_how_and_how_often(outcome: str) -> None:
+def test_provider_that_fails_is_reported_with_how_and_how_often(outcome: str) -> None:
     trouble = looked(Troubles(), 1000.0, {outcome: 57, "ok": 3, "cancelled": 40, "http_4xx": 9})
 
     assert trouble["kind"] == "failing"
@@ -112,7 +112,7 @@ def test_what_is_no_fault_of_the_provider_is_no_trouble(growth: dict[str, int]) 
     assert looked(Troubles(), 1000.0, growth) is None
 
 
-def test_faults_are_told_for_a_minute() -> None:
+def test_faults_are_reported_for_a_minute() -> None:
     troubles = Troubles()
     looked(troubles, 1000.0, {"http_5xx": 5})
 
@@ -122,7 +122,7 @@ def test_faults_are_told_for_a_minute() -> None:
     assert looks[-1] is None
 
 
-def test_provider_that_is_left_alone_is_told_with_its_next_try_and_its_fallback() -> None:
+def test_provider_that_is_left_alone_is_reported_with_its_next_try_and_its_fallback() -> None:
     troubles = Troubles()
     looked(troubles, 1000.0, {"connect_error": 5}, state="dead", next_try=5.0)
 
@@ -147,7 +147,7 @@ def test_provider_that_is_left_alone_is_told_with_its_next_try_and_its_fallback(
         ({}, "failing"),
     ],
 )
-def test_worst_trouble_is_told(changes: dict[str, Any], kind: str) -> None:
+def test_worst_trouble_is_reported(changes: dict[str, Any], kind: str) -> None:
     assert looked(Troubles(), 1000.0, {"timeout": 9}, **changes)["kind"] == kind
 
 

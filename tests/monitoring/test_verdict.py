@@ -250,7 +250,7 @@ def test_verdict_is_the_worst_that_is_true(name: str) -> None:
     assert (verdict["word"], verdict["text"]) == (word, text)
 
 
-def test_late_loop_is_told_for_some_ticks() -> None:
+def test_late_loop_is_reported_for_some_ticks() -> None:
     verdicts, stats = Verdicts(), state({})
 
     late = verdicts.observe(stats, interval(lag_max=0.8))
@@ -321,7 +321,7 @@ def test_more_places_are_advised_where_no_provider_is_the_limit() -> None:
     assert judged(QUEUEING, {OWN: 57.0})["advice"] == OF_REJECTIONS["rate_limit_exceeded"][1]
 
 
-def test_queue_that_the_pace_makes_is_told_as_such() -> None:
+def test_queue_that_the_pace_makes_is_reported_as_such() -> None:
     pace = {"per_minute": 3500, "left": 0, "cooling": 0.0}
     changes = {
         **CROWDED,

@@ -203,7 +203,7 @@ async def test_bytes_that_are_no_http_are_refused_at_every_cut(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", EARLY_CLOSE)
-async def test_a_connection_closed_early_is_told_and_nothing_is_made_up(name: str) -> None:
+async def test_a_connection_closed_early_is_reported_and_nothing_is_made_up(name: str) -> None:
     answer = EARLY_CLOSE[name]
     async with ScriptedProvider(closing(answer)) as server, pooled(server.url) as pool:
         got = Got()
@@ -519,7 +519,9 @@ async def test_done_and_then_silence_close_the_connection_after_a_moment() -> No
         assert pool.stats().open == 0
 
 
-async def test_an_answer_before_the_upload_is_finished_is_told_and_the_connection_closed() -> None:
+async def test_an_answer_before_the_upload_is_finished_is_reported_and_the_connection_closed() -> (
+    None
+):
     refusal = b"HTTP/1.1 413 Too large\r\nContent-Length: 2\r\n\r\n{}"
 
     async def play(peer: Peer) -> None:

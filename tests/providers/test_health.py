@@ -24,7 +24,7 @@ class Told(ProviderObserver):
         self.deaths.append(False)
 
 
-def test_a_death_and_its_end_are_told_once_and_only_where_they_were_found() -> None:
+def test_a_death_and_its_end_are_reported_once_and_only_where_they_were_found() -> None:
     deaths, heard = Told(), Told()
     health = Health("groq", ProviderMeter(), observer=deaths)
     other = Health("groq", ProviderMeter(), observer=heard)

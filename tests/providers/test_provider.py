@@ -294,7 +294,7 @@ async def test_each_bad_answer_is_its_fault(
     assert simulator.stats().requests == 1
 
 
-async def test_a_wrong_length_is_told_where_something_is_missing(simulator: Simulator) -> None:
+async def test_a_wrong_length_is_reported_where_something_is_missing(simulator: Simulator) -> None:
     async with provider_at(simulator.base_url) as provider:
         with pytest.raises(ProviderDisconnected):
             await call(provider, question("fault-wrong-length", streamed=False))
@@ -317,7 +317,7 @@ async def test_a_wrong_length_is_told_where_something_is_missing(simulator: Simu
         ("fault-slow-down", 1.0),
     ],
 )
-async def test_retry_after_is_told(model: str, seconds: float, simulator: Simulator) -> None:
+async def test_retry_after_is_reported(model: str, seconds: float, simulator: Simulator) -> None:
     async with provider_at(simulator.base_url) as provider:
         with pytest.raises(ProviderFault) as raised:
             await fill(provider, model)
@@ -637,7 +637,7 @@ async def test_an_attempt_that_cannot_start_in_time_is_refused_at_once(
     assert simulator.stats().requests == 1
 
 
-async def test_the_position_is_told_while_the_pace_is_in_the_way(
+async def test_the_position_is_reported_while_the_pace_is_in_the_way(
     simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = {"requests_per_minute": 300, "concurrent_requests": 1}

@@ -87,7 +87,7 @@ async def test_a_position_while_no_trial_may_start_is_no_promise(
     assert positions == [1.0]
 
 
-async def test_the_oldest_wait_is_told_while_requests_are_parked(
+async def test_the_oldest_wait_is_reported_while_requests_are_parked(
     gate: ProviderGate, health: Health, clock: FakeClock
 ) -> None:
     for _ in range(MAX_TRIALS):

@@ -699,7 +699,7 @@ def test_large_and_small_parts_of_a_body_stay_in_their_order() -> None:
     assert sink.body == body
 
 
-def test_usage_and_the_finish_reason_are_told_at_the_end() -> None:
+def test_usage_and_the_finish_reason_are_reported_at_the_end() -> None:
     usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
     last = b"data: %b\n\n" % orjson.dumps({"choices": [], "usage": usage})
     stream = new_stream()

@@ -69,7 +69,7 @@ async def ask(server: RunningServer, **fields: Any) -> Any:
 # What is invalid changes nothing.
 
 
-async def test_every_fault_is_told_and_nothing_changes(
+async def test_every_fault_is_reported_and_nothing_changes(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = await make_server()

@@ -124,7 +124,7 @@ async def test_without_systemd_nothing_happens(address: str | None) -> None:
 
 
 @pytest.mark.parametrize("address", ["/nowhere/notify", "/" + "long" * 100, "/a\0b", "@" * 400])
-async def test_a_broken_address_hurts_nobody_and_is_said_once(
+async def test_a_broken_address_hurts_nobody_and_is_reported_once(
     address: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     notifier = Notifier.take({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "100000000"})

@@ -80,7 +80,7 @@ def test_a_good_run_breaks_no_claim() -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_claim_that_does_not_hold_is_told(changes: dict[str, Any], words: str) -> None:
+def test_a_claim_that_does_not_hold_is_reported(changes: dict[str, Any], words: str) -> None:
     faults = [*claims.broken(run_of(**changes))]
 
     assert len(faults) == 1

@@ -1440,7 +1440,7 @@ async def test_a_client_that_reads_late_gets_all(
     assert taken
 
 
-async def test_a_provider_that_falls_silent_after_reads_that_were_taken_is_told(
+async def test_a_provider_that_falls_silent_after_reads_that_were_taken_is_reported(
     make_server: MakeServer, stage: Stage, played: ScriptedProvider, taken: list[bytes]
 ) -> None:
     server = await make_server(**staged(played, read_timeout=0.2))

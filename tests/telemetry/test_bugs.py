@@ -71,7 +71,7 @@ def test_the_last_line_says_what_and_where_and_nothing_of_the_message(
     assert SECRET in str(bug)
 
 
-def test_an_exception_that_was_never_raised_is_told_by_its_type() -> None:
+def test_an_exception_that_was_never_raised_is_reported_by_its_type() -> None:
     assert last_line(TimeoutError(SECRET)) == "TimeoutError"
 
 

@@ -205,7 +205,7 @@ async def test_each_finished_request_is_one_line(
     assert whole["tokens_in"] > 0
 
 
-async def test_how_a_request_ended_is_told(
+async def test_how_a_request_ended_is_reported(
     make_server: MakeServer, log: pytest.LogCaptureFixture
 ) -> None:
     server = await make_server(

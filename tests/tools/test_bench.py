@@ -386,7 +386,7 @@ def test_percentiles_are_those_of_the_nearest_rank() -> None:
     assert samples.summary() == {"p50": 50, "p95": 95, "p99": 99, "count": 100}
 
 
-def test_no_more_samples_are_kept_than_allowed_and_it_is_said() -> None:
+def test_no_more_samples_are_kept_than_allowed_and_it_is_reported() -> None:
     samples = Samples(limit=100)
     for number in range(10_000):
         samples.add(float(number))

@@ -354,7 +354,7 @@ async def test_a_server_that_was_lost_is_found_again() -> None:
         assert len(state.incidents) == 1, "history is told anew, not added"
 
 
-def test_a_lost_server_is_said() -> None:
+def test_a_lost_server_is_reported() -> None:
     state = State("http://x")
     state.take(b"stats", STATS)
     state.problem = "Connection refused"
@@ -395,7 +395,7 @@ async def test_a_server_that_is_not_there_is_one_line() -> None:
     assert err == "http://127.0.0.1:1: Connection refused\n"
 
 
-async def test_without_rich_the_way_to_install_it_is_said() -> None:
+async def test_without_rich_the_way_to_install_it_is_reported() -> None:
     code, out, err = await run_command("top", program=WITHOUT_RICH)
 
     assert (code, out) == (2, "")

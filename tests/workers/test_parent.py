@@ -293,7 +293,7 @@ async def test_a_second_signal_ends_all_at_once(tmp_path: Path, simulator: Simul
 
 
 @pytest.mark.one_loop
-async def test_what_keeps_it_from_starting_is_said_once(tmp_path: Path) -> None:
+async def test_what_keeps_it_from_starting_is_reported_once(tmp_path: Path) -> None:
     only_on("asyncio")
     file = tmp_path / "c.yaml"
     options = ("--config", str(file), "--loop", loop_name())

@@ -250,7 +250,7 @@ async def test_thoughts_behind_a_text_do_not_write_over_it(
         assert "thinking" not in shown.text
 
 
-async def test_a_silence_in_the_middle_of_an_answer_is_said(
+async def test_a_silence_in_the_middle_of_an_answer_is_reported(
     make_server: MakeServer, provider: TellingProvider
 ) -> None:
     """It takes more than 5 s: the client is a process with a clock of its own."""
@@ -316,7 +316,7 @@ async def test_a_signal_at_the_prompt_ends_it(server: RunningServer) -> None:
         assert "Traceback" not in shown.text
 
 
-async def test_nobody_there_is_said_before_the_first_question() -> None:
+async def test_nobody_there_is_reported_before_the_first_question() -> None:
     async with terminal(*COMMAND, "127.0.0.1:1") as shown:
         assert await shown.ended() == 1
         await shown.shows("aioserver: http://127.0.0.1:1 cannot be reached: Connection refused")

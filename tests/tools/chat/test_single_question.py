@@ -288,7 +288,7 @@ async def test_a_reader_that_leaves_ends_the_answer_without_a_word(server: Runni
     await server.nothing_held(2.0)
 
 
-async def test_a_closed_stdout_is_said() -> None:
+async def test_a_closed_stdout_is_reported() -> None:
     process = await asyncio.create_subprocess_exec(
         *("sh", "-c", f"{sys.executable} -m aioserver chat Hello </dev/null >&-"),
         stderr=asyncio.subprocess.PIPE,

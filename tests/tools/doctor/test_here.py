@@ -230,7 +230,7 @@ async def test_the_certificate_is_read(
     assert text in findings[-1]
 
 
-async def test_tls_where_there_is_none_and_names_that_cannot_be_are_said(
+async def test_tls_where_there_is_none_and_names_that_cannot_be_are_reported(
     findings: Findings,
 ) -> None:
     async def play(peer: Connection) -> None:
@@ -309,7 +309,7 @@ def test_the_limit_of_a_group_above_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.one_loop
-async def test_a_bad_configuration_is_told_whole_with_exit_code_2(tmp_path: Path) -> None:
+async def test_a_bad_configuration_is_reported_whole_with_exit_code_2(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(SHIPPED.read_text().replace("port: 8000", "prot: 8000").replace("demo:", "x:"))
 

@@ -183,14 +183,14 @@ async def test_another_answer_than_an_aioservers_ends_the_examination(
     assert text in failed
 
 
-async def test_a_redirect_is_told_with_its_target_and_no_control_character() -> None:
+async def test_a_redirect_is_reported_with_its_target_and_no_control_character() -> None:
     async with standing_in(308, "", headers={"Location": "https://chat.example/\u202e"}) as url:
         _, lines = await examined(url)
 
     assert lines["fail"] == ["server: redirects to https://chat.example/ "]
 
 
-async def test_a_proxy_without_upgrades_and_a_clock_that_is_wrong_are_said() -> None:
+async def test_a_proxy_without_upgrades_and_a_clock_that_is_wrong_are_reported() -> None:
     date = {"Date": "Wed, 01 Jan 2020 00:00:00 GMT"}
     async with standing_in(*HEALTHY, headers=date) as url:
         _, lines = await examined(url)
@@ -220,7 +220,7 @@ async def test_nobody_there_is_one_failure_with_exit_code_1() -> None:
 # Silence, and arrivals.
 
 
-async def test_an_idle_socket_that_is_closed_is_told_with_what_to_raise(
+async def test_an_idle_socket_that_is_closed_is_reported_with_what_to_raise(
     make_server: MakeServer,
 ) -> None:
     changes = {"ping_interval": 0.2, "ping_timeout": 0.2, "idle_timeout": 0.3}
@@ -271,7 +271,7 @@ def test_gathered_events_are_told_from_events_that_come_one_by_one() -> None:
     assert arrivals.bursts([]) == 0
 
 
-async def test_an_answer_that_fails_is_told_by_its_code_alone(make_server: MakeServer) -> None:
+async def test_an_answer_that_fails_is_reported_by_its_code_alone(make_server: MakeServer) -> None:
     server = await make_server(
         QUICK, **keys_of("web"), **{"llm.providers.sim.base_url": "http://127.0.0.1:9/v1"}
     )

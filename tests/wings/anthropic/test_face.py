@@ -375,7 +375,7 @@ async def test_a_provider_that_does_not_speak_it_is_a_clear_error(make_server: M
     assert json.loads(server.simulator.requests[-1].body)["model"] == "x"
 
 
-async def test_no_provider_that_speaks_it_is_said(make_server: MakeServer) -> None:
+async def test_no_provider_that_speaks_it_is_reported(make_server: MakeServer) -> None:
     server = await make_server(**{"llm.providers.sim.messages": False})
     async with post(server, ASKED) as response:
         assert (await error_of(response))["message"].endswith("by its setting `messages`")

@@ -127,7 +127,7 @@ async def test_server_that_is_away_at_first_is_looked_for(tmp_path: Path) -> Non
     await connection.close()
 
 
-async def test_wrong_password_is_told_at_once_and_never_shown(
+async def test_wrong_password_is_reported_at_once_and_never_shown(
     redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)

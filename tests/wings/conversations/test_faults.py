@@ -373,7 +373,7 @@ asyncio.run(main(sys.argv[1]))
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 @pytest.mark.parametrize("what", ["file", "folder"])
-async def test_what_the_user_of_the_server_may_not_write_is_said(
+async def test_what_the_user_of_the_server_may_not_write_is_reported(
     tmp_path: Path, what: str
 ) -> None:
     path = tmp_path / "h.db"

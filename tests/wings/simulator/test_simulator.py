@@ -653,7 +653,7 @@ async def test_comments_and_then_an_answer_or_none(
     assert text_of_chunk(thinking[4 * len(comment) :]) == speech("Hello", 1)
 
 
-async def test_where_the_usage_is_said(
+async def test_where_the_usage_is_reported(
     simulator: Simulator, session: aiohttp.ClientSession
 ) -> None:
     async def last(model: str) -> Any:
