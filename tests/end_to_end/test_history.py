@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import sys
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -24,6 +25,7 @@ from tests.support.chat import cancel, chat, frames_of, text_of, to_end, until_s
 from tests.support.history import query, sql
 from tests.support.keys import bearer, cookie, keys_of, log_in
 from tests.support.process import serving
+from tests.support.redis_server import program_of_server
 from tests.support.server import CONCURRENCY, PACED, QUICK, SIM_HTTP_CLIENT, UVICORN, MakeServer
 from tests.support.waiting import until, until_result
 from tests.support.worker_processes import alone, workers
@@ -326,6 +328,48 @@ async def test_a_server_that_is_killed_has_all_turns_that_were_written(
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         broken = "SELECT count(*) FROM turns WHERE question = '' OR answer = ''"
         assert connection.execute(broken).fetchone() == (0,)
+
+
+@pytest.mark.one_loop
+async def test_each_question_finds_the_turn_before_whichever_worker_it_comes_to(
+    simulator: Simulator, session: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    program_of_server()  # or skip: without a server of their own they share nothing
+    changes = {
+        "chat.service.repository.persistence.retention_policy": "unlimited",
+        "chat.service.context.max_tokens": 1_000_000,
+        f"{UVICORN}.workers": 2,
+        f"{CONCURRENCY}.max_connections": 40,
+    }
+    async with serving(tmp_path / "config.yaml", simulator.base_url, changes=changes) as process:
+        await process.ready()
+        await until(lambda: len(workers(process)) == 2)
+
+        # Each is asked as soon as the answer before it is complete, of any worker.
+        numbers = [await ask(session, process.base, f"{n}", "many") for n in range(1, 61)]
+        deleted = []
+        for number in range(20):
+            await ask(session, process.base, "one", f"c{number}")
+            url = f"{process.base}/conversations/c{number}"
+            async with session.delete(url, headers=CLOSE) as response:
+                deleted.append(response.status)
+        # The provider keeps nothing: it is told the whole conversation.
+        simulator.behaviour = replace(QUICK, forgets=(404, "Response with id 'x' not found."))
+        inputs, previous = [], None
+        for _ in range(30):
+            asked = {"model": "sim", "input": "one", "store": True}
+            asked |= {} if previous is None else {"previous_response_id": previous}
+            url = f"{process.base}/v1/responses"
+            async with session.post(url, json=asked, headers=CLOSE) as response:
+                body = await response.json()
+                assert response.status == 200, body
+            previous = body["id"]
+            sent = simulator.bodies[-1]["input"]
+            inputs.append(1 if isinstance(sent, str) else len(sent))
+
+        assert numbers == list(range(1, 61))
+        assert deleted == [204] * 20
+        assert inputs == list(range(1, 60, 2))
 
 
 @pytest.mark.one_loop

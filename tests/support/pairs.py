@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aioserver.wings.cluster.grants import State
 from aioserver.wings.cluster.lease_messages import Times
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from aioserver.wings.cluster.membership import Membership
     from tests.support.server import RunningServer
 
 TIMES = Times(lease=4.0, margin=0.3, beat=0.5, bound=1.0, pause=2.0, grace=0.3, gone=6.0)
@@ -31,25 +32,26 @@ class Pair:
     redis: RedisServer
     servers: list[RunningServer] = field(default_factory=list)
     roads: list[Road] = field(default_factory=list)
+    members: list[Membership] = field(default_factory=list)
 
 
 @asynccontextmanager
-async def pair_in(path: Path) -> AsyncIterator[Pair]:
+async def pair_in(path: Path, **changes: Any) -> AsyncIterator[Pair]:
+    """Run both; *changes* as those of `make_server`."""
     with RedisServer(path) as redis:
         async with AsyncExitStack() as stack:
             made = Pair(redis)
-            members = []
             for name in "ab":
                 road = await stack.enter_async_context(Road(path, redis, name))
                 member = await stack.enter_async_context(join(road.url, "test", times=TIMES))
-                server = running(path / f"{name}.yaml", FORGETFUL, cluster=member)
+                server = running(path / f"{name}.yaml", FORGETFUL, changes, cluster=member)
                 made.servers.append(await stack.enter_async_context(server))
                 made.roads.append(road)
-                members.append(member)
+                made.members.append(member)
             await until(
                 lambda: all(
                     each.leases.state is State.JOINED and len(each.leases.members) == 2
-                    for each in members
+                    for each in made.members
                 )
             )
             yield made

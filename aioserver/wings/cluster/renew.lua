@@ -245,6 +245,7 @@ for _, name in ipairs(touched) do
   if next(limit.holds) or next(limit.wants) then
     write('limit:' .. name, limit)
     redis.call('SADD', PREFIX .. 'names', name)
+    redis.call('EXPIRE', PREFIX .. 'names', DAY)
   else
     redis.call('DEL', PREFIX .. 'limit:' .. name)
     redis.call('SREM', PREFIX .. 'names', name)
