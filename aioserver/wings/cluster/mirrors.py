@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from aioserver.errors import InternalError, ServerShutdown
+from aioserver.errors import InternalError, ServerShutdown, StreamNotFound
 from aioserver.protocol.whole_answer import text_pieces
 from aioserver.streams.entries import NO_TEXT, WholeEntry
 from aioserver.wings.cluster import log_codec
@@ -153,7 +153,12 @@ class Mirror:
 
     def refuse(self, fault: Fault) -> None:
         """Note that the owner has no such log, or cannot send it any further."""
-        self.fail(log_codec.unpack_fault(fault))
+        error = log_codec.unpack_fault(fault)
+        if self._agreed and isinstance(error, StreamNotFound):
+            # It has had it. Whether it is kept elsewhere is found out by who comes back.
+            self.lose()
+        else:
+            self.fail(error)
 
     def lose(self) -> None:
         """Note that the owner is gone."""

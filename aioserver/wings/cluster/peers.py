@@ -387,16 +387,17 @@ class Peers:
             # The last time was long ago.
             since = now
         self._deaf_since[target] = since
+        mirrors = [mirror for mirror in self._mirrors.values() if mirror.owner == target]
+        # A link that ends without need may end the answer, which nobody else reads.
+        links = [link for link in self._links.values() if link.peer == target]
         if now - since >= DEAF_AGAIN * 0.9:
             del self._deaf_since[target]
-            for mirror in tuple(self._mirrors.values()):
-                if mirror.owner == target:
-                    mirror.lose()
-        elif since == now and any(m.owner == target for m in self._mirrors.values()):
+            for mirror in mirrors:
+                mirror.lose()
+            for link in links:
+                self._close_link(link)
+        elif since == now and (mirrors or links):
             self._loop.call_later(DEAF_AGAIN, self.bus.send, target, Ping([]))
-        for link in [link for link in self._links.values() if link.peer == target]:
-            # It attaches again, if it lives.
-            self._close_link(link)
 
     def _watch(self) -> None:
         if self._timer is None:

@@ -771,6 +771,38 @@ async def test_a_reader_elsewhere_that_leaves_is_one_reader_less_at_the_owner(ma
     await a.server.simulator.until(lambda stats: stats.active == 0)
 
 
+@pytest.mark.parametrize("behaviour", [ENDLESS, PACED], ids=["long", "moment"])
+async def test_a_reader_elsewhere_that_is_not_heard_loses_no_answer_for_a_moment(
+    make: Make, world: World, behaviour: Behaviour
+) -> None:
+    a, b = await make(2, behaviour, **{"chat.streams.resume_window": 0.05})
+    async with b.server.connect() as second:
+        async with a.server.connect() as first:
+            await first.send_json(chat("r1"))
+            await until_status(first, "chunk")
+            await second.send_json(resume("r1", 0))
+            seen = await until_status(second, "chunk")
+        # Its subscription is made again: what is said meanwhile reaches no one.
+        ear, published = world.ears.pop("b"), world.published
+        if behaviour is PACED:
+            await until(lambda: world.published > published)
+        else:
+            await until(lambda: not a.server.owners.streams.running())
+            await until(lambda: not list(a.server.owners.streams.finished()))
+        world.ears["b"] = ear
+        seen += await to_end(second)
+
+    if behaviour is PACED:
+        assert seen[-1]["status"] == "complete"
+        assert numbers(seen) == list(range(1, len(seen) + 1))
+    else:
+        # The answer was there: that it is lost is no reason not to come back for it.
+        assert (seen[-1]["chunk"]["code"], seen[-1]["chunk"]["retryable"]) == (
+            "server_shutdown",
+            True,
+        )
+
+
 async def test_a_mirror_that_is_read_elsewhere_keeps_the_answer_alive(make: Make) -> None:
     a, b = await make(2, PACED, **{"chat.streams.resume_window": 0.05})
     async with b.server.connect() as second:
