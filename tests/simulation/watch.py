@@ -212,12 +212,12 @@ def delay_of(gate: Gate) -> float:
     rate = gate.pace._starts
     if not isinstance(rate, SharedRate):
         return gate._delay()
-    caller, ask_at = rate._caller, rate.ask_at
-    rate._caller = _Silence(caller.instances, caller.round_trip)
+    caller, ask_at = rate._calls, rate.ask_at
+    rate._calls = _Silence(caller.instances, caller.round_trip)
     try:
         return gate._delay()
     finally:
-        rate._caller, rate.ask_at = caller, ask_at
+        rate._calls, rate.ask_at = caller, ask_at
 
 
 @dataclass

@@ -132,7 +132,7 @@ LOOK_AGAIN = 0.05
 UNKNOWN = 1.0
 
 
-class Caller(Protocol):
+class LeaseCalls(Protocol):
     """The object that carries the calls: `Leases`."""
 
     def pace(self, user: SharedRate) -> None:
@@ -165,7 +165,7 @@ class SharedRate(Gcra):
     """
 
     __slots__ = (
-        *("_caller", "_local", "_next_at", "_no_burst", "_not_before", "_on_slots", "_slots"),
+        *("_calls", "_local", "_next_at", "_no_burst", "_not_before", "_on_slots", "_slots"),
         *(
             "_rested",
             "_share_kept",
@@ -182,7 +182,7 @@ class SharedRate(Gcra):
 
     def __init__(
         self,
-        caller: Caller,
+        calls: LeaseCalls,
         name: str,
         interval: float,
         tolerance: float,
@@ -197,7 +197,7 @@ class SharedRate(Gcra):
         super().__init__(interval, tolerance, clock)
         self.name = name
         self.ask_at = inf
-        self._caller = caller
+        self._calls = calls
         self._waiting = waiting
         self._on_slots = on_slots
         self._rested = rested
@@ -223,7 +223,7 @@ class SharedRate(Gcra):
         self._state = State.ALONE
         self._instances = 0
         self._local = Gcra(interval, 0.0, clock)
-        caller.pace(self)
+        calls.pace(self)
 
     # What the pace of a provider, and a quota, ask.
 
@@ -318,7 +318,7 @@ class SharedRate(Gcra):
         restate = restate and self._next_at > now - self._tolerance
         if not (asks or restate):
             return None
-        members, kept = max(1, self._caller.instances), self._kept()
+        members, kept = max(1, self._calls.instances), self._kept()
         count = 0
         if asks:
             self.ask_at = inf
@@ -397,12 +397,12 @@ class SharedRate(Gcra):
         """Ask at *moment* at the latest."""
         if moment < self.ask_at:
             self.ask_at = moment
-            self._caller.call_by(moment)
+            self._calls.call_by(moment)
 
     @property
     def _late(self) -> float:
         """The seconds by which a start may be later than its slot."""
-        return max(self._horizon, 2 * self._caller.round_trip)
+        return max(self._horizon, 2 * self._calls.round_trip)
 
     def _used(self, now: float) -> float:
         """Return the starts of a horizon, as they are now."""
@@ -416,5 +416,5 @@ class SharedRate(Gcra):
         """Return how many slots of the burst are kept in hand."""
         burst = (self._tolerance - self._horizon) / self.interval
         return max(
-            0, min(MOST_KEPT, int(burst * self._share_kept / max(1, self._caller.instances)))
+            0, min(MOST_KEPT, int(burst * self._share_kept / max(1, self._calls.instances)))
         )

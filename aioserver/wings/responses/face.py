@@ -2,7 +2,7 @@
 served from the log.
 
     POST /v1/responses               prepare_new, then as any answer of that API (faces/openai.py)
-    GET  /v1/responses/{id}          prepare, retrieve
+    GET  /v1/responses/{id}          prepare_retrieval, retrieve
     POST /v1/responses/{id}/cancel   cancel
 
 A response that was requested with `store` or `background` is kept for its `resume_window`, and is
@@ -74,7 +74,7 @@ def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
             counted(
                 context.admission,
                 "openai",
-                partial(prepare, context, stored),
+                partial(prepare_retrieval, context, stored),
                 partial(retrieve, context, stored),
             ),
             # The body is not written by aiohttp, which would leave it out for HEAD.
@@ -164,7 +164,7 @@ def make_request(
     )
 
 
-async def prepare(
+async def prepare_retrieval(
     context: Context, stored: StoredResponses, request: web.Request, hold: BodyHold
 ) -> tuple[Stream, int | None] | Request | None:
     """Prepare a GET: find the response, and the event after which to stream it.
@@ -174,7 +174,7 @@ async def prepare(
     kept here.
     """
     try:
-        return await _prepare(context, request)
+        return await _in_its_log(context, request)
     except (StreamNotFound, InstanceUnavailable) as missing:
         _check_known(stored, request, missing)
         response = await stored.reach(request[CALLER], request.match_info["id"])
@@ -194,7 +194,7 @@ def _check_known(stored: StoredResponses, request: web.Request, missing: Aioserv
         raise missing
 
 
-async def _prepare(context: Context, request: web.Request) -> tuple[Stream, int | None]:
+async def _in_its_log(context: Context, request: web.Request) -> tuple[Stream, int | None]:
     if request.query.get("stream", "false") != "true":
         return await find(context, request), None
     number = request.query.get("starting_after")
@@ -217,7 +217,7 @@ async def retrieve(
     request: web.Request,
     found: tuple[Stream, int | None] | Request | None,
 ) -> web.StreamResponse:
-    """Answer a GET with what `prepare` has found: the events after a position, or the response as
+    """Answer a GET with what `prepare_retrieval` has found: the events after a position, or the response as
     it is now.
     """
     if found is None:
