@@ -115,7 +115,10 @@ class Producers:
             return
         reason = stream.cancel_reason
         try:
-            if stream.mirrored:
+            if stream.ending is not None and fault is None:
+                # All of it has come, and its last event may have been read already.
+                stream.end_now()
+            elif stream.mirrored:
                 gone = ProviderDisconnected("the answer has no end")
                 cut = reason or StreamNotFound("this answer was cancelled")
                 stream.stop(error=cut if task.cancelled() else public(fault or gone))

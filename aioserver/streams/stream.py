@@ -521,11 +521,16 @@ class Stream:
 
         Cancelling leaves it without an end.
         """
-        if (ending := self.ending) is not None:
-            kept, chunk, data = ending
-            await kept
-            self.end(COMPLETE, chunk, data=data)
-            self.ending = None
+        if self.ending is not None:
+            await self.ending[0]
+            self.end_now()
+
+    def end_now(self) -> None:
+        """End a log that is about to end, whether its answer is kept yet or not."""
+        assert self.ending is not None
+        _kept, chunk, data = self.ending
+        self.end(COMPLETE, chunk, data=data)
+        self.ending = None
 
     def end(self, status: bytes, chunk: Mapping[str, Any], *, data: bytes = b"") -> None:
         """Append the last event, and notify the readers and the store."""

@@ -9,19 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioserver.auth.callers import anonymous
 from aioserver.errors import InternalError, ServerShutdown
 from aioserver.gateway.calls import Calls
+from aioserver.gateway.producers import Producers
 from aioserver.gateway.request import Request, Route
 from aioserver.providers.api import CHAT
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.contracts import AnswerEvents
+from aioserver.streams.entries import CHUNK, COMPLETE
+from aioserver.streams.store import StreamStore
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.request_log import RequestLog
 from tests.support.chat import read_frames
 from tests.support.keys import bearer, keys_of
 from tests.support.server import SLOW
-from tests.support.waiting import until
+from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
     from aioserver.errors import AioserverError
@@ -155,3 +159,45 @@ async def test_a_bug_after_the_provider_was_asked_is_not_to_be_repeated(
     assert metrics.bugs.value == 1
     assert metrics.outcomes["internal_error"].value == 1
     assert [record.getMessage() for record in caplog.records] == ["bug in an answer"]
+
+
+class Slow:
+    """A keeper whose answer is never kept."""
+
+    def __init__(self) -> None:
+        self.kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def keep(self, _stream: Stream) -> asyncio.Future[None]:
+        return self.kept
+
+
+@pytest.mark.parametrize("stopping", [False, True])
+async def test_nothing_follows_the_last_event_of_an_answer_that_is_cancelled_while_it_is_kept(
+    stopping: bool,
+) -> None:
+    """A response has its end in its own last event, which its client may have read by then."""
+    request_log: Any = SimpleNamespace(finish=lambda *_args, **_kwargs: None)
+    producers = Producers(request_log)
+    stream = StreamStore(max_stream_bytes=1 << 20, max_kept_bytes=1 << 20).open(
+        "r", anonymous("127.0.0.1"), window=9
+    )
+    keeper: Any = Slow()
+    stream.keeper = keeper
+
+    async def produce() -> None:
+        stream.append(CHUNK, [b"{}"], data=b"data: the last one\n\n")
+        stream.finish({})
+        await stream.finished()
+
+    producers.start(stream, produce(), lambda: None)
+    await ticks()
+    assert not stream.ended
+
+    if stopping:
+        await producers.end(lambda: ServerShutdown("the server stops", retry_after=1.0))
+    else:
+        stream.cancel()
+        await until(lambda: stream.ended)
+
+    assert (stream.end_status, stream.error) == (COMPLETE, None)
+    assert b"".join(entry.data for entry in stream.entries) == b"data: the last one\n\n"

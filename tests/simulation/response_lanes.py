@@ -239,6 +239,10 @@ class Talk:
         if newest and self.at_once:
             lane.outcome = outcome
             lane.asked.remove(turn)
+            # Nothing says which of those it was that have not begun.
+            for other in lane.asked:
+                if other.read.last < 0:
+                    other.question.may_be(turn.question)
             return
         if lane.resumed and code in NOT_RESUMED:
             lane.asked.pop(0)

@@ -39,6 +39,8 @@ class Question:
     # Whether a provider without that fault may answer instead.
     fails_over: bool = False
     turns: tuple[int, ...] = (1,)
+    # Questions whose answer may be read instead, where nothing says which of them was refused.
+    others: tuple[Question, ...] = ()
 
     @property
     def name(self) -> str:
@@ -59,11 +61,20 @@ class Question:
     def answers(self) -> tuple[str, ...]:
         """The whole texts, of which one is that of the answer."""
         texts = (speech(self.text, turn) for turn in self.turns)
-        return tuple("".join(model.tokens(text)[: self.tokens]) for text in texts)
+        own = ("".join(model.tokens(text)[: self.tokens]) for text in texts)
+        return (*own, *(answer for other in self.others for answer in other.answers))
 
     def may_be_repeated(self) -> None:
         """Let it also be one turn later: it is asked again, and may have been answered before."""
         self.turns = (*self.turns, self.turns[-1] + 1)
+        self._forget_answers()
+
+    def may_be(self, other: Question) -> None:
+        """Let what is read also be the answer to *other*."""
+        self.others = (*self.others, other)
+        self._forget_answers()
+
+    def _forget_answers(self) -> None:
         for cached in ("answer", "answers"):
             self.__dict__.pop(cached, None)
 
@@ -72,7 +83,14 @@ class Question:
         """Whether the answer may end well."""
         kind = re.sub(r"-<?\d+>?$", "", self.fault)
         # `status-500` is a kind by itself.
-        return self.fails_over or not {kind, self.fault} & NEVER_WHOLE
+        whole = self.fails_over or not {kind, self.fault} & NEVER_WHOLE
+        return whole or any(other.may_be_whole for other in self.others)
+
+    @property
+    def may_end_early(self) -> bool:
+        """Whether the answer may end well in the middle of its text."""
+        early = self.fault.startswith("early-done")
+        return early or any(other.may_end_early for other in self.others)
 
 
 @dataclass(slots=True)
@@ -113,8 +131,7 @@ class Reading:
             return
         if not self.question.may_be_whole:
             raise Violation(f"complete, though the provider failed by {self.question.fault}")
-        early = self.question.fault.startswith("early-done")
-        if self.text not in self.question.answers and not early:
+        if self.text not in self.question.answers and not self.question.may_end_early:
             raise Violation(
                 f"complete with {len(self.text)} characters of {len(self.question.answer)}"
             )
