@@ -11,13 +11,14 @@ snapshot shows cheaply.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
 from aioserver.limits.gcra import ROUNDING
 from aioserver.providers.queueing import ProviderGate
-from aioserver.streams.store import SEARCH_STEP
+from aioserver.streams.store import SEARCH_STEP, owner_of
 from aioserver.streams.stream import RESUME_BYTES
 from aioserver.wings.cluster.rates import SharedRate
 from aioserver.wings.cluster.shared_gate import MOMENTARY, SharedGate
@@ -26,7 +27,7 @@ from aioserver.wings.responses.socket import ResponsesSocket
 from tests.simulation.clock import Clock
 from tests.simulation.deadlines import Deadlines
 from tests.simulation.fairness import Fairness
-from tests.support.stored_responses import stored_in
+from tests.support.stored_responses import conversations_in, stored_in
 
 if TYPE_CHECKING:
     import asyncio
@@ -173,7 +174,28 @@ class Watch:
                 lanes += self._look_at_lanes(socket._lanes)
         if len(stored_in(self._server).held._held) > lanes:
             self._broken("a response is kept for a lane that is gone")
+        self._look_at_shares()
         self._deadlines.look()
+
+    def _look_at_shares(self) -> None:
+        """Look at what is said of who keeps how much, by which room is made."""
+        store, finished, numbers, tokens = self._streams, Counter(), Counter(), Counter()  # type: ignore[var-annotated]
+        for stream in store._finished:
+            finished[owner_of(stream.caller)] += stream.kept_bytes
+        shares = store._shares
+        short = any(shares.of(owner) < size for owner, size in finished.items())
+        if short or not sum(finished.values()) <= shares.total <= store._bytes:
+            self._broken(f"{shares._sizes} bytes are said to be kept of {finished}")
+        kept = conversations_in(self._server)
+        listed = 0
+        for conversation in kept._kept.values():
+            numbers[conversation.owner] += 1
+            tokens[conversation.owner] += conversation.tokens
+            listed += conversation.listed is not None
+        if kept._numbers._sizes != numbers or kept._tokens._sizes != tokens:
+            self._broken(f"{kept._numbers._sizes} conversations are said to be kept of {numbers}")
+        if listed != sum(map(len, kept._lists.values())) or len(kept._used) != len(kept._kept):
+            self._broken(f"{listed} conversations are to be listed, not those of {kept._lists}")
 
     def _look_at_lanes(self, lanes: Lanes) -> int:
         """Look at the lanes of one connection, and return how many they are."""

@@ -1,13 +1,15 @@
-"""The responses that a server has stored."""
+"""The responses that a server has stored, and the conversations that it remembers."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aioserver.wings.conversations.wing import ConversationsWing
 from aioserver.wings.responses.wing import ResponsesWing
 
 if TYPE_CHECKING:
     from aioserver.server.app import Server
+    from aioserver.wings.conversations.memory import Conversations
     from aioserver.wings.responses.stored import StoredResponses
 
 
@@ -15,3 +17,9 @@ def stored_in(server: Server) -> StoredResponses:
     """The stored responses of *server*."""
     (wing,) = (wing for wing in server.wings if isinstance(wing, ResponsesWing))
     return wing.stored
+
+
+def conversations_in(server: Server) -> Conversations:
+    """The conversations that *server* remembers."""
+    (wing,) = (wing for wing in server.wings if isinstance(wing, ConversationsWing))
+    return wing._history._conversations  # noqa: SLF001 - the simulation looks at its sums

@@ -6,18 +6,19 @@ What is kept is the log as bytes (log_codec.py), for what is left of its window.
 
 from __future__ import annotations
 
+from heapq import heappop, heapreplace
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import ResumeGap, ServerShutdown, StreamNotFound
 from aioserver.protocol.whole_answer import text_pieces
 from aioserver.streams.entries import NO_TEXT, WholeEntry
-from aioserver.streams.store import ended_at
+from aioserver.streams.store import ended_at, owner_of
 from aioserver.wings.cluster import log_codec
 from aioserver.wings.cluster.peer_messages import Malformed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
     from aioserver.gateway.instances import Start
     from aioserver.providers.api import Api
@@ -35,20 +36,29 @@ def kept_seconds(stream: Stream) -> float:
 
 def chosen(streams: Iterable[Stream]) -> Iterator[tuple[Stream, float, bytes]]:
     """Yield those of *streams*, the newest first, that are handed over: how long each is kept, and
-    its log.
+    its log. The next one is of the owner of whom the least has been handed over, so that nobody
+    takes the room of all.
 
     An answer that the end of the server has cut is not: who asks again gets a new one.
     """
-    left = MAX_BYTES
+    owned: dict[Hashable, list[Stream]] = {}
     for stream in streams:
-        seconds = kept_seconds(stream) if stream.ended and stream.entries else 0.0
-        if seconds <= 0 or isinstance(stream.error, ServerShutdown):
+        whole = stream.ended and stream.entries and not isinstance(stream.error, ServerShutdown)
+        if whole and kept_seconds(stream) > 0:
+            owned.setdefault(owner_of(stream.caller), []).append(stream)
+    # The bytes of an owner, its number, and its streams.
+    heap = [(0, number, iter(own)) for number, own in enumerate(owned.values())]
+    left = MAX_BYTES
+    while heap:
+        size, number, own = heap[0]
+        newest = next(own, None)
+        log = b"" if newest is None else log_of(newest)
+        if newest is None or len(log) > left:
+            heappop(heap)
             continue
-        log = log_of(stream)
         left -= len(log)
-        if left < 0:
-            return
-        yield stream, seconds, log
+        heapreplace(heap, (size + len(log), number, own))
+        yield newest, kept_seconds(newest), log
 
 
 def log_of(stream: Stream) -> bytes:

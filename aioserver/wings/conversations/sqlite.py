@@ -729,7 +729,8 @@ class Sweep:
         """
         if over > 0:
             first, *others = await writer.do(rows, sqlite_file.LARGEST_BY_NUMBER, {})
-            limit = min(SWEEP_STEP, over, 1 + first[2] - sum(other[2] for other in others))
+            above = first[2] - sum(other[2] for other in others)
+            limit = min(SWEEP_STEP, over, FEW + above)
         else:
             first, *others = await writer.do(rows, sqlite_file.LARGEST_BY_SIZE, {})
             above = first[3] - sum(other[3] for other in others)

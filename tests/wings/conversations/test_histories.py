@@ -199,8 +199,10 @@ async def test_an_answer_that_does_not_come_is_not_waited_for() -> None:
         await answer_of(asyncio.sleep(60), 0.05)
 
 
-def finished(request_id: str, size: int = 10, window: float = 30.0) -> Stream:
-    stream = Stream(request_id, CALLER, window=window, max_bytes=1 << 30)
+def finished(
+    request_id: str, size: int = 10, window: float = 30.0, caller: Caller = CALLER
+) -> Stream:
+    stream = Stream(request_id, caller, window=window, max_bytes=1 << 30)
     for _ in range(3):
         stream.append(CHUNK, [b'"%b"' % (b"x" * size)])
     stream.end(COMPLETE, {})
@@ -212,6 +214,17 @@ def test_the_newest_logs_are_handed_over_up_to_a_bound() -> None:
 
     assert [s.request_id for s, _seconds, _log in handover.chosen([newest, old])] == ["1", "3"]
     assert [s.request_id for s, _seconds, _log in handover.chosen([newest, large, old])] == ["1"]
+
+
+def test_nobody_takes_the_room_of_all_logs_that_are_handed_over() -> None:
+    size, other = handover.MAX_BYTES // 9, Caller("other")
+    mine = [finished(f"m{number}", size // 3) for number in range(20)]
+    theirs = [finished(f"t{number}", size // 6, caller=other) for number in range(3)]
+
+    names = [s.request_id for s, _seconds, _log in handover.chosen([*mine, *theirs])]
+
+    assert [name for name in names if name[0] == "t"] == ["t0", "t1", "t2"]
+    assert [name for name in names if name[0] == "m"] == [f"m{number}" for number in range(7)]
 
 
 def test_what_has_no_window_left_or_was_cut_is_not_handed_over() -> None:
