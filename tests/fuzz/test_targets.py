@@ -50,7 +50,7 @@ def test_no_kept_input_and_no_mutant_of_one_finds_a_fault(name: str) -> None:
 # another value.
 BREAKAGES: dict[str, tuple[object, str, object]] = {
     "event_stream": (eventstream, "_BLANK", re.compile(rb"\n\n")),
-    "fast_path": (fast_path, "_PLAIN", re.compile(rb"[^\n]+")),
+    "fast_path": (fast_path, "PLAIN", re.compile(rb"[^\n]+")),
     "provider_answer": (Exchange, "_settle", lambda _exchange: None),
     "responses": (
         sinks,
