@@ -59,8 +59,11 @@ class Reader(Protocol):
     def notify(self) -> None:
         """Read on: the log has grown or ended."""
 
-    def drop(self) -> None:
-        """Leave the log, which no longer has the events that come next, and tell the client so."""
+    def drop(self, seen: int) -> None:
+        """Leave the log, which no longer has the entry that comes next, and tell the client so.
+
+        *seen* is the number of the last event before that entry.
+        """
 
     def report_position(self, position: int, eta: float) -> None:
         """Show that the request is queued: its position, and the estimated wait in seconds."""

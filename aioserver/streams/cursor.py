@@ -108,14 +108,16 @@ class Cursor:
         """Let the writer write what the log has now."""
         self._writer.notify(self)
 
-    def drop(self) -> None:
-        """Leave the log, and tell the client that it fell behind; a second call does nothing."""
+    def drop(self, seen: int) -> None:
+        """Leave the log, and tell the client that it fell behind; a second call does nothing.
+
+        *seen* is the number of the last event before the entry that comes next.
+        """
         if not self.removed:
             error = SlowClient(
                 "this client reads more slowly than the answer comes, and fell behind"
             )
-            # Each entry that was read has an event at least.
-            self.farewell = self.format.render_error(self.stream, error, self.next_index)
+            self.farewell = self.format.render_error(self.stream, error, seen + self.skip)
             self.stream.record.slow_client = True
             self._writer.drop(self)
 
@@ -217,7 +219,7 @@ class ConditionReader:
         if not self.reached.done() and self._condition(self._stream):
             self.reached.set_result(None)
 
-    def drop(self) -> None:
+    def drop(self, _seen: int) -> None:
         """Do nothing: this reader reads no events, so it misses none."""
 
     def report_position(self, position: int, eta: float) -> None:

@@ -678,12 +678,16 @@ class Stream:
             freed += entries[count].size
             count += 1
         if count:
+            late = [
+                (reader, entries[max(0, reader.next_index - self.offset)].first - 1)
+                for reader in self.readers
+                if reader.next_index < self.offset + count
+            ]
             del entries[:count]
             self.offset += count
             self._grow(-freed)
-            for reader in tuple(self.readers):
-                if reader.next_index < self.offset:
-                    reader.drop()
+            for reader, seen in late:
+                reader.drop(seen)
 
     def _late(self, reader: Reader) -> bool:
         """Return whether *reader* is far behind: by more than it gets in one write, the newest

@@ -273,7 +273,8 @@ class Writer:
             try:
                 caught_up = cursor.render(parts, room)
             except ResumeGap:
-                cursor.drop()
+                # Each entry that was read has an event at least.
+                cursor.drop(cursor.next_index)
                 continue
             del ready[cursor]
             if not caught_up:

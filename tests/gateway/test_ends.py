@@ -54,7 +54,7 @@ class Broken:
         if self._stream.ended:
             raise RuntimeError("a bug")
 
-    def drop(self) -> None:
+    def drop(self, _seen: int) -> None:
         """Do nothing."""
 
     def report_position(self, position: int, eta: float) -> None:

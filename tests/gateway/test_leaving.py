@@ -112,7 +112,7 @@ class Reader:
     def notify(self) -> None:
         self.next_index = self._stream.offset + len(self._stream.entries)
 
-    def drop(self) -> None:
+    def drop(self, _seen: int) -> None:
         pass
 
     def report_position(self, position: int, eta: float) -> None:

@@ -102,7 +102,7 @@ class Slow:
     def notify(self) -> None:
         self.notices += 1
 
-    def drop(self) -> None:
+    def drop(self, _seen: int) -> None:
         assert self.next_index < self.stream.offset
         self.dropped = True
         self.stream.remove_reader(self)

@@ -178,9 +178,9 @@ class Raw:
 
     # WebSocket.
 
-    async def upgrade(self, *lines: str) -> Answer:
+    async def upgrade(self, *lines: str, path: str = "") -> Answer:
         await self.get(
-            self._path,
+            path or self._path,
             "Upgrade: websocket",
             "Connection: Upgrade",
             "Sec-WebSocket-Version: 13",

@@ -120,7 +120,7 @@ class Link:
             self.notify()
             self.stream.note_passed()
 
-    def drop(self) -> None:
+    def drop(self, _seen: int) -> None:
         """Leave the log, which no longer has the events that come next, and tell the other side
         so.
         """

@@ -171,7 +171,8 @@ class ResponseEvents(AnswerEvents):
         self._add(number, sequence)
 
     def event_before(self, sequence: int, last: int) -> int | None:
-        """Return the number of the event after which the first one above *sequence* comes.
+        """Return the number of the event after which the first one above *sequence* comes; that of
+        no event where *sequence* is -1.
 
         It is *last*, the newest event's number, if *sequence* is the newest; None if *sequence*
         has not come yet.
@@ -179,7 +180,9 @@ class ResponseEvents(AnswerEvents):
         for run in self._runs:
             if run.last_sequence > sequence:
                 return run.number + max(0, sequence + 1 - run.sequence) - 1
-        return last if self._runs and sequence == self.last_sequence else None
+        if not self._runs:
+            return 0 if sequence < 0 else None
+        return last if sequence == self.last_sequence else None
 
     def _add(self, number: int, sequence: int) -> None:
         if self._runs:
@@ -196,8 +199,8 @@ class ResponseEvents(AnswerEvents):
         """Return *error* as a `response.failed` event.
 
         It has the next sequence number. For a reader that fell behind, and has *seen* the event of
-        that number in the log, it has that event's: whoever comes back after it is not led past
-        what was missed.
+        that number in the log, it has that event's, -1 if it has seen none: whoever comes back
+        after it is not led past what was missed.
 
         It has no more of a response object than its frame, if that is nested deeper than orjson
         writes.
@@ -210,9 +213,9 @@ class ResponseEvents(AnswerEvents):
 
     def _sequence_at(self, number: int) -> int:
         """Return the sequence number of the event *number* of the log, or of the one before that
-        has any.
+        has any; -1 if none has.
         """
-        sequence = 0
+        sequence = -1
         for run in self._runs:
             if run.number > number:
                 break

@@ -200,7 +200,8 @@ async def _in_its_log(context: Context, request: web.Request) -> tuple[Stream, i
     number = request.query.get("starting_after")
     if number is None:
         start = Start()
-    elif number.isascii() and number.isdigit() and len(number) < 19:
+    elif number == "-1" or (number.isascii() and number.isdigit() and len(number) < 19):
+        # That of a reader which has fallen behind before the first event.
         start = Start(sequence=int(number))
     else:
         await find(context, request)

@@ -47,7 +47,8 @@ MAX_ID_BYTES = 1026
 MAX_ECHO_BYTES = 1 << 13
 _TYPES = "response.create, response.cancel, response.resume, response.steer, response.processed"
 _LANE = re.compile(r"[A-Za-z0-9_.-]{1,256}")
-_SEQUENCE = re.compile(rb"[0-9]{1,18}")
+# -1 stands before the first event.
+_SEQUENCE = re.compile(rb"[0-9]{1,18}|-1")
 # The members of a frame that are not those of a body.
 _OF_FRAME = tuple(map(Member, ("type", "stream_id", "generate")))
 _STREAM = Member("stream")

@@ -111,7 +111,7 @@ class Reading:
     def report_position(self, position: int, _eta: float) -> None:
         self.positions.append(position)
 
-    def drop(self) -> None:
+    def drop(self, _seen: int) -> None:
         raise AssertionError("a mirror drops no reader")
 
     def notify(self) -> None:

@@ -286,7 +286,7 @@ async def test_without_store_nothing_is_kept_and_leaving_ends_it(
 
 @pytest.mark.parametrize(
     ("after", "status", "code"),
-    [("7000", 409, "resume_gap"), ("x", 400, "invalid_request"), ("-1", 400, "invalid_request")],
+    [("7000", 409, "resume_gap"), ("x", 400, "invalid_request"), ("-2", 400, "invalid_request")],
 )
 async def test_a_number_that_cannot_be(
     server: RunningServer, sdk: AsyncOpenAI, after: str, status: int, code: str
