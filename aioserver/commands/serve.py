@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import faulthandler
 import gc
 import logging
@@ -44,6 +46,12 @@ THREADS_TIMEOUT = 1.0
 # objects without cycles: short passes over these, and few over older objects, halve the p99 gap
 # of WebSocket streams, compared with (50_000, 20, 20).
 GC_THRESHOLDS = (10_000, 50, 50)
+# Bytes of an object that has pages of its own (`mallopt` of the GNU C library), which go back to
+# the system with it. By default the library raises this to the largest object that was ever freed,
+# up to 32 MiB: large bodies then leave holes in its heap. An asyncio loop reads into 256 KiB, for
+# which pages would be made each time; and so many bytes are free at the heap's end before they go.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+PAGES_BYTES, END_BYTES = 320 << 10, 1 << 20
 
 
 def serve(config: Path | None, *, host: str | None, port: int | None, loop: str) -> int:
@@ -98,6 +106,7 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
     if few_files is not None:
         logger.warning("%s", few_files)
     _collect_rarely()
+    _return_pages()
     with asyncio.Runner(loop_factory=factory) as runner:
         code = runner.run(_run(configuration, environ, inherited, worker))
         _leave_soon(code)
@@ -165,6 +174,15 @@ def _serve_with_workers(
     code = parent.run()
     output.give_up()
     return code
+
+
+def _return_pages() -> None:
+    """Let the C library, if it is GNU's, return the pages of large objects once they are freed."""
+    # Other libraries have no such function.
+    with contextlib.suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, PAGES_BYTES)
+        mallopt(M_TRIM_THRESHOLD, END_BYTES)
 
 
 def _collect_rarely() -> None:

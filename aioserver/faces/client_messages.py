@@ -88,9 +88,9 @@ class Receiver(Protocol):
 class ClientMessages:
     """Counts what a client sends on one socket; aiohttp's connection takes it for its reader.
 
-    Always: the reader gets whole heads, never a part of one; a whole message of the client has its
-    hold in `_holds`, in the order of the messages. `close` must be called at the end of the
-    socket.
+    Always: the reader gets whole heads and whole payloads, never a part of one; a whole message of
+    the client has its hold in `_holds`, in the order of the messages. `close` must be called at
+    the end of the socket.
     """
 
     __slots__ = (
@@ -106,6 +106,7 @@ class ClientMessages:
         "_make_hold",
         "_max_bytes",
         "_over",
+        "_payload",
         "_reader",
         "_receiver",
         "_timer",
@@ -123,8 +124,10 @@ class ClientMessages:
         self._bytes = Gcra(1 / max_message_bytes, BYTES_BURST)
         # A part of a frame's head, or of a close frame; before there is a receiver, all that came.
         self._head = b""
-        # Bytes of the frame's payload that are still to come.
+        # Bytes of the frame's payload that are still to come, and those that came before: aiohttp
+        # would keep a list of what each packet had, of which each may cost many times its bytes.
         self._left = 0
+        self._payload: bytearray | None = None
         # Whether the frame is a part of a message.
         self._data = False
         # Whether it is the last part.
@@ -163,7 +166,7 @@ class ClientMessages:
         self._stop_timer()
         # It may have megabytes of a message that has no end.
         self._reader = None
-        self._head = b""
+        self._head, self._payload = b"", None
         if self._hold is not None:
             self._hold.release()
         for hold in self._holds:
@@ -192,11 +195,11 @@ class ClientMessages:
             return False, b""
         if self._head:
             data, self._head = self._head + data, b""
-        size, place, start = len(data), 0, -1
+        size, place, start, body = len(data), 0, -1, 0
         while place < size:
             if not self._left:
                 start = place
-                place = self._read_head(data, start)
+                place = body = self._read_head(data, start)
                 if place < 0:
                     return self._refuse(data[:start])
                 if not place:
@@ -217,6 +220,17 @@ class ClientMessages:
             if self._data and not self._count(step):
                 return True, b""
         self._watch()
+        part = b""
+        if self._left:
+            if start < 0:
+                self._payload = self._payload or bytearray()
+                self._payload += data
+                return False, b""
+            data, part = data[:body], data[body:]
+        if self._payload:
+            data = self._with_payload(data)
+        if part:
+            self._payload = bytearray(part)
         assert self._reader is not None
         over, rest = self._reader.feed_data(data) if data else (False, b"")
         if over:
@@ -303,9 +317,15 @@ class ClientMessages:
     def _refuse(self, before: bytes) -> tuple[bool, bytes]:
         """Let the reader read *before*, and then a frame that it refuses."""
         assert self._reader is not None
+        data = self._with_payload(before)
         self._end()
-        self._reader.feed_data(before + REFUSED_FRAME)
+        self._reader.feed_data(data + REFUSED_FRAME)
         return True, b""
+
+    def _with_payload(self, data: bytes) -> bytes:
+        """Return *data* behind the payload that came in earlier packets, which is kept no longer."""
+        payload, self._payload = self._payload or b"", None
+        return b"".join((payload, data))
 
     def _break_off(self, error: AioserverError) -> None:
         """Close with *error* at once: the messages that were not taken are dropped."""
@@ -317,6 +337,7 @@ class ClientMessages:
 
     def _end(self) -> None:
         self._over = True
+        self._payload = None
         self._stop_timer()
 
 

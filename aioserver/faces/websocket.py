@@ -196,6 +196,8 @@ class ChatSocket(Socket):
         try:
             await super().finish()
         finally:
+            # Answers that had not ended: their cursors hold this socket.
+            self._following.clear()
             for cursor in tuple(self._visits or ()):
                 self._end_visit(cursor)
 

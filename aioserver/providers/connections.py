@@ -142,6 +142,7 @@ class ConnectionProtocol(ResponseHandler):
             self.exchange.connection_lost(exc)
         elif self.pooled is not None:
             self.pooled.lost()
+        self.response_parser.close()
 
     def watch_deadline(self, read_timeout: float) -> None:
         """Enforce the read deadline of the exchange under way.

@@ -262,6 +262,13 @@ class ResponseParser:
         # Set once the head is complete.
         self.sink: Sink | None = None
 
+    def close(self) -> None:
+        """Hear of nothing more, since the connection is lost.
+
+        Otherwise this object and its parser in C, which calls it, would hold each other.
+        """
+        self._parser = httptools.HttpResponseParser(None)
+
     def forget(self) -> None:
         """Drop the sink and the callback of the answer that is over."""
         self._on_head = self.sink = None

@@ -51,12 +51,9 @@ class Format(NamedTuple):
 
         The first *skip* events are left out.
         """
-        frame = self.frame
-        if frame is None:
+        if self.frame is None:
             return b"".join(eventstream.split(data)[skip:]) if skip else data
-        events = [event.data for event in eventstream.parse(data)]
-        # A [DONE] is no event of the Responses API; some providers send one nevertheless.
-        return b"".join([frame(data) for data in events[skip:] if data and data != b"[DONE]"])
+        return framed(self.frame, data, skip)
 
     def render_newest(self, stream: Stream, entry: Entry) -> bytes:
         """Render the newest *entry* of *stream*: once for all its readers in this format."""
@@ -68,6 +65,13 @@ class Format(NamedTuple):
         if self.name not in by_format:
             by_format[self.name] = self.render(stream, entry, 0)
         return by_format[self.name]
+
+
+def framed(frame: Callable[[bytes], bytes], data: bytes, skip: int) -> bytes:
+    """Return the events in *data* but the first *skip*, each as *frame* writes it."""
+    events = [event.data for event in eventstream.parse(data)]
+    # A [DONE] is no event of the Responses API; some providers send one nevertheless.
+    return b"".join([frame(data) for data in events[skip:] if data and data != b"[DONE]"])
 
 
 def ws_frame(first_byte: int, payload: bytes) -> bytes:

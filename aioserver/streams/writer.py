@@ -52,6 +52,10 @@ WRITE_BYTES = 1 << 16
 MAX_CONTROL_FRAMES = 64
 
 
+def _ignore(_reason: str) -> None:
+    """Hear that the client is dropped."""
+
+
 class Writer:
     """Writes what its cursors have not seen, in as few writes as possible.
 
@@ -70,7 +74,7 @@ class Writer:
         outbox: Outbox,
         *,
         send_timeout: float,
-        on_drop: Callable[[str], None] = lambda _reason: None,
+        on_drop: Callable[[str], None] = _ignore,
         chunked: bool = False,
         head: bytes = b"",
         tail: bytes = b"",
@@ -340,6 +344,8 @@ class Writer:
     def _stop(self) -> None:
         self._ready.clear()
         self._control.clear()
+        # Otherwise a socket and its writer would hold each other.
+        self._on_drop = _ignore
         if self._scheduled is not None:
             self._scheduled.cancel()
             self._scheduled = None

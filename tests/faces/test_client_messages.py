@@ -11,12 +11,15 @@ import inspect
 import json
 import random
 import struct
+import tracemalloc
 from typing import TYPE_CHECKING
 
 import pytest
 from aiohttp import web
+from aiohttp._websocket.reader import WebSocketDataQueue
+from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_parser import HttpRequestParser
-from aiohttp.http_websocket import WebSocketWriter
+from aiohttp.http_websocket import WebSocketReader, WebSocketWriter
 
 from aioserver.faces import client_messages, intake
 from aioserver.faces.client_messages import ClientMessages, sendable
@@ -382,6 +385,56 @@ async def test_the_reader_gets_the_same_bytes_at_every_cut(server: RunningServer
         messages.close()
         assert not recorder.errors
     assert server.held()["body_bytes"] == 0
+
+
+@pytest.mark.parametrize("piece", [1, 100, 5000])
+async def test_an_unfinished_message_costs_little_more_than_its_bytes(
+    server: RunningServer, piece: int
+) -> None:
+    count, size = 4, 50_000
+    parts = [masked(TEXT, b"x" * (size // 2), fin=False), masked(CONTINUATION, b"x" * size)]
+    stream = b"".join(parts)[: size + size // 4]
+    queue = WebSocketDataQueue(
+        BaseProtocol(asyncio.get_running_loop()), 1 << 16, loop=asyncio.get_running_loop()
+    )
+    unfinished = []
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for _ in range(count):
+            messages = ClientMessages(server.context.admission.hold, 1 << 24)
+            messages.wrap(WebSocketReader(queue, 1 << 24, compress=False, decode_text=False))
+            messages.start(Recorder())
+            for start in range(0, len(stream), piece):
+                messages.feed_data(stream[start : start + piece])
+            unfinished.append(messages)
+        real = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    counted = server.held()["body_bytes"]
+    for messages in unfinished:
+        messages.close()
+
+    assert counted > count * size
+    assert real < 1.5 * counted
+    await server.nothing_held()
+
+
+async def test_a_flood_behind_a_large_frame_ends_after_the_messages_before_it(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(SILENT, **{MAX_MESSAGE: 40_000})
+    whole = masked(TEXT, json.dumps({"action": "ping", "request_id": "x" * 30_000}).encode())
+    async with upgraded(server) as raw:
+        await raw.send(whole[:-10])
+        await until(lambda: server.held()["body_bytes"] > 29_000)
+        # The rest of the frame, and one that is refused: it is not masked.
+        await raw.send(whole[-10:] + b"\x81\x02{}")
+        frames, code = await end_of(raw)
+
+    assert code == 1002
+    assert len(frames) == 1, "what came before is answered"
+    await server.nothing_held()
 
 
 # What an idle socket keeps.

@@ -65,7 +65,7 @@ class Lane:
 
     def __init__(self, name: str | None, on_end: Callable[[Lane], None]) -> None:
         self.name = name
-        self.on_end: Callable[[object], None] = lambda _task: on_end(self)
+        self.on_end = on_end
         self.format = response_messages(name)
         self.turns: deque[Turn] = deque()
         self.stream: Stream | None = None
@@ -73,6 +73,10 @@ class Lane:
         self.asked: asyncio.Task[None] | None = None
         self.continues: str | None = None
         self.under_way = 0
+
+    def ended(self, _task: object) -> None:
+        """Note that `asked` has ended."""
+        self.on_end(self)
 
 
 class Lanes:
@@ -183,12 +187,15 @@ class Lanes:
         for lane in self._lanes.values():
             self._held.drop(lane)
             if lane.asked is not None:
-                lane.asked.remove_done_callback(lane.on_end)
+                lane.asked.remove_done_callback(lane.ended)
+            # Otherwise the socket and its lanes would hold each other.
+            lane.on_end = _ignore
             for turn in lane.turns:
                 turn.hold.release()
             lane.turns.clear()
         self._due.clear()
         self._waiting = self._waiting_bytes = 0
+        self._on_end = _ignore
 
     def _lane(self, name: str | None) -> Lane:
         lane = self._lanes.get(name)
@@ -199,6 +206,10 @@ class Lanes:
                 raise StreamLimitReached(text, param="stream_id")
             lane = self._lanes[name] = Lane(name, self._on_end)
         return lane
+
+
+def _ignore(_lane: Lane) -> None:
+    """Hear of the end of a lane whose socket is gone."""
 
 
 def _too_much(text: str) -> ConcurrencyExceeded:

@@ -13,7 +13,7 @@ from aioserver.protocol import eventstream
 from aioserver.protocol.eventstream import utf8
 from aioserver.streams.entries import CANCELLED, ERROR
 from aioserver.streams.fast_path import ERROR_NAME, FIRST_LINES, MAX_CHUNK_BYTES, FastPath
-from aioserver.streams.formats import WS_TEXT, Format, ws_frame
+from aioserver.streams.formats import WS_TEXT, Format, framed, ws_frame
 from aioserver.wings.responses import frames
 
 if TYPE_CHECKING:
@@ -116,15 +116,14 @@ def response_messages(lane: str | None) -> Format:
         if entry.first <= 2 and entry.status in {ERROR, CANCELLED}:
             error = stream.error or StreamNotFound("this answer was cancelled")
             return ws_frame(WS_TEXT, frames.error(error, lane))
-        return lane_format.render_bytes(entry.data, skip)
+        return framed(frame, entry.data, skip)
 
     def render_error(stream: Stream, error: AioserverError, seen: int) -> bytes:
         (event,) = eventstream.parse(stream.events.render(error, seen))
         return frame(event.data)
 
     name = "responses" if lane is None else f"responses {lane}"
-    lane_format = Format(name, render, None, render_error, frame)
-    return lane_format
+    return Format(name, render, None, render_error, frame)
 
 
 RESPONSES = response_messages(None)

@@ -224,7 +224,7 @@ class ResponsesSocket(Socket):
         lane.asked, lane.continues = stream.producer, body.previous_response_id
         if lane.asked is not None:
             # Until then this response counts for the limits of its caller's key.
-            lane.asked.add_done_callback(lane.on_end)
+            lane.asked.add_done_callback(lane.ended)
         self._follow(lane, stream, 0)
 
     async def _prepare(self, lane: Lane, command: Create) -> None:
