@@ -120,6 +120,8 @@ class Dropping:
     def __init__(self) -> None:
         self.dropped = False
         self.resumes: list[int] = []
+        self.pongs = 0
+        self._id: str | None = None
 
     async def install(self, page: Page) -> None:
         await page.route_web_socket(re.compile("/ws/"), self._between)
@@ -130,14 +132,23 @@ class Dropping:
 
         def to_server(message: str | bytes) -> None:
             frame = json.loads(message)
-            self._id = frame.get("request_id")
+            # A ping has no id, and on a busy machine there may be one before the drop.
+            self._id = frame.get("request_id", self._id)
             if frame["action"] == "resume":
                 self.resumes.append(frame["payload"]["last_event_id"])
                 self.dropped = self.dropped and len(self.resumes) < self.until
             there.send(message)
 
         here.on_message(to_server)
-        there.on_message(lambda message: None if self.dropped else here.send(message))
+
+        def to_page(message: str | bytes) -> None:
+            # The socket lives: its pings are answered.
+            pong = json.loads(message)["status"] == "pong"
+            self.pongs += pong
+            if pong or not self.dropped:
+                here.send(message)
+
+        there.on_message(to_page)
 
     def drop(self, until: int = 1) -> None:
         """Send `slow_client`, and no event more until the resume with this number."""
@@ -167,18 +178,29 @@ async def test_a_page_that_was_dropped_as_slow_reads_on(
     assert (provider.requests, len(between.resumes)) == (1, 1)
 
 
+@pytest.mark.parametrize("pings", [0, 1, 3])
 async def test_a_page_that_is_dropped_again_with_nothing_read_says_so(
-    make_server: MakeServer, provider: ManualProvider, page: Page
+    make_server: MakeServer, provider: ManualProvider, page: Page, pings: int
 ) -> None:
+    """On a busy machine the page has sent a ping before."""
     between = Dropping()
     await between.install(page)
+    await page.clock.install()
     await enter(page, await make_server(**provider.changes))
     await ask(page, "Hello")
     provider.say("One")
     await shows(page, "One")
 
+    async def ping() -> None:
+        for _ in range(pings):
+            before = between.pongs
+            await page.clock.fast_forward(15_500)  # milliseconds
+            await until(lambda before=before: between.pongs > before)  # type: ignore[misc]
+
+    await ping()
     between.drop(until=2)
     await until(lambda: len(between.resumes) == 1)
+    await ping()
     between.drop(until=2)
 
     await is_now(page, "failed")
