@@ -211,14 +211,20 @@ class ProviderError(ProviderFault):
 
 
 class ProviderRefused(ProviderFault):
-    """The provider calls the request faulty (4xx): its status and body pass unchanged."""
+    """The provider calls the request faulty (4xx): its status and body pass unchanged.
+
+    *reason*: what the provider says, for the caller alone: it may repeat what the caller has
+    written, so the text of this exception, which may be logged, is without it.
+    """
 
     outcome, attempt_outcome = "client_error", "http_4xx"
     code, status = "provider_error", 400
     breaker_failure = False
 
-    def __init__(self, message: str, status: int, content: bytes) -> None:
+    def __init__(self, message: str, status: int, content: bytes, reason: str = "") -> None:
         super().__init__(message)
+        if reason:
+            self.message = f"{message}: {reason}"
         self.provider_status = status
         self.provider_body = content
 

@@ -209,6 +209,10 @@ def test_a_providers_refusal_passes_body_and_all() -> None:
     assert refused.body() == b'{"error": {"message": "theirs"}}'
     assert refused.as_object()["type"] == "invalid_request_error"
     assert "theirs" not in json.dumps(refused.as_chunk())
+    shown = ProviderRefused("refused", 422, b'{"error": {"message": "theirs"}}', "theirs")
+    assert shown.as_chunk()["error"] == shown.as_object()["message"] == "refused: theirs"
+    # What is logged is without it.
+    assert "theirs" not in str(shown) + repr(shown)
     assert not refused.retry
     assert not refused.failover
     assert not refused.breaker_failure

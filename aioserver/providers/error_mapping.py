@@ -5,12 +5,14 @@
 403                               our key, or this one request, is refused: ProviderForbidden
 429, 498                          we ask too much at the moment: ProviderRateLimited
 408, 5xx                          the provider failed: ProviderError
-another 4xx                       the caller is at fault: ProviderRefused; a JSON body passes
+another 4xx                       the caller is at fault: ProviderRefused; a JSON body passes,
+                                  and its reason where bodies do not
 a redirect, not JSON, compressed  ProviderBadResponse
 """
 
 from __future__ import annotations
 
+import re
 from email.utils import parsedate_to_datetime
 from time import time
 from typing import TYPE_CHECKING
@@ -38,6 +40,11 @@ if TYPE_CHECKING:
 
 # Bytes of a body that is parsed to see that it is JSON; a longer one is not checked.
 MAX_CHECKED_BYTES = 1 << 20
+# Characters of the reason of a refusal; a text in which something is said about a key; and the
+# status of a proxy that wants one.
+MAX_REASON = 500
+ABOUT_KEYS = re.compile("api[ _-]?key", re.IGNORECASE)
+PROXY_STATUS = 407
 KEY_STATUSES = frozenset({401, 402})
 BUSY_STATUSES = frozenset({429, 498})
 QUOTA = "insufficient_quota"
@@ -80,7 +87,25 @@ def check_status(name: str, status: int, headers: Mapping[str, str], body: bytes
     if not parses(body):
         # The body is a proxy's page, for example, which our clients must not get.
         body = InvalidRequest(f"{name} answered {status}").body()
-    raise ProviderRefused(f"{name} answered {status}", status, body)
+        raise ProviderRefused(f"{name} answered {status}", status, body)
+    raise ProviderRefused(f"{name} answered {status}", status, body, _reason(status, body))
+
+
+def _reason(status: int, body: bytes) -> str:
+    """Return why a provider has refused a request, in its own words; "" if it does not say so, or
+    speaks of our key or our proxy.
+    """
+    answer: object = orjson.loads(body)
+    if isinstance(answer, list) and answer:
+        # Gemini's form.
+        answer = answer[0]
+    error: object = answer.get("error", answer) if isinstance(answer, dict) else None
+    text = error.get("message") if isinstance(error, dict) else error
+    if not isinstance(text, str) or status == PROXY_STATUS:
+        return ""
+    if not error_codes(error).isdisjoint(KEY_CODES) or ABOUT_KEYS.search(text):
+        return ""
+    return text[:MAX_REASON]
 
 
 def event_fault(exc: BadEvent | ErrorEvent | EventTooLong) -> ProviderFault:
@@ -116,7 +141,8 @@ def error_object_fault(error: object) -> ProviderFault:
         "param": None,
         "code": status,
     }
-    return ProviderRefused(message, status, orjson.dumps({"error": public_error}))
+    body = orjson.dumps({"error": public_error})
+    return ProviderRefused("the provider reported an error", status, body, text)
 
 
 def visible_headers(headers: Mapping[str, str]) -> dict[str, str]:

@@ -75,6 +75,23 @@ async def test_what_else_a_question_says_is_sent(server: RunningServer, page: Pa
 
 
 @TRANSPORTS
+async def test_a_refusal_of_the_provider_says_why(
+    server: RunningServer, page: Page, transport: str
+) -> None:
+    async with page_elsewhere(page, server.base):
+        outcome = await run(
+            page,
+            "return await read(new aio.Client(a, { transport: b }).chat('Hello', { model: 'fault-status-422' }))",
+            server.base,
+            transport,
+        )
+
+    error = outcome["error"]
+    assert (error["code"], error["retryable"]) == ("provider_error", False)
+    assert error["message"] == "sim answered 422: The simulator says 422."
+
+
+@TRANSPORTS
 async def test_the_same_question_under_the_same_id_is_the_same_answer(
     server: RunningServer, page: Page, transport: str
 ) -> None:

@@ -55,6 +55,18 @@ async def test_same_question_under_the_same_id_is_the_same_answer(
     assert server.simulator.stats().requests == 1
 
 
+async def test_refusal_of_the_provider_says_why(
+    server: RunningServer, transport: Transport
+) -> None:
+    async with client_of(server, transport) as client:
+        with pytest.raises(AnswerError) as caught:
+            await client.chat("Hi", model="fault-status-422").text()
+
+    assert caught.value.code == "provider_error"
+    assert caught.value.message == "sim answered 422: The simulator says 422."
+    assert not caught.value.retryable
+
+
 async def test_key_opens_a_server_and_a_wrong_one_is_one_clear_error(
     make_server: MakeServer, transport: Transport
 ) -> None:

@@ -188,7 +188,7 @@ async def test_a_fault_of_an_answer_in_one_piece_has_its_status_and_code(
 
 @pytest.mark.parametrize("status", [400, 404, 409, 413, 422])
 async def test_the_callers_own_fault_passes_with_status_and_body(
-    status: int, server: RunningServer
+    status: int, server: RunningServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = f"fault-status-{status}"
     async with server.session.post(
@@ -201,8 +201,12 @@ async def test_the_callers_own_fault_passes_with_status_and_body(
     whole = await over_openai(server, model, stream=False)
 
     assert (v1.status, v1.raw) == (whole.status, whole.raw) == (status, original)
-    for answer in (ws, sse):
+    reason = json.loads(original)["error"]["message"]
+    for answer in (ws, sse, await over_sse(server, model, streaming=False)):
         assert (answer.code, answer.error["retryable"]) == ("provider_error", False)
+        assert answer.error["error"] == f"sim answered {status}: {reason}"
+    # It may repeat what the caller has written.
+    assert reason not in caplog.text
 
 
 # After the first event: one error event, then the end.

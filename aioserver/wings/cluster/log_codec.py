@@ -291,7 +291,10 @@ def unpack_fault(fault: Fault) -> AioserverError:
     if cls is None or not issubclass(cls, AioserverError):
         return InternalError("internal error")
     if issubclass(cls, ProviderRefused):
-        refused = cls(fault.message, fault.status, fault.body)
+        # The text of the exception is without the provider's reason, as at the owner.
+        text = f"{fault.provider or 'a provider'} answered {fault.status}"
+        refused = cls(text, fault.status, fault.body)
+        refused.message = fault.message
         refused.retry_after, refused.param = fault.retry_after, fault.param
         error: AioserverError = refused
     else:

@@ -107,7 +107,7 @@ def test_every_error_looks_the_same_at_another_instance(
     cls: type[AioserverError], passed: tuple[int, bytes] | None
 ) -> None:
     if issubclass(cls, ProviderRefused):
-        error: AioserverError = cls("why", 422, b'{"error":{}}')
+        error: AioserverError = cls("why", 422, b'{"error":{}}', "theirs")
     else:
         error = cls("why", retry_after=2.5, param="model")
     error.paid = True
@@ -118,6 +118,7 @@ def test_every_error_looks_the_same_at_another_instance(
     other = log_codec.unpack_fault(log_codec.pack_fault(error))
 
     assert type(other) is cls
+    assert "theirs" not in str(other)
     assert other.body() == error.body()
     assert (other.headers(), other.as_chunk()) == (error.headers(), error.as_chunk())
     assert other.http_status == error.http_status
