@@ -114,7 +114,12 @@ class Gateway:
         route = self._router.route(chat.model, chat.provider)
         prompt = self._prompts.make(caller, chat, conversation, route, hold)
         request = Request(route, prompt.request, face, key, key, digest, keeper=prompt)
-        stream = self._begin(request, self._router.fill)
+        try:
+            stream = self._begin(request, self._router.fill)
+        except BaseException:
+            # The hold is the caller's still.
+            prompt.release()
+            raise
         stream.conversation_id = prompt.conversation_id
         return stream
 

@@ -239,6 +239,20 @@ async def test_however_an_answer_ends_its_place_is_back(
     await until(lambda: quota(server).running == 0)
 
 
+async def test_a_chat_that_is_refused_leaves_no_question_behind(make_server: MakeServer) -> None:
+    changes = keys_of("web", max_concurrent=1) | {"chat.streams.resume_window": 0}
+    server = await make_server(ENDLESS, **changes)
+    async with server.connect(headers=bearer("web")) as ws:
+        await ws.send_json(chat("a"))
+        await until_status(ws, "chunk")
+        for number in range(5):
+            await ws.send_json(chat(f"r{number}"))
+            frames = await until_status(ws, "error")
+            assert frames[-1]["chunk"]["code"] == "concurrency_exceeded"
+        assert server.held()["questions"] == 1
+    await server.nothing_held()
+
+
 @pytest.mark.parametrize("path", ["/conversations/never", "/conversations", "/v1/responses/never"])
 async def test_deletions_count_in_the_rate_of_their_key(
     make_server: MakeServer, path: str

@@ -18,7 +18,7 @@ from tests.simulation.configuration import GATE, HTTP
 from tests.simulation.network import INSTANCE
 from tests.support.members import wings_of
 from tests.support.server import configured, write
-from tests.support.stored_responses import stored_in
+from tests.support.stored_responses import questions_in, stored_in
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
@@ -89,6 +89,7 @@ class Instance:
             "stored responses": streams.responses,
             "responses of lanes": len(stored_in(self.server).held._held),  # noqa: SLF001 - no snapshot has it
         }
+        counts["questions"] = len(questions_in(self.server))
         for name, provider in context.router.providers.items():
             stats = provider.stats()
             counts[f"{name} places"] = stats.queue.inside

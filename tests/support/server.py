@@ -181,6 +181,9 @@ class RunningServer:
         }
         for face, meter in self.context.metrics.faces.items():
             counts[f"{face} shown"] = int(meter.connections.value + meter.waiting.value)
+        # Where conversations are kept at all.
+        histories = self.context.gateway._prompts._histories
+        counts["questions"] = len(getattr(histories, "_asked", ()))
         idle_sockets = self.context.admission.idle_sockets
         counts["places of keys"] = idle_sockets._places.total()
         counts["waiting of keys"] = idle_sockets._waiters.total()
