@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
+    from aioserver.wings.conversations.redis import LateTurns
+
 ME, YOU = Caller("me"), Caller("you")
 REPOSITORY = "chat.service.repository"
 # Unix time of the clocks of these tests, at first.
@@ -48,10 +50,13 @@ async def storage(
     now: Callable[[], float] | None = None,
     *,
     shared: bool = False,
+    late: LateTurns | None = None,
 ) -> AsyncIterator[SqliteStorage]:
     """A storage that is open."""
     counts = {"written": Counter(), "lost": Counter()}
-    made = SqliteStorage(str(path), persistence or policy(), now or clock(), counts, shared=shared)
+    made = SqliteStorage(
+        str(path), persistence or policy(), now or clock(), counts, shared=shared, late=late
+    )
     await made.open()
     try:
         yield made

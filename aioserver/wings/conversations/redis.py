@@ -239,6 +239,19 @@ class RedisTurns:
         kept = [turn for turn in turns if isinstance(turn, bytes)]
         return Turns(kept, not kept and bool(deleted), bool(busy), float(now))
 
+    async def settled(self, name: str, mark: str = "") -> Turns | None:
+        """Return the turns of a conversation as `turns`, with those that other instances are about
+        to write; None without an answer of Redis.
+        """
+        found: Turns | None = None
+        for pause in (*BUSY_PAUSES, 0.0):
+            turns = self.turns(name, mark)
+            found = await self._commands.ask(turns, self._commands.patience)
+            if found is None or not found.busy or not pause:
+                break
+            await asyncio.sleep(pause)
+        return found
+
     async def take_mark(self, name: str, mark: str) -> None:
         """Take the mark of a question away of which no turn comes."""
         await self._commands.execute("ZREM", f"{self._prefix}busy:{name}", mark)
@@ -338,7 +351,7 @@ class RedisHistories:
 
     async def load(self, caller: Caller, conversation_id: str) -> Loaded | None:
         """Return the turns that all have; what makes no sense is left out."""
-        found = await self._read(name_of(caller.name, conversation_id))
+        found = await self._turns.settled(name_of(caller.name, conversation_id))
         return None if found is None else self._loaded(found)
 
     async def begin(
@@ -350,7 +363,7 @@ class RedisHistories:
     ) -> tuple[Loaded | None, Begun]:
         """Return the turns that all have, for a question, which leaves its mark."""
         mark = f"{self._commands.me}:{next(self._questions)}"
-        found = await self._read(name_of(caller.name, conversation_id), mark)
+        found = await self._turns.settled(name_of(caller.name, conversation_id), mark)
         if found is None:
             # The mark may have been set nevertheless.
             return None, Begun(mark, None)
@@ -443,18 +456,6 @@ class RedisHistories:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _read(self, name: str, mark: str = "") -> Turns | None:
-        """Return the turns of a conversation, with those that other instances are about to write;
-        None without an answer of Redis.
-        """
-        found: Turns | None = None
-        for pause in (*BUSY_PAUSES, 0.0):
-            found = await self._ask(self._turns.turns(name, mark), self._commands.patience)
-            if found is None or not found.busy or not pause:
-                break
-            await asyncio.sleep(pause)
-        return found
-
     def _loaded(self, found: Turns) -> Loaded:
         now = self._clock()
         turns = [turn for each in found.turns if (turn := _decoded(each, now)) is not None]
@@ -485,6 +486,45 @@ class RedisHistories:
             self._turns.delete_turns(_owner(caller), names, KEPT, asked=asked), CALL_TIMEOUT
         )
         return deleted
+
+
+class LateTurns:
+    """Turns that instances are late to write where they share another storage than Redis."""
+
+    def __init__(self, commands: Commands) -> None:
+        self._turns = RedisTurns(commands)
+        self._ask = commands.ask
+        self._marks = (f"{commands.me}:late:{number}" for number in itertools.count())
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def come(self, caller: Caller, conversation_id: str) -> None:
+        """Wait until no other instance is about to write a turn of a conversation, a moment at
+        most.
+        """
+        await self._turns.settled(name_of(caller.name, conversation_id))
+
+    async def note(
+        self, caller: Caller, conversation_id: str, written: asyncio.Future[int]
+    ) -> None:
+        """Let others wait for a turn of a conversation until it is *written*."""
+        name, mark = name_of(caller.name, conversation_id), next(self._marks)
+        loop = asyncio.get_running_loop()
+
+        def take(_written: object) -> None:
+            task = loop.create_task(self._take(name, mark))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        if await self._ask(self._turns.turns(name, mark)) is not None:
+            written.add_done_callback(take)
+
+    async def close(self) -> None:
+        """Wait until nobody waits any more, for CALL_TIMEOUT at most."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CALL_TIMEOUT)
+
+    async def _take(self, name: str, mark: str) -> None:
+        await self._ask(self._turns.take_mark(name, mark), CALL_TIMEOUT)
 
 
 def _decoded(data: bytes, now: float) -> Turn | None:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Persistence
     from aioserver.gateway.histories import Begun
     from aioserver.telemetry.counters import Counter
+    from aioserver.wings.conversations.redis import LateTurns
 
     Values = Mapping[str, Any]
     # A statement, and its values; a list does it for each of them.
@@ -291,7 +292,8 @@ class SqliteStorage:
     """The conversations in the file *path*: see `history.Storage`; *clock* returns Unix time.
 
     *counts*: of turns `written` and `lost`. *shared*: other processes have the file, too, whose
-    questions nobody knows here; a deletion is remembered for these.
+    questions nobody knows here; a deletion is remembered for these. *late* is where each says what
+    it has not written in time, None if there is no such place.
 
     Always: a turn that was kept is written once, or waits, or is counted as lost. A connection is
     only opened to a file that was found good, and closed when it proves not to be.
@@ -305,8 +307,10 @@ class SqliteStorage:
         counts: Mapping[str, Counter],
         *,
         shared: bool = False,
+        late: LateTurns | None = None,
     ) -> None:
         self._path = path
+        self._late = late
         self._shared = shared
         self._clock = clock
         self._loop = asyncio.get_running_loop()
@@ -376,6 +380,8 @@ class SqliteStorage:
             if self._trouble is not None or left <= 0:
                 return None
             await asyncio.wait((newest.done,), timeout=left)
+        if self._late is not None:
+            await self._late.come(caller, conversation_id)
         values = {**key._asdict(), "oldest": self._sweep.oldest()}
         found = await self._read(sqlite_file.LOAD, values, LOAD_TIMEOUT)
         return None if found is None else Loaded([Turn(*row) for row in found])
@@ -390,7 +396,8 @@ class SqliteStorage:
     ) -> asyncio.Future[None] | None:
         """Append a turn; not if its conversation was deleted since *asked*.
 
-        Return what ends once it is committed, or after COMMIT_TIMEOUT; None in a trouble.
+        Return what ends once it is committed, or after COMMIT_TIMEOUT, and then once other
+        processes know that it is late; None in a trouble.
         """
         key = Key(caller.name, conversation_id)
         values = {
@@ -406,7 +413,13 @@ class SqliteStorage:
         }
         write = Write(key, values, self._loop.create_future(), turn)
         self._add(write)
-        return None if self._trouble is not None else awaited(write.done, COMMIT_TIMEOUT)
+        if self._trouble is not None:
+            return None
+        committed = awaited(write.done, COMMIT_TIMEOUT)
+        if self._late is None:
+            return committed
+        noting = self._note_late(self._late, caller, conversation_id, write, committed)
+        return self._loop.create_task(noting)
 
     async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page | None:
         """Return part of the caller's conversations; None if the file does not say in time."""
@@ -462,6 +475,18 @@ class SqliteStorage:
             connection.end()
         if waiting := len(self._queue):
             logger.warning("turns that are not written at the end: %d", waiting)
+
+    async def _note_late(
+        self,
+        late: LateTurns,
+        caller: Caller,
+        conversation_id: str,
+        write: Write,
+        committed: asyncio.Future[None],
+    ) -> None:
+        await committed
+        if not write.done.done():
+            await late.note(caller, conversation_id, write.done)
 
     def _add(self, write: Write) -> None:
         self._lost.value += self._queue.add(write)

@@ -11,7 +11,7 @@ from aioserver.faces.wing import Routes, Wing
 from aioserver.wings.conversations import face
 from aioserver.wings.conversations.history import History, Trouble
 from aioserver.wings.conversations.memory import Conversations
-from aioserver.wings.conversations.redis import RedisHistories
+from aioserver.wings.conversations.redis import LateTurns, RedisHistories
 from aioserver.wings.conversations.section import HistorySection
 
 if TYPE_CHECKING:
@@ -52,10 +52,11 @@ class ConversationsWing(Wing):
         if core.scope is None and persistence.clear_on_startup:
             await asyncio.to_thread(prepare_file, service.repository)
         conversations = Conversations(service.context, persistence)
-        shared = None
+        shared = late = None
         if core.commands is not None:
-            shared = RedisHistories(core.commands, conversations)
+            shared, late = RedisHistories(core.commands, conversations), LateTurns(core.commands)
             stack.push_async_callback(shared.close)
+            stack.push_async_callback(late.close)
         self.histories = self._history = await open_history(
             stack,
             service.repository,
@@ -63,6 +64,7 @@ class ConversationsWing(Wing):
             shared,
             core.metrics.history_turns,
             alone=core.scope is None,
+            late=late,
         )
 
     def sections(self) -> Sequence[HistorySection]:
@@ -111,10 +113,11 @@ async def open_history(
     counts: Mapping[str, Counter],
     *,
     alone: bool,
+    late: LateTurns | None = None,
 ) -> History:
     """Return the history, which *stack* closes; *shared* is the storage of a cluster.
 
-    *alone*: no other process of a parent has the file.
+    *alone*: no other process of a parent has the file. *late*: what they are late to write to it.
 
     A file, where one is wanted, is the storage instead: all processes of a machine have the same
     one.
@@ -127,7 +130,12 @@ async def open_history(
     except ModuleNotFoundError:
         return History(conversations, shared, MISSING)
     storage = SqliteStorage(
-        repository.path, repository.persistence, conversations.clock, counts, shared=not alone
+        repository.path,
+        repository.persistence,
+        conversations.clock,
+        counts,
+        shared=not alone,
+        late=late,
     )
     stack.push_async_callback(storage.close)
     await storage.open()

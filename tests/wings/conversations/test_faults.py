@@ -18,10 +18,12 @@ import pytest
 
 from aioserver.config.settings import Context
 from aioserver.errors import HistoryUnavailable
+from aioserver.gateway.commands import Commands
 from aioserver.gateway.histories import Answered
 from aioserver.wings.conversations import sqlite
 from aioserver.wings.conversations.history import History
 from aioserver.wings.conversations.memory import Conversations
+from aioserver.wings.conversations.redis import LateTurns
 from aioserver.wings.conversations.sqlite_file import (
     APPLICATION_ID,
     KINDS,
@@ -42,6 +44,7 @@ from tests.support.history import (
     storage,
     written,
 )
+from tests.support.memory_bus import MemoryStore, World
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -198,6 +201,32 @@ async def test_while_another_program_locks_the_file_turns_wait(tmp_path: Path) -
 
         assert query(path, "SELECT question FROM turns") == [("one",), ("two",), ("three",)]
         assert kept.stats().lost == 0
+
+
+async def test_what_is_late_for_the_file_is_waited_for_by_other_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, world = tmp_path / "h.db", World()
+    # The lock lasts for longer than an answer waits, and not for so long that it is a trouble.
+    monkeypatch.setattr(sqlite, "COMMIT_TIMEOUT", 0.02)
+    monkeypatch.setattr("aioserver.wings.conversations.sqlite_file.WRITE_WAIT", 20.0)
+    here, there = (LateTurns(Commands(MemoryStore(world, name), "")) for name in "ab")
+    async with storage(path, late=here) as kept, storage(path, late=there) as read:
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            committed = kept.keep(ME, "c", Turn.of("one", "1", NOW), NOW)
+            assert committed is not None
+            await committed
+            assert [len(marks) for marks in world.marks.values()] == [1]
+
+            asked = asyncio.create_task(questions(read))
+            calls = world.calls
+            await until(lambda: world.calls > calls)
+            other.execute("COMMIT")
+        assert await asked == ["one"]
+        await until(lambda: not any(world.marks.values()))
+        assert await questions(read) == ["one"]
+        await here.close()
 
 
 async def test_answers_that_wait_when_the_file_fails_wait_no_longer(
