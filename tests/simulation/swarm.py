@@ -50,7 +50,7 @@ class Total:
 def main() -> None:
     """Run the seeds that the command line names; exit with 1 if one of them fails."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation")
-    parser.add_argument("--seeds", default="0-19", help="A-B or A")
+    parser.add_argument("--seeds", default="0-19", help="A-B or A, or several of them: A-B,C")
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--instances", type=int, default=1, help="servers behind one balancer")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
@@ -62,8 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     fix_hashes("tests.simulation")
     prepare()
-    first, _, last = args.seeds.partition("-")
-    seeds = range(int(first), int(last or first) + 1)
+    seeds = _seeds_of(args.seeds)
     began = perf_counter()
     total = _in_processes(seeds, args.jobs) if args.jobs > 1 else _run(seeds, args)
     if args.json:
@@ -82,6 +81,22 @@ def main() -> None:
     sys.exit(total.failed > 0)
 
 
+def _seeds_of(text: str) -> list[int]:
+    """Return the seeds that the command line names."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        seeds += range(int(first), int(last or first) + 1)
+    return seeds
+
+
+def _named(seeds: list[int]) -> str:
+    """Return the name of *seeds* on a command line."""
+    if seeds == list(range(seeds[0], seeds[-1] + 1)):
+        return f"{seeds[0]}-{seeds[-1]}"
+    return ",".join(map(str, seeds))
+
+
 def prepare() -> None:
     """Make the process ready for runs: nothing is logged, and what is loaded is never garbage."""
     logging.disable(logging.CRITICAL)
@@ -89,14 +104,14 @@ def prepare() -> None:
     gc.freeze()
 
 
-def _in_processes(seeds: range, jobs: int) -> Total:
+def _in_processes(seeds: list[int], jobs: int) -> Total:
     """Run *seeds* in *jobs* processes, each of which takes its share."""
     size = -(-len(seeds) // jobs)
     command = [sys.executable, "-m", "tests.simulation", *sys.argv[1:], "--json", "--jobs", "1"]
     workers = [
         subprocess.Popen(
             # The last of an option counts.
-            [*command, "--seeds", f"{share[0]}-{share[-1]}"],
+            [*command, "--seeds", _named(share)],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -115,7 +130,7 @@ def _in_processes(seeds: range, jobs: int) -> Total:
     return total
 
 
-def _run(seeds: range, args: argparse.Namespace) -> Total:
+def _run(seeds: list[int], args: argparse.Namespace) -> Total:
     """Run *seeds* one after another."""
     without = tuple(name for name in args.without.split(",") if name)
     only = tuple(int(number) for number in args.only.split(",") if number) or None

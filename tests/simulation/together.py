@@ -63,7 +63,7 @@ UNWRITTEN = 5.0
 CLAIMED = 120.0
 
 
-class _Rate:
+class Starts:
     """The starts of a rate, as a bucket that leaks: its level is never above the burst.
 
     A burst that is lowered holds in each window of time that begins afterwards, so that such a
@@ -117,7 +117,7 @@ class Together:
         self._idle_since: dict[str, float] = {}
         self._reloaded_at = float("-inf")
         self._closer_at = 0.0
-        self._rates: dict[tuple[str, str], _Rate] = {}
+        self._rates: dict[tuple[str, str], Starts] = {}
 
     def reloaded(self) -> None:
         """Note that limits are about to change."""
@@ -239,7 +239,7 @@ class Together:
             forgotten = 0
         # GCRA allows the burst and one that is due.
         burst = 1 + tolerance / interval
-        bucket = self._rates.setdefault(key, _Rate())
+        bucket = self._rates.setdefault(key, Starts())
         level, most = bucket.add(1 if seconds > 0 else -1, interval, burst)
         # A server that has lost its state, and is not told by all what they know, allows the burst
         # again.
