@@ -206,26 +206,38 @@ def awaited(writing: asyncio.Future[Any], seconds: float) -> asyncio.Future[None
 
     Time for which our own event loop was late does not count, as in `answer_of`.
     """
-    loop = asyncio.get_running_loop()
     # Not *writing* itself: who awaits a future cancels it when it is cancelled.
-    done: asyncio.Future[None] = loop.create_future()
-    end = loop.time() + max(seconds, MAX_TIMEOUT)
+    deadline = _Deadline(seconds)
+    writing.add_done_callback(deadline.tell)
+    return deadline.done
 
-    def look(due: float) -> None:
-        now = loop.time()
-        if now - due < LATE or now >= end:
-            tell()
-        elif not done.done():
-            loop.call_later(seconds, look, now + seconds)
 
-    def tell(_writing: object = None) -> None:
-        if not done.done():
-            done.set_result(None)
+class _Deadline:
+    """Ends *done* after *seconds*. No functions within `awaited`: they would hold each other."""
 
-    timer = loop.call_later(seconds, look, loop.time() + seconds)
-    done.add_done_callback(lambda _done: timer.cancel())
-    writing.add_done_callback(tell)
-    return done
+    __slots__ = ("_end", "_loop", "_seconds", "_timer", "done")
+
+    def __init__(self, seconds: float) -> None:
+        self._loop = loop = asyncio.get_running_loop()
+        self._seconds, self._end = seconds, loop.time() + max(seconds, MAX_TIMEOUT)
+        self._timer = loop.call_later(seconds, self._look, loop.time() + seconds)
+        self.done: asyncio.Future[None] = loop.create_future()
+        self.done.add_done_callback(self._stop)
+
+    def tell(self, _writing: object = None) -> None:
+        """End it now."""
+        if not self.done.done():
+            self.done.set_result(None)
+
+    def _look(self, due: float) -> None:
+        now = self._loop.time()
+        if now - due < LATE or now >= self._end:
+            self.tell()
+        else:
+            self._timer = self._loop.call_later(self._seconds, self._look, now + self._seconds)
+
+    def _stop(self, _done: object) -> None:
+        self._timer.cancel()
 
 
 async def answer_of(call: Coroutine[Any, Any, T], seconds: float = TIMEOUT) -> T:

@@ -13,6 +13,8 @@ import pytest
 
 from aioserver.auth.callers import anonymous
 from aioserver.providers.request import Answer
+from aioserver.streams.entries import CHUNK
+from aioserver.streams.store import StreamStore
 from aioserver.streams.stream import Stream
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import STREAMED, big, cancel, chat, frames_of, to_end, until_status
@@ -288,6 +290,34 @@ async def test_running_answers_that_nobody_takes_stay_within_the_bound(
     assert frames[-1]["status"] == "complete"
     # A conversation needs the texts of answers that are still read.
     assert largest < most * (2 if ask is ask_in_conversation else 1.05)
+
+
+@pytest.mark.parametrize(("size", "count"), [(10, 2000), (5000, 200), (100_000, 20)])
+@pytest.mark.parametrize("passed_on", [False, True], ids=["frames", "passed on"])
+def test_running_logs_that_were_cut_cost_little_more_than_is_counted(
+    size: int, count: int, passed_on: bool
+) -> None:
+    most = 1 << 20
+    store = StreamStore(max_stream_bytes=most, max_kept_bytes=most)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        logs = [store.open(f"r{number}", "anybody", window=30.0) for number in range(COUNT)]
+        for number in range(count):
+            for stream in logs:
+                text = b"%d" % (number % 10) * size
+                if passed_on:
+                    stream.append(CHUNK, data=b"data: {%b}\n\n" % text)
+                else:
+                    stream.append(CHUNK, [b'{"data":"%b"}' % text])
+        gc.collect()
+        real = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+
+    counted = store.stats().bytes
+    assert any(stream.offset for stream in logs)
+    assert real < MULTIPLE * counted
 
 
 async def test_a_usage_of_any_size_costs_little(make_server: MakeServer) -> None:
