@@ -29,6 +29,7 @@ from aioserver.protocol.client_frames import MAX_ID_CHARACTERS
 from aioserver.protocol.client_headers import collect
 from aioserver.protocol.json_body import simple
 from aioserver.protocol.model_body import ModelBody
+from aioserver.providers.backpressure import LEAST_RATE
 
 if TYPE_CHECKING:
     from aiohttp import StreamReader, web
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.protocol.client_headers import ClientHeaders
+    from aioserver.providers.backpressure import ClientPace
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.tracer import Visit
 
@@ -47,6 +49,8 @@ BODY_SILENCE = 15.0
 MAX_REPEATED = 1 << 16
 # Bytes of such a body that are taken at once.
 PIECE_BYTES = 1 << 16
+# Bytes of such a body that are there before a provider's place is taken for it.
+FIRST_BYTES = 1 << 18
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -129,26 +133,48 @@ def let_continue(request: web.Request) -> None:
 class BodyStream:
     """A body that its client is still sending, for the upload to a provider.
 
-    *first* is what was read of it before. A client that waits to be asked for its body is asked
-    when the provider is there to take it.
+    *first* is what was read of it before; *hold* counts it, and what is read before a place is
+    taken. A client that waits to be asked for its body is asked when the request is passed on.
 
-    Always: at most MAX_REPEATED bytes are kept of what was read, beside *first*, until it is read.
+    Always: at most MAX_REPEATED bytes are kept of what was read, beside the first FIRST_BYTES and
+    a piece, until they are read.
     """
 
-    def __init__(self, request: web.Request, first: bytes = b"") -> None:
+    def __init__(
+        self, request: web.Request, hold: BodyHold, pace: ClientPace, first: bytes = b""
+    ) -> None:
         self.chunked = request.content_length is None
         self._request = request
+        self._hold = hold
+        self._pace = pace
+        self._count = 0
         # Pieces that come before those that the client sends now, the last one first.
         self._before = [first] if first else []
         self._asked = bool(first)
         # The bytes that were read, so that they can be read again; None once they are too many.
         self._read: list[bytes] | None = []
 
+    async def begin(self) -> None:
+        """Read the first FIRST_BYTES, or all there is. Cancelling is safe: nothing is read then.
+
+        Raises:
+            ServerAtCapacity: see `Admission.grow`.
+            RequestTimeout, InvalidRequest: as `read`.
+        """
+        pieces = self._before[::-1]
+        size = sum(map(len, pieces))
+        while size < FIRST_BYTES and (piece := await self._next()):
+            self._hold.grow(len(piece))
+            pieces.append(piece)
+            size += len(piece)
+        self._before = pieces[::-1]
+
     async def read(self) -> bytes:
         """Return the next piece; empty at the end. Cancelling is safe.
 
         Raises:
-            RequestTimeout: the client has sent nothing for BODY_SILENCE.
+            RequestTimeout: the client has sent nothing for BODY_SILENCE, or too little while other
+                requests wait.
             InvalidRequest: the body breaks off, or is not HTTP.
         """
         piece = self._before.pop() if self._before else await self._next()
@@ -173,11 +199,24 @@ class BodyStream:
         if not self._asked:
             self._asked = True
             let_continue(self._request)
+        silence, too_slow = asyncio.timeout(BODY_SILENCE), False
+
+        def give_up() -> None:
+            nonlocal too_slow
+            too_slow = True
+            silence.reschedule(asyncio.get_running_loop().time())
+
         try:
-            async with asyncio.timeout(BODY_SILENCE):
-                return await self._request.content.read(PIECE_BYTES)
+            with self._pace.waited_for(lambda: self._count, give_up):
+                async with silence:
+                    piece = await self._request.content.read(PIECE_BYTES)
+                self._count += len(piece)
+                return piece
         except TimeoutError:
-            raise RequestTimeout(f"nothing of the body came for {BODY_SILENCE} s") from None
+            text = f"nothing of the body came for {BODY_SILENCE} s"
+            if too_slow:
+                text = f"less than {LEAST_RATE} bytes of the body came a second, and others wait"
+            raise RequestTimeout(text) from None
         except (ConnectionError, HttpProcessingError, RequestPayloadError) as exc:
             raise InvalidRequest("the body breaks off") from exc
 

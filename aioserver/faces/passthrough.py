@@ -3,8 +3,8 @@ come back so.
 
 protocol/passable.py says which paths pass, and for whom. A request takes the same way as any
 other, through the provider's queue, pace and pool, but neither it nor its answer is kept: what a
-client uploads goes out while it comes, and what the provider answers comes back at the speed at
-which its client reads. So there is neither a retry nor a failover, and a fault after the head of
+client uploads goes out while it comes, once its first part is there, and what the provider answers
+comes back at the speed at which its client reads. So there is neither a retry nor a failover, and a fault after the head of
 the answer cuts the connection.
 
 Only a JSON body is read, if it is no longer than a question may be, since its `model` may name a
@@ -32,9 +32,11 @@ from aioserver.faces.admission import counted
 from aioserver.faces.intake import BodyStream, client_headers, read_start, refuse_coded
 from aioserver.faces.ready import HIGH_WATER
 from aioserver.gateway.request import Request
+from aioserver.limits.write_watchdog import peer_of, reset
 from aioserver.protocol import model_body, passable
 from aioserver.protocol.client_headers import as_sent
 from aioserver.protocol.passable import Passage
+from aioserver.providers.backpressure import LEAST_RATE, ClientPace
 from aioserver.providers.passthrough import PassedRequest, body_length, shown_headers
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ def routes(context: Context) -> list[web.RouteDef]:
 
 
 async def expect_later(_request: web.Request) -> None:
-    """Do not ask for a body yet: it is asked for when a provider is there to take it."""
+    """Do not ask for a body yet: it is asked for when the request has been found to pass."""
 
 
 async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Request:
@@ -93,7 +95,8 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
         raise web.HTTPNotFound
     if passage is not Passage.EVERY_KEY:
         _check_admin(context, request, path)
-    upload, body = await _take_body(context, request, hold)
+    pace = ClientPace()
+    upload, body = await _take_body(context, request, hold, pace)
     model = body.model if body is not None else None
     provider = request.headers.get(PROVIDER)
     route = context.router.route(model, provider)
@@ -107,6 +110,7 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
         _body_maker(body, route, renamed=provider is None and model is not None),
         _body_headers(request, upload),
         upload=upload,
+        pace=pace,
         caller=request[CALLER].on_behalf_of(body.user if body is not None else None),
         model=route.model or model,
         hold=hold,
@@ -169,10 +173,18 @@ async def _write(
         passed.record.slow_client = True
         context.admission.dropped(FACE, reason)
 
+    def taken() -> int:
+        return -peer_of(transport).waiting
+
+    def give_up() -> None:
+        drop(f"less than {LEAST_RATE} bytes taken a second, and others wait")
+        reset(transport)
+
     while piece := await answer.take():
         await writer.write(piece, drain=False)
         if transport.get_write_buffer_size() > HIGH_WATER:
-            await whole.drained(transport, request.writer.drain, timeout, drop)
+            with passed.pace.waited_for(taken, give_up):
+                await whole.drained(transport, request.writer.drain, timeout, drop)
     await call
     await response.write_eof()
     await whole.flush(transport, request.writer.drain, timeout, drop)
@@ -223,7 +235,7 @@ def _closed(path: str, provider: str) -> str:
 
 
 async def _take_body(
-    context: Context, request: web.Request, hold: BodyHold
+    context: Context, request: web.Request, hold: BodyHold, pace: ClientPace
 ) -> tuple[BodyStream | None, ModelBody | None]:
     """Return the body that is passed on while it comes, or what was read of a JSON body; two None
     without a body.
@@ -240,10 +252,10 @@ async def _take_body(
         raise InvalidRequest(f"{request.method} must have no body")
     most = context.settings.chat.websocket.max_message_size
     if request.content_type != "application/json" or (request.content_length or 0) > most:
-        return BodyStream(request), None
+        return BodyStream(request, hold, pace), None
     data = await read_start(request, hold, most)
     if len(data) > most:
-        return BodyStream(request, data), None
+        return BodyStream(request, hold, pace, data), None
     return None, await model_body.reading(data) if data else None
 
 

@@ -253,6 +253,7 @@ class Router:
 
         Raises:
             ProviderFault: there is no good answer, or not all of it.
+            AioserverError: the client does not send its body.
         """
         provider, passed = request.route.provider, request.provider_request
         assert isinstance(passed, PassedRequest)
@@ -260,6 +261,8 @@ class Router:
         outcome.begin_attempt(provider.name, passed.model or "")
         attempt = PassedAttempt(provider, passed)
         try:
+            if passed.upload is not None:
+                await passed.upload.begin()
             await provider.run(attempt)
         except ProviderFault as fault:
             outcome.attempts = int(bool(fault.attempt_outcome))

@@ -56,6 +56,7 @@ class AttemptedProvider(Protocol):
     meter: ProviderMeter
     settings: settings.Provider
     max_response_bytes: int
+    backpressure: Backpressure
 
     @property
     def waiting(self) -> int:

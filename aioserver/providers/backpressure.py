@@ -1,28 +1,99 @@
-"""The exchanges at one provider that are paused because their clients read too slowly.
+"""What exchanges at one provider owe to the requests that wait for their places.
 
 A log asks for a pause where its client cannot come back (streams/stream.py). A paused exchange
 keeps its place at the provider, so it is read on as soon as a request waits for one.
+
+What is passed on as it comes (passthrough.py) is kept nowhere, so it cannot be read on: there the
+client has to send, or to take, LEAST_RATE while a request waits. Its `ClientPace` counts only the
+time in which nothing but the client is waited for.
 """
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from aioserver.streams.contracts import Source
 
+# Bytes a second, on an average of RATE_SECONDS.
+LEAST_RATE = 1 << 14
+RATE_SECONDS = 10.0
+# Seconds between two looks at the clients' paces while a request waits.
+LOOK = 1.0
 
-class Backpressure:
-    """The paused exchanges of one provider.
 
-    Always: none is paused once a request waits, which *waiting* counts and `end` is called for.
+class ClientPace:
+    """How fast a client sends, or takes, what is passed on.
+
+    It is a leaky bucket of seconds: one that waits for the client takes its length out, and
+    LEAST_RATE bytes put one in.
+
+    Always: `-RATE_SECONDS <= credit <= RATE_SECONDS`.
     """
 
-    def __init__(self, waiting: Callable[[], int]) -> None:
+    __slots__ = ("_credit", "_loop", "_moved", "_noted", "_since", "give_up")
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._credit = RATE_SECONDS
+        self._since = 0.0
+        # How many bytes have moved; None unless the client is waited for.
+        self._moved: Callable[[], int] | None = None
+        self._noted = 0
+        # Ends the wait for the client, and with it the request.
+        self.give_up: Callable[[], None] = _nothing
+
+    @contextmanager
+    def waited_for(self, moved: Callable[[], int], give_up: Callable[[], None]) -> Iterator[None]:
+        """Count the time within the `with` as the client's.
+
+        *moved* returns a number that grows by each byte that the client sends or takes, and
+        *give_up* ends the wait.
+        """
+        self._moved, self._noted, self._since = moved, moved(), self._loop.time()
+        self.give_up = give_up
+        try:
+            yield
+        finally:
+            self.credit()
+            self._moved, self.give_up = None, _nothing
+
+    def credit(self) -> float:
+        """Return the seconds that are left; the client is too slow if they are less than 0."""
+        if self._moved is not None:
+            now, moved = self._loop.time(), self._moved()
+            seconds = (moved - self._noted) / LEAST_RATE - (now - self._since)
+            self._credit = max(-RATE_SECONDS, min(RATE_SECONDS, self._credit + seconds))
+            self._since, self._noted = now, moved
+        return self._credit
+
+    def begin(self) -> None:
+        """Forget what was before: a place is held from now on."""
+        self._credit = RATE_SECONDS
+
+
+def _nothing() -> None:
+    """Do nothing: the client is not waited for."""
+
+
+class Backpressure:
+    """The exchanges of one provider that go at the speed of their clients.
+
+    Always: none is paused once a request waits, which *waiting* counts and `end` is called for.
+    While requests wait for places that others hold, *held_up* of them, as many of the clients that
+    are too slow are given up, the slowest first.
+    """
+
+    def __init__(self, waiting: Callable[[], int], held_up: Callable[[], int] = lambda: 0) -> None:
         self._waiting = waiting
+        self._held_up = held_up
         self._paused: set[Source] = set()
+        self._paces: set[ClientPace] = set()
+        self._look_timer: asyncio.TimerHandle | None = None
 
     @property
     def paused(self) -> int:
@@ -40,7 +111,36 @@ class Backpressure:
         """Count *exchange* as paused no more."""
         self._paused.discard(exchange)
 
+    def watch(self, pace: ClientPace) -> None:
+        """Give the client of *pace*, which holds a place, up if it is too slow."""
+        pace.begin()
+        self._paces.add(pace)
+        if self._waiting():
+            self._look_in(LOOK)
+
+    def unwatch(self, pace: ClientPace) -> None:
+        """Watch *pace* no more; nothing happens if it is not watched."""
+        self._paces.discard(pace)
+        if not self._paces and self._look_timer is not None:
+            self._look_timer.cancel()
+            self._look_timer = None
+
     def end(self) -> None:
         """Let all exchanges read on: a request is about to wait."""
         for exchange in tuple(self._paused):
             exchange.resume()
+        if self._paces:
+            self._look_in(0.0)
+
+    def _look_in(self, seconds: float) -> None:
+        if self._look_timer is None:
+            self._look_timer = asyncio.get_running_loop().call_later(seconds, self._look)
+
+    def _look(self) -> None:
+        self._look_timer = None
+        if not self._waiting():
+            return
+        slow = sorted((pace for pace in self._paces if pace.credit() < 0), key=ClientPace.credit)
+        for pace in slow[: self._held_up()]:
+            pace.give_up()
+        self._look_in(LOOK)

@@ -2,9 +2,10 @@
 
     client ──▶ Body ──▶ upload ──▶ provider ──▶ Handover ──▶ face ──▶ client
 
-Nothing of either is kept or read: an upload and an answer may have any size. A part waits in
-memory until the other side has taken the part before it, so that the slower side sets the pace of
-both. There is one attempt, and its faults are those of any other: a status that is no success
+Nothing of either is kept or read: an upload and an answer may have any size. The place is taken
+once the first part of an upload is there, or all of it. A part waits in memory until the other
+side has taken the part before it, so that the slower side sets the pace of both, except that a
+client which is too slow is given up where a request waits for its place (backpressure.py). There is one attempt, and its faults are those of any other: a status that is no success
 means what it means elsewhere (error_mapping.py).
 """
 
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from aioserver.providers.api import Api
 from aioserver.providers.attempt import MAX_ERROR_BYTES, Attempt
-from aioserver.providers.backpressure import Backpressure
+from aioserver.providers.backpressure import Backpressure, ClientPace
 from aioserver.providers.error_mapping import check_uncompressed, visible_headers
 from aioserver.providers.request import Answer, ProviderRequest
 from aioserver.providers.sinks import BodySink
@@ -122,12 +123,13 @@ class PassedRequest(ProviderRequest):
 
     *target* is its path below the provider's base URL, with its query. *upload* is a body that its
     client is still sending; without it the body is what *body* makes, unless *method* has none.
+    *pace* is the client's, in either direction.
     *body_headers* are those that go with it.
     """
 
     estimated = False
 
-    __slots__ = ("_body_headers", "answer", "method", "target", "upload")
+    __slots__ = ("_body_headers", "answer", "method", "pace", "target", "upload")
 
     def __init__(
         self,
@@ -137,6 +139,7 @@ class PassedRequest(ProviderRequest):
         body_headers: Mapping[str, str],
         *,
         upload: Body | None,
+        pace: ClientPace | None = None,
         caller: Caller,
         model: str | None,
         hold: Hold | None,
@@ -155,6 +158,7 @@ class PassedRequest(ProviderRequest):
         self.method = method
         self.target = target
         self.upload = upload
+        self.pace = ClientPace() if pace is None else pace
         self.answer = Handover()
         self._body_headers = body_headers
         self.record.target = f"{method} {path}"
@@ -207,10 +211,12 @@ class PassedAttempt(Attempt):
     def sending(self, exchange: Source | None = None) -> None:
         """Let the face pause *exchange*, which brings the answer."""
         self._passed.answer.source = exchange
+        self.provider.backpressure.watch(self._passed.pace)
 
     def received(self) -> None:
         """Note that nothing more comes by the exchange."""
         self._passed.answer.source = None
+        self.provider.backpressure.unwatch(self._passed.pace)
 
     def head_received(self, status: int, headers: Mapping[str, str]) -> Sink:
         """Return the sink for the body: that of a success is handed over.

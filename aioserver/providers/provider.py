@@ -126,7 +126,7 @@ class Provider:
         self.health = Health(settings.name, self.meter, clock, observer)
         self._gate = make_gate(settings.name, settings.http_client, self.health, clock)
         self._pace = self._gate.pace
-        self.backpressure = Backpressure(lambda: self._gate.waiting)
+        self.backpressure = Backpressure(lambda: self._gate.waiting, lambda: self.waiting)
         self.absence = Absence(settings, self.health, self._gate, clock, lifetime)
         # Attempts that wait for a place, or have got one and have not run since. The gate does not
         # count the latter as waiting.

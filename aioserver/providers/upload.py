@@ -29,6 +29,13 @@ class Body(Protocol):
 
     chunked: bool
 
+    async def begin(self) -> None:
+        """Wait for the first part, or for the end. Cancelling is safe.
+
+        Raises:
+            AioserverError: as `read`; or there is no room for the part.
+        """
+
     async def read(self) -> bytes:
         """Return the next piece; empty at the end. Cancelling is safe.
 

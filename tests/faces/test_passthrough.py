@@ -25,7 +25,7 @@ from tests.support.passing import (
     settings_for,
     silent,
 )
-from tests.support.raw import Raw
+from tests.support.raw import SMALL, Raw
 from tests.support.scripted_provider import ScriptedProvider
 from tests.support.server import (
     CONCURRENCY,
@@ -36,7 +36,7 @@ from tests.support.server import (
     provider_entry,
 )
 from tests.support.smuggling import INVALID, VALID
-from tests.support.waiting import until
+from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -62,6 +62,8 @@ ACCOUNT = (
     ),
 )
 AUDIO = {"Content-Type": "audio/mpeg"}
+# As much of an upload as the provider's place is taken for.
+FIRST = b"x" * intake.FIRST_BYTES
 
 
 @pytest.fixture
@@ -682,7 +684,7 @@ async def test_a_client_that_stops_sending_gets_408_and_frees_the_provider(
         async with Raw(server) as raw:
             await raw.send(
                 b"POST /v1/audio/x HTTP/1.1\r\nHost: x\r\nContent-Type: a/b\r\n"
-                b"Content-Length: 10\r\n\r\nhell"
+                b"Content-Length: 1000000\r\n\r\n" + FIRST
             )
             got = await raw.answer()
             assert (got.status, got.code) == (408, "request_timeout")
@@ -747,7 +749,7 @@ async def test_an_answer_may_come_before_the_body_is_whole(
         async with Raw(server) as raw:
             await raw.send(
                 b"POST /v1/audio/x HTTP/1.1\r\nHost: x\r\nContent-Type: a/b\r\n"
-                b"Content-Length: 100000000\r\n\r\n" + b"x" * 1000
+                b"Content-Length: 100000000\r\n\r\n" + FIRST
             )
             got = await raw.answer()
             assert (got.status, got.body) == (status, body)
@@ -777,7 +779,8 @@ async def test_a_client_that_leaves_takes_its_provider_with_it(
         async with Raw(server) as raw:
             await raw.send(
                 b"POST /v1/audio/x HTTP/1.1\r\nHost: x\r\nContent-Type: a/b\r\n"
-                b"Content-Length: 10\r\n\r\n" + (b"0123456789" if whole else b"0123")
+                + (b"Content-Length: 10\r\n\r\n0123456789" if whole else b"")
+                + (b"" if whole else b"Content-Length: 1000000\r\n\r\n" + FIRST)
             )
             await begun.wait()
             if whole:
@@ -806,7 +809,7 @@ async def test_a_body_that_is_no_http_ends_its_request(
         async with Raw(server) as raw:
             await raw.send(
                 b"POST /v1/audio/x HTTP/1.1\r\nHost: x\r\nContent-Type: a/b\r\n"
-                b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"
+                b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n" % (len(FIRST), FIRST)
             )
             await begun.wait()
             await raw.send(b"zz\r\nnonsense\r\n0\r\n\r\nGET /v1/files HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -859,7 +862,9 @@ async def test_a_body_that_is_not_wanted_is_not_asked_for(
     assert account.accepted == 0
 
 
-async def test_a_waiting_upload_is_not_read(make_server: MakeServer) -> None:
+async def test_an_upload_that_waits_for_a_place_has_been_asked_for(
+    make_server: MakeServer,
+) -> None:
     free = asyncio.Event()
 
     async def play(peer: Peer) -> None:
@@ -876,13 +881,99 @@ async def test_a_waiting_upload_is_not_read(make_server: MakeServer) -> None:
         async with Raw(server) as first, Raw(server) as second:
             await first.post("/v1/audio/x", b"{}")
             await until(lambda: server.held()["sim places"] == 1)
-            await second.send(EXPECTING % b"a/b" + b"Content-Length: 100000\r\n\r\n")
+            await second.send(EXPECTING % b"a/b" + b"Content-Length: 1000000\r\n\r\n")
+            assert await second.until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            await second.send(b"x" * 300_000)
             await until(lambda: server.held()["sim waiting"] == 1)
             free.set()
             assert (await first.answer()).body == b"2"
-            assert await second.until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-            await second.send(b"x" * 100_000)
-            assert (await second.answer()).body == b"100000"
+            await second.send(b"x" * 700_000)
+            assert (await second.answer()).body == b"1000000"
+
+
+@pytest.mark.parametrize("size", [1, 200_000])
+async def test_the_first_part_of_an_upload_holds_no_place(
+    make_server: MakeServer, account: Account, size: int
+) -> None:
+    server = await make_server(**settings_for(account))
+    async with Raw(server) as raw:
+        await raw.send(UPLOAD % (2 * size) + b"x" * size)
+        await until(lambda: server.held()["places"] == 1)
+        await ticks(100)
+
+        assert server.held()["sim busy"] == 0
+        await raw.send(b"x" * size)
+        assert (await raw.answer()).status == 200
+    await server.nothing_held()
+
+
+UPLOAD = b"POST /v1/audio/x HTTP/1.1\r\nHost: x\r\nContent-Type: a/b\r\nContent-Length: %d\r\n\r\n"
+ALONE = {f"{SIM_HTTP_CLIENT}.concurrent_requests": 1, f"{SIM_HTTP_CLIENT}.queue_timeout": 60.0}
+
+
+# It waits for ten seconds.
+@pytest.mark.virtual_time
+async def test_an_upload_that_is_too_slow_gives_way_to_a_request_that_waits(
+    make_server: MakeServer, account: Account
+) -> None:
+    server = await make_server(**settings_for(account), **ALONE)
+    async with Raw(server) as slow, Raw(server) as other:
+        await slow.send(UPLOAD % 1_000_000 + b"x" * 500_000)
+        await until(lambda: server.held()["sim busy"] == 1)
+        await other.post("/v1/audio/x", b"{}")
+
+        assert (await other.answer()).status == 200
+        got = await slow.answer()
+        assert (got.status, got.code) == (408, "request_timeout")
+        assert "others wait" in got.json()["error"]["message"]
+    await server.nothing_held()
+
+
+@pytest.mark.virtual_time
+@pytest.mark.timeout(300)
+async def test_an_upload_that_waits_for_nobody_may_take_its_time(
+    make_server: MakeServer, account: Account
+) -> None:
+    server = await make_server(**settings_for(account), **ALONE)
+    async with Raw(server) as slow:
+        await slow.send(UPLOAD % 500_000 + b"x" * 490_000)
+        for _ in range(10):
+            await asyncio.sleep(12.0)
+            await slow.send(b"x" * 1000)
+
+        assert (await slow.answer()).status == 200
+
+
+@pytest.mark.virtual_time
+async def test_a_download_that_is_too_slow_gives_way_to_a_request_that_waits(
+    make_server: MakeServer,
+) -> None:
+    turns = iter(range(2))
+
+    async def play(peer: Peer) -> None:
+        await read_body(peer, await read_head(peer))
+        if next(turns):
+            await peer.send(answer())
+            await peer.left()
+            return
+        await peer.send(b"HTTP/1.1 200 X\r\nContent-Length: 1000000000\r\n\r\n")
+        while True:
+            peer.writer.write(bytes(1 << 16))
+            await peer.writer.drain()
+
+    async with scripted(play) as provider:
+        server = await make_server(
+            **settings_for(provider), **ALONE, **{"chat.streams.send_timeout": 60.0}
+        )
+        async with Raw(server, receive_buffer=SMALL) as slow, Raw(server) as other:
+            await slow.get("/v1/files/f/content")
+            await slow.head()
+            await other.get("/v1/files/g")
+
+            assert (await other.answer()).status == 200
+            assert server.context.metrics.slow_clients.value == 1
+            assert len(await slow.to_the_end()) < 10_000_000
+        await server.nothing_held()
 
 
 # Connections.
@@ -986,8 +1077,10 @@ async def test_a_revoked_key_ends_its_upload(make_server: MakeServer) -> None:
         server = await make_server(**changes, **keys_of("web", "root"))
         key = f"Authorization: {bearer('web')['Authorization']}\r\n".encode()
         async with Raw(server) as raw:
-            await raw.send(EXPECTING % b"a/b" + key + b"Content-Length: 10\r\n\r\n")
+            await raw.send(EXPECTING % b"a/b" + key + b"Content-Length: 1000000\r\n\r\n")
             await raw.until(b"\r\n\r\n")
+            await raw.send(FIRST)
+            await until(lambda: server.held()["sim busy"] == 1)
             assert await server.change(**changes, **keys_of("root"))
             got = await raw.answer()
             assert (got.status, got.code) == (401, "invalid_api_key")
@@ -998,8 +1091,10 @@ async def test_a_stop_of_the_server_ends_what_is_under_way(make_server: MakeServ
     async with silent() as (provider, left):
         server = await make_server(**settings_for(provider))
         async with Raw(server) as raw:
-            await raw.send(EXPECTING % b"a/b" + b"Content-Length: 10\r\n\r\n")
+            await raw.send(EXPECTING % b"a/b" + b"Content-Length: 1000000\r\n\r\n")
             await raw.until(b"\r\n\r\n")
+            await raw.send(FIRST)
+            await until(lambda: server.held()["sim busy"] == 1)
             await server.context.gateway.close()
             got = await raw.answer()
             assert (got.status, got.code) == (503, "server_shutdown")

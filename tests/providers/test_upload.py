@@ -49,6 +49,9 @@ class BreakingBody:
         reading.add_done_callback(lambda _task: self._transport.abort())
         return b"piece"
 
+    async def begin(self) -> None:
+        """Nothing comes first."""
+
     def rewind(self) -> bool:
         return False
 

@@ -17,6 +17,7 @@ from aioserver.protocol.openai import Reading
 from aioserver.provider_errors import ProviderFault
 from aioserver.providers.api import CHAT, Memory
 from aioserver.providers.attempt import Attempt
+from aioserver.providers.backpressure import Backpressure
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.http1 import MAX_HEAD_BYTES
 from aioserver.providers.request import ProviderRequest
@@ -95,6 +96,7 @@ class Provider:
         name="sim", base_url="http://127.0.0.1:9/v1", model="m", http_client=LIMITS
     )
     max_response_bytes = MAX_BODY
+    backpressure = Backpressure(lambda: 0)
 
     def head_received(self, attempt: Attempt) -> None:
         pass
