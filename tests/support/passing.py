@@ -128,9 +128,11 @@ async def silent() -> AsyncIterator[tuple[ScriptedProvider, asyncio.Event]]:
     left = asyncio.Event()
 
     async def play(peer: Peer) -> None:
-        await read_head(peer)
-        await peer.left()
-        left.set()
+        try:
+            await read_head(peer)
+            await peer.left()
+        finally:
+            left.set()
 
     async with scripted(play) as provider:
         yield provider, left
