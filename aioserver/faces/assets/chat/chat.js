@@ -239,7 +239,7 @@ function drawConnection() {
   byId("problem").hidden = problem === "";
   setText("problem-text", problem);
   setText("problem-next", NEXT_STEPS[state.name]?.(state) ?? "");
-  byId("connect").hidden = state.name === "queued";
+  byId("connect").hidden = state.name === "queued" || state.code === 1013; // the server says when
   setText("connect", state.name === "closed" ? "Connect" : "Try now");
   drawWaiting();
 }

@@ -14,7 +14,6 @@ const FINAL_CODES = new Set([1002, 1003, 1007, 1008]); // close codes after whic
 const BUSY = ["server_at_capacity", "provider_queue_full", "provider_queue_timeout", "pool_timeout", "circuit_open"];
 const LATER = new Set([...BUSY, "no_provider", "provider_rate_limited", "rate_limit_exceeded"]);
 const TWICE = new Set(["request_timeout", "connect_error", "connect_timeout"]);
-const TOLD = new Set([1012, 1013]); // close codes by which the server says when to come back
 const AWAY = new Set([502, 503, 504]); // statuses of a server that is full, or that is not there, behind a proxy
 const SHUT = new Set(["server_at_capacity", "server_shutdown", "server_unavailable"]); // codes that refuse all that is asked
 const LOST = "the server has lost the rest of this answer: it was started anew, or keeps it no longer";
@@ -45,8 +44,8 @@ export class Client {
   #links = new Set(); // what is known of each question whose answer is being read
   #attempt = { timers: [] }; // this connection: { timers, socket, send, heard, silent, fault }
   #failures = 0; // to connect, in succession
-  #loss = { code: 1000 }; // the last one, and the time of performance.now() before which nothing is sent: { code, fault, notBefore }
-  #tried = -Infinity; // when the last connection was begun
+  // The last one: when it was, and before which time nothing is sent (performance.now()); *told*: the server has said when.
+  #loss = { code: 1000, fault: undefined, told: false, at: 0, notBefore: 0 };
   #losses = 0; // so far, of requests for server-sent events
   #down = false; // whether no request since the last of them has had a response; then one is sent, and the others wait for it
   #trial = null; // the question whose request that is
@@ -83,11 +82,11 @@ export class Client {
     return Object.defineProperties(answer, { requestId: { get: () => link.id }, complete: { get: () => link.complete } });
   }
 
-  // Without the wait by chance, but not before a server wants it, and once a second at most.
+  // Without the wait by chance, but not before a server wants it, and not within a second after a loss.
   connect() {
     this.#keep = true;
     if (["connecting", "queued", "open"].includes(this.state.name)) return;
-    if (!this.#loss.told) this.#loss.notBefore = Math.min(this.#loss.notBefore ?? 0, this.#tried + 1000);
+    if (!this.#loss.told) this.#loss.notBefore = Math.min(this.#loss.notBefore, this.#loss.at + 1000);
     this.#connect();
   }
 
@@ -222,7 +221,7 @@ export class Client {
 
   // The milliseconds before which nothing is sent.
   get #rest() {
-    return (this.#loss.notBefore ?? 0) - performance.now();
+    return this.#loss.notBefore - performance.now();
   }
 
   // Note a loss. Returns the seconds after which to come back; null: never, and the next question does not come at once either.
@@ -230,9 +229,9 @@ export class Client {
     const failures = counted ? this.#failures++ : 0;
     const seconds = counted ? reconnectDelay(code, failures, fault?.retry_after) : (fault?.retry_after ?? 0);
     const until = performance.now() + 1000 * (seconds ?? backoff(0, failures - 1, failures && 0.5));
-    const told = TOLD.has(code) || fault?.retry_after > 0;
+    const told = code === 1013 || fault?.retry_after > 0; // whether the server says when to come back
     // One that allows an earlier return does not take back what the server has asked for.
-    if (!(this.#rest > 0 && this.#loss.notBefore > until)) this.#loss = { code, fault, told, notBefore: until };
+    if (!(this.#rest > 0 && this.#loss.notBefore > until)) this.#loss = { code, fault, told, at: performance.now(), notBefore: until };
     return seconds;
   }
 
@@ -253,7 +252,6 @@ export class Client {
       attempt.timers.push(setTimeout(() => this.#connect(), this.#rest));
       return this.#setState({ name: "lost", code, fault, until: Date.now() + this.#rest });
     }
-    this.#tried = performance.now();
     this.#setState({ name: "connecting" });
     try {
       await this.#options.before(this);
