@@ -50,6 +50,8 @@ class Totals:
         self._members = members
         self._monitor = monitor
         self._fold = Fold(monitor.sections)
+        # What each instance has counted, as it said last.
+        self._counted: dict[str, bytes] = {}
         # How many incidents of each instance were shown.
         self._shown: dict[str, int] = {}
 
@@ -105,10 +107,16 @@ class Totals:
         return add_histories(histories)
 
     async def families(self) -> list[Family]:
-        """Return all metrics that are counted, over all instances."""
+        """Return all metrics that are counted, over all instances.
+
+        Of one that does not answer they are those of the last time: a counter that falls would
+        look as if all had started anew.
+        """
         merged = {family.name: _copy(family) for family in self._monitor.families()}
-        answers = await self._peers.look(self._others(), METRICS)
-        for answer in answers.values():
+        others = self._others()
+        answers = self._counted | await self._peers.look(others, METRICS)
+        self._counted = {name: answers[name] for name in others if name in answers}
+        for answer in self._counted.values():
             try:
                 counted = msgspec.msgpack.decode(answer)
                 for name, children in counted:

@@ -112,6 +112,22 @@ async def test_metrics_are_added_up_but_limits_that_are_shared_are_not(
     assert await metric(b, "aioserver_cluster_mirrors") == 4
 
 
+async def test_counters_do_not_fall_while_an_instance_does_not_answer(
+    pair: tuple[Instance, Instance],
+) -> None:
+    a, b = pair
+    line = 'aioserver_provider_attempts_total{outcome="ok",provider="sim"}'
+    await answer(b, 3)
+    assert await metric(a, line) == 3
+
+    b.cluster.peers.close()
+    b.cluster.peers.bus.dead = True  # type: ignore[attr-defined]
+    await answer(a, 2)
+
+    assert await metric(a, line) == 5
+    assert await metric(a, 'aioserver_instances{state="unheard"}') == 1
+
+
 async def test_a_watcher_sees_all_instances_and_their_incidents(
     pair: tuple[Instance, Instance],
 ) -> None:
