@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 # Headers of what nobody may keep.
 NO_STORE = {"Cache-Control": "no-store"}
+# Segments of a route's path that are ids, which may have any character. aiohttp's own pattern
+# matches no brace.
+ID, REQUEST_ID = "{id:[^/]+}", "{request_id:[^/]+}"
 # The value of the header `Server`.
 SERVER = "aioserver"
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")

@@ -305,14 +305,19 @@ async def models(context: Context, request: web.Request) -> web.Response:
 async def model(context: Context, request: web.Request) -> web.Response:
     """Answer `GET /v1/models/{id}`: with the provider that a request for this model goes to.
 
-    A model that names no provider goes to the active one, which alone knows whether it has it.
+    A model that names no provider goes to the active one, which alone knows whether it has it:
+    `listed` is false where the configuration does not say so.
 
     Raises:
         ModelNotFound, NoProvider: a request for this model is refused, too.
     """
     name, form = request.match_info["id"], context.admission.forms.of(request)
     route = context.router.route(name, api=form.api)
-    return web.json_response(form.model(name, route.provider.settings))
+    owner = route.provider.settings
+    entry = form.model(name, owner)
+    if route.model is not None and route.model not in (owner.model, *owner.models):
+        entry["listed"] = False
+    return web.json_response(entry)
 
 
 def _models(context: Context) -> Iterator[tuple[str, settings.Provider]]:

@@ -39,7 +39,7 @@ def routes(context: Context) -> list[web.RouteDef]:
     """Return the routes of this face."""
     admission = context.admission
     endpoint = context.settings.chat.sse.endpoint
-    stream = f"{endpoint}/{{request_id}}"
+    stream = f"{endpoint}/{http.REQUEST_ID}"
     return [
         web.post(
             endpoint,

@@ -106,6 +106,12 @@ async def test_models(make_server: MakeServer) -> None:
     }
 
 
+# Names that lead to a provider which is not known to have the model.
+UNLISTED = {
+    *("sim/", "other/any", "org/own", "more", "nobody", "nobody/x", "a b", "other/x/keyless"),
+}
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -144,6 +150,8 @@ async def test_a_model_is_there_if_a_chat_with_it_is_not_refused(
                 assert response.status == status == (404 if name.startswith("keyless") else 200)
             if status == 200:
                 assert (described["id"], described["owned_by"]) == (name, provider)
+                assert ("listed" in described) == (name in UNLISTED)
+                assert described.get("listed", False) is False
             else:
                 assert described == refusal
                 assert described["error"]["code"] == "model_not_found"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import pytest
+from yarl import URL
 
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import (
@@ -231,6 +233,20 @@ async def test_delete_ends_an_answer_for_every_reader_and_may_be_repeated(
 
     assert b"event: cancelled\n" in rest
     assert frames_of(rest.partition(b"\n\n")[2])[-1]["status"] == "cancelled"
+
+
+@pytest.mark.parametrize("name", ["{6F9619FF-8B86}", "}{", "a/b", "%2F"])
+async def test_an_answer_of_any_id_is_resumed_and_deleted(
+    server: RunningServer, name: str
+) -> None:
+    async with server.session.post(server.sse, json={**ASK, "request_id": name}) as response:
+        assert frames_of(await response.read())[-1]["status"] == "complete"
+    url = URL(f"{server.sse}/{quote(name, safe='')}", encoded=True)
+
+    async with server.session.get(url, headers={"Last-Event-ID": "2"}) as response:
+        assert (await read_frames(response))[0]["event_id"] == 3
+    async with server.session.delete(url) as response:
+        assert response.status == 204
 
 
 async def test_silence_is_filled_with_comments(make_server: MakeServer) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -273,6 +274,19 @@ async def test_no_face_can_be_put_where_something_else_is(server: RunningServer)
     } - {chat.websocket.endpoint, chat.sse.endpoint, "/"}  # which is no endpoint by its form
 
     assert {path for path in plain if not path.startswith("/assets/")} == TAKEN
+
+
+async def test_an_id_in_a_path_may_have_any_character(server: RunningServer) -> None:
+    paths = {
+        resource.canonical: resource.get_info()["pattern"]
+        for resource in server.app.router.resources()
+        if isinstance(resource, web.DynamicResource) and "id}" in resource.canonical
+    }
+
+    assert len(paths) >= 6
+    for path, pattern in paths.items():
+        for name in ("{6F96}", "}{", "a%2Fb", "...", "é"):
+            assert pattern.fullmatch(re.sub(r"\{\w+\}", name, path)), (path, name)
 
 
 # What this takes for granted.

@@ -19,7 +19,7 @@ from aiohttp import web
 
 from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest
-from aioserver.faces.http import NO_STORE
+from aioserver.faces.http import ID, NO_STORE
 from aioserver.wings.conversations.turn import Position, title_of
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def routes(history: History) -> list[web.RouteDef]:
     return [
         web.get(PATH, partial(listing, history)),
         web.delete(PATH, partial(delete_all, history)),
-        web.get(f"{PATH}/{{id}}", partial(read, history)),
-        web.delete(f"{PATH}/{{id}}", partial(delete, history)),
+        web.get(f"{PATH}/{ID}", partial(read, history)),
+        web.delete(f"{PATH}/{ID}", partial(delete, history)),
     ]
 
 

@@ -70,7 +70,7 @@ def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
             ),
         ),
         web.get(
-            "/v1/responses/{id}",
+            f"/v1/responses/{http.ID}",
             counted(
                 context.admission,
                 "openai",
@@ -81,7 +81,7 @@ def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
             allow_head=False,
         ),
         web.post(
-            "/v1/responses/{id}/cancel",
+            f"/v1/responses/{http.ID}/cancel",
             partial(
                 cancel,
                 context,

@@ -23,7 +23,7 @@ from aiohttp import web
 
 from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest, NotFound, PermissionDenied, StreamNotFound
-from aioserver.faces import openai, passthrough
+from aioserver.faces import http, openai, passthrough
 from aioserver.faces.admission import counted
 from aioserver.wings.responses.attempt import Learned
 from aioserver.wings.responses.items import Page, paging
@@ -50,11 +50,11 @@ def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
             expect_handler=passthrough.expect_later,
         ),
         web.delete(
-            "/v1/responses/{id}",
+            f"/v1/responses/{http.ID}",
             partial(delete, context, stored, passing(context, prepare_passed)),
         ),
         web.get(
-            "/v1/responses/{id}/input_items",
+            f"/v1/responses/{http.ID}/input_items",
             counted(
                 context.admission,
                 "openai",

@@ -20,7 +20,20 @@ if TYPE_CHECKING:
 
     from tests.support.server import RunningServer
 
-UNUSUAL = ["c 1", "a/b", "%2F", "ä€😀", "?x=1&y#z", "...", "x" * 256, 'q"\\', "new\nline", "+"]
+UNUSUAL = [
+    "c 1",
+    "a/b",
+    "%2F",
+    "ä€😀",
+    "?x=1&y#z",
+    "...",
+    "x" * 256,
+    'q"\\',
+    "new\nline",
+    "+",
+    "{6F96}",
+    "}{",
+]
 
 
 async def ask(

@@ -15,7 +15,7 @@ from openai import AsyncOpenAI
 from aioserver.wings.responses.attempt import Learned
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.keys import bearer, key_of, keys_of
-from tests.support.passing import ANSWER, Account, settings_for
+from tests.support.passing import ANSWER, Account, answer, settings_for
 from tests.support.server import CONCURRENCY, ENDLESS, QUICK, provider_entry
 from tests.support.stored_responses import stored_in
 from tests.support.waiting import until
@@ -205,6 +205,29 @@ async def test_a_stored_response_is_read_when_its_log_has_gone(make_server: Make
         assert retrieved.model_dump() == first.model_dump()
         with pytest.raises(openai.ConflictError, match="no longer kept"):
             await sdk.responses.retrieve(first.id, stream=True, starting_after=3)
+
+
+async def test_a_response_whose_provider_names_it_in_braces_is_read_and_deleted(
+    make_server: MakeServer,
+) -> None:
+    name = "{6F9619FF-8B86}"
+    response = {"id": name, "object": "response", "status": "completed", "output": []}
+    async with Account(lambda _passed: answer(json.dumps(response).encode())) as account:
+        server = await make_server(**settings_for(account))
+        async with server.session.post(
+            f"{server.v1}/responses", json={"model": "sim", "input": "Hello", "store": True}
+        ) as created:
+            assert created.status == 200
+        url = f"{server.v1}/responses/{name}"
+        for path in ("", "/input_items"):
+            async with server.session.get(url + path) as read:
+                assert read.status == 200, await read.text()
+        async with server.session.post(url + "/cancel") as cancelled:
+            assert (await cancelled.json())["id"] == name
+        async with server.session.delete(url) as deleted:
+            assert await deleted.json() == {"id": name, "object": "response", "deleted": True}
+
+    assert len(account.passed) == 1
 
 
 @pytest.mark.parametrize("streamed", [True, False])
