@@ -39,7 +39,12 @@ def limited(folder: Path, files: int) -> dict[str, str]:
 
 
 def places(number: int, queue_timeout: float = 0.0) -> dict[str, Any]:
+    """Places for *number* connections, which stay for as long as a busy machine may need: no
+    client here answers a ping, and many say nothing.
+    """
     return {
+        "chat.websocket.ping_interval": 600.0,
+        f"{UVICORN}.keepalive_timeout": 600,
         f"{CONCURRENCY}.max_connections": number,
         f"{CONCURRENCY}.connection_queue_size": number,
         f"{CONCURRENCY}.queue_timeout": queue_timeout,
@@ -87,9 +92,11 @@ async def test_without_descriptors_what_is_served_goes_on_and_new_clients_are_se
         assert (await ws.json_frame())["status"] == "processing"
         await operator.get("/health")
         await operator.answer()
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         for _ in range(files + 10):
             await silent.enter_async_context(Raw(process))
-        await until(lambda: process.open_files >= files - 1, 10.0, lambda: process.open_files)
+        await until(lambda: process.open_files >= files - 1, 40.0, lambda: process.open_files)
 
         # The running answer needs no descriptor, another one a connection to the provider.
         await ws.send_json(chat("another"))
@@ -127,11 +134,11 @@ async def test_without_descriptors_what_is_served_goes_on_and_new_clients_are_se
             pass
         assert frame["status"] == "chunk"
         assert process.log.count("no file descriptor is free for a connection to") == 1
-        # asyncio reports each connection that it cannot accept, of which few are logged; uvloop
-        # none.
+        # asyncio reports each connection that it cannot accept, of which one is logged in ten
+        # seconds; uvloop none.
         reports = process.log.count("out of system resource")
         assert (reports > 0) == (loop_name() == "asyncio")
-        assert reports < 5
+        assert reports <= (loop.time() - began) / 10 + 2
 
 
 @pytest.mark.one_loop
