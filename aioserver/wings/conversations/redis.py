@@ -359,11 +359,16 @@ class RedisHistories:
         caller: Caller,
         conversation_id: str,
         *,
-        known: bool,  # noqa: ARG002 - the mark is needed in any case
+        known: bool,
     ) -> tuple[Loaded | None, Begun]:
         """Return the turns that all have, for a question, which leaves its mark."""
         mark = f"{self._commands.me}:{next(self._questions)}"
-        found = await self._turns.settled(name_of(caller.name, conversation_id), mark)
+        name = name_of(caller.name, conversation_id)
+        if known:
+            found = await self._turns.settled(name, mark)
+        else:
+            # There is nothing to be read, and a question does without the mark.
+            found = await self._ask(self._turns.turns(name, mark))
         if found is None:
             # The mark may have been set nevertheless.
             return None, Begun(mark, None)

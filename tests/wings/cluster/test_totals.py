@@ -154,7 +154,8 @@ async def test_a_watcher_sees_all_instances_and_their_incidents(
         a.server.context.monitor.tick()
         await more()
         b.server.context.monitor.incident("reload", "while somebody watches")
-        while seen[-1][0] != "incident":
+        # A busy machine may have incidents of its own.
+        while seen[-1][1].get("text") != "while somebody watches":
             a.server.context.monitor.tick()
             await more()
 
@@ -163,7 +164,7 @@ async def test_a_watcher_sees_all_instances_and_their_incidents(
     before = [each for each in history["incidents"] if each["text"] == "before anybody watched"]
     assert [each["instance"] for each in before] == [b.name]
     assert first["requests"]["total"] == 1
-    assert seen[-1][1]["text"] == "while somebody watches"
+    assert seen[-1][0] == "incident"
     assert seen[-1][1]["instance"] == b.name
 
 
