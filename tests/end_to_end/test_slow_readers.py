@@ -91,8 +91,9 @@ async def test_clients_that_read_nothing_delay_nobody_and_are_dropped(
         """
         look()
         stats, paused = server.simulator.stats(), server.provider.backpressure.paused
-        ended = stats.completed + stats.aborted
-        return ended + paused == clients and server.held()["sim places"] == paused
+        ended: int = stats.completed + stats.aborted
+        places: int = server.held()["sim places"]
+        return (ended + paused, places) == (clients, paused)
 
     def gone() -> bool:
         look()
