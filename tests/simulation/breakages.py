@@ -402,6 +402,20 @@ SharedResponses.keep = lossy
 from aioserver.wings.cluster.rates import SharedRate
 SharedRate.take = lambda self, seconds: None
 """,
+    "when a slot is over": """
+from aioserver.wings.cluster.rates import SlotsInHand
+add = SlotsInHand.add
+SlotsInHand.add = lambda self, begins, ends: add(self, begins, begins + 2.0)
+""",
+    "what has started when its state is lost": """
+from aioserver.wings.cluster.lease_messages import UNKNOWN_PACE
+from tests.support.settle_model import _Call
+pace = _Call.pace
+def forgetful(self, op):
+    self.world.lost = 0.0
+    return pace(self, op._replace(known=UNKNOWN_PACE))
+_Call.pace = forgetful
+""",
 }
 # A cluster in which everything goes well, but for what a breakage needs.
 GOOD: dict[str, Any] = {"instances": 3, "shared": {}, "balancer": "random", "operations": {}}
@@ -410,6 +424,11 @@ CROWDED = {
     "llm.providers.sim.http_client.max_connections": 5,
     "llm.providers.sim.http_client.max_keepalive": 5,
     "llm.providers.sim.http_client.requests_per_minute": 1_000_000,
+    "llm.providers.sim.http_client.queue_size": 1000,
+    "llm.providers.sim.http_client.queue_timeout": 30.0,
+}
+PACED = {
+    "llm.providers.sim.http_client.requests_per_minute": 600,
     "llm.providers.sim.http_client.queue_size": 1000,
     "llm.providers.sim.http_client.queue_timeout": 30.0,
 }
@@ -525,6 +544,18 @@ NEEDS: dict[str, dict[str, Any]] = {
         "spread": 0.1,
         "changes": {"llm.providers.sim.http_client.requests_per_minute": 600},
     },
+    "when a slot is over": {**GOOD, "faults": {}, "changes": PACED},
+    "what has started when its state is lost": {
+        **GOOD,
+        "shared": {"events": ((1.0, "empty", 0.3), (8.0, "roll back", 3.0), (16.0, "empty", 0.3))},
+        "faults": {},
+        "spread": 0.1,
+        "changes": {
+            **PACED,
+            "llm.providers.sim.http_client.concurrent_requests": 100,
+            "llm.providers.sim.http_client.max_connections": 100,
+        },
+    },
 }
 # The seed that is tried first, where an earlier one is known to notice nothing: for speed alone.
 FIRST = {
@@ -556,6 +587,8 @@ FIRST = {
     "an event of a mirror": 1,
     "what it has when it comes back": 7,
     "that an owner was killed": 4,
+    "when a slot is over": 4,
+    "what has started when its state is lost": 25,
 }
 
 
