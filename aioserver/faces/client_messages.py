@@ -323,7 +323,9 @@ class ClientMessages:
         return True, b""
 
     def _with_payload(self, data: bytes) -> bytes:
-        """Return *data* behind the payload that came in earlier packets, which is kept no longer."""
+        """Return *data* behind the payload that came in earlier packets, which is kept no
+        longer.
+        """
         payload, self._payload = self._payload or b"", None
         return b"".join((payload, data))
 

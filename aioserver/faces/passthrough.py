@@ -4,8 +4,8 @@ come back so.
 protocol/passable.py says which paths pass, and for whom. A request takes the same way as any
 other, through the provider's queue, pace and pool, but neither it nor its answer is kept: what a
 client uploads goes out while it comes, once its first part is there, and what the provider answers
-comes back at the speed at which its client reads. So there is neither a retry nor a failover, and a fault after the head of
-the answer cuts the connection.
+comes back at the speed at which its client reads. So there is neither a retry nor a failover, and
+a fault after the head of the answer cuts the connection.
 
 Only a JSON body is read, if it is no longer than a question may be, since its `model` may name a
 provider. The header `x-aioserver-provider` names one for any request.

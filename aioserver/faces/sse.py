@@ -222,8 +222,8 @@ async def listing(context: Context, request: web.Request) -> web.Response:
     """Answer a GET without an id: the caller's own streams that are kept.
 
     Without keys all clients are one caller, and an id is enough to read its answer: a client is
-    therefore shown the streams of its own address only. A list that lacks those of an instance which
-    does not answer says that it is `partial`.
+    therefore shown the streams of its own address only. A list that lacks those of an instance
+    which does not answer says that it is `partial`.
     """
     streams, partial = await context.gateway.listing(request[CALLER])
     return web.json_response({"streams": streams} | ({"partial": True} if partial else {}))

@@ -322,8 +322,9 @@ class ResponseParser:
         self._header_bytes += len(reason)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep a header, the last of those with one name, and all codings; a trailer is counted and
-        not read.
+        """Keep a header, the last of those with one name, and all codings.
+
+        A trailer is counted and not read.
         """
         if self.whole:
             return

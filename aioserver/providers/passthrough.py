@@ -5,8 +5,9 @@
 Nothing of either is kept or read: an upload and an answer may have any size. The place is taken
 once the first part of an upload is there, or all of it. A part waits in memory until the other
 side has taken the part before it, so that the slower side sets the pace of both, except that a
-client which is too slow is given up where a request waits for its place (backpressure.py). There is one attempt, and its faults are those of any other: a status that is no success
-means what it means elsewhere (error_mapping.py).
+client which is too slow is given up where a request waits for its place (backpressure.py). There
+is one attempt, and its faults are those of any other: a status that is no success means what it
+means elsewhere (error_mapping.py).
 """
 
 from __future__ import annotations

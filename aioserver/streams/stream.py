@@ -327,8 +327,9 @@ class Stream:
                 self.attempt.first_event()
 
     def add_alias(self, alias: str) -> None:
-        """Let this stream be found by *alias*, the provider's id of the answer, too; a private one is
-        not found at all.
+        """Let this stream be found by *alias*, the provider's id of the answer, too.
+
+        A private one is not found at all.
         """
         if self.keeper is not None:
             self.keeper.identified(alias)

@@ -72,8 +72,8 @@ providers.provider Provider.exchange
 providers.queueing ProviderGate._start
 """.strip().splitlines()
 }
-# A socket that is refused or gives way, a trial of a dead provider, a pool behind no gate, a response whose log is
-# gone, and what calls nothing that may fail.
+# A socket that is refused or gives way, a trial of a dead provider, a pool behind no gate, a
+# response whose log is gone, and what calls nothing that may fail.
 RARE = {
     Function("faces.socket", "Socket.give_way"),
     Function("faces.socket", "Socket.refused"),

@@ -1,4 +1,6 @@
-"""Two instances with a real Redis or Valkey server between them, each with a road of its own to it."""
+"""Two instances with a real Redis or Valkey server between them, each with a road of its own to
+it.
+"""
 
 from __future__ import annotations
 

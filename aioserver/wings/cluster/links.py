@@ -1,9 +1,9 @@
 """Links: a log of this instance, as another instance reads it.
 
 A link is a reader of its log like any other: so its window, `left`, and `max_detached` hold as
-they are. It sends the log as blocks (log_codec.py), for as long as the other side gives credit: that
-side's readers may be slow, and are then read ahead for by no more than that. The other side is a
-mirror (mirrors.py).
+they are. It sends the log as blocks (log_codec.py), for as long as the other side gives credit:
+that side's readers may be slow, and are then read ahead for by no more than that. The other side
+is a mirror (mirrors.py).
 
 A link ends when the mirror says so, or has not been heard for a while. It stays until then even if
 all was sent: a block may be lost.

@@ -218,8 +218,8 @@ async def retrieve(
     request: web.Request,
     found: tuple[Stream, int | None] | Request | None,
 ) -> web.StreamResponse:
-    """Answer a GET with what `prepare_retrieval` has found: the events after a position, or the response as
-    it is now.
+    """Answer a GET with what `prepare_retrieval` has found: the events after a position, or the
+    response as it is now.
     """
     if found is None:
         response = await stored_face.find(stored, request)

@@ -1,4 +1,6 @@
-"""A reader that falls behind, and comes back by the `sequence_number` of the event that told it."""
+"""A reader that falls behind, and comes back by the `sequence_number` of the event that told
+it.
+"""
 
 from __future__ import annotations
 
