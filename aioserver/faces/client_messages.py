@@ -19,6 +19,8 @@ instead that it refuses. Any other fault takes effect at once.
 Private names of aiohttp used here, guarded by `tests/faces/test_client_messages.py`: `_post_start`
 of `WebSocketResponse`, in which the reader is given to the connection, its `_writer` and its
 `_reader`.
+
+This file is one concept: all of these counts are taken from the same heads of frames.
 """
 
 from __future__ import annotations
