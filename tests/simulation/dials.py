@@ -19,6 +19,8 @@ LINK_FAULTS = (
     "refused",
     "small kernel",
 )
+# Bytes a second of the slowest link.
+SLOWEST = 500.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +110,7 @@ def _direction(leases: Mapping[str, float], dice: random.Random) -> Faults:
     place = dice.randrange(1, size)
     seconds = dice.choice((0.3, 3.0, 25.0))
     small = dice.choice((512, 4096))
-    slow = dice.choice((500.0, 20_000.0))
+    slow = dice.choice((SLOWEST, 20_000.0))
     return Faults(
         latency=GOOD.latency if dice.random() < 0.7 else dice.choice((0.01, 0.2)),
         bandwidth=slow if _happens(leases, "slow link", dice) else GOOD.bandwidth,

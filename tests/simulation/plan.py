@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tests.simulation import configuration
-from tests.simulation.dials import LINK_FAULTS, Dial, draw_dial
+from tests.simulation.dials import LINK_FAULTS, SLOWEST, Dial, draw_dial
 
 if TYPE_CHECKING:
     from tests.simulation.configuration import Key
@@ -58,6 +58,8 @@ KEEPS, FORGETS, LACKS, BRIDGED = RESPONSES = ("keeps", "forgets", "lacks", "brid
 OPERATIONS = ("reload limits", "reload provider", "reload keys", "drain")
 # Who chooses the instance of a client: the same for all its connections, or another one for each.
 BALANCERS = ("sticky", "random")
+# Bytes of a large answer at a provider, at most (truth.py).
+LARGEST = 300_000
 # Seconds that an answer may take more which another instance has: its owner is asked, and found to
 # be gone.
 ELSEWHERE = 30.0
@@ -144,7 +146,12 @@ class Plan:
         """Seconds in which a client hears something, or gives up: longer than any wait that is
         promised.
         """
-        wait = configuration.longest_wait(self.changes, 2 if self.spare else 1)
+        providers = 2 if self.spare else 1
+        wait = configuration.longest_wait(self.changes, providers)
+        if self.large and "slow link" in self.provider_links:
+            # Nothing is heard of a whole answer before all of it has come.
+            retries = self.changes[f"{configuration.HTTP}.max_retries"]
+            wait += providers * (1 + retries) * LARGEST / SLOWEST
         return wait if self.shared is None else wait + ELSEWHERE
 
 
