@@ -40,11 +40,13 @@ def limited(folder: Path, files: int) -> dict[str, str]:
 
 def places(number: int, queue_timeout: float = 0.0) -> dict[str, Any]:
     """Places for *number* connections, which stay for as long as a busy machine may need: no
-    client here answers a ping, and many say nothing.
+    client here answers a ping, many say nothing, and the provider runs in the test's process.
     """
     return {
         "chat.websocket.ping_interval": 600.0,
         f"{UVICORN}.keepalive_timeout": 600,
+        f"{SIM_HTTP_CLIENT}.read_timeout": 600.0,
+        f"{SIM_HTTP_CLIENT}.connect_timeout": 60.0,
         f"{CONCURRENCY}.max_connections": number,
         f"{CONCURRENCY}.connection_queue_size": number,
         f"{CONCURRENCY}.queue_timeout": queue_timeout,
