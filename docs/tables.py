@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aioserver.config import json_schema
-from aioserver.config.configuration import SHIPPED
 from aioserver.config.schema import fields, required
 from aioserver.config.settings import Settings
+from aioserver.config.shipped import SHIPPED
 from aioserver.server.reload import ONLY_BY_RESTART
 
 if TYPE_CHECKING:

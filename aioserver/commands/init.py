@@ -10,7 +10,7 @@ import click
 
 from aioserver.commands import options
 from aioserver.config import json_schema
-from aioserver.config.configuration import SHIPPED
+from aioserver.config.shipped import SHIPPED
 
 # Beside the configuration, whose first lines name it for editors.
 SCHEMA = "config.schema.json"

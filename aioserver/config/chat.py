@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from aioserver.config import shipped
 from aioserver.config.schema import check_rules, compare, group, setting
 from aioserver.config.validators import (
     boolean,
@@ -82,7 +83,7 @@ class Concurrency:
         "bytes of all request bodies together, until each was sent for the last time; beyond: 503",
         2**28,
     )
-    uvicorn: Uvicorn = group(Uvicorn)
+    uvicorn: Uvicorn = group(Uvicorn, shipped.values("chat.websocket.concurrency.uvicorn"))
 
     def __post_init__(self) -> None:
         check_rules(
@@ -136,7 +137,7 @@ class WebSocket:
         "seconds that the server still listens on a stop, after /ready has turned to 503",
         0.0,
     )
-    concurrency: Concurrency = group(Concurrency)
+    concurrency: Concurrency = group(Concurrency, shipped.values("chat.websocket.concurrency"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,8 +21,10 @@ from aioserver.config import schema, views
 from aioserver.config.credentials import Credentials, reason
 from aioserver.config.document import PREFIX, Document, Fault, KeyPath, Place
 from aioserver.config.faults import ConfigurationError
+from aioserver.config.inheritance import Inheritance
 from aioserver.config.schema import FAULTY, Faults, WrongShape
 from aioserver.config.settings import SETTINGS, Auth, Provider, Settings
+from aioserver.config.shipped import SHIPPED, fill
 from aioserver.protocol.addresses import loopback
 
 if TYPE_CHECKING:
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
 
     import voluptuous as vol
 
-# The packaged copy of the file in the repository: it is used if there is no other file.
-SHIPPED = Path(__file__).parent.with_name("config.yaml")
 # The shipped file has 12 KiB.
 MAX_FILE_BYTES = 2**20
 
@@ -78,20 +78,26 @@ class Configuration:
         if content is None:
             content = _content(source)
         document = _read(source, content, environ)
+        fill(Settings, document.values)
         for name in sorted(environ):
             if name.startswith(PREFIX):
                 document.override(name, environ[name])
+        inheritance = Inheritance(document)
         try:
             settings = SETTINGS(document.values)
         except Faults as exc:
             settings = exc.partial
             document.faults += [
-                document.fault(error.path, _message(error, document)) for error in exc.errors
+                document.fault(error.path, _message(error, document))
+                for error in inheritance.told_once(exc.errors)
             ]
         credentials = Credentials(document, environ, again=again)
+        providers = settings.llm.providers
+        # Whoever has the key of another does not read it again: its file may be a pipe.
         provider_keys = {
             name: credentials.of_provider(name, provider)
-            for name, provider in settings.llm.providers.items()
+            for name, provider in providers.items()
+            if inheritance.key_owners[name] == name
         }
         auth = settings.auth
         client_keys = credentials.of_clients(auth.keys if auth is not None else ())
@@ -101,10 +107,10 @@ class Configuration:
             name: replace(
                 provider,
                 name=name,
-                api_key=provider_keys[name],
+                api_key=provider_keys[inheritance.key_owners[name]],
                 api_key_env=provider.variable(name),
             )
-            for name, provider in settings.llm.providers.items()
+            for name, provider in providers.items()
         }
         settings = replace(settings, llm=replace(settings.llm, providers=providers))
         if auth is not None:
@@ -129,7 +135,10 @@ class Configuration:
             ValueError: no provider has this name.
         """
         llm = self.settings.llm
-        provider = llm.providers.get(llm.active if name is None else name)
+        if name is None:
+            members = llm.members(llm.active)
+            name = next(iter(llm.usable(llm.active)), llm.providers[members[0].provider]).name
+        provider = llm.providers.get(name)
         if provider is None:
             raise ValueError(f"no provider {name!r}; configured: {', '.join(llm.providers)}")
         client: dict[str, Any] = views.plain(provider.http_client)
@@ -159,22 +168,27 @@ class Configuration:
 
     def _unusable_providers(self) -> Iterator[Fault]:
         llm, document = self.settings.llm, self._document
-        provider = llm.providers[llm.active]
-        if provider.missing_key is not None:
-            simulated = (other.name for other in llm.providers.values() if other.simulated)
-            demo = next(simulated, "demo, with the provider demo that `aioserver init` writes")
-            message = (
-                f"{llm.active} is active but {_missing(provider)}; "
-                f"set it, or set llm.active: {demo}"
-            )
-            yield document.fault(("llm", "active"), message)
-        for index, name in enumerate(llm.fallbacks):
-            provider = llm.providers[name]
-            if provider.missing_key is not None and name != llm.active:
-                message = (
-                    f"{name} is a fallback but {_missing(provider)}; set it, or take {name} out"
+        names: dict[KeyPath, str] = {("llm", "active"): llm.active}
+        names |= {
+            ("llm", "fallbacks", index): name
+            for index, name in enumerate(llm.fallbacks)
+            if name != llm.active
+        }
+        for path, name in names.items():
+            if llm.usable(name):
+                continue
+            missing = " and ".join(
+                dict.fromkeys(
+                    _missing(llm.providers[member.provider]) for member in llm.members(name)
                 )
-                yield document.fault(("llm", "fallbacks", index), message)
+            )
+            if name == llm.active:
+                simulated = (other.name for other in llm.providers.values() if other.simulated)
+                demo = next(simulated, "demo, with the provider demo that `aioserver init` writes")
+                message = f"{name} is active but {missing}; set it, or set llm.active: {demo}"
+            else:
+                message = f"{name} is a fallback but {missing}; set it, or take {name} out"
+            yield document.fault(path, message)
 
     def _unguarded(self, hosts: Sequence[str]) -> Iterator[Fault]:
         auth = self.settings.auth
@@ -273,9 +287,13 @@ def _warnings(settings: Settings, document: Document) -> Iterator[Fault]:
         yield document.fault(("auth", "open"), "everybody who can reach the port may chat")
     for name in settings.llm.providers:
         path = ("llm", "providers", name, "api_key")
-        written = document.values["llm"]["providers"][name].get("api_key") is not None
-        if written and path not in document.referenced:
+        key = document.values["llm"]["providers"][name].get("api_key")
+        if key is not None and document.written(path) and path not in document.referenced:
             yield document.fault(path, "a key in this file is copied with it (use api_key_env)")
+    for name in settings.llm.models:
+        if not settings.llm.usable(name):
+            message = "no member has its key, so nobody can ask for it"
+            yield document.fault(("llm", "models", name), message)
     if "%(" in str((document.values.get("logging") or {}).get("format")):
         message = "a format string counts as console (the other choice is json)"
         yield document.fault(("logging", "format"), message)

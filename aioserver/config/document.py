@@ -97,6 +97,10 @@ class Document:
             path = path[:-1]
         return self._places[path]
 
+    def written(self, path: KeyPath) -> bool:
+        """Return whether the file or a variable sets the value at *path*."""
+        return path in self._places
+
     def fault(self, path: Iterable[Any], message: str, place: Place | None = None) -> Fault:
         """Return a fault of the value at *path*; *place* defaults to the place of its key."""
         path = tuple(path)

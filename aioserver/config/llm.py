@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from aioserver.config import models, shipped
 from aioserver.config.hints import nearest
+from aioserver.config.models import Group, Member
 from aioserver.config.schema import Secret, check_rules, compare, group, section, setting, show
 from aioserver.config.validators import (
     api,
@@ -35,8 +37,12 @@ from aioserver.config.validators import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
+    from aioserver.config.schema import BrokenRule
+
+# Whose values count where a provider leaves all of its own out.
+HTTP_CLIENT = "llm.providers.openai.http_client"
 # By the name of a provider: the variable that holds its key, if no setting says where the key is.
 KEY_VARIABLES = {
     name: f"{name.upper()}_API_KEY" for name in ("openai", "groq", "openrouter", "anthropic")
@@ -113,6 +119,11 @@ class Provider:
 
     # The key of the section. Configuration.load fills it in.
     name: str = field(default="")
+    like: str | None = setting(
+        optional(label),
+        "name of a provider whose settings count here, but for those that this one sets itself",
+        None,
+    )
     base_url: str = setting(
         optional(api, ""), "URL of the OpenAI-compatible API, up to and including /v1", ""
     )
@@ -138,7 +149,7 @@ class Provider:
     )
     model: str = setting(line, "model of a request that names none")
     models: tuple[str, ...] = setting(
-        list_of(line), "further models that GET /v1/models lists", ()
+        list_of(line), "further models that GET /v1/models lists, and whose names lead here", ()
     )
     temperature: float | None = setting(
         optional(ratio),
@@ -202,7 +213,7 @@ class Provider:
         "batches, vector_stores and every other path of the API",
         False,
     )
-    http_client: HttpClient = group(HttpClient)
+    http_client: HttpClient = group(HttpClient, shipped.values(HTTP_CLIENT))
 
     def __post_init__(self) -> None:
         configured = {name.lower() for name in self.headers}
@@ -244,21 +255,83 @@ class Provider:
 class Llm:
     """Everything on the providers' side."""
 
-    active: str = setting(line, "name of the provider that is asked first")
+    active: str = setting(line, "name of the provider, or in `models`, that is asked first")
     fallbacks: tuple[str, ...] = setting(
-        list_of(line), "names of the providers that are asked next, in this order", ()
+        list_of(line),
+        "names of providers, or in `models`, that are asked next, in this order",
+        (),
     )
+    unknown_models: str = setting(
+        one_of("pass", "refuse"),
+        "what becomes of a model that nobody here has: pass it to the active provider, or refuse it (404)",
+        "pass",
+    )
+    models: Mapping[str, Group] = setting(mapping_of(models.name, models.group), "", {})
     providers: Mapping[str, Provider] = setting(mapping_of(label, section(Provider)), "")
 
     def __post_init__(self) -> None:
-        known = f"is not among llm.providers ({', '.join(self.providers)})"
+        known = [*self.providers, *self.models]
+        text = f"is not among llm.providers ({', '.join(self.providers)})"
+        if self.models:
+            text += " or in llm.models"
         names: dict[tuple[str | int, ...], str] = {("active",): self.active}
         names |= {("fallbacks", index): name for index, name in enumerate(self.fallbacks)}
         check_rules(
             self,
             *(
-                (path, f"{show(name)} {known}{nearest(name, self.providers)}")
+                (path, f"{show(name)} {text}{nearest(name, known)}")
                 for path, name in names.items()
-                if name not in self.providers
+                if name not in self.providers and name not in self.models
             ),
+            *_broken_rules(self),
         )
+
+    def members(self, name: str) -> tuple[Member, ...]:
+        """Return who answers for *name*: the members of a group, or the provider of that name."""
+        if name in self.providers:
+            return (Member(provider=name),)
+        return self.models[name].members
+
+    def usable(self, name: str) -> list[Provider]:
+        """Return the providers of `members(name)` to which requests can be sent."""
+        providers = [self.providers[member.provider] for member in self.members(name)]
+        return [provider for provider in providers if provider.usable]
+
+
+def _broken_rules(llm: Llm) -> Iterator[BrokenRule]:
+    """Yield the rules between groups and providers that *llm* breaks, by paths from `llm`."""
+    groups = list(llm.models.items())
+    if len(groups) > models.MAX_NAMES:
+        yield ("models",), f"has more than {models.MAX_NAMES} names"
+    for model, one in groups:
+        first, slash, _ = model.partition("/")
+        if model in llm.providers:
+            yield ("models", model), "a provider has this name, which pins it"
+        elif slash and first in llm.providers:
+            yield ("models", model), f"begins with the name of the provider {first}, which pins it"
+        yield from _broken_members(llm, ("models", model), one)
+
+
+def _broken_members(llm: Llm, path: tuple[str | int, ...], one: Group) -> Iterator[BrokenRule]:
+    seen: set[tuple[str, str]] = set()
+    for index, entry in enumerate(one.members):
+        if not isinstance(entry.provider, str):
+            continue  # it is faulty
+        at = (*path, *one.path(index))
+        provider = llm.providers.get(entry.provider)
+        written = entry.provider if entry.model is None else f"{entry.provider}/{entry.model}"
+        if provider is None and {entry.provider, written} & llm.models.keys():
+            group = entry.provider if entry.provider in llm.models else written
+            yield at, f"a member is a provider; {group} is in llm.models"
+        elif provider is None:
+            known = llm.providers
+            hint = nearest(entry.provider, known)
+            yield (
+                at,
+                f"{show(entry.provider)} is not among llm.providers ({', '.join(known)}){hint}",
+            )
+        else:
+            asked = entry.provider, entry.model or provider.model
+            if asked in seen:
+                yield at, "this member appears twice"
+            seen.add(asked)

@@ -159,9 +159,17 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
-def group(cls: type[Any]) -> Any:
-    """Declare a section inside a section. It is required if one of its settings is required."""
-    metadata = {"validator": section(cls), "meaning": "", "secret": False}
+def group(cls: type[Any], shipped: Callable[[], Mapping[str, Any]] | None = None) -> Any:
+    """Declare a section inside a section.
+
+    It is required if one of its settings is, unless *shipped* returns the values that count where
+    all of it is left out.
+    """
+    validator = section(cls)
+    metadata = {"validator": validator, "meaning": "", "secret": False, "shipped": shipped}
+    if shipped is not None:
+        values = shipped
+        return dataclasses.field(default_factory=lambda: validator(values()), metadata=metadata)
     if any(required(field) for field in fields(cls)):
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default_factory=cls, metadata=metadata)

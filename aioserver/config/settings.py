@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from aioserver.config import shipped
 from aioserver.config.chat import (
     Chat,
     Concurrency,
@@ -28,6 +29,7 @@ from aioserver.config.chat import (
     WebSocket,
 )
 from aioserver.config.llm import HttpClient, Llm, Provider
+from aioserver.config.models import Group, Member
 from aioserver.config.schema import BrokenRule, check_rules, group, section, setting
 from aioserver.config.validators import (
     api,
@@ -56,9 +58,11 @@ __all__ = [
     "Cluster",
     "Concurrency",
     "Context",
+    "Group",
     "HttpClient",
     "Llm",
     "Logging",
+    "Member",
     "Persistence",
     "Provider",
     "Repository",
@@ -202,7 +206,7 @@ class Settings:
 
     IGNORED: ClassVar = ("mcp", "chat_store")
 
-    chat: Chat = group(Chat)
+    chat: Chat = group(Chat, shipped.values("chat"))
     llm: Llm = group(Llm)
     auth: Auth | None = setting(optional(section(Auth)), "", None)
     cluster: Cluster = group(Cluster)

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
-    from aioserver.config import settings
     from aioserver.errors import AioserverError
     from aioserver.providers.api import Api
 
@@ -43,11 +42,11 @@ class Form:
         """Return *error* as the body of a response to the request with this id."""
         return error.body()
 
-    def model(self, name: str, provider: settings.Provider) -> dict[str, Any]:
-        """Return the model *name*, which leads to *provider*."""
-        entry = {"id": name, "object": "model", "created": 0, "owned_by": provider.name}
+    def model(self, name: str, owner: str, *, simulated: bool) -> dict[str, Any]:
+        """Return the model *name* of *owner*, which leads to a provider that may be *simulated*."""
+        entry = {"id": name, "object": "model", "created": 0, "owned_by": owner}
         # No field of OpenAI's: with it the chat page says that no real model answers.
-        return {**entry, "simulated": True} if provider.simulated else entry
+        return {**entry, "simulated": True} if simulated else entry
 
     def models(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the list of models with these *entries*."""

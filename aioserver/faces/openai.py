@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from aiohttp import web
 
 from aioserver.auth.callers import CALLER
-from aioserver.errors import StreamNotFound
+from aioserver.errors import ModelNotFound, StreamNotFound
 from aioserver.faces import http, whole
 from aioserver.faces.admission import counted
 from aioserver.faces.intake import (
@@ -33,6 +33,7 @@ from aioserver.faces.streaming import follow
 from aioserver.gateway.calls import kept_answer
 from aioserver.gateway.request import Request
 from aioserver.protocol.eventstream import HEARTBEAT
+from aioserver.provider_errors import NoProvider
 from aioserver.providers.api import CHAT, Api
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.cursor import ConditionReader
@@ -45,11 +46,13 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
-    from aioserver.gateway.request import Route
+    from aioserver.gateway.router import Router
     from aioserver.protocol.model_body import ModelBody
-    from aioserver.providers.request import Answer
+    from aioserver.providers.request import Answer, BodyMaker
     from aioserver.streams.stream import Stream
 
+# Who owns the names of `llm.models`.
+OURS = "aioserver"
 EMBEDDINGS = Api("embeddings")
 APIS = (CHAT, Api("completions"), EMBEDDINGS)
 STREAM_HEADERS = {
@@ -111,7 +114,7 @@ def prepare_for(
             route.pinned = True
         provider_request = ProviderRequest(
             api,
-            body_maker(body, route),
+            body_maker(body),
             streamed=body.streamed and api is not EMBEDDINGS,
             caller=request[CALLER].on_behalf_of(body.user),
             model=route.model,
@@ -129,18 +132,15 @@ def digest_of(path: str, body: bytes) -> bytes:
     return hashlib.sha256(path.encode() + b"\0" + body).digest()
 
 
-def body_maker(body: ModelBody, route: Route) -> Callable[[settings.Provider], bytes]:
-    """Return a function that makes the body for a provider.
+def body_maker(body: ModelBody) -> BodyMaker:
+    """Return a function that makes the body for a provider and a model.
 
-    That body is the client's, or the same with the model of the route or of the provider.
+    That body is the client's, or the same with another model.
     """
 
-    def body_for(provider: settings.Provider) -> bytes:
-        first = provider.name == route.provider.name
-        if first and not route.renamed:
-            return body.data
-        # A fallback uses its own model.
-        return body.with_model((first and route.model) or provider.model)
+    def body_for(provider: settings.Provider, model: str | None) -> bytes:
+        wanted = model or provider.model
+        return body.data if wanted == body.model else body.with_model(wanted)
 
     return body_for
 
@@ -295,10 +295,14 @@ async def models(context: Context, request: web.Request) -> web.Response:
 
     A client gets those that speak its API, in the form that it knows.
     """
-    form = context.admission.forms.of(request)
-    entries = [
-        form.model(name, owner) for name, owner in _models(context) if form.api.speaks(owner)
-    ]
+    form, router = context.admission.forms.of(request), context.router
+    entries = []
+    for name, owner in _names(router, form.api):
+        try:
+            provider = router.route(name, api=form.api).provider.settings
+        except (ModelNotFound, NoProvider):
+            continue
+        entries.append(form.model(name, owner or provider.name, simulated=provider.simulated))
     return web.json_response(form.models(entries))
 
 
@@ -313,19 +317,29 @@ async def model(context: Context, request: web.Request) -> web.Response:
     """
     name, form = request.match_info["id"], context.admission.forms.of(request)
     route = context.router.route(name, api=form.api)
-    owner = route.provider.settings
-    entry = form.model(name, owner)
-    if route.model is not None and route.model not in (owner.model, *owner.models):
+    provider = route.provider.settings
+    ours = name in context.router.groups
+    entry = form.model(name, OURS if ours else provider.name, simulated=provider.simulated)
+    known = route.model in (None, provider.model, *provider.models)
+    if not known and not (route.group is not None and route.group.name):
         entry["listed"] = False
     return web.json_response(entry)
 
 
-def _models(context: Context) -> Iterator[tuple[str, settings.Provider]]:
-    """Yield the names by which models are asked for, each with the provider that it leads to."""
-    for owner, provider in context.router.providers.items():
+def _names(router: Router, api: Api) -> Iterator[tuple[str, str]]:
+    """Yield the names by which models of *api* are asked for, each with its owner; with none where
+    that is the provider to which the name leads.
+    """
+    for name in router.groups:
+        if not name.endswith("*"):
+            yield name, OURS
+    for owner, provider in router.providers.items():
         configured = provider.settings
         if not configured.usable:
             continue
-        yield owner, configured
+        yield owner, ""
         for name in dict.fromkeys((configured.model, *configured.models)):
-            yield f"{owner}/{name}", configured
+            yield f"{owner}/{name}", ""
+    for name, group in router.listed.items():
+        if name not in router.groups and name not in router.providers and group.usable(api):
+            yield name, ""

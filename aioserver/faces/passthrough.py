@@ -30,6 +30,7 @@ from aioserver.errors import (
 from aioserver.faces import http, whole
 from aioserver.faces.admission import counted
 from aioserver.faces.intake import BodyStream, client_headers, read_start, refuse_coded
+from aioserver.faces.openai import body_maker
 from aioserver.faces.ready import HIGH_WATER
 from aioserver.gateway.request import Request
 from aioserver.limits.write_watchdog import peer_of, reset
@@ -40,13 +41,13 @@ from aioserver.providers.backpressure import LEAST_RATE, ClientPace
 from aioserver.providers.passthrough import PassedRequest, body_length, shown_headers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from aioserver.config import settings
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
-    from aioserver.gateway.request import Route
     from aioserver.protocol.model_body import ModelBody
+    from aioserver.providers.request import BodyMaker
 
 FACE = "other"
 # The part that all paths of OpenAI's API begin with.
@@ -100,6 +101,11 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
     model = body.model if body is not None else None
     provider = request.headers.get(PROVIDER)
     route = context.router.route(model, provider)
+    if passage is not Passage.EVERY_KEY and route.group is not None and route.group.name:
+        raise InvalidRequest(
+            f"/v1/{path} is of one provider's account, and {route.group.name} may have several: "
+            f"name the provider in {PROVIDER}"
+        )
     if passage is not Passage.EVERY_KEY and not route.provider.settings.account_paths:
         raise NotFound(_closed(path, route.provider.name))
     if model is not None and route.model is None:
@@ -107,7 +113,7 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
     passed = PassedRequest(
         request.method,
         f"{path}?{query}" if query else path,
-        _body_maker(body, route, renamed=provider is None and model is not None),
+        _body_maker(body, renamed=provider is None and model is not None),
         _body_headers(request, upload),
         upload=upload,
         pace=pace,
@@ -259,21 +265,18 @@ async def _take_body(
     return None, await model_body.reading(data) if data else None
 
 
-def _body_maker(
-    body: ModelBody | None, route: Route, *, renamed: bool
-) -> Callable[[settings.Provider], bytes]:
-    """Return a function that makes the body for a provider: the client's, or the same with another
-    model.
+def _body_maker(body: ModelBody | None, *, renamed: bool) -> BodyMaker:
+    """Return a function that makes the body for a provider and a model: the client's, or the same
+    with another model.
 
     *renamed* says that the client's model may name the provider.
     """
+    if body is not None and renamed:
+        return body_maker(body)
+    data = b"" if body is None else body.data
 
-    def body_for(provider: settings.Provider) -> bytes:
-        if body is None:
-            return b""
-        if renamed and route.renamed:
-            return body.with_model(route.model or provider.model)
-        return body.data
+    def body_for(_provider: settings.Provider, _model: str | None) -> bytes:
+        return data
 
     return body_for
 

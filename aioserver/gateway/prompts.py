@@ -173,8 +173,7 @@ class Prompts:
 
         options, option_names = chat.options, chat.option_names
 
-        def body(provider: settings.Provider) -> bytes:
-            model = route.model if provider.name == route.provider.name else None
+        def body(provider: settings.Provider, model: str | None) -> bytes:
             return chat_body(provider, model, held[0], options, option_names, streamed)
 
         # A question with `messages` has no history that needs the answer's text.

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from aioserver.auth.callers import Caller
+    from aioserver.gateway.groups import Group
     from aioserver.gateway.keeper import Keeper
     from aioserver.providers.provider import Provider
     from aioserver.providers.request import ProviderRequest
@@ -24,14 +25,17 @@ if TYPE_CHECKING:
 class Route:
     """The way of a request: the provider that is asked first, and the model.
 
-    *model* None stands for the provider's own. *renamed* says that `model` in a body is replaced,
-    *pinned* that no other provider may be asked.
+    *model* None stands for the provider's own. With a *group* its members are asked, of which
+    *provider* and *model* are the first that can be. *fallbacks* says whether `llm.fallbacks` are
+    asked where it has failed, *pinned* that no other model is asked for: neither a fallback's, nor
+    that of a member with another.
     """
 
     provider: Provider
     model: str | None
-    renamed: bool
-    pinned: bool
+    group: Group | None = None
+    fallbacks: bool = False
+    pinned: bool = False
 
 
 # Not frozen, as above.
@@ -103,6 +107,7 @@ class Request:
             self.caller.name,
             streamed=provider_request.streamed,
         )
+        record.group = "" if self.route.group is None else self.route.group.name
         record.log, record.statuses = request_log, provider_request.api
         if request_log.tracer is not None:
             record.trace = request_log.tracer.begin(

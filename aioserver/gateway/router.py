@@ -30,8 +30,15 @@ import random
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+from aioserver.config.hints import nearest
+from aioserver.config.models import PREFIX
+from aioserver.config.schema import show
 from aioserver.errors import AioserverError, ModelNotFound
+from aioserver.gateway.groups import Group
+from aioserver.gateway.homes import Homes, measured
+from aioserver.gateway.members import LABELS, Member, passed_over
 from aioserver.gateway.request import Route
+from aioserver.protocol.prefix import prefix_of
 from aioserver.provider_errors import (
     CircuitOpen,
     NoProvider,
@@ -40,14 +47,18 @@ from aioserver.provider_errors import (
     RequestNotBridged,
 )
 from aioserver.providers.api import CHAT, Api
-from aioserver.providers.breaker import SICK
 from aioserver.providers.health import KEY_FAULTS
+from aioserver.providers.outage import WAIT
 from aioserver.providers.passthrough import PassedAttempt, PassedRequest
+from aioserver.telemetry.counters import Counter
 from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
+    from aioserver.config import settings
+    from aioserver.config.settings import Llm
+    from aioserver.gateway.homes import Placement
     from aioserver.gateway.request import Request
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.provider import Provider
@@ -71,28 +82,81 @@ class Router:
 
     Always: once an event of an answer is in a log, no further attempt is made for it.
 
-    *random_number* returns numbers from 0.0 to 1.0, for the jitter of backoffs.
+    *random_number* returns numbers from 0.0 to 1.0, for the jitter of backoffs. *starts* counts the
+    requests that start at members of groups, by group, provider and home. *alone* False: other
+    instances ask the same providers.
     """
 
     def __init__(
         self,
         providers: Mapping[str, Provider],
-        active: str,
-        fallbacks: Sequence[str] = (),
+        llm: Llm,
         random_number: Callable[[], float] = random.random,
+        starts: dict[tuple[str, ...], Counter] | None = None,
+        *,
+        alone: bool = True,
     ) -> None:
         self._random_number = random_number
-        self.apply(providers, active, fallbacks)
+        self._homes = Homes(alone=alone)
+        self._starts = {} if starts is None else starts
+        self._groups: dict[str, Group] = {}
+        self.apply(providers, llm)
 
-    def apply(
-        self, providers: Mapping[str, Provider], active: str, fallbacks: Sequence[str]
-    ) -> None:
-        """Choose among *providers* from now on; requests under way stay where they are."""
-        self._providers, self._active, self._fallbacks = providers, active, fallbacks
+    def apply(self, providers: Mapping[str, Provider], llm: Llm) -> None:
+        """Choose among *providers* by the settings *llm* from now on; requests under way stay
+        where they are.
+        """
+        self._providers, self._llm = providers, llm
+        self._groups = {
+            name: self._group(name, configured) for name, configured in llm.models.items()
+        }
+        # Names that end with `*`, the longest first.
+        self._stems = sorted(
+            (name[:-1] for name in self._groups if name.endswith("*")), key=len, reverse=True
+        )
+        self._active = self._target(llm.active)
+        self._fallbacks = [self._target(name) for name in llm.fallbacks]
+        self._listed = self._implied()
         # The client headers that any provider is passed, in lower case.
         self.passed_headers = frozenset(
             name for provider in providers.values() for name in provider.settings.pass_headers
         )
+
+    def _group(self, name: str, configured: settings.Group) -> Group:
+        """Return the group *name*, which goes on counting if it is there already."""
+        members = [
+            Member(
+                self._providers[member.provider],
+                member.model,
+                member.weight or 1,
+                member.max_context,
+                {
+                    label: self._starts.setdefault((name, member.provider, label), Counter())
+                    for label in (LABELS[1:] if configured.affinity == PREFIX else LABELS[:1])
+                },
+            )
+            for member in configured.members
+        ]
+        group = self._groups.get(name)
+        if group is None:
+            return Group(name, members, configured.choose, configured.affinity)
+        group.apply(members, configured.choose, configured.affinity)
+        return group
+
+    def _target(self, name: str) -> Group:
+        """Return the group *name*, or one of the provider *name* alone."""
+        return self._groups.get(name) or Group("", [Member(self._providers[name])])
+
+    def _implied(self) -> dict[str, Group]:
+        """Return, by the name of a model that providers list, the group of these in their order.
+
+        A provider's own `model` is not enough: whoever names it has not asked for that provider.
+        """
+        listing: dict[str, list[Member]] = {}
+        for provider in self._providers.values():
+            for model in dict.fromkeys(provider.settings.models):
+                listing.setdefault(model, []).append(Member(provider, model))
+        return {model: Group("", members) for model, members in listing.items()}
 
     @property
     def providers(self) -> Mapping[str, Provider]:
@@ -100,33 +164,56 @@ class Router:
         return self._providers
 
     @property
+    def groups(self) -> Mapping[str, Group]:
+        """The groups that are configured, by name."""
+        return self._groups
+
+    @property
+    def listed(self) -> Mapping[str, Group]:
+        """The names of models that providers list, with those that do."""
+        return self._listed
+
+    @property
     def active(self) -> Provider:
-        """The provider that is asked if a request names none."""
-        return self._providers[self._active]
+        """The provider that is asked first if a request names none."""
+        members = self._active.members
+        usable = (member for member in members if member.settings.usable)
+        return next(usable, members[0]).provider
 
     @property
     def fallbacks(self) -> list[str]:
-        """The names of those that are asked where the active provider fails."""
-        return [provider.name for provider in self._usable_others(self.active, CHAT)]
+        """The names of those that are asked where the active provider or group fails."""
+        return [
+            group.name or group.members[0].provider.name
+            for group in self._others(self._active, CHAT)
+        ]
 
     @property
     def usable(self) -> bool:
-        """Whether the active provider can be asked."""
+        """Whether the active provider, or a member of the active group, can be asked."""
         return self.active.settings.usable
 
     def route(self, model: str | None, provider: str | None = None, *, api: Api = CHAT) -> Route:
         """Return where a request of *api* with this *model* and *provider* goes.
 
         Raises:
-            ModelNotFound: the request names a provider that is not configured, or not usable; or
-                that does not speak *api*, or none that may be asked does.
+            ModelNotFound: the request names a provider that is not configured, or not usable; or a
+                model that nobody has, where these are refused; or who is named does not speak
+                *api*, or none that may be asked does.
             NoProvider: the request names none, and the active provider is not usable.
         """
         if provider is not None:
-            return Route(self._named(provider), model, renamed=True, pinned=True)
-        route = None if model is None else self._by_name(model)
+            if (group := self._groups.get(provider)) is not None:
+                return self._to(group, api)
+            return Route(self._named(provider), model)
+        route = None if model is None else self._by_name(model, api)
         if route is None:
-            route = Route(self._first(api), model, renamed=model is None, pinned=False)
+            group = self._first(api)
+            route = self._to(group, api)
+            route.fallbacks = True
+            if not group.name:
+                # The name of the model goes on unchanged, whether the provider knows it or not.
+                route.model = model
         if not api.speaks(route.provider.settings):
             raise ModelNotFound(
                 f"the provider {route.provider.name} does not speak {api.name}: "
@@ -134,35 +221,77 @@ class Router:
             )
         return route
 
-    def _by_name(self, model: str) -> Route | None:
-        """Return where a request for *model* goes, if that names a provider; otherwise None.
+    def _by_name(self, model: str, api: Api) -> Route | None:
+        """Return where a request of *api* for *model* goes, if that name leads anywhere; otherwise
+        None.
 
         Raises:
-            ModelNotFound: that provider is not usable.
+            ModelNotFound: it leads to none that is usable; or nowhere, and unknown models are
+                refused.
         """
         if model in self._providers:
-            return Route(self._named(model), None, renamed=True, pinned=True)
+            return Route(self._named(model), None)
         prefix, slash, rest = model.partition("/")
         if slash and rest and prefix in self._providers:
-            return Route(self._named(prefix), rest, renamed=True, pinned=True)
+            return Route(self._named(prefix), rest)
+        if self._groups and (group := self._group_of(model)) is not None:
+            return self._to(group, api)
+        active = self._llm.providers.get(self._llm.active)
+        if active is not None and (model == active.model or model in active.models):
+            return None
+        listed = self._listed.get(model)
+        if listed is not None and listed.usable(api):
+            return self._to(listed, api)
+        if self._llm.unknown_models == "refuse":
+            raise ModelNotFound(f"no model is named {show(model)}{nearest(model, self._names())}")
         return None
 
-    def _first(self, api: Api) -> Provider:
-        """Return the first provider, of the active one and the fallbacks, that speaks *api*.
+    def _group_of(self, model: str) -> Group | None:
+        """Return the group of that name, or of the longest that *model* begins with."""
+        if (group := self._groups.get(model)) is not None and not model.endswith("*"):
+            return group
+        stem = next((stem for stem in self._stems if model.startswith(stem)), None)
+        return None if stem is None else self._groups[f"{stem}*"]
+
+    def _names(self) -> list[str]:
+        """Return the names that lead somewhere."""
+        active = self._llm.providers.get(self._llm.active)
+        own = [] if active is None else [active.model, *active.models]
+        groups = (name for name in self._groups if not name.endswith("*"))
+        return [*groups, *self._providers, *own, *self._listed]
+
+    def _to(self, group: Group, api: Api) -> Route:
+        """Return the route to *group*.
+
+        Raises:
+            ModelNotFound: none of its members can be asked.
+        """
+        members = group.usable(api)
+        if not members:
+            if any(member.settings.usable for member in group.members):
+                raise ModelNotFound(
+                    f"no provider of {group.name} speaks {api.name}: {self._speaking(api)}"
+                )
+            raise ModelNotFound(f"no provider of {group.name} is usable")
+        first = members[0]
+        return Route(first.provider, first.model, group)
+
+    def _first(self, api: Api) -> Group:
+        """Return the first, of the active provider or group and the fallbacks, that speaks *api*.
 
         Raises:
             ModelNotFound: none does.
             NoProvider: the active one does, and is not usable.
         """
-        active = self.active
-        if api.speaks(active.settings):
-            if not active.settings.usable:
-                raise NoProvider(f"the active provider {self._active} is not usable")
+        active = self._active
+        if active.usable(api):
             return active
-        others = self._usable_others(active, api)
+        if any(api.speaks(member.settings) for member in active.members):
+            raise NoProvider(f"the active provider {self._llm.active} is not usable")
+        others = self._others(active, api)
         if not others:
             raise ModelNotFound(
-                f"the active provider {self._active} does not speak {api.name}, nor does a "
+                f"the active provider {self._llm.active} does not speak {api.name}, nor does a "
                 f"fallback: {self._speaking(api)}"
             )
         return others[0]
@@ -178,15 +307,14 @@ class Router:
             return f"no provider does, by its setting `{api.setting}`"
         return f"the model may name one that does: {', '.join(names)}"
 
-    def _usable_others(self, first: Provider, api: Api) -> list[Provider]:
+    def _others(self, first: Group, api: Api) -> list[Group]:
         """Return the fallbacks that may be asked instead of *first*, in their order: those that
         speak *api*.
         """
-        fallbacks = (self._providers[name] for name in self._fallbacks)
         return [
-            provider
-            for provider in fallbacks
-            if provider is not first and provider.settings.usable and api.speaks(provider.settings)
+            group
+            for group in self._fallbacks
+            if group is not first and not _same(group, first) and group.usable(api)
         ]
 
     def _named(self, name: str) -> Provider:
@@ -255,15 +383,22 @@ class Router:
             ProviderFault: there is no good answer, or not all of it.
             AioserverError: the client does not send its body.
         """
-        provider, passed = request.route.provider, request.provider_request
+        route, passed = request.route, request.provider_request
         assert isinstance(passed, PassedRequest)
-        outcome = passed.outcome
-        outcome.begin_attempt(provider.name, passed.model or "")
-        attempt = PassedAttempt(provider, passed)
+        outcome, provider, place = passed.outcome, route.provider, None
+        attempt = PassedAttempt(provider, passed, passed.model)
         try:
             if passed.upload is not None:
                 await passed.upload.begin()
-            await provider.run(attempt)
+            if (group := route.group) is not None and len(group.members) > 1:
+                attempts = {
+                    member: PassedAttempt(member.provider, passed, member.asked_model)
+                    for member in group.order(group.usable(passed.api, one_model=route.pinned))
+                }
+                member, place = await group.start(attempts)
+                provider, attempt = member.provider, attempts[member]
+            outcome.begin_attempt(provider.name, attempt.model or "")
+            await provider.run(attempt, place)
         except ProviderFault as fault:
             outcome.attempts = int(bool(fault.attempt_outcome))
             fault.request_outcome = outcome
@@ -281,22 +416,30 @@ class Router:
             ProviderFault: no provider answered.
         """
         route, provider_request = request.route, request.provider_request
-        providers = [route.provider]
-        if self._fallbacks and not route.pinned:
-            others = self._usable_others(route.provider, provider_request.api)
-            providers = _sick_last([route.provider, *others])
+        first = route.group
+        if first is None:
+            return await self._ask_provider(
+                route.provider, request, stream, route.model, fallback=False
+            )
+        groups = [first]
+        if self._fallbacks and route.fallbacks and not route.pinned:
+            # A fallback uses its own model.
+            groups = _sick_last([first, *self._others(first, provider_request.api)])
         outcome = provider_request.outcome
         tries: list[Try] = []
         while True:
-            provider = providers.pop(0)
+            group = groups.pop(0)
+            fallback = bool(groups) and any(group.available for group in groups)
             try:
+                if len(group.members) > 1:
+                    return await self._ask_group(group, request, stream, fallback=fallback)
+                # A group of one is its member.
+                (member,) = group.members
+                if group.name:
+                    group.started(member, ())
+                model = route.model if group is first else member.model
                 return await self._ask_provider(
-                    provider,
-                    request,
-                    stream,
-                    # A fallback uses its own model.
-                    provider_request.model if provider is route.provider else None,
-                    fallback=bool(providers) and any(p.health.available for p in providers),
+                    member.provider, request, stream, model, fallback=fallback
                 )
             except ProviderFault as fault:
                 if _begun(stream) or not fault.failover:
@@ -305,9 +448,132 @@ class Router:
                 # body.
                 forget_frames(fault)
                 tries.append(Try.of(fault, outcome))
-                if not providers:
+                if not groups:
                     raise _final_try(tries).raised(outcome) from None
-                provider.meter.failovers[fault.code].value += 1
+                group.members[0].provider.meter.failovers[fault.code].value += 1
+
+    async def _ask_group(
+        self, group: Group, request: Request, stream: Stream | None, *, fallback: bool
+    ) -> Attempt:
+        """Return the attempt that succeeded, at the first member of *group* that gave an answer.
+
+        A fault at one member leads to the next at once. When all have failed, those that may be
+        asked again are, after a backoff. *fallback* says that others can be asked instead.
+
+        Raises:
+            ProviderFault: no member answered.
+        """
+        provider_request = request.provider_request
+        outcome, number = provider_request.outcome, 0
+        members = self._members(group, request)
+        limits = members[0].settings.http_client
+        members[0].provider.budget.add_request()
+        prefix = None
+        if group.affinity == PREFIX and not request.route.pinned:
+            body = provider_request.body(members[0].settings, members[0].asked_model)
+            prefix = await prefix_of(body, group.name)
+        waited: dict[Member, float] = {}
+        previous: Try | None = None
+        while True:
+            tries: list[Try] = []
+            again: list[Member] = []
+            left = members
+            while left:
+                attempts = {
+                    member: request.make_attempt(
+                        member.provider,
+                        provider_request,
+                        stream,
+                        model=member.asked_model,
+                        waited=waited.get(member, 0.0),
+                        retry=number > 0 or bool(tries),
+                        fallback=fallback or len(left) > 1,
+                    )
+                    for member in group.order(left)
+                }
+                member: Member | None = None
+                placement = None if prefix is None else self._homes.place(prefix, left)
+                try:
+                    member, place = await group.start(attempts, placement, fallback=fallback)
+                    attempt = attempts[member]
+                    if prefix is not None:
+                        self._homes.sent(prefix, member)
+                    outcome.begin_attempt(member.provider.name, member.asked_model)
+                    await member.provider.run(attempt, place)
+                except ProviderFault as fault:
+                    if member is not None and not fault.attempt_outcome:
+                        # Nothing was sent.
+                        outcome.attempts -= 1
+                    if _begun(stream) or not fault.failover:
+                        fault.request_outcome = outcome
+                        raise
+                    forget_frames(fault)  # as in `_ask`
+                    fault.request_outcome = outcome
+                    tries.append(Try.of(fault, outcome))
+                    if member is None:
+                        away = None if fallback else _away(left, fault)
+                        if away is not None:
+                            return await self._ask_provider(
+                                away.provider, request, stream, away.asked_model, fallback=False
+                            )
+                        left = []
+                        continue
+                    if fault.retry:
+                        again.append(member)
+                    left = [other for other in left if other is not member]
+                    if left:
+                        member.provider.meter.failovers[fault.code].value += 1
+                except AioserverError as error:
+                    # Raised by us, perhaps since there is no room for the answer that comes.
+                    error.paid = outcome.sent_at > 0
+                    raise
+                else:
+                    if placement is not None:
+                        _measure(placement, member, attempt)
+                    return attempt
+                finally:
+                    for other, one in attempts.items():
+                        waited[other] = one.waited
+            number += 1
+            final = _final_try(tries)
+            if previous is not None and isinstance(final.fault, CircuitOpen):
+                # What killed the last of them says more than that it is dead.
+                raise previous.raised(outcome) from None
+            previous = final
+            backoff = self._backoff(
+                number,
+                limits.backoff_factor,
+                final.fault.retry_after if final.fault.retry else None,
+            )
+            first = members[0].provider
+            if (
+                not again
+                or number > limits.max_retries
+                or backoff > MAX_ASKED_BACKOFF
+                or (fallback and isinstance(final.fault, ProviderRateLimited))
+            ):
+                raise final.raised(outcome) from None
+            if not first.budget.take_retry():
+                first.meter.retries_refused.value += 1
+                raise final.raised(outcome) from None
+            again[0].provider.meter.retries[final.fault.code].value += 1
+            members = again
+            await asyncio.sleep(backoff)
+
+    def _members(self, group: Group, request: Request) -> list[Member]:
+        """Return the members of *group* that can be asked for *request*.
+
+        Raises:
+            NoProvider: there are none any more.
+        """
+        provider_request = request.provider_request
+        members = group.usable(provider_request.api, one_model=request.route.pinned)
+        if not members:
+            raise NoProvider(f"no provider of {group.name} is usable")
+        if any(member.max_context for member in members):
+            body = provider_request.body(members[0].settings, members[0].model)
+            members = group.fitting(members, len(body))
+        return members
 
     async def _ask_provider(
         self,
@@ -403,17 +669,46 @@ def _begun(stream: Stream | None) -> bool:
     return stream is not None and (stream.answered or stream.ended)
 
 
-def _sick_last(providers: list[Provider]) -> list[Provider]:
-    """Return *providers* in the order in which they are asked: their own, but sick ones last.
+def _measure(placement: Placement, member: Member, attempt: Attempt) -> None:
+    """Learn from the first event of *attempt* how fast its *member* reads a prompt."""
+    record = attempt.request.record
+    seconds = record.first_event_at - record.outcome.sent_at
+    if record.first_event_at and seconds > 0:
+        unknown = placement.prefix.size - placement.known[member]
+        member.reading = measured(member.reading, seconds, unknown)
+
+
+def _away(members: list[Member], fault: ProviderFault) -> Member | None:
+    """Return the one of *members*, none of which is asked now, at which a request may wait until
+    it is back.
+
+    *fault* is what they have been refused with.
+    """
+    if not isinstance(fault, CircuitOpen):
+        return None
+    return next(
+        (
+            member
+            for member in members
+            if member.settings.when_down == WAIT and member.provider.health.breaker.unreachable
+        ),
+        None,
+    )
+
+
+def _same(group: Group, other: Group) -> bool:
+    """Return whether both stand for one provider."""
+    names = {member.provider.name for member in (*group.members, *other.members)}
+    return not (group.name or other.name) and len(names) == 1
+
+
+def _sick_last(groups: list[Group]) -> list[Group]:
+    """Return *groups* in the order in which they are asked: their own, but sick providers last.
 
     Each twentieth request meets a sick provider in its place, so that it can get well.
     """
-    sick = [
-        provider
-        for provider in providers
-        if provider.health.state == SICK and not provider.health.breaker.first_in_turn()
-    ]
-    return [provider for provider in providers if provider not in sick] + sick
+    sick = [group for group in groups if len(group.members) == 1 and passed_over(group.members[0])]
+    return [group for group in groups if group not in sick] + sick
 
 
 class Try(NamedTuple):

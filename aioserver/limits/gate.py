@@ -21,30 +21,32 @@ import asyncio
 import random
 import time
 from dataclasses import dataclass
+from fractions import Fraction
 from math import inf
 from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
 
+from aioserver.errors import AioserverError
 from aioserver.limits.fair_queue import FairQueue
 from aioserver.limits.gcra import ROUNDING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
-    from aioserver.errors import AioserverError
-
 P = TypeVar("P")
+WHOLE = Fraction(1)
 
 
 class Waiter(Generic[P]):
     """A request in the queue; *place* is done once it has a place or an error.
 
     *arrived* and *deadline* are times of the gate's clock. A request that has waited before counts
-    as one that arrived so much earlier.
+    as one that arrived so much earlier. *share* is what it takes of one request's room in the
+    queue: less than 1 where it stands in others as well.
     """
 
     __slots__ = (
         *("arrived", "caller", "cost", "deadline", "flow"),
-        *("may_fail_over", "on_position", "place", "rejoined", "reported"),
+        *("may_fail_over", "on_position", "place", "rejoined", "reported", "share"),
     )
 
     def __init__(
@@ -59,6 +61,7 @@ class Waiter(Generic[P]):
         *,
         may_fail_over: bool,
         rejoined: bool = False,
+        share: Fraction = WHOLE,
     ) -> None:
         self.place = place
         self.caller = caller
@@ -69,6 +72,7 @@ class Waiter(Generic[P]):
         self.cost = cost
         self.may_fail_over = may_fail_over
         self.rejoined = rejoined
+        self.share = share
         self.reported: tuple[int, float] | None = None
 
     def report(self, position: int, eta: float) -> None:
@@ -77,10 +81,18 @@ class Waiter(Generic[P]):
             self.reported = position, eta
             self.on_position(position, eta)
 
+    def start(self, place: P) -> None:
+        """Hand *place* over: the request starts."""
+        self.place.set_result(place)
 
-def settled(waiter: Waiter[P]) -> bool:
-    """Return whether *waiter* has a place or an error, or has given up."""
-    return waiter.place.done()
+    def refuse(self, error: Callable[[], AioserverError]) -> bool:
+        """Refuse the request with an error that *error* makes; return whether that ends its
+        wait.
+        """
+        if self.place.done():
+            return False
+        self.place.set_exception(error())
+        return True
 
 
 # Seconds between two reports to the waiters that want to know their position.
@@ -175,6 +187,8 @@ class Gate:
         self._refused = 0
         # While the gate is full: the time at which it became full, or a place was freed last.
         self._full_since = 0.0
+        # What the requests in this queue that stand in others as well do not count here.
+        self._counted_elsewhere = Fraction()
         # The smoothed seconds between two freed places of a full gate.
         self._interval = 1.0
         self._position_timer: asyncio.TimerHandle | None = None
@@ -190,7 +204,20 @@ class Gate:
     @property
     def full(self) -> bool:
         """Whether the queue has no room for one more request."""
-        return self.waiting >= self._queue_size
+        return self.crowd >= self._queue_size
+
+    @property
+    def crowd(self) -> Fraction | int:
+        """How much of the queue's room is taken: a request that stands in other queues as well
+        takes a part of one.
+        """
+        elsewhere = self._counted_elsewhere
+        return self.waiting - elsewhere if elsewhere else self.waiting
+
+    @property
+    def queue_size(self) -> int:
+        """For how many requests the queue has room."""
+        return self._queue_size
 
     @property
     def room_elsewhere(self) -> bool:
@@ -272,21 +299,12 @@ class Gate:
         """
         if place := self.try_enter(cost):
             return place
-        if self._closed is not None:
-            raise self._closed()
-        seconds = max(0.0, self._queue_timeout - waited)
-        if ((self.full and not rejoin) or seconds <= 0) and (seconds := self._grace()) <= 0:
-            self._refused += 1
-            # A request without time left has waited already, at another gate or in an earlier
-            # attempt.
-            timed_out = waited >= self._queue_timeout > 0
-            raise (self._timeout_error if timed_out else self._full_error)(self.retry_after())
-        if self._pace is not None:
-            number = self._queue.count(caller, flow) + 1
-            position = self._queue.position(caller, flow, number, weight, at_front=at_front)
-            if (delay := self._pace.delay(position - 1)) > seconds:
-                self._refused += 1
-                raise self._pace_error(delay)
+        try:
+            seconds = self.time_left(waited, ignore_room=rejoin)
+            self.check_pace(seconds, caller, flow, weight, at_front=at_front)
+        except AioserverError:
+            self.count_refusal()
+            raise
         now = self._clock()
         waiter = Waiter(
             asyncio.get_running_loop().create_future(),
@@ -305,37 +323,97 @@ class Gate:
         del waiter
         return await waiting
 
+    def time_left(self, waited: float, *, ignore_room: bool) -> float:
+        """Return for how many seconds a request that has *waited* before may wait here.
+
+        Raises:
+            AioserverError: for none, or there is no room; or the gate is closed.
+        """
+        if self._closed is not None:
+            raise self._closed()
+        seconds = max(0.0, self._queue_timeout - waited)
+        if ((self.full and not ignore_room) or seconds <= 0) and (seconds := self._grace()) <= 0:
+            # A request without time left has waited already, at another gate or in an earlier
+            # attempt.
+            timed_out = waited >= self._queue_timeout > 0
+            raise (self._timeout_error if timed_out else self._full_error)(self.retry_after())
+        return seconds
+
+    def check_pace(
+        self, seconds: float, caller: Hashable, flow: Hashable, weight: int, *, at_front: bool
+    ) -> None:
+        """Refuse a request that the pace alone lets start after more than *seconds*.
+
+        Raises:
+            AioserverError: it does.
+        """
+        if self._pace is None:
+            return
+        number = self._queue.count(caller, flow) + 1
+        position = self._queue.position(caller, flow, number, weight, at_front=at_front)
+        if (delay := self._pace.delay(position - 1)) > seconds:
+            raise self._pace_error(delay)
+
+    def stand(self, waiter: Waiter[Place], weight: int, *, at_front: bool) -> None:
+        """Let *waiter*, which stands in the queues of other gates as well, wait here: `serve` is
+        next. lines.py is the other half of this.
+        """
+        self._queue.add(waiter, waiter.caller, waiter.flow, weight, at_front=at_front)
+        self._counted_elsewhere += 1 - waiter.share
+
+    def leave(self, waiter: Waiter[Place]) -> None:
+        """Let *waiter*, which `stand` has let wait, wait here no more."""
+        if self._queue.remove(waiter, waiter.caller, waiter.flow):
+            self._counted_elsewhere -= 1 - waiter.share
+
+    def give_up(self, waiter: Waiter[Place], place: Place) -> None:
+        """Take back the *place* that *waiter* was handed and does not use."""
+        if self._pace is not None and waiter.cost:
+            self._pace.charge(-waiter.cost)
+        place.release()
+
+    def now(self) -> float:
+        """Return the time by the gate's clock."""
+        return self._clock()
+
+    def count_refusal(self) -> None:
+        """Count a request that was refused at once, unless the gate is closed."""
+        self._refused += self._closed is None
+
+    def timeout(self) -> AioserverError:
+        """Return the error of a request whose wait here was too long, and count it."""
+        self._refused += 1
+        return self._timeout_error(self.retry_after())
+
     async def _wait(self, waiter: Waiter[Place], seconds: float, *, at_front: bool) -> Place:
         place = waiter.place
         try:
             # Sets the timer of the pace if only the pace keeps the waiter from starting.
             self.serve()
             if waiter.on_position is not None and not place.done():
-                self._report_first(waiter, at_front=at_front)
+                self.report_first(waiter, at_front=at_front)
             async with asyncio.timeout(seconds):
                 return await place
         except BaseException as exc:
             if place.done() and not place.cancelled() and place.exception() is None:
                 # The place was handed over in the tick in which this task gave up: pass it on.
-                if self._pace is not None and waiter.cost:
-                    self._pace.charge(-waiter.cost)
-                place.result().release()
+                self.give_up(waiter, place.result())
             else:
                 self._queue.remove(waiter, waiter.caller, waiter.flow)
             if isinstance(exc, TimeoutError):
-                self._refused += 1
-                raise self._timeout_error(self.retry_after()) from None
+                raise self.timeout() from None
             raise
         finally:
-            self._resumed(waiter)
+            self.resumed(waiter)
             # As in `enter`.
             del place, waiter
 
     def refuse_waiting(self, error: Callable[[], AioserverError]) -> None:
         """Refuse every waiter, each with an error of its own."""
-        for waiter in self._queue:
+        for waiter in list(self._queue):
             self._refuse(waiter, error)
         self._queue.clear()
+        self._counted_elsewhere = Fraction()
 
     def refuse_late(self, failover_wait: float) -> None:
         """Refuse the waiters that cannot start before their deadline, since the pace has slowed
@@ -347,7 +425,7 @@ class Gate:
         assert self._pace is not None
         delay = self._pace.delay()
         earliest_start = self._clock() + delay
-        for waiter in self._queue:
+        for waiter in list(self._queue):
             fails_over = waiter.may_fail_over and delay > failover_wait
             if fails_over or waiter.deadline < earliest_start:
                 self._refuse(waiter, lambda: self._pace_error(delay))
@@ -416,8 +494,10 @@ class Gate:
         """Hand a place, which is counted already, to the next waiter; free it if there is none."""
         waiter = place = None
         try:
-            waiter = self._queue.pop(settled)
+            waiter = self._queue.pop(self._gone)
             if waiter is not None:
+                if waiter.share is not WHOLE:
+                    self._counted_elsewhere -= 1 - waiter.share
                 self._handed_over(waiter)
                 place = self._start(waiter.cost)
         except Exception as exc:
@@ -431,27 +511,35 @@ class Gate:
                 self._inside -= 1
         if waiter is not None and place is not None:
             self._entered += 1
-            waiter.place.set_result(place)
+            waiter.start(place)
+
+    def _gone(self, waiter: Waiter[Place]) -> bool:
+        """Return whether *waiter*, the first in the queue, has a place or an error, or has given
+        up.
+        """
+        gone = waiter.place.done()
+        if gone and waiter.share is not WHOLE:
+            self._counted_elsewhere -= 1 - waiter.share
+        return gone
 
     def _handed_over(self, waiter: Waiter[Place]) -> None:
         """Note that *waiter* gets a place, of which its task hears in the next turn of the
         loop.
         """
 
-    def _resumed(self, waiter: Waiter[Place]) -> None:
+    def resumed(self, waiter: Waiter[Place]) -> None:
         """Note that the task of *waiter* goes on, with a place or without one."""
 
     def _refuse(self, waiter: Waiter[Place], error: Callable[[], AioserverError]) -> None:
-        if not waiter.place.done():
+        if waiter.refuse(error):
             self._refused += 1
-            waiter.place.set_exception(error())
 
     def _eta(self, position: int) -> float:
         """Estimate the seconds until the request at *position* starts."""
         wait = position * self._interval if self._inside >= self._limit else 0.0
         return wait if self._pace is None else max(wait, self._pace.delay(position - 1))
 
-    def _report_first(self, waiter: Waiter[Place], *, at_front: bool) -> None:
+    def report_first(self, waiter: Waiter[Place], *, at_front: bool) -> None:
         """Report the position of a new *waiter*, and start the reports to all."""
         caller, flow = waiter.caller, waiter.flow
         number = 1 if at_front else self._queue.count(caller, flow)

@@ -160,6 +160,11 @@ class Fold:
             provider["first_token"] = recent.percentiles(PROVIDER_FIRST_TOKEN, name)
             provider["silence"] = recent.percentiles(PROVIDER_SILENCE, name)
             provider["trouble"] = _worst_trouble(name, own, reports)
+        for group in total["groups"].values():
+            for member in group["members"]:
+                provider = total["providers"][member["provider"]]
+                member["state"], member["limit"] = provider["state"], provider["limit"]
+                member["in_flight"] = provider["in_flight"]
         instances = {name: _instance(report.snapshot) for name, report in reports.items()}
         total["instances"] = dict(sorted((instances | dict.fromkeys(unheard)).items()))
         lately = _lately([report.lately for report in reports.values()])

@@ -77,6 +77,12 @@ _GAUGES: tuple[Gauge[Snapshot], ...] = (
         "Connections that wait for a place",
         "face",
     ),
+    Gauge(
+        "group_waiting",
+        lambda s: {name: group["waiting"] for name, group in s["groups"].items()},
+        "Requests that wait for a place at any member of a group",
+        "group",
+    ),
     Gauge("connections_limit", lambda s: s["connections"]["limit"], "max_connections"),
     Gauge("streams", lambda s: s["requests"]["running"], "Answers under way"),
     Gauge(

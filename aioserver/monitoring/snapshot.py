@@ -24,12 +24,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from aioserver.config.settings import Chat
+    from aioserver.gateway.groups import Group
     from aioserver.gateway.router import Router
     from aioserver.limits.gate import Gate
     from aioserver.monitoring.interval import Interval
     from aioserver.monitoring.section import Section
     from aioserver.monitoring.state import (
         ConnectionsState,
+        GroupState,
+        MemberState,
         ProviderState,
         Snapshot,
         StreamsState,
@@ -132,6 +135,9 @@ class Snapshots:
             "slow_clients": int(metrics.slow_clients.value),
             "auth_failures": _values(metrics.auth_failures),
             "providers": providers,
+            "groups": {
+                name: _group_state(group, providers) for name, group in router.groups.items()
+            },
             "loop": {"lag": round(interval.lag, 5), "lag_max": round(interval.lag_max, 5)},
             "process": {**process_usage(), "tasks": interval.tasks, "cpu": interval.cpu},
             "watchers": watchers,
@@ -144,6 +150,31 @@ class Snapshots:
         }
         parts = {section.key: section.state() for section in sources.sections}
         return cast("Snapshot", {**snapshot, **parts})
+
+
+def _group_state(group: Group, providers: Mapping[str, ProviderState]) -> GroupState:
+    members: list[MemberState] = []
+    for member in group.members:
+        provider = providers[member.provider.name]
+        members.append(
+            {
+                "provider": member.provider.name,
+                "model": member.asked_model,
+                "state": provider["state"],
+                "in_flight": provider["in_flight"],
+                "limit": provider["limit"],
+                "starts": member.starts,
+            }
+        )
+    return {
+        "choose": group.choose,
+        "affinity": group.affinity,
+        "homes": dict(group.homes),
+        "held_back": group.held_back,
+        "members": members,
+        "waiting": group.waiting,
+        "oldest_wait": round(group.oldest_wait, 3),
+    }
 
 
 def _connections_state(sources: Sources, interval: Interval) -> ConnectionsState:

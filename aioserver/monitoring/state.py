@@ -203,6 +203,37 @@ class ProviderState(TypedDict):
     trouble: Annotated[Trouble | None, MADE]
 
 
+class MemberState(TypedDict):
+    """One member of a group; all but *starts* is its provider's."""
+
+    provider: str
+    model: str
+    state: str
+    in_flight: int
+    limit: int
+    starts: int
+
+
+def _members(values: Sequence[Sequence[MemberState]]) -> list[MemberState]:
+    """Add the starts up, by member; what is the provider's, `Fold` puts there."""
+    starts: Counter[tuple[str, str]] = Counter()
+    for members in values:
+        starts.update({(each["provider"], each["model"]): each["starts"] for each in members})
+    return [{**each, "starts": starts[each["provider"], each["model"]]} for each in values[0]]
+
+
+class GroupState(TypedDict):
+    """One name of `llm.models`."""
+
+    choose: Annotated[str, OWN]
+    affinity: Annotated[str, OWN]
+    homes: Annotated[dict[str, int], COUNTS]
+    held_back: Annotated[int, SUM]
+    members: Annotated[list[MemberState], _members]
+    waiting: Annotated[int, SUM]
+    oldest_wait: Annotated[float, MAX]
+
+
 class LoopState(TypedDict):
     """How late the event loop was in the last interval, in seconds."""
 
@@ -288,6 +319,7 @@ class Snapshot(TypedDict):
     slow_clients: Annotated[int, SUM]
     auth_failures: Annotated[dict[str, int], COUNTS]
     providers: dict[str, ProviderState]
+    groups: dict[str, GroupState]
     loop: LoopState
     process: ProcessState
     watchers: Annotated[int, SUM]

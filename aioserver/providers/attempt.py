@@ -227,7 +227,7 @@ class Attempt:
         They are made now: the settings, and the model, may change in a wait.
         """
         request = self.request
-        body = request.body(self.provider.settings)
+        body = request.body(self.provider.settings, self.model)
         return self.request_bytes(writer, request.api, request.path, body)
 
     def request_bytes(self, writer: RequestWriter, api: Api, path: str, body: bytes) -> bytes:

@@ -23,14 +23,14 @@ from aioserver.providers.request import Answer, ProviderRequest
 from aioserver.providers.sinks import BodySink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.providers.attempt import AttemptedProvider
     from aioserver.providers.http1 import RequestWriter, Sink
-    from aioserver.providers.request import Hold
+    from aioserver.providers.request import BodyMaker, Hold
     from aioserver.providers.upload import Body
     from aioserver.streams.contracts import Source
 
@@ -136,7 +136,7 @@ class PassedRequest(ProviderRequest):
         self,
         method: str,
         target: str,
-        body: Callable[[settings.Provider], bytes],
+        body: BodyMaker,
         body_headers: Mapping[str, str],
         *,
         upload: Body | None,
@@ -164,12 +164,14 @@ class PassedRequest(ProviderRequest):
         self._body_headers = body_headers
         self.record.target = f"{method} {path}"
 
-    def written(self, writer: RequestWriter, provider: settings.Provider) -> bytes:
+    def written(
+        self, writer: RequestWriter, provider: settings.Provider, model: str | None
+    ) -> bytes:
         """Return the bytes of the request, up to the body that is uploaded."""
         own = {"Accept": "*/*", "Accept-Encoding": "identity", **self._body_headers}
         body = b""
         if self.method == "POST" and self.upload is None:
-            body = self.body(provider)
+            body = self.body(provider, model)
             own["Content-Length"] = str(len(body))
         trace, client_headers = self.record.trace, self.client_headers
         if trace is not None:
@@ -182,8 +184,10 @@ class PassedAttempt(Attempt):
 
     __slots__ = ("_passed",)
 
-    def __init__(self, provider: AttemptedProvider, request: PassedRequest) -> None:
-        super().__init__(provider, request, None, model=request.model)
+    def __init__(
+        self, provider: AttemptedProvider, request: PassedRequest, model: str | None
+    ) -> None:
+        super().__init__(provider, request, None, model=model)
         self._passed = request
 
     @property
@@ -207,7 +211,7 @@ class PassedAttempt(Attempt):
 
     def written(self, writer: RequestWriter) -> bytes:
         """Return the bytes to send, up to the body that is uploaded."""
-        return self._passed.written(writer, self.provider.settings)
+        return self._passed.written(writer, self.provider.settings, self.model)
 
     def sending(self, exchange: Source | None = None) -> None:
         """Let the face pause *exchange*, which brings the answer."""

@@ -27,6 +27,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from aioserver.limits.lines import Wish
 from aioserver.provider_errors import (
     NoProvider,
     ProviderFault,
@@ -171,31 +172,60 @@ class Provider:
 
         return apply
 
-    async def run(self, attempt: Attempt) -> None:
+    def offer(self, attempt: Attempt) -> Place | None:
+        """Return a place for *attempt*; None if it has to wait for one.
+
+        Raises:
+            ProviderFault: the provider is not asked now.
+        """
+        self.check(attempt)
+        record = attempt.request.record
+        record.queued_at = record.queued_at or self._clock()
+        if self.settings.http_client.tokens_per_minute:
+            attempt.expected_tokens = _expected_tokens(attempt, self.settings)
+        return self._gate.try_enter(attempt.expected_tokens)
+
+    def wish(self, attempt: Attempt, delay: float = 0.0) -> Wish:
+        """Return the wish of *attempt* for a place, to be waited for beside those of others from
+        after *delay* seconds on; `waited` is next.
+        """
+        if self._gate.inside >= self._gate.limit and not self._gate.full:
+            self._make_room()
+        self.backpressure.end()
+        cost, attempt.expected_tokens = attempt.expected_tokens, 0
+        self._pending += 1
+        return Wish(self._gate, cost, attempt.waited, delay, attempt.fallback)
+
+    def waited(self, attempt: Attempt, wish: Wish, began: float, place: Place | None) -> None:
+        """Note that the wait that *began* then is over, with *place* or without one here."""
+        self._pending -= 1
+        now = self._clock()
+        attempt.waited += now - began
+        if place is not None:
+            attempt.expected_tokens = wish.cost
+            attempt.request.record.waited(self.name, began, now)
+
+    async def run(self, attempt: Attempt, place: Place | None = None) -> None:
         """Run *attempt*: wait for a place, send the request, and take the answer in.
 
-        Cancelling is safe: the connection is closed at once, and the place is free.
+        *place* is the one that it has waited for, if it has. Cancelling is safe: the connection is
+        closed at once, and the place is free.
 
         Raises:
             ProviderFault: no good answer came; a part of one may be in the log.
         """
-        record = attempt.request.record
-        place: Place | None = None
         error: BaseException | None = None
+        waited = place is not None
         try:
-            self._check(attempt)
-            record.queued_at = record.queued_at or self._clock()
-            if self.settings.http_client.tokens_per_minute:
-                attempt.expected_tokens = _expected_tokens(attempt, self.settings)
-            place = self._gate.try_enter(attempt.expected_tokens)
             if place is None:
-                place = await self._wait(attempt)
-                if not isinstance(place, TrialPlace):
-                    if (
-                        self.health.breaker.dead
-                    ):  # It may have died, or begun to limit us, in the wait.
-                        raise self.health.refusal()
-                    self._check(attempt)
+                place = self.offer(attempt)
+            if place is None:
+                place, waited = await self._wait(attempt), True
+            if waited and not isinstance(place, TrialPlace):
+                # It may have died, or begun to limit us, in the wait.
+                if self.health.breaker.dead:
+                    raise self.health.refusal()
+                self.check(attempt)
             if isinstance(place, TrialPlace):
                 place.take()
                 attempt.trial = True
@@ -289,6 +319,16 @@ class Provider:
     def waiting(self) -> int:
         """How many requests wait for a place that other requests hold."""
         return self._gate.waiting if self._gate.inside >= self._gate.limit else 0
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """How many places are taken, and how many there are."""
+        return self._gate.inside, self._gate.limit
+
+    @property
+    def cooling(self) -> bool:
+        """Whether it wants to be left alone for longer than who may go elsewhere waits for it."""
+        return self._pace.cooling > FAILOVER_WAIT
 
     @property
     def busy(self) -> bool:
@@ -414,7 +454,7 @@ class Provider:
         if self._lifetime is not None:
             self._lifetime.make_room(self.name)
 
-    def _check(self, attempt: Attempt) -> None:
+    def check(self, attempt: Attempt) -> None:
         """Refuse *attempt* if the provider is not asked now.
 
         Raises:
@@ -508,7 +548,7 @@ def _expected_tokens(attempt: Attempt, provider: settings.Provider) -> int:
     limit = provider.http_client.tokens_per_minute
     if not limit or not attempt.request.estimated:
         return 0
-    prompt = len(attempt.request.body(provider)) // BYTES_PER_TOKEN
+    prompt = len(attempt.request.body(provider, attempt.model)) // BYTES_PER_TOKEN
     # At most a minute's worth: a body with a picture has far fewer tokens than its bytes say.
     return min(prompt + (provider.max_tokens or 0), limit)
 

@@ -142,7 +142,7 @@ class ProviderGate(Gate):
     @property
     def full(self) -> bool:
         """Whether no more requests may wait."""
-        return self.waiting + len(self._returning) >= self._limits.queue_size
+        return self.crowd + len(self._returning) >= self._limits.queue_size
 
     def check_room(self) -> None:
         """Refuse one more request that would wait, if the queue is full.
@@ -229,7 +229,8 @@ class ProviderGate(Gate):
         if waiter.rejoined or self._health.breaker.dead:
             self._returning.add(waiter)
 
-    def _resumed(self, waiter: Waiter[Place]) -> None:
+    def resumed(self, waiter: Waiter[Place]) -> None:
+        """Keep the room of *waiter*, whose task goes on, no longer."""
         self._returning.discard(waiter)
 
     def _timeout_fault(self, wait: float) -> ProviderQueueTimeout:

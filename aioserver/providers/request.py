@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from aioserver.providers.api import Api
     from aioserver.streams.store import HeldBytes
 
+    BodyMaker = Callable[[settings.Provider, str | None], bytes]
+
 # The caller of a request that comes from no client.
 NO_CALLER = Caller()
 
@@ -52,8 +54,8 @@ class ProviderRequest:
     the next.
 
     *api* says where it goes, and what comes back; `path` is the API's, with the *query* behind it.
-    *body* makes the JSON for one provider, whose model may differ; it is called for each attempt,
-    and its result is not kept. *hold* counts the client's body until `forget_body`, or `release`;
+    *body* makes the JSON for one provider and model, None for the provider's own; it is called for
+    each attempt, and its result is not kept. *hold* counts the client's body until `forget_body`, or `release`;
     of it *kept_bytes* are kept longer. *reading* collects the text of an answer whose log has
     `chunk` objects; None if the log has the provider's bytes. *model* is for the provider that is
     asked first; None stands for the model in its settings. Of the *client_headers* each provider
@@ -82,7 +84,7 @@ class ProviderRequest:
     def __init__(
         self,
         api: Api,
-        body: Callable[[settings.Provider], bytes],
+        body: BodyMaker,
         *,
         query: str = "",
         streamed: bool,
@@ -143,7 +145,7 @@ class ProviderRequest:
         return self.reading is None and not self.streamed
 
 
-def _no_body(_provider: settings.Provider) -> bytes:
+def _no_body(_provider: settings.Provider, _model: str | None) -> bytes:
     raise AssertionError("the request was sent for the last time")
 
 

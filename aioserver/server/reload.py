@@ -168,7 +168,7 @@ class Reload:
             raise ConfigurationError(unfit)
         prepared = [wing.prepare(settings) for wing in server.wings]
         server.provider_registry.apply(llm, max_response_bytes=chat.streams.max_response_bytes)
-        context.router.apply(server.provider_registry.providers, llm.active, llm.fallbacks)
+        context.router.apply(server.provider_registry.providers, llm)
         context.settings.apply(settings)
         context.admission.apply(chat.websocket.concurrency, chat.streams.send_timeout)
         for put_in_effect in prepared:

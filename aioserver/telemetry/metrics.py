@@ -141,6 +141,8 @@ class Metrics:
         self.outcomes = {outcome: Counter() for outcome in OUTCOMES}
         # By provider, model, type and source.
         self.tokens: dict[tuple[str, ...], Counter] = {}
+        # By group, provider and home; the router adds its groups.
+        self.group_starts: dict[tuple[str, ...], Counter] = {}
         # By face and close code, which is empty where the face is no WebSocket.
         self.closed: dict[tuple[str, ...], Counter] = {
             **{(face, code): Counter() for face in WEBSOCKETS for code in CLOSE_CODES},
@@ -284,6 +286,12 @@ def _family(row: Row[Owner], owners: Mapping[str, Owner], label: str = "") -> Fa
 
 
 SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
+    Row(
+        "group_starts",
+        lambda m: m.group_starts,
+        "Requests that have started at a member of a group (llm.models)",
+        ("group", "provider", "home"),
+    ),
     Row(
         "requests",
         lambda m: m.requests,

@@ -75,6 +75,7 @@ class RequestRecord:
         "events",
         "face",
         "first_event_at",
+        "group",
         "log",
         "outcome",
         "queue_wait",
@@ -93,6 +94,8 @@ class RequestRecord:
     def __init__(self, outcome: Outcome | None = None) -> None:
         self.outcome = Outcome() if outcome is None else outcome
         self.face = self.request_id = self.caller = ""
+        # The name in `llm.models` by which the model was asked for, if it was.
+        self.group = ""
         # The id of its trace (W3C Trace Context), the client's or a new one, 32 hex digits; "" if
         # it has none.
         self.trace_id = ""
@@ -310,6 +313,8 @@ class RequestLog:
             fields["caller"] = record.caller
         if record.target:
             fields["target"] = record.target[:MAX_NAME]
+        if record.group:
+            fields["group"] = record.group
         if record.trace_id:
             fields["trace_id"] = record.trace_id
         if code:

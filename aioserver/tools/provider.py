@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import difflib
 import inspect
 import os
@@ -14,6 +15,7 @@ import click
 
 from aioserver.commands import options, output
 from aioserver.wings.simulator import faults
+from aioserver.wings.simulator.engine import EngineOptions
 from aioserver.wings.simulator.exchange import Behaviour
 from aioserver.wings.simulator.model import BadRequest
 from aioserver.wings.simulator.server import Simulator
@@ -40,6 +42,28 @@ def _fault(_context: click.Context, _parameter: click.Parameter, name: str) -> s
         message = f"no fault {name!r} ({hint}--list-faults prints all)"
         raise click.BadParameter(message) from None
     return name
+
+
+def _engine(
+    _context: click.Context, _parameter: click.Parameter, text: str
+) -> EngineOptions | None:
+    """Return the engine that OPTIONS describe; None without any.
+
+    Raises:
+        click.BadParameter: an option is unknown, or no positive whole number.
+    """
+    if not text:
+        return None
+    known = {field.name: field.type for field in dataclasses.fields(EngineOptions)}
+    given: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in known:
+            raise click.BadParameter(f"no option {name!r}; there are: {', '.join(known)}")
+        if not value.isascii() or not value.isdigit() or not int(value):
+            raise click.BadParameter(f"{name} must be a whole number above 0")
+        given[name] = int(value)
+    return EngineOptions(**given)
 
 
 def _list_faults(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
@@ -123,6 +147,15 @@ def _list_faults(context: click.Context, _parameter: click.Parameter, wanted: bo
     "--responses/--no-responses",
     default=True,
     help="Have /v1/responses, or chat completions only, as many engines.  [default: responses]",
+)
+@click.option(
+    "--engine",
+    callback=_engine,
+    default="",
+    metavar="OPTIONS",
+    help="Take the time of an engine with a prefix cache, instead of --ttft and --interval: "
+    "slots=4,prefill=4000,decode=40,cache=65536,block=16 (requests at once; tokens of a prompt read, "
+    "and of an answer written, in a second; tokens that the cache and one of its blocks hold).",
 )
 @options.version
 def command(*, host: str, port: int, fail_rate: float | None, **behaviour: Any) -> int:

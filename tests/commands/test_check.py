@@ -6,7 +6,7 @@ import yaml
 
 from aioserver.commands.check import check
 from aioserver.config import Configuration
-from aioserver.config.configuration import SHIPPED
+from aioserver.config.shipped import SHIPPED
 from tests.support.configurations import ORIGINAL
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from aioserver.commands.init import init
 from aioserver.config import Configuration, json_schema
-from aioserver.config.configuration import SHIPPED
+from aioserver.config.shipped import SHIPPED
 
 if TYPE_CHECKING:
     from pathlib import Path

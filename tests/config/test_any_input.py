@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aioserver.config import Configuration
-from aioserver.config.configuration import SHIPPED
 from aioserver.config.settings import Settings
+from aioserver.config.shipped import SHIPPED
 from tests.support.configurations import ANY_MACHINE, ORIGINAL, changed, load, outcome, paths
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.config import chat, configuration, document, llm
-from aioserver.config.configuration import SHIPPED
 from aioserver.config.schema import fields
 from aioserver.config.settings import Settings
+from aioserver.config.shipped import SHIPPED
 from aioserver.server.reload import ONLY_BY_RESTART
 from tests.support.configurations import load, paths, refused
 

@@ -12,9 +12,9 @@ import yaml
 
 from aioserver.commands.check import command
 from aioserver.config import json_schema
-from aioserver.config.configuration import SHIPPED
 from aioserver.config.schema import fields
 from aioserver.config.settings import SETTINGS, Settings
+from aioserver.config.shipped import SHIPPED
 from tests.support.configurations import ORIGINAL, changed
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aioserver.config import Configuration
-from aioserver.config.configuration import SHIPPED
+from aioserver.config.shipped import SHIPPED
 from tests.support.configurations import ORIGINAL, changed
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.config import Configuration
-from aioserver.config.configuration import SHIPPED
+from aioserver.config.shipped import SHIPPED
 from tests.support.configurations import ORIGINAL, load, refused, small
 
 if TYPE_CHECKING:

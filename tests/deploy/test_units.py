@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.config import Configuration
-from aioserver.config.configuration import SHIPPED
+from aioserver.config.shipped import SHIPPED
 from tests.support.process import Process
 from tests.support.server import NOWHERE, configured
 from tests.support.systemd import Systemd

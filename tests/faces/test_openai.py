@@ -103,6 +103,8 @@ async def test_models(make_server: MakeServer) -> None:
         "other": "other",
         "other/org/own": "other",
         "other/more": "other",
+        # A name that a provider lists leads there.
+        "more": "other",
     }
 
 

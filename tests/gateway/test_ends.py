@@ -144,8 +144,8 @@ async def test_a_bug_after_the_provider_was_asked_is_not_to_be_repeated(
     provider: Any = SimpleNamespace(name="sim", settings=SimpleNamespace(model="m", models=()))
     metrics = Metrics({"sim": provider.settings})
     request_log = RequestLog(metrics, LoopLag(asyncio.get_running_loop(), metrics.loop_lag))
-    asked = ProviderRequest(CHAT, lambda _provider: b"", streamed=False)
-    route = Route(provider, None, renamed=True, pinned=True)
+    asked = ProviderRequest(CHAT, lambda _provider, _model: b"", streamed=False)
+    route = Route(provider, None)
 
     async def call(request: Request) -> None:
         request.provider_request.outcome.sent_at = 1.0 if sent else 0.0

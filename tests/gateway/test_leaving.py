@@ -17,7 +17,6 @@ from aioserver.errors import AioserverError
 from aioserver.gateway.calls import kept_answer
 from aioserver.gateway.gateway import Gateway
 from aioserver.gateway.request import Request
-from aioserver.gateway.router import Router
 from aioserver.limits.gate import Gate
 from aioserver.provider_errors import ProviderQueueFull, ProviderQueueTimeout
 from aioserver.providers.api import CHAT
@@ -28,6 +27,7 @@ from aioserver.streams.lifetime import Lifetime
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics, ProviderMeter
 from aioserver.telemetry.request_log import RequestLog
+from tests.support.routers import router_of
 from tests.support.scripted_provider import LIMITS
 from tests.support.waiting import ticks, until
 
@@ -43,7 +43,7 @@ class Fake:
     def __init__(self, dice: random.Random, lifetime: Lifetime) -> None:
         self.name = "sim"
         self.settings = SimpleNamespace(
-            usable=True, model="m", http_client=LIMITS, pass_headers=()
+            models=(), usable=True, model="m", http_client=LIMITS, pass_headers=()
         )
         self.budget = Budget()
         self.meter = ProviderMeter()
@@ -138,14 +138,14 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
     metrics = Metrics({"sim": provider})
     lag = LoopLag(asyncio.get_running_loop(), metrics.loop_lag)
     gateway = Gateway(
-        Router({"sim": fake}, "sim"),
+        router_of({"sim": fake}, "sim"),
         lifetime,
         nothing,
         nothing,
         bounds,
         RequestLog(metrics, lag),
     )
-    route = Router({"sim": fake}, "sim").route(None)
+    route = router_of({"sim": fake}, "sim").route(None)
 
     async def follow(request: Request, key: str | None) -> None:
         caller = request.caller
@@ -172,7 +172,9 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
         key = f"{dice.randrange(count)}" if dice.random() < 0.5 else None
         streamed = dice.random() < 0.5
         caller = anonymous(f"line {number % 7}") if streamed else anonymous(None)
-        asked = ProviderRequest(CHAT, lambda _provider: b"", streamed=streamed, caller=caller)
+        asked = ProviderRequest(
+            CHAT, lambda _provider, _model: b"", streamed=streamed, caller=caller
+        )
         living: asyncio.Future[Any]
         if streamed:
             request = Request(route, asked, "openai", "private", key)

@@ -14,7 +14,6 @@ import pytest
 from aioserver.config import settings
 from aioserver.config.schema import Secret
 from aioserver.gateway.request import Request
-from aioserver.gateway.router import Router
 from aioserver.protocol.openai import Reading
 from aioserver.provider_errors import (
     CircuitOpen,
@@ -44,6 +43,7 @@ from aioserver.providers.request import ProviderRequest
 from aioserver.streams.entries import COMPLETE
 from aioserver.streams.stream import Stream
 from tests.support.failing import kill, left_alone, sicken
+from tests.support.routers import router_of
 from tests.support.scripted_provider import (
     EVENT_STREAM,
     LAST_CHUNK,
@@ -56,6 +56,8 @@ from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from aioserver.gateway.router import Router
 
 JSON = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 
@@ -139,7 +141,7 @@ class Trouble:
     @property
     def router(self) -> Router:
         first, *others = self.providers
-        return Router(self.providers, first, others, random_number=lambda: 0.0)
+        return router_of(self.providers, first, others, random_number=lambda: 0.0)
 
     async def fill(
         self, provider: str | None = None, *, frames: bool = True
@@ -147,7 +149,7 @@ class Trouble:
         router = self.router
         route = router.route(None, provider)
 
-        def body(provider_settings: settings.Provider) -> bytes:
+        def body(provider_settings: settings.Provider, _model: str | None) -> bytes:
             return json.dumps({"model": provider_settings.model, "stream": True}).encode()
 
         asked = ProviderRequest(CHAT, body, streamed=True, reading=Reading() if frames else None)
@@ -157,7 +159,7 @@ class Trouble:
         return stream, asked
 
     async def call(self) -> Any:
-        def body(provider_settings: settings.Provider) -> bytes:
+        def body(provider_settings: settings.Provider, _model: str | None) -> bytes:
             return json.dumps({"model": provider_settings.model}).encode()
 
         router = self.router

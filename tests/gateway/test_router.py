@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.errors import ModelNotFound
-from aioserver.gateway.router import Router
 from aioserver.provider_errors import NoProvider
 from aioserver.providers.provider import Provider
+from tests.support import routers
 from tests.support.server import HTTP_CLIENT, NOWHERE, configured
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from aioserver.gateway.router import Router
 
 
 @asynccontextmanager
@@ -36,35 +38,35 @@ async def router_of(tmp_path: Path, active: str = "sim") -> AsyncIterator[Router
         )
         for name, provider_settings in configuration.settings.llm.providers.items()
     }
-    yield Router(providers, active)
+    yield routers.router_of(providers, active)
     for provider in providers.values():
         await provider.close()
 
 
 @pytest.mark.parametrize(
-    ("model", "provider", "asked", "as_model", "renamed", "pinned"),
+    ("model", "provider", "asked", "as_model", "fallbacks"),
     [
         # provider given in a chat
-        (None, "local", "local", None, True, True),
-        ("any", "local", "local", "any", True, True),
-        ("sim", "local", "local", "sim", True, True),
-        ("sim/x", "local", "local", "sim/x", True, True),
+        (None, "local", "local", None, False),
+        ("any", "local", "local", "any", False),
+        ("sim", "local", "local", "sim", False),
+        ("sim/x", "local", "local", "sim/x", False),
         # model absent, or a provider's name
-        (None, None, "sim", None, True, False),
-        ("sim", None, "sim", None, True, True),
-        ("local", None, "local", None, True, True),
+        (None, None, "sim", None, True),
+        ("sim", None, "sim", None, False),
+        ("local", None, "local", None, False),
         # the first segment is a provider's name
-        ("local/llama", None, "local", "llama", True, True),
-        ("local/meta/llama-3", None, "local", "meta/llama-3", True, True),
-        ("local/local", None, "local", "local", True, True),
+        ("local/llama", None, "local", "llama", False),
+        ("local/meta/llama-3", None, "local", "meta/llama-3", False),
+        ("local/local", None, "local", "local", False),
         # anything else
-        ("gpt-4o-mini", None, "sim", "gpt-4o-mini", False, False),
-        ("meta/llama-3", None, "sim", "meta/llama-3", False, False),
-        ("local/", None, "sim", "local/", False, False),
-        ("/local", None, "sim", "/local", False, False),
-        ("Local", None, "sim", "Local", False, False),
-        (" local", None, "sim", " local", False, False),
-        ("x/local", None, "sim", "x/local", False, False),
+        ("gpt-4o-mini", None, "sim", "gpt-4o-mini", True),
+        ("meta/llama-3", None, "sim", "meta/llama-3", True),
+        ("local/", None, "sim", "local/", True),
+        ("/local", None, "sim", "/local", True),
+        ("Local", None, "sim", "Local", True),
+        (" local", None, "sim", " local", True),
+        ("x/local", None, "sim", "x/local", True),
     ],
 )
 async def test_a_request_goes_where_the_table_says(
@@ -73,14 +75,13 @@ async def test_a_request_goes_where_the_table_says(
     provider: str | None,
     asked: str,
     as_model: str | None,
-    renamed: bool,
-    pinned: bool,
+    fallbacks: bool,
 ) -> None:
     async with router_of(tmp_path) as router:
         route = router.route(model, provider)
 
     assert route.provider.name == asked
-    assert (route.model, route.renamed, route.pinned) == (as_model, renamed, pinned)
+    assert (route.model, route.fallbacks, route.pinned) == (as_model, fallbacks, False)
 
 
 @pytest.mark.parametrize(

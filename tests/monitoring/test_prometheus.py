@@ -38,6 +38,7 @@ def snapshot(**process: int | None) -> Any:
             "groq": groq,
             "other": {**groq, "state": "dead", "trouble": {"kind": "dead"}},
         },
+        "groups": {"smart": {"waiting": 21}},
         "process": {"open_fds": 15, "max_fds": 16, "tasks": 17, **process},
         "watchers": 18,
     }
@@ -65,6 +66,7 @@ def test_gauge_shows_the_number_of_the_snapshot() -> None:
 
     assert values["ready"] == 1
     assert values["connections_limit"] == 6
+    assert values["group_waiting"] == {(("group", "smart"),): 21}
     assert values["connections"] == {(("face", "sse"),): 7, (("face", "openai"),): 8}
     assert values["pool_idle"] == {(("provider", "groq"),): 5, (("provider", "other"),): 5}
     assert values["provider_silence_seconds"][("provider", "groq"),] == 2.5

@@ -34,7 +34,7 @@ def written(
     writer = RequestWriter(provider, base_url, absolute=False, proxy_headers={})
     client: Any = sent or {}
     path, _, query = path.partition("?")
-    request = ProviderRequest(APIS[path], lambda _: b"", query=query, streamed=False)
+    request = ProviderRequest(APIS[path], lambda _, __: b"", query=query, streamed=False)
     lines = writer.write(
         request.api,
         request.path,

@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.gateway.router import Router
 from aioserver.provider_errors import ConnectTimeout, ProviderFault, ProviderQueueFull
 from aioserver.providers.breaker import MAX_TRIALS, TRIAL_INTERVAL
 from aioserver.providers.outage import Absence
 from tests.support.clock import FakeClock
 from tests.support.failing import kill
 from tests.support.outage import FAILURE, JSON, ScriptedExchange, ask
+from tests.support.routers import router_of
 from tests.support.scripted_provider import LIMITS
 from tests.support.virtual_loop import run_virtually
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
+    from aioserver.gateway.router import Router
     from aioserver.providers.attempt import Attempt
 
 QUEUE_TIMEOUT, ATTEMPT = 60.0, 10.0  # seconds
@@ -38,7 +39,7 @@ def away(
     http_client = replace(LIMITS, queue_timeout=QUEUE_TIMEOUT, backoff_factor=0.5, **limits)
     far = provider("far", http_client, random.Random(1), when_down="wait")
     far.rate, far.unreachable = 1.0, True
-    return far, Router({"far": far}, "far", random_number=lambda: 0.5)
+    return far, router_of({"far": far}, "far", random_number=lambda: 0.5)
 
 
 class SlowAnswers(ScriptedExchange):
@@ -225,7 +226,7 @@ def test_the_next_try_that_is_shown_is_that_of_the_requests_that_come(tried_by: 
         first, second = (
             ScriptedExchange(name, LIMITS, random.Random(1), when_down="wait") for name in "ab"
         )
-        router = Router({"a": first, "b": second}, "a", ["b"])
+        router = router_of({"a": first, "b": second}, "a", ["b"])
         first.rate, first.unreachable = 1.0, tried_by == "waiting"
         kill(first.health.breaker, unreachable=first.unreachable, clock=loop.time)
 

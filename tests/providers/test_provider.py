@@ -99,7 +99,7 @@ def question(
     body = {"model": model, "messages": [{"role": "user", "content": text}], "stream": streamed}
     return ProviderRequest(
         CHAT,
-        lambda _: json.dumps(body).encode(),
+        lambda _, __: json.dumps(body).encode(),
         streamed=streamed,
         caller=caller,
         reading=Reading() if frames else None,
@@ -516,7 +516,7 @@ async def test_many_requests_use_few_sockets(keepalive: int, simulator: Simulato
 async def test_a_connection_kept_for_a_request_that_cannot_be_written_is_closed(
     simulator: Simulator,
 ) -> None:
-    def refused(_: settings.Provider) -> bytes:
+    def refused(_: settings.Provider, _model: str | None) -> bytes:
         raise InvalidRequest("the options cannot be sent")
 
     limits = {"concurrent_requests": 1, "max_keepalive": 0, "queue_size": 5}
@@ -746,7 +746,9 @@ async def test_a_request_that_has_waited_asks_for_the_current_model() -> None:
     async with ScriptedProvider(play) as server, provider_at(server.url, limits) as provider:
 
         def ask() -> ProviderRequest:
-            return ProviderRequest(CHAT, lambda settings: settings.model.encode(), streamed=False)
+            return ProviderRequest(
+                CHAT, lambda settings, _: settings.model.encode(), streamed=False
+            )
 
         holder = asyncio.create_task(call(provider, ask()))
         await until(lambda: len(bodies) == 1)

@@ -343,11 +343,11 @@ async def test_new_bounds_hold_for_kept_streams(make_server: MakeServer) -> None
     await until(lambda: server.held()["detached"] == 3)
 
     assert await server.change(
-        **{"chat.streams.max_detached": 1, "chat.streams.max_kept_bytes": 1234}
+        **{"chat.streams.max_detached": 1, "chat.streams.max_kept_bytes": 1_234_567}
     )
 
     await server.simulator.until(lambda stats: stats.aborted == 2)
-    assert server.owners.streams.stats().max_bytes == 1234
+    assert server.owners.streams.stats().max_bytes == 1_234_567
     server.context.gateway.lifetime.drain()
 
 

@@ -41,6 +41,22 @@ def lossy(self):
         release(self)
 Place.release = lossy
 """,
+    "that a request stands in other lines": """
+from aioserver.limits.lines import Lines
+def started(self, standing, place):
+    self._winner = standing
+    self._place.set_result(place)
+Lines.started = started
+""",
+    "to wait at the members of a group": """
+from aioserver.limits.lines import Lines
+stand = Lines._stand
+def nowhere(self, wish, seconds, share):
+    standing = stand(self, wish, seconds, share)
+    self._leave(standing)
+    return standing
+Lines._stand = nowhere
+""",
     "a fault": """
 from aioserver.streams.entries import COMPLETE
 from aioserver.streams.stream import Stream
@@ -437,7 +453,10 @@ LANES = {"faces": ("response lanes",), "responses": "forgets", "faults": {}, "ch
 CHAINS = {"faces": ("response chain",), "responses": "forgets", "faults": {}, "changes": KEPT}
 TALKS = {"faces": ("conversation",), "sql": True, "faults": {}, "changes": KEPT}
 # What a run must try, so that few seeds are enough to notice some of them.
+GROUPED = {"spare": True, "pinned": False, "grouped": "least_busy"}
 NEEDS: dict[str, dict[str, Any]] = {
+    "that a request stands in other lines": GROUPED,
+    "to wait at the members of a group": GROUPED,
     "that a provider's connection was cut": {"provider_links": {"reset": 0.5}},
     "the deadline of a client's reading": {
         "faces": ("whole",),

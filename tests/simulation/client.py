@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import random
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -248,11 +249,19 @@ class Client:
         reference.session, reference.patience, reference._habits = self.session, self.patience, {}
         return reference
 
+    @property
+    def asks_group(self) -> bool:
+        """Whether it asks for the group of both providers, where its question names no model."""
+        plan = self.plan
+        return bool(plan.grouped and plan.fails_over and self.number % 2)
+
     def another(self, number: int, face: str, conversation: str) -> Client:
         """Return a client that asks question *number* on *face*, on the connections and with the
         habits of this one.
         """
-        client = Client(self.plan, number, self.base, like=self)
+        # A large answer would push earlier turns out of a conversation.
+        plan = dataclasses.replace(self.plan, large=0.0)
+        client = Client(plan, number, self.base, like=self)
         client.face, client.conversation = face, conversation
         client.session, client.patience, client._habits = self.session, self.patience, self._habits
         self.questions.append(client)

@@ -18,6 +18,8 @@ GATE = "chat.websocket.concurrency"
 HTTP_SERVER = f"{GATE}.uvicorn"
 STREAMS = "chat.streams"
 SPARE = "llm.providers.spare"
+# The name of the group of both providers, and how it may choose.
+GROUP, CHOICES = "both", ("ordered", "least_busy", "weighted")
 # What is kept is dropped for want of room where there is less room than this.
 ROOM = 1 << 28
 
@@ -103,9 +105,9 @@ def draw_changes(dice: random.Random, keys: tuple[Key, ...]) -> dict[str, Any]:
     return changes
 
 
-def with_spare(changes: dict[str, Any], base_url: str) -> dict[str, Any]:
+def with_spare(changes: dict[str, Any], base_url: str, choose: str) -> dict[str, Any]:
     """Return *changes* with a second provider at *base_url*, which is asked where the first one
-    fails.
+    fails; with *choose* there is a group of both.
     """
     client = {
         name: changes.get(f"{HTTP}.{name}", value)
@@ -117,7 +119,11 @@ def with_spare(changes: dict[str, Any], base_url: str) -> dict[str, Any]:
         "model": "spare-model",
         "http_client": {**client, "max_retries": 0, "queue_size": 10},
     }
-    return {**changes, "llm.fallbacks": ["spare"], SPARE: spare}
+    changes = {**changes, "llm.fallbacks": ["spare"], SPARE: spare}
+    if choose:
+        group = {"members": ["sim", "spare"], "choose": choose}
+        changes["llm.models"] = {GROUP: group}
+    return changes
 
 
 def longest_wait(changes: dict[str, Any], providers: int) -> float:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from tests.simulation.configuration import GROUP
 from tests.simulation.events import events
 from tests.simulation.patience import Left
 from tests.simulation.response_events import ResponseReading
@@ -23,7 +24,7 @@ def _model(client: Client) -> str:
     model = client.question.model
     if client.plan.pinned:
         return f"sim/{model}" if model else "sim"
-    return model or "sim-model"
+    return model or (GROUP if client.asks_group else "sim-model")
 
 
 def _chat(client: Client, *, stream: bool) -> dict[str, Any]:

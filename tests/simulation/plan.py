@@ -118,6 +118,8 @@ class Plan:
     # first.
     spare: bool = False
     pinned: bool = True
+    # How the group of both providers chooses, which every second client asks; "" if there is none.
+    grouped: str = ""
     # The share of clients that say nothing when it is their turn (silence.py).
     silent: float = 0.0
     # The share of clients that ask for a large answer.
@@ -161,6 +163,7 @@ def draw(seed: int, clients: int, instances: int = 1) -> Plan:
     keys = configuration.draw_keys(dice)
     talks, responses, sql = _draw_conversations(seed)
     changes = configuration.draw_changes(dice, keys)
+    choose = random.Random(f"group {seed}").choice(("", "", *configuration.CHOICES))
     if responses == BRIDGED:
         changes["llm.providers.sim.responses"] = False
     return Plan(
@@ -182,6 +185,8 @@ def draw(seed: int, clients: int, instances: int = 1) -> Plan:
         operations={name: dice.uniform(1.0, 40.0) for name in OPERATIONS if dice.random() < 0.2},
         spare=dice.random() < 0.3,
         pinned=dice.random() < 0.3,
+        # Dice of its own: a seed tries the same otherwise.
+        grouped=choose,
         silent=dice.choice((0.0, 0.0, 0.05)),
         # Dice of its own: a seed tries the same otherwise.
         large=random.Random(f"large {seed}").choice((0.0, 0.0, 0.1, 0.5)),

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
+from aioserver.limits.gate import WHOLE
 from aioserver.limits.gcra import ROUNDING
 from aioserver.providers.queueing import ProviderGate
 from aioserver.streams.store import SEARCH_STEP, owner_of
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
+    from aioserver.gateway.groups import Group
     from aioserver.limits.gate import Gate
     from aioserver.providers.provider import Provider
     from aioserver.streams.stream import Stream
@@ -142,6 +144,14 @@ class Watch:
                 f"{store._bytes} of {store._max_kept_bytes} bytes are kept, {self._needed} are needed"
             )
 
+    def _check_lines(self, group: Group) -> None:
+        """Check that whoever waits for *group* stands in a line, and nowhere where a place is free."""
+        for lines in group._waiting:
+            if not (lines._place.done() or lines._standing or lines._coming):
+                self._broken(f"a request waits for {group.name} in no line")
+            if lines._winner is not None and lines._standing:
+                self._broken(f"a request that has started stands in a line of {group.name}")
+
     def _look_closer(self) -> None:
         admission = self._server.context.admission
         bodies = admission._limits.max_body_bytes
@@ -156,7 +166,9 @@ class Watch:
         lifetime = self._server.context.gateway.lifetime
         if lifetime.detached > lifetime._bounds.max_detached:
             self._broken(f"{lifetime.detached} answers without a reader")
-        for provider in self._server.context.router._providers.values():
+        router = self._server.context.router
+        room: dict[str, int] = {}
+        for provider in router._providers.values():
             pool = provider.pools.stats()
             if pool.open > pool.limit and Clock.now > self._deadlines.settled_at:
                 self._broken(f"{pool.open} of {pool.limit} connections to {provider.name}")
@@ -165,9 +177,17 @@ class Watch:
             if isinstance(queue, SharedGate):
                 # As many more as others may have had places for.
                 most += queue.shared_limit
+            room[provider.name] = most
+            # Those of a group have the room of all its members.
+            waiting = queue.waiting - sum(waiter.share is not WHOLE for waiter in queue._queue)
             # After a reload, as many as there were.
-            if queue.waiting > most and Clock.now > self._deadlines.settled_at:
-                self._broken(f"{queue.waiting} requests wait, at most {most}")
+            if waiting > most and Clock.now > self._deadlines.settled_at:
+                self._broken(f"{waiting} requests wait, at most {most}")
+        for group in router.groups.values():
+            most = sum(room[member.provider.name] for member in group.members)
+            if group.waiting > most and Clock.now > self._deadlines.settled_at:
+                self._broken(f"{group.waiting} requests wait for {group.name}, at most {most}")
+            self._check_lines(group)
         lanes = 0
         for socket in self._server.context.sockets:
             if isinstance(socket, ResponsesSocket):

@@ -266,7 +266,7 @@ async def _run(world: World, outcome: Outcome, only: Collection[int] | None) -> 
             # Another seed: from the same one both would draw the same ids of responses.
             spare = NotingSimulator(behaviour, plan.seed + 1, world.calls)
             await stack.enter_async_context(spare)
-            changes = with_spare(changes, spare.base_url)
+            changes = with_spare(changes, spare.base_url, plan.grouped)
 
         if plan.sql:
             changes = {**changes, **sql(path / "events.db")}

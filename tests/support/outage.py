@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from aioserver.config import settings
 from aioserver.gateway.request import Request
-from aioserver.gateway.router import Router
 from aioserver.provider_errors import ConnectError, ProviderError, ProviderFault
 from aioserver.providers.api import CHAT
 from aioserver.providers.breaker import Breaker
 from aioserver.providers.provider import Provider
 from aioserver.providers.request import ProviderRequest
+from tests.support.routers import router_of
 from tests.support.scripted_provider import LIMITS
 from tests.support.virtual_loop import run_virtually
 
 if TYPE_CHECKING:
+    from aioserver.gateway.router import Router
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.request import Answer
 
@@ -48,7 +49,7 @@ async def ask(router: Router, provider: str | None = None) -> Answer:
     Raises:
         ProviderFault: no provider answered.
     """
-    request = ProviderRequest(CHAT, lambda _settings: b"", streamed=False)
+    request = ProviderRequest(CHAT, lambda _settings, _model: b"", streamed=False)
     return await router.call(Request(router.route(None, provider), request, "openai", "r"))
 
 
@@ -153,7 +154,7 @@ async def _run(case: Case) -> Outcome:
     providers = {"first": first}
     if case.fallback:
         providers["second"] = ScriptedExchange("second", limits, dice, breaker=case.breaker)
-    router = Router(providers, "first", [*providers][1:], random_number=dice.random)
+    router = router_of(providers, "first", [*providers][1:], random_number=dice.random)
     asked = answered = 0
     died: float | None = None
 

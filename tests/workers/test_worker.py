@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.config import Configuration
-from aioserver.config.configuration import SHIPPED
+from aioserver.config.shipped import SHIPPED
 from aioserver.limits.fixed_share import Scope
 from aioserver.server.preflight import Unfit
 from aioserver.workers.loads import Loads

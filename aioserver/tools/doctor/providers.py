@@ -78,7 +78,11 @@ async def examine(report: Report, settings: Settings, *, ask: bool) -> None:
         try:
             await registry.prepare(llm)
             registry.apply(llm, max_response_bytes=MAX_BYTES)
-            needed = (llm.active, *llm.fallbacks)
+            needed = [
+                member.provider
+                for name in (llm.active, *llm.fallbacks)
+                for member in llm.members(name)
+            ]
             # The providers that matter most come first.
             for name in dict.fromkeys((*needed, *registry.providers)):
                 await _examine(report, registry.providers[name], needed=name in needed, ask=ask)
@@ -135,7 +139,7 @@ async def _first_token(report: Report, subject: str, provider: Provider, problem
     # A provider whose models refuse the parameter gets none, as in a chat.
     limit = configured and min(configured, MAX_TOKENS)
 
-    def body(settings: settings.Provider) -> bytes:
+    def body(settings: settings.Provider, _model: str | None) -> bytes:
         short = dataclasses.replace(settings, max_tokens=limit)
         return chat_body(short, None, QUESTION, b"{}", frozenset(), streamed=True)
 
@@ -165,7 +169,7 @@ async def _list_models(report: Report, subject: str, provider: Provider, problem
     request = PassedRequest(
         "GET",
         "models",
-        lambda _settings: b"",
+        lambda _settings, _model: b"",
         {},
         upload=None,
         caller=NO_CALLER,
@@ -173,7 +177,7 @@ async def _list_models(report: Report, subject: str, provider: Provider, problem
         hold=None,
         client_headers=NO_HEADERS,
     )
-    attempt = PassedAttempt(provider, request)
+    attempt = PassedAttempt(provider, request, None)
     began = time.perf_counter()
     begun = asyncio.ensure_future(request.answer.begun())
     try:

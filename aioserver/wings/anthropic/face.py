@@ -32,7 +32,6 @@ from aioserver.wings.anthropic.wire import PING
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-    from aioserver.config import settings
     from aioserver.errors import AioserverError
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
@@ -73,7 +72,7 @@ def prepare_for(
         session = request.headers.get(SESSION_HEADER) or wire.user_of(body.metadata)
         provider_request = ProviderRequest(
             api,
-            openai.body_maker(body, route),
+            openai.body_maker(body),
             query=f"{BETA}=true" if request.query.get(BETA) == "true" else "",
             streamed=body.streamed and api is MESSAGES,
             caller=request[CALLER].on_behalf_of(session),
@@ -103,7 +102,7 @@ class MessagesForm(Form):
         """Return *error* as the body of a response to the request with this id."""
         return wire.error_body(error, request_id)
 
-    def model(self, name: str, provider: settings.Provider) -> dict[str, Any]:  # noqa: ARG002
+    def model(self, name: str, owner: str, *, simulated: bool) -> dict[str, Any]:  # noqa: ARG002
         """Return the model *name*."""
         return wire.model_object(name)
 

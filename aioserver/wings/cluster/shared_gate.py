@@ -56,7 +56,7 @@ class SharedGate(Gate):
     @property
     def full(self) -> bool:
         """Whether the queue has no room for one more request."""
-        return super().full and self.waiting >= self._queue_size + self._grant.elsewhere
+        return super().full and self.crowd >= self._queue_size + self._grant.elsewhere
 
     @property
     def room_elsewhere(self) -> bool:

@@ -41,14 +41,14 @@ from aioserver.wings.responses.bridge.whole import MAX_WHOLE_BYTES, WholeWriter,
 from aioserver.wings.responses.sinks import BridgeSink
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.providers.attempt import AttemptedProvider
     from aioserver.providers.http1 import RequestWriter, Sink
-    from aioserver.providers.request import Answer, Hold
+    from aioserver.providers.request import Answer, BodyMaker, Hold
     from aioserver.streams.stream import Stream
     from aioserver.wings.responses.bridge.request import ChatRequest
     from aioserver.wings.responses.draft import Draft
@@ -129,7 +129,7 @@ class ResponseRequest(ProviderRequest):
 
     def __init__(
         self,
-        body: Callable[[settings.Provider], bytes],
+        body: BodyMaker,
         draft: Draft | None,
         *,
         streamed: bool,
@@ -187,7 +187,7 @@ class ResponseAttempt(Attempt):
 
     async def _prepare(self, draft: Draft) -> None:
         provider = self.provider
-        body = self.request.body(provider.settings)
+        body = self.request.body(provider.settings, self.model)
         keeps = self._learned.keeps
         self._prepared = await draft.body_for(body, provider.name, keeps=keeps)
 
@@ -212,7 +212,7 @@ class ResponseAttempt(Attempt):
         if chat is None:
             request, self._prepared = self.request, None
             if prepared is None:
-                prepared = request.body(self.provider.settings)
+                prepared = request.body(self.provider.settings, self.model)
                 if self._draft is not None:
                     keeps = self._learned.keeps
                     steps = self._draft.body_for(prepared, self.provider.name, keeps=keeps)
@@ -319,7 +319,7 @@ class ResponseAttempt(Attempt):
             ResponseNotFound: it continues a response that is not known here.
         """
         draft, provider = self._draft, self.provider
-        body = self.request.body(provider.settings)
+        body = self.request.body(provider.settings, self.model)
         if draft is not None:
             body = await draft.bridge(body, provider.name)
         try:

@@ -137,7 +137,7 @@ def make_request(
     """
     route = context.router.route(body.model)
     provider_request = ResponseRequest(
-        openai.body_maker(body, route),
+        openai.body_maker(body),
         draft,
         streamed=body.streamed,
         caller=caller.on_behalf_of(body.user),

@@ -51,9 +51,10 @@ def answer(request: ParsedRequest, ident: str, count: int = 0) -> Answer:
     blocks = [*_thinking(request), _block(request, ident, "".join(words))]
     reason = "max_tokens" if cut else "tool_use" if request.call else "end_turn"
     usage = {
-        "input_tokens": request.prompt_tokens,
+        # What came from a cache is no part of the input, in this API.
+        "input_tokens": request.prompt_tokens - request.cached_tokens,
         "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": 0,
+        "cache_read_input_tokens": request.cached_tokens,
         "output_tokens": len(words),
         "service_tier": "standard",
     }

@@ -16,6 +16,7 @@ from aiohttp import web
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
+    from aioserver.wings.simulator.engine import EngineOptions
     from aioserver.wings.simulator.shapes import Answer
 
     Fault = Callable[["Exchange", int], Awaitable[web.StreamResponse]]
@@ -36,7 +37,7 @@ class Behaviour:
     no body, so that a large upload gets stuck; a client that leaves then goes unnoticed. headers:
     added to every good answer, for example x-ratelimit-*. forgets: status and message with which a
     request that continues a response is refused; None: none is. responses: whether there is a
-    /v1/responses.
+    /v1/responses. engine: an engine with a prefix cache, whose time replaces ttft and interval.
     """
 
     ttft: float = 0.2
@@ -51,6 +52,7 @@ class Behaviour:
     headers: tuple[tuple[str, str], ...] = ()
     forgets: tuple[int, str] | None = None
     responses: bool = True
+    engine: EngineOptions | None = None
 
 
 class RawResponse(web.StreamResponse):

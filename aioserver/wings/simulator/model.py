@@ -95,7 +95,8 @@ class ParsedRequest:
 
     *text* is the last message of the user and *turn* its number, from 1 (0: there is none); *call*
     is the call of a tool that is the answer, None for an answer in words; *words* is what that
-    answer says, None for a speech.
+    answer says, None for a speech. *cached_tokens* are those of the prompt that an engine had in
+    its cache.
     """
 
     endpoint: str
@@ -109,6 +110,15 @@ class ParsedRequest:
     call: Call | None
     words: str | None
     body: Mapping[str, Any]
+    cached_tokens: int = 0
+
+    @property
+    def prompt(self) -> bytes:
+        """The text that an engine reads: tools, system prompt and messages, with their roles."""
+        body = self.body
+        parts = [body.get(name) for name in ("tools", "system", "instructions")]
+        parts += _messages(self.endpoint, body)
+        return b"".join(orjson.dumps(part) for part in parts if part)
 
 
 def error(

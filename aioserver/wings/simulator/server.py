@@ -25,16 +25,22 @@ from aiohttp import web
 
 from aioserver.wings.simulator import anthropic, faults, model, shapes
 from aioserver.wings.simulator.broken import cut, stall
+from aioserver.wings.simulator.engine import Engine, count_tokens
 from aioserver.wings.simulator.exchange import Behaviour, Exchange, RawResponse, reset
 from aioserver.wings.simulator.model import BadRequest
 from aioserver.wings.simulator.refusals import as_json, refusal
 from aioserver.wings.simulator.tools import COUNT_TOKENS, MESSAGES, MESSAGES_ENDPOINTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from types import TracebackType
 
     from aiohttp.web_protocol import RequestHandler
+
+    from aioserver.wings.simulator.engine import EngineOptions
+    from aioserver.wings.simulator.model import ParsedRequest
+
+    Play = Callable[[Exchange], Awaitable[web.StreamResponse]]
 
 _ENDPOINTS = {
     f"/v1/{name}": name
@@ -48,6 +54,8 @@ _ENDPOINTS = {
     )
 }
 _MODELS = "/v1/models"
+# No answer of theirs is written token by token.
+_WITHOUT_ENGINE = frozenset((model.EMBEDDINGS, COUNT_TOKENS))
 # Connections; the clients of a load test all connect at once.
 _BACKLOG = 2048
 # Seconds for handlers to end after they were cancelled.
@@ -144,6 +152,7 @@ class Simulator:
         self._connections: set[asyncio.Transport] = set()
         self._reset_next: set[asyncio.Transport] = set()
         self._flaps: dict[int, int] = {}
+        self._engine: Engine | None = None
         # Exists while `until()` waits.
         self._changed: asyncio.Event | None = None
         self._runner: web.ServerRunner | None = None
@@ -318,15 +327,55 @@ class Simulator:
             if failing and not behaviour.fault:
                 return refusal(behaviour.fail_status)
             play = faults.find(faults.PREFIX + behaviour.fault if failing else parsed.model)
-            ident = f"{self._random.getrandbits(96):024x}"
-            messages = parsed.endpoint in MESSAGES_ENDPOINTS
-            shape = anthropic.answer if messages else shapes.answer
-            answer = shape(parsed, ident, behaviour.tokens)
+            if behaviour.engine is None or parsed.endpoint in _WITHOUT_ENGINE:
+                return await self._play(request, parsed, behaviour, play)
+            return await self._by_engine(request, parsed, behaviour, play, behaviour.engine)
         except BadRequest as error:
             return as_json(error.status, error.body)
         except RecursionError:
             # In Python 3.11 a `repr` goes less deep than orjson reads.
             return as_json(400, model.error(400, model.NESTED_TOO_DEEPLY))
+
+    async def _by_engine(
+        self,
+        request: web.BaseRequest,
+        parsed: ParsedRequest,
+        behaviour: Behaviour,
+        play: Play | None,
+        options: EngineOptions,
+    ) -> web.StreamResponse:
+        """Answer *request* in the time of the engine, which reads the prompt first."""
+        if self._engine is None or self._engine.options != options:
+            self._engine = Engine(options)
+        engine, prompt = self._engine, parsed.prompt
+        async with engine.read(prompt) as cached:
+            parsed = dataclasses.replace(
+                parsed, prompt_tokens=count_tokens(prompt), cached_tokens=cached
+            )
+            interval = 1 / options.decode
+            paced = dataclasses.replace(behaviour, ttft=interval, interval=interval)
+            response = await self._play(request, parsed, paced, play)
+        words, _ = shapes.words_of(parsed, behaviour.tokens)
+        said = {"role": "assistant", "content": "".join(words)}
+        engine.wrote(prompt + orjson.dumps(said))
+        return response
+
+    async def _play(
+        self,
+        request: web.BaseRequest,
+        parsed: ParsedRequest,
+        behaviour: Behaviour,
+        play: Play | None,
+    ) -> web.StreamResponse:
+        """Write the answer, or what *play* makes of it.
+
+        Raises:
+            BadRequest: there is no answer to such a request.
+        """
+        ident = f"{self._random.getrandbits(96):024x}"
+        messages = parsed.endpoint in MESSAGES_ENDPOINTS
+        shape = anthropic.answer if messages else shapes.answer
+        answer = shape(parsed, ident, behaviour.tokens)
         exchange = Exchange(
             request,
             answer,

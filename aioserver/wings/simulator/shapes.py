@@ -142,7 +142,7 @@ def _usage(request: ParsedRequest, count: int) -> dict[str, Any]:
         "prompt_tokens": request.prompt_tokens,
         "completion_tokens": count,
         "total_tokens": request.prompt_tokens + count,
-        "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": request.cached_tokens, "audio_tokens": 0},
         "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
     }
 
@@ -319,7 +319,10 @@ def _response(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: 
         ended = status != "in_progress"
         usage = {
             "input_tokens": request.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens_details": {
+                "cached_tokens": request.cached_tokens,
+                "cache_write_tokens": 0,
+            },
             "output_tokens": len(words),
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": request.prompt_tokens + len(words),

@@ -137,7 +137,7 @@ async def _answer(kind: int, lost: int, reads: list[bytes]) -> Outcome:
         stream.events = api.events()
     request = ProviderRequest(
         api,
-        lambda _settings: b"{}",
+        lambda _settings, _model: b"{}",
         streamed=streamed,
         reading=Reading() if framed else None,
     )

@@ -12,7 +12,7 @@ import pytest
 import trustme
 import yaml
 
-from aioserver.config.configuration import SHIPPED
+from aioserver.config.shipped import SHIPPED
 from aioserver.tools.doctor import machine, providers
 from aioserver.tools.doctor.findings import Report
 from aioserver.tools.doctor.here import examine_cluster

@@ -1,0 +1,162 @@
+"""The settings of `llm.models`: names of models, each of which leads to a group of providers.
+
+A name stands for one member, `openai` or `openai/gpt-4o`; for a list of members, which are asked
+in this order; or for a section, which says how a member is chosen. A member is the name of a
+provider, with the model after a slash where it is not the provider's own, or a section.
+
+The rules between groups and providers are those of `Llm` (llm.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from aioserver.config.schema import (
+    BrokenRule,
+    Faults,
+    Validator,
+    check_rules,
+    refuse,
+    section,
+    setting,
+    show,
+)
+from aioserver.config.validators import count, label, line, list_of, one_of, optional, whole
+
+MAX_NAMES = 1_000
+MAX_MEMBERS = 64
+ORDERED, LEAST_BUSY, WEIGHTED = "ordered", "least_busy", "weighted"
+PREFIX = "prefix"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One provider of a group, and the model that it is asked for."""
+
+    provider: str = setting(label, "name of a provider")
+    model: str | None = setting(
+        optional(line), "model that it is asked for", None, default_text="the provider's `model`"
+    )
+    weight: int | None = setting(
+        optional(whole(1, 100, "1 to 100")),
+        "share of the starts; with `choose: weighted` only",
+        None,
+        default_text="1",
+    )
+    max_context: int | None = setting(
+        optional(count),
+        "tokens of prompt that it takes; a prompt that is certainly longer goes to another member; null: not known",
+        None,
+    )
+
+
+def _member(value: Any) -> Member:
+    if not isinstance(value, str):
+        made: Member = _member_section(value)
+        return made
+    provider, slash, model = line(value).partition("/")
+    if not provider or (slash and not model):
+        refuse(f"expected PROVIDER or PROVIDER/MODEL, not {show(value)}")
+    return Member(provider=provider, model=model or None)
+
+
+_member_section = section(Member)
+member = Validator(
+    "PROVIDER, PROVIDER/MODEL or section",
+    _member,
+    Member,
+    json={"anyOf": [line.json, _member_section.json]},
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """The members that can answer for one name of a model, and how one of them is chosen."""
+
+    members: tuple[Member, ...] = setting(list_of(member), "")
+    choose: str = setting(
+        one_of(ORDERED, LEAST_BUSY, WEIGHTED),
+        "ordered: the first member that can start; least_busy: the one with the smallest share of its places "
+        "taken; weighted: by weight",
+        ORDERED,
+    )
+    affinity: str = setting(
+        one_of("none", PREFIX),
+        "prefix: a conversation goes to the member whose cache has its beginning, and waits a moment for it",
+        "none",
+    )
+    # The path of the members in the file, from the name.
+    written: tuple[str, ...] | None = field(default=("members",), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        broken: list[BrokenRule] = []
+        members = list(self.members)
+        if not self.members:
+            broken.append((self.written or (), "a group needs a member"))
+        if len(members) > MAX_MEMBERS:
+            broken.append((self.written or (), f"has more than {MAX_MEMBERS} members"))
+        if self.affinity == PREFIX and self.choose == ORDERED:
+            message = "with `choose: ordered` it would undo the order (set choose: least_busy or weighted)"
+            broken.append((("affinity",), message))
+        if self.choose in {ORDERED, LEAST_BUSY}:
+            broken.extend(
+                ((*self.path(index), "weight"), "has a meaning with `choose: weighted` only")
+                for index, entry in enumerate(members)
+                if isinstance(entry.weight, int)
+            )
+        check_rules(self, *broken)
+        if self.choose == WEIGHTED:
+            weighted = (replace(entry, weight=entry.weight or 1) for entry in members)
+            object.__setattr__(self, "members", tuple(weighted))
+
+    def path(self, index: int) -> tuple[str | int, ...]:
+        """Return the path of the member *index* in the file, from the name of the group."""
+        return () if self.written is None else (*self.written, index)
+
+
+def _group(value: Any) -> Group:
+    """Accept a member, a list of members, or a section."""
+    if isinstance(value, str):
+        return Group(members=(_member(value),), written=None)
+    if not isinstance(value, list):
+        made: Group = _group_section(value)
+        return made
+    try:
+        members = list_of(member)(value)
+    except Faults as faults:
+        faults.partial = Group(members=faults.partial, written=())
+        raise
+    return Group(members=members, written=())
+
+
+_group_section = section(Group)
+group = Validator(
+    "member, list of members or section",
+    _group,
+    Group,
+    json={
+        "anyOf": [
+            line.json,
+            {"type": "array", "items": member.json},
+            _group_section.json,
+        ]
+    },
+)
+
+
+def _name(value: Any) -> str:
+    """Accept the name of a model, which may end with `*` for all names that begin so."""
+    if not isinstance(value, str) or not 0 < len(value) <= 256:
+        refuse("expected a name of 1 to 256 characters")
+    stem = value.removesuffix("*")
+    if not stem:
+        refuse("* alone would take every name (llm.active is asked for what nobody else has)")
+    if not stem.isprintable() or " " in stem or "*" in stem:
+        refuse("expected printable characters without a space, and * at the end only")
+    return value
+
+
+name = Validator(
+    "name of a model", _name, json={"type": "string", "pattern": r"^[^\s*]{1,256}\*?$"}
+)

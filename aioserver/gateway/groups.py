@@ -1,0 +1,241 @@
+"""Groups: one name of a model, which several providers can answer.
+
+A group has members, each a provider and the model that it is asked for, and chooses among those
+that can answer a request: the first that can start it, the least busy, or by weight. It has no
+queue of its own. Where no member has a place, the request stands in the line of each
+(limits/lines.py) and starts at the first place that is offered, so that each provider's places are
+shared fairly by all who ask for it, whatever name they use.
+"""
+
+from __future__ import annotations
+
+import time
+from itertools import count
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+from aioserver.config.models import LEAST_BUSY, ORDERED, WEIGHTED
+from aioserver.gateway.members import Member, load, passed_over
+from aioserver.limits.lines import Lines
+from aioserver.provider_errors import ProviderFault, ProviderPaced
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from aioserver.gateway.homes import Placement
+    from aioserver.limits.gate import Place
+    from aioserver.providers.api import Api
+    from aioserver.providers.attempt import Attempt
+
+# A prompt is skipped for a member if, by this estimate, it is longer than what the member takes by
+# more than half.
+BYTES_PER_TOKEN, DOUBT = 4, 1.5
+
+
+class Group:
+    """The *members* that can answer for *name*; an implied group, which nobody has configured, has
+    no name.
+
+    Always: `waiting` is the number of distinct requests that stand in lines for the group.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        members: Sequence[Member],
+        choose: str = ORDERED,
+        affinity: str = "none",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = name
+        self.members: Sequence[Member] = ()
+        self._clock = clock
+        self._marks = count()
+        self.apply(members, choose, affinity)
+        # Requests by where they have started, and those that were held back for their home.
+        self.homes = {"home": 0, "other": 0, "new": 0}
+        self.held_back = 0
+        # When each request that stands in lines has come.
+        self._waiting: dict[Lines, float] = {}
+
+    def apply(self, members: Sequence[Member], choose: str, affinity: str) -> None:
+        """Use other *members* and another choice from now on.
+
+        One that stays keeps its counts.
+        """
+        known = {(old.provider.name, old.asked_model): old for old in self.members}
+        for new in members:
+            new.marks = self._marks
+            if (old := known.get((new.provider.name, new.asked_model))) is not None:
+                new.starts, new.started_at, new.credit = old.starts, old.started_at, old.credit
+                new.reading, new.mark, new.address = old.reading, old.mark, old.address
+        self.members, self.choose, self.affinity = members, choose, affinity
+
+    @property
+    def available(self) -> bool:
+        """Whether a member is asked like any other."""
+        return any(member.provider.health.available for member in self.members)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a place at any member; of a group of one: all who wait
+        there.
+        """
+        if len(self.members) == 1:
+            return self.members[0].provider.stats().queue.waiting
+        return len(self._waiting)
+
+    @property
+    def oldest_wait(self) -> float:
+        """For how many seconds the request has waited that came first."""
+        if len(self.members) == 1:
+            return self.members[0].provider.stats().queue.oldest_wait
+        return self._clock() - min(self._waiting.values()) if self._waiting else 0.0
+
+    def usable(self, api: Api, *, one_model: bool = False) -> list[Member]:
+        """Return the members that can be asked for a request of *api*, in their order.
+
+        With *one_model* only those that are asked for the same model as the first.
+        """
+        members = [
+            member
+            for member in self.members
+            if member.settings.usable and api.speaks(member.settings)
+        ]
+        if one_model and members:
+            first = members[0].asked_model
+            members = [member for member in members if member.asked_model == first]
+        return members
+
+    def fitting(self, members: list[Member], size: int) -> list[Member]:
+        """Return those of *members* that take a body of *size* bytes, by an estimate.
+
+        The one that takes most is always among them: its engine says the refusal.
+        """
+        most = max((member.max_context or 0 for member in members), default=0)
+        if any(member.max_context is None for member in members):
+            most = 0
+        tokens = size / BYTES_PER_TOKEN
+        return [
+            member
+            for member in members
+            if member.max_context is None
+            or member.max_context == most
+            or tokens <= DOUBT * member.max_context
+        ]
+
+    def order(self, members: Iterable[Member]) -> list[Member]:
+        """Return *members* in the order in which they are offered a request: sick ones last."""
+        members = list(members)
+        if self.choose == LEAST_BUSY:
+            members.sort(key=load)
+        elif self.choose == WEIGHTED:
+            members.sort(key=lambda member: -(member.credit + member.weight))
+        sick = [member for member in members if passed_over(member)]
+        return [member for member in members if member not in sick] + sick
+
+    def started(
+        self, chosen: Member, among: Sequence[Member], placement: Placement | None = None
+    ) -> None:
+        """Note that a request has started at *chosen*, which was chosen *among* these, and where
+        it belonged.
+        """
+        chosen.starts += 1
+        label = "none"
+        if placement is not None:
+            label = placement.label(chosen)
+            self.homes[label] += 1
+        chosen.counters[label].value += 1
+        chosen.started_at = self._clock()
+        if self.choose == WEIGHTED:
+            total = sum(map(attrgetter("weight"), among))
+            for member in among:
+                # One that was full, and so was passed over, is not owed more than a round.
+                member.credit = min(member.credit + member.weight, total)
+            chosen.credit -= total
+
+    async def start(
+        self,
+        attempts: Mapping[Member, Attempt],
+        placement: Placement | None = None,
+        *,
+        fallback: bool = False,
+    ) -> tuple[Member, Place]:
+        """Wait for a place of one of *attempts*, of which each is one at that member; they are in
+        the order in which their members are asked. Return the member, and its place.
+
+        With a *placement* its home comes first, and others may have to be waited for. *fallback* says that others can be asked instead of all of them. Cancelling is safe.
+
+        Raises:
+            ProviderFault: no member can start it in time, or all are left alone.
+        """
+        among = list(attempts)
+        delays: Mapping[Member, float] = {}
+        if placement is not None:
+            delays = placement.delays
+            among.sort(key=lambda member: member is not placement.home)
+        refusals: list[ProviderFault] = []
+        ready: list[Member] = []
+        cooling: list[Member] = []
+        for member in among:
+            try:
+                if delays.get(member):
+                    member.provider.check(attempts[member])
+                    place = None
+                else:
+                    place = member.provider.offer(attempts[member])
+            except ProviderFault as refusal:
+                refusals.append(refusal)
+                if isinstance(refusal, ProviderPaced):
+                    cooling.append(member)
+                continue
+            if place is not None:
+                self.started(member, among, placement)
+                return member, place
+            ready.append(member)
+        if not ready and not fallback:
+            # While all cool, requests wait for them as they do at one provider.
+            ready = cooling
+            for member in cooling:
+                attempts[member].fallback = False
+        if not ready:
+            raise min(refusals, key=lambda refusal: refusal.retry_after or 0.0)
+        if placement is not None and placement.home not in ready:
+            # Nobody waits for a home that is not asked now.
+            delays = {}
+        self.held_back += any(delays.get(member) for member in ready)
+        member, place = await self._wait({each: attempts[each] for each in ready}, delays)
+        self.started(member, among, placement)
+        return member, place
+
+    async def _wait(
+        self, attempts: Mapping[Member, Attempt], delays: Mapping[Member, float]
+    ) -> tuple[Member, Place]:
+        """Stand in the line of each member until one starts the request."""
+        first = next(iter(attempts.values()))
+        caller = first.request.caller
+        show_position = first.stream is not None and not first.request.whole
+        lines = Lines(
+            caller.flow,
+            caller.subflow,
+            weight=caller.priority,
+            on_position=first.queued if show_position else None,
+            at_front=first.retry,
+        )
+        began = self._clock()
+        wishes = {
+            member: member.provider.wish(attempt, delays.get(member, 0.0))
+            for member, attempt in attempts.items()
+        }
+        winner: Member | None = None
+        place: Place | None = None
+        self._waiting[lines] = began
+        try:
+            taken, place = await lines.wait(list(wishes.values()))
+            winner = next(member for member, wish in wishes.items() if wish is taken)
+        finally:
+            del self._waiting[lines]
+            for member, attempt in attempts.items():
+                own = place if member is winner else None
+                member.provider.waited(attempt, wishes[member], began, own)
+        return winner, place

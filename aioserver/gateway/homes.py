@@ -1,0 +1,154 @@
+"""Where a conversation is at home: the member of a group whose cache has the beginning of its
+prompt.
+
+An engine that has read the beginning before reads only the rest, which is seconds for a long
+conversation. So a request goes to its home if that has a place, and waits a moment for it
+otherwise: no longer than a few times what reading the prompt anew would cost elsewhere (delay
+scheduling: Zaharia et al., "Delay Scheduling", EuroSys 2010). A member that has twice its share of
+what is under way, and two more, is nobody's home ("Consistent Hashing with Bounded Loads",
+Mirrokni, Thorup, Zadimoghaddam, SODA 2018), so that a popular beginning does not fill one engine
+while others are idle.
+
+A new conversation has the home that wins the rendezvous of its identity and the members' names
+(Thaler, Ravishankar, "Using name-based mappings to increase hit rates", 1998): conversations are
+spread evenly, and all instances of a cluster agree. Several instances know no more than that,
+since what each of them has seen is soon wrong.
+
+What is remembered is a guess about the caches of engines. A wrong one costs time, never an answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from typing import TYPE_CHECKING, NamedTuple
+
+from aioserver.providers.breaker import WELL
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aioserver.gateway.members import Member
+    from aioserver.protocol.prefix import Prefix
+
+# Digests that are remembered in one process: some 1,000 conversations, in 8 MB at most.
+MAX_DIGESTS = 1 << 15
+# How often what reading the unknown part would cost a request may wait at its home, and the share
+# of a queue's deadline that it waits there at most.
+PATIENCE, MAX_SHARE = 3.0, 0.25
+# A home has at most so many times its share of what is under way, and so many more.
+OVERLOAD, SPARE = 2.0, 2
+# The bounds of the seconds in which an engine reads one byte of a prompt; the weight of the newest
+# measurement, and the bytes that it needs.
+LEAST_READING, MOST_READING = 1e-6, 1e-3
+SMOOTHING, MEASURED_BYTES = 0.1, 4096
+
+
+class Placement(NamedTuple):
+    """Where one request belongs: its *home* among the members, None if nobody can be; the bytes
+    that each member knows of it; and the seconds after which it joins the line of each.
+    """
+
+    prefix: Prefix
+    home: Member | None
+    known: dict[Member, int]
+    delays: dict[Member, float]
+
+    @property
+    def held_back(self) -> bool:
+        """Whether it waits at home for a while, though others may have a place."""
+        return any(self.delays.values())
+
+    def label(self, started_at: Member) -> str:
+        """Return in a word whether the member where it has started is its home."""
+        if not self.prefix.has_history:
+            return "new"
+        return "home" if started_at is self.home else "other"
+
+
+class Homes:
+    """What was sent to which member, by digests of the beginning: the least recently used go
+    first.
+
+    Always: there are at most MAX_DIGESTS digests. *alone* False: other instances send prompts to
+    the same engines, so that home is by rendezvous alone.
+    """
+
+    def __init__(self, *, alone: bool = True) -> None:
+        self._alone = alone
+        # Members by their marks, a bit each. Groups have digests of their own.
+        self._members: OrderedDict[bytes, int] = OrderedDict()
+
+    def place(self, prefix: Prefix, members: Sequence[Member]) -> Placement:
+        """Return where the request with this *prefix* belongs among *members*."""
+        known = self._known(prefix, members) if self._alone else dict.fromkeys(members, 0)
+        candidates = _fit(members)
+        home: Member | None = None
+        if candidates:
+            home = max(candidates, key=lambda member: known[member])
+            if not prefix.has_history or known[home] < prefix.identity_length:
+                home = max(candidates, key=lambda member: _rendezvous(prefix, member))
+        delays = dict.fromkeys(members, 0.0)
+        if home is None or not prefix.has_history or (self._alone and not any(known.values())):
+            return Placement(prefix, home, known, delays)
+        for member in members:
+            if member is not home:
+                unknown = prefix.size - known[member]
+                longest = MAX_SHARE * member.settings.http_client.queue_timeout
+                delays[member] = min(longest, PATIENCE * member.reading * unknown)
+        return Placement(prefix, home, known, delays)
+
+    def sent(self, prefix: Prefix, member: Member) -> None:
+        """Remember that the prompt with *prefix* was sent to *member*."""
+        mark, members = 1 << member.mark, self._members
+        # The shortest is the newest: whoever knows a beginning knows all that are shorter.
+        for digest in reversed(prefix.digests):
+            members[digest] = members.pop(digest, 0) | mark
+        while len(members) > MAX_DIGESTS:
+            members.popitem(last=False)
+
+    def _known(self, prefix: Prefix, members: Sequence[Member]) -> dict[Member, int]:
+        """Return how many bytes of the prompt each member has been sent before."""
+        known = dict.fromkeys(members, 0)
+        wanted = {1 << member.mark: member for member in members if member.mark_holds()}
+        left = sum(wanted)
+        for index in range(len(prefix.digests) - 1, -1, -1):
+            found = self._members.get(prefix.digests[index], 0) & left
+            if found:
+                left ^= found
+                for mark, member in wanted.items():
+                    if found & mark:
+                        known[member] = prefix.lengths[index]
+                if not left:
+                    break
+        return known
+
+
+def _fit(members: Sequence[Member]) -> list[Member]:
+    """Return those of *members* that can be a home: well, and not overloaded."""
+    places = [member.provider.places for member in members]
+    under_way, limits = sum(inside for inside, _ in places), sum(limit for _, limit in places)
+    share = OVERLOAD * under_way / max(1, limits)
+    return [
+        member
+        for member, (inside, limit) in zip(members, places, strict=True)
+        if inside <= share * limit + SPARE
+        and member.provider.health.state == WELL
+        and not member.provider.health.flagged
+        and not member.provider.cooling
+    ]
+
+
+def _rendezvous(prefix: Prefix, member: Member) -> bytes:
+    name = f"{member.provider.name}/{member.asked_model}".encode()
+    return hashlib.blake2b(name, key=prefix.identity, digest_size=8).digest()
+
+
+def measured(reading: float, seconds: float, unknown: int) -> float:
+    """Return what the seconds per byte, *reading* so far, are after an answer whose first event
+    came after *seconds*, and of whose prompt so many bytes were *unknown*.
+    """
+    if unknown <= MEASURED_BYTES:
+        return reading
+    newest = min(MOST_READING, max(LEAST_READING, seconds / unknown))
+    return reading + SMOOTHING * (newest - reading)

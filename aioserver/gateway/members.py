@@ -1,0 +1,92 @@
+"""A member of a group: a provider, the model that it is asked for, and what its group knows of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING
+
+from aioserver.providers.breaker import SICK
+from aioserver.telemetry.counters import Counter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from aioserver.config.settings import Provider as ProviderSettings
+    from aioserver.providers.provider import Provider
+
+# Seconds in which an engine reads one byte of a prompt, before it is measured.
+READING = 60e-6
+# Where a request has started, as its counter says: at its home, at another member, or as a new
+# conversation; none where the group has no affinity.
+LABELS = ("none", "home", "other", "new")
+
+
+# Counters that nobody reads.
+NO_COUNTERS: Mapping[str, Counter] = {label: Counter() for label in LABELS}
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One provider of a group, and the model that it is asked for; None stands for its own.
+
+    *starts* counts the requests that have started there by the group, as *counters* do for all
+    members of one provider, by whether it was their home; *started_at* is the monotonic time of
+    the newest. *credit* is what the weights owe it (smooth weighted round robin, as nginx has it):
+    it grows by the weight with each start, and the member that starts gives back the weights of
+    all.
+
+    *mark* is what homes.py knows it by, one of its group's *marks*. It holds for one address and
+    until the provider dies. *reading* has the seconds in which it reads a byte of a prompt.
+    """
+
+    provider: Provider
+    model: str | None = None
+    weight: int = 1
+    max_context: int | None = None
+    counters: Mapping[str, Counter] = field(default_factory=lambda: NO_COUNTERS)
+    starts: int = 0
+    started_at: float = 0.0
+    credit: int = 0
+    mark: int = 0
+    reading: float = READING
+    marks: Iterator[int] = field(default_factory=count)
+    address: str = ""
+    dead: bool = False
+
+    def mark_holds(self) -> bool:
+        """Return whether what was sent to it under its mark may still be in its cache; it gets
+        another mark if not.
+        """
+        address, dead = self.provider.pools.base_url, self.provider.health.breaker.dead
+        if address != self.address or (self.dead and not dead):
+            self.address, self.mark = address, next(self.marks)
+        self.dead = dead
+        return not dead
+
+    @property
+    def settings(self) -> ProviderSettings:
+        """The settings of its provider."""
+        return self.provider.settings
+
+    @property
+    def asked_model(self) -> str:
+        """The model that it is asked for."""
+        return self.model or self.provider.settings.model
+
+
+def load(member: Member) -> tuple[float, float]:
+    """Return what the least busy member has least of: its share of places taken, then the time of its
+    newest start.
+    """
+    inside, limit = member.provider.places
+    return inside / max(1, limit), member.started_at
+
+
+def passed_over(member: Member) -> bool:
+    """Return whether *member* comes last for the next request, since its provider is sick.
+
+    Each twentieth meets it in its place, so that it can get well.
+    """
+    health = member.provider.health
+    return health.state == SICK and not health.breaker.first_in_turn()

@@ -1,0 +1,219 @@
+"""One request in the queues of several gates: it starts at the first place that any of them
+offers.
+
+It stands in each *line* as any other request does, fair among those that stand there, and leaves
+all others in the moment in which it starts at one. It takes room in each line by the sizes of all:
+lines of 10 and 30 requests are both full when 40 stand in them. A line is left when its gate
+refuses the request, or after its `queue_timeout`; the request ends when it stands in none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from fractions import Fraction
+from typing import TYPE_CHECKING, NamedTuple
+
+from aioserver.errors import AioserverError
+from aioserver.limits.gate import Place, Waiter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Sequence
+
+    from aioserver.limits.gate import Gate
+
+
+class Wish(NamedTuple):
+    """A place that a request wants at *gate*, which counts *cost* for the gate's pace.
+
+    *waited* has the seconds that the request has waited there before. It joins the line after
+    *delay* seconds.
+    """
+
+    gate: Gate
+    cost: int = 0
+    waited: float = 0.0
+    delay: float = 0.0
+    may_fail_over: bool = False
+
+
+class _Standing(Waiter[Place]):
+    """The request as it stands in one line."""
+
+    __slots__ = ("at", "gate", "lines", "timer")
+
+    lines: Lines
+    gate: Gate
+    timer: asyncio.TimerHandle
+    at: tuple[int, float]
+
+    def start(self, place: Place) -> None:
+        """Hand *place* over: the request leaves all other lines."""
+        self.lines.started(self, place)
+
+    def refuse(self, error: Callable[[], AioserverError]) -> bool:
+        """Leave this line; return whether the request stood in no other, and is refused."""
+        return self.lines.refused(self, error)
+
+    def report(self, position: int, eta: float) -> None:
+        """Note where the request stands in this line, and tell where it stands in all."""
+        self.at = position, eta
+        self.lines.report()
+
+
+class Lines:
+    """A request of *caller* and *flow* that waits for the first of several places.
+
+    Always: it stands in no line once `wait` has returned; it is handed one place at most. *weight*,
+    *on_position* and *at_front* are as for `Gate.enter`. The position that is told is the smallest,
+    and the time until the start that of lines which serve the request side by side.
+    """
+
+    def __init__(
+        self,
+        caller: Hashable,
+        flow: Hashable,
+        *,
+        weight: int = 1,
+        on_position: Callable[[int, float], None] | None = None,
+        at_front: bool = False,
+    ) -> None:
+        self._caller, self._flow, self._weight = caller, flow, weight
+        self._on_position = on_position
+        self._at_front = at_front
+        self._loop = asyncio.get_running_loop()
+        self._place: asyncio.Future[Place] = self._loop.create_future()
+        self._standing: list[_Standing] = []
+        self._coming: set[asyncio.TimerHandle] = set()
+        self._winner: _Standing | None = None
+        self._reported: tuple[int, float] | None = None
+
+    async def wait(self, wishes: Sequence[Wish]) -> tuple[Wish, Place]:
+        """Wait for the first place; return it, and the wish that it fulfils. Cancelling is safe.
+
+        Raises:
+            AioserverError: there is room in no line, or the request can start in none before its
+                time there is over; or it was refused in all.
+        """
+        try:
+            self._join(wishes)
+            place = await self._place
+        except BaseException:
+            if self._winner is not None:
+                # It was handed over in the turn of the loop in which this task gave up.
+                self._winner.gate.give_up(self._winner, self._place.result())
+            raise
+        finally:
+            for timer in self._coming:
+                timer.cancel()
+            for standing in list(self._standing):
+                self._leave(standing)
+            if self._winner is not None:
+                self._winner.gate.resumed(self._winner)
+            # A refusal is in this future, and its traceback leads to this frame.
+            self._place = self._loop.create_future()
+        winner, self._winner = self._winner, None
+        assert winner is not None
+        return next(wish for wish in wishes if wish.gate is winner.gate), place
+
+    def _join(self, wishes: Sequence[Wish]) -> None:
+        """Stand in the lines of *wishes*, those with a delay later.
+
+        Raises:
+            AioserverError: of a gate that may be asked again soonest, if there is none to wait at.
+        """
+        room = any(not wish.gate.full for wish in wishes)
+        size = sum(wish.gate.queue_size for wish in wishes)
+        errors: list[tuple[float, int, AioserverError]] = []
+        for wish in wishes:
+            try:
+                seconds = wish.gate.time_left(wish.waited, ignore_room=room)
+                wish.gate.check_pace(
+                    seconds, self._caller, self._flow, self._weight, at_front=self._at_front
+                )
+            except AioserverError as error:
+                errors.append((error.retry_after or 0.0, len(errors), error))
+                continue
+            share = Fraction(wish.gate.queue_size, size)
+            if wish.delay > 0:
+                self._stand_later(wish, seconds, share)
+            else:
+                self._stand(wish, seconds, share)
+        if not self._standing and not self._coming:
+            wishes[0].gate.count_refusal()
+            raise min(errors)[2]
+        for standing in list(self._standing):
+            self._serve(standing)
+
+    def _stand_later(self, wish: Wish, seconds: float, share: Fraction) -> None:
+        def come() -> None:
+            self._coming.discard(timer)
+            self._serve(self._stand(wish, seconds - wish.delay, share))
+
+        timer = self._loop.call_later(wish.delay, come)
+        self._coming.add(timer)
+
+    def _stand(self, wish: Wish, seconds: float, share: Fraction) -> _Standing:
+        """Stand in the line of *wish* for *seconds* at most."""
+        gate, now = wish.gate, wish.gate.now()
+        standing = _Standing(
+            self._place,
+            self._caller,
+            self._flow,
+            now - wish.waited,
+            now + seconds,
+            self._on_position,
+            wish.cost,
+            may_fail_over=wish.may_fail_over,
+            share=share,
+        )
+        standing.lines, standing.gate = self, gate
+        standing.at = 0, 0.0
+        gate.stand(standing, self._weight, at_front=self._at_front)
+        self._standing.append(standing)
+        standing.timer = self._loop.call_later(seconds, self.refused, standing, gate.timeout)
+        return standing
+
+    def _serve(self, standing: _Standing) -> None:
+        """Have its gate let the request in, if it may start now; else tell its position."""
+        if self._place.done():
+            return
+        standing.gate.serve()
+        if self._on_position is not None and standing in self._standing:
+            standing.gate.report_first(standing, at_front=self._at_front)
+
+    def _leave(self, standing: _Standing) -> None:
+        standing.timer.cancel()
+        self._standing.remove(standing)
+        standing.gate.leave(standing)
+
+    def started(self, standing: _Standing, place: Place) -> None:
+        """Take *place*, which the gate of *standing* hands over, and leave all lines."""
+        self._winner = standing
+        self._place.set_result(place)
+        for other in list(self._standing):
+            self._leave(other)
+
+    def refused(self, standing: _Standing, error: Callable[[], AioserverError]) -> bool:
+        """Leave the line of *standing*; return whether it was the last, so that *error* ends the
+        wait.
+        """
+        if standing not in self._standing or self._place.done():
+            return False
+        self._leave(standing)
+        if self._standing or self._coming:
+            self.report()
+            return False
+        self._place.set_exception(error())
+        return True
+
+    def report(self) -> None:
+        """Tell the best position, and the seconds until the start."""
+        known = [standing.at for standing in self._standing if standing.at[0]]
+        if self._on_position is None or not known:
+            return
+        etas = [eta for _, eta in known]
+        eta = 1 / sum(1 / eta for eta in etas) if all(etas) else 0.0
+        told = min(position for position, _ in known), eta
+        if told != self._reported:
+            self._reported = told
+            self._on_position(*told)

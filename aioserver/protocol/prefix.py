@@ -1,0 +1,197 @@
+"""What the beginning of a prompt is known by: digests of its bytes at fixed lengths.
+
+Engines keep the key-value cache of prompts, so that a prompt whose beginning they have read before
+costs only the rest. Two prompts have the same beginning if they have the same digest at a length.
+What is hashed are the bytes of the tools, the system prompt and the messages in this order, as the
+client wrote them, without the markers that some clients move from message to message to say what
+is to be cached.
+
+A digest is a running BLAKE2b, read at 1, 2, 3 … 8 KiB and then at each eighth further, up to 1
+MiB, so that any body has 50 of them at most, and what is known of it is known to a ninth of its
+length. One more is read at the end of the first message of a user: it is the *identity* of a
+conversation, whose later turns all have it.
+
+A digest says nothing of the text, and two groups have different ones for the same text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from bisect import bisect_right
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+from msgspec import Raw
+
+from aioserver.protocol.json_body import ABSENT, PIECE_BYTES, decoding, elements, pause
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+DIGEST_BYTES = 16
+# The longest prompt whose whole length is looked at.
+MAX_BYTES = 1 << 20
+# Messages that are looked at for the first one of a user.
+MAX_LOOKED_AT = 1000
+
+
+def _lengths() -> tuple[int, ...]:
+    lengths = [1024 * kib for kib in range(1, 9)]
+    while (longer := lengths[-1] * 9 // 8) <= MAX_BYTES:
+        lengths.append(longer)
+    return tuple(lengths)
+
+
+LENGTHS = _lengths()
+# The markers, each with the comma in front of it, or behind it where it stands first. A value is an
+# object without another in it, a text, or a word.
+_VALUE = rb'\s*:\s*(?:\{[^{}]*\}|"(?:[^"\\]|\\.)*"|[a-z0-9]+)'
+_KEY = rb'(?<!\\)"(?:cache_control|cachePoint|prompt_cache_breakpoint)"'
+_MARKER = re.compile(rb",\s*" + _KEY + _VALUE + rb"|" + _KEY + _VALUE + rb"\s*,?\s*")
+# The words that a marker begins with, which are looked for first: that is ten times as fast.
+_WORDS = (b'"cache_control"', b'"cachePoint"', b'"prompt_cache_breakpoint"')
+
+
+class _Top(msgspec.Struct, gc=False):
+    """The members of a body that make its prompt, in their order."""
+
+    tools: Raw = ABSENT
+    system: Raw = ABSENT
+    instructions: Raw = ABSENT
+    messages: Raw = ABSENT
+    input: Raw = ABSENT
+    prompt: Raw = ABSENT
+
+
+class _Role(msgspec.Struct, gc=False):
+    role: Raw = ABSENT
+
+
+_TOP = msgspec.json.Decoder(_Top)
+_ROLE = msgspec.json.Decoder(_Role)
+
+
+class Prefix(NamedTuple):
+    """The beginning of one prompt of *size* bytes.
+
+    *digests* has the digest of its first *lengths* bytes each, in ascending order. *identity* is
+    the digest of what ends with the first message of a user; the prompt *has_history* if something
+    follows that.
+    """
+
+    size: int
+    lengths: Sequence[int]
+    digests: Sequence[bytes]
+    identity: bytes
+    identity_length: int
+    has_history: bool
+
+
+async def prefix_of(body: bytes, seed: str) -> Prefix | None:
+    """Return the prefix of the prompt in *body*, valid JSON; None if there is no prompt.
+
+    The digests are those of one *seed*. A body that is long is read in steps.
+    """
+    top: _Top = (
+        await decoding(_TOP, body, "body") if len(body) > PIECE_BYTES else _TOP.decode(body)
+    )
+    parts = [bytes(part) for part in _parts(top) if part]
+    if not parts:
+        return None
+    # The last part is the conversation; its first message of a user ends there.
+    head, talk = parts[:-1], parts[-1]
+    cut = _end_of_first_user(talk)
+    stripped = [_unmarked(part) for part in head]
+    first, rest = _unmarked(talk[:cut]), _unmarked(talk[cut:])
+    identity_length = sum(map(len, stripped)) + len(first)
+    hashed = _Running(seed, identity_length)
+    for part in (*stripped, first, rest):
+        for start in range(0, len(part), PIECE_BYTES):
+            hashed.update(part[start : start + PIECE_BYTES])
+            if start + PIECE_BYTES < len(part):
+                await pause()
+    if not hashed.identity:
+        return None
+    # The brackets that close the conversation are no message.
+    has_history = len(rest.strip(b" \t\r\n]},")) > 0
+    return Prefix(
+        hashed.size,
+        hashed.lengths,
+        hashed.digests,
+        hashed.identity,
+        identity_length,
+        has_history,
+    )
+
+
+def _parts(top: _Top) -> Iterator[Raw]:
+    yield top.tools
+    yield top.system
+    yield top.instructions
+    # One of the three.
+    yield top.messages or top.input or top.prompt
+
+
+def _end_of_first_user(talk: bytes) -> int:
+    """Return where the first message of a user ends in *talk*.
+
+    Of a text, and where there is no such message, that is its first KiB, or all of it.
+    """
+    whole = min(len(talk), LENGTHS[0])
+    if not talk.startswith(b"["):
+        return whole
+    end = looked_at = 0
+    for some in elements(talk):
+        for element in some:
+            # Elements come in their order, so each is found behind the one before it.
+            raw = bytes(element)
+            end = talk.index(raw, end) + len(raw)
+            looked_at += 1
+            if looked_at > MAX_LOOKED_AT:
+                return whole
+            if raw.startswith(b"{") and bytes(_ROLE.decode(raw).role) == b'"user"':
+                return end
+    return whole
+
+
+def _unmarked(data: bytes) -> bytes:
+    """Return *data* without markers."""
+    return _MARKER.sub(b"", data) if any(word in data for word in _WORDS) else data
+
+
+class _Running:
+    """A digest that is read at each length, and at *identity_length*."""
+
+    def __init__(self, seed: str, identity_length: int) -> None:
+        self._hash = hashlib.blake2b(
+            digest_size=DIGEST_BYTES,
+            key=hashlib.blake2b(seed.encode(), digest_size=32).digest(),
+        )
+        self._stops = sorted({*LENGTHS, identity_length})
+        self._identity_length = identity_length
+        self.size = 0
+        self.lengths: list[int] = []
+        self.digests: list[bytes] = []
+        self.identity = b""
+
+    def update(self, data: bytes) -> None:
+        """Take the next bytes in."""
+        view, start = memoryview(data), 0
+        next_stop = bisect_right(self._stops, self.size)
+        while start < len(data):
+            stop = self._stops[next_stop] if next_stop < len(self._stops) else None
+            if stop is None or stop - self.size > len(data) - start:
+                self._hash.update(view[start:])
+                self.size += len(data) - start
+                return
+            step = stop - self.size
+            self._hash.update(view[start : start + step])
+            start += step
+            self.size = stop
+            digest = self._hash.copy().digest()
+            self.lengths.append(stop)
+            self.digests.append(digest)
+            if stop == self._identity_length:
+                self.identity = digest
+            next_stop += 1

@@ -1,0 +1,386 @@
+"""What placement by prefix is worth: a trace of conversations on four engines with a prefix cache.
+
+    python benchmarks/groups.py                five seeds, in virtual time
+    python benchmarks/groups.py --seed 3       one
+
+32 users each have one conversation after another. The system prompt is one of 4 (Zipf 1.0) of
+1,000 tokens; a first question has 1,500 tokens, later ones 800 (log-normal, sigma 0.5), answers
+have 40 (sigma 0.4); a conversation has 4 to 10 turns; before each question is a pause of 2 s
+(exponential). 400 s are simulated, of which the first 80 do not count.
+
+The router, the gates and the lines are the server's own; the engines are the simulator's, whose
+time is virtual. Beside the group the same trace goes round robin (request i to engine i mod 4, where
+it waits), and to an ideal placement that knows all caches and when each place ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from aioserver.config import settings
+from aioserver.config.settings import Group, Llm, Member
+from aioserver.gateway import homes
+from aioserver.gateway.request import Request
+from aioserver.gateway.router import Router
+from aioserver.provider_errors import ProviderFault
+from aioserver.providers.api import CHAT
+from aioserver.providers.provider import Provider
+from aioserver.providers.request import NO_CALLER, ProviderRequest
+from aioserver.wings.simulator.engine import Engine, EngineOptions, block_hashes, count_tokens
+from tests.support.scripted_provider import LIMITS
+from tests.support.virtual_loop import run_virtually
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aioserver.providers.attempt import Attempt
+
+USERS, ENGINES, PLACES = 32, 4, 4
+SECONDS, WARM_UP, BEGIN_WITHIN, PAUSE = 400.0, 80.0, 5.0, 2.0
+SYSTEMS, SYSTEM_TOKENS, FIRST, LATER, ANSWER = 4, 1000, 1500, 800, 40
+TURNS = (4, 10)
+JSON = {"content-type": "application/json"}
+
+
+@dataclass
+class Load:
+    """What differs from the trace of the table's first rows."""
+
+    users: int = USERS
+    turns: tuple[int, int] = TURNS
+    systems: int = SYSTEMS
+    system_tokens: int = SYSTEM_TOKENS
+    first: int = FIRST
+    later: int = LATER
+    places: int = PLACES
+    instances: int = 1
+    # How wrong the seconds per byte are.
+    wrong: float = 1.0
+
+
+@dataclass
+class Turn:
+    """One question: what is sent, and how long its answer is."""
+
+    messages: list[dict[str, str]]
+    answer_tokens: int
+
+    @property
+    def body(self) -> bytes:
+        """The body of its request."""
+        return json.dumps({"model": "m", "messages": self.messages}).encode()
+
+    @property
+    def prompt(self) -> bytes:
+        """The text that the engine reads."""
+        return text_of(self.messages)
+
+
+def text_of(messages: list[dict[str, str]]) -> bytes:
+    """Return the text of *messages* as an engine reads it, with their roles."""
+    return "".join(f"<{each['role']}>{each['content']}" for each in messages).encode()
+
+
+def words(dice: random.Random, tokens: int) -> str:
+    """Return text of so many tokens, which is nobody else's."""
+    return dice.randbytes(2 * tokens).hex()
+
+
+@dataclass
+class Result:
+    """What a run has measured, after its warm-up."""
+
+    prompt: int = 0
+    cached: int = 0
+    # Prompt tokens in blocks that any engine was given before.
+    ideal: int = 0
+    output: int = 0
+    first_tokens: list[float] = field(default_factory=list)
+    starts: Counter[str] = field(default_factory=Counter)
+    failed: int = 0
+    homes: dict[str, int] = field(default_factory=dict)
+    held_back: int = 0
+
+    @property
+    def hits(self) -> float:
+        """The share of the prompt tokens that could come from a cache and did."""
+        return self.cached / max(1, self.ideal)
+
+    @property
+    def p90(self) -> float:
+        """Seconds within which nine of ten first tokens came."""
+        ordered = sorted(self.first_tokens)
+        return ordered[int(0.9 * len(ordered))] if ordered else 0.0
+
+
+class EngineProvider(Provider):
+    """A provider whose exchange is an engine's time."""
+
+    def __init__(self, name: str, engine: Engine, places: int, run: Run) -> None:
+        limits = replace(
+            LIMITS,
+            max_connections=places,
+            max_keepalive=places,
+            concurrent_requests=places,
+            queue_size=1000,
+            queue_timeout=120.0,
+            read_timeout=120.0,
+        )
+        entry = settings.Provider(
+            name=name, base_url=f"http://{name}:9/v1", model="m", http_client=limits
+        )
+        self._time = asyncio.get_running_loop().time
+        super().__init__(entry, entry.base_url, max_response_bytes=1 << 20, clock=self._time)
+        self.engine, self._run = engine, run
+        self.free_at = 0.0
+
+    async def exchange(self, attempt: Attempt) -> None:
+        """Read the prompt, and write the answer."""
+        attempt.pool = self.pools.pool
+        attempt.sending()
+        record = attempt.request.record
+        record.outcome.sent_at = self._time()
+        turn = self._run.turns[attempt.request]
+        await self._run.answer(self, turn, lambda: setattr(record, "first_event_at", self._time()))
+        attempt.head_received(200, JSON).feed(b"{}")
+
+
+class Run:
+    """One run of the trace with one way of placing requests."""
+
+    def __init__(self, seed: int, load: Load, way: str) -> None:
+        self.load, self.way = load, way
+        self.seed = seed
+        self.result = Result()
+        self.turns: dict[ProviderRequest, Turn] = {}
+        self._given: set[bytes] = set()
+        self._loop = asyncio.get_running_loop()
+        self._began = self._loop.time()
+        self._asked = 0
+        self.engines = [Engine(EngineOptions()) for _ in range(ENGINES)]
+        self.providers = {
+            f"e{number}": EngineProvider(f"e{number}", engine, load.places, self)
+            for number, engine in enumerate(self.engines)
+        }
+        llm = Llm(
+            active="group",
+            models={
+                "group": Group(
+                    members=tuple(Member(provider=name) for name in self.providers),
+                    choose="least_busy",
+                    affinity="prefix",
+                )
+            },
+            providers={name: provider.settings for name, provider in self.providers.items()},
+        )
+        self.routers = [
+            Router(dict(self.providers), llm, alone=load.instances == 1)
+            for _ in range(load.instances)
+        ]
+
+    @property
+    def counts(self) -> bool:
+        """Whether the warm-up is over."""
+        return self._loop.time() - self._began >= WARM_UP
+
+    async def answer(
+        self, provider: EngineProvider, turn: Turn, first: Callable[[], None]
+    ) -> None:
+        """Have the engine of *provider* answer *turn*; *first* is called with its first token."""
+        engine, prompt, result = provider.engine, turn.prompt, self.result
+        tokens, size = count_tokens(prompt), engine.options.block
+        async with engine.read(prompt) as cached:
+            counts = self.counts
+            blocks = block_hashes(prompt, size)
+            if counts:
+                result.prompt += tokens
+                result.cached += cached
+                known = 0
+                while known < len(blocks) and blocks[known] in self._given:
+                    known += 1
+                result.ideal += known * size
+                result.starts[provider.name] += 1
+            self._given.update(blocks)
+            await asyncio.sleep(1 / engine.options.decode)
+            first()
+            await asyncio.sleep((turn.answer_tokens - 1) / engine.options.decode)
+            if self.counts:
+                result.output += turn.answer_tokens
+        said = [*turn.messages, {"role": "assistant", "content": self._said(turn)}]
+        text = text_of(said)
+        engine.wrote(text)
+        self._given.update(block_hashes(text, size))
+
+    def _said(self, turn: Turn) -> str:
+        return random.Random(turn.prompt).randbytes(2 * turn.answer_tokens).hex()
+
+    async def user(self, number: int) -> None:
+        """Have one conversation after another."""
+        load, dice = self.load, random.Random(f"{self.seed} {number}")
+        weights = [1 / rank for rank in range(1, load.systems + 1)]
+        await asyncio.sleep(dice.uniform(0, BEGIN_WITHIN))
+        while True:
+            system = dice.choices(range(load.systems), weights)[0]
+            text = words(random.Random(f"system {self.seed} {system}"), load.system_tokens)
+            messages = [{"role": "system", "content": text}]
+            for turn_number in range(dice.randint(*load.turns)):
+                await asyncio.sleep(dice.expovariate(1 / PAUSE))
+                mean = load.later if turn_number else load.first
+                tokens = max(1, round(mean * dice.lognormvariate(0, 0.5)))
+                messages.append({"role": "user", "content": words(dice, tokens)})
+                turn = Turn(list(messages), max(2, round(ANSWER * dice.lognormvariate(0, 0.4))))
+                await self._ask(turn, number)
+                messages.append({"role": "assistant", "content": self._said(turn)})
+
+    async def _ask(self, turn: Turn, user: int) -> None:
+        began = self._loop.time()
+
+        def first() -> None:
+            if self.counts:
+                self.result.first_tokens.append(self._loop.time() - began)
+
+        number, self._asked = self._asked, self._asked + 1
+        if self.way == "round robin":
+            provider = self.providers[f"e{number % ENGINES}"]
+            async with self._places[provider.name]:
+                await self.answer(provider, turn, first)
+        elif self.way == "ideal":
+            await self._ideally(turn, first)
+        else:
+            body = turn.body
+            request = ProviderRequest(
+                CHAT, lambda _settings, _model: body, streamed=False, caller=NO_CALLER
+            )
+            self.turns[request] = turn
+            router = self.routers[user % len(self.routers)]
+            try:
+                await router.call(Request(router.route(None), request, "openai", "r"))
+            except ProviderFault:
+                self.result.failed += 1
+            self.result.first_tokens += (
+                [request.record.first_event_at - began] if self.counts else []
+            )
+            del self.turns[request]
+
+    async def _ideally(self, turn: Turn, first: Callable[[], None]) -> None:
+        """Start the request where its first token comes first, once there is a place."""
+        chosen: asyncio.Future[EngineProvider] = self._loop.create_future()
+        self._waiting[chosen] = turn
+        self._place_ideally()
+        provider = await chosen
+        try:
+            await self.answer(provider, turn, first)
+        finally:
+            self._ends[provider.name].remove(self._end_of.pop(chosen))
+            self._place_ideally()
+
+    def _place_ideally(self) -> None:
+        """Start, in order of arrival, each request whose earliest first token is at a free
+        place.
+        """
+        now, places = self._loop.time(), self.load.places
+        for chosen, turn in list(self._waiting.items()):
+            blocks, tokens = block_hashes(turn.prompt, 16), count_tokens(turn.prompt)
+            best: tuple[float, EngineProvider] | None = None
+            for provider in self.providers.values():
+                ends = self._ends[provider.name]
+                place = now if len(ends) < places else min(ends)
+                unknown = tokens - 16 * provider.engine._known(blocks)  # noqa: SLF001
+                at = max(now, place, provider.free_at) + unknown / provider.engine.options.prefill
+                if best is None or at < best[0]:
+                    best = at, provider
+            assert best is not None
+            at, provider = best
+            if len(self._ends[provider.name]) < places:
+                del self._waiting[chosen]
+                provider.free_at = at
+                self._end_of[chosen] = at + turn.answer_tokens / provider.engine.options.decode
+                self._ends[provider.name].append(self._end_of[chosen])
+                chosen.set_result(provider)
+
+    async def play(self) -> Result:
+        """Run the trace."""
+        self._places: dict[str, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(self.load.places)
+        )
+        # Of the ideal placement: who waits, and when each place ends.
+        self._waiting: dict[asyncio.Future[EngineProvider], Turn] = {}
+        self._end_of: dict[asyncio.Future[EngineProvider], float] = {}
+        self._ends: dict[str, list[float]] = defaultdict(list)
+        users = [asyncio.create_task(self.user(number)) for number in range(self.load.users)]
+        done, _ = await asyncio.wait(users, timeout=SECONDS)
+        for task in done:
+            task.result()
+        for task in users:
+            task.cancel()
+        await asyncio.gather(*users, return_exceptions=True)
+        group = self.routers[0].groups["group"]
+        self.result.homes, self.result.held_back = group.homes, group.held_back
+        return self.result
+
+
+def run(seed: int, load: Load, way: str) -> Result:
+    """Run the trace of *seed* with *load*, placed by *way*."""
+
+    async def scene() -> Result:
+        return await Run(seed, load, way).play()
+
+    before = homes.PATIENCE
+    homes.PATIENCE = before * load.wrong
+    try:
+        return run_virtually(scene())
+    finally:
+        homes.PATIENCE = before
+
+
+ROWS: list[tuple[str, Load]] = [
+    ("32 users", Load()),
+    ("48 users", Load(users=48)),
+    ("4 instances", Load(instances=4)),
+    (
+        "one system prompt of 4,000 tokens",
+        Load(turns=(1, 3), systems=1, system_tokens=4000, first=100, later=100, places=64),
+    ),
+    ("c_m 4 times too large", Load(wrong=4.0)),
+    ("c_m 4 times too small", Load(wrong=0.25)),
+]
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--row", type=int)
+    given = parser.parse_args()
+    seeds = [1, 2, 3, 4, 5] if given.seed is None else [given.seed]
+    rows = ROWS if given.row is None else [ROWS[given.row]]
+    for name, load in rows:
+        print(
+            f"\n{name}: hits of ideal, round robin's hits, output of round robin, p90 of ideal, "
+            "most to least starts"
+        )
+        for seed in seeds:
+            group, robin = run(seed, load, "group"), run(seed, load, "round robin")
+            ideal = run(seed, load, "ideal")
+            starts = [group.starts[f"e{number}"] for number in range(ENGINES)]
+            print(
+                f"seed {seed}: {group.hits:.3f} {robin.hits:.3f} "
+                f"{group.output / max(1, robin.output):.2f} {group.p90 / max(1e-9, ideal.p90):.2f} "
+                f"{max(starts) / max(1, min(starts)):.2f}  failed {group.failed}, "
+                f"homes {group.homes}, held back {group.held_back}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

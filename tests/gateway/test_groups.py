@@ -1,0 +1,602 @@
+"""Groups: which member answers, who stands in line where, and what becomes of faults."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver.config.settings import Group, Member
+from aioserver.errors import ModelNotFound
+from aioserver.gateway.request import Request
+from aioserver.provider_errors import (
+    CircuitOpen,
+    ProviderError,
+    ProviderFault,
+    ProviderQueueFull,
+    ProviderQueueTimeout,
+    ProviderRateLimited,
+    ProviderRefused,
+)
+from aioserver.providers.api import CHAT
+from aioserver.providers.passthrough import PassedRequest
+from aioserver.providers.request import NO_CALLER, ProviderRequest
+from tests.support.engines import Engine, nothing_is_held
+from tests.support.routers import llm_of, router_of
+from tests.support.virtual_loop import run_virtually
+from tests.support.waiting import ticks
+
+if TYPE_CHECKING:
+    from aioserver.gateway.router import Router
+    from aioserver.providers.request import Answer
+
+
+def group(*members: str | Member, choose: str = "ordered") -> Group:
+    made = [
+        member if isinstance(member, Member) else Member(provider=member) for member in members
+    ]
+    return Group(members=tuple(made), choose=choose)
+
+
+async def ask(router: Router, model: str | None = None, **further: Any) -> Answer:
+    """Ask for an answer that is not streamed."""
+    return await router.call(request_of(router, model, **further))
+
+
+def request_of(
+    router: Router, model: str | None = None, *, provider: str | None = None, body: bytes = b"{}"
+) -> Request:
+    asked = ProviderRequest(CHAT, lambda _settings, _model: body, streamed=False)
+    return Request(router.route(model, provider), asked, "openai", "r")
+
+
+async def asking(count: int, router: Router, model: str) -> list[asyncio.Task[Answer]]:
+    """So many requests under way."""
+    tasks = [asyncio.create_task(ask(router, model)) for _ in range(count)]
+    await ticks(3)
+    return tasks
+
+
+def engines(*names: str, **changes: Any) -> dict[str, Engine]:
+    return {name: Engine(name, **changes) for name in names}
+
+
+def router_over(
+    providers: dict[str, Engine],
+    active: str = "",
+    fallbacks: tuple[str, ...] = (),
+    models: dict[str, Group] | None = None,
+    **more: Group,
+) -> Router:
+    first, groups = active or next(iter(providers)), {**(models or {}), **more}
+    return router_of(dict(providers), first, fallbacks, groups, random_number=lambda: 1.0)
+
+
+# Where a request goes.
+
+
+def test_a_name_leads_to_its_group_before_anything_else_knows_it() -> None:
+    async def scene() -> None:
+        providers = engines("a", "b", "c")
+        router = router_over(
+            providers,
+            models={
+                "fast": group(Member(provider="b", model="small")),
+                "smart": group("b", "c"),
+                "claude-*": group("c"),
+                "claude-opus-*": group("b"),
+            },
+        )
+
+        def way(model: str | None, provider: str | None = None) -> tuple[str, str | None, bool]:
+            route = router.route(model, provider)
+            return route.provider.name, route.model, route.fallbacks
+
+        assert way("fast") == ("b", "small", False)
+        assert way(None, "fast") == ("b", "small", False)
+        assert way("smart") == ("b", None, False)
+        assert way("claude-sonnet") == ("c", None, False)
+        assert way("claude-opus-4") == ("b", None, False)
+        assert way("claude-*") == ("c", None, False)
+        assert way("b/x") == ("b", "x", False)
+        assert way("unknown") == ("a", "unknown", True)
+        assert way(None) == ("a", None, True)
+        assert router.route("smart").group is router.groups["smart"]
+        assert router.route("b").group is None
+
+    run_virtually(scene())
+
+
+def test_who_lists_a_model_gets_it_and_a_providers_own_model_is_not_enough() -> None:
+    async def scene() -> None:
+        providers = {
+            "a": Engine("a", models=("both",)),
+            "b": Engine("b", models=("both", "theirs")),
+            "c": Engine("c", models=("theirs",)),
+        }
+        router = router_over(providers)
+
+        assert router.route("both").provider.name == "a"
+        assert router.route("both").fallbacks
+        theirs = router.route("theirs")
+        assert (theirs.provider.name, theirs.model, theirs.fallbacks) == ("b", "theirs", False)
+        assert theirs.group is not None
+        assert theirs.group.name == ""
+        # Nobody is paid, and no text leaves, unasked.
+        assert router.route("b-model").provider.name == "a"
+
+        providers["b"].fault = lambda _model: ProviderError("no")
+        answer = await ask(router, "theirs")
+        assert (answer.outcome.provider, answer.outcome.model) == ("c", "theirs")
+
+    run_virtually(scene())
+
+
+def test_a_model_that_nobody_has_can_be_refused() -> None:
+    async def scene() -> None:
+        providers = {"a": Engine("a", models=("large",)), "b": Engine("b", models=("listed",))}
+        router = router_of(
+            dict(providers), "a", models={"smart": group("b")}, unknown_models="refuse"
+        )
+        for known in ("a", "a/anything", "a-model", "large", "listed", "smart", None):
+            router.route(known)
+        with pytest.raises(ModelNotFound, match=r'"smrt" \(did you mean smart\?\)'):
+            router.route("smrt")
+        with pytest.raises(ModelNotFound):
+            router.route("b-model")
+
+    run_virtually(scene())
+
+
+def test_an_active_group_replaces_the_name_and_its_fallbacks_follow() -> None:
+    async def scene() -> None:
+        providers = engines("a", "b", "c")
+        for name in "ab":
+            providers[name].fault = lambda _model: ProviderError("no")
+        router = router_over(providers, "both", ("c", "both"), both=group("a", "b"))
+
+        answer = await ask(router, "whatever")
+
+        assert answer.outcome.provider == "c"
+        assert [next(zip(*engine.asked, strict=True)) for engine in providers.values()] == [
+            ("a-model",),
+            ("b-model",),
+            ("c-model",),
+        ]
+        assert (router.active.name, router.fallbacks) == ("a", ["c"])
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+# One fair queue.
+
+
+def test_twenty_at_once_use_every_member_and_wait_for_the_first_place() -> None:
+    async def scene() -> float:
+        loop = asyncio.get_running_loop()
+        providers = engines("a", "b")
+        router = router_over(providers, pair=group("a", "b"))
+        began = loop.time()
+
+        tasks = await asking(20, router, "pair")
+        assert router.groups["pair"].waiting == 18
+        assert [engine.stats().queue.waiting for engine in providers.values()] == [18, 18]
+        await asyncio.gather(*tasks)
+
+        assert [len(engine.asked) for engine in providers.values()] == [10, 10]
+        assert [engine.most for engine in providers.values()] == [1, 1]
+        nothing_is_held(router)
+        return loop.time() - began
+
+    assert run_virtually(scene()) == pytest.approx(10.0)
+
+
+def test_the_room_of_a_group_is_that_of_its_members_together() -> None:
+    async def scene() -> None:
+        providers = engines("a", "b", limits={"queue_size": 2})
+        router = router_over(providers, pair=group("a", "b"))
+        tasks = await asking(7, router, "pair")
+
+        done = [task for task in tasks if task.done()]
+        assert len(done) == 1
+        assert isinstance(done[0].exception(), ProviderQueueFull)
+        await asyncio.wait(tasks)
+        assert sum(task.exception() is None for task in tasks) == 6
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+def test_ordered_asks_the_first_that_can_start() -> None:
+    async def scene() -> None:
+        providers = {"a": Engine("a", 2), "b": Engine("b", 9)}
+        router = router_over(providers, pair=group("a", "b"))
+        await asyncio.gather(*await asking(5, router, "pair"))
+        assert [len(engine.asked) for engine in providers.values()] == [2, 3]
+
+    run_virtually(scene())
+
+
+def test_least_busy_asks_where_the_smallest_share_is_taken() -> None:
+    async def scene() -> None:
+        providers = {"a": Engine("a", 2), "b": Engine("b", 8)}
+        router = router_over(providers, pair=group("a", "b", choose="least_busy"))
+        await asyncio.gather(*await asking(5, router, "pair"))
+        assert [len(engine.asked) for engine in providers.values()] == [1, 4]
+
+        # One that is free everywhere goes to each in turn.
+        for _ in range(6):
+            await ask(router, "pair")
+        assert [len(engine.asked) for engine in providers.values()] == [4, 7]
+
+    run_virtually(scene())
+
+
+def test_starts_follow_the_weights_as_closely_as_places_allow() -> None:
+    async def scene() -> None:
+        providers = {"a": Engine("a", 5), "b": Engine("b", 1)}
+        weighted = group(
+            Member(provider="a", weight=1), Member(provider="b", weight=3), choose="weighted"
+        )
+        router = router_over(providers, pair=weighted)
+        for _ in range(8):
+            await ask(router, "pair")
+        starts = [len(engine.asked) for engine in providers.values()]
+        assert starts == [2, 6]
+
+        # `b` has one place; who finds it taken goes to `a`, and `b` is owed no burst for it.
+        await asyncio.gather(*await asking(4, router, "pair"))
+        for _ in range(8):
+            await ask(router, "pair")
+        assert len(providers["a"].asked) - starts[0] in {4, 5, 6}
+
+    run_virtually(scene())
+
+
+# Members that fail.
+
+
+def test_a_fault_leads_to_the_next_member_at_once() -> None:
+    async def scene() -> float:
+        loop = asyncio.get_running_loop()
+        providers = engines("a", "b", limits={"max_retries": 3})
+        providers["a"].fault = lambda _model: ProviderError("no", retry_after=9.0)
+        router = router_over(providers, pair=group("a", "b"))
+        began = loop.time()
+
+        answer = await ask(router, "pair")
+
+        assert answer.outcome.provider == "b"
+        assert answer.outcome.attempts == 2
+        assert providers["a"].meter.failovers["provider_error"].value == 1
+        nothing_is_held(router)
+        return loop.time() - began
+
+    assert run_virtually(scene()) == pytest.approx(2.0)
+
+
+def test_only_when_every_member_has_failed_a_backoff_begins() -> None:
+    async def scene() -> None:
+        loop = asyncio.get_running_loop()
+        providers = engines("a", "b", limits={"max_retries": 2, "backoff_factor": 1.0})
+        providers["a"].fault = lambda _model: ProviderError("no")
+        # A refusal of our key is not asked again.
+        providers["b"].fault = lambda _model: ProviderError("no")
+        router = router_over(providers, pair=group("a", "b"))
+        began = loop.time()
+
+        with pytest.raises(ProviderError) as caught:
+            await ask(router, "pair")
+
+        assert caught.value.request_outcome is not None
+        assert caught.value.request_outcome.attempts == 6
+        times = [[when - began for _, when in engine.asked] for engine in providers.values()]
+        # 1 s for each attempt, and backoffs of 1 and 2 s.
+        assert times == [pytest.approx([0, 3, 7]), pytest.approx([1, 4, 8])]
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+def test_a_request_that_is_refused_for_what_it_is_goes_to_nobody_else() -> None:
+    async def scene() -> None:
+        providers = engines("a", "b")
+        providers["a"].fault = lambda _model: ProviderRefused("bad request", 400, b"")
+        router = router_over(providers, pair=group("a", "b"))
+        with pytest.raises(ProviderRefused):
+            await ask(router, "pair")
+        assert providers["b"].asked == []
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+def test_a_member_that_cools_is_left_out_and_the_others_go_on() -> None:
+    async def scene() -> None:
+        loop = asyncio.get_running_loop()
+        providers = engines("a", "b")
+        providers["a"].fault = lambda _model: ProviderRateLimited("slow down", retry_after=20.0)
+        router = router_over(providers, pair=group("a", "b"))
+        await ask(router, "pair")
+        providers["a"].fault = lambda _model: None
+
+        for _ in range(5):
+            await ask(router, "pair")
+        assert [len(engine.asked) for engine in providers.values()] == [1, 6]
+
+        # While all cool, a request waits in line for the first that is back.
+        providers["b"].fault = lambda _model: ProviderRateLimited("slow down", retry_after=30.0)
+        answer = await ask(router, "pair")
+        assert answer.outcome.provider == "a"
+        # A second until `a` had refused, 20 more and some jitter, and one for the answer.
+        assert 22 <= loop.time() - providers["a"].asked[0][1] < 24
+
+    run_virtually(scene())
+
+
+def test_one_whose_time_ends_before_the_first_is_back_is_refused_at_once() -> None:
+    async def scene() -> None:
+        loop = asyncio.get_running_loop()
+        providers = engines("a", "b", limits={"queue_timeout": 5.0})
+        router = router_over(providers, pair=group("a", "b"))
+        for name, seconds in (("a", 40.0), ("b", 20.0)):
+            providers[name].fault = lambda _model, seconds=seconds: ProviderRateLimited(  # type: ignore[misc]
+                "slow down", retry_after=seconds
+            )
+        with pytest.raises(ProviderRateLimited):
+            await ask(router, "pair")
+        began = loop.time()
+
+        with pytest.raises(ProviderRateLimited) as caught:
+            await ask(router, "pair")
+
+        assert loop.time() == began
+        assert caught.value.retry_after is not None
+        assert 20 <= caught.value.retry_after < 24
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+def test_dead_members_are_out_but_for_trials() -> None:
+    async def scene() -> None:
+        providers = engines("a", "b")
+        providers["a"].fault = lambda _model: ProviderError("no")
+        router = router_over(providers, pair=group("a", "b"))
+        for _ in range(40):
+            await ask(router, "pair")
+        assert providers["a"].health.state == "dead"
+        asked = len(providers["a"].asked)
+
+        for _ in range(20):
+            answer = await ask(router, "pair")
+            assert answer.outcome.provider == "b"
+        assert len(providers["a"].asked) - asked <= 4
+
+        providers["a"].fault = lambda _model: None
+        await asyncio.sleep(60)
+        for _ in range(3):
+            await ask(router, "pair")
+        assert providers["a"].health.state == "well"
+
+    run_virtually(scene())
+
+
+def test_the_waiting_of_a_member_that_dies_go_on_in_the_other_lines() -> None:
+    async def scene() -> None:
+        providers = engines("a", "b")
+        router = router_over(providers, pair=group("a", "b"))
+        providers["a"].fault = lambda _model: ProviderError("no")
+        tasks = await asking(12, router, "pair")
+        await asyncio.wait(tasks)
+        assert all(task.exception() is None for task in tasks)
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+def test_all_dead_is_said_with_the_fault_that_killed_the_last() -> None:
+    async def scene() -> None:
+        providers = engines("a", "b")
+        for engine in providers.values():
+            engine.fault = lambda _model: ProviderError("no")
+        router = router_over(providers, pair=group("a", "b"))
+        for _ in range(40):
+            with pytest.raises(ProviderFault):
+                await ask(router, "pair")
+        with pytest.raises(CircuitOpen) as caught:
+            await ask(router, "pair")
+        assert (caught.value.retry_after or 0) >= 1
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+def test_leaving_loses_no_place_wherever_it_happens() -> None:
+    async def scene(seed: int) -> None:
+        dice = random.Random(seed)
+        providers = engines("a", "b", "c", limits={"queue_timeout": 3.0})
+        for engine in providers.values():
+            engine.fault = lambda _model: ProviderError("no") if dice.random() < 0.2 else None
+        router = router_over(
+            providers,
+            pair=group("a", "b", choose="least_busy"),
+            all=group("c", "a", "b"),
+            weighted=group(
+                Member(provider="b", weight=2), Member(provider="c", weight=5), choose="weighted"
+            ),
+        )
+        outcomes: Counter[str] = Counter()
+
+        async def client() -> None:
+            model = dice.choice(["pair", "all", "weighted", "a", "b", "c"])
+            try:
+                async with asyncio.timeout(dice.expovariate(0.3)):
+                    await ask(router, model)
+            except (ProviderFault, TimeoutError) as fault:
+                outcomes[type(fault).__name__] += 1
+            else:
+                outcomes["answered"] += 1
+
+        async with asyncio.TaskGroup() as clients:
+            for _ in range(200):
+                clients.create_task(client())
+                await asyncio.sleep(dice.expovariate(4))
+                for engine in providers.values():
+                    stats = engine.stats().queue
+                    assert stats.inside <= 1
+                    free = stats.inside < stats.limit and engine.health.available
+                    assert not (free and stats.waiting), "a place is free, and requests wait"
+        assert outcomes["answered"] > 50
+        assert all(engine.most == 1 for engine in providers.values())
+        nothing_is_held(router)
+
+    for seed in range(8):
+        run_virtually(scene(seed))
+
+
+# What a group is asked for.
+
+
+def test_a_prompt_that_is_certainly_too_long_is_not_sent_to_a_smaller_member() -> None:
+    async def scene() -> None:
+        providers = engines("a", "b", "c")
+        router = router_over(
+            providers,
+            some=group(
+                Member(provider="a", max_context=100),
+                Member(provider="b", max_context=1000),
+                Member(provider="c", max_context=500),
+            ),
+        )
+        # 4 bytes a token, and an estimate that may be wrong by half.
+        for size, expected in ((600, "a"), (601, "b"), (6001, "b"), (100_000, "b")):
+            answer = await ask(router, "some", body=b"x" * size)
+            assert answer.outcome.provider == expected
+
+    run_virtually(scene())
+
+
+def test_a_pinned_model_is_asked_of_the_members_that_have_it() -> None:
+    async def scene() -> None:
+        providers = engines("a", "b", "c")
+        router = router_over(
+            providers,
+            vectors=group(
+                Member(provider="a", model="e1"),
+                Member(provider="b", model="e2"),
+                Member(provider="c", model="e1"),
+            ),
+        )
+        providers["a"].fault = lambda _model: ProviderError("no")
+        request = request_of(router, "vectors")
+        request.route.pinned = True
+
+        answer = await router.call(request)
+
+        assert (answer.outcome.provider, answer.outcome.model) == ("c", "e1")
+        assert providers["b"].asked == []
+
+    run_virtually(scene())
+
+
+def test_one_provider_may_be_two_members_with_two_models() -> None:
+    async def scene() -> None:
+        providers = {"a": Engine("a", 4)}
+        providers["a"].fault = lambda model: ProviderError("no") if model == "large" else None
+        router = router_over(
+            providers,
+            sizes=group(Member(provider="a", model="large"), Member(provider="a", model="small")),
+        )
+        answer = await ask(router, "sizes")
+        assert [model for model, _ in providers["a"].asked] == ["large", "small"]
+        assert answer.outcome.model == "small"
+        # Full, it stands in that line once for each.
+        tasks = await asking(6, router, "sizes")
+        await asyncio.gather(*tasks)
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+def test_a_request_that_is_passed_on_waits_for_the_first_member_too() -> None:
+    async def scene() -> None:
+        loop = asyncio.get_running_loop()
+        providers = engines("a", "b")
+        providers["a"].seconds, providers["b"].seconds = 5.0, 2.0
+        router = router_over(providers, pair=group("a", "b"))
+        tasks = await asking(2, router, "pair")
+        began = loop.time()
+        passed = PassedRequest(
+            "POST",
+            "audio/speech",
+            lambda _settings, model: (model or "").encode(),
+            {},
+            upload=None,
+            caller=NO_CALLER,
+            model=None,
+            hold=None,
+            client_headers=ProviderRequest(
+                CHAT, lambda _settings, _model: b"", streamed=False
+            ).client_headers,
+        )
+
+        answer = await router.pass_on(Request(router.route("pair"), passed, "openai", "r"))
+
+        assert (answer.outcome.provider, answer.outcome.model) == ("b", "b-model")
+        assert loop.time() - began == pytest.approx(4.0)
+        await asyncio.gather(*tasks)
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+# A reload.
+
+
+def test_new_settings_keep_the_counts_of_members_that_stay() -> None:
+    async def scene() -> None:
+        providers = engines("a", "b", "c")
+        router = router_over(providers, pair=group("a", "b"))
+        for _ in range(3):
+            await ask(router, "pair")
+        pair = router.groups["pair"]
+
+        llm = llm_of(dict(providers), "a", models={"pair": group("c", "a"), "new": group("b")})
+        router.apply(dict(providers), llm)
+
+        assert router.groups["pair"] is pair
+        assert [(one.provider.name, one.starts) for one in pair.members] == [("c", 0), ("a", 3)]
+        assert (await ask(router, "pair")).outcome.provider == "c"
+        assert (await ask(router, "new")).outcome.provider == "b"
+
+    run_virtually(scene())
+
+
+def test_a_wait_ends_at_its_time_in_all_lines() -> None:
+    async def scene() -> None:
+        loop = asyncio.get_running_loop()
+        providers = {
+            "a": Engine("a", limits={"queue_timeout": 2.0}),
+            "b": Engine("b", limits={"queue_timeout": 4.0}),
+        }
+        for engine in providers.values():
+            engine.seconds = 100.0
+        router = router_over(providers, pair=group("a", "b"))
+        tasks = await asking(2, router, "pair")
+        began = loop.time()
+
+        with pytest.raises(ProviderQueueTimeout):
+            await ask(router, "pair")
+
+        assert loop.time() - began == pytest.approx(4.0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        nothing_is_held(router)
+
+    run_virtually(scene())

@@ -1,0 +1,172 @@
+"""The beginnings of prompts: two have the same digest where, and as far as, they begin alike."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from typing import Any
+
+import pytest
+
+from aioserver.protocol.json_body import at_once
+from aioserver.protocol.prefix import LENGTHS, Prefix, prefix_of
+
+
+def of(body: Any, seed: str = "group") -> Prefix:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    found = at_once(prefix_of(data, seed))
+    assert found is not None
+    return found
+
+
+def user(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "user", "content": text, **more}
+
+
+def talk(*texts: str, system: str = "Be brief.") -> dict[str, Any]:
+    """A chat whose turns are *texts*, the user's first."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
+    return {"model": "m", "messages": [{"role": "system", "content": system}, *messages]}
+
+
+def alike(one: Prefix, other: Prefix) -> int:
+    """How many digests they have in common."""
+    return len({*one.digests} & {*other.digests})
+
+
+def test_lengths_go_up_by_an_eighth_and_are_fifty_at_most() -> None:
+    assert LENGTHS[:9] == (1024, 2048, 3072, 4096, 5120, 6144, 7168, 8192, 9216)
+    assert len(LENGTHS) <= 50
+    assert LENGTHS[-1] <= 1 << 20
+    found = of(talk("x" * 3_000_000))
+    assert len(found.digests) <= 51
+
+
+def test_a_later_turn_has_the_identity_and_the_beginning_of_the_one_before() -> None:
+    first = talk("q" * 5000)
+    later = talk("q" * 5000, "a" * 500, "and now?" * 500)
+
+    one, two = of(first), of(later)
+
+    assert one.identity == two.identity
+    assert (one.has_history, two.has_history) == (False, True)
+    assert one.identity_length == two.identity_length
+    # All that was there, but for the brackets at the end.
+    assert {*two.digests} > {
+        digest
+        for digest, length in zip(one.digests, one.lengths, strict=True)
+        if length <= one.identity_length
+    }
+    assert two.size > one.size
+    assert list(two.lengths) == sorted(two.lengths)
+
+
+def test_another_first_question_system_prompt_or_group_is_another_conversation() -> None:
+    plain = of(talk("q" * 5000))
+    assert alike(plain, of(talk("r" * 5000))) == 0
+    assert of(talk("q" * 5000, system="Be long.")).identity != plain.identity
+    assert alike(plain, of(talk("q" * 5000), seed="other")) == 0
+    # A shared system prompt is a shared beginning, and no shared identity.
+    long = "s" * 9000
+    one, two = of(talk("one", system=long)), of(talk("two", system=long))
+    assert alike(one, two) == 8
+    assert one.identity != two.identity
+
+
+@pytest.mark.parametrize(
+    ("marker", "spaced"),
+    [
+        ({"cache_control": {"type": "ephemeral", "ttl": "5m"}}, False),
+        ({"cachePoint": {"type": "default"}}, True),
+        ({"prompt_cache_breakpoint": True}, False),
+        ({"cache_control": None}, True),
+        ({"cache_control": 'a "quoted\\" text'}, False),
+    ],
+)
+def test_markers_may_move_from_message_to_message(marker: dict[str, Any], spaced: bool) -> None:
+    separators = (", ", ": ") if spaced else (",", ":")
+
+    def body(*marked: int, first: bool = False) -> bytes:
+        parts = []
+        for number in range(3):
+            part: dict[str, Any] = {"type": "text", "text": f"part {number}" + "x" * 1000}
+            if number in marked:
+                part = {**marker, **part} if first else {**part, **marker}
+            parts.append({"role": "user" if number != 1 else "assistant", "content": [part]})
+        return json.dumps({"messages": parts}, separators=separators).encode()
+
+    plain = of(body())
+    assert plain.has_history
+    for marked in ((0,), (1, 2), (0, 1, 2)):
+        for first in (False, True):
+            assert of(body(*marked, first=first)) == plain
+
+
+def test_a_text_that_speaks_of_a_marker_is_no_marker() -> None:
+    def body(number: int) -> bytes:
+        text = 'say {"cache_control":' + str(number) + "} in JSON" + "x" * 2000
+        return json.dumps({"messages": [user(text)]}).encode()
+
+    assert alike(of(body(1)), of(body(2))) == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "has_history"),
+    [
+        ({"prompt": "Once"}, False),
+        ({"prompt": "Once upon a time " * 100}, True),
+        ({"input": "Hello"}, False),
+        ({"input": [user("a"), {"role": "assistant", "content": "b"}]}, True),
+        ({"instructions": "Be brief.", "input": [user("a")]}, False),
+        ({"system": [{"type": "text", "text": "s"}], "messages": [user("a"), user("b")]}, True),
+        ({"messages": [{"role": "system", "content": "only this"}]}, False),
+        ({"messages": []}, False),
+        ({"messages": [1, "two", None, {}]}, False),
+        ({"messages": {"role": "user"}}, False),
+    ],
+)
+def test_every_api_has_a_beginning(body: dict[str, Any], has_history: bool) -> None:
+    found = of(body)
+    assert found.has_history is has_history
+    assert len(found.identity) == 16
+
+
+def test_a_body_without_a_prompt_has_none() -> None:
+    assert at_once(prefix_of(b'{"model":"m"}', "g")) is None
+
+
+def test_tools_come_first_whatever_the_order_of_the_body_is() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"a": "x" * 3000}}}]
+    one = of({"tools": tools, "messages": [user("a" * 2000)]})
+    two = of({"messages": [user("a" * 2000)], "model": "m", "tools": tools})
+    assert one == two
+
+
+def test_nothing_looks_for_the_user_behind_a_thousand_messages() -> None:
+    system = {"role": "system", "content": "s"}
+    found = of({"messages": [system] * 999 + [user("here")]})
+    assert not found.has_history
+    far = of({"messages": [system] * 1500 + [user("here")]})
+    # The first KiB stands for it.
+    assert far.identity_length == 1024
+
+
+@pytest.mark.parametrize("size", [100, 10_000, 900_000])
+def test_digests_are_those_of_the_bytes_also_where_they_are_read_in_steps(size: int) -> None:
+    dice = random.Random(size)
+    texts = [dice.randbytes(size // 18).hex() for _ in range(9)]
+    messages = json.dumps(talk(*texts)["messages"]).encode()
+
+    found = of(b'{"model":"m","messages":%b}' % messages)
+
+    key = hashlib.blake2b(b"group", digest_size=32).digest()
+    for length, digest in zip(found.lengths, found.digests, strict=True):
+        assert digest == hashlib.blake2b(messages[:length], key=key, digest_size=16).digest()
+    assert {*found.lengths} == {
+        found.identity_length,
+        *(length for length in LENGTHS if length <= len(messages)),
+    }
+    assert messages[: found.identity_length].endswith(b'"}')
+    assert found.size == len(messages)
