@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import json
@@ -244,17 +245,23 @@ def events_for(request: bytes, text: bytes) -> tuple[bytes, ...]:
 async def test_running_answers_that_nobody_takes_stay_within_the_bound(
     make_server: MakeServer, ask: Callable[[Raw, str], Awaitable[None]]
 ) -> None:
-    most, largest, written = 2 << 20, 0, 0
+    most, largest, begun, written = 2 << 20, 0, 0, 0
+    all_begun = asyncio.Event()
 
     async def write_on(peer: Peer) -> None:
         """Answer with many events and no end; but well where the question is a short one."""
-        nonlocal written
+        nonlocal begun, written
         request = await peer.request()
         begin, event = events_for(request, b"y" * TEXT)
         await peer.send(begin)
         if b"short" in request:
             await peer.send(chunk(DONE), LAST_CHUNK)
             return
+        begun += 1
+        if begun == RUNNING:
+            # A new one is refused where others fill the store.
+            all_begun.set()
+        await all_begun.wait()
         with contextlib.suppress(ConnectionError):
             for _ in range(EVENTS):
                 await peer.send(event)
@@ -288,8 +295,9 @@ async def test_running_answers_that_nobody_takes_stay_within_the_bound(
             frames = await to_end(ws)
 
     assert frames[-1]["status"] == "complete"
-    # A conversation needs the texts of answers that are still read.
-    assert largest < most * (2 if ask is ask_in_conversation else 1.05)
+    # A conversation needs the texts of answers until they have ended, which takes a turn of the
+    # loop: on a busy machine much comes in one. All of them would be ten times the bound.
+    assert largest < most * (5 if ask is ask_in_conversation else 1.05)
 
 
 @pytest.mark.parametrize(("size", "count"), [(10, 2000), (5000, 200), (100_000, 20)])
