@@ -434,11 +434,21 @@ async def test_what_a_provider_says_before_it_has_the_request_is_no_answer_to_it
         taken.set()
 
 
-async def test_a_late_408_never_gives_a_request_the_answer_of_another() -> None:
+@pytest.mark.parametrize(
+    ("count", "at_once"),
+    [
+        (2000, 1),
+        pytest.param(10_000, 1, marks=[pytest.mark.stress, pytest.mark.timeout(300)]),
+        pytest.param(10_000, 6, marks=[pytest.mark.stress, pytest.mark.timeout(300)]),
+    ],
+)
+async def test_a_late_408_never_gives_a_request_the_answer_of_another(
+    count: int, at_once: int
+) -> None:
     """One of fifty idle connections is ended by a 408 at any moment, and its next request is
     answered all the same.
     """
-    luck = random.Random(408)
+    luck = random.Random(f"{count} {at_once}")
 
     async def play(peer: Peer) -> None:
         while True:
@@ -451,17 +461,22 @@ async def test_a_late_408_never_gives_a_request_the_answer_of_another() -> None:
 
     async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         swapped = served = 0
-        for number in range(2000):
-            body = str(number).encode()
-            try:
-                got = await ask(pool, body=body)
-            except (StaleConnection, ProviderDisconnected):
-                continue
-            served += got.status == 200
-            swapped += got.status == 200 and got.body != body
-            await ticks(luck.randrange(3))
 
-    assert served > 1000
+        async def client(first: int) -> None:
+            nonlocal swapped, served
+            for number in range(first, count, at_once):
+                body = str(number).encode()
+                try:
+                    got = await ask(pool, body=body)
+                except (StaleConnection, ProviderDisconnected):
+                    continue
+                served += got.status == 200
+                swapped += got.status == 200 and got.body != body
+                await ticks(luck.randrange(3))
+
+        await asyncio.gather(*map(client, range(at_once)))
+
+    assert served > count / 2
     assert not swapped
 
 
