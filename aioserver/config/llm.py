@@ -262,9 +262,9 @@ class Llm:
         (),
     )
     unknown_models: str = setting(
-        one_of("pass", "refuse"),
+        one_of(models.PASS, models.REFUSE),
         "what becomes of a model that nobody here has: pass it to the active provider, or refuse it (404)",
-        "pass",
+        models.PASS,
     )
     models: Mapping[str, Group] = setting(mapping_of(models.name, models.group), "", {})
     providers: Mapping[str, Provider] = setting(mapping_of(label, section(Provider)), "")

@@ -28,6 +28,8 @@ MAX_NAMES = 1_000
 MAX_MEMBERS = 64
 ORDERED, LEAST_BUSY, WEIGHTED = "ordered", "least_busy", "weighted"
 PREFIX = "prefix"
+# What becomes of a model that nobody has.
+PASS, REFUSE = "pass", "refuse"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from aioserver.gateway.homes import Placement
     from aioserver.limits.gate import Place
+    from aioserver.limits.lines import Wish
     from aioserver.providers.api import Api
     from aioserver.providers.attempt import Attempt
 
@@ -190,7 +191,7 @@ class Group:
                     cooling.append(member)
                 continue
             if place is not None:
-                self.started(member, among, placement)
+                self._take(place, member, among, placement)
                 return member, place
             ready.append(member)
         if not ready and not fallback:
@@ -205,8 +206,22 @@ class Group:
             delays = {}
         self.held_back += any(delays.get(member) for member in ready)
         member, place = await self._wait({each: attempts[each] for each in ready}, delays)
-        self.started(member, among, placement)
+        self._take(place, member, among, placement)
         return member, place
+
+    def _take(
+        self,
+        place: Place,
+        member: Member,
+        among: Sequence[Member],
+        placement: Placement | None,
+    ) -> None:
+        """Note that a request starts at *place*, which is given back if that fails."""
+        try:
+            self.started(member, among, placement)
+        except BaseException:
+            place.release()
+            raise
 
     async def _wait(
         self, attempts: Mapping[Member, Attempt], delays: Mapping[Member, float]
@@ -223,19 +238,22 @@ class Group:
             at_front=first.retry,
         )
         began = self._clock()
-        wishes = {
-            member: member.provider.wish(attempt, delays.get(member, 0.0))
-            for member, attempt in attempts.items()
-        }
+        wishes: dict[Member, Wish] = {}
         winner: Member | None = None
         place: Place | None = None
         self._waiting[lines] = began
         try:
+            for member, attempt in attempts.items():
+                wishes[member] = member.provider.wish(attempt, delays.get(member, 0.0))
             taken, place = await lines.wait(list(wishes.values()))
             winner = next(member for member, wish in wishes.items() if wish is taken)
+        except BaseException:
+            if place is not None:
+                place.release()
+            raise
         finally:
             del self._waiting[lines]
-            for member, attempt in attempts.items():
+            for member, wish in wishes.items():
                 own = place if member is winner else None
-                member.provider.waited(attempt, wishes[member], began, own)
+                member.provider.waited(attempts[member], wish, began, own)
         return winner, place

@@ -31,7 +31,7 @@ from math import inf
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from aioserver.config.hints import nearest
-from aioserver.config.models import PREFIX
+from aioserver.config.models import PASS, PREFIX
 from aioserver.config.schema import show
 from aioserver.errors import AioserverError, ModelNotFound
 from aioserver.gateway.groups import Group
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Llm
     from aioserver.gateway.homes import Placement
     from aioserver.gateway.request import Request
+    from aioserver.limits.gate import Place
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.provider import Provider
     from aioserver.providers.request import Answer
@@ -117,6 +118,8 @@ class Router:
         self._active = self._target(llm.active)
         self._fallbacks = [self._target(name) for name in llm.fallbacks]
         self._listed = self._implied()
+        # Whether a name may lead elsewhere than to the provider that it names, or the active one.
+        self._names_lead = bool(self._groups or self._listed or llm.unknown_models != PASS)
         # The client headers that any provider is passed, in lower case.
         self.passed_headers = frozenset(
             name for provider in providers.values() for name in provider.settings.pass_headers
@@ -132,7 +135,7 @@ class Router:
                 member.max_context,
                 {
                     label: self._starts.setdefault((name, member.provider, label), Counter())
-                    for label in (LABELS[1:] if configured.affinity == PREFIX else LABELS[:1])
+                    for label in (LABELS if configured.affinity == PREFIX else LABELS[:1])
                 },
             )
             for member in configured.members
@@ -208,6 +211,11 @@ class Router:
             return Route(self._named(provider), model)
         route = None if model is None else self._by_name(model, api)
         if route is None:
+            active = self._active.members[0].provider
+            if not self._active.name and active.settings.usable and api.speaks(active.settings):
+                return Route(
+                    active, model, self._active if self._fallbacks else None, fallbacks=True
+                )
             group = self._first(api)
             route = self._to(group, api)
             route.fallbacks = True
@@ -234,7 +242,9 @@ class Router:
         prefix, slash, rest = model.partition("/")
         if slash and rest and prefix in self._providers:
             return Route(self._named(prefix), rest)
-        if self._groups and (group := self._group_of(model)) is not None:
+        if not self._names_lead:
+            return None
+        if (group := self._group_of(model)) is not None:
             return self._to(group, api)
         active = self._llm.providers.get(self._llm.active)
         if active is not None and (model == active.model or model in active.models):
@@ -242,7 +252,7 @@ class Router:
         listed = self._listed.get(model)
         if listed is not None and listed.usable(api):
             return self._to(listed, api)
-        if self._llm.unknown_models == "refuse":
+        if self._llm.unknown_models != PASS:
             raise ModelNotFound(f"no model is named {show(model)}{nearest(model, self._names())}")
         return None
 
@@ -406,6 +416,10 @@ class Router:
         except AioserverError as error:
             error.paid = outcome.sent_at > 0
             raise
+        finally:
+            if place is not None:
+                # It is given back already, unless the attempt never began.
+                place.release()
         assert attempt.answer is not None
         return attempt.answer
 
@@ -492,6 +506,7 @@ class Router:
                     for member in group.order(left)
                 }
                 member: Member | None = None
+                place: Place | None = None
                 placement = None if prefix is None else self._homes.place(prefix, left)
                 try:
                     member, place = await group.start(attempts, placement, fallback=fallback)
@@ -532,6 +547,9 @@ class Router:
                         _measure(placement, member, attempt)
                     return attempt
                 finally:
+                    if place is not None:
+                        # It is given back already, unless the attempt never began.
+                        place.release()
                     for other, one in attempts.items():
                         waited[other] = one.waited
             number += 1

@@ -511,7 +511,13 @@ class Gate:
                 self._inside -= 1
         if waiter is not None and place is not None:
             self._entered += 1
-            waiter.start(place)
+            try:
+                waiter.start(place)
+            except Exception as exc:
+                if waiter.place.done():
+                    raise
+                place.release()
+                waiter.place.set_exception(exc)
 
     def _gone(self, waiter: Waiter[Place]) -> bool:
         """Return whether *waiter*, the first in the queue, has a place or an error, or has given

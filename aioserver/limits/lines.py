@@ -188,10 +188,10 @@ class Lines:
 
     def started(self, standing: _Standing, place: Place) -> None:
         """Take *place*, which the gate of *standing* hands over, and leave all lines."""
-        self._winner = standing
-        self._place.set_result(place)
         for other in list(self._standing):
             self._leave(other)
+        self._winner = standing
+        self._place.set_result(place)
 
     def refused(self, standing: _Standing, error: Callable[[], AioserverError]) -> bool:
         """Leave the line of *standing*; return whether it was the last, so that *error* ends the
