@@ -165,7 +165,8 @@ class Group:
         """Wait for a place of one of *attempts*, of which each is one at that member; they are in
         the order in which their members are asked. Return the member, and its place.
 
-        With a *placement* its home comes first, and others may have to be waited for. *fallback* says that others can be asked instead of all of them. Cancelling is safe.
+        With a *placement* its home comes first, and others may have to be waited for. *fallback*
+        says that others can be asked instead of all of them. Cancelling is safe.
 
         Raises:
             ProviderFault: no member can start it in time, or all are left alone.
@@ -175,6 +176,23 @@ class Group:
         if placement is not None:
             delays = placement.delays
             among.sort(key=lambda member: member is not placement.home)
+        member, place = await self._offered(among, attempts, delays, fallback=fallback)
+        try:
+            self.started(member, among, placement)
+        except BaseException:
+            place.release()
+            raise
+        return member, place
+
+    async def _offered(
+        self,
+        among: Sequence[Member],
+        attempts: Mapping[Member, Attempt],
+        delays: Mapping[Member, float],
+        *,
+        fallback: bool,
+    ) -> tuple[Member, Place]:
+        """Return the first place that a member offers, *among* these in their order."""
         refusals: list[ProviderFault] = []
         ready: list[Member] = []
         cooling: list[Member] = []
@@ -191,7 +209,6 @@ class Group:
                     cooling.append(member)
                 continue
             if place is not None:
-                self._take(place, member, among, placement)
                 return member, place
             ready.append(member)
         if not ready and not fallback:
@@ -201,27 +218,11 @@ class Group:
                 attempts[member].fallback = False
         if not ready:
             raise min(refusals, key=lambda refusal: refusal.retry_after or 0.0)
-        if placement is not None and placement.home not in ready:
+        if among[0] not in ready:
             # Nobody waits for a home that is not asked now.
             delays = {}
         self.held_back += any(delays.get(member) for member in ready)
-        member, place = await self._wait({each: attempts[each] for each in ready}, delays)
-        self._take(place, member, among, placement)
-        return member, place
-
-    def _take(
-        self,
-        place: Place,
-        member: Member,
-        among: Sequence[Member],
-        placement: Placement | None,
-    ) -> None:
-        """Note that a request starts at *place*, which is given back if that fails."""
-        try:
-            self.started(member, among, placement)
-        except BaseException:
-            place.release()
-            raise
+        return await self._wait({each: attempts[each] for each in ready}, delays)
 
     async def _wait(
         self, attempts: Mapping[Member, Attempt], delays: Mapping[Member, float]

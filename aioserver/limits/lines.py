@@ -39,10 +39,11 @@ class Wish(NamedTuple):
 class _Standing(Waiter[Place]):
     """The request as it stands in one line."""
 
-    __slots__ = ("at", "gate", "lines", "timer")
+    __slots__ = ("at", "gate", "lines", "timer", "wish")
 
     lines: Lines
     gate: Gate
+    wish: Wish
     timer: asyncio.TimerHandle
     at: tuple[int, float]
 
@@ -113,7 +114,7 @@ class Lines:
             self._place = self._loop.create_future()
         winner, self._winner = self._winner, None
         assert winner is not None
-        return next(wish for wish in wishes if wish.gate is winner.gate), place
+        return winner.wish, place
 
     def _join(self, wishes: Sequence[Wish]) -> None:
         """Stand in the lines of *wishes*, those with a delay later.
@@ -166,7 +167,7 @@ class Lines:
             may_fail_over=wish.may_fail_over,
             share=share,
         )
-        standing.lines, standing.gate = self, gate
+        standing.lines, standing.gate, standing.wish = self, gate, wish
         standing.at = 0, 0.0
         gate.stand(standing, self._weight, at_front=self._at_front)
         self._standing.append(standing)

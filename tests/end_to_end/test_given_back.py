@@ -30,7 +30,7 @@ TAKES = re.compile(
     r"(\btry_enter|\b_?gate\.enter|admission\.(wait|connect|hold)|quota\.(take|connect|used)"
     r"|_streams\.(open|open_mirror|hold)|pool\.(take|connect)|_connections\.(take|open_one)|_connector\.connect"
     r"|breaker\.start|\bSocketPlace|\bVisit|_make_hold|responses\.hold|gateway\.hold|\b_place\.enter"
-    r"|\bself\.offer|provider\.(offer|wish)|lines\.wait|group\.start)$"
+    r"|\bself\.offer|provider\.(offer|wish)|lines\.wait|group\.start|self\._offered)$"
 )
 COUNTS = re.compile(
     r"\b(_inside|running|connections\.value|connections|_trials|_pending|_opening|_body_bytes|refused_closing)$"
@@ -72,6 +72,7 @@ providers.provider Provider._wait
 providers.provider Provider.offer
 providers.provider Provider.run
 providers.provider Provider.wish
+gateway.groups Group._offered
 gateway.groups Group._wait
 gateway.groups Group.start
 gateway.router Router._ask_group

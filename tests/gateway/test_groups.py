@@ -515,9 +515,15 @@ def test_one_provider_may_be_two_members_with_two_models() -> None:
         answer = await ask(router, "sizes")
         assert [model for model, _ in providers["a"].asked] == ["large", "small"]
         assert answer.outcome.model == "small"
+        providers["a"].fault = lambda _model: None
         # Full, it stands in that line once for each.
+        before = len(providers["a"].asked)
         tasks = await asking(6, router, "sizes")
-        await asyncio.gather(*tasks)
+        answers = await asyncio.gather(*tasks)
+        assert len(providers["a"].asked) - before == 6
+        assert Counter(answer.outcome.model for answer in answers) == Counter(
+            model for model, _ in providers["a"].asked[before:]
+        )
         nothing_is_held(router)
 
     run_virtually(scene())
