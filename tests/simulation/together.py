@@ -172,8 +172,10 @@ class Together:
 
     def _look_at_excess(self, name: str, inside: int, limit: int, excess: int) -> None:
         if self._reloaded_at > float("-inf"):
-            settling = Clock.now < self._reloaded_at + SETTLED
-            limit = max(limit, (self._limits if settling else self._totals).get(name, 0))
+            # What was taken before a limit was lowered stays taken, also over a second reload.
+            limit = max(limit, self._totals.get(name, 0))
+            if Clock.now < self._reloaded_at + SETTLED:
+                limit = max(limit, self._limits.get(name, 0))
         self.counts["moments above a limit"] += inside > limit
         if inside > limit + excess:
             self._broken(
