@@ -56,7 +56,8 @@ export class Models {
   fill(active, providers, models) {
     const byProvider = new Map(providers.map((name) => [name, []]));
     for (const { id, owned_by: owner } of models) {
-      if (id !== owner) byProvider.get(owner)?.push(id.slice(owner.length + 1));
+      // A name that leads to a provider by itself is there with the provider's in front of it, too.
+      if (id.startsWith(`${owner}/`)) byProvider.get(owner)?.push(id.slice(owner.length + 1));
     }
     this.choices = new Map([["", DEFAULT_CHOICE]]);
     const groups = [...byProvider].map(([provider, names]) => {
