@@ -12,7 +12,7 @@ from aioserver.gateway.calls import shutdown_error
 from aioserver.workers.balance import STOP
 from tests.support.keys import bearer, keys_of
 from tests.support.server import CONCURRENCY
-from tests.support.waiting import until
+from tests.support.waiting import until, until_result
 from tests.support.workers import workers_of
 
 if TYPE_CHECKING:
@@ -204,4 +204,14 @@ async def test_a_key_has_its_connections_over_all_workers(tmp_path: Path) -> Non
 
         await workers.open(3, slot=0, headers=bearer("other"))
         await workers.clients[0].close()
-        await workers.open(1, slot=2, headers=bearer("web"))
+
+        async def opened() -> bool:
+            try:
+                await workers.open(1, slot=2, headers=bearer("web"))
+            except aiohttp.WSServerHandshakeError as error:
+                assert error.status == 429
+                return False
+            return True
+
+        # What one worker has free is on its way to another for a moment.
+        await until_result(opened, bool)
