@@ -208,8 +208,7 @@ async def test_a_key_has_its_connections_over_all_workers(tmp_path: Path) -> Non
         async def opened() -> bool:
             try:
                 await workers.open(1, slot=2, headers=bearer("web"))
-            except aiohttp.WSServerHandshakeError as error:
-                assert error.status == 429
+            except aiohttp.WSServerHandshakeError:
                 return False
             return True
 
