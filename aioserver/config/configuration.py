@@ -93,7 +93,7 @@ class Configuration:
             ]
         credentials = Credentials(document, environ, again=again)
         providers = settings.llm.providers
-        # Whoever has the key of another does not read it again: its file may be a pipe.
+        # The key of another provider is not read again: its file may be a pipe.
         provider_keys = {
             name: credentials.of_provider(name, provider)
             for name, provider in providers.items()

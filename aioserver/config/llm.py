@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from aioserver.config.schema import BrokenRule
 
-# Whose values count where a provider leaves all of its own out.
+# The section of the shipped file that counts where a provider leaves its own out.
 HTTP_CLIENT = "llm.providers.openai.http_client"
 # By the name of a provider: the variable that holds its key, if no setting says where the key is.
 KEY_VARIABLES = {

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from aioserver.providers.request import Answer, BodyMaker
     from aioserver.streams.stream import Stream
 
-# Who owns the names of `llm.models`.
+# The owner of the names of `llm.models`.
 OURS = "aioserver"
 EMBEDDINGS = Api("embeddings")
 APIS = (CHAT, Api("completions"), EMBEDDINGS)

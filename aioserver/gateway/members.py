@@ -1,4 +1,6 @@
-"""A member of a group: a provider, the model that it is asked for, and what its group knows of it."""
+"""A member of a group: a provider, the model that it is asked for, and what its group knows of
+it.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,6 @@ READING = 60e-6
 # Where a request has started, as its counter says: at its home, at another member, or as a new
 # conversation; none where the group has no affinity.
 LABELS = ("none", "home", "other", "new")
-
-
 # Counters that nobody reads.
 NO_COUNTERS: Mapping[str, Counter] = {label: Counter() for label in LABELS}
 
@@ -76,8 +76,8 @@ class Member:
 
 
 def load(member: Member) -> tuple[float, float]:
-    """Return what the least busy member has least of: its share of places taken, then the time of its
-    newest start.
+    """Return what the least busy member has least of: its share of places taken, then the time of
+    its newest start.
     """
     inside, limit = member.provider.places
     return inside / max(1, limit), member.started_at

@@ -204,7 +204,12 @@ class Gate:
     @property
     def full(self) -> bool:
         """Whether the queue has no room for one more request."""
-        return self.crowd >= self._queue_size
+        return self.room <= 0
+
+    @property
+    def room(self) -> Fraction | int:
+        """For how many more requests the queue has room."""
+        return self._queue_size - self.crowd
 
     @property
     def crowd(self) -> Fraction | int:
@@ -300,7 +305,7 @@ class Gate:
         if place := self.try_enter(cost):
             return place
         try:
-            seconds = self.time_left(waited, ignore_room=rejoin)
+            seconds = self.time_left(waited, room=rejoin or not self.full)
             self.check_pace(seconds, caller, flow, weight, at_front=at_front)
         except AioserverError:
             self.count_refusal()
@@ -323,8 +328,9 @@ class Gate:
         del waiter
         return await waiting
 
-    def time_left(self, waited: float, *, ignore_room: bool) -> float:
-        """Return for how many seconds a request that has *waited* before may wait here.
+    def time_left(self, waited: float, *, room: bool) -> float:
+        """Return for how many seconds a request that has *waited* before may wait here, where
+        there is *room* for it.
 
         Raises:
             AioserverError: for none, or there is no room; or the gate is closed.
@@ -332,7 +338,7 @@ class Gate:
         if self._closed is not None:
             raise self._closed()
         seconds = max(0.0, self._queue_timeout - waited)
-        if ((self.full and not ignore_room) or seconds <= 0) and (seconds := self._grace()) <= 0:
+        if (not room or seconds <= 0) and (seconds := self._grace()) <= 0:
             # A request without time left has waited already, at another gate or in an earlier
             # attempt.
             timed_out = waited >= self._queue_timeout > 0
@@ -360,6 +366,11 @@ class Gate:
         """
         self._queue.add(waiter, waiter.caller, waiter.flow, weight, at_front=at_front)
         self._counted_elsewhere += 1 - waiter.share
+
+    def share_out(self, waiter: Waiter[Place], share: Fraction) -> None:
+        """Let *waiter*, which stands here, take another *share* of one request's room."""
+        self._counted_elsewhere += waiter.share - share
+        waiter.share = share
 
     def leave(self, waiter: Waiter[Place]) -> None:
         """Let *waiter*, which `stand` has let wait, wait here no more."""

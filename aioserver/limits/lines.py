@@ -4,7 +4,8 @@ offers.
 It stands in each *line* as any other request does, fair among those that stand there, and leaves
 all others in the moment in which it starts at one. It takes room in each line by the sizes of all:
 lines of 10 and 30 requests are both full when 40 stand in them. A line is left when its gate
-refuses the request, or after its `queue_timeout`; the request ends when it stands in none.
+refuses the request, or after its `queue_timeout`, and those that are left give the room for it;
+the request ends when it stands in none.
 """
 
 from __future__ import annotations
@@ -122,39 +123,40 @@ class Lines:
         Raises:
             AioserverError: of a gate that may be asked again soonest, if there is none to wait at.
         """
-        room = any(not wish.gate.full for wish in wishes)
-        size = sum(wish.gate.queue_size for wish in wishes)
+        room = sum(wish.gate.room for wish in wishes) > 0
         errors: list[tuple[float, int, AioserverError]] = []
         for wish in wishes:
             try:
-                seconds = wish.gate.time_left(wish.waited, ignore_room=room)
+                seconds = wish.gate.time_left(wish.waited, room=room)
                 wish.gate.check_pace(
                     seconds, self._caller, self._flow, self._weight, at_front=self._at_front
                 )
             except AioserverError as error:
                 errors.append((error.retry_after or 0.0, len(errors), error))
                 continue
-            share = Fraction(wish.gate.queue_size, size)
             if wish.delay > 0:
-                self._stand_later(wish, seconds, share)
+                self._stand_later(wish, seconds)
             else:
-                self._stand(wish, seconds, share)
+                self._stand(wish, seconds)
         if not self._standing and not self._coming:
             wishes[0].gate.count_refusal()
             raise min(errors)[2]
+        self._share_out()
         for standing in list(self._standing):
             self._serve(standing)
 
-    def _stand_later(self, wish: Wish, seconds: float, share: Fraction) -> None:
+    def _stand_later(self, wish: Wish, seconds: float) -> None:
         def come() -> None:
             self._coming.discard(timer)
-            self._serve(self._stand(wish, seconds - wish.delay, share))
+            standing = self._stand(wish, seconds - wish.delay)
+            self._share_out()
+            self._serve(standing)
 
         timer = self._loop.call_later(wish.delay, come)
         self._coming.add(timer)
 
-    def _stand(self, wish: Wish, seconds: float, share: Fraction) -> _Standing:
-        """Stand in the line of *wish* for *seconds* at most."""
+    def _stand(self, wish: Wish, seconds: float) -> _Standing:
+        """Stand in the line of *wish* for *seconds* at most; `_share_out` is next."""
         gate, now = wish.gate, wish.gate.now()
         standing = _Standing(
             self._place,
@@ -165,7 +167,6 @@ class Lines:
             self._on_position,
             wish.cost,
             may_fail_over=wish.may_fail_over,
-            share=share,
         )
         standing.lines, standing.gate, standing.wish = self, gate, wish
         standing.at = 0, 0.0
@@ -173,6 +174,12 @@ class Lines:
         self._standing.append(standing)
         standing.timer = self._loop.call_later(seconds, self.refused, standing, gate.timeout)
         return standing
+
+    def _share_out(self) -> None:
+        """Take the room of one request, in all lines together, by their sizes."""
+        size = sum(standing.gate.queue_size for standing in self._standing)
+        for standing in self._standing:
+            standing.gate.share_out(standing, Fraction(standing.gate.queue_size, size))
 
     def _serve(self, standing: _Standing) -> None:
         """Have its gate let the request in, if it may start now; else tell its position."""
@@ -202,6 +209,7 @@ class Lines:
             return False
         self._leave(standing)
         if self._standing or self._coming:
+            self._share_out()
             self.report()
             return False
         self._place.set_exception(error())

@@ -22,6 +22,7 @@ from aioserver.providers.pace import Pace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
+    from fractions import Fraction
 
     from aioserver.config.settings import HttpClient
     from aioserver.errors import AioserverError
@@ -140,9 +141,9 @@ class ProviderGate(Gate):
         return super().waiting + len(self._parked)
 
     @property
-    def full(self) -> bool:
-        """Whether no more requests may wait."""
-        return self.crowd + len(self._returning) >= self._limits.queue_size
+    def room(self) -> Fraction | int:
+        """For how many more requests there is room, beside those that may come back."""
+        return super().room - len(self._returning)
 
     def check_room(self) -> None:
         """Refuse one more request that would wait, if the queue is full.

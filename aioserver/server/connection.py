@@ -59,7 +59,7 @@ class Connection(DirectRequestHandler):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.metrics, self.forms = metrics, forms
-        # Whole responses go out by it.
+        # It sends whole responses.
         self.outbox = outbox
         self.requests = 0
         self.last = False

@@ -202,6 +202,33 @@ def test_room_in_one_line_is_enough() -> None:
     run_virtually(scene())
 
 
+def test_whoever_leaves_a_line_takes_all_of_its_room_in_the_others() -> None:
+    def refusal() -> AioserverError:
+        return ServerAtCapacity("away")
+
+    async def scene() -> None:
+        a, b = gate_of(queue_size=2), gate_of(queue_size=2)
+        full(a, b)
+        tasks = [await begin(a, b, caller=number) for number in range(3)]
+        assert (a.crowd, b.crowd) == (1.5, 1.5)
+
+        a.refuse_waiting(refusal)
+        await ticks(2)
+
+        assert (a.waiting, b.waiting) == (0, 3)
+        assert (a.crowd, b.crowd) == (0, 3)
+        # There is room for four together.
+        tasks.append(await begin(a, b, caller=3))
+        with pytest.raises(ServerAtCapacity, match=FULL):
+            await (await begin(a, b))
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        nothing_waits(a, b)
+
+    run_virtually(scene())
+
+
 def test_a_line_is_left_at_its_time_and_the_last_one_refuses() -> None:
     async def scene() -> float:
         loop = asyncio.get_running_loop()

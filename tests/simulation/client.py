@@ -19,7 +19,7 @@ import orjson
 
 from tests.simulation import kept_talk, openai_faces, own_faces, response_chain, response_lanes
 from tests.simulation.clock import Clock
-from tests.simulation.configuration import ROOM, STREAMS
+from tests.simulation.configuration import BODY, GATE, ROOM, STREAMS
 from tests.simulation.dials import draw_dial
 from tests.simulation.patience import GONE, Left, Patience
 from tests.simulation.plan import CONVERSATIONS
@@ -183,7 +183,9 @@ class Client:
     def asks(self) -> None:
         """Note that it asks its question, once more if nothing was heard of the first time."""
         changes = self.plan.changes
-        kept = Clock.now - self._asked_at <= changes[f"{STREAMS}.resume_window"]
+        # It is read once it has come, and its connection has a place.
+        read_by = Clock.now + BODY + changes[f"{GATE}.queue_timeout"]
+        kept = read_by - self._asked_at <= changes[f"{STREAMS}.resume_window"]
         if not self._asked_at:
             self._asked_at = Clock.now
         elif not (kept and changes[f"{STREAMS}.max_kept_bytes"] >= ROOM):

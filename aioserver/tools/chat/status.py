@@ -65,8 +65,8 @@ def fitting(text: str, columns: int) -> str:
 
 
 class Status:
-    """What is waited for, inside an `async with`: a line on *err*, if that is a terminal, which is
-    blank again at the end.
+    """A line on *err*, if that is a terminal, which says inside an `async with` what is waited for,
+    and is blank again at the end.
 
     Once a text has come (`heard`), the last line of the terminal is the text's, and *note* is told
     how long nothing more has come: the provider may be slow, or the connection lost, and then the

@@ -183,7 +183,7 @@ class Peers:
 
     async def look(self, targets: Iterable[str], what: str) -> dict[str, bytes]:
         """Return what those instances say of *what* that answer in time: see `Look`."""
-        # Who looks at a page would rather not wait for an instance that has just gone.
+        # People who look at a page would rather not wait for an instance that has just gone.
         answers, _missing = await self._question(
             targets, lambda number: Look(number, what), patience=1
         )

@@ -327,7 +327,7 @@ class SharedRate(Gcra):
             wanted = max(self._waiting(), math.ceil(self._used(now)))
             count = max(min(wanted - there, chunk), kept - there, 1)
             if self._taken_back:
-                # What is wanted is asked for once they are given back.
+                # Slots are asked for once these are given back.
                 count, self._taken_back = -self._taken_back, 0
         slack = 0.0
         if not self._no_burst:

@@ -10,6 +10,7 @@ from aioserver.limits.gate import Gate, Place
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from fractions import Fraction
 
     from aioserver.errors import AioserverError
     from aioserver.limits.fixed_share import Scope
@@ -54,9 +55,11 @@ class SharedGate(Gate):
         return self._grant.limit
 
     @property
-    def full(self) -> bool:
-        """Whether the queue has no room for one more request."""
-        return super().full and self.crowd >= self._queue_size + self._grant.elsewhere
+    def room(self) -> Fraction | int:
+        """For how many more requests there is room, those included for which others may have a
+        place.
+        """
+        return super().room + self._grant.elsewhere
 
     @property
     def room_elsewhere(self) -> bool:

@@ -48,12 +48,12 @@ EVICTION_TARGET = 0.99
 
 @dataclass(slots=True)
 class _Conversation:
-    # Who has used it last: the name of its key, or its address.
+    # The name of the key that has used it last, or the address.
     owner: str
     tokens: int = 0
     turns: list[Turn] = field(default_factory=list)
-    # Whose list has it, and where. None: it is empty, or came from a storage, and without a key it
-    # is not known from where it was asked.
+    # The list that has it, and its place there. None: it is empty, or came from a storage, and
+    # without a key it is not known from where it was asked.
     listed: tuple[tuple[Caller, str], Position] | None = None
 
 

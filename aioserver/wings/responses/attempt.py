@@ -75,7 +75,7 @@ _OTHER_SUBJECTS = ("model", "resp_", "msg_")
 
 
 class Learned(Memory):
-    """What is known of the responses of one provider: from its settings, and from its answers
+    """The knowledge of how one provider does responses: from its settings, and from its answers
     since.
 
     *lacking* says that it was found to have no `/v1/responses`, and *present* that it has answered
