@@ -490,7 +490,8 @@ class Router:
         previous: Try | None = None
         while True:
             tries: list[Try] = []
-            again: list[Member] = []
+            # The members that may be asked again, with the codes of their faults.
+            again: dict[Member, str] = {}
             left = members
             while left:
                 attempts = {
@@ -534,7 +535,7 @@ class Router:
                         left = []
                         continue
                     if fault.retry:
-                        again.append(member)
+                        again[member] = fault.code
                     left = [other for other in left if other is not member]
                     if left:
                         member.provider.meter.failovers[fault.code].value += 1
@@ -574,8 +575,9 @@ class Router:
             if not first.budget.take_retry():
                 first.meter.retries_refused.value += 1
                 raise final.raised(outcome) from None
-            again[0].provider.meter.retries[final.fault.code].value += 1
-            members = again
+            for failed, code in again.items():
+                failed.provider.meter.retries[code].value += 1
+            members = list(again)
             await asyncio.sleep(backoff)
 
     def _members(self, group: Group, request: Request) -> list[Member]:

@@ -302,6 +302,31 @@ def test_only_when_every_member_has_failed_a_backoff_begins() -> None:
     run_virtually(scene())
 
 
+def test_a_retry_counts_where_it_was_allowed_and_by_the_fault_that_allowed_it() -> None:
+    """The last fault of a round may be one that allows none."""
+
+    async def scene() -> None:
+        providers = {
+            "a": Engine("a", limits={"max_retries": 1}),
+            "b": Engine("b", limits={"queue_timeout": 0.5}),
+        }
+        providers["a"].fault = lambda _model: ProviderError("no")
+        providers["b"].seconds = 100.0
+        router = router_over(providers, pair=group("a", "b"))
+        busy = await asking(1, router, "b")
+
+        with pytest.raises(ProviderFault):
+            await ask(router, "pair")
+
+        assert len(providers["a"].asked) == 2
+        assert providers["a"].meter.retries["provider_error"].value == 1
+        busy[0].cancel()
+        await asyncio.wait(busy)
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
 def test_a_request_that_is_refused_for_what_it_is_goes_to_nobody_else() -> None:
     async def scene() -> None:
         providers = engines("a", "b")
