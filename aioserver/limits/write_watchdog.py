@@ -42,9 +42,10 @@ PROVIDER_BYTES = 1 << 17
 # Bytes at most that count as taken and perhaps not read.
 MOST_UNREAD = 1 << 18
 # Bytes of `struct tcp_info` up to `tcpi_bytes_acked`, which Linux has since 4.1, and the offsets
-# of `tcpi_retransmits`, `tcpi_probes`, `tcpi_last_ack_recv` and `tcpi_bytes_acked`.
+# of `tcpi_retransmits`, `tcpi_probes`, `tcpi_backoff`, `tcpi_rto`, `tcpi_last_data_sent`,
+# `tcpi_last_ack_recv` and `tcpi_bytes_acked`.
 TCP_INFO_BYTES = 128
-RETRANSMITS, PROBES, LAST_ACK, ACKED = 2, 3, 56, 120
+RETRANSMITS, PROBES, BACKOFF, RTO, LAST_SENT, LAST_ACK, ACKED = 2, 3, 4, 8, 44, 56, 120
 
 
 class Peer(NamedTuple):
@@ -52,8 +53,7 @@ class Peer(NamedTuple):
 
     *taken*: the bytes that it has acknowledged, 0 if that is not known. *waiting*: the bytes that
     wait for it, in the transport and in the kernel. *unread*: how many at most it has taken, while
-    its program has not read them. *silent*: the seconds since it has answered, if something was
-    sent to it again meanwhile, more than once; otherwise 0.0.
+    its program has not read them. *silent*: its `silence`, 0.0 if that is not known.
     """
 
     taken: int
@@ -77,14 +77,35 @@ def peer_of(transport: asyncio.WriteTransport) -> Peer:
             info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
             if len(info) == TCP_INFO_BYTES:
                 (taken,) = struct.unpack_from("=Q", info, ACKED)
-                again = info[RETRANSMITS] + info[PROBES] > 1
-                (milliseconds,) = struct.unpack_from("=I", info, LAST_ACK)
-                silent = milliseconds / 1000 if again else 0.0
-                return Peer(taken, buffered + kernels, taken, silent)
+                return Peer(taken, buffered + kernels, taken, silence(info))
     except (OSError, ValueError):
         # The connection is lost, or the system does not know.
         return Peer(0, buffered, 0, 0.0)
     return Peer(0, buffered + kernels, 0, 0.0)
+
+
+def silence(info: bytes) -> float:
+    """Return the seconds for which a peer has left unanswered what was sent to it again, more than
+    once; otherwise 0.0. *info*: a `struct tcp_info` of Linux.
+
+    A connection may have rested for hours before, so its last acknowledgement says little. The
+    kernel doubles its timeout at each retransmission (RFC 6298, 5.5), and at each probe of a shut
+    window: the timeout of now says how long the earlier ones took together. It ends at 120 s, so
+    that more than 240 s are not seen.
+    """
+    retransmits, probes, backoff = info[RETRANSMITS], info[PROBES], info[BACKOFF]
+    if retransmits + probes < 2:
+        return 0.0
+    (timeout,) = struct.unpack_from("=I", info, RTO)
+    (last_sent,) = struct.unpack_from("=I", info, LAST_SENT)
+    (last_ack,) = struct.unpack_from("=I", info, LAST_ACK)
+    if retransmits:
+        unanswered = timeout / 1e6 * (1 - 2.0**-retransmits) + last_sent / 1000
+    else:
+        # The timeout itself stays, and no probe counts as data. Before the first unanswered probe
+        # the peer has answered.
+        unanswered = min(120.0, timeout / 1e6 * 2.0**backoff) * (1 - 2.0 ** (1 - probes))
+    return float(min(last_ack / 1000, unanswered))
 
 
 def patience(timeout: float, unread: int, least: int) -> float:

@@ -3,15 +3,50 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import socket
+import struct
+import sys
 
 import pytest
 
-from aioserver.limits.write_watchdog import WriteWatchdog, peer_of
+from aioserver.limits.write_watchdog import (
+    BACKOFF,
+    LAST_ACK,
+    LAST_SENT,
+    PROBES,
+    RETRANSMITS,
+    RTO,
+    TCP_INFO_BYTES,
+    WriteWatchdog,
+    peer_of,
+    silence,
+    vanished,
+)
 from tests.support.clock import FakeClock
 from tests.support.transport import FakeTransport
+from tests.support.waiting import until
 
 TIMEOUT = 8.0
+# `SO_ATTACH_FILTER` and `SO_DETACH_FILTER` of Linux, which Python does not name.
+ATTACH, DETACH = 26, 27
+# What Linux says of a connection over loopback in `tcpi_retransmits`, `tcpi_probes`,
+# `tcpi_backoff`, `tcpi_rto`, `tcpi_last_data_sent` and `tcpi_last_ack_recv`, and for how long at
+# least its peer has left something unanswered. All of them rested for 12 s before the first write
+# that was lost, but those whose program reads nothing, which were written to all the time.
+RECORDED = {
+    "has answered": ((0, 0, 0, 204_000, 0, 0), 0.0),
+    "has yet to answer": ((0, 0, 0, 204_000, 100, 12_112), 0.0),
+    "has lost one segment": ((1, 0, 1, 408_000, 284, 12_712), 0.0),
+    "is away for a second": ((2, 0, 2, 816_000, 116, 12_960), 0.7),
+    "is away for three seconds": ((3, 0, 3, 1_632_000, 1_336, 15_012), 2.7),
+    "is away for 8 s": ((5, 0, 5, 6_528_000, 1_152, 20_012), 7.4),
+    "is away for 30 s": ((7, 0, 7, 26_112_000, 3_184, 42_012), 29.0),
+    "reads nothing, and answers": ((0, 0, 7, 212_000, 31_948, 14_444), 0.0),
+    "reads nothing, and one probe was lost": ((0, 1, 6, 212_000, 19_940, 13_184), 0.0),
+    "read nothing, and is away for 20 s": ((0, 2, 7, 212_000, 31_940, 25_184), 13.5),
+    "read nothing, and is away for 16 s": ((0, 5, 6, 212_000, 16_196, 15_956), 12.7),
+}
 
 
 class Watched:
@@ -181,3 +216,42 @@ def test_a_connection_that_is_lost_is_no_error(family: socket.AddressFamily) -> 
 def progress_of(transport: FakeTransport) -> int:
     peer = peer_of(transport)
     return peer.taken - peer.waiting
+
+
+@pytest.mark.parametrize("peer", RECORDED)
+def test_silence_counts_from_the_first_write_that_is_not_answered(peer: str) -> None:
+    figures, least = RECORDED[peer]
+    info = bytearray(TCP_INFO_BYTES)
+    info[RETRANSMITS], info[PROBES], info[BACKOFF] = figures[:3]
+    for offset, figure in zip((RTO, LAST_SENT, LAST_ACK), figures[3:], strict=True):
+        struct.pack_into("=I", info, offset, figure)
+
+    assert least <= silence(bytes(info)) <= least + 0.1
+
+
+@pytest.mark.one_loop
+@pytest.mark.skipif(sys.platform != "linux", reason="the filters are those of Linux")
+async def test_a_peer_that_drops_what_comes_has_vanished_until_it_answers_again() -> None:
+    # The kernel retransmits in its own time: 0.2 s, then the double.
+    writer, reader = connected(socket.AF_INET)
+    with writer, reader:
+        transport = FakeTransport()
+        transport.under = writer
+        writer.send(b"taken")
+        await until(lambda: peer_of(transport).waiting == 0)
+        assert not vanished(transport, 0.3)
+
+        drop_everything(reader)
+        writer.send(b"dropped")
+        await until(lambda: vanished(transport, 0.3), 30.0)
+        assert not vanished(transport, 1000.0)
+
+        reader.setsockopt(socket.SOL_SOCKET, DETACH, 0)
+        await until(lambda: not vanished(transport, 0.3), 30.0)
+
+
+def drop_everything(sock: socket.socket) -> None:
+    """Make the kernel drop each segment that comes for *sock*, by a filter that accepts nothing."""
+    instruction = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0))
+    program = struct.pack("@HP", 1, ctypes.addressof(instruction))
+    sock.setsockopt(socket.SOL_SOCKET, ATTACH, program)
