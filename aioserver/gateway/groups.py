@@ -133,7 +133,7 @@ class Group:
         elif self.choose == WEIGHTED:
             members.sort(key=lambda member: -(member.credit + member.weight))
         sick = [member for member in members if passed_over(member)]
-        return [member for member in members if member not in sick] + sick
+        return [member for member in members if member not in sick] + sick if sick else members
 
     def started(
         self, chosen: Member, among: Sequence[Member], placement: Placement | None = None

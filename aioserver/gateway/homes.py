@@ -19,11 +19,10 @@ What is remembered is a guess about the caches of engines. A wrong one costs tim
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
-from aioserver.providers.breaker import WELL
+from aioserver.gateway.members import PRIME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,20 +81,22 @@ class Homes:
     def place(self, prefix: Prefix, members: Sequence[Member]) -> Placement:
         """Return where the request with this *prefix* belongs among *members*."""
         known = self._known(prefix, members) if self._alone else dict.fromkeys(members, 0)
-        candidates = _fit(members)
-        home: Member | None = None
-        if candidates:
-            home = max(candidates, key=lambda member: known[member])
-            if not prefix.has_history or known[home] < prefix.identity_length:
-                home = max(candidates, key=lambda member: _rendezvous(prefix, member))
+        knowing: list[Member] = []
+        if prefix.has_history:
+            least = prefix.identity_length
+            knowing = [member for member, length in known.items() if length >= least]
+            knowing.sort(key=known.__getitem__, reverse=True)
+        home = _first_fit(members, knowing) if knowing else None
+        if home is None:
+            home = _first_fit(members, _ranked(prefix, members))
         delays = dict.fromkeys(members, 0.0)
         if home is None or not prefix.has_history or (self._alone and not any(known.values())):
             return Placement(prefix, home, known, delays)
         for member in members:
             if member is not home:
-                unknown = prefix.size - known[member]
-                longest = MAX_SHARE * member.settings.http_client.queue_timeout
-                delays[member] = min(longest, PATIENCE * member.reading * unknown)
+                cost = PATIENCE * member.reading * (prefix.size - known[member])
+                longest = MAX_SHARE * member.provider.settings.http_client.queue_timeout
+                delays[member] = min(longest, cost)
         return Placement(prefix, home, known, delays)
 
     def sent(self, prefix: Prefix, member: Member) -> None:
@@ -111,7 +112,9 @@ class Homes:
         """Return how many bytes of the prompt each member has been sent before."""
         known = dict.fromkeys(members, 0)
         wanted = {1 << member.mark: member for member in members if member.mark_holds()}
-        left = sum(wanted)
+        # Whoever does not know the shortest knows none.
+        shortest = self._members.get(prefix.digests[0], 0) if prefix.digests else 0
+        left = sum(wanted) & shortest
         for index in range(len(prefix.digests) - 1, -1, -1):
             found = self._members.get(prefix.digests[index], 0) & left
             if found:
@@ -124,24 +127,31 @@ class Homes:
         return known
 
 
-def _fit(members: Sequence[Member]) -> list[Member]:
-    """Return those of *members* that can be a home: well, and not overloaded."""
-    places = [member.provider.places for member in members]
-    under_way, limits = sum(inside for inside, _ in places), sum(limit for _, limit in places)
+def _first_fit(members: Sequence[Member], ranked: Sequence[Member]) -> Member | None:
+    """Return the first of *ranked* that can be a home among *members*: it is well, and not
+    overloaded.
+    """
+    under_way = limits = 0
+    for member in members:
+        inside, limit = member.provider.places
+        under_way += inside
+        limits += limit
     share = OVERLOAD * under_way / max(1, limits)
-    return [
-        member
-        for member, (inside, limit) in zip(members, places, strict=True)
-        if inside <= share * limit + SPARE
-        and member.provider.health.state == WELL
-        and not member.provider.health.flagged
-        and not member.provider.cooling
-    ]
+    for member in ranked:
+        inside, limit = member.provider.places
+        if inside <= share * limit + SPARE and member.provider.well:
+            return member
+    return None
 
 
-def _rendezvous(prefix: Prefix, member: Member) -> bytes:
-    name = f"{member.provider.name}/{member.asked_model}".encode()
-    return hashlib.blake2b(name, key=prefix.identity, digest_size=8).digest()
+def _ranked(prefix: Prefix, members: Sequence[Member]) -> list[Member]:
+    """Return *members* as they come in the rendezvous of the conversation, the winner first.
+
+    A score is a universal hash of the identity (Carter, Wegman, "Universal classes of hash
+    functions", 1979), whose factor is the member's own.
+    """
+    number = int.from_bytes(prefix.identity[:8])
+    return sorted(members, key=lambda member: number * member.factor % PRIME, reverse=True)
 
 
 def measured(reading: float, seconds: float, unknown: int) -> float:

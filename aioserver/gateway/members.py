@@ -4,11 +4,11 @@ it.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING
 
-from aioserver.providers.breaker import SICK
 from aioserver.telemetry.counters import Counter
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Seconds in which an engine reads one byte of a prompt, before it is measured.
 READING = 60e-6
+# Scores of members are below this, a prime number.
+PRIME = (1 << 61) - 1
 # Where a request has started, as its counter says: at its home, at another member, or as a new
 # conversation; none where the group has no affinity.
 LABELS = ("none", "home", "other", "new")
@@ -38,6 +40,7 @@ class Member:
 
     *mark* is what homes.py knows it by, one of its group's *marks*. It holds for one address and
     until the provider dies. *reading* has the seconds in which it reads a byte of a prompt.
+    *factor* is of its names, the same in every process: by it members compete for conversations.
     """
 
     provider: Provider
@@ -53,6 +56,12 @@ class Member:
     marks: Iterator[int] = field(default_factory=count)
     address: str = ""
     dead: bool = False
+    factor: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        name = f"{self.provider.name}/{self.asked_model}".encode()
+        digest = hashlib.blake2b(name, digest_size=8).digest()
+        self.factor = int.from_bytes(digest) % PRIME
 
     def mark_holds(self) -> bool:
         """Return whether what was sent to it under its mark may still be in its cache; it gets
@@ -88,5 +97,5 @@ def passed_over(member: Member) -> bool:
 
     Each twentieth meets it in its place, so that it can get well.
     """
-    health = member.provider.health
-    return health.state == SICK and not health.breaker.first_in_turn()
+    breaker = member.provider.health.breaker
+    return breaker.sick and not breaker.dead and not breaker.first_in_turn()

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -34,6 +35,8 @@ DIGEST_BYTES = 16
 MAX_BYTES = 1 << 20
 # Messages that are looked at for the first one of a user.
 MAX_LOOKED_AT = 1000
+# Seeds whose hash is kept at its beginning.
+MAX_SEEDS = 1024
 
 
 def _lengths() -> tuple[int, ...]:
@@ -160,15 +163,22 @@ def _unmarked(data: bytes) -> bytes:
     return _MARKER.sub(b"", data) if any(word in data for word in _WORDS) else data
 
 
+@lru_cache(maxsize=MAX_SEEDS)
+def _seeded(seed: str) -> hashlib.blake2b:
+    """Return a hash of nothing yet, which is another one for each *seed*."""
+    key = hashlib.blake2b(seed.encode(), digest_size=32).digest()
+    return hashlib.blake2b(digest_size=DIGEST_BYTES, key=key)
+
+
 class _Running:
     """A digest that is read at each length, and at *identity_length*."""
 
     def __init__(self, seed: str, identity_length: int) -> None:
-        self._hash = hashlib.blake2b(
-            digest_size=DIGEST_BYTES,
-            key=hashlib.blake2b(seed.encode(), digest_size=32).digest(),
-        )
-        self._stops = sorted({*LENGTHS, identity_length})
+        self._hash = _seeded(seed).copy()
+        self._stops = list(LENGTHS)
+        at = bisect_left(self._stops, identity_length)
+        if self._stops[at : at + 1] != [identity_length]:
+            self._stops.insert(at, identity_length)
         self._identity_length = identity_length
         self.size = 0
         self.lengths: list[int] = []

@@ -81,7 +81,7 @@ class Health:
     @property
     def flagged(self) -> bool:
         """Whether the provider has refused our key, and is not asked at the moment."""
-        return self._flagged_until > self._clock()
+        return self._flagged_until > 0.0 and self._flagged_until > self._clock()
 
     @property
     def available(self) -> bool:

@@ -87,7 +87,8 @@ class Pace:
     @property
     def cooling(self) -> float:
         """The seconds for which the provider wants to be left alone."""
-        return max(0.0, self._closed_until - self._clock())
+        until = self._closed_until
+        return max(0.0, until - self._clock()) if until else 0.0
 
     def delay(self, ahead: int = 0) -> float:
         """Return the seconds until a request with *ahead* others before it may start."""

@@ -326,6 +326,15 @@ class Provider:
         return self._gate.inside, self._gate.limit
 
     @property
+    def well(self) -> bool:
+        """Whether nothing speaks against asking it: it is neither sick nor dead, has not refused
+        our key, and does not want to be left alone.
+        """
+        health = self.health
+        breaker = health.breaker
+        return not (breaker.sick or breaker.dead or health.flagged or self.cooling)
+
+    @property
     def cooling(self) -> bool:
         """Whether it wants to be left alone for longer than who may go elsewhere waits for it."""
         return self._pace.cooling > FAILOVER_WAIT

@@ -102,6 +102,22 @@ def test_all_instances_agree_on_the_home_of_a_conversation() -> None:
     run_virtually(scene())
 
 
+def test_without_a_member_only_its_own_conversations_have_another_home() -> None:
+    async def scene() -> None:
+        names = [f"c{number}" for number in range(100)]
+        engines = engines_of(4)
+        all_four = {name: await ask(router_over(engines), chat(name)) for name in names}
+        del engines["e1"]
+        router = router_over(engines)
+        three = {name: await ask(router, chat(name)) for name in names}
+
+        stayed = {name: home for name, home in all_four.items() if home != "e1"}
+        assert {name: three[name] for name in stayed} == stayed
+        assert {three[name] for name in all_four.keys() - stayed.keys()} == {"e0", "e2", "e3"}
+
+    run_virtually(scene())
+
+
 def test_a_conversation_waits_for_its_home_and_no_longer_than_reading_it_anew_takes() -> None:
     async def scene() -> None:
         loop = asyncio.get_running_loop()
