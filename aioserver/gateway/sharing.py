@@ -20,9 +20,18 @@ class Sharing(Protocol):
     """The limits of all instances together, which the wing `cluster` implements."""
 
     def make_gate(
-        self, name: str, limits: HttpClient, health: Health, clock: Callable[[], float]
+        self,
+        name: str,
+        limits: HttpClient,
+        health: Health,
+        clock: Callable[[], float],
+        on_starving: Callable[[], None],
     ) -> ProviderGate:
-        """Return the gate of the provider *name*, whose places and starts all instances share."""
+        """Return the gate of the provider *name*, whose places and starts all instances share.
+
+        *on_starving* is called while requests wait in other instances for places that are taken
+        here.
+        """
 
     def observe(self, name: str) -> ProviderObserver:
         """Return who tells the other instances what this one finds out about the provider

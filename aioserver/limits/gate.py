@@ -230,6 +230,11 @@ class Gate:
         return False
 
     @property
+    def waiting_elsewhere(self) -> int:
+        """How many requests at least wait in other processes for places that are taken here."""
+        return 0
+
+    @property
     def inside(self) -> int:
         """How many places are taken."""
         return self._inside

@@ -85,7 +85,8 @@ class Backpressure:
 
     Always: none is paused once a request waits, which *waiting* counts and `end` is called for.
     While requests wait for places that others hold, *held_up* of them, as many of the clients that
-    are too slow are given up, the slowest first.
+    are too slow are given up, the slowest first. Both counts have the requests of other instances
+    that share the places, as far as is known.
     """
 
     def __init__(self, waiting: Callable[[], int], held_up: Callable[[], int] = lambda: 0) -> None:

@@ -125,9 +125,13 @@ class Provider:
         self._memories: dict[type[Memory], Memory] = {}
         self._clock = clock
         self.health = Health(settings.name, self.meter, clock, observer)
-        self._gate = make_gate(settings.name, settings.http_client, self.health, clock)
+        self._gate = make_gate(
+            settings.name, settings.http_client, self.health, clock, self._others_starve
+        )
         self._pace = self._gate.pace
-        self.backpressure = Backpressure(lambda: self._gate.waiting, lambda: self.waiting)
+        self.backpressure = Backpressure(
+            lambda: self._gate.waiting + self._gate.waiting_elsewhere, lambda: self.waiting
+        )
         self.absence = Absence(settings, self.health, self._gate, clock, lifetime)
         # Attempts that wait for a place, or have got one and have not run since. The gate does not
         # count the latter as waiting.
@@ -317,8 +321,11 @@ class Provider:
 
     @property
     def waiting(self) -> int:
-        """How many requests wait for a place that other requests hold."""
-        return self._gate.waiting if self._gate.inside >= self._gate.limit else 0
+        """How many requests wait for a place that other requests hold, those in other instances
+        included, as far as is known.
+        """
+        waiting = self._gate.waiting if self._gate.inside >= self._gate.limit else 0
+        return waiting + self._gate.waiting_elsewhere
 
     @property
     def places(self) -> tuple[int, int]:
@@ -462,6 +469,14 @@ class Provider:
         """Have an answer that nobody reads give its place here to a request that waits."""
         if self._lifetime is not None:
             self._lifetime.make_room(self.name)
+
+    def _others_starve(self) -> None:
+        """Have what nobody reads, or what is too slow, make room for a request that waits in
+        another instance.
+        """
+        if self._lifetime is not None:
+            self._lifetime.make_room_if(self.name, self.waiting)
+        self.backpressure.end()
 
     def check(self, attempt: Attempt) -> None:
         """Refuse *attempt* if the provider is not asked now.

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from aioserver.providers.health import Health
 
     # Called as `ProviderGate` is.
-    GateFactory = Callable[[str, HttpClient, Health, Callable[[], float]], "ProviderGate"]
+    GateFactory = Callable[
+        [str, HttpClient, Health, Callable[[], float], Callable[[], None]], "ProviderGate"
+    ]
 
 # An attempt that can fail over does so if nothing can start at its provider for more than these
 # seconds.
@@ -70,6 +72,9 @@ class ProviderGate(Gate):
     Always: places, queue and pace follow the *limits* that were applied last; a parked request is
     counted as one that waits, and refused as one. Those that queue, are parked, or may come back
     are `queue_size` together, unless new limits have lowered that number since.
+
+    A gate that shares its places calls *on_starving* while requests wait in other processes for
+    places that are taken here; this one has no others.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class ProviderGate(Gate):
         limits: HttpClient,
         health: Health,
         clock: Callable[[], float] = time.monotonic,
+        on_starving: Callable[[], None] = lambda: None,  # noqa: ARG002 - see above
     ) -> None:
         self._name = name
         self._limits = limits

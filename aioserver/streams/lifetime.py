@@ -141,8 +141,8 @@ class Lifetime(StoreObserver):
         stream.timer = self._loop.call_later(stream.window, self.end, stream)
         self._enforce_max_detached()
         attempt = stream.attempt
-        if attempt is not None and attempt.waiting > self._freed_soon(attempt.place):
-            self.make_room(attempt.place)
+        if attempt is not None:
+            self.make_room_if(attempt.place, attempt.waiting)
 
     def end(self, stream: Stream, *, abandoned: bool = True) -> None:
         """Cancel *stream*, with readers or without; *abandoned*: because nobody reads it."""
@@ -170,6 +170,11 @@ class Lifetime(StoreObserver):
                 self._giving_way.add(stream)
                 self.end(stream)
                 return
+
+    def make_room_if(self, provider: str, waiting: int) -> None:
+        """Do as `make_room`, if more requests are *waiting* than places are about to be free."""
+        if waiting > self._freed_soon(provider):
+            self.make_room(provider)
 
     def _freed_soon(self, provider: str) -> int:
         """Return how many places at *provider* are about to be free."""

@@ -87,6 +87,9 @@ class Instance:
         if hasattr(self, "grant"):
             self.serve()
 
+    def others_starve(self) -> None:
+        pass
+
     def changed(self, old: State, new: State, _why: str) -> None:
         if State.ALONE in (old, new):
             self.left_over = self.inside

@@ -88,6 +88,9 @@ class User(Protocol):
         before.
         """
 
+    def others_starve(self) -> None:
+        """Hear that others wait for places, and cannot get them."""
+
 
 class Grant:
     """The places of the limit *name* that an instance may use.
@@ -211,6 +214,7 @@ class Grant:
             self._told = True
         elif self._standing.state is State.JOINED and not self._standing.grace:
             self.starving = True
+            self.user.others_starve()
             self.wait_begins()
 
     def wants_call(self) -> bool:
@@ -264,6 +268,8 @@ class Grant:
         self.starving = use and (result.starving > 0 or self._told)
         raised = use and not self._leaving
         self.resize(result.allowed if raised else min(self.granted, result.allowed))
+        if self.starving:
+            self.user.others_starve()
 
     def failed(self) -> None:
         """Take in that the call was not answered: what is granted stays, and nothing is given."""

@@ -49,8 +49,10 @@ class SharedProviderGate(SharedGate, ProviderGate):
         limits: HttpClient,
         health: Health,
         clock: Callable[[], float] = time.monotonic,
+        on_starving: Callable[[], None] = lambda: None,
     ) -> None:
         self._all_leases = leases
+        self._on_starving = on_starving
         self._complete = False
         super().__init__(name, limits, health, clock)
         self._whole = limits
@@ -68,6 +70,11 @@ class SharedProviderGate(SharedGate, ProviderGate):
         self._health.breaker.instances = self._all_leases.instances
         if self._whole.tokens_per_minute:
             super().apply_limits(self._part())
+
+    def others_starve(self) -> None:
+        """Tell those that hold places here of requests that wait in other instances."""
+        if self.waiting_elsewhere:
+            self._on_starving()
 
     def _part(self) -> HttpClient:
         """Return the limits with this instance's part of what is not shared by grants."""
@@ -136,10 +143,19 @@ class SharedLimits:
         self._providers = providers
 
     def make_gate(
-        self, name: str, limits: HttpClient, health: Health, clock: Callable[[], float]
+        self,
+        name: str,
+        limits: HttpClient,
+        health: Health,
+        clock: Callable[[], float],
+        on_starving: Callable[[], None],
     ) -> ProviderGate:
-        """Return the gate of the provider *name*."""
-        gate = self._gates[name] = SharedProviderGate(self._leases, name, limits, health, clock)
+        """Return the gate of the provider *name*; *on_starving* is called while requests wait in
+        other instances for places that are taken here.
+        """
+        gate = self._gates[name] = SharedProviderGate(
+            self._leases, name, limits, health, clock, on_starving
+        )
         return gate
 
     def observe(self, name: str) -> ProviderObserver:

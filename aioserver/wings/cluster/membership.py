@@ -98,10 +98,19 @@ class Membership:
         self._totals: Totals | None = None
 
     def make_gate(
-        self, name: str, limits: HttpClient, health: Health, clock: Callable[[], float]
+        self,
+        name: str,
+        limits: HttpClient,
+        health: Health,
+        clock: Callable[[], float],
+        on_starving: Callable[[], None],
     ) -> ProviderGate:
-        """Return the gate of the provider *name*, whose places and starts all instances share."""
-        return self.limits.make_gate(name, limits, health, clock)
+        """Return the gate of the provider *name*, whose places and starts all instances share.
+
+        *on_starving* is called while requests wait in other instances for places that are taken
+        here.
+        """
+        return self.limits.make_gate(name, limits, health, clock, on_starving)
 
     def observe(self, name: str) -> ProviderObserver:
         """Return who tells the other instances what this one finds out about the provider

@@ -66,6 +66,11 @@ class SharedGate(Gate):
         """Whether others may have a place that they do not use."""
         return self._grant.elsewhere > 0
 
+    @property
+    def waiting_elsewhere(self) -> int:
+        """How many requests at least wait in other instances for places that are taken here."""
+        return 1 if self._grant.starving and self._inside >= self._limit else 0
+
     def apply(self, limit: int, *, queue_size: int, queue_timeout: float) -> None:
         """Use new bounds; *limit* is that of all instances together."""
         self._grant.apply(limit)
@@ -110,6 +115,9 @@ class SharedGate(Gate):
         if more:
             self._full_since = self._clock()
             super().serve()
+
+    def others_starve(self) -> None:
+        """Hear that requests wait in other instances; called by the grant."""
 
     def _grace(self) -> float:
         if self._queue_timeout > 0:

@@ -136,6 +136,9 @@ class Counted:
         self._granted = places
         self.decide()
 
+    def others_starve(self) -> None:
+        """Do nothing: an answer that runs keeps its place."""
+
     def _give_up(self, decision: asyncio.Future[None]) -> None:
         """Refuse one that has been undecided for long enough."""
         if not decision.done() and decision in self._undecided:

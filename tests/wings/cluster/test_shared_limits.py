@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioserver.config.settings import Streams
 from aioserver.provider_errors import ProviderQueueTimeout
+from aioserver.providers.backpressure import LOOK, RATE_SECONDS, ClientPace
 from aioserver.providers.provider import Provider
+from aioserver.streams.entries import CANCELLED
+from aioserver.streams.lifetime import Lifetime
 from aioserver.wings.cluster.limits import SharedLimits
 from tests.support.failing import kill
 from tests.support.reference_server import ReferenceServer
@@ -26,7 +30,8 @@ if TYPE_CHECKING:
     from aioserver.limits.gate import Place
     from aioserver.providers.queueing import ProviderGate
 
-pytestmark = pytest.mark.virtual_time
+# Waits for long times.
+pytestmark = [pytest.mark.virtual_time, pytest.mark.timeout(2000)]
 
 
 class One:
@@ -35,6 +40,7 @@ class One:
     def __init__(
         self, reference: ReferenceServer, number: int, count: int, settings: ProviderSettings
     ) -> None:
+        self.lifetime = Lifetime(Streams())
         self.leases = reference.join(
             f"i{number}",
             fixed=(number, count),
@@ -50,6 +56,7 @@ class One:
             clock=loop.time,
             make_gate=self.limits.make_gate,
             observer=self.limits.observe(settings.name),
+            lifetime=self.lifetime,
         )
         self.limits.serve(lambda: {settings.name: self.provider})
 
@@ -88,6 +95,7 @@ async def joined(reference: ReferenceServer, count: int, settings: ProviderSetti
 
 async def close(*ones: One) -> None:
     for instance in ones:
+        instance.lifetime.close()
         await instance.provider.close()
 
 
@@ -120,6 +128,123 @@ async def test_places_are_those_of_all_instances_and_move_to_who_needs_them(
     for each in (*taken[1:], place):
         if each is not None:
             each.release()
+    await close(a, b)
+
+
+async def test_a_slow_client_gives_its_place_to_a_request_of_another_instance(
+    reference: ReferenceServer, tmp_path: Path
+) -> None:
+    a, b = await joined(reference, 2, settings_of(tmp_path, concurrent_requests=2))
+    places = [await enter(a), await enter(a)]
+    given_up: list[int] = []
+
+    async def upload(number: int) -> None:
+        """Send nothing more of a body that is passed on, and so keep a place."""
+        place, over = places[number], asyncio.Event()
+        assert place is not None
+        pace = ClientPace()
+        a.provider.backpressure.watch(pace)
+        try:
+            with place, pace.waited_for(lambda: 0, over.set):
+                await over.wait()
+                given_up.append(number)
+        finally:
+            a.provider.backpressure.unwatch(pace)
+
+    uploads = [asyncio.ensure_future(upload(number)) for number in range(2)]
+    await asyncio.sleep(100.0)
+    assert not given_up, "nobody waits"
+
+    place = await enter(b, LOOK + 1.0)
+
+    assert place is not None
+    # Longer than any look, and than an answer of the server may be old.
+    await asyncio.sleep(RATE_SECONDS)
+    assert len(given_up) == 1, "nobody waits any more"
+    for task in uploads:
+        task.cancel()
+    place.release()
+    await close(a, b)
+
+
+async def test_a_paused_exchange_reads_on_for_a_request_of_another_instance(
+    reference: ReferenceServer, tmp_path: Path
+) -> None:
+    a, b = await joined(reference, 2, settings_of(tmp_path, concurrent_requests=1))
+    backpressure = a.provider.backpressure
+
+    class Exchange:
+        def pause(self) -> None:
+            assert backpressure.add(self), "nobody waits"
+
+        def resume(self) -> None:
+            backpressure.discard(self)
+            if place is not None:
+                place.release()
+
+    place = await enter(a)
+    exchange = Exchange()
+    exchange.pause()
+    await asyncio.sleep(10.0)
+    assert backpressure.paused
+
+    got = await enter(b)
+
+    assert got is not None
+    got.release()
+    await close(a, b)
+
+
+async def test_answers_that_nobody_reads_give_way_to_the_requests_of_another_instance(
+    reference: ReferenceServer, tmp_path: Path
+) -> None:
+    count = 4
+    a, b = await joined(reference, 2, settings_of(tmp_path, concurrent_requests=count))
+
+    class Placed:
+        """An attempt that has a place."""
+
+        place, unread = a.provider.name, True
+
+        def __init__(self, number: int) -> None:
+            self.stream = a.lifetime.store.open(f"r{number}", "demo", window=1000.0)
+            self.stream.attempt = self
+            self.stream.producer = asyncio.ensure_future(self.run())
+
+        @property
+        def waiting(self) -> int:
+            return a.provider.waiting
+
+        def first_event(self) -> None:
+            pass
+
+        async def run(self) -> None:
+            got = await enter(a)
+            assert got is not None
+            try:
+                await asyncio.sleep(10_000.0)
+            finally:
+                got.release()
+                self.stream.attempt = None
+                self.stream.end(CANCELLED, {})
+
+    attempts = [Placed(number) for number in range(count)]
+    await asyncio.sleep(1.0)
+    for attempt in attempts:
+        a.lifetime.detach(attempt.stream)
+    await asyncio.sleep(100.0)
+    assert a.gate.inside == count, "nobody waits"
+
+    first = await enter(b)
+    await asyncio.sleep(10.0)
+    assert a.gate.inside == count - 1, "nobody waits any more"
+    others = await asyncio.gather(*(enter(b) for _ in range(count - 1)))
+
+    assert first is not None
+    assert all(others)
+    for place in (first, *others):
+        if place is not None:
+            place.release()
     await close(a, b)
 
 
