@@ -1,5 +1,4 @@
-"""The router: it chooses the provider that a request goes to, and says how often it is asked, and
-who instead.
+"""The router: it chooses the provider that a request goes to, and says who is asked instead.
 
 This file is one concept: the table of providers by which a first one is chosen is that of those
 which may follow it.
@@ -15,9 +14,8 @@ A request of an API that some providers alone speak (providers/api.py) goes only
 active one stands then for the first of the active provider and the fallbacks that does.
 
 A fault that came before the first event of an answer may be tried again at the same provider
-(`retry`: `max_retries` times, with `backoff_factor`, within the budget), or at another
-(`failover`: `llm.fallbacks` in their order, each with its own model; never for a pinned provider).
-Place and connection are free meanwhile. provider_errors.py says which fault allows what.
+(asking.py), or at another (`failover`: `llm.fallbacks` in their order, each with its own model;
+never for a pinned provider). provider_errors.py says which fault allows what.
 
 Where there is another provider, one that is sick comes last, and one that is dead is passed over
 (providers/breaker.py).
@@ -27,54 +25,35 @@ from __future__ import annotations
 
 import asyncio
 import random
-from math import inf
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any
 
 from aioserver.config.hints import nearest
 from aioserver.config.models import PASS, PREFIX
 from aioserver.config.schema import show
 from aioserver.errors import AioserverError, ModelNotFound
+from aioserver.gateway.asking import Asking, Try, begun, final_try
 from aioserver.gateway.groups import Group
-from aioserver.gateway.homes import Homes, measured
+from aioserver.gateway.homes import Homes
 from aioserver.gateway.members import LABELS, Member, passed_over
 from aioserver.gateway.request import Route
+from aioserver.gateway.rounds import Round
 from aioserver.protocol.prefix import prefix_of
-from aioserver.provider_errors import (
-    CircuitOpen,
-    NoProvider,
-    ProviderFault,
-    ProviderRateLimited,
-    RequestNotBridged,
-)
+from aioserver.provider_errors import NoProvider, ProviderFault
 from aioserver.providers.api import CHAT, Api
-from aioserver.providers.health import KEY_FAULTS
-from aioserver.providers.outage import WAIT
 from aioserver.providers.passthrough import PassedAttempt, PassedRequest
 from aioserver.telemetry.counters import Counter
 from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
     from aioserver.config import settings
     from aioserver.config.settings import Llm
-    from aioserver.gateway.homes import Placement
     from aioserver.gateway.request import Request
-    from aioserver.limits.gate import Place
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.provider import Provider
     from aioserver.providers.request import Answer
     from aioserver.streams.stream import Stream
-    from aioserver.telemetry.outcome import Outcome
-
-# The faults of a provider that could not have answered.
-UNUSABLE = (*KEY_FAULTS, RequestNotBridged)
-# Seconds to which the backoff before a retry grows.
-MAX_BACKOFF = 30.0
-# Seconds of a backoff that a provider asks for; if it asks for more, its fault is raised instead.
-MAX_ASKED_BACKOFF = 60.0
-# Seconds for which a request is parked whose provider may be away, before it is tried again.
-MAX_PARKED = 2.0
 
 
 class Router:
@@ -423,162 +402,90 @@ class Router:
         assert attempt.answer is not None
         return attempt.answer
 
-    async def _ask(self, request: Request, stream: Stream | None) -> Attempt:
+    def _ask(self, request: Request, stream: Stream | None) -> Coroutine[Any, Any, Attempt]:
         """Return the attempt that succeeded, at the first provider that gave an answer.
 
         Raises:
             ProviderFault: no provider answered.
         """
-        route, provider_request = request.route, request.provider_request
-        first = route.group
-        if first is None:
-            return await self._ask_provider(
-                route.provider, request, stream, route.model, fallback=False
-            )
+        route = request.route
+        if route.group is None:
+            return self._asking(route.provider, route.model, request, stream).answer()
+        return self._ask_in_turn(route.group, request, stream)
+
+    async def _ask_in_turn(self, first: Group, request: Request, stream: Stream | None) -> Attempt:
+        """Return the attempt that succeeded, of *first* or of the fallbacks.
+
+        Raises:
+            ProviderFault: none of them answered.
+        """
+        route, outcome = request.route, request.provider_request.outcome
         groups = [first]
         if self._fallbacks and route.fallbacks and not route.pinned:
             # A fallback uses its own model.
-            groups = _sick_last([first, *self._others(first, provider_request.api)])
-        outcome = provider_request.outcome
+            groups = _sick_last([first, *self._others(first, request.provider_request.api)])
         tries: list[Try] = []
         while True:
             group = groups.pop(0)
-            fallback = bool(groups) and any(group.available for group in groups)
+            fallback = any(other.available for other in groups)
             try:
                 if len(group.members) > 1:
-                    return await self._ask_group(group, request, stream, fallback=fallback)
-                # A group of one is its member.
-                (member,) = group.members
-                if group.name:
-                    group.started(member, ())
-                model = route.model if group is first else member.model
-                return await self._ask_provider(
-                    member.provider, request, stream, model, fallback=fallback
+                    round_ = await self._round(group, request, stream)
+                    member, model = round_.left[0], None
+                else:
+                    # A group of one is its member.
+                    (member,), round_ = group.members, None
+                    if group.name:
+                        group.started(member, ())
+                    model = route.model if group is first else member.model
+                asking = self._asking(
+                    member.provider, model, request, stream, round_, fallback=fallback
                 )
+                return await asking.answer()
             except ProviderFault as fault:
-                if _begun(stream) or not fault.failover:
+                if begun(stream) or not fault.failover:
                     raise
                 # A fault that is kept here must not lead back to this frame, which leads to the
                 # body.
                 forget_frames(fault)
                 tries.append(Try.of(fault, outcome))
                 if not groups:
-                    raise _final_try(tries).raised(outcome) from None
+                    raise final_try(tries).raised(outcome) from None
                 group.members[0].provider.meter.failovers[fault.code].value += 1
 
-    async def _ask_group(
-        self, group: Group, request: Request, stream: Stream | None, *, fallback: bool
-    ) -> Attempt:
-        """Return the attempt that succeeded, at the first member of *group* that gave an answer.
+    def _asking(
+        self,
+        provider: Provider,
+        model: str | None,
+        request: Request,
+        stream: Stream | None,
+        round_: Round | None = None,
+        *,
+        fallback: bool = False,
+    ) -> Asking:
+        return Asking(
+            request,
+            stream,
+            provider,
+            model,
+            round_,
+            fallback=fallback,
+            random_number=self._random_number,
+        )
 
-        A fault at one member leads to the next at once. When all have failed, those that may be
-        asked again are, after a backoff. *fallback* says that others can be asked instead.
+    async def _round(self, group: Group, request: Request, stream: Stream | None) -> Round:
+        """Return the members of *group*, to be asked for *request*.
 
         Raises:
-            ProviderFault: no member answered.
+            NoProvider: there are none any more.
         """
-        provider_request = request.provider_request
-        outcome, number = provider_request.outcome, 0
         members = self._members(group, request)
-        limits = members[0].settings.http_client
-        members[0].provider.budget.add_request()
         prefix = None
         if group.affinity == PREFIX and not request.route.pinned:
-            body = provider_request.body(members[0].settings, members[0].asked_model)
+            first = members[0]
+            body = request.provider_request.body(first.settings, first.asked_model)
             prefix = await prefix_of(body, group.name)
-        waited: dict[Member, float] = {}
-        previous: Try | None = None
-        while True:
-            tries: list[Try] = []
-            # The members that may be asked again, with the codes of their faults.
-            again: dict[Member, str] = {}
-            left = members
-            while left:
-                attempts = {
-                    member: request.make_attempt(
-                        member.provider,
-                        provider_request,
-                        stream,
-                        model=member.asked_model,
-                        waited=waited.get(member, 0.0),
-                        retry=number > 0 or bool(tries),
-                        fallback=fallback or len(left) > 1,
-                    )
-                    for member in group.order(left)
-                }
-                member: Member | None = None
-                place: Place | None = None
-                placement = None if prefix is None else self._homes.place(prefix, left)
-                try:
-                    member, place = await group.start(attempts, placement, fallback=fallback)
-                    attempt = attempts[member]
-                    if prefix is not None:
-                        self._homes.sent(prefix, member)
-                    outcome.begin_attempt(member.provider.name, member.asked_model)
-                    await member.provider.run(attempt, place)
-                except ProviderFault as fault:
-                    if member is not None and not fault.attempt_outcome:
-                        # Nothing was sent.
-                        outcome.attempts -= 1
-                    if _begun(stream) or not fault.failover:
-                        fault.request_outcome = outcome
-                        raise
-                    forget_frames(fault)  # as in `_ask`
-                    fault.request_outcome = outcome
-                    tries.append(Try.of(fault, outcome))
-                    if member is None:
-                        away = None if fallback else _away(left, fault)
-                        if away is not None:
-                            return await self._ask_provider(
-                                away.provider, request, stream, away.asked_model, fallback=False
-                            )
-                        left = []
-                        continue
-                    if fault.retry:
-                        again[member] = fault.code
-                    left = [other for other in left if other is not member]
-                    if left:
-                        member.provider.meter.failovers[fault.code].value += 1
-                except AioserverError as error:
-                    # Raised by us, perhaps since there is no room for the answer that comes.
-                    error.paid = outcome.sent_at > 0
-                    raise
-                else:
-                    if placement is not None:
-                        _measure(placement, member, attempt)
-                    return attempt
-                finally:
-                    if place is not None:
-                        # It is given back already, unless the attempt never began.
-                        place.release()
-                    for other, one in attempts.items():
-                        waited[other] = one.waited
-            number += 1
-            final = _final_try(tries)
-            if previous is not None and isinstance(final.fault, CircuitOpen):
-                # What killed the last of them says more than that it is dead.
-                raise previous.raised(outcome) from None
-            previous = final
-            backoff = self._backoff(
-                number,
-                limits.backoff_factor,
-                final.fault.retry_after if final.fault.retry else None,
-            )
-            first = members[0].provider
-            if (
-                not again
-                or number > limits.max_retries
-                or backoff > MAX_ASKED_BACKOFF
-                or (fallback and isinstance(final.fault, ProviderRateLimited))
-            ):
-                raise final.raised(outcome) from None
-            if not first.budget.take_retry():
-                first.meter.retries_refused.value += 1
-                raise final.raised(outcome) from None
-            for failed, code in again.items():
-                failed.provider.meter.retries[code].value += 1
-            members = list(again)
-            await asyncio.sleep(backoff)
+        return Round(group, request, stream, members, self._homes, prefix)
 
     def _members(self, group: Group, request: Request) -> list[Member]:
         """Return the members of *group* that can be asked for *request*.
@@ -595,126 +502,6 @@ class Router:
             members = group.fitting(members, len(body))
         return members
 
-    async def _ask_provider(
-        self,
-        provider: Provider,
-        request: Request,
-        stream: Stream | None,
-        model: str | None,
-        *,
-        fallback: bool,
-    ) -> Attempt:
-        """Return the attempt at *provider* that succeeded, the first or a retry.
-
-        *fallback* says that another provider can be asked instead.
-
-        Raises:
-            ProviderFault: of the last attempt that was made, or of the first if none was.
-        """
-        outcome = request.provider_request.outcome
-        limits = provider.settings.http_client
-        provider.budget.add_request()
-        number, waited, rejoin = 0, 0.0, False
-        previous: list[Try] = []
-        while True:
-            attempt = request.make_attempt(
-                provider,
-                request.provider_request,
-                stream,
-                model=model,
-                waited=waited,
-                retry=number > 0,
-                rejoin=rejoin,
-                fallback=fallback,
-            )
-            outcome.begin_attempt(provider.name, model or provider.settings.model)
-            try:
-                await provider.run(attempt)
-            except ProviderFault as fault:
-                if not fault.attempt_outcome:
-                    # Nothing was sent.
-                    outcome.attempts -= 1
-                if not _begun(stream):
-                    parked = min(MAX_PARKED, self._backoff(1, limits.backoff_factor, None))
-                    if await provider.absence.wait(attempt, fault, parked):
-                        waited, rejoin = attempt.waited, True
-                        continue
-                waited, rejoin = attempt.waited, False  # a rest keeps no room in the queue
-                if previous and isinstance(fault, CircuitOpen):
-                    # What killed the provider says more than that it is dead.
-                    raise previous.pop().raised(outcome) from None
-                fault.request_outcome = outcome
-                forget_frames(fault)  # as in `_ask`
-                previous[:] = (Try.of(fault, outcome),)
-                number += 1
-                backoff = self._backoff(number, limits.backoff_factor, fault.retry_after)
-                breaker, limited = provider.health.breaker, isinstance(fault, ProviderRateLimited)
-                if not fallback and backoff < (trial := breaker.delay()) < inf:
-                    # The retry of a lone client would come shortly before the next trial may
-                    # start.
-                    backoff = trial
-                if (
-                    _begun(stream)
-                    or not fault.retry
-                    or number > limits.max_retries
-                    or backoff > MAX_ASKED_BACKOFF
-                    # The provider asks us to wait, or is dead, and the next one may not be.
-                    or (fallback and (limited or breaker.dead))
-                ):
-                    raise
-                if not provider.budget.take_retry():
-                    provider.meter.retries_refused.value += 1
-                    raise
-                provider.meter.retries[fault.code].value += 1
-            except AioserverError as error:
-                # Raised by us, perhaps since there is no room for the answer that comes.
-                error.paid = outcome.sent_at > 0
-                raise
-            else:
-                return attempt
-            await asyncio.sleep(backoff)
-
-    def _backoff(self, number: int, factor: float, retry_after: float | None) -> float:
-        """Return the seconds of the backoff before retry *number*, at least *retry_after*.
-
-        Backoffs double, and half of each is random ("equal jitter": Marc Brooker, "Exponential
-        Backoff And Jitter", 2015).
-        """
-        seconds = min(MAX_BACKOFF, factor * 2.0 ** min(number - 1, 30))
-        return max(seconds * (0.5 + self._random_number() / 2), retry_after or 0.0)
-
-
-def _begun(stream: Stream | None) -> bool:
-    """Return whether an answer has begun in the log, so that no other may follow."""
-    return stream is not None and (stream.answered or stream.ended)
-
-
-def _measure(placement: Placement, member: Member, attempt: Attempt) -> None:
-    """Learn from the first event of *attempt* how fast its *member* reads a prompt."""
-    record = attempt.request.record
-    seconds = record.first_event_at - record.outcome.sent_at
-    if record.first_event_at and seconds > 0:
-        unknown = placement.prefix.size - placement.known[member]
-        member.reading = measured(member.reading, seconds, unknown)
-
-
-def _away(members: list[Member], fault: ProviderFault) -> Member | None:
-    """Return the one of *members*, none of which is asked now, at which a request may wait until
-    it is back.
-
-    *fault* is what they have been refused with.
-    """
-    if not isinstance(fault, CircuitOpen):
-        return None
-    return next(
-        (
-            member
-            for member in members
-            if member.settings.when_down == WAIT and member.provider.health.breaker.unreachable
-        ),
-        None,
-    )
-
 
 def _same(group: Group, other: Group) -> bool:
     """Return whether both stand for one provider."""
@@ -729,44 +516,3 @@ def _sick_last(groups: list[Group]) -> list[Group]:
     """
     sick = [group for group in groups if len(group.members) == 1 and passed_over(group.members[0])]
     return [group for group in groups if group not in sick] + sick
-
-
-class Try(NamedTuple):
-    """How one attempt has failed, and what `Outcome` said of it."""
-
-    fault: ProviderFault
-    provider: str
-    model: str
-    headers: Mapping[str, str]
-
-    @classmethod
-    def of(cls, fault: ProviderFault, outcome: Outcome) -> Self:
-        """Return the attempt that was made last."""
-        return cls(fault, outcome.provider, outcome.model, outcome.headers)
-
-    def raised(self, outcome: Outcome) -> ProviderFault:
-        """Return the fault, which ends the request now: *outcome* is about this attempt again."""
-        _, outcome.provider, outcome.model, outcome.headers = self
-        return self.fault
-
-
-def _final_try(tries: list[Try]) -> Try:
-    """Return the attempt whose fault is raised when all providers have failed: the last of
-    *tries*, as a rule.
-
-    A provider that refuses our key is not usable, nor is one that has no form of the request:
-    their faults are returned only if there is no other. A fault of too many requests is returned
-    only if every usable provider has raised one. The `retry_after` is that of the provider that
-    may answer first. *tries* is empty afterwards.
-    """
-    of_usable = [failed for failed in tries if not isinstance(failed.fault, UNUSABLE)] or tries
-    others = [failed for failed in of_usable if not isinstance(failed.fault, ProviderRateLimited)]
-    final = (others or of_usable)[-1]
-    if final.fault.retry_after is not None:
-        final.fault.retry_after = min(
-            failed.fault.retry_after
-            for failed in of_usable
-            if failed.fault.retry_after is not None
-        )
-    tries.clear()
-    return final

@@ -30,7 +30,7 @@ TAKES = re.compile(
     r"(\btry_enter|\b_?gate\.enter|admission\.(wait|connect|hold)|quota\.(take|connect|used)"
     r"|_streams\.(open|open_mirror|hold)|pool\.(take|connect)|_connections\.(take|open_one)|_connector\.connect"
     r"|breaker\.start|\bSocketPlace|\bVisit|_make_hold|responses\.hold|gateway\.hold|\b_place\.enter"
-    r"|\bself\.offer|provider\.(offer|wish)|lines\.wait|group\.start|self\._offered)$"
+    r"|\bself\.offer|provider\.(offer|wish)|lines\.wait|group\.start|round_\.start|self\._offered)$"
 )
 COUNTS = re.compile(
     r"\b(_inside|running|connections\.value|connections|_trials|_pending|_opening|_body_bytes|refused_closing)$"
@@ -75,7 +75,8 @@ providers.provider Provider.wish
 gateway.groups Group._offered
 gateway.groups Group._wait
 gateway.groups Group.start
-gateway.router Router._ask_group
+gateway.asking Asking.answer
+gateway.rounds Round.start
 gateway.router Router.pass_on
 providers.provider Provider.exchange
 providers.queueing ProviderGate._start

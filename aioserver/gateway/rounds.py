@@ -1,0 +1,140 @@
+"""The members of a group as one request asks them, round by round."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aioserver.gateway.homes import measured
+from aioserver.provider_errors import CircuitOpen, ProviderFault
+from aioserver.providers.outage import WAIT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aioserver.gateway.groups import Group
+    from aioserver.gateway.homes import Homes, Placement
+    from aioserver.gateway.members import Member
+    from aioserver.gateway.request import Request
+    from aioserver.limits.gate import Place
+    from aioserver.protocol.prefix import Prefix
+    from aioserver.providers.attempt import Attempt
+    from aioserver.providers.provider import Provider
+    from aioserver.streams.stream import Stream
+
+
+class Round:
+    """The members of *group* that *request* is still asked of, *left* in this round.
+
+    *prefix* is that of its prompt, by which *homes* knows where it belongs; None: the group has
+    no affinity.
+    """
+
+    __slots__ = (
+        *("_again", "_group", "_homes", "_placement", "_prefix", "_request", "_stream"),
+        *("_waited", "chosen", "left"),
+    )
+
+    def __init__(
+        self,
+        group: Group,
+        request: Request,
+        stream: Stream | None,
+        left: Sequence[Member],
+        homes: Homes,
+        prefix: Prefix | None,
+    ) -> None:
+        self._group, self._request, self._stream = group, request, stream
+        self._homes, self._prefix = homes, prefix
+        self.left = left
+        # The one where the request has started; None while it has not.
+        self.chosen: Member | None = None
+        self._placement: Placement | None = None
+        # The members that may be asked again, with the codes of their faults.
+        self._again: list[tuple[Member, str]] = []
+        # The seconds of its waits at each.
+        self._waited: dict[Member, float] = {}
+
+    async def start(self, *, retry: bool, fallback: bool) -> tuple[Attempt, Place]:
+        """Wait for a place at one of those that are left; return the attempt there, and the
+        place. *retry* and *fallback* are as for `Attempt`. Cancelling is safe.
+
+        Raises:
+            ProviderFault: none can start it.
+        """
+        request, left = self._request, self.left
+        self.chosen = None
+        attempts = {
+            member: request.make_attempt(
+                member.provider,
+                request.provider_request,
+                self._stream,
+                model=member.asked_model,
+                waited=self._waited.get(member, 0.0),
+                retry=retry,
+                fallback=fallback or len(left) > 1,
+            )
+            for member in self._group.order(left)
+        }
+        if self._prefix is not None:
+            self._placement = self._homes.place(self._prefix, left)
+        try:
+            member, place = await self._group.start(attempts, self._placement, fallback=fallback)
+        finally:
+            for each, attempt in attempts.items():
+                self._waited[each] = attempt.waited
+        self.chosen = member
+        return attempts[member], place
+
+    def sent(self) -> None:
+        """Remember where the prompt goes."""
+        if self._prefix is not None and self.chosen is not None:
+            self._homes.sent(self._prefix, self.chosen)
+
+    def answered(self, attempt: Attempt) -> None:
+        """Learn from the first event of *attempt* how fast its member reads a prompt."""
+        member, placement = self.chosen, self._placement
+        if member is None or placement is None:
+            return
+        record = attempt.request.record
+        seconds = record.first_event_at - record.outcome.sent_at
+        if record.first_event_at and seconds > 0:
+            unknown = placement.prefix.size - placement.known[member]
+            member.reading = measured(member.reading, seconds, unknown)
+
+    def failed(self, fault: ProviderFault) -> bool:
+        """Note that the request has failed with *fault* where it has started, or could start
+        nowhere; return whether it is asked of others in this round.
+        """
+        member = self.chosen
+        if member is None:
+            self.left = ()
+            return False
+        if fault.retry:
+            self._again.append((member, fault.code))
+        self.left = [other for other in self.left if other is not member]
+        if self.left:
+            member.provider.meter.failovers[fault.code].value += 1
+        return bool(self.left)
+
+    def away(self, fault: ProviderFault) -> Member | None:
+        """Return the member at which the request may wait until it is back, where none is asked
+        now; *fault* is what they have refused it with.
+        """
+        if not isinstance(fault, CircuitOpen):
+            return None
+        return next(
+            (
+                member
+                for member in self.left
+                if member.settings.when_down == WAIT and member.provider.health.breaker.unreachable
+            ),
+            None,
+        )
+
+    def next(self) -> list[tuple[Provider, str]]:
+        """Begin the next round, of those that may be asked again; return them with the codes of
+        their faults.
+        """
+        again, self._again = self._again, []
+        self.left = [member for member, _ in again]
+        return [(member.provider, code) for member, code in again]
