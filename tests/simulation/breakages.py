@@ -349,6 +349,10 @@ from aioserver.errors import RateLimitExceeded
 from aioserver.faces import client_messages, socket
 client_messages.too_much = socket.too_much = RateLimitExceeded
 """,
+    "that a slow client gives way": """
+from aioserver.providers.backpressure import Backpressure
+Backpressure._look = lambda self: None
+""",
     # What conversations in a file rely on.
     "a turn of a conversation": """
 from aioserver.wings.conversations.history import History
@@ -368,6 +372,10 @@ SqliteStorage.delete = kept
     "the end of a lease": """
 from aioserver.wings.cluster.leases import Leases
 Leases.check = lambda self: None
+""",
+    "that others wait for a slow client's place": """
+from aioserver.wings.cluster.shared_gate import SharedGate
+SharedGate.waiting_elsewhere = 0
 """,
     "whose an id is": """
 from aioserver.wings.cluster.claims import OURS
@@ -450,6 +458,20 @@ PACED = {
 }
 KEPT = {"chat.streams.resume_window": 30.0, "chat.streams.max_kept_bytes": 268_435_456}
 LANES = {"faces": ("response lanes",), "responses": "forgets", "faults": {}, "changes": KEPT}
+UPLOADS: dict[str, Any] = {
+    "uploads": 0.3,
+    "spread": 5.0,
+    "faults": {},
+    "habits": {},
+    "provider_links": {},
+    "provider_fault_share": 0.0,
+    "changes": {
+        **CROWDED,
+        "chat.websocket.concurrency.max_connections": 300,
+        "chat.websocket.concurrency.connection_queue_size": 300,
+        "chat.websocket.concurrency.max_body_bytes": 1 << 28,
+    },
+}
 CHAINS = {"faces": ("response chain",), "responses": "forgets", "faults": {}, "changes": KEPT}
 TALKS = {"faces": ("conversation",), "sql": True, "faults": {}, "changes": KEPT}
 # What a run must try, so that few seeds are enough to notice some of them.
@@ -537,6 +559,20 @@ NEEDS: dict[str, dict[str, Any]] = {
         "clients": 15,
         "faces": ("websocket", "sse"),
         "habits": {"ask twice": 1.0},
+    },
+    "that a slow client gives way": UPLOADS,
+    # So few that whoever waits does so at another instance.
+    "that others wait for a slow client's place": {
+        **GOOD,
+        **UPLOADS,
+        "clients": 20,
+        "spread": 60.0,
+        "changes": {
+            **UPLOADS["changes"],
+            "llm.providers.sim.http_client.concurrent_requests": 2,
+            "llm.providers.sim.http_client.max_connections": 2,
+            "llm.providers.sim.http_client.max_keepalive": 2,
+        },
     },
     "that an owner was killed": {
         **GOOD,

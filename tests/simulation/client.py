@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import orjson
 
-from tests.simulation import kept_talk, openai_faces, own_faces, response_chain, response_lanes
+from tests.simulation import (
+    kept_talk,
+    openai_faces,
+    own_faces,
+    response_chain,
+    response_lanes,
+    uploads,
+)
 from tests.simulation.clock import Clock
 from tests.simulation.configuration import BODY, GATE, ROOM, STREAMS
 from tests.simulation.dials import draw_dial
@@ -59,6 +66,7 @@ ASK = {
     "response lanes": response_lanes.talk,
     "response chain": response_chain.talk,
     "conversation": kept_talk.talk,
+    uploads.FACE: uploads.ask,
 }
 # The codes of refusals that must say when to come back.
 COME_BACK = {
@@ -119,6 +127,8 @@ class Client:
         self.begins = dice.uniform(0.0, plan.spread)
         self.key = self._draw_key()
         self.silent = dice.random() < plan.silent
+        if random.Random(f"upload {plan.seed} {number}").random() < plan.uploads:
+            self.face = uploads.FACE
         # A client without a key has the address of this machine: no other address is served.
         self.address = f"10.0.0.{dice.randrange(1, 4)}" if self.key else "127.0.0.1"
         if like is not None:
@@ -237,7 +247,8 @@ class Client:
 
     async def _ask(self) -> None:
         ask = ASK[self.face]
-        if not self.has("ask twice") or self.face in {"stream", "responses", *CONVERSATIONS}:
+        once = {"stream", "responses", uploads.FACE, *CONVERSATIONS}
+        if not self.has("ask twice") or self.face in once:
             await ask(self)
             return
         both = asyncio.gather(ask(self), ask(self._reference()), return_exceptions=True)
@@ -262,7 +273,7 @@ class Client:
         habits of this one.
         """
         # A large answer would push earlier turns out of a conversation.
-        plan = dataclasses.replace(self.plan, large=0.0)
+        plan = dataclasses.replace(self.plan, large=0.0, uploads=0.0)
         client = Client(plan, number, self.base, like=self)
         client.face, client.conversation = face, conversation
         client.session, client.patience, client._habits = self.session, self.patience, self._habits

@@ -15,6 +15,7 @@ from aioserver.limits.write_watchdog import LOOKS
 from aioserver.providers.exchange import Exchange
 from aioserver.wings.cluster.shared_gate import GRACE, SharedGate
 from tests.simulation.clock import Clock
+from tests.simulation.slowness import HELD_UP, Slowness
 from tests.simulation.transport import Transport
 
 if TYPE_CHECKING:
@@ -41,12 +42,14 @@ class Deadlines:
         self._server = instance.server
         self._network = network
         self._broken = broken
+        self._slowness: dict[str, Slowness] = {}
         # From when on all that waits has the deadlines of the settings.
         self.settled_at = 0.0
 
     def reloaded(self) -> None:
         """Note that the settings are about to change."""
         self.settled_at = Clock.now + OLD_DEADLINES
+        self._slowness.clear()
 
     def look(self) -> None:
         """Look at all waits."""
@@ -62,6 +65,7 @@ class Deadlines:
         self._look_at_queue(gate, longest, "a place")
         for provider in context.router._providers.values():
             self._look_at_provider(provider)
+            self._look_at_slow(provider)
         self._look_at_writes(settings.chat.streams.send_timeout)
         if not self._instance.ended:
             self._look_at_kept()
@@ -100,6 +104,18 @@ class Deadlines:
                 stuck = Clock.now - max(transport.stuck_since, transport.paused_at)
                 if stuck > limits.write_timeout * (1 + 1 / LOOKS) + LATE:
                     self._broken(f"a request has been stuck for {stuck:.2f} s")
+
+    def _look_at_slow(self, provider: Provider) -> None:
+        """Look at clients that are too slow for what is passed on."""
+        slowness = self._slowness.get(provider.name)
+        if slowness is None:
+            slowness = self._slowness[provider.name] = Slowness(provider)
+        slowness.look()
+        if slowness.waited > HELD_UP and slowness.slow:
+            self._broken(
+                f"a request waits for {provider.name} for {slowness.waited:.2f} s, where "
+                f"{slowness.slow} clients are too slow"
+            )
 
     def _look_at_writes(self, send_timeout: float) -> None:
         """Look at what clients do not read."""

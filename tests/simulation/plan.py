@@ -124,6 +124,8 @@ class Plan:
     silent: float = 0.0
     # The share of clients that ask for a large answer.
     large: float = 0.0
+    # The share of clients that upload something, most of them slowly (uploads.py).
+    uploads: float = 0.0
     instances: int = 1
     balancer: str = "sticky"
     # What goes wrong between the instances; None: they share nothing.
@@ -190,6 +192,7 @@ def draw(seed: int, clients: int, instances: int = 1) -> Plan:
         silent=dice.choice((0.0, 0.0, 0.05)),
         # Dice of its own: a seed tries the same otherwise.
         large=random.Random(f"large {seed}").choice((0.0, 0.0, 0.1, 0.5)),
+        uploads=random.Random(f"uploads {seed}").choice((0.0, 0.0, 0.0, 0.0, 0.05, 0.2)),
         instances=instances,
         balancer=dice.choice(BALANCERS),
         shared=_draw_shared(seed) if instances > 1 else None,

@@ -11,8 +11,12 @@ from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from aioserver.wings.simulator.model import BadRequest
+from aioserver.wings.simulator.refusals import as_json
 from aioserver.wings.simulator.server import ReceivedRequest, Simulator
+from tests.simulation import uploads
 from tests.simulation.clock import Clock
 from tests.simulation.transport import Transport
 
@@ -123,6 +127,14 @@ class NotingSimulator(Simulator):
         self.requests = _Received()
         self.bodies = _Bodies()
         self._calls = calls
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.path != f"/v1/{uploads.PATH}":
+            return await super()._handle(request)
+        size = 0
+        async for part in request.content.iter_any():
+            size += len(part)
+        return as_json(200, orjson.dumps({"bytes": size}))
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         transport = request.transport

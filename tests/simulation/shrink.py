@@ -44,6 +44,7 @@ class Run:
             provider_links={} if "links" in self.without else plan.provider_links,
             provider_fault_share=0.0 if "provider" in self.without else plan.provider_fault_share,
             silent=0.0 if "silent" in self.without else plan.silent,
+            uploads=0.0 if "uploads" in self.without else plan.uploads,
         )
 
     def _kept(self, leases: dict[str, float]) -> dict[str, float]:
@@ -80,7 +81,15 @@ def shrunk(run: Run, outcome: Outcome) -> tuple[Run, Outcome]:
         return True
 
     plan = run.plan()
-    names = (*plan.faults, *plan.habits, *plan.operations, "links", "provider", "silent")
+    names = (
+        *plan.faults,
+        *plan.habits,
+        *plan.operations,
+        "links",
+        "provider",
+        "silent",
+        "uploads",
+    )
     for name in names:
         if name not in run.without:
             fails(dataclasses.replace(run, without=(*run.without, name)))

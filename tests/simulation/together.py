@@ -29,6 +29,7 @@ from aioserver.wings.cluster.lease_messages import SECOND, TIMES
 from aioserver.wings.cluster.rates import SharedRate
 from aioserver.wings.cluster.shared_gate import SharedGate
 from tests.simulation.clock import Clock
+from tests.simulation.slowness import HELD_UP_ELSEWHERE, Slowness
 from tests.simulation.watch import delay_of
 from tests.support.stored_responses import stored_in
 
@@ -118,6 +119,7 @@ class Together:
         self._reloaded_at = float("-inf")
         self._closer_at = 0.0
         self._rates: dict[tuple[str, str], Starts] = {}
+        self._slowness: dict[tuple[int, str], Slowness] = {}
 
     def reloaded(self) -> None:
         """Note that limits are about to change."""
@@ -195,12 +197,36 @@ class Together:
         for member in members:
             standing = member.leases.standing
             calm = calm and standing.state is State.JOINED and not standing.grace
+        if calm:
+            self._look_at_slow(living)
+        else:
+            self._slowness.clear()
         for name, (inside, limit, _excess) in totals.items():
             if not calm or inside >= limit or not any(_waits(each, name) for each in members):
                 self._idle_since.pop(name, None)
             elif Clock.now - self._idle_since.setdefault(name, Clock.now) > IDLE:
                 self._broken(
                     f"requests wait for {name}, of which {limit - inside} places are free"
+                )
+
+    def _look_at_slow(self, living: Sequence[Instance]) -> None:
+        """Look at clients that are too slow, and at the requests of all instances."""
+        waited: dict[str, float] = {}
+        slow: Counter[str] = Counter()
+        for instance in living:
+            for name, provider in instance.server.context.router._providers.items():
+                key = instance.number, name
+                slowness = self._slowness.get(key)
+                if slowness is None:
+                    slowness = self._slowness[key] = Slowness(provider)
+                slowness.look()
+                waited[name] = max(waited.get(name, 0.0), slowness.waited)
+                slow[name] += slowness.slow
+        for name, seconds in waited.items():
+            if slow[name] and seconds > HELD_UP_ELSEWHERE + slow[name]:
+                self._broken(
+                    f"a request waits for {name} for {seconds:.2f} s, where {slow[name]} clients "
+                    f"of all instances are too slow"
                 )
 
     def _look_at_mirrors(self, member: Member) -> None:
