@@ -108,7 +108,7 @@ class Result:
     first_tokens: list[float] = field(default_factory=list)
     starts: Counter[str] = field(default_factory=Counter)
     failed: int = 0
-    homes: dict[str, int] = field(default_factory=dict)
+    homes: Counter[str] = field(default_factory=Counter)
     held_back: int = 0
 
     @property
@@ -270,6 +270,8 @@ class Run:
             self.result.first_tokens += (
                 [request.record.first_event_at - began] if self.counts else []
             )
+            if (start := request.outcome.start) is not None:
+                self.result.homes[start.home] += 1
             del self.turns[request]
 
     async def _ideally(self, turn: Turn, first: Callable[[], None]) -> None:
@@ -325,7 +327,7 @@ class Run:
             task.cancel()
         await asyncio.gather(*users, return_exceptions=True)
         group = self.routers[0].groups["group"]
-        self.result.homes, self.result.held_back = group.homes, group.held_back
+        self.result.held_back = group.held_back
         return self.result
 
 
@@ -377,7 +379,7 @@ def main() -> None:
                 f"seed {seed}: {group.hits:.3f} {robin.hits:.3f} "
                 f"{group.output / max(1, robin.output):.2f} {group.p90 / max(1e-9, ideal.p90):.2f} "
                 f"{max(starts) / max(1, min(starts)):.2f}  failed {group.failed}, "
-                f"homes {group.homes}, held back {group.held_back}",
+                f"homes {dict(group.homes)}, held back {group.held_back}",
                 flush=True,
             )
 

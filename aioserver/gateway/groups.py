@@ -18,6 +18,7 @@ from aioserver.config.models import LEAST_BUSY, ORDERED, WEIGHTED
 from aioserver.gateway.members import Member, load, passed_over
 from aioserver.limits.lines import Lines
 from aioserver.provider_errors import ProviderFault, ProviderPaced
+from aioserver.telemetry.outcome import NONE, GroupStart
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from aioserver.limits.lines import Wish
     from aioserver.providers.api import Api
     from aioserver.providers.attempt import Attempt
+    from aioserver.telemetry.outcome import Outcome
 
 # A prompt is skipped for a member if, by this estimate, it is longer than what the member takes by
 # more than half.
@@ -53,8 +55,7 @@ class Group:
         self._clock = clock
         self._marks = count()
         self.apply(members, choose, affinity)
-        # Requests by where they have started, and those that were held back for their home.
-        self.homes = {"home": 0, "other": 0, "new": 0}
+        # Requests that were held back for their home.
         self.held_back = 0
         # When each request that stands in lines has come.
         self._waiting: dict[Lines, float] = {}
@@ -136,17 +137,23 @@ class Group:
         return [member for member in members if member not in sick] + sick if sick else members
 
     def started(
-        self, chosen: Member, among: Sequence[Member], placement: Placement | None = None
+        self,
+        chosen: Member,
+        among: Sequence[Member],
+        outcome: Outcome,
+        placement: Placement | None = None,
     ) -> None:
-        """Note that a request has started at *chosen*, which was chosen *among* these, and where
-        it belonged.
+        """Note, in the *outcome* of a request, too, that it has started at *chosen*, which was
+        chosen *among* these, and where it belonged.
         """
+        if self.name:
+            home, known, size = NONE, 0, 0
+            if placement is not None:
+                home = placement.label(chosen)
+                if placement.remembered:
+                    known, size = placement.known[chosen], placement.prefix.size
+            outcome.start = GroupStart(self.name, chosen.provider.name, home, known, size)
         chosen.starts += 1
-        label = "none"
-        if placement is not None:
-            label = placement.label(chosen)
-            self.homes[label] += 1
-        chosen.counters[label].value += 1
         chosen.started_at = self._clock()
         if self.choose == WEIGHTED:
             total = sum(map(attrgetter("weight"), among))
@@ -178,7 +185,7 @@ class Group:
             among.sort(key=lambda member: member is not placement.home)
         member, place = await self._offered(among, attempts, delays, fallback=fallback)
         try:
-            self.started(member, among, placement)
+            self.started(member, among, attempts[member].request.outcome, placement)
         except BaseException:
             place.release()
             raise

@@ -23,6 +23,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.gateway.members import PRIME
+from aioserver.telemetry.outcome import HOME, NEW, OTHER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,13 +46,15 @@ SMOOTHING, MEASURED_BYTES = 0.1, 4096
 
 class Placement(NamedTuple):
     """Where one request belongs: its *home* among the members, None if nobody can be; the bytes
-    that each member knows of it; and the seconds after which it joins the line of each.
+    that each member knows of it; the seconds after which it joins the line of each; and whether it
+    is *remembered* who knows what.
     """
 
     prefix: Prefix
     home: Member | None
     known: dict[Member, int]
     delays: dict[Member, float]
+    remembered: bool
 
     @property
     def held_back(self) -> bool:
@@ -61,8 +64,8 @@ class Placement(NamedTuple):
     def label(self, started_at: Member) -> str:
         """Return in a word whether the member where it has started is its home."""
         if not self.prefix.has_history:
-            return "new"
-        return "home" if started_at is self.home else "other"
+            return NEW
+        return HOME if started_at is self.home else OTHER
 
 
 class Homes:
@@ -91,13 +94,13 @@ class Homes:
             home = _first_fit(members, _ranked(prefix, members))
         delays = dict.fromkeys(members, 0.0)
         if home is None or not prefix.has_history or (self._alone and not any(known.values())):
-            return Placement(prefix, home, known, delays)
+            return Placement(prefix, home, known, delays, self._alone)
         for member in members:
             if member is not home:
                 cost = PATIENCE * member.reading * (prefix.size - known[member])
                 longest = MAX_SHARE * member.provider.settings.http_client.queue_timeout
                 delays[member] = min(longest, cost)
-        return Placement(prefix, home, known, delays)
+        return Placement(prefix, home, known, delays, self._alone)
 
     def sent(self, prefix: Prefix, member: Member) -> None:
         """Remember that the prompt with *prefix* was sent to *member*."""

@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING
 
-from aioserver.telemetry.counters import Counter
-
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from aioserver.config.settings import Provider as ProviderSettings
     from aioserver.providers.provider import Provider
@@ -21,22 +19,16 @@ if TYPE_CHECKING:
 READING = 60e-6
 # Scores of members are below this, a prime number.
 PRIME = (1 << 61) - 1
-# Where a request has started, as its counter says: at its home, at another member, or as a new
-# conversation; none where the group has no affinity.
-LABELS = ("none", "home", "other", "new")
-# Counters that nobody reads.
-NO_COUNTERS: Mapping[str, Counter] = {label: Counter() for label in LABELS}
 
 
 @dataclass(slots=True, eq=False)
 class Member:
     """One provider of a group, and the model that it is asked for; None stands for its own.
 
-    *starts* counts the requests that have started there by the group, as *counters* do for all
-    members of one provider, by whether it was their home; *started_at* is the monotonic time of
-    the newest. *credit* is what the weights owe it (smooth weighted round robin, as nginx has it):
-    it grows by the weight with each start, and the member that starts gives back the weights of
-    all.
+    *starts* counts the requests that have started there by the group; *started_at* is the
+    monotonic time of the newest. *credit* is what the weights owe it (smooth weighted round robin,
+    as nginx has it): it grows by the weight with each start, and the member that starts gives back
+    the weights of all.
 
     *mark* is what homes.py knows it by, one of its group's *marks*. It holds for one address and
     until the provider dies. *reading* has the seconds in which it reads a byte of a prompt.
@@ -47,7 +39,6 @@ class Member:
     model: str | None = None
     weight: int = 1
     max_context: int | None = None
-    counters: Mapping[str, Counter] = field(default_factory=lambda: NO_COUNTERS)
     starts: int = 0
     started_at: float = 0.0
     credit: int = 0

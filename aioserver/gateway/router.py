@@ -34,14 +34,13 @@ from aioserver.errors import AioserverError, ModelNotFound
 from aioserver.gateway.asking import Asking, Try, begun, final_try
 from aioserver.gateway.groups import Group
 from aioserver.gateway.homes import Homes
-from aioserver.gateway.members import LABELS, Member, passed_over
+from aioserver.gateway.members import Member, passed_over
 from aioserver.gateway.request import Route
 from aioserver.gateway.rounds import Round
 from aioserver.protocol.prefix import prefix_of
 from aioserver.provider_errors import NoProvider, ProviderFault
 from aioserver.providers.api import CHAT, Api
 from aioserver.providers.passthrough import PassedAttempt, PassedRequest
-from aioserver.telemetry.counters import Counter
 from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
@@ -62,9 +61,8 @@ class Router:
 
     Always: once an event of an answer is in a log, no further attempt is made for it.
 
-    *random_number* returns numbers from 0.0 to 1.0, for the jitter of backoffs. *starts* counts the
-    requests that start at members of groups, by group, provider and home. *alone* False: other
-    instances ask the same providers.
+    *random_number* returns numbers from 0.0 to 1.0, for the jitter of backoffs. *alone* False:
+    other instances ask the same providers.
     """
 
     def __init__(
@@ -72,13 +70,11 @@ class Router:
         providers: Mapping[str, Provider],
         llm: Llm,
         random_number: Callable[[], float] = random.random,
-        starts: dict[tuple[str, ...], Counter] | None = None,
         *,
         alone: bool = True,
     ) -> None:
         self._random_number = random_number
         self._homes = Homes(alone=alone)
-        self._starts = {} if starts is None else starts
         self._groups: dict[str, Group] = {}
         self.apply(providers, llm)
 
@@ -112,10 +108,6 @@ class Router:
                 member.model,
                 member.weight or 1,
                 member.max_context,
-                {
-                    label: self._starts.setdefault((name, member.provider, label), Counter())
-                    for label in (LABELS if configured.affinity == PREFIX else LABELS[:1])
-                },
             )
             for member in configured.members
         ]
@@ -379,7 +371,10 @@ class Router:
         try:
             if passed.upload is not None:
                 await passed.upload.begin()
-            if (group := route.group) is not None and len(group.members) > 1:
+            group = route.group
+            if group is not None and len(group.members) == 1:
+                group.started(group.members[0], (), outcome)
+            elif group is not None:
                 attempts = {
                     member: PassedAttempt(member.provider, passed, member.asked_model)
                     for member in group.order(group.usable(passed.api, one_model=route.pinned))
@@ -436,7 +431,7 @@ class Router:
                     # A group of one is its member.
                     (member,), round_ = group.members, None
                     if group.name:
-                        group.started(member, ())
+                        group.started(member, (), outcome)
                     model = route.model if group is first else member.model
                 asking = self._asking(
                     member.provider, model, request, stream, round_, fallback=fallback

@@ -3,13 +3,15 @@ cluster.
 
 Each instance makes a `Report` of itself, and the one that is asked folds them into one snapshot,
 by the rules that the fields of the snapshot declare (state.py). Made here are: percentiles, of all
-values, in buckets; the trouble of a provider, which is the worst of any instance, and says whose
-it is; the limit of a provider, which is shared; and the verdict, which is made of the sums.
+values, in buckets; the shares of a group, of sums; the trouble of a provider, which is the worst
+of any instance, and says whose it is; the limit of a provider, which is shared; and the verdict,
+which is made of the sums.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from types import MappingProxyType
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -26,7 +28,14 @@ from typing import (
 from aioserver.monitoring.state import COUNTS, Snapshot
 from aioserver.monitoring.troubles import WORDS
 from aioserver.monitoring.verdict import Lately, judge
-from aioserver.telemetry.counters import RecentBuckets, percentiles_of
+from aioserver.telemetry.counters import (
+    RecentBuckets,
+    Share,
+    percentiles_of,
+    quotient_of,
+    sum_of,
+)
+from aioserver.telemetry.metrics import CACHED_SHARE, KNOWN_SHARE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -54,16 +63,21 @@ FIRST_TOKEN, DELAY, PROVIDER_FIRST_TOKEN, PROVIDER_SILENCE = (
 )
 
 
+NO_SHARES: Mapping[tuple[str, str], Share] = MappingProxyType({})
+
+
 class Report(NamedTuple):
     """What an instance says of itself: its *snapshot*, and what the verdict and the percentiles
     are made of.
 
-    *recent* has values by their name and detail: `(PROVIDER_SILENCE, "groq")`.
+    *recent* has values by their name and detail: `(PROVIDER_SILENCE, "groq")`; so have *shares*
+    those of groups: `(CACHED_SHARE, "qwen")`.
     """
 
     snapshot: Snapshot
     recent: Mapping[tuple[str, str], RecentBuckets]
     lately: Lately
+    shares: Mapping[tuple[str, str], Share] = NO_SHARES
 
 
 def recent_values(metrics: Metrics, now: float) -> dict[tuple[str, str], RecentBuckets]:
@@ -75,6 +89,16 @@ def recent_values(metrics: Metrics, now: float) -> dict[tuple[str, str], RecentB
         sources[PROVIDER_SILENCE, name] = meter.recent_silences
     found = {key: recent.buckets(now) for key, recent in sources.items()}
     return {key: buckets for key, buckets in found.items() if buckets is not None}
+
+
+def recent_shares(metrics: Metrics, now: float) -> dict[tuple[str, str], Share]:
+    """Return the shares of groups in the last minute for a report; *now* is a monotonic time."""
+    return {
+        (name, group): share
+        for group, meter in metrics.groups.items()
+        for name, share in meter.shares(now).items()
+        if share is not None
+    }
 
 
 def rules_of(shape: type) -> dict[str, Rule]:
@@ -160,7 +184,14 @@ class Fold:
             provider["first_token"] = recent.percentiles(PROVIDER_FIRST_TOKEN, name)
             provider["silence"] = recent.percentiles(PROVIDER_SILENCE, name)
             provider["trouble"] = _worst_trouble(name, own, reports)
-        for group in total["groups"].values():
+        for name, group in total["groups"].items():
+            known, cached = (
+                quotient_of(
+                    sum_of(report.shares.get((share, name)) for report in reports.values())
+                )
+                for share in (KNOWN_SHARE, CACHED_SHARE)
+            )
+            group["known_share"], group["cached_share"] = known, cached
             for member in group["members"]:
                 provider = total["providers"][member["provider"]]
                 member["state"], member["limit"] = provider["state"], provider["limit"]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import orjson
 
 from aioserver.errors import ServerAtCapacity
-from aioserver.monitoring.fold import MAX_INCIDENTS, Report, recent_values
+from aioserver.monitoring.fold import MAX_INCIDENTS, Report, recent_shares, recent_values
 from aioserver.monitoring.incidents import Detector, incident
 from aioserver.monitoring.interval import TICK, IntervalMeter
 from aioserver.monitoring.snapshot import Snapshots
@@ -161,8 +161,9 @@ class Monitor:
 
     def report(self) -> Report:
         """Return what this instance says of itself to others: the state at the last tick."""
-        recent = recent_values(self._metrics, time.monotonic())
-        return Report(self._snapshot, recent, self._verdicts.lately())
+        metrics, now = self._metrics, time.monotonic()
+        recent, shares = recent_values(metrics, now), recent_shares(metrics, now)
+        return Report(self._snapshot, recent, self._verdicts.lately(), shares)
 
     def places(self) -> dict[str, int]:
         """Return how many places all instances have together at each provider."""

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from aioserver import __version__
 from aioserver.monitoring.interval import ATTEMPTS, EVENTS, REJECTIONS, REQUESTS
+from aioserver.telemetry.counters import quotient_of
 from aioserver.telemetry.kernel import process_usage
-from aioserver.telemetry.metrics import CANCELLED, OK
+from aioserver.telemetry.metrics import CACHED_SHARE, CANCELLED, KNOWN_SHARE, OK
+from aioserver.telemetry.outcome import HOME, NEW, OTHER
 
 if TYPE_CHECKING:
     import socket
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from aioserver.streams.store import StreamStore
     from aioserver.telemetry.counters import Counter
     from aioserver.telemetry.loop_lag import LoopLag
-    from aioserver.telemetry.metrics import Metrics
+    from aioserver.telemetry.metrics import GroupMeter, Metrics
 
 # Outcomes of an attempt that are no fault of the provider: a client that cancels is none.
 NO_FAULTS = frozenset((OK, CANCELLED))
@@ -136,7 +138,8 @@ class Snapshots:
             "auth_failures": _values(metrics.auth_failures),
             "providers": providers,
             "groups": {
-                name: _group_state(group, providers) for name, group in router.groups.items()
+                name: _group_state(group, metrics.groups[name], providers, now)
+                for name, group in router.groups.items()
             },
             "loop": {"lag": round(interval.lag, 5), "lag_max": round(interval.lag_max, 5)},
             "process": {**process_usage(), "tasks": interval.tasks, "cpu": interval.cpu},
@@ -152,8 +155,11 @@ class Snapshots:
         return cast("Snapshot", {**snapshot, **parts})
 
 
-def _group_state(group: Group, providers: Mapping[str, ProviderState]) -> GroupState:
+def _group_state(
+    group: Group, meter: GroupMeter, providers: Mapping[str, ProviderState], now: float
+) -> GroupState:
     members: list[MemberState] = []
+    shares = meter.shares(now)
     for member in group.members:
         provider = providers[member.provider.name]
         members.append(
@@ -169,11 +175,13 @@ def _group_state(group: Group, providers: Mapping[str, ProviderState]) -> GroupS
     return {
         "choose": group.choose,
         "affinity": group.affinity,
-        "homes": dict(group.homes),
-        "held_back": group.held_back,
         "members": members,
         "waiting": group.waiting,
         "oldest_wait": round(group.oldest_wait, 3),
+        "homes": {home: meter.started(home) for home in (HOME, OTHER, NEW)},
+        "held_back": group.held_back,
+        "known_share": quotient_of(shares[KNOWN_SHARE]),
+        "cached_share": quotient_of(shares[CACHED_SHARE]),
     }
 
 

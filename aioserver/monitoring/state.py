@@ -227,11 +227,13 @@ class GroupState(TypedDict):
 
     choose: Annotated[str, OWN]
     affinity: Annotated[str, OWN]
-    homes: Annotated[dict[str, int], COUNTS]
-    held_back: Annotated[int, SUM]
     members: Annotated[list[MemberState], _members]
     waiting: Annotated[int, SUM]
     oldest_wait: Annotated[float, MAX]
+    held_back: Annotated[int, SUM]
+    homes: Annotated[dict[str, int], COUNTS]
+    known_share: Annotated[float | None, MADE]
+    cached_share: Annotated[float | None, MADE]
 
 
 class LoopState(TypedDict):

@@ -29,7 +29,7 @@ TOOL_CALLS = b'{"type":"tool_calls","data":%b,"metadata":{}}'
 MAX_USAGE_BYTES = 16_384
 TOKEN_COUNTS = (
     *("prompt_tokens", "completion_tokens", "total_tokens"),
-    *("input_tokens", "output_tokens"),
+    *("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"),
 )
 # A surrogate, escaped in JSON. A pair of them is one character beyond U+FFFF (RFC 8259, 7).
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")

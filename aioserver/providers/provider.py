@@ -44,7 +44,7 @@ from aioserver.providers.queueing import FAILOVER_WAIT, ProviderGate, TrialPlace
 from aioserver.providers.sinks import BodySink
 from aioserver.providers.stall import measure
 from aioserver.telemetry.metrics import ProviderMeter
-from aioserver.telemetry.request_log import MAX_TOKENS
+from aioserver.telemetry.tokens import MAX_TOKENS
 from aioserver.telemetry.tracer import AttemptEnd
 
 if TYPE_CHECKING:

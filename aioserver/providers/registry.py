@@ -89,7 +89,7 @@ class ProviderRegistry:
         Raises:
             ConfigurationError: a `ca_file` holds no certificate; nothing has changed then.
         """
-        self._metrics.apply(llm.providers)
+        self._metrics.apply(llm.providers, llm.models)
         providers: dict[str, Provider] = {}
         changes: list[Callable[[], None]] = []
         changed: list[Provider] = []

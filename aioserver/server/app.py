@@ -185,12 +185,7 @@ async def open_server(
         stack.push_async_callback(provider_registry.close)
         await provider_registry.prepare(llm)
         provider_registry.apply(llm, max_response_bytes=chat.streams.max_response_bytes)
-        router = Router(
-            provider_registry.providers,
-            llm,
-            starts=metrics.group_starts,
-            alone=sharing is None,
-        )
+        router = Router(provider_registry.providers, llm, alone=sharing is None)
         lag = LoopLag(loop, metrics.loop_lag)
         stack.callback(lag.close)
         for wing in plugged:

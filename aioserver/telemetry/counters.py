@@ -24,6 +24,8 @@ LATENCY_BOUNDS = (
 SHORT_BOUNDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 RECENT_SECONDS = 60.0
 RECENT_VALUES = 1000
+# Seconds that are summed up as one in a recent share.
+SLICE_SECONDS = 5.0
 # Buckets of recent values in each doubling: the middle of a bucket is within 2.2 % of its values.
 PER_DOUBLING = 16
 # Seconds that the first bucket begins with; shorter values are in it, too.
@@ -111,6 +113,63 @@ class RecentValues:
         for _, value in self._values:
             counts[round(math.log2(max(value, SHORTEST) / SHORTEST) * PER_DOUBLING)] += 1
         return RecentBuckets(dict(counts), percentiles["age"])
+
+
+class RecentShare:
+    """What part of a whole was, over the last minute, in slices of some seconds.
+
+    A part may not be known: its whole counts as soon as another part is.
+    """
+
+    __slots__ = ("_slices",)
+
+    def __init__(self) -> None:
+        # Each: when it began, the sums of the parts and the wholes, and how many parts were known.
+        self._slices: deque[tuple[float, int, int, int]] = deque()
+
+    def add(self, now: float, part: int | None, whole: int) -> None:
+        """Count *part* of *whole* at *now*; times never go back."""
+        began, parts, wholes, known = now, 0, 0, 0
+        if self._slices and now < self._slices[-1][0] + SLICE_SECONDS:
+            began, parts, wholes, known = self._slices.pop()
+        else:
+            self._drop_old(now)
+        known += part is not None
+        self._slices.append((began, parts + (part or 0), wholes + whole, known))
+
+    def sums(self, now: float) -> Share | None:
+        """Return the sums of the last minute; None if no part is known."""
+        self._drop_old(now)
+        if not any(known for _, _, _, known in self._slices):
+            return None
+        return Share(
+            sum(parts for _, parts, _, _ in self._slices),
+            sum(wholes for _, _, wholes, _ in self._slices),
+        )
+
+    def _drop_old(self, now: float) -> None:
+        while self._slices and self._slices[0][0] < now - RECENT_SECONDS:
+            self._slices.popleft()
+
+
+class Share(NamedTuple):
+    """A *part* of a *whole*."""
+
+    part: int
+    whole: int
+
+
+def sum_of(shares: Iterable[Share | None]) -> Share | None:
+    """Return the sums of those of *shares* that are known; None if none is."""
+    known = [share for share in shares if share is not None]
+    if not known:
+        return None
+    return Share(sum(share.part for share in known), sum(share.whole for share in known))
+
+
+def quotient_of(share: Share | None) -> float | None:
+    """Return how much of its whole the part is; None if there is none."""
+    return round(share.part / share.whole, 3) if share is not None and share.whole else None
 
 
 class RecentBuckets(NamedTuple):

@@ -2,8 +2,8 @@
 
 This file is one concept: every metric stands here, so that no name or label is made anywhere else.
 
-What happens is counted in attributes of `Metrics` and of its meters, one for each face and
-provider. The three tables at the end of the file make metrics of these attributes, one row each;
+What happens is counted in attributes of `Metrics` and of its meters, one for each face, provider
+and group. The four tables at the end of the file make metrics of these attributes, one row each;
 names lack their prefix `aioserver_`, those of counters their suffix `_total`.
 
 Labels come from the configuration or from a list in this file, never from a client, and every set
@@ -14,12 +14,23 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from aioserver import errors, provider_errors
+from aioserver.config.models import PREFIX
 from aioserver.telemetry import logs
 from aioserver.telemetry.bugs import Bugs
-from aioserver.telemetry.counters import SHORT_BOUNDS, Counter, Histogram, RecentValues
+from aioserver.telemetry.counters import (
+    SHORT_BOUNDS,
+    Counter,
+    Histogram,
+    RecentShare,
+    RecentValues,
+    Share,
+    sum_of,
+)
+from aioserver.telemetry.outcome import HOMES, NONE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -100,6 +111,9 @@ class ProviderMeter:
         self.recent_silences = RecentValues()
 
 
+# How the shares of a group are named in its state.
+KNOWN_SHARE, CACHED_SHARE = "known_share", "cached_share"
+NO_GROUPS: Mapping[str, settings.Group] = MappingProxyType({})
 # The meter of a stream that no provider fills yet: its counts are shown nowhere.
 NO_METER = ProviderMeter()
 
@@ -127,6 +141,41 @@ class FaceMeter:
         self.overhead = Histogram(SHORT_BOUNDS)
 
 
+class GroupMeter:
+    """The counts of one group: its requests by the provider where they have started last, and by
+    home.
+
+    Of the prompts of the last minute: their bytes that were *known* where they started, and their
+    tokens that were *cached* there, by provider.
+    """
+
+    __slots__ = ("cached", "known", "starts")
+
+    def __init__(self) -> None:
+        # By provider and home.
+        self.starts: dict[tuple[str, ...], Counter] = {}
+        self.known = RecentShare()
+        self.cached: dict[str, RecentShare] = {}
+
+    def apply(self, group: settings.Group) -> None:
+        """Count the members of *group* from now on, too."""
+        for member in group.members:
+            self.cached.setdefault(member.provider, RecentShare())
+            for home in HOMES if group.affinity == PREFIX else (NONE,):
+                self.starts.setdefault((member.provider, home), Counter())
+
+    def started(self, home: str) -> int:
+        """Return how many requests have started last where *home* says."""
+        return int(sum(count.value for labels, count in self.starts.items() if labels[1] == home))
+
+    def shares(self, now: float) -> dict[str, Share | None]:
+        """Return the KNOWN_SHARE and the CACHED_SHARE of the last minute's prompts."""
+        return {
+            KNOWN_SHARE: self.known.sums(now),
+            CACHED_SHARE: sum_of(recent.sums(now) for recent in self.cached.values()),
+        }
+
+
 class Metrics:
     """Everything that is counted, for as long as the server lives.
 
@@ -135,14 +184,13 @@ class Metrics:
 
     def __init__(self, providers: Mapping[str, settings.Provider]) -> None:
         self.providers: dict[str, ProviderMeter] = {}
+        self.groups: dict[str, GroupMeter] = {}
         self.faces = {face: FaceMeter() for face in FACES}
         # Requests for an answer that have ended: by face, provider, code and outcome.
         self.requests: dict[tuple[str, ...], Counter] = {}
         self.outcomes = {outcome: Counter() for outcome in OUTCOMES}
         # By provider, model, type and source.
         self.tokens: dict[tuple[str, ...], Counter] = {}
-        # By group, provider and home; the router adds its groups.
-        self.group_starts: dict[tuple[str, ...], Counter] = {}
         # By face and close code, which is empty where the face is no WebSocket.
         self.closed: dict[tuple[str, ...], Counter] = {
             **{(face, code): Counter() for face in WEBSOCKETS for code in CLOSE_CODES},
@@ -169,11 +217,17 @@ class Metrics:
         self.recent_delays = {cause: RecentValues() for cause in self.delay}
         self.apply(providers)
 
-    def apply(self, providers: Mapping[str, settings.Provider]) -> None:
-        """Count *providers* from now on, too.
+    def apply(
+        self,
+        providers: Mapping[str, settings.Provider],
+        groups: Mapping[str, settings.Group] = NO_GROUPS,
+    ) -> None:
+        """Count *providers* and *groups* from now on, too.
 
-        A provider that is no longer configured keeps its numbers.
+        One that is no longer configured keeps its numbers.
         """
+        for name, group in groups.items():
+            self.groups.setdefault(name, GroupMeter()).apply(group)
         for name, provider in providers.items():
             self.providers.setdefault(name, ProviderMeter())
             for labels in _request_labels(name):
@@ -214,10 +268,11 @@ class Metrics:
             self.resumes[outcome].value += 1
 
     def families(self) -> Iterator[Family]:
-        """Yield every metric of the three tables below, as it is now."""
+        """Yield every metric of the four tables below, as it is now."""
         yield from (_family(row, {"": self}) for row in SERVER_FAMILIES)
         yield from (_family(row, self.faces, "face") for row in FACE_FAMILIES)
         yield from (_family(row, self.providers, "provider") for row in PROVIDER_FAMILIES)
+        yield from (_family(row, self.groups, "group") for row in GROUP_FAMILIES)
 
 
 def _counters_for(outcome: str) -> dict[str, Counter]:
@@ -235,7 +290,7 @@ def _request_labels(provider: str) -> Iterator[tuple[str, str, str, str]]:
 
 def _token_labels(name: str, provider: settings.Provider) -> Iterator[tuple[str, str, str, str]]:
     for model in dict.fromkeys((provider.model, *provider.models, "other")):
-        for kind in ("input", "output"):
+        for kind in ("input", "cached", "output"):
             yield name, model, kind, "provider"
         yield name, model, "output", "estimate"
 
@@ -286,12 +341,6 @@ def _family(row: Row[Owner], owners: Mapping[str, Owner], label: str = "") -> Fa
 
 
 SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
-    Row(
-        "group_starts",
-        lambda m: m.group_starts,
-        "Requests that have started at a member of a group (llm.models)",
-        ("group", "provider", "home"),
-    ),
     Row(
         "requests",
         lambda m: m.requests,
@@ -410,5 +459,13 @@ PROVIDER_FAMILIES: tuple[Row[ProviderMeter], ...] = (
         "provider_gap_seconds",
         lambda m: m.gap,
         "Longest silence of the provider in an answer, to its end, less the lag of our event loop",
+    ),
+)
+GROUP_FAMILIES: tuple[Row[GroupMeter], ...] = (
+    Row(
+        "group_starts",
+        lambda m: m.starts,
+        "Requests that have started at a member of a group (llm.models), each where it did last",
+        ("provider", "home"),
     ),
 )

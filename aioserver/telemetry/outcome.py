@@ -5,12 +5,28 @@ answer and its error refer.
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+# Where a request of a group has started: at the member whose cache has its conversation, at
+# another one, as a new conversation; none where that is not known.
+HOME, OTHER, NEW, NONE = HOMES = ("home", "other", "new", "none")
+
+
+class GroupStart(NamedTuple):
+    """A start of a request at a member of *group*.
+
+    Of the *size* bytes of its prompt so many were *known* there; size 0: nobody remembers any.
+    """
+
+    group: str
+    provider: str
+    home: str = NONE
+    known: int = 0
+    size: int = 0
 
 
 class Outcome:
@@ -23,10 +39,11 @@ class Outcome:
     *attempts* counts the requests that were sent, at all providers, and the one that is under way.
     *sent*: one was sent, so that the answer may cost money; *sent_at* is the monotonic time when
     the newest was, 0.0 if it was not. *headers* are those of the provider's answer that clients
-    may see, *usage* its tokens, as the provider reports them, until the request is logged.
+    may see. Until the request is logged, *usage* has its tokens, as the provider reports them, and
+    *start* where it has started last by a group.
     """
 
-    __slots__ = ("attempts", "headers", "model", "provider", "sent", "sent_at", "usage")
+    __slots__ = ("attempts", "headers", "model", "provider", "sent", "sent_at", "start", "usage")
 
     def __init__(
         self,
@@ -42,6 +59,7 @@ class Outcome:
         self.sent = False
         self.sent_at = 0.0
         self.usage: Mapping[str, Any] | None = None
+        self.start: GroupStart | None = None
 
     def begin_attempt(self, provider: str, model: str) -> None:
         """Note that *provider* is asked for an answer of *model*."""

@@ -19,23 +19,18 @@ from aioserver.errors import AioserverError, SlowClient
 from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
 from aioserver.telemetry.outcome import Outcome
+from aioserver.telemetry.tokens import cached_tokens, tokens_in, tokens_out
 from aioserver.telemetry.tracer import RequestEnd
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
     from aioserver.telemetry.loop_lag import LoopLag
+    from aioserver.telemetry.outcome import GroupStart
     from aioserver.telemetry.tracer import RequestTrace, Tracer
 
 logger = logging.getLogger("aioserver.requests")
 
 # Characters of a request id or model name, which come from clients, in a log line.
 MAX_NAME = 200
-# The keys of the token counts in a usage: of chat completions, then of responses.
-TOKENS_IN = ("prompt_tokens", "input_tokens")
-TOKENS_OUT = ("completion_tokens", "output_tokens")
-# A number of tokens from this bound on is ignored.
-MAX_TOKENS = 1 << 40
 
 
 class Statuses(Protocol):
@@ -168,20 +163,6 @@ class RequestRecord:
         if self.log is not None:
             self.log.metrics.bugs.note(bug)
 
-    def tokens(self, *names: str) -> int | None:
-        """Return the first plausible number in the usage under *names*; None if there is none."""
-        return token_count(self.outcome.usage, names)
-
-
-def token_count(usage: Mapping[str, Any] | None, names: Iterable[str]) -> int | None:
-    """Return the first plausible number in *usage* under *names*; None if there is none."""
-    if usage is not None:
-        for name in names:
-            number = usage.get(name)
-            if isinstance(number, int) and number is not True and 0 <= number < MAX_TOKENS:
-                return number
-    return None
-
 
 def _status(error: AioserverError, statuses: Statuses | None) -> int:
     return error.http_status if statuses is None else statuses.http_status(error)
@@ -243,6 +224,11 @@ class RequestLog:
         elif record.silence > THRESHOLD:
             self._count_gaps(record, now)
         self._count_tokens(record)
+        if not record.outcome.attempts:
+            # It was refused in line.
+            record.outcome.start = None
+        if (start := record.outcome.start) is not None:
+            self._count_start(start, record.outcome, now)
         if record.trace is not None:
             record.trace.ended(_end_of(record, now, code, outcome, status))
         if outcome == "rejected":
@@ -250,8 +236,8 @@ class RequestLog:
                 self._log(record, now, code, outcome, status, left_out=left_out)
         elif logger.isEnabledFor(logging.INFO):
             self._log(record, now, code, outcome, status)
-        # A log refers to the outcome for its window; the provider's objects are needed no longer.
-        record.outcome.usage = None
+        # A log refers to the outcome for its window; these objects are needed no longer.
+        record.outcome.usage = record.outcome.start = None
 
     def _count_gaps(self, record: RequestRecord, now: float) -> None:
         """Count the longest gap of each side, after moving our own lag out of the provider's."""
@@ -278,15 +264,27 @@ class RequestLog:
             self.metrics.tokens,
             record.outcome.provider,
         )
-        tokens_in, tokens_out = token_count(usage, TOKENS_IN), token_count(usage, TOKENS_OUT)
+        asked, answered, cached = tokens_in(usage), tokens_out(usage), cached_tokens(usage)
         configured = (provider, record.outcome.model, "output", "provider") in counters
         model = record.outcome.model if configured else "other"
-        if tokens_in is not None:
-            counters[provider, model, "input", "provider"].value += tokens_in
-        if tokens_out is not None:
-            counters[provider, model, "output", "provider"].value += tokens_out
+        if asked is not None:
+            counters[provider, model, "input", "provider"].value += asked
+        if cached is not None:
+            counters[provider, model, "cached", "provider"].value += cached
+        if answered is not None:
+            counters[provider, model, "output", "provider"].value += answered
         elif record.events:
             counters[provider, model, "output", "estimate"].value += record.events
+
+    def _count_start(self, start: GroupStart, outcome: Outcome, now: float) -> None:
+        """Count a request by *start*, and what was known and cached of its prompt."""
+        meter = self.metrics.groups[start.group]
+        meter.starts[start.provider, start.home].value += 1
+        if start.size:
+            meter.known.add(now, start.known, start.size)
+        asked = tokens_in(outcome.usage)
+        if asked is not None and outcome.provider == start.provider:
+            meter.cached[start.provider].add(now, cached_tokens(outcome.usage), asked)
 
     @staticmethod
     def _log(
@@ -313,7 +311,10 @@ class RequestLog:
             fields["caller"] = record.caller
         if record.target:
             fields["target"] = record.target[:MAX_NAME]
-        if record.group:
+        start, usage = record.outcome.start, record.outcome.usage
+        if start is not None:
+            fields |= {"group": start.group, "home": start.home}
+        elif record.group:
             fields["group"] = record.group
         if record.trace_id:
             fields["trace_id"] = record.trace_id
@@ -328,8 +329,9 @@ class RequestLog:
             f"{side}_gap_ms": round(gap * 1000, 1) for side, gap in gaps.items() if gap > THRESHOLD
         }
         tokens = {
-            "tokens_in": record.tokens(*TOKENS_IN),
-            "tokens_out": record.tokens(*TOKENS_OUT),
+            "tokens_in": tokens_in(usage),
+            "cached_tokens": cached_tokens(usage),
+            "tokens_out": tokens_out(usage),
         }
         fields |= {name: number for name, number in tokens.items() if number is not None}
         if left_out:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioserver.wings.simulator.engine import EngineOptions
 from aioserver.wings.simulator.exchange import Behaviour
 from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, chat, read_frames, to_end
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from tests.support.server import RunningServer
 
 SLOW = Behaviour(ttft=0.3, interval=0)
+HANGING = Behaviour(ttft=600, interval=0)
 FAILING = Behaviour(fail_rate=1.0, fail_status=503)
 
 
@@ -203,3 +207,203 @@ async def test_a_reload_changes_the_members_without_a_dropped_request(
         before = simulators[0].stats().requests
         assert await ask() == 200
         assert simulators[0].stats().requests == before
+
+
+# What is seen of groups.
+
+ENGINE = Behaviour(tokens=3, engine=EngineOptions(prefill=1e7, decode=1e4))
+LONG = "Say something about a gateway that serves many. " * 200
+AFFINE = {"members": ["e0", "e1"], "choose": "least_busy", "affinity": "prefix"}
+CACHED = {
+    "llm.models": {"pair": AFFINE},
+    "llm.providers.e0.messages": True,
+    "llm.providers.e1.messages": True,
+}
+
+
+def of_requests(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    return [
+        record.__dict__["fields"]
+        for record in caplog.records
+        if record.getMessage() == "request finished"
+    ]
+
+
+async def metrics(server: RunningServer, *names: str) -> dict[tuple[str, ...], float]:
+    """The numbers of a metric, by the values of its labels in their order there."""
+    async with server.session.get(f"{base(server)}/metrics") as response:
+        text = await response.text()
+    numbers = {}
+    for line in text.splitlines():
+        name, _, number = line.rpartition(" ")
+        if name.partition("{")[0] in names:
+            numbers[tuple(re.findall('"([^"]*)"', name))] = float(number)
+    return numbers
+
+
+@pytest.mark.parametrize("bridged", [False, True])
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("path", ["chat/completions", "responses", "messages"])
+async def test_what_came_from_a_cache_is_seen_in_the_form_of_each_api(
+    make_server: MakeServer,
+    caplog: pytest.LogCaptureFixture,
+    path: str,
+    streamed: bool,
+    bridged: bool,
+) -> None:
+    if bridged and path != "responses":
+        pytest.skip("only responses are translated")
+    caplog.set_level(logging.INFO, "aioserver")
+    responses = {f"llm.providers.e{number}.responses": not bridged for number in range(2)}
+    async with engines(make_server, ENGINE, ENGINE, changes=CACHED | responses) as (server, _):
+        body: dict[str, Any] = {"model": "pair", "stream": streamed}
+        if path == "responses":
+            body["input"] = LONG
+        else:
+            body |= {"messages": [{"role": "user", "content": LONG}], "max_tokens": 3}
+        if streamed and path == "chat/completions":
+            body["stream_options"] = {"include_usage": True}
+        for _ in range(2):
+            async with server.session.post(f"{server.v1}/{path}", json=body) as response:
+                await response.read()
+                assert response.status == 200
+
+        await until(lambda: len(of_requests(caplog)) == 2)
+        first, again = of_requests(caplog)
+        assert first["cached_tokens"] == 0
+        assert 0.9 * again["tokens_in"] < again["cached_tokens"] <= again["tokens_in"]
+        assert (again["group"], again["tokens_in"]) == ("pair", first["tokens_in"])
+        # Of a text that is not in messages, the first KiB is the question.
+        assert again["home"] == ("home" if path == "responses" else "new")
+        pair = server.context.monitor.fresh()["groups"]["pair"]
+        assert pair["cached_share"] == round(again["cached_tokens"] / (2 * again["tokens_in"]), 3)
+        tokens = await metrics(server, "aioserver_tokens_total")
+        counted = {
+            kind: sum(number for labels, number in tokens.items() if labels[3] == kind)
+            for kind in ("input", "cached")
+        }
+        assert counted == {"input": 2 * again["tokens_in"], "cached": again["cached_tokens"]}
+
+
+@pytest.mark.parametrize("face", ["websocket", "sse"])
+async def test_what_came_from_a_cache_is_seen_on_own_faces(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture, face: str
+) -> None:
+    caplog.set_level(logging.INFO, "aioserver")
+    async with engines(make_server, ENGINE, ENGINE, changes=CACHED) as (server, _):
+        for number in range(2):
+            if face == "websocket":
+                async with server.connect() as ws:
+                    payload = {"text": LONG, "model": "pair"}
+                    message = {"action": "chat", "request_id": f"r{number}", "payload": payload}
+                    await ws.send_json(message)
+                    await to_end(ws)
+            else:
+                body = {"request_id": f"r{number}", "text": LONG, "model": "pair"}
+                async with server.session.post(server.sse, json=body) as response:
+                    await read_frames(response)
+
+        await until(lambda: len(of_requests(caplog)) == 2)
+        first, again = of_requests(caplog)
+        assert first["cached_tokens"] == 0
+        assert again["cached_tokens"] > 0.9 * again["tokens_in"]
+        assert again["home"] == "new"
+
+
+async def test_a_group_shows_where_its_requests_have_started_and_what_was_known(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "aioserver")
+    async with engines(make_server, ENGINE, ENGINE, changes=CACHED) as (server, _):
+        before = (await stats(server))["groups"]["pair"]
+        assert before.keys() == {
+            *("choose", "affinity", "members", "waiting", "oldest_wait", "held_back"),
+            *("homes", "known_share", "cached_share"),
+        }
+        assert before["homes"] == {"home": 0, "other": 0, "new": 0}
+        assert before["known_share"] is before["cached_share"] is None
+        messages = [{"role": "user", "content": LONG}]
+        for _ in range(3):
+            body = {"model": "pair", "messages": messages, "max_tokens": 3}
+            async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
+                answer = (await response.json())["choices"][0]["message"]
+            messages += [answer, {"role": "user", "content": "And then?"}]
+
+        await until(lambda: len(of_requests(caplog)) == 3)
+        lines = of_requests(caplog)
+        assert [line["home"] for line in lines] == ["new", "home", "home"]
+        pair = server.context.monitor.fresh()["groups"]["pair"]
+        assert pair["homes"] == {"home": 2, "other": 0, "new": 1}
+        assert sorted(member["starts"] for member in pair["members"]) == [0, 3]
+        assert (pair["held_back"], pair["waiting"], pair["oldest_wait"]) == (0, 0, 0.0)
+        cached = sum(line["cached_tokens"] for line in lines)
+        assert pair["cached_share"] == round(cached / sum(line["tokens_in"] for line in lines), 3)
+        assert pair["known_share"] is not None
+        # Nothing was known of the first third of the bytes, and nearly all of the rest.
+        assert 0.5 < pair["known_share"] < 0.67
+        provider = lines[0]["provider"]
+        starts = await metrics(server, "aioserver_group_starts_total")
+        assert {labels: number for labels, number in starts.items() if number} == {
+            ("pair", "new", provider): 1.0,
+            ("pair", "home", provider): 2.0,
+        }
+
+
+async def test_a_request_counts_once_for_its_last_start(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "aioserver")
+    async with engines(make_server, FAILING, QUICK, choose="ordered", places=2) as (server, _):
+        for model in ("pair", "other-name", "e1"):
+            body = {**CHAT, "model": model}
+            async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
+                assert response.status == 200
+                await response.read()
+
+        await until(lambda: len(of_requests(caplog)) == 3)
+        shown = [(line.get("group"), line.get("home")) for line in of_requests(caplog)]
+        assert shown == [("pair", "none"), ("other-name", "none"), (None, None)]
+        starts = await metrics(server, "aioserver_group_starts_total")
+        assert starts == {
+            ("pair", "none", "e0"): 0.0,
+            ("pair", "none", "e1"): 1.0,
+            ("other-name", "none", "e1"): 1.0,
+        }
+
+
+async def test_what_is_passed_on_is_a_start_of_its_group(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "aioserver")
+    async with engines(make_server, QUICK, QUICK, choose="ordered") as (server, _):
+        for model in ("pair", "other-name"):
+            body = {"model": model, "query": "q", "documents": ["a"]}
+            async with server.session.post(f"{server.v1}/rerank", json=body) as response:
+                await response.read()
+
+        await until(lambda: len(of_requests(caplog)) == 2)
+        shown = [(line["group"], line["home"]) for line in of_requests(caplog)]
+        assert shown == [("pair", "none"), ("other-name", "none")]
+        starts = await metrics(server, "aioserver_group_starts_total")
+        assert sum(starts.values()) == 2.0
+
+
+async def test_a_request_that_no_member_takes_has_a_group_and_no_start(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "aioserver")
+    full = {"llm.providers.e1.http_client.queue_timeout": 0.05}
+    async with engines(make_server, QUICK, HANGING, changes=full) as (server, simulators):
+        body = {**CHAT, "model": "other-name"}
+        url = f"{server.v1}/chat/completions"
+        taken = asyncio.create_task(server.session.post(url, json=body))
+        await until(lambda: simulators[1].stats().active == 1)
+        async with server.session.post(url, json=body) as response:
+            assert response.status == 503
+        await until(lambda: len(of_requests(caplog)) == 1)
+        (refused,) = of_requests(caplog)
+        assert (refused["group"], refused.get("home")) == ("other-name", None)
+        starts = await metrics(server, "aioserver_group_starts_total")
+        assert sum(starts.values()) == 0.0
+        taken.cancel()
+        await asyncio.wait([taken])

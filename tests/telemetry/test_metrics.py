@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from aioserver import errors, provider_errors
-from aioserver.telemetry.counters import Histogram, RecentValues
+from aioserver.telemetry.counters import (
+    Histogram,
+    RecentShare,
+    RecentValues,
+    Share,
+    quotient_of,
+    sum_of,
+)
 from aioserver.telemetry.metrics import CANCELLED, ERROR_OUTCOMES, FACES, OK, Metrics
 from aioserver.telemetry.request_log import RequestLog, RequestRecord
 
@@ -165,3 +172,26 @@ def test_every_kind_of_error_has_an_outcome() -> None:
     assert outcomes == {
         *("client_error", "rejected", "provider_error", "internal_error", "slow_client"),
     }
+
+
+def test_a_recent_share_is_of_the_last_minute_and_keeps_few_sums() -> None:
+    recent = RecentShare()
+    assert recent.sums(0.0) is None
+
+    # What is not known counts by its whole, once anything is.
+    recent.add(0.0, None, 100)
+    assert recent.sums(0.0) is None
+    recent.add(1.0, 50, 100)
+    assert recent.sums(1.0) == (50, 200)
+    for second in range(2, 1000):
+        recent.add(float(second), 1, 2)
+
+    share = recent.sums(999.0)
+    assert share is not None
+    assert quotient_of(share) == 0.5
+    # A slice counts as long as its beginning does.
+    assert 2 * 55 <= share.whole <= 2 * 61
+    assert recent.sums(2000.0) is None
+    assert sum_of([None, Share(1, 2), Share(3, 4)]) == (4, 6)
+    assert sum_of([None]) is None
+    assert quotient_of(None) is quotient_of(Share(0, 0)) is None

@@ -14,7 +14,7 @@ import msgspec
 
 from aioserver.monitoring.fold import Fold, Report, add_histories
 from aioserver.monitoring.verdict import Lately
-from aioserver.telemetry.counters import Counter, Histogram, RecentBuckets
+from aioserver.telemetry.counters import Counter, Histogram, RecentBuckets, Share
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -135,9 +135,10 @@ class Totals:
         monitor = self._monitor
         answer: Any
         if what == STATE:
-            snapshot, recent, lately = monitor.report()
+            snapshot, recent, lately, shares = monitor.report()
             values = [[*key, *buckets] for key, buckets in recent.items()]
-            answer = [snapshot, values, lately, *monitor.newest_incidents()]
+            sums = [[*key, *share] for key, share in shares.items()]
+            answer = [snapshot, values, lately, *monitor.newest_incidents(), sums]
         elif what == HISTORY:
             answer = monitor.history()
         elif what == METRICS:
@@ -148,12 +149,13 @@ class Totals:
 
 
 def _unpack_state(answer: bytes) -> tuple[Report, int, list[Incident]]:
-    snapshot, values, lately, number, newest = msgspec.msgpack.decode(answer, strict=False)
+    snapshot, values, lately, number, newest, sums = msgspec.msgpack.decode(answer, strict=False)
     recent = {
         (name, detail): RecentBuckets({int(bucket): int(n) for bucket, n in counts.items()}, age)
         for name, detail, counts, age in values
     }
-    return Report(snapshot, recent, Lately(*lately)), number, newest
+    shares = {(name, group): Share(part, whole) for name, group, part, whole in sums}
+    return Report(snapshot, recent, Lately(*lately), shares), number, newest
 
 
 def _copy(family: Family) -> Family:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -10,14 +12,18 @@ import pytest
 
 from aioserver.errors import ServerAtCapacity
 from aioserver.wings.cluster.totals import Totals
+from aioserver.wings.simulator.engine import EngineOptions
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import STREAMED
 from tests.support.memory_bus import instances
+from tests.support.server import QUICK
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from aioserver.monitoring.monitor import Monitor
     from aioserver.monitoring.state import ClusterState
     from tests.support.memory_bus import Instance
 
@@ -35,10 +41,12 @@ def standing() -> ClusterState:
     }
 
 
-@pytest.fixture
-async def pair(tmp_path: Path) -> AsyncIterator[tuple[Instance, Instance]]:
+@asynccontextmanager
+async def pages_of_both(
+    path: Path, behaviour: Behaviour = QUICK, **changes: Any
+) -> AsyncIterator[tuple[Instance, Instance]]:
     """Two instances whose pages are those of both."""
-    async with instances(tmp_path) as (a, b):
+    async with instances(path, 2, behaviour, **changes) as (a, b):
         for instance in (a, b):
             monitor = instance.server.context.monitor
             totals = Totals(
@@ -51,6 +59,26 @@ async def pair(tmp_path: Path) -> AsyncIterator[tuple[Instance, Instance]]:
             monitor.share(totals)
             instance.look = totals.tell
         yield a, b
+
+
+@pytest.fixture
+async def pair(tmp_path: Path) -> AsyncIterator[tuple[Instance, Instance]]:
+    async with pages_of_both(tmp_path) as both:
+        yield both
+
+
+@pytest.fixture
+async def pair_of_groups(tmp_path: Path) -> AsyncIterator[tuple[Instance, Instance]]:
+    """Two with a group of two members that have a cache."""
+    engine = EngineOptions(prefill=1e7, decode=1e4)
+    changes = {
+        "llm.providers.second": {"like": "sim"},
+        "llm.models": {
+            "pair": {"members": ["sim", "second"], "choose": "least_busy", "affinity": "prefix"}
+        },
+    }
+    async with pages_of_both(tmp_path, Behaviour(tokens=3, engine=engine), **changes) as both:
+        yield both
 
 
 async def answer(instance: Instance, times: int) -> None:
@@ -274,3 +302,42 @@ async def test_a_watcher_too_many_is_refused_whatever_the_others_say(
         await monitor.watch_all(watchers[256], 1)
     for watcher in watchers:
         monitor.leave(watcher)
+
+
+def answered(monitor: Monitor, times: int) -> bool:
+    return monitor.fresh()["requests"]["total"] == times
+
+
+async def test_a_group_of_all_instances_is_of_what_each_has_counted(
+    pair_of_groups: tuple[Instance, Instance],
+) -> None:
+    a, b = pair_of_groups
+    question = "Say something of a gateway that serves many. " * 100
+    for instance, times in ((a, 1), (b, 3)):
+        server = instance.server
+        for _ in range(times):
+            body = {
+                "model": "pair",
+                "messages": [{"role": "user", "content": question}],
+            }
+            async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
+                assert (await response.json())["usage"]
+        monitor = server.context.monitor
+        await until(partial(answered, monitor, times))
+        monitor.tick()
+    states = [await stats(each) for each in (a, b)]
+    own = [each.server.context.monitor.snapshot["groups"]["pair"] for each in (a, b)]
+
+    # Nothing was cached of the first question at each instance, and two thirds at one of them.
+    assert own[0]["cached_share"] == 0.0
+    assert own[1]["cached_share"] == pytest.approx(2 / 3, abs=0.01)
+    for state in states:
+        group = state["groups"]["pair"]
+        assert group.keys() == own[0].keys()
+        assert sum(member["starts"] for member in group["members"]) == 4
+        assert group["homes"] == {"home": 0, "other": 0, "new": 4}
+        assert group["cached_share"] == pytest.approx(2 / 4, abs=0.01)
+        limits = [state["providers"][name]["limit"] for name in ("sim", "second")]
+        assert [member["limit"] for member in group["members"]] == limits
+    starts = 'aioserver_group_starts_total{group="pair"'
+    assert await metric(a, starts) == await metric(b, starts) == 4
