@@ -70,7 +70,8 @@ class Group:
             new.marks = self._marks
             if (old := known.get((new.provider.name, new.asked_model))) is not None:
                 new.starts, new.started_at, new.credit = old.starts, old.started_at, old.credit
-                new.reading, new.mark, new.address = old.reading, old.mark, old.address
+                new.reading, new.mark = old.reading, old.mark
+                new.address, new.deaths = old.address, old.deaths
         self.members, self.choose, self.affinity = members, choose, affinity
 
     @property

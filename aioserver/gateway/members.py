@@ -30,8 +30,8 @@ class Member:
     as nginx has it): it grows by the weight with each start, and the member that starts gives back
     the weights of all.
 
-    *mark* is what homes.py knows it by, one of its group's *marks*. It holds for one address and
-    until the provider dies. *reading* has the seconds in which it reads a byte of a prompt.
+    *mark* is what homes.py knows it by, one of its group's *marks*. It holds for one *address* and
+    until the provider dies, whose *deaths* it knows. *reading* has the seconds in which it reads a byte of a prompt.
     *factor* is of its names, the same in every process: by it members compete for conversations.
     """
 
@@ -46,7 +46,7 @@ class Member:
     reading: float = READING
     marks: Iterator[int] = field(default_factory=count)
     address: str = ""
-    dead: bool = False
+    deaths: int = 0
     factor: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,11 +58,10 @@ class Member:
         """Return whether what was sent to it under its mark may still be in its cache; it gets
         another mark if not.
         """
-        address, dead = self.provider.pools.base_url, self.provider.health.breaker.dead
-        if address != self.address or (self.dead and not dead):
-            self.address, self.mark = address, next(self.marks)
-        self.dead = dead
-        return not dead
+        address, breaker = self.provider.pools.base_url, self.provider.health.breaker
+        if address != self.address or breaker.deaths != self.deaths:
+            self.address, self.deaths, self.mark = address, breaker.deaths, next(self.marks)
+        return not breaker.dead
 
     @property
     def settings(self) -> ProviderSettings:

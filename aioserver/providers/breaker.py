@@ -70,6 +70,8 @@ class Breaker:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.dead = self.sick = False
+        # How often it has died.
+        self.deaths = 0
         # Whether the provider could not be reached, or is not ready yet, at its newest failure; of
         # a dead one, at any failure since it died, or at that by which it died.
         self.unreachable = False
@@ -211,6 +213,7 @@ class Breaker:
 
     def _die(self) -> None:
         self.dead = True
+        self.deaths += 1
         self._interval = TRIAL_INTERVAL
         # Instances that hear of it at the same time do not all try at the same time.
         first = TRIAL_INTERVAL * random.uniform(1, self.instances)  # noqa: S311 - jitter

@@ -244,6 +244,29 @@ def test_another_address_or_another_life_has_an_empty_cache() -> None:
     run_virtually(scene())
 
 
+def test_a_life_that_ended_between_two_requests_of_a_group_has_ended() -> None:
+    async def scene() -> None:
+        engines = engines_of(2)
+        router = router_over(engines)
+        home = await ask(router, chat("a"))
+        # It dies and comes back while nobody asks for the group.
+        engines[home].fault = lambda _model: ProviderError("no")
+        while not engines[home].health.breaker.dead:
+            with pytest.raises(ProviderError):
+                await ask(router, chat("z"), home)
+        engines[home].fault = lambda _model: None
+        await asyncio.sleep(100)
+        assert await ask(router, chat("z"), home) == home
+        assert not engines[home].health.breaker.dead
+
+        members = router.groups["all"].members
+        known = router._homes.place(prefix(chat("a", 2)), members).known  # noqa: SLF001
+
+        assert not any(known.values())
+
+    run_virtually(scene())
+
+
 def test_a_reload_keeps_what_is_known_of_members_that_stay() -> None:
     async def scene() -> None:
         engines = engines_of(3)
