@@ -43,19 +43,50 @@ Place.release = lossy
 """,
     "that a request stands in other lines": """
 from aioserver.limits.lines import Lines
-def started(self, standing, place):
-    self._winner = standing
-    self._place.set_result(place)
-Lines.started = started
+started = Lines.started
+def forgetful(self, standing, place):
+    self._standing = [standing]
+    started(self, standing, place)
+Lines.started = forgetful
 """,
     "to wait at the members of a group": """
 from aioserver.limits.lines import Lines
 stand = Lines._stand
-def nowhere(self, wish, seconds, share):
-    standing = stand(self, wish, seconds, share)
+def nowhere(self, wish, seconds):
+    standing = stand(self, wish, seconds)
     self._leave(standing)
     return standing
 Lines._stand = nowhere
+""",
+    "that a request was offered a member": """
+from aioserver.limits.lines import Lines
+from aioserver.providers.queueing import ProviderGate
+started = Lines.started
+def soon(self, standing, place):
+    others = [each for each in self._standing if each is not standing]
+    for each in others:
+        self._standing.remove(each)
+        each.timer.cancel()
+        self._loop.call_soon(each.gate.leave, each)
+    if not self._place.done():
+        started(self, standing, place)
+Lines.started = soon
+ProviderGate._gone = lambda self, waiter: False
+""",
+    "that an entry of the table is void": """
+from aioserver.gateway.members import Member
+marks = {}
+def holds(self):
+    self.mark = marks.setdefault((id(self.marks), self.provider.name), len(marks))
+    return not self.provider.health.breaker.dead
+Member.mark_holds = holds
+""",
+    "the end of a delay": """
+from aioserver.limits.lines import Lines
+later = Lines._stand_later
+def never(self, wish, seconds):
+    later(self, wish._replace(delay=1000.0), seconds)
+Lines._stand_later = never
 """,
     "a fault": """
 from aioserver.streams.entries import COMPLETE
@@ -476,9 +507,43 @@ CHAINS = {"faces": ("response chain",), "responses": "forgets", "faults": {}, "c
 TALKS = {"faces": ("conversation",), "sql": True, "faults": {}, "changes": KEPT}
 # What a run must try, so that few seeds are enough to notice some of them.
 GROUPED = {"spare": True, "pinned": False, "grouped": "least_busy"}
+ENGINES = {
+    "engines": {
+        "members": [{"provider": name} for name in ("sim", "spare", "third")],
+        "choose": "least_busy",
+        "affinity": "prefix",
+    }
+}
+AT_HOME = {"spare": True, "pinned": False, "grouping": {"models": ENGINES, "changed": ENGINES}}
+NO_FAULTS = {"faults": {}, "provider_links": {}, "provider_fault_share": 0.0, "operations": {}}
+CROWD = {
+    "llm.providers.sim.http_client.concurrent_requests": 2,
+    "llm.providers.sim.http_client.max_connections": 2,
+    "llm.providers.sim.http_client.max_keepalive": 2,
+    "llm.providers.sim.http_client.requests_per_minute": 1_000_000,
+    "llm.providers.sim.http_client.queue_timeout": 30.0,
+}
 NEEDS: dict[str, dict[str, Any]] = {
     "that a request stands in other lines": GROUPED,
     "to wait at the members of a group": GROUPED,
+    "that a request was offered a member": {**AT_HOME, "spread": 0.1, "changes": CROWD},
+    "that an entry of the table is void": {
+        **AT_HOME,
+        "faces": ("conversation", "stream"),
+        "grouping": {
+            "models": ENGINES,
+            "changed": {"engines": {**ENGINES["engines"], "members": [{"provider": "third"}]}},
+        },
+        "operations": {"regroup": 8.0, "restore groups": 12.0},
+        "spread": 30.0,
+    },
+    "the end of a delay": {
+        **AT_HOME,
+        **NO_FAULTS,
+        "faces": ("stream", "whole"),
+        "spread": 0.1,
+        "changes": CROWD,
+    },
     "that a provider's connection was cut": {"provider_links": {"reset": 0.5}},
     "the deadline of a client's reading": {
         "faces": ("whole",),
@@ -649,6 +714,7 @@ FIRST = {
 
 def noticed(name: str) -> str:
     """Return what is noticed of the server that has forgotten *name*."""
+    from tests.simulation.grouping import Grouping
     from tests.simulation.plan import Shared, draw
     from tests.simulation.world import play
 
@@ -658,7 +724,9 @@ def noticed(name: str) -> str:
         needs = dict(NEEDS.get(name, {}))
         if "shared" in needs:
             needs["shared"] = Shared(**needs["shared"])
-        plan = draw(seed, CLIENTS, needs.get("instances", 1))
+        if "grouping" in needs:
+            needs["grouping"] = Grouping(**needs["grouping"])
+        plan = draw(seed, CLIENTS, needs.get("instances", 1), groups=False)
         changes = plan.changes | needs.get("changes", {})
         plan = dataclasses.replace(plan, **{**needs, "changes": changes})
         if violations := play(plan).violations:

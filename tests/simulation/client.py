@@ -26,7 +26,7 @@ from tests.simulation import (
     uploads,
 )
 from tests.simulation.clock import Clock
-from tests.simulation.configuration import BODY, GATE, ROOM, STREAMS
+from tests.simulation.configuration import BODY, GATE, GROUP, ROOM, STREAMS
 from tests.simulation.dials import draw_dial
 from tests.simulation.patience import GONE, Left, Patience
 from tests.simulation.plan import CONVERSATIONS
@@ -131,9 +131,12 @@ class Client:
             self.face = uploads.FACE
         # A client without a key has the address of this machine: no other address is served.
         self.address = f"10.0.0.{dice.randrange(1, 4)}" if self.key else "127.0.0.1"
+        # The group that it asks for, where its question names no model; "" if it asks for none.
+        self.group = self._choose_group()
         if like is not None:
             # A second question of the same client.
             self.face, self.key, self.address = like.face, like.key, like.address
+            self.group = like.group
         # The instance that all its connections lead to, where the balancer is sticky.
         self.home = dice.randrange(1 << 16)
         # Whether a connection of it has suffered anything.
@@ -150,6 +153,13 @@ class Client:
         self.conversation = ""
         self.patience = Patience(lambda: GIVE_UP if self.network_was_bad else plan.patience)
         self.session: aiohttp.ClientSession
+
+    def _choose_group(self) -> str:
+        plan, number = self.plan, self.number
+        if plan.grouping is not None:
+            # One of some clients asks for none.
+            return ["", *plan.grouping.models][number % (1 + len(plan.grouping.models))]
+        return GROUP if plan.grouped and plan.fails_over and number % 2 else ""
 
     def _draw_key(self) -> Key | None:
         thrown = self.dice.random()
@@ -261,12 +271,6 @@ class Client:
         reference = Client(self.plan, self.number, self.base)
         reference.session, reference.patience, reference._habits = self.session, self.patience, {}
         return reference
-
-    @property
-    def asks_group(self) -> bool:
-        """Whether it asks for the group of both providers, where its question names no model."""
-        plan = self.plan
-        return bool(plan.grouped and plan.fails_over and self.number % 2)
 
     def another(self, number: int, face: str, conversation: str) -> Client:
         """Return a client that asks question *number* on *face*, on the connections and with the

@@ -17,7 +17,7 @@ HTTP = "llm.providers.sim.http_client"
 GATE = "chat.websocket.concurrency"
 HTTP_SERVER = f"{GATE}.uvicorn"
 STREAMS = "chat.streams"
-SPARE = "llm.providers.spare"
+SPARE, THIRD = "llm.providers.spare", "llm.providers.third"
 # The name of the group of both providers, and how it may choose.
 GROUP, CHOICES = "both", ("ordered", "least_busy", "weighted")
 # What is kept is dropped for want of room where there is less room than this.
@@ -105,9 +105,12 @@ def draw_changes(dice: random.Random, keys: tuple[Key, ...]) -> dict[str, Any]:
     return changes
 
 
-def with_spare(changes: dict[str, Any], base_url: str, choose: str) -> dict[str, Any]:
+def with_spare(
+    changes: dict[str, Any], base_url: str, choose: str, third_url: str = "", models: Any = None
+) -> dict[str, Any]:
     """Return *changes* with a second provider at *base_url*, which is asked where the first one
-    fails; with *choose* there is a group of both.
+    fails; with *choose* there is a group of both, and with *models* there are these groups, and a
+    third provider at *third_url*.
     """
     client = {
         name: changes.get(f"{HTTP}.{name}", value)
@@ -123,6 +126,9 @@ def with_spare(changes: dict[str, Any], base_url: str, choose: str) -> dict[str,
     if choose:
         group = {"members": ["sim", "spare"], "choose": choose}
         changes["llm.models"] = {GROUP: group}
+    if models is not None:
+        third = {"like": "spare", "base_url": third_url, "model": "third-model"}
+        changes |= {THIRD: third, "llm.models": models}
     return changes
 
 

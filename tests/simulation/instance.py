@@ -21,7 +21,7 @@ from tests.support.server import configured, write
 from tests.support.stored_responses import questions_in, stored_in
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
+    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 
     from aioserver.server.app import Server
     from tests.simulation.membership import Member
@@ -67,6 +67,8 @@ class Instance:
         self.listener = listener
         self.ended = False
         self.before_reload: Callable[[], None] = lambda: None
+        # The groups that it has after an operation of that name.
+        self.groups: Mapping[str, Any] = {}
         self._reload = reload
         self._changes = changes
         self._base_url = base_url
@@ -96,6 +98,8 @@ class Instance:
             counts[f"{name} waiting"] = stats.queue.waiting
             counts[f"{name} busy"] = stats.pool.open - stats.pool.idle
             counts[f"{name} connections"] = provider.pools.gate.inside
+        for name, group in context.router.groups.items():
+            counts[f"{name} waiting"] = group.waiting
         for name, key in context.access.keys._by_name.items():  # noqa: SLF001 - no snapshot has it
             counts[f"{name} answers"] = key.quota.running
             counts[f"{name} connections"] = key.quota.connections
@@ -127,6 +131,8 @@ class Instance:
             # The last one is no longer valid.
             if len(changes.get("auth.keys", ())) > 1:
                 changes["auth.keys"] = changes["auth.keys"][:-1]
+        elif name in self.groups:
+            changes["llm.models"] = self.groups[name]
         else:
             changes[f"{HTTP}.max_connections"] = 201
             changes[f"{HTTP}.keepalive_expiry"] = 1.0

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from tests.simulation.configuration import GROUP
 from tests.simulation.events import events
+from tests.simulation.grouping import talk_of
 from tests.simulation.patience import Left
 from tests.simulation.response_events import ResponseReading
 from tests.simulation.returning import come_back
@@ -24,14 +24,18 @@ def _model(client: Client) -> str:
     model = client.question.model
     if client.plan.pinned:
         return f"sim/{model}" if model else "sim"
-    return model or (GROUP if client.asks_group else "sim-model")
+    return model or client.group or "sim-model"
 
 
 def _chat(client: Client, *, stream: bool) -> dict[str, Any]:
+    before = []
+    if client.plan.grouping is not None and client.group:
+        before = talk_of(client.number)
+        client.question.turns = (2,) if before else (1,)
     arguments = client.body(
         {
             "model": _model(client),
-            "messages": [{"role": "user", "content": client.question.text}],
+            "messages": [*before, {"role": "user", "content": client.question.text}],
             "max_tokens": client.question.tokens,
             "stream": stream,
         }

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import orjson
 
-from tests.simulation.configuration import GROUP
 from tests.simulation.events import events
 from tests.simulation.patience import GONE, Left
 from tests.simulation.returning import come_back
@@ -37,8 +36,8 @@ def _payload(client: Client) -> dict[str, Any]:
         payload["provider"] = "sim"
     if client.question.model:
         payload["model"] = client.question.model
-    elif client.asks_group:
-        payload["model"] = GROUP
+    elif client.group:
+        payload["model"] = client.group
     return payload
 
 

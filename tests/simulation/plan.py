@@ -8,11 +8,12 @@ a few can show (Groce, Zhang, Eide, Chen and Regehr, "Swarm Testing", ISSTA 2012
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from tests.simulation import configuration
 from tests.simulation.dials import LINK_FAULTS, SLOWEST, Dial, draw_dial
+from tests.simulation.grouping import Grouping, draw_grouping
 
 if TYPE_CHECKING:
     from tests.simulation.configuration import Key
@@ -120,6 +121,8 @@ class Plan:
     pinned: bool = True
     # How the group of both providers chooses, which every second client asks; "" if there is none.
     grouped: str = ""
+    # Groups of three providers, of which clients ask; None if there are none.
+    grouping: Grouping | None = None
     # The share of clients that say nothing when it is their turn (silence.py).
     silent: float = 0.0
     # The share of clients that ask for a large answer.
@@ -150,7 +153,7 @@ class Plan:
         """Seconds in which a client hears something, or gives up: longer than any wait that is
         promised.
         """
-        providers = 2 if self.spare else 1
+        providers = 3 if self.grouping is not None else 2 if self.spare else 1
         wait = configuration.longest_wait(self.changes, providers)
         if self.large and "slow link" in self.provider_links:
             # Nothing is heard of a whole answer before all of it has come.
@@ -159,8 +162,10 @@ class Plan:
         return wait if self.shared is None else wait + ELSEWHERE
 
 
-def draw(seed: int, clients: int, instances: int = 1) -> Plan:
-    """Return the plan of *seed*, for *clients* clients of *instances* servers."""
+def draw(seed: int, clients: int, instances: int = 1, *, groups: bool = True) -> Plan:
+    """Return the plan of *seed*, for *clients* clients of *instances* servers; without *groups*
+    there are none of three providers.
+    """
     dice = random.Random(f"plan {seed}")
     keys = configuration.draw_keys(dice)
     talks, responses, sql = _draw_conversations(seed)
@@ -168,7 +173,9 @@ def draw(seed: int, clients: int, instances: int = 1) -> Plan:
     choose = random.Random(f"group {seed}").choice(("", "", *configuration.CHOICES))
     if responses == BRIDGED:
         changes["llm.providers.sim.responses"] = False
-    return Plan(
+    # Dice of its own: a seed without groups tries the same otherwise.
+    grouping = draw_grouping(seed) if groups else None
+    plan = Plan(
         seed=seed,
         clients=clients,
         keys=keys,
@@ -196,6 +203,21 @@ def draw(seed: int, clients: int, instances: int = 1) -> Plan:
         instances=instances,
         balancer=dice.choice(BALANCERS),
         shared=_draw_shared(seed) if instances > 1 else None,
+    )
+    return plan if grouping is None else _with_grouping(plan, grouping)
+
+
+def _with_grouping(plan: Plan, grouping: Grouping) -> Plan:
+    """Return *plan* with the groups of *grouping*, which half of the runs change by a reload."""
+    dice = random.Random(f"regroup {plan.seed}")
+    changes = {"regroup": dice.uniform(1.0, 20.0), "restore groups": dice.uniform(20.0, 40.0)}
+    return replace(
+        plan,
+        grouping=grouping,
+        spare=True,
+        pinned=False,
+        grouped="",
+        operations={**plan.operations, **(changes if dice.random() < 0.5 else {})},
     )
 
 

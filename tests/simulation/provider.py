@@ -35,7 +35,7 @@ _PREVIOUS = re.compile(rb'"previous_response_id":"([^"]+)"')
 
 @dataclass(slots=True)
 class Call:
-    """One request to the provider, on the *transport* of its own end of the connection.
+    """One request to *provider*, on the *transport* of its own end of the connection.
 
     *question* is the first word of what was asked, and *shown* has those of all that the model is
     shown, in order. *previous* is the id of the response that is continued by its id. *begun_at*
@@ -44,6 +44,7 @@ class Call:
 
     transport: Transport
     instance: int
+    provider: str
     question: str = ""
     shown: tuple[str, ...] = ()
     previous: str = ""
@@ -120,10 +121,11 @@ class _Bodies(deque[Any]):
 
 
 class NotingSimulator(Simulator):
-    """The simulated provider, which adds each answer that it begins to *calls*."""
+    """The simulated provider *name*, which adds each answer that it begins to *calls*."""
 
-    def __init__(self, behaviour: Behaviour, seed: int, calls: Calls) -> None:
+    def __init__(self, name: str, behaviour: Behaviour, seed: int, calls: Calls) -> None:
         super().__init__(behaviour, seed=seed)
+        self._name = name
         self.requests = _Received()
         self.bodies = _Bodies()
         self._calls = calls
@@ -139,7 +141,7 @@ class NotingSimulator(Simulator):
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         transport = request.transport
         assert isinstance(transport, Transport)
-        call = Call(transport, transport.peer.owner)
+        call = Call(transport, transport.peer.owner, self._name)
         CALL.set(call)
         response = await super()._answer(request)
         call.whole = transport.written

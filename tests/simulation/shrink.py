@@ -35,7 +35,10 @@ class Run:
 
     def plan(self) -> Plan:
         """Return the plan of this run."""
-        plan = plans.draw(self.seed, self.clients, self.instances)
+        groups = "groups" not in self.without
+        plan = plans.draw(self.seed, self.clients, self.instances, groups=groups)
+        if plan.grouping is not None and "kills" in self.without:
+            plan = dataclasses.replace(plan, grouping=dataclasses.replace(plan.grouping, kills=()))
         return dataclasses.replace(
             plan,
             faults=self._kept(plan.faults),
@@ -90,6 +93,7 @@ def shrunk(run: Run, outcome: Outcome) -> tuple[Run, Outcome]:
         "silent",
         "uploads",
     )
+    names += () if plan.grouping is None else ("groups", "kills")
     for name in names:
         if name not in run.without:
             fails(dataclasses.replace(run, without=(*run.without, name)))

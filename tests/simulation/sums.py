@@ -91,6 +91,19 @@ class Sums:
             if not turn.question.fault and any(call.arrived for call in calls[:-1]):
                 self._broken(f"client {client.number} ({client.face}) has {len(calls)} answers")
 
+    def check_members(self, client: Client) -> None:
+        """Check that nobody but a member of its group has answered *client*."""
+        grouping = self._plan.grouping
+        if grouping is None or not client.group or client.question.model or client.turns:
+            return
+        members = grouping.members_of(client.group)
+        for call in self._calls.of(client.question.name):
+            if call.provider not in members:
+                self._broken(
+                    f"client {client.number} ({client.face}) asks for {client.group}, and "
+                    f"{call.provider} answers, of {sorted(members)}"
+                )
+
     def check_calls(self, client: Client) -> None:
         """Check that no answer to *client* was asked for twice by one instance while it was
         kept.

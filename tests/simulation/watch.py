@@ -28,13 +28,13 @@ from aioserver.wings.responses.socket import ResponsesSocket
 from tests.simulation.clock import Clock
 from tests.simulation.deadlines import Deadlines
 from tests.simulation.fairness import Fairness
+from tests.simulation.grouping import GroupWatch
 from tests.support.stored_responses import conversations_in, stored_in
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from aioserver.gateway.groups import Group
     from aioserver.limits.gate import Gate
     from aioserver.providers.provider import Provider
     from aioserver.streams.stream import Stream
@@ -63,6 +63,7 @@ class Watch:
         self._broken = broken
         self._deadlines = Deadlines(instance, network, broken)
         self._fairness = Fairness(broken)
+        self._groups = GroupWatch(server.context.router, broken)
         self._reloaded = False
         # The places that were taken at the last look, of each gate that has more inside than its
         # limit.
@@ -144,14 +145,6 @@ class Watch:
                 f"{store._bytes} of {store._max_kept_bytes} bytes are kept, {self._needed} are needed"
             )
 
-    def _check_lines(self, group: Group) -> None:
-        """Check that whoever waits for *group* stands in a line, and nowhere where a place is free."""
-        for lines in group._waiting:
-            if not (lines._place.done() or lines._standing or lines._coming):
-                self._broken(f"a request waits for {group.name} in no line")
-            if lines._winner is not None and lines._standing:
-                self._broken(f"a request that has started stands in a line of {group.name}")
-
     def _look_closer(self) -> None:
         admission = self._server.context.admission
         bodies = admission._limits.max_body_bytes
@@ -187,7 +180,7 @@ class Watch:
             most = sum(room[member.provider.name] for member in group.members)
             if group.waiting > most and Clock.now > self._deadlines.settled_at:
                 self._broken(f"{group.waiting} requests wait for {group.name}, at most {most}")
-            self._check_lines(group)
+        self._groups.look(settled=Clock.now > self._deadlines.settled_at)
         lanes = 0
         for socket in self._server.context.sockets:
             if isinstance(socket, ResponsesSocket):

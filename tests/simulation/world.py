@@ -14,7 +14,7 @@ import json
 import random
 import tempfile
 from collections import Counter
-from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from tests.simulation.client import DIALLER, Client
 from tests.simulation.cluster import Cluster
 from tests.simulation.configuration import with_spare
 from tests.simulation.disk import Disk
+from tests.simulation.grouping import PROVIDERS, Remembered
 from tests.simulation.instance import Instance, running
 from tests.simulation.loop import SimulatedLoop
 from tests.simulation.network import INSTANCE, Network
@@ -93,6 +94,8 @@ class World:
         # What the instances share; None if nothing.
         self.cluster: Cluster | None = None
         self.calls = Calls()
+        # The addresses of the providers, by name.
+        self.urls: dict[str, str] = {}
         self._outcome = outcome
         self._watches: list[Watch] = []
         self._links = random.Random(f"links {plan.seed}")
@@ -112,6 +115,8 @@ class World:
 
     def add(self, instance: Instance) -> None:
         """Add *instance*, and a watch that looks at it."""
+        if (grouping := self.plan.grouping) is not None:
+            instance.groups = {"regroup": grouping.changed, "restore groups": grouping.models}
         self.instances.append(instance)
         self._watches.append(Watch(instance, self.network, self.broken))
 
@@ -124,12 +129,31 @@ class World:
             self.cluster.together.look()
 
     def patches(self) -> AbstractContextManager[object]:
-        """Let the starts of instances that share their limits be noted, in the block."""
-        return nullcontext() if self.cluster is None else self.cluster.together.patches()
+        """Let the starts of instances that share their limits be noted, in the block, and what
+        the members of groups are sent.
+        """
+        stack = ExitStack()
+        if self.cluster is not None:
+            stack.enter_context(self.cluster.together.patches())
+        if self.plan.grouping is not None:
+            stack.enter_context(Remembered(self.broken).patches())
+        return stack
 
     def is_dead(self, task: asyncio.Task[object]) -> bool:
         """Return whether *task* is one of an instance that was killed."""
         return self.cluster is not None and self.cluster.is_dead(task)
+
+    async def kill(self, moment: float, name: str, seconds: float) -> None:
+        """Kill the process of the provider *name* at *moment*; after some *seconds* another one
+        is there.
+        """
+        await asyncio.sleep(moment)
+        port = int(self.urls[name].rpartition(":")[2].partition("/")[0])
+        listener = self.network.listeners.pop(port)
+        for end in list(listener.dialled):
+            end.peer.abort()
+        await asyncio.sleep(seconds)
+        self.network.listeners[port] = listener
 
     def start_looking(self) -> None:
         """Look at the servers from now on, whenever time is about to pass."""
@@ -259,21 +283,26 @@ async def _run(world: World, outcome: Outcome, only: Collection[int] | None) -> 
     )
     async with AsyncExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        simulator = NotingSimulator(behaviour, plan.seed, world.calls)
-        await stack.enter_async_context(simulator)
+        simulators = {}
+        names = PROVIDERS if plan.grouping is not None else PROVIDERS[: 1 + plan.spare]
+        for number, name in enumerate(names):
+            # Other seeds: from the same one all would draw the same ids of responses.
+            simulators[name] = NotingSimulator(name, behaviour, plan.seed + number, world.calls)
+            await stack.enter_async_context(simulators[name])
+        world.urls = urls = {name: each.base_url for name, each in simulators.items()}
         changes = plan.changes
-        if plan.spare:
-            # Another seed: from the same one both would draw the same ids of responses.
-            spare = NotingSimulator(behaviour, plan.seed + 1, world.calls)
-            await stack.enter_async_context(spare)
-            changes = with_spare(changes, spare.base_url, plan.grouped)
+        if plan.grouping is not None:
+            models = plan.grouping.models
+            changes = with_spare(changes, urls["spare"], "", urls["third"], models)
+        elif plan.spare:
+            changes = with_spare(changes, urls["spare"], plan.grouped)
 
         if plan.sql:
             changes = {**changes, **sql(path / "events.db")}
 
         def make(number: int, member: Member | None = None) -> Any:
             """Run a server."""
-            url = simulator.base_url
+            url = urls["sim"]
             return running(number, world.network, changes, url, path, world.broken, member)
 
         for number in range(plan.instances):
@@ -311,6 +340,8 @@ async def _serve(world: World, outcome: Outcome, only: Collection[int] | None) -
     if plan.shared is not None and world.cluster is not None:
         events = plan.shared.events
         operations += [asyncio.ensure_future(world.cluster.happen(*event)) for event in events]
+    if plan.grouping is not None:
+        operations += [asyncio.ensure_future(world.kill(*kill)) for kill in plan.grouping.kills]
     await asyncio.wait(tasks)
     for task, client in tasks.items():
         if (exc := task.exception()) is not None:
@@ -322,6 +353,7 @@ async def _serve(world: World, outcome: Outcome, only: Collection[int] | None) -
                 if asked.outcome:
                     outcome.ends[asked.outcome] += 1
                 world.sums.check_calls(asked)
+                world.sums.check_members(asked)
                 world.sums.check_turns(asked)
     if operations:
         await asyncio.gather(*operations)

@@ -1,0 +1,266 @@
+"""Groups of a run: several names over three providers, whose members change, and one of which may
+be killed; and what must hold of their requests.
+
+Each group has some of the providers in some order, chooses in some way, perhaps by the beginnings
+of prompts, with weights, bounds of the context, and members whose model fails. The clients of one
+talk begin with the same words, so that they have one home.
+
+What is remembered of prompts is compared with all that each member was sent since it joined its
+group at its present address, and since it died last.
+
+Private names used here: those of lines, groups and gates, which no snapshot shows.
+"""
+
+# ruff: noqa: SLF001 - see above
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from aioserver.gateway.groups import Group
+from aioserver.gateway.homes import MAX_SHARE, Homes
+from aioserver.limits.lines import _Standing
+from aioserver.providers.breaker import Breaker
+from tests.simulation.clock import Clock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Mapping, Sequence
+
+    from aioserver.gateway.homes import Placement
+    from aioserver.gateway.members import Member
+    from aioserver.gateway.router import Router
+    from aioserver.limits.lines import Lines
+    from aioserver.protocol.prefix import Prefix
+
+PROVIDERS = ("sim", "spare", "third")
+NAMES = ("one", "two", "three")
+CHOICES = ("ordered", "least_busy", "weighted")
+# Faults of a member's model: each comes before the answer, so that another member gives it whole.
+FAULTS = ("status-500", "status-429", "slow-down", "capacity", "retry-after-ms", "drop", "flap-2")
+# The talks of which a client's question may be the second turn; 0: it is the first of its own.
+TALKS = 5
+# Seconds by which a timer may be late.
+LATE = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grouping:
+    """The groups of a run as `llm.models` has them: *models*, and *changed* after a reload.
+
+    *kills*: the moments at which a provider is killed, which, and for how many seconds.
+    """
+
+    models: Mapping[str, Any]
+    changed: Mapping[str, Any]
+    kills: tuple[tuple[float, str, float], ...] = ()
+
+    def members_of(self, name: str) -> set[str]:
+        """Return the providers that may ever be asked for the group *name*."""
+        entries = (*self.models[name]["members"], *self.changed[name]["members"])
+        return {entry["provider"] for entry in entries}
+
+
+def draw_grouping(seed: int) -> Grouping | None:
+    """Draw the groups of *seed*; a quarter of the seeds has some."""
+    dice = random.Random(f"groups {seed}")
+    if dice.random() >= 0.25:
+        return None
+    names = NAMES[: dice.randrange(1, len(NAMES) + 1)]
+    models = {name: _draw_group(dice) for name in names}
+    changed = {name: _change(dice, group) for name, group in models.items()}
+    kills = [
+        (dice.uniform(0.5, 40.0), name, dice.choice((0.3, 3.0, 20.0)))
+        for name in PROVIDERS
+        if dice.random() < 0.25
+    ]
+    return Grouping(models=models, changed=changed, kills=tuple(kills))
+
+
+def _draw_group(dice: random.Random) -> dict[str, Any]:
+    choose = dice.choice(CHOICES)
+    affinity = choose != "ordered" and dice.random() < 0.7
+    providers = dice.sample(PROVIDERS, dice.choice((2, 3, 3)))
+    return {
+        "members": [_draw_member(dice, name, choose) for name in providers],
+        "choose": choose,
+        **({"affinity": "prefix"} if affinity else {}),
+    }
+
+
+def _draw_member(dice: random.Random, provider: str, choose: str) -> dict[str, Any]:
+    member: dict[str, Any] = {"provider": provider}
+    if dice.random() < 0.2:
+        member["model"] = f"fault-{dice.choice(FAULTS)}"
+    if choose == "weighted":
+        member["weight"] = dice.choice((1, 2, 5))
+    if dice.random() < 0.3:
+        member["max_context"] = dice.choice((20, 200, 2000))
+    return member
+
+
+def _change(dice: random.Random, group: dict[str, Any]) -> dict[str, Any]:
+    """Draw what *group* is after a reload: a member less, or one more, in another order."""
+    choose, members = group["choose"], list(group["members"])
+    names = {member["provider"] for member in members}
+    missing = [name for name in PROVIDERS if name not in names]
+    if missing:
+        members.append(_draw_member(dice, missing[0], choose))
+    if not missing or dice.random() < 0.5:
+        members.pop(dice.randrange(len(members)))
+    dice.shuffle(members)
+    return {**group, "members": members}
+
+
+class GroupWatch:
+    """Looks at the groups of *router*, and calls *broken* with what they have broken."""
+
+    def __init__(self, router: Router, broken: Callable[[str], None]) -> None:
+        self._router = router
+        self._broken = broken
+
+    def look(self, *, settled: bool) -> None:
+        """Check that each request that waits for a group stands in a line of a member that may
+        start it, or will soon, and that nobody else stands in lines; *settled*: no reload was
+        lately.
+        """
+        waiting: set[Lines] = set()
+        for group in self._router.groups.values():
+            waiting.update(group._waiting)
+            for lines, began in group._waiting.items():
+                self._look_at(group, lines, began, settled=settled)
+        if not settled:
+            return
+        for group in self._router._listed.values():
+            waiting.update(group._waiting)
+        for provider in self._router.providers.values():
+            for waiter in provider._gate._queue:
+                if isinstance(waiter, _Standing) and waiter.lines not in waiting:
+                    self._broken(f"a request that waits no more stands in line at {provider.name}")
+
+    def _look_at(self, group: Group, lines: Lines, began: float, *, settled: bool) -> None:
+        if lines._winner is not None and lines._standing:
+            self._broken(f"a request that has started stands in a line of {group.name}")
+        if lines._place.done():
+            return
+        if not (lines._standing or lines._coming):
+            self._broken(f"a request waits for {group.name} in no line")
+        gates = {standing.gate for standing in lines._standing}
+        if len(gates) < len(lines._standing):
+            self._broken(f"a request stands twice in a line of {group.name}")
+        dead = {
+            provider._gate
+            for provider in self._router.providers.values()
+            if provider.health.breaker.dead and provider.settings.when_down != "wait"
+        }
+        if settled and gates and not lines._coming and gates <= dead:
+            self._broken(f"a request waits for {group.name} at dead members alone")
+        if not (lines._coming and settled):
+            return
+        # Whoever waits for a home.
+        deadlines = [
+            provider.settings.http_client.queue_timeout
+            for provider in self._router.providers.values()
+        ]
+        longest = MAX_SHARE * max(deadlines) + LATE
+        last = max(timer.when() for timer in lines._coming)
+        if last - began > longest or Clock.now > last + LATE:
+            self._broken(
+                f"a request waits for its home in {group.name} for {last - began:.2f} s, at most "
+                f"{longest} s"
+            )
+
+
+class Remembered:
+    """What each member was sent in its present life, as a reference for homes.py."""
+
+    def __init__(self, broken: Callable[[str], None]) -> None:
+        self._broken = broken
+        self._sent: defaultdict[Hashable, set[bytes]] = defaultdict(set)
+        self._deaths: Counter[int] = Counter()
+        self._removals: Counter[Hashable] = Counter()
+
+    def _life(self, homes: Homes, member: Member) -> Hashable:
+        """Return what names the cache of *member*: another one after each end of a life."""
+        provider = member.provider
+        breaker = provider.health.breaker
+        removals = self._removals[_name(member)]
+        return (
+            *(id(homes), _name(member), removals),
+            *(id(breaker), self._deaths[id(breaker)], provider.pools.base_url),
+        )
+
+    def sent(self, homes: Homes, prefix: Prefix, member: Member) -> None:
+        """Note that *member* was sent a prompt."""
+        self._sent[self._life(homes, member)].update(prefix.digests)
+
+    def placed(self, homes: Homes, placement: Placement) -> None:
+        """Check that each member was sent what it is said to know."""
+        prefix = placement.prefix
+        for member, known in placement.known.items():
+            if not known:
+                continue
+            if member.provider.health.breaker.dead:
+                self._broken(f"{member.provider.name} is said to know a prompt, and is dead")
+            digest = prefix.digests[list(prefix.lengths).index(known)]
+            if digest not in self._sent[self._life(homes, member)]:
+                self._broken(
+                    f"{member.provider.name} is said to know {known} bytes that it was not sent"
+                )
+
+    def applied(self, group: Group, members: Sequence[Member]) -> None:
+        """Note that *group* has other *members* now."""
+        stay = {_name(member)[1:] for member in members}
+        for old in group.members:
+            if _name(old)[1:] not in stay:
+                self._removals[_name(old)] += 1
+
+    def patches(self) -> ExitStack:
+        """Let all of that be noted, in the block."""
+        stack, noted = ExitStack(), self
+        place, sent, apply, die = Homes.place, Homes.sent, Group.apply, Breaker._die
+
+        def noting_place(homes: Homes, prefix: Prefix, members: Sequence[Member]) -> Placement:
+            placement = place(homes, prefix, members)
+            noted.placed(homes, placement)
+            return placement
+
+        def noting_sent(homes: Homes, prefix: Prefix, member: Member) -> None:
+            noted.sent(homes, prefix, member)
+            sent(homes, prefix, member)
+
+        def noting_apply(
+            group: Group, members: Sequence[Member], choose: str, affinity: str
+        ) -> None:
+            noted.applied(group, members)
+            apply(group, members, choose, affinity)
+
+        def noting_die(breaker: Breaker) -> None:
+            noted._deaths[id(breaker)] += 1
+            die(breaker)
+
+        stack.enter_context(mock.patch.object(Homes, "place", noting_place))
+        stack.enter_context(mock.patch.object(Homes, "sent", noting_sent))
+        stack.enter_context(mock.patch.object(Group, "apply", noting_apply))
+        stack.enter_context(mock.patch.object(Breaker, "_die", noting_die))
+        return stack
+
+
+def _name(member: Member) -> tuple[int, str, str]:
+    # A group is known by the marks that it gives to its members.
+    return id(member.marks), member.provider.name, member.asked_model
+
+
+def talk_of(number: int) -> list[dict[str, str]]:
+    """Return the messages that come before the question of client *number*, of a talk that
+    several clients have; none, if it is the first of its own.
+    """
+    talk = number // 7 % (TALKS + 1)
+    if not talk:
+        return []
+    words = " ".join([f"talk{talk}"] * 400)
+    return [{"role": "user", "content": words}, {"role": "assistant", "content": "Yes."}]
