@@ -22,6 +22,7 @@ breaker counts it:
             ProviderPaced           429  provider_rate_limited          failover
         ProviderError               502  provider_error          retry  failover  breaker
         ProviderRefused             400  provider_error
+            ContextTooLong          400  provider_error                 failover
         RequestNotBridged           400  invalid_request                failover
         ProviderQueueFull           503  provider_queue_full            failover
         ProviderQueueTimeout        503  provider_queue_timeout         failover
@@ -236,6 +237,12 @@ class ProviderRefused(ProviderFault):
     def body(self) -> bytes:
         """Return the body of the provider's answer, unchanged."""
         return self.provider_body
+
+
+class ContextTooLong(ProviderRefused):
+    """The request is longer than the context of the provider's model; that of another may do."""
+
+    failover = True
 
 
 class RequestNotBridged(ProviderFault):

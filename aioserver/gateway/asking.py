@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from aioserver.errors import AioserverError
 from aioserver.provider_errors import (
     CircuitOpen,
+    ContextTooLong,
     ProviderFault,
     ProviderRateLimited,
     RequestNotBridged,
@@ -58,7 +59,8 @@ class Asking:
 
     __slots__ = (
         *("_fallback", "_model", "_number", "_outcome", "_previous", "_provider"),
-        *("_random_number", "_rejoin", "_request", "_round", "_stream", "_tries", "_waited"),
+        *("_random_number", "_rejoin", "_request", "_round", "_stream", "_too_long", "_tries"),
+        "_waited",
     )
 
     def __init__(
@@ -85,6 +87,8 @@ class Asking:
         # How this round has failed so far, and the one before.
         self._tries: list[Try] = []
         self._previous: Try | None = None
+        # The first for whom the request was too long.
+        self._too_long: Try | None = None
 
     async def answer(self) -> Attempt:
         """Return the attempt that succeeded. Cancelling is safe.
@@ -187,11 +191,12 @@ class Asking:
         Raises:
             ProviderFault: there is no next one.
         """
-        outcome, first, previous = self._outcome, self._provider, self._previous
+        first, previous = self._provider, self._previous
+        self._too_long = self._too_long or too_long(self._tries)
         final = final_try(self._tries)
         if previous is not None and isinstance(final.fault, CircuitOpen):
             # What killed the last of them says more than that it is dead.
-            raise previous.raised(outcome) from None
+            raise self._raised(previous) from None
         self._previous = final
         self._number += 1
         backoff = self._backoff(
@@ -215,13 +220,19 @@ class Asking:
                 )
             )
         ):
-            raise final.raised(outcome) from None
+            raise self._raised(final) from None
         if not first.budget.take_retry():
             first.meter.retries_refused.value += 1
-            raise final.raised(outcome) from None
+            raise self._raised(final) from None
         for provider, code in again:
             provider.meter.retries[code].value += 1
         return backoff
+
+    def _raised(self, final: Try) -> ProviderFault:
+        """Return the fault that ends the request, of *final* or of the first for whom it was too
+        long.
+        """
+        return (self._too_long or final).raised(self._outcome)
 
     def _backoff(self, number: int, retry_after: float | None) -> float:
         """Return the seconds of the backoff before retry *number*, at least *retry_after*.
@@ -256,6 +267,13 @@ class Try(NamedTuple):
         """Return the fault, which ends the request now: *outcome* is about this attempt again."""
         _, outcome.provider, outcome.model, outcome.headers = self
         return self.fault
+
+
+def too_long(tries: Sequence[Try]) -> Try | None:
+    """Return the first of *tries* for whom the request was too long: only that refusal tells the
+    caller what to shorten.
+    """
+    return next((each for each in tries if isinstance(each.fault, ContextTooLong)), None)
 
 
 def final_try(tries: list[Try]) -> Try:

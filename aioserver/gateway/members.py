@@ -63,6 +63,12 @@ class Member:
             self.address, self.deaths, self.mark = address, breaker.deaths, next(self.marks)
         return not breaker.dead
 
+    def takes_more_than(self, other: Member) -> bool:
+        """Return whether it may take a prompt that is too long for *other*."""
+        if self.max_context is None or other.max_context is None:
+            return self.max_context is None
+        return self.max_context > other.max_context
+
     @property
     def settings(self) -> ProviderSettings:
         """The settings of its provider."""

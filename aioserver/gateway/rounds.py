@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aioserver.gateway.homes import measured
-from aioserver.provider_errors import CircuitOpen, ProviderFault
+from aioserver.provider_errors import CircuitOpen, ContextTooLong, ProviderFault
 from aioserver.providers.outage import WAIT
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Round:
 
     __slots__ = (
         *("_again", "_group", "_homes", "_placement", "_prefix", "_request", "_stream"),
-        *("_waited", "chosen", "left"),
+        *("_waited", "chosen", "left", "too_small"),
     )
 
     def __init__(
@@ -48,6 +48,8 @@ class Round:
         self.left = left
         # The one where the request has started; None while it has not.
         self.chosen: Member | None = None
+        # The largest `max_context` of those for which it was too long.
+        self.too_small = 0
         self._placement: Placement | None = None
         # The members that may be asked again, with the codes of their faults.
         self._again: list[tuple[Member, str]] = []
@@ -112,6 +114,11 @@ class Round:
         if fault.retry:
             self._again.append((member, fault.code))
         self.left = [other for other in self.left if other is not member]
+        if isinstance(fault, ContextTooLong):
+            # The estimate was wrong: none that takes no more is asked.
+            self.too_small = max(self.too_small, member.max_context or 0)
+            self.left = [other for other in self.left if other.takes_more_than(member)]
+            self._again = [retry for retry in self._again if retry[0].takes_more_than(member)]
         if self.left:
             member.provider.meter.failovers[fault.code].value += 1
         return bool(self.left)

@@ -31,14 +31,14 @@ from aioserver.config.hints import nearest
 from aioserver.config.models import PASS, PREFIX
 from aioserver.config.schema import show
 from aioserver.errors import AioserverError, ModelNotFound
-from aioserver.gateway.asking import Asking, Try, begun, final_try
+from aioserver.gateway.asking import Asking, Try, begun, final_try, too_long
 from aioserver.gateway.groups import Group
 from aioserver.gateway.homes import Homes
 from aioserver.gateway.members import Member, passed_over
 from aioserver.gateway.request import Route
 from aioserver.gateway.rounds import Round
 from aioserver.protocol.prefix import prefix_of
-from aioserver.provider_errors import NoProvider, ProviderFault
+from aioserver.provider_errors import ContextTooLong, NoProvider, ProviderFault
 from aioserver.providers.api import CHAT, Api
 from aioserver.providers.passthrough import PassedAttempt, PassedRequest
 from aioserver.tracebacks import forget_frames
@@ -420,16 +420,23 @@ class Router:
             # A fallback uses its own model.
             groups = _sick_last([first, *self._others(first, request.provider_request.api)])
         tries: list[Try] = []
-        while True:
-            group = groups.pop(0)
-            fallback = any(other.available for other in groups)
+        # The largest `max_context` of members for which the request was too long.
+        too_small = 0
+        for number, group in enumerate(groups):
+            others = groups[number + 1 :]
+            fallback = any(other.available for other in others)
+            round_ = None
             try:
                 if len(group.members) > 1:
-                    round_ = await self._round(group, request, stream)
+                    round_ = await self._round(group, request, stream, too_small)
+                    if not round_.left:
+                        continue
                     member, model = round_.left[0], None
                 else:
                     # A group of one is its member.
-                    (member,), round_ = group.members, None
+                    (member,) = group.members
+                    if member.max_context is not None and member.max_context <= too_small:
+                        continue
                     if group.name:
                         group.started(member, (), outcome)
                     model = route.model if group is first else member.model
@@ -444,9 +451,13 @@ class Router:
                 # body.
                 forget_frames(fault)
                 tries.append(Try.of(fault, outcome))
-                if not groups:
-                    raise final_try(tries).raised(outcome) from None
-                group.members[0].provider.meter.failovers[fault.code].value += 1
+                if round_ is not None:
+                    too_small = max(too_small, round_.too_small)
+                elif isinstance(fault, ContextTooLong):
+                    too_small = max(too_small, group.members[0].max_context or 0)
+                if others:
+                    group.members[0].provider.meter.failovers[fault.code].value += 1
+        raise (too_long(tries) or final_try(tries)).raised(outcome)
 
     def _asking(
         self,
@@ -468,15 +479,22 @@ class Router:
             random_number=self._random_number,
         )
 
-    async def _round(self, group: Group, request: Request, stream: Stream | None) -> Round:
-        """Return the members of *group*, to be asked for *request*.
+    async def _round(
+        self, group: Group, request: Request, stream: Stream | None, too_small: int
+    ) -> Round:
+        """Return the members of *group* that take more than *too_small*, to be asked for
+        *request*.
 
         Raises:
             NoProvider: there are none any more.
         """
-        members = self._members(group, request)
+        members = [
+            member
+            for member in self._members(group, request)
+            if member.max_context is None or member.max_context > too_small
+        ]
         prefix = None
-        if group.affinity == PREFIX and not request.route.pinned:
+        if members and group.affinity == PREFIX and not request.route.pinned:
             first = members[0]
             body = request.provider_request.body(first.settings, first.asked_model)
             prefix = await prefix_of(body, group.name)

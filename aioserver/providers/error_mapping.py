@@ -7,6 +7,7 @@
 408, 5xx                          the provider failed: ProviderError
 another 4xx                       the caller is at fault: ProviderRefused; a JSON body passes,
                                   and its reason where bodies do not
+the same, as it is too long       ContextTooLong: another provider may take it
 a redirect, not JSON, compressed  ProviderBadResponse
 """
 
@@ -22,6 +23,7 @@ import orjson
 from aioserver.errors import InvalidRequest
 from aioserver.protocol.openai import BadEvent, ErrorEvent, error_codes, load_with_surrogates
 from aioserver.provider_errors import (
+    ContextTooLong,
     ProviderAuthError,
     ProviderBadResponse,
     ProviderError,
@@ -54,6 +56,14 @@ IDENTITY = frozenset({"", "identity"})
 # statuses that it would have sent.
 KEY_CODES = KEY_STATUSES | {QUOTA, "invalid_api_key"}
 BUSY_CODES = BUSY_STATUSES | {"rate_limit_exceeded"}
+# How providers say that a request is longer than their model's context: by a code, or in words
+# under one of these statuses, in a body of so many bytes at most.
+TOO_LONG_CODES = {"context_length_exceeded", "exceed_context_size_error"}
+TOO_LONG_STATUSES = frozenset({400, 413})
+MAX_READ_BYTES = 1 << 16
+TOO_LONG = re.compile(
+    "maximum context length|prompt is too long|context size|model's context length", re.IGNORECASE
+)
 # Prefixes of the names of the headers that clients may see.
 VISIBLE_HEADERS = (
     *("x-ratelimit-", "openai-processing-ms", "openai-version", "x-generation-id"),
@@ -84,22 +94,48 @@ def check_status(name: str, status: int, headers: Mapping[str, str], body: bytes
         # An engine that loads its model says so, and a proxy in front of one that is away.
         fault.unreachable = status == 503
         raise fault
-    if not parses(body):
+    error, reason = _error_in(body), ""
+    if error is None:
         # The body is a proxy's page, for example, which our clients must not get.
-        body = InvalidRequest(f"{name} answered {status}").body()
-        raise ProviderRefused(f"{name} answered {status}", status, body)
-    raise ProviderRefused(f"{name} answered {status}", status, body, _reason(status, body))
+        shown = InvalidRequest(f"{name} answered {status}").body()
+    else:
+        shown, reason = body, _reason(status, error)
+    said = error or body.decode("utf-8", "replace")
+    too_long = len(body) <= MAX_READ_BYTES and says_too_long(status, said)
+    refusal = ContextTooLong if too_long else ProviderRefused
+    raise refusal(f"{name} answered {status}", status, shown, reason)
 
 
-def _reason(status: int, body: bytes) -> str:
-    """Return why a provider has refused a request, in its own words; "" if it does not say so, or
-    speaks of our key or our proxy.
+def says_too_long(status: int, error: object) -> bool:
+    """Return whether *error*, the object or the text that a provider has sent under *status*, says
+    that the request is longer than its model's context.
     """
-    answer: object = orjson.loads(body)
+    if not error_codes(error).isdisjoint(TOO_LONG_CODES):
+        return True
+    text = error.get("message") if isinstance(error, dict) else error
+    return (
+        status in TOO_LONG_STATUSES and isinstance(text, str) and TOO_LONG.search(text) is not None
+    )
+
+
+def _error_in(body: bytes) -> object:
+    """Return the error in *body*: an object or a text, or all of its content; None if that is no
+    JSON.
+    """
+    try:
+        answer: object = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
     if isinstance(answer, list) and answer:
         # Gemini's form.
         answer = answer[0]
-    error: object = answer.get("error", answer) if isinstance(answer, dict) else None
+    return answer.get("error") or answer if isinstance(answer, dict) else ""
+
+
+def _reason(status: int, error: object) -> str:
+    """Return why a provider has refused a request, in its own words; "" if it does not say so, or
+    speaks of our key or our proxy.
+    """
     text = error.get("message") if isinstance(error, dict) else error
     if not isinstance(text, str) or status == PROXY_STATUS:
         return ""
@@ -132,17 +168,21 @@ def error_object_fault(error: object) -> ProviderFault:
     # A lone surrogate cannot be written as UTF-8.
     text = text.encode("utf-8", "replace").decode()
     message = f"the provider reported an error: {text}"
-    status = next((code for code in codes if isinstance(code, int)), 500)
+    number = next((code for code in codes if isinstance(code, int)), None)
+    too_long = says_too_long(number or 400, error)
+    status = number or (400 if too_long else 500)
     if not 400 <= status < 500 or status == 408:
         return ProviderError(message)
+    refusal = ContextTooLong if too_long else ProviderRefused
     public_error = {
         "message": text,
         "type": "invalid_request_error",
         "param": None,
-        "code": status,
+        # Clients know it by its name.
+        "code": next(iter(codes & TOO_LONG_CODES), status),
     }
     body = orjson.dumps({"error": public_error})
-    return ProviderRefused("the provider reported an error", status, body, text)
+    return refusal("the provider reported an error", status, body, text)
 
 
 def visible_headers(headers: Mapping[str, str]) -> dict[str, str]:

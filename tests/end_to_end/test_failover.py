@@ -143,3 +143,69 @@ async def test_all_of_it_can_be_watched(make_server: MakeServer) -> None:
     assert 'aioserver_provider_state{provider="other"} 0.0' in metrics
     assert 'aioserver_failovers_total{provider="sim",reason="provider_error"} 5.0' in metrics
     assert 'aioserver_failovers_total{provider="sim",reason="circuit_open"} 1.0' in metrics
+
+
+@pytest.mark.parametrize("way", ["fallback", "group"])
+@pytest.mark.parametrize("face", ["websocket", "sse", "chat/completions", "responses", "messages"])
+async def test_what_is_too_long_for_one_model_is_asked_of_the_next(
+    make_server: MakeServer, face: str, way: str
+) -> None:
+    async with Simulator(QUICK) as small:
+        entry = provider_entry(small.base_url, model="fault-too-long")
+        changes: dict[str, Any] = {
+            "llm.providers.small": {**entry, "messages": True},
+            "llm.active": "small",
+        }
+        if way == "fallback":
+            changes["llm.fallbacks"] = ["sim"]
+        else:
+            members = [{"provider": "small", "max_context": 8192}, "sim"]
+            changes |= {"llm.models": {"sizes": members}, "llm.active": "sizes"}
+        server = await make_server(QUICK, **changes)
+        if face == "websocket":
+            async with server.connect() as ws:
+                await ws.send_json(chat("r1"))
+                frames = await to_end(ws)
+            assert frames[-1]["chunk"]["metadata"]["provider"] == "sim"
+        elif face == "sse":
+            body = {"request_id": "r1", "text": "Hello"}
+            async with server.session.post(server.sse, json=body) as response:
+                frames = await read_frames(response)
+            assert frames[-1]["chunk"]["metadata"]["provider"] == "sim"
+        else:
+            for streamed in (True, False):
+                asked = {**CHAT, "max_tokens": 9, "input": "Hello", "stream": streamed}
+                async with server.session.post(f"{server.v1}/{face}", json=asked) as response:
+                    assert response.status == 200
+                    await response.read()
+                assert response.headers["x-aioserver-provider"] == "sim"
+                assert response.headers["x-aioserver-attempts"] == "2"
+        assert small.stats().requests > 0
+        await server.nothing_held()
+
+
+@pytest.mark.parametrize("face", ["chat/completions", "responses", "messages"])
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_where_it_is_too_long_for_all_the_first_refusal_is_told_as_it_came(
+    make_server: MakeServer, face: str, streamed: bool
+) -> None:
+    async with Simulator(QUICK) as first:
+        server = await make_server(
+            FAILING,
+            **{
+                "llm.active": "first",
+                "llm.fallbacks": ["sim"],
+                "llm.providers.first": {
+                    **provider_entry(first.base_url, model="fault-too-long"),
+                    "messages": True,
+                },
+            },
+        )
+        body = {**CHAT, "max_tokens": 9, "input": "Hello", "stream": streamed}
+        async with server.session.post(f"{server.v1}/{face}", json=body) as response:
+            assert response.status == 400
+            error = (await response.json())["error"]
+        assert error["message"] == "prompt is too long: 9000 tokens > 8192 maximum"
+        assert response.headers["x-aioserver-provider"] == "first"
+        assert response.headers["x-aioserver-attempts"] == "2"
+        await server.nothing_held()

@@ -14,6 +14,7 @@ from aioserver.errors import ModelNotFound
 from aioserver.gateway.request import Request
 from aioserver.provider_errors import (
     CircuitOpen,
+    ContextTooLong,
     ProviderError,
     ProviderFault,
     ProviderQueueFull,
@@ -30,6 +31,8 @@ from tests.support.virtual_loop import run_virtually
 from tests.support.waiting import ticks
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aioserver.gateway.router import Router
     from aioserver.providers.request import Answer
 
@@ -502,6 +505,114 @@ def test_a_prompt_that_is_certainly_too_long_is_not_sent_to_a_smaller_member() -
         for size, expected in ((600, "a"), (601, "b"), (6001, "b"), (100_000, "b")):
             answer = await ask(router, "some", body=b"x" * size)
             assert answer.outcome.provider == expected
+
+    run_virtually(scene())
+
+
+def too_long(name: str) -> Callable[[str], ProviderFault]:
+    return lambda _model: ContextTooLong(f"{name} answered 400", 400, name.encode())
+
+
+def test_what_is_too_long_for_one_goes_to_those_that_take_more() -> None:
+    async def scene() -> None:
+        providers = engines("a", "b", "c", "d", "e")
+        for name in "abcd":
+            providers[name].fault = too_long(name)
+        router = router_over(
+            providers,
+            some=group(
+                Member(provider="a", max_context=500),
+                Member(provider="b", max_context=100),
+                Member(provider="c", max_context=900),
+                Member(provider="d", max_context=900),
+                Member(provider="e"),
+            ),
+        )
+
+        answer = await ask(router, "some")
+
+        assert (answer.outcome.provider, answer.outcome.attempts) == ("e", 3)
+        asked = {name: len(engine.asked) for name, engine in providers.items()}
+        assert asked == {"a": 1, "b": 0, "c": 1, "d": 0, "e": 1}
+        assert providers["a"].meter.failovers["provider_error"].value == 1
+
+        # Nobody is known to take more than one of which nothing is known.
+        providers["e"].fault = too_long("e")
+        with pytest.raises(ContextTooLong) as caught:
+            await ask(router, "some")
+        assert caught.value.body() == b"a"
+        assert caught.value.request_outcome is not None
+        assert caught.value.request_outcome.provider == "a"
+        assert caught.value.request_outcome.attempts == 3
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_one_that_takes_no_more_is_not_asked_again_either(first: str) -> None:
+    """The small one has failed in another way, and may be tried again; or the large one has."""
+
+    async def scene() -> None:
+        providers = engines("a", "b", limits={"max_retries": 2})
+        providers["a"].fault = providers["b"].fault = lambda _model: ProviderError("no")
+        providers[first].fault = too_long(first)
+        other = "b" if first == "a" else "a"
+        router = router_over(
+            providers,
+            some=group(
+                Member(provider=other, max_context=100),
+                Member(provider=first, max_context=200),
+            ),
+        )
+        with pytest.raises(ContextTooLong) as caught:
+            await ask(router, "some")
+        assert caught.value.body() == first.encode()
+        assert [len(engine.asked) for engine in providers.values()] == [1, 1]
+
+        large = group(
+            Member(provider=first, max_context=100), Member(provider=other, max_context=200)
+        )
+        router = router_over(providers, some=large)
+        with pytest.raises(ContextTooLong) as caught:
+            await ask(router, "some")
+        assert caught.value.body() == first.encode()
+        assert len(providers[first].asked) == 2
+        assert len(providers[other].asked) == 4
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+def test_what_is_too_long_goes_to_the_fallbacks_that_may_take_more() -> None:
+    async def scene() -> None:
+        providers = engines("a", "b", "c", "d")
+        for name in "ab":
+            providers[name].fault = too_long(name)
+        router = router_over(
+            providers,
+            "pair",
+            ("b", "small", "one", "large"),
+            pair=group(Member(provider="a", max_context=500), "b"),
+            small=group(
+                Member(provider="c", max_context=400), Member(provider="d", max_context=500)
+            ),
+            one=group(Member(provider="c", max_context=500)),
+            large=group(
+                Member(provider="c", max_context=500), Member(provider="d", max_context=501)
+            ),
+        )
+
+        answer = await ask(router)
+
+        assert (answer.outcome.provider, answer.outcome.attempts) == ("d", 4)
+        assert [len(engine.asked) for engine in providers.values()] == [1, 2, 0, 1]
+
+        providers["d"].fault = lambda _model: ProviderError("no")
+        with pytest.raises(ContextTooLong) as caught:
+            await ask(router)
+        assert caught.value.body() == b"a"
+        nothing_is_held(router)
 
     run_virtually(scene())
 

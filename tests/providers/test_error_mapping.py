@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from aioserver.provider_errors import ProviderRefused
+from aioserver.provider_errors import ContextTooLong, ProviderError, ProviderRefused
 from aioserver.providers.error_mapping import MAX_REASON, check_status, error_object_fault
 
 
@@ -47,3 +49,68 @@ def test_a_refusal_is_shown_with_its_reason_and_logged_without(
     assert caught.value.as_chunk()["error"] == f"p answered {status}{shown}"
     assert caught.value.as_object()["message"] == f"p answered {status}{shown}"
     assert str(caught.value) == f"p answered {status}"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "too_long"),
+    [
+        (400, b'{"error": {"message": "no", "code": "context_length_exceeded"}}', True),
+        (400, b'{"error": {"message": "no", "type": "exceed_context_size_error"}}', True),
+        (422, b'{"error": {"message": "no", "code": "context_length_exceeded"}}', True),
+        (
+            400,
+            b'{"object": "error", "message": "The maximum context length is 9", "code": 400}',
+            True,
+        ),
+        (400, b'[{"error": {"message": "longer than the model\\u0027s Context Length"}}]', True),
+        (
+            400,
+            b'{"error": {"type": "invalid_request_error", "message": "prompt is too long: 9 > 8"}}',
+            True,
+        ),
+        (413, b'{"error": "exceeds the available context size"}', True),
+        (413, b"prompt is too long", True),
+        # Another status, another code, and what is too long to be an error.
+        (404, b'{"error": {"message": "prompt is too long"}}', False),
+        (413, b'{"error": {"message": "the body is too large"}}', False),
+        (400, b'{"error": {"message": "no", "code": "context_length"}}', False),
+        (400, b'{"error": null}', False),
+        (400, b"null", False),
+        (400, b'{"error": {"message": "prompt is too long%b"}}' % (b" " * 65_536), False),
+    ],
+)
+def test_a_request_that_is_too_long_for_the_model_is_known(
+    status: int, body: bytes, too_long: bool
+) -> None:
+    with pytest.raises(ProviderRefused) as caught:
+        check_status("p", status, {}, body)
+
+    assert isinstance(caught.value, ContextTooLong) == too_long
+    assert caught.value.failover == too_long
+    assert not caught.value.retry
+    assert not caught.value.breaker_failure
+    if body.startswith((b"{", b"[")):
+        assert caught.value.body() == body
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "code"),
+    [
+        ({"message": "no", "code": "context_length_exceeded"}, ContextTooLong, "context_length"),
+        (
+            {"message": "no", "code": 400, "type": "exceed_context_size_error"},
+            ContextTooLong,
+            "ex",
+        ),
+        ({"message": "the maximum context length is 9", "code": 400}, ContextTooLong, "400"),
+        ("the maximum context length is 9", ContextTooLong, "400"),
+        ({"message": "the maximum context length is 9", "code": 500}, ProviderError, ""),
+        ({"message": "no", "code": 400}, ProviderRefused, "400"),
+    ],
+)
+def test_so_is_one_that_an_event_says(error: object, kind: type, code: str) -> None:
+    fault = error_object_fault(error)
+
+    assert type(fault) is kind
+    if isinstance(fault, ProviderRefused):
+        assert str(json.loads(fault.body())["error"]["code"]).startswith(code)

@@ -17,6 +17,7 @@ Before the answer
     fault-retry-after-absurd    429 with Retry-After: 31536000, a year
     fault-day-over              429 with Retry-After: 2, as Groq sends it when a day's quota ends
     fault-capacity              498 as Groq sends it, with the code capacity_exceeded
+    fault-too-long              400 with the code context_length_exceeded
     fault-slow-down             503 as OpenAI sends it, with the code slow_down
     fault-html                  200 with an HTML page
     fault-type-html             a good stream whose Content-Type is text/html

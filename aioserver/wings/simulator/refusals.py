@@ -89,6 +89,9 @@ REFUSALS: Mapping[str, Callable[[int], web.Response]] = {
     "capacity": lambda _n: _refused(
         498, "The Flex tier is at capacity, please try again.", "capacity_exceeded"
     ),
+    "too-long": lambda _n: _refused(
+        400, "prompt is too long: 9000 tokens > 8192 maximum", "context_length_exceeded"
+    ),
     "credits": lambda _n: _refused(402, "Insufficient credits.", 402),
     "slow-down": lambda _n: _refused(503, "Slow down.", "slow_down", Retry_After="1"),
     "html": _html,
