@@ -74,7 +74,9 @@ def descendants(cls: type[AioserverError]) -> Iterator[type[AioserverError]]:
 
 
 ALL = sorted(
-    set(descendants(AioserverError)) - {ProviderFault, ProviderRefused},
+    # The status and the body of a refusal are the provider's own.
+    {*descendants(AioserverError)}
+    - {ProviderFault, ProviderRefused, *descendants(ProviderRefused)},
     key=lambda cls: cls.__name__,
 )
 
