@@ -80,8 +80,11 @@ class FaultProxy:
     async def _pass(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, events: int | None = None
     ) -> None:
-        """Pass bytes on to the end, or until *events* have passed and half of one more read."""
-        while data := await reader.read(65536):
+        """Pass bytes on to the end, or until *events* have passed and half of one more read.
+
+        A read has a few events at most, also where a client that was away finds many.
+        """
+        while data := await reader.read(512):
             if events is not None:
                 events -= data.count(b'"event_id":') + data.count(b'"sequence_number":')
                 if events <= 0:
