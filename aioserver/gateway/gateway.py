@@ -272,7 +272,7 @@ class Gateway:
         self._stopping = True
         for provider in self._router.providers.values():
             provider.refuse(shutdown_error)
-        self.lifetime.drain()
+        self.lifetime.drain(shutdown_error)
 
     async def close(self) -> None:
         """End every answer with `ServerShutdown`, and wait for their producers."""

@@ -90,10 +90,13 @@ class Server:
 
     @property
     def waiting(self) -> int:
-        """How many connections and requests wait for a place, here or at a provider."""
+        """How many connections and requests wait for a place, here or at a provider, or for the
+        word of other instances on whose answer it is.
+        """
         providers = self.provider_registry.providers.values()
         queues = sum(provider.stats().queue.waiting for provider in providers)
-        return self.context.admission.gate.waiting + queues
+        undecided = sum(stream.undecided for stream in self.streams.running())
+        return self.context.admission.gate.waiting + queues + undecided
 
     def drain(self) -> None:
         """Refuse new work: requests that wait, idle sockets and answers without a reader end."""

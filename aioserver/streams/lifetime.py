@@ -1,7 +1,8 @@
 """The lifetime of streams: how long they run without a reader, and are kept after their end.
 
 A stream that loses its last reader ends at once if its request has not been sent to a provider, or
-if its window is 0. Otherwise it is detached: it runs on for its window and is then cancelled. At
+if its window is 0; nobody finds the former any more, so that a client which comes back with its
+question has an answer. Otherwise it is detached: it runs on for its window and is then cancelled. At
 most `max_detached` streams are detached; beyond that the oldest is cancelled. When a request has
 to wait for a provider, the oldest detached stream that holds a place there is cancelled, too, and
 a stream that loses its last reader while others wait gives way at once: an answer that nobody
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
     from aioserver.config import settings
+    from aioserver.errors import AioserverError
     from aioserver.streams.stream import Stream
 
 # Seconds between two sweeps of the streams that have ended: one sweep removes all that are due.
@@ -62,7 +64,8 @@ class Lifetime(StoreObserver):
         # Ended streams with the loop's time at which to forget each, the next one in front.
         self._kept: OrderedDict[Stream, float] = OrderedDict()
         self._sweeper: asyncio.TimerHandle | None = None
-        self._draining = False
+        # Makes the error of what nobody reads, once the server drains.
+        self._drained: Callable[[], AioserverError] | None = None
 
     @property
     def detached(self) -> int:
@@ -77,11 +80,14 @@ class Lifetime(StoreObserver):
         )
         self._enforce_max_detached()
 
-    def drain(self) -> None:
-        """End every stream that nobody reads, now and from now on."""
-        self._draining = True
+    def drain(self, reason: Callable[[], AioserverError]) -> None:
+        """End every stream that nobody reads, now and from now on, with an error that *reason*
+        makes: its client may be about to read it, and has cancelled nothing.
+        """
+        self._drained = reason
         for stream in self.store.running():
             if not stream.readers:
+                stream.cancel_reason = reason()
                 self.end(stream)
 
     def reader_added(self, stream: Stream) -> None:
@@ -100,7 +106,10 @@ class Lifetime(StoreObserver):
                 self.store.drop(stream)
             else:
                 self.store.note_unread()
-        elif not stream.sent or stream.window <= 0 or self._draining:
+        elif not stream.sent or stream.window <= 0:
+            self.end(stream)
+        elif self._drained is not None:
+            stream.cancel_reason = self._drained()
             self.end(stream)
         else:
             self.detach(stream, left=True)
@@ -148,6 +157,11 @@ class Lifetime(StoreObserver):
         """Cancel *stream*, with readers or without; *abandoned*: because nobody reads it."""
         self._leave_detached(stream)
         stream.abandoned = abandoned
+        if abandoned and not (stream.sent or stream.answered):
+            # Nothing has begun. As a log it would tell a client that comes back, and has cancelled
+            # nothing, that its answer was cancelled.
+            self.store.unname(stream)
+            stream.window = 0.0
         stream.cancel()
 
     def forget(self, stream: Stream) -> None:

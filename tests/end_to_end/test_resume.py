@@ -27,10 +27,11 @@ from tests.support.chat import (
     whole,
 )
 from tests.support.raw import Raw
-from tests.support.server import SILENT, MakeServer
+from tests.support.server import QUICK, SILENT, SIM_HTTP_CLIENT, MakeServer
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from tests.support.server import RunningServer
 
@@ -297,3 +298,60 @@ async def test_an_answer_asked_for_later_is_listed_read_on_and_then_at_its_end(
     for position in ({"headers": {"Last-Event-ID": end}}, {"params": {"last_event_id": end}}):
         async with server.session.get(f"{server.sse}/r2", **position) as response:  # type: ignore[arg-type]
             assert response.status == 204
+
+
+# Leaving before anything was sent, and coming back.
+
+
+async def asked_by_websocket(server: RunningServer, path: str, body: dict[str, Any]) -> str:
+    async with server.session.ws_connect(server.base + path) as ws:
+        await ws.send_json({"action": "chat", "request_id": "r1", "payload": body})
+        return str((await to_end(ws))[-1])
+
+
+async def asked_by_post(server: RunningServer, path: str, body: dict[str, Any]) -> str:
+    headers = {"Idempotency-Key": "r1"}
+    async with server.session.post(server.base + path, json=body, headers=headers) as response:
+        return f"{response.status} {await response.text()}"
+
+
+RESPONSE = {"model": "sim", "input": "Hello"}
+MESSAGE = {"model": "sim", "max_tokens": 100, **CHAT}
+
+
+@pytest.mark.parametrize(
+    ("ask", "path", "body", "end"),
+    [
+        (asked_by_websocket, "/ws/chat", {"text": "Hello"}, "'complete'"),
+        (asked_by_post, "/sse/chat", {"request_id": "r1", "text": "Hello"}, '"complete"'),
+        (asked_by_post, "/v1/chat/completions", STREAMED, "[DONE]"),
+        (asked_by_post, "/v1/chat/completions", CHAT, '"stop"'),
+        (asked_by_post, "/v1/responses", {**RESPONSE, "stream": True}, "response.completed"),
+        (asked_by_post, "/v1/responses", RESPONSE, '"completed"'),
+        (asked_by_post, "/v1/messages", {**MESSAGE, "stream": True}, "message_stop"),
+        (asked_by_post, "/v1/messages", MESSAGE, '"stop_reason"'),
+    ],
+)
+async def test_a_question_that_waited_is_answered_when_its_client_comes_back(
+    make_server: MakeServer,
+    ask: Callable[[RunningServer, str, dict[str, Any]], Coroutine[Any, Any, str]],
+    path: str,
+    body: dict[str, Any],
+    end: str,
+) -> None:
+    server = await make_server(SILENT, **{f"{SIM_HTTP_CLIENT}.concurrent_requests": 1})
+    async with server.connect() as ws:
+        await ws.send_json(chat("other"))
+        await server.simulator.until(lambda stats: stats.active == 1)
+        leaving = asyncio.create_task(ask(server, path, body))
+        await until(lambda: server.owners.waiting == 1)
+        leaving.cancel()
+        await until(lambda: server.owners.waiting == 0)
+
+        server.simulator.behaviour = QUICK
+        again = asyncio.create_task(ask(server, path, body))
+        await until(lambda: server.owners.waiting == 1 or again.done())
+        await ws.send_json(cancel("other"))
+
+        assert end in await again
+        assert server.simulator.stats().requests == 2

@@ -348,7 +348,7 @@ async def test_new_bounds_hold_for_kept_streams(make_server: MakeServer) -> None
 
     await server.simulator.until(lambda stats: stats.aborted == 2)
     assert server.owners.streams.stats().max_bytes == 1_234_567
-    server.context.gateway.lifetime.drain()
+    server.context.gateway.drain()
 
 
 async def test_the_prompt_is_the_one_of_now(make_server: MakeServer) -> None:
@@ -472,7 +472,7 @@ async def test_places_of_a_provider_grow_and_shrink_in_place(make_server: MakeSe
         assert server.held()["sim waiting"] == 1, "one is under way, of one"
         await ws.send_json({"action": "cancel", "request_id": "r2"})
         await server.simulator.until(lambda stats: stats.requests == 3)
-    server.context.gateway.lifetime.drain()
+    server.context.gateway.drain()
 
 
 async def test_a_faster_pace_is_felt_at_once(make_server: MakeServer) -> None:

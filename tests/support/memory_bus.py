@@ -83,8 +83,10 @@ class World:
     deletions: dict[str, float] = field(default_factory=dict)
     # The questions under way in conversations, and when they came.
     marks: dict[str, dict[str, float]] = field(default_factory=dict)
-    # How often the store was asked for anything, and the bytes that were published.
+    # How often the store was asked for anything, what is to happen while it is asked the next
+    # time, and the bytes that were published.
     calls: int = 0
+    meanwhile: Callable[[], object] | None = None
     published: int = 0
 
     def kill(self, name: str) -> None:
@@ -379,6 +381,9 @@ class MemoryStore:
 
     async def _asked(self) -> float:
         self._world.calls += 1
+        meanwhile, self._world.meanwhile = self._world.meanwhile, None
+        if meanwhile is not None:
+            asyncio.get_running_loop().call_soon(meanwhile)
         await asyncio.sleep(0)
         if self._world.away:
             raise CallFailed("away")

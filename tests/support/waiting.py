@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 async def until(
-    holds: Callable[[], bool], within: float = 10.0, state: Callable[[], object] | None = None
+    holds: Callable[[], bool], within: float = 30.0, state: Callable[[], object] | None = None
 ) -> None:
     """Wait until *holds* returns true. No other place in the tests polls.
 
@@ -28,7 +28,7 @@ async def until(
 
 
 async def until_result(
-    ask: Callable[[], Awaitable[T]], holds: Callable[[T], bool], within: float = 10.0
+    ask: Callable[[], Awaitable[T]], holds: Callable[[T], bool], within: float = 30.0
 ) -> T:
     """Ask until *holds* is true of the result, and return that.
 

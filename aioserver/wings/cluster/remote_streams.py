@@ -282,9 +282,6 @@ class RemoteStreams:
         """Note that the producer of *stream* has ended."""
         remote = stream.remote
         if remote is not None and remote.claimed is not None:
-            if remote.undecided and stream.abandoned:
-                # Its client has left before it was known whether another instance has the answer.
-                self._streams.unname(stream)
             refused = remote.undecided
             remote.decide(stream.error or StreamNotFound("this answer was cancelled"))
             if refused:
@@ -472,10 +469,12 @@ class RemoteStreams:
         if claims is None:
             return
         # Nobody has answered it, or the end of the server cut it: who asks again gets a new
-        # answer.
+        # answer. That may have been a moment ago, and the claim is its own by now.
         free = isinstance(stream.error, ServerShutdown) or (
             stream.end_status == ERROR and not stream.sent
         )
+        if self._streams.find(_caller(stream), stream.request_id) not in {None, stream}:
+            return
         for claim in claims:
             claim.seconds, claim.done = 0.0 if free else stream.window, True
         self._start(self._store.renew(claims))

@@ -30,7 +30,7 @@ from tests.support.chat import (
 )
 from tests.support.keys import bearer, keys_of
 from tests.support.memory_bus import World, instance_of, instances
-from tests.support.server import ENDLESS, PACED, QUICK
+from tests.support.server import ENDLESS, PACED, QUICK, SIM_HTTP_CLIENT
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -286,6 +286,100 @@ async def test_a_reader_elsewhere_of_anthropics_api_is_told_of_a_killed_owner_in
     error = json.loads(event.data)["error"]
     assert (error["type"], error["code"]) == ("overloaded_error", "server_shutdown")
     assert b.requests == 0
+
+
+def request(method: str, path: str, **options: Any) -> Callable[[Instance], Awaitable[object]]:
+    """A request, whose status is 200 or whose error has a code."""
+
+    async def ask(at: Instance) -> object:
+        async with at.server.session.request(method, at.server.base + path, **options) as response:
+            body = await response.read()
+            return response.status if response.ok else json.loads(body)["error"]["code"]
+
+    return ask
+
+
+def frame(sent: dict[str, Any]) -> Callable[[Instance], Awaitable[object]]:
+    async def ask(at: Instance) -> object:
+        async with at.server.connect() as ws:
+            await ws.send_json(sent)
+            last = (await to_end(ws))[-1]
+        return last["chunk"].get("code", last["status"])
+
+    return ask
+
+
+@pytest.mark.parametrize("over", [False, True])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        request("POST", "/sse/chat", json={"request_id": "r2", "text": "Hello"}),
+        request("POST", "/sse/chat", json={"request_id": "r1", "text": "Hello"}),
+        request(
+            "POST",
+            "/sse/chat",
+            json={"request_id": "r1", "text": "Hello"},
+            headers={"Last-Event-ID": "1"},
+        ),
+        request("GET", "/sse/chat/r1", headers={"Last-Event-ID": "1"}),
+        request("POST", "/v1/chat/completions", json=CHAT, headers=KEY),
+        request("POST", "/v1/chat/completions", json=STREAMED, headers=KEY),
+        frame(chat("r2")),
+        frame(chat("r1")),
+        frame(resume("r1", 1)),
+    ],
+)
+async def test_whoever_comes_while_a_server_drains_hears_so_and_of_no_cancel(
+    make: Make, world: World, ask: Callable[[Instance], Awaitable[object]], over: bool
+) -> None:
+    a, b = await make()
+    async with a.server.connect() as ws:
+        await ws.send_json(chat("r1"))
+        await (to_end(ws) if over else until_status(ws, "chunk"))
+        # Nothing is known yet of whose answer it is, and nobody reads it.
+        world.meanwhile = b.server.owners.drain
+
+        assert await ask(b) in {"server_shutdown", "complete", 200}
+        assert world.meanwhile is None
+
+
+@pytest.mark.parametrize("after", [0, 1])
+async def test_an_answer_that_draining_ends_is_not_one_that_was_cancelled(
+    make: Make, after: int
+) -> None:
+    a, b = await make(2, ENDLESS)
+    async with a.server.connect() as ws:
+        await ws.send_json(chat("r1"))
+        await until_status(ws, "chunk")
+    await until(lambda: a.server.held()["detached"] == 1)
+
+    a.server.owners.drain()
+    await until(lambda: not a.server.context.gateway.running)
+    b.server.simulator.behaviour = QUICK
+
+    # What has begun is lost, and a question is answered anew.
+    if after:
+        assert await frame(resume("r1", after))(b) == "stream_not_found"
+    else:
+        assert await frame(chat("r1"))(b) == "complete"
+
+
+async def test_a_question_that_waited_elsewhere_is_answered_when_its_client_comes_back(
+    make: Make,
+) -> None:
+    a, b = await make(2, ENDLESS, **{f"{SIM_HTTP_CLIENT}.concurrent_requests": 1})
+    async with a.server.connect() as ws:
+        await ws.send_json(chat("other"))
+        await until_status(ws, "chunk")
+        async with a.server.connect() as leaving:
+            await leaving.send_json(chat("r1"))
+            await until(lambda: a.server.owners.waiting == 1)
+        await until(lambda: a.server.owners.waiting == 0)
+        b.server.simulator.behaviour = QUICK
+
+        assert await frame(chat("r1"))(b) == "complete"
+        await ws.send_json(cancel("other"))
+        await to_end(ws)
 
 
 @pytest.mark.parametrize("behaviour", [PACED, ENDLESS])
