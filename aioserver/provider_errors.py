@@ -9,11 +9,13 @@ breaker counts it:
         ConnectTimeout              504  connect_timeout         retry  failover  breaker
         CertificateFault            502  provider_auth_error            failover
         PoolTimeout                 503  pool_timeout                   failover
-        WriteTimeout                504  write_timeout                            breaker
-        ReadTimeout                 504  read_timeout                             breaker
-        ProviderDisconnected        502  provider_disconnected                    breaker
+        WriteTimeout                504  write_timeout                  failover  breaker
+        ReadTimeout                 504  read_timeout                   failover  breaker
+        FirstTokenTimeout           504  first_token_timeout            failover  breaker
+        ProviderDisconnected        502  provider_disconnected          failover  breaker
+            ConnectionBroken        502  provider_disconnected   once   failover  breaker
             StaleConnection         502  provider_disconnected   retry  failover
-        ProviderBadResponse         502  provider_bad_response                    breaker
+        ProviderBadResponse         502  provider_bad_response          failover  breaker
         ProviderAuthError           502  provider_auth_error            failover
             ProviderForbidden       502  provider_auth_error            failover
             ProviderFlagged         502  provider_auth_error            failover
@@ -28,8 +30,9 @@ breaker counts it:
         ProviderQueueTimeout        503  provider_queue_timeout         failover
         NoProvider                  503  no_provider                    failover
 
-Once an event is in the log of the answer, neither a retry nor a failover happens, whatever the
-fault allows.
+Once there is content of an answer, neither a retry nor a failover happens, whatever the fault
+allows. Before it some of them may cost an answer twice: the provider that was silent, or broke
+off, may have worked, and may ask for its price.
 """
 
 from __future__ import annotations
@@ -60,6 +63,8 @@ class ProviderFault(AioserverError):
     attempt_outcome: ClassVar[str] = ""
     # The same provider may be asked again.
     retry: ClassVar[bool] = False
+    # That is so only once, and at once: a second fault like it is none of chance.
+    once: ClassVar[bool] = False
     # The next provider may be asked.
     failover: ClassVar[bool] = False
     # The breaker counts the fault as a failure.
@@ -126,6 +131,7 @@ class WriteTimeout(ProviderFault):
 
     attempt_outcome = "timeout"
     code, status, retryable = "write_timeout", 504, True
+    failover = True
 
 
 class ReadTimeout(ProviderFault):
@@ -133,6 +139,15 @@ class ReadTimeout(ProviderFault):
 
     attempt_outcome = "timeout"
     code, status, retryable = "read_timeout", 504, True
+    failover = True
+
+
+class FirstTokenTimeout(ProviderFault):
+    """The provider sent no content of a streamed answer for `first_token_timeout`."""
+
+    attempt_outcome = "timeout"
+    code, status, retryable = "first_token_timeout", 504, True
+    failover = True
 
 
 class ProviderDisconnected(ProviderFault):
@@ -140,6 +155,13 @@ class ProviderDisconnected(ProviderFault):
 
     attempt_outcome = "disconnected"
     code, status, retryable = "provider_disconnected", 502, True
+    failover = True
+
+
+class ConnectionBroken(ProviderDisconnected):
+    """A new connection broke before a byte of the answer came."""
+
+    retry = once = True
 
 
 class StaleConnection(ProviderDisconnected):
@@ -148,7 +170,7 @@ class StaleConnection(ProviderDisconnected):
     """
 
     attempt_outcome = "stale"
-    retry, failover, breaker_failure = True, True, False
+    retry, breaker_failure = True, False
 
 
 class ProviderBadResponse(ProviderFault):
@@ -156,6 +178,7 @@ class ProviderBadResponse(ProviderFault):
 
     attempt_outcome = "bad_response"
     code, status, retryable = "provider_bad_response", 502, True
+    failover = True
 
 
 class ProviderAuthError(ProviderFault):

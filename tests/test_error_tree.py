@@ -40,7 +40,8 @@ def statement(cls: type[AioserverError]) -> list[str]:
     if cls.close is not None:
         words.append(str(cls.close))
     if issubclass(cls, ProviderFault):
-        words += [name for name in ("retry", "failover") if getattr(cls, name)]
+        words += ["once" if cls.once else "retry"] if cls.retry else []
+        words += ["failover"] if cls.failover else []
         words += ["breaker"] if cls.breaker_failure else []
     return words
 

@@ -62,6 +62,12 @@ class HttpClient:
     keepalive_expiry: float = setting(seconds, "seconds that an idle connection is kept")
     connect_timeout: float = setting(seconds, "seconds for DNS, TCP and TLS together; beyond: 504")
     read_timeout: float = setting(seconds, "seconds without a byte of the answer; beyond: 504")
+    first_token_timeout: float | None = setting(
+        optional(seconds),
+        "seconds from the request's last byte to the first content of a streamed answer; "
+        "beyond: 504, and the next provider; null: no bound",
+        None,
+    )
     write_timeout: float = setting(
         seconds, "seconds without progress in sending the request; beyond: 504"
     )
@@ -78,7 +84,7 @@ class HttpClient:
         "they wait in the provider's queue",
     )
     max_retries: int = setting(
-        count_or_0, "retries of one request; none after the first event of its answer"
+        count_or_0, "retries of one request; none after the first content of its answer"
     )
     backoff_factor: float = setting(
         ratio, "seconds of backoff before the first retry; doubled for each later one"

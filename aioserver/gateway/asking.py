@@ -6,7 +6,10 @@
                provider (`retry`); place and connection are free meanwhile
     next round of those alone: `max_retries` times, within the budget of the first
 
-Once an event is in the log of the answer nothing is asked any more: the client would read two
+A new connection that breaks before a byte of the answer is tried once more at once, as a retry
+(`once`): most of these are chance.
+
+Once there is content of the answer nothing is asked any more: the client would read two
 answers. provider_errors.py says which fault allows what.
 """
 
@@ -58,7 +61,7 @@ class Asking:
     """
 
     __slots__ = (
-        *("_fallback", "_model", "_number", "_outcome", "_previous", "_provider"),
+        *("_broken", "_fallback", "_model", "_number", "_outcome", "_previous", "_provider"),
         *("_random_number", "_rejoin", "_request", "_round", "_stream", "_too_long", "_tries"),
         "_waited",
     )
@@ -89,6 +92,8 @@ class Asking:
         self._previous: Try | None = None
         # The first for whom the request was too long.
         self._too_long: Try | None = None
+        # The providers that were asked once more at once.
+        self._broken: set[Provider] = set()
 
     async def answer(self) -> Attempt:
         """Return the attempt that succeeded. Cancelling is safe.
@@ -169,13 +174,38 @@ class Asking:
                 return 0.0
         # A fault that is kept here must not lead back to frames, which lead to the body.
         forget_frames(fault)
+        if fault.once and attempt is not None and self._once_more(fault):
+            return 0.0
         self._tries.append(Try.of(fault, self._outcome))
         if round_ is None:
-            return self._rest([(self._provider, fault.code)] if fault.retry else [])
+            again = fault.retry and not fault.once
+            return self._rest([(self._provider, fault.code)] if again else [])
         if round_.chosen is None and not self._fallback and (away := round_.away(fault)):
             self._wait_at(away)
             return 0.0
         return 0.0 if round_.failed(fault) else self._rest(round_.next())
+
+    def _once_more(self, fault: ProviderFault) -> bool:
+        """Return whether the provider that has failed with *fault* is asked once more at once."""
+        first, round_, provider = self._provider, self._round, self._provider
+        if round_ is not None and round_.chosen is not None:
+            provider = round_.chosen.provider
+        if (
+            provider in self._broken
+            or self._number >= first.settings.http_client.max_retries
+            or provider.health.breaker.dead
+        ):
+            return False
+        if not first.budget.take_retry():
+            first.meter.retries_refused.value += 1
+            return False
+        self._broken.add(provider)
+        self._number += 1
+        self._previous = Try.of(fault, self._outcome)
+        provider.meter.retries[fault.code].value += 1
+        if round_ is not None:
+            round_.repeat()
+        return True
 
     def _wait_at(self, member: Member) -> None:
         """Go on at *member* alone, which all are waiting for."""

@@ -30,7 +30,7 @@ class Round:
     """
 
     __slots__ = (
-        *("_again", "_group", "_homes", "_placement", "_prefix", "_request", "_stream"),
+        *("_again", "_group", "_homes", "_only", "_placement", "_prefix", "_request", "_stream"),
         *("_waited", "chosen", "left", "too_small"),
     )
 
@@ -50,6 +50,8 @@ class Round:
         self.chosen: Member | None = None
         # The largest `max_context` of those for which it was too long.
         self.too_small = 0
+        # The one that is asked next, before the others; None: whichever can start first.
+        self._only: Member | None = None
         self._placement: Placement | None = None
         # The members that may be asked again, with the codes of their faults.
         self._again: list[tuple[Member, str]] = []
@@ -64,7 +66,10 @@ class Round:
             ProviderFault: none can start it.
         """
         request, left = self._request, self.left
-        self.chosen = None
+        self.chosen = only = self._only
+        others = fallback or len(left) > 1
+        if only is not None:
+            self._only, left, fallback = None, [only], others
         attempts = {
             member: request.make_attempt(
                 member.provider,
@@ -73,11 +78,11 @@ class Round:
                 model=member.asked_model,
                 waited=self._waited.get(member, 0.0),
                 retry=retry,
-                fallback=fallback or len(left) > 1,
+                fallback=others,
             )
             for member in self._group.order(left)
         }
-        if self._prefix is not None:
+        if self._prefix is not None and only is None:
             self._placement = self._homes.place(self._prefix, left)
         try:
             member, place = await self._group.start(attempts, self._placement, fallback=fallback)
@@ -86,6 +91,10 @@ class Round:
                 self._waited[each] = attempt.waited
         self.chosen = member
         return attempts[member], place
+
+    def repeat(self) -> None:
+        """Let the member that has failed be asked once more, before the others."""
+        self._only = self.chosen
 
     def sent(self) -> None:
         """Remember where the prompt goes."""
@@ -111,7 +120,7 @@ class Round:
         if member is None:
             self.left = ()
             return False
-        if fault.retry:
+        if fault.retry and not fault.once:
             self._again.append((member, fault.code))
         self.left = [other for other in self.left if other is not member]
         if isinstance(fault, ContextTooLong):

@@ -5,6 +5,8 @@ The delta of a `chat.completion.chunk`, or the message of a whole `chat.completi
 readers:
 
     {"type":"text","data":"Hel","metadata":{}}
+
+This file is one concept: what each part of such an object means, for all who read them.
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ import contextlib
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import orjson
 
 from aioserver.protocol.eventstream import utf8
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
 
 TEXT = b'{"type":"text","data":%b,"metadata":{}}'
 TEXT_START = TEXT.partition(b"%b")[0]
@@ -78,6 +83,12 @@ class Reading:
     half: dict[TextPlace, str] = field(default_factory=dict)
     # UTF-8.
     _text: bytearray = field(default_factory=bytearray, init=False, repr=False)
+
+    def begin_anew(self) -> None:
+        """Forget what was read: another attempt follows one that has failed."""
+        self.finish_reason = self.usage = None
+        self.half.clear()
+        self._text.clear()
 
     def read(self, data: bytes) -> list[bytes]:
         """Return the `chunk` objects of one provider event, or of a whole answer.
@@ -315,6 +326,44 @@ def _only_text(data: bytes, reading: Reading) -> str | None:
         return None
     more = fresh.finish_reason is not None or fresh.usage is not None
     return fresh.text if len(chunks) == 1 and fresh.size and not more else None
+
+
+def is_content(data: bytes) -> bool:
+    """Return whether an event of a streamed chat completion, which has *data*, is content, and not
+    only a preamble to it: a role, an empty text, an event without choices and without usage.
+
+    Whatever is not known as a preamble is content, and so is what is not JSON.
+    """
+    try:
+        answer = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return True
+    if not isinstance(answer, dict):
+        return True
+    choices = answer.get("choices")
+    if not choices:
+        return usage_of(answer) is not None
+    return not isinstance(choices, list) or not all(map(_is_preamble, choices))
+
+
+def _is_preamble(choice: object) -> bool:
+    if not isinstance(choice, dict):
+        return False
+    delta = choice.get("delta")
+    return (
+        isinstance(delta, dict)
+        and only_names(delta, {"role"})
+        and only_names(choice, {"index", "delta"})
+    )
+
+
+def only_names(fields: Mapping[str, object], names: Collection[str]) -> bool:
+    """Return whether none of the *fields* of an object but those of these *names* has a value:
+    the others are null or empty.
+    """
+    return all(
+        value is None or value in ("", [], {}) or name in names for name, value in fields.items()
+    )
 
 
 def usage_of(answer: object) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from aioserver.protocol.openai import bounded, usage_of
+from aioserver.protocol.openai import bounded, is_content, usage_of
 from aioserver.providers import error_mapping
 from aioserver.providers.sinks import EventSink
 from aioserver.streams.contracts import PLAIN_EVENTS
@@ -61,7 +61,13 @@ class Api(ForwardedApi):
 
     def sink(self, stream: Stream) -> StreamSink:
         """Return the sink that fills *stream* with the events of an answer as they come."""
-        return EventSink(stream)
+        return EventSink(stream, self.content)
+
+    def content(self, event: bytes) -> bool:
+        """Return whether an *event* of a streamed answer, its data, is content: what a person or a
+        program waits for. The others are a preamble.
+        """
+        return is_content(event)
 
     def events(self) -> AnswerEvents:
         """Return what is remembered of the events of an answer to come, and the form of its

@@ -27,7 +27,7 @@ from aioserver.providers.error_mapping import (
 )
 from aioserver.providers.reading_sinks import ChatSink, complete_chat
 from aioserver.providers.request import Answer
-from aioserver.providers.sinks import BodySink
+from aioserver.providers.sinks import BodySink, StreamSink
 from aioserver.streams import entries
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Attempt:
     """One try of *request* at *provider*, which `Provider.run` runs once.
 
     Always: at most one of `answer` and `fault` is set, and neither before `conclude`. `answered`
-    is set by the first event of the answer, or by the end of one that has no events.
+    is set by the first content of the answer, or by the end of one that has none.
 
     *stream* is the log to fill; None if no log keeps the answer. *model* None stands for the
     provider's own. *waited* has the seconds that earlier attempts of this request have spent in
@@ -87,7 +87,7 @@ class Attempt:
 
     After the end, `answer` has an answer that was not streamed and is passed on unread, and
     `events` counts the events of any other. `fault` says why an answer broke off after its first
-    event. It is not raised, since the client has seen it.
+    content. It is not raised, since the client has seen it.
     """
 
     __slots__ = (
@@ -186,7 +186,7 @@ class Attempt:
             self.stream.attempt = None
 
     def first_event(self) -> None:
-        """Note that the answer has begun: no other provider is asked."""
+        """Note the first content of the answer: no other provider is asked."""
         self.answered = True
         self.provider.answered(self)
         self.request.forget_body()
@@ -252,6 +252,8 @@ class Attempt:
         """Note that nothing more comes by the exchange."""
         if self.stream is not None:
             self.stream.source = None
+        if isinstance(self.sink, StreamSink):
+            self.sink.forget()
 
     def head_received(self, status: int, headers: Mapping[str, str]) -> Sink:
         """Return the sink for the body that follows the head with *status* and *headers*.
@@ -266,6 +268,8 @@ class Attempt:
         request.outcome.headers = visible_headers(headers)
         if stream is not None:
             stream.recount()
+            if request.reading is not None and not stream.answered_at:
+                request.reading.begin_anew()
         sink: Sink
         if good and request.streamed and matches_type(headers, "text/event-stream"):
             assert stream is not None, "a streamed answer has a log"

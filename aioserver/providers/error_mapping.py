@@ -55,6 +55,13 @@ IDENTITY = frozenset({"", "identity"})
 # The codes in an error object that mean the same as these statuses. OpenRouter's codes are the
 # statuses that it would have sent.
 KEY_CODES = KEY_STATUSES | {QUOTA, "invalid_api_key"}
+# Those of a verdict: another provider would be asked the same that this one refuses.
+VERDICTS = {
+    "content_filter",
+    "content_policy_violation",
+    "invalid_prompt",
+    "invalid_request_error",
+}
 BUSY_CODES = BUSY_STATUSES | {"rate_limit_exceeded"}
 # How providers say that a request is longer than their model's context: by a code, or in words
 # under one of these statuses, in a body of so many bytes at most.
@@ -170,7 +177,8 @@ def error_object_fault(error: object) -> ProviderFault:
     message = f"the provider reported an error: {text}"
     number = next((code for code in codes if isinstance(code, int)), None)
     too_long = says_too_long(number or 400, error)
-    status = number or (400 if too_long else 500)
+    verdict = too_long or not codes.isdisjoint(VERDICTS)
+    status = number or (400 if verdict else 500)
     if not 400 <= status < 500 or status == 408:
         return ProviderError(message)
     refusal = ContextTooLong if too_long else ProviderRefused

@@ -16,8 +16,11 @@ take 30 s.
 
 Timeouts: each read must come within `read_timeout` of the last one: one lazy timer per connection
 checks the time of the last byte; it rests while the log has paused the exchange
-(streams/stream.py). A write must make progress within `write_timeout`, or a WriteWatchdog ends the
-exchange.
+(streams/stream.py). The first content of a streamed answer must come within
+`first_token_timeout` of the request's last byte, where one is set. A write must make progress
+within `write_timeout`, or a WriteWatchdog ends the exchange.
+
+This file is one concept: an exchange, and each way in which it can end.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from aioserver.provider_errors import (
+    ConnectionBroken,
+    FirstTokenTimeout,
     ProviderDisconnected,
     ReadTimeout,
     StaleConnection,
@@ -78,6 +83,10 @@ class Exchange:
         self._loop = asyncio.get_running_loop()
         self._read_timeout = read_timeout
         self._write_timeout = write_timeout
+        # The bound of the wait for the first content, whether that has come, and the timer; None if
+        # there is no bound.
+        self._first_token: tuple[float, Callable[[], bool]] | None = None
+        self._first_token_timer: asyncio.TimerHandle | None = None
         self._parser = protocol.response_parser
         self._parser.begin(on_head)
         self._done: asyncio.Future[None] = self._loop.create_future()
@@ -97,6 +106,12 @@ class Exchange:
         self._backpressure = backpressure
         # Whether nothing is read, since the client reads more slowly than the provider sends.
         self._paused = False
+
+    def bound_first_token(self, seconds: float, answered: Callable[[], bool]) -> None:
+        """Let it fail if there is no content *seconds* after the request was written; *answered*
+        says whether there is.
+        """
+        self._first_token = seconds, answered
 
     async def run(self, request: bytes, body: Body | None = None) -> None:
         """Send *request* (head and body, or what is before the *body*) and push the answer to its
@@ -123,6 +138,9 @@ class Exchange:
                 self._written = True
                 self.last_byte_at = self.spoke_at = self._loop.time()
                 self.protocol.watch_deadline(self._read_timeout)
+                if self._first_token is not None:
+                    later = self._loop.call_later
+                    self._first_token_timer = later(self._first_token[0], self._too_late)
             await self._done
             if self._faults:
                 raise self._faults.pop()
@@ -216,6 +234,8 @@ class Exchange:
             self._push()
         elif not parser.begun and self.protocol.reused and self._unprocessed():
             self._fail(StaleConnection("the provider had closed the kept connection"))
+        elif not parser.begun and not self.protocol.reused:
+            self._fail(ConnectionBroken("the provider closed a new connection without an answer"))
         else:
             self._fail(ProviderDisconnected("the provider closed the connection early"))
 
@@ -228,6 +248,13 @@ class Exchange:
 
     def _write_timed_out(self) -> None:
         self._fail(WriteTimeout(f"the provider took nothing for {self._write_timeout} s"))
+
+    def _too_late(self) -> None:
+        """Fail, unless there is content."""
+        assert self._first_token is not None
+        seconds, answered = self._first_token
+        if not answered():
+            self._fail(FirstTokenTimeout(f"the provider sent no content for {seconds} s"))
 
     def check_deadline(self) -> float | None:
         """Fail if the read deadline has passed.
@@ -311,7 +338,11 @@ class Exchange:
 
     def _fail(self, fault: Exception) -> None:
         if not self._done.done():
-            self._faults.append(fault)
+            sink = self._parser.sink
+            if sink is None or not sink.broken(fault):
+                self._faults.append(fault)
+            # Otherwise it is a good end, but none after which the connection is kept.
+            self._parser.surplus = True
             self._done.set_result(None)
         self._settle()
 
@@ -331,6 +362,8 @@ class Exchange:
         protocol.exchange = protocol.fast_path = None
         if self._last_chunk_timer is not None:
             self._last_chunk_timer.cancel()
+        if self._first_token_timer is not None:
+            self._first_token_timer.cancel()
         parser.forget()
         kept = False
         try:

@@ -188,6 +188,11 @@ class Sink(Protocol):
     def end(self) -> None:
         """Note that the body is complete."""
 
+    def broken(self, fault: Exception) -> bool:
+        """Return whether the answer is complete, though it breaks off now with *fault*, so that it
+        ends well: nothing was missing but its end mark.
+        """
+
     def fast(self) -> Path | None:
         """Return the fast path, by which the next chunk may bypass this sink.
 

@@ -81,6 +81,10 @@ class Handover:
     def end(self) -> None:
         """Do nothing: `stop` follows once the attempt has ended, for whatever reason."""
 
+    def broken(self, _fault: Exception) -> bool:
+        """Return False: half a body is none."""
+        return False
+
     def fast(self) -> None:
         """Return None: every part is handed over."""
 

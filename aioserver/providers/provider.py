@@ -401,6 +401,10 @@ class Provider:
                     record=record,
                     backpressure=attempt.backpressure or self.backpressure,
                 )
+                if limits.first_token_timeout is not None and attempt.request.streamed:
+                    exchange.bound_first_token(
+                        limits.first_token_timeout, lambda: attempt.answered
+                    )
                 attempt.sending(exchange)
                 running = exchange.run(data, attempt.body)
             except BaseException:

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 from aioserver.protocol import eventstream
-from aioserver.protocol.openai import TEXT_START, Shape, learn
+from aioserver.protocol.openai import TEXT_START, Shape, is_content, learn
 from aioserver.providers.sinks import StreamSink, complete
 from aioserver.streams import entries
 
@@ -26,12 +26,12 @@ TEXT_STEP = 4096
 class ReadingSink(StreamSink):
     """Reads each event of a chat completion, and appends what becomes of it.
 
-    *reading* has what was read so far. Once the shape of the provider's events is known, an event
-    of that shape need not be read.
+    *reading* has what was read so far, of this attempt alone. Once the shape of the provider's
+    events is known, an event of that shape need not be read.
     """
 
     def __init__(self, stream: Stream, reading: Reading) -> None:
-        super().__init__(stream)
+        super().__init__(stream, is_content)
         self._reading = reading
         self._shape: Shape | None = None
         self._samples_left = MAX_SHAPE_SAMPLES
@@ -55,9 +55,11 @@ class ReadingSink(StreamSink):
                 if event.data:
                     parts += read(event.data) if stream.answered_at else self._begin(event.data)
         finally:
-            if parts:
-                self._append(parts)
+            self._append(parts)
         if self._over:
+            if not stream.answered_at:
+                # An answer without content is one.
+                self._append(self._open())
             self._complete()
         elif self._samples_left and len(parts) == 1 and self._may_be_text(parts[0]):
             self._samples_left -= 1
@@ -65,16 +67,21 @@ class ReadingSink(StreamSink):
         return not self._over
 
     def _begin(self, data: bytes) -> list[bytes]:
-        """Return what becomes of the first event, which has *data*; from then on there is no
-        second attempt.
+        """Return what becomes of an event before the first content, which has *data*: nothing, if
+        it is a part of the preamble.
 
         Raises:
             BadEvent, ErrorEvent: see `Reading.read`.
         """
         parts = self._reading.read(data)
-        # Also if the event has no text yet.
-        self._stream.mark_answered()
+        if parts or self._is_content(data) or not self._wait():
+            return [*self._open(), *parts]
         return parts
+
+    def _open(self) -> list[bytes]:
+        """Return what comes in front of the first content, which is next."""
+        self._commit()
+        return []
 
     @abstractmethod
     def _may_be_text(self, part: bytes) -> bool:
@@ -82,7 +89,7 @@ class ReadingSink(StreamSink):
 
     @abstractmethod
     def _append(self, parts: list[bytes]) -> None:
-        """Append *parts*, of which there is at least one."""
+        """Append *parts*."""
 
     def _count_text(self) -> None:
         """Count for the log what its reading keeps, once that has grown by a step."""
@@ -108,8 +115,9 @@ class ChatSink(ReadingSink):
         return part.startswith(TEXT_START)
 
     def _append(self, parts: list[bytes]) -> None:
-        self._stream.append(entries.CHUNK, parts, more=self._over)
-        self._count_text()
+        if parts:
+            self._stream.append(entries.CHUNK, parts, more=self._over)
+            self._count_text()
 
     def _complete(self) -> None:
         complete_chat(self._stream, self._reading)

@@ -19,10 +19,16 @@ means:
                             (reading_sinks.py)
             BridgeSink      chat completions as the events of a response (wings/responses/sinks.py)
 
+What comes before the content of an answer, its *preamble* (a role, an id), is held, and appended
+together with the first content, byte for byte: until then another attempt may follow, of which
+the client would see a second preamble. What is content, the API says (`Api.content`). Comments in
+front of any event pass at once.
+
 A body that is not streamed is collected, up to a bound (`BodySink`). How an answer may end:
 
     its end mark                           well; which event that is, the API says
-    the body ends after a finish_reason    well, for chat completions
+    the body ends after a finish_reason    well, for chat completions and messages, however it
+                                           ends: nothing is missing but the end mark, which is added
     an event that is not JSON              ProviderBadResponse
     an event that reports an error         ProviderError, or the fault that its code means; nothing
                                            after it passes
@@ -32,6 +38,7 @@ A body that is not streamed is collected, up to a bound (`BodySink`). How an ans
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -39,34 +46,47 @@ import orjson
 
 from aioserver.protocol import eventstream
 from aioserver.protocol.eventstream import EventTooLong
-from aioserver.protocol.openai import BadEvent, ErrorEvent, bounded, usage_of
+from aioserver.protocol.openai import BadEvent, ErrorEvent, bounded, is_content, usage_of
 from aioserver.provider_errors import (
     ProviderAuthError,
     ProviderBadResponse,
     ProviderDisconnected,
     ProviderFault,
+    ReadTimeout,
 )
 from aioserver.providers.error_mapping import error_object_fault, event_fault
 from aioserver.streams import entries
 from aioserver.streams.fast_path import ERROR_NAME, FINISH, FINISH_SPACED
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aioserver.streams.contracts import Path
     from aioserver.streams.store import HeldBytes
     from aioserver.streams.stream import Stream
 
 
+# What is held of a preamble at most; beyond, it is shown, and no other attempt follows.
+MAX_HELD_BYTES, MAX_HELD_EVENTS = 1 << 16, 256
+# The faults by which an answer may break off behind its finish, and be complete.
+BREAKS = (ProviderDisconnected, ReadTimeout, ProviderBadResponse)
+
+
 class StreamSink(ABC):
     """Fills a log with the events of an answer, as its provider streams them.
 
-    Always: an entry holds whole events only; nothing is appended after an error or an end.
+    *is_content* says whether an event with this data is content, or only a preamble to it.
+
+    Always: an entry holds whole events only; nothing is appended after an error or an end; no event
+    is in the log before the first content, unless the preamble was let go.
     """
 
     # The part that is missing if the body ends too early.
     end_mark: ClassVar[str] = "a finish_reason and without its end mark"
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, is_content: Callable[[bytes], bool]) -> None:
         self._stream = stream
+        self._is_content = is_content
         self._splitter = eventstream.Splitter(stream.max_bytes)
         # Whether anything has come.
         self._begun = False
@@ -74,6 +94,10 @@ class StreamSink(ABC):
         # with the end of the log. An attribute, since a keyword argument costs as much as two
         # calls.
         self._over = False
+        # Seconds for which a preamble is held at most, and the timer of that; None: until there is
+        # content.
+        self.patience: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def progress(self) -> int:
@@ -106,7 +130,20 @@ class StreamSink(ABC):
         if not self._complete_without_mark:
             raise ProviderDisconnected(f"the provider's stream ended without {self.end_mark}")
         self._over = True
+        self._add_mark()
         self._complete()
+
+    def broken(self, fault: Exception) -> bool:
+        """Return whether the answer is complete, though it breaks off now with *fault*: nothing
+        was missing but its end mark. The log is completed then.
+        """
+        if not isinstance(fault, BREAKS) or not self._complete_without_mark or self._stream.ended:
+            return False
+        try:
+            self.end()
+        except ProviderFault:
+            return False
+        return True
 
     def fast(self) -> Path | None:
         """Return the stream's fast path, by which the next event may go.
@@ -114,6 +151,14 @@ class StreamSink(ABC):
         None if this sink has to see it.
         """
         return None
+
+    def let_go(self) -> None:
+        """Show the preamble that is held, if there is one: no other attempt follows."""
+        self._timer = None
+
+    def forget(self) -> None:
+        """Drop what is held: nothing more comes; a second call does nothing."""
+        self._stop_timer()
 
     @property
     def _complete_without_mark(self) -> bool:
@@ -128,6 +173,27 @@ class StreamSink(ABC):
             ProviderFault, BadEvent, ErrorEvent: see `feed`.
         """
 
+    def _wait(self) -> bool:
+        """Return whether a preamble may be held for longer; it is let go when it is time."""
+        if self.patience is not None and self._timer is None:
+            if self.patience <= 0:
+                return False
+            self._timer = asyncio.get_running_loop().call_later(self.patience, self.let_go)
+        return True
+
+    def _commit(self) -> None:
+        """Note the first content, which is appended next: no other attempt follows."""
+        self._stop_timer()
+        self._stream.mark_answered()
+
+    def _stop_timer(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+
+    def _add_mark(self) -> None:  # noqa: B027 - as a rule, `_complete` does
+        """Append the end mark that has not come, where it is no part of `_complete`."""
+
     def _complete(self) -> None:
         """End the log well."""
         complete(self._stream)
@@ -136,11 +202,30 @@ class StreamSink(ABC):
 class PassingSink(StreamSink):
     """Appends the provider's bytes, as they are, to a log: one entry for each read."""
 
+    def __init__(self, stream: Stream, is_content: Callable[[bytes], bool]) -> None:
+        super().__init__(stream, is_content)
+        # The blocks of the preamble that are held, and how many events they have.
+        self._held: list[bytes] = []
+        self._held_events = 0
+
+    def let_go(self) -> None:
+        """Show the preamble that is held."""
+        super().let_go()
+        if self._held and not self._stream.ended:
+            self._show(self._release())
+
+    def forget(self) -> None:
+        """Drop the preamble that is held."""
+        super().forget()
+        if self._held:
+            self._drop_held()
+
     def _take(self, block: bytes) -> bool:
-        block, ended, error = self._up_to_end(block)
         broken = not plausible(block)
         if broken:
-            block, ended, error = before_broken(block), False, b""
+            block = before_broken(block)
+        block, ended, error = self._up_to_end(block)
+        broken = broken and not ended and not error
         self._over = ended or broken or bool(error)
         self._append(block)
         if broken:
@@ -152,6 +237,11 @@ class PassingSink(StreamSink):
                 raise fault
             self._end_with_error(error, fault)
         elif ended:
+            if not self._stream.answered_at:
+                if (failure := self._failure(self._held)) is not None:
+                    raise failure
+                # An answer without content is one.
+                self._show(self._release())
             self._complete()
         return not self._over
 
@@ -162,6 +252,12 @@ class PassingSink(StreamSink):
 
         The events behind either end are dropped: a good end after an error would be none.
         """
+
+    def _failure(self, held: list[bytes]) -> ProviderFault | None:  # noqa: ARG002 - as a rule, none
+        """Return the fault that the end of an answer without content means, *held* with the rest of
+        it; None if that is a good one.
+        """
+        return None
 
     @abstractmethod
     def _fault(self, event: bytes) -> ProviderFault:
@@ -175,13 +271,51 @@ class PassingSink(StreamSink):
         self._stream.end(entries.ERROR, fault.as_chunk())
 
     def _append(self, block: bytes) -> None:
+        """Append *block*, unless it is empty, or is held as a part of the preamble."""
+        if block and (self._stream.answered_at or (block := self._hold(block))):
+            self._show(block)
+
+    def _hold(self, block: bytes) -> bytes:
+        """Return what is to be shown now that *block* has come: nothing, as long as there is no
+        content.
+        """
+        events = eventstream.parse(block)
+        if not events and not self._held:
+            # Comments in front of any event.
+            return block
+        self._held.append(block)
+        self._held_events += len(events)
+        for event in events:
+            # Without data it is no event (WHATWG HTML 9.2.6).
+            if event.data and self._is_content(event.data):
+                return self._release()
+        size = sum(map(len, self._held))
+        if size > MAX_HELD_BYTES or self._held_events > MAX_HELD_EVENTS or not self._wait():
+            return self._release()
+        self._count_held(size)
+        return b""
+
+    def _release(self) -> bytes:
+        """Return what is held, as a part of the answer from now on."""
+        held = self._held[0] if len(self._held) == 1 else b"".join(self._held)
+        self._drop_held()
+        self._commit()
+        return held
+
+    def _drop_held(self) -> None:
+        self._held, self._held_events = [], 0
+        self._count_held(0)
+
+    def _count_held(self, size: int) -> None:
+        """Count for the log that *size* bytes are held beside it."""
+        if self._stream.text_bytes != size:
+            self._stream.text_bytes = size
+            self._stream.recount()
+
+    def _show(self, block: bytes) -> None:
         """Append *block*, unless it is empty."""
         if block:
-            stream, count = self._stream, eventstream.count(block)
-            # Comments alone pass, and are not counted.
-            if count and not stream.answered_at:
-                stream.mark_answered()
-            stream.forward(block, count, more=self._over)
+            self._stream.forward(block, eventstream.count(block), more=self._over)
 
 
 def complete(stream: Stream, data: bytes = b"", **metadata: object) -> None:
@@ -224,15 +358,15 @@ def before_broken(block: bytes) -> bytes:
 
 
 DONE = b"data: [DONE]\n\n"
-_USAGE = b'"usage"'
+_USAGE, _DELTA = b'"usage"', b'"delta"'
 
 
 class EventSink(PassingSink):
     """Appends the events of a chat completion to a log."""
 
-    def __init__(self, stream: Stream) -> None:
-        super().__init__(stream)
-        # Whether a finish_reason has come.
+    def __init__(self, stream: Stream, is_content: Callable[[bytes], bool] = is_content) -> None:
+        super().__init__(stream, is_content)
+        # Whether a finish_reason has come, and no more of another choice since.
         self._finished = False
 
     def fast(self) -> Path | None:
@@ -252,8 +386,8 @@ class EventSink(PassingSink):
         if find(b"[DONE]") >= 0 and (start := _done_line(block)) >= 0:
             ended = True
             block = block[:start]
-        if not self._finished:
-            self._finished = find(FINISH) >= 0 or find(FINISH_SPACED) >= 0
+        if find(FINISH) >= 0 or find(FINISH_SPACED) >= 0 or (self._finished and find(_DELTA) >= 0):
+            self._finished = finished(block, before=self._finished)
         if self._finished and find(_USAGE) >= 0:
             self._stream.outcome.usage = usage_in(block) or self._stream.outcome.usage
         if find(ERROR_NAME) >= 0:
@@ -296,6 +430,27 @@ def error_in(event: bytes, kind: str = "") -> dict[str, Any] | None:
         ):
             return content
     return None
+
+
+def finished(block: bytes, *, before: bool) -> bool:
+    """Return whether the last event of *block* that has any content has a finish_reason.
+
+    Without such an event, as *before*. Where an answer has several choices, one of them may end
+    while another goes on.
+    """
+    for event in reversed(eventstream.parse(block)):
+        if event.data.startswith(b"{") and is_content(event.data):
+            try:
+                choices = orjson.loads(event.data).get("choices")
+            except orjson.JSONDecodeError:
+                # With a lone surrogate; it has a text, or a finish_reason.
+                return event.data.find(FINISH) >= 0 or event.data.find(FINISH_SPACED) >= 0
+            if isinstance(choices, list) and choices:
+                return any(
+                    isinstance(choice, dict) and isinstance(choice.get("finish_reason"), str)
+                    for choice in choices
+                )
+    return before
 
 
 def usage_in(block: bytes) -> dict[str, Any] | None:
@@ -379,6 +534,10 @@ class BodySink:
 
     def end(self) -> None:
         """Do nothing: the body is complete."""
+
+    def broken(self, _fault: Exception) -> bool:
+        """Return False: half a body is none."""
+        return False
 
     def fast(self) -> None:
         """Return None: every part is collected."""

@@ -243,7 +243,7 @@ class Stream:
         self.producer: asyncio.Task[None] | None = None
         # The exchange that fills the log, while it is under way.
         self.source: Source | None = None
-        # The monotonic time of the provider's first event; no other attempt is made after it.
+        # The monotonic time of the provider's first content; no other attempt is made after it.
         self.answered_at = 0.0
         # The provider's meter, which counts the events.
         self.meter = NO_METER
@@ -258,7 +258,8 @@ class Stream:
         self.conversation_id: str | None = None
         # An answer that was not streamed, kept for a client that comes back.
         self.whole: WholeAnswer | None = None
-        # The bytes of text that the producer keeps beside the log while the answer runs.
+        # The bytes of text that the producer keeps beside the log while the answer runs, or of a
+        # preamble that it holds.
         self.text_bytes = 0
         # What keeps the answer before the log gets its event `complete`; and that event, while it
         # waits for that.
@@ -288,7 +289,7 @@ class Stream:
 
     @property
     def answered(self) -> bool:
-        """Whether an event of a provider has come."""
+        """Whether a provider has sent content: no other is asked."""
         return self.answered_at > 0
 
     @property
@@ -319,7 +320,7 @@ class Stream:
         return None if self.remote is None else self.remote.broken
 
     def mark_answered(self) -> None:
-        """Note that an event of a provider has come, before it is appended."""
+        """Note that content has come from a provider, before it is appended."""
         if not self.answered_at:
             self.answered_at = now = monotonic()
             self.record.answered(now)

@@ -32,6 +32,9 @@ class WatchedSink(Protocol[Fast_co]):
     def end(self) -> None:
         """Note that the body is complete."""
 
+    def broken(self, fault: Exception) -> bool:
+        """Return whether the answer is complete, though it breaks off now with *fault*."""
+
     def fast(self) -> Fast_co | None:
         """Return the fast path for what comes next, if there is one."""
 

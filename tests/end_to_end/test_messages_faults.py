@@ -45,8 +45,8 @@ BEFORE: dict[str, tuple[int, str, str, str, bool]] = {
 BEFORE_STREAMED = {
     **BEFORE,
     "fault-head-only": (504, "timeout_error", SILENT, "timeout", False),
-    # The pings pass, and are no answer.
-    "fault-comments-stall-3": (200, "timeout_error", SILENT, "timeout", False),
+    # The pings are no answer, and are held.
+    "fault-comments-stall-3": (504, "timeout_error", SILENT, "timeout", False),
 }
 
 
@@ -93,7 +93,6 @@ WITHIN = {
     "fault-cut-3": (CUT, "api_error"),
     "fault-cut-mid-3": (CUT, "api_error"),
     "fault-end-3": (CUT, "api_error"),
-    "fault-no-done": (CUT, "api_error"),
     "fault-bad-chunk-3": (BAD, "api_error"),
     "fault-bad-json-3": (BAD, "api_error"),
     "fault-bad-utf8-3": (BAD, "api_error"),
@@ -124,6 +123,7 @@ async def test_a_fault_within_the_answer_is_one_error_event(
 GOOD = (
     "after-done",
     "open-done",
+    "no-done",
     "comments",
     "thinking",
     "1xx",

@@ -125,7 +125,7 @@ BEFORE = {
 BEFORE_STREAMED = {
     **BEFORE,
     "fault-head-only": (504, SILENT, "timeout", False),
-    "fault-stall-0": (200, SILENT, "timeout", False),  # its opening event says nothing yet
+    "fault-stall-0": (504, SILENT, "timeout", False),  # its opening event says nothing yet
     "fault-comments-stall-3": (200, SILENT, "timeout", False),  # they pass, but are no answer
     "fault-error-first": (502, ERROR, "http_5xx", False),
     "fault-error-first-402": (502, AUTH, "http_4xx", False),

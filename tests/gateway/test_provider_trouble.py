@@ -17,6 +17,7 @@ from aioserver.gateway.request import Request
 from aioserver.protocol.openai import Reading
 from aioserver.provider_errors import (
     CircuitOpen,
+    FirstTokenTimeout,
     ProviderAuthError,
     ProviderDisconnected,
     ProviderError,
@@ -82,6 +83,7 @@ def chunk_event(text: str | None, finish: str | None = None) -> str:
     return json.dumps({"choices": [{"delta": {"content": text}, "finish_reason": finish}]})
 
 
+ROLE = json.dumps({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
 ANSWER = events(chunk_event("hello"), chunk_event(None, "stop"), "[DONE]")
 
 
@@ -258,8 +260,7 @@ async def test_a_fault_under_200_before_the_first_event_is_tried_again(trouble: 
         (status(402), ProviderAuthError),
         (status(403), ProviderAuthError),
         (status(429, body=b'{"error":{"code":"insufficient_quota"}}'), ProviderAuthError),
-        (b"", ProviderDisconnected),  # the model may have run
-        (events(chunk_event("half")), ProviderDisconnected),
+        (events(chunk_event("half")), ProviderDisconnected),  # the model may have run
         (EVENT_STREAM, ReadTimeout),
     ],
 )
@@ -318,12 +319,71 @@ async def test_the_place_is_free_between_two_tries_and_a_client_who_leaves_ends_
     assert trouble.counts() == {"a": 1}
 
 
-async def test_an_event_without_a_text_is_a_first_event(trouble: Trouble) -> None:
-    role = json.dumps({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
-    await trouble.add("a", events(role, '{"error":{"message":"overloaded"}}'), ANSWER)
+async def test_an_error_behind_a_role_is_tried_again_and_behind_a_text_it_is_not(
+    trouble: Trouble,
+) -> None:
+    overloaded = '{"error":{"message":"overloaded"}}'
+    await trouble.add("a", events(ROLE, overloaded), ANSWER)
+    stream, _ = await trouble.fill()
+    assert (stream.end_status, trouble.counts()) == (COMPLETE, {"a": 2})
+
+    await trouble.add("b", events(chunk_event("x"), overloaded), ANSWER)
     with pytest.raises(ProviderError):
+        await trouble.fill("b")
+    assert trouble.counts()["b"] == 1
+
+
+@pytest.mark.parametrize("retries", [0, 1, 3])
+async def test_a_new_connection_that_breaks_is_tried_once_more_at_once(
+    trouble: Trouble, retries: int
+) -> None:
+    provider = await trouble.add("a", b"", b"", ANSWER, max_retries=retries, backoff_factor=30.0)
+    with pytest.raises(ProviderDisconnected):
         await trouble.fill()
-    assert trouble.counts() == {"a": 1}
+    assert trouble.counts() == {"a": min(2, 1 + retries)}
+    assert provider.meter.retries["provider_disconnected"].value == min(1, retries)
+
+
+async def test_one_retry_of_a_broken_connection_comes_before_the_next_provider(
+    trouble: Trouble,
+) -> None:
+    await trouble.add("a", b"", b"", max_retries=3, backoff_factor=30.0)
+    await trouble.add("b", ANSWER)
+    stream, request = await trouble.fill()
+    assert (stream.end_status, trouble.counts()) == (COMPLETE, {"a": 2, "b": 1})
+    assert request.outcome.attempts == 3
+
+
+SILENCES = {
+    "a cut": events(ROLE),
+    "no HTTP": EVENT_STREAM + chunk(b"data: %b\n\n" % ROLE.encode()) + b"nonsense\r\n",
+    "no JSON": events(ROLE, "{nonsense"),
+    "no event stream": JSON,
+    "silence": EVENT_STREAM,
+    "silence behind a role": EVENT_STREAM + chunk(b"data: %b\n\n" % ROLE.encode()),
+}
+
+
+@pytest.mark.parametrize("frames", [True, False], ids=["frames", "bytes"])
+@pytest.mark.parametrize("name", SILENCES)
+async def test_whatever_breaks_before_the_content_goes_to_the_next_provider(
+    trouble: Trouble, name: str, frames: bool
+) -> None:
+    await trouble.add("a", SILENCES[name], read_timeout=0.1, max_retries=2)
+    await trouble.add("b", ANSWER)
+    stream, _ = await trouble.fill(frames=frames)
+    assert (stream.end_status, trouble.counts()) == (COMPLETE, {"a": 1, "b": 1})
+    assert b"".join(entry.data for entry in stream.entries).count(b"assistant") == 0
+
+
+async def test_the_wait_for_the_first_content_has_a_bound_of_its_own(trouble: Trouble) -> None:
+    role = EVENT_STREAM + chunk(b"data: %b\n\n" % ROLE.encode())
+    await trouble.add("a", role, first_token_timeout=0.1, read_timeout=30.0, max_retries=2)
+    with pytest.raises(FirstTokenTimeout):
+        await trouble.fill()
+    await trouble.add("b", ANSWER)
+    stream, _ = await trouble.fill()
+    assert (stream.end_status, trouble.counts()) == (COMPLETE, {"a": 2, "b": 1})
 
 
 async def test_a_kept_connection_that_is_lost_late_is_not_stale(

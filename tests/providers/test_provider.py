@@ -19,6 +19,7 @@ from aioserver.errors import InvalidRequest
 from aioserver.protocol.openai import Reading
 from aioserver.provider_errors import (
     ConnectError,
+    ConnectionBroken,
     ProviderAuthError,
     ProviderBadResponse,
     ProviderDisconnected,
@@ -276,7 +277,7 @@ async def test_the_proxy_of_the_settings_comes_before_that_of_the_environment(
         ("fault-not-http", ProviderBadResponse),
         ("fault-headers", ProviderBadResponse),
         ("fault-gzip", ProviderBadResponse),
-        ("fault-drop", ProviderDisconnected),
+        ("fault-drop", ConnectionBroken),
     ],
 )
 async def test_each_bad_answer_is_its_fault(

@@ -312,6 +312,7 @@ def test_a_comment_that_looks_like_the_end_of_a_response_is_none() -> None:
 )
 def test_a_response_is_found_by_its_id_however_it_comes(before: bytes) -> None:
     data = before + response_event("created", response={"id": "resp_1"})
+    data += response_event("output_text.delta", delta="Hello")
     for cut in every_cut(data):
         store = StreamStore(max_stream_bytes=1 << 20, max_kept_bytes=1 << 20)
         stream = store.open("r1", "me", window=30.0)
@@ -360,8 +361,8 @@ def test_an_error_within_a_response_is_a_failed_response(
 
 def test_a_failed_response_with_our_error_beside_it_passes_as_it_is() -> None:
     # Another aioserver is the provider.
-    data = response_event("created", sequence_number=0, response={"error": None})
-    data += response_event("failed", sequence_number=1, response={}, error={"message": "gone"})
+    data = response_event("created", sequence_number=0, response={"error": None}) + LATER
+    data += response_event("failed", sequence_number=10, response={}, error={"message": "gone"})
     for cut in every_cut(data):
         stream = new_stream()
         stream.events = ResponseEvents()
@@ -377,9 +378,9 @@ def test_an_error_about_our_key_within_a_response_is_not_shown(error: bytes) -> 
     error = error.replace(b"server_error", b"invalid_api_key")
     stream = new_stream()
     with pytest.raises(ProviderAuthError):
-        play(ResponseSink(stream), response_event("created") + error, (), end=True)
+        play(ResponseSink(stream), response_event("created") + LATER + error, (), end=True)
 
-    assert passed(stream) == response_event("created")
+    assert passed(stream) == response_event("created") + LATER
     assert not stream.ended
 
 

@@ -129,7 +129,7 @@ HABITS: dict[str, tuple[Callable[[int], bytes], int, int | None]] = {
         5,
         5,
     ),
-    "a role first": (lambda n: chunk_of(f"w{n}") if n else role_first(), 5, 4),
+    "a role first": (lambda n: chunk_of(f"w{n}") if n else role_first(), 4, 4),
     "a role with the first text": (
         lambda n: event(
             {"choices": [choice({"content": "a"} | ({} if n else {"role": "assistant"}))]}
@@ -154,7 +154,7 @@ HABITS: dict[str, tuple[Callable[[int], bytes], int, int | None]] = {
         5,
         5,
     ),
-    "no text": (lambda _: event({"choices": [choice({"content": None})]}), 5, 0),
+    "no text": (lambda _: event({"choices": [choice({"content": None})]}), 0, 0),
     "reasoning": (
         lambda n: event({"choices": [choice({"content": None, "reasoning_content": f"r{n}"})]}),
         5,
@@ -174,7 +174,7 @@ HABITS: dict[str, tuple[Callable[[int], bytes], int, int | None]] = {
     "escapes": (lambda n: raw(b"Gr\\u00fc\\u00dfe %d" % n), 5, 0),
     "line ends escaped": (lambda n: chunk_of(f"w{n}\n"), 5, 0),
     "quotes": (lambda n: chunk_of(f'"w{n}"'), 5, 0),
-    "no text but quotes": (lambda _: chunk_of(""), 5, 0),
+    "no text but quotes": (lambda _: chunk_of(""), 0, 0),
     "the end mark as the text": (lambda n: chunk_of("[DONE]" if n else "a"), 5, 5),
     "data: [DONE] as the text": (lambda n: chunk_of("data: [DONE]" if n else "a"), 5, 5),
     '"error" as the text': (lambda n: chunk_of('"error"' if n else "a"), 5, 0),

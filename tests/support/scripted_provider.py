@@ -211,6 +211,10 @@ class Got:
         assert not self.ended, "one end an answer"
         self.ended = True
 
+    def broken(self, _fault: Exception) -> bool:
+        """Return False: half an answer is none."""
+        return False
+
     def fast(self) -> None:
         """Return None: this sink has no fast path."""
 

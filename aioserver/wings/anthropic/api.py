@@ -43,7 +43,11 @@ class MessagesApi(Api):
 
     def sink(self, stream: Stream) -> sink.MessageSink:
         """Return the sink that fills *stream* with the events of a message."""
-        return sink.MessageSink(stream)
+        return sink.MessageSink(stream, self.content)
+
+    def content(self, event: bytes) -> bool:
+        """Return whether an event of a streamed message is content, and not only a preamble."""
+        return wire.is_content(event)
 
     def events(self) -> wire.MessageErrors:
         """Return the form of the errors between the events of a message."""

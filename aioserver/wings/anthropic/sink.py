@@ -1,8 +1,8 @@
 """The sink of a streamed answer of Anthropic's Messages API, and what the API's errors mean.
 
-The bytes of an answer go into the log as they come. It ends with `message_stop`, and not with a
-stop_reason. An event `error` that ends it passes itself, unless another attempt may follow, or it
-is about our key. `ping` is no answer: it passes, and another attempt may follow.
+The bytes of an answer go into the log as they come. It ends with `message_stop`; where it breaks
+off behind a stop_reason, that is added. An event `error` that ends it passes itself, unless another
+attempt may follow, or it is about our key. `ping` is no answer: it is held until there is content.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from aioserver.providers.sinks import PassingSink
 from aioserver.wings.anthropic import wire
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from aioserver.streams.stream import Stream
 
-_USAGE = b'"usage"'
+_USAGE, _STOP_REASON = b'"usage"', b'"stop_reason"'
 # Bytes of an error that a client gets as it is.
 MAX_PASSED_BYTES = 65_536
 
@@ -37,11 +37,22 @@ class MessageSink(PassingSink):
     None takes the fast path, since each has two lines.
     """
 
-    end_mark = "message_stop"
+    end_mark = "a stop_reason and without message_stop"
 
-    def __init__(self, stream: Stream) -> None:
-        super().__init__(stream)
+    def __init__(
+        self, stream: Stream, is_content: Callable[[bytes], bool] = wire.is_content
+    ) -> None:
+        super().__init__(stream, is_content)
         self._usage: dict[str, Any] = {}
+        # Whether a stop_reason has come.
+        self._finished = False
+
+    @property
+    def _complete_without_mark(self) -> bool:
+        return self._finished
+
+    def _add_mark(self) -> None:
+        self._show(wire.STOPPED)
 
     def _up_to_end(self, block: bytes) -> tuple[bytes, bool, bytes]:
         return _up_to_end(block) if wire.ending(block) else (block, False, b"")
@@ -50,29 +61,18 @@ class MessageSink(PassingSink):
         return event_fault(self._stream.outcome.provider, event)
 
     def _append(self, block: bytes) -> None:
-        if not block:
-            return
-        if block.find(_USAGE) >= 0:
-            self._note_usage(block)
-        stream = self._stream
-        count = eventstream.count(block)
-        if count and not stream.answered_at:
-            if not all(_is_ping(event) for event in eventstream.split(block)):
-                stream.mark_answered()
-            elif self._over:
-                # A fault follows at once: without the head it still has its HTTP status.
-                return
-            else:
-                count = 0
-        # Comments and pings alone pass, and are not counted before the answer.
-        stream.forward(block, count, more=self._over)
+        if block.find(_USAGE) >= 0 or block.find(_STOP_REASON) >= 0:
+            self._note(block)
+        super()._append(block)
 
-    def _note_usage(self, block: bytes) -> None:
+    def _note(self, block: bytes) -> None:
+        """Note the usage in *block*, and whether the message has stopped."""
         for event in eventstream.split(block):
             # The reading of an event must not depend on those that came in the same read.
-            if event.find(_USAGE) >= 0:
-                usage = wire.usage_in(wire.content_of(event))
-                self._usage = bounded({**self._usage, **usage})
+            if event.find(_USAGE) >= 0 or event.find(_STOP_REASON) >= 0:
+                content = wire.content_of(event)
+                self._usage = bounded({**self._usage, **wire.usage_in(content)})
+                self._finished = self._finished or wire.stops(content)
         if self._usage:
             self._stream.outcome.usage = wire.with_total(self._usage)
 
@@ -123,7 +123,3 @@ def event_fault(name: str, event: bytes) -> ProviderFault:
     except ProviderFault as fault:
         return fault
     raise AssertionError("each status of an error is a fault")
-
-
-def _is_ping(event: bytes) -> bool:
-    return wire.content_of(event).get("type") == "ping"

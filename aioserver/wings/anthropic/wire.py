@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from aioserver.protocol import eventstream
+from aioserver.protocol.openai import only_names
 from aioserver.streams.contracts import AnswerEvents
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ TYPES = {
 # The HTTP status that a type of error stands for, in an event.
 STATUSES = {name: status for status, name in TYPES.items()} | {"invalid_request_error": 400}
 OVERLOADED = 529
+STOPPED = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
 _STOP, _ERROR = b'"message_stop"', b'"error"'
 _TOKENS = ("input_tokens", "cache_creation_input_tokens", "output_tokens")
 _SPEAKING = re.compile(r"/v1/messages(?:/.*)?", re.DOTALL)
@@ -113,6 +115,33 @@ def content_of(event: bytes) -> dict[str, Any]:
         if isinstance(content, dict):
             return content
     return {}
+
+
+def is_content(data: bytes) -> bool:
+    """Return whether an event with *data* is content, and not only a preamble to it: the message as
+    it begins, a `ping`, a text or a thinking without a word.
+    """
+    try:
+        event = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return True
+    if not isinstance(event, dict):
+        return True
+    kind, block = event.get("type"), event.get("content_block")
+    if kind == "content_block_start" and isinstance(block, dict):
+        opens = block.get("type") in ("text", "thinking")
+        return not opens or not only_names(block, {"type"})
+    return kind not in ("message_start", "ping")
+
+
+def stops(content: Mapping[str, Any]) -> bool:
+    """Return whether an event with this *content* says why the message stops: nothing is missing
+    but its end mark.
+    """
+    delta = content.get("delta")
+    if content.get("type") != "message_delta" or not isinstance(delta, dict):
+        return False
+    return isinstance(delta.get("stop_reason"), str)
 
 
 def usage_in(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aioserver.providers.api import Api
-from aioserver.wings.responses.events import ResponseEvents
+from aioserver.wings.responses.events import ResponseEvents, is_content
 from aioserver.wings.responses.path import ResponsePath
 from aioserver.wings.responses.sinks import ResponseSink
 
@@ -22,7 +22,11 @@ class ResponsesApi(Api):
 
     def sink(self, stream: Stream) -> ResponseSink:
         """Return the sink that fills *stream* with the events of a response."""
-        return ResponseSink(stream)
+        return ResponseSink(stream, self.content)
+
+    def content(self, event: bytes) -> bool:
+        """Return whether an event of a streamed response is content, and not only a preamble."""
+        return is_content(event)
 
     def events(self) -> ResponseEvents:
         """Return the memory of the events of a response to come."""

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from aioserver.providers.attempt import AttemptedProvider
     from aioserver.providers.http1 import RequestWriter, Sink
     from aioserver.providers.request import Answer, BodyMaker, Hold
+    from aioserver.providers.sinks import StreamSink
     from aioserver.streams.stream import Stream
     from aioserver.wings.responses.bridge.request import ChatRequest
     from aioserver.wings.responses.draft import Draft
@@ -123,9 +124,11 @@ class ResponseRequest(ProviderRequest):
     """A request for a response.
 
     *draft*: what it continues, or keeps to be continued; None if there is nothing of either.
+    *patience*: seconds for which its client does without the id of the response, while it may come
+    from another provider yet; None: until there is content.
     """
 
-    __slots__ = ("draft",)
+    __slots__ = ("draft", "patience")
 
     def __init__(
         self,
@@ -137,6 +140,7 @@ class ResponseRequest(ProviderRequest):
         model: str | None,
         hold: Hold,
         client_headers: ClientHeaders,
+        patience: float | None = None,
     ) -> None:
         super().__init__(
             RESPONSES,
@@ -148,6 +152,7 @@ class ResponseRequest(ProviderRequest):
             client_headers=client_headers,
         )
         self.draft = draft
+        self.patience = patience
 
 
 class ResponseAttempt(Attempt):
@@ -156,7 +161,7 @@ class ResponseAttempt(Attempt):
     Always: `_chat` is set if, and only if, a chat completion is asked for.
     """
 
-    __slots__ = ("_chat", "_draft", "_learning", "_prepared", "_writer")
+    __slots__ = ("_chat", "_draft", "_learning", "_patience", "_prepared", "_writer")
 
     def __init__(
         self,
@@ -168,6 +173,7 @@ class ResponseAttempt(Attempt):
         super().__init__(provider, request, stream, **further)
         assert isinstance(request, ResponseRequest), "the face makes it"
         self._draft = request.draft
+        self._patience = request.patience
         self._chat: ChatRequest | None = None
         self._writer: ResponseWriter | None = None
         # The body of a request that continues a response, between its preparation and its sending.
@@ -267,10 +273,14 @@ class ResponseAttempt(Attempt):
 
     def event_sink(self, stream: Stream) -> Sink:
         """Return the sink for the events of the answer."""
+        sink: StreamSink
         if self._chat is None:
-            return super().event_sink(stream)
-        self._writer = ResponseWriter(self._chat, self._frame(self._chat), stream.max_bytes)
-        return BridgeSink(stream, self._writer)
+            sink = RESPONSES.sink(stream)
+        else:
+            self._writer = ResponseWriter(self._chat, self._frame(self._chat), stream.max_bytes)
+            sink = BridgeSink(stream, self._writer)
+        sink.patience = self._patience
+        return sink
 
     @property
     def max_answer_bytes(self) -> int:

@@ -22,6 +22,7 @@ import orjson
 from msgspec import Raw
 
 from aioserver.protocol.eventstream import parse, split, write
+from aioserver.protocol.openai import only_names
 from aioserver.streams.contracts import AnswerEvents
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ ENDS = ("response.completed", "response.incomplete", "response.failed")
 RUN_OVERHEAD = 200
 # What stands for a response object, where there is none.
 _NO_RESPONSE: dict[str, Any] = {"object": "response", "output": []}
+# The types of the events before the content, of those of them that have an item, and of those that
+# have a part of one.
+OPENINGS = frozenset({"response.created", "response.queued", "response.in_progress"})
+ITEM_ADDED = "response.output_item.added"
+PART_ADDED = frozenset({"response.content_part.added", "response.reasoning_summary_part.added"})
 _RESPONSE = b'"response"'
 _END = re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')
 _SEQUENCE = b'"sequence_number"'
@@ -237,6 +243,36 @@ class ResponseEvents(AnswerEvents):
             "error": error.as_object(),
         }
         return write(orjson.dumps(failed), event="response.failed")
+
+
+def is_content(data: bytes) -> bool:
+    """Return whether an event with *data* is content, and not only a preamble to it: the response
+    as it begins, a message or reasoning without content, a part without text.
+    """
+    try:
+        event = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return True
+    if not isinstance(event, dict):
+        return True
+    kind, item, part = event.get("type"), event.get("item"), event.get("part")
+    if kind == ITEM_ADDED and isinstance(item, dict):
+        opens = item.get("type") in ("message", "reasoning")
+        return not opens or not only_names(item, {"id", "type", "status", "role", "phase"})
+    if kind in PART_ADDED and isinstance(part, dict):
+        return not only_names(part, {"type"})
+    # An end is none either: it ends an answer that may have none.
+    return kind not in OPENINGS and kind not in ENDS
+
+
+def failed(data: bytes) -> object:
+    """Return the error of the response that an event with *data* says has failed; otherwise
+    None.
+    """
+    response = _response_in(data)
+    if response is None or response.get("status") != "failed":
+        return None
+    return response.get("error") or {}
 
 
 def up_to_end(block: bytes) -> tuple[bytes, bool]:

@@ -144,6 +144,7 @@ def make_request(
         model=route.model,
         hold=hold,
         client_headers=client_headers,
+        patience=_patience(context, body, face),
     )
     stored = bool(
         body.stored
@@ -162,6 +163,18 @@ def make_request(
         keeper=draft,
         make_attempt=ResponseAttempt,
     )
+
+
+def _patience(context: Context, body: ModelBody, face: str) -> float | None:
+    """Return for how many seconds a client does without the id of its response.
+
+    None: until there is content, since it can do nothing with the id.
+    """
+    if body.background:
+        return 0.0
+    if body.stored or face != openai.OPENAI.face:
+        return context.settings.chat.websocket.ping_interval
+    return None
 
 
 async def prepare_retrieval(

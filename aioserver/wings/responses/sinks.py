@@ -33,9 +33,11 @@ from aioserver.providers.sinks import (
     usage_in,
 )
 from aioserver.streams.fast_path import ERROR_NAME
-from aioserver.wings.responses.events import ENDS, ResponseEvents, up_to_end
+from aioserver.wings.responses.events import ENDS, ResponseEvents, failed, is_content, up_to_end
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aioserver.provider_errors import ProviderFault
     from aioserver.streams.contracts import Path
     from aioserver.streams.stream import Stream
@@ -50,8 +52,8 @@ _ERROR = "error"
 class ResponseSink(PassingSink):
     """Appends the events of a response to a log, which remembers them."""
 
-    def __init__(self, stream: Stream) -> None:
-        super().__init__(stream)
+    def __init__(self, stream: Stream, is_content: Callable[[bytes], bool] = is_content) -> None:
+        super().__init__(stream, is_content)
         # Events in which the provider's id of the response is still looked for.
         self._id_samples_left = MAX_ID_SAMPLES
 
@@ -70,6 +72,11 @@ class ResponseSink(PassingSink):
             return block, ended and not error, error
         return block, ended, b""
 
+    def _failure(self, held: list[bytes]) -> ProviderFault | None:
+        events = eventstream.parse(held[-1]) if held else []
+        error = failed(events[-1].data) if events else None
+        return None if error is None else error_object_fault(error)
+
     def _fault(self, event: bytes) -> ProviderFault:
         content = error_in(event, _ERROR) or {}
         return error_object_fault(content.get("error") or content)
@@ -84,12 +91,12 @@ class ResponseSink(PassingSink):
             self._append(event)
         self._stream.fail(fault)
 
-    def _append(self, block: bytes) -> None:
+    def _show(self, block: bytes) -> None:
         if block:
             if self._id_samples_left:
                 self._add_response_id(block)
             remember(self._stream, block)
-        super()._append(block)
+        super()._show(block)
 
     def _add_response_id(self, block: bytes) -> None:
         """Let the stream be found by the id that the provider has given to the response, too."""
@@ -123,6 +130,8 @@ class BridgeSink(ReadingSink):
     def __init__(self, stream: Stream, writer: ResponseWriter) -> None:
         super().__init__(stream, writer)
         self._writer = writer
+        # Whether the first chunk has come, which has the model's name.
+        self._named = False
 
     def _take(self, block: bytes) -> bool:
         writer = self._writer
@@ -133,10 +142,22 @@ class BridgeSink(ReadingSink):
                 return True
         return super()._take(block)
 
+    def let_go(self) -> None:
+        """Show that the response was created."""
+        super().let_go()
+        if not (self._stream.answered_at or self._stream.ended):
+            self._append(self._open())
+
     def _begin(self, data: bytes) -> list[bytes]:
-        events = [*self._writer.begin(data), *super()._begin(data)]
+        if not self._named:
+            self._named = True
+            self._writer.note_model(data)
+        return super()._begin(data)
+
+    def _open(self) -> list[bytes]:
+        super()._open()
         self._stream.add_alias(self._writer.response_id)
-        return events
+        return self._writer.begin()
 
     def _may_be_text(self, part: bytes) -> bool:  # noqa: ARG002 - the writer knows better
         return self._writer.plain
@@ -149,9 +170,7 @@ class BridgeSink(ReadingSink):
         """
         stream, writer = self._stream, self._writer
         try:
-            # A `[DONE]` may be all that has come.
-            events = [] if stream.answered else self._begin(b"{}")
-            events += writer.finish(int(time.time()))
+            events = writer.finish(int(time.time()))
         except BadEvent as exc:
             raise event_fault(exc) from exc
         self._append(events)
@@ -159,6 +178,8 @@ class BridgeSink(ReadingSink):
         complete(stream)
 
     def _append(self, parts: list[bytes]) -> None:
+        if not parts:
+            return
         block = b"".join(parts)
         remember(self._stream, block)
         self._stream.forward(block, len(parts), more=self._over)

@@ -152,6 +152,10 @@ class NotingSink(Generic[Fast_co]):
         """End the other sink."""
         self._sink.end()
 
+    def broken(self, fault: Exception) -> bool:
+        """Return whether the other sink is complete, though *fault* ends it."""
+        return self._sink.broken(fault)
+
     def fast(self) -> Fast_co | None:
         """Return that of the other sink: a text that goes by it pays nothing for the trace."""
         return self._sink.fast()

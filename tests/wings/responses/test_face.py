@@ -384,11 +384,12 @@ async def test_an_error_object_within_a_response_is_its_failure(
         b'data: {"type":"response.created","sequence_number":0,'
         b'"response":{"id":"resp_x","object":"response","status":"in_progress"}}\n\n'
     )
+    text = b'data: {"type":"response.output_text.delta","sequence_number":1,"delta":"x"}\n\n'
     error = b'data: {"error":{"message":"the model has crashed","code":500}}\n\n'
 
     async def play(peer: Peer) -> None:
         await peer.request()
-        await peer.send(EVENT_STREAM, chunk(created), chunk(error + DONE) + LAST_CHUNK)
+        await peer.send(EVENT_STREAM, chunk(created + text), chunk(error + DONE) + LAST_CHUNK)
 
     async with ScriptedProvider(play) as provider:
         server = await make_server(**{"llm.providers.sim.base_url": provider.url})
@@ -401,9 +402,9 @@ async def test_an_error_object_within_a_response_is_its_failure(
             rest = await response.read()
 
     assert raw == created + rest
-    (event,) = eventstream.parse(rest)
+    _, event = eventstream.parse(rest)
     failed = orjson.loads(event.data)
-    assert (failed["type"], failed["sequence_number"]) == ("response.failed", 1)
+    assert (failed["type"], failed["sequence_number"]) == ("response.failed", 2)
     assert failed["error"]["code"] == "provider_error"
     assert "the model has crashed" in failed["error"]["message"]
     assert kept == failed["response"]

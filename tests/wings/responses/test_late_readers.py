@@ -166,10 +166,11 @@ async def test_a_reader_that_is_dropped_before_its_first_event_comes_back_to_it(
             await raw.send_json(create("b", store=True, stream_id="b"))
             await until(lambda: store.stats().running == 1)
             (stream,) = [each for each in store.owned_by(anonymous("127.0.0.1")) if not each.ended]
-            await until(lambda: stream.last == 2)
+            story.texts.put_nowait("x")
+            await until(lambda: stream.last == 3)
             before = stream.bytes
             story.texts.put_nowait("x" * BIG)
-            await until(lambda: stream.last == 3)
+            await until(lambda: stream.last == 4)
             # As much as fits, and a little more: the least that can be is discarded.
             overhead = stream.bytes - before - BIG
             story.texts.put_nowait("x" * (stream.max_bytes - stream.bytes - overhead + 10))

@@ -1,6 +1,6 @@
 """The chunks of a chat completion as the events of a response.
 
-    response.created, response.in_progress          with the first chunk
+    response.created, response.in_progress          with the first content
     for each item
         response.output_item.added
             response.content_part.added             for each part of a message or of reasoning
@@ -18,6 +18,8 @@ its item.
 
 A chunk is read as for the faces that show frames (`protocol.openai.Reading`): halves of characters
 are joined, only one choice counts, an error object ends the answer.
+
+This file is one concept: a response as it is written, from its first event to its last.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 
 # Bytes of an item beside its texts, in Python's objects and in the events with the whole response.
 ITEM_BYTES = 1024
+# The events that open a response.
+OPENING_EVENTS = 2
 
 
 class ResponseWriter(Reading):
@@ -56,7 +60,7 @@ class ResponseWriter(Reading):
     *frame* is that of the response, *request* what was sent to the provider. All that is kept has
     at most *max_bytes*: the last event has it all.
 
-    Always: `sequence` is the number of events that were written; an item is written to only while
+    Always: `sequence` is the number of events that were written, the opening ones included; an item is written to only while
     it is in `_open`.
     """
 
@@ -89,7 +93,8 @@ class ResponseWriter(Reading):
         self._asked_bytes = request.asked_bytes
         self._max_bytes = max_bytes
         self._name = frame.id.removeprefix("resp_")
-        self.sequence = 0
+        # That of the next event; the first two are those of `begin`.
+        self.sequence = OPENING_EVENTS
         # The name of the field in which the provider sends its reasoning; empty if it has sent
         # none.
         self.reasoning_field = ""
@@ -131,11 +136,11 @@ class ResponseWriter(Reading):
         """Whether there is anything of an answer."""
         return bool(self._items)
 
-    def begin(self, data: bytes) -> list[bytes]:
-        """Return the events before those of *data*, the first chunk."""
-        self.note_model(data)
+    def begin(self) -> list[bytes]:
+        """Return the events before those of any chunk."""
         response = b'"response":%b' % self._frame.render(IN_PROGRESS)
-        return [self._event(b"created", response), self._event(b"in_progress", response)]
+        kinds = enumerate((b"created", IN_PROGRESS))
+        return [_written(kind, number, response) for number, kind in kinds]
 
     def note_model(self, data: bytes) -> None:
         """Take over the model's name from *data*, a chunk or a whole answer."""
@@ -390,9 +395,13 @@ class ResponseWriter(Reading):
     def _event(self, kind: bytes, members: bytes) -> bytes:
         number = self.sequence
         self.sequence = number + 1
-        return b'event: response.%b\ndata: {"type":"response.%b","sequence_number":%d,%b}\n\n' % (
-            kind,
-            kind,
-            number,
-            members,
-        )
+        return _written(kind, number, members)
+
+
+def _written(kind: bytes, number: int, members: bytes) -> bytes:
+    return b'event: response.%b\ndata: {"type":"response.%b","sequence_number":%d,%b}\n\n' % (
+        kind,
+        kind,
+        number,
+        members,
+    )

@@ -43,7 +43,8 @@ def written(*choices: dict[str, Any], usage: Any = None, **asked: Any) -> list[d
     chunks = [{"id": "c", "model": "m-1", "choices": [choice]} for choice in choices]
     chunks.append({"choices": [], "usage": usage})
     data = [orjson.dumps(chunk) for chunk in chunks]
-    events = writer.begin(data[0])
+    writer.note_model(data[0])
+    events = writer.begin()
     for chunk in data:
         events += writer.read(chunk)
     events += writer.finish(NOW)
@@ -326,7 +327,7 @@ def test_halves_of_a_character_are_joined() -> None:
         b'{"choices":[{"index":0,"delta":{"content":"a\\ud83d"}}]}',
         b'{"choices":[{"index":0,"delta":{"content":"\\ude00b\\ud83d"},"finish_reason":"stop"}]}',
     ]
-    events = writer.begin(chunks[0])
+    events = writer.begin()
     for chunk in chunks:
         events += writer.read(chunk)
     events += writer.finish(NOW)
