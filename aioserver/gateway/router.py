@@ -155,6 +155,11 @@ class Router:
         return next(usable, members[0]).provider
 
     @property
+    def active_group(self) -> str | None:
+        """The group that is asked first if a request names no model; None if it is a provider."""
+        return self._active.name or None
+
+    @property
     def fallbacks(self) -> list[str]:
         """The names of those that are asked where the active provider or group fails."""
         return [

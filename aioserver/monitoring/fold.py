@@ -25,6 +25,7 @@ from typing import (
     is_typeddict,
 )
 
+from aioserver.monitoring.groups import member_state
 from aioserver.monitoring.state import COUNTS, Snapshot
 from aioserver.monitoring.troubles import WORDS
 from aioserver.monitoring.verdict import Lately, judge
@@ -194,7 +195,7 @@ class Fold:
             group["known_share"], group["cached_share"] = known, cached
             for member in group["members"]:
                 provider = total["providers"][member["provider"]]
-                member["state"], member["limit"] = provider["state"], provider["limit"]
+                member["state"], member["limit"] = member_state(provider), provider["limit"]
                 member["in_flight"] = provider["in_flight"]
         instances = {name: _instance(report.snapshot) for name, report in reports.items()}
         total["instances"] = dict(sorted((instances | dict.fromkeys(unheard)).items()))

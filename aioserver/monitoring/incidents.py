@@ -3,17 +3,20 @@
 Everything that is counted is gathered: the first incident is reported at once, and after it a
 quiet time begins, in which numbers are added up for the next incident of the same kind, detail and
 provider. A trouble of a provider, or of a section, is an incident when it begins and when it ends;
-a trouble that comes back in its quiet time is reported after that, if it still lasts. The words
+a trouble that comes back in its quiet time is reported after that, if it still lasts. So is a
+member that is out of its groups, and back. The words
 are those of troubles.py, so that the log and the verdict say the same.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from aioserver.monitoring.groups import OFF, OUT, closed, listing, several
 from aioserver.monitoring.interval import (
     ANSWERED,
     ATTEMPTS,
@@ -46,7 +49,7 @@ if TYPE_CHECKING:
 
     from aioserver.monitoring.interval import Interval
     from aioserver.monitoring.section import Section
-    from aioserver.monitoring.state import Incident, ProviderState
+    from aioserver.monitoring.state import GroupState, Incident, ProviderState
 
 # Seconds after an incident in which more of the same is gathered.
 QUIET = 10.0
@@ -87,6 +90,7 @@ MANY_REJECTED, MANY_FAILED = 10, 5
 HARMLESS = frozenset(
     ("rate_limit_exceeded", "concurrency_exceeded", "server_shutdown", "history_unavailable")
 )
+NO_GROUPS: Mapping[str, GroupState] = MappingProxyType({})
 # Milliseconds by which a late loop is an error: clients see that everything stands still.
 SEVERE_LAG = 1000
 
@@ -136,6 +140,8 @@ class Detector:
         self._troubles: dict[str, str] = {}
         # The same by key of a section.
         self._section_troubles: dict[str, str] = {}
+        # The members that are out of their groups, as was reported.
+        self._out: set[str] = set()
 
     def detect(
         self,
@@ -143,6 +149,7 @@ class Detector:
         interval: Interval,
         providers: Mapping[str, ProviderState],
         sections: Iterable[tuple[Section[Any], Any]] = (),
+        groups: Mapping[str, GroupState] = NO_GROUPS,
     ) -> list[Incident]:
         """Return the incidents of the tick at *now*, a monotonic time, which ends *interval*;
         *sections* with their states.
@@ -150,6 +157,7 @@ class Detector:
         self._gather(now, interval)
         return [
             *self._trouble_changes(now, providers),
+            *self._group_changes(now, groups),
             *self._section_changes(now, sections),
             *self._due(now),
         ]
@@ -217,6 +225,30 @@ class Detector:
                         trouble["advice"],
                     )
 
+    def _group_changes(self, now: float, groups: Mapping[str, GroupState]) -> Iterator[Incident]:
+        """Yield an incident for each member that is out of its groups now, or is back."""
+        states: dict[str, str] = {}
+        names: defaultdict[str, list[str]] = defaultdict(list)
+        for name, group in groups.items():
+            if several(group):
+                for member in group["members"]:
+                    states[member["provider"]] = member["state"]
+                    names[member["provider"]].append(name)
+        # One that is in no group any more has not come back.
+        self._out &= states.keys()
+        for provider, state in states.items():
+            if state not in OUT or state == OFF:
+                if provider in self._out:
+                    self._out.remove(provider)
+                    text = f"{provider} is back in {listing(dict.fromkeys(names[provider]))}"
+                    yield incident("group_restored", text, "info", provider)
+            elif provider not in self._out:
+                subject = Subject("group_degraded", provider=provider)
+                if self._quiet_until.get(subject, 0.0) <= now:
+                    self._quiet_until[subject] = now + QUIET
+                    self._out.add(provider)
+                    yield _degraded(provider, state, dict.fromkeys(names[provider]), groups)
+
     def _due(self, now: float) -> Iterator[Incident]:
         """Yield an incident for each subject that was gathered and is not in its quiet time."""
         due = [subject for subject in self._gathered if self._quiet_until.get(subject, 0.0) <= now]
@@ -237,6 +269,21 @@ class Detector:
             )
             severity = _severity(subject, gathered)
             yield incident(subject.kind, text, severity, subject.provider, remedy)
+
+
+def _degraded(
+    provider: str, state: str, names: Iterable[str], groups: Mapping[str, GroupState]
+) -> Incident:
+    """Return the incident that *provider*, a member of the groups *names*, is out."""
+    shut = [name for name in names if closed(groups[name])]
+    go_on = [name for name in names if name not in shut]
+    parts = (
+        [f"{listing(go_on)} {'go' if len(go_on) > 1 else 'goes'} on without it"] if go_on else []
+    )
+    if shut:
+        parts.append(f"no member of {listing(shut)} can start anything now")
+    text = f"{provider} {OUT[state]}: {', and '.join(parts)}"
+    return incident("group_degraded", text, "error" if shut else "warning", provider)
 
 
 def _words(subject: Subject) -> tuple[str, str]:

@@ -246,8 +246,10 @@ class Monitor:
         self._history.append(_point(self._snapshot))
         self._history_event = b""
         sections = [(section, section.of(self._snapshot)) for section in self.sections]
-        now, providers = time.monotonic(), self._snapshot["providers"]
-        for new_incident in self._detector.detect(now, self._interval, providers, sections):
+        now, snapshot = time.monotonic(), self._snapshot
+        for new_incident in self._detector.detect(
+            now, self._interval, snapshot["providers"], sections, snapshot["groups"]
+        ):
             _log(new_incident)
             self._publish(new_incident)
         if self._watchers:

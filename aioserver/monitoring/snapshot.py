@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from aioserver import __version__
+from aioserver.monitoring.groups import member_state
 from aioserver.monitoring.interval import ATTEMPTS, EVENTS, REJECTIONS, REQUESTS
 from aioserver.telemetry.counters import quotient_of
 from aioserver.telemetry.kernel import process_usage
@@ -118,6 +119,7 @@ class Snapshots:
             "ready": sources.ready(),
             "verdict": verdict,
             "active_provider": router.active.name,
+            "active_group": router.active_group,
             "fallbacks": router.fallbacks,
             "connections": _connections_state(sources, interval),
             "rejections": _values(metrics.rejections),
@@ -166,7 +168,7 @@ def _group_state(
             {
                 "provider": member.provider.name,
                 "model": member.asked_model,
-                "state": provider["state"],
+                "state": member_state(provider),
                 "in_flight": provider["in_flight"],
                 "limit": provider["limit"],
                 "starts": member.starts,

@@ -204,7 +204,10 @@ class ProviderState(TypedDict):
 
 
 class MemberState(TypedDict):
-    """One member of a group; all but *starts* is its provider's."""
+    """One member of a group; all but *starts* is its provider's.
+
+    *state* is a word of groups.py.
+    """
 
     provider: str
     model: str
@@ -309,6 +312,7 @@ class Snapshot(TypedDict):
     ready: Annotated[bool, ANY]
     verdict: Annotated[Verdict, MADE]
     active_provider: Annotated[str, OWN]
+    active_group: Annotated[str | None, OWN]
     fallbacks: Annotated[list[str], OWN]
     connections: ConnectionsState
     rejections: Annotated[dict[str, int], COUNTS]

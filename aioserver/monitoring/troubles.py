@@ -13,12 +13,13 @@ import math
 from collections import Counter, deque
 from typing import TYPE_CHECKING
 
+from aioserver.monitoring.groups import covering, listing
 from aioserver.monitoring.interval import ATTEMPTS
 from aioserver.providers.breaker import DEAD, SICK
 from aioserver.telemetry.metrics import OK
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from aioserver.monitoring.interval import Interval
     from aioserver.monitoring.state import ProviderState, SilenceState, Snapshot, Trouble
@@ -150,16 +151,27 @@ class Troubles:
                 attempts.setdefault(total.provider, Counter())[total.detail] += int(number)
         self._attempts.append(attempts)
         before, self._now = self._now, {}
+        groups = covering(snapshot)
         for name, provider in snapshot["providers"].items():
-            trouble = self._trouble(name, provider, snapshot, before.get(name))
+            trouble = self._trouble(
+                name, provider, snapshot, before.get(name), groups.get(name, ())
+            )
             provider["trouble"] = trouble
             if trouble is not None:
                 self._now[name] = trouble
 
     def _trouble(
-        self, name: str, provider: ProviderState, snapshot: Snapshot, before: Trouble | None
+        self,
+        name: str,
+        provider: ProviderState,
+        snapshot: Snapshot,
+        before: Trouble | None,
+        groups: Sequence[str],
     ) -> Trouble | None:
-        """Return the worst trouble of the provider *name*; *before*: at the last snapshot."""
+        """Return the worst trouble of the provider *name*; *before*: at the last snapshot.
+
+        *groups* go on without it.
+        """
         faults, attempts = self._lately(name)
         failed = sum(faults.values())
         began = now = snapshot["time"]
@@ -193,10 +205,12 @@ class Troubles:
             since = before["since"]
         others = snapshot["fallbacks"]
         remedies = [remedy.format(name=name)]
-        if provider["active"] and not others:
+        if provider["active"] and not (others or groups):
             remedies.append(INSTEAD)
         detail = [f"It began {span(now - since)} ago", *_next_try(provider)]
-        if provider["active"] and kind != SILENT:
+        if groups:
+            detail.append(f"the other members of {listing(groups)} are asked instead")
+        elif provider["active"] and kind != SILENT:
             detail.append(f"its fallback is {others[0]}" if others else "no fallback is set")
         return {
             "kind": kind,

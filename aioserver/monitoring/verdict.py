@@ -4,6 +4,8 @@ what to do.
 It is made once a tick and is part of the snapshot, so that the dashboard, `top` and `/stats` say
 the same. Of several findings the worst is the verdict. Every number in its texts is one of the
 snapshot, or has been counted in the last RECENT ticks.
+
+This file is one concept: all findings stand in one order, the worst first.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aioserver.errors import ServerAtCapacity
+from aioserver.monitoring.groups import COOLING, OUT, closed, covering, listing, several
 from aioserver.monitoring.incidents import HARMLESS, MANY_REJECTED
 from aioserver.monitoring.interval import ANSWERED, FAILED, REJECTIONS, Total
 from aioserver.monitoring.troubles import (
@@ -27,11 +30,17 @@ from aioserver.monitoring.troubles import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from aioserver.monitoring.interval import Interval
     from aioserver.monitoring.section import Section
-    from aioserver.monitoring.state import Percentiles, ProviderState, Snapshot, Verdict
+    from aioserver.monitoring.state import (
+        GroupState,
+        Percentiles,
+        ProviderState,
+        Snapshot,
+        Verdict,
+    )
 
 # Ticks for which rejections, failed answers and a late event loop stay in the verdict.
 RECENT = 10
@@ -99,6 +108,7 @@ class _Judge:
     ) -> None:
         self._snapshot = snapshot
         self._sections = sections
+        self._covered = covering(snapshot)
         self._rejected = Counter(lately.rejected)
         self._answered = lately.answered
         self._failed = lately.failed
@@ -112,8 +122,10 @@ class _Judge:
         """Yield every finding, the worst first; the last one is always true."""
         yield from self._not_ready()
         yield from self._bugs()
+        yield from self._closed_groups(active=True)
         yield from self._trouble(active=True)
         yield from self._rejecting()
+        yield from self._closed_groups(active=False)
         yield from self._trouble(active=False)
         yield from self._resources()
         yield from self._section_troubles()
@@ -143,12 +155,42 @@ class _Judge:
                 "error", "trouble", "Bug", text, detail=detail, advice=OF_A_BUG, about="bug"
             )
 
+    def _closed_groups(self, *, active: bool) -> Iterator[Verdict]:
+        """Yield that no member of a group can start anything: of the active one, or of others."""
+        for name, group in self._snapshot["groups"].items():
+            if (name == self._snapshot["active_group"]) != active or not several(group):
+                continue
+            if not closed(group):
+                continue
+            cooling = any(member["state"] == COOLING for member in group["members"])
+            waiting = _queue(group["waiting"], "request", name, group["oldest_wait"])
+            yield _finding(
+                "error" if active and not cooling else "warning",
+                "rejecting" if self._rejections() else "trouble",
+                "Group out",
+                f"No member of {name} can start anything: {listing(self._reasons(group))}",
+                detail=_sentences(waiting if group["waiting"] else "", *self._rejections()),
+                advice="" if cooling else "Look at what is wrong with each of its providers.",
+                about=name,
+            )
+
+    def _reasons(self, group: GroupState) -> Iterable[str]:
+        """Return what the members of *group*, which is closed, are about."""
+        reasons = {}
+        for member in group["members"]:
+            name, state = member["provider"], member["state"]
+            reasons[name] = f"{name} {OUT[state]}"
+            if state == COOLING:
+                pace = self._snapshot["providers"][name]["pace"]
+                reasons[name] += f" for {span(pace['cooling'])} more"
+        return reasons.values()
+
     def _trouble(self, *, active: bool) -> Iterator[Verdict]:
         """Yield the worst trouble of the active provider, or of the others."""
         troubles = [
             (name, provider, trouble)
             for name, provider in self._snapshot["providers"].items()
-            if provider["active"] == active and (trouble := provider["trouble"]) is not None
+            if self._needed(name) == active and (trouble := provider["trouble"]) is not None
         ]
         troubles.sort(key=lambda row: [*WORDS].index(row[2]["kind"]))
         for name, provider, trouble in troubles[:1]:
@@ -156,6 +198,8 @@ class _Judge:
             level = trouble["severity"]
             if active and rejected and self._rejected_most():
                 level = "error"
+            elif name in self._covered:
+                level = "warning"
             yield _finding(
                 level,
                 "rejecting" if rejected else "trouble",
@@ -165,6 +209,11 @@ class _Judge:
                 advice=trouble["advice"],
                 about=name,
             )
+
+    def _needed(self, name: str) -> bool:
+        """Return whether requests that name no model come to the provider *name* alone."""
+        active = self._snapshot["providers"][name]["active"]
+        return active and name not in self._covered
 
     def _effects(self, name: str, provider: ProviderState) -> Iterator[str]:
         """Yield what clients feel of the trouble of the provider *name*."""

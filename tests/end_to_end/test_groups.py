@@ -407,3 +407,29 @@ async def test_a_request_that_no_member_takes_has_a_group_and_no_start(
         assert sum(starts.values()) == 0.0
         taken.cancel()
         await asyncio.wait([taken])
+
+
+async def test_a_member_that_cools_down_is_seen_and_its_group_goes_on(
+    make_server: MakeServer,
+) -> None:
+    limited = Behaviour(fail_rate=1.0, fail_status=429)
+    async with engines(make_server, limited, QUICK, choose="ordered", places=2) as (server, _):
+        monitor = server.context.monitor
+        monitor.tick()
+        body = {**CHAT, "model": "pair"}
+        async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
+            await response.read()
+            assert response.headers["x-aioserver-provider"] == "e1"
+        monitor.tick()
+
+        members = monitor.snapshot["groups"]["pair"]["members"]
+        assert [member["state"] for member in members] == ["cooling", "well"]
+        degraded = [
+            incident
+            for incident in monitor.newest_incidents()[1]
+            if incident["kind"] == "group_degraded"
+        ]
+        assert [(each["text"], each["severity"]) for each in degraded] == [
+            ("e0 cools down: pair goes on without it", "warning")
+        ]
+        assert monitor.snapshot["active_group"] is None

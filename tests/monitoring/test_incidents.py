@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -45,6 +45,7 @@ from aioserver.monitoring.troubles import (
 from aioserver.providers.breaker import DEAD, SICK
 from aioserver.telemetry.metrics import ATTEMPTS as OUTCOMES
 from aioserver.telemetry.metrics import Metrics
+from tests.support.dashboard import group
 
 
 def interval(growth: dict[Total, float], *, lag_max: float = 0.0) -> Interval:
@@ -315,3 +316,70 @@ def test_every_rejection_and_every_fault_has_its_advice() -> None:
     assert OF_REJECTIONS.keys() == Metrics({}).rejections.keys()
     assert OF_FAULTS.keys() == FAULTS.keys()
     assert of_rejections("another_code") == ("another_code", "")
+
+
+def changes_of(
+    detector: Detector, now: float, **groups: dict[str, Any]
+) -> list[tuple[str, str, str, str | None]]:
+    """The incidents of a tick in which groups are like this."""
+    happened = detector.detect(now, interval({}), {}, (), cast("Any", groups))
+    return [(each["kind"], each["severity"], each["text"], each["provider"]) for each in happened]
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [("dead", "is dead"), ("cooling", "cools down"), ("key_refused", "refuses our key")],
+)
+def test_a_member_that_is_out_of_its_groups_is_reported_and_its_return(
+    state: str, words: str
+) -> None:
+    detector, well = Detector(), ("gpu2", "well")
+    both = {"qwen": group(("gpu1", "well"), well), "smart": group(well, ("gpu1", "well"))}
+    without = {"qwen": group(("gpu1", state), well), "smart": group(well, ("gpu1", state))}
+
+    assert changes_of(detector, 1.0, **both) == []
+    assert changes_of(detector, 2.0, **without) == [
+        (
+            "group_degraded",
+            "warning",
+            f"gpu1 {words}: qwen and smart go on without it",
+            "gpu1",
+        )
+    ]
+    assert changes_of(detector, 3.0, **without) == []
+    assert changes_of(detector, 4.0, **both) == [
+        ("group_restored", "info", "gpu1 is back in qwen and smart", "gpu1")
+    ]
+    # What comes and goes is reported after its quiet time.
+    assert changes_of(detector, 5.0, **without) == []
+    assert changes_of(detector, 6.0, **both) == []
+    assert len(changes_of(detector, 2.0 + QUIET, **without)) == 1
+
+
+def test_the_last_member_that_goes_out_is_an_error() -> None:
+    detector = Detector()
+    changes_of(detector, 1.0, qwen=group(("gpu1", "dead"), ("gpu2", "sick")))
+
+    (last,) = changes_of(detector, 2.0, qwen=group(("gpu1", "dead"), ("gpu2", "cooling")))
+
+    text = "gpu2 cools down: no member of qwen can start anything now"
+    assert last == ("group_degraded", "error", text, "gpu2")
+
+
+def test_of_a_group_of_one_and_of_one_that_is_gone_nothing_is_reported() -> None:
+    detector = Detector()
+
+    assert changes_of(detector, 1.0, fast=group(("gpu1", "dead"))) == []
+    assert changes_of(detector, 2.0, qwen=group(("gpu1", "off"), ("gpu2", "well"))) == []
+    assert len(changes_of(detector, 3.0, qwen=group(("gpu1", "dead"), ("gpu2", "well")))) == 1
+    # A reload takes the group out while the provider is dead.
+    assert changes_of(detector, 4.0) == []
+    assert changes_of(detector, 5.0, qwen=group(("gpu1", "well"), ("gpu2", "well"))) == []
+
+
+def test_a_provider_of_many_groups_is_one_incident() -> None:
+    many = {f"g{number}": group(("gpu1", "dead"), ("gpu2", "well")) for number in range(100)}
+
+    (only,) = changes_of(Detector(), 1.0, **many)
+
+    assert only[2] == "gpu1 is dead: g0, g1, g2 and 97 more go on without it"

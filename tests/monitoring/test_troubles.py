@@ -17,6 +17,7 @@ from aioserver.monitoring.troubles import (
     Troubles,
     span,
 )
+from tests.support.dashboard import group
 
 WELL: dict[str, Any] = {
     "state": "well",
@@ -32,6 +33,7 @@ def looked(
     now: float,
     growth: dict[str, int] | None = None,
     fallbacks: tuple[str, ...] = (),
+    group_of_two: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Any:
     """The trouble of a provider with these *changes* of its state, and attempts since the last
@@ -42,7 +44,13 @@ def looked(
     }
     interval = Interval(attempts, {}, lag=0.0, lag_max=0.0, cpu=0.0, tasks=0)
     groq = {**WELL, **changes}
-    state: Any = {"time": now, "fallbacks": [*fallbacks], "providers": {"groq": groq}}
+    state: Any = {
+        "time": now,
+        "fallbacks": [*fallbacks],
+        "providers": {"groq": groq},
+        "groups": {} if group_of_two is None else {"qwen": group_of_two},
+        "active_group": None if group_of_two is None else "qwen",
+    }
     troubles.observe(state, interval)
     return groq["trouble"]
 
@@ -208,3 +216,18 @@ def test_spans_are_said_as_people_say_them() -> None:
     assert [span(seconds) for seconds in (-1, 0.9, 6.7, 119, 121, 7199, 7201)] == [
         *("0 s", "0 s", "6 s", "119 s", "2 min", "119 min", "2 h")
     ]
+
+
+def test_where_others_of_its_group_go_on_a_trouble_says_so() -> None:
+    dead: dict[str, Any] = {"state": "dead", "next_try": 1.0}
+    pair = group(("groq", "dead"), ("gpu2", "well"))
+
+    covered = looked(Troubles(), 1000.0, group_of_two=pair, **dead)
+    alone = looked(
+        Troubles(), 1000.0, group_of_two=group(("groq", "dead"), ("gpu2", "cooling")), **dead
+    )
+
+    assert covered["detail"].endswith("; the other members of qwen are asked instead")
+    assert INSTEAD not in covered["advice"]
+    assert alone["detail"].endswith("; no fallback is set")
+    assert INSTEAD in alone["advice"]

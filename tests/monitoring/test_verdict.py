@@ -8,6 +8,7 @@ import pytest
 
 from aioserver.monitoring.interval import ANSWERED, ATTEMPTS, FAILED, REJECTIONS, Interval, Total
 from aioserver.monitoring.troubles import (
+    INSTEAD,
     OF_A_BUG,
     OF_A_FULL_PROVIDER,
     OF_REJECTIONS,
@@ -15,7 +16,7 @@ from aioserver.monitoring.troubles import (
     Troubles,
 )
 from aioserver.monitoring.verdict import RECENT, Verdicts
-from tests.support.dashboard import CROWDED, QUEUEING, TOKEN, provider, snapshot
+from tests.support.dashboard import CROWDED, QUEUEING, TOKEN, group, provider, snapshot
 
 SILENT = {"longest": 6.4, "stalled": 25, "unanswered": 0, "under_way": 25}
 FULL, ANSWERS = Total(REJECTIONS, "provider_queue_full"), Total(ANSWERED)
@@ -356,3 +357,63 @@ def test_every_verdict_on_trouble_has_its_advice_and_its_word() -> None:
         words.add(word)
 
     assert {*WORDS.values()} - words == {WORDS["sick"]}
+
+
+def test_the_verdict_speaks_of_a_group_only_when_no_member_can_start_anything() -> None:
+    dead = {"state": "dead", "next_try": 1.0}
+    gpus = {
+        "active_group": "qwen",
+        "providers__gpu1": provider(active=True, **dead),
+        "providers__gpu2": provider(),
+        "providers__groq__active": False,
+    }
+
+    healthy = judged({**gpus, "groups__qwen": group(("gpu1", "well"), ("gpu2", "well"))})
+    assert "qwen" not in healthy["text"]
+    one_dead = judged({**gpus, "groups__qwen": group(("gpu1", "dead"), ("gpu2", "well"))})
+    assert (one_dead["level"], one_dead["word"], one_dead["about"]) == ("warning", "Dead", "gpu1")
+    assert "the other members of qwen are asked instead" in one_dead["detail"]
+    assert INSTEAD not in one_dead["advice"]
+
+    closed = group(("gpu1", "dead"), ("gpu2", "key_refused"), waiting=3, oldest_wait=4.0)
+    out = judged({**gpus, "groups__qwen": closed})
+    assert (out["level"], out["word"], out["about"]) == ("error", "Group out", "qwen")
+    assert out["text"] == (
+        "No member of qwen can start anything: gpu1 is dead and gpu2 refuses our key"
+    )
+    assert "3 requests wait for qwen, the longest for 4.0 s" in out["detail"]
+
+    other = judged({**gpus, "active_group": None, "groups__qwen": closed})
+    assert (other["level"], other["word"]) == ("error", "Dead")
+    aside = {**gpus, "active_group": None, "providers__gpu1": provider(**dead)}
+    assert judged({**aside, "groups__qwen": closed})["word"] == "Group out"
+    assert judged({**aside, "groups__qwen": closed})["level"] == "warning"
+
+
+def test_a_group_that_cools_down_is_a_warning_that_says_for_how_long() -> None:
+    pace = {"per_minute": 100, "left": 0, "cooling": 12.3}
+    changes = {
+        "active_group": "qwen",
+        "providers__gpu1": provider(active=True, pace=pace),
+        "providers__gpu2": provider(pace=pace),
+        "groups__qwen": group(("gpu1", "cooling"), ("gpu2", "cooling")),
+    }
+
+    verdict = judged(changes)
+
+    assert (verdict["level"], verdict["about"]) == ("warning", "qwen")
+    assert verdict["text"] == (
+        "No member of qwen can start anything: "
+        "gpu1 cools down for 12 s more and gpu2 cools down for 12 s more"
+    )
+
+
+def test_a_group_of_one_is_its_provider() -> None:
+    changes = {
+        "providers__gpu1": provider(state="dead", next_try=1.0),
+        "groups__fast": group(("gpu1", "dead")),
+    }
+
+    verdict = judged(changes)
+
+    assert (verdict["word"], verdict["about"]) == ("Dead", "gpu1")

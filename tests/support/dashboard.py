@@ -84,6 +84,32 @@ def provider(**changes: Any) -> dict[str, Any]:
     }
 
 
+def group(*members: tuple[str, str], **changes: Any) -> dict[str, Any]:
+    """A group of *members*, providers with their states."""
+    return {
+        "choose": "least_busy",
+        "affinity": "prefix",
+        "members": [
+            {
+                "provider": name,
+                "model": f"{name}-model",
+                "state": state,
+                "in_flight": 2,
+                "limit": 8,
+                "starts": 12,
+            }
+            for name, state in members
+        ],
+        "waiting": 0,
+        "oldest_wait": 0.0,
+        "held_back": 0,
+        "homes": {"home": 0, "other": 0, "new": 0},
+        "known_share": None,
+        "cached_share": None,
+        **changes,
+    }
+
+
 def snapshot() -> dict[str, Any]:
     """The `/stats` of an idle server."""
     return {
@@ -94,6 +120,7 @@ def snapshot() -> dict[str, Any]:
         "ready": True,
         "verdict": OPEN,
         "active_provider": "groq",
+        "active_group": None,
         "fallbacks": [],
         "connections": {
             "active": 0,
@@ -127,6 +154,7 @@ def snapshot() -> dict[str, Any]:
         "history": {"storage": "memory", "waiting": 0, "written": 0, "lost": 0, "trouble": None},
         "slow_clients": 0,
         "providers": {"groq": provider(active=True, model="llama-3.3-70b")},
+        "groups": {},
         "loop": {"lag": 0.0004, "lag_max": 0.001},
         "process": {
             "open_fds": 40,
