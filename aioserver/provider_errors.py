@@ -72,6 +72,8 @@ class ProviderFault(AioserverError):
     # Nothing was sent, and trying again may help: an SDK may repeat the request, and
     # still pays once.
     unsent: ClassVar[bool] = False
+    # It does not know what the request continues, and another member of its group may.
+    unknown_there: bool = False
     # The provider cannot be reached, or says that it is not ready.
     unreachable: bool = False
     # What became of the request that it has ended; None if it went to no provider.

@@ -19,7 +19,7 @@ import asyncio
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from aioserver.errors import AioserverError
+from aioserver.errors import AioserverError, ResponseNotFound
 from aioserver.provider_errors import (
     CircuitOpen,
     ContextTooLong,
@@ -107,8 +107,8 @@ class Asking:
         while True:
             attempt: Attempt | None = None
             place: Place | None = None
+            round_ = self._round
             try:
-                round_ = self._round
                 if round_ is None:
                     provider, attempt = self._provider, self._attempt()
                 else:
@@ -124,9 +124,16 @@ class Asking:
                     # Nothing was sent.
                     outcome.attempts -= 1
                 fault.request_outcome = outcome
-                if begun(self._stream) or not fault.failover:
+                elsewhere = fault.failover or (round_ is not None and fault.unknown_there)
+                if begun(self._stream) or not elsewhere:
                     raise
                 backoff = await self._after(fault, attempt)
+            except ResponseNotFound:
+                # Nothing was sent. Another member may have made what the request continues.
+                outcome.attempts -= 1
+                if round_ is None or not round_.unknown():
+                    raise
+                backoff = 0.0
             except AioserverError as error:
                 # Raised by us, perhaps since there is no room for the answer that comes.
                 error.paid = outcome.sent_at > 0
@@ -310,12 +317,16 @@ def final_try(tries: list[Try]) -> Try:
     """Return the attempt whose fault is raised when all providers have failed: the last of
     *tries*, as a rule.
 
-    A provider that refuses our key is not usable, nor is one that has no form of the request:
-    their faults are returned only if there is no other. A fault of too many requests is returned
+    A provider that refuses our key is not usable, nor is one that has no form of the request, or
+    does not know what it continues: their faults are returned only if there is no other. A fault of too many requests is returned
     only if every usable provider has raised one. The `retry_after` is that of the provider that
     may answer first. *tries* is empty afterwards.
     """
-    of_usable = [failed for failed in tries if not isinstance(failed.fault, UNUSABLE)] or tries
+    of_usable = [
+        failed
+        for failed in tries
+        if not (isinstance(failed.fault, UNUSABLE) or failed.fault.unknown_there)
+    ] or tries
     others = [failed for failed in of_usable if not isinstance(failed.fault, ProviderRateLimited)]
     final = (others or of_usable)[-1]
     if final.fault.retry_after is not None:

@@ -28,6 +28,12 @@ class Keeper(Protocol):
     `release`.
     """
 
+    @property
+    def kept_at(self) -> str | None:
+        """The name of the provider that has made what the request continues, and keeps it; None:
+        none does, or it is not known.
+        """
+
     async def begin(self) -> None:
         """Find what the request continues. Cancelling is safe."""
 

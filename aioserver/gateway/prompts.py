@@ -78,6 +78,10 @@ class Prompt:
         self.reading = reading
         self.conversation_id = None if asked is None else asked.conversation_id
 
+    @property
+    def kept_at(self) -> None:
+        """None: any provider gets the history."""
+
     async def begin(self) -> None:
         """Take the history as it is now, if it was not taken when the prompt was made."""
         late, self._late = self._late, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aioserver.gateway.homes import measured
-from aioserver.provider_errors import CircuitOpen, ContextTooLong, ProviderFault
+from aioserver.provider_errors import CircuitOpen, ContextTooLong, NoProvider, ProviderFault
 from aioserver.providers.outage import WAIT
 
 if TYPE_CHECKING:
@@ -26,12 +26,13 @@ class Round:
     """The members of *group* that *request* is still asked of, *left* in this round.
 
     *prefix* is that of its prompt, by which *homes* knows where it belongs; None: the group has
-    no affinity.
+    no affinity. What the request continues is *kept_at* a provider: this member is asked alone for
+    as long as it is not dead.
     """
 
     __slots__ = (
-        *("_again", "_group", "_homes", "_only", "_placement", "_prefix", "_request", "_stream"),
-        *("_waited", "chosen", "left", "too_small"),
+        *("_again", "_group", "_heirs", "_homes", "_only", "_placement", "_prefix", "_request"),
+        *("_stream", "_waited", "chosen", "left", "too_small"),
     )
 
     def __init__(
@@ -39,13 +40,20 @@ class Round:
         group: Group,
         request: Request,
         stream: Stream | None,
-        left: Sequence[Member],
+        members: Sequence[Member],
         homes: Homes,
         prefix: Prefix | None,
+        *,
+        kept_at: str | None = None,
     ) -> None:
         self._group, self._request, self._stream = group, request, stream
         self._homes, self._prefix = homes, prefix
-        self.left = left
+        keeping = [member for member in members if member.provider.name == kept_at]
+        others = [member for member in members if member not in keeping]
+        alone = any(not member.provider.health.breaker.dead for member in keeping)
+        self.left: Sequence[Member] = keeping if alone else others or keeping
+        # Those that get all of what the request continues, should the one that keeps it die.
+        self._heirs: Sequence[Member] = others if alone else ()
         # The one where the request has started; None while it has not.
         self.chosen: Member | None = None
         # The largest `max_context` of those for which it was too long.
@@ -116,6 +124,9 @@ class Round:
         """Note that the request has failed with *fault* where it has started, or could start
         nowhere; return whether it is asked of others in this round.
         """
+        if self._heirs and self._dead(fault):
+            self.left, self._heirs, self._again = self._heirs, (), []
+            return True
         member = self.chosen
         if member is None:
             self.left = ()
@@ -132,11 +143,26 @@ class Round:
             member.provider.meter.failovers[fault.code].value += 1
         return bool(self.left)
 
+    def _dead(self, fault: ProviderFault) -> bool:
+        """Return whether *fault*, of the member that keeps what the request continues, means that
+        it will not answer: it is dead, or was removed.
+        """
+        return isinstance(fault, CircuitOpen | NoProvider) or all(
+            member.provider.health.breaker.dead for member in self.left
+        )
+
+    def unknown(self) -> bool:
+        """Note that the member where the request has started has no use for it, since it is not
+        known what it continues; return whether it is asked of others.
+        """
+        self.left = [other for other in self.left if other is not self.chosen]
+        return bool(self.left)
+
     def away(self, fault: ProviderFault) -> Member | None:
         """Return the member at which the request may wait until it is back, where none is asked
         now; *fault* is what they have refused it with.
         """
-        if not isinstance(fault, CircuitOpen):
+        if self._heirs or not isinstance(fault, CircuitOpen):
             return None
         return next(
             (

@@ -498,12 +498,14 @@ class Router:
             for member in self._members(group, request)
             if member.max_context is None or member.max_context > too_small
         ]
+        keeper = request.keeper
+        kept_at = None if keeper is None else keeper.kept_at
         prefix = None
         if members and group.affinity == PREFIX and not request.route.pinned:
             first = members[0]
             body = request.provider_request.body(first.settings, first.asked_model)
             prefix = await prefix_of(body, group.name)
-        return Round(group, request, stream, members, self._homes, prefix)
+        return Round(group, request, stream, members, self._homes, prefix, kept_at=kept_at)
 
     def _members(self, group: Group, request: Request) -> list[Member]:
         """Return the members of *group* that can be asked for *request*.

@@ -27,7 +27,7 @@ import orjson
 from aioserver.errors import InvalidRequest, ResponseNotFound
 from aioserver.protocol.json_body import at_once
 from aioserver.protocol.openai import BadEvent, ErrorEvent
-from aioserver.provider_errors import RequestNotBridged
+from aioserver.provider_errors import ProviderRefused, RequestNotBridged
 from aioserver.providers.api import CHAT, Memory
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.error_mapping import event_fault
@@ -294,7 +294,13 @@ class ResponseAttempt(Attempt):
         Raises:
             ProviderFault: as `Attempt.conclude`.
         """
-        super().conclude()
+        try:
+            super().conclude()
+        except ProviderRefused as fault:
+            draft, sink = self._draft, self.sink
+            if draft is not None and draft.unknown and isinstance(sink, BodySink):
+                fault.unknown_there = refuses_continuation(self.status, sink.body)
+            raise
         chat, answer = self._chat, self.answer
         if chat is not None and answer is not None:
             self._writer = writer = WholeWriter(chat, self._frame(chat), MAX_WHOLE_BYTES)

@@ -112,6 +112,17 @@ class Draft:
             self.previous = await self._responses.reach(self.caller, self.previous_id)
 
     @property
+    def kept_at(self) -> str | None:
+        """The name of the provider that has made the response which it continues, and keeps it."""
+        previous = self.previous
+        return previous.provider if previous is not None and previous.kept_there else None
+
+    @property
+    def unknown(self) -> bool:
+        """Whether it continues a response of which nothing is known here."""
+        return self.previous is None and self.previous_id is not None
+
+    @property
     def slow(self) -> bool:
         """Whether its body may take long to make: it is large, or continues a response that is
         held here.
