@@ -384,6 +384,39 @@ client_messages.too_much = socket.too_much = RateLimitExceeded
 from aioserver.providers.backpressure import Backpressure
 Backpressure._look = lambda self: None
 """,
+    # What another attempt relies on.
+    "that content commits an attempt": """
+from aioserver.gateway import asking, router
+from aioserver.providers.request import ProviderRequest
+ProviderRequest.forget_body = lambda self: None
+asking.begun = router.begun = lambda stream: stream is not None and stream.ended
+""",
+    "that a preamble goes with its attempt": """
+from aioserver.providers.sinks import PassingSink, StreamSink
+def shown(self):
+    if self._held and not self._stream.ended:
+        self._show(b"".join(self._held))
+    self._held = []
+    StreamSink.forget(self)
+PassingSink.forget = shown
+""",
+    "the preamble of an answer": """
+from aioserver.providers.sinks import PassingSink
+release = PassingSink._release
+def lossy(self):
+    self._held = self._held[-1:]
+    return release(self)
+PassingSink._release = lossy
+""",
+    "the preamble of a response from a bridge": """
+from aioserver.wings.responses.sinks import BridgeSink
+from aioserver.providers.reading_sinks import ReadingSink
+begin = BridgeSink._begin
+def early(self, data):
+    parts = begin(self, data)
+    return parts if self._stream.answered_at else [*self._writer.begin(), *parts]
+BridgeSink._begin = early
+""",
     # What conversations in a file rely on.
     "a turn of a conversation": """
 from aioserver.wings.conversations.history import History
@@ -523,7 +556,31 @@ CROWD = {
     "llm.providers.sim.http_client.requests_per_minute": 1_000_000,
     "llm.providers.sim.http_client.queue_timeout": 30.0,
 }
+# A provider that breaks off, often before its first token, and another one.
+SPARED: dict[str, Any] = {
+    "spare": True,
+    "pinned": False,
+    "faces": ("stream",),
+    "faults": {},
+    "habits": {},
+    "provider_links": {},
+    "provider_fault_share": 0.7,
+    "provider_faults": ("cut-<n>", "end-<n>", "stall-<n>", "error-event-<n>", "bad-json-<n>"),
+    "preambles": 0.7,
+}
 NEEDS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        (
+            *("that content commits an attempt", "that a preamble goes with its attempt"),
+            "the preamble of an answer",
+        ),
+        SPARED,
+    ),
+    "the preamble of a response from a bridge": {
+        **SPARED,
+        "faces": ("responses",),
+        "responses": "lacks",
+    },
     "that a request stands in other lines": GROUPED,
     "to wait at the members of a group": GROUPED,
     "that a request was offered a member": {**AT_HOME, "spread": 0.1, "changes": CROWD},

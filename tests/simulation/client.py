@@ -102,7 +102,11 @@ class Client:
         self.dice = dice = random.Random(f"client {plan.seed} {number}")
         self.face = dice.choice(plan.faces)
         thrown, fault = dice.random(), dice.choice(plan.provider_faults)
-        fault = fault.replace("<n>", str(dice.randrange(1, 6)))
+        tokens = dice.randrange(1, 6)
+        if random.Random(f"preamble {plan.seed} {number}").random() < plan.preambles:
+            # Nothing but a role, or an id, has come before it.
+            tokens = 0
+        fault = fault.replace("<n>", str(tokens))
         words = " ".join(["word"] * dice.choice((1, 5, 50)))
         # Some answers are longer than what a transport buffers.
         if long := dice.random() < LONG:

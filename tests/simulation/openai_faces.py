@@ -57,7 +57,7 @@ async def stream(client: Client) -> None:
         if response.status != 200:
             await client.refused(response)
             return
-        count, finish = 0, ""
+        count, finish, roles = 0, "", 0
         async for data in events(response, client.patience):
             count += 1
             if data == b"[DONE]":
@@ -74,6 +74,9 @@ async def stream(client: Client) -> None:
                 reading.end = f"error: {event['error'].get('code')}"
                 continue
             for choice in event["choices"]:
+                roles += "role" in choice["delta"]
+                if roles != 1 or finish:
+                    raise Violation(f"{roles} roles, or more behind the finish")
                 reading.add(choice["delta"].get("content") or "")
                 finish = choice.get("finish_reason") or finish
             if client.now("leave", count):

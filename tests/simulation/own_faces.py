@@ -121,6 +121,11 @@ def take(client: Client, frame: dict[str, Any]) -> bool:
         raise Violation(f"an event of {frame['request_id']}")
     reading = client.reading
     reading.number(frame["event_id"])
+    if (status == "processing") != (frame["event_id"] == 1) and status not in {
+        "error",
+        "cancelled",
+    }:
+        raise Violation(f"{status} is event {frame['event_id']}")
     if status == "chunk":
         reading.add(frame["chunk"]["data"])
     elif status == "error":

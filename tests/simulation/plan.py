@@ -137,6 +137,8 @@ class Plan:
     responses: str = KEEPS
     # Whether the server keeps conversations in an SQLite file.
     sql: bool = False
+    # The share of faults after some tokens that come before the first one.
+    preambles: float = 0.0
 
     @property
     def drains(self) -> bool:
@@ -200,6 +202,7 @@ def draw(seed: int, clients: int, instances: int = 1, *, groups: bool = True) ->
         # Dice of its own: a seed tries the same otherwise.
         large=random.Random(f"large {seed}").choice((0.0, 0.0, 0.1, 0.5)),
         uploads=random.Random(f"uploads {seed}").choice((0.0, 0.0, 0.0, 0.0, 0.05, 0.2)),
+        preambles=random.Random(f"preamble {seed}").choice((0.0, 0.3, 1.0)),
         instances=instances,
         balancer=dice.choice(BALANCERS),
         shared=_draw_shared(seed) if instances > 1 else None,

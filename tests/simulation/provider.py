@@ -55,6 +55,11 @@ class Call:
     whole: int = 0
 
     @property
+    def committed(self) -> bool:
+        """Whether the first token has arrived, whatever became of its connection then."""
+        return self.transport.peer.received >= self.begun > 0
+
+    @property
     def arrived(self) -> bool:
         """Whether the answer has arrived, or still may."""
         received = self.transport.peer.received

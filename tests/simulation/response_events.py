@@ -48,6 +48,8 @@ class ResponseReading:
                 raise Violation(f"{kind} after the end of a response")
             self.last += 1
         if kind == "response.created":
+            if self.id:
+                raise Violation(f"the response {self.id} is created twice")
             self.id = event["response"]["id"]
         elif kind == "response.output_text.delta":
             self.reading.add(event["delta"])

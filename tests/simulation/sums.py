@@ -6,6 +6,7 @@ sum of the limits. What instances share through a server is looked at in togethe
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tests.simulation.configuration import HTTP, ROOM, STREAMS
@@ -102,6 +103,19 @@ class Sums:
                 self._broken(
                     f"client {client.number} ({client.face}) asks for {client.group}, and "
                     f"{call.provider} answers, of {sorted(members)}"
+                )
+
+    def check_attempts(self, client: Client) -> None:
+        """Check that nobody was asked for an answer to *client*, who has asked once, when another
+        provider had begun to give it.
+        """
+        if client.face not in {"stream", "responses"}:
+            return
+        for first, second in pairwise(self._calls.of(client.question.name)):
+            if first.committed:
+                self._broken(
+                    f"client {client.number} ({client.face}) gets an answer of {second.provider} "
+                    f"behind that of {first.provider}"
                 )
 
     def check_calls(self, client: Client) -> None:

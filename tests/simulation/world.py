@@ -353,6 +353,7 @@ async def _serve(world: World, outcome: Outcome, only: Collection[int] | None) -
                 if asked.outcome:
                     outcome.ends[asked.outcome] += 1
                 world.sums.check_calls(asked)
+                world.sums.check_attempts(asked)
                 world.sums.check_members(asked)
                 world.sums.check_turns(asked)
     if operations:
