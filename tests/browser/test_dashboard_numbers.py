@@ -6,12 +6,55 @@ from typing import TYPE_CHECKING
 
 from playwright.async_api import expect
 
-from tests.support.dashboard import Stand, opened
+from tests.support.dashboard import Stand, group, opened
 
 if TYPE_CHECKING:
     from playwright.async_api import Page
 
 DASH = "\u2013"
+
+
+async def test_each_group_has_a_row_and_each_member_a_cell(stand: Stand, page: Page) -> None:
+    await opened(page, stand)
+    section = page.locator("#groups")
+    await expect(section).to_be_hidden()
+
+    members = (("gpu1", "well"), ("gpu2", "cooling"), ("gpu3", "dead"))
+    qwen = group(*members, waiting=3, oldest_wait=1.5, cached_share=0.62)
+    qwen["members"][0] |= {"in_flight": 8, "limit": 8}
+    stand.say(groups={"fast": group(("gpu1", "well")), "qwen": qwen}, active_group="qwen")
+    rows = section.locator("tbody tr")
+    await expect(rows).to_have_count(2)
+    await expect(rows.nth(1).locator("th")).to_have_text("qwen active")
+    cells = [
+        text.replace("\u00a0", " ") for text in await rows.nth(1).locator("li").all_inner_texts()
+    ]
+    assert [" ".join(cell.split()) for cell in cells] == [
+        "gpu1 8 of 8, full",
+        "gpu2 2 of 8, cools down",
+        "gpu3 2 of 8, dead",
+    ]
+    tones = [
+        await cell.get_attribute("data-tone") for cell in await rows.nth(1).locator("li").all()
+    ]
+    assert tones == ["warning", "warning", "bad"]
+    await expect(rows.nth(1).locator("td").nth(1)).to_have_text("3, oldest 1.5\u00a0s")
+    await expect(rows.nth(1).locator("td").nth(2)).to_have_text("62\u00a0%")
+    await expect(page.locator("#groups-summary")).to_be_empty()
+
+    # One that has gone, a member less, and nobody who can start anything.
+    stand.say(groups={"qwen": group(("gpu2", "cooling"), ("gpu3", "dead"))})
+    await expect(rows).to_have_count(1)
+    await expect(rows.nth(0).locator("li")).to_have_count(2)
+    await expect(page.locator("#groups-summary")).to_have_text(
+        "1 without a member that can start anything"
+    )
+    await expect(rows.nth(0).locator("td").nth(2)).to_have_text("\u2013")
+
+    many = {f"g{number}": group(("gpu1", "well")) for number in range(60)}
+    stand.say(groups=many)
+    await expect(rows).to_have_count(50)
+    await expect(page.locator("#groups-summary")).to_have_text("the first 50 of 60")
 
 
 async def test_numbers_are_short_and_carry_their_unit(stand: Stand, page: Page) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from aioserver.tools import remote
 from aioserver.tools.top.feed import Feed, LostError, State
 from aioserver.tools.top.screen import render
+from tests.support.dashboard import group
 from tests.support.process import WITHOUT_RICH, run_command
 from tests.support.terminal import CTRL_C, terminal
 from tests.support.waiting import until
@@ -431,3 +432,23 @@ def test_each_instance_has_a_line_with_its_share() -> None:
 
     assert "host-1-a: 30 of 55 connections, 12 answers, 400 tokens/s, CPU 63 %" in text
     assert "host-2-b: does not answer" in text
+
+
+def test_each_group_has_a_row_with_its_members() -> None:
+    members = (("gpu1", "well"), ("gpu2", "key_refused"), ("gpu3[bold]", "sick"))
+    groups = {
+        "qwen": group(*members, waiting=3, cached_share=0.62),
+        **{f"g{number}": group(("gpu1", "well")) for number in range(11)},
+    }
+
+    text = drawn(State("http://127.0.0.1:1", stats={**STATS, "groups": groups}))
+
+    assert "gpu1 2/8, gpu2 2/8 key refused, gpu3[bold] 2/8 sick" in " ".join(text.split())
+    (row,) = [line for line in text.splitlines() if "qwen" in line]
+    assert row.split()[-2:] == ["3", "62%"]
+    assert "g8" in text
+    assert "g9" not in text
+    assert "and 2 groups more" in text
+    assert max(map(len, text.splitlines())) <= 80
+    # Without groups there is no such part.
+    assert "members" not in drawn(State("http://127.0.0.1:1", stats=STATS))

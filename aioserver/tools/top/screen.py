@@ -28,6 +28,8 @@ MARKS = {"ok": "+", "warning": "!", "error": "x"}
 BAR_WIDTH = 24
 NEARLY_FULL = 0.8
 UNKNOWN = "-"
+# Groups that have a row.
+MAX_GROUPS = 10
 UNKNOWN_VERDICT = {"level": "warning", "word": "Unknown", "text": "the server sends no verdict"}
 
 
@@ -71,6 +73,7 @@ def render(state: State) -> RenderableType:
             "",
             _providers(stats.get("providers", {})),
             *_guards(stats.get("providers", {})),
+            *_groups(stats.get("groups") or {}),
             *_instances(stats.get("instances") or {}),
             "",
             _facts(stats),
@@ -171,6 +174,35 @@ def _providers(providers: dict[str, Any]) -> Table:
             style=style,
         )
     return table
+
+
+def _groups(groups: dict[str, Any]) -> list[RenderableType]:
+    """Return a table of *groups*, whose members have their places and what is wrong with them."""
+    if not groups:
+        return []
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("group", no_wrap=True, max_width=14, overflow="ellipsis")
+    table.add_column("members: places")
+    for name in ("waiting", "cached"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, group in list(groups.items())[:MAX_GROUPS]:
+        cells = Text()
+        for member in group.get("members", []):
+            state = str(member.get("state", "well"))
+            cell = f"{member.get('provider')} {member.get('in_flight')}/{member.get('limit')}"
+            if state != "well":
+                cell += f" {state.replace('_', ' ')}"
+            style = "none" if state == "well" else "yellow" if state == "sick" else "red"
+            cells.append(", " if cells else "").append(printable(cell), style=style)
+        waiting = group.get("waiting", 0)
+        table.add_row(
+            Text(printable(name)),
+            cells,
+            Text(str(waiting), style="yellow" if waiting else "none"),
+            _share(group.get("cached_share")),
+        )
+    more = len(groups) - MAX_GROUPS
+    return ["", table, *([Text(f" and {more} groups more", style="dim")] if more > 0 else [])]
 
 
 def _instances(instances: dict[str, Any]) -> list[Text]:

@@ -2,6 +2,7 @@
 import { bind, setText } from "/assets/dashboard/binding.js";
 import { Charts } from "/assets/dashboard/charts.js";
 import { Feed } from "/assets/dashboard/feed.js";
+import { Groups } from "/assets/dashboard/groups.js";
 import { History } from "/assets/dashboard/history.js";
 import { Incidents } from "/assets/dashboard/incidents.js";
 import { Instances } from "/assets/dashboard/instances.js";
@@ -26,6 +27,7 @@ const recent = new Recent();
 const history = new History();
 const incidents = new Incidents();
 const providers = new Providers();
+const groups = new Groups();
 const instances = new Instances();
 let charts;
 let link = { up: false, reason: "", retryAt: 0 };
@@ -50,8 +52,9 @@ const handlers = {
     charts ??= new Charts(document.getElementById("charts"), history);
     const rejected = Object.values(stats.rejections).reduce((sum, number) => sum + number, 0);
     const age = stats.first_token?.age;
-    showNumbers({ ...stats, rejected, stale: age > STALE ? age : null }, lastMinute);
+    showNumbers({ ...stats, active: stats.active_group ?? stats.active_provider, rejected, stale: age > STALE ? age : null }, lastMinute);
     providers.update(stats, lastMinute, history);
+    groups.update(stats);
     instances.update(stats);
     verdict = stats.verdict;
     charts.update(stats);

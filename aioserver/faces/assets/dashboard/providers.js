@@ -36,12 +36,14 @@ export class Providers {
     this.#repeat = () => this.update(stats, recent, history);
     const all = Object.entries(stats.providers);
     const conditions = new Map(all.map(([name, provider]) => [name, conditionOf(provider)]));
+    const grouped = withOthers(stats.groups);
     const used = all.filter(([, provider]) => provider.active || provider.requests || provider.in_flight || provider.waiting).map(([name]) => name);
     const shown = this.#choose(used, conditions, stats.time);
     for (const [name, card] of this.#cards) if (!shown.includes(name)) this.#remove(name, card);
     shown.forEach((name, at) => {
       const { element, show } = this.#cards.get(name) ?? this.#make(name);
-      show(stats.providers[name], recent.providers?.[name], conditions.get(name), stats.fallbacks);
+      const others = stats.fallbacks?.some((other) => other !== name) || grouped.has(name);
+      show(stats.providers[name], recent.providers?.[name], conditions.get(name), others);
       if (this.#box.children[at] !== element) this.#box.insertBefore(element, this.#box.children[at]);
     });
     this.#more.hidden = used.length <= MAX_CARDS;
@@ -80,7 +82,7 @@ export class Providers {
     const word = element.querySelector(".condition b");
     const fill = bind(element);
     element.dataset.provider = name;
-    const show = (provider, lastMinute, state, fallbacks) => {
+    const show = (provider, lastMinute, state, others) => {
       const { pool, pace, silent } = provider;
       fill({
         ...provider,
@@ -89,7 +91,7 @@ export class Providers {
         pool: pool && { ...pool, busy: pool.open - pool.idle },
         silent: silent?.under_way ? { ...silent, number: silent.stalled + silent.unanswered } : null,
         cooling: pace?.cooling || null,
-        asked: asked(provider, fallbacks?.some((other) => other !== name)),
+        asked: asked(provider, others),
       }, lastMinute);
       element.dataset.tone = mark.dataset.tone = state.tone;
       mark.dataset.shape = state.shape;
@@ -115,6 +117,12 @@ export class Providers {
     this.#unused.hidden = rest.length === 0;
     setText(this.#unused, `Without a request so far: ${rest.slice(0, 30).map(label).join(", ")}${more}`);
   }
+}
+
+/** Return the names of the providers that are in a group with others. */
+function withOthers(groups = {}) {
+  const several = Object.values(groups).map(({ members }) => new Set(members.map(({ provider }) => provider)));
+  return new Set(several.filter(({ size }) => size > 1).flatMap((names) => [...names]));
 }
 
 /** Return when a provider is asked, which its breaker decides; *others* is whether another one can be asked instead. */
