@@ -56,14 +56,15 @@ class Asking:
     """*request*, to be asked of *provider* for *model*; or of the members of *round_*, of which it
     is the first.
 
-    *fallback* says that others can be asked instead of all of these. *random_number* returns
+    *fallback* says that others can be asked instead of all of these. The first attempt is a *trial*
+    of a sick provider, if that has begun one; it is not tried again there. *random_number* returns
     numbers from 0.0 to 1.0, for the jitter of backoffs.
     """
 
     __slots__ = (
         *("_broken", "_fallback", "_model", "_number", "_outcome", "_previous", "_provider"),
-        *("_random_number", "_rejoin", "_request", "_round", "_stream", "_too_long", "_tries"),
-        "_waited",
+        *("_random_number", "_rejoin", "_request", "_round", "_stream", "_too_long", "_trial"),
+        *("_tries", "_waited", "trial"),
     )
 
     def __init__(
@@ -75,12 +76,16 @@ class Asking:
         round_: Round | None = None,
         *,
         fallback: bool,
+        trial: bool = False,
         random_number: Callable[[], float],
     ) -> None:
         self._request, self._stream = request, stream
         self._outcome = request.provider_request.outcome
         self._provider, self._model, self._round = provider, model, round_
         self._fallback = fallback
+        # Whether the next attempt is a trial, of whose end the breaker does not know yet; and
+        # whether the last one was.
+        self.trial, self._trial = trial, False
         self._random_number = random_number
         # The number of this round.
         self._number = 0
@@ -118,6 +123,7 @@ class Asking:
                     provider = round_.chosen.provider
                     round_.sent()
                 outcome.begin_attempt(provider.name, attempt.model or provider.settings.model)
+                self._trial = attempt.trial
                 await provider.run(attempt, place)
             except ProviderFault as fault:
                 if attempt is not None and not fault.attempt_outcome:
@@ -143,6 +149,10 @@ class Asking:
                     round_.answered(attempt)
                 return attempt
             finally:
+                if attempt is not None and attempt.trial:
+                    # It never began.
+                    attempt.trial = False
+                    provider.health.breaker.unsure(trial=True)
                 if place is not None:
                     # It is given back already, unless the attempt never began.
                     place.release()
@@ -152,7 +162,7 @@ class Asking:
     def _attempt(self) -> Attempt:
         """Return the next attempt at the one provider."""
         request = self._request
-        return request.make_attempt(
+        attempt = request.make_attempt(
             self._provider,
             request.provider_request,
             self._stream,
@@ -162,6 +172,8 @@ class Asking:
             rejoin=self._rejoin,
             fallback=self._fallback,
         )
+        attempt.trial, self.trial = self.trial, False
+        return attempt
 
     async def _after(self, fault: ProviderFault, attempt: Attempt | None) -> float:
         """Return the seconds until the next attempt, since *attempt* has failed with *fault*, or
@@ -198,7 +210,8 @@ class Asking:
         if round_ is not None and round_.chosen is not None:
             provider = round_.chosen.provider
         if (
-            provider in self._broken
+            self._trial
+            or provider in self._broken
             or self._number >= first.settings.http_client.max_retries
             or provider.health.breaker.dead
         ):
@@ -248,11 +261,12 @@ class Asking:
             not again
             or self._number > first.settings.http_client.max_retries
             or backoff > MAX_ASKED_BACKOFF
-            # They ask us to wait, or are dead, and the next one may not be.
+            # They ask us to wait, or are dead or sick, and the next one may not be.
             or (
                 self._fallback
                 and (
-                    isinstance(final.fault, ProviderRateLimited)
+                    (self._trial and self._round is None)
+                    or isinstance(final.fault, ProviderRateLimited)
                     or all(breaker.dead for breaker in breakers)
                 )
             )

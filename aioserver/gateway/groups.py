@@ -15,7 +15,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from aioserver.config.models import LEAST_BUSY, ORDERED, WEIGHTED
-from aioserver.gateway.members import Member, load, passed_over
+from aioserver.gateway.members import Member, load, sick, well
 from aioserver.limits.lines import Lines
 from aioserver.provider_errors import ProviderFault, ProviderPaced
 from aioserver.telemetry.outcome import NONE, GroupStart
@@ -134,8 +134,30 @@ class Group:
             members.sort(key=load)
         elif self.choose == WEIGHTED:
             members.sort(key=lambda member: -(member.credit + member.weight))
-        sick = [member for member in members if passed_over(member)]
-        return [member for member in members if member not in sick] + sick if sick else members
+        if not any(map(sick, members)):
+            return members
+        # `sorted` keeps their order otherwise.
+        return sorted(members, key=sick)
+
+    def trial(self, members: Sequence[Member], *, by_time: bool = True) -> Member | None:
+        """Return the one of *members*, which `order` has put in order, that a request asks first
+        as a trial, since it is sick; its breaker has to be told of the end. None: there is none.
+
+        *by_time* is as for `Breaker.start_spared`.
+        """
+        if not members or not sick(members[-1]) or not any(map(well, members)):
+            return None
+        candidates: list[Member] = []
+        for member in self.members if self.choose == ORDERED else members:
+            if member in members and sick(member):
+                candidates.append(member)
+            elif self.choose == ORDERED and well(member):
+                # Those behind it would not be asked first if they were well.
+                break
+        for member in candidates:
+            if member.provider.health.breaker.start_spared(by_time=by_time):
+                return member
+        return None
 
     def started(
         self,
@@ -173,8 +195,8 @@ class Group:
         """Wait for a place of one of *attempts*, of which each is one at that member; they are in
         the order in which their members are asked. Return the member, and its place.
 
-        With a *placement* its home comes first, and others may have to be waited for. *fallback*
-        says that others can be asked instead of all of them. Cancelling is safe.
+        With a *placement* its home comes first but for a trial, and others may have to be waited
+        for. *fallback* says that others can be asked instead of all of them. Cancelling is safe.
 
         Raises:
             ProviderFault: no member can start it in time, or all are left alone.
@@ -183,7 +205,10 @@ class Group:
         delays: Mapping[Member, float] = {}
         if placement is not None:
             delays = placement.delays
-            among.sort(key=lambda member: member is not placement.home)
+            trial = next((each for each in among if attempts[each].trial), None)
+            among.sort(key=lambda member: (member is not trial, member is not placement.home))
+            if trial is not None:
+                delays = {each: delay for each, delay in delays.items() if each is not trial}
         member, place = await self._offered(among, attempts, delays, fallback=fallback)
         try:
             self.started(member, among, attempts[member].request.outcome, placement)

@@ -88,10 +88,15 @@ def load(member: Member) -> tuple[float, float]:
     return inside / max(1, limit), member.started_at
 
 
-def passed_over(member: Member) -> bool:
-    """Return whether *member* comes last for the next request, since its provider is sick.
-
-    Each twentieth meets it in its place, so that it can get well.
-    """
+def sick(member: Member) -> bool:
+    """Return whether *member* comes last, but for trials, since its provider is sick."""
     breaker = member.provider.health.breaker
-    return breaker.sick and not breaker.dead and not breaker.first_in_turn()
+    return breaker.sick and not breaker.dead
+
+
+def well(member: Member) -> bool:
+    """Return whether *member* is asked like any other: its provider is neither sick nor dead, and
+    has not refused our key.
+    """
+    health = member.provider.health
+    return health.available and not health.breaker.sick

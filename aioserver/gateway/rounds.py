@@ -92,12 +92,19 @@ class Round:
         }
         if self._prefix is not None and only is None:
             self._placement = self._homes.place(self._prefix, left)
+        trial = None if retry else self._group.trial(list(attempts))
         try:
+            if trial is not None:
+                attempts[trial].trial = True
+                attempts = {trial: attempts.pop(trial), **attempts}
             member, place = await self._group.start(attempts, self._placement, fallback=fallback)
+            self.chosen = member
         finally:
             for each, attempt in attempts.items():
                 self._waited[each] = attempt.waited
-        self.chosen = member
+            if trial is not None and self.chosen is not trial:
+                # It has started elsewhere, or nowhere.
+                trial.provider.health.breaker.unsure(trial=True)
         return attempts[member], place
 
     def repeat(self) -> None:

@@ -17,8 +17,9 @@ A fault that came before the first event of an answer may be tried again at the 
 (asking.py), or at another (`failover`: `llm.fallbacks` in their order, each with its own model;
 never for a pinned provider). provider_errors.py says which fault allows what.
 
-Where there is another provider, one that is sick comes last, and one that is dead is passed over
-(providers/breaker.py).
+Where there is another provider, one that is sick comes last but for trials, and one that is dead
+is passed over (providers/breaker.py). A trial that fails goes to the others at once, and to the
+sick one again if they fail, too.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from aioserver.errors import AioserverError, ModelNotFound
 from aioserver.gateway.asking import Asking, Try, begun, final_try, too_long
 from aioserver.gateway.groups import Group
 from aioserver.gateway.homes import Homes
-from aioserver.gateway.members import Member, passed_over
+from aioserver.gateway.members import Member, sick
 from aioserver.gateway.request import Route
 from aioserver.gateway.rounds import Round
 from aioserver.protocol.prefix import prefix_of
@@ -372,6 +373,8 @@ class Router:
         route, passed = request.route, request.provider_request
         assert isinstance(passed, PassedRequest)
         outcome, provider, place = passed.outcome, route.provider, None
+        attempts: dict[Member, PassedAttempt] = {}
+        trial: Member | None = None
         attempt = PassedAttempt(provider, passed, passed.model)
         try:
             if passed.upload is not None:
@@ -384,6 +387,11 @@ class Router:
                     member: PassedAttempt(member.provider, passed, member.asked_model)
                     for member in group.order(group.usable(passed.api, one_model=route.pinned))
                 }
+                # A trial that fails is not asked of others: these are few.
+                trial = group.trial(list(attempts), by_time=False)
+                if trial is not None:
+                    attempts[trial].trial = True
+                    attempts = {trial: attempts.pop(trial), **attempts}
                 member, place = await group.start(attempts)
                 provider, attempt = member.provider, attempts[member]
             outcome.begin_attempt(provider.name, attempt.model or "")
@@ -396,6 +404,9 @@ class Router:
             error.paid = outcome.sent_at > 0
             raise
         finally:
+            if trial is not None and attempts[trial].trial:
+                # It has not begun.
+                trial.provider.health.breaker.unsure(trial=True)
             if place is not None:
                 # It is given back already, unless the attempt never began.
                 place.release()
@@ -423,13 +434,22 @@ class Router:
         groups = [first]
         if self._fallbacks and route.fallbacks and not route.pinned:
             # A fallback uses its own model.
-            groups = _sick_last([first, *self._others(first, request.provider_request.api)])
+            groups += self._others(first, request.provider_request.api)
         tries: list[Try] = []
         # The largest `max_context` of members for which the request was too long.
         too_small = 0
-        for number, group in enumerate(groups):
-            others = groups[number + 1 :]
-            fallback = any(other.available for other in others)
+        # Those that are asked last, since they are sick, or have failed as a trial.
+        late: list[Group] = []
+        while groups:
+            group, trial = groups.pop(0), False
+            fallback = any(other.available for other in groups)
+            if fallback and group not in late and _sick(group):
+                late.append(group)
+                trial = not tries and group.members[0].provider.health.breaker.start_spared()
+                if not trial:
+                    groups.append(group)
+                    continue
+            asking: Asking | None = None
             round_ = None
             try:
                 if len(group.members) > 1:
@@ -446,7 +466,7 @@ class Router:
                         group.started(member, (), outcome)
                     model = route.model if group is first else member.model
                 asking = self._asking(
-                    member.provider, model, request, stream, round_, fallback=fallback
+                    member.provider, model, request, stream, round_, fallback=fallback, trial=trial
                 )
                 return await asking.answer()
             except ProviderFault as fault:
@@ -460,8 +480,14 @@ class Router:
                     too_small = max(too_small, round_.too_small)
                 elif isinstance(fault, ContextTooLong):
                     too_small = max(too_small, group.members[0].max_context or 0)
-                if others:
+                if trial and fault.retry:
+                    groups.append(group)
+                if groups:
                     group.members[0].provider.meter.failovers[fault.code].value += 1
+            finally:
+                if trial and (asking is None or asking.trial):
+                    # It never began.
+                    group.members[0].provider.health.breaker.unsure(trial=True)
         raise (too_long(tries) or final_try(tries)).raised(outcome)
 
     def _asking(
@@ -473,6 +499,7 @@ class Router:
         round_: Round | None = None,
         *,
         fallback: bool = False,
+        trial: bool = False,
     ) -> Asking:
         return Asking(
             request,
@@ -481,6 +508,7 @@ class Router:
             model,
             round_,
             fallback=fallback,
+            trial=trial,
             random_number=self._random_number,
         )
 
@@ -529,10 +557,6 @@ def _same(group: Group, other: Group) -> bool:
     return not (group.name or other.name) and len(names) == 1
 
 
-def _sick_last(groups: list[Group]) -> list[Group]:
-    """Return *groups* in the order in which they are asked: their own, but sick providers last.
-
-    Each twentieth request meets a sick provider in its place, so that it can get well.
-    """
-    sick = [group for group in groups if len(group.members) == 1 and passed_over(group.members[0])]
-    return [group for group in groups if group not in sick] + sick
+def _sick(group: Group) -> bool:
+    """Return whether *group* is one provider, which is sick."""
+    return len(group.members) == 1 and sick(group.members[0])

@@ -220,7 +220,7 @@ def _provider_state(
 ) -> ProviderState:
     state, meter, name = provider.stats(), provider.meter, provider.name
     queue, pool, pace, silence = state.queue, state.pool, state.pace, state.silence
-    attempts = _values(meter.attempts)
+    attempts, trials = _values(meter.attempts), state.trials
     return {
         "usable": state.usable,
         "active": active,
@@ -243,6 +243,9 @@ def _provider_state(
         },
         "state": state.state,
         "next_try": None if state.next_try is None else round(state.next_try, 1),
+        "trial": None
+        if trials is None
+        else {"interval": trials.interval, "row": trials.row, "needed": trials.needed},
         "flagged": state.flagged,
         "retries": _sum(meter.retries),
         "retry_budget": {

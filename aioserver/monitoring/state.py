@@ -173,6 +173,16 @@ class Verdict(TypedDict):
     about: str
 
 
+class TrialState(TypedDict):
+    """The trials of a sick provider at this instance: seconds between two that fail, how many have
+    succeeded in a row, and how many are needed.
+    """
+
+    interval: float
+    row: int
+    needed: int
+
+
 class ProviderState(TypedDict):
     """One provider."""
 
@@ -188,6 +198,7 @@ class ProviderState(TypedDict):
     pace: PaceState
     state: Annotated[str, _worst(STATES)]
     next_try: Annotated[float | None, EARLIEST]
+    trial: Annotated[TrialState | None, OWN]
     flagged: Annotated[bool, ANY]
     retries: Annotated[int, SUM]
     retry_budget: RetryBudgetState

@@ -132,7 +132,8 @@ class Attempt:
         self.retry = retry
         self.rejoin = rejoin
         self.fallback = fallback
-        # Whether this is a trial of a dead provider, whose end the breaker does not know yet.
+        # Whether this is a trial of a sick or dead provider, whose end the breaker does not know
+        # yet.
         self.trial = False
         # When the attempt got its place.
         self.began = 0.0

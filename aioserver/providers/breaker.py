@@ -4,13 +4,19 @@ After Michael T. Nygard, "Release It!", 2007, but dead is another thing than sic
 
     well    every request is sent
     sick    many attempts fail, and some succeed: every request is sent, but first to a provider
-            that is well
+            that is well, if there is one, except for trials; some that succeed in a row end it
     dead    nothing succeeds: no request is sent but for trials, and the first success ends it
 
-                 more than half fail             nothing succeeds any more
+                  more than half fail            nothing succeeds any more
         well ◀──────────────────────▶ sick ──────────────────────────────▶ dead
-          ▲    fewer than a quarter fail                                     │
+          ▲   trials succeed in a row, or                                    │
+          │   fewer than a quarter fail                                      │
           └──────────────────────── any success ─────────────────────────────┘
+
+A sick provider comes back by time and not by count alone: at two requests a second, one trial in
+twenty took minutes. Trials begin soon, and each that fails doubles the time until the next one.
+After each that succeeds one more may be under way at once, so that a provider which is well again
+is not asked by everybody at once. One that falls sick again soon has to succeed more often.
 
 A success counts at the first event of an answer, and a failure at its end. An answer that has
 begun and breaks off is a failure for the share of a sick provider, and says nothing of a dead one:
@@ -24,6 +30,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
+from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -50,21 +57,41 @@ WINDOW, MIN_ATTEMPTS = 30.0, 20
 SICK_ABOVE, WELL_BELOW = 0.5, 0.25
 # Attempts that are remembered for these shares.
 MAX_REMEMBERED = 1000
-# Of the requests that a sick provider would get first, one of so many does ask it first.
+# Of the requests that a sick provider would get first, one of so many is a trial whatever the time
+# is.
 TURN = 20
-# Seconds between two trials, and how many may be under way. A request that another provider can
-# answer is a trial only if none is under way, and these seconds double up to LONGEST_INTERVAL.
+# Seconds from when a provider falls sick to its first trial; they double with each that fails, up
+# to LONGEST_INTERVAL.
+SICK_INTERVAL = 1.0
+# So many trials that succeed in a row end it. They double each time that the provider falls sick
+# again within FLAPPING seconds, up to MOST_NEEDED.
+NEEDED, MOST_NEEDED, FLAPPING = 3, 12, 300.0
+# Seconds between two trials of a dead provider, and how many may be under way. A request that
+# another provider can answer is a trial only if none is under way, and these seconds double up to
+# LONGEST_INTERVAL.
 TRIAL_INTERVAL, MAX_TRIALS = 0.5, 3
-LONGEST_INTERVAL = 30.0
+LONGEST_INTERVAL = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Trials:
+    """The trials of a sick provider: the seconds between two that fail, how many have succeeded in
+    a row, and how many are needed.
+    """
+
+    interval: float
+    row: int
+    needed: int
 
 
 class Breaker:
     """Decides which attempts may start, by how earlier ones have ended.
 
     Always: while the provider is dead, trials start TRIAL_INTERVAL apart or more, and at most
-    MAX_TRIALS are under way; every attempt that `start` has let pass has one verdict: `succeeded`,
-    `failed`, or `unsure` if it proves nothing. A failure may follow a success: the answer has
-    broken off.
+    MAX_TRIALS are under way; while it is sick, at most one more than have succeeded in a row. Every
+    attempt that `start` has let pass, and every trial that `start_spared` has begun, has one
+    verdict: `succeeded`, `failed`, or `unsure` if it proves nothing. A failure may follow a
+    success: the answer has broken off.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -86,7 +113,13 @@ class Breaker:
         # The recent attempts: when they ended, how many began to count then, and how many failed.
         self._recent: deque[tuple[float, int, int]] = deque()
         self._recent_attempts = self._recent_failures = 0
-        self._requests_while_sick = 0
+        # While it is sick: the requests since the last trial, the trials that have succeeded in a
+        # row, and how many of them are needed.
+        self._requests_since_trial = 0
+        self._row, self._needed = 0, NEEDED
+        # When it got well last.
+        self._well_at = -inf
+        # The trials under way, of a sick provider or of a dead one.
         self._trials = 0
         # The times from which on the next trial may start: at all, and where there is another
         # provider.
@@ -119,12 +152,28 @@ class Breaker:
         """
         return 0.0 if self._trials else self.delay(alternative=alternative)
 
-    def first_in_turn(self) -> bool:
-        """Count a request that would ask the provider first; return whether it does, though it is
-        sick.
+    @property
+    def trials(self) -> Trials | None:
+        """The trials of a sick provider, otherwise None."""
+        if self.dead or not self.sick:
+            return None
+        return Trials(self._apart(), self._row, self._needed)
+
+    def start_spared(self, *, by_time: bool = True) -> bool:
+        """Count a request that would ask the sick provider first, and that another one can answer;
+        return whether it does, as a trial: then its end has to be told.
+
+        Without *by_time* each twentieth does, and no other.
         """
-        self._requests_while_sick += 1
-        return self._requests_while_sick % TURN == 0
+        self._requests_since_trial += 1
+        if self._trials > self._row:
+            return False
+        due = by_time and (self._row > 0 or self._clock() >= self._next_spared_trial)
+        if not due and self._requests_since_trial < TURN:
+            return False
+        self._requests_since_trial = 0
+        self._trials += 1
+        return True
 
     def start(self) -> bool:
         """Note that an attempt starts, which `delay` must have permitted; return whether it is a
@@ -143,7 +192,11 @@ class Breaker:
         self._trials -= trial
         was_dead = self.dead
         if was_dead:
-            self._forget()
+            self._get_well()
+        elif self.sick and trial:
+            self._row += 1
+            if self._row >= self._needed:
+                self._get_well()
         self._last_success = now = self._clock()
         self._failures = 0
         self.unreachable = False
@@ -161,14 +214,16 @@ class Breaker:
         there was no connection, or the provider said that it is not ready.
         """
         self._trials -= trial
+        now = self._clock()
+        if trial and (self.dead or self.sick):
+            self._interval = min(LONGEST_INTERVAL, 2 * self._interval)
+            self._next_spared_trial = now + (self._interval if self.dead else self._apart())
         if self.dead:
             self.unreachable = self.unreachable or unreachable
-            if trial:
-                self._interval = min(LONGEST_INTERVAL, 2 * self._interval)
-                self._next_spared_trial = self._clock() + self._interval
             return False
+        if trial or answered:
+            self._row = 0
         # An answer was counted as an attempt when it began, if that is remembered.
-        now = self._clock()
         self._remember(now, 0 if answered and began > now - WINDOW else 1, 1)
         if answered:
             # The provider may be sick. That it is dead no answer says which has begun, however it
@@ -195,7 +250,7 @@ class Breaker:
         """Learn that the provider has answered another instance; return whether it was dead."""
         was_dead = self.dead
         if was_dead:
-            self._forget()
+            self._get_well()
         self._failures = 0
         return was_dead
 
@@ -207,14 +262,15 @@ class Breaker:
 
     def reset(self) -> None:
         """Forget everything but the trials under way: the address is another."""
-        self._forget()
+        self._get_well()
         self._first_events.clear()
-        self._last_success = -inf
+        self._last_success = self._well_at = -inf
+        self._needed = NEEDED
 
     def _die(self) -> None:
         self.dead = True
         self.deaths += 1
-        self._interval = TRIAL_INTERVAL
+        self._row, self._interval = 0, TRIAL_INTERVAL
         # Instances that hear of it at the same time do not all try at the same time.
         first = TRIAL_INTERVAL * random.uniform(1, self.instances)  # noqa: S311 - jitter
         self._next_trial = self._next_spared_trial = self._clock() + first
@@ -249,15 +305,33 @@ class Breaker:
         if self._recent_attempts < MIN_ATTEMPTS:
             return
         share = self._recent_failures / self._recent_attempts
-        if self.sick:
-            self.sick = share >= WELL_BELOW
-        elif share > SICK_ABOVE:
-            self.sick = True
-            self._clear_recent()
+        if not self.sick and share > SICK_ABOVE:
+            self._sicken()
+        elif self.sick and share < WELL_BELOW:
+            self.sick, self._row, self._well_at = False, 0, now
 
-    def _forget(self) -> None:
+    def _sicken(self) -> None:
+        now = self._clock()
+        flaps = now - self._well_at < FLAPPING
+        self._needed = min(MOST_NEEDED, 2 * self._needed) if flaps else NEEDED
+        self.sick = True
+        self._row = self._requests_since_trial = 0
+        self._interval = SICK_INTERVAL
+        self._next_spared_trial = now + self._apart()
+        self._clear_recent()
+
+    def _apart(self) -> float:
+        """Return the seconds between two trials of a sick provider at this instance.
+
+        Instances divide them while they are frequent: it gets well at each of them by itself, and
+        none should be much later than one alone.
+        """
+        return min(LONGEST_INTERVAL, self._interval * self.instances)
+
+    def _get_well(self) -> None:
         self.dead = self.sick = self.unreachable = False
-        self._failures = 0
+        self._failures = self._row = 0
+        self._well_at = self._clock()
         self._clear_recent()
 
     def _clear_recent(self) -> None:

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from aioserver.limits.gate import GateStats, Place
     from aioserver.providers.api import Memory
     from aioserver.providers.attempt import Attempt
+    from aioserver.providers.breaker import Trials
     from aioserver.providers.budget import BudgetStats
     from aioserver.providers.health import ProviderObserver
     from aioserver.providers.pool import PoolStats
@@ -90,6 +91,7 @@ class ProviderStats:
     state: str
     flagged: bool
     next_try: float | None
+    trials: Trials | None
     silence: Silence
     budget: BudgetStats
 
@@ -232,6 +234,9 @@ class Provider:
                 self.check(attempt)
             if isinstance(place, TrialPlace):
                 place.take()
+                if attempt.trial:
+                    # It was to be one of a sick provider, which has died meanwhile.
+                    self.health.breaker.unsure(trial=True)
                 attempt.trial = True
             if attempt.rejoin:
                 self._gate.keep_room(attempt)
@@ -308,6 +313,7 @@ class Provider:
             self.health.state,
             self.health.flagged,
             self.health.next_try(waited_for=self._gate.waiting > 0),
+            self.health.breaker.trials,
             measure(self.pools.exchanges(), now, self.meter.first_token),
             self.budget.stats(),
         )

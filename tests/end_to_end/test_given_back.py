@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
+from aioserver.providers.breaker import TURN
 from tests.support.chat import CHAT, STREAMED, chat, to_end
+from tests.support.failing import sicken
 from tests.support.injected_bug import Function, bug_at, calls_of
 from tests.support.keys import bearer, keys_of
 from tests.support.package import MODULES
-from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT, MakeServer
+from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT, MakeServer, provider_entry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 TAKES = re.compile(
     r"(\btry_enter|\b_?gate\.enter|admission\.(wait|connect|hold)|quota\.(take|connect|used)"
     r"|_streams\.(open|open_mirror|hold)|pool\.(take|connect)|_connections\.(take|open_one)|_connector\.connect"
-    r"|breaker\.start|\bSocketPlace|\bVisit|_make_hold|responses\.hold|gateway\.hold|\b_place\.enter"
+    r"|breaker\.start(_spared)?|_?group\.trial|\bSocketPlace|\bVisit|_make_hold|responses\.hold|gateway\.hold|\b_place\.enter"
     r"|\bself\.offer|provider\.(offer|wish)|lines\.wait|group\.start|round_\.start|self\._offered)$"
 )
 COUNTS = re.compile(
@@ -64,6 +66,7 @@ limits.gate Gate._enter
 limits.gate Gate.enter
 limits.quota Quota.take
 providers.breaker Breaker.start
+providers.breaker Breaker.start_spared
 providers.connections Connections.open_one
 providers.pool Pool._wait
 providers.pool Pool.connect
@@ -75,14 +78,16 @@ providers.provider Provider.wish
 gateway.groups Group._offered
 gateway.groups Group._wait
 gateway.groups Group.start
+gateway.groups Group.trial
 gateway.asking Asking.answer
 gateway.rounds Round.start
 gateway.router Router.pass_on
+gateway.router Router._ask_in_turn
 providers.provider Provider.exchange
 providers.queueing ProviderGate._start
 """.strip().splitlines()
 }
-# A socket that is refused or gives way, a trial of a dead provider, a pool behind no gate, a
+# A socket that is refused or gives way, a trial of a sick or dead provider, a pool behind no gate, a
 # response whose log is gone, and what calls nothing that may fail.
 RARE = {
     Function("faces.socket", "Socket.give_way"),
@@ -92,6 +97,7 @@ RARE = {
     Function("wings.responses.stored", "StoredResponses.hold"),
     Function("limits.gate", "Gate._enter"),
     Function("providers.breaker", "Breaker.start"),
+    Function("providers.breaker", "Breaker.start_spared"),
     Function("wings.responses.stored_face", "write"),
     Function("providers.pool", "Pool._wait"),
 }
@@ -324,6 +330,57 @@ async def test_whatever_a_section_calls_may_fail_and_nothing_is_held_afterwards(
     gc.collect()
 
     assert faults or face is session
+
+
+# Where a trial is given back: the first provider of two is sick.
+TRIAL_SECTIONS = {
+    Function("gateway.asking", "Asking.answer"),
+    Function("gateway.groups", "Group.start"),
+    Function("gateway.groups", "Group.trial"),
+    Function("gateway.rounds", "Round.start"),
+    Function("gateway.router", "Router._ask_in_turn"),
+    Function("gateway.router", "Router.pass_on"),
+    Function("providers.provider", "Provider.run"),
+}
+TRIED = {"chat": ("chat/completions", CHAT), "passed on": ("moderations", {"input": "Hello"})}
+
+
+@pytest.mark.real_time
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("model", "path"), [("pair", "chat"), ("pair", "passed on"), (None, "chat")]
+)
+async def test_a_trial_of_a_sick_provider_ends_whatever_fails(
+    make_server: MakeServer, model: str | None, path: str
+) -> None:
+    server = await make_server()
+    other = provider_entry(server.simulator.base_url, "other")
+    pair = {"members": ["sim", "other"], "choose": "least_busy"}
+    assert await server.change(
+        **{"llm.providers.other": other, "llm.fallbacks": ["other"], "llm.models": {"pair": pair}}
+    )
+    breaker = server.provider.health.breaker
+    url, body = TRIED[path]
+    body = body | ({} if model is None else {"model": model})
+
+    async def ask_as_a_trial() -> None:
+        breaker.reset()
+        sicken(breaker)
+        # The next request is a trial.
+        assert not any(breaker.start_spared(by_time=False) for _ in range(TURN - 1))
+        with contextlib.suppress(aiohttp.ClientError, ValueError, KeyError):
+            await _post(server, f"{server.v1}/{url}", {}, body)
+        await server.nothing_held(5)
+
+    await ask_as_a_trial()
+    with calls_of(TRIAL_SECTIONS) as calls:
+        await ask_as_a_trial()
+    for call in calls:
+        if call.callee not in TAKE_OVER and not GIVES.search(call.callee.name):
+            with bug_at(call):
+                await ask_as_a_trial()
+
+    assert Function("providers.breaker", "Breaker.start_spared") in {each.callee for each in calls}
 
 
 async def test_every_section_is_on_the_road_of_one_of_these(make_server: MakeServer) -> None:

@@ -821,7 +821,7 @@ async def test_a_pinned_request_tries_a_dead_provider_though_there_is_another(
     await trouble.fill()
     tried_in_vain(provider)
     await until(lambda: provider.health.breaker.delay() <= 0)
-    assert provider.health.breaker.delay(alternative=True) > 10
+    assert provider.health.breaker.delay(alternative=True) > 5
 
     assert (await trouble.fill("a"))[0].outcome.provider == "a"
 
@@ -833,22 +833,9 @@ async def test_a_dead_fallback_is_no_reason_to_try_rarely(trouble: Trouble) -> N
         await trouble.fill()
     tried_in_vain(provider)
     await until(lambda: provider.health.breaker.delay() <= 0)
-    assert provider.health.breaker.delay(alternative=True) > 10
+    assert provider.health.breaker.delay(alternative=True) > 5
 
     assert (await trouble.fill())[0].outcome.provider == "a"
-
-
-async def test_a_sick_provider_comes_last_and_every_twentieth_request_asks_it_first(
-    trouble: Trouble,
-) -> None:
-    provider = await trouble.add("a", ANSWER)
-    await trouble.add("b", ANSWER)
-    sicken(provider.health.breaker)
-
-    asked = [(await trouble.fill())[0].outcome.provider for _ in range(2 * TURN)]
-
-    assert asked == (["b"] * (TURN - 1) + ["a"]) * 2
-    assert (await trouble.fill("a"))[0].outcome.provider == "a", "pinned"
 
 
 async def test_a_sick_provider_answers_where_the_fallback_does_not(trouble: Trouble) -> None:

@@ -12,18 +12,23 @@ import pytest
 from aioserver.providers.breaker import (
     DEAD,
     FEW,
+    FLAPPING,
     LONG_PATIENCE,
     LONGEST_INTERVAL,
     MANY,
     MAX_TRIALS,
     MIN_ATTEMPTS,
+    MOST_NEEDED,
+    NEEDED,
     PATIENCE,
     SICK,
+    SICK_INTERVAL,
     TRIAL_INTERVAL,
     TURN,
     WELL,
     WINDOW,
     Breaker,
+    Trials,
 )
 from tests.support.failing import kill, sicken
 
@@ -179,7 +184,7 @@ def test_where_there_is_another_provider_trials_are_rare(clock: FakeClock) -> No
         assert breaker.start()
         assert breaker.delay(alternative=True) == inf, "one at a time"
         breaker.failed(clock.now, trial=True)
-    assert intervals == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, LONGEST_INTERVAL, LONGEST_INTERVAL]
+    assert intervals == [0.5, 1.0, 2.0, 4.0, 8.0, *[LONGEST_INTERVAL] * 3]
     assert breaker.delay() == TRIAL_INTERVAL, (
         "a request that has nobody else need not wait as long"
     )
@@ -294,10 +299,130 @@ def test_answers_that_break_off_never_make_it_dead(clock: FakeClock) -> None:
     assert breaker.failed(clock.now, trial=False)
 
 
-def test_a_sick_provider_has_its_turn(clock: FakeClock) -> None:
+def test_the_first_trial_of_a_sick_provider_comes_after_a_second_and_each_that_fails_doubles_it(
+    clock: FakeClock,
+) -> None:
     breaker = Breaker(clock)
-    turns = [breaker.first_in_turn() for _ in range(3 * TURN)]
-    assert turns == ([False] * (TURN - 1) + [True]) * 3
+    sicken(breaker, clock)
+    intervals = []
+
+    for _ in range(7):
+        assert breaker.trials is not None
+        intervals.append(apart := breaker.trials.interval)
+        clock.now += 0.99 * apart
+        assert not breaker.start_spared()
+        clock.now += 0.02 * apart
+        assert breaker.start_spared()
+        assert not breaker.start_spared(), "one at a time"
+        # Somebody who asks for it by name is answered, so that it is not dead.
+        breaker.succeeded(0.1, trial=False)
+        breaker.failed(clock.now, trial=True)
+
+    assert intervals == [1.0, 2.0, 4.0, 8.0, *[LONGEST_INTERVAL] * 3]
+
+
+def test_each_twentieth_request_is_a_trial_whatever_the_time_is(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    sicken(breaker, clock)
+
+    turns = [breaker.start_spared(by_time=False) for _ in range(TURN)]
+    assert turns == [False] * (TURN - 1) + [True]
+    assert not any(breaker.start_spared() for _ in range(TURN)), "one is under way"
+    breaker.unsure(trial=True)
+    assert breaker.start_spared()
+
+    clock.now += 2 * SICK_INTERVAL
+    breaker.unsure(trial=True)
+    assert not breaker.start_spared(by_time=False)
+
+
+def test_after_each_trial_that_succeeds_one_more_is_under_way_at_once(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    sicken(breaker, clock)
+    clock.now += SICK_INTERVAL
+    assert [breaker.start_spared() for _ in range(3)] == [True, False, False]
+
+    breaker.succeeded(0.1, trial=True)
+    assert [breaker.start_spared() for _ in range(3)] == [True, True, False]
+    breaker.succeeded(0.1, trial=True)
+    assert [breaker.start_spared() for _ in range(3)] == [True, True, False]
+    breaker.failed(clock.now, trial=True)
+    assert breaker.trials == Trials(2 * SICK_INTERVAL, 0, NEEDED), "one failure begins it anew"
+    breaker.succeeded(0.1, trial=True)
+    breaker.succeeded(0.1, trial=True)
+
+    assert breaker.state == SICK
+    assert breaker.start_spared()
+    breaker.succeeded(0.1, trial=True)
+    assert breaker.state == WELL
+    assert breaker.trials is None
+    breaker.failed(clock.now, trial=False)
+    assert breaker.state == WELL, "it begins anew"
+
+
+def test_an_answer_that_breaks_off_begins_the_row_of_good_trials_anew(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    sicken(breaker, clock)
+    clock.now += SICK_INTERVAL
+    assert breaker.start_spared()
+    breaker.succeeded(0.1, trial=True)
+
+    breaker.failed(clock.now, trial=False, answered=True)
+
+    assert breaker.trials == Trials(SICK_INTERVAL, 0, NEEDED)
+
+
+def test_one_that_falls_sick_again_soon_has_to_succeed_more_often(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    needed = []
+    for _ in range(4):
+        sicken(breaker, clock)
+        assert breaker.trials is not None
+        needed.append(breaker.trials.needed)
+        clock.now += SICK_INTERVAL
+        for _ in range(needed[-1]):
+            assert breaker.start_spared()
+            breaker.succeeded(0.1, trial=True)
+        assert breaker.state == WELL
+        clock.now += FLAPPING / 2
+    assert needed == [NEEDED, 2 * NEEDED, MOST_NEEDED, MOST_NEEDED]
+
+    clock.now += FLAPPING
+    sicken(breaker, clock)
+    assert breaker.trials is not None
+    assert breaker.trials.needed == NEEDED
+
+
+def test_a_sick_provider_that_dies_has_other_trials(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    sicken(breaker, clock)
+    clock.now += SICK_INTERVAL
+    assert breaker.start_spared()
+
+    breaker.told_dead(unreachable=False)
+    assert breaker.trials is None
+    breaker.failed(clock.now, trial=True)
+    clock.now += LONGEST_INTERVAL
+
+    assert breaker.start()
+    breaker.succeeded(0.1, trial=True)
+    assert breaker.state == WELL
+
+
+@pytest.mark.parametrize("instances", [1, 4, 40])
+def test_instances_divide_the_trials_of_a_sick_provider_while_they_are_frequent(
+    clock: FakeClock, instances: int
+) -> None:
+    breaker = Breaker(clock)
+    breaker.instances = instances
+
+    sicken(breaker, clock)
+
+    assert breaker.trials is not None
+    assert breaker.trials.interval == min(LONGEST_INTERVAL, instances * SICK_INTERVAL)
+    assert not breaker.start_spared()
+    clock.now += breaker.trials.interval
+    assert breaker.start_spared()
 
 
 @pytest.mark.parametrize("seed", range(20))
