@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import ast
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.package import MODULES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 WALL = {"time.time", "time.time_ns", "time.localtime", "time.gmtime", "datetime.now"}
 WALL |= {"datetime.utcnow", "datetime.today", "date.today"}
@@ -71,3 +77,65 @@ def test_only_modules_that_show_the_time_ask_for_it(module: str) -> None:
 def test_a_wall_clock_is_found_by_any_name(text: str) -> None:
     assert wall_clocks(ast.parse(text))
     assert not wall_clocks(ast.parse("from time import monotonic\nmonotonic()"))
+
+
+TESTS = Path(__file__).parent
+# Seconds that a busy machine may take for anything.
+BUSY = 30.0
+VIRTUAL = {"virtual_time", "world_test"}
+SPAN = re.compile(r"(time|monotonic|perf_counter)\(\) - ")
+
+
+def clocks_of_tests(text: str) -> Iterator[str]:
+    """What tests in a module assert to be less than some seconds of the machine's time."""
+    for test in ast.parse(text).body if SPAN.search(text) else ():
+        if not isinstance(test, ast.AsyncFunctionDef):
+            continue
+        if VIRTUAL & {part for mark in test.decorator_list for part in _names(mark)}:
+            continue
+        spans = {
+            name
+            for node in ast.walk(test)
+            if isinstance(node, ast.Assign) and _span(node.value, set())
+            for target in node.targets
+            for name in _names(target)
+        }
+        for check in ast.walk(test):
+            for comparison in ast.walk(check) if isinstance(check, ast.Assert) else ():
+                if isinstance(comparison, ast.Compare) and _bounded(comparison, spans):
+                    yield f"{test.name}: {ast.unparse(comparison)}"
+
+
+def _names(node: ast.AST) -> set[str]:
+    names = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+    return names | {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
+
+
+def _span(node: ast.AST, spans: set[str]) -> bool:
+    """Whether *node* is a span of time, or one of *spans*."""
+    if isinstance(node, ast.Name):
+        return node.id in spans
+    clocks = {"time", "monotonic", "perf_counter"}
+    minus = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub)
+    return minus and bool(clocks & _names(node))
+
+
+def _bounded(comparison: ast.Compare, spans: set[str]) -> bool:
+    """Whether a span has to be less than something below BUSY."""
+    sides = [comparison.left, *comparison.comparators]
+    for left, operator, right in zip(sides, comparison.ops, sides[1:], strict=False):
+        less = isinstance(operator, ast.Lt | ast.LtE)
+        small, large = (left, right) if less else (right, left)
+        if isinstance(operator, ast.Gt | ast.GtE | ast.Lt | ast.LtE) and _span(small, spans):
+            numbers = (each.value for each in ast.walk(large) if isinstance(each, ast.Constant))
+            return max((n for n in numbers if isinstance(n, int | float)), default=0.0) < BUSY
+    return False
+
+
+def test_no_test_asserts_that_the_machine_is_quick() -> None:
+    """`within` of support/waiting.py says it of a time that jumps."""
+    found = {
+        str(path.relative_to(TESTS)): [*clocks_of_tests(path.read_text())]
+        for path in TESTS.rglob("test_*.py")
+    }
+    assert {path: checks for path, checks in found.items() if checks} == {}

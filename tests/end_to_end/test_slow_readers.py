@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import struct
 import termios
 from typing import Any
@@ -74,6 +75,9 @@ async def test_clients_that_read_nothing_delay_nobody_and_are_dropped(
     )
     store = server.owners.streams
     largest = kept = 0
+    # The most that was seen to wait for each of some clients, here and in the kernel. They are
+    # looked at all the time: on a busy machine the first are dropped before the last have come.
+    costs: dict[object, tuple[int, int]] = {}
     drops: list[str] = []
     monkeypatch.setattr(
         server.context.admission, "dropped", lambda face, why: drops.append(f"{face}: {why}")
@@ -84,6 +88,11 @@ async def test_clients_that_read_nothing_delay_nobody_and_are_dropped(
         kept = max(kept, store.stats().bytes)
         logs = (*store.running(), *store.owned_by(anonymous(None)))
         largest = max((largest, *(stream.bytes for stream in logs)))
+        for connection in itertools.islice(server.http_server.connections, 20):
+            transport = connection.transport
+            if transport is not None and not transport.is_closing():
+                seen, now = costs.get(transport, (0, 0)), cost(transport)
+                costs[transport] = max(seen[0], now[0]), max(seen[1], now[1])
 
     def done() -> bool:
         """Whether the provider has done all that it can: it is paused for the last that cannot
@@ -105,12 +114,6 @@ async def test_clients_that_read_nothing_delay_nobody_and_are_dropped(
             await (websocket, sse, openai)[number % 3](raw, f"r{number}")
         await until(done, 100, server.held)
         waiting = server.held()["places"]  # of those who read nothing: the provider does not wait
-        transports = [connection.transport for connection in server.http_server.connections]
-        costs = [
-            cost(transport)
-            for transport in transports
-            if transport is not None and not transport.is_closing()
-        ]
 
         async with server.connect() as ws:
             await ws.send_json(chat("mine"))
@@ -123,9 +126,12 @@ async def test_clients_that_read_nothing_delay_nobody_and_are_dropped(
         await server.nothing_held()  # while not one of them has left
     assert len(drops) == clients
     assert {why.partition(": ")[2][:13] for why in drops} == {"nothing taken"}
-    assert len(costs) >= 10  # the others were dropped already: a busy machine is slow to ask
+    assert len(costs) >= 10
     assert waiting > 0
-    assert max(ours for ours, _ in costs) <= WRITE_BYTES + EVENT
-    assert max(kernels for _, kernels in costs) <= listener.MAX_NOT_SENT + WRITE_BYTES + EVENT
+    assert max(ours for ours, _ in costs.values()) <= WRITE_BYTES + EVENT
+    assert (
+        max(kernels for _, kernels in costs.values())
+        <= listener.MAX_NOT_SENT + WRITE_BYTES + EVENT
+    )
     assert 0 < kept < most
     assert largest < MAX_STREAM_BYTES

@@ -67,7 +67,7 @@ async def test_a_client_that_stops_reading_is_dropped_and_its_stream_goes_on(
         raw.widen()
         got = await asyncio.wait_for(raw.to_the_end(), 20)  # what the kernel had, then the end
 
-    assert 0.3 < dropped < 5
+    assert dropped > 0.3
     assert len(got) < SIZE * COUNT  # aborted, not sent to its end
     assert (stats.completed, stats.aborted) == (1, 0)
     frames = await whole(server, "r1")

@@ -21,7 +21,7 @@ from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
 from tests.support.server import CONCURRENCY, SILENT, MakeServer
-from tests.support.waiting import until
+from tests.support.waiting import until, within
 
 if TYPE_CHECKING:
     from aioserver.errors import AioserverError
@@ -70,6 +70,7 @@ async def test_a_websocket_without_a_place_is_told_why_and_closed_with_1013(
         while not frames or frames[-1][0] != CLOSE:
             frames.append(await raw.frame())
         took = loop.time() - begun
+        assert within(wait + 2.0, begun)
 
     *queued, error = [json.loads(data) for opcode, data in frames if opcode == TEXT]
     assert [frame["status"] for frame in queued] == (["queued"] if wait else [])
@@ -81,7 +82,6 @@ async def test_a_websocket_without_a_place_is_told_why_and_closed_with_1013(
     code, reason = closing(frames[-1][1])
     assert (code, reason) == (1013, b"Server at maximum capacity, try again later")
     assert wait <= took + 0.01
-    assert took < wait + 2
 
 
 async def test_a_full_queue_refuses_at_once(make_server: MakeServer) -> None:
@@ -245,6 +245,7 @@ async def test_a_post_without_a_place_is_503_with_retry_after(
         async with server.session.post(server.base + path, json=body) as response:
             error = (await response.json())["error"]
         took = loop.time() - begun
+        assert within(wait + 2.0, begun)
 
     assert response.status == 503
     assert 1 <= int(response.headers["Retry-After"]) <= 60
@@ -255,7 +256,6 @@ async def test_a_post_without_a_place_is_503_with_retry_after(
         "code": "server_at_capacity",
     }
     assert wait <= took + 0.01
-    assert took < wait + 2
     assert server.simulator.stats().requests == 0
 
 
@@ -378,7 +378,8 @@ async def test_a_slow_body_holds_no_place_and_gets_408(
     assert (answer.status, answer.code) == (408, "request_timeout")
     assert answer.headers["connection"] == "close"
     assert rest == b""
-    assert 0.4 < loop.time() - begun < 5
+    assert loop.time() - begun > 0.4
+    assert within(5.0, begun)
     await server.nothing_held()
 
 

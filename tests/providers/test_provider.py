@@ -45,7 +45,7 @@ from aioserver.wings.simulator.exchange import Behaviour
 from aioserver.wings.simulator.server import Simulator
 from tests.support.scripted_provider import LIMITS, Peer, ScriptedProvider
 from tests.support.server import NOWHERE, QUICK, SILENT
-from tests.support.waiting import until
+from tests.support.waiting import until, within
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -484,7 +484,7 @@ async def test_leaving_in_the_middle_closes_the_connection_at_once(simulator: Si
         await asyncio.wait([task])
         await simulator.until(lambda stats: stats.aborted == 1)
 
-        assert loop.time() - left_at < 1.0
+        assert within(1.0, left_at)
         assert provider.stats().pool.open == 0
 
 

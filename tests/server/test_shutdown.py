@@ -137,7 +137,7 @@ async def stop_with_many(tmp_path: Path, simulator: Simulator, each: int, grace:
         ends = {kind: set(await asyncio.gather(*some)) for kind, some in clients.items()}
         assert ends == {"long": {"server_shutdown"}, "short": {"complete"}}
         assert await process.ended() == 0
-        assert asyncio.get_running_loop().time() - asked < grace + 5
+        assert asyncio.get_running_loop().time() - asked < grace + 30
         assert clean(process)
         assert "stopped" in process.log
         await simulator.until(lambda stats: stats.active == 0)
@@ -161,7 +161,8 @@ async def test_a_thousand_are_told(tmp_path: Path, simulator: Simulator) -> None
 async def test_an_idle_server_ends_at_once(
     tmp_path: Path, simulator: Simulator, number: signal.Signals
 ) -> None:
-    async with serving(tmp_path / "c.yaml", simulator.base_url) as process:
+    changes = {GRACE: 600.0}
+    async with serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as process:
         await process.ready()
         async with Raw(process) as idle, Raw(process) as kept, Raw(process) as silent:
             await idle.upgrade()
@@ -177,7 +178,7 @@ async def test_an_idle_server_ends_at_once(
             for raw in (kept, silent, idle):
                 assert await raw.to_the_end() == b""
             assert await process.ended() == 0
-            assert asyncio.get_running_loop().time() - asked < FAREWELL + 3
+            assert asyncio.get_running_loop().time() - asked < FAREWELL + 30
         assert clean(process)
 
 
@@ -348,7 +349,7 @@ async def test_clients_that_read_nothing_do_not_delay_the_end(tmp_path: Path) ->
         process.signal()
 
         assert await process.ended() == 0
-        assert asyncio.get_running_loop().time() - asked < 1.0 + 5
+        assert asyncio.get_running_loop().time() - asked < 1.0 + 30
         assert clean(process)
 
 
@@ -390,7 +391,7 @@ async def test_a_name_that_is_still_looked_up_does_not_delay_the_end(tmp_path: P
         process.signal()
 
         assert await process.ended() == 0
-        assert asyncio.get_running_loop().time() - asked < 1.0 + 5
+        assert asyncio.get_running_loop().time() - asked < 1.0 + 30
         assert "stopped" in process.log
 
 

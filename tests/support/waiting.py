@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, TypeVar
 
+from tests.support.jumping_loop import JumpingLoop
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
@@ -50,3 +52,13 @@ async def ticks(count: int = 4) -> None:
     """
     for _ in range(count):
         await asyncio.sleep(0)
+
+
+def within(most: float, since: float) -> bool:
+    """Whether *most* seconds at most have passed since the loop's time *since*, if its time jumps.
+
+    Of the machine's time nothing can be said: it may be busy.
+    """
+    loop = asyncio.get_running_loop()
+    passed = loop.time() - since
+    return not isinstance(loop, JumpingLoop) or loop.real_time or passed <= most
