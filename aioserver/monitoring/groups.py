@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from aioserver.providers.breaker import DEAD
+from aioserver.providers.breaker import DEAD, WELL
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -52,14 +52,16 @@ def closed(group: GroupState) -> bool:
 
 
 def covering(snapshot: Snapshot) -> dict[str, list[str]]:
-    """Return, by each provider whose groups go on without it, the names of these groups.
+    """Return, by each provider of whose groups another member is well, the names of these groups.
 
     A provider to which requests come alone that name no model is not among them.
     """
     names: defaultdict[str, list[str]] = defaultdict(list)
     for name, group in snapshot["groups"].items():
-        if several(group) and not closed(group):
-            for provider in {member["provider"] for member in group["members"]}:
+        members = group["members"]
+        well = {member["provider"] for member in members if member["state"] == WELL}
+        for provider in {member["provider"] for member in members}:
+            if well - {provider}:
                 names[provider].append(name)
     active = snapshot["active_group"]
     return {

@@ -375,6 +375,14 @@ def test_the_verdict_speaks_of_a_group_only_when_no_member_can_start_anything() 
     assert "the other members of qwen are asked instead" in one_dead["detail"]
     assert INSTEAD not in one_dead["advice"]
 
+    both_sick = {**gpus, "providers__gpu1": provider(active=True, state="sick")}
+    sick = judged(
+        {**both_sick, "groups__qwen": group(("gpu1", "sick"), ("gpu2", "sick"))},
+        failing("gpu1", connect_error=9),
+    )
+    assert (sick["level"], sick["about"]) == ("error", "gpu1")
+    assert "are asked instead" not in sick["detail"]
+
     closed = group(("gpu1", "dead"), ("gpu2", "key_refused"), waiting=3, oldest_wait=4.0)
     out = judged({**gpus, "groups__qwen": closed})
     assert (out["level"], out["word"], out["about"]) == ("error", "Group out", "qwen")
