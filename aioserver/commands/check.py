@@ -43,8 +43,9 @@ def command(config: Path | None, *, schema: bool) -> int:
 def check(config: Path | None) -> int:
     """Print the effective configuration in *config* (None: the file that `serve` would choose).
 
-    Faults and warnings go to stderr, the effective configuration, with its secrets masked, to
-    stdout. Returns the exit code: 0, or 2 for a configuration that `serve` would refuse.
+    Faults, warnings and the names that lead to other providers go to stderr, the effective
+    configuration, with its secrets masked, to stdout. Returns the exit code: 0, or 2 for a
+    configuration that `serve` would refuse.
     """
     try:
         configuration = Configuration.load(config)
@@ -56,6 +57,8 @@ def check(config: Path | None) -> int:
         return 2
     for warning in configuration.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    for providers, models in configuration.settings.llm.bare_routes().items():
+        print(f"by name alone go to {', '.join(providers)}: {', '.join(models)}", file=sys.stderr)
     print(f"# {configuration.source}, with defaults and the environment")
     print(yaml.safe_dump(configuration.effective(), sort_keys=False, allow_unicode=True), end="")
     return 0

@@ -303,6 +303,34 @@ class Llm:
         providers = [self.providers[member.provider] for member in self.members(name)]
         return [provider for provider in providers if provider.usable]
 
+    def bare_routes(self) -> dict[tuple[str, ...], list[str]]:
+        """Return the models that come to other providers by their name alone, since these list
+        them; by the names of the providers, in the order in which they are asked.
+        """
+        listing: dict[str, list[str]] = {}
+        for name, provider in self.providers.items():
+            for model in dict.fromkeys(provider.models if provider.usable else ()):
+                listing.setdefault(model, []).append(name)
+        routes: dict[tuple[str, ...], list[str]] = {}
+        for model, names in listing.items():
+            if not self._leads_elsewhere(model):
+                routes.setdefault(tuple(names), []).append(model)
+        return routes
+
+    def _leads_elsewhere(self, model: str) -> bool:
+        """Return whether *model* comes to a provider of that name, to a group, or to the active
+        provider, whoever else lists it.
+        """
+        active = self.providers.get(self.active)
+        provider, slash, rest = model.partition("/")
+        return (
+            model in self.providers
+            or bool(slash and rest and provider in self.providers)
+            or model in self.models
+            or any(name.endswith("*") and model.startswith(name[:-1]) for name in self.models)
+            or (active is not None and (model == active.model or model in active.models))
+        )
+
 
 def _broken_rules(llm: Llm) -> Iterator[BrokenRule]:
     """Yield the rules between groups and providers that *llm* breaks, by paths from `llm`."""

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from aiohttp.typedefs import Handler, Middleware
 
     from aioserver.config import Configuration
-    from aioserver.config.settings import Concurrency, Settings
+    from aioserver.config.settings import Concurrency, Llm, Settings
     from aioserver.faces.wing import Wing
     from aioserver.gateway.instances import Instances
     from aioserver.gateway.sharing import Sharing
@@ -68,6 +68,8 @@ logger = logging.getLogger("aioserver.app")
 
 # Pings are late by a twentieth of their interval at most.
 WHEEL_GRAIN = 20
+# Names of models in one log line.
+ROUTES_OF_A_LINE = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,6 +254,7 @@ async def open_server(
         app.on_response_prepare.append(add_headers)
         _add_routes(app, context, [await wing.serve(context) for wing in plugged])
         log_limits(chat.websocket.concurrency)
+        log_routes(llm)
         lifecycle.ready = True
         # Otherwise `/stats` would show `ready` as false for a second.
         monitor.tick()
@@ -359,3 +362,12 @@ def log_limits(limits: Concurrency) -> None:
         limits.connection_queue_size,
         limits.queue_timeout,
     )
+
+
+def log_routes(llm: Llm) -> None:
+    """Log which models come to other providers than the active one by their name alone."""
+    for providers, models in llm.bare_routes().items():
+        names = ", ".join(providers)
+        for first in range(0, len(models), ROUTES_OF_A_LINE):
+            line = ", ".join(models[first : first + ROUTES_OF_A_LINE])
+            logger.info("by name alone go to %s: %s", names, line)

@@ -22,7 +22,7 @@ from aioserver.config import Configuration
 from aioserver.config.faults import ConfigurationError
 from aioserver.config.views import changes
 from aioserver.server import preflight
-from aioserver.server.app import log_limits
+from aioserver.server.app import log_limits, log_routes
 from aioserver.server.wings import faults
 from aioserver.telemetry import logs
 
@@ -181,6 +181,8 @@ class Reload:
         logs.apply(settings.logging)
         if chat.websocket.concurrency != self._current.chat.websocket.concurrency:
             log_limits(chat.websocket.concurrency)
+        if llm.bare_routes() != self._current.llm.bare_routes():
+            log_routes(llm)
 
 
 def read_again(

@@ -65,3 +65,36 @@ def test_a_file_that_cannot_serve_is_refused(
     out, err = capsys.readouterr()
     assert (code, out) == (2, "")
     assert "openai is active but OPENAI_API_KEY is not set" in err
+
+
+GROUPS = """\
+llm:
+  active: qwen
+  models:
+    qwen: {members: [gpu1, gpu2], choose: least_busy}
+  providers:
+    gpu1: {base_url: "http://10.0.0.1:8000/v1", model: qwen3, max_tokens: 100}
+    gpu2: {like: gpu1, base_url: "http://10.0.0.2:8000/v1", models: [small, tiny]}
+    gpu3: {like: gpu2, base_url: "http://10.0.0.3:8000/v1"}
+"""
+
+
+def test_what_is_like_another_and_names_that_route_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(GROUPS)
+
+    code = check(file)
+
+    out, err = capsys.readouterr()
+    assert code == 0
+    assert err == "by name alone go to gpu2, gpu3: small, tiny\n"
+    providers = yaml.safe_load(out)["llm"]["providers"]
+    assert [provider["max_tokens"] for provider in providers.values()] == [100, 100, 100]
+    assert providers["gpu3"]["models"] == ["small", "tiny"]
+    assert providers["gpu3"]["http_client"] == providers["gpu1"]["http_client"]
+    # What is printed is a whole configuration, which means the same.
+    file.write_text(out)
+    assert check(file) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(out)

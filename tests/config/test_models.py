@@ -389,3 +389,22 @@ def test_a_group_without_a_usable_member_is_told_and_cannot_be_active(file: Path
     assert "b is a fallback but KEY_B is not set" in fallback
 
     made(file, {"off": ["a", "b"]}, keyed, active="off", environ={"KEY_B": "k"}).check_usable()
+
+
+def test_each_name_that_leads_to_others_is_known_once(file: Path) -> None:
+    lists = {
+        "a": {**PROVIDERS["gpu1"], "models": ["both", "a-only", "qwen3", "smart", "claude-x"]},
+        "b": {**PROVIDERS["gpu1"], "models": ["both", "both", "gpu1", "gpu1/x", "large"]},
+        "off": {**PROVIDERS["gpu1"], "models": ["both", "off-only"], "api_key_env": "KEY"},
+    }
+    names = {"smart": "gpu1", "claude-*": "gpu2"}
+    llm = made(file, names, {**lists, "gpu1": {**PROVIDERS["gpu1"], "models": ["large"]}})
+
+    assert llm.settings.llm.bare_routes() == {("a", "b"): ["both"], ("a",): ["a-only"]}
+    # Nobody is active whose models those of a group are.
+    active = made(file, names, lists, active="smart").settings.llm
+    assert active.bare_routes() == {
+        ("a", "b"): ["both"],
+        ("a",): ["a-only", "qwen3"],
+        ("b",): ["large"],
+    }

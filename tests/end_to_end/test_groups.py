@@ -433,3 +433,22 @@ async def test_a_member_that_cools_down_is_seen_and_its_group_goes_on(
             ("e0 cools down: pair goes on without it", "warning")
         ]
         assert monitor.snapshot["active_group"] is None
+
+
+async def test_names_that_lead_to_others_are_logged_at_the_start_and_when_they_change(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "aioserver")
+    changes = {"llm.providers.e1.models": ["listed", "pair"]}
+    async with engines(make_server, QUICK, QUICK, changes=changes) as (server, simulators):
+
+        def routes() -> list[str]:
+            texts = [record.getMessage() for record in caplog.records]
+            return [text for text in texts if text.startswith("by name alone")]
+
+        assert routes() == ["by name alone go to e1: listed"]
+        same = {**entries(simulators), **changes, "llm.models": {"pair": ["e0", "e1"]}}
+        assert await server.change(**same)
+        assert len(routes()) == 1
+        assert await server.change(**same, **{"llm.providers.e0.models": ["listed"]})
+        assert routes()[1:] == ["by name alone go to e0, e1: listed"]

@@ -128,6 +128,8 @@ def test_who_lists_a_model_gets_it_and_a_providers_own_model_is_not_enough() -> 
         assert (theirs.provider.name, theirs.model, theirs.fallbacks) == ("b", "theirs", False)
         assert theirs.group is not None
         assert theirs.group.name == ""
+        # The names that are shown at the start are those that lead there.
+        assert llm_of(providers, "a").bare_routes() == {("b", "c"): ["theirs"]}
         # Nobody is paid, and no text leaves, unasked.
         assert router.route("b-model").provider.name == "a"
 
