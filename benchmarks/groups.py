@@ -3,10 +3,7 @@
     python benchmarks/groups.py                five seeds, in virtual time
     python benchmarks/groups.py --seed 3       one
 
-32 users each have one conversation after another. The system prompt is one of 4 (Zipf 1.0) of
-1,000 tokens; a first question has 1,500 tokens, later ones 800 (log-normal, sigma 0.5), answers
-have 40 (sigma 0.4); a conversation has 4 to 10 turns; before each question is a pause of 2 s
-(exponential). 400 s are simulated, of which the first 80 do not count.
+The trace is that of trace_of_chats.py: 32 users, four engines, 400 s.
 
 The router, the gates and the lines are the server's own; the engines are the simulator's, whose
 time is virtual. Beside the group the same trace goes round robin (request i to engine i mod 4, where
@@ -17,15 +14,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import sys
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from trace_of_chats import ENGINES, Load, Result, Trace, Turn, text_of
 
 from aioserver.config import settings
 from aioserver.config.settings import Group, Llm, Member
@@ -36,7 +34,7 @@ from aioserver.provider_errors import ProviderFault
 from aioserver.providers.api import CHAT
 from aioserver.providers.provider import Provider
 from aioserver.providers.request import NO_CALLER, ProviderRequest
-from aioserver.wings.simulator.engine import Engine, EngineOptions, block_hashes, count_tokens
+from aioserver.wings.simulator.engine import Engine, block_hashes, count_tokens
 from tests.support.scripted_provider import LIMITS
 from tests.support.virtual_loop import run_virtually
 
@@ -45,82 +43,7 @@ if TYPE_CHECKING:
 
     from aioserver.providers.attempt import Attempt
 
-USERS, ENGINES, PLACES = 32, 4, 4
-SECONDS, WARM_UP, BEGIN_WITHIN, PAUSE = 400.0, 80.0, 5.0, 2.0
-SYSTEMS, SYSTEM_TOKENS, FIRST, LATER, ANSWER = 4, 1000, 1500, 800, 40
-TURNS = (4, 10)
 JSON = {"content-type": "application/json"}
-
-
-@dataclass
-class Load:
-    """What differs from the trace of the table's first rows."""
-
-    users: int = USERS
-    turns: tuple[int, int] = TURNS
-    systems: int = SYSTEMS
-    system_tokens: int = SYSTEM_TOKENS
-    first: int = FIRST
-    later: int = LATER
-    places: int = PLACES
-    instances: int = 1
-    # How wrong the seconds per byte are.
-    wrong: float = 1.0
-
-
-@dataclass
-class Turn:
-    """One question: what is sent, and how long its answer is."""
-
-    messages: list[dict[str, str]]
-    answer_tokens: int
-
-    @property
-    def body(self) -> bytes:
-        """The body of its request."""
-        return json.dumps({"model": "m", "messages": self.messages}).encode()
-
-    @property
-    def prompt(self) -> bytes:
-        """The text that the engine reads."""
-        return text_of(self.messages)
-
-
-def text_of(messages: list[dict[str, str]]) -> bytes:
-    """Return the text of *messages* as an engine reads it, with their roles."""
-    return "".join(f"<{each['role']}>{each['content']}" for each in messages).encode()
-
-
-def words(dice: random.Random, tokens: int) -> str:
-    """Return text of so many tokens, which is nobody else's."""
-    return dice.randbytes(2 * tokens).hex()
-
-
-@dataclass
-class Result:
-    """What a run has measured, after its warm-up."""
-
-    prompt: int = 0
-    cached: int = 0
-    # Prompt tokens in blocks that any engine was given before.
-    ideal: int = 0
-    output: int = 0
-    first_tokens: list[float] = field(default_factory=list)
-    starts: Counter[str] = field(default_factory=Counter)
-    failed: int = 0
-    homes: Counter[str] = field(default_factory=Counter)
-    held_back: int = 0
-
-    @property
-    def hits(self) -> float:
-        """The share of the prompt tokens that could come from a cache and did."""
-        return self.cached / max(1, self.ideal)
-
-    @property
-    def p90(self) -> float:
-        """Seconds within which nine of ten first tokens came."""
-        ordered = sorted(self.first_tokens)
-        return ordered[int(0.9 * len(ordered))] if ordered else 0.0
 
 
 class EngineProvider(Provider):
@@ -155,19 +78,23 @@ class EngineProvider(Provider):
         attempt.head_received(200, JSON).feed(b"{}")
 
 
-class Run:
+class Run(Trace):
     """One run of the trace with one way of placing requests."""
 
     def __init__(self, seed: int, load: Load, way: str) -> None:
-        self.load, self.way = load, way
-        self.seed = seed
-        self.result = Result()
+        super().__init__(seed, load)
+        self.way = way
         self.turns: dict[ProviderRequest, Turn] = {}
         self._given: set[bytes] = set()
-        self._loop = asyncio.get_running_loop()
-        self._began = self._loop.time()
-        self._asked = 0
-        self.engines = [Engine(EngineOptions()) for _ in range(ENGINES)]
+        self._number = 0
+        self._places: dict[str, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(self.load.places)
+        )
+        # Of the ideal placement: who waits, and when each place ends.
+        self._waiting: dict[asyncio.Future[EngineProvider], Turn] = {}
+        self._end_of: dict[asyncio.Future[EngineProvider], float] = {}
+        self._ends: dict[str, list[float]] = defaultdict(list)
+        self.engines = [Engine(load.options) for _ in range(ENGINES)]
         self.providers = {
             f"e{number}": EngineProvider(f"e{number}", engine, load.places, self)
             for number, engine in enumerate(self.engines)
@@ -187,11 +114,6 @@ class Run:
             Router(dict(self.providers), llm, alone=load.instances == 1)
             for _ in range(load.instances)
         ]
-
-    @property
-    def counts(self) -> bool:
-        """Whether the warm-up is over."""
-        return self._loop.time() - self._began >= WARM_UP
 
     async def answer(
         self, provider: EngineProvider, turn: Turn, first: Callable[[], None]
@@ -224,32 +146,10 @@ class Run:
     def _said(self, turn: Turn) -> str:
         return random.Random(turn.prompt).randbytes(2 * turn.answer_tokens).hex()
 
-    async def user(self, number: int) -> None:
-        """Have one conversation after another."""
-        load, dice = self.load, random.Random(f"{self.seed} {number}")
-        weights = [1 / rank for rank in range(1, load.systems + 1)]
-        await asyncio.sleep(dice.uniform(0, BEGIN_WITHIN))
-        while True:
-            system = dice.choices(range(load.systems), weights)[0]
-            text = words(random.Random(f"system {self.seed} {system}"), load.system_tokens)
-            messages = [{"role": "system", "content": text}]
-            for turn_number in range(dice.randint(*load.turns)):
-                await asyncio.sleep(dice.expovariate(1 / PAUSE))
-                mean = load.later if turn_number else load.first
-                tokens = max(1, round(mean * dice.lognormvariate(0, 0.5)))
-                messages.append({"role": "user", "content": words(dice, tokens)})
-                turn = Turn(list(messages), max(2, round(ANSWER * dice.lognormvariate(0, 0.4))))
-                await self._ask(turn, number)
-                messages.append({"role": "assistant", "content": self._said(turn)})
-
-    async def _ask(self, turn: Turn, user: int) -> None:
+    async def ask(self, turn: Turn, user: int, first: Callable[[], None]) -> str:
+        """Have *turn* answered by the engine that is its way's."""
         began = self._loop.time()
-
-        def first() -> None:
-            if self.counts:
-                self.result.first_tokens.append(self._loop.time() - began)
-
-        number, self._asked = self._asked, self._asked + 1
+        number, self._number = self._number, self._number + 1
         if self.way == "round robin":
             provider = self.providers[f"e{number % ENGINES}"]
             async with self._places[provider.name]:
@@ -273,6 +173,7 @@ class Run:
             if (start := request.outcome.start) is not None:
                 self.result.homes[start.home] += 1
             del self.turns[request]
+        return self._said(turn)
 
     async def _ideally(self, turn: Turn, first: Callable[[], None]) -> None:
         """Start the request where its first token comes first, once there is a place."""
@@ -312,20 +213,7 @@ class Run:
 
     async def play(self) -> Result:
         """Run the trace."""
-        self._places: dict[str, asyncio.Semaphore] = defaultdict(
-            lambda: asyncio.Semaphore(self.load.places)
-        )
-        # Of the ideal placement: who waits, and when each place ends.
-        self._waiting: dict[asyncio.Future[EngineProvider], Turn] = {}
-        self._end_of: dict[asyncio.Future[EngineProvider], float] = {}
-        self._ends: dict[str, list[float]] = defaultdict(list)
-        users = [asyncio.create_task(self.user(number)) for number in range(self.load.users)]
-        done, _ = await asyncio.wait(users, timeout=SECONDS)
-        for task in done:
-            task.result()
-        for task in users:
-            task.cancel()
-        await asyncio.gather(*users, return_exceptions=True)
+        await super().play()
         group = self.routers[0].groups["group"]
         self.result.held_back = group.held_back
         return self.result

@@ -353,9 +353,15 @@ class Simulator:
                 parsed, prompt_tokens=count_tokens(prompt), cached_tokens=cached
             )
             interval = 1 / options.decode
-            paced = dataclasses.replace(behaviour, ttft=interval, interval=interval)
+            paced = dataclasses.replace(
+                behaviour,
+                ttft=interval,
+                interval=interval,
+                # As many as it may have.
+                tokens=parsed.max_tokens or behaviour.tokens,
+            )
             response = await self._play(request, parsed, paced, play)
-        words, _ = shapes.words_of(parsed, behaviour.tokens)
+        words, _ = shapes.words_of(parsed, paced.tokens)
         said = {"role": "assistant", "content": "".join(words)}
         engine.wrote(prompt + orjson.dumps(said))
         return response
