@@ -19,7 +19,7 @@ from aioserver.errors import AioserverError, SlowClient
 from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
 from aioserver.telemetry.outcome import Outcome
-from aioserver.telemetry.tokens import cached_tokens, tokens_in, tokens_out
+from aioserver.telemetry.tokens import Tokens, tokens_of
 from aioserver.telemetry.tracer import RequestEnd
 
 if TYPE_CHECKING:
@@ -223,19 +223,20 @@ class RequestLog:
             self._count_gaps(record, now)
         elif record.silence > THRESHOLD:
             self._count_gaps(record, now)
-        self._count_tokens(record)
+        tokens = tokens_of(record.outcome.usage)
+        self._count_tokens(record, tokens)
         if not record.outcome.attempts:
             # It was refused in line.
             record.outcome.start = None
         if (start := record.outcome.start) is not None:
-            self._count_start(start, record.outcome, now)
+            self._count_start(start, record.outcome, tokens, now)
         if record.trace is not None:
             record.trace.ended(_end_of(record, now, code, outcome, status))
         if outcome == "rejected":
             if (left_out := metrics.refusal_lines.allow(code)) >= 0:
-                self._log(record, now, code, outcome, status, left_out=left_out)
+                self._log(record, now, code, outcome, status, tokens, left_out=left_out)
         elif logger.isEnabledFor(logging.INFO):
-            self._log(record, now, code, outcome, status)
+            self._log(record, now, code, outcome, status, tokens)
         # A log refers to the outcome for its window; these objects are needed no longer.
         record.outcome.usage = record.outcome.start = None
 
@@ -257,14 +258,10 @@ class RequestLog:
             metrics.delay[cause].observe(gap)
             metrics.recent_delays[cause].add(now, gap)
 
-    def _count_tokens(self, record: RequestRecord) -> None:
-        """Count the tokens of the usage; where it has no output, each event counts as one."""
-        usage, counters, provider = (
-            record.outcome.usage,
-            self.metrics.tokens,
-            record.outcome.provider,
-        )
-        asked, answered, cached = tokens_in(usage), tokens_out(usage), cached_tokens(usage)
+    def _count_tokens(self, record: RequestRecord, tokens: Tokens) -> None:
+        """Count *tokens*, those of the usage; where it has no output, each event counts as one."""
+        counters, provider = self.metrics.tokens, record.outcome.provider
+        asked, cached, answered = tokens
         configured = (provider, record.outcome.model, "output", "provider") in counters
         model = record.outcome.model if configured else "other"
         if asked is not None:
@@ -276,15 +273,16 @@ class RequestLog:
         elif record.events:
             counters[provider, model, "output", "estimate"].value += record.events
 
-    def _count_start(self, start: GroupStart, outcome: Outcome, now: float) -> None:
+    def _count_start(
+        self, start: GroupStart, outcome: Outcome, tokens: Tokens, now: float
+    ) -> None:
         """Count a request by *start*, and what was known and cached of its prompt."""
         meter = self.metrics.groups[start.group]
         meter.starts[start.provider, start.home].value += 1
         if start.size:
             meter.known.add(now, start.known, start.size)
-        asked = tokens_in(outcome.usage)
-        if asked is not None and outcome.provider == start.provider:
-            meter.cached[start.provider].add(now, cached_tokens(outcome.usage), asked)
+        if tokens.prompt is not None and outcome.provider == start.provider:
+            meter.cached[start.provider].add(now, tokens.cached, tokens.prompt)
 
     @staticmethod
     def _log(
@@ -293,6 +291,7 @@ class RequestLog:
         code: str,
         outcome: str,
         status: int,
+        tokens: Tokens,
         *,
         left_out: int = 0,
     ) -> None:
@@ -311,8 +310,7 @@ class RequestLog:
             fields["caller"] = record.caller
         if record.target:
             fields["target"] = record.target[:MAX_NAME]
-        start, usage = record.outcome.start, record.outcome.usage
-        if start is not None:
+        if (start := record.outcome.start) is not None:
             fields |= {"group": start.group, "home": start.home}
         elif record.group:
             fields["group"] = record.group
@@ -328,12 +326,8 @@ class RequestLog:
         fields |= {
             f"{side}_gap_ms": round(gap * 1000, 1) for side, gap in gaps.items() if gap > THRESHOLD
         }
-        tokens = {
-            "tokens_in": tokens_in(usage),
-            "cached_tokens": cached_tokens(usage),
-            "tokens_out": tokens_out(usage),
-        }
-        fields |= {name: number for name, number in tokens.items() if number is not None}
+        numbers = zip(("tokens_in", "cached_tokens", "tokens_out"), tokens, strict=True)
+        fields |= {name: number for name, number in numbers if number is not None}
         if left_out:
             fields["suppressed"] = left_out
         level = logging.WARNING if outcome == "rejected" else logging.INFO

@@ -18,7 +18,7 @@ import msgspec
 from yarl import URL
 
 from aioserver.errors import AioserverError
-from aioserver.telemetry.tokens import tokens_in, tokens_out
+from aioserver.telemetry.tokens import tokens_of
 from aioserver.telemetry.tracer import Fast_co
 from aioserver.wings.tracing.otlp import Context
 
@@ -123,7 +123,8 @@ class AttemptTrace:
         self.model, self.address = end.model, address(end.base_url)
         self.began, self.ended = end.began, end.ended
         self.first_chunk, self.status = end.first_chunk, end.status
-        self.tokens = tokens_in(end.usage), tokens_out(end.usage)
+        tokens = tokens_of(end.usage)
+        self.tokens = tokens.prompt, tokens.answer
         if end.body:
             self.head, self.tail = end.body[:HEAD_BYTES], end.body[-TAIL_BYTES:]
 
