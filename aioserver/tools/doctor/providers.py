@@ -19,7 +19,6 @@ from yarl import URL
 
 from aioserver.faces.wing import Core, Wing
 from aioserver.gateway.prompts import chat_body
-from aioserver.protocol.client_headers import NO_HEADERS
 from aioserver.protocol.openai import Reading
 from aioserver.provider_errors import (
     ProviderAuthError,
@@ -31,15 +30,16 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.api import CHAT
 from aioserver.providers.attempt import Attempt
-from aioserver.providers.passthrough import PassedAttempt, PassedRequest
+from aioserver.providers.passthrough import PassedAttempt
 from aioserver.providers.pool import environment_proxy
 from aioserver.providers.registry import ProviderRegistry
-from aioserver.providers.request import NO_CALLER, ProviderRequest
+from aioserver.providers.request import ProviderRequest
 from aioserver.server.wings import WINGS
 from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.store import StreamStore
 from aioserver.streams.stream import Stream
 from aioserver.telemetry.metrics import Metrics
+from aioserver.tools.doctor.groups import examine_groups, models_request
 from aioserver.tools.doctor.network import Peer, Steps
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ async def examine(report: Report, settings: Settings, *, ask: bool) -> None:
             # The providers that matter most come first.
             for name in dict.fromkeys((*needed, *registry.providers)):
                 await _examine(report, registry.providers[name], needed=name in needed, ask=ask)
+            await examine_groups(report, llm, registry.providers)
         finally:
             await registry.close()
 
@@ -166,17 +167,7 @@ async def _first_token(report: Report, subject: str, provider: Provider, problem
 
 async def _list_models(report: Report, subject: str, provider: Provider, problem: Problem) -> None:
     """Ask for the list of models, which costs nothing; most providers want their key for it."""
-    request = PassedRequest(
-        "GET",
-        "models",
-        lambda _settings, _model: b"",
-        {},
-        upload=None,
-        caller=NO_CALLER,
-        model=None,
-        hold=None,
-        client_headers=NO_HEADERS,
-    )
+    request = models_request()
     attempt = PassedAttempt(provider, request, None)
     began = time.perf_counter()
     begun = asyncio.ensure_future(request.answer.begun())

@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import ssl
 import sys
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,7 +26,7 @@ from tests.support.scripted_provider import ScriptedProvider
 from tests.support.server import HTTP_CLIENT, NOWHERE, QUICK, configured, provider_entry, write
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
     from aioserver.tools.doctor.findings import Finding
@@ -368,3 +369,123 @@ async def test_bad_usage_is_2(arguments: list[str]) -> None:
 
     assert (code, out) == (2, "")
     assert "Usage: " in err
+
+
+@asynccontextmanager
+async def lists(*models: Any) -> AsyncIterator[str]:
+    """A provider that lists *models*, each by its id or as an object; its base URL."""
+    entries = [model if isinstance(model, dict) else {"id": model} for model in models]
+    body = json.dumps({"object": "list", "data": entries, "key": CANARY}).encode()
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+
+    async def play(peer: Connection) -> None:
+        while (await peer.request()).startswith(b"GET /v1/models "):
+            await peer.send(head % len(body) + body)
+
+    async with ScriptedProvider(play) as provider:
+        yield provider.url
+
+
+async def groups_of(
+    path: Path, findings: Findings, models: dict[str, Any], **urls: str
+) -> list[str]:
+    """The findings on the groups *models* of providers at these *urls*."""
+    changes: dict[str, Any] = {
+        f"llm.providers.{name}": provider_entry(url, "qwen3") for name, url in urls.items()
+    }
+    changes |= {"llm.providers.demo": SIMULATED, "llm.models": models}
+    settings = configured(NOWHERE, changes, path / "c.yaml").settings
+    await providers.examine(findings.report, settings, ask=False)
+    return [line for line in findings if "group " in line]
+
+
+async def test_each_member_of_a_group_lists_its_model(tmp_path: Path, findings: Findings) -> None:
+    async with (
+        lists("other", "qwen3") as good,
+        lists("qwen3:latest", "models/small") as tagged,
+        lists("qwen2") as wrong,
+        lists({"no": "id"}, "q" * 100_000) as large,
+    ):
+        found = await groups_of(
+            tmp_path,
+            findings,
+            {"qwen": ["good", "tagged", "wrong", "large", "demo"], "small": "tagged/small"},
+            good=good,
+            tagged=tagged,
+            wrong=wrong,
+            large=large,
+        )
+
+    hint = (
+        "\n        check `model` of the member, and the name by which its engine serves the model"
+    )
+    assert found == [
+        "ok    group qwen: good lists qwen3",
+        "ok    group qwen: tagged lists qwen3",
+        f"warn  group qwen: wrong does not list qwen3 under /v1/models{hint}",
+        f"warn  group qwen: large does not list qwen3 under /v1/models{hint}",
+        "skip  group qwen: demo is simulated: it has any model",
+        "ok    group small: tagged lists small",
+    ]
+
+
+async def test_a_list_that_is_none_is_not_looked_at(tmp_path: Path, findings: Findings) -> None:
+    play, _ = refusing("404 Not Found")
+
+    async def no_json(peer: Connection) -> None:
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nno")
+
+    async def cut(peer: Connection) -> None:
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 200\r\n\r\n{")
+
+    async with (
+        ScriptedProvider(play) as refuses,
+        ScriptedProvider(no_json) as says,
+        ScriptedProvider(cut) as cuts,
+    ):
+        found = await groups_of(
+            tmp_path,
+            findings,
+            {"qwen": ["refuses", "says", "cuts", "nowhere"]},
+            refuses=refuses.url,
+            says=says.url,
+            cuts=cuts.url,
+            nowhere=NOWHERE,
+        )
+
+    assert found == [
+        f"skip  group qwen: {name} shows no list of models that can be read"
+        for name in ("refuses", "says", "cuts", "nowhere")
+    ]
+
+
+async def test_members_that_take_less_than_others_need_a_max_context(
+    tmp_path: Path, findings: Findings
+) -> None:
+    async with (
+        lists({"id": "qwen3", "max_model_len": 32_768}) as large,
+        lists({"id": "qwen3", "max_model_len": 8192}) as less,
+        lists({"id": "qwen3", "max_model_len": 4096}) as told,
+        lists({"id": "qwen3", "max_model_len": "many"}) as unknown,
+    ):
+        found = await groups_of(
+            tmp_path,
+            findings,
+            {
+                "qwen": ["large", "less", {"provider": "told", "max_context": 4096}, "unknown"],
+                "alone": ["less", "unknown"],
+            },
+            large=large,
+            less=less,
+            told=told,
+            unknown=unknown,
+        )
+
+    assert [line for line in found if line.startswith("warn")] == [
+        (
+            "warn  group qwen: less takes 8,192 tokens, and others take 32,768 (max_model_len)\n"
+            "        set max_context: 8192 there, so that longer prompts go to the others"
+        )
+    ]
