@@ -9,6 +9,7 @@ shared fairly by all who ask for it, whatever name they use.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from itertools import count
 from operator import attrgetter
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 from aioserver.config.models import LEAST_BUSY, ORDERED, WEIGHTED
 from aioserver.gateway.members import Member, load, sick, well
 from aioserver.limits.lines import Lines
-from aioserver.provider_errors import ProviderFault, ProviderPaced
+from aioserver.provider_errors import NoProvider, ProviderFault, ProviderPaced
 from aioserver.telemetry.outcome import NONE, GroupStart
 
 if TYPE_CHECKING:
@@ -33,6 +34,40 @@ if TYPE_CHECKING:
 # A prompt is skipped for a member if, by this estimate, it is longer than what the member takes by
 # more than half.
 BYTES_PER_TOKEN, DOUBT = 4, 1.5
+
+
+class Waiting:
+    """One request in the lines of members, since it *began* to wait: at each of *attempts* with one
+    of its *wishes*. *more* returns the attempts at members that have come to its group since it was
+    called last.
+    """
+
+    __slots__ = ("_more", "attempts", "began", "lines", "since", "wishes")
+
+    def __init__(
+        self,
+        lines: Lines,
+        attempts: dict[Member, Attempt],
+        more: Callable[[], Mapping[Member, Attempt]],
+        began: float,
+    ) -> None:
+        self.lines, self.attempts, self.began = lines, attempts, began
+        self._more = more
+        self.wishes: dict[Member, Wish] = {}
+        # When it has begun to wait for members that came later.
+        self.since: dict[Member, float] = {}
+
+    def regroup(self, group: Group, now: float) -> None:
+        """Stand in the lines of new members of *group* as well, and no more in those of others."""
+        for member, attempt in self._more().items():
+            with contextlib.suppress(ProviderFault):
+                member.provider.check(attempt)
+                self.attempts[member], self.since[member] = attempt, now
+                self.wishes[member] = wish = member.provider.wish(attempt)
+                self.lines.join(wish)
+        for member, wish in self.wishes.items():
+            if member not in group.members or not member.settings.usable:
+                self.lines.quit(wish, group.empty)
 
 
 class Group:
@@ -54,25 +89,33 @@ class Group:
         self.members: Sequence[Member] = ()
         self._clock = clock
         self._marks = count()
-        self.apply(members, choose, affinity)
+        # Grows with each change of its members.
+        self.version = 0
         # Requests that were held back for their home.
         self.held_back = 0
-        # When each request that stands in lines has come.
-        self._waiting: dict[Lines, float] = {}
+        # The requests that stand in lines, in the order in which they have come.
+        self._waiting: dict[Waiting, None] = {}
+        self.apply(members, choose, affinity)
 
     def apply(self, members: Sequence[Member], choose: str, affinity: str) -> None:
         """Use other *members* and another choice from now on.
 
-        One that stays keeps its counts.
+        One that stays keeps its counts. Requests that wait stand in the lines of new ones at once,
+        and in those of others no more.
         """
-        known = {(old.provider.name, old.asked_model): old for old in self.members}
+        known = {(old.provider, old.asked_model): old for old in self.members}
+        kept = []
         for new in members:
-            new.marks = self._marks
-            if (old := known.get((new.provider.name, new.asked_model))) is not None:
-                new.starts, new.started_at, new.credit = old.starts, old.started_at, old.credit
-                new.reading, new.mark = old.reading, old.mark
-                new.address, new.deaths = old.address, old.deaths
-        self.members, self.choose, self.affinity = members, choose, affinity
+            member = known.get((new.provider, new.asked_model), new)
+            member.marks = self._marks
+            member.model, member.factor = new.model, new.factor
+            member.weight, member.max_context = new.weight, new.max_context
+            kept.append(member)
+        self.members, self.choose, self.affinity = kept, choose, affinity
+        self.version += 1
+        now = self._clock()
+        for waiting in list(self._waiting):
+            waiting.regroup(self, now)
 
     @property
     def available(self) -> bool:
@@ -93,7 +136,12 @@ class Group:
         """For how many seconds the request has waited that came first."""
         if len(self.members) == 1:
             return self.members[0].provider.stats().queue.oldest_wait
-        return self._clock() - min(self._waiting.values()) if self._waiting else 0.0
+        began = min((waiting.began for waiting in self._waiting), default=None)
+        return 0.0 if began is None else self._clock() - began
+
+    def empty(self) -> NoProvider:
+        """Return the fault of a request that none of its members can answer any more."""
+        return NoProvider(f"no provider of {self.name} is usable")
 
     def usable(self, api: Api, *, one_model: bool = False) -> list[Member]:
         """Return the members that can be asked for a request of *api*, in their order.
@@ -190,17 +238,21 @@ class Group:
         attempts: Mapping[Member, Attempt],
         placement: Placement | None = None,
         *,
+        more: Callable[[], Mapping[Member, Attempt]] = dict,
         fallback: bool = False,
     ) -> tuple[Member, Place]:
         """Wait for a place of one of *attempts*, of which each is one at that member; they are in
         the order in which their members are asked. Return the member, and its place.
 
         With a *placement* its home comes first but for a trial, and others may have to be waited
-        for. *fallback* says that others can be asked instead of all of them. Cancelling is safe.
+        for. *more* puts attempts at members that have come since into *attempts*, and returns
+        them. *fallback* says that others can be asked instead of all of them. Cancelling is safe.
 
         Raises:
             ProviderFault: no member can start it in time, or all are left alone.
         """
+        if not attempts:
+            raise self.empty()
         among = list(attempts)
         delays: Mapping[Member, float] = {}
         if placement is not None:
@@ -209,9 +261,9 @@ class Group:
             among.sort(key=lambda member: (member is not trial, member is not placement.home))
             if trial is not None:
                 delays = {each: delay for each, delay in delays.items() if each is not trial}
-        member, place = await self._offered(among, attempts, delays, fallback=fallback)
+        member, place = await self._offered(among, attempts, delays, more, fallback=fallback)
         try:
-            self.started(member, among, attempts[member].request.outcome, placement)
+            self.started(member, list(attempts), attempts[member].request.outcome, placement)
         except BaseException:
             place.release()
             raise
@@ -222,6 +274,7 @@ class Group:
         among: Sequence[Member],
         attempts: Mapping[Member, Attempt],
         delays: Mapping[Member, float],
+        more: Callable[[], Mapping[Member, Attempt]],
         *,
         fallback: bool,
     ) -> tuple[Member, Place]:
@@ -255,10 +308,13 @@ class Group:
             # Nobody waits for a home that is not asked now.
             delays = {}
         self.held_back += any(delays.get(member) for member in ready)
-        return await self._wait({each: attempts[each] for each in ready}, delays)
+        return await self._wait({each: attempts[each] for each in ready}, delays, more)
 
     async def _wait(
-        self, attempts: Mapping[Member, Attempt], delays: Mapping[Member, float]
+        self,
+        attempts: dict[Member, Attempt],
+        delays: Mapping[Member, float],
+        more: Callable[[], Mapping[Member, Attempt]],
     ) -> tuple[Member, Place]:
         """Stand in the line of each member until one starts the request."""
         first = next(iter(attempts.values()))
@@ -271,11 +327,11 @@ class Group:
             on_position=first.queued if show_position else None,
             at_front=first.retry,
         )
-        began = self._clock()
-        wishes: dict[Member, Wish] = {}
+        waiting = Waiting(lines, attempts, more, self._clock())
+        wishes = waiting.wishes
         winner: Member | None = None
         place: Place | None = None
-        self._waiting[lines] = began
+        self._waiting[waiting] = None
         try:
             for member, attempt in attempts.items():
                 wishes[member] = member.provider.wish(attempt, delays.get(member, 0.0))
@@ -286,8 +342,9 @@ class Group:
                 place.release()
             raise
         finally:
-            del self._waiting[lines]
+            del self._waiting[waiting]
             for member, wish in wishes.items():
                 own = place if member is winner else None
+                began = waiting.since.get(member, waiting.began)
                 member.provider.waited(attempts[member], wish, began, own)
         return winner, place

@@ -41,6 +41,7 @@ from aioserver.gateway.rounds import Round
 from aioserver.protocol.prefix import prefix_of
 from aioserver.provider_errors import ContextTooLong, NoProvider, ProviderFault
 from aioserver.providers.api import CHAT, Api
+from aioserver.providers.outage import WAIT
 from aioserver.providers.passthrough import PassedAttempt, PassedRequest
 from aioserver.tracebacks import forget_frames
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.config.settings import Llm
     from aioserver.gateway.request import Request
+    from aioserver.limits.gate import Place
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.provider import Provider
     from aioserver.providers.request import Answer
@@ -373,8 +375,6 @@ class Router:
         route, passed = request.route, request.provider_request
         assert isinstance(passed, PassedRequest)
         outcome, provider, place = passed.outcome, route.provider, None
-        attempts: dict[Member, PassedAttempt] = {}
-        trial: Member | None = None
         attempt = PassedAttempt(provider, passed, passed.model)
         try:
             if passed.upload is not None:
@@ -383,17 +383,8 @@ class Router:
             if group is not None and len(group.members) == 1:
                 group.started(group.members[0], (), outcome)
             elif group is not None:
-                attempts = {
-                    member: PassedAttempt(member.provider, passed, member.asked_model)
-                    for member in group.order(group.usable(passed.api, one_model=route.pinned))
-                }
-                # A trial that fails is not asked of others: these are few.
-                trial = group.trial(list(attempts), by_time=False)
-                if trial is not None:
-                    attempts[trial].trial = True
-                    attempts = {trial: attempts.pop(trial), **attempts}
-                member, place = await group.start(attempts)
-                provider, attempt = member.provider, attempts[member]
+                member, attempt, place = await _passed_start(group, passed, pinned=route.pinned)
+                provider = member.provider
             outcome.begin_attempt(provider.name, attempt.model or "")
             await provider.run(attempt, place)
         except ProviderFault as fault:
@@ -404,9 +395,9 @@ class Router:
             error.paid = outcome.sent_at > 0
             raise
         finally:
-            if trial is not None and attempts[trial].trial:
+            if attempt.trial:
                 # It has not begun.
-                trial.provider.health.breaker.unsure(trial=True)
+                provider.health.breaker.unsure(trial=True)
             if place is not None:
                 # It is given back already, unless the attempt never began.
                 place.release()
@@ -452,9 +443,10 @@ class Router:
             asking: Asking | None = None
             round_ = None
             try:
-                if len(group.members) > 1:
+                if len(group.members) > 1 or (not trial and _waits(group)):
                     round_ = await self._round(group, request, stream, too_small)
                     if not round_.left:
+                        # None of them takes more than what was too small.
                         continue
                     member, model = round_.left[0], None
                 else:
@@ -521,34 +513,67 @@ class Router:
         Raises:
             NoProvider: there are none any more.
         """
-        members = [
-            member
-            for member in self._members(group, request)
-            if member.max_context is None or member.max_context > too_small
-        ]
-        keeper = request.keeper
-        kept_at = None if keeper is None else keeper.kept_at
-        prefix = None
-        if members and group.affinity == PREFIX and not request.route.pinned:
-            first = members[0]
+        round_ = Round(group, request, stream, self._homes, too_small)
+        affinity = group.affinity == PREFIX and len(group.members) > 1
+        if round_.left and affinity and not request.route.pinned:
+            first = round_.left[0]
             body = request.provider_request.body(first.settings, first.asked_model)
-            prefix = await prefix_of(body, group.name)
-        return Round(group, request, stream, members, self._homes, prefix, kept_at=kept_at)
+            round_.prefix = await prefix_of(body, group.name)
+        return round_
 
-    def _members(self, group: Group, request: Request) -> list[Member]:
-        """Return the members of *group* that can be asked for *request*.
 
-        Raises:
-            NoProvider: there are none any more.
-        """
-        provider_request = request.provider_request
-        members = group.usable(provider_request.api, one_model=request.route.pinned)
-        if not members:
-            raise NoProvider(f"no provider of {group.name} is usable")
-        if any(member.max_context for member in members):
-            body = provider_request.body(members[0].settings, members[0].model)
-            members = group.fitting(members, len(body))
-        return members
+async def _passed_start(
+    group: Group, passed: PassedRequest, *, pinned: bool
+) -> tuple[Member, PassedAttempt, Place]:
+    """Return the first member of *group* that has a place for *passed*, with its attempt.
+
+    Raises:
+        ProviderFault: none can start it.
+    """
+    attempts: dict[Member, PassedAttempt] = {}
+
+    def more() -> dict[Member, Attempt]:
+        new: dict[Member, Attempt] = {}
+        for member in group.order(group.usable(passed.api, one_model=pinned)):
+            if member not in attempts:
+                new[member] = attempts[member] = PassedAttempt(
+                    member.provider, passed, member.asked_model
+                )
+        return new
+
+    while True:
+        version = group.version
+        attempts.clear()
+        more()
+        # A trial that fails is not asked of others: these are few.
+        trial = group.trial(list(attempts), by_time=False)
+        chosen: Member | None = None
+        try:
+            if trial is not None:
+                attempts[trial].trial = True
+                others = {each: attempts.pop(each) for each in list(attempts) if each is not trial}
+                attempts.update(others)
+            chosen, place = await group.start(attempts, more=more)
+        except ProviderFault:
+            if group.version == version or not group.usable(passed.api):
+                raise
+        else:
+            return chosen, attempts[chosen], place
+        finally:
+            if trial is not None and chosen is not trial:
+                # It has started elsewhere, or nowhere.
+                attempts[trial].trial = False
+                trial.provider.health.breaker.unsure(trial=True)
+
+
+def _waits(group: Group) -> bool:
+    """Return whether a request of *group*, which has one member, waits for a place, so that it may
+    start at a member that comes meanwhile.
+    """
+    (member,) = group.members
+    inside, limit = member.provider.places
+    # One that waits until its provider is back does so there.
+    return bool(group.name) and inside >= limit and member.settings.when_down != WAIT
 
 
 def _same(group: Group, other: Group) -> bool:

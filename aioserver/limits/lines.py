@@ -85,7 +85,7 @@ class Lines:
         self._loop = asyncio.get_running_loop()
         self._place: asyncio.Future[Place] = self._loop.create_future()
         self._standing: list[_Standing] = []
-        self._coming: set[asyncio.TimerHandle] = set()
+        self._coming: dict[asyncio.TimerHandle, Wish] = {}
         self._winner: _Standing | None = None
         self._reported: tuple[int, float] | None = None
 
@@ -117,6 +117,42 @@ class Lines:
         assert winner is not None
         return winner.wish, place
 
+    def join(self, wish: Wish) -> None:
+        """Stand in the line of one more *wish*, if there is room and time for it."""
+        if self._place.done():
+            return
+        room = wish.gate.room + sum(standing.gate.room for standing in self._standing) > 0
+        try:
+            seconds = self._time_left(wish, room=room)
+        except AioserverError:
+            return
+        standing = self._stand(wish, seconds)
+        self._share_out()
+        self._serve(standing)
+
+    def quit(self, wish: Wish, error: Callable[[], AioserverError]) -> None:
+        """Leave the line of *wish*; if it was the last one, *error* ends the wait."""
+        for timer, coming in list(self._coming.items()):
+            if coming is wish:
+                timer.cancel()
+                del self._coming[timer]
+        for standing in [each for each in self._standing if each.wish is wish]:
+            self.refused(standing, error)
+        if not (self._standing or self._coming or self._place.done()):
+            self._place.set_exception(error())
+
+    def _time_left(self, wish: Wish, *, room: bool) -> float:
+        """Return for how many seconds the request may stand in the line of *wish*.
+
+        Raises:
+            AioserverError: for none, or it could not start in time.
+        """
+        seconds = wish.gate.time_left(wish.waited, room=room)
+        wish.gate.check_pace(
+            seconds, self._caller, self._flow, self._weight, at_front=self._at_front
+        )
+        return seconds
+
     def _join(self, wishes: Sequence[Wish]) -> None:
         """Stand in the lines of *wishes*, those with a delay later.
 
@@ -127,10 +163,7 @@ class Lines:
         errors: list[tuple[float, int, AioserverError]] = []
         for wish in wishes:
             try:
-                seconds = wish.gate.time_left(wish.waited, room=room)
-                wish.gate.check_pace(
-                    seconds, self._caller, self._flow, self._weight, at_front=self._at_front
-                )
+                seconds = self._time_left(wish, room=room)
             except AioserverError as error:
                 errors.append((error.retry_after or 0.0, len(errors), error))
                 continue
@@ -147,13 +180,13 @@ class Lines:
 
     def _stand_later(self, wish: Wish, seconds: float) -> None:
         def come() -> None:
-            self._coming.discard(timer)
+            del self._coming[timer]
             standing = self._stand(wish, seconds - wish.delay)
             self._share_out()
             self._serve(standing)
 
         timer = self._loop.call_later(wish.delay, come)
-        self._coming.add(timer)
+        self._coming[timer] = wish
 
     def _stand(self, wish: Wish, seconds: float) -> _Standing:
         """Stand in the line of *wish* for *seconds* at most; `_share_out` is next."""

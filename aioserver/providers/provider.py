@@ -198,7 +198,9 @@ class Provider:
         if self._gate.inside >= self._gate.limit and not self._gate.full:
             self._make_room()
         self.backpressure.end()
-        cost, attempt.expected_tokens = attempt.expected_tokens, 0
+        # One that was offered to nobody has none yet.
+        cost = attempt.expected_tokens or _expected_tokens(attempt, self.settings)
+        attempt.expected_tokens = 0
         self._pending += 1
         return Wish(self._gate, cost, attempt.waited, delay, attempt.fallback)
 

@@ -32,7 +32,7 @@ TAKES = re.compile(
     r"(\btry_enter|\b_?gate\.enter|admission\.(wait|connect|hold)|quota\.(take|connect|used)"
     r"|_streams\.(open|open_mirror|hold)|pool\.(take|connect)|_connections\.(take|open_one)|_connector\.connect"
     r"|breaker\.start(_spared)?|_?group\.trial|\bSocketPlace|\bVisit|_make_hold|responses\.hold|gateway\.hold|\b_place\.enter"
-    r"|\bself\.offer|provider\.(offer|wish)|lines\.wait|group\.start|round_\.start|self\._offered)$"
+    r"|\bself\.offer|provider\.(offer|wish)|lines\.wait|group\.start|round_\.start|self\._offered|_passed_start)$"
 )
 COUNTS = re.compile(
     r"\b(_inside|running|connections\.value|connections|_trials|_pending|_opening|_body_bytes|refused_closing)$"
@@ -82,6 +82,7 @@ gateway.groups Group.trial
 gateway.asking Asking.answer
 gateway.rounds Round.start
 gateway.router Router.pass_on
+gateway.router _passed_start
 gateway.router Router._ask_in_turn
 providers.provider Provider.exchange
 providers.queueing ProviderGate._start
@@ -340,6 +341,7 @@ TRIAL_SECTIONS = {
     Function("gateway.rounds", "Round.start"),
     Function("gateway.router", "Router._ask_in_turn"),
     Function("gateway.router", "Router.pass_on"),
+    Function("gateway.router", "_passed_start"),
     Function("providers.provider", "Provider.run"),
 }
 TRIED = {"chat": ("chat/completions", CHAT), "passed on": ("moderations", {"input": "Hello"})}

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioserver.config import settings
 from aioserver.config.settings import Group, Member
 from aioserver.errors import ModelNotFound
 from aioserver.gateway.request import Request
+from aioserver.protocol.client_headers import NO_HEADERS
 from aioserver.provider_errors import (
     CircuitOpen,
     ContextTooLong,
+    NoProvider,
     ProviderError,
     ProviderFault,
     ProviderQueueFull,
@@ -27,6 +31,7 @@ from aioserver.providers.passthrough import PassedRequest
 from aioserver.providers.request import NO_CALLER, ProviderRequest
 from tests.support.engines import Engine, nothing_is_held
 from tests.support.routers import llm_of, router_of
+from tests.support.scripted_provider import LIMITS
 from tests.support.virtual_loop import run_virtually
 from tests.support.waiting import ticks
 
@@ -54,6 +59,22 @@ def request_of(
 ) -> Request:
     asked = ProviderRequest(CHAT, lambda _settings, _model: body, streamed=False)
     return Request(router.route(model, provider), asked, "openai", "r")
+
+
+async def pass_on(router: Router, model: str) -> Answer:
+    """Pass a request on, by its model."""
+    passed = PassedRequest(
+        "POST",
+        "audio/speech",
+        lambda _settings, model: (model or "").encode(),
+        {},
+        upload=None,
+        caller=NO_CALLER,
+        model=None,
+        hold=None,
+        client_headers=NO_HEADERS,
+    )
+    return await router.pass_on(Request(router.route(model), passed, "openai", "r"))
 
 
 async def asking(count: int, router: Router, model: str) -> list[asyncio.Task[Answer]]:
@@ -675,21 +696,7 @@ def test_a_request_that_is_passed_on_waits_for_the_first_member_too() -> None:
         router = router_over(providers, pair=group("a", "b"))
         tasks = await asking(2, router, "pair")
         began = loop.time()
-        passed = PassedRequest(
-            "POST",
-            "audio/speech",
-            lambda _settings, model: (model or "").encode(),
-            {},
-            upload=None,
-            caller=NO_CALLER,
-            model=None,
-            hold=None,
-            client_headers=ProviderRequest(
-                CHAT, lambda _settings, _model: b"", streamed=False
-            ).client_headers,
-        )
-
-        answer = await router.pass_on(Request(router.route("pair"), passed, "openai", "r"))
+        answer = await pass_on(router, "pair")
 
         assert (answer.outcome.provider, answer.outcome.model) == ("b", "b-model")
         assert loop.time() - began == pytest.approx(4.0)
@@ -717,6 +724,203 @@ def test_new_settings_keep_the_counts_of_members_that_stay() -> None:
         assert [(one.provider.name, one.starts) for one in pair.members] == [("c", 0), ("a", 3)]
         assert (await ask(router, "pair")).outcome.provider == "c"
         assert (await ask(router, "new")).outcome.provider == "b"
+
+    run_virtually(scene())
+
+
+def change(router: Router, providers: dict[str, Engine], models: dict[str, Group]) -> None:
+    """Reload: these providers and groups are all that there are."""
+    for name, provider in router.providers.items():
+        if name not in providers:
+            provider.remove()
+    first = next(iter(providers))
+    router.apply(dict(providers), llm_of(dict(providers), first, models=models))
+
+
+def test_who_waits_stands_in_the_line_of_a_new_member_at_once() -> None:
+    async def scene() -> None:
+        loop = asyncio.get_running_loop()
+        providers = engines("a", "b", "c")
+        providers["a"].seconds = providers["b"].seconds = 100.0
+        router = router_over(providers, pair=group("a", "b"))
+        tasks = await asking(5, router, "pair")
+        busy = await asking(1, router, "c")
+        waiting, began = tasks[2:], loop.time()
+
+        change(router, providers, {"pair": group("a", "b", "c")})
+
+        assert router.groups["pair"].waiting == 3
+        assert [engine.stats().queue.waiting for engine in providers.values()] == [3, 3, 3]
+        answers = await asyncio.gather(*waiting)
+        assert {answer.outcome.provider for answer in answers} == {"c"}
+        assert loop.time() - began == pytest.approx(4.0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait([*tasks, *busy])
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+def test_a_new_member_with_a_free_place_starts_who_waits_longest() -> None:
+    async def scene() -> None:
+        providers = engines("a", "b", limits={"queue_timeout": 30.0})
+        providers["a"].seconds = 100.0
+        router = router_over(providers, pair=group("a"))
+        # A group of one, to which another member comes.
+        tasks = await asking(4, router, "pair")
+
+        change(router, providers, {"pair": group("a", "b")})
+
+        assert providers["b"].stats().queue.inside == 1
+        answers = await asyncio.gather(*tasks[1:])
+        assert [answer.outcome.provider for answer in answers] == ["b"] * 3
+        first = providers["a"].asked[0][1]
+        assert [when - first for _, when in providers["b"].asked] == pytest.approx([0, 1, 2])
+        tasks[0].cancel()
+        await asyncio.wait(tasks)
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+@pytest.mark.parametrize("how", ["the provider", "the member"])
+def test_whose_lines_are_all_removed_are_asked_of_the_group_as_it_is_now(how: str) -> None:
+    async def scene() -> None:
+        providers = engines("a", "b", "c", "d")
+        for engine in providers.values():
+            engine.seconds = 10.0
+        router = router_over(providers, pair=group("a", "b"))
+        tasks = await asking(5, router, "pair")
+        direct = await asking(2, router, "c")
+
+        left = {
+            name: engine
+            for name, engine in providers.items()
+            if how == "the member" or name in "cd"
+        }
+        change(router, left, {"pair": group("d", "c")})
+
+        assert providers["a"].stats().queue.waiting == 0
+        assert providers["b"].stats().queue.waiting == 0
+        answers = await asyncio.gather(*tasks, *direct)
+        # Two have started before the change.
+        asked = Counter(answer.outcome.provider for answer in answers[:5])
+        assert asked["a"] == asked["b"] == 1
+        assert asked["c"] + asked["d"] == 3
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+def test_who_comes_to_a_member_that_cools_waits_for_it() -> None:
+    """The new one is not asked at the moment, so that the old line was the last one."""
+
+    async def scene() -> None:
+        providers = engines("a", "b", "c")
+        providers["a"].seconds = providers["b"].seconds = 100.0
+        providers["c"].fault = lambda _model: ProviderRateLimited("slow down", retry_after=20.0)
+        router = router_over(providers, pair=group("a", "b"))
+        with pytest.raises(ProviderRateLimited):
+            await ask(router, "c")
+        providers["c"].fault = lambda _model: None
+        tasks = await asking(3, router, "pair")
+
+        change(router, providers, {"pair": group("c")})
+
+        answer = await tasks[2]
+        assert answer.outcome.provider == "c"
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+def test_only_a_group_without_a_usable_member_refuses_who_waits() -> None:
+    async def scene() -> None:
+        providers = engines("a", "b", "c")
+        router = router_over(providers, pair=group("a", "b"))
+        tasks = await asking(4, router, "pair")
+        key = settings.Provider(
+            name="c", base_url="http://127.0.0.1:9/v1", model="c-model", http_client=LIMITS
+        )
+        providers["c"].settings = replace(key, api_key_env="MISSING", api_key=None)
+        assert not providers["c"].settings.usable
+
+        change(router, providers, {"pair": group("c")})
+
+        for task in tasks[2:]:
+            with pytest.raises(NoProvider):
+                await task
+        assert [task.exception() for task in (await asyncio.wait(tasks[:2]))[0]] == [None, None]
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+def test_a_request_that_fails_is_asked_of_the_members_of_now() -> None:
+    async def scene() -> None:
+        providers = engines("a", "b", "c", limits={"max_retries": 1, "backoff_factor": 10.0})
+        for name in "ab":
+            providers[name].fault = lambda _model: ProviderError("no")
+        router = router_over(providers, pair=group("a", "b"))
+        under_way, resting = await asking(1, router, "pair"), await asking(1, router, "pair")
+        await asyncio.sleep(1.5)
+
+        change(router, providers, {"pair": group("a", "c")})
+        answers = await asyncio.gather(*under_way, *resting)
+
+        assert [answer.outcome.provider for answer in answers] == ["c", "c"]
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+def test_another_weight_and_choice_hold_from_the_next_start() -> None:
+    async def scene() -> None:
+        providers = {"a": Engine("a", 9), "b": Engine("b", 9)}
+
+        def weighted(a: int, b: int) -> Group:
+            return group(
+                Member(provider="a", weight=a), Member(provider="b", weight=b), choose="weighted"
+            )
+
+        router = router_over(providers, pair=weighted(1, 1))
+        for _ in range(4):
+            await ask(router, "pair")
+        change(router, providers, {"pair": weighted(1, 3)})
+        for _ in range(8):
+            await ask(router, "pair")
+        assert [len(engine.asked) for engine in providers.values()] == [4, 8]
+        change(router, providers, {"pair": group("b", "a")})
+        for _ in range(3):
+            await ask(router, "pair")
+        assert [len(engine.asked) for engine in providers.values()] == [4, 11]
+
+    run_virtually(scene())
+
+
+def test_what_is_passed_on_follows_its_group_too() -> None:
+    async def scene() -> None:
+        providers = engines("a", "b", "c", "d")
+        router = router_over(providers, pair=group("a", "b"))
+        for name in "ab":
+            providers[name].seconds = 100.0
+        tasks = await asking(2, router, "pair")
+        passed = [asyncio.create_task(pass_on(router, "pair")) for _ in range(2)]
+        await ticks(3)
+        assert router.groups["pair"].waiting == 2
+
+        change(router, providers, {"pair": group("c", "d")})
+
+        answers = await asyncio.gather(*passed)
+        assert {answer.outcome.provider for answer in answers} == {"c", "d"}
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        nothing_is_held(router)
 
     run_virtually(scene())
 

@@ -130,13 +130,13 @@ class GroupWatch:
         """
         waiting: set[Lines] = set()
         for group in self._router.groups.values():
-            waiting.update(group._waiting)
-            for lines, began in group._waiting.items():
-                self._look_at(group, lines, began, settled=settled)
+            for each in group._waiting:
+                waiting.add(each.lines)
+                self._look_at(group, each.lines, each.began, settled=settled)
         if not settled:
             return
         for group in self._router._listed.values():
-            waiting.update(group._waiting)
+            waiting.update(each.lines for each in group._waiting)
         for provider in self._router.providers.values():
             for waiter in provider._gate._queue:
                 if isinstance(waiter, _Standing) and waiter.lines not in waiting:
@@ -152,6 +152,8 @@ class GroupWatch:
         gates = {standing.gate for standing in lines._standing}
         if len(gates) < len(lines._standing):
             self._broken(f"a request stands twice in a line of {group.name}")
+        if gates - {member.provider._gate for member in group.members}:
+            self._broken(f"a request of {group.name} stands in the line of no member")
         dead = {
             provider._gate
             for provider in self._router.providers.values()
