@@ -78,6 +78,7 @@ providers.provider Provider.wish
 gateway.groups Group._offered
 gateway.groups Group._wait
 gateway.groups Group.start
+gateway.groups Waiting.regroup
 gateway.groups Group.trial
 gateway.asking Asking.answer
 gateway.rounds Round.start
@@ -91,6 +92,8 @@ providers.queueing ProviderGate._start
 # A socket that is refused or gives way, a trial of a sick or dead provider, a pool behind no gate, a
 # response whose log is gone, and what calls nothing that may fail.
 RARE = {
+    # A reload while requests wait.
+    Function("gateway.groups", "Waiting.regroup"),
     Function("faces.socket", "Socket.give_way"),
     Function("faces.socket", "Socket.refused"),
     Function("faces.admission", "Admission.grow"),
