@@ -380,6 +380,10 @@ from aioserver.errors import RateLimitExceeded
 from aioserver.faces import client_messages, socket
 client_messages.too_much = socket.too_much = RateLimitExceeded
 """,
+    "that a trial is over which proves nothing": """
+from aioserver.providers.breaker import Breaker
+Breaker.unsure = lambda self, *, trial: None
+""",
     "that a slow client gives way": """
 from aioserver.providers.backpressure import Backpressure
 Backpressure._look = lambda self: None
@@ -682,6 +686,17 @@ NEEDS: dict[str, dict[str, Any]] = {
         "faces": ("websocket", "sse"),
         "habits": {"ask twice": 1.0},
     },
+    "that a trial is over which proves nothing": {
+        **UPLOADS,
+        "uploads": 0.0,
+        "clients": 80,
+        "spread": 30.0,
+        "spare": True,
+        "pinned": False,
+        "provider_fault_share": 0.8,
+        "provider_faults": ("status-500",),
+        "habits": {"leave": 0.5},
+    },
     "that a slow client gives way": UPLOADS,
     # So few that whoever waits does so at another instance.
     "that others wait for a slow client's place": {
@@ -736,6 +751,8 @@ NEEDS: dict[str, dict[str, Any]] = {
 }
 # The seed that is tried first, where an earlier one is known to notice nothing: for speed alone.
 FIRST = {
+    "that a trial is over which proves nothing": 1,
+    "that others wait for a slow client's place": 1,
     "bytes of a body": 2,
     "the limit of a pool": 4,
     "the bound of what is kept": 21,

@@ -96,6 +96,7 @@ class Instance:
             stats = provider.stats()
             counts[f"{name} places"] = stats.queue.inside
             counts[f"{name} waiting"] = stats.queue.waiting
+            counts[f"{name} trials"] = provider.health.breaker._trials  # noqa: SLF001 - as below
             counts[f"{name} busy"] = stats.pool.open - stats.pool.idle
             counts[f"{name} connections"] = provider.pools.gate.inside
         for name, group in context.router.groups.items():
