@@ -88,6 +88,8 @@ async def settled(server: RunningServer, outcomes: dict[tuple[str, ...], int]) -
     more = {"request_id": "r2", "text": "?"}
     async with server.session.post(server.sse, json=more, headers=WEB) as response:
         assert response.status == 200
+        # A client that leaves before that ends its answer.
+        await until(lambda: [stream.sent for stream in server.owners.streams.running()] == [True])
     async with server.session.delete(f"{server.sse}/r2", headers=WEB) as deleted:
         assert deleted.status == 204
 
