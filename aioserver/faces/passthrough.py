@@ -110,10 +110,12 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
         raise NotFound(_closed(path, route.provider.name))
     if model is not None and route.model is None:
         model = route.provider.settings.model
+    # The members of a group get their own models, however it was named.
+    by_group = route.group is not None and bool(route.group.name)
     passed = PassedRequest(
         request.method,
         f"{path}?{query}" if query else path,
-        _body_maker(body, renamed=provider is None and model is not None),
+        _body_maker(body, renamed=model is not None and (provider is None or by_group)),
         _body_headers(request, upload),
         upload=upload,
         pace=pace,

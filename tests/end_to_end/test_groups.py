@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 from contextlib import asynccontextmanager
@@ -14,11 +15,14 @@ from aioserver.wings.simulator.engine import EngineOptions
 from aioserver.wings.simulator.exchange import Behaviour
 from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, chat, read_frames, to_end
+from tests.support.passing import Account, answer
 from tests.support.server import QUICK, MakeServer, provider_entry
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    import aiohttp
 
     from tests.support.server import RunningServer
 
@@ -452,3 +456,83 @@ async def test_names_that_lead_to_others_are_logged_at_the_start_and_when_they_c
         assert len(routes()) == 1
         assert await server.change(**same, **{"llm.providers.e0.models": ["listed"]})
         assert routes()[1:] == ["by name alone go to e0, e1: listed"]
+
+
+async def test_vectors_are_of_the_first_members_model_alone(make_server: MakeServer) -> None:
+    members = [{"provider": "e0", "model": "v"}, "e1", {"provider": "e2", "model": "v"}]
+    changes = {"llm.models": {"vectors": {"members": members}}}
+    async with engines(make_server, FAILING, QUICK, QUICK, changes=changes) as (
+        server,
+        simulators,
+    ):
+        body = {"model": "vectors", "input": "Hello"}
+        async with server.session.post(f"{server.v1}/embeddings", json=body) as response:
+            assert response.status == 200
+            assert (await response.json())["model"] == "v"
+        assert response.headers["x-aioserver-provider"] == "e2"
+
+        simulators[2].behaviour = FAILING
+        async with server.session.post(f"{server.v1}/embeddings", json=body) as response:
+            assert response.status == 502
+        assert simulators[1].stats().requests == 0
+
+
+async def test_messages_go_to_members_that_speak_them(make_server: MakeServer) -> None:
+    changes = {
+        "llm.models": {"claude": {"members": ["e0", "e1", "e2"]}},
+        "llm.providers.e1.messages": True,
+        "llm.providers.e2.messages": True,
+    }
+    async with engines(make_server, QUICK, FAILING, QUICK, changes=changes) as (
+        server,
+        simulators,
+    ):
+        body = {**CHAT, "model": "claude", "max_tokens": 9}
+        async with server.session.post(f"{server.v1}/messages", json=body) as response:
+            assert response.status == 200
+        assert response.headers["x-aioserver-provider"] == "e2"
+
+        simulators[2].behaviour = FAILING
+        async with server.session.post(f"{server.v1}/messages", json=body) as response:
+            assert response.status == 503
+        assert simulators[0].stats().requests == 0
+        # Chat completions go to the first.
+        async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
+            assert response.headers["x-aioserver-provider"] == "e0"
+
+
+@pytest.mark.parametrize("by", ["model", "header"])
+async def test_what_is_passed_on_is_tried_once_with_the_members_own_model(
+    make_server: MakeServer, by: str
+) -> None:
+    async with (
+        Account(lambda _passed: answer(status=503)) as failing,
+        Account() as first,
+        Account() as second,
+    ):
+        providers = {
+            f"llm.providers.{name}": provider_entry(account.url, model=f"{name}-model")
+            for name, account in (("e0", first), ("e1", second), ("e2", failing))
+        }
+        models = {"pair": ["e0", "e1"], "bad": ["e2", "e1"]}
+        server = await make_server(QUICK, **providers, **{"llm.models": models})
+
+        async def ask(group: str) -> aiohttp.ClientResponse:
+            body = {"model": group if by == "model" else "any", "query": "q"}
+            headers = {} if by == "model" else {"x-aioserver-provider": group}
+            url = f"{server.v1}/rerank"
+            async with server.session.post(url, json=body, headers=headers) as response:
+                await response.read()
+                return response
+
+        response = await ask("pair")
+        assert response.headers["x-aioserver-provider"] == "e0"
+        assert json.loads(first.passed[-1].body) == {"model": "e0-model", "query": "q"}
+
+        response = await ask("bad")
+        assert response.status == 502
+        assert response.headers["x-aioserver-provider"] == "e2"
+        assert response.headers["x-aioserver-attempts"] == "1"
+        assert len(failing.passed) == 1
+        assert second.passed == []
+        await server.nothing_held()
