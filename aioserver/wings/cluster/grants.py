@@ -191,6 +191,19 @@ class Grant:
         if self.wants_call():
             self._standing.ask(self)
 
+    def wait_ends(self) -> None:
+        """Say that a request waits no more, as it has started elsewhere: others may have what the
+        server would give for it.
+        """
+        if self.joined and not (self.dropped or self._leaving) and self._wanted > self._more():
+            self._standing.call_soon(self)
+
+    def _more(self) -> int:
+        """Return how many places are missing for those that wait."""
+        inside = self.user.inside
+        missing = self.user.wanting - max(0, self.granted - inside)
+        return max(0, min(missing, self.limit - max(inside, self.granted)))
+
     def place_ends(self) -> None:
         """Say that a place is about to be given back, before it is counted as free: others may get
         it.
@@ -227,8 +240,7 @@ class Grant:
         free = self.granted - inside
         if self.recorded > max(self.granted, inside) or (self.starving and free > wanting):
             return True
-        more = min(wanting - max(0, free), self.limit - max(inside, self.granted))
-        return more > self._wanted and not self._leaving
+        return self._more() > self._wanted and not self._leaving
 
     def op(self) -> Op | None:
         """Say what this instance has and wants, and lower the grant to it.

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from aioserver.errors import AioserverError
     from aioserver.limits.fixed_share import Scope
+    from aioserver.limits.gate import Waiter
     from aioserver.wings.cluster.grants import Grant
     from aioserver.wings.cluster.leases import Leases
 
@@ -82,6 +83,11 @@ class SharedGate(Gate):
         super().serve()
         if self._queue:
             self._grant.wait_begins()
+
+    def leave(self, waiter: Waiter[Place]) -> None:
+        """Let *waiter* wait here no more, and ask for no place for it."""
+        super().leave(waiter)
+        self._grant.wait_ends()
 
     def try_enter(self, cost: int = 0) -> Place | None:
         """Return a place if a granted one is free and nobody waits for it.

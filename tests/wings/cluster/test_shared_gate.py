@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.errors import ServerAtCapacity
+from aioserver.limits.lines import Lines, Wish
 from aioserver.providers.health import Health
 from aioserver.providers.queueing import ProviderGate
 from aioserver.telemetry.metrics import ProviderMeter
@@ -68,7 +69,13 @@ class Cluster:
             self.renew()
 
 
-def gate_of(cluster: Cluster, leases: Leases, limit: int, queue_size: int = 100) -> SharedGate:
+def gate_of(
+    cluster: Cluster,
+    leases: Leases,
+    limit: int,
+    queue_size: int = 100,
+    name: str = "p:provider",
+) -> SharedGate:
     gate = SharedGate(
         limit,
         queue_size=queue_size,
@@ -77,7 +84,7 @@ def gate_of(cluster: Cluster, leases: Leases, limit: int, queue_size: int = 100)
         timeout_error=lambda wait: ServerAtCapacity("late", retry_after=wait),
         clock=cluster.clock,
     )
-    gate.share(leases, "p:provider")
+    gate.share(leases, name)
     return gate
 
 
@@ -310,3 +317,128 @@ async def test_requests_that_the_provider_would_not_start_want_no_place(cluster:
 
     trial.release()
     task.cancel()
+
+
+class Members:
+    """Two instances that share two members of a group, of one place each, both taken by the second
+    instance.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.one, self.two = (
+            [gate_of(cluster, leases, 1, name=f"p:{member}") for member in "ab"]
+            for leases in (cluster.add("one"), cluster.add("two"))
+        )
+        cluster.advance(TIMES.grace + 3 * TIMES.beat)
+        self.places: list[Place] = []
+
+    async def fill(self) -> None:
+        for gate in self.two:
+            self.places += await full(self.cluster, gate, 1)
+
+    async def ask(self, *gates: SharedGate) -> asyncio.Task[tuple[Wish, Place]]:
+        """A request that waits at all *gates*."""
+
+        async def wait() -> tuple[Wish, Place]:
+            return await Lines("caller", None).wait([Wish(gate) for gate in gates])
+
+        task = asyncio.create_task(wait())
+        await until(lambda: all(gate.waiting for gate in gates))
+        self.cluster.renew()
+        return task
+
+    def wanted(self) -> list[int]:
+        """How many places of each member the first instance wants, as the server knows it."""
+        world = self.cluster.model.world
+        assert world is not None
+        wants = [world.limits[f"p:{member}"].wants.get("one") for member in "ab"]
+        return [0 if want is None else want.need for want in wants]
+
+    def used(self) -> list[int]:
+        """How many places of each member are taken by both."""
+        return [a.inside + b.inside for a, b in zip(self.one, self.two, strict=True)]
+
+
+async def test_who_starts_elsewhere_takes_its_wish_back_at_once(cluster: Cluster) -> None:
+    members = Members(cluster)
+    await members.fill()
+    asking = await members.ask(*members.one)
+    assert members.wanted() == [1, 1]
+
+    members.places[0].release()
+    # The calls that are due; no time passes.
+    cluster.renew()
+
+    wish, place = await asking
+    assert wish.gate is members.one[0]
+    cluster.renew()
+    assert members.wanted() == [0, 0]
+    assert [gate.waiting for gate in members.one] == [0, 0]
+    # What ends at the other member stays with those who wait there.
+    behind = await waiting(members.two[1])
+    members.places[1].release()
+    cluster.renew()
+    await until(behind.done)
+    assert (members.one[1].limit, members.two[1].limit) == (0, 1)
+    behind.result().release()
+    place.release()
+    cluster.advance(2 * TIMES.beat)
+    assert members.used() == [0, 0]
+    nothing_is_left(members)
+
+
+async def test_a_lease_for_one_line_is_used_by_who_is_first_there(cluster: Cluster) -> None:
+    members = Members(cluster)
+    await members.fill()
+    both = await members.ask(*members.one)
+    alone = await members.ask(members.one[1])
+    other = await members.ask(*members.one)
+
+    for place in members.places:
+        place.release()
+    cluster.renew()
+
+    # The first has started at one member, so that the second is the first in line at the other.
+    wish, first = await both
+    second_wish, second = await alone
+    assert (wish.gate, second_wish.gate) == (members.one[0], members.one[1])
+    assert not other.done()
+    assert members.used() == [1, 1]
+    second.release()
+    cluster.renew()
+    wish, third = await other
+    assert wish.gate is members.one[1]
+    for place in (first, third):
+        place.release()
+    cluster.advance(2 * TIMES.beat)
+    assert members.used() == [0, 0]
+    nothing_is_left(members)
+
+
+async def test_two_leases_that_come_with_one_answer_start_a_request_once(
+    cluster: Cluster,
+) -> None:
+    members = Members(cluster)
+    await members.fill()
+    asking = await members.ask(*members.one)
+
+    # Both places are free before the first instance calls again.
+    for place in members.places:
+        place.release()
+    cluster.advance(TIMES.beat)
+
+    _, place = await asking
+    assert members.used() in ([1, 0], [0, 1])
+    # The other one is there for whoever asks.
+    free = members.two[members.used().index(0)]
+    await full(cluster, free, 1)
+    assert members.used() == [1, 1]
+    place.release()
+
+
+def nothing_is_left(members: Members) -> None:
+    """Neither in a line, nor wanted of the server, nor taken: each instance may have all."""
+    for gate in (*members.one, *members.two):
+        assert (gate.waiting, gate.inside) == (0, 0)
+    assert members.wanted() == [0, 0]
