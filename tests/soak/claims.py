@@ -21,7 +21,7 @@ ADDED = {"p50": (1.5, 0.020), "p99": (2.0, 0.100)}
 # closed by then.
 COUNTS = (
     *("connections", "waiting", "running", "kept", "stored", "detached", "in_flight", "queued"),
-    "pool",
+    *("grouped", "pool"),
 )
 
 

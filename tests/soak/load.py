@@ -36,6 +36,10 @@ KEYS = [
 ]
 # The share of the clients that have the key of few.
 FEW_SHARE = 0.3
+# The group that a share of the questions that do not fail asks for: two members with few places,
+# for which requests wait, and one that fails now and then.
+GROUP, GROUP_SHARE = "fleet", 0.3
+MEMBERS, FLAPPING = ("fleet-1", "fleet-2"), "fleet-3"
 # Seconds at most after which the next client comes, where one was refused.
 LATER = 1.0
 # Faults after which a provider is asked nothing for a while: each kind has a provider of its own,
@@ -90,12 +94,15 @@ class Load:
         while not stop.is_set():
             name = f"soak-{self.seed}-{next(self._numbers)}"
             fault = self._dice.choice(FAULT_NAMES) if self._dice.random() < FAULT_SHARE else ""
+            model = model_of(fault)
+            if not fault and self._dice.random() < GROUP_SHARE:
+                model = GROUP
             self.asked += 1
             outcome = "violation"
             connector = aiohttp.TCPConnector(limit=0, force_close=True)
             key = "few" if self._dice.random() < FEW_SHARE else "many"
             async with aiohttp.ClientSession(connector=connector, headers=bearer(key)) as session:
-                client = Client(self.base, name, model_of(fault), fault, session)
+                client = Client(self.base, name, model, fault, session)
                 try:
                     async with asyncio.timeout(PATIENCE):
                         await client.run()

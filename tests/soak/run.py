@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from tests.soak.load import KEYS, PROVIDERS, Load, probe
+from tests.soak.load import FLAPPING, GROUP, KEYS, MEMBERS, PROVIDERS, Load, probe
 from tests.soak.talks import BRIDGED
 from tests.support.history import sql
 from tests.support.keys import bearer
@@ -41,6 +41,14 @@ LIMITS: dict[str, Any] = {
     "concurrent_requests": 200,
     "read_timeout": 3.0,
     "max_retries": 1,
+}
+# What a group is about: requests that wait for the first of several places, and homes of
+# conversations.
+PLACES = {"concurrent_requests": 2, "queue_size": 10, "queue_timeout": 5.0}
+FLEET: dict[str, Any] = {
+    "members": [*MEMBERS, {"provider": FLAPPING, "model": "fault-flap-3"}],
+    "choose": "least_busy",
+    "affinity": "prefix",
 }
 # A server that keeps few conversations: thousands would take longer than a run.
 PROGRAM = """
@@ -96,10 +104,15 @@ async def soak(minutes: float, path: Path, seed: int = 1, workers: int = 1) -> l
                     for name in PROVIDERS
                 }
                 | {
+                    f"llm.providers.{name}": provider_entry(url, name, **(LIMITS | PLACES))
+                    for name in (*MEMBERS, FLAPPING)
+                }
+                | {
+                    "llm.models": {GROUP: FLEET},
                     f"llm.providers.{BRIDGED}": {
                         **provider_entry(url, BRIDGED, **LIMITS),
                         "responses": False,
-                    }
+                    },
                 }
             )
             config = Path(folder) / "config.yaml"
@@ -194,5 +207,6 @@ async def _state(session: aiohttp.ClientSession, base: str) -> Line:
         "detached": stats["streams"]["detached"],
         "in_flight": sum(provider["in_flight"] for provider in providers),
         "queued": sum(provider["waiting"] for provider in providers),
+        "grouped": sum(group["waiting"] for group in stats["groups"].values()),
         "pool": sum(provider["pool"]["open"] for provider in providers),
     }
