@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import random
+from collections import Counter
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from aioserver.config.settings import Streams
+from aioserver.limits.lines import Lines, Wish
 from aioserver.provider_errors import ProviderQueueTimeout
 from aioserver.providers.backpressure import LOOK, RATE_SECONDS, ClientPace
 from aioserver.providers.provider import Provider
@@ -352,3 +355,83 @@ async def test_another_limit_is_that_of_all_instances_at_once(
 
     assert [place is not None for place in places] == [True, True, False]
     await close(a, b)
+
+
+class Pair:
+    """One instance with the two members of a group."""
+
+    def __init__(
+        self, reference: ReferenceServer, number: int, settings: ProviderSettings
+    ) -> None:
+        self.leases = reference.join(
+            f"i{number}",
+            fixed=(number, 2),
+            on_members=lambda: self.limits.instances_changed(),
+            on_told=lambda *told: self.limits.told(*told),
+        )
+        self.limits: SharedLimits = SharedLimits(self.leases)
+        loop = asyncio.get_running_loop()
+        self.providers = {
+            name: Provider(
+                dataclasses.replace(settings, name=name),
+                NOWHERE,
+                max_response_bytes=1000,
+                clock=loop.time,
+                make_gate=self.limits.make_gate,
+                observer=self.limits.observe(name),
+            )
+            for name in ("a", "b")
+        }
+        self.limits.serve(lambda: self.providers)
+
+    @property
+    def gates(self) -> list[ProviderGate]:
+        return [provider._gate for provider in self.providers.values()]  # noqa: SLF001 - as above
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_places_of_members_go_to_whoever_waits_for_any_of_them_at_any_instance(
+    reference: ReferenceServer, tmp_path: Path, seed: int
+) -> None:
+    """Whoever starts at one member leaves the other's line; some give up while they wait."""
+    dice = random.Random(seed)
+    settings = settings_of(tmp_path, concurrent_requests=2, queue_size=100, queue_timeout=300.0)
+    pairs = [Pair(reference, number, settings) for number in range(2)]
+    await asyncio.sleep(11)
+    inside: Counter[int] = Counter()
+    loop = asyncio.get_running_loop()
+
+    async def ask(gates: list[ProviderGate], patience: float) -> bool:
+        async with asyncio.timeout(patience) as bound:
+            wish, place = await Lines("caller", None).wait([Wish(gate) for gate in gates])
+            bound.reschedule(None)
+            number = gates.index(cast("ProviderGate", wish.gate))
+            inside[number] += 1
+            assert inside[number] <= 2
+            await asyncio.sleep(dice.uniform(0.2, 2.0))
+            inside[number] -= 1
+            place.release()
+            return True
+
+    tasks = []
+    began = loop.time()
+    for _ in range(40):
+        gates = dice.choice(pairs).gates
+        patience = dice.choice((0.5, 1000.0, 1000.0))
+        tasks.append(asyncio.create_task(ask(gates, patience)))
+        await asyncio.sleep(dice.choice((0.0, 0.1, 0.5)))
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert all(end is True or isinstance(end, TimeoutError) for end in ends)
+    # Four places, and 1.1 s each: 11 s, and more for places on their way.
+    assert loop.time() - began < 33
+    await asyncio.sleep(10)
+    for pair in pairs:
+        assert [(gate.inside, gate.waiting) for gate in pair.gates] == [(0, 0)] * 2
+        places = [await gate.enter() for gate in pair.gates for _ in range(2)]
+        for place in places:
+            place.release()
+        await asyncio.sleep(5)
+    for pair in pairs:
+        for provider in pair.providers.values():
+            await provider.close()
