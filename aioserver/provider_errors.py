@@ -16,6 +16,7 @@ breaker counts it:
             ConnectionBroken        502  provider_disconnected   once   failover  breaker
             StaleConnection         502  provider_disconnected   retry  failover
         ProviderBadResponse         502  provider_bad_response          failover  breaker
+            ContinuationFailed      502  provider_bad_response          failover
         ProviderAuthError           502  provider_auth_error            failover
             ProviderForbidden       502  provider_auth_error            failover
             ProviderFlagged         502  provider_auth_error            failover
@@ -74,6 +75,8 @@ class ProviderFault(AioserverError):
     unsent: ClassVar[bool] = False
     # It does not know what the request continues, and another member of its group may.
     unknown_there: bool = False
+    # The provider's own event, by which it has reported the fault of an answer that had begun.
+    event: bytes = b""
     # The provider cannot be reached, or says that it is not ready.
     unreachable: bool = False
     # What became of the request that it has ended; None if it went to no provider.
@@ -181,6 +184,12 @@ class ProviderBadResponse(ProviderFault):
     attempt_outcome = "bad_response"
     code, status, retryable = "provider_bad_response", 502, True
     failover = True
+
+
+class ContinuationFailed(ProviderBadResponse):
+    """What was to be the rest of an answer that broke off is not."""
+
+    breaker_failure = False
 
 
 class ProviderAuthError(ProviderFault):

@@ -43,6 +43,14 @@ if TYPE_CHECKING:
 
 # The section of the shipped file that counts where a provider leaves its own out.
 HTTP_CLIENT = "llm.providers.openai.http_client"
+# How a provider is asked for the rest of an answer.
+NO_CONTINUATION, PREFILL, PREFIXED, FINAL_MESSAGE, INSTRUCT = CONTINUATIONS = (
+    "none",
+    "prefill",
+    "prefix",
+    "final_message",
+    "instruct",
+)
 # By the name of a provider: the variable that holds its key, if no setting says where the key is.
 KEY_VARIABLES = {
     name: f"{name.upper()}_API_KEY" for name in ("openai", "groq", "openrouter", "anthropic")
@@ -212,6 +220,14 @@ class Provider:
         "what requests do while the provider cannot be reached and no fallback can answer: fail "
         "at once, or wait in its queue, for queue_timeout at most, until it is back",
         "fail",
+    )
+    continuation: str = setting(
+        one_of(*CONTINUATIONS),
+        "how it is asked for the rest of an answer that broke off after text, its own or another "
+        "provider's: none, never; prefill, by the assistant's message at the end; prefix, the same "
+        "with prefix: true; final_message, the same with continue_final_message: true; instruct, by "
+        "asking for the last words and the rest",
+        NO_CONTINUATION,
     )
     account_paths: bool = setting(
         boolean,

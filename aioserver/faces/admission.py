@@ -90,6 +90,8 @@ class Admission:
         self.send_timeout = send_timeout
         self._limits = limits
         self._body_bytes = 0
+        # How to let go bodies that are kept in case their answer breaks off, the oldest first.
+        self._spare: dict[BodyHold, Callable[[], None]] = {}
         self._lines = RateLimit(LINES_PER_SECOND)
         self.refusal_lines = RateLimit(REFUSAL_LINES_PER_SECOND)
 
@@ -121,12 +123,21 @@ class Admission:
         Raises:
             ServerAtCapacity: all bodies together would have more than `max_body_bytes`.
         """
+        while self._body_bytes + size > self._limits.max_body_bytes and self._spare:
+            self._spare.pop(next(iter(self._spare)))()
         if self._body_bytes + size > self._limits.max_body_bytes:
             raise ServerAtCapacity(
                 f"chat.websocket.concurrency.max_body_bytes={self._limits.max_body_bytes} reached",
                 retry_after=self.gate.retry_after(),
             )
         self._body_bytes += size
+
+    def spare(self, hold: BodyHold, let_go: Callable[[], None] | None = None) -> None:
+        """Have *let_go* called where another body needs the room of *hold*; None: no more."""
+        if let_go is None:
+            self._spare.pop(hold, None)
+        else:
+            self._spare[hold] = let_go
 
     def shrink(self, size: int) -> None:
         """Take *size* bytes off the count: their body was sent for the last time, or is gone."""
@@ -337,6 +348,10 @@ class BodyHold:
         self._admission.grow(size)
         self.size += size
 
+    def spare(self, let_go: Callable[[], None]) -> None:
+        """Have *let_go* called, once, where another body needs the room."""
+        self._admission.spare(self, let_go)
+
     def shrink_to(self, size: int) -> None:
         """Count no more than *size* bytes of this body from now on."""
         if self.size > size:
@@ -346,6 +361,7 @@ class BodyHold:
     def release(self) -> None:
         """Count nothing of this body any more; a second call does nothing."""
         if self.size:
+            self._admission.spare(self)
             self._admission.shrink(self.size)
             self.size = 0
 

@@ -17,6 +17,9 @@ A fault that came before the first event of an answer may be tried again at the 
 (asking.py), or at another (`failover`: `llm.fallbacks` in their order, each with its own model;
 never for a pinned provider). provider_errors.py says which fault allows what.
 
+An answer that breaks off later may be continued, by the same provider or another
+(continuation.py).
+
 Where there is another provider, one that is sick comes last but for trials, and one that is dead
 is passed over (providers/breaker.py). A trial that fails goes to the others at once, and to the
 sick one again if they fail, too.
@@ -29,10 +32,12 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from aioserver.config.hints import nearest
+from aioserver.config.llm import NO_CONTINUATION
 from aioserver.config.models import PASS, PREFIX
 from aioserver.config.schema import show
 from aioserver.errors import AioserverError, ModelNotFound
 from aioserver.gateway.asking import Asking, Try, begun, final_try, too_long
+from aioserver.gateway.continuation import say_rest
 from aioserver.gateway.groups import Group
 from aioserver.gateway.homes import Homes
 from aioserver.gateway.members import Member, sick
@@ -43,6 +48,7 @@ from aioserver.provider_errors import ContextTooLong, NoProvider, ProviderFault
 from aioserver.providers.api import CHAT, Api
 from aioserver.providers.outage import WAIT
 from aioserver.providers.passthrough import PassedAttempt, PassedRequest
+from aioserver.providers.sinks import end_with_error
 from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
@@ -96,6 +102,9 @@ class Router:
         self._active = self._target(llm.active)
         self._fallbacks = [self._target(name) for name in llm.fallbacks]
         self._listed = self._implied()
+        self._continuing = any(
+            provider.settings.continuation != NO_CONTINUATION for provider in providers.values()
+        )
         # Whether a name may lead elsewhere than to the provider that it names, or the active one.
         self._names_lead = bool(self._groups or self._listed or llm.unknown_models != PASS)
         # The client headers that any provider is passed, in lower case.
@@ -325,18 +334,19 @@ class Router:
     async def fill(self, request: Request, stream: Stream) -> None:
         """Fill *stream* from the first provider that starts to answer.
 
-        Once an event is in the log there is no second attempt: the client would read two answers.
+        Once there is content in the log no second answer follows; but an answer that breaks off may
+        be continued.
 
         Raises:
             ProviderFault: no provider answered.
         """
         if (keeper := request.keeper) is None:
-            await self._ask(request, stream)
+            await self._answer(request, stream)
             return
         await keeper.begin()
         stream.keeper = keeper
         try:
-            await self._ask(request, stream)
+            await self._answer(request, stream)
             await stream.finished()
         except asyncio.CancelledError:
             stream.close_fast_path()
@@ -347,6 +357,48 @@ class Router:
             raise
         finally:
             stream.keeper = None
+
+    async def _answer(self, request: Request, stream: Stream) -> None:
+        """Fill *stream* from the first provider that starts to answer; if it breaks off, from those
+        that say the rest.
+
+        Raises:
+            ProviderFault: no provider answered, or none has said the rest.
+        """
+        provider_request = request.provider_request
+        if self._continuing and provider_request.streamed:
+            provider_request.keeps_body = any(
+                provider.settings.continuation != NO_CONTINUATION
+                for provider, _model in self._order(request)
+            )
+        try:
+            await self._ask(request, stream)
+        except ProviderFault as fault:
+            if stream.said is None or not stream.answered:
+                raise
+            try:
+                await say_rest(request, stream, fault, self._order(request))
+            except ProviderFault as broken:
+                if not broken.event or stream.ended:
+                    raise
+                end_with_error(stream, broken.event, broken)
+
+    def _order(self, request: Request) -> list[tuple[Provider, str | None]]:
+        """Return the providers that may answer *request*, in their order, with the model of
+        each.
+        """
+        route, api = request.route, request.provider_request.api
+        if (first := route.group) is None:
+            return [(route.provider, route.model)]
+        groups = [first]
+        if route.fallbacks and not route.pinned:
+            groups += self._others(first, api)
+        alone = len(first.members) == 1
+        return [
+            (member.provider, route.model if alone and group is first else member.model)
+            for group in groups
+            for member in group.usable(api, one_model=route.pinned and not alone)
+        ]
 
     async def call(self, request: Request, stream: Stream | None = None) -> Answer:
         """Return an answer that is not streamed; *stream* is the log that will keep it, if any.

@@ -24,6 +24,7 @@ from aioserver.monitoring.interval import (
     DENIED,
     KEY_REFUSED,
     REJECTIONS,
+    SEAMS,
     SLOW_CLIENTS,
     TICK,
     Total,
@@ -64,6 +65,7 @@ GATHERED = {
     KEY_REFUSED: "provider_auth",
     ATTEMPTS: "provider_faults",
     BUGS: "bug",
+    SEAMS: "seams",
 }
 TEXTS = {
     "rejections": "{rejected} in {span}: {detail}",
@@ -72,6 +74,7 @@ TEXTS = {
     "provider_auth": "{provider} refuses our key, or its quota is used up ({number})",
     "provider_faults": "{provider} {detail}: {attempts} failed in {span}",
     "bug": "{bugs}: {detail}",
+    "seams": "{provider} broke off {answers} in {span}, continued by another attempt: {detail}",
     "loop_lag": "the event loop was {number} ms late",
 }
 # Kinds of troubles that are kinds of incidents too, and the text when the trouble ends.
@@ -262,6 +265,7 @@ class Detector:
                 rejected=were(gathered.number, "rejected"),
                 denied=were(gathered.number, "denied"),
                 attempts=count(gathered.number, "attempt"),
+                answers=count(gathered.number, "answer"),
                 bugs=met_a_bug(gathered.number, f"in {seconds}"),
                 span=seconds,
                 detail=detail,

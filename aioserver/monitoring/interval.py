@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from aioserver.telemetry.metrics import OK
+from aioserver.telemetry.metrics import CONTINUED, OK
 
 if TYPE_CHECKING:
     from aioserver.telemetry.loop_lag import LoopLag
@@ -29,7 +29,7 @@ TASK_TICKS = 10
 MIN_SECONDS = 1e-3
 
 # Kinds of totals. The details are an error code for REJECTIONS, an outcome for ATTEMPTS, a place
-# in the code for BUGS.
+# in the code for BUGS, and the code of the fault for SEAMS.
 REJECTIONS = "rejections"
 REQUESTS = "requests"
 DENIED = "denied"
@@ -40,6 +40,7 @@ ATTEMPTS = "attempts"
 ANSWERED = "answered"
 FAILED = "failed"
 BUGS = "bugs"
+SEAMS = "seams"
 
 
 class Total(NamedTuple):
@@ -56,7 +57,8 @@ class Interval:
 
     *growth* has only the totals that have grown; *rates* are per second, by kind and provider;
     *lag* (a mean) and *lag_max* are in seconds; *cpu* is the share of one core; *tasks* may be
-    TASK_TICKS old; *bugs* are the requests that met a bug in the last MINUTE ticks.
+    TASK_TICKS old; *bugs* are the requests that met a bug in the last MINUTE ticks, and *continued*
+    by provider the answers whose rest it has said in them.
     """
 
     growth: dict[Total, float]
@@ -66,6 +68,7 @@ class Interval:
     cpu: float
     tasks: int
     bugs: int = 0
+    continued: dict[str, int] = field(default_factory=dict)
 
     def rate(self, kind: str, provider: str | None = None) -> float:
         """Return the growth per second of the totals of *kind*: of all, or of those of
@@ -87,6 +90,9 @@ class IntervalMeter:
         self._tasks = 0
         # The requests that had met a bug at the end of each of the last intervals.
         self._bugs = deque((metrics.bugs.value,), maxlen=MINUTE + 1)
+        # The same of the answers that were continued, by provider.
+        self._continued: deque[dict[str, float]] = deque(maxlen=MINUTE + 1)
+        self._continued.append(_continued(metrics))
 
     def measure(self) -> Interval:
         """End the interval that began at the last call of this method, and return it."""
@@ -105,10 +111,24 @@ class IntervalMeter:
             self._tasks = len(asyncio.all_tasks())
         self._bugs.append(self._metrics.bugs.value)
         bugs = int(self._bugs[-1] - self._bugs[0])
+        self._continued.append(_continued(self._metrics))
+        minute_ago = self._continued[0]
+        continued = {
+            name: int(number - minute_ago.get(name, 0.0))
+            for name, number in self._continued[-1].items()
+        }
         cpu_share = round((cpu - self._cpu) / seconds, 3)
         self._number += 1
         self._totals, self._ended, self._cpu = new_totals, now, cpu
-        return Interval(growth, rates, *self._lag.take(), cpu_share, self._tasks, bugs)
+        lags = self._lag.take()
+        return Interval(growth, rates, *lags, cpu_share, self._tasks, bugs, continued)
+
+
+def _continued(metrics: Metrics) -> dict[str, float]:
+    """Return the answers that were continued so far, by the provider that has said the rest."""
+    return {
+        name: meter.continuations[CONTINUED].value for name, meter in metrics.providers.items()
+    }
 
 
 def totals(metrics: Metrics) -> dict[Total, float]:
@@ -130,4 +150,6 @@ def totals(metrics: Metrics) -> dict[Total, float]:
         numbers[Total(KEY_REFUSED, provider=provider)] = meter.key_refused.value
         for outcome, counter in meter.attempts.items():
             numbers[Total(ATTEMPTS, outcome, provider)] = counter.value
+        for code, counter in meter.seams.items():
+            numbers[Total(SEAMS, code, provider)] = counter.value
     return numbers

@@ -19,7 +19,7 @@ from aioserver.monitoring.groups import member_state
 from aioserver.monitoring.interval import ATTEMPTS, EVENTS, REJECTIONS, REQUESTS
 from aioserver.telemetry.counters import quotient_of
 from aioserver.telemetry.kernel import process_usage
-from aioserver.telemetry.metrics import CACHED_SHARE, CANCELLED, KNOWN_SHARE, OK
+from aioserver.telemetry.metrics import CACHED_SHARE, CANCELLED, CONTINUED, KNOWN_SHARE, OK
 from aioserver.telemetry.outcome import HOME, NEW, OTHER
 
 if TYPE_CHECKING:
@@ -254,6 +254,10 @@ def _provider_state(
             "refused": int(meter.retries_refused.value),
         },
         "failovers": _sum(meter.failovers),
+        "continued": {
+            "total": int(meter.continuations[CONTINUED].value),
+            "last_minute": interval.continued.get(name, 0),
+        },
         "requests": sum(attempts.values()),
         "cancelled": attempts[CANCELLED],
         "faults": {name: number for name, number in attempts.items() if name not in NO_FAULTS},

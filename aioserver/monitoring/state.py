@@ -140,6 +140,13 @@ class RetryBudgetState(TypedDict):
     refused: Annotated[int, SUM]
 
 
+class ContinuedState(TypedDict):
+    """The answers whose rest this provider has said, since the start and in the last minute."""
+
+    total: Annotated[int, SUM]
+    last_minute: Annotated[int, SUM]
+
+
 class SilenceState(TypedDict):
     """The silence of a provider: see providers/stall.py; *longest* in seconds."""
 
@@ -203,6 +210,7 @@ class ProviderState(TypedDict):
     retries: Annotated[int, SUM]
     retry_budget: RetryBudgetState
     failovers: Annotated[int, SUM]
+    continued: ContinuedState
     requests: Annotated[int, SUM]
     cancelled: Annotated[int, SUM]
     faults: Annotated[dict[str, int], COUNTS]

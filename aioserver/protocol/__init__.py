@@ -15,6 +15,9 @@ The *reading* of an answer turns each event into *chunks*, our own form of these
 what the conversation needs. The *shape* of an answer is the bytes that the provider repeats around
 every text: an event of that shape need not be parsed.
 
+What an answer has *said* so far may be continued by another one. Where the *rest* begins is the
+*seam*.
+
 Chunks go to the clients in frames of ours: request id, *event id* (from 1, to resume after it),
 *status* and chunk.
 """

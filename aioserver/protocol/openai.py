@@ -47,6 +47,8 @@ PLAIN = re.compile(rb'[^"\\\x00-\x1f]+')
 # A text that comes in pieces: a field of the delta, or (index, holder, field) in a tool call.
 TextPlace: TypeAlias = str | tuple[int, str, str]
 TEXTS = ("content", "reasoning_content", "reasoning")
+# The fields of a delta beside which there is nothing but text and reasoning.
+SILENT = frozenset({*TEXTS, "role", "reasoning_details"})
 TOOL_TEXTS = (("function", "arguments"), ("custom", "input"))
 # Halves that are kept at most, which is more than the tool calls that a model makes at once.
 MAX_HALVES = 256
@@ -81,6 +83,9 @@ class Reading:
     finish_reason: str | None = None
     usage: dict[str, Any] | None = None
     half: dict[TextPlace, str] = field(default_factory=dict)
+    # Whether nothing but text has come, and reasoning in front of it; and in how many events.
+    only_text: bool = True
+    texts: int = 0
     # UTF-8.
     _text: bytearray = field(default_factory=bytearray, init=False, repr=False)
 
@@ -89,6 +94,7 @@ class Reading:
         self.finish_reason = self.usage = None
         self.half.clear()
         self._text.clear()
+        self.only_text, self.texts = True, 0
 
     def read(self, data: bytes) -> list[bytes]:
         """Return the `chunk` objects of one provider event, or of a whole answer.
@@ -113,8 +119,11 @@ class Reading:
         """The bytes of the text in UTF-8, which it takes in memory, about."""
         return len(self._text)
 
-    def note(self, text: bytes) -> None:
-        """Keep *text*, whole characters in UTF-8, unless `max_text_bytes` are kept already."""
+    def note(self, text: bytes, count: int = 1) -> None:
+        """Keep *text*, whole characters in UTF-8, of *count* events, unless `max_text_bytes` are
+        kept already.
+        """
+        self.texts += count
         if len(self._text) < self.max_text_bytes:
             self._text += text
 
@@ -171,7 +180,7 @@ class Reading:
         if joined:
             fields["tool_calls"] = joined
         try:
-            repaired: dict[str, Any] = _replace_surrogates({**choice, name: fields})
+            repaired: dict[str, Any] = without_halves({**choice, name: fields})
         except RecursionError:
             raise BadEvent("the provider's event is nested too deeply") from None
         return repaired
@@ -215,9 +224,13 @@ class Reading:
     def _choice(self, choice: dict[str, Any], chunks: list[bytes]) -> None:
         delta = choice.get("delta") or choice.get("message")
         if isinstance(delta, dict):
+            if (len(delta) > 1 or "content" not in delta) and says_more(delta):
+                self.only_text = False
             reasoning = delta.get("reasoning_content") or delta.get("reasoning")
             if isinstance(reasoning, str) and reasoning:
                 chunks.append(REASONING % orjson.dumps(reasoning))
+                if self._text:
+                    self.only_text = False
             text = delta.get("content")
             if isinstance(text, str) and text:
                 chunks.append(TEXT % orjson.dumps(text))
@@ -244,18 +257,16 @@ def load_with_surrogates(data: bytes) -> Any:
     raise BadEvent("the provider sent an event that is not JSON")
 
 
-def _replace_surrogates(value: Any) -> Any:
+def without_halves(value: Any) -> Any:
     """Return *value* with its surrogate pairs joined, and U+FFFD for each lone surrogate."""
     match value:
         case str() if not value.isascii():
             # Not `utf-16-le`: its first use imports it, which fails where no descriptor is free.
             return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         case dict():
-            return {
-                _replace_surrogates(key): _replace_surrogates(item) for key, item in value.items()
-            }
+            return {without_halves(key): without_halves(item) for key, item in value.items()}
         case list():
-            return [_replace_surrogates(item) for item in value]
+            return [without_halves(item) for item in value]
     return value
 
 
@@ -326,6 +337,11 @@ def _only_text(data: bytes, reading: Reading) -> str | None:
         return None
     more = fresh.finish_reason is not None or fresh.usage is not None
     return fresh.text if len(chunks) == 1 and fresh.size and not more else None
+
+
+def says_more(delta: Mapping[str, Any]) -> bool:
+    """Return whether *delta* has more than a role, a text and reasoning."""
+    return not only_names(delta, SILENT)
 
 
 def is_content(data: bytes) -> bool:

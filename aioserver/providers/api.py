@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from aioserver.protocol.openai import bounded, is_content, usage_of
+from aioserver.protocol.said import ChatSaid
 from aioserver.providers import error_mapping
 from aioserver.providers.sinks import EventSink
 from aioserver.streams.contracts import PLAIN_EVENTS
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from aioserver.config import settings
     from aioserver.errors import AioserverError
+    from aioserver.protocol.said import PassedSaid
     from aioserver.providers.sinks import StreamSink
     from aioserver.streams.contracts import AnswerEvents
     from aioserver.streams.stream import Stream
@@ -47,6 +49,8 @@ class Api(ForwardedApi):
     # Headers that a request has unless its client sends them or the settings do; the names in
     # lower case.
     headers: ClassVar[Mapping[str, str]] = {}
+    # What is kept of an answer that can be continued; None: none of this API can be.
+    continues: ClassVar[type[PassedSaid] | None] = None
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -95,4 +99,10 @@ class Api(ForwardedApi):
         return error.http_status
 
 
-CHAT = Api("chat/completions")
+class ChatApi(Api):
+    """Chat completions, whose answers can be continued."""
+
+    continues = ChatSaid
+
+
+CHAT = ChatApi("chat/completions")

@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from aioserver.protocol.openai import BadEvent, ErrorEvent
+from aioserver.protocol.said import ReadSaid
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
 from aioserver.providers.error_mapping import (
     check_json,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping
 
     from aioserver.config import settings
+    from aioserver.protocol.said import Said, Tokens
     from aioserver.providers.api import Api, Memory
     from aioserver.providers.backpressure import Backpressure
     from aioserver.providers.http1 import RequestWriter, Sink
@@ -72,6 +74,18 @@ class AttemptedProvider(Protocol):
         """Return what an API has learned of this provider."""
 
 
+class Hop(Protocol):
+    """What makes an attempt one to have the rest of an answer said (gateway/continuation.py)."""
+
+    earlier: Tokens
+
+    async def body(self, body: bytes) -> bytes:
+        """Return the request in *body* as one for the rest."""
+
+    def sink(self, attempt: Attempt, sink: StreamSink) -> Sink:
+        """Return the sink of *attempt*, which passes the rest on to *sink*."""
+
+
 class Attempt:
     """One try of *request* at *provider*, which `Provider.run` runs once.
 
@@ -93,14 +107,18 @@ class Attempt:
     __slots__ = (
         "answer",
         "answered",
+        "before",
         "began",
+        "body_bytes",
         "events",
         "expected_tokens",
         "fallback",
         "fault",
         "headers",
+        "hop",
         "model",
         "pool",
+        "prepared",
         "provider",
         "rejoin",
         "request",
@@ -148,6 +166,12 @@ class Attempt:
         self.answer: Answer | None = None
         self.events = 0
         self.fault: ProviderFault | None = None
+        # Set if the rest of an answer is asked for; and the body of that request, between its
+        # preparation and its sending.
+        self.hop: Hop | None = None
+        self.prepared: bytes | None = None
+        # The bytes of the body that was sent, and the events that the log had before.
+        self.body_bytes = self.before = 0
 
     def queued(self, position: int, eta: float) -> None:
         """Tell the readers the position in the queue, and the seconds until the start."""
@@ -162,6 +186,16 @@ class Attempt:
             if not self.request.whole:
                 stream.meter = provider.meter
                 stream.append_processing()
+            self.before = stream.last
+
+    @property
+    def asked_model(self) -> str:
+        """The model that is asked for."""
+        return self.model or self.provider.settings.model
+
+    def goes_on(self, said: Said) -> bool:  # noqa: ARG002 - in every API but one
+        """Return whether it can go on with what another attempt has *said*."""
+        return self.request.api.speaks(self.provider.settings)
 
     @property
     def place(self) -> str:
@@ -190,6 +224,8 @@ class Attempt:
         """Note the first content of the answer: no other provider is asked."""
         self.answered = True
         self.provider.answered(self)
+        if self.stream is None or self.stream.said is None:
+            self.request.keeps_body = False
         self.request.forget_body()
 
     @property
@@ -214,7 +250,10 @@ class Attempt:
 
     def preparation(self) -> Awaitable[None] | None:
         """Return the steps to take before `written`; None if there are none."""
-        return None
+        return None if self.hop is None else self._prepare_rest(self.hop)
+
+    async def _prepare_rest(self, hop: Hop) -> None:
+        self.prepared = await hop.body(self.request.body(self.provider.settings, self.model))
 
     def repeats(self) -> bool:
         """Return whether the request has to be sent in another form, now that the answer is
@@ -227,14 +266,17 @@ class Attempt:
 
         They are made now: the settings, and the model, may change in a wait.
         """
-        request = self.request
-        body = request.body(self.provider.settings, self.model)
+        request, body = self.request, self.prepared
+        self.prepared = None
+        if body is None:
+            body = request.body(self.provider.settings, self.model)
         return self.request_bytes(writer, request.api, request.path, body)
 
     def request_bytes(self, writer: RequestWriter, api: Api, path: str, body: bytes) -> bytes:
         """Return the bytes of a request for *path*, that of *api*, with this *body*, and note it
         in the trace.
         """
+        self.body_bytes = len(body)
         client_headers, trace = self.request.client_headers, self.request.record.trace
         if trace is not None:
             client_headers = trace.sending(client_headers, body)
@@ -290,10 +332,27 @@ class Attempt:
 
     def event_sink(self, stream: Stream) -> Sink:
         """Return the sink for the events of the answer, which fills *stream*."""
+        sink = self.stream_sink(stream)
+        if self.hop is not None:
+            return self.hop.sink(self, sink)
+        stream.said = self.said() if self.request.keeps_body else None
+        return sink
+
+    def stream_sink(self, stream: Stream) -> StreamSink:
+        """Return what fills *stream* with events, which the provider has sent as they are."""
         request = self.request
         if request.reading is not None:
             return ChatSink(stream, request.reading)
         return request.api.sink(stream)
+
+    def said(self) -> Said | None:
+        """Return what keeps the answer that begins, for another attempt to say the rest of it;
+        None if that could not be.
+        """
+        request = self.request
+        if request.reading is not None:
+            return ReadSaid(request.reading)
+        return None if request.api.continues is None else request.api.continues()
 
     @property
     def max_answer_bytes(self) -> int:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from aioserver.limits.lines import Wish
+from aioserver.protocol.said import Tokens
 from aioserver.provider_errors import (
     NoProvider,
     ProviderFault,
@@ -44,7 +45,8 @@ from aioserver.providers.queueing import FAILOVER_WAIT, ProviderGate, TrialPlace
 from aioserver.providers.sinks import BodySink
 from aioserver.providers.stall import measure
 from aioserver.telemetry.metrics import ProviderMeter
-from aioserver.telemetry.tokens import MAX_TOKENS
+from aioserver.telemetry.outcome import Part
+from aioserver.telemetry.tokens import MAX_TOKENS, tokens_of
 from aioserver.telemetry.tracer import AttemptEnd
 
 if TYPE_CHECKING:
@@ -522,6 +524,8 @@ class Provider:
         Its place is given back already.
         """
         record = attempt.request.record
+        if record.outcome.sent_at:
+            record.outcome.parts += (_part(attempt, exc),)
         if attempt.expected_tokens:
             tokens = _real_tokens(attempt, self.settings, failed=exc is not None)
             self._pace.charge(tokens - attempt.expected_tokens)
@@ -577,6 +581,30 @@ class Provider:
             usage=record.outcome.usage,
             body=body,
         )
+
+
+def _part(attempt: Attempt, exc: BaseException | None) -> Part:
+    """Return what *attempt*, which has ended, well or with *exc*, has cost."""
+    outcome, stream, exc = attempt.request.outcome, attempt.stream, exc or attempt.fault
+    result, refused = "ok", False
+    if isinstance(exc, ProviderFault):
+        result, refused = exc.attempt_outcome, attempt.status != 200 and attempt.status > 0
+    elif exc is not None:
+        result = "cancelled"
+    earlier = Tokens() if attempt.hop is None else attempt.hop.earlier
+    asked, _, answered = tokens_of(outcome.usage)
+    events = 0 if stream is None else stream.last - attempt.before
+    estimated = not refused and (asked is None or answered is None)
+    if refused:
+        asked = answered = 0
+    return Part(
+        outcome.provider,
+        outcome.model,
+        result,
+        attempt.body_bytes // BYTES_PER_TOKEN if asked is None else max(0, asked - earlier.asked),
+        events if answered is None else max(0, answered - earlier.answered),
+        estimated,
+    )
 
 
 def _expected_tokens(attempt: Attempt, provider: settings.Provider) -> int:

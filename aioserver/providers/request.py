@@ -40,6 +40,9 @@ class Hold(Protocol):
     given: bool
     waited_since: float
 
+    def spare(self, let_go: Callable[[], None]) -> None:
+        """Have *let_go* called, once, where another body needs the room."""
+
     def shrink_to(self, size: int) -> None:
         """Count no more than *size* bytes from now on."""
 
@@ -55,7 +58,8 @@ class ProviderRequest:
 
     *api* says where it goes, and what comes back; `path` is the API's, with the *query* behind it.
     *body* makes the JSON for one provider and model, None for the provider's own; it is called for
-    each attempt, and its result is not kept. *hold* counts the client's body until `forget_body`, or `release`;
+    each attempt, and its result is not kept. *keeps_body*: `forget_body` keeps it, since the answer
+    may have to be continued, until there is no room for it. *hold* counts the client's body until `forget_body`, or `release`;
     of it *kept_bytes* are kept longer. *reading* collects the text of an answer whose log has
     `chunk` objects; None if the log has the provider's bytes. *model* is for the provider that is
     asked first; None stands for the model in its settings. Of the *client_headers* each provider
@@ -73,6 +77,7 @@ class ProviderRequest:
         "body",
         "caller",
         "client_headers",
+        "keeps_body",
         "model",
         "outcome",
         "path",
@@ -108,6 +113,7 @@ class ProviderRequest:
         self.record.trace_id = client_headers.trace_id
         # Counts the bytes of an answer that is collected.
         self.answer_bytes: HeldBytes | None = None
+        self.keeps_body = False
         self._hold = hold
         self._kept_bytes = kept_bytes
 
@@ -119,13 +125,25 @@ class ProviderRequest:
             self._hold.given = True
 
     def forget_body(self) -> None:
-        """Forget the body: the request was sent for the last time."""
+        """Forget the body, unless it is kept: the request was sent for the last time."""
+        if not self.keeps_body:
+            self._forget_body()
+        elif self._hold is not None:
+            self._hold.spare(self.let_body_go)
+
+    def let_body_go(self) -> None:
+        """Forget the body, whether it is kept or not."""
+        self.keeps_body = False
+        self._forget_body()
+
+    def _forget_body(self) -> None:
         self.body = _no_body
         if self._hold is not None:
             self._hold.shrink_to(self._kept_bytes)
 
     def release(self) -> None:
         """Forget the body and all that was kept of it: the request is over."""
+        self.keeps_body = False
         self.body = _no_body
         if self._hold is not None:
             self._hold.release()

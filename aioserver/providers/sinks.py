@@ -235,6 +235,10 @@ class PassingSink(StreamSink):
             if not self._stream.answered or isinstance(fault, ProviderAuthError):
                 # Another attempt may follow; and an error about our key is never shown.
                 raise fault
+            if self._stream.said is not None:
+                # Another attempt may say the rest; else this event is the end.
+                fault.event = error
+                raise fault
             self._end_with_error(error, fault)
         elif ended:
             if not self._stream.answered_at:
@@ -265,10 +269,7 @@ class PassingSink(StreamSink):
 
     def _end_with_error(self, event: bytes, fault: ProviderFault) -> None:
         """End the log with *fault*, which the provider has reported in *event*."""
-        self._append(event)
-        self._stream.error = fault
-        # Without `data`: the provider's own event has been passed on.
-        self._stream.end(entries.ERROR, fault.as_chunk())
+        end_with_error(self._stream, event, fault)
 
     def _append(self, block: bytes) -> None:
         """Append *block*, unless it is empty, or is held as a part of the preamble."""
@@ -324,7 +325,19 @@ def complete(stream: Stream, data: bytes = b"", **metadata: object) -> None:
     """
     outcome = stream.outcome
     metadata |= {"provider": outcome.provider, "model": outcome.model}
+    if outcome.seams:
+        metadata["seams"] = [seam.described() for seam in outcome.seams]
     stream.finish({"metadata": metadata}, data)
+
+
+def end_with_error(stream: Stream, event: bytes, fault: ProviderFault) -> None:
+    """End the log of *stream*, which has the provider's bytes, with *fault*: by its own *event*,
+    which passes.
+    """
+    stream.forward(event, 1, more=True)
+    stream.error = fault
+    # Without `data`, since that event is it.
+    stream.end(entries.ERROR, fault.as_chunk())
 
 
 def plausible(block: bytes) -> bool:

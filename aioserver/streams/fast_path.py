@@ -44,6 +44,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from aioserver.limits.write_watchdog import reset
 from aioserver.protocol.eventstream import utf8
 from aioserver.protocol.openai import PLAIN
+from aioserver.protocol.said import PassedSaid
 from aioserver.streams.contracts import AnswerApi
 from aioserver.streams.entries import TextEntry
 
@@ -97,6 +98,7 @@ class FastPath:
     __slots__ = (
         "_chunked",
         "_clock",
+        "_kept",
         "_max_buffered",
         "_meter",
         "_on_full",
@@ -119,6 +121,9 @@ class FastPath:
         self.cursor = cursor
         self.shape = shape
         self._stream = cursor.stream
+        said = cursor.stream.said
+        # What was forwarded, if it has to be kept: see protocol/said.py.
+        self._kept = said if isinstance(said, PassedSaid) else None
         self._meter = cursor.stream.meter
         (
             self._transport,
@@ -152,6 +157,11 @@ class FastPath:
         ):
             return False
         self._outbox.put(self, read)
+        if (kept := self._kept) is not None:
+            blocks = kept.blocks
+            blocks += read[start:end]
+            if len(blocks) > kept.mark and kept.grown():
+                self._stream.recount()
         self.forwarded_at = now = self._clock()
         if now - self.read_at > self._silence:
             self._silence = self._stream.record.silent(self.read_at, now)
@@ -248,7 +258,7 @@ class TextPath(FastPath):
         texts, self._texts = bytes(self._texts), bytearray()
         stream, count = self._stream, texts.count(b'"')
         assert self.shape is not None
-        self.shape.reading.note(texts.replace(b'"', b""))
+        self.shape.reading.note(texts.replace(b'"', b""), count)
         # The reading keeps the texts as well, for the conversation.
         stream.text_bytes = self.shape.reading.size
         stream.recount()

@@ -319,6 +319,7 @@ class StreamStore:
         if self._bytes >= self._max_kept_bytes and (search or self._bytes >= self._search_at):
             self._dropping = True
             try:
+                self._drop_said()
                 self._drop_late_readers()
                 self._cut_running()
                 if (excess := self._bytes - self._max_kept_bytes) >= 0:
@@ -330,6 +331,14 @@ class StreamStore:
         elif self._bytes < self._max_kept_bytes:
             self._search_at = 0.0
         return self._bytes < self._max_kept_bytes
+
+    def _drop_said(self) -> None:
+        """Forget what running answers have said, which only an answer needs that breaks off."""
+        for stream in self._running:
+            if self._bytes < self._max_kept_bytes:
+                return
+            if stream.said is not None and stream.said.size:
+                stream.drop_said()
 
     def _drop_late_readers(self) -> None:
         """Drop readers that are far behind: of finished logs first."""

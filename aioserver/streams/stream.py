@@ -66,6 +66,7 @@ if TYPE_CHECKING:
 
     from aioserver.errors import AioserverError
     from aioserver.protocol.openai import Shape
+    from aioserver.protocol.said import Said
     from aioserver.streams.contracts import (
         AnswerApi,
         Attempt,
@@ -196,6 +197,7 @@ class Stream:
         "remote",
         "rendered",
         "request_id",
+        "said",
         "source",
         "text_bytes",
         "timer",
@@ -265,6 +267,8 @@ class Stream:
         # waits for that.
         self.keeper: Keeper | None = None
         self.ending: tuple[Awaitable[None], Mapping[str, Any], bytes] | None = None
+        # What the answer has said so far, where the rest could be said by another attempt.
+        self.said: Said | None = None
         # Counts a body that is collected for the log.
         self.held: Held | None = None
         # A second name by which the log is found.
@@ -403,6 +407,8 @@ class Stream:
         size += self.text_bytes + self.events.size
         if headers := outcome.headers:
             size += sum(len(name) + len(text) + HEADER_OVERHEAD for name, text in headers.items())
+        if self.said is not None:
+            size += self.said.size
         if self.whole is not None:
             size += self.whole.size
         if self.error is not None:
@@ -443,6 +449,12 @@ class Stream:
         if count:
             self._discard(count)
 
+    def drop_said(self) -> None:
+        """Forget what the answer has said: it will not be continued."""
+        if self.said is not None:
+            self.said.drop()
+            self.recount()
+
     def trim(self) -> None:
         """Discard entries beyond `max_stream_bytes`; if no client can come back, those passed.
 
@@ -466,6 +478,8 @@ class Stream:
         once: the effect is that of an append after which every reader has passed the entry.
         """
         self.close_fast_path()
+        if self.said is not None and self.said.add(data):
+            self.recount()
         readers = self.readers
         if (
             self.private
@@ -559,7 +573,7 @@ class Stream:
         self.entries.append(entry)
         self.last, self.ended, self.end_status = entry.first, True, entry.status
         # The producer is done with its text.
-        self.text_bytes = 0
+        self.text_bytes, self.said = 0, None
         notices = [reader.notify for reader in self.readers]
         run_all(
             (partial(self._grow, entry.size), self.recount, *notices, self.trim, self.tell_end)
@@ -590,7 +604,7 @@ class Stream:
         self.ended, self.end_status, self.error = True, status, error
         if self.remote is not None:
             self.remote.broken = error
-        self.text_bytes = 0
+        self.text_bytes, self.said = 0, None
         notices = [reader.notify for reader in tuple(self.readers)]
         run_all((self.recount, *notices, self.trim, self.tell_end))
 

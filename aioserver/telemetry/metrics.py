@@ -75,6 +75,8 @@ ERROR_OUTCOMES = sorted(
     {(error.code, error.outcome) for error in provider_errors.subclasses(errors.AioserverError)}
 )
 DENIED_REASONS = sorted({error.reason for error in provider_errors.subclasses(errors.Denied)})
+# What became of an attempt to have the rest of an answer said.
+CONTINUED, FAILED = "continued", "failed"
 RETRY_CODES, FAILOVER_CODES = _fault_codes("retry"), _fault_codes("failover")
 
 
@@ -83,6 +85,7 @@ class ProviderMeter:
 
     __slots__ = (
         "attempts",
+        "continuations",
         "events",
         "failovers",
         "first_token",
@@ -93,6 +96,7 @@ class ProviderMeter:
         "recent_silences",
         "retries",
         "retries_refused",
+        "seams",
         "wait",
     )
 
@@ -103,6 +107,9 @@ class ProviderMeter:
         self.interval = Histogram(SHORT_BOUNDS)
         self.gap = Histogram()
         self.attempts = {outcome: Counter() for outcome in ATTEMPTS}
+        self.continuations = {result: Counter() for result in (CONTINUED, FAILED)}
+        # Answers that broke off here and were continued, by the fault's code.
+        self.seams: dict[str, Counter] = {}
         self.retries = {code: Counter() for code in RETRY_CODES}
         self.retries_refused = Counter()
         self.failovers = {code: Counter() for code in FAILOVER_CODES}
@@ -292,7 +299,8 @@ def _token_labels(name: str, provider: settings.Provider) -> Iterator[tuple[str,
     for model in dict.fromkeys((provider.model, *provider.models, "other")):
         for kind in ("input", "cached", "output"):
             yield name, model, kind, "provider"
-        yield name, model, "output", "estimate"
+        for kind in ("input", "output"):
+            yield name, model, kind, "estimate"
 
 
 Child = Counter | Histogram
@@ -444,6 +452,12 @@ PROVIDER_FAMILIES: tuple[Row[ProviderMeter], ...] = (
         "retries_refused",
         lambda m: m.retries_refused,
         "Further attempts that were not made, since the budget of retries was used up",
+    ),
+    Row(
+        "continuations",
+        lambda m: m.continuations,
+        "Attempts to have the rest of an answer said that broke off, here or elsewhere",
+        ("result",),
     ),
     Row("failovers", lambda m: m.failovers, "Requests that went on to a fallback", ("reason",)),
     Row("provider_wait_seconds", lambda m: m.wait, "Time in the provider's queue"),

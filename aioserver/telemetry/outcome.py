@@ -29,6 +29,38 @@ class GroupStart(NamedTuple):
     size: int = 0
 
 
+class Part(NamedTuple):
+    """What one attempt that was sent has cost: its tokens, as far as they are known."""
+
+    provider: str
+    model: str
+    outcome: str
+    tokens_in: int
+    tokens_out: int
+    estimated: bool
+
+
+class Continued(NamedTuple):
+    """A seam of an answer: behind *at* characters of text its provider broke off, for the reason
+    of this *code*, and another attempt went on.
+    """
+
+    at: int
+    broken: str
+    provider: str
+    code: str
+
+    def described(self) -> dict[str, object]:
+        """Return it as clients are told."""
+        return {"at": self.at, "from": self.broken, "to": self.provider, "code": self.code}
+
+    @property
+    def comment(self) -> bytes:
+        """It as a comment in an event stream."""
+        told = " ".join(f"{name}={value}" for name, value in self.described().items())
+        return b": seam %b\n\n" % told.encode()
+
+
 class Outcome:
     """The provider that was asked last, and what is known of its answer.
 
@@ -40,10 +72,14 @@ class Outcome:
     *sent*: one was sent, so that the answer may cost money; *sent_at* is the monotonic time when
     the newest was, 0.0 if it was not. *headers* are those of the provider's answer that clients
     may see. Until the request is logged, *usage* has its tokens, as the provider reports them, and
-    *start* where it has started last by a group.
+    *start* where it has started last by a group. *parts* has the attempts that were sent and have
+    ended, *seams* where an answer was continued.
     """
 
-    __slots__ = ("attempts", "headers", "model", "provider", "sent", "sent_at", "start", "usage")
+    __slots__ = (
+        *("attempts", "headers", "model", "parts", "provider", "seams"),
+        *("sent", "sent_at", "start", "usage"),
+    )
 
     def __init__(
         self,
@@ -60,6 +96,14 @@ class Outcome:
         self.sent_at = 0.0
         self.usage: Mapping[str, Any] | None = None
         self.start: GroupStart | None = None
+        self.parts: tuple[Part, ...] = ()
+        self.seams: tuple[Continued, ...] = ()
+
+    @property
+    def spent(self) -> tuple[int, int]:
+        """The tokens of all parts: of what was asked, and of what was answered."""
+        parts = self.parts
+        return sum(part.tokens_in for part in parts), sum(part.tokens_out for part in parts)
 
     def begin_attempt(self, provider: str, model: str) -> None:
         """Note that *provider* is asked for an answer of *model*."""

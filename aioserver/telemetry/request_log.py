@@ -24,7 +24,7 @@ from aioserver.telemetry.tracer import RequestEnd
 
 if TYPE_CHECKING:
     from aioserver.telemetry.loop_lag import LoopLag
-    from aioserver.telemetry.outcome import GroupStart
+    from aioserver.telemetry.outcome import GroupStart, Part
     from aioserver.telemetry.tracer import RequestTrace, Tracer
 
 logger = logging.getLogger("aioserver.requests")
@@ -236,6 +236,8 @@ class RequestLog:
             if (left_out := metrics.refusal_lines.allow(code)) >= 0:
                 self._log(record, now, code, outcome, status, tokens, left_out=left_out)
         elif logger.isEnabledFor(logging.INFO):
+            if len(record.outcome.parts) > 1:
+                self._log_parts(record)
             self._log(record, now, code, outcome, status, tokens)
         # A log refers to the outcome for its window; these objects are needed no longer.
         record.outcome.usage = record.outcome.start = None
@@ -259,15 +261,22 @@ class RequestLog:
             metrics.recent_delays[cause].add(now, gap)
 
     def _count_tokens(self, record: RequestRecord, tokens: Tokens) -> None:
-        """Count *tokens*, those of the usage; where it has no output, each event counts as one."""
+        """Count *tokens*, those of the usage; where it has no output, each event counts as one.
+
+        Those of several attempts are counted at the provider of each.
+        """
+        for part in record.outcome.parts if len(record.outcome.parts) > 1 else ():
+            self._count_part(part)
         counters, provider = self.metrics.tokens, record.outcome.provider
         asked, cached, answered = tokens
         configured = (provider, record.outcome.model, "output", "provider") in counters
         model = record.outcome.model if configured else "other"
-        if asked is not None:
-            counters[provider, model, "input", "provider"].value += asked
         if cached is not None:
             counters[provider, model, "cached", "provider"].value += cached
+        if len(record.outcome.parts) > 1:
+            return
+        if asked is not None:
+            counters[provider, model, "input", "provider"].value += asked
         if answered is not None:
             counters[provider, model, "output", "provider"].value += answered
         elif record.events:
@@ -283,6 +292,29 @@ class RequestLog:
             meter.known.add(now, start.known, start.size)
         if tokens.prompt is not None and outcome.provider == start.provider:
             meter.cached[start.provider].add(now, tokens.cached, tokens.prompt)
+
+    def _count_part(self, part: Part) -> None:
+        counters = self.metrics.tokens
+        configured = (part.provider, part.model, "output", "provider") in counters
+        model = part.model if configured else "other"
+        source = "estimate" if part.estimated else "provider"
+        for direction, tokens in (("input", part.tokens_in), ("output", part.tokens_out)):
+            counter = counters.get((part.provider, model, direction, source))
+            if counter is not None:
+                counter.value += tokens
+
+    @staticmethod
+    def _log_parts(record: RequestRecord) -> None:
+        """Log what each attempt has cost: a request that had several has no bill in one line."""
+        for number, part in enumerate(record.outcome.parts, 1):
+            fields = {
+                "request_id": record.request_id[:MAX_NAME],
+                **({"caller": record.caller} if record.caller else {}),
+                "attempt": number,
+                **part._asdict(),
+                "model": part.model[:MAX_NAME],
+            }
+            logger.info("attempt finished", extra={"fields": fields})
 
     @staticmethod
     def _log(
@@ -326,8 +358,13 @@ class RequestLog:
         fields |= {
             f"{side}_gap_ms": round(gap * 1000, 1) for side, gap in gaps.items() if gap > THRESHOLD
         }
-        numbers = zip(("tokens_in", "cached_tokens", "tokens_out"), tokens, strict=True)
-        fields |= {name: number for name, number in numbers if number is not None}
+        asked, cached, answered = tokens
+        if len(record.outcome.parts) > 1:
+            asked, answered = record.outcome.spent
+        numbers = {"tokens_in": asked, "cached_tokens": cached, "tokens_out": answered}
+        fields |= {name: number for name, number in numbers.items() if number is not None}
+        if record.outcome.seams:
+            fields["seams"] = len(record.outcome.seams)
         if left_out:
             fields["suppressed"] = left_out
         level = logging.WARNING if outcome == "rejected" else logging.INFO

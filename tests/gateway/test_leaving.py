@@ -43,7 +43,12 @@ class Fake:
     def __init__(self, dice: random.Random, lifetime: Lifetime) -> None:
         self.name = "sim"
         self.settings = SimpleNamespace(
-            models=(), usable=True, model="m", http_client=LIMITS, pass_headers=()
+            models=(),
+            usable=True,
+            model="m",
+            http_client=LIMITS,
+            pass_headers=(),
+            continuation="none",
         )
         self.budget = Budget()
         self.meter = ProviderMeter()

@@ -32,6 +32,36 @@ def lossy(self, entry):
     self.last += entry.count
 Stream.add_entry = lossy
 """,
+    # Of an answer that breaks off and is continued.
+    "what was said last": """
+from aioserver.protocol.said import ChatSaid, ReadSaid
+for kind in (ChatSaid, ReadSaid):
+    def text(self, text=kind.text):
+        said = text(self)
+        return said and said[:-1] or said
+    kind.text = text
+""",
+    "that it is one answer": """
+from aioserver.protocol import said
+rest = said.ChatSaid.rest
+def other(self, earlier):
+    self._head = {}
+    return rest(self, earlier)
+said.ChatSaid.rest = other
+""",
+    "what has come before a fault in the rest": """
+from aioserver.gateway import continuation
+class Lossy(continuation.SeamSink):
+    def _take(self, data, parts):
+        super()._take(data, parts)
+        if b"[DONE]" not in data and self.progress > 2:
+            parts.clear()
+continuation.SeamSink = Lossy
+""",
+    "how often it is continued": """
+from aioserver.gateway import continuation
+continuation.MAX_HOPS = 50
+""",
     "a place": """
 from aioserver.limits.gate import Place
 release, count = Place.release, [0]
@@ -572,6 +602,18 @@ SPARED: dict[str, Any] = {
     "provider_faults": ("cut-<n>", "end-<n>", "stall-<n>", "error-event-<n>", "bad-json-<n>"),
     "preambles": 0.7,
 }
+CONTINUED: dict[str, Any] = {
+    "continued": True,
+    "faces": ("stream", "websocket"),
+    "faults": {},
+    "habits": {},
+    "provider_fault_share": 0.5,
+    "provider_faults": ("cut-<n>",),
+    "changes": {
+        "llm.providers.sim.continuation": "prefill",
+        "llm.providers.sim.http_client.max_retries": 0,
+    },
+}
 NEEDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
@@ -585,6 +627,10 @@ NEEDS: dict[str, dict[str, Any]] = {
         "faces": ("responses",),
         "responses": "lacks",
     },
+    "what was said last": CONTINUED,
+    "that it is one answer": CONTINUED,
+    "what has come before a fault in the rest": CONTINUED,
+    "how often it is continued": CONTINUED,
     "that a request stands in other lines": GROUPED,
     "to wait at the members of a group": GROUPED,
     "that a request was offered a member": {**AT_HOME, "spread": 0.1, "changes": CROWD},

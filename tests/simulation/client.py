@@ -119,7 +119,8 @@ class Client:
             f"q{number} {words}",
             2000 if long else dice.choice((1, 5, 40, 200)) + 400 * large,
             fault if thrown < plan.provider_fault_share else "",
-            fails_over=plan.fails_over,
+            fails_over=plan.mended,
+            hops=plan.hops,
         )
         self.reading = Reading(self.question)
         self.name = f"r{number}"

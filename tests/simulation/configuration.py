@@ -121,6 +121,7 @@ def with_spare(
         "base_url": base_url,
         "model": "spare-model",
         "http_client": {**client, "max_retries": 0, "queue_size": 10},
+        "continuation": changes.get("llm.providers.sim.continuation", "none"),
     }
     changes = {**changes, "llm.fallbacks": ["spare"], SPARE: spare}
     if choose:
@@ -132,11 +133,11 @@ def with_spare(
     return changes
 
 
-def longest_wait(changes: dict[str, Any], providers: int) -> float:
+def longest_wait(changes: dict[str, Any], providers: int, hops: int = 0) -> float:
     """Return the seconds in which a client whose connection is good hears something at last.
 
     It is the sum of all deadlines that a request may meet, one after another, and of the longest
-    answer.
+    answer; *hops* attempts may continue it.
     """
     retries = 1 + changes[f"{HTTP}.max_retries"]
     attempt = sum(
@@ -144,8 +145,14 @@ def longest_wait(changes: dict[str, Any], providers: int) -> float:
         for name in ("connect_timeout", "write_timeout", "read_timeout", "pool_timeout")
     )
     provider = changes[f"{HTTP}.queue_timeout"] + retries * (attempt + BACKOFF)
+    hop = changes[f"{HTTP}.queue_timeout"] + attempt
     return float(
-        BODY + changes[f"{GATE}.queue_timeout"] + providers * provider + LONGEST_ANSWER + MARGIN
+        BODY
+        + changes[f"{GATE}.queue_timeout"]
+        + providers * provider
+        + hops * hop
+        + LONGEST_ANSWER
+        + MARGIN
     )
 
 

@@ -130,7 +130,8 @@ def next_turn(
         f"q{number} {words}",
         dice.choice((1, 5, 40, 200)) if not prepared else 0,
         fault if fails else "",
-        fails_over=plan.fails_over,
+        fails_over=plan.mended,
+        hops=plan.hops,
         # A provider that has kept what came before is shown the last question alone.
         turns=(count,) if plan.responses != KEEPS else tuple({1, count}),
     )

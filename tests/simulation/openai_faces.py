@@ -57,7 +57,7 @@ async def stream(client: Client) -> None:
         if response.status != 200:
             await client.refused(response)
             return
-        count, finish, roles = 0, "", 0
+        count, finish, roles, idents = 0, "", 0, set()
         async for data in events(response, client.patience):
             count += 1
             if data == b"[DONE]":
@@ -73,12 +73,15 @@ async def stream(client: Client) -> None:
             if "error" in event:
                 reading.end = f"error: {event['error'].get('code')}"
                 continue
+            idents.add(event["id"])
             for choice in event["choices"]:
                 roles += "role" in choice["delta"]
                 if roles != 1 or finish:
                     raise Violation(f"{roles} roles, or more behind the finish")
                 reading.add(choice["delta"].get("content") or "")
                 finish = choice.get("finish_reason") or finish
+            if len(idents) > 1:
+                raise Violation(f"two answers in one: {idents}")
             if client.now("leave", count):
                 raise Left
             if client.now("half close", count) and response.connection:

@@ -61,6 +61,8 @@ OPERATIONS = ("reload limits", "reload provider", "reload keys", "drain")
 BALANCERS = ("sticky", "random")
 # Bytes of a large answer at a provider, at most (truth.py).
 LARGEST = 300_000
+# Attempts at most that continue an answer.
+HOPS = 2
 # Seconds that an answer may take more which another instance has: its owner is asked, and found to
 # be gone.
 ELSEWHERE = 30.0
@@ -119,6 +121,8 @@ class Plan:
     # first.
     spare: bool = False
     pinned: bool = True
+    # Whether an answer that breaks off is continued, by both providers.
+    continued: bool = False
     # How the group of both providers chooses, which every second client asks; "" if there is none.
     grouped: str = ""
     # Groups of three providers, of which clients ask; None if there are none.
@@ -151,12 +155,22 @@ class Plan:
         return self.spare and not self.pinned
 
     @property
+    def hops(self) -> int:
+        """How many attempts may continue an answer."""
+        return HOPS if self.continued else 0
+
+    @property
+    def mended(self) -> bool:
+        """Whether an answer may be whole though its provider has failed."""
+        return self.fails_over or self.continued
+
+    @property
     def patience(self) -> float:
         """Seconds in which a client hears something, or gives up: longer than any wait that is
         promised.
         """
         providers = 3 if self.grouping is not None else 2 if self.spare else 1
-        wait = configuration.longest_wait(self.changes, providers)
+        wait = configuration.longest_wait(self.changes, providers, self.hops)
         if self.large and "slow link" in self.provider_links:
             # Nothing is heard of a whole answer before all of it has come.
             retries = self.changes[f"{configuration.HTTP}.max_retries"]
@@ -177,6 +191,9 @@ def draw(seed: int, clients: int, instances: int = 1, *, groups: bool = True) ->
         changes["llm.providers.sim.responses"] = False
     # Dice of its own: a seed without groups tries the same otherwise.
     grouping = draw_grouping(seed) if groups else None
+    continued = random.Random(f"continued {seed}").random() < 0.5
+    if continued:
+        changes["llm.providers.sim.continuation"] = "prefill"
     plan = Plan(
         seed=seed,
         clients=clients,
@@ -196,6 +213,7 @@ def draw(seed: int, clients: int, instances: int = 1, *, groups: bool = True) ->
         operations={name: dice.uniform(1.0, 40.0) for name in OPERATIONS if dice.random() < 0.2},
         spare=dice.random() < 0.3,
         pinned=dice.random() < 0.3,
+        continued=continued,
         # Dice of its own: a seed tries the same otherwise.
         grouped=choose,
         silent=dice.choice((0.0, 0.0, 0.05)),

@@ -122,7 +122,13 @@ class Sums:
         """Check that no answer to *client* was asked for twice by one instance while it was
         kept.
         """
-        changes = self._plan.changes
+        changes, plan = self._plan.changes, self._plan
+        if client.face == "stream":
+            # Nobody comes back for it.
+            providers = 3 if plan.grouping is not None else 1 + plan.spare
+            attempts = providers * (2 + changes[f"{HTTP}.max_retries"]) + plan.hops
+            if (number := len(self._calls.of(client.question.name))) > attempts:
+                self._broken(f"client {client.number} was answered {number} times")
         # What has failed may be asked for again, and so may what was dropped for want of room.
         if not client.has_id or client.question.fault:
             return

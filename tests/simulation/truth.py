@@ -36,8 +36,10 @@ class Question:
     text: str
     tokens: int
     fault: str = ""
-    # Whether a provider without that fault may answer instead.
+    # Whether a provider without that fault may answer instead; and how many attempts may say the
+    # rest, each of which is asked for one token at least.
     fails_over: bool = False
+    hops: int = 0
     turns: tuple[int, ...] = (1,)
     # Questions whose answer may be read instead, where nothing says which of them was refused.
     others: tuple[Question, ...] = ()
@@ -61,7 +63,8 @@ class Question:
     def answers(self) -> tuple[str, ...]:
         """The whole texts, of which one is that of the answer."""
         texts = (speech(self.text, turn) for turn in self.turns)
-        own = ("".join(model.tokens(text)[: self.tokens]) for text in texts)
+        bounds = range(self.tokens, self.tokens + 1 + self.hops)
+        own = ("".join(model.tokens(text)[:bound]) for text in texts for bound in bounds)
         return (*own, *(answer for other in self.others for answer in other.answers))
 
     def may_be_repeated(self) -> None:

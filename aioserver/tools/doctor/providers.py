@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from yarl import URL
 
+from aioserver.config.llm import INSTRUCT, NO_CONTINUATION, PREFIXED
 from aioserver.faces.wing import Core, Wing
+from aioserver.gateway.continuation import continued
 from aioserver.gateway.prompts import chat_body
 from aioserver.protocol.openai import Reading
+from aioserver.protocol.seam import Anchored, Onward, SeamBroken, anchor_of
 from aioserver.provider_errors import (
     ProviderAuthError,
     ProviderBadResponse,
@@ -50,6 +53,9 @@ if TYPE_CHECKING:
     from aioserver.tools.doctor.network import Problem
 
 QUESTION = b'[{"role":"user","content":"Say OK."}]'
+# A question whose answer is known, the beginning of that, and the word that follows it.
+COUNTING = b'[{"role":"user","content":"Count from one to ten in words."}]'
+SAID, FOLLOWING = "one two three four", "five"
 # Tokens that such an answer may cost at most. It is cancelled at its first.
 MAX_TOKENS = 16
 MAX_BYTES = 1 << 20
@@ -103,6 +109,8 @@ async def _examine(report: Report, provider: Provider, *, needed: bool, ask: boo
             return
     if settings.simulated or (needed and ask):
         await _first_token(report, subject, provider, problem)
+        if settings.continuation != NO_CONTINUATION:
+            await _goes_on(report, subject, provider)
         return
     await _list_models(report, subject, provider, problem)
     reason = "--no-ask" if needed else NOT_ASKED
@@ -163,6 +171,56 @@ async def _first_token(report: Report, subject: str, provider: Provider, problem
     else:
         model = provider.settings.model
         report.ok(subject, f"answers: the first token of {model} came", took)
+
+
+async def _goes_on(report: Report, subject: str, provider: Provider) -> None:
+    """Have the rest of an answer said, in the form that the provider is asked for it.
+
+    A text that was shown to a client comes twice where the form is none of the provider's.
+    """
+    form = provider.settings.continuation
+    configured = provider.settings.max_tokens
+    short = dataclasses.replace(
+        provider.settings, max_tokens=configured and min(configured, MAX_TOKENS)
+    )
+    asked = chat_body(short, None, COUNTING, b"{}", frozenset(), streamed=False)
+    data = await continued(asked, form, SAID, 0)
+    reading = Reading()
+    request = ProviderRequest(
+        CHAT, lambda _settings, _model: data, streamed=False, reading=reading
+    )
+    stream = Stream("doctor", "doctor", window=0.0, max_bytes=MAX_BYTES)
+    began = time.perf_counter()
+    try:
+        await provider.run(Attempt(provider, request, stream))
+    except ProviderRefused as fault:
+        text = f"refuses to go on with an answer: HTTP {fault.provider_status}"
+    except ProviderFault as fault:
+        text = f"does not go on with an answer: {fault.code}"
+    else:
+        text = _rest_found(form, reading.text)
+    if text:
+        report.warn(subject, text, f"another `continuation` than {form}, or none: docs/rescue.md")
+    else:
+        took = time.perf_counter() - began
+        report.ok(subject, f"goes on with an answer that broke off ({form})", took)
+
+
+def _rest_found(form: str, text: str) -> str:
+    """Return what is wrong with *text* as the rest of SAID; "" if nothing is."""
+    text = " ".join(text.lower().split())
+    if not text:
+        return "says nothing where an answer broke off"
+    seam = Anchored(anchor_of(SAID)) if form == INSTRUCT else Onward(SAID, repeats=True)
+    try:
+        rest = seam.feed(text) + seam.close()
+    except SeamBroken:
+        return "begins a new turn where it is asked for its last words and the rest"
+    if not rest.lstrip(" ,.;-").startswith(FOLLOWING):
+        return "begins a new turn where an answer broke off"
+    if isinstance(seam, Onward) and seam.repeated and form != PREFIXED:
+        return "says the beginning again where an answer broke off"
+    return ""
 
 
 async def _list_models(report: Report, subject: str, provider: Provider, problem: Problem) -> None:

@@ -152,7 +152,14 @@ def _bars(connections: dict[str, Any]) -> Table:
 def _providers(providers: dict[str, Any]) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("provider", no_wrap=True, max_width=14, overflow="ellipsis")
-    for name in ("places", "pool", "queue", "wait", "tokens/s", "first p50", "p95", "faults"):
+    # A column less, where nothing was continued, keeps it within 80.
+    seams = {
+        name: total
+        for name, provider in providers.items()
+        if (total := (provider.get("continued") or {}).get("total"))
+    }
+    columns = ("places", "pool", "queue", "wait", "tokens/s", "first p50", "p95", "faults")
+    for name in (*columns, "seams") if seams else columns:
         table.add_column(name, justify="right", no_wrap=True)
     for name, provider in providers.items():
         pool, first = provider.get("pool", {}), provider.get("first_token") or {}
@@ -171,6 +178,7 @@ def _providers(providers: dict[str, Any]) -> Table:
             _time(first.get("p50")),
             _time(first.get("p95")),
             str(sum(provider.get("faults", {}).values())),
+            *([str(seams.get(name, 0))] if seams else []),
             style=style,
         )
     return table

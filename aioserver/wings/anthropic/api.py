@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from aioserver.protocol.openai import bounded, usage_of
 from aioserver.providers.api import Api
 from aioserver.wings.anthropic import sink, wire
+from aioserver.wings.anthropic.said import MessageSaid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,4 +74,10 @@ class MessagesApi(Api):
         return wire.http_status(error)
 
 
-MESSAGES, COUNT_TOKENS = MessagesApi(wire.MESSAGES), MessagesApi(wire.COUNT_TOKENS)
+class AnswersApi(MessagesApi):
+    """The path whose answers are messages, which can be continued."""
+
+    continues = MessageSaid
+
+
+MESSAGES, COUNT_TOKENS = AnswersApi(wire.MESSAGES), MessagesApi(wire.COUNT_TOKENS)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from aioserver.errors import InvalidRequest, ResponseNotFound
+from aioserver.gateway.continuation import continuable
 from aioserver.protocol.json_body import at_once
 from aioserver.protocol.openai import BadEvent, ErrorEvent
 from aioserver.provider_errors import ProviderRefused, RequestNotBridged
@@ -38,7 +39,7 @@ from aioserver.wings.responses.bridge.events import ResponseWriter
 from aioserver.wings.responses.bridge.output import Frame
 from aioserver.wings.responses.bridge.request import chat_request
 from aioserver.wings.responses.bridge.whole import MAX_WHOLE_BYTES, WholeWriter, whole_response
-from aioserver.wings.responses.sinks import BridgeSink
+from aioserver.wings.responses.sinks import BridgedSaid, BridgeSink
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -46,8 +47,9 @@ if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.protocol.client_headers import ClientHeaders
+    from aioserver.protocol.said import Said
     from aioserver.providers.attempt import AttemptedProvider
-    from aioserver.providers.http1 import RequestWriter, Sink
+    from aioserver.providers.http1 import RequestWriter
     from aioserver.providers.request import Answer, BodyMaker, Hold
     from aioserver.providers.sinks import StreamSink
     from aioserver.streams.stream import Stream
@@ -161,7 +163,7 @@ class ResponseAttempt(Attempt):
     Always: `_chat` is set if, and only if, a chat completion is asked for.
     """
 
-    __slots__ = ("_chat", "_draft", "_learning", "_patience", "_prepared", "_writer")
+    __slots__ = ("_chat", "_draft", "_free", "_learning", "_patience", "_prepared", "_writer")
 
     def __init__(
         self,
@@ -175,6 +177,8 @@ class ResponseAttempt(Attempt):
         self._draft = request.draft
         self._patience = request.patience
         self._chat: ChatRequest | None = None
+        # Whether the answer of that is one which can be continued.
+        self._free = False
         self._writer: ResponseWriter | None = None
         # The body of a request that continues a response, between its preparation and its sending.
         self._prepared: bytes | None = None
@@ -271,16 +275,33 @@ class ResponseAttempt(Attempt):
             )
         super().first_event()
 
-    def event_sink(self, stream: Stream) -> Sink:
-        """Return the sink for the events of the answer."""
+    def stream_sink(self, stream: Stream) -> StreamSink:
+        """Return what fills *stream* with the events of the answer."""
         sink: StreamSink
-        if self._chat is None:
+        chat, said = self._chat, stream.said
+        if chat is None:
             sink = RESPONSES.sink(stream)
+        elif self.hop is not None and isinstance(said, BridgedSaid):
+            # The same response goes on.
+            self._writer = said.writer
+            sink = BridgeSink(stream, said.writer)
         else:
-            self._writer = ResponseWriter(self._chat, self._frame(self._chat), stream.max_bytes)
+            self._writer = ResponseWriter(chat, self._frame(chat), stream.max_bytes)
             sink = BridgeSink(stream, self._writer)
         sink.patience = self._patience
         return sink
+
+    def said(self) -> BridgedSaid | None:
+        """Return what keeps the answer of a chat completion; a native response is not
+        continued.
+        """
+        return BridgedSaid(self._writer) if self._free and self._writer is not None else None
+
+    def goes_on(self, said: Said) -> bool:
+        """Return whether the rest can be asked for here: as a chat completion, as the answer so
+        far was one.
+        """
+        return isinstance(said, BridgedSaid) and self.bridged
 
     @property
     def max_answer_bytes(self) -> int:
@@ -348,6 +369,10 @@ class ResponseAttempt(Attempt):
             raise
         except InvalidRequest as exc:
             raise RequestNotBridged(exc.message, param=exc.param) from None
+        if self.hop is not None:
+            self._chat.body = await self.hop.body(self._chat.body)
+        elif self.request.keeps_body:
+            self._free = await continuable(self._chat.body)
 
     @staticmethod
     def _frame(chat: ChatRequest) -> Frame:

@@ -38,6 +38,8 @@ class Behaviour:
     added to every good answer, for example x-ratelimit-*. forgets: status and message with which a
     request that continues a response is refused; None: none is. responses: whether there is a
     /v1/responses. engine: an engine with a prefix cache, whose time replaces ttft and interval.
+    prefill: what becomes of a request that has the beginning of its answer, as `model.rest` has
+    it; "refuses": it is refused.
     """
 
     ttft: float = 0.2
@@ -53,6 +55,7 @@ class Behaviour:
     forgets: tuple[int, str] | None = None
     responses: bool = True
     engine: EngineOptions | None = None
+    prefill: str = ""
 
 
 class RawResponse(web.StreamResponse):

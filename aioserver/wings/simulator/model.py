@@ -24,6 +24,7 @@ CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS = (
     "responses",
     "embeddings",
 )
+NO_PREFILL = "Assistant response prefill is incompatible with enable_thinking."
 NESTED_TOO_DEEPLY = "Your request is nested too deeply."
 # The matches, joined, are the text again.
 _TOKEN = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")
@@ -73,6 +74,16 @@ curl -N localhost:8000/v1/chat/completions \\
 
 > An answer like this one is an *event stream*: see <https://html.spec.whatwg.org/multipage/server-sent-events.html>.""",
 )
+# What is said of a beginning that is none of the simulated model's own.
+_FURTHER = " and so it goes on, for a simulated model knows no other way to say the rest."
+# What follows a beginning of it, for who wants to see whether the rest is said at all.
+_COUNTING = "one two three four five six seven eight nine ten"
+# How the rest of an answer is asked for where the assistant's message cannot be the last one.
+_ANCHOR = re.compile(r"⟦([^⟦⟧]*)⟧\Z")
+# What a model says that takes the wish for the rest for a new question.
+_NEW_TURN = "Certainly! Here is the rest of my answer: "
+# Characters after which a model deviates that says something else the second time.
+_SAME = 40
 _ADVICE = (
     "To talk to a real model, set llm.active in config.yaml to openai, groq, openrouter or local."
 )
@@ -96,7 +107,9 @@ class ParsedRequest:
     *text* is the last message of the user and *turn* its number, from 1 (0: there is none); *call*
     is the call of a tool that is the answer, None for an answer in words; *words* is what that
     answer says, None for a speech. *cached_tokens* are those of the prompt that an engine had in
-    its cache.
+    its cache. *said* is the beginning of the answer, if the request has it as the assistant's last
+    message, and *anchor* are the last words of it that are wanted again; what becomes of either is
+    a matter of *habit* (`rest`).
     """
 
     endpoint: str
@@ -111,6 +124,9 @@ class ParsedRequest:
     words: str | None
     body: Mapping[str, Any]
     cached_tokens: int = 0
+    said: str = ""
+    anchor: str = ""
+    habit: str = ""
 
     @property
     def prompt(self) -> bytes:
@@ -159,6 +175,9 @@ def read(endpoint: str, raw: bytes) -> ParsedRequest:
     if not isinstance(stream, bool):
         raise BadRequest("'stream' must be a boolean.", param="stream")
     messages = _messages(endpoint, body)
+    said, anchor = _beginning(messages) if endpoint in {CHAT, MESSAGES} else ("", "")
+    if anchor:
+        messages = messages[:-1]
     texts = [tools.text_of(message.get("content")) for message in messages]
     user_texts = [
         text for text, message in zip(texts, messages, strict=True) if message["role"] == "user"
@@ -184,7 +203,43 @@ def read(endpoint: str, raw: bytes) -> ParsedRequest:
         call=call,
         words=None if call else _prescribed_words(body, messages),
         body=body,
+        said=said,
+        anchor=anchor,
     )
+
+
+def _beginning(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Return the beginning of the answer that *messages* have, and the anchor; "" if they lack
+    them.
+    """
+    last = messages[-1]
+    if last["role"] == "assistant" and not last.get("tool_calls"):
+        return tools.text_of(last.get("content")), ""
+    if len(messages) < 2 or messages[-2]["role"] != "assistant" or last["role"] != "user":
+        return "", ""
+    match = _ANCHOR.search(tools.text_of(last.get("content")))
+    return (tools.text_of(messages[-2].get("content")), match[1]) if match else ("", "")
+
+
+def rest(text: str, request: ParsedRequest) -> str:
+    """Return what *request*, which has the beginning of an answer, gets of that *text*.
+
+    Its habit: "" goes on; "repeats" says the beginning again; "anew" says something like it, and
+    then something else; "turn" begins a new turn.
+    """
+    said, habit = request.said, request.habit
+    if _COUNTING.startswith(said.strip()):
+        text = _COUNTING
+    if not text.startswith(said):
+        text = said + _FURTHER
+    following = text[len(said) :]
+    if habit == "turn":
+        return _NEW_TURN + following
+    if habit == "repeats":
+        return text
+    if habit == "anew":
+        return f"{text[:_SAME]} (or something like it) {text[_SAME:]}"
+    return request.anchor + following
 
 
 def _messages(endpoint: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:

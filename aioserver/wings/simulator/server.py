@@ -9,6 +9,8 @@ fails in the way that the name says; `faults` opens with the table of these name
         simulator.base_url                      # http://127.0.0.1:40123/v1
         simulator.behaviour = Behaviour(fail_rate=1.0)
         await simulator.until(lambda stats: stats.aborted == 1)
+
+This file is one concept: each request is counted from its first byte to its end, in one place.
 """
 
 from __future__ import annotations
@@ -323,6 +325,10 @@ class Simulator:
             if behaviour.forgets is not None and parsed.body.get("previous_response_id"):
                 status, message = behaviour.forgets
                 return as_json(status, model.error(status, message))
+            if parsed.said and behaviour.prefill:
+                if behaviour.prefill == "refuses":
+                    return as_json(400, model.error(400, model.NO_PREFILL))
+                parsed = dataclasses.replace(parsed, habit=behaviour.prefill)
             failing = behaviour.fail_rate and self._random.random() < behaviour.fail_rate
             if failing and not behaviour.fault:
                 return refusal(behaviour.fail_status)

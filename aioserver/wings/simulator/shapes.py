@@ -25,6 +25,7 @@ from aioserver.wings.simulator.model import (
     RESPONSES,
     BadRequest,
     error,
+    rest,
     speech,
     tokens,
 )
@@ -118,6 +119,8 @@ def words_of(request: ParsedRequest, count: int = 0) -> tuple[list[str], bool]:
     if count and prescribed is None:
         repetition = ["\n\n" + words[0], *words[1:]]
         words = (words + repetition * (count // len(words)))[:count]
+    if request.said and prescribed is None:
+        words = tokens(rest("".join(words), request))
     cut = request.max_tokens is not None and request.max_tokens < len(words)
     return (words[: request.max_tokens] if cut else words), cut
 
@@ -125,7 +128,7 @@ def words_of(request: ParsedRequest, count: int = 0) -> tuple[list[str], bool]:
 def in_one_piece(whole: Mapping[str, Any], count: int) -> Answer:
     """Make an answer of *whole*, as JSON in *count* slices."""
     body = _written(whole)
-    size = math.ceil(len(body) / count)
+    size = math.ceil(len(body) / max(1, count))
     return Answer(
         streamed=False,
         opening=(),

@@ -7,6 +7,7 @@ import json
 import ssl
 import sys
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -91,6 +92,39 @@ async def test_the_active_provider_is_asked_for_its_first_token_and_no_more(
     assert any(
         "provider demo: answers: the first token of demo came" in finding for finding in findings
     )
+
+
+@pytest.mark.parametrize(
+    ("form", "habit", "text"),
+    [
+        ("prefill", "", "ok    provider sim: goes on with an answer that broke off (prefill)"),
+        (
+            "prefix",
+            "repeats",
+            "ok    provider sim: goes on with an answer that broke off (prefix)",
+        ),
+        ("instruct", "", "ok    provider sim: goes on with an answer that broke off (instruct)"),
+        ("prefill", "repeats", "says the beginning again"),
+        ("final_message", "turn", "begins a new turn"),
+        ("instruct", "turn", "begins a new turn"),
+        ("prefill", "refuses", "refuses to go on with an answer: HTTP 400"),
+    ],
+)
+async def test_a_form_of_continuation_is_tried_and_what_came_is_told(
+    form: str, habit: str, text: str, tmp_path: Path, findings: Findings
+) -> None:
+    async with Simulator(replace(QUICK, prefill=habit)) as simulator:
+        changes = {
+            "llm.providers.sim.continuation": form,
+            "llm.providers.sim.max_tokens": 4096,
+        }
+        settings = configured(simulator.base_url, changes, tmp_path / "c.yaml").settings
+        await providers.examine(findings.report, settings, ask=True)
+
+        assert simulator.bodies[-1]["max_tokens"] == 16
+    assert not findings.report.failed
+    (told,) = (finding for finding in findings if text in finding)
+    assert told.startswith("ok" if text.startswith("ok") else "warn")
 
 
 @pytest.mark.parametrize("ask", [True, False])

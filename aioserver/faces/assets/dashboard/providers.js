@@ -91,6 +91,7 @@ export class Providers {
         pool: pool && { ...pool, busy: pool.open - pool.idle },
         silent: silent?.under_way ? { ...silent, number: silent.stalled + silent.unanswered } : null,
         cooling: pace?.cooling || null,
+        continued: provider.continued?.last_minute ? provider.continued : null,
         asked: asked(provider, others),
       }, lastMinute);
       element.dataset.tone = mark.dataset.tone = state.tone;

@@ -136,6 +136,24 @@ class ResponseWriter(Reading):
         """Whether there is anything of an answer."""
         return bool(self._items)
 
+    @property
+    def said(self) -> str | None:
+        """The text of the message that is under way; None if there is more, or nothing yet."""
+        message, part = self._message, self._part
+        others = [item for item in self._items if not isinstance(item, Reasoning)]
+        if (
+            message is None
+            or others != [message]
+            or part is None
+            or part.kind is not TEXT
+            or len(message.parts) != 1
+            or self._nameless
+            or self.finish_reason is not None
+        ):
+            return None
+        text: str = orjson.loads(b'"%b"' % bytes(part.text))
+        return text
+
     def begin(self) -> list[bytes]:
         """Return the events before those of any chunk."""
         response = b'"response":%b' % self._frame.render(IN_PROGRESS)
@@ -164,6 +182,7 @@ class ResponseWriter(Reading):
         part.text += text
         sequence = self.sequence
         self.sequence = sequence + 1
+        self.texts += 1
         return part.delta(text, sequence)
 
     def finish(self, now: int) -> list[bytes]:
@@ -266,6 +285,7 @@ class ResponseWriter(Reading):
             self._grow(len(own) + len(plain))
             part.add_logprobs(own, plain)
         if text:
+            self.texts += part.kind is TEXT
             events.append(part.delta(text, self.sequence, plain))
             self.sequence += 1
 

@@ -1,0 +1,471 @@
+"""Continuation: another attempt says the rest of an answer that broke off after text.
+
+    the fault            a break, no verdict: `breaks`
+    what was shown       text alone, with reasoning in front at most: `Said.text`
+    what was asked for   one choice of free text, and no message of the assistant at the end, which
+                         is a beginning of the client's own: `continuable`
+    who reads            somebody, or somebody may come back
+    how often            MAX_HOPS attempts for one answer, a *hop* each
+
+If all of it holds, the same provider is asked first, then the others of the request's order, or
+the same one last if it has been silent. Each is asked in its own *form*, the setting
+`continuation`, which says what follows the messages of the request (`continued`):
+
+    prefill         the assistant's message, as far as it was said
+    prefix          the same, with `"prefix": true` in it
+    final_message   the same, and two members that vLLM and its like want
+    instruct        the same, and the user's wish for the last words and the rest
+
+What comes is the rest, if its seam says so (protocol/seam.py). It goes into the same log by way of
+the same sink, rewritten as the first answer would have gone on (protocol/said.py). A hop that was
+refused, or broke before anything of it was shown, has shown nothing, and the next provider is
+asked. When nobody is left the answer ends with the fault that broke it.
+
+This file is one concept: what may be continued, how it is asked for, and who is asked for it, are
+one rule that each answer meets as a whole.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import orjson
+from msgspec import Raw
+
+from aioserver.config.llm import FINAL_MESSAGE, INSTRUCT, NO_CONTINUATION, PREFIXED
+from aioserver.errors import AioserverError
+from aioserver.protocol import eventstream, json_body
+from aioserver.protocol.eventstream import EventTooLong
+from aioserver.protocol.json_body import ABSENT, Member, null, pause
+from aioserver.protocol.openai import BadEvent, ErrorEvent
+from aioserver.protocol.said import Tokens
+from aioserver.protocol.seam import (
+    CLOSING,
+    OPENING,
+    Anchored,
+    Onward,
+    SeamBroken,
+    anchor_of,
+    provable,
+)
+from aioserver.provider_errors import (
+    ContinuationFailed,
+    ProviderBadResponse,
+    ProviderDisconnected,
+    ProviderError,
+    ProviderFault,
+    ProviderRateLimited,
+    ProviderRefused,
+    ReadTimeout,
+)
+from aioserver.providers.api import Memory
+from aioserver.providers.error_mapping import event_fault
+from aioserver.telemetry.counters import Counter
+from aioserver.telemetry.metrics import CONTINUED, FAILED
+from aioserver.telemetry.outcome import Continued
+from aioserver.tracebacks import forget_frames
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aioserver.config import settings
+    from aioserver.gateway.request import Request
+    from aioserver.protocol.said import Said
+    from aioserver.protocol.seam import Seam
+    from aioserver.providers.attempt import Attempt
+    from aioserver.providers.provider import Provider
+    from aioserver.providers.sinks import StreamSink
+    from aioserver.streams.stream import Stream
+    from aioserver.telemetry.outcome import Outcome
+
+    # The providers that may be asked for an answer, in their order, with the model of each.
+    Order = Sequence[tuple[Provider, str | None]]
+
+# Attempts at most that say the rest of one answer.
+MAX_HOPS = 2
+# The faults that break an answer off; of those that are an event, one that is a verdict does not.
+BREAKS = (
+    ProviderDisconnected,
+    ReadTimeout,
+    ProviderBadResponse,
+    ProviderError,
+    ProviderRateLimited,
+)
+WISH = (
+    "Your last message was cut off. Write its last words again, exactly as they stand between "
+    f"{OPENING} and {CLOSING}, and go on from there to its end, without a comment, an apology, "
+    f"a heading or these brackets. {OPENING}%s{CLOSING}"
+)
+MESSAGES = Member("messages")
+BOUNDS = Member("max_tokens"), Member("max_completion_tokens")
+# The statuses of a provider that does not take the form.
+REFUSALS = frozenset({400, 404, 422, 501})
+
+
+class _Asked(msgspec.Struct, gc=False):
+    """What a request asks for, as far as it can forbid a continuation."""
+
+    messages: Raw = ABSENT
+    n: Raw = ABSENT
+    logprobs: Raw = ABSENT
+    top_logprobs: Raw = ABSENT
+    response_format: Raw = ABSENT
+    output_config: Raw = ABSENT
+    output_format: Raw = ABSENT
+    structured_outputs: Raw = ABSENT
+    guided_json: Raw = ABSENT
+    guided_regex: Raw = ABSENT
+    guided_choice: Raw = ABSENT
+    guided_grammar: Raw = ABSENT
+    grammar: Raw = ABSENT
+    json_schema: Raw = ABSENT
+    regex: Raw = ABSENT
+    ebnf: Raw = ABSENT
+    continue_final_message: Raw = ABSENT
+    add_generation_prompt: Raw = ABSENT
+
+
+# An engine's grammar begins at its own first token, so that the text before it and the rest would
+# not fit together; and who says how a message is continued does so itself.
+_FORBIDDEN = (
+    *("output_format", "structured_outputs", "grammar", "json_schema", "regex", "ebnf"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    *("continue_final_message", "add_generation_prompt"),
+)
+_ASKED = msgspec.json.Decoder(_Asked)
+
+
+class _Message(msgspec.Struct, gc=False):
+    role: Raw = ABSENT
+
+
+_MESSAGE = msgspec.json.Decoder(_Message)
+
+
+class Habits(Memory):
+    """What is known of how one provider takes an answer to be continued.
+
+    *refused* has the models for which it has refused to. *repeats*: whether it writes again what
+    was said before it goes on; None: that is not known.
+    """
+
+    def __init__(self, settings: settings.Provider) -> None:
+        super().__init__(settings)
+        self.refused: set[str] = set()
+        self.repeats: bool | None = None
+
+
+async def continuable(body: bytes) -> bool:
+    """Return whether the answer to the request in *body* is one that can be continued."""
+    asked = await json_body.decoding(_ASKED, body, "the body")
+    if any(not null(getattr(asked, name)) for name in _FORBIDDEN):
+        return False
+    n, logprobs, number = (_value(raw) for raw in (asked.n, asked.logprobs, asked.top_logprobs))
+    if n not in {None, 1} or logprobs or number:
+        return False
+    formats = _value(asked.response_format), _value(asked.output_config)
+    if not _free(formats[0]) or (
+        isinstance(formats[1], dict) and not _free(formats[1].get("format"))
+    ):
+        return False
+    last: Raw | None = None
+    for some in json_body.elements(bytes(asked.messages)) if asked.messages else ():
+        last = some[-1] if some else last
+        await pause()
+    if last is None or not bytes(last).startswith(b"{"):
+        return False
+    return json_body.text(_MESSAGE.decode(last).role) != "assistant"
+
+
+def _value(raw: Raw) -> Any:
+    """Return the value that *raw* is; None if it is absent."""
+    return None if raw is ABSENT else orjson.loads(memoryview(raw))
+
+
+def _free(format_: object) -> bool:
+    """Return whether *format_* asks for free text."""
+    return format_ is None or (isinstance(format_, dict) and format_.get("type") == "text")
+
+
+async def continued(body: bytes, form: str, said: str, tokens: int) -> bytes:
+    """Return the request in *body* as one for the rest of an answer, in this *form*.
+
+    *said* is the answer so far, which has had *tokens*: they are taken off its bound.
+
+    Raises:
+        InvalidRequest: the body has too many keys that may be those looked for.
+    """
+    for member in BOUNDS:
+        if (place := await member.finding(body)) is not None:
+            bound = orjson.loads(body[place.value : place.end])
+            if isinstance(bound, int):
+                left = b"%d" % max(1, bound - tokens)
+                body = b"".join((body[: place.value], left, body[place.end :]))
+    message: dict[str, Any] = {"role": "assistant", "content": said}
+    if form == PREFIXED:
+        message["prefix"] = True
+    added = [message]
+    if form == INSTRUCT:
+        added.append({"role": "user", "content": WISH % anchor_of(said)})
+    place = await MESSAGES.finding(body)
+    assert place is not None, "`continuable` has seen them"
+    end = place.end - 1
+    pieces = b"".join(b",%b" % orjson.dumps(each) for each in added)
+    view = memoryview(body)
+    body = b"".join((view[:end], pieces, view[end:]))
+    if form == FINAL_MESSAGE:
+        flags = b'"continue_final_message":true,"add_generation_prompt":false'
+        start = body.index(b"{") + 1
+        body = b"".join((body[:start], flags, b",", memoryview(body)[start:]))
+    return body
+
+
+def breaks(fault: ProviderFault) -> bool:
+    """Return whether *fault* has broken an answer off, and is no verdict on it."""
+    return isinstance(fault, BREAKS)
+
+
+def seam_of(form: str, said: str, habits: Habits) -> Seam | None:
+    """Return the seam of an answer that is continued in this *form*; None if it could not be
+    found.
+    """
+    if form == INSTRUCT:
+        anchor = anchor_of(said)
+        return Anchored(anchor) if anchor else None
+    if form == PREFIXED and habits.repeats is None and not provable(said):
+        # Some providers write the beginning again, and others do not: it could not be told.
+        return None
+    return Onward(said, repeats=form == PREFIXED and habits.repeats is True)
+
+
+class Hop:
+    """One attempt to have the rest of the answer in *stream* said, by *provider*.
+
+    *text* is what it has *said* so far. *fault* is what has broken it off, at the provider
+    *broken*.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        said: Said,
+        text: str,
+        seam: Seam,
+        provider: Provider,
+        fault: ProviderFault,
+        broken: Provider,
+    ) -> None:
+        self.seam = seam
+        self.earlier = Tokens(*stream.outcome.spent)
+        self.rest = said.rest(self.earlier)
+        # Whether any of the rest is shown.
+        self.shown = False
+        self._stream = stream
+        self._text, self._events = text, said.events
+        self._provider = provider
+        self._told = Continued(len(text), broken.name, provider.name, fault.code)
+        self._seams = broken.meter.seams.setdefault(fault.code, Counter())
+
+    async def body(self, body: bytes) -> bytes:
+        """Return the request in *body* as one for the rest."""
+        form = self._provider.settings.continuation
+        return await continued(body, form, self._text, self._events)
+
+    def sink(self, attempt: Attempt, sink: StreamSink) -> SeamSink:
+        """Return the sink of *attempt*, which passes the rest on to *sink*."""
+        return SeamSink(self, attempt, sink, self._stream.max_bytes)
+
+    def show(self, attempt: Attempt) -> None:
+        """Note that the first of the rest is about to be shown."""
+        stream, told = self._stream, self._told
+        self.shown = True
+        stream.outcome.seams = (*stream.outcome.seams, told)
+        self._provider.meter.continuations[CONTINUED].value += 1
+        self._seams.value += 1
+        if attempt.request.reading is None:
+            stream.forward(told.comment, 0)
+        attempt.first_event()
+
+    def learn(self) -> None:
+        """Learn whether the provider writes again what was said."""
+        if isinstance(self.seam, Onward) and self.seam.repeated is not None:
+            self._provider.memory(Habits).repeats = self.seam.repeated
+
+
+class SeamSink:
+    """Checks the seam of an answer that is continued, and rewrites its events for the *sink* of
+    the log.
+
+    Always: nothing is shown before the seam is found.
+    """
+
+    def __init__(self, hop: Hop, attempt: Attempt, sink: StreamSink, max_bytes: int) -> None:
+        self._hop = hop
+        self._attempt = attempt
+        self._sink = sink
+        self._splitter = eventstream.Splitter(max_bytes)
+        # The number of events that have come.
+        self.progress = 0
+
+    def feed(self, data: bytes) -> bool:
+        """Pass on what *data* brings of the rest; return False at its end.
+
+        Raises:
+            ContinuationFailed: it is not the rest.
+            ProviderFault: as `StreamSink.feed`.
+        """
+        parts: list[bytes] = []
+        more = True
+        try:
+            for event in eventstream.parse(self._splitter.feed(data)):
+                if event.data:
+                    self.progress += 1
+                    self._take(event.data, parts)
+        except SeamBroken as exc:
+            raise ContinuationFailed(str(exc)) from exc
+        except (EventTooLong, BadEvent, ErrorEvent) as exc:
+            raise event_fault(exc) from exc
+        finally:
+            # What came before a fault passes, as if it had come in a read of its own.
+            if parts:
+                if not self._hop.shown:
+                    self._hop.show(self._attempt)
+                more = self._sink.feed(b"".join(parts))
+        return more
+
+    def end(self) -> None:
+        """Complete the log, as `StreamSink.end`."""
+        self._sink.end()
+
+    def broken(self, fault: Exception) -> bool:
+        """Return whether the answer is complete, as `StreamSink.broken`."""
+        return self._sink.broken(fault)
+
+    def fast(self) -> None:
+        """Return None: every event is rewritten."""
+
+    def _take(self, data: bytes, parts: list[bytes]) -> None:
+        """Add to *parts* what may be shown of the event with this *data*."""
+        rest, seam = self._hop.rest, self._hop.seam
+        text, content = rest.take(data)
+        shown = seam.feed(text) if text else ""
+        if content is not None:
+            shown += seam.close()
+        if shown:
+            parts.append(rest.text(shown))
+        if content is not None:
+            parts.append(rest.event(content))
+
+
+async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order: Order) -> None:
+    """Have the rest of the answer in *stream*, which *fault* has broken off, said by one of
+    *order*. Cancelling ends it.
+
+    Raises:
+        ProviderFault: nobody could; it is the one that has broken the answer off.
+    """
+    outcome, hops = request.provider_request.outcome, 0
+    while True:
+        broken = outcome.provider, outcome.model, outcome.headers
+        # It must not lead back to the frames of the attempt, which lead to the body.
+        forget_frames(fault)
+        text = await _text(request, stream, fault)
+        candidates = [] if text is None else _candidates(order, fault, outcome)
+        further: ProviderFault | None = None
+        while candidates and further is None and hops < MAX_HOPS:
+            provider, model = candidates.pop(0)
+            habits, said = provider.memory(Habits), stream.said
+            assert text is not None
+            assert said is not None
+            seam = seam_of(provider.settings.continuation, text, habits)
+            if seam is None:
+                continue
+            attempt = request.make_attempt(
+                provider,
+                request.provider_request,
+                stream,
+                model=model,
+                retry=True,
+                fallback=bool(candidates),
+            )
+            if not attempt.goes_on(said) or not _affordable(provider, broken[0]):
+                continue
+            speaker = next((each for each, _ in order if each.name == broken[0]), provider)
+            hop = Hop(stream, said, text, seam, provider, fault, speaker)
+            attempt.hop = hop
+            outcome.begin_attempt(provider.name, attempt.asked_model)
+            try:
+                await provider.run(attempt)
+            except AioserverError as failed:
+                if outcome.sent_at:
+                    hops += 1
+                else:
+                    outcome.attempts -= 1
+                if hop.shown and isinstance(failed, ProviderFault):
+                    further = failed
+                elif outcome.sent_at:
+                    provider.meter.continuations[FAILED].value += 1
+                    if isinstance(failed, ProviderRefused) and failed.http_status in REFUSALS:
+                        habits.refused.add(attempt.asked_model)
+                forget_frames(failed)
+            hop.learn()
+            if stream.ended or stream.ending is not None:
+                return
+        if further is None:
+            outcome.provider, outcome.model, outcome.headers = broken
+            raise fault
+        fault = further
+
+
+async def _text(request: Request, stream: Stream, fault: ProviderFault) -> str | None:
+    """Return what the answer has said so far; None if the rest may not be said."""
+    provider_request, said = request.provider_request, stream.said
+    if (
+        said is None
+        or not breaks(fault)
+        or stream.ended
+        or stream.ending is not None
+        or not (stream.readers or stream.window > 0)
+    ):
+        return None
+    # The texts that the fast path has passed on come first.
+    stream.close_fast_path()
+    text = said.text()
+    if text is None or not provider_request.keeps_body:
+        return None
+    route = request.route
+    body = provider_request.body(route.provider.settings, route.model)
+    return text if said.checked or await continuable(body) else None
+
+
+def _candidates(
+    order: Order, fault: ProviderFault, outcome: Outcome
+) -> list[tuple[Provider, str | None]]:
+    """Return who is asked for the rest, in this order."""
+    able = [
+        (provider, model)
+        for provider, model in order
+        if provider.settings.continuation != NO_CONTINUATION
+        and provider.settings.usable
+        and not provider.health.breaker.dead
+        and not provider.health.flagged
+        and (model or provider.settings.model) not in provider.memory(Habits).refused
+    ]
+    same = [each for each in able if each[0].name == outcome.provider]
+    others = [each for each in able if each[0].name != outcome.provider]
+    # A provider that has hung hangs again.
+    return others + same if isinstance(fault, ReadTimeout) else same + others
+
+
+def _affordable(provider: Provider, broken: str) -> bool:
+    """Return whether *provider* may be asked for the rest: the one whose answer has *broken* off
+    as often as it may be asked again, another one as a failover.
+    """
+    if provider.name != broken:
+        provider.budget.add_request()
+        return True
+    if provider.budget.take_retry():
+        return True
+    provider.meter.retries_refused.value += 1
+    return False

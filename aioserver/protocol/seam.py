@@ -1,0 +1,175 @@
+"""The seam of a continued answer: where the rest of a text that broke off begins.
+
+An answer that broke off has *said* a text, and another answer is asked for the rest of it. What
+comes is checked before any of it is shown:
+
+    Onward     an engine that was given the text as the beginning of its own message says the rest
+               of it. One thing may go wrong and can be noticed: that it begins anew. Then all that
+               was said has to come again, word for word, and is dropped
+    Anchored   a model that was asked to write the last words again, the *anchor*, and to go on.
+               They have to come, and are dropped
+
+Nothing else is ever cut off: who matched a few characters at the seam would lose text of an engine
+that tells the truth, since texts repeat themselves ("ha ha", tables, zeros, code).
+
+An engine has begun anew if its text begins with the first 32 characters of what was said. That
+proves something only where these occur nowhere else, also not across the seam: in what was said
+with them behind it they occur at the two ends alone. Otherwise a text that repeats itself would be
+taken for one that begins anew. The one text that is taken wrongly repeats its own whole beginning
+exactly at the cut.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+# Characters by which an engine is known that begins anew.
+BEGINNING = 32
+# Characters of an anchor at most.
+ANCHOR = 64
+# Characters that are held back at most before the seam is found, or is not.
+MAX_CHECKED = 1 << 16
+# What encloses the anchor where a model is asked for it.
+OPENING, CLOSING = "⟦", "⟧"
+
+
+class SeamBroken(ValueError):
+    """What has come is not the rest of what was said."""
+
+
+class Seam(ABC):
+    """Lets the rest of a text pass, once it has been found to be that.
+
+    Always: what `feed` and `close` have returned is the rest of what was said, in its order; if
+    either has raised, nothing was returned before.
+    """
+
+    # Whether the rest has been found to be one: what follows passes.
+    found = False
+
+    @abstractmethod
+    def feed(self, text: str) -> str:
+        """Return what of *text*, which has come next, and of what was held back may pass.
+
+        Raises:
+            SeamBroken: it is not the rest.
+        """
+
+    @abstractmethod
+    def close(self) -> str:
+        """Return what was held back, since no text follows, or something else comes first.
+
+        Raises:
+            SeamBroken: what has come is not the rest.
+        """
+
+
+class Onward(Seam):
+    """The seam of an engine that goes on with *said* as its own message.
+
+    *repeats*: the engine is known to write *said* again in front of the rest.
+    """
+
+    def __init__(self, said: str, *, repeats: bool = False) -> None:
+        self._said = said
+        self.found = not (repeats or provable(said))
+        self._held = ""
+        # The characters that have come, all of which are those of *said*.
+        self._matched = 0
+        # Whether the engine has begun anew, or else has not; None: that is not known.
+        self.repeated: bool | None = None
+
+    def feed(self, text: str) -> str:
+        """Return what may pass, as `Seam.feed`."""
+        if self.found or not text:
+            return text
+        said, matched = self._said, self._matched
+        size = min(len(text), len(said) - matched)
+        if not said.startswith(text[:size], matched):
+            if matched + _common(said, matched, text) >= BEGINNING:
+                raise SeamBroken("the answer begins anew, and says something else")
+            self.found, self.repeated = True, False
+            held, self._held = self._held, ""
+            return held + text
+        self._matched = matched = matched + size
+        if matched == len(said):
+            self.found = self.repeated = True
+            self._held = ""
+            return text[size:]
+        if matched > MAX_CHECKED:
+            raise SeamBroken(f"more than {MAX_CHECKED} characters are repeated")
+        # Of a text that begins anew nothing will be shown.
+        self._held = self._held + text if matched < BEGINNING else ""
+        return ""
+
+    def close(self) -> str:
+        """Return what was held back, as `Seam.close`."""
+        if self.found:
+            return ""
+        if self._matched >= BEGINNING:
+            raise SeamBroken("the answer begins anew, and ends too early")
+        self.found = True
+        held, self._held = self._held, ""
+        return held
+
+
+class Anchored(Seam):
+    """The seam of a model that was asked to write *anchor* again, and to go on."""
+
+    def __init__(self, anchor: str) -> None:
+        self._anchor = anchor
+        self._held = ""
+
+    def feed(self, text: str) -> str:
+        """Return what may pass, as `Seam.feed`."""
+        if self.found:
+            return text
+        self._held += text
+        held, anchor = self._held.lstrip(), self._anchor
+        if not anchor.startswith(held[: len(anchor)]):
+            raise SeamBroken("the answer does not begin with the last words")
+        if len(held) >= len(anchor):
+            self.found, self._held = True, ""
+            return held[len(anchor) :]
+        if len(self._held) > MAX_CHECKED:
+            raise SeamBroken("the answer begins with white space only")
+        return ""
+
+    def close(self) -> str:
+        """Return nothing, as `Seam.close`: the anchor has come, or there is no rest."""
+        if not self.found:
+            raise SeamBroken("the answer ends before the last words are there")
+        return ""
+
+
+def provable(said: str) -> bool:
+    """Return whether a text that begins as *said* does, and follows it, must begin it anew."""
+    beginning = said[:BEGINNING]
+    return len(said) >= BEGINNING and (said + beginning).find(beginning, 1) == len(said)
+
+
+def anchor_of(said: str) -> str:
+    """Return the last words of *said*, by which the seam is found; "" if there are none."""
+    anchor = said[-ANCHOR:]
+    if len(said) > ANCHOR and not (said[-ANCHOR - 1].isspace() or anchor[0].isspace()):
+        # It begins within a word.
+        head, space, words = _at_space(anchor)
+        anchor = words if space and words.strip() else head + space + words
+    anchor = anchor.lstrip()
+    return "" if OPENING in anchor or CLOSING in anchor else anchor
+
+
+def _at_space(text: str) -> tuple[str, str, str]:
+    """Return *text* before its first white space, that, and what follows."""
+    place = next((place for place, each in enumerate(text) if each.isspace()), len(text))
+    return text[:place], text[place : place + 1], text[place + 1 :]
+
+
+def _common(said: str, start: int, text: str) -> int:
+    """Return how many characters of *text* are those of *said* from *start* on."""
+    count = 0
+    for ours, theirs in zip(said[start:], text, strict=False):
+        if ours != theirs:
+            break
+        count += 1
+    return count

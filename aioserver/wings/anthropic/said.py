@@ -1,0 +1,156 @@
+"""What an answer of Anthropic's Messages API has said so far, and how another answer goes on with
+it (protocol/said.py).
+
+The text that comes behind the seam goes to the block that is open, or to a new one if the answer
+broke off between two. Whatever else the other answer has comes behind that, with the next indexes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aioserver.protocol import eventstream
+from aioserver.protocol.openai import BadEvent, ErrorEvent
+from aioserver.protocol.said import Halves, PassedSaid, Rest, Tokens, loaded, summed, written
+from aioserver.wings.anthropic import wire
+
+_START, _DELTA, _STOP = "content_block_start", "content_block_delta", "content_block_stop"
+_TEXT = "text"
+_THOUGHTS = frozenset({"thinking", "redacted_thinking"})
+# Deltas of thoughts, and of text.
+_THINKING = frozenset({"thinking_delta", "signature_delta"})
+_TEXT_DELTA = "text_delta"
+_OPENING = frozenset({"message_start", "ping"})
+
+
+class MessageSaid(PassedSaid):
+    """What a message has said whose events pass."""
+
+    __slots__ = ("_in_text", "_index")
+
+    def __init__(self) -> None:
+        super().__init__()
+        # The index of the newest block, and whether it is open.
+        self._index = -1
+        self._in_text = False
+
+    def rest(self, earlier: Tokens) -> MessageRest:
+        """Return what writes the rest, as `Said.rest`."""
+        return MessageRest(self._index, earlier, in_text=self._in_text)
+
+    def _read(self, event: bytes) -> None:
+        content = wire.content_of(event)
+        match content.get("type"):
+            case "message_start" | "ping":
+                pass
+            case "content_block_start":
+                block = content["content_block"]
+                self._index, kind = content["index"], block["type"]
+                self._in_text = kind == _TEXT
+                if kind != _TEXT and (kind not in _THOUGHTS or self._text):
+                    raise BadEvent("more than text")
+                self._text += block.get("text", "").encode()
+            case "content_block_delta":
+                delta = content["delta"]
+                if self._in_text and delta["type"] == _TEXT_DELTA:
+                    self._text += delta["text"].encode()
+                    self._events += 1
+                elif self._in_text or delta["type"] not in _THINKING:
+                    raise BadEvent("more than text")
+            case "content_block_stop":
+                self._in_text = False
+            case _:
+                raise BadEvent("the answer has a finish")
+
+
+class MessageRest(Rest):
+    """Takes the events of a message apart, and writes them behind those of another one.
+
+    *index* is that of the other one's newest block; *in_text*: it is one of text, and open.
+    """
+
+    def __init__(self, index: int, earlier: Tokens, *, in_text: bool) -> None:
+        self._index = index
+        self._in_text = in_text
+        self._earlier = earlier
+        self._asked: dict[str, Any] = {}
+        # By their own index: the kinds of the blocks of this answer that are open, and of those
+        # that are shown and have no text the indexes behind the seam.
+        self._kinds: dict[object, object] = {}
+        self._indexes: dict[object, int] = {}
+        self._halves = Halves()
+
+    def take(self, data: bytes) -> tuple[str, dict[str, Any] | None]:
+        """Return the text of an event, and what remains of it, as `Rest.take`."""
+        content = loaded(data)
+        kind = content.get("type")
+        if kind == "error" or isinstance(content.get("error"), dict):
+            raise ErrorEvent(content.get("error"))
+        if kind in _OPENING:
+            self._asked |= wire.usage_in(content)
+            return "", None
+        try:
+            if kind == _START:
+                return self._start(content)
+            if kind == _DELTA:
+                return self._delta(content)
+            if kind == _STOP:
+                own = self._kinds.pop(content["index"], None)
+                return "", None if own in _THOUGHTS else content
+        except (KeyError, TypeError, AttributeError):
+            raise BadEvent("the provider sent an event without its members") from None
+        if kind == "message_delta":
+            # What is left out is as it was.
+            usage = self._asked | wire.usage_in(content)
+            asked, answered = self._earlier
+            counts = {"input_tokens": asked, "output_tokens": answered}
+            content["usage"] = summed(usage, counts)
+        return self._halves.join("", last=True), content
+
+    def text(self, text: str) -> bytes:
+        """Return the event of a *text*, in the block that is open, or in a new one."""
+        opening = b""
+        if not self._in_text:
+            self._in_text, self._index = True, self._index + 1
+            block = {"type": _TEXT, "text": ""}
+            opening = _event({"type": _START, "index": self._index, "content_block": block})
+        delta = {"type": _TEXT_DELTA, "text": text}
+        return opening + _event({"type": _DELTA, "index": self._index, "delta": delta})
+
+    def event(self, content: dict[str, Any]) -> bytes:
+        """Return what remains of an event, as `Rest.event`, in or behind the block of text."""
+        kind, own = content.get("type"), content.get("index")
+        if kind == _STOP and own not in self._indexes:
+            return self._closing()
+        closing = b"" if kind == _DELTA else self._closing()
+        if kind == _START:
+            self._index += 1
+            self._indexes[own] = self._index
+        if own in self._indexes:
+            content["index"] = self._indexes[own]
+        return closing + _event(content)
+
+    def _start(self, content: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
+        block = content["content_block"]
+        self._kinds[content["index"]] = kind = block["type"]
+        if kind == _TEXT:
+            return block.get("text", ""), None
+        return "", None if kind in _THOUGHTS else content
+
+    def _delta(self, content: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
+        delta, kind = content["delta"], self._kinds.get(content["index"])
+        if kind == _TEXT and delta["type"] == _TEXT_DELTA:
+            return self._halves.join(delta["text"], last=False), None
+        # A citation says something of a text that has begun elsewhere.
+        return "", None if kind == _TEXT or kind in _THOUGHTS else content
+
+    def _closing(self) -> bytes:
+        """Return the end of the block of text, if one is open."""
+        if not self._in_text:
+            return b""
+        self._in_text = False
+        return _event({"type": _STOP, "index": self._index})
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return eventstream.write(written(content), event=str(content["type"]))

@@ -1,0 +1,450 @@
+"""An answer that breaks off after text, and whose rest another attempt says, on each face."""
+
+from __future__ import annotations
+
+import json
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver.protocol import eventstream
+from aioserver.wings.simulator.server import Simulator
+from tests.support.chat import CHAT
+from tests.support.faces import over_anthropic, over_openai, over_sse, over_websocket
+from tests.support.server import QUICK, MakeServer, provider_entry
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from tests.support.faces import Seen
+    from tests.support.server import RunningServer
+
+    Face = Callable[[RunningServer, str], Awaitable[Seen]]
+
+FACES: dict[str, Face] = {
+    "websocket": over_websocket,
+    "sse": over_sse,
+    "openai": over_openai,
+    "anthropic": over_anthropic,
+}
+NONE = {"continuation": "none"}
+
+
+@asynccontextmanager
+async def two(
+    make_server: MakeServer, form: str = "prefill", *, own: str = "none", **changes: Any
+) -> AsyncIterator[tuple[RunningServer, Simulator]]:
+    """A server whose provider's answers break off, and the simulator of another provider."""
+    async with Simulator(QUICK) as other:
+        entry = provider_entry(other.base_url, "other-model")
+        server = await make_server(
+            QUICK,
+            **{
+                "llm.fallbacks": ["other"],
+                "llm.providers.other": {**entry, "continuation": form, "messages": True},
+                "llm.providers.sim.continuation": own,
+                "llm.providers.sim.messages": True,
+                **changes,
+            },
+        )
+        yield server, other
+        await server.nothing_held()
+
+
+def said(simulator: Simulator, index: int = -1) -> str:
+    """Return the beginning of an answer that *simulator* was asked to go on with."""
+    last = simulator.bodies[index]["messages"][-1]
+    assert last["role"] == "assistant"
+    return str(last["content"])
+
+
+async def response(server: RunningServer, model: str) -> tuple[str, list[Any], bytes]:
+    """Return the text of a streamed response, its events, and its bytes."""
+    body = {"model": model, "input": "Hello", "stream": True}
+    async with server.session.post(f"{server.v1}/responses", json=body) as answer:
+        assert answer.status == 200
+        raw = await answer.read()
+    events = [json.loads(event.data) for event in eventstream.parse(raw)]
+    deltas = [each["delta"] for each in events if each["type"] == "response.output_text.delta"]
+    return "".join(deltas), events, raw
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize(
+    "fault", ["cut-9", "cut-mid-9", "end-9", "error-event-9", "bad-json-9", "half-line-9"]
+)
+async def test_other_provider_says_the_rest(
+    make_server: MakeServer, face: str, fault: str
+) -> None:
+    changes: dict[str, Any] = (
+        {"llm.providers.sim.http_client.read_timeout": 0.5} if "half" in fault else {}
+    )
+    async with two(make_server, **changes) as (server, other):
+        whole = (await FACES[face](server, "plain")).text
+        seen = await FACES[face](server, f"fault-{fault}")
+
+        assert seen.end == "complete"
+        assert seen.text == whole
+        assert other.stats().requests == 1
+        beginning = said(other)
+        assert whole.startswith(beginning)
+        assert 0 < len(beginning) < len(whole)
+        if face in {"openai", "anthropic"}:
+            assert f": seam at={len(beginning)} from=sim to=other code=".encode() in seen.raw
+        else:
+            assert b'"seams":[{"at":%d,"from":"sim","to":"other"' % len(beginning) in seen.raw
+
+
+@pytest.mark.parametrize("form", ["prefill", "prefix", "final_message", "instruct"])
+async def test_each_form_asks_for_the_rest_in_its_way(make_server: MakeServer, form: str) -> None:
+    async with two(make_server, form) as (server, other):
+        whole = (await over_openai(server, "plain")).text
+        # Enough of it that an engine which writes it again would be noticed.
+        seen = await over_openai(server, "fault-cut-12")
+
+        assert seen.text == whole
+        body = other.bodies[-1]
+        first, *added = body["messages"]
+        assert first["content"] == "Hello"
+        assert added[0]["role"] == "assistant"
+        assert whole.startswith(added[0]["content"])
+        assert added[0].get("prefix", False) is (form == "prefix")
+        flags = {"continue_final_message": True, "add_generation_prompt": False}
+        assert flags.items() <= body.items() or form != "final_message"
+        assert len(added) == (2 if form == "instruct" else 1)
+
+
+@pytest.mark.parametrize("habit", ["turn", "refuses"])
+async def test_same_provider_is_asked_first(make_server: MakeServer, habit: str) -> None:
+    changes: dict[str, Any] = {"llm.providers.sim.http_client.max_retries": 0}
+    async with two(make_server, own="prefill", **changes) as (server, other):
+        server.simulator.behaviour = replace(QUICK, cut_after=9)
+        other.behaviour = replace(QUICK, prefill=habit)
+        seen = await over_websocket(server, "plain")
+
+        # It says nine tokens more, and breaks off again; then the same provider once more.
+        assert server.simulator.stats().requests == 3
+        assert seen.end == "error"
+        assert seen.code == "provider_disconnected"
+        assert seen.error["retryable"] is True
+        assert other.stats().requests == 0
+
+
+async def test_provider_that_was_silent_is_asked_last(make_server: MakeServer) -> None:
+    changes: dict[str, Any] = {"llm.providers.sim.http_client.read_timeout": 0.5}
+    async with two(make_server, own="prefill", **changes) as (server, other):
+        whole = (await over_openai(server, "plain")).text
+        seen = await over_openai(server, "fault-stall-9")
+
+        assert seen.text == whole
+        assert other.stats().requests == 1
+        assert server.simulator.stats().requests == 2
+
+
+async def test_refused_hop_shows_nothing_and_the_next_provider_is_asked(
+    make_server: MakeServer,
+) -> None:
+    async with two(make_server, own="prefill") as (server, other):
+        whole = (await over_openai(server, "plain")).text
+        for number in range(2):
+            server.simulator.behaviour = replace(QUICK, cut_after=9, prefill="refuses")
+            seen = await over_openai(server, "plain")
+
+            assert seen.end == "complete"
+            assert seen.text == whole
+            # A model for which it has refused once is not asked for again.
+            assert server.simulator.stats().requests == 1 + 2 + number
+        assert other.stats().requests == 2
+
+
+async def test_engine_that_begins_anew_is_cut_at_the_seam(make_server: MakeServer) -> None:
+    async with two(make_server) as (server, other):
+        whole = (await over_openai(server, "plain")).text
+        other.behaviour = replace(QUICK, prefill="repeats")
+
+        assert (await over_openai(server, "fault-cut-12")).text == whole
+
+
+@pytest.mark.parametrize(("form", "habit"), [("prefill", "anew"), ("instruct", "turn")])
+async def test_rest_that_is_none_is_not_shown(
+    make_server: MakeServer, form: str, habit: str
+) -> None:
+    async with two(make_server, form) as (server, other):
+        other.behaviour = replace(QUICK, prefill=habit)
+        seen = await over_openai(server, "fault-cut-12")
+
+        assert seen.end == "error"
+        assert seen.code == "provider_disconnected"
+        assert seen.text
+        assert b"seam" not in seen.raw
+        assert other.stats().requests == 1
+
+
+async def test_event_that_reports_an_error_ends_the_answer_where_nobody_says_the_rest(
+    make_server: MakeServer,
+) -> None:
+    async with two(make_server, "none", own="prefill") as (server, _):
+        server.simulator.behaviour = replace(QUICK, prefill="refuses")
+        seen = await over_openai(server, "fault-error-event-9")
+
+        # It is the provider's own.
+        assert seen.end == "error"
+        assert b'"server_error"' in seen.raw
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n": 2},
+        {"logprobs": True},
+        {"response_format": {"type": "json_object"}},
+        {"guided_regex": ".*"},
+        {"structured_outputs": {"regex": ".*"}},
+        {"add_generation_prompt": False},
+    ],
+)
+async def test_request_for_more_than_one_free_text_is_not_continued(
+    make_server: MakeServer, options: dict[str, Any]
+) -> None:
+    async with two(make_server) as (server, other):
+        body = {**CHAT, "model": "fault-cut-9", "stream": True, **options}
+        async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
+            raw = await response.read()
+
+        assert b'"provider_disconnected"' in raw
+        assert other.stats().requests == 0
+
+
+async def test_beginning_of_the_clients_own_is_not_continued(make_server: MakeServer) -> None:
+    async with two(make_server) as (server, other):
+        messages = [*CHAT["messages"], {"role": "assistant", "content": "Well, "}]
+        body = {"messages": messages, "model": "fault-cut-9", "stream": True}
+        async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
+            raw = await response.read()
+
+        assert b'"provider_disconnected"' in raw
+        assert other.stats().requests == 0
+
+
+async def test_tool_call_is_not_continued(make_server: MakeServer) -> None:
+    async with two(make_server) as (server, other):
+        tool = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
+        body = {**CHAT, "model": "fault-cut-1", "stream": True, "tools": [tool]}
+        body["tool_choice"] = "required"
+        async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
+            raw = await response.read()
+
+        assert b'"tool_calls"' in raw
+        assert b'"provider_disconnected"' in raw
+        assert other.stats().requests == 0
+
+
+@pytest.mark.parametrize("fault", ["cut-9", "cut-mid-9", "error-event-9", "stall-9"])
+async def test_response_over_the_bridge_goes_on_as_it_began(
+    make_server: MakeServer, fault: str
+) -> None:
+    changes: dict[str, Any] = {"llm.providers.sim.http_client.read_timeout": 0.5}
+    changes |= {"llm.providers.sim.responses": False, "llm.providers.other.responses": False}
+    async with two(make_server, **changes) as (server, other):
+        responses = [await response(server, model) for model in ("plain", f"fault-{fault}")]
+        (whole, *_), (text, events, raw) = responses
+
+        assert text == whole
+        assert [event["sequence_number"] for event in events] == list(range(len(events)))
+        types = [event["type"] for event in events]
+        for once in ("response.created", "response.output_item.added", "response.completed"):
+            assert types.count(once) == 1
+        final = events[-1]["response"]
+        assert final["output"][0]["content"][0]["text"] == whole
+        assert (
+            final["usage"]["total_tokens"]
+            > responses[0][1][-1]["response"]["usage"]["total_tokens"]
+        )
+        assert b": seam at=" in raw
+        assert said(other)
+
+
+async def test_native_response_is_not_continued(make_server: MakeServer) -> None:
+    async with two(make_server) as (server, other):
+        _, events, _ = await response(server, "fault-cut-9")
+
+        assert events[-1]["type"] == "response.failed"
+        assert other.stats().requests == 0
+
+
+async def test_pinned_request_is_continued_by_its_own_provider_alone(
+    make_server: MakeServer,
+) -> None:
+    async with two(make_server) as (server, other):
+        seen = await over_openai(server, "sim/fault-cut-9")
+
+        assert seen.code == "provider_disconnected"
+        assert other.stats().requests == 0
+
+
+async def test_bound_of_tokens_and_usage_are_those_of_one_answer(make_server: MakeServer) -> None:
+    async with two(make_server) as (server, other):
+        body = {
+            **CHAT,
+            "stream": True,
+            "max_tokens": 20,
+            "stream_options": {"include_usage": True},
+        }
+        url = f"{server.v1}/chat/completions"
+        raws = []
+        for model in ("plain", "fault-cut-9"):
+            async with server.session.post(url, json={**body, "model": model}) as response:
+                raws.append(await response.read())
+        events = [json.loads(each.data) for each in eventstream.parse(raws[1])[:-1]]
+        usage = events[-1]["usage"]
+
+        assert other.bodies[-1]["max_tokens"] == 20 - 9
+        # The role came in an event, too, which counts as a token where no usage was reported.
+        assert usage["completion_tokens"] == 20 + 1
+        assert usage["prompt_tokens"] > 2
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+        assert len({event["id"] for event in events}) == 1
+        assert sum("role" in choice["delta"] for e in events for choice in e["choices"]) == 1
+
+
+async def test_conversation_and_idempotency_key_have_the_joined_text(
+    make_server: MakeServer,
+) -> None:
+    async with two(make_server) as (server, _):
+        whole = (await over_openai(server, "plain")).text
+        texts = []
+        for _number in range(2):
+            headers = {"Idempotency-Key": "k1"}
+            seen = await over_openai(server, "fault-cut-9", headers=headers)
+            texts.append(seen.text)
+        assert texts == [whole, whole]
+        body = {
+            "request_id": "r1",
+            "text": "Hello",
+            "model": "fault-cut-9",
+            "conversation_id": "c",
+        }
+        async with server.session.post(server.sse, json=body) as response:
+            await response.read()
+        async with server.session.get(f"{server.base}/conversations/c") as response:
+            conversation = await response.json()
+
+        assert conversation["messages"][-1]["text"] == whole
+
+
+async def test_long_answer_on_the_fast_path_is_kept_and_goes_on(make_server: MakeServer) -> None:
+    # Its events have more bytes than are kept before they are read.
+    paced = replace(QUICK, interval=0.0005, tokens=900)
+    async with two(make_server) as (server, other):
+        other.behaviour = replace(QUICK, tokens=900)
+        server.simulator.behaviour = paced
+        whole = (await over_openai(server, "plain")).text
+        server.simulator.behaviour = replace(paced, cut_after=600)
+        seen = await over_openai(server, "plain")
+
+        assert seen.end == "complete"
+        assert seen.text == whole
+        assert whole.startswith(said(other))
+        assert len(said(other)) > len(whole) / 3
+
+
+async def test_kept_body_is_let_go_before_a_new_request_is_refused_for_it(
+    make_server: MakeServer,
+) -> None:
+    changes: dict[str, Any] = {
+        "chat.websocket.concurrency.max_body_bytes": 100_000,
+        "llm.providers.sim.http_client.read_timeout": 60.0,
+    }
+    async with two(make_server, **changes) as (server, other):
+        server.simulator.behaviour = replace(QUICK, stall_after=9)
+        body = {"messages": [{"role": "user", "content": "y" * 60_000}], "stream": True}
+        url = f"{server.v1}/chat/completions"
+        async with server.session.post(url, json=body) as first:
+            await first.content.readuntil(b'"content":"')
+            assert server.context.admission.body_bytes > 60_000
+            elsewhere = {**body, "model": "other/plain"}
+            async with server.session.post(url, json=elsewhere) as second:
+                assert second.status == 200
+                assert (await second.read()).endswith(b"[DONE]\n\n")
+
+            await until(lambda: not server.context.admission.body_bytes)
+            # Without the body the answer ends as it has ended before.
+            await server.simulator.close()
+            raw = await first.read()
+        assert b'"provider_disconnected"' in raw
+        assert other.stats().requests == 1
+
+
+async def test_body_is_not_kept_where_nobody_continues(make_server: MakeServer) -> None:
+    async with two(make_server, "none") as (server, _):
+        server.simulator.behaviour = replace(QUICK, stall_after=9)
+        url = f"{server.v1}/chat/completions"
+        async with server.session.post(url, json={**CHAT, "stream": True}) as answer:
+            await answer.content.readuntil(b'"content":"')
+
+            await until(lambda: not server.context.admission.body_bytes)
+
+
+async def test_what_was_said_is_let_go_where_there_is_no_room(make_server: MakeServer) -> None:
+    async with two(make_server, own="prefill") as (server, _):
+        server.simulator.behaviour = replace(QUICK, stall_after=9)
+        url = f"{server.v1}/chat/completions"
+        async with server.session.post(url, json={**CHAT, "stream": True}) as answer:
+            await answer.content.readuntil(b'"content":"')
+            store = server.context.gateway.lifetime.store
+            (stream,) = store.running()
+            kept_text = stream.said
+            assert kept_text is not None
+            await until(lambda: kept_text.text() is not None)
+            kept = store.stats().bytes
+            store.apply(max_stream_bytes=1 << 20, max_kept_bytes=kept - 1)
+
+            assert kept_text.text() is None
+            assert kept_text.size == 0
+
+
+async def test_client_that_leaves_while_the_rest_is_said_ends_it(make_server: MakeServer) -> None:
+    async with two(make_server) as (server, other):
+        other.behaviour = replace(QUICK, interval=0.01, tokens=10_000)
+        url = f"{server.v1}/chat/completions"
+        body = {**CHAT, "model": "fault-cut-9", "stream": True}
+        async with server.session.post(url, json=body) as answer:
+            await answer.content.readuntil(b": seam ")
+        await other.until(lambda stats: stats.aborted == 1, within=30.0)
+
+
+async def test_each_attempt_has_its_line_and_is_counted_where_it_was_sent(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with two(make_server) as (server, _):
+        with caplog.at_level("INFO", logger="aioserver.requests"):
+            await over_websocket(server, "fault-cut-9")
+            await until(lambda: "request finished" in caplog.messages)
+        lines = [(each.message, getattr(each, "fields", {})) for each in caplog.records]
+        parts = [fields for message, fields in lines if message == "attempt finished"]
+        (request,) = (fields for message, fields in lines if message == "request finished")
+
+        assert [part["attempt"] for part in parts] == [1, 2]
+        assert [part["provider"] for part in parts] == ["sim", "other"]
+        assert [part["outcome"] for part in parts] == ["disconnected", "ok"]
+        assert [part["estimated"] for part in parts] == [True, False]
+        assert request["seams"] == 1
+        assert request["attempts"] == 2
+        assert request["provider"] == "other"
+        for name in ("tokens_in", "tokens_out"):
+            assert request[name] == sum(part[name] for part in parts)
+        tokens = await server.counted("tokens", "provider", "type")
+        for part in parts:
+            assert tokens[part["provider"], "output"] == part["tokens_out"]
+        continued = await server.counted("continuations", "provider", "result")
+        assert continued == {("other", "continued"): 1}
+        server.context.monitor.tick()
+        async with server.session.get(f"{server.base}/stats") as response:
+            stats = await response.json()
+        assert stats["providers"]["other"]["continued"] == {"total": 1, "last_minute": 1}
+        (incident,) = (each for each in server.incidents() if each["kind"] == "seams")
+        assert incident["provider"] == "sim"
+        assert "provider_disconnected" in incident["text"]

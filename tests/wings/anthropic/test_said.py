@@ -1,0 +1,176 @@
+"""What a message has said, and the events of another one that goes on with it."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import orjson
+import pytest
+
+from aioserver.protocol import eventstream
+from aioserver.protocol.eventstream import Splitter
+from aioserver.protocol.openai import BadEvent, ErrorEvent
+from aioserver.protocol.said import Tokens
+from aioserver.protocol.seam import Onward, SeamBroken
+from aioserver.wings.anthropic.said import MessageRest, MessageSaid
+
+ANSWERS = 500
+PIECES = ("ha ", "0", "\n", "| a | b |\n", '"', "\\", "ü", "👍🏽", "Once upon a time, ", "<&>")
+TOOL = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
+
+
+def event(kind: str, **members: Any) -> bytes:
+    return eventstream.write(orjson.dumps({"type": kind, **members}), event=kind)
+
+
+def start(index: int, **block: Any) -> bytes:
+    return event("content_block_start", index=index, content_block=block)
+
+
+def delta(index: int, **members: Any) -> bytes:
+    return event("content_block_delta", index=index, delta=members)
+
+
+def stop(index: int) -> bytes:
+    return event("content_block_stop", index=index)
+
+
+def opening(tokens: int = 7) -> bytes:
+    usage = {"input_tokens": tokens, "output_tokens": 1}
+    return event("message_start", message={"id": "m", "usage": usage}) + event("ping")
+
+
+def ending(tokens: int = 3) -> bytes:
+    reason = {"stop_reason": "end_turn", "stop_sequence": None}
+    return event("message_delta", delta=reason, usage={"output_tokens": tokens}) + event(
+        "message_stop"
+    )
+
+
+def message(text: str, chance: random.Random, *, thinks: bool, calls: bool) -> bytes:
+    parts, index, place = [opening()], 0, 0
+    if thinks:
+        parts += [start(0, type="thinking", thinking="", signature="")]
+        parts += [delta(0, type="thinking_delta", thinking="hm"), stop(0)]
+        index = 1
+    parts.append(start(index, type="text", text=""))
+    while place < len(text):
+        size = chance.randint(1, 12)
+        parts.append(delta(index, type="text_delta", text=text[place : place + size]))
+        place += size
+        if chance.random() < 0.05:
+            parts.append(event("ping"))
+    parts.append(stop(index))
+    if calls:
+        parts += [start(index + 1, **TOOL), stop(index + 1)]
+        parts.insert(-1, delta(index + 1, type="input_json_delta", partial_json="{}"))
+    return b"".join(parts) + ending()
+
+
+def read(data: bytes) -> tuple[str, list[dict[str, Any]]]:
+    """Return the text of a message, and its blocks, as a client reads them.
+
+    A block is begun once, is open while it is written to, and indexes have no holes.
+    """
+    blocks: list[dict[str, Any]] = []
+    open_, over, text = -1, False, ""
+    for each in eventstream.parse(data):
+        content = orjson.loads(each.data)
+        kind = content["type"]
+        assert each.event.decode() == kind
+        assert not over
+        match kind:
+            case "content_block_start":
+                assert open_ < 0
+                assert content["index"] == len(blocks)
+                open_ = content["index"]
+                blocks.append(content["content_block"])
+            case "content_block_delta":
+                assert content["index"] == open_
+                text += content["delta"].get("text", "")
+            case "content_block_stop":
+                assert content["index"] == open_
+                open_ = -1
+            case "message_delta":
+                assert open_ < 0
+            case "message_stop":
+                over = True
+    return text, blocks
+
+
+def shown_of(rest: MessageRest, seam: Onward, data: bytes) -> bytes:
+    shown = []
+    for each in eventstream.parse(data):
+        text, content = rest.take(each.data)
+        passed = seam.feed(text)
+        if content is not None:
+            passed += seam.close()
+        shown += [rest.text(passed)] if passed else []
+        shown += [rest.event(content)] if content is not None else []
+    return b"".join(shown)
+
+
+def test_message_cut_anywhere_goes_on_in_the_block_that_is_open_or_a_new_one() -> None:
+    continued = 0
+    for seed in range(ANSWERS):
+        chance = random.Random(seed)
+        text = "".join(chance.choices(PIECES, k=chance.randint(1, 40)))
+        sent = message(text, chance, thinks=chance.random() < 0.3, calls=False)
+        said, splitter = MessageSaid(), Splitter()
+        first = splitter.feed(sent[: chance.randint(1, sent.index(b"event: message_delta"))])
+        said.add(first)
+        if (before := said.text()) is None:
+            continue
+        calls = chance.random() < 0.3
+        other = message(text[len(before) :], chance, thinks=chance.random() < 0.3, calls=calls)
+        try:
+            shown = shown_of(said.rest(Tokens(7, 2)), Onward(before), other)
+        except SeamBroken:
+            assert text[len(before) :].startswith(before[:32]), seed
+            continue
+        continued += 1
+        whole, blocks = read(first + shown)
+        assert whole == text, seed
+        assert (blocks[-1]["type"] == "tool_use") is calls
+        assert b"message_start" not in shown
+        assert b"thinking" not in shown
+        usage = orjson.loads(eventstream.parse(shown)[-2].data)["usage"]
+        assert usage == {"input_tokens": 14, "output_tokens": 5}
+    assert continued > ANSWERS / 2
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        stop(0) + start(1, **TOOL),
+        stop(0) + start(1, type="thinking", thinking=""),
+        delta(0, type="citations_delta", citation={}),
+        stop(0) + ending(),
+        event("something_new"),
+    ],
+)
+def test_message_with_more_than_text_is_not_continued(block: bytes) -> None:
+    said = MessageSaid()
+    said.add(opening() + start(0, type="text", text="") + delta(0, type="text_delta", text="a"))
+    said.add(block)
+
+    assert said.text() is None
+
+
+def test_message_cut_in_its_thoughts_is_not_continued() -> None:
+    said = MessageSaid()
+    said.add(opening() + start(0, type="thinking", thinking=""))
+    said.add(delta(0, type="thinking_delta", thinking="hm"))
+
+    assert said.text() is None
+
+
+def test_error_and_garbage_are_no_rest() -> None:
+    rest = MessageRest(0, Tokens(), in_text=True)
+
+    with pytest.raises(ErrorEvent):
+        rest.take(b'{"type":"error","error":{"type":"overloaded_error"}}')
+    for data in (b"{", b'{"type":"content_block_delta"}', b'{"type":"content_block_start"}'):
+        with pytest.raises(BadEvent):
+            rest.take(data)
