@@ -158,7 +158,7 @@ def _ranked(prefix: Prefix, members: Sequence[Member]) -> list[Member]:
 
 
 def measured(reading: float, seconds: float, unknown: int) -> float:
-    """Return what the seconds per byte, *reading* so far, are after an answer whose first event
+    """Return what the seconds per byte, *reading* so far, are after an answer whose first content
     came after *seconds*, and of whose prompt so many bytes were *unknown*.
     """
     if unknown <= MEASURED_BYTES:

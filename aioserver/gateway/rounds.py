@@ -176,7 +176,7 @@ class Round:
             self._homes.sent(self.prefix, self.chosen)
 
     def answered(self, attempt: Attempt) -> None:
-        """Learn from the first event of *attempt* how fast its member reads a prompt."""
+        """Learn from the first content of *attempt* how fast its member reads a prompt."""
         member, placement = self.chosen, self._placement
         if member is None or placement is None:
             return

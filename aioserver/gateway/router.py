@@ -13,7 +13,7 @@ which may follow it.
 A request of an API that some providers alone speak (providers/api.py) goes only to those: the
 active one stands then for the first of the active provider and the fallbacks that does.
 
-A fault that came before the first event of an answer may be tried again at the same provider
+A fault that came before the first content of an answer may be tried again at the same provider
 (asking.py), or at another (`failover`: `llm.fallbacks` in their order, each with its own model;
 never for a pinned provider). provider_errors.py says which fault allows what.
 

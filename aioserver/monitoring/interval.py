@@ -137,7 +137,7 @@ def totals(metrics: Metrics) -> dict[Total, float]:
         Total(REJECTIONS, code): counter.value for code, counter in metrics.rejections.items()
     }
     numbers[Total(REQUESTS)] = sum(counter.value for counter in metrics.outcomes.values())
-    # An answer counts as soon as its first event has come: its end may be an hour away.
+    # An answer counts as soon as its first content has come: its end may be an hour away.
     numbers[Total(ANSWERED)] = metrics.outcomes[OK].value + sum(
         sum(meter.first_token.counts) for meter in metrics.providers.values()
     )

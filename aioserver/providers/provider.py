@@ -10,7 +10,7 @@ client is. A provider knows no face: it runs an `Attempt`, which fills a `Stream
 Its guards, the breaker, the pace and the queue, learn from its attempts:
 
     the head of an answer       its headers say what is left of the provider's limits
-    the first event             the provider is not dead
+    the first content           the provider is not dead
     a refusal for its rate      nothing starts for as long as the provider asks
     the end                     well, or with a fault that the breaker hears of; the real tokens
 

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from aioserver.telemetry.counters import Histogram
 
 # Seconds after which a silence is reported: within an answer, where a model sends several tokens a
-# second, and before its first event, since the model may have to be loaded, or to read a long
+# second, and before its first content, since the model may have to be loaded, or to read a long
 # prompt.
 IN_ANSWER, BEFORE_ANSWER = 5.0, 10.0
-# A silence before the first event is not reported before this multiple of the time in which 95 of
-# 100 first events came.
+# A silence before the first content is not reported before this multiple of the time in which 95 of
+# 100 first contents came.
 USUAL = 2.0
 
 
@@ -43,7 +43,7 @@ class Silence(NamedTuple):
 def measure(exchanges: Iterable[Receiver], now: float, first_tokens: Histogram) -> Silence:
     """Return the silence in *exchanges* at *now*, the loop's time.
 
-    *first_tokens* has the times to the first event that the provider has needed so far.
+    *first_tokens* has the times to the first content that the provider has needed so far.
     """
     patience = max(BEFORE_ANSWER, USUAL * first_tokens.quantile(0.95))
     longest, stalled, unanswered, under_way = 0.0, 0, 0, 0

@@ -427,7 +427,7 @@ FACE_FAMILIES: tuple[Row[FaceMeter], ...] = (
     Row(
         "first_token_seconds",
         lambda m: m.first_token,
-        "Time from admission to the first event of the answer, waits included",
+        "Time from admission to the first content of the answer, waits included",
     ),
     Row(
         "overhead_seconds",
@@ -464,7 +464,7 @@ PROVIDER_FAMILIES: tuple[Row[ProviderMeter], ...] = (
     Row(
         "provider_first_token_seconds",
         lambda m: m.first_token,
-        "Time from sending the request to the first event of the answer",
+        "Time from sending the request to the first content of the answer",
     ),
     Row(
         "token_interval_seconds", lambda m: m.interval, "Mean time between two events of an answer"

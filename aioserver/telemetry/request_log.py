@@ -47,13 +47,13 @@ class RequestRecord:
 
         admitted_at     the request was admitted and understood
         queued_at       the request asked for a place at its provider, for the first time
-        first_event_at  the first event of its answer was there
+        first_event_at  the first content of its answer was there
 
     Durations are in seconds:
 
         queue_wait      spent in queues of providers, over all attempts
         silence         the longest time between two reads of the provider, or from the last one
-                        to the end: from the first event on, or of an attempt that got none; it
+                        to the end: from the first content on, or of an attempt that got none; it
                         ended at *silence_end*, in the time of the event loop
         delay           the longest time that an event which had been read waited for us
         client_stall    the longest time that the client read nothing
@@ -112,7 +112,7 @@ class RequestRecord:
         self.streamed = False
         # None: each error has its own.
         self.statuses: Statuses | None = None
-        # The log that counts the first event of the answer when it comes; None if nothing counts
+        # The log that counts the first content of the answer when it comes; None if nothing counts
         # it.
         self.log: RequestLog | None = None
 
@@ -138,7 +138,7 @@ class RequestRecord:
         self.admitted_at = monotonic()
 
     def answered(self, now: float) -> None:
-        """Note that the first event of the answer has come *now*; it counts at once."""
+        """Note that the first content of the answer has come *now*; it counts at once."""
         self.first_event_at = now
         # Silences before the answer do not count: in a head, between comments, in a failed
         # attempt.
@@ -181,7 +181,7 @@ class RequestLog:
         self._lag = lag
 
     def count_first_token(self, record: RequestRecord) -> None:
-        """Count how long the first event of the answer took, from admission and from being
+        """Count how long the first content of the answer took, from admission and from being
         sent.
         """
         metrics, first = self.metrics, record.first_event_at

@@ -43,7 +43,7 @@ class AttemptEnd(NamedTuple):
     """How an attempt at *provider* has ended, well or with *error*.
 
     *began* and *ended* are monotonic times. *began* is 0.0 if it got no place. *base_url* is where
-    it was sent, *first_chunk* the seconds from there to the first event of a stream. *body*: a
+    it was sent, *first_chunk* the seconds from there to the first content of a stream. *body*: a
     good answer that came as a whole.
     """
 

@@ -4,8 +4,8 @@ the caller sees, and how often each provider is asked.
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from types import MappingProxyType
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from tests.support.faces import Seen, over_anthropic, over_openai, over_sse
+from aioserver.protocol.eventstream import HEARTBEAT, parse
+from tests.support.faces import Seen, over_anthropic, over_openai, over_sse, over_websocket
 from tests.support.scripted_provider import (
     DONE,
     EVENT_STREAM,
@@ -56,7 +57,9 @@ def _chat(delta: dict[str, Any], finish: str | None = None) -> bytes:
 
 
 def _answer_to(request: bytes) -> Answer:
-    """The answer that *request* asks for: of one of two APIs, streamed or not."""
+    """The answer that *request* asks for: of one of three APIs, streamed or not."""
+    if request.startswith(b"POST /v1/responses"):
+        return RESPONSE
     messages = request.startswith(b"POST /v1/messages")
     usage = {"prompt_tokens": 5, "completion_tokens": 60, "total_tokens": 65}
     if not json.loads(request.partition(b"\r\n\r\n")[2]).get("stream"):
@@ -106,6 +109,33 @@ def _answer_to(request: bytes) -> Answer:
         ],
         _event({"type": "message_stop"}),
     )
+
+
+def _response_event(number: int, kind: str, **fields: Any) -> bytes:
+    return _event({"type": f"response.{kind}", "sequence_number": number, **fields})
+
+
+def _response(status: str) -> dict[str, Any]:
+    return {"id": "resp_1", "object": "response", "status": status, "output": []}
+
+
+_MESSAGE = {"id": "msg_1", "type": "message", "role": "assistant", "content": []}
+_PART = {"type": "output_text", "text": "", "annotations": []}
+RESPONSE = Answer(
+    EVENT_STREAM,
+    [
+        _response_event(0, "created", response=_response("in_progress")),
+        _response_event(1, "in_progress", response=_response("in_progress")),
+        _response_event(2, "output_item.added", output_index=0, item=_MESSAGE),
+        _response_event(3, "content_part.added", item_id="msg_1", content_index=0, part=_PART),
+    ],
+    [
+        _response_event(number, "output_text.delta", item_id="msg_1", delta=word)
+        for number, word in enumerate(WORDS, 4)
+    ],
+    [_response_event(64, "output_text.done", item_id="msg_1", text=TEXT)],
+    _response_event(65, "completed", response=_response("completed")),
+)
 
 
 # One answer of a provider; it returns whether the connection goes on.
@@ -197,9 +227,15 @@ class Scripted:
 
 @asynccontextmanager
 async def two(
-    make_server: MakeServer, first: Scripted, second: Scripted, **limits: Any
+    make_server: MakeServer,
+    first: Scripted,
+    second: Scripted,
+    changes: Mapping[str, Any] | None = None,
+    **limits: Any,
 ) -> AsyncIterator[RunningServer]:
-    """A server whose first provider is *first*, and the next one *second*."""
+    """A server whose first provider is *first*, and the next one *second*; *limits* are those of
+    the first.
+    """
     async with ScriptedProvider(first.play) as a, ScriptedProvider(second.play) as b:
         limits = {"max_retries": 1, "backoff_factor": 0.0, **limits}
         entry = provider_entry(a.url, "first-model", **limits)
@@ -212,10 +248,36 @@ async def two(
                 },
                 "llm.active": "first",
                 "llm.fallbacks": ["second"],
+                **(changes or {}),
             }
         )
         yield server
         await server.nothing_held()
+
+
+async def over_responses(server: RunningServer) -> Seen:
+    body = {"model": "m", "input": "Hello", "stream": True}
+    async with server.session.post(f"{server.v1}/responses", json=body) as response:
+        raw = await response.read()
+        seen = Seen(status=response.status, raw=raw)
+    if seen.status != 200:
+        seen.end, seen.error = "error", json.loads(raw)["error"]
+        return seen
+    contents = [json.loads(event.data) for event in parse(raw)]
+    kinds = [content["type"].removeprefix("response.") for content in contents]
+    assert [content["sequence_number"] for content in contents] == [*range(len(contents))]
+    assert kinds[0] == "created"
+    assert kinds.count("created") == 1
+    seen.text = "".join(content["delta"] for content in contents if "delta" in content)
+    seen.end = "complete" if kinds[-1] == "completed" else "error"
+    seen.error = contents[-1].get("error") or {}
+    return seen
+
+
+def counted(server: RunningServer, provider: str) -> dict[str, int]:
+    """The attempts at *provider* by their outcome."""
+    attempts = server.provider_of(provider).meter.attempts
+    return {name: counter.value for name, counter in attempts.items() if counter.value}
 
 
 Ask = Callable[[RunningServer], Awaitable[Seen]]
@@ -225,6 +287,9 @@ FACES: dict[str, tuple[bool, Ask]] = {
     "v1 whole": (False, lambda server: over_openai(server, "m", stream=False)),
     "sse streamed": (True, lambda server: over_sse(server, "m")),
     "sse whole": (False, lambda server: over_sse(server, "m", streaming=False)),
+    "websocket": (True, lambda server: over_websocket(server, "m")),
+    "responses": (True, over_responses),
+    "responses bridged": (True, over_responses),
     "messages streamed": (True, lambda server: over_anthropic(server, "m")),
     "messages whole": (False, lambda server: over_anthropic(server, "m", stream=False)),
 }
@@ -283,15 +348,19 @@ FAULTS: dict[str, Row] = {
 @pytest.mark.parametrize("name", FAULTS)
 async def test_each_fault_on_each_face(name: str, face: str, make_server: MakeServer) -> None:
     row, (streamed, ask) = FAULTS[name], FACES[face]
+    if face == "responses" and name == "no [DONE]":
+        pytest.skip("a response has no point behind which nothing is missing")
     asked, code = (row.asked, row.code) if streamed or row.whole is None else row.whole
     first, second = Scripted(*row.steps), Scripted(good)
-    async with two(make_server, first, second, **row.limits) as server:
+    bridged = {f"llm.providers.{name}.responses": False for name in ("first", "second")}
+    changes = bridged if face == "responses bridged" else {}
+    async with two(make_server, first, second, changes, **row.limits) as server:
         seen = await ask(server)
         await server.nothing_held()
-        attempts = await server.counted("provider_attempts", "provider")
+        attempts = [sum(counted(server, each).values()) for each in ("first", "second")]
 
     assert (first.asked, second.asked) == asked
-    assert attempts == +Counter({("first",): first.asked, ("second",): second.asked})
+    assert attempts == [first.asked, second.asked]
     if not code:
         assert (seen.end, seen.text, seen.error) == ("complete", TEXT, {})
     else:
@@ -314,3 +383,74 @@ async def test_a_kept_connection_that_is_reset_is_seen_by_nobody(
 
     assert (seen.end, seen.text) == ("complete", TEXT)
     assert (first.asked, second.asked) == (3, 0)
+
+
+@pytest.mark.one_loop
+@pytest.mark.parametrize("face", [face for face in FACES if not face.startswith("responses")])
+async def test_an_outage_costs_nobody_an_answer_and_who_has_worked_is_paid(
+    face: str, make_server: MakeServer
+) -> None:
+    first, second = Scripted(UNAVAILABLE, UNAVAILABLE, good), Scripted(good)
+    async with two(make_server, first, second) as server:
+        seen = await FACES[face][1](server)
+        back = await FACES["v1 streamed"][1](server)
+        attempts = [counted(server, each) for each in ("first", "second")]
+        tokens = await server.counted("tokens", "provider", "type")
+
+    assert (seen.text, back.text) == (TEXT, TEXT)
+    assert (first.asked, second.asked) == (3, 1)
+    assert attempts == [{"http_5xx": 2, "ok": 1}, {"ok": 1}]
+    # Nothing of the two attempts that were refused.
+    assert tokens["first", "input"] == 5
+    assert tokens["first", "output"] == 60
+
+
+@pytest.mark.one_loop
+async def test_a_slow_first_word_is_waited_for_and_comes_with_its_preamble(
+    make_server: MakeServer,
+) -> None:
+    said = asyncio.Event()
+
+    async def slow(peer: Peer, answer: Answer) -> bool:
+        await peer.send(answer.head, *map(chunk, answer.opening))
+        await said.wait()
+        rest = (*answer.words, *answer.closing, answer.mark)
+        peer.writer.write(b"".join(map(chunk, rest)) + LAST_CHUNK)
+        return True
+
+    first, second = Scripted(slow), Scripted(good)
+    quick = {"chat.websocket.ping_interval": 0.1}
+    async with two(make_server, first, second, quick, read_timeout=30.0) as server:
+        body = {"model": "m", "messages": [], "stream": True}
+        async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
+            # The head, and a heartbeat: nothing of the answer.
+            assert await response.content.readuntil(b"\n\n") == HEARTBEAT
+            said.set()
+            raw = await response.read()
+
+    answer = _answer_to(b'POST /v1/chat/completions\r\n\r\n{"stream":true}')
+    sent = b"".join((*answer.opening, *answer.words, *answer.closing, answer.mark))
+    assert raw.replace(HEARTBEAT, b"") == sent
+    assert (first.asked, second.asked) == (1, 0)
+
+
+@pytest.mark.one_loop
+@pytest.mark.parametrize("background", [True, False])
+async def test_the_id_of_a_response_comes_when_its_client_needs_it(
+    background: bool, make_server: MakeServer
+) -> None:
+    first, second = Scripted(after(0, silent)), Scripted(good)
+    # Long, where it must not be the reason; and short, where it is.
+    quick = {"chat.websocket.ping_interval": 20.0 if background else 0.1}
+    async with two(make_server, first, second, quick, read_timeout=30.0) as server:
+        body = {"model": "m", "input": "Hello", "stream": True, "store": True}
+        body["background"] = background
+        async with server.session.post(f"{server.v1}/responses", json=body) as response:
+            seen = b""
+            while b"content_part.added" not in seen:
+                seen += await response.content.readany()
+        async with server.session.post(f"{server.v1}/responses/resp_1/cancel") as response:
+            assert response.status == 200
+
+    assert seen.replace(HEARTBEAT, b"") == b"".join(RESPONSE.opening)
+    assert (first.asked, second.asked) == (1, 0)

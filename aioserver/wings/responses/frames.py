@@ -319,7 +319,7 @@ def queued(lane: str | None, position: int, eta: float) -> bytes:
 
 
 def error(fault: AioserverError, lane: str | None) -> bytes:
-    """Return the frame for a *fault* before the first event of a response.
+    """Return the frame for a *fault* before the first content of a response.
 
     The headers that an answer over HTTP would have are in `error.headers`, as openai-python reads
     them, and beside `error`, as Codex does.

@@ -68,7 +68,7 @@ class AttemptTrace:
     """The facts of which the span of one attempt is made; times are monotonic.
 
     *address* is the host and the port of the provider. *error* is the code of the fault.
-    *first_chunk*: seconds from sending to the first event of a stream. *tokens*: input and output,
+    *first_chunk*: seconds from sending to the first content of a stream. *tokens*: input and output,
     None where they are not known. *head* and *tail*: the first and the last bytes of the answer,
     which have its id, its model and why it ended.
     """
