@@ -359,27 +359,34 @@ def is_content(data: bytes) -> bool:
     choices = answer.get("choices")
     if not choices:
         return usage_of(answer) is not None
-    return not isinstance(choices, list) or not all(map(_is_preamble, choices))
+    if not isinstance(choices, list):
+        return True
+    for choice in choices:
+        delta = choice.get("delta") if isinstance(choice, dict) else None
+        if (
+            not isinstance(delta, dict)
+            or not only_names(delta, _ROLE)
+            or not only_names(choice, _CHOICE)
+        ):
+            return True
+    return False
 
 
-def _is_preamble(choice: object) -> bool:
-    if not isinstance(choice, dict):
-        return False
-    delta = choice.get("delta")
-    return (
-        isinstance(delta, dict)
-        and only_names(delta, {"role"})
-        and only_names(choice, {"index", "delta"})
-    )
+# What has a value in a choice, and in its delta, before there is content.
+_CHOICE, _ROLE = ("delta", "index"), ("role",)
 
 
 def only_names(fields: Mapping[str, object], names: Collection[str]) -> bool:
     """Return whether none of the *fields* of an object but those of these *names* has a value:
     the others are null or empty.
     """
-    return all(
-        value is None or value in ("", [], {}) or name in names for name, value in fields.items()
-    )
+    for name, value in fields.items():
+        # A number is a value, also if it is 0.
+        if (value or not (value is None or isinstance(value, str | list | dict))) and (
+            name not in names
+        ):
+            return False
+    return True
 
 
 def usage_of(answer: object) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import TEXT_START, Shape, is_content, learn
-from aioserver.providers.sinks import StreamSink, complete
+from aioserver.providers.sinks import TEXT_STEP, StreamSink, complete
 from aioserver.streams import entries
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 # Events of an answer from which its shape is learned; some providers repeat no shape at all.
 MAX_SHAPE_SAMPLES = 4
-# Bytes of an answer's text that are not counted yet, at most.
-TEXT_STEP = 4096
 
 
 class ReadingSink(StreamSink):

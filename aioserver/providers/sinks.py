@@ -68,6 +68,8 @@ if TYPE_CHECKING:
 
 # What is held of a preamble at most; beyond, it is shown, and no other attempt follows.
 MAX_HELD_BYTES, MAX_HELD_EVENTS = 1 << 16, 256
+# Bytes beside a log that are not counted yet, at most: of a text, or of what is held.
+TEXT_STEP = 4096
 # The faults by which an answer may break off behind its finish, and be complete.
 BREAKS = (ProviderDisconnected, ReadTimeout, ProviderBadResponse)
 
@@ -293,7 +295,8 @@ class PassingSink(StreamSink):
         size = sum(map(len, self._held))
         if size > MAX_HELD_BYTES or self._held_events > MAX_HELD_EVENTS or not self._wait():
             return self._release()
-        self._count_held(size)
+        if size - self._stream.text_bytes > TEXT_STEP:
+            self._count_held(size)
         return b""
 
     def _release(self) -> bytes:
@@ -305,13 +308,13 @@ class PassingSink(StreamSink):
 
     def _drop_held(self) -> None:
         self._held, self._held_events = [], 0
-        self._count_held(0)
+        if self._stream.text_bytes:
+            self._count_held(0)
 
     def _count_held(self, size: int) -> None:
         """Count for the log that *size* bytes are held beside it."""
-        if self._stream.text_bytes != size:
-            self._stream.text_bytes = size
-            self._stream.recount()
+        self._stream.text_bytes = size
+        self._stream.recount()
 
     def _show(self, block: bytes) -> None:
         """Append *block*, unless it is empty."""
@@ -399,7 +402,11 @@ class EventSink(PassingSink):
         if find(b"[DONE]") >= 0 and (start := _done_line(block)) >= 0:
             ended = True
             block = block[:start]
-        if find(FINISH) >= 0 or find(FINISH_SPACED) >= 0 or (self._finished and find(_DELTA) >= 0):
+        finish = find(FINISH) >= 0 or find(FINISH_SPACED) >= 0
+        if finish and find(b"\n\n") == len(block) - 2:
+            # One event, as a rule.
+            self._finished = True
+        elif finish or (self._finished and find(_DELTA) >= 0):
             self._finished = finished(block, before=self._finished)
         if self._finished and find(_USAGE) >= 0:
             self._stream.outcome.usage = usage_in(block) or self._stream.outcome.usage

@@ -121,6 +121,17 @@ def test_a_pool_is_never_smaller_than_what_it_serves(key: str) -> None:
     assert refusals == {key: "must be <= max_connections (50), not 51"}
 
 
+@pytest.mark.parametrize("value", [0, -1.0, True, "15", [15]])
+def test_the_wait_for_the_first_content_is_seconds_or_nothing(value: object) -> None:
+    refusals = faults(section(HttpClient), {**ORIGINAL_CLIENT, "first_token_timeout": value})
+    assert list(refusals) == ["first_token_timeout"]
+
+    for good in (15, 0.5, None):
+        made = section(HttpClient)({**ORIGINAL_CLIENT, "first_token_timeout": good})
+        assert made.first_token_timeout == good
+    assert section(HttpClient)(ORIGINAL_CLIENT).first_token_timeout is None
+
+
 def test_equal_limits_are_allowed() -> None:
     made = section(HttpClient)({**ORIGINAL_CLIENT, "max_keepalive": 50, "concurrent_requests": 50})
 

@@ -376,6 +376,24 @@ async def test_whatever_breaks_before_the_content_goes_to_the_next_provider(
     assert b"".join(entry.data for entry in stream.entries).count(b"assistant") == 0
 
 
+async def test_a_reload_bounds_the_wait_of_later_attempts_for_the_first_content(
+    trouble: Trouble,
+) -> None:
+    provider = await trouble.add("a", EVENT_STREAM, read_timeout=30.0)
+    running = asyncio.create_task(trouble.fill())
+    await until(lambda: trouble.counts() == {"a": 1})
+
+    client = dataclasses.replace(provider.settings.http_client, first_token_timeout=0.1)
+    renewed = dataclasses.replace(provider.settings, http_client=client)
+    provider.prepare(renewed, renewed.base_url, max_response_bytes=1 << 20)()
+    with pytest.raises(FirstTokenTimeout, match="no content"):
+        await trouble.fill()
+
+    assert not running.done()
+    running.cancel()
+    await asyncio.wait((running,))
+
+
 async def test_the_wait_for_the_first_content_has_a_bound_of_its_own(trouble: Trouble) -> None:
     role = EVENT_STREAM + chunk(b"data: %b\n\n" % ROLE.encode())
     await trouble.add("a", role, first_token_timeout=0.1, read_timeout=30.0, max_retries=2)
