@@ -13,7 +13,10 @@ has been seen.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # The bound of an event, and so of a line, unless a Splitter is made with another.
 MAX_EVENT_BYTES = 1 << 20
@@ -195,6 +198,28 @@ def parse(block: bytes) -> list[ServerEvent]:
         elif part and (event := _event(part)) is not None:
             events.append(event)
     return events
+
+
+def each(block: bytes, *, backwards: bool = False) -> Iterator[ServerEvent]:
+    """Yield what `parse` returns, or that *backwards*, where few of many events are looked at."""
+    if b"\r" in block:
+        events = parse(block)
+        yield from reversed(events) if backwards else events
+    elif backwards:
+        end = len(block)
+        while end > 0:
+            start = block.rfind(b"\n\n", 0, max(0, end - 2)) + 2
+            # -1 + 2: there is no blank line in front.
+            start = start if start > 1 else 0
+            yield from reversed(parse(block[start:end]))
+            end = start
+    else:
+        start = 0
+        while start < len(block):
+            end = block.find(b"\n\n", start) + 2
+            end = end if end > 1 else len(block)
+            yield from parse(block[start:end])
+            start = end
 
 
 def utf8(data: bytes) -> bool:

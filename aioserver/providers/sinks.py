@@ -282,16 +282,20 @@ class PassingSink(StreamSink):
         """Return what is to be shown now that *block* has come: nothing, as long as there is no
         content.
         """
-        events = eventstream.parse(block)
-        if not events and not self._held:
+        count, content = 0, False
+        for event in eventstream.each(block):
+            count += 1
+            # Without data it is no event (WHATWG HTML 9.2.6).
+            if event.data and self._is_content(event.data):
+                content = True
+                break
+        if not count and not self._held:
             # Comments in front of any event.
             return block
         self._held.append(block)
-        self._held_events += len(events)
-        for event in events:
-            # Without data it is no event (WHATWG HTML 9.2.6).
-            if event.data and self._is_content(event.data):
-                return self._release()
+        self._held_events += count
+        if content:
+            return self._release()
         size = sum(map(len, self._held))
         if size > MAX_HELD_BYTES or self._held_events > MAX_HELD_EVENTS or not self._wait():
             return self._release()
@@ -458,7 +462,7 @@ def finished(block: bytes, *, before: bool) -> bool:
     Without such an event, as *before*. Where an answer has several choices, one of them may end
     while another goes on.
     """
-    for event in reversed(eventstream.parse(block)):
+    for event in eventstream.each(block, backwards=True):
         if event.data.startswith(b"{") and is_content(event.data):
             try:
                 choices = orjson.loads(event.data).get("choices")

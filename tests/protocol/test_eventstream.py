@@ -17,6 +17,7 @@ from aioserver.protocol.eventstream import (
     ServerEvent,
     Splitter,
     count,
+    each,
     parse,
     write,
 )
@@ -221,3 +222,17 @@ def test_written_events_are_read_again() -> None:
 def test_a_heartbeat_is_no_event() -> None:
     assert Parser().feed(HEARTBEAT) == []
     assert count(HEARTBEAT) == 0
+
+
+PARTS = (
+    *(b"data: {}\n\n", b": x\n\n", b"\n", b"event: a\ndata: b\n\n", b"data:", b"\r\n"),
+    *(b"id: 1\n\n", b"x\n\n\n"),
+)
+
+
+@given(st.lists(st.sampled_from(PARTS)))
+def test_events_one_by_one_are_those_of_the_block(parts: list[bytes]) -> None:
+    block = b"".join(parts)
+
+    assert list(each(block)) == parse(block)
+    assert list(each(block, backwards=True)) == parse(block)[::-1]

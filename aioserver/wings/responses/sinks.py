@@ -75,9 +75,10 @@ class ResponseSink(PassingSink):
         return block, ended, b""
 
     def _failure(self, held: list[bytes]) -> ProviderFault | None:
-        events = eventstream.parse(held[-1]) if held else []
-        error = failed(events[-1].data) if events else None
-        return None if error is None else error_object_fault(error)
+        for event in eventstream.each(held[-1] if held else b"", backwards=True):
+            error = failed(event.data)
+            return None if error is None else error_object_fault(error)
+        return None
 
     def _fault(self, event: bytes) -> ProviderFault:
         content = error_in(event, _ERROR) or {}
