@@ -87,6 +87,8 @@ class Lines:
         self._standing: list[_Standing] = []
         self._coming: dict[asyncio.TimerHandle, Wish] = {}
         self._winner: _Standing | None = None
+        # Whether `wait` has ended.
+        self._over = False
         self._reported: tuple[int, float] | None = None
 
     async def wait(self, wishes: Sequence[Wish]) -> tuple[Wish, Place]:
@@ -105,6 +107,7 @@ class Lines:
                 self._winner.gate.give_up(self._winner, self._place.result())
             raise
         finally:
+            self._over = True
             for timer in self._coming:
                 timer.cancel()
             for standing in list(self._standing):
@@ -119,7 +122,7 @@ class Lines:
 
     def join(self, wish: Wish) -> None:
         """Stand in the line of one more *wish*, if there is room and time for it."""
-        if self._place.done():
+        if self._over or self._place.done():
             return
         room = wish.gate.room + sum(standing.gate.room for standing in self._standing) > 0
         try:
@@ -132,6 +135,8 @@ class Lines:
 
     def quit(self, wish: Wish, error: Callable[[], AioserverError]) -> None:
         """Leave the line of *wish*; if it was the last one, *error* ends the wait."""
+        if self._over:
+            return
         for timer, coming in list(self._coming.items()):
             if coming is wish:
                 timer.cancel()

@@ -379,6 +379,83 @@ def test_a_free_place_is_taken_when_the_line_is_joined_late() -> None:
     run_virtually(scene())
 
 
+@pytest.mark.parametrize("free", [True, False])
+def test_one_more_line_is_joined_while_a_request_waits(*, free: bool) -> None:
+    async def scene() -> None:
+        a, b = gate_of(queue_size=10), gate_of(queue_size=30)
+        full(a)
+        places = [] if free else full(b)
+        lines = Lines(None, None)
+        task = asyncio.create_task(lines.wait([Wish(a)]))
+        await ticks(2)
+        wish = Wish(b)
+
+        lines.join(wish)
+
+        if not free:
+            assert (a.waiting, b.waiting) == (1, 1)
+            assert (a.crowd, b.crowd) == (0.25, 0.75)
+            places[0].release()
+        # In this very moment, before its task has run.
+        nothing_waits(a, b)
+        taken, place = await task
+        assert taken is wish
+        place.release()
+        # Whoever has started joins no line.
+        lines.join(Wish(a))
+        nothing_waits(a, b)
+
+    run_virtually(scene())
+
+
+def test_a_line_without_room_or_time_is_not_joined() -> None:
+    async def scene() -> None:
+        a, crowded, slow = gate_of(), gate_of(queue_size=0), gate_of(9, per_minute=1)
+        full(a, crowded)
+        (await slow.enter()).release()
+        lines = Lines(None, None)
+        task = asyncio.create_task(lines.wait([Wish(a)]))
+        await ticks(2)
+
+        # There is room for both together.
+        lines.join(Wish(crowded))
+        lines.join(Wish(slow))
+
+        assert (a.waiting, crowded.waiting, slow.waiting) == (1, 1, 0)
+        task.cancel()
+        await asyncio.wait([task])
+        nothing_waits(a, crowded, slow)
+
+    run_virtually(scene())
+
+
+def test_a_line_is_left_and_the_last_one_ends_the_wait() -> None:
+    def removed() -> AioserverError:
+        return ServerShutdown("removed")
+
+    async def scene() -> None:
+        a, b, later = gates = [gate_of() for _ in range(3)]
+        full(*gates)
+        wishes = [Wish(a), Wish(b), Wish(later, delay=5.0)]
+        lines = Lines(None, None)
+        task = asyncio.create_task(lines.wait(wishes))
+        await ticks(2)
+
+        lines.quit(wishes[0], removed)
+        lines.quit(wishes[1], removed)
+        assert (a.waiting, b.waiting) == (0, 0)
+        await ticks(2)
+        assert not task.done()
+        lines.quit(wishes[2], removed)
+
+        with pytest.raises(ServerShutdown):
+            await task
+        await asyncio.sleep(10)
+        nothing_waits(*gates)
+
+    run_virtually(scene())
+
+
 def test_callers_share_each_line_whatever_name_they_use() -> None:
     async def scene() -> Counter[str]:
         a, b = gate_of(), gate_of()
@@ -429,19 +506,22 @@ def test_whatever_happens_places_and_room_are_kept(seed: int) -> None:
         ]
         inside: Counter[Gate] = Counter()
         running: set[asyncio.Task[None]] = set()
+        waiting: list[tuple[Lines, list[Wish]]] = []
 
         async def client(number: int) -> None:
             some = dice.sample(gates, dice.randint(1, len(gates)))
             hear = (lambda position, eta: None) if dice.random() < 0.5 else None
             lines = Lines(number % 3, None, on_position=hear, weight=dice.randint(1, 3))
             delays = [0.0, *(dice.choice((0.0, 0.7)) for _ in some[1:])]
+            wishes = [Wish(gate, delay=delay) for gate, delay in zip(some, delays, strict=True)]
+            waiting.append((lines, wishes))
             try:
-                wish, place = await lines.wait(
-                    [Wish(gate, delay=delay) for gate, delay in zip(some, delays, strict=True)]
-                )
+                wish, place = await lines.wait(wishes)
             except ServerAtCapacity:
                 return
-            assert wish.gate in some
+            finally:
+                waiting.remove((lines, wishes))
+            assert wish in wishes
             inside[wish.gate] += 1
             try:
                 await asyncio.sleep(dice.expovariate(2))
@@ -457,6 +537,14 @@ def test_whatever_happens_places_and_room_are_kept(seed: int) -> None:
             if running and dice.random() < 0.2:
                 dice.choice(list(running)).cancel()
             gate = dice.choice(gates)
+            if waiting and dice.random() < 0.3:
+                # A reload: another member, or one less.
+                lines, wishes = dice.choice(waiting)
+                if all(wish.gate is not gate for wish in wishes):
+                    wishes.append(Wish(gate))
+                    lines.join(wishes[-1])
+                else:
+                    lines.quit(dice.choice(wishes), lambda: ServerAtCapacity("removed"))
             if dice.random() < 0.03:
                 gate.refuse_waiting(lambda: ServerAtCapacity("refused"))
             elif dice.random() < 0.05:

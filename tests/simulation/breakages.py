@@ -538,6 +538,10 @@ def forgetful(self, op):
     return pace(self, op._replace(known=UNKNOWN_PACE))
 _Call.pace = forgetful
 """,
+    "that who waits follows its group": """
+from aioserver.gateway.groups import Waiting
+Waiting.regroup = lambda self, group, now: None
+""",
 }
 # A cluster in which everything goes well, but for what a breakage needs.
 GOOD: dict[str, Any] = {"instances": 3, "shared": {}, "balancer": "random", "operations": {}}
@@ -581,6 +585,7 @@ ENGINES = {
         "affinity": "prefix",
     }
 }
+THIRD = {"engines": {**ENGINES["engines"], "members": [{"provider": "third"}]}}
 AT_HOME = {"spare": True, "pinned": False, "grouping": {"models": ENGINES, "changed": ENGINES}}
 NO_FAULTS = {"faults": {}, "provider_links": {}, "provider_fault_share": 0.0, "operations": {}}
 CROWD = {
@@ -634,13 +639,17 @@ NEEDS: dict[str, dict[str, Any]] = {
     "that a request stands in other lines": GROUPED,
     "to wait at the members of a group": GROUPED,
     "that a request was offered a member": {**AT_HOME, "spread": 0.1, "changes": CROWD},
+    "that who waits follows its group": {
+        **AT_HOME,
+        "grouping": {"models": ENGINES, "changed": THIRD},
+        "operations": {"regroup": 3.0},
+        "spread": 3.0,
+        "changes": CROWD,
+    },
     "that an entry of the table is void": {
         **AT_HOME,
         "faces": ("conversation", "stream"),
-        "grouping": {
-            "models": ENGINES,
-            "changed": {"engines": {**ENGINES["engines"], "members": [{"provider": "third"}]}},
-        },
+        "grouping": {"models": ENGINES, "changed": THIRD},
         "operations": {"regroup": 8.0, "restore groups": 12.0},
         "spread": 30.0,
     },
