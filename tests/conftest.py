@@ -73,6 +73,16 @@ def pytest_asyncio_loop_factories(
     return {"asyncio": _debugging if other else _jumping, "uvloop": uvloop.new_event_loop}
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Collect the tests without the collector: thousands of objects, all of which stay."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Take what lives as long as the session out of the collector's sight: each test collects."""
     gc.collect()
@@ -88,7 +98,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     usual = float(config.getoption("timeout") or config.getini("timeout"))
     for item in items:
         if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
-            marker = item.get_closest_marker("timeout")
+            # To look for a marker of each test takes a second.
+            marked = "timeout" in item.keywords
+            marker = item.get_closest_marker("timeout") if marked else None
             item.obj = _bounded(item.obj, (marker.args[0] if marker else usual) * 0.9)
 
 

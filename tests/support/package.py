@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import aioserver
@@ -17,6 +18,29 @@ def name_of(path: Path) -> str:
 
 
 FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
-MODULES = {name: tree for name, tree in TREES.items() if FILES[name].name != "__init__.py"}
+
+
+class Trees(Mapping[str, ast.Module]):
+    """The trees of some modules. Each is parsed when it is looked at first: every process of the
+    tests imports this, and few look.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._trees: dict[str, ast.Module | None] = dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> ast.Module:
+        tree = self._trees[name]
+        if tree is None:
+            tree = self._trees[name] = ast.parse(FILES[name].read_text())
+        return tree
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._trees)
+
+    def __len__(self) -> int:
+        return len(self._trees)
+
+
+TREES = Trees(FILES)
+MODULES = Trees(name for name, path in FILES.items() if path.name != "__init__.py")
 PACKAGES = TREES.keys() - MODULES.keys()

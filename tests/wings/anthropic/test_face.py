@@ -10,9 +10,7 @@ import logging
 import re
 from typing import TYPE_CHECKING, Any
 
-import anthropic
 import pytest
-from anthropic import AsyncAnthropic
 
 from aioserver.protocol import eventstream
 from aioserver.wings.anthropic.wire import PING
@@ -21,6 +19,7 @@ from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import text_of
 from tests.support.chat import whole as read_over_sse
 from tests.support.keys import bearer, key_of, keys_of
+from tests.support.lazily import lazily
 from tests.support.raw import Raw
 from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
 from tests.support.server import (
@@ -37,8 +36,12 @@ from tests.support.waiting import until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    import anthropic
+
     from tests.support.scripted_provider import Peer
     from tests.support.server import RunningServer
+else:
+    anthropic = lazily("anthropic")
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 ASKED: dict[str, Any] = {"model": "any", "max_tokens": 1000, "messages": HELLO}
@@ -54,8 +57,10 @@ OLD = "llm.providers.old"
 
 
 @pytest.fixture
-async def sdk(server: RunningServer) -> AsyncIterator[AsyncAnthropic]:
-    async with AsyncAnthropic(api_key="unused", base_url=server.base, max_retries=0) as client:
+async def sdk(server: RunningServer) -> AsyncIterator[anthropic.AsyncAnthropic]:
+    async with anthropic.AsyncAnthropic(
+        api_key="unused", base_url=server.base, max_retries=0
+    ) as client:
         yield client
 
 
@@ -85,7 +90,7 @@ def last_event(body: bytes) -> Any:
 # The SDK.
 
 
-async def test_an_answer_reads_the_same_streamed_and_whole(sdk: AsyncAnthropic) -> None:
+async def test_an_answer_reads_the_same_streamed_and_whole(sdk: anthropic.AsyncAnthropic) -> None:
     whole = await sdk.messages.create(**ASKED)
     async with sdk.messages.stream(**ASKED) as stream:
         text = "".join([piece async for piece in stream.text_stream])
@@ -100,14 +105,16 @@ async def test_an_answer_reads_the_same_streamed_and_whole(sdk: AsyncAnthropic) 
     assert whole._request_id  # noqa: SLF001 - documented by the SDK under this name
 
 
-async def test_the_beta_of_the_sdk_works(sdk: AsyncAnthropic, server: RunningServer) -> None:
+async def test_the_beta_of_the_sdk_works(
+    sdk: anthropic.AsyncAnthropic, server: RunningServer
+) -> None:
     answer = await sdk.beta.messages.create(**ASKED, betas=["one-2026-01-01"])
 
     assert answer.stop_reason == "end_turn"
     assert "one-2026-01-01" in server.simulator.requests[-1].headers["anthropic-beta"]
 
 
-async def test_thinking_comes_before_the_text(sdk: AsyncAnthropic) -> None:
+async def test_thinking_comes_before_the_text(sdk: anthropic.AsyncAnthropic) -> None:
     thinking: Any = {"type": "enabled", "budget_tokens": 1024}
     whole = await sdk.messages.create(**ASKED, thinking=thinking)
     async with sdk.messages.stream(**ASKED, thinking=thinking) as stream:
@@ -119,7 +126,7 @@ async def test_thinking_comes_before_the_text(sdk: AsyncAnthropic) -> None:
 
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "weather"}])
 async def test_a_tool_is_called_where_the_client_demands_it(
-    sdk: AsyncAnthropic, choice: Any
+    sdk: anthropic.AsyncAnthropic, choice: Any
 ) -> None:
     other: Any = {**WEATHER, "name": "other"} if choice["type"] == "tool" else WEATHER
     tools = [other, WEATHER]
@@ -135,7 +142,7 @@ async def test_a_tool_is_called_where_the_client_demands_it(
     assert [block.type for block in free.content] == ["text"]
 
 
-async def test_tokens_are_counted(sdk: AsyncAnthropic, server: RunningServer) -> None:
+async def test_tokens_are_counted(sdk: anthropic.AsyncAnthropic, server: RunningServer) -> None:
     count = await sdk.messages.count_tokens(model="any", messages=HELLO, system="x" * 400)
 
     assert count.input_tokens == 102
@@ -144,7 +151,9 @@ async def test_tokens_are_counted(sdk: AsyncAnthropic, server: RunningServer) ->
 
 async def test_models_of_providers_that_speak_it_are_discovered(make_server: MakeServer) -> None:
     server = await make_server(**{OLD: provider_entry(NOWHERE, "m")})
-    async with AsyncAnthropic(api_key="unused", base_url=server.base, max_retries=0) as sdk:
+    async with anthropic.AsyncAnthropic(
+        api_key="unused", base_url=server.base, max_retries=0
+    ) as sdk:
         listed = [model.id async for model in sdk.models.list(limit=1000)]
         retrieved = await sdk.models.retrieve("sim/anything")
         with pytest.raises(anthropic.NotFoundError, match="old does not speak"):
@@ -157,7 +166,9 @@ async def test_models_of_providers_that_speak_it_are_discovered(make_server: Mak
     assert {"sim", "old"} < set(others)
 
 
-async def test_the_sdk_raises_its_own_errors(sdk: AsyncAnthropic, server: RunningServer) -> None:
+async def test_the_sdk_raises_its_own_errors(
+    sdk: anthropic.AsyncAnthropic, server: RunningServer
+) -> None:
     expected: list[tuple[str, type[anthropic.APIStatusError], str]] = [
         ("fault-status-400", anthropic.BadRequestError, "invalid_request_error"),
         ("fault-status-413", anthropic.RequestTooLargeError, "request_too_large"),
@@ -181,7 +192,9 @@ async def test_the_sdk_raises_its_own_errors(sdk: AsyncAnthropic, server: Runnin
 
 
 async def test_the_sdk_does_not_repeat_what_was_sent_already(server: RunningServer) -> None:
-    async with AsyncAnthropic(api_key="unused", base_url=server.base, max_retries=2) as sdk:
+    async with anthropic.AsyncAnthropic(
+        api_key="unused", base_url=server.base, max_retries=2
+    ) as sdk:
         for model in ("fault-status-500", "fault-status-529", "fault-html"):
             before = server.simulator.stats().requests
             with pytest.raises(anthropic.APIStatusError):

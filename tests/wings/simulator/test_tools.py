@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING, Any
 
-import anthropic
 import jsonschema
 import openai
 import orjson
@@ -23,10 +22,15 @@ from aioserver.wings.simulator.model import (
 )
 from aioserver.wings.simulator.samples import Sampler
 from aioserver.wings.simulator.server import Simulator
+from tests.support.lazily import lazily
 from tests.support.server import QUICK
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+
+    import anthropic
+else:
+    anthropic = lazily("anthropic")
 
 MESSAGES = "messages"
 ENDPOINTS = [CHAT, RESPONSES, MESSAGES]
