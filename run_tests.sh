@@ -63,6 +63,9 @@ wait "$clients" || true
 # The types are checked beside the tests, which leave a processor idle now and then.
 .venv/bin/mypy &
 types=$!
+# Every process of the tests imports all of them, with the bytecode that pytest makes: it is made once, before.
+unset PYTHONDONTWRITEBYTECODE
+[ -d tests/__pycache__ ] || .venv/bin/python -m pytest --collect-only -qq >/dev/null 2>&1 || true
 # More processes than cores, since a test waits for about half of its time.
 status=0
 .venv/bin/python -m pytest -n "${TEST_PROCESSES:-6}" --dist worksteal "$@" || status=$?

@@ -67,6 +67,8 @@ async def test_all_places_are_used_and_the_connections_spread(tmp_path: Path, co
         assert fair(workers), workers.inside
 
 
+# Who waits for nothing is refused if the machine is late with a place that is on its way.
+@pytest.mark.virtual_time
 async def test_the_first_client_beyond_all_places_is_refused_with_the_configured_number(
     tmp_path: Path,
 ) -> None:
@@ -84,6 +86,7 @@ async def test_the_first_client_beyond_all_places_is_refused_with_the_configured
         assert sum(workers.inside) == 61
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize("wait", [5.0, 0])
 async def test_one_worker_can_have_all_places(tmp_path: Path, wait: float) -> None:
     async with workers_of(tmp_path, 3, 30, **{QUEUE_TIMEOUT: wait}) as workers:
@@ -172,6 +175,7 @@ async def test_a_rolling_restart_moves_the_places_to_the_new_worker(tmp_path: Pa
         assert workers.inside == [0, 20]
 
 
+@pytest.mark.virtual_time
 async def test_a_reload_changes_the_number_for_all_together(tmp_path: Path) -> None:
     async with workers_of(tmp_path, 2, 20, **{QUEUE_TIMEOUT: 0}) as workers:
         sockets = await workers.open(20, slot=0)
