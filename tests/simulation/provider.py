@@ -48,6 +48,8 @@ class Call:
     question: str = ""
     shown: tuple[str, ...] = ()
     previous: str = ""
+    # Whether the model is asked to go on with what it has said.
+    continues: bool = False
     begun_at: float = 0.0
     # The bytes that were written on the connection when the answer had begun, and when it had
     # ended.
@@ -110,6 +112,8 @@ class _Received(deque[ReceivedRequest]):
         names = [name for name, _ in groupby(_QUESTION.findall(received.body))]
         call.shown = tuple(name.decode() for name in names)
         call.question = call.shown[-1] if names else ""
+        last_role = received.body.rpartition(b'"role":"')[2]
+        call.continues = last_role.startswith(b"assistant")
         match = _PREVIOUS.search(received.body)
         call.previous = match[1].decode() if match else ""
 

@@ -107,12 +107,12 @@ class Sums:
 
     def check_attempts(self, client: Client) -> None:
         """Check that nobody was asked for an answer to *client*, who has asked once, when another
-        provider had begun to give it.
+        provider had begun to give it, but for the rest of it.
         """
         if client.face not in {"stream", "responses"}:
             return
         for first, second in pairwise(self._calls.of(client.question.name)):
-            if first.committed:
+            if first.committed and not second.continues:
                 self._broken(
                     f"client {client.number} ({client.face}) gets an answer of {second.provider} "
                     f"behind that of {first.provider}"
