@@ -7,12 +7,20 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import pytest
 
 from aioserver.protocol import eventstream
 from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT
 from tests.support.faces import over_anthropic, over_openai, over_sse, over_websocket
+from tests.support.scripted_provider import (
+    EVENT_STREAM,
+    LAST_CHUNK,
+    Peer,
+    ScriptedProvider,
+    chunk,
+)
 from tests.support.server import QUICK, MakeServer, provider_entry
 from tests.support.waiting import until
 
@@ -448,3 +456,38 @@ async def test_each_attempt_has_its_line_and_is_counted_where_it_was_sent(
         (incident,) = (each for each in server.incidents() if each["kind"] == "seams")
         assert incident["provider"] == "sim"
         assert "provider_disconnected" in incident["text"]
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        ({"message": "x", "type": "content_filter"}, 0),
+        ({"message": "x", "code": "content_policy_violation"}, 0),
+        ({"message": "x", "type": "invalid_request_error", "code": None}, 0),
+        ({"message": "x", "code": 400}, 0),
+        ({"message": "x", "code": 503}, 1),
+        ({"message": "x", "code": "rate_limit_exceeded"}, 1),
+        ({"message": "x", "type": "server_error"}, 1),
+    ],
+)
+async def test_verdict_of_a_provider_is_not_routed_around(
+    make_server: MakeServer, error: dict[str, Any], asked: int
+) -> None:
+    text = {"choices": [{"index": 0, "delta": {"content": "One, "}, "finish_reason": None}]}
+    events = [b"data: %b\n\n" % orjson.dumps(each) for each in (text, {"error": error})]
+
+    async def play(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(EVENT_STREAM + b"".join(map(chunk, events)) + LAST_CHUNK)
+
+    async with ScriptedProvider(play) as provider:
+        changes: dict[str, Any] = {
+            "llm.providers.first": provider_entry(provider.url),
+            "llm.active": "first",
+        }
+        async with two(make_server, **changes) as (server, other):
+            seen = await over_openai(server, "plain")
+
+            assert seen.text.startswith("One, ")
+            assert seen.end == ("complete" if asked else "error")
+            assert other.stats().requests == asked
