@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.protocol import eventstream
+from aioserver.protocol.seam import BEGINNING
 from tests.support.chat import ENDS
 from tests.support.cut_provider import Cut, cut_provider
 from tests.support.server import QUICK, MakeServer, provider_entry
@@ -156,6 +157,7 @@ async def test_answer_cut_anywhere_is_whole_on_every_face(
         server = await make_server(QUICK, **entries)
         seeds = iter(range(count))
         wrong: list[str] = []
+        repeated: list[int] = []
         ways: Counter[str] = Counter()
 
         async def ask_some() -> None:
@@ -163,7 +165,12 @@ async def test_answer_cut_anywhere_is_whole_on_every_face(
                 cut = Cut(seed)
                 text, end = await FACES[seed % len(FACES)](server, seed)
                 ways[cut.way] += 1
-                if text != cut.text or end != "complete":
+                if text != cut.text and cut.text[len(text) :].startswith(text[:BEGINNING]):
+                    # It repeats its beginning where it was cut, which an engine does that begins
+                    # anew; so nobody is believed.
+                    assert end.startswith("error")
+                    repeated.append(seed)
+                elif text != cut.text or end != "complete":
                     face = FACES[seed % len(FACES)].__name__
                     wrong.append(f"{seed} {face} {cut.way}: {end}: {text!r}, not {cut.text!r}")
 
@@ -172,6 +179,7 @@ async def test_answer_cut_anywhere_is_whole_on_every_face(
                 group.create_task(ask_some())
 
         assert not wrong, "\n".join(wrong)
+        assert len(repeated) <= count / 100
         assert not provider.lies
         assert provider.rests > count / 4
         await server.nothing_held()

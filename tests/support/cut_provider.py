@@ -30,7 +30,7 @@ WAYS = (
 RARELY = 20
 PIECES = (
     *("ha ", "0", "\n", "| a | b |\n", "| --- | --- |\n", '"', "\\", "ü", "👍🏽", "}\n", "\t"),
-    *("Once upon a time there was a king. ", "Once upon a time there was a king who slept. "),
+    *("Once upon a time ", "there was a king ", "who slept. "),
 )
 
 
