@@ -165,7 +165,8 @@ async def test_answer_cut_anywhere_is_whole_on_every_face(
                 cut = Cut(seed)
                 text, end = await FACES[seed % len(FACES)](server, seed)
                 ways[cut.way] += 1
-                if text != cut.text and cut.text[len(text) :].startswith(text[:BEGINNING]):
+                rest = cut.text[len(text) :]
+                if rest and len(text) >= BEGINNING and rest.startswith(text[:BEGINNING]):
                     # It repeats its beginning where it was cut, which an engine does that begins
                     # anew; so nobody is believed.
                     assert end.startswith("error")
