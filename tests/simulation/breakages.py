@@ -111,6 +111,14 @@ def holds(self):
     return not self.provider.health.breaker.dead
 Member.mark_holds = holds
 """,
+    "that a member has died": """
+from aioserver.providers.breaker import Breaker
+die = Breaker._die
+def unnoticed(self):
+    die(self)
+    self.deaths = 0
+Breaker._die = unnoticed
+""",
     "the end of a delay": """
 from aioserver.limits.lines import Lines
 later = Lines._stand_later
@@ -653,6 +661,15 @@ NEEDS: dict[str, dict[str, Any]] = {
         "operations": {"regroup": 8.0, "restore groups": 12.0},
         "spread": 30.0,
     },
+    "that a member has died": {
+        **AT_HOME,
+        **NO_FAULTS,
+        "clients": 200,
+        "faces": ("stream",),
+        "grouping": {"models": ENGINES, "changed": ENGINES, "kills": ((5.0, "sim", 20.0),)},
+        "spread": 60.0,
+        "changes": CROWD,
+    },
     "the end of a delay": {
         **AT_HOME,
         **NO_FAULTS,
@@ -806,6 +823,7 @@ NEEDS: dict[str, dict[str, Any]] = {
 }
 # The seed that is tried first, where an earlier one is known to notice nothing: for speed alone.
 FIRST = {
+    "that a member has died": 3,
     "that a trial is over which proves nothing": 1,
     "that others wait for a slow client's place": 1,
     "bytes of a body": 2,

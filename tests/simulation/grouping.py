@@ -157,7 +157,10 @@ class GroupWatch:
         dead = {
             provider._gate
             for provider in self._router.providers.values()
-            if provider.health.breaker.dead and provider.settings.when_down != "wait"
+            if provider.health.breaker.dead
+            and provider.settings.when_down != "wait"
+            # One may wait for the pace, as the next trial.
+            and provider._gate.waiting > 1
         }
         if settled and gates and not lines._coming and gates <= dead:
             self._broken(f"a request waits for {group.name} at dead members alone")
