@@ -470,8 +470,8 @@ History.keep = lossy
 """,
     "that a conversation was deleted": """
 from aioserver.wings.conversations.sqlite import SqliteStorage
-async def kept(self, caller, conversation_ids=None):
-    return 1
+async def kept(self, caller, conversation_id, *, asked):
+    return True
 SqliteStorage.delete = kept
 """,
     # What instances promise each other.
