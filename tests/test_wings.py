@@ -28,7 +28,7 @@ COMMANDS = {"simulator": ("tools/provider.py",)}
 # What tests/core needs of the tests.
 NEEDED = ("__init__.py", "core", "support")
 # Seconds for a copy to be tested.
-PATIENCE = 50.0
+PATIENCE = 120.0
 IMPORT = """
 import importlib, sys
 for name in sys.argv[1:]:

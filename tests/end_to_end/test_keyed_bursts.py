@@ -123,7 +123,7 @@ async def test_a_crowd_with_keys_is_served_by_a_full_house(
 
 
 @pytest.mark.parametrize(
-    "reloads", [30, pytest.param(100, marks=[pytest.mark.stress, pytest.mark.timeout(300)])]
+    "reloads", [12, pytest.param(100, marks=[pytest.mark.stress, pytest.mark.timeout(300)])]
 )
 async def test_no_place_is_lost_while_reloads_change_the_limits_under_a_crowd_with_keys(
     make_server: MakeServer, reloads: int, caplog: pytest.LogCaptureFixture
