@@ -20,8 +20,8 @@ since the answer may be theirs. *Sharing* makes gates and quotas that hold for a
 
 The producer has the router make attempts at the provider. After a fault that allows it, the same
 provider is asked again after a *backoff* (a *retry*), or the next of the *fallbacks* is asked (a
-*failover*). Once there is content in the log neither happens: the client would read two answers. But
-an answer that breaks off after text may be *continued*: another attempt, a *hop*, is asked for the
-rest, which begins at a *seam*. However the producer ends, its log then gets its last event, and its request a line in the request
-log.
+*failover*). Once there is content in the log neither happens: the client would read two answers.
+But an answer that breaks off after text may be *continued*: another attempt, a *hop*, is asked for
+the rest, which begins at a *seam*. However the producer ends, its log then gets its last event, and
+its request a line in the request log.
 """

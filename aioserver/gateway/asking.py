@@ -332,9 +332,9 @@ def final_try(tries: list[Try]) -> Try:
     *tries*, as a rule.
 
     A provider that refuses our key is not usable, nor is one that has no form of the request, or
-    does not know what it continues: their faults are returned only if there is no other. A fault of too many requests is returned
-    only if every usable provider has raised one. The `retry_after` is that of the provider that
-    may answer first. *tries* is empty afterwards.
+    does not know what it continues: their faults are returned only if there is no other. A fault
+    of too many requests is returned only if every usable provider has raised one. The
+    `retry_after` is that of the provider that may answer first. *tries* is empty afterwards.
     """
     of_usable = [
         failed

@@ -144,7 +144,7 @@ _MESSAGE = msgspec.json.Decoder(_Message)
 
 
 class Habits(Memory):
-    """What is known of how one provider takes an answer to be continued.
+    """The knowledge of how one provider takes an answer to be continued.
 
     *refused* has the models for which it has refused to. *repeats*: whether it writes again what
     was said before it goes on; None: that is not known.

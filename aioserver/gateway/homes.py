@@ -115,7 +115,7 @@ class Homes:
         """Return how many bytes of the prompt each member has been sent before."""
         known = dict.fromkeys(members, 0)
         wanted = {1 << member.mark: member for member in members if member.mark_holds()}
-        # Whoever does not know the shortest knows none.
+        # A member that does not know the shortest knows none.
         shortest = self._members.get(prefix.digests[0], 0) if prefix.digests else 0
         left = sum(wanted) & shortest
         for index in range(len(prefix.digests) - 1, -1, -1):

@@ -31,8 +31,9 @@ class Member:
     the weights of all.
 
     *mark* is what homes.py knows it by, one of its group's *marks*. It holds for one *address* and
-    until the provider dies, whose *deaths* it knows. *reading* has the seconds in which it reads a byte of a prompt.
-    *factor* is of its names, the same in every process: by it members compete for conversations.
+    until the provider dies, whose *deaths* it knows. *reading* has the seconds in which it reads a
+    byte of a prompt. *factor* is of its names, the same in every process: by it members compete
+    for conversations.
     """
 
     provider: Provider

@@ -1,4 +1,4 @@
-"""What is seen of groups: the state of a member in one word, and whether a group can start
+"""Groups as they are seen: the state of a member in one word, and whether a group can start
 anything.
 
 A group whose members are of one provider says nothing that the provider does not say itself.

@@ -49,7 +49,7 @@ class Api(ForwardedApi):
     # Headers that a request has unless its client sends them or the settings do; the names in
     # lower case.
     headers: ClassVar[Mapping[str, str]] = {}
-    # What is kept of an answer that can be continued; None: none of this API can be.
+    # The memory of an answer that can be continued; None: none of this API can be.
     continues: ClassVar[type[PassedSaid] | None] = None
 
     def __init__(self, path: str) -> None:

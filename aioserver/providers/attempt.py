@@ -295,8 +295,8 @@ class Attempt:
         """Note that nothing more comes by the exchange."""
         if self.stream is not None:
             self.stream.source = None
-        if isinstance(self.sink, StreamSink):
-            self.sink.forget()
+            if not self.answered and isinstance(self.sink, StreamSink):
+                self.sink.forget()
 
     def head_received(self, status: int, headers: Mapping[str, str]) -> Sink:
         """Return the sink for the body that follows the head with *status* and *headers*.

@@ -524,8 +524,10 @@ class Provider:
         Its place is given back already.
         """
         record = attempt.request.record
-        if record.outcome.sent_at:
-            record.outcome.parts += (_part(attempt, exc),)
+        outcome, failed = record.outcome, exc is not None or attempt.fault is not None
+        if outcome.sent_at and (failed or outcome.parts):
+            # As a rule, an attempt that has succeeded is all that the request has cost.
+            outcome.parts += (_part(attempt, exc),)
         if attempt.expected_tokens:
             tokens = _real_tokens(attempt, self.settings, failed=exc is not None)
             self._pace.charge(tokens - attempt.expected_tokens)

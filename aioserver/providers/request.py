@@ -59,11 +59,11 @@ class ProviderRequest:
     *api* says where it goes, and what comes back; `path` is the API's, with the *query* behind it.
     *body* makes the JSON for one provider and model, None for the provider's own; it is called for
     each attempt, and its result is not kept. *keeps_body*: `forget_body` keeps it, since the answer
-    may have to be continued, until there is no room for it. *hold* counts the client's body until `forget_body`, or `release`;
-    of it *kept_bytes* are kept longer. *reading* collects the text of an answer whose log has
-    `chunk` objects; None if the log has the provider's bytes. *model* is for the provider that is
-    asked first; None stands for the model in its settings. Of the *client_headers* each provider
-    gets those that its settings name, and the trace.
+    may have to be continued, until there is no room for it. *hold* counts the client's body until
+    `forget_body`, or `release`; of it *kept_bytes* are kept longer. *reading* collects the text of
+    an answer whose log has `chunk` objects; None if the log has the provider's bytes. *model* is
+    for the provider that is asked first; None stands for the model in its settings. Of the
+    *client_headers* each provider gets those that its settings name, and the trace.
     """
 
     # Whether its tokens are estimated before it starts, where tokens are paced.

@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
 
 
-# What is held of a preamble at most; beyond, it is shown, and no other attempt follows.
+# The bounds of a preamble that is held; beyond, it is shown, and no other attempt follows.
 MAX_HELD_BYTES, MAX_HELD_EVENTS = 1 << 16, 256
 # Bytes beside a log that are not counted yet, at most: of a text, or of what is held.
 TEXT_STEP = 4096
@@ -185,7 +185,8 @@ class StreamSink(ABC):
 
     def _commit(self) -> None:
         """Note the first content, which is appended next: no other attempt follows."""
-        self._stop_timer()
+        if self._timer is not None:
+            self._stop_timer()
         self._stream.mark_answered()
 
     def _stop_timer(self) -> None:
@@ -379,6 +380,8 @@ def before_broken(block: bytes) -> bytes:
 
 DONE = b"data: [DONE]\n\n"
 _USAGE, _DELTA = b'"usage"', b'"delta"'
+# How most events with a text begin it.
+_TEXT, _TEXT_SPACED = b'"delta":{"content":"', b'"delta": {"content": "'
 
 
 class EventSink(PassingSink):
@@ -399,6 +402,15 @@ class EventSink(PassingSink):
     def _complete_without_mark(self) -> bool:
         return self._finished
 
+    def _hold(self, block: bytes) -> bytes:
+        for mark in (_TEXT, _TEXT_SPACED):
+            at = block.find(mark)
+            if at >= 0 and not block.startswith(b'"', at + len(mark)):
+                # That is content, whatever is in front of it, and nothing has to be parsed.
+                self._held.append(block)
+                return self._release()
+        return super()._hold(block)
+
     def _up_to_end(self, block: bytes) -> tuple[bytes, bool, bytes]:
         # Not `in`: for bytes that costs more than twice as much.
         find = block.find
@@ -406,11 +418,11 @@ class EventSink(PassingSink):
         if find(b"[DONE]") >= 0 and (start := _done_line(block)) >= 0:
             ended = True
             block = block[:start]
-        finish = find(FINISH) >= 0 or find(FINISH_SPACED) >= 0
-        if finish and find(b"\n\n") == len(block) - 2:
-            # One event, as a rule.
+        finish = max(block.rfind(FINISH), block.rfind(FINISH_SPACED))
+        if finish >= 0 and block.rfind(b"\n\n", 0, -2) < finish and find(b"\r") < 0:
+            # It is in the last event, as a rule.
             self._finished = True
-        elif finish or (self._finished and find(_DELTA) >= 0):
+        elif finish >= 0 or (self._finished and find(_DELTA) >= 0):
             self._finished = finished(block, before=self._finished)
         if self._finished and find(_USAGE) >= 0:
             self._stream.outcome.usage = usage_in(block) or self._stream.outcome.usage

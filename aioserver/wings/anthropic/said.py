@@ -100,7 +100,7 @@ class MessageRest(Rest):
         except (KeyError, TypeError, AttributeError):
             raise BadEvent("the provider sent an event without its members") from None
         if kind == "message_delta":
-            # What is left out is as it was.
+            # The numbers that are left out are as they were.
             usage = self._asked | wire.usage_in(content)
             asked, answered = self._earlier
             counts = {"input_tokens": asked, "output_tokens": answered}

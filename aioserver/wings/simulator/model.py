@@ -74,7 +74,7 @@ curl -N localhost:8000/v1/chat/completions \\
 
 > An answer like this one is an *event stream*: see <https://html.spec.whatwg.org/multipage/server-sent-events.html>.""",
 )
-# What is said of a beginning that is none of the simulated model's own.
+# The answer to a beginning that is none of the simulated model's own.
 _FURTHER = " and so it goes on, for a simulated model knows no other way to say the rest."
 # What follows a beginning of it, for who wants to see whether the rest is said at all.
 _COUNTING = "one two three four five six seven eight nine ten"
