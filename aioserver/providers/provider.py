@@ -524,9 +524,9 @@ class Provider:
         Its place is given back already.
         """
         record = attempt.request.record
-        outcome, failed = record.outcome, exc is not None or attempt.fault is not None
-        if outcome.sent_at and (failed or outcome.parts):
-            # As a rule, an attempt that has succeeded is all that the request has cost.
+        outcome = record.outcome
+        # As a rule, an attempt that has succeeded is all that the request has cost.
+        if (exc or attempt.fault or outcome.parts) and outcome.sent_at:
             outcome.parts += (_part(attempt, exc),)
         if attempt.expected_tokens:
             tokens = _real_tokens(attempt, self.settings, failed=exc is not None)

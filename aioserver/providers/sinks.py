@@ -418,11 +418,7 @@ class EventSink(PassingSink):
         if find(b"[DONE]") >= 0 and (start := _done_line(block)) >= 0:
             ended = True
             block = block[:start]
-        finish = max(block.rfind(FINISH), block.rfind(FINISH_SPACED))
-        if finish >= 0 and block.rfind(b"\n\n", 0, -2) < finish and find(b"\r") < 0:
-            # It is in the last event, as a rule.
-            self._finished = True
-        elif finish >= 0 or (self._finished and find(_DELTA) >= 0):
+        if find(FINISH) >= 0 or find(FINISH_SPACED) >= 0 or (self._finished and find(_DELTA) >= 0):
             self._finished = finished(block, before=self._finished)
         if self._finished and find(_USAGE) >= 0:
             self._stream.outcome.usage = usage_in(block) or self._stream.outcome.usage
@@ -474,19 +470,37 @@ def finished(block: bytes, *, before: bool) -> bool:
     Without such an event, as *before*. Where an answer has several choices, one of them may end
     while another goes on.
     """
+    # It is in the last event, as a rule.
+    start = block.rfind(b"\n\n", 0, -2) + 2
+    start = start if start > 1 else 0
+    if block.startswith(b"data: {", start) and block.find(b"\n", start) == len(block) - 2:
+        finish = _finish(block[start + 6 : -2])
+        if finish is not None:
+            return finish
     for event in eventstream.each(block, backwards=True):
-        if event.data.startswith(b"{") and is_content(event.data):
-            try:
-                choices = orjson.loads(event.data).get("choices")
-            except orjson.JSONDecodeError:
-                # With a lone surrogate; it has a text, or a finish_reason.
-                return event.data.find(FINISH) >= 0 or event.data.find(FINISH_SPACED) >= 0
-            if isinstance(choices, list) and choices:
-                return any(
-                    isinstance(choice, dict) and isinstance(choice.get("finish_reason"), str)
-                    for choice in choices
-                )
+        if event.data.startswith(b"{"):
+            finish = _finish(event.data)
+            if finish is not None:
+                return finish
     return before
+
+
+def _finish(data: bytes) -> bool | None:
+    """Return whether an event with this *data* has a finish_reason; None if it has no content of a
+    choice.
+    """
+    try:
+        answer = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        # With a lone surrogate; it has a text, or a finish_reason.
+        return data.find(FINISH) >= 0 or data.find(FINISH_SPACED) >= 0
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or not choices:
+        return None
+    reasons = [choice.get("finish_reason") for choice in choices if isinstance(choice, dict)]
+    if any(isinstance(reason, str) and reason for reason in reasons):
+        return True
+    return any(isinstance(reason, str) for reason in reasons) if is_content(data) else None
 
 
 def usage_in(block: bytes) -> dict[str, Any] | None:

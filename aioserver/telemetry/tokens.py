@@ -61,6 +61,5 @@ def tokens_of(usage: Mapping[str, Any] | None) -> Tokens:
 
 def _count(number: object) -> int | None:
     """Return *number* if it is a plausible one of tokens, else None."""
-    if isinstance(number, int) and number is not True and 0 <= number < MAX_TOKENS:
-        return number
-    return None
+    # A boolean is an integer, too, for `isinstance`.
+    return number if type(number) is int and 0 <= number < MAX_TOKENS else None
