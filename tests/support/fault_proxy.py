@@ -30,6 +30,7 @@ class FaultProxy:
         self._allowance = allowance
         self._server: asyncio.Server | None = None
         self._relays: set[asyncio.Task[None]] = set()
+        self._closing = False
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -44,6 +45,7 @@ class FaultProxy:
     ) -> None:
         assert self._server is not None
         self._server.close()
+        self._closing = True
         await self.cut()
         await self._server.wait_closed()
 
@@ -62,6 +64,10 @@ class FaultProxy:
             await asyncio.wait(relays)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._closing:
+            # It was on its way when the listener was closed.
+            writer.transport.abort()
+            return
         task = asyncio.ensure_future(self._relay(reader, writer))
         self._relays.add(task)
         task.add_done_callback(self._relays.discard)

@@ -94,7 +94,7 @@ async def running(
     authority.configure_trust(tls)
     authority.cert_pem.write_to_path(folder / AUTHORITY)
     async with contextlib.AsyncExitStack() as stack:
-        secure, plain = await _started(kind, program, folder, port, changes, stack)
+        secure, plain = await _started(kind, program, folder, port, changes, tls, stack)
         connector = aiohttp.TCPConnector(ssl=tls)
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
         yield Proxy(
@@ -111,6 +111,7 @@ async def _started(
     folder: Path,
     port: int,
     changes: Mapping[str, str],
+    tls: ssl.SSLContext,
     stack: contextlib.AsyncExitStack,
 ) -> tuple[int, int]:
     """Start *program* on two free ports, and on others if one of them was taken meanwhile."""
@@ -126,7 +127,7 @@ async def _started(
                 stderr=stderr,
             )
         stack.push_async_callback(_end, process)
-        if await _listens(process, secure):
+        if await _listens(process, secure, tls):
             return secure, plain
     raise AssertionError((folder / "stderr").read_text())
 
@@ -180,15 +181,17 @@ def _configured(
     return ["run", "--adapter", "caddyfile", "--config", str(folder / "Caddyfile")]
 
 
-async def _listens(process: asyncio.subprocess.Process, port: int) -> bool:
-    """Wait until *process* listens, or has ended: then False."""
+async def _listens(process: asyncio.subprocess.Process, port: int, tls: ssl.SSLContext) -> bool:
+    """Wait until *process* listens, or has ended: then False.
+
+    Its certificate says that it is this one: another program may have taken the port meanwhile.
+    """
     ended = asyncio.ensure_future(process.wait())
     async with asyncio.timeout(30):
         while not ended.done():
             with contextlib.suppress(OSError):
-                _, writer = await asyncio.open_connection("127.0.0.1", port)
-                writer.close()
-                await writer.wait_closed()
+                _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls)
+                writer.transport.abort()
                 ended.cancel()
                 return True
             await asyncio.wait([ended], timeout=0.01)

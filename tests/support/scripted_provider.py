@@ -78,6 +78,9 @@ class Peer:
         alone.
         """
         for piece in pieces:
+            if self.writer.transport.is_closing():
+                # uvloop raises something else.
+                raise ConnectionResetError
             self.writer.write(piece)
             await ticks(3)
 
@@ -107,6 +110,7 @@ class ScriptedProvider:
         self._kwargs = kwargs
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
         self.accepted = 0
         self.open = 0
         self.requests: list[bytes] = []
@@ -126,6 +130,7 @@ class ScriptedProvider:
     ) -> None:
         assert self._server is not None
         self._server.close()
+        self._closing = True
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -139,6 +144,10 @@ class ScriptedProvider:
         return f"{scheme}://127.0.0.1:{self.port}/v1"
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._closing:
+            # It was on its way when the listener was closed.
+            writer.transport.abort()
+            return
         task = asyncio.ensure_future(self._serve(Peer(reader, writer)))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
