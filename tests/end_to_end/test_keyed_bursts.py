@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -17,6 +16,7 @@ import pytest
 from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED, chat, frames_of, to_end
 from tests.support.keys import bearer, code_of, entry
+from tests.support.logs import errors
 from tests.support.process import serving
 from tests.support.server import CONCURRENCY, QUICK, UVICORN
 from tests.support.waiting import until, until_result
@@ -119,7 +119,7 @@ async def test_a_crowd_with_keys_is_served_by_a_full_house(
         connections = server.context.monitor.fresh()["connections"]
         assert (connections["active"], connections["waiting"]) == (0, 0)
 
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not errors(caplog.records)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ async def test_no_place_is_lost_while_reloads_change_the_limits_under_a_crowd_wi
     assert set(answers) <= {SERVED, *REFUSALS}
     assert answers.count(SERVED) > reloads
     assert server.context.admission.gate.limit == PLACES
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not errors(caplog.records)
 
 
 @pytest.mark.one_loop

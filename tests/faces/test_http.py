@@ -15,6 +15,7 @@ import pytest
 from aioserver.faces import intake, openai
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED
+from tests.support.logs import errors
 from tests.support.raw import Answer, Raw
 from tests.support.server import CONCURRENCY, ENDLESS, UVICORN, MakeServer
 from tests.support.smuggling import INVALID, LAST, LOGGED, VALID, accesses, answers_with_ids
@@ -403,7 +404,7 @@ async def test_an_invalid_request_gets_one_answer_with_our_error(
         assert "python" not in everything.lower()
 
     assert server.simulator.stats().requests == 0
-    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+    assert not errors(caplog.records)
 
 
 async def test_a_body_is_never_taken_for_a_request(

@@ -14,6 +14,7 @@ from yarl import URL
 from aioserver.faces import intake
 from tests.support.chat import CHAT
 from tests.support.keys import bearer, code_of, cookie, keys_of, log_in
+from tests.support.logs import errors
 from tests.support.passing import (
     ANSWER,
     Account,
@@ -308,7 +309,7 @@ async def test_nothing_is_smuggled_to_the_provider(
         assert len(account.passed) <= most, data
         assert all(request.target == path.decode() for request in account.passed)
         assert all("smuggled" not in str(request.headers) for request in account.passed)
-    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+    assert not errors(caplog.records)
 
 
 # Which provider is asked.

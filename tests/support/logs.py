@@ -1,0 +1,26 @@
+"""What a log says of the server, and not of a busy machine."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# A machine with other work makes the loop late, which is an error in the log of a server.
+LATE = "the event loop was "
+
+
+def errors(records: Iterable[logging.LogRecord]) -> list[logging.LogRecord]:
+    """Return those of *records* that are errors, but for a loop that was late."""
+    return [
+        record
+        for record in records
+        if record.levelno >= logging.ERROR and LATE not in record.getMessage()
+    ]
+
+
+def without_lateness(log: str) -> str:
+    """Return the lines of *log* that say nothing of a loop that was late."""
+    return "\n".join(line for line in log.splitlines() if LATE not in line)
