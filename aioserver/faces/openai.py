@@ -120,6 +120,7 @@ def prepare_for(
             model=route.model,
             hold=hold,
             client_headers=client_headers(context, request),
+            size=len(body.data),
         )
         digest = digest_of(api.path, data) if key else b""
         return Request(route, provider_request, OPENAI.face, http.request_id(request), key, digest)

@@ -285,6 +285,7 @@ class Gateway:
         self, request: Request, ask: Callable[[Request], Awaitable[Answer]] | None = None
     ) -> Answer:
         self._check_running()
+        request.estimate()
         if request.caller.quota is None:
             return await self._calls.answer(request, ask)
         async with request.caller.quota.used():
@@ -329,6 +330,7 @@ class Gateway:
         self._check_running()
         caller, resumable = request.caller, request.resumable
         name = (request.key or uuid.uuid4().hex) if resumable else request.name
+        request.estimate()
         if (quota := caller.quota) is not None:
             request.undecided = quota.take()
         stream = producer = None

@@ -193,6 +193,7 @@ class Prompts:
             hold=hold,
             kept_bytes=len(chat.text or b""),
             client_headers=chat.client_headers,
+            size=len(held[0]) + len(chat.text or b"") + len(options),
         )
         return Prompt(self._histories, chat, request, reading, asked, sent, take_history)
 

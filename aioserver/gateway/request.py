@@ -63,6 +63,14 @@ class Request:
     # What `Quota.take` has returned for it.
     undecided: asyncio.Future[None] | None = None
 
+    def estimate(self) -> None:
+        """Estimate its tokens, since it is about to wait: by what is known of the provider that
+        is asked first.
+        """
+        self.provider_request.estimate = self.route.provider.estimate(
+            self.provider_request, self.route.model
+        )
+
     async def decided(self) -> None:
         """Wait until it is known whether the request is within its caller's limits.
 

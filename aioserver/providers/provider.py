@@ -27,6 +27,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from aioserver.limits.estimate import Estimates
 from aioserver.limits.lines import Wish
 from aioserver.protocol.said import Tokens
 from aioserver.provider_errors import (
@@ -45,7 +46,7 @@ from aioserver.providers.queueing import FAILOVER_WAIT, ProviderGate, TrialPlace
 from aioserver.providers.sinks import BodySink
 from aioserver.providers.stall import measure
 from aioserver.telemetry.metrics import ProviderMeter
-from aioserver.telemetry.outcome import Part
+from aioserver.telemetry.outcome import ESTIMATE, MIXED, PROVIDER, Part
 from aioserver.telemetry.tokens import MAX_TOKENS, tokens_of
 from aioserver.telemetry.tracer import AttemptEnd
 
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
     from aioserver.config import settings
     from aioserver.errors import AioserverError
+    from aioserver.limits.estimate import Estimate
     from aioserver.limits.gate import GateStats, Place
     from aioserver.providers.api import Memory
     from aioserver.providers.attempt import Attempt
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from aioserver.providers.health import ProviderObserver
     from aioserver.providers.pool import PoolStats
     from aioserver.providers.queueing import GateFactory
+    from aioserver.providers.request import ProviderRequest
     from aioserver.providers.stall import Silence
     from aioserver.streams.lifetime import Lifetime
 
@@ -119,8 +122,10 @@ class Provider:
         make_gate: GateFactory = ProviderGate,
         observer: ProviderObserver = ALONE,
         lifetime: Lifetime | None = None,
+        estimates: Estimates | None = None,
     ) -> None:
         self.name = settings.name
+        self._estimates = Estimates() if estimates is None else estimates
         self.settings = settings
         self.meter = ProviderMeter() if meter is None else meter
         self._lifetime = lifetime
@@ -296,6 +301,16 @@ class Provider:
         seconds = self._clock() - (attempt.request.outcome.sent_at or attempt.began)
         if self.health.answered(seconds, trial=trial):
             self._gate.resume()
+
+    def estimate(self, request: ProviderRequest, model: str | None) -> Estimate:
+        """Return what *request* will cost here, if it is asked for *model*."""
+        return self._estimates.before(
+            self.name,
+            model or self.settings.model,
+            request.caller.name,
+            request.size,
+            request.max_answer,
+        )
 
     def memory(self, kind: type[M]) -> M:
         """Return what an API has learned of this provider, of which it has its own *kind*."""
@@ -527,7 +542,7 @@ class Provider:
         outcome = record.outcome
         # As a rule, an attempt that has succeeded is all that the request has cost.
         if (exc or attempt.fault or outcome.parts) and outcome.sent_at:
-            outcome.parts += (_part(attempt, exc),)
+            outcome.parts += (_part(attempt, exc, self._clock()),)
         if attempt.expected_tokens:
             tokens = _real_tokens(attempt, self.settings, failed=exc is not None)
             self._pace.charge(tokens - attempt.expected_tokens)
@@ -585,27 +600,35 @@ class Provider:
         )
 
 
-def _part(attempt: Attempt, exc: BaseException | None) -> Part:
-    """Return what *attempt*, which has ended, well or with *exc*, has cost."""
-    outcome, stream, exc = attempt.request.outcome, attempt.stream, exc or attempt.fault
+def _part(attempt: Attempt, exc: BaseException | None, now: float) -> Part:
+    """Return what *attempt*, which has ended *now*, well or with *exc*, has cost."""
+    request, stream, exc = attempt.request, attempt.stream, exc or attempt.fault
+    outcome, record = request.outcome, request.record
     result, refused = "ok", False
     if isinstance(exc, ProviderFault):
         result, refused = exc.attempt_outcome, attempt.status != 200 and attempt.status > 0
     elif exc is not None:
         result = "cancelled"
     earlier = Tokens() if attempt.hop is None else attempt.hop.earlier
-    asked, _, answered = tokens_of(outcome.usage)
+    tokens = tokens_of(outcome.usage)
+    asked, answered, source = tokens.prompt, tokens.answer, PROVIDER
     events = 0 if stream is None else stream.last - attempt.before
-    estimated = not refused and (asked is None or answered is None)
     if refused:
         asked = answered = 0
+    elif asked is None or answered is None:
+        source = ESTIMATE if asked is None else MIXED
+    began = outcome.sent_at
     return Part(
         outcome.provider,
         outcome.model,
         result,
         attempt.body_bytes // BYTES_PER_TOKEN if asked is None else max(0, asked - earlier.asked),
         events if answered is None else max(0, answered - earlier.answered),
-        estimated,
+        source,
+        tokens,
+        attempt.waited,
+        record.first_event_at - began if record.first_event_at > began else 0.0,
+        now - began,
     )
 
 

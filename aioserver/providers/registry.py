@@ -13,6 +13,7 @@ import logging
 from typing import TYPE_CHECKING, Protocol
 
 from aioserver.config.faults import ConfigurationError
+from aioserver.limits.estimate import Estimates
 from aioserver.providers.health import ALONE
 from aioserver.providers.provider import Provider
 from aioserver.providers.queueing import ProviderGate
@@ -60,6 +61,8 @@ class ProviderRegistry:
         self._make_gate = make_gate
         self._observe = observe
         self._simulated = simulated
+        # What is known of the tokens of requests, for all providers, of now and later.
+        self.estimates = Estimates()
         self._lifetime = lifetime
         self._providers: dict[str, Provider] = {}
         # The providers that were removed, each with the task that closes it.
@@ -111,6 +114,7 @@ class ProviderRegistry:
                     make_gate=self._make_gate,
                     observer=self._observe(name),
                     lifetime=self._lifetime,
+                    estimates=self.estimates,
                 )
                 changed.append(provider)
             providers[name] = provider

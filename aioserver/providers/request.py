@@ -6,6 +6,7 @@ A request is made once and may be sent several times: each try of it is an `Atte
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Protocol
 
 from aioserver.auth.callers import Caller
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.config import settings
+    from aioserver.limits.estimate import Estimate
     from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.openai import Reading
     from aioserver.providers.api import Api
@@ -64,6 +66,11 @@ class ProviderRequest:
     an answer whose log has `chunk` objects; None if the log has the provider's bytes. *model* is
     for the provider that is asked first; None stands for the model in its settings. Of the
     *client_headers* each provider gets those that its settings name, and the trace.
+
+    *size* has the bytes of it that are known before a body is made, and *max_answer* the tokens
+    that its answer may have by its own word, None without one: what its `estimate` is made of, once
+    it is about to wait. A *batch* request uses what others leave. Moments of the loop's clock:
+    its first attempt is sent by *start_by*, and its answer has ended by *deadline*.
     """
 
     # Whether its tokens are estimated before it starts, where tokens are paced.
@@ -74,15 +81,21 @@ class ProviderRequest:
         "_kept_bytes",
         "answer_bytes",
         "api",
+        "batch",
         "body",
         "caller",
         "client_headers",
+        "deadline",
+        "estimate",
         "keeps_body",
+        "max_answer",
         "model",
         "outcome",
         "path",
         "reading",
         "record",
+        "size",
+        "start_by",
         "streamed",
     )
 
@@ -99,7 +112,13 @@ class ProviderRequest:
         hold: Hold | None = None,
         kept_bytes: int = 0,
         client_headers: ClientHeaders = NO_HEADERS,
+        size: int = 0,
+        max_answer: int | None = None,
     ) -> None:
+        self.size, self.max_answer = size, max_answer
+        self.estimate: Estimate | None = None
+        self.batch = False
+        self.start_by = self.deadline = inf
         self.api = api
         self.path = f"{api.path}?{query}" if query else api.path
         self.body = body

@@ -7,6 +7,8 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from aioserver.telemetry.tokens import NO_TOKENS, Tokens
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -14,6 +16,8 @@ NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 # Where a request of a group has started: at the member whose cache has its conversation, at
 # another one, as a new conversation; none where that is not known.
 HOME, OTHER, NEW, NONE = HOMES = ("home", "other", "new", "none")
+# Who has counted the tokens of an attempt.
+PROVIDER, ESTIMATE, MIXED = "provider", "estimate", "mixed"
 
 
 class GroupStart(NamedTuple):
@@ -30,14 +34,29 @@ class GroupStart(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one attempt that was sent has cost: its tokens, as far as they are known."""
+    """What one attempt that was sent has cost: its tokens, as far as they are known.
+
+    *outcome* is "ok", "cancelled", or how the attempt has failed. *source* says who has counted: the provider, nobody (an estimate), or the
+    provider the prompt alone (mixed). Durations are in seconds: *wait* in the provider's queue,
+    *first* from sending to the first content, 0.0 if there was none, and *duration* from sending
+    to the end. *tokens* has what the two sums do not say.
+    """
 
     provider: str
     model: str
     outcome: str
     tokens_in: int
     tokens_out: int
-    estimated: bool
+    source: str
+    tokens: Tokens = NO_TOKENS
+    wait: float = 0.0
+    first: float = 0.0
+    duration: float = 0.0
+
+    @property
+    def estimated(self) -> bool:
+        """Whether nobody has counted all of its tokens."""
+        return self.source != PROVIDER
 
 
 class Continued(NamedTuple):

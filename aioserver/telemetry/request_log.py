@@ -268,7 +268,7 @@ class RequestLog:
         for part in record.outcome.parts if len(record.outcome.parts) > 1 else ():
             self._count_part(part)
         counters, provider = self.metrics.tokens, record.outcome.provider
-        asked, cached, answered = tokens
+        asked, cached, answered = tokens.prompt, tokens.cached, tokens.answer
         configured = (provider, record.outcome.model, "output", "provider") in counters
         model = record.outcome.model if configured else "other"
         if cached is not None:
@@ -311,8 +311,12 @@ class RequestLog:
                 "request_id": record.request_id[:MAX_NAME],
                 **({"caller": record.caller} if record.caller else {}),
                 "attempt": number,
-                **part._asdict(),
+                "provider": part.provider,
                 "model": part.model[:MAX_NAME],
+                "outcome": part.outcome,
+                "tokens_in": part.tokens_in,
+                "tokens_out": part.tokens_out,
+                "estimated": part.estimated,
             }
             logger.info("attempt finished", extra={"fields": fields})
 
@@ -358,7 +362,7 @@ class RequestLog:
         fields |= {
             f"{side}_gap_ms": round(gap * 1000, 1) for side, gap in gaps.items() if gap > THRESHOLD
         }
-        asked, cached, answered = tokens
+        asked, cached, answered = tokens.prompt, tokens.cached, tokens.answer
         if len(record.outcome.parts) > 1:
             asked, answered = record.outcome.spent
         numbers = {"tokens_in": asked, "cached_tokens": cached, "tokens_out": answered}

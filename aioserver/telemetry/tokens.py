@@ -25,11 +25,18 @@ MAX_TOKENS = 1 << 40
 class Tokens(NamedTuple):
     """The tokens of the whole *prompt*, how many of them are *cached*, and those of the *answer*;
     None stands for each that is not known.
+
+    Of the prompt *cache_write* were written to a cache, and *audio_in* are audio. Of the answer
+    *reasoning* were thought, and *audio_out* are audio.
     """
 
     prompt: int | None = None
     cached: int | None = None
     answer: int | None = None
+    cache_write: int = 0
+    reasoning: int = 0
+    audio_in: int = 0
+    audio_out: int = 0
 
 
 NO_TOKENS = Tokens()

@@ -17,6 +17,7 @@ from aioserver.errors import AioserverError
 from aioserver.gateway.calls import kept_answer
 from aioserver.gateway.gateway import Gateway
 from aioserver.gateway.request import Request
+from aioserver.limits.estimate import Estimate
 from aioserver.limits.gate import Gate
 from aioserver.provider_errors import ProviderQueueFull, ProviderQueueTimeout
 from aioserver.providers.api import CHAT
@@ -63,6 +64,9 @@ class Fake:
         self._dice = dice
 
     @property
+    def estimate(self, _request: object, _model: object) -> Estimate:
+        return Estimate(10, 10, 10)
+
     def waiting(self) -> int:
         return self.gate.waiting
 

@@ -79,6 +79,7 @@ def prepare_for(
             model=route.model,
             hold=hold,
             client_headers=client_headers(context, request, wire.HEADERS),
+            size=len(body.data),
         )
         digest = openai.digest_of(provider_request.path, data) if key else b""
         return Request(

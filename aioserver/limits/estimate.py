@@ -1,0 +1,144 @@
+"""The tokens that a request will cost, and those that an answer without usage has cost: estimates,
+learned from what providers report.
+
+There is no tokenizer: it would be wrong for most engines, and each estimate is corrected at the
+end. What is learned are exponential moving averages, in which the newest value weighs an eighth:
+
+    of each provider and model     tokens of the prompt for each byte of the request, all of them,
+                                   and those that no cache holds; tokens for each event of a stream
+    of each caller and model       tokens of an answer
+
+The fair queues, the budgets of keys and the pace of providers ask one object.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+# The weight of the newest value in an average is the inverse of this.
+SMOOTHING = 8
+# Tokens for each byte of a request, before any were reported.
+TOKENS_PER_BYTE = 0.25
+# Tokens of an answer, before any were reported: what the request itself bounds, but no more than
+# the second; and without a bound. The first burst of a new key must not be underestimated, and a
+# bound that a client always sends says little.
+UNBOUNDED, LARGEST_FIRST = 1000, 4096
+# Tokens of a prompt at most: a body with a picture has far fewer than its bytes say.
+MAX_INPUT = 128_000
+# The units of work of a request whose tokens nobody knows.
+UNKNOWN_WORK = 1000
+# What a token of an answer costs more than one of a prompt. Sheng et al., "Fairness in Serving
+# Large Language Models", OSDI 2024.
+OUTPUT_FACTOR = 2
+# Pairs of which averages are kept; the least recently used ones go.
+MAX_PAIRS = 1000
+
+
+class Estimate(NamedTuple):
+    """The tokens of a request: those of its prompt, how many of these no cache holds, and those of
+    its answer.
+    """
+
+    prompt: int
+    uncached: int
+    answer: int
+
+    @property
+    def tokens(self) -> int:
+        """All of its tokens, as budgets count them."""
+        return self.prompt + self.answer
+
+    @property
+    def work(self) -> int:
+        """What it costs an engine, in tokens of a prompt: the cost of a fair queue."""
+        return max(1, self.uncached + OUTPUT_FACTOR * self.answer)
+
+
+class _Ratios:
+    """The averages of one provider and model: tokens for each byte, and for each event."""
+
+    __slots__ = ("event", "prompt", "uncached")
+
+    def __init__(self) -> None:
+        self.prompt = self.uncached = TOKENS_PER_BYTE
+        self.event = 1.0
+
+
+class Estimates:
+    """What is known of the tokens of requests, for all providers, models and callers.
+
+    Always: at most MAX_PAIRS pairs of provider and model, and as many of caller and model, are
+    known.
+    """
+
+    def __init__(self) -> None:
+        self._ratios: OrderedDict[tuple[str, str], _Ratios] = OrderedDict()
+        self._answers: OrderedDict[tuple[str, str], float] = OrderedDict()
+
+    def before(
+        self, provider: str, model: str, caller: str, size: int, bound: int | None = None
+    ) -> Estimate:
+        """Return what a request of *caller* will cost, of which *size* bytes are known, and whose
+        answer has at most *bound* tokens by its own word.
+        """
+        ratios = self._ratios.get((provider, model)) or _START
+        answer = self._answers.get((caller, model))
+        if answer is None:
+            answer = UNBOUNDED if bound is None else min(bound, LARGEST_FIRST)
+        elif bound is not None:
+            answer = min(bound, answer)
+        prompt = min(MAX_INPUT, round(size * ratios.prompt))
+        uncached = min(prompt, round(size * ratios.uncached))
+        return Estimate(prompt, uncached, round(answer))
+
+    def unreported(self, provider: str, model: str, estimate: Estimate, events: int) -> Estimate:
+        """Return what a request of this *estimate* has cost whose answer had so many *events*, and
+        reported no usage.
+        """
+        ratios = self._ratios.get((provider, model)) or _START
+        return estimate._replace(answer=max(1, round(events * ratios.event)))
+
+    def learn_prompt(
+        self, provider: str, model: str, size: int, prompt: int, cached: int = 0
+    ) -> None:
+        """Learn that the provider has counted *prompt* tokens in a request of *size* bytes, of
+        which it had *cached* so many.
+        """
+        if size > 0:
+            ratios = self._known(provider, model)
+            ratios.prompt += (prompt / size - ratios.prompt) / SMOOTHING
+            ratios.uncached += ((prompt - cached) / size - ratios.uncached) / SMOOTHING
+
+    def learn_answer(
+        self, provider: str, model: str, caller: str, answer: int, events: int = 0
+    ) -> None:
+        """Learn that the provider has counted *answer* tokens in an answer to *caller*, which had
+        so many *events*, or was not streamed.
+        """
+        if events > 0:
+            ratios = self._known(provider, model)
+            ratios.event += (answer / events - ratios.event) / SMOOTHING
+        pair = caller, model
+        average = self._answers.get(pair)
+        if average is None:
+            self._answers[pair] = float(answer)
+            if len(self._answers) > MAX_PAIRS:
+                self._answers.popitem(last=False)
+        else:
+            self._answers[pair] = average + (answer - average) / SMOOTHING
+            self._answers.move_to_end(pair)
+
+    def _known(self, provider: str, model: str) -> _Ratios:
+        pair = provider, model
+        ratios = self._ratios.get(pair)
+        if ratios is None:
+            ratios = self._ratios[pair] = _Ratios()
+            if len(self._ratios) > MAX_PAIRS:
+                self._ratios.popitem(last=False)
+        else:
+            self._ratios.move_to_end(pair)
+        return ratios
+
+
+_START = _Ratios()
