@@ -63,10 +63,10 @@ class Fake:
         )
         self._dice = dice
 
-    @property
     def estimate(self, _request: object, _model: object) -> Estimate:
         return Estimate(10, 10, 10)
 
+    @property
     def waiting(self) -> int:
         return self.gate.waiting
 
