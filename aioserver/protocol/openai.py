@@ -300,6 +300,22 @@ class Shape:
         text = event[begin:stop]
         return text if utf8(text) else None
 
+    def texts_in(self, block: bytes) -> list[bytes]:
+        """Return the texts in *block*, whole events, as they stand in JSON; none if one of these is
+        of another shape, or no UTF-8.
+        """
+        if not block.endswith(self.suffix):
+            return []
+        # No text has the quote with which the suffix begins, and no prefix the line break at its
+        # end.
+        begin = len(self.prefix)
+        events = block.split(self.suffix)
+        events.pop()
+        for event in events:
+            if not (event.startswith(self.prefix) and PLAIN.fullmatch(event, begin)):
+                return []
+        return [event[begin:] for event in events] if utf8(block) else []
+
 
 def learn(event: bytes, reading: Reading) -> Shape | None:
     """Return the shape of *event*, part of the answer of *reading*.

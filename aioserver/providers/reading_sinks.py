@@ -1,18 +1,20 @@
-"""The sinks that read each event of a chat completion: what they share, and that of the faces that
-show frames.
+"""The sinks that read each event of a chat completion: what they share, that of the faces that show
+frames, and what those of bridges share.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic
 
 from aioserver.protocol import eventstream
+from aioserver.protocol.bridging.chunks import C
 from aioserver.protocol.openai import TEXT_START, Shape, is_content, learn
 from aioserver.providers.sinks import TEXT_STEP, StreamSink, complete
 from aioserver.streams import entries
 
 if TYPE_CHECKING:
+    from aioserver.protocol.bridging.chunks import ChunkReader
     from aioserver.protocol.openai import Reading
     from aioserver.streams.contracts import Path
     from aioserver.streams.stream import Stream
@@ -119,6 +121,49 @@ class ChatSink(ReadingSink):
 
     def _complete(self) -> None:
         complete_chat(self._stream, self._reading)
+
+
+class BridgingSink(ReadingSink, Generic[C]):
+    """Reads the provider's chunks, and appends the events of another API, as *writer* makes them.
+
+    No event of the provider is one of the log, so there is no fast path.
+    """
+
+    def __init__(self, stream: Stream, writer: ChunkReader[C]) -> None:
+        super().__init__(stream, writer)
+        self._writes = writer
+        # Whether the first chunk has come, which has the model's name.
+        self._named = False
+
+    def _take(self, block: bytes) -> bool:
+        writer = self._writes
+        if self._shape is not None and writer.plain:
+            text = self._shape.text_in(block)
+            if text is not None:
+                self._append_texts([writer.add_text(text)])
+                return True
+            if texts := self._shape.texts_in(block):
+                events: list[bytes] = []
+                try:
+                    # What came before a fault stays.
+                    events.extend(map(writer.add_text, texts))
+                finally:
+                    self._append_texts(events)
+                return True
+        return super()._take(block)
+
+    def _begin(self, data: bytes) -> list[bytes]:
+        if not self._named:
+            self._named = True
+            self._writes.note_model(data)
+        return super()._begin(data)
+
+    def _may_be_text(self, part: bytes) -> bool:  # noqa: ARG002 - the writer knows better
+        return self._writes.plain
+
+    @abstractmethod
+    def _append_texts(self, events: list[bytes]) -> None:
+        """Append *events*, each of a text, about which there is nothing to be found out."""
 
 
 def complete_chat(stream: Stream, reading: Reading) -> None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 from aioserver.protocol import json_body, whole_answer
+from aioserver.protocol.bridging import reading
 from aioserver.wings.responses import items
-from aioserver.wings.responses.bridge import reading, request
+from aioserver.wings.responses.bridge import request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

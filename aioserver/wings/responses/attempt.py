@@ -26,6 +26,7 @@ import orjson
 
 from aioserver.errors import InvalidRequest, ResponseNotFound
 from aioserver.gateway.continuation import continuable
+from aioserver.protocol.bridging.whole import MAX_WHOLE_BYTES
 from aioserver.protocol.json_body import at_once
 from aioserver.protocol.openai import BadEvent, ErrorEvent
 from aioserver.provider_errors import ProviderRefused, RequestNotBridged
@@ -38,7 +39,7 @@ from aioserver.wings.responses.api import RESPONSES
 from aioserver.wings.responses.bridge.events import ResponseWriter
 from aioserver.wings.responses.bridge.output import Frame
 from aioserver.wings.responses.bridge.request import chat_request
-from aioserver.wings.responses.bridge.whole import MAX_WHOLE_BYTES, WholeWriter, whole_response
+from aioserver.wings.responses.bridge.whole import WholeWriter, whole_response
 from aioserver.wings.responses.sinks import BridgedSaid, BridgeSink
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from aioserver.protocol import eventstream
 from aioserver.protocol.openai import BadEvent
 from aioserver.protocol.said import MAX_SAID, ChatRest, Said
 from aioserver.providers.error_mapping import error_object_fault, event_fault
-from aioserver.providers.reading_sinks import ReadingSink
+from aioserver.providers.reading_sinks import BridgingSink
 from aioserver.providers.sinks import (
     PassingSink,
     before_error,
@@ -34,6 +34,7 @@ from aioserver.providers.sinks import (
     usage_in,
 )
 from aioserver.streams.fast_path import ERROR_NAME
+from aioserver.wings.responses.bridge.output import Call
 from aioserver.wings.responses.events import ENDS, ResponseEvents, failed, is_content, up_to_end
 
 if TYPE_CHECKING:
@@ -153,26 +154,12 @@ def remember(stream: Stream, block: bytes) -> None:
         stream.recount()
 
 
-class BridgeSink(ReadingSink):
-    """Reads the provider's chunks, and appends the events of a response to a log.
-
-    No event of the provider is one of the log, so there is no fast path.
-    """
+class BridgeSink(BridgingSink[Call]):
+    """Reads the provider's chunks, and appends the events of a response to a log."""
 
     def __init__(self, stream: Stream, writer: ResponseWriter) -> None:
         super().__init__(stream, writer)
         self._writer = writer
-        # Whether the first chunk has come, which has the model's name.
-        self._named = False
-
-    def _take(self, block: bytes) -> bool:
-        writer = self._writer
-        if self._shape is not None and writer.plain:
-            text = self._shape.text_in(block)
-            if text is not None:
-                self._append_text(writer.add_text(text))
-                return True
-        return super()._take(block)
 
     def let_go(self) -> None:
         """Show that the response was created."""
@@ -180,19 +167,10 @@ class BridgeSink(ReadingSink):
         if not (self._stream.answered_at or self._stream.ended):
             self._append(self._open())
 
-    def _begin(self, data: bytes) -> list[bytes]:
-        if not self._named:
-            self._named = True
-            self._writer.note_model(data)
-        return super()._begin(data)
-
     def _open(self) -> list[bytes]:
         super()._open()
         self._stream.add_alias(self._writer.response_id)
         return self._writer.begin()
-
-    def _may_be_text(self, part: bytes) -> bool:  # noqa: ARG002 - the writer knows better
-        return self._writer.plain
 
     def _complete(self) -> None:
         """Append the events that end the response, and end the log.
@@ -217,11 +195,12 @@ class BridgeSink(ReadingSink):
         self._stream.forward(block, len(parts), more=self._over)
         self._count_text()
 
-    def _append_text(self, event: bytes) -> None:
-        """Append the event of a text, about which there is nothing to be found out."""
+    def _append_texts(self, events: list[bytes]) -> None:
         stream = self._stream
-        events = stream.events
-        if isinstance(events, ResponseEvents):
-            events.note_sequence(stream.last + 1, self._writer.sequence - 1)
-        stream.forward(event, 1)
+        memory = stream.events
+        if isinstance(memory, ResponseEvents):
+            sequence = self._writer.sequence - len(events)
+            for number in range(len(events)):
+                memory.note_sequence(stream.last + 1 + number, sequence + number)
+        stream.forward(b"".join(events), len(events))
         self._count_text()

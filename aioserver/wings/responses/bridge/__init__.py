@@ -1,15 +1,14 @@
 """The bridge: OpenAI's Responses API over a provider that has chat completions only.
 
-Bytes in, bytes out.
+Bytes in, bytes out; what it has in common with other bridges is in protocol/bridging/.
 
 In the order in which a request meets them:
 
     request    the body of `/v1/responses` becomes that of `/v1/chat/completions`: a `ChatRequest`
-    reading    parts of that body stay bytes, and what it may cost is bounded
     items      its input items become messages
     tools      its tools become functions, and the choice of one becomes that of a function
     events     the chunks of a streamed answer become the events of a response
-    chunk      the texts and the logprobs in such a chunk
+    logprobs   the logprobs in such a chunk
     whole      a whole answer becomes a whole response
     output     the output items, while they grow: messages, reasoning, calls of tools; and the
                response object around them

@@ -28,14 +28,16 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from aioserver.protocol.openai import BadEvent, Reading
-from aioserver.wings.responses.bridge.chunk import texts_of, written_logprobs
+from aioserver.protocol.bridging import chunks
+from aioserver.protocol.bridging.chunks import ITEM_BYTES, ChunkReader, DeltaText
+from aioserver.wings.responses.bridge.logprobs import written_logprobs
 from aioserver.wings.responses.bridge.output import (
     COMPLETED,
     IN_PROGRESS,
     INCOMPLETE,
     REASONING,
     REASONS,
+    REFUSAL,
     TEXT,
     Call,
     Message,
@@ -45,16 +47,16 @@ from aioserver.wings.responses.bridge.output import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from aioserver.wings.responses.bridge.output import Frame
     from aioserver.wings.responses.bridge.request import ChatRequest
 
-# Bytes of an item beside its texts, in Python's objects and in the events with the whole response.
-ITEM_BYTES = 1024
 # The events that open a response.
 OPENING_EVENTS = 2
 
 
-class ResponseWriter(Reading):
+class ResponseWriter(ChunkReader[Call]):
     """Reads the chunks of one answer, or a whole answer, and writes the response.
 
     *frame* is that of the response, *request* what was sent to the provider. All that is kept has
@@ -66,38 +68,25 @@ class ResponseWriter(Reading):
 
     __slots__ = (
         "_asked_bytes",
-        "_calls",
         "_frame",
-        "_ids",
         "_items",
-        "_max_bytes",
         "_message",
         "_name",
-        "_nameless",
         "_open",
-        "_overhead",
         "_part",
         "_reasoning",
-        "_size",
         "_tools",
-        "logprobs",
-        "reasoning_field",
         "sequence",
     )
 
     def __init__(self, request: ChatRequest, frame: Frame, max_bytes: int) -> None:
-        super().__init__(max_text_bytes=0)
+        super().__init__(max_bytes, frame.size, logprobs=request.logprobs)
         self._frame = frame
         self._tools = request.tools
-        self.logprobs = request.logprobs
         self._asked_bytes = request.asked_bytes
-        self._max_bytes = max_bytes
         self._name = frame.id.removeprefix("resp_")
         # That of the next event; the first two are those of `begin`.
         self.sequence = OPENING_EVENTS
-        # The name of the field in which the provider sends its reasoning; empty if it has sent
-        # none.
-        self.reasoning_field = ""
         self._items: list[Message | Call] = []
         # The items that are not done, in their order.
         self._open: list[Message | Call] = []
@@ -105,20 +94,6 @@ class ResponseWriter(Reading):
         self._message: Message | None = None
         self._reasoning: Reasoning | None = None
         self._part: Part | None = None
-        # The calls by the index that the provider gives them; of those without one, by a number
-        # below 0.
-        self._calls: dict[int, Call] = {}
-        # The first key in it of each id that the provider gives its calls.
-        self._ids: dict[str, int] = {}
-        # The bytes that are kept, and those of them that are no text of the answer, nor the frame.
-        self._size, self._overhead = frame.size, 0
-        # Pieces of calls whose name has not come yet: the provider's id and the arguments.
-        self._nameless: dict[int, tuple[str, bytes]] = {}
-
-    @property
-    def size(self) -> int:
-        """The bytes that are kept."""
-        return self._size
 
     @property
     def plain(self) -> bool:
@@ -160,15 +135,9 @@ class ResponseWriter(Reading):
         kinds = enumerate((b"created", IN_PROGRESS))
         return [_written(kind, number, response) for number, kind in kinds]
 
-    def note_model(self, data: bytes) -> None:
-        """Take over the model's name from *data*, a chunk or a whole answer."""
-        try:
-            model = orjson.loads(data).get("model")
-        except (orjson.JSONDecodeError, AttributeError):
-            # The reading says so.
-            return
-        if isinstance(model, str) and 0 < len(model) <= 1024:
-            self._frame.model = model.encode("utf-8", "replace").decode()
+    def name_model(self, name: str) -> None:
+        """Take over the *name* of the model that answers."""
+        self._frame.model = name
 
     def add_text(self, text: bytes) -> bytes:
         """Return the event of a *text*, escaped, where `plain` is true.
@@ -207,8 +176,7 @@ class ResponseWriter(Reading):
         if not self._items:
             # Clients look into the first item.
             self._say(TEXT, b"", events)
-        if self._nameless:
-            raise BadEvent("the provider sent a call without a name")
+        self._check_named()
 
     def _fill(self, call: Call, events: list[bytes]) -> None:
         """Make a *call* without arguments one with an empty object: clients parse it."""
@@ -230,28 +198,14 @@ class ResponseWriter(Reading):
             status, output, usage=usage, reason=reason, completed_at=completed_at
         )
 
-    def _choice(self, choice: dict[str, Any], chunks: list[bytes]) -> None:
-        delta = choice.get("delta") or choice.get("message")
-        if isinstance(delta, dict):
-            for kind, text, field in texts_of(delta):
-                escaped = orjson.dumps(text)[1:-1]
-                if kind is REASONING:
-                    self.reasoning_field = field
-                    self._think(escaped, chunks)
-                else:
-                    logprobs = choice.get("logprobs") if self.logprobs and kind is TEXT else None
-                    self._say(kind, escaped, chunks, logprobs)
-            calls = delta.get("tool_calls")
-            if isinstance(calls, list):
-                for number, call in enumerate(calls):
-                    if isinstance(call, dict):
-                        self._call(call, number, chunks)
-            if isinstance(call := delta.get("function_call"), dict):
-                # The form before there were tools.
-                self._call({"index": 0, "function": call}, 0, chunks)
-        reason = choice.get("finish_reason")
-        if isinstance(reason, str):
-            self.finish_reason = reason
+    def _speak(self, piece: DeltaText, choice: Mapping[str, Any], events: list[bytes]) -> None:
+        escaped = orjson.dumps(piece.text)[1:-1]
+        if piece.kind is chunks.REASONING:
+            self._think(escaped, events)
+        elif piece.kind is chunks.REFUSAL:
+            self._say(REFUSAL, escaped, events)
+        else:
+            self._say(TEXT, escaped, events, choice.get("logprobs") if self.logprobs else None)
 
     def _think(self, text: bytes, events: list[bytes]) -> None:
         """Add *text*, escaped, to the reasoning."""
@@ -289,55 +243,10 @@ class ResponseWriter(Reading):
             events.append(part.delta(text, self.sequence, plain))
             self.sequence += 1
 
-    def _call(self, call: dict[str, Any], number: int, events: list[bytes]) -> None:
-        """Add *call*, a piece of a call, the one with this *number* in its chunk."""
-        function = call.get("function")
-        function = function if isinstance(function, dict) else {}
-        name, call_id = function.get("name"), call.get("id")
-        name = name if isinstance(name, str) else ""
-        provider_id = call_id if isinstance(call_id, str) else ""
-        arguments = function.get("arguments")
-        if isinstance(arguments, dict):
-            arguments = orjson.dumps(arguments).decode()
-        text = orjson.dumps(arguments)[1:-1] if isinstance(arguments, str) else b""
-        index = self._index_of(call, number, provider_id, name)
-        known = self._calls.get(index)
-        if (
-            known is not None
-            and name
-            and provider_id
-            and known.provider_id not in {"", provider_id}
-        ):
-            # Some providers give each of their calls the same index.
-            known = None
-        if known is None:
-            earlier_id, earlier_text = self._nameless.pop(index, ("", b""))
-            provider_id, text = provider_id or earlier_id, earlier_text + text
-            if not name:
-                self._grow(len(text), ITEM_BYTES)
-                self._nameless[index] = provider_id, text
-                return
-            known = self._begin_call(name, index, provider_id, events)
-        self._argue(known, text, events)
-
-    def _index_of(self, call: dict[str, Any], number: int, provider_id: str, name: str) -> int:
-        """Return the key in `_calls` of the call that *call* is a piece of."""
-        index = call.get("index")
-        if isinstance(index, int) and not isinstance(index, bool):
-            if index in self._calls or name or provider_id or -1 not in self._calls:
-                return index
-        elif provider_id or name:
-            return self._ids.get(provider_id, -1 - len(self._calls))
-        # A piece without a name goes on with the newest call.
-        return next(reversed(self._calls), number)
-
-    def _begin_call(self, name: str, index: int, provider_id: str, events: list[bytes]) -> Call:
+    def _begin_call(self, name: str, provider_id: str, events: list[bytes]) -> Call:
         self._close(self._reasoning, events)
         self._close(self._message, events)
         call = Call(self._tools.find(name), self._next_name(), len(self._items), provider_id)
-        self._calls[index] = call
-        if provider_id:
-            self._ids.setdefault(provider_id, index)
         self._begin(call, events)
         return call
 
@@ -405,12 +314,6 @@ class ResponseWriter(Reading):
 
     def _next_name(self) -> str:
         return f"{self._name}_{len(self._items)}"
-
-    def _grow(self, size: int, overhead: int = 0) -> None:
-        self._size += size + overhead
-        self._overhead += overhead
-        if self._size > self._max_bytes:
-            raise BadEvent(f"the provider's answer has more than {self._max_bytes} bytes")
 
     def _event(self, kind: bytes, members: bytes) -> bytes:
         number = self.sequence

@@ -25,8 +25,7 @@ import orjson
 from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
-from aioserver.protocol.json_body import ABSENT, null
-from aioserver.wings.responses.bridge.reading import (
+from aioserver.protocol.bridging.reading import (
     elements,
     is_string,
     join,
@@ -34,6 +33,7 @@ from aioserver.wings.responses.bridge.reading import (
     read,
     string,
 )
+from aioserver.protocol.json_body import ABSENT, null
 from aioserver.wings.responses.bridge.tools import CUSTOM, FUNCTION
 
 if TYPE_CHECKING:

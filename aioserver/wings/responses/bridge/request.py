@@ -27,10 +27,7 @@ from msgspec import Raw
 
 from aioserver.errors import InvalidRequest, ResponseNotFound
 from aioserver.protocol import json_body
-from aioserver.protocol.json_body import ABSENT, flag, null, pause
-from aioserver.wings.responses.bridge.items import Messages
-from aioserver.wings.responses.bridge.output import MAX_REPEATED_BYTES
-from aioserver.wings.responses.bridge.reading import (
+from aioserver.protocol.bridging.reading import (
     check_density,
     elements,
     is_string,
@@ -38,6 +35,9 @@ from aioserver.wings.responses.bridge.reading import (
     read,
     string,
 )
+from aioserver.protocol.json_body import ABSENT, flag, null, pause
+from aioserver.wings.responses.bridge.items import Messages
+from aioserver.wings.responses.bridge.output import MAX_REPEATED_BYTES
 from aioserver.wings.responses.bridge.tools import Tools
 
 # Items of a request that become messages in one step, and their bytes, since an item may have

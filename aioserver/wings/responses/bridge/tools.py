@@ -20,8 +20,7 @@ import orjson
 from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
-from aioserver.protocol.json_body import ABSENT, flag, null
-from aioserver.wings.responses.bridge.reading import (
+from aioserver.protocol.bridging.reading import (
     MAX_ELEMENTS,
     elements,
     is_string,
@@ -29,6 +28,7 @@ from aioserver.wings.responses.bridge.reading import (
     read,
     string,
 )
+from aioserver.protocol.json_body import ABSENT, flag, null
 
 FUNCTION, CUSTOM = "function", "custom"
 # The characters in the name of a function that engines take.

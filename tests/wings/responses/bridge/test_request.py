@@ -14,8 +14,8 @@ from openai.types.chat.completion_create_params import (
 from pydantic import TypeAdapter
 
 from aioserver.errors import InvalidRequest, ResponseNotFound
+from aioserver.protocol.bridging import reading
 from aioserver.protocol.json_body import at_once
-from aioserver.wings.responses.bridge import reading
 from aioserver.wings.responses.bridge.output import MAX_REPEATED_BYTES
 from aioserver.wings.responses.bridge.request import ChatRequest, chat_request
 

@@ -8,9 +8,9 @@ import orjson
 import pytest
 
 from aioserver.protocol import json_body, whole_answer
+from aioserver.protocol.bridging import whole as bridge
 from aioserver.protocol.json_body import at_once
 from aioserver.protocol.openai import BadEvent, ErrorEvent
-from aioserver.wings.responses.bridge import whole as bridge
 from aioserver.wings.responses.bridge.output import Frame
 from aioserver.wings.responses.bridge.request import chat_request
 from aioserver.wings.responses.bridge.whole import WholeWriter, whole_response
