@@ -259,8 +259,9 @@ class Hop:
         self.seam = seam
         self.earlier = Tokens(*stream.outcome.spent)
         self.rest = said.rest(self.earlier)
-        # Whether any of the rest is shown.
+        # Whether any of the rest is shown, and how many events of text have come.
         self.shown = False
+        self.heard = 0
         self._stream = stream
         self._text, self._events = text, said.events
         self._provider = provider
@@ -349,6 +350,7 @@ class SeamSink:
         """Add to *parts* what may be shown of the event with this *data*."""
         rest, seam = self._hop.rest, self._hop.seam
         text, content = rest.take(data)
+        self._hop.heard += bool(text)
         shown = seam.feed(text) if text else ""
         if content is not None:
             shown += seam.close()

@@ -78,6 +78,8 @@ class Hop(Protocol):
     """What makes an attempt one to have the rest of an answer said (gateway/continuation.py)."""
 
     earlier: Tokens
+    # The events of text that have come.
+    heard: int
 
     async def body(self, body: bytes) -> bytes:
         """Return the request in *body* as one for the rest."""
@@ -288,6 +290,8 @@ class Attempt:
         *exchange* brings the answer.
         """
         self.request.outcome.sent = True
+        # That of an exchange before this one.
+        self.status = 0
         if self.stream is not None:
             self.stream.source = exchange
 

@@ -604,15 +604,18 @@ def _part(attempt: Attempt, exc: BaseException | None, now: float) -> Part:
     """Return what *attempt*, which has ended *now*, well or with *exc*, has cost."""
     request, stream, exc = attempt.request, attempt.stream, exc or attempt.fault
     outcome, record = request.outcome, request.record
-    result, refused = "ok", False
+    result, refused, hop = "ok", attempt.status not in {0, 200}, attempt.hop
     if isinstance(exc, ProviderFault):
-        result, refused = exc.attempt_outcome, attempt.status != 200 and attempt.status > 0
+        result = exc.attempt_outcome
     elif exc is not None:
         result = "cancelled"
-    earlier = Tokens() if attempt.hop is None else attempt.hop.earlier
+    earlier = Tokens() if hop is None else hop.earlier
     tokens = tokens_of(outcome.usage)
     asked, answered, source = tokens.prompt, tokens.answer, PROVIDER
     events = 0 if stream is None else stream.last - attempt.before
+    if hop is not None:
+        # What was not shown of a rest was paid for as well.
+        events = max(events, hop.heard)
     if refused:
         asked = answered = 0
     elif asked is None or answered is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ import orjson
 import pytest
 
 from aioserver.protocol import eventstream
+from aioserver.providers.attempt import Attempt
 from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT
 from tests.support.faces import over_anthropic, over_openai, over_sse, over_websocket
@@ -456,6 +458,63 @@ async def test_each_attempt_has_its_line_and_is_counted_where_it_was_sent(
         (incident,) = (each for each in server.incidents() if each["kind"] == "seams")
         assert incident["provider"] == "sim"
         assert "provider_disconnected" in incident["text"]
+
+
+def parts_of(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    """Return what the log says of each attempt."""
+    lines = [each for each in caplog.records if each.message == "attempt finished"]
+    return [getattr(each, "fields", {}) for each in lines]
+
+
+async def test_rest_that_is_not_shown_is_paid_for(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with two(make_server) as (server, other):
+        other.behaviour = replace(QUICK, prefill="anew")
+        with caplog.at_level("INFO", logger="aioserver.requests"):
+            seen = await over_openai(server, "fault-cut-12")
+            await until(lambda: "request finished" in caplog.messages)
+
+    assert seen.end == "error"
+    first, second = parts_of(caplog)
+    assert (first["provider"], first["outcome"]) == ("sim", "disconnected")
+    assert (second["provider"], second["outcome"]) == ("other", "bad_response")
+    assert second["tokens_out"] > 0
+
+
+async def test_refusal_costs_nothing_that_comes_while_the_client_leaves(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = b"HTTP/1.1 503 No\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n"
+
+    async def play(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(head + b"{}")
+        await peer.request()
+        await peer.send(head + b"{")
+        await peer.left()
+
+    async with ScriptedProvider(play) as provider:
+        entry = provider_entry(provider.url, max_retries=1, backoff_factor=0.0)
+        server = await make_server(**{"llm.providers.first": entry, "llm.active": "first"})
+        store = server.context.gateway.lifetime.store
+        with caplog.at_level("INFO", logger="aioserver.requests"):
+            url = f"{server.v1}/chat/completions"
+            asking = asyncio.ensure_future(server.session.post(url, json={**CHAT, "stream": True}))
+
+            def refused_twice() -> bool:
+                return any(
+                    (stream.outcome.attempts, stream.attempt.status) == (2, 503)
+                    for stream in store.running()
+                    if isinstance(stream.attempt, Attempt)
+                )
+
+            await until(refused_twice)
+            asking.cancel()
+            await until(lambda: "request finished" in caplog.messages)
+
+    assert [part["outcome"] for part in parts_of(caplog)] == ["http_5xx", "cancelled"]
+    assert {part["tokens_in"] for part in parts_of(caplog)} == {0}
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,43 @@ continuation.SeamSink = Lossy
 from aioserver.gateway import continuation
 continuation.MAX_HOPS = 50
 """,
+    "that the call of a tool is not continued": """
+from aioserver.protocol.said import BadEvent, ChatSaid
+text_of = ChatSaid._text_of
+def lax(self, data):
+    try:
+        return text_of(self, data)
+    except BadEvent:
+        return "call"
+ChatSaid._text_of = lax
+""",
+    "that nobody goes on behind a verdict": """
+from aioserver.gateway import continuation
+continuation.breaks = lambda fault: True
+""",
+    "that a verdict is final": """
+from aioserver.provider_errors import ProviderRefused
+ProviderRefused.failover = True
+""",
+    "what an attempt has cost": """
+from aioserver.providers.provider import Provider
+ended, count = Provider._ended, [0]
+def lossy(self, attempt, exc):
+    ended(self, attempt, exc)
+    count[0] += 1
+    if not count[0] % 5:
+        attempt.request.outcome.parts = attempt.request.outcome.parts[:-1]
+Provider._ended = lossy
+""",
+    "what was paid before the rest": """
+from aioserver.gateway import continuation
+from aioserver.protocol.said import Tokens
+class Forgetful(continuation.Hop):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.earlier = Tokens()
+continuation.Hop = Forgetful
+""",
     "a place": """
 from aioserver.limits.gate import Place
 release, count = Place.release, [0]
@@ -357,8 +394,8 @@ class Turns(lanes.deque):
     def popleft(self):
         return self.pop()
 init = lanes.Lane.__init__
-def unordered(self, name):
-    init(self, name)
+def unordered(self, *args):
+    init(self, *args)
     self.turns = Turns()
 lanes.Lane.__init__ = unordered
 """,
@@ -627,6 +664,12 @@ CONTINUED: dict[str, Any] = {
         "llm.providers.sim.http_client.max_retries": 0,
     },
 }
+JUDGED: dict[str, Any] = {
+    **SPARED,
+    "continued": True,
+    "verdicts": 0.5,
+    "changes": CONTINUED["changes"],
+}
 NEEDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
@@ -644,6 +687,16 @@ NEEDS: dict[str, dict[str, Any]] = {
     "that it is one answer": CONTINUED,
     "what has come before a fault in the rest": CONTINUED,
     "how often it is continued": CONTINUED,
+    "that the call of a tool is not continued": {**CONTINUED, "faces": ("stream",), "calls": 0.5},
+    "that nobody goes on behind a verdict": JUDGED,
+    "that a verdict is final": JUDGED,
+    "what an attempt has cost": SPARED,
+    "what was paid before the rest": {
+        **CONTINUED,
+        "faces": ("websocket",),
+        "spare": True,
+        "pinned": False,
+    },
     "that a request stands in other lines": GROUPED,
     "to wait at the members of a group": GROUPED,
     "that a request was offered a member": {**AT_HOME, "spread": 0.1, "changes": CROWD},

@@ -29,7 +29,7 @@ from tests.simulation.clock import Clock
 from tests.simulation.configuration import BODY, GATE, GROUP, ROOM, STREAMS
 from tests.simulation.dials import draw_dial
 from tests.simulation.patience import GONE, Left, Patience
-from tests.simulation.plan import CONVERSATIONS
+from tests.simulation.plan import CONVERSATIONS, VERDICTS
 from tests.simulation.truth import LARGE, Question, Reading, Violation
 
 if TYPE_CHECKING:
@@ -114,15 +114,23 @@ class Client:
         # And some are larger than what a small store keeps, in few events.
         if large := random.Random(f"large {plan.seed} {number}").random() < plan.large:
             words = f"word {LARGE} {words}"
+        if thrown >= plan.provider_fault_share:
+            fault = ""
+        judged = random.Random(f"verdict {plan.seed} {number}")
+        if judged.random() < plan.verdicts:
+            fault = judged.choice(VERDICTS).replace("<n>", str(judged.randrange(6)))
         self.question = Question(
             number,
             f"q{number} {words}",
             2000 if long else dice.choice((1, 5, 40, 200)) + 400 * large,
-            fault if thrown < plan.provider_fault_share else "",
+            fault,
             fails_over=plan.mended,
             hops=plan.hops,
         )
         self.reading = Reading(self.question)
+        # Whether its answer is the call of a tool.
+        called = random.Random(f"call {plan.seed} {number}").random() < plan.calls
+        self.calls = called and self.face == "stream"
         self.name = f"r{number}"
         self._habits = {habit: dice.random() < often for habit, often in plan.habits.items()}
         # The events after which the client does what it has a habit of.

@@ -11,12 +11,20 @@ from tests.simulation.grouping import talk_of
 from tests.simulation.patience import Left
 from tests.simulation.response_events import ResponseReading
 from tests.simulation.returning import come_back
-from tests.simulation.truth import Reading, Violation
+from tests.simulation.truth import Reading, ToolReading, Violation
 
 if TYPE_CHECKING:
     import aiohttp
 
     from tests.simulation.client import Client
+
+
+QUERY = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
+# A tool that must be called.
+TOOLS = {
+    "tools": [{"type": "function", "function": {"name": "look_up", "parameters": QUERY}}],
+    "tool_choice": "required",
+}
 
 
 def _model(client: Client) -> str:
@@ -38,6 +46,7 @@ def _chat(client: Client, *, stream: bool) -> dict[str, Any]:
             "messages": [*before, {"role": "user", "content": client.question.text}],
             "max_tokens": client.question.tokens,
             "stream": stream,
+            **(TOOLS if client.calls else {}),
         }
     )
     if client.face.startswith("keyed"):
@@ -58,12 +67,16 @@ async def stream(client: Client) -> None:
             await client.refused(response)
             return
         count, finish, roles, idents = 0, "", 0, set()
+        call = ToolReading(client.question)
         async for data in events(response, client.patience):
             count += 1
             if data == b"[DONE]":
                 if not finish and not client.question.fault.startswith("early-done"):
                     raise Violation("[DONE] without a finish_reason")
-                reading.finish("complete" if finish else "done")
+                if client.calls:
+                    reading.end = call.finish(finish)
+                else:
+                    reading.finish("complete" if finish else "done")
                 continue
             if reading.end:
                 if client.question.fault == "after-done":
@@ -78,7 +91,10 @@ async def stream(client: Client) -> None:
                 roles += "role" in choice["delta"]
                 if roles != 1 or finish:
                     raise Violation(f"{roles} roles, or more behind the finish")
-                reading.add(choice["delta"].get("content") or "")
+                if client.calls:
+                    call.take(choice)
+                else:
+                    reading.add(choice["delta"].get("content") or "")
                 finish = choice.get("finish_reason") or finish
             if len(idents) > 1:
                 raise Violation(f"two answers in one: {idents}")

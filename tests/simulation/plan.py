@@ -37,12 +37,14 @@ PROVIDER_FAULTS = (
     *("head-only", "silent", "bad-json-<n>", "bad-utf8-<n>", "no-done", "early-done-<n>"),
     *("after-done", "flap-<n>"),
 )
+# What a provider says of the question itself: nobody else is asked, and nobody goes on.
+VERDICTS = ("verdict-<n>", "verdict-<n>", "status-400", "status-422")
 # Faults after which no answer may end well, unless another provider has answered.
 NEVER_WHOLE = frozenset(
     {
         *("cut", "cut-mid", "bad-chunk", "end", "error-event", "error-chunk", "stall"),
         *("half-line", "comments-stall", "head-only", "silent", "drop", "not-http", "html"),
-        *("status-500", "capacity"),
+        *("status-500", "capacity", "verdict", "status-400", "status-422"),
     }
 )
 FACES = (
@@ -131,6 +133,9 @@ class Plan:
     silent: float = 0.0
     # The share of clients that ask for a large answer.
     large: float = 0.0
+    # The shares of clients whose question is refused by a verdict, and whose answer is a tool call.
+    verdicts: float = 0.0
+    calls: float = 0.0
     # The share of clients that upload something, most of them slowly (uploads.py).
     uploads: float = 0.0
     instances: int = 1
@@ -219,6 +224,8 @@ def draw(seed: int, clients: int, instances: int = 1, *, groups: bool = True) ->
         silent=dice.choice((0.0, 0.0, 0.05)),
         # Dice of its own: a seed tries the same otherwise.
         large=random.Random(f"large {seed}").choice((0.0, 0.0, 0.1, 0.5)),
+        verdicts=random.Random(f"verdicts {seed}").choice((0.0, 0.0, 0.05, 0.2)),
+        calls=random.Random(f"calls {seed}").choice((0.0, 0.0, 0.1, 0.3)),
         uploads=random.Random(f"uploads {seed}").choice((0.0, 0.0, 0.0, 0.0, 0.05, 0.2)),
         preambles=random.Random(f"preamble {seed}").choice((0.0, 0.3, 1.0)),
         instances=instances,

@@ -5,6 +5,7 @@ answer.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections import defaultdict, deque
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -12,7 +13,10 @@ from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import orjson
+from aiohttp import web
 
+from aioserver.wings.simulator import model, shapes
+from aioserver.wings.simulator.faults import PREFIX
 from aioserver.wings.simulator.model import BadRequest
 from aioserver.wings.simulator.refusals import as_json
 from aioserver.wings.simulator.server import ReceivedRequest, Simulator
@@ -21,15 +25,19 @@ from tests.simulation.clock import Clock
 from tests.simulation.transport import Transport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
-    from aiohttp import web
+    from aioserver.wings.simulator.exchange import Behaviour, Exchange
+    from aioserver.wings.simulator.model import ParsedRequest
 
-    from aioserver.wings.simulator.exchange import Behaviour
+    Play = Callable[[Exchange], Awaitable[web.StreamResponse]]
 
 _QUESTION = re.compile(rb"q[0-9]+(?= word)")
 # The ids of the simulated provider; ours are longer.
 _ID = re.compile("resp_[0-9a-f]{24}")
+LAST_CHUNK = b"0\r\n\r\n"
+# The beginnings of the faults that are verdicts.
+VERDICTS = ("verdict", "status-400", "status-422")
 _PREVIOUS = re.compile(rb'"previous_response_id":"([^"]+)"')
 
 
@@ -51,6 +59,12 @@ class Call:
     # Whether the model is asked to go on with what it has said.
     continues: bool = False
     begun_at: float = 0.0
+    # The fault of its model, and the tokens of the prompt and of the answer that a good answer
+    # reports at its end; None: it reports none.
+    fault: str = ""
+    usage: tuple[int, int] | None = None
+    # The bytes that were written on the connection after each token.
+    tokens: list[int] = field(default_factory=list)
     # The bytes that were written on the connection when the answer had begun, and when it had
     # ended.
     begun: int = 0
@@ -60,6 +74,17 @@ class Call:
     def committed(self) -> bool:
         """Whether the first token has arrived, whatever became of its connection then."""
         return self.transport.peer.received >= self.begun > 0
+
+    @property
+    def judged(self) -> bool:
+        """Whether the answer is a verdict that has arrived, its last chunk aside."""
+        verdict = self.fault.startswith(VERDICTS)
+        return verdict and self.transport.peer.received + len(LAST_CHUNK) >= self.whole > 0
+
+    @property
+    def tokens_received(self) -> int:
+        """How many tokens have arrived."""
+        return bisect_right(self.tokens, self.transport.peer.received)
 
     @property
     def arrived(self) -> bool:
@@ -74,11 +99,18 @@ CALL: ContextVar[Call] = ContextVar("CALL")
 
 @dataclass(slots=True)
 class Calls:
-    """All calls of a run, by the instance that has asked and the first word of the question."""
+    """All calls of a run whose answers have begun, by the instance that has asked and the first
+    word of the question; and all that have come, *by_transport* and by that word alone.
+    """
 
     by_question: defaultdict[tuple[int, str], list[Call]] = field(
         default_factory=lambda: defaultdict(list)
     )
+
+    by_transport: defaultdict[Transport, list[Call]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    asked: defaultdict[str, list[Call]] = field(default_factory=lambda: defaultdict(list))
 
     def of(self, question: str) -> list[Call]:
         """Return the calls of all instances for one *question*, in the order in which their
@@ -106,6 +138,10 @@ class Calls:
 class _Received(deque[ReceivedRequest]):
     """The requests of a provider, each of which names its question in the call of its task."""
 
+    def __init__(self, calls: Calls) -> None:
+        super().__init__()
+        self._calls = calls
+
     def append(self, received: ReceivedRequest) -> None:
         call = CALL.get()
         # An answer quotes its question.
@@ -116,6 +152,7 @@ class _Received(deque[ReceivedRequest]):
         call.continues = last_role.startswith(b"assistant")
         match = _PREVIOUS.search(received.body)
         call.previous = match[1].decode() if match else ""
+        self._calls.asked[call.question].append(call)
 
 
 class _Bodies(deque[Any]):
@@ -135,7 +172,7 @@ class NotingSimulator(Simulator):
     def __init__(self, name: str, behaviour: Behaviour, seed: int, calls: Calls) -> None:
         super().__init__(behaviour, seed=seed)
         self._name = name
-        self.requests = _Received()
+        self.requests = _Received(calls)
         self.bodies = _Bodies()
         self._calls = calls
 
@@ -152,13 +189,33 @@ class NotingSimulator(Simulator):
         assert isinstance(transport, Transport)
         call = Call(transport, transport.peer.owner, self._name)
         CALL.set(call)
+        self._calls.by_transport[transport].append(call)
         response = await super()._answer(request)
+        if isinstance(response, web.Response):
+            # Written here, so that its end is known.
+            await response.prepare(request)
+            await response.write_eof()
         call.whole = transport.written
         return response
+
+    async def _play(
+        self,
+        request: web.BaseRequest,
+        parsed: ParsedRequest,
+        behaviour: Behaviour,
+        play: Play | None,
+    ) -> web.StreamResponse:
+        call = CALL.get()
+        call.fault = parsed.model.removeprefix(PREFIX) if play is not None else ""
+        if not parsed.stream or parsed.include_usage or parsed.endpoint == model.RESPONSES:
+            words, _ = shapes.words_of(parsed, behaviour.tokens)
+            call.usage = parsed.prompt_tokens, len(words)
+        return await super()._play(request, parsed, behaviour, play)
 
     def _count_token(self) -> None:
         super()._count_token()
         call = CALL.get()
+        call.tokens.append(call.transport.written)
         if not call.begun_at:
             call.begun_at = Clock.now
             call.begun = call.transport.written

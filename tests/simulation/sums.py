@@ -111,6 +111,15 @@ class Sums:
         """
         if client.face not in {"stream", "responses"}:
             return
+        asked = self._calls.asked[client.question.name]
+        for number, call in enumerate(asked, 1):
+            if call.continues and client.calls:
+                self._broken(f"the call of a tool is continued for client {client.number}")
+            if call.judged and number < len(asked):
+                self._broken(
+                    f"client {client.number} ({client.face}) asks {asked[number].provider} behind "
+                    f"the verdict of {call.provider}"
+                )
         for first, second in pairwise(self._calls.of(client.question.name)):
             if first.committed and not second.continues:
                 self._broken(

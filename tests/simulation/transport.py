@@ -114,8 +114,8 @@ class Transport(asyncio.Transport):
         self.dead = False
         # The bytes that the program has written so far, and that its protocol has got.
         self.written = self.received = 0
-        # When the protocol got something last, when something was written, and when reading went
-        # on.
+        # When the protocol got something last, when something was written, and when reading, or
+        # writing, went on.
         self.heard_at = self.spoke_at = self.resumed_at = Clock.now
         # Since when the buffer has not shrunk, if there is anything in it; when it became too
         # large last, and when it was closed.
@@ -246,6 +246,7 @@ class Transport(asyncio.Transport):
             self.protocol.pause_writing()
         elif size <= self._low and self._writing_paused:
             self._writing_paused = False
+            self.resumed_at = Clock.now
             self.protocol.resume_writing()
 
     def _transmit(self, piece: bytes | None) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from aioserver.wings.simulator import model
 from tests.simulation.plan import NEVER_WHOLE
@@ -138,3 +140,39 @@ class Reading:
             raise Violation(
                 f"complete with {len(self.text)} characters of {len(self.question.answer)}"
             )
+
+
+@dataclass(slots=True)
+class ToolReading:
+    """What a client has read of the call of a tool that is the answer to *question*.
+
+    Always, or `Violation` is raised: there is one call and no text beside it, and its arguments
+    are whole where that is said.
+    """
+
+    question: Question
+    arguments: str = ""
+    calls: int = 0
+
+    def take(self, choice: dict[str, Any]) -> None:
+        """Take a choice of a chunk."""
+        if text := choice["delta"].get("content"):
+            raise Violation(f"{text!r} beside the call of a tool")
+        for part in choice["delta"].get("tool_calls") or ():
+            self.calls += "id" in part
+            self.arguments += part["function"]["arguments"]
+
+    def finish(self, reason: str) -> str:
+        """Take the end mark, before which the finish had this *reason*; return how the answer has
+        ended.
+        """
+        if reason and not self.question.may_be_whole:
+            raise Violation(f"complete, though the provider failed by {self.question.fault}")
+        if self.calls != 1:
+            raise Violation(f"{self.calls} calls of a tool in one answer")
+        if (
+            reason == "tool_calls"
+            and self.question.name not in json.loads(self.arguments)["query"]
+        ):
+            raise Violation(f"the arguments are {self.arguments}")
+        return "complete" if reason else "done"

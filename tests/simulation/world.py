@@ -27,6 +27,7 @@ from aioserver.monitoring import snapshot
 from aioserver.wings.simulator import shapes
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.simulation import clock
+from tests.simulation.bills import Bills
 from tests.simulation.client import DIALLER, Client
 from tests.simulation.cluster import Cluster
 from tests.simulation.configuration import with_spare
@@ -129,12 +130,13 @@ class World:
             self.cluster.together.look()
 
     def patches(self) -> AbstractContextManager[object]:
-        """Let the starts of instances that share their limits be noted, in the block, and what
-        the members of groups are sent.
+        """Let the starts of instances that share their limits be noted, in the block, what
+        attempts cost, and what the members of groups are sent.
         """
         stack = ExitStack()
         if self.cluster is not None:
             stack.enter_context(self.cluster.together.patches())
+        stack.enter_context(Bills(self.calls, self.broken).patches())
         if self.plan.grouping is not None:
             stack.enter_context(Remembered(self.broken).patches())
         return stack

@@ -65,6 +65,13 @@ async def _error_event(exchange: Exchange, n: int) -> web.StreamResponse:
     return await exchange.end()
 
 
+async def _verdict(exchange: Exchange, n: int) -> web.StreamResponse:
+    await exchange.play(n)
+    message = "The response was filtered due to the prompt."
+    await exchange.write(exchange.answer.error_event(400, message))
+    return await exchange.end()
+
+
 async def _error_chunk(exchange: Exchange, n: int) -> web.StreamResponse:
     await exchange.play(n)
     await exchange.write(_chunk_error(exchange, 502))
@@ -199,6 +206,7 @@ BROKEN: Mapping[str, Fault] = {
     "bad-chunk": _bad_chunk,
     "end": _end,
     "error-event": _error_event,
+    "verdict": _verdict,
     "error-chunk": _error_chunk,
     "error-first": _error_first,
     "bad-json": _bad_json,

@@ -43,6 +43,7 @@ In the answer
     fault-end-<n>               the body ends after n tokens, without finish_reason and [DONE]
     fault-error-event-<n>       an error object as an event after n tokens, then the end
     fault-error-chunk-<n>       the same as OpenRouter sends it: finish_reason is "error"
+    fault-verdict-<n>           an error of the request itself after n tokens, then the end
     fault-error-first-<code>    OpenRouter's error with this code (502) instead of the first token
     fault-bad-json-<n>          an event that is not JSON after n tokens, then the rest
     fault-bad-utf8-<n>          an event that is not UTF-8 after n tokens, then the rest
