@@ -185,6 +185,10 @@ class Talk:
         if event["type"] == "aioserver:queued":
             # That of the connection has no lane either.
             return lane
+        if event["type"] == "aioserver:heartbeat":
+            if not lane.asked:
+                raise Violation("a heartbeat on a lane where nothing is under way")
+            return lane
         if not lane.asked:
             raise Violation(f"{event['type']} on a lane where nothing is under way")
         turn = lane.asked[0]

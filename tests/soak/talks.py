@@ -145,7 +145,7 @@ async def _on_connection(client: Client, talks: dict[str, Talk]) -> None:
                     talk.turn, talk.previous, talk.answer.end = 0, None, "lost"
                 else:
                     talk.refused(event["status"], code)
-            elif event["type"] != "aioserver:queued":
+            elif not event["type"].startswith("aioserver:"):
                 talk.take(event)
             await client.do_habits(talk.answer.last)
             if talk.answer.end and not talk.outcome:

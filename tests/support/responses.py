@@ -29,10 +29,10 @@ def connect(server: RunningServer, **kwargs: Any) -> Any:
 
 
 async def next_event(ws: ClientWebSocketResponse) -> Any:
-    """The next event that says no position."""
+    """The next event of the provider, or error."""
     while True:
         event = json.loads(await ws.receive_str(timeout=20))
-        if event["type"] != "aioserver:queued":
+        if not event["type"].startswith("aioserver:"):
             return event
 
 

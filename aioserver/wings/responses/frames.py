@@ -312,9 +312,27 @@ def in_lane(event: bytes, lane: str) -> bytes:
     return b'%b%b"stream_id":"%b"}' % (start, comma, lane.encode())
 
 
-def queued(lane: str | None, position: int, eta: float) -> bytes:
-    """Return the frame that says where a response waits; *eta* in seconds."""
-    event = {"type": "aioserver:queued", "position": position, "eta": round(eta, 1)}
+def queued(lane: str | None, at: str, position: int, eta: float | None) -> bytes:
+    """Return the frame that says where a response waits: *at* the connection, at its key or at its
+    provider; *eta* in seconds, None if nobody knows.
+    """
+    return _news(
+        lane,
+        {
+            "type": "aioserver:queued",
+            "at": at,
+            "position": position,
+            "eta": None if eta is None else round(eta, 1),
+        },
+    )
+
+
+def heartbeat(lane: str | None) -> bytes:
+    """Return the frame that says that a response goes on, although its provider is silent."""
+    return _news(lane, {"type": "aioserver:heartbeat"})
+
+
+def _news(lane: str | None, event: dict[str, Any]) -> bytes:
     return orjson.dumps(event if lane is None else {**event, "stream_id": lane})
 
 

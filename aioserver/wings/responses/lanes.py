@@ -2,17 +2,20 @@
 answered, and what may be continued.
 
 What comes on one lane is answered in its order, and different lanes are answered at once, at most
-MAX_RUNNING. The next turn is that of the lane which has waited longest. A lane keeps the latest of
-its responses, so that a request on any lane can continue it, although nobody else may keep it
+MAX_RUNNING. The next turn is that of the lane which has waited longest. Whoever waits is told so, and
+whoever hears nothing of a response that runs as well (`LaneNews`). A lane keeps the latest of its
+responses, so that a request on any lane can continue it, although nobody else may keep it
 (`store: false`), unless the room is needed (wings/responses/stored.py).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from aioserver.errors import ConcurrencyExceeded, StreamLimitReached
+from aioserver.streams.formats import WS_TEXT, ws_frame
+from aioserver.wings.responses import frames
 from aioserver.wings.responses.path import response_messages
 
 if TYPE_CHECKING:
@@ -20,7 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from aioserver.faces.admission import BodyHold
+    from aioserver.faces.context import Context
     from aioserver.streams.stream import Stream
+    from aioserver.streams.writer import Writer
     from aioserver.wings.responses.frames import Create, Refused, Resume
     from aioserver.wings.responses.stored import HeldResponses, StoredResponse
 
@@ -34,12 +39,28 @@ MAX_WAITING = 64
 MAX_WAITING_BYTES = 1 << 25
 
 
-class Turn(NamedTuple):
-    """A command on its lane, and the count of its bytes."""
+# Durations of responses of one connection that are remembered, for what those that wait are told.
+DURATIONS = 8
+# Seconds between two looks at what is told.
+NEWS_INTERVAL = 1.0
 
-    lane: Lane
-    command: Create | Refused | Resume
-    hold: BodyHold
+
+class Turn:
+    """A command on its lane, and the count of its bytes; *number* counts those of its connection.
+
+    The client was *told* its position at a time, *told_at*.
+    """
+
+    __slots__ = ("command", "hold", "lane", "number", "told", "told_at")
+
+    def __init__(
+        self, lane: Lane, command: Create | Refused | Resume, hold: BodyHold, number: int
+    ) -> None:
+        self.lane = lane
+        self.command = command
+        self.hold = hold
+        self.number = number
+        self.told, self.told_at = 0, 0.0
 
 
 class Lane:
@@ -48,16 +69,22 @@ class Lane:
     *stream* is the response that is read, or was read last, *response_id* its id, once it is
     known, and *continues* the id of the one before it. *asked* fills the last one that was asked
     for here, which a resumed one is not, and *on_end* is called at its end. *under_way* counts
-    what its end still has to wait for, such as events that are not written.
+    what its end still has to wait for, such as events that are not written, and was first more than
+    0 at *began*. *position* is what the client was told of its wait at the provider, None once it
+    waits no more. It has been silent since *silent_since*, with so many *events* behind it.
     """
 
     __slots__ = (
         "asked",
+        "began",
         "continues",
+        "events",
         "format",
         "name",
         "on_end",
+        "position",
         "response_id",
+        "silent_since",
         "stream",
         "turns",
         "under_way",
@@ -72,7 +99,9 @@ class Lane:
         self.response_id: str | None = None
         self.asked: asyncio.Task[None] | None = None
         self.continues: str | None = None
-        self.under_way = 0
+        self.under_way = self.events = 0
+        self.began = self.silent_since = 0.0
+        self.position: tuple[int, float] | None = None
 
     def ended(self, _task: object) -> None:
         """Note that `asked` has ended."""
@@ -88,11 +117,17 @@ class Lanes:
 
     *held* has the latest response of each lane, until it is dropped to make room. *on_end* is
     called with a lane when the response that was asked for on it has ended, and counts for no
-    limit of its caller any more.
+    limit of its caller any more. *clock* has the time of the loop.
     """
 
-    def __init__(self, held: HeldResponses, on_end: Callable[[Lane], None]) -> None:
+    def __init__(
+        self, held: HeldResponses, on_end: Callable[[Lane], None], clock: Callable[[], float]
+    ) -> None:
         self._held = held
+        self._clock = clock
+        # How long the latest responses have taken, and how many commands have come.
+        self._durations: deque[float] = deque(maxlen=DURATIONS)
+        self._commands = 0
         self._on_end = on_end
         self._lanes: dict[str | None, Lane] = {}
         # The lane that has waited longest comes first.
@@ -125,7 +160,8 @@ class Lanes:
         if waits and self._waiting and self._waiting_bytes + hold.size > MAX_WAITING_BYTES:
             raise _too_much(f"more than {MAX_WAITING_BYTES} bytes would wait on this socket")
         hold.given = True
-        lane.turns.append(Turn(lane, command, hold))
+        self._commands += 1
+        lane.turns.append(Turn(lane, command, hold, self._commands))
         self._waiting += 1
         self._waiting_bytes += hold.size
         self.free(lane)
@@ -149,6 +185,8 @@ class Lanes:
         """Note that something is under way on *lane*, until `done`."""
         if not lane.under_way:
             self._running += 1
+            lane.began = lane.silent_since = self._clock()
+            lane.events, lane.position = 0, None
         lane.under_way += 1
 
     def done(self, lane: Lane) -> None:
@@ -156,7 +194,35 @@ class Lanes:
         lane.under_way -= 1
         if not lane.under_way:
             self._running -= 1
+            self._durations.append(self._clock() - lane.began)
             self.free(lane)
+
+    def waiting(self) -> list[tuple[Turn, int, float | None]]:
+        """Return the commands that wait, each with its position and the seconds that its wait is
+        expected to take, None while no response has ended.
+
+        While less than MAX_RUNNING lanes have something under way, only the commands on its own
+        lane are before a command. It is the number of those that came before it otherwise, of
+        which each round takes MAX_RUNNING.
+        """
+        if self._running < MAX_RUNNING:
+            placed = [
+                (turn, number, number)
+                for lane in self._lanes.values()
+                for number, turn in enumerate(lane.turns, 1)
+            ]
+        else:
+            turns = [turn for lane in self._lanes.values() for turn in lane.turns]
+            turns.sort(key=lambda turn: turn.number)
+            placed = [
+                (turn, number, -(-number // MAX_RUNNING)) for number, turn in enumerate(turns, 1)
+            ]
+        known = self._durations
+        mean = sum(known) / len(known) if known else None
+        return [
+            (turn, position, None if mean is None else round(mean * rounds, 1))
+            for turn, position, rounds in placed
+        ]
 
     def free(self, lane: Lane) -> None:
         """Note that the next turn on *lane* may come, unless something is under way there."""
@@ -206,6 +272,70 @@ class Lanes:
                 raise StreamLimitReached(text, param="stream_id")
             lane = self._lanes[name] = Lane(name, self._on_end)
         return lane
+
+
+class LaneNews:
+    """What the client of one connection is told of its *lanes* by *writer* while nothing else
+    comes on them: a member of the timer wheel.
+
+    A command that waits on the connection is told of when it comes, when its position has changed,
+    at most once each NEWS_INTERVAL, and each *interval* seconds; a response that waits at its
+    provider, or whose provider is silent, each *interval* seconds.
+    """
+
+    __slots__ = ("_context", "_lanes", "_writer", "bucket")
+
+    def __init__(self, lanes: Lanes, writer: Writer, context: Context) -> None:
+        # Set by the wheel.
+        self.bucket = 0
+        self._lanes, self._writer, self._context = lanes, writer, context
+
+    @property
+    def interval(self) -> float:
+        """The seconds of silence after which the client is told again."""
+        return self._context.settings.chat.websocket.ping_interval
+
+    def begin(self, now: float) -> None:
+        """Tell what has to be told *now*, and later for as long as anything waits or runs."""
+        self._tell_waiting(now)
+        if not self.bucket:
+            self._context.wheel.add(self, min(NEWS_INTERVAL, self.interval))
+
+    def end(self) -> None:
+        """Tell nothing any more."""
+        self._context.wheel.remove(self)
+
+    def visit(self, now: float) -> float | None:
+        """Tell what is due; return the seconds until the next visit, None if there is nothing to
+        tell of.
+        """
+        if not self._lanes.busy:
+            return None
+        self._tell_waiting(now)
+        interval = self.interval
+        for lane in self._lanes.under_way():
+            stream = lane.stream
+            events = 0 if stream is None else stream.last
+            if events != lane.events:
+                lane.events, lane.silent_since, lane.position = events, now, None
+            elif now - lane.silent_since >= interval * 0.99:
+                lane.silent_since = now
+                if lane.position is None:
+                    self._send(frames.heartbeat(lane.name))
+                else:
+                    self._send(frames.queued(lane.name, "provider", *lane.position))
+        return min(NEWS_INTERVAL, interval)
+
+    def _tell_waiting(self, now: float) -> None:
+        """Tell each command that waits where it stands, if it is news or long ago."""
+        interval = self.interval
+        for turn, position, eta in self._lanes.waiting():
+            if turn.told != position or now - turn.told_at >= interval * 0.99:
+                turn.told, turn.told_at = position, now
+                self._send(frames.queued(turn.lane.name, "connection", position, eta))
+
+    def _send(self, event: bytes) -> None:
+        self._writer.send(ws_frame(WS_TEXT, event))
 
 
 def _ignore(_lane: Lane) -> None:

@@ -48,7 +48,7 @@ from aioserver.wings.responses.frames import (
     Resume,
     Steer,
 )
-from aioserver.wings.responses.lanes import Lanes
+from aioserver.wings.responses.lanes import LaneNews, Lanes
 from aioserver.wings.responses.stored import not_found
 from aioserver.wings.responses.stored_face import NOT_FOUND
 
@@ -107,7 +107,8 @@ class ResponsesSocket(Socket):
     def __init__(self, stored: StoredResponses, *args: Any) -> None:
         super().__init__(*args)
         self._stored = stored
-        self._lanes = Lanes(stored.held, self._done)
+        self._lanes = Lanes(stored.held, self._done, self._loop.time)
+        self._news = LaneNews(self._lanes, self._writer, self._context)
         self._tasks: set[asyncio.Task[None]] = set()
         self._over = False
 
@@ -138,7 +139,7 @@ class ResponsesSocket(Socket):
 
     def show_position(self, position: int, eta: float) -> None:
         """Send an `aioserver:queued` frame that belongs to no response."""
-        self._send(frames.queued(None, position, eta))
+        self._send(frames.queued(None, "connection", position, eta))
 
     def show_error(self, error: AioserverError) -> None:
         """Send an `error` frame that belongs to no response."""
@@ -149,6 +150,7 @@ class ResponsesSocket(Socket):
         self._over = True
         for task in self._tasks:
             task.cancel()
+        self._news.end()
         self._lanes.close()
         await super().finish()
 
@@ -164,6 +166,8 @@ class ResponsesSocket(Socket):
                     self._refuse(command.lane, error)
                 else:
                     self._go_on()
+                    if self._lanes.busy and self.open:
+                        self._news.begin(self._loop.time())
             case Cancel():
                 try:
                     self._cancel(command)
@@ -178,7 +182,7 @@ class ResponsesSocket(Socket):
         """Carry out the commands whose turns have come."""
         # A socket that is closing gets no answers, and nothing is paid for them.
         while self.open and (turn := self._lanes.next()) is not None:
-            lane, command, hold = turn
+            lane, command, hold = turn.lane, turn.command, turn.hold
             with hold:
                 try:
                     self._begin(lane, command, hold)
@@ -359,14 +363,18 @@ class ResponsesSocket(Socket):
         Raises:
             ResumeGap: those events are no longer kept.
         """
-        name = lane.name
+        # Not the socket, which would hold itself by its writer.
+        now = self._loop.time
+
+        def render(position: int, eta: float) -> bytes:
+            lane.position, lane.silent_since = (position, eta), now()
+            return ws_frame(WS_TEXT, frames.queued(lane.name, "provider", position, eta))
+
         self._writer.follow(
             stream,
             after,
             lane.format,
-            render_position=lambda position, eta: ws_frame(
-                WS_TEXT, frames.queued(name, position, eta)
-            ),
+            render_position=render,
             on_end=partial(self._written, lane),
         )
         lane.stream, lane.response_id = stream, None

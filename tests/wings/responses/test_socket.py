@@ -357,7 +357,12 @@ async def test_a_request_that_waits_is_told_its_position(make_server: MakeServer
         event = json.loads(await ws.receive_str(timeout=20))
 
     assert event.pop("eta") >= 0
-    assert event == {"type": "aioserver:queued", "position": 1, "stream_id": "a"}
+    assert event == {
+        "type": "aioserver:queued",
+        "at": "provider",
+        "position": 1,
+        "stream_id": "a",
+    }
 
 
 # Handshakes.
