@@ -76,6 +76,8 @@ TYPES = {
 # Seconds that a client is told to wait at most: SDKs take no more than a minute or two for true,
 # and whatever a client waits for may be over long before.
 MAX_RETRY_AFTER = 120.0
+# The statuses of what will have room or a start again, and the seconds for which SDKs wait for it.
+BUSY, SOON = frozenset({429, 503, 529}), 60.0
 
 
 class AioserverError(Exception):
@@ -134,9 +136,17 @@ class AioserverError(Exception):
                 headers["retry-after-ms"] = str(max(1, math.ceil(1000 * self.retry_after)))
         elif self.http_status == 503:
             headers["Retry-After"] = "1"
-        if self.http_status in {409, 501} or self.paid:
+        if self.http_status in {409, 501} or (self.paid and not self.invites):
             headers["x-should-retry"] = "false"
         return headers
+
+    @property
+    def invites(self) -> bool:
+        """Whether it says when to come back, and soon: agents wait for that, and end their run
+        where they may not come back.
+        """
+        seconds = 1.0 if self.retry_after is None and self.status == 503 else self.retry_after
+        return self.http_status in BUSY and seconds is not None and seconds <= SOON
 
     def body(self) -> bytes:
         """Return the JSON body of the HTTP answer."""

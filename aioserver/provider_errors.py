@@ -92,7 +92,8 @@ class ProviderFault(AioserverError):
             headers = {**outcome.headers, **headers}
             headers["x-aioserver-provider"] = outcome.provider
             headers["x-aioserver-attempts"] = str(attempts)
-        if attempts > 1 or (self.status in {502, 504} and not self.unsent):
+        repeated = attempts > 1 or (self.status in {502, 504} and not self.unsent)
+        if repeated and not self.invites:
             headers["x-should-retry"] = "false"
         return headers
 

@@ -18,7 +18,15 @@ from aioserver.errors import (
     ServerShutdown,
     public,
 )
-from aioserver.provider_errors import ProviderError, ProviderFault, ProviderRefused, ReadTimeout
+from aioserver.provider_errors import (
+    CircuitOpen,
+    ProviderError,
+    ProviderFault,
+    ProviderRateLimited,
+    ProviderRefused,
+    ReadTimeout,
+)
+from aioserver.telemetry.outcome import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -200,8 +208,25 @@ def test_sdks_are_told_not_to_repeat_what_was_sent_to_a_provider() -> None:
         assert "x-should-retry" not in other.headers()
         # A provider has answered, and what came then is no fault of the provider.
         other.paid = True
-        assert other.headers()["x-should-retry"] == "false"
+        told = other.headers()
+        assert ("x-should-retry" in told) is ("Retry-After" not in told)
         assert other.as_chunk()["retryable"] is False
+
+
+@pytest.mark.parametrize(
+    ("error", "final"),
+    [
+        (ProviderRateLimited("wait", retry_after=60.0), False),
+        (ProviderRateLimited("wait", retry_after=61.0), True),
+        (ProviderRateLimited("wait"), True),
+        (CircuitOpen("dead", retry_after=1.0), False),
+        (ProviderError("500", retry_after=1.0), True),
+    ],
+)
+def test_who_says_when_to_come_back_never_forbids_it(error: ProviderFault, *, final: bool) -> None:
+    """Claude Code ends its run at once on a 429 that does."""
+    error.request_outcome = Outcome("sim", "m", attempts=3)
+    assert (error.headers().get("x-should-retry") == "false") is final
 
 
 def test_a_providers_refusal_passes_body_and_all() -> None:

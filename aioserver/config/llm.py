@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 # The section of the shipped file that counts where a provider leaves its own out.
 HTTP_CLIENT = "llm.providers.openai.http_client"
+# Requests that may wait for a provider, at least, if nothing else is set: fifty agents at four
+# places.
+MIN_QUEUE_SIZE = 64
 # How a provider is asked for the rest of an answer.
 NO_CONTINUATION, PREFILL, PREFIXED, FINAL_MESSAGE, INSTRUCT = CONTINUATIONS = (
     "none",
@@ -101,7 +104,7 @@ class HttpClient:
         count,
         "requests that may wait for this provider; beyond: 503",
         None,
-        default_text="10 x concurrent_requests",
+        default_text="10 x concurrent_requests, at least 64",
     )
     queue_timeout: float = setting(
         seconds,
@@ -117,7 +120,9 @@ class HttpClient:
 
     def __post_init__(self) -> None:
         if self.queue_size is None:
-            object.__setattr__(self, "queue_size", 10 * self.concurrent_requests)
+            # An agent is kept alive by its place in a queue, and not by a refusal.
+            queue_size = max(MIN_QUEUE_SIZE, 10 * self.concurrent_requests)
+            object.__setattr__(self, "queue_size", queue_size)
         if self.queue_timeout is None:
             object.__setattr__(self, "queue_timeout", self.read_timeout)
         check_rules(

@@ -141,8 +141,8 @@ def test_a_provider_has_what_the_other_one_has_but_for_its_own(file: Path) -> No
     own = providers["own"]
     assert (own.base_url, own.model, own.temperature) == ("http://other/v1", "m", 0.1)
     assert own.headers == {"x-b": "2"}
-    assert (own.http_client.max_retries, own.http_client.queue_size) == (0, 60)
-    assert providers["other"].http_client.queue_size == 40
+    assert (own.http_client.max_retries, own.http_client.queue_size) == (0, 64)
+    assert providers["other"].http_client.queue_size == 64
     assert providers["gpu3"].http_client.concurrent_requests == 8
     assert providers["gpu3"].http_client.queue_size == 250
 
