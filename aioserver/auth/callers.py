@@ -20,9 +20,9 @@ from aiohttp import web
 if TYPE_CHECKING:
     from aioserver.limits.quota import Quota
 
-# Characters of a request's `user` that count: it may be any text, and becomes part of a queue's
-# name.
-MAX_USER = 128
+# Characters that count of a request's `user`, or of its session: it may be any text, and becomes
+# part of a queue's name.
+MAX_USER = 256
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from aiohttp.http import HttpVersion11
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web import RequestPayloadError
 
+from aioserver.auth.callers import CALLER
 from aioserver.errors import (
     InvalidRequest,
     RequestTimeout,
@@ -34,6 +35,7 @@ from aioserver.providers.backpressure import LEAST_RATE
 if TYPE_CHECKING:
     from aiohttp import StreamReader, web
 
+    from aioserver.auth.callers import Caller
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.protocol.client_headers import ClientHeaders
@@ -52,6 +54,26 @@ PIECE_BYTES = 1 << 16
 # Bytes of such a body that are there before a provider's place is taken for it.
 FIRST_BYTES = 1 << 18
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+# Ids of sessions, which agents send: Claude Code, Codex, opencode.
+SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "x-session-id")
+
+
+def session_of(request: web.Request) -> str | None:
+    """Return the session of an agent that *request* belongs to, None if it names none."""
+    headers = request.headers
+    for name in SESSION_HEADERS:
+        if name in headers:
+            return headers[name]
+    return None
+
+
+def caller_of(request: web.Request, user: str | None) -> Caller:
+    """Return the caller of *request*, within whose requests those of *user* wait apart; without a
+    user those of its session.
+    """
+    return request[CALLER].on_behalf_of(user or session_of(request))
 
 
 async def read_body(request: web.Request, hold: BodyHold, max_bytes: int) -> bytes:

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from aiohttp import web
 
-from aioserver.auth.callers import CALLER
 from aioserver.errors import ModelNotFound, StreamNotFound
 from aioserver.faces import http, whole
 from aioserver.faces.admission import counted
 from aioserver.faces.intake import (
     begin_visit,
+    caller_of,
     client_headers,
     end_visit,
     idempotency_key,
@@ -116,7 +116,7 @@ def prepare_for(
             api,
             body_maker(body),
             streamed=body.streamed and api is not EMBEDDINGS,
-            caller=request[CALLER].on_behalf_of(body.user),
+            caller=caller_of(request, body.user),
             model=route.model,
             hold=hold,
             client_headers=client_headers(context, request),

@@ -29,7 +29,7 @@ from aioserver.errors import (
 )
 from aioserver.faces import http, whole
 from aioserver.faces.admission import counted
-from aioserver.faces.intake import BodyStream, client_headers, read_start, refuse_coded
+from aioserver.faces.intake import BodyStream, caller_of, client_headers, read_start, refuse_coded
 from aioserver.faces.openai import body_maker
 from aioserver.faces.ready import HIGH_WATER
 from aioserver.gateway.request import Request
@@ -119,7 +119,7 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
         _body_headers(request, upload),
         upload=upload,
         pace=pace,
-        caller=request[CALLER].on_behalf_of(body.user if body is not None else None),
+        caller=caller_of(request, None if body is None else body.user),
         model=route.model or model,
         hold=hold,
         client_headers=client_headers(context, request),

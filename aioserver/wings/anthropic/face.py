@@ -21,7 +21,7 @@ from aioserver.auth.callers import CALLER
 from aioserver.faces import http, openai
 from aioserver.faces.admission import counted
 from aioserver.faces.form import Form
-from aioserver.faces.intake import client_headers, idempotency_key, read_model_body
+from aioserver.faces.intake import client_headers, idempotency_key, read_model_body, session_of
 from aioserver.faces.openai import Dialect
 from aioserver.gateway.request import Request
 from aioserver.providers.request import ProviderRequest
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from aioserver.providers.api import Api
 
 ANTHROPIC = Dialect("anthropic", PING, "request-id")
-# Claude Code's id of a session: its requests wait apart from those of others of the same key.
-SESSION_HEADER = "x-claude-code-session-id"
 # The one query that belongs to the API, and goes on with the path: the beta version of it.
 BETA = "beta"
 
@@ -69,7 +67,7 @@ def prepare_for(
         if api is COUNT_TOKENS:
             # Another model counts other tokens.
             route.pinned = True
-        session = request.headers.get(SESSION_HEADER) or wire.user_of(body.metadata)
+        session = session_of(request) or wire.user_of(body.metadata)
         provider_request = ProviderRequest(
             api,
             openai.body_maker(body),

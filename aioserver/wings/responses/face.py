@@ -23,7 +23,7 @@ from aioserver.auth.callers import CALLER
 from aioserver.errors import InstanceUnavailable, InvalidRequest, ResumeGap, StreamNotFound
 from aioserver.faces import http, openai, passthrough
 from aioserver.faces.admission import counted
-from aioserver.faces.intake import client_headers, idempotency_key, read_model_body
+from aioserver.faces.intake import caller_of, client_headers, idempotency_key, read_model_body
 from aioserver.faces.ready import HIGH_WATER
 from aioserver.gateway.instances import Start
 from aioserver.gateway.request import Request
@@ -105,7 +105,7 @@ async def prepare_new(
         context,
         body,
         face=openai.OPENAI.face,
-        caller=caller,
+        caller=caller_of(request, body.user),
         name=http.request_id(request),
         hold=hold,
         client_headers=client_headers(context, request),
@@ -140,7 +140,7 @@ def make_request(
         openai.body_maker(body),
         draft,
         streamed=body.streamed,
-        caller=caller.on_behalf_of(body.user),
+        caller=caller,
         model=route.model,
         hold=hold,
         client_headers=client_headers,

@@ -28,6 +28,7 @@ from aioserver.errors import (
     StreamNotFound,
     public,
 )
+from aioserver.faces.intake import session_of
 from aioserver.faces.socket import Socket
 from aioserver.faces.upgrade import serve
 from aioserver.gateway.calls import shutdown_error
@@ -89,7 +90,8 @@ async def answer(
         )
         error.allowed = ("POST",)
         raise error
-    return await serve(context, request, ResponsesSocket, partial(ResponsesSocket, stored))
+    make = partial(ResponsesSocket, stored, session_of(request))
+    return await serve(context, request, ResponsesSocket, make)
 
 
 class ResponsesSocket(Socket):
@@ -104,9 +106,11 @@ class ResponsesSocket(Socket):
     # A shorter one has ended long turns of agents, whose machines are busy meanwhile.
     min_ping_timeout = 30.0
 
-    def __init__(self, stored: StoredResponses, *args: Any) -> None:
+    def __init__(self, stored: StoredResponses, session: str | None, *args: Any) -> None:
         super().__init__(*args)
         self._stored = stored
+        # The session of an agent that its handshake names.
+        self._session = session
         self._lanes = Lanes(stored.held, self._done, self._loop.time)
         self._news = LaneNews(self._lanes, self._writer, self._context)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -214,7 +218,7 @@ class ResponsesSocket(Socket):
                 context,
                 body,
                 face=self.face,
-                caller=self.caller,
+                caller=self.caller.on_behalf_of(body.user or self._session),
                 name=uuid.uuid4().hex,
                 hold=hold,
                 client_headers=self._client_headers,
