@@ -5,8 +5,8 @@ Request ids and conversations are names within a caller. Fair queueing is finer 
 tells apart the addresses of clients without a key, and the users that a request may name (OpenAI's
 `user`).
 
-The flows are those of limits/fair_queue: start-time fair queueing (Goyal, Vin and Cheng, 1996)
-between flows, and round robin between the subflows of one.
+The flows are the callers of limits/fair_queue, which share a provider's work by weight; the
+subflows of one share what it gets evenly.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ class Caller:
     """The owner of streams and conversations. Two objects of one name are the same caller.
 
     *subflow*: where the caller's requests wait within `flow`; *priority*: the weight of the flow,
-    1 to 10; *admin*: whether the caller may see the operating pages; *quota*: the limits of the
-    caller's key, None without keys.
+    1 to 10; *batch*: whether its requests use what others leave; *admin*: whether the caller may
+    see the operating pages; *quota*: the limits of the caller's key, None without keys.
     """
 
     name: str = ""
     subflow: str = field(default="", compare=False)
     priority: int = field(default=1, compare=False)
+    batch: bool = field(default=False, compare=False)
     admin: bool = field(default=False, compare=False)
     quota: Quota | None = field(default=None, compare=False, repr=False)
 

@@ -106,7 +106,7 @@ class ClientKey:
         count, "answers and deletions that this key may begin per minute; beyond: 429", 300
     )
     priority: int = setting(
-        weight, "weight of this key in a provider's queue: 2 gets twice the starts of 1", 1
+        weight, "weight of this key in a provider's queue: 2 gets twice the work of 1", 1
     )
     admin: bool = setting(
         boolean,

@@ -155,6 +155,7 @@ class Asking:
                     provider.health.breaker.unsure(trial=True)
                 if place is not None:
                     # It is given back already, unless the attempt never began.
+                    place.settle(0)
                     place.release()
             if backoff:
                 await asyncio.sleep(backoff)

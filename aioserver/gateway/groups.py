@@ -326,6 +326,7 @@ class Group:
             weight=caller.priority,
             on_position=first.queued if show_position else None,
             at_front=first.retry,
+            batch=first.request.batch,
         )
         waiting = Waiting(lines, attempts, more, self._clock())
         wishes = waiting.wishes
@@ -339,6 +340,7 @@ class Group:
             winner = next(member for member, wish in wishes.items() if wish is taken)
         except BaseException:
             if place is not None:
+                place.settle(0)
                 place.release()
             raise
         finally:

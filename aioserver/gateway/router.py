@@ -452,6 +452,7 @@ class Router:
                 provider.health.breaker.unsure(trial=True)
             if place is not None:
                 # It is given back already, unless the attempt never began.
+                place.settle(0)
                 place.release()
         assert attempt.answer is not None
         return attempt.answer

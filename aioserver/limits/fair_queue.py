@@ -1,94 +1,355 @@
-"""Start-time fair queueing: fair between callers by weight, and between the flows of one caller.
+"""Fair queueing by work: virtual token counters, for callers by weight, and for the flows of each.
 
-Algorithm: Goyal, Vin, Cheng, "Start-Time Fair Queueing: A Scheduling Algorithm for Integrated
-Services Packet Switching Networks", SIGCOMM 1996. Each caller has a start tag: the virtual time at
-which its next item starts. The caller with the smallest tag is served, and its tag grows by 1 /
-weight. Virtual time is the tag that was served last. A caller that arrives starts at virtual time,
-or where its last item has ended, if that is later: it gains nothing by being away for a moment,
-and nobody waits for items that were never served. So a caller of weight 3 is served three times
-for each time that a caller of weight 1 is, and a caller with a thousand items delays another by
-one item at most.
+This file is one concept: counters, the two levels at which they count, and the items whose order
+they are.
 
-The items of a caller belong to flows (the users of one key, for example). A caller's flows are
-served round robin (Nagle, RFC 970, 1985), and a flow's items in order of arrival.
+Algorithm: Sheng, Cao, Li, Zhu, Li, Zhuo, Gonzalez, Stoica, "Fairness in Serving Large Language
+Models", OSDI 2024, the weighted one with predicted lengths. Each caller has a counter. Of those
+with an item that waits, the one with the smallest counter is served. Its counter grows by the
+estimated work of the item, divided by the caller's weight, when the item starts, and is corrected
+by the error of the estimate when it ends. So a caller whose requests are fifty times as dear gets
+a fiftieth of the starts, a caller of weight 3 gets three times the work of a caller of weight 1,
+and a thousand waiting items delay another caller by one item at most.
 
-Tags are whole numbers, since their order must be exact: the length of an item in virtual time is
-2520 / weight, which has no remainder for the weights 1 to 10.
+What work is, callers decide, by one rule: the tokens of a prompt, and twice those of the answer,
+which are the paper's factors; what comes from a cache is no work (Cao et al., "Locality-aware Fair
+Scheduling in LLM Serving", 2025, arXiv 2501.14312).
+
+A caller that begins to wait gets the counter that was served last (the *virtual time*) if its own
+is smaller: it saves nothing up while it is away. The paper takes the smallest counter of those
+that wait; ours is that of start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996), it is the
+same but for corrections, and needs no search. Virtual time never falls, though counters may. A
+start without a wait is charged in the same way.
+
+    With N starts under way at most, U the dearest item (its work or its estimate) and E the
+    largest error of an estimate, two callers that both wait throughout a span have started work
+    that differs by 2 (U + N E) at most, each divided by its weight.
+
+It holds since the counters of two that wait are never further apart than U + N E: the one that is
+ahead was the smaller one when it was served last, and has grown since by one item, and both by
+corrections of what ran then. The flows of a caller (the users of one key, for example) share what
+it gets by the same rule, each with weight 1.
+
+Counters are whole numbers, since their order must be exact: a unit of work is 2520 / weight, which
+has no remainder for the weights 1 to 10.
+
+    charge = queue.start(caller, flow, weight, work)      # without a wait
+    queue.add(item, caller, flow, weight, work)           # with one
+    item, charge = queue.pop(gone)
+    charge.settle(cost)                                   # what it has cost, once it has ended
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from heapq import heapify, heappop, heappush
+from collections import OrderedDict
+from heapq import heapify, heappop, heappush, heapreplace, nlargest
+from itertools import islice
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Callable, Hashable, Iterator, Mapping
 
 T = TypeVar("T")
-# The length of an item at weight 1: the least common multiple of 1 to 10.
+# A unit of work at weight 1: the least common multiple of 1 to 10.
 LENGTH = 2520
 MAX_WEIGHT = 10
-# Stale entries that are kept before they are swept: a sweep at each departure would cost
-# O(callers).
+# Stale entries, and counters of callers that neither wait nor run, that are kept before they are
+# swept: a sweep at each departure would cost O(callers).
 MAX_STALE = 64
+NOTHING: Mapping[Hashable, int] = MappingProxyType({})
 
 
-class _Caller(Generic[T]):
-    """A caller with at least one item. Always: none of its flows is empty."""
+class _Counter:
+    """What a caller or a flow has started, in virtual time: its *tag*.
 
-    __slots__ = ("count", "flows", "length", "serial", "tag")
+    *waiting* and *work* are the number and the estimates of its items, *running* counts its starts
+    that have not ended. Of two with the same tag the one that began to wait first is served first:
+    its *serial* is smaller. *length* is a unit of its work in virtual time.
+    """
 
-    def __init__(self, tag: int, weight: int, serial: int) -> None:
+    __slots__ = ("length", "running", "serial", "tag", "waiting", "work")
+
+    def __init__(self, tag: int, length: int) -> None:
         self.tag = tag
-        # Of two callers with the same tag, the one that arrived first is served first.
-        self.serial = serial
-        self.length = LENGTH // weight
-        self.flows: OrderedDict[Hashable, deque[T]] = OrderedDict()
-        self.count = 0
+        self.length = length
+        self.serial = self.waiting = self.work = self.running = 0
+
+    def rest(self) -> None:
+        """Hear that it neither waits nor runs any more."""
 
     def served_before(self, tag: int, serial: int) -> int:
-        """Return how many of its items are served before an item of another caller with *tag*."""
-        ahead = tag - self.tag
-        if ahead < 0:
-            return 0
-        # All items with a smaller tag, and one with the same tag if this caller arrived first.
-        items = -(-ahead // self.length)
-        if self.serial < serial and ahead % self.length == 0:
-            items += 1
-        return min(items, self.count)
-
-    def position_of(self, flow: Hashable, number: int) -> int:
-        """Return the position among this caller's items of the *number*-th item of *flow*, from 1.
-
-        Before it the round robin serves *number* items of each flow that is ahead of *flow*, and
-        one less of each flow behind it. A flow that has no item yet is behind all others.
+        """Return how many of its items are served before one of another counter with *tag*, if
+        each has their mean work.
         """
-        position, own = 0, number
-        for other, items in self.flows.items():
-            if other == flow:
-                position += own
-                number -= 1
+        ahead = (tag - self.tag) * self.waiting
+        if ahead < 0 or not self.waiting:
+            return 0
+        # All items with a smaller tag, and one with the same tag if this counter comes first.
+        step = self.work * self.length
+        items = -(-ahead // step)
+        if self.serial < serial and ahead % step == 0:
+            items += 1
+        return min(items, self.waiting)
+
+
+class _Flow(_Counter, Generic[T]):
+    """A flow: its items, but for those at the front of its caller, each with its work."""
+
+    __slots__ = ("items",)
+
+    def __init__(self, tag: int, length: int) -> None:
+        super().__init__(tag, length)
+        self.items: OrderedDict[T, int] = OrderedDict()
+
+
+class _Caller(_Counter, Generic[T]):
+    """A caller: the items at its *front*, each with its flow and work, and its flows."""
+
+    __slots__ = ("flows", "front")
+
+    def __init__(self, tag: int, length: int) -> None:
+        super().__init__(tag, length)
+        self.front: OrderedDict[T, tuple[Hashable, int]] = OrderedDict()
+        self.flows: _Turns[_Flow[T]] = _Turns(_Flow)
+
+    def rest(self) -> None:
+        """Forget what its flows have started: none of them is ahead of another one then."""
+        flows = self.flows
+        if len(flows.counters) > 1:
+            self.flows = _Turns(_Flow)
+        else:
+            for flow in flows.counters.values():
+                flow.tag = flows.virtual
+
+    def order(self) -> Iterator[tuple[T, int]]:
+        """Iterate over its items in their order, each with its work."""
+        ahead: dict[Hashable, int] = {}
+        for item, (flow, work) in self.front.items():
+            ahead[flow] = ahead.get(flow, 0) + work * LENGTH
+            yield item, work
+        yield from self.flows.order(lambda flow: iter(flow.items.items()), ahead)
+
+
+C = TypeVar("C", bound=_Counter)
+
+
+class _Turns(Generic[C]):
+    """Counters by name, of which the smallest one that waits is next.
+
+    Always: `_heap` has a valid entry for each counter that waits (others in it are stale, and
+    skipped); `virtual` never falls; at most MAX_STALE counters more than those that wait or run
+    are known.
+    """
+
+    __slots__ = ("_heap", "_idle", "_make", "_serials", "counters", "virtual")
+
+    def __init__(self, make: Callable[[int, int], C]) -> None:
+        self._make = make
+        self.counters: dict[Hashable, C] = {}
+        self._heap: list[tuple[int, int, C]] = []
+        # How many counters neither wait nor run.
+        self._idle = 0
+        self._serials = 0
+        self.virtual = 0
+
+    def active(self, name: Hashable, length: int) -> C:
+        """Return the counter *name*, which is about to wait or to start."""
+        counter = self.counters.get(name)
+        if counter is None:
+            counter = self.counters[name] = self._make(self.virtual, length)
+        else:
+            if not (counter.running or counter.waiting):
+                self._idle -= 1
+            # The newest weight holds.
+            counter.length = length
+        return counter
+
+    def waits(self, counter: C, work: int) -> None:
+        """Let *counter* wait with one more item of so much *work*."""
+        counter.work += work
+        counter.waiting += 1
+        if counter.waiting == 1:
+            counter.tag = max(counter.tag, self.virtual)
+            counter.serial = self._serials
+            self._serials += 1
+            self.push(counter)
+
+    def start(self, counter: C, work: int) -> None:
+        """Charge *counter* with a start of so much *work* without a wait; none waits."""
+        if counter.tag < self.virtual:
+            counter.tag = self.virtual
+        else:
+            self.virtual = counter.tag
+        counter.tag += work * counter.length
+        counter.running += 1
+
+    def start_early(self, counter: C, work: int) -> None:
+        """Charge *counter* with a start that comes before its turn, which says nothing of the
+        turns of others: virtual time stays.
+        """
+        if not counter.waiting:
+            counter.tag = max(counter.tag, self.virtual)
+        counter.tag += work * counter.length
+        counter.running += 1
+        if counter.waiting:
+            self.push(counter)
+
+    def first(self) -> C:
+        """Return the next counter; there is one that waits."""
+        while True:
+            tag, serial, counter = self._heap[0]
+            if counter.waiting and (counter.tag, counter.serial) == (tag, serial):
+                return counter
+            heappop(self._heap)
+
+    def serve(self, counter: C, work: int) -> None:
+        """Charge *counter*, the next, with the start of an item that waited."""
+        counter.work -= work
+        counter.waiting -= 1
+        self.virtual = max(self.virtual, counter.tag)
+        counter.tag += work * counter.length
+        counter.running += 1
+        if counter.waiting:
+            self.push(counter)
+
+    def leaves(self, counter: C, work: int) -> None:
+        """Take an item of so much *work* away from *counter*, which waits for it no more."""
+        counter.work -= work
+        counter.waiting -= 1
+        if not (counter.waiting or counter.running):
+            self._rests(counter)
+
+    def settle(self, counter: C, more: int) -> None:
+        """Charge *counter* with *more* virtual time for a start that has ended; less than 0 gives
+        it back.
+        """
+        counter.tag += more
+        counter.running -= 1
+        if counter.waiting:
+            if more:
+                self.push(counter)
+        elif not counter.running:
+            self._rests(counter)
+
+    def push(self, counter: C) -> None:
+        """Give *counter*, which waits, an entry in the heap by its tag."""
+        if len(self._heap) > 2 * len(self.counters) + MAX_STALE:
+            self._heap = [
+                (each.tag, each.serial, each) for each in self.counters.values() if each.waiting
+            ]
+            heapify(self._heap)
+        else:
+            heappush(self._heap, (counter.tag, counter.serial, counter))
+
+    def clear(self) -> None:
+        """Forget what waits, and all counters but those that run."""
+        self._heap.clear()
+        self._idle = 0
+        self.counters = {name: each for name, each in self.counters.items() if each.running}
+        for counter in self.counters.values():
+            counter.waiting = counter.work = 0
+
+    def position(self, counter: C | None, number: int) -> int:
+        """Return the position of the *number*-th item of *counter*, which need not wait yet, if
+        the items of each counter have their mean work.
+        """
+        tag, serial = self.virtual, self._serials
+        if counter is not None and counter.waiting:
+            serial = counter.serial
+            tag = counter.tag + (number - 1) * counter.work * counter.length // counter.waiting
+        elif counter is not None:
+            tag = max(tag, counter.tag)
+        others = [each for each in self.counters.values() if each is not counter]
+        return number + sum([other.served_before(tag, serial) for other in others])
+
+    def order(
+        self,
+        items: Callable[[C], Iterator[tuple[T, int]]],
+        ahead: Mapping[Hashable, int] = NOTHING,
+    ) -> Iterator[tuple[T, int]]:
+        """Iterate over the *items* of all counters in the order in which they are served, each
+        with its work, once some counters were charged with what lies *ahead*.
+        """
+        heap = [
+            (each.tag + ahead.get(name, 0), each.serial, each.length, items(each))
+            for name, each in self.counters.items()
+            if each.waiting
+        ]
+        heapify(heap)
+        while heap:
+            tag, serial, length, some = heap[0]
+            item = next(some, None)
+            if item is None:
+                heappop(heap)
             else:
-                position += min(len(items), number)
-        return position if flow in self.flows else position + own
+                heapreplace(heap, (tag + item[1] * length, serial, length, some))
+                yield item
+
+    def _rests(self, counter: C) -> None:
+        """Account for *counter*, which neither waits nor runs any more, and sweep those that say
+        nothing.
+
+        One at virtual time is as good as none. Of many, those that are furthest ahead are kept.
+        """
+        counter.rest()
+        self._idle += 1
+        if self._idle <= MAX_STALE or 2 * self._idle <= len(self.counters):
+            return
+        kept, ahead = {}, {}
+        for name, each in self.counters.items():
+            if each.waiting or each.running:
+                kept[name] = each
+            elif each.tag > self.virtual:
+                ahead[name] = each
+        furthest = nlargest(MAX_STALE // 2, ahead, key=lambda name: ahead[name].tag)
+        self._idle = len(furthest)
+        self.counters = kept | {name: ahead[name] for name in furthest}
+
+
+class Charge(Generic[T]):
+    """What the caller and the flow of an item that has started are charged with: *work*, which is
+    corrected once.
+    """
+
+    __slots__ = ("_caller", "_flow", "_queue", "length", "work")
+
+    def __init__(
+        self, queue: FairQueue[T], caller: _Caller[T], flow: _Flow[T], length: int, work: int
+    ) -> None:
+        self._queue: FairQueue[T] | None = queue
+        self._caller, self._flow = caller, flow
+        # By the weight at its start.
+        self.length = length
+        self.work = work
+
+    def settle(self, cost: int | None = None) -> None:
+        """Replace the estimate by the *cost*, since the item has ended; None: by nothing else.
+
+        Effective once, however often it is called.
+        """
+        queue, self._queue = self._queue, None
+        if queue is None:
+            return
+        caller, more = self._caller, 0
+        if cost is not None:
+            more, self.work = cost - self.work, cost
+        caller.flows.settle(self._flow, more * LENGTH)
+        queue.callers.settle(caller, more * self.length)
 
 
 class FairQueue(Generic[T]):
-    """Items in the order in which they are to be served, *size* of them.
+    """Items in the order in which they are to be served, *size* of them, which are estimated to
+    cost so much *work*; each is hashable, and in it once.
 
-    Always: `_heap` has exactly one valid entry for each caller with an item (the stale entries of
-    others are skipped); `_virtual` never falls while there is an item.
+    Always: the counters of a caller are known while it waits or runs, and those of at most
+    MAX_STALE others.
     """
 
     def __init__(self) -> None:
-        self._callers: dict[Hashable, _Caller[T]] = {}
-        self._heap: list[tuple[int, int, Hashable]] = []
-        # For callers without an item: the virtual time at which their last one ended.
-        self._ended: dict[Hashable, int] = {}
-        self._virtual = 0
-        self._serials = 0
+        self.callers: _Turns[_Caller[T]] = _Turns(_Caller)
         self.size = 0
+        self.work = 0
 
     def __len__(self) -> int:
         return self.size
@@ -99,166 +360,156 @@ class FairQueue(Generic[T]):
         caller: Hashable,
         flow: Hashable,
         weight: int = 1,
+        work: int = 1,
         *,
         at_front: bool = False,
     ) -> None:
-        """Add *item* as the last of its flow, or *at_front* of all items of its caller."""
-        entry = self._callers.get(caller)
-        if entry is None:
-            entry = self._callers[caller] = _Caller(self._start(caller), weight, self._serials)
-            self._serials += 1
-            self._ended.pop(caller, None)
-            self._push(caller, entry)
-        # The newest weight holds: it may have changed since the caller's other items were added.
-        entry.length = LENGTH // weight
-        items = entry.flows.setdefault(flow, deque())
-        if at_front:
-            items.appendleft(item)
-            entry.flows.move_to_end(flow, last=False)
-        else:
-            items.append(item)
-        entry.count += 1
-        self.size += 1
+        """Add *item* as the last of its flow, or *at_front* of all items of its caller.
 
-    def pop(self, gone: Callable[[T], bool]) -> T | None:
-        """Remove and return the next item, or None if there is none.
+        It is estimated to cost so much *work*, 1 at least.
+        """
+        entry = self.callers.active(caller, LENGTH // weight)
+        if at_front:
+            entry.front[item] = flow, work
+            entry.front.move_to_end(item, last=False)
+        else:
+            line = entry.flows.active(flow, LENGTH)
+            line.items[item] = work
+            entry.flows.waits(line, work)
+        self.callers.waits(entry, work)
+        self.size += 1
+        self.work += work
+
+    def start(self, caller: Hashable, flow: Hashable, weight: int = 1, work: int = 1) -> Charge[T]:
+        """Charge *caller* and *flow* with an item that starts without a wait; nothing waits."""
+        callers, length = self.callers, LENGTH // weight
+        entry = callers.active(caller, length)
+        flows = entry.flows
+        line = flows.active(flow, LENGTH)
+        callers.start(entry, work)
+        flows.start(line, work)
+        return Charge(self, entry, line, length, work)
+
+    def pop(self, gone: Callable[[T], bool]) -> tuple[T, Charge[T]] | None:
+        """Remove the next item, and charge its caller and flow with it; return None if there is
+        none.
+
+        An item for which *gone* is true is dropped, at no cost to its caller.
+        """
+        if self.head(gone) is None:
+            return None
+        callers = self.callers
+        entry = callers.first()
+        flows = entry.flows
+        if entry.front:
+            item, (flow, work) = entry.front.popitem(last=False)
+            line = flows.active(flow, LENGTH)
+            flows.start_early(line, work)
+        else:
+            line = flows.first()
+            item, work = line.items.popitem(last=False)
+            flows.serve(line, work)
+        self.size -= 1
+        self.work -= work
+        callers.serve(entry, work)
+        return item, Charge(self, entry, line, entry.length, work)
+
+    def head(self, gone: Callable[[T], bool]) -> T | None:
+        """Return the next item, and leave it here; None if there is none.
 
         An item for which *gone* is true is dropped, at no cost to its caller.
         """
         while self.size:
-            tag, serial, caller = self._heap[0]
-            entry = self._callers.get(caller)
-            if entry is None or (entry.tag, entry.serial) != (tag, serial):
-                # The entry is stale.
-                heappop(self._heap)
-                continue
-            flow, items = next(iter(entry.flows.items()))
-            item = items.popleft()
-            dropped = gone(item)
-            if items and not dropped:
-                entry.flows.move_to_end(flow)
-            if not dropped:
-                self._virtual = tag
-                entry.tag += entry.length
-            self._removed(caller, entry, flow)
-            if not dropped:
-                if entry.count:
-                    heappop(self._heap)
-                    self._push(caller, entry)
-                return item
+            entry = self.callers.first()
+            if entry.front:
+                item = next(iter(entry.front))
+                if not gone(item):
+                    return item
+                _, work = entry.front.popitem(last=False)[1]
+            else:
+                line = entry.flows.first()
+                item = next(iter(line.items))
+                if not gone(item):
+                    return item
+                _, work = line.items.popitem(last=False)
+                entry.flows.leaves(line, work)
+            self._left(entry, work)
         return None
 
     def remove(self, item: T, caller: Hashable, flow: Hashable) -> bool:
-        """Remove *item*; return whether it was in the queue. O(length of its flow)."""
-        entry = self._callers.get(caller)
-        items = entry.flows.get(flow) if entry is not None else None
-        if entry is None or items is None or item not in items:
+        """Remove *item*; return whether it was in the queue."""
+        entry = self.callers.counters.get(caller)
+        if entry is None:
             return False
-        items.remove(item)
-        self._removed(caller, entry, flow)
+        if item in entry.front:
+            _, work = entry.front.pop(item)
+        else:
+            line = entry.flows.counters.get(flow)
+            if line is None or item not in line.items:
+                return False
+            work = line.items.pop(item)
+            entry.flows.leaves(line, work)
+        self._left(entry, work)
         return True
 
     def clear(self) -> None:
         """Remove every item."""
-        self._callers.clear()
-        self.size = 0
-        self._reset()
+        self.callers.clear()
+        for entry in self.callers.counters.values():
+            entry.front.clear()
+            entry.flows.clear()
+            for line in entry.flows.counters.values():
+                line.items.clear()
+        self.size = self.work = 0
 
     def heads(self) -> Iterator[T]:
-        """Iterate over the first item of each flow."""
-        for entry in self._callers.values():
-            for items in entry.flows.values():
-                yield items[0]
+        """Iterate over the first item of each flow, and those at the front of a caller."""
+        for entry in self.callers.counters.values():
+            yield from entry.front
+            for line in entry.flows.counters.values():
+                yield from islice(line.items, 1)
 
     @property
     def weight(self) -> int:
         """The weights of the callers with an item, together. O(callers)."""
-        return sum(LENGTH // entry.length for entry in self._callers.values())
+        counters = self.callers.counters.values()
+        return sum(LENGTH // entry.length for entry in counters if entry.waiting)
 
     def count(self, caller: Hashable, flow: Hashable) -> int:
-        """Return how many items *flow* of *caller* has."""
-        entry = self._callers.get(caller)
-        return len(entry.flows.get(flow, ())) if entry is not None else 0
+        """Return how many items *flow* of *caller* has, but for those at the caller's front."""
+        entry = self.callers.counters.get(caller)
+        line = entry.flows.counters.get(flow) if entry is not None else None
+        return line.waiting if line is not None else 0
 
     def position(
         self,
         caller: Hashable,
         flow: Hashable,
         number: int,
-        weight: int = 1,
         *,
         at_front: bool = False,
     ) -> int:
-        """Return the position in the queue of the *number*-th item of *flow*; 1 is served next.
+        """Estimate the position in the queue of the *number*-th item of *flow*, or of the first
+        one *at_front*; 1 is served next. O(callers).
 
-        The item need not be in the queue yet: its position is then the one that `add` would give
-        it with the same *weight* and *at_front*.
+        It is true where all items of each caller and flow cost the same. The item need not be in
+        the queue yet: its position is then the one that `add` would give it with the same *at_front*.
         """
-        entry = self._callers.get(caller)
-        if entry is None:
-            own, tag, serial = 1, self._start(caller), self._serials
-        else:
-            own = 1 if at_front else entry.position_of(flow, number)
-            tag, serial = entry.tag, entry.serial
-        length = LENGTH // weight if entry is None else entry.length
-        tag += (own - 1) * length
-        others = [other for other in self._callers.values() if other is not entry]
-        return own + sum([other.served_before(tag, serial) for other in others])
+        callers = self.callers
+        entry = callers.counters.get(caller)
+        own = 1
+        if entry is not None and not at_front:
+            own = len(entry.front) + entry.flows.position(entry.flows.counters.get(flow), number)
+        return callers.position(entry, own)
 
     def __iter__(self) -> Iterator[T]:
-        """Iterate in the order in which the items are served if none is added or removed."""
-        heap = [
-            (entry.tag, entry.serial, entry.length, _round_robin(entry))
-            for entry in self._callers.values()
-        ]
-        heapify(heap)
-        while heap:
-            tag, serial, length, items = heap[0]
-            item = next(items, None)
-            heappop(heap)
-            if item is not None:
-                heappush(heap, (tag + length, serial, length, items))
-                yield item
+        """Iterate in the order in which the items are served if none is added or removed, and no
+        estimate corrected.
+        """
+        return (item for item, _ in self.callers.order(_Caller.order))
 
-    def _start(self, caller: Hashable) -> int:
-        return max(self._virtual, self._ended.get(caller, 0))
-
-    def _push(self, caller: Hashable, entry: _Caller[T]) -> None:
-        if len(self._heap) > 2 * len(self._callers) + MAX_STALE:
-            self._heap = [(entry.tag, entry.serial, name) for name, entry in self._callers.items()]
-            heapify(self._heap)
-        else:
-            heappush(self._heap, (entry.tag, entry.serial, caller))
-
-    def _removed(self, caller: Hashable, entry: _Caller[T], flow: Hashable) -> None:
-        """Account for an item of *flow* that was taken out."""
-        if not entry.flows[flow]:
-            del entry.flows[flow]
-        entry.count -= 1
+    def _left(self, entry: _Caller[T], work: int) -> None:
+        """Account for an item of *entry* that has left without a start."""
         self.size -= 1
-        if not entry.count:
-            del self._callers[caller]
-            self._ended[caller] = entry.tag
-            if len(self._ended) > len(self._callers) + MAX_STALE:
-                now = self._virtual
-                self._ended = {name: tag for name, tag in self._ended.items() if tag > now}
-        if not self.size:
-            self._reset()
-
-    def _reset(self) -> None:
-        """Start over: in an empty queue no caller is ahead or behind."""
-        self._heap.clear()
-        self._ended.clear()
-        self._virtual = self._serials = 0
-
-
-def _round_robin(caller: _Caller[T]) -> Iterator[T]:
-    """Iterate over the items of one caller: the next of each flow in turn."""
-    flows = [iter(items) for items in caller.flows.values()]
-    while flows:
-        unfinished = []
-        for flow in flows:
-            if (item := next(flow, None)) is not None:
-                yield item
-                unfinished.append(flow)
-        flows = unfinished
+        self.work -= work
+        self.callers.leaves(entry, work)

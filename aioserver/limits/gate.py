@@ -1,6 +1,7 @@
 """A counting gate: places, a bounded queue with deadlines, and refusal beyond.
 
-This file is one concept: a gate and the requests in its queue, whose invariants are the same ones.
+This file is one concept: a gate and the requests in its queues, whose invariants are the same
+ones.
 
 A gate stands in front of the handlers (`max_connections`, one queue in order of arrival), in front
 of each provider (`concurrent_requests`, fair between callers) and in front of a provider's
@@ -12,16 +13,25 @@ A gate may have a pace as well (requests per minute). One queue then serves both
 once a place is free and the pace allows it. A request whose earliest start, by the pace alone, is
 past its deadline is refused at once.
 
+A gate has two queues: requests of the class *batch* use what the others, which are *interactive*,
+leave. An interactive request goes first, and batch runs on all places but a tenth, so that one
+that comes alone starts at once. While both wait, each interactive start lends batch a nineteenth
+of its work as credit; once the credit has reached the work of batch's head, that head is next and
+pays it. So batch never starves, and gets a twentieth of the work. Who is fair to whom is a matter
+of each class alone.
+
 Not asyncio.Semaphore: it bounds neither its waiters nor their wait, and reports no positions.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from math import inf
 from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
 
@@ -30,7 +40,9 @@ from aioserver.limits.fair_queue import FairQueue
 from aioserver.limits.gcra import ROUNDING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Iterator
+
+    from aioserver.limits.fair_queue import Charge
 
 P = TypeVar("P")
 WHOLE = Fraction(1)
@@ -41,12 +53,13 @@ class Waiter(Generic[P]):
 
     *arrived* and *deadline* are times of the gate's clock. A request that has waited before counts
     as one that arrived so much earlier. *share* is what it takes of one request's room in the
-    queue: less than 1 where it stands in others as well.
+    queue: less than 1 where it stands in others as well. *cost* is what it counts for the pace, and
+    *work* what it is estimated to cost its caller's share.
     """
 
     __slots__ = (
-        *("arrived", "caller", "cost", "deadline", "flow"),
-        *("may_fail_over", "on_position", "place", "rejoined", "reported", "share"),
+        *("arrived", "batch", "caller", "cost", "deadline", "flow"),
+        *("may_fail_over", "on_position", "place", "rejoined", "reported", "share", "work"),
     )
 
     def __init__(
@@ -59,10 +72,14 @@ class Waiter(Generic[P]):
         on_position: Callable[[int, float], None] | None,
         cost: int,
         *,
+        work: int = 1,
+        batch: bool = False,
         may_fail_over: bool,
         rejoined: bool = False,
         share: Fraction = WHOLE,
     ) -> None:
+        self.work = work
+        self.batch = batch
         self.place = place
         self.caller = caller
         self.flow = flow
@@ -99,13 +116,21 @@ class Waiter(Generic[P]):
 POSITION_INTERVAL = 1.0
 # The bounds in seconds of every estimate of when to come back.
 RETRY_AFTER = (1.0, 60.0)
+# Of N places batch leaves 1 / LEFT free, at least one.
+LEFT = 10
+# While others wait, each lends batch 1 / LENT of its work: a twentieth of all.
+LENT = 19
+# Batch fills half of a queue at most, and waits so many times as long.
+BATCH_PATIENCE = 10
 # The weight of the newest interval between two freed places in their moving average.
 SMOOTHING = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class GateStats:
-    """A snapshot of a gate; *oldest_wait* in seconds."""
+    """A snapshot of a gate; *oldest_wait* in seconds. Of those *waiting*, *batch_waiting* are
+    batch.
+    """
 
     inside: int
     limit: int
@@ -114,6 +139,7 @@ class GateStats:
     oldest_wait: float
     entered: int
     refused: int
+    batch_waiting: int = 0
 
 
 class Pacer(Protocol):
@@ -130,18 +156,35 @@ class Pacer(Protocol):
 
 
 class Place:
-    """A place inside a gate. It is given back once, however often `release` is called."""
+    """A place inside a gate. It is given back once, however often `release` is called.
 
-    __slots__ = ("_gate",)
+    *charge* is what its caller was charged with for it, None for nothing. *batch* is the class of
+    the request that has it.
+    """
 
-    def __init__(self, gate: Gate) -> None:
+    __slots__ = ("_charge", "_gate", "batch")
+
+    def __init__(
+        self, gate: Gate, charge: Charge[Waiter[Place]] | None = None, *, batch: bool = False
+    ) -> None:
         self._gate: Gate | None = gate
+        self._charge = charge
+        self.batch = batch
+
+    def settle(self, cost: int) -> None:
+        """Correct what its caller was charged with to what the request has cost, before the place
+        is given back.
+        """
+        if self._charge is not None:
+            self._charge.settle(cost)
 
     def release(self) -> None:
         """Give the place back."""
         gate, self._gate = self._gate, None
         if gate is not None:
-            gate._leave()  # noqa: SLF001 - the two are one concept
+            if self._charge is not None:
+                self._charge.settle()
+            gate._leave(batch=self.batch)  # noqa: SLF001 - the two are one concept
 
     def __enter__(self) -> Self:
         return self
@@ -154,7 +197,7 @@ class Gate:
     """Bounded in places, in waiters and in their wait; fair between callers.
 
     Always: `inside <= limit`, unless `apply` has lowered the limit since; nobody waits while a
-    place is free and the pace allows a start. One event loop owns one gate.
+    place is free for its class and the pace allows a start. One event loop owns one gate.
 
     The errors are made by *full_error* (the queue is full), *timeout_error* (the wait was too
     long) and *pace_error* (the pace would make the wait too long; by default *timeout_error*).
@@ -182,15 +225,22 @@ class Gate:
         self._pace_error = pace_error or timeout_error
         self._clock = clock
         self._queue: FairQueue[Waiter[Place]] = FairQueue()
+        # Those of the class batch, how many of them are inside, and the nineteenths of work that
+        # interactive starts have lent them.
+        self._batch: FairQueue[Waiter[Place]] = FairQueue()
+        self._batch_inside = 0
+        self._credit = 0
         self._inside = 0
         self._entered = 0
         self._refused = 0
         # While the gate is full: the time at which it became full, or a place was freed last.
         self._full_since = 0.0
         # What the requests in this queue that stand in others as well do not count here.
-        self._counted_elsewhere = Fraction()
+        self._counted_elsewhere = self._batch_elsewhere = Fraction()
         # The smoothed seconds between two freed places of a full gate.
         self._interval = 1.0
+        # The same of the places that batch may have.
+        self._batch_full_since, self._batch_interval = 0.0, 1.0
         self._position_timer: asyncio.TimerHandle | None = None
         # Fires when the next start may be allowed.
         self._start_timer: asyncio.TimerHandle | None = None
@@ -199,7 +249,13 @@ class Gate:
     @property
     def waiting(self) -> int:
         """How many requests wait."""
-        return self._queue.size
+        return self._queue.size + self._batch.size
+
+    @property
+    def batch_limit(self) -> int:
+        """How many places batch may have."""
+        limit = self._limit
+        return limit - max(1, limit // LEFT) if limit > 1 else limit
 
     @property
     def full(self) -> bool:
@@ -210,6 +266,18 @@ class Gate:
     def room(self) -> Fraction | int:
         """For how many more requests the queue has room."""
         return self._queue_size - self.crowd
+
+    @property
+    def batch_room(self) -> Fraction | int:
+        """For how many more requests of the class batch the queue has room."""
+        crowd, most = self._batch.size - self._batch_elsewhere, -(-self._queue_size // 2)
+        # Another process may have room for more.
+        more = self.room - (self._queue_size - self.crowd)
+        return min(self.room, most - crowd + max(0, more))
+
+    def room_for(self, *, batch: bool) -> Fraction | int:
+        """For how many more requests of a class the queue has room."""
+        return self.batch_room if batch else self.room
 
     @property
     def crowd(self) -> Fraction | int:
@@ -252,7 +320,9 @@ class Gate:
 
     def serve(self) -> None:
         """Let in the waiters that may start now; called when a place or the pace has changed."""
-        while self._queue.size and self._inside < self._limit:
+        while self._inside < self._limit and (self._queue.size or self._batch.size):
+            if (queue := self._next()) is None:
+                return
             if (delay := self._delay()) > ROUNDING:
                 if self._start_timer is not None:
                     self._start_timer.cancel()
@@ -261,21 +331,59 @@ class Gate:
                     loop = asyncio.get_running_loop()
                     self._start_timer = loop.call_later(delay, self.serve)
                 return
-            self._enter()
-            self._hand_over()
+            self._enter(batch=queue is self._batch)
+            self._hand_over(queue)
 
-    def try_enter(self, cost: int = 0) -> Place | None:
-        """Return a place if one is free and nobody waits for it; *cost* counts for the pace."""
+    def _next(self) -> FairQueue[Waiter[Place]] | None:
+        """Return the queue whose head is the next to start; None if nobody may."""
+        queue, batch = self._queue, self._batch
+        if batch.size and self._batch_inside < self.batch_limit:
+            if not queue.size:
+                return batch
+            head = batch.head(self._gone)
+            if head is not None and self._credit >= LENT * head.work:
+                return batch
+        return queue if queue.size else None
+
+    def try_enter(
+        self,
+        cost: int = 0,
+        caller: Hashable = None,
+        flow: Hashable = None,
+        weight: int = 1,
+        work: int = 0,
+        *,
+        batch: bool = False,
+    ) -> Place | None:
+        """Return a place if one is free and nobody waits for it.
+
+        *cost* counts for the pace, and *work* for the share of *caller* and *flow*, as in `enter`;
+        0: nobody is charged.
+        """
         if self._inside >= self._limit or self._queue.size or self._closed is not None:
             return None
+        queue = self._queue
+        if batch:
+            queue = self._batch
+            if queue.size or self._batch_inside >= self.batch_limit:
+                return None
         paced = self._pace is not None
         if paced and self._delay() > ROUNDING:
             return None
-        self._enter()
+        self._enter(batch=batch)
+        charge = None
         try:
-            place = self._start(cost) if paced else Place(self)
+            if work:
+                charge = queue.start(caller, flow, weight, work)
+            place = (
+                self._start(cost, charge, batch=batch)
+                if paced
+                else Place(self, charge, batch=batch)
+            )
         except BaseException:
-            self._leave()
+            if charge is not None:
+                charge.settle(0)
+            self._leave(batch=batch)
             raise
         self._entered += 1
         return place
@@ -292,10 +400,15 @@ class Gate:
         may_fail_over: bool = False,
         rejoin: bool = False,
         cost: int = 0,
+        work: int = 1,
+        batch: bool = False,
     ) -> Place:
         """Wait for a place. Cancelling is safe at any time: no place is lost.
 
-        Callers share the places by their *weight* (1 to 10); the flows of one caller share evenly.
+        Callers share the places by their *weight* (1 to 10) and the *work* of their requests, which
+        is an estimate: `Place.settle` corrects it. The flows of one caller share evenly. A *batch*
+        request starts when no other one wants the place, has half of the queue, and waits ten times
+        as long.
         *on_position* is called with `(position, eta in seconds)` when the wait begins, and again
         each second if they have changed. The seconds that the request has *waited* before are a
         part of its `queue_timeout`. A request that has waited before is put *at_front* of its
@@ -307,11 +420,12 @@ class Gate:
             AioserverError: made by *full_error* or *pace_error* at once, by *timeout_error* at the
                 deadline, or by the argument of `close` or `refuse_waiting`.
         """
-        if place := self.try_enter(cost):
+        if place := self.try_enter(cost, caller, flow, weight, work, batch=batch):
             return place
         try:
-            seconds = self.time_left(waited, room=rejoin or not self.full)
-            self.check_pace(seconds, caller, flow, weight, at_front=at_front)
+            room = rejoin or self.room_for(batch=batch) > 0
+            seconds = self.time_left(waited, room=room, batch=batch)
+            self.check_pace(seconds, caller, flow, batch=batch, at_front=at_front)
         except AioserverError:
             self.count_refusal()
             raise
@@ -324,16 +438,31 @@ class Gate:
             now + seconds,
             on_position,
             cost,
+            work=work,
+            batch=batch,
             may_fail_over=may_fail_over,
             rejoined=rejoin,
         )
-        self._queue.add(waiter, caller, flow, weight, at_front=at_front)
+        self._add(waiter, weight, at_front=at_front)
         waiting = self._wait(waiter, seconds, at_front=at_front)
         # A refusal is in the waiter's future, and its traceback leads to this frame.
         del waiter
         return await waiting
 
-    def time_left(self, waited: float, *, room: bool) -> float:
+    def _add(self, waiter: Waiter[Place], weight: int, *, at_front: bool) -> None:
+        queue = self._queue
+        if waiter.batch:
+            queue = self._batch
+            if not queue.size:
+                # Nothing is lent to those who do not wait.
+                self._credit = 0
+        queue.add(waiter, waiter.caller, waiter.flow, weight, waiter.work, at_front=at_front)
+
+    def _remove(self, waiter: Waiter[Place]) -> bool:
+        queue = self._batch if waiter.batch else self._queue
+        return queue.remove(waiter, waiter.caller, waiter.flow)
+
+    def time_left(self, waited: float, *, room: bool, batch: bool = False) -> float:
         """Return for how many seconds a request that has *waited* before may wait here, where
         there is *room* for it.
 
@@ -342,16 +471,18 @@ class Gate:
         """
         if self._closed is not None:
             raise self._closed()
-        seconds = max(0.0, self._queue_timeout - waited)
+        patience = self._queue_timeout * (BATCH_PATIENCE if batch else 1)
+        seconds = max(0.0, patience - waited)
         if (not room or seconds <= 0) and (seconds := self._grace()) <= 0:
             # A request without time left has waited already, at another gate or in an earlier
             # attempt.
-            timed_out = waited >= self._queue_timeout > 0
-            raise (self._timeout_error if timed_out else self._full_error)(self.retry_after())
+            if waited >= patience > 0:
+                raise self._too_long(batch=batch)
+            raise self._full_error(self.retry_after())
         return seconds
 
     def check_pace(
-        self, seconds: float, caller: Hashable, flow: Hashable, weight: int, *, at_front: bool
+        self, seconds: float, caller: Hashable, flow: Hashable, *, batch: bool, at_front: bool
     ) -> None:
         """Refuse a request that the pace alone lets start after more than *seconds*.
 
@@ -360,8 +491,10 @@ class Gate:
         """
         if self._pace is None:
             return
-        number = self._queue.count(caller, flow) + 1
-        position = self._queue.position(caller, flow, number, weight, at_front=at_front)
+        queue = self._batch if batch else self._queue
+        number = queue.count(caller, flow) + 1
+        own = queue.position(caller, flow, number, at_front=at_front)
+        position = self._position(own, batch=batch)
         if (delay := self._pace.delay(position - 1)) > seconds:
             raise self._pace_error(delay)
 
@@ -369,23 +502,30 @@ class Gate:
         """Let *waiter*, which stands in the queues of other gates as well, wait here: `serve` is
         next. lines.py is the other half of this.
         """
-        self._queue.add(waiter, waiter.caller, waiter.flow, weight, at_front=at_front)
-        self._counted_elsewhere += 1 - waiter.share
+        self._add(waiter, weight, at_front=at_front)
+        self._count_elsewhere(waiter, 1 - waiter.share)
 
     def share_out(self, waiter: Waiter[Place], share: Fraction) -> None:
         """Let *waiter*, which stands here, take another *share* of one request's room."""
-        self._counted_elsewhere += waiter.share - share
+        self._count_elsewhere(waiter, waiter.share - share)
         waiter.share = share
 
     def leave(self, waiter: Waiter[Place]) -> None:
         """Let *waiter*, which `stand` has let wait, wait here no more."""
-        if self._queue.remove(waiter, waiter.caller, waiter.flow):
-            self._counted_elsewhere -= 1 - waiter.share
+        if self._remove(waiter):
+            self._count_elsewhere(waiter, waiter.share - 1)
+
+    def _count_elsewhere(self, waiter: Waiter[Place], more: Fraction) -> None:
+        """Count so much *more* of what *waiter* takes as taken in other queues."""
+        self._counted_elsewhere += more
+        if waiter.batch:
+            self._batch_elsewhere += more
 
     def give_up(self, waiter: Waiter[Place], place: Place) -> None:
         """Take back the *place* that *waiter* was handed and does not use."""
         if self._pace is not None and waiter.cost:
             self._pace.charge(-waiter.cost)
+        place.settle(0)
         place.release()
 
     def now(self) -> float:
@@ -396,9 +536,12 @@ class Gate:
         """Count a request that was refused at once, unless the gate is closed."""
         self._refused += self._closed is None
 
-    def timeout(self) -> AioserverError:
+    def timeout(self, *, batch: bool = False) -> AioserverError:
         """Return the error of a request whose wait here was too long, and count it."""
         self._refused += 1
+        return self._too_long(batch=batch)
+
+    def _too_long(self, *, batch: bool) -> AioserverError:  # noqa: ARG002 - its words may differ
         return self._timeout_error(self.retry_after())
 
     async def _wait(self, waiter: Waiter[Place], seconds: float, *, at_front: bool) -> Place:
@@ -415,9 +558,9 @@ class Gate:
                 # The place was handed over in the tick in which this task gave up: pass it on.
                 self.give_up(waiter, place.result())
             else:
-                self._queue.remove(waiter, waiter.caller, waiter.flow)
+                self._remove(waiter)
             if isinstance(exc, TimeoutError):
-                raise self.timeout() from None
+                raise self.timeout(batch=waiter.batch) from None
             raise
         finally:
             self.resumed(waiter)
@@ -426,10 +569,11 @@ class Gate:
 
     def refuse_waiting(self, error: Callable[[], AioserverError]) -> None:
         """Refuse every waiter, each with an error of its own."""
-        for waiter in list(self._queue):
+        for waiter in list(self._waiters()):
             self._refuse(waiter, error)
         self._queue.clear()
-        self._counted_elsewhere = Fraction()
+        self._batch.clear()
+        self._counted_elsewhere = self._batch_elsewhere = Fraction()
 
     def refuse_late(self, failover_wait: float) -> None:
         """Refuse the waiters that cannot start before their deadline, since the pace has slowed
@@ -441,7 +585,7 @@ class Gate:
         assert self._pace is not None
         delay = self._pace.delay()
         earliest_start = self._clock() + delay
-        for waiter in list(self._queue):
+        for waiter in list(self._waiters()):
             fails_over = waiter.may_fail_over and delay > failover_wait
             if fails_over or waiter.deadline < earliest_start:
                 self._refuse(waiter, lambda: self._pace_error(delay))
@@ -464,7 +608,8 @@ class Gate:
 
     def stats(self) -> GateStats:
         """Return a snapshot."""
-        oldest = min((waiter.arrived for waiter in self._queue.heads()), default=None)
+        heads = chain(self._queue.heads(), self._batch.heads())
+        oldest = min((waiter.arrived for waiter in heads), default=None)
         return GateStats(
             inside=self._inside,
             limit=self._limit,
@@ -473,6 +618,7 @@ class Gate:
             oldest_wait=0.0 if oldest is None else self._clock() - oldest,
             entered=self._entered,
             refused=self._refused,
+            batch_waiting=self._batch.size,
         )
 
     def _grace(self) -> float:
@@ -486,36 +632,57 @@ class Gate:
         """
         return 0.0 if self._pace is None else self._pace.delay()
 
-    def _start(self, cost: int) -> Place:
-        """Count a start, for which there is a place."""
+    def _start(
+        self, cost: int, charge: Charge[Waiter[Place]] | None, *, batch: bool = False
+    ) -> Place:
+        """Count a start, for which there is a place, and for which somebody was charged."""
         if self._pace is not None:
             self._pace.start(cost)
-        return Place(self)
+        return Place(self, charge, batch=batch)
 
-    def _enter(self) -> None:
+    def _enter(self, *, batch: bool = False) -> None:
         self._inside += 1
         if self._inside == self._limit:
             self._full_since = self._clock()
+        if batch:
+            self._batch_inside += 1
+            if self._batch_inside == self.batch_limit:
+                self._batch_full_since = self._clock()
 
-    def _leave(self) -> None:
+    def _leave(self, *, batch: bool = False) -> None:
         # Below the limit nobody had to wait for this place, so its interval does not count.
         if self._inside >= self._limit:
             now = self._clock()
             self._interval += SMOOTHING * (min(60.0, now - self._full_since) - self._interval)
             self._full_since = now
+        if batch:
+            self._batch_left()
         self._inside -= 1
         self.serve()
 
-    def _hand_over(self) -> None:
-        """Hand a place, which is counted already, to the next waiter; free it if there is none."""
-        waiter = place = None
+    def _batch_left(self) -> None:
+        if self._batch_inside >= self.batch_limit:
+            now = self._clock()
+            interval = min(60.0, now - self._batch_full_since)
+            self._batch_interval += SMOOTHING * (interval - self._batch_interval)
+            self._batch_full_since = now
+        self._batch_inside -= 1
+
+    def _hand_over(self, queue: FairQueue[Waiter[Place]]) -> None:
+        """Hand a place, which is counted already, to the next waiter of *queue*; free it if there
+        is none.
+        """
+        waiter = place = charge = None
+        batch = queue is self._batch
         try:
-            waiter = self._queue.pop(self._gone)
-            if waiter is not None:
+            popped = queue.pop(self._gone)
+            if popped is not None:
+                waiter, charge = popped
                 if waiter.share is not WHOLE:
-                    self._counted_elsewhere -= 1 - waiter.share
+                    self._count_elsewhere(waiter, waiter.share - 1)
+                self._lend(waiter)
                 self._handed_over(waiter)
-                place = self._start(waiter.cost)
+                place = self._start(waiter.cost, charge, batch=batch)
         except Exception as exc:
             if waiter is None:
                 raise
@@ -525,6 +692,10 @@ class Gate:
         finally:
             if place is None:
                 self._inside -= 1
+                if batch:
+                    self._batch_inside -= 1
+                if charge is not None:
+                    charge.settle(0)
         if waiter is not None and place is not None:
             self._entered += 1
             try:
@@ -532,8 +703,20 @@ class Gate:
             except Exception as exc:
                 if waiter.place.done():
                     raise
+                place.settle(0)
                 place.release()
                 waiter.place.set_exception(exc)
+
+    def _lend(self, waiter: Waiter[Place]) -> None:
+        """Lend batch, or have it pay, what the start of *waiter* is worth, while others wait."""
+        if waiter.batch:
+            if self._queue.size:
+                self._credit = max(0, self._credit - LENT * waiter.work)
+        elif self._batch.size:
+            head = self._batch.head(self._gone)
+            # No more than one that is too much: it may have to wait for its places.
+            if head is not None and self._credit < LENT * head.work:
+                self._credit += waiter.work
 
     def _gone(self, waiter: Waiter[Place]) -> bool:
         """Return whether *waiter*, the first in the queue, has a place or an error, or has given
@@ -541,7 +724,7 @@ class Gate:
         """
         gone = waiter.place.done()
         if gone and waiter.share is not WHOLE:
-            self._counted_elsewhere -= 1 - waiter.share
+            self._count_elsewhere(waiter, waiter.share - 1)
         return gone
 
     def _handed_over(self, waiter: Waiter[Place]) -> None:
@@ -556,28 +739,68 @@ class Gate:
         if waiter.refuse(error):
             self._refused += 1
 
-    def _eta(self, position: int) -> float:
-        """Estimate the seconds until the request at *position* starts."""
+    def _waiters(self) -> Iterator[Waiter[Place]]:
+        """Iterate over those that wait in the order in which they start if nobody comes or leaves,
+        and batch has places.
+        """
+        batch, credit = iter(self._batch), self._credit
+        head = next(batch, None)
+        for waiter in self._queue:
+            while head is not None and credit >= LENT * head.work:
+                credit -= LENT * head.work
+                yield head
+                head = next(batch, None)
+            yield waiter
+            credit += waiter.work
+        if head is not None:
+            yield head
+            yield from batch
+
+    def _position(self, own: int, *, batch: bool) -> int:
+        """Estimate the position of the *own*-th of its class among all, if those of each class
+        have their mean work.
+        """
+        queue, others = self._queue, self._batch
+        if not others.size and not batch:
+            return own
+        price = LENT * others.work / others.size if others.size else LENT
+        if not batch:
+            lent = self._credit + (own - 1) * (queue.work / queue.size if queue.size else 0)
+            return own + min(others.size, int(lent / price))
+        if not queue.size:
+            return own
+        before = math.ceil((own * price - self._credit) * queue.size / queue.work)
+        return own + max(0, min(queue.size, before))
+
+    def _eta(self, position: int, batch_position: int = 0) -> float:
+        """Estimate the seconds until the request at *position* starts, which is at
+        *batch_position* among those of its class if that is batch.
+        """
         wait = position * self._interval if self._inside >= self._limit else 0.0
+        if batch_position and self._batch_inside >= self.batch_limit:
+            wait = max(wait, batch_position * self._batch_interval)
         return wait if self._pace is None else max(wait, self._pace.delay(position - 1))
 
     def report_first(self, waiter: Waiter[Place], *, at_front: bool) -> None:
         """Report the position of a new *waiter*, and start the reports to all."""
-        caller, flow = waiter.caller, waiter.flow
-        number = 1 if at_front else self._queue.count(caller, flow)
-        position = self._queue.position(caller, flow, number)
-        waiter.report(position, self._eta(position))
+        caller, flow, batch = waiter.caller, waiter.flow, waiter.batch
+        queue = self._batch if batch else self._queue
+        number = 1 if at_front else queue.count(caller, flow)
+        own = queue.position(caller, flow, number, at_front=at_front)
+        position = self._position(own, batch=batch)
+        waiter.report(position, self._eta(position, own if batch else 0))
         if self._position_timer is None:
             loop = asyncio.get_running_loop()
             self._position_timer = loop.call_later(POSITION_INTERVAL, self._report_positions)
 
     def _report_positions(self) -> None:
         self._position_timer = None
-        listeners = False
-        waiting = [waiter for waiter in self._queue if not waiter.place.done()]
+        listeners, batch = False, 0
+        waiting = [waiter for waiter in self._waiters() if not waiter.place.done()]
         for position, waiter in enumerate(waiting, 1):
             listeners = listeners or waiter.on_position is not None
-            waiter.report(position, self._eta(position))
+            batch += waiter.batch
+            waiter.report(position, self._eta(position, batch if waiter.batch else 0))
         if listeners:
             loop = asyncio.get_running_loop()
             self._position_timer = loop.call_later(POSITION_INTERVAL, self._report_positions)

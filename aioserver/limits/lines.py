@@ -11,6 +11,7 @@ the request ends when it stands in none.
 from __future__ import annotations
 
 import asyncio
+import functools
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 
 class Wish(NamedTuple):
-    """A place that a request wants at *gate*, which counts *cost* for the gate's pace.
+    """A place that a request wants at *gate*, which counts *cost* for the gate's pace, and *work*
+    for the caller's share of it.
 
     *waited* has the seconds that the request has waited there before. It joins the line after
     *delay* seconds.
@@ -35,6 +37,7 @@ class Wish(NamedTuple):
     waited: float = 0.0
     delay: float = 0.0
     may_fail_over: bool = False
+    work: int = 1
 
 
 class _Standing(Waiter[Place]):
@@ -66,7 +69,7 @@ class Lines:
     """A request of *caller* and *flow* that waits for the first of several places.
 
     Always: it stands in no line once `wait` has returned; it is handed one place at most. *weight*,
-    *on_position* and *at_front* are as for `Gate.enter`. The position that is told is the smallest,
+    *on_position*, *at_front* and *batch* are as for `Gate.enter`. The position that is told is the smallest,
     and the time until the start that of lines which serve the request side by side.
     """
 
@@ -78,7 +81,9 @@ class Lines:
         weight: int = 1,
         on_position: Callable[[int, float], None] | None = None,
         at_front: bool = False,
+        batch: bool = False,
     ) -> None:
+        self._batch = batch
         self._caller, self._flow, self._weight = caller, flow, weight
         self._on_position = on_position
         self._at_front = at_front
@@ -124,7 +129,8 @@ class Lines:
         """Stand in the line of one more *wish*, if there is room and time for it."""
         if self._over or self._place.done():
             return
-        room = wish.gate.room + sum(standing.gate.room for standing in self._standing) > 0
+        gates = [wish.gate, *(standing.gate for standing in self._standing)]
+        room = sum(gate.room_for(batch=self._batch) for gate in gates) > 0
         try:
             seconds = self._time_left(wish, room=room)
         except AioserverError:
@@ -152,9 +158,10 @@ class Lines:
         Raises:
             AioserverError: for none, or it could not start in time.
         """
-        seconds = wish.gate.time_left(wish.waited, room=room)
+        batch = self._batch
+        seconds = wish.gate.time_left(wish.waited, room=room, batch=batch)
         wish.gate.check_pace(
-            seconds, self._caller, self._flow, self._weight, at_front=self._at_front
+            seconds, self._caller, self._flow, batch=batch, at_front=self._at_front
         )
         return seconds
 
@@ -164,7 +171,7 @@ class Lines:
         Raises:
             AioserverError: of a gate that may be asked again soonest, if there is none to wait at.
         """
-        room = sum(wish.gate.room for wish in wishes) > 0
+        room = sum(wish.gate.room_for(batch=self._batch) for wish in wishes) > 0
         errors: list[tuple[float, int, AioserverError]] = []
         for wish in wishes:
             try:
@@ -204,13 +211,16 @@ class Lines:
             now + seconds,
             self._on_position,
             wish.cost,
+            work=wish.work,
+            batch=self._batch,
             may_fail_over=wish.may_fail_over,
         )
         standing.lines, standing.gate, standing.wish = self, gate, wish
         standing.at = 0, 0.0
         gate.stand(standing, self._weight, at_front=self._at_front)
         self._standing.append(standing)
-        standing.timer = self._loop.call_later(seconds, self.refused, standing, gate.timeout)
+        too_long = functools.partial(gate.timeout, batch=self._batch)
+        standing.timer = self._loop.call_later(seconds, self.refused, standing, too_long)
         return standing
 
     def _share_out(self) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from aioserver.limits.gate import BATCH_PATIENCE
 from aioserver.provider_errors import CircuitOpen, ProviderFault
 from aioserver.providers.breaker import TRIAL_INTERVAL
 from aioserver.telemetry.outcome import NO_HEADERS
@@ -108,13 +109,14 @@ class Absence:
         if attempt.began:
             # A trial that fails slowly is a part of the wait.
             attempt.waited += self._clock() - attempt.began
-        timeout = self._settings.http_client.queue_timeout
+        batch = attempt.request.batch
+        timeout = self._settings.http_client.queue_timeout * (BATCH_PATIENCE if batch else 1)
         if not again or attempt.waited + seconds >= timeout:
             return False
         await self.begin(attempt)
         try:
             if not attempt.rejoin:
-                self._gate.check_room()
+                self._gate.check_room(batch=batch)
             if not self._health.breaker.dead:
                 await self._park(attempt, seconds)
         except CircuitOpen:

@@ -27,7 +27,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from aioserver.limits.estimate import Estimates
+from aioserver.limits.estimate import OUTPUT_FACTOR, UNKNOWN_WORK, Estimates
 from aioserver.limits.lines import Wish
 from aioserver.protocol.said import Tokens
 from aioserver.provider_errors import (
@@ -71,6 +71,8 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound="Memory")
 # Bytes of a request for each of its tokens, as an estimate.
 BYTES_PER_TOKEN = 4
+# The status from which on an answer is none, and costs nothing.
+REFUSED = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +198,16 @@ class Provider:
         record.queued_at = record.queued_at or self._clock()
         if self.settings.http_client.tokens_per_minute:
             attempt.expected_tokens = _expected_tokens(attempt, self.settings)
-        return self._gate.try_enter(attempt.expected_tokens)
+        request = attempt.request
+        caller = request.caller
+        return self._gate.try_enter(
+            attempt.expected_tokens,
+            caller.flow,
+            caller.subflow,
+            caller.priority,
+            request.work,
+            batch=request.batch,
+        )
 
     def wish(self, attempt: Attempt, delay: float = 0.0) -> Wish:
         """Return the wish of *attempt* for a place, to be waited for beside those of others from
@@ -209,7 +220,8 @@ class Provider:
         cost = attempt.expected_tokens or _expected_tokens(attempt, self.settings)
         attempt.expected_tokens = 0
         self._pending += 1
-        return Wish(self._gate, cost, attempt.waited, delay, attempt.fallback)
+        work = attempt.request.work
+        return Wish(self._gate, cost, attempt.waited, delay, attempt.fallback, work)
 
     def waited(self, attempt: Attempt, wish: Wish, began: float, place: Place | None) -> None:
         """Note that the wait that *began* then is over, with *place* or without one here."""
@@ -273,8 +285,11 @@ class Provider:
             finally:
                 try:
                     if place is not None:
-                        # The next request may start at once, and tell its client.
-                        place.release()
+                        try:
+                            place.settle(_work_of(attempt))
+                        finally:
+                            # The next request may start at once, and tell its client.
+                            place.release()
                 finally:
                     if self._drained is not None and not self._gate.inside:
                         self._drained.set()
@@ -478,6 +493,8 @@ class Provider:
                     may_fail_over=attempt.fallback,
                     rejoin=attempt.rejoin,
                     cost=cost,
+                    work=request.work,
+                    batch=request.batch,
                 )
             finally:
                 # Nothing else runs before this attempt asks the pool.
@@ -487,6 +504,7 @@ class Provider:
                 record.waited(self.name, began, now)
         except BaseException:
             if place is not None:
+                place.settle(0)
                 place.release()
             raise
         attempt.expected_tokens = cost
@@ -598,6 +616,29 @@ class Provider:
             usage=record.outcome.usage,
             body=body,
         )
+
+
+def _work_of(attempt: Attempt) -> int:
+    """Return what *attempt*, which has ended, has cost its caller's share: nothing, if it was not
+    sent or was refused.
+    """
+    request, stream = attempt.request, attempt.stream
+    if not request.outcome.sent_at or attempt.status >= REFUSED:
+        return 0
+    tokens, estimate = tokens_of(request.outcome.usage), request.estimate
+    earlier = Tokens() if attempt.hop is None else attempt.hop.earlier
+    uncached, answer = tokens.prompt, tokens.answer
+    if uncached is not None:
+        uncached = max(0, uncached - (tokens.cached or 0) - earlier.asked)
+    elif estimate is None or not request.estimated:
+        return UNKNOWN_WORK
+    else:
+        uncached = estimate.uncached
+    if answer is not None:
+        answer = max(0, answer - earlier.answered)
+    elif stream is not None:
+        answer = stream.last - attempt.before
+    return max(1, uncached + OUTPUT_FACTOR * (answer or 0))
 
 
 def _part(attempt: Attempt, exc: BaseException | None, now: float) -> Part:

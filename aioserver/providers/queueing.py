@@ -15,7 +15,7 @@ from dataclasses import replace
 from math import inf
 from typing import TYPE_CHECKING
 
-from aioserver.limits.gate import Gate, GateStats, Place
+from aioserver.limits.gate import BATCH_PATIENCE, Gate, GateStats, Place
 from aioserver.limits.gcra import Gcra
 from aioserver.provider_errors import ProviderPaced, ProviderQueueFull, ProviderQueueTimeout
 from aioserver.providers.pace import Pace
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from aioserver.config.settings import HttpClient
     from aioserver.errors import AioserverError
+    from aioserver.limits.fair_queue import Charge
     from aioserver.limits.gate import Waiter
     from aioserver.providers.breaker import Breaker
     from aioserver.providers.health import Health
@@ -49,8 +50,15 @@ class TrialPlace(Place):
 
     __slots__ = ("_breaker", "_taken")
 
-    def __init__(self, gate: Gate, breaker: Breaker) -> None:
-        super().__init__(gate)
+    def __init__(
+        self,
+        gate: Gate,
+        breaker: Breaker,
+        charge: Charge[Waiter[Place]] | None = None,
+        *,
+        batch: bool = False,
+    ) -> None:
+        super().__init__(gate, charge, batch=batch)
         self._breaker = breaker
         self._taken = False
 
@@ -151,13 +159,13 @@ class ProviderGate(Gate):
         """For how many more requests there is room, beside those that may come back."""
         return super().room - len(self._returning)
 
-    def check_room(self) -> None:
-        """Refuse one more request that would wait, if the queue is full.
+    def check_room(self, *, batch: bool = False) -> None:
+        """Refuse one more request that would wait, if the queue is full for its class.
 
         Raises:
             ProviderQueueFull: it is.
         """
-        if self.full:
+        if self.room_for(batch=batch) <= 0:
             self._refused += 1
             raise self._full_error(self.retry_after())
 
@@ -211,7 +219,7 @@ class ProviderGate(Gate):
     ) -> None:
         """Refuse every waiter, or with *fallback_only* those that another provider can answer."""
         if fallback_only:
-            for waiter in self._queue:
+            for waiter in self._waiters():
                 if waiter.may_fail_over:
                     self._refuse(waiter, error)
             return
@@ -240,8 +248,11 @@ class ProviderGate(Gate):
         """Keep the room of *waiter*, whose task goes on, no longer."""
         self._returning.discard(waiter)
 
-    def _timeout_fault(self, wait: float) -> ProviderQueueTimeout:
-        seconds = self._limits.queue_timeout
+    def _too_long(self, *, batch: bool) -> AioserverError:
+        return self._timeout_fault(self.retry_after(), BATCH_PATIENCE if batch else 1)
+
+    def _timeout_fault(self, wait: float, times: int = 1) -> ProviderQueueTimeout:
+        seconds = self._limits.queue_timeout * times
         text = f"no place at {self._name} within {seconds} s"
         if self._health.breaker.dead:
             text = f"{self._name} was not back within {seconds} s"
@@ -251,8 +262,8 @@ class ProviderGate(Gate):
         breaker, delay = self._health.breaker, self.pace.delay()
         return max(delay, breaker.delay()) if breaker.dead else delay
 
-    def _eta(self, position: int) -> float:
-        eta, breaker = super()._eta(position), self._health.breaker
+    def _eta(self, position: int, batch_position: int = 0) -> float:
+        eta, breaker = super()._eta(position, batch_position), self._health.breaker
         if not breaker.dead:
             return eta
         # Nobody knows when the provider is back. The first in the queue waits for the next trial,
@@ -261,11 +272,13 @@ class ProviderGate(Gate):
         trial = breaker.delay()
         return max(eta, self._health.retry_after if position > 1 or trial == inf else trial)
 
-    def _start(self, cost: int) -> Place:
+    def _start(
+        self, cost: int, charge: Charge[Waiter[Place]] | None, *, batch: bool = False
+    ) -> Place:
         breaker = self._health.breaker
         # First what may fail.
-        trial = TrialPlace(self, breaker) if breaker.dead else None
-        place = super()._start(cost)
+        trial = TrialPlace(self, breaker, charge, batch=batch) if breaker.dead else None
+        place = super()._start(cost, charge, batch=batch)
         return trial if trial is not None and breaker.start() else place
 
 

@@ -10,6 +10,7 @@ from math import inf
 from typing import TYPE_CHECKING, Protocol
 
 from aioserver.auth.callers import Caller
+from aioserver.limits.estimate import UNKNOWN_WORK
 from aioserver.protocol.client_headers import NO_HEADERS
 from aioserver.telemetry.outcome import Outcome
 from aioserver.telemetry.request_log import RequestRecord
@@ -73,7 +74,7 @@ class ProviderRequest:
     its first attempt is sent by *start_by*, and its answer has ended by *deadline*.
     """
 
-    # Whether its tokens are estimated before it starts, where tokens are paced.
+    # Whether its tokens can be estimated before it starts.
     estimated = True
 
     __slots__ = (
@@ -117,7 +118,7 @@ class ProviderRequest:
     ) -> None:
         self.size, self.max_answer = size, max_answer
         self.estimate: Estimate | None = None
-        self.batch = False
+        self.batch = caller.batch
         self.start_by = self.deadline = inf
         self.api = api
         self.path = f"{api.path}?{query}" if query else api.path
@@ -135,6 +136,12 @@ class ProviderRequest:
         self.keeps_body = False
         self._hold = hold
         self._kept_bytes = kept_bytes
+
+    @property
+    def work(self) -> int:
+        """What it is estimated to cost its caller's share of a provider."""
+        estimate = self.estimate if self.estimated else None
+        return UNKNOWN_WORK if estimate is None else estimate.work
 
     def outlive_handler(self) -> None:
         """Note that the request goes on when the client's handler has ended: `release` is called

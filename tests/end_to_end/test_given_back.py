@@ -144,8 +144,12 @@ SHARED = {
     Function("wings.cluster.shared_gate", "SharedGate.try_enter"),
     Function("wings.cluster.remote_streams", "RemoteStreams.mirror"),
 }
-# These count something else: bytes on their way to a file, connections for the balance, spans.
+# These count something else: the starts of a caller, bytes on their way to a file, connections for
+# the balance, spans.
 OTHERS = {
+    Function("limits.fair_queue", "_Turns.serve"),
+    Function("limits.fair_queue", "_Turns.start"),
+    Function("limits.fair_queue", "_Turns.start_early"),
     Function("wings.responses.redis", "SharedResponses._encoded"),
     Function("workers.balance", "Balance.made"),
     Function("wings.tracing.tracer", "Tracer.visit"),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 import time
-from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
 import pytest
 
 from aioserver.errors import AioserverError, ServerAtCapacity, ServerShutdown
 from aioserver.limits.gate import POSITION_INTERVAL, Gate, Place
+from tests.support import fair_model
 from tests.support.clock import FakeClock
+from tests.support.fair_model import Job
 from tests.support.jumping_loop import block
 from tests.support.waiting import ticks, until
 
@@ -551,50 +553,47 @@ async def test_a_waiter_whose_callback_raises_does_not_stay_in_the_queue() -> No
 
 
 class Model:
-    """The gate, said simply: who is inside, and the lines of one caller, in the order of turns."""
+    """The gate, as plainly as it can be written: one caller, whose flows share evenly."""
 
     def __init__(self, limit: int, queue_size: int) -> None:
         self.limit, self.queue_size = limit, queue_size
-        self.inside: set[int] = set()
-        self.lines: OrderedDict[str, deque[int]] = OrderedDict()
+        self.jobs: dict[int, Job] = {}
+        self.fair = fair_model.Model({"": 1})
 
     @property
-    def waiting(self) -> int:
-        return sum(map(len, self.lines.values()))
+    def inside(self) -> set[int]:
+        return {job.number for job in self.fair.running}
 
-    def enter(self, caller: str, name: int) -> bool:
-        """Return whether the caller is let in or may wait."""
+    @property
+    def waiting(self) -> list[int]:
+        return [job.number for job in self.fair.waiting]
+
+    def enter(self, flow: int, name: int) -> bool:
+        """Return whether the request is let in or may wait."""
+        job = self.jobs[name] = Job(name, "", flow, 1, 1)
         if not self.waiting and len(self.inside) < self.limit:
-            self.inside.add(name)
-        elif self.waiting >= self.queue_size:
+            self.fair.start(job)
+        elif len(self.waiting) >= self.queue_size:
             return False
         else:
-            self.lines.setdefault(caller, deque()).append(name)
+            self.fair.add(job)
         return True
 
     def position(self, name: int) -> int:
+        fair = copy.deepcopy(self.fair)
         order: list[int] = []
-        lines = OrderedDict((caller, deque(line)) for caller, line in self.lines.items())
-        while lines:
-            caller, line = lines.popitem(last=False)
-            order.append(line.popleft())
-            if line:
-                lines[caller] = line
+        while fair.waiting:
+            order.append(fair.next().number)
+            fair.start(fair.next())
         return order.index(name) + 1
 
     def admit(self) -> None:
-        while self.lines and len(self.inside) < self.limit:
-            caller, line = self.lines.popitem(last=False)
-            self.inside.add(line.popleft())
-            if line:
-                self.lines[caller] = line
+        while self.waiting and len(self.inside) < self.limit:
+            self.fair.start(self.fair.next())
 
     def leave(self, name: int) -> None:
-        self.inside.discard(name)
-        for caller in [caller for caller, line in self.lines.items() if name in line]:
-            self.lines[caller].remove(name)
-            if not self.lines[caller]:
-                del self.lines[caller]
+        job = self.jobs[name]
+        (self.fair.end if job in self.fair.running else self.fair.leave)(job)
         self.admit()
 
 
@@ -610,12 +609,10 @@ async def test_random_steps_agree_with_the_model(run: int) -> None:
     for name in range(250):
         match dice.choices(("enter", "leave", "give up", "apply"), (6, 4, 2, 0.3))[0]:
             case "enter":
-                caller = dice.choice("abcd")
+                flow = dice.randrange(4)
                 heard: list[int] = []
-                tasks[name] = asyncio.create_task(
-                    gate.enter("", caller, on_position=hearing(heard))
-                )
-                if not model.enter(caller, name):
+                tasks[name] = asyncio.create_task(gate.enter("", flow, on_position=hearing(heard)))
+                if not model.enter(flow, name):
                     with pytest.raises(ServerAtCapacity, match=FULL):
                         await tasks.pop(name)
                 await ticks()
@@ -626,7 +623,7 @@ async def test_random_steps_agree_with_the_model(run: int) -> None:
                 (await tasks.pop(leaver)).release()
                 model.leave(leaver)
             case "give up" if model.waiting:
-                leaver = dice.choice([waiter for line in model.lines.values() for waiter in line])
+                leaver = dice.choice(model.waiting)
                 await given_up(tasks.pop(leaver))
                 model.leave(leaver)
             case "apply":
@@ -636,7 +633,7 @@ async def test_random_steps_agree_with_the_model(run: int) -> None:
         await ticks()
 
         assert {name for name, task in tasks.items() if task.done()} == model.inside
-        assert (gate.inside, gate.waiting) == (len(model.inside), model.waiting)
+        assert (gate.inside, gate.waiting) == (len(model.inside), len(model.waiting))
 
     for task in tasks.values():
         if task.done():

@@ -65,10 +65,15 @@ async def test_trials_that_fail_slowly_use_up_the_queue_timeout() -> None:
     )
     health: Any = SimpleNamespace(breaker=SimpleNamespace(dead=True, unreachable=True))
     # There is room, and a request that meets a dead provider is not parked.
-    gate: Any = SimpleNamespace(check_room=lambda: None)
+    gate: Any = SimpleNamespace(check_room=lambda **_: None)
     absence = Absence(provider, health, gate, clock)
     attempt: Any = SimpleNamespace(
-        fallback=False, stream=None, waited=0.0, rejoin=False, began=0.0
+        fallback=False,
+        stream=None,
+        waited=0.0,
+        rejoin=False,
+        began=0.0,
+        request=SimpleNamespace(batch=False),
     )
 
     trials, again = 0, True

@@ -314,12 +314,14 @@ ConnectionServer.wait_closed = patient
 """,
     "the weights of a fair queue": """
 from aioserver.limits.fair_queue import FairQueue
-push = FairQueue._push
-def unfair(self, caller, entry):
+add = FairQueue.add
+def unfair(self, item, caller, *args, **kwargs):
+    add(self, item, caller, *args, **kwargs)
     if caller == "key0":
-        entry.tag = self._virtual
-    push(self, caller, entry)
-FairQueue._push = unfair
+        counter = self.callers.counters[caller]
+        counter.tag = self.callers.virtual
+        self.callers.push(counter)
+FairQueue.add = unfair
 """,
     "who waits while a place is free": """
 from aioserver.limits.gate import Gate

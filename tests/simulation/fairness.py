@@ -1,13 +1,13 @@
-"""No caller starves: start-time fair queueing bounds how far two callers who both wait may be
-apart.
+"""No caller starves: virtual token counters bound how far two callers who both wait may be apart.
 
-The theorem (Goyal, Vin and Cheng, "Start-Time Fair Queueing", SIGCOMM 1996, theorem 1): in any
-time in which the callers f and m both have requests that wait, with n_f and n_m of them served and
-the weights w_f and w_m,
+The bound (limits/fair_queue.py): in any time in which two callers of one class both have requests
+that wait, what they have started differs by 2 (U + N E) at most, each divided by its weight. N is
+the most that has run at once, U the dearest request, and E the largest error of an estimate. The
+same holds for two flows of one caller.
 
-    |n_f / w_f - n_m / w_m| <= 1 / w_f + 1 / w_m
-
-It holds at every instant, whatever the server's speed, so it is checked at each start.
+It holds at every instant, whatever the server's speed. What a start has cost is known when it has
+ended, so the starts are looked at later, many at once. At once it is looked at whose turn it was,
+by counters that are kept here.
 """
 
 # ruff: noqa: SLF001 - the queue of a gate shows no start
@@ -16,28 +16,41 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from operator import is_not
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aioserver.limits.fair_queue import LENGTH
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Mapping
 
-    from aioserver.limits.fair_queue import FairQueue
+    from aioserver.limits.fair_queue import Charge, FairQueue
     from aioserver.limits.gate import Gate
+
+# Starts that are looked at together.
+MANY = 500
+
+
+class _Start(NamedTuple):
+    """A start of *name*, which waited, as the *others* did, each since its own moment: among all
+    callers, or among the flows *of* one. *early*: it came before its turn.
+    """
+
+    of: Hashable
+    name: Hashable
+    since: Hashable
+    others: Mapping[Hashable, Hashable]
+    charge: Charge[Any]
+    length: int
+    early: bool
 
 
 @dataclass(slots=True)
 class _Pair:
-    """Two callers that both wait: how far the first is ahead, and how far it was at most and at
-    least.
-
-    *entries* are theirs in the queue: a caller that has waited for nothing in between has another
-    one.
+    """Two that both wait, each *since* then: how far the first is ahead, and how far it was at
+    most and at least.
     """
 
-    entries: tuple[object, object]
+    since: tuple[Hashable, Hashable]
     ahead: Fraction = Fraction(0)
     most: Fraction = Fraction(0)
     least: Fraction = Fraction(0)
@@ -48,39 +61,122 @@ class _Followed:
 
     def __init__(self, queue: FairQueue[Any], broken: Callable[[str], None]) -> None:
         self._queue = queue
-        self._pop = queue.pop
+        self._pop, self._start = queue.pop, queue.start
         self._broken = broken
-        self.pairs: dict[tuple[Hashable, Hashable], _Pair] = {}
+        self._add = queue.add
+        self._starts: list[_Start] = []
+        # All that have started since the last look, or run, with their estimates.
+        self._charges: list[tuple[Charge[Any], int]] = []
+        # N, U and E until now.
+        self._most_running = self._dearest = self._error = 0
+        # The counters of callers, virtual time, and what of those that run is in them.
+        self._tags: dict[object, int] = {}
+        self._virtual = 0
+        self._counted: dict[Charge[Any], int] = {}
+        queue.add = self.add  # type: ignore[method-assign]
         queue.pop = self.pop  # type: ignore[method-assign]
+        queue.start = self.start  # type: ignore[method-assign]
 
-    def pop(self, gone: Callable[[Any], bool]) -> Any:
-        """Note which caller is served."""
-        callers = dict(self._queue._callers)
-        item = self._pop(gone)
-        if item is None or len(callers) < 2:
-            return item
-        served = item.caller
-        step = Fraction(callers[served].length, LENGTH)
-        for other, entry in callers.items():
-            # Whoever is not in the queue any more had only requests that were given up.
-            if other == served or other not in self._queue._callers:
-                continue
-            names = (served, other) if repr(served) < repr(other) else (other, served)
-            entries = callers[names[0]], callers[names[1]]
-            pair = self.pairs.get(names)
-            if pair is None or any(map(is_not, pair.entries, entries)):
-                pair = self.pairs[names] = _Pair(entries)
-            pair.ahead += step if names[0] == served else -step
-            pair.most = max(pair.most, pair.ahead)
-            pair.least = min(pair.least, pair.ahead)
-            bound = step + Fraction(entry.length, LENGTH)
-            if pair.most - pair.least > bound:
-                apart = float(pair.most - pair.least)
-                self._broken(
-                    f"{names[0]!r} and {names[1]!r} are {apart:.2f} apart, at most {bound}"
-                )
-                pair.most = pair.least = pair.ahead
-        return item
+    def add(self, item: Any, caller: Hashable, *args: Any, **kwargs: Any) -> None:
+        """Note who begins to wait."""
+        self._correct()
+        self._add(item, caller, *args, **kwargs)
+        counter = self._queue.callers.counters[caller]
+        if counter.waiting == 1:
+            self._tags[counter] = max(self._virtual, self._tags.get(counter, self._virtual))
+
+    def start(self, caller: Hashable, *args: Any, **kwargs: Any) -> Charge[Any]:
+        """Note a start without a wait."""
+        self._correct()
+        charge = self._start(caller, *args, **kwargs)
+        counter = self._queue.callers.counters[caller]
+        self._tags[counter] = max(self._virtual, self._tags.get(counter, self._virtual))
+        self._served(counter, charge)
+        return charge
+
+    def _correct(self) -> None:
+        """Take in what has been corrected since the last look."""
+        for charge, counted in list(self._counted.items()):
+            self._tags[charge._caller] += (charge.work - counted) * charge.length
+            if charge._queue is None:
+                del self._counted[charge]
+
+    def _served(self, counter: object, charge: Charge[Any]) -> None:
+        tag = self._tags[counter]
+        self._virtual = max(self._virtual, tag)
+        self._tags[counter] = tag + charge.work * charge.length
+        self._counted[charge] = charge.work
+        self._charges.append((charge, charge.work))
+        running = sum(each.running for each in self._queue.callers.counters.values())
+        self._most_running = max(self._most_running, running)
+        if len(self._charges) >= MANY + len(self._counted):
+            self.look()
+
+    def pop(self, gone: Callable[[Any], bool]) -> tuple[Any, Charge[Any]] | None:
+        """Note which caller is served, and which flow of it."""
+        if self._queue.head(gone) is None:
+            return None
+        self._correct()
+        callers = self._queue.callers
+        waiting = _waiting(callers.counters)
+        tags = {name: self._tags[callers.counters[name]] for name in waiting}
+        lines = {name: _waiting(callers.counters[name].flows.counters) for name in waiting}
+        early = {name for name in waiting if callers.counters[name].front}
+        popped = self._pop(gone)
+        assert popped is not None
+        item, charge = popped
+        name, flow = item.caller, item.flow
+        if tags[name] > min(tags.values()):
+            self._broken(f"{name!r} starts at a tag of {tags[name]}, and these wait: {tags}")
+        self._starts.append(
+            _Start(None, name, waiting.pop(name), waiting, charge, charge.length, early=False)
+        )
+        flows = lines[name]
+        since = flows.pop(flow, None)
+        self._starts.append(
+            _Start((name,), flow, since, flows, charge, LENGTH, early=name in early)
+        )
+        self._served(callers.counters[name], charge)
+        return popped
+
+    def look(self) -> None:
+        """Look at the starts since the last look, and forget them."""
+        for charge, work in self._charges:
+            self._dearest = max(self._dearest, charge.work, work)
+            self._error = max(self._error, abs(charge.work - work))
+        bound = 2 * (self._dearest + self._most_running * self._error)
+        pairs: dict[tuple[Hashable, Hashable, Hashable], _Pair] = {}
+        for start in self._starts:
+            step = Fraction(start.charge.work * start.length, LENGTH)
+            for other, since in start.others.items():
+                first = repr(start.name) < repr(other)
+                names = (start.name, other) if first else (other, start.name)
+                both = (start.since, since) if first else (since, start.since)
+                key = (start.of, *names)
+                pair = pairs.get(key)
+                if pair is None or pair.since != both or start.early:
+                    pair = pairs[key] = _Pair(both)
+                if start.early:
+                    continue
+                pair.ahead += step if first else -step
+                pair.most = max(pair.most, pair.ahead)
+                pair.least = min(pair.least, pair.ahead)
+                if pair.most - pair.least > bound:
+                    apart = float(pair.most - pair.least)
+                    self._broken(
+                        f"{names[0]!r} and {names[1]!r} are {apart:.0f} apart, at most {bound}"
+                    )
+                    pair.most = pair.least = pair.ahead
+        self._starts.clear()
+        # The others are corrected later.
+        self._charges = [each for each in self._charges if each[0]._queue is not None]
+        known = set(self._queue.callers.counters.values())
+        self._tags = {each: tag for each, tag in self._tags.items() if each in known}
+
+
+def _waiting(counters: Mapping[Hashable, Any]) -> dict[Hashable, Hashable]:
+    """Return those of *counters* that wait, and since when each does."""
+    return {name: (id(each), each.serial) for name, each in counters.items() if each.waiting}
 
 
 class Fairness:
@@ -91,13 +187,15 @@ class Fairness:
 
     def __init__(self, broken: Callable[[str], None]) -> None:
         self._broken = broken
-        self.followed: dict[Gate, _Followed] = {}
+        self.followed: dict[Gate, tuple[_Followed, ...]] = {}
 
     def follow(self, gate: Gate) -> None:
-        """Follow the queue of *gate*, which is not among those *followed*."""
-        self.followed[gate] = _Followed(gate._queue, self._broken)
+        """Follow the queues of *gate*, which is not among those *followed*."""
+        queues = gate._queue, gate._batch
+        self.followed[gate] = tuple(_Followed(queue, self._broken) for queue in queues)
 
     def forget(self) -> None:
-        """Forget what was counted: weights may change."""
-        for followed in self.followed.values():
-            followed.pairs.clear()
+        """Look at what was counted, and forget it: weights may change."""
+        for queues in self.followed.values():
+            for followed in queues:
+                followed.look()

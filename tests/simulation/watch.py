@@ -107,7 +107,7 @@ class Watch:
         inside, limit = gate._inside, gate._limit
         if inside > limit:
             self._look_at_excess(gate, provider.name)
-        elif inside < limit and gate._queue:
+        elif inside < limit and gate._next() is not None:
             # Only its pace, or its breaker, may keep the next request from starting.
             if (delay := delay_of(gate)) <= ROUNDING:
                 self._broken(f"requests wait at {provider.name} while {limit - inside} may start")
@@ -172,7 +172,7 @@ class Watch:
                 most += queue.shared_limit
             room[provider.name] = most
             # Those of a group have the room of all its members.
-            waiting = queue.waiting - sum(waiter.share is not WHOLE for waiter in queue._queue)
+            waiting = queue.waiting - sum(waiter.share is not WHOLE for waiter in queue._waiters())
             # After a reload, as many as there were.
             if waiting > most and Clock.now > self._deadlines.settled_at:
                 self._broken(f"{waiting} requests wait, at most {most}")

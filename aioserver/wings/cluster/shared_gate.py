@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aioserver.limits.gate import Gate, Place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
     from fractions import Fraction
 
     from aioserver.errors import AioserverError
@@ -81,7 +81,7 @@ class SharedGate(Gate):
         """Let in the waiters that may start now, and ask for places for the others."""
         self._leases.check()
         super().serve()
-        if self._queue:
+        if self._queue.size or self._batch.size:
             self._grant.wait_begins()
 
     def leave(self, waiter: Waiter[Place]) -> None:
@@ -89,18 +89,27 @@ class SharedGate(Gate):
         super().leave(waiter)
         self._grant.wait_ends()
 
-    def try_enter(self, cost: int = 0) -> Place | None:
+    def try_enter(
+        self,
+        cost: int = 0,
+        caller: Hashable = None,
+        flow: Hashable = None,
+        weight: int = 1,
+        work: int = 0,
+        *,
+        batch: bool = False,
+    ) -> Place | None:
         """Return a place if a granted one is free and nobody waits for it.
 
-        *cost* counts for the pace.
+        The arguments are those of `Gate.try_enter`.
         """
         self._leases.check()
-        return super().try_enter(cost)
+        return super().try_enter(cost, caller, flow, weight, work, batch=batch)
 
     @property
     def wanting(self) -> int:
         """How many requests wait and could start soon if there were places for them."""
-        count = len(self._queue)
+        count = self._queue.size + self._batch.size
         if not count or self._pace is None:
             return count
         if self._delay() > SOON:
@@ -111,7 +120,9 @@ class SharedGate(Gate):
 
     @property
     def weight(self) -> int:
-        """The weights of the callers that wait, together; at least 1."""
+        """The weights of the callers that wait, together; at least 1, which is that of any number
+        of batch ones.
+        """
         return max(1, self._queue.weight)
 
     def resize(self, places: int) -> None:
@@ -134,9 +145,9 @@ class SharedGate(Gate):
         shared = self._grant.joined and self.waiting < MOMENTARY
         return MOMENT if shared and self._grant.limit > self._inside else 0.0
 
-    def _leave(self) -> None:
+    def _leave(self, *, batch: bool = False) -> None:
         self._grant.place_ends()
-        super()._leave()
+        super()._leave(batch=batch)
 
 
 class ConnectionGate(SharedGate):
