@@ -49,6 +49,11 @@ if TYPE_CHECKING:
 
 # Where a mirror begins of whose events none is read.
 LATEST = Start(after=None)
+# Codex ends a response of which no event has come for 300 s; comments do not count for it. For all
+# others a comment it is: OpenAI's SDKs fail on an event before `response.created`.
+CODEX = openai.OPENAI._replace(
+    heartbeat=b'event: aioserver:heartbeat\ndata: {"type":"aioserver:heartbeat"}\n\n'
+)
 
 
 def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
@@ -66,7 +71,7 @@ def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
                 context.admission,
                 openai.OPENAI.face,
                 partial(prepare_new, context, stored),
-                partial(openai.serve, context),
+                partial(serve, context),
             ),
         ),
         web.get(
@@ -113,6 +118,17 @@ async def prepare_new(
         key=key,
         digest=openai.digest_of(RESPONSES.path, data) if key else b"",
     )
+
+
+async def serve(context: Context, request: web.Request, prepared: Request) -> web.StreamResponse:
+    """Answer a POST of a new response."""
+    return await openai.serve(context, request, prepared, _dialect(request))
+
+
+def _dialect(request: web.Request) -> openai.Dialect:
+    """Return the dialect of the client of *request*."""
+    codex = request.headers.get("originator", "").startswith("codex")
+    return CODEX if codex else openai.OPENAI
 
 
 def make_request(
@@ -243,7 +259,7 @@ async def retrieve(
         return await passthrough.serve(context, request, found)
     stream, after = found
     if after is not None:
-        return await openai.follow_stream(context, request, stream, after)
+        return await openai.follow_stream(context, request, stream, after, _dialect(request))
     try:
         return await write(context, request, stream)
     except StreamNotFound:

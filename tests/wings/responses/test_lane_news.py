@@ -55,6 +55,24 @@ async def test_a_silent_provider_is_told_by_heartbeats_on_each_lane(
         assert number <= time <= 1 + 2 * number
 
 
+@pytest.mark.parametrize("originator", ["codex_cli_rs", "codex_exec", "other", ""])
+async def test_over_http_codex_gets_events_and_others_comments(
+    make_server: MakeServer, originator: str
+) -> None:
+    server = await make_server(Behaviour(ttft=3.5, interval=0.0), **PING)
+    headers = {"originator": originator} if originator else {}
+    body = {"input": "Hi", "stream": True}
+    async with server.session.post(
+        f"{server.v1}/responses", json=body, headers=headers
+    ) as response:
+        answer = await response.text()
+
+    event = 'event: aioserver:heartbeat\ndata: {"type":"aioserver:heartbeat"}\n\n'
+    assert (event in answer) is originator.startswith("codex")
+    assert (": keep-alive" in answer) is not originator.startswith("codex")
+    assert '"sequence_number":0' in answer.replace(" ", "")
+
+
 async def test_an_answer_that_comes_has_no_heartbeats(make_server: MakeServer) -> None:
     server = await make_server(Behaviour(ttft=0.5, interval=0.5, tokens=20), **PING)
     async with connect(server) as ws:
