@@ -54,6 +54,7 @@ INSIDE_FUNCTIONS = {
         "aioserver.wings.conversations.sqlite_file",
     },
     "commands.serve_command": {"aioserver.commands.serve"},
+    "tools.usage": {"aioserver.config", "aioserver.config.faults"},
     "tools.bench.command": {"aioserver.tools.bench.table"},
     "tools.doctor.command": {
         "aioserver.tools.doctor.here",

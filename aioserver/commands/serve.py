@@ -262,6 +262,7 @@ async def _run(
             make_admission=Gate if worker is None or loads is None else worker.gate_maker(loads),
             scope=None if worker is None else worker.scope,
             private_server=None if worker is None else worker.server_url,
+            worker=None if worker is None else worker.slot,
         ) as server:
             if worker is not None and loads is not None:
                 balance = _balance(worker, loads, server.sharing)

@@ -150,12 +150,13 @@ class Configuration:
         *hosts* are the addresses that the server listens on, if not on the configured host.
 
         Raises:
-            ConfigurationError: the active provider or a fallback lacks its key, or other
-                machines can reach one of the hosts and need no key.
+            ConfigurationError: the active provider or a fallback lacks its key, other machines
+                can reach one of the hosts and need no key, or the directory of the ledger cannot
+                be written.
         """
         if hosts is None:
             hosts = (self.settings.chat.websocket.host,)
-        faults = [*self._unusable_providers(), *self._unguarded(hosts)]
+        faults = [*self._unusable_providers(), *self._unguarded(hosts), *self._unwritable()]
         if faults:
             raise ConfigurationError(_lines(faults))
 
@@ -190,6 +191,11 @@ class Configuration:
                 message = f"{name} is a fallback but {missing}; set it, or take {name} out"
             yield document.fault(path, message)
 
+    def _unwritable(self) -> Iterator[Fault]:
+        path = self.settings.usage.path
+        if path is not None and (why := _why_not(Path(path).absolute())) is not None:
+            yield self._document.fault(("usage", "path"), f"{path}: {why}")
+
     def _unguarded(self, hosts: Sequence[str]) -> Iterator[Fault]:
         auth = self.settings.auth
         if auth is not None and (auth.open or auth.keys):
@@ -202,6 +208,19 @@ class Configuration:
                     "or add keys to auth.keys (`aioserver key NAME` makes one), or set "
                     "`auth: {open: true}` if a proxy in front checks who may connect",
                 )
+
+
+def _why_not(directory: Path) -> str | None:
+    """Return why *directory*, which may have to be made, cannot be written; None if it can."""
+    there = directory
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    name = "" if there == directory else f"{there} "
+    if not there.is_dir():
+        return f"{name}is no directory"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{name}cannot be written by this user"
+    return None
 
 
 def _find(path: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> str:

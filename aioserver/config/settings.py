@@ -72,6 +72,7 @@ __all__ = [
     "Streaming",
     "Streams",
     "Tracing",
+    "Usage",
     "Uvicorn",
     "WebSocket",
 ]
@@ -201,6 +202,18 @@ class Logging:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What attempts have cost."""
+
+    path: str | None = setting(
+        optional(line),
+        "directory of the ledger, which gets a line of JSON for each attempt that may have cost "
+        "tokens, in files by day; made if it is missing; null: no ledger",
+        None,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The whole configuration."""
 
@@ -211,6 +224,7 @@ class Settings:
     auth: Auth | None = setting(optional(section(Auth)), "", None)
     cluster: Cluster = group(Cluster)
     tracing: Tracing = group(Tracing)
+    usage: Usage = group(Usage)
     logging: Logging = group(Logging)
 
     def __post_init__(self) -> None:

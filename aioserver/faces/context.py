@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from aioserver.streams.outbox import Outbox
     from aioserver.telemetry.metrics import Metrics
     from aioserver.telemetry.tracer import Tracer
+    from aioserver.telemetry.usage import Usage
 
 
 class CurrentSettings:
@@ -95,5 +96,6 @@ class Context:
     sockets: set[OpenSocket]
     metrics: Metrics
     tracer: Tracer | None
+    usage: Usage
     monitor: Monitor
     registry: CollectorRegistry

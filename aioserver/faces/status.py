@@ -1,5 +1,5 @@
 """The operating pages: whether the server lives, whether it takes work, its state now and as it
-changes.
+changes, and what callers have spent.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ def routes(context: Context) -> list[web.RouteDef]:
     ]
 
 
+def own(context: Context) -> list[web.RouteDef]:
+    """Return the route for all callers, who see there what is their own."""
+    return [web.get("/usage", partial(usage, context))]
+
+
 async def health(context: Context, _request: web.Request) -> web.Response:
     """Answer 200 while the process lives, also when no place is free.
 
@@ -90,6 +95,20 @@ def overview(context: Context) -> Mapping[str, object]:
 async def stats(context: Context, _request: web.Request) -> web.Response:
     """Answer with the newest snapshot as JSON."""
     body = await context.monitor.state_of_all()
+    return web.Response(body=body, content_type="application/json", headers=NO_STORE)
+
+
+async def usage(context: Context, request: web.Request) -> web.Response:
+    """Answer with what the caller has spent today and yesterday, or all of them have if it is an
+    admin, or there are no keys.
+    """
+    caller = request[CALLER]
+    everything = caller.admin or not context.access.keyed
+    days, unheard = await context.monitor.days_of_all(None if everything else caller.name)
+    answer: dict[str, object] = {"days": days, "budgets": []}
+    if unheard and everything:
+        answer["unheard"] = unheard
+    body = orjson.dumps(answer)
     return web.Response(body=body, content_type="application/json", headers=NO_STORE)
 
 

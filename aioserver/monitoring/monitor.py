@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         Snapshot,
     )
     from aioserver.telemetry.metrics import Family
+    from aioserver.telemetry.sums import CallerSums, Day
 
 logger = logging.getLogger("aioserver.monitoring")
 
@@ -96,6 +97,11 @@ class Others(Protocol):
 
     async def families(self) -> list[Family]:
         """Return all metrics that are counted, over all instances."""
+
+    async def days(self, caller: str | None) -> tuple[list[Day], list[str]]:
+        """Return what *caller*, or all of them, have spent at all instances, and the instances
+        that have not answered.
+        """
 
 
 class Point(NamedTuple):
@@ -171,6 +177,19 @@ class Monitor:
             name: provider.settings.http_client.concurrent_requests
             for name, provider in self._router.providers.items()
         }
+
+    @property
+    def usage(self) -> CallerSums:
+        """What callers have spent here."""
+        return self._metrics.usage
+
+    async def days_of_all(self, caller: str | None = None) -> tuple[list[Day], list[str]]:
+        """Return what *caller*, or all of them, have spent, at all instances if there are more,
+        and the instances that have not answered.
+        """
+        if self.others is not None:
+            return await self.others.days(caller)
+        return self.usage.days(caller), []
 
     def families(self) -> Iterator[Family]:
         """Yield every metric that is counted, as it is now."""

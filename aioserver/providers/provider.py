@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from aioserver.limits.estimate import OUTPUT_FACTOR, UNKNOWN_WORK, Estimates
@@ -46,9 +47,10 @@ from aioserver.providers.queueing import FAILOVER_WAIT, ProviderGate, TrialPlace
 from aioserver.providers.sinks import BodySink
 from aioserver.providers.stall import measure
 from aioserver.telemetry.metrics import ProviderMeter
-from aioserver.telemetry.outcome import ESTIMATE, MIXED, PROVIDER, Part
+from aioserver.telemetry.outcome import ESTIMATE, MIXED, NOBODY, PROVIDER, Part
 from aioserver.telemetry.tokens import MAX_TOKENS, tokens_of
 from aioserver.telemetry.tracer import AttemptEnd
+from aioserver.telemetry.usage import CANCELLED, CUT, FAILED, OK, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -125,8 +127,10 @@ class Provider:
         observer: ProviderObserver = ALONE,
         lifetime: Lifetime | None = None,
         estimates: Estimates | None = None,
+        usage: Usage | None = None,
     ) -> None:
         self.name = settings.name
+        self._usage = Usage() if usage is None else usage
         self._estimates = Estimates() if estimates is None else estimates
         self.settings = settings
         self.meter = ProviderMeter() if meter is None else meter
@@ -446,6 +450,8 @@ class Provider:
                         limits.first_token_timeout, lambda: attempt.answered
                     )
                 attempt.sending(exchange)
+                if self._usage.ledger is not None:
+                    self._usage.sent(record, partial(self._so_far, attempt))
                 running = exchange.run(data, attempt.body)
             except BaseException:
                 connection.close()
@@ -558,9 +564,15 @@ class Provider:
         """
         record = attempt.request.record
         outcome = record.outcome
-        # As a rule, an attempt that has succeeded is all that the request has cost.
-        if (exc or attempt.fault or outcome.parts) and outcome.sent_at:
-            outcome.parts += (_part(attempt, exc, self._clock()),)
+        if outcome.sent_at:
+            part = _part(attempt, exc, self._clock())
+            # As a rule, an attempt that has succeeded is all that the request has cost.
+            if exc or attempt.fault or outcome.parts:
+                outcome.parts += (part,)
+            if _refused(attempt):
+                self._usage.refused(record)
+            else:
+                self._usage.ended(record, part, _end(attempt, exc or attempt.fault))
         if attempt.expected_tokens:
             tokens = _real_tokens(attempt, self.settings, failed=exc is not None)
             self._pace.charge(tokens - attempt.expected_tokens)
@@ -593,6 +605,9 @@ class Provider:
         if trial:
             # Another trial may start now.
             self._gate.serve()
+
+    def _so_far(self, attempt: Attempt) -> Part:
+        return _part(attempt, None, self._clock())
 
     def _outdated(self, attempt: Attempt) -> bool:
         """Return whether *attempt* was sent by former settings, perhaps with another key or
@@ -645,7 +660,7 @@ def _part(attempt: Attempt, exc: BaseException | None, now: float) -> Part:
     """Return what *attempt*, which has ended *now*, well or with *exc*, has cost."""
     request, stream, exc = attempt.request, attempt.stream, exc or attempt.fault
     outcome, record = request.outcome, request.record
-    result, refused, hop = "ok", attempt.status not in {0, 200}, attempt.hop
+    result, hop = "ok", attempt.hop
     if isinstance(exc, ProviderFault):
         result = exc.attempt_outcome
     elif exc is not None:
@@ -657,8 +672,10 @@ def _part(attempt: Attempt, exc: BaseException | None, now: float) -> Part:
     if hop is not None:
         # What was not shown of a rest was paid for as well.
         events = max(events, hop.heard)
-    if refused:
+    if _refused(attempt):
         asked = answered = 0
+    elif not request.estimated:
+        source = NOBODY
     elif asked is None or answered is None:
         source = ESTIMATE if asked is None else MIXED
     began = outcome.sent_at
@@ -674,6 +691,20 @@ def _part(attempt: Attempt, exc: BaseException | None, now: float) -> Part:
         record.first_event_at - began if record.first_event_at > began else 0.0,
         now - began,
     )
+
+
+def _refused(attempt: Attempt) -> bool:
+    """Return whether the answer is none of a success: it has cost nothing."""
+    return attempt.status >= 300
+
+
+def _end(attempt: Attempt, exc: BaseException | None) -> str:
+    """Return what the ledger says of the end of *attempt*, which has ended well or with *exc*."""
+    if exc is None:
+        return OK
+    if isinstance(exc, asyncio.CancelledError):
+        return CANCELLED
+    return CUT if attempt.answered or attempt.status else FAILED
 
 
 def _expected_tokens(attempt: Attempt, provider: settings.Provider) -> int:

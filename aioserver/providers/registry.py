@@ -17,6 +17,7 @@ from aioserver.limits.estimate import Estimates
 from aioserver.providers.health import ALONE
 from aioserver.providers.provider import Provider
 from aioserver.providers.queueing import ProviderGate
+from aioserver.telemetry.usage import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -46,7 +47,8 @@ class ProviderRegistry:
 
     *observe* returns who hears what is found out about the provider of a name. *simulated* is
     where `simulated: true` leads; None if there is no simulator. *lifetime* has the answers that
-    nobody reads, and that give way to requests which wait; None if there are none.
+    nobody reads, and that give way to requests which wait; None if there are none. *usage* hears
+    what attempts have cost.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class ProviderRegistry:
         observe: Callable[[str], ProviderObserver] = lambda _name: ALONE,
         simulated: Simulated | None = None,
         lifetime: Lifetime | None = None,
+        usage: Usage | None = None,
     ) -> None:
         self._metrics = metrics
+        self._usage = Usage(metrics.usage) if usage is None else usage
         self._make_gate = make_gate
         self._observe = observe
         self._simulated = simulated
@@ -115,6 +119,7 @@ class ProviderRegistry:
                     observer=self._observe(name),
                     lifetime=self._lifetime,
                     estimates=self.estimates,
+                    usage=self._usage,
                 )
                 changed.append(provider)
             providers[name] = provider

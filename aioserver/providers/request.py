@@ -82,7 +82,6 @@ class ProviderRequest:
         "_kept_bytes",
         "answer_bytes",
         "api",
-        "batch",
         "body",
         "caller",
         "client_headers",
@@ -118,7 +117,6 @@ class ProviderRequest:
     ) -> None:
         self.size, self.max_answer = size, max_answer
         self.estimate: Estimate | None = None
-        self.batch = caller.batch
         self.start_by = self.deadline = inf
         self.api = api
         self.path = f"{api.path}?{query}" if query else api.path
@@ -130,6 +128,8 @@ class ProviderRequest:
         self.client_headers = client_headers
         self.outcome = Outcome()
         self.record = RequestRecord(self.outcome)
+        self.record.path = api.path
+        self.record.batch = caller.batch
         self.record.trace_id = client_headers.trace_id
         # Counts the bytes of an answer that is collected.
         self.answer_bytes: HeldBytes | None = None
@@ -182,6 +182,15 @@ class ProviderRequest:
         0.0 if it has not, or that is unknown.
         """
         return 0.0 if self._hold is None else self._hold.waited_since
+
+    @property
+    def batch(self) -> bool:
+        """Whether it uses what others leave."""
+        return self.record.batch
+
+    @batch.setter
+    def batch(self, batch: bool) -> None:
+        self.record.batch = batch
 
     @property
     def whole(self) -> bool:

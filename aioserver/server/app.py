@@ -38,6 +38,7 @@ from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring import prometheus
 from aioserver.monitoring.monitor import Monitor
 from aioserver.monitoring.snapshot import Sources
+from aioserver.monitoring.usage import UsageSection
 from aioserver.providers.health import ALONE
 from aioserver.providers.queueing import ProviderGate
 from aioserver.providers.registry import ProviderRegistry
@@ -48,6 +49,7 @@ from aioserver.streams.outbox import Outbox
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.request_log import RequestLog
+from aioserver.telemetry.usage import Usage
 
 if TYPE_CHECKING:
     import socket
@@ -120,13 +122,15 @@ async def open_server(
     make_admission: Callable[..., Gate] = Gate,
     scope: Scope | None = None,
     private_server: str | None = None,
+    worker: int | None = None,
     wings: Sequence[Callable[[], Wing]] = WINGS,
 ) -> AsyncIterator[Server]:
     """Make the server, and add its routes to *app*, or to a new application. Close it at the end.
 
     *app* must not be frozen yet. *pepper* is the secret of browser sessions; see `pepper_of`.
     *make_admission* makes the gate in front of the handlers, unless a wing does. *scope*,
-    *private_server*: see `Core`. *wings* make the features that it has beside those of the core.
+    *private_server*: see `Core`. *worker* is the slot of this process among those that share a
+    configuration. *wings* make the features that it has beside those of the core.
 
     Raises:
         ConfigurationError: a provider cannot be used as it is configured.
@@ -149,6 +153,11 @@ async def open_server(
 
     lifetime = Lifetime(chat.streams, aliased)
     async with AsyncExitStack() as stack:
+        usage = Usage(metrics.usage, worker=worker, counts=metrics.usage_lines)
+        # Closed last: it hears of answers to the end.
+        stack.callback(usage.close)
+        usage.prepare(settings.usage)()
+        usage.sweep_in(loop)
         core = Core(
             settings=settings,
             metrics=metrics,
@@ -186,6 +195,7 @@ async def open_server(
             (lambda _name: ALONE) if sharing is None else sharing.observe,
             simulated,
             lifetime,
+            usage,
         )
         stack.push_async_callback(provider_registry.close)
         await provider_registry.prepare(llm)
@@ -221,7 +231,10 @@ async def open_server(
             lag=lag,
             ready=lambda: lifecycle.ready and router.usable,
             listening=listening,
-            sections=[section for wing in plugged for section in wing.sections()],
+            sections=[
+                UsageSection(usage),
+                *(section for wing in plugged for section in wing.sections()),
+            ],
             endpoints={face: path for wing in plugged for face, path in wing.endpoints.items()},
         )
         monitor = Monitor(sources)
@@ -244,6 +257,7 @@ async def open_server(
             sockets=set(),
             metrics=metrics,
             tracer=tracer,
+            usage=usage,
             monitor=monitor,
             registry=prometheus.registry(
                 metrics.families, monitor.fresh, listening, sources.sections
@@ -330,6 +344,7 @@ def _add_routes(app: web.Application, context: Context, wings: Sequence[Routes])
             *websockets,
             *sse.routes(context),
             *openai.routes(context),
+            *status.own(context),
             *(route for routes in wings for route in routes.key),
             # It takes all paths below `/v1` that nobody else has.
             *passthrough.routes(context),

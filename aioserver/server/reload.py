@@ -117,7 +117,11 @@ class Reload:
                 settings = self._share_out(settings)
             few_files = _raise_file_limit(settings)
             await self._server.provider_registry.prepare(settings.llm)
+            use_ledger = await asyncio.to_thread(
+                self._server.context.usage.prepare, settings.usage
+            )
             self._apply(settings)
+            use_ledger()
             await apply_auth(self._server, settings.auth)
         except ConfigurationError as exc:
             # As warnings, since the log writes an error of one place in the code once in ten

@@ -7,7 +7,7 @@ and group. The four tables at the end of the file make metrics of these attribut
 names lack their prefix `aioserver_`, those of counters their suffix `_total`.
 
 Labels come from the configuration or from a list in this file, never from a client, and every set
-of labels exists from the start, at 0.
+of labels exists from the start, at 0, but for what callers have spent: those sets would be many.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from aioserver.telemetry.counters import (
     sum_of,
 )
 from aioserver.telemetry.outcome import HOMES, NONE
+from aioserver.telemetry.sums import CallerSums
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -213,6 +214,9 @@ class Metrics:
         self.refusal_lines = logs.RateLimit(1, logs.SAME_ERROR)
         self.history_turns = {outcome: Counter() for outcome in ("written", "lost")}
         self.spans = {outcome: Counter() for outcome in ("exported", "dropped")}
+        # What callers have spent.
+        self.usage = CallerSums()
+        self.usage_lines = {outcome: Counter() for outcome in ("written", "lost")}
         self.slow_clients = Counter()
         self.gave_way = Counter()
         self.bugs = Bugs()
@@ -233,6 +237,16 @@ class Metrics:
 
         One that is no longer configured keeps its numbers.
         """
+        self.usage.configured = {
+            (name, model)
+            for name, provider in providers.items()
+            for model in (provider.model, *provider.models)
+        } | {
+            (member.provider, model)
+            for group in groups.values()
+            for member in group.members
+            if (model := member.model) is not None
+        }
         for name, group in groups.items():
             self.groups.setdefault(name, GroupMeter()).apply(group)
         for name, provider in providers.items():
@@ -308,12 +322,17 @@ Owner = TypeVar("Owner")
 
 
 class Family(NamedTuple):
-    """One metric: a child for each set of labels, all of one type."""
+    """One metric: a child for each set of labels, all of one type.
+
+    *grows*: a counter's child is made when it is first counted, so that each instance of a cluster
+    has others.
+    """
 
     name: str
     help: str
     labels: tuple[str, ...]
     children: Mapping[tuple[str, ...], Child]
+    grows: bool = False
 
 
 class Row(NamedTuple, Generic[Owner]):
@@ -327,6 +346,7 @@ class Row(NamedTuple, Generic[Owner]):
     children: Callable[[Owner], Child | Mapping[str, Child] | Mapping[tuple[str, ...], Child]]
     help: str
     labels: tuple[str, ...] = ()
+    grows: bool = False
 
 
 def _family(row: Row[Owner], owners: Mapping[str, Owner], label: str = "") -> Family:
@@ -345,7 +365,7 @@ def _family(row: Row[Owner], owners: Mapping[str, Owner], label: str = "") -> Fa
                 row_values = (values,) if isinstance(values, str) else values
                 merged[*owner_values, *row_values] = child
     labels = (label, *row.labels) if label else row.labels
-    return Family(row.name, row.help, labels, merged)
+    return Family(row.name, row.help, labels, merged, row.grows)
 
 
 SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
@@ -360,6 +380,26 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
         lambda m: m.tokens,
         "Tokens as reported by the provider, or estimated as one for each event",
         ("provider", "model", "type", "source"),
+    ),
+    Row(
+        "usage_tokens",
+        lambda m: m.usage.tokens,
+        "Tokens of all attempts by caller, reported or estimated; of input and output",
+        ("caller", "provider", "model", "kind"),
+        grows=True,
+    ),
+    Row(
+        "usage_estimated_tokens",
+        lambda m: m.usage.estimated,
+        "Those of these tokens that no provider has confirmed",
+        ("caller",),
+        grows=True,
+    ),
+    Row(
+        "usage_lines",
+        lambda m: m.usage_lines,
+        "Lines of the ledger written, or lost since it failed",
+        ("outcome",),
     ),
     Row(
         "connections_closed",

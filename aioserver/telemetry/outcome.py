@@ -17,7 +17,7 @@ NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 # another one, as a new conversation; none where that is not known.
 HOME, OTHER, NEW, NONE = HOMES = ("home", "other", "new", "none")
 # Who has counted the tokens of an attempt.
-PROVIDER, ESTIMATE, MIXED = "provider", "estimate", "mixed"
+PROVIDER, ESTIMATE, MIXED, NOBODY = "provider", "estimate", "mixed", "none"
 
 
 class GroupStart(NamedTuple):
@@ -92,11 +92,12 @@ class Outcome:
     the newest was, 0.0 if it was not. *headers* are those of the provider's answer that clients
     may see. Until the request is logged, *usage* has its tokens, as the provider reports them, and
     *start* where it has started last by a group. *parts* has the attempts that were sent and have
-    ended, *seams* where an answer was continued.
+    ended, *seams* where an answer was continued. *entry* is the number of the request in the
+    ledger, 0 if it has none, and how many of its attempts are numbered there.
     """
 
     __slots__ = (
-        *("attempts", "headers", "model", "parts", "provider", "seams"),
+        *("attempts", "entry", "headers", "model", "parts", "provider", "seams"),
         *("sent", "sent_at", "start", "usage"),
     )
 
@@ -117,6 +118,7 @@ class Outcome:
         self.start: GroupStart | None = None
         self.parts: tuple[Part, ...] = ()
         self.seams: tuple[Continued, ...] = ()
+        self.entry = (0, 0)
 
     @property
     def spent(self) -> tuple[int, int]:

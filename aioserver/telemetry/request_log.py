@@ -64,6 +64,7 @@ class RequestRecord:
     __slots__ = (
         "abandoned",
         "admitted_at",
+        "batch",
         "caller",
         "client_stall",
         "delay",
@@ -73,6 +74,7 @@ class RequestRecord:
         "group",
         "log",
         "outcome",
+        "path",
         "queue_wait",
         "queued_at",
         "request_id",
@@ -99,6 +101,8 @@ class RequestRecord:
         self.trace: RequestTrace | None = None
         # The method and the path of a request that is passed on as it is, without its query.
         self.target = ""
+        # The path below a provider's base URL, and whether the request uses what others leave.
+        self.path, self.batch = "", False
         self.admitted_at = 0.0
         self.queued_at = self.first_event_at = self.queue_wait = 0.0
         self.silence = self.silence_end = self.delay = self.client_stall = 0.0

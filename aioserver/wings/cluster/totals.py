@@ -15,6 +15,7 @@ import msgspec
 from aioserver.monitoring.fold import Fold, Report, add_histories
 from aioserver.monitoring.verdict import Lately
 from aioserver.telemetry.counters import Counter, Histogram, RecentBuckets, Share
+from aioserver.telemetry.sums import MAX_CHILDREN, together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
     from aioserver.monitoring.monitor import Monitor
     from aioserver.monitoring.state import ClusterState, History, Incident, Snapshot
     from aioserver.telemetry.metrics import Family
+    from aioserver.telemetry.sums import Day
     from aioserver.wings.cluster.peers import Peers
 
 # What an instance is asked for.
-STATE, HISTORY, METRICS = "state", "history", "metrics"
+STATE, HISTORY, METRICS, USAGE = "state", "history", "metrics", "usage"
 # What an answer of another version, or a broken one, makes this one raise.
 NOT_UNDERSTOOD = (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError, IndexError)
 
@@ -127,6 +129,21 @@ class Totals:
                 continue
         return list(merged.values())
 
+    async def days(self, caller: str | None) -> tuple[list[Day], list[str]]:
+        """Return what *caller*, or all of them, have spent at all instances together, and the
+        instances that have not answered.
+        """
+        days = [self._monitor.usage.days(caller)]
+        unheard = self._others()
+        what = USAGE if caller is None else f"{USAGE} {caller}"
+        for name, answer in (await self._peers.look(unheard, what)).items():
+            try:
+                days = [together([*days, msgspec.msgpack.decode(answer)])]
+            except NOT_UNDERSTOOD:
+                continue
+            unheard.remove(name)
+        return together(days), unheard
+
     def _others(self) -> list[str]:
         return [name for name in self._members() if name != self._me]
 
@@ -143,6 +160,10 @@ class Totals:
             answer = monitor.history()
         elif what == METRICS:
             answer = [[family.name, _pack(family)] for family in monitor.families()]
+        elif what == USAGE:
+            answer = monitor.usage.days()
+        elif what.startswith(f"{USAGE} "):
+            answer = monitor.usage.days(what.partition(" ")[2])
         else:
             answer = None
         return msgspec.msgpack.encode(answer)
@@ -183,8 +204,12 @@ def _pack(family: Family) -> Iterable[Any]:
 
 
 def _add(family: Family, labels: tuple[str, ...], value: Any) -> None:
+    children = family.children
+    if family.grows and labels not in children and len(children) < MAX_CHILDREN:
+        assert isinstance(children, dict)
+        children[labels] = Counter()
     # A child that only the other instance has is one of a provider that is configured there alone.
-    child = family.children.get(labels)
+    child = children.get(labels)
     if isinstance(child, Counter):
         child.value += value
     elif child is not None:

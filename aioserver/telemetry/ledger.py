@@ -1,0 +1,325 @@
+"""The ledger: one line of JSON for each attempt that may have cost something, in files by day.
+
+    usage-2026-11-28.jsonl         lines whose `ts` is of that day (UTC)
+    usage-2026-11-28.w1.jsonl      the same of worker 1, where several share the directory
+
+Lines are written by a thread, from a bounded queue, so that no answer waits for a disk. The thread
+gathers for a moment, makes the JSON, and appends what there is by one `write`; it calls `fsync`
+once a second at most. So kill -9 costs what has ended in the last moment, and a loss of power what
+has ended in the last second or so.
+
+A write that fails is tried again while there is room for the lines that come meanwhile. Beyond,
+lines are lost and counted, and the file says so itself, once it can be written again:
+`{"ts":…,"lost":17}`. A file that does not end with a line end, since a process was killed, gets
+one before the first new line. Nothing here deletes a file, or reads one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections import deque
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, NamedTuple
+
+import orjson
+
+from aioserver.telemetry.outcome import NOBODY
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from aioserver.telemetry.outcome import Part
+
+# Lines that may wait to be written.
+MAX_LINES = 20_000
+# Characters of a name, which may come from a client.
+MAX_NAME = 200
+# Seconds in which lines are gathered for one write, between two calls of `fsync`, and between two
+# tries after a write has failed.
+GATHER, SYNC, RETRY = 0.1, 1.0, 0.5
+# Lines whose JSON is made in one piece: the interpreter is not held for long.
+CHUNK = 500
+# Seconds for the lines that wait when the server ends, and when a reload has named another
+# directory.
+CLOSE_TIMEOUT, LEAVE_TIMEOUT = 1.0, 30.0
+# Nobody else may read who has asked what.
+FILE_MODE, DIRECTORY_MODE = 0o600, 0o700
+SECONDS_OF_A_DAY = 86_400
+
+
+class Line(NamedTuple):
+    """One line: what the attempt *attempt* of the request *number* has cost, at *time* (Unix)."""
+
+    time: float
+    number: int
+    attempt: int
+    request_id: str
+    caller: str
+    face: str
+    path: str
+    batch: bool
+    outcome: str
+    part: Part
+
+
+class _Piece(NamedTuple):
+    """The bytes of a line of *day*; *lost*: it says that so many were lost."""
+
+    day: int
+    data: bytes
+    lost: int = 0
+
+
+class Ledger:
+    """Appends lines to the files of *directory*.
+
+    Always: at most MAX_LINES lines wait, and CHUNK more are being written; each line that was put
+    is written, waits, or is lost. `put` never waits.
+
+    *process* is what ids begin with; it is no other process's. *worker* is the number of this one
+    among those that share the directory; None if it has the directory alone. *wall* returns the
+    Unix time.
+
+    Raises:
+        OSError: the directory cannot be made, or today's file cannot be written.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        process: str,
+        worker: int | None = None,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.directory = directory
+        self._process = process
+        self._suffix = ".jsonl" if worker is None else f".w{worker}.jsonl"
+        self._wall = wall
+        # Written by the thread alone.
+        self.written = 0
+        self._unwritten = self._told = 0
+        # Why the last write has failed; None if it has not.
+        self.trouble: OSError | None = None
+        # Lines that had no room: counted by `put` alone.
+        self._refused = 0
+        self._lines: deque[Line] = deque()
+        self._pieces: deque[_Piece] = deque()
+        self._wake, self._ending = threading.Event(), threading.Event()
+        self._give_up_at = 0.0
+        self._day = self._file = -1
+        self._synced_at = 0.0
+        self._unsynced = False
+        self._open(_day_of(wall()))
+        self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
+        self._thread.start()
+
+    @property
+    def lost(self) -> int:
+        """How many lines were lost."""
+        return self._refused + self._unwritten
+
+    @property
+    def waiting(self) -> int:
+        """How many lines wait to be written."""
+        return len(self._lines) + len(self._pieces)
+
+    def put(self, line: Line) -> None:
+        """Have *line* written, or count it as lost."""
+        if len(self._lines) >= MAX_LINES:
+            self._refused += 1
+            return
+        self._lines.append(line)
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def end(self, timeout: float = LEAVE_TIMEOUT) -> None:
+        """Write what waits, and close the file, within *timeout* seconds; do not wait for it."""
+        self._give_up_at = time.monotonic() + timeout
+        self._ending.set()
+        self._wake.set()
+
+    def close(self) -> None:
+        """Write what waits, and close the file, within CLOSE_TIMEOUT seconds. It blocks."""
+        self.end(CLOSE_TIMEOUT)
+        self._thread.join(CLOSE_TIMEOUT)
+
+    def _run(self) -> None:
+        while True:
+            self._wait()
+            ending = self._ending.is_set()
+            self._wake.clear()
+            self._write_all()
+            now = time.monotonic()
+            if self._unsynced and (ending or now >= self._synced_at + SYNC):
+                self._sync()
+            if ending and (not self.waiting or now >= self._give_up_at):
+                break
+        self._unwritten += self.waiting
+        self._lines.clear()
+        self._pieces.clear()
+        self._close_file()
+
+    def _wait(self) -> None:
+        """Wait until there is something to do."""
+        if self._ending.is_set():
+            if self.trouble is not None:
+                time.sleep(GATHER)
+        elif self.trouble is not None:
+            self._ending.wait(RETRY)
+        else:
+            due = self._synced_at + SYNC - time.monotonic() if self._unsynced else None
+            if self._wake.wait(None if due is None else max(0.0, due)):
+                self._ending.wait(GATHER)
+
+    def _write_all(self) -> None:
+        """Write all lines that wait, or as many as can be written."""
+        while True:
+            if not self._pieces:
+                self._prepare()
+                if not self._pieces:
+                    return
+            try:
+                self._write_some()
+            except OSError as error:
+                self.trouble = error
+                self._close_file()
+                return
+            self.trouble = None
+
+    def _prepare(self) -> None:
+        """Make the bytes of the next lines, and of a line that says how many are lost."""
+        if lost := self.lost - self._told:
+            now = self._wall()
+            data = orjson.dumps({"ts": _moment(now), "lost": lost}) + b"\n"
+            self._pieces.append(_Piece(_day_of(now), data, lost))
+        for _ in range(min(CHUNK, len(self._lines))):
+            line = self._lines.popleft()
+            self._pieces.append(_Piece(_day_of(line.time), self._bytes(line)))
+
+    def _write_some(self) -> None:
+        """Append the next lines, those of one day, by one `write`.
+
+        Raises:
+            OSError: not all of it could be written. The lines that were are not written again.
+        """
+        pieces = self._pieces
+        day = pieces[0].day
+        if day != self._day or not self._in_place():
+            self._open(day)
+        data = [piece.data for piece in pieces if piece.day == day]
+        if len(data) < len(pieces):
+            # Up to the first of another day.
+            data = []
+            for piece in pieces:
+                if piece.day != day:
+                    break
+                data.append(piece.data)
+        start = b"" if self._ends_well() else b"\n"
+        whole = start + b"".join(data)
+        written = os.write(self._file, whole) - len(start)
+        self._unsynced = True
+        for each in data:
+            if written < len(each):
+                break
+            written -= len(each)
+            piece = pieces.popleft()
+            self._told += piece.lost
+            self.written += not piece.lost
+        else:
+            return
+        # The rest of a line that was cut is no line.
+        raise OSError("only a part could be written")
+
+    def _in_place(self) -> bool:
+        """Return whether the open file is the one of that name: it may have been moved away."""
+        try:
+            there = os.stat(self._path(self._day))  # noqa: PTH116
+        except OSError:
+            return False
+        return os.path.samestat(there, os.fstat(self._file))
+
+    def _ends_well(self) -> bool:
+        size = os.fstat(self._file).st_size
+        return not size or os.pread(self._file, 1, size - 1) == b"\n"
+
+    def _open(self, day: int) -> None:
+        self._close_file()
+        path = self._path(day)
+        if not os.path.lexists(path):
+            self.directory.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        self._day = day
+
+    def _path(self, day: int) -> str:
+        name = datetime.fromtimestamp(day * SECONDS_OF_A_DAY, UTC).strftime("%Y-%m-%d")
+        return str(self.directory / f"usage-{name}{self._suffix}")
+
+    def _sync(self) -> None:
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            self.trouble = error
+        self._unsynced = False
+        self._synced_at = time.monotonic()
+
+    def _close_file(self) -> None:
+        if self._file < 0:
+            return
+        if self._unsynced:
+            self._sync()
+        with contextlib.suppress(OSError):
+            os.close(self._file)
+        self._file = self._day = -1
+
+    def _bytes(self, line: Line) -> bytes:
+        part, tokens = line.part, line.part.tokens
+        fields: dict[str, object] = {
+            "ts": _moment(line.time),
+            "id": f"{self._process}-{line.number:x}",
+            "attempt": line.attempt,
+            "request_id": line.request_id[:MAX_NAME],
+            "caller": line.caller,
+            "face": line.face,
+            "path": line.path[:MAX_NAME],
+            "provider": part.provider,
+            "model": part.model[:MAX_NAME],
+            "class": "batch" if line.batch else "interactive",
+            "outcome": line.outcome,
+        }
+        if part.source != NOBODY:
+            fields |= {
+                "in": part.tokens_in,
+                "cached": tokens.cached or 0,
+                "cache_write": tokens.cache_write,
+                "out": part.tokens_out,
+                "reasoning": tokens.reasoning,
+                "audio_in": tokens.audio_in,
+                "audio_out": tokens.audio_out,
+            }
+        fields |= {"source": part.source, "wait_ms": _ms(part.wait)}
+        if part.first:
+            fields["first_ms"] = _ms(part.first)
+        fields["ms"] = _ms(part.duration)
+        try:
+            return orjson.dumps(fields) + b"\n"
+        # A lone surrogate is no UTF-8.
+        except TypeError:
+            return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
+
+
+def _moment(seconds: float) -> str:
+    moment = datetime.fromtimestamp(seconds, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _day_of(seconds: float) -> int:
+    return int(seconds // SECONDS_OF_A_DAY)
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 1)

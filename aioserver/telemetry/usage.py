@@ -1,0 +1,273 @@
+"""Usage: what each attempt at a provider costs, from its sending to its end.
+
+The parts of an `Outcome` are the only source. Each is counted in the sums of its caller at once,
+and becomes a line of the ledger, if there is one:
+
+    sent ──▶ (running, once a second at first, then each 30) ──▶ ended: one line
+      └──────────────────────────────────────────────────────▶ refused: no line
+
+An attempt that is refused by a status has cost nothing. If a line said that it runs, another one
+takes that back.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Protocol
+
+from aioserver.config.faults import ConfigurationError
+from aioserver.telemetry.ledger import Ledger, Line
+from aioserver.telemetry.ledger_reader import REFUSED, RUNNING
+from aioserver.telemetry.outcome import NOBODY, Part
+from aioserver.telemetry.sums import CallerSums
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Mapping
+
+    from aioserver.config import settings
+    from aioserver.telemetry.counters import Counter
+    from aioserver.telemetry.request_log import RequestRecord
+
+# How an attempt has ended: well; it broke off; its client has left, or cancelled it; no answer
+# began.
+OK, CUT, CANCELLED, FAILED = "ok", "cut", "cancelled", "failed"
+# Lines at most that one sweep writes, and the seconds until it goes on: the loop is not held.
+MAX_SWEPT, SWEEP_ON = 200, 0.02
+# Seconds from one sweep to the next, from the sending of an attempt to the first line that it
+# runs, and from each of these to the next.
+SWEEP, FIRST_LINE, NEXT_LINE = 1.0, 1.0, 30.0
+# Hex digits that the ids of a process begin with.
+PROCESS_BYTES = 4
+
+
+class Writer(Protocol):
+    """A ledger, as far as it is written."""
+
+    @property
+    def written(self) -> int:
+        """How many lines were written."""
+
+    @property
+    def lost(self) -> int:
+        """How many lines were lost."""
+
+    @property
+    def waiting(self) -> int:
+        """How many lines wait to be written."""
+
+    @property
+    def trouble(self) -> OSError | None:
+        """Why lines cannot be written now."""
+
+    def put(self, line: Line) -> None:
+        """Have *line* written, or count it as lost."""
+
+    def end(self) -> None:
+        """Write what waits, without waiting for it."""
+
+    def close(self) -> None:
+        """Write what waits."""
+
+
+class _Sent:
+    """An attempt that was sent; *so_far* returns what it has cost until now, *due* is when the
+    next line says that it runs.
+    """
+
+    __slots__ = ("attempt", "due", "number", "record", "so_far", "told")
+
+    def __init__(
+        self, record: RequestRecord, number: int, attempt: int, so_far: Callable[[], Part]
+    ) -> None:
+        self.record = record
+        self.number = number
+        self.attempt = attempt
+        self.so_far = so_far
+        self.due = 0.0
+        self.told = False
+
+
+class Usage:
+    """Counts what attempts cost, and hands their lines to the ledger.
+
+    Always: an attempt that was `sent` is known until it has `ended` or was `refused`; it has one
+    last line, and a pair of a request's number and an attempt's is used once. Without a ledger
+    nothing is known of what runs.
+
+    *worker*: the number of this process among those that share the directory. *make* opens a
+    ledger, and raises `OSError`. *counts* get the numbers of lines that were written and lost.
+    """
+
+    def __init__(
+        self,
+        sums: CallerSums | None = None,
+        *,
+        worker: int | None = None,
+        make: Callable[[Path, str, int | None], Writer] = Ledger,
+        wall: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+        counts: Mapping[str, Counter] = MappingProxyType({}),
+    ) -> None:
+        self.sums = CallerSums(wall) if sums is None else sums
+        self.ledger: Writer | None = None
+        self.path: str | None = None
+        self._process = secrets.token_hex(PROCESS_BYTES)
+        self._worker = worker
+        self._make = make
+        self._wall, self._clock = wall, clock
+        # Where the numbers of lines are shown.
+        self.counts = counts
+        self._numbers = 0
+        # What was sent, in two lines in the order of their next sweep.
+        self._new: dict[RequestRecord, _Sent] = {}
+        self._running: dict[RequestRecord, _Sent] = {}
+        # The ledger that was opened last and is not used yet, and those of former directories.
+        self._spare: Writer | None = None
+        self._former: list[Writer] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def prepare(self, settings: settings.Usage) -> Callable[[], None]:
+        """Return the function that puts *settings* in effect. It may block for a moment.
+
+        Raises:
+            ConfigurationError: the ledger cannot be written there; nothing has changed then.
+        """
+        path = settings.path
+        if self._spare is not None:
+            # It was opened for settings that were not put in effect.
+            self._spare.end()
+            self._spare = None
+        if path == self.path:
+            return _nothing
+        ledger: Writer | None = None
+        if path is not None:
+            try:
+                ledger = self._make(Path(path), self._process, self._worker)
+            except OSError as error:
+                raise ConfigurationError(
+                    [f"usage.path: {path} cannot be written: {error.strerror or error}"]
+                ) from None
+        self._spare = ledger
+        return partial(self._use, path, ledger)
+
+    def _use(self, path: str | None, ledger: Writer | None) -> None:
+        if self.ledger is not None:
+            self.ledger.end()
+            self._former.append(self.ledger)
+        self.path, self.ledger, self._spare = path, ledger, None
+        if ledger is None:
+            self._new.clear()
+            self._running.clear()
+
+    def sweep_in(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Look once a second at what runs, until `close`."""
+        self._loop = loop
+        self._timer = loop.call_later(SWEEP, self._sweep)
+
+    def close(self) -> None:
+        """Write what waits, within a second, and sweep no more. It blocks."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for ledger in (self._spare, self.ledger, *self._former):
+            if ledger is not None:
+                ledger.close()
+
+    @property
+    def lines(self) -> tuple[int, int, int]:
+        """How many lines were written, were lost, and wait."""
+        ledgers = [*self._former, *(() if self.ledger is None else (self.ledger,))]
+        return (
+            sum(ledger.written for ledger in ledgers),
+            sum(ledger.lost for ledger in ledgers),
+            sum(ledger.waiting for ledger in ledgers),
+        )
+
+    def sent(self, record: RequestRecord, so_far: Callable[[], Part]) -> None:
+        """Note that an attempt of the request of *record* was sent, perhaps not for the first
+        time.
+        """
+        if self.ledger is not None and record not in self._new and record not in self._running:
+            sent = self._new[record] = self._number(record, so_far)
+            sent.due = self._clock() + FIRST_LINE
+
+    def ended(self, record: RequestRecord, part: Part, outcome: str) -> None:
+        """Count *part*, the last of the request of *record*, which has ended with *outcome*."""
+        parts = record.outcome.parts
+        anew = len(parts) < 2 or not any(
+            other.provider == part.provider and other.model == part.model for other in parts[:-1]
+        )
+        self.sums.add(record.caller, part, anew=anew)
+        if self.ledger is not None:
+            sent = self._taken(record) or self._number(record, _nobody_knows)
+            self._put(sent, part, outcome)
+
+    def refused(self, record: RequestRecord) -> None:
+        """Note that the attempt of the request of *record* has cost nothing."""
+        if self.ledger is not None and (sent := self._taken(record)) is not None and sent.told:
+            self._put(sent, sent.so_far()._replace(source=NOBODY), REFUSED)
+
+    def _taken(self, record: RequestRecord) -> _Sent | None:
+        return self._new.pop(record, None) or self._running.pop(record, None)
+
+    def _number(self, record: RequestRecord, so_far: Callable[[], Part]) -> _Sent:
+        number, attempts = record.outcome.entry
+        if not number:
+            self._numbers = number = self._numbers + 1
+        record.outcome.entry = number, attempts + 1
+        return _Sent(record, number, attempts + 1, so_far)
+
+    def _put(self, sent: _Sent, part: Part, outcome: str) -> None:
+        record = sent.record
+        assert self.ledger is not None
+        self.ledger.put(
+            Line(
+                self._wall(),
+                sent.number,
+                sent.attempt,
+                record.request_id,
+                record.caller,
+                record.face,
+                record.path,
+                record.batch,
+                outcome,
+                part,
+            )
+        )
+
+    def _sweep(self) -> None:
+        assert self._loop is not None
+        written, lost, _waiting = self.lines
+        for outcome, count in (("written", written), ("lost", lost)):
+            if outcome in self.counts:
+                self.counts[outcome].value = count
+        left = 0 if self.ledger is None else MAX_SWEPT
+        now = self._clock()
+        for line in (self._new, self._running):
+            due: list[_Sent] = []
+            # Those behind the first that is not due are not, either.
+            for sent in line.values():
+                if sent.due > now or len(due) >= left:
+                    break
+                due.append(sent)
+            left -= len(due)
+            for sent in due:
+                del line[sent.record]
+                sent.due, sent.told = now + NEXT_LINE, True
+                self._running[sent.record] = sent
+                self._put(sent, sent.so_far(), RUNNING)
+        again = SWEEP if left or self.ledger is None else SWEEP_ON
+        self._timer = self._loop.call_later(again, self._sweep)
+
+
+def _nothing() -> None:
+    """Change nothing."""
+
+
+def _nobody_knows() -> Part:
+    return Part("", "", "", 0, 0, NOBODY)
