@@ -41,6 +41,7 @@ The tree, with HTTP status, code and close code:
         ExpectationFailed           417  expectation_failed
         UpgradeRequired             426  upgrade_required
         RateLimitExceeded           429  rate_limit_exceeded     1008
+            TokensExceeded          429  rate_limit_exceeded     1008
         ConcurrencyExceeded         429  concurrency_exceeded
         HeadersTooLarge             431  headers_too_large
         InternalError               500  internal_error          1011
@@ -95,6 +96,8 @@ class AioserverError(Exception):
     close_reason: ClassVar[bytes] = b""
     # Whether the HTTP connection is closed after the answer.
     force_close: ClassVar[bool] = False
+    # OpenAI's type of this error; "" for that of its status.
+    kind: ClassVar[str] = ""
     # The outcome of a request that ends with this error, in metrics and logs.
     outcome: ClassVar[str] = "client_error"
     # The status and the body with which a provider has refused, where clients get them unchanged:
@@ -156,7 +159,7 @@ class AioserverError(Exception):
         """Return OpenAI's error object."""
         return {
             "message": self.message,
-            "type": TYPES.get(self.http_status, "invalid_request_error"),
+            "type": self.kind or TYPES.get(self.http_status, "invalid_request_error"),
             "param": self.param,
             "code": self.code,
         }
@@ -370,6 +373,30 @@ class RateLimitExceeded(AioserverError):
     code, status, retryable = "rate_limit_exceeded", 429, True
     close = 1008
     close_reason = b"too many messages"
+
+
+class TokensExceeded(RateLimitExceeded):
+    """A budget of the caller's key has too little left for the request.
+
+    *retry_after* is exact: a request of that size that comes then finds room, unless another took
+    it.
+    """
+
+    kind = "tokens"
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        # Not what a client would wait for: a day's budget may be hours away.
+        self.retry_after = retry_after
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers of the HTTP answer; SDKs wait for no more than SOON, and would try
+        again at once.
+        """
+        headers = super().headers()
+        if not self.invites:
+            headers["x-should-retry"] = "false"
+        return headers
 
 
 class ConcurrencyExceeded(AioserverError):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from aioserver.auth.callers import Caller
 from aioserver.errors import InvalidApiKey, SessionEnded
+from aioserver.limits.budget import Budget
 from aioserver.limits.quota import Quota
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def quota_of(key: ClientKey) -> Quota:
         key.max_concurrent,
         key.requests_per_minute,
         max_connections=key.max_connections,
+        queue_size=key.queue_size,
+        budget=Budget(key.tokens_per_minute, key.tokens_per_day),
     )
 
 
@@ -90,11 +93,17 @@ class Keys:
                     settings.max_concurrent,
                     settings.requests_per_minute,
                     settings.max_connections,
+                    settings.queue_size,
                 )
+                quota.budget.apply(settings.tokens_per_minute, settings.tokens_per_day)
+                quota.serve()
                 if old_key.caller.admin and not settings.admin:
                     quota.demote()
             else:
                 quota = self._make_quota(settings)
+                if old_key is not None:
+                    # Another key of the same caller: what it has used today stays used.
+                    quota.take_over(old_key.quota)
             caller = Caller(
                 settings.name,
                 priority=settings.priority,
@@ -130,6 +139,10 @@ class Keys:
         """Return *caller* as its key is configured now; None if that key is no longer valid."""
         key = self._by_name.get(caller.name)
         return key.caller if key is not None and key.quota is caller.quota else None
+
+    def quotas(self) -> dict[str, Quota]:
+        """Return the quotas of all valid keys, by their names."""
+        return {name: key.quota for name, key in self._by_name.items()}
 
     def session(self, caller: Caller) -> str:
         """Return a new session of *caller*, valid for SESSION_SECONDS.

@@ -15,6 +15,8 @@ from aioserver.config.validators import label
 # People, and scanners that look for secrets in repositories, recognize a key by this prefix.
 PREFIX = "aio-"
 RANDOM_BYTES = 32
+# Requests of a new key that wait for its limits instead of a 429: the agents of a few people.
+QUEUE_SIZE = 200
 
 
 @click.command("key")
@@ -48,5 +50,6 @@ def key(name: str, *, admin: bool = False) -> int:
     digest = hashlib.sha256(new_key.encode()).hexdigest()
     print("The key, shown this once, and its line for auth.keys in config.yaml:", file=sys.stderr)
     print(new_key)
-    print(f'- {{name: "{name}", sha256: "{digest}"{", admin: true" if admin else ""}}}')
+    more = ", admin: true" if admin else ""
+    print(f'- {{name: "{name}", sha256: "{digest}", queue_size: {QUEUE_SIZE}{more}}}')
     return 0

@@ -304,6 +304,14 @@ def _warnings(settings: Settings, document: Document) -> Iterator[Fault]:
         yield document.fault(path, 'with "*" and without keys every page on the web may chat')
     if auth.open:
         yield document.fault(("auth", "open"), "everybody who can reach the port may chat")
+    if settings.cluster.redis_url is None:
+        for index, client in enumerate(auth.keys):
+            if client.tokens_per_day:
+                message = (
+                    "what is used of the day is forgotten at a restart: only a cluster (redis_url) "
+                    "remembers it"
+                )
+                yield document.fault(("auth", "keys", index, "tokens_per_day"), message)
     for name in settings.llm.providers:
         path = ("llm", "providers", name, "api_key")
         key = document.values["llm"]["providers"][name].get("api_key")

@@ -106,6 +106,23 @@ class ClientKey:
     requests_per_minute: int = setting(
         count, "answers and deletions that this key may begin per minute; beyond: 429", 300
     )
+    tokens_per_minute: int = setting(
+        count_or_0,
+        "tokens that the answers of this key may cost per minute, asked and answered together; "
+        "beyond: 429; 0: no budget",
+        0,
+    )
+    tokens_per_day: int = setting(
+        count_or_0,
+        "the same for a day from 00:00 UTC; >= tokens_per_minute; 0: no budget",
+        0,
+    )
+    queue_size: int = setting(
+        count_or_0,
+        "requests that may wait until another one of this key has ended, or its minute allows "
+        "them; beyond: 429; 0: none waits",
+        0,
+    )
     priority: int = setting(
         weight, "weight of this key in a provider's queue: 2 gets twice the work of 1", 1
     )
@@ -115,6 +132,13 @@ class ClientKey:
         "and use account_paths of a provider",
         False,
     )
+
+    def __post_init__(self) -> None:
+        message = f"must be 0 or >= tokens_per_minute ({self.tokens_per_minute}), not "
+        if 0 < self.tokens_per_day < self.tokens_per_minute:
+            check_rules(self, (("tokens_per_day",), f"{message}{self.tokens_per_day}"))
+        else:
+            check_rules(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,6 +67,7 @@ class Calls:
         assert task is not None
         self._tasks.add(task)
         try:
+            await request.decided()
             answer = await (ask or self._router.call)(request)
         except asyncio.CancelledError:
             if task not in self._tasks and not task.uncancel():

@@ -285,11 +285,15 @@ class Gateway:
         self, request: Request, ask: Callable[[Request], Awaitable[Answer]] | None = None
     ) -> Answer:
         self._check_running()
-        request.estimate()
-        if request.caller.quota is None:
+        quota = request.caller.quota
+        request.begin()
+        if quota is None:
             return await self._calls.answer(request, ask)
-        async with request.caller.quota.used():
-            return await self._calls.answer(request, ask)
+        try:
+            with quota.held():
+                return await self._calls.answer(request, ask)
+        finally:
+            request.forget_turn()
 
     def _check_running(self) -> None:
         if self._stopping:
@@ -330,9 +334,7 @@ class Gateway:
         self._check_running()
         caller, resumable = request.caller, request.resumable
         name = (request.key or uuid.uuid4().hex) if resumable else request.name
-        request.estimate()
-        if (quota := caller.quota) is not None:
-            request.undecided = quota.take()
+        request.begin()
         stream = producer = None
         try:
             stream = self._streams.open(
@@ -354,10 +356,8 @@ class Gateway:
             # There is no task of the producer, whose end would give all of it back.
             if producer is not None:
                 producer.close()
+            request.forget_turn()
             request.release()
-            if quota is not None:
-                quota.give_back(unused=True)
-                request.forget_undecided()
             if stream is not None:
                 self._streams.drop(stream)
             raise
@@ -371,8 +371,8 @@ class Gateway:
     ) -> None:
         release = request.release
         request.provider_request.outlive_handler()
-        if request.undecided is not None:
-            producer, release = _once_decided(request, producer)
+        if request.undecided:
+            producer, release = _once_decided(request, stream, producer)
         # An answer that nobody can name is asked of no other instance.
         if self.instances is not None and request.key is not None:
             producer, release = self.instances.claiming(stream, request, producer, release)
@@ -393,20 +393,19 @@ class Gateway:
 
 
 def _once_decided(
-    request: Request, producer: Coroutine[Any, Any, None]
+    request: Request, stream: Stream, producer: Coroutine[Any, Any, None]
 ) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
     """Return a producer that runs *producer* if *request* is within its caller's limits, and its
     release.
     """
 
     async def decide() -> None:
-        await request.decided()
+        await request.decided(stream.report_position)
         await producer
 
     def release() -> None:
         # It may never have begun.
         producer.close()
-        request.forget_undecided()
         request.release()
 
     return decide(), release

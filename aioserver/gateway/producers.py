@@ -86,11 +86,9 @@ class Producers:
         stream.producer = None
         fault = None if task.cancelled() else task.exception()
         bugs = [] if fault is None or isinstance(fault, AioserverError) else [fault]
-        owner: Any = stream.caller
         mirrored = stream.mirrored
-        # A mirror counts for no quota, and the answer is in the request log of its owner.
+        # A mirror's answer is in the request log of its owner.
         for step in (
-            None if mirrored else owner.quota and owner.quota.give_back,
             stream.held and stream.held.release,
             partial(self._end, stream, task, fault),
             None if mirrored else partial(self._finish_record, stream),

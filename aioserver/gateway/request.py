@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aioserver.providers.attempt import Attempt
+from aioserver.streams.ending import run_all
+from aioserver.telemetry.tokens import tokens_of
 
 if TYPE_CHECKING:
-    import asyncio
+    from collections.abc import Callable
 
     from aioserver.auth.callers import Caller
     from aioserver.gateway.groups import Group
     from aioserver.gateway.keeper import Keeper
+    from aioserver.limits.key_queue import Turn
     from aioserver.providers.provider import Provider
     from aioserver.providers.request import ProviderRequest
     from aioserver.telemetry.request_log import RequestLog, RequestRecord
@@ -60,8 +63,8 @@ class Request:
     stored: bool = False
     keeper: Keeper | None = None
     make_attempt: type[Attempt] = Attempt
-    # What `Quota.take` has returned for it.
-    undecided: asyncio.Future[None] | None = None
+    # What it counts for the limits of its caller's key, once it counts.
+    turn: Turn | None = None
 
     def estimate(self) -> None:
         """Estimate its tokens, since it is about to wait: by what is known of the provider that
@@ -71,25 +74,67 @@ class Request:
             self.provider_request, self.route.model
         )
 
-    async def decided(self) -> None:
-        """Wait until it is known whether the request is within its caller's limits.
+    def begin(self) -> None:
+        """Count it for its caller's key, or let it wait there; `release` follows in any case.
+
+        Raises:
+            AioserverError: as `Quota.begin`.
+        """
+        self.estimate()
+        caller, request = self.caller, self.provider_request
+        if caller.quota is None:
+            return
+        estimate = request.estimate
+        tokens, work = (0, 1) if estimate is None else (estimate.tokens, estimate.work)
+        self.turn = caller.quota.begin(
+            tokens, flow=caller.subflow, work=work, start_by=request.start_by
+        )
+
+    @property
+    def undecided(self) -> bool:
+        """Whether it is not known yet that the request is within its caller's limits."""
+        return self.turn is not None and self.turn.decision is not None
+
+    async def decided(self, on_position: Callable[[int, float], None] | None = None) -> None:
+        """Wait until the request is within its caller's limits.
+
+        *on_position* is called with its position among those that wait, and the seconds until its
+        start.
 
         Raises:
             ConcurrencyExceeded, RateLimitExceeded: it is not.
         """
-        if self.undecided is not None:
-            await self.undecided
+        if self.turn is not None:
+            await self.turn.decided(on_position)
 
-    def forget_undecided(self) -> None:
-        """Take the question back: the request needs no limit of its caller any more."""
-        if self.undecided is not None:
-            self.undecided.cancel()
+    def forget_turn(self) -> None:
+        """Count for its caller's key no longer: it begins no answer."""
+        if self.turn is not None:
+            self.turn.end(unused=True)
 
     def release(self) -> None:
         """Forget the body and all that was kept of it: the request is over."""
-        self.provider_request.release()
+        run_all((self.provider_request.release, self._release_keeper, self._end_turn))
+
+    def _release_keeper(self) -> None:
         if self.keeper is not None:
             self.keeper.release()
+
+    def _end_turn(self) -> None:
+        if self.turn is not None:
+            self.turn.end(self._spent)
+
+    @property
+    def _spent(self) -> int:
+        """The tokens that its attempts have cost together."""
+        outcome = self.provider_request.outcome
+        if outcome.parts or not outcome.sent:
+            return sum(outcome.spent)
+        tokens = tokens_of(outcome.usage)
+        if tokens.prompt is None or tokens.answer is None:
+            estimate = self.provider_request.estimate
+            return 0 if estimate is None else estimate.tokens
+        return tokens.prompt + tokens.answer
 
     @property
     def caller(self) -> Caller:

@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 
 # What takes a place, a connection, a key's count, a hold of bytes, a log, or a trial.
 TAKES = re.compile(
-    r"(\btry_enter|\b_?gate\.enter|admission\.(wait|connect|hold)|quota\.(take|connect|used)"
+    r"(\btry_enter|\b_?gate\.enter|admission\.(wait|connect|hold)|quota\.(take|begin|connect|used)"
+    r"|budget\.reserve|_?(minute|day)\.reserve|request\.begin"
     r"|_streams\.(open|open_mirror|hold)|pool\.(take|connect)|_connections\.(take|open_one)|_connector\.connect"
     r"|breaker\.start(_spared)?|_?group\.trial|\bSocketPlace|\bVisit|_make_hold|responses\.hold|gateway\.hold|\b_place\.enter"
     r"|\bself\.offer|provider\.(offer|wish)|lines\.wait|group\.start|round_\.start|self\._offered|_passed_start)$"
 )
 COUNTS = re.compile(
-    r"\b(_inside|running|connections\.value|connections|_trials|_pending|_opening|_body_bytes|refused_closing)$"
+    r"\b(_inside|running|connections\.value|connections|_trials|_pending|_opening|_body_bytes|refused_closing|_?reserved)$"
 )
 # Each function of the package that takes something, as the road of a request has them.
 SECTIONS = {
@@ -65,6 +66,12 @@ wings.responses.stored StoredResponses.make
 limits.gate Gate._enter
 limits.gate Gate.enter
 limits.quota Quota.take
+limits.quota Quota._start
+limits.budget Budget.reserve
+limits.budget Reservation.take
+limits.budget _Day.reserve
+limits.budget _Minute.reserve
+gateway.request Request.begin
 providers.breaker Breaker.start
 providers.breaker Breaker.start_spared
 providers.connections Connections.open_one
@@ -106,7 +113,7 @@ RARE = {
     Function("providers.pool", "Pool._wait"),
 }
 FULL: dict[str, Any] = {
-    **keys_of("ann", "bob", max_connections=9),
+    **keys_of("ann", "bob", max_connections=9, tokens_per_minute=10**8, tokens_per_day=10**9),
     f"{CONCURRENCY}.max_connections": 2,
     f"{CONCURRENCY}.connection_queue_size": 50,
     f"{SIM_HTTP_CLIENT}.concurrent_requests": 1,

@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from aioserver.limits.budget import Budget
 from aioserver.limits.gate import Gate
 from aioserver.providers.health import ProviderObserver
 from aioserver.providers.queueing import FAILOVER_WAIT, ProviderGate
@@ -176,6 +177,8 @@ class SharedLimits:
             key.max_concurrent,
             key.requests_per_minute,
             max_connections=key.max_connections,
+            queue_size=key.queue_size,
+            budget=Budget(key.tokens_per_minute, key.tokens_per_day),
             leases=self._leases,
             name=key.name,
             scope=self._scope,

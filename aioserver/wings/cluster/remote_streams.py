@@ -416,10 +416,7 @@ class RemoteStreams:
         ours.
         """
         self._streams.hide(stream)
-        # First, or it would be given back as one that has a place.
-        request.forget_undecided()
-        if (quota := request.caller.quota) is not None:
-            quota.give_back(unused=True)
+        request.forget_turn()
         request.provider_request.forget_body()
         self._gateway.lifetime.expect(stream, MAX_UNREAD)
 

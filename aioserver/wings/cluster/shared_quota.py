@@ -20,6 +20,7 @@ from aioserver.wings.cluster.rates import SharedRate
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aioserver.limits.budget import Budget
     from aioserver.limits.fixed_share import Scope
     from aioserver.wings.cluster.grants import Grant
     from aioserver.wings.cluster.leases import Leases
@@ -41,7 +42,8 @@ class Counted:
 
     *try_start* counts a start, or returns the seconds until there is one, which *delay* returns
     without a start; *refuse* makes the error, with these seconds, or with 0.0 where there is no
-    place. `grant` is set by whoever makes this, before anything is taken.
+    place. *waiting* returns how many requests wait in front of it, which *serve* lets come. `grant`
+    is set by whoever makes this, before anything is taken.
     """
 
     grant: Grant
@@ -52,6 +54,8 @@ class Counted:
         try_start: Callable[[], float],
         delay: Callable[[], float],
         refuse: Callable[[float], Exception],
+        waiting: Callable[[], int] = lambda: 0,
+        serve: Callable[[], None] = lambda: None,
     ) -> None:
         self.count = 0
         self._leases = leases
@@ -59,11 +63,12 @@ class Counted:
         self._try_start = try_start
         self._delay = delay
         self._refuse = refuse
+        self._waiting, self._serve = waiting, serve
         # Requests that wait for a place or a start, the oldest first; one that is done waits no
         # more, and has no place.
         self._undecided: deque[asyncio.Future[None]] = deque()
 
-    def take(self) -> asyncio.Future[None] | None:
+    def take(self, *, patient: bool = False) -> asyncio.Future[None] | None:
         """Count one more, or wait for its decision: see `Quota.take`."""
         self._leases.check()
         if self.count < self._granted and not self._undecided:
@@ -75,7 +80,8 @@ class Counted:
                 raise self._refuse(delay)
         loop = asyncio.get_running_loop()
         decision: asyncio.Future[None] = loop.create_future()
-        loop.call_later(PATIENCE, self._give_up, decision)
+        if not patient:
+            loop.call_later(PATIENCE, self._give_up, decision)
         self.count += 1
         self._undecided.append(decision)
         try:
@@ -123,8 +129,8 @@ class Counted:
 
     @property
     def wanting(self) -> int:
-        """The places that are counted and still wanted."""
-        return len(self._undecided)
+        """The places that are still wanted, for what is counted or waits in front of it."""
+        return len(self._undecided) + self._waiting()
 
     @property
     def weight(self) -> int:
@@ -135,6 +141,7 @@ class Counted:
         """Use *places* from now on; called by the grant."""
         self._granted = places
         self.decide()
+        self._serve()
 
     def others_starve(self) -> None:
         """Do nothing: an answer that runs keeps its place."""
@@ -160,17 +167,29 @@ class SharedQuota(Quota):
         clock: Callable[[], float] = time.monotonic,
         *,
         max_connections: int = 0,
+        queue_size: int = 0,
+        budget: Budget | None = None,
         leases: Leases,
         name: str,
         scope: Scope | None = None,
     ) -> None:
         super().__init__(
-            max_concurrent, requests_per_minute, clock, max_connections=max_connections
+            max_concurrent,
+            requests_per_minute,
+            clock,
+            max_connections=max_connections,
+            queue_size=queue_size,
+            budget=budget,
         )
         self._leases, self._name, self._scope = leases, name, scope
         self._clock = clock
         self.answers = Counted(
-            leases, lambda: self._rate.try_take(), lambda: self._rate.delay(), self._refusal
+            leases,
+            lambda: self._rate.try_take(),
+            lambda: self._rate.delay(),
+            self._refusal,
+            self.queue.in_front,
+            self.serve,
         )
         self._rate = self._shared_rate = SharedRate(
             leases,
@@ -178,7 +197,7 @@ class SharedQuota(Quota):
             *minute(requests_per_minute),
             clock,
             waiting=lambda: self.answers.wanting,
-            on_slots=self.answers.decide,
+            on_slots=self._on_slots,
             rested=True,
             share_kept=SHARE_KEPT,
         )
@@ -188,10 +207,14 @@ class SharedQuota(Quota):
         self._bound_connections()
 
     def apply(
-        self, max_concurrent: int, requests_per_minute: int, max_connections: int = 0
+        self,
+        max_concurrent: int,
+        requests_per_minute: int,
+        max_connections: int = 0,
+        queue_size: int = 0,
     ) -> None:
         """Use other limits from now on, for all instances together."""
-        super().apply(max_concurrent, requests_per_minute, max_connections)
+        super().apply(max_concurrent, requests_per_minute, max_connections, queue_size)
         self.answers.grant.apply(max_concurrent)
         self._bound_connections()
 
@@ -203,14 +226,14 @@ class SharedQuota(Quota):
             if counted is not None:
                 counted.end(InvalidApiKey(REVOKED))
 
-    def take(self) -> asyncio.Future[None] | None:
+    def take(self, *, patient: bool = False) -> asyncio.Future[None] | None:
         """Count an answer that begins, as `Quota.take`."""
         if self.revoked:
             raise InvalidApiKey(REVOKED)
         if self.running >= self._max_concurrent:
             raise self._refusal(0.0)
         try:
-            return self.answers.take()
+            return self.answers.take(patient=patient)
         finally:
             self.running = self.answers.count
 
@@ -228,6 +251,11 @@ class SharedQuota(Quota):
             self._rate.take(-self._rate.interval)
             self.answers.decide()
         self.running = self.answers.count
+        self.serve()
+
+    def _on_slots(self) -> None:
+        self.answers.decide()
+        self.serve()
 
     @property
     def connections(self) -> int:

@@ -411,8 +411,8 @@ async def test_a_conflict_takes_the_question_for_a_place_of_its_key_back(
     asked: list[asyncio.Future[None]] = []
 
     class Asking(Quota):
-        def take(self) -> asyncio.Future[None]:
-            super().take()
+        def take(self, *, patient: bool = False) -> asyncio.Future[None]:
+            super().take(patient=patient)
             asked.append(asyncio.get_running_loop().create_future())
             return asked[-1]
 
@@ -442,8 +442,8 @@ async def test_a_mirror_takes_its_question_back_before_it_gives_its_answer_back(
     taken_back: list[bool] = []
 
     class Asking(Quota):
-        def take(self) -> asyncio.Future[None]:
-            super().take()
+        def take(self, *, patient: bool = False) -> asyncio.Future[None]:
+            super().take(patient=patient)
             asked.append(asyncio.get_running_loop().create_future())
             return asked[-1]
 

@@ -1,0 +1,324 @@
+"""How many tokens one key may use in a minute and in a day.
+
+Tokens are reserved by an estimate before a request starts, and corrected once it is known what its
+attempts have cost. Both budgets are asked before either is charged, in one step of the event loop,
+so that a refusal leaves nothing behind.
+
+    minute   a GCRA (ITU-T I.371) whose unit is a token: a bucket that drains evenly, and holds a
+             whole minute's tokens. After a rest a minute's tokens may be used at once; there is no
+             edge at which a second burst is free
+    day      a count from 00:00 UTC, which never goes back to an earlier day if the clock does
+
+What a reservation gives back is what the bucket still holds of it, with the oldest tokens drained
+first. Otherwise a long answer that has cost nothing would give back tokens that have drained
+already: those of others would count for less than they are.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MINUTE, DAY = 60.0, 86400
+PER_MINUTE, PER_DAY = "tokens_per_minute", "tokens_per_day"
+# Tokens that may be missing by the rounding of sums: a client that comes back after exactly the
+# delay of its refusal is not refused again.
+ROUNDING = 1e-6
+
+
+class Shortage(NamedTuple):
+    """A budget into which a request of *tokens* does not fit for *delay* seconds; *used* are
+    those that are used or reserved.
+    """
+
+    period: str
+    limit: int
+    used: int
+    tokens: int
+    delay: float
+
+
+class BudgetState(NamedTuple):
+    """A budget as it is now, in tokens. *reset*: the seconds until all of it is there, if no more
+    is used.
+    """
+
+    limit: int
+    used: int
+    reserved: int
+    remaining: int
+    reset: float
+
+
+class _Slot(NamedTuple):
+    """What one request holds in the bucket of the minute: *tokens* in front of *end*, when so many
+    had been *returned* by all requests.
+    """
+
+    tokens: int
+    end: float
+    returned: float
+
+
+class _Minute:
+    """The bucket of a minute.
+
+    Always: `0 <= _drained <= _charged`; what is between the two is in the bucket.
+    """
+
+    def __init__(self, limit: int, clock: Callable[[], float]) -> None:
+        self.limit = limit
+        self._clock = clock
+        self._then = clock()
+        # All tokens that were ever put in, without those that were given back; and those that have
+        # drained.
+        self._charged = self._drained = 0.0
+        # All tokens that were ever given back.
+        self._returned = 0.0
+        self._reserved = 0
+
+    def apply(self, limit: int) -> None:
+        """Hold another number of tokens; what is in the bucket stays."""
+        self._drain()
+        self.limit = limit
+
+    def _drain(self) -> float:
+        """Return how many tokens are in the bucket now."""
+        now = self._clock()
+        drained = self._drained + (now - self._then) * self.limit / MINUTE
+        self._drained, self._then = min(self._charged, drained), now
+        return self._charged - self._drained
+
+    def shortage(self, tokens: int) -> Shortage | None:
+        """Return what is short for a request of *tokens*, None if it fits."""
+        level = self._drain()
+        missing = level + min(tokens, self.limit) - self.limit
+        if missing <= ROUNDING:
+            return None
+        delay = missing * MINUTE / self.limit
+        return Shortage(PER_MINUTE, self.limit, round(level), tokens, delay)
+
+    def reserve(self, tokens: int) -> _Slot:
+        self._drain()
+        tokens = min(tokens, self.limit)
+        self._charged += tokens
+        self._reserved += tokens
+        return _Slot(tokens, self._charged, self._returned)
+
+    def settle(self, slot: _Slot, tokens: int) -> None:
+        """Let a request that has reserved *slot* have cost so many *tokens*."""
+        self._drain()
+        self._reserved -= slot.tokens
+        if tokens > slot.tokens:
+            self._charged += tokens - slot.tokens
+            return
+        # What others have returned since may have stood in front of it.
+        left = slot.end - (self._returned - slot.returned) - self._drained
+        back = min(float(slot.tokens - tokens), max(0.0, left))
+        self._charged -= back
+        self._returned += back
+
+    def state(self) -> BudgetState:
+        level = self._drain()
+        reserved = min(self._reserved, round(level))
+        return BudgetState(
+            self.limit,
+            round(level) - reserved,
+            reserved,
+            max(0, self.limit - round(level)),
+            level * MINUTE / self.limit,
+        )
+
+
+class _Day:
+    """The count of a day.
+
+    Always: what was reserved on an earlier day counts no more, however it ends.
+    """
+
+    def __init__(self, limit: int, wall_clock: Callable[[], float]) -> None:
+        self.limit = limit
+        self._wall_clock = wall_clock
+        # The day by its number, counted from 1970.
+        self.number = int(wall_clock() // DAY)
+        self.count = 0
+        self._reserved = 0
+
+    def _turn(self) -> float:
+        """Begin another day if it has come; return the seconds until the next one."""
+        now = self._wall_clock()
+        number = int(now // DAY)
+        if number > self.number:
+            self.number = number
+            self.count = self._reserved = 0
+        return (self.number + 1) * DAY - now
+
+    def shortage(self, tokens: int) -> Shortage | None:
+        """Return what is short for a request of *tokens*, None if it fits."""
+        rest = self._turn()
+        if self.count + min(tokens, self.limit) <= self.limit:
+            return None
+        # A clock that was put back may be days before the next one.
+        return Shortage(PER_DAY, self.limit, self.count, tokens, min(rest, float(DAY)))
+
+    def reserve(self, tokens: int) -> tuple[int, int]:
+        """Return what is reserved, and on which day."""
+        self._turn()
+        tokens = min(tokens, self.limit)
+        self.count += tokens
+        self._reserved += tokens
+        return tokens, self.number
+
+    def settle(self, reserved: tuple[int, int], tokens: int) -> None:
+        self._turn()
+        estimate, number = reserved
+        if number == self.number:
+            self._reserved -= estimate
+            self.count += tokens - estimate
+
+    def begin(self, used: int) -> None:
+        """Count at least *used* tokens of today."""
+        self._turn()
+        self.count = max(self.count, used)
+
+    def state(self) -> BudgetState:
+        rest = self._turn()
+        return BudgetState(
+            self.limit,
+            self.count - self._reserved,
+            self._reserved,
+            max(0, self.limit - self.count),
+            min(rest, float(DAY)) if self.count else 0.0,
+        )
+
+
+class Reservation:
+    """The tokens that one request has reserved; the first of `settle` and `release` counts."""
+
+    __slots__ = ("_budget", "_day", "_minute", "tokens")
+
+    def __init__(self, budget: Budget, tokens: int) -> None:
+        self.tokens = tokens
+        self._budget: Budget | None = budget
+        self._minute: tuple[_Minute, _Slot] | None = None
+        self._day: tuple[_Day, tuple[int, int]] | None = None
+
+    def take(self, minute: _Minute | None, day: _Day | None) -> None:
+        """Reserve its tokens in these budgets."""
+        if minute is not None:
+            self._minute = minute, minute.reserve(self.tokens)
+        if day is not None:
+            self._day = day, day.reserve(self.tokens)
+
+    def settle(self, tokens: int) -> None:
+        """Let the request, which has ended, have cost so many *tokens*."""
+        budget, self._budget = self._budget, None
+        if budget is None:
+            return
+        if self._minute is not None:
+            minute, slot = self._minute
+            minute.settle(slot, tokens)
+        if self._day is not None:
+            day, reserved = self._day
+            day.settle(reserved, tokens)
+        budget.reserved -= self.tokens
+
+    def release(self) -> None:
+        """Let the request have cost nothing."""
+        self.settle(0)
+
+
+class Budget:
+    """The tokens that one key may use in a minute and in a day; a limit of 0: any number.
+
+    Always: `reserved` is the sum of the estimates of the requests that have reserved and have not
+    ended; what is reserved and used fits both budgets, but for what requests have cost above their
+    estimates, or what new limits have lowered since. An estimate above a whole budget counts as
+    that budget, so that the request starts once nothing of it is used.
+
+    *clock* is that of the minute, *wall_clock* the seconds since 1970 that decide which day it is.
+    """
+
+    def __init__(
+        self,
+        per_minute: int = 0,
+        per_day: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.reserved = 0
+        self._clock, self._wall_clock = clock, wall_clock
+        self._minute: _Minute | None = None
+        self._day: _Day | None = None
+        self.apply(per_minute, per_day)
+
+    def apply(self, per_minute: int, per_day: int) -> None:
+        """Use other limits from now on; what is used and reserved stays so."""
+        if not per_minute:
+            self._minute = None
+        elif self._minute is None:
+            self._minute = _Minute(per_minute, self._clock)
+        else:
+            self._minute.apply(per_minute)
+        if not per_day:
+            self._day = None
+        elif self._day is None:
+            self._day = _Day(per_day, self._wall_clock)
+        else:
+            self._day.limit = per_day
+
+    def take_over(self, old: Budget) -> None:
+        """Go on with what *old* counts, by our own limits; it settles what it has reserved."""
+        minute, day = self._minute, self._day
+        self._minute, self._day = old._minute, old._day
+        self.apply(0 if minute is None else minute.limit, 0 if day is None else day.limit)
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is any limit."""
+        return self._minute is not None or self._day is not None
+
+    @property
+    def counts_days(self) -> bool:
+        """Whether there is a limit of a day."""
+        return self._day is not None
+
+    def shortage(self, tokens: int) -> Shortage | None:
+        """Return why a request of *tokens* cannot start now, None if it can: the budget into which
+        it fits last.
+        """
+        minute = None if self._minute is None else self._minute.shortage(tokens)
+        day = None if self._day is None else self._day.shortage(tokens)
+        if minute is None or (day is not None and day.delay > minute.delay):
+            return day
+        return minute
+
+    def reserve(self, tokens: int) -> Reservation:
+        """Reserve *tokens* in both budgets, whether they fit or not: `shortage` comes before it,
+        without an `await` between the two.
+        """
+        reservation = Reservation(self, tokens)
+        self.reserved += tokens
+        try:
+            reservation.take(self._minute, self._day)
+        except BaseException:
+            reservation.release()
+            raise
+        return reservation
+
+    def begin_day(self, used: int) -> None:
+        """Count at least *used* tokens of today, those that the ledger knows."""
+        if self._day is not None:
+            self._day.begin(used)
+
+    def states(self) -> dict[str, BudgetState]:
+        """Return the budgets that there are, by the names of their settings."""
+        states = {}
+        if self._minute is not None:
+            states[PER_MINUTE] = self._minute.state()
+        if self._day is not None:
+            states[PER_DAY] = self._day.state()
+        return states

@@ -1,0 +1,339 @@
+"""The queue of one key: requests that wait for a limit of their own key, before they ask for
+anything that is everybody's.
+
+A request that waits here has no place at a provider. Which one is next is decided by the fair queue
+among the users of the key (limits/fair_queue.py); the first of them alone asks for a place, a start
+of the minute and tokens, so that a small request does not overtake a large one for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from math import inf
+from typing import TYPE_CHECKING
+
+from aioserver.errors import AioserverError, ConcurrencyExceeded, RateLimitExceeded
+from aioserver.limits.fair_queue import FairQueue
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+    from aioserver.limits.budget import Reservation
+
+# Seconds that a request may wait at its key: the timeout of the SDKs themselves.
+MAX_WAIT = 600.0
+# Seconds between two reports to those that want to know their position.
+POSITION_INTERVAL = 1.0
+# The weight of the newest interval between two starts in their moving average.
+SMOOTHING = 0.2
+
+
+class Turn:
+    """One answer that counts for a key, from `Quota.begin` to `end`.
+
+    Always: what it has taken of the key's limits is given back once, however often `end` is called,
+    and whether the answer waits, is undecided, runs or was refused.
+
+    *queue* and *give_back* are those of the key's quota. *tokens* is the estimate that is reserved,
+    *flow* the user for whom it waits, and *work* what it counts for in the fair queue.
+    """
+
+    __slots__ = (
+        *("_began", "_decision", "_give_back", "_queue", "_taken", "_timer", "_undecided"),
+        *("flow", "on_position", "over", "reported", "reservation", "tokens", "until", "waited"),
+        *("waiting", "work"),
+    )
+
+    def __init__(
+        self,
+        queue: KeyQueue,
+        give_back: Callable[..., None],
+        tokens: int,
+        flow: Hashable,
+        work: int,
+    ) -> None:
+        self.tokens, self.flow, self.work = tokens, flow, work
+        self.reservation: Reservation | None = None
+        self.on_position: Callable[[int, float], None] | None = None
+        self.reported: tuple[int, float] | None = None
+        # The moment of the loop's clock at which its wait ends.
+        self.until = inf
+        # The seconds for which it has waited in the queue of its key.
+        self.waited = 0.0
+        self.waiting = self.over = False
+        self._queue, self._give_back = queue, give_back
+        self._began = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        # Whether it counts for the key.
+        self._taken = False
+        # What other instances have to say first; and what its own task waits for.
+        self._undecided: asyncio.Future[None] | None = None
+        self._decision: asyncio.Future[None] | None = None
+
+    @property
+    def decision(self) -> asyncio.Future[None] | None:
+        """What is done once it is known whether the answer may begin; None if it may."""
+        return self._undecided if self._decision is None else self._decision
+
+    async def decided(self, on_position: Callable[[int, float], None] | None = None) -> None:
+        """Wait until the answer may begin. Cancelling is safe; `end` follows in any case.
+
+        *on_position* is called with its position in the queue of its key, and the seconds until
+        its start, by an estimate: now, and again each second if they have changed.
+
+        Raises:
+            AioserverError: it may not.
+        """
+        if (decision := self.decision) is None:
+            return
+        if self.waiting and on_position is not None:
+            self.on_position = on_position
+            self._queue.report_first(self)
+        try:
+            await decision
+        finally:
+            self.on_position = None
+            # A refusal is in this future, and its traceback leads to this frame.
+            if decision.done():
+                self._decision = None
+            del decision
+
+    def took(self, undecided: asyncio.Future[None] | None) -> None:
+        """Note that the answer counts for its key, once it is *undecided* no longer."""
+        self._taken = True
+        self._undecided = undecided
+
+    def give_back(self) -> None:
+        """Give back what was taken for it, since it could not begin."""
+        reservation, self.reservation = self.reservation, None
+        if reservation is not None:
+            reservation.release()
+        self._taken, self._undecided = False, None
+        self._give_back(unused=True)
+
+    def stands(self, until: float, on_late: Callable[[Turn], None]) -> None:
+        """Note that it waits *until* a moment of the loop's clock, at which *on_late* is
+        called.
+        """
+        loop = asyncio.get_running_loop()
+        self._began = loop.time()
+        self._decision = loop.create_future()
+        self._timer = loop.call_at(until, on_late, self)
+        self.until, self.waiting = until, True
+
+    def starts(self) -> None:
+        """Note that its wait is over, and that it counts for its key."""
+        self._leaves()
+        decision = self._decision
+        if decision is not None and not decision.done():
+            decision.set_result(None)
+
+    def refuse(self, error: AioserverError) -> None:
+        """Note that its wait is over, and that it may not begin."""
+        self._leaves()
+        decision = self._decision
+        if decision is not None and not decision.done():
+            decision.set_exception(error)
+            # Its client may have left.
+            decision.exception()
+
+    def end(self, spent: int = 0, *, unused: bool = False) -> None:
+        """Count the answer as ended, whose attempts have cost *spent* tokens; an *unused* one never
+        began. A second call does nothing.
+        """
+        if self.over:
+            return
+        self.over = True
+        if self.waiting:
+            self._queue.leave(self)
+            self._leaves()
+        if self._decision is not None:
+            self._decision.cancel()
+        if self._undecided is not None:
+            # First, or it would be given back as one that has a place.
+            self._undecided.cancel()
+        if self.reservation is not None:
+            self.reservation.settle(spent)
+        if self._taken:
+            self._give_back(unused=unused)
+        elif self.reservation is not None:
+            self._queue.serve()
+
+    def _leaves(self) -> None:
+        self.waiting = False
+        self.waited = asyncio.get_running_loop().time() - self._began
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class KeyQueue:
+    """The requests that wait at one key, in the order in which they start.
+
+    Always: nobody waits while the first could start; at most one that has left the queue is still
+    undecided.
+
+    *start* counts an answer for the key: see `Quota.start`. *late* makes the error of one whose
+    wait is over.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[Turn], asyncio.Future[None] | None],
+        late: Callable[[Turn], AioserverError],
+    ) -> None:
+        self._start = start
+        self._late = late
+        self._queue: FairQueue[Turn] = FairQueue()
+        # The first one, while other instances have a say in whether it starts.
+        self._undecided: Turn | None = None
+        self._serving = False
+        self._start_timer: asyncio.TimerHandle | None = None
+        self._position_timer: asyncio.TimerHandle | None = None
+        # The smoothed seconds between two starts while somebody waits, and when the newest was.
+        self._interval, self._started_at = 1.0, 0.0
+        # The seconds until the first may start, where only time keeps it.
+        self._delay = 0.0
+
+    def __len__(self) -> int:
+        """Return how many requests wait, the undecided one included."""
+        return self._queue.size + (self._undecided is not None)
+
+    def in_front(self) -> int:
+        """Return how many requests wait, and have not asked for a place yet."""
+        return self._queue.size
+
+    def position(self, flow: Hashable) -> int:
+        """Return the position that another request of *flow* would have."""
+        number = self._queue.count(flow, None) + 1
+        undecided = self._undecided is not None
+        return self._queue.position(flow, None, number) + undecided
+
+    def eta(self, position: int) -> float:
+        """Estimate the seconds until the request at *position* starts."""
+        return max(position * self._interval, self._delay)
+
+    def add(self, turn: Turn, until: float) -> None:
+        """Let *turn* wait *until* a moment of the loop's clock."""
+        if not len(self):
+            self._started_at = asyncio.get_running_loop().time()
+        turn.stands(until, self._refuse_late)
+        self._queue.add(turn, turn.flow, None)
+        self.serve()
+
+    def leave(self, turn: Turn) -> None:
+        """Let *turn* wait no longer."""
+        if self._undecided is turn:
+            self._undecided = None
+        else:
+            self._queue.remove(turn, turn.flow, None)
+        self.serve()
+
+    def serve(self) -> None:
+        """Start what may start now: called when a limit has changed, or something has ended."""
+        if self._serving:
+            return
+        if self._start_timer is not None:
+            self._start_timer.cancel()
+            self._start_timer = None
+        self._serving = True
+        try:
+            while self._queue.size and self._undecided is None and self._start_first():
+                pass
+        finally:
+            self._serving = False
+
+    def refuse(self, error: Callable[[], AioserverError]) -> None:
+        """Refuse every request that waits, each with an error of its own."""
+        waiting = list(self._queue)
+        self._queue.clear()
+        if (undecided := self._undecided) is not None:
+            self._undecided = None
+            waiting.append(undecided)
+        for turn in waiting:
+            turn.refuse(error())
+
+    def report_first(self, turn: Turn) -> None:
+        """Report the position of *turn*, the last of its user, and start the reports to all."""
+        position = int(self._undecided is not None)
+        if self._undecided is not turn:
+            number = self._queue.count(turn.flow, None)
+            position += self._queue.position(turn.flow, None, number)
+        self._tell(turn, position)
+        if self._position_timer is None:
+            loop = asyncio.get_running_loop()
+            self._position_timer = loop.call_later(POSITION_INTERVAL, self._report)
+
+    def _start_first(self) -> bool:
+        """Start the first request, or refuse it; return False if it has to wait."""
+        turn = next(iter(self._queue))
+        error: AioserverError | None = None
+        undecided = None
+        try:
+            undecided = self._start(turn)
+        except ConcurrencyExceeded:
+            self._delay = 0.0
+            return False
+        except RateLimitExceeded as exc:
+            self._delay = delay = exc.retry_after or 0.0
+            loop = asyncio.get_running_loop()
+            if loop.time() + delay <= turn.until:
+                self._start_timer = loop.call_later(delay, self.serve)
+                return False
+            # What was in time when it began to wait comes too late now.
+            error = exc
+        except AioserverError as exc:
+            error = exc
+        self._queue.pop(lambda _turn: False)
+        if error is not None:
+            turn.refuse(error)
+            return True
+        now = asyncio.get_running_loop().time()
+        self._interval += SMOOTHING * (min(60.0, now - self._started_at) - self._interval)
+        self._started_at, self._delay = now, 0.0
+        turn.took(undecided)
+        if undecided is None:
+            turn.starts()
+        else:
+            self._undecided = turn
+            undecided.add_done_callback(lambda future: self._decide(turn, future))
+        return True
+
+    def _decide(self, turn: Turn, undecided: asyncio.Future[None]) -> None:
+        """Start *turn*, about which other instances have decided."""
+        if self._undecided is not turn:
+            # It has ended, or was refused.
+            return
+        self._undecided = None
+        error = None if undecided.cancelled() else undecided.exception()
+        if isinstance(error, ConcurrencyExceeded | RateLimitExceeded):
+            # Others were faster: it goes on waiting.
+            turn.give_back()
+            self._queue.add(turn, turn.flow, None, at_front=True)
+        elif isinstance(error, AioserverError):
+            turn.refuse(error)
+        else:
+            turn.starts()
+        self.serve()
+
+    def _refuse_late(self, turn: Turn) -> None:
+        error = self._late(turn)
+        turn.refuse(error)
+        self.leave(turn)
+
+    def _tell(self, turn: Turn, position: int) -> None:
+        place = position, self.eta(position)
+        if turn.on_position is not None and turn.reported != place:
+            turn.reported = place
+            turn.on_position(*place)
+
+    def _report(self) -> None:
+        self._position_timer = None
+        waiting = [*self._queue] if self._undecided is None else [self._undecided, *self._queue]
+        listeners = False
+        for position, turn in enumerate(waiting, 1):
+            listeners = listeners or turn.on_position is not None
+            self._tell(turn, position)
+        if listeners:
+            loop = asyncio.get_running_loop()
+            self._position_timer = loop.call_later(POSITION_INTERVAL, self._report)
