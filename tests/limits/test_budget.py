@@ -56,7 +56,8 @@ def test_the_budget_into_which_it_fits_last_is_named(clock: FakeClock) -> None:
     shortage = budget.shortage(1000)
 
     assert shortage is not None
-    assert (shortage.period, shortage.delay) == (PER_MINUTE, pytest.approx(MINUTE))
+    assert shortage.period == PER_MINUTE
+    assert shortage.delay == pytest.approx(MINUTE)
 
 
 def test_an_estimate_above_a_whole_budget_starts_once_nothing_is_used(clock: FakeClock) -> None:

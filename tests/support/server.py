@@ -189,6 +189,8 @@ class RunningServer:
         counts["waiting of keys"] = idle_sockets._waiters.total()
         for name, quota in self.quotas():
             counts[f"{name} answers"] = quota.running
+            counts[f"{name} waiting at its key"] = len(quota.queue)
+            counts[f"{name} tokens"] = quota.budget.reserved
             counts[f"{name} connections"] = quota.connections
         for name, provider in self.context.router.providers.items():
             stats = provider.stats()
