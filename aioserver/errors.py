@@ -85,7 +85,7 @@ class AioserverError(Exception):
     """An error that a client may see.
 
     *retry_after*: the seconds after which to try again, None if they are unknown; a client is told
-    MAX_RETRY_AFTER at most. *param*: the faulty field of the request.
+    `max_retry_after` at most. *param*: the faulty field of the request.
     """
 
     code: ClassVar[str] = "internal_error"
@@ -96,6 +96,7 @@ class AioserverError(Exception):
     close_reason: ClassVar[bytes] = b""
     # Whether the HTTP connection is closed after the answer.
     force_close: ClassVar[bool] = False
+    max_retry_after: ClassVar[float] = MAX_RETRY_AFTER
     # OpenAI's type of this error; "" for that of its status.
     kind: ClassVar[str] = ""
     # The outcome of a request that ends with this error, in metrics and logs.
@@ -109,7 +110,8 @@ class AioserverError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.retry_after = None if retry_after is None else min(retry_after, MAX_RETRY_AFTER)
+        most = self.max_retry_after
+        self.retry_after = None if retry_after is None else min(retry_after, most)
         self.param = param
         # True once the request that this error ended has been counted, so that no face counts it
         # again.
@@ -384,10 +386,8 @@ class TokensExceeded(RateLimitExceeded):
 
     kind = "tokens"
 
-    def __init__(self, message: str, *, retry_after: float) -> None:
-        super().__init__(message)
-        # Not what a client would wait for: a day's budget may be hours away.
-        self.retry_after = retry_after
+    # A day's budget may be that far away.
+    max_retry_after = 86400.0
 
     def headers(self) -> dict[str, str]:
         """Return the headers of the HTTP answer; SDKs wait for no more than SOON, and would try

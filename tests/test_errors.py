@@ -106,7 +106,7 @@ def test_each_body_is_openais_error_object(cls: type[AioserverError]) -> None:
     assert json.loads(error.body()) == {
         "error": {
             "message": "what happened",
-            "type": TYPES.get(cls.status, "invalid_request_error"),
+            "type": cls.kind or TYPES.get(cls.status, "invalid_request_error"),
             "param": "field",
             "code": cls.code,
         }
