@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from aioserver.limits.estimate import OUTPUT_FACTOR
 from aioserver.providers.attempt import Attempt
 from aioserver.streams.ending import run_all
 from aioserver.telemetry.tokens import tokens_of
@@ -85,9 +86,11 @@ class Request:
         if caller.quota is None:
             return
         estimate = request.estimate
-        tokens, work = (0, 1) if estimate is None else (estimate.tokens, estimate.work)
         self.turn = caller.quota.begin(
-            tokens, flow=caller.subflow, work=work, start_by=request.start_by
+            0 if estimate is None else estimate.tokens,
+            flow=caller.subflow,
+            work=request.work,
+            start_by=request.start_by,
         )
 
     @property
@@ -122,19 +125,21 @@ class Request:
 
     def _end_turn(self) -> None:
         if self.turn is not None:
-            self.turn.end(self._spent)
+            self.turn.end(*self._cost())
 
-    @property
-    def _spent(self) -> int:
-        """The tokens that its attempts have cost together."""
-        outcome = self.provider_request.outcome
+    def _cost(self) -> tuple[int, int]:
+        """Return the tokens that its attempts have cost, and their work."""
+        outcome, estimate = self.provider_request.outcome, self.provider_request.estimate
         if outcome.parts or not outcome.sent:
-            return sum(outcome.spent)
+            return sum(outcome.spent), outcome.work
+        # One attempt that has succeeded is no part.
         tokens = tokens_of(outcome.usage)
-        if tokens.prompt is None or tokens.answer is None:
-            estimate = self.provider_request.estimate
-            return 0 if estimate is None else estimate.tokens
-        return tokens.prompt + tokens.answer
+        asked, answered = tokens.prompt, tokens.answer
+        if asked is None:
+            asked = 0 if estimate is None else estimate.prompt
+        if answered is None:
+            answered = 0 if estimate is None else estimate.answer
+        return asked + answered, max(0, asked - (tokens.cached or 0)) + OUTPUT_FACTOR * answered
 
     @property
     def caller(self) -> Caller:

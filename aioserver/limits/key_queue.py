@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
     from aioserver.limits.budget import Reservation
+    from aioserver.limits.fair_queue import Charge
 
 # Seconds that a request may wait at its key: the timeout of the SDKs themselves.
 MAX_WAIT = 600.0
@@ -40,8 +41,8 @@ class Turn:
 
     __slots__ = (
         *("_began", "_decision", "_give_back", "_queue", "_taken", "_timer", "_undecided"),
-        *("flow", "on_position", "over", "reported", "reservation", "tokens", "until", "waited"),
-        *("waiting", "work"),
+        *("charge", "flow", "on_position", "over", "reported", "reservation", "tokens", "until"),
+        *("waited", "waiting", "work"),
     )
 
     def __init__(
@@ -54,6 +55,8 @@ class Turn:
     ) -> None:
         self.tokens, self.flow, self.work = tokens, flow, work
         self.reservation: Reservation | None = None
+        # What its user is charged with in the queue of its key, if the key has one.
+        self.charge: Charge[Turn] | None = None
         self.on_position: Callable[[int, float], None] | None = None
         self.reported: tuple[int, float] | None = None
         # The moment of the loop's clock at which its wait ends.
@@ -106,8 +109,11 @@ class Turn:
     def give_back(self) -> None:
         """Give back what was taken for it, since it could not begin."""
         reservation, self.reservation = self.reservation, None
+        charge, self.charge = self.charge, None
         if reservation is not None:
             reservation.release()
+        if charge is not None:
+            charge.settle(0)
         self._taken, self._undecided = False, None
         self._give_back(unused=True)
 
@@ -137,9 +143,9 @@ class Turn:
             # Its client may have left.
             decision.exception()
 
-    def end(self, spent: int = 0, *, unused: bool = False) -> None:
-        """Count the answer as ended, whose attempts have cost *spent* tokens; an *unused* one never
-        began. A second call does nothing.
+    def end(self, spent: int = 0, work: int = 0, *, unused: bool = False) -> None:
+        """Count the answer as ended, whose attempts have cost *spent* tokens and so much *work*; an
+        *unused* one never began. A second call does nothing.
         """
         if self.over:
             return
@@ -152,6 +158,8 @@ class Turn:
         if self._undecided is not None:
             # First, or it would be given back as one that has a place.
             self._undecided.cancel()
+        if self.charge is not None:
+            self.charge.settle(work)
         if self.reservation is not None:
             self.reservation.settle(spent)
         if self._taken:
@@ -213,12 +221,16 @@ class KeyQueue:
         """Estimate the seconds until the request at *position* starts."""
         return max(position * self._interval, self._delay)
 
+    def charge(self, turn: Turn) -> None:
+        """Charge its user with *turn*, which starts without a wait."""
+        turn.charge = self._queue.start(turn.flow, None, work=turn.work)
+
     def add(self, turn: Turn, until: float) -> None:
         """Let *turn* wait *until* a moment of the loop's clock."""
         if not len(self):
             self._started_at = asyncio.get_running_loop().time()
         turn.stands(until, self._refuse_late)
-        self._queue.add(turn, turn.flow, None)
+        self._queue.add(turn, turn.flow, None, work=turn.work)
         self.serve()
 
     def leave(self, turn: Turn) -> None:
@@ -266,7 +278,8 @@ class KeyQueue:
 
     def _start_first(self) -> bool:
         """Start the first request, or refuse it; return False if it has to wait."""
-        turn = next(iter(self._queue))
+        turn = self._queue.head(_present)
+        assert turn is not None
         error: AioserverError | None = None
         undecided = None
         try:
@@ -284,10 +297,13 @@ class KeyQueue:
             error = exc
         except AioserverError as exc:
             error = exc
-        self._queue.pop(lambda _turn: False)
         if error is not None:
+            self._queue.remove(turn, turn.flow, None)
             turn.refuse(error)
             return True
+        popped = self._queue.pop(_present)
+        assert popped is not None
+        _, turn.charge = popped
         now = asyncio.get_running_loop().time()
         self._interval += SMOOTHING * (min(60.0, now - self._started_at) - self._interval)
         self._started_at, self._delay = now, 0.0
@@ -309,7 +325,7 @@ class KeyQueue:
         if isinstance(error, ConcurrencyExceeded | RateLimitExceeded):
             # Others were faster: it goes on waiting.
             turn.give_back()
-            self._queue.add(turn, turn.flow, None, at_front=True)
+            self._queue.add(turn, turn.flow, None, work=turn.work, at_front=True)
         elif isinstance(error, AioserverError):
             turn.refuse(error)
         else:
@@ -337,3 +353,8 @@ class KeyQueue:
         if listeners:
             loop = asyncio.get_running_loop()
             self._position_timer = loop.call_later(POSITION_INTERVAL, self._report)
+
+
+def _present(_turn: Turn) -> bool:
+    """Return False: whoever ends leaves the queue at once."""
+    return False

@@ -146,6 +146,8 @@ class Quota:
                 if not self._queue_size:
                     raise
             else:
+                if self._queue_size:
+                    self.queue.charge(turn)
                 return turn
         try:
             self._wait(turn, start_by, on_wait)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from aioserver.limits.estimate import OUTPUT_FACTOR
 from aioserver.telemetry.tokens import NO_TOKENS, Tokens
 
 if TYPE_CHECKING:
@@ -125,6 +126,14 @@ class Outcome:
         """The tokens of all parts: of what was asked, and of what was answered."""
         parts = self.parts
         return sum(part.tokens_in for part in parts), sum(part.tokens_out for part in parts)
+
+    @property
+    def work(self) -> int:
+        """What all parts have cost engines, as fair queues count it."""
+        return sum(
+            max(0, part.tokens_in - (part.tokens.cached or 0)) + OUTPUT_FACTOR * part.tokens_out
+            for part in self.parts
+        )
 
     def begin_attempt(self, provider: str, model: str) -> None:
         """Note that *provider* is asked for an answer of *model*."""
