@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aioserver.config import json_schema
-from aioserver.config.schema import fields, required
+from aioserver.config.schema import fields, key_of, required
 from aioserver.config.settings import Settings
 from aioserver.config.shipped import SHIPPED
 from aioserver.server.reload import ONLY_BY_RESTART
@@ -36,7 +36,7 @@ def sections(cls: type[Any], path: str = "") -> Iterator[str]:
     inner = []
     for field in fields(cls):
         validator = field.metadata["validator"]
-        name = f"{path}.{field.name}".removeprefix(".")
+        name = f"{path}.{key_of(field)}".removeprefix(".")
         if validator.inner is None:
             rows.append(row(field, name))
         else:
@@ -58,7 +58,7 @@ def row(field: dataclasses.Field[Any], name: str) -> str:
         default = f"`{json.dumps(default_of(field))}`"
     by_restart = any(f"{name}.".startswith(f"{restart}.") for restart in ONLY_BY_RESTART)
     meaning = metadata["meaning"] + " (changed only by a restart)" * by_restart
-    return f"| `{field.name}` | {metadata['validator'].kind} | {default} | {meaning} |\n"
+    return f"| `{key_of(field)}` | {metadata['validator'].kind} | {default} | {meaning} |\n"
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:

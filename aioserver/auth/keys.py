@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from aioserver.auth.callers import Caller
 from aioserver.errors import InvalidApiKey, SessionEnded
 from aioserver.limits.budget import Budget
+from aioserver.limits.fair_queue import BATCH
 from aioserver.limits.quota import Quota
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class Keys:
             caller = Caller(
                 settings.name,
                 priority=settings.priority,
+                batch=settings.class_ == BATCH,
                 admin=settings.admin,
                 quota=quota,
             )

@@ -12,7 +12,7 @@ import inspect
 import json
 from typing import TYPE_CHECKING, Any
 
-from aioserver.config.schema import fields, required
+from aioserver.config.schema import fields, key_of, required
 from aioserver.config.settings import Settings
 
 if TYPE_CHECKING:
@@ -45,13 +45,13 @@ def section_schema(cls: type[Any]) -> dict[str, Any]:
     One that needs no key may also be empty, as all its lines may be comments.
     """
     keys = fields(cls)
-    needed = [field.name for field in keys if required(field)]
+    needed = [key_of(field) for field in keys if required(field)]
     ignored: tuple[str, ...] = getattr(cls, "IGNORED", ())
     return {
         "description": inspect.getdoc(cls),
         "type": "object" if needed else ["object", "null"],
         "properties": {
-            **{field.name: _property(field) for field in keys},
+            **{key_of(field): _property(field) for field in keys},
             **dict.fromkeys(ignored, IGNORED),
         },
         "required": needed,

@@ -182,6 +182,13 @@ def fields(cls: type[Any] | object) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(cls) if "validator" in field.metadata]  # type: ignore[arg-type]
 
 
+def key_of(field: dataclasses.Field[Any]) -> str:
+    """Return the key of *field* in the file: its name, without the `_` of one that would be a
+    keyword of Python.
+    """
+    return field.name.removesuffix("_")
+
+
 def required(field: dataclasses.Field[Any]) -> bool:
     """Return whether the key of *field* must be in the file."""
     return field.default is REQUIRED and field.default_factory is REQUIRED
@@ -195,11 +202,12 @@ def section(cls: type[T]) -> Validator:
     `Faults`.
     """
     keys: dict[Any, Any] = {
-        (vol.Required if required(field) else vol.Optional)(field.name): field.metadata[
+        (vol.Required if required(field) else vol.Optional)(key_of(field)): field.metadata[
             "validator"
         ]
         for field in fields(cls)
     }
+    names = {key_of(field): field.name for field in fields(cls)}
     ignored: tuple[str, ...] = getattr(cls, "IGNORED", ())
     schema = vol.Schema(keys)
 
@@ -216,7 +224,7 @@ def section(cls: type[T]) -> Validator:
             partial, broken = _partial(cls, mapping)
             errors = [_reworded(error, cls) for error in exc.errors]
             raise Faults([*errors, *broken], partial) from None
-        return cls(**values)
+        return cls(**{names[key]: value for key, value in values.items()})
 
     return Validator("section", test, cls, json={"section": cls})
 
@@ -227,9 +235,9 @@ def _partial(cls: type[T], mapping: dict[str, Any]) -> tuple[T | Any, list[vol.I
     """
     values = {}
     for field in fields(cls):
-        if field.name in mapping:
+        if (key := key_of(field)) in mapping:
             try:
-                values[field.name] = field.metadata["validator"](mapping[field.name])
+                values[field.name] = field.metadata["validator"](mapping[key])
             except vol.Invalid as exc:
                 values[field.name] = getattr(exc, "partial", FAULTY)
         elif required(field):
@@ -244,7 +252,7 @@ def _reworded(error: vol.Invalid, cls: type[Any]) -> vol.Invalid:
     """Return *error* with voluptuous's message replaced by ours; it is a fault of a *cls*."""
     if error.error_message == "extra keys not allowed":
         key = str(error.path[-1])
-        known = [field.name for field in fields(cls)]
+        known = [key_of(field) for field in fields(cls)]
         nearest = difflib.get_close_matches(key[:64].lower(), known, n=1, cutoff=0.5)
         if (inner := _inside(cls, key)) is not None:
             hint = f"it belongs into {inner}: indent it further, below that key"
@@ -265,10 +273,10 @@ def _inside(cls: type[Any], key: str) -> str | None:
         validator = field.metadata["validator"]
         if validator.inner is None or validator.suffix:
             continue
-        if key in {inner.name for inner in fields(validator.inner)}:
-            return field.name
+        if key in {key_of(inner) for inner in fields(validator.inner)}:
+            return key_of(field)
         if (deeper := _inside(validator.inner, key)) is not None:
-            return f"{field.name}.{deeper}"
+            return f"{key_of(field)}.{deeper}"
     return None
 
 

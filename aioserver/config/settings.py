@@ -43,12 +43,14 @@ from aioserver.config.validators import (
     log_format,
     log_level,
     network,
+    one_of,
     optional,
     optional_line,
     redis,
     variable,
     weight,
 )
+from aioserver.limits.fair_queue import BATCH, INTERACTIVE
 
 __all__ = [
     "SETTINGS",
@@ -125,6 +127,11 @@ class ClientKey:
     )
     priority: int = setting(
         weight, "weight of this key in a provider's queue: 2 gets twice the work of 1", 1
+    )
+    class_: str = setting(
+        one_of(INTERACTIVE, BATCH),
+        "interactive; or batch: its requests use what interactive ones leave of a provider",
+        INTERACTIVE,
     )
     admin: bool = setting(
         boolean,

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from aioserver.config.schema import fields
+from aioserver.config.schema import fields, key_of
 
 
 def plain(value: Any) -> Any:
@@ -22,7 +22,7 @@ def plain(value: Any) -> Any:
         case Mapping():
             return {key: plain(item) for key, item in value.items()}
         case _ if dataclasses.is_dataclass(value):
-            return {field.name: _masked(field, value) for field in fields(value)}
+            return {key_of(field): _masked(field, value) for field in fields(value)}
         case _:
             return value
 
@@ -43,7 +43,7 @@ def changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
     """Yield the dotted names of the settings that differ between two instances of one class."""
     for field in fields(old):
         before, after = getattr(old, field.name), getattr(new, field.name)
-        name = path + field.name
+        name = path + key_of(field)
         if before == after:
             continue
         if dataclasses.is_dataclass(before) and dataclasses.is_dataclass(after):

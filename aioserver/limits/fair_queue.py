@@ -57,6 +57,8 @@ MAX_WEIGHT = 10
 # Stale entries, and counters of callers that neither wait nor run, that are kept before they are
 # swept: a sweep at each departure would cost O(callers).
 MAX_STALE = 64
+# The classes of requests: each waits in a queue of its own (limits/gate.py).
+INTERACTIVE, BATCH = "interactive", "batch"
 NOTHING: Mapping[Hashable, int] = MappingProxyType({})
 
 
@@ -74,9 +76,6 @@ class _Counter:
         self.tag = tag
         self.length = length
         self.serial = self.waiting = self.work = self.running = 0
-
-    def rest(self) -> None:
-        """Hear that it neither waits nor runs any more."""
 
     def served_before(self, tag: int, serial: int) -> int:
         """Return how many of its items are served before one of another counter with *tag*, if
@@ -114,13 +113,16 @@ class _Caller(_Counter, Generic[T]):
         self.flows: _Turns[_Flow[T]] = _Turns(_Flow)
 
     def rest(self) -> None:
-        """Forget what its flows have started: none of them is ahead of another one then."""
+        """Forget what its flows have started, since nothing of it waits or runs: none of them is
+        ahead of another one then.
+        """
         flows = self.flows
         if len(flows.counters) > 1:
             self.flows = _Turns(_Flow)
-        else:
-            for flow in flows.counters.values():
-                flow.tag = flows.virtual
+            return
+        for flow in flows.counters.values():
+            flow.tag = flows.virtual
+        flows.idle = len(flows.counters)
 
     def order(self) -> Iterator[tuple[T, int]]:
         """Iterate over its items in their order, each with its work."""
@@ -142,27 +144,31 @@ class _Turns(Generic[C]):
     are known.
     """
 
-    __slots__ = ("_heap", "_idle", "_make", "_serials", "counters", "virtual")
+    __slots__ = ("_heap", "_make", "_serials", "counters", "idle", "virtual")
 
     def __init__(self, make: Callable[[int, int], C]) -> None:
         self._make = make
         self.counters: dict[Hashable, C] = {}
         self._heap: list[tuple[int, int, C]] = []
         # How many counters neither wait nor run.
-        self._idle = 0
+        self.idle = 0
         self._serials = 0
         self.virtual = 0
 
-    def active(self, name: Hashable, length: int) -> C:
+    def active(self, name: Hashable, length: int = LENGTH) -> C:
         """Return the counter *name*, which is about to wait or to start."""
         counter = self.counters.get(name)
         if counter is None:
-            counter = self.counters[name] = self._make(self.virtual, length)
-        else:
-            if not (counter.running or counter.waiting):
-                self._idle -= 1
-            # The newest weight holds.
-            counter.length = length
+            return self.made(name, length)
+        if not (counter.running or counter.waiting):
+            self.idle -= 1
+        # The newest weight holds.
+        counter.length = length
+        return counter
+
+    def made(self, name: Hashable, length: int = LENGTH) -> C:
+        """Return a new counter, which is about to wait or to start."""
+        counter = self.counters[name] = self._make(self.virtual, length)
         return counter
 
     def waits(self, counter: C, work: int) -> None:
@@ -174,15 +180,6 @@ class _Turns(Generic[C]):
             counter.serial = self._serials
             self._serials += 1
             self.push(counter)
-
-    def start(self, counter: C, work: int) -> None:
-        """Charge *counter* with a start of so much *work* without a wait; none waits."""
-        if counter.tag < self.virtual:
-            counter.tag = self.virtual
-        else:
-            self.virtual = counter.tag
-        counter.tag += work * counter.length
-        counter.running += 1
 
     def start_early(self, counter: C, work: int) -> None:
         """Charge *counter* with a start that comes before its turn, which says nothing of the
@@ -218,19 +215,7 @@ class _Turns(Generic[C]):
         counter.work -= work
         counter.waiting -= 1
         if not (counter.waiting or counter.running):
-            self._rests(counter)
-
-    def settle(self, counter: C, more: int) -> None:
-        """Charge *counter* with *more* virtual time for a start that has ended; less than 0 gives
-        it back.
-        """
-        counter.tag += more
-        counter.running -= 1
-        if counter.waiting:
-            if more:
-                self.push(counter)
-        elif not counter.running:
-            self._rests(counter)
+            self.rests()
 
     def push(self, counter: C) -> None:
         """Give *counter*, which waits, an entry in the heap by its tag."""
@@ -245,7 +230,7 @@ class _Turns(Generic[C]):
     def clear(self) -> None:
         """Forget what waits, and all counters but those that run."""
         self._heap.clear()
-        self._idle = 0
+        self.idle = 0
         self.counters = {name: each for name, each in self.counters.items() if each.running}
         for counter in self.counters.values():
             counter.waiting = counter.work = 0
@@ -286,15 +271,18 @@ class _Turns(Generic[C]):
                 heapreplace(heap, (tag + item[1] * length, serial, length, some))
                 yield item
 
-    def _rests(self, counter: C) -> None:
-        """Account for *counter*, which neither waits nor runs any more, and sweep those that say
-        nothing.
+    def rests(self) -> None:
+        """Account for a counter that neither waits nor runs any more."""
+        self.idle += 1
+        if self.idle > MAX_STALE:
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Forget counters that neither wait nor run, if they are the most.
 
         One at virtual time is as good as none. Of many, those that are furthest ahead are kept.
         """
-        counter.rest()
-        self._idle += 1
-        if self._idle <= MAX_STALE or 2 * self._idle <= len(self.counters):
+        if 2 * self.idle <= len(self.counters):
             return
         kept, ahead = {}, {}
         for name, each in self.counters.items():
@@ -303,7 +291,7 @@ class _Turns(Generic[C]):
             elif each.tag > self.virtual:
                 ahead[name] = each
         furthest = nlargest(MAX_STALE // 2, ahead, key=lambda name: ahead[name].tag)
-        self._idle = len(furthest)
+        self.idle = len(furthest)
         self.counters = kept | {name: ahead[name] for name in furthest}
 
 
@@ -331,11 +319,31 @@ class Charge(Generic[T]):
         queue, self._queue = self._queue, None
         if queue is None:
             return
-        caller, more = self._caller, 0
-        if cost is not None:
+        caller, flow = self._caller, self._flow
+        callers, flows = queue.callers, caller.flows
+        if cost is not None and cost != self.work:
             more, self.work = cost - self.work, cost
-        caller.flows.settle(self._flow, more * LENGTH)
-        queue.callers.settle(caller, more * self.length)
+            caller.tag += more * self.length
+            flow.tag += more * LENGTH
+            if caller.waiting:
+                callers.push(caller)
+                if flow.waiting:
+                    flows.push(flow)
+        caller.running -= 1
+        flow.running -= 1
+        if caller.waiting or caller.running:
+            if not (flow.waiting or flow.running):
+                flows.rests()
+            return
+        callers.idle += 1
+        if callers.idle > MAX_STALE:
+            callers.sweep()
+        if len(flows.counters) == 1:
+            # What `rest` does.
+            flow.tag = flows.virtual
+            flows.idle = 1
+        else:
+            caller.rest()
 
 
 class FairQueue(Generic[T]):
@@ -373,7 +381,7 @@ class FairQueue(Generic[T]):
             entry.front[item] = flow, work
             entry.front.move_to_end(item, last=False)
         else:
-            line = entry.flows.active(flow, LENGTH)
+            line = entry.flows.active(flow)
             line.items[item] = work
             entry.flows.waits(line, work)
         self.callers.waits(entry, work)
@@ -382,12 +390,28 @@ class FairQueue(Generic[T]):
 
     def start(self, caller: Hashable, flow: Hashable, weight: int = 1, work: int = 1) -> Charge[T]:
         """Charge *caller* and *flow* with an item that starts without a wait; nothing waits."""
+        # What `active` does, and the charges, in one: each request comes this way.
         callers, length = self.callers, LENGTH // weight
-        entry = callers.active(caller, length)
+        entry = callers.counters.get(caller)
+        if entry is None:
+            entry = callers.made(caller, length)
+        elif not (entry.running or entry.waiting):
+            callers.idle -= 1
+        entry.length = length
+        entry.running += 1
+        if entry.tag > callers.virtual:  # noqa: PLR1730 - a call of `max` costs more
+            callers.virtual = entry.tag
+        entry.tag = callers.virtual + work * length
         flows = entry.flows
-        line = flows.active(flow, LENGTH)
-        callers.start(entry, work)
-        flows.start(line, work)
+        line = flows.counters.get(flow)
+        if line is None:
+            line = flows.made(flow)
+        elif not (line.running or line.waiting):
+            flows.idle -= 1
+        line.running += 1
+        if line.tag > flows.virtual:  # noqa: PLR1730
+            flows.virtual = line.tag
+        line.tag = flows.virtual + work * LENGTH
         return Charge(self, entry, line, length, work)
 
     def pop(self, gone: Callable[[T], bool]) -> tuple[T, Charge[T]] | None:
@@ -403,7 +427,7 @@ class FairQueue(Generic[T]):
         flows = entry.flows
         if entry.front:
             item, (flow, work) = entry.front.popitem(last=False)
-            line = flows.active(flow, LENGTH)
+            line = flows.active(flow)
             flows.start_early(line, work)
         else:
             line = flows.first()
@@ -513,3 +537,5 @@ class FairQueue(Generic[T]):
         self.size -= 1
         self.work -= work
         self.callers.leaves(entry, work)
+        if not (entry.waiting or entry.running):
+            entry.rest()

@@ -175,8 +175,9 @@ class Place:
         """Correct what its caller was charged with to what the request has cost, before the place
         is given back.
         """
-        if self._charge is not None:
-            self._charge.settle(cost)
+        charge, self._charge = self._charge, None
+        if charge is not None:
+            charge.settle(cost)
 
     def release(self) -> None:
         """Give the place back."""
@@ -184,7 +185,10 @@ class Place:
         if gate is not None:
             if self._charge is not None:
                 self._charge.settle()
-            gate._leave(batch=self.batch)  # noqa: SLF001 - the two are one concept
+            if self.batch:
+                gate._leave(batch=True)  # noqa: SLF001 - the two are one concept
+            else:
+                gate._leave()  # noqa: SLF001
 
     def __enter__(self) -> Self:
         return self
@@ -370,16 +374,20 @@ class Gate:
         paced = self._pace is not None
         if paced and self._delay() > ROUNDING:
             return None
-        self._enter(batch=batch)
+        if batch:
+            self._enter(batch=True)
+        else:
+            self._enter()
         charge = None
         try:
             if work:
                 charge = queue.start(caller, flow, weight, work)
-            place = (
-                self._start(cost, charge, batch=batch)
-                if paced
-                else Place(self, charge, batch=batch)
-            )
+            if paced:
+                place = self._start(cost, charge, batch=batch)
+            elif charge is None and not batch:
+                place = Place(self)
+            else:
+                place = Place(self, charge, batch=batch)
         except BaseException:
             if charge is not None:
                 charge.settle(0)

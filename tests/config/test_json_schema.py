@@ -12,7 +12,7 @@ import yaml
 
 from aioserver.commands.check import command
 from aioserver.config import json_schema
-from aioserver.config.schema import fields
+from aioserver.config.schema import fields, key_of
 from aioserver.config.settings import SETTINGS, Settings
 from aioserver.config.shipped import SHIPPED
 from tests.support.configurations import ORIGINAL, changed
@@ -93,9 +93,9 @@ def keys(cls: type[Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Vali
     schema = json_schema.section_schema(cls)
     for field in fields(cls):
         validator = field.metadata["validator"]
-        yield ".".join((*path, field.name)), validator, schema["properties"][field.name]
+        yield ".".join((*path, key_of(field))), validator, schema["properties"][key_of(field)]
         if validator.inner is not None:
-            yield from keys(validator.inner, (*path, field.name))
+            yield from keys(validator.inner, (*path, key_of(field)))
 
 
 KEYS = {path: (validator, schema) for path, validator, schema in keys(Settings)}

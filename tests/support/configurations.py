@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from aioserver.config import Configuration
 from aioserver.config.faults import ConfigurationError
-from aioserver.config.schema import fields
+from aioserver.config.schema import fields, key_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -105,7 +105,7 @@ def changed(**values: Any) -> dict[str, Any]:
 def paths(cls: type[Any], above: str = "") -> Iterator[str]:
     """The path of every setting of a settings class, as `llm.providers.<name>.model`."""
     for field in fields(cls):
-        path, validator = f"{above}{field.name}", field.metadata["validator"]
+        path, validator = f"{above}{key_of(field)}", field.metadata["validator"]
         if validator.inner is None:
             yield path
         else:
