@@ -155,7 +155,7 @@ SHARED = {
 # the balance, spans.
 OTHERS = {
     Function("limits.fair_queue", "_Turns.serve"),
-    Function("limits.fair_queue", "_Turns.start"),
+    Function("limits.fair_queue", "FairQueue.start"),
     Function("limits.fair_queue", "_Turns.start_early"),
     Function("wings.responses.redis", "SharedResponses._encoded"),
     Function("workers.balance", "Balance.made"),
