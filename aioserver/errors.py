@@ -356,16 +356,17 @@ class ExpectationFailed(AioserverError):
 
 
 class UpgradeRequired(AioserverError):
-    """An upgrade to a WebSocket where there is none.
+    """An upgrade to a WebSocket where there is none, or none where there is one.
 
-    Clients that can do without one fall back at once.
+    Clients that can do without one fall back at once. *protocol* is what to use instead.
     """
 
     code, status, force_close = "upgrade_required", 426, True
+    protocol = "HTTP/1.1"
 
     def headers(self) -> dict[str, str]:
         """Return the headers, among them the protocol to use instead (RFC 9110, 15.5.22)."""
-        return {**super().headers(), "Upgrade": "HTTP/1.1"}
+        return {**super().headers(), "Upgrade": self.protocol}
 
 
 class RateLimitExceeded(AioserverError):

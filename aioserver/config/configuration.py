@@ -317,6 +317,10 @@ def _warnings(settings: Settings, document: Document) -> Iterator[Fault]:
         key = document.values["llm"]["providers"][name].get("api_key")
         if key is not None and document.written(path) and path not in document.referenced:
             yield document.fault(path, "a key in this file is copied with it (use api_key_env)")
+        base_url = settings.llm.providers[name].base_url
+        if (end := base_url.rstrip("/")).endswith("/chat/completions"):
+            message = f"paths are added to it (write {end.removesuffix('/chat/completions')})"
+            yield document.fault((*path[:-1], "base_url"), message)
     for name in settings.llm.models:
         if not settings.llm.usable(name):
             message = "no member has its key, so nobody can ask for it"

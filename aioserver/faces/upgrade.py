@@ -10,9 +10,11 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Self
 
+from aiohttp import hdrs
+
 from aioserver.auth.callers import CALLER
 from aioserver.auth.guard import selectable_protocols
-from aioserver.errors import AioserverError, ServerAtCapacity, public
+from aioserver.errors import AioserverError, ServerAtCapacity, UpgradeRequired, public
 from aioserver.faces.admission import MAX_REFUSED_CLOSING
 from aioserver.faces.client_messages import ClientMessages, Upgraded
 from aioserver.faces.intake import client_headers
@@ -99,9 +101,16 @@ async def serve(
     the handshake to the end of its connection.
 
     Raises:
+        UpgradeRequired: *request* is no handshake.
         InvalidRequest, ConcurrencyExceeded, ServerAtCapacity: the handshake is refused.
     """
     admission = context.admission
+    if "websocket" not in request.headers.get(hdrs.UPGRADE, "").lower():
+        error = UpgradeRequired(
+            f"this is the WebSocket: upgrade, or POST {context.settings.chat.sse.endpoint}"
+        )
+        error.protocol = "websocket"
+        raise error
     with await admission.connect(kind.face, request[CALLER]):
         if admission.refused_closing >= MAX_REFUSED_CLOSING:
             raise ServerAtCapacity("too many refused sockets are still closing", retry_after=5.0)

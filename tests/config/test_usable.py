@@ -110,3 +110,12 @@ def test_a_key_that_belongs_into_a_section_inside_says_so(file: Path) -> None:
     [fault] = refused(lambda: load(text, file), file)
 
     assert "(it belongs into http_client: indent it further, below that key)" in fault
+
+
+def test_a_base_url_with_the_path_of_a_request_is_warned_of(file: Path) -> None:
+    text = small().replace("/v1\n", "/v1/chat/completions/\n", 1)
+    assert "/chat/completions" in text
+
+    (warning,) = load(text, file).warnings
+    assert "base_url: paths are added to it (write http" in warning
+    assert warning.endswith("/v1)")

@@ -70,6 +70,17 @@ async def test_a_websocket_client_sees_426_and_may_ask_by_http(server: RunningSe
     assert refused.value.status == 426
 
 
+async def test_a_get_of_the_websocket_without_an_upgrade_says_what_it_is(
+    server: RunningServer,
+) -> None:
+    async with server.session.get(f"{server.base}/ws/chat") as response:
+        error = (await response.json())["error"]
+
+    assert (response.status, response.headers["Upgrade"]) == (426, "websocket")
+    assert error["code"] == "upgrade_required"
+    assert error["message"] == "this is the WebSocket: upgrade, or POST /sse/chat"
+
+
 @pytest.mark.parametrize("value", ["WebSocket", "h2c, websocket", "x/1 ,WEBSOCKET"])
 async def test_a_websocket_among_other_protocols_is_one(server: RunningServer, value: str) -> None:
     answer = await asked(server, "GET", "/v1/models", f"Upgrade: {value}", "Connection: Upgrade")
