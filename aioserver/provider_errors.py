@@ -261,6 +261,7 @@ class ProviderRefused(ProviderFault):
         super().__init__(message)
         if reason:
             self.message = f"{message}: {reason}"
+        self.reason = reason
         self.provider_status = status
         self.provider_body = content
 

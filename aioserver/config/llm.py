@@ -18,6 +18,7 @@ from aioserver.config.schema import Secret, check_rules, compare, group, section
 from aioserver.config.validators import (
     api,
     boolean,
+    boolean_or,
     count,
     count_or_0,
     header,
@@ -46,6 +47,8 @@ HTTP_CLIENT = "llm.providers.openai.http_client"
 # Requests that may wait for a provider, at least, if nothing else is set: fifty agents at four
 # places.
 MIN_QUEUE_SIZE = 64
+# What `messages` may be beside true and false.
+AUTO, BRIDGE = "auto", "bridge"
 # How a provider is asked for the rest of an answer.
 NO_CONTINUATION, PREFILL, PREFIXED, FINAL_MESSAGE, INSTRUCT = CONTINUATIONS = (
     "none",
@@ -208,10 +211,11 @@ class Provider:
         "PEM file of the certificates to trust; null: those of the system",
         None,
     )
-    messages: bool = setting(
-        boolean,
+    messages: bool | str = setting(
+        boolean_or(AUTO, BRIDGE),
         "whether it speaks Anthropic's Messages API, below the same base_url; false: requests for "
-        "that API never go to it",
+        "that API never go to it; auto: it is asked until it answers 404, 405 or 501 there, and "
+        "requests are translated to chat completions from then on; bridge: they always are",
         False,
     )
     responses: bool = setting(

@@ -153,6 +153,22 @@ def one_of(*words: str, fold: Callable[[str], str] = str) -> Validator:
     return Validator(" \\| ".join(words), test, json=json)
 
 
+def boolean_or(*words: str) -> Validator:
+    """Accept true, false, or one of *words*."""
+
+    def test(value: Any) -> bool | str:
+        if isinstance(value, bool) or value in words:
+            accepted: bool | str = value
+            return accepted
+        hint = hints.nearest(value, words)
+        expected = f"true, false, {', '.join(words[:-1])} or {words[-1]}"
+        refuse(f"expected {expected}, not {show(value)}{hint}")
+        return None
+
+    json = {"enum": [True, False, *words]}
+    return Validator(" \\| ".join(("true", "false", *words)), test, json=json)
+
+
 def optional(validator: Validator, nothing: object = None) -> Validator:
     """Accept what *validator* accepts, and *nothing*, the value that stands for no value."""
 

@@ -92,6 +92,10 @@ class Estimates:
         uncached = min(prompt, round(size * ratios.uncached))
         return Estimate(prompt, uncached, round(answer))
 
+    def tokens_per_byte(self, provider: str, model: str) -> float:
+        """Return the tokens of a prompt for each byte of a request."""
+        return (self._ratios.get((provider, model)) or _START).prompt
+
     def unreported(self, provider: str, model: str, estimate: Estimate, events: int) -> Estimate:
         """Return what a request of this *estimate* has cost whose answer had so many *events*, and
         reported no usage.

@@ -70,6 +70,9 @@ class AttemptedProvider(Protocol):
     def answered(self, attempt: Attempt) -> None:
         """Learn that the answer of *attempt* has begun."""
 
+    def tokens_per_byte(self, model: str) -> float:
+        """Return the tokens of a prompt for each byte of a request for *model*, as an estimate."""
+
     def memory(self, kind: type[M]) -> M:
         """Return what an API has learned of this provider."""
 

@@ -331,6 +331,10 @@ class Provider:
             request.max_answer,
         )
 
+    def tokens_per_byte(self, model: str) -> float:
+        """Return the tokens of a prompt for each byte of a request for *model*, as an estimate."""
+        return self._estimates.tokens_per_byte(self.name, model)
+
     def memory(self, kind: type[M]) -> M:
         """Return what an API has learned of this provider, of which it has its own *kind*."""
         memory = self._memories.get(kind)

@@ -79,7 +79,7 @@ class ChunkReader(Reading, ABC, Generic[C]):
         # The first key in it of each id that the provider gives its calls.
         self._ids: dict[str, int] = {}
         # Pieces of calls whose name has not come yet: the provider's id and the arguments.
-        self._nameless: dict[int, tuple[str, bytes]] = {}
+        self._nameless: dict[int, tuple[str, str]] = {}
 
     @property
     def size(self) -> int:
@@ -95,6 +95,11 @@ class ChunkReader(Reading, ABC, Generic[C]):
     @abstractmethod
     def begun(self) -> bool:
         """Whether there is anything of an answer."""
+
+    @property
+    @abstractmethod
+    def said(self) -> str | None:
+        """The text that has been shown, if nothing else was and it has no end yet."""
 
     @abstractmethod
     def add_text(self, text: bytes) -> bytes:
@@ -117,8 +122,8 @@ class ChunkReader(Reading, ABC, Generic[C]):
         """Begin a call of the function *name*."""
 
     @abstractmethod
-    def _argue(self, call: C, text: bytes, events: list[bytes]) -> None:
-        """Add *text*, escaped, to the arguments of *call*."""
+    def _argue(self, call: C, text: str, events: list[bytes]) -> None:
+        """Add *text* to the arguments of *call*."""
 
     def add_logprobs(self, tokens: object) -> None:
         """Add the logprobs of *tokens* to the text that was added last, where they are wanted.
@@ -166,7 +171,7 @@ class ChunkReader(Reading, ABC, Generic[C]):
         arguments = function.get("arguments")
         if isinstance(arguments, dict):
             arguments = orjson.dumps(arguments).decode()
-        text = orjson.dumps(arguments)[1:-1] if isinstance(arguments, str) else b""
+        text = arguments if isinstance(arguments, str) else ""
         index = self._index_of(call, number, provider_id, name)
         known = self._calls.get(index)
         if (
@@ -178,7 +183,7 @@ class ChunkReader(Reading, ABC, Generic[C]):
             # Some providers give each of their calls the same index.
             known = None
         if known is None:
-            earlier_id, earlier_text = self._nameless.pop(index, ("", b""))
+            earlier_id, earlier_text = self._nameless.pop(index, ("", ""))
             provider_id, text = provider_id or earlier_id, earlier_text + text
             if not name:
                 self._grow(len(text), ITEM_BYTES)

@@ -55,11 +55,11 @@ async def check_density(body: bytes) -> None:
         await pause()
 
 
-def elements(raw: Raw, param: str) -> list[Raw]:
+def elements(raw: Raw, param: str, limit: int = MAX_ELEMENTS) -> list[Raw]:
     """Return the elements of the list that *raw* is; none if it is absent or null.
 
     Raises:
-        InvalidRequest: it is no list, or has more than MAX_ELEMENTS elements; *param* names it.
+        InvalidRequest: it is no list, or has more than *limit* elements; *param* names it.
     """
     if null(raw):
         return []
@@ -70,8 +70,8 @@ def elements(raw: Raw, param: str) -> list[Raw]:
     # Of very many, no more are read than the first ones.
     for batch in json_body.elements(array):
         listed += batch
-        if len(listed) > MAX_ELEMENTS:
-            raise InvalidRequest(f"{param} has more than {MAX_ELEMENTS} elements", param=param)
+        if len(listed) > limit:
+            raise InvalidRequest(f"{param} has more than {limit} elements", param=param)
     return listed
 
 

@@ -16,7 +16,7 @@ from msgspec import Raw
 from aioserver.errors import InvalidJson, InvalidRequest
 from aioserver.protocol import json_body
 from aioserver.protocol.bridging.chunks import REASONING_FIELDS, C
-from aioserver.protocol.bridging.reading import is_string
+from aioserver.protocol.bridging.reading import is_string, members
 from aioserver.protocol.json_body import ABSENT, null, pause, sound
 from aioserver.protocol.openai import BadEvent
 from aioserver.protocol.whole_answer import string_pieces
@@ -47,6 +47,7 @@ class _Choice(msgspec.Struct, gc=False):
     message: Raw = ABSENT
     delta: Raw = ABSENT
     finish_reason: Raw = ABSENT
+    stop_reason: Raw = ABSENT
     logprobs: Raw = ABSENT
 
 
@@ -140,7 +141,10 @@ async def _read_choice(choice: _Choice, writer: ChunkReader[C]) -> None:
             message = _Message()
         await _read_message(message, choice.logprobs, writer)
     if not null(choice.finish_reason) and _size(choice.finish_reason) <= STEP_BYTES:
-        writer.read(_chunk(b"", b',"finish_reason":%b' % bytes(choice.finish_reason)))
+        ending = members((b"finish_reason", choice.finish_reason))
+        if is_string(choice.stop_reason) and _size(choice.stop_reason) <= STEP_BYTES:
+            ending += members((b"stop_reason", choice.stop_reason))
+        writer.read(_chunk(b"", ending))
 
 
 async def _read_message(message: _Message, logprobs: Raw, writer: ChunkReader[C]) -> None:

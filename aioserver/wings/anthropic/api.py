@@ -30,7 +30,7 @@ class MessagesApi(Api):
 
     def speaks(self, provider: settings.Provider) -> bool:
         """Return whether a provider with these settings has this API."""
-        return provider.messages
+        return provider.messages is not False
 
     def key_headers(self, host: str, key: str) -> dict[str, str]:
         """Return the headers that present *key*.

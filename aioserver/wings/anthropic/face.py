@@ -1,8 +1,9 @@
 """Anthropic's Messages API, for providers that speak it: its SDKs and Claude Code work unchanged.
 
-Nothing is translated. The body goes on as it came, but for what the OpenAI face changes too
-(faces/openai.py), and so do the client's `anthropic-*` headers; the provider's events and its
-errors come back byte for byte. What differs from the OpenAI face is the form of what this server
+To a provider that speaks the API the body goes on as it came, but for what the OpenAI face changes
+too (faces/openai.py), and so do the client's `anthropic-*` headers; the provider's events and its
+errors come back byte for byte. For one that has chat completions only the attempt translates
+(wings/anthropic/attempt.py), and a count of tokens is an estimate. What differs from the OpenAI face is the form of what this server
 itself says (wings/anthropic/wire.py): errors, in a body or as an event, and heartbeats, which are
 `ping` events, since Claude Code counts events and no comments.
 
@@ -27,6 +28,13 @@ from aioserver.gateway.request import Request
 from aioserver.providers.request import ProviderRequest
 from aioserver.wings.anthropic import wire
 from aioserver.wings.anthropic.api import COUNT_TOKENS, MESSAGES
+from aioserver.wings.anthropic.attempt import (
+    ESTIMATED,
+    CountAttempt,
+    LearnedCounting,
+    MessageAttempt,
+    estimated,
+)
 from aioserver.wings.anthropic.wire import PING
 
 if TYPE_CHECKING:
@@ -48,9 +56,9 @@ def routes(context: Context) -> list[web.RouteDef]:
     return [
         web.post(
             f"/v1/{api.path}",
-            counted(context.admission, ANTHROPIC.face, prepare_for(context, api), serving),
+            counted(context.admission, ANTHROPIC.face, prepare_for(context, api), serve),
         )
-        for api in (MESSAGES, COUNT_TOKENS)
+        for api, serve in ((MESSAGES, serving), (COUNT_TOKENS, partial(count, context)))
     ]
 
 
@@ -81,10 +89,36 @@ def prepare_for(
         )
         digest = openai.digest_of(provider_request.path, data) if key else b""
         return Request(
-            route, provider_request, ANTHROPIC.face, http.request_id(request), key, digest
+            route,
+            provider_request,
+            ANTHROPIC.face,
+            http.request_id(request),
+            key,
+            digest,
+            make_attempt=MessageAttempt if api is MESSAGES else CountAttempt,
         )
 
     return prepare
+
+
+async def count(context: Context, request: web.Request, prepared: Request) -> web.StreamResponse:
+    """Answer with the tokens of a request: by its provider, or by an estimate if that does not
+    count them, for which nobody is asked.
+
+    Raises:
+        AioserverError: as `openai.serve`.
+    """
+    provider = prepared.route.provider
+    if not provider.memory(LearnedCounting).bridged:
+        return await openai.serve(context, request, prepared, dialect=ANTHROPIC)
+    try:
+        model = prepared.route.model or provider.settings.model
+        body = prepared.provider_request.body(provider.settings, prepared.route.model)
+        counted_tokens = await estimated(body, provider.tokens_per_byte(model))
+    finally:
+        prepared.release()
+    headers = {**ANTHROPIC.own_headers(request), **ESTIMATED, "Content-Type": "application/json"}
+    return web.Response(body=counted_tokens, headers=headers)
 
 
 class MessagesForm(Form):

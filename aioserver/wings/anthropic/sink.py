@@ -1,4 +1,5 @@
-"""The sink of a streamed answer of Anthropic's Messages API, and what the API's errors mean.
+"""The sinks of a streamed answer of Anthropic's Messages API: one whose bytes come as they are, and
+one made of a chat completion; and what the API's errors mean.
 
 The bytes of an answer go into the log as they come. It ends with `message_stop`; where it breaks
 off behind a stop_reason, that is added. An event `error` that ends it passes itself, unless another
@@ -10,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from aioserver.protocol import eventstream
-from aioserver.protocol.openai import bounded
+from aioserver.protocol.openai import BadEvent, bounded
 from aioserver.provider_errors import (
     ProviderError,
     ProviderFault,
@@ -18,8 +19,11 @@ from aioserver.provider_errors import (
     ProviderRefused,
 )
 from aioserver.providers import error_mapping
-from aioserver.providers.sinks import PassingSink
+from aioserver.providers.reading_sinks import BridgingSink
+from aioserver.providers.sinks import PassingSink, complete
 from aioserver.wings.anthropic import wire
+from aioserver.wings.anthropic.bridge.events import Call, MessageWriter
+from aioserver.wings.anthropic.bridge.refused import translate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -75,6 +79,52 @@ class MessageSink(PassingSink):
                 self._finished = self._finished or wire.stops(content)
         if self._usage:
             self._stream.outcome.usage = wire.with_total(self._usage)
+
+
+class BridgeSink(BridgingSink[Call]):
+    """Reads the provider's chunks, and appends the events of a message to a log."""
+
+    def __init__(self, stream: Stream, writer: MessageWriter) -> None:
+        super().__init__(stream, writer)
+        self._writer = writer
+        # White space alone is kept, and what is kept commits nothing.
+        self._is_content = lambda _data: writer.committed
+
+    def feed(self, data: bytes) -> bool:
+        """Append what becomes of *data*, as `StreamSink.feed`."""
+        try:
+            return super().feed(data)
+        except ProviderRefused as fault:
+            translate(fault, fault.provider_body)
+            raise
+
+    def _open(self) -> list[bytes]:
+        super()._open()
+        return self._writer.begin()
+
+    def _complete(self) -> None:
+        """Append the events that end the message, and end the log.
+
+        Raises:
+            ProviderBadResponse: the answer is not complete.
+        """
+        stream, writer = self._stream, self._writer
+        try:
+            events = writer.finish()
+        except BadEvent as exc:
+            raise error_mapping.event_fault(exc) from exc
+        self._over = True
+        self._append(events)
+        stream.outcome.usage = writer.usage
+        complete(stream)
+
+    def _append(self, parts: list[bytes]) -> None:
+        if parts:
+            self._stream.forward(b"".join(parts), len(parts), more=self._over)
+            self._count_text()
+
+    def _append_texts(self, events: list[bytes]) -> None:
+        self._append(events)
 
 
 def _up_to_end(block: bytes) -> tuple[bytes, bool, bytes]:

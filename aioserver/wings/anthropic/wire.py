@@ -73,6 +73,11 @@ def http_status(error: AioserverError) -> int:
     return OVERLOADED if error.http_status == 503 else error.http_status
 
 
+def type_of(status: int) -> str:
+    """Return the type of an error with this HTTP *status*."""
+    return TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+
+
 def error_body(error: AioserverError, request_id: str = "") -> bytes:
     """Return *error* as the JSON of a body or an event.
 
@@ -80,9 +85,7 @@ def error_body(error: AioserverError, request_id: str = "") -> bytes:
     """
     if error.provider_answer is not None:
         return error.provider_answer[1]
-    status = http_status(error)
-    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-    content = {"type": kind, "message": error.message, "code": error.code}
+    content = {"type": type_of(http_status(error)), "message": error.message, "code": error.code}
     body: dict[str, Any] = {"type": "error", "error": content}
     if request_id:
         body["request_id"] = request_id

@@ -23,7 +23,6 @@ import orjson
 
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import BadEvent
-from aioserver.protocol.said import MAX_SAID, ChatRest, Said
 from aioserver.providers.error_mapping import error_object_fault, event_fault
 from aioserver.providers.reading_sinks import BridgingSink
 from aioserver.providers.sinks import (
@@ -40,7 +39,6 @@ from aioserver.wings.responses.events import ENDS, ResponseEvents, failed, is_co
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aioserver.protocol.said import Tokens
     from aioserver.provider_errors import ProviderFault
     from aioserver.streams.contracts import Path
     from aioserver.streams.stream import Stream
@@ -112,35 +110,6 @@ class ResponseSink(PassingSink):
                     self._stream.add_alias(response_id)
                     self._id_samples_left = 0
                     return
-
-
-class BridgedSaid(Said):
-    """What the answer of a chat completion has said that *writer* has made a response of."""
-
-    checked = True
-
-    def __init__(self, writer: ResponseWriter) -> None:
-        self.writer = writer
-
-    @property
-    def size(self) -> int:
-        """Nothing: the writer is counted by its sink."""
-        return 0
-
-    @property
-    def events(self) -> int:
-        """How many events have had text."""
-        return self.writer.texts
-
-    def text(self) -> str | None:
-        """Return the text, as `Said.text`."""
-        text = self.writer.said
-        return text if text and len(text.encode()) <= MAX_SAID else None
-
-    def rest(self, earlier: Tokens) -> ChatRest:
-        """Return what writes the rest as chunks, which the same writer reads."""
-        self.writer.half.clear()
-        return ChatRest(earlier)
 
 
 def remember(stream: Stream, block: bytes) -> None:

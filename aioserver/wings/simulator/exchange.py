@@ -36,8 +36,8 @@ class Behaviour:
     reset. stall_after: tokens before nothing more is sent; None: all are sent. ignore_body: read
     no body, so that a large upload gets stuck; a client that leaves then goes unnoticed. headers:
     added to every good answer, for example x-ratelimit-*. forgets: status and message with which a
-    request that continues a response is refused; None: none is. responses: whether there is a
-    /v1/responses. engine: an engine with a prefix cache, whose time replaces ttft and interval.
+    request that continues a response is refused; None: none is. responses, messages and
+    counts: whether there is a /v1/responses, a /v1/messages and its /count_tokens. engine: an engine with a prefix cache, whose time replaces ttft and interval.
     prefill: what becomes of a request that has the beginning of its answer, as `model.rest` has
     it; "refuses": it is refused.
     """
@@ -54,6 +54,8 @@ class Behaviour:
     headers: tuple[tuple[str, str], ...] = ()
     forgets: tuple[int, str] | None = None
     responses: bool = True
+    messages: bool = True
+    counts: bool = True
     engine: EngineOptions | None = None
     prefill: str = ""
 

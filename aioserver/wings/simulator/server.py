@@ -269,7 +269,12 @@ class Simulator:
         if request.method == "GET" and path.startswith(f"{_MODELS}/"):
             name = path.removeprefix(f"{_MODELS}/")
             return as_json(200, orjson.dumps(shapes.model(name)))
-        lacking = not self.behaviour.responses and path == f"/v1/{model.RESPONSES}"
+        behaviour = self.behaviour
+        lacking = path in {
+            *([] if behaviour.responses else [f"/v1/{model.RESPONSES}"]),
+            *([] if behaviour.messages else [f"/v1/{MESSAGES}"]),
+            *([] if behaviour.counts else [f"/v1/{MESSAGES}/count_tokens"]),
+        }
         if path not in _ENDPOINTS or lacking:
             message = f"Invalid URL ({request.method} {path})"
             return as_json(404, model.error(404, message))

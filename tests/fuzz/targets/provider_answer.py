@@ -107,6 +107,9 @@ class Provider:
     def memory(self, kind: type[M]) -> M:
         return kind(self.settings)
 
+    def tokens_per_byte(self, model: str) -> float:
+        return 0.25
+
 
 class Outcome(NamedTuple):
     """What the client of a request gets, and what becomes of the connection."""

@@ -287,8 +287,8 @@ async def test_failover_goes_from_one_kind_of_provider_to_the_other(
 HOSTED: dict[str, tuple[Any, str]] = {
     "web_search": ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
     "file_search": (
-        {"tools": [WEATHER, {"type": "file_search", "vector_store_ids": ["v"]}]},
-        "tools[1].type",
+        {"tools": [{"type": "file_search", "vector_store_ids": ["v"]}]},
+        "tools[0].type",
     ),
     "code_interpreter": (
         {"tools": [{"type": "code_interpreter", "container": "c"}]},
@@ -297,7 +297,14 @@ HOSTED: dict[str, tuple[Any, str]] = {
     "mcp": ({"tools": [{"type": "mcp", "server_label": "x"}]}, "tools[0].type"),
     "image_generation": ({"tools": [{"type": "image_generation"}]}, "tools[0].type"),
     "computer_use_preview": ({"tool_choice": {"type": "computer_use_preview"}}, "tool_choice"),
-    "web_search_call": ({"input": [{"type": "web_search_call", "id": "ws_1"}]}, "input[0].type"),
+    "web_search_preview": (
+        {
+            "tools": [WEATHER, {"type": "web_search_preview"}],
+            "tool_choice": {"type": "web_search_preview"},
+        },
+        "tool_choice",
+    ),
+    "compaction": ({"input": [{"type": "compaction", "id": "c"}]}, "input[0].type"),
     "item_reference": ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
     "background": ({"background": True}, "background"),
     "conversation": ({"conversation": "conv_1"}, "conversation"),
@@ -317,6 +324,30 @@ async def test_what_the_provider_cannot_have_is_refused_by_name(
         assert error["type"] == "invalid_request_error"
         assert name in error["message"]
     assert not server.simulator.requests
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_hosted_tool_among_others_is_left_out(
+    server: RunningServer, streamed: bool
+) -> None:
+    hosted = [{"type": "web_search"}, {"type": "image_generation"}]
+    history = [
+        {"type": "web_search_call", "id": "ws_1", "status": "completed"},
+        {"type": "mcp_list_tools", "id": "m", "server_label": "x", "tools": []},
+        {"role": "user", "content": "Hello"},
+    ]
+    asked = {**ASK, "stream": streamed, "tools": [WEATHER, *hosted], "input": history}
+
+    async with server.session.post(f"{server.v1}/responses", json=asked) as response:
+        body = await response.read()
+        left_out = response.headers["x-aioserver-left-out"]
+
+    assert left_out == "web_search, image_generation, mcp_list_tools"
+    shown = check_run(read_events(body)) if streamed else orjson.loads(body)
+    assert [tool["name"] for tool in shown["tools"]] == ["weather"]
+    (sent,) = server.simulator.bodies
+    assert [tool["function"]["name"] for tool in sent["tools"]] == ["weather"]
+    assert sent["messages"] == [{"role": "user", "content": "Hello"}]
 
 
 async def test_questions_about_responses_are_not_found_where_there_are_none(

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aioserver.config.settings import Provider
 from aioserver.protocol import eventstream
 from aioserver.protocol.json_body import at_once
 from aioserver.provider_errors import (
@@ -21,13 +22,14 @@ from aioserver.provider_errors import (
 )
 from aioserver.streams import entries
 from aioserver.streams.stream import Stream
-from aioserver.wings.responses.attempt import path_absent
+from aioserver.wings.responses.attempt import Learned
 from aioserver.wings.responses.bridge.events import ResponseWriter
 from aioserver.wings.responses.bridge.output import Frame
 from aioserver.wings.responses.bridge.request import chat_request
 from aioserver.wings.responses.events import ResponseEvents
 from aioserver.wings.responses.sinks import BridgeSink
 from tests.support.response_events import check_run, read_events
+from tests.support.scripted_provider import LIMITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -215,4 +217,6 @@ def test_an_answer_beyond_the_bound_of_its_log_is_a_fault() -> None:
 def test_a_path_that_is_not_there_is_told_from_a_model(
     status: int, body: bytes, absent: bool
 ) -> None:
-    assert path_absent(status, body) == absent
+    learned = Learned(Provider(name="sim", base_url="http://h/v1", model="m", http_client=LIMITS))
+
+    assert learned.absent(status, body) == absent

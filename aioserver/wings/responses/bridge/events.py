@@ -67,7 +67,7 @@ class ResponseWriter(ChunkReader[Call]):
     """
 
     __slots__ = (
-        "_asked_bytes",
+        "_asked_tokens",
         "_frame",
         "_items",
         "_message",
@@ -83,7 +83,7 @@ class ResponseWriter(ChunkReader[Call]):
         super().__init__(max_bytes, frame.size, logprobs=request.logprobs)
         self._frame = frame
         self._tools = request.tools
-        self._asked_bytes = request.asked_bytes
+        self._asked_tokens = request.asked_tokens
         self._name = frame.id.removeprefix("resp_")
         # That of the next event; the first two are those of `begin`.
         self.sequence = OPENING_EVENTS
@@ -181,14 +181,14 @@ class ResponseWriter(ChunkReader[Call]):
     def _fill(self, call: Call, events: list[bytes]) -> None:
         """Make a *call* without arguments one with an empty object: clients parse it."""
         if not call.text and not call.custom:
-            self._argue(call, b"{}", events)
+            self._argue(call, "{}", events)
 
     def response(self, now: int) -> bytes:
         """Return the response object, at the time *now* of its end."""
         reason = REASONS.get(self.finish_reason or "", "")
         status = INCOMPLETE if reason else COMPLETED
         answered_bytes = self._size - self._frame.size - self._overhead
-        usage = usage_object(self.usage, self._asked_bytes, answered_bytes)
+        usage = usage_object(self.usage, self._asked_tokens, answered_bytes)
         output = b",".join([item.render(COMPLETED) for item in self._items[:-1]])
         if self._items:
             last = self._items[-1].render(status)
@@ -250,10 +250,10 @@ class ResponseWriter(ChunkReader[Call]):
         self._begin(call, events)
         return call
 
-    def _argue(self, call: Call, text: bytes, events: list[bytes]) -> None:
-        """Add *text*, escaped, to the arguments of *call*."""
-        if not text:
+    def _argue(self, call: Call, arguments: str, events: list[bytes]) -> None:
+        if not arguments:
             return
+        text = orjson.dumps(arguments)[1:-1]
         self._grow(len(text))
         call.text += text
         if not call.custom:

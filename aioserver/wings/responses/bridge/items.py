@@ -8,8 +8,8 @@
     reasoning                the reasoning of the assistant message that follows, if the provider
                              has such a field
 
-Any other item belongs to a tool that runs at the provider, or is a reference that only the
-provider can read: it is refused by name.
+An item of a tool that ran at a provider is left out, as the tool is. Any other is a reference that
+only the provider can read: it is refused by name.
 
 System messages at the start become one message, since the templates of many models take no other.
 A message that stands between a call and its output goes behind the output, where a chat must have
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 _SYSTEM = frozenset({"system", "developer"})
 _TEXTS = frozenset({"input_text", "output_text", "text", "summary_text", "reasoning_text"})
+# How the types of items end that belong to tools which run at a provider.
+_OF_HOSTED = ("_call", "_call_output")
 # The answer of a tool that has no text, but pictures or files.
 _SHOWN_BELOW = b'"(see the next message)"'
 # Calls of one request whose outputs are awaited at most, which is more than a model makes at once.
@@ -89,6 +91,8 @@ class Messages:
     def __init__(self, tools: Tools, reasoning_field: str = "") -> None:
         self._tools = tools
         self._reasoning_field = reasoning_field.encode()
+        # What of them is no text, and its bytes.
+        self.pictures = self.picture_bytes = 0
         self._messages: list[bytes] = []
         # The messages before them, many joined as one.
         self._joined: list[bytes] = []
@@ -131,6 +135,8 @@ class Messages:
                 self._add_output(item, param)
             case "reasoning":
                 self._add_reasoning(item, param)
+            case kind if kind.startswith("mcp_") or kind.endswith(_OF_HOSTED):
+                self._tools.hosted.note(kind.partition("_call")[0])
             case _:
                 message = (
                     f"an item {item.type[:64]!r} has no form in chat completions, which are all "
@@ -164,6 +170,7 @@ class Messages:
                 self._system.append(text)
         elif role == "user":
             text, parts, others = _content(item.content, f"{param}.content")
+            self._count(others)
             # Some engines take a string only, so that is what they get where it says all.
             written = b"[%b]" % b",".join(parts) if others else text
             self._put(b'{"role":"user","content":%b}' % written)
@@ -171,6 +178,10 @@ class Messages:
             raise InvalidRequest(
                 "role must be user, assistant, system or developer", param=f"{param}.role"
             )
+
+    def _count(self, others: list[bytes]) -> None:
+        self.pictures += len(others)
+        self.picture_bytes += sum(map(len, others))
 
     def _add_answer(self, item: _Item, param: str) -> None:
         if self._assistant and not self._calls:
@@ -216,6 +227,7 @@ class Messages:
         self._close_system()
         text, _parts, others = _content(item.output, f"{param}.output")
         if others:
+            self._count(others)
             text = _SHOWN_BELOW if text == b'""' else text
             self._later.append(b'{"role":"user","content":[%b]}' % b",".join(others))
         self._messages.append(

@@ -250,17 +250,17 @@ class Frame:
         )
 
 
-def usage_object(usage: Mapping[str, Any] | None, asked_bytes: int, answered_bytes: int) -> bytes:
+def usage_object(usage: Mapping[str, Any] | None, asked_tokens: int, answered_bytes: int) -> bytes:
     """Return the usage of a response for that of a chat completion.
 
-    If the provider has reported none it is an estimate, since many clients cannot do without: a
-    token for BYTES_PER_TOKEN bytes of the request and of the answer.
+    If the provider has reported none it is an estimate, since many clients cannot do without:
+    *asked_tokens*, and a token for BYTES_PER_TOKEN bytes of the answer.
     """
     known = usage or {}
     asked = _count(known, "prompt_tokens")
     answered = _count(known, "completion_tokens")
     if asked is None:
-        asked = -(-asked_bytes // BYTES_PER_TOKEN)
+        asked = asked_tokens
     if answered is None:
         answered = -(-answered_bytes // BYTES_PER_TOKEN)
     total = _count(known, "total_tokens")

@@ -20,6 +20,7 @@ is refused by name: see `_REFUSED`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 import orjson
@@ -35,10 +36,14 @@ from aioserver.protocol.bridging.reading import (
     read,
     string,
 )
+from aioserver.protocol.bridging.words import ALL_WORDS, Size, Words, optional_in
 from aioserver.protocol.json_body import ABSENT, flag, null, pause
 from aioserver.wings.responses.bridge.items import Messages
 from aioserver.wings.responses.bridge.output import MAX_REPEATED_BYTES
 from aioserver.wings.responses.bridge.tools import Tools
+
+if TYPE_CHECKING:
+    from aioserver.protocol.bridging.hosted import Hosted
 
 # Items of a request that become messages in one step, and their bytes, since an item may have
 # thousands of parts.
@@ -105,8 +110,9 @@ _METADATA = msgspec.json.Decoder(dict[str, str] | None)
 class ChatRequest:
     """A request for chat completions, and what its answer needs to become a response.
 
-    *body* is the JSON to send, of *asked_bytes*; it is let go when it was sent. *repeated* is for
-    the `Frame` of the response. *logprobs* says that the answer shall have them.
+    *body* is the JSON to send, of *asked_tokens* as an estimate; it is let go when it was sent. It has
+    the optional *words*. *repeated* is for the `Frame` of the response. *logprobs* says that the answer shall
+    have them.
     """
 
     body: bytes
@@ -114,19 +120,27 @@ class ChatRequest:
     tools: Tools
     repeated: bytes
     logprobs: bool
-    asked_bytes: int = 0
+    asked_tokens: int
+    words: frozenset[str] = frozenset()
 
-    def __post_init__(self) -> None:
-        self.asked_bytes = len(self.body)
+    @property
+    def hosted(self) -> Hosted:
+        """What of hosted tools the provider does not get."""
+        return self.tools.hosted
 
 
 async def chat_request(
-    body: bytes, *, previous: str | None = None, reasoning_field: str = ""
+    body: bytes,
+    *,
+    previous: str | None = None,
+    reasoning_field: str = "",
+    words: Words = ALL_WORDS,
 ) -> ChatRequest:
     """Return the request for chat completions that *body* means, in steps.
 
     *body* is JSON with a model. *previous* is the id of the response that it continues, if its
-    items are in the body already. *reasoning_field* is as for `Messages`.
+    items are in the body already. *reasoning_field* is as for `Messages`, and *words* are those that
+    the provider takes.
 
     Raises:
         InvalidRequest: *body* is no request, or one that has no form in chat completions.
@@ -151,18 +165,36 @@ async def chat_request(
         await _add_items(messages, fields.input)
     logprobs = not null(fields.top_logprobs) or LOGPROBS in _names(fields.include)
     written_format, shown_text = _text(fields.text)
+    said = messages.finish()
+    streamed = b""
+    if flag(fields.stream):
+        usage = b',"stream_options":{"include_usage":true}'
+        streamed = b',"stream":true' + (usage if words.takes("stream_options") else b"")
+    called, parallel = _tool_members(tools, choice, fields, words)
+    size = Size(len(said) + len(called) - messages.picture_bytes, messages.pictures)
+    options = _options(fields, words, size, logprobs=logprobs)
     parts = (
         b'{"model":%b,"messages":[' % model,
-        messages.finish(),
+        said,
         b"]",
-        b',"stream":true,"stream_options":{"include_usage":true}' if flag(fields.stream) else b"",
-        _tool_members(tools, choice, fields),
+        streamed,
+        called,
+        parallel,
         written_format,
-        _options(fields, logprobs=logprobs),
+        options,
         b"}",
     )
     repeated = _repeated(fields, tools, shown_text, previous)
-    return ChatRequest(b"".join(parts), orjson.loads(model), tools, repeated, logprobs)
+    written = b"".join(parts)
+    return ChatRequest(
+        written,
+        orjson.loads(model),
+        tools,
+        repeated,
+        logprobs,
+        words.tokens(size),
+        optional_in(b"".join((streamed, parallel, options))),
+    )
 
 
 async def _add_items(messages: Messages, raw: Raw) -> None:
@@ -201,27 +233,28 @@ def _names(raw: Raw) -> list[str]:
     return [json_body.text(each) or "" for each in elements(raw, "include")]
 
 
-def _tool_members(tools: Tools, choice: bytes, fields: _Body) -> bytes:
+def _tool_members(tools: Tools, choice: bytes, fields: _Body, words: Words) -> tuple[bytes, bytes]:
     if not tools.functions:
         # OpenAI's own chat completions refuse a choice without tools.
-        return b""
+        return b"", b""
     functions = b"[%b]" % b",".join(tools.functions.values())
-    return members(
-        (b"tools", functions),
-        (b"tool_choice", choice),
-        (b"parallel_tool_calls", fields.parallel_tool_calls),
+    parallel = fields.parallel_tool_calls if words.takes("parallel_tool_calls") else ABSENT
+    return (
+        members((b"tools", functions), (b"tool_choice", choice)),
+        members((b"parallel_tool_calls", parallel)),
     )
 
 
-def _options(fields: _Body, *, logprobs: bool) -> bytes:
+def _options(fields: _Body, words: Words, size: Size, *, logprobs: bool) -> bytes:
     reasoning = _Reasoning()
     if not null(fields.reasoning):
         reasoning = read(_REASONING, fields.reasoning, "reasoning")
+    effort = reasoning.effort if words.takes("reasoning_effort") else ABSENT
     return members(
         (b"temperature", fields.temperature),
         (b"top_p", fields.top_p),
-        (b"max_tokens", fields.max_output_tokens),
-        (b"reasoning_effort", reasoning.effort),
+        (words.bound.encode(), words.bounded(fields.max_output_tokens, size)),
+        (b"reasoning_effort", effort),
         (b"logprobs", b"true" if logprobs else b""),
         (b"top_logprobs", fields.top_logprobs),
         (b"user", fields.safety_identifier if null(fields.user) else fields.user),

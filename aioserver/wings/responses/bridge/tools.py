@@ -4,7 +4,7 @@
     custom                          a function with one string, `input`: its text
     namespace                       its functions, each with the name of the namespace in front
     web_search without web access   left out: it may find nothing that the model does not know
-    any other                       refused by name: it would run where there is nobody to run it
+    any other                       hosted: left out or refused (protocol/bridging/hosted.py)
 
 A call comes back under the name and kind that the client knows: `Tools.declared` has them by the
 function's name. The choice of a tool, and a list of those allowed, follow the tools that are left.
@@ -12,7 +12,6 @@ function's name. The choice of a tool, and a list of those allowed, follow the t
 
 from __future__ import annotations
 
-import zlib
 from typing import NamedTuple
 
 import msgspec
@@ -20,6 +19,8 @@ import orjson
 from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
+from aioserver.protocol.bridging.hosted import Hosted
+from aioserver.protocol.bridging.names import MAX_NAME, function_name
 from aioserver.protocol.bridging.reading import (
     MAX_ELEMENTS,
     elements,
@@ -31,8 +32,7 @@ from aioserver.protocol.bridging.reading import (
 from aioserver.protocol.json_body import ABSENT, flag, null
 
 FUNCTION, CUSTOM = "function", "custom"
-# The characters in the name of a function that engines take.
-MAX_NAME = 64
+_OWN = frozenset({FUNCTION, CUSTOM})
 # The parameters of the function that stands for a custom tool.
 _INPUT = (
     b'{"type":"object","properties":{"input":{"type":"string"%b}},"required":["input"],'
@@ -87,12 +87,14 @@ class Tools:
 
     `declared` has them by the names of their functions, `functions` has those functions as JSON by
     the same names, and `shown` is JSON of the tools in effect, as the client has declared them.
+    `hosted` are those that nobody here could run.
     """
 
     def __init__(self) -> None:
         self.declared: dict[str, Tool] = {}
         self.functions: dict[str, bytes] = {}
         self.shown: list[bytes] = []
+        self.hosted = Hosted()
         self._names: dict[Tool, str] = {}
 
     def name_of(self, kind: str, name: str, namespace: str = "") -> str:
@@ -100,7 +102,9 @@ class Tools:
         tool = Tool(kind, name, namespace)
         known = self._names.get(tool)
         if known is None:
-            known = self._names[tool] = self._new_name(tool)
+            full = f"{namespace}__{name}" if namespace else name
+            # A function and a custom tool may have one name.
+            known = self._names[tool] = function_name(full, tool, self.declared)
         return known
 
     def find(self, name: str) -> Tool:
@@ -124,7 +128,7 @@ class Tools:
             self._check_name(tool, param)
             for number, nested in enumerate(elements(tool.tools, f"{param}.tools")):
                 self.add(nested, f"{param}.tools[{number}]", tool.name)
-        elif tool.type in {FUNCTION, CUSTOM}:
+        elif tool.type in _OWN:
             self._check_name(tool, param)
             name = self.name_of(tool.type, tool.name, namespace)
             made = (
@@ -137,7 +141,8 @@ class Tools:
         elif tool.type == "web_search" and flag(tool.external_web_access) is False:
             return
         else:
-            raise InvalidRequest(_hosted(tool.type), param=f"{param}.type")
+            self.hosted.add(tool.type, f"{param}.type")
+            return
         if not namespace:
             self.shown.append(bytes(raw))
 
@@ -145,25 +150,32 @@ class Tools:
         """Return the `tool_choice` of chat completions for that of a request; empty if there is
         none.
 
-        Tools that the choice does not allow are taken out of `functions`.
+        Tools that the choice does not allow are taken out of `functions`. All tools have been added.
 
         Raises:
             InvalidRequest: it is none, or names a tool that was not declared, or that chat
                 completions do not have.
         """
-        if null(raw):
+        written = b"" if null(raw) else bytes(raw)
+        if not written or written in _CHOICES:
+            self.hosted.leave_out(others=bool(self.functions))
+        if not written:
             return b""
-        written = bytes(raw)
         if written in _CHOICES:
             if written == b'"required"' and not self.functions:
                 raise InvalidRequest("a tool is required, and there is none", param="tool_choice")
             return written if self.functions else b""
         choice = read(_CHOICE, raw, "tool_choice")
         if choice.type == "allowed_tools":
-            allowed = {
-                self._chosen(read(_CHOICE, each, "tool_choice.tools"))
+            listed = [
+                read(_CHOICE, each, "tool_choice.tools")
                 for each in elements(choice.tools, "tool_choice.tools")
-            }
+            ]
+            own = [each for each in listed if each.type in _OWN]
+            if listed and not own:
+                raise self.hosted.refused(listed[0].type, "tool_choice")
+            self.hosted.leave_out(others=True)
+            allowed = {self._chosen(each) for each in own}
             if choice.mode not in _MODES or not allowed:
                 raise InvalidRequest(
                     "mode must be auto or required, for some tools", param="tool_choice"
@@ -172,12 +184,14 @@ class Tools:
                 name: made for name, made in self.functions.items() if name in allowed
             }
             return orjson.dumps(choice.mode)
-        return b'{"type":"function","function":{"name":%b}}' % orjson.dumps(self._chosen(choice))
+        chosen = self._chosen(choice)
+        self.hosted.leave_out(others=True)
+        return b'{"type":"function","function":{"name":%b}}' % orjson.dumps(chosen)
 
     def _chosen(self, choice: _Choice) -> str:
         """Return the name of the function for the tool that *choice* names."""
-        if choice.type not in {FUNCTION, CUSTOM}:
-            raise InvalidRequest(_hosted(choice.type), param="tool_choice")
+        if choice.type not in _OWN:
+            raise self.hosted.refused(choice.type, "tool_choice")
         tool = Tool(choice.type, choice.name, choice.namespace or "")
         name = self._names.get(tool, "")
         if name not in self.functions:
@@ -185,15 +199,6 @@ class Tools:
                 f"no tool is named {choice.name[:MAX_NAME]!r}", param="tool_choice"
             )
         return name
-
-    def _new_name(self, tool: Tool) -> str:
-        name = f"{tool.namespace}__{tool.name}" if tool.namespace else tool.name
-        if len(name) <= MAX_NAME and name not in self.declared:
-            return name
-        # A digest keeps apart what is the same when it is cut, or a function and a custom tool of
-        # one name.
-        digest = f"{zlib.crc32(repr(tool).encode('utf-8', 'replace')):08x}"
-        return f"{name[: MAX_NAME - 9]}_{digest}"
 
     def _check_name(self, tool: _Tool, param: str) -> None:
         if not tool.name:
@@ -231,11 +236,3 @@ def _custom(tool: _Tool, name: str, param: str) -> bytes:
     )
     more = members((b"description", description), (b"parameters", _INPUT % described))
     return b'{"type":"function","function":{"name":%b%b}}' % (orjson.dumps(name), more)
-
-
-def _hosted(kind: str) -> str:
-    hint = '; Codex leaves it out with web_search = "disabled"' if kind == "web_search" else ""
-    return (
-        f"the tool {kind[:MAX_NAME]!r} is not available: the provider has chat completions only, "
-        f"whose tools are functions that the client runs{hint}"
-    )

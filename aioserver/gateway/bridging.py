@@ -1,0 +1,385 @@
+"""An attempt whose request is translated to a chat completion, where its provider has no other API,
+and what is learned of such a provider.
+
+A provider is known by its settings to have no such API, or by its answer: if it has no such path
+the attempt goes on at once, in the same place, with the request as one for a chat completion. It is
+known from then on, until a reload, if it answers that one. A 404 that is about a model is no such
+answer: then the path is there. Nor is any 404 of a provider that has answered there before.
+
+What an engine refuses by name is learned, too: a word that only the bridge has added, or a bound of
+the answer for which its context has no room. The request is sent once more, at once and in its
+place, without it; this is no retry.
+
+The wings with such an API derive their attempts from `BridgedAttempt`.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import orjson
+
+from aioserver.gateway.continuation import continuable
+from aioserver.protocol.bridging.refusals import STATUSES, Refusal, refusal
+from aioserver.protocol.bridging.said import BridgedSaid
+from aioserver.protocol.bridging.whole import MAX_WHOLE_BYTES
+from aioserver.protocol.bridging.words import MAX_COMPLETION_TOKENS, MAX_TOKENS, Words
+from aioserver.provider_errors import ProviderFault
+from aioserver.providers.api import CHAT, Memory
+from aioserver.providers.attempt import Attempt
+from aioserver.providers.sinks import BodySink
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Mapping
+
+    from aioserver.config import settings
+    from aioserver.protocol.bridging.chunks import ChunkReader
+    from aioserver.protocol.bridging.hosted import Hosted
+    from aioserver.protocol.said import Said
+    from aioserver.providers.attempt import AttemptedProvider
+    from aioserver.providers.http1 import RequestWriter, Sink
+    from aioserver.providers.request import Answer, ProviderRequest
+    from aioserver.streams.stream import Stream
+
+logger = logging.getLogger("aioserver.providers")
+
+# The statuses by which a provider says that it has no such path, or no such method there.
+ABSENT_STATUSES = frozenset({404, 405, 501})
+# Words of a 404 that is about something else than the path.
+_OTHER_SUBJECTS = ("model", "resp_", "msg_")
+# The header that names the hosted tools which the provider did not get.
+LEFT_OUT = "x-aioserver-left-out"
+# Models of one provider whose bounds are kept, and names of tools of which a line was logged.
+MAX_MODELS, MAX_NAMES = 100, 16
+# Tokens of an answer below which a request is not sent once more, and those that are left between
+# the two: templates add a few.
+MIN_LEFT, SPARE = 256, 16
+
+
+class PathMemory(Memory):
+    """What is known of one path of a provider, from its settings and from its answers since.
+
+    *lacking* says that it was found to have no such path, and *present* that it has answered there:
+    a 404 is about something else then, which a client may have named.
+    """
+
+    # It is never asked there; and its 404 may be that of the path.
+    never = False
+    learns = True
+
+    def __init__(self, settings: settings.Provider) -> None:
+        super().__init__(settings)
+        self.lacking = self.present = False
+
+    @property
+    def bridged(self) -> bool:
+        """Whether it is asked for a chat completion instead."""
+        return self.lacking or self.never
+
+    def absent(self, status: int, body: bytes) -> bool:
+        """Return whether an answer with *status* and *body* says that there is no such path."""
+        return (
+            self.learns
+            and status in ABSENT_STATUSES
+            and not (status == 404 and self.present)
+            and path_absent(status, body)
+        )
+
+
+class ChatMemory(Memory):
+    """What is known of one provider's chat completions: for every bridge to them.
+
+    *reasoning_field* is the name of the field in which it sends its reasoning; empty if it has sent
+    none. It has *refused* words, and has a *bound* of the answer by one name. *limits* and *most*
+    have the tokens of a prompt and its answer, and of an answer, by the model.
+    """
+
+    def __init__(self, settings: settings.Provider) -> None:
+        super().__init__(settings)
+        self.name = settings.name
+        self.reasoning_field = ""
+        self.refused: set[str] = set()
+        self.bound = MAX_TOKENS
+        self.limits: OrderedDict[str, int] = OrderedDict()
+        self.most: OrderedDict[str, int] = OrderedDict()
+        self._left_out: set[str] = set()
+
+    def keep(self, bounds: OrderedDict[str, int], model: str, bound: int) -> None:
+        """Keep *bound* for *model* in *bounds*, one of both kinds."""
+        bounds[model] = bound
+        bounds.move_to_end(model)
+        if len(bounds) > MAX_MODELS:
+            bounds.popitem(last=False)
+
+    def note_left_out(self, names: Mapping[str, None]) -> None:
+        """Say once of each of these hosted tools that this provider does not get it."""
+        for name in names:
+            if name not in self._left_out and len(self._left_out) < MAX_NAMES:
+                self._left_out.add(name)
+                logger.info("provider %s has no tool %s: it is left out", self.name, name)
+
+
+class BridgedChat(Protocol):
+    """A request for chat completions that a bridge has made.
+
+    *body* is let go when it was sent; it has the optional *words*. *hosted* has what the provider
+    does not get.
+    """
+
+    body: bytes
+    words: frozenset[str]
+
+    @property
+    def hosted(self) -> Hosted:
+        """What of hosted tools the provider does not get."""
+
+
+class BridgedAttempt(Attempt):
+    """One try of a request of an API that is translated where the provider does not have it.
+
+    Always: `_chat` is set if, and only if, a chat completion is asked for.
+    """
+
+    # What is learned of the path of this API, and its name in the log.
+    memory: ClassVar[type[PathMemory]]
+    shown_path: ClassVar[str]
+
+    __slots__ = ("_chat", "_free", "_learning", "_learnt", "_left", "_writer")
+
+    def __init__(
+        self,
+        provider: AttemptedProvider,
+        request: ProviderRequest,
+        stream: Stream | None,
+        **further: Any,
+    ) -> None:
+        super().__init__(provider, request, stream, **further)
+        self._chat: BridgedChat | None = None
+        # Whether the answer of that is one which can be continued.
+        self._free = False
+        self._writer: ChunkReader[Any] | None = None
+        # Whether the provider has said that it has no such path, and has not been asked otherwise
+        # before.
+        self._learning = False
+        # What it has been sent once more without, and what it has left for the answer.
+        self._learnt: set[str] = set()
+        self._left: int | None = None
+
+    @property
+    def _learned(self) -> PathMemory:
+        # Asked for anew each time, since a reload makes another.
+        return self.provider.memory(self.memory)
+
+    @property
+    def _habits(self) -> ChatMemory:
+        return self.provider.memory(ChatMemory)
+
+    @property
+    def bridged(self) -> bool:
+        """Whether a chat completion is asked for."""
+        return self._learned.bridged or self._learning
+
+    @property
+    def _words(self) -> Words:
+        """The words that the provider takes for this request."""
+        habits, model = self._habits, self.asked_model
+        return Words(
+            frozenset(habits.refused),
+            habits.bound,
+            habits.limits.get(model),
+            habits.most.get(model),
+            self._left,
+            self.provider.tokens_per_byte(model),
+        )
+
+    async def _translate(self) -> None:
+        """Translate the request, in steps.
+
+        Raises:
+            RequestNotBridged: it has no form in chat completions.
+        """
+        self._chat = chat = await self._translated()
+        left_out = chat.hosted.left_out
+        if left_out:
+            self._habits.note_left_out(left_out)
+        if self.hop is not None:
+            chat.body = await self.hop.body(chat.body)
+        elif self.request.keeps_body:
+            self._free = await continuable(chat.body)
+
+    @abstractmethod
+    async def _translated(self) -> BridgedChat:
+        """Return the request as one for a chat completion.
+
+        Raises:
+            RequestNotBridged: it has no form there.
+        """
+
+    @abstractmethod
+    async def _translate_answer(self, answer: Answer) -> None:
+        """Translate *answer*, a whole chat completion, in steps.
+
+        Raises:
+            ProviderFault: it is no chat completion.
+        """
+
+    def written(self, writer: RequestWriter) -> bytes:
+        """Return the bytes to send."""
+        chat = self._chat
+        if chat is None:
+            return super().written(writer)
+        body, chat.body = chat.body, b""
+        return self.request_bytes(writer, CHAT, CHAT.path, body)
+
+    def head_received(self, status: int, headers: Mapping[str, str]) -> Sink:
+        """Return the sink for the body, as `Attempt.head_received`."""
+        sink = super().head_received(status, headers)
+        chat = self._chat
+        if chat is not None and (left_out := chat.hosted.left_out):
+            shown = {LEFT_OUT: ", ".join(left_out)}
+            self.request.outcome.headers = {**self.request.outcome.headers, **shown}
+        return sink
+
+    def repeats(self) -> bool:
+        """Return whether the request is to be sent once more: as one for a chat completion, since
+        the provider has no such path, or without what it has refused.
+        """
+        sink = self.sink
+        if self.status == 200 or not isinstance(sink, BodySink):
+            return False
+        chat = self._chat
+        if chat is not None:
+            again = self.status in STATUSES and self._learn_refusal(chat, refusal(sink.body))
+        elif self._learned.absent(self.status, sink.body):
+            again = self._learning = True
+        else:
+            again = self._refused(sink.body)
+        if again:
+            self._chat = None
+            counted = "http_4xx" if self.status < 500 else "http_5xx"
+            self.provider.meter.attempts[counted].value += 1
+        return again
+
+    def _refused(self, body: bytes) -> bool:  # noqa: ARG002 - in one API only
+        """Return whether the request is to be sent once more, in another form of its own API, since
+        the provider has refused it with *body*.
+        """
+        return False
+
+    def _learn_refusal(self, chat: BridgedChat, said: Refusal) -> bool:
+        """Return whether something was learned, without which the request is sent once more."""
+        habits, model = self._habits, self.asked_model
+        for word in sorted(chat.words - self._learnt):
+            if said.names(word):
+                habits.refused.add(word)
+                return self._learns(word, f"{word} is left out")
+        if said.renames and MAX_TOKENS not in self._learnt:
+            habits.bound = MAX_COMPLETION_TOKENS
+            return self._learns(MAX_TOKENS, f"{MAX_COMPLETION_TOKENS} in its place")
+        if "limit" in self._learnt:
+            return False
+        if said.limit and said.asked is not None:
+            habits.keep(habits.limits, model, said.limit)
+            self._left = said.limit - said.asked - SPARE
+            return self._left >= MIN_LEFT and self._learns(
+                "limit", f"{said.limit} tokens in its context"
+            )
+        if said.most:
+            habits.keep(habits.most, model, said.most)
+            return self._learns("limit", f"{said.most} tokens in an answer at most")
+        return False
+
+    def _learns(self, what: str, consequence: str) -> bool:
+        self._learnt.add(what)
+        logger.info("learned from a refusal of provider %s: %s", self.provider.name, consequence)
+        return True
+
+    def first_event(self) -> None:
+        """Note that the answer has begun."""
+        learned = self._learned
+        if self._chat is None:
+            learned.present = True
+        elif self._learning and not learned.lacking:
+            learned.lacking = True
+            logger.info(
+                "provider %s has no %s: it is translated to chat completions",
+                self.provider.name,
+                self.shown_path,
+            )
+        super().first_event()
+
+    def said(self) -> Said | None:
+        """Return what keeps the answer of a chat completion."""
+        if self._chat is None:
+            return super().said()
+        return BridgedSaid(self._writer) if self._free and self._writer is not None else None
+
+    def goes_on(self, said: Said) -> bool:
+        """Return whether the rest can be asked for here: in the API in which it has begun."""
+        return isinstance(said, BridgedSaid) == self.bridged and super().goes_on(said)
+
+    @property
+    def max_answer_bytes(self) -> int:
+        """The bytes at most of a good answer that is not streamed."""
+        limit = super().max_answer_bytes
+        return limit if self._chat is None else min(limit, MAX_WHOLE_BYTES)
+
+    def conclude(self) -> Awaitable[None] | None:
+        """Check the answer, and return the steps that translate it if it was not streamed.
+
+        Raises:
+            ProviderFault: as `Attempt.conclude`.
+        """
+        if self._chat is None:
+            super().conclude()
+            return None
+        try:
+            super().conclude()
+        except ProviderFault as fault:
+            if isinstance(self.sink, BodySink) and self.status >= 400:
+                self._translate_fault(fault, self.sink.body)
+            raise
+        answer = self.answer
+        if answer is not None:
+            return self._translating(answer)
+        self._note_reasoning()
+        return None
+
+    def _translate_fault(self, fault: ProviderFault, body: bytes) -> None:
+        """Have *fault*, that of a chat completion which was refused with *body*, shown in the form of
+        this API.
+        """
+
+    async def _translating(self, answer: Answer) -> None:
+        try:
+            await self._translate_answer(answer)
+        except BaseException:
+            self.answer = None
+            raise
+        self._note_reasoning()
+
+    def _note_reasoning(self) -> None:
+        if self._writer is not None and self._writer.reasoning_field:
+            self._habits.reasoning_field = self._writer.reasoning_field
+
+
+def path_absent(status: int, body: bytes) -> bool:
+    """Return whether an answer with this *status* and *body* says that there is no such path, or
+    no such method.
+
+    It may be about the model, or another object that the request names, too.
+    """
+    if status != 404:
+        return True
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return True
+    error = content.get("error") if isinstance(content, dict) else None
+    if not isinstance(error, dict):
+        error = {"message": error or content}
+    text = f"{error.get('message')} {error.get('code')}".lower()
+    return not error.get("param") and not any(subject in text for subject in _OTHER_SUBJECTS)

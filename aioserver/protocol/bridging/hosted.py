@@ -1,0 +1,55 @@
+"""The hosted tools of a request: those that nobody but a provider could run, and that chat
+completions do not have.
+
+A hosted tool is left out if another tool remains and none of the hosted is chosen: the model never
+hears of it. Otherwise it is refused by name, since an answer to a search that nobody made is made
+up.
+"""
+
+from __future__ import annotations
+
+from aioserver.errors import InvalidRequest
+
+# Characters of a name that are shown, and names.
+MAX_SHOWN, MAX_NAMES = 64, 16
+
+
+class Hosted:
+    """The hosted tools of one request, and what else of such tools its history has.
+
+    `left_out` are the names of all that the provider does not get, once each, in their order.
+    """
+
+    def __init__(self) -> None:
+        # By name, where the first of that name stands.
+        self.names: dict[str, str] = {}
+        self.left_out: dict[str, None] = {}
+
+    def add(self, name: str, param: str) -> None:
+        """Add a tool, which stands at *param*."""
+        self.names.setdefault(name, param)
+
+    def leave_out(self, *, others: bool) -> None:
+        """Leave out the tools that were added; *others*: other tools remain.
+
+        Raises:
+            InvalidRequest: none does.
+        """
+        if self.names and not others:
+            name, param = next(iter(self.names.items()))
+            raise self.refused(name, param)
+        for name in self.names:
+            self.note(name)
+
+    def note(self, name: str) -> None:
+        """Note that something of the tool *name* is left out."""
+        if name.isascii() and name.isprintable() and len(self.left_out) < MAX_NAMES:
+            self.left_out[name[:MAX_SHOWN]] = None
+
+    def refused(self, name: str, param: str) -> InvalidRequest:
+        """Return the error of a request that needs the tool *name*, at *param*."""
+        message = (
+            f"the tool {name[:MAX_SHOWN]!r} is not available: the provider has chat completions "
+            "only, whose tools are functions that the client runs"
+        )
+        return InvalidRequest(message, param=param)

@@ -1,0 +1,85 @@
+"""The words of a chat completion that a bridge uses, though an engine may not know them, and the
+bound of an answer, which must fit into the engine's context.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from msgspec import Raw
+
+# Those that an engine may not know.
+OPTIONAL = ("reasoning_effort", "parallel_tool_calls", "stream_options", "top_k")
+MAX_TOKENS, MAX_COMPLETION_TOKENS = "max_tokens", "max_completion_tokens"
+# Tokens that stand for a picture or a document.
+PICTURE_TOKENS = 1600
+# An estimate is exceeded by so much at most, as a rule; and an answer may have so many tokens,
+# whatever the estimate says.
+MARGIN, MIN_ANSWER = 1.1, 1024
+
+
+class Size(NamedTuple):
+    """The size of a request: its bytes without its *pictures*, and how many of these it has."""
+
+    text_bytes: int
+    pictures: int = 0
+
+
+class Words(NamedTuple):
+    """The words that a provider takes: it *refused* some, and has a *bound* by one name or another.
+
+    *limit*: the tokens that its model has for a prompt and its answer together, and *most* those of
+    an answer alone, as far as it has said so; *left*: what it has left for the answer of this very
+    request. A byte of a request stands for *tokens_per_byte*.
+    """
+
+    refused: frozenset[str] = frozenset()
+    bound: str = MAX_TOKENS
+    limit: int | None = None
+    most: int | None = None
+    left: int | None = None
+    tokens_per_byte: float = 0.25
+
+    def takes(self, word: str) -> bool:
+        """Return whether *word* may be sent."""
+        return word not in self.refused
+
+    def tokens(self, size: Size) -> int:
+        """Return the tokens of a request of this *size*, as an estimate."""
+        return max(1, round(size.text_bytes * self.tokens_per_byte)) + (
+            size.pictures * PICTURE_TOKENS
+        )
+
+    def bounded(self, raw: Raw, size: Size) -> Raw | bytes:
+        """Return *raw*, the tokens that the answer to a request of this *size* may have, or fewer
+        if the provider has said that it has no more.
+        """
+        written = bytes(raw)
+        if (
+            not written.isdigit()
+            or len(written) > 9
+            or (self.limit, self.most, self.left)
+            == (
+                None,
+                None,
+                None,
+            )
+        ):
+            return raw
+        bound = int(written)
+        if self.left is not None:
+            bound = min(bound, self.left)
+        elif self.limit is not None:
+            bound = min(bound, max(MIN_ANSWER, self.limit - round(MARGIN * self.tokens(size))))
+        if self.most is not None:
+            bound = min(bound, self.most)
+        return b"%d" % bound
+
+
+ALL_WORDS = Words()
+
+
+def optional_in(members: bytes) -> frozenset[str]:
+    """Return the optional words in *members*, those of a request that are written here."""
+    return frozenset(word for word in OPTIONAL if members.find(b'"%b":' % word.encode()) >= 0)

@@ -1,0 +1,194 @@
+"""An attempt to get a message (`/v1/messages`), also from a provider that has chat completions only,
+and what a count of tokens is where nobody counts them.
+
+To a provider that speaks the API, a request goes as it came, but for one thing: a thinking block
+that a bridge has written has a signature of ours, which the API would refuse.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from aioserver.config.llm import AUTO, BRIDGE
+from aioserver.errors import InvalidRequest
+from aioserver.gateway.bridging import BridgedAttempt, PathMemory
+from aioserver.protocol.bridging.said import BridgedSaid
+from aioserver.protocol.bridging.whole import MAX_WHOLE_BYTES
+from aioserver.protocol.bridging.words import ALL_WORDS
+from aioserver.protocol.openai import BadEvent, ErrorEvent
+from aioserver.provider_errors import RequestNotBridged
+from aioserver.providers.attempt import Attempt
+from aioserver.providers.error_mapping import event_fault
+from aioserver.providers.request import Answer
+from aioserver.providers.sinks import BodySink
+from aioserver.wings.anthropic.bridge.events import MessageWriter
+from aioserver.wings.anthropic.bridge.refused import translate
+from aioserver.wings.anthropic.bridge.request import ChatRequest, ThreadContinued, chat_request
+from aioserver.wings.anthropic.bridge.turns import SIGNATURE
+from aioserver.wings.anthropic.bridge.whole import WholeWriter, whole_message
+from aioserver.wings.anthropic.history import without_thinking
+from aioserver.wings.anthropic.sink import BridgeSink
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from aioserver.config import settings
+    from aioserver.protocol.bridging.words import Words
+    from aioserver.provider_errors import ProviderFault
+    from aioserver.providers.attempt import AttemptedProvider
+    from aioserver.providers.http1 import RequestWriter
+    from aioserver.providers.request import ProviderRequest
+    from aioserver.providers.sinks import StreamSink
+    from aioserver.streams.stream import Stream
+
+# The header of a count of tokens that is an estimate.
+ESTIMATED = {"x-aioserver-estimated": "input_tokens"}
+
+
+class Learned(PathMemory):
+    """The knowledge of whether one provider answers requests for messages."""
+
+    def __init__(self, settings: settings.Provider) -> None:
+        super().__init__(settings)
+        self.never = settings.messages == BRIDGE
+        self.learns = settings.messages in {AUTO, BRIDGE}
+
+
+class LearnedCounting(Learned):
+    """The knowledge of whether it counts their tokens, which an engine may not that answers
+    them.
+    """
+
+
+class MessageAttempt(BridgedAttempt):
+    """One try of one request for a message."""
+
+    memory = Learned
+    shown_path = "/v1/messages"
+
+    __slots__ = ("_prepared",)
+
+    def __init__(
+        self,
+        provider: AttemptedProvider,
+        request: ProviderRequest,
+        stream: Stream | None,
+        **further: Any,
+    ) -> None:
+        super().__init__(provider, request, stream, **further)
+        # The body without what the provider would refuse, between its preparation and its sending.
+        self._prepared: bytes | None = None
+
+    def preparation(self) -> Awaitable[None] | None:
+        """Return the steps that translate the request, or take our thinking out of it."""
+        if self.bridged:
+            return self._translate()
+        body = self.request.body(self.provider.settings, self.model)
+        if self.hop is None and body.find(SIGNATURE.encode()) < 0:
+            return None
+        return self._prepare(body)
+
+    async def _prepare(self, body: bytes) -> None:
+        if body.find(SIGNATURE.encode()) >= 0:
+            body = await without_thinking(body)
+        self._prepared = body if self.hop is None else await self.hop.body(body)
+
+    def written(self, writer: RequestWriter) -> bytes:
+        """Return the bytes to send."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is None or self._chat is not None:
+            return super().written(writer)
+        return self.request_bytes(writer, self.request.api, self.request.path, prepared)
+
+    def stream_sink(self, stream: Stream) -> StreamSink:
+        """Return what fills *stream* with the events of the answer."""
+        chat, said = self._chat, stream.said
+        if chat is None:
+            return super().stream_sink(stream)
+        assert isinstance(chat, ChatRequest), "made here"
+        writer = said.writer if isinstance(said, BridgedSaid) and self.hop else None
+        # The same message goes on, if it is continued.
+        if not isinstance(writer, MessageWriter):
+            writer = MessageWriter(chat, uuid.uuid4().hex, stream.max_bytes)
+            if self.request.keeps_body:
+                writer.keep_text()
+        self._writer = writer
+        return BridgeSink(stream, writer)
+
+    def _translate_fault(self, fault: ProviderFault, body: bytes) -> None:
+        translate(fault, body)
+
+    async def _translated(self) -> ChatRequest:
+        body = self.request.body(self.provider.settings, self.model)
+        return await translated(body, self._habits.reasoning_field, self._words)
+
+    async def _translate_answer(self, answer: Answer) -> None:
+        chat = self._chat
+        assert isinstance(chat, ChatRequest), "made here"
+        self._writer = writer = WholeWriter(chat, uuid.uuid4().hex, MAX_WHOLE_BYTES)
+        body, answer.body = answer.body, b""
+        try:
+            answer.body = await whole_message(body, writer)
+        except (BadEvent, ErrorEvent) as exc:
+            raise event_fault(exc) from exc
+        self.request.outcome.usage = writer.usage
+
+
+class CountAttempt(Attempt):
+    """One try to have the tokens of a request counted.
+
+    A provider that does not count them is asked nothing more: an estimate is the answer.
+    """
+
+    __slots__ = ()
+
+    def conclude(self) -> Awaitable[None] | None:
+        """Check the answer, and return the steps of an estimate if there can be no other.
+
+        Raises:
+            ProviderFault: as `Attempt.conclude`.
+        """
+        sink, learned = self.sink, self.provider.memory(LearnedCounting)
+        assert isinstance(sink, BodySink), "it is not streamed"
+        if self.status == 200:
+            learned.present = True
+        elif learned.absent(self.status, sink.body):
+            learned.lacking = True
+            return self._estimate()
+        return super().conclude()
+
+    async def _estimate(self) -> None:
+        outcome, model = self.request.outcome, self.asked_model
+        body = self.request.body(self.provider.settings, self.model)
+        counted = await estimated(body, self.provider.tokens_per_byte(model))
+        outcome.headers = {**outcome.headers, **ESTIMATED}
+        self.answer = Answer(200, counted, "application/json", outcome)
+
+
+async def translated(body: bytes, reasoning_field: str, words: Words) -> ChatRequest:
+    """Return the request in *body* as one for a chat completion, as `chat_request`.
+
+    Raises:
+        RequestNotBridged: it has no form there.
+    """
+    try:
+        return await chat_request(body, reasoning_field=reasoning_field, words=words)
+    except ThreadContinued as exc:
+        fault = RequestNotBridged(exc.message, param=exc.param)
+        fault.provider_answer = 400, exc.answer
+        raise fault from None
+    except InvalidRequest as exc:
+        raise RequestNotBridged(exc.message, param=exc.param) from None
+
+
+async def estimated(body: bytes, tokens_per_byte: float) -> bytes:
+    """Return the answer that counts the tokens of the request in *body*, as an estimate.
+
+    Raises:
+        RequestNotBridged: it has no form in chat completions.
+    """
+    chat = await translated(body, "", ALL_WORDS._replace(tokens_per_byte=tokens_per_byte))
+    return orjson.dumps({"input_tokens": chat.asked_tokens})

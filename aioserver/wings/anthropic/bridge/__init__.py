@@ -1,0 +1,17 @@
+"""The bridge: Anthropic's Messages over a provider that has chat completions only.
+
+Bytes in, bytes out; what it has in common with other bridges is in protocol/bridging/.
+
+In the order in which a request meets them:
+
+    request    the body of `/v1/messages` becomes that of `/v1/chat/completions`: a `ChatRequest`
+    turns      its messages become those of a chat, in the order that strict engines want
+    tools      its tools become functions
+    ids        the ids of calls, which the API writes with fewer characters than engines do
+    events     the chunks of a streamed answer become the events of a message
+    arguments  where the arguments of a call end
+    whole      a whole answer becomes a whole message
+
+What is not read stays the bytes that it was. A request is refused, by the name of what it wants, if
+chat completions have no form of it and the answer would need it.
+"""

@@ -1,0 +1,65 @@
+"""Where the arguments of a call end: at the end of one JSON object (RFC 8259), in whatever pieces it
+comes.
+"""
+
+from __future__ import annotations
+
+import re
+
+from aioserver.protocol.openai import BadEvent
+
+_IN_STRING, _OUTSIDE = re.compile(r'["\\]'), re.compile(r'["{}\[\]]')
+_SPACE = " \t\r\n"
+
+
+class Scanner:
+    """Looks for the end of an object whose text comes in pieces.
+
+    It sees brackets, strings and escapes, and nothing else: what is between them is for the client
+    to read. Its work is linear in the text.
+    """
+
+    __slots__ = ("_depth", "_escaped", "_string", "begun")
+
+    def __init__(self) -> None:
+        # Whether anything but white space has come.
+        self.begun = False
+        self._depth = 0
+        # Whether the text has ended within a string, and there behind a backslash.
+        self._string = self._escaped = False
+
+    def end(self, text: str) -> int:
+        """Return the index in *text*, the next piece, behind the end of the object; -1 if that is
+        not there.
+
+        Raises:
+            BadEvent: it is no object.
+        """
+        if not self.begun:
+            first = text.lstrip(_SPACE)[:1]
+            if not first:
+                return -1
+            if first != "{":
+                raise BadEvent("the arguments of a call are no object")
+            self.begun = True
+        place, size = 0, len(text)
+        if self._escaped and size:
+            place, self._escaped = 1, False
+        while place < size:
+            match = (_IN_STRING if self._string else _OUTSIDE).search(text, place)
+            if match is None:
+                return -1
+            place = match.end()
+            mark = match[0]
+            if mark == '"':
+                self._string = not self._string
+            elif mark == "\\":
+                self._escaped = place == size
+                place += 1
+            elif mark in "{[":
+                self._depth += 1
+            else:
+                self._depth -= 1
+                if self._depth == 0:
+                    return place
+        return -1

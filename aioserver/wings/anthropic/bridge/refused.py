@@ -1,0 +1,41 @@
+"""A refusal of a chat completion, as one of the Messages API."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import orjson
+
+from aioserver.protocol.bridging.refusals import refusal
+from aioserver.provider_errors import ContextTooLong, ProviderRateLimited, ProviderRefused
+from aioserver.wings.anthropic.wire import type_of
+
+if TYPE_CHECKING:
+    from aioserver.provider_errors import ProviderFault
+
+# Bytes of a provider's message that a client gets.
+MAX_MESSAGE = 2048
+# The words on which Claude Code makes its conversation shorter.
+TOO_LONG = "prompt is too long"
+
+
+def translate(fault: ProviderFault, body: bytes) -> None:
+    """Let *fault*, which a provider has raised with *body*, be shown in the API's own form."""
+    if not isinstance(fault, ProviderRefused | ProviderRateLimited):
+        # What an engine says of its own faults is in no form that a client knows.
+        fault.provider_answer = None
+        return
+    said = refusal(body)
+    message = said.text[:MAX_MESSAGE] if isinstance(fault, ProviderRefused) else fault.message
+    if isinstance(fault, ContextTooLong):
+        if said.limit is not None and said.asked is not None and said.asked >= said.limit:
+            message = f"{TOO_LONG}: {said.asked} tokens > {said.limit} maximum"
+        elif TOO_LONG not in message:
+            message = f"{TOO_LONG}: {message}"
+    error = {
+        "type": type_of(fault.http_status),
+        "message": message.strip() or fault.message,
+        "code": said.code or fault.code,
+    }
+    answer = orjson.dumps({"type": "error", "error": error})
+    fault.provider_answer = fault.http_status, answer

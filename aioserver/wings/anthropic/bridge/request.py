@@ -1,0 +1,238 @@
+"""The body of a request to `/v1/messages` as that of one to `/v1/chat/completions`.
+
+    system, messages             messages (turns.py)
+    tools, tool_choice           functions (tools.py), parallel_tool_calls
+    max_tokens, stop_sequences   max_tokens, stop
+    temperature, top_p, top_k    the same
+    output_config.format         response_format
+    output_config.effort         reasoning_effort
+
+All else says nothing to an engine, and is left out: `thinking`, `metadata`, `service_tier`,
+`context_management`, betas, `cache_control`. What stands for a content that only Anthropic has is
+refused by name: a thread that is continued, a file by its id.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+import orjson
+from msgspec import Raw
+
+from aioserver.errors import InvalidRequest
+from aioserver.protocol import json_body
+from aioserver.protocol.bridging.reading import check_density, elements, members, read, string
+from aioserver.protocol.bridging.words import ALL_WORDS, Size, Words, optional_in
+from aioserver.protocol.json_body import ABSENT, flag, null, pause
+from aioserver.wings.anthropic.bridge.tools import MAX_TOOLS, Tools
+from aioserver.wings.anthropic.bridge.turns import Turns
+
+if TYPE_CHECKING:
+    from aioserver.protocol.bridging.hosted import Hosted
+
+_EFFORTS = {b'"xhigh"': b'"high"', b'"max"': b'"high"'}
+# The message of a request that continues a thread.
+THREAD_MESSAGE = "capability_rejected: beta_header:message-threads-2026-08-12"
+
+
+class _Body(msgspec.Struct, gc=False):
+    model: Raw = ABSENT
+    stream: Raw = ABSENT
+    messages: Raw = ABSENT
+    system: Raw = ABSENT
+    tools: Raw = ABSENT
+    tool_choice: Raw = ABSENT
+    mcp_servers: Raw = ABSENT
+    max_tokens: Raw = ABSENT
+    stop_sequences: Raw = ABSENT
+    temperature: Raw = ABSENT
+    top_p: Raw = ABSENT
+    top_k: Raw = ABSENT
+    output_config: Raw = ABSENT
+    output_format: Raw = ABSENT
+    thinking: Raw = ABSENT
+    thread: Raw = ABSENT
+
+
+class _OutputConfig(msgspec.Struct, gc=False):
+    format: Raw = ABSENT
+    effort: Raw = ABSENT
+
+
+class _Format(msgspec.Struct, gc=False):
+    type: str
+    schema: Raw = ABSENT
+
+
+class _Thinking(msgspec.Struct, gc=False):
+    type: str = ""
+    display: str | None = None
+
+
+_BODY = msgspec.json.Decoder(_Body)
+_OUTPUT_CONFIG = msgspec.json.Decoder(_OutputConfig)
+_FORMAT = msgspec.json.Decoder(_Format)
+_THINKING = msgspec.json.Decoder(_Thinking)
+
+
+class ThreadContinued(InvalidRequest):
+    """The request continues a thread, whose beginning only Anthropic has kept.
+
+    `answer` is what Claude Code knows it by: it sends all of the conversation then.
+    """
+
+    answer = orjson.dumps(
+        {
+            "type": "error",
+            "error": {
+                "type": "invalid_request_error",
+                "message": THREAD_MESSAGE,
+                "code": "invalid_request",
+                "details": {"error_code": "thread_unsupported_request"},
+            },
+        }
+    )
+
+
+@dataclass(slots=True)
+class ChatRequest:
+    """A request for chat completions, and what its answer needs to become a message.
+
+    *body* is the JSON to send, of *asked_tokens* as an estimate; it is let go when it was sent. It has
+    the optional *words*. *thinking* says that the client wants to see the reasoning.
+    """
+
+    body: bytes
+    model: str
+    tools: Tools
+    thinking: bool
+    asked_tokens: int
+    words: frozenset[str] = frozenset()
+
+    @property
+    def hosted(self) -> Hosted:
+        """What of hosted tools the provider does not get."""
+        return self.tools.hosted
+
+
+async def chat_request(
+    body: bytes, *, reasoning_field: str = "", words: Words = ALL_WORDS
+) -> ChatRequest:
+    """Return the request for chat completions that *body* means, in steps.
+
+    *body* is JSON with a model. *reasoning_field* is as for `Turns`, and *words* are those that the
+    provider takes.
+
+    Raises:
+        InvalidRequest: *body* is no request, or one that has no form in chat completions.
+    """
+    await check_density(body)
+    await pause()
+    fields = await json_body.decoding(_BODY, body, "the body")
+    model = b'""' if null(fields.model) else string(fields.model, "model")
+    if not null(fields.thread) and b'"continue"' in bytes(fields.thread):
+        raise ThreadContinued(THREAD_MESSAGE, param="thread")
+    tools = Tools()
+    for number, raw in enumerate(elements(fields.tools, "tools", MAX_TOOLS)):
+        tools.add(raw, f"tools[{number}]")
+    if elements(fields.mcp_servers, "mcp_servers"):
+        tools.hosted.add("mcp_servers", "mcp_servers")
+    choice = tools.choose(fields.tool_choice)
+    turns = Turns(tools, reasoning_field)
+    turns.instruct(fields.system)
+    await _add_messages(turns, fields.messages)
+    streamed = b""
+    if flag(fields.stream):
+        usage = b',"stream_options":{"include_usage":true}'
+        streamed = b',"stream":true' + (usage if words.takes("stream_options") else b"")
+    said, called = turns.finish(), _tool_members(tools, choice, words)
+    size = Size(len(said) + sum(map(len, called)) - turns.picture_bytes, turns.pictures)
+    options = _options(fields, words, size)
+    parts = (
+        b'{"model":%b,"messages":[' % model,
+        said,
+        b"]",
+        streamed,
+        *called,
+        options,
+        _response_format(fields),
+        b"}",
+    )
+    return ChatRequest(
+        b"".join(parts),
+        orjson.loads(model),
+        tools,
+        _thinking(fields),
+        words.tokens(size),
+        optional_in(b"".join((streamed, called[1], options))),
+    )
+
+
+async def _add_messages(turns: Turns, raw: Raw) -> None:
+    """Add the messages in *raw* to *turns*, in steps."""
+    array = b"[]" if null(raw) else bytes(raw)
+    if not array.startswith(b"["):
+        raise InvalidRequest("messages must be a list", param="messages")
+    number = 0
+    for messages in json_body.elements(array):
+        for message in messages:
+            await turns.add(message, f"messages[{number}]")
+            number += 1
+        await pause()
+    if not number:
+        raise InvalidRequest("messages must be a list of messages", param="messages")
+
+
+def _tool_members(tools: Tools, choice: bytes, words: Words) -> tuple[bytes, bytes]:
+    if not tools.functions:
+        return b"", b""
+    serial = tools.serial and words.takes("parallel_tool_calls")
+    functions = b"[%b]" % b",".join(tools.functions.values())
+    return (
+        members((b"tools", functions), (b"tool_choice", choice)),
+        members((b"parallel_tool_calls", b"false" if serial else b"")),
+    )
+
+
+def _options(fields: _Body, words: Words, size: Size) -> bytes:
+    effort = b""
+    if words.takes("reasoning_effort") and not null(config := _config(fields).effort):
+        effort = string(config, "output_config.effort")
+    stop = b"" if null(fields.stop_sequences) else bytes(fields.stop_sequences)
+    return members(
+        (words.bound.encode(), words.bounded(fields.max_tokens, size)),
+        (b"stop", b"" if stop[1:-1].strip() == b"" else stop),
+        (b"temperature", fields.temperature),
+        (b"top_p", fields.top_p),
+        (b"top_k", fields.top_k if words.takes("top_k") else ABSENT),
+        (b"reasoning_effort", _EFFORTS.get(effort, effort)),
+    )
+
+
+def _config(fields: _Body) -> _OutputConfig:
+    if null(fields.output_config):
+        return _OutputConfig()
+    return read(_OUTPUT_CONFIG, fields.output_config, "output_config")
+
+
+def _response_format(fields: _Body) -> bytes:
+    raw = _config(fields).format
+    raw = fields.output_format if null(raw) else raw
+    if null(raw):
+        return b""
+    form = read(_FORMAT, raw, "output_config.format")
+    if form.type != "json_schema" or null(form.schema):
+        message = f"no format is named {form.type[:64]!r}"
+        raise InvalidRequest(message, param="output_config.format")
+    schema = b'{"name":"answer","schema":%b}' % bytes(form.schema)
+    return b',"response_format":{"type":"json_schema","json_schema":%b}' % schema
+
+
+def _thinking(fields: _Body) -> bool:
+    """Return whether the client wants to see the reasoning."""
+    if null(fields.thinking):
+        return False
+    thinking = read(_THINKING, fields.thinking, "thinking")
+    return thinking.type in {"enabled", "adaptive"} and thinking.display != "omitted"

@@ -1,0 +1,121 @@
+"""The tools of a request as functions, which are the tools that every engine knows.
+
+with an `input_schema`      a function
+without one; `mcp_servers`  hosted: left out or refused (protocol/bridging/hosted.py)
+"""
+
+from __future__ import annotations
+
+import msgspec
+import orjson
+from msgspec import Raw
+
+from aioserver.errors import InvalidRequest
+from aioserver.protocol.bridging.hosted import Hosted
+from aioserver.protocol.bridging.names import function_name
+from aioserver.protocol.bridging.reading import members, read, string
+from aioserver.protocol.json_body import ABSENT, flag, null
+
+# Tools of one request.
+MAX_TOOLS = 10_000
+MODES = {"auto": b'"auto"', "any": b'"required"', "none": b'"none"'}
+
+
+class _Tool(msgspec.Struct, gc=False):
+    name: str = ""
+    type: str | None = None
+    description: Raw = ABSENT
+    input_schema: Raw = ABSENT
+    strict: Raw = ABSENT
+
+
+class _Choice(msgspec.Struct, gc=False):
+    type: str
+    name: str = ""
+    disable_parallel_tool_use: Raw = ABSENT
+
+
+_TOOL = msgspec.json.Decoder(_Tool)
+_CHOICE = msgspec.json.Decoder(_Choice)
+
+
+class Tools:
+    """The tools of one request.
+
+    `functions` has them as JSON, by the names that the client knows; `hosted` are those that nobody
+    here could run. *serial* is whether only one may be called at a time.
+    """
+
+    def __init__(self) -> None:
+        self.functions: dict[str, bytes] = {}
+        self.hosted = Hosted()
+        self.serial = False
+        self._own_names: dict[str, str] = {}
+        self._names: dict[str, str] = {}
+
+    def name_of(self, name: str) -> str:
+        """Return the name of the function that stands for the tool *name*, declared or not."""
+        own = self._own_names.get(name)
+        if own is None:
+            own = self._own_names[name] = function_name(name, name, self._names)
+            self._names[own] = name
+        return own
+
+    def find(self, own_name: str) -> str:
+        """Return the name of the tool whose function has this name; one that was not declared is
+        itself.
+        """
+        return self._names.get(own_name, own_name)
+
+    def add(self, raw: Raw, param: str) -> None:
+        """Add a declared tool.
+
+        Raises:
+            InvalidRequest: it is none, or there are too many; *param* names it.
+        """
+        if len(self.functions) >= MAX_TOOLS:
+            raise InvalidRequest(f"more than {MAX_TOOLS} tools", param=param)
+        tool = read(_TOOL, raw, param)
+        if null(tool.input_schema):
+            self.hosted.add(tool.name or tool.type or "", param)
+            return
+        if not tool.name:
+            raise InvalidRequest(f"{param} must have a name", param=f"{param}.name")
+        description = b""
+        if not null(tool.description):
+            description = string(tool.description, f"{param}.description")
+        more = members(
+            (b"description", description),
+            (b"parameters", tool.input_schema),
+            (b"strict", b"true" if flag(tool.strict) else b""),
+        )
+        name = orjson.dumps(self.name_of(tool.name))
+        self.functions[tool.name] = b'{"type":"function","function":{"name":%b%b}}' % (name, more)
+
+    def choose(self, raw: Raw) -> bytes:
+        """Return the `tool_choice` of chat completions for that of a request; empty if there is
+        none, once all tools have been added.
+
+        Raises:
+            InvalidRequest: it is none, or names a tool that was not declared.
+        """
+        choice = None if null(raw) else read(_CHOICE, raw, "tool_choice")
+        if choice is not None and choice.type == "tool" and choice.name in self.hosted.names:
+            raise self.hosted.refused(choice.name, "tool_choice")
+        self.hosted.leave_out(others=bool(self.functions))
+        if choice is None:
+            return b""
+        self.serial = flag(choice.disable_parallel_tool_use) is True
+        if choice.type == "tool":
+            if choice.name not in self.functions:
+                message = f"no tool is named {choice.name[:64]!r}"
+                raise InvalidRequest(message, param="tool_choice")
+            name = orjson.dumps(self.name_of(choice.name))
+            return b'{"type":"function","function":{"name":%b}}' % name
+        mode = MODES.get(choice.type)
+        if mode is None:
+            message = f"tool_choice must be auto, any, tool or none, not {choice.type[:64]!r}"
+            raise InvalidRequest(message, param="tool_choice")
+        if choice.type == "any" and not self.functions:
+            raise InvalidRequest("a tool is required, and there is none", param="tool_choice")
+        return mode if self.functions else b""

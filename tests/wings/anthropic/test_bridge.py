@@ -1,0 +1,507 @@
+"""Anthropic's Messages API on a provider that has chat completions only: the official SDK sees no
+difference.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+
+from aioserver.wings.anthropic.attempt import Learned, LearnedCounting
+from aioserver.wings.simulator.exchange import Behaviour
+from aioserver.wings.simulator.server import Simulator
+from tests.support.lazily import lazily
+from tests.support.message_events import check_run, put_together, read_events
+from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
+from tests.support.server import QUICK, provider_entry
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    import anthropic
+
+    from tests.support.scripted_provider import Peer
+    from tests.support.server import MakeServer, RunningServer
+else:
+    anthropic = lazily("anthropic")
+
+BRIDGED = {"llm.providers.sim.messages": "bridge"}
+AUTO = {"llm.providers.sim.messages": "auto"}
+WITHOUT = Behaviour(ttft=0, interval=0, messages=False, counts=False)
+HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
+ASK: dict[str, Any] = {"model": "m", "max_tokens": 1000, "messages": HELLO}
+STREAMED = {**ASK, "stream": True}
+WEATHER: Any = {
+    "name": "weather",
+    "description": "Tells the weather.",
+    "input_schema": {"type": "object", "properties": {"days": {"type": "integer"}}},
+}
+SEARCH: Any = {"type": "web_search_20250305", "name": "web_search"}
+JSON = b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+
+
+@pytest.fixture
+async def server(make_server: MakeServer) -> RunningServer:
+    return await make_server(QUICK, **BRIDGED)
+
+
+def post(server: RunningServer, body: object, path: str = "messages") -> Any:
+    return server.session.post(f"{server.v1}/{path}", json=body)
+
+
+async def answer_of(server: RunningServer, body: Any, path: str = "messages") -> tuple[int, Any]:
+    async with post(server, body, path) as response:
+        return response.status, orjson.loads(await response.read())
+
+
+async def stream_of(server: RunningServer, body: Any) -> list[dict[str, Any]]:
+    async with post(server, body) as response:
+        assert response.status == 200, await response.text()
+        return read_events(await response.read())
+
+
+def paths(simulator: Simulator) -> list[str]:
+    return [request.path.removeprefix("/v1/") for request in simulator.requests]
+
+
+def alike(message: dict[str, Any]) -> dict[str, Any]:
+    """Without the ids, which differ from answer to answer."""
+    content = [{**block, "id": ""} if "id" in block else block for block in message["content"]]
+    return {**message, "id": "", "content": content}
+
+
+async def test_an_answer_is_the_same_streamed_or_not(server: RunningServer) -> None:
+    for tools in ([], [WEATHER]):
+        asked = {**ASK, "tools": tools, "tool_choice": {"type": "any"}} if tools else ASK
+        message = check_run(await stream_of(server, {**asked, "stream": True}))
+        status, whole = await answer_of(server, asked)
+
+        assert status == 200
+        assert alike(whole) == alike(message)
+        assert message["stop_reason"] == ("tool_use" if tools else "end_turn")
+    assert set(paths(server.simulator)) == {"chat/completions"}
+
+
+async def test_the_sdk_calls_a_tool_and_brings_its_result(server: RunningServer) -> None:
+    async with anthropic.AsyncAnthropic(
+        api_key="unused", base_url=server.base, max_retries=0
+    ) as sdk:
+        asked: dict[str, Any] = {"model": "m", "max_tokens": 1000, "tools": [WEATHER]}
+        question: Any = {"role": "user", "content": "call a tool"}
+        async with sdk.messages.stream(
+            **asked, messages=[question], tool_choice={"type": "any"}
+        ) as stream:
+            first = await stream.get_final_message()
+        (call,) = first.content
+        assert call.type == "tool_use"
+        assert call.input == {"days": 1}
+        result: Any = {"type": "tool_result", "tool_use_id": call.id, "content": "sunny"}
+        again = await sdk.messages.create(
+            **asked,
+            messages=[
+                question,
+                {"role": "assistant", "content": first.content},
+                {"role": "user", "content": [result, {"type": "text", "text": "Thanks"}]},
+            ],
+        )
+
+    assert again.content[0].type == "text"
+    sent = server.simulator.bodies[-1]["messages"]
+    assert [message["role"] for message in sent] == ["user", "assistant", "tool", "user"]
+    assert sent[1]["tool_calls"][0]["id"] == sent[2]["tool_call_id"]
+
+
+async def test_models_of_a_bridged_provider_are_listed(server: RunningServer) -> None:
+    async with server.session.get(
+        f"{server.v1}/models?limit=1000", headers={"anthropic-version": "2023-06-01"}
+    ) as response:
+        assert [model["id"] for model in (await response.json())["data"]] == [
+            "sim",
+            "sim/sim-model",
+        ]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_provider_without_messages_is_found_out_once(
+    make_server: MakeServer, streamed: bool
+) -> None:
+    server = await make_server(WITHOUT, **AUTO)
+    for _ in range(2):
+        if streamed:
+            check_run(await stream_of(server, STREAMED))
+        else:
+            assert (await answer_of(server, ASK))[0] == 200
+
+    assert paths(server.simulator) == ["chat/completions"] * 2
+    assert server.simulator.stats().connections_accepted == 1
+    assert await server.counted("retries", "reason") == {}
+    assert await server.counted("provider_attempts", "outcome") == {("http_4xx",): 1, ("ok",): 2}
+    server.simulator.behaviour = QUICK
+    await server.forgive()
+    await answer_of(server, ASK)
+    assert paths(server.simulator)[-1] == "messages"
+
+
+async def test_a_provider_that_speaks_messages_is_asked_for_them(make_server: MakeServer) -> None:
+    server = await make_server(**AUTO)
+
+    status, answer = await answer_of(server, {**ASK, "model": "fault-404"})
+    assert (status, answer["type"]) == (404, "error")
+    await answer_of(server, ASK)
+    server.simulator.behaviour = WITHOUT
+    status, _ = await answer_of(server, ASK)
+
+    assert status == 404
+    assert not server.provider.memory(Learned).bridged
+
+
+async def test_with_true_its_404_passes(make_server: MakeServer) -> None:
+    server = await make_server(WITHOUT)
+
+    assert (await answer_of(server, ASK))[0] == 404
+    assert (await answer_of(server, ASK, "messages/count_tokens"))[0] == 404
+
+
+async def test_tokens_are_estimated_where_nobody_counts_them(make_server: MakeServer) -> None:
+    server = await make_server(Behaviour(ttft=0, interval=0, counts=False), **AUTO)
+    asked = {"model": "m", "messages": HELLO, "tools": [WEATHER]}
+    found = []
+    for _ in range(2):
+        async with post(server, asked, "messages/count_tokens") as response:
+            assert response.status == 200
+            assert response.headers["x-aioserver-estimated"] == "input_tokens"
+            found.append((await response.json())["input_tokens"])
+
+    assert found[0] == found[1] > 10
+    assert not server.simulator.requests
+    assert server.provider.memory(LearnedCounting).bridged
+    assert not server.provider.memory(Learned).bridged
+    # An engine may speak messages, and not count their tokens.
+    await answer_of(server, ASK)
+    assert paths(server.simulator) == ["messages"]
+
+
+async def test_nobody_is_asked_for_a_count_that_is_an_estimate(server: RunningServer) -> None:
+    status, answer = await answer_of(server, ASK, "messages/count_tokens")
+
+    assert (status, answer["input_tokens"] > 0) == (200, True)
+    assert server.simulator.stats().requests == 0
+    status, answer = await answer_of(server, {**ASK, "tools": [SEARCH]}, "messages/count_tokens")
+    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_hosted_tool_is_left_out_or_refused(server: RunningServer, streamed: bool) -> None:
+    asked = {**ASK, "stream": streamed, "tools": [SEARCH, WEATHER]}
+    async with post(server, asked) as response:
+        assert response.status == 200
+        assert response.headers["x-aioserver-left-out"] == "web_search"
+    assert len(server.simulator.bodies[-1]["tools"]) == 1
+
+    status, answer = await answer_of(server, {**asked, "tools": [SEARCH]})
+
+    assert status == 400
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert "web_search" in answer["error"]["message"]
+
+
+async def test_a_thread_that_is_continued_is_refused_in_words_that_its_client_knows(
+    server: RunningServer,
+) -> None:
+    status, answer = await answer_of(server, {**ASK, "thread": {"type": "continue", "id": "t"}})
+
+    assert status == 400
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert (
+        "capability_rejected: beta_header:message-threads-2026-08-12" in answer["error"]["message"]
+    )
+    assert answer["error"]["details"] == {"error_code": "thread_unsupported_request"}
+
+
+async def test_failover_goes_from_one_kind_of_provider_to_the_other(
+    make_server: MakeServer,
+) -> None:
+    async with Simulator(QUICK) as native:
+        other = provider_entry(native.base_url) | {"messages": True}
+        changes = {"llm.fallbacks": ["other"], "llm.providers.other": other}
+        server = await make_server(QUICK, **BRIDGED, **changes)
+        check_run(await stream_of(server, STREAMED))
+
+        server.simulator.behaviour = Behaviour(fail_rate=1.0)
+        await stream_of(server, STREAMED)
+        # What has no form in chat completions goes to the one that has them.
+        server.simulator.behaviour = QUICK
+        await answer_of(server, {**ASK, "tools": [SEARCH]})
+        assert paths(native) == ["messages"] * 2
+
+        await server.change(
+            **BRIDGED, **changes | {"llm.active": "other", "llm.fallbacks": ["sim"]}
+        )
+        native.behaviour = Behaviour(fail_rate=1.0)
+        check_run(await stream_of(server, STREAMED))
+        assert paths(server.simulator)[-1] == "chat/completions"
+
+
+async def test_our_thinking_never_reaches_a_provider_that_speaks_messages(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server()
+    ours = {"type": "thinking", "thinking": "Hm", "signature": "aioserver.unsigned"}
+    foreign = {"type": "thinking", "thinking": "Hm", "signature": "EqQB"}
+    text = {"type": "text", "text": "aioserver.unsigned"}
+    history = [
+        *HELLO,
+        {"role": "assistant", "content": [ours, text, foreign]},
+        {"role": "user", "content": "aioserver.unsigned"},
+        {"role": "assistant", "content": [ours]},
+        *HELLO,
+    ]
+
+    await answer_of(server, {**ASK, "messages": history})
+
+    assert server.simulator.bodies[-1]["messages"] == [
+        *HELLO,
+        {"role": "assistant", "content": [text, foreign]},
+        {"role": "user", "content": "aioserver.unsigned"},
+        *HELLO,
+    ]
+
+
+def telling(asked: list[Any], *answers: tuple[int, Any]) -> Callable[[Peer], Awaitable[None]]:
+    """A script that notes what it is asked in *asked*, and answers with these, the last for all that
+    follow.
+    """
+    left = list(answers)
+
+    async def play(peer: Peer) -> None:
+        while True:
+            asked.append(orjson.loads((await peer.request()).partition(b"\r\n\r\n")[2]))
+            status, content = left.pop(0) if len(left) > 1 else left[0]
+            body = orjson.dumps(content)
+            await peer.send(JSON % (status, len(body), body))
+
+    return play
+
+
+def said(**message: Any) -> tuple[int, Any]:
+    return 200, {"choices": [{"message": message, "finish_reason": "stop"}]}
+
+
+def refuses(message: str, **fields: Any) -> tuple[int, Any]:
+    return 400, {"error": {"message": message, "type": "invalid_request_error", **fields}}
+
+
+async def asked_of(
+    make_server: MakeServer, *answers: tuple[int, Any], **asked: Any
+) -> tuple[int, Any, list[Any]]:
+    """What the client gets, and what the provider was asked, which gives these *answers*."""
+    seen: list[Any] = []
+    async with ScriptedProvider(telling(seen, *answers)) as provider:
+        address = {"llm.providers.sim.base_url": provider.url}
+        server = await make_server(QUICK, **BRIDGED, **address)
+        status, answer = await answer_of(server, {**ASK, **asked})
+    return status, answer, seen
+
+
+async def test_reasoning_goes_back_in_the_field_in_which_it_came(make_server: MakeServer) -> None:
+    seen: list[Any] = []
+    async with ScriptedProvider(telling(seen, said(reasoning="Hm", content="Yes"))) as provider:
+        address = {"llm.providers.sim.base_url": provider.url}
+        server = await make_server(QUICK, **BRIDGED, **address)
+        thinking = {**ASK, "thinking": {"type": "adaptive"}}
+        _, first = await answer_of(server, thinking)
+        answered = {"role": "assistant", "content": first["content"]}
+        await answer_of(server, {**thinking, "messages": [*HELLO, answered, *HELLO]})
+
+    assert [block["type"] for block in first["content"]] == ["thinking", "text"]
+    assert seen[1]["messages"][1] == {"role": "assistant", "content": "Yes", "reasoning": "Hm"}
+
+
+@pytest.mark.parametrize(
+    ("word", "asked"),
+    [
+        ("top_k", {"top_k": 5}),
+        ("reasoning_effort", {"output_config": {"effort": "low"}}),
+        (
+            "parallel_tool_calls",
+            {
+                "tools": [WEATHER],
+                "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+            },
+        ),
+    ],
+)
+async def test_a_word_that_the_engine_refuses_is_learned(
+    make_server: MakeServer, word: str, asked: dict[str, Any]
+) -> None:
+    seen: list[Any] = []
+    refusal = refuses(f"Unrecognized request argument supplied: {word}")
+    async with ScriptedProvider(telling(seen, refusal, said(content="Yes"))) as provider:
+        address = {"llm.providers.sim.base_url": provider.url}
+        server = await make_server(QUICK, **BRIDGED, **address)
+        for _ in range(2):
+            assert (await answer_of(server, {**ASK, **asked}))[0] == 200
+        assert await server.counted("retries", "reason") == {}
+
+    assert [word in body for body in seen] == [True, False, False]
+
+
+async def test_the_bound_of_an_answer_may_have_another_name(make_server: MakeServer) -> None:
+    message = (
+        "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+        "'max_completion_tokens' instead."
+    )
+
+    status, _, seen = await asked_of(make_server, refuses(message), said(content="Yes"))
+
+    assert status == 200
+    assert "max_tokens" not in seen[1]
+    assert seen[1]["max_completion_tokens"] == 1000
+
+
+VLLM = (
+    "'max_tokens' or 'max_completion_tokens' is too large: 64000. This model's maximum context "
+    "length is 32768 tokens and your request has 1024 input tokens (64000 > 32768 - 1024). "
+)
+GROQ = (
+    "`max_tokens` must be less than or equal to `8192`, the maximum value for `max_tokens` is less "
+    "than the `context_window` for this model"
+)
+
+
+@pytest.mark.parametrize(("message", "bound"), [(VLLM, 32768 - 1024 - 16), (GROQ, 8192)])
+async def test_a_bound_that_is_too_large_is_lowered(
+    make_server: MakeServer, message: str, bound: int
+) -> None:
+    seen: list[Any] = []
+    async with ScriptedProvider(telling(seen, refuses(message), said(content="Yes"))) as provider:
+        address = {"llm.providers.sim.base_url": provider.url}
+        server = await make_server(QUICK, **BRIDGED, **address)
+        for _ in range(2):
+            assert (await answer_of(server, {**ASK, "max_tokens": 64_000}))[0] == 200
+
+    assert [body["max_tokens"] for body in seen[:2]] == [64_000, bound]
+    assert bound <= seen[2]["max_tokens"] < 32768
+
+
+async def test_a_refusal_is_learned_from_once(make_server: MakeServer) -> None:
+    status, answer, seen = await asked_of(make_server, refuses("top_k is wrong"), top_k=5)
+
+    assert (status, len(seen)) == (400, 2)
+    assert answer == {
+        "type": "error",
+        "error": {
+            "type": "invalid_request_error",
+            "message": "top_k is wrong",
+            "code": "provider_error",
+        },
+    }
+
+
+async def test_a_word_that_was_not_sent_is_not_learned(make_server: MakeServer) -> None:
+    status, _, seen = await asked_of(make_server, refuses("top_k and temperature differ"))
+
+    assert (status, len(seen)) == (400, 1)
+
+
+TOO_LONG: dict[str, tuple[Any, str]] = {
+    "vLLM": (
+        refuses(
+            "This model's maximum context length is 4096 tokens. However, you requested 9100 "
+            "tokens (9000 in the messages, 100 in the completion)."
+        ),
+        "prompt is too long: 9000 tokens > 4096 maximum",
+    ),
+    "SGLang": (
+        refuses(
+            "The input (9000 tokens) is longer than the model's context length (8192 tokens)."
+        ),
+        "prompt is too long: 9000 tokens > 8192 maximum",
+    ),
+    "llama.cpp": (
+        refuses(
+            "request exceeds the available context size, try increasing it",
+            type="exceed_context_size_error",
+            n_prompt_tokens=9000,
+            n_ctx=4096,
+        ),
+        "prompt is too long: 9000 tokens > 4096 maximum",
+    ),
+    "OpenAI": (
+        refuses(
+            "This model's maximum context length is 8192 tokens. However, your messages resulted "
+            "in 9000 tokens.",
+            code="context_length_exceeded",
+        ),
+        "prompt is too long: 9000 tokens > 8192 maximum",
+    ),
+    "Groq": (
+        refuses(
+            "Please reduce the length of the messages or completion.",
+            code="context_length_exceeded",
+        ),
+        "prompt is too long: Please reduce the length of the messages or completion.",
+    ),
+}
+
+
+@pytest.mark.parametrize("engine", TOO_LONG)
+async def test_a_prompt_that_is_too_long_is_refused_in_words_that_its_client_knows(
+    make_server: MakeServer, engine: str
+) -> None:
+    refusal, message = TOO_LONG[engine]
+
+    status, answer, seen = await asked_of(make_server, refusal)
+
+    assert (status, len(seen)) == (400, 1)
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert answer["error"]["message"] == message
+
+
+@pytest.mark.parametrize("status", [401, 429, 500, 503])
+async def test_the_faults_of_an_engine_are_those_of_any_provider(
+    make_server: MakeServer, status: int
+) -> None:
+    body = {"error": {"message": "no", "code": status}}
+
+    found, answer, _ = await asked_of(make_server, (status, body))
+
+    assert (found, answer["error"]["type"]) == {
+        401: (502, "api_error"),
+        429: (429, "rate_limit_error"),
+    }.get(status, (502, "api_error"))
+
+
+async def test_what_breaks_off_has_no_end(make_server: MakeServer) -> None:
+    events = [
+        b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n',
+        b'data: {"error":{"message":"out of memory","code":500}}\n\n',
+    ]
+
+    async def play(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(EVENT_STREAM, *map(chunk, events), LAST_CHUNK)
+
+    async with ScriptedProvider(play) as provider:
+        address = {"llm.providers.sim.base_url": provider.url}
+        server = await make_server(QUICK, **BRIDGED, **address)
+        seen = await stream_of(server, STREAMED)
+
+    assert seen[-1]["type"] == "error"
+    assert seen[-1]["error"]["type"] == "api_error"
+    assert put_together(seen[:-1])["content"] == [{"type": "text", "text": "a"}]
+
+
+async def test_an_answer_is_read_again_by_its_key(server: RunningServer) -> None:
+    headers = {"Idempotency-Key": "k1"}
+    url = f"{server.v1}/messages"
+    bodies = []
+    for _ in range(2):
+        async with server.session.post(url, json=STREAMED, headers=headers) as response:
+            bodies.append(await response.read())
+
+    assert bodies[0] == bodies[1]
+    check_run(read_events(bodies[0]))
+    assert server.simulator.stats().requests == 1
