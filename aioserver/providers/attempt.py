@@ -10,6 +10,8 @@ these steps; `repeats` sends the request once more in another form.
 The router's loop over retries and the provider's loop over dead connections share this object: the
 router makes an attempt for each try, and the provider runs it. What is asked, independently of the
 provider that answers, is a `ProviderRequest` (request.py).
+
+This file is one concept: the steps of an attempt, each of which another kind may replace.
 """
 
 from __future__ import annotations
