@@ -81,8 +81,8 @@ class ChatEngine:
         if shell_of(body.get("tools") or []) is not None:
             self.faults.append(message)
         if self.habit.flat_errors:
-            error = {"object": "error", "message": message, "type": "BadRequestError"}
-            return web.json_response({**error, "param": None, "code": status}, status=status)
+            flat = {"object": "error", "message": message, "type": "BadRequestError"}
+            return web.json_response({**flat, "param": None, "code": status}, status=status)
         kind = "server_error" if status == 500 else "invalid_request_error"
         error = {"code": status, "message": message, "type": kind}
         return web.json_response({"error": error}, status=status)
@@ -226,7 +226,8 @@ def check(messages: list[dict[str, Any]]) -> None:
     """
     if messages and messages[0]["role"] == "system":
         messages = messages[1:]
-    previous, open_calls = "", []
+    previous = ""
+    open_calls: list[Any] = []
     for message in messages:
         role = message["role"]
         if role not in {"user", "assistant", "tool"}:
