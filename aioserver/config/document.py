@@ -121,10 +121,13 @@ class Document:
         except yaml.YAMLError as exc:
             self.values = FAULTY
             mark = getattr(exc, "problem_mark", None) or getattr(exc, "context_mark", None)
-            place = Place(mark.line + 1, mark.column + 1, self.source) if mark else None
             # PyYAML quotes its own tokens, such as "<block end>", and parts of the text, which may
             # be secret.
             problem = re.sub(r"'(?!<)[^']{2,}'", "…", str(getattr(exc, "problem", "") or ""))
+            if "quoted" in (getattr(exc, "context", None) or "") and "stream" in problem:
+                # What is missing is missing where it begins, and not at the end of the file.
+                mark, problem = getattr(exc, "context_mark", mark), "this quote is not closed"
+            place = Place(mark.line + 1, mark.column + 1, self.source) if mark else None
             hint = _layout_hint(text, mark) if mark else ""
             self._refuse((), f"not valid YAML: {problem or 'cannot be parsed'}{hint}", place)
 

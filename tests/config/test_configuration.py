@@ -69,6 +69,8 @@ def test_the_environment_of_the_process_is_the_default(
         (b"canary", "F:1:1: expected a section of keys, not text"),
         (b"a: 1\nbc: \xff\n", "F:2:5: not UTF-8"),
         (b"a: [\n", "F:2:1: not valid YAML: "),
+        (b'a:\n  b: "open\n  c: 1\nd: 2\n', "F:2:6: not valid YAML: this quote is not closed"),
+        (b"a: 'open\nb: 1\n", "F:1:4: not valid YAML: this quote is not closed"),
         (b"#" * (MAX_FILE_BYTES + 1), "F: larger than 1048576 bytes"),
     ],
 )
