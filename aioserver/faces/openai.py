@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from aiohttp import web
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.router import Router
     from aioserver.protocol.model_body import ModelBody
     from aioserver.providers.request import Answer, BodyMaker
+    from aioserver.streams.contracts import Queued
     from aioserver.streams.stream import Stream
 
 # The owner of the names of `llm.models`.
@@ -66,20 +68,21 @@ class Dialect(NamedTuple):
     """The differences between the APIs whose answers pass as the provider's bytes.
 
     *face* is the name of their face. *heartbeat* is written into a stream after each
-    `ping_interval` of silence. The id of a request is in the header *id_header*, too, if the
+    `ping_interval` of silence; what *render_wait* makes, if the request waits. The id of a request is in the header *id_header*, too, if the
     provider has sent none.
     """
 
     face: str
     heartbeat: bytes
     id_header: str = ""
+    render_wait: Callable[[Queued], bytes] | None = None
 
     def own_headers(self, request: web.Request) -> dict[str, str]:
         """Return the headers of an answer that those of its provider replace."""
         return {self.id_header: http.request_id(request)} if self.id_header else {}
 
 
-OPENAI = Dialect("openai", HEARTBEAT)
+OPENAI = Dialect("openai", HEARTBEAT, render_wait=attrgetter("comment"))
 
 
 def routes(context: Context) -> list[web.RouteDef]:
@@ -263,6 +266,7 @@ async def follow_stream(
             RAW,
             on_follow=opening.leave,
             heartbeat=dialect.heartbeat,
+            render_wait=dialect.render_wait,
         )
         return response
     finally:

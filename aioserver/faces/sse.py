@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.protocol.client_frames import Chat
+    from aioserver.streams.contracts import Queued
     from aioserver.streams.stream import Stream
 
 
@@ -239,10 +240,9 @@ async def cancel(context: Context, request: web.Request) -> web.Response:
 async def _follow(
     context: Context, request: web.Request, stream: Stream, after: int
 ) -> web.StreamResponse:
-    def render_position(position: int, eta: float) -> bytes:
-        chunk = {"position": position, "eta": round(eta, 1)}
+    def render_position(queued: Queued) -> bytes:
         return eventstream.write(
-            frames.loose_frame(stream.request_id, "queued", chunk), event="queued"
+            frames.loose_frame(stream.request_id, "queued", queued.chunk), event="queued"
         )
 
     response = Events(request)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from aioserver.faces.context import Context
+    from aioserver.streams.contracts import Queued
     from aioserver.streams.cursor import Cursor
     from aioserver.streams.formats import Format
     from aioserver.streams.stream import Stream
@@ -40,15 +41,16 @@ async def follow(
     after: int,
     event_format: Format,
     *,
-    render_position: Callable[[int, float], bytes] | None = None,
+    render_position: Callable[[Queued], bytes] | None = None,
     on_follow: Callable[[], None] = lambda: None,
     heartbeat: bytes = eventstream.HEARTBEAT,
+    render_wait: Callable[[Queued], bytes] | None = None,
 ) -> None:
     """Send the head of *response*, and the events of *stream* after event *after*, to its end.
 
-    *render_position* renders the position in a provider's queue, and the seconds until the request
-    is expected to start there. *on_follow* is called once the stream has this reader. *heartbeat*
-    is written after each `ping_interval` of silence.
+    *render_position* renders where the request waits, whenever that changes. *on_follow* is called
+    once the stream has this reader. *heartbeat* is written after each `ping_interval` of silence;
+    while the request waits, what *render_wait* makes of its wait, and with the head, too.
 
     However this ends, the writer follows nothing afterwards: an event that is appended later would
     land inside the next response on this connection.
@@ -89,7 +91,12 @@ async def follow(
             ended.set_result(None)
 
     visit = begin_visit(context, request, stream, after)
-    beats = Heartbeat(writer, chat.websocket.ping_interval, heartbeat)
+
+    def beat() -> bytes:
+        waits = stream.queued
+        return heartbeat if waits is None or render_wait is None else render_wait(waits)
+
+    beats = Heartbeat(writer, chat.websocket.ping_interval, beat)
     try:
         writer.follow(
             stream, after, event_format, render_position=render_position, on_end=finished
@@ -98,6 +105,8 @@ async def follow(
         gateway.lifetime.reader_added(stream)
         context.wheel.add(beats, chat.websocket.ping_interval)
         writer.pump()
+        if render_wait is not None and stream.queued is not None:
+            writer.send(beat())
         writer.send_head()
         if not ended.done():
             await ended
@@ -110,13 +119,13 @@ async def follow(
 
 
 class Heartbeat:
-    """A member of the timer wheel: it writes *beat* after *interval* seconds without a write."""
+    """A member of the timer wheel: it writes what *beat* returns after *interval* seconds without
+    a write.
+    """
 
     __slots__ = ("_beat", "_interval", "_writer", "bucket")
 
-    def __init__(
-        self, writer: Writer, interval: float, beat: bytes = eventstream.HEARTBEAT
-    ) -> None:
+    def __init__(self, writer: Writer, interval: float, beat: Callable[[], bytes]) -> None:
         # Set by the wheel.
         self.bucket = 0
         self._writer = writer
@@ -131,5 +140,5 @@ class Heartbeat:
         # A visit may come a moment early: the wheel rounds its time.
         if silence < self._interval * 0.99:
             return self._interval - silence
-        self._writer.send(self._beat)
+        self._writer.send(self._beat())
         return self._interval

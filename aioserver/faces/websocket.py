@@ -166,11 +166,8 @@ class ChatSocket(Socket):
             stream,
             after,
             MESSAGES,
-            render_position=lambda position, eta: ws_frame(
-                WS_TEXT,
-                frames.loose_frame(
-                    stream.request_id, "queued", {"position": position, "eta": round(eta, 1)}
-                ),
+            render_position=lambda queued: ws_frame(
+                WS_TEXT, frames.loose_frame(stream.request_id, "queued", queued.chunk)
             ),
             on_end=self._ended,
         )

@@ -14,6 +14,7 @@ place.
 from __future__ import annotations
 
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import (
@@ -28,6 +29,7 @@ from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.request import Request
 from aioserver.limits.quota import REVOKED
 from aioserver.protocol.whole_answer import final_response, text_pieces
+from aioserver.streams.contracts import AT_KEY
 from aioserver.streams.entries import COMPLETE, ERROR
 
 if TYPE_CHECKING:
@@ -400,7 +402,8 @@ def _once_decided(
     """
 
     async def decide() -> None:
-        await request.decided(stream.report_position)
+        await request.decided(partial(stream.report_position, at=AT_KEY))
+        stream.queued = None
         await producer
 
     def release() -> None:

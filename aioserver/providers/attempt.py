@@ -189,7 +189,7 @@ class Attempt:
         """Note that a place is taken."""
         stream, provider = self.stream, self.provider
         if stream is not None:
-            stream.attempt = self
+            stream.attempt, stream.queued = self, None
             if not self.request.whole:
                 stream.meter = provider.meter
                 stream.append_processing()
@@ -225,7 +225,7 @@ class Attempt:
     def ended(self) -> None:
         """Note that the place, if there was one, is given back."""
         if self.stream is not None:
-            self.stream.attempt = None
+            self.stream.attempt = self.stream.queued = None
 
     def first_event(self) -> None:
         """Note the first content of the answer: no other provider is asked."""

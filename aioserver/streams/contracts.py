@@ -8,7 +8,7 @@ it in stream.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +19,31 @@ if TYPE_CHECKING:
 # Runs of consecutive events (number, sequence, last sequence), and the newest event with an
 # object.
 EventsState = tuple[list[tuple[int, int, int]], bytes]
+# Where a request waits.
+AT_KEY: Final = "key"
+AT_PROVIDER: Final = "provider"
+
+
+class Queued(NamedTuple):
+    """Where a request waits, at which position, and the estimated seconds until it starts."""
+
+    at: Literal["key", "provider"]
+    position: int
+    eta: float
+
+    @property
+    def chunk(self) -> dict[str, object]:
+        """What frames of it say."""
+        return {"at": self.at, "position": self.position, "eta": round(self.eta, 1)}
+
+    @property
+    def comment(self) -> bytes:
+        """It as a comment in an event stream."""
+        return b": queued at=%b position=%d eta=%.1f\n\n" % (
+            self.at.encode(),
+            self.position,
+            self.eta,
+        )
 
 
 class Path(Protocol):
@@ -65,8 +90,8 @@ class Reader(Protocol):
         *seen* is the number of the last event before that entry.
         """
 
-    def report_position(self, position: int, eta: float) -> None:
-        """Show that the request is queued: its position, and the estimated wait in seconds."""
+    def report_position(self, queued: Queued) -> None:
+        """Show that the request is queued."""
 
 
 class Source(Protocol):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.protocol.openai import Shape
-    from aioserver.streams.contracts import Path
+    from aioserver.streams.contracts import Path, Queued
     from aioserver.streams.formats import Format
     from aioserver.streams.stream import Stream
 
@@ -76,7 +76,7 @@ class Cursor:
         stream: Stream,
         after: int,
         event_format: Format,
-        render_position: Callable[[int, float], bytes] | None,
+        render_position: Callable[[Queued], bytes] | None,
         on_end: Callable[[Cursor], None],
     ) -> None:
         self.stream = stream
@@ -121,13 +121,13 @@ class Cursor:
             self.stream.record.slow_client = True
             self._writer.drop(self)
 
-    def report_position(self, position: int, eta: float) -> None:
-        """Write the position in the provider's queue, if this face shows it.
+    def report_position(self, queued: Queued) -> None:
+        """Write where the request waits, if this face shows it.
 
         A client that is not reading gets none: its position would be outdated when it is read.
         """
         if self._render_position is not None and not self._writer.blocked:
-            self._writer.send(self._render_position(position, eta))
+            self._writer.send(self._render_position(queued))
 
     def render_newest(self) -> bytes:
         """Render the entry just appended and move past it.
@@ -222,7 +222,7 @@ class ConditionReader:
     def drop(self, _seen: int) -> None:
         """Do nothing: this reader reads no events, so it misses none."""
 
-    def report_position(self, position: int, eta: float) -> None:
+    def report_position(self, _queued: Queued) -> None:
         """Do nothing: this reader shows no position."""
 
     def stop_waiting(self) -> None:

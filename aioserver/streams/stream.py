@@ -37,12 +37,12 @@ from __future__ import annotations
 
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import orjson
 
 from aioserver.protocol import frames as protocol_frames
-from aioserver.streams.contracts import PLAIN_EVENTS
+from aioserver.streams.contracts import AT_PROVIDER, PLAIN_EVENTS, Queued
 from aioserver.streams.ending import run_all
 from aioserver.streams.entries import (
     CHUNK,
@@ -192,6 +192,7 @@ class Stream:
         "path",
         "private",
         "producer",
+        "queued",
         "readers",
         "record",
         "remote",
@@ -239,6 +240,8 @@ class Stream:
         self.error: AioserverError | None = None
         # What has become of its request so far.
         self.outcome = Outcome() if outcome is None else outcome
+        # Where its request waits, as it was told last; None if it does not.
+        self.queued: Queued | None = None
         # The attempt that has a place at a provider, if any.
         self.attempt: Attempt | None = None
         # The task that fills the log, until it has ended.
@@ -623,12 +626,15 @@ class Stream:
         if self.producer is not None and not self.ended:
             self.producer.cancel()
 
-    def report_position(self, position: int, eta: float) -> None:
-        """Tell the readers the position in the provider's queue, and the estimated wait in
-        seconds.
+    def report_position(
+        self, position: int, eta: float, at: Literal["key", "provider"] = AT_PROVIDER
+    ) -> None:
+        """Tell the readers the position in the queue of the provider or the key, and the estimated
+        wait in seconds.
         """
+        self.queued = queued = Queued(at, position, eta)
         for reader in tuple(self.readers):
-            reader.report_position(position, eta)
+            reader.report_position(queued)
 
     def locate(self, after: int) -> tuple[int, int]:
         """Return where a reader goes on after event *after*: an entry's index, and the events to

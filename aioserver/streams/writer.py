@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aioserver.protocol.openai import Shape
+    from aioserver.streams.contracts import Queued
     from aioserver.streams.formats import Format
     from aioserver.streams.outbox import Outbox
     from aioserver.streams.stream import Stream
@@ -129,13 +130,12 @@ class Writer:
         after: int,
         event_format: Format,
         *,
-        render_position: Callable[[int, float], bytes] | None = None,
+        render_position: Callable[[Queued], bytes] | None = None,
         on_end: Callable[[Cursor], None] = lambda _cursor: None,
     ) -> Cursor:
         """Write the events of *stream* after event *after*, those to come included.
 
-        *render_position* renders a position in the provider's queue and the estimated wait in
-        seconds; None: they are not shown. *on_end* is called once the last event was written. A
+        *render_position* renders where the request waits; None: that is not shown. *on_end* is called once the last event was written. A
         writer that is closed already unfollows *stream* in the next iteration of the event loop.
 
         Raises:

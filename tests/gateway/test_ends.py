@@ -29,6 +29,7 @@ from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
     from aioserver.errors import AioserverError
+    from aioserver.streams.contracts import Queued
     from aioserver.streams.stream import Stream
     from tests.support.server import MakeServer, RunningServer
 
@@ -57,7 +58,7 @@ class Broken:
     def drop(self, _seen: int) -> None:
         """Do nothing."""
 
-    def report_position(self, position: int, eta: float) -> None:
+    def report_position(self, _queued: Queued) -> None:
         """Do nothing."""
 
 

@@ -34,6 +34,7 @@ from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
     from aioserver.providers.attempt import Attempt
+    from aioserver.streams.contracts import Queued
 
 PLACES = 2  # of the provider
 
@@ -124,7 +125,7 @@ class Reader:
     def drop(self, _seen: int) -> None:
         pass
 
-    def report_position(self, position: int, eta: float) -> None:
+    def report_position(self, _queued: Queued) -> None:
         pass
 
 

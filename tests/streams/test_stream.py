@@ -39,6 +39,8 @@ from tests.support.waiting import ticks
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
+    from aioserver.streams.contracts import Queued
+
 
 MUCH = 1 << 30
 DEMO = "demo"
@@ -107,8 +109,8 @@ class Slow:
         self.dropped = True
         self.stream.remove_reader(self)
 
-    def report_position(self, position: int, eta: float) -> None:
-        self.positions.append(position)
+    def report_position(self, queued: Queued) -> None:
+        self.positions.append(queued.position)
 
     def read(self, most: int = MUCH) -> None:
         """Read up to *most* entries; every number must be the next one."""

@@ -137,7 +137,7 @@ class FakeClient:
             stream,
             after,
             self.look,
-            render_position=lambda position, _eta: b"<%d>" % position,
+            render_position=lambda queued: b"<%d>" % queued.position,
             on_end=finished,
         )
 

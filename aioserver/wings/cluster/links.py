@@ -21,6 +21,7 @@ from aioserver.wings.cluster.peer_messages import BLOCK_BYTES, Block, Position, 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aioserver.streams.contracts import Queued
     from aioserver.streams.stream import Stream
     from aioserver.wings.cluster.peer_messages import Message
 
@@ -128,9 +129,9 @@ class Link:
         error = SlowClient("this client reads more slowly than the answer comes, and fell behind")
         self._send(Refused(self.number, log_codec.pack_fault(error)))
 
-    def report_position(self, position: int, eta: float) -> None:
-        """Tell the other side the position in the provider's queue."""
-        self._send(Position(self.number, position, eta))
+    def report_position(self, queued: Queued) -> None:
+        """Tell the other side where the request waits."""
+        self._send(Position(self.number, queued.position, queued.eta, queued.at))
 
     def _load(self) -> bool:
         """Take the next item from the log; return whether there is one."""

@@ -18,7 +18,7 @@ each is checked against its shape, and bounded in size.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -104,11 +104,12 @@ class Pong(msgspec.Struct, array_like=True, tag=7):
 
 
 class Position(msgspec.Struct, array_like=True, tag=8):
-    """The request is queued: its position, and the estimated wait in seconds."""
+    """The request is queued: its position, the estimated wait in seconds, and where it waits."""
 
     link: int
     position: int
     eta: float
+    at: Literal["key", "provider"] = "provider"
 
 
 class Ask(msgspec.Struct, array_like=True, tag=9):

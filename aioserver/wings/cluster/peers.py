@@ -290,7 +290,7 @@ class Peers:
             case Refused():
                 mirror.refuse(message.fault)
             case Position():
-                mirror.stream.report_position(message.position, message.eta)
+                mirror.stream.report_position(message.position, message.eta, message.at)
 
     def _open_link(self, sender: str, attach: Attach) -> None:
         key = (sender, attach.link)

@@ -27,8 +27,9 @@ from aioserver.faces.intake import caller_of, client_headers, idempotency_key, r
 from aioserver.faces.ready import HIGH_WATER
 from aioserver.gateway.instances import Start
 from aioserver.gateway.request import Request
+from aioserver.protocol import eventstream
 from aioserver.streams.entries import CANCELLED, COMPLETE
-from aioserver.wings.responses import stored_face
+from aioserver.wings.responses import frames, stored_face
 from aioserver.wings.responses.api import RESPONSES
 from aioserver.wings.responses.attempt import Learned, ResponseAttempt, ResponseRequest
 from aioserver.wings.responses.draft import draft_of
@@ -52,7 +53,10 @@ LATEST = Start(after=None)
 # Codex ends a response of which no event has come for 300 s; comments do not count for it. For all
 # others a comment it is: OpenAI's SDKs fail on an event before `response.created`.
 CODEX = openai.OPENAI._replace(
-    heartbeat=b'event: aioserver:heartbeat\ndata: {"type":"aioserver:heartbeat"}\n\n'
+    heartbeat=b'event: aioserver:heartbeat\ndata: {"type":"aioserver:heartbeat"}\n\n',
+    render_wait=lambda queued: eventstream.write(
+        frames.queued(None, *queued), event="aioserver:queued"
+    ),
 )
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
+    from aioserver.streams.contracts import Queued
     from aioserver.streams.stream import Stream
     from aioserver.streams.writer import Writer
     from aioserver.wings.responses.frames import Create, Refused, Resume
@@ -70,7 +71,7 @@ class Lane:
     known, and *continues* the id of the one before it. *asked* fills the last one that was asked
     for here, which a resumed one is not, and *on_end* is called at its end. *under_way* counts
     what its end still has to wait for, such as events that are not written, and was first more than
-    0 at *began*. *position* is what the client was told of its wait at the provider, None once it
+    0 at *began*. *queued* is what the client was told of its wait at its key or provider, None once it
     waits no more. It has been silent since *silent_since*, with so many *events* behind it.
     """
 
@@ -82,7 +83,7 @@ class Lane:
         "format",
         "name",
         "on_end",
-        "position",
+        "queued",
         "response_id",
         "silent_since",
         "stream",
@@ -101,7 +102,7 @@ class Lane:
         self.continues: str | None = None
         self.under_way = self.events = 0
         self.began = self.silent_since = 0.0
-        self.position: tuple[int, float] | None = None
+        self.queued: Queued | None = None
 
     def ended(self, _task: object) -> None:
         """Note that `asked` has ended."""
@@ -186,7 +187,7 @@ class Lanes:
         if not lane.under_way:
             self._running += 1
             lane.began = lane.silent_since = self._clock()
-            lane.events, lane.position = 0, None
+            lane.events, lane.queued = 0, None
         lane.under_way += 1
 
     def done(self, lane: Lane) -> None:
@@ -317,13 +318,13 @@ class LaneNews:
             stream = lane.stream
             events = 0 if stream is None else stream.last
             if events != lane.events:
-                lane.events, lane.silent_since, lane.position = events, now, None
+                lane.events, lane.silent_since, lane.queued = events, now, None
             elif now - lane.silent_since >= interval * 0.99:
                 lane.silent_since = now
-                if lane.position is None:
+                if lane.queued is None:
                     self._send(frames.heartbeat(lane.name))
                 else:
-                    self._send(frames.queued(lane.name, "provider", *lane.position))
+                    self._send(frames.queued(lane.name, *lane.queued))
         return min(NEWS_INTERVAL, interval)
 
     def _tell_waiting(self, now: float) -> None:

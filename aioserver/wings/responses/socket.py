@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.protocol.model_body import ModelBody
+    from aioserver.streams.contracts import Queued
     from aioserver.streams.cursor import Cursor
     from aioserver.streams.stream import Stream
     from aioserver.wings.responses.frames import Command
@@ -370,9 +371,9 @@ class ResponsesSocket(Socket):
         # Not the socket, which would hold itself by its writer.
         now = self._loop.time
 
-        def render(position: int, eta: float) -> bytes:
-            lane.position, lane.silent_since = (position, eta), now()
-            return ws_frame(WS_TEXT, frames.queued(lane.name, "provider", position, eta))
+        def render(queued: Queued) -> bytes:
+            lane.queued, lane.silent_since = queued, now()
+            return ws_frame(WS_TEXT, frames.queued(lane.name, *queued))
 
         self._writer.follow(
             stream,

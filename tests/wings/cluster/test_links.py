@@ -42,6 +42,7 @@ from tests.support.virtual_loop import run_virtually
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
+    from aioserver.streams.contracts import Queued
     from aioserver.streams.stream import Stream
     from aioserver.wings.cluster.mirrors import Mirror
 
@@ -108,8 +109,8 @@ class Reading:
     def open_fast_path(self, _shape: object) -> None:
         return None
 
-    def report_position(self, position: int, _eta: float) -> None:
-        self.positions.append(position)
+    def report_position(self, queued: Queued) -> None:
+        self.positions.append(queued.position)
 
     def drop(self, _seen: int) -> None:
         raise AssertionError("a mirror drops no reader")
