@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aioserver.telemetry.ledger import Line
@@ -12,7 +13,8 @@ from aioserver.telemetry.tokens import Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
+
+    from tests.support.server import RunningServer
 
 DAY = 86_400
 # 2026-11-28T12:00:00Z.
@@ -54,3 +56,12 @@ def entries_of(directory: Path) -> list[dict[str, Any]]:
             if "id" in each:
                 newest[each["id"], each["attempt"]] = each
     return list(newest.values())
+
+
+def written(server: RunningServer) -> list[dict[str, Any]]:
+    """The last line of each attempt of *server*, once all are written."""
+    usage = server.context.usage
+    # Of the machine's time, not of the loop's, which may jump.
+    wait_until(lambda: not usage.lines[2])
+    assert usage.path is not None
+    return entries_of(Path(usage.path))

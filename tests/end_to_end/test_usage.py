@@ -1,0 +1,341 @@
+"""What each attempt has cost, from a client's request to the line of the ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver.wings.simulator.exchange import Behaviour
+from aioserver.wings.simulator.server import Simulator
+from tests.support.chat import chat
+from tests.support.faces import ask_every_face, over_anthropic, over_openai, over_websocket
+from tests.support.keys import bearer, key_of, keys_of
+from tests.support.ledgers import entries_of, lines_of, wait_until, written
+from tests.support.responses import connect, create
+from tests.support.responses import to_end as response_to_end
+from tests.support.scripted_provider import Peer, ScriptedProvider
+from tests.support.server import ENDLESS, NOWHERE, QUICK, provider_entry
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    from tests.support.server import MakeServer, RunningServer
+
+    MakeLedger = Callable[..., Awaitable[RunningServer]]
+
+SIM = "llm.providers.sim"
+
+
+@pytest.fixture
+def make_ledger(make_server: MakeServer, tmp_path: Path) -> MakeLedger:
+    """Makes a server with a ledger in `usage`."""
+
+    def make(behaviour: Behaviour = QUICK, **changes: Any) -> Awaitable[RunningServer]:
+        return make_server(behaviour, **{"usage.path": str(tmp_path / "usage"), **changes})
+
+    return make
+
+
+async def test_each_answer_on_each_face_is_one_line(
+    make_ledger: MakeLedger,
+) -> None:
+    server = await make_ledger(Behaviour(ttft=0, interval=0, tokens=20))
+
+    await ask_every_face(server, "sim-model")
+    await over_anthropic(server, "sim-model")
+    async with connect(server) as ws:
+        await ws.send_json(create())
+        await response_to_end(ws)
+
+    lines = written(server)
+    assert sorted((line["face"], line["path"], line["outcome"]) for line in lines) == [
+        ("anthropic", "messages", "ok"),
+        ("openai", "chat/completions", "ok"),
+        ("openai", "chat/completions", "ok"),
+        ("responses_ws", "responses", "ok"),
+        ("sse", "chat/completions", "ok"),
+        ("websocket", "chat/completions", "ok"),
+    ]
+    assert {(line["provider"], line["model"]) for line in lines} == {("sim", "sim-model")}
+    assert len({line["id"] for line in lines}) == 6
+    assert all(line["in"] > 0 and line["out"] > 0 for line in lines)
+
+
+async def test_a_known_answer_is_not_paid_for_again(
+    make_ledger: MakeLedger,
+) -> None:
+    server = await make_ledger()
+    headers = {"Idempotency-Key": "once"}
+
+    first = await over_openai(server, "sim-model", headers=headers)
+    again = await over_openai(server, "sim-model", headers=headers)
+
+    assert first.text == again.text
+    assert len(written(server)) == 1
+
+
+async def test_a_refusal_costs_nothing_and_the_answer_behind_it_does(
+    make_ledger: MakeLedger,
+) -> None:
+    server = await make_ledger(
+        **{f"{SIM}.http_client.max_retries": 3, f"{SIM}.http_client.backoff_factor": 0.0}
+    )
+
+    seen = await over_openai(server, "fault-flap-2")
+
+    assert seen.end == "complete"
+    [line] = written(server)
+    assert (line["attempt"], line["outcome"]) == (3, "ok")
+    assert await server.counted("usage_tokens", "caller") != {}
+
+
+@pytest.mark.parametrize(
+    ("model", "outcome"),
+    [
+        ("fault-cut-3", "cut"),
+        ("fault-error-event-3", "cut"),
+        ("fault-drop", "failed"),
+        ("fault-html", "cut"),
+    ],
+)
+async def test_what_breaks_off_has_an_estimate(
+    make_ledger: MakeLedger, model: str, outcome: str
+) -> None:
+    server = await make_ledger()
+
+    await over_openai(server, model)
+
+    [line] = written(server)
+    assert (line["outcome"], line["source"]) == (outcome, "estimate")
+    assert line["in"] > 0
+
+
+async def test_an_answer_that_is_continued_has_a_line_for_each_of_its_attempts(
+    make_ledger: MakeLedger,
+) -> None:
+    async with Simulator(QUICK) as other:
+        server = await make_ledger(
+            **{
+                "llm.fallbacks": ["other"],
+                "llm.providers.other": {
+                    **provider_entry(other.base_url, "other-model"),
+                    "continuation": "prefill",
+                },
+                f"{SIM}.continuation": "none",
+            }
+        )
+
+        seen = await over_websocket(server, "fault-cut-9")
+
+        assert seen.end == "complete"
+        cut, rest = written(server)
+        assert cut["id"] == rest["id"]
+        assert [(line["attempt"], line["provider"], line["outcome"]) for line in (cut, rest)] == [
+            (1, "sim", "cut"),
+            (2, "other", "ok"),
+        ]
+        rows = server.context.metrics.usage.days()[0]["rows"]
+        assert [(row["provider"], row["requests"], row["attempts"]) for row in rows] == [
+            ("other", 1, 1),
+            ("sim", 1, 1),
+        ]
+
+
+async def test_what_its_client_has_cancelled_is_paid_for(
+    make_ledger: MakeLedger,
+) -> None:
+    server = await make_ledger(ENDLESS)
+
+    async with server.connect() as ws:
+        await ws.send_json(chat("a"))
+        while (await ws.receive_json())["status"] != "chunk":
+            pass
+        await ws.send_json({"action": "cancel", "request_id": "a"})
+        while (await ws.receive_json())["status"] not in {"cancelled", "error", "complete"}:
+            pass
+    await server.nothing_held()
+
+    [line] = written(server)
+    assert (line["outcome"], line["source"]) == ("cancelled", "estimate")
+    assert line["out"] >= 1
+
+
+async def test_what_nobody_is_asked_for_has_no_line(
+    make_ledger: MakeLedger,
+) -> None:
+    server = await make_ledger(**{f"{SIM}.base_url": NOWHERE})
+
+    await over_openai(server, "sim-model")
+
+    assert written(server) == []
+    assert server.context.metrics.usage.days()[0]["rows"] == []
+
+
+@pytest.mark.virtual_time
+async def test_a_line_says_that_an_attempt_runs_and_another_one_how_it_has_ended(
+    make_ledger: MakeLedger, tmp_path: Path
+) -> None:
+    """The time of 35 seconds is virtual."""
+    server = await make_ledger(
+        Behaviour(ttft=35.0, interval=0, tokens=5), **{f"{SIM}.http_client.read_timeout": 100.0}
+    )
+
+    await over_openai(server, "sim-model")
+
+    assert len(written(server)) == 1
+    [lines] = lines_of(tmp_path / "usage").values()
+    assert [line["outcome"] for line in lines] == ["running", "running", "ok"]
+    assert {(line["id"], line["attempt"]) for line in lines} == {(lines[0]["id"], 1)}
+    assert {line["source"] for line in lines[:2]} == {"estimate"}
+
+
+@pytest.mark.virtual_time
+async def test_a_line_that_an_attempt_runs_is_taken_back_if_it_is_refused(
+    make_ledger: MakeLedger, tmp_path: Path
+) -> None:
+    """The time of two seconds is virtual."""
+
+    async def play(peer: Peer) -> None:
+        await peer.request()
+        await asyncio.sleep(2)
+        await peer.send(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n")
+
+    async with ScriptedProvider(play) as scripted:
+        server = await make_ledger(**{f"{SIM}.base_url": f"{scripted.url}/v1"})
+
+        await over_openai(server, "sim-model")
+
+        assert [line["outcome"] for line in written(server)] == ["refused"]
+        [lines] = lines_of(tmp_path / "usage").values()
+        assert [line["outcome"] for line in lines] == ["running", "refused"]
+        assert server.context.metrics.usage.days()[0]["rows"] == []
+
+
+async def test_nothing_that_is_nobodys_business_is_in_it(
+    make_ledger: MakeLedger, tmp_path: Path
+) -> None:
+    server = await make_ledger(**keys_of("web"))
+    body = {
+        "model": "sim-model",
+        "messages": [{"role": "user", "content": "a confession"}],
+        "user": "someone@example.com",
+        "stream": True,
+    }
+
+    async with server.session.post(
+        f"{server.v1}/chat/completions", json=body, headers=bearer("web")
+    ) as response:
+        answer = await response.text()
+
+    [line] = written(server)
+    assert line["caller"] == "web"
+    [file] = (tmp_path / "usage").iterdir()
+    text = file.read_text()
+    events = [json.loads(event[6:]) for event in answer.split("\n\n") if event[6:7] == "{"]
+    choices = [choice for event in events for choice in event["choices"]]
+    said = "".join(choice["delta"].get("content") or "" for choice in choices)
+    assert len(said) > 20
+    for secret in ("confession", "someone", key_of("web"), "127.0.0.1", said[:20]):
+        assert secret not in text
+
+
+async def test_a_reload_names_another_directory_or_changes_nothing(
+    make_ledger: MakeLedger, tmp_path: Path
+) -> None:
+    server = await make_ledger(ENDLESS)
+    async with server.connect() as ws:
+        await ws.send_json(chat("a"))
+        while (await ws.receive_json())["status"] != "chunk":
+            pass
+
+        (tmp_path / "file").write_text("")
+        refused = await server.change(**{"usage.path": str(tmp_path / "file" / "usage")})
+        path = server.context.usage.path
+        assert await server.change(**{"usage.path": str(tmp_path / "other")})
+        await ws.send_json({"action": "cancel", "request_id": "a"})
+        while (await ws.receive_json())["status"] not in {"cancelled", "error", "complete"}:
+            pass
+    await server.nothing_held()
+
+    assert not refused
+    assert path == str(tmp_path / "usage")
+    # It was sent when the old one was in use, and has ended since.
+    assert [line["outcome"] for line in written(server)] == ["cancelled"]
+    assert await server.change(**{"usage.path": None})
+    await over_openai(server, "fault-cut-3")
+    assert len(entries_of(tmp_path / "other")) == 1
+
+
+async def test_the_end_of_the_server_ends_what_runs_and_then_the_ledger(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    server = await make_server(ENDLESS, **{"usage.path": str(tmp_path / "usage")})
+    async with server.connect() as ws:
+        await ws.send_json(chat("a"))
+        while (await ws.receive_json())["status"] != "chunk":
+            pass
+
+        server.owners.drain()
+        await server.context.gateway.close()
+    usage = server.context.usage
+    usage.close()
+
+    assert usage.ledger is not None
+    assert (usage.ledger.waiting, usage.ledger.lost) == (0, 0)
+    assert [line["outcome"] for line in entries_of(tmp_path / "usage")] == ["cancelled"]
+
+
+async def test_a_disk_that_fails_is_a_trouble_and_costs_no_answer(
+    make_ledger: MakeLedger, tmp_path: Path
+) -> None:
+    server = await make_ledger()
+    monitor, ledger = server.context.monitor, server.context.usage.ledger
+    assert ledger is not None
+    (tmp_path / "usage").rename(tmp_path / "away")
+    (tmp_path / "usage").write_text("no directory")
+
+    seen = await over_openai(server, "plain")
+    wait_until(lambda: ledger.trouble is not None)
+    monitor.tick()
+    state: Any = monitor.snapshot
+    (tmp_path / "usage").unlink()
+    (tmp_path / "away").rename(tmp_path / "usage")
+    wait_until(lambda: not ledger.waiting)
+    monitor.tick()
+
+    assert seen.end == "complete"
+    assert state["usage"]["queue"] == 1
+    assert state["usage"]["trouble"]
+    assert [
+        (incident["severity"], incident["text"].partition(" in ")[0])
+        for incident in server.incidents()
+        if incident["kind"] == "usage"
+    ] == [("error", "the ledger"), ("info", "the ledger is written again")]
+    assert len(written(server)) == 1
+
+
+async def test_a_caller_sees_its_own_rows_and_an_admin_those_of_all(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(**keys_of("web", "app", "root"))
+    for name in ("web", "app", "web"):
+        await over_openai(server, "sim-model", headers=bearer(name))
+
+    async def asked(name: str) -> dict[str, int]:
+        async with server.session.get(f"{server.base}/usage", headers=bearer(name)) as response:
+            assert response.status == 200
+            assert response.headers["Cache-Control"] == "no-store"
+            answer = await response.json()
+        today, yesterday = answer["days"]
+        assert yesterday["rows"] == answer["budgets"] == []
+        return {row["caller"]: row["requests"] for row in today["rows"]}
+
+    assert await asked("web") == {"web": 2}
+    assert await asked("app") == {"app": 1}
+    assert await asked("root") == {"web": 2, "app": 1}
+    async with server.session.get(f"{server.base}/usage") as response:
+        assert response.status == 401
