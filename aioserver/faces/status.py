@@ -101,11 +101,24 @@ async def stats(context: Context, _request: web.Request) -> web.Response:
 async def usage(context: Context, request: web.Request) -> web.Response:
     """Answer with what the caller has spent today and yesterday, or all of them have if it is an
     admin, or there are no keys.
+
+    It costs all instances a look, so that one of a caller counts as the beginning of an answer.
+
+    Raises:
+        RateLimitExceeded: `requests_per_minute` of the key is reached.
     """
     caller = request[CALLER]
     everything = caller.admin or not context.access.keyed
+    if not everything and caller.quota is not None:
+        await caller.quota.count()
     days, unheard = await context.monitor.days_of_all(None if everything else caller.name)
-    answer: dict[str, object] = {"days": days, "budgets": []}
+    keys = await context.monitor.keys_of_all()
+    budgets = [
+        {"caller": name, **key["budgets"]}
+        for name, key in keys.items()
+        if key["budgets"] and (everything or name == caller.name)
+    ]
+    answer: dict[str, object] = {"days": days, "budgets": budgets}
     if unheard and everything:
         answer["unheard"] = unheard
     body = orjson.dumps(answer)

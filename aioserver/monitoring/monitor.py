@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         ClusterState,
         History,
         Incident,
+        KeyState,
         Percentiles,
         ProviderState,
         Snapshot,
@@ -190,6 +191,10 @@ class Monitor:
         if self.others is not None:
             return await self.others.days(caller)
         return self.usage.days(caller), []
+
+    async def keys_of_all(self) -> dict[str, KeyState]:
+        """Return the state of the keys, at all instances together if there are more."""
+        return (self.fresh() if self.others is None else await self.others.state())["keys"]
 
     def families(self) -> Iterator[Family]:
         """Yield every metric that is counted, as it is now."""

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from aioserver.monitoring.state import (
         ConnectionsState,
         GroupState,
+        KeyState,
         MemberState,
         ProviderState,
         Snapshot,
@@ -67,7 +68,7 @@ class Sources:
 
     *gate* admits connections, *running* counts the answers under way, *ready* says whether the
     server takes new work, and *listening* has the sockets that accept connections, as soon as
-    there are any. *sections* are the wings' parts, and *endpoints* the paths of their faces.
+    there are any. *keys* returns the state of the keys. *sections* are the wings' parts, and *endpoints* the paths of their faces.
     """
 
     settings: SettingsInEffect
@@ -80,6 +81,7 @@ class Sources:
     lag: LoopLag
     ready: Callable[[], bool]
     listening: Sequence[socket.socket]
+    keys: Callable[[], dict[str, KeyState]] = dict
     sections: Sequence[Section[Any]] = ()
     endpoints: Mapping[str, str] = field(default_factory=dict)
 
@@ -143,6 +145,7 @@ class Snapshots:
                 name: _group_state(group, metrics.groups[name], providers, now)
                 for name, group in router.groups.items()
             },
+            "keys": sources.keys(),
             "loop": {"lag": round(interval.lag, 5), "lag_max": round(interval.lag_max, 5)},
             "process": {**process_usage(), "tasks": interval.tasks, "cpu": interval.cpu},
             "watchers": watchers,

@@ -5,7 +5,8 @@ Where there are several instances, `fold` (fold.py) makes one state of theirs. E
 the rule by which it does: numbers of things are added; of waits, silences and ages the longest
 counts; what is the same in all is that of the instance that is asked.
 
-The meaning of each field is in docs/monitoring.md.
+The meaning of each field is in docs/monitoring.md. This file is one concept, that object: a shape
+without its rule could not be added up.
 """
 
 from __future__ import annotations
@@ -258,6 +259,46 @@ class GroupState(TypedDict):
     cached_share: Annotated[float | None, MADE]
 
 
+class KeyBudgetState(TypedDict):
+    """A budget of a key, in tokens; *reset*: seconds until all of it is there."""
+
+    limit: int
+    used: int
+    reserved: int
+    remaining: int
+    reset: float
+
+
+def _budgets(values: Sequence[Mapping[str, KeyBudgetState]]) -> dict[str, KeyBudgetState]:
+    """Add up what is used and reserved, by the budgets of the first."""
+    total: dict[str, KeyBudgetState] = {}
+    for name, first in values[0].items():
+        each = [budgets[name] for budgets in values if name in budgets]
+        used = sum(budget["used"] for budget in each)
+        reserved = sum(budget["reserved"] for budget in each)
+        total[name] = {
+            "limit": first["limit"],
+            "used": used,
+            "reserved": reserved,
+            "remaining": max(0, first["limit"] - used - reserved),
+            "reset": max(budget["reset"] for budget in each),
+        }
+    return total
+
+
+class KeyState(TypedDict):
+    """One key: its answers that run, of *limit*, and wait for the key, of *queue_size*; what it
+    has spent today, since the start; and its budgets, by their settings.
+    """
+
+    running: Annotated[int, SUM]
+    limit: Annotated[int, MAX]
+    waiting: Annotated[int, SUM]
+    queue_size: Annotated[int, SUM]
+    tokens_today: Annotated[int, SUM]
+    budgets: Annotated[dict[str, KeyBudgetState], _budgets]
+
+
 class LoopState(TypedDict):
     """How late the event loop was in the last interval, in seconds."""
 
@@ -345,6 +386,7 @@ class Snapshot(TypedDict):
     auth_failures: Annotated[dict[str, int], COUNTS]
     providers: dict[str, ProviderState]
     groups: dict[str, GroupState]
+    keys: dict[str, KeyState]
     loop: LoopState
     process: ProcessState
     watchers: Annotated[int, SUM]

@@ -4,7 +4,8 @@
 
     wings → providers → router → streams → gateway → monitor → faces
 
-How it changes while it runs is in reload.py, and how it ends in runner.py.
+How it changes while it runs is in reload.py, and how it ends in runner.py. This file is one
+concept: what is made here, in which order, and from which objects.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import asyncio
 import logging
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiohttp import hdrs, web
@@ -36,6 +39,7 @@ from aioserver.gateway.router import Router
 from aioserver.limits.gate import Gate
 from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring import prometheus
+from aioserver.monitoring.keys import key_states
 from aioserver.monitoring.monitor import Monitor
 from aioserver.monitoring.snapshot import Sources
 from aioserver.monitoring.usage import UsageSection
@@ -46,6 +50,7 @@ from aioserver.server.middleware import make_middleware
 from aioserver.server.wings import WINGS, faults
 from aioserver.streams.lifetime import Lifetime
 from aioserver.streams.outbox import Outbox
+from aioserver.telemetry.ledger_reader import spent
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.request_log import RequestLog
@@ -178,6 +183,7 @@ async def open_server(
         if sharing is not None and known_pepper(llm) is None:
             pepper = await sharing.agree_on_pepper(pepper)
         access = Access(settings.auth, pepper, quota_of if sharing is None else sharing.make_quota)
+        await begin_days(access, settings)
         origins = Origins(
             chat.websocket.allow_origins, credentials=chat.websocket.allow_credentials
         )
@@ -231,6 +237,7 @@ async def open_server(
             lag=lag,
             ready=lambda: lifecycle.ready and router.usable,
             listening=listening,
+            keys=lambda: key_states(access.keys, metrics.usage),
             sections=[
                 UsageSection(usage),
                 *(section for wing in plugged for section in wing.sections()),
@@ -286,6 +293,21 @@ async def open_server(
             )
         finally:
             lifecycle.ready = False
+
+
+async def begin_days(access: Access, settings: Settings) -> None:
+    """Let the budgets of a day begin at what the ledger knows of today.
+
+    Where instances share them, what is counted there may be more, and holds.
+    """
+    path = settings.usage.path
+    quotas = access.keys.quotas()
+    if path is None or not any(quota.budget.counts_days for quota in quotas.values()):
+        return
+    today = await asyncio.to_thread(spent, Path(path), f"{datetime.now(UTC):%Y-%m-%d}")
+    for name, tokens in today.items():
+        if name in quotas:
+            quotas[name].budget.begin_day(tokens)
 
 
 def make_app(configuration: Configuration) -> web.Application:

@@ -22,7 +22,7 @@ from aioserver.config import Configuration
 from aioserver.config.faults import ConfigurationError
 from aioserver.config.views import changes
 from aioserver.server import preflight
-from aioserver.server.app import log_limits, log_routes
+from aioserver.server.app import begin_days, log_limits, log_routes
 from aioserver.server.wings import faults
 from aioserver.telemetry import logs
 
@@ -123,6 +123,7 @@ class Reload:
             self._apply(settings)
             use_ledger()
             await apply_auth(self._server, settings.auth)
+            await begin_days(self._server.context.access, settings)
         except ConfigurationError as exc:
             # As warnings, since the log writes an error of one place in the code once in ten
             # seconds.

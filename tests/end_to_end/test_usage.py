@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -339,3 +340,48 @@ async def test_a_caller_sees_its_own_rows_and_an_admin_those_of_all(
     assert await asked("root") == {"web": 2, "app": 1}
     async with server.session.get(f"{server.base}/usage") as response:
         assert response.status == 401
+
+
+async def test_budgets_are_shown_and_a_day_begins_at_what_the_ledger_knows(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    today = datetime.now(UTC)
+    spent = {
+        "ts": f"{today:%Y-%m-%dT%H:%M:%S}.000Z",
+        "id": "00000000-1",
+        "attempt": 1,
+        "caller": "web",
+        "outcome": "ok",
+        "in": 900,
+        "out": 50,
+        "source": "provider",
+    }
+    (tmp_path / f"usage-{today:%Y-%m-%d}.w0.jsonl").write_text(json.dumps(spent) + "\n")
+    limits = {"tokens_per_minute": 10_000, "tokens_per_day": 50_000}
+    server = await make_server(**keys_of("web", **limits), **{"usage.path": str(tmp_path)})
+
+    async with server.session.get(f"{server.base}/usage", headers=bearer("web")) as response:
+        answer = await response.json()
+
+    [budget] = answer["budgets"]
+    assert budget["caller"] == "web"
+    assert budget["tokens_per_minute"].keys() == {
+        "limit",
+        "used",
+        "reserved",
+        "remaining",
+        "reset",
+    }
+    day = budget["tokens_per_day"]
+    assert (day["limit"], day["used"], day["remaining"]) == (50_000, 950, 49_050)
+
+
+async def test_looks_of_a_key_count_in_its_rate(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web", requests_per_minute=2))
+
+    statuses = []
+    for _ in range(3):
+        async with server.session.get(f"{server.base}/usage", headers=bearer("web")) as response:
+            statuses.append(response.status)
+
+    assert statuses == [200, 200, 429]

@@ -140,6 +140,30 @@ async def test_metrics_are_added_up_but_limits_that_are_shared_are_not(
     assert await metric(b, "aioserver_cluster_mirrors") == 4
 
 
+async def test_what_callers_have_spent_is_that_of_all_instances(
+    pair: tuple[Instance, Instance],
+) -> None:
+    a, b = pair
+    await answer(b, 3)
+
+    # A child that the other instance has made, and this one has not.
+    tokens = await metric(a, "aioserver_usage_tokens_total{")
+    assert tokens == await metric(b, "aioserver_usage_tokens_total{") > 0
+    await answer(a, 2)
+    for asked in (a, b):
+        async with asked.server.session.get(f"{asked.server.base}/usage") as response:
+            shown = await response.json()
+        [row] = shown["days"][0]["rows"]
+        assert (row["requests"], row["provider"]) == (5, "sim")
+        assert "unheard" not in shown
+
+    b.look = lambda _what: b""
+    async with a.server.session.get(f"{a.server.base}/usage") as response:
+        shown = await response.json()
+    assert shown["days"][0]["rows"][0]["requests"] == 2
+    assert shown["unheard"] == [b.name]
+
+
 async def test_counters_do_not_fall_while_an_instance_does_not_answer(
     pair: tuple[Instance, Instance],
 ) -> None:
