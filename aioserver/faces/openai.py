@@ -124,6 +124,7 @@ def prepare_for(
             hold=hold,
             client_headers=client_headers(context, request),
             size=len(body.data),
+            max_answer=0 if api is EMBEDDINGS else body.max_answer,
         )
         digest = digest_of(api.path, data) if key else b""
         return Request(route, provider_request, OPENAI.face, http.request_id(request), key, digest)

@@ -194,6 +194,7 @@ class Prompts:
             kept_bytes=len(chat.text or b""),
             client_headers=chat.client_headers,
             size=len(held[0]) + len(chat.text or b"") + len(options),
+            max_answer=chat.max_answer or route.provider.settings.max_tokens,
         )
         return Prompt(self._histories, chat, request, reading, asked, sent, take_history)
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aioserver.limits.estimate import OUTPUT_FACTOR
 from aioserver.providers.attempt import Attempt
 from aioserver.streams.ending import run_all
-from aioserver.telemetry.tokens import tokens_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -125,21 +123,8 @@ class Request:
 
     def _end_turn(self) -> None:
         if self.turn is not None:
-            self.turn.end(*self._cost())
-
-    def _cost(self) -> tuple[int, int]:
-        """Return the tokens that its attempts have cost, and their work."""
-        outcome, estimate = self.provider_request.outcome, self.provider_request.estimate
-        if outcome.parts or not outcome.sent:
-            return sum(outcome.spent), outcome.work
-        # One attempt that has succeeded is no part.
-        tokens = tokens_of(outcome.usage)
-        asked, answered = tokens.prompt, tokens.answer
-        if asked is None:
-            asked = 0 if estimate is None else estimate.prompt
-        if answered is None:
-            answered = 0 if estimate is None else estimate.answer
-        return asked + answered, max(0, asked - (tokens.cached or 0)) + OUTPUT_FACTOR * answered
+            outcome = self.provider_request.outcome
+            self.turn.end(sum(outcome.spent), outcome.work)
 
     @property
     def caller(self) -> Caller:

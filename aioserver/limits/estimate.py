@@ -103,25 +103,35 @@ class Estimates:
         ratios = self._ratios.get((provider, model)) or _START
         return estimate._replace(answer=max(1, round(events * ratios.event)))
 
-    def learn_prompt(
-        self, provider: str, model: str, size: int, prompt: int, cached: int = 0
+    def learn(
+        self,
+        provider: str,
+        model: str,
+        caller: str,
+        size: int,
+        prompt: int,
+        cached: int,
+        answer: int | None = None,
+        events: int = 0,
     ) -> None:
         """Learn that the provider has counted *prompt* tokens in a request of *size* bytes, of
-        which it had *cached* so many.
+        which it had *cached* so many; and *answer* tokens in the answer to *caller*, which had so
+        many *events*, or was not streamed. None: all of that answer did not come.
         """
+        pair = provider, model
+        ratios = self._ratios.get(pair)
+        if ratios is None:
+            ratios = self._ratios[pair] = _Ratios()
+            if len(self._ratios) > MAX_PAIRS:
+                self._ratios.popitem(last=False)
+        else:
+            self._ratios.move_to_end(pair)
         if size > 0:
-            ratios = self._known(provider, model)
             ratios.prompt += (prompt / size - ratios.prompt) / SMOOTHING
             ratios.uncached += ((prompt - cached) / size - ratios.uncached) / SMOOTHING
-
-    def learn_answer(
-        self, provider: str, model: str, caller: str, answer: int, events: int = 0
-    ) -> None:
-        """Learn that the provider has counted *answer* tokens in an answer to *caller*, which had
-        so many *events*, or was not streamed.
-        """
+        if answer is None:
+            return
         if events > 0:
-            ratios = self._known(provider, model)
             ratios.event += (answer / events - ratios.event) / SMOOTHING
         pair = caller, model
         average = self._answers.get(pair)
@@ -132,17 +142,6 @@ class Estimates:
         else:
             self._answers[pair] = average + (answer - average) / SMOOTHING
             self._answers.move_to_end(pair)
-
-    def _known(self, provider: str, model: str) -> _Ratios:
-        pair = provider, model
-        ratios = self._ratios.get(pair)
-        if ratios is None:
-            ratios = self._ratios[pair] = _Ratios()
-            if len(self._ratios) > MAX_PAIRS:
-                self._ratios.popitem(last=False)
-        else:
-            self._ratios.move_to_end(pair)
-        return ratios
 
 
 _START = _Ratios()

@@ -99,7 +99,8 @@ class Chat:
     Exactly one of *text* and *messages* is set; both are JSON, as the client wrote it.
 
     *options* is the JSON of an object, and *option_names* says which of its keys replace a
-    default. If *streaming* is None, the configuration decides. *original* is empty, unless
+    default. *max_answer* has the tokens that the answer may have by them, None if they do not say.
+    If *streaming* is None, the configuration decides. *original* is empty, unless
     something in the question was replaced: it is then a hash of what the client has sent. *hashed*
     is the `digest`, if it was made in steps. The *client_headers* go on to the provider, and are
     no part of the question: two questions that differ in them alone are the same.
@@ -114,6 +115,7 @@ class Chat:
     model: str | None = None
     options: bytes = b"{}"
     option_names: frozenset[str] = frozenset()
+    max_answer: int | None = None
     original: bytes = b""
     hashed: bytes = field(default=b"", compare=False)
     client_headers: ClientHeaders = NO_HEADERS
@@ -329,7 +331,7 @@ async def _chat(request_id: str, fields: _Payload, original: bytes, *, large: bo
         await pause()
     options = bytes(fields.options)
     _expect(options.startswith(b"{"), "options must be an object", "options")
-    option_names = await _option_names(options)
+    option_names, max_answer = await _read_options(options)
     _expect(
         bytes(memoryview(fields.metadata)[:1]) == b"{", "metadata must be an object", "metadata"
     )
@@ -343,6 +345,7 @@ async def _chat(request_id: str, fields: _Payload, original: bytes, *, large: bo
         model=_name(fields.model, "model"),
         options=options,
         option_names=option_names,
+        max_answer=max_answer,
         original=original,
     )
     return replace(chat, hashed=await chat.hashing()) if large else chat
@@ -373,19 +376,22 @@ def _name(raw: Raw, name: str) -> str | None:
     return value
 
 
-async def _option_names(options: bytes) -> frozenset[str]:
-    """Return which of the options with a default are set, in steps if they are large.
+async def _read_options(options: bytes) -> tuple[frozenset[str], int | None]:
+    """Return which of the options with a default are set, and the tokens that the answer may have
+    by them, in steps if they are large.
 
     Raises:
         InvalidRequest: the options have a key that is not the client's to set.
     """
     if options == b"{}":
-        return frozenset()
+        return frozenset(), None
     fields = await json_body.decoding(_OPTIONS, options, "options")
     for name in RESERVED_OPTIONS:
         if getattr(fields, name) is not ABSENT:
             raise InvalidRequest(f"{name} cannot be set in options", param="options")
-    return frozenset(name for name in _DEFAULTED if getattr(fields, name) is not ABSENT)
+    names = frozenset(name for name in _DEFAULTED if getattr(fields, name) is not ABSENT)
+    bounds = fields.max_tokens, fields.max_completion_tokens
+    return names, next(filter(None, map(json_body.count, bounds)), None)
 
 
 def _expect(holds: bool, message: str, param: str) -> None:

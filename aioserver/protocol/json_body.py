@@ -219,6 +219,15 @@ def flag(raw: Raw) -> bool | None:
     return True if word == b"true" else False if word == b"false" else None
 
 
+def count(raw: Raw) -> int | None:
+    """Return the number of 1 to 18 digits that *raw* is; None if it is anything else."""
+    if raw is ABSENT:
+        return None
+    # One byte more than the longest tells a longer number from it.
+    digits = bytes(memoryview(raw)[:19])
+    return int(digits) if digits.isdigit() and len(digits) < 19 else None
+
+
 def _word(raw: Raw) -> bytes:
     # One byte more than `false` tells a longer value from it.
     return bytes(memoryview(raw)[:6])

@@ -39,6 +39,9 @@ class _Fields(msgspec.Struct, gc=False):
     background: bool | None = None
     metadata: Raw = ABSENT
     previous_response_id: str | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    max_output_tokens: int | None = None
 
 
 class _RawFields(msgspec.Struct, gc=False):
@@ -51,6 +54,9 @@ class _RawFields(msgspec.Struct, gc=False):
     background: Raw = ABSENT
     metadata: Raw = ABSENT
     previous_response_id: Raw = ABSENT
+    max_tokens: Raw = ABSENT
+    max_completion_tokens: Raw = ABSENT
+    max_output_tokens: Raw = ABSENT
 
 
 _DECODER = msgspec.json.Decoder(_Fields)
@@ -68,8 +74,9 @@ class ModelBody:
     """The body of one request, and the values of its top level that are read.
 
     *model*, *user*, *stored* and *previous_response_id* are None where the client set none;
-    *streamed* and *background* are false then. *metadata* is JSON; it is empty where the client
-    set none, or more than MAX_METADATA_BYTES.
+    *streamed* and *background* are false then. *max_answer* has the tokens that the answer may have
+    by the body's own word; None: it says none. *metadata* is JSON; it is empty where the client set
+    none, or more than MAX_METADATA_BYTES.
     """
 
     __slots__ = (
@@ -78,6 +85,7 @@ class ModelBody:
         "_value",
         "background",
         "data",
+        "max_answer",
         "metadata",
         "model",
         "previous_response_id",
@@ -127,6 +135,9 @@ class ModelBody:
         self.stored = fields.store
         self.previous_response_id = fields.previous_response_id
         self.background = fields.background is True
+        bound = fields.max_tokens or fields.max_completion_tokens or fields.max_output_tokens
+        # Some write -1 where there is no bound.
+        self.max_answer = bound if bound and bound > 0 else None
         self._take_metadata(fields.metadata)
         return model is None or 0 < len(model) <= MAX_SURE_CHARACTERS
 
@@ -149,6 +160,8 @@ class ModelBody:
         self.stored = json_body.flag(fields.store)
         self.previous_response_id = json_body.text(fields.previous_response_id, MAX_ID_BYTES)
         self.background = json_body.flag(fields.background) is True
+        bounds = fields.max_tokens, fields.max_completion_tokens, fields.max_output_tokens
+        self.max_answer = next(filter(None, map(json_body.count, bounds)), None)
         self._take_metadata(fields.metadata)
         self._value = bytes(fields.model)
 

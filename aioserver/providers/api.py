@@ -49,6 +49,10 @@ class Api(ForwardedApi):
     # Headers that a request has unless its client sends them or the settings do; the names in
     # lower case.
     headers: ClassVar[Mapping[str, str]] = {}
+    # Whether an answer costs tokens; and whether those of a prompt that came from a cache count for
+    # the provider's pace.
+    costs: ClassVar[bool] = True
+    paces_cached: ClassVar[bool] = True
     # The memory of an answer that can be continued; None: none of this API can be.
     continues: ClassVar[type[PassedSaid] | None] = None
 

@@ -123,6 +123,12 @@ class Handover:
             self._news.set_result(None)
 
 
+class ObjectApi(Api):
+    """A path where something is asked of what the provider has, and no model runs."""
+
+    costs = False
+
+
 class PassedRequest(ProviderRequest):
     """A request that is passed on with its own method, path and body.
 
@@ -152,7 +158,7 @@ class PassedRequest(ProviderRequest):
     ) -> None:
         path = target.partition("?")[0]
         super().__init__(
-            Api(path),
+            Api(path) if method == "POST" else ObjectApi(path),
             body,
             streamed=False,
             caller=caller,

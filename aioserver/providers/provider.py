@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from aioserver.limits.estimate import OUTPUT_FACTOR, UNKNOWN_WORK, Estimates
 from aioserver.limits.lines import Wish
-from aioserver.protocol.said import Tokens
 from aioserver.provider_errors import (
     NoProvider,
     ProviderFault,
@@ -48,7 +47,7 @@ from aioserver.providers.sinks import BodySink
 from aioserver.providers.stall import measure
 from aioserver.telemetry.metrics import ProviderMeter
 from aioserver.telemetry.outcome import ESTIMATE, MIXED, NOBODY, PROVIDER, Part
-from aioserver.telemetry.tokens import MAX_TOKENS, tokens_of
+from aioserver.telemetry.tokens import MAX_TOKENS, TOTAL, tokens_of
 from aioserver.telemetry.tracer import AttemptEnd
 from aioserver.telemetry.usage import CANCELLED, CUT, FAILED, OK, Usage
 
@@ -71,10 +70,10 @@ if TYPE_CHECKING:
     from aioserver.streams.lifetime import Lifetime
 
 M = TypeVar("M", bound="Memory")
-# Bytes of a request for each of its tokens, as an estimate.
-BYTES_PER_TOKEN = 4
-# The status from which on an answer is none, and costs nothing.
-REFUSED = 400
+# The statuses from this one on say that there is no answer, and that it costs nothing.
+MIN_ERROR_STATUS = 400
+# Who has counted the tokens that are learned from.
+_LEARNED = PROVIDER, MIXED
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +200,7 @@ class Provider:
         record = attempt.request.record
         record.queued_at = record.queued_at or self._clock()
         if self.settings.http_client.tokens_per_minute:
-            attempt.expected_tokens = _expected_tokens(attempt, self.settings)
+            attempt.expected_tokens = self._expected_tokens(attempt)
         request = attempt.request
         caller = request.caller
         return self._gate.try_enter(
@@ -221,7 +220,7 @@ class Provider:
             self._make_room()
         self.backpressure.end()
         # One that was offered to nobody has none yet.
-        cost = attempt.expected_tokens or _expected_tokens(attempt, self.settings)
+        cost = attempt.expected_tokens or self._expected_tokens(attempt)
         attempt.expected_tokens = 0
         self._pending += 1
         work = attempt.request.work
@@ -246,6 +245,7 @@ class Provider:
             ProviderFault: no good answer came; a part of one may be in the log.
         """
         error: BaseException | None = None
+        part: Part | None = None
         waited = place is not None
         try:
             if place is None:
@@ -290,14 +290,15 @@ class Provider:
                 try:
                     if place is not None:
                         try:
-                            place.settle(_work_of(attempt))
+                            part = self._bill(attempt, error)
+                            place.settle(_work_of(attempt, part))
                         finally:
                             # The next request may start at once, and tell its client.
                             place.release()
                 finally:
                     if self._drained is not None and not self._gate.inside:
                         self._drained.set()
-                    self._ended(attempt, error)
+                    self._ended(attempt, error, part)
                     error = None  # its traceback leads here
 
     def head_received(self, attempt: Attempt) -> None:
@@ -334,6 +335,20 @@ class Provider:
     def tokens_per_byte(self, model: str) -> float:
         """Return the tokens of a prompt for each byte of a request for *model*, as an estimate."""
         return self._estimates.tokens_per_byte(self.name, model)
+
+    def _expected_tokens(self, attempt: Attempt) -> int:
+        """Return the tokens by which *attempt* will count for the pace, by an estimate; 0 if tokens
+        are not paced.
+        """
+        request, limit = attempt.request, self.settings.http_client.tokens_per_minute
+        if not limit or not request.estimated:
+            return 0
+        estimate = request.estimate
+        if estimate is None:
+            estimate = request.estimate = self.estimate(request, attempt.model)
+        prompt = estimate.prompt if request.api.paces_cached else estimate.uncached
+        # At most a minute's worth: a body with a picture has far fewer tokens than its bytes say.
+        return min(prompt + estimate.answer, limit)
 
     def memory(self, kind: type[M]) -> M:
         """Return what an API has learned of this provider, of which it has its own *kind*."""
@@ -454,8 +469,8 @@ class Provider:
                         limits.first_token_timeout, lambda: attempt.answered
                     )
                 attempt.sending(exchange)
-                if self._usage.ledger is not None:
-                    self._usage.sent(record, partial(self._so_far, attempt))
+                if self._usage.ledger is not None and attempt.request.api.costs:
+                    self._usage.sent(record, partial(self._part, attempt))
                 running = exchange.run(data, attempt.body)
             except BaseException:
                 connection.close()
@@ -464,8 +479,9 @@ class Provider:
             try:
                 await running
             except StaleConnection:
-                # Nothing had come on a reused connection: repeat at once, on a new one, which
-                # never raises this.
+                # Nothing had come on a reused connection, and nobody can have worked on the request:
+                # repeat at once, on a new one, which never raises this.
+                record.outcome.sent_at = 0.0
                 if attempt.body is not None and not attempt.body.rewind():
                     raise
                 self.meter.attempts["stale"].value += 1
@@ -473,6 +489,8 @@ class Provider:
             else:
                 if not attempt.repeats():
                     return
+                # It was refused, and costs nothing.
+                record.outcome.sent_at = 0.0
             finally:
                 attempt.received()
 
@@ -561,25 +579,19 @@ class Provider:
             self._pace.cool_down(fault.retry_after or 0.0)
             self._gate.refuse_late(FAILOVER_WAIT)
 
-    def _ended(self, attempt: Attempt, exc: BaseException | None) -> None:
-        """Count an attempt that has ended, well or with *exc*, and learn from it.
+    def _ended(self, attempt: Attempt, exc: BaseException | None, part: Part | None) -> None:
+        """Count an attempt that has ended, well or with *exc*, and has cost *part*, and learn from
+        it.
 
         Its place is given back already.
         """
         record = attempt.request.record
-        outcome = record.outcome
-        if outcome.sent_at:
-            part = _part(attempt, exc, self._clock())
-            # As a rule, an attempt that has succeeded is all that the request has cost.
-            if exc or attempt.fault or outcome.parts:
-                outcome.parts += (part,)
-            if _refused(attempt):
-                self._usage.refused(record)
-            else:
-                self._usage.ended(record, part, _end(attempt, exc or attempt.fault))
+        if part is None:
+            self._usage.refused(record)
+        else:
+            self._usage.ended(record, part, part.outcome)
         if attempt.expected_tokens:
-            tokens = _real_tokens(attempt, self.settings, failed=exc is not None)
-            self._pace.charge(tokens - attempt.expected_tokens)
+            self._pace.charge(_paced_tokens(attempt, part) - attempt.expected_tokens)
             attempt.expected_tokens = 0
             self._gate.serve()
         if exc is None and not attempt.answered:
@@ -610,8 +622,80 @@ class Provider:
             # Another trial may start now.
             self._gate.serve()
 
-    def _so_far(self, attempt: Attempt) -> Part:
-        return _part(attempt, None, self._clock())
+    def _bill(self, attempt: Attempt, exc: BaseException | None) -> Part | None:
+        """Return what *attempt*, which has ended, well or with *exc*, has cost, and note it in the
+        outcome; None if that is nothing.
+        """
+        outcome = attempt.request.outcome
+        if (
+            not outcome.sent_at
+            or attempt.status >= MIN_ERROR_STATUS
+            or not attempt.request.api.costs
+        ):
+            return None
+        exc = exc or attempt.fault
+        part = self._part(attempt, exc)
+        outcome.parts += (part,)
+        if part.source in _LEARNED:
+            whole = exc is None and attempt.hop is None and part.source == PROVIDER
+            self._estimates.learn(
+                self.name,
+                outcome.model,
+                attempt.request.caller.name,
+                attempt.body_bytes,
+                part.tokens_in,
+                part.tokens.cached or 0,
+                part.tokens_out if whole else None,
+                _events(attempt),
+            )
+        return part
+
+    def _part(self, attempt: Attempt, exc: BaseException | None = None) -> Part:
+        """Return what *attempt* has cost, which has ended, well or with *exc*, or may not have
+        ended yet.
+        """
+        request, hop = attempt.request, attempt.hop
+        outcome, record = request.outcome, request.record
+        tokens = tokens_of(outcome.usage)
+        asked, answered = tokens.prompt, tokens.answer
+        if hop is not None:
+            # The usage has the earlier attempts in it.
+            asked = None if asked is None else max(0, asked - hop.earlier.asked)
+            answered = None if answered is None else max(0, answered - hop.earlier.answered)
+        result, source = OK if exc is None else _ended_as(attempt, exc), PROVIDER
+        if asked is None or answered is None:
+            if request.estimated:
+                source = ESTIMATE if asked is None else MIXED
+                estimate = self._unreported(attempt, result)
+                asked = estimate.prompt if asked is None else asked
+                answered = estimate.answer if answered is None else answered
+            else:
+                source, asked, answered = NOBODY, 0, 0
+        began, first = outcome.sent_at, record.first_event_at
+        return Part(
+            self.name,
+            outcome.model,
+            result,
+            asked,
+            answered,
+            source,
+            tokens,
+            attempt.waited,
+            first - began if first > began else 0.0,
+            self._clock() - began,
+        )
+
+    def _unreported(self, attempt: Attempt, result: str) -> Estimate:
+        """Return an estimate of what *attempt* has cost, with this *result* or so far."""
+        request, model = attempt.request, attempt.request.outcome.model
+        estimate = request.estimate
+        if estimate is None or attempt.hop is not None:
+            caller, size, bound = request.caller.name, attempt.body_bytes, request.max_answer
+            estimate = self._estimates.before(self.name, model, caller, size, bound)
+        if not request.streamed and result != FAILED:
+            # Nobody knows how much of it was written.
+            return estimate
+        return self._estimates.unreported(self.name, model, estimate, _events(attempt))
 
     def _outdated(self, attempt: Attempt) -> bool:
         """Return whether *attempt* was sent by former settings, perhaps with another key or
@@ -637,100 +721,53 @@ class Provider:
         )
 
 
-def _work_of(attempt: Attempt) -> int:
-    """Return what *attempt*, which has ended, has cost its caller's share: nothing, if it was not
-    sent or was refused.
-    """
-    request, stream = attempt.request, attempt.stream
-    if not request.outcome.sent_at or attempt.status >= REFUSED:
+def _work_of(attempt: Attempt, part: Part | None) -> int:
+    """Return what *attempt*, which has ended and has cost *part*, has cost its caller's share."""
+    if part is None:
         return 0
-    tokens, estimate = tokens_of(request.outcome.usage), request.estimate
-    earlier = Tokens() if attempt.hop is None else attempt.hop.earlier
-    uncached, answer = tokens.prompt, tokens.answer
-    if uncached is not None:
-        uncached = max(0, uncached - (tokens.cached or 0) - earlier.asked)
-    elif estimate is None or not request.estimated:
+    if part.source == NOBODY:
         return UNKNOWN_WORK
-    else:
+    estimate, uncached = attempt.request.estimate, part.tokens_in - (part.tokens.cached or 0)
+    if part.source == ESTIMATE and estimate is not None:
         uncached = estimate.uncached
-    if answer is not None:
-        answer = max(0, answer - earlier.answered)
-    elif stream is not None:
-        answer = stream.last - attempt.before
-    return max(1, uncached + OUTPUT_FACTOR * (answer or 0))
+    return max(1, uncached + OUTPUT_FACTOR * part.tokens_out)
 
 
-def _part(attempt: Attempt, exc: BaseException | None, now: float) -> Part:
-    """Return what *attempt*, which has ended *now*, well or with *exc*, has cost."""
-    request, stream, exc = attempt.request, attempt.stream, exc or attempt.fault
-    outcome, record = request.outcome, request.record
-    result, hop = "ok", attempt.hop
-    if isinstance(exc, ProviderFault):
-        result = exc.attempt_outcome
-    elif exc is not None:
-        result = "cancelled"
-    earlier = Tokens() if hop is None else hop.earlier
-    tokens = tokens_of(outcome.usage)
-    asked, answered, source = tokens.prompt, tokens.answer, PROVIDER
-    events = 0 if stream is None else stream.last - attempt.before
-    if hop is not None:
-        # What was not shown of a rest was paid for as well.
-        events = max(events, hop.heard)
-    if _refused(attempt):
-        asked = answered = 0
-    elif not request.estimated:
-        source = NOBODY
-    elif asked is None or answered is None:
-        source = ESTIMATE if asked is None else MIXED
-    began = outcome.sent_at
-    return Part(
-        outcome.provider,
-        outcome.model,
-        result,
-        attempt.body_bytes // BYTES_PER_TOKEN if asked is None else max(0, asked - earlier.asked),
-        events if answered is None else max(0, answered - earlier.answered),
-        source,
-        tokens,
-        attempt.waited,
-        record.first_event_at - began if record.first_event_at > began else 0.0,
-        now - began,
-    )
+def _events(attempt: Attempt) -> int:
+    """Return how many events of a streamed answer have come by *attempt*."""
+    stream, hop = attempt.stream, attempt.hop
+    if stream is None or not attempt.request.streamed:
+        return 0
+    events = stream.last - attempt.before
+    # What was not shown of a rest was paid for as well.
+    return events if hop is None else max(events, hop.heard)
 
 
-def _refused(attempt: Attempt) -> bool:
-    """Return whether the answer is none of a success: it has cost nothing."""
-    return attempt.status >= 300
-
-
-def _end(attempt: Attempt, exc: BaseException | None) -> str:
-    """Return what the ledger says of the end of *attempt*, which has ended well or with *exc*."""
-    if exc is None:
-        return OK
+def _ended_as(attempt: Attempt, exc: BaseException) -> str:
+    """Return how *attempt* has ended, with *exc*."""
+    stream, sink, hop = attempt.stream, attempt.sink, attempt.hop
     if isinstance(exc, asyncio.CancelledError):
-        return CANCELLED
-    return CUT if attempt.answered or attempt.status else FAILED
+        ours = stream is not None and stream.cancel_reason is not None
+        return CUT if ours else CANCELLED
+    begun = attempt.answered or (isinstance(sink, BodySink) and sink.progress > 0)
+    begun = begun or (hop is not None and hop.heard > 0)
+    return CUT if begun else FAILED
 
 
-def _expected_tokens(attempt: Attempt, provider: settings.Provider) -> int:
-    """Return the tokens that *attempt* will cost, by an estimate; 0 if tokens are not paced."""
-    limit = provider.http_client.tokens_per_minute
-    if not limit or not attempt.request.estimated:
-        return 0
-    prompt = len(attempt.request.body(provider, attempt.model)) // BYTES_PER_TOKEN
-    # At most a minute's worth: a body with a picture has far fewer tokens than its bytes say.
-    return min(prompt + (provider.max_tokens or 0), limit)
-
-
-def _real_tokens(attempt: Attempt, provider: settings.Provider, *, failed: bool) -> int:
-    """Return the tokens that *attempt*, which has ended, did cost.
-
-    Where the provider reports no usage, the prompt counts as estimated, and each event as a token.
+def _paced_tokens(attempt: Attempt, part: Part | None) -> int:
+    """Return the tokens by which *attempt*, which has ended and has cost *part*, counts for the
+    pace.
     """
-    if failed and not attempt.request.outcome.sent_at:
-        return 0
-    usage = None if failed else attempt.request.outcome.usage
-    total = usage.get("total_tokens") if usage is not None else None
-    if isinstance(total, int) and 0 <= total < MAX_TOKENS:
-        return total
-    prompt = attempt.expected_tokens - (provider.max_tokens or 0)
-    return max(0, prompt) + attempt.events
+    outcome, hop = attempt.request.outcome, attempt.hop
+    if part is None:
+        # A refusal counts as what was asked, as long as the provider does not say otherwise.
+        estimate = attempt.request.estimate
+        if estimate is None or not outcome.sent_at:
+            return 0
+        return min(estimate.prompt, attempt.expected_tokens)
+    if part.source != MIXED and hop is None and outcome.usage is not None:
+        total = outcome.usage.get(TOTAL)
+        if isinstance(total, int) and 0 <= total < MAX_TOKENS:
+            return total
+    cached = 0 if attempt.request.api.paces_cached else part.tokens.cached or 0
+    return part.tokens_in - cached + part.tokens_out

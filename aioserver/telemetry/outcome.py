@@ -17,7 +17,8 @@ NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 # Where a request of a group has started: at the member whose cache has its conversation, at
 # another one, as a new conversation; none where that is not known.
 HOME, OTHER, NEW, NONE = HOMES = ("home", "other", "new", "none")
-# Who has counted the tokens of an attempt.
+# Who has counted the tokens of an attempt: its provider; nobody, so that they are estimated; the
+# provider the prompt alone. NOBODY: they are not known.
 PROVIDER, ESTIMATE, MIXED, NOBODY = "provider", "estimate", "mixed", "none"
 
 
@@ -35,12 +36,12 @@ class GroupStart(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one attempt that was sent has cost: its tokens, as far as they are known.
+    """What one attempt has cost that was sent, in full or in part, and was not answered with a
+    status of 400 or more: its tokens, as far as they are known.
 
-    *outcome* is "ok", "cancelled", or how the attempt has failed. *source* says who has counted: the provider, nobody (an estimate), or the
-    provider the prompt alone (mixed). Durations are in seconds: *wait* in the provider's queue,
-    *first* from sending to the first content, 0.0 if there was none, and *duration* from sending
-    to the end. *tokens* has what the two sums do not say.
+    *outcome* is that of the ledger (telemetry/usage.py), *source* who has counted. The two sums are those of this attempt alone, and *tokens* has what they do not say. Durations are in
+    seconds: *wait* in the provider's queue, *first* from sending to the first content, 0.0 if there
+    was none or the answer was not streamed, and *duration* from sending to the end.
     """
 
     provider: str
@@ -56,8 +57,8 @@ class Part(NamedTuple):
 
     @property
     def estimated(self) -> bool:
-        """Whether nobody has counted all of its tokens."""
-        return self.source != PROVIDER
+        """Whether its tokens are known, and nobody has counted all of them."""
+        return self.source in (ESTIMATE, MIXED)
 
 
 class Continued(NamedTuple):
@@ -92,9 +93,9 @@ class Outcome:
     *sent*: one was sent, so that the answer may cost money; *sent_at* is the monotonic time when
     the newest was, 0.0 if it was not. *headers* are those of the provider's answer that clients
     may see. Until the request is logged, *usage* has its tokens, as the provider reports them, and
-    *start* where it has started last by a group. *parts* has the attempts that were sent and have
-    ended, *seams* where an answer was continued. *entry* is the number of the request in the
-    ledger, 0 if it has none, and how many of its attempts are numbered there.
+    *start* where it has started last by a group. *parts* has the attempts that have ended and may
+    have cost something, *seams* where an answer was continued. *entry* is the number of the request
+    in the ledger, 0 if it has none, and how many of its attempts are numbered there.
     """
 
     __slots__ = (

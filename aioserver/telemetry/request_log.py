@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from aioserver.errors import AioserverError, SlowClient
 from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
-from aioserver.telemetry.outcome import Outcome
-from aioserver.telemetry.tokens import Tokens, tokens_of
+from aioserver.telemetry.outcome import ESTIMATE, MIXED, NOBODY, PROVIDER, Outcome
 from aioserver.telemetry.tracer import RequestEnd
 
 if TYPE_CHECKING:
@@ -31,6 +30,13 @@ logger = logging.getLogger("aioserver.requests")
 
 # Characters of a request id or model name, which come from clients, in a log line.
 MAX_NAME = 200
+# Who has counted the prompt, and who the answer, by the source of a part.
+SOURCES = {
+    PROVIDER: (PROVIDER, PROVIDER),
+    MIXED: (PROVIDER, ESTIMATE),
+    ESTIMATE: (ESTIMATE, ESTIMATE),
+}
+_COUNTED = PROVIDER, MIXED
 
 
 class Statuses(Protocol):
@@ -227,22 +233,23 @@ class RequestLog:
             self._count_gaps(record, now)
         elif record.silence > THRESHOLD:
             self._count_gaps(record, now)
-        tokens = tokens_of(record.outcome.usage)
-        self._count_tokens(record, tokens)
+        for part in record.outcome.parts:
+            if part.source != NOBODY:
+                self._count_tokens(part)
         if not record.outcome.attempts:
             # It was refused in line.
             record.outcome.start = None
         if (start := record.outcome.start) is not None:
-            self._count_start(start, record.outcome, tokens, now)
+            self._count_start(start, record.outcome, now)
         if record.trace is not None:
             record.trace.ended(_end_of(record, now, code, outcome, status))
         if outcome == "rejected":
             if (left_out := metrics.refusal_lines.allow(code)) >= 0:
-                self._log(record, now, code, outcome, status, tokens, left_out=left_out)
+                self._log(record, now, code, outcome, status, left_out=left_out)
         elif logger.isEnabledFor(logging.INFO):
             if len(record.outcome.parts) > 1:
                 self._log_parts(record)
-            self._log(record, now, code, outcome, status, tokens)
+            self._log(record, now, code, outcome, status)
         # A log refers to the outcome for its window; these objects are needed no longer.
         record.outcome.usage = record.outcome.start = None
 
@@ -264,48 +271,26 @@ class RequestLog:
             metrics.delay[cause].observe(gap)
             metrics.recent_delays[cause].add(now, gap)
 
-    def _count_tokens(self, record: RequestRecord, tokens: Tokens) -> None:
-        """Count *tokens*, those of the usage; where it has no output, each event counts as one.
+    def _count_tokens(self, part: Part) -> None:
+        """Count the tokens of *part* at its provider."""
+        counters, provider, model = self.metrics.tokens, part.provider, part.model
+        if (provider, model, "output", PROVIDER) not in counters:
+            model = "other"
+        asked, answered = SOURCES[part.source]
+        counters[provider, model, "input", asked].value += part.tokens_in
+        counters[provider, model, "output", answered].value += part.tokens_out
+        if (cached := part.tokens.cached) is not None:
+            counters[provider, model, "cached", PROVIDER].value += cached
 
-        Those of several attempts are counted at the provider of each.
-        """
-        for part in record.outcome.parts if len(record.outcome.parts) > 1 else ():
-            self._count_part(part)
-        counters, provider = self.metrics.tokens, record.outcome.provider
-        asked, cached, answered = tokens.prompt, tokens.cached, tokens.answer
-        configured = (provider, record.outcome.model, "output", "provider") in counters
-        model = record.outcome.model if configured else "other"
-        if cached is not None:
-            counters[provider, model, "cached", "provider"].value += cached
-        if len(record.outcome.parts) > 1:
-            return
-        if asked is not None:
-            counters[provider, model, "input", "provider"].value += asked
-        if answered is not None:
-            counters[provider, model, "output", "provider"].value += answered
-        elif record.events:
-            counters[provider, model, "output", "estimate"].value += record.events
-
-    def _count_start(
-        self, start: GroupStart, outcome: Outcome, tokens: Tokens, now: float
-    ) -> None:
+    def _count_start(self, start: GroupStart, outcome: Outcome, now: float) -> None:
         """Count a request by *start*, and what was known and cached of its prompt."""
         meter = self.metrics.groups[start.group]
         meter.starts[start.provider, start.home].value += 1
         if start.size:
             meter.known.add(now, start.known, start.size)
-        if tokens.prompt is not None and outcome.provider == start.provider:
-            meter.cached[start.provider].add(now, tokens.cached, tokens.prompt)
-
-    def _count_part(self, part: Part) -> None:
-        counters = self.metrics.tokens
-        configured = (part.provider, part.model, "output", "provider") in counters
-        model = part.model if configured else "other"
-        source = "estimate" if part.estimated else "provider"
-        for direction, tokens in (("input", part.tokens_in), ("output", part.tokens_out)):
-            counter = counters.get((part.provider, model, direction, source))
-            if counter is not None:
-                counter.value += tokens
+        part = outcome.parts[-1] if outcome.parts else None
+        if part is not None and part.provider == start.provider and part.source in _COUNTED:
+            meter.cached[start.provider].add(now, part.tokens.cached, part.tokens_in)
 
     @staticmethod
     def _log_parts(record: RequestRecord) -> None:
@@ -331,7 +316,6 @@ class RequestLog:
         code: str,
         outcome: str,
         status: int,
-        tokens: Tokens,
         *,
         left_out: int = 0,
     ) -> None:
@@ -366,17 +350,32 @@ class RequestLog:
         fields |= {
             f"{side}_gap_ms": round(gap * 1000, 1) for side, gap in gaps.items() if gap > THRESHOLD
         }
-        asked, cached, answered = tokens.prompt, tokens.cached, tokens.answer
-        if len(record.outcome.parts) > 1:
-            asked, answered = record.outcome.spent
-        numbers = {"tokens_in": asked, "cached_tokens": cached, "tokens_out": answered}
-        fields |= {name: number for name, number in numbers.items() if number is not None}
+        if record.outcome.parts:
+            fields |= _bill(record.outcome)
         if record.outcome.seams:
             fields["seams"] = len(record.outcome.seams)
         if left_out:
             fields["suppressed"] = left_out
         level = logging.WARNING if outcome == "rejected" else logging.INFO
         logger.log(level, "request finished", extra={"fields": fields})
+
+
+def _bill(outcome: Outcome) -> dict[str, object]:
+    """Return what a log line says of the tokens of all attempts, as far as they are known."""
+    parts = [part for part in outcome.parts if part.source != NOBODY]
+    if not parts:
+        return {}
+    fields: dict[str, object] = {}
+    fields["tokens_in"], fields["tokens_out"] = outcome.spent
+    cached = [part.tokens.cached for part in parts if part.tokens.cached is not None]
+    if cached:
+        fields["cached_tokens"] = sum(cached)
+    if reasoning := sum(part.tokens.reasoning for part in parts):
+        fields["reasoning_tokens"] = reasoning
+    sources = {part.source for part in parts}
+    if sources != {PROVIDER}:
+        fields["tokens_source"] = sources.pop() if len(sources) == 1 else MIXED
+    return fields
 
 
 def _end_of(record: RequestRecord, now: float, code: str, outcome: str, status: int) -> RequestEnd:

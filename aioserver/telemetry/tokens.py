@@ -1,5 +1,13 @@
-"""The tokens that a provider reports in the usage of an answer: those of the prompt, how many of
-them came from a cache, and those of the answer. Each API has its own names for them.
+"""The tokens that a provider reports in the usage of an answer: one meaning, whichever API has
+counted.
+
+    prompt        all that was read, from a cache or not; Anthropic's `input_tokens` leave out what
+                  was read from one or written to one, so that these are added
+    answer        all that was written, with what was thought: some count that apart
+    the others    parts of these two
+
+The last usage of an answer counts, never a sum: whoever reports one with each event reports what
+there was so far.
 """
 
 from __future__ import annotations
@@ -12,8 +20,13 @@ if TYPE_CHECKING:
 # The keys of the token counts in a usage: of chat completions, then of responses and of messages.
 PROMPT, INPUT = "prompt_tokens", "input_tokens"
 COMPLETION, OUTPUT = "completion_tokens", "output_tokens"
-# The parts of a usage, of chat completions and of responses, that say what came from a cache.
+TOTAL = "total_tokens"
+# The parts of a usage, of chat completions and of responses, that say what these consist of.
 PROMPT_DETAILS, INPUT_DETAILS = "prompt_tokens_details", "input_tokens_details"
+COMPLETION_DETAILS, OUTPUT_DETAILS = "completion_tokens_details", "output_tokens_details"
+# Members of these.
+CACHED, CACHE_WRITE = "cached_tokens", "cache_write_tokens"
+REASONING, AUDIO = "reasoning_tokens", "audio_tokens"
 # What Anthropic's `input_tokens` leave out of the prompt.
 CACHE_READ, CACHE_WRITTEN = "cache_read_input_tokens", "cache_creation_input_tokens"
 # DeepSeek's name for what came from a cache.
@@ -46,24 +59,56 @@ def tokens_of(usage: Mapping[str, Any] | None) -> Tokens:
     """Return the plausible numbers in *usage*."""
     if usage is None:
         return NO_TOKENS
-    answer = _count(usage.get(COMPLETION))
-    if answer is None:
+    cached: int | None = None
+    written = 0
+    # Most have none of these.
+    if CACHE_READ in usage:
+        cached = _count(usage[CACHE_READ])
+    if CACHE_WRITTEN in usage:
+        written = _count(usage[CACHE_WRITTEN]) or 0
+    if (answer := _count(usage.get(COMPLETION))) is None:
         answer = _count(usage.get(OUTPUT))
-    if (prompt := _count(usage.get(PROMPT))) is None:
+    if (prompt := _count(usage.get(PROMPT))) is not None:
+        asked, answered = usage.get(PROMPT_DETAILS), usage.get(COMPLETION_DETAILS)
+        if cached is None and CACHE_HITS in usage:
+            cached = _count(usage[CACHE_HITS])
+        if answer is None and usage.get(TOTAL) == prompt:
+            # As embeddings have it.
+            answer = 0
+    else:
+        asked, answered = usage.get(INPUT_DETAILS), usage.get(OUTPUT_DETAILS)
         if (prompt := _count(usage.get(INPUT))) is None:
             return Tokens(answer=answer)
-        if INPUT_DETAILS not in usage:
-            for name in (CACHE_READ, CACHE_WRITTEN):
-                prompt += _count(usage.get(name)) or 0
-    cached = None
-    # Most have none of these.
-    for name in (CACHE_READ, CACHE_HITS):
-        if cached is None and name in usage:
-            cached = _count(usage[name])
-    for name in (PROMPT_DETAILS, INPUT_DETAILS):
-        if cached is None and name in usage and isinstance(details := usage[name], dict):
-            cached = _count(details.get("cached_tokens"))
-    return Tokens(prompt, None if cached is None else min(cached, prompt), answer)
+        if asked is None:
+            prompt += (cached or 0) + written
+    if not asked and not answered:
+        if cached is not None or written:
+            return Tokens(prompt, _least(cached, prompt), answer, min(written, prompt))
+        return Tokens(prompt, None, answer)
+    reasoning = audio_in = audio_out = 0
+    if isinstance(asked, dict):
+        if cached is None:
+            cached = _count(asked.get(CACHED))
+        written = _count(asked.get(CACHE_WRITE)) or written
+        audio_in = _count(asked.get(AUDIO)) or 0
+    if isinstance(answered, dict) and answer is not None:
+        reasoning = _count(answered.get(REASONING)) or 0
+        audio_out = min(_count(answered.get(AUDIO)) or 0, answer)
+        if reasoning and usage.get(TOTAL) == prompt + answer + reasoning:
+            answer += reasoning
+    return Tokens(
+        prompt,
+        _least(cached, prompt),
+        answer,
+        min(written, prompt),
+        min(reasoning, answer or 0),
+        min(audio_in, prompt),
+        audio_out,
+    )
+
+
+def _least(cached: int | None, prompt: int) -> int | None:
+    return cached if cached is None or cached <= prompt else prompt
 
 
 def _count(number: object) -> int | None:

@@ -96,6 +96,7 @@ def question(
     text: str = "Hello",
     frames: bool = False,
     caller: Caller = NO_CALLER,
+    max_answer: int | None = None,
 ) -> ProviderRequest:
     body = {"model": model, "messages": [{"role": "user", "content": text}], "stream": streamed}
     return ProviderRequest(
@@ -104,6 +105,8 @@ def question(
         streamed=streamed,
         caller=caller,
         reading=Reading() if frames else None,
+        size=len(json.dumps(body)),
+        max_answer=max_answer,
     )
 
 
@@ -706,12 +709,12 @@ async def test_tokens_a_minute_are_expected_before_and_corrected_after(
     simulator: Simulator,
 ) -> None:
     limits = {"tokens_per_minute": 6000, "queue_timeout": 3.0}
-    async with provider_at(simulator.base_url, limits, max_tokens=100_000) as provider:
-        first = asyncio.create_task(fill(provider))
+    async with provider_at(simulator.base_url, limits) as provider:
+        first = asyncio.create_task(fill(provider, max_answer=100_000))
         await asyncio.sleep(0)  # its first step takes its place; it may be over soon
         assert provider.stats().queue.inside == 1
         with pytest.raises(ProviderPaced):
-            await fill(provider)  # a thousand seconds' tokens are expected to be on their way
+            await fill(provider)  # forty seconds' tokens are expected to be on their way
         await first  # they were a few
 
         await fill(provider)
@@ -771,12 +774,12 @@ async def test_expected_tokens_are_settled_however_the_attempt_ends(
     simulator.behaviour = Behaviour(ttft=60, fail_rate=float(fault is ProviderError))
     address = NOWHERE if fault is ConnectError else simulator.base_url
     limits = {"tokens_per_minute": 600}
-    async with provider_at(address, limits, max_tokens=100_000) as provider:
+    async with provider_at(address, limits) as provider:
         attempt = Attempt(provider, question(), None)
         task = asyncio.create_task(provider.run(attempt))
         if fault is asyncio.CancelledError:
             await simulator.until(lambda stats: stats.active == 1)
-            assert provider.stats().pace.left == 0, "it is expected to use up 166 minutes' worth"
+            assert provider.stats().pace.left == 0, "it is expected to use up the minute"
             task.cancel()
         with pytest.raises(fault):
             await task

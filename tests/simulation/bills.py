@@ -8,23 +8,24 @@ the next one there, as each connection carries one request at a time.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from unittest import mock
 
+from aioserver.limits.estimate import Estimate
+from aioserver.provider_errors import ProviderBadResponse
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.passthrough import PassedAttempt
-from aioserver.providers.provider import Provider
+from aioserver.providers.provider import MIN_ERROR_STATUS, Provider
 from aioserver.telemetry.outcome import PROVIDER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.streams.contracts import Source
-    from aioserver.telemetry.outcome import Outcome, Part
+    from aioserver.telemetry.outcome import Part
     from tests.simulation.provider import Call, Calls
     from tests.simulation.transport import Transport
 
@@ -50,39 +51,33 @@ class Bills:
         self._calls = calls
         self._broken = broken
         self._sent: dict[Attempt, _Sent] = {}
-        self._numbers: Counter[Outcome] = Counter()
 
     def sent(self, attempt: Attempt, exchange: Source | None) -> None:
         """Note that *attempt* is sent, perhaps once more."""
         if isinstance(attempt, PassedAttempt) or not isinstance(exchange, Exchange):
             return
         far = exchange._transport.peer  # type: ignore[attr-defined]  # noqa: SLF001 - nobody else knows it
-        if attempt not in self._sent:
-            self._numbers[attempt.request.outcome] += 1
         self._sent[attempt] = _Sent(far, len(self._calls.by_transport[far]))
 
-    def ended(self, attempt: Attempt, exc: BaseException | None, before: int) -> None:
-        """Check the part of *attempt*, which has ended, well or with *exc*; its outcome had so
-        many parts *before*.
-        """
+    def ended(self, attempt: Attempt, exc: BaseException | None, part: Part | None) -> None:
+        """Check the *part* of *attempt*, which has ended, well or with *exc*."""
         outcome, sent = attempt.request.outcome, self._sent.pop(attempt, None)
-        grown = len(outcome.parts) - before
+        if part is not None and outcome.parts[-1] is not part:
+            self._broken(f"{part} is not in {outcome.parts}")
         if sent is None:
-            if grown and not isinstance(attempt, PassedAttempt):
-                self._broken(f"an attempt that was not sent has {grown} parts: {outcome.parts}")
-            return
-        number = self._numbers[outcome]
-        failed = exc or attempt.fault
-        if not outcome.parts and not failed and number == 1:
-            # As a rule, the answer itself is the bill.
-            return
-        if grown != 1 or len(outcome.parts) != number:
-            self._broken(f"{number} attempts were sent, and their parts are {outcome.parts}")
+            if part is not None and not isinstance(attempt, PassedAttempt):
+                self._broken(f"an attempt that was not sent has cost {part}")
             return
         calls = self._calls.by_transport[sent.far]
         call = calls[sent.earlier] if sent.earlier < len(calls) else None
-        if wrong := _wrong(outcome.parts[-1], attempt, call, failed):
-            self._broken(f"{wrong}: {outcome.parts[-1]}, {call}")
+        # What was refused costs nothing, nor what a provider cannot have begun to read.
+        costs = attempt.status < MIN_ERROR_STATUS and outcome.sent_at > 0
+        if not outcome.sent_at and call is not None:
+            self._broken(f"a provider has got what costs nothing: {call}")
+        if (part is not None) != costs:
+            self._broken(f"an attempt with the status {attempt.status} has cost {part}")
+        elif part and (wrong := _wrong(part, attempt, call, exc or attempt.fault)):
+            self._broken(f"{wrong}: {part}, {call}")
 
     def patches(self) -> ExitStack:
         """Let all of that be noted, in the block."""
@@ -93,10 +88,11 @@ class Bills:
             noted.sent(attempt, exchange)
             sending(attempt, exchange)
 
-        def noting_ended(provider: Provider, attempt: Attempt, exc: BaseException | None) -> None:
-            before = len(attempt.request.outcome.parts)
-            ended(provider, attempt, exc)
-            noted.ended(attempt, exc, before)
+        def noting_ended(
+            provider: Provider, attempt: Attempt, exc: BaseException | None, part: Part | None
+        ) -> None:
+            ended(provider, attempt, exc, part)
+            noted.ended(attempt, exc, part)
 
         stack.enter_context(mock.patch.object(Attempt, "sending", noting_sending))
         stack.enter_context(mock.patch.object(Provider, "_ended", noting_ended))
@@ -108,27 +104,34 @@ def _wrong(part: Part, attempt: Attempt, call: Call | None, failed: BaseExceptio
     tokens = part.tokens_in, part.tokens_out
     if part.provider != attempt.provider.name:
         return "a part of another provider"
-    if attempt.status not in {0, 200}:
-        return "a refusal has tokens" if any(tokens) else ""
-    if call is None:
-        return "an answer that nobody gave has tokens" if part.tokens_out else ""
-    if call.provider != part.provider:
+    if call is not None and call.provider != part.provider:
         return "an answer of another provider"
     if part.source == PROVIDER:
-        return "" if call.usage == tokens else "tokens that the provider has not counted"
-    if part.tokens_out > len(call.tokens) + OTHER_EVENTS:
+        counted = call is not None and call.usage == tokens
+        return "" if counted else "tokens that the provider has not counted"
+    if call is not None:
+        whole = call.transport.peer.received >= call.whole > 0
+        if whole and not failed and call.usage is not None and not call.fault:
+            return "an estimate, though the provider has counted"
+    if not attempt.request.streamed:
+        # What of it was written is not known before it is whole.
+        return ""
+    sent, received = (0, 0) if call is None else (len(call.tokens), call.tokens_received)
+    if part.tokens_out > _estimate(attempt, sent + OTHER_EVENTS):
         return "more tokens than were sent"
-    whole = call.transport.peer.received >= call.whole > 0
-    if whole and not failed and call.usage is not None and not call.fault:
-        return "an estimate, though the provider has counted"
-    # Of an answer in one piece nothing is counted before it is whole.
-    lost = (
-        failed is None
-        or not attempt.request.streamed
-        or isinstance(failed, asyncio.CancelledError)
-    )
+    if failed is None or isinstance(failed, asyncio.CancelledError):
+        return ""
     # One event may be what was wrong: it was too long, for example.
-    least = call.tokens_received - (part.outcome == "bad_response")
-    if not lost and part.tokens_out < least:
-        return f"fewer tokens than the {call.tokens_received} that have come"
+    received -= isinstance(failed, ProviderBadResponse)
+    if part.tokens_out < _estimate(attempt, received):
+        return f"fewer tokens than the {received} that have come"
     return ""
+
+
+def _estimate(attempt: Attempt, events: int) -> int:
+    """Return the tokens of an answer of so many *events*, by what its provider has reported."""
+    provider = attempt.provider
+    assert isinstance(provider, Provider)
+    estimates = provider._estimates  # noqa: SLF001 - what it has learned is nowhere else
+    model = attempt.request.outcome.model
+    return estimates.unreported(provider.name, model, Estimate(0, 0, 0), events).answer

@@ -17,7 +17,9 @@ from aioserver.telemetry.counters import (
     sum_of,
 )
 from aioserver.telemetry.metrics import CANCELLED, ERROR_OUTCOMES, FACES, OK, Metrics
+from aioserver.telemetry.outcome import ESTIMATE, MIXED, NOBODY, PROVIDER, Part
 from aioserver.telemetry.request_log import RequestLog, RequestRecord
+from aioserver.telemetry.tokens import Tokens
 
 GIVEN: Any = {name: SimpleNamespace(model="m", models=("n",)) for name in ("openai", "groq")}
 
@@ -89,40 +91,51 @@ def test_leaving_and_cancelling_are_told_apart() -> None:
     assert metrics.outcomes[OK].value == 0
 
 
+def part(source: str = ESTIMATE, model: str = "m", cached: int | None = None) -> Part:
+    return Part("groq", model, "ok", 3, 9, source, Tokens(cached=cached))
+
+
 @pytest.mark.parametrize(
-    ("usage", "into", "out", "estimate"),
+    ("source", "asked", "answered"),
     [
-        ({"prompt_tokens": 3, "completion_tokens": 4}, 3, 4, 0),
-        ({"input_tokens": 5, "output_tokens": 6}, 5, 6, 0),  # of a response
-        ({"prompt_tokens": "3", "completion_tokens": -4}, 0, 0, 9),
-        ({"completion_tokens": 1 << 70}, 0, 0, 9),
-        ({"prompt_tokens": True, "completion_tokens": 4.5}, 0, 0, 9),
-        ({}, 0, 0, 9),
-        (None, 0, 0, 9),
+        (PROVIDER, "provider", "provider"),
+        (MIXED, "provider", "estimate"),
+        (ESTIMATE, "estimate", "estimate"),
     ],
 )
-def test_tokens_are_the_providers_or_an_estimate(
-    usage: Any, into: int, out: int, estimate: int
+def test_tokens_are_counted_by_who_has_counted_them(
+    source: str, asked: str, answered: str
 ) -> None:
     metrics = Metrics(GIVEN)
     request_record = record()
-    request_record.outcome.usage, request_record.events = usage, 9
+    request_record.outcome.parts = (part(source), part(source, cached=2))
 
     records(metrics).finish(request_record, None)
 
-    family = metrics.tokens
-    assert family["groq", "m", "input", "provider"].value == into
-    assert family["groq", "m", "output", "provider"].value == out
-    assert family["groq", "m", "output", "estimate"].value == estimate
+    counted = {labels[2:]: each.value for labels, each in metrics.tokens.items() if each.value}
+    cached = {("cached", "provider"): 2}
+    assert counted == {("input", asked): 6, ("output", answered): 18, **cached}
+
+
+def test_tokens_that_nobody_knows_are_not_counted() -> None:
+    metrics = Metrics(GIVEN)
+    request_record = record()
+    request_record.outcome.parts = (part(NOBODY),)
+
+    records(metrics).finish(request_record, None)
+
+    assert not any(counter.value for counter in metrics.tokens.values())
 
 
 @pytest.mark.parametrize(("model", "label"), [("m", "m"), ("n", "n"), ("evil", "other")])
 def test_a_model_that_is_not_configured_is_another(model: str, label: str) -> None:
     metrics = Metrics(GIVEN)
-    request_record = record(model=model)
-    request_record.events = 2
+    request_record = record()
+    request_record.outcome.parts = (part(model=model),)
+
     records(metrics).finish(request_record, None)
-    assert metrics.tokens["groq", label, "output", "estimate"].value == 2
+
+    assert metrics.tokens["groq", label, "output", "estimate"].value == 9
 
 
 def test_labels_are_fixed() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from aioserver.protocol.openai import MAX_USAGE_BYTES, bounded
-from aioserver.telemetry.tokens import tokens_of
+from aioserver.telemetry.tokens import Tokens, tokens_of
 
 CHAT = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
 RESPONSE = {"input_tokens": 100, "output_tokens": 7}
@@ -54,3 +54,70 @@ def test_a_usage_that_is_too_large_keeps_what_a_prompt_consists_of() -> None:
     usage = bounded({**MESSAGE, "more": "x" * MAX_USAGE_BYTES})
 
     assert tokens_of(usage)[:3] == (100, 64, 7)
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [
+        (
+            {
+                **CHAT,
+                "prompt_tokens_details": {
+                    "cached_tokens": 64,
+                    "cache_write_tokens": 6,
+                    "audio_tokens": 5,
+                },
+                "completion_tokens_details": {"reasoning_tokens": 4, "audio_tokens": 2},
+            },
+            Tokens(100, 64, 7, 6, 4, 5, 2),
+        ),
+        (
+            {
+                **RESPONSE,
+                "input_tokens_details": {"cached_tokens": 64},
+                "output_tokens_details": {"reasoning_tokens": 4},
+            },
+            Tokens(100, 64, 7, reasoning=4),
+        ),
+        (MESSAGE, Tokens(100, 64, 7, cache_write=6)),
+        # Of a message that was cut: what it was asked is true.
+        ({"input_tokens": 30, "cache_read_input_tokens": 70}, Tokens(100, 70, None)),
+        # Of embeddings.
+        ({"prompt_tokens": 100, "total_tokens": 100}, Tokens(100, None, 0)),
+        # Some count what was thought beside what was answered, and the total says so.
+        (
+            {
+                "prompt_tokens": 100,
+                "completion_tokens": 7,
+                "total_tokens": 150,
+                "completion_tokens_details": {"reasoning_tokens": 43},
+            },
+            Tokens(100, None, 50, reasoning=43),
+        ),
+        # Numbers that mean nothing, and parts that are more than the whole.
+        (
+            {
+                **CHAT,
+                "prompt_tokens_details": {"audio_tokens": 101, "cache_write_tokens": 101},
+                "completion_tokens_details": {"reasoning_tokens": 8, "audio_tokens": 8},
+            },
+            Tokens(100, None, 7, 100, 7, 100, 7),
+        ),
+        (
+            {
+                **CHAT,
+                "prompt_tokens_details": {"cached_tokens": -1, "audio_tokens": True},
+                "completion_tokens_details": {"reasoning_tokens": "4", "audio_tokens": 1 << 70},
+            },
+            Tokens(100, None, 7),
+        ),
+        ({"prompt_tokens": True, "completion_tokens": 4.5}, Tokens()),
+        ({"prompt_tokens": "3", "completion_tokens": -4}, Tokens()),
+        (
+            {**CHAT, "prompt_tokens_details": [], "completion_tokens_details": "x"},
+            Tokens(100, answer=7),
+        ),
+    ],
+)
+def test_all_counts_have_one_meaning(usage: dict[str, Any], tokens: Tokens) -> None:
+    assert tokens_of(usage) == tokens

@@ -27,6 +27,7 @@ class MessagesApi(Api):
     name = "Anthropic's Messages API"
     setting = "messages"
     headers: ClassVar = {wire.VERSION_HEADER: wire.VERSION}
+    paces_cached = False
 
     def speaks(self, provider: settings.Provider) -> bool:
         """Return whether a provider with these settings has this API."""
@@ -74,10 +75,16 @@ class MessagesApi(Api):
         return wire.http_status(error)
 
 
+class CountingApi(MessagesApi):
+    """The path that counts the tokens of a request, and has no answer of a model."""
+
+    costs = False
+
+
 class AnswersApi(MessagesApi):
     """The path whose answers are messages, which can be continued."""
 
     continues = MessageSaid
 
 
-MESSAGES, COUNT_TOKENS = AnswersApi(wire.MESSAGES), MessagesApi(wire.COUNT_TOKENS)
+MESSAGES, COUNT_TOKENS = AnswersApi(wire.MESSAGES), CountingApi(wire.COUNT_TOKENS)

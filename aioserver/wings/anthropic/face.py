@@ -86,6 +86,7 @@ def prepare_for(
             hold=hold,
             client_headers=client_headers(context, request, wire.HEADERS),
             size=len(body.data),
+            max_answer=0 if api is COUNT_TOKENS else body.max_answer,
         )
         digest = openai.digest_of(provider_request.path, data) if key else b""
         return Request(

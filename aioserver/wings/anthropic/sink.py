@@ -75,7 +75,11 @@ class MessageSink(PassingSink):
             # The reading of an event must not depend on those that came in the same read.
             if event.find(_USAGE) >= 0 or event.find(_STOP_REASON) >= 0:
                 content = wire.content_of(event)
-                self._usage = bounded({**self._usage, **wire.usage_in(content)})
+                usage = wire.usage_in(content)
+                if content.get("type") == "message_start":
+                    # What was written before anything was: the prompt alone is true.
+                    usage.pop("output_tokens", None)
+                self._usage = bounded({**self._usage, **usage})
                 self._finished = self._finished or wire.stops(content)
         if self._usage:
             self._stream.outcome.usage = wire.with_total(self._usage)

@@ -128,6 +128,8 @@ class ResponseRequest(ProviderRequest):
         hold: Hold,
         client_headers: ClientHeaders,
         patience: float | None = None,
+        size: int = 0,
+        max_answer: int | None = None,
     ) -> None:
         super().__init__(
             RESPONSES,
@@ -137,6 +139,8 @@ class ResponseRequest(ProviderRequest):
             model=model,
             hold=hold,
             client_headers=client_headers,
+            size=size,
+            max_answer=max_answer,
         )
         self.draft = draft
         self.patience = patience

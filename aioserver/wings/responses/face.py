@@ -165,6 +165,8 @@ def make_request(
         hold=hold,
         client_headers=client_headers,
         patience=_patience(context, body, face),
+        size=len(body.data),
+        max_answer=body.max_answer,
     )
     stored = bool(
         body.stored
