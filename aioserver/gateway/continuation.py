@@ -61,6 +61,7 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.api import Memory
 from aioserver.providers.error_mapping import event_fault
+from aioserver.streams import entries
 from aioserver.telemetry.counters import Counter
 from aioserver.telemetry.metrics import CONTINUED, FAILED
 from aioserver.telemetry.outcome import Continued
@@ -286,6 +287,9 @@ class Hop:
         self._seams.value += 1
         if attempt.request.reading is None:
             stream.forward(told.comment, 0)
+        else:
+            # It is no event; who reads event streams sees it nevertheless.
+            stream.append(entries.CHUNK, data=told.comment, count=0)
         attempt.first_event()
 
     def learn(self) -> None:

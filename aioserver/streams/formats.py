@@ -97,6 +97,9 @@ def _event(number: int, status: bytes, frame: bytes) -> bytes:
 
 
 def _events(stream: Stream, entry: Entry, skip: int) -> bytes:
+    if not entry.count:
+        # A comment.
+        return entry.data
     frames = stream.frames(entry)
     status = entry.status
     if len(frames) == 1:

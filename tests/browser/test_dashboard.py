@@ -303,12 +303,19 @@ async def test_a_card_says_what_is_wrong_and_when_its_provider_is_asked(
     stand.say(
         providers__groq__state="sick",
         providers__groq__trouble={**DEAD, "kind": "sick", "word": "Sick", "severity": "warning"},
+        providers__groq__trial={"interval": 4.0, "row": 1, "needed": 3},
     )
+    trials = card(page, "groq").locator("small[data-needs=trial]")
     await expect(mark).to_have_attribute("data-tone", "warning")
     await expect(asked).to_have_text("as usual")  # there is no other
+    await expect(trials).to_be_hidden()
 
     stand.say(fallbacks=["other"])
     await expect(asked).to_have_text("after the others")
+    await expect(trials).to_have_text(re.compile(r"trials 4\ss apart,\s+1 of\s+3 good in a row"))
+
+    stand.say(providers__groq__state="well", providers__groq__trial=None)
+    await expect(trials).to_be_hidden()
 
 
 async def test_providers_come_and_go(stand: Stand, page: Page) -> None:

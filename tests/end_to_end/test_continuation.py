@@ -102,10 +102,10 @@ async def test_other_provider_says_the_rest(
         beginning = said(other)
         assert whole.startswith(beginning)
         assert 0 < len(beginning) < len(whole)
-        if face in {"openai", "anthropic"}:
-            assert f": seam at={len(beginning)} from=sim to=other code=".encode() in seen.raw
-        else:
-            assert b'"seams":[{"at":%d,"from":"sim","to":"other"' % len(beginning) in seen.raw
+        comment = f": seam at={len(beginning)} from=sim to=other code=".encode()
+        assert (comment in seen.raw) is (face != "websocket")
+        metadata = b'"seams":[{"at":%d,"from":"sim","to":"other"' % len(beginning)
+        assert (metadata in seen.raw) is (face in {"websocket", "sse"})
 
 
 @pytest.mark.parametrize("form", ["prefill", "prefix", "final_message", "instruct"])

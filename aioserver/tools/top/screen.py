@@ -244,6 +244,11 @@ def _guards(providers: dict[str, Any]) -> list[Text]:
         notes = [] if provider.get("usable", True) else ["not usable"]
         if provider.get("state", "well") != "well":
             notes.append(str(provider["state"]))
+        if trial := provider.get("trial"):
+            notes.append(
+                f"{trial.get('row')} of {trial.get('needed')} trials good in a row, "
+                f"{_time(trial.get('interval'))} apart"
+            )
         if silent := _silent(provider.get("silent") or {}):
             notes.append(silent)
         if pace := provider.get("pace"):

@@ -93,6 +93,7 @@ export class Providers {
         cooling: pace?.cooling || null,
         continued: provider.continued?.last_minute ? provider.continued : null,
         asked: asked(provider, others),
+        trial: others ? provider.trial : null, // nobody else is asked: it has none
       }, lastMinute);
       element.dataset.tone = mark.dataset.tone = state.tone;
       mark.dataset.shape = state.shape;
