@@ -54,11 +54,12 @@ class Waiter(Generic[P]):
     *arrived* and *deadline* are times of the gate's clock. A request that has waited before counts
     as one that arrived so much earlier. *share* is what it takes of one request's room in the
     queue: less than 1 where it stands in others as well. *cost* is what it counts for the pace, and
-    *work* what it is estimated to cost its caller's share.
+    *work* what it is estimated to cost its caller's share. It *goes_on* with an answer that has
+    begun.
     """
 
     __slots__ = (
-        *("arrived", "batch", "caller", "cost", "deadline", "flow"),
+        *("arrived", "batch", "caller", "cost", "deadline", "flow", "goes_on"),
         *("may_fail_over", "on_position", "place", "rejoined", "reported", "share", "work"),
     )
 
@@ -76,8 +77,10 @@ class Waiter(Generic[P]):
         batch: bool = False,
         may_fail_over: bool,
         rejoined: bool = False,
+        goes_on: bool = False,
         share: Fraction = WHOLE,
     ) -> None:
+        self.goes_on = goes_on
         self.work = work
         self.batch = batch
         self.place = place
@@ -249,6 +252,8 @@ class Gate:
         # Fires when the next start may be allowed.
         self._start_timer: asyncio.TimerHandle | None = None
         self._closed: Callable[[], AioserverError] | None = None
+        # Whether those that go on with what has begun may still enter.
+        self._finishes = False
 
     @property
     def waiting(self) -> int:
@@ -407,6 +412,7 @@ class Gate:
         at_front: bool = False,
         may_fail_over: bool = False,
         rejoin: bool = False,
+        goes_on: bool = False,
         cost: int = 0,
         work: int = 1,
         batch: bool = False,
@@ -422,6 +428,7 @@ class Gate:
         part of its `queue_timeout`. A request that has waited before is put *at_front* of its
         caller's other requests. `refuse_late` may also refuse a request that *may_fail_over* to
         another gate. A request that was in the queue before may *rejoin* it, though it is full.
+        One that *goes_on* with an answer that has begun may also enter while the gate closes.
         *cost* counts for the pace.
 
         Raises:
@@ -432,7 +439,7 @@ class Gate:
             return place
         try:
             room = rejoin or self.room_for(batch=batch) > 0
-            seconds = self.time_left(waited, room=room, batch=batch)
+            seconds = self.time_left(waited, room=room, batch=batch, goes_on=goes_on)
             self.check_pace(seconds, caller, flow, batch=batch, at_front=at_front)
         except AioserverError:
             self.count_refusal()
@@ -450,6 +457,7 @@ class Gate:
             batch=batch,
             may_fail_over=may_fail_over,
             rejoined=rejoin,
+            goes_on=goes_on,
         )
         self._add(waiter, weight, at_front=at_front)
         waiting = self._wait(waiter, seconds, at_front=at_front)
@@ -470,14 +478,16 @@ class Gate:
         queue = self._batch if waiter.batch else self._queue
         return queue.remove(waiter, waiter.caller, waiter.flow)
 
-    def time_left(self, waited: float, *, room: bool, batch: bool = False) -> float:
+    def time_left(
+        self, waited: float, *, room: bool, batch: bool = False, goes_on: bool = False
+    ) -> float:
         """Return for how many seconds a request that has *waited* before may wait here, where
         there is *room* for it.
 
         Raises:
             AioserverError: for none, or there is no room; or the gate is closed.
         """
-        if self._closed is not None:
+        if self._closed is not None and not (goes_on and self._finishes):
             raise self._closed()
         patience = self._queue_timeout * (BATCH_PATIENCE if batch else 1)
         seconds = max(0.0, patience - waited)
@@ -598,12 +608,22 @@ class Gate:
             if fails_over or waiter.deadline < earliest_start:
                 self._refuse(waiter, lambda: self._pace_error(delay))
 
-    def close(self, error: Callable[[], AioserverError]) -> None:
-        """Refuse every waiter and every newcomer, each with an error of its own."""
-        self._closed = error
+    def close(self, error: Callable[[], AioserverError], *, finishes: bool = False) -> None:
+        """Refuse every waiter and every newcomer, each with an error of its own; if it *finishes*
+        what has begun, not those that go on with it.
+        """
+        self._closed, self._finishes = error, finishes
+        going_on = [each for each in self._waiters() if each.goes_on] if finishes else []
+        for waiter in going_on:
+            self._remove(waiter)
         self.refuse_waiting(error)
         if self._start_timer is not None:
             self._start_timer.cancel()
+        for waiter in going_on:
+            # Nobody else waits whose weight would matter.
+            self._add(waiter, 1, at_front=True)
+        if going_on:
+            self.serve()
 
     def retry_after(self) -> float:
         """Return the seconds until one more request may find a place.

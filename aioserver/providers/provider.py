@@ -378,9 +378,11 @@ class Provider:
     def refuse(self, error: Callable[[], AioserverError] | None = None) -> None:
         """Refuse the attempts that wait and all later ones, each with its own *error*.
 
-        Attempts that have started go on. The default error is `NoProvider`.
+        Attempts that have started go on, and with an *error* so do those for the rest of an answer
+        that has begun. The default error is `NoProvider`, for all.
         """
-        self._gate.close(error or (lambda: NoProvider(f"{self.name} is closing")))
+        closing = error or (lambda: NoProvider(f"{self.name} is closing"))
+        self._gate.close(closing, finishes=error is not None)
 
     @property
     def waiting(self) -> int:
@@ -520,6 +522,7 @@ class Provider:
                     at_front=attempt.retry or attempt.rejoin,
                     may_fail_over=attempt.fallback,
                     rejoin=attempt.rejoin,
+                    goes_on=attempt.hop is not None,
                     cost=cost,
                     work=request.work,
                     batch=request.batch,

@@ -426,6 +426,101 @@ async def test_client_that_leaves_while_the_rest_is_said_ends_it(make_server: Ma
         await other.until(lambda stats: stats.aborted == 1, within=30.0)
 
 
+class Holding:
+    """A provider that answers one question at a time: to `break` it says a beginning, waits for
+    `go`, and breaks off; it says the rest of that at once, and anything else after `free`.
+    """
+
+    def __init__(self) -> None:
+        self.go, self.free = asyncio.Event(), asyncio.Event()
+        self.asked: list[str] = []
+
+    async def play(self, peer: Peer) -> None:
+        while True:
+            request = orjson.loads((await peer.request()).partition(b"\r\n\r\n")[2])
+            last = request["messages"][-1]
+            self.asked.append(last["role"])
+            if last["content"] == "break":
+                await peer.send(EVENT_STREAM, chunk(said_chunk("One, two, ")))
+                await self.go.wait()
+                peer.abort()
+                return
+            rest = last["role"] == "assistant"
+            await peer.send(EVENT_STREAM, chunk(said_chunk("three." if rest else "Well.")))
+            if not rest:
+                await self.free.wait()
+            await peer.send(chunk(said_chunk("", "stop") + b"data: [DONE]\n\n") + LAST_CHUNK)
+
+
+def said_chunk(text: str, finish: str | None = None) -> bytes:
+    """Return the event of a *text*."""
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish}
+    return b"data: %b\n\n" % orjson.dumps({"choices": [choice]})
+
+
+async def asked(server: RunningServer, text: str, until_text: str = "") -> tuple[Any, bytes]:
+    """Ask for a stream; return the answer, and what has come of it up to *until_text*."""
+    body = {"model": "m", "messages": [{"role": "user", "content": text}], "stream": True}
+    answer = await server.session.post(f"{server.v1}/chat/completions", json=body)
+    raw = await answer.content.readuntil(until_text.encode()) if until_text else b""
+    return answer, raw
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_answer_that_breaks_off_while_the_server_stops_is_continued(
+    make_server: MakeServer, *, waits: bool
+) -> None:
+    provider = Holding()
+    async with ScriptedProvider(provider.play) as scripted:
+        entry = provider_entry(scripted.url, concurrent_requests=1, max_retries=1)
+        entry["continuation"] = "prefill"
+        server = await make_server(**{"llm.providers.first": entry, "llm.active": "first"})
+        answer, raw = await asked(server, "break", "two, ")
+        other: asyncio.Task[tuple[Any, bytes]] | None = None
+        if waits:
+            other = asyncio.ensure_future(asked(server, "another", "Well."))
+            await until(lambda: waiting(server) == 1)
+            # It gets the place of the answer that breaks off.
+            provider.go.set()
+            await until(lambda: provider.asked == ["user", "user"] and waiting(server) == 1)
+
+        server.context.gateway.drain()
+
+        refused, _ = await asked(server, "new")
+        assert refused.status == 503
+        assert b'"server_shutdown"' in await refused.read()
+        provider.go.set()
+        provider.free.set()
+        raw += await answer.read()
+        assert b"three." in raw
+        assert raw.endswith(b"[DONE]\n\n")
+        if other is not None:
+            assert (await (await other)[0].read()).endswith(b"[DONE]\n\n")
+        await server.nothing_held()
+
+
+def waiting(server: RunningServer) -> int:
+    """Return how many requests wait for the provider `first`."""
+    return int(server.provider_of("first").stats().queue.waiting)
+
+
+async def test_stop_ends_the_rest_that_takes_too_long(make_server: MakeServer) -> None:
+    quick: dict[str, Any] = {
+        "chat.websocket.shutdown_timeout": 0.5,
+        "chat.websocket.drain_delay": 0,
+    }
+    async with two(make_server, **quick) as (server, other):
+        other.behaviour = replace(QUICK, ttft=60.0)
+        body = {**CHAT, "model": "fault-cut-9", "stream": True}
+        url = f"{server.v1}/chat/completions"
+        async with server.session.post(url, json=body) as answer:
+            await other.until(lambda stats: stats.active == 1, within=30.0)
+            await server.runner.end()
+            raw = await answer.read()
+
+    assert b'"server_shutdown"' in raw
+
+
 async def test_each_attempt_has_its_line_and_is_counted_where_it_was_sent(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -168,7 +168,7 @@ class ConnectionGate(SharedGate):
         """Use new bounds, those of all workers of the host together."""
         super().apply(limit, queue_size=self._scope.share(queue_size), queue_timeout=queue_timeout)
 
-    def close(self, error: Callable[[], AioserverError]) -> None:
+    def close(self, error: Callable[[], AioserverError], *, finishes: bool = False) -> None:
         """Refuse every waiter and every newcomer, and leave the places to others."""
-        super().close(error)
+        super().close(error, finishes=finishes)
         self._grant.leave()
