@@ -277,12 +277,16 @@ class Streams:
         2**28,
     )
     max_detached: int = setting(
-        count, "answers that run without a reader; beyond: the oldest is cancelled", 100
+        count,
+        "answers that run without a reader; beyond: the oldest is cancelled. Half as many may run, "
+        "or wait to, in the background; beyond: 503",
+        100,
     )
     store_window: float = setting(
         seconds_or_0,
         "seconds that a stored response can be continued by its id (`previous_response_id`) and "
-        "read; 0: none is stored",
+        "read, and that an answer is kept that has run in the background; 0: none is stored, and "
+        "such an answer is kept for `resume_window`",
         3600.0,
     )
     max_response_bytes: int = setting(

@@ -255,7 +255,7 @@ async def follow_stream(
             await opening.reached
         finally:
             timer.cancel()
-        if stream.ended and not stream.answered:
+        if stream.ended and not shown(stream):
             raise stream.error or StreamNotFound("this answer was cancelled")
         response = _streamed_response(request, stream, dialect)
         await follow(
@@ -279,6 +279,11 @@ def _begun(stream: Stream) -> bool:
     any.
     """
     return stream.ended or bool(stream.entries and stream.entries[-1].data)
+
+
+def shown(stream: Stream) -> bool:
+    """Return whether there is more to show of *stream*, which has ended, than how."""
+    return stream.answered or any(entry.data for entry in stream.entries[:-1])
 
 
 def _streamed_response(

@@ -1,7 +1,8 @@
 """The SSE face (WHATWG HTML 9.2): for `fetch` and `EventSource`; each event's number is its `id`.
 
 POST starts an answer and streams it or, with `Prefer: respond-async` (RFC 7240), returns its
-location. GET follows an answer from any event on, so that an EventSource which reconnects by
+location: the answer runs in the background then, to its end. GET says how far it is (polling.py),
+or follows an answer from any event on, so that an EventSource which reconnects by
 itself misses nothing. DELETE ends an answer. The headers are aiohttp-sse's; its ping task is not
 used, since it would be a second writer on the socket.
 """
@@ -17,7 +18,7 @@ from aiohttp import web
 from aiohttp_sse import EventSourceResponse
 
 from aioserver.auth.callers import CALLER, Caller
-from aioserver.faces import http
+from aioserver.faces import http, polling
 from aioserver.faces.admission import counted
 from aioserver.faces.intake import client_headers, read_body
 from aioserver.faces.streaming import follow
@@ -26,6 +27,8 @@ from aioserver.protocol import client_frames, eventstream, frames
 from aioserver.streams.formats import EVENTS, RETRY
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from aiohttp.abc import AbstractStreamWriter
 
     from aioserver.errors import AioserverError
@@ -41,24 +44,34 @@ def routes(context: Context) -> list[web.RouteDef]:
     admission = context.admission
     endpoint = context.settings.chat.sse.endpoint
     stream = f"{endpoint}/{http.REQUEST_ID}"
+    following = counted(
+        admission,
+        "sse",
+        partial(prepare_resume, context),
+        partial(resume, context),
+        partial(busy, context),
+    )
+    telling = counted(
+        admission, "sse", partial(polling.prepare, context), partial(polling.tell, context)
+    )
     return [
         web.post(
             endpoint,
             counted(admission, "sse", partial(prepare, context), partial(start, context)),
         ),
         web.get(endpoint, partial(listing, context)),
-        web.get(
-            stream,
-            counted(
-                admission,
-                "sse",
-                partial(prepare_resume, context),
-                partial(resume, context),
-                partial(busy, context),
-            ),
-        ),
+        web.get(stream, partial(get, following, telling)),
         web.delete(stream, partial(cancel, context)),
     ]
+
+
+async def get(
+    following: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    telling: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    request: web.Request,
+) -> web.StreamResponse:
+    """Answer a GET: by *telling* how far the answer is, or by *following* it."""
+    return await (telling if polling.wanted(request) else following)(request)
 
 
 class Events(EventSourceResponse):
@@ -77,7 +90,8 @@ class Events(EventSourceResponse):
 class Question:
     """A POST, read and found valid.
 
-    *detached*: the client gets a 202 now, and the events by GET. *after*: the last event that the
+    *detached*: the client gets a 202 now, and comes back for the answer, which runs in the
+    background. *after*: the last event that the
     client has seen; above 0 it comes back for the rest of an answer that is known.
     """
 
@@ -129,7 +143,13 @@ async def start(context: Context, request: web.Request, question: Question) -> w
         question.hold.release()
     else:
         chat = question.take_chat()
-        stream = gateway.ask(question.caller, chat, face="sse", hold=question.hold)
+        stream = gateway.ask(
+            question.caller,
+            chat,
+            face="sse",
+            hold=question.hold,
+            background=question.detached,
+        )
         if gateway.instances is not None:
             await gateway.instances.claimed(stream)
             if stream.mirrored and stream.first > question.after + 1:

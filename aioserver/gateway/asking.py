@@ -153,10 +153,15 @@ class Asking:
                     # It never began.
                     attempt.trial = False
                     provider.health.breaker.unsure(trial=True)
-                if place is not None:
-                    # It is given back already, unless the attempt never began.
-                    place.settle(0)
-                    place.release()
+                try:
+                    if place is not None:
+                        # It is given back already, unless the attempt never began.
+                        place.settle(0)
+                        place.release()
+                finally:
+                    if attempt is not None and attempt.permit is not None:
+                        # So is this.
+                        attempt.release_permit()
             if backoff:
                 await asyncio.sleep(backoff)
 

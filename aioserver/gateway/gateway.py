@@ -95,17 +95,19 @@ class Gateway:
         *,
         face: str,
         hold: Hold | None = None,
+        background: bool = False,
     ) -> Stream:
         """Return the stream that answers *chat*: that of its request id, or a new one.
 
         *conversation* is its own if the chat names none. A new stream is cancelled if it gets no
-        reader before its window is over. *hold* is released here, unless this raises.
+        reader before its window is over, unless it runs in the *background*. *hold* is released
+        here, unless this raises.
 
         Raises:
             RequestConflict: the request id is known with another payload.
             ModelNotFound, NoProvider: no provider can be asked.
             ConcurrencyExceeded, RateLimitExceeded: the key has reached a limit of its own.
-            ServerAtCapacity: there is no room for another answer.
+            ServerAtCapacity: there is no room for another answer, or none in the background.
             ServerShutdown: the server is stopping.
         """
         key, digest = chat.request_id, chat.digest()
@@ -115,7 +117,9 @@ class Gateway:
             return existing
         route = self._router.route(chat.model, chat.provider)
         prompt = self._prompts.make(caller, chat, conversation, route, hold)
-        request = Request(route, prompt.request, face, key, key, digest, keeper=prompt)
+        request = Request(
+            route, prompt.request, face, key, key, digest, background=background, keeper=prompt
+        )
         try:
             stream = self._begin(request, self._router.fill)
         except BaseException:
@@ -276,6 +280,13 @@ class Gateway:
             provider.refuse(shutdown_error)
         self.lifetime.drain(shutdown_error)
 
+    async def finish_background(self, seconds: float) -> None:
+        """Wait for the answers in the background, for *seconds* at most: once they have ended, the
+        other instances have them. Without any, nobody could come back for one.
+        """
+        if self.instances is not None:
+            await self.lifetime.finish_background(seconds)
+
     async def close(self) -> None:
         """End every answer with `ServerShutdown`, and wait for their producers."""
         self._stopping = True
@@ -334,7 +345,12 @@ class Gateway:
         A log that nobody can come back to is private, and its window is 0: see streams/store.py.
         """
         self._check_running()
-        caller, resumable = request.caller, request.resumable
+        caller, resumable, window = request.caller, request.resumable, 0.0
+        if request.background:
+            self.lifetime.check_background()
+            window = self.lifetime.background_window
+        elif resumable:
+            window = self._bounds.resume_window
         name = (request.key or uuid.uuid4().hex) if resumable else request.name
         request.begin()
         stream = producer = None
@@ -342,7 +358,7 @@ class Gateway:
             stream = self._streams.open(
                 name,
                 caller,
-                window=self._bounds.resume_window if resumable else 0.0,
+                window=window,
                 digest=request.digest,
                 private=not resumable,
                 outcome=request.provider_request.outcome,
@@ -352,6 +368,9 @@ class Gateway:
                 stream.events = api.events()
             stream.record = request.begin_record(self._request_log)
             stream.held = request.provider_request.answer_bytes = self._streams.hold()
+            if request.background:
+                request.provider_request.background = True
+                self.lifetime.run_in_background(stream)
             producer = produce(request, stream)
             self._start(stream, request, producer)
         except BaseException:
@@ -361,6 +380,7 @@ class Gateway:
             request.forget_turn()
             request.release()
             if stream is not None:
+                self.lifetime.leave_background(stream)
                 self._streams.drop(stream)
             raise
         return stream

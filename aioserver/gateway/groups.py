@@ -279,6 +279,23 @@ class Group:
         fallback: bool,
     ) -> tuple[Member, Place]:
         """Return the first place that a member offers, *among* these in their order."""
+        while True:
+            offer = await self._offer(among, attempts, delays, more, fallback=fallback)
+            if offer is not None:
+                return offer
+            # One in the background has its permit now, and may still have to wait for its place.
+            among = [*among, *(member for member in attempts if member not in among)]
+
+    async def _offer(
+        self,
+        among: Sequence[Member],
+        attempts: Mapping[Member, Attempt],
+        delays: Mapping[Member, float],
+        more: Callable[[], Mapping[Member, Attempt]],
+        *,
+        fallback: bool,
+    ) -> tuple[Member, Place] | None:
+        """Return a place, as `_offered`; None if a permit has come."""
         refusals: list[ProviderFault] = []
         ready: list[Member] = []
         cooling: list[Member] = []
@@ -315,8 +332,10 @@ class Group:
         attempts: dict[Member, Attempt],
         delays: Mapping[Member, float],
         more: Callable[[], Mapping[Member, Attempt]],
-    ) -> tuple[Member, Place]:
-        """Stand in the line of each member until one starts the request."""
+    ) -> tuple[Member, Place] | None:
+        """Stand in the line of each member until one starts the request; None if it has given a
+        permit.
+        """
         first = next(iter(attempts.values()))
         caller = first.request.caller
         show_position = first.stream is not None and not first.request.whole
@@ -325,7 +344,7 @@ class Group:
             caller.subflow,
             weight=caller.priority,
             on_position=first.queued if show_position else None,
-            at_front=first.retry,
+            at_front=first.retry or any(attempt.permit for attempt in attempts.values()),
             batch=first.request.batch,
         )
         waiting = Waiting(lines, attempts, more, self._clock())
@@ -349,4 +368,4 @@ class Group:
                 own = place if member is winner else None
                 began = waiting.since.get(member, waiting.began)
                 member.provider.waited(attempts[member], wish, began, own)
-        return winner, place
+        return None if attempts[winner].permit is place else (winner, place)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aioserver.gateway.homes import measured
 from aioserver.provider_errors import CircuitOpen, ContextTooLong, NoProvider, ProviderFault
 from aioserver.providers.outage import WAIT
+from aioserver.streams.ending import run_all
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from aioserver.gateway.groups import Group
     from aioserver.gateway.homes import Homes, Placement
@@ -159,11 +161,16 @@ class Round:
             )
             self.chosen = member
         finally:
+            held: list[Callable[[], object]] = []
             for each, made in attempts.items():
                 self._waited[each] = made.waited
+                if made.permit is not None and each is not self.chosen:
+                    held.append(made.release_permit)
             if trial is not None and self.chosen is not trial:
                 # It has started elsewhere, or nowhere.
-                trial.provider.health.breaker.unsure(trial=True)
+                held.append(partial(trial.provider.health.breaker.unsure, trial=True))
+            if held:
+                run_all(held)
         return attempts[member], place
 
     def repeat(self) -> None:

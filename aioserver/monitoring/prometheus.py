@@ -91,6 +91,11 @@ _GAUGES: tuple[Gauge[Snapshot], ...] = (
         "Answers under way without a reader",
     ),
     Gauge(
+        "streams_background",
+        lambda s: s["streams"]["background"],
+        "Answers that run in the background, or wait to",
+    ),
+    Gauge(
         "stored_responses",
         lambda s: s["streams"]["responses"],
         "Responses that can be continued by their ids",
@@ -128,6 +133,16 @@ _PROVIDER_GAUGES: tuple[tuple[str, Callable[[ProviderState], float], str], ...] 
     ("provider_in_flight", lambda p: p["in_flight"], "Requests in flight"),
     ("provider_limit", lambda p: p["limit"], "concurrent_requests"),
     ("provider_waiting", lambda p: p["waiting"], "Requests in the provider's queue"),
+    (
+        "provider_background",
+        lambda p: p["background"]["running"],
+        "Answers in the background that have a place, or are the next to get one",
+    ),
+    (
+        "provider_background_waiting",
+        lambda p: p["background"]["waiting"],
+        "Answers in the background that wait until others have ended",
+    ),
     (
         "provider_state",
         lambda p: STATES[::-1].index(p["state"]),

@@ -211,6 +211,7 @@ def _streams_state(sources: Sources) -> StreamsState:
     return {
         "detached": sources.lifetime.detached,
         "max_detached": sources.settings.chat.streams.max_detached,
+        "background": sources.lifetime.background,
         "finished": streams.finished,
         "responses": streams.responses,
         "bytes": streams.bytes,
@@ -251,6 +252,7 @@ def _provider_state(
         else {"interval": trials.interval, "row": trials.row, "needed": trials.needed},
         "flagged": state.flagged,
         "retries": _sum(meter.retries),
+        "background": {"running": state.background[0], "waiting": state.background[1]},
         "retry_budget": {
             "used": state.budget.used,
             "limit": state.budget.limit,

@@ -107,6 +107,7 @@ class StreamsState(TypedDict):
 
     detached: Annotated[int, SUM]
     max_detached: Annotated[int, SUM]
+    background: Annotated[int, SUM]
     finished: Annotated[int, SUM]
     responses: Annotated[int, SUM]
     bytes: Annotated[int, SUM]
@@ -119,6 +120,15 @@ class PoolState(TypedDict):
     open: Annotated[int, SUM]
     idle: Annotated[int, SUM]
     limit: Annotated[int, OWN]
+    waiting: Annotated[int, SUM]
+
+
+class BackgroundState(TypedDict):
+    """The answers in the background at one provider: those that have a place or are the next to
+    get one, and those that wait until others have ended.
+    """
+
+    running: Annotated[int, SUM]
     waiting: Annotated[int, SUM]
 
 
@@ -210,6 +220,7 @@ class ProviderState(TypedDict):
     flagged: Annotated[bool, ANY]
     retries: Annotated[int, SUM]
     retry_budget: RetryBudgetState
+    background: BackgroundState
     failovers: Annotated[int, SUM]
     continued: ContinuedState
     requests: Annotated[int, SUM]

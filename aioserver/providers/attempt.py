@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping
 
     from aioserver.config import settings
+    from aioserver.limits.gate import Place
     from aioserver.protocol.said import Said, Tokens
     from aioserver.providers.api import Api, Memory
     from aioserver.providers.backpressure import Backpressure
@@ -124,6 +125,7 @@ class Attempt:
         "headers",
         "hop",
         "model",
+        "permit",
         "pool",
         "prepared",
         "provider",
@@ -160,6 +162,8 @@ class Attempt:
         # Whether this is a trial of a sick or dead provider, whose end the breaker does not know
         # yet.
         self.trial = False
+        # What an answer in the background needs beside its place.
+        self.permit: Place | None = None
         # When the attempt got its place.
         self.began = 0.0
         self.answered = False
@@ -220,7 +224,25 @@ class Attempt:
         reads.
         """
         stream = self.stream
-        return stream is not None and (stream.sent or self.rejoin) and not stream.readers
+        if stream is None or stream.readers or stream.background:
+            return False
+        return stream.sent or self.rejoin
+
+    @property
+    def background(self) -> bool:
+        """Whether it needs a permit for its place: its answer runs in the background."""
+        return self.request.background
+
+    def release_permit(self) -> None:
+        """Give its permit back, if it has one; a second call does nothing."""
+        permit, self.permit = self.permit, None
+        if permit is not None:
+            permit.release()
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the answer is asked for as a stream of events."""
+        return self.request.streamed
 
     def ended(self) -> None:
         """Note that the place, if there was one, is given back."""
@@ -323,7 +345,7 @@ class Attempt:
             if request.reading is not None and not stream.answered_at:
                 request.reading.begin_anew()
         sink: Sink
-        if good and request.streamed and matches_type(headers, "text/event-stream"):
+        if good and self.streamed and matches_type(headers, "text/event-stream"):
             assert stream is not None, "a streamed answer has a log"
             sink = self.event_sink(stream)
         else:
@@ -383,7 +405,7 @@ class Attempt:
             return None
         body, headers = sink.body, self.headers
         request.api.check_status(self.provider.name, self.status, headers, body)
-        if request.streamed:
+        if self.streamed:
             raise ProviderBadResponse("the provider's answer is not an event stream")
         content = check_json(headers, body)
         reading = request.reading

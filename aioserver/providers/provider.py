@@ -102,6 +102,7 @@ class ProviderStats:
     trials: Trials | None
     silence: Silence
     budget: BudgetStats
+    background: tuple[int, int] = (0, 0)
 
 
 class Provider:
@@ -201,6 +202,10 @@ class Provider:
         record.queued_at = record.queued_at or self._clock()
         if self.settings.http_client.tokens_per_minute:
             attempt.expected_tokens = self._expected_tokens(attempt)
+        if attempt.background and attempt.permit is None:
+            attempt.permit = self._gate.permits.try_enter()
+            if attempt.permit is None:
+                return None
         request = attempt.request
         caller = request.caller
         return self._gate.try_enter(
@@ -213,9 +218,12 @@ class Provider:
         )
 
     def wish(self, attempt: Attempt, delay: float = 0.0) -> Wish:
-        """Return the wish of *attempt* for a place, to be waited for beside those of others from
-        after *delay* seconds on; `waited` is next.
+        """Return the wish of *attempt* for a place, or first for its permit, to be waited for
+        beside those of others from after *delay* seconds on; `waited` is next.
         """
+        if attempt.background and attempt.permit is None:
+            permits = self._gate.permits
+            return Wish(permits, delay=delay, may_fail_over=attempt.fallback)
         if self._gate.inside >= self._gate.limit and not self._gate.full:
             self._make_room()
         self.backpressure.end()
@@ -227,9 +235,17 @@ class Provider:
         return Wish(self._gate, cost, attempt.waited, delay, attempt.fallback, work)
 
     def waited(self, attempt: Attempt, wish: Wish, began: float, place: Place | None) -> None:
-        """Note that the wait that *began* then is over, with *place* or without one here."""
-        self._pending -= 1
+        """Note that the wait that *began* then is over, with *place* or without one here.
+
+        A permit is kept in *attempt*.
+        """
         now = self._clock()
+        if wish.gate is not self._gate:
+            if place is not None:
+                attempt.permit = place
+                attempt.request.record.waited(self.name, began, now)
+            return
+        self._pending -= 1
         attempt.waited += now - began
         if place is not None:
             attempt.expected_tokens = wish.cost
@@ -296,10 +312,14 @@ class Provider:
                             # The next request may start at once, and tell its client.
                             place.release()
                 finally:
-                    if self._drained is not None and not self._gate.inside:
-                        self._drained.set()
-                    self._ended(attempt, error, part)
-                    error = None  # its traceback leads here
+                    try:
+                        if attempt.permit is not None:
+                            attempt.release_permit()
+                    finally:
+                        if self._drained is not None and not self._gate.inside:
+                            self._drained.set()
+                        self._ended(attempt, error, part)
+                        error = None  # its traceback leads here
 
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer: *attempt* knows its status and headers now."""
@@ -373,6 +393,7 @@ class Provider:
             self.health.breaker.trials,
             measure(self.pools.exchanges(), now, self.meter.first_token),
             self.budget.stats(),
+            self._gate.background,
         )
 
     def refuse(self, error: Callable[[], AioserverError] | None = None) -> None:
@@ -391,6 +412,13 @@ class Provider:
         """
         waiting = self._gate.waiting if self._gate.inside >= self._gate.limit else 0
         return waiting + self._gate.waiting_elsewhere
+
+    @property
+    def background(self) -> tuple[int, int]:
+        """How many answers in the background have a place or are the next to get one, and how many
+        wait until others have ended.
+        """
+        return self._gate.background
 
     @property
     def places(self) -> tuple[int, int]:
@@ -466,7 +494,7 @@ class Provider:
                     record=record,
                     backpressure=attempt.backpressure or self.backpressure,
                 )
-                if limits.first_token_timeout is not None and attempt.request.streamed:
+                if limits.first_token_timeout is not None and attempt.streamed:
                     exchange.bound_first_token(
                         limits.first_token_timeout, lambda: attempt.answered
                     )
@@ -496,10 +524,29 @@ class Provider:
             finally:
                 attempt.received()
 
+    async def _wait_for_permit(self, attempt: Attempt) -> None:
+        """Wait for the permit that *attempt*, in the background, needs before it waits for a
+        place.
+        """
+        caller, record, began = attempt.request.caller, attempt.request.record, self._clock()
+        try:
+            attempt.permit = await self._gate.permits.enter(
+                caller.flow,
+                caller.subflow,
+                weight=caller.priority,
+                on_position=attempt.queued,
+                at_front=attempt.retry or attempt.rejoin,
+                may_fail_over=attempt.fallback,
+            )
+        finally:
+            record.waited(self.name, began, self._clock())
+
     async def _wait(self, attempt: Attempt) -> Place:
         """Wait in the queue for a place."""
         if self.absence.waits(attempt):
             await self.absence.begin(attempt)
+        if attempt.background and attempt.permit is None:
+            await self._wait_for_permit(attempt)
         if self._gate.inside >= self._gate.limit and not self._gate.full:
             # Not called if a place is free and only the pace delays the start, nor for a refusal.
             self._make_room()

@@ -5,6 +5,10 @@ back (`when_down: wait`), they stay in the queue meanwhile. A request whose atte
 is *parked* outside of the queue before it comes back to it, since the provider may be away and not
 be known as dead yet. A request whose attempt is under way may come back as well, so its room in
 the queue is kept.
+
+Answers in the *background* run for long, and nothing ends them for a request that waits. So they
+have half of the places at most: each needs a *permit* before it stands in the queue, and waits for
+that in a queue of its own, for longer than others wait.
 """
 
 from __future__ import annotations
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
 # An attempt that can fail over does so if nothing can start at its provider for more than these
 # seconds.
 FAILOVER_WAIT = 1.0
+# How many times as long as other requests one in the background waits, for its permit.
+BACKGROUND_PATIENCE = 10.0
 
 
 class TrialPlace(Place):
@@ -74,6 +80,62 @@ class TrialPlace(Place):
         super().release()
 
 
+def permits(places: int) -> int:
+    """Return how many of *places* answers in the background may have at once."""
+    return max(1, places // 2)
+
+
+class Permits(Gate):
+    """The permits of answers in the background for places of the provider *name*, which has these
+    *limits*.
+
+    Always: who waits for a permit takes room in the queue of the provider, at most half of it, as
+    far as there is *room*.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        limits: HttpClient,
+        room: Callable[[], Fraction | int],
+        clock: Callable[[], float],
+    ) -> None:
+        self._room = room
+        queue_size, queue_timeout = _background_queue(limits)
+        super().__init__(
+            permits(limits.concurrent_requests),
+            queue_size=queue_size,
+            queue_timeout=queue_timeout,
+            full_error=lambda wait: ProviderQueueFull(
+                f"{self.waiting} answers in the background wait for {name} already",
+                retry_after=wait,
+            ),
+            timeout_error=lambda wait: ProviderQueueTimeout(
+                f"no place for an answer in the background at {name} "
+                f"within {self._queue_timeout} s",
+                retry_after=wait,
+            ),
+            clock=clock,
+        )
+
+    def apply_limits(self, limits: HttpClient) -> None:
+        """Use new limits. Permits that are taken stay taken."""
+        queue_size, queue_timeout = _background_queue(limits)
+        places = permits(limits.concurrent_requests)
+        self.apply(places, queue_size=queue_size, queue_timeout=queue_timeout)
+
+    @property
+    def room(self) -> Fraction | int:
+        """For how many more requests there is room."""
+        return min(super().room, self._room())
+
+    def refuse_movable(self, error: Callable[[], AioserverError]) -> None:
+        """Refuse every waiter that another provider can answer."""
+        for waiter in list(self._queue):
+            if waiter.may_fail_over:
+                self._refuse(waiter, error)
+
+
 class ProviderGate(Gate):
     """The gate of the provider *name*, which opens as the breaker of its *health* allows.
 
@@ -103,6 +165,8 @@ class ProviderGate(Gate):
         # The attempts under way whose requests have waited, and come back if the provider is still
         # away; and the waiters that such attempts begin with, until their tasks go on.
         self._returning: set[Hashable] = set()
+        # None before the first request in the background.
+        self._permits: Permits | None = None
         self.pace = Pace(
             limits.requests_per_minute,
             _burst(limits),
@@ -137,9 +201,26 @@ class ProviderGate(Gate):
             )
         return ProviderPaced(text, retry_after=wait)
 
+    @property
+    def permits(self) -> Permits:
+        """What answers in the background need for their places."""
+        if self._permits is None:
+            self._permits = self._make_permits()
+        return self._permits
+
+    def _make_permits(self) -> Permits:
+        return Permits(self._name, self._limits, lambda: self.room, self._clock)
+
+    @property
+    def background(self) -> tuple[int, int]:
+        """How many answers in the background have a permit, and how many wait for one."""
+        return (0, 0) if self._permits is None else (self._permits.inside, self._permits.waiting)
+
     def apply_limits(self, limits: HttpClient) -> None:
         """Use new limits. Places that are taken stay taken, and starts stay counted."""
         self._limits = limits
+        if self._permits is not None:
+            self._permits.apply_limits(limits)
         self.pace.apply(
             limits.requests_per_minute, _burst(limits), tokens_per_minute=limits.tokens_per_minute
         )
@@ -158,6 +239,12 @@ class ProviderGate(Gate):
     def room(self) -> Fraction | int:
         """For how many more requests there is room, beside those that may come back."""
         return super().room - len(self._returning)
+
+    @property
+    def crowd(self) -> Fraction | int:
+        """How much of the queue's room is taken, by those that wait for a permit, too."""
+        waiting = super().crowd
+        return waiting if self._permits is None else waiting + self._permits.crowd
 
     def check_room(self, *, batch: bool = False) -> None:
         """Refuse one more request that would wait, if the queue is full for its class.
@@ -222,8 +309,12 @@ class ProviderGate(Gate):
             for waiter in self._waiters():
                 if waiter.may_fail_over:
                     self._refuse(waiter, error)
+            if self._permits is not None:
+                self._permits.refuse_movable(error)
             return
         super().refuse_waiting(error)
+        if self._permits is not None:
+            self._permits.refuse_waiting(error)
         for over in self._parked:
             if not over.done():
                 self._refused += 1
@@ -285,6 +376,11 @@ class ProviderGate(Gate):
 def _settle(over: asyncio.Future[None]) -> None:
     if not over.done():
         over.set_result(None)
+
+
+def _background_queue(limits: HttpClient) -> tuple[int, float]:
+    """Return the `queue_size` and the `queue_timeout` of requests that wait for a permit."""
+    return (limits.queue_size + 1) // 2, BACKGROUND_PATIENCE * limits.queue_timeout
 
 
 def _burst(limits: HttpClient) -> int:

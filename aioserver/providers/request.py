@@ -70,8 +70,9 @@ class ProviderRequest:
 
     *size* has the bytes of it that are known before a body is made, and *max_answer* the tokens
     that its answer may have by its own word, None without one: what its `estimate` is made of, once
-    it is about to wait. A *batch* request uses what others leave. Moments of the loop's clock:
-    its first attempt is sent by *start_by*, and its answer has ended by *deadline*.
+    it is about to wait. A *batch* request uses what others leave, and an answer in the *background*
+    runs to its end without a reader. Moments of the loop's clock: its first attempt is sent by
+    *start_by*, and its answer has ended by *deadline*.
     """
 
     # Whether its tokens can be estimated before it starts.
@@ -82,6 +83,7 @@ class ProviderRequest:
         "_kept_bytes",
         "answer_bytes",
         "api",
+        "background",
         "body",
         "caller",
         "client_headers",
@@ -133,7 +135,7 @@ class ProviderRequest:
         self.record.trace_id = client_headers.trace_id
         # Counts the bytes of an answer that is collected.
         self.answer_bytes: HeldBytes | None = None
-        self.keeps_body = False
+        self.keeps_body = self.background = False
         self._hold = hold
         self._kept_bytes = kept_bytes
 

@@ -182,8 +182,8 @@ class Runner(web.AppRunner):
         First the server is not ready, but still takes work (`drain_delay`). Then it accepts no
         more connections and refuses new work: requests that wait are refused, idle connections
         close, and answers without a reader end. The other answers have `shutdown_timeout` to
-        finish, and each connection ends with its last response. Answers that are left after that
-        end with `server_shutdown`, within FAREWELL seconds.
+        finish, and each connection ends with its last response. Those in the background have it,
+        too, where other instances go on to keep them. Answers that are left after that end with `server_shutdown`, within FAREWELL seconds.
 
         WebSockets close here, and not in aiohttp's own shutdown: once that begins, aiohttp drops
         all incoming data, and each close handshake would last for its whole timeout.
@@ -207,7 +207,10 @@ class Runner(web.AppRunner):
             await asyncio.sleep(LAST_CALL + LAST_REQUESTS)
             grace -= await self._queues_empty(grace / 2)
         self._owner.drain()
+        began = asyncio.get_running_loop().time()
         await connections.wait_closed(grace)
+        grace -= asyncio.get_running_loop().time() - began
+        await context.gateway.finish_background(grace)
         await context.gateway.close()
         await connections.disconnect(FAREWELL)
 

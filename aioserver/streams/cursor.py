@@ -1,4 +1,4 @@
-"""The readers of a log: the cursor of a client, and a reader that waits for a condition.
+"""The readers of a log: the cursor of a client, and those that wait for a condition.
 
 A log keeps no list of what each of its readers must still get. A reader is an index into the log,
 and what it has not seen yet is rendered when its writer has room for it.
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from aioserver.protocol.openai import Shape
     from aioserver.streams.contracts import Path, Queued
+    from aioserver.streams.entries import Entry
     from aioserver.streams.formats import Format
     from aioserver.streams.stream import Stream
 
@@ -234,3 +235,18 @@ class ConditionReader:
         """Stop following the stream; a second call does nothing."""
         if self in self._stream.readers:
             self._stream.remove_reader(self)
+
+
+class CollectingReader(ConditionReader):
+    """A reader that collects all *entries* of its stream, and waits for its end."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.entries: list[Entry] = []
+        super().__init__(stream, lambda stream: stream.ended)
+
+    def notify(self) -> None:
+        """Collect what is new."""
+        stream = self._stream
+        self.entries += stream.entries[max(0, self.next_index - stream.offset) :]
+        self.next_index = stream.offset + len(stream.entries)
+        super().notify()

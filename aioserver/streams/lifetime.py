@@ -9,6 +9,11 @@ a stream that loses its last reader while others wait gives way at once: an answ
 reads never costs a client that waits. A request that has to wait until its provider is back counts
 as not sent again, so it ends if its client has left. A stream that has ended is kept for its
 window.
+
+A stream in the *background* runs to its end, whether anybody reads it or not: its client has asked
+for that, and comes back for the answer later. None of the above ends it, so it has bounds of its
+own: there are at most half as many as `max_detached`, and they have at most half of a provider's
+places (providers/queueing.py).
 """
 
 from __future__ import annotations
@@ -17,11 +22,12 @@ import asyncio
 from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
+from aioserver.errors import ServerAtCapacity
 from aioserver.limits.shares import Shares
 from aioserver.streams.store import StoreObserver, StreamStore, owner_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Iterable
 
     from aioserver.config import settings
     from aioserver.errors import AioserverError
@@ -29,6 +35,9 @@ if TYPE_CHECKING:
 
 # Seconds between two sweeps of the streams that have ended: one sweep removes all that are due.
 MIN_SWEEP_INTERVAL = 0.05
+# Seconds after which a client may come back that wants one more answer in the background: these
+# take long.
+BACKGROUND_RETRY = 15.0
 
 
 class Lifetime(StoreObserver):
@@ -37,7 +46,8 @@ class Lifetime(StoreObserver):
     It has to learn of each reader that comes or leaves.
 
     Always: a stream in `_detached` runs, has no reader, and has a timer. Its request was sent,
-    unless a client began it without reading it.
+    unless a client began it without reading it. A stream in `_background` runs, and is in
+    `_detached` never.
 
     *on_alias* is called with each stream that is found by another name, too.
     """
@@ -61,8 +71,11 @@ class Lifetime(StoreObserver):
         # The streams that run without a reader: whether the last one has left, or none has come
         # yet.
         self._detached: OrderedDict[Stream, bool] = OrderedDict()
-        # Ended streams with the loop's time at which to forget each, the next one in front.
-        self._kept: OrderedDict[Stream, float] = OrderedDict()
+        # The streams that run in the background, the oldest first.
+        self._background: dict[Stream, None] = {}
+        # Ended streams with the loop's time at which to forget each, by their windows, and of each
+        # window the next one in front.
+        self._kept: dict[float, OrderedDict[Stream, float]] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         # Makes the error of what nobody reads, once the server drains.
         self._drained: Callable[[], AioserverError] | None = None
@@ -71,6 +84,46 @@ class Lifetime(StoreObserver):
     def detached(self) -> int:
         """The number of streams that run without a reader."""
         return len(self._detached)
+
+    @property
+    def background(self) -> int:
+        """The number of streams that run in the background, or wait to."""
+        return len(self._background)
+
+    @property
+    def background_window(self) -> float:
+        """The seconds for which an answer is kept that has run in the background."""
+        return max(self._bounds.store_window, self._bounds.resume_window)
+
+    def check_background(self) -> None:
+        """Refuse one more stream in the background, if there are too many.
+
+        Raises:
+            ServerAtCapacity: there are.
+        """
+        limit = (self._bounds.max_detached + 1) // 2
+        if len(self._background) >= limit:
+            raise ServerAtCapacity(
+                f"{limit} answers run in the background already: half of "
+                f"chat.streams.max_detached={self._bounds.max_detached}",
+                retry_after=BACKGROUND_RETRY,
+            )
+
+    def run_in_background(self, stream: Stream) -> None:
+        """Let *stream*, which begins, run to its end, whether anybody reads it or not."""
+        stream.background = True
+        self._background[stream] = None
+
+    async def finish_background(self, seconds: float) -> None:
+        """Wait until nothing runs in the background, for *seconds* at most."""
+        tasks = [stream.producer for stream in self._background if stream.producer is not None]
+        if tasks and seconds > 0:
+            await asyncio.wait(tasks, timeout=seconds)
+
+    def leave_background(self, stream: Stream) -> None:
+        """Let *stream* live by its readers again: another instance has the answer."""
+        stream.background = False
+        self._background.pop(stream, None)
 
     def apply(self, bounds: settings.Streams) -> None:
         """Use new bounds; a stream keeps the window that it began with."""
@@ -83,10 +136,12 @@ class Lifetime(StoreObserver):
     def drain(self, reason: Callable[[], AioserverError]) -> None:
         """End every stream that nobody reads, now and from now on, with an error that *reason*
         makes: its client may be about to read it, and has cancelled nothing.
+
+        One in the background has as much time as those that are read.
         """
         self._drained = reason
         for stream in self.store.running():
-            if not stream.readers:
+            if not (stream.readers or stream.background):
                 stream.cancel_reason = reason()
                 self.end(stream)
 
@@ -106,6 +161,8 @@ class Lifetime(StoreObserver):
                 self.store.drop(stream)
             else:
                 self.store.note_unread()
+        elif stream.background:
+            return
         elif not stream.sent or stream.window <= 0:
             self.end(stream)
         elif self._drained is not None:
@@ -144,7 +201,7 @@ class Lifetime(StoreObserver):
 
         *left* says that the last one has left.
         """
-        if stream.ended or stream in self._detached:
+        if stream.ended or stream.background or stream in self._detached:
             return
         self._detached[stream] = left
         stream.timer = self._loop.call_later(stream.window, self.end, stream)
@@ -157,7 +214,7 @@ class Lifetime(StoreObserver):
         """Cancel *stream*, with readers or without; *abandoned*: because nobody reads it."""
         self._leave_detached(stream)
         stream.abandoned = abandoned
-        if abandoned and not (stream.sent or stream.answered):
+        if abandoned and not (stream.sent or stream.answered or stream.background):
             # Nothing has begun. As a log it would tell a client that comes back, and has cancelled
             # nothing, that its answer was cancelled.
             self.store.unname(stream)
@@ -216,25 +273,40 @@ class Lifetime(StoreObserver):
 
     def dropped(self, stream: Stream) -> None:
         """Hear that *stream* is kept no longer, perhaps for want of room."""
-        self._kept.pop(stream, None)
+        for kept in self._kept.values():
+            # Its window may be another one by now.
+            kept.pop(stream, None)
 
     def crowded(self, size: int) -> None:
-        """End detached streams that keep *size* bytes, to make room: of the owner whose detached
-        streams keep most the oldest, again and again.
+        """End detached streams that keep *size* bytes, to make room, and then those in the
+        background: of the owner whose streams keep most the oldest, again and again.
+        """
+        for streams in (self._detached, self._background):
+            size = self._end_largest(streams, size)
+
+    def _end_largest(self, streams: Iterable[Stream], size: int) -> int:
+        """End those of *streams* that keep *size* bytes; return how many bytes more there are to
+        find.
         """
         shares: Shares[Hashable] = Shares()
         oldest: dict[Hashable, deque[Stream]] = {}
-        for stream in self._detached:
+        for stream in streams:
             owner = owner_of(stream.caller)
             oldest.setdefault(owner, deque()).append(stream)
             shares.add(owner, stream.kept_bytes)
         for owner in shares.largest_first():
             if size <= 0:
-                return
+                break
             stream = oldest[owner].popleft()
             size -= stream.kept_bytes
             shares.add(owner, -stream.kept_bytes)
+            if stream.background:
+                # Its client has cancelled nothing.
+                stream.cancel_reason = ServerAtCapacity(
+                    "there was no room for this answer any more", retry_after=BACKGROUND_RETRY
+                )
             self.end(stream)
+        return size
 
     def finished(self, stream: Stream) -> None:
         """Hear that *stream* has its last event."""
@@ -242,25 +314,37 @@ class Lifetime(StoreObserver):
         if not expected:
             self._leave_detached(stream)
         self._giving_way.discard(stream)
+        if stream.background:
+            self._background.pop(stream, None)
         if stream.window > 0:
-            self._kept[stream] = self._loop.time() + stream.window
-            if self._sweeper is None:
-                self._sweeper = self._loop.call_later(stream.window, self._sweep)
+            due = self._loop.time() + stream.window
+            self._kept.setdefault(stream.window, OrderedDict())[stream] = due
+            self._sweep_at(due)
         elif not (stream.readers or expected):
             self.store.drop(stream)
+
+    def _sweep_at(self, due: float) -> None:
+        """Let the next sweep come at *due*, a time of the loop, at the latest."""
+        if self._sweeper is not None:
+            if self._sweeper.when() <= due:
+                return
+            self._sweeper.cancel()
+        self._sweeper = self._loop.call_at(due, self._sweep)
 
     def _sweep(self) -> None:
         """Forget the streams that were kept for their windows. One timer serves all of them."""
         self._sweeper = None
         now = self._loop.time()
-        while self._kept and next(iter(self._kept.values())) <= now:
-            stream, _ = self._kept.popitem(last=False)
-            if stream.readers:
-                # A slow reader has not read the end yet: keep the stream for another window, at
-                # least 1 s.
-                self._kept[stream] = now + max(stream.window, 1.0)
+        for window, kept in list(self._kept.items()):
+            while kept and next(iter(kept.values())) <= now:
+                stream, _ = kept.popitem(last=False)
+                if stream.readers:
+                    # A slow reader has not read the end yet: keep the stream for another window,
+                    # at least 1 s.
+                    kept[stream] = now + max(window, 1.0)
+                else:
+                    self.store.drop(stream)
+            if kept:
+                self._sweep_at(max(now + MIN_SWEEP_INTERVAL, next(iter(kept.values()))))
             else:
-                self.store.drop(stream)
-        if self._kept:
-            delay = max(MIN_SWEEP_INTERVAL, next(iter(self._kept.values())) - now)
-            self._sweeper = self._loop.call_later(delay, self._sweep)
+                del self._kept[window]

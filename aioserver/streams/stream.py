@@ -169,6 +169,7 @@ class Stream:
         "answered_at",
         "api",
         "attempt",
+        "background",
         "bytes",
         "caller",
         "cancel_reason",
@@ -276,6 +277,8 @@ class Stream:
         self.held: Held | None = None
         # A second name by which the log is found.
         self.alias: str | None = None
+        # Whether it runs to its end without a reader, in bounds of its own.
+        self.background = False
         # Runs while the log is detached, and cancels it when its window is over.
         self.timer: asyncio.TimerHandle | None = None
         # Whether the log was cancelled because nobody read it.

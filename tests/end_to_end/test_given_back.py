@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 TAKES = re.compile(
     r"(\btry_enter|\b_?gate\.enter|admission\.(wait|connect|hold)|quota\.(take|begin|connect|used)"
     r"|budget\.reserve|_?(minute|day)\.reserve|request\.begin"
+    r"|permits\.enter|run_in_background"
     r"|_streams\.(open|open_mirror|hold)|pool\.(take|connect)|_connections\.(take|open_one)|_connector\.connect"
     r"|breaker\.start(_spared)?|_?group\.trial|\bSocketPlace|\bVisit|_make_hold|responses\.hold|gateway\.hold|\b_place\.enter"
-    r"|\bself\.offer|provider\.(offer|wish)|lines\.wait|group\.start|round_\.start|self\._offered|_passed_start)$"
+    r"|\bself\.offer|provider\.(offer|wish)|lines\.wait|group\.start|round_\.start|self\._offered|self\._offer"
+    r"|_passed_start)$"
 )
 COUNTS = re.compile(
     r"\b(_inside|running|connections\.value|connections|_trials|_pending|_opening|_body_bytes|refused_closing|_?reserved)$"
@@ -79,9 +81,11 @@ providers.pool Pool._wait
 providers.pool Pool.connect
 providers.pool Pool.take
 providers.provider Provider._wait
+providers.provider Provider._wait_for_permit
 providers.provider Provider.offer
 providers.provider Provider.run
 providers.provider Provider.wish
+gateway.groups Group._offer
 gateway.groups Group._offered
 gateway.groups Group._wait
 gateway.groups Group.start
@@ -261,6 +265,13 @@ async def sse(server: RunningServer, headers: dict[str, str], name: str) -> None
     await _post(server, server.sse, headers, {"request_id": name, "text": "Hello"})
 
 
+async def background(server: RunningServer, headers: dict[str, str], name: str) -> None:
+    body: dict[str, Any] = {"request_id": name, "text": "Hello"}
+    await _post(server, server.sse, {**headers, "Prefer": "respond-async"}, body)
+    body = {"input": "Hello", "model": "pair", "background": True}
+    await _post(server, f"{server.v1}/responses", headers, body)
+
+
 async def websocket(server: RunningServer, headers: dict[str, str], name: str) -> None:
     async with server.connect(headers=headers) as ws:
         await ws.send_json(chat(name))
@@ -292,6 +303,7 @@ FACES = (
     messages,
     passed,
     sse,
+    background,
     websocket,
     response_socket,
     session,

@@ -8,6 +8,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from yarl import URL
 
 from aioserver.providers.breaker import TRIAL_INTERVAL
 from aioserver.wings.simulator.exchange import Behaviour
@@ -267,7 +268,7 @@ async def test_an_answer_that_is_to_be_fetched_later_waits_for_an_engine_that_lo
     await away.come(server.simulator.port)
     await ask_for_later(server, "r1")
     await server.simulator.until(lambda stats: stats.requests > 1)
-    assert server.held()["detached"] == 1
+    assert server.held()["background"] == 1
 
     server.simulator.behaviour = QUICK
 
@@ -276,7 +277,7 @@ async def test_an_answer_that_is_to_be_fetched_later_waits_for_an_engine_that_lo
     await server.nothing_held()
 
 
-async def test_an_answer_that_nobody_reads_gives_way_when_it_has_waited(
+async def test_an_answer_in_the_background_does_not_give_way_when_it_has_waited(
     make_server: MakeServer, away: AbsentProvider
 ) -> None:
     # It is parked for 2 s, so that the others come before it is back.
@@ -296,8 +297,13 @@ async def test_an_answer_that_nobody_reads_gives_way_when_it_has_waited(
             assert frame["status"] == "queued"
             frame = await ws.receive_json()
 
-        # The place is free.
+        # The place is free, and the next one to get it is that in front.
         raw.close()
+        await until(lambda: server.provider_of("far").stats().background == (1, 0))
+        await server.simulator.until(lambda stats: stats.aborted == 1 and stats.active == 1)
+        url = URL(f"{server.sse}/nobody%20reads%20it", encoded=True)
+        async with server.session.delete(url) as response:
+            assert response.status == 204
 
         while frame["status"] == "queued":
             frame = await ws.receive_json()

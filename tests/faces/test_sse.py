@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from typing import TYPE_CHECKING, Any
+from unittest.mock import ANY
 from urllib.parse import quote
 
 import pytest
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 
 ASK = {"request_id": "r1", "text": "Hello"}
+ASYNC = {"Prefer": "respond-async"}
 
 
 async def test_a_post_streams_the_frames_of_the_websocket_face(server: RunningServer) -> None:
@@ -73,16 +75,92 @@ async def test_respond_async_says_where_the_answer_is(make_server: MakeServer) -
     assert server.simulator.stats().requests == 1
 
 
-async def test_an_answer_that_nobody_comes_for_ends_with_its_window(
+async def test_an_answer_whose_client_has_left_ends_with_its_window(
     make_server: MakeServer,
 ) -> None:
     server = await make_server(SILENT, **{"chat.streams.resume_window": 0.2})
-    headers = {"Prefer": "respond-async"}
-    async with server.session.post(server.sse, json=ASK, headers=headers) as response:
-        assert response.status == 202
+    async with server.session.post(server.sse, json=ASK):
+        await server.simulator.until(lambda stats: stats.active == 1)
 
     await server.simulator.until(lambda stats: stats.aborted == 1)
     await server.nothing_held()
+
+
+async def state_of(server: RunningServer, name: str = "r1") -> dict[str, Any]:
+    """How far an answer is."""
+    headers = {"Accept": "application/json"}
+    async with server.session.get(f"{server.sse}/{name}", headers=headers) as response:
+        assert response.status == 200
+        return dict(await response.json())
+
+
+async def test_respond_async_runs_to_its_end_without_a_reader(make_server: MakeServer) -> None:
+    server = await make_server(
+        PACED, **{"chat.streams.resume_window": 0.05, "chat.streams.max_detached": 1}
+    )
+    async with server.session.post(server.sse, json=ASK, headers=ASYNC) as response:
+        assert response.status == 202
+    await server.simulator.until(lambda stats: stats.active == 1)
+    running = await state_of(server)
+    await until(lambda: not server.held()["running"])
+    final = await state_of(server)
+    frames = await whole(server, "r1")
+
+    assert running == {"request_id": "r1", "status": "running", "last_event_id": ANY}
+    assert "text" not in running
+    assert final == {
+        "request_id": "r1",
+        "status": "complete",
+        "last_event_id": len(frames),
+        "text": text_of(frames),
+    }
+    assert final["text"]
+    assert server.simulator.stats().aborted == 0
+
+
+async def test_respond_async_waits_behind_half_of_the_places(make_server: MakeServer) -> None:
+    server = await make_server(SLOW, **{"llm.providers.sim.http_client.concurrent_requests": 2})
+    for name in ("r1", "r2"):
+        ask = {**ASK, "request_id": name}
+        async with server.session.post(server.sse, json=ask, headers=ASYNC) as response:
+            assert response.status == 202
+    await server.simulator.until(lambda stats: stats.active == 1)
+    server.simulator.behaviour = QUICK
+    async with server.session.post(server.sse, json={**ASK, "request_id": "r3"}) as response:
+        assert (await read_frames(response))[-1]["status"] == "complete"
+
+    states = [await state_of(server, name) for name in ("r1", "r2")]
+    assert [state["status"] for state in states] == ["running", "queued"]
+    async with server.session.delete(f"{server.sse}/r1") as response:
+        assert response.status == 204
+    await until(lambda: not server.held()["running"])
+    states = [await state_of(server, name) for name in ("r1", "r2")]
+    assert [state["status"] for state in states] == ["cancelled", "complete"]
+
+
+async def test_there_are_half_as_many_in_the_background_as_without_a_reader(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(SILENT, **{"chat.streams.max_detached": 2})
+    for name, status in (("r1", 202), ("r2", 503)):
+        ask = {**ASK, "request_id": name}
+        async with server.session.post(server.sse, json=ask, headers=ASYNC) as response:
+            assert response.status == status
+            assert ("Retry-After" in response.headers) == (status == 503)
+    async with server.session.delete(f"{server.sse}/r1") as response:
+        assert response.status == 204
+
+
+async def test_an_answer_that_failed_in_the_background_says_how(make_server: MakeServer) -> None:
+    server = await make_server(Behaviour(ttft=0, fail_rate=1.0))
+    async with server.session.post(server.sse, json=ASK, headers=ASYNC) as response:
+        assert response.status == 202
+    await until(lambda: not server.held()["running"])
+
+    state = await state_of(server)
+
+    assert (state["status"], state["text"]) == ("error", "")
+    assert state["error"]["code"] == "provider_error"
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -409,12 +487,10 @@ async def test_turns_over_sse_share_a_conversation_by_its_id(server: RunningServ
 
 async def test_an_answer_for_nobody_does_not_hold_up_a_later_one(make_server: MakeServer) -> None:
     server = await make_server(SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1})
-    headers = {"Prefer": "respond-async"}
-    async with server.session.post(server.sse, json=ASK, headers=headers) as response:
-        assert response.status == 202
-    await server.simulator.until(lambda stats: stats.active == 1)
+    async with server.session.post(server.sse, json=ASK):
+        await server.simulator.until(lambda stats: stats.active == 1)
     server.simulator.behaviour = QUICK
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         async with server.session.post(server.sse, json={**ASK, "request_id": "r2"}) as response:
             frames = await read_frames(response)
 

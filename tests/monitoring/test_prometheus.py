@@ -18,6 +18,7 @@ def snapshot(**process: int | None) -> Any:
         "in_flight": 1,
         "limit": 2,
         "waiting": 3,
+        "background": {"running": 2, "waiting": 21},
         "state": "sick",
         "retry_budget": {"used": 7, "limit": 10, "refused": 0},
         "silent": {"longest": 2.5, "stalled": 3, "unanswered": 1, "under_way": 9},
@@ -32,7 +33,13 @@ def snapshot(**process: int | None) -> Any:
             "waiting_by_face": {"sse": 9, "openai": 10},
         },
         "requests": {"running": 11},
-        "streams": {"detached": 12, "responses": 20, "bytes": 13, "max_bytes": 14},
+        "streams": {
+            "detached": 12,
+            "background": 22,
+            "responses": 20,
+            "bytes": 13,
+            "max_bytes": 14,
+        },
         "history": {"waiting": 19, "trouble": {"kind": "full"}},
         "providers": {
             "groq": groq,

@@ -134,7 +134,8 @@ class Deadlines:
         them.
         """
         lifetime = self._server.context.gateway.lifetime
-        for stream, due in lifetime._kept.items():
-            if not stream.readers and Clock.now > due + max(stream.window, 1.0) + LATE:
+        for window, kept in lifetime._kept.items():
+            # The next one that is due.
+            stream, due = next(iter(kept.items()))
+            if not stream.readers and Clock.now > due + max(window, 1.0) + LATE:
                 self._broken(f"an answer is kept for {Clock.now - due:.2f} s too long")
-            return

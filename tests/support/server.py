@@ -177,6 +177,7 @@ class RunningServer:
             "running": self.owners.streams.stats().running,
             "sockets": len(self.context.sockets),
             "detached": self.context.gateway.lifetime.detached,
+            "background": self.context.gateway.lifetime.background,
             "refused closing": self.context.admission.refused_closing,
         }
         for face, meter in self.context.metrics.faces.items():
@@ -196,6 +197,7 @@ class RunningServer:
             stats = provider.stats()
             counts[f"{name} places"] = stats.queue.inside
             counts[f"{name} waiting"] = stats.queue.waiting
+            counts[f"{name} background"] = sum(stats.background)
             counts[f"{name} busy"] = stats.pool.open - stats.pool.idle
             counts[f"{name} connecting"] = provider.pools.gate.inside
             counts[f"{name} trials"] = provider.health.breaker._trials

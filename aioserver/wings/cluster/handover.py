@@ -34,16 +34,25 @@ def kept_seconds(stream: Stream) -> float:
     return ended_at(stream) + stream.window - monotonic()
 
 
+def polled(stream: Stream) -> bool:
+    """Return whether clients come back to *stream* by an id that is not theirs, and hear how it has
+    ended, whatever that is.
+    """
+    return stream.background and stream.alias is not None
+
+
 def chosen(streams: Iterable[Stream]) -> Iterator[tuple[Stream, float, bytes]]:
     """Yield those of *streams*, the newest first, that are handed over: how long each is kept, and
     its log. The next one is of the owner of whom the least has been handed over, so that nobody
     takes the room of all.
 
-    An answer that the end of the server has cut is not: who asks again gets a new one.
+    An answer that the end of the server has cut is not: who asks again gets a new one. But nobody
+    asks again by the id of one in the background.
     """
     owned: dict[Hashable, list[Stream]] = {}
     for stream in streams:
-        whole = stream.ended and stream.entries and not isinstance(stream.error, ServerShutdown)
+        cut = isinstance(stream.error, ServerShutdown) and not polled(stream)
+        whole = stream.ended and stream.entries and not cut
         if whole and kept_seconds(stream) > 0:
             owned.setdefault(owner_of(stream.caller), []).append(stream)
     # The bytes of an owner, its number, and its streams.

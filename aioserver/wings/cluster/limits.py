@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 from aioserver.limits.budget import Budget
 from aioserver.limits.gate import Gate
 from aioserver.providers.health import ProviderObserver
-from aioserver.providers.queueing import FAILOVER_WAIT, ProviderGate
+from aioserver.providers.queueing import FAILOVER_WAIT, Permits, ProviderGate
 from aioserver.wings.cluster.rates import SharedRate
 from aioserver.wings.cluster.shared_gate import ConnectionGate, SharedGate
 from aioserver.wings.cluster.shared_quota import SharedQuota
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from fractions import Fraction
 
     from aioserver.config.settings import ClientKey, HttpClient
     from aioserver.limits.fixed_share import Scope
@@ -38,6 +39,23 @@ DEAD, AWAY, ALIVE, COOLING = "dead", "away", "alive", "cooling"
 # instance that was told of a death tries the provider by itself, and does not take it for alive
 # because nobody tells of it any more.
 DEATH, RETURN = 60.0, 10.0
+
+
+class SharedPermits(SharedGate, Permits):
+    """The permits of answers in the background for places of a provider that all instances
+    share.
+    """
+
+    def __init__(
+        self,
+        leases: Leases,
+        name: str,
+        limits: HttpClient,
+        room: Callable[[], Fraction | int],
+        clock: Callable[[], float],
+    ) -> None:
+        super().__init__(name, limits, room, clock)
+        self.share(leases, f"b:{name}")
 
 
 class SharedProviderGate(SharedGate, ProviderGate):
@@ -71,6 +89,11 @@ class SharedProviderGate(SharedGate, ProviderGate):
         self._health.breaker.instances = self._all_leases.instances
         if self._whole.tokens_per_minute:
             super().apply_limits(self._part())
+
+    def _make_permits(self) -> Permits:
+        return SharedPermits(
+            self._all_leases, self._name, self._whole, lambda: self.room, self._clock
+        )
 
     def others_starve(self) -> None:
         """Tell those that hold places here of requests that wait in other instances."""

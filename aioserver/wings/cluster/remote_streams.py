@@ -39,6 +39,7 @@ from aioserver.wings.cluster.claims import (
     Claims,
     Renewal,
 )
+from aioserver.wings.cluster.handover import polled
 from aioserver.wings.cluster.peers import Peers
 
 if TYPE_CHECKING:
@@ -297,6 +298,9 @@ class RemoteStreams:
         """
         for stream, seconds, log in handover.chosen(finished):
             names = [stream.request_id, stream.alias]
+            if isinstance(stream.error, ServerShutdown):
+                # A new answer may have the other name.
+                names = [stream.alias]
             for name in names:
                 if name is not None and not stream.private:
                     await self._ask(
@@ -416,6 +420,7 @@ class RemoteStreams:
         ours.
         """
         self._streams.hide(stream)
+        self._gateway.lifetime.leave_background(stream)
         request.forget_turn()
         request.provider_request.forget_body()
         self._gateway.lifetime.expect(stream, MAX_UNREAD)
@@ -472,8 +477,10 @@ class RemoteStreams:
         )
         if self._streams.find(_caller(stream), stream.request_id) not in {None, stream}:
             return
+        kept = name_of(_caller(stream).name, stream.alias or "") if polled(stream) else None
         for claim in claims:
-            claim.seconds, claim.done = 0.0 if free else stream.window, True
+            gone = free and claim.name != kept
+            claim.seconds, claim.done = 0.0 if gone else stream.window, True
         self._start(self._store.renew(claims))
 
     def aliased(self, stream: Stream, alias: str) -> None:

@@ -27,10 +27,12 @@ from aioserver.protocol.bridging.said import BridgedSaid
 from aioserver.protocol.bridging.whole import MAX_WHOLE_BYTES
 from aioserver.protocol.json_body import at_once
 from aioserver.protocol.openai import BadEvent, ErrorEvent
+from aioserver.protocol.whole_answer import final_response, text_pieces
 from aioserver.provider_errors import ContextTooLong, ProviderRefused, RequestNotBridged
 from aioserver.providers.error_mapping import event_fault
 from aioserver.providers.request import ProviderRequest
 from aioserver.providers.sinks import BodySink
+from aioserver.streams.entries import COMPLETE
 from aioserver.wings.responses.api import RESPONSES
 from aioserver.wings.responses.bridge.events import ResponseWriter
 from aioserver.wings.responses.bridge.output import Frame
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from aioserver.providers.request import Answer, BodyMaker, Hold
     from aioserver.providers.sinks import StreamSink
     from aioserver.streams.stream import Stream
+    from aioserver.wings.responses.background import Background
     from aioserver.wings.responses.draft import Draft
 
 logger = logging.getLogger("aioserver.providers")
@@ -112,10 +115,11 @@ class ResponseRequest(ProviderRequest):
 
     *draft*: what it continues, or keeps to be continued; None if there is nothing of either.
     *patience*: seconds for which its client does without the id of the response, while it may come
-    from another provider yet; None: until there is content.
+    from another provider yet; None: until there is content. *running*: how it runs in the
+    background; None if its client waits for it.
     """
 
-    __slots__ = ("draft", "patience")
+    __slots__ = ("draft", "patience", "running")
 
     def __init__(
         self,
@@ -130,6 +134,7 @@ class ResponseRequest(ProviderRequest):
         patience: float | None = None,
         size: int = 0,
         max_answer: int | None = None,
+        running: Background | None = None,
     ) -> None:
         super().__init__(
             RESPONSES,
@@ -144,6 +149,7 @@ class ResponseRequest(ProviderRequest):
         )
         self.draft = draft
         self.patience = patience
+        self.running = running
 
 
 class ResponseAttempt(BridgedAttempt):
@@ -152,7 +158,7 @@ class ResponseAttempt(BridgedAttempt):
     memory = Learned
     shown_path = "/v1/responses"
 
-    __slots__ = ("_draft", "_patience", "_prepared")
+    __slots__ = ("_draft", "_patience", "_prepared", "_running")
 
     def __init__(
         self,
@@ -165,8 +171,46 @@ class ResponseAttempt(BridgedAttempt):
         assert isinstance(request, ResponseRequest), "the face makes it"
         self._draft = request.draft
         self._patience = request.patience
+        self._running = request.running
         # The body of a request that continues a response, between its preparation and its sending.
         self._prepared: bytes | None = None
+
+    @property
+    def bridged(self) -> bool:
+        """Whether a chat completion is asked for."""
+        running = self._running
+        return super().bridged or (running is not None and running.made_here)
+
+    @property
+    def background(self) -> bool:
+        """Whether it needs a permit for its place: not where the provider is known to run the
+        response by itself, and only says so.
+        """
+        running = self._running
+        if running is None:
+            return False
+        return running.streamed or running.made_here or not self._learned.present
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the answer is asked for as a stream of events."""
+        running = self._running
+        passed = running is not None and not running.streamed and self._chat is None
+        return self.request.streamed and not passed
+
+    def queued(self, position: int, eta: float) -> None:
+        """Tell the readers the position in the queue, behind the first events of a response in the
+        background.
+        """
+        if self._running is not None and self.stream is not None:
+            self._running.queued(self.stream)
+        super().queued(position, eta)
+
+    def started(self) -> None:
+        """Note that a place is taken."""
+        if self._running is not None and self.stream is not None:
+            self._running.started(self.stream)
+        super().started()
 
     def preparation(self) -> Awaitable[None] | None:
         """Return the steps that translate the request, or put what it continues in front of its
@@ -230,7 +274,8 @@ class ResponseAttempt(BridgedAttempt):
                 writer = ResponseWriter(chat, self._frame(chat), stream.max_bytes)
             self._writer = writer
             sink = BridgeSink(stream, writer)
-        sink.patience = self._patience
+        # One in the background that is made here has its id already.
+        sink.patience = self._patience if chat is None or self._running is None else None
         return sink
 
     def conclude(self) -> Awaitable[None] | None:
@@ -240,12 +285,33 @@ class ResponseAttempt(BridgedAttempt):
             ProviderFault: as `Attempt.conclude`.
         """
         try:
-            return super().conclude()
+            steps = super().conclude()
         except ProviderRefused as fault:
             draft, sink = self._draft, self.sink
             if draft is not None and draft.unknown and isinstance(sink, BodySink):
                 fault.unknown_there = refuses_continuation(self.status, sink.body)
             raise
+        if self._chat is None and self.answer is not None and self.request.streamed:
+            return self._keep_whole(self.answer)
+        return steps
+
+    async def _keep_whole(self, answer: Answer) -> None:
+        """Keep *answer* in the log, in steps: what a provider says that runs the response by
+        itself.
+        """
+        stream, draft = self.stream, self._draft
+        assert stream is not None, "a response in the background has a log"
+        if draft is not None and (kept := draft.keep(answer)) is not None:
+            await kept
+        if (response_id := await final_response(answer.body)) is not None:
+            stream.add_alias(response_id)
+        pieces = await text_pieces(answer.body)
+        if stream.held is not None:
+            # From here on the stream counts it.
+            stream.held.release()
+        stream.mark_answered()
+        stream.append_whole(answer, answer.body, pieces)
+        stream.end(COMPLETE, {"metadata": {"provider": answer.outcome.provider}})
 
     def _translate_fault(self, fault: ProviderFault, body: bytes) -> None:  # noqa: ARG002
         if isinstance(fault, ContextTooLong):
@@ -274,20 +340,35 @@ class ResponseAttempt(BridgedAttempt):
         if draft is not None:
             body = await draft.bridge(body, provider.name)
         try:
-            return await chat_request(
+            chat = await chat_request(
                 body,
                 previous=None if draft is None else draft.previous_id,
                 reasoning_field=self._habits.reasoning_field,
                 words=self._words,
+                streamed=self._running is not None,
             )
         except ResponseNotFound:
             raise
         except InvalidRequest as exc:
             raise RequestNotBridged(exc.message, param=exc.param) from None
+        running, stream = self._running, self.stream
+        if running is not None and stream is not None:
+            running.frame = self._frame(chat)
+            running.started(stream)
+        return chat
 
-    @staticmethod
-    def _frame(chat: ChatRequest) -> Frame:
-        return Frame(f"resp_{uuid.uuid4().hex}", int(time.time()), chat.model, chat.repeated)
+    def _frame(self, chat: ChatRequest) -> Frame:
+        running = self._running
+        if running is None or running.frame is None:
+            return frame_of(chat, background=running is not None)
+        running.frame.model = chat.model
+        return running.frame
+
+
+def frame_of(chat: ChatRequest, *, background: bool = False) -> Frame:
+    """Return the frame of a new response."""
+    name = f"resp_{uuid.uuid4().hex}"
+    return Frame(name, int(time.time()), chat.model, chat.repeated, background)
 
 
 def refuses_continuation(status: int, body: bytes) -> bool:

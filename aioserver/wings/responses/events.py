@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aioserver.errors import AioserverError
+    from aioserver.streams.stream import Stream
 
 # Of the codes that OpenAI has for the error in a response object, those that fit: clients check
 # them.
@@ -243,6 +244,17 @@ class ResponseEvents(AnswerEvents):
             "error": error.as_object(),
         }
         return write(orjson.dumps(failed), event="response.failed")
+
+
+def remember(stream: Stream, block: bytes) -> None:
+    """Let *stream* remember the events of *block*, the next ones of a response, as far as its
+    errors need them.
+    """
+    events = stream.events
+    size = events.size
+    events.note(block, stream.last + 1)
+    if events.size != size:
+        stream.recount()
 
 
 def is_content(data: bytes) -> bool:

@@ -1,19 +1,24 @@
 """OpenAI's responses: new ones (`POST /v1/responses`), and those that are known by their ids,
 served from the log.
 
-    POST /v1/responses               prepare_new, then as any answer of that API (faces/openai.py)
+    POST /v1/responses               prepare_new, then as any answer of that API (faces/openai.py),
+                                     or in the background (background.py): serve
     GET  /v1/responses/{id}          prepare_retrieval, retrieve
     POST /v1/responses/{id}/cancel   cancel
 
-A response that was requested with `store` or `background` is kept for its `resume_window`, and is
-found by the id that the provider gave it; a response that was not streamed only once it will not
+A response that was requested with `store` is kept for its `resume_window`, and one in the
+background for `store_window`. It is found by the id that the provider gave it; a response that was not streamed only once it will not
 change any more. `starting_after` counts as the provider does, by the `sequence_number` in its
 events; the log's own numbers have no part in it. A response that is stored can be read for longer
 (stored_face.py).
+
+This file is one concept: a response with a log, from the request that makes it to its end, however
+its client comes to it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,10 +33,18 @@ from aioserver.faces.ready import HIGH_WATER
 from aioserver.gateway.instances import Start
 from aioserver.gateway.request import Request
 from aioserver.protocol import eventstream
+from aioserver.streams.ending import run_all
 from aioserver.streams.entries import CANCELLED, COMPLETE
 from aioserver.wings.responses import frames, stored_face
 from aioserver.wings.responses.api import RESPONSES
-from aioserver.wings.responses.attempt import Learned, ResponseAttempt, ResponseRequest
+from aioserver.wings.responses.attempt import (
+    Learned,
+    ResponseAttempt,
+    ResponseRequest,
+    frame_of,
+)
+from aioserver.wings.responses.background import Background, OpeningReader
+from aioserver.wings.responses.bridge.request import chat_request
 from aioserver.wings.responses.draft import draft_of
 
 if TYPE_CHECKING:
@@ -106,9 +119,15 @@ def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
 async def prepare_new(
     context: Context, stored: StoredResponses, request: web.Request, hold: BodyHold
 ) -> Request:
-    """Prepare a POST of a new response."""
+    """Prepare a POST of a new response.
+
+    Raises:
+        InvalidRequest: it shall run in the background, and not be stored.
+    """
     limit = context.settings.chat.websocket.max_message_size
     body, data = await read_model_body(request, hold, limit)
+    if body.background and body.stored is False:
+        raise InvalidRequest("a response in the background is stored", param="store")
     key, caller = idempotency_key(request), request[CALLER]
     return make_request(
         context,
@@ -121,12 +140,52 @@ async def prepare_new(
         draft=draft_of(stored, caller, body, limit),
         key=key,
         digest=openai.digest_of(RESPONSES.path, data) if key else b"",
+        running=await _background(context, body) if body.background else None,
     )
 
 
+async def _background(context: Context, body: ModelBody) -> Background:
+    """Return how the response to *body* runs in the background, in steps: if it is known to be
+    made here, with the frame of its response object.
+    """
+    route = context.router.route(body.model)
+    provider, frame = route.provider, None
+    if provider.memory(Learned).bridged:
+        asked = openai.body_maker(body)(provider.settings, route.model)
+        # Its attempts say what is wrong with it.
+        with contextlib.suppress(InvalidRequest):
+            chat = await chat_request(asked, previous=body.previous_response_id, incomplete=True)
+            frame = frame_of(chat, background=True)
+    return Background(frame, streamed=body.streamed)
+
+
 async def serve(context: Context, request: web.Request, prepared: Request) -> web.StreamResponse:
-    """Answer a POST of a new response."""
-    return await openai.serve(context, request, prepared, _dialect(request))
+    """Answer a POST of a new response; one in the background, as soon as it has its id: with its
+    events, or with the response object as it is then.
+
+    Raises:
+        AioserverError: it has ended before it has got an id.
+    """
+    asked = prepared.provider_request
+    assert isinstance(asked, ResponseRequest), "make_request makes it"
+    running = asked.running
+    if running is None or (running.streamed and not running.made_here):
+        return await openai.serve(context, request, prepared, _dialect(request))
+    lifetime, stream = context.gateway.lifetime, context.gateway.relay(prepared)
+    opening = OpeningReader(stream, running)
+    lifetime.reader_added(stream)
+    try:
+        await opening.reached
+        if stream.ended and not openai.shown(stream):
+            raise stream.error or StreamNotFound("this answer was cancelled")
+        body = stream.events.newest()
+    finally:
+        run_all((opening.leave, partial(lifetime.reader_removed, stream)))
+    if running.streamed:
+        return await openai.follow_stream(context, request, stream, dialect=_dialect(request))
+    if body is None:
+        return await openai.write_kept(context, request, stream)
+    return await stored_face.write(context, request, body)
 
 
 def _dialect(request: web.Request) -> openai.Dialect:
@@ -147,10 +206,11 @@ def make_request(
     draft: Draft | None,
     key: str | None = None,
     digest: bytes = b"",
+    running: Background | None = None,
 ) -> Request:
     """Return the request of a client with this *body* for a response.
 
-    *face*, *name*, *key*: as `gateway.Request`.
+    *face*, *name*, *key*: as `gateway.Request`. *running*: how it runs in the background.
 
     Raises:
         ModelNotFound, NoProvider: no provider can be asked for its model.
@@ -159,7 +219,7 @@ def make_request(
     provider_request = ResponseRequest(
         openai.body_maker(body),
         draft,
-        streamed=body.streamed,
+        streamed=body.streamed or running is not None,
         caller=caller,
         model=route.model,
         hold=hold,
@@ -167,6 +227,7 @@ def make_request(
         patience=_patience(context, body, face),
         size=len(body.data),
         max_answer=body.max_answer,
+        running=running,
     )
     stored = bool(
         body.stored
@@ -182,6 +243,7 @@ def make_request(
         key,
         digest,
         stored,
+        running is not None,
         keeper=draft,
         make_attempt=ResponseAttempt,
     )

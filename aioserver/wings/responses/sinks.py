@@ -34,7 +34,14 @@ from aioserver.providers.sinks import (
 )
 from aioserver.streams.fast_path import ERROR_NAME
 from aioserver.wings.responses.bridge.output import Call
-from aioserver.wings.responses.events import ENDS, ResponseEvents, failed, is_content, up_to_end
+from aioserver.wings.responses.events import (
+    ENDS,
+    ResponseEvents,
+    failed,
+    is_content,
+    remember,
+    up_to_end,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,17 +117,6 @@ class ResponseSink(PassingSink):
                     self._stream.add_alias(response_id)
                     self._id_samples_left = 0
                     return
-
-
-def remember(stream: Stream, block: bytes) -> None:
-    """Let *stream* remember the events of *block*, the next ones of a response, as far as its
-    errors need them.
-    """
-    events = stream.events
-    size = events.size
-    events.note(block, stream.last + 1)
-    if events.size != size:
-        stream.recount()
 
 
 class BridgeSink(BridgingSink[Call]):

@@ -306,7 +306,6 @@ HOSTED: dict[str, tuple[Any, str]] = {
     ),
     "compaction": ({"input": [{"type": "compaction", "id": "c"}]}, "input[0].type"),
     "item_reference": ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
-    "background": ({"background": True}, "background"),
     "conversation": ({"conversation": "conv_1"}, "conversation"),
     "prompt": ({"prompt": {"id": "pmpt_1"}}, "prompt"),
 }

@@ -68,7 +68,7 @@ async def test_a_response_that_was_cut_is_read_on(
     asked = server.simulator.stats().requests
     server.simulator.behaviour = SLOW
 
-    seen = await cut(sdk, events, store=how == "store", background=how == "background")
+    seen = await cut(sdk, events, background=how == "background")
     again = await sdk.responses.retrieve(
         seen[0].response.id, stream=True, starting_after=seen[-1].sequence_number
     )

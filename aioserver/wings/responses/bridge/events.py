@@ -85,8 +85,8 @@ class ResponseWriter(ChunkReader[Call]):
         self._tools = request.tools
         self._asked_tokens = request.asked_tokens
         self._name = frame.id.removeprefix("resp_")
-        # That of the next event; the first two are those of `begin`.
-        self.sequence = OPENING_EVENTS
+        # That of the next event; the first two are those of `begin`, unless it has begun before.
+        self.sequence = frame.opened or OPENING_EVENTS
         self._items: list[Message | Call] = []
         # The items that are not done, in their order.
         self._open: list[Message | Call] = []
@@ -130,7 +130,9 @@ class ResponseWriter(ChunkReader[Call]):
         return text
 
     def begin(self) -> list[bytes]:
-        """Return the events before those of any chunk."""
+        """Return the events before those of any chunk: none, if there are such in the log."""
+        if self._frame.opened:
+            return []
         response = b'"response":%b' % self._frame.render(IN_PROGRESS)
         kinds = enumerate((b"created", IN_PROGRESS))
         return [_written(kind, number, response) for number, kind in kinds]
@@ -319,6 +321,13 @@ class ResponseWriter(ChunkReader[Call]):
         number = self.sequence
         self.sequence = number + 1
         return _written(kind, number, members)
+
+
+def opening_event(frame: Frame, kind: bytes, status: bytes, number: int) -> bytes:
+    """Return the event of a *kind*, and of this *number*, with the response object of *frame* in a
+    *status*.
+    """
+    return _written(kind, number, b'"response":%b' % frame.render(status))
 
 
 def _written(kind: bytes, number: int, members: bytes) -> bytes:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from aioserver.wings.responses.bridge.tools import Tool
 
 TEXT, REFUSAL, REASONING = b"output_text", b"refusal", b"reasoning_text"
-IN_PROGRESS, COMPLETED, INCOMPLETE = b"in_progress", b"completed", b"incomplete"
+QUEUED, IN_PROGRESS = b"queued", b"in_progress"
+COMPLETED, INCOMPLETE = b"completed", b"incomplete"
 
 
 class Part:
@@ -206,13 +207,16 @@ class Frame:
 
     *repeated* are the members that repeat the request, JSON without the braces. *model* is the
     model that was asked for, and *created_at* the time of the response, in whole seconds since
-    1970.
+    1970. Of a response in the *background*, so many of its events are *opened* that come before
+    any chunk of its answer.
     """
 
     id: str
     created_at: int
     model: str
     repeated: bytes
+    background: bool = False
+    opened: int = 0
 
     @property
     def size(self) -> int:
@@ -234,13 +238,14 @@ class Frame:
         """
         incomplete = b'{"reason":%b}' % orjson.dumps(reason) if reason else b"null"
         return (
-            b'{"id":%b,"object":"response","created_at":%d,"status":"%b","background":false,'
+            b'{"id":%b,"object":"response","created_at":%d,"status":"%b","background":%b,'
             b'"completed_at":%b,"error":null,"incomplete_details":%b,"model":%b,"output":[%b],%b,'
             b'"usage":%b}'
         ) % (
             orjson.dumps(self.id),
             self.created_at,
             status,
+            b"true" if self.background else b"false",
             b"null" if completed_at is None else b"%d" % completed_at,
             incomplete,
             orjson.dumps(self.model),

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 STEP_ITEMS, STEP_BYTES = 256, 1 << 18
 LOGPROBS = "message.output_text.logprobs"
 # Fields that only a provider with responses of its own can honour.
-_REFUSED = ("background", "conversation", "prompt", "moderation")
+_REFUSED = ("conversation", "prompt", "moderation")
 _TEXT_FORMAT = b'{"type":"text"}'
 
 
@@ -76,7 +76,6 @@ class _Body(msgspec.Struct, gc=False):
     metadata: Raw = ABSENT
     store: Raw = ABSENT
     previous_response_id: Raw = ABSENT
-    background: Raw = ABSENT
     conversation: Raw = ABSENT
     prompt: Raw = ABSENT
     moderation: Raw = ABSENT
@@ -135,12 +134,15 @@ async def chat_request(
     previous: str | None = None,
     reasoning_field: str = "",
     words: Words = ALL_WORDS,
+    streamed: bool = False,
+    incomplete: bool = False,
 ) -> ChatRequest:
     """Return the request for chat completions that *body* means, in steps.
 
     *body* is JSON with a model. *previous* is the id of the response that it continues, if its
-    items are in the body already. *reasoning_field* is as for `Messages`, and *words* are those that
-    the provider takes.
+    items are in the body already; *incomplete*: they need not be. *reasoning_field* is as for
+    `Messages`, and *words* are those that the provider takes. *streamed*: whatever *body* says, the
+    answer is streamed.
 
     Raises:
         InvalidRequest: *body* is no request, or one that has no form in chat completions.
@@ -149,7 +151,7 @@ async def chat_request(
     await pause()
     fields = await _fields(body)
     model = b'""' if null(fields.model) else string(fields.model, "model")
-    if not null(fields.previous_response_id):
+    if not (incomplete or null(fields.previous_response_id)):
         raise ResponseNotFound("the previous response is not known", param="previous_response_id")
     tools = Tools()
     for number, raw in enumerate(elements(fields.tools, "tools")):
@@ -166,10 +168,10 @@ async def chat_request(
     logprobs = not null(fields.top_logprobs) or LOGPROBS in _names(fields.include)
     written_format, shown_text = _text(fields.text)
     said = messages.finish()
-    streamed = b""
-    if flag(fields.stream):
+    stream_members = b""
+    if streamed or flag(fields.stream):
         usage = b',"stream_options":{"include_usage":true}'
-        streamed = b',"stream":true' + (usage if words.takes("stream_options") else b"")
+        stream_members = b',"stream":true' + (usage if words.takes("stream_options") else b"")
     called, parallel = _tool_members(tools, choice, fields, words)
     size = Size(len(said) + len(called) - messages.picture_bytes, messages.pictures)
     options = _options(fields, words, size, logprobs=logprobs)
@@ -177,7 +179,7 @@ async def chat_request(
         b'{"model":%b,"messages":[' % model,
         said,
         b"]",
-        streamed,
+        stream_members,
         called,
         parallel,
         written_format,
@@ -193,7 +195,7 @@ async def chat_request(
         repeated,
         logprobs,
         words.tokens(size),
-        optional_in(b"".join((streamed, parallel, options))),
+        optional_in(b"".join((stream_members, parallel, options))),
     )
 
 

@@ -1,0 +1,108 @@
+"""How far an answer is, for a client of the SSE face that does not follow it, and asks now and then
+(`Accept: application/json`).
+
+    {"request_id": "r1", "status": "running", "last_event_id": 17}
+
+The status is `queued` before the answer has its place, and `running` after that; in the end it is
+`complete`, `error` or `cancelled`, and what there is of the text comes with it, unless the log has
+its beginning no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from aiohttp import web
+
+from aioserver.auth.callers import CALLER
+from aioserver.errors import ResumeGap
+from aioserver.gateway.instances import Start
+from aioserver.protocol import client_frames
+from aioserver.protocol.json_body import pause
+from aioserver.streams.cursor import CollectingReader
+from aioserver.streams.ending import run_all
+from aioserver.streams.entries import CHUNK
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from aioserver.faces.admission import BodyHold
+    from aioserver.faces.context import Context
+    from aioserver.streams.entries import Entry
+    from aioserver.streams.stream import Stream
+
+# Where a mirror begins of whose events none is read.
+NEWEST = Start(after=None)
+# Entries that are read in one step.
+STEP_ENTRIES = 512
+
+
+def wanted(request: web.Request) -> bool:
+    """Return whether a GET asks for the state of an answer, and not for its events."""
+    accepted = request.headers.get("Accept", "")
+    return "application/json" in accepted and "text/event-stream" not in accepted
+
+
+async def prepare(context: Context, request: web.Request, _hold: BodyHold) -> Stream:
+    """Find the stream."""
+    name = client_frames.identifier(request.match_info["request_id"])
+    stream = await context.gateway.reach(request[CALLER], name, NEWEST)
+    context.gateway.lifetime.let_go(stream)
+    return stream
+
+
+async def tell(context: Context, request: web.Request, stream: Stream) -> web.Response:
+    """Answer with the state of *stream*.
+
+    Raises:
+        StreamNotFound, InstanceUnavailable, ServerShutdown: it has gone meanwhile.
+    """
+    if stream.broken is not None:
+        raise stream.broken
+    state: dict[str, Any] = {
+        "request_id": stream.request_id,
+        "status": stream.end_status.decode() or ("running" if stream.last else "queued"),
+        "last_event_id": stream.last,
+    }
+    if stream.ended:
+        with contextlib.suppress(ResumeGap):
+            whole = await context.gateway.reach(request[CALLER], stream.request_id)
+            state["text"] = await _text(context, whole)
+            stream = whole
+        if stream.error is not None:
+            state["error"] = stream.error.as_chunk()
+    return web.json_response(state)
+
+
+async def _text(context: Context, stream: Stream) -> str:
+    """Return the text of *stream*, which has ended, in steps.
+
+    Raises:
+        ResumeGap: the log has its beginning no more.
+    """
+    lifetime = context.gateway.lifetime
+    stream.locate(0)
+    reader = CollectingReader(stream)
+    try:
+        lifetime.reader_added(stream)
+        await reader.reached
+        if stream.broken is not None:
+            raise stream.broken
+        return "".join([text async for text in _texts(stream, reader.entries)])
+    finally:
+        run_all((reader.leave, partial(lifetime.reader_removed, stream)))
+
+
+async def _texts(stream: Stream, entries: Sequence[Entry]) -> AsyncIterator[str]:
+    """Yield the texts in *entries* of *stream*, in steps."""
+    for number, entry in enumerate(entries, 1):
+        if entry.status == CHUNK:
+            for frame in stream.frames(entry):
+                chunk = orjson.loads(frame)["chunk"]
+                if chunk.get("type") == "text":
+                    yield chunk["data"]
+        if not number % STEP_ENTRIES:
+            await pause()

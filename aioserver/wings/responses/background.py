@@ -1,0 +1,96 @@
+"""A response in the background (`background: true`): its client has the id at once, leaves, and
+comes back for the answer.
+
+Where a provider has responses, it runs them by itself: the request and its answer pass as they
+are. Anywhere else the response is made here:
+
+    response.created, response.queued   as soon as its request waits for a place, or has one
+    response.in_progress                with its first place
+    …                                   as for any other (bridge/events.py)
+
+From its first event on it has its id, and is asked for as a chat completion, whoever is asked. Its
+chunks are streamed, whether its client reads them or not: so the provider is never silent for as
+long as the whole answer takes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aioserver.streams.cursor import ConditionReader
+from aioserver.wings.responses.bridge.events import opening_event
+from aioserver.wings.responses.bridge.output import IN_PROGRESS, QUEUED
+from aioserver.wings.responses.events import remember
+
+if TYPE_CHECKING:
+    from aioserver.streams.contracts import Queued
+    from aioserver.streams.stream import Stream
+    from aioserver.wings.responses.bridge.output import Frame
+
+
+class Background:
+    """One response in the background; *frame* is that of its response object, None where it is not
+    known yet whether the provider runs it by itself.
+
+    *streamed*: its client reads its events from the beginning.
+
+    Always: each of its opening events is shown once, whatever becomes of its attempts.
+    """
+
+    __slots__ = ("frame", "streamed")
+
+    def __init__(self, frame: Frame | None, *, streamed: bool) -> None:
+        self.streamed = streamed
+        self.frame = frame
+
+    @property
+    def made_here(self) -> bool:
+        """Whether the response is made here, of a chat completion."""
+        return self.frame is not None
+
+    def queued(self, stream: Stream) -> None:
+        """Show in *stream* that there is the response; a second call does nothing."""
+        frame = self.frame
+        if frame is None or frame.opened or stream.ended:
+            return
+        stream.add_alias(frame.id)
+        self._show(stream, (b"created", QUEUED), (b"queued", QUEUED))
+
+    def started(self, stream: Stream) -> None:
+        """Show in *stream* that the response has a place; a second call does nothing."""
+        frame = self.frame
+        if frame is None or stream.ended:
+            return
+        self.queued(stream)
+        if frame.opened == 2:
+            self._show(stream, (IN_PROGRESS, IN_PROGRESS))
+
+    def _show(self, stream: Stream, *events: tuple[bytes, bytes]) -> None:
+        frame = self.frame
+        assert frame is not None, "it is made here"
+        parts = [
+            opening_event(frame, kind, status, number)
+            for number, (kind, status) in enumerate(events, frame.opened)
+        ]
+        frame.opened += len(parts)
+        block = b"".join(parts)
+        remember(stream, block)
+        stream.forward(block, len(parts))
+
+
+class OpeningReader(ConditionReader):
+    """A reader that waits until a response in the background, *running*, has its id, or will get
+    none.
+    """
+
+    def __init__(self, stream: Stream, running: Background) -> None:
+        self._running = running
+        super().__init__(stream, _opened)
+
+    def report_position(self, _queued: Queued) -> None:
+        """Show that there is the response, since it waits: at a provider, or for its own key."""
+        self._running.queued(self._stream)
+
+
+def _opened(stream: Stream) -> bool:
+    return stream.ended or stream.whole is not None or stream.events.newest() is not None
