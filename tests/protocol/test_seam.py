@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,6 +19,9 @@ from aioserver.protocol.seam import (
     anchor_of,
     provable,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 TEXTS = 10_000
 # Texts that repeat themselves, within themselves and at any cut.
@@ -36,11 +40,23 @@ PIECES = (
     ),
     *("Once upon a time there was a king. ", "Once upon a time there was a king who slept. "),
 )
+NIGHT = "It was a dark and stormy night; the rain fell in torrents."
 
 
 def repetitive(chance: random.Random) -> str:
     few = chance.sample(PIECES, chance.randint(1, 4))
     return "".join(chance.choices(few, k=chance.randint(1, 40)))
+
+
+def cuts(count: int) -> Iterator[tuple[int, random.Random, str, str]]:
+    """Yield so many seeds with their chance, what was said of a text that repeats itself, and its
+    rest.
+    """
+    for seed in range(count):
+        chance = random.Random(seed)
+        text = repetitive(chance)
+        cut = chance.randint(1, len(text))
+        yield seed, chance, text[:cut], text[cut:]
 
 
 def pieces_of(text: str, chance: random.Random) -> list[str]:
@@ -54,11 +70,7 @@ def passed(seam: Onward | Anchored, text: str, chance: random.Random) -> str:
 
 def test_truthful_rest_of_a_text_that_repeats_itself_is_neither_cut_nor_doubled() -> None:
     refused = 0
-    for seed in range(TEXTS):
-        chance = random.Random(seed)
-        text = repetitive(chance)
-        cut = chance.randint(1, len(text))
-        said, rest = text[:cut], text[cut:]
+    for seed, chance, said, rest in cuts(TEXTS):
         try:
             shown = passed(Onward(said), rest, chance)
         except SeamBroken:
@@ -77,27 +89,23 @@ def test_truthful_rest_of_a_text_that_repeats_itself_is_neither_cut_nor_doubled(
 
 def test_engine_that_begins_anew_is_cut_at_the_seam_or_shows_nothing() -> None:
     found = 0
-    for seed in range(TEXTS):
-        chance = random.Random(seed)
-        text = repetitive(chance)
-        cut = chance.randint(1, len(text))
-        if not provable(said := text[:cut]):
+    for seed, chance, said, rest in cuts(TEXTS):
+        if not provable(said):
             continue
         found += 1
         seam = Onward(said)
-        assert passed(seam, text, chance) == text[cut:], seed
+        assert passed(seam, said + rest, chance) == rest, seed
         assert seam.repeated, seed
 
     assert found > TEXTS / 20
 
 
 def test_engine_that_begins_anew_and_says_something_else_shows_nothing() -> None:
-    said = "It was a dark and stormy night; the rain fell in torrents."
     for seed in range(200):
         chance = random.Random(seed)
-        place = chance.randint(BEGINNING, len(said) - 1)
-        seam = Onward(said)
-        text = said[:place] + "\x00" + said[place:]
+        place = chance.randint(BEGINNING, len(NIGHT) - 1)
+        seam = Onward(NIGHT)
+        text = NIGHT[:place] + "\x00" + NIGHT[place:]
         shown: list[str] = []
         with pytest.raises(SeamBroken):
             shown.extend(seam.feed(piece) for piece in pieces_of(text, chance))
@@ -106,25 +114,23 @@ def test_engine_that_begins_anew_and_says_something_else_shows_nothing() -> None
 
 
 def test_what_begins_like_the_answer_for_less_than_its_beginning_passes_whole() -> None:
-    said = "It was a dark and stormy night; the rain fell in torrents."
-    seam = Onward(said)
+    seam = Onward(NIGHT)
 
-    assert seam.feed(said[: BEGINNING - 1]) == ""
-    assert seam.feed("!") == said[: BEGINNING - 1] + "!"
+    assert seam.feed(NIGHT[: BEGINNING - 1]) == ""
+    assert seam.feed("!") == NIGHT[: BEGINNING - 1] + "!"
     assert seam.repeated is False
 
 
 def test_answer_that_begins_anew_and_ends_too_early_is_no_rest() -> None:
-    said = "It was a dark and stormy night; the rain fell in torrents."
-    seam = Onward(said)
-    seam.feed(said[:-1])
+    seam = Onward(NIGHT)
+    seam.feed(NIGHT[:-1])
 
     with pytest.raises(SeamBroken):
         seam.close()
 
 
 def test_short_end_that_was_held_back_passes_with_the_finish() -> None:
-    seam = Onward("It was a dark and stormy night; the rain fell in torrents.")
+    seam = Onward(NIGHT)
 
     assert seam.feed("It was") == ""
     assert seam.close() == "It was"
@@ -139,12 +145,8 @@ def test_text_that_is_too_short_or_repeats_its_beginning_proves_nothing() -> Non
 
 
 def test_engine_known_to_repeat_is_cut_however_short_the_text_is() -> None:
-    for seed in range(1000):
-        chance = random.Random(seed)
-        text = repetitive(chance)
-        cut = chance.randint(1, len(text))
-
-        assert passed(Onward(text[:cut], repeats=True), text, chance) == text[cut:], seed
+    for seed, chance, said, rest in cuts(1000):
+        assert passed(Onward(said, repeats=True), said + rest, chance) == rest, seed
 
 
 def test_comparing_what_is_said_again_is_bounded() -> None:
@@ -160,18 +162,15 @@ def test_comparing_what_is_said_again_is_bounded() -> None:
 
 def test_anchor_that_comes_again_is_dropped_and_what_follows_is_the_rest() -> None:
     anchored = 0
-    for seed in range(TEXTS):
-        chance = random.Random(seed)
-        text = repetitive(chance)
-        cut = chance.randint(1, len(text))
-        if not (anchor := anchor_of(said := text[:cut])):
+    for seed, chance, said, rest in cuts(TEXTS):
+        if not (anchor := anchor_of(said)):
             assert not said[-ANCHOR:].strip(), seed
             continue
         anchored += 1
         space = chance.choice(["", "\n", "  "])
-        assert passed(Anchored(anchor), space + anchor + text[cut:], chance) == text[cut:], seed
+        assert passed(Anchored(anchor), space + anchor + rest, chance) == rest, seed
         with pytest.raises(SeamBroken):
-            passed(Anchored(anchor), f"Sure: {anchor}{text[cut:]}", chance)
+            passed(Anchored(anchor), f"Sure: {anchor}{rest}", chance)
 
     assert anchored > TEXTS / 2
 

@@ -74,7 +74,7 @@ export class Client {
     const link = { id, last, body, deadline, stop: new AbortController(), wake() {}, unread: [], size: 0, text: "", complete: null };
     Object.assign(link, { attached: false, notBefore: 0, sent: 0, tries: 0, losses: 0, shown: last > 1 }); // event 1 is `processing`
     Object.assign(link, { behind: false, resuming: false }); // whether events were dropped, and whether they were asked for again
-    Object.assign(link, { asked: options.lastEventId !== undefined, repeated: options.requestId !== undefined }); // surely; maybe
+    Object.assign(link, { asked: options.lastEventId !== undefined }); // whether it surely was asked
     const events = () => this.#events(link, AbortSignal.any([link.stop.signal, signal ?? link.stop.signal]));
     const pieces = async function* () { for await (const event of events()) if (event.type === "text") yield event.text; };
     const text = async () => (await Array.fromAsync(pieces())).join("");
@@ -144,7 +144,7 @@ export class Client {
     const seconds = failed ? this.#patience(link, fault, number) : null;
     if (seconds !== null) {
       if (number || fault.code !== "slow_client") link.sent = 0; // nothing has begun
-      if (number) Object.assign(link, { id: newId(), last: 0, asked: false, repeated: false }); // the id was that of what has failed
+      if (number) Object.assign(link, { id: newId(), last: 0, asked: false }); // the id was that of what has failed
       Object.assign(link, { notBefore: Date.now() + seconds * 1000, dropped: link.last });
       return { type: "waiting", code: fault.code, message: fault.error, seconds };
     }
@@ -162,8 +162,6 @@ export class Client {
   // The seconds until a question is asked again after an error; null: never. One without a number refused what was sent last.
   #patience(link, { code, retryable, retry_after: retryAfter = 1 }, number) {
     if (number && link.shown) return null;
-    // It waited at the provider when its connection was lost, which ended it: nothing was asked, and nothing was paid.
-    if (code === "cancelled") return number === 1 && link.repeated ? 0 : null;
     if (code === "slow_client" && !number) return link.dropped === link.last ? null : 0; // null: nothing has come since then
     if (code === "server_shutdown" && (number ?? 1) === 1) return reconnectDelay(1012); // no provider has begun
     const most = TWICE.has(code) ? 2 : LATER.has(code) || (retryable && !number) ? Infinity : 0;
@@ -186,7 +184,7 @@ export class Client {
   #attach(link) {
     const { id, last, sent, asked } = link;
     const resumed = last > 0 || asked || (sent > 0 && Date.now() - sent > RESEND_WITHIN);
-    Object.assign(link, { attached: true, repeated: link.repeated || sent > 0, sent: resumed ? sent : Date.now() });
+    Object.assign(link, { attached: true, sent: resumed ? sent : Date.now() });
     Object.assign(link, { behind: false, resuming: false });
     if (this.#sse) this.#follow(link, resumed);
     else if (resumed) this.#resume(link);
