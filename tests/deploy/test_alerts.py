@@ -87,6 +87,23 @@ CASES = {
         PROVIDER,
         "4",
     ),
+    "AioserverGroupOut": Case(
+        {
+            'aioserver_provider_trouble{instance="a:1",provider="p"}': "4x30",
+            'aioserver_provider_trouble{instance="a:1",provider="q"}': "5x30",
+            'aioserver_provider_trouble{instance="a:1",provider="other"}': "0x30",
+            'aioserver_group_starts_total{instance="a:1",group="g",provider="p",home="new"}': "7x30",
+            'aioserver_group_starts_total{instance="a:1",group="g",provider="p",home="home"}': "9x30",
+            'aioserver_group_starts_total{instance="a:1",group="g",provider="q",home="new"}': "0x30",
+        },
+        {
+            'aioserver_provider_trouble{instance="a:1",provider="p"}': "4x30",
+            'aioserver_provider_trouble{instance="a:1",provider="q"}': "0x30",
+            'aioserver_group_starts_total{instance="a:1",group="g",provider="p",home="new"}': "7x30",
+            'aioserver_group_starts_total{instance="a:1",group="g",provider="q",home="new"}': "0x30",
+        },
+        {**WHERE, "group": "g"},
+    ),
     "AioserverProviderQueue": Case(
         {
             'aioserver_provider_waiting{instance="a:1",provider="p"}': "30x30",

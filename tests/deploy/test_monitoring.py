@@ -15,6 +15,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from aioserver.monitoring.prometheus import TROUBLES
+from tests.support.server import provider_entry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,7 +67,9 @@ def parts(node: Any) -> Iterator[Any]:
 
 async def exposed(make_server: MakeServer) -> dict[str, dict[str, set[str]]]:
     """The labels of each sample of `/metrics`, and the values of each label."""
-    server = await make_server()
+    other = provider_entry("http://127.0.0.1:9/v1")
+    group = {"members": ["sim", "other"], "choose": "least_busy", "affinity": "prefix"}
+    server = await make_server(**{"llm.providers.other": other, "llm.models": {"pair": group}})
     async with server.session.get(f"{server.base}/metrics") as response:
         text = await response.text()
     samples: dict[str, dict[str, set[str]]] = {}
