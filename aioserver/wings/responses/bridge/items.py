@@ -11,8 +11,8 @@
 An item of a tool that ran at a provider is left out, as the tool is. Any other is a reference that
 only the provider can read: it is refused by name.
 
-System messages at the start become one message, since the templates of many models take no other.
-A message that stands between a call and its output goes behind the output, where a chat must have
+System messages at the start become one message, and so do messages of the user that are in a row:
+the templates of many models take no other. Codex begins with two of the user. A message that stands between a call and its output goes behind the output, where a chat must have
 it.
 """
 
@@ -103,9 +103,12 @@ class Messages:
         self._refusal = b""
         self._reasoning: list[bytes] = []
         self._calls: list[bytes] = []
-        # The calls without an output, and the messages that wait for these outputs.
+        # The message of the user that is under way.
+        self._user: list[_Content] = []
+        # The calls without an output, and the messages that wait for these outputs: those of the
+        # user in pieces, those of the system whole.
         self._open: set[str] = set()
-        self._later: list[bytes] = []
+        self._later: list[_Content | bytes] = []
 
     def instruct(self, text: bytes) -> None:
         """Add *text*, a JSON string, as the instructions in front of everything."""
@@ -113,7 +116,7 @@ class Messages:
 
     def ask(self, text: bytes) -> None:
         """Add *text*, a JSON string, as a message of the user."""
-        self._put(b'{"role":"user","content":%b}' % text)
+        self._ask(_Content(text, [], []))
 
     def add(self, raw: Raw, param: str) -> None:
         """Add an input item.
@@ -147,8 +150,10 @@ class Messages:
     def finish(self) -> bytes:
         """Return all messages, joined by commas."""
         self._close_assistant()
+        self._flush_later()
+        self._close_user()
         self._close_system()
-        return b",".join((*self._joined, *self._messages, *self._later))
+        return b",".join((*self._joined, *self._messages))
 
     def compact(self) -> None:
         """Join the messages so far, so that few are left to be joined at the end."""
@@ -164,16 +169,15 @@ class Messages:
             text, _parts, others = _content(item.content, f"{param}.content")
             if others:
                 raise InvalidRequest(f"a {role} message has text only", param=f"{param}.content")
-            if self._joined or self._messages or self._later or self._assistant:
+            begun = self._joined or self._messages or self._user or self._later
+            if begun or self._assistant:
                 self._put(b'{"role":"system","content":%b}' % text)
             else:
                 self._system.append(text)
         elif role == "user":
-            text, parts, others = _content(item.content, f"{param}.content")
-            self._count(others)
-            # Some engines take a string only, so that is what they get where it says all.
-            written = b"[%b]" % b",".join(parts) if others else text
-            self._put(b'{"role":"user","content":%b}' % written)
+            content = _content(item.content, f"{param}.content")
+            self._count(content.others)
+            self._ask(content)
         else:
             raise InvalidRequest(
                 "role must be user, assistant, system or developer", param=f"{param}.role"
@@ -187,6 +191,7 @@ class Messages:
         if self._assistant and not self._calls:
             self._close_assistant()
         self._flush_later()
+        self._close_user()
         param = f"{param}.content"
         # A text behind calls whose outputs are awaited belongs to their message.
         texts = [self._content] if self._content else []
@@ -209,6 +214,7 @@ class Messages:
         if not item.call_id or not item.name:
             raise InvalidRequest(f"{param} must have a call_id and a name", param=param)
         self._flush_later()
+        self._close_user()
         self._open.add(item.call_id)
         if len(self._open) > MAX_OPEN_CALLS:
             raise InvalidRequest(
@@ -224,12 +230,13 @@ class Messages:
         if not item.call_id:
             raise InvalidRequest(f"{param} must have a call_id", param=f"{param}.call_id")
         self._close_assistant()
+        self._close_user()
         self._close_system()
         text, _parts, others = _content(item.output, f"{param}.output")
         if others:
             self._count(others)
             text = _SHOWN_BELOW if text == b'""' else text
-            self._later.append(b'{"role":"user","content":[%b]}' % b",".join(others))
+            self._later.append(_Content(b'""', others, others))
         self._messages.append(
             b'{"role":"tool","tool_call_id":%b,"content":%b}' % (orjson.dumps(item.call_id), text)
         )
@@ -252,15 +259,45 @@ class Messages:
         return bool(self._content or self._refusal or self._calls)
 
     def _put(self, message: bytes) -> None:
-        """Add a whole message, behind the outputs that are awaited."""
+        """Add a whole message of the system, behind the outputs that are awaited."""
         self._close_assistant()
         self._close_system()
-        (self._later if self._open else self._messages).append(message)
+        if self._open:
+            self._later.append(message)
+        else:
+            self._close_user()
+            self._messages.append(message)
+
+    def _ask(self, content: _Content) -> None:
+        """Add *content* to what the user says, behind the outputs that are awaited."""
+        self._close_assistant()
+        self._close_system()
+        if self._open:
+            self._later.append(content)
+        else:
+            self._user.append(content)
 
     def _flush_later(self) -> None:
-        if self._later:
-            self._messages += self._later
-            self._later = []
+        later, self._later = self._later, []
+        for each in later:
+            if isinstance(each, bytes):
+                self._close_user()
+                self._messages.append(each)
+            else:
+                self._user.append(each)
+
+    def _close_user(self) -> None:
+        """Add the message of the user that is under way."""
+        said, self._user = self._user, []
+        if not said:
+            return
+        if any(content.others for content in said):
+            parts = [part for content in said for part in content.parts or [content.as_part]]
+            written = b"[%b]" % b",".join(parts)
+        else:
+            # Some engines take a string only, so that is what they get where it says all.
+            written = join([content.text for content in said], b"\\n\\n")
+        self._messages.append(b'{"role":"user","content":%b}' % written)
 
     def _close_system(self) -> None:
         if self._system:
@@ -298,6 +335,11 @@ class _Content(NamedTuple):
     text: bytes
     parts: list[bytes]
     others: list[bytes]
+
+    @property
+    def as_part(self) -> bytes:
+        """Its text as a part."""
+        return b'{"type":"text","text":%b}' % self.text
 
 
 def _content(raw: Raw, param: str) -> _Content:

@@ -441,7 +441,10 @@ def test_a_response_that_is_not_known_cannot_be_continued() -> None:
 
 
 def test_no_cut_of_the_input_matters_to_a_large_one() -> None:
-    items = [{"role": "user", "content": str(number)} for number in range(3000)]
+    items = [
+        {"role": ("user", "assistant")[number % 2], "content": str(number)}
+        for number in range(3000)
+    ]
 
     assert [message["content"] for message in messages_of(*items)] == [
         str(number) for number in range(3000)
@@ -492,3 +495,45 @@ def test_values_are_counted_outside_of_strings_only(
     at_once(reading.check_density(orjson.dumps(texts[2:])))
     with pytest.raises(InvalidRequest, match="more than 3 values"):
         at_once(reading.check_density(orjson.dumps(texts[:5])))
+
+
+PICTURE = {"type": "input_image", "image_url": "data:image/png;base64,AA=="}
+SHOWN = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+
+
+def test_what_the_user_says_in_a_row_is_one_message() -> None:
+    """Templates of many models want roles that alternate, and Codex begins with two of the user."""
+    said = [{"role": "user", "content": text} for text in ("one", "two")]
+    texts = {"role": "user", "content": [{"type": "input_text", "text": "three"}]}
+    picture = {"role": "user", "content": [{"type": "input_text", "text": "four"}, PICTURE]}
+
+    assert messages_of(*said, texts) == [{"role": "user", "content": "one\n\ntwo\n\nthree"}]
+    assert messages_of(said[0], picture, said[1]) == [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "one"},
+                {"type": "text", "text": "four"},
+                SHOWN,
+                {"type": "text", "text": "two"},
+            ],
+        }
+    ]
+
+
+def test_pictures_of_outputs_and_what_waits_for_outputs_are_one_message() -> None:
+    calls = [
+        {"type": "function_call", "call_id": call, "name": "f", "arguments": "{}"}
+        for call in ("a", "b")
+    ]
+    outputs = [
+        {"type": "function_call_output", "call_id": call, "output": [PICTURE]}
+        for call in ("a", "b")
+    ]
+    said = {"role": "user", "content": "and?"}
+    messages = messages_of({"role": "user", "content": "go"}, *calls, outputs[0], said, outputs[1])
+
+    assert [message["role"] for message in messages] == [
+        *("user", "assistant", "tool", "tool", "user"),
+    ]
+    assert messages[-1]["content"] == [SHOWN, {"type": "text", "text": "and?"}, SHOWN]
