@@ -78,6 +78,16 @@ _GAUGES: tuple[Gauge[Snapshot], ...] = (
         "face",
     ),
     Gauge(
+        "queue_waiting",
+        lambda s: {
+            (name, class_): number
+            for name, provider in s["providers"].items()
+            for class_, number in provider["waiting_by_class"].items()
+        },
+        "Requests in the provider's queue, by their class",
+        "provider,class",
+    ),
+    Gauge(
         "group_waiting",
         lambda s: {name: group["waiting"] for name, group in s["groups"].items()},
         "Requests that wait for a place at any member of a group",
@@ -282,11 +292,17 @@ def _gauges(gauges: Iterable[Gauge[State]], state: State) -> Iterator[Metric]:
             yield _gauge(name, about, value, label)
 
 
-def _gauge(name: str, about: str, value: float | Mapping[str, float], label: str = "") -> Metric:
-    family = GaugeMetricFamily(PREFIX + name, about, labels=(label,) if label else ())
+def _gauge(
+    name: str,
+    about: str,
+    value: float | Mapping[str, float] | Mapping[tuple[str, str], float],
+    label: str = "",
+) -> Metric:
+    labels = label.split(",") if label else ()
+    family = GaugeMetricFamily(PREFIX + name, about, labels=labels)
     if isinstance(value, Mapping):
-        for label_value, number in value.items():
-            family.add_metric((label_value,), float(number))
+        for values, number in value.items():
+            family.add_metric((values,) if isinstance(values, str) else values, float(number))
     else:
         family.add_metric((), float(value))
     return family

@@ -20,13 +20,14 @@ State = TypeVar("State")
 
 
 class Gauge(NamedTuple, Generic[State]):
-    """A gauge of `/metrics`: a number of a state, or one for each value of *label*.
+    """A gauge of `/metrics`: a number of a state, or one for each value of *label*; two labels have
+    a comma between them, and a pair of values.
 
     A gauge whose number is None is left out: the system does not report the number.
     """
 
     name: str
-    read: Callable[[State], float | Mapping[str, float] | None]
+    read: Callable[[State], float | Mapping[str, float] | Mapping[tuple[str, str], float] | None]
     help: str
     label: str = ""
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from aioserver import __version__
+from aioserver.limits.fair_queue import BATCH, INTERACTIVE
 from aioserver.monitoring.groups import member_state
 from aioserver.monitoring.interval import ATTEMPTS, EVENTS, REJECTIONS, REQUESTS
 from aioserver.telemetry.counters import quotient_of
@@ -232,6 +233,10 @@ def _provider_state(
         "in_flight": queue.inside,
         "limit": queue.limit,
         "waiting": queue.waiting,
+        "waiting_by_class": {
+            INTERACTIVE: queue.waiting - queue.batch_waiting,
+            BATCH: queue.batch_waiting,
+        },
         "queue_size": queue.queue_size,
         "oldest_wait": round(queue.oldest_wait, 3),
         "pool": {

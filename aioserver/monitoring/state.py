@@ -210,6 +210,7 @@ class ProviderState(TypedDict):
     in_flight: Annotated[int, SUM]
     limit: Annotated[int, MADE]
     waiting: Annotated[int, SUM]
+    waiting_by_class: Annotated[dict[str, int], COUNTS]
     queue_size: Annotated[int, SUM]
     oldest_wait: Annotated[float, MAX]
     pool: PoolState

@@ -19,6 +19,7 @@ def snapshot(**process: int | None) -> Any:
         "limit": 2,
         "waiting": 3,
         "background": {"running": 2, "waiting": 21},
+        "waiting_by_class": {"interactive": 1, "batch": 2},
         "state": "sick",
         "retry_budget": {"used": 7, "limit": 10, "refused": 0},
         "silent": {"longest": 2.5, "stalled": 3, "unanswered": 1, "under_way": 9},
@@ -73,6 +74,7 @@ def test_gauge_shows_the_number_of_the_snapshot() -> None:
 
     assert values["ready"] == 1
     assert values["connections_limit"] == 6
+    assert values["queue_waiting"][("provider", "groq"), ("class", "batch")] == 2
     assert values["group_waiting"] == {(("group", "smart"),): 21}
     assert values["connections"] == {(("face", "sse"),): 7, (("face", "openai"),): 8}
     assert values["pool_idle"] == {(("provider", "groq"),): 5, (("provider", "other"),): 5}

@@ -346,7 +346,7 @@ def _waits(member: Member, name: str) -> bool:
     if grant is None or not isinstance(grant.user, SharedGate):
         return False
     gate: Any = grant.user
-    return bool(gate._queue) and delay_of(gate) <= 0
+    return bool(gate._queue or gate._batch) and delay_of(gate) <= 0
 
 
 def _pairs(calls: Sequence[Call]) -> Iterator[tuple[Call, Call]]:

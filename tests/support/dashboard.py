@@ -66,6 +66,7 @@ def provider(**changes: Any) -> dict[str, Any]:
         "in_flight": 0,
         "limit": 20,
         "waiting": 0,
+        "waiting_by_class": {"interactive": 0, "batch": 0},
         "queue_size": 200,
         "oldest_wait": 0.0,
         "pool": {"open": 0, "idle": 0, "limit": 25, "waiting": 0},
