@@ -19,12 +19,15 @@ from aioserver.providers.attempt import Attempt
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.passthrough import PassedAttempt
 from aioserver.providers.provider import MIN_ERROR_STATUS, Provider
+from aioserver.telemetry.ledger_reader import REFUSED
 from aioserver.telemetry.outcome import PROVIDER
+from tests.simulation.book import Book
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from aioserver.streams.contracts import Source
+    from aioserver.telemetry.ledger import Line
     from aioserver.telemetry.outcome import Part
     from tests.simulation.provider import Call, Calls
     from tests.simulation.transport import Transport
@@ -59,8 +62,17 @@ class Bills:
         far = exchange._transport.peer  # type: ignore[attr-defined]  # noqa: SLF001 - nobody else knows it
         self._sent[attempt] = _Sent(far, len(self._calls.by_transport[far]))
 
-    def ended(self, attempt: Attempt, exc: BaseException | None, part: Part | None) -> None:
-        """Check the *part* of *attempt*, which has ended, well or with *exc*."""
+    def ended(
+        self,
+        attempt: Attempt,
+        exc: BaseException | None,
+        part: Part | None,
+        lines: Sequence[Line],
+    ) -> None:
+        """Check the *part* of *attempt*, which has ended, well or with *exc*, and its *lines*."""
+        last = [line.part for line in lines if line.outcome != REFUSED]
+        if last != ([] if part is None else [part]):
+            self._broken(f"an attempt that has cost {part} has the lines {lines}")
         outcome, sent = attempt.request.outcome, self._sent.pop(attempt, None)
         if part is not None and outcome.parts[-1] is not part:
             self._broken(f"{part} is not in {outcome.parts}")
@@ -91,8 +103,11 @@ class Bills:
         def noting_ended(
             provider: Provider, attempt: Attempt, exc: BaseException | None, part: Part | None
         ) -> None:
+            book = provider._usage.ledger  # noqa: SLF001 - nobody else knows it
+            assert isinstance(book, Book)
+            written = book.written
             ended(provider, attempt, exc, part)
-            noted.ended(attempt, exc, part)
+            noted.ended(attempt, exc, part, book.lines[written:])
 
         stack.enter_context(mock.patch.object(Attempt, "sending", noting_sending))
         stack.enter_context(mock.patch.object(Provider, "_ended", noting_ended))

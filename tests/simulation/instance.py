@@ -13,6 +13,7 @@ from aioserver.config.faults import ConfigurationError
 from aioserver.server.app import open_server
 from aioserver.server.reload import Reload
 from aioserver.server.runner import FAREWELL, Runner
+from tests.simulation.book import Book
 from tests.simulation.clock import Clock
 from tests.simulation.configuration import GATE, HTTP
 from tests.simulation.network import INSTANCE
@@ -176,6 +177,9 @@ async def running(
     try:
         configuration = configured(base_url, changes, folder / f"config-{number}.yaml")
         async with open_server(configuration.settings, wings=wings_of(member)) as server:
+            # What `usage.path` would open writes a real file.
+            names = {"", *(entry["name"] for entry in changes.get("auth.keys", ()))}
+            server.context.usage.ledger = Book(broken, names)
             runner = Runner(server)
             await runner.setup()
             assert runner.server is not None
