@@ -287,7 +287,8 @@ async def test_the_end_of_the_server_ends_what_runs_and_then_the_ledger(
 
     assert usage.ledger is not None
     assert (usage.ledger.waiting, usage.ledger.lost) == (0, 0)
-    assert [line["outcome"] for line in entries_of(tmp_path / "usage")] == ["cancelled"]
+    # Not by its client.
+    assert [line["outcome"] for line in entries_of(tmp_path / "usage")] == ["cut"]
 
 
 async def test_a_disk_that_fails_is_a_trouble_and_costs_no_answer(
