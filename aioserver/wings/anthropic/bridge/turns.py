@@ -48,7 +48,7 @@ _BLANK = re.compile(rb'"(?: |\\[nrtf])*+"')
 # Calls whose results are awaited at most.
 MAX_OPEN_CALLS = 1000
 # Blocks, and bytes of them, that become parts of a message in one step.
-STEP_BLOCKS, STEP_BYTES = 256, 1 << 18
+STEP_BLOCKS, STEP_BYTES = 64, 1 << 16
 
 
 class _Message(msgspec.Struct, gc=False):
