@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import psutil
 import yaml
 from engines import started
+from process import usage
 
 from tests.support.server import HTTP_CLIENT
 
@@ -151,16 +151,11 @@ async def whole(port: int, body: object) -> None:
 
 async def measure(options: argparse.Namespace, pid: int, port: int, provider: Provider) -> None:
     """Measure, and print."""
-    server = psutil.Process(pid)
-
-    def used() -> float:
-        times = server.cpu_times()
-        return times.user + times.system
 
     async def cost(run: Callable[[], Any]) -> float:
-        before = used()
+        before, _ = usage(pid)
         await run()
-        return used() - before
+        return usage(pid)[0] - before
 
     least: dict[str, float] = {}
     for _ in range(options.rounds):
