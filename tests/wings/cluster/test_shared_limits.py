@@ -435,3 +435,31 @@ async def test_places_of_members_go_to_whoever_waits_for_any_of_them_at_any_inst
     for pair in pairs:
         for provider in pair.providers.values():
             await provider.close()
+
+
+async def test_all_instances_have_half_of_the_places_for_the_background(
+    tmp_path: Path, reference: ReferenceServer
+) -> None:
+    settings = settings_of(tmp_path, concurrent_requests=5, queue_timeout=1.0)
+    ones = await joined(reference, 3, settings)
+
+    async def permit(instance: One) -> Place | None:
+        try:
+            async with asyncio.timeout(3):
+                return await instance.gate.permits.enter()
+        except TimeoutError:
+            return None
+
+    permits = await asyncio.gather(*(permit(one) for one in ones for _ in range(2)))
+    taken = [each for each in permits if each is not None]
+    assert len(taken) == 2
+
+    waiting = [asyncio.create_task(permit(one)) for one in ones]
+    await asyncio.sleep(0.5)
+    for each in taken:
+        each.release()
+    got = [each for each in await asyncio.gather(*waiting) if each is not None]
+    assert len(got) == 2
+    for each in got:
+        each.release()
+    await close(*ones)
