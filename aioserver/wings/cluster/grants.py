@@ -192,8 +192,8 @@ class Grant:
             self._standing.ask(self)
 
     def wait_ends(self) -> None:
-        """Say that a request waits no more, as it has started elsewhere: others may have what the
-        server would give for it.
+        """Say that a request waits no more, as it has started elsewhere or has given up: others
+        may have what the server would give for it.
         """
         if self.joined and not (self.dropped or self._leaving) and self._wanted > self._more():
             self._standing.call_soon(self)

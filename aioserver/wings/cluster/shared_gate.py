@@ -84,11 +84,6 @@ class SharedGate(Gate):
         if self._queue.size or self._batch.size:
             self._grant.wait_begins()
 
-    def leave(self, waiter: Waiter[Place]) -> None:
-        """Let *waiter* wait here no more, and ask for no place for it."""
-        super().leave(waiter)
-        self._grant.wait_ends()
-
     def try_enter(
         self,
         cost: int = 0,
@@ -144,6 +139,13 @@ class SharedGate(Gate):
             return GRACE
         shared = self._grant.joined and self.waiting < MOMENTARY
         return MOMENT if shared and self._grant.limit > self._inside else 0.0
+
+    def _remove(self, waiter: Waiter[Place]) -> bool:
+        waited = super()._remove(waiter)
+        if waited:
+            # No place is asked for any more: it has started elsewhere, or has given up.
+            self._grant.wait_ends()
+        return waited
 
     def _leave(self, *, batch: bool = False) -> None:
         self._grant.place_ends()

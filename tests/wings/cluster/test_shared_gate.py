@@ -388,6 +388,25 @@ async def test_who_starts_elsewhere_takes_its_wish_back_at_once(cluster: Cluster
     nothing_is_left(members)
 
 
+async def test_who_gives_up_takes_its_wish_back_at_once(cluster: Cluster) -> None:
+    members = Members(cluster)
+    await members.fill()
+    asking = await waiting(members.one[0])
+    cluster.renew()
+    assert members.wanted() == [1, 0]
+
+    asking.cancel()
+    await asyncio.wait([asking])
+    # The calls that are due; no time passes.
+    cluster.renew()
+
+    assert members.wanted() == [0, 0]
+    for place in members.places:
+        place.release()
+    cluster.advance(2 * TIMES.beat)
+    nothing_is_left(members)
+
+
 async def test_a_lease_for_one_line_is_used_by_who_is_first_there(cluster: Cluster) -> None:
     members = Members(cluster)
     await members.fill()
