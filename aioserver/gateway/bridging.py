@@ -26,7 +26,7 @@ from aioserver.gateway.continuation import continuable
 from aioserver.protocol.bridging.refusals import STATUSES, Refusal, refusal
 from aioserver.protocol.bridging.said import BridgedSaid
 from aioserver.protocol.bridging.whole import MAX_WHOLE_BYTES
-from aioserver.protocol.bridging.words import MAX_COMPLETION_TOKENS, MAX_TOKENS, Words
+from aioserver.protocol.bridging.words import LIMIT, MAX_COMPLETION_TOKENS, MAX_TOKENS, Words
 from aioserver.provider_errors import ProviderFault
 from aioserver.providers.api import CHAT, Memory
 from aioserver.providers.attempt import Attempt
@@ -146,6 +146,8 @@ class BridgedAttempt(Attempt):
     # What is learned of the path of this API, and its name in the log.
     memory: ClassVar[type[PathMemory]]
     shown_path: ClassVar[str]
+    # How logs and metrics name the API.
+    shown_api: ClassVar[str]
 
     __slots__ = ("_chat", "_free", "_learning", "_learnt", "_left", "_writer")
 
@@ -202,8 +204,11 @@ class BridgedAttempt(Attempt):
             RequestNotBridged: it has no form in chat completions.
         """
         self._chat = chat = await self._translated()
-        left_out = chat.hosted.left_out
+        outcome, meter, left_out = self.request.outcome, self.provider.meter, chat.hosted.left_out
+        meter.bridged[self.shown_api].value += 1
+        outcome.bridge, outcome.left_out = self.shown_api, tuple(left_out)
         if left_out:
+            meter.left_out.value += len(left_out)
             self._habits.note_left_out(left_out)
         if self.hop is not None:
             chat.body = await self.hop.body(chat.body)
@@ -279,21 +284,24 @@ class BridgedAttempt(Attempt):
         if said.renames and MAX_TOKENS not in self._learnt:
             habits.bound = MAX_COMPLETION_TOKENS
             return self._learns(MAX_TOKENS, f"{MAX_COMPLETION_TOKENS} in its place")
-        if "limit" in self._learnt:
+        if LIMIT in self._learnt:
             return False
         if said.limit and said.asked is not None:
             habits.keep(habits.limits, model, said.limit)
             self._left = said.limit - said.asked - SPARE
             return self._left >= MIN_LEFT and self._learns(
-                "limit", f"{said.limit} tokens in its context"
+                LIMIT, f"{said.limit} tokens in its context"
             )
         if said.most:
             habits.keep(habits.most, model, said.most)
-            return self._learns("limit", f"{said.most} tokens in an answer at most")
+            return self._learns(LIMIT, f"{said.most} tokens in an answer at most")
         return False
 
     def _learns(self, what: str, consequence: str) -> bool:
         self._learnt.add(what)
+        outcome = self.request.outcome
+        outcome.learnt = (*outcome.learnt, what)
+        self.provider.meter.learnt[what].value += 1
         logger.info("learned from a refusal of provider %s: %s", self.provider.name, consequence)
         return True
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from aioserver import errors, provider_errors
 from aioserver.config.models import PREFIX
+from aioserver.protocol.bridging.words import LIMIT, MAX_TOKENS, OPTIONAL
 from aioserver.telemetry import logs
 from aioserver.telemetry.bugs import Bugs
 from aioserver.telemetry.counters import (
@@ -78,6 +79,9 @@ ERROR_OUTCOMES = sorted(
 DENIED_REASONS = sorted({error.reason for error in provider_errors.subclasses(errors.Denied)})
 # What became of an attempt to have the rest of an answer said.
 CONTINUED, FAILED = "continued", "failed"
+# The APIs that are translated to chat completions, and what is learned from refusals of these.
+BRIDGED_APIS = ("messages", "responses")
+LEARNABLE = (*OPTIONAL, MAX_TOKENS, LIMIT)
 RETRY_CODES, FAILOVER_CODES = _fault_codes("retry"), _fault_codes("failover")
 
 
@@ -86,6 +90,7 @@ class ProviderMeter:
 
     __slots__ = (
         "attempts",
+        "bridged",
         "continuations",
         "events",
         "failovers",
@@ -93,6 +98,8 @@ class ProviderMeter:
         "gap",
         "interval",
         "key_refused",
+        "learnt",
+        "left_out",
         "recent_first_tokens",
         "recent_silences",
         "retries",
@@ -109,6 +116,10 @@ class ProviderMeter:
         self.gap = Histogram()
         self.attempts = {outcome: Counter() for outcome in ATTEMPTS}
         self.continuations = {result: Counter() for result in (CONTINUED, FAILED)}
+        # Attempts whose request was translated, by its API; and what they have not sent, or learned.
+        self.bridged = {api: Counter() for api in BRIDGED_APIS}
+        self.left_out = Counter()
+        self.learnt = {what: Counter() for what in LEARNABLE}
         # Answers that broke off here and were continued, by the fault's code.
         self.seams: dict[str, Counter] = {}
         self.retries = {code: Counter() for code in RETRY_CODES}
@@ -498,6 +509,23 @@ PROVIDER_FAMILIES: tuple[Row[ProviderMeter], ...] = (
         lambda m: m.continuations,
         "Attempts to have the rest of an answer said that broke off, here or elsewhere",
         ("result",),
+    ),
+    Row(
+        "bridged_requests",
+        lambda m: m.bridged,
+        "Attempts whose request was translated to a chat completion, by the API that it came from",
+        ("api",),
+    ),
+    Row(
+        "left_out_tools",
+        lambda m: m.left_out,
+        "Hosted tools that were left out of a request, since nobody here could run them",
+    ),
+    Row(
+        "learnt_repeats",
+        lambda m: m.learnt,
+        "Requests that were sent once more at once, without what the provider has refused",
+        ("what",),
     ),
     Row("failovers", lambda m: m.failovers, "Requests that went on to a fallback", ("reason",)),
     Row("provider_wait_seconds", lambda m: m.wait, "Time in the provider's queue"),

@@ -96,11 +96,14 @@ class Outcome:
     *start* where it has started last by a group. *parts* has the attempts that have ended and may
     have cost something, *seams* where an answer was continued. *entry* is the number of the request
     in the ledger, 0 if it has none, and how many of its attempts are numbered there.
+
+    *bridge*: the request is translated from this API, and *left_out* are the hosted tools that the
+    provider does not get then. *learnt* is what refusals have taught, each with one repeat.
     """
 
     __slots__ = (
-        *("attempts", "entry", "headers", "model", "parts", "provider", "seams"),
-        *("sent", "sent_at", "start", "usage"),
+        *("attempts", "bridge", "entry", "headers", "learnt", "left_out", "model", "parts"),
+        *("provider", "seams", "sent", "sent_at", "start", "usage"),
     )
 
     def __init__(
@@ -121,6 +124,9 @@ class Outcome:
         self.parts: tuple[Part, ...] = ()
         self.seams: tuple[Continued, ...] = ()
         self.entry = (0, 0)
+        self.bridge = ""
+        self.left_out: tuple[str, ...] = ()
+        self.learnt: tuple[str, ...] = ()
 
     @property
     def spent(self) -> tuple[int, int]:
@@ -141,3 +147,4 @@ class Outcome:
         self.provider, self.model = provider, model
         self.attempts += 1
         self.headers, self.sent_at, self.usage = NO_HEADERS, 0.0, None
+        self.bridge, self.left_out = "", ()

@@ -7,6 +7,8 @@ thinned out.
 
 The longest gap of an answer is measured for each of three causes, so that the line of an answer
 that stuttered says why: the provider sent nothing, we were late, or the client read nothing.
+
+This file is one concept: a record, and what is made of it at its end.
 """
 
 from __future__ import annotations
@@ -354,10 +356,22 @@ class RequestLog:
             fields |= _bill(record.outcome)
         if record.outcome.seams:
             fields["seams"] = len(record.outcome.seams)
+        if record.outcome.bridge:
+            fields |= _bridged(record.outcome)
         if left_out:
             fields["suppressed"] = left_out
         level = logging.WARNING if outcome == "rejected" else logging.INFO
         logger.log(level, "request finished", extra={"fields": fields})
+
+
+def _bridged(outcome: Outcome) -> dict[str, object]:
+    """Return the fields of a request that was translated."""
+    fields: dict[str, object] = {"bridge": outcome.bridge}
+    if outcome.left_out:
+        fields["left_out"] = list(outcome.left_out)
+    if outcome.learnt:
+        fields["learnt"] = list(outcome.learnt)
+    return fields
 
 
 def _bill(outcome: Outcome) -> dict[str, object]:

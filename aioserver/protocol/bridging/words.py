@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 # Those that an engine may not know.
 OPTIONAL = ("reasoning_effort", "parallel_tool_calls", "stream_options", "top_k")
 MAX_TOKENS, MAX_COMPLETION_TOKENS = "max_tokens", "max_completion_tokens"
+# What is learned of the tokens that a model has room for.
+LIMIT = "limit"
 # Tokens that stand for a picture or a document.
 PICTURE_TOKENS = 1600
 # An estimate is exceeded by so much at most, as a rule; and an answer may have so many tokens,

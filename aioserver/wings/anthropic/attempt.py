@@ -67,7 +67,7 @@ class MessageAttempt(BridgedAttempt):
     """One try of one request for a message."""
 
     memory = Learned
-    shown_path = "/v1/messages"
+    shown_path, shown_api = "/v1/messages", "messages"
 
     __slots__ = ("_prepared",)
 

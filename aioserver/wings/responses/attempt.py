@@ -156,7 +156,7 @@ class ResponseAttempt(BridgedAttempt):
     """One try of one request for a response."""
 
     memory = Learned
-    shown_path = "/v1/responses"
+    shown_path, shown_api = "/v1/responses", "responses"
 
     __slots__ = ("_draft", "_patience", "_prepared", "_running")
 

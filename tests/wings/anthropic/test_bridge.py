@@ -199,6 +199,7 @@ async def test_a_hosted_tool_is_left_out_or_refused(server: RunningServer, strea
         assert response.status == 200
         assert response.headers["x-aioserver-left-out"] == "web_search"
     assert len(server.simulator.bodies[-1]["tools"]) == 1
+    assert await server.counted("left_out_tools", "provider") == {("sim",): 1}
 
     status, answer = await answer_of(server, {**asked, "tools": [SEARCH]})
 
@@ -344,6 +345,9 @@ async def test_a_word_that_the_engine_refuses_is_learned(
         for _ in range(2):
             assert (await answer_of(server, {**ASK, **asked}))[0] == 200
         assert await server.counted("retries", "reason") == {}
+
+        assert await server.counted("learnt_repeats", "what") == {(word,): 1}
+        assert await server.counted("bridged_requests", "api") == {("messages",): 3}
 
     assert [word in body for body in seen] == [True, False, False]
 
