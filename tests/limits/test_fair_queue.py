@@ -68,6 +68,29 @@ def test_a_caller_whose_requests_are_dear_has_fewer_starts() -> None:
     ]
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_callers_with_requests_of_100_and_5000_tokens_have_equal_shares(*, wrong: bool) -> None:
+    dice = random.Random(3)
+    queue: FairQueue[tuple[str, int]] = FairQueue()
+    cost, started, running = Counter[str](), 0, []
+    for number in range(300):
+        for name, tokens in (("short", 100), ("long", 5000)):
+            work = round(tokens * dice.uniform(0.5, 1.5)) if wrong else tokens
+            queue.add((name, number), name, "", work=work)
+
+    while started < 200:
+        popped = queue.pop(alive)
+        assert popped is not None
+        started += 1
+        cost[popped[0][0]] += 5000 if popped[0][0] == "long" else 100
+        running.append(popped)
+        if len(running) == 4:
+            (name, _), charge = running.pop(dice.randrange(4) if wrong else 0)
+            charge.settle(5000 if name == "long" else 100)
+
+    assert 0.9 <= cost["long"] / cost["short"] <= (1.3 if wrong else 1.1)
+
+
 def test_a_weight_of_three_has_three_times_the_work() -> None:
     queue = filled(*(f"a{n}" for n in range(9)), *(f"b{n}" for n in range(9)), weights={"a": 3})
 
