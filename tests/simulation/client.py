@@ -18,6 +18,7 @@ import aiohttp
 import orjson
 
 from tests.simulation import (
+    background,
     kept_talk,
     openai_faces,
     own_faces,
@@ -67,6 +68,7 @@ ASK = {
     "response chain": response_chain.talk,
     "conversation": kept_talk.talk,
     uploads.FACE: uploads.ask,
+    background.FACE: background.ask,
 }
 # The codes of refusals that must say when to come back.
 COME_BACK = {
@@ -128,6 +130,10 @@ class Client:
             hops=plan.hops,
         )
         self.reading = Reading(self.question)
+        # Whether it has come back for its answer; and what of its question was cancelled, by it or
+        # by who asks the same at the same time.
+        self.came_back = False
+        self.cancels: list[str] = []
         # Whether its answer is the call of a tool.
         called = random.Random(f"call {plan.seed} {number}").random() < plan.calls
         self.calls = called and self.face == "stream"
@@ -142,6 +148,8 @@ class Client:
         self.silent = dice.random() < plan.silent
         if random.Random(f"upload {plan.seed} {number}").random() < plan.uploads:
             self.face = uploads.FACE
+        if random.Random(f"background {plan.seed} {number}").random() < plan.background:
+            self.face = background.FACE
         # A client without a key has the address of this machine: no other address is served.
         self.address = f"10.0.0.{dice.randrange(1, 4)}" if self.key else "127.0.0.1"
         # The group that it asks for, where its question names no model; "" if it asks for none.
@@ -270,7 +278,7 @@ class Client:
 
     async def _ask(self) -> None:
         ask = ASK[self.face]
-        once = {"stream", "responses", uploads.FACE, *CONVERSATIONS}
+        once = {"stream", "responses", uploads.FACE, background.FACE, *CONVERSATIONS}
         if not self.has("ask twice") or self.face in once:
             await ask(self)
             return
@@ -283,6 +291,7 @@ class Client:
         """Return a client that asks the same at the same time, and then only reads."""
         reference = Client(self.plan, self.number, self.base)
         reference.session, reference.patience, reference._habits = self.session, self.patience, {}
+        reference.cancels = self.cancels
         return reference
 
     def another(self, number: int, face: str, conversation: str) -> Client:
@@ -290,7 +299,7 @@ class Client:
         habits of this one.
         """
         # A large answer would push earlier turns out of a conversation.
-        plan = dataclasses.replace(self.plan, large=0.0, uploads=0.0)
+        plan = dataclasses.replace(self.plan, large=0.0, uploads=0.0, background=0.0)
         client = Client(plan, number, self.base, like=self)
         client.face, client.conversation = face, conversation
         client.session, client.patience, client._habits = self.session, self.patience, self._habits

@@ -149,7 +149,14 @@ class GroupWatch:
             return
         if not (lines._standing or lines._coming):
             self._broken(f"a request waits for {group.name} in no line")
-        gates = {standing.gate for standing in lines._standing}
+        # One in the background waits for a permit first.
+        permits = {
+            member.provider._gate._permits: member.provider._gate for member in group.members
+        }
+        gates: set[Any] = {
+            permits.get(standing.gate, standing.gate)  # type: ignore[call-overload]
+            for standing in lines._standing
+        }
         if len(gates) < len(lines._standing):
             self._broken(f"a request stands twice in a line of {group.name}")
         if gates - {member.provider._gate for member in group.members}:

@@ -88,6 +88,7 @@ class Instance:
             "kept bytes": streams.bytes,
             "sockets": len(context.sockets),
             "detached": context.gateway.lifetime.detached,
+            "background": context.gateway.lifetime.background,
             "answers": context.gateway.running,
             "stored responses": streams.responses,
             "responses of lanes": len(stored_in(self.server).held._held),  # noqa: SLF001 - no snapshot has it
@@ -97,6 +98,7 @@ class Instance:
             stats = provider.stats()
             counts[f"{name} places"] = stats.queue.inside
             counts[f"{name} waiting"] = stats.queue.waiting
+            counts[f"{name} background"] = sum(stats.background)
             counts[f"{name} trials"] = provider.health.breaker._trials  # noqa: SLF001 - as below
             counts[f"{name} busy"] = stats.pool.open - stats.pool.idle
             counts[f"{name} connections"] = provider.pools.gate.inside

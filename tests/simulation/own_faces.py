@@ -42,6 +42,7 @@ def _payload(client: Client) -> dict[str, Any]:
 
 
 async def _websocket(client: Client, attempt: int) -> None:
+    client.came_back = attempt > 0
     url = client.base.replace("http", "ws", 1) + "/ws/chat"
     async with client.session.ws_connect(url, max_msg_size=0, headers=client.headers) as ws:
         frame = {"action": "chat", "request_id": client.name, "payload": _payload(client)}
@@ -62,6 +63,7 @@ async def _websocket(client: Client, attempt: int) -> None:
                 raise Left
             if client.now("cancel", client.reading.last) and not cancelled:
                 cancelled = True
+                client.cancels.append("websocket")
                 cancel = {"action": "cancel", "request_id": client.name}
                 await ws.send_str(orjson.dumps(cancel).decode())
             await client.pause()
@@ -69,6 +71,7 @@ async def _websocket(client: Client, attempt: int) -> None:
 
 
 async def _sse(client: Client, attempt: int) -> None:
+    client.came_back = attempt > 0
     url = f"{client.base}/sse/chat"
     if attempt and client.reading.last:
         headers = {**client.headers, "Last-Event-ID": str(client.reading.last)}
@@ -91,6 +94,7 @@ async def _sse(client: Client, attempt: int) -> None:
                 raise Left
             if client.now("cancel", client.reading.last) and not cancelled:
                 cancelled = True
+                client.cancels.append("sse")
                 with contextlib.suppress(*GONE):
                     await _cancel(client, f"{url}/{client.name}")
             await client.pause()
@@ -130,6 +134,8 @@ def take(client: Client, frame: dict[str, Any]) -> bool:
         reading.add(frame["chunk"]["data"])
     elif status == "error":
         reading.finish(f"error: {frame['chunk']['code']}")
+    elif status == "cancelled" and not (client.came_back or client.cancels):
+        raise Violation("cancelled, which nobody has asked for")
     elif status in {"complete", "cancelled"}:
         reading.finish(status)
     return bool(reading.end)

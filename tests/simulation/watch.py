@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aioserver.limits.gate import WHOLE
 from aioserver.limits.gcra import ROUNDING
@@ -113,10 +113,30 @@ class Watch:
                 self._broken(f"requests wait at {provider.name} while {limit - inside} may start")
             elif _stopped(gate._start_timer) and delay < inf:
                 self._broken(f"requests wait at {provider.name}, and no timer lets them in")
+        self._look_at_background(provider)
         if sockets._inside > sockets._limit:
             self._look_at_excess(sockets, f"connections to {provider.name}")
         elif sockets._queue and sockets._inside < sockets._limit:
             self._broken(f"requests wait for connections to {provider.name}, and some are free")
+
+    def _look_at_background(self, provider: Provider) -> None:
+        """Look at the places of answers in the background: at most half of all, at least one."""
+        queue = provider._gate._permits
+        if queue is None:
+            return
+        if queue._inside < queue._limit and queue._queue:
+            self._broken(f"answers in the background wait at {provider.name}, and may start")
+        if self._reloaded or queue._inside > queue._limit:
+            # The limit was lowered, by a reload or by other instances.
+            return
+        most = max(1, provider.settings.http_client.concurrent_requests // 2)
+        running = self._server.context.gateway.lifetime._background
+        attempts: list[Any] = [each.attempt for each in running if each.place == provider.name]
+        # A provider that runs them by itself only says so.
+        taken = [attempt for attempt in attempts if attempt.background]
+        if len(taken) > most:
+            places = f"{len(taken)} places at {provider.name}"
+            self._broken(f"{places} are for the background, of {most}")
 
     def _look_at_excess(self, gate: Gate, what: str) -> None:
         """Look at a gate that has more inside than its limit: it was lowered, and nobody may
@@ -159,6 +179,11 @@ class Watch:
         lifetime = self._server.context.gateway.lifetime
         if lifetime.detached > lifetime._bounds.max_detached:
             self._broken(f"{lifetime.detached} answers without a reader")
+        if lifetime.background > (lifetime._bounds.max_detached + 1) // 2:
+            self._broken(f"{lifetime.background} answers in the background")
+        for stream in lifetime._background:
+            if stream in lifetime._detached or stream.timer is not None:
+                self._broken("an answer in the background is to end for want of a reader")
         router = self._server.context.router
         room: dict[str, int] = {}
         for provider in router._providers.values():
