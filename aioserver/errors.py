@@ -50,6 +50,8 @@ The tree, with HTTP status, code and close code:
         ServerShutdown              503  server_shutdown         1012
         InstanceUnavailable         503  instance_unavailable
         HistoryUnavailable          503  history_unavailable
+        DeadlineExceeded            504  deadline_exceeded
+            AnswerTooLate           504  deadline_exceeded
         ProviderFault               faults of a provider, in provider_errors.py
 """
 
@@ -99,6 +101,8 @@ class AioserverError(Exception):
     max_retry_after: ClassVar[float] = MAX_RETRY_AFTER
     # OpenAI's type of this error; "" for that of its status.
     kind: ClassVar[str] = ""
+    # Whether `retry_after` is known, and no estimate: nothing starts before.
+    timed: ClassVar[bool] = False
     # The outcome of a request that ends with this error, in metrics and logs.
     outcome: ClassVar[str] = "client_error"
     # The status and the body with which a provider has refused, where clients get them unchanged:
@@ -372,7 +376,7 @@ class UpgradeRequired(AioserverError):
 class RateLimitExceeded(AioserverError):
     """The caller's own rate limit is reached, or a WebSocket is flooded with frames."""
 
-    outcome = "rejected"
+    outcome, timed = "rejected", True
     code, status, retryable = "rate_limit_exceeded", 429, True
     close = 1008
     close_reason = b"too many messages"
@@ -460,6 +464,30 @@ class HistoryUnavailable(AioserverError):
 
     outcome = "rejected"
     code, status, retryable = "history_unavailable", 503, True
+
+
+class DeadlineExceeded(AioserverError):
+    """The request could not start by the time that its client has set.
+
+    *bound* is the label `kind` of the metric `deadlines_total`.
+    """
+
+    outcome = "rejected"
+    code, status = "deadline_exceeded", 504
+    bound: str = "start"
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers: an SDK must not wait behind its caller's back."""
+        return {**super().headers(), "x-should-retry": "false"}
+
+
+class AnswerTooLate(DeadlineExceeded):
+    """The answer has not ended by the time that its client has set, or the request could not start
+    by then.
+    """
+
+    outcome = "cancelled"
+    bound = "whole"
 
 
 def public(fault: BaseException) -> AioserverError:

@@ -79,6 +79,9 @@ class ProviderFault(AioserverError):
     event: bytes = b""
     # The provider cannot be reached, or says that it is not ready.
     unreachable: bool = False
+    # For how many seconds the request would have to wait for its next attempt, which is more than
+    # its deadline leaves; 0.0 if that is not the reason why there is none.
+    backoff: float = 0.0
     # What became of the request that it has ended; None if it went to no provider.
     request_outcome: RequestOutcome | None = None
 
@@ -216,7 +219,7 @@ class ProviderFlagged(ProviderAuthError):
 class CircuitOpen(ProviderFault):
     """The provider is dead: it has answered nothing lately, and is left alone but for trials."""
 
-    outcome = "rejected"
+    outcome, timed = "rejected", True
     code, status, retryable = "circuit_open", 503, True
     failover, breaker_failure = True, False
 
@@ -224,7 +227,7 @@ class CircuitOpen(ProviderFault):
 class ProviderRateLimited(ProviderFault):
     """The provider answered 429 or 498."""
 
-    attempt_outcome = "http_429"
+    attempt_outcome, timed = "http_429", True
     code, status, retryable = "provider_rate_limited", 429, True
     retry, failover, breaker_failure = True, True, False
 

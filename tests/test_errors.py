@@ -60,7 +60,10 @@ TABLE = {
         *("circuit_open", "no_provider", "server_shutdown", "history_unavailable"),
         "instance_unavailable",
     },
-    504: {"connect_timeout", "read_timeout", "write_timeout", "first_token_timeout"},
+    504: {
+        *("connect_timeout", "read_timeout", "write_timeout", "first_token_timeout"),
+        "deadline_exceeded",
+    },
 }
 TYPES = {
     401: "authentication_error",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -26,7 +27,9 @@ from aioserver.faces import whole
 from aioserver.faces.form import NO_FORMS
 from aioserver.faces.http import Request, error_response
 from aioserver.faces.idle_sockets import IdleSockets
+from aioserver.limits.deadline import Deadline, Guard
 from aioserver.limits.gate import Gate, Place
+from aioserver.protocol.terms import NO_TERMS, terms_of
 from aioserver.provider_errors import ProviderFault
 from aioserver.telemetry.logs import RateLimit
 from aioserver.tracebacks import forget_frames
@@ -48,8 +51,8 @@ logger = logging.getLogger("aioserver.connections")
 LINES_PER_SECOND = 20
 # Of the lines about refusals: a full server refuses thousands, and an incident counts them.
 REFUSAL_LINES_PER_SECOND = 1
-# The connection of a client without a key.
-NOT_COUNTED: AbstractContextManager[object] = nullcontext()
+# The connection of a client without a key, and the wait of one without a deadline.
+NOTHING: AbstractContextManager[object] = nullcontext()
 # Refused WebSockets whose close handshake is not over; beyond: a handshake gets a plain 503.
 MAX_REFUSED_CLOSING = 256
 
@@ -72,6 +75,7 @@ class Admission:
         self.metrics = metrics
         self.forms = forms
         self._entered = metrics.admission_wait["entered"]
+        self._loop = asyncio.get_running_loop()
         self.gate = gate(
             limits.max_connections,
             queue_size=limits.connection_queue_size,
@@ -80,7 +84,7 @@ class Admission:
             timeout_error=self._refusal,
         )
         self.idle_sockets = IdleSockets(
-            asyncio.get_running_loop(),
+            self._loop,
             limit=lambda: self.gate.limit,
             waiting=lambda: self.gate.waiting,
             elsewhere=lambda: self.gate.room_elsewhere,
@@ -112,6 +116,10 @@ class Admission:
     def body_bytes(self) -> int:
         """Bytes of bodies that are being read, or whose request may yet be sent."""
         return self._body_bytes
+
+    def now(self) -> float:
+        """Return the loop's time."""
+        return self._loop.time()
 
     def hold(self) -> BodyHold:
         """Return a hold for one body; the caller has it released, however the request ends."""
@@ -176,7 +184,7 @@ class Admission:
         """
         quota = caller.quota
         if quota is None:
-            return NOT_COUNTED
+            return NOTHING
         connection = CountedConnection(quota)
         try:
             if (undecided := quota.connect()) is not None:
@@ -229,7 +237,13 @@ class Admission:
         place = None
         try:
             try:
-                place = await self.gate.enter(on_position=on_position)
+                guard: AbstractContextManager[object] = NOTHING
+                if hold is not None and hold.terms is not NO_TERMS:
+                    deadline = Deadline(hold.arrived, hold.terms)
+                    on_position = partial(deadline.queued, "the door")
+                    guard = Guard(deadline, self.metrics.count_deadline)
+                with guard:
+                    place = await self.gate.enter(on_position=on_position)
             finally:
                 meter.waiting.value -= 1
                 self.idle_sockets.waited(name)
@@ -332,12 +346,14 @@ class BodyHold:
     the handler: the end of that request does it then.
     """
 
-    __slots__ = ("_admission", "given", "size", "waited_since")
+    __slots__ = ("_admission", "arrived", "given", "size", "terms", "waited_since")
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
         self.size = 0
         self.given, self.waited_since = False, 0.0
+        # When the request came, in the loop's time, and its terms.
+        self.arrived, self.terms = admission.now(), NO_TERMS
 
     def grow(self, size: int) -> None:
         """Count another *size* bytes of this body.
@@ -387,15 +403,15 @@ def counted(
     """
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        caller = request[CALLER]
-        name = caller.name
+        caller, hold = request[CALLER], admission.hold()
+        name, hold.terms = caller.name, terms_of(request.headers)
         try:
             connection = await admission.connect(face, caller)
         except ConcurrencyExceeded as error:
             if refuse is None:
                 raise
             return await refuse(request, error)
-        with connection, admission.hold() as hold:
+        with connection, hold:
             prepared = await prepare(request, hold)
             try:
                 place = admission.try_enter() or await admission.wait(face, name, hold=hold)

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from aioserver.faces.context import Context
     from aioserver.limits.gate import Place
     from aioserver.protocol.client_headers import ClientHeaders
+    from aioserver.protocol.terms import Terms
 
 # Messages, and their bytes, that are kept of a socket that waits for its place.
 MAX_WAITING_MESSAGES = 16
@@ -94,6 +95,7 @@ class Socket(ABC):
         transport: asyncio.Transport,
         drain: Callable[[], Awaitable[None]],
         client_headers: ClientHeaders,
+        terms: Terms,
     ) -> None:
         # Set by the timer wheel.
         self.bucket = 0
@@ -101,6 +103,8 @@ class Socket(ABC):
         self.caller = caller
         # Of the handshake: they go on to the provider with each question.
         self._client_headers = client_headers
+        # Of the handshake: they hold for each request.
+        self._terms = terms
         self._context = context
         self._ws = ws
         self._messages = messages

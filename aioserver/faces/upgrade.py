@@ -19,6 +19,7 @@ from aioserver.faces.admission import MAX_REFUSED_CLOSING
 from aioserver.faces.client_messages import ClientMessages, Upgraded
 from aioserver.faces.intake import client_headers
 from aioserver.faces.socket import MAX_WAITING_BYTES
+from aioserver.protocol.terms import terms_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,7 +134,7 @@ async def _upgrade(
 
     What it needs is gone after it: an idle socket keeps each frame of its task.
     """
-    admission = context.admission
+    admission, terms = context.admission, terms_of(request.headers)
     limit = context.settings.chat.websocket.max_message_size
     messages = ClientMessages(admission.hold, limit)
     messages.room = MAX_WAITING_BYTES
@@ -153,7 +154,6 @@ async def _upgrade(
     ws.headers.clear()
     assert request.transport is not None
     headers = client_headers(context, request)
-    socket = make(
-        context, request[CALLER], ws, messages, request.transport, payload_writer.drain, headers
-    )
+    drain = payload_writer.drain
+    socket = make(context, request[CALLER], ws, messages, request.transport, drain, headers, terms)
     return ws, messages, socket

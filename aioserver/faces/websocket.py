@@ -115,6 +115,7 @@ class ChatSocket(Socket):
         self._check_room(command.request_id)
         if self._client_headers:
             command = replace(command, client_headers=self._client_headers)
+        hold.terms = self._terms.joined(command.terms)
         self._conversation = self._conversation or uuid.uuid4().hex
         gateway = self._context.gateway
         stream = gateway.ask(self.caller, command, self._conversation, face=self.face, hold=hold)

@@ -20,6 +20,7 @@ from math import inf
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from aioserver.errors import AioserverError, ResponseNotFound
+from aioserver.limits.deadline import Wait
 from aioserver.provider_errors import (
     CircuitOpen,
     ContextTooLong,
@@ -163,6 +164,8 @@ class Asking:
                         # So is this.
                         attempt.release_permit()
             if backoff:
+                if (bound := self._request.provider_request.bound) is not None:
+                    bound.wait = Wait(f"the next attempt at {provider.name} waits", backoff)
                 await asyncio.sleep(backoff)
 
     def _attempt(self) -> Attempt:
@@ -277,6 +280,9 @@ class Asking:
                 )
             )
         ):
+            raise self._raised(final) from None
+        if backoff > self._request.provider_request.left:
+            final.fault.backoff = backoff
             raise self._raised(final) from None
         if not first.budget.take_retry():
             first.meter.retries_refused.value += 1

@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import AioserverError, InternalError, ServerShutdown, StreamNotFound
+from aioserver.limits.deadline import Guard
 from aioserver.providers.request import Answer
 from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.ending import run_all
@@ -67,8 +68,13 @@ class Calls:
         assert task is not None
         self._tasks.add(task)
         try:
-            await request.decided()
-            answer = await (ask or self._router.call)(request)
+            if (bound := request.provider_request.bound) is None:
+                await request.decided()
+                answer = await (ask or self._router.call)(request)
+            else:
+                with Guard(bound, self._request_log.metrics.count_deadline):
+                    await request.decided()
+                    answer = await (ask or self._router.call)(request)
         except asyncio.CancelledError:
             if task not in self._tasks and not task.uncancel():
                 # Only `close` has cancelled this task.

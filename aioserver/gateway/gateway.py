@@ -27,19 +27,27 @@ from aioserver.gateway.instances import FROM_START, NOT_FOUND
 from aioserver.gateway.producers import Producers
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.request import Request
+from aioserver.limits.deadline import Guard
 from aioserver.limits.quota import REVOKED
 from aioserver.protocol.whole_answer import final_response, text_pieces
 from aioserver.streams.contracts import AT_KEY
 from aioserver.streams.entries import COMPLETE, ERROR
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
+    from collections.abc import (
+        Awaitable,
+        Callable,
+        Collection,
+        Coroutine,
+        Iterator,
+    )
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.gateway.histories import Histories
     from aioserver.gateway.instances import Instances, Start
     from aioserver.gateway.router import Router
+    from aioserver.limits.deadline import Deadline
     from aioserver.protocol.client_frames import Chat
     from aioserver.providers.request import Answer, Hold
     from aioserver.streams.lifetime import Lifetime
@@ -68,6 +76,7 @@ class Gateway:
         self._streams = lifetime.store
         self._prompts = Prompts(histories, service, bounds)
         self._request_log = request_log
+        self._count_deadline = request_log.metrics.count_deadline
         # The streams of other instances; None where this one is alone.
         self.instances = instances
         self.producers = Producers(request_log, None if instances is None else instances.ended)
@@ -299,7 +308,7 @@ class Gateway:
     ) -> Answer:
         self._check_running()
         quota = request.caller.quota
-        request.begin()
+        request.begin(self._count_deadline)
         if quota is None:
             return await self._calls.answer(request, ask)
         try:
@@ -352,7 +361,7 @@ class Gateway:
         elif resumable:
             window = self._bounds.resume_window
         name = (request.key or uuid.uuid4().hex) if resumable else request.name
-        request.begin()
+        request.begin(self._count_deadline)
         stream = producer = None
         try:
             stream = self._streams.open(
@@ -398,7 +407,34 @@ class Gateway:
         # An answer that nobody can name is asked of no other instance.
         if self.instances is not None and request.key is not None:
             producer, release = self.instances.claiming(stream, request, producer, release)
+        if (bound := request.provider_request.bound) is not None:
+            producer, release = self._bounded(stream, bound, producer, release)
         self.producers.start(stream, producer, release)
+
+    def _bounded(
+        self,
+        stream: Stream,
+        bound: Deadline,
+        producer: Coroutine[Any, Any, None],
+        release: Callable[[], None],
+    ) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
+        """Return a producer that runs *producer* to its end, or to the deadline of the request, and
+        its release. A mirror has the deadlines of its owner.
+        """
+
+        def over() -> bool:
+            return stream.mirrored or stream.ended or stream.ending is not None
+
+        async def bounded() -> None:
+            with Guard(bound, self._count_deadline, over):
+                await producer
+
+        def release_all() -> None:
+            # It may never have begun.
+            producer.close()
+            release()
+
+        return bounded(), release_all
 
     async def _produce_whole(self, request: Request, stream: Stream) -> None:
         """Produce an answer that is not streamed, and keep it in *stream*."""

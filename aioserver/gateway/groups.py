@@ -338,14 +338,20 @@ class Group:
         """
         first = next(iter(attempts.values()))
         caller = first.request.caller
-        show_position = first.stream is not None and not first.request.whole
+        bound = first.request.bound
+        queued: Callable[[int, float], None] | None = None
+        if first.shows_position:
+            queued = first.queued
+        if bound is not None and self.name:
+            queued = bound.telling(self.name, queued)
         lines = Lines(
             caller.flow,
             caller.subflow,
             weight=caller.priority,
-            on_position=first.queued if show_position else None,
+            on_position=queued,
             at_front=first.retry or any(attempt.permit for attempt in attempts.values()),
             batch=first.request.batch,
+            within=first.request.left,
         )
         waiting = Waiting(lines, attempts, more, self._clock())
         wishes = waiting.wishes

@@ -5,8 +5,10 @@ it is known.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
+from aioserver.errors import AioserverError
 from aioserver.providers.attempt import Attempt
 from aioserver.streams.ending import run_all
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.auth.callers import Caller
+    from aioserver.errors import DeadlineExceeded
     from aioserver.gateway.groups import Group
     from aioserver.gateway.keeper import Keeper
     from aioserver.limits.key_queue import Turn
@@ -74,10 +77,13 @@ class Request:
             self.provider_request, self.route.model
         )
 
-    def begin(self) -> None:
+    def begin(self, on_late: Callable[[DeadlineExceeded], None]) -> None:
         """Count it for its caller's key, or let it wait there; `release` follows in any case.
 
+        *on_late* is called where it cannot begin before its deadline.
+
         Raises:
+            DeadlineExceeded: it cannot.
             AioserverError: as `Quota.begin`.
         """
         self.estimate()
@@ -85,12 +91,20 @@ class Request:
         if caller.quota is None:
             return
         estimate = request.estimate
-        self.turn = caller.quota.begin(
-            0 if estimate is None else estimate.tokens,
-            flow=caller.subflow,
-            work=request.work,
-            start_by=request.start_by,
-        )
+        bound = request.bound
+        try:
+            self.turn = caller.quota.begin(
+                0 if estimate is None else estimate.tokens,
+                flow=caller.subflow,
+                work=request.work,
+                start_by=inf if bound is None else bound.next,
+            )
+        except AioserverError as refusal:
+            error = None if bound is None else bound.refused(refusal)
+            if error is None:
+                raise
+            on_late(error)
+            raise error from None
 
     @property
     def undecided(self) -> bool:
@@ -107,6 +121,8 @@ class Request:
             ConcurrencyExceeded, RateLimitExceeded: it is not.
         """
         if self.turn is not None:
+            if (bound := self.provider_request.bound) is not None:
+                on_position = bound.telling("its key", on_position)
             await self.turn.decided(on_position)
 
     def forget_turn(self) -> None:

@@ -416,6 +416,7 @@ class Gate:
         cost: int = 0,
         work: int = 1,
         batch: bool = False,
+        within: float = inf,
     ) -> Place:
         """Wait for a place. Cancelling is safe at any time: no place is lost.
 
@@ -429,7 +430,9 @@ class Gate:
         caller's other requests. `refuse_late` may also refuse a request that *may_fail_over* to
         another gate. A request that was in the queue before may *rejoin* it, though it is full.
         One that *goes_on* with an answer that has begun may also enter while the gate closes.
-        *cost* counts for the pace.
+        *cost* counts for the pace. A request that cannot start *within* so many seconds, by the
+        pace alone, is refused as one that cannot within `queue_timeout`; else it is the caller who
+        ends its wait then.
 
         Raises:
             AioserverError: made by *full_error* or *pace_error* at once, by *timeout_error* at the
@@ -440,7 +443,7 @@ class Gate:
         try:
             room = rejoin or self.room_for(batch=batch) > 0
             seconds = self.time_left(waited, room=room, batch=batch, goes_on=goes_on)
-            self.check_pace(seconds, caller, flow, batch=batch, at_front=at_front)
+            self.check_pace(min(seconds, within), caller, flow, batch=batch, at_front=at_front)
         except AioserverError:
             self.count_refusal()
             raise
@@ -450,7 +453,7 @@ class Gate:
             caller,
             flow,
             now - waited,
-            now + seconds,
+            now + min(seconds, within),
             on_position,
             cost,
             work=work,

@@ -118,13 +118,13 @@ class Turn:
         self._give_back(unused=True)
 
     def stands(self, until: float, on_late: Callable[[Turn], None]) -> None:
-        """Note that it waits *until* a moment of the loop's clock, at which *on_late* is
-        called.
+        """Note that it waits *until* a moment of the loop's clock, or for MAX_WAIT, after which
+        *on_late* is called.
         """
         loop = asyncio.get_running_loop()
         self._began = loop.time()
         self._decision = loop.create_future()
-        self._timer = loop.call_at(until, on_late, self)
+        self._timer = loop.call_later(MAX_WAIT, on_late, self)
         self.until, self.waiting = until, True
 
     def starts(self) -> None:
@@ -226,7 +226,9 @@ class KeyQueue:
         turn.charge = self._queue.start(turn.flow, None, work=turn.work)
 
     def add(self, turn: Turn, until: float) -> None:
-        """Let *turn* wait *until* a moment of the loop's clock."""
+        """Let *turn* wait *until* a moment of the loop's clock: what comes later is refused at
+        once. Whoever has set that moment ends the wait.
+        """
         if not len(self):
             self._started_at = asyncio.get_running_loop().time()
         turn.stands(until, self._refuse_late)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from fractions import Fraction
+from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.errors import AioserverError
@@ -69,7 +70,7 @@ class Lines:
     """A request of *caller* and *flow* that waits for the first of several places.
 
     Always: it stands in no line once `wait` has returned; it is handed one place at most. *weight*,
-    *on_position*, *at_front* and *batch* are as for `Gate.enter`. The position that is told is the smallest,
+    *on_position*, *at_front*, *batch* and *within* are as for `Gate.enter`. The position that is told is the smallest,
     and the time until the start that of lines which serve the request side by side.
     """
 
@@ -82,12 +83,14 @@ class Lines:
         on_position: Callable[[int, float], None] | None = None,
         at_front: bool = False,
         batch: bool = False,
+        within: float = inf,
     ) -> None:
         self._batch = batch
         self._caller, self._flow, self._weight = caller, flow, weight
         self._on_position = on_position
         self._at_front = at_front
         self._loop = asyncio.get_running_loop()
+        self._until = self._loop.time() + within
         self._place: asyncio.Future[Place] = self._loop.create_future()
         self._standing: list[_Standing] = []
         self._coming: dict[asyncio.TimerHandle, Wish] = {}
@@ -161,7 +164,11 @@ class Lines:
         batch = self._batch
         seconds = wish.gate.time_left(wish.waited, room=room, batch=batch)
         wish.gate.check_pace(
-            seconds, self._caller, self._flow, batch=batch, at_front=self._at_front
+            min(seconds, self._until - self._loop.time()),
+            self._caller,
+            self._flow,
+            batch=batch,
+            at_front=self._at_front,
         )
         return seconds
 
@@ -208,7 +215,7 @@ class Lines:
             self._caller,
             self._flow,
             now - wish.waited,
-            now + seconds,
+            now + min(seconds, self._until - self._loop.time()),
             self._on_position,
             wish.cost,
             work=wish.work,

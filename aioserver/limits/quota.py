@@ -130,8 +130,9 @@ class Quota:
         """Count an answer that begins, or let it wait; call `Turn.end` once when it has ended.
 
         Its *tokens* are an estimate. Where it has to wait, *on_wait* is called, which may raise; it
-        waits as a request of the user *flow* that costs *work*, until *start_by* at most, a moment
-        of the loop's clock. `Turn.decided` is to be awaited before a provider is asked.
+        waits as a request of the user *flow* that costs *work*. What cannot come until *start_by*,
+        a moment of the loop's clock, is not waited for; it is the caller who ends the wait then.
+        `Turn.decided` is to be awaited before a provider is asked.
 
         Raises:
             InvalidApiKey: the key was revoked after its request came in.

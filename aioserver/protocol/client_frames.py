@@ -8,12 +8,15 @@
 The body of an SSE request has the payload's fields and the `request_id`. Of a question only the
 fields are looked at: `text`, `messages` and `options` stay the bytes that the client has written,
 and go to the provider as they are.
+
+This file is one concept: all that a client may send on these faces, checked by the same rules.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -21,9 +24,10 @@ import orjson
 from msgspec import Raw
 
 from aioserver.errors import AioserverError, InvalidJson, InvalidRequest
-from aioserver.protocol import json_body
+from aioserver.protocol import json_body, terms
 from aioserver.protocol.client_headers import NO_HEADERS
 from aioserver.protocol.json_body import ABSENT, UnknownField, at_once, pause
+from aioserver.protocol.terms import NO_TERMS, Terms
 
 if TYPE_CHECKING:
     from aioserver.protocol.client_headers import ClientHeaders
@@ -54,6 +58,9 @@ class _Payload(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     model: Raw = ABSENT
     options: Raw = _EMPTY
     metadata: Raw = _EMPTY
+    start_within: Raw = ABSENT
+    deadline: Raw = ABSENT
+    class_: Raw = msgspec.field(default=ABSENT, name="class")
 
 
 class _Question(_Payload, gc=False, forbid_unknown_fields=True):
@@ -87,7 +94,7 @@ _QUESTION = msgspec.json.Decoder(_Question)
 _POSITION = msgspec.json.Decoder(_Position)
 _MESSAGES = msgspec.json.Decoder(list[_Message])
 _OPTIONS = msgspec.json.Decoder(_Options)
-PAYLOAD_FIELDS = _Payload.__struct_fields__
+PAYLOAD_FIELDS = _Payload.__struct_encode_fields__
 RESERVED_OPTIONS = ("model", "messages", "stream")
 _DEFAULTED = tuple(name for name in _Options.__struct_fields__ if name not in RESERVED_OPTIONS)
 
@@ -103,7 +110,8 @@ class Chat:
     If *streaming* is None, the configuration decides. *original* is empty, unless
     something in the question was replaced: it is then a hash of what the client has sent. *hashed*
     is the `digest`, if it was made in steps. The *client_headers* go on to the provider, and are
-    no part of the question: two questions that differ in them alone are the same.
+    no part of the question, nor are its *terms*: two questions that differ in them alone are the
+    same.
     """
 
     request_id: str
@@ -117,6 +125,7 @@ class Chat:
     option_names: frozenset[str] = frozenset()
     max_answer: int | None = None
     original: bytes = b""
+    terms: Terms = field(default=NO_TERMS, compare=False)
     hashed: bytes = field(default=b"", compare=False)
     client_headers: ClientHeaders = NO_HEADERS
 
@@ -347,8 +356,26 @@ async def _chat(request_id: str, fields: _Payload, original: bytes, *, large: bo
         option_names=option_names,
         max_answer=max_answer,
         original=original,
+        terms=_terms(fields),
     )
     return replace(chat, hashed=await chat.hashing()) if large else chat
+
+
+def _terms(fields: _Payload) -> Terms:
+    if fields.start_within is fields.deadline is fields.class_ is ABSENT:
+        return NO_TERMS
+    return Terms(
+        _seconds(fields.start_within, "start_within"),
+        _seconds(fields.deadline, "deadline"),
+        terms.batch(_name(fields.class_, "class"), "class"),
+    )
+
+
+def _seconds(raw: Raw, name: str) -> float:
+    if json_body.null(raw):
+        return inf
+    written = bytes(memoryview(raw)[: terms.MAX_CHARACTERS + 1])
+    return terms.seconds(written.decode(errors="replace"), name)
 
 
 def _valid_messages(messages: bytes) -> bool:

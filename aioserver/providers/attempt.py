@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from aioserver.limits.deadline import Wait
 from aioserver.protocol.openai import BadEvent, ErrorEvent
 from aioserver.protocol.said import ReadSaid
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
@@ -186,11 +187,21 @@ class Attempt:
 
     def queued(self, position: int, eta: float) -> None:
         """Tell the readers the position in the queue, and the seconds until the start."""
-        if self.stream is not None:
+        if (bound := self.request.bound) is not None:
+            bound.queued(self.provider.name, position, eta)
+        if self.stream is not None and not self.request.whole:
             self.stream.report_position(position, eta)
+
+    @property
+    def shows_position(self) -> bool:
+        """Whether anybody wants to hear of `queued`."""
+        request = self.request
+        return request.bound is not None or (self.stream is not None and not request.whole)
 
     def started(self) -> None:
         """Note that a place is taken."""
+        if (bound := self.request.bound) is not None:
+            bound.wait = Wait(f"a connection to {self.provider.name}")
         stream, provider = self.stream, self.provider
         if stream is not None:
             stream.attempt, stream.queued = self, None

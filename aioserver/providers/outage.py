@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from aioserver.limits.deadline import Wait
 from aioserver.limits.gate import BATCH_PATIENCE
 from aioserver.provider_errors import CircuitOpen, ProviderFault
 from aioserver.providers.breaker import TRIAL_INTERVAL
@@ -145,6 +146,8 @@ class Absence:
             await asyncio.sleep(0)
 
     async def _park(self, attempt: Attempt, seconds: float) -> None:
+        if (bound := attempt.request.bound) is not None:
+            bound.wait = Wait(f"{attempt.provider.name} is away", seconds)
         began = self._clock()
         await self._gate.park(seconds, waited=attempt.waited)
         now = self._clock()

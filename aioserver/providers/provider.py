@@ -259,6 +259,7 @@ class Provider:
 
         Raises:
             ProviderFault: no good answer came; a part of one may be in the log.
+        DeadlineExceeded: it would be sent too late.
         """
         error: BaseException | None = None
         part: Part | None = None
@@ -485,6 +486,8 @@ class Provider:
             data = attempt.written(self.pools.writer)
             connection = pool.take() or await pool.connect()
             try:
+                if (bound := attempt.request.bound) is not None:
+                    bound.start(self.name)
                 record.outcome.sent_at = self._clock()
                 exchange = Exchange(
                     connection,
@@ -553,7 +556,6 @@ class Provider:
         self.backpressure.end()
         request = attempt.request
         caller, record = request.caller, request.record
-        show_position = attempt.stream is not None and not request.whole
         cost, attempt.expected_tokens = attempt.expected_tokens, 0
         began = self._clock()
         self._pending += 1
@@ -564,7 +566,7 @@ class Provider:
                     caller.flow,
                     caller.subflow,
                     weight=caller.priority,
-                    on_position=attempt.queued if show_position else None,
+                    on_position=attempt.queued if attempt.shows_position else None,
                     waited=attempt.waited,
                     at_front=attempt.retry or attempt.rejoin,
                     may_fail_over=attempt.fallback,
@@ -573,6 +575,7 @@ class Provider:
                     cost=cost,
                     work=request.work,
                     batch=request.batch,
+                    within=request.left,
                 )
             finally:
                 # Nothing else runs before this attempt asks the pool.
@@ -798,7 +801,8 @@ def _ended_as(attempt: Attempt, exc: BaseException) -> str:
     stream, sink, hop = attempt.stream, attempt.sink, attempt.hop
     if isinstance(exc, asyncio.CancelledError):
         ours = stream is not None and stream.cancel_reason is not None
-        return CUT if ours else CANCELLED
+        bound = attempt.request.bound
+        return CUT if ours or (bound is not None and bound.cut) else CANCELLED
     begun = attempt.answered or (isinstance(sink, BodySink) and sink.progress > 0)
     begun = begun or (hop is not None and hop.heard > 0)
     return CUT if begun else FAILED

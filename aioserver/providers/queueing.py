@@ -194,7 +194,10 @@ class ProviderGate(Gate):
         """
         limits = self._limits
         text = f"{self._name} limits our rate"
-        if not self.pace.cooling:
+        if not self.pace.cooling and wait <= limits.queue_timeout:
+            # The request itself is in a hurry.
+            text = f"{self._name} is at its requests_per_minute={limits.requests_per_minute}"
+        elif not self.pace.cooling:
             text = (
                 f"{self._name} can take no more requests in the next {limits.queue_timeout} s: "
                 f"requests_per_minute={limits.requests_per_minute}"

@@ -10,8 +10,10 @@ from math import inf
 from typing import TYPE_CHECKING, Protocol
 
 from aioserver.auth.callers import Caller
+from aioserver.limits.deadline import Deadline
 from aioserver.limits.estimate import UNKNOWN_WORK
 from aioserver.protocol.client_headers import NO_HEADERS
+from aioserver.protocol.terms import NO_TERMS
 from aioserver.telemetry.outcome import Outcome
 from aioserver.telemetry.request_log import RequestRecord
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from aioserver.limits.estimate import Estimate
     from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.openai import Reading
+    from aioserver.protocol.terms import Terms
     from aioserver.providers.api import Api
     from aioserver.streams.store import HeldBytes
 
@@ -37,11 +40,13 @@ class Hold(Protocol):
 
     *given* says that the request releases them, and not the handler that has read them.
     *waited_since* is the monotonic time since which its client had waited for a place, 0.0 if it
-    has got one at once.
+    has got one at once. Their request *arrived* at this time of the loop, with these *terms*.
     """
 
     given: bool
     waited_since: float
+    arrived: float
+    terms: Terms
 
     def spare(self, let_go: Callable[[], None]) -> None:
         """Have *let_go* called, once, where another body needs the room."""
@@ -71,8 +76,7 @@ class ProviderRequest:
     *size* has the bytes of it that are known before a body is made, and *max_answer* the tokens
     that its answer may have by its own word, None without one: what its `estimate` is made of, once
     it is about to wait. A *batch* request uses what others leave, and an answer in the *background*
-    runs to its end without a reader. Moments of the loop's clock: its first attempt is sent by
-    *start_by*, and its answer has ended by *deadline*.
+    runs to its end without a reader. Its *bound* are its deadlines, None if it has none.
     """
 
     # Whether its tokens can be estimated before it starts.
@@ -85,9 +89,9 @@ class ProviderRequest:
         "api",
         "background",
         "body",
+        "bound",
         "caller",
         "client_headers",
-        "deadline",
         "estimate",
         "keeps_body",
         "max_answer",
@@ -97,7 +101,6 @@ class ProviderRequest:
         "reading",
         "record",
         "size",
-        "start_by",
         "streamed",
     )
 
@@ -119,7 +122,10 @@ class ProviderRequest:
     ) -> None:
         self.size, self.max_answer = size, max_answer
         self.estimate: Estimate | None = None
-        self.start_by = self.deadline = inf
+        terms = NO_TERMS if hold is None else hold.terms
+        self.bound: Deadline | None = None
+        if hold is not None and terms is not NO_TERMS:
+            self.bound = Deadline(hold.arrived, terms)
         self.api = api
         self.path = f"{api.path}?{query}" if query else api.path
         self.body = body
@@ -131,7 +137,7 @@ class ProviderRequest:
         self.outcome = Outcome()
         self.record = RequestRecord(self.outcome)
         self.record.path = api.path
-        self.record.batch = caller.batch
+        self.record.batch = caller.batch or terms.batch
         self.record.trace_id = client_headers.trace_id
         # Counts the bytes of an answer that is collected.
         self.answer_bytes: HeldBytes | None = None
@@ -184,6 +190,11 @@ class ProviderRequest:
         0.0 if it has not, or that is unknown.
         """
         return 0.0 if self._hold is None else self._hold.waited_since
+
+    @property
+    def left(self) -> float:
+        """The seconds until it must have started, or have its answer; inf without a deadline."""
+        return inf if self.bound is None else self.bound.left
 
     @property
     def batch(self) -> bool:

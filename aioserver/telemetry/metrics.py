@@ -76,6 +76,8 @@ def _fault_codes(flag: str) -> list[str]:
 ERROR_OUTCOMES = sorted(
     {(error.code, error.outcome) for error in provider_errors.subclasses(errors.AioserverError)}
 )
+# By when the request had to start, or its answer to end.
+DEADLINE_KINDS = (errors.DeadlineExceeded.bound, errors.AnswerTooLate.bound)
 DENIED_REASONS = sorted({error.reason for error in provider_errors.subclasses(errors.Denied)})
 # What became of an attempt to have the rest of an answer said.
 CONTINUED, FAILED = "continued", "failed"
@@ -228,6 +230,7 @@ class Metrics:
         # What callers have spent.
         self.usage = CallerSums()
         self.usage_lines = {outcome: Counter() for outcome in ("written", "lost")}
+        self.deadlines = {kind: Counter() for kind in DEADLINE_KINDS}
         self.slow_clients = Counter()
         self.gave_way = Counter()
         self.bugs = Bugs()
@@ -283,6 +286,10 @@ class Metrics:
                 logger.warning("request refused", extra={"fields": fields})
         elif error.outcome == "client_error" and error.code in self.bad_requests:
             self.bad_requests[error.code].value += 1
+
+    def count_deadline(self, error: errors.DeadlineExceeded) -> None:
+        """Count *error*, which ends a request at a deadline of its own."""
+        self.deadlines[error.bound].value += 1
 
     @contextmanager
     def resuming(self) -> Iterator[None]:
@@ -437,6 +444,12 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
         ("outcome",),
     ),
     Row("trace_spans", lambda m: m.spans, "Spans exported, or dropped", ("outcome",)),
+    Row(
+        "deadlines",
+        lambda m: m.deadlines,
+        "Requests ended by a deadline of their own: to start, or for the whole answer",
+        ("kind",),
+    ),
     Row("slow_clients", lambda m: m.slow_clients, "Clients dropped because they read nothing"),
     Row(
         "bad_requests",

@@ -31,7 +31,13 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/clients.md").read_text()
 FACES = ROOT / "aioserver/faces"
 # Of what they are named for on the page.
-SAMPLES: dict[str, Any] = {"messages": [{"role": "user"}], "streaming": True}
+SAMPLES: dict[str, Any] = {
+    "messages": [{"role": "user"}],
+    "streaming": True,
+    "start_within": 2.5,
+    "deadline": 2.5,
+    "class": "batch",
+}
 OBJECTS = ("options", "metadata")
 
 
@@ -93,11 +99,13 @@ def test_every_field_of_a_question_has_its_row_and_its_type() -> None:
         other = {} if name in ("text", "messages") else {"text": "x"}
         assert isinstance(question({name: sample, **other}), Chat)
         with pytest.raises(BadCommand) as refused:
-            question({name: 1, **other})
+            question({name: -1, **other})
         assert isinstance(refused.value.error, InvalidRequest)
         assert (
             kind.split()[0]
-            == {str: "text", bool: "true", list: "list", dict: "object"}[type(sample)]
+            == {str: "text", bool: "true", list: "list", dict: "object", float: "number"}[
+                type(sample)
+            ]
         )
 
 

@@ -184,6 +184,8 @@ def test_every_kind_of_error_has_an_outcome() -> None:
     outcomes = {outcome for _, outcome in ERROR_OUTCOMES}
     assert outcomes == {
         *("client_error", "rejected", "provider_error", "internal_error", "slow_client"),
+        # At a deadline of the client's own.
+        "cancelled",
     }
 
 

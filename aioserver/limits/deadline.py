@@ -1,0 +1,195 @@
+"""The deadlines of one request: by when it has to start, and by when its answer has to end.
+
+A request without such terms has none, and no timer. One that has them keeps a single timer, which
+cancels the task that waits or works for it: so each wait minds it, whatever it waits for, and the
+provider's connection is closed at once. A wait that is known to be too long does not begin: a
+refusal that says when the request could start (`AioserverError.timed`) becomes that of a deadline
+if this is too late. An estimate of a wait ends none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from math import inf
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from aioserver.errors import AioserverError, AnswerTooLate, DeadlineExceeded
+from aioserver.provider_errors import ProviderFault
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from aioserver.protocol.terms import Terms
+
+# Bounds in seconds of what a client is told whose request could not start, where that is an
+# estimate.
+RETRY_AFTER = (1.0, 60.0)
+
+
+class Wait(NamedTuple):
+    """What a request waits for, in words, and for how many seconds, as an estimate."""
+
+    text: str
+    eta: float = 0.0
+
+
+class Deadline:
+    """The deadlines of a request with *terms* that *arrived* then.
+
+    *start_by* and *deadline* are moments of the loop's clock, inf without one. *started*: its first
+    attempt was sent, so that the former counts no more. *wait* is what it waits for now; None if
+    that is not known. *cut*: its answer was ended by the latter.
+    """
+
+    __slots__ = ("_terms", "cut", "deadline", "start_by", "started", "wait")
+
+    def __init__(self, arrived: float, terms: Terms) -> None:
+        self._terms = terms
+        self.start_by = arrived + terms.start_within
+        self.deadline = arrived + terms.deadline
+        self.started = self.cut = False
+        self.wait: Wait | None = None
+
+    def queued(self, place: str, position: int, eta: float) -> None:
+        """Note that the request has this *position* at *place*."""
+        self.wait = Wait(f"position {position} at {place}", eta)
+
+    def telling(
+        self, place: str, on_position: Callable[[int, float], None] | None
+    ) -> Callable[[int, float], None]:
+        """Return a function that is told the position at *place*, and tells *on_position*, too."""
+
+        def told(position: int, eta: float) -> None:
+            self.queued(place, position, eta)
+            if on_position is not None:
+                on_position(position, eta)
+
+        return told
+
+    @property
+    def next(self) -> float:
+        """The moment at which the request ends, unless it starts or ends before."""
+        return self.deadline if self.started else min(self.start_by, self.deadline)
+
+    @property
+    def left(self) -> float:
+        """The seconds until then, negative if it is past."""
+        return self.next - asyncio.get_running_loop().time()
+
+    def start(self, name: str) -> None:
+        """Note that an attempt is sent to *name* now.
+
+        Raises:
+            DeadlineExceeded: it would be too late.
+        """
+        if self.left < 0:
+            raise self.exceeded()
+        self.started = True
+        self.wait = Wait(f"{name} was answering")
+
+    def exceeded(self, text: str = "", retry_after: float | None = None) -> DeadlineExceeded:
+        """Return the error of the request, which is too late; *text* says why, if not what it
+        waits for.
+        """
+        wait, terms = self.wait or Wait(""), self._terms
+        reason = f": {text or wait.text}" if text or wait.text else ""
+        if self.started:
+            return AnswerTooLate(f"the answer had not ended after {terms.deadline:g} s{reason}")
+        low, high = RETRY_AFTER
+        error = DeadlineExceeded(
+            f"could not start within {min(terms.start_within, terms.deadline):g} s{reason}",
+            retry_after=retry_after or min(high, max(low, wait.eta)),
+        )
+        if terms.deadline < terms.start_within:
+            error.bound = AnswerTooLate.bound
+        return error
+
+    def refused(self, error: AioserverError) -> DeadlineExceeded | None:
+        """Return the error of the request, which was refused with *error*, if it would be too late
+        otherwise; None if it would not.
+        """
+        fault = error if isinstance(error, ProviderFault) else None
+        if fault is not None and fault.backoff:
+            return self.exceeded(f"{error.message}; the next attempt in {fault.backoff:.1f} s")
+        # What a provider has answered is its word, and no wait.
+        if not error.timed or (fault is not None and fault.attempt_outcome):
+            return None
+        after = error.retry_after
+        if after is None or after <= self.left:
+            return None
+        return self.exceeded(f"{error.message}; it could start in {after:.1f} s", after)
+
+
+class Guard:
+    """Ends what the task does within its `with` at the *deadline* of its request, unless it is
+    *over*.
+
+    Always: there is no timer after the `with`, and a task that somebody else has cancelled stays
+    cancelled. *count* is called with each error that is raised.
+
+    Raises:
+        DeadlineExceeded: the request was ended, or was refused since it would be too late.
+    """
+
+    __slots__ = ("_cancelling", "_count", "_deadline", "_error", "_over", "_task", "_timer")
+
+    def __init__(
+        self,
+        deadline: Deadline,
+        count: Callable[[DeadlineExceeded], None],
+        over: Callable[[], bool] = bool,
+    ) -> None:
+        self._deadline, self._count, self._over = deadline, count, over
+        self._error: DeadlineExceeded | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        task = asyncio.current_task()
+        assert task is not None
+        self._task, self._cancelling = task, task.cancelling()
+
+    def __enter__(self) -> Self:
+        if self._deadline.left < 0:
+            error = self._deadline.exceeded()
+            self._count(error)
+            raise error
+        self._watch()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        error: DeadlineExceeded | None = None
+        if self._error is not None:
+            others = self._task.uncancel() > self._cancelling
+            if kind is asyncio.CancelledError and not others:
+                error = self._error
+        if isinstance(exc, DeadlineExceeded):
+            error = exc
+        elif isinstance(exc, AioserverError):
+            error = self._deadline.refused(exc)
+        if error is None:
+            return
+        self._count(error)
+        if error is not exc:
+            raise error from None
+
+    def _watch(self) -> None:
+        if (moment := self._deadline.next) < inf:
+            self._timer = asyncio.get_running_loop().call_at(moment, self._expire, moment)
+
+    def _expire(self, moment: float) -> None:
+        self._timer = None
+        deadline = self._deadline
+        if self._over():
+            return
+        if deadline.next > moment:
+            # It has started in time.
+            self._watch()
+            return
+        self._error, deadline.cut = deadline.exceeded(), deadline.started
+        self._task.cancel()

@@ -1,0 +1,97 @@
+"""The terms of a request: how long it may take, and whether it is in a hurry at all.
+
+    x-aioserver-start-within: 2       seconds until the first attempt is sent
+    x-aioserver-deadline: 30.5        seconds until the answer has ended
+    x-aioserver-class: batch          it uses what others leave
+
+The faces of our own have fields of a payload for the same: `start_within`, `deadline`, `class`.
+Seconds count from the arrival of the request. A term can shorten a wait and never extend one, and
+lower a class and never raise it, so terms from several places add up: the smaller number holds, and
+batch holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import TYPE_CHECKING
+
+from aioserver.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+START_WITHIN, DEADLINE = "x-aioserver-start-within", "x-aioserver-deadline"
+CLASS = "x-aioserver-class"
+INTERACTIVE, BATCH = CLASSES = ("interactive", "batch")
+# Seconds of a bound at most: a day.
+MAX_SECONDS = 86_400.0
+# Characters of a number of seconds.
+MAX_CHARACTERS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """*start_within* and *deadline* are seconds from the arrival, inf without such a bound."""
+
+    start_within: float = inf
+    deadline: float = inf
+    batch: bool = False
+
+    def joined(self, other: Terms) -> Terms:
+        """Return both, each of which holds."""
+        if other is NO_TERMS or self is NO_TERMS:
+            return self if other is NO_TERMS else other
+        return Terms(
+            min(self.start_within, other.start_within),
+            min(self.deadline, other.deadline),
+            self.batch or other.batch,
+        )
+
+
+NO_TERMS = Terms()
+
+
+def terms_of(headers: Mapping[str, str]) -> Terms:
+    """Return the terms in the *headers* of a request.
+
+    Raises:
+        InvalidRequest: one of them is not valid; its name is the `param`.
+    """
+    start, deadline, name = headers.get(START_WITHIN), headers.get(DEADLINE), headers.get(CLASS)
+    if start is deadline is name is None:
+        return NO_TERMS
+    return Terms(seconds(start, START_WITHIN), seconds(deadline, DEADLINE), batch(name, CLASS))
+
+
+def seconds(value: str | None, param: str) -> float:
+    """Return the decimal number *value*; inf if there is none.
+
+    Raises:
+        InvalidRequest: it is no number, or out of range.
+    """
+    if value is None:
+        return inf
+    whole, _, part = value.partition(".")
+    number = 0.0
+    if len(value) <= MAX_CHARACTERS and value.isascii() and (whole + part).isdigit():
+        number = float(value)
+    if not 0 < number <= MAX_SECONDS:
+        raise InvalidRequest(
+            f"{param} must be a decimal number of seconds, above 0 and at most {MAX_SECONDS:g}",
+            param=param,
+        )
+    return number
+
+
+def batch(value: str | None, param: str) -> bool:
+    """Return whether the class *value* is batch; None is no class.
+
+    Raises:
+        InvalidRequest: there is no such class.
+    """
+    if value is None:
+        return False
+    if value not in CLASSES:
+        raise InvalidRequest(f"{param} must be one of {', '.join(CLASSES)}", param=param)
+    return value == BATCH
