@@ -29,6 +29,7 @@ from tests.simulation import (
 from tests.simulation.clock import Clock
 from tests.simulation.configuration import BODY, GATE, GROUP, ROOM, STREAMS
 from tests.simulation.dials import draw_dial
+from tests.simulation.hurry import CODE, draw_terms
 from tests.simulation.patience import GONE, Left, Patience
 from tests.simulation.plan import CONVERSATIONS, VERDICTS
 from tests.simulation.truth import LARGE, Question, Reading, Violation
@@ -134,6 +135,8 @@ class Client:
         # by who asks the same at the same time.
         self.came_back = False
         self.cancels: list[str] = []
+        # The headers by which it says how long an answer is of use to it.
+        self.terms = draw_terms(plan.seed, number, plan.hurried)
         # Whether its answer is the call of a tool.
         called = random.Random(f"call {plan.seed} {number}").random() < plan.calls
         self.calls = called and self.face == "stream"
@@ -157,7 +160,7 @@ class Client:
         if like is not None:
             # A second question of the same client.
             self.face, self.key, self.address = like.face, like.key, like.address
-            self.group = like.group
+            self.group, self.terms = like.group, like.terms
         # The instance that all its connections lead to, where the balancer is sticky.
         self.home = dice.randrange(1 << 16)
         # Whether a connection of it has suffered anything.
@@ -198,7 +201,8 @@ class Client:
     @property
     def headers(self) -> dict[str, str]:
         """The headers of each request."""
-        return {"Authorization": f"Bearer {self.key.secret}"} if self.key else {}
+        key = {"Authorization": f"Bearer {self.key.secret}"} if self.key else {}
+        return {**key, **self.terms}
 
     def dial(self) -> Dial:
         """Draw the next connection of this client."""
@@ -273,6 +277,8 @@ class Client:
                     raise Violation(f"waited in vain, for {patience} s or more") from exc
                 self.outcome = f"gone: {type(exc).__name__}"
             self.outcome = self.outcome or "?"
+            if CODE in self.outcome and not self.terms:
+                raise Violation("a deadline that was not set has ended it")
             if self.outcome == "complete" and self.has("keep alive"):
                 await self._ask_again()
 

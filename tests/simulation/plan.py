@@ -140,6 +140,8 @@ class Plan:
     uploads: float = 0.0
     # The share of clients that ask for an answer in the background (background.py).
     background: float = 0.0
+    # The share of clients that set a deadline, or a class.
+    hurried: float = 0.0
     instances: int = 1
     balancer: str = "sticky"
     # What goes wrong between the instances; None: they share nothing.
@@ -230,6 +232,7 @@ def draw(seed: int, clients: int, instances: int = 1, *, groups: bool = True) ->
         calls=random.Random(f"calls {seed}").choice((0.0, 0.0, 0.1, 0.3)),
         uploads=random.Random(f"uploads {seed}").choice((0.0, 0.0, 0.0, 0.0, 0.05, 0.2)),
         background=random.Random(f"background {seed}").choice((0.0, 0.0, 0.1, 0.4)),
+        hurried=random.Random(f"hurry {seed}").choice((0.0, 0.0, 0.1, 0.5)),
         preambles=random.Random(f"preamble {seed}").choice((0.0, 0.3, 1.0)),
         instances=instances,
         balancer=dice.choice(BALANCERS),

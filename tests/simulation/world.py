@@ -33,6 +33,7 @@ from tests.simulation.cluster import Cluster
 from tests.simulation.configuration import with_spare
 from tests.simulation.disk import Disk
 from tests.simulation.grouping import PROVIDERS, Remembered
+from tests.simulation.hurry import Hurry
 from tests.simulation.instance import Instance, running
 from tests.simulation.loop import SimulatedLoop
 from tests.simulation.network import INSTANCE, Network
@@ -100,6 +101,7 @@ class World:
         self._outcome = outcome
         self._watches: list[Watch] = []
         self._links = random.Random(f"links {plan.seed}")
+        self._hurry = Hurry(self.broken, self._runs)
         self.sums = Sums(plan, self.instances, self.calls, self.broken)
         network.on_made = self.sums.made
         network.on_late = self._dialled_late
@@ -126,6 +128,7 @@ class World:
         for watch in self._watches:
             watch.look()
         self.sums.look()
+        self._hurry.look()
         if self.cluster is not None:
             self.cluster.together.look()
 
@@ -136,6 +139,7 @@ class World:
         stack = ExitStack()
         if self.cluster is not None:
             stack.enter_context(self.cluster.together.patches())
+        stack.enter_context(self._hurry.patches())
         stack.enter_context(Bills(self.calls, self.broken).patches())
         if self.plan.grouping is not None:
             stack.enter_context(Remembered(self.broken).patches())
@@ -159,9 +163,16 @@ class World:
 
     def start_looking(self) -> None:
         """Look at the servers from now on, whenever time is about to pass."""
-        # Of a single server there are no sums.
-        alone = len(self._watches) == 1
+        # Of a single server there are no sums, and without deadlines nothing else to look at.
+        alone = len(self._watches) == 1 and not self.plan.hurried
         self.network.loop.on_pause = self._watches[0].look if alone else self.look
+
+    def _runs(self, number: int) -> bool:
+        """Return whether instance *number* runs."""
+        return any(
+            each.number == number and not (each.killed or each.stopped or each.stopped_for)
+            for each in self.instances
+        )
 
     def stop_looking(self) -> None:
         """Look at nothing any more: the servers are being closed."""

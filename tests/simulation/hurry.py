@@ -1,0 +1,117 @@
+"""Deadlines that clients set: nothing starts after one, and nothing runs on after one.
+
+Looked at from two sides: each request that is sent to a provider, to its end, and each wait and
+each answer that a deadline guards, wherever it is.
+"""
+
+# ruff: noqa: SLF001 - no snapshot shows the waits
+
+from __future__ import annotations
+
+import random
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from aioserver.limits.deadline import Guard
+from aioserver.protocol.terms import BATCH, CLASS, DEADLINE, START_WITHIN
+from aioserver.providers.attempt import Attempt
+from aioserver.providers.exchange import Exchange
+from aioserver.providers.passthrough import PassedAttempt
+from tests.simulation.clock import Clock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aioserver.limits.deadline import Deadline
+    from aioserver.streams.contracts import Source
+
+# Seconds by which the end of an answer may be later than its deadline, and by which a start may: a
+# timer fires at once.
+LATE, ROUNDING = 0.1, 1e-6
+# How a client is told.
+CODE = "deadline_exceeded"
+
+
+def draw_terms(seed: int, number: int, share: float) -> dict[str, str]:
+    """Draw the headers of client *number*, of which a *share* is in a hurry."""
+    dice = random.Random(f"terms {seed} {number}")
+    if dice.random() >= share:
+        return {}
+    terms = {
+        START_WITHIN: dice.choice(("0.05", "0.5", "3", "20")),
+        DEADLINE: dice.choice(("0.3", "2", "10", "60")),
+        CLASS: BATCH,
+    }
+    return {name: value for name, value in terms.items() if dice.random() < 0.6}
+
+
+class Hurry:
+    """Follows all that has a deadline, and calls *broken* with what comes too late.
+
+    *alive* says of the number of an instance whether it runs.
+    """
+
+    def __init__(self, broken: Callable[[str], None], alive: Callable[[int], bool]) -> None:
+        self._broken = broken
+        self._alive = alive
+        self._sent: dict[Exchange, Deadline] = {}
+        self._guards: dict[Guard, None] = {}
+        self._started: set[Deadline] = set()
+
+    def look(self) -> None:
+        """Look at what is under way."""
+        for exchange, deadline in list(self._sent.items()):
+            transport: Any = exchange._transport
+            if exchange.protocol.exchange is not exchange or not self._alive(transport.owner):
+                del self._sent[exchange]
+            elif Clock.now > deadline.deadline + LATE:
+                del self._sent[exchange]
+                self._broken(f"an answer runs {Clock.now - deadline.deadline:.3f} s too long")
+        for guard in list(self._guards):
+            deadline = guard._deadline
+            if Clock.now > deadline.next + LATE and not (guard._over() or guard._task.done()):
+                del self._guards[guard]
+                late = Clock.now - deadline.next
+                self._broken(f"{deadline.wait} goes on for {late:.3f} s after its deadline")
+
+    def sending(self, attempt: Attempt, exchange: Source | None) -> None:
+        """Note that *attempt* is sent."""
+        deadline = attempt.request.bound
+        if deadline is None:
+            return
+        late = Clock.now - deadline.start_by
+        if deadline not in self._started and late > ROUNDING:
+            self._broken(f"a request starts {late:.3f} s after its deadline")
+        self._started.add(deadline)
+        if Clock.now > deadline.deadline + ROUNDING:
+            self._broken("an attempt starts after the deadline of its request")
+        assert isinstance(exchange, Exchange)
+        self._sent[exchange] = deadline
+
+    def patches(self) -> ExitStack:
+        """Let all of that be noted, in the block."""
+        stack, noted = ExitStack(), self
+        enter, leave = Guard.__enter__, Guard.__exit__
+        for kind in (Attempt, PassedAttempt):
+            stack.enter_context(mock.patch.object(kind, "sending", self._noting(kind.sending)))
+
+        def entering(guard: Guard) -> Guard:
+            result = enter(guard)
+            noted._guards[guard] = None
+            return result
+
+        def leaving(guard: Guard, *exc: Any) -> None:
+            noted._guards.pop(guard, None)
+            leave(guard, *exc)
+
+        stack.enter_context(mock.patch.object(Guard, "__enter__", entering))
+        stack.enter_context(mock.patch.object(Guard, "__exit__", leaving))
+        return stack
+
+    def _noting(self, sending: Callable[[Any, Source | None], None]) -> Callable[..., None]:
+        def noting(attempt: Attempt, exchange: Source | None = None) -> None:
+            self.sending(attempt, exchange)
+            sending(attempt, exchange)
+
+        return noting
