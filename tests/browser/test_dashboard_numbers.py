@@ -57,6 +57,34 @@ async def test_each_group_has_a_row_and_each_member_a_cell(stand: Stand, page: P
     await expect(page.locator("#groups-summary")).to_have_text("the first 50 of 60")
 
 
+async def test_each_caller_has_a_row_with_what_it_has_spent(stand: Stand, page: Page) -> None:
+    await opened(page, stand)
+    section = page.locator("#callers")
+    await expect(section).to_be_hidden()
+
+    day = {"limit": 50_000, "used": 40_000, "reserved": 6_000, "remaining": 4_000, "reset": 9.0}
+    minute = {"limit": 9_000, "used": 0, "reserved": 0, "remaining": 8_000, "reset": 0.0}
+    budgets = {"tokens_per_day": day, "tokens_per_minute": minute}
+    key = {"running": 2, "limit": 20, "waiting": 0, "queue_size": 9, "budgets": {}}
+    keys = {
+        "quiet": {**key, "tokens_today": 7},
+        "<b>web": {**key, "waiting": 3, "tokens_today": 46_000, "budgets": budgets},
+    }
+    stand.say(keys=keys)
+    rows = section.locator("tbody tr")
+    await expect(rows).to_have_count(2)
+    first, second = [
+        [cell.replace("\u00a0", " ") for cell in await row.locator("th, td").all_inner_texts()]
+        for row in await rows.all()
+    ]
+    assert first == ["<b>web", "46,000", "92 % of 50,000", "8,000", "2 of 20", "3"]
+    assert second == ["quiet", "7", DASH, DASH, "2 of 20", "0"]
+
+    stand.say(keys={f"k{number}": {**key, "tokens_today": number} for number in range(60)})
+    await expect(rows).to_have_count(50)
+    await expect(page.locator("#callers-summary")).to_have_text("the first 50 of 60")
+
+
 async def test_numbers_are_short_and_carry_their_unit(stand: Stand, page: Page) -> None:
     await opened(page, stand)
     children = await page.evaluate("""async () => {

@@ -88,6 +88,9 @@ class Books:
         attempts.append(got)
         try:
             return await self._answer(request, json.loads(body), number, got, len(attempts) == 1)
+        except ConnectionError:
+            # The server was killed, or has left.
+            return web.Response()
         finally:
             got.over = asyncio.get_running_loop().time()
 

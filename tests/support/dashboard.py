@@ -156,6 +156,7 @@ def snapshot() -> dict[str, Any]:
         "slow_clients": 0,
         "providers": {"groq": provider(active=True, model="llama-3.3-70b")},
         "groups": {},
+        "keys": {},
         "loop": {"lag": 0.0004, "lag_max": 0.001},
         "process": {
             "open_fds": 40,

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import platform
+import shutil
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,6 +24,8 @@ PROCESS_BYTES = 64 << 20
 # Seconds to look up the configured host.
 LOOK_UP_TIMEOUT = 10.0
 MIB = 1 << 20
+# Bytes that should be free for the ledger: two and a half million lines.
+LEDGER_ROOM = 1 << 30
 
 
 class System(NamedTuple):
@@ -75,6 +78,7 @@ async def examine(report: Report, settings: Settings, system: System = SYSTEM) -
     _check_ports(report, settings, system)
     _check_memory(report, settings, system)
     _check_history(report, settings)
+    _check_ledger(report, settings)
     await _check_address(report, settings)
 
 
@@ -222,6 +226,28 @@ def _check_history(report: Report, settings: Settings) -> None:
             "make the folder, and let the user of the server write it "
             "(chat.service.repository.path)",
         )
+
+
+def _check_ledger(report: Report, settings: Settings) -> None:
+    """Find out whether the disk of the ledger has room; that it can be written is a matter of the
+    configuration.
+    """
+    if settings.usage.path is None:
+        return
+    directory = Path(settings.usage.path).absolute()
+    while not directory.exists() and directory != directory.parent:
+        directory = directory.parent
+    try:
+        free = shutil.disk_usage(directory).free
+    except OSError as error:
+        report.warn("machine", f"ledger: the disk of {settings.usage.path}: {error.strerror}")
+        return
+    report.weigh(
+        "machine",
+        free >= LEDGER_ROOM,
+        f"ledger: {free // MIB} MiB are free on the disk of {settings.usage.path}",
+        "make room, or move old files of the ledger away: the server deletes none",
+    )
 
 
 async def _check_address(report: Report, settings: Settings) -> None:

@@ -78,7 +78,7 @@ class Examination:
             await self._headers(session)
             if not await self._key_accepted(session):
                 return
-            await self._bugs(session)
+            await self._state(session)
             # It waits for what does not come.
             tasks.create_task(self._body(session))
             upgraded = await self._websocket(session)
@@ -269,8 +269,10 @@ class Examination:
             return False
         return True
 
-    async def _bugs(self, session: aiohttp.ClientSession) -> None:
-        """Find out whether requests meet bugs of the server, if the key may see its state."""
+    async def _state(self, session: aiohttp.ClientSession) -> None:
+        """Find out whether requests meet bugs of the server, and whether its ledger is written, if
+        the key may see its state.
+        """
         answer = await self._ask(session, "/stats")
         if answer is None:
             return
@@ -285,6 +287,15 @@ class Examination:
                 self._report.skip(
                     "server", f"its bugs: /stats: HTTP {answer.status} {answer.code}"
                 )
+        match answer.content:
+            case {"usage": {"trouble": str(trouble)}}:
+                hint = "make the directory of usage.path writable, and room on its disk"
+                self._report.warn("server", f"its ledger cannot be written: {trouble}", hint)
+            case {"usage": {"lost": int(lost)}} if lost:
+                text = f"its ledger has lost {lost} lines since the start of the server"
+                self._report.warn("server", text, "what callers have spent is more: docs/usage.md")
+            case {"usage": {"ledger": True}}:
+                self._report.ok("server", "its ledger is written")
 
     async def _websocket(self, session: aiohttp.ClientSession) -> bool:
         """Open a WebSocket as a page of this address does. Return whether a pong came."""

@@ -30,6 +30,10 @@ NEARLY_FULL = 0.8
 UNKNOWN = "-"
 # Groups that have a row.
 MAX_GROUPS = 10
+# Callers that are shown: those that have spent most today.
+MAX_CALLERS = 10
+# The share of a budget from which on it is shown as a warning.
+MUCH = 0.9
 UNKNOWN_VERDICT = {"level": "warning", "word": "Unknown", "text": "the server sends no verdict"}
 
 
@@ -74,6 +78,7 @@ def render(state: State) -> RenderableType:
             _providers(stats.get("providers", {})),
             *_guards(stats.get("providers", {})),
             *_groups(stats.get("groups") or {}),
+            *_callers(stats.get("keys") or {}),
             *_instances(stats.get("instances") or {}),
             "",
             _facts(stats),
@@ -211,6 +216,40 @@ def _groups(groups: dict[str, Any]) -> list[RenderableType]:
         )
     more = len(groups) - MAX_GROUPS
     return ["", table, *([Text(f" and {more} groups more", style="dim")] if more > 0 else [])]
+
+
+def _callers(keys: dict[str, Any]) -> list[RenderableType]:
+    """Return a table of callers: what each has spent today, and has left, runs and waits."""
+    if not keys:
+        return []
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("caller", no_wrap=True, max_width=20, overflow="ellipsis")
+    for name in ("tokens today", "of the day", "left of the minute", "running", "waiting"):
+        table.add_column(name, justify="right", no_wrap=True)
+    most = sorted(keys.items(), key=lambda item: -item[1].get("tokens_today", 0))
+    for name, key in most[:MAX_CALLERS]:
+        budgets = key.get("budgets", {})
+        day, minute = budgets.get("tokens_per_day"), budgets.get("tokens_per_minute")
+        used = None if day is None else (day["used"] + day["reserved"]) / day["limit"]
+        left = None if minute is None else minute["remaining"]
+        waiting = key.get("waiting", 0)
+        table.add_row(
+            Text(printable(name)),
+            f"{key.get('tokens_today', 0):,}",
+            Text("-" if used is None else f"{used:.0%}", style=_use_style(used)),
+            Text("-" if left is None else f"{left:,}", style="none" if left != 0 else "yellow"),
+            f"{key.get('running', 0)}/{key.get('limit', 0)}",
+            Text(str(waiting), style="yellow" if waiting else "none"),
+        )
+    more = len(keys) - MAX_CALLERS
+    return ["", table, *([Text(f" and {more} callers more", style="dim")] if more > 0 else [])]
+
+
+def _use_style(used: float | None) -> str:
+    """Return the color of a budget of which this share is used."""
+    if used is None or used < MUCH:
+        return "none"
+    return "red" if used >= 1 else "yellow"
 
 
 def _instances(instances: dict[str, Any]) -> list[Text]:

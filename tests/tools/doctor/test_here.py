@@ -302,6 +302,21 @@ async def test_this_machine_is_measured_against_the_settings(
     assert "memory: 1 MiB are free" in warned
 
 
+async def test_the_disk_of_the_ledger_is_measured(
+    tmp_path: Path, findings: Findings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"usage.path": str(tmp_path / "not made yet")}
+    settings = configured(NOWHERE, changes, tmp_path / "c.yaml").settings
+
+    # So much is free on no disk.
+    monkeypatch.setattr(machine, "LEDGER_ROOM", 1 << 80)
+    await machine.examine(findings.report, settings)
+
+    [warned] = [text for text in findings.of("warn") if "ledger" in text]
+    assert "MiB are free on the disk of" in warned
+    assert "the server deletes none" in warned
+
+
 async def test_packages_and_a_file_that_the_settings_want_are_missed(
     tmp_path: Path, findings: Findings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,11 +19,13 @@ from aioserver.tools.doctor.arrivals import Road
 from aioserver.tools.doctor.findings import Report
 from aioserver.tools.doctor.server import Examination
 from tests.support.keys import key_of, keys_of
+from tests.support.ledgers import line, wait_until
 from tests.support.process import run_command
 from tests.support.server import HTTP_CLIENT, QUICK
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
+    from pathlib import Path
 
     from tests.support.server import MakeServer, RunningServer
 
@@ -100,6 +102,27 @@ async def test_one_question_is_asked_of_a_server_without_a_simulated_model_unles
     forms = (*lines["warn"], *lines["ok"])
     assert any(line.startswith("SSE: an answer came whole, ") for line in forms), lines
     assert lines["fail"] == []
+
+
+@pytest.mark.one_loop
+async def test_a_ledger_that_is_not_written_is_reported(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    server = await make_server(**keys_of("root"), **{"usage.path": str(tmp_path / "usage")})
+    ledger = server.context.usage.ledger
+    assert ledger is not None
+    _, lines = await examined(server.base, key_of("root"))
+    assert "server: its ledger is written" in lines["ok"]
+
+    (tmp_path / "usage").rename(tmp_path / "away")
+    (tmp_path / "usage").write_text("no directory")
+    ledger.put(line())
+    wait_until(lambda: ledger.trouble is not None)
+    server.context.monitor.tick()
+    _, lines = await examined(server.base, key_of("root"))
+
+    assert any("its ledger cannot be written: " in text for text in lines["warn"]), lines
+    (tmp_path / "usage").unlink()
 
 
 async def test_a_page_of_the_servers_own_address_may_always_connect(

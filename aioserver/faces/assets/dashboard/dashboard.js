@@ -2,6 +2,7 @@
 import { bind, setText } from "/assets/dashboard/binding.js";
 import { Charts } from "/assets/dashboard/charts.js";
 import { Feed } from "/assets/dashboard/feed.js";
+import { Callers } from "/assets/dashboard/callers.js";
 import { Groups } from "/assets/dashboard/groups.js";
 import { History } from "/assets/dashboard/history.js";
 import { Incidents } from "/assets/dashboard/incidents.js";
@@ -28,6 +29,7 @@ const history = new History();
 const incidents = new Incidents();
 const providers = new Providers();
 const groups = new Groups();
+const callers = new Callers();
 const instances = new Instances();
 let charts;
 let link = { up: false, reason: "", retryAt: 0 };
@@ -55,6 +57,7 @@ const handlers = {
     showNumbers({ ...stats, active: stats.active_group ?? stats.active_provider, rejected, stale: age > STALE ? age : null }, lastMinute);
     providers.update(stats, lastMinute, history);
     groups.update(stats);
+    callers.update(stats);
     instances.update(stats);
     verdict = stats.verdict;
     charts.update(stats);
