@@ -120,10 +120,14 @@ class Request:
         Raises:
             ConcurrencyExceeded, RateLimitExceeded: it is not.
         """
-        if self.turn is not None:
+        turn = self.turn
+        if turn is not None:
             if (bound := self.provider_request.bound) is not None:
                 on_position = bound.telling("its key", on_position)
-            await self.turn.decided(on_position)
+            try:
+                await turn.decided(on_position)
+            finally:
+                self.provider_request.record.key_wait = turn.waited
 
     def forget_turn(self) -> None:
         """Count for its caller's key no longer: it begins no answer."""

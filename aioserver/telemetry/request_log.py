@@ -59,6 +59,7 @@ class RequestRecord:
 
     Durations are in seconds:
 
+        key_wait        spent in the queue of the caller's key
         queue_wait      spent in queues of providers, over all attempts
         silence         the longest time between two reads of the provider, or from the last one
                         to the end: from the first content on, or of an attempt that got none; it
@@ -80,6 +81,7 @@ class RequestRecord:
         "face",
         "first_event_at",
         "group",
+        "key_wait",
         "log",
         "outcome",
         "path",
@@ -113,6 +115,7 @@ class RequestRecord:
         self.path, self.batch = "", False
         self.admitted_at = 0.0
         self.queued_at = self.first_event_at = self.queue_wait = 0.0
+        self.key_wait = 0.0
         self.silence = self.silence_end = self.delay = self.client_stall = 0.0
         # Events of the answer, without those that open and end the stream.
         self.events = 0
@@ -334,6 +337,10 @@ class RequestLog:
         }
         if record.caller:
             fields["caller"] = record.caller
+        if record.batch:
+            fields["class"] = "batch"
+        if record.key_wait:
+            fields["key_wait_ms"] = round(record.key_wait * 1000, 1)
         if record.target:
             fields["target"] = record.target[:MAX_NAME]
         if (start := record.outcome.start) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import io
 import itertools
@@ -23,6 +24,7 @@ from tests.support.faces import over_openai
 from tests.support.failing import kill
 from tests.support.keys import bearer, keys_of
 from tests.support.raw import Raw
+from tests.support.server import PACED
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -229,6 +231,22 @@ async def test_how_a_request_ended_is_reported(
     assert [line["outcome"] for line in lines] == ["cancelled", "client_left", "provider_error"]
     assert [line["status"] for line in lines] == [499, 499, 502]
     assert lines[2]["code"] == "provider_error"
+
+
+async def test_the_class_and_the_wait_at_the_key_are_told_where_they_are_not_the_usual(
+    make_server: MakeServer, log: pytest.LogCaptureFixture
+) -> None:
+    limits: dict[str, Any] = {"max_concurrent": 1, "queue_size": 5, "class": "batch"}
+    server = await make_server(PACED, **keys_of("web", **limits))
+
+    await asyncio.gather(
+        *(over_openai(server, "sim-model", headers=bearer("web")) for _ in range(2))
+    )
+
+    first, second = await finished(log, 2)
+    assert first["class"] == second["class"] == "batch"
+    assert "key_wait_ms" not in first
+    assert second["key_wait_ms"] > 0
 
 
 async def ask(server: RunningServer, face: str, name: str) -> None:
