@@ -48,12 +48,11 @@ NEWS_INTERVAL = 1.0
 
 class Turn:
     """A command on its lane, and the count of its bytes; *number* counts those of its connection.
-    The *timer* ends its wait.
 
     The client was *told* its position at a time, *told_at*.
     """
 
-    __slots__ = ("command", "hold", "lane", "number", "timer", "told", "told_at")
+    __slots__ = ("command", "hold", "lane", "number", "told", "told_at")
 
     def __init__(
         self,
@@ -61,12 +60,11 @@ class Turn:
         command: Create | Refused | Resume,
         hold: BodyHold,
         number: int,
-        timer: asyncio.TimerHandle | None,
     ) -> None:
         self.lane = lane
         self.command = command
         self.hold = hold
-        self.number, self.timer = number, timer
+        self.number = number
         self.told, self.told_at = 0, 0.0
 
 
@@ -156,9 +154,8 @@ class Lanes:
         name: str | None,
         command: Create | Refused | Resume,
         hold: BodyHold,
-        timer: asyncio.TimerHandle | None = None,
     ) -> None:
-        """Let *command* wait for its turn, which may be at once, and ends the *timer*.
+        """Let *command* wait for its turn, which may be at once.
 
         The bytes that *hold* counts count until then.
 
@@ -174,7 +171,7 @@ class Lanes:
             raise _too_much(f"more than {MAX_WAITING_BYTES} bytes would wait on this socket")
         hold.given = True
         self._commands += 1
-        lane.turns.append(Turn(lane, command, hold, self._commands, timer))
+        lane.turns.append(Turn(lane, command, hold, self._commands))
         self._waiting += 1
         self._waiting_bytes += hold.size
         self.free(lane)
@@ -189,25 +186,9 @@ class Lanes:
         lane = next(iter(self._due))
         del self._due[lane]
         self._waiting -= 1
-        return self._taken(lane.turns.popleft())
-
-    def withdraw(self, hold: BodyHold) -> Turn | None:
-        """Return the turn of the command whose bytes *hold* counts, which waits no more."""
-        for lane in self._lanes.values():
-            for turn in lane.turns:
-                if turn.hold is hold:
-                    lane.turns.remove(turn)
-                    if not lane.turns:
-                        self._due.pop(lane, None)
-                    self._waiting -= 1
-                    return self._taken(turn)
-        return None
-
-    def _taken(self, turn: Turn) -> Turn:
+        turn = lane.turns.popleft()
         self._waiting_bytes -= turn.hold.size
         turn.hold.given = False
-        if turn.timer is not None:
-            turn.timer.cancel()
         return turn
 
     def begun(self, lane: Lane) -> None:
@@ -287,8 +268,6 @@ class Lanes:
             lane.on_end = _ignore
             for turn in lane.turns:
                 turn.hold.release()
-                if turn.timer is not None:
-                    turn.timer.cancel()
             lane.turns.clear()
         self._due.clear()
         self._waiting = self._waiting_bytes = 0

@@ -17,7 +17,6 @@ import logging
 import time
 import uuid
 from functools import partial
-from math import inf
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import WSCloseCode, hdrs, web
@@ -34,7 +33,6 @@ from aioserver.faces.socket import Socket
 from aioserver.faces.upgrade import serve
 from aioserver.gateway.calls import shutdown_error
 from aioserver.gateway.instances import Start
-from aioserver.limits.deadline import Deadline
 from aioserver.protocol.json_body import NotUtf8
 from aioserver.streams.formats import WS_TEXT, ws_frame
 from aioserver.wings.responses import face as responses
@@ -167,15 +165,12 @@ class ResponsesSocket(Socket):
         match command:
             case Create() | Refused() | Resume():
                 self._last_request = self._loop.time()
-                hold.terms, timer = self._terms, None
-                bound = Deadline(hold.arrived, hold.terms)
-                if bound.next < inf and isinstance(command, Create):
-                    timer = self._loop.call_at(bound.next, self._too_late, hold, bound)
+                # A command that waits is told of its deadline in its turn: on a lane the answers
+                # come in the order of their commands.
+                hold.terms = self._terms
                 try:
-                    self._lanes.add(command.lane, command, hold, timer)
+                    self._lanes.add(command.lane, command, hold)
                 except AioserverError as error:
-                    if timer is not None:
-                        timer.cancel()
                     self._refuse(command.lane, error)
                 else:
                     self._go_on()
@@ -204,14 +199,6 @@ class ResponsesSocket(Socket):
                         self._lanes.forget(command.body.previous_response_id)
                     self._refuse(lane.name, error)
             self._lanes.free(lane)
-
-    def _too_late(self, hold: BodyHold, bound: Deadline) -> None:
-        """Refuse the command whose bytes *hold* counts: its turn has not come in time."""
-        if (turn := self._lanes.withdraw(hold)) is not None:
-            with hold:
-                error = bound.exceeded("a response before it on this socket")
-                self._context.metrics.count_deadline(error)
-                self._refuse(turn.lane.name, error)
 
     def _begin(self, lane: Lane, command: Create | Refused | Resume, hold: BodyHold) -> None:
         match command:
