@@ -29,6 +29,7 @@ from aioserver.faces.http import Request, error_response
 from aioserver.faces.idle_sockets import IdleSockets
 from aioserver.limits.deadline import Deadline, Guard
 from aioserver.limits.gate import Gate, Place
+from aioserver.limits.loan import Lending, Loan
 from aioserver.protocol.terms import NO_TERMS, terms_of
 from aioserver.provider_errors import ProviderFault
 from aioserver.telemetry.logs import RateLimit
@@ -88,6 +89,12 @@ class Admission:
             limit=lambda: self.gate.limit,
             waiting=lambda: self.gate.waiting,
             elsewhere=lambda: self.gate.room_elsewhere,
+        )
+        self.lending = Lending(
+            self.gate,
+            lambda: self._refusal(self.gate.retry_after()),
+            self.idle_sockets.closed,
+            self._returned,
         )
         self.refused_closing = 0
         # Seconds without progress after which a client is dropped that does not read its response.
@@ -267,12 +274,17 @@ class Admission:
         meter.connections.value += 1
         meter.opened.value += 1
 
+    def _returned(self, loan: Loan) -> None:
+        """Count the place that *loan* has again, unless its request is over."""
+        if not loan.over:
+            self.idle_sockets.opened(loan.name)
+
     def closed(
         self, face: str, code: str = "", caller: str = "", *, gave_way: bool = False
     ) -> None:
         """Count that a connection has ended, which was `opened`.
 
-        *code*: the close code of a WebSocket. *gave_way*: its place went to another one before.
+        *code*: the close code of a WebSocket. *gave_way*: its place went to others before.
         """
         self.metrics.faces[face].connections.value -= 1
         if not gave_way:
@@ -302,26 +314,41 @@ class Visit:
     """A client that has its *place*, and is counted as served, until the end of its `with`.
 
     Always: the place is given back, whatever fails meanwhile, and the client is counted as often
-    as it is taken off.
+    as it is taken off. With a *hold* the place can be lent.
     """
 
-    __slots__ = ("_admission", "_face", "_name", "_place")
+    __slots__ = ("_admission", "_face", "_hold", "_name", "_place")
 
-    def __init__(self, admission: Admission, face: str, name: str, place: Place) -> None:
-        self._admission, self._face, self._name, self._place = admission, face, name, place
+    def __init__(
+        self,
+        admission: Admission,
+        face: str,
+        name: str,
+        place: Place,
+        hold: BodyHold | None = None,
+    ) -> None:
+        self._admission, self._face, self._name = admission, face, name
+        self._place: Place | Loan = place
+        self._hold = hold
 
     def __enter__(self) -> None:
         try:
+            if self._hold is not None:
+                assert isinstance(self._place, Place)
+                self._hold.loan = self._place = Loan(
+                    self._admission.lending, self._place, self._name
+                )
             self._admission.opened(self._face, self._name)
         except BaseException:
             self._place.release()
             raise
 
     def __exit__(self, *_exc: object) -> None:
+        lent = self._place.lent
         try:
             self._place.release()
         finally:
-            self._admission.closed(self._face, caller=self._name)
+            self._admission.closed(self._face, caller=self._name, gave_way=lent)
 
 
 class CountedConnection:
@@ -346,10 +373,12 @@ class BodyHold:
     the handler: the end of that request does it then.
     """
 
-    __slots__ = ("_admission", "arrived", "given", "size", "terms", "waited_since")
+    __slots__ = ("_admission", "arrived", "given", "loan", "size", "terms", "waited_since")
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
+        # The place of its client, if that can be lent.
+        self.loan: Loan | None = None
         self.size = 0
         self.given, self.waited_since = False, 0.0
         # When the request came, in the loop's time, and its terms.
@@ -420,7 +449,8 @@ def counted(
                 if refuse is None:
                     raise
                 return await refuse(request, error)
-            with Visit(admission, face, name, place):
+            lends = caller.quota is not None and caller.quota.queue_size > 0
+            with Visit(admission, face, name, place, hold if lends else None):
                 try:
                     response = await serve(request, prepared)
                 except ProviderFault as fault:

@@ -13,6 +13,7 @@ from aioserver.providers.attempt import Attempt
 from aioserver.streams.ending import run_all
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
     from aioserver.auth.callers import Caller
@@ -98,6 +99,7 @@ class Request:
                 flow=caller.subflow,
                 work=request.work,
                 start_by=inf if bound is None else bound.next,
+                on_wait=None if request.loan is None else request.loan.lend,
             )
         except AioserverError as refusal:
             error = None if bound is None else bound.refused(refusal)
@@ -128,11 +130,19 @@ class Request:
                 await turn.decided(on_position)
             finally:
                 self.provider_request.record.key_wait = turn.waited
+            if (back := self._regain()) is not None:
+                await back
 
     def forget_turn(self) -> None:
         """Count for its caller's key no longer: it begins no answer."""
         if self.turn is not None:
             self.turn.end(unused=True)
+            self._regain()
+
+    def _regain(self) -> asyncio.Future[None] | None:
+        """Have its client take its place again, if it was lent; return what is done then."""
+        loan, turn = self.provider_request.loan, self.turn
+        return None if loan is None or turn is None else loan.regain(turn.until)
 
     def release(self) -> None:
         """Forget the body and all that was kept of it: the request is over."""

@@ -167,6 +167,9 @@ class Place:
 
     __slots__ = ("_charge", "_gate", "batch")
 
+    # A place that is lent is a `Loan`.
+    lent = False
+
     def __init__(
         self, gate: Gate, charge: Charge[Waiter[Place]] | None = None, *, batch: bool = False
     ) -> None:
@@ -244,6 +247,8 @@ class Gate:
         self._full_since = 0.0
         # What the requests in this queue that stand in others as well do not count here.
         self._counted_elsewhere = self._batch_elsewhere = Fraction()
+        # How many requests take room of the queue, and do not stand in it: see loan.py.
+        self.outside = 0
         # The smoothed seconds between two freed places of a full gate.
         self._interval = 1.0
         # The same of the places that batch may have.
@@ -291,10 +296,10 @@ class Gate:
     @property
     def crowd(self) -> Fraction | int:
         """How much of the queue's room is taken: a request that stands in other queues as well
-        takes a part of one.
+        takes a part of one, and one that stands elsewhere and counts here a whole one.
         """
-        elsewhere = self._counted_elsewhere
-        return self.waiting - elsewhere if elsewhere else self.waiting
+        elsewhere, waiting = self._counted_elsewhere, self.waiting + self.outside
+        return waiting - elsewhere if elsewhere else waiting
 
     @property
     def queue_size(self) -> int:
@@ -326,6 +331,15 @@ class Gate:
         self._limit, self._queue_size, self._queue_timeout = limit, queue_size, queue_timeout
         self._full_since = self._clock()
         self.serve()
+
+    def check_open(self) -> None:
+        """Do nothing, unless the gate is closed.
+
+        Raises:
+            AioserverError: it is.
+        """
+        if self._closed is not None:
+            raise self._closed()
 
     def serve(self) -> None:
         """Let in the waiters that may start now; called when a place or the pace has changed."""

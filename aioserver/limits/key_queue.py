@@ -42,7 +42,7 @@ class Turn:
     __slots__ = (
         *("_began", "_decision", "_give_back", "_queue", "_taken", "_timer", "_undecided"),
         *("charge", "flow", "on_position", "over", "reported", "reservation", "tokens", "until"),
-        *("waited", "waiting", "work"),
+        *("position", "waited", "waiting", "work"),
     )
 
     def __init__(
@@ -59,6 +59,8 @@ class Turn:
         self.charge: Charge[Turn] | None = None
         self.on_position: Callable[[int, float], None] | None = None
         self.reported: tuple[int, float] | None = None
+        # Its position when it began to wait.
+        self.position = 0
         # The moment of the loop's clock at which its wait ends.
         self.until = inf
         # The seconds for which it has waited in the queue of its key.
@@ -231,6 +233,7 @@ class KeyQueue:
         """
         if not len(self):
             self._started_at = asyncio.get_running_loop().time()
+        turn.position = self.position(turn.flow)
         turn.stands(until, self._refuse_late)
         self._queue.add(turn, turn.flow, None, work=turn.work)
         self.serve()
@@ -268,12 +271,8 @@ class KeyQueue:
             turn.refuse(error())
 
     def report_first(self, turn: Turn) -> None:
-        """Report the position of *turn*, the last of its user, and start the reports to all."""
-        position = int(self._undecided is not None)
-        if self._undecided is not turn:
-            number = self._queue.count(turn.flow, None)
-            position += self._queue.position(turn.flow, None, number)
-        self._tell(turn, position)
+        """Report the position of *turn* when it began to wait, and start the reports to all."""
+        self._tell(turn, turn.position)
         if self._position_timer is None:
             loop = asyncio.get_running_loop()
             self._position_timer = loop.call_later(POSITION_INTERVAL, self._report)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from aioserver.config import settings
     from aioserver.limits.estimate import Estimate
+    from aioserver.limits.loan import Loan
     from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.openai import Reading
     from aioserver.protocol.terms import Terms
@@ -38,13 +39,15 @@ class Hold(Protocol):
     """The bytes of a client's body that count against `max_body_bytes`, as their request sees
     them.
 
-    *given* says that the request releases them, and not the handler that has read them.
+    *loan* is the place of its client, if that can be lent. *given* says that the request releases
+    them, and not the handler that has read them.
     *waited_since* is the monotonic time since which its client had waited for a place, 0.0 if it
     has got one at once. Their request *arrived* at this time of the loop, with these *terms*.
     """
 
     given: bool
     waited_since: float
+    loan: Loan | None
     arrived: float
     terms: Terms
 
@@ -150,6 +153,11 @@ class ProviderRequest:
         """What it is estimated to cost its caller's share of a provider."""
         estimate = self.estimate if self.estimated else None
         return UNKNOWN_WORK if estimate is None else estimate.work
+
+    @property
+    def loan(self) -> Loan | None:
+        """The place of its client, if that can be lent."""
+        return None if self._hold is None else self._hold.loan
 
     def outlive_handler(self) -> None:
         """Note that the request goes on when the client's handler has ended: `release` is called

@@ -99,13 +99,14 @@ class Server:
 
     @property
     def waiting(self) -> int:
-        """How many connections and requests wait for a place, here or at a provider, or for the
-        word of other instances on whose answer it is.
+        """How many connections and requests wait for a place, here, at their key or at a provider,
+        or for the word of other instances on whose answer it is.
         """
         providers = self.provider_registry.providers.values()
         queues = sum(provider.stats().queue.waiting for provider in providers)
         undecided = sum(stream.undecided for stream in self.streams.running())
-        return self.context.admission.gate.waiting + queues + undecided
+        keys = sum(len(quota.queue) for quota in self.context.access.keys.quotas().values())
+        return self.context.admission.gate.waiting + keys + queues + undecided
 
     def drain(self) -> None:
         """Refuse new work: requests that wait, idle sockets and answers without a reader end."""
@@ -114,6 +115,8 @@ class Server:
         context.lifecycle.stopping.set()
         context.admission.gate.close(shutdown_error)
         context.gateway.drain()
+        for quota in context.access.keys.quotas().values():
+            quota.queue.refuse(shutdown_error)
         for open_socket in tuple(context.sockets):
             open_socket.drain()
 

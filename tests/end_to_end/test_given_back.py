@@ -32,13 +32,14 @@ TAKES = re.compile(
     r"(\btry_enter|\b_?gate\.enter|admission\.(wait|connect|hold)|quota\.(take|begin|connect|used)"
     r"|budget\.reserve|_?(minute|day)\.reserve|request\.begin"
     r"|permits\.enter|run_in_background"
+    r"|_lending\.(lend|place|join)|loan\.(lend|regain)"
     r"|_streams\.(open|open_mirror|hold)|pool\.(take|connect)|_connections\.(take|open_one)|_connector\.connect"
     r"|breaker\.start(_spared)?|_?group\.trial|\bSocketPlace|\bVisit|_make_hold|responses\.hold|gateway\.hold|\b_place\.enter"
     r"|\bself\.offer|provider\.(offer|wish)|lines\.wait|group\.start|round_\.start|self\._offered|self\._offer"
     r"|_passed_start)$"
 )
 COUNTS = re.compile(
-    r"\b(_inside|running|connections\.value|connections|_trials|_pending|_opening|_body_bytes|refused_closing|_?reserved)$"
+    r"\b(_inside|running|connections\.value|connections|_trials|_pending|_opening|_body_bytes|refused_closing|_?reserved|lent)$"
 )
 # Each function of the package that takes something, as the road of a request has them.
 SECTIONS = {
@@ -65,6 +66,11 @@ gateway.gateway Gateway._call
 gateway.gateway Gateway.hold
 wings.responses.stored StoredResponses.hold
 wings.responses.stored StoredResponses.make
+limits.loan Lending.lend
+limits.loan Lending.place
+limits.loan Loan.lend
+limits.loan Loan.regain
+gateway.request Request._regain
 limits.gate Gate._enter
 limits.gate Gate.enter
 limits.quota Quota.take
@@ -117,7 +123,14 @@ RARE = {
     Function("providers.pool", "Pool._wait"),
 }
 FULL: dict[str, Any] = {
-    **keys_of("ann", "bob", max_connections=9, tokens_per_minute=10**8, tokens_per_day=10**9),
+    **keys_of(
+        *("ann", "bob"),
+        max_connections=9,
+        max_concurrent=1,
+        queue_size=9,
+        tokens_per_minute=10**8,
+        tokens_per_day=10**9,
+    ),
     f"{CONCURRENCY}.max_connections": 2,
     f"{CONCURRENCY}.connection_queue_size": 50,
     f"{SIM_HTTP_CLIENT}.concurrent_requests": 1,
