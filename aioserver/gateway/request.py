@@ -4,6 +4,7 @@ it is known.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
@@ -137,7 +138,9 @@ class Request:
         """Count for its caller's key no longer: it begins no answer."""
         if self.turn is not None:
             self.turn.end(unused=True)
-            self._regain()
+            # While the server stops there is none.
+            with suppress(AioserverError):
+                self._regain()
 
     def _regain(self) -> asyncio.Future[None] | None:
         """Have its client take its place again, if it was lent; return what is done then."""
