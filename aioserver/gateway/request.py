@@ -145,7 +145,7 @@ class Request:
     def _regain(self) -> asyncio.Future[None] | None:
         """Have its client take its place again, if it was lent; return what is done then."""
         loan, turn = self.provider_request.loan, self.turn
-        return None if loan is None or turn is None else loan.regain(turn.until)
+        return None if loan is None or turn is None else loan.regain(turn.latest)
 
     def release(self) -> None:
         """Forget the body and all that was kept of it: the request is over."""

@@ -41,7 +41,17 @@ class Turn:
 
     __slots__ = (
         *("_began", "_decision", "_give_back", "_queue", "_taken", "_timer", "_undecided"),
-        *("charge", "flow", "on_position", "over", "reported", "reservation", "tokens", "until"),
+        *(
+            "charge",
+            "flow",
+            "latest",
+            "on_position",
+            "over",
+            "reported",
+            "reservation",
+            "tokens",
+            "until",
+        ),
         *("position", "waited", "waiting", "work"),
     )
 
@@ -63,6 +73,8 @@ class Turn:
         self.position = 0
         # The moment of the loop's clock at which its wait ends.
         self.until = inf
+        # The moment at which all its waits have to be over, if it waits.
+        self.latest = inf
         # The seconds for which it has waited in the queue of its key.
         self.waited = 0.0
         self.waiting = self.over = False
@@ -128,6 +140,7 @@ class Turn:
         self._decision = loop.create_future()
         self._timer = loop.call_later(MAX_WAIT, on_late, self)
         self.until, self.waiting = until, True
+        self.latest = self._began + MAX_WAIT
 
     def starts(self) -> None:
         """Note that its wait is over, and that it counts for its key."""
