@@ -338,6 +338,22 @@ def unfair(self, item, caller, *args, **kwargs):
         self.callers.push(counter)
 FairQueue.add = unfair
 """,
+    "what a request has cost": """
+from aioserver.limits.fair_queue import Charge
+settle = Charge.settle
+def forgetful(self, cost=None):
+    settle(self)
+    self.work = self.work if cost is None else cost
+Charge.settle = forgetful
+""",
+    "the places that batch leaves": """
+from aioserver.limits.gate import Gate
+Gate.batch_limit = property(lambda self: self._limit)
+""",
+    "the room that batch leaves": """
+from aioserver.limits.gate import Gate
+Gate.batch_room = property(lambda self: self.room)
+""",
     "who waits while a place is free": """
 from aioserver.limits.gate import Gate
 serve, count = Gate.serve, [0]
@@ -908,6 +924,7 @@ FIRST = {
     "the deadline of an idle connection": 11,
     "the deadline of a pong": 16,
     "the deadline of a stop": 18,
+    "the places that batch leaves": 1,
     "that an id is known": 8,
     "that rounding holds nobody back": 20,
     "that what was read makes room": 23,

@@ -8,6 +8,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from aioserver.limits.fair_queue import BATCH, INTERACTIVE
+from aioserver.limits.gate import BATCH_PATIENCE
 from tests.support.server import HTTP_CLIENT
 
 if TYPE_CHECKING:
@@ -33,6 +35,11 @@ class Key:
     weight: int
 
     @property
+    def batch(self) -> bool:
+        """Whether its requests use what others leave: where there are four keys, two are so."""
+        return self.load in {0.3, 0.1}
+
+    @property
     def secret(self) -> str:
         """The key itself."""
         return f"aio-{self.name}"
@@ -43,6 +50,7 @@ class Key:
             "name": self.name,
             "sha256": hashlib.sha256(self.secret.encode()).hexdigest(),
             "priority": self.weight,
+            "class": BATCH if self.batch else INTERACTIVE,
             "max_concurrent": dice.choice((10, 1000, 1000)),
             "max_connections": dice.choice((0, 0, 0, 50)),
             "requests_per_minute": dice.choice((100, 100_000)),
@@ -139,13 +147,16 @@ def longest_wait(changes: dict[str, Any], providers: int, hops: int = 0) -> floa
     It is the sum of all deadlines that a request may meet, one after another, and of the longest
     answer; *hops* attempts may continue it.
     """
+    keys = changes.get("auth.keys", ())
+    times = BATCH_PATIENCE if any(key["class"] == BATCH for key in keys) else 1
+    queue_timeout = times * changes[f"{HTTP}.queue_timeout"]
     retries = 1 + changes[f"{HTTP}.max_retries"]
     attempt = sum(
         changes[f"{HTTP}.{name}"]
         for name in ("connect_timeout", "write_timeout", "read_timeout", "pool_timeout")
     )
-    provider = changes[f"{HTTP}.queue_timeout"] + retries * (attempt + BACKOFF)
-    hop = changes[f"{HTTP}.queue_timeout"] + attempt
+    provider = queue_timeout + retries * (attempt + BACKOFF)
+    hop = queue_timeout + attempt
     return float(
         BODY
         + changes[f"{GATE}.queue_timeout"]

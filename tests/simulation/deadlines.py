@@ -12,6 +12,8 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from aioserver.limits.fair_queue import BATCH
+from aioserver.limits.gate import BATCH_PATIENCE
 from aioserver.limits.write_watchdog import LOOKS
 from aioserver.providers.exchange import Exchange
 from aioserver.wings.cluster.shared_gate import GRACE, SharedGate
@@ -73,17 +75,21 @@ class Deadlines:
 
     def _look_at_queue(self, gate: Gate, seconds: float, what: str) -> None:
         # The first of each flow has waited longest, but for those that came back.
-        for waiter in gate._queue.heads():
-            if Clock.now - waiter.arrived > seconds + LATE:
+        for waiter in (*gate._queue.heads(), *gate._batch.heads()):
+            most = seconds * (BATCH_PATIENCE if waiter.batch else 1)
+            if Clock.now - waiter.arrived > most + LATE:
                 waited = Clock.now - waiter.arrived
-                self._broken(f"a wait of {waited:.2f} s for {what}, at most {seconds} s")
+                self._broken(f"a wait of {waited:.2f} s for {what}, at most {most} s")
 
     def _look_at_provider(self, provider: Provider) -> None:
         limits, gate = provider.settings.http_client, provider._gate
-        if gate._queue:
+        if gate._queue or gate._batch:
             self._look_at_queue(gate, limits.queue_timeout, provider.name)
+        auth = self._server.context.settings.auth
+        batch = auth is not None and any(key.class_ == BATCH for key in auth.keys)
+        times = BATCH_PATIENCE if batch else 1
         for began in gate._parked.values():
-            if Clock.now - began > limits.queue_timeout + LATE:
+            if Clock.now - began > times * limits.queue_timeout + LATE:
                 self._broken(f"parked for {Clock.now - began:.2f} s at {provider.name}")
         if provider.pools.gate._queue:
             what = f"a connection to {provider.name}"

@@ -114,6 +114,8 @@ class Watch:
             elif _stopped(gate._start_timer) and delay < inf:
                 self._broken(f"requests wait at {provider.name}, and no timer lets them in")
         self._look_at_background(provider)
+        if not (self._reloaded or isinstance(gate, SharedGate)):
+            self._look_at_batch(gate)
         if sockets._inside > sockets._limit:
             self._look_at_excess(sockets, f"connections to {provider.name}")
         elif sockets._queue and sockets._inside < sockets._limit:
@@ -137,6 +139,16 @@ class Watch:
         if len(taken) > most:
             places = f"{len(taken)} places at {provider.name}"
             self._broken(f"{places} are for the background, of {most}")
+
+    def _look_at_batch(self, gate: Gate) -> None:
+        """Look at how much of its places and its queue batch takes."""
+        limit = gate._limit - max(1, gate._limit // 10) if gate._limit > 1 else 1
+        if gate._batch_inside > limit:
+            self._broken(f"{gate._batch_inside} of {limit} places of batch are taken")
+        # Those that come back, and those of a group, have their room elsewhere.
+        own = sum(waiter.share is WHOLE and not waiter.rejoined for waiter in gate._batch)
+        if own > -(-gate._queue_size // 2):
+            self._broken(f"{own} of {gate._queue_size} in the queue are batch")
 
     def _look_at_excess(self, gate: Gate, what: str) -> None:
         """Look at a gate that has more inside than its limit: it was lowered, and nobody may
