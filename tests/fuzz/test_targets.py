@@ -17,6 +17,7 @@ from aioserver.protocol import eventstream, json_body, whole_answer
 from aioserver.providers.exchange import Exchange
 from aioserver.streams import fast_path
 from aioserver.wings.anthropic import sink as message_sink
+from aioserver.wings.anthropic.bridge.events import MessageWriter
 from aioserver.wings.responses import sinks
 from aioserver.wings.responses.bridge.events import ResponseWriter
 from tests.fuzz.inputs import CORPUS, kept
@@ -24,7 +25,13 @@ from tests.fuzz.mutation import mutants
 from tests.fuzz.targets import TARGETS, load, words
 
 # Mutants of each target. Those of a slow one take half a second, all together.
-MUTANTS = {"bridge": 200, "fast_path": 200, "provider_answer": 200, "configuration": 200}
+MUTANTS = {
+    "bridge": 200,
+    "message_bridge": 200,
+    "fast_path": 200,
+    "provider_answer": 200,
+    "configuration": 200,
+}
 MOST_MUTANTS = 600
 # Seconds of the long run, for all targets together.
 LONG = 3600
@@ -59,6 +66,7 @@ BREAKAGES: dict[str, tuple[object, str, object]] = {
     ),
     "bridge": (ResponseWriter, "_part_ending", lambda _writer: []),
     "messages": (message_sink, "_up_to_end", lambda block: (block, b"message_stop" in block, b"")),
+    "message_bridge": (MessageWriter, "_complete", lambda _writer, _events: None),
     "client_frames": (ClientMessages, "_count", lambda _messages, _size: True),
     "server_frames": (answer, "_text", lambda metadata, name: metadata.get(name)),
     "chat_bodies": (

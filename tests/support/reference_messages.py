@@ -117,3 +117,20 @@ def _rendered(order: Sequence[Said | Called]) -> list[dict[str, Any]]:
             blocks.append({"type": item.kind, item.kind: before})
             before = ""
     return blocks
+
+
+def check_order(said: Sequence[dict[str, Any]]) -> None:
+    """Check that *said*, the messages of a chat, is what the strictest engine takes."""
+    roles = [message["role"] for message in said]
+    assert "system" not in roles[1:]
+    awaited: list[str] = []
+    previous = ""
+    for message in said:
+        if message["role"] == "tool":
+            assert message["tool_call_id"] == awaited.pop(0)
+            previous = "tool"
+            continue
+        assert not awaited
+        assert message["role"] != previous
+        previous = message["role"]
+        awaited = [call["id"] for call in message.get("tool_calls", ())]

@@ -79,8 +79,10 @@ def read(decoder: msgspec.json.Decoder[T], raw: Raw, param: str) -> T:
     """Return *raw* as the type of *decoder*.
 
     Raises:
-        InvalidRequest: it is something else; *param* names it.
+        InvalidRequest: it is something else, or absent; *param* names it.
     """
+    if raw is ABSENT:
+        raise InvalidRequest(f"{param} is missing", param=param)
     try:
         return decoder.decode(raw)
     except msgspec.ValidationError as exc:

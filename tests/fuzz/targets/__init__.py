@@ -37,6 +37,7 @@ TARGETS = (
     "responses",
     "bridge",
     "messages",
+    "message_bridge",
     "client_frames",
     "server_frames",
     "chat_bodies",

@@ -13,6 +13,7 @@ from aioserver.errors import InvalidRequest
 from aioserver.protocol.bridging.words import Words
 from aioserver.protocol.json_body import at_once
 from aioserver.wings.anthropic.bridge.request import ChatRequest, ThreadContinued, chat_request
+from tests.support.reference_messages import check_order
 
 ASKED: dict[str, Any] = {"model": "m", "max_tokens": 100}
 HELLO: Any = {"role": "user", "content": "Hello"}
@@ -254,6 +255,7 @@ def test_what_stands_for_a_content_elsewhere_is_refused_by_name() -> None:
         assert refused(messages=[user(document)]) == "messages[0].content[0]"
     assert refused(messages=[user({"type": "container_upload"})]) == "messages[0].content[0]"
     assert refused(messages=[]) == "messages"
+    assert refused(messages=[user({"type": "image"})]) == "messages[0].content[0].source"
     with pytest.raises(ThreadContinued, match="message-threads-2026-08-12"):
         request(thread={"type": "continue", "id": "t"})
 
@@ -355,23 +357,6 @@ def random_history(rng: random.Random) -> list[Any]:
                     user(*results, *([text(f"<{number}u>")] if rng.random() < 0.5 else []))
                 )
     return turns
-
-
-def check_order(said: list[dict[str, Any]]) -> None:
-    """Check that *said* is what the strictest engine takes."""
-    roles = [message["role"] for message in said]
-    assert "system" not in roles[1:]
-    awaited: list[str] = []
-    previous = ""
-    for message in said:
-        if message["role"] == "tool":
-            assert message["tool_call_id"] == awaited.pop(0)
-            previous = "tool"
-            continue
-        assert not awaited
-        assert message["role"] != previous
-        previous = message["role"]
-        awaited = [call["id"] for call in message.get("tool_calls", ())]
 
 
 @pytest.mark.parametrize("part", range(4))
