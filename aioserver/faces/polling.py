@@ -19,6 +19,7 @@ from aiohttp import web
 
 from aioserver.auth.callers import CALLER
 from aioserver.errors import ResumeGap
+from aioserver.faces import whole
 from aioserver.gateway.instances import Start
 from aioserver.protocol import client_frames
 from aioserver.protocol.json_body import pause
@@ -54,10 +55,11 @@ async def prepare(context: Context, request: web.Request, _hold: BodyHold) -> St
     return stream
 
 
-async def tell(context: Context, request: web.Request, stream: Stream) -> web.Response:
-    """Answer with the state of *stream*.
+async def tell(context: Context, request: web.Request, stream: Stream) -> web.StreamResponse:
+    """Answer with the state of *stream*, and write it, for as long as its client needs to read it.
 
     Raises:
+        ServerAtCapacity: all that is kept would be more than `max_kept_bytes`.
         StreamNotFound, InstanceUnavailable, ServerShutdown: it has gone meanwhile.
     """
     if stream.broken is not None:
@@ -69,12 +71,18 @@ async def tell(context: Context, request: web.Request, stream: Stream) -> web.Re
     }
     if stream.ended:
         with contextlib.suppress(ResumeGap):
-            whole = await context.gateway.reach(request[CALLER], stream.request_id)
-            state["text"] = await _text(context, whole)
-            stream = whole
+            log = await context.gateway.reach(request[CALLER], stream.request_id)
+            state["text"] = await _text(context, log)
+            stream = log
         if stream.error is not None:
             state["error"] = stream.error.as_chunk()
-    return web.json_response(state)
+    body = orjson.dumps(state)
+    response = web.Response(body=body, content_type="application/json", charset="utf-8")
+    timeout, dropped = context.settings.chat.streams.send_timeout, context.admission.dropped
+    with context.gateway.hold() as held:
+        held.grow(len(body))
+        await whole.write(request, response, timeout, dropped, "sse")
+    return response
 
 
 async def _text(context: Context, stream: Stream) -> str:

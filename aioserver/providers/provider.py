@@ -745,7 +745,7 @@ class Provider:
         if estimate is None or attempt.hop is not None:
             caller, size, bound = request.caller.name, attempt.body_bytes, request.max_answer
             estimate = self._estimates.before(self.name, model, caller, size, bound)
-        if not request.streamed and result != FAILED:
+        if not attempt.streamed and result != FAILED:
             # Nobody knows how much of it was written.
             return estimate
         return self._estimates.unreported(self.name, model, estimate, _events(attempt))
@@ -789,7 +789,7 @@ def _work_of(attempt: Attempt, part: Part | None) -> int:
 def _events(attempt: Attempt) -> int:
     """Return how many events of a streamed answer have come by *attempt*."""
     stream, hop = attempt.stream, attempt.hop
-    if stream is None or not attempt.request.streamed:
+    if stream is None or not attempt.streamed:
         return 0
     events = stream.last - attempt.before
     # What was not shown of a rest was paid for as well.

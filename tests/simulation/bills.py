@@ -128,7 +128,7 @@ def _wrong(part: Part, attempt: Attempt, call: Call | None, failed: BaseExceptio
         whole = call.transport.peer.received >= call.whole > 0
         if whole and not failed and call.usage is not None and not call.fault:
             return "an estimate, though the provider has counted"
-    if not attempt.request.streamed:
+    if not attempt.streamed:
         # What of it was written is not known before it is whole.
         return ""
     sent, received = (0, 0) if call is None else (len(call.tokens), call.tokens_received)

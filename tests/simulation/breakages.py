@@ -155,6 +155,36 @@ def soon(self, standing, place):
 Lines.started = soon
 ProviderGate._gone = lambda self, waiter: False
 """,
+    # Of answers in the background.
+    "that half of the places are for others": """
+from aioserver.providers import queueing
+queueing.permits = lambda places: places
+""",
+    "that it runs without a reader": """
+from aioserver.streams.lifetime import Lifetime
+Lifetime.run_in_background = lambda self, stream: None
+""",
+    "that a permit is given back": """
+from aioserver.providers.attempt import Attempt
+count = [0]
+release = Attempt.release_permit
+def forgetful(self):
+    count[0] += 1
+    if count[0] % 5:
+        release(self)
+    else:
+        self.permit = None
+Attempt.release_permit = forgetful
+""",
+    "that nobody has cancelled an answer": """
+from aioserver.streams.lifetime import Lifetime
+def make_room(self, provider):
+    for stream in self.store.running():
+        if stream.place == provider and stream.readers:
+            self.end(stream)
+            return
+Lifetime.make_room = make_room
+""",
     "that an entry of the table is void": """
 from aioserver.gateway.members import Member
 marks = {}
@@ -703,6 +733,19 @@ JUDGED: dict[str, Any] = {
     "verdicts": 0.5,
     "changes": CONTINUED["changes"],
 }
+# Of a provider that has no responses, with few places.
+BACKGROUND: dict[str, Any] = {
+    "background": 0.7,
+    "responses": "bridged",
+    "operations": {},
+    "changes": {
+        "llm.providers.sim.responses": False,
+        "llm.providers.sim.http_client.concurrent_requests": 4,
+        "llm.providers.sim.http_client.max_connections": 4,
+        "llm.providers.sim.http_client.max_keepalive": 4,
+        "llm.providers.sim.http_client.queue_timeout": 30.0,
+    },
+}
 NEEDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
@@ -730,6 +773,14 @@ NEEDS: dict[str, dict[str, Any]] = {
         "spare": True,
         "pinned": False,
     },
+    **dict.fromkeys(
+        (
+            *("that half of the places are for others", "that it runs without a reader"),
+            "that a permit is given back",
+        ),
+        BACKGROUND,
+    ),
+    "that nobody has cancelled an answer": {**GOOD, "faces": ("websocket", "sse")},
     "that a request stands in other lines": GROUPED,
     "to wait at the members of a group": GROUPED,
     "that a request was offered a member": {**AT_HOME, "spread": 0.1, "changes": CROWD},
@@ -910,6 +961,7 @@ NEEDS: dict[str, dict[str, Any]] = {
 # The seed that is tried first, where an earlier one is known to notice nothing: for speed alone.
 FIRST = {
     "that a member has died": 3,
+    "that nobody has cancelled an answer": 4,
     "that a trial is over which proves nothing": 1,
     "that others wait for a slow client's place": 1,
     "bytes of a body": 2,
