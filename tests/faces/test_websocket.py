@@ -1052,6 +1052,6 @@ async def test_a_plain_get_of_the_endpoint_is_a_clear_error(server: RunningServe
         await raw.get("/ws/chat")
         answer = await raw.answer()
 
-    assert answer.status == 400
-    assert answer.code == "invalid_request"
+    assert answer.status == 426
+    assert answer.code == "upgrade_required"
     await server.nothing_held()
