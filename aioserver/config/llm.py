@@ -2,6 +2,8 @@
 
 Durations are seconds, sizes are bytes. Settings that have the name of an httpx option
 (`max_connections`, `keepalive_expiry` and the timeouts) mean what it means.
+
+This file is one concept: what is declared of a provider, and the rules between its settings.
 """
 
 # ruff: noqa: RUF009 - setting() and group() are dataclasses.field()
@@ -222,6 +224,12 @@ class Provider:
         boolean,
         "whether it has /v1/responses; false: requests for it are translated to chat completions, "
         "as they are for a provider that answers 404, 405 or 501 there",
+        True,
+    )
+    stream_usage: bool = setting(
+        boolean,
+        "whether it is asked for the usage of a stream on /v1/chat/completions and /v1/completions "
+        "whose client does not ask; that client is not shown it then",
         True,
     )
     when_down: str = setting(

@@ -33,9 +33,11 @@ from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
 from aioserver.gateway.calls import kept_answer
 from aioserver.gateway.request import Request
+from aioserver.gateway.stream_usage import UsageAttempt
 from aioserver.protocol.eventstream import HEARTBEAT
 from aioserver.provider_errors import NoProvider
 from aioserver.providers.api import CHAT, Api
+from aioserver.providers.attempt import Attempt
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.ending import run_all
@@ -125,9 +127,19 @@ def prepare_for(
             client_headers=client_headers(context, request),
             size=len(body.data),
             max_answer=0 if api is EMBEDDINGS else body.max_answer,
+            usage_options=body.usage_options,
         )
         digest = digest_of(api.path, data) if key else b""
-        return Request(route, provider_request, OPENAI.face, http.request_id(request), key, digest)
+        asks = provider_request.streamed and body.usage_options is not None
+        return Request(
+            route,
+            provider_request,
+            OPENAI.face,
+            http.request_id(request),
+            key,
+            digest,
+            make_attempt=UsageAttempt if asks else Attempt,
+        )
 
     return prepare
 

@@ -13,6 +13,7 @@ has been seen.
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -144,6 +145,14 @@ def split(block: bytes) -> list[bytes]:
         or (part.startswith(b"event:") and part.find(b"\ndata:") > 0)
         or _event(part) is not None
     ]
+
+
+def pieces(block: bytes) -> list[bytes]:
+    """Return the events of a block, and what is none, as they came: joined they are *block*."""
+    ends = [match.end() for match in _BLANK.finditer(block)]
+    if not ends or ends[-1] < len(block):
+        ends.append(len(block))
+    return [block[start:end] for start, end in pairwise((0, *ends))]
 
 
 def count(block: bytes) -> int:

@@ -17,6 +17,7 @@ from msgspec import Raw
 from aioserver.errors import InvalidRequest
 from aioserver.protocol import json_body
 from aioserver.protocol.json_body import ABSENT, Member, pause
+from aioserver.protocol.stream_options import unasked
 
 if TYPE_CHECKING:
     from aioserver.protocol.json_body import Site
@@ -42,6 +43,7 @@ class _Fields(msgspec.Struct, gc=False):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     max_output_tokens: int | None = None
+    stream_options: Raw = ABSENT
 
 
 class _RawFields(msgspec.Struct, gc=False):
@@ -57,6 +59,7 @@ class _RawFields(msgspec.Struct, gc=False):
     max_tokens: Raw = ABSENT
     max_completion_tokens: Raw = ABSENT
     max_output_tokens: Raw = ABSENT
+    stream_options: Raw = ABSENT
 
 
 _DECODER = msgspec.json.Decoder(_Fields)
@@ -75,7 +78,8 @@ class ModelBody:
 
     *model*, *user*, *stored* and *previous_response_id* are None where the client set none;
     *streamed* and *background* are false then. *max_answer* has the tokens that the answer may have
-    by the body's own word; None: it says none. *metadata* is JSON; it is empty where the client set
+    by the body's own word; None: it says none. *usage_options* is what
+    `unasked` makes of its `stream_options`. *metadata* is JSON; it is empty where the client set
     none, or more than MAX_METADATA_BYTES.
     """
 
@@ -91,6 +95,7 @@ class ModelBody:
         "previous_response_id",
         "stored",
         "streamed",
+        "usage_options",
         "user",
     )
 
@@ -138,6 +143,7 @@ class ModelBody:
         bound = fields.max_tokens or fields.max_completion_tokens or fields.max_output_tokens
         # Some write -1 where there is no bound.
         self.max_answer = bound if bound and bound > 0 else None
+        self.usage_options = unasked(fields.stream_options)
         self._take_metadata(fields.metadata)
         return model is None or 0 < len(model) <= MAX_SURE_CHARACTERS
 
@@ -162,6 +168,7 @@ class ModelBody:
         self.background = json_body.flag(fields.background) is True
         bounds = fields.max_tokens, fields.max_completion_tokens, fields.max_output_tokens
         self.max_answer = next(filter(None, map(json_body.count, bounds)), None)
+        self.usage_options = unasked(fields.stream_options)
         self._take_metadata(fields.metadata)
         self._value = bytes(fields.model)
 

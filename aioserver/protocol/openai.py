@@ -362,7 +362,7 @@ def says_more(delta: Mapping[str, Any]) -> bool:
 
 def is_content(data: bytes) -> bool:
     """Return whether an event of a streamed chat completion, which has *data*, is content, and not
-    only a preamble to it: a role, an empty text, an event without choices and without usage.
+    only a preamble to it: a role, an empty text, an event without choices, such as that of the usage.
 
     Whatever is not known as a preamble is content, and so is what is not JSON.
     """
@@ -374,7 +374,7 @@ def is_content(data: bytes) -> bool:
         return True
     choices = answer.get("choices")
     if not choices:
-        return usage_of(answer) is not None
+        return False
     if not isinstance(choices, list):
         return True
     for choice in choices:

@@ -306,11 +306,15 @@ class Attempt:
 
         They are made now: the settings, and the model, may change in a wait.
         """
-        request, body = self.request, self.prepared
-        self.prepared = None
+        request = self.request
+        return self.request_bytes(writer, request.api, request.path, self.body_to_send())
+
+    def body_to_send(self) -> bytes:
+        """Return the body of the request."""
+        body, self.prepared = self.prepared, None
         if body is None:
-            body = request.body(self.provider.settings, self.model)
-        return self.request_bytes(writer, request.api, request.path, body)
+            body = self.request.body(self.provider.settings, self.model)
+        return body
 
     def request_bytes(self, writer: RequestWriter, api: Api, path: str, body: bytes) -> bytes:
         """Return the bytes of a request for *path*, that of *api*, with this *body*, and note it

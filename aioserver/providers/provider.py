@@ -791,7 +791,8 @@ def _events(attempt: Attempt) -> int:
     stream, hop = attempt.stream, attempt.hop
     if stream is None or not attempt.streamed:
         return 0
-    events = stream.last - attempt.before
+    # The end of the log is none of the provider's.
+    events = stream.last - attempt.before - stream.ended
     # What was not shown of a rest was paid for as well.
     return events if hop is None else max(events, hop.heard)
 

@@ -78,8 +78,10 @@ class ProviderRequest:
 
     *size* has the bytes of it that are known before a body is made, and *max_answer* the tokens
     that its answer may have by its own word, None without one: what its `estimate` is made of, once
-    it is about to wait. A *batch* request uses what others leave, and an answer in the *background*
-    runs to its end without a reader. Its *bound* are its deadlines, None if it has none.
+    it is about to wait. *usage_options* are the `stream_options` of a body that does not ask for the
+    usage (protocol/stream_options.py); None: nothing is asked. A *batch* request uses what others
+    leave, and an answer in the *background* runs to its end without a reader. Its *bound* are its
+    deadlines, None if it has none.
     """
 
     # Whether its tokens can be estimated before it starts.
@@ -105,6 +107,7 @@ class ProviderRequest:
         "record",
         "size",
         "streamed",
+        "usage_options",
     )
 
     def __init__(
@@ -122,8 +125,10 @@ class ProviderRequest:
         client_headers: ClientHeaders = NO_HEADERS,
         size: int = 0,
         max_answer: int | None = None,
+        usage_options: bytes | None = None,
     ) -> None:
         self.size, self.max_answer = size, max_answer
+        self.usage_options = usage_options
         self.estimate: Estimate | None = None
         terms = NO_TERMS if hold is None else hold.terms
         self.bound: Deadline | None = None

@@ -11,7 +11,8 @@ means:
     StreamSink
         PassingSink         keeps the provider's bytes: one entry for each read
             EventSink       chat completions, for the OpenAI face; they end with `[DONE]`, which is
-                            added if it is missing after a finish_reason
+                            added if it is missing after a finish_reason;
+                            an event of the usage alone is left out where we have asked for it
             ResponseSink    responses (wings/responses/sinks.py)
             MessageSink     messages of Anthropic's API (wings/anthropic/sink.py)
         ReadingSink         reads each event, and keeps what it makes of it (reading_sinks.py)
@@ -380,6 +381,8 @@ def before_broken(block: bytes) -> bytes:
 
 DONE = b"data: [DONE]\n\n"
 _USAGE, _DELTA = b'"usage"', b'"delta"'
+# How engines write that an event has no choice.
+_NO_CHOICES, _NO_CHOICES_SPACED = b'"choices":[]', b'"choices": []'
 # How most events with a text begin it.
 _TEXT, _TEXT_SPACED = b'"delta":{"content":"', b'"delta": {"content": "'
 
@@ -387,8 +390,16 @@ _TEXT, _TEXT_SPACED = b'"delta":{"content":"', b'"delta": {"content": "'
 class EventSink(PassingSink):
     """Appends the events of a chat completion to a log."""
 
-    def __init__(self, stream: Stream, is_content: Callable[[bytes], bool] = is_content) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        is_content: Callable[[bytes], bool] = is_content,
+        *,
+        hides_usage: bool = False,
+    ) -> None:
         super().__init__(stream, is_content)
+        # Whether an event that has nothing but the usage is left out: no client has asked for it.
+        self._hides_usage = hides_usage
         # Whether a finish_reason has come, and no more of another choice since.
         self._finished = False
 
@@ -420,18 +431,40 @@ class EventSink(PassingSink):
             block = block[:start]
         if find(FINISH) >= 0 or find(FINISH_SPACED) >= 0 or (self._finished and find(_DELTA) >= 0):
             self._finished = finished(block, before=self._finished)
-        if self._finished and find(_USAGE) >= 0:
+        if self._hides_usage and (find(_NO_CHOICES) >= 0 or find(_NO_CHOICES_SPACED) >= 0):
+            block = self._without_usage(block)
+            find = block.find
+        elif self._finished and find(_USAGE) >= 0:
             self._stream.outcome.usage = usage_in(block) or self._stream.outcome.usage
         if find(ERROR_NAME) >= 0:
             block, error = before_error(block)
             return block, ended and not error, error
         return block, ended, b""
 
+    def _without_usage(self, block: bytes) -> bytes:
+        """Return *block* without the events that have nothing but the usage; note the last one."""
+        self._stream.outcome.usage = usage_in(block) or self._stream.outcome.usage
+        return b"".join(event for event in eventstream.pieces(block) if not _only_usage(event))
+
     def _fault(self, event: bytes) -> ProviderFault:
         return error_object_fault((error_in(event) or {}).get("error"))
 
     def _complete(self) -> None:
         complete(self._stream, DONE)
+
+
+def _only_usage(event: bytes) -> bool:
+    """Return whether *event* has a usage, and no choice."""
+    if event.find(_USAGE) < 0:
+        return False
+    for part in eventstream.parse(event):
+        try:
+            content = orjson.loads(part.data)
+        except orjson.JSONDecodeError:
+            continue
+        if isinstance(content, dict) and content.get("choices") == []:
+            return isinstance(content.get("usage"), dict) and not content.get("error")
+    return False
 
 
 def before_error(block: bytes, kind: str = "") -> tuple[bytes, bytes]:

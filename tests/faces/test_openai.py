@@ -226,7 +226,9 @@ async def test_the_providers_answer_comes_byte_for_byte(
 async def test_unusual_answers_pass_as_they_are(server: RunningServer) -> None:
     straight_to = f"{server.simulator.base_url}/chat/completions"
     for kind in ("crlf", "cr", "multi-data", "comments", "slices", "1xx"):
-        body = {**STREAMED, "model": f"fault-{kind}", "max_tokens": 6}
+        # Who asks for the usage gets all that comes.
+        asking = {"stream_options": {"include_usage": True}}
+        body = {**STREAMED, **asking, "model": f"fault-{kind}", "max_tokens": 6}
         async with server.session.post(straight_to, json=body) as response:
             straight = await response.read()
         async with post(server, body) as response:

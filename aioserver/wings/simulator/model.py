@@ -107,7 +107,7 @@ class ParsedRequest:
     *text* is the last message of the user and *turn* its number, from 1 (0: there is none); *call*
     is the call of a tool that is the answer, None for an answer in words; *words* is what that
     answer says, None for a speech. *cached_tokens* are those of the prompt that an engine had in
-    its cache. *said* is the beginning of the answer, if the request has it as the assistant's last
+    its cache, *reasoning_tokens* those of the answer that are thought, at most. *said* is the beginning of the answer, if the request has it as the assistant's last
     message, and *anchor* are the last words of it that are wanted again; what becomes of either is
     a matter of *habit* (`rest`).
     """
@@ -124,6 +124,7 @@ class ParsedRequest:
     words: str | None
     body: Mapping[str, Any]
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
     said: str = ""
     anchor: str = ""
     habit: str = ""

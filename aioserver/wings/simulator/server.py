@@ -327,6 +327,17 @@ class Simulator:
             self.bodies.append(parsed.body)
             if parsed.stream:
                 self._count("streams")
+            if refused := [name for name in behaviour.refuses if name in parsed.body]:
+                message = f"Unrecognized request argument supplied: {refused[0]}"
+                return as_json(400, model.error(400, message))
+            if behaviour.usage != "asked":
+                parsed = dataclasses.replace(parsed, include_usage=behaviour.usage == "always")
+            if behaviour.cached or behaviour.reasoning:
+                parsed = dataclasses.replace(
+                    parsed,
+                    cached_tokens=min(behaviour.cached, parsed.prompt_tokens),
+                    reasoning_tokens=behaviour.reasoning,
+                )
             if behaviour.forgets is not None and parsed.body.get("previous_response_id"):
                 status, message = behaviour.forgets
                 return as_json(status, model.error(status, message))

@@ -3,6 +3,8 @@
 A `ParsedRequest` becomes an `Answer`: the bytes of every event of its stream, or its JSON in one
 piece. The shapes are those of OpenAI's API reference (Chat, Completions, Responses, Embeddings,
 Models); in the tests the official SDK parses all of them.
+
+This file is one concept: what an answer looks like, by the path that was asked.
 """
 
 from __future__ import annotations
@@ -146,7 +148,10 @@ def _usage(request: ParsedRequest, count: int) -> dict[str, Any]:
         "completion_tokens": count,
         "total_tokens": request.prompt_tokens + count,
         "prompt_tokens_details": {"cached_tokens": request.cached_tokens, "audio_tokens": 0},
-        "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": min(request.reasoning_tokens, count),
+            "audio_tokens": 0,
+        },
     }
 
 
@@ -327,7 +332,9 @@ def _response(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: 
                 "cache_write_tokens": 0,
             },
             "output_tokens": len(words),
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {
+                "reasoning_tokens": min(request.reasoning_tokens, len(words))
+            },
             "total_tokens": request.prompt_tokens + len(words),
         }
         return {

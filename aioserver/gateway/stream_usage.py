@@ -1,0 +1,103 @@
+"""An attempt at an answer that passes as the provider's bytes, and is asked to report its usage.
+
+Without being asked, engines report none for a stream, and nobody would know what it costs. So where
+a client does not ask, its request does (protocol/stream_options.py), and the event that has nothing
+but the usage is taken out of the answer (providers/sinks.py).
+
+An engine that refuses `stream_options` is asked once more without, at once and in the same place:
+this is no retry. If it answers that, it is not asked again until a reload.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from aioserver.errors import InvalidRequest
+from aioserver.gateway.bridging import ChatMemory
+from aioserver.protocol.bridging.refusals import STATUSES, refusal
+from aioserver.protocol.stream_options import OPTIONS, asking
+from aioserver.providers.attempt import Attempt
+from aioserver.providers.sinks import BodySink, EventSink
+
+if TYPE_CHECKING:
+    from aioserver.providers.attempt import AttemptedProvider
+    from aioserver.providers.request import ProviderRequest
+    from aioserver.providers.sinks import StreamSink
+    from aioserver.streams.stream import Stream
+
+logger = logging.getLogger("aioserver.providers")
+
+
+class UsageAttempt(Attempt):
+    """One try of a request for a stream whose client does not ask for the usage.
+
+    Always: `_asks` says whether what was sent last does.
+    """
+
+    __slots__ = ("_asks", "_refused")
+
+    def __init__(
+        self,
+        provider: AttemptedProvider,
+        request: ProviderRequest,
+        stream: Stream | None,
+        **further: Any,
+    ) -> None:
+        super().__init__(provider, request, stream, **further)
+        self._asks = self._refused = False
+
+    @property
+    def _habits(self) -> ChatMemory:
+        # Asked for anew each time, since a reload makes another.
+        return self.provider.memory(ChatMemory)
+
+    def body_to_send(self) -> bytes:
+        """Return the body to send, which asks for the usage unless the provider is not to be
+        asked.
+        """
+        body, options = super().body_to_send(), self.request.usage_options
+        self._asks = False
+        if (
+            options is None
+            or self._refused
+            or not self.provider.settings.stream_usage
+            or OPTIONS.name in self._habits.refused
+        ):
+            return body
+        try:
+            body = asking(body, options)
+        except InvalidRequest:
+            # It has the key in too many places.
+            return body
+        self._asks = True
+        return body
+
+    def stream_sink(self, stream: Stream) -> StreamSink:
+        """Return what fills *stream* with the events of the answer."""
+        return EventSink(stream, self.request.api.content, hides_usage=self._asks)
+
+    def repeats(self) -> bool:
+        """Return whether the request is to be sent once more, as its client has written it, since
+        the provider has refused what was added.
+        """
+        sink = self.sink
+        if not self._asks or self.status not in STATUSES or not isinstance(sink, BodySink):
+            return False
+        if not refusal(sink.body).names(OPTIONS.name):
+            return False
+        self._refused = True
+        self.provider.meter.attempts["http_4xx"].value += 1
+        return True
+
+    def first_event(self) -> None:
+        """Note that the answer has begun."""
+        refused = self._habits.refused
+        # Not before: a refusal may repeat what a client has written.
+        if self._refused and OPTIONS.name not in refused:
+            refused.add(OPTIONS.name)
+            consequence = f"{OPTIONS.name} is left out"
+            logger.info(
+                "learned from a refusal of provider %s: %s", self.provider.name, consequence
+            )
+        super().first_event()
