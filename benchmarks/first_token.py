@@ -32,13 +32,10 @@ from pathlib import Path
 from certificate import HARNESS
 from loads import Load
 from measure import CHAT, Bench, Server
-from peers import AIOSERVER, PEERS
+from peers import AIOSERVER, CONTINUED, PEERS
 
 COUNT, WARM = 3000, 100
 FIRST, STAMP, END = b'"content":"0001"', b'"fp_', b"0\r\n\r\n"
-CONTINUED = AIOSERVER.replace(
-    "model: mock-model\n", "model: mock-model\n      continuation: prefill\n"
-)
 # What the first of them is, the others are compared with.
 BEFORE, PLAIN = "before", "now"
 PARTS = {"request to content": 0, "provider's write to content": 1}

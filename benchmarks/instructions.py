@@ -3,6 +3,7 @@ machine changes.
 
     python benchmarks/instructions.py               # of this version, about two minutes
     python benchmarks/instructions.py TREE TREE     # of other work trees, one after the other
+    python benchmarks/instructions.py --continued   # where an answer that breaks off is continued
 
 Counts of one version differ by some percent, by the moments at which the loop wakes. They know no
 caches, and no kernel.
@@ -10,6 +11,7 @@ caches, and no kernel.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -24,7 +26,7 @@ from string import Template
 from certificate import HARNESS
 from loads import Load
 from measure import CHAT, Bench
-from peers import AIOSERVER
+from peers import AIOSERVER, CONTINUED
 from process import free_port
 
 WARM, COUNTED = 60, 200
@@ -54,11 +56,13 @@ def wait_for(connection: HTTPConnection) -> None:
             time.sleep(0.5)
 
 
-def count(bench: Bench, tree: Path, *, stream: bool) -> float:
+def count(bench: Bench, tree: Path, configuration: str, *, stream: bool) -> float:
     """Return the instructions of an answer of the version in *tree*."""
     port, out = free_port(), bench.folder / f"{free_port()}.out"
     config = bench.folder / "config.yaml"
-    config.write_text(Template(AIOSERVER).substitute(bench.provider_names(tls=False), port=port))
+    config.write_text(
+        Template(configuration).substitute(bench.provider_names(tls=False), port=port)
+    )
     command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", sys.executable]
     command += ["-m", "aioserver", "serve", "--config", str(config), "--loop", bench.loop]
     environ = {**os.environ, "PYTHONPATH": str(tree), "PYTHONHASHSEED": "1"}
@@ -98,15 +102,21 @@ def control(pid: int, what: str) -> None:
 def main() -> None:
     """Count for each tree of the command line."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what we started is ended
-    trees = [Path(name).resolve() for name in sys.argv[1:]] or [Path(__file__).parents[1]]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("trees", nargs="*", type=Path, default=[Path(__file__).parents[1]])
+    parser.add_argument("--continued", action="store_true")
+    arguments = parser.parse_args()
+    configuration = CONTINUED if arguments.continued else AIOSERVER
     subprocess.run(["make", "-s", "-C", str(HARNESS)], check=True, timeout=120)
     cores = sorted(os.sched_getaffinity(0))[:2]
     print("| tree | whole answer | stream of 100 events |\n| --- | ---: | ---: |")
-    for tree in trees:
+    for tree in (tree.resolve() for tree in arguments.trees):
         with tempfile.TemporaryDirectory(prefix="aioserver-bench-") as folder:
             bench = Bench.create(Path(folder), "uvloop", cores[0], cores[-1])
             with bench.mock(Load(mode="sse", connections=1)):
-                whole, streamed = (count(bench, tree, stream=stream) for stream in (False, True))
+                whole, streamed = (
+                    count(bench, tree, configuration, stream=stream) for stream in (False, True)
+                )
         print(f"| {tree.name} | {whole:,.0f} | {streamed:,.0f} |", flush=True)
 
 

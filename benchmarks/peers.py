@@ -57,6 +57,11 @@ logging:
   format: json
 """
 
+# The same, with answers that are continued where they break off.
+CONTINUED = AIOSERVER.replace(
+    "model: mock-model\n", "model: mock-model\n      continuation: prefill\n"
+)
+
 # Of two clients, as long as each other: half of all connections have the one, half the other.
 KEYS = ("aio-one-" + "0123456789abcdef" * 2, "aio-two-" + "fedcba9876543210" * 2)
 AUTH = """\

@@ -83,12 +83,12 @@ ProviderRefused.failover = True
     "what an attempt has cost": """
 from aioserver.providers.provider import Provider
 ended, count = Provider._ended, [0]
-def lossy(self, attempt, exc):
-    ended(self, attempt, exc)
+def generous(self, attempt, exc, part):
     count[0] += 1
-    if not count[0] % 5:
-        attempt.request.outcome.parts = attempt.request.outcome.parts[:-1]
-Provider._ended = lossy
+    if part is not None and not count[0] % 5:
+        part = part._replace(tokens_out=part.tokens_out + 100)
+    ended(self, attempt, exc, part)
+Provider._ended = generous
 """,
     "a line of the ledger": """
 from aioserver.telemetry.usage import Usage
@@ -619,13 +619,15 @@ stored_responses._note_written = lambda response, kept: response.release()
 """,
     "a response that others find": """
 from aioserver.wings.responses.redis import SharedResponses
+import asyncio
 keep, count = SharedResponses.keep, [0]
-def lossy(self, *args, whole, done):
+def lossy(self, *args, whole):
     count[0] += 1
     if count[0] % 5:
-        return keep(self, *args, whole=whole, done=done)
-    done(True)
-    return True
+        return keep(self, *args, whole=whole)
+    kept = asyncio.get_running_loop().create_future()
+    kept.set_result(True)
+    return kept
 SharedResponses.keep = lossy
 """,
     "that a slot is used": """
