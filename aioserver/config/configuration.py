@@ -22,6 +22,7 @@ from aioserver.config.credentials import Credentials, reason
 from aioserver.config.document import PREFIX, Document, Fault, KeyPath, Place
 from aioserver.config.faults import ConfigurationError
 from aioserver.config.inheritance import Inheritance
+from aioserver.config.llm import AUTO
 from aioserver.config.schema import FAULTY, Faults, WrongShape
 from aioserver.config.settings import SETTINGS, Auth, Provider, Settings
 from aioserver.config.shipped import SHIPPED, fill
@@ -321,6 +322,9 @@ def _warnings(settings: Settings, document: Document) -> Iterator[Fault]:
         if (end := base_url.rstrip("/")).endswith("/chat/completions"):
             message = f"paths are added to it (write {end.removesuffix('/chat/completions')})"
             yield document.fault((*path[:-1], "base_url"), message)
+        if settings.llm.providers[name].messages == AUTO and "//api.anthropic.com" in base_url:
+            message = "it speaks messages: nothing is to be found out (write true)"
+            yield document.fault((*path[:-1], "messages"), message)
     for name in settings.llm.models:
         if not settings.llm.usable(name):
             message = "no member has its key, so nobody can ask for it"

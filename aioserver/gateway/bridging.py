@@ -10,7 +10,8 @@ What an engine refuses by name is learned, too: a word that only the bridge has 
 the answer for which its context has no room. The request is sent once more, at once and in its
 place, without it; this is no retry.
 
-The wings with such an API derive their attempts from `BridgedAttempt`.
+The wings with such an API derive their attempts from `BridgedAttempt`. This file is one concept: what
+is learned of a provider, and what an attempt there makes of it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from aioserver.providers.attempt import Attempt
 from aioserver.providers.sinks import BodySink
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Mapping
+    from collections.abc import Awaitable, Mapping, Sequence
 
     from aioserver.config import settings
     from aioserver.protocol.bridging.chunks import ChunkReader
@@ -106,6 +107,16 @@ class ChatMemory(Memory):
         self.limits: OrderedDict[str, int] = OrderedDict()
         self.most: OrderedDict[str, int] = OrderedDict()
         self._left_out: set[str] = set()
+
+    @property
+    def refused_words(self) -> Sequence[str]:
+        """The words that the provider has refused."""
+        return sorted(self.refused)
+
+    @property
+    def context_limits(self) -> Mapping[str, int]:
+        """The tokens of the contexts of models, by their names."""
+        return self.limits
 
     def keep(self, bounds: OrderedDict[str, int], model: str, bound: int) -> None:
         """Keep *bound* for *model* in *bounds*, one of both kinds."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from aioserver import __version__
+from aioserver.config.llm import AUTO, BRIDGE
 from aioserver.limits.fair_queue import BATCH, INTERACTIVE
 from aioserver.monitoring.groups import member_state
 from aioserver.monitoring.interval import ATTEMPTS, EVENTS, REJECTIONS, REQUESTS
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         ConnectionsState,
         GroupState,
         KeyState,
+        LearnedState,
         MemberState,
         ProviderState,
         Snapshot,
@@ -44,12 +46,21 @@ if TYPE_CHECKING:
         Trouble,
         Verdict,
     )
+    from aioserver.providers.api import Memory
     from aioserver.providers.provider import Provider
     from aioserver.streams.lifetime import Lifetime
     from aioserver.streams.store import StreamStore
     from aioserver.telemetry.counters import Counter
     from aioserver.telemetry.loop_lag import LoopLag
     from aioserver.telemetry.metrics import GroupMeter, Metrics
+
+# How a provider is asked for messages, before anything was learned, by its setting.
+MESSAGES_WORDS: Mapping[bool | str, str] = {
+    False: "no",
+    True: "speaks",
+    BRIDGE: "bridge",
+    AUTO: "unknown",
+}
 
 # Outcomes of an attempt that are no fault of the provider: a client that cancels is none.
 NO_FAULTS = frozenset((OK, CANCELLED))
@@ -230,6 +241,7 @@ def _provider_state(
         "usable": state.usable,
         "active": active,
         "model": provider.settings.model,
+        "learned": _learned(provider, state.learned),
         "in_flight": queue.inside,
         "limit": queue.limit,
         "waiting": queue.waiting,
@@ -282,6 +294,20 @@ def _provider_state(
             "under_way": silence.under_way,
         },
         "trouble": trouble,
+    }
+
+
+def _learned(provider: Provider, memories: Sequence[Memory]) -> LearnedState:
+    """Return what is known of the APIs of *provider*, by its settings and by what it has said."""
+    settings = provider.settings
+    words = [word for memory in memories if (word := memory.messages) is not None]
+    return {
+        "messages": words[0] if words else MESSAGES_WORDS[settings.messages],
+        "refused_words": [word for memory in memories for word in memory.refused_words],
+        "context_limit": {
+            model: limit for memory in memories for model, limit in memory.context_limits.items()
+        },
+        "tokens_per_byte": round(provider.tokens_per_byte(settings.model), 3),
     }
 
 

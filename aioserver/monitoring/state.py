@@ -201,12 +201,25 @@ class TrialState(TypedDict):
     needed: int
 
 
+class LearnedState(TypedDict):
+    """What is known of the APIs of a provider, at this instance.
+
+    *messages*: `speaks`, `bridge`, `unknown` or `no`. *context_limit* has tokens by model.
+    """
+
+    messages: str
+    refused_words: list[str]
+    context_limit: dict[str, int]
+    tokens_per_byte: float
+
+
 class ProviderState(TypedDict):
     """One provider."""
 
     usable: Annotated[bool, ANY]
     active: Annotated[bool, OWN]
     model: Annotated[str, OWN]
+    learned: Annotated[LearnedState, OWN]
     in_flight: Annotated[int, SUM]
     limit: Annotated[int, MADE]
     waiting: Annotated[int, SUM]

@@ -17,7 +17,7 @@ from aioserver.streams.contracts import PLAIN_EVENTS
 from aioserver.streams.fast_path import ForwardedApi
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from aioserver.config import settings
     from aioserver.errors import AioserverError
@@ -34,6 +34,21 @@ class Memory:
 
     def __init__(self, settings: settings.Provider) -> None:
         """Know nothing beside *settings*."""
+
+    @property
+    def messages(self) -> str | None:
+        """The word of `/stats` for how messages are asked for; None if it is not about them."""
+        return None
+
+    @property
+    def refused_words(self) -> Sequence[str]:
+        """The words that the provider has refused."""
+        return ()
+
+    @property
+    def context_limits(self) -> Mapping[str, int]:
+        """The tokens of the contexts of models, by their names."""
+        return {}
 
 
 class Api(ForwardedApi):

@@ -103,6 +103,8 @@ class ProviderStats:
     silence: Silence
     budget: BudgetStats
     background: tuple[int, int] = (0, 0)
+    # What APIs have learned of it.
+    learned: tuple[Memory, ...] = ()
 
 
 class Provider:
@@ -395,6 +397,7 @@ class Provider:
             measure(self.pools.exchanges(), now, self.meter.first_token),
             self.budget.stats(),
             self._gate.background,
+            tuple(self._memories.values()),
         )
 
     def refuse(self, error: Callable[[], AioserverError] | None = None) -> None:

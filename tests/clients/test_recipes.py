@@ -146,6 +146,20 @@ async def test_responses_are_translated_for_a_provider_that_has_none(
     assert paths == {"/v1/chat/completions"}
 
 
+@pytest.mark.parametrize("section", ["Anthropic's SDK", "Claude Code"])
+async def test_messages_are_translated_for_a_provider_that_has_none(
+    make_server: MakeServer, home: Path, section: str
+) -> None:
+    server = await make_server(**{"llm.providers.sim.messages": "bridge"})
+
+    done = await play(section, server, home)
+
+    assert re.search(EXPECTED[section], done.out, re.DOTALL), done
+    assert done.code == 0, done
+    paths = {request.path for request in server.simulator.requests}
+    assert paths == {"/v1/chat/completions"}
+
+
 # How often at most. Codex does not read `x-should-retry`: it asks again, over a WebSocket and over
 # HTTP.
 ASKED = {**dict.fromkeys((*PYTHON, *NODE), 1), "Codex": 4}

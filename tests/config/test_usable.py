@@ -112,6 +112,16 @@ def test_a_key_that_belongs_into_a_section_inside_says_so(file: Path) -> None:
     assert "(it belongs into http_client: indent it further, below that key)" in fault
 
 
+def test_what_is_known_need_not_be_found_out(file: Path) -> None:
+    (line,) = [line for line in small().splitlines() if "base_url" in line][:1]
+    indent = line[: len(line) - len(line.lstrip())]
+    known = f"{indent}base_url: https://api.anthropic.com/v1\n{indent}messages: auto"
+
+    (warning,) = load(small().replace(line, known, 1), file).warnings
+
+    assert "messages: it speaks messages: nothing is to be found out (write true)" in warning
+
+
 def test_a_base_url_with_the_path_of_a_request_is_warned_of(file: Path) -> None:
     text = small().replace("/v1\n", "/v1/chat/completions/\n", 1)
     assert "/chat/completions" in text

@@ -56,11 +56,20 @@ class Learned(PathMemory):
         self.never = settings.messages == BRIDGE
         self.learns = settings.messages in {AUTO, BRIDGE}
 
+    @property
+    def messages(self) -> str | None:
+        """The word of `/stats` for how they are asked for."""
+        if self.bridged:
+            return "bridge"
+        return "speaks" if self.present or not self.learns else "unknown"
+
 
 class LearnedCounting(Learned):
     """The knowledge of whether it counts their tokens, which an engine may not that answers
     them.
     """
+
+    messages = None
 
 
 class MessageAttempt(BridgedAttempt):

@@ -4,6 +4,7 @@ difference.
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -60,6 +61,17 @@ async def stream_of(server: RunningServer, body: Any) -> list[dict[str, Any]]:
     async with post(server, body) as response:
         assert response.status == 200, await response.text()
         return read_events(await response.read())
+
+
+async def shows(server: RunningServer, **facts: Any) -> None:
+    """Wait until `/stats`, which is made now and then, says that *facts* are known."""
+    async with asyncio.timeout(30):
+        while True:
+            async with server.session.get(f"{server.base}/stats") as response:
+                state = (await response.json())["providers"]["sim"]["learned"]
+            if state | facts == state:
+                return
+            await asyncio.sleep(0.05)
 
 
 def paths(simulator: Simulator) -> list[str]:
@@ -128,12 +140,14 @@ async def test_a_provider_without_messages_is_found_out_once(
     make_server: MakeServer, streamed: bool
 ) -> None:
     server = await make_server(WITHOUT, **AUTO)
+    await shows(server, messages="unknown", refused_words=[])
     for _ in range(2):
         if streamed:
             check_run(await stream_of(server, STREAMED))
         else:
             assert (await answer_of(server, ASK))[0] == 200
 
+    await shows(server, messages="bridge")
     assert paths(server.simulator) == ["chat/completions"] * 2
     assert server.simulator.stats().connections_accepted == 1
     assert await server.counted("retries", "reason") == {}
@@ -385,6 +399,7 @@ async def test_a_bound_that_is_too_large_is_lowered(
         server = await make_server(QUICK, **BRIDGED, **address)
         for _ in range(2):
             assert (await answer_of(server, {**ASK, "max_tokens": 64_000}))[0] == 200
+        await shows(server, context_limit={"m": 32768} if message == VLLM else {})
 
     assert [body["max_tokens"] for body in seen[:2]] == [64_000, bound]
     assert bound <= seen[2]["max_tokens"] < 32768
