@@ -356,7 +356,7 @@ class RemoteStreams:
             RequestConflict: the id is another instance's, with another payload.
         """
         name, digest = _name(stream), stream.digest
-        renewal = Renewal(name, digest, LEASE + stream.window)
+        renewal = Renewal(name, digest, _seconds(stream))
         self._claimed[stream] = [renewal]
         self._watch()
         verdict: Verdict | None = await self._ask(self._store.take(name, digest, renewal.seconds))
@@ -486,7 +486,7 @@ class RemoteStreams:
     def aliased(self, stream: Stream, alias: str) -> None:
         """Claim *alias*, by which *stream* is found, too."""
         name = name_of(_caller(stream).name, alias)
-        claim = Renewal(name, stream.digest, LEASE + stream.window)
+        claim = Renewal(name, stream.digest, _seconds(stream))
         self._claimed.setdefault(stream, []).append(claim)
         if stream.remote is None:
             # It has no other name: its end is noted as that of a claimed one.
@@ -524,6 +524,14 @@ def _caller(stream: Stream) -> Caller:
 
 def _name(stream: Stream) -> str:
     return name_of(_caller(stream).name, stream.request_id)
+
+
+def _seconds(stream: Stream) -> float:
+    """Return for how many seconds a claim of *stream*, which runs, outlives a renewal: its end may
+    be told to nobody, and its log is kept for its window. That of an answer in the background is
+    long, and once its owner is gone for good, those that poll shall hear so.
+    """
+    return LEASE + (min(stream.window, LEASE) if stream.background else stream.window)
 
 
 def _nothing() -> None:
