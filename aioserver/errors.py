@@ -391,6 +391,8 @@ class TokensExceeded(RateLimitExceeded):
 
     kind = "tokens"
 
+    # The setting of the budget.
+    period = ""
     # A day's budget may be that far away.
     max_retry_after = 86400.0
 

@@ -4,8 +4,10 @@ of models.
 
 from __future__ import annotations
 
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
+from aioserver.limits.budget import MINUTE
 from aioserver.providers.api import CHAT
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from aioserver.errors import AioserverError
+    from aioserver.limits.quota import Quota
     from aioserver.providers.api import Api
 
 
@@ -42,6 +45,14 @@ class Form:
         """Return *error* as the body of a response to the request with this id."""
         return error.body()
 
+    def limits(self, quota: Quota) -> dict[str, str]:
+        """Return the headers that tell of the limits of a key with budgets."""
+        limit, left, reset = quota.starts
+        headers = _limit_headers("requests", limit, left, reset)
+        for name, budget in zip(("tokens", "tokens-day"), quota.budgets().values(), strict=False):
+            headers |= _limit_headers(name, budget.limit, budget.remaining, budget.reset)
+        return headers
+
     def model(self, name: str, owner: str, *, simulated: bool) -> dict[str, Any]:
         """Return the model *name* of *owner*, which leads to a provider that may be *simulated*."""
         entry = {"id": name, "object": "model", "created": 0, "owned_by": owner}
@@ -54,6 +65,25 @@ class Form:
 
 
 OPENAI = Form()
+
+
+def duration(seconds: float) -> str:
+    """Return *seconds* as OpenAI writes them: `12ms`, `1.5s`, `6m0s`; rounded up."""
+    if seconds < 1:
+        return f"{ceil(1000 * seconds)}ms"
+    if seconds < MINUTE:
+        return f"{ceil(10 * seconds) / 10:g}s"
+    minutes, rest = divmod(ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes}m{rest}s" if hours else f"{minutes}m{rest}s"
+
+
+def _limit_headers(name: str, limit: int, remaining: int, reset: float) -> dict[str, str]:
+    return {
+        f"x-ratelimit-limit-{name}": str(limit),
+        f"x-ratelimit-remaining-{name}": str(remaining),
+        f"x-ratelimit-reset-{name}": duration(reset),
+    }
 
 
 class Forms:

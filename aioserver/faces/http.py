@@ -13,6 +13,8 @@ from aiohttp.http import HttpVersion11
 from aioserver.faces.form import OPENAI
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from aioserver.errors import AioserverError
     from aioserver.faces.form import Form
 
@@ -21,6 +23,8 @@ NO_STORE = {"Cache-Control": "no-store"}
 # Segments of a route's path that are ids, which may have any character. aiohttp's own pattern
 # matches no brace.
 ID, REQUEST_ID = "{id:[^/]+}", "{request_id:[^/]+}"
+# Prefixes of the names of headers in which a provider tells of its limits.
+PROVIDERS_LIMITS = ("x-ratelimit-", "anthropic-ratelimit-")
 # The value of the header `Server`.
 SERVER = "aioserver"
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -29,16 +33,18 @@ _numbers = itertools.count(1)
 
 
 class Request(web.Request):
-    """aiohttp's request with two attributes of ours; server/runner.py makes every request one.
+    """aiohttp's request with three attributes of ours; server/runner.py makes every request one.
 
     *known_id*: the id that `request_id` has returned before. *started*: the response whose head
-    was sent, or is about to be.
+    was sent, or is about to be. *limits* returns the headers that tell of the limits of its
+    client's key; None if that has no budget.
     """
 
-    ATTRS = web.Request.ATTRS | frozenset(["known_id", "started"])
+    ATTRS = web.Request.ATTRS | frozenset(["known_id", "limits", "started"])
 
     known_id: str = ""
     started: web.StreamResponse | None = None
+    limits: Callable[[], dict[str, str]] | None = None
 
 
 def request_id(request: web.BaseRequest) -> str:
@@ -55,6 +61,20 @@ def request_id(request: web.BaseRequest) -> str:
             log_id = f"{_prefix}-{next(_numbers):x}"
         request.known_id = log_id
     return log_id
+
+
+def with_limits(request: Request, headers: Mapping[str, str]) -> Mapping[str, str]:
+    """Return *headers* of a response, in which the limits of the client's key take the place of
+    its provider's, if the key has a budget.
+    """
+    if request.limits is None:
+        return headers
+    kept = {
+        name: value
+        for name, value in headers.items()
+        if not name.lower().startswith(PROVIDERS_LIMITS)
+    }
+    return kept | request.limits()
 
 
 def last_on_connection(request: web.BaseRequest) -> bool:

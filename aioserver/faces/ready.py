@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
-from aioserver.faces.http import SERVER, last_on_connection, request_id
+from aioserver.faces.http import SERVER, Request, last_on_connection, request_id, with_limits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -53,6 +53,9 @@ def fits(request: web.Request) -> bool:
 def _head(
     request: web.BaseRequest, headers: Mapping[str, str], framing: str, value: object
 ) -> bytes:
+    assert isinstance(request, Request)
+    if request.limits is not None:
+        headers = with_limits(request, headers)
     lines = "".join([f"{name}: {text}\r\n" for name, text in headers.items()])
     log_id = request_id(request)
     head = f"{_begun_head()}x-request-id: {log_id}\r\n{lines}{framing}: {value}\r\n\r\n"

@@ -21,6 +21,7 @@ from aioserver.errors import (
     InvalidApiKey,
     RequestConflict,
     StreamNotFound,
+    TokensExceeded,
 )
 from aioserver.gateway.calls import Calls, shutdown_error
 from aioserver.gateway.instances import FROM_START, NOT_FOUND
@@ -308,7 +309,7 @@ class Gateway:
     ) -> Answer:
         self._check_running()
         quota = request.caller.quota
-        request.begin(self._count_deadline)
+        self._begin_turn(request)
         if quota is None:
             return await self._calls.answer(request, ask)
         try:
@@ -316,6 +317,18 @@ class Gateway:
                 return await self._calls.answer(request, ask)
         finally:
             request.forget_turn()
+
+    def _begin_turn(self, request: Request) -> None:
+        """Count *request* for its caller's key, or let it wait there.
+
+        Raises:
+            AioserverError: as `Request.begin`.
+        """
+        try:
+            request.begin(self._count_deadline)
+        except TokensExceeded as error:
+            self._request_log.metrics.count_budget_refusal(request.caller.name, error)
+            raise
 
     def _check_running(self) -> None:
         if self._stopping:
@@ -361,7 +374,7 @@ class Gateway:
         elif resumable:
             window = self._bounds.resume_window
         name = (request.key or uuid.uuid4().hex) if resumable else request.name
-        request.begin(self._count_deadline)
+        self._begin_turn(request)
         stream = producer = None
         try:
             stream = self._streams.open(

@@ -100,6 +100,14 @@ class Quota:
         return self.budget.states()
 
     @property
+    def starts(self) -> tuple[int, int, float]:
+        """The starts of a minute, those of them that are left now, and the seconds until all are,
+        if none is used.
+        """
+        limit, left = self._per_minute, min(self._per_minute, self._rate.available)
+        return limit, left, (limit - left) * self._rate.interval
+
+    @property
     def limit(self) -> int:
         """How many answers may run at once."""
         return self._max_concurrent
@@ -223,11 +231,13 @@ class Quota:
         period, limit, used, tokens, delay = shortage
         # Codex reads the time from exactly these words; a tenth too late is not refused again.
         seconds = ceil(delay * 10) / 10
-        return TokensExceeded(
+        error = TokensExceeded(
             f"{period} of this key: limit {limit}, used {used}, requested about {tokens}."
             f" Please try again in {seconds:.1f}s.",
             retry_after=seconds,
         )
+        error.period = period
+        return error
 
     def _too_many(self) -> ConcurrencyExceeded:
         return ConcurrencyExceeded(

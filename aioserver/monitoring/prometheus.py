@@ -193,8 +193,32 @@ def _of_each_provider(
     return lambda s: {name: read(provider) for name, provider in s["providers"].items()}
 
 
+def _key_waiting(snapshot: Snapshot) -> dict[str, float]:
+    return {name: key["waiting"] for name, key in snapshot["keys"].items()}
+
+
+def _budget_ratio(snapshot: Snapshot) -> dict[tuple[str, str], float]:
+    return {
+        (name, period): 1 - budget["remaining"] / budget["limit"]
+        for name, key in snapshot["keys"].items()
+        for period, budget in key["budgets"].items()
+    }
+
+
 GAUGES = (
     *_GAUGES,
+    Gauge(
+        "key_waiting",
+        _key_waiting,
+        "Requests that wait for a limit of their own key",
+        "caller",
+    ),
+    Gauge(
+        "budget_used_ratio",
+        _budget_ratio,
+        "Part of a key's budget of tokens that is used or reserved",
+        "caller,period",
+    ),
     *(
         Gauge(name, _of_each_provider(read), about, "provider")
         for name, read, about in _PROVIDER_GAUGES

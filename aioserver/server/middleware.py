@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import hdrs, web
 
-from aioserver.auth.callers import ADDRESS
+from aioserver.auth.callers import ADDRESS, CALLER
 from aioserver.errors import (
     AioserverError,
     Denied,
@@ -29,7 +30,14 @@ from aioserver.errors import (
     UriTooLong,
 )
 from aioserver.faces import whole
-from aioserver.faces.http import SERVER, Request, announce_close, error_response, request_id
+from aioserver.faces.http import (
+    PROVIDERS_LIMITS,
+    SERVER,
+    Request,
+    announce_close,
+    error_response,
+    request_id,
+)
 from aioserver.faces.passthrough import API
 from aioserver.faces.ready import HIGH_WATER
 from aioserver.provider_errors import ProviderFault
@@ -108,11 +116,19 @@ def make_middleware(
                 "that of responses at /v1/responses"
             )
 
+    def note_limits(request: web.Request) -> None:
+        """Let the response tell of the limits of the client's key, if that has a budget."""
+        caller = request.get(CALLER)
+        if caller is not None and caller.quota is not None and caller.quota.budget.limited:
+            assert isinstance(request, Request)
+            request.limits = partial(forms.of(request).limits, caller.quota)
+
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             check_head(request)
             guard.admit(request)
+            note_limits(request)
             if hdrs.UPGRADE in request.headers:
                 check_upgrade(request)
             if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
@@ -199,6 +215,10 @@ def make_middleware(
         assert isinstance(request, Request)
         request.started = response
         headers = response.headers
+        if request.limits is not None:
+            for name in [name for name in headers if name.lower().startswith(PROVIDERS_LIMITS)]:
+                del headers[name]
+            headers.update(request.limits())
         headers["Server"] = SERVER
         headers["x-request-id"] = request_id(request)
         if "Origin" in request.headers:

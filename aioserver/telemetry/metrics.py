@@ -231,6 +231,9 @@ class Metrics:
         self.usage = CallerSums()
         self.usage_lines = {outcome: Counter() for outcome in ("written", "lost")}
         self.deadlines = {kind: Counter() for kind in DEADLINE_KINDS}
+        # By caller and setting, made when first counted; callers are configured.
+        self.budget_refusals: dict[tuple[str, ...], Counter] = {}
+        self.key_wait = Histogram()
         self.slow_clients = Counter()
         self.gave_way = Counter()
         self.bugs = Bugs()
@@ -290,6 +293,14 @@ class Metrics:
     def count_deadline(self, error: errors.DeadlineExceeded) -> None:
         """Count *error*, which ends a request at a deadline of its own."""
         self.deadlines[error.bound].value += 1
+
+    def count_budget_refusal(self, caller: str, error: errors.TokensExceeded) -> None:
+        """Count a request of *caller* that was refused with *error*."""
+        labels = caller, error.period
+        counter = self.budget_refusals.get(labels)
+        if counter is None:
+            counter = self.budget_refusals[labels] = Counter()
+        counter.value += 1
 
     @contextmanager
     def resuming(self) -> Iterator[None]:
@@ -449,6 +460,17 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
         lambda m: m.deadlines,
         "Requests ended by a deadline of their own: to start, or for the whole answer",
         ("kind",),
+    ),
+    Row(
+        "budget_refusals",
+        lambda m: m.budget_refusals,
+        "Requests refused since a budget of their key has too little left",
+        ("caller", "period"),
+    ),
+    Row(
+        "key_wait_seconds",
+        lambda m: m.key_wait,
+        "Time that requests have waited for a limit of their own key, of those that did",
     ),
     Row("slow_clients", lambda m: m.slow_clients, "Clients dropped because they read nothing"),
     Row(

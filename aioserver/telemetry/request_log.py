@@ -17,7 +17,7 @@ import logging
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aioserver.errors import AioserverError, SlowClient
+from aioserver.errors import AioserverError, SlowClient, TokensExceeded
 from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
 from aioserver.telemetry.outcome import ESTIMATE, MIXED, NOBODY, PROVIDER, Outcome
@@ -224,6 +224,10 @@ class RequestLog:
                 code, outcome = SlowClient.code, SlowClient.outcome
         metrics.requests[record.face, record.outcome.provider, code, outcome].value += 1
         metrics.outcomes[outcome].value += 1
+        if record.key_wait:
+            metrics.key_wait.observe(record.key_wait)
+        if isinstance(error, TokensExceeded):
+            metrics.count_budget_refusal(record.caller, error)
         if outcome == "rejected":
             metrics.rejections[code].value += 1
             if isinstance(error, AioserverError):

@@ -13,7 +13,10 @@ fallbacks (gateway/router.py).
 
 from __future__ import annotations
 
+import time
+from datetime import UTC, datetime
 from functools import partial
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from aioserver.errors import AioserverError
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
+    from aioserver.limits.quota import Quota
     from aioserver.providers.api import Api
 
 ANTHROPIC = Dialect("anthropic", PING, "request-id")
@@ -135,6 +139,20 @@ class MessagesForm(Form):
     def error(self, error: AioserverError, request_id: str) -> bytes:
         """Return *error* as the body of a response to the request with this id."""
         return wire.error_body(error, request_id)
+
+    def limits(self, quota: Quota) -> dict[str, str]:
+        """Return the headers that tell of the limits of a key with budgets: of the minute's, if
+        it has both.
+        """
+        budget = next(iter(quota.budgets().values()), None)
+        if budget is None:
+            return {}
+        back = datetime.fromtimestamp(ceil(time.time() + budget.reset), UTC)
+        return {
+            "anthropic-ratelimit-tokens-limit": str(budget.limit),
+            "anthropic-ratelimit-tokens-remaining": str(budget.remaining),
+            "anthropic-ratelimit-tokens-reset": back.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
 
     def model(self, name: str, owner: str, *, simulated: bool) -> dict[str, Any]:  # noqa: ARG002
         """Return the model *name*."""
