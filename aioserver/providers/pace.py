@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import random
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aioserver.limits.gcra import Gcra
@@ -52,12 +53,14 @@ class Pace:
         *,
         tokens_per_minute: int = 0,
         make_rate: Callable[[float, float], Gcra] | None = None,
+        make_tokens: Callable[[float, float], Gcra] | None = None,
         on_cooling: Callable[[float], None] = lambda _seconds: None,
     ) -> None:
         self._clock = clock
         rate = 60.0 / per_minute, _tolerance(per_minute, burst)
         self._starts = Gcra(*rate, clock) if make_rate is None else make_rate(*rate)
-        self._tokens = _token_rate(tokens_per_minute, clock)
+        self._make_tokens = make_tokens or partial(Gcra, clock=clock)
+        self._tokens = self._token_rate(tokens_per_minute)
         self._closed_until = 0.0
         self._on_cooling = on_cooling
         self._slow_interval, self._slow_until = 0.0, 0.0
@@ -71,7 +74,7 @@ class Pace:
         self._starts.apply(60.0 / per_minute, _tolerance(per_minute, burst), scale=scale)
         self.per_minute = per_minute
         if self._tokens is None or not tokens_per_minute:
-            self._tokens = _token_rate(tokens_per_minute, self._clock)
+            self._tokens = self._token_rate(tokens_per_minute)
         else:
             interval = 60.0 / tokens_per_minute
             # The number of tokens that are counted is kept.
@@ -159,6 +162,9 @@ class Pace:
     def _close(self, seconds: float) -> None:
         self._closed_until = max(self._closed_until, self._clock() + min(seconds, MAX_COOLING))
 
+    def _token_rate(self, per_minute: int) -> Gcra | None:
+        return self._make_tokens(60.0 / per_minute, TOKEN_BURST) if per_minute else None
+
     def _interval(self, now: float) -> float:
         """Return the seconds between two starts at the present rate."""
         interval = self._starts.interval
@@ -167,7 +173,3 @@ class Pace:
 
 def _tolerance(per_minute: int, burst: int) -> float:
     return (max(1, burst) - 1) * 60.0 / per_minute
-
-
-def _token_rate(per_minute: int, clock: Callable[[], float]) -> Gcra | None:
-    return Gcra(60.0 / per_minute, TOKEN_BURST, clock) if per_minute else None

@@ -173,6 +173,7 @@ class ProviderGate(Gate):
             clock,
             tokens_per_minute=limits.tokens_per_minute,
             make_rate=self._make_rate,
+            make_tokens=self._make_tokens,
             on_cooling=health.observer.cooling,
         )
         super().__init__(
@@ -332,6 +333,9 @@ class ProviderGate(Gate):
         return replace(stats, oldest_wait=max(stats.oldest_wait, longest))
 
     def _make_rate(self, interval: float, tolerance: float) -> Gcra:
+        return Gcra(interval, tolerance, self._clock)
+
+    def _make_tokens(self, interval: float, tolerance: float) -> Gcra:
         return Gcra(interval, tolerance, self._clock)
 
     def _handed_over(self, waiter: Waiter[Place]) -> None:

@@ -1,8 +1,8 @@
 """The limits of a provider, shared with other instances: places, starts a minute, and what is
 known of its health.
 
-Places and starts are exact (wings/cluster/grants.py, wings/cluster/rates.py). Tokens a minute are
-not known before an answer has ended, so each instance has a fixed part of them. Whether the
+Places, starts and tokens are exact (wings/cluster/grants.py, wings/cluster/rates.py,
+wings/cluster/shared_tokens.py). Whether the
 provider is dead, and whether it wants to be left alone, is told to all: each applies it to its own
 breaker and pace, and together they try a dead provider as often as one would.
 """
@@ -10,7 +10,6 @@ breaker and pace, and together they try a dead provider as often as one would.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from aioserver.limits.budget import Budget
@@ -20,6 +19,7 @@ from aioserver.providers.queueing import FAILOVER_WAIT, Permits, ProviderGate
 from aioserver.wings.cluster.rates import SharedRate
 from aioserver.wings.cluster.shared_gate import ConnectionGate, SharedGate
 from aioserver.wings.cluster.shared_quota import SharedQuota
+from aioserver.wings.cluster.shared_tokens import SharedTokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -73,40 +73,32 @@ class SharedProviderGate(SharedGate, ProviderGate):
         self._all_leases = leases
         self._on_starving = on_starving
         self._complete = False
+        self._shared_tokens: SharedTokens | None = None
         super().__init__(name, limits, health, clock)
-        self._whole = limits
         self.share(leases, f"p:{name}")
         self._complete = True
         self.instances_changed()
 
     def apply_limits(self, limits: HttpClient) -> None:
         """Use new limits, those of all instances together."""
-        self._whole = limits
-        super().apply_limits(self._part())
+        super().apply_limits(limits)
+        if not limits.tokens_per_minute and self._shared_tokens is not None:
+            self._all_leases.drop_pace(self._shared_tokens.rate)
+            self._shared_tokens = None
 
     def instances_changed(self) -> None:
         """Take in how many instances there are now."""
         self._health.breaker.instances = self._all_leases.instances
-        if self._whole.tokens_per_minute:
-            super().apply_limits(self._part())
 
     def _make_permits(self) -> Permits:
         return SharedPermits(
-            self._all_leases, self._name, self._whole, lambda: self.room, self._clock
+            self._all_leases, self._name, self._limits, lambda: self.room, self._clock
         )
 
     def others_starve(self) -> None:
         """Tell those that hold places here of requests that wait in other instances."""
         if self.waiting_elsewhere:
             self._on_starving()
-
-    def _part(self) -> HttpClient:
-        """Return the limits with this instance's part of what is not shared by grants."""
-        tokens = self._whole.tokens_per_minute
-        if not tokens:
-            return self._whole
-        part = max(1, tokens // max(1, self._all_leases.instances))
-        return replace(self._whole, tokens_per_minute=part)
 
     def _make_rate(self, interval: float, tolerance: float) -> SharedRate:
         return SharedRate(
@@ -118,6 +110,17 @@ class SharedProviderGate(SharedGate, ProviderGate):
             waiting=lambda: max(1, self.waiting),
             on_slots=self._slots_came,
         )
+
+    def _make_tokens(self, interval: float, tolerance: float) -> SharedTokens:
+        self._shared_tokens = SharedTokens(
+            self._all_leases,
+            f"T:{self._name}",
+            interval,
+            tolerance,
+            self._clock,
+            on_slots=self._slots_came,
+        )
+        return self._shared_tokens
 
     def _slots_came(self) -> None:
         if self._complete:
