@@ -143,7 +143,9 @@ class ModelBody:
         bound = fields.max_tokens or fields.max_completion_tokens or fields.max_output_tokens
         # Some write -1 where there is no bound.
         self.max_answer = bound if bound and bound > 0 else None
-        self.usage_options = unasked(fields.stream_options)
+        options = fields.stream_options
+        # Most have none.
+        self.usage_options = b"" if options is ABSENT else unasked(options)
         self._take_metadata(fields.metadata)
         return model is None or 0 < len(model) <= MAX_SURE_CHARACTERS
 

@@ -702,7 +702,7 @@ class Provider:
                 part.tokens_in,
                 part.tokens.cached or 0,
                 part.tokens_out if whole else None,
-                _events(attempt),
+                _events(attempt) if attempt.stream is not None else 0,
             )
         return part
 

@@ -443,8 +443,24 @@ class EventSink(PassingSink):
 
     def _without_usage(self, block: bytes) -> bytes:
         """Return *block* without the events that have nothing but the usage; note the last one."""
-        self._stream.outcome.usage = usage_in(block) or self._stream.outcome.usage
-        return b"".join(event for event in eventstream.pieces(block) if not _only_usage(event))
+        outcome, kept, begun, at = self._stream.outcome, list[bytes](), 0, 0
+        if block.find(b"\r") >= 0:
+            outcome.usage = usage_in(block) or outcome.usage
+            return b"".join(each for each in eventstream.pieces(block) if only_usage(each) is None)
+        while (at := _no_choices(block, at)) >= 0:
+            start = block.rfind(b"\n\n", begun, at) + 2
+            # -1 + 2: there is no blank line in front.
+            start = start if start > 1 else begun
+            end = block.find(b"\n\n", at) + 2
+            at = end = end if end > 1 else len(block)
+            if (usage := only_usage(block[start:end])) is not None:
+                outcome.usage = bounded(usage)
+                kept.append(block[begun:start])
+                begun = end
+        rest = block[begun:]
+        if rest.find(_USAGE) >= 0:
+            outcome.usage = usage_in(rest) or outcome.usage
+        return b"".join((*kept, rest)) if kept else block
 
     def _fault(self, event: bytes) -> ProviderFault:
         return error_object_fault((error_in(event) or {}).get("error"))
@@ -453,18 +469,25 @@ class EventSink(PassingSink):
         complete(self._stream, DONE)
 
 
-def _only_usage(event: bytes) -> bool:
-    """Return whether *event* has a usage, and no choice."""
+def _no_choices(block: bytes, start: int) -> int:
+    """Return where *block*, from *start* on, says first that an event has no choice; or -1."""
+    found = block.find(_NO_CHOICES, start), block.find(_NO_CHOICES_SPACED, start)
+    return max(found) if min(found) < 0 else min(found)
+
+
+def only_usage(event: bytes) -> dict[str, Any] | None:
+    """Return the usage in *event*; None if it has none, or has anything else for a client."""
     if event.find(_USAGE) < 0:
-        return False
+        return None
     for part in eventstream.parse(event):
         try:
             content = orjson.loads(part.data)
         except orjson.JSONDecodeError:
             continue
-        if isinstance(content, dict) and content.get("choices") == []:
-            return isinstance(content.get("usage"), dict) and not content.get("error")
-    return False
+        if isinstance(content, dict) and content.get("choices") == [] and not content.get("error"):
+            usage = content.get("usage")
+            return usage if isinstance(usage, dict) else None
+    return None
 
 
 def before_error(block: bytes, kind: str = "") -> tuple[bytes, bytes]:
@@ -541,7 +564,9 @@ def usage_in(block: bytes) -> dict[str, Any] | None:
 
     It is the usage of a chunk, or of the response in an event.
     """
-    for event in reversed(eventstream.parse(block)):
+    for event in eventstream.each(block, backwards=True):
+        if event.data.find(_USAGE) < 0:
+            continue
         try:
             content = orjson.loads(event.data)
         except orjson.JSONDecodeError:
