@@ -466,6 +466,7 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
         lambda m: m.budget_refusals,
         "Requests refused since a budget of their key has too little left",
         ("caller", "period"),
+        grows=True,
     ),
     Row(
         "key_wait_seconds",

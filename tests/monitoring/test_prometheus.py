@@ -47,6 +47,12 @@ def snapshot(**process: int | None) -> Any:
             "other": {**groq, "state": "dead", "trouble": {"kind": "dead"}},
         },
         "groups": {"smart": {"waiting": 21}},
+        "keys": {
+            "web": {
+                "waiting": 23,
+                "budgets": {"tokens_per_minute": {"limit": 100, "remaining": 25}},
+            }
+        },
         "process": {"open_fds": 15, "max_fds": 16, "tasks": 17, **process},
         "watchers": 18,
     }
@@ -75,6 +81,10 @@ def test_gauge_shows_the_number_of_the_snapshot() -> None:
     assert values["ready"] == 1
     assert values["connections_limit"] == 6
     assert values["queue_waiting"][("provider", "groq"), ("class", "batch")] == 2
+    assert values["key_waiting"] == {(("caller", "web"),): 23}
+    assert values["budget_used_ratio"] == {
+        (("caller", "web"), ("period", "tokens_per_minute")): 0.75
+    }
     assert values["group_waiting"] == {(("group", "smart"),): 21}
     assert values["connections"] == {(("face", "sse"),): 7, (("face", "openai"),): 8}
     assert values["pool_idle"] == {(("provider", "groq"),): 5, (("provider", "other"),): 5}
