@@ -229,6 +229,13 @@ class Leases:
         return self.standing.members
 
     @property
+    def parts(self) -> int:
+        """Into how many parts a limit is divided that moves between no instances: as many as are
+        members, or were when the server was heard last.
+        """
+        return len(self.members) or max(1, self._fixed.instances)
+
+    @property
     def round_trip(self) -> float:
         """The seconds of the quickest of the last calls."""
         return min(self._round_trips, default=0.0)
