@@ -188,6 +188,11 @@ class Usage:
             sum(ledger.waiting for ledger in ledgers),
         )
 
+    @property
+    def running(self) -> int:
+        """How many attempts were sent and have not ended; 0 without a ledger."""
+        return len(self._new) + len(self._running)
+
     def sent(self, record: RequestRecord, so_far: Callable[[], Part]) -> None:
         """Note that an attempt of the request of *record* was sent, perhaps not for the first
         time.

@@ -87,6 +87,12 @@ CASES = {
         PROVIDER,
         "4",
     ),
+    "AioserverLedgerNotWritten": Case(
+        {'aioserver_usage_queue{instance="a:1"}': "5000x30"},
+        {'aioserver_usage_queue{instance="a:1"}': "300x30"},
+        WHERE,
+        "5000",
+    ),
     "AioserverGroupOut": Case(
         {
             'aioserver_provider_trouble{instance="a:1",provider="p"}': "4x30",

@@ -93,6 +93,7 @@ class Instance:
             "stored responses": streams.responses,
             "responses of lanes": len(stored_in(self.server).held._held),  # noqa: SLF001 - no snapshot has it
         }
+        counts["attempts"] = context.usage.running
         counts["questions"] = len(questions_in(self.server))
         for name, provider in context.router.providers.items():
             stats = provider.stats()

@@ -186,6 +186,7 @@ class RunningServer:
         # Where conversations are kept at all.
         histories = self.context.gateway._prompts._histories
         counts["questions"] = len(getattr(histories, "_asked", ()))
+        counts["attempts"] = self.context.usage.running
         idle_sockets = self.context.admission.idle_sockets
         counts["places of keys"] = idle_sockets._places.total()
         counts["waiting of keys"] = idle_sockets._waiters.total()
