@@ -244,11 +244,16 @@ class Attempt:
         """Whether it needs a permit for its place: its answer runs in the background."""
         return self.request.background
 
-    def release_permit(self) -> None:
-        """Give its permit back, if it has one; a second call does nothing."""
+    def release_permit(self, cost: int = 0) -> None:
+        """Give its permit back, if it has one, since it has ended and its caller has had so much
+        work for it; a second call does nothing.
+        """
         permit, self.permit = self.permit, None
         if permit is not None:
-            permit.release()
+            try:
+                permit.settle(cost)
+            finally:
+                permit.release()
 
     @property
     def streamed(self) -> bool:

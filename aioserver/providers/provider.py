@@ -204,12 +204,19 @@ class Provider:
         record.queued_at = record.queued_at or self._clock()
         if self.settings.http_client.tokens_per_minute:
             attempt.expected_tokens = self._expected_tokens(attempt)
-        if attempt.background and attempt.permit is None:
-            attempt.permit = self._gate.permits.try_enter()
-            if attempt.permit is None:
-                return None
         request = attempt.request
         caller = request.caller
+        if attempt.background and attempt.permit is None:
+            attempt.permit = self._gate.permits.try_enter(
+                0,
+                caller.flow,
+                caller.subflow,
+                caller.priority,
+                request.work,
+                batch=request.batch,
+            )
+            if attempt.permit is None:
+                return None
         return self._gate.try_enter(
             attempt.expected_tokens,
             caller.flow,
@@ -225,7 +232,8 @@ class Provider:
         """
         if attempt.background and attempt.permit is None:
             permits = self._gate.permits
-            return Wish(permits, delay=delay, may_fail_over=attempt.fallback)
+            work = attempt.request.work
+            return Wish(permits, delay=delay, may_fail_over=attempt.fallback, work=work)
         if self._gate.inside >= self._gate.limit and not self._gate.full:
             self._make_room()
         self.backpressure.end()
@@ -317,7 +325,7 @@ class Provider:
                 finally:
                     try:
                         if attempt.permit is not None:
-                            attempt.release_permit()
+                            attempt.release_permit(_work_of(attempt, part))
                     finally:
                         if self._drained is not None and not self._gate.inside:
                             self._drained.set()
@@ -534,7 +542,8 @@ class Provider:
         """Wait for the permit that *attempt*, in the background, needs before it waits for a
         place.
         """
-        caller, record, began = attempt.request.caller, attempt.request.record, self._clock()
+        request, began = attempt.request, self._clock()
+        caller, record = request.caller, request.record
         try:
             attempt.permit = await self._gate.permits.enter(
                 caller.flow,
@@ -543,6 +552,8 @@ class Provider:
                 on_position=attempt.queued,
                 at_front=attempt.retry or attempt.rejoin,
                 may_fail_over=attempt.fallback,
+                work=request.work,
+                batch=request.batch,
             )
         finally:
             record.waited(self.name, began, self._clock())

@@ -129,9 +129,20 @@ class Permits(Gate):
         """For how many more requests there is room."""
         return min(super().room, self._room())
 
+    def time_left(
+        self,
+        waited: float,
+        *,
+        room: bool,
+        batch: bool = False,  # noqa: ARG002 - both classes wait as long
+        goes_on: bool = False,
+    ) -> float:
+        """Return for how many seconds a request may wait here, as that of any gate."""
+        return super().time_left(waited, room=room, goes_on=goes_on)
+
     def refuse_movable(self, error: Callable[[], AioserverError]) -> None:
         """Refuse every waiter that another provider can answer."""
-        for waiter in list(self._queue):
+        for waiter in list(self._waiters()):
             if waiter.may_fail_over:
                 self._refuse(waiter, error)
 

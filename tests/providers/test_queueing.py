@@ -133,3 +133,34 @@ async def test_a_waiter_keeps_its_room_until_its_task_hears_of_its_trial(
     place: Any = await task
     assert not gate.full, "from now on its attempt keeps the room"
     place.release()
+
+
+async def test_both_classes_wait_as_long_for_a_permit(gate: ProviderGate) -> None:
+    permits = gate.permits
+
+    assert permits.time_left(1.0, room=True, batch=True) == permits.time_left(1.0, room=True)
+    assert gate.time_left(1.0, room=True, batch=True) > gate.time_left(1.0, room=True)
+
+
+async def test_permits_are_fair_by_work(gate: ProviderGate) -> None:
+    permits = gate.permits
+    inside = [permits.try_enter() for _ in range(permits.limit)]
+    order: list[str] = []
+
+    async def wait(caller: str, work: int) -> None:
+        place = await permits.enter(caller, work=work)
+        order.append(caller)
+        place.settle(work)
+        place.release()
+
+    tasks = [
+        asyncio.create_task(wait(caller, work))
+        for caller, work in [("long", 500), ("short", 10), *[("short", 10)] * 8, ("long", 500)]
+    ]
+    await until(lambda: permits.waiting == len(tasks))
+    for place in inside:
+        assert place is not None
+        place.release()
+    await asyncio.gather(*tasks)
+
+    assert order == ["long", *["short"] * 9, "long"]

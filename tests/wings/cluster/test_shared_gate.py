@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.errors import ServerAtCapacity
+from aioserver.limits.gate import Place
 from aioserver.limits.lines import Lines, Wish
 from aioserver.providers.health import Health
 from aioserver.providers.queueing import ProviderGate
@@ -24,7 +25,7 @@ from tests.support.settle_model import Model
 from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
-    from aioserver.limits.gate import Gate, Place
+    from aioserver.limits.gate import Gate
 
 
 class Cluster:
@@ -461,3 +462,41 @@ def nothing_is_left(members: Members) -> None:
     for gate in (*members.one, *members.two):
         assert (gate.waiting, gate.inside) == (0, 0)
     assert members.wanted() == [0, 0]
+
+
+async def test_who_waits_as_batch_alone_asks_with_the_least_weight(
+    gates: list[SharedGate],
+) -> None:
+    gate = gates[0]
+    tasks = [
+        asyncio.create_task(gate.enter(str(number), weight=5, batch=True)) for number in range(6)
+    ]
+    await until(lambda: gate.waiting > 0)
+    assert (gate.weight, gate.wanting) == (1, gate.waiting)
+
+    tasks += [asyncio.create_task(gate.enter("web", weight=5)) for _ in range(6)]
+    await until(lambda: bool(gate._queue.size))  # noqa: SLF001
+    assert gate.weight == 5
+
+    for task in tasks:
+        task.cancel()
+    for done in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(done, Place):
+            done.release()
+    assert gate.inside == gate.waiting == 0
+
+
+async def test_an_instance_leaves_a_place_of_two_and_none_of_one(gates: list[SharedGate]) -> None:
+    gate = gates[0]
+
+    gate.resize(1)
+    place = gate.try_enter(batch=True)
+    assert place is not None
+    place.release()
+    gate.resize(2)
+    places = [gate.try_enter(batch=True), gate.try_enter(batch=True), gate.try_enter()]
+
+    assert [taken is not None for taken in places] == [True, False, True]
+    for taken in places:
+        if taken is not None:
+            taken.release()
