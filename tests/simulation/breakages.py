@@ -32,6 +32,11 @@ def lossy(self, entry):
     self.last += entry.count
 Stream.add_entry = lossy
 """,
+    # Of deadlines that clients set.
+    "that a request has a deadline": """
+from aioserver.limits.deadline import Guard
+Guard._expire = lambda self, moment: None
+""",
     # Of an answer that breaks off and is continued.
     "what was said last": """
 from aioserver.protocol.said import ChatSaid, ReadSaid
@@ -749,6 +754,7 @@ BACKGROUND: dict[str, Any] = {
     },
 }
 NEEDS: dict[str, dict[str, Any]] = {
+    "that a request has a deadline": {"hurried": 0.5},
     **dict.fromkeys(
         (
             *("that content commits an attempt", "that a preamble goes with its attempt"),
