@@ -84,7 +84,8 @@ class Bills:
         call = calls[sent.earlier] if sent.earlier < len(calls) else None
         # What was refused costs nothing, nor what a provider cannot have begun to read.
         costs = attempt.status < MIN_ERROR_STATUS and outcome.sent_at > 0
-        if not outcome.sent_at and call is not None:
+        # A kept connection that is lost at once is taken for one that the provider had closed.
+        if not outcome.sent_at and call is not None and call.arrived:
             self._broken(f"a provider has got what costs nothing: {call}")
         if (part is not None) != costs:
             self._broken(f"an attempt with the status {attempt.status} has cost {part}")

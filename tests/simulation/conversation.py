@@ -4,12 +4,12 @@ response must be found.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from tests.simulation.clock import Clock
 from tests.simulation.configuration import ROOM, STREAMS
-from tests.simulation.plan import KEEPS
+from tests.simulation.plan import BRIDGED, KEEPS, LACKS
 from tests.simulation.response_events import ResponseReading
 from tests.simulation.truth import Question
 
@@ -135,6 +135,11 @@ def next_turn(
         # A provider that has kept what came before is shown the last question alone.
         turns=(count,) if plan.responses != KEEPS else tuple({1, count}),
     )
+    if plan.responses in {LACKS, BRIDGED} and any(turn.prepared for turn in before):
+        # Over a bridge what the user says in a row is one message.
+        last, text = before[-1], question.text
+        joined = f"{last.question.text}\n\n{text}" if last.prepared else text
+        question.may_be(replace(question, text=joined, turns=(count - 1,)))
     turn = Turn(question, before, store, prepared)
     client.turns.append(turn)
     return turn
