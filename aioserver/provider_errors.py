@@ -285,7 +285,7 @@ class ContextTooLong(ProviderRefused):
 
 
 class RequestNotBridged(ProviderFault):
-    """The provider has chat completions only, and the request for a response has no form there."""
+    """The provider has chat completions only, and the request has no form there."""
 
     outcome = "client_error"
     code, status = "invalid_request", 400

@@ -135,6 +135,14 @@ async def test_models_of_a_bridged_provider_are_listed(server: RunningServer) ->
         ]
 
 
+async def test_the_names_that_an_agent_has_built_in_are_one_line(make_server: MakeServer) -> None:
+    server = await make_server(QUICK, **BRIDGED, **{"llm.models": {"claude-*": ["sim"]}})
+
+    check_run(await stream_of(server, {**STREAMED, "model": "claude-opus-4-1"}))
+
+    assert [body["model"] for body in server.simulator.bodies] == ["sim-model"]
+
+
 @pytest.mark.parametrize("streamed", [True, False])
 async def test_a_provider_without_messages_is_found_out_once(
     make_server: MakeServer, streamed: bool
