@@ -12,7 +12,6 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from aioserver.limits.fair_queue import BATCH
 from aioserver.limits.gate import BATCH_PATIENCE
 from aioserver.limits.write_watchdog import LOOKS
 from aioserver.providers.exchange import Exchange
@@ -85,11 +84,9 @@ class Deadlines:
         limits, gate = provider.settings.http_client, provider._gate
         if gate._queue or gate._batch:
             self._look_at_queue(gate, limits.queue_timeout, provider.name)
-        auth = self._server.context.settings.auth
-        batch = auth is not None and any(key.class_ == BATCH for key in auth.keys)
-        times = BATCH_PATIENCE if batch else 1
         for began in gate._parked.values():
-            if Clock.now - began > times * limits.queue_timeout + LATE:
+            # Any of them may be of the class batch.
+            if Clock.now - began > BATCH_PATIENCE * limits.queue_timeout + LATE:
                 self._broken(f"parked for {Clock.now - began:.2f} s at {provider.name}")
         if provider.pools.gate._queue:
             what = f"a connection to {provider.name}"
