@@ -1,4 +1,5 @@
-"""The queue of a provider: its gate, which opens at the provider's pace, and its faults.
+"""The queue of a provider: its gate, which opens at the provider's pace, and its faults. The gate,
+what keeps room in it, and the permits that come before it are one concept.
 
 While the provider is dead, the gate opens for trials only. Where requests may wait until it is
 back (`when_down: wait`), they stay in the queue meanwhile. A request whose attempt has just failed
