@@ -97,6 +97,8 @@ class MessageAttempt(BridgedAttempt):
             return self._translate()
         body = self.request.body(self.provider.settings, self.model)
         if self.hop is None and body.find(SIGNATURE.encode()) < 0:
+            # It is sent at once, and need not be made again.
+            self._prepared = body
             return None
         return self._prepare(body)
 
