@@ -349,6 +349,57 @@ async def test_a_hosted_tool_among_others_is_left_out(
     assert sent["messages"] == [{"role": "user", "content": "Hello"}]
 
 
+def refusing(asked: list[Any], message: str, times: int) -> Callable[[Peer], Awaitable[None]]:
+    """A script that notes what it is asked in *asked*, refuses so often with *message*, and answers
+    then.
+    """
+    refused = [0]
+
+    async def play(peer: Peer) -> None:
+        while True:
+            asked.append(orjson.loads((await peer.request()).partition(b"\r\n\r\n")[2]))
+            refused[0] += 1
+            error = orjson.dumps({"error": {"message": message, "code": 400}})
+            choice = {"index": 0, "message": {"content": "Yes"}, "finish_reason": "stop"}
+            body = error if refused[0] <= times else orjson.dumps({"choices": [choice]})
+            head = JSON_HEAD.replace(b"200 OK", b"400 Bad Request", refused[0] <= times)
+            await peer.send(head % len(body) + body)
+
+    return play
+
+
+async def test_what_an_engine_refuses_is_learned_here_too(make_server: MakeServer) -> None:
+    asked: list[Any] = []
+    message = "unknown field: parallel_tool_calls"
+    async with ScriptedProvider(refusing(asked, message, 1)) as provider:
+        address = {"llm.providers.sim.base_url": provider.url}
+        server = await make_server(QUICK, **BRIDGED, **address)
+        body = {**ASK, "tools": [WEATHER], "parallel_tool_calls": False}
+        for _ in range(2):
+            status, _ = await answer_of(server, body)
+            assert status == 200
+
+    assert ["parallel_tool_calls" in body for body in asked] == [True, False, False]
+
+
+async def test_an_input_that_is_too_long_has_the_code_that_codex_knows(
+    make_server: MakeServer,
+) -> None:
+    asked: list[Any] = []
+    message = (
+        "This model's maximum context length is 4096 tokens. However, you requested 9100 tokens "
+        "(9000 in the messages, 100 in the completion)."
+    )
+    async with ScriptedProvider(refusing(asked, message, 9)) as provider:
+        address = {"llm.providers.sim.base_url": provider.url}
+        server = await make_server(QUICK, **BRIDGED, **address)
+        status, answer = await answer_of(server, ASK)
+
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert answer["error"]["message"] == message
+    assert len(asked) == 1
+
+
 async def test_questions_about_responses_are_not_found_where_there_are_none(
     server: RunningServer,
 ) -> None:
