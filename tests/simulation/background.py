@@ -124,6 +124,7 @@ async def _ask_sse(client: Client) -> str | None:
             await client.refused(response)
             return None
         await response.read()
+    client.seen_at = Clock.now
     return f"{url}/{client.name}"
 
 
@@ -137,6 +138,7 @@ async def _look(client: Client, url: str) -> dict[str, Any] | None:
 async def _state(client: Client, response: aiohttp.ClientResponse) -> dict[str, Any] | None:
     answer: dict[str, Any] = orjson.loads(await response.read())
     if response.status == 200:
+        client.seen_at = Clock.now
         return answer
     code = answer["error"]["code"]
     client.note_refusal(response.status, answer["error"], response.headers)
@@ -144,6 +146,9 @@ async def _state(client: Client, response: aiohttp.ClientResponse) -> dict[str, 
         plan = client.plan
         # What is kept may be dropped for want of room, and ends with its process.
         roomy = plan.changes[f"{STREAMS}.max_kept_bytes"] >= ROOM
+        # So is what has ended soon after it was seen, by a client that was sent away meanwhile.
+        soon = Clock.now < client.seen_at + plan.changes[f"{STREAMS}.store_window"]
+        roomy = roomy and soon
         if roomy and plan.instances == 1 and not plan.drains and not client.network_was_bad:
             raise Violation("an answer in the background is not found")
         return None

@@ -146,6 +146,8 @@ class Client:
         self._moment = dice.choice((0, 1, 2, 5, 20))
         self._read_pause = dice.choice((0.05, 0.5))
         self.outcome = ""
+        # When its answer in the background was seen last.
+        self.seen_at = 0.0
         self.begins = dice.uniform(0.0, plan.spread)
         self.key = self._draw_key()
         self.silent = dice.random() < plan.silent
