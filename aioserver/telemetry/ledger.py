@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 MAX_LINES = 20_000
 # Characters of a name, which may come from a client.
 MAX_NAME = 200
+# Texts of names that are kept; they follow from the settings, as a rule.
+MAX_NAMES = 1000
 # Seconds in which lines are gathered for one write, between two calls of `fsync`, and between two
 # tries after a write has failed.
 GATHER, SYNC, RETRY = 0.1, 1.0, 0.5
@@ -114,6 +116,9 @@ class Ledger:
         self._day = self._file = -1
         self._synced_at = 0.0
         self._unsynced = False
+        # What lines have in common, as JSON; and the newest second, as a text.
+        self._names: dict[tuple[str | bool, ...], str] = {}
+        self._second, self._second_text = -1, ""
         self._open(_day_of(wall()))
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._thread.start()
@@ -195,7 +200,7 @@ class Ledger:
         """Make the bytes of the next lines, and of a line that says how many are lost."""
         if lost := self.lost - self._told:
             now = self._wall()
-            data = orjson.dumps({"ts": _moment(now), "lost": lost}) + b"\n"
+            data = b'{"ts":"%b","lost":%d}\n' % (self._moment(now).encode(), lost)
             self._pieces.append(_Piece(_day_of(now), data, lost))
         for _ in range(min(CHUNK, len(self._lines))):
             line = self._lines.popleft()
@@ -277,44 +282,56 @@ class Ledger:
         self._file = self._day = -1
 
     def _bytes(self, line: Line) -> bytes:
+        """Return *line* as JSON: by hand, since one is made for each attempt."""
         part, tokens = line.part, line.part.tokens
-        fields: dict[str, object] = {
-            "ts": _moment(line.time),
-            "id": f"{self._process}-{line.number:x}",
-            "attempt": line.attempt,
-            "request_id": line.request_id[:MAX_NAME],
-            "caller": line.caller,
-            "face": line.face,
-            "path": line.path[:MAX_NAME],
-            "provider": part.provider,
-            "model": part.model[:MAX_NAME],
-            "class": "batch" if line.batch else "interactive",
-            "outcome": line.outcome,
-        }
+        path, model = line.path[:MAX_NAME], part.model[:MAX_NAME]
+        names = line.caller, line.face, path, part.provider, model
+        key = *names, line.batch, line.outcome
+        known = self._names.get(key)
+        if known is None:
+            if len(self._names) >= MAX_NAMES:
+                self._names.clear()
+            labels = "caller", "face", "path", "provider", "model"
+            texts = [f'"{label}":{_text(name)}' for label, name in zip(labels, names, strict=True)]
+            texts.append(f'"class":"{"batch" if line.batch else "interactive"}"')
+            known = self._names[key] = ",".join([*texts, f'"outcome":"{line.outcome}"'])
+        counts = first = ""
         if part.source != NOBODY:
-            fields |= {
-                "in": part.tokens_in,
-                "cached": tokens.cached or 0,
-                "cache_write": tokens.cache_write,
-                "out": part.tokens_out,
-                "reasoning": tokens.reasoning,
-                "audio_in": tokens.audio_in,
-                "audio_out": tokens.audio_out,
-            }
-        fields |= {"source": part.source, "wait_ms": _ms(part.wait)}
+            counts = (
+                f'"in":{part.tokens_in},"cached":{tokens.cached or 0},'
+                f'"cache_write":{tokens.cache_write},"out":{part.tokens_out},'
+                f'"reasoning":{tokens.reasoning},"audio_in":{tokens.audio_in},'
+                f'"audio_out":{tokens.audio_out},'
+            )
         if part.first:
-            fields["first_ms"] = _ms(part.first)
-        fields["ms"] = _ms(part.duration)
-        try:
-            return orjson.dumps(fields) + b"\n"
-        # A lone surrogate is no UTF-8.
-        except TypeError:
-            return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
+            first = f'"first_ms":{_ms(part.first)},'
+        text = (
+            f'{{"ts":"{self._moment(line.time)}","id":"{self._process}-{line.number:x}",'
+            f'"attempt":{line.attempt},"request_id":{_text(line.request_id)},{known},'
+            f'{counts}"source":"{part.source}","wait_ms":{_ms(part.wait)},{first}'
+            f'"ms":{_ms(part.duration)}}}\n'
+        )
+        return text.encode()
+
+    def _moment(self, seconds: float) -> str:
+        """Return a Unix time as RFC 3339 has it, in UTC; the second of the last one is known."""
+        second = int(seconds)
+        if second != self._second:
+            self._second = second
+            self._second_text = f"{datetime.fromtimestamp(second, UTC):%Y-%m-%dT%H:%M:%S}"
+        return f"{self._second_text}.{int((seconds - second) * 1e3 + 1e-6):03}Z"
 
 
-def _moment(seconds: float) -> str:
-    moment = datetime.fromtimestamp(seconds, UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def _text(name: str) -> str:
+    """Return *name*, cut to MAX_NAME characters, as JSON."""
+    name = name[:MAX_NAME]
+    if name.isascii() and name.isprintable() and '"' not in name and "\\" not in name:
+        return f'"{name}"'
+    try:
+        return orjson.dumps(name).decode()
+    # A lone surrogate is no UTF-8.
+    except TypeError:
+        return json.dumps(name)
 
 
 def _day_of(seconds: float) -> int:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 MAX_ROWS, MAX_UNKNOWN = 10_000, 100
 # Children of the metric by caller; beyond, the caller of a child is OTHER.
 MAX_CHILDREN = 10_000
+# Characters of a model's name.
+MAX_NAME = 200
 OTHER = "other"
 KINDS = ("input", "cached", "cache_write", "output", "reasoning", "audio")
 SECONDS_OF_A_DAY = 86_400
@@ -93,9 +95,10 @@ class CallerSums:
         total = self._totals.get(caller)
         if total is None or total.day != day:
             total = self._total(caller, day)
-        account = self._accounts.get((caller, part.provider, part.model))
+        model = part.model[:MAX_NAME]
+        account = self._accounts.get((caller, part.provider, model))
         if account is None or account.day != day:
-            account = self._account(caller, part.provider, part.model, day, total)
+            account = self._account(caller, part.provider, model, day, total)
         row = account.row
         row.requests += anew
         row.attempts += 1
@@ -125,7 +128,7 @@ class CallerSums:
             if count:
                 counter = counters[index]
                 if counter is None:
-                    counter = self._child(caller, part.provider, part.model, KINDS[index])
+                    counter = self._child(caller, part.provider, model, KINDS[index])
                     counters[index] = counter
                 counter.value += count
 

@@ -97,6 +97,22 @@ def test_names_of_clients_are_cut_and_cannot_begin_a_line(
     assert only["model"] == "m" * 200
 
 
+def test_every_name_may_have_any_characters(opened: Callable[..., Ledger], tmp_path: Path) -> None:
+    ledger = opened()
+    odd = 'a"b\\c\x1b\x7f\u2028ü\udcff\n'
+
+    for number in (1, 2):
+        part = PART._replace(provider=odd, model=odd, first=0.0, wait=1e9, source="estimate")
+        ledger.put(line(number, NOON + 0.9996, part, caller=odd, face=odd, path=odd, batch=True))
+    ledger.close()
+
+    [lines] = lines_of(tmp_path / "usage").values()
+    assert [each["id"] for each in lines] == ["9f3c2a71-1", "9f3c2a71-2"]
+    for each in lines:
+        assert {each[name] for name in ("caller", "face", "path", "provider", "model")} == {odd}
+        assert (each["ts"], each["class"]) == ("2026-11-28T12:00:00.999Z", "batch")
+
+
 def test_only_its_user_may_read_it(opened: Callable[..., Ledger], tmp_path: Path) -> None:
     opened()
 

@@ -96,13 +96,14 @@ def test_names_that_clients_invent_have_bounds_and_cost_no_other_caller_its_rows
 
     for number in range(MAX_UNKNOWN + 50):
         sums.add("web", part(model=f"invented {number}"), anew=True)
-    sums.add("other", part(model="mine"), anew=True)
+    sums.add("other", part(model="mine" * 1000), anew=True)
 
     rows = sums.days()[0]["rows"]
     assert len(rows) == MAX_UNKNOWN + 2
     [rest] = [row for row in rows if row["model"] == "other"]
     assert rest["attempts"] == 50
     assert sum(int(row["input_tokens"]) for row in rows) == 10 * (MAX_UNKNOWN + 51)
+    assert max(len(str(row["model"])) for row in rows) == 200
     # Of the metric each model is a configured one, or `other`.
     assert {labels[2] for labels in sums.tokens} == {"other"}
 
