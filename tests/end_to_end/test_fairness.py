@@ -148,7 +148,9 @@ async def test_batch_leaves_a_place_and_uses_what_is_left(make_server: MakeServe
         SILENT, **keys(web={}, night={"class": "batch"}, root={}), **{PLACES: 3}
     )
     gate = server.provider._gate
-    nights = [asyncio.create_task(ask(server, "night")) for _ in range(5)]
+    nights = [asyncio.create_task(ask(server, "night")) for _ in range(2)]
+    await until(lambda: gate.inside == 2)
+    nights += [asyncio.create_task(ask(server, "night")) for _ in range(3)]
     await until(lambda: (gate.inside, gate.waiting) == (2, 3))
 
     # One that comes alone starts at once.
