@@ -429,12 +429,13 @@ class EventSink(PassingSink):
         if find(b"[DONE]") >= 0 and (start := _done_line(block)) >= 0:
             ended = True
             block = block[:start]
-        if find(FINISH) >= 0 or find(FINISH_SPACED) >= 0 or (self._finished and find(_DELTA) >= 0):
-            self._finished = finished(block, before=self._finished)
-        if self._hides_usage and (find(_NO_CHOICES) >= 0 or find(_NO_CHOICES_SPACED) >= 0):
+        hidden = self._hides_usage and (find(_NO_CHOICES) >= 0 or find(_NO_CHOICES_SPACED) >= 0)
+        if hidden:
             block = self._without_usage(block)
             find = block.find
-        elif self._finished and find(_USAGE) >= 0:
+        if find(FINISH) >= 0 or find(FINISH_SPACED) >= 0 or (self._finished and find(_DELTA) >= 0):
+            self._finished = finished(block, before=self._finished)
+        if self._finished and not hidden and find(_USAGE) >= 0:
             self._stream.outcome.usage = usage_in(block) or self._stream.outcome.usage
         if find(ERROR_NAME) >= 0:
             block, error = before_error(block)

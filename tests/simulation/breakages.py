@@ -37,6 +37,23 @@ Stream.add_entry = lossy
 from aioserver.limits.deadline import Guard
 Guard._expire = lambda self, moment: None
 """,
+    # Of what answers cost.
+    "a usage that is taken out": """
+from aioserver.providers.sinks import EventSink
+EventSink._without_usage = lambda self, block: block
+""",
+    "what a provider has counted": """
+from aioserver.providers import provider
+from aioserver.telemetry.tokens import tokens_of
+def fewer(usage):
+    tokens = tokens_of(usage)
+    return tokens._replace(answer=tokens.answer and tokens.answer - 1)
+provider.tokens_of = fewer
+""",
+    "that a refusal costs nothing": """
+from aioserver.providers import provider
+provider.MIN_ERROR_STATUS = 1000
+""",
     # Of an answer that breaks off and is continued.
     "what was said last": """
 from aioserver.protocol.said import ChatSaid, ReadSaid
@@ -992,6 +1009,7 @@ FIRST = {
     "the sequence number of an error": 8,
     "what a late reader has missed": 22,
     "the order of a lane": 1,
+    "a usage that is taken out": 1,
     "that a lane is free": 1,
     "the latest response of a lane": 2,
     "the bytes of a stored response": 1,

@@ -87,6 +87,8 @@ async def stream(client: Client) -> None:
                 reading.end = f"error: {event['error'].get('code')}"
                 continue
             idents.add(event["id"])
+            if not event["choices"]:
+                raise Violation(f"a usage that nobody has asked for: {event}")
             for choice in event["choices"]:
                 roles += "role" in choice["delta"]
                 if roles != 1 or finish:
