@@ -16,13 +16,17 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
+from multidict import istr
+
 from aioserver.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-START_WITHIN, DEADLINE = "x-aioserver-start-within", "x-aioserver-deadline"
-CLASS = "x-aioserver-class"
+# As multidict looks for them: of nearly all requests the headers have none of these.
+START_WITHIN: str = istr("x-aioserver-start-within")
+DEADLINE: str = istr("x-aioserver-deadline")
+CLASS: str = istr("x-aioserver-class")
 INTERACTIVE, BATCH = CLASSES = ("interactive", "batch")
 # Seconds of a bound at most: a day.
 MAX_SECONDS = 86_400.0
