@@ -87,6 +87,7 @@ class Instance:
             "kept": streams.finished,
             "kept bytes": streams.bytes,
             "sockets": len(context.sockets),
+            "lent": context.admission.lending.lent,
             "detached": context.gateway.lifetime.detached,
             "background": context.gateway.lifetime.background,
             "answers": context.gateway.running,
@@ -107,6 +108,8 @@ class Instance:
             counts[f"{name} waiting"] = group.waiting
         for name, key in context.access.keys._by_name.items():  # noqa: SLF001 - no snapshot has it
             counts[f"{name} answers"] = key.quota.running
+            counts[f"{name} waiting at its key"] = len(key.quota.queue)
+            counts[f"{name} tokens"] = key.quota.budget.reserved
             counts[f"{name} connections"] = key.quota.connections
         if self.member is not None:
             counts |= self.member.held()

@@ -23,6 +23,7 @@ from aioserver.streams.store import SEARCH_STEP, owner_of
 from aioserver.streams.stream import RESUME_BYTES
 from aioserver.wings.cluster.rates import SharedRate
 from aioserver.wings.cluster.shared_gate import MOMENTARY, SharedGate
+from aioserver.wings.cluster.shared_quota import SharedQuota
 from aioserver.wings.responses.lanes import MAX_NAMED_LANES, MAX_RUNNING, MAX_WAITING
 from aioserver.wings.responses.socket import ResponsesSocket
 from tests.simulation.clock import Clock
@@ -90,6 +91,7 @@ class Watch:
             self._look_at_excess(gate, "of the server")
         elif inside < limit and gate.waiting:
             broken(f"{gate.waiting} clients wait while {limit - inside} places are free")
+        self._look_at_loans()
         for provider in self._server.context.router._providers.values():
             self._look_at_provider(provider)
         if self._streams._bytes > self._streams._max_kept_bytes:
@@ -98,7 +100,38 @@ class Watch:
             self._needed = 0
         if Clock.now >= self._closer_at:
             self._closer_at = Clock.now + CLOSER
+            self._look_at_keys()
             self._look_closer()
+
+    def _look_at_loans(self) -> None:
+        """Those that wait at their keys take half of the door's queue at most, and no place."""
+        lending, gate = self._server.context.admission.lending, self._gate
+        standing = lending._first is not None
+        if lending.lent < 0 or gate.outside != lending.lent - standing:
+            self._broken(f"{lending.lent} places are lent, and {gate.outside} are counted")
+        if lending.lent > gate.queue_size // 2 and not self._reloaded:
+            self._broken(f"{lending.lent} places are lent, of {gate.queue_size} in the queue")
+
+    def _look_at_keys(self) -> None:
+        """What is reserved belongs to answers that count or wait, and nobody waits at a key whose
+        limits allow a start.
+        """
+        for name, quota in self._server.context.access.keys.quotas().items():
+            queue, budget = quota.queue, quota.budget
+            if budget.reserved < 0 or (budget.reserved and not quota.running):
+                self._broken(f"{name} has reserved {budget.reserved}, {quota.running} run")
+            if any(min(state[1:4]) < 0 for state in budget.states().values()):
+                self._broken(f"{name} has budgets below nothing: {budget.states()}")
+            if isinstance(quota, SharedQuota) or not queue._queue.size:
+                continue
+            if quota.running < quota.limit:
+                turn = queue._queue.head(lambda _turn: False)
+                assert turn is not None
+                short = budget.limited and budget.shortage(turn.tokens) is not None
+                if not short and quota._rate.delay() <= ROUNDING:
+                    self._broken(f"{len(queue)} wait at {name}, and the first could start")
+                elif _stopped(queue._start_timer):
+                    self._broken(f"{len(queue)} wait at {name}, and no timer lets them start")
 
     def _look_at_provider(self, provider: Provider) -> None:
         gate, sockets = provider._gate, provider.pools.gate
