@@ -104,8 +104,7 @@ class Turn:
             return False
         if to_lane:
             return True
-        # Over HTTP a provider may keep those whose requests say nothing.
-        stored = self.store is True
+        stored = self.store is not False
         # Its client may hear of its end much later.
         within = Clock.now - self.asked_at < plan.changes[f"{STREAMS}.store_window"]
         return stored and within and (plan.instances == 1 or self._is_anywhere(plan))

@@ -10,9 +10,8 @@ A body goes as it came to a provider that knows the response which it continues,
 made it and keeps it, and to one that may know it, because we do not. Any other gets the
 conversation.
 
-A response is named in the store, so that it is found by its id, if its request says `store: true`;
-or says nothing, and its provider does not keep it, or it came on a WebSocket. A connection may
-hold one without a name.
+A response is named in the store, so that it is found by its id, unless its request says
+`store: false`. A connection may hold one without a name.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ class Draft:
 
     The `Keeper` of both.
 
-    *store* is the request's; None if it says nothing. *previous_id* is its `previous_response_id`,
-    and *previous* that response, if it is held here. *named* says that the response will be found
-    by its id, and *on_kept* is called with it, named or not; a connection that holds it retains it
-    there. *max_bytes* bounds an expanded body. *usually_named*: a request that says nothing has
-    its response named. *large* says that its body is.
+    *store* is the request's; None, if it says nothing, means true. *previous_id* is its
+    `previous_response_id`, and *previous* that response, if it is held here. *named* says that the
+    response will be found by its id, and *on_kept* is called with it, named or not; a connection
+    that holds it retains it there. *max_bytes* bounds an expanded body. *large* says that its body
+    is.
 
     Always: what it refers to and has taken is counted until `release`, and not after.
     """
@@ -63,8 +62,6 @@ class Draft:
         "named",
         "previous",
         "previous_id",
-        "store",
-        "usually_named",
     )
 
     def __init__(
@@ -76,19 +73,16 @@ class Draft:
         previous_id: str | None = None,
         previous: StoredResponse | None = None,
         max_bytes: int,
-        usually_named: bool = False,
         large: bool = False,
         on_kept: Callable[[StoredResponse], None] | None = None,
     ) -> None:
         self._responses = responses
         self.caller = caller
-        self.store = store
         self.previous_id = previous_id
         self.previous = previous
         self.max_bytes = max_bytes
-        self.usually_named = usually_named
         self.large = large
-        self.named = store is True or (store is None and usually_named)
+        self.named = store is not False
         # Whether the provider was sent the id of a response that is held here.
         self.by_id = False
         # Whether the provider that was asked last keeps the response, too.
@@ -270,9 +264,7 @@ class Draft:
 
         The last one counts.
         """
-        usually_named = self.usually_named or not keeps
-        self.named = self.store is True or (self.store is None and usually_named)
-        self.kept_there = keeps and self.store is not False
+        self.kept_there = keeps and self.named
         if self.named or self._on_kept is not None:
             await self.take_input(body)
 

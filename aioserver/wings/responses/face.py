@@ -6,11 +6,11 @@ served from the log.
     GET  /v1/responses/{id}          prepare_retrieval, retrieve
     POST /v1/responses/{id}/cancel   cancel
 
-A response that was requested with `store` is kept for its `resume_window`, and one in the
-background for `store_window`. It is found by the id that the provider gave it; a response that was not streamed only once it will not
-change any more. `starting_after` counts as the provider does, by the `sequence_number` in its
-events; the log's own numbers have no part in it. A response that is stored can be read for longer
-(stored_face.py).
+The events of a response that was requested with `store: true` are kept for its `resume_window`, and
+those of one in the background for `store_window`. It is found by the id that the provider gave it;
+a response that was not streamed only once it will not change any more. `starting_after` counts as
+the provider does, by the `sequence_number` in its events; the log's own numbers have no part in
+it. A response that is stored can be read for longer (stored_face.py).
 
 This file is one concept: a response with a log, from the request that makes it to its end, however
 its client comes to it.
@@ -229,12 +229,8 @@ def make_request(
         max_answer=body.max_answer,
         running=running,
     )
-    stored = bool(
-        body.stored
-        or body.background
-        # Nobody else keeps what is not a response at its provider.
-        or (body.stored is None and route.provider.memory(Learned).bridged)
-    )
+    # An absent `store` keeps the response at its end, but is no word about a client that leaves.
+    stored = bool(body.stored or body.background)
     return Request(
         route,
         provider_request,

@@ -336,7 +336,6 @@ class ResponsesSocket(Socket):
             previous_id=previous_id,
             previous=None if previous_id is None else self._lanes.latest(previous_id),
             max_bytes=self._context.settings.chat.websocket.max_message_size,
-            usually_named=True,
             large=body.large,
             on_kept=keep,
         )

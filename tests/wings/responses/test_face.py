@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 SLOW = Behaviour(ttft=0, interval=0.02)
 ASK: dict[str, Any] = {"model": "sim", "input": "Hello", "stream": True, "store": True}
+# One that has responses, and one that has chat completions only.
+PROVIDERS: list[dict[str, Any]] = [{}, {"llm.providers.sim.responses": False}]
 
 
 async def cut(sdk: AsyncOpenAI, events: int, **changes: Any) -> list[Any]:
@@ -144,9 +146,27 @@ async def test_an_answer_not_streamed_is_kept_whole(
     await server.nothing_held()
 
 
-async def test_an_answer_not_streamed_and_not_stored_is_not_kept(sdk: AsyncOpenAI) -> None:
-    whole = await sdk.responses.create(model="sim", input="Hello")
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_request_that_says_nothing_has_its_response_kept(
+    server: RunningServer, sdk: AsyncOpenAI, provider: dict[str, Any], streamed: bool
+) -> None:
+    await server.change(**provider)
 
+    async def ask(**fields: Any) -> Any:
+        asked = {**ASK, "store": openai.omit, "stream": streamed, **fields}
+        answer = await sdk.responses.create(**asked)
+        return [event async for event in answer][-1].response if streamed else answer
+
+    whole = await ask()
+    further = await ask(previous_response_id=whole.id)
+    unkept = await ask(store=False)
+
+    for response in (whole, further):
+        assert (await sdk.responses.retrieve(response.id)).output_text == response.output_text
+    with pytest.raises(openai.NotFoundError):
+        await sdk.responses.retrieve(unkept.id)
+    await sdk.responses.delete(whole.id)
     with pytest.raises(openai.NotFoundError):
         await sdk.responses.retrieve(whole.id)
 
@@ -271,11 +291,14 @@ async def test_an_answer_of_another_kind_is_no_response(
     await server.nothing_held()
 
 
-async def test_without_store_nothing_is_kept_and_leaving_ends_it(
-    server: RunningServer, sdk: AsyncOpenAI
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("store", [False, openai.omit])
+async def test_leaving_ends_a_response_whose_request_does_not_say_that_it_stays(
+    server: RunningServer, sdk: AsyncOpenAI, provider: dict[str, Any], store: Any
 ) -> None:
+    await server.change(**provider)
     server.simulator.behaviour = SLOW
-    seen = await cut(sdk, 3, store=False)
+    seen = await cut(sdk, 3, store=store)
 
     await server.nothing_held()
     with pytest.raises(openai.NotFoundError) as caught:

@@ -450,8 +450,11 @@ async def test_a_pong_may_take_thirty_seconds(make_server: MakeServer) -> None:
 # Leaving.
 
 
-async def test_a_client_that_leaves_ends_its_responses_at_once(make_server: MakeServer) -> None:
-    server = await make_server(ENDLESS)
+@pytest.mark.parametrize("own", [True, False])
+async def test_a_client_that_leaves_ends_its_responses_at_once(
+    make_server: MakeServer, own: bool
+) -> None:
+    server = await make_server(ENDLESS, **{"llm.providers.sim.responses": own})
     async with connect(server) as ws:
         for lane in (None, "a"):
             await ws.send_json(create(lane=lane))

@@ -12,8 +12,10 @@ An item of a tool that ran at a provider is left out, as the tool is. Any other 
 only the provider can read: it is refused by name.
 
 System messages at the start become one message, and so do messages of the user that are in a row:
-the templates of many models take no other. Codex begins with two of the user. A message that stands between a call and its output goes behind the output, where a chat must have
-it.
+the templates of many models take no other. Codex begins with two of the user. The text of a later
+system message stands where it came, in the user's message, between lines `<system-reminder>`: in
+front it would change what an engine has in its prefix cache. A message that stands between a call
+and its output goes behind the output, where a chat must have it.
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ class Messages:
     has none.
 
     Always: a `tool` message stands behind the call that it answers, with nothing but others
-    between them.
+    between them; one message of the system at most, in front.
     """
 
     def __init__(self, tools: Tools, reasoning_field: str = "") -> None:
@@ -105,10 +107,9 @@ class Messages:
         self._calls: list[bytes] = []
         # The message of the user that is under way.
         self._user: list[_Content] = []
-        # The calls without an output, and the messages that wait for these outputs: those of the
-        # user in pieces, those of the system whole.
+        # The calls without an output, and what of the user's waits for these outputs.
         self._open: set[str] = set()
-        self._later: list[_Content | bytes] = []
+        self._later: list[_Content] = []
 
     def instruct(self, text: bytes) -> None:
         """Add *text*, a JSON string, as the instructions in front of everything."""
@@ -170,10 +171,11 @@ class Messages:
             if others:
                 raise InvalidRequest(f"a {role} message has text only", param=f"{param}.content")
             begun = self._joined or self._messages or self._user or self._later
-            if begun or self._assistant:
-                self._put(b'{"role":"system","content":%b}' % text)
-            else:
+            if not begun and not self._assistant:
                 self._system.append(text)
+            elif text != b'""':
+                reminder = b'"<system-reminder>\\n%b\\n</system-reminder>"' % text[1:-1]
+                self.ask(reminder)
         elif role == "user":
             content = _content(item.content, f"{param}.content")
             self._count(content.others)
@@ -258,16 +260,6 @@ class Messages:
         """Whether an assistant message is under way."""
         return bool(self._content or self._refusal or self._calls)
 
-    def _put(self, message: bytes) -> None:
-        """Add a whole message of the system, behind the outputs that are awaited."""
-        self._close_assistant()
-        self._close_system()
-        if self._open:
-            self._later.append(message)
-        else:
-            self._close_user()
-            self._messages.append(message)
-
     def _ask(self, content: _Content) -> None:
         """Add *content* to what the user says, behind the outputs that are awaited."""
         self._close_assistant()
@@ -278,13 +270,8 @@ class Messages:
             self._user.append(content)
 
     def _flush_later(self) -> None:
-        later, self._later = self._later, []
-        for each in later:
-            if isinstance(each, bytes):
-                self._close_user()
-                self._messages.append(each)
-            else:
-                self._user.append(each)
+        self._user += self._later
+        self._later = []
 
     def _close_user(self) -> None:
         """Add the message of the user that is under way."""

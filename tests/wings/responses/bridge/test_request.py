@@ -141,15 +141,37 @@ def test_instructions_and_the_first_system_messages_are_one() -> None:
         {"role": "developer", "content": [{"type": "input_text", "text": 'b"ü'}]},
         {"type": "message", "role": "system", "content": "c"},
         USER,
-        {"role": "developer", "content": "d"},
         instructions="a",
     )
 
-    assert messages == [
-        {"role": "system", "content": 'a\n\nb"ü\n\nc'},
-        USER,
-        {"role": "system", "content": "d"},
+    assert messages == [{"role": "system", "content": 'a\n\nb"ü\n\nc'}, USER]
+
+
+def test_a_later_system_message_is_a_text_of_the_user_in_its_place() -> None:
+    """Templates of many models refuse a second system message, and one that is not in front."""
+    later = [
+        {"role": role, "content": text} for role, text in (("system", 'a"'), ("developer", "b"))
     ]
+    reminders = [f"<system-reminder>\n{text}\n</system-reminder>" for text in ('a"', "b")]
+    empty = {"role": "system", "content": ""}
+    asked = [called("f", "c1"), called("f", "c2"), output("c1"), later[0], output("c2")]
+
+    said = [USER, later[0], empty, USER, {"role": "assistant", "content": "c"}, later[1]]
+    messages = messages_of(*said, instructions="i")
+    behind_calls = messages_of(USER, *asked, later[1])
+
+    assert messages == [
+        {"role": "system", "content": "i"},
+        {"role": "user", "content": "\n\n".join((USER["content"], reminders[0], USER["content"]))},
+        {"role": "assistant", "content": "c"},
+        {"role": "user", "content": reminders[1]},
+    ]
+    assert [message["role"] for message in behind_calls] == [
+        *("user", "assistant", "tool", "tool", "user")
+    ]
+    assert behind_calls[-1]["content"] == "\n\n".join(reminders)
+    # What was translated is a prefix of what is translated later.
+    assert messages_of(*said[:5], instructions="i") == messages[:3]
 
 
 def test_what_the_assistant_did_at_once_is_one_message() -> None:
