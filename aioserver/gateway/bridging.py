@@ -8,7 +8,9 @@ answer: then the path is there. Nor is any 404 of a provider that has answered t
 
 What an engine refuses by name is learned, too: a word that only the bridge has added, or a bound of
 the answer for which its context has no room. The request is sent once more, at once and in its
-place, without it; this is no retry.
+place, without it; this is no retry. If it is answered, that is known from then on, for each bridge
+and for streams that pass (stream_usage.py): not before, since a refusal may repeat what a client
+has written.
 
 The wings with such an API derive their attempts from `BridgedAttempt`. This file is one concept: what
 is learned of a provider, and what an attempt there makes of it.
@@ -27,7 +29,13 @@ from aioserver.gateway.continuation import continuable
 from aioserver.protocol.bridging.refusals import STATUSES, Refusal, refusal
 from aioserver.protocol.bridging.said import BridgedSaid
 from aioserver.protocol.bridging.whole import MAX_WHOLE_BYTES
-from aioserver.protocol.bridging.words import LIMIT, MAX_COMPLETION_TOKENS, MAX_TOKENS, Words
+from aioserver.protocol.bridging.words import (
+    LIMIT,
+    MAX_COMPLETION_TOKENS,
+    MAX_TOKENS,
+    OPTIONAL,
+    Words,
+)
 from aioserver.provider_errors import ProviderFault
 from aioserver.providers.api import CHAT, Memory
 from aioserver.providers.attempt import Attempt
@@ -118,12 +126,38 @@ class ChatMemory(Memory):
         """The tokens of the contexts of models, by their names."""
         return self.limits
 
-    def keep(self, bounds: OrderedDict[str, int], model: str, bound: int) -> None:
-        """Keep *bound* for *model* in *bounds*, one of both kinds."""
+    def refuse(self, word: str) -> None:
+        """Send it *word* no more."""
+        if word not in self.refused:
+            self.refused.add(word)
+            self._say(f"{word} is left out")
+
+    def rename(self) -> None:
+        """Use the other name of the bound of an answer."""
+        if self.bound == MAX_TOKENS:
+            self.bound = MAX_COMPLETION_TOKENS
+            self._say(f"{MAX_COMPLETION_TOKENS} in its place")
+
+    def keep_limit(self, model: str, tokens: int) -> None:
+        """Keep that *model* has room for so many *tokens* of a prompt and its answer."""
+        if self._keep(self.limits, model, tokens):
+            self._say(f"{tokens} tokens in its context")
+
+    def keep_most(self, model: str, tokens: int) -> None:
+        """Keep that an answer of *model* has so many *tokens* at most."""
+        if self._keep(self.most, model, tokens):
+            self._say(f"{tokens} tokens in an answer at most")
+
+    def _keep(self, bounds: OrderedDict[str, int], model: str, bound: int) -> bool:
+        news = bounds.get(model) != bound
         bounds[model] = bound
         bounds.move_to_end(model)
         if len(bounds) > MAX_MODELS:
             bounds.popitem(last=False)
+        return news
+
+    def _say(self, consequence: str) -> None:
+        logger.info("learned from a refusal of provider %s: %s", self.name, consequence)
 
     def note_left_out(self, names: Mapping[str, None]) -> None:
         """Say once of each of these hosted tools that this provider does not get it."""
@@ -148,7 +182,51 @@ class BridgedChat(Protocol):
         """What of hosted tools the provider does not get."""
 
 
-class BridgedAttempt(Attempt):
+class LearningAttempt(Attempt):
+    """One try of a request that is sent once more without what its provider refuses.
+
+    Always: others are sent it until the answer to this one has begun.
+    """
+
+    __slots__ = ("_learnt",)
+
+    def __init__(
+        self,
+        provider: AttemptedProvider,
+        request: ProviderRequest,
+        stream: Stream | None,
+        **further: Any,
+    ) -> None:
+        super().__init__(provider, request, stream, **further)
+        # What it has been sent once more without.
+        self._learnt: set[str] = set()
+
+    @property
+    def _habits(self) -> ChatMemory:
+        # Asked for anew each time, since a reload makes another.
+        return self.provider.memory(ChatMemory)
+
+    def _repeats_without(self, what: str) -> bool:
+        """Note that the request is sent once more without *what*; return True."""
+        self._learnt.add(what)
+        outcome = self.request.outcome
+        outcome.learnt = (*outcome.learnt, what)
+        self.provider.meter.learnt[what].value += 1
+        return True
+
+    def first_event(self) -> None:
+        """Note that the answer has begun, and keep what was learned."""
+        if self._learnt:
+            self._keep_learnt()
+        super().first_event()
+
+    def _keep_learnt(self) -> None:
+        for word in OPTIONAL:
+            if word in self._learnt:
+                self._habits.refuse(word)
+
+
+class BridgedAttempt(LearningAttempt):
     """One try of a request of an API that is translated where the provider does not have it.
 
     Always: `_chat` is set if, and only if, a chat completion is asked for.
@@ -160,7 +238,7 @@ class BridgedAttempt(Attempt):
     # How logs and metrics name the API.
     shown_api: ClassVar[str]
 
-    __slots__ = ("_chat", "_free", "_learning", "_learnt", "_left", "_writer")
+    __slots__ = ("_chat", "_free", "_learning", "_left", "_limit", "_most", "_writer")
 
     def __init__(
         self,
@@ -177,18 +255,15 @@ class BridgedAttempt(Attempt):
         # Whether the provider has said that it has no such path, and has not been asked otherwise
         # before.
         self._learning = False
-        # What it has been sent once more without, and what it has left for the answer.
-        self._learnt: set[str] = set()
+        # The tokens that it has said it has: for both, for an answer, and left for this one.
+        self._limit: int | None = None
+        self._most: int | None = None
         self._left: int | None = None
 
     @property
     def _learned(self) -> PathMemory:
         # Asked for anew each time, since a reload makes another.
         return self.provider.memory(self.memory)
-
-    @property
-    def _habits(self) -> ChatMemory:
-        return self.provider.memory(ChatMemory)
 
     @property
     def bridged(self) -> bool:
@@ -200,10 +275,10 @@ class BridgedAttempt(Attempt):
         """The words that the provider takes for this request."""
         habits, model = self._habits, self.asked_model
         return Words(
-            frozenset(habits.refused),
-            habits.bound,
+            frozenset(habits.refused | self._learnt),
+            MAX_COMPLETION_TOKENS if MAX_TOKENS in self._learnt else habits.bound,
             habits.limits.get(model),
-            habits.most.get(model),
+            self._most or habits.most.get(model),
             self._left,
             self.provider.tokens_per_byte(model),
         )
@@ -287,34 +362,30 @@ class BridgedAttempt(Attempt):
 
     def _learn_refusal(self, chat: BridgedChat, said: Refusal) -> bool:
         """Return whether something was learned, without which the request is sent once more."""
-        habits, model = self._habits, self.asked_model
         for word in sorted(chat.words - self._learnt):
             if said.names(word):
-                habits.refused.add(word)
-                return self._learns(word, f"{word} is left out")
+                return self._repeats_without(word)
         if said.renames and MAX_TOKENS not in self._learnt:
-            habits.bound = MAX_COMPLETION_TOKENS
-            return self._learns(MAX_TOKENS, f"{MAX_COMPLETION_TOKENS} in its place")
+            return self._repeats_without(MAX_TOKENS)
         if LIMIT in self._learnt:
             return False
         if said.limit and said.asked is not None:
-            habits.keep(habits.limits, model, said.limit)
-            self._left = said.limit - said.asked - SPARE
-            return self._left >= MIN_LEFT and self._learns(
-                LIMIT, f"{said.limit} tokens in its context"
-            )
+            self._limit, self._left = said.limit, said.limit - said.asked - SPARE
+            return self._left >= MIN_LEFT and self._repeats_without(LIMIT)
         if said.most:
-            habits.keep(habits.most, model, said.most)
-            return self._learns(LIMIT, f"{said.most} tokens in an answer at most")
+            self._most = said.most
+            return self._repeats_without(LIMIT)
         return False
 
-    def _learns(self, what: str, consequence: str) -> bool:
-        self._learnt.add(what)
-        outcome = self.request.outcome
-        outcome.learnt = (*outcome.learnt, what)
-        self.provider.meter.learnt[what].value += 1
-        logger.info("learned from a refusal of provider %s: %s", self.provider.name, consequence)
-        return True
+    def _keep_learnt(self) -> None:
+        super()._keep_learnt()
+        habits, model = self._habits, self.asked_model
+        if MAX_TOKENS in self._learnt:
+            habits.rename()
+        if self._limit is not None:
+            habits.keep_limit(model, self._limit)
+        if self._most is not None:
+            habits.keep_most(model, self._most)
 
     def first_event(self) -> None:
         """Note that the answer has begun."""

@@ -5,19 +5,18 @@ a client does not ask, its request does (protocol/stream_options.py), and the ev
 but the usage is taken out of the answer (providers/sinks.py).
 
 An engine that refuses `stream_options` is asked once more without, at once and in the same place:
-this is no retry. If it answers that, it is not asked again until a reload.
+this is no retry. If it answers that, it is not asked again until a reload, neither here nor over a
+bridge (bridging.py).
 """
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import InvalidRequest
-from aioserver.gateway.bridging import ChatMemory
+from aioserver.gateway.bridging import LearningAttempt
 from aioserver.protocol.bridging.refusals import STATUSES, refusal
 from aioserver.protocol.stream_options import OPTIONS, asking
-from aioserver.providers.attempt import Attempt
 from aioserver.providers.sinks import BodySink, EventSink
 
 if TYPE_CHECKING:
@@ -26,16 +25,14 @@ if TYPE_CHECKING:
     from aioserver.providers.sinks import StreamSink
     from aioserver.streams.stream import Stream
 
-logger = logging.getLogger("aioserver.providers")
 
-
-class UsageAttempt(Attempt):
+class UsageAttempt(LearningAttempt):
     """One try of a request for a stream whose client does not ask for the usage.
 
     Always: `_asks` says whether what was sent last does.
     """
 
-    __slots__ = ("_asks", "_refused")
+    __slots__ = ("_asks",)
 
     def __init__(
         self,
@@ -45,12 +42,7 @@ class UsageAttempt(Attempt):
         **further: Any,
     ) -> None:
         super().__init__(provider, request, stream, **further)
-        self._asks = self._refused = False
-
-    @property
-    def _habits(self) -> ChatMemory:
-        # Asked for anew each time, since a reload makes another.
-        return self.provider.memory(ChatMemory)
+        self._asks = False
 
     def body_to_send(self) -> bytes:
         """Return the body to send, which asks for the usage unless the provider is not to be
@@ -60,7 +52,7 @@ class UsageAttempt(Attempt):
         self._asks = False
         if (
             options is None
-            or self._refused
+            or OPTIONS.name in self._learnt
             or not self.provider.settings.stream_usage
             or OPTIONS.name in self._habits.refused
         ):
@@ -86,18 +78,5 @@ class UsageAttempt(Attempt):
             return False
         if not refusal(sink.body).names(OPTIONS.name):
             return False
-        self._refused = True
         self.provider.meter.attempts["http_4xx"].value += 1
-        return True
-
-    def first_event(self) -> None:
-        """Note that the answer has begun."""
-        refused = self._habits.refused
-        # Not before: a refusal may repeat what a client has written.
-        if self._refused and OPTIONS.name not in refused:
-            refused.add(OPTIONS.name)
-            consequence = f"{OPTIONS.name} is left out"
-            logger.info(
-                "learned from a refusal of provider %s: %s", self.provider.name, consequence
-            )
-        super().first_event()
+        return self._repeats_without(OPTIONS.name)

@@ -169,6 +169,34 @@ async def test_engine_that_refuses_is_asked_without_at_once_and_not_again(
     assert server.simulator.stats().requests == 5, "a reload forgets it"
 
 
+FACES: dict[str, dict[str, Any]] = {
+    **BODIES,
+    "messages": {**CHAT, "max_tokens": 9},
+    "responses": {"input": "Hello"},
+}
+
+
+@pytest.mark.parametrize("later", FACES)
+@pytest.mark.parametrize("first", FACES)
+async def test_what_is_learned_of_an_engine_holds_for_the_streams_of_every_api(
+    make_server: MakeServer, first: str, later: str
+) -> None:
+    server = await make_server(
+        replace(QUICK, refuses=("stream_options",)),
+        **{"llm.providers.sim.messages": "bridge", "llm.providers.sim.responses": False},
+    )
+    for path in (first, later):
+        body = {"model": "m", "stream": True, **FACES[path]}
+        async with server.session.post(f"{server.v1}/{path}", json=body) as answer:
+            assert answer.status == 200
+            await answer.read()
+
+    sent = ["stream_options" in body for body in server.simulator.bodies]
+    assert sent == [True, False, False]
+    counted = await server.counted("learnt_repeats", "what")
+    assert counted == {("stream_options",): 1}
+
+
 async def test_one_line_says_what_was_learned(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -427,6 +427,31 @@ async def test_a_refusal_is_learned_from_once(make_server: MakeServer) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "no template for 'What is top_k?'",
+        f"no template for {VLLM!r}",
+        f"no template for {GROQ!r}",
+        "no template for 'max_tokens is not supported, use max_completion_tokens'",
+    ],
+)
+async def test_a_refusal_that_repeats_what_a_client_has_written_costs_others_nothing(
+    make_server: MakeServer, message: str
+) -> None:
+    seen: list[Any] = []
+    refused = [refuses(message), refuses(message)]
+    async with ScriptedProvider(telling(seen, *refused, said(content="Yes"))) as provider:
+        address = {"llm.providers.sim.base_url": provider.url}
+        server = await make_server(QUICK, **BRIDGED, **address)
+        asked = {**ASK, "top_k": 5, "max_tokens": 64_000}
+        statuses = [(await answer_of(server, asked))[0] for _ in range(2)]
+
+    # It was sent once more, and refused again: so it was about something else.
+    assert statuses == [400, 200]
+    assert seen[0] == seen[2] != seen[1]
+
+
 async def test_a_word_that_was_not_sent_is_not_learned(make_server: MakeServer) -> None:
     status, _, seen = await asked_of(make_server, refuses("top_k and temperature differ"))
 
