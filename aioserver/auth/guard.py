@@ -89,8 +89,10 @@ class Guard:
         self._access = access
         self._origins = origins
 
-    def admit(self, request: web.Request) -> None:
+    def admit(self, request: web.Request) -> Caller | None:
         """Admit *request*, and set `request[CALLER]`, except on an open route where keys exist.
+
+        Return that caller if it has a key.
 
         Raises:
             Denied: the request may not call its route; no handler may see it.
@@ -105,18 +107,19 @@ class Guard:
             self._origins.check(request.headers)
         if not keyed:
             request[CALLER] = anonymous(address)
-            return
+            return None
         match = request.match_info
         # The path does not exist, or not with this method: no handler of ours will run.
         if match.http_exception is not None:
-            return
+            return None
         policy = self.policies.get(match.route, Policy.ADMIN)
         if policy is Policy.OPEN:
-            return
+            return None
         caller = self.caller(request)
         if policy is Policy.ADMIN and not caller.admin:
             raise PermissionDenied("this key may chat, but not watch: it is no admin key")
         request[CALLER] = caller
+        return caller
 
     def caller(self, request: web.Request) -> Caller:
         """Return the caller of *request*, by its key or its session.

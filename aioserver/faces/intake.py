@@ -16,6 +16,7 @@ from aiohttp import hdrs
 from aiohttp.http import HttpVersion11
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web import RequestPayloadError
+from multidict import istr
 
 from aioserver.auth.callers import CALLER
 from aioserver.errors import (
@@ -57,7 +58,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 # Ids of sessions, which agents send: Claude Code, Codex, opencode.
-SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "x-session-id")
+SESSION_HEADERS = istr("x-claude-code-session-id"), istr("session-id"), istr("x-session-id")
 
 
 def session_of(request: web.Request) -> str | None:

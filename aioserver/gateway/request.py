@@ -149,7 +149,10 @@ class Request:
 
     def release(self) -> None:
         """Forget the body and all that was kept of it: the request is over."""
-        run_all((self.provider_request.release, self._release_keeper, self._end_turn))
+        if self.keeper is None and self.turn is None:
+            self.provider_request.release()
+        else:
+            run_all((self.provider_request.release, self._release_keeper, self._end_turn))
 
     def _release_keeper(self) -> None:
         if self.keeper is not None:

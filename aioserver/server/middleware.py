@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import hdrs, web
 
-from aioserver.auth.callers import ADDRESS, CALLER
+from aioserver.auth.callers import ADDRESS
 from aioserver.errors import (
     AioserverError,
     Denied,
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from aioserver.faces.admission import Admission
     from aioserver.faces.context import CurrentSettings
     from aioserver.faces.form import Forms
+    from aioserver.limits.quota import Quota
 
     OnPrepare = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
 
@@ -116,19 +117,18 @@ def make_middleware(
                 "that of responses at /v1/responses"
             )
 
-    def note_limits(request: web.Request) -> None:
+    def note_limits(request: web.Request, quota: Quota | None) -> None:
         """Let the response tell of the limits of the client's key, if that has a budget."""
-        caller = request.get(CALLER)
-        if caller is not None and caller.quota is not None and caller.quota.budget.limited:
+        if quota is not None and quota.budget.limited:
             assert isinstance(request, Request)
-            request.limits = partial(forms.of(request).limits, caller.quota)
+            request.limits = partial(forms.of(request).limits, quota)
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             check_head(request)
-            guard.admit(request)
-            note_limits(request)
+            if (caller := guard.admit(request)) is not None:
+                note_limits(request, caller.quota)
             if hdrs.UPGRADE in request.headers:
                 check_upgrade(request)
             if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
