@@ -348,6 +348,7 @@ api = url("http", "https", shown=True)
 TAKEN = frozenset(
     (
         *("/client.js", "/client.d.ts", "/dashboard", "/events", "/metrics", "/session", "/stats"),
+        "/usage",
         *("/health", "/healthz", "/livez", "/ready", "/readyz"),
         *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models"),
         *("/v1/messages", "/v1/messages/count_tokens"),

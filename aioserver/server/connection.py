@@ -107,6 +107,14 @@ class Connection(DirectRequestHandler):
         super().force_close()
         self._watch_rest(transport)
 
+    def eof_received(self) -> None:
+        """Let the transport close, since the client sends nothing more.
+
+        What it has still to send may belong to an answer that says nothing for a long time.
+        """
+        super().eof_received()
+        self._watch_rest(self.transport)
+
     def _end(self, waiter: asyncio.Future[None]) -> None:
         super()._end(waiter)
         self._watch_rest(self.transport)

@@ -137,9 +137,6 @@ class Client:
         self.cancels: list[str] = []
         # The headers by which it says how long an answer is of use to it.
         self.terms = draw_terms(plan.seed, number, plan.hurried)
-        # Whether its answer is the call of a tool.
-        called = random.Random(f"call {plan.seed} {number}").random() < plan.calls
-        self.calls = called and self.face == "stream"
         self.name = f"r{number}"
         self._habits = {habit: dice.random() < often for habit, often in plan.habits.items()}
         # The events after which the client does what it has a habit of.
@@ -163,6 +160,9 @@ class Client:
             # A second question of the same client.
             self.face, self.key, self.address = like.face, like.key, like.address
             self.group, self.terms = like.group, like.terms
+        # Whether its answer is the call of a tool.
+        called = random.Random(f"call {plan.seed} {number}").random() < plan.calls
+        self.calls = called and self.face == "stream"
         # The instance that all its connections lead to, where the balancer is sticky.
         self.home = dice.randrange(1 << 16)
         # Whether a connection of it has suffered anything.

@@ -73,10 +73,6 @@ class Turn:
         """Return whether the model may be shown these questions, and is told that they continue
         the response *previous*.
         """
-        if any(turn.prepared for turn in self.before):
-            # Its question and the next one may be one message, which the answer quotes.
-            joined, behind = names[:2], names[2:]
-            names = (*joined, *(name for name in behind if name not in joined))
         if names == self.names and not previous:
             return True
         # A provider that keeps responses has seen those before, but none that was prepared only.

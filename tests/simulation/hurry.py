@@ -19,6 +19,7 @@ from aioserver.providers.attempt import Attempt
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.passthrough import PassedAttempt
 from tests.simulation.clock import Clock
+from tests.simulation.network import INSTANCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +57,8 @@ class Hurry:
         self._broken = broken
         self._alive = alive
         self._sent: dict[Exchange, Deadline] = {}
-        self._guards: dict[Guard, None] = {}
+        # The instance of each.
+        self._guards: dict[Guard, int] = {}
         self._started: set[Deadline] = set()
 
     def look(self) -> None:
@@ -68,9 +70,11 @@ class Hurry:
             elif Clock.now > deadline.deadline + LATE:
                 del self._sent[exchange]
                 self._broken(f"an answer runs {Clock.now - deadline.deadline:.3f} s too long")
-        for guard in list(self._guards):
+        for guard, instance in list(self._guards.items()):
             deadline = guard._deadline
-            if Clock.now > deadline.next + LATE and not (guard._over() or guard._task.done()):
+            if not self._alive(instance):
+                del self._guards[guard]
+            elif Clock.now > deadline.next + LATE and not (guard._over() or guard._task.done()):
                 del self._guards[guard]
                 late = Clock.now - deadline.next
                 self._broken(f"{deadline.wait} goes on for {late:.3f} s after its deadline")
@@ -98,7 +102,7 @@ class Hurry:
 
         def entering(guard: Guard) -> Guard:
             result = enter(guard)
-            noted._guards[guard] = None
+            noted._guards[guard] = INSTANCE.get()
             return result
 
         def leaving(guard: Guard, *exc: Any) -> None:

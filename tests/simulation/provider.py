@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections import defaultdict, deque
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     Play = Callable[[Exchange], Awaitable[web.StreamResponse]]
 
-_QUESTION = re.compile(rb"q[0-9]+(?= word)")
+_QUESTION = re.compile("q[0-9]+(?= word)")
 # The ids of the simulated provider; ours are longer.
 _ID = re.compile("resp_[0-9a-f]{24}")
 LAST_CHUNK = b"0\r\n\r\n"
@@ -144,15 +144,22 @@ class _Received(deque[ReceivedRequest]):
 
     def append(self, received: ReceivedRequest) -> None:
         call = CALL.get()
-        # An answer quotes its question.
-        names = [name for name, _ in groupby(_QUESTION.findall(received.body))]
-        call.shown = tuple(name.decode() for name in names)
-        call.question = call.shown[-1] if names else ""
+        call.shown = tuple(_QUESTION.findall(_asked(received.body)))
+        call.question = call.shown[-1] if call.shown else ""
         last_role = received.body.rpartition(b'"role":"')[2]
         call.continues = last_role.startswith(b"assistant")
         match = _PREVIOUS.search(received.body)
         call.previous = match[1].decode() if match else ""
         self._calls.asked[call.question].append(call)
+
+
+def _asked(body: bytes) -> str:
+    """Return what the user says in *body*: an answer quotes its questions, perhaps several."""
+    request = orjson.loads(body or b"{}")
+    said = request.get("messages", request.get("input", ""))
+    if isinstance(said, str):
+        return said
+    return "\n".join(str(each["content"]) for each in said if each.get("role") == "user")
 
 
 class _Bodies(deque[Any]):
