@@ -288,6 +288,8 @@ def _guards(providers: dict[str, Any]) -> list[Text]:
                 f"{trial.get('row')} of {trial.get('needed')} trials good in a row, "
                 f"{_time(trial.get('interval'))} apart"
             )
+        if (messages := (provider.get("learned") or {}).get("messages", "no")) != "no":
+            notes.append(f"messages: {messages}")
         if silent := _silent(provider.get("silent") or {}):
             notes.append(silent)
         if pace := provider.get("pace"):

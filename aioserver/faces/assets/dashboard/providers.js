@@ -88,6 +88,7 @@ export class Providers {
         ...provider,
         name,
         is_active: provider.active || null,
+        messages: provider.learned?.messages === "no" ? null : provider.learned?.messages,
         batch: provider.waiting_by_class?.batch || null,
         pool: pool && { ...pool, busy: pool.open - pool.idle },
         silent: silent?.under_way ? { ...silent, number: silent.stalled + silent.unanswered } : null,
