@@ -111,9 +111,17 @@ def question(messages: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
             if isinstance(content, str)
             else [text_of([part]) for part in objects(content)]
         )
-        if own := [text for text in texts if text and not _ADDED.fullmatch(text)]:
+        own = [_own(text) for text in texts]
+        if own := [text for text in own if text.strip() and not _ADDED.fullmatch(text)]:
             return index, " ".join(own)
     return -1, ""
+
+
+def _own(text: str) -> str:
+    """Return *text* without reminders, which a translation may have joined with it."""
+    first, *pieces = text.split("<system-reminder>")
+    behind = (piece.partition("</system-reminder>") for piece in pieces)
+    return first + "".join(after if end else inside for inside, end, after in behind)
 
 
 def results(messages: Sequence[Mapping[str, Any]]) -> Results:

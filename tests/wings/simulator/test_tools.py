@@ -228,6 +228,13 @@ def test_what_programs_add_is_not_what_the_person_asks(endpoint: str) -> None:
     assert called(asked(endpoint, "Hello", after)) is None
     assert called(asked(endpoint, "Use Bash", after)) == ("Bash", {"command": "ls"})
     assert called(asked(endpoint, "Use Bash", *past, after)) is None
+    # A translation makes one text of all.
+    assert called(asked(endpoint, f"{added}\n\nUse Bash\n\n{added}")) == (
+        "Bash",
+        {"command": "ls"},
+    )
+    assert called(asked(endpoint, f"{added}\n\nHello\n\n{added}")) is None
+    assert called(asked(endpoint, "Hello", {**after, "content": f"{added}\n\n{added}"})) is None
     again = {"role": "user", "content": "Now finish"}
     assert called(asked(endpoint, "Use Bash", *past, again)) == ("finish", {})
 
