@@ -170,7 +170,8 @@ async def test_a_slow_first_word_is_waited_for_and_comes_with_its_preamble(
     first, second = Scripted(slow), Scripted(good)
     quick = {"chat.websocket.ping_interval": 0.1}
     async with two(make_server, first, second, quick, read_timeout=30.0) as server:
-        body = {"model": "m", "messages": [], "stream": True}
+        asked = {"stream": True, "stream_options": {"include_usage": True}}
+        body = {"model": "m", "messages": [], **asked}
         async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
             # The head, and a heartbeat: nothing of the answer.
             assert await response.content.readuntil(b"\n\n") == HEARTBEAT
