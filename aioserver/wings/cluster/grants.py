@@ -242,10 +242,11 @@ class Grant:
             return True
         return self._more() > self._wanted and not self._leaving
 
-    def op(self) -> Op | None:
+    def op(self) -> Op:
         """Say what this instance has and wants, and lower the grant to it.
 
-        None if there is nothing to say.
+        It is said also where both are nothing: the server may know of a want that is over, and
+        have given a place for it.
         """
         standing, inside, wanting = self._standing, self.user.inside, self.user.wanting
         if self.dropped:
@@ -266,8 +267,6 @@ class Grant:
         self._wanted = max(0, min(wanting - (have - inside), self.limit - have))
         spare = max(0, target - max(0, have - inside - wanting))
         self._told = False
-        if not (have or self.recorded or self._wanted or spare):
-            return None
         give = max(0, self.recorded - have)
         return Op(self.name, have, give, self._wanted, self.user.weight, self.limit, spare)
 

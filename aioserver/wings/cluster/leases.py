@@ -277,7 +277,7 @@ class Leases:
         if self._whole:
             self._next_whole = self._sent + self.times.beat
         in_order = sorted(grants, key=lambda grant: grant.name)
-        self._ops = [(grant, op) for grant in in_order if (op := grant.op()) is not None]
+        self._ops = [(grant, grant.op()) for grant in in_order]
         self._bye = standing.leaving and not any(
             each.user.inside for each in self._grants.values()
         )

@@ -408,6 +408,28 @@ async def test_who_gives_up_takes_its_wish_back_at_once(cluster: Cluster) -> Non
     nothing_is_left(members)
 
 
+async def test_who_has_nothing_any_more_takes_its_wish_back_too(cluster: Cluster) -> None:
+    one, two, three = (gate_of(cluster, cluster.add(name), 1) for name in ("one", "two", "three"))
+    cluster.advance(TIMES.grace + 3 * TIMES.beat)
+    place = await entered(one)
+    asking, other = await waiting(two), await waiting(three)
+    cluster.renew()
+
+    # It has no place, wants none, and knows that another one starves.
+    other.cancel()
+    await asyncio.wait([other])
+    place.release()
+    cluster.advance(2 * TIMES.beat)
+    await ticks()
+    asking.result().release()
+    asking = await waiting(one)
+    cluster.advance(2 * TIMES.beat)
+    await ticks()
+
+    # Nobody has been given what nobody waits for.
+    asking.result().release()
+
+
 async def test_a_lease_for_one_line_is_used_by_who_is_first_there(cluster: Cluster) -> None:
     members = Members(cluster)
     await members.fill()
