@@ -222,7 +222,8 @@ class Group:
             if placement is not None:
                 home = placement.label(chosen)
                 if placement.remembered:
-                    known, size = placement.known[chosen], placement.prefix.size
+                    # One that has come since it was placed was not looked at.
+                    known, size = placement.known.get(chosen, 0), placement.prefix.size
             outcome.start = GroupStart(self.name, chosen.provider.name, home, known, size)
         chosen.starts += 1
         chosen.started_at = self._clock()

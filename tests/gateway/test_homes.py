@@ -291,6 +291,31 @@ def test_a_reload_keeps_what_is_known_of_members_that_stay() -> None:
     run_virtually(scene())
 
 
+def test_a_request_may_start_at_a_member_that_came_while_it_waited() -> None:
+    async def scene() -> None:
+        engines = engines_of(2, 1)
+        router = router_over(engines)
+        await ask(router, chat("a"))
+        for engine in engines.values():
+            engine.seconds = 100.0
+        busy = [asyncio.create_task(ask(router, chat("z"), name)) for name in engines]
+        await ticks(3)
+        asking = asyncio.create_task(ask(router, chat("a", 2)))
+        await ticks(3)
+
+        engines["new"] = Engine("new", 1)
+        members = tuple(Member(provider=name) for name in engines)
+        group = Group(members=members, choose="least_busy", affinity="prefix")
+        router.apply(dict(engines), llm_of(dict(engines), "e0", models={"all": group}))
+
+        assert await asking == "new"
+        for task in busy:
+            task.cancel()
+        await asyncio.wait(busy)
+
+    run_virtually(scene())
+
+
 def test_no_more_is_remembered_than_the_bound_and_the_least_recent_goes_first() -> None:
     async def scene() -> None:
         engines = engines_of(1)
