@@ -141,6 +141,8 @@ class _Followed:
 
     def look(self) -> None:
         """Look at the starts since the last look, and forget them."""
+        # Whoever is known no more has something to be corrected for the last time, perhaps.
+        self._correct()
         for charge, work in self._charges:
             self._dearest = max(self._dearest, charge.work, work)
             self._error = max(self._error, abs(charge.work - work))
