@@ -36,6 +36,15 @@ SHOWN = {  # module: why it may know what time people have
     "gateway.histories": "when a question was asked, of a turn that is kept for days",
     "wings.conversations.memory": "turns are older than the process, and kept for days",
     "tools.top.screen": "the times of incidents",
+    "limits.budget": "a budget of a day, which begins at 00:00 UTC",
+    "wings.cluster.shared_budget": "a budget of a day, which begins at 00:00 UTC",
+    "server.app": "which day's ledger says what was used today",
+    "telemetry.ledger": "the stamps of lines, and the days of files",
+    "telemetry.ledger_reader": "whether an attempt may still run",
+    "telemetry.sums": "the day that sums belong to",
+    "telemetry.usage": "the stamps of lines",
+    "tools.usage": "a time as `7d` ago",
+    "wings.anthropic.face": "a reset that is a date, as Anthropic has it",
     "wings.simulator.shapes": "`created` in OpenAI's objects",
 }
 
