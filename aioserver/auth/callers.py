@@ -41,23 +41,18 @@ class Caller:
     admin: bool = field(default=False, compare=False)
     quota: Quota | None = field(default=None, compare=False, repr=False)
 
-    @property
-    def flow(self) -> str:
-        """The flow in which requests wait at a provider: the caller's key, or its address without
-        keys.
+    # The address of a client without a key; "" for a key, which is the same caller everywhere.
+    address: str = field(init=False, compare=False)
+    # The flow in which requests wait at a provider: the caller's key, or its address without keys.
+    # The user is not part of it: otherwise a client without a key would get a larger share by
+    # naming more users.
+    flow: str = field(init=False, compare=False)
 
-        The user is not part of the flow: otherwise a client without a key would get a larger share
-        by naming more users.
-        """
-        return self.name or self.address
-
-    @property
-    def address(self) -> str:
-        """The address of a client without a key.
-
-        "" for a key, which is the same caller everywhere.
-        """
-        return "" if self.name else self.subflow.partition("\0")[0]
+    def __post_init__(self) -> None:
+        # Each request reads them, and few callers are made.
+        address = "" if self.name else self.subflow.partition("\0")[0]
+        object.__setattr__(self, "address", address)
+        object.__setattr__(self, "flow", self.name or address)
 
     def on_behalf_of(self, user: object) -> Caller:
         """Return the same caller, with a subflow of its own for *user*, if that is a text."""

@@ -320,30 +320,31 @@ class Charge(Generic[T]):
         if queue is None:
             return
         caller, flow = self._caller, self._flow
-        callers, flows = queue.callers, caller.flows
-        if cost is not None and cost != self.work:
-            more, self.work = cost - self.work, cost
-            caller.tag += more * self.length
-            flow.tag += more * LENGTH
-            if caller.waiting:
-                callers.push(caller)
-                if flow.waiting:
-                    flows.push(flow)
+        more = 0 if cost is None else cost - self.work
+        self.work += more
+        caller.tag += more * self.length
         caller.running -= 1
         flow.running -= 1
-        if caller.waiting or caller.running:
-            if not (flow.waiting or flow.running):
-                flows.rests()
+        callers, flows = queue.callers, caller.flows
+        if not (caller.running or caller.waiting):
+            # Nothing of it is in a heap, and what its flows have started is forgotten.
+            callers.idle += 1
+            if callers.idle > MAX_STALE:
+                callers.sweep()
+            if len(flows.counters) == 1:
+                # What `rest` does.
+                flow.tag = flows.virtual
+                flows.idle = 1
+            else:
+                caller.rest()
             return
-        callers.idle += 1
-        if callers.idle > MAX_STALE:
-            callers.sweep()
-        if len(flows.counters) == 1:
-            # What `rest` does.
-            flow.tag = flows.virtual
-            flows.idle = 1
-        else:
-            caller.rest()
+        flow.tag += more * LENGTH
+        if more and caller.waiting:
+            callers.push(caller)
+            if flow.waiting:
+                flows.push(flow)
+        if not (flow.running or flow.waiting):
+            flows.rests()
 
 
 class FairQueue(Generic[T]):
@@ -395,23 +396,29 @@ class FairQueue(Generic[T]):
         entry = callers.counters.get(caller)
         if entry is None:
             entry = callers.made(caller, length)
-        elif not (entry.running or entry.waiting):
+        elif not entry.running:
             callers.idle -= 1
         entry.length = length
         entry.running += 1
-        if entry.tag > callers.virtual:  # noqa: PLR1730 - a call of `max` costs more
-            callers.virtual = entry.tag
-        entry.tag = callers.virtual + work * length
+        tag = entry.tag
+        if tag > callers.virtual:
+            callers.virtual = tag
+        else:
+            tag = callers.virtual
+        entry.tag = tag + work * length
         flows = entry.flows
         line = flows.counters.get(flow)
         if line is None:
             line = flows.made(flow)
-        elif not (line.running or line.waiting):
+        elif not line.running:
             flows.idle -= 1
         line.running += 1
-        if line.tag > flows.virtual:  # noqa: PLR1730
-            flows.virtual = line.tag
-        line.tag = flows.virtual + work * LENGTH
+        tag = line.tag
+        if tag > flows.virtual:
+            flows.virtual = tag
+        else:
+            tag = flows.virtual
+        line.tag = tag + work * LENGTH
         return Charge(self, entry, line, length, work)
 
     def pop(self, gone: Callable[[T], bool]) -> tuple[T, Charge[T]] | None:

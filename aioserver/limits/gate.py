@@ -192,9 +192,8 @@ class Place:
             if self._charge is not None:
                 self._charge.settle()
             if self.batch:
-                gate._leave(batch=True)  # noqa: SLF001 - the two are one concept
-            else:
-                gate._leave()  # noqa: SLF001
+                gate._batch_left()  # noqa: SLF001 - the two are one concept
+            gate._leave()  # noqa: SLF001
 
     def __enter__(self) -> Self:
         return self
@@ -354,7 +353,9 @@ class Gate:
                     loop = asyncio.get_running_loop()
                     self._start_timer = loop.call_later(delay, self.serve)
                 return
-            self._enter(batch=queue is self._batch)
+            self._enter()
+            if queue is self._batch:
+                self._batch_entered()
             self._hand_over(queue)
 
     def _next(self) -> FairQueue[Waiter[Place]] | None:
@@ -385,32 +386,37 @@ class Gate:
         """
         if self._inside >= self._limit or self._queue.size or self._closed is not None:
             return None
+        paced = self._pace is not None
+        if not (work or paced or batch):
+            # The door, and the sockets of a provider.
+            place = Place(self)
+            self._enter()
+            self._entered += 1
+            return place
         queue = self._queue
         if batch:
             queue = self._batch
             if queue.size or self._batch_inside >= self.batch_limit:
                 return None
-        paced = self._pace is not None
         if paced and self._delay() > ROUNDING:
             return None
+        self._enter()
         if batch:
-            self._enter(batch=True)
-        else:
-            self._enter()
+            self._batch_entered()
         charge = None
         try:
             if work:
                 charge = queue.start(caller, flow, weight, work)
             if paced:
                 place = self._start(cost, charge, batch=batch)
-            elif charge is None and not batch:
-                place = Place(self)
             else:
                 place = Place(self, charge, batch=batch)
         except BaseException:
             if charge is not None:
                 charge.settle(0)
-            self._leave(batch=batch)
+            if batch:
+                self._batch_left()
+            self._leave()
             raise
         self._entered += 1
         return place
@@ -685,25 +691,25 @@ class Gate:
             self._pace.start(cost)
         return Place(self, charge, batch=batch)
 
-    def _enter(self, *, batch: bool = False) -> None:
+    def _enter(self) -> None:
         self._inside += 1
         if self._inside == self._limit:
             self._full_since = self._clock()
-        if batch:
-            self._batch_inside += 1
-            if self._batch_inside == self.batch_limit:
-                self._batch_full_since = self._clock()
 
-    def _leave(self, *, batch: bool = False) -> None:
+    def _batch_entered(self) -> None:
+        self._batch_inside += 1
+        if self._batch_inside == self.batch_limit:
+            self._batch_full_since = self._clock()
+
+    def _leave(self) -> None:
         # Below the limit nobody had to wait for this place, so its interval does not count.
         if self._inside >= self._limit:
             now = self._clock()
             self._interval += SMOOTHING * (min(60.0, now - self._full_since) - self._interval)
             self._full_since = now
-        if batch:
-            self._batch_left()
         self._inside -= 1
-        self.serve()
+        if self._queue.size or self._batch.size:
+            self.serve()
 
     def _batch_left(self) -> None:
         if self._batch_inside >= self.batch_limit:

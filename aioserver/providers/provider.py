@@ -200,20 +200,20 @@ class Provider:
             ProviderFault: the provider is not asked now.
         """
         self.check(attempt)
-        record = attempt.request.record
+        request = attempt.request
+        record = request.record
         record.queued_at = record.queued_at or self._clock()
         if self.settings.http_client.tokens_per_minute:
             attempt.expected_tokens = self._expected_tokens(attempt)
-        request = attempt.request
         caller = request.caller
-        if attempt.background and attempt.permit is None:
+        if request.background and attempt.permit is None:
             attempt.permit = self._gate.permits.try_enter(
                 0,
                 caller.flow,
                 caller.subflow,
                 caller.priority,
                 request.work,
-                batch=request.batch,
+                batch=record.batch,
             )
             if attempt.permit is None:
                 return None
@@ -223,7 +223,7 @@ class Provider:
             caller.subflow,
             caller.priority,
             request.work,
-            batch=request.batch,
+            batch=record.batch,
         )
 
     def wish(self, attempt: Attempt, delay: float = 0.0) -> Wish:

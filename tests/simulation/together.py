@@ -331,8 +331,8 @@ class Together:
             take(rate, seconds)
             self.started(rate, seconds)
 
-        def noting_enter(gate: SharedGate, *, batch: bool = False) -> None:
-            super(SharedGate, gate)._enter(batch=batch)
+        def noting_enter(gate: SharedGate) -> None:
+            super(SharedGate, gate)._enter()
             self.entered(gate)
 
         stack.enter_context(mock.patch.object(SharedRate, "take", noting_take))

@@ -22,9 +22,9 @@ from aioserver.wings.cluster.shared_gate import SharedGate
 class Reported(SharedGate):
     """A gate that writes a line for each start."""
 
-    def _enter(self, *, batch: bool = False) -> None:
+    def _enter(self) -> None:
         write("+")
-        super()._enter(batch=batch)
+        super()._enter()
 
 
 def write(word: str) -> None:

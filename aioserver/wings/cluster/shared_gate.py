@@ -147,9 +147,9 @@ class SharedGate(Gate):
             self._grant.wait_ends()
         return waited
 
-    def _leave(self, *, batch: bool = False) -> None:
+    def _leave(self) -> None:
         self._grant.place_ends()
-        super()._leave(batch=batch)
+        super()._leave()
 
 
 class ConnectionGate(SharedGate):
