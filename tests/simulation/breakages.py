@@ -54,6 +54,15 @@ provider.tokens_of = fewer
 from aioserver.providers import provider
 provider.MIN_ERROR_STATUS = 1000
 """,
+    "a reservation": """
+from aioserver.limits.budget import Reservation
+settle, count = Reservation.settle, [0]
+def lossy(self, tokens):
+    count[0] += 1
+    if count[0] % 5:
+        settle(self, tokens)
+Reservation.settle = lossy
+""",
     # Of an answer that breaks off and is continued.
     "what was said last": """
 from aioserver.protocol.said import ChatSaid, ReadSaid

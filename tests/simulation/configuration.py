@@ -5,15 +5,14 @@ second provider.
 from __future__ import annotations
 
 import hashlib
+import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aioserver.limits.fair_queue import BATCH, INTERACTIVE
 from aioserver.limits.gate import BATCH_PATIENCE
+from aioserver.limits.key_queue import MAX_WAIT
 from tests.support.server import HTTP_CLIENT
-
-if TYPE_CHECKING:
-    import random
 
 HTTP = "llm.providers.sim.http_client"
 GATE = "chat.websocket.concurrency"
@@ -46,7 +45,7 @@ class Key:
 
     def entry(self, dice: random.Random) -> dict[str, Any]:
         """Return the entry of `auth.keys`."""
-        return {
+        entry = {
             "name": self.name,
             "sha256": hashlib.sha256(self.secret.encode()).hexdigest(),
             "priority": self.weight,
@@ -55,6 +54,11 @@ class Key:
             "max_connections": dice.choice((0, 0, 0, 50)),
             "requests_per_minute": dice.choice((100, 100_000)),
         }
+        # Dice of its own: what the others draw stays as it is.
+        own = random.Random(repr(sorted(entry.items())))
+        entry["queue_size"] = own.choice((0, 5, 200))
+        entry["tokens_per_minute"] = own.choice((0, 0, 20_000))
+        return entry
 
 
 def draw_keys(dice: random.Random) -> tuple[Key, ...]:
@@ -157,7 +161,8 @@ def longest_wait(changes: dict[str, Any], providers: int, hops: int = 0) -> floa
     )
     provider = queue_timeout + retries * (attempt + BACKOFF)
     hop = queue_timeout + attempt
-    return float(
+    at_key = MAX_WAIT if any(key["queue_size"] for key in keys) else 0.0
+    return at_key + float(
         BODY
         + changes[f"{GATE}.queue_timeout"]
         + providers * provider
