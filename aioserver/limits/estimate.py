@@ -88,8 +88,11 @@ class Estimates:
             answer = UNBOUNDED if bound is None else min(bound, LARGEST_FIRST)
         elif bound is not None:
             answer = min(bound, answer)
-        prompt = min(MAX_INPUT, round(size * ratios.prompt))
-        uncached = min(prompt, round(size * ratios.uncached))
+        prompt, uncached = round(size * ratios.prompt), round(size * ratios.uncached)
+        if prompt > MAX_INPUT:  # noqa: PLR1730 - a call of `min` costs more
+            prompt = MAX_INPUT
+        if uncached > prompt:  # noqa: PLR1730
+            uncached = prompt
         return Estimate(prompt, uncached, round(answer))
 
     def tokens_per_byte(self, provider: str, model: str) -> float:
@@ -119,29 +122,29 @@ class Estimates:
         many *events*, or was not streamed. None: all of that answer did not come.
         """
         pair = provider, model
-        ratios = self._ratios.get(pair)
+        # What is taken out and put back is the newest then.
+        ratios = self._ratios.pop(pair, None)
         if ratios is None:
-            ratios = self._ratios[pair] = _Ratios()
-            if len(self._ratios) > MAX_PAIRS:
+            ratios = _Ratios()
+            if len(self._ratios) >= MAX_PAIRS:
                 self._ratios.popitem(last=False)
-        else:
-            self._ratios.move_to_end(pair)
+        self._ratios[pair] = ratios
         if size > 0:
-            ratios.prompt += (prompt / size - ratios.prompt) / SMOOTHING
-            ratios.uncached += ((prompt - cached) / size - ratios.uncached) / SMOOTHING
+            last = ratios.prompt
+            ratios.prompt = last + (prompt / size - last) / SMOOTHING
+            last = ratios.uncached
+            ratios.uncached = last + ((prompt - cached) / size - last) / SMOOTHING
         if answer is None:
             return
         if events > 0:
             ratios.event += (answer / events - ratios.event) / SMOOTHING
         pair = caller, model
-        average = self._answers.get(pair)
+        average = self._answers.pop(pair, None)
         if average is None:
-            self._answers[pair] = float(answer)
-            if len(self._answers) > MAX_PAIRS:
+            average = float(answer)
+            if len(self._answers) >= MAX_PAIRS:
                 self._answers.popitem(last=False)
-        else:
-            self._answers[pair] = average + (answer - average) / SMOOTHING
-            self._answers.move_to_end(pair)
+        self._answers[pair] = average + (answer - average) / SMOOTHING
 
 
 _START = _Ratios()

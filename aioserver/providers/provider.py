@@ -72,8 +72,6 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound="Memory")
 # The statuses from this one on say that there is no answer, and that it costs nothing.
 MIN_ERROR_STATUS = 400
-# Who has counted the tokens that are learned from.
-_LEARNED = PROVIDER, MIXED
 
 
 @dataclass(frozen=True, slots=True)
@@ -693,27 +691,24 @@ class Provider:
         """Return what *attempt*, which has ended, well or with *exc*, has cost, and note it in the
         outcome; None if that is nothing.
         """
-        outcome = attempt.request.outcome
-        if (
-            not outcome.sent_at
-            or attempt.status >= MIN_ERROR_STATUS
-            or not attempt.request.api.costs
-        ):
+        request = attempt.request
+        outcome = request.outcome
+        if not outcome.sent_at or attempt.status >= MIN_ERROR_STATUS or not request.api.costs:
             return None
         exc = exc or attempt.fault
         part = self._part(attempt, exc)
         outcome.parts += (part,)
-        if part.source in _LEARNED:
-            whole = exc is None and attempt.hop is None and part.source == PROVIDER
+        if part.source in (PROVIDER, MIXED):
+            whole = exc is None and part.source == PROVIDER and attempt.hop is None
             self._estimates.learn(
                 self.name,
-                outcome.model,
-                attempt.request.caller.name,
+                part.model,
+                request.caller.name,
                 attempt.body_bytes,
                 part.tokens_in,
                 part.tokens.cached or 0,
                 part.tokens_out if whole else None,
-                _events(attempt) if attempt.stream is not None else 0,
+                0 if attempt.stream is None else _events(attempt),
             )
         return part
 
@@ -792,12 +787,14 @@ def _work_of(attempt: Attempt, part: Part | None) -> int:
     """Return what *attempt*, which has ended and has cost *part*, has cost its caller's share."""
     if part is None:
         return 0
-    if part.source == NOBODY:
-        return UNKNOWN_WORK
-    estimate, uncached = attempt.request.estimate, part.tokens_in - (part.tokens.cached or 0)
-    if part.source == ESTIMATE and estimate is not None:
-        uncached = estimate.uncached
-    return max(1, uncached + OUTPUT_FACTOR * part.tokens_out)
+    if part.source != PROVIDER:
+        if part.source == NOBODY:
+            return UNKNOWN_WORK
+        estimate = attempt.request.estimate
+        if part.source == ESTIMATE and estimate is not None:
+            return max(1, estimate.uncached + OUTPUT_FACTOR * part.tokens_out)
+    work = part.tokens_in - (part.tokens.cached or 0) + OUTPUT_FACTOR * part.tokens_out
+    return work if work > 0 else 1
 
 
 def _events(attempt: Attempt) -> int:

@@ -11,8 +11,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypedDict
 
 from aioserver.telemetry.counters import Counter
-from aioserver.telemetry.ledger_reader import COLUMNS, Sums
-from aioserver.telemetry.outcome import ESTIMATE, MIXED, NOBODY
+from aioserver.telemetry.ledger_reader import COLUMNS
+from aioserver.telemetry.outcome import ESTIMATE, NOBODY, PROVIDER
+from aioserver.telemetry.tokens import NO_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Sequence
@@ -29,6 +30,8 @@ MAX_NAME = 200
 OTHER = "other"
 KINDS = ("input", "cached", "cache_write", "output", "reasoning", "audio")
 SECONDS_OF_A_DAY = 86_400
+# The kinds of tokens that most parts have none of.
+_NO_OTHERS = NO_TOKENS[3:]
 
 
 class Day(TypedDict):
@@ -38,169 +41,191 @@ class Day(TypedDict):
     rows: list[dict[str, str | int]]
 
 
-class _Account:
-    """What one caller has spent at one provider for one model: on *day*, and on the one before."""
+class _Row:
+    """What one caller has spent at one provider for one model on one day.
 
-    __slots__ = ("before", "counters", "day", "row")
+    *told* is how much of it the children of the metric have, by kind.
+    """
 
-    def __init__(self, day: int) -> None:
-        self.day = day
-        self.row, self.before = Sums(), Sums()
-        # By kind; None until something is counted.
-        self.counters: list[Counter | None] = [None] * len(KINDS)
+    __slots__ = (
+        *("requests", "repeats", "asked", "cached", "cache_write", "answered", "reasoning"),
+        *("audio", "estimated", "told"),
+    )
 
-    def turn_to(self, day: int) -> None:
-        """Begin *day*."""
-        self.before = self.row if day == self.day + 1 else Sums()
-        self.row, self.day = Sums(), day
+    def __init__(self) -> None:
+        # Attempts: the first of each request, and all others.
+        self.requests = self.repeats = 0
+        self.asked = self.cached = self.cache_write = 0
+        self.answered = self.reasoning = self.audio = 0
+        self.estimated = 0
+        self.told = (0,) * len(KINDS)
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """Its tokens, in the order of KINDS."""
+        return (
+            *(self.asked, self.cached, self.cache_write),
+            *(self.answered, self.reasoning, self.audio),
+        )
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """It in the order of COLUMNS."""
+        return self.requests, self.requests + self.repeats, *self.kinds, self.estimated
 
 
 class _Total:
-    """All tokens of one caller on *day*."""
+    """All rows of one caller on the present day, and how many are of models that nobody has
+    configured.
+    """
 
-    __slots__ = ("day", "estimated", "tokens", "unknown")
+    __slots__ = ("rows", "unknown")
 
-    def __init__(self, day: int) -> None:
-        self.day = day
-        self.tokens = 0
-        self.estimated = Counter()
-        # Its rows with models that nobody has configured.
+    def __init__(self) -> None:
+        self.rows: list[_Row] = []
         self.unknown = 0
 
 
 class CallerSums:
     """Counts what attempts have cost.
 
-    Always: at most MAX_ROWS rows and as many callers' totals, and MAX_CHILDREN children of the
-    metric, besides those of OTHER. A day never goes back, though the clock may.
+    Always: each day has at most MAX_ROWS rows, and MAX_CHILDREN children of the metric are there,
+    besides those of OTHER. A day never goes back, though the clock may.
+
+    An attempt changes its row alone: the children of the metric are told when somebody looks.
 
     *configured* has the pairs of a provider and a model that the settings name.
     """
 
     def __init__(self, wall: Callable[[], float] = time.time) -> None:
         self._wall = wall
-        self._day = 0
+        self._day, self._midnight = 0, 0
         self.configured: Container[tuple[str, str]] = frozenset()
-        self._accounts: dict[tuple[str, str, str], _Account] = {}
+        # The rows of today and of yesterday, and the callers of today.
+        self._rows: dict[tuple[str, str, str], _Row] = {}
+        self._before: dict[tuple[str, str, str], _Row] = {}
         self._totals: dict[str, _Total] = {}
         # The children of the metrics: by caller, provider, model and kind; and by caller.
-        self.tokens: dict[tuple[str, ...], Counter] = {}
+        self._tokens: dict[tuple[str, ...], Counter] = {}
         self.estimated: dict[str, Counter] = {}
 
     def add(self, caller: str, part: Part, *, anew: bool) -> None:
         """Count *part* of a request of *caller*; *anew*: the first that it has at this provider,
         for this model.
         """
-        day = self._turn()
-        total = self._totals.get(caller)
-        if total is None or total.day != day:
-            total = self._total(caller, day)
-        model = part.model[:MAX_NAME]
-        account = self._accounts.get((caller, part.provider, model))
-        if account is None or account.day != day:
-            account = self._account(caller, part.provider, model, day, total)
-        row = account.row
-        row.requests += anew
-        row.attempts += 1
-        source, tokens = part.source, part.tokens
-        if source == NOBODY:
+        if self._wall() >= self._midnight:
+            self._turn()
+        row = self._rows.get((caller, part.provider, part.model))
+        if row is None:
+            row = self._row(caller, part.provider, part.model[:MAX_NAME])
+        if anew:
+            row.requests += 1
+        else:
+            row.repeats += 1
+        tokens = part.tokens
+        # Most have no tokens of these kinds.
+        if part.source != PROVIDER or tokens[3:] != _NO_OTHERS:
+            if part.source == NOBODY:
+                return
+            self._add_others(caller, part, row)
+        row.asked += part.tokens_in
+        row.answered += part.tokens_out
+        if tokens.cached:
+            row.cached += tokens.cached
+
+    def _add_others(self, caller: str, part: Part, row: _Row) -> None:
+        """Count in *row* what few parts have: other kinds of tokens, and estimated ones."""
+        tokens = part.tokens
+        row.cache_write += tokens.cache_write
+        row.reasoning += tokens.reasoning
+        row.audio += tokens.audio_in + tokens.audio_out
+        if part.source == PROVIDER:
             return
-        asked, answered = part.tokens_in, part.tokens_out
-        cached, audio = tokens.cached or 0, tokens.audio_in + tokens.audio_out
-        total.tokens += asked + answered
-        row.input_tokens += asked
-        row.cached_tokens += cached
-        row.cache_write_tokens += tokens.cache_write
-        row.output_tokens += answered
-        row.reasoning_tokens += tokens.reasoning
-        row.audio_tokens += audio
-        unconfirmed = 0
-        if source == ESTIMATE:
-            unconfirmed = asked + answered
-        elif source == MIXED:
-            unconfirmed = answered
-        if unconfirmed:
-            row.estimated_tokens += unconfirmed
-            total.estimated.value += unconfirmed
-        counts = asked, cached, tokens.cache_write, answered, tokens.reasoning, audio
-        counters = account.counters
-        for index, count in enumerate(counts):
-            if count:
-                counter = counters[index]
-                if counter is None:
-                    counter = self._child(caller, part.provider, model, KINDS[index])
-                    counters[index] = counter
-                counter.value += count
+        unconfirmed = part.tokens_out + (part.tokens_in if part.source == ESTIMATE else 0)
+        row.estimated += unconfirmed
+        self.estimated.setdefault(caller, Counter()).value += unconfirmed
+
+    @property
+    def tokens(self) -> dict[tuple[str, ...], Counter]:
+        """The children of the metric, by caller, provider, model and kind."""
+        self._tell()
+        return self._tokens
 
     def today(self, caller: str) -> int:
         """Return all tokens of *caller* on this day."""
+        self._turn()
         total = self._totals.get(caller)
-        return total.tokens if total is not None and total.day == self._turn() else 0
+        return 0 if total is None else sum(row.asked + row.answered for row in total.rows)
 
     def days(self, caller: str | None = None) -> list[Day]:
         """Return the rows of today and of yesterday, of all callers or of *caller* alone."""
-        day = self._turn()
-        rows: tuple[list[dict[str, str | int]], ...] = [], []
-        for (owner, provider, model), account in sorted(self._accounts.items()):
-            if caller is not None and owner != caller:
-                continue
-            names: dict[str, str | int] = {"caller": owner, "provider": provider, "model": model}
-            ages = {account.day: account.row, account.day - 1: account.before}
-            for age, shown in enumerate(rows):
-                sums = ages.get(day - age)
-                if sums is not None and sums.attempts:
-                    shown.append(names | {name: getattr(sums, name) for name in COLUMNS})
-        return [{"day": _name(day - age), "rows": shown} for age, shown in enumerate(rows)]
-
-    def _turn(self) -> int:
-        day = int(self._wall() // SECONDS_OF_A_DAY)
-        if day > self._day:
-            self._day = day
-            # What is older than yesterday is shown nowhere. The children of the metric stay.
-            self._accounts = {
-                name: account for name, account in self._accounts.items() if account.day >= day - 1
+        self._turn()
+        return [
+            {
+                "day": _name(day),
+                "rows": [
+                    {
+                        "caller": owner,
+                        "provider": provider,
+                        "model": model,
+                        **dict(zip(COLUMNS, row.columns, strict=True)),
+                    }
+                    for (owner, provider, model), row in sorted(rows.items(), key=_by_name)
+                    if caller is None or owner == caller
+                ],
             }
-            self._totals = {
-                name: total for name, total in self._totals.items() if total.day >= day - 1
-            }
-        return self._day
+            for day, rows in ((self._day, self._rows), (self._day - 1, self._before))
+        ]
 
-    def _total(self, caller: str, day: int) -> _Total:
+    def _turn(self) -> None:
+        """Begin the day that it is, if it is another."""
+        now = self._wall()
+        if now < self._midnight:
+            return
+        self._tell()
+        day = int(now // SECONDS_OF_A_DAY)
+        # What is older than yesterday is shown nowhere. The children of the metric stay.
+        self._before = self._rows if day == self._day + 1 else {}
+        self._rows, self._totals = {}, {}
+        self._day, self._midnight = day, (day + 1) * SECONDS_OF_A_DAY
+
+    def _row(self, caller: str, provider: str, model: str) -> _Row:
+        """Return the row of today for these names, or for the model OTHER."""
         total = self._totals.get(caller)
         if total is None:
-            total = self._totals[caller] = _Total(day)
-            total.estimated = self.estimated.setdefault(caller, total.estimated)
-        total.day, total.tokens, total.unknown = day, 0, 0
-        return total
-
-    def _account(
-        self, caller: str, provider: str, model: str, day: int, total: _Total
-    ) -> _Account:
-        """Return the row of *day* for these names, or for the model OTHER."""
-        account = self._accounts.get((caller, provider, model))
-        if account is None:
+            total = self._totals[caller] = _Total()
+            self.estimated.setdefault(caller, Counter())
+        row = self._rows.get((caller, provider, model))
+        if row is None:
             unknown = (provider, model) not in self.configured
             if model != OTHER and (
-                len(self._accounts) >= MAX_ROWS or (unknown and total.unknown >= MAX_UNKNOWN)
+                len(self._rows) >= MAX_ROWS or (unknown and total.unknown >= MAX_UNKNOWN)
             ):
-                other = self._accounts.get((caller, provider, OTHER))
-                if other is not None and other.day == day:
-                    return other
-                return self._account(caller, provider, OTHER, day, total)
+                return self._row(caller, provider, OTHER)
             total.unknown += unknown
-            account = self._accounts[caller, provider, model] = _Account(day)
-        elif account.day != day:
-            account.turn_to(day)
-        return account
+            row = self._rows[caller, provider, model] = _Row()
+            total.rows.append(row)
+        return row
+
+    def _tell(self) -> None:
+        """Have the children of the metric count all that the rows of today do."""
+        for (caller, provider, model), row in self._rows.items():
+            kinds = row.kinds
+            if kinds == row.told:
+                continue
+            for kind, count, told in zip(KINDS, kinds, row.told, strict=True):
+                if count > told:
+                    self._child(caller, provider, model, kind).value += count - told
+            row.told = kinds
 
     def _child(self, caller: str, provider: str, model: str, kind: str) -> Counter:
         """Return the child of the metric, which is made now, unless there are too many."""
         if (provider, model) not in self.configured:
             model = OTHER
         labels = caller, provider, model, kind
-        if labels not in self.tokens and len(self.tokens) >= MAX_CHILDREN:
+        if labels not in self._tokens and len(self._tokens) >= MAX_CHILDREN:
             labels = OTHER, provider, model, kind
-        return self.tokens.setdefault(labels, Counter())
+        return self._tokens.setdefault(labels, Counter())
 
 
 def together(several: Iterable[Sequence[Day]]) -> list[Day]:
@@ -226,3 +251,7 @@ def together(several: Iterable[Sequence[Day]]) -> list[Day]:
 
 def _name(day: int) -> str:
     return datetime.fromtimestamp(day * SECONDS_OF_A_DAY, UTC).strftime("%Y-%m-%d")
+
+
+def _by_name(item: tuple[tuple[str, str, str], _Row]) -> tuple[str, str, str]:
+    return item[0]

@@ -204,10 +204,7 @@ class Usage:
     def ended(self, record: RequestRecord, part: Part, outcome: str) -> None:
         """Count *part*, the last of the request of *record*, which has ended with *outcome*."""
         parts = record.outcome.parts
-        anew = len(parts) < 2 or not any(
-            other.provider == part.provider and other.model == part.model for other in parts[:-1]
-        )
-        self.sums.add(record.caller, part, anew=anew)
+        self.sums.add(record.caller, part, anew=len(parts) < 2 or _is_anew(parts))
         if self.ledger is not None:
             sent = self._taken(record) or self._number(record, _nobody_knows)
             self._put(sent, part, outcome)
@@ -268,6 +265,14 @@ class Usage:
                 self._put(sent, sent.so_far(), RUNNING)
         again = SWEEP if left or self.ledger is None else SWEEP_ON
         self._timer = self._loop.call_later(again, self._sweep)
+
+
+def _is_anew(parts: tuple[Part, ...]) -> bool:
+    """Return whether the last of *parts* is the first of its provider and model."""
+    *earlier, part = parts
+    return not any(
+        other.provider == part.provider and other.model == part.model for other in earlier
+    )
 
 
 def _nothing() -> None:
