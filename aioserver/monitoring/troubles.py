@@ -96,6 +96,10 @@ OF_REJECTIONS = {
         "Look at its log, or at its status page.",
     ),
     "concurrency_exceeded": ("a client has as many answers as it may", _OWN_LIMITS),
+    "deadline_exceeded": (
+        "requests cannot start within the time that they allow",
+        "Look at what they wait for: the message of each names it, and its log line has the wait.",
+    ),
     "history_unavailable": (
         "conversations cannot be read or deleted now",
         "The log says what is wrong with the storage of conversations.",
