@@ -62,7 +62,7 @@ wings.responses.socket ResponsesSocket._prepare
 faces.upgrade serve
 wings.responses.draft Draft.take_input
 gateway.gateway Gateway._begin
-gateway.gateway Gateway._call
+gateway.gateway Gateway._begin_turn
 gateway.gateway Gateway.hold
 wings.responses.stored StoredResponses.hold
 wings.responses.stored StoredResponses.make
@@ -175,6 +175,7 @@ OTHERS = {
     Function("limits.fair_queue", "FairQueue.start"),
     Function("limits.fair_queue", "_Turns.start_early"),
     Function("wings.responses.redis", "SharedResponses._encoded"),
+    Function("faces.polling", "tell"),
     Function("workers.balance", "Balance.made"),
     Function("wings.tracing.tracer", "Tracer.visit"),
 }

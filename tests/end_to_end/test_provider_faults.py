@@ -373,7 +373,9 @@ async def test_a_missing_done_is_put_to_it(server: RunningServer) -> None:
     )
 
 
-async def test_events_come_back_byte_for_byte(server: RunningServer) -> None:
+async def test_events_come_back_byte_for_byte(make_server: MakeServer) -> None:
+    # Otherwise the provider is asked for its usage, which the client has not asked for.
+    server = await make_server(**{"llm.providers.sim.stream_usage": False})
     server.simulator.behaviour = Behaviour(ttft=0, interval=0, tokens=5)
     body = {"model": "fault-comments", **CHAT, "stream": True}
     url = f"{server.simulator.base_url}/chat/completions"
