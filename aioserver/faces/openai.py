@@ -70,8 +70,8 @@ class Dialect(NamedTuple):
     """The differences between the APIs whose answers pass as the provider's bytes.
 
     *face* is the name of their face. *heartbeat* is written into a stream after each
-    `ping_interval` of silence; what *render_wait* makes, if the request waits. The id of a request is in the header *id_header*, too, if the
-    provider has sent none.
+    `ping_interval` of silence; what *render_wait* makes, if the request waits. The id of a request
+    is in the header *id_header*, too, if the provider has sent none.
     """
 
     face: str

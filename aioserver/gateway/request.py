@@ -53,8 +53,9 @@ class Request:
     *name* is the id by which log lines name it. *key* is the id by which the caller finds its
     stream again, and *digest* tells a repeated request from a conflicting one. *key* is None if
     nobody can come back for the answer by an id of the client's. A *stored* answer is also found
-    by the provider's id, and one in the *background* runs to its end without a reader. *keeper* keeps the answer beyond its log, or has what the request
-    continues; None if there is nothing of either. Each try at a provider is an *attempt*, of a
+    by the provider's id, and one in the *background* runs to its end without a reader. *keeper*
+    keeps the answer beyond its log, or has what the request continues; None if there is nothing of
+    either. Each try at a provider is an *attempt*, of a
     class that its API may extend.
     """
 

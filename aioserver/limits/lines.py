@@ -69,9 +69,10 @@ class _Standing(Waiter[Place]):
 class Lines:
     """A request of *caller* and *flow* that waits for the first of several places.
 
-    Always: it stands in no line once `wait` has returned; it is handed one place at most. *weight*,
-    *on_position*, *at_front*, *batch* and *within* are as for `Gate.enter`. The position that is told is the smallest,
-    and the time until the start that of lines which serve the request side by side.
+    Always: it stands in no line once `wait` has returned; it is handed one place at most.
+    *weight*, *on_position*, *at_front*, *batch* and *within* are as for `Gate.enter`. The position
+    that is told is the smallest, and the time until the start that of lines which serve the
+    request side by side.
     """
 
     def __init__(

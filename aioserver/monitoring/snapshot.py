@@ -80,7 +80,8 @@ class Sources:
 
     *gate* admits connections, *running* counts the answers under way, *ready* says whether the
     server takes new work, and *listening* has the sockets that accept connections, as soon as
-    there are any. *keys* returns the state of the keys. *sections* are the wings' parts, and *endpoints* the paths of their faces.
+    there are any. *keys* returns the state of the keys. *sections* are the wings' parts, and
+    *endpoints* the paths of their faces.
     """
 
     settings: SettingsInEffect

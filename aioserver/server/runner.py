@@ -183,7 +183,8 @@ class Runner(web.AppRunner):
         more connections and refuses new work: requests that wait are refused, idle connections
         close, and answers without a reader end. The other answers have `shutdown_timeout` to
         finish, and each connection ends with its last response. Those in the background have it,
-        too, where other instances go on to keep them. Answers that are left after that end with `server_shutdown`, within FAREWELL seconds.
+        too, where other instances go on to keep them. Answers that are left after that end with
+        `server_shutdown`, within FAREWELL seconds.
 
         WebSockets close here, and not in aiohttp's own shutdown: once that begins, aiohttp drops
         all incoming data, and each close handshake would last for its whole timeout.

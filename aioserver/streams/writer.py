@@ -135,8 +135,9 @@ class Writer:
     ) -> Cursor:
         """Write the events of *stream* after event *after*, those to come included.
 
-        *render_position* renders where the request waits; None: that is not shown. *on_end* is called once the last event was written. A
-        writer that is closed already unfollows *stream* in the next iteration of the event loop.
+        *render_position* renders where the request waits; None: that is not shown. *on_end* is
+        called once the last event was written. A writer that is closed already unfollows *stream*
+        in the next iteration of the event loop.
 
         Raises:
             ResumeGap: see `Stream.locate`.

@@ -39,9 +39,10 @@ class Part(NamedTuple):
     """What one attempt has cost that was sent, in full or in part, and was not answered with a
     status of 400 or more: its tokens, as far as they are known.
 
-    *outcome* is that of the ledger (telemetry/usage.py), *source* who has counted. The two sums are those of this attempt alone, and *tokens* has what they do not say. Durations are in
-    seconds: *wait* in the provider's queue, *first* from sending to the first content, 0.0 if there
-    was none or the answer was not streamed, and *duration* from sending to the end.
+    *outcome* is that of the ledger (telemetry/usage.py), *source* who has counted. The two sums
+    are those of this attempt alone, and *tokens* has what they do not say. Durations are in
+    seconds: *wait* in the provider's queue, *first* from sending to the first content, 0.0 if
+    there was none or the answer was not streamed, and *duration* from sending to the end.
     """
 
     provider: str

@@ -3,9 +3,9 @@
 To a provider that speaks the API the body goes on as it came, but for what the OpenAI face changes
 too (faces/openai.py), and so do the client's `anthropic-*` headers; the provider's events and its
 errors come back byte for byte. For one that has chat completions only the attempt translates
-(wings/anthropic/attempt.py), and a count of tokens is an estimate. What differs from the OpenAI face is the form of what this server
-itself says (wings/anthropic/wire.py): errors, in a body or as an event, and heartbeats, which are
-`ping` events, since Claude Code counts events and no comments.
+(wings/anthropic/attempt.py), and a count of tokens is an estimate. What differs from the OpenAI
+face is the form of what this server itself says (wings/anthropic/wire.py): errors, in a body or as
+an event, and heartbeats, which are `ping` events, since Claude Code counts events and no comments.
 
 A model that names no provider goes to the first that speaks the API, of the active one and the
 fallbacks (gateway/router.py).

@@ -36,13 +36,14 @@ class Behaviour:
     reset. stall_after: tokens before nothing more is sent; None: all are sent. ignore_body: read
     no body, so that a large upload gets stuck; a client that leaves then goes unnoticed. headers:
     added to every good answer, for example x-ratelimit-*. forgets: status and message with which a
-    request that continues a response is refused; None: none is. responses, messages and
-    counts: whether there is a /v1/responses, a /v1/messages and its /count_tokens. engine: an engine with a prefix cache, whose time replaces ttft and interval.
-    prefill: what becomes of a request that has the beginning of its answer, as `model.rest` has
-    it; "refuses": it is refused. usage: whether a stream has a usage: "asked", if the request asks
-    for it, "always" or "never". cached, reasoning: the tokens of a prompt that come from a cache, and
-    those of an answer that are thought, at most, as it reports them. refuses: members of a body for
-    which it is refused by a 400.
+    request that continues a response is refused; None: none is. responses, messages and counts:
+    whether there is a /v1/responses, a /v1/messages and its /count_tokens. engine: an engine with
+    a prefix cache, whose time replaces ttft and interval. prefill: what becomes of a request that
+    has the beginning of its answer, as `model.rest` has it; "refuses": it is refused. usage:
+    whether a stream has a usage: "asked", if the request asks for it, "always" or "never". cached,
+    reasoning: the tokens of a prompt that come from a cache, and those of an answer that are
+    thought, at most, as it reports them. refuses: members of a body for which it is refused by a
+    400.
     """
 
     ttft: float = 0.2
