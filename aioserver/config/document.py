@@ -125,7 +125,7 @@ class Document:
             # be secret.
             problem = re.sub(r"'(?!<)[^']{2,}'", "…", str(getattr(exc, "problem", "") or ""))
             if "quoted" in (getattr(exc, "context", None) or "") and "stream" in problem:
-                # What is missing is missing where it begins, and not at the end of the file.
+                # The fault is where the quote begins, and not at the end of the file.
                 mark, problem = getattr(exc, "context_mark", mark), "this quote is not closed"
             place = Place(mark.line + 1, mark.column + 1, self.source) if mark else None
             hint = _layout_hint(text, mark) if mark else ""

@@ -122,7 +122,7 @@ class Estimates:
         many *events*, or was not streamed. None: all of that answer did not come.
         """
         pair = provider, model
-        # What is taken out and put back is the newest then.
+        # A pair that is taken out and put back is the newest then.
         ratios = self._ratios.pop(pair, None)
         if ratios is None:
             ratios = _Ratios()

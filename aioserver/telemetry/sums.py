@@ -184,7 +184,7 @@ class CallerSums:
             return
         self._tell()
         day = int(now // SECONDS_OF_A_DAY)
-        # What is older than yesterday is shown nowhere. The children of the metric stay.
+        # Rows older than yesterday are shown nowhere. The children of the metric stay.
         self._before = self._rows if day == self._day + 1 else {}
         self._rows, self._totals = {}, {}
         self._day, self._midnight = day, (day + 1) * SECONDS_OF_A_DAY
