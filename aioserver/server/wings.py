@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from aioserver.wings.anthropic.wing import AnthropicWing
 from aioserver.wings.cluster.wing import ClusterWing
 from aioserver.wings.conversations.wing import ConversationsWing
+from aioserver.wings.doors.wing import DoorsWing
 from aioserver.wings.responses.wing import ResponsesWing
 from aioserver.wings.simulator.wing import SimulatorWing
 from aioserver.wings.tracing.wing import TracingWing
@@ -28,6 +29,7 @@ WINGS: tuple[type[Wing], ...] = (
     TracingWing,
     ResponsesWing,
     AnthropicWing,
+    DoorsWing,
 )
 
 

@@ -1,0 +1,1 @@
+"""Tests of tokens, hooks and the description of the API."""
