@@ -2,7 +2,7 @@
 #
 #   ensure_installed STAMP EXTRAS...    installs with the first of EXTRAS that installs, unless done
 #
-# "Done" means done with this setup.cfg, pyproject.toml and venv.sh. The installation is editable:
+# "Done" means done with this setup.cfg, setup.py, pyproject.toml and venv.sh. The installation is editable:
 # after a change of the code nothing has to be installed again. A new .venv gets the newest Python for which
 # every package has a wheel, so that no compiler is needed; PYTHON names another one.
 
@@ -39,7 +39,7 @@ install() {
 ensure_installed() {
   local stamp=".venv/$1" wanted extras python pythons=()
   shift
-  wanted=$(cat setup.cfg pyproject.toml deploy/venv.sh | cksum)
+  wanted=$(cat setup.cfg setup.py pyproject.toml deploy/venv.sh | cksum)
   if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then return; fi
   if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     mapfile -t pythons < <(find_pythons)

@@ -12,6 +12,7 @@ import inspect
 import json
 from typing import TYPE_CHECKING, Any
 
+from aioserver import __version__
 from aioserver.config.schema import fields, key_of, required
 from aioserver.config.settings import Settings
 
@@ -28,7 +29,7 @@ def document() -> dict[str, Any]:
     """Return the schema of a whole configuration."""
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
-        "title": "Configuration of aioserver",
+        "title": f"Configuration of aioserver {__version__}",
         "definitions": {"variable": {"type": "string", "pattern": r"\$\{"}},
         **section_schema(Settings),
     }

@@ -1,34 +1,43 @@
-"""The package as it is built and installed: it brings its pages and their assets along.
+"""The package as it is built and installed: the sdist has all that the repository has, and the
+wheel brings its pages and their assets along.
 
-The wheel is built from a copy of what the Dockerfile copies, and installed into an empty virtual
-environment. Its dependencies are those of the environment of the tests, by a `.pth` file: such a
-file makes packages importable, but not the editable installation, which has a `.pth` of its own.
-Nothing here sees the tree, which PYTHONPATH may name: the interpreter is isolated (`-I`).
+Both are built as a release is, from a copy of the repository's files: the wheel from the sdist.
+Most tests install the wheel beside the dependencies of their own environment, by a `.pth` file:
+such a file makes packages importable, but not the editable installation, which has a `.pth` of its
+own. Nothing here sees the tree, which PYTHONPATH may name: the interpreter is isolated (`-I`).
 """
 
 from __future__ import annotations
 
+import email
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
+import zipfile
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urljoin, urlsplit
 from urllib.request import Request, urlopen
 
 import pytest
 
+from aioserver import __version__
 from tests.support.command import serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
-BUILT_FROM = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "aioserver")
+# What is beside the repository's files in a tree in which somebody works, if git cannot tell.
+LOCAL = (".*", "*.egg-info", "__pycache__", "build", "dist", "loadgen", "mockllm", "node_modules")
+HIDDEN = (".ci", ".dockerignore", ".gitignore")
+PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 REFERENCES = re.compile(
     r"""(?x)
       (?: src | href ) = ["'] ([^"'\#]+) ["']       # HTML
@@ -38,38 +47,160 @@ REFERENCES = re.compile(
 )
 
 
+class Built(NamedTuple):
+    """What a release is made of."""
+
+    files: list[str]
+    sdist: Path
+    wheel: Path
+    log: str
+
+
+def files() -> list[str]:
+    """The files of the repository, as git names them; in an sdist, all that is no one's own."""
+    command = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode == 0:
+        return [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+    names: list[str] = []
+    for entry in ROOT.iterdir():
+        if entry.name in HIDDEN or not any(entry.match(pattern) for pattern in LOCAL):
+            below = entry.rglob("*") if entry.is_dir() else [entry]
+            names += [str(path.relative_to(ROOT)) for path in below if path.is_file()]
+    return [name for name in names if "__pycache__" not in name and name != "PKG-INFO"]
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """An sdist and a wheel."""
+    source = tmp_path_factory.mktemp("package") / "source"
+    listed = files()
+    for name in listed:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    log = run(sys.executable, "-m", "build", "--no-isolation", str(source))
+    (sdist,), (wheel,) = source.glob("dist/*.tar.gz"), source.glob("dist/*.whl")
+    return Built(listed, sdist, wheel, log)
+
+
+@pytest.fixture(scope="module")
+def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an environment into which the built package alone is installed."""
-    folder = tmp_path_factory.mktemp("package")
-    source = folder / "source"
-    source.mkdir()
-    for name in BUILT_FROM:
-        if (ROOT / name).is_dir():
-            shutil.copytree(
-                ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__")
-            )
-        else:
-            shutil.copy(ROOT / name, source / name)
-    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
-    offline = ("--no-deps", "--no-index")
-    run(*pip, "wheel", *offline, "--no-build-isolation", "-w", str(folder), str(source))
-    environment = folder / "environment"
+    environment = tmp_path_factory.mktemp("installed") / "environment"
     venv.create(environment, with_pip=False, symlinks=True)
-    (wheel,) = folder.glob("*.whl")
     python = environment / "bin" / "python"
-    run(*pip, "--python", str(python), "install", *offline, str(wheel))
+    offline = ("--no-deps", "--no-index")
+    run(*PIP, "--python", str(python), "install", *offline, str(built.wheel))
     (purelib,) = environment.glob("lib/python*/site-packages")
     (purelib / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return environment
 
 
 def run(*command: str) -> str:
-    """Run *command*; its failure is the test's. Returns its stdout."""
-    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Run *command*; its failure is the test's. Returns what it wrote."""
+    done = attempt(*command)
+    assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def attempt(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run *command*, which may fail; its stderr is in its stdout."""
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environ,
+        check=False,
+    )
+
+
+def test_nothing_is_ignored_while_building(built: Built) -> None:
+    # A pattern of MANIFEST.in that keeps local files away finds none in a fresh clone.
+    lines = [line for line in built.log.splitlines() if "no previously-included" not in line]
+    suspicious = re.compile(r"\bwarning\b|\bdeprecat|would be ignored", re.IGNORECASE)
+
+    # The environment of the tests may say that no bytecode is written.
+    told = [line for line in lines if suspicious.search(line) and "byte-compiling" not in line]
+    assert not told, "\n".join(told)
+
+
+def test_sdist_has_all_that_the_repository_has(built: Built) -> None:
+    with tarfile.open(built.sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+
+    assert not set(built.files) - packed
+    extra = {name for name in packed - set(built.files) if PurePosixPath(name).suffix}
+    assert {name.partition("/")[0] for name in extra} <= {"aioserver_gateway.egg-info"}
+
+
+def test_wheel_has_the_package_alone_and_every_file_of_it(built: Built) -> None:
+    with zipfile.ZipFile(built.wheel) as archive:
+        packed = set(archive.namelist())
+
+    package = {name for name in built.files if name.startswith("aioserver/")}
+    described = {name for name in packed if ".dist-info/" in name}
+    assert packed - described == package
+    assert {name.partition("/licenses/")[2] for name in described} >= {
+        "LICENSE",
+        "aioserver/faces/assets/vendor/uplot.LICENSE.txt",
+    }
+
+
+def test_index_page_is_the_readme_and_leads_nowhere_relative(built: Built) -> None:
+    with zipfile.ZipFile(built.wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+
+    page = str(metadata.get_payload())
+    assert metadata["Version"] == __version__
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert page.startswith("# aioserver\n")
+    assert not [target for target in targets(page) if not target.startswith(("http", "#"))]
+
+
+def test_links_of_the_index_page_lead_to_the_tag_of_the_version() -> None:
+    index_page = runpy.run_path(str(ROOT / "setup.py"))["index_page"]
+    text = (
+        "![A picture](docs/images/a.png) [page](docs/keys.md#part), [here](#start), <http://b/>,\n"
+        "[over two\nlines](b.md), [there](https://example.org/x)\n"
+    )
+
+    assert index_page(text, "https://example.org/aio", "1.2") == (
+        "![A picture](https://example.org/aio/raw/v1.2/docs/images/a.png) "
+        "[page](https://example.org/aio/blob/v1.2/docs/keys.md#part), [here](#start), <http://b/>,\n"
+        "[over two\nlines](https://example.org/aio/blob/v1.2/b.md), "
+        "[there](https://example.org/x)\n"
+    )
+    assert index_page(text, "", "1.2") == (
+        " page, [here](#start), <http://b/>,\nover two\nlines, [there](https://example.org/x)\n"
+    )
+
+
+def targets(page: str) -> list[str]:
+    """Where the links and pictures of *page* lead, outside of code."""
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", page, flags=re.DOTALL)
+    return re.findall(r"\]\(([^)\s]+)", prose)
+
+
+@pytest.mark.timeout(300)
+def test_wheel_serves_in_an_empty_environment(built: Built, tmp_path: Path) -> None:
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False, symlinks=True)
+    python = str(environment / "bin" / "python")
+    done = attempt(
+        *(*PIP, "--python", python, "install", "--only-binary", ":all:", str(built.wheel))
+    )
+    if done.returncode and os.environ.get("CI") != "true":
+        pytest.skip("no index of packages can be reached")
+    assert done.returncode == 0, done.stdout
+
+    command = (python, "-I", str(environment / "bin" / "aioserver"))
+    with serving((*command, "serve", "--port", "0"), tmp_path) as url:
+        answer = run(*command, "chat", url, "Tell me about yourself")
+
+    assert "simulated model" in answer
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def install(folder: Path, pythons: dict[str, str], **environ: str) -> tuple[int,
     for name, installs in pythons.items():
         (programs / name).write_text(PYTHON.format(name=name, installs=installs))
         (programs / name).chmod(0o755)
-    for name in ("setup.cfg", "pyproject.toml", "deploy/venv.sh"):
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "deploy/venv.sh"):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     done = subprocess.run(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import configparser
+import json
 import re
 import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
+
+from aioserver import __version__
 
 ROOT = Path(__file__).parents[2]
 NAME = "aioserver-gateway"
@@ -52,6 +55,15 @@ def test_both_files_name_the_same_distribution() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
     assert SETUP["metadata"]["name"] == project["name"] == NAME
+
+
+def test_version_stands_in_one_place_and_others_are_compared_with_it() -> None:
+    schema = json.loads((ROOT / "config.schema.json").read_text())
+    recipe = (ROOT / "deploy/Dockerfile").read_text()
+
+    assert SETUP["metadata"]["version"] == "attr: aioserver.__version__"
+    assert schema["title"].endswith(f" {__version__}")
+    assert f'image.version="{__version__}"' in recipe
 
 
 def test_no_text_tells_anybody_to_install_the_stranger_s_project() -> None:

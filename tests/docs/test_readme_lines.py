@@ -47,14 +47,24 @@ CASES = {
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The top folder of a clone in which `run_production.sh` has been run before."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("aioserver", "deploy", "examples", "setup.cfg", "pyproject.toml", "config.yaml"):
+    for name in (
+        "aioserver",
+        "deploy",
+        "examples",
+        "setup.cfg",
+        "setup.py",
+        "pyproject.toml",
+        "config.yaml",
+    ):
         (folder / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "run_production.sh", folder)  # a link would lead it out of the folder
     environment = folder / ".venv"
     environment.mkdir()
     for name in ("bin", "lib", "pyvenv.cfg"):
         (environment / name).symlink_to(Path(sys.prefix) / name)
-    stamp = "cat setup.cfg pyproject.toml deploy/venv.sh | cksum >.venv/installed-production"
+    stamp = (
+        "cat setup.cfg setup.py pyproject.toml deploy/venv.sh | cksum >.venv/installed-production"
+    )
     subprocess.run(["bash", "-c", stamp], cwd=folder, check=True)
     return folder
 
