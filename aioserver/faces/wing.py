@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from aioserver.config.settings import Settings
+    from aioserver.config.watched_files import WatchedFiles
     from aioserver.faces.context import Context
     from aioserver.faces.form import Form
     from aioserver.gateway.commands import Commands
@@ -40,13 +41,14 @@ class Core:
     *commands* reach the store that all instances share; None if there is none, or no wing that
     brings it is open yet. *scope*: this process among those of its parent, which has called
     `before_workers`; None if it has no parent. *private_server* is the URL of the parent's own
-    Valkey or Redis server, if it has one.
+    Valkey or Redis server, if it has one. *watched* reads files again that have changed.
     """
 
     settings: Settings
     metrics: Metrics
     loop: asyncio.AbstractEventLoop
     streams: StreamStore
+    watched: WatchedFiles
     commands: Commands | None = None
     scope: Scope | None = None
     private_server: str | None = None

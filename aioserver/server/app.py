@@ -26,6 +26,7 @@ from aioserver.auth.guard import Guard, Policy
 from aioserver.auth.keys import known_pepper, pepper_of, quota_of
 from aioserver.auth.origins import Origins
 from aioserver.config.faults import ConfigurationError
+from aioserver.config.watched_files import WatchedFiles
 from aioserver.faces import openai, pages, passthrough, session, sse, status, websocket
 from aioserver.faces.admission import Admission
 from aioserver.faces.context import Context, CurrentSettings, Lifecycle
@@ -92,6 +93,7 @@ class Server:
     context: Context
     provider_registry: ProviderRegistry
     streams: StreamStore
+    watched: WatchedFiles
     wings: Sequence[Wing]
     sharing: Sharing | None
     lag: LoopLag
@@ -155,6 +157,9 @@ async def open_server(
     listening: list[socket.socket] = []
     instances: Instances | None = None
 
+    def report(kind: str, text: str) -> None:
+        monitor.incident(kind, text)
+
     def aliased(stream: Stream, alias: str) -> None:
         if instances is not None:
             instances.aliased(stream, alias)
@@ -166,11 +171,14 @@ async def open_server(
         stack.callback(usage.close)
         usage.prepare(settings.usage)()
         usage.sweep_in(loop)
+        watched = WatchedFiles(report)
+        stack.push_async_callback(watched.close)
         core = Core(
             settings=settings,
             metrics=metrics,
             loop=loop,
             streams=lifetime.store,
+            watched=watched,
             scope=scope,
             private_server=private_server,
         )
@@ -280,6 +288,7 @@ async def open_server(
         log_limits(chat.websocket.concurrency)
         log_routes(llm)
         lifecycle.ready = True
+        watched.begin()
         # Otherwise `/stats` would show `ready` as false for a second.
         monitor.tick()
         try:
@@ -289,6 +298,7 @@ async def open_server(
                 context=context,
                 provider_registry=provider_registry,
                 streams=lifetime.store,
+                watched=watched,
                 sharing=sharing,
                 wings=plugged,
                 lag=lag,

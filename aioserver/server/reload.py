@@ -124,6 +124,9 @@ class Reload:
             use_ledger()
             await apply_auth(self._server, settings.auth)
             await begin_days(self._server.context.access, settings)
+            # By their names, which may be others now, and in place of what an earlier look has put
+            # in effect while the configuration was read.
+            await self._server.watched.look(again=True)
         except ConfigurationError as exc:
             # As warnings, since the log writes an error of one place in the code once in ten
             # seconds.

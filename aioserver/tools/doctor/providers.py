@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from yarl import URL
 
 from aioserver.config.llm import INSTRUCT, NO_CONTINUATION, PREFIXED
+from aioserver.config.watched_files import WatchedFiles
 from aioserver.faces.wing import Core, Wing
 from aioserver.gateway.continuation import continued
 from aioserver.gateway.prompts import chat_body
@@ -78,7 +79,14 @@ async def examine(report: Report, settings: Settings, *, ask: bool) -> None:
     async with AsyncExitStack() as stack:
         loop = asyncio.get_running_loop()
         streams = StreamStore(max_stream_bytes=MAX_BYTES, max_kept_bytes=MAX_BYTES)
-        core = Core(settings=settings, metrics=metrics, loop=loop, streams=streams)
+        core = Core(
+            settings=settings,
+            metrics=metrics,
+            loop=loop,
+            streams=streams,
+            # Never begun: nothing changes while it is examined.
+            watched=WatchedFiles(lambda _kind, _text: None),
+        )
         await wing.open(core, stack)
         registry = ProviderRegistry(metrics, simulated=wing.simulated)
         try:
