@@ -214,10 +214,14 @@ async def serving(
     changes: dict[str, Any] | None = None,
     sockets: Sequence[socket.socket] = (),
     environ: Mapping[str, str] | None = None,
+    module: str = "aioserver",
 ) -> AsyncIterator[ServerProcess]:
-    """Start to serve on the test's kind of loop, with *changes* written to *file*."""
+    """Start to serve on the test's kind of loop, with *changes* written to *file*.
+
+    *module* is run in place of `aioserver` where a test changes the world first.
+    """
     write(base_url, {"logging.level": "INFO", **(changes or {})}, file)
-    program = ("-m", "aioserver", "serve", "--config", str(file), "--loop", loop_name(), *options)
+    program = ("-m", module, "serve", "--config", str(file), "--loop", loop_name(), *options)
     async with await ServerProcess.start(*program, sockets=sockets, environ=environ) as process:
         process.file, process.base_url = file, base_url
         yield process
