@@ -52,6 +52,7 @@ The tree, with HTTP status, code and close code:
         HistoryUnavailable          503  history_unavailable
         DeadlineExceeded            504  deadline_exceeded
             AnswerTooLate           504  deadline_exceeded
+        LoopDetected                508  loop_detected
         ProviderFault               faults of a provider, in provider_errors.py
 """
 
@@ -75,6 +76,7 @@ TYPES = {
     502: "provider_error",
     503: "service_unavailable_error",
     504: "provider_error",
+    508: "provider_error",
 }
 # Seconds that a client is told to wait at most: SDKs take no more than a minute or two for true,
 # and whatever a client waits for may be over long before.
@@ -490,6 +492,17 @@ class AnswerTooLate(DeadlineExceeded):
 
     outcome = "cancelled"
     bound = "whole"
+
+
+class LoopDetected(AioserverError):
+    """The request comes from this server, by way of a provider: nobody is asked once more."""
+
+    outcome = "rejected"
+    code, status = "loop_detected", 508
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers: the same request would go the same way."""
+        return {**super().headers(), "x-should-retry": "false"}
 
 
 def public(fault: BaseException) -> AioserverError:

@@ -20,6 +20,8 @@ breaker counts it:
         ProviderAuthError           502  provider_auth_error            failover
             ProviderForbidden       502  provider_auth_error            failover
             ProviderFlagged         502  provider_auth_error            failover
+        ProviderLeadsBack           508  loop_detected                  failover
+            LoopFlagged             508  loop_detected                  failover
         CircuitOpen                 503  circuit_open                   failover
         ProviderRateLimited         429  provider_rate_limited   retry  failover
             ProviderPaced           429  provider_rate_limited          failover
@@ -212,6 +214,24 @@ class ProviderForbidden(ProviderAuthError):
 
 class ProviderFlagged(ProviderAuthError):
     """The provider refused our key a moment ago, and is not asked again yet."""
+
+    attempt_outcome = ""
+
+
+class ProviderLeadsBack(ProviderFault):
+    """The provider's address leads back to this server, or to others in a circle."""
+
+    attempt_outcome = "loop"
+    code, status = "loop_detected", 508
+    failover, breaker_failure = True, False
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers: the same request would go the same way."""
+        return {**super().headers(), "x-should-retry": "false"}
+
+
+class LoopFlagged(ProviderLeadsBack):
+    """The provider has led back to this server a moment ago, and is not asked again yet."""
 
     attempt_outcome = ""
 

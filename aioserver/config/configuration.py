@@ -16,6 +16,7 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from aioserver.config import schema, views
 from aioserver.config.credentials import Credentials, reason
@@ -322,6 +323,9 @@ def _warnings(settings: Settings, document: Document) -> Iterator[Fault]:
         if (end := base_url.rstrip("/")).endswith("/chat/completions"):
             message = f"paths are added to it (write {end.removesuffix('/chat/completions')})"
             yield document.fault((*path[:-1], "base_url"), message)
+        if not settings.llm.providers[name].simulated and _leads_here(base_url, settings):
+            message = "it leads back to this server: every request would go in a circle"
+            yield document.fault((*path[:-1], "base_url"), message)
         if settings.llm.providers[name].messages == AUTO and "//api.anthropic.com" in base_url:
             message = "it speaks messages: nothing is to be found out (write true)"
             yield document.fault((*path[:-1], "messages"), message)
@@ -332,6 +336,16 @@ def _warnings(settings: Settings, document: Document) -> Iterator[Fault]:
     if "%(" in str((document.values.get("logging") or {}).get("format")):
         message = "a format string counts as console (the other choice is json)"
         yield document.fault(("logging", "format"), message)
+
+
+def _leads_here(base_url: str, settings: Settings) -> bool:
+    """Return whether *base_url* has the host and the port on which the server listens itself."""
+    own, url = settings.chat.websocket, urlsplit(base_url)
+    host = url.hostname or ""
+    if (url.port or {"http": 80, "https": 443}.get(url.scheme)) != own.port:
+        return False
+    everywhere = own.host in {"", "0.0.0.0", "::"}  # noqa: S104 - it is looked for
+    return host == own.host.lower() or (loopback(host) and (everywhere or loopback(own.host)))
 
 
 def _section(document: Document, path: KeyPath) -> dict[str, Any]:

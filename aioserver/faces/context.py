@@ -77,7 +77,8 @@ class OpenSocket(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """The objects that a face may use. *tracer* is None if no spans are made.
+    """The objects that a face may use. *tracer* is None if no spans are made. *hop* is the id of
+    this server, by which a request that comes back by way of a provider is known.
 
     Always: it is filled once, when the server starts, and never changes.
     """
@@ -91,6 +92,7 @@ class Context:
     gateway: Gateway
     apis: Mapping[str, Api]
     router: Router
+    hop: str
     outbox: Outbox
     wheel: TimerWheel
     sockets: set[OpenSocket]

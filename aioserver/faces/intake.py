@@ -21,6 +21,7 @@ from multidict import istr
 from aioserver.auth.callers import CALLER
 from aioserver.errors import (
     InvalidRequest,
+    LoopDetected,
     RequestTimeout,
     RequestTooLarge,
     UnsupportedCoding,
@@ -28,7 +29,7 @@ from aioserver.errors import (
 )
 from aioserver.protocol import model_body
 from aioserver.protocol.client_frames import MAX_ID_CHARACTERS
-from aioserver.protocol.client_headers import collect
+from aioserver.protocol.client_headers import HOP, MAX_HOPS, collect, hops
 from aioserver.protocol.json_body import simple
 from aioserver.protocol.model_body import ModelBody
 from aioserver.providers.backpressure import LEAST_RATE
@@ -290,7 +291,14 @@ def client_headers(context: Context, request: web.Request, api: str = "") -> Cli
     name.
 
     Those of the API, if it has any, whose names begin with *api*, are among them.
+
+    Raises:
+        LoopDetected: a provider has sent the request here that has it from this server.
     """
+    if HOP in request.headers:
+        passed = hops(request.headers)
+        if context.hop in passed or len(passed) >= MAX_HOPS:
+            raise LoopDetected("this request comes from this server, by way of a provider")
     return collect(request.headers, context.router.passed_headers, api)
 
 
@@ -303,7 +311,7 @@ def begin_visit(
     """
     if context.tracer is None:
         return None
-    headers = client_headers(context, request)
+    headers = collect(request.headers)
     return context.tracer.visit(stream.record.trace, headers, stream.request_id, after)
 
 

@@ -135,6 +135,7 @@ async def _upgrade(
     What it needs is gone after it: an idle socket keeps each frame of its task.
     """
     admission, terms = context.admission, terms_of(request.headers)
+    headers = client_headers(context, request)
     limit = context.settings.chat.websocket.max_message_size
     messages = ClientMessages(admission.hold, limit)
     messages.room = MAX_WAITING_BYTES
@@ -153,7 +154,6 @@ async def _upgrade(
     # The headers are sent, and would be kept for hours.
     ws.headers.clear()
     assert request.transport is not None
-    headers = client_headers(context, request)
     drain = payload_writer.drain
     socket = make(context, request[CALLER], ws, messages, request.transport, drain, headers, terms)
     return ws, messages, socket

@@ -84,7 +84,7 @@ TROUBLES = {
     SILENT: "{provider} speaks again",
 }
 # Kinds and details whose severity is always "error".
-SEVERE = frozenset(("tls", "provider_auth", "no_provider", "bug"))
+SEVERE = frozenset(("tls", "loop", "provider_auth", "no_provider", "bug"))
 # Rejections and faults are an error, too, if there are as many as this, and more than what went
 # well meanwhile.
 MANY_REJECTED, MANY_FAILED = 10, 5

@@ -36,6 +36,8 @@ WORDS = {
 }
 # One of these may become another, without an end of the trouble between them.
 FAILURES = frozenset((DEAD, SICK, FAILING))
+# Why a provider is flagged that has refused no key.
+TLS, LOOP = NO_KEY = ("tls", "loop")
 # Outcomes of an attempt that are the provider's fault, and how the provider fails then. A 4xx is
 # none: it is the fault of the request, or of our key. Nor is a stale connection, which is replaced
 # at once.
@@ -44,7 +46,8 @@ FAULTS = {
     "timeout": "does not answer in time",
     "http_429": "limits our rate",
     "http_5xx": "answers with server errors (5xx)",
-    "tls": "fails in TLS",
+    TLS: "fails in TLS",
+    LOOP: "leads back to this server",
     "disconnected": "breaks off its answers",
     "bad_response": "sends what is no answer",
 }
@@ -63,7 +66,8 @@ OF_FAULTS = {
     ),
     "http_429": "Lower requests_per_minute of {name}, or have its limits raised.",
     "http_5xx": "Look at the log of {name}, or at its status page.",
-    "tls": "Check the certificate of {name}, and its base_url and ca_file.",
+    LOOP: "Correct the base_url of {name}: it leads back to this server.",
+    TLS: "Check the certificate of {name}, and its base_url and ca_file.",
     "disconnected": "Look at the log of {name}, and at proxies in between that cut long answers.",
     "bad_response": "Check that the base_url of {name} leads to an API of OpenAI's form.",
 }
@@ -104,6 +108,10 @@ OF_REJECTIONS = {
         "conversations cannot be read or deleted now",
         "The log says what is wrong with the storage of conversations.",
     ),
+    "loop_detected": (
+        "requests come back to this server by way of a provider",
+        "Correct the base_url that leads here; /stats shows whose it is.",
+    ),
     "instance_unavailable": (
         "other instances, or the server that they share, do not answer",
         "Look at the load of the cluster's Redis or Valkey server, and of the instances.",
@@ -139,6 +147,8 @@ class Troubles:
 
     def __init__(self) -> None:
         self._now: dict[str, Trouble] = {}
+        # How each provider that is flagged had failed, if not by refusing our key.
+        self._flagged: dict[str, str] = {}
         # The attempts of each tick, by provider and outcome.
         self._attempts: deque[dict[str, Counter[str]]] = deque(maxlen=WINDOW)
 
@@ -187,9 +197,14 @@ class Troubles:
                 f"{name} {FAULTS[outcome]}: {failed} of {attempts} attempts failed "
                 "in the last minute"
             )
+        if not provider["flagged"]:
+            self._flagged.pop(name, None)
         if provider["flagged"]:
             kind, text = FLAGGED, f"{name} refuses our key, or its quota is used up"
             remedy = OF_A_REFUSED_KEY
+            newest = next((cause for cause in NO_KEY if faults[cause]), "")
+            if cause := self._flagged.setdefault(name, newest):
+                text, remedy = f"{name} {FAULTS[cause]}", OF_FAULTS[cause]
         elif provider["state"] == DEAD:
             kind, text = DEAD, f"{text}; it is left alone"
         elif stalled(provider["silent"]):

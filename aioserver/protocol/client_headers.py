@@ -10,6 +10,9 @@ An invalid `traceparent` does not go on, nor the `tracestate` beside it; an inva
 does not go on alone. What goes on is as the client sent it, unless this server makes spans of its
 own (wings/tracing/tracer.py): then the parent is one of them.
 
+A request to a provider also says through which servers of ours it has come, each by an id of its
+own (`x-aioserver-hop`), so that one which comes back to where it was is known there.
+
 No value can end its line, so a client cannot add a header or a body to the request: values are
 compared as bytes with what HTTP allows in one (RFC 9110, 5.5).
 """
@@ -26,6 +29,11 @@ if TYPE_CHECKING:
 
 TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
 TRACE_HEADERS = frozenset({TRACEPARENT, TRACESTATE})
+# The ids of the servers of ours that a request has come through; each adds a line of its own.
+HOP = "x-aioserver-hop"
+# So many of them are a circle, though none is known.
+MAX_HOPS = 5
+_HOP = re.compile("[0-9A-Za-z_-]{1,64}")
 # Headers that never go on. Those between two neighbours (RFC 9110, 7.6.1):
 HOP_BY_HOP = frozenset(
     {
@@ -131,18 +139,27 @@ def collect(
     The names of the headers of the API, if it has any, begin with *api*. A header of NEVER_PASSED
     does not go on, nor one that the client's `Connection` names.
     """
-    if not names and not api and TRACEPARENT not in headers:
+    if not names and not api and TRACEPARENT not in headers and HOP not in headers:
         return NO_HEADERS
     lines: list[tuple[str, bytes]] = []
     api_lines: list[tuple[str, bytes]] = []
     if names or api:
-        own = NEVER_PASSED | TRACE_HEADERS | set(_connection_options(headers))
+        own = NEVER_PASSED | TRACE_HEADERS | {HOP, *_connection_options(headers)}
         lines = _lines(headers, names, own)
         if api:
             api_names = {name.lower() for name in headers if name.lower().startswith(api)}
             api_lines = _lines(headers, api_names, own)
     trace_id, trace = _trace(headers)
+    passed = ",".join(hop for hop in hops(headers) if _HOP.fullmatch(hop))
+    if passed:
+        lines.append((HOP, passed.encode()))
     return ClientHeaders([*lines, *trace], trace_id, api_lines)
+
+
+def hops(headers: MultiMapping[str]) -> list[str]:
+    """Return the ids of the servers that a request with *headers* has come through."""
+    members = ",".join(headers.getall(HOP, ())).split(",")
+    return [member.strip(" \t") for member in members if member.strip(" \t")]
 
 
 def _lines(

@@ -5,6 +5,7 @@
 403                               our key, or this one request, is refused: ProviderForbidden
 429, 498                          we ask too much at the moment: ProviderRateLimited
 408, 5xx                          the provider failed: ProviderError
+508 of another aioserver          it leads back to this server: ProviderLeadsBack
 another 4xx                       the caller is at fault: ProviderRefused; a JSON body passes,
                                   and its reason where bodies do not
 the same, as it is too long       ContextTooLong: another provider may take it
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from aioserver.errors import InvalidRequest
+from aioserver.errors import InvalidRequest, LoopDetected
 from aioserver.protocol.openai import BadEvent, ErrorEvent, error_codes, load_with_surrogates
 from aioserver.provider_errors import (
     ContextTooLong,
@@ -29,6 +30,7 @@ from aioserver.provider_errors import (
     ProviderError,
     ProviderFault,
     ProviderForbidden,
+    ProviderLeadsBack,
     ProviderRateLimited,
     ProviderRefused,
 )
@@ -96,6 +98,8 @@ def check_status(name: str, status: int, headers: Mapping[str, str], body: bytes
     if status in BUSY_STATUSES:
         wait = 1.0 if wait is None else wait
         raise ProviderRateLimited(f"{name} limits our rate", retry_after=wait)
+    if status == LoopDetected.status and LoopDetected.code in error_codes(_error_in(body)):
+        raise ProviderLeadsBack(f"llm.providers.{name}.base_url leads back to this server")
     if status >= 500 or status == 408:
         fault = ProviderError(f"{name} answered {status}", retry_after=wait)
         # An engine that loads its model says so, and a proxy in front of one that is away.

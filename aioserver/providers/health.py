@@ -1,7 +1,8 @@
 """Whether a provider is asked: not while it is dead, refuses our key, or after it was removed.
 
 The breaker of a dead provider keeps requests away from it, but for trials. A provider that refuses
-our key is flagged, for 5 minutes or until a reload: no client's request would fare better. A 403
+our key is flagged, for 5 minutes or until a reload: no client's request would fare better. So is
+one whose certificate does not hold, or whose address leads back to this server. A 403
 may be about the one request (a text that moderation does not let through), so it flags the
 provider only as long as the key has never been accepted: otherwise one client could stop the
 provider for all.
@@ -17,11 +18,13 @@ from typing import TYPE_CHECKING
 from aioserver.provider_errors import (
     CertificateFault,
     CircuitOpen,
+    LoopFlagged,
     NoProvider,
     ProviderAuthError,
     ProviderFault,
     ProviderFlagged,
     ProviderForbidden,
+    ProviderLeadsBack,
 )
 from aioserver.providers.breaker import Breaker
 
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
 # Seconds for which a provider that refuses our key is not asked.
 FLAGGED_FOR = 300.0
-KEY_FAULTS = (ProviderAuthError, CertificateFault)
+KEY_FAULTS = (ProviderAuthError, CertificateFault, ProviderLeadsBack)
 
 
 class ProviderObserver:
@@ -72,6 +75,8 @@ class Health:
         self.breaker = Breaker(clock)
         self.observer = observer
         self._flagged_until = 0.0
+        # Whether that is because its address leads back to this server.
+        self._leads_back = False
         # Whether the provider has answered well with the key of its present settings.
         self._key_accepted = False
         self._removed = False
@@ -120,7 +125,7 @@ class Health:
 
         Raises:
             NoProvider: the provider was removed from the configuration.
-            ProviderFlagged: the provider has refused our key.
+            ProviderFlagged, LoopFlagged: the provider has refused our key, or led back to us.
             CircuitOpen: the provider is dead, and no trial may start now.
         """
         if self._flagged_until and self.flagged:
@@ -134,6 +139,8 @@ class Health:
         """Return the fault that says why the provider is not asked."""
         if self._removed:
             return NoProvider(f"{self._name} was removed from the configuration")
+        if self.flagged and self._leads_back:
+            return LoopFlagged(f"llm.providers.{self._name}.base_url leads back to this server")
         if self.flagged:
             return ProviderFlagged(f"{self._name} has refused our key")
         # With jitter, so that not all clients come back at once.
@@ -166,7 +173,8 @@ class Health:
         if isinstance(exc, KEY_FAULTS) and not (
             isinstance(exc, ProviderForbidden) and self._key_accepted
         ):
-            self._meter.key_refused.value += 1
+            self._leads_back = isinstance(exc, ProviderLeadsBack)
+            self._meter.key_refused.value += not self._leads_back
             self._flagged_until = max(self._flagged_until, self._clock() + FLAGGED_FOR)
             self.breaker.unsure(trial=trial)
             return True

@@ -15,7 +15,7 @@ import httptools
 from yarl import URL
 
 from aioserver import __version__
-from aioserver.protocol.client_headers import NO_HEADERS, TRACE_HEADERS
+from aioserver.protocol.client_headers import HOP, NO_HEADERS, TRACE_HEADERS
 from aioserver.provider_errors import ProviderBadResponse
 
 if TYPE_CHECKING:
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from aioserver.streams.contracts import Path
 
 CODINGS = "transfer-encoding"
-# Headers that frame a body; a configured header of one of these names is never sent.
-FRAMING_HEADERS = frozenset({"connection", "content-length", CODINGS})
+# Headers that frame a body, and that of loops; a configured header of one of these names is never
+# sent.
+FRAMING_HEADERS = frozenset({"connection", "content-length", CODINGS, HOP})
 # Nor one of these with a body that is passed on: it is the client's, and so is its type.
 BODY_HEADERS = FRAMING_HEADERS | {"content-type", "content-encoding"}
 # Bytes of an answer's head, with the interim answers before it.
@@ -39,7 +40,8 @@ class RequestWriter:
     """Writes the requests to the API at *base_url*.
 
     *absolute* says that a plain HTTP proxy gets the requests: the target is then an absolute URL
-    (RFC 9112, 3.2.2), and the proxy wants to see *proxy_headers*.
+    (RFC 9112, 3.2.2), and the proxy wants to see *proxy_headers*. *hop* is the id of this server in
+    the header that tells of loops; without one there is none.
 
     Always: two requests for one path differ in their body, its length, and the headers of their
     client, which stand behind that length, so that the head of each path is made once. A header
@@ -53,7 +55,9 @@ class RequestWriter:
         *,
         absolute: bool,
         proxy_headers: Mapping[str, str],
+        hop: str = "",
     ) -> None:
+        self._own = {HOP: hop} if hop else {}
         self._settings = settings
         self._base = URL(base_url)
         self._absolute = absolute
@@ -72,7 +76,7 @@ class RequestWriter:
         """
         configured = {name.lower() for name in self._settings.headers}
         self._configured = configured
-        self._passed = TRACE_HEADERS.union(settings.pass_headers) - configured
+        self._passed = TRACE_HEADERS.union(settings.pass_headers) - configured | {HOP}
 
     def write(
         self, api: Api, path: str, body: bytes, client_headers: ClientHeaders = NO_HEADERS
@@ -150,7 +154,7 @@ class RequestWriter:
         lower case.
         """
         url = self._base.with_path(f"{self._base.path.rstrip('/')}/{path}")
-        headers = {"Host": url.authority.rpartition("@")[2], **own}
+        headers = {"Host": url.authority.rpartition("@")[2], **own, **self._own}
         if self._settings.api_key is not None:
             headers |= api.key_headers(url.host or "", self._settings.api_key.reveal())
         configured = {

@@ -42,12 +42,19 @@ class Pools:
     Always: `pool` and `writer` fit the settings applied last; each other pool has a task, which
     closes it when its last request has ended. `close` closes all of them.
 
-    *pending* counts the requests that may soon want a connection; see `Pool`.
+    *pending* counts the requests that may soon want a connection; see `Pool`. *hop*: see
+    `RequestWriter`.
     """
 
     def __init__(
-        self, settings: settings.Provider, base_url: str, *, pending: Callable[[], int]
+        self,
+        settings: settings.Provider,
+        base_url: str,
+        *,
+        pending: Callable[[], int],
+        hop: str = "",
     ) -> None:
+        self._hop = hop
         self._settings = settings
         self.base_url = base_url
         self._pending = pending
@@ -147,6 +154,10 @@ class Pools:
             )
             raise ConfigurationError([fault]) from exc
         writer = RequestWriter(
-            settings, base_url, absolute=pool.forwards, proxy_headers=pool.proxy_headers()
+            settings,
+            base_url,
+            absolute=pool.forwards,
+            proxy_headers=pool.proxy_headers(),
+            hop=self._hop,
         )
         return pool, writer

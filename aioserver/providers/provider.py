@@ -128,6 +128,7 @@ class Provider:
         lifetime: Lifetime | None = None,
         estimates: Estimates | None = None,
         usage: Usage | None = None,
+        hop: str = "",
     ) -> None:
         self.name = settings.name
         self._usage = Usage() if usage is None else usage
@@ -151,7 +152,7 @@ class Provider:
         # Attempts that wait for a place, or have got one and have not run since. The gate does not
         # count the latter as waiting.
         self._pending = 0
-        self.pools = Pools(settings, base_url, pending=lambda: self._pending)
+        self.pools = Pools(settings, base_url, pending=lambda: self._pending, hop=hop)
         self.budget = Budget(clock)
         # Set at the end of the last attempt; None unless the provider is removed.
         self._drained: asyncio.Event | None = None

@@ -48,7 +48,7 @@ class ProviderRegistry:
     *observe* returns who hears what is found out about the provider of a name. *simulated* is
     where `simulated: true` leads; None if there is no simulator. *lifetime* has the answers that
     nobody reads, and that give way to requests which wait; None if there are none. *usage* hears
-    what attempts have cost.
+    what attempts have cost. *hop* is the id by which requests that come back are known.
     """
 
     def __init__(
@@ -59,8 +59,10 @@ class ProviderRegistry:
         simulated: Simulated | None = None,
         lifetime: Lifetime | None = None,
         usage: Usage | None = None,
+        hop: str = "",
     ) -> None:
         self._metrics = metrics
+        self._hop = hop
         self._usage = Usage(metrics.usage) if usage is None else usage
         self._make_gate = make_gate
         self._observe = observe
@@ -120,6 +122,7 @@ class ProviderRegistry:
                     lifetime=self._lifetime,
                     estimates=self.estimates,
                     usage=self._usage,
+                    hop=self._hop,
                 )
                 changed.append(provider)
             providers[name] = provider

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -156,6 +157,8 @@ async def open_server(
     lifecycle = Lifecycle()
     listening: list[socket.socket] = []
     instances: Instances | None = None
+    # The workers of one parent are one server.
+    hop = secrets.token_hex(4) if scope is None else scope.host
 
     def report(kind: str, text: str) -> None:
         monitor.incident(kind, text)
@@ -213,6 +216,7 @@ async def open_server(
             simulated,
             lifetime,
             usage,
+            hop,
         )
         stack.push_async_callback(provider_registry.close)
         await provider_registry.prepare(llm)
@@ -270,6 +274,7 @@ async def open_server(
                 for api in (*openai.APIS, *(api for wing in plugged for api in wing.apis()))
             },
             router=router,
+            hop=hop,
             outbox=Outbox(loop),
             wheel=wheel,
             sockets=set(),

@@ -57,7 +57,7 @@ OUTCOMES = (
 )
 ATTEMPTS = (
     *("ok", "connect_error", "timeout", "http_429", "http_4xx", "http_5xx", "tls"),
-    *("disconnected", "stale", "bad_response", "cancelled"),
+    *("loop", "disconnected", "stale", "bad_response", "cancelled"),
 )
 # Close codes of a WebSocket; any other is counted as "other".
 CLOSE_CODES = (

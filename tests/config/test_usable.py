@@ -129,3 +129,30 @@ def test_a_base_url_with_the_path_of_a_request_is_warned_of(file: Path) -> None:
     (warning,) = load(text, file).warnings
     assert "base_url: paths are added to it (write http" in warning
     assert warning.endswith("/v1)")
+
+
+@pytest.mark.parametrize(
+    ("host", "url", "warned"),
+    [
+        ("localhost", "http://127.0.0.1:8011/v1", True),
+        ("127.0.0.1", "http://LocalHost:8011", True),
+        ("0.0.0.0", "http://[::1]:8011/v1", True),
+        ("10.0.0.5", "http://10.0.0.5:8011/v1", True),
+        ("10.0.0.5", "http://127.0.0.1:8011/v1", False),
+        ("localhost", "http://127.0.0.1:8012/v1", False),
+        ("localhost", "http://example.com:8011/v1", False),
+    ],
+)
+def test_a_base_url_that_leads_back_to_the_server_is_warned_of(
+    file: Path, host: str, url: str, warned: bool
+) -> None:
+    (line,) = [line for line in small().splitlines() if "base_url" in line][:1]
+    indent = line[: len(line) - len(line.lstrip())]
+    environ = {
+        "AIOSERVER__CHAT__WEBSOCKET__HOST": host,
+        "AIOSERVER__CHAT__WEBSOCKET__PORT": "8011",
+    }
+
+    warnings = load(small().replace(line, f"{indent}base_url: {url}", 1), file, **environ).warnings
+
+    assert any("leads back to this server" in warning for warning in warnings) is warned
