@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 from aioserver.protocol import json_body, whole_answer
-from aioserver.protocol.bridging import reading
+from aioserver.protocol.bridging import reading, turns
 from aioserver.wings.responses import items
-from aioserver.wings.responses.bridge import request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +54,7 @@ class Input(NamedTuple):
 def windows(size: int) -> Iterator[None]:
     """Within it, what is read in steps is read *size* bytes at a time, and every body is large."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (json_body, whole_answer, items, reading, request):
+        for module in (json_body, whole_answer, items, reading, turns):
             patch.setattr(module, "STEP_BYTES", size)
         patch.setattr(json_body, "PIECE_BYTES", max(size, LEAST_PIECE))
         yield

@@ -7,7 +7,7 @@ of millions of empty elements would otherwise cost thirty times its bytes.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 from msgspec import Raw
@@ -15,6 +15,9 @@ from msgspec import Raw
 from aioserver.errors import InvalidRequest
 from aioserver.protocol import json_body
 from aioserver.protocol.json_body import ABSENT, null, pause
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
 
 T = TypeVar("T")
 # Values in one body, whatever its size.
@@ -75,6 +78,25 @@ def elements(raw: Raw, param: str, limit: int = MAX_ELEMENTS) -> list[Raw]:
     return listed
 
 
+async def for_each(raw: Raw, param: str, add: Callable[[Raw, str], Awaitable[None]]) -> None:
+    """Call *add* with each element of the list that *raw* is, however long, and its name.
+
+    Raises:
+        InvalidRequest: it is no list, or an empty one; *param* names it.
+    """
+    array = b"[]" if null(raw) else bytes(raw)
+    if not array.startswith(b"["):
+        raise InvalidRequest(f"{param} must be a list", param=param)
+    number = 0
+    for batch in json_body.elements(array):
+        for each in batch:
+            await add(each, f"{param}[{number}]")
+            number += 1
+        await pause()
+    if not number:
+        raise InvalidRequest(f"{param} must have an element", param=param)
+
+
 def read(decoder: msgspec.json.Decoder[T], raw: Raw, param: str) -> T:
     """Return *raw* as the type of *decoder*.
 
@@ -98,6 +120,12 @@ def string(raw: Raw, param: str) -> bytes:
     if not is_string(raw):
         raise InvalidRequest(f"{param} must be a string", param=param)
     return bytes(raw)
+
+
+def no_form(kind: str, param: str, hint: str = "") -> InvalidRequest:
+    """Return the error of a request that has something of this *kind*, at *param*."""
+    hint = hint or ", which are all that the provider has"
+    return InvalidRequest(f"{kind[:64]!r} has no form in chat completions{hint}", param=param)
 
 
 def is_string(raw: Raw) -> bool:

@@ -24,10 +24,10 @@ from aioserver.providers.attempt import Attempt
 from aioserver.providers.error_mapping import event_fault
 from aioserver.providers.request import Answer
 from aioserver.providers.sinks import BodySink
+from aioserver.wings.anthropic.bridge.blocks import SIGNATURE
 from aioserver.wings.anthropic.bridge.events import MessageWriter
 from aioserver.wings.anthropic.bridge.refused import translate
 from aioserver.wings.anthropic.bridge.request import ChatRequest, ThreadContinued, chat_request
-from aioserver.wings.anthropic.bridge.turns import SIGNATURE
 from aioserver.wings.anthropic.bridge.whole import WholeWriter, whole_message
 from aioserver.wings.anthropic.history import without_thinking
 from aioserver.wings.anthropic.sink import BridgeSink

@@ -10,7 +10,7 @@ from msgspec import Raw
 from aioserver.protocol import json_body
 from aioserver.protocol.bridging.reading import elements
 from aioserver.protocol.json_body import ABSENT, Member, pause
-from aioserver.wings.anthropic.bridge.turns import SIGNATURE
+from aioserver.wings.anthropic.bridge.blocks import SIGNATURE
 
 _MESSAGES = Member("messages")
 _CONTENT = Member("content")

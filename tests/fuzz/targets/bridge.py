@@ -19,6 +19,7 @@ from aioserver.wings.responses.bridge.request import chat_request
 from aioserver.wings.responses.events import ResponseEvents
 from aioserver.wings.responses.sinks import BridgeSink
 from tests.fuzz.inputs import parts, windows
+from tests.support.reference_messages import check_order
 from tests.support.response_events import check_run
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ WORDS = (
     *(b'"tools":[{', b'"type":"function"', b'"type":"custom"', b'"tool_choice":', b'"text":{'),
 )
 ASKED = b'{"model":"m","input":"x","stream":true,"tools":[{"type":"custom","name":"f"}],"top_logprobs":1}'
-ROLES = {"system", "user", "assistant", "tool"}
 
 
 def run(data: bytes) -> None:
@@ -59,7 +59,7 @@ def _check_request(content: bytes) -> None:
     sent = orjson.loads(chat.body)
     assert sent["model"] == "m"
     assert ("stream" in sent) == body.streamed
-    assert {message["role"] for message in sent["messages"]} <= ROLES
+    check_order(sent["messages"])
     assert len(sent.get("tools", ())) == len(chat.tools.functions)
     repeated = orjson.loads(b"{%b}" % chat.repeated)
     assert repeated["store"] == (body.stored is not False)

@@ -5,7 +5,7 @@ Bytes in, bytes out; what it has in common with other bridges is in protocol/bri
 In the order in which a request meets them:
 
     request    the body of `/v1/messages` becomes that of `/v1/chat/completions`: a `ChatRequest`
-    turns      its messages become those of a chat, in the order that strict engines want
+    blocks     its messages, block by block, become those of a chat
     tools      its tools become functions
     ids        the ids of calls, which the API writes with fewer characters than engines do
     events     the chunks of a streamed answer become the events of a message

@@ -30,7 +30,7 @@ from aioserver.protocol.said import MAX_SAID
 from aioserver.telemetry.tokens import tokens_of
 from aioserver.wings.anthropic.bridge import ids
 from aioserver.wings.anthropic.bridge.arguments import Scanner
-from aioserver.wings.anthropic.bridge.turns import SIGNATURE
+from aioserver.wings.anthropic.bridge.blocks import SIGNATURE
 from aioserver.wings.anthropic.wire import STOPPED
 
 if TYPE_CHECKING:

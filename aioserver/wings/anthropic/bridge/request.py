@@ -1,6 +1,6 @@
 """The body of a request to `/v1/messages` as that of one to `/v1/chat/completions`.
 
-    system, messages             messages (turns.py)
+    system, messages             messages (blocks.py)
     tools, tool_choice           functions (tools.py), parallel_tool_calls
     max_tokens, stop_sequences   max_tokens, stop
     temperature, top_p, top_k    the same
@@ -23,11 +23,19 @@ from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
 from aioserver.protocol import json_body
-from aioserver.protocol.bridging.reading import check_density, elements, members, read, string
+from aioserver.protocol.bridging.reading import (
+    check_density,
+    elements,
+    for_each,
+    members,
+    read,
+    string,
+)
+from aioserver.protocol.bridging.turns import Turns
 from aioserver.protocol.bridging.words import ALL_WORDS, Size, Words, optional_in
 from aioserver.protocol.json_body import ABSENT, flag, null, pause
+from aioserver.wings.anthropic.bridge.blocks import BlockReader
 from aioserver.wings.anthropic.bridge.tools import MAX_TOOLS, Tools
-from aioserver.wings.anthropic.bridge.turns import Turns
 
 if TYPE_CHECKING:
     from aioserver.protocol.bridging.hosted import Hosted
@@ -140,9 +148,10 @@ async def chat_request(
     if elements(fields.mcp_servers, "mcp_servers"):
         tools.hosted.add("mcp_servers", "mcp_servers")
     choice = tools.choose(fields.tool_choice)
-    turns = Turns(tools, reasoning_field)
-    turns.instruct(fields.system)
-    await _add_messages(turns, fields.messages)
+    turns = Turns(reasoning_field)
+    reader = BlockReader(tools, turns)
+    await reader.instruct(fields.system, "system")
+    await for_each(fields.messages, "messages", reader.add)
     streamed = b""
     if flag(fields.stream):
         usage = b',"stream_options":{"include_usage":true}'
@@ -168,21 +177,6 @@ async def chat_request(
         words.tokens(size),
         optional_in(b"".join((streamed, called[1], options))),
     )
-
-
-async def _add_messages(turns: Turns, raw: Raw) -> None:
-    """Add the messages in *raw* to *turns*, in steps."""
-    array = b"[]" if null(raw) else bytes(raw)
-    if not array.startswith(b"["):
-        raise InvalidRequest("messages must be a list", param="messages")
-    number = 0
-    for messages in json_body.elements(array):
-        for message in messages:
-            await turns.add(message, f"messages[{number}]")
-            number += 1
-        await pause()
-    if not number:
-        raise InvalidRequest("messages must be a list of messages", param="messages")
 
 
 def _tool_members(tools: Tools, choice: bytes, words: Words) -> tuple[bytes, bytes]:

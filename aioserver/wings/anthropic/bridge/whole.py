@@ -12,6 +12,7 @@ from aioserver.errors import InvalidJson
 from aioserver.protocol import json_body
 from aioserver.protocol.bridging.whole import read_whole
 from aioserver.protocol.openai import BadEvent
+from aioserver.wings.anthropic.bridge.blocks import SIGNATURE
 from aioserver.wings.anthropic.bridge.events import (
     CUTS,
     TEXT,
@@ -19,7 +20,6 @@ from aioserver.wings.anthropic.bridge.events import (
     Call,
     MessageWriter,
 )
-from aioserver.wings.anthropic.bridge.turns import SIGNATURE
 
 if TYPE_CHECKING:
     from aioserver.wings.anthropic.bridge.request import ChatRequest

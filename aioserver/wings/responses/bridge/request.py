@@ -31,23 +31,22 @@ from aioserver.protocol import json_body
 from aioserver.protocol.bridging.reading import (
     check_density,
     elements,
+    for_each,
     is_string,
     members,
     read,
     string,
 )
+from aioserver.protocol.bridging.turns import Piece, Turns
 from aioserver.protocol.bridging.words import ALL_WORDS, Size, Words, optional_in
 from aioserver.protocol.json_body import ABSENT, flag, null, pause
-from aioserver.wings.responses.bridge.items import Messages
+from aioserver.wings.responses.bridge.items import ItemReader
 from aioserver.wings.responses.bridge.output import MAX_REPEATED_BYTES
 from aioserver.wings.responses.bridge.tools import Tools
 
 if TYPE_CHECKING:
     from aioserver.protocol.bridging.hosted import Hosted
 
-# Items of a request that become messages in one step, and their bytes, since an item may have
-# thousands of parts.
-STEP_ITEMS, STEP_BYTES = 256, 1 << 18
 LOGPROBS = "message.output_text.logprobs"
 # Fields that only a provider with responses of its own can honour.
 _REFUSED = ("conversation", "prompt", "moderation")
@@ -141,7 +140,7 @@ async def chat_request(
 
     *body* is JSON with a model. *previous* is the id of the response that it continues, if its
     items are in the body already; *incomplete*: they need not be. *reasoning_field* is as for
-    `Messages`, and *words* are those that the provider takes. *streamed*: whatever *body* says, the
+    `Turns`, and *words* are those that the provider takes. *streamed*: whatever *body* says, the
     answer is streamed.
 
     Raises:
@@ -157,23 +156,23 @@ async def chat_request(
     for number, raw in enumerate(elements(fields.tools, "tools")):
         tools.add(raw, f"tools[{number}]")
     choice = tools.choose(fields.tool_choice)
-    messages = Messages(tools, reasoning_field)
+    turns = Turns(reasoning_field)
     if not null(fields.instructions):
-        messages.instruct(string(fields.instructions, "instructions"))
+        turns.instruct(string(fields.instructions, "instructions"))
     if is_string(fields.input):
-        messages.ask(bytes(fields.input))
+        turns.ask(Piece(bytes(fields.input)))
     else:
         await pause()
-        await _add_items(messages, fields.input)
+        await for_each(fields.input, "input", ItemReader(tools, turns).add)
     logprobs = not null(fields.top_logprobs) or LOGPROBS in _names(fields.include)
     written_format, shown_text = _text(fields.text)
-    said = messages.finish()
+    said = turns.finish()
     stream_members = b""
     if streamed or flag(fields.stream):
         usage = b',"stream_options":{"include_usage":true}'
         stream_members = b',"stream":true' + (usage if words.takes("stream_options") else b"")
     called, parallel = _tool_members(tools, choice, fields, words)
-    size = Size(len(said) + len(called) - messages.picture_bytes, messages.pictures)
+    size = Size(len(said) + len(called) - turns.picture_bytes, turns.pictures)
     options = _options(fields, words, size, logprobs=logprobs)
     parts = (
         b'{"model":%b,"messages":[' % model,
@@ -197,27 +196,6 @@ async def chat_request(
         words.tokens(size),
         optional_in(b"".join((stream_members, parallel, options))),
     )
-
-
-async def _add_items(messages: Messages, raw: Raw) -> None:
-    """Add the items in *raw*, the input, to *messages*, in steps."""
-    array = b"[]" if null(raw) else bytes(raw)
-    if not array.startswith(b"["):
-        raise InvalidRequest("input must be a list", param="input")
-    number = size = 0
-    for items in json_body.elements(array):
-        for item in items:
-            messages.add(item, f"input[{number}]")
-            number += 1
-            size += len(memoryview(item)) + STEP_BYTES // STEP_ITEMS
-            if size >= STEP_BYTES:
-                size = 0
-                messages.compact()
-                await pause()
-        if len(array) > STEP_BYTES:
-            await pause()
-    if not number:
-        raise InvalidRequest("input must be a text, or a list of items", param="input")
 
 
 async def _fields(body: bytes) -> _Body:

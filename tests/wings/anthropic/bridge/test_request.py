@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
 from typing import Any
 
 import orjson
@@ -13,7 +11,6 @@ from aioserver.errors import InvalidRequest
 from aioserver.protocol.bridging.words import Words
 from aioserver.protocol.json_body import at_once
 from aioserver.wings.anthropic.bridge.request import ChatRequest, ThreadContinued, chat_request
-from tests.support.reference_messages import check_order
 
 ASKED: dict[str, Any] = {"model": "m", "max_tokens": 100}
 HELLO: Any = {"role": "user", "content": "Hello"}
@@ -322,75 +319,3 @@ def test_the_estimate_takes_a_picture_for_no_text() -> None:
     chat = request(messages=[user({"type": "image", "source": large}, text("a" * 4000))])
 
     assert 2600 < chat.asked_tokens < 2700
-
-
-# Any history.
-
-
-def random_history(rng: random.Random) -> list[Any]:
-    turns: list[Any] = []
-    for number in range(1, rng.randint(2, 9)):
-        kind = rng.choice(["user", "assistant", "calls", "system", "orphan"])
-        words = text(f"<{number}>")
-        if kind == "user":
-            content = [words, PICTURE] if rng.random() < 0.2 else [words]
-            turns.append(
-                user(*content) if rng.random() < 0.5 else {**user(), "content": f"<{number}>"}
-            )
-        elif kind == "assistant":
-            turns.append(assistant(words, text(rng.choice(["", " ", "x"]))))
-        elif kind == "system":
-            turns.append({"role": "system", "content": f"<{number}>"})
-        elif kind == "orphan":
-            turns.append(user(result(f"none{number}", f"<{number}>")))
-        else:
-            names = [f"c{number}_{each}" for each in range(rng.randint(1, 3))]
-            turns.append(assistant(words, *[use(name) for name in names]))
-            rng.shuffle(names)
-            results = [result(name, f"<{name}>") for name in names]
-            if rng.random() < 0.3:
-                results.pop()
-            if rng.random() < 0.3:
-                turns.append({"role": "system", "content": f"<{number}s>"})
-            if rng.random() < 0.8:
-                turns.append(
-                    user(*results, *([text(f"<{number}u>")] if rng.random() < 0.5 else []))
-                )
-    return turns
-
-
-@pytest.mark.parametrize("part", range(4))
-def test_any_history_is_one_that_strict_engines_take(part: int) -> None:
-    for seed in range(part * 100, part * 100 + 100):
-        turns = random_history(random.Random(seed))
-        said = messages(*turns)
-        check_order(said)
-        # Each text once, whatever became of it.
-        written, asked = json.dumps(said), json.dumps(turns)
-        for number in range(20):
-            for mark in (f"<{number}>", f"<{number}s>", f"<{number}u>"):
-                assert written.count(mark) == asked.count(mark), (seed, mark)
-
-
-def test_what_was_said_is_a_prefix_of_what_is_said_later() -> None:
-    for seed in range(200):
-        turns = random_history(random.Random(seed))
-        later = orjson.loads(request(messages=turns, system="s").body)["messages"]
-        for length in range(1, len(turns)):
-            said = messages(*turns[:length], system="s")[:-1]
-            if turns[length]["role"] == "assistant":
-                # The turn of the user is over.
-                assert said == later[: len(said)], seed
-            texts = [message for message in said if message["role"] != "tool"]
-            later_texts = [message for message in later if message["role"] != "tool"]
-            assert texts == later_texts[: len(texts)], seed
-
-
-def test_two_hundred_results_are_one_turn() -> None:
-    names = [f"c{number}" for number in range(200)]
-    said = messages(
-        HELLO, assistant(*map(use, names)), user(*[result(name, "x" * 5000) for name in names])
-    )
-
-    check_order(said)
-    assert len(said) == 202
