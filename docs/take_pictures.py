@@ -2,10 +2,11 @@
 
     .venv/bin/python docs/take_pictures.py [--seconds 75] [--folder docs/images]
 
-Starts the simulated provider and `aioserver serve` on free ports of loopback, loads the server
-with `aioserver bench` on all three faces for that many seconds, and takes a picture of the
-dashboard near the end of the load and one of the chat page with a question asked. What is shown is
-what the server said at that moment. Everything that was started here is ended at the end.
+Starts two simulated engines and `aioserver serve` with two workers on free ports of loopback. The
+engines are a group. Loads the server with `aioserver bench` on three faces for that many seconds,
+and takes a picture of the dashboard near the end of the load. What is shown is what the server said
+at that moment. Then a program that answers with a text of this file is asked on the chat page.
+Everything that was started here is ended at the end.
 
 Needs the test extras, and Debian's `chromium`.
 """
@@ -14,15 +15,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
+import json
 import re
 import shutil
 import sys
 import tempfile
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import yaml
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from playwright.async_api import async_playwright
 
 if TYPE_CHECKING:
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
     from playwright.async_api import Page, ViewportSize
 
+ROOT = Path(__file__).parents[1]
 AIOSERVER = (sys.executable, "-m", "aioserver")
 FLAGS = (
     "--no-sandbox",
@@ -40,28 +45,59 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-DASHBOARD, CHAT = (1280, 800), (1280, 560)  # pixels of the pictures
+DASHBOARD, CHAT = (1280, 900), (1280, 800)  # pixels of the pictures
 START = 30.0  # seconds for a process to say where it serves
 # Small limits, so that a load which one machine makes beside the server meets them.
-PROVIDERS = "AIOSERVER__LLM__PROVIDERS"
-SETTINGS = {
-    f"{PROVIDERS}__DEMO__HTTP_CLIENT__CONCURRENT_REQUESTS": "60",
-    f"{PROVIDERS}__LOCAL__HTTP_CLIENT__CONCURRENT_REQUESTS": "12",
-    f"{PROVIDERS}__LOCAL__MODEL": "simulated",
-    "AIOSERVER__LOGGING__LEVEL": "WARNING",
-}
+PLACES = {"demo": 60, "gpu1": 8}
 # Options of `bench`, and the share of the whole time after which each load begins. The clients of
 # all of them together are more than max_connections (100).
 LOADS = (
     (0.0, "--face websocket --clients 55 --ramp 8"),
-    (0.2, "--face openai --clients 30 --ramp 10 --model local"),
+    (0.2, "--face openai --clients 30 --ramp 10 --model qwen"),
     (0.5, "--face sse --clients 25 --ramp 6"),
 )
-QUESTION = "Why are you called a gateway?"
+QUESTION = "How long do people wait for one of c places?"
+# What the chat page shows of Markdown: a table, code, and a formula, which stays as it is written.
+ANSWER = """\
+With `c` places and a load of `a` places on average, Erlang's formula says who waits:
+
+$$P(wait) = \\frac{a^c / c! \\cdot c / (c - a)}{\\sum_{k<c} a^k / k! + a^c / c! \\cdot c / (c - a)}$$
+
+```python
+def waits(places: int, load: float) -> float:
+    blocked = 1.0
+    for place in range(1, places + 1):
+        blocked = load * blocked / (place + load * blocked)
+    return places * blocked / (places - load * (1 - blocked))
+```
+
+| places | load | who waits |
+| ---: | ---: | ---: |
+| 10 | 8 | 41 % |
+| 100 | 80 | 2 % |
+
+A large pool waits less than many small ones with the same load.
+"""
+
+
+def configuration(engine: str, other_engine: str, writer: str) -> str:
+    """Return the shipped configuration with two workers, and a group of two engines."""
+    settings: dict[str, Any] = yaml.safe_load((ROOT / "config.yaml").read_text())
+    settings["chat"]["websocket"]["concurrency"]["uvicorn"]["workers"] = 2
+    settings["logging"]["level"] = "WARNING"
+    providers = settings["llm"]["providers"]
+    providers["gpu1"] = providers["local"] | {"base_url": engine, "model": "simulated"}
+    providers["gpu2"] = {"like": "gpu1", "base_url": other_engine}
+    providers["writer"] = {"like": "gpu1", "base_url": writer, "model": "writer"}
+    for name, places in PLACES.items():
+        http_client = providers[name]["http_client"] | {"concurrent_requests": places}
+        providers[name] = providers[name] | {"http_client": http_client}
+    settings["llm"]["models"] = {"qwen": {"members": ["gpu1", "gpu2"], "choose": "least_busy"}}
+    return yaml.safe_dump(settings)
 
 
 @asynccontextmanager
-async def running(*command: str, environ: dict[str, str] | None = None) -> AsyncIterator[str]:
+async def running(*command: str) -> AsyncIterator[str]:
     """Start *command*; yield the URL in its first line.
 
     At the end it is asked to end, and waited for.
@@ -70,7 +106,6 @@ async def running(*command: str, environ: dict[str, str] | None = None) -> Async
         *AIOSERVER,
         *command,
         cwd=tempfile.gettempdir(),
-        env={**os.environ, **(environ or {})},
         stdout=asyncio.subprocess.PIPE,
     )
     try:
@@ -85,6 +120,27 @@ async def running(*command: str, environ: dict[str, str] | None = None) -> Async
         if process.returncode is None:
             process.terminate()
         await process.wait()
+
+
+@asynccontextmanager
+async def answering(text: str) -> AsyncIterator[str]:
+    """Serve chat completions, streamed, that say *text*; yield the base URL."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        await request.read()
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for piece in re.findall(r"\S*\s*", text):
+            chunk = {"choices": [{"index": 0, "delta": {"content": piece}}]}
+            await response.write(f"data: {json.dumps(chunk)}\n\n".encode())
+        last = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+        await response.write(f"data: {json.dumps(last)}\n\ndata: [DONE]\n\n".encode())
+        return response
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", answer)
+    async with TestServer(app) as server:
+        yield str(server.make_url("/v1"))
 
 
 async def load(url: str, after: float, seconds: float, options: str) -> None:
@@ -136,10 +192,14 @@ def size(pixels: tuple[int, int]) -> ViewportSize:
 async def take(folder: Path, seconds: float) -> None:
     """Start everything, and write `dashboard.png` and `chat.png` into *folder*."""
     async with AsyncExitStack() as stack:
-        provider = await stack.enter_async_context(running("provider", "--port", "0"))
-        local = {f"{PROVIDERS}__LOCAL__BASE_URL": provider}
+        engines = [
+            await stack.enter_async_context(running("provider", "--port", "0")) for _ in range(2)
+        ]
+        writer = await stack.enter_async_context(answering(ANSWER))
+        file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "config.yaml"
+        file.write_text(configuration(*engines, writer))
         server = await stack.enter_async_context(
-            running("serve", "--port", "0", environ={**SETTINGS, **local})
+            running("serve", "--config", str(file), "--port", "0")
         )
         page = await stack.enter_async_context(opened(stack))
         async with asyncio.TaskGroup() as group:
@@ -154,9 +214,10 @@ async def take(folder: Path, seconds: float) -> None:
             await page.screenshot(path=folder / "dashboard.png")
         await page.set_viewport_size(size(CHAT))
         await page.goto(f"{server}/")
+        await page.locator("select").first.select_option("writer")
         await page.locator("textarea").fill(QUESTION)
         await page.keyboard.press("Enter")
-        await asyncio.sleep(2)  # in the middle of the answer
+        await page.get_by_text("with the same load").wait_for()
         await page.screenshot(path=folder / "chat.png")
 
 

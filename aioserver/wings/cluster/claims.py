@@ -160,8 +160,12 @@ class Claims:
         return [member.decode() for member in members]
 
     async def put_log(self, name: str, log: bytes, seconds: float) -> None:
-        """Keep a log that has ended for *seconds*, if there is room."""
-        await self._commands.evaluate(PUT_LOG, [self._keys(name)[1]], log, int(1000 * seconds))
+        """Keep a log that has ended for *seconds*, if there is room.
+
+        The server takes no time of 0 ms: a window that ends meanwhile has one.
+        """
+        milliseconds = max(1, int(1000 * seconds))
+        await self._commands.evaluate(PUT_LOG, [self._keys(name)[1]], log, milliseconds)
 
     async def get_log(self, name: str) -> bytes | None:
         """Return a log that was kept."""

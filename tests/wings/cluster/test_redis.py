@@ -160,6 +160,19 @@ async def test_a_log_that_was_handed_over_outlives_its_owner(make_bus: Any) -> N
     assert await at_b.get_log("n") == b"log"
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.0004, -1.0])
+async def test_a_log_whose_window_ends_while_it_is_handed_over_is_no_fault(
+    make_bus: Any, seconds: float
+) -> None:
+    """A fault would be taken for a server that is away, and keep back all other logs."""
+    store = claims_of(await make_bus("a"))
+
+    await store.put_log("n", b"log", seconds)
+    await store.put_log("m", b"log", 30)
+
+    assert await store.get_log("m") == b"log"
+
+
 async def test_a_conversation_keeps_its_newest_turns(make_bus: Any) -> None:
     turns = RedisTurns(commands_of(await make_bus("a")))
     for number in range(10):
