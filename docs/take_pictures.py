@@ -80,14 +80,16 @@ A large pool waits less than many small ones with the same load.
 """
 
 
-def configuration(engine: str, other_engine: str, writer: str) -> str:
-    """Return the shipped configuration with two workers, and a group of two engines."""
+def configuration(engines: list[str], writer: str) -> str:
+    """Return the shipped configuration with two workers, a group of two *engines*, and a *writer*:
+    their addresses.
+    """
     settings: dict[str, Any] = yaml.safe_load((ROOT / "config.yaml").read_text())
     settings["chat"]["websocket"]["concurrency"]["uvicorn"]["workers"] = 2
     settings["logging"]["level"] = "WARNING"
     providers = settings["llm"]["providers"]
-    providers["gpu1"] = providers["local"] | {"base_url": engine, "model": "simulated"}
-    providers["gpu2"] = {"like": "gpu1", "base_url": other_engine}
+    providers["gpu1"] = providers["local"] | {"base_url": engines[0], "model": "simulated"}
+    providers["gpu2"] = {"like": "gpu1", "base_url": engines[1]}
     providers["writer"] = {"like": "gpu1", "base_url": writer, "model": "writer"}
     for name, places in PLACES.items():
         http_client = providers[name]["http_client"] | {"concurrent_requests": places}
@@ -197,7 +199,7 @@ async def take(folder: Path, seconds: float) -> None:
         ]
         writer = await stack.enter_async_context(answering(ANSWER))
         file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "config.yaml"
-        file.write_text(configuration(*engines, writer))
+        file.write_text(configuration(engines, writer))
         server = await stack.enter_async_context(
             running("serve", "--config", str(file), "--port", "0")
         )
