@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Seconds for DNS, TCP and TLS together.
 CONNECT_TIMEOUT = 10.0
+# Seconds of a deadline that the server is told: it takes no longer ones (protocol/terms.py).
+MAX_TERM = 86_400.0
 NOT_FOUND = "conversation_not_found"
 SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}
 
@@ -102,6 +104,8 @@ class Client:
         metadata: dict[str, Any] | None = None,
         streaming: bool | None = None,
         deadline: float | None = None,
+        start_within: float | None = None,
+        batch: bool = False,
         request_id: str | None = None,
         last_event_id: int | None = None,
     ) -> Answer:
@@ -110,9 +114,12 @@ class Client:
         *content*: the user's text, in front of which the server puts what was said before in
         *conversation_id* (absent: nothing was), or OpenAI's list of messages, which is sent as it
         is. *options*: further fields of OpenAI's request, such as `temperature`. *deadline*: as
-        that of the client, for this answer. *request_id*: the same id is the same answer, paid for
-        once (absent: a new one). *last_event_id*: go on with the answer to *request_id* after this
-        event, whose *number* an earlier program has kept; nothing is asked anew.
+        that of the client, for this answer; the server knows it, too, and ends the answer then.
+        *start_within*: seconds, counted by the server, after which it does not begin the answer any
+        more. *batch*: the answer may wait until there is room that nobody else wants. *request_id*:
+        the same id is the same answer, paid for once (absent: a new one). *last_event_id*: go on
+        with the answer to *request_id* after this event, whose *number* an earlier program has
+        kept; nothing is asked anew.
 
         Raises:
             ValueError: an argument can be no part of a question.
@@ -138,6 +145,9 @@ class Client:
             model=model,
             metadata=metadata,
             streaming=streaming,
+            start_within=_term(start_within),
+            deadline=_term(deadline),
+            **{"class": "batch" if batch else None},
         )
         limit = self._deadline if deadline is None else _checked(deadline)
         return Answer(self._opened(), question, limit, last_event_id)
@@ -295,3 +305,12 @@ def _checked(deadline: float | None) -> float | None:
     if not deadline > 0:
         raise ValueError(f"a deadline of {deadline} s: a positive number is expected")
     return float(deadline)
+
+
+def _term(seconds: float | None) -> float | None:
+    """Return a deadline of *seconds* as the server is told it; None if it is not."""
+    checked = _checked(seconds)
+    if checked is None or checked > MAX_TERM:
+        return None
+    # In digits: the server takes no exponent.
+    return max(0.001, round(checked, 3))

@@ -294,6 +294,7 @@ def _message(error: vol.Invalid, document: Document) -> str:
 def _warnings(settings: Settings, document: Document) -> Iterator[Fault]:
     yield from _ignored(Settings, document.values, (), document)
     auth = settings.auth or Auth()
+    path: KeyPath
     concurrency: KeyPath = ("chat", "websocket", "concurrency")
     if "queue_timeout" not in _section(document, concurrency):
         message = (
@@ -302,18 +303,25 @@ def _warnings(settings: Settings, document: Document) -> Iterator[Fault]:
         )
         yield document.fault((*concurrency, "connection_queue_size"), message)
     if "*" in settings.chat.websocket.allow_origins and not auth.keys:
-        path: KeyPath = ("chat", "websocket", "allow_origins")
+        path = ("chat", "websocket", "allow_origins")
         yield document.fault(path, 'with "*" and without keys every page on the web may chat')
     if auth.open:
         yield document.fault(("auth", "open"), "everybody who can reach the port may chat")
-    if settings.cluster.redis_url is None:
-        for index, client in enumerate(auth.keys):
-            if client.tokens_per_day:
-                message = (
-                    "what is used of the day is forgotten at a restart: only a cluster (redis_url) "
-                    "remembers it"
-                )
-                yield document.fault(("auth", "keys", index, "tokens_per_day"), message)
+    waiting = settings.chat.websocket.concurrency.connection_queue_size // 2
+    for index, client in enumerate(auth.keys):
+        path = ("auth", "keys", index)
+        if client.tokens_per_day and settings.cluster.redis_url is None:
+            message = (
+                "what is used of the day is forgotten at a restart: only a cluster (redis_url) "
+                "remembers it"
+            )
+            yield document.fault((*path, "tokens_per_day"), message)
+        if client.queue_size > waiting:
+            message = (
+                f"{client.queue_size} cannot wait over HTTP: at all keys together {waiting} can, "
+                "half of chat.websocket.concurrency.connection_queue_size"
+            )
+            yield document.fault((*path, "queue_size"), message)
     for name in settings.llm.providers:
         path = ("llm", "providers", name, "api_key")
         key = document.values["llm"]["providers"][name].get("api_key")

@@ -28,9 +28,11 @@ from aioserver.gateway.instances import FROM_START, NOT_FOUND
 from aioserver.gateway.producers import Producers
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.request import Request
+from aioserver.gateway.stream_usage import UsageAttempt
 from aioserver.limits.deadline import Guard
 from aioserver.limits.quota import REVOKED
 from aioserver.protocol.whole_answer import final_response, text_pieces
+from aioserver.providers.attempt import Attempt
 from aioserver.streams.contracts import AT_KEY
 from aioserver.streams.entries import COMPLETE, ERROR
 
@@ -128,7 +130,15 @@ class Gateway:
         route = self._router.route(chat.model, chat.provider)
         prompt = self._prompts.make(caller, chat, conversation, route, hold)
         request = Request(
-            route, prompt.request, face, key, key, digest, background=background, keeper=prompt
+            route,
+            prompt.request,
+            face,
+            key,
+            key,
+            digest,
+            background=background,
+            keeper=prompt,
+            make_attempt=Attempt if prompt.request.usage_options is None else UsageAttempt,
         )
         try:
             stream = self._begin(request, self._router.fill)

@@ -16,6 +16,7 @@ import orjson
 
 from aioserver.gateway.histories import Answered
 from aioserver.protocol.openai import Reading
+from aioserver.protocol.stream_options import OPTIONS
 from aioserver.providers.api import CHAT
 from aioserver.providers.request import ProviderRequest
 
@@ -195,6 +196,8 @@ class Prompts:
             client_headers=chat.client_headers,
             size=len(held[0]) + len(chat.text or b"") + len(options),
             max_answer=chat.max_answer or route.provider.settings.max_tokens,
+            # Written by UsageAttempt, unless the client has written its own.
+            usage_options=b"" if streamed and OPTIONS.name not in option_names else None,
         )
         return Prompt(self._histories, chat, request, reading, asked, sent, take_history)
 
@@ -233,7 +236,7 @@ def chat_body(
         "top_p": provider.top_p,
     }
     if streamed:
-        defaults |= {"stream": True, "stream_options": {"include_usage": True}}
+        defaults["stream"] = True
     fields = {
         name: value
         for name, value in defaults.items()

@@ -1,8 +1,9 @@
-"""An attempt at an answer that passes as the provider's bytes, and is asked to report its usage.
+"""An attempt at a streamed chat completion that is asked to report its usage.
 
 Without being asked, engines report none for a stream, and nobody would know what it costs. So where
-a client does not ask, its request does (protocol/stream_options.py), and the event that has nothing
-but the usage is taken out of the answer (providers/sinks.py).
+a client does not ask, its request does (protocol/stream_options.py). Where the answer passes as the
+provider's bytes, the event that has nothing but the usage is taken out of it (providers/sinks.py);
+the WebSocket and SSE faces show it.
 
 An engine that refuses `stream_options` is asked once more without, at once and in the same place:
 this is no retry. If it answers that, it is not asked again until a reload, neither here nor over a
@@ -48,12 +49,13 @@ class UsageAttempt(LearningAttempt):
         """Return the body to send, which asks for the usage unless the provider is not to be
         asked.
         """
-        body, options = super().body_to_send(), self.request.usage_options
+        body, request = super().body_to_send(), self.request
+        options = request.usage_options
         self._asks = False
         if (
             options is None
             or OPTIONS.name in self._learnt
-            or not self.provider.settings.stream_usage
+            or (request.reading is None and not self.provider.settings.stream_usage)
             or OPTIONS.name in self._habits.refused
         ):
             return body
@@ -67,11 +69,13 @@ class UsageAttempt(LearningAttempt):
 
     def stream_sink(self, stream: Stream) -> StreamSink:
         """Return what fills *stream* with the events of the answer."""
+        if self.request.reading is not None:
+            return super().stream_sink(stream)
         return EventSink(stream, self.request.api.content, hides_usage=self._asks)
 
     def repeats(self) -> bool:
-        """Return whether the request is to be sent once more, as its client has written it, since
-        the provider has refused what was added.
+        """Return whether the request is to be sent once more, as it was before the provider was
+        asked for the usage, since that is refused.
         """
         sink = self.sink
         if not self._asks or self.status not in STATUSES or not isinstance(sink, BodySink):

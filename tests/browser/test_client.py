@@ -10,7 +10,8 @@ from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat_page import ManualProvider, model_answer
 from tests.support.client_page import page_elsewhere, run, unwatched
 from tests.support.keys import key_of, keys_of
-from tests.support.server import HTTP_CLIENT
+from tests.support.server import HTTP_CLIENT, SIM_HTTP_CLIENT
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from playwright.async_api import Page
@@ -51,6 +52,38 @@ async def test_an_answer_is_read_as_pieces_as_a_text_and_as_events(
     assert (last["type"], last["finishReason"]) == ("complete", "stop")
     assert last["usage"]["completion_tokens"] > 1
     assert outcome["numbers"] == [*range(1, len(outcome["numbers"]) + 1)]
+
+
+@TRANSPORTS
+async def test_terms_of_a_question_are_sent(
+    make_server: MakeServer, page: Page, caplog: pytest.LogCaptureFixture, transport: str
+) -> None:
+    caplog.set_level("INFO", logger="aioserver.requests")
+    server = await make_server(STALLED, **{f"{SIM_HTTP_CLIENT}.concurrent_requests": 1})
+    async with page_elsewhere(page, server.base):
+        codes = await run(
+            page,
+            """
+            const client = new aio.Client(a, { transport: b });
+            const running = client.chat("Hello", { batch: true });
+            for await (const piece of running) {
+              const outcomes = [];
+              for (const terms of [{ startWithin: 0.05 }, { deadline: 0.05 }]) {
+                outcomes.push((await read(client.chat("Hello", terms))).error.code);
+              }
+              running.cancel();
+              return outcomes;
+            }
+            """,
+            server.base,
+            transport,
+        )
+        await until(lambda: len(caplog.records) > 1)
+
+    assert codes == ["deadline_exceeded", "deadline_exceeded"]
+    assert server.simulator.stats().requests == 1
+    classes = [getattr(record, "fields", {}).get("class") for record in caplog.records]
+    assert classes.count("batch") == 1
 
 
 async def test_what_else_a_question_says_is_sent(server: RunningServer, page: Page) -> None:

@@ -88,6 +88,27 @@ async def test_events_are_what_the_server_says(transport: Transport) -> None:
     assert answered.received == "Hi"
 
 
+async def test_question_has_the_terms_that_were_given(transport: Transport) -> None:
+    async with ScriptedServer(answers=[WHOLE]) as server, client_of(server, transport) as client:
+        await client.chat("Hi", deadline=30.5, start_within=2, batch=True).text()
+        # More than the server takes, and less than it reads.
+        await client.chat("Hi", deadline=86_401, start_within=0.000_01).text()
+        await client.chat("Hi").text()
+        for wrong in (0, -1.0):
+            with pytest.raises(ValueError, match="positive"):
+                client.chat("Hi", start_within=wrong)
+
+    sent = [
+        {name: asked["payload"].get(name) for name in ("start_within", "deadline", "class")}
+        for asked in server.seen
+    ]
+    assert sent == [
+        {"start_within": 2, "deadline": 30.5, "class": "batch"},
+        {"start_within": 0.001, "deadline": None, "class": None},
+        {"start_within": None, "deadline": None, "class": None},
+    ]
+
+
 async def test_question_has_what_was_asked(transport: Transport) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     messages = [{"role": "user", "content": "Hi"}]

@@ -55,6 +55,23 @@ async def test_same_question_under_the_same_id_is_the_same_answer(
     assert server.simulator.stats().requests == 1
 
 
+async def test_server_begins_nothing_after_the_time_that_the_question_gives(
+    make_server: MakeServer, transport: Transport
+) -> None:
+    server = await make_server(SILENT, **{f"{SIM_HTTP_CLIENT}.concurrent_requests": 1})
+    async with client_of(server, transport, deadline=None) as client:
+        running = asyncio.create_task(client.chat("Hi").text())
+        await until(lambda: server.simulator.stats().active == 1)
+
+        with pytest.raises(AnswerError) as caught:
+            await client.chat("Hi", start_within=0.05).text()
+        running.cancel()
+
+    assert (caught.value.code, caught.value.retryable) == ("deadline_exceeded", False)
+    assert "could not start within 0.05 s" in caught.value.message
+    assert server.simulator.stats().requests == 1
+
+
 async def test_refusal_of_the_provider_says_why(
     server: RunningServer, transport: Transport
 ) -> None:

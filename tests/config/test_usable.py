@@ -104,6 +104,18 @@ def test_a_queue_in_which_nobody_waits_is_warned_of(file: Path) -> None:
     assert load(small().replace(waits, ""), file, **override).warnings == ()
 
 
+def test_a_queue_of_a_key_that_can_never_be_full_is_warned_of(file: Path) -> None:
+    assert "connection_queue_size: 10\n" in small()
+    text = small() + "auth: {keys: ["
+    text += "{name: a, key_env: A, queue_size: 5}, {name: b, key_env: B, queue_size: 6}]}\n"
+
+    (warning,) = load(text, file, A="x", B="y").warnings
+
+    assert " auth.keys[1].queue_size: 6 cannot wait over HTTP: at all keys together 5 can" in (
+        warning
+    )
+
+
 def test_a_key_that_belongs_into_a_section_inside_says_so(file: Path) -> None:
     text = small().replace("      model: m\n", "      model: m\n      queue_size: 5\n")
 

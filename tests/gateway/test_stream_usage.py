@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.chat import CHAT
+from tests.support.chat import CHAT, chat, to_end
 from tests.support.faces import over_sse, over_websocket
 from tests.support.scripted_provider import (
     EVENT_STREAM,
@@ -20,6 +20,9 @@ from tests.support.server import QUICK, provider_entry
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tests.support.faces import Seen
     from tests.support.scripted_provider import Peer
     from tests.support.server import MakeServer, RunningServer
 
@@ -174,10 +177,14 @@ FACES: dict[str, dict[str, Any]] = {
     "messages": {**CHAT, "max_tokens": 9},
     "responses": {"input": "Hello"},
 }
+OWN_FACES: dict[str, Callable[[RunningServer, str], Awaitable[Seen]]] = {
+    "websocket": over_websocket,
+    "sse": over_sse,
+}
 
 
-@pytest.mark.parametrize("later", FACES)
-@pytest.mark.parametrize("first", FACES)
+@pytest.mark.parametrize("later", [*FACES, *OWN_FACES])
+@pytest.mark.parametrize("first", [*FACES, *OWN_FACES])
 async def test_what_is_learned_of_an_engine_holds_for_the_streams_of_every_api(
     make_server: MakeServer, first: str, later: str
 ) -> None:
@@ -185,7 +192,12 @@ async def test_what_is_learned_of_an_engine_holds_for_the_streams_of_every_api(
         replace(QUICK, refuses=("stream_options",)),
         **{"llm.providers.sim.messages": "bridge", "llm.providers.sim.responses": False},
     )
-    for path in (first, later):
+    for number, path in enumerate((first, later)):
+        if (own := OWN_FACES.get(path)) is not None:
+            # Another model is another request.
+            seen = await own(server, f"m{number}")
+            assert seen.end == "complete"
+            continue
         body = {"model": "m", "stream": True, **FACES[path]}
         async with server.session.post(f"{server.v1}/{path}", json=body) as answer:
             assert answer.status == 200
@@ -195,6 +207,19 @@ async def test_what_is_learned_of_an_engine_holds_for_the_streams_of_every_api(
     assert sent == [True, False, False]
     counted = await server.counted("learnt_repeats", "what")
     assert counted == {("stream_options",): 1}
+
+
+async def test_options_that_a_client_of_our_own_faces_has_written_are_refused_to_it(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(replace(QUICK, refuses=("stream_options",)))
+    async with server.connect() as ws:
+        await ws.send_json(chat("own", "Hello", model="m", options=ASKING))
+        last = (await to_end(ws, "own"))[-1]
+
+    assert last["status"] == "error"
+    assert "stream_options" in json.dumps(last["chunk"])
+    assert server.simulator.stats().requests == 1
 
 
 async def test_one_line_says_what_was_learned(

@@ -16,6 +16,7 @@ from aioserver import __version__
 from aioserver.client import faults
 from aioserver.monitoring.troubles import OF_A_BUG, met_a_bug
 from aioserver.protocol import frames
+from aioserver.protocol.stream_options import OPTIONS
 from aioserver.tools import remote
 from aioserver.tools.doctor import arrivals, silence
 from aioserver.tools.doctor.network import Peer, Steps
@@ -270,8 +271,8 @@ class Examination:
         return True
 
     async def _state(self, session: aiohttp.ClientSession) -> None:
-        """Find out whether requests meet bugs of the server, and whether its ledger is written, if
-        the key may see its state.
+        """Find out whether requests meet bugs of the server, whether its ledger is written, and
+        which providers do not report what their streams cost, if the key may see its state.
         """
         answer = await self._ask(session, "/stats")
         if answer is None:
@@ -296,6 +297,14 @@ class Examination:
                 self._report.warn("server", text, "what callers have spent is more: docs/usage.md")
             case {"usage": {"ledger": True}}:
                 self._report.ok("server", "its ledger is written")
+        match answer.content:
+            case {"providers": dict(providers)} if silent := _without_usage(providers):
+                self._report.warn(
+                    "server",
+                    f"refused stream_options: {', '.join(silent)}: the tokens of streams are "
+                    "estimated there",
+                    "a later version of the engine may report them; a reload asks it again",
+                )
 
     async def _websocket(self, session: aiohttp.ClientSession) -> bool:
         """Open a WebSocket as a page of this address does. Return whether a pong came."""
@@ -338,6 +347,16 @@ class Examination:
                 "the proxy must pass Upgrade and Connection on this path, "
                 "by HTTP/1.1: docs/proxies.md",
             )
+
+
+def _without_usage(providers: dict[str, Any]) -> list[str]:
+    """Return those of *providers* that have refused to report what a stream has cost."""
+    silent = []
+    for name, provider in providers.items():
+        match provider:
+            case {"learned": {"refused_words": list(words)}} if OPTIONS.name in words:
+                silent.append(name)
+    return silent
 
 
 def _simulated(content: Any) -> str | None:

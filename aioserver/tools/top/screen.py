@@ -288,6 +288,8 @@ def _guards(providers: dict[str, Any]) -> list[Text]:
                 f"{trial.get('row')} of {trial.get('needed')} trials good in a row, "
                 f"{_time(trial.get('interval'))} apart"
             )
+        if batch := (provider.get("waiting_by_class") or {}).get("batch"):
+            notes.append(f"{batch} of {provider.get('waiting', 0)} in its queue are batch")
         if (messages := (provider.get("learned") or {}).get("messages", "no")) != "no":
             notes.append(f"messages: {messages}")
         if silent := _silent(provider.get("silent") or {}):

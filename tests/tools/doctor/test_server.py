@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ from aioserver.tools.doctor import arrivals, silence
 from aioserver.tools.doctor.arrivals import Road
 from aioserver.tools.doctor.findings import Report
 from aioserver.tools.doctor.server import Examination
-from tests.support.keys import key_of, keys_of
+from tests.support.chat import STREAMED
+from tests.support.keys import bearer, key_of, keys_of
 from tests.support.ledgers import line, wait_until
 from tests.support.process import run_command
 from tests.support.server import HTTP_CLIENT, QUICK
@@ -123,6 +125,25 @@ async def test_a_ledger_that_is_not_written_is_reported(
 
     assert any("its ledger cannot be written: " in text for text in lines["warn"]), lines
     (tmp_path / "usage").unlink()
+
+
+@pytest.mark.one_loop
+async def test_a_provider_that_refuses_to_report_its_usage_is_named(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(replace(QUICK, refuses=("stream_options",)), **keys_of("root"))
+    _, lines = await examined(server.base, key_of("root"))
+    assert not any("stream_options" in text for text in lines["warn"]), lines
+
+    body = {"model": "m", **STREAMED}
+    url = f"{server.v1}/chat/completions"
+    async with server.session.post(url, json=body, headers=bearer("root")) as answer:
+        assert answer.status == 200
+        await answer.read()
+    server.context.monitor.tick()
+    _, lines = await examined(server.base, key_of("root"))
+
+    assert any("refused stream_options: sim: " in text for text in lines["warn"]), lines
 
 
 async def test_a_page_of_the_servers_own_address_may_always_connect(

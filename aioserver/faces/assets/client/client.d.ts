@@ -30,8 +30,12 @@ export interface ChatOptions {
   metadata?: Record<string, unknown>;
   /** False: the answer comes as one piece. */
   streaming?: boolean;
-  /** Seconds, as that of the client. */
+  /** Seconds, as that of the client; the server ends the answer then, too. */
   deadline?: number;
+  /** Seconds after which the server does not begin the answer any more. */
+  startWithin?: number;
+  /** The answer may wait until there is room that nobody else wants. */
+  batch?: boolean;
   /** Aborting it cancels the answer; its reason is thrown. */
   signal?: AbortSignal;
   /** The same id is the same answer, paid for once; absent: a new one. */

@@ -8,6 +8,7 @@
 const PATIENCE = 15_000; // ms in which the server says its first word, and between two pings, each answered before the next
 const SSE_SILENCE = 80_000; // ms without a byte: four intervals of the server's heartbeat
 const MAX_UNREAD = 1 << 20; // characters of events that wait to be read, for each answer; what comes beyond is asked for again
+const MAX_TERM = 86_400; // seconds of a deadline that the server is told
 const RESEND_WITHIN = 25_000; // ms: the server knows a request at least so long after it came
 const FINAL_CODES = new Set([1002, 1003, 1007, 1008]); // close codes after which another connection would not help
 // After these errors a question is asked again, if nothing of its answer has come: up to its deadline, or at most twice.
@@ -70,7 +71,9 @@ export class Client {
     const { provider, model, metadata, streaming, tools, signal } = options;
     const question = typeof content === "string" ? { text: content, conversation_id: conversationId } : { messages: content };
     const fields = tools ? { ...options.options, tools } : options.options;
-    const body = JSON.stringify({ ...question, provider, model, metadata, streaming, options: fields }); // the same at each sending
+    const terms = { start_within: options.startWithin, class: options.batch ? "batch" : undefined };
+    if (options.deadline <= MAX_TERM) terms.deadline = options.deadline;
+    const body = JSON.stringify({ ...question, provider, model, metadata, streaming, options: fields, ...terms }); // the same at each sending
     const link = { id, last, body, deadline, stop: new AbortController(), wake() {}, unread: [], size: 0, text: "", complete: null };
     Object.assign(link, { attached: false, notBefore: 0, sent: 0, tries: 0, losses: 0, shown: last > 1 }); // event 1 is `processing`
     Object.assign(link, { behind: false, resuming: false }); // whether events were dropped, and whether they were asked for again
