@@ -1,6 +1,7 @@
 """What is put on a server: how the mock provider answers, and how the load generator asks."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -18,6 +19,7 @@ class Load:
     drain: float = 10.0
     mock: tuple[str, ...] = ()  # more options of mockllm
     options: tuple[str, ...] = ()  # more options of loadgen
+    body: Mapping[str, Any] | None = None  # of a request; None: a short question
 
     def shortened(self) -> "Load":
         """The same for --quick. A paced stream's ramp stays its length: starts stay spread out."""

@@ -254,7 +254,7 @@ class Bench:
             path = peer.responses
             body.write_text(CREATE)
         else:
-            body.write_text(json.dumps({**CHAT, "stream": load.mode == "sse"}))
+            body.write_text(json.dumps({**(load.body or CHAT), "stream": load.mode == "sse"}))
         mode = "ws" if load.mode == "rws" else load.mode
         command = [HARNESS / "loadgen", "--json", "--mode", mode, "--port", server.port]
         command += ["--path", path, "--body-file", body, "--connections", load.connections]

@@ -18,7 +18,11 @@
  * with its numbers. `refuse_*_ms`: from connect() to the whole answer of another status than 200, or to the
  * WebSocket's --fail-marker or close frame before the first delta. `lost`: requests that were sent, at least
  * in part, and whose answer did not come whole (neither those left by --drop-after, nor those unfinished at
- * the end). All latencies are in ms. */
+ * the end). All latencies are in ms.
+ *
+ * --samples FILE gets every measured time as it is, as pairs of 32-bit numbers: what it is (1 a whole answer, 2 from
+ * a request to the first event of any kind, 3 between two events), and 100 ns. `stuttering`: streams with a gap of
+ * more than --max-gap ms between two events of any kind. */
 #include "common.h"
 
 enum { M_HTTP, M_SSE, M_WS, M_IDLE };
@@ -33,6 +37,7 @@ typedef struct conn {
     char *acc; size_t acc_len, acc_cap;         /* partial head, size line or frame */
     char *line; size_t line_len, line_cap;      /* partial SSE line or fragmented WS message */
     uint64_t t_wake, t0, t_last, t_conn;
+    uint64_t t_event, widest;                   /* the last event of any kind; the widest gap between two */
     int measured, asking, done, tokens, digit, acc_dig, bad;
 } conn;
 
@@ -50,10 +55,17 @@ static uint64_t T0, t_meas, t_stop;             /* start; measuring begins; no n
 
 static hist h_lat, h_ttft, h_gap, h_conn, h_transit, h_refuse;
 static struct {
-    uint64_t started, ok, tokens, events, bytes, truncated, seq_bad, io, connect, timeout, dropped, early, unfinished, lost;
+    uint64_t started, ok, tokens, events, bytes, truncated, seq_bad, io, connect, timeout, dropped, early, unfinished, lost, stuttering;
     uint64_t status[600], all_done;
 } st;
 static uint64_t *drop_t; static size_t ndrop;
+static FILE *samples; static double max_gap_ms = 0;
+enum { WHOLE = 1, FIRST, GAP };
+
+static void sample(uint32_t what, uint64_t ns) {
+    uint32_t pair[2] = { what, (uint32_t)(ns / 100) };
+    if (samples && fwrite(pair, sizeof pair, 1, samples) != 1) die("--samples: %s", strerror(errno));
+}
 
 static void start_request(conn *c);
 static void lost(conn *c);
@@ -148,7 +160,7 @@ static void start_request(conn *c) {
     if (mode != M_IDLE && !may_start(now)) { shut(c, -1); return; }
     st.started++;
     c->asking = mode != M_IDLE;
-    c->t0 = c->t_last = now, c->measured = now >= t_meas;
+    c->t0 = c->t_last = now, c->measured = now >= t_meas, c->t_event = c->widest = 0;
     c->done = c->tokens = c->digit = c->acc_dig = c->bad = 0, c->status = 0, c->line_len = 0;
     if (mode == M_WS) send_bytes(c, next_request(c, frame, frame_len, frame_head, 1), frame_len, S_WSREAD);
     else send_bytes(c, next_request(c, c->req, req_len, req_len - body_len, 0), req_len, S_SEND);
@@ -162,7 +174,8 @@ static void end_request(conn *c, int good, int reuse) {
     else if (c->status >= 400 || (mode == M_WS && !c->tokens)) hist_add(&h_refuse, now - c->t_conn);
     else st.lost++;
     c->asking = 0;
-    if (c->measured && good) { st.ok++; hist_add(&h_lat, now - c->t0); }
+    if (c->measured && good) { st.ok++; hist_add(&h_lat, now - c->t0); sample(WHOLE, now - c->t0); }
+    if (c->measured && max_gap_ms > 0 && c->widest > (uint64_t)(max_gap_ms * 1e6)) st.stuttering++;
     if (mode != M_HTTP && (c->status == 200 || c->status == 101)) {
         if (!good) st.truncated++;
         else if (c->bad || (expect && c->tokens != expect)) st.seq_bad++;
@@ -214,6 +227,12 @@ static int maybe_drop(conn *c) {
 static void on_line(conn *c, const char *p, size_t n) {
     if (n && p[n - 1] == '\r') n--;
     if (n < 6 || memcmp(p, "data:", 5)) return;
+    if (c->measured) {
+        uint64_t now = now_ns(), gap = now - (c->t_event ? c->t_event : c->t0);
+        sample(c->t_event ? GAP : FIRST, gap);
+        if (c->t_event && gap > c->widest) c->widest = gap;
+        c->t_event = now;
+    }
     if (n <= 14 && memmem(p, n, "[DONE]", 6)) c->done = 1;
     else on_event(c, p, n);
 }
@@ -439,7 +458,7 @@ int main(int argc, char **argv) {
     static const struct option o[] = { {"mode",1,0,'m'}, {"host",1,0,'H'}, {"port",1,0,'p'}, {"path",1,0,'P'}, {"header",1,0,'h'}, {"key",1,0,'K'},
         {"body-file",1,0,'b'}, {"connections",1,0,'c'}, {"duration",1,0,'d'}, {"count",1,0,'n'}, {"ramp",1,0,'r'}, {"warmup",1,0,'w'},
         {"timeout",1,0,'t'}, {"drain",1,0,'D'}, {"marker",1,0,'M'}, {"fail-marker",1,0,'F'}, {"seq-key",1,0,'k'}, {"expect",1,0,'e'}, {"drop-after",1,0,'x'},
-        {"idle-proto",1,0,'i'}, {"stamp",0,0,'T'}, {"once",0,0,'1'}, {"json",0,0,'j'}, {0} };
+        {"idle-proto",1,0,'i'}, {"stamp",0,0,'T'}, {"samples",1,0,'s'}, {"max-gap",1,0,'g'}, {"once",0,0,'1'}, {"json",0,0,'j'}, {0} };
     char *hdr = strdup(""), *body = NULL; size_t blen = 0; int k; const char *meth = "POST";
     while ((k = getopt_long(argc, argv, "", o, NULL)) != -1) switch (k) {
         case 'm': mode = !strcmp(optarg, "sse") ? M_SSE : !strcmp(optarg, "ws") ? M_WS : !strcmp(optarg, "idle") ? M_IDLE : M_HTTP; break;
@@ -463,11 +482,13 @@ int main(int argc, char **argv) {
         case 'e': expect = atoi(optarg); break;
         case 'x': drop_after = atoi(optarg); break;
         case 'T': stamp = 1; break;
+        case 's': if (!(samples = fopen(optarg, "wb"))) die("%s: %s", optarg, strerror(errno)); break;
+        case 'g': max_gap_ms = atof(optarg); break;
         case '1': once = 1; break;
         case 'j': json = 1; break;
         default: die("usage: loadgen --mode http|sse|ws|idle [--host H] --port P [--path P] [--header 'K: V']... [--key KEY]...\n"
             "  [--body-file F] [--connections C] [--duration S] [--count N] [--ramp S] [--warmup S] [--timeout S] [--drain S] [--expect TOKENS]\n"
-            "  [--marker TEXT]... [--fail-marker TEXT]... [--seq-key content] [--drop-after K] [--idle-proto tcp|http|sse|ws] [--stamp] [--once] [--json]");
+            "  [--marker TEXT]... [--fail-marker TEXT]... [--seq-key content] [--drop-after K] [--idle-proto tcp|http|sse|ws] [--stamp] [--samples FILE] [--max-gap MS] [--once] [--json]");
     }
     if (!nmark) marks[nmark++] = "\"status\":\"complete\"", marks[nmark++] = "\"status\": \"complete\"";
     if (!nfail) fails[nfail++] = "\"status\":\"error\"", fails[nfail++] = "\"status\": \"error\"";
@@ -557,6 +578,7 @@ int main(int argc, char **argv) {
         out_hist("ttft", &h_ttft);
         out_hist("gap", &h_gap);
         if (stamp) out_hist("transit", &h_transit);
+        out("stuttering", "%lu", st.stuttering);
         out("truncated", "%lu", st.truncated);
         out("seq_bad", "%lu", st.seq_bad);
         out("unfinished", "%lu", st.unfinished);
@@ -573,6 +595,7 @@ int main(int argc, char **argv) {
         for (int i = 0, first = 1; i < 600; i++) if (st.status[i]) { printf("%s\"%d\":%lu", first ? "" : ",", i, st.status[i]); first = 0; }
         printf("}");
     } else for (int i = 0; i < 600; i++) if (st.status[i]) printf("status %-11d %lu\n", i, st.status[i]);
+    if (samples && fclose(samples)) die("--samples: %s", strerror(errno));
     out("own_cpu_pct", "%.1f", 100 * cpu / whole);
     if (json) printf("}\n");
     return 0;
