@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.commands import Commands
     from aioserver.gateway.histories import Histories
     from aioserver.gateway.instances import Instances
+    from aioserver.gateway.probe import Probe
     from aioserver.gateway.sharing import Sharing
     from aioserver.limits.fixed_share import Scope
     from aioserver.monitoring.section import Section
@@ -101,6 +102,13 @@ class Wing:
     @staticmethod
     def before_workers(settings: Settings) -> None:
         """Do what one process does for all of a machine, before there are any. It blocks."""
+
+    @staticmethod
+    def probe() -> Probe | None:
+        """Return a new question for a call of a tool, in the API that it brings; it need not be
+        open.
+        """
+        return None
 
     async def open(self, core: Core, stack: AsyncExitStack) -> None:
         """Make what lives as long as the server; *stack* closes it.

@@ -49,17 +49,14 @@ class KeyNeeded(Unreachable):
     """The server wants a key, and we have none that it knows."""
 
 
-def _check_url(
-    _context: click.Context, _parameter: click.Parameter, text: str | None
-) -> str | None:
+def _check_url(_context: click.Context, _parameter: click.Parameter, text: str) -> str:
     try:
-        return None if text is None else base_url(text)
+        return base_url(text)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
 
 
 url_argument = click.argument("url", callback=_check_url, default=DEFAULT_URL)
-optional_url_argument = click.argument("url", callback=_check_url, required=False)
 key_option = click.option(
     "--key",
     envvar="AIOSERVER_KEY",

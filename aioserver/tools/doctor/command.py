@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 import orjson
 
+from aioserver.client.client import base_url
 from aioserver.commands import options
 from aioserver.tools import remote
 from aioserver.tools.doctor.findings import Finding, Report
@@ -20,7 +21,7 @@ MAX_IDLE = 3700.0
 
 
 @click.command("doctor")
-@remote.optional_url_argument
+@click.argument("target", required=False, metavar="[URL|PROVIDER]")
 @options.config
 @click.option(
     "--no-ask",
@@ -38,7 +39,7 @@ MAX_IDLE = 3700.0
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @options.version
 def command(
-    url: str | None,
+    target: str | None,
     config: Path | None,
     *,
     no_ask: bool,
@@ -48,12 +49,22 @@ def command(
 ) -> int:
     """Find what stands between a client and an answer.
 
-    Without URL, the doctor looks at a server that would start here: its configuration, the limits
+    Without an argument, the doctor looks at a server that would start here: its configuration, the limits
     of this machine, and DNS, connection, TLS, key and first token of each provider. URL is the
     address of a running server, direct or through a proxy: the doctor then looks at the way to it,
-    as a client meets it. Keys and texts are not shown. Exit code 1: something failed; 2: the
+    as a client meets it. PROVIDER is the name of one in the configuration: the doctor then looks at
+    that alone, and asks it for a call of a tool as agents ask, over the bridges. Keys and texts are
+    not shown. Exit code 1: something failed; 2: the
     configuration is bad.
     """
+    url = provider = None
+    if target is not None and _address(target, config):
+        try:
+            url = base_url(target)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+    else:
+        provider = target
     if url is None and idle:
         raise click.UsageError("--idle goes with a URL")
     if url is not None and config is not None:
@@ -62,7 +73,7 @@ def command(
     if url is None:
         from aioserver.tools.doctor import here  # noqa: PLC0415 - start-up time
 
-        code = here.examine(report, config, ask=not no_ask)
+        code = here.examine(report, config, ask=not no_ask, only=provider)
     else:
         from aioserver.tools.doctor.server import Examination  # noqa: PLC0415 - start-up time
 
@@ -73,6 +84,12 @@ def command(
     else:
         print(report.summary())
     return code
+
+
+def _address(target: str, config: Path | None) -> bool:
+    """Return whether *target* is the address of a server, and not the name of a provider."""
+    bare = target != "localhost" and not any(mark in target for mark in ".:/[")
+    return "://" in target or (config is None and not bare)
 
 
 def _print(finding: Finding) -> None:

@@ -28,11 +28,12 @@ REDIS_PORT = 6379
 REDIS_TIMEOUT = 5.0
 
 
-def examine(report: Report, config: Path | None, *, ask: bool) -> int:
+def examine(report: Report, config: Path | None, *, ask: bool, only: str | None = None) -> int:
     """Examine what *config* (None: the file that `serve` would choose) asks for. Returns the exit
     code.
 
-    *ask*: whether a question may cost money. A configuration that is valid, but cannot be served,
+    *ask*: whether a question may cost money. *only*: the provider that alone is examined. A
+    configuration that is valid, but cannot be served,
     is examined to the end all the same.
     """
     machine.examine_interpreter(report)
@@ -47,7 +48,11 @@ def examine(report: Report, config: Path | None, *, ask: bool) -> int:
         except ConfigurationError as error:
             usable = False
             _tell_faults(report, error)
-        asyncio.run(_examine(report, configuration.settings, ask=ask))
+        known = configuration.settings.llm.providers
+        if only is not None and only not in known:
+            report.fail(SUBJECT, f"no provider is named {only}", f"one of {', '.join(known)}")
+            return 2
+        asyncio.run(_examine(report, configuration.settings, ask=ask, only=only))
     except ConfigurationError as error:
         usable = False
         _tell_faults(report, error)
@@ -59,10 +64,11 @@ def _tell_faults(report: Report, error: ConfigurationError) -> None:
         report.fail(SUBJECT, fault)
 
 
-async def _examine(report: Report, settings: Settings, *, ask: bool) -> None:
-    await machine.examine(report, settings)
-    await examine_cluster(report, settings.cluster)
-    await providers.examine(report, settings, ask=ask)
+async def _examine(report: Report, settings: Settings, *, ask: bool, only: str | None) -> None:
+    if only is None:
+        await machine.examine(report, settings)
+        await examine_cluster(report, settings.cluster)
+    await providers.examine(report, settings, ask=ask, only=only)
 
 
 async def examine_cluster(report: Report, cluster: Cluster) -> None:

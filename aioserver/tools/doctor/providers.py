@@ -1,5 +1,5 @@
 """The road to each provider: its name, a connection, TLS, the key, and the first token of an
-answer.
+answer; and whether agents can work with it.
 
 The first token comes by the very code that serves clients: the same pool, timeouts, headers and
 meaning of a fault. Nothing that a provider says is shown but its status: its words may hold our
@@ -15,13 +15,17 @@ import time
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
+import orjson
 from yarl import URL
 
 from aioserver.config.llm import INSTRUCT, NO_CONTINUATION, PREFIXED
 from aioserver.config.watched_files import WatchedFiles
 from aioserver.faces.wing import Core, Wing
+from aioserver.gateway.bridging import ABSENT_STATUSES, ChatMemory
 from aioserver.gateway.continuation import continued
+from aioserver.gateway.probe import ARGUMENT
 from aioserver.gateway.prompts import chat_body
+from aioserver.protocol.bridging.words import MAX_TOKENS as MAX_BOUND
 from aioserver.protocol.openai import Reading
 from aioserver.protocol.seam import Anchored, Onward, SeamBroken, anchor_of
 from aioserver.provider_errors import (
@@ -49,6 +53,7 @@ from aioserver.tools.doctor.network import Peer, Steps
 if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.config.settings import Settings
+    from aioserver.gateway.probe import Probe
     from aioserver.providers.provider import Provider
     from aioserver.tools.doctor.findings import Report
     from aioserver.tools.doctor.network import Problem
@@ -63,8 +68,11 @@ MAX_BYTES = 1 << 20
 NOT_ASKED = "it is neither active nor a fallback"
 
 
-async def examine(report: Report, settings: Settings, *, ask: bool) -> None:
-    """Examine the providers of *settings*, one after the other.
+async def examine(
+    report: Report, settings: Settings, *, ask: bool, only: str | None = None
+) -> None:
+    """Examine the providers of *settings*, one after the other, or *only* the one of this name, which
+    is also asked as agents ask.
 
     A small question is asked of those that clients are answered by unless they choose (the active
     one and the fallbacks), and of simulated ones; only these can fail. *ask* False: of simulated
@@ -97,6 +105,12 @@ async def examine(report: Report, settings: Settings, *, ask: bool) -> None:
                 for name in (llm.active, *llm.fallbacks)
                 for member in llm.members(name)
             ]
+            if only is not None:
+                provider = registry.providers[only]
+                answers = await _examine(report, provider, needed=True, ask=ask)
+                if answers and not provider.settings.simulated:
+                    await _call_tools(report, provider)
+                return
             # The providers that matter most come first.
             for name in dict.fromkeys((*needed, *registry.providers)):
                 await _examine(report, registry.providers[name], needed=name in needed, ask=ask)
@@ -105,24 +119,26 @@ async def examine(report: Report, settings: Settings, *, ask: bool) -> None:
             await registry.close()
 
 
-async def _examine(report: Report, provider: Provider, *, needed: bool, ask: bool) -> None:
+async def _examine(report: Report, provider: Provider, *, needed: bool, ask: bool) -> bool:
+    """Examine *provider*; return whether it has answered a question."""
     settings, subject = provider.settings, f"provider {provider.name}"
     problem: Problem = report.fail if needed else report.warn
     if not settings.usable:
         report.skip(subject, f"off: {settings.missing_key} is not set")
-        return
+        return False
     if not settings.simulated:
         _tell_key(report, subject, settings)
         if not await _reach(report, subject, settings, problem):
-            return
+            return False
     if settings.simulated or (needed and ask):
-        await _first_token(report, subject, provider, problem)
+        answers = await _first_token(report, subject, provider, problem)
         if settings.continuation != NO_CONTINUATION:
             await _goes_on(report, subject, provider)
-        return
+        return answers
     await _list_models(report, subject, provider, problem)
     reason = "--no-ask" if needed else NOT_ASKED
     report.skip(subject, f"no question was asked: {reason}")
+    return False
 
 
 def _tell_key(report: Report, subject: str, settings: settings.Provider) -> None:
@@ -150,8 +166,8 @@ async def _reach(
     return await Steps(report, subject, peer, problem).take() is not None
 
 
-async def _first_token(report: Report, subject: str, provider: Provider, problem: Problem) -> None:
-    """Ask a small question, and cancel the answer as soon as it begins."""
+async def _first_token(report: Report, subject: str, provider: Provider, problem: Problem) -> bool:
+    """Ask a small question, and cancel the answer as soon as it begins; return whether it has."""
     configured = provider.settings.max_tokens
     # A provider whose models refuse the parameter gets none, as in a chat.
     limit = configured and min(configured, MAX_TOKENS)
@@ -170,15 +186,15 @@ async def _first_token(report: Report, subject: str, provider: Provider, problem
         await _run(provider, attempt, reader.reached)
     except ProviderFault as fault:
         _tell_fault(subject, attempt, fault, problem)
-        return
+        return False
     finally:
         reader.leave()
     took = time.perf_counter() - began
     if isinstance(stream.error, ProviderFault):
         _tell_fault(subject, attempt, stream.error, problem)
-    else:
-        model = provider.settings.model
-        report.ok(subject, f"answers: the first token of {model} came", took)
+        return False
+    report.ok(subject, f"answers: the first token of {provider.settings.model} came", took)
+    return True
 
 
 async def _goes_on(report: Report, subject: str, provider: Provider) -> None:
@@ -229,6 +245,80 @@ def _rest_found(form: str, text: str) -> str:
     if isinstance(seam, Onward) and seam.repeated and form != PREFIXED:
         return "says the beginning again where an answer broke off"
     return ""
+
+
+async def _call_tools(report: Report, provider: Provider) -> None:
+    """Ask for a call of a tool in the API of each wing, over the bridge where the provider has chat
+    completions only, and say what was learned of it.
+    """
+    probes = [probe for wing in WINGS if (probe := wing.probe()) is not None]
+    if any([await _call_tool(report, provider, probe) for probe in probes]):
+        _tell_learned(report, f"provider {provider.name}", provider.memory(ChatMemory))
+
+
+async def _call_tool(report: Report, provider: Provider, probe: Probe) -> bool:
+    """Ask for such a call; return whether a bridge has answered."""
+    subject, path = f"provider {provider.name}", probe.make_attempt.shown_path
+    api = probe.request.api
+    if not api.speaks(provider.settings):
+        report.skip(subject, f"{path}: not asked for, as {api.setting} is false")
+        return False
+    stream = Stream("doctor", "doctor", window=0.0, max_bytes=MAX_BYTES)
+    stream.events = api.events()
+    attempt = probe.make_attempt(provider, probe.request, stream)
+    began = time.perf_counter()
+    try:
+        await provider.run(attempt)
+    except ProviderFault as fault:
+        absent = api.setting and attempt.status in ABSENT_STATUSES
+        report.warn(
+            subject,
+            f"{path}: {fault.code}: HTTP {attempt.status}",
+            f"`{api.setting}: auto` has its requests translated, if it has no such path"
+            if absent
+            else "docs/errors.md explains this code",
+        )
+        return False
+    took = time.perf_counter() - began
+    if not attempt.bridged:
+        report.ok(subject, f"{path}: it has that, and answers", took)
+        return False
+    calls = probe.calls(b"".join([entry.data for entry in stream.entries]))
+    if len(calls) == 1 and _has_argument(calls[0]):
+        report.ok(subject, f"{path}, translated: its tool was called", took)
+    else:
+        report.warn(
+            subject,
+            f"{path}, translated: {len(calls)} calls of its tool came, or without its argument",
+            "agents need a model that was trained for calls, and an engine that finds them in its "
+            "answers (vLLM: --enable-auto-tool-choice, --tool-call-parser; llama.cpp: --jinja)",
+        )
+    if stream.outcome.usage is None:
+        report.warn(subject, f"{path}, translated: no usage came: tokens are estimated")
+    return True
+
+
+def _has_argument(arguments: str) -> bool:
+    try:
+        content = orjson.loads(arguments)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(content, dict) and ARGUMENT in content
+
+
+def _tell_learned(report: Report, subject: str, habits: ChatMemory) -> None:
+    """Say what the bridges have learned, as the server will at the first requests of agents."""
+    learned = [f"it refuses {word}, which is left out" for word in habits.refused_words]
+    if habits.bound != MAX_BOUND:
+        learned.append(f"it has {habits.bound} in place of {MAX_BOUND}")
+    for model, tokens in habits.limits.items():
+        learned.append(f"{model} has {tokens:,} tokens in its context")
+    for model, tokens in habits.most.items():
+        learned.append(f"{model} has {tokens:,} tokens in an answer at most")
+    if habits.reasoning_field:
+        learned.append(f"its reasoning is in {habits.reasoning_field}")
+    for text in learned or ["it takes every word that the bridges send"]:
+        report.ok(subject, f"learned: {text}")
 
 
 async def _list_models(report: Report, subject: str, provider: Provider, problem: Problem) -> None:

@@ -129,7 +129,7 @@ class ResponseRequest(ProviderRequest):
         streamed: bool,
         caller: Caller,
         model: str | None,
-        hold: Hold,
+        hold: Hold | None,
         client_headers: ClientHeaders,
         patience: float | None = None,
         size: int = 0,

@@ -22,8 +22,14 @@ from aioserver.tools.doctor.machine import System
 from aioserver.tools.doctor.network import Peer, Steps
 from aioserver.wings.simulator.server import Simulator
 from tests.support.process import run_command
+from tests.support.scripted_provider import (
+    DONE,
+    EVENT_STREAM,
+    LAST_CHUNK,
+    ScriptedProvider,
+    chunk,
+)
 from tests.support.scripted_provider import Peer as Connection
-from tests.support.scripted_provider import ScriptedProvider
 from tests.support.server import HTTP_CLIENT, NOWHERE, QUICK, configured, provider_entry, write
 
 if TYPE_CHECKING:
@@ -538,3 +544,131 @@ async def test_members_that_take_less_than_others_need_a_max_context(
             "        set max_context: 8192 there, so that longer prompts go to the others"
         )
     ]
+
+
+def chunks(*deltas: dict[str, Any], usage: bool = True) -> bytes:
+    """A streamed chat completion of these *deltas*."""
+    choices: list[Any] = [
+        [{"index": 0, "delta": delta, "finish_reason": None}] for delta in deltas
+    ]
+    choices.append([{"index": 0, "delta": {}, "finish_reason": "stop"}])
+    written: list[dict[str, Any]] = [{"model": "m", "choices": choice} for choice in choices]
+    if usage:
+        written.append({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 3}})
+    events = [b"data: %b\n\n" % json.dumps(each).encode() for each in written]
+    return EVENT_STREAM + chunk(b"".join(events) + DONE) + LAST_CHUNK
+
+
+CALL = {
+    "reasoning": "Hm",
+    "tool_calls": [
+        {
+            "index": 0,
+            "id": "c1",
+            "type": "function",
+            "function": {"name": "note", "arguments": '{"word": "ready"}'},
+        }
+    ],
+}
+
+
+def picky(*deltas: dict[str, Any], refused: str = "", usage: bool = True) -> Any:
+    """An engine with chat completions alone, that refuses the word *refused*, and its requests."""
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    async def play(peer: Connection) -> None:
+        while True:
+            head, _, body = (await peer.request()).partition(b"\r\n\r\n")
+            path, content = head.split(b" ")[1].decode(), json.loads(body)
+            asked.append((path, content))
+            status, answer = 404, {"error": "Not Found"}
+            if path == "/v1/chat/completions":
+                if not refused or refused not in content:
+                    await peer.send(chunks(*deltas, usage=usage))
+                    continue
+                status, answer = 400, {"error": f"unknown field: {refused} {CANARY}"}
+            data = json.dumps(answer).encode()
+            await peer.send(
+                b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+                % (status, len(data), data)
+            )
+
+    return play, asked
+
+
+async def named(path: Path, findings: Findings, play: Any, **changes: Any) -> list[str]:
+    """The findings on the provider of *play*, which is named, with these settings."""
+    async with ScriptedProvider(play) as provider:
+        settings = configured(
+            provider.url,
+            {
+                "llm.providers.other": provider_entry(NOWHERE, "m"),
+                **{f"llm.providers.sim.{name}": value for name, value in changes.items()},
+            },
+            path / "c.yaml",
+        ).settings
+        await providers.examine(findings.report, settings, ask=True, only="sim")
+    assert all("provider sim" in line for line in findings)
+    return list(findings)
+
+
+async def test_a_named_provider_is_asked_for_a_call_over_each_bridge_and_what_was_learned_is_told(
+    tmp_path: Path, findings: Findings
+) -> None:
+    play, asked = picky(CALL, refused="reasoning_effort")
+
+    lines = await named(tmp_path, findings, play, messages="auto")
+
+    for text in (
+        "/v1/responses, translated: its tool was called",
+        "/v1/messages, translated: its tool was called",
+        "learned: it refuses reasoning_effort, which is left out",
+        "learned: its reasoning is in reasoning",
+    ):
+        assert [line for line in lines if text in line and line.startswith("ok")], (text, lines)
+    assert not findings.of("warn")
+    probed = [body for path, body in asked if "tools" in body and path.endswith("completions")]
+    assert all(body["stream"] for body in probed)
+    # What was learned over the one bridge is known to the other.
+    assert ["reasoning_effort" in body for body in probed] == [True, False, False]
+
+
+async def test_an_engine_that_calls_no_tools_is_told(tmp_path: Path, findings: Findings) -> None:
+    play, _asked = picky({"content": '<tool_call>{"name": "note"}</tool_call>'}, usage=False)
+
+    await named(tmp_path, findings, play, messages=False)
+
+    (none, usage) = findings.of("warn")
+    assert "/v1/responses, translated: 0 calls of its tool came" in none
+    assert "--tool-call-parser" in none
+    assert "no usage came" in usage
+    (skipped,) = findings.of("skip")
+    assert "/v1/messages: not asked for, as messages is false" in skipped
+    assert any("takes every word" in line for line in findings)
+
+
+async def test_an_engine_without_messages_that_is_said_to_have_them_is_told(
+    tmp_path: Path, findings: Findings
+) -> None:
+    play, _asked = picky(CALL)
+
+    await named(tmp_path, findings, play, messages=True)
+
+    (told,) = findings.of("warn")
+    assert "/v1/messages: provider_error: HTTP 404" in told
+    assert "`messages: auto`" in told
+
+
+@pytest.mark.one_loop
+async def test_a_name_is_that_of_a_provider(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    write(NOWHERE, {"llm.providers.demo": SIMULATED}, file)
+
+    code, out, _err = await run_command("doctor", "demo", "--config", str(file))
+    unknown, told, _err = await run_command("doctor", "nobody", "--config", str(file))
+
+    assert code == 0, out
+    assert "provider demo: answers" in out
+    assert "provider sim" not in out
+    assert unknown == 2
+    assert "no provider is named nobody" in told
