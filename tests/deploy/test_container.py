@@ -99,7 +99,6 @@ def container() -> Iterator[tuple[str, str]]:
         run(
             *(program, "run", "--detach", "--name", name, "--network", "none"),
             *("--read-only", "--cap-drop", "ALL", "--stop-timeout", "45"),
-            *("-v", f"{ROOT}/config.yaml:/etc/aioserver/config.yaml:ro"),
             *("-e", "AIOSERVER__AUTH__OPEN=true", name),
         )
         try:
@@ -117,12 +116,14 @@ def test_the_image_serves_without_a_right_to_write_and_ends_in_order(
     program, name = container
 
     assert ready(program, name)
+    answer = run(program, "exec", name, "aioserver", "chat", "localhost:8000", "Who are you?")
     examined = run(program, "exec", name, "aioserver", "doctor", "127.0.0.1:8000")
     health = run(program, "inspect", "--format", "{{json .Config.Healthcheck}}", name)
     user = run(program, "exec", name, "python", "-c", "import os; print(os.getuid(), os.getgid())")
     run(program, "stop", name)
     code = run(program, "inspect", "--format", "{{.State.ExitCode}}", name)
 
+    assert "simulated model" in answer
     assert "fail" not in examined
     assert "/health" in health
     assert user.split() == ["10001", "10001"]

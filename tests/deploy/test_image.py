@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import re
 import shlex
 from fnmatch import fnmatch
 from pathlib import Path
@@ -121,21 +122,28 @@ def test_its_own_commands_start_it_as_they_stand() -> None:
     text = "\n".join(
         line.removeprefix("#") for line in (DEPLOY / "Dockerfile").read_text().splitlines()
     )
-    joined = text.replace("\\\n", " ")
-    serve, key = (
-        shlex.split(line) for line in joined.splitlines() if line.strip().startswith("docker run")
-    )
+    commands = [line.strip() for line in text.splitlines() if line.strip().startswith("docker")]
+    _build, serve, chat, key = map(shlex.split, commands)
 
-    assert key[key.index("aioserver") + 1] in cli.commands
+    assert chat[:4] == ["docker", "exec", "aioserver", "aioserver"]
+    for command in (chat[3:], key[key.index("aioserver") :]):
+        assert command[1] in cli.commands
     assert serve[-1] == "aioserver"
     options = list(itertools.pairwise(serve))
     passed = dict(value.split("=", 1) for option, value in options if option == "-e")
-    (mount,) = (value for option, value in options if option == "-v")
-    source, target, _ = mount.split(":")
-    assert target == environment()["AIOSERVER_CONFIG"]
-    Configuration.load(
-        source.replace("$PWD", str(ROOT)), environ=environment() | passed
-    ).check_usable()
+    Configuration.load(shipped(), environ=environment() | passed).check_usable()
+    (mount,) = re.findall(r'-v "\$PWD/(\S+):(\S+):ro"', text)
+    assert mount == ("config.yaml", environment()["AIOSERVER_CONFIG"])
+
+
+def shipped() -> Path:
+    """The configuration that the image has where `AIOSERVER_CONFIG` says."""
+    (source,) = [
+        rest.split()[1]
+        for word, rest in LAST
+        if word == "COPY" and rest.endswith(f" {environment()['AIOSERVER_CONFIG']}")
+    ]
+    return ROOT / source.removeprefix("/build/")
 
 
 async def test_the_health_check_asks_what_there_is(
