@@ -24,8 +24,9 @@ NO_LIMITS = 1 << 31, 1 << 31
 class Access:
     """The section `auth` of the configuration in use.
 
-    If there are keys, a client needs one. Without keys, and unless `auth.open` is set, a request
-    is answered only under a name of this machine or an allowed one.
+    Always: where a client needs a key, it needs one though none be left: taking out the last one
+    opens nothing. Where none is needed, and unless `auth.open` is set, a request is answered only
+    under a name of this machine or an allowed one.
 
     The object stays when the configuration is read again; its attributes are replaced. The quota
     *keyless* limits nothing: revoking it ends the work of clients without a key, once they need
@@ -40,12 +41,9 @@ class Access:
     ) -> None:
         self.keys = Keys(pepper, make_quota=make_quota)
         self.keyless = Quota(*NO_LIMITS)
+        # Whether a client needs a key.
+        self.keyed = False
         self.apply(auth)
-
-    @property
-    def keyed(self) -> bool:
-        """Whether a client needs a key."""
-        return len(self.keys) > 0
 
     def apply(self, auth: Auth | None) -> frozenset[str]:
         """Use the settings *auth* from now on.
@@ -55,8 +53,9 @@ class Access:
         included.
         """
         open_before = not self.keyed
-        revoked = self.keys.apply(auth.keys if auth is not None else ())
-        local_only = auth is None or not (auth.open or auth.keys)
+        self.keyed = auth is not None and auth.guarded
+        revoked = self.keys.apply(auth.all_keys if auth is not None else ())
+        local_only = not self.keyed and not (auth is not None and auth.open)
         self.hosts = Hosts(auth.allowed_hosts if auth is not None else ()) if local_only else None
         self.proxies = Proxies(auth.trusted_proxies if auth is not None else ())
         if not (open_before and self.keyed):

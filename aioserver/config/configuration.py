@@ -8,6 +8,8 @@ A fault is one line, `file:line:column path: message (hint)`. The place is that 
 the section, if the key is missing; or the variable, if a variable sets the value. The file names
 secrets (`api_key_env`, `api_key_file`), and `credentials.py` reads them; no message and no output
 shows a secret.
+
+This file is one concept: how a file becomes settings, and what is said of it on the way.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from aioserver.config import schema, views
+from aioserver.config import keys_file, schema, views
 from aioserver.config.credentials import Credentials, reason
 from aioserver.config.document import PREFIX, Document, Fault, KeyPath, Place
 from aioserver.config.faults import ConfigurationError
 from aioserver.config.inheritance import Inheritance
 from aioserver.config.llm import AUTO
 from aioserver.config.schema import FAULTY, Faults, WrongShape
-from aioserver.config.settings import SETTINGS, Auth, Provider, Settings
+from aioserver.config.settings import SETTINGS, Auth, ClientKey, Provider, Settings
 from aioserver.config.shipped import SHIPPED, fill
 from aioserver.protocol.addresses import loopback
 
@@ -102,9 +104,12 @@ class Configuration:
             if inheritance.key_owners[name] == name
         }
         auth = settings.auth
-        client_keys = credentials.of_clients(auth.keys if auth is not None else ())
-        if document.faults:
-            raise ConfigurationError(_lines(document.faults))
+        client_keys = None
+        if auth is not None and auth.keys is not None:
+            client_keys = credentials.of_clients(auth.keys)
+        file_keys, faults = _keys_of_file(auth, client_keys or ())
+        if document.faults or faults:
+            raise ConfigurationError([*_lines(document.faults), *faults])
         providers = {
             name: replace(
                 provider,
@@ -116,7 +121,8 @@ class Configuration:
         }
         settings = replace(settings, llm=replace(settings.llm, providers=providers))
         if auth is not None:
-            settings = replace(settings, auth=replace(auth, keys=client_keys))
+            auth = replace(auth, keys=client_keys, file_keys=file_keys)
+            settings = replace(settings, auth=auth)
         return cls(
             settings=settings,
             source=document.source,
@@ -200,7 +206,7 @@ class Configuration:
 
     def _unguarded(self, hosts: Sequence[str]) -> Iterator[Fault]:
         auth = self.settings.auth
-        if auth is not None and (auth.open or auth.keys):
+        if auth is not None and (auth.open or auth.guarded):
             return
         for host in dict.fromkeys(hosts):
             if not loopback(host):
@@ -247,6 +253,18 @@ def _content(source: str) -> bytes:
     if len(content) > MAX_FILE_BYTES:
         raise ConfigurationError([f"{source}: larger than {MAX_FILE_BYTES} bytes"])
     return content
+
+
+def _keys_of_file(
+    auth: Auth | None, others: Iterable[ClientKey]
+) -> tuple[tuple[ClientKey, ...], Sequence[str]]:
+    """Return the keys in `auth.keys_file`, and its faults. *others* are those of `auth.keys`."""
+    if auth is None or not isinstance(auth.keys_file, str):
+        return (), ()
+    try:
+        return keys_file.read(Path(auth.keys_file), others), ()
+    except ConfigurationError as exc:
+        return (), exc.faults
 
 
 def _read(source: str, content: bytes, environ: Mapping[str, str]) -> Document:
@@ -302,13 +320,18 @@ def _warnings(settings: Settings, document: Document) -> Iterator[Fault]:
             "(set queue_timeout: 5.0, or 0 if that is wanted)"
         )
         yield document.fault((*concurrency, "connection_queue_size"), message)
-    if "*" in settings.chat.websocket.allow_origins and not auth.keys:
+    if "*" in settings.chat.websocket.allow_origins and not auth.guarded:
         path = ("chat", "websocket", "allow_origins")
         yield document.fault(path, 'with "*" and without keys every page on the web may chat')
     if auth.open:
-        yield document.fault(("auth", "open"), "everybody who can reach the port may chat")
+        beside = "" if auth.keys is None else ", whatever keys says: take one of the two out"
+        message = f"everybody who can reach the port may chat{beside}"
+        yield document.fault(("auth", "open"), message)
+    elif auth.guarded and not auth.all_keys:
+        message = "there is no key, so nobody may chat (`aioserver key NAME` makes one)"
+        yield document.fault(("auth", "keys" if auth.keys is not None else "keys_file"), message)
     waiting = settings.chat.websocket.concurrency.connection_queue_size // 2
-    for index, client in enumerate(auth.keys):
+    for index, client in enumerate(auth.keys or ()):
         path = ("auth", "keys", index)
         if client.tokens_per_day and settings.cluster.redis_url is None:
             message = (

@@ -32,7 +32,7 @@ MAX_VALUES = 10_000
 PREFIX = "AIOSERVER__"
 
 # The C parser is twenty times faster. All wheels of PyYAML contain it.
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _UNPRINTABLE = yaml.reader.Reader.NON_PRINTABLE
 _REFERENCE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}|\$\{")
 # A part of the name of a variable that a shell can set.
@@ -174,7 +174,7 @@ class Document:
             self._stop((), "a control character, which YAML does not allow", place)
         # The events come in this order: StreamStart, DocumentStart, those of
         # the value, DocumentEnd, StreamEnd.
-        events = yaml.parse(text, Loader=_LOADER)
+        events = yaml.parse(text, Loader=LOADER)
         next(events)
         if not isinstance(next(events), yaml.DocumentStartEvent):
             return None

@@ -152,7 +152,14 @@ class ClientKey:
 class Auth:
     """Access for clients. Without this section only clients on the same machine have it."""
 
-    keys: tuple[ClientKey, ...] = setting(list_of(section(ClientKey)), "", ())
+    keys: tuple[ClientKey, ...] | None = setting(list_of(section(ClientKey)), "", None)
+    keys_file: str | None = setting(
+        line,
+        "file with more keys, made and changed by `aioserver key NAME --add FILE`; its changes "
+        "are seen within seconds",
+        None,
+        default_text="none",
+    )
     trusted_proxies: tuple[str, ...] = setting(
         list_of(network),
         "proxies whose X-Forwarded-For is believed; unix: those that connect by a UNIX socket",
@@ -168,10 +175,23 @@ class Auth:
         list_of(line), "`Host` values answered without keys, beside those of this machine", ()
     )
 
+    # The keys that are in `keys_file`.
+    file_keys: tuple[ClientKey, ...] = ()
+
+    @property
+    def guarded(self) -> bool:
+        """Whether a client needs a key, though there may be none."""
+        return not self.open and (self.keys is not None or self.keys_file is not None)
+
+    @property
+    def all_keys(self) -> tuple[ClientKey, ...]:
+        """The keys of both places."""
+        return (self.keys or ()) + self.file_keys
+
     def __post_init__(self) -> None:
         broken: list[BrokenRule] = []
         names: set[str] = set()
-        for index, key in enumerate(self.keys):
+        for index, key in enumerate(self.keys or ()):
             if key.name in names:
                 broken.append(
                     (("keys", index, "name"), f"another key is named {key.name} as well")
@@ -182,6 +202,8 @@ class Auth:
             names.add(key.name)
         if self.open is True and names:
             broken.append((("open",), "cannot be open and have keys"))
+        if self.open is True and self.keys_file is not None:
+            broken.append((("open",), "cannot be open and have keys_file"))
         check_rules(self, *broken)
 
 

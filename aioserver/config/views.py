@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import voluptuous as vol
+
 from aioserver.config.schema import fields, key_of
 
 
@@ -22,9 +24,26 @@ def plain(value: Any) -> Any:
         case Mapping():
             return {key: plain(item) for key, item in value.items()}
         case _ if dataclasses.is_dataclass(value):
-            return {key_of(field): _masked(field, value) for field in fields(value)}
+            return {
+                key_of(field): _masked(field, value)
+                for field in fields(value)
+                if _writable(field, getattr(value, field.name))
+            }
         case _:
             return value
+
+
+def _writable(field: dataclasses.Field[Any], value: Any) -> bool:
+    """Return whether the value can be written: no word stands for that of some settings which are
+    left out.
+    """
+    if value is not None:
+        return True
+    try:
+        field.metadata["validator"](None)
+    except vol.Invalid:
+        return False
+    return True
 
 
 def _masked(field: dataclasses.Field[Any], owner: Any) -> Any:

@@ -66,6 +66,7 @@ class WatchedFiles:
         self._watches: list[_Watch] = []
         self._looking = asyncio.Lock()
         self._task: asyncio.Task[NoReturn] | None = None
+        self._begun = False
 
     def add(
         self,
@@ -82,10 +83,13 @@ class WatchedFiles:
         look reads the files, as they may have changed since the start.
         """
         self._watches.append(_Watch(kind, paths, prepare))
+        if self._begun:
+            self.begin()
 
     def begin(self) -> None:
-        """Look from time to time, if there is anything to be watched."""
-        if self._watches:
+        """Look from time to time, as soon as there is anything to be watched."""
+        self._begun = True
+        if self._watches and self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def look(self, *, again: bool = False) -> None:
@@ -114,7 +118,8 @@ class WatchedFiles:
 
     async def _look_at(self, watch: _Watch) -> None:
         # In this order: what changes after the first is seen at the next look.
-        stamps = await asyncio.to_thread(_stamps, tuple(watch.paths()))
+        paths = tuple(watch.paths())
+        stamps = await asyncio.to_thread(_stamps, paths) if paths else []
         if stamps == watch.seen:
             watch.failing_since, watch.reported = None, False
             return

@@ -2,6 +2,8 @@
 
     read and check (in a thread) → prepare what may fail → apply, in one step of the event loop
 
+A change of `auth.keys_file` is seen without a signal, and only the keys are read again then.
+
 A configuration with a fault changes nothing, and every fault is in the log. Connections and
 answers that have a place, wait or run stay, under the limits that are now in effect: a lowered
 limit admits nobody until it is kept again. A setting that only a restart can change is named in
@@ -15,10 +17,12 @@ import logging
 import os
 import stat
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aioserver.config import Configuration
+from aioserver.config import Configuration, keys_file
 from aioserver.config.faults import ConfigurationError
 from aioserver.config.views import changes
 from aioserver.server import preflight
@@ -27,10 +31,10 @@ from aioserver.server.wings import faults
 from aioserver.telemetry import logs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
     from typing import NoReturn
 
-    from aioserver.config.settings import Auth, Settings
+    from aioserver.config.settings import Auth, ClientKey, Settings
     from aioserver.server.app import Server
     from aioserver.server.runner import Runner
     from aioserver.server.systemd import Notifier
@@ -51,6 +55,8 @@ ONLY_BY_RESTART = (
     "cluster",
     "tracing",
 )
+# Names of keys in one log line.
+NAMES = 20
 
 
 class Reload:
@@ -83,10 +89,12 @@ class Reload:
         self._environ = environ
         # The settings with which sockets and routes were made.
         self._at_start = configuration.settings
-        self._current = configuration.settings
+        # The settings in effect: of all processes together, and of this one.
+        self._whole = self._current = configuration.settings
         if share_out is not None:
             self._current = share_out(self._current)
         self._asked = asyncio.Event()
+        server.watched.add("keys_file", self._keys_files, self._read_keys)
 
     def ask(self) -> None:
         """Request a reload."""
@@ -112,15 +120,17 @@ class Reload:
             configuration = await asyncio.to_thread(
                 read_again, self.source, self._environ, self._hosts, self._at_start
             )
-            settings = self._with_fixed_paths(configuration.settings)
+            whole = settings = self._with_fixed_paths(configuration.settings)
             if self._share_out is not None:
-                settings = self._share_out(settings)
+                settings = self._share_out(whole)
             few_files = _raise_file_limit(settings)
             await self._server.provider_registry.prepare(settings.llm)
             use_ledger = await asyncio.to_thread(
                 self._server.context.usage.prepare, settings.usage
             )
             self._apply(settings)
+            changed = ", ".join(changes(self._current, settings)) or "nothing has changed"
+            self._whole, self._current = whole, settings
             use_ledger()
             await apply_auth(self._server, settings.auth)
             await begin_days(self._server.context.access, settings)
@@ -147,11 +157,43 @@ class Reload:
             log_remarks(configuration)
             for key in only_by_restart(configuration.settings, self._at_start):
                 logger.warning("%s has changed, and stays as it was until a restart", key)
-        changed = ", ".join(changes(self._current, settings)) or "nothing has changed"
-        self._current = settings
         logger.info("configuration applied: %s", changed)
         self._report("applied", f"configuration applied: {changed}", "info")
         return True
+
+    def _keys_files(self) -> tuple[str, ...]:
+        auth = self._whole.auth
+        return () if auth is None or auth.keys_file is None else (auth.keys_file,)
+
+    def _read_keys(self) -> Callable[[], Awaitable[None]] | None:
+        """Return what puts the keys in effect that are in their file now; None if they are.
+
+        Raises:
+            ConfigurationError: the file cannot be used.
+        """
+        auth = self._whole.auth
+        if auth is None or auth.keys_file is None:
+            return None
+        keys = keys_file.read(Path(auth.keys_file), auth.keys or ())
+        return None if keys == auth.file_keys else partial(self._apply_keys, auth, keys)
+
+    async def _apply_keys(self, auth: Auth, keys: tuple[ClientKey, ...]) -> None:
+        """Put the *keys* of a file in effect, unless another configuration than that with *auth*
+        was meanwhile, which brings a look of its own.
+        """
+        if self._whole.auth is not auth:
+            return
+        context = self._server.context
+        self._whole = replace(self._whole, auth=replace(auth, file_keys=keys))
+        settings = self._whole if self._share_out is None else self._share_out(self._whole)
+        self._current = settings
+        context.settings.apply(settings)
+        await apply_auth(self._server, settings.auth)
+        await begin_days(context.access, settings)
+        changed = _changed(auth.file_keys, keys)
+        logger.info("keys of %s applied: %s", auth.keys_file, changed)
+        text = f"keys of {auth.keys_file} applied: {changed}"
+        context.monitor.incident("keys_file", text, severity="info")
 
     def _report(self, outcome: str, text: str, severity: str) -> None:
         context = self._server.context
@@ -191,6 +233,20 @@ class Reload:
             log_limits(chat.websocket.concurrency)
         if llm.bare_routes() != self._current.llm.bare_routes():
             log_routes(llm)
+
+
+def _changed(old: Iterable[ClientKey], new: Iterable[ClientKey]) -> str:
+    """Return what differs between two lists of keys, by names."""
+    before, after = {key.name: key for key in old}, {key.name: key for key in new}
+    added = [name for name in after if name not in before]
+    removed = [name for name in before if name not in after]
+    others = [name for name in after if name in before and after[name] != before[name]]
+    parts = [
+        f"{word} {', '.join(names[:NAMES])}{', …' if len(names) > NAMES else ''}"
+        for word, names in (("new", added), ("revoked", removed), ("changed", others))
+        if names
+    ]
+    return "; ".join(parts) or "nothing has changed"
 
 
 def read_again(

@@ -297,7 +297,8 @@ def share_out(settings: Settings, scope: Scope, *, clustered: bool = False) -> S
         )
 
     def auth(whole: Auth) -> Auth:
-        return replace(whole, keys=tuple(key(each) for each in whole.keys))
+        keys = None if whole.keys is None else tuple(map(key, whole.keys))
+        return replace(whole, keys=keys, file_keys=tuple(map(key, whole.file_keys)))
 
     return replace(
         settings,

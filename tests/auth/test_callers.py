@@ -370,6 +370,28 @@ def test_with_keys_or_without_a_guard_any_name_is_answered() -> None:
     assert Access(Auth(keys=(client("web"),))).hosts is None
 
 
+@pytest.mark.parametrize(
+    "auth", [Auth(keys=()), Auth(keys_file="keys.yaml"), Auth(keys=(), keys_file="keys.yaml")]
+)
+def test_where_keys_are_spoken_of_nobody_comes_in_without_one(auth: Auth) -> None:
+    access = Access(Auth(keys=(client("web"),)))
+
+    for change in (Access(auth), access):
+        change.apply(auth)
+
+        assert change.keyed
+        assert change.current(anonymous("10.0.0.1")) is None
+        with pytest.raises(InvalidApiKey):
+            change.keys.caller(b"key of web")
+
+
+def test_an_open_server_is_open_beside_an_empty_list() -> None:
+    access = Access(Auth(keys=(), open=True))
+
+    assert not access.keyed
+    assert access.hosts is None
+
+
 def test_clients_without_a_key_are_refused_when_keys_come() -> None:
     access = Access()
     nobody = anonymous("10.0.0.1")

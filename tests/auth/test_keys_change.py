@@ -211,8 +211,8 @@ async def test_another_key_under_the_same_name_is_another_caller_of_that_name(
 ) -> None:
     server = await make_server(ENDLESS, **keys_of("web"))
     assert server.settings.auth is not None
-    (old,) = server.settings.auth.keys
-    (other,) = auth_of("other").keys
+    (old,) = server.settings.auth.all_keys
+    (other,) = auth_of("other").all_keys
     turned = Auth(keys=(type(old)(name="web", sha256=other.sha256),))
     async with server.connect(headers=bearer("web")) as ws:
         await ws.send_json(chat("r"))

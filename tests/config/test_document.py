@@ -17,7 +17,7 @@ from tests.support.configurations import ANY_MACHINE
 @pytest.fixture(params=["CSafeLoader", "SafeLoader"], autouse=True)
 def loader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both parsers of PyYAML: where its C library is missing, the other one serves."""
-    monkeypatch.setattr(document, "_LOADER", getattr(yaml, request.param))
+    monkeypatch.setattr(document, "LOADER", getattr(yaml, request.param))
 
 
 def read(text: str, **environ: str) -> Any:

@@ -88,7 +88,7 @@ def test_keys_of_callers_become_hashes(file: Path) -> None:
     configuration = load(text, file, A="one")
 
     assert configuration.settings.auth is not None
-    assert [key.sha256 for key in configuration.settings.auth.keys] == digests
+    assert [key.sha256 for key in configuration.settings.auth.all_keys] == digests
 
 
 def test_a_callers_key_that_is_missing_or_shared_is_a_fault(file: Path) -> None:

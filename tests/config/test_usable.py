@@ -70,7 +70,27 @@ def test_an_open_address_needs_keys_or_a_word(host: str, file: Path) -> None:
     load(small() + "auth: {open: true}\n", file, **environ).check_usable()
     keys = small() + "auth: {keys: [{name: a, key_env: A}]}\n"
     load(keys, file, A="x", **environ).check_usable()
-    assert refused(load(small() + "auth: {keys: []}\n", file, **environ).check_usable) == [fault]
+    closed = load(small() + "auth: {keys: []}\n", file, **environ)
+    closed.check_usable()
+    (warning,) = closed.warnings
+    assert "auth.keys: there is no key, so nobody may chat" in warning
+
+
+def test_open_beside_no_key_is_open_and_beside_a_file_a_fault(file: Path) -> None:
+    (warning,) = load(small() + "auth: {keys: [], open: true}\n", file).warnings
+    assert "everybody who can reach the port may chat, whatever keys says" in warning
+
+    (file.parent / "keys.yaml").write_text("[]\n")
+    text = f"{small()}auth: {{keys_file: {file.parent}/keys.yaml, open: true}}\n"
+    (fault,) = refused(lambda: load(text, file))
+    assert fault.endswith("auth.open: cannot be open and have keys_file")
+
+
+@pytest.mark.parametrize("key", ["keys", "keys_file"])
+def test_a_key_without_a_value_opens_nothing(file: Path, key: str) -> None:
+    (fault,) = refused(lambda: load(f"{small()}auth:\n  {key}:\n", file))
+
+    assert f"auth.{key}: expected" in fault
 
 
 def test_every_reason_not_to_serve_is_reported_at_once(file: Path) -> None:

@@ -63,7 +63,7 @@ def test_aioserver_takes_its_settings_and_may_be_reached_from_other_containers()
     parallel = SERVICES["ollama"]["environment"]["OLLAMA_NUM_PARALLEL"]
     assert local.http_client.concurrent_requests == int(parallel)
     assert settings.auth is not None
-    assert [key.name for key in settings.auth.keys] == ["open-webui"]
+    assert [key.name for key in settings.auth.all_keys] == ["open-webui"]
     repository = settings.chat.service.repository
     assert repository.type == "sql"
     # The one folder that is a volume, on a file system that is read-only otherwise.

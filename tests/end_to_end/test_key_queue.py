@@ -186,7 +186,8 @@ async def test_a_turn_takes_the_next_free_place_before_those_at_the_door(
         **changes,
     )
     server.context.access.keys.apply(
-        auth_of("web", max_concurrent=1, queue_size=5).keys + auth_of("app", max_concurrent=9).keys
+        auth_of("web", max_concurrent=1, queue_size=5).all_keys
+        + auth_of("app", max_concurrent=9).all_keys
     )
     gate = server.context.admission.gate
     runs = await post(server)

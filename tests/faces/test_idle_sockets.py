@@ -471,7 +471,7 @@ async def test_a_reload_changes_the_bound_and_keeps_the_count(make_server: MakeS
             ) as response:
                 assert response.status == status
                 await response.read()
-    assert auth_of(MINE).keys[0].max_connections == 0
+    assert auth_of(MINE).all_keys[0].max_connections == 0
 
 
 async def test_a_key_at_its_bound_does_not_hide_in_the_log_that_the_server_is_full(
