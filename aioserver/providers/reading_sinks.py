@@ -136,19 +136,19 @@ class BridgingSink(ReadingSink, Generic[C]):
         self._named = False
 
     def _take(self, block: bytes) -> bool:
-        writer = self._writes
-        if self._shape is not None and writer.plain:
-            text = self._shape.text_in(block)
+        writer, shape = self._writes, self._shape
+        if shape is not None and writer.plain:
+            text = shape.text_in(block)
             if text is not None:
-                self._append_texts([writer.add_text(text)])
+                self._append_texts(writer.add_text(text), 1)
                 return True
-            if texts := self._shape.texts_in(block):
+            if texts := shape.texts_in(block):
                 events: list[bytes] = []
                 try:
                     # What came before a fault stays.
                     events.extend(map(writer.add_text, texts))
                 finally:
-                    self._append_texts(events)
+                    self._append_texts(b"".join(events), len(events))
                 return True
         return super()._take(block)
 
@@ -162,8 +162,10 @@ class BridgingSink(ReadingSink, Generic[C]):
         return self._writes.plain
 
     @abstractmethod
-    def _append_texts(self, events: list[bytes]) -> None:
-        """Append *events*, each of a text, about which there is nothing to be found out."""
+    def _append_texts(self, data: bytes, count: int) -> None:
+        """Append *data*, *count* events of a text each, about which there is nothing to be found
+        out; none, if the first was a fault.
+        """
 
 
 def complete_chat(stream: Stream, reading: Reading) -> None:

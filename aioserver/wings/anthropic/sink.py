@@ -127,8 +127,10 @@ class BridgeSink(BridgingSink[Call]):
             self._stream.forward(b"".join(parts), len(parts), more=self._over)
             self._count_text()
 
-    def _append_texts(self, events: list[bytes]) -> None:
-        self._append(events)
+    def _append_texts(self, data: bytes, count: int) -> None:
+        if count:
+            self._stream.forward(data, count, more=self._over)
+            self._count_text()
 
 
 def _up_to_end(block: bytes) -> tuple[bytes, bool, bytes]:

@@ -142,7 +142,7 @@ class ResponseEvents(AnswerEvents):
         for number, event in enumerate(parse(block), first):
             data = event.data
             if (sequence := _sequence_in(data)) is not None:
-                self._add(number, sequence)
+                self.note_run(number, sequence)
             if data.find(_RESPONSE) >= 0 and _response_in(data) is not None:
                 self._last_response = data
 
@@ -171,11 +171,20 @@ class ResponseEvents(AnswerEvents):
         run.last_sequence = sequence
         return True
 
-    def note_sequence(self, number: int, sequence: int) -> None:
-        """Remember the *sequence* number of the event *number* of the log, which has no response
-        object.
+    def note_run(self, number: int, sequence: int, count: int = 1) -> None:
+        """Remember the numbers of *count* events, from *number* on in the log, and with *sequence*
+        numbers from this one on.
         """
-        self._add(number, sequence)
+        last = sequence + count - 1
+        if self._runs:
+            run = self._runs[-1]
+            if (
+                sequence == run.last_sequence + 1
+                and sequence - run.sequence == number - run.number
+            ):
+                run.last_sequence = last
+                return
+        self._runs.append(_Run(number, sequence, last))
 
     def event_before(self, sequence: int, last: int) -> int | None:
         """Return the number of the event after which the first one above *sequence* comes; that of
@@ -190,17 +199,6 @@ class ResponseEvents(AnswerEvents):
         if not self._runs:
             return 0 if sequence < 0 else None
         return last if sequence == self.last_sequence else None
-
-    def _add(self, number: int, sequence: int) -> None:
-        if self._runs:
-            run = self._runs[-1]
-            if (
-                sequence == run.last_sequence + 1
-                and sequence - run.sequence == number - run.number
-            ):
-                run.last_sequence = sequence
-                return
-        self._runs.append(_Run(number, sequence, sequence))
 
     def render(self, error: AioserverError, seen: int | None = None) -> bytes:
         """Return *error* as a `response.failed` event.

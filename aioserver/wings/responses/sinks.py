@@ -160,12 +160,12 @@ class BridgeSink(BridgingSink[Call]):
         self._stream.forward(block, len(parts), more=self._over)
         self._count_text()
 
-    def _append_texts(self, events: list[bytes]) -> None:
+    def _append_texts(self, data: bytes, count: int) -> None:
+        if not count:
+            return
         stream = self._stream
         memory = stream.events
         if isinstance(memory, ResponseEvents):
-            sequence = self._writer.sequence - len(events)
-            for number in range(len(events)):
-                memory.note_sequence(stream.last + 1 + number, sequence + number)
-        stream.forward(b"".join(events), len(events))
+            memory.note_run(stream.last + 1, self._writer.sequence - count, count)
+        stream.forward(data, count)
         self._count_text()

@@ -33,6 +33,7 @@ from aioserver.protocol.bridging.chunks import ITEM_BYTES, ChunkReader, DeltaTex
 from aioserver.wings.responses.bridge.logprobs import written_logprobs
 from aioserver.wings.responses.bridge.output import (
     COMPLETED,
+    DELTA,
     IN_PROGRESS,
     INCOMPLETE,
     REASONING,
@@ -74,6 +75,7 @@ class ResponseWriter(ChunkReader[Call]):
         "_name",
         "_open",
         "_part",
+        "_plain_part",
         "_reasoning",
         "_tools",
         "sequence",
@@ -94,12 +96,13 @@ class ResponseWriter(ChunkReader[Call]):
         self._message: Message | None = None
         self._reasoning: Reasoning | None = None
         self._part: Part | None = None
+        # That part, if nothing but a text of it can come.
+        self._plain_part: Part | None = None
 
     @property
     def plain(self) -> bool:
         """Whether a text can come as `add_text`: nothing but a text is under way or wanted."""
-        part = self._part
-        return part is not None and part.kind is TEXT and not self.logprobs and not self.half
+        return self._plain_part is not None and not self.half
 
     @property
     def response_id(self) -> str:
@@ -147,14 +150,16 @@ class ResponseWriter(ChunkReader[Call]):
         Raises:
             BadEvent: the answer is too long.
         """
-        part = self._part
+        part = self._plain_part
         assert part is not None, "asked for by `plain`"
-        self._grow(len(text))
+        self._size = size = self._size + len(text)
+        if size > self._max_bytes:
+            self._grow(0)
         part.text += text
         sequence = self.sequence
         self.sequence = sequence + 1
         self.texts += 1
-        return part.delta(text, sequence)
+        return DELTA % (part.head, text, sequence)
 
     def finish(self, now: int) -> list[bytes]:
         """Return the events that end the response, at the time *now*.
@@ -272,6 +277,7 @@ class ResponseWriter(ChunkReader[Call]):
     def _begin_part(self, message: Message, kind: bytes, events: list[bytes]) -> None:
         self._grow(0, ITEM_BYTES)
         self._part = part = message.add_part(kind)
+        self._plain_part = part if kind is TEXT and not self.logprobs else None
         added = b'%b,"part":%b' % (part.place, part.render())
         events.append(self._event(b"content_part.added", added))
 
@@ -306,6 +312,7 @@ class ResponseWriter(ChunkReader[Call]):
 
     def _part_ending(self) -> list[bytes]:
         part, self._part = self._part, None
+        self._plain_part = None
         if part is None:
             return []
         ending = b'%b,"part":%b' % (part.place, part.render())

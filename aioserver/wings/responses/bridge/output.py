@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from aioserver.wings.responses.bridge.tools import Tool
 
 TEXT, REFUSAL, REASONING = b"output_text", b"refusal", b"reasoning_text"
+# An event with a text: what it begins with, the text, its number.
+DELTA = b'%b%b","sequence_number":%d}\n\n'
 QUEUED, IN_PROGRESS = b"queued", b"in_progress"
 COMPLETED, INCOMPLETE = b"completed", b"incomplete"
 
@@ -32,11 +34,12 @@ COMPLETED, INCOMPLETE = b"completed", b"incomplete"
 class Part:
     """A text that grows, part of an item. *kind* is TEXT, REFUSAL or REASONING.
 
-    *place* are the members of an event that say where it stands. `logprobs` and `plain_logprobs`
+    *place* are the members of an event that say where it stands, and `head` is what each event with a
+    text of it begins with. `logprobs` and `plain_logprobs`
     are JSON, joined: with the bytes of each token, as an item has them, and without, as events do.
     """
 
-    __slots__ = ("_delta_head", "kind", "logprobs", "place", "plain_logprobs", "text")
+    __slots__ = ("head", "kind", "logprobs", "place", "plain_logprobs", "text")
 
     def __init__(self, kind: bytes, place: bytes) -> None:
         self.kind = kind
@@ -44,11 +47,8 @@ class Part:
         self.text = bytearray()
         self.logprobs = bytearray()
         self.plain_logprobs = bytearray()
-        self._delta_head = b'event: response.%b.delta\ndata: {"type":"response.%b.delta",%b,' % (
-            kind,
-            kind,
-            place,
-        )
+        form = b'event: response.%b.delta\ndata: {"type":"response.%b.delta",%b,%b"delta":"'
+        self.head = form % (kind, kind, place, b'"logprobs":[],' if kind is TEXT else b"")
 
     def add_logprobs(self, own: bytes, plain: bytes) -> None:
         """Add logprobs, with and without the bytes of each token."""
@@ -58,14 +58,10 @@ class Part:
 
     def delta(self, text: bytes, sequence: int, logprobs: bytes = b"") -> bytes:
         """Return the event with *text*, which has been added."""
-        if self.kind is TEXT:
-            return b'%b"logprobs":[%b],"delta":"%b","sequence_number":%d}\n\n' % (
-                self._delta_head,
-                logprobs,
-                text,
-                sequence,
-            )
-        return b'%b"delta":"%b","sequence_number":%d}\n\n' % (self._delta_head, text, sequence)
+        head = self.head
+        if logprobs:
+            head = head.replace(b'"logprobs":[]', b'"logprobs":[%b]' % logprobs)
+        return DELTA % (head, text, sequence)
 
     @property
     def done(self) -> bytes:
