@@ -33,6 +33,8 @@ UNKNOWN_WORK = 1000
 OUTPUT_FACTOR = 2
 # Pairs of which averages are kept; the least recently used ones go.
 MAX_PAIRS = 1000
+# Bytes of a body that is looked through for pictures: its search takes some 50 µs.
+MAX_SEARCHED = 1 << 18
 
 
 class Estimate(NamedTuple):
@@ -63,6 +65,15 @@ class _Ratios:
     def __init__(self) -> None:
         self.prompt = self.uncached = TOKENS_PER_BYTE
         self.event = 1.0
+
+
+def text_bytes(body: bytes) -> int:
+    """Return the bytes of *body* if all of it may be text; 0 if it has a picture or a file, whose
+    tokens have nothing to do with its bytes, or is too large to know.
+    """
+    size = len(body)
+    # In a `data:` URL (RFC 2397) and in Anthropic's objects.
+    return 0 if size > MAX_SEARCHED or b"base64" in body else size
 
 
 class Estimates:
@@ -117,9 +128,10 @@ class Estimates:
         answer: int | None = None,
         events: int = 0,
     ) -> None:
-        """Learn that the provider has counted *prompt* tokens in a request of *size* bytes, of
-        which it had *cached* so many; and *answer* tokens in the answer to *caller*, which had so
-        many *events*, or was not streamed. None: all of that answer did not come.
+        """Learn that the provider has counted *prompt* tokens in a request of *size* bytes of text,
+        0 if that is not known, of which it had *cached* so many; and *answer* tokens in the answer
+        to *caller*, which had so many *events*, or was not streamed. None: all of that answer did
+        not come.
         """
         pair = provider, model
         # A pair that is taken out and put back is the newest then.

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from aioserver.limits.deadline import Wait
+from aioserver.limits.estimate import text_bytes
 from aioserver.protocol.openai import BadEvent, ErrorEvent
 from aioserver.protocol.said import ReadSaid
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
@@ -136,6 +137,7 @@ class Attempt:
         "sink",
         "status",
         "stream",
+        "text_bytes",
         "trial",
         "waited",
     )
@@ -182,8 +184,9 @@ class Attempt:
         # preparation and its sending.
         self.hop: Hop | None = None
         self.prepared: bytes | None = None
-        # The bytes of the body that was sent, and the events that the log had before.
-        self.body_bytes = self.before = 0
+        # The bytes of the body that was sent, as many if they are text, and the events that the log
+        # had before.
+        self.body_bytes = self.text_bytes = self.before = 0
 
     def queued(self, position: int, eta: float) -> None:
         """Tell the readers the position in the queue, and the seconds until the start."""
@@ -325,7 +328,7 @@ class Attempt:
         """Return the bytes of a request for *path*, that of *api*, with this *body*, and note it
         in the trace.
         """
-        self.body_bytes = len(body)
+        self.body_bytes, self.text_bytes = len(body), text_bytes(body)
         client_headers, trace = self.request.client_headers, self.request.record.trace
         if trace is not None:
             client_headers = trace.sending(client_headers, body)

@@ -705,7 +705,7 @@ class Provider:
                 self.name,
                 part.model,
                 request.caller.name,
-                attempt.body_bytes,
+                attempt.text_bytes,
                 part.tokens_in,
                 part.tokens.cached or 0,
                 part.tokens_out if whole else None,

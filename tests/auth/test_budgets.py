@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioserver.limits.budget import Budget
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED, chat, to_end
 from tests.support.keys import bearer, keys_of
@@ -136,6 +137,31 @@ async def test_a_day_says_the_whole_time_and_that_no_sdk_should_wait(
         assert frame["chunk"]["code"] == "rate_limit_exceeded"
         assert frame["chunk"]["retry_after"] == pytest.approx(seconds, abs=30)
         assert not ws.closed
+
+
+@pytest.mark.parametrize("left", [1, 30, 600, 86_400])
+@pytest.mark.parametrize("face", POSTS)
+async def test_a_day_that_ends_soon_or_has_begun_says_to_the_second_when_the_next_one_comes(
+    make_server: MakeServer, face: str, left: int
+) -> None:
+    server = await make_server(QUICK, **keys_of("web", tokens_per_day=1000))
+    # At 23:59:59 of some day, down to its first moment.
+    midnight = 20_000 * 86_400.0
+    spent = Budget(per_day=1000, wall_clock=lambda: midnight - left)
+    spent.reserve(1000).settle(1000)
+    quota(server).budget = spent
+
+    status, headers, body = await post(server, face)
+
+    assert status == 429
+    assert headers["Retry-After"] == str(left)
+    assert headers["retry-after-ms"] == str(1000 * left)
+    assert headers.get("x-should-retry") == ("false" if left > 60 else None)
+    assert f"Please try again in {left}.0s." in json.loads(body)["error"]["message"]
+    async with server.connect(headers=bearer("web")) as ws:
+        await ws.send_json(chat("r"))
+        (frame,) = await to_end(ws)
+        assert frame["chunk"]["retry_after"] == left
 
 
 async def test_an_attached_request_takes_nothing(make_server: MakeServer) -> None:

@@ -288,3 +288,29 @@ async def test_a_whole_answer_waits_without_a_word(make_server: MakeServer) -> N
 
     assert await asyncio.gather(*(ask() for _ in range(4))) == [200] * 4
     await server.nothing_held(30)
+
+
+@pytest.mark.parametrize("size", [1, 0])
+async def test_a_reload_that_makes_the_queue_shorter_sends_nobody_away(
+    make_server: MakeServer, size: int
+) -> None:
+    behaviour = Behaviour(ttft=0.0, interval=0.0, tokens=5)
+    server = await make_server(ENDLESS, **keys_of("web", max_concurrent=1, queue_size=5))
+    runs = await post(server)
+    tasks = [asyncio.create_task(post(server, **CHAT)) for _ in range(3)]
+    await until(lambda: waiting(server) == 3)
+
+    assert await server.change(**keys_of("web", max_concurrent=1, queue_size=size))
+
+    assert waiting(server) == 3
+    async with await post(server, **CHAT) as refused:
+        assert refused.status == 429
+        assert await code_of(refused) == "concurrency_exceeded"
+    server.simulator.behaviour = behaviour
+    runs.close()
+    for task in tasks:
+        async with await asyncio.wait_for(task, 30) as response:
+            assert response.status == 200
+            await response.read()
+    await server.nothing_held(30)
+    assert quota(server).running == 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioserver.limits.estimate import TOKENS_PER_BYTE
 from aioserver.wings.simulator.exchange import Behaviour
 from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import chat
@@ -386,3 +387,59 @@ async def test_looks_of_a_key_count_in_its_rate(make_server: MakeServer) -> None
             statuses.append(response.status)
 
     assert statuses == [200, 200, 429]
+
+
+PICTURE = "data:image/png;base64," + "iVBORw0KGgo=" * 500
+WITH_PICTURES: dict[str, dict[str, Any]] = {
+    "chat/completions": {
+        "messages": [
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": PICTURE}}]}
+        ]
+    },
+    "responses": {
+        "input": [
+            {"role": "user", "content": [{"type": "input_image", "image_url": PICTURE}]},
+        ]
+    },
+    "messages": {
+        "max_tokens": 9,
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {
+                        "type": "image",
+                        "source": {
+                            "type": "base64",
+                            "media_type": "image/png",
+                            "data": PICTURE.partition(",")[2],
+                        },
+                    }
+                ],
+            }
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("bridged", [True, False])
+@pytest.mark.parametrize("path", WITH_PICTURES)
+async def test_a_picture_does_not_teach_how_many_tokens_a_text_has(
+    make_server: MakeServer, path: str, bridged: bool, stream: bool
+) -> None:
+    server = await make_server(
+        **{f"{SIM}.messages": "bridge" if bridged else True, f"{SIM}.responses": not bridged}
+    )
+    provider = server.context.router.providers["sim"]
+
+    async def ask(body: dict[str, Any]) -> float:
+        asked = {"model": "sim-model", "stream": stream, **body}
+        async with server.session.post(f"{server.v1}/{path}", json=asked) as response:
+            assert response.status == 200, await response.text()
+            await response.read()
+        return provider.tokens_per_byte("sim-model")
+
+    assert await ask(WITH_PICTURES[path]) == TOKENS_PER_BYTE
+    text = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 9}
+    assert await ask({"input": "Hello"} if path == "responses" else text) != TOKENS_PER_BYTE
