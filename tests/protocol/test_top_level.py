@@ -131,13 +131,14 @@ def test_the_last_of_several_keys_counts_however_it_is_written() -> None:
 # Work and memory.
 
 
+SIZE = 4 * MIB
 HOSTILE = {
-    "objects": b"{}," * (MIB * 16 // 3),
-    "lists": b"[]," * (MIB * 16 // 3),
-    "numbers": b"1," * (MIB * 16 // 2),
-    "keys": b'{"a":1},' * (MIB * 16 // 8),
-    "lone surrogates": b'"' + rb"\ud83d" * (MIB * 16 // 6) + b'",',
-    "text": b'"' + "😀é".encode() * (MIB * 16 // 6) + b'",',
+    "objects": b"{}," * (SIZE // 3),
+    "lists": b"[]," * (SIZE // 3),
+    "numbers": b"1," * (SIZE // 2),
+    "keys": b'{"a":1},' * (SIZE // 8),
+    "lone surrogates": b'"' + rb"\ud83d" * (SIZE // 6) + b'",',
+    "text": b'"' + "😀é".encode() * (SIZE // 6) + b'",',
 }
 
 
@@ -155,7 +156,7 @@ def chat_of(filling: bytes) -> Coroutine[object, None, object]:
 
 @pytest.mark.parametrize("steps_of", [model_of, chat_of])
 @pytest.mark.parametrize("filling", HOSTILE)
-def test_a_body_of_16_mib_costs_less_than_ten_times_its_bytes(
+def test_a_body_costs_less_than_five_times_its_bytes(
     steps_of: Callable[[bytes], Coroutine[object, None, object]], filling: str
 ) -> None:
     steps = steps_of(HOSTILE[filling])
@@ -167,11 +168,11 @@ def test_a_body_of_16_mib_costs_less_than_ten_times_its_bytes(
         tracemalloc.stop()
 
     # The body itself is there already.
-    assert peak < 5 * 16 * MIB
+    assert peak < 5 * SIZE
 
 
 @pytest.mark.parametrize("filling", ["lone surrogates", "text"])
 def test_a_large_body_is_checked_in_steps(filling: str) -> None:
     steps = json_body.sound(HOSTILE[filling])
 
-    assert sum(1 for _ in steps.__await__()) >= 15
+    assert sum(1 for _ in steps.__await__()) >= 3

@@ -25,14 +25,10 @@ pytestmark = pytest.mark.timeout(600)
 SEEDS, CLIENTS = "0-19", "40"
 # With three instances that share a server.
 SHARED_SEEDS = "0-3"
-# Seeds that have failed, by the numbers of clients and instances, and what they are tried without:
-# a stored response whose log has gone while a place is awaited, a question that is asked again as
-# another turn, errors of a connection and of a mirror on lanes, large answers, bursts, late slots
-# and older states of the server, a cancel while an answer is being kept, places that outlast two
-# reloads, the room of a group that has left a line, a question that comes when its answer's window
-# is over, a retry in a group.
-ALONE = "3414,3684,3889,700078,910195,930098,930110,950212,951074,951098,951160"
-TOGETHER = "2001,3033,3134,3188,800041,800080,940003,940095,960347,980095"
+# The last seeds that have failed, by the numbers of clients and instances, and what they are tried
+# without. What is drawn for a seed changes with the simulation, so that old ones show little.
+ALONE = "3889,700078,930110,950212,951160"
+TOGETHER = "3188,800080,940095,960347,980095"
 FAILED = {
     ("100", "1", "groups"): ALONE,
     ("60", "1", "groups"): "2227",
