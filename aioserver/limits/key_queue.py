@@ -302,7 +302,7 @@ class KeyQueue:
             self._delay = 0.0
             return False
         except RateLimitExceeded as exc:
-            self._delay = delay = exc.retry_after or 0.0
+            self._delay = delay = exc.delay or exc.retry_after or 0.0
             loop = asyncio.get_running_loop()
             if loop.time() + delay <= turn.until:
                 self._start_timer = loop.call_later(delay, self.serve)

@@ -236,7 +236,7 @@ class Quota:
             f" Please try again in {seconds:.1f}s.",
             retry_after=seconds,
         )
-        error.period = period
+        error.period, error.delay = period, delay
         return error
 
     def _too_many(self) -> ConcurrencyExceeded:

@@ -16,7 +16,9 @@ from aioserver.errors import (
     PermissionDenied,
     RateLimitExceeded,
 )
+from aioserver.limits.budget import Budget
 from aioserver.limits.quota import MINUTE, Quota
+from tests.support.virtual_loop import run_virtually
 
 if TYPE_CHECKING:
     from tests.support.clock import FakeClock
@@ -238,3 +240,20 @@ def test_without_a_bound_connections_are_only_counted(clock: FakeClock) -> None:
         quota.connect()
 
     assert quota.connections == 1000
+
+
+def test_who_waits_for_tokens_starts_once_they_are_there() -> None:
+    async def wait() -> float:
+        clock = asyncio.get_running_loop().time
+        quota = Quota(9, 9999, clock, queue_size=9, budget=Budget(6000, clock=clock))
+        quota.begin(6000).end(spent=6000)
+        began = clock()
+
+        turn = quota.begin(7)
+        await turn.decided()
+
+        turn.end()
+        return clock() - began
+
+    # The seconds that a client is told are rounded up.
+    assert run_virtually(wait()) == pytest.approx(0.07)
