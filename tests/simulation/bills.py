@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tests.simulation.transport import Transport
 
 # Events of an answer beside those of its tokens: of a response, which is created, has an item with
-# a part, and ends.
+# a part, and ends; or of a message, which has some blocks.
 OTHER_EVENTS = 12
 
 
@@ -133,7 +133,9 @@ def _wrong(part: Part, attempt: Attempt, call: Call | None, failed: BaseExceptio
         # What of it was written is not known before it is whole.
         return ""
     sent, received = (0, 0) if call is None else (len(call.tokens), call.tokens_received)
-    if part.tokens_out > _estimate(attempt, sent + OTHER_EVENTS):
+    # Reasoning comes before the first token, as it is counted here.
+    before = len(call.answer.opening) if call is not None and call.answer is not None else 0
+    if part.tokens_out > _estimate(attempt, sent + before + OTHER_EVENTS):
         return "more tokens than were sent"
     if failed is None or isinstance(failed, asyncio.CancelledError):
         return ""

@@ -683,6 +683,126 @@ _Call.pace = forgetful
 from aioserver.gateway.groups import Waiting
 Waiting.regroup = lambda self, group, now: None
 """,
+    # Of messages over a bridge.
+    "the index of a block": """
+from aioserver.wings.anthropic.bridge.events import MessageWriter
+begin = MessageWriter._begin_block
+def skipping(self, kind, events):
+    self._blocks += self._blocks > 0
+    begin(self, kind, events)
+MessageWriter._begin_block = skipping
+""",
+    "that one block is open": """
+from aioserver.wings.anthropic.bridge.events import TEXT, MessageWriter
+end = MessageWriter._end_block
+def open_still(self, kind, call, events):
+    if kind is TEXT and not self._called:
+        end(self, kind, call, events)
+MessageWriter._end_block = open_still
+""",
+    "that one call is written at a time": """
+from aioserver.wings.anthropic.bridge.events import MessageWriter
+argue = MessageWriter._argue
+def mixing(self, call, text, events):
+    current = self._call_under_way
+    if current is not None and call is not current and call in self._kept:
+        call = current
+    argue(self, call, text, events)
+MessageWriter._argue = mixing
+""",
+    "white space in front of a call": """
+from aioserver.wings.anthropic.bridge.events import MessageWriter
+write = MessageWriter._write_text
+def eager(self, kind, text, events):
+    if self._block is not kind and text.isspace():
+        self._close(events)
+        self._open(kind, events)
+    write(self, kind, text, events)
+MessageWriter._write_text = eager
+""",
+    "the reasoning of a whole answer": """
+from aioserver.wings.anthropic.bridge.whole import WholeWriter
+from aioserver.wings.anthropic.bridge.events import MessageWriter
+def silent(self, piece, choice, events):
+    if piece.kind != "reasoning":
+        MessageWriter._speak(self, piece, choice, events)
+WholeWriter._speak = silent
+""",
+    "that a call is why an answer ends": """
+from aioserver.wings.anthropic.bridge.events import MessageWriter
+reason = MessageWriter._stop_reason
+def said(self):
+    found = reason(self)
+    return b"end_turn" if found == b"tool_use" and self.finish_reason == "stop" else found
+MessageWriter._stop_reason = said
+""",
+    "that a message has not ended well": """
+from aioserver.wings.anthropic.sink import BridgeSink
+BridgeSink._complete_without_mark = True
+""",
+    "the tokens of a message": """
+from aioserver.wings.anthropic.bridge import events
+from aioserver.telemetry import tokens
+events.tokens_of = lambda usage: tokens.tokens_of({"prompt_tokens": 10, "prompt_tokens_details": {"cached_tokens": 10}})
+events.max = lambda least, count: count
+""",
+    "what the engine calls a call": """
+from aioserver.wings.anthropic.bridge import ids
+ids.own = lambda shown: shown
+""",
+    "that two calls have the same id": """
+from aioserver.wings.anthropic.bridge import ids
+from aioserver.wings.anthropic.bridge.events import MessageWriter
+MessageWriter._id_for = lambda self, own: ids.shown(own) if own else "toolu_" + self._name[:12]
+""",
+    "that results stand behind their calls": """
+from aioserver.protocol.bridging.turns import Turns
+close = Turns._close_user
+def late(self):
+    if self._speaking or not self._pieces:
+        return close(self)
+    results, self._results = self._results, []
+    close(self)
+    self._messages += results
+Turns._close_user = late
+""",
+    "that the system is one message": """
+from aioserver.protocol.bridging.turns import PARAGRAPH, Turns
+def instruct(self, text):
+    self._close_user()
+    self._close_assistant()
+    self._close_system()
+    self._system.append(text)
+Turns.instruct = instruct
+""",
+    "a reminder": """
+from aioserver.protocol.bridging.turns import Turns
+instruct = Turns.instruct
+def lossy(self, text):
+    if not (self._messages or self._joined):
+        instruct(self, text)
+Turns.instruct = lossy
+""",
+    "what changes with each request": """
+from aioserver.wings.anthropic.bridge import blocks
+blocks._BILLING = b"none"
+""",
+    "what an engine refuses": """
+from aioserver.gateway.bridging import ChatMemory
+ChatMemory.refuse = ChatMemory.keep_most = lambda self, *args: None
+""",
+    "that it has repeated a request": """
+from aioserver.gateway.bridging import LearningAttempt
+count = [0]
+repeats = LearningAttempt._repeats_without
+def forgetful(self, what):
+    count[0] += 1
+    again = repeats(self, what)
+    if count[0] % 40:
+        self._learnt.discard(what)
+    return again
+LearningAttempt._repeats_without = forgetful
+""",
 }
 # A cluster in which everything goes well, but for what a breakage needs.
 GOOD: dict[str, Any] = {"instances": 3, "shared": {}, "balancer": "random", "operations": {}}
@@ -760,6 +880,28 @@ CONTINUED: dict[str, Any] = {
         "llm.providers.sim.http_client.max_retries": 0,
     },
 }
+# Agents that ask for messages of engines with chat completions alone.
+BRIDGED: dict[str, Any] = {
+    **NO_FAULTS,
+    "messages": 1.0,
+    "message_kinds": ("bridged", "bridged"),
+    "refuses": ("stream_options", "top_k"),
+    "habits": {},
+    "silent": 0.0,
+    "spread": 30.0,
+    "changes": {
+        "llm.providers.sim.messages": "bridge",
+        "llm.providers.sim.http_client.requests_per_minute": 1_000_000,
+        "chat.websocket.concurrency.max_connections": 300,
+        "chat.websocket.concurrency.connection_queue_size": 300,
+        "chat.websocket.concurrency.max_body_bytes": 1 << 28,
+        "llm.providers.sim.http_client.concurrent_requests": 20,
+        "llm.providers.sim.http_client.max_connections": 20,
+        "llm.providers.sim.http_client.max_keepalive": 20,
+        "llm.providers.sim.http_client.queue_size": 1000,
+        "llm.providers.sim.http_client.queue_timeout": 30.0,
+    },
+}
 JUDGED: dict[str, Any] = {
     **SPARED,
     "continued": True,
@@ -788,6 +930,23 @@ NEEDS: dict[str, dict[str, Any]] = {
         ),
         SPARED,
     ),
+    **dict.fromkeys(
+        (
+            *("the index of a block", "that one block is open", "a reminder"),
+            *("that one call is written at a time", "white space in front of a call"),
+            *("the reasoning of a whole answer", "that a call is why an answer ends"),
+            *("the tokens of a message", "what the engine calls a call"),
+            *("that two calls have the same id", "that results stand behind their calls"),
+            *("that the system is one message", "what changes with each request"),
+            *("what an engine refuses", "that it has repeated a request"),
+        ),
+        BRIDGED,
+    ),
+    "that a message has not ended well": {
+        **BRIDGED,
+        "provider_fault_share": 0.5,
+        "provider_faults": ("cut-<n>", "end-<n>"),
+    },
     "the preamble of a response from a bridge": {
         **SPARED,
         "faces": ("responses",),
@@ -994,6 +1153,10 @@ NEEDS: dict[str, dict[str, Any]] = {
 }
 # The seed that is tried first, where an earlier one is known to notice nothing: for speed alone.
 FIRST = {
+    "a reminder": 1,
+    "the reasoning of a whole answer": 1,
+    "what the engine calls a call": 1,
+    "white space in front of a call": 3,
     "that a member has died": 3,
     "that nobody has cancelled an answer": 4,
     "that a trial is over which proves nothing": 1,
@@ -1051,6 +1214,7 @@ def noticed(name: str) -> str:
         changes = plan.changes | needs.get("changes", {})
         plan = dataclasses.replace(plan, **{**needs, "changes": changes})
         if violations := play(plan).violations:
+            assert "ConfigurationError" not in violations[0], violations[0]
             return f"seed {seed}: {violations[0]}"
     return ""
 

@@ -20,6 +20,7 @@ import orjson
 from tests.simulation import (
     background,
     kept_talk,
+    messages,
     openai_faces,
     own_faces,
     response_chain,
@@ -70,6 +71,7 @@ ASK = {
     "conversation": kept_talk.talk,
     uploads.FACE: uploads.ask,
     background.FACE: background.ask,
+    messages.FACE: messages.ask,
 }
 # The codes of refusals that must say when to come back.
 COME_BACK = {
@@ -152,6 +154,8 @@ class Client:
             self.face = uploads.FACE
         if random.Random(f"background {plan.seed} {number}").random() < plan.background:
             self.face = background.FACE
+        if random.Random(f"messages share {plan.seed} {number}").random() < plan.messages:
+            self.face = messages.FACE
         # A client without a key has the address of this machine: no other address is served.
         self.address = f"10.0.0.{dice.randrange(1, 4)}" if self.key else "127.0.0.1"
         # The group that it asks for, where its question names no model; "" if it asks for none.
@@ -177,6 +181,13 @@ class Client:
         self.turns: list[Turn] = []
         self.questions: list[Client] = []
         self.conversation = ""
+        # What it has asked for as a message, and got; whether that has a key, and how often it was
+        # sent.
+        self.body_of_message: dict[str, Any] | None = None
+        self.message: dict[str, Any] | None = None
+        self.asked_at = self.ended_at = 0.0
+        self.keyed = False
+        self.sent = 0
         self.patience = Patience(lambda: GIVE_UP if self.network_was_bad else plan.patience)
         self.session: aiohttp.ClientSession
 
@@ -198,7 +209,8 @@ class Client:
     @property
     def has_id(self) -> bool:
         """Whether the question has an id, by which it is known when it is sent again."""
-        return self.face in {"websocket", "sse", "keyed stream", "keyed whole", "stored responses"}
+        named = {"websocket", "sse", "keyed stream", "keyed whole", "stored responses"}
+        return self.face in named or self.keyed
 
     @property
     def headers(self) -> dict[str, str]:
@@ -286,7 +298,14 @@ class Client:
 
     async def _ask(self) -> None:
         ask = ASK[self.face]
-        once = {"stream", "responses", uploads.FACE, background.FACE, *CONVERSATIONS}
+        once = {
+            "stream",
+            "responses",
+            uploads.FACE,
+            background.FACE,
+            messages.FACE,
+            *CONVERSATIONS,
+        }
         if not self.has("ask twice") or self.face in once:
             await ask(self)
             return
@@ -307,7 +326,7 @@ class Client:
         habits of this one.
         """
         # A large answer would push earlier turns out of a conversation.
-        plan = dataclasses.replace(self.plan, large=0.0, uploads=0.0, background=0.0)
+        plan = dataclasses.replace(self.plan, large=0.0, uploads=0.0, background=0.0, messages=0.0)
         client = Client(plan, number, self.base, like=self)
         client.face, client.conversation = face, conversation
         client.session, client.patience, client._habits = self.session, self.patience, self._habits

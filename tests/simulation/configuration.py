@@ -118,11 +118,16 @@ def draw_changes(dice: random.Random, keys: tuple[Key, ...]) -> dict[str, Any]:
 
 
 def with_spare(
-    changes: dict[str, Any], base_url: str, choose: str, third_url: str = "", models: Any = None
+    changes: dict[str, Any],
+    base_url: str,
+    choose: str,
+    third_url: str = "",
+    models: Any = None,
+    messages: bool | str = False,
 ) -> dict[str, Any]:
     """Return *changes* with a second provider at *base_url*, which is asked where the first one
     fails; with *choose* there is a group of both, and with *models* there are these groups, and a
-    third provider at *third_url*.
+    third provider at *third_url*. *messages* is their setting of that name.
     """
     client = {
         name: changes.get(f"{HTTP}.{name}", value)
@@ -132,6 +137,7 @@ def with_spare(
     spare = {
         "base_url": base_url,
         "model": "spare-model",
+        "messages": messages,
         "http_client": {**client, "max_retries": 0, "queue_size": 10},
         "continuation": changes.get("llm.providers.sim.continuation", "none"),
     }

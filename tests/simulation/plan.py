@@ -57,6 +57,17 @@ CONVERSATIONS = ("response lanes", "response chain", "conversation")
 # What a provider does with a request that continues a response: it has kept that one, it knows of
 # none, or it has no `/v1/responses`, which is found out, or written in the settings.
 KEEPS, FORGETS, LACKS, BRIDGED = RESPONSES = ("keeps", "forgets", "lacks", "bridged")
+# What a provider does with requests for messages, and the settings for it: it is never asked for
+# one, it is found to have none, it is found to have them, or it has them.
+MESSAGE_SETTINGS: dict[str, bool | str] = {
+    "bridged": "bridge",
+    "lacks": "auto",
+    "has": "auto",
+    "speaks": True,
+}
+# Words that an engine may refuse, and the one that it may know by another name alone.
+WORDS = ("parallel_tool_calls", "top_k", "stream_options", "reasoning_effort")
+RENAMED = "max_tokens"
 # What the operator does in the middle of a run.
 OPERATIONS = ("reload limits", "reload provider", "reload keys", "drain")
 # Who chooses the instance of a client: the same for all its connections, or another one for each.
@@ -140,6 +151,11 @@ class Plan:
     uploads: float = 0.0
     # The share of clients that ask for an answer in the background (background.py).
     background: float = 0.0
+    # The share of clients that ask for messages (messages.py), what the first provider does with
+    # them, and the others, and what words the engines refuse.
+    messages: float = 0.0
+    message_kinds: tuple[str, str] = ("speaks", "speaks")
+    refuses: tuple[str, ...] = ()
     # The share of clients that set a deadline, or a class.
     hurried: float = 0.0
     instances: int = 1
@@ -198,6 +214,9 @@ def draw(seed: int, clients: int, instances: int = 1, *, groups: bool = True) ->
     choose = random.Random(f"group {seed}").choice(("", "", *configuration.CHOICES))
     if responses == BRIDGED:
         changes["llm.providers.sim.responses"] = False
+    messages = _draw_messages(seed)
+    if messages:
+        changes["llm.providers.sim.messages"] = MESSAGE_SETTINGS[messages["message_kinds"][0]]
     # Dice of its own: a seed without groups tries the same otherwise.
     grouping = draw_grouping(seed) if groups else None
     continued = random.Random(f"continued {seed}").random() < 0.5
@@ -237,6 +256,7 @@ def draw(seed: int, clients: int, instances: int = 1, *, groups: bool = True) ->
         instances=instances,
         balancer=dice.choice(BALANCERS),
         shared=_draw_shared(seed) if instances > 1 else None,
+        **messages,
     )
     return plan if grouping is None else _with_grouping(plan, grouping)
 
@@ -263,6 +283,21 @@ def _draw_conversations(seed: int) -> tuple[tuple[str, ...], str, bool]:
     count = dice.choice((0, 1, 2, 4))
     talks = tuple(dice.choice(CONVERSATIONS) for _ in range(count))
     return talks, dice.choice(RESPONSES), dice.random() < 0.5
+
+
+def _draw_messages(seed: int) -> dict[str, Any]:
+    """Draw who asks for messages, and what becomes of that; {}: nobody does."""
+    dice = random.Random(f"messages {seed}")
+    share = dice.choice((0.0, 0.0, 0.15, 0.5))
+    if not share:
+        return {}
+    kinds = tuple(MESSAGE_SETTINGS)
+    return {
+        "messages": share,
+        # Most are bridged.
+        "message_kinds": (dice.choice((*kinds[:2], *kinds)), dice.choice(kinds)),
+        "refuses": tuple(word for word in (*WORDS, RENAMED) if dice.random() < 0.3),
+    }
 
 
 def _draw_shared(seed: int) -> Shared:

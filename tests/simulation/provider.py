@@ -20,8 +20,12 @@ from aioserver.wings.simulator.faults import PREFIX
 from aioserver.wings.simulator.model import BadRequest
 from aioserver.wings.simulator.refusals import as_json
 from aioserver.wings.simulator.server import ReceivedRequest, Simulator
+from aioserver.wings.simulator.tools import MESSAGES
 from tests.simulation import uploads
 from tests.simulation.clock import Clock
+from tests.simulation.engine_shapes import ODD
+from tests.simulation.messages import MOST_TOKENS
+from tests.simulation.plan import RENAMED
 from tests.simulation.transport import Transport
 
 if TYPE_CHECKING:
@@ -59,6 +63,12 @@ class Call:
     # Whether the model is asked to go on with what it has said.
     continues: bool = False
     begun_at: float = 0.0
+    # When it came; and the messages of a chat completion, what was written of it, and the word for
+    # which it was refused, empty if it was not.
+    at: float = 0.0
+    messages: list[Any] | None = None
+    answer: shapes.Answer | None = None
+    refused: str = ""
     # The fault of its model, and the tokens of the prompt and of the answer that a good answer
     # reports at its end; None: it reports none.
     fault: str = ""
@@ -144,7 +154,11 @@ class _Received(deque[ReceivedRequest]):
 
     def append(self, received: ReceivedRequest) -> None:
         call = CALL.get()
-        call.shown = tuple(_QUESTION.findall(_asked(received.body)))
+        request = orjson.loads(received.body or b"{}")
+        call.at = Clock.now
+        if received.path.endswith(model.CHAT):
+            call.messages = request.get("messages")
+        call.shown = tuple(_QUESTION.findall(_asked(request)))
         call.question = call.shown[-1] if call.shown else ""
         last_role = received.body.rpartition(b'"role":"')[2]
         call.continues = last_role.startswith(b"assistant")
@@ -153,9 +167,13 @@ class _Received(deque[ReceivedRequest]):
         self._calls.asked[call.question].append(call)
 
 
-def _asked(body: bytes) -> str:
-    """Return what the user says in *body*: an answer quotes its questions, perhaps several."""
-    request = orjson.loads(body or b"{}")
+def note_answer(answer: shapes.Answer) -> None:
+    """Note the answer to the call of this task."""
+    CALL.get().answer = answer
+
+
+def _asked(request: dict[str, Any]) -> str:
+    """Return what the user says in *request*: an answer quotes its questions, perhaps several."""
     said = request.get("messages", request.get("input", ""))
     if isinstance(said, str):
         return said
@@ -164,23 +182,54 @@ def _asked(body: bytes) -> str:
 
 class _Bodies(deque[Any]):
     """The parsed bodies, none of which is kept: a provider refuses to continue a response that it
-    cannot have made.
+    cannot have made, the words in *refuses*, and the bound of an answer if it is too large.
     """
 
+    def __init__(self, refuses: tuple[str, ...]) -> None:
+        super().__init__()
+        self._refuses = refuses
+
     def append(self, body: Any) -> None:
+        call = CALL.get()
+        if call.messages is not None:
+            self._refuse(call, body)
         previous = body.get("previous_response_id")
         if previous is not None and not _ID.fullmatch(previous):
             raise BadRequest("Previous response with id 'x' not found.", status=404)
+
+    def _refuse(self, call: Call, body: Any) -> None:
+        message = "Unrecognized request argument supplied: {}"
+        words = [word for word in self._refuses if word in body]
+        if RENAMED in words:
+            # Only a request that a bridge has made may be sent otherwise.
+            words.remove(RENAMED)
+            if f" {ODD}" in _asked(body):
+                words.append(RENAMED)
+                message = "'{}' is not supported with this model: use 'max_completion_tokens'."
+        if words:
+            call.refused = words[0]
+            raise BadRequest(message.format(words[0]))
+        most = max(body.get("max_tokens") or 0, body.get("max_completion_tokens") or 0)
+        if most > MOST_TOKENS:
+            call.refused = f"limit of {body['model']}"
+            raise BadRequest(f"`max_tokens` must be less than or equal to `{MOST_TOKENS}`")
 
 
 class NotingSimulator(Simulator):
     """The simulated provider *name*, which adds each answer that it begins to *calls*."""
 
-    def __init__(self, name: str, behaviour: Behaviour, seed: int, calls: Calls) -> None:
+    def __init__(
+        self,
+        name: str,
+        behaviour: Behaviour,
+        seed: int,
+        calls: Calls,
+        refuses: tuple[str, ...] = (),
+    ) -> None:
         super().__init__(behaviour, seed=seed)
         self._name = name
         self.requests = _Received(calls)
-        self.bodies = _Bodies()
+        self.bodies = _Bodies(refuses)
         self._calls = calls
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -214,7 +263,8 @@ class NotingSimulator(Simulator):
     ) -> web.StreamResponse:
         call = CALL.get()
         call.fault = parsed.model.removeprefix(PREFIX) if play is not None else ""
-        if not parsed.stream or parsed.include_usage or parsed.endpoint == model.RESPONSES:
+        reports = parsed.endpoint in {model.RESPONSES, MESSAGES}
+        if not parsed.stream or parsed.include_usage or reports:
             words, _ = shapes.words_of(parsed, behaviour.tokens)
             call.usage = parsed.prompt_tokens, len(words)
         return await super()._play(request, parsed, behaviour, play)

@@ -7,8 +7,10 @@ sum of the limits. What instances share through a server is looked at in togethe
 from __future__ import annotations
 
 from itertools import pairwise
+from math import inf
 from typing import TYPE_CHECKING
 
+from tests.simulation import messages
 from tests.simulation.configuration import HTTP, ROOM, STREAMS
 
 if TYPE_CHECKING:
@@ -41,6 +43,10 @@ class Sums:
         self._calls = calls
         self._broken = broken
         self.most_inside = 0
+        # When an instance has learned of a provider that it refuses a word; and what was refused to
+        # clients, who had asked at that time.
+        self._learned: dict[tuple[int, str, str], float] = {}
+        self._refused: list[tuple[float, tuple[int, str, str]]] = []
         # Looks at what instances share; None if nothing.
         self.together: Together | None = None
 
@@ -109,7 +115,7 @@ class Sums:
         """Check that nobody was asked for an answer to *client*, who has asked once, when another
         provider had begun to give it, but for the rest of it.
         """
-        if client.face not in {"stream", "responses"}:
+        if client.face not in {"stream", "responses"} and not messages.asks_once(client):
             return
         asked = self._calls.asked[client.question.name]
         for number, call in enumerate(asked, 1):
@@ -126,6 +132,32 @@ class Sums:
                     f"client {client.number} ({client.face}) gets an answer of {second.provider} "
                     f"behind that of {first.provider}"
                 )
+
+    def check_messages(self, client: Client) -> None:
+        """Check what was asked for *client* of requests for messages, and what it has read."""
+        if client.body_of_message is None:
+            return
+        calls = self._calls.asked[client.question.name]
+        messages.check(client, calls, self._broken)
+        refused = {(call.instance, call.provider, call.refused) for call in calls if call.refused}
+        self._refused += [(client.asked_at, key) for key in refused]
+        if client.message is None:
+            return
+        # What it has taken to be answered is known from then on, if it was answered there.
+        asked = {(call.instance, call.provider) for call in calls}
+        for key in refused:
+            if asked == {key[:2]}:
+                self._learned[key] = min(client.ended_at, self._learned.get(key, inf))
+
+    def check_learning(self) -> None:
+        """Check that no instance has sent a provider what it knew that this refuses."""
+        reloads = [name for name in self._plan.operations if name != "drain"]
+        if reloads or (self._plan.shared is not None and self._plan.shared.events):
+            return
+        for asked_at, key in self._refused:
+            late = asked_at - self._learned.get(key, inf)
+            if late > 0:
+                self._broken(f"{key} is refused {late:.3f} s after it was known")
 
     def check_calls(self, client: Client) -> None:
         """Check that no answer to *client* was asked for twice by one instance while it was

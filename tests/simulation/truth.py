@@ -69,6 +69,11 @@ class Question:
         own = ("".join(model.tokens(text)[:bound]) for text in texts for bound in bounds)
         return (*own, *(answer for other in self.others for answer in other.answers))
 
+    def rewrite(self, text: str, tokens: int, turns: tuple[int, ...]) -> None:
+        """Ask otherwise."""
+        self.text, self.tokens, self.turns = text, tokens, turns
+        self._forget_answers()
+
     def may_be_repeated(self) -> None:
         """Let it also be one turn later: it is asked again, and may have been answered before."""
         self.turns = (*self.turns, self.turns[-1] + 1)

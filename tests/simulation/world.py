@@ -15,7 +15,7 @@ import random
 import tempfile
 from collections import Counter
 from contextlib import AbstractContextManager, AsyncExitStack, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -26,7 +26,7 @@ from aiohttp import web_app
 from aioserver.monitoring import snapshot
 from aioserver.wings.simulator import shapes
 from aioserver.wings.simulator.exchange import Behaviour
-from tests.simulation import clock
+from tests.simulation import clock, engine_shapes
 from tests.simulation.bills import Bills
 from tests.simulation.client import DIALLER, Client
 from tests.simulation.cluster import Cluster
@@ -37,8 +37,8 @@ from tests.simulation.hurry import Hurry
 from tests.simulation.instance import Instance, running
 from tests.simulation.loop import SimulatedLoop
 from tests.simulation.network import INSTANCE, Network
-from tests.simulation.plan import BRIDGED, FORGETS, LACKS, provider_dial
-from tests.simulation.provider import Calls, NotingSimulator
+from tests.simulation.plan import BRIDGED, FORGETS, LACKS, MESSAGE_SETTINGS, provider_dial
+from tests.simulation.provider import Calls, NotingSimulator, note_answer
 from tests.simulation.silence import be_silent
 from tests.simulation.sums import Sums
 from tests.simulation.transport import USER_TIMEOUT, FakeSocket, Transport
@@ -236,6 +236,7 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
             # The machine is no part of a run.
             mock.patch.object(snapshot, "process_usage", return_value=NO_USAGE),
             mock.patch.object(shapes, "speech", speech),
+            mock.patch.object(shapes, "_chat", engine_shapes.odd_chat(note_answer)),
             world.patches(),
         ):
             loop.run_until_complete(_run(world, outcome, only))
@@ -300,15 +301,20 @@ async def _run(world: World, outcome: Outcome, only: Collection[int] | None) -> 
         names = PROVIDERS if plan.grouping is not None else PROVIDERS[: 1 + plan.spare]
         for number, name in enumerate(names):
             # Other seeds: from the same one all would draw the same ids of responses.
-            simulators[name] = NotingSimulator(name, behaviour, plan.seed + number, world.calls)
+            kind = plan.message_kinds[min(number, 1)]
+            own = replace(behaviour, messages=kind not in {"bridged", "lacks"})
+            simulators[name] = NotingSimulator(
+                name, own, plan.seed + number, world.calls, plan.refuses
+            )
             await stack.enter_async_context(simulators[name])
         world.urls = urls = {name: each.base_url for name, each in simulators.items()}
         changes = plan.changes
+        spare = MESSAGE_SETTINGS[plan.message_kinds[1]] if plan.messages else False
         if plan.grouping is not None:
             models = plan.grouping.models
-            changes = with_spare(changes, urls["spare"], "", urls["third"], models)
+            changes = with_spare(changes, urls["spare"], "", urls["third"], models, spare)
         elif plan.spare:
-            changes = with_spare(changes, urls["spare"], plan.grouped)
+            changes = with_spare(changes, urls["spare"], plan.grouped, messages=spare)
 
         if plan.sql:
             changes = {**changes, **sql(path / "events.db")}
@@ -369,6 +375,8 @@ async def _serve(world: World, outcome: Outcome, only: Collection[int] | None) -
                 world.sums.check_attempts(asked)
                 world.sums.check_members(asked)
                 world.sums.check_turns(asked)
+                world.sums.check_messages(asked)
+    world.sums.check_learning()
     if operations:
         await asyncio.gather(*operations)
     for _ in range(int(AFTERWARDS)):

@@ -30,7 +30,9 @@ class Called:
 
 
 def message_content(chunks: Sequence[Any], *, thinking: bool) -> list[dict[str, Any]]:
-    """The content of the message that *chunks* mean, whose calls all have an index and an id."""
+    """The content of the message that *chunks* mean, or a whole answer; its calls have the ids of the
+    engine, and in chunks an index.
+    """
     pieces = [piece for chunk in chunks for piece in _pieces(chunk)]
     calls: dict[int, Called] = {}
     order: list[Said | Called] = []
@@ -52,7 +54,7 @@ def message_content(chunks: Sequence[Any], *, thinking: bool) -> list[dict[str, 
         if kind == "call":
             index = piece["index"]
             if index not in calls:
-                calls[index] = Called(piece["id"], piece["function"]["name"])
+                calls[index] = Called(piece.get("id") or "", piece["function"]["name"])
             entry: tuple[Said | Called, str] = (
                 calls[index],
                 piece["function"].get("arguments") or "",
@@ -86,7 +88,8 @@ def _pieces(chunk: Any) -> list[tuple[str, Any]]:
             pieces.append(("thinking", thought))
         if delta.get("content"):
             pieces.append(("text", delta["content"]))
-        pieces += [("call", call) for call in delta.get("tool_calls") or ()]
+        called = delta.get("tool_calls") or ()
+        pieces += [("call", {"index": number, **call}) for number, call in enumerate(called)]
     return pieces
 
 
