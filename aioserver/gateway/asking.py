@@ -157,8 +157,7 @@ class Asking:
                 try:
                     if place is not None:
                         # It is given back already, unless the attempt never began.
-                        place.settle(0)
-                        place.release()
+                        place.release(0)
                 finally:
                     if attempt is not None and attempt.permit is not None:
                         # So is this.

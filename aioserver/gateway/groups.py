@@ -366,8 +366,7 @@ class Group:
             winner = next(member for member, wish in wishes.items() if wish is taken)
         except BaseException:
             if place is not None:
-                place.settle(0)
-                place.release()
+                place.release(0)
             raise
         finally:
             del self._waiting[waiting]

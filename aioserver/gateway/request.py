@@ -72,14 +72,6 @@ class Request:
     # What it counts for the limits of its caller's key, once it counts.
     turn: Turn | None = None
 
-    def estimate(self) -> None:
-        """Estimate its tokens, since it is about to wait: by what is known of the provider that
-        is asked first.
-        """
-        self.provider_request.estimate = self.route.provider.estimate(
-            self.provider_request, self.route.model
-        )
-
     def begin(self, on_late: Callable[[DeadlineExceeded], None]) -> None:
         """Count it for its caller's key, or let it wait there; `release` follows in any case.
 
@@ -89,15 +81,15 @@ class Request:
             DeadlineExceeded: it cannot.
             AioserverError: as `Quota.begin`.
         """
-        self.estimate()
-        caller, request = self.caller, self.provider_request
+        request = self.provider_request
+        caller, bound = request.caller, request.bound
         if caller.quota is None:
             return
-        estimate = request.estimate
-        bound = request.bound
+        # By what is known of the provider that is asked first.
+        estimate = self.route.provider.estimate(request, self.route.model)
         try:
             self.turn = caller.quota.begin(
-                0 if estimate is None else estimate.tokens,
+                estimate.tokens,
                 flow=caller.subflow,
                 work=request.work,
                 start_by=inf if bound is None else bound.next,

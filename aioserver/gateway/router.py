@@ -452,8 +452,7 @@ class Router:
                 provider.health.breaker.unsure(trial=True)
             if place is not None:
                 # It is given back already, unless the attempt never began.
-                place.settle(0)
-                place.release()
+                place.release(0)
         assert attempt.answer is not None
         return attempt.answer
 

@@ -13,8 +13,7 @@ The fair queues, the budgets of keys and the pace of providers ask one object.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import NamedTuple
+import msgspec
 
 # The weight of the newest value in an average is the inverse of this.
 SMOOTHING = 8
@@ -37,7 +36,7 @@ MAX_PAIRS = 1000
 MAX_SEARCHED = 1 << 18
 
 
-class Estimate(NamedTuple):
+class Estimate(msgspec.Struct, frozen=True, gc=False):
     """The tokens of a request: those of its prompt, how many of these no cache holds, and those of
     its answer.
     """
@@ -84,8 +83,9 @@ class Estimates:
     """
 
     def __init__(self) -> None:
-        self._ratios: OrderedDict[tuple[str, str], _Ratios] = OrderedDict()
-        self._answers: OrderedDict[tuple[str, str], float] = OrderedDict()
+        # The pair that was learned last is the last in each.
+        self._ratios: dict[tuple[str, str], _Ratios] = {}
+        self._answers: dict[tuple[str, str], float] = {}
 
     def before(
         self, provider: str, model: str, caller: str, size: int, bound: int | None = None
@@ -115,7 +115,8 @@ class Estimates:
         reported no usage.
         """
         ratios = self._ratios.get((provider, model)) or _START
-        return estimate._replace(answer=max(1, round(events * ratios.event)))
+        answer = max(1, round(events * ratios.event))
+        return Estimate(estimate.prompt, estimate.uncached, answer)
 
     def learn(
         self,
@@ -139,7 +140,7 @@ class Estimates:
         if ratios is None:
             ratios = _Ratios()
             if len(self._ratios) >= MAX_PAIRS:
-                self._ratios.popitem(last=False)
+                del self._ratios[next(iter(self._ratios))]
         self._ratios[pair] = ratios
         if size > 0:
             last = ratios.prompt
@@ -155,7 +156,7 @@ class Estimates:
         if average is None:
             average = float(answer)
             if len(self._answers) >= MAX_PAIRS:
-                self._answers.popitem(last=False)
+                del self._answers[next(iter(self._answers))]
         self._answers[pair] = average + (answer - average) / SMOOTHING
 
 

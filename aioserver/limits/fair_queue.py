@@ -47,6 +47,8 @@ from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+import msgspec
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping
 
@@ -295,21 +297,16 @@ class _Turns(Generic[C]):
         self.counters = kept | {name: ahead[name] for name in furthest}
 
 
-class Charge(Generic[T]):
+class Charge(msgspec.Struct, Generic[T], eq=False):
     """What the caller and the flow of an item that has started are charged with: *work*, which is
-    corrected once.
+    corrected once. *length* is by the weight at the start.
     """
 
-    __slots__ = ("_caller", "_flow", "_queue", "length", "work")
-
-    def __init__(
-        self, queue: FairQueue[T], caller: _Caller[T], flow: _Flow[T], length: int, work: int
-    ) -> None:
-        self._queue: FairQueue[T] | None = queue
-        self._caller, self._flow = caller, flow
-        # By the weight at its start.
-        self.length = length
-        self.work = work
+    _queue: FairQueue[T] | None
+    _caller: _Caller[T]
+    _flow: _Flow[T]
+    length: int
+    work: int
 
     def settle(self, cost: int | None = None) -> None:
         """Replace the estimate by the *cost*, since the item has ended; None: by nothing else.

@@ -35,6 +35,8 @@ from itertools import chain
 from math import inf
 from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
 
+import msgspec
+
 from aioserver.errors import AioserverError
 from aioserver.limits.fair_queue import FairQueue
 from aioserver.limits.gcra import ROUNDING
@@ -158,39 +160,26 @@ class Pacer(Protocol):
         """Add *cost* to the expected cost of a start; a negative cost takes some of it back."""
 
 
-class Place:
+class Place(msgspec.Struct, eq=False):
     """A place inside a gate. It is given back once, however often `release` is called.
 
-    *charge* is what its caller was charged with for it, None for nothing. *batch* is the class of
+    *_charge* is what its caller was charged with for it, None for nothing. *batch* is the class of
     the request that has it.
     """
 
-    __slots__ = ("_charge", "_gate", "batch")
+    _gate: Gate | None
+    _charge: Charge[Waiter[Place]] | None = None
+    batch: bool = False
 
     # A place that is lent is a `Loan`.
     lent = False
 
-    def __init__(
-        self, gate: Gate, charge: Charge[Waiter[Place]] | None = None, *, batch: bool = False
-    ) -> None:
-        self._gate: Gate | None = gate
-        self._charge = charge
-        self.batch = batch
-
-    def settle(self, cost: int) -> None:
-        """Correct what its caller was charged with to what the request has cost, before the place
-        is given back.
-        """
-        charge, self._charge = self._charge, None
-        if charge is not None:
-            charge.settle(cost)
-
-    def release(self) -> None:
-        """Give the place back."""
+    def release(self, cost: int | None = None) -> None:
+        """Give the place back, whose request has cost so much work; None: what was estimated."""
         gate, self._gate = self._gate, None
         if gate is not None:
             if self._charge is not None:
-                self._charge.settle()
+                self._charge.settle(cost)
             if self.batch:
                 gate._batch_left()  # noqa: SLF001 - the two are one concept
             gate._leave()  # noqa: SLF001
@@ -407,10 +396,7 @@ class Gate:
         try:
             if work:
                 charge = queue.start(caller, flow, weight, work)
-            if paced:
-                place = self._start(cost, charge, batch=batch)
-            else:
-                place = Place(self, charge, batch=batch)
+            place = self._start(cost, charge, batch) if paced else Place(self, charge, batch)
         except BaseException:
             if charge is not None:
                 charge.settle(0)
@@ -441,7 +427,7 @@ class Gate:
         """Wait for a place. Cancelling is safe at any time: no place is lost.
 
         Callers share the places by their *weight* (1 to 10) and the *work* of their requests, which
-        is an estimate: `Place.settle` corrects it. The flows of one caller share evenly. A *batch*
+        is an estimate: `Place.release` corrects it. The flows of one caller share evenly. A *batch*
         request starts when no other one wants the place, has half of the queue, and waits ten times
         as long.
         *on_position* is called with `(position, eta in seconds)` when the wait begins, and again
@@ -566,8 +552,7 @@ class Gate:
         """Take back the *place* that *waiter* was handed and does not use."""
         if self._pace is not None and waiter.cost:
             self._pace.charge(-waiter.cost)
-        place.settle(0)
-        place.release()
+        place.release(0)
 
     def now(self) -> float:
         """Return the time by the gate's clock."""
@@ -683,13 +668,11 @@ class Gate:
         """
         return 0.0 if self._pace is None else self._pace.delay()
 
-    def _start(
-        self, cost: int, charge: Charge[Waiter[Place]] | None, *, batch: bool = False
-    ) -> Place:
+    def _start(self, cost: int, charge: Charge[Waiter[Place]] | None, batch: bool) -> Place:
         """Count a start, for which there is a place, and for which somebody was charged."""
         if self._pace is not None:
             self._pace.start(cost)
-        return Place(self, charge, batch=batch)
+        return Place(self, charge, batch)
 
     def _enter(self) -> None:
         self._inside += 1
@@ -733,7 +716,7 @@ class Gate:
                     self._count_elsewhere(waiter, waiter.share - 1)
                 self._lend(waiter)
                 self._handed_over(waiter)
-                place = self._start(waiter.cost, charge, batch=batch)
+                place = self._start(waiter.cost, charge, batch)
         except Exception as exc:
             if waiter is None:
                 raise
@@ -754,8 +737,7 @@ class Gate:
             except Exception as exc:
                 if waiter.place.done():
                     raise
-                place.settle(0)
-                place.release()
+                place.release(0)
                 waiter.place.set_exception(exc)
 
     def _lend(self, waiter: Waiter[Place]) -> None:

@@ -253,10 +253,7 @@ class Attempt:
         """
         permit, self.permit = self.permit, None
         if permit is not None:
-            try:
-                permit.settle(cost)
-            finally:
-                permit.release()
+            permit.release(cost)
 
     @property
     def streamed(self) -> bool:

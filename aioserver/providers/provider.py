@@ -204,6 +204,8 @@ class Provider:
         record.queued_at = record.queued_at or self._clock()
         if self.settings.http_client.tokens_per_minute:
             attempt.expected_tokens = self._expected_tokens(attempt)
+        if request.estimate is None and request.estimated:
+            self.estimate(request, attempt.model)
         caller = request.caller
         if request.background and attempt.permit is None:
             attempt.permit = self._gate.permits.try_enter(
@@ -317,14 +319,13 @@ class Provider:
                     if place is not None:
                         try:
                             part = self._bill(attempt, error)
-                            place.settle(_work_of(attempt, part))
                         finally:
                             # The next request may start at once, and tell its client.
-                            place.release()
+                            place.release(0 if part is None else part.work)
                 finally:
                     try:
                         if attempt.permit is not None:
-                            attempt.release_permit(_work_of(attempt, part))
+                            attempt.release_permit(0 if part is None else part.work)
                     finally:
                         if self._drained is not None and not self._gate.inside:
                             self._drained.set()
@@ -353,14 +354,19 @@ class Provider:
             self._gate.resume()
 
     def estimate(self, request: ProviderRequest, model: str | None) -> Estimate:
-        """Return what *request* will cost here, if it is asked for *model*."""
-        return self._estimates.before(
+        """Return what *request*, which is about to wait, will cost here, if it is asked for
+        *model*; it keeps the estimate.
+        """
+        estimate = request.estimate = self._estimates.before(
             self.name,
             model or self.settings.model,
             request.caller.name,
             request.size,
             request.max_answer,
         )
+        if request.estimated:
+            request.work = estimate.work
+        return estimate
 
     def tokens_per_byte(self, model: str) -> float:
         """Return the tokens of a prompt for each byte of a request for *model*, as an estimate."""
@@ -375,7 +381,7 @@ class Provider:
             return 0
         estimate = request.estimate
         if estimate is None:
-            estimate = request.estimate = self.estimate(request, attempt.model)
+            estimate = self.estimate(request, attempt.model)
         prompt = estimate.prompt if request.api.paces_cached else estimate.uncached
         # At most a minute's worth: a body with a picture has far fewer tokens than its bytes say.
         return min(prompt + estimate.answer, limit)
@@ -598,8 +604,7 @@ class Provider:
                 record.waited(self.name, began, now)
         except BaseException:
             if place is not None:
-                place.settle(0)
-                place.release()
+                place.release(0)
             raise
         attempt.expected_tokens = cost
         # A trial may have to come back.
@@ -655,7 +660,7 @@ class Provider:
         if part is None:
             self._usage.refused(record)
         else:
-            self._usage.ended(record, part, part.outcome)
+            self._usage.ended(record, part)
         if attempt.expected_tokens:
             self._pace.charge(_paced_tokens(attempt, part) - attempt.expected_tokens)
             attempt.expected_tokens = 0
@@ -726,14 +731,16 @@ class Provider:
             asked = None if asked is None else max(0, asked - hop.earlier.asked)
             answered = None if answered is None else max(0, answered - hop.earlier.answered)
         result, source = OK if exc is None else _ended_as(attempt, exc), PROVIDER
+        uncached = 0 if asked is None else asked - (tokens.cached or 0)
         if asked is None or answered is None:
             if request.estimated:
-                source = ESTIMATE if asked is None else MIXED
-                estimate = self._unreported(attempt, result)
-                asked = estimate.prompt if asked is None else asked
+                source, estimate = MIXED, self._unreported(attempt, result)
+                if asked is None:
+                    source, asked, uncached = ESTIMATE, estimate.prompt, estimate.uncached
                 answered = estimate.answer if answered is None else answered
             else:
-                source, asked, answered = NOBODY, 0, 0
+                source, asked, answered, uncached = NOBODY, 0, 0, UNKNOWN_WORK
+        work = uncached + OUTPUT_FACTOR * answered
         began, first = outcome.sent_at, record.first_event_at
         return Part(
             self.name,
@@ -746,6 +753,7 @@ class Provider:
             attempt.waited,
             first - began if first > began else 0.0,
             self._clock() - began,
+            work if work > 0 else 1,
         )
 
     def _unreported(self, attempt: Attempt, result: str) -> Estimate:
@@ -782,20 +790,6 @@ class Provider:
             usage=record.outcome.usage,
             body=body,
         )
-
-
-def _work_of(attempt: Attempt, part: Part | None) -> int:
-    """Return what *attempt*, which has ended and has cost *part*, has cost its caller's share."""
-    if part is None:
-        return 0
-    if part.source != PROVIDER:
-        if part.source == NOBODY:
-            return UNKNOWN_WORK
-        estimate = attempt.request.estimate
-        if part.source == ESTIMATE and estimate is not None:
-            return max(1, estimate.uncached + OUTPUT_FACTOR * part.tokens_out)
-    work = part.tokens_in - (part.tokens.cached or 0) + OUTPUT_FACTOR * part.tokens_out
-    return work if work > 0 else 1
 
 
 def _events(attempt: Attempt) -> int:

@@ -48,37 +48,26 @@ FAILOVER_WAIT = 1.0
 BACKGROUND_PATIENCE = 10.0
 
 
-class TrialPlace(Place):
+class TrialPlace(Place, eq=False, kw_only=True):
     """A place whose attempt is a trial of a dead provider.
 
     Always: the breaker hears of the trial's end, also if the place is given back and nobody has
     taken the trial over.
     """
 
-    __slots__ = ("_breaker", "_taken")
-
-    def __init__(
-        self,
-        gate: Gate,
-        breaker: Breaker,
-        charge: Charge[Waiter[Place]] | None = None,
-        *,
-        batch: bool = False,
-    ) -> None:
-        super().__init__(gate, charge, batch=batch)
-        self._breaker = breaker
-        self._taken = False
+    _breaker: Breaker
+    _taken: bool = False
 
     def take(self) -> None:
         """Take the trial over: the caller will tell the breaker how it ends."""
         self._taken = True
 
-    def release(self) -> None:
+    def release(self, cost: int | None = None) -> None:
         """Give the place back."""
         if not self._taken:
             self._taken = True
             self._breaker.unsure(trial=True)
-        super().release()
+        super().release(cost)
 
 
 def permits(places: int) -> int:
@@ -382,13 +371,11 @@ class ProviderGate(Gate):
         trial = breaker.delay()
         return max(eta, self._health.retry_after if position > 1 or trial == inf else trial)
 
-    def _start(
-        self, cost: int, charge: Charge[Waiter[Place]] | None, *, batch: bool = False
-    ) -> Place:
+    def _start(self, cost: int, charge: Charge[Waiter[Place]] | None, batch: bool) -> Place:
         breaker = self._health.breaker
         # First what may fail.
-        trial = TrialPlace(self, breaker, charge, batch=batch) if breaker.dead else None
-        place = super()._start(cost, charge, batch=batch)
+        trial = TrialPlace(self, charge, batch, _breaker=breaker) if breaker.dead else None
+        place = super()._start(cost, charge, batch)
         return trial if trial is not None and breaker.start() else place
 
 

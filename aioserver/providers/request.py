@@ -78,7 +78,7 @@ class ProviderRequest:
 
     *size* has the bytes of it that are known before a body is made, and *max_answer* the tokens
     that its answer may have by its own word, None without one: what its `estimate` is made of, once
-    it is about to wait. *usage_options* are the `stream_options` of a body that does not ask for the
+    it is about to wait; its `work` is what that costs its caller's share of a provider. *usage_options* are the `stream_options` of a body that does not ask for the
     usage (protocol/stream_options.py); None: nothing is asked. A *batch* request uses what others
     leave, and an answer in the *background* runs to its end without a reader. Its *bound* are its
     deadlines, None if it has none.
@@ -108,6 +108,7 @@ class ProviderRequest:
         "size",
         "streamed",
         "usage_options",
+        "work",
     )
 
     def __init__(
@@ -130,6 +131,7 @@ class ProviderRequest:
         self.size, self.max_answer = size, max_answer
         self.usage_options = usage_options
         self.estimate: Estimate | None = None
+        self.work = UNKNOWN_WORK
         terms = NO_TERMS if hold is None else hold.terms
         self.bound: Deadline | None = None
         if hold is not None and terms is not NO_TERMS:
@@ -152,12 +154,6 @@ class ProviderRequest:
         self.keeps_body = self.background = False
         self._hold = hold
         self._kept_bytes = kept_bytes
-
-    @property
-    def work(self) -> int:
-        """What it is estimated to cost its caller's share of a provider."""
-        estimate = self.estimate if self.estimated else None
-        return UNKNOWN_WORK if estimate is None else estimate.work
 
     @property
     def loan(self) -> Loan | None:

@@ -210,8 +210,6 @@ class Metrics:
         # Requests for an answer that have ended: by face, provider, code and outcome.
         self.requests: dict[tuple[str, ...], Counter] = {}
         self.outcomes = {outcome: Counter() for outcome in OUTCOMES}
-        # By provider, model, type and source.
-        self.tokens: dict[tuple[str, ...], Counter] = {}
         # By face and close code, which is empty where the face is no WebSocket.
         self.closed: dict[tuple[str, ...], Counter] = {
             **{(face, code): Counter() for face in WEBSOCKETS for code in CLOSE_CODES},
@@ -227,7 +225,7 @@ class Metrics:
         self.refusal_lines = logs.RateLimit(1, logs.SAME_ERROR)
         self.history_turns = {outcome: Counter() for outcome in ("written", "lost")}
         self.spans = {outcome: Counter() for outcome in ("exported", "dropped")}
-        # What callers have spent.
+        # What callers have spent, and the tokens of providers.
         self.usage = CallerSums()
         self.usage_lines = {outcome: Counter() for outcome in ("written", "lost")}
         self.deadlines = {kind: Counter() for kind in DEADLINE_KINDS}
@@ -270,8 +268,7 @@ class Metrics:
             self.providers.setdefault(name, ProviderMeter())
             for labels in _request_labels(name):
                 self.requests.setdefault(labels, Counter())
-            for labels in _token_labels(name, provider):
-                self.tokens.setdefault(labels, Counter())
+            self.usage.expect(_token_labels(name, provider))
 
     def count_error(self, error: errors.AioserverError) -> None:
         """Count *error*, which was sent to a client before any provider was asked.
@@ -406,7 +403,7 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
     ),
     Row(
         "tokens",
-        lambda m: m.tokens,
+        lambda m: m.usage.of_providers,
         "Tokens as reported by the provider, or estimated as one for each event",
         ("provider", "model", "type", "source"),
     ),

@@ -7,7 +7,8 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from aioserver.limits.estimate import OUTPUT_FACTOR
+import msgspec
+
 from aioserver.telemetry.tokens import NO_TOKENS, Tokens
 
 if TYPE_CHECKING:
@@ -35,14 +36,15 @@ class GroupStart(NamedTuple):
     size: int = 0
 
 
-class Part(NamedTuple):
+class Part(msgspec.Struct, frozen=True, gc=False):
     """What one attempt has cost that was sent, in full or in part, and was not answered with a
     status of 400 or more: its tokens, as far as they are known.
 
     *outcome* is that of the ledger (telemetry/usage.py), *source* who has counted. The two sums
-    are those of this attempt alone, and *tokens* has what they do not say. Durations are in
-    seconds: *wait* in the provider's queue, *first* from sending to the first content, 0.0 if
-    there was none or the answer was not streamed, and *duration* from sending to the end.
+    are those of this attempt alone, and *tokens* has what they do not say; *work* is what they
+    cost the caller's share. Durations are in seconds: *wait* in the provider's queue, *first* from
+    sending to the first content, 0.0 if there was none or the answer was not streamed, and
+    *duration* from sending to the end.
     """
 
     provider: str
@@ -55,6 +57,7 @@ class Part(NamedTuple):
     wait: float = 0.0
     first: float = 0.0
     duration: float = 0.0
+    work: int = 0
 
     @property
     def estimated(self) -> bool:
@@ -138,10 +141,7 @@ class Outcome:
     @property
     def work(self) -> int:
         """What all parts have cost engines, as fair queues count it."""
-        return sum(
-            max(0, part.tokens_in - (part.tokens.cached or 0)) + OUTPUT_FACTOR * part.tokens_out
-            for part in self.parts
-        )
+        return sum(part.work for part in self.parts)
 
     def begin_attempt(self, provider: str, model: str) -> None:
         """Note that *provider* is asked for an answer of *model*."""

@@ -20,24 +20,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 from aioserver.errors import AioserverError, SlowClient, TokensExceeded
 from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
-from aioserver.telemetry.outcome import ESTIMATE, MIXED, NOBODY, PROVIDER, Outcome
+from aioserver.telemetry.outcome import MIXED, NOBODY, PROVIDER, Outcome
 from aioserver.telemetry.tracer import RequestEnd
 
 if TYPE_CHECKING:
     from aioserver.telemetry.loop_lag import LoopLag
-    from aioserver.telemetry.outcome import GroupStart, Part
+    from aioserver.telemetry.outcome import GroupStart
     from aioserver.telemetry.tracer import RequestTrace, Tracer
 
 logger = logging.getLogger("aioserver.requests")
 
 # Characters of a request id or model name, which come from clients, in a log line.
 MAX_NAME = 200
-# Who has counted the prompt, and who the answer, by the source of a part.
-SOURCES = {
-    PROVIDER: (PROVIDER, PROVIDER),
-    MIXED: (PROVIDER, ESTIMATE),
-    ESTIMATE: (ESTIMATE, ESTIMATE),
-}
 _COUNTED = PROVIDER, MIXED
 
 
@@ -242,9 +236,6 @@ class RequestLog:
             self._count_gaps(record, now)
         elif record.silence > THRESHOLD:
             self._count_gaps(record, now)
-        for part in record.outcome.parts:
-            if part.source != NOBODY:
-                self._count_tokens(part)
         if not record.outcome.attempts:
             # It was refused in line.
             record.outcome.start = None
@@ -279,17 +270,6 @@ class RequestLog:
         for cause, gap in (("ours", record.delay), ("client", record.client_stall)):
             metrics.delay[cause].observe(gap)
             metrics.recent_delays[cause].add(now, gap)
-
-    def _count_tokens(self, part: Part) -> None:
-        """Count the tokens of *part* at its provider."""
-        counters, provider, model = self.metrics.tokens, part.provider, part.model
-        if (provider, model, "output", PROVIDER) not in counters:
-            model = "other"
-        asked, answered = SOURCES[part.source]
-        counters[provider, model, "input", asked].value += part.tokens_in
-        counters[provider, model, "output", answered].value += part.tokens_out
-        if (cached := part.tokens.cached) is not None:
-            counters[provider, model, "cached", PROVIDER].value += cached
 
     def _count_start(self, start: GroupStart, outcome: Outcome, now: float) -> None:
         """Count a request by *start*, and what was known and cached of its prompt."""

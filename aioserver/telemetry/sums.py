@@ -1,6 +1,6 @@
 """What callers have spent: tokens by caller, provider and model, today and yesterday, in memory.
 
-They are what `GET /usage` shows, and the metrics by caller. They are counted whether there is a
+They are what `GET /usage` shows, and the metrics of tokens. They are counted whether there is a
 ledger or not, and begin at 0 with the process.
 """
 
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, TypedDict
 from aioserver.telemetry.counters import Counter
 from aioserver.telemetry.ledger_reader import COLUMNS
 from aioserver.telemetry.outcome import ESTIMATE, NOBODY, PROVIDER
-from aioserver.telemetry.tokens import NO_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Sequence
@@ -30,8 +29,6 @@ MAX_NAME = 200
 OTHER = "other"
 KINDS = ("input", "cached", "cache_write", "output", "reasoning", "audio")
 SECONDS_OF_A_DAY = 86_400
-# The kinds of tokens that most parts have none of.
-_NO_OTHERS = NO_TOKENS[3:]
 
 
 class Day(TypedDict):
@@ -44,12 +41,13 @@ class Day(TypedDict):
 class _Row:
     """What one caller has spent at one provider for one model on one day.
 
-    *told* is how much of it the children of the metric have, by kind.
+    Of what was asked and answered, so much is estimated. *told* is how much of its `counts` the
+    children of the metrics have.
     """
 
     __slots__ = (
         *("requests", "repeats", "asked", "cached", "cache_write", "answered", "reasoning"),
-        *("audio", "estimated", "told"),
+        *("audio", "estimated_asked", "estimated_answered", "told"),
     )
 
     def __init__(self) -> None:
@@ -57,8 +55,8 @@ class _Row:
         self.requests = self.repeats = 0
         self.asked = self.cached = self.cache_write = 0
         self.answered = self.reasoning = self.audio = 0
-        self.estimated = 0
-        self.told = (0,) * len(KINDS)
+        self.estimated_asked = self.estimated_answered = 0
+        self.told = (0,) * (len(KINDS) + 2)
 
     @property
     def kinds(self) -> tuple[int, ...]:
@@ -69,9 +67,15 @@ class _Row:
         )
 
     @property
+    def counts(self) -> tuple[int, ...]:
+        """Its tokens by kind, and those that are estimated."""
+        return *self.kinds, self.estimated_asked, self.estimated_answered
+
+    @property
     def columns(self) -> tuple[int, ...]:
         """It in the order of COLUMNS."""
-        return self.requests, self.requests + self.repeats, *self.kinds, self.estimated
+        estimated = self.estimated_asked + self.estimated_answered
+        return self.requests, self.requests + self.repeats, *self.kinds, estimated
 
 
 class _Total:
@@ -89,10 +93,10 @@ class _Total:
 class CallerSums:
     """Counts what attempts have cost.
 
-    Always: each day has at most MAX_ROWS rows, and MAX_CHILDREN children of the metric are there,
-    besides those of OTHER. A day never goes back, though the clock may.
+    Always: each day has at most MAX_ROWS rows, and MAX_CHILDREN children of the metric by caller
+    are there, besides those of OTHER. A day never goes back, though the clock may.
 
-    An attempt changes its row alone: the children of the metric are told when somebody looks.
+    An attempt changes its row alone: the children of the metrics are told when somebody looks.
 
     *configured* has the pairs of a provider and a model that the settings name.
     """
@@ -105,9 +109,11 @@ class CallerSums:
         self._rows: dict[tuple[str, str, str], _Row] = {}
         self._before: dict[tuple[str, str, str], _Row] = {}
         self._totals: dict[str, _Total] = {}
-        # The children of the metrics: by caller, provider, model and kind; and by caller.
+        # The children of the metrics: by caller, provider, model and kind; of estimated tokens by
+        # caller; and by provider, model, type and source.
         self._tokens: dict[tuple[str, ...], Counter] = {}
-        self.estimated: dict[str, Counter] = {}
+        self._estimated: dict[str, Counter] = {}
+        self._of_providers: dict[tuple[str, ...], Counter] = {}
 
     def add(self, caller: str, part: Part, *, anew: bool) -> None:
         """Count *part* of a request of *caller*; *anew*: the first that it has at this provider,
@@ -122,34 +128,46 @@ class CallerSums:
             row.requests += 1
         else:
             row.repeats += 1
-        tokens = part.tokens
-        # Most have no tokens of these kinds.
-        if part.source != PROVIDER or tokens[3:] != _NO_OTHERS:
+        if part.source != PROVIDER:
             if part.source == NOBODY:
                 return
-            self._add_others(caller, part, row)
+            row.estimated_answered += part.tokens_out
+            if part.source == ESTIMATE:
+                row.estimated_asked += part.tokens_in
         row.asked += part.tokens_in
         row.answered += part.tokens_out
+        tokens = part.tokens
         if tokens.cached:
             row.cached += tokens.cached
-
-    def _add_others(self, caller: str, part: Part, row: _Row) -> None:
-        """Count in *row* what few parts have: other kinds of tokens, and estimated ones."""
-        tokens = part.tokens
-        row.cache_write += tokens.cache_write
-        row.reasoning += tokens.reasoning
-        row.audio += tokens.audio_in + tokens.audio_out
-        if part.source == PROVIDER:
-            return
-        unconfirmed = part.tokens_out + (part.tokens_in if part.source == ESTIMATE else 0)
-        row.estimated += unconfirmed
-        self.estimated.setdefault(caller, Counter()).value += unconfirmed
+        if tokens.reasoning or tokens.cache_write or tokens.audio_in or tokens.audio_out:
+            row.cache_write += tokens.cache_write
+            row.reasoning += tokens.reasoning
+            row.audio += tokens.audio_in + tokens.audio_out
 
     @property
     def tokens(self) -> dict[tuple[str, ...], Counter]:
-        """The children of the metric, by caller, provider, model and kind."""
+        """The children of the metric by caller, provider, model and kind."""
         self._tell()
         return self._tokens
+
+    @property
+    def estimated(self) -> dict[str, Counter]:
+        """The children of the metric of estimated tokens, by caller."""
+        self._tell()
+        return self._estimated
+
+    @property
+    def of_providers(self) -> dict[tuple[str, ...], Counter]:
+        """The children of the metric by provider, model, type and source."""
+        self._tell()
+        return self._of_providers
+
+    def expect(self, labels: Iterable[tuple[str, ...]]) -> None:
+        """Have children of the metric by provider with these *labels*; a model without counts as
+        OTHER.
+        """
+        for each in labels:
+            self._of_providers.setdefault(each, Counter())
 
     def today(self, caller: str) -> int:
         """Return all tokens of *caller* on this day."""
@@ -194,7 +212,7 @@ class CallerSums:
         total = self._totals.get(caller)
         if total is None:
             total = self._totals[caller] = _Total()
-            self.estimated.setdefault(caller, Counter())
+            self._estimated.setdefault(caller, Counter())
         row = self._rows.get((caller, provider, model))
         if row is None:
             unknown = (provider, model) not in self.configured
@@ -208,15 +226,30 @@ class CallerSums:
         return row
 
     def _tell(self) -> None:
-        """Have the children of the metric count all that the rows of today do."""
+        """Have the children of the metrics count all that the rows of today do."""
         for (caller, provider, model), row in self._rows.items():
-            kinds = row.kinds
-            if kinds == row.told:
+            counts = row.counts
+            if counts == row.told:
                 continue
-            for kind, count, told in zip(KINDS, kinds, row.told, strict=True):
-                if count > told:
-                    self._child(caller, provider, model, kind).value += count - told
-            row.told = kinds
+            *more, asked, answered = [
+                count - told for count, told in zip(counts, row.told, strict=True)
+            ]
+            row.told = counts
+            for kind, count in zip(KINDS, more, strict=True):
+                if count:
+                    self._child(caller, provider, model, kind).value += count
+            self._estimated[caller].value += asked + answered
+            known = (provider, model, "output", PROVIDER) in self._of_providers
+            for kind, source, count in (
+                ("input", PROVIDER, more[0] - asked),
+                ("input", ESTIMATE, asked),
+                ("cached", PROVIDER, more[1]),
+                ("output", PROVIDER, more[3] - answered),
+                ("output", ESTIMATE, answered),
+            ):
+                labels = provider, model if known else OTHER, kind, source
+                if count:
+                    self._of_providers.setdefault(labels, Counter()).value += count
 
     def _child(self, caller: str, provider: str, model: str, kind: str) -> Counter:
         """Return the child of the metric, which is made now, unless there are too many."""

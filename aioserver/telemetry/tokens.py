@@ -12,7 +12,9 @@ there was so far.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,7 +37,7 @@ CACHE_HITS = "prompt_cache_hit_tokens"
 MAX_TOKENS = 1 << 40
 
 
-class Tokens(NamedTuple):
+class Tokens(msgspec.Struct, frozen=True, gc=False):
     """The tokens of the whole *prompt*, how many of them are *cached*, and those of the *answer*;
     None stands for each that is not known.
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
+from msgspec.structs import replace
+
 from aioserver.config.faults import ConfigurationError
 from aioserver.telemetry.ledger import Ledger, Line
 from aioserver.telemetry.ledger_reader import REFUSED, RUNNING
@@ -201,18 +203,18 @@ class Usage:
             sent = self._new[record] = self._number(record, so_far)
             sent.due = self._clock() + FIRST_LINE
 
-    def ended(self, record: RequestRecord, part: Part, outcome: str) -> None:
-        """Count *part*, the last of the request of *record*, which has ended with *outcome*."""
+    def ended(self, record: RequestRecord, part: Part) -> None:
+        """Count *part*, the last of the request of *record*."""
         parts = record.outcome.parts
         self.sums.add(record.caller, part, anew=len(parts) < 2 or _is_anew(parts))
         if self.ledger is not None:
             sent = self._taken(record) or self._number(record, _nobody_knows)
-            self._put(sent, part, outcome)
+            self._put(sent, part, part.outcome)
 
     def refused(self, record: RequestRecord) -> None:
         """Note that the attempt of the request of *record* has cost nothing."""
         if self.ledger is not None and (sent := self._taken(record)) is not None and sent.told:
-            self._put(sent, sent.so_far()._replace(source=NOBODY), REFUSED)
+            self._put(sent, replace(sent.so_far(), source=NOBODY), REFUSED)
 
     def _taken(self, record: RequestRecord) -> _Sent | None:
         return self._new.pop(record, None) or self._running.pop(record, None)

@@ -39,8 +39,8 @@ class Told(Usage):
         super().__init__()
         self.parts: list[Part] = []
 
-    def ended(self, record: RequestRecord, part: Part, outcome: str) -> None:
-        super().ended(record, part, outcome)
+    def ended(self, record: RequestRecord, part: Part) -> None:
+        super().ended(record, part)
         assert record.outcome.parts[-1] is part
         self.parts.append(part)
 

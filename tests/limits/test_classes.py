@@ -404,10 +404,8 @@ async def test_a_storm_of_both_classes_leaves_zero() -> None:
             return
         try:
             await ticks(dice.randint(0, 3))
-            if dice.random() < 0.5:
-                place.settle(dice.randint(0, 500))
         finally:
-            place.release()
+            place.release(dice.randint(0, 500) if dice.random() < 0.5 else None)
 
     tasks = [asyncio.create_task(client()) for _ in range(600)]
     for task in tasks:

@@ -150,8 +150,7 @@ async def test_permits_are_fair_by_work(gate: ProviderGate) -> None:
     async def wait(caller: str, work: int) -> None:
         place = await permits.enter(caller, work=work)
         order.append(caller)
-        place.settle(work)
-        place.release()
+        place.release(work)
 
     tasks = [
         asyncio.create_task(wait(caller, work))

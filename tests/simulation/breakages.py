@@ -112,12 +112,13 @@ from aioserver.provider_errors import ProviderRefused
 ProviderRefused.failover = True
 """,
     "what an attempt has cost": """
+from msgspec.structs import replace
 from aioserver.providers.provider import Provider
 ended, count = Provider._ended, [0]
 def generous(self, attempt, exc, part):
     count[0] += 1
     if part is not None and not count[0] % 5:
-        part = part._replace(tokens_out=part.tokens_out + 100)
+        part = replace(part, tokens_out=part.tokens_out + 100)
     ended(self, attempt, exc, part)
 Provider._ended = generous
 """,

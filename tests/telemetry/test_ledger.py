@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from msgspec.structs import replace
 
 from aioserver.telemetry.ledger import MAX_LINES, Ledger
 from aioserver.telemetry.outcome import NOBODY
@@ -75,7 +76,7 @@ def test_an_attempt_is_one_line_with_all_that_is_known(
 def test_what_nobody_knows_is_absent(opened: Callable[..., Ledger], tmp_path: Path) -> None:
     ledger = opened()
 
-    ledger.put(line(part=PART._replace(source=NOBODY, first=0.0)))
+    ledger.put(line(part=replace(PART, source=NOBODY, first=0.0)))
     ledger.close()
 
     [[only]] = lines_of(tmp_path / "usage").values()
@@ -89,7 +90,7 @@ def test_names_of_clients_are_cut_and_cannot_begin_a_line(
     ledger = opened()
     odd = 'x"\n{"id":"y"}\udcff'
 
-    ledger.put(line(request_id=odd + "z" * 1000, part=PART._replace(model="m" * 1000)))
+    ledger.put(line(request_id=odd + "z" * 1000, part=replace(PART, model="m" * 1000)))
     ledger.close()
 
     [[only]] = lines_of(tmp_path / "usage").values()
@@ -102,7 +103,7 @@ def test_every_name_may_have_any_characters(opened: Callable[..., Ledger], tmp_p
     odd = 'a"b\\c\x1b\x7f\u2028ü\udcff\n'
 
     for number in (1, 2):
-        part = PART._replace(provider=odd, model=odd, first=0.0, wait=1e9, source="estimate")
+        part = replace(PART, provider=odd, model=odd, first=0.0, wait=1e9, source="estimate")
         ledger.put(line(number, NOON + 0.9996, part, caller=odd, face=odd, path=odd, batch=True))
     ledger.close()
 

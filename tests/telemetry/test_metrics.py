@@ -107,35 +107,31 @@ def test_tokens_are_counted_by_who_has_counted_them(
     source: str, asked: str, answered: str
 ) -> None:
     metrics = Metrics(GIVEN)
-    request_record = record()
-    request_record.outcome.parts = (part(source), part(source, cached=2))
 
-    records(metrics).finish(request_record, None)
+    for each in (part(source), part(source, cached=2)):
+        metrics.usage.add("web", each, anew=True)
 
-    counted = {labels[2:]: each.value for labels, each in metrics.tokens.items() if each.value}
+    counters = metrics.usage.of_providers
+    counted = {labels[2:]: each.value for labels, each in counters.items() if each.value}
     cached = {("cached", "provider"): 2}
     assert counted == {("input", asked): 6, ("output", answered): 18, **cached}
 
 
 def test_tokens_that_nobody_knows_are_not_counted() -> None:
     metrics = Metrics(GIVEN)
-    request_record = record()
-    request_record.outcome.parts = (part(NOBODY),)
 
-    records(metrics).finish(request_record, None)
+    metrics.usage.add("web", part(NOBODY), anew=True)
 
-    assert not any(counter.value for counter in metrics.tokens.values())
+    assert not any(counter.value for counter in metrics.usage.of_providers.values())
 
 
 @pytest.mark.parametrize(("model", "label"), [("m", "m"), ("n", "n"), ("evil", "other")])
 def test_a_model_that_is_not_configured_is_another(model: str, label: str) -> None:
     metrics = Metrics(GIVEN)
-    request_record = record()
-    request_record.outcome.parts = (part(model=model),)
 
-    records(metrics).finish(request_record, None)
+    metrics.usage.add("web", part(model=model), anew=True)
 
-    assert metrics.tokens["groq", label, "output", "estimate"].value == 9
+    assert metrics.usage.of_providers["groq", label, "output", "estimate"].value == 9
 
 
 def test_labels_are_fixed() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from msgspec.structs import replace
+
 from aioserver.telemetry.outcome import ESTIMATE, MIXED, NOBODY, Part
 from aioserver.telemetry.sums import MAX_CHILDREN, MAX_ROWS, MAX_UNKNOWN, CallerSums, together
 from aioserver.telemetry.tokens import Tokens
@@ -19,7 +21,7 @@ class Wall:
 
 def part(provider: str = "p", model: str = "m", **changes: Any) -> Part:
     tokens = Tokens(10, 4, 3, 2, 1, 5, 6)
-    return Part(provider, model, "ok", 10, 3, "provider", tokens)._replace(**changes)
+    return replace(Part(provider, model, "ok", 10, 3, "provider", tokens), **changes)
 
 
 def sums_of(wall: Wall | None = None) -> CallerSums:

@@ -20,6 +20,10 @@ MESSAGE = {
 }
 
 
+def three(tokens: Tokens) -> tuple[int | None, ...]:
+    return tokens.prompt, tokens.cached, tokens.answer
+
+
 @pytest.mark.parametrize(
     ("usage", "cached"),
     [
@@ -42,18 +46,18 @@ MESSAGE = {
 def test_what_came_from_a_cache_is_a_part_of_the_prompt(
     usage: dict[str, Any], cached: int | None
 ) -> None:
-    assert tokens_of(usage)[:3] == (100, cached, 7)
+    assert three(tokens_of(usage)) == (100, cached, 7)
 
 
 def test_nothing_is_known_of_no_usage_or_without_the_prompt() -> None:
     for usage in (None, {}, {"prompt_tokens_details": {"cached_tokens": 64}}):
-        assert tokens_of(usage)[:3] == (None, None, None)
+        assert three(tokens_of(usage)) == (None, None, None)
 
 
 def test_a_usage_that_is_too_large_keeps_what_a_prompt_consists_of() -> None:
     usage = bounded({**MESSAGE, "more": "x" * MAX_USAGE_BYTES})
 
-    assert tokens_of(usage)[:3] == (100, 64, 7)
+    assert three(tokens_of(usage)) == (100, 64, 7)
 
 
 @pytest.mark.parametrize(
