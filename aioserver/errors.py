@@ -157,7 +157,8 @@ class AioserverError(Exception):
         where they may not come back.
         """
         seconds = 1.0 if self.retry_after is None and self.status == 503 else self.retry_after
-        return self.http_status in BUSY and seconds is not None and seconds <= SOON
+        status = self.http_status if self.provider_answer is None else self.provider_answer[0]
+        return status in BUSY and seconds is not None and seconds <= SOON
 
     def body(self) -> bytes:
         """Return the JSON body of the HTTP answer."""

@@ -1206,7 +1206,8 @@ def noticed(name: str) -> str:
     exec(BREAKAGES[name], {})
     first = FIRST.get(name, 0)
     for seed in range(first, first + SEEDS):
-        needs = dict(NEEDS.get(name, {}))
+        # A few agents in each run would be a few others less.
+        needs = {"messages": 0.0, "refuses": (), **NEEDS.get(name, {})}
         if "shared" in needs:
             needs["shared"] = Shared(**needs["shared"])
         if "grouping" in needs:

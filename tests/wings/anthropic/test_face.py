@@ -542,6 +542,24 @@ async def test_the_limits_of_a_key_are_429_with_retry_after(make_server: MakeSer
     assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("messages", [True, "bridge"])
+@pytest.mark.parametrize("fault", ["slow-down", "status-429", "status-503"])
+async def test_a_provider_that_says_when_to_come_back_may_be_asked_again(
+    make_server: MakeServer, fault: str, messages: bool | str, streamed: bool
+) -> None:
+    server = await make_server(QUICK, **{"llm.providers.sim.messages": messages})
+    asked = {**ASKED, "model": f"fault-{fault}", "stream": streamed}
+    async with server.session.post(f"{server.v1}/messages", json=asked) as response:
+        # What passes as it is has the provider's status, and what was translated has ours.
+        if response.status in {429, 503, 529}:
+            assert 1 <= int(response.headers["Retry-After"]) <= 60
+            assert "x-should-retry" not in response.headers
+        else:
+            assert (response.status, messages) == (502, "bridge")
+            assert response.headers["x-should-retry"] == "false"
+
+
 async def test_the_providers_full_queue_is_overloaded(make_server: MakeServer) -> None:
     limits = {**HTTP_CLIENT, "concurrent_requests": 1, "queue_size": 1}
     server = await make_server(SILENT, **{"llm.providers.sim.http_client": limits})
