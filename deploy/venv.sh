@@ -33,7 +33,9 @@ install() {
   local extras=$1
   shift
   echo "installing aioserver-gateway$extras into .venv" >&2
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" --editable ".$extras"
+  # compat: a line in a .pth file, which type checkers follow, and no hook for imports, which they do not know.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" \
+    --config-settings editable_mode=compat --editable ".$extras"
 }
 
 ensure_installed() {

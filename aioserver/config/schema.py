@@ -331,8 +331,9 @@ def describe(value: object) -> str:
             return "a section of keys"
 
 
-def show(value: object) -> str:
-    """Describe the wrong *value* of a setting that holds no secret, and quote it if it is short.
+def show(value: object, most: int = MAX_SHOWN) -> str:
+    """Describe the wrong *value* of a setting that holds no secret, and quote it if it has no more
+    than *most* characters.
 
     A longer text may be a key that was put into the wrong place.
     """
@@ -341,7 +342,7 @@ def show(value: object) -> str:
             return "true" if value else "false"
         case int() | float():
             return f"{value}"[:MAX_SHOWN]
-        case str() if len(value) <= MAX_SHOWN:
+        case str() if len(value) <= most:
             return f"text {json.dumps(value)}"
         case _:
             return describe(value)

@@ -16,6 +16,7 @@ import voluptuous as vol
 from aioserver.config import hints
 from aioserver.config.schema import (
     FAULTY,
+    MAX_SHOWN,
     Faults,
     Secret,
     Validator,
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 MAX_NUMBER = 1e9
 # The scheme in an address. What follows it may have a password.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,9})://")
+# An address without a user and a query, in which no key stands, and characters of it that are
+# shown.
+_ADDRESS, MAX_ADDRESS = re.compile(r"https?://[^\s?#@]+"), 100
 
 
 def whole(low: int, high: int, kind: str) -> Validator:
@@ -90,7 +94,8 @@ def text(
         if not value.isascii() and re.search(r"[\ud800-\udfff]", value):
             refuse("is not valid Unicode")
         if compiled is not None and compiled.fullmatch(value) is None:
-            refuse(f"expected {expected}" + (f", not {show(value)}" if shown else ""))
+            most = MAX_SHOWN if _ADDRESS.fullmatch(value) is None else MAX_ADDRESS
+            refuse(f"expected {expected}" + (f", not {show(value, most)}" if shown else ""))
         return value
 
     json = {"type": "string"} if pattern is None else matching(pattern)

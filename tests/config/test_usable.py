@@ -188,3 +188,24 @@ def test_a_base_url_that_leads_back_to_the_server_is_warned_of(
     warnings = load(small().replace(line, f"{indent}base_url: {url}", 1), file, **environ).warnings
 
     assert any("leads back to this server" in warning for warning in warnings) is warned
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("http://localhost:8000/chat", 'not text "http://localhost:8000/chat"'),
+        ("https://canary@host/", "not text"),
+        ("https://host/?key=canary", "not text"),
+        ("https://host/" + "canary" * 20, "not text"),
+    ],
+)
+def test_an_origin_with_a_path_is_shown_unless_it_may_have_a_secret(
+    file: Path, written: str, shown: str
+) -> None:
+    origins = f"  websocket:\n    allow_origins: ['{written}']\n"
+    text = small().replace("  websocket:\n", origins, 1)
+
+    (fault,) = refused(lambda: load(text, file), file)
+
+    assert fault.endswith(f"without a path or a slash at its end, {shown}")
+    assert "canary" not in fault

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,34 @@ def test_named_python_alone_is_tried(tmp_path: Path) -> None:
 
     assert code == 0
     assert tried == ["mine"]
+
+
+def test_a_type_checker_sees_the_types_in_the_environment(tmp_path: Path) -> None:
+    for entry in ("aioserver", "setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        (tmp_path / entry).symlink_to(ROOT / entry)
+    (tmp_path / "deploy").mkdir()
+    shutil.copy(ROOT / "deploy/venv.sh", tmp_path / "deploy")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+    (packages,) = tmp_path.glob(".venv/lib/*/site-packages")
+    # pip and setuptools are those of the tests, so that nothing is fetched; with mypy, seconds.
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    alone = "--no-index --no-build-isolation --no-deps"
+    script = f". deploy/venv.sh; install '' {alone}"
+    subprocess.run(["bash", "-euc", script], cwd=tmp_path, check=True, timeout=60)
+    program = tmp_path / "elsewhere" / "program.py"
+    program.parent.mkdir()
+    program.write_text("import aioserver\n\nversion: int = aioserver.__version__\n")
+
+    checked = subprocess.run(
+        [
+            *(sys.executable, "-m", "mypy", "--python-executable", tmp_path / ".venv/bin/python"),
+            *("--cache-dir", tmp_path / "cache", "program.py"),
+        ],
+        cwd=program.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    assert '(expression has type "str", variable has type "int")' in checked.stdout, checked

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from aioserver.wings.simulator.model import SAMPLES
 from tests.support.command import serving
 from tests.support.tools import free_port
 
@@ -121,6 +122,38 @@ def test_line_works_as_pasted(clone: Path, port: int, line: str) -> None:
     output = pasted(["bash", "-c", line], clone)
 
     assert expected in output
+
+
+def test_line_that_demo_gives_works_as_pasted(clone: Path, port: int) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    (line,) = re.findall(r"^```sh\n(.*?)^```$", "\n".join(SAMPLES), re.MULTILINE | re.DOTALL)
+
+    output = pasted(["bash", "-c", line.replace(":8000", f":{port}")], clone)
+
+    assert "data: [DONE]" in output
+
+
+@pytest.mark.parametrize("program", ["unbroken.py", "websocket.py", "many_questions.py"])
+def test_example_whose_reader_has_read_enough_ends_quietly(
+    clone: Path, port: int, program: str
+) -> None:
+    url = f"http://localhost:{port}"
+    if program == "websocket.py":
+        url = f"ws://localhost:{port}/ws/chat"
+    with subprocess.Popen(
+        [sys.executable, "-u", f"examples/{program}", "--url", url],
+        cwd=clone,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        assert running.stdout.read(1)
+        running.stdout.close()
+
+        assert running.stderr.read() == b""
+        assert running.wait(50) == 0
 
 
 @pytest.mark.parametrize("code", [text for kind, text in BLOCKS if kind == "python"])

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 MAX_BYTES = 1 << 22
 
 
-def models_request() -> PassedRequest:
-    """Return a request for the list of a provider's models."""
+def models_request(path: str = "models") -> PassedRequest:
+    """Return a request for the list of a provider's models, at *path* below its base URL."""
     return PassedRequest(
         "GET",
-        "models",
+        path,
         lambda _settings, _model: b"",
         {},
         upload=None,
@@ -51,7 +51,7 @@ async def examine_groups(report: Report, llm: Llm, providers: Mapping[str, Provi
     for name in names:
         settings = providers[name].settings
         if settings.usable and not settings.simulated:
-            lists[name] = await _models_of(providers[name])
+            lists[name] = await models_of(providers[name])
     for name, group in llm.models.items():
         lengths: dict[str, int] = {}
         for member in group.members:
@@ -105,12 +105,12 @@ def _same(listed: str, model: str) -> bool:
     return listed in {model, f"{model}:latest"} or listed.endswith(f"/{model}")
 
 
-async def _models_of(provider: Provider) -> dict[str, int | None] | None:
-    """Return the models that *provider* lists, each with its `max_model_len`, if it has one; None
-    if there is no such list.
+async def models_of(provider: Provider, path: str = "models") -> dict[str, int | None] | None:
+    """Return the models that *provider* lists at *path* below its base URL, each with its
+    `max_model_len`, if it has one; None if there is no such list.
     """
     try:
-        content: Any = orjson.loads(await _read(provider))
+        content: Any = orjson.loads(await _read(provider, path))
     except (ProviderFault, orjson.JSONDecodeError):
         return None
     entries = content.get("data") if isinstance(content, dict) else None
@@ -124,13 +124,13 @@ async def _models_of(provider: Provider) -> dict[str, int | None] | None:
     return models
 
 
-async def _read(provider: Provider) -> bytes:
+async def _read(provider: Provider, path: str) -> bytes:
     """Return the list of models of *provider*, or as much as MAX_BYTES of it.
 
     Raises:
         ProviderFault: it has no good answer.
     """
-    request = models_request()
+    request = models_request(path)
     running = asyncio.ensure_future(provider.run(PassedAttempt(provider, request, None)))
     running.add_done_callback(lambda _task: request.answer.stop())
     body = bytearray()

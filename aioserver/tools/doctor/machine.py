@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import aiohttp
+import orjson
 
+from aioserver.client import faults
 from aioserver.server import listener, preflight
+from aioserver.tools.remote import printable
 
 if TYPE_CHECKING:
     from aioserver.config.settings import Settings
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 PROCESS_BYTES = 64 << 20
 # Seconds to look up the configured host.
 LOOK_UP_TIMEOUT = 10.0
+# Seconds in which a server of this machine says that it lives, and the bytes of that.
+HEALTH_TIMEOUT, MAX_HEALTH_BYTES = 2.0, 1 << 16
 MIB = 1 << 20
 # Bytes that should be free for the ledger: two and a half million lines.
 LEDGER_ROOM = 1 << 30
@@ -264,11 +269,36 @@ async def _check_address(report: Report, settings: Settings) -> None:
         text = preflight.cannot_listen(host, port, error)
         if error.errno == errno.EADDRINUSE:
             url = listener.url_of("127.0.0.1" if host in {"0.0.0.0", "::"} else host, port)  # noqa: S104 - compared
-            report.warn(subject, text, f"if that is aioserver: aioserver doctor {url}")
+            if (version := await _serving(url)) is not None:
+                report.ok(
+                    subject,
+                    f"aioserver{version and f' {version}'} already serves {url}: "
+                    f"`aioserver doctor {url}` examines it",
+                )
+            else:
+                report.warn(subject, text)
         else:
             report.fail(subject, text)
     else:
         report.ok(subject, f"{host}:{port} is free to listen on")
+
+
+async def _serving(url: str) -> str | None:
+    """Return the version of the aioserver at *url*, empty if it is not told; None if what answers
+    is none.
+    """
+    timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT)
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.get(f"{url}/health", allow_redirects=False) as response,
+        ):
+            content = orjson.loads(await faults.read_body(response, MAX_HEALTH_BYTES))
+    except (aiohttp.ClientError, OSError, ValueError):
+        return None
+    if not isinstance(content, dict) or content.get("status") != "healthy":
+        return None
+    return printable(str(content.get("version") or ""))
 
 
 def _number(path: Path) -> int | None:

@@ -47,7 +47,7 @@ from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.store import StreamStore
 from aioserver.streams.stream import Stream
 from aioserver.telemetry.metrics import Metrics
-from aioserver.tools.doctor.groups import examine_groups, models_request
+from aioserver.tools.doctor.groups import examine_groups, models_of, models_request
 from aioserver.tools.doctor.network import Peer, Steps
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ SAID, FOLLOWING = "one two three four", "five"
 # Tokens that such an answer may cost at most. It is cancelled at its first.
 MAX_TOKENS = 16
 MAX_BYTES = 1 << 20
+# Where most providers have the API, and what they say elsewhere.
+USUAL_PATH, NOT_FOUND = "v1", 404
 NOT_ASKED = "it is neither active nor a fallback"
 
 
@@ -185,7 +187,8 @@ async def _first_token(report: Report, subject: str, provider: Provider, problem
     try:
         await _run(provider, attempt, reader.reached)
     except ProviderFault as fault:
-        _tell_fault(subject, attempt, fault, problem)
+        if not await _tell_wrong_base(subject, provider, fault, problem):
+            _tell_fault(subject, attempt, fault, problem)
         return False
     finally:
         reader.leave()
@@ -330,9 +333,9 @@ async def _list_models(report: Report, subject: str, provider: Provider, problem
     try:
         await _run(provider, attempt, begun)
     except ProviderRefused as fault:
-        report.skip(
-            subject, f"GET /models: HTTP {fault.provider_status}: it may have no such list"
-        )
+        if not await _tell_wrong_base(subject, provider, fault, problem):
+            status = fault.provider_status
+            report.skip(subject, f"GET /models: HTTP {status}: it may have no such list")
         return
     except ProviderFault as fault:
         _tell_fault(subject, attempt, fault, problem)
@@ -342,6 +345,27 @@ async def _list_models(report: Report, subject: str, provider: Provider, problem
     report.ok(
         subject, "GET /models is answered: the key is not refused", time.perf_counter() - began
     )
+
+
+async def _tell_wrong_base(
+    subject: str, provider: Provider, fault: ProviderFault, problem: Problem
+) -> bool:
+    """Say so if *fault* is that of a `base_url` without the path below which the API is; return
+    whether it is.
+    """
+    if not isinstance(fault, ProviderRefused) or fault.provider_status != NOT_FOUND:
+        return False
+    models = await models_of(provider, f"{USUAL_PATH}/models")
+    if models is None:
+        return False
+    url = f"{provider.settings.base_url.rstrip('/')}/{USUAL_PATH}"
+    listed = f"{len(models)} model{'' if len(models) == 1 else 's'}"
+    problem(
+        subject,
+        f"nothing of its API is there: HTTP {NOT_FOUND}; below /{USUAL_PATH} it has {listed}",
+        f"set base_url: {url}",
+    )
+    return True
 
 
 async def _run(provider: Provider, attempt: Attempt, enough: asyncio.Future[Any]) -> None:

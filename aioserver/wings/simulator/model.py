@@ -54,7 +54,7 @@ _FACTS = (
     """You can watch connections, queues and latencies live on the page /dashboard.""",
 )
 # Markdown, which some answers end with: a client can be tried with it.
-_SAMPLES = (
+SAMPLES = (
     """## What stands between you and a model
 
 1. The **connection gate** counts clients; beyond its limit they wait in a queue.
@@ -68,7 +68,7 @@ _SAMPLES = (
     """Any program that speaks OpenAI's API can ask me, too:
 
 ```sh
-curl -N localhost:8000/v1/chat/completions \\
+curl -N localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
   -d '{"model": "demo", "stream": true, "messages": [{"role": "user", "content": "Hello"}]}'
 ```
 
@@ -349,5 +349,5 @@ def _samples(text: str, seed: int) -> tuple[str, ...]:
     then.
     """
     if "markdown" in text[:_MAX_QUOTE].lower():
-        return _SAMPLES
-    return (_SAMPLES[seed // 7 % len(_SAMPLES)],) if seed % 5 == 0 else ()
+        return SAMPLES
+    return (SAMPLES[seed // 7 % len(SAMPLES)],) if seed % 5 == 0 else ()

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trustme
 import yaml
+from yarl import URL
 
+from aioserver import __version__
 from aioserver.config.shipped import SHIPPED
 from aioserver.tools.doctor import machine, providers
 from aioserver.tools.doctor.findings import Report
@@ -21,6 +23,7 @@ from aioserver.tools.doctor.here import examine_cluster
 from aioserver.tools.doctor.machine import System
 from aioserver.tools.doctor.network import Peer, Steps
 from aioserver.wings.simulator.server import Simulator
+from tests.support.keys import keys_of
 from tests.support.process import run_command
 from tests.support.scripted_provider import (
     DONE,
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aioserver.tools.doctor.findings import Finding
+    from tests.support.server import MakeServer
 
 CANARY = "sk-canary-0123456789"
 SIMULATED = {"simulated": True, "model": "demo", "http_client": HTTP_CLIENT}
@@ -179,6 +183,34 @@ async def test_the_question_is_that_of_a_chat_but_short(
     assert "provider_disconnected" in findings.of("fail")[0]
 
 
+@pytest.mark.parametrize("keyed", [False, True])
+async def test_a_server_that_runs_already_is_no_trouble(
+    make_server: MakeServer, tmp_path: Path, findings: Findings, keyed: bool
+) -> None:
+    server = await make_server(**(keys_of("web") if keyed else {}))
+    changes = {"chat.websocket.host": "127.0.0.1", "chat.websocket.port": server.port}
+    settings = configured(NOWHERE, changes, tmp_path / "c.yaml").settings
+
+    await machine.examine(findings.report, settings)
+
+    version = "" if keyed else f" {__version__}"
+    said = f"machine: aioserver{version} already serves http://127.0.0.1:{server.port}: "
+    assert any(line.startswith(said) for line in findings.of("ok")), findings
+
+
+async def test_another_program_at_the_port_is_reported(tmp_path: Path, findings: Findings) -> None:
+    play, asked = refusing("404 Not Found")
+    async with ScriptedProvider(play) as other:
+        url = URL(other.url)
+        changes = {"chat.websocket.host": url.host, "chat.websocket.port": url.port}
+        settings = configured(NOWHERE, changes, tmp_path / "c.yaml").settings
+
+        await machine.examine(findings.report, settings)
+
+    assert any("Address already in use" in line for line in findings.of("warn")), findings
+    assert asked == ["GET /health HTTP/1.1"]
+
+
 async def test_a_model_that_is_not_there_is_the_question_and_not_the_key(
     tmp_path: Path, findings: Findings
 ) -> None:
@@ -190,6 +222,20 @@ async def test_a_model_that_is_not_there_is_the_question_and_not_the_key(
     (failed,) = findings.of("fail")
     assert "HTTP 404" in failed
     assert "whether there is a model sim-model" in failed
+
+
+@pytest.mark.parametrize("ask", [True, False])
+async def test_a_base_url_without_the_usual_path_is_found_out(
+    ask: bool, tmp_path: Path, findings: Findings
+) -> None:
+    async with Simulator(QUICK) as simulator:
+        base = simulator.base_url.removesuffix("/v1")
+        settings = configured(f"{base}/", {}, tmp_path / "c.yaml").settings
+        await providers.examine(findings.report, settings, ask=ask)
+
+    (failed,) = findings.of("fail")
+    assert "nothing of its API is there: HTTP 404; below /v1 it has 2 models" in failed
+    assert failed.endswith(f"set base_url: {base}/v1")
 
 
 async def test_a_provider_that_nobody_needs_only_warns_and_is_not_asked(
