@@ -4,6 +4,8 @@ answer; and whether agents can work with it.
 The first token comes by the very code that serves clients: the same pool, timeouts, headers and
 meaning of a fault. Nothing that a provider says is shown but its status: its words may hold our
 key.
+
+This file is one concept: the steps on that road, each of which may end it.
 """
 
 from __future__ import annotations
