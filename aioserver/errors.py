@@ -26,6 +26,8 @@ The tree, with HTTP status, code and close code:
             PermissionDenied        403  permission_denied
             OriginNotAllowed        403  origin_not_allowed
             HostNotAllowed          403  host_not_allowed
+        RequestRefused              403  request_refused
+            AnswerRefused           403  answer_refused
         NotFound                    404  not_found
         ModelNotFound               404  model_not_found
         StreamNotFound              404  stream_not_found
@@ -50,6 +52,7 @@ The tree, with HTTP status, code and close code:
         ServerShutdown              503  server_shutdown         1012
         InstanceUnavailable         503  instance_unavailable
         HistoryUnavailable          503  history_unavailable
+        HookUnavailable             503  hook_unavailable
         DeadlineExceeded            504  deadline_exceeded
             AnswerTooLate           504  deadline_exceeded
         LoopDetected                508  loop_detected
@@ -267,6 +270,37 @@ class HostNotAllowed(Denied):
     setting = "auth.allowed_hosts"
 
 
+class RequestRefused(AioserverError):
+    """A hook of the operator's has refused the request, or cannot see it and refuses that.
+
+    *http_status* is the one that the hook has named: 403, 400 or 429.
+    """
+
+    code, status = "request_refused", 403
+
+    def __init__(
+        self, message: str, *, http_status: int = 403, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self._http_status = http_status
+
+    @property
+    def http_status(self) -> int:
+        """The HTTP status that the hook has named."""
+        return self._http_status
+
+    def as_chunk(self) -> dict[str, object]:
+        """Return the `chunk` of an `error` frame."""
+        later = self._http_status == 429 and not self.paid
+        return {**super().as_chunk(), "retryable": later}
+
+
+class AnswerRefused(RequestRefused):
+    """A hook of the operator's has ended the answer, which was paid for."""
+
+    code = "answer_refused"
+
+
 class NotFound(AioserverError):
     """There is no such path."""
 
@@ -471,6 +505,15 @@ class HistoryUnavailable(AioserverError):
 
     outcome = "rejected"
     code, status, retryable = "history_unavailable", 503, True
+
+
+class HookUnavailable(AioserverError):
+    """A hook that must decide has not: it cannot be reached, is too slow, or says what is no
+    decision.
+    """
+
+    outcome = "rejected"
+    code, status, retryable = "hook_unavailable", 503, True
 
 
 class DeadlineExceeded(AioserverError):

@@ -12,7 +12,7 @@ never changed: a reload makes a new one. Durations are seconds, sizes are bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from aioserver.config import shipped
 from aioserver.config.chat import (
@@ -37,20 +37,28 @@ from aioserver.config.validators import (
     count,
     count_or_0,
     digest,
+    header,
     label,
+    latin,
     line,
     list_of,
     log_format,
     log_level,
+    mapping_of,
     network,
     one_of,
     optional,
     optional_line,
+    python_class,
     redis,
+    seconds,
     variable,
     weight,
 )
 from aioserver.limits.fair_queue import BATCH, INTERACTIVE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
 
 __all__ = [
     "SETTINGS",
@@ -61,6 +69,7 @@ __all__ = [
     "Concurrency",
     "Context",
     "Group",
+    "Hook",
     "HttpClient",
     "Llm",
     "Logging",
@@ -78,6 +87,12 @@ __all__ = [
     "Uvicorn",
     "WebSocket",
 ]
+
+# What a hook is shown, and what happens without its decision.
+REQUEST, ANSWER = "request", "answer"
+CLOSED, OPEN = "closed", "open"
+# Each is asked before the next one, so that the waits add up.
+MAX_HOOKS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,6 +258,52 @@ class Tracing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hook:
+    """What is asked about each request, or shown each answer. Exactly one of url and python is
+    set.
+    """
+
+    name: str = setting(label, "name of the hook, in logs and metrics; no two are the same")
+    url: str | None = setting(
+        optional(api), "URL that gets a POST for each request, and for each answer", None
+    )
+    python: str | None = setting(
+        optional(python_class),
+        "package.module:Class, made once in each process and at a reload",
+        None,
+    )
+    on: tuple[str, ...] = setting(
+        list_of(one_of(REQUEST, ANSWER)),
+        "what it is shown: request, before a provider is asked; answer, beside its way to the "
+        "client",
+        (REQUEST,),
+    )
+    timeout: float = setting(seconds, "seconds for one decision; beyond it there is none", 1.0)
+    fail: str = setting(
+        one_of(CLOSED, OPEN),
+        "what happens without a decision: closed, the request is refused, or the answer ends; "
+        "open, it passes, and is counted",
+        CLOSED,
+    )
+    headers: Mapping[str, str] = setting(
+        mapping_of(header, latin), "HTTP headers sent with each call", {}, secret=True
+    )
+
+    @property
+    def closed(self) -> bool:
+        """Whether what it cannot decide is refused."""
+        return self.fail == CLOSED
+
+    def __post_init__(self) -> None:
+        broken: list[BrokenRule] = []
+        if (self.url is None) == (self.python is None):
+            broken.append(((), "needs exactly one of url, python"))
+        if not self.on:
+            broken.append((("on",), "needs request, answer, or both"))
+        check_rules(self, *broken)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Logging:
     """The log."""
 
@@ -278,6 +339,7 @@ class Settings:
     cluster: Cluster = group(Cluster)
     tracing: Tracing = group(Tracing)
     usage: Usage = group(Usage)
+    hooks: tuple[Hook, ...] = setting(list_of(section(Hook)), "", ())
     logging: Logging = group(Logging)
 
     def __post_init__(self) -> None:
@@ -296,7 +358,20 @@ class Settings:
                 for name, provider in self.llm.providers.items()
                 if (places := provider.http_client.concurrent_requests) < workers
             ),
+            *_broken_hooks(self.hooks),
         )
+
+
+def _broken_hooks(hooks: Iterable[Hook]) -> Iterator[BrokenRule]:
+    names: set[str] = set()
+    number = 0
+    for index, hook in enumerate(hooks):
+        number += 1
+        if hook.name in names:
+            yield ("hooks", index, "name"), f"another hook is named {hook.name} as well"
+        names.add(hook.name)
+    if number > MAX_HOOKS:
+        yield ("hooks",), f"must have {MAX_HOOKS} entries at most, not {number}"
 
 
 SETTINGS = section(Settings)

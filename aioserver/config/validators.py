@@ -325,6 +325,12 @@ label = text(
     "a name of letters, digits, - _ and .",
     shown=True,
 )
+python_class = text(
+    "package.module:Class",
+    r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*",
+    "a class, as package.module:Class",
+    shown=True,
+)
 header = text("header name", r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", "the name of an HTTP header")
 passed_header = Validator("header name", _passed_header, json=header.json)
 digest = text("SHA-256 in hex", r"[0-9A-Fa-f]{64}", "64 hexadecimal digits", masked=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from aioserver.faces.form import Form
     from aioserver.gateway.commands import Commands
     from aioserver.gateway.histories import Histories
+    from aioserver.gateway.hooks import Hooks
     from aioserver.gateway.instances import Instances
     from aioserver.gateway.probe import Probe
     from aioserver.gateway.sharing import Sharing
@@ -94,6 +95,8 @@ class Wing:
     tracer: Tracer | None = None
     # The turns in front of a question.
     histories: Histories | None = None
+    # What is asked about each request, and shown each answer.
+    hooks: Hooks | None = None
 
     def faults(self, settings: Settings) -> Iterable[str]:  # noqa: ARG002
         """Return what the wing cannot serve with, for `check`, the start and a reload."""

@@ -35,6 +35,7 @@ from aioserver.protocol.whole_answer import final_response, text_pieces
 from aioserver.providers.attempt import Attempt
 from aioserver.streams.contracts import AT_KEY
 from aioserver.streams.entries import COMPLETE, ERROR
+from aioserver.streams.stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import (
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.gateway.histories import Histories
+    from aioserver.gateway.hooks import Hooks
     from aioserver.gateway.instances import Instances, Start
     from aioserver.gateway.router import Router
     from aioserver.limits.deadline import Deadline
@@ -55,7 +57,6 @@ if TYPE_CHECKING:
     from aioserver.providers.request import Answer, Hold
     from aioserver.streams.lifetime import Lifetime
     from aioserver.streams.store import HeldBytes
-    from aioserver.streams.stream import Stream
     from aioserver.telemetry.request_log import RequestLog
 
 
@@ -73,7 +74,9 @@ class Gateway:
         bounds: settings.Streams,
         request_log: RequestLog,
         instances: Instances | None = None,
+        hooks: Hooks | None = None,
     ) -> None:
+        self._hooks = hooks
         self._router = router
         self.lifetime = lifetime
         self._streams = lifetime.store
@@ -394,6 +397,7 @@ class Gateway:
                 digest=request.digest,
                 private=not resumable,
                 outcome=request.provider_request.outcome,
+                kind=Stream if self._hooks is None else self._hooks.log,
             )
             stream.api = api = request.provider_request.api
             if request.provider_request.streamed:

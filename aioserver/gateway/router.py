@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
     from aioserver.config import settings
     from aioserver.config.settings import Llm
+    from aioserver.gateway.hooks import Hooks
     from aioserver.gateway.request import Request
     from aioserver.limits.gate import Place
     from aioserver.providers.attempt import Attempt
@@ -71,7 +72,7 @@ class Router:
     Always: once an event of an answer is in a log, no further attempt is made for it.
 
     *random_number* returns numbers from 0.0 to 1.0, for the jitter of backoffs. *alone* False:
-    other instances ask the same providers.
+    other instances ask the same providers. *hooks* are shown each request; None if there are none.
     """
 
     def __init__(
@@ -81,8 +82,10 @@ class Router:
         random_number: Callable[[], float] = random.random,
         *,
         alone: bool = True,
+        hooks: Hooks | None = None,
     ) -> None:
         self._random_number = random_number
+        self._hooks = hooks
         self._homes = Homes(alone=alone)
         self._groups: dict[str, Group] = {}
         self.apply(providers, llm)
@@ -339,11 +342,16 @@ class Router:
 
         Raises:
             ProviderFault: no provider answered.
+            AioserverError: as `Hooks.ask`.
         """
-        if (keeper := request.keeper) is None:
+        hooks, keeper = self._hooks, request.keeper
+        if keeper is not None:
+            await keeper.begin()
+        if hooks is not None and hooks.present:
+            await hooks.ask(request, stream)
+        if keeper is None:
             await self._answer(request, stream)
             return
-        await keeper.begin()
         stream.keeper = keeper
         try:
             await self._answer(request, stream)
@@ -405,13 +413,18 @@ class Router:
 
         Raises:
             ProviderFault: no provider answered.
+            AioserverError: as `Hooks.ask` and `Hooks.answered`.
         """
-        keeper = request.keeper
+        hooks, keeper = self._hooks, request.keeper
         if keeper is not None:
             await keeper.begin()
+        if hooks is not None and hooks.present:
+            await hooks.ask(request)
         attempt = await self._ask(request, stream)
         answer = attempt.answer
         assert answer is not None, "a whole answer was asked for"
+        if hooks is not None and hooks.present:
+            await hooks.answered(request, answer)
         if keeper is not None and (kept := keeper.keep(answer)) is not None:
             await kept
         return answer
@@ -426,6 +439,8 @@ class Router:
         """
         route, passed = request.route, request.provider_request
         assert isinstance(passed, PassedRequest)
+        if self._hooks is not None and self._hooks.present:
+            await self._hooks.ask(request)
         outcome, provider, place = passed.outcome, route.provider, None
         attempt = PassedAttempt(provider, passed, passed.model)
         try:

@@ -298,7 +298,8 @@ def _counted(family: Family) -> Metric:
             counters.add_metric(labels, child.value)
         else:
             histograms.add_metric(labels, _buckets(child), child.sum)
-    return histograms if histograms.samples else counters
+    # One without a child yet, too, has its type.
+    return histograms if family.name.endswith("_seconds") else counters
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:

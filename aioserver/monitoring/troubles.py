@@ -108,6 +108,10 @@ OF_REJECTIONS = {
         "conversations cannot be read or deleted now",
         "The log says what is wrong with the storage of conversations.",
     ),
+    "hook_unavailable": (
+        "a hook does not decide, and what it cannot decide is refused",
+        "Look at the program behind its url (hooks); the log says what it has answered.",
+    ),
     "loop_detected": (
         "requests come back to this server by way of a provider",
         "Correct the base_url that leads here; /stats shows whose it is.",

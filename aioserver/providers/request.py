@@ -51,6 +51,13 @@ class Hold(Protocol):
     arrived: float
     terms: Terms
 
+    def grow(self, size: int) -> None:
+        """Count another *size* bytes.
+
+        Raises:
+            ServerAtCapacity: there is no room for them.
+        """
+
     def spare(self, let_go: Callable[[], None]) -> None:
         """Have *let_go* called, once, where another body needs the room."""
 
@@ -166,6 +173,16 @@ class ProviderRequest:
         """
         if self._hold is not None:
             self._hold.given = True
+
+    def replace_body(self, body: BodyMaker, size: int) -> None:
+        """Send what *body* makes, of about *size* bytes, in place of what the client has sent.
+
+        Raises:
+            ServerAtCapacity: there is no room for it.
+        """
+        if self._hold is not None and size > self.size:
+            self._hold.grow(size - self.size)
+        self.body, self.size = body, max(size, self.size)
 
     def forget_body(self) -> None:
         """Forget the body, unless it is kept: the request was sent for the last time."""

@@ -221,7 +221,8 @@ async def open_server(
         stack.push_async_callback(provider_registry.close)
         await provider_registry.prepare(llm)
         provider_registry.apply(llm, max_response_bytes=chat.streams.max_response_bytes)
-        router = Router(provider_registry.providers, llm, alone=sharing is None)
+        hooks = next((wing.hooks for wing in plugged if wing.hooks is not None), None)
+        router = Router(provider_registry.providers, llm, alone=sharing is None, hooks=hooks)
         lag = LoopLag(loop, metrics.loop_lag)
         stack.callback(lag.close)
         for wing in plugged:
@@ -237,6 +238,7 @@ async def open_server(
             chat.streams,
             request_log,
             instances,
+            hooks,
         )
         stack.push_async_callback(gateway.close)
         wheel = TimerWheel(loop, min(1.0, chat.websocket.ping_interval / WHEEL_GRAIN))

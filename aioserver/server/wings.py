@@ -51,6 +51,7 @@ def faults(settings: Settings, wings: Iterable[Wing]) -> Iterator[str]:
             "chat.service.repository.type: sql",
             settings.chat.service.repository.type == "sql",
         ),
+        ("doors", "hooks", bool(settings.hooks)),
         ("tracing", "tracing.otlp_endpoint", settings.tracing.otlp_endpoint is not None),
     )
     for name, setting, needed in needs:

@@ -145,8 +145,10 @@ class StreamStore:
         digest: bytes = b"",
         private: bool = False,
         outcome: Outcome | None = None,
+        kind: type[Stream] = Stream,
     ) -> Stream:
-        """Return a new log, of a request with this *outcome*; a *private* one cannot be found.
+        """Return a new log of this *kind*, of a request with this *outcome*; a *private* one cannot
+        be found.
 
         Raises:
             ServerAtCapacity: the logs that are running fill `max_kept_bytes`.
@@ -156,7 +158,7 @@ class StreamStore:
                 f"chat.streams.max_kept_bytes={self._max_kept_bytes} reached by running answers",
                 retry_after=5.0,
             )
-        stream = Stream(
+        stream = kind(
             request_id,
             caller,
             window=window,

@@ -35,7 +35,7 @@ from aioserver.telemetry.outcome import HOMES, NONE
 from aioserver.telemetry.sums import CallerSums
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from aioserver.config import settings
 
@@ -79,6 +79,11 @@ ERROR_OUTCOMES = sorted(
 # By when the request had to start, or its answer to end.
 DEADLINE_KINDS = (errors.DeadlineExceeded.bound, errors.AnswerTooLate.bound)
 DENIED_REASONS = sorted({error.reason for error in provider_errors.subclasses(errors.Denied)})
+# What comes of a call to a hook, by what it is shown.
+HOOK_OUTCOMES = {
+    "request": ("passed", "changed", "refused", "failed", "unseen"),
+    "answer": ("passed", "refused", "failed", "unseen", "behind"),
+}
 # What became of an attempt to have the rest of an answer said.
 CONTINUED, FAILED = "continued", "failed"
 # The APIs that are translated to chat completions, and what is learned from refusals of these.
@@ -232,6 +237,9 @@ class Metrics:
         # By caller and setting, made when first counted; callers are configured.
         self.budget_refusals: dict[tuple[str, ...], Counter] = {}
         self.key_wait = Histogram()
+        # By hook, what it was shown and what came of it; and the time of decisions by hook.
+        self.hook_calls: dict[tuple[str, ...], Counter] = {}
+        self.hook_seconds: dict[tuple[str, ...], Histogram] = {}
         self.slow_clients = Counter()
         self.gave_way = Counter()
         self.bugs = Bugs()
@@ -269,6 +277,14 @@ class Metrics:
             for labels in _request_labels(name):
                 self.requests.setdefault(labels, Counter())
             self.usage.expect(_token_labels(name, provider))
+
+    def apply_hooks(self, names: Iterable[str]) -> None:
+        """Count the hooks of these *names* from now on, too."""
+        for name in names:
+            self.hook_seconds.setdefault((name,), Histogram())
+            for event, outcomes in HOOK_OUTCOMES.items():
+                for outcome in outcomes:
+                    self.hook_calls.setdefault((name, event, outcome), Counter())
 
     def count_error(self, error: errors.AioserverError) -> None:
         """Count *error*, which was sent to a client before any provider was asked.
@@ -469,6 +485,19 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
         "key_wait_seconds",
         lambda m: m.key_wait,
         "Time that requests have waited for a limit of their own key, of those that did",
+    ),
+    Row(
+        "hook_calls",
+        lambda m: m.hook_calls,
+        "Requests and answers that a hook was shown, or could not be",
+        ("hook", "event", "outcome"),
+        grows=True,
+    ),
+    Row(
+        "hook_seconds",
+        lambda m: m.hook_seconds,
+        "Time for one decision of a hook, about a request or a whole answer",
+        ("hook",),
     ),
     Row("slow_clients", lambda m: m.slow_clients, "Clients dropped because they read nothing"),
     Row(

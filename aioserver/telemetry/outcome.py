@@ -102,11 +102,22 @@ class Outcome:
     in the ledger, 0 if it has none, and how many of its attempts are numbered there.
 
     *bridge*: the request is translated from this API, and *left_out* are the hosted tools that the
-    provider does not get then. *learnt* is what refusals have taught, each with one repeat.
+    provider does not get then. *learnt* is what refusals have taught, each with one repeat. *hooks*
+    are the names of those that have refused or changed it.
     """
 
     __slots__ = (
-        *("attempts", "bridge", "entry", "headers", "learnt", "left_out", "model", "parts"),
+        *(
+            "attempts",
+            "bridge",
+            "entry",
+            "headers",
+            "hooks",
+            "learnt",
+            "left_out",
+            "model",
+            "parts",
+        ),
         *("provider", "seams", "sent", "sent_at", "start", "usage"),
     )
 
@@ -131,6 +142,7 @@ class Outcome:
         self.bridge = ""
         self.left_out: tuple[str, ...] = ()
         self.learnt: tuple[str, ...] = ()
+        self.hooks: tuple[str, ...] = ()
 
     @property
     def spent(self) -> tuple[int, int]:

@@ -349,6 +349,8 @@ class RequestLog:
             fields["seams"] = len(record.outcome.seams)
         if record.outcome.bridge:
             fields |= _bridged(record.outcome)
+        if record.outcome.hooks:
+            fields["hook"] = ",".join(record.outcome.hooks)
         if left_out:
             fields["suppressed"] = left_out
         level = logging.WARNING if outcome == "rejected" else logging.INFO

@@ -1,1 +1,0 @@
-"""Tests of tokens, hooks and the description of the API."""

@@ -1,0 +1,142 @@
+"""What is said to a hook, and what it may say: one JSON object for each decision, lines of JSON for
+an answer that is streamed.
+
+    {"event": "request", "id", "hook", "caller", "path", "model", "stream", "body"}
+    {"event": "answer", "id", "hook", "caller", "path", "provider", "model", "body"}     a whole one
+    {"event": "answer", …} ⏎ {"n": 3, "data": …} ⏎ … {"end": "complete"} ⏎               a streamed one
+
+    204, or 200 {}                                      it goes on
+    200 {"refuse": {"message", "status", "retry_after"}}
+    200 {"body": {…}}                                   of a request alone: this one instead
+
+Bodies and events stand in these objects as they came, as bytes: nothing of them is built. But each
+is looked through before, since what is no JSON could end the object around it, and say what it
+likes to a hook.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+import orjson
+from msgspec import UNSET, Raw, UnsetType
+
+from aioserver.errors import InvalidJson, InvalidRequest
+from aioserver.hook import Refuse
+from aioserver.protocol import json_body
+
+if TYPE_CHECKING:
+    from aioserver.hook import Call
+
+# The HTTP statuses that a refusal may have.
+STATUSES = frozenset({403, 400, 429})
+# Characters of the message of a refusal that a client gets.
+MAX_MESSAGE = 1000
+# Seconds that a hook may ask a client to wait at most.
+MAX_WAIT = 3600.0
+REFUSED = "a hook of this server has refused it"
+
+
+class HookFault(Exception):
+    """A hook has made no decision; the text says why, without a word of what it was shown."""
+
+
+class _Refusal(msgspec.Struct, forbid_unknown_fields=True):
+    message: str = REFUSED
+    status: int = 403
+    retry_after: float | None = None
+
+
+class _Verdict(msgspec.Struct, forbid_unknown_fields=True):
+    refuse: _Refusal | None = None
+    body: Raw | UnsetType = UNSET
+
+
+_DECODER = msgspec.json.Decoder(_Verdict)
+
+
+def verdict(status: int, content: bytes, *, of_answer: bool = False) -> Refuse | bytes | None:
+    """Return what an HTTP answer with *status* and *content* says: nothing, a refusal, or another
+    body, which is an object. There is none *of_answer*.
+
+    Raises:
+        HookFault: it is no decision.
+    """
+    if status == 204:
+        return None
+    if status != 200:
+        raise HookFault(f"status {status}")
+    try:
+        said = _DECODER.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise HookFault("its answer is no decision") from None
+    if said.body is UNSET:
+        return None if said.refuse is None else refusal(said.refuse)
+    body = bytes(said.body)
+    if said.refuse is not None or of_answer or not body.startswith(b"{"):
+        raise HookFault("its answer is no decision")
+    return body
+
+
+def refusal(said: _Refusal | Refuse) -> Refuse:
+    """Return what a hook has *said* as a refusal that a client may see.
+
+    Raises:
+        HookFault: it has another status than a refusal may have, or no message, or no time.
+    """
+    message, status, retry_after = said.message, said.status, said.retry_after
+    if status not in STATUSES or not isinstance(message, str):
+        raise HookFault("its refusal has a status other than 403, 400 and 429, or no message")
+    if retry_after is not None and not 0 <= retry_after <= MAX_WAIT:
+        raise HookFault(f"its retry_after is not within {MAX_WAIT:g} s")
+    # A lone surrogate cannot be written.
+    text = message.encode("utf-8", "replace").decode()[:MAX_MESSAGE]
+    return Refuse(text or REFUSED, status, retry_after)
+
+
+def opening(event: str, call: Call) -> bytes:
+    """Return the object that tells of *call*, but for its brace at the end."""
+    told: dict[str, object] = {
+        "event": event,
+        "id": call.id,
+        "hook": call.hook,
+        "caller": call.caller,
+        "path": call.path,
+    }
+    if event == "answer":
+        told["provider"] = call.provider
+    told["model"] = call.model
+    if event == "request":
+        told["stream"] = call.stream
+    return orjson.dumps(told)[:-1]
+
+
+def with_body(event: str, call: Call, body: bytes) -> bytes:
+    """Return what is posted about *call*, with *body*, which is JSON."""
+    return b'%b,"body":%b}' % (opening(event, call), body or b"null")
+
+
+async def member(body: bytes) -> bytes:
+    """Return *body* as a value of an object: as it is if it is JSON, otherwise as a text. In
+    steps.
+    """
+    try:
+        await json_body.sound(body)
+        await json_body.decoding(json_body.ANYTHING, body, "the body")
+    except (InvalidJson, InvalidRequest):
+        return orjson.dumps(body.decode("utf-8", "replace"))
+    return body
+
+
+def line(number: int, data: bytes) -> bytes:
+    """Return the line of event *number* of an answer, whose *data* is JSON, or a text."""
+    try:
+        data.decode()
+        json_body.ANYTHING.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        data = orjson.dumps(data.decode("utf-8", "replace"))
+    else:
+        # Outside of its strings, which have none, a line end is white space.
+        data = data.replace(b"\n", b" ").replace(b"\r", b" ")
+    return b'{"n":%d,"data":%b}\n' % (number, data)

@@ -1,0 +1,203 @@
+"""A log whose events are shown to hooks, beside their way to its readers.
+
+    provider → ShownLog ─▶ readers, as of any log
+                   └─────▶ Shown, one for each hook ─▶ the task that shows them (hooks.py)
+
+A hook is no reader: it does not count for `resume_window`, pauses no provider, and holds no entry
+back. What it has not taken yet is in a `Shown`, bounded on its own: beyond that the hook is behind,
+and hears no more. Its task takes events at the hook's speed, after the readers were notified.
+
+Such a log has no fast path, on which nobody but its reader would see an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from aioserver.protocol import eventstream
+from aioserver.streams.entries import CHUNK, WholeEntry
+from aioserver.streams.stream import Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aioserver.hook import Refuse
+    from aioserver.protocol.openai import Shape
+    from aioserver.streams.entries import Entry
+
+# Bytes by which a hook may be behind, and those of all hooks and answers together; beyond the
+# latter, the one that is behind most hears no more.
+MAX_BEHIND, MAX_BEHIND_TOGETHER = 1 << 20, 64 << 20
+# Bytes that a hook takes at once.
+TAKEN = 1 << 16
+
+
+class Backlog:
+    """What all hooks have not taken yet.
+
+    Always: *bytes* is the sum of the sizes of *shown*, at most MAX_BEHIND_TOGETHER and one entry.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.shown: set[Shown] = set()
+
+    def grow(self, size: int) -> None:
+        """Count *size* bytes more; the one that is behind most may lose what it has."""
+        self.bytes += size
+        while self.bytes > MAX_BEHIND_TOGETHER:
+            max(self.shown, key=lambda shown: shown.size).fall_behind()
+
+
+class Shown:
+    """The events of one answer that one hook has still to be shown.
+
+    Always: at most MAX_BEHIND bytes of entries, or a single one, wait in it; nothing is added once
+    it is *over*. *start* is called once, with the first content: an answer that fails before is
+    shown to nobody. *on_behind* is called once, if the hook falls behind.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        backlog: Backlog,
+        *,
+        frames: bool,
+        start: Callable[[Shown], None],
+    ) -> None:
+        self.stream = stream
+        # How the answer has ended; empty until then.
+        self.end_status = b""
+        self.over = self.behind = False
+        self.size = 0
+        # The task that shows it, once there is one.
+        self.task: asyncio.Task[Refuse | None] | None = None
+        # Called at the end of the answer.
+        self.on_end: Callable[[], None] | None = None
+        self._backlog, self._frames, self._start = backlog, frames, start
+        self._started = False
+        self._entries: deque[Entry] = deque()
+        self._news: asyncio.Future[None] | None = None
+        backlog.shown.add(self)
+
+    def take(self, entry: Entry) -> None:
+        """Take the newest entry of the log, whose readers are notified next."""
+        if self.over or not (self._frames or entry.data):
+            return
+        self._entries.append(entry)
+        self.size += entry.size
+        self._backlog.grow(entry.size)
+        if self.size > MAX_BEHIND and len(self._entries) > 1:
+            self.fall_behind()
+        elif not self._started and self.stream.answered:
+            self._started = True
+            self._start(self)
+        self._wake()
+
+    def end(self, status: bytes) -> None:
+        """Note that the log has ended."""
+        self.end_status = status
+        if not self._started:
+            self.close()
+        if self.on_end is not None:
+            self.on_end()
+        self._wake()
+
+    def fall_behind(self) -> None:
+        """Drop all: the hook has not taken what it was shown."""
+        if self.over:
+            return
+        self.behind = True
+        self.close()
+        if not self._started:
+            # There is nothing to show, but something to hear of it.
+            self._started = True
+            self._start(self)
+        if self.task is not None:
+            self.task.cancel()
+
+    def close(self) -> None:
+        """Take nothing any more; a second call does nothing."""
+        self.over = True
+        self._backlog.shown.discard(self)
+        self._backlog.bytes -= self.size
+        self.size = 0
+        self._entries.clear()
+
+    async def events(self) -> list[tuple[int, bytes]]:
+        """Return the events that have come, some 64 KiB of them, each with its number; none at the
+        end. Cancelling is safe.
+        """
+        events: list[tuple[int, bytes]] = []
+        while not events:
+            while not self._entries:
+                if self.end_status or self.over:
+                    return []
+                self._news = asyncio.get_running_loop().create_future()
+                try:
+                    await self._news
+                finally:
+                    self._news = None
+            size = 0
+            while self._entries and size < TAKEN:
+                entry = self._entries.popleft()
+                size += entry.size
+                events += self._events_of(entry)
+            self.size -= size
+            self._backlog.bytes -= size
+        return events
+
+    def _events_of(self, entry: Entry) -> list[tuple[int, bytes]]:
+        """Return the events of *entry* in the form of the face that began the answer."""
+        if isinstance(entry, WholeEntry):
+            # The whole body stands in the first one.
+            return [(entry.first, entry.data)] if entry.data else []
+        if self._frames:
+            return list(enumerate(self.stream.frames(entry), entry.first))
+        parsed = eventstream.parse(entry.data)
+        return [(number, event.data) for number, event in enumerate(parsed, entry.first)]
+
+    def _wake(self) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+
+class ShownLog(Stream):
+    """A log whose events are also shown to hooks, those in *shown*.
+
+    Always: its readers see what they would see of another log, in the same order and at the same
+    moment.
+    """
+
+    __slots__ = ("shown",)
+
+    def __init__(self, *names: Any, **bounds: Any) -> None:
+        super().__init__(*names, **bounds)
+        self.shown: tuple[Shown, ...] = ()
+
+    def open_fast_path(self, shape: Shape | None = None) -> None:
+        """Return None: on a fast path nobody else sees an event."""
+
+    def forward(self, data: bytes, count: int, *, more: bool = False) -> None:
+        """Append the provider's bytes of *count* whole events."""
+        if self.said is not None and self.said.add(data):
+            self.recount()
+        self.append(CHUNK, data=data, count=count, more=more)
+
+    def add_entry(self, entry: Entry) -> None:
+        """Add *entry*, of which the readers are still to be notified."""
+        super().add_entry(entry)
+        for shown in self.shown:
+            shown.take(entry)
+
+    def end_with(self, entry: Entry, error: Any = None) -> None:
+        """Append *entry*, the last event, and let the hooks know the end."""
+        try:
+            super().end_with(entry, error)
+        finally:
+            for shown in self.shown:
+                shown.take(entry)
+                shown.end(entry.status)
+            self.shown = ()
