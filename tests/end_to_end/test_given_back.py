@@ -163,8 +163,10 @@ WITHIN = {
     Function("limits.lines", "Lines.wait"),
     Function("providers.connections", "Connections.take"),
 }
-# Other processes take part in these: tests/wings/cluster and tests/server.
+# Other processes take part in these: tests/wings/cluster and tests/server; or hooks:
+# tests/wings/doors.
 SHARED = {
+    Function("wings.doors.http_hook", "HttpHook._ask"),
     Function("wings.cluster.shared_gate", "SharedGate.try_enter"),
     Function("wings.cluster.remote_streams", "RemoteStreams.mirror"),
 }

@@ -12,6 +12,9 @@ from aiohttp import web
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from aioserver.wings.doors.hooks import HookSet
+    from tests.support.server import RunningServer
+
 
 PASS: dict[str, Any] = {}
 
@@ -100,3 +103,9 @@ def entry(program: HookProgram | str, name: str = "guard", **more: Any) -> dict[
     url = program if isinstance(program, str) else program.url
     # A decision on a loaded machine takes what it takes.
     return {"name": name, "url": url, "timeout": 30.0, **more}
+
+
+def hooks_of(server: RunningServer) -> HookSet:
+    """The hooks of *server*."""
+    (hooks,) = [wing.hooks for wing in server.owners.wings if wing.hooks is not None]
+    return hooks  # type: ignore[return-value]

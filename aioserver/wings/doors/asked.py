@@ -23,7 +23,8 @@ class Asked(ABC):
 
     def __init__(self, settings: settings.Hook) -> None:
         self.settings = settings
-        self._users = 0
+        # How many use it now.
+        self.users = 0
         # Set while nobody uses it.
         self._idle = asyncio.Event()
         self._idle.set()
@@ -33,15 +34,20 @@ class Asked(ABC):
         """The name, in logs and metrics."""
         return self.settings.name
 
+    @property
+    def connections(self) -> int:
+        """The number of its connections in use."""
+        return 0
+
     def enter(self) -> None:
         """Count one user more."""
-        self._users += 1
+        self.users += 1
         self._idle.clear()
 
     def leave(self) -> None:
         """Count one user less."""
-        self._users -= 1
-        if not self._users:
+        self.users -= 1
+        if not self.users:
             self._idle.set()
 
     @contextmanager

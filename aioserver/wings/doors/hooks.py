@@ -18,7 +18,7 @@ import asyncio
 import logging
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.config.faults import ConfigurationError
 from aioserver.config.settings import ANSWER, REQUEST
@@ -54,6 +54,17 @@ logger = logging.getLogger("aioserver.hooks")
 
 # Seconds after which a client may come back that a hook has kept out.
 RETRY_AFTER = 1.0
+
+
+class HookStats(NamedTuple):
+    """A snapshot: answers that are shown, calls to hooks, connections in use, and the bytes that
+    hooks have not taken yet.
+    """
+
+    shown: int
+    calls: int
+    connections: int
+    behind: int
 
 
 class HookSet:
@@ -101,6 +112,15 @@ class HookSet:
                 task.add_done_callback(self._retiring.discard)
 
         return apply
+
+    def stats(self) -> HookStats:
+        """Return a snapshot."""
+        return HookStats(
+            len(self._followers) + len(self._backlog.shown),
+            sum(hook.users for hook in self._hooks),
+            sum(hook.connections for hook in self._hooks),
+            self._backlog.bytes,
+        )
 
     async def finish(self, seconds: float) -> None:
         """Let the hooks decide about answers that have ended, for *seconds* at most, or what the

@@ -60,6 +60,12 @@ class HttpHook(Asked):
         # events on it would be gone.
         self._answers = Pool(settings.url, _limits(MAX_ANSWERS, 0, self._timeout))
 
+    @property
+    def connections(self) -> int:
+        """The number of its connections in use."""
+        pools = self._decisions.stats(), self._answers.stats()
+        return sum(pool.open - pool.idle for pool in pools)
+
     async def close(self) -> None:
         """Close its connections."""
         await self._decisions.close()

@@ -99,7 +99,7 @@ class Shown:
     def end(self, status: bytes) -> None:
         """Note that the log has ended."""
         self.end_status = status
-        if not self._started:
+        if self.task is None:
             self.close()
         if self.on_end is not None:
             self.on_end()
