@@ -17,7 +17,7 @@ from aioserver.config import json_schema
 from aioserver.config.schema import fields, key_of, required
 from aioserver.config.settings import Settings
 from aioserver.config.shipped import SHIPPED
-from aioserver.server.reload import ONLY_BY_RESTART
+from aioserver.server.reload import ONLY_BY_RESTART, TLS
 
 if TYPE_CHECKING:
     import dataclasses
@@ -56,7 +56,9 @@ def row(field: dataclasses.Field[Any], name: str) -> str:
         default = "required"
     else:
         default = f"`{json.dumps(default_of(field))}`"
-    by_restart = any(f"{name}.".startswith(f"{restart}.") for restart in ONLY_BY_RESTART)
+    by_restart = any(
+        f"{name}.".startswith(f"{restart}.") for restart in ONLY_BY_RESTART if restart != TLS
+    )
     meaning = metadata["meaning"] + " (changed only by a restart)" * by_restart
     return f"| `{key_of(field)}` | {metadata['validator'].kind} | {default} | {meaning} |\n"
 

@@ -42,6 +42,7 @@ OTHER_TESTS = {
 }
 # Modules, and what they may import inside a function, for start-up time or as an option.
 INSIDE_FUNCTIONS = {
+    "config.credentials": {"aioserver.config.certificates"},
     "wings.simulator.wing": {"aioserver.wings.simulator.server"},
     "wings.cluster.wing": {"aioserver.wings.cluster.membership"},
     "commands.serve": {

@@ -103,8 +103,11 @@ class Guard:
             request[ADDRESS] = address = access.proxies.address(address, request.headers)
         if not keyed and access.hosts is not None:
             access.hosts.check(request.headers.get("Host"))
-        if request.method not in SAFE_METHODS or hdrs.UPGRADE in request.headers:
-            self._origins.check(request.headers)
+        headers = request.headers
+        if hdrs.ORIGIN in headers and (
+            request.method not in SAFE_METHODS or hdrs.UPGRADE in headers
+        ):
+            self._origins.check(headers, secure=request.secure)
         if not keyed:
             request[CALLER] = anonymous(address)
             return None
@@ -173,7 +176,8 @@ class Guard:
             OriginNotAllowed: the page is neither ours nor one in `allow_origins`.
         """
         origin = request.headers.get(hdrs.ORIGIN)
-        if origin is not None and not self._origins.trusts(origin, request.headers.get("Host")):
+        host = request.headers.get("Host")
+        if origin is not None and not self._origins.trusts(origin, host, secure=request.secure):
             raise OriginNotAllowed("this page may not use the session: see allow_origins")
 
 

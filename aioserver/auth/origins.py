@@ -30,30 +30,34 @@ class Origins:
         self._allowed = frozenset(origin.rstrip("/").lower() for origin in allowed)
         self._credentials = credentials
 
-    def allows(self, origin: str, host: str | None) -> bool:
+    def allows(self, origin: str, host: str | None, *, secure: bool = False) -> bool:
         """Return whether a page of *origin* may use this server; our own (same host and port)
-        may.
+        may. *secure*: whether the request came over TLS.
         """
-        return self._any or self.trusts(origin, host)
+        return self._any or self.trusts(origin, host, secure=secure)
 
-    def trusts(self, origin: str, host: str | None) -> bool:
+    def trusts(self, origin: str, host: str | None, *, secure: bool = False) -> bool:
         """Return whether a cookie counts in a request from *origin*: our own, or one in
         `allow_origins`.
 
         A browser adds the cookie by itself, so "*" is not enough: every page on this machine could
         chat as the person who has logged in here, since SameSite takes other ports for the same
-        site.
+        site. A page of our own that came in plain text is none of ours where we speak TLS:
+        somebody on the way may have written it.
         """
         if origin.rstrip("/").lower() in self._allowed:
             return True
         try:
-            netloc = urlsplit(origin).netloc.lower()
+            parts = urlsplit(origin)
         # "http://[" is no address.
         except ValueError:
             return False
+        netloc = parts.netloc.lower()
+        if secure and parts.scheme != "https":
+            return False
         return bool(netloc) and host is not None and netloc == host.lower()
 
-    def check(self, headers: Mapping[str, str]) -> None:
+    def check(self, headers: Mapping[str, str], *, secure: bool = False) -> None:
         """Refuse a handshake, or a request that changes something, of a page that may not connect.
 
         A request without `Origin` comes from no page, and passes: browsers send the header with
@@ -64,17 +68,17 @@ class Origins:
             OriginNotAllowed: the page is neither ours nor allowed.
         """
         origin = headers.get("Origin")
-        if origin is not None and not self.allows(origin, headers.get("Host")):
+        if origin is not None and not self.allows(origin, headers.get("Host"), secure=secure):
             raise OriginNotAllowed(
                 "this page may not connect: add its origin to chat.websocket.allow_origins"
             )
 
-    def cors(self, headers: Mapping[str, str]) -> dict[str, str]:
+    def cors(self, headers: Mapping[str, str], *, secure: bool = False) -> dict[str, str]:
         """Return the CORS headers of the response to a request with these *headers*."""
         origin = headers.get("Origin")
         if origin is None or not origin.isprintable() or not origin.isascii():
             return {}
-        if not self.allows(origin, headers.get("Host")):
+        if not self.allows(origin, headers.get("Host"), secure=secure):
             return {"Vary": "Origin"}
         cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
         if self._credentials:

@@ -13,6 +13,7 @@ import yaml
 from aioserver.commands import options
 from aioserver.config import Configuration, json_schema
 from aioserver.config.faults import ConfigurationError
+from aioserver.server.listener import url_of
 from aioserver.server.wings import WINGS, faults
 
 if TYPE_CHECKING:
@@ -60,5 +61,8 @@ def check(config: Path | None) -> int:
     for providers, models in configuration.settings.llm.bare_routes().items():
         print(f"by name alone go to {', '.join(providers)}: {', '.join(models)}", file=sys.stderr)
     print(f"# {configuration.source}, with defaults and the environment")
+    websocket = configuration.settings.chat.websocket
+    if websocket.tls is not None:
+        print(f"# serves {url_of(websocket.host, websocket.port, websocket.scheme)}")
     print(yaml.safe_dump(configuration.effective(), sort_keys=False, allow_unicode=True), end="")
     return 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from aioserver.config import shipped
-from aioserver.config.schema import check_rules, compare, group, setting
+from aioserver.config.schema import check_rules, compare, group, section, setting
 from aioserver.config.validators import (
     boolean,
     count,
@@ -20,6 +20,7 @@ from aioserver.config.validators import (
     line,
     list_of,
     one_of,
+    optional,
     origin,
     port_number,
     prose,
@@ -95,6 +96,33 @@ class Concurrency:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tls:
+    """TLS on the TCP sockets of the server. Without this section they are plain."""
+
+    cert_file: str = setting(
+        line, "PEM file of the server's certificate, with its intermediates behind it"
+    )
+    key_file: str | None = setting(
+        optional(line),
+        "PEM file of its key, not encrypted, looked for in $CREDENTIALS_DIRECTORY first; "
+        "null: `cert_file` has it, too",
+        None,
+    )
+    client_ca_file: str | None = setting(
+        optional(line),
+        "PEM file of authorities; with it every client must present a certificate that one of "
+        "them has signed",
+        None,
+    )
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that it names."""
+        names = (self.cert_file, self.key_file, self.client_ca_file)
+        return tuple(name for name in names if name is not None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WebSocket:
     """The address of the server, and what holds for its clients on every face."""
 
@@ -137,7 +165,13 @@ class WebSocket:
         "seconds that the server still listens on a stop, after /ready has turned to 503",
         0.0,
     )
+    tls: Tls | None = setting(optional(section(Tls)), "", None)
     concurrency: Concurrency = group(Concurrency, shipped.values("chat.websocket.concurrency"))
+
+    @property
+    def scheme(self) -> str:
+        """The scheme in the address of the TCP sockets."""
+        return "http" if self.tls is None else "https"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,6 +108,10 @@ class Configuration:
         if auth is not None and auth.keys is not None:
             client_keys = credentials.of_clients(auth.keys)
         file_keys, faults = _keys_of_file(auth, client_keys or ())
+        chat = settings.chat
+        tls = credentials.of_listener(chat.websocket.tls)
+        for name, provider in providers.items():
+            credentials.check_pair(name, provider)
         if document.faults or faults:
             raise ConfigurationError([*_lines(document.faults), *faults])
         providers = {
@@ -116,17 +120,21 @@ class Configuration:
                 name=name,
                 api_key=provider_keys[inheritance.key_owners[name]],
                 api_key_env=provider.variable(name),
+                client_key_file=credentials.client_key(provider),
             )
             for name, provider in providers.items()
         }
         settings = replace(settings, llm=replace(settings.llm, providers=providers))
+        if tls is not None:
+            chat = replace(chat, websocket=replace(chat.websocket, tls=tls))
+            settings = replace(settings, chat=chat)
         if auth is not None:
             auth = replace(auth, keys=client_keys, file_keys=file_keys)
             settings = replace(settings, auth=auth)
         return cls(
             settings=settings,
             source=document.source,
-            warnings=tuple(_lines(_warnings(settings, document))),
+            warnings=tuple(_lines((*_warnings(settings, document), *credentials.warnings))),
             content=content,
             _document=document,
         )

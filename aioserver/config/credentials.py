@@ -1,4 +1,4 @@
-"""The keys that settings name: read from files and from the environment.
+"""The keys and certificates that settings name: read from files and from the environment.
 
 A setting `api_key_file` or `key_file` names a file, `api_key_env` or `key_env` a variable. Of a
 client's key only the SHA-256 is kept. No fault and no output shows a key.
@@ -17,9 +17,9 @@ from aioserver.config.validators import unfit
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from aioserver.config.document import Document, KeyPath
+    from aioserver.config.document import Document, Fault, KeyPath
     from aioserver.config.llm import Provider
-    from aioserver.config.settings import ClientKey
+    from aioserver.config.settings import ClientKey, Tls
 
 # The hash that a shell computes when the variable with the key is not set.
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
@@ -36,6 +36,10 @@ class Credentials:
     """
 
     def __init__(self, document: Document, environ: Mapping[str, str], *, again: bool) -> None:
+        # What the author should know of certificates.
+        self.warnings: list[Fault] = []
+        # Certificates of providers that were checked: one provider may have those of another.
+        self._pairs: set[tuple[str | None, str | None]] = set()
         self._document = document
         self._environ = environ
         self._again = again
@@ -76,6 +80,52 @@ class Credentials:
             elif digest is not None and digest is not FAULTY:
                 usable[digest] = replace(key, sha256=digest, key_env=None, key_file=None)
         return tuple(usable.values())
+
+    def of_listener(self, tls: Tls | None) -> Tls | None:
+        """Return *tls* with the path of its key. Its files are loaded once, to find faults."""
+        path = ("chat", "websocket", "tls")
+        if tls is None or tls is FAULTY or FAULTY in tls.files:
+            return None
+        # Without TLS a start needs neither this nor OpenSSL.
+        from aioserver.config import certificates  # noqa: PLC0415
+
+        if tls.key_file is not None:
+            tls = replace(tls, key_file=certificates.find_key(tls.key_file, self._environ))
+        faults, warning = certificates.check_pair(tls.cert_file, tls.key_file)
+        if tls.client_ca_file is not None:
+            faults += certificates.check_authorities(tls.client_ca_file)
+        for setting, message in faults:
+            self._refuse((*path, setting), message)
+        if warning is not None:
+            self.warnings.append(self._document.fault((*path, "cert_file"), warning))
+        return tls
+
+    def client_key(self, provider: Provider) -> str | None:
+        """Return the path of the key of the certificate that *provider* is shown."""
+        if provider.client_key_file is None:
+            return None
+        from aioserver.config import certificates  # noqa: PLC0415 - as above
+
+        return certificates.find_key(provider.client_key_file, self._environ)
+
+    def check_pair(self, name: str, provider: Provider) -> None:
+        """Check the certificate that *provider* is shown, unless another one has the same."""
+        path = ("llm", "providers", name)
+        cert_file, key_file = pair = provider.client_cert_file, provider.client_key_file
+        if provider is FAULTY or FAULTY in pair or pair in self._pairs:
+            return
+        self._pairs.add(pair)
+        if cert_file is None:
+            if key_file is not None:
+                self._refuse((*path, "client_key_file"), "there is no client_cert_file")
+            return
+        from aioserver.config import certificates  # noqa: PLC0415 - as above
+
+        faults, warning = certificates.check_pair(cert_file, self.client_key(provider))
+        for setting, message in faults:
+            self._refuse((*path, f"client_{setting}"), message)
+        if warning is not None:
+            self.warnings.append(self._document.fault((*path, "client_cert_file"), warning))
 
     def _from_file(self, name: Any, path: KeyPath) -> Any:
         """Return the key in the file *name*; None if there is no such file or *name* is None."""

@@ -213,6 +213,18 @@ class Provider:
         "PEM file of the certificates to trust; null: those of the system",
         None,
     )
+    client_cert_file: str | None = setting(
+        optional(line),
+        "PEM file of the certificate that is presented to the provider, with its intermediates "
+        "behind it; null: none",
+        None,
+    )
+    client_key_file: str | None = setting(
+        optional(line),
+        "PEM file of its key, not encrypted, looked for in $CREDENTIALS_DIRECTORY first; "
+        "null: `client_cert_file` has it, too",
+        None,
+    )
     messages: bool | str = setting(
         boolean_or(AUTO, BRIDGE),
         "whether it speaks Anthropic's Messages API, below the same base_url; false: requests for "

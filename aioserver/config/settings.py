@@ -25,6 +25,7 @@ from aioserver.config.chat import (
     Sse,
     Streaming,
     Streams,
+    Tls,
     Uvicorn,
     WebSocket,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "Sse",
     "Streaming",
     "Streams",
+    "Tls",
     "Tracing",
     "Usage",
     "Uvicorn",

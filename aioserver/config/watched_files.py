@@ -78,7 +78,7 @@ class WatchedFiles:
 
         *kind* is that of the incident. *prepare* is called in a thread: it reads the files, and
         returns what puts their content in effect, which is called in the event loop and may be a
-        coroutine function; None if nothing is to be done. It raises ConfigurationError, OSError or
+        coroutine function; None if nothing is to be done. Both raise ConfigurationError, OSError or
         ValueError, with a text that holds no secret, where the content cannot be used. The first
         look reads the files, as they may have changed since the start.
         """
@@ -125,6 +125,10 @@ class WatchedFiles:
             return
         try:
             put_in_effect = await asyncio.to_thread(watch.prepare)
+            if put_in_effect is not None:
+                waiting = put_in_effect()
+                if inspect.isawaitable(waiting):
+                    await waiting
         except (ConfigurationError, OSError, ValueError) as exc:
             self._fail(watch, exc)
             return
@@ -132,10 +136,6 @@ class WatchedFiles:
             logger.exception("bug in reading a file again")
             self._fail(watch, bug)
             return
-        if put_in_effect is not None:
-            waiting = put_in_effect()
-            if inspect.isawaitable(waiting):
-                await waiting
         watch.seen, watch.failing_since, watch.reported = stamps, None, False
 
     def _fail(self, watch: _Watch, fault: Exception) -> None:

@@ -16,7 +16,6 @@ import asyncio
 import errno
 import functools
 import logging
-import ssl
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.request import getproxies, proxy_bypass
@@ -32,6 +31,7 @@ from aioserver.providers.connections import Connections
 from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable, Iterator
 
     from aiohttp.client_reqrep import ConnectionKey
@@ -90,7 +90,8 @@ class Pool:
     Always: `open <= max_connections`; every connection handed out is released or closed by its
     exchange. `close` aborts them all.
 
-    *pending* counts the requests that may soon want a connection, beyond those that wait in the
+    *context* is that of TLS to the provider; None: the system's authorities are trusted. *pending*
+    counts the requests that may soon want a connection, beyond those that wait in the
     pool: as many idle connections are kept for them. A pool that is retired opens connections only
     for the requests that it has, and keeps none.
     """
@@ -101,16 +102,14 @@ class Pool:
         limits: HttpClient,
         *,
         proxy: str | None = None,
-        ca_file: str | None = None,
+        context: ssl.SSLContext | None = None,
         pending: Callable[[], int] = lambda: 0,
         gate: Gate | None = None,
     ) -> None:
         url = URL(base_url)
         loop = asyncio.get_running_loop()
         # True: that of aiohttp, which has loaded the system's certificates when it was imported.
-        context: ssl.SSLContext | bool = True
-        if url.scheme == "https" and ca_file is not None:
-            context = ssl.create_default_context(cafile=ca_file)
+        trust: ssl.SSLContext | bool = True if context is None else context
         self._limits = limits
         self._gate = connection_gate(limits) if gate is None else gate
         # Requests that wait for a place in the gate, or have got one and have not run since. The
@@ -123,7 +122,7 @@ class Pool:
             "POST",
             url,
             loop=loop,
-            ssl=context,
+            ssl=trust,
             proxy=self._proxy,
             # For the CONNECT to a proxy.
             headers={"Host": f"{url.host_subcomponent}:{url.port}"},
@@ -145,7 +144,7 @@ class Pool:
             # Set, since aiohttp would use aiodns where that is installed, which resolves
             # differently.
             resolver=aiohttp.ThreadedResolver(),
-            ssl=context,
+            ssl=trust,
         )
         self._address = f"{url.host}:{url.port}"
         # Whether requests go to a plain HTTP proxy: their target is then an absolute URL.

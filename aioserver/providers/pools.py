@@ -14,19 +14,25 @@ from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from aioserver.config.certificates import CertificateFault, client_context
 from aioserver.config.faults import ConfigurationError
 from aioserver.providers.http1 import RequestWriter
 from aioserver.providers.pool import UNBOUNDED, Pool, PoolStats, connection_gate
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable, Iterator
 
     from aioserver.config import settings
+    from aioserver.config.x509 import Certificate
     from aioserver.providers.connections import Receiver
 
 # The settings of a provider, and of its `http_client`, that a pool or its requests' heads depend
 # on.
-PROVIDER_SETTINGS = ("api_key", "headers", "proxy", "ca_file")
+PROVIDER_SETTINGS = (
+    *("api_key", "headers", "proxy", "ca_file"),
+    *("client_cert_file", "client_key_file"),
+)
 CLIENT_SETTINGS = (
     "max_connections",
     "max_keepalive",
@@ -39,7 +45,8 @@ CLIENT_SETTINGS = (
 class Pools:
     """The pools to one provider.
 
-    Always: `pool` and `writer` fit the settings applied last; each other pool has a task, which
+    Always: `pool` and `writer` fit the settings applied last, and `certificates` are what `pool`
+    presents to the provider; each other pool has a task, which
     closes it when its last request has ended. `close` closes all of them.
 
     *pending* counts the requests that may soon want a connection; see `Pool`. *hop*: see
@@ -60,7 +67,7 @@ class Pools:
         self._pending = pending
         self.gate = connection_gate(settings.http_client)
         self._retired: dict[Pool, asyncio.Task[None]] = {}
-        self.pool, self.writer = self._build(settings, base_url)
+        self.pool, self.writer, self.certificates = self._build(settings, base_url)
 
     def prepare(self, settings: settings.Provider, base_url: str) -> Callable[[], None]:
         """Return the function that puts *settings* into effect.
@@ -68,7 +75,7 @@ class Pools:
         Nothing changes until it is called.
 
         Raises:
-            ConfigurationError: `ca_file` cannot be read, or holds no certificate.
+            ConfigurationError: `ca_file` or a client certificate cannot be used.
         """
         replacement = None
         if self._needs_replacement(settings, base_url):
@@ -80,7 +87,7 @@ class Pools:
                 self.writer.apply(settings)
                 return
             old = self.pool
-            self.pool, self.writer = replacement
+            self.pool, self.writer, self.certificates = replacement
             self.gate.apply(
                 settings.http_client.max_connections,
                 queue_size=UNBOUNDED,
@@ -92,6 +99,14 @@ class Pools:
             task.add_done_callback(lambda _task: self._retired.pop(old))
 
         return apply
+
+    def renew(self) -> None:
+        """Build another pool for the same settings: its files have changed.
+
+        Raises:
+            ConfigurationError: as `prepare`.
+        """
+        self.prepare(self._settings, self.base_url)()
 
     def stats(self) -> PoolStats:
         """Return a snapshot of all pools together."""
@@ -133,26 +148,35 @@ class Pools:
         return (
             base_url != self.base_url
             or settings.ca_file is not None
+            or settings.client_cert_file is not None
             or any(getattr(settings, name) != getattr(old, name) for name in PROVIDER_SETTINGS)
             or any(getattr(client, name) != getattr(old_client, name) for name in CLIENT_SETTINGS)
         )
 
-    def _build(self, settings: settings.Provider, base_url: str) -> tuple[Pool, RequestWriter]:
+    def _build(
+        self, settings: settings.Provider, base_url: str
+    ) -> tuple[Pool, RequestWriter, list[Certificate]]:
+        context: ssl.SSLContext | None = None
+        presented: list[Certificate] = []
+        name, files = settings.name, (settings.ca_file, settings.client_cert_file)
         try:
-            pool = Pool(
-                base_url,
-                settings.http_client,
-                proxy=settings.proxy,
-                ca_file=settings.ca_file,
-                pending=self._pending,
-                gate=self.gate,
-            )
+            if base_url.startswith("https:") and files != (None, None):
+                context, presented = client_context(*files, settings.client_key_file)
+        except CertificateFault as exc:
+            fault = f"llm.providers.{name}.client_{exc.setting}: {exc}"
+            raise ConfigurationError([fault]) from exc
         except OSError as exc:
             # ssl.SSLError is an OSError, too.
-            fault = (
-                f"llm.providers.{settings.name}.ca_file: {settings.ca_file} holds no certificates"
-            )
+            fault = f"llm.providers.{name}.ca_file: {settings.ca_file} holds no certificates"
             raise ConfigurationError([fault]) from exc
+        pool = Pool(
+            base_url,
+            settings.http_client,
+            proxy=settings.proxy,
+            context=context,
+            pending=self._pending,
+            gate=self.gate,
+        )
         writer = RequestWriter(
             settings,
             base_url,
@@ -160,4 +184,4 @@ class Pools:
             proxy_headers=pool.proxy_headers(),
             hop=self._hop,
         )
-        return pool, writer
+        return pool, writer, presented

@@ -12,6 +12,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Protocol
 
+from aioserver.config.certificates import CertificateFault, read_pair
 from aioserver.config.faults import ConfigurationError
 from aioserver.limits.estimate import Estimates
 from aioserver.providers.health import ALONE
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from aioserver.config import settings
+    from aioserver.config.watched_files import WatchedFiles
     from aioserver.providers.health import ProviderObserver
     from aioserver.providers.queueing import GateFactory
     from aioserver.streams.lifetime import Lifetime
@@ -137,6 +139,47 @@ class ProviderRegistry:
         self._providers = providers
         for provider in changed:
             _log_limits(provider)
+
+    def watch(self, watched: WatchedFiles) -> None:
+        """Let changed files of the certificates that providers are shown come in effect."""
+        watched.add("certificate", self._certificate_files, self._read_certificates)
+
+    def _certificate_files(self) -> list[str]:
+        return [
+            file
+            for provider in self._providers.values()
+            for file in (provider.settings.client_cert_file, provider.settings.client_key_file)
+            if file is not None
+        ]
+
+    def _read_certificates(self) -> Callable[[], None] | None:
+        """Return what builds new pools for the providers whose certificates have changed.
+
+        One that cannot be used keeps no other back.
+        """
+        changed, faults = [], []
+        for provider in tuple(self._providers.values()):
+            entry = provider.settings
+            if entry.client_cert_file is None or not provider.pools.certificates:
+                continue
+            try:
+                chain = read_pair(entry.client_cert_file, entry.client_key_file)
+            except CertificateFault as fault:
+                faults.append(f"provider {entry.name}: {fault}")
+            else:
+                if chain != provider.pools.certificates:
+                    changed.append(provider)
+        if faults and not changed:
+            raise ConfigurationError(faults)
+
+        def apply() -> None:
+            for provider in changed:
+                provider.pools.renew()
+                logger.info("provider %s: another client certificate", provider.name)
+            if faults:
+                raise ConfigurationError(faults)
+
+        return apply if changed else None
 
     async def close(self) -> None:
         """Close every provider."""

@@ -48,6 +48,7 @@ from aioserver.monitoring.usage import UsageSection
 from aioserver.providers.health import ALONE
 from aioserver.providers.queueing import ProviderGate
 from aioserver.providers.registry import ProviderRegistry
+from aioserver.server.certificates import ListenerTls, TlsSection, open_tls
 from aioserver.server.middleware import make_middleware
 from aioserver.server.wings import WINGS, faults
 from aioserver.streams.lifetime import Lifetime
@@ -85,7 +86,8 @@ ROUTES_OF_A_LINE = 20
 class Server:
     """A running server. Its faces may use what is in *context*; only server/ needs the rest.
 
-    *listening*: the sockets on which it listens; the runner fills the list. *sharing*: what it
+    *listening*: the sockets on which it listens; the runner fills the list. *tls*: what they
+    speak; None if they are plain. *sharing*: what it
     shares with other instances; None if it is the only one.
     """
 
@@ -95,6 +97,7 @@ class Server:
     provider_registry: ProviderRegistry
     streams: StreamStore
     watched: WatchedFiles
+    tls: ListenerTls | None
     wings: Sequence[Wing]
     sharing: Sharing | None
     lag: LoopLag
@@ -176,6 +179,10 @@ async def open_server(
         usage.sweep_in(loop)
         watched = WatchedFiles(report)
         stack.push_async_callback(watched.close)
+        tls = open_tls(current, metrics)
+        if tls is not None:
+            stack.callback(tls.close)
+            tls.watch(watched)
         core = Core(
             settings=settings,
             metrics=metrics,
@@ -219,6 +226,7 @@ async def open_server(
             hop,
         )
         stack.push_async_callback(provider_registry.close)
+        provider_registry.watch(watched)
         await provider_registry.prepare(llm)
         provider_registry.apply(llm, max_response_bytes=chat.streams.max_response_bytes)
         hooks = next((wing.hooks for wing in plugged if wing.hooks is not None), None)
@@ -257,6 +265,7 @@ async def open_server(
             keys=lambda: key_states(access.keys, metrics.usage),
             sections=[
                 UsageSection(usage),
+                TlsSection(tls, metrics.handshakes),
                 *(section for wing in plugged for section in wing.sections()),
             ],
             endpoints={face: path for wing in plugged for face, path in wing.endpoints.items()},
@@ -306,6 +315,7 @@ async def open_server(
                 provider_registry=provider_registry,
                 streams=lifetime.store,
                 watched=watched,
+                tls=tls,
                 sharing=sharing,
                 wings=plugged,
                 lag=lag,

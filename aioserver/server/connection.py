@@ -223,6 +223,12 @@ class ConnectionServer(web.Server):
         connection.last = self._draining
         return connection
 
+    def handshake_begins(self) -> None:
+        """Be told of a connection that is made once its TLS handshake is done."""
+
+    def handshake_ends(self) -> None:
+        """Be told that the handshake of a connection has ended, however."""
+
     def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
         """Forget a connection that is gone."""
         super().connection_lost(handler, exc)

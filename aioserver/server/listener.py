@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import web
 
+from aioserver.server.connection import ConnectionServer
 from aioserver.telemetry.kernel import accept_queue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from aioserver.config.settings import WebSocket
-    from aioserver.server.connection import ConnectionServer
+    from aioserver.server.tls import Handshakes
 
 logger = logging.getLogger("aioserver.listener")
 
@@ -62,13 +63,24 @@ class ListeningSocket(socket.socket):
 class Site(web.SockSite):
     """A site on a TCP socket, or on a UNIX socket whose file is not removed at the end.
 
+    *handshakes*: those of TLS, which TCP sockets speak then; None: all are plain.
+
     Always: each connection that it has accepted becomes one of the runner's.
     """
 
     _sock: ListeningSocket
 
-    def __init__(self, runner: web.AppRunner, sock: ListeningSocket, *, backlog: int) -> None:
+    def __init__(
+        self,
+        runner: web.AppRunner,
+        sock: ListeningSocket,
+        *,
+        backlog: int,
+        handshakes: Handshakes | None = None,
+    ) -> None:
         super().__init__(runner, sock, backlog=backlog)
+        # The permissions of its file guard a UNIX socket.
+        self._handshakes = handshakes if sock.family != socket.AF_UNIX else None
         # How many connections were made of those that the socket has accepted.
         self._made = 0
 
@@ -108,16 +120,26 @@ class Site(web.SockSite):
 
     def _make(self) -> asyncio.Protocol:
         self._made += 1
-        assert self._runner.server is not None
-        return self._runner.server()
+        server = self._runner.server
+        assert server is not None
+        if self._handshakes is None:
+            return server()
+        assert isinstance(server, ConnectionServer)
+        return self._handshakes.make(server)
 
 
 class Balance(Protocol):
     """Decides when this process accepts connections, where several do."""
 
-    async def accept_on(self, runner: web.AppRunner, sock: ListeningSocket, backlog: int) -> None:
+    async def accept_on(
+        self,
+        runner: web.AppRunner,
+        sock: ListeningSocket,
+        backlog: int,
+        handshakes: Handshakes | None,
+    ) -> None:
         """Accept for *runner* what comes on *sock*, which listens already, and close it at the
-        end.
+        end; *handshakes*: see `Site`.
         """
 
     def server(self, *args: Any, **kwargs: Any) -> ConnectionServer:
@@ -145,11 +167,12 @@ class Listening:
     backlog: int
     queue_limit: int | None
     sock: socket.socket = field(repr=False, compare=False)
+    scheme: str = "http"
 
     @property
     def url(self) -> str:
         """The address for a browser."""
-        return url_of(self.host, self.port)
+        return url_of(self.host, self.port, self.scheme)
 
 
 async def listen(
@@ -158,13 +181,14 @@ async def listen(
     *,
     inherited: Sequence[socket.socket] = (),
     balance: Balance | None = None,
+    handshakes: Handshakes | None = None,
 ) -> list[Listening]:
     """Listen on every address of the configured host, with the configured backlog.
 
     *inherited*: sockets that are bound and listen already. If there are any, host and port are
     not used; connections that wait in them are answered, and the sockets are closed at the end.
 
-    *balance* decides when this process accepts; the sockets listen already then, and other
+    *handshakes*: those of TLS, which TCP sockets speak then. *balance* decides when this process accepts; the sockets listen already then, and other
     processes accept as well.
 
     What the kernel keeps for a client that reads nothing is bounded (`TCP_NOTSENT_LOWAT`, which
@@ -187,13 +211,15 @@ async def listen(
         limit_kernel(sock)
         sock.setblocking(False)
         if balance is not None:
-            await balance.accept_on(runner, sock, backlog)
+            await balance.accept_on(runner, sock, backlog, handshakes)
         else:
             for watched in (sock, *(sock.dup() for _ in range(watchers(loop) - 1))):
-                await Site(runner, watched, backlog=backlog).start()
+                await Site(runner, watched, backlog=backlog, handshakes=handshakes).start()
         host, port = address_of(sock)
         queue = accept_queue(sock)
-        listening.append(Listening(host, port, backlog, queue.limit if queue else None, sock))
+        scheme = "http" if handshakes is None else "https"
+        limit = queue.limit if queue else None
+        listening.append(Listening(host, port, backlog, limit, sock, scheme))
     _log(listening)
     return listening
 
@@ -277,11 +303,11 @@ def address_of(sock: socket.socket) -> tuple[str, int]:
     return name, 0
 
 
-def url_of(host: str, port: int) -> str:
+def url_of(host: str, port: int, scheme: str = "http") -> str:
     """Return the address for a browser of a listening socket that `address_of` names."""
     if not port:
         return f"unix:{host}"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _log(listening: Sequence[Listening]) -> None:

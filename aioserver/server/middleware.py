@@ -207,7 +207,8 @@ def make_middleware(
     def preflight(request: web.Request) -> web.Response:
         """Answer a CORS preflight; a browser takes the missing `Allow-Origin` for a refusal."""
         origin = request.headers.get("Origin")
-        if origin is not None and not origins.allows(origin, request.headers.get("Host")):
+        host = request.headers.get("Host")
+        if origin is not None and not origins.allows(origin, host, secure=request.secure):
             log_refusal(request, OriginNotAllowed("a preflight of a page that may not connect"))
         return _preflight(request)
 
@@ -222,7 +223,7 @@ def make_middleware(
         headers["Server"] = SERVER
         headers["x-request-id"] = request_id(request)
         if "Origin" in request.headers:
-            headers.update(origins.cors(request.headers))
+            headers.update(origins.cors(request.headers, secure=request.secure))
             # By name: with credentials, CORS takes "*" for a header of that name.
             passed = (name.lower() for name in headers if name.lower().startswith(VISIBLE_HEADERS))
             names = dict.fromkeys((*EXPOSED, *passed))

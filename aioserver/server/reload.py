@@ -41,10 +41,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.reload")
 
+TLS = "chat.websocket.tls"
 # Sockets, routes, processes and files that are made once.
 ONLY_BY_RESTART = (
     "chat.websocket.host",
     "chat.websocket.port",
+    # Whether there is one: what is in it may change.
+    TLS,
     "chat.websocket.endpoint",
     "chat.websocket.concurrency.uvicorn.backlog",
     "chat.websocket.concurrency.uvicorn.workers",
@@ -286,7 +289,13 @@ def only_by_restart(
     settings: Settings, began: Settings, keys: Sequence[str] = ONLY_BY_RESTART
 ) -> Iterator[str]:
     """Yield those of *keys* that differ from the settings with which the server *began*."""
-    return (key for key in keys if attrgetter(key)(settings) != attrgetter(key)(began))
+    return (key for key in keys if _fixed(settings, key) != _fixed(began, key))
+
+
+def _fixed(settings: Settings, key: str) -> object:
+    """Return that of the setting *key* which only a restart changes."""
+    value: object = attrgetter(key)(settings)
+    return value is not None if key == TLS else value
 
 
 def _raise_file_limit(settings: Settings) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ LINGERING = 1.0
 # Seconds beside LAST_CALL in which the requests are served that a connection's last call has
 # brought.
 LAST_REQUESTS = 0.3
-# Seconds between two looks at the queues of a process that hands over.
+# Seconds between two looks at the queues, and the handshakes, of a process that hands over.
 LOOK = 0.05
 
 
@@ -157,6 +157,7 @@ class Runner(web.AppRunner):
             chat.websocket,
             inherited=inherited,
             balance=balance,
+            handshakes=None if self._owner.tls is None else self._owner.tls.handshakes,
         )
         self._owner.listening.extend(entry.sock for entry in listening)
         if balance is not None:
@@ -203,10 +204,14 @@ class Runner(web.AppRunner):
         await self._stop_accepting()
         # A connection that is accepted in this iteration of the event loop is known after it.
         await asyncio.sleep(0)
+        tls = self._owner.tls
+        if hand_over and tls is not None:
+            # Each is a connection then, whose client has still to bring its request.
+            grace -= await _until(lambda: not tls.handshakes, grace / 2)
         connections.drain(silent=hand_over)
         if hand_over:
             await asyncio.sleep(LAST_CALL + LAST_REQUESTS)
-            grace -= await self._queues_empty(grace / 2)
+            grace -= await _until(lambda: not self._owner.waiting, grace / 2)
         self._owner.drain()
         began = asyncio.get_running_loop().time()
         await connections.wait_closed(grace)
@@ -214,15 +219,8 @@ class Runner(web.AppRunner):
         await context.gateway.finish_background(grace)
         await context.gateway.close()
         await connections.disconnect(FAREWELL)
-
-    async def _queues_empty(self, most: float) -> float:
-        """Wait until nothing waits for a place, for *most* seconds. Return how long that took."""
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        # No queue says when it is empty, and this happens once in the life of a process.
-        while self._owner.waiting and loop.time() - began < most:  # noqa: ASYNC110
-            await asyncio.sleep(LOOK)
-        return loop.time() - began
+        if tls is not None:
+            tls.close()
 
     async def cleanup(self) -> None:
         """Release everything; call `end` before."""
@@ -255,6 +253,16 @@ class Runner(web.AppRunner):
             handler_cancellation=plain.handler_cancellation,
             **plain._kwargs,  # noqa: SLF001 - see the head of this file
         )
+
+
+async def _until(empty: Callable[[], bool], most: float) -> float:
+    """Wait until *empty*, for *most* seconds. Return how long that took."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    # No queue says when it is empty, and this happens once in the life of a process.
+    while not empty() and loop.time() - began < most:  # noqa: ASYNC110
+        await asyncio.sleep(LOOK)
+    return loop.time() - began
 
 
 def _options(settings: WebSocket) -> dict[str, Any]:

@@ -55,6 +55,10 @@ OUTCOMES = (
     CANCELLED,
     "internal_error",
 )
+# What becomes of a TLS handshake. `plain`: a request that does not speak TLS.
+DONE, RESUMED, FAILED, TIMED_OUT, DISPLACED, PLAIN = HANDSHAKES = (
+    *("done", "resumed", "failed", "timeout", "displaced", "plain"),
+)
 ATTEMPTS = (
     *("ok", "connect_error", "timeout", "http_429", "http_4xx", "http_5xx", "tls"),
     *("loop", "disconnected", "stale", "bad_response", "cancelled"),
@@ -224,6 +228,7 @@ class Metrics:
         self.bad_requests = _counters_for("client_error")
         self.auth_failures = {reason: Counter() for reason in DENIED_REASONS}
         self.resumes = {outcome: Counter() for outcome in ("ok", "gap", "not_found")}
+        self.handshakes = {outcome: Counter() for outcome in HANDSHAKES}
         self.reloads = {outcome: Counter() for outcome in ("applied", "invalid", "failed")}
         # Limits the log lines about refused requests, by error code: thousands a second may be
         # refused.
@@ -509,6 +514,7 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
     Row(
         "auth_failures", lambda m: m.auth_failures, "Requests that were denied access", ("reason",)
     ),
+    Row("tls_handshakes", lambda m: m.handshakes, "TLS handshakes of clients", ("outcome",)),
     Row("reloads", lambda m: m.reloads, "Reloads of the configuration", ("outcome",)),
     Row("errors", lambda m: m.bugs, "Bugs in the server; the log has a traceback of each"),
     Row("log_lines_dropped", lambda _: logs.dropped(), "Log lines that could not be written"),

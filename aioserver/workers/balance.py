@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from aiohttp import web
     from aiohttp.web_protocol import RequestHandler
 
+    from aioserver.server.tls import Handshakes
     from aioserver.workers.loads import Loads
 
 logger = logging.getLogger("aioserver.balance")
@@ -82,7 +83,7 @@ class Balance:
         self._due = 0.0
         self._waiting: Callable[[], int] = lambda: 0
         self._sites: list[Site] = []
-        self._sockets: list[tuple[web.AppRunner, ListeningSocket, int]] = []
+        self._sockets: list[tuple[web.AppRunner, ListeningSocket, int, Handshakes | None]] = []
         # The wanted state; the task makes it so.
         self._accepts = True
         self._ended = False
@@ -103,14 +104,22 @@ class Balance:
         """
         return not self._ended and not self._failing
 
-    async def accept_on(self, runner: web.AppRunner, sock: ListeningSocket, backlog: int) -> None:
+    async def accept_on(
+        self,
+        runner: web.AppRunner,
+        sock: ListeningSocket,
+        backlog: int,
+        handshakes: Handshakes | None = None,
+    ) -> None:
         """Accept for *runner* what comes on *sock*, which listens already; `end` closes it.
+
+        *handshakes*: see `Site`.
 
         Raises:
             OSError: no copy of the socket can be made.
         """
-        self._sockets.append((runner, sock, backlog))
-        await self._open(runner, sock, backlog)
+        self._sockets.append((runner, sock, backlog, handshakes))
+        await self._open(runner, sock, backlog, handshakes)
 
     def server(self, *args: Any, **kwargs: Any) -> ConnectionServer:
         """Return a server whose connections are counted here."""
@@ -193,7 +202,7 @@ class Balance:
         if self._switching is not None:
             await self._switching
         await self._close()
-        for _runner, sock, _backlog in self._sockets:
+        for _runner, sock, _backlog, _handshakes in self._sockets:
             sock.close()
 
     def _bound(self, share: float, beyond: int) -> float:
@@ -226,13 +235,20 @@ class Balance:
         finally:
             self._switching = None
 
-    async def _open(self, runner: web.AppRunner, sock: ListeningSocket, backlog: int) -> None:
+    async def _open(
+        self,
+        runner: web.AppRunner,
+        sock: ListeningSocket,
+        backlog: int,
+        handshakes: Handshakes | None,
+    ) -> None:
         count = watchers(asyncio.get_running_loop())
         for _ in range(count):
             copy = SharedSocket(sock.family, sock.type, sock.proto, fileno=sock.dup().detach())
             copy.setblocking(False)
             # libuv accepts one for each copy and turn, and passes its backlog on to the kernel.
-            site = Site(runner, copy, backlog=AT_ONCE if count == 1 else backlog)
+            at_once = AT_ONCE if count == 1 else backlog
+            site = Site(runner, copy, backlog=at_once, handshakes=handshakes)
             self._sites.append(site)
             await site.start()
 
@@ -252,6 +268,14 @@ class _CountingServer(ConnectionServer):
         """Count a connection."""
         super().connection_made(handler, transport)
         self._balance.made()
+
+    def handshake_begins(self) -> None:
+        """Count a connection that is to be made."""
+        self._balance.made()
+
+    def handshake_ends(self) -> None:
+        """Count it no more: it has ended, or is made now."""
+        self._balance.lost()
 
     def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
         """Count a connection that has ended."""

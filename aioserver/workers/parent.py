@@ -145,7 +145,7 @@ class Parent:
             self._sockets = listener.bind(settings.host, settings.port, infos)
             for sock in self._sockets:
                 sock.listen(settings.concurrency.uvicorn.backlog)
-        self._url = listener.url_of(*listener.address_of(self._sockets[0]))
+        self._url = listener.url_of(*listener.address_of(self._sockets[0]), settings.scheme)
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT, after `listen`. Return the exit code."""

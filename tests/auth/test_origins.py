@@ -11,9 +11,12 @@ from tests.support.chat import until_status
 from tests.support.keys import bearer, code_of, keys_of
 from tests.support.raw import Raw
 from tests.support.server import ENDLESS
+from tests.support.tls import TLS, pair
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.support.server import MakeServer, RunningServer
 
 SAFE = {"GET", "HEAD", "OPTIONS", "TRACE"}
@@ -111,3 +114,36 @@ async def test_a_handshake_of_a_foreign_page_is_refused_before_its_key(
             assert (await raw.upgrade(f"Origin: {origin}")).status == 403
     async with Raw(server) as raw:
         assert (await raw.upgrade(f"Origin: {WEB_PAGE}")).status == 401
+
+
+async def test_page_that_came_in_plain_text_is_none_of_ours_over_tls(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    """Somebody on the way may have written it: the same host and port are not enough."""
+    server = await make_server(**PAGES, **keys_of("web"), **{TLS: pair(tmp_path)})
+    plain = server.base.replace("https://", "http://")
+    table = [("DELETE", "/session"), ("POST", "/v1/chat/completions")]
+
+    for method, path in table:
+        key = bearer("web")
+        refused = await status_of(server, method, path, {"Origin": plain, **key})
+        assert refused == (403, "origin_not_allowed")
+        for origin in (server.base, server.base.upper().replace("HTTPS", "https"), WEB_PAGE):
+            assert (await status_of(server, method, path, {"Origin": origin, **key}))[0] != 403
+    async with server.session.get(server.base + "/health", headers={"Origin": plain}) as response:
+        assert "Access-Control-Allow-Origin" not in response.headers
+
+
+async def test_cookie_is_for_tls_alone_where_it_was_given_over_tls(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    server = await make_server(**keys_of("web"), **{TLS: pair(tmp_path)})
+
+    async with server.session.post(server.base + "/session", headers=bearer("web")) as response:
+        assert response.cookies["aioserver_session"]["secure"] is True
+        cookie = {"Cookie": f"aioserver_session={response.cookies['aioserver_session'].value}"}
+
+    for origin, status in ((server.base, 200), (server.base.replace("https", "http"), 403)):
+        headers = {"Origin": origin, **cookie}
+        async with server.session.get(server.v1 + "/models", headers=headers) as response:
+            assert response.status == status

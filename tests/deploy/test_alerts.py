@@ -93,6 +93,11 @@ CASES = {
         WHERE,
         "5000",
     ),
+    "AioserverCertificateExpires": Case(
+        {'aioserver_tls_certificate_expires_seconds{instance="a:1"}': "1000000x30"},
+        {'aioserver_tls_certificate_expires_seconds{instance="a:1"}': "2000000x30"},
+        WHERE,
+    ),
     "AioserverGroupOut": Case(
         {
             'aioserver_provider_trouble{instance="a:1",provider="p"}': "4x30",

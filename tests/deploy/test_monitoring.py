@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from aioserver.monitoring.prometheus import TROUBLES
 from tests.support.server import provider_entry
+from tests.support.tls import TLS, pair
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,11 +66,12 @@ def parts(node: Any) -> Iterator[Any]:
         yield from parts(inner)
 
 
-async def exposed(make_server: MakeServer) -> dict[str, dict[str, set[str]]]:
+async def exposed(make_server: MakeServer, folder: Path) -> dict[str, dict[str, set[str]]]:
     """The labels of each sample of `/metrics`, and the values of each label."""
     other = provider_entry("http://127.0.0.1:9/v1")
     group = {"members": ["sim", "other"], "choose": "least_busy", "affinity": "prefix"}
-    server = await make_server(**{"llm.providers.other": other, "llm.models": {"pair": group}})
+    changes = {"llm.providers.other": other, "llm.models": {"pair": group}, TLS: pair(folder)}
+    server = await make_server(**changes)
     async with server.session.get(f"{server.base}/metrics") as response:
         text = await response.text()
     samples: dict[str, dict[str, set[str]]] = {}
@@ -81,8 +83,10 @@ async def exposed(make_server: MakeServer) -> dict[str, dict[str, set[str]]]:
     return samples
 
 
-async def test_each_metric_label_and_value_is_there(make_server: MakeServer) -> None:
-    samples = await exposed(make_server)
+async def test_each_metric_label_and_value_is_there(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    samples = await exposed(make_server, tmp_path)
     named = 0
     for place, expression in EXPRESSIONS:
         labels: set[str] = set()
@@ -161,8 +165,10 @@ def test_every_panel_asks_the_source_that_was_chosen() -> None:
             assert '{instance=~"$instance"' in target["expr"], panel["title"]
 
 
-async def test_the_variables_ask_for_metrics_that_are_there(make_server: MakeServer) -> None:
-    samples = await exposed(make_server)
+async def test_the_variables_ask_for_metrics_that_are_there(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    samples = await exposed(make_server, tmp_path)
     queries = [
         variable["definition"]
         for variable in GRAFANA["templating"]["list"]

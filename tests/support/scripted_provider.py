@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import socket
+import ssl
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
@@ -263,7 +264,8 @@ async def pooled(
     base_url: str, *, ca_file: str | None = None, **limits: Any
 ) -> AsyncIterator[Pool]:
     """A pool, closed at the end of the block, when no connection may be in use any more."""
-    pool = Pool(base_url, dataclasses.replace(LIMITS, **limits), ca_file=ca_file)
+    context = None if ca_file is None else ssl.create_default_context(cafile=ca_file)
+    pool = Pool(base_url, dataclasses.replace(LIMITS, **limits), context=context)
     try:
         yield pool
         assert pool.stats().open == pool.stats().idle, "a connection was not given back"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import ssl
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -313,8 +314,8 @@ async def running(
             await runner.setup()
             try:
                 listening = await runner.listen(inherited)
-                base = f"http://127.0.0.1:{listening[0].port}"
-                async with aiohttp.ClientSession() as session:
+                base = f"{listening[0].scheme}://127.0.0.1:{listening[0].port}"
+                async with aiohttp.ClientSession(connector=_connector(changes or {})) as session:
                     reload = Reload(owners, runner, configuration, {})
                     server = RunningServer(
                         owners, runner, base, simulator, session, reload, changes or {}
@@ -326,6 +327,17 @@ async def running(
                 await runner.cleanup()
                 # It keeps each application alive.
                 web_app._cached_build_middleware.cache_clear()
+
+
+def _connector(changes: dict[str, Any]) -> aiohttp.TCPConnector:
+    """What connects to a server with *changes*: over TLS, it trusts the `ca.pem` beside its
+    certificate.
+    """
+    tls = changes.get("chat.websocket.tls")
+    if tls is None:
+        return aiohttp.TCPConnector()
+    authority = Path(tls["cert_file"]).with_name("ca.pem")
+    return aiohttp.TCPConnector(ssl=ssl.create_default_context(cafile=authority))
 
 
 @contextlib.asynccontextmanager

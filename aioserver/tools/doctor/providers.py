@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import ssl
 import time
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from yarl import URL
 
+from aioserver.config.certificates import client_context
 from aioserver.config.llm import INSTRUCT, NO_CONTINUATION, PREFIXED
 from aioserver.config.watched_files import WatchedFiles
 from aioserver.faces.wing import Core, Wing
@@ -53,6 +53,8 @@ from aioserver.tools.doctor.groups import examine_groups, models_of, models_requ
 from aioserver.tools.doctor.network import Peer, Steps
 
 if TYPE_CHECKING:
+    import ssl
+
     from aioserver.config import settings
     from aioserver.config.settings import Settings
     from aioserver.gateway.probe import Probe
@@ -165,7 +167,8 @@ async def _reach(
     context: ssl.SSLContext | None = None
     if url.scheme == "https":
         # A proxy is trusted as aiohttp does it, by the certificates of the system.
-        context = ssl.create_default_context(cafile=None if proxy else settings.ca_file)
+        files = (settings.ca_file, settings.client_cert_file, settings.client_key_file)
+        context, _ = client_context(*((None, None, None) if proxy else files))
     peer = Peer(url.host or "", url.port or 0, context, settings.http_client.connect_timeout)
     return await Steps(report, subject, peer, problem).take() is not None
 

@@ -1,0 +1,198 @@
+"""The TLS of the listener: its certificate, which may be renewed while it serves, its handshakes,
+and what operators see of both.
+
+A renewed certificate is loaded into a context of its own, which connections have that are accepted
+from then on: a context in use could only be added to, so that an authority which was taken away
+would still be trusted.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, TypedDict
+
+from aioserver.config.certificates import (
+    CertificateFault,
+    day,
+    ends_soon,
+    first_end,
+    load_authorities,
+    load_pair,
+)
+from aioserver.config.faults import ConfigurationError
+from aioserver.monitoring.section import Gauge, Section, SectionTrouble
+from aioserver.monitoring.state import COUNTS, EARLIEST, SUM
+from aioserver.server.tls import Handshakes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from aioserver.config.settings import Tls
+    from aioserver.config.watched_files import WatchedFiles
+    from aioserver.config.x509 import Certificate
+    from aioserver.faces.context import CurrentSettings
+    from aioserver.telemetry.counters import Counter
+    from aioserver.telemetry.metrics import Metrics
+
+logger = logging.getLogger("aioserver.tls")
+
+# The kind of incidents.
+KIND = "certificate"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What was loaded of the files: *context*, made of the certificate of *chain*, with its
+    intermediates, and of *authorities*. *at*: when, in seconds since 1970.
+    """
+
+    context: ssl.SSLContext
+    chain: list[Certificate]
+    authorities: list[Certificate]
+    at: float
+
+    @property
+    def expires(self) -> int:
+        """The end of the first of the certificates to expire."""
+        return first_end(self.chain)
+
+    def same(self, other: Loaded) -> bool:
+        """Return whether *other* has the same certificates."""
+        return self.chain == other.chain and self.authorities == other.authorities
+
+
+def load(settings: Tls) -> Loaded:
+    """Return what the files of *settings* hold. It blocks.
+
+    Raises:
+        CertificateFault: a file cannot be used.
+    """
+    # TLS 1.2 is the oldest; no compression.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+    context.set_alpn_protocols(["http/1.1"])
+    authorities = []
+    chain = load_pair(context, settings.cert_file, settings.key_file)
+    if settings.client_ca_file is not None:
+        authorities = load_authorities(context, settings.client_ca_file)
+        context.verify_mode = ssl.CERT_REQUIRED
+        # An authority in the file counts, whoever has signed it.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        # A session that is resumed shows no certificate.
+        context.options |= ssl.OP_NO_TICKET
+        context.num_tickets = 0
+    return Loaded(context, chain, authorities, time.time())
+
+
+class ListenerTls:
+    """The TLS of the listener.
+
+    Always: `loaded` is of a pair that matches. *current* returns the settings in effect; turned
+    off, TLS stays until a restart.
+
+    Raises:
+        CertificateFault: a file cannot be used, when it is made.
+    """
+
+    def __init__(
+        self, settings: Tls, current: Callable[[], Tls | None], outcomes: Mapping[str, Counter]
+    ) -> None:
+        self._settings, self._current = settings, current
+        self.loaded = load(settings)
+        self.handshakes = Handshakes(self.loaded.context, outcomes)
+
+    def close(self) -> None:
+        """End the handshakes that are not finished."""
+        self.handshakes.close()
+
+    def watch(self, watched: WatchedFiles) -> None:
+        """Let changes of the files come in effect by *watched*."""
+        watched.add(KIND, lambda: self._in_effect().files, self._prepare)
+
+    def _in_effect(self) -> Tls:
+        return self._current() or self._settings
+
+    def _prepare(self) -> Callable[[], None] | None:
+        loaded = load(self._in_effect())
+        return None if loaded.same(self.loaded) else lambda: self._use(loaded)
+
+    def _use(self, loaded: Loaded) -> None:
+        self.loaded = loaded
+        self.handshakes.context = loaded.context
+        logger.info("tls: a certificate in effect until %s", day(loaded.expires))
+
+
+def open_tls(current: CurrentSettings, metrics: Metrics) -> ListenerTls | None:
+    """Return the TLS of the listener; None if the settings in effect have none.
+
+    Raises:
+        ConfigurationError: a file has changed since the configuration was read, and cannot be used.
+    """
+    settings = current.chat.websocket.tls
+    if settings is None:
+        return None
+    try:
+        return ListenerTls(settings, lambda: current.chat.websocket.tls, metrics.handshakes)
+    except CertificateFault as fault:
+        raise ConfigurationError([f"chat.websocket.tls.{fault.setting}: {fault}"]) from None
+
+
+class TlsState(TypedDict):
+    """The TLS of the listener: when its certificate expires and was loaded, in seconds since 1970,
+    handshakes that are not finished, and what has become of the others.
+    """
+
+    expires: Annotated[float | None, EARLIEST]
+    loaded: Annotated[float | None, EARLIEST]
+    unfinished: Annotated[int, SUM]
+    outcomes: Annotated[dict[str, int], COUNTS]
+
+
+class TlsSection(Section[TlsState]):
+    """What operators see of *tls*, None where the listener is plain; *outcomes* count."""
+
+    key = "tls"
+    shape = TlsState
+    gauges = (
+        Gauge(
+            "tls_certificate_expires_seconds",
+            lambda state: state["expires"],
+            "End of the listener's certificate, in seconds since 1970",
+        ),
+    )
+
+    def __init__(self, tls: ListenerTls | None, outcomes: Mapping[str, Counter]) -> None:
+        self._tls, self._outcomes = tls, outcomes
+
+    def state(self) -> TlsState:
+        """Return the state of the listener's TLS."""
+        tls = self._tls
+        return {
+            "expires": None if tls is None else tls.loaded.expires,
+            "loaded": None if tls is None else round(tls.loaded.at, 3),
+            "unfinished": 0 if tls is None else len(tls.handshakes),
+            "outcomes": {name: int(counter.value) for name, counter in self._outcomes.items()},
+        }
+
+    def trouble(self, state: TlsState) -> SectionTrouble | None:
+        """Return that the certificate expires soon, or has expired."""
+        expires = state["expires"]
+        if expires is None or (text := ends_soon(expires)) is None:
+            return None
+        over = expires <= time.time()
+        return SectionTrouble(
+            f"certificate_{'expired' if over else 'expires'}",
+            "Certificate expired" if over else "Certificate expires soon",
+            text,
+            "New clients refuse to connect" if over else "Clients connect until then",
+            "Renew it: the files of chat.websocket.tls are read again within seconds.",
+        )
+
+    def recovery(self, state: TlsState) -> str:
+        """Return until when the certificate is valid now."""
+        until = "" if state["expires"] is None else f" until {day(state['expires'])}"
+        return f"the certificate is valid again{until}"
