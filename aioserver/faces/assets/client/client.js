@@ -1,7 +1,7 @@
 // A client of aioserver for browsers. docs/client-js.md is its guide, client.d.ts has its types, docs/clients.md is the protocol.
 //     for await (const piece of new Client("https://chat.example.com").chat("Hello")) document.body.append(piece);
 //
-// All questions share one WebSocket or, where a proxy lets none through, have a request of server-sent events each. After a loss
+// All questions share one WebSocket or, where there is none or a proxy lets none through, have a request of server-sent events each. After a loss
 // a question is sent again with its id, or resumed. Always: its caller has got the events 1 to `last` of the answer, each once; and
 // after a loss nothing is sent before the time that the loss allows, whoever was reading then.
 
@@ -60,7 +60,8 @@ export class Client {
     if (/[^\w!#$%&'*+.^`|~-]/.test(options.key ?? "")) throw new TypeError("the key has characters that no key has");
     this.url = new URL(url, globalThis.location?.href).href.replace(/\/+$/, "");
     this.#options = { deadline: 300, before() {}, onstate() {}, ...options };
-    this.#sse = options.transport === "sse";
+    if (options.transport === "websocket" && !globalThis.WebSocket) throw new TypeError("there is no WebSocket here: Node.js 22 has one");
+    this.#sse = options.transport === "sse" || !globalThis.WebSocket;
   }
 
   chat(content, options = {}) {
@@ -80,7 +81,7 @@ export class Client {
     Object.assign(link, { asked: options.lastEventId !== undefined }); // whether it surely was asked
     const events = () => this.#events(link, AbortSignal.any([link.stop.signal, signal ?? link.stop.signal]));
     const pieces = async function* () { for await (const event of events()) if (event.type === "text") yield event.text; };
-    const text = async () => (await Array.fromAsync(pieces())).join("");
+    const text = async (whole = "") => { for await (const piece of pieces()) whole += piece; return whole; };
     const answer = { events, text, cancel: () => link.stop.abort(link), [Symbol.asyncIterator]: pieces };
     return Object.defineProperties(answer, { requestId: { get: () => link.id }, complete: { get: () => link.complete } });
   }
