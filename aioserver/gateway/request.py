@@ -5,9 +5,10 @@ it is known.
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from aioserver.errors import AioserverError
 from aioserver.providers.attempt import Attempt
@@ -27,9 +28,7 @@ if TYPE_CHECKING:
     from aioserver.telemetry.request_log import RequestLog, RequestRecord
 
 
-# Not frozen: that triples the cost of making one.
-@dataclass(slots=True)
-class Route:
+class Route(msgspec.Struct, eq=False):
     """The way of a request: the provider that is asked first, and the model.
 
     *model* None stands for the provider's own. With a *group* its members are asked, of which
@@ -45,9 +44,7 @@ class Route:
     pinned: bool = False
 
 
-# Not frozen, as above.
-@dataclass(slots=True)
-class Request:
+class Request(msgspec.Struct, eq=False):
     """One request of a client for an answer; *face* is the name of the face that it came through.
 
     *name* is the id by which log lines name it. *key* is the id by which the caller finds its

@@ -5,9 +5,10 @@ A request is made once and may be sent several times: each try of it is an `Atte
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Protocol
+
+import msgspec
 
 from aioserver.auth.callers import Caller
 from aioserver.limits.deadline import Deadline
@@ -241,8 +242,7 @@ def _no_body(_provider: settings.Provider, _model: str | None) -> bytes:
     raise AssertionError("the request was sent for the last time")
 
 
-@dataclass(slots=True)
-class Answer:
+class Answer(msgspec.Struct, eq=False):
     """A body that was not streamed.
 
     *outcome* says who has given it, and after how many attempts.

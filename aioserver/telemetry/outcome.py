@@ -4,6 +4,7 @@ answer and its error refer.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -86,6 +87,7 @@ class Continued(NamedTuple):
         return b": seam %b\n\n" % told.encode()
 
 
+@dataclass(slots=True, eq=False)
 class Outcome:
     """The provider that was asked last, and what is known of its answer.
 
@@ -106,43 +108,21 @@ class Outcome:
     are the names of those that have refused or changed it.
     """
 
-    __slots__ = (
-        *(
-            "attempts",
-            "bridge",
-            "entry",
-            "headers",
-            "hooks",
-            "learnt",
-            "left_out",
-            "model",
-            "parts",
-        ),
-        *("provider", "seams", "sent", "sent_at", "start", "usage"),
-    )
-
-    def __init__(
-        self,
-        provider: str = "",
-        model: str = "",
-        attempts: int = 0,
-        headers: Mapping[str, str] = NO_HEADERS,
-    ) -> None:
-        self.provider = provider
-        self.model = model
-        self.attempts = attempts
-        self.headers = headers
-        self.sent = False
-        self.sent_at = 0.0
-        self.usage: Mapping[str, Any] | None = None
-        self.start: GroupStart | None = None
-        self.parts: tuple[Part, ...] = ()
-        self.seams: tuple[Continued, ...] = ()
-        self.entry = (0, 0)
-        self.bridge = ""
-        self.left_out: tuple[str, ...] = ()
-        self.learnt: tuple[str, ...] = ()
-        self.hooks: tuple[str, ...] = ()
+    provider: str = ""
+    model: str = ""
+    attempts: int = 0
+    headers: Mapping[str, str] = NO_HEADERS
+    sent: bool = False
+    sent_at: float = 0.0
+    usage: Mapping[str, Any] | None = None
+    start: GroupStart | None = None
+    parts: tuple[Part, ...] = ()
+    seams: tuple[Continued, ...] = ()
+    entry: tuple[int, int] = (0, 0)
+    bridge: str = ""
+    left_out: tuple[str, ...] = ()
+    learnt: tuple[str, ...] = ()
+    hooks: tuple[str, ...] = ()
 
     @property
     def spent(self) -> tuple[int, int]:

@@ -14,6 +14,7 @@ This file is one concept: a record, and what is made of it at its end.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -42,6 +43,7 @@ class Statuses(Protocol):
         """Return the HTTP status of *error*."""
 
 
+@dataclass(slots=True, eq=False)
 class RequestRecord:
     """The times, counts and gaps of one request.
 
@@ -64,66 +66,43 @@ class RequestRecord:
     *outcome* says which provider was asked, and what became of it there.
     """
 
-    __slots__ = (
-        "abandoned",
-        "admitted_at",
-        "batch",
-        "caller",
-        "client_stall",
-        "delay",
-        "events",
-        "face",
-        "first_event_at",
-        "group",
-        "key_wait",
-        "log",
-        "outcome",
-        "path",
-        "queue_wait",
-        "queued_at",
-        "request_id",
-        "silence",
-        "silence_end",
-        "slow_client",
-        "statuses",
-        "streamed",
-        "target",
-        "trace",
-        "trace_id",
-    )
-
-    def __init__(self, outcome: Outcome | None = None) -> None:
-        self.outcome = Outcome() if outcome is None else outcome
-        self.face = self.request_id = self.caller = ""
-        # The name in `llm.models` by which the model was asked for, if it was.
-        self.group = ""
-        # The id of its trace (W3C Trace Context), the client's or a new one, 32 hex digits; "" if
-        # it has none.
-        self.trace_id = ""
-        # The trace of which spans are made; None if there is no tracer, or the client samples
-        # none.
-        self.trace: RequestTrace | None = None
-        # The method and the path of a request that is passed on as it is, without its query.
-        self.target = ""
-        # The path below a provider's base URL, and whether the request uses what others leave.
-        self.path, self.batch = "", False
-        self.admitted_at = 0.0
-        self.queued_at = self.first_event_at = self.queue_wait = 0.0
-        self.key_wait = 0.0
-        self.silence = self.silence_end = self.delay = self.client_stall = 0.0
-        # Events of the answer, without those that open and end the stream.
-        self.events = 0
-        # Whether the request was cancelled because nobody read its answer any more.
-        self.abandoned = False
-        # Whether its last reader was dropped, since it read too slowly.
-        self.slow_client = False
-        # Whether the answer comes as events, while the model makes them.
-        self.streamed = False
-        # None: each error has its own.
-        self.statuses: Statuses | None = None
-        # The log that counts the first content of the answer when it comes; None if nothing counts
-        # it.
-        self.log: RequestLog | None = None
+    outcome: Outcome = field(default_factory=Outcome)
+    face: str = ""
+    request_id: str = ""
+    caller: str = ""
+    # The name in `llm.models` by which the model was asked for, if it was.
+    group: str = ""
+    # The id of its trace (W3C Trace Context), the client's or a new one, 32 hex digits; "" if it
+    # has none.
+    trace_id: str = ""
+    # The trace of which spans are made; None if there is no tracer, or the client samples none.
+    trace: RequestTrace | None = None
+    # The method and the path of a request that is passed on as it is, without its query.
+    target: str = ""
+    # The path below a provider's base URL, and whether the request uses what others leave.
+    path: str = ""
+    batch: bool = False
+    admitted_at: float = 0.0
+    queued_at: float = 0.0
+    first_event_at: float = 0.0
+    queue_wait: float = 0.0
+    key_wait: float = 0.0
+    silence: float = 0.0
+    silence_end: float = 0.0
+    delay: float = 0.0
+    client_stall: float = 0.0
+    # Events of the answer, without those that open and end the stream.
+    events: int = 0
+    # Whether the request was cancelled because nobody read its answer any more.
+    abandoned: bool = False
+    # Whether its last reader was dropped, since it read too slowly.
+    slow_client: bool = False
+    # Whether the answer comes as events, while the model makes them.
+    streamed: bool = False
+    # None: each error has its own.
+    statuses: Statuses | None = None
+    # The log that counts the first content of the answer when it comes; None if nothing counts it.
+    log: RequestLog | None = None
 
     def begin(
         self,
