@@ -19,7 +19,9 @@ A caller that begins to wait gets the counter that was served last (the *virtual
 is smaller: it saves nothing up while it is away. The paper takes the smallest counter of those
 that wait; ours is that of start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996), it is the
 same but for corrections, and needs no search. Virtual time never falls, though counters may. A
-start without a wait is charged in the same way.
+start without a wait is charged in the same way. One that has ended before anybody waited is charged
+to its caller by what it has cost, and to no flow: the flows of a caller begin level when its items
+wait, but for those that run.
 
     With N starts under way at most, U the dearest item (its work or its estimate) and E the
     largest error of an estimate, two callers that both wait throughout a span have started work
@@ -34,6 +36,7 @@ Counters are whole numbers, since their order must be exact: a unit of work is 2
 has no remainder for the weights 1 to 10.
 
     charge = queue.start(caller, flow, weight, work)      # without a wait
+    queue.spend(caller, weight, cost)                     # the same, and it has ended already
     queue.add(item, caller, flow, weight, work)           # with one
     item, charge = queue.pop(gone)
     charge.settle(cost)                                   # what it has cost, once it has ended
@@ -183,6 +186,12 @@ class _Turns(Generic[C]):
             self._serials += 1
             self.push(counter)
 
+    def start(self, counter: C, work: int) -> None:
+        """Charge *counter*, none of whose items waits, with a start."""
+        self.virtual = max(self.virtual, counter.tag)
+        counter.tag = self.virtual + work * counter.length
+        counter.running += 1
+
     def start_early(self, counter: C, work: int) -> None:
         """Charge *counter* with a start that comes before its turn, which says nothing of the
         turns of others: virtual time stays.
@@ -211,6 +220,15 @@ class _Turns(Generic[C]):
         counter.running += 1
         if counter.waiting:
             self.push(counter)
+
+    def ends(self, counter: C, more: int) -> None:
+        """Charge *counter* with so much *more* in virtual time, since a start has ended."""
+        counter.tag += more
+        counter.running -= 1
+        if more and counter.waiting:
+            self.push(counter)
+        if not (counter.waiting or counter.running):
+            self.rests()
 
     def leaves(self, counter: C, work: int) -> None:
         """Take an item of so much *work* away from *counter*, which waits for it no more."""
@@ -319,29 +337,11 @@ class Charge(msgspec.Struct, Generic[T], eq=False):
         caller, flow = self._caller, self._flow
         more = 0 if cost is None else cost - self.work
         self.work += more
-        caller.tag += more * self.length
-        caller.running -= 1
-        flow.running -= 1
-        callers, flows = queue.callers, caller.flows
+        queue.callers.ends(caller, more * self.length)
+        caller.flows.ends(flow, more * LENGTH)
         if not (caller.running or caller.waiting):
-            # Nothing of it is in a heap, and what its flows have started is forgotten.
-            callers.idle += 1
-            if callers.idle > MAX_STALE:
-                callers.sweep()
-            if len(flows.counters) == 1:
-                # What `rest` does.
-                flow.tag = flows.virtual
-                flows.idle = 1
-            else:
-                caller.rest()
-            return
-        flow.tag += more * LENGTH
-        if more and caller.waiting:
-            callers.push(caller)
-            if flow.waiting:
-                flows.push(flow)
-        if not (flow.running or flow.waiting):
-            flows.rests()
+            # What its flows have started is forgotten.
+            caller.rest()
 
 
 class FairQueue(Generic[T]):
@@ -388,35 +388,25 @@ class FairQueue(Generic[T]):
 
     def start(self, caller: Hashable, flow: Hashable, weight: int = 1, work: int = 1) -> Charge[T]:
         """Charge *caller* and *flow* with an item that starts without a wait; nothing waits."""
-        # What `active` does, and the charges, in one: each request comes this way.
+        entry = self.callers.active(caller, LENGTH // weight)
+        line = entry.flows.active(flow)
+        self.callers.start(entry, work)
+        entry.flows.start(line, work)
+        return Charge(self, entry, line, entry.length, work)
+
+    def spend(self, caller: Hashable, weight: int, cost: int) -> None:
+        """Charge *caller* with an item that has started, and has ended, while nothing waited."""
         callers, length = self.callers, LENGTH // weight
         entry = callers.counters.get(caller)
         if entry is None:
             entry = callers.made(caller, length)
-        elif not entry.running:
-            callers.idle -= 1
-        entry.length = length
-        entry.running += 1
+            callers.rests()
         tag = entry.tag
         if tag > callers.virtual:
             callers.virtual = tag
         else:
             tag = callers.virtual
-        entry.tag = tag + work * length
-        flows = entry.flows
-        line = flows.counters.get(flow)
-        if line is None:
-            line = flows.made(flow)
-        elif not line.running:
-            flows.idle -= 1
-        line.running += 1
-        tag = line.tag
-        if tag > flows.virtual:
-            flows.virtual = tag
-        else:
-            tag = flows.virtual
-        line.tag = tag + work * LENGTH
-        return Charge(self, entry, line, length, work)
+        entry.tag = tag + cost * length
 
     def pop(self, gone: Callable[[T], bool]) -> tuple[T, Charge[T]] | None:
         """Remove the next item, and charge its caller and flow with it; return None if there is

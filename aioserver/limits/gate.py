@@ -23,6 +23,8 @@ of each class alone.
 Not asyncio.Semaphore: it bounds neither its waiters nor their wait, and reports no positions.
 """
 
+# ruff: noqa: SLF001 - a gate and its places are one concept
+
 from __future__ import annotations
 
 import asyncio
@@ -163,8 +165,8 @@ class Pacer(Protocol):
 class Place(msgspec.Struct, eq=False):
     """A place inside a gate. It is given back once, however often `release` is called.
 
-    *_charge* is what its caller was charged with for it, None for nothing. *batch* is the class of
-    the request that has it.
+    *_charge* is what its caller was charged with for it, None for nothing, or not yet. *batch* is
+    the class of the request that has it.
     """
 
     _gate: Gate | None
@@ -180,9 +182,11 @@ class Place(msgspec.Struct, eq=False):
         if gate is not None:
             if self._charge is not None:
                 self._charge.settle(cost)
+            elif gate._early:
+                gate._spend(self, cost)
             if self.batch:
-                gate._batch_left()  # noqa: SLF001 - the two are one concept
-            gate._leave()  # noqa: SLF001
+                gate._batch_left()
+            gate._leave()
 
     def __enter__(self) -> Self:
         return self
@@ -228,6 +232,10 @@ class Gate:
         self._batch: FairQueue[Waiter[Place]] = FairQueue()
         self._batch_inside = 0
         self._credit = 0
+        # Places that were had without a wait, and nobody has waited since, with who has them and
+        # what they are estimated to cost. Their callers are charged once somebody waits, or else
+        # with what it was.
+        self._early: dict[Place, tuple[Hashable, Hashable, int, Callable[[], int]]] = {}
         self._inside = 0
         self._entered = 0
         self._refused = 0
@@ -364,46 +372,30 @@ class Gate:
         caller: Hashable = None,
         flow: Hashable = None,
         weight: int = 1,
-        work: int = 0,
+        work: Callable[[], int] | None = None,
         *,
         batch: bool = False,
     ) -> Place | None:
         """Return a place if one is free and nobody waits for it.
 
-        *cost* counts for the pace, and *work* for the share of *caller* and *flow*, as in `enter`;
-        0: nobody is charged.
+        *cost* counts for the pace, and *work*, which is called if that has to be known before the
+        end, for the share of *caller* and *flow*, as in `enter`; None: nobody is charged.
         """
         if self._inside >= self._limit or self._queue.size or self._closed is not None:
             return None
-        paced = self._pace is not None
-        if not (work or paced or batch):
-            # The door, and the sockets of a provider.
-            place = Place(self)
-            self._enter()
-            self._entered += 1
-            return place
-        queue = self._queue
-        if batch:
-            queue = self._batch
-            if queue.size or self._batch_inside >= self.batch_limit:
-                return None
-        if paced and self._delay() > ROUNDING:
+        if batch and (self._batch.size or self._batch_inside >= self.batch_limit):
             return None
+        if self._pace is None:
+            place = Place(self, None, batch)
+        elif self._delay() > ROUNDING:
+            return None
+        else:
+            place = self._start(cost, None, batch)
         self._enter()
         if batch:
             self._batch_entered()
-        charge = None
-        try:
-            if work:
-                charge = queue.start(caller, flow, weight, work)
-            place = self._start(cost, charge, batch) if paced else Place(self, charge, batch)
-        except BaseException:
-            if charge is not None:
-                charge.settle(0)
-            if batch:
-                self._batch_left()
-            self._leave()
-            raise
+        if work is not None:
+            self._early[place] = caller, flow, weight, work
         self._entered += 1
         return place
 
@@ -444,7 +436,7 @@ class Gate:
             AioserverError: made by *full_error* or *pace_error* at once, by *timeout_error* at the
                 deadline, or by the argument of `close` or `refuse_waiting`.
         """
-        if place := self.try_enter(cost, caller, flow, weight, work, batch=batch):
+        if place := self.try_enter(cost, caller, flow, weight, lambda: work, batch=batch):
             return place
         try:
             room = rejoin or self.room_for(batch=batch) > 0
@@ -476,12 +468,28 @@ class Gate:
 
     def _add(self, waiter: Waiter[Place], weight: int, *, at_front: bool) -> None:
         queue = self._queue
+        if self._early:
+            self._charge_early()
         if waiter.batch:
             queue = self._batch
             if not queue.size:
                 # Nothing is lent to those who do not wait.
                 self._credit = 0
         queue.add(waiter, waiter.caller, waiter.flow, weight, waiter.work, at_front=at_front)
+
+    def _charge_early(self) -> None:
+        """Charge those that have started without a wait, in their order, since somebody waits."""
+        for place, (caller, flow, weight, work) in list(self._early.items()):
+            queue = self._batch if place.batch else self._queue
+            place._charge = queue.start(caller, flow, weight, work())
+            del self._early[place]
+
+    def _spend(self, place: Place, cost: int | None) -> None:
+        """Charge the caller that has had *place* without a wait, while nobody waited."""
+        if (early := self._early.pop(place, None)) is not None:
+            caller, _flow, weight, work = early
+            queue = self._batch if place.batch else self._queue
+            queue.spend(caller, weight, work() if cost is None else cost)
 
     def _remove(self, waiter: Waiter[Place]) -> bool:
         queue = self._batch if waiter.batch else self._queue

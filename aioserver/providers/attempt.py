@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping
 
     from aioserver.config import settings
+    from aioserver.limits.estimate import Estimate
     from aioserver.limits.gate import Place
     from aioserver.protocol.said import Said, Tokens
     from aioserver.providers.api import Api, Memory
@@ -74,6 +75,9 @@ class AttemptedProvider(Protocol):
 
     def answered(self, attempt: Attempt) -> None:
         """Learn that the answer of *attempt* has begun."""
+
+    def estimate(self, request: ProviderRequest, model: str | None) -> Estimate:
+        """Return what *request* will cost there, and have it keep that."""
 
     def tokens_per_byte(self, model: str) -> float:
         """Return the tokens of a prompt for each byte of a request for *model*, as an estimate."""
@@ -187,6 +191,13 @@ class Attempt:
         # The bytes of the body that was sent, as many if they are text, and the events that the log
         # had before.
         self.body_bytes = self.text_bytes = self.before = 0
+
+    def work(self) -> int:
+        """Return what it is estimated to cost its caller's share of the provider."""
+        request = self.request
+        if request.estimate is None and request.estimated:
+            self.provider.estimate(request, self.model)
+        return request.work
 
     def queued(self, position: int, eta: float) -> None:
         """Tell the readers the position in the queue, and the seconds until the start."""

@@ -204,8 +204,6 @@ class Provider:
         record.queued_at = record.queued_at or self._clock()
         if self.settings.http_client.tokens_per_minute:
             attempt.expected_tokens = self._expected_tokens(attempt)
-        if request.estimate is None and request.estimated:
-            self.estimate(request, attempt.model)
         caller = request.caller
         if request.background and attempt.permit is None:
             attempt.permit = self._gate.permits.try_enter(
@@ -213,7 +211,7 @@ class Provider:
                 caller.flow,
                 caller.subflow,
                 caller.priority,
-                request.work,
+                attempt.work,
                 batch=record.batch,
             )
             if attempt.permit is None:
@@ -223,7 +221,7 @@ class Provider:
             caller.flow,
             caller.subflow,
             caller.priority,
-            request.work,
+            attempt.work,
             batch=record.batch,
         )
 
@@ -233,7 +231,7 @@ class Provider:
         """
         if attempt.background and attempt.permit is None:
             permits = self._gate.permits
-            work = attempt.request.work
+            work = attempt.work()
             return Wish(permits, delay=delay, may_fail_over=attempt.fallback, work=work)
         if self._gate.inside >= self._gate.limit and not self._gate.full:
             self._make_room()
@@ -242,8 +240,7 @@ class Provider:
         cost = attempt.expected_tokens or self._expected_tokens(attempt)
         attempt.expected_tokens = 0
         self._pending += 1
-        work = attempt.request.work
-        return Wish(self._gate, cost, attempt.waited, delay, attempt.fallback, work)
+        return Wish(self._gate, cost, attempt.waited, delay, attempt.fallback, attempt.work())
 
     def waited(self, attempt: Attempt, wish: Wish, began: float, place: Place | None) -> None:
         """Note that the wait that *began* then is over, with *place* or without one here.
@@ -557,7 +554,7 @@ class Provider:
                 on_position=attempt.queued,
                 at_front=attempt.retry or attempt.rejoin,
                 may_fail_over=attempt.fallback,
-                work=request.work,
+                work=attempt.work(),
                 batch=request.batch,
             )
         finally:
@@ -592,7 +589,7 @@ class Provider:
                     rejoin=attempt.rejoin,
                     goes_on=attempt.hop is not None,
                     cost=cost,
-                    work=request.work,
+                    work=attempt.work(),
                     batch=request.batch,
                     within=request.left,
                 )

@@ -174,7 +174,7 @@ SHARED = {
 # the balance, spans.
 OTHERS = {
     Function("limits.fair_queue", "_Turns.serve"),
-    Function("limits.fair_queue", "FairQueue.start"),
+    Function("limits.fair_queue", "_Turns.start"),
     Function("limits.fair_queue", "_Turns.start_early"),
     Function("wings.responses.redis", "SharedResponses._encoded"),
     Function("faces.polling", "tell"),
@@ -190,7 +190,7 @@ TAKE_OVER = {
 # What gives back: if this itself fails, nothing else can do it.
 GIVES = re.compile(
     r"(__exit__|release|_leave|closed|disconnect|give_back|ended|waited|finish|close|leave"
-    r"|free_room|trim|resumed|_settle|give_up)$"
+    r"|free_room|trim|resumed|_settle|give_up|run_all)$"
 )
 
 

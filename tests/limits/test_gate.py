@@ -553,16 +553,19 @@ async def test_a_waiter_whose_callback_raises_does_not_stay_in_the_queue() -> No
 
 
 class Model:
-    """The gate, as plainly as it can be written: one caller, whose flows share evenly."""
+    """The gate, as plainly as it can be written: one caller, whose flows share evenly. What has
+    started *early* is charged once somebody waits.
+    """
 
     def __init__(self, limit: int, queue_size: int) -> None:
         self.limit, self.queue_size = limit, queue_size
+        self.early: list[Job] = []
         self.jobs: dict[int, Job] = {}
         self.fair = fair_model.Model({"": 1})
 
     @property
     def inside(self) -> set[int]:
-        return {job.number for job in self.fair.running}
+        return {job.number for job in (*self.early, *self.fair.running)}
 
     @property
     def waiting(self) -> list[int]:
@@ -572,10 +575,13 @@ class Model:
         """Return whether the request is let in or may wait."""
         job = self.jobs[name] = Job(name, "", flow, 1, 1)
         if not self.waiting and len(self.inside) < self.limit:
-            self.fair.start(job)
+            self.early.append(job)
         elif len(self.waiting) >= self.queue_size:
             return False
         else:
+            for each in self.early:
+                self.fair.start(each)
+            self.early.clear()
             self.fair.add(job)
         return True
 
@@ -593,7 +599,10 @@ class Model:
 
     def leave(self, name: int) -> None:
         job = self.jobs[name]
-        (self.fair.end if job in self.fair.running else self.fair.leave)(job)
+        if job in self.early:
+            self.early.remove(job)
+        else:
+            (self.fair.end if job in self.fair.running else self.fair.leave)(job)
         self.admit()
 
 

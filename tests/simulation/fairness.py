@@ -63,7 +63,7 @@ class _Followed:
         self._queue = queue
         self._pop, self._start = queue.pop, queue.start
         self._broken = broken
-        self._add = queue.add
+        self._add, self._spend = queue.add, queue.spend
         self._starts: list[_Start] = []
         # All that have started since the last look, or run, with their estimates.
         self._charges: list[tuple[Charge[Any], int]] = []
@@ -76,6 +76,7 @@ class _Followed:
         queue.add = self.add  # type: ignore[method-assign]
         queue.pop = self.pop  # type: ignore[method-assign]
         queue.start = self.start  # type: ignore[method-assign]
+        queue.spend = self.spend  # type: ignore[method-assign]
 
     def add(self, item: Any, caller: Hashable, *args: Any, **kwargs: Any) -> None:
         """Note who begins to wait."""
@@ -93,6 +94,15 @@ class _Followed:
         self._tags[counter] = max(self._virtual, self._tags.get(counter, self._virtual))
         self._served(counter, charge)
         return charge
+
+    def spend(self, caller: Hashable, weight: int, cost: int) -> None:
+        """Note a start without a wait that has ended before anybody waited."""
+        self._correct()
+        self._spend(caller, weight, cost)
+        if (counter := self._queue.callers.counters.get(caller)) is not None:
+            self._virtual = max(self._virtual, self._tags.get(counter, self._virtual))
+            tag = self._tags.get(counter, self._virtual)
+            self._tags[counter] = max(self._virtual, tag) + cost * (LENGTH // weight)
 
     def _correct(self) -> None:
         """Take in what has been corrected since the last look."""

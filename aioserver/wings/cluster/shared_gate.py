@@ -90,7 +90,7 @@ class SharedGate(Gate):
         caller: Hashable = None,
         flow: Hashable = None,
         weight: int = 1,
-        work: int = 0,
+        work: Callable[[], int] | None = None,
         *,
         batch: bool = False,
     ) -> Place | None:

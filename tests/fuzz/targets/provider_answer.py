@@ -31,6 +31,7 @@ from tests.support.virtual_loop import run_virtually
 from tests.support.waiting import ticks
 
 if TYPE_CHECKING:
+    from aioserver.limits.estimate import Estimate
     from aioserver.providers.connections import PooledConnection
     from aioserver.streams.stream import Stream
 
@@ -106,6 +107,9 @@ class Provider:
 
     def memory(self, kind: type[M]) -> M:
         return kind(self.settings)
+
+    def estimate(self, request: ProviderRequest, model: str | None) -> Estimate:
+        raise AssertionError("it never waits")
 
     def tokens_per_byte(self, model: str) -> float:
         return 0.25
