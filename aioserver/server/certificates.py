@@ -117,7 +117,10 @@ class ListenerTls:
         return self._current() or self._settings
 
     def _prepare(self) -> Callable[[], None] | None:
-        loaded = load(self._in_effect())
+        settings = self._in_effect()
+        loaded = load(settings)
+        # They stay in effect where TLS is turned off until the restart.
+        self._settings = settings
         return None if loaded.same(self.loaded) else lambda: self._use(loaded)
 
     def _use(self, loaded: Loaded) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 T = TypeVar("T")
-READY = re.compile(r"aioserver is ready: http://[^ ]+:(\d+)\n")
+READY = re.compile(r"aioserver is ready: https?://[^ ]+:(\d+)\n")
 WITHOUT_RICH = (
     "import sys; sys.modules['rich'] = None; from aioserver.__main__ import main; main()"
 )
@@ -184,7 +184,8 @@ class ServerProcess(Process):
     @property
     def base(self) -> str:
         """Its address."""
-        return f"http://127.0.0.1:{self.port}"
+        scheme = "https" if self.out.startswith("aioserver is ready: https") else "http"
+        return f"{scheme}://127.0.0.1:{self.port}"
 
     @property
     def settings(self) -> Any:

@@ -11,11 +11,13 @@ import os
 import re
 import signal
 import socket
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 import aiohttp
 import pytest
 
+from aioserver.config.x509 import certificates
 from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED
 from tests.support.keys import COOKIE, bearer, cookie, key_of, keys_of
@@ -24,6 +26,7 @@ from tests.support.process import Process, loop_name, run_command, serving
 from tests.support.raw import CLOSE, Raw, closing
 from tests.support.server import CONCURRENCY, NOWHERE, QUICK, UVICORN, write
 from tests.support.systemd import Systemd
+from tests.support.tls import TLS, TlsClient, pair
 from tests.support.waiting import until, until_result
 from tests.support.worker_processes import alone, gone, workers
 
@@ -349,6 +352,42 @@ async def test_nothing_is_lost_while_workers_are_replaced_and_reloaded_all_the_t
 
         assert load.faults == []
         assert load.served > 1000
+        process.signal()
+        assert await process.ended() == 0
+    assert "Traceback" not in process.log
+
+
+@pytest.mark.one_loop
+async def test_workers_renew_the_certificate_and_are_replaced_in_the_middle_of_handshakes(
+    tmp_path: Path, simulator: Simulator
+) -> None:
+    """Each watches for itself; a replacement loses no client that is about to connect."""
+    changes = {**TWO, TLS: pair(tmp_path)}
+    file = tmp_path / "config.yaml"
+    async with serving(file, simulator.base_url, changes=changes) as process:
+        await process.ready()
+        assert process.base.startswith("https://")
+
+        pair(tmp_path)
+        await until(lambda: process.log.count("a certificate in effect until") == 2, 30.0)
+        async with TlsClient(process.port) as client:
+            shown = client.tls.getpeercert(binary_form=True)
+        assert shown == certificates((tmp_path / "tls.pem").read_bytes())[0].der
+
+        former = workers(process)
+        async with AsyncExitStack() as stack:
+            clients = [TlsClient(process.port) for _ in range(12)]
+            for client in clients:
+                stack.callback(client.socket.close)
+                await client.connect()
+            process.signal(signal.SIGUSR2)
+            await process.logs("replacing 2 workers")
+            for client in clients:
+                await client.handshake()
+                await client.send(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                assert (await client.to_the_end()).startswith(b"HTTP/1.1 200 OK")
+        await process.logs(REPLACED)
+        await until(lambda: all(map(gone, former)), 30.0, lambda: process.log)
         process.signal()
         assert await process.ended() == 0
     assert "Traceback" not in process.log
