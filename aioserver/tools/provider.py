@@ -44,6 +44,12 @@ def _fault(_context: click.Context, _parameter: click.Parameter, name: str) -> s
     return name
 
 
+def _fault_names(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
+    """Return the names of faults by which a shell completes what is *begun*."""
+    prefix = faults.PREFIX if begun.startswith(faults.PREFIX) else ""
+    return [name for fault in faults.FAULTS if (name := prefix + fault).startswith(begun)]
+
+
 def _engine(
     _context: click.Context, _parameter: click.Parameter, text: str
 ) -> EngineOptions | None:
@@ -119,6 +125,7 @@ def _list_faults(context: click.Context, _parameter: click.Parameter, wanted: bo
 @click.option(
     "--fault",
     callback=_fault,
+    shell_complete=_fault_names,
     default="",
     metavar="NAME",
     help="Fail in this way instead of with --fail-status: stall-3, for example.",

@@ -43,6 +43,8 @@ def test_bash_completes_commands_options_choices_and_files(tmp_path: Path) -> No
         "aioserver --loop uv",
         "aioserver check --config ''",
         "aioserver completion f",
+        "aioserver provider --fault sta",
+        "aioserver provider --fault fault-dr",
     )
 
     done = subprocess.run(
@@ -64,6 +66,8 @@ def test_bash_completes_commands_options_choices_and_files(tmp_path: Path) -> No
         "uvloop",
         "FILES",
         "fish",
+        "status stall",
+        "fault-drop",
     ]
 
 

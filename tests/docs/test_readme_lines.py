@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from aioserver.__main__ import COMMANDS
 from aioserver.wings.simulator.model import SAMPLES
 from tests.support.command import serving
 from tests.support.tools import free_port
@@ -104,6 +105,11 @@ def pasted(command: list[str], folder: Path) -> str:
 
 def test_first_line_starts_it() -> None:
     assert START == "./run_production.sh"
+
+
+def test_commands_in_the_text_are_those_of_the_environment() -> None:
+    # The environment is not activated, and nothing is installed elsewhere.
+    assert not re.findall(r"(?<![\w/.-])aioserver (?:%s)\b.*" % "|".join(COMMANDS), README)
 
 
 def test_line_that_runs_the_tests_is_there_to_paste() -> None:

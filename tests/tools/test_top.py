@@ -271,6 +271,18 @@ def test_a_provider_that_is_only_configured_takes_no_row() -> None:
     assert " 0/25 " not in text
 
 
+def test_one_of_a_kind_is_named_as_one() -> None:
+    state = State("http://x")
+    name = "providers__a-provider-with-a-long-name__retries"
+    state.take(b"stats", changed(slow_clients=1, process__tasks=1, **{name: 1}))
+
+    text = " ".join(drawn(state).split())
+
+    assert "1 slow client dropped" in text
+    assert "12%, 1 task " in text
+    assert "1 retry," in text
+
+
 def test_a_snapshot_with_nothing_in_it_is_drawn() -> None:
     state = State("http://x")
     state.take(b"stats", {})
@@ -407,17 +419,19 @@ async def test_without_rich_the_way_to_install_it_is_reported() -> None:
     assert err == f"{remote.RICH_MISSING}\n"
 
 
-async def test_a_terminal_is_drawn_on_until_ctrl_c() -> None:
+@pytest.mark.parametrize("key", [CTRL_C, "q", "xxQ"])
+async def test_a_terminal_is_drawn_on_until_ctrl_c_or_q(key: str) -> None:
     """The terminal is a real one: the screen must be as it was before."""
     async with (
         standing_in() as server,
         terminal("-m", "aioserver", "top", server.base, lines=40) as shown,
     ):
         await shown.shows("3 of 100")
-        shown.type(CTRL_C)
+        shown.type(key)
 
         assert await shown.ended() == 0
         await until(lambda: "\x1b[?1049l" in shown.seen)
+        assert shown.as_before
         assert "Traceback" not in shown.seen
 
 

@@ -1,11 +1,14 @@
-"""The command line of `top`: the screen until Ctrl-C, or one snapshot."""
+"""The command line of `top`: the screen until `q` or Ctrl-C, or one snapshot."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
-from typing import TYPE_CHECKING
+import termios
+import tty
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
@@ -14,6 +17,7 @@ from aioserver.tools import remote
 from aioserver.tools.top.feed import Feed, LostError, State
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
     from aioserver.tools.top.screen import Screen
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
 # Seconds. Each event draws the screen too, but a lost server sends none, and its time on the
 # screen goes on.
 DRAW_INTERVAL = 1.0
+# The key that ends it, and the bytes of keys that are read at once.
+QUIT, MAX_KEYS = b"q", 64
 
 
 @click.command("top")
@@ -43,15 +49,15 @@ def command(url: str, *, interval: float, once: bool, key: str | None) -> int:
     """Show the live state of a running server.
 
     URL is the server's address, http://127.0.0.1:8000 unless you name another. The screen shows
-    connections, queues, providers, latencies and incidents, until Ctrl-C. A server that wants keys
-    wants an admin key for this. Exit code 1: the server refused the key, or --once did not reach
-    it.
+    connections, queues, providers, latencies and incidents, until `q` or Ctrl-C. A server that
+    wants keys wants an admin key for this. Exit code 1: the server refused the key, or --once did
+    not reach it.
     """
     return top(url, interval=interval, once=once, key=key)
 
 
 def top(url: str, *, interval: float, once: bool, key: str | None) -> int:
-    """Show the state of the server at *url*, each *interval* seconds, until SIGINT or SIGTERM.
+    """Show the state of the server at *url*, each *interval* seconds, until `q`, SIGINT or SIGTERM.
 
     One snapshot is printed instead with *once*, and if stdout is not a terminal. Returns the exit
     code: 0, 1 if the server refuses us (or, for one snapshot, is not there), 2 without rich.
@@ -83,7 +89,7 @@ async def _live(state: State, interval: float, key: str | None, screen: ModuleTy
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    with screen.Screen(state) as live_screen:
+    with Keys(stop.set), screen.Screen(state) as live_screen:
         async with remote.session(key) as session:
             tasks = (
                 asyncio.create_task(Feed(session, state, interval, live_screen.draw).follow()),
@@ -99,6 +105,41 @@ async def _live(state: State, interval: float, key: str | None, screen: ModuleTy
             for task in tasks:
                 if not task.cancelled():
                     task.result()
+
+
+class Keys:
+    """The keys that are pressed while it is a context: `q` calls *on_quit*.
+
+    Always: the terminal is as it was before when the context has ended.
+    """
+
+    def __init__(self, on_quit: Callable[[], None]) -> None:
+        self._on_quit = on_quit
+        self._before: list[Any] | None = None
+
+    def __enter__(self) -> Self:
+        if sys.stdin is not None and sys.stdin.isatty():
+            self._before = termios.tcgetattr(sys.stdin)
+            # One key at a time and without its echo; Ctrl-C is a signal still.
+            tty.setcbreak(sys.stdin, termios.TCSANOW)
+            asyncio.get_running_loop().add_reader(sys.stdin, self._pressed)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if self._before is not None:
+            asyncio.get_running_loop().remove_reader(sys.stdin)
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, self._before)
+
+    def _pressed(self) -> None:
+        try:
+            keys = os.read(sys.stdin.fileno(), MAX_KEYS)
+        except OSError:
+            keys = b""
+        if not keys:
+            # The terminal is gone.
+            asyncio.get_running_loop().remove_reader(sys.stdin)
+        elif QUIT in keys.lower():
+            self._on_quit()
 
 
 async def _tick(live_screen: Screen) -> None:

@@ -16,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from aioserver.monitoring.troubles import count
 from aioserver.tools.remote import printable
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def _groups(groups: dict[str, Any]) -> list[RenderableType]:
             _share(group.get("cached_share")),
         )
     more = len(groups) - MAX_GROUPS
-    return ["", table, *([Text(f" and {more} groups more", style="dim")] if more > 0 else [])]
+    return ["", table, *([Text(f" and {count(more, 'group')} more", style="dim")] * (more > 0))]
 
 
 def _callers(keys: dict[str, Any]) -> list[RenderableType]:
@@ -242,7 +243,7 @@ def _callers(keys: dict[str, Any]) -> list[RenderableType]:
             Text(str(waiting), style="yellow" if waiting else "none"),
         )
     more = len(keys) - MAX_CALLERS
-    return ["", table, *([Text(f" and {more} callers more", style="dim")] if more > 0 else [])]
+    return ["", table, *([Text(f" and {count(more, 'caller')} more", style="dim")] * (more > 0))]
 
 
 def _use_style(used: float | None) -> str:
@@ -262,7 +263,7 @@ def _instances(instances: dict[str, Any]) -> list[Text]:
         text = Text(f"{printable(name)}: ")
         text.append(
             f"{instance.get('connections', 0)} of {instance.get('connections_limit', 0)} "
-            f"connections, {instance.get('running', 0)} answers, "
+            f"connections, {count(instance.get('running', 0), 'answer')}, "
             f"{instance.get('tokens_per_second', 0.0):.0f} tokens/s, CPU "
             f"{100 * instance.get('cpu', 0.0):.0f} %",
             style="dim",
@@ -297,7 +298,8 @@ def _guards(providers: dict[str, Any]) -> list[Text]:
         if pace := provider.get("pace"):
             notes.append(f"pace {pace.get('per_minute')} a minute, {pace.get('left')} now")
         if provider.get("retries"):
-            notes.append(f"{provider['retries']} retries")
+            retries = provider["retries"]
+            notes.append(f"{retries} {'retry' if retries == 1 else 'retries'}")
         if (budget := provider.get("retry_budget") or {}).get("used"):
             notes.append(f"{budget['used']} of {budget.get('limit')} affordable retries in 10 s")
         if budget.get("refused"):
@@ -337,10 +339,10 @@ def _facts(stats: dict[str, Any]) -> Table:
         "streams": f"{streams.get('detached', 0)} without a "
         f"reader, {streams.get('finished', 0)} kept, {streams.get('responses', 0)} stored, "
         f"{_bytes(streams.get('bytes'))} of {_bytes(streams.get('max_bytes'))}; "
-        f"{stats.get('slow_clients', 0)} slow clients dropped",
+        f"{count(stats.get('slow_clients', 0), 'slow client')} dropped",
         "rejections": total + codes if rejected else "none",
         "loop": f"lag {_time(loop.get('lag'))}, worst {_time(loop.get('lag_max'))}; "
-        f"cpu {_share(process.get('cpu'))}, {_or_unknown(process.get('tasks'))} tasks",
+        f"cpu {_share(process.get('cpu'))}, {_counted(process.get('tasks'), 'task')}",
         "process": f"{_or_unknown(process.get('open_fds'))} of "
         f"{_or_unknown(process.get('max_fds'))} descriptors, {_bytes(process.get('rss_bytes'))}",
     }
@@ -384,6 +386,10 @@ def _bytes(size: int | None) -> str:
 
 def _share(share: float | None) -> str:
     return UNKNOWN if share is None else f"{share:.0%}"
+
+
+def _counted(number: int | None, noun: str) -> str:
+    return f"{UNKNOWN} {noun}s" if number is None else count(number, noun)
 
 
 def _or_unknown(value: object) -> str:
