@@ -109,7 +109,8 @@ def test_first_line_starts_it() -> None:
 
 def test_commands_in_the_text_are_those_of_the_environment() -> None:
     # The environment is not activated, and nothing is installed elsewhere.
-    assert not re.findall(r"(?<![\w/.-])aioserver (?:%s)\b.*" % "|".join(COMMANDS), README)
+    commands = "|".join(COMMANDS)
+    assert not re.findall(rf"(?<![\w/.-])aioserver (?:{commands})\b.*", README)
 
 
 def test_line_that_runs_the_tests_is_there_to_paste() -> None:
