@@ -31,6 +31,7 @@ from aioserver.protocol.bridging.said import BridgedSaid
 from aioserver.protocol.bridging.whole import MAX_WHOLE_BYTES
 from aioserver.protocol.bridging.words import (
     LIMIT,
+    MARGIN,
     MAX_COMPLETION_TOKENS,
     MAX_TOKENS,
     OPTIONAL,
@@ -170,12 +171,13 @@ class ChatMemory(Memory):
 class BridgedChat(Protocol):
     """A request for chat completions that a bridge has made.
 
-    *body* is let go when it was sent; it has the optional *words*. *hosted* has what the provider
-    does not get.
+    *body* is let go when it was sent; it has the optional *words*, and *asked_tokens* as an
+    estimate. *hosted* has what the provider does not get.
     """
 
     body: bytes
     words: frozenset[str]
+    asked_tokens: int
 
     @property
     def hosted(self) -> Hosted:
@@ -367,12 +369,16 @@ class BridgedAttempt(LearningAttempt):
                 return self._repeats_without(word)
         if said.renames and MAX_TOKENS not in self._learnt:
             return self._repeats_without(MAX_TOKENS)
-        if LIMIT in self._learnt:
+        wanted = self.request.max_answer
+        if LIMIT in self._learnt or wanted is None:
             return False
-        if said.limit and said.asked is not None:
-            self._limit, self._left = said.limit, said.limit - said.asked - SPARE
-            return self._left >= MIN_LEFT and self._repeats_without(LIMIT)
-        if said.most:
+        if said.limit:
+            estimated = round(MARGIN * chat.asked_tokens)
+            left = said.limit - (estimated if said.asked is None else said.asked) - SPARE
+            self._limit = said.limit
+            self._left = left
+            return MIN_LEFT <= left < wanted and self._repeats_without(LIMIT)
+        if said.most and said.most < wanted:
             self._most = said.most
             return self._repeats_without(LIMIT)
         return False

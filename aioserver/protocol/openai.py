@@ -408,13 +408,16 @@ def only_names(fields: Mapping[str, object], names: Collection[str]) -> bool:
 def usage_of(answer: object) -> dict[str, Any] | None:
     """Return the usage in a chunk, a whole answer or an event of a response.
 
-    Groq's chunks have the usage in `x_groq`, events of the Responses API in `response`.
+    Groq's chunks have the usage in `x_groq`, Kimi's in the last choice, events of the Responses API
+    in `response`.
     """
     if not isinstance(answer, dict):
         return None
     if isinstance(usage := answer.get("usage"), dict):
         return usage
-    for holder in (answer.get("x_groq"), answer.get("response")):
+    choices = answer.get("choices")
+    last = choices[-1] if isinstance(choices, list) and choices else None
+    for holder in (answer.get("x_groq"), last, answer.get("response")):
         if isinstance(holder, dict) and isinstance(usage := holder.get("usage"), dict):
             return usage
     return None

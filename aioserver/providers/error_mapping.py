@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from aioserver.errors import InvalidRequest, LoopDetected
+from aioserver.protocol.bridging.refusals import upstream
 from aioserver.protocol.openai import BadEvent, ErrorEvent, error_codes, load_with_surrogates
 from aioserver.provider_errors import (
     ContextTooLong,
@@ -68,10 +69,16 @@ BUSY_CODES = BUSY_STATUSES | {"rate_limit_exceeded"}
 # How providers say that a request is longer than their model's context: by a code, or in words
 # under one of these statuses, in a body of so many bytes at most.
 TOO_LONG_CODES = {"context_length_exceeded", "exceed_context_size_error"}
-TOO_LONG_STATUSES = frozenset({400, 413})
+TOO_LONG_STATUSES = frozenset({400, 413, 422})
 MAX_READ_BYTES = 1 << 16
 TOO_LONG = re.compile(
-    "maximum context length|prompt is too long|context size|model's context length", re.IGNORECASE
+    "maximum context length|prompt is too long|context size|model's context length"
+    "|maximum prompt length|exceeded model token limit|range of input length|prompt too long"
+    "|(?:exceed|greater than|overflow|longer than)[^.]{0,40} context (?:window|length|size)"
+    "|context length of only|context window exceeds|input token count[^.]{0,40} exceed"
+    "|prompt exceeds max length|token count of \\d+ exceeds|input is too long"
+    "|`inputs` tokens \\+|input tokens exceed|reduce the length of the messages",
+    re.IGNORECASE,
 )
 # Prefixes of the names of the headers that clients may see.
 VISIBLE_HEADERS = (
@@ -123,10 +130,10 @@ def says_too_long(status: int, error: object) -> bool:
     """
     if not error_codes(error).isdisjoint(TOO_LONG_CODES):
         return True
-    text = error.get("message") if isinstance(error, dict) else error
-    return (
-        status in TOO_LONG_STATUSES and isinstance(text, str) and TOO_LONG.search(text) is not None
-    )
+    if status not in TOO_LONG_STATUSES:
+        return False
+    texts = [error.get("message"), upstream(error)] if isinstance(error, dict) else [error]
+    return any(isinstance(text, str) and TOO_LONG.search(text) for text in texts)
 
 
 def _error_in(body: bytes) -> object:

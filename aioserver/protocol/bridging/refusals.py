@@ -1,56 +1,69 @@
 """What an engine says where it refuses a request: a word that it does not know, or the context that
 its model has.
 
-The limit, and the tokens of the prompt, stand in the words of each engine:
-
-    vLLM        This model's maximum context length is 4096 tokens. However, you requested 5000
-                tokens (4000 in the messages, 1000 in the completion). And, of later versions:
-                'max_tokens' is too large: 64000. This model's maximum context length is 32768
-                tokens and your request has 1024 input tokens (64000 > 32768 - 1024).
-    SGLang      The input (9000 tokens) is longer than the model's context length (8192 tokens).
-                Requested token count exceeds the model's maximum context length of 8192 tokens.
-                You requested a total of 9000 tokens: 8000 tokens from the input messages and 1000
-                tokens for the completion.
-    llama.cpp   `n_prompt_tokens` and `n_ctx` beside a code of its own
-    OpenAI      This model's maximum context length is 8192 tokens. However, your messages resulted
-                in 9000 tokens.
-    Groq        `max_tokens` must be less than or equal to `8192`
+Each engine says it in its own words; tests/support/engine_refusals.py has them, by engine and version.
+The tokens of a prompt may be a lower bound: vLLM counts no more of it than would fit beside the answer
+that was asked for, and one. Then nothing is known of the prompt but that.
 """
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
 from aioserver.protocol.bridging.words import MAX_COMPLETION_TOKENS, MAX_TOKENS
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 # Bytes of a refusal that is read, and of its text.
 MAX_READ_BYTES, MAX_TEXT = 1 << 16, 4096
 # The statuses of a refusal that is about the words of a request.
 STATUSES = frozenset({400, 422})
+_N = r"(\d{1,9})"
 _LIMIT = re.compile(
-    r"context length(?: is| of)?(?: only)?:? *\(?(\d{1,9}) tokens"
-    r"|available context size \((\d{1,9}) tokens",
+    rf"context length(?: is| of)?(?: only)?:? *\(?{_N}(?: tokens|\))"
+    rf"|context size \({_N} tokens|cannot be greater than max_model_len=(?:\w+=)?{_N}"
+    rf"|too large for model with {_N}|maximum prompt length is {_N}|token limit: {_N}"
+    rf"|input length should be \[\d+, ?{_N}\]|must be <= {_N}\. Given|while limit is {_N}"
+    rf"|configured limit of {_N} tokens|number of tokens allowed \(?{_N}"
+    rf"|maximum context length: {_N}|exceeds the limit of {_N}",
     re.IGNORECASE,
 )
 _INPUT = re.compile(
-    r"(\d{1,9}) (?:in the messages|tokens from the input|input tokens|tokens in the prompt)"
-    r"|messages resulted in (\d{1,9}) tokens|(?:the input|request) \((\d{1,9}) tokens\)"
-    r"|input length \((\d{1,9})",
+    rf"{_N} (?:in the messages|tokens from the input|input tokens|tokens in the prompt"
+    r"|of text input|`inputs` tokens)"
+    rf"|messages resulted in {_N} tokens|(?:the input|input|request) \({_N} tokens\)"
+    rf"|input length \({_N}|prompt contains {_N} tokens|request contains {_N} tokens"
+    rf"|current length is {_N}|input token count \({_N}|prompt is too long: {_N}"
+    rf"|token count of {_N}",
     re.IGNORECASE,
 )
 _MOST = re.compile(
-    r"less than or equal to [`'\"]?(\d{1,9})|supports at most (\d{1,9}) completion tokens",
+    rf"less than or equal to [`'\"]?{_N}|supports at most {_N} completion tokens"
+    rf"|range of max_tokens (?:is|should be) \[\d+, ?{_N}\]|exceeds the model limit of {_N}"
+    rf"|> {_N}, which is the maximum allowed number of output tokens",
     re.IGNORECASE,
 )
+# What is about the tokens of an answer, and not about another number.
+_OF_ANSWERS = re.compile("max_tokens|max_completion_tokens|completion tokens|maximum tokens")
+# The tokens of an answer that was asked for; and a count of a prompt that says itself that it has more.
+_WANTED = re.compile(rf"requested {_N} output tokens")
+_AT_LEAST = re.compile(r"at least \d{1,9} input tokens")
+# What engines call a word that they do not name.
+_OTHER_WORDS = {
+    "reasoning_effort": re.compile(
+        "does not support thinking|invalid reasoning value|reasoningEffort"
+    ),
+}
 
 
 class Refusal(NamedTuple):
     """What the *text* of a refusal says of its model: *limit* is that of a prompt and its answer
-    together, *asked* the tokens of the prompt, and *most* the limit of an answer. *code* is the
-    engine's own, empty if it has none.
+    together, *asked* the tokens of the prompt, None if they are not known, and *most* the limit of
+    an answer. *code* is the engine's own, empty if it has none.
     """
 
     text: str
@@ -61,7 +74,10 @@ class Refusal(NamedTuple):
 
     def names(self, word: str) -> bool:
         """Return whether it is about *word*."""
-        return re.search(rf"\b{word}\b", self.text) is not None
+        if re.search(rf"\b{word}\b", self.text) is not None:
+            return True
+        other = _OTHER_WORDS.get(word)
+        return other is not None and other.search(self.text) is not None
 
     @property
     def renames(self) -> bool:
@@ -85,7 +101,8 @@ def refusal(body: bytes) -> Refusal:
         content = content[0]
     error = content.get("error", content) if isinstance(content, dict) else content
     if isinstance(error, dict):
-        parts = (error.get(name) for name in ("message", "msg", "detail", "param"))
+        parts = [error.get(name) for name in ("message", "msg", "detail", "param")]
+        parts.append(upstream(error))
         said = _read(" ".join(part if isinstance(part, str) else _written(part) for part in parts))
         # llama.cpp's own words.
         limit, asked = _count(error.get("n_ctx")), _count(error.get("n_prompt_tokens"))
@@ -99,9 +116,24 @@ def _written(part: object) -> str:
     return "" if part is None else orjson.dumps(part).decode()
 
 
+def upstream(error: Mapping[str, Any]) -> str:
+    """Return what a provider has said whose *error* a router hands on, as OpenRouter does; empty if
+    there is no such thing.
+    """
+    metadata = error.get("metadata")
+    raw = metadata.get("raw") if isinstance(metadata, dict) else None
+    return raw if isinstance(raw, str) else ""
+
+
 def _read(text: str) -> Refusal:
     text = text[:MAX_TEXT]
-    return Refusal(text, _found(_LIMIT, text), _found(_INPUT, text), _found(_MOST, text))
+    limit, asked = _found(_LIMIT, text), _found(_INPUT, text)
+    most = _found(_MOST, text) if _OF_ANSWERS.search(text) else None
+    if limit and asked and asked < limit:
+        wanted = _found(_WANTED, text) or 0
+        if _AT_LEAST.search(text) or asked + wanted == limit + 1:
+            asked = None
+    return Refusal(text, limit, asked, most)
 
 
 def _found(pattern: re.Pattern[str], text: str) -> int | None:
