@@ -279,9 +279,14 @@ class RequestRefused(AioserverError):
     code, status = "request_refused", 403
 
     def __init__(
-        self, message: str, *, http_status: int = 403, retry_after: float | None = None
+        self,
+        message: str,
+        *,
+        http_status: int = 403,
+        param: str | None = None,
+        retry_after: float | None = None,
     ) -> None:
-        super().__init__(message, retry_after=retry_after)
+        super().__init__(message, param=param, retry_after=retry_after)
         self._http_status = http_status
 
     @property

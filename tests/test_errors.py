@@ -37,7 +37,10 @@ TABLE = {
         *("invalid_stream_id", "websocket_stream_limit_reached"),
     },
     401: {"missing_api_key", "invalid_api_key"},
-    403: {"origin_not_allowed", "permission_denied", "host_not_allowed"},
+    403: {
+        *("origin_not_allowed", "permission_denied", "host_not_allowed"),
+        *("request_refused", "answer_refused"),
+    },
     404: {"not_found", "model_not_found", "stream_not_found", "conversation_not_found"},
     405: {"method_not_allowed"},
     408: {"request_timeout", "slow_client"},
@@ -58,12 +61,13 @@ TABLE = {
     503: {
         *("server_at_capacity", "provider_queue_full", "provider_queue_timeout", "pool_timeout"),
         *("circuit_open", "no_provider", "server_shutdown", "history_unavailable"),
-        "instance_unavailable",
+        *("instance_unavailable", "hook_unavailable"),
     },
     504: {
         *("connect_timeout", "read_timeout", "write_timeout", "first_token_timeout"),
         "deadline_exceeded",
     },
+    508: {"loop_detected"},
 }
 TYPES = {
     401: "authentication_error",
@@ -74,6 +78,7 @@ TYPES = {
     502: "provider_error",
     503: "service_unavailable_error",
     504: "provider_error",
+    508: "provider_error",
 }
 
 
