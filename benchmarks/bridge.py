@@ -1,12 +1,14 @@
-"""The CPU time of an event over the bridges, as a ratio to one of chat completions that pass; and
-that of a long history.
+"""The CPU time of an event over the bridges, as a ratio to one of chat completions that pass; that of
+a long history; and how long a stream waits while large requests are translated.
 
     python benchmarks/bridge.py                    # about a minute
     python benchmarks/bridge.py --events 20000 --rounds 5
 
 The provider sends the next event once the client has the last one, so that each is read alone;
 `--block` sends so many at once. The paths take turns, and the least of all rounds counts: what
-else the machine does only adds.
+else the machine does only adds. The gap is the longest time between two events of a stream whose
+next event is sent at once, while CROWD requests of 2 MiB come at once, by the path that these take;
+those of chat completions pass, and tell what of it is the machine's and this program's.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import asyncio
 import json
 import sys
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,16 +93,25 @@ class Provider:
             writer.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(END), END))
 
 
-async def stream(port: int, path: str, provider: Provider) -> None:
-    """Ask for one stream below *path*, and read it to its end."""
+async def stream(
+    port: int, path: str, provider: Provider, gaps: list[float] | None = None
+) -> None:
+    """Ask for one stream below *path*, and read it to its end; *gaps* gets the seconds between its
+    reads.
+    """
     body, mark = PATHS[path]
     reader, writer = await ask(port, path, body)
     rest = b""
     head = await reader.readuntil(b"\r\n\r\n")
     if b" 200 " not in head[:20]:
         raise SystemExit(f"{path}: {head!r} {await reader.read()!r}")
+    before = time.perf_counter()
     while True:
         data = await reader.read(1 << 16)
+        now = time.perf_counter()
+        if gaps is not None:
+            gaps.append(now - before)
+        before = now
         seen = rest + data
         for _ in range(seen.count(mark)):
             provider.arrived.release()
@@ -140,9 +152,9 @@ def history(size: int) -> dict[str, Any]:
     return {"model": "m", "max_tokens": 1000, "messages": [*turns, *HELLO]}
 
 
-async def whole(port: int, body: object) -> None:
-    """Ask for a message that is not streamed, and read it."""
-    reader, writer = await ask(port, "messages", body)
+async def whole(port: int, body: object, path: str = "messages") -> None:
+    """Ask for a message that is not streamed, or for what *path* has, and read it."""
+    reader, writer = await ask(port, path, body)
     answer = await reader.read()
     writer.close()
     if b" 200 " not in answer[:20]:
@@ -173,9 +185,31 @@ async def measure(options: argparse.Namespace, pid: int, port: int, provider: Pr
         sizes[size] = spent / TURNS
         print(f"a history of {size} MiB {spent / TURNS * 1e3:6.1f} ms")
     print(f"4 MiB to 1 MiB       {sizes[4] / sizes[1]:.2f}")
+    await measure_gaps(options, port, provider)
 
 
-TURNS = 5
+async def measure_gaps(options: argparse.Namespace, port: int, provider: Provider) -> None:
+    """Measure the gaps in a stream beside large requests, and print them."""
+    text = "The quick brown fox — jumps over “the” lazy dog.\n" * 20
+    turns = [{"role": "user", "content": text} for _ in range((2 << 20) // len(text.encode()))]
+    crowds = {
+        "chat/completions": {"model": "m", "messages": turns},
+        "messages": history(2 << 20),
+        "responses": {"model": "m", "input": turns},
+    }
+    for path, body in crowds.items():
+        longest = []
+        for _ in range(options.rounds):
+            gaps: list[float] = []
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(stream(port, "chat/completions", provider, gaps))
+                for _ in range(CROWD):
+                    tasks.create_task(whole(port, body, path))
+            longest.append(max(gaps))
+        print(f"{path:20} {min(longest) * 1e3:6.1f} ms is the longest gap beside {CROWD} of 2 MiB")
+
+
+TURNS, CROWD = 5, 20
 
 
 async def many(port: int, body: object) -> None:

@@ -54,7 +54,7 @@ T = TypeVar("T")
 STEP_BYTES = 1 << 20
 # Bytes that are looked through in one step, and about those of a piece. Lone surrogates are
 # replaced in 10 ms, if there is nothing else.
-PIECE_BYTES = 1 << 18
+PIECE_BYTES = 1 << 16
 ABSENT = Raw(b"")
 # How msgspec names a key that its type has not.
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*?)`(?: - at `.*`)?", re.DOTALL)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 from aioserver.protocol import json_body, whole_answer
-from aioserver.protocol.bridging import reading, turns
+from aioserver.protocol.bridging import reading
 from aioserver.wings.responses import items
 
 if TYPE_CHECKING:
@@ -54,8 +54,10 @@ class Input(NamedTuple):
 def windows(size: int) -> Iterator[None]:
     """Within it, what is read in steps is read *size* bytes at a time, and every body is large."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (json_body, whole_answer, items, reading, turns):
+        for module in (json_body, whole_answer, items, reading):
             patch.setattr(module, "STEP_BYTES", size)
+        for name in ("LARGE_BYTES", "STEP_VALUE_BYTES"):
+            patch.setattr(reading, name, size)
         patch.setattr(json_body, "PIECE_BYTES", max(size, LEAST_PIECE))
         yield
 

@@ -262,6 +262,7 @@ def test_more_keys_than_can_be_told_apart_are_refused_in_one_piece(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(json_body, "STEP_BYTES", 0)
+    monkeypatch.setattr(json_body, "PIECE_BYTES", 1 << 18)
     body = b'{"x":[%b0],"model":"m","y":0}' % (b'{"model":"m"},' * (MAX_PLACES + 1))
     read = at_once(reading(body))
 

@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import orjson
 
 from aioserver.errors import InvalidRequest
-from aioserver.protocol.bridging.reading import join, members
+from aioserver.protocol.bridging.reading import LARGE_BYTES, Steps, join, members
 from aioserver.protocol.json_body import pause
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    # What messages are joined of.
+    Bytes = bytes | memoryview
 
 # What stands between two texts of one message, and between those of two: JSON, without quotes.
 LINE, PARAGRAPH = b"\\n", b"\\n\\n"
@@ -35,8 +38,6 @@ _SHOWN_BELOW = b'"(see the next message)"'
 _BLANK = re.compile(rb'"(?: |\\[nrtf])*+"')
 # Calls whose results are awaited at most, which is more than a model makes at once.
 MAX_OPEN_CALLS = 1000
-# Pieces of messages, and bytes of them, that are added in one step.
-STEP_PIECES, STEP_BYTES = 64, 1 << 16
 
 
 class Piece(NamedTuple):
@@ -47,6 +48,48 @@ class Piece(NamedTuple):
     content: bytes
     between: bytes = LINE
     text: bool = True
+
+
+class _Content:
+    """The content of a message of the user, which grows piece by piece: one text, as some engines take
+    no other, or a list of parts. It is joined of bytes that are written as they come.
+    """
+
+    __slots__ = ("_joined", "_listed", "_within_text")
+
+    def __init__(self) -> None:
+        self._joined: list[Bytes] = []
+        self._within_text = self._listed = False
+
+    def __bool__(self) -> bool:
+        """Whether there is anything in it."""
+        return bool(self._joined)
+
+    def add(self, piece: Piece) -> None:
+        """Add *piece*."""
+        if piece.text:
+            if self._within_text:
+                self._joined.append(piece.between)
+            else:
+                self._joined += (b",", b'{"type":"text","text":"')
+                self._within_text = True
+            self._joined.append(_inner(piece.content))
+        else:
+            self._end_text()
+            self._joined += (b",", piece.content)
+            self._listed = True
+
+    def finish(self, first: list[Bytes]) -> list[Bytes]:
+        """Return what it is joined of, with the parts *first* in front, each behind a comma."""
+        self._end_text()
+        if self._listed or first:
+            return [b"[", *(first + self._joined)[1:], b"]"]
+        return [b'"', *self._joined[2:-1], b'"']
+
+    def _end_text(self) -> None:
+        if self._within_text:
+            self._joined.append(b'"}')
+            self._within_text = False
 
 
 class Turns:
@@ -69,24 +112,23 @@ class Turns:
         # Texts of the system, until anything else comes.
         self._system: list[bytes] = []
         # The message of the assistant that is under way.
-        self._said: list[bytes] = []
+        self._said: list[Bytes] = []
         self._reasoning: list[bytes] = []
         self._calls: list[bytes] = []
         # A `tool` message for each call of the last message of the assistant, empty until its
         # result has come, and the places of those that are empty by the ids of the calls.
         self._results: list[bytes] = []
         self._awaited: dict[str, list[int]] = {}
-        # The turn of the user that is under way: the pictures of results, and pieces of its message.
-        self._below: list[Piece] = []
-        self._pieces: list[Piece] = []
-        # Bytes and pieces since the last pause.
-        self._steps = 0
+        # The turn of the user that is under way: the pictures of results, and what else it says.
+        self._below: list[Bytes] = []
+        self._asked = _Content()
+        self._steps = Steps()
 
     def instruct(self, text: bytes) -> None:
         """Add a *text* of the system: in front, or as one of the user if anything was said."""
         if text == EMPTY:
             return
-        if not (self._messages or self._joined or self._pieces or self._speaking):
+        if not (self._messages or self._joined or self._asked or self._speaking):
             self._system.append(text)
         else:
             reminder = b'"<system-reminder>\\n%b\\n</system-reminder>"' % text[1:-1]
@@ -97,7 +139,7 @@ class Turns:
         if piece.content != EMPTY:
             self._close_assistant()
             self._count(piece)
-            self._pieces.append(piece)
+            self._asked.add(piece)
 
     def answer(self, call_id: str, pieces: Iterable[Piece], *, failed: bool = False) -> None:
         """Add the result of the call *call_id*; *failed*: it is an error."""
@@ -112,9 +154,9 @@ class Turns:
         places = self._awaited.get(call_id)
         if places:
             self._results[places.pop(0)] = _result(call_id, text)
-            self._below += others
             for each in others:
                 self._count(each)
+                self._below += (b",", each.content)
         else:
             for each in (Piece(text), *others):
                 self.ask(each)
@@ -126,7 +168,7 @@ class Turns:
         self._close_user()
         if self._said:
             self._said.append(between)
-        self._said.append(text[1:-1])
+        self._said.append(_inner(text))
 
     def think(self, text: bytes) -> None:
         """Add a *text* of the assistant's reasoning, which belongs to what it says or calls with
@@ -142,32 +184,32 @@ class Turns:
             InvalidRequest: there are too many; *param* names it.
         """
         self._close_user()
-        if len(self._calls) >= MAX_OPEN_CALLS:
+        number = len(self._results)
+        if number >= MAX_OPEN_CALLS:
             raise InvalidRequest(f"more than {MAX_OPEN_CALLS} calls in a turn", param=param)
-        self._awaited.setdefault(call_id, []).append(len(self._calls))
+        self._awaited.setdefault(call_id, []).append(number)
         self._results.append(_result(call_id, EMPTY))
-        self._calls.append(
-            b'{"id":%b,"type":"function","function":{"name":%b,"arguments":%b}}'
-            % (orjson.dumps(call_id), orjson.dumps(name), arguments)
-        )
+        form = b'%b{"id":%b,"type":"function","function":{"name":%b,"arguments":'
+        head = form % (b"," if number else b"", orjson.dumps(call_id), orjson.dumps(name))
+        # Megabytes of arguments are not copied more often than need be.
+        self._calls += (head, arguments, b"}}")
 
     async def step(self, size: int) -> None:
         """Pause if that is due, since a piece of *size* bytes was added."""
-        self._steps += size + STEP_BYTES // STEP_PIECES
-        if self._steps >= STEP_BYTES:
-            self._steps = 0
+        if self._steps.over(size):
             if self._messages:
                 # So that few are left to be joined at the end.
                 self._joined.append(b",".join(self._messages))
                 self._messages.clear()
             await pause()
 
-    def finish(self) -> bytes:
-        """Return all messages, joined by commas."""
+    def finish(self) -> list[bytes]:
+        """Return all messages, and commas between them."""
         self._close_user()
         self._close_assistant()
         self._close_system()
-        return b",".join((*self._joined, *self._messages))
+        messages = (*self._joined, *self._messages)
+        return [part for message in messages for part in (b",", message)][1:]
 
     @property
     def _speaking(self) -> bool:
@@ -185,10 +227,11 @@ class Turns:
             return
         self._close_system()
         self._messages += self._results
-        if pieces := self._below + self._pieces:
-            self._messages.append(b'{"role":"user","content":%b}' % _content(pieces))
+        if self._below or self._asked:
+            content = self._asked.finish(self._below)
+            self._messages.append(b"".join((b'{"role":"user","content":', *content, b"}")))
         self._results, self._awaited = [], {}
-        self._below, self._pieces = [], []
+        self._below, self._asked = [], _Content()
 
     def _close_assistant(self) -> None:
         """Add the message of the assistant that is under way; reasoning that nothing followed is
@@ -198,11 +241,14 @@ class Turns:
         if not self._speaking:
             return
         self._close_system()
-        calls = b"[%b]" % b",".join(self._calls) if self._calls else b""
+        parts: list[Bytes] = [b'{"role":"assistant","content":']
+        parts += (b'"', *self._said, b'"') if self._said else (b"null",)
+        if self._calls:
+            parts += (b',"tool_calls":[', *self._calls, b"]")
         thought = join(reasoning, LINE) if reasoning else b""
-        text = b"".join((b'"', *self._said, b'"')) if self._said else b"null"
-        more = members((b"tool_calls", calls), (self._reasoning_field, thought))
-        self._messages.append(b'{"role":"assistant","content":%b%b}' % (text, more))
+        parts.append(members((self._reasoning_field, thought)))
+        parts.append(b"}")
+        self._messages.append(b"".join(parts))
         self._said, self._calls = [], []
 
     def _close_system(self) -> None:
@@ -216,24 +262,6 @@ def _result(call_id: str, text: bytes) -> bytes:
     return b'{"role":"tool","tool_call_id":%b,"content":%b}' % (orjson.dumps(call_id), text)
 
 
-def _content(pieces: list[Piece]) -> bytes:
-    """Return the content of a message of *pieces*: one text, as some engines take no other, or
-    parts.
-    """
-    parts: list[bytes] = []
-    texts: list[bytes] = []
-    for piece in pieces:
-        if piece.text:
-            if texts:
-                texts.append(piece.between)
-            texts.append(piece.content[1:-1])
-            continue
-        if texts:
-            parts.append(b'{"type":"text","text":"%b"}' % b"".join(texts))
-            texts = []
-        parts.append(piece.content)
-    if not parts:
-        return b"".join((b'"', *texts, b'"'))
-    if texts:
-        parts.append(b'{"type":"text","text":"%b"}' % b"".join(texts))
-    return b"[%b]" % b",".join(parts)
+def _inner(text: bytes) -> Bytes:
+    """Return *text* without its quotes; a large one is not copied."""
+    return text[1:-1] if len(text) < LARGE_BYTES else memoryview(text)[1:-1]

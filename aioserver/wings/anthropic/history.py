@@ -52,7 +52,7 @@ async def _without(message: bytes) -> bytes:
     place = await _CONTENT.finding(message)
     if place is None or message[place.value : place.value + 1] != b"[":
         return message
-    blocks = elements(Raw(message[place.value : place.end]), "content")
+    blocks = await elements(Raw(message[place.value : place.end]), "content")
     kept = [bytes(block) for block in blocks if not _ours(block)]
     if len(kept) == len(blocks):
         return message

@@ -16,11 +16,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import msgspec
-import orjson
 from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
-from aioserver.protocol.bridging.reading import elements, is_string, no_form, read, string
+from aioserver.protocol.bridging.reading import (
+    elements,
+    is_string,
+    no_form,
+    quoted,
+    reading,
+    string,
+)
 from aioserver.protocol.bridging.turns import LINE, PARAGRAPH, Piece, Turns
 from aioserver.protocol.json_body import ABSENT, flag, null
 from aioserver.wings.anthropic.bridge import ids
@@ -86,6 +92,7 @@ class BlockReader:
                 raise InvalidRequest("a system has text only", param=param)
             if not piece.content.startswith(_BILLING):
                 self._turns.instruct(piece.content)
+            await self._turns.step(0)
 
     async def add(self, raw: Raw, param: str) -> None:
         """Add a message, in steps.
@@ -93,7 +100,7 @@ class BlockReader:
         Raises:
             InvalidRequest: it is none, or there is no form of it in a chat; *param* names it.
         """
-        message = read(_MESSAGE, raw, param)
+        message = await reading(_MESSAGE, raw, param)
         param = f"{param}.content"
         role, content = message.role, message.content
         if role == "system":
@@ -108,11 +115,13 @@ class BlockReader:
         else:
             add = self._add_asked if role == "user" else self._add_answered
             between = PARAGRAPH
-            for number, each in enumerate(elements(content, param)):
+            for number, each in enumerate(await elements(content, param)):
                 place = f"{param}[{number}]"
-                await add(read(_BLOCK, each, place), place, between)
+                await add(await reading(_BLOCK, each, place), place, between)
                 between = LINE
                 await self._turns.step(len(memoryview(each)))
+            return
+        await self._turns.step(len(memoryview(raw)))
 
     async def _add_asked(self, block: _Block, param: str, between: bytes) -> None:
         if block.type != "tool_result":
@@ -130,10 +139,10 @@ class BlockReader:
         if is_string(raw):
             return [Piece(bytes(raw))]
         pieces: list[Piece] = []
-        for number, each in enumerate(elements(raw, param)):
+        for number, each in enumerate(await elements(raw, param)):
             place = f"{param}[{number}]"
-            pieces += await self._of_block(read(_BLOCK, each, place), place)
-            await self._turns.step(0)
+            pieces += await self._of_block(await reading(_BLOCK, each, place), place)
+            await self._turns.step(len(memoryview(each)))
         return pieces
 
     async def _of_block(self, block: _Block, param: str) -> list[Piece]:
@@ -142,7 +151,7 @@ class BlockReader:
             case "text":
                 return [Piece(string(block.text, f"{param}.text"))]
             case "image":
-                return [_image(block, param)]
+                return [await _image(block, param)]
             case "document":
                 return await self._document(block, param)
             case "search_result":
@@ -155,13 +164,13 @@ class BlockReader:
         raise no_form(block.type, param)
 
     async def _document(self, block: _Block, param: str) -> list[Piece]:
-        source = read(_SOURCE, block.source, f"{param}.source")
+        source = await reading(_SOURCE, block.source, f"{param}.source")
         if source.type == "text" and is_string(source.data):
             return [Piece(bytes(source.data))]
         if source.type == "base64" and is_string(source.data) and is_string(source.media_type):
             name = bytes(block.title) if is_string(block.title) else b'"document.pdf"'
-            form = b'{"type":"file","file":{"filename":%b,"file_data":%b}}'
-            return [Piece(form % (name, _data_url(source)), text=False)]
+            form = b'{"type":"file","file":{"filename":%b,"file_data":"data:%b;base64,%b}}'
+            return [Piece(form % (name, *_data(source)), text=False)]
         if source.type == "content":
             return await self._pieces(source.content, f"{param}.source.content")
         raise no_form(f"document of a {source.type}", param)
@@ -175,7 +184,7 @@ class BlockReader:
                     raise InvalidRequest(f"{param} must have an id and a name", param=param)
                 own, name = ids.own(block.id), self._tools.name_of(block.name)
                 arguments = b"{}" if null(block.input) else bytes(block.input)
-                self._turns.call(own, name, orjson.dumps(arguments.decode()), param)
+                self._turns.call(own, name, await quoted(arguments), param)
             case "thinking":
                 signed = bytes(block.signature) == b'"%b"' % SIGNATURE.encode()
                 if signed and is_string(block.thinking):
@@ -195,16 +204,17 @@ class BlockReader:
         return kind.endswith("_tool_result")
 
 
-def _image(block: _Block, param: str) -> Piece:
-    source = read(_SOURCE, block.source, f"{param}.source")
+async def _image(block: _Block, param: str) -> Piece:
+    source = await reading(_SOURCE, block.source, f"{param}.source")
     if source.type == "base64" and is_string(source.data) and is_string(source.media_type):
-        url = _data_url(source)
-    elif source.type == "url" and is_string(source.url):
-        url = bytes(source.url)
-    else:
-        raise no_form(f"image of a {source.type}", param)
-    return Piece(b'{"type":"image_url","image_url":{"url":%b}}' % url, text=False)
+        form = b'{"type":"image_url","image_url":{"url":"data:%b;base64,%b}}'
+        return Piece(form % _data(source), text=False)
+    if source.type == "url" and is_string(source.url):
+        form = b'{"type":"image_url","image_url":{"url":%b}}'
+        return Piece(form % bytes(source.url), text=False)
+    raise no_form(f"image of a {source.type}", param)
 
 
-def _data_url(source: _Source) -> bytes:
-    return b'"data:%b;base64,%b"' % (bytes(source.media_type)[1:-1], bytes(source.data)[1:-1])
+def _data(source: _Source) -> tuple[bytes, memoryview]:
+    """Return the type and the data of *source*, as they stand in a URL and to its closing quote."""
+    return bytes(source.media_type)[1:-1], memoryview(source.data)[1:]

@@ -24,6 +24,8 @@ from msgspec import Raw
 from aioserver.errors import InvalidRequest
 from aioserver.protocol import json_body
 from aioserver.protocol.bridging.reading import (
+    LARGE_BYTES,
+    Steps,
     check_density,
     elements,
     for_each,
@@ -137,15 +139,17 @@ async def chat_request(
         InvalidRequest: *body* is no request, or one that has no form in chat completions.
     """
     await check_density(body)
-    await pause()
     fields = await json_body.decoding(_BODY, body, "the body")
     model = b'""' if null(fields.model) else string(fields.model, "model")
     if not null(fields.thread) and b'"continue"' in bytes(fields.thread):
         raise ThreadContinued(THREAD_MESSAGE, param="thread")
     tools = Tools()
-    for number, raw in enumerate(elements(fields.tools, "tools", MAX_TOOLS)):
+    steps = Steps()
+    for number, raw in enumerate(await elements(fields.tools, "tools", MAX_TOOLS)):
         tools.add(raw, f"tools[{number}]")
-    if elements(fields.mcp_servers, "mcp_servers"):
+        if steps.over(len(memoryview(raw))):
+            await pause()
+    if await elements(fields.mcp_servers, "mcp_servers"):
         tools.hosted.add("mcp_servers", "mcp_servers")
     choice = tools.choose(fields.tool_choice)
     turns = Turns(reasoning_field)
@@ -157,11 +161,13 @@ async def chat_request(
         usage = b',"stream_options":{"include_usage":true}'
         streamed = b',"stream":true' + (usage if words.takes("stream_options") else b"")
     said, called = turns.finish(), _tool_members(tools, choice, words)
-    size = Size(len(said) + sum(map(len, called)) - turns.picture_bytes, turns.pictures)
+    if len(body) > LARGE_BYTES:
+        await pause()
+    size = Size(sum(map(len, (*said, *called))) - turns.picture_bytes, turns.pictures)
     options = _options(fields, words, size)
     parts = (
         b'{"model":%b,"messages":[' % model,
-        said,
+        *said,
         b"]",
         streamed,
         *called,

@@ -18,7 +18,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import msgspec
-import orjson
 from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
@@ -28,7 +27,8 @@ from aioserver.protocol.bridging.reading import (
     join,
     members,
     no_form,
-    read,
+    quoted,
+    reading,
     string,
 )
 from aioserver.protocol.bridging.turns import LINE, PARAGRAPH, Piece, Turns
@@ -84,7 +84,7 @@ class ItemReader:
         Raises:
             InvalidRequest: it is none, or there is no form of it in a chat; *param* names it.
         """
-        item = read(_ITEM, raw, param)
+        item = await reading(_ITEM, raw, param)
         match item.type:
             case None | "message":
                 await self._add_message(item, param)
@@ -92,7 +92,7 @@ class ItemReader:
                 self._add_call(item, FUNCTION, string(item.arguments, f"{param}.arguments"), param)
             case "custom_tool_call":
                 text = string(item.input, f"{param}.input")
-                arguments = orjson.dumps((b'{"input":%b}' % text).decode())
+                arguments = await quoted(b'{"input":%b}' % text)
                 self._add_call(item, CUSTOM, arguments, param)
             case "function_call_output" | "custom_tool_call_output":
                 if not item.call_id:
@@ -119,6 +119,7 @@ class ItemReader:
         if role == "user":
             for number, piece in enumerate(pieces):
                 self._turns.ask(piece if number else piece._replace(between=PARAGRAPH))
+                await self._turns.step(0)
             return
         if not all(piece.text for piece in pieces):
             raise InvalidRequest(f"a message of the {role} has text only", param=param)
@@ -126,6 +127,7 @@ class ItemReader:
         if role == "assistant":
             for number, text in enumerate(texts):
                 self._turns.say(text, LINE if number else PARAGRAPH)
+                await self._turns.step(0)
         elif texts:
             self._turns.instruct(join(texts, LINE))
 
@@ -140,16 +142,16 @@ class ItemReader:
         if is_string(raw):
             return [Piece(bytes(raw))]
         pieces: list[Piece] = []
-        for number, each in enumerate(elements(raw, param)):
+        for number, each in enumerate(await elements(raw, param)):
             place = f"{param}[{number}]"
-            part = read(_PART, each, place)
+            part = await reading(_PART, each, place)
             if part.type in _TEXTS:
                 pieces.append(Piece(string(part.text, f"{place}.text")))
             elif part.type == "refusal":
                 pieces.append(Piece(string(part.refusal, f"{place}.refusal")))
             else:
                 pieces.append(Piece(_other(part, place), text=False))
-            await self._turns.step(0)
+            await self._turns.step(len(memoryview(each)))
         return pieces
 
 

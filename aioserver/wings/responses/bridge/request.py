@@ -29,6 +29,8 @@ from msgspec import Raw
 from aioserver.errors import InvalidRequest, ResponseNotFound
 from aioserver.protocol import json_body
 from aioserver.protocol.bridging.reading import (
+    LARGE_BYTES,
+    Steps,
     check_density,
     elements,
     for_each,
@@ -147,24 +149,25 @@ async def chat_request(
         InvalidRequest: *body* is no request, or one that has no form in chat completions.
     """
     await check_density(body)
-    await pause()
     fields = await _fields(body)
     model = b'""' if null(fields.model) else string(fields.model, "model")
     if not (incomplete or null(fields.previous_response_id)):
         raise ResponseNotFound("the previous response is not known", param="previous_response_id")
     tools = Tools()
-    for number, raw in enumerate(elements(fields.tools, "tools")):
-        tools.add(raw, f"tools[{number}]")
-    choice = tools.choose(fields.tool_choice)
+    steps = Steps()
+    for number, raw in enumerate(await elements(fields.tools, "tools")):
+        await tools.add(raw, f"tools[{number}]")
+        if steps.over(len(memoryview(raw))):
+            await pause()
+    choice = await tools.choose(fields.tool_choice)
     turns = Turns(reasoning_field)
     if not null(fields.instructions):
         turns.instruct(string(fields.instructions, "instructions"))
     if is_string(fields.input):
         turns.ask(Piece(bytes(fields.input)))
     else:
-        await pause()
         await for_each(fields.input, "input", ItemReader(tools, turns).add)
-    logprobs = not null(fields.top_logprobs) or LOGPROBS in _names(fields.include)
+    logprobs = not null(fields.top_logprobs) or LOGPROBS in await _names(fields.include)
     written_format, shown_text = _text(fields.text)
     said = turns.finish()
     stream_members = b""
@@ -172,11 +175,13 @@ async def chat_request(
         usage = b',"stream_options":{"include_usage":true}'
         stream_members = b',"stream":true' + (usage if words.takes("stream_options") else b"")
     called, parallel = _tool_members(tools, choice, fields, words)
-    size = Size(len(said) + len(called) - turns.picture_bytes, turns.pictures)
+    if len(body) > LARGE_BYTES:
+        await pause()
+    size = Size(sum(map(len, (*said, called))) - turns.picture_bytes, turns.pictures)
     options = _options(fields, words, size, logprobs=logprobs)
     parts = (
         b'{"model":%b,"messages":[' % model,
-        said,
+        *said,
         b"]",
         stream_members,
         called,
@@ -209,8 +214,8 @@ async def _fields(body: bytes) -> _Body:
     return fields
 
 
-def _names(raw: Raw) -> list[str]:
-    return [json_body.text(each) or "" for each in elements(raw, "include")]
+async def _names(raw: Raw) -> list[str]:
+    return [json_body.text(each) or "" for each in await elements(raw, "include")]
 
 
 def _tool_members(tools: Tools, choice: bytes, fields: _Body, words: Words) -> tuple[bytes, bytes]:

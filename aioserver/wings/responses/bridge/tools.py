@@ -114,7 +114,7 @@ class Tools:
         """
         return self.declared.get(name) or Tool(FUNCTION, name)
 
-    def add(self, raw: Raw, param: str, namespace: str = "") -> None:
+    async def add(self, raw: Raw, param: str, namespace: str = "") -> None:
         """Add a declared tool, of a *namespace* if one is passed.
 
         Raises:
@@ -126,8 +126,8 @@ class Tools:
         tool = read(_TOOL, raw, param)
         if tool.type == "namespace" and not namespace:
             self._check_name(tool, param)
-            for number, nested in enumerate(elements(tool.tools, f"{param}.tools")):
-                self.add(nested, f"{param}.tools[{number}]", tool.name)
+            for number, nested in enumerate(await elements(tool.tools, f"{param}.tools")):
+                await self.add(nested, f"{param}.tools[{number}]", tool.name)
         elif tool.type in _OWN:
             self._check_name(tool, param)
             name = self.name_of(tool.type, tool.name, namespace)
@@ -146,7 +146,7 @@ class Tools:
         if not namespace:
             self.shown.append(bytes(raw))
 
-    def choose(self, raw: Raw) -> bytes:
+    async def choose(self, raw: Raw) -> bytes:
         """Return the `tool_choice` of chat completions for that of a request; empty if there is
         none.
 
@@ -169,7 +169,7 @@ class Tools:
         if choice.type == "allowed_tools":
             listed = [
                 read(_CHOICE, each, "tool_choice.tools")
-                for each in elements(choice.tools, "tool_choice.tools")
+                for each in await elements(choice.tools, "tool_choice.tools")
             ]
             own = [each for each in listed if each.type in _OWN]
             if listed and not own:

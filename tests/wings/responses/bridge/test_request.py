@@ -494,13 +494,6 @@ def test_no_body_costs_ten_times_its_bytes(element: bytes, place: str) -> None:
     assert peak < 9 * len(body)
 
 
-def test_items_of_many_parts_are_read_in_steps() -> None:
-    parts = [{"type": "input_text", "text": "x"}] * 500
-    body = orjson.dumps({"model": "m", "input": [{"role": "user", "content": parts}] * 100})
-
-    assert len([*chat_request(body).__await__()]) > len(body) >> 19
-
-
 @pytest.mark.parametrize("size", [2, 3, 7, 1 << 18])
 def test_values_are_counted_outside_of_strings_only(
     size: int, monkeypatch: pytest.MonkeyPatch
