@@ -134,7 +134,9 @@ def test_aioserver_is_built_by_its_recipe_and_has_time_to_end() -> None:
         websocket.drain_delay + websocket.shutdown_timeout + 5
     )
     assert int(AIOSERVER["mem_limit"].removesuffix("g")) * 2**30 > 2 * kept
-    assert "http://127.0.0.1:8000/ready" in AIOSERVER["healthcheck"]["test"][-1]
+    assert AIOSERVER["healthcheck"]["test"][1:] == [
+        *("python", "-m", "aioserver.tools.health", "/ready"),
+    ]
 
 
 def test_the_words_of_its_head_are_what_there_is() -> None:

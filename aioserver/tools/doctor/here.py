@@ -12,7 +12,7 @@ from yarl import URL
 
 from aioserver.config import Configuration
 from aioserver.config.faults import ConfigurationError
-from aioserver.tools.doctor import machine, providers
+from aioserver.tools.doctor import certificate, machine, providers
 from aioserver.tools.doctor.network import Peer, Steps
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ def _tell_faults(report: Report, error: ConfigurationError) -> None:
 async def _examine(report: Report, settings: Settings, *, ask: bool, only: str | None) -> None:
     if only is None:
         await machine.examine(report, settings)
+        if settings.chat.websocket.tls is not None:
+            certificate.examine(report, settings.chat.websocket.tls)
         await examine_cluster(report, settings.cluster)
     await providers.examine(report, settings, ask=ask, only=only)
 

@@ -31,12 +31,15 @@ SECONDS_A_DAY = 86400.0
 
 
 class Peer(NamedTuple):
-    """A host to reach, each step within *limit* seconds. *context*: None without TLS."""
+    """A host to reach, each step within *limit* seconds. *context*: None without TLS. *trust*: how
+    an authority is trusted that the system does not know.
+    """
 
     host: str
     port: int
     context: ssl.SSLContext | None
     limit: float
+    trust: str = "trust its authority (ca_file)"
 
 
 class Steps:
@@ -135,7 +138,7 @@ class Steps:
             self._problem(
                 self._subject,
                 f"TLS: the certificate is refused: {error.verify_message}",
-                "renew it, use the name that it has, or trust its authority (ca_file)",
+                f"renew it, use the name that it has, or {self._peer.trust}",
             )
             return None
         except OSError as error:
