@@ -200,9 +200,8 @@ class Exchange:
             self._settle_after_last_chunk()
         elif sink is not None:
             try:
-                if parts := parser.parts:
-                    parser.parts = []
-                    more = sink.feed(parts[0] if len(parts) == 1 else b"".join(parts))
+                if parser.parts:
+                    more = sink.feed(parser.take())
                     if sink.progress != self._progress:
                         self._progress, self.spoke_at = sink.progress, self.last_byte_at
                     if not more:

@@ -210,7 +210,7 @@ class ResponseParser:
     `begin` comes before each answer, then `feed` until it is `whole`, then `forget`. After an
     answer that did not end well the connection is closed, and its parser is used no more.
 
-    Always: `parts` has the body's bytes that came since they were taken last; nothing that comes
+    Always: `parts` has the body's bytes that came since `take` was called last; nothing that comes
     after a whole answer is added to it. `between_chunks` is empty unless the parser is between two
     chunks.
     """
@@ -220,11 +220,13 @@ class ResponseParser:
         "_header_bytes",
         "_headers",
         "_interim",
+        "_last",
         "_on_head",
         "_parser",
         "between_chunks",
         "framed",
         "keep_alive",
+        "on_body",
         "on_chunk_complete",
         "on_chunk_header",
         "parts",
@@ -240,10 +242,12 @@ class ResponseParser:
         self.between_chunks: list[bool] = []
         self.on_chunk_header = self.between_chunks.clear
         self.on_chunk_complete = functools.partial(self.between_chunks.append, True)
+        # The parts of the body that the sink has not got yet, filled in the same way.
+        self.parts: list[bytes] = []
+        self.on_body = self.parts.append
         self._parser = httptools.HttpResponseParser(self)
         self._on_head: Callable[[int, Mapping[str, str]], Sink] | None = None
         self._headers: dict[str, str] = {}
-        self.parts: list[bytes] = []
 
     def begin(self, on_head: Callable[[int, Mapping[str, str]], Sink]) -> None:
         """Expect another answer.
@@ -266,8 +270,9 @@ class ResponseParser:
         # Whether anything came that is no part of the answer, so that the connection cannot be
         # reused.
         self.surplus = False
-        # The parts of the body that the sink has not got yet.
-        self.parts = []
+        self.parts.clear()
+        # How many parts there were when the answer was whole.
+        self._last = 0
         # Set once the head is complete.
         self.sink: Sink | None = None
 
@@ -304,10 +309,16 @@ class ResponseParser:
             self.surplus = True
             # Bytes that follow a whole answer are no fault of its request.
             if not self.whole:
+                if self._interim:
+                    self._check_interim()
                 fault = ProviderBadResponse("the provider's answer is not HTTP")
                 # Set if one of the callbacks below has raised.
                 callback_error = exc.__context__
                 raise callback_error or fault from None
+        if self.whole:
+            del self.parts[self._last :]
+        elif self._interim:
+            self._check_interim()
         if not data.endswith(b"\r\n"):
             # The parser may be inside the next chunk's first line.
             self.between_chunks.clear()
@@ -366,21 +377,27 @@ class ResponseParser:
         assert self._on_head is not None
         self.sink = self._on_head(status, headers)
 
-    def on_body(self, body: bytes) -> None:
-        """Keep a part of the body, without the framing of its chunks.
+    def take(self) -> bytes:
+        """Return the bytes of the body that came since they were taken last."""
+        parts = self.parts
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        parts.clear()
+        self._last = 0
+        return data
 
-        An interim answer has none (RFC 9112, 6.3), but llhttp reads it where it does not know the
-        status.
+    def _check_interim(self) -> None:
+        """Refuse an interim answer with a body: it has none (RFC 9112, 6.3), but llhttp reads it
+        where it does not know the status.
         """
-        if self._interim:
+        if self.parts:
             raise ProviderBadResponse("the provider's interim answer has a body")
-        if not self.whole:
-            self.parts.append(body)
 
     def on_message_complete(self) -> None:
         """Note that the answer is whole, unless it was an interim one."""
-        if not self._interim and not self.whole:
-            self.whole = True
+        if self._interim:
+            self._check_interim()
+        elif not self.whole:
+            self.whole, self._last = True, len(self.parts)
             self.keep_alive = self._parser.should_keep_alive()
 
 

@@ -69,6 +69,8 @@ if TYPE_CHECKING:
 
 # The bounds of a preamble that is held; beyond, it is shown, and no other attempt follows.
 MAX_HELD_BYTES, MAX_HELD_EVENTS = 1 << 16, 256
+# The end mark of chat completions.
+DONE = b"data: [DONE]\n\n"
 # Bytes beside a log that are not counted yet, at most: of a text, or of what is held.
 TEXT_STEP = 4096
 # The faults by which an answer may break off behind its finish, and be complete.
@@ -354,16 +356,17 @@ def plausible(block: bytes) -> bool:
 
     The bytes between the braces are not parsed. This finds truncated events and half characters,
     the faults that occur; parsing each event would take 0.5 µs of the 12 that an event costs in
-    all.
+    all. Most blocks are lines of data alone, however many there are: each is looked at by counts.
     """
-    if (
-        block.startswith(b"data: {")
-        and block.endswith(b"}\n\n")
-        and block.find(b"\n") == len(block) - 2
-        and block.find(b"\r") < 0
-        and eventstream.utf8(block)
-    ):
-        return True
+    objects = block.removesuffix(DONE)
+    if objects.startswith(b"data: {") and objects.endswith(b"}\n\n") and eventstream.utf8(objects):
+        count = objects.count(b"\n\n")
+        if (
+            objects.count(b"\n") == 2 * count
+            and objects.count(b"}\n\ndata: {") == count - 1
+            and objects.find(b"\r") < 0
+        ):
+            return True
     for event in eventstream.parse(block):
         data = event.data.strip()
         whole = data.startswith(b"{") and data.endswith(b"}") and eventstream.utf8(data)
@@ -379,7 +382,6 @@ def before_broken(block: bytes) -> bytes:
     return b"".join(events[:good])
 
 
-DONE = b"data: [DONE]\n\n"
 _USAGE, _DELTA = b'"usage"', b'"delta"'
 # How engines write that an event has no choice.
 _NO_CHOICES, _NO_CHOICES_SPACED = b'"choices":[]', b'"choices": []'

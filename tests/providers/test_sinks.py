@@ -20,7 +20,7 @@ from aioserver.provider_errors import (
     ProviderError,
 )
 from aioserver.providers.reading_sinks import ChatSink
-from aioserver.providers.sinks import DONE, BodySink, EventSink
+from aioserver.providers.sinks import DONE, BodySink, EventSink, plausible
 from aioserver.streams import entries
 from aioserver.streams.store import StreamStore
 from aioserver.streams.stream import Stream
@@ -44,6 +44,17 @@ def delta(text: str | None = None, finish: str | None = None, **more: Any) -> by
     choice = {"index": 0, "delta": {} if text is None else {"content": text}}
     answer = {"id": "c1", "choices": [{**choice, "finish_reason": finish}], **more}
     return b"data: %b\n\n" % orjson.dumps(answer)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_many_events_at_once_are_plausible_where_each_is(seed: int) -> None:
+    dice = random.Random(seed)
+    pieces = [b"data: {", b"}", b"\n", b"\n\n", DONE, ERROR, b"event: x\n", b"\r\n", b": c\n\n"]
+    pieces += [b"\xc3", b"\xc3\xa9", b" ", b"a", b"}\n\n", b"data:"]
+    for _ in range(3000):
+        block = b"".join(dice.choices(pieces, k=dice.randint(1, 7))) + b"\n\n"
+
+        assert plausible(block) == all(map(plausible, eventstream.split(block)))
 
 
 ERROR = b'data: {"error":{"message":"the model has crashed","code":500}}\n\n'
