@@ -229,9 +229,9 @@ class Provider:
         """Return the wish of *attempt* for a place, or first for its permit, to be waited for
         beside those of others from after *delay* seconds on; `waited` is next.
         """
+        work = attempt.work()
         if attempt.background and attempt.permit is None:
             permits = self._gate.permits
-            work = attempt.work()
             return Wish(permits, delay=delay, may_fail_over=attempt.fallback, work=work)
         if self._gate.inside >= self._gate.limit and not self._gate.full:
             self._make_room()
@@ -240,7 +240,7 @@ class Provider:
         cost = attempt.expected_tokens or self._expected_tokens(attempt)
         attempt.expected_tokens = 0
         self._pending += 1
-        return Wish(self._gate, cost, attempt.waited, delay, attempt.fallback, attempt.work())
+        return Wish(self._gate, cost, attempt.waited, delay, attempt.fallback, work)
 
     def waited(self, attempt: Attempt, wish: Wish, began: float, place: Place | None) -> None:
         """Note that the wait that *began* then is over, with *place* or without one here.
