@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from playwright.async_api import expect
 
+from aioserver.client import Client
 from aioserver.wings.simulator.server import Simulator
 from tests.support.chat_page import answer, ask, cut, enter, is_now, model_answer, shows
 from tests.support.client_page import unwatched
@@ -26,8 +27,13 @@ if TYPE_CHECKING:
 
 
 def listed(page: Page) -> Locator:
-    """The conversations in the list."""
-    return page.locator("#conversations li")
+    """The conversations in both lists."""
+    return page.locator(".lists li")
+
+
+async def open_elsewhere(page: Page) -> None:
+    """Show the list of what this browser has not begun."""
+    await page.get_by_text("Elsewhere").click()
 
 
 async def kept(server: RunningServer) -> list[str]:
@@ -44,7 +50,9 @@ async def test_a_conversation_is_found_again_in_another_browser_and_goes_on(
     await is_now(page, "complete")
     async with unwatched(page) as other:
         await enter(other, server)
+        await open_elsewhere(other)
         await other.get_by_role("button", name="apples", exact=True).click()
+        await expect(other.locator("#elsewhere")).to_be_hidden()
         await shows(other, await model_answer(server, "apples"))
         await expect(other.locator(".question")).to_contain_text("apples")
         await ask(other, "pears")
@@ -87,6 +95,7 @@ async def test_a_conversation_is_found_again_after_its_server_was_killed(
         ):
             await process.ready()
             await other.goto(process.base)
+            await open_elsewhere(other)
             await other.get_by_role("button", name="apples", exact=True).click()
             await expect(other.get_by_role("article")).to_contain_text("apples")
             await ask(other, "pears")
@@ -109,6 +118,7 @@ async def test_what_is_deleted_is_deleted_at_the_server(server: RunningServer, p
     await page.evaluate("localStorage.clear()")
     await page.reload()
     await expect(listed(page)).to_have_count(2)
+    await open_elsewhere(page)
 
     await page.get_by_role("button", name="Delete: apples").click()
     await page.get_by_role("button", name="Really delete: apples").click()
@@ -117,6 +127,23 @@ async def test_what_is_deleted_is_deleted_at_the_server(server: RunningServer, p
     await expect(listed(page)).to_have_count(1)
     await page.reload()
     await expect(listed(page)).to_have_count(1)
+
+
+async def test_what_programs_begin_is_told_apart_and_closed(
+    server: RunningServer, page: Page
+) -> None:
+    async with Client(server.base) as client:
+        for number in range(3):
+            await client.chat(f"program {number}").text()
+    await enter(page, server)
+    await ask(page, "apples")
+    await is_now(page, "complete")
+
+    await expect(page.locator("#conversations li")).to_contain_text(["apples"])
+    await expect(page.locator("#elsewhere li")).to_have_count(3)
+    await expect(page.get_by_text("program 0")).to_be_hidden()
+    await open_elsewhere(page)
+    await expect(page.get_by_text("program 0")).to_be_visible()
 
 
 async def test_a_deletion_without_a_connection_is_told_to_the_server_later(
@@ -149,6 +176,7 @@ async def test_a_server_that_cannot_show_a_conversation_costs_only_that(
         await enter(other, server)
         await expect(listed(other)).to_have_count(1)
         await other.route("**/conversations/*", lambda route: route.fulfill(status=503, body="{}"))
+        await open_elsewhere(other)
         await other.get_by_role("button", name="apples", exact=True).click()
         await expect(other.locator("#notice")).to_contain_text("cannot show this conversation")
         await ask(other, "pears")

@@ -200,10 +200,57 @@ async def test_an_answer_is_copied_as_the_model_wrote_it(
     provider.say("a\n```\nb\n```")
     provider.finish()
 
-    await answer(page).get_by_role("button", name="Copy").click()
+    await answer(page).get_by_role("button", name="Copy", exact=True).click()
 
     await expect(answer(page).get_by_role("button", name="Copied")).to_be_visible()
     assert await page.evaluate("navigator.clipboard.readText()") == "a\n```\nb\n```"
+
+
+async def test_code_is_copied_by_itself(
+    make_server: MakeServer, provider: ManualProvider, page: Page
+) -> None:
+    await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    await enter(page, await make_server(**provider.changes))
+    await ask(page, "Hello")
+    code = "".join(f"\tline {number}\n" for number in range(1000))
+    provider.say(f"a\n```py\n{code}```\nb")
+    provider.finish()
+    await is_now(page, "complete")
+
+    await answer(page).get_by_role("button", name="Copy this code").click()
+
+    await expect(answer(page).locator(".code > button[data-copied]")).to_have_count(1)
+    assert await page.evaluate("navigator.clipboard.readText()") == code.removesuffix("\n")
+    await expect(answer(page).locator(".code > button[data-copied]")).to_have_count(0)
+
+
+async def test_enter_while_an_answer_runs_says_why_nothing_is_sent(
+    make_server: MakeServer, page: Page
+) -> None:
+    server = await make_server(STALLED)
+    await enter(page, server)
+    other = await page.context.new_page()
+    await enter(other, server)
+    await ask(page, "Hello")
+    await expect(answer(page).locator(".text")).not_to_be_empty()
+    await other.get_by_role("button", name="Hello").first.click()
+    await expect(answer(other).locator(".text")).not_to_be_empty()
+    keys = "Enter sends, Shift+Enter starts a new line, Esc stops the answer."
+
+    for window in (page, other):
+        await window.bring_to_front()
+        await expect(window.locator("#shortcuts")).to_have_text(keys)
+        await box(window).fill("more")
+        await box(window).press("Enter")
+
+        told = "An answer is still running. Escape stops it."
+        await expect(window.locator("#shortcuts")).to_have_text(told)
+        await expect(window.locator("#announcer")).to_have_text(told)
+        await expect(box(window)).to_have_value("more")
+        await expect(window.locator("#shortcuts")).to_have_text(keys)
+    assert server.simulator.stats().requests == 1
+    await other.close()
+    await page.keyboard.press("Escape")
 
 
 async def test_a_screen_reader_hears_the_whole_and_not_each_piece(

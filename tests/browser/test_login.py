@@ -114,16 +114,16 @@ async def test_the_next_person_at_this_browser_sees_nothing_of_the_one_before(
     await page.get_by_role("button", name="Log out").click()
     await page.get_by_role("button", name=f"Log out, and {way} them").click()
     await expect(form(page)).to_be_visible()
-    await expect(page.locator("#conversations li")).to_have_count(0)
+    await expect(page.locator(".lists li")).to_have_count(0)
     await expect(page.get_by_role("article")).to_have_count(0)
     left = await page.evaluate("JSON.stringify({...localStorage})")
     assert ("apples" in left) == (way == "keep")
 
     await page.reload()
-    await expect(page.locator("#conversations li")).to_have_count(0)
+    await expect(page.locator(".lists li")).to_have_count(0)
     await enter_key(page, "ann.conversation")
     await connected(page)
-    await expect(page.locator("#conversations li")).to_have_count(0)
+    await expect(page.locator(".lists li")).to_have_count(0)
     assert "apples" not in await page.content()
     assert await page.get_by_role("textbox", name="Message").input_value() == ""
     await page.get_by_role("button", name="Log out").click()
@@ -131,8 +131,8 @@ async def test_the_next_person_at_this_browser_sees_nothing_of_the_one_before(
     # What the server keeps is there again in both ways.
     await enter_key(page, "ann")
     await connected(page)
-    await expect(page.locator("#conversations li")).to_have_count(1)
-    await expect(page.locator("#conversations li")).to_contain_text("apples")
+    await expect(page.locator(".lists li")).to_have_count(1)
+    await expect(page.locator(".lists li")).to_contain_text("apples")
 
 
 async def test_an_answer_that_runs_ends_with_the_log_out(

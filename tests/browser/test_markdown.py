@@ -28,6 +28,16 @@ PIECEWISE = """async ([text, step]) => {
   view.update(text);
   return box.innerHTML;
 }"""
+
+
+def code(text: str, language: str = "") -> str:
+    """A block of code."""
+    return (
+        f'<div class="code"><pre data-language="{language}" tabindex="0"><code>{text}</code></pre>'
+        '<button type="button" aria-label="Copy this code"></button></div>'
+    )
+
+
 LINK = ' target="_blank" rel="noopener noreferrer"'
 
 
@@ -40,7 +50,36 @@ async def blank(stand: Stand, page: Page) -> Page:
     return page
 
 
+TASK = '<input type="checkbox" disabled="" aria-label="Done"'
 RENDERED = {
+    "formulas in a line": (
+        r"\(a_1 * b_2\) \[c\\d\] $$e^*$$ \\(f\\) $5 *g* $6 \(h",
+        (
+            r"<p><code>\(a_1 * b_2\)</code> <code>\[c\\d\]</code> <code>$$e^*$$</code> "
+            r"\(f\) $5 <em>g</em> $6 (h</p>"
+        ),
+    ),
+    "a formula of several lines": (
+        "a\n\\[\n- b\n= c \\\\\n\\]\nd\n\n$$\n# e\n$$\n\n- f\n  $$\n  g\n\n  h",
+        (
+            "<p>a</p>"
+            + code("\\[\n- b\n= c \\\\\n\\]")
+            + "<p>d</p>"
+            + code("$$\n# e\n$$")
+            + "<ul><li><p>f\n$$\ng</p><p>h</p></li></ul>"
+        ),
+    ),
+    "a formula behind a paragraph": (
+        "a\n$$\nb\n$$\nc",
+        "<p>a\n<code>$$\nb\n$$</code>\nc</p>",
+    ),
+    "tasks": (
+        "- [ ] a\n- [x] *b*\n- [y] c\n- [ ]d\n\n[ ] e",
+        (
+            f'<ul><li><p>{TASK}> a</p></li><li><p>{TASK} checked=""> <em>b</em></p></li>'
+            "<li><p>[y] c</p></li><li><p>[ ]d</p></li></ul><p>[ ] e</p>"
+        ),
+    ),
     "headings": (
         "# One\n## Two ##\n#### C#\n#none",
         "<h3>One</h3><h4>Two</h4><h6>C#</h6><p>#none</p>",
@@ -63,19 +102,15 @@ RENDERED = {
     ),
     "code in a list": (
         "1. a\n\n   ```sh\n   b\n   ```\n2. c",
-        (
-            '<ol start="1"><li><p>a</p><pre data-language="sh" '
-            'tabindex="0"><code>b</code></pre></li>'
-            "<li><p>c</p></li></ol>"
-        ),
+        (f'<ol start="1"><li><p>a</p>{code("b", "sh")}</li><li><p>c</p></li></ol>'),
     ),
     "a fence": (
         "~~~py\n\tif a:\n\n```\n~~~\nb",
-        '<pre data-language="py" tabindex="0"><code>\tif a:\n\n```</code></pre><p>b</p>',
+        code("\tif a:\n\n```", "py") + "<p>b</p>",
     ),
     "a fence without end": (
         "a\n```\nb *c*",
-        '<p>a</p><pre data-language="" tabindex="0"><code>b *c*</code></pre>',
+        "<p>a</p>" + code("b *c*"),
     ),
     "a quote": (
         "> *a*\nb\n\n---",
@@ -152,6 +187,7 @@ PARTS = (
         "![",
         "|",
     ),
+    *("\\(", "\\)", "\\[", "\\]", "\\[\n", "$$", "$$\n", "- [ ] ", "- [x] y\n", "$"),
     *("https://x.y/z.", "\\", "---\n", "***\n", "\t", "<b>", "\U0001f600", "    code\n", "x" * 50),
 )
 

@@ -12,6 +12,7 @@ import { position, seconds, TurnView } from "./turn_view.js";
 import { Login } from "../login.js";
 
 const NEAR_END = 80; // pixels: a reader so near to the end wants to see the text that comes
+const TOLD_FOR = 3000; // milliseconds that a remark stands in the place of the keys
 const MAX_ANNOUNCED = 2000; // characters of an answer that a screen reader reads
 const STATES = {
   connecting: "Connecting",
@@ -27,12 +28,14 @@ const NEXT_STEPS = {
 };
 
 const byId = (id) => document.getElementById(id);
+const SHORTCUTS = byId("shortcuts").textContent;
 const conversationBox = byId("conversation");
 const message = byId("message");
 const views = new Map(); // turn → TurnView, for each turn of the conversation that is shown
 const changedTurns = new Set(); // turns to draw in the next frame
 let frameRequest = 0;
 let countdown = 0;
+let told = 0;
 let atEnd = true; // whether the end of the conversation is kept in sight
 
 const busy = (conversation) => runningTurn(conversation) !== undefined;
@@ -47,6 +50,8 @@ const kept = new ServerHistory(client, store, {
 });
 let lastLoss = null; // the state in which the connection was lost, until it is open again
 const list = new ConversationList(byId("conversations"), { open: choose, remove });
+// What this browser has not begun: programs and other browsers with the same key. It is told apart, since programs begin many.
+const elsewhere = new ConversationList(byId("elsewhere").querySelector("ul"), { open: choose, remove });
 let current = newConversation();
 const reopened = history.state?.open; // what this window showed before it was reloaded
 
@@ -107,7 +112,7 @@ function send() {
   const question = message.value.trim();
   if (!question) return;
   if (busy(current)) {
-    announce("An answer is still running. Escape stops it.");
+    tell("An answer is still running. Escape stops it.");
     return;
   }
   message.value = "";
@@ -178,6 +183,18 @@ function finished(conversation, turn) {
   announce((text ?? views.get(turn).readableText()).slice(0, MAX_ANNOUNCED));
 }
 
+// Say something to everybody: it stands for a moment where the keys are explained.
+function tell(text) {
+  announce(text);
+  byId("shortcuts").classList.add("told");
+  setText("shortcuts", text);
+  clearTimeout(told);
+  told = setTimeout(() => {
+    byId("shortcuts").classList.remove("told");
+    setText("shortcuts", SHORTCUTS);
+  }, TOLD_FOR);
+}
+
 function announce(text) {
   byId("announcer").textContent = text;
 }
@@ -221,7 +238,10 @@ function draw() {
 }
 
 function drawList() {
-  list.draw([...store.list, ...kept.missing].sort((a, b) => b.used - a.used), current, busy);
+  const { missing } = kept;
+  list.draw(store.list, current, busy);
+  elsewhere.draw(missing.sort((a, b) => b.used - a.used), current, busy);
+  byId("elsewhere").hidden = missing.length === 0;
 }
 
 function drawComposer() {

@@ -1,11 +1,12 @@
 // A Markdown text as elements, which grow while the text does. Whatever the text says, it enters the page through text nodes
 // only. The attributes that come from it are the address of a link (http or https), the language of code, the first number
-// of a list, and the alignment of a column.
+// of a list, the alignment of a column, and whether a task is done.
 
 import { parse } from "./markdown_blocks.js";
 import { parseInline } from "./markdown_inline.js";
 
 const INLINE = { emphasis: "em", strong: "strong", strike: "s" };
+const TASK = /^\[([ xX])\]\s/; // the start of an item of a list of tasks
 const TOP_HEADING = 3; // <h1> and <h2> are those of the page
 
 export class MarkdownView {
@@ -53,7 +54,7 @@ export class MarkdownView {
 // The element whose children are the inside of this block: a piece that continues it is added there.
 function insideElement({ piece, container, nodes }) {
   if (piece.continues) return container;
-  if (piece.type === "code") return nodes[0].firstChild;
+  if (piece.type === "code") return nodes[0].firstChild.firstChild;
   if (piece.type === "table") return nodes[0].firstChild.lastChild;
   return nodes[0];
 }
@@ -76,7 +77,7 @@ function treeOf(block) {
     case "heading":
       return tree(`h${Math.min(6, TOP_HEADING - 1 + block.level)}`, inside);
     case "code": // a long line is scrolled by keys
-      return tree("pre", [tree("code", inside)], { "data-language": block.language, tabindex: "0" });
+      return codeOf(block, inside);
     case "list":
       return block.number === null ? tree("ul", inside) : tree("ol", inside, { start: String(block.number) });
     case "quote":
@@ -95,7 +96,7 @@ function insideOf(block) {
     case "code":
       return [block.text];
     case "list":
-      return block.items.map((blocks) => tree("li", blocks.map(treeOf)));
+      return block.items.map((blocks) => tree("li", blocks.map((inner, index) => (index ? treeOf(inner) : firstOf(inner)))));
     case "quote":
       return block.blocks.map(treeOf);
     case "table":
@@ -105,6 +106,21 @@ function insideOf(block) {
     default:
       return inlineOf(block.text);
   }
+}
+
+// The button has no text of its own: it is no part of the answer.
+function codeOf({ language }, inside) {
+  const code = tree("pre", [tree("code", inside)], { "data-language": language, tabindex: "0" });
+  return tree("div", [code, tree("button", [], { type: "button", "aria-label": "Copy this code" })], { class: "code" });
+}
+
+// The first block of an item, which may be a task.
+function firstOf(block) {
+  const task = block.type === "paragraph" ? TASK.exec(block.text) : null;
+  if (task === null) return treeOf(block);
+  const done = task[1] === " " ? {} : { checked: "" };
+  const box = tree("input", [], { type: "checkbox", disabled: "", "aria-label": "Done", ...done });
+  return tree("p", [box, " ", ...inlineOf(block.text.slice(task[0].length))]);
 }
 
 function tableOf({ head, columns }, rows) {

@@ -1,5 +1,6 @@
 // The blocks of a Markdown text: a subset of CommonMark 0.31 and of GitHub's tables. It has headings, paragraphs, fenced
-// code, lists, quotes, tables and rules. HTML is text, and so is everything else that is not in this list.
+// code, lists, quotes, tables and rules. A formula of several lines, \[…\] or $$…$$, is code as it is written. HTML is text, and
+// so is everything else that is not in this list.
 //
 //     Block = {type: "paragraph" | "heading" | "code" | "list" | "quote" | "table" | "rule" | "blank", …}
 //     Piece = Block & {start, end, carry, settled}
@@ -21,6 +22,7 @@ const HEADING = /^ {0,3}(#{1,6})(?: |$)/;
 const RULE = /^ {0,3}([-*_])(?: *\1){2,} *$/;
 const MARKER = /^( *)([-*+]|(\d{1,9})[.)])( +|$)/;
 const QUOTE = /^ {0,3}> ?/;
+const FORMULA = /^ {0,3}(\\\[|\$\$)/;
 const DELIMITER_CELL = /^:?-+:?$/;
 
 // Returns the pieces of *text* from *start* on. *carry* is that of the piece at *start*; null at the start of the text.
@@ -94,6 +96,7 @@ function startOf(lines, index, depth, within = "") {
   const { text, soft } = lines[index];
   if (soft) return null;
   if (fenceOf(text)) return readCode;
+  if (formulaEnd(text) && !(within === "paragraph" && formulaEnd(text) === "$$")) return readFormula; // it may be the end of one
   if (text.length <= MAX_HEADING && HEADING.test(text)) return readHeading;
   if (RULE.test(text)) return readRule;
   if (depth < MAX_DEPTH) {
@@ -203,6 +206,40 @@ function readCodeLines(lines, first, from, depth, fence, continues) {
 
 function continueCode(lines, index, fence) {
   return readCodeLines(lines, index, index, 0, fence, true);
+}
+
+// Formulas. They end at a blank line, too: TeX allows none in them.
+
+// The end of the formula that starts with this line and goes on; null if none does.
+function formulaEnd(text) {
+  const match = FORMULA.exec(text);
+  if (match === null) return null;
+  const end = match[1] === "$$" ? "$$" : "\\]";
+  return text.includes(end, match[0].length) ? null : end;
+}
+
+function readFormula(lines, index, depth) {
+  return readFormulaLines(lines, index, depth, formulaEnd(lines[index].text), false);
+}
+
+function readFormulaLines(lines, first, depth, end, continues) {
+  let text = "";
+  let next = first;
+  let carry = null;
+  for (let over = false; next < lines.length && !over && !blank(lines[next]); next += 1) {
+    if (next > first && tooLong(lines, first, next, depth)) {
+      carry = { type: "formula", end };
+      break;
+    }
+    const line = lines[next];
+    text += line.soft || (next === first && !continues) ? line.text : `\n${line.text}`;
+    over = line.text.includes(end) && (next > first || continues);
+  }
+  return { block: { type: "code", language: "", text, ...(continues && { continues }) }, next, carry };
+}
+
+function continueFormula(lines, index, { end }) {
+  return blank(lines[index]) ? null : readFormulaLines(lines, index, 0, end, true);
 }
 
 function withoutIndent(text, width) {
@@ -392,6 +429,7 @@ function continueTable(lines, index, { columns }) {
 const CONTINUE = {
   paragraph: continueParagraph,
   code: continueCode,
+  formula: continueFormula,
   list: continueList,
   quote: continueQuote,
   table: continueTable,

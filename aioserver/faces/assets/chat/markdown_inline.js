@@ -1,5 +1,6 @@
 // The inline elements of a Markdown text: a subset of CommonMark 0.31 (sections 6.1 to 6.7), with GitHub's strikethrough and
-// bare addresses. Links lead to http and https only; any other link is text, and so is HTML. An image is a link to it.
+// bare addresses. Links lead to http and https only; any other link is text, and so is HTML. An image is a link to it. A
+// formula, \(…\), \[…\] or $$…$$, is code as it is written: nothing here sets it, and its backslashes must stay.
 //
 //     Node = {type: "text" | "code", text} | {type: "emphasis" | "strong" | "strike", children} | {type: "link", href, children}
 //
@@ -11,7 +12,10 @@ const MAX_TITLE = 512; // characters of the title of a link, which is not shown
 const MAX_PARENTHESES = 32; // open at once in an address
 const MAX_NESTED = 16; // elements in each other; the text of deeper ones is shown without them
 
-const SPECIAL = /[\\`*_~![\]<hH]/g;
+const MAX_FORMULA = 2048; // characters
+const FORMULA_ENDS = { "(": "\\)", "[": "\\]", $: "$$" };
+
+const SPECIAL = /[\\`*_~![\]<hH$]/g;
 const ESCAPABLE = /[!-/:-@[-`{-~\n]/;
 const SPACE = /\s/;
 const PUNCTUATION = /[\p{P}\p{S}]/u;
@@ -34,6 +38,7 @@ class Parser {
   #tail = this.#head;
   #brackets = []; // the "[" that can still open a link: { node, delimiter, image }
   #delimiter = null; // the last run of *, _ or ~ that can still open or close: runs are a doubly linked list, too
+  #formulaEnds = {}; // the end of a formula → the place of the next one; -1: there is none
   #backticks = null; // length of a run of backticks → the places of such runs, the last one first
 
   constructor(text) {
@@ -58,7 +63,8 @@ class Parser {
 
   // Read what starts with this character, and move behind it. Returns false if the character is only text.
   #readSpecial(character) {
-    if (character === "\\") return this.#readEscape();
+    if (character === "\\") return this.#readFormula(this.#text[this.#at + 1]) || this.#readEscape();
+    if (character === "$") return this.#text[this.#at + 1] === "$" && this.#readFormula("$");
     if (character === "`") return this.#readCode();
     if (character === "[") return this.#openBracket("[");
     if (character === "!") return this.#text[this.#at + 1] === "[" && this.#openBracket("![");
@@ -103,6 +109,19 @@ class Parser {
     if (next === undefined || !ESCAPABLE.test(next)) return false;
     this.#addText(next);
     this.#at += 2;
+    return true;
+  }
+
+  // A formula that begins here, with two characters of which *second* is the last.
+  #readFormula(second) {
+    const end = second === "$" && this.#text[this.#at] === "\\" ? undefined : FORMULA_ENDS[second];
+    if (end === undefined) return false;
+    const from = this.#at + 2;
+    let place = this.#formulaEnds[end] ?? 0;
+    if (place >= 0 && place < from) place = this.#formulaEnds[end] = this.#text.indexOf(end, from);
+    if (place < 0 || place - from > MAX_FORMULA || this.#text.slice(from, place).trim() === "") return false;
+    this.#add({ type: "code", text: this.#text.slice(this.#at, place + 2) });
+    this.#at = place + 2;
     return true;
   }
 

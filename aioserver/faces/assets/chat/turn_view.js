@@ -24,6 +24,7 @@ export class TurnView {
     this.repeat = this.element.querySelector(".repeat");
     this.copy.addEventListener("click", () => this.copyText());
     this.repeat.addEventListener("click", repeat);
+    this.text.addEventListener("click", ({ target }) => target.matches(".code > button") && copyCode(target));
     this.question.querySelector("p").textContent = turn.question;
     this.markdown = new MarkdownView(this.text);
   }
@@ -112,6 +113,12 @@ export function position({ position: number, eta }) {
 // The time until *moment*, as text.
 export function seconds(moment) {
   return `${Math.max(1, Math.ceil((moment - Date.now()) / 1000))} s`;
+}
+
+async function copyCode(button) {
+  if (!(await copied(button.parentElement.firstChild.textContent, button))) return;
+  button.dataset.copied = "";
+  setTimeout(() => delete button.dataset.copied, COPIED_FOR);
 }
 
 async function copied(text, button) {
