@@ -53,11 +53,22 @@ class HookProgram:
     async def _follow(self, request: web.Request) -> Any:
         lines: list[dict[str, Any]] = []
         self.answers.append(lines)
-        while data := await request.content.readline():
-            lines.append(json.loads(data))
-            if self.read is not None and (said := await self.read(lines[-1])) is not None:
-                return said
+        # Not `readline`: a line may be long.
+        rest = bytearray()
+        while data := await request.content.readany():
+            rest += data
+            *whole, last = rest.split(b"\n") if b"\n" in data else (rest,)
+            rest = bytearray(last)
+            for line in whole:
+                lines.append(json.loads(line))
+                if self.read is not None and (said := await self.read(lines[-1])) is not None:
+                    return said
         return self.last
+
+    @property
+    def ended(self) -> int:
+        """How many of the answers have come to their end."""
+        return sum(bool(lines) and "end" in lines[-1] for lines in self.answers)
 
     def texts(self, number: int = -1) -> str:
         """The text of a streamed chat completion."""

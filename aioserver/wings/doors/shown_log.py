@@ -54,7 +54,7 @@ class Backlog:
 class Shown:
     """The events of one answer that one hook has still to be shown.
 
-    Always: at most MAX_BEHIND bytes of entries, or a single one, wait in it; nothing is added once
+    Always: at most MAX_BEHIND bytes of entries wait in it behind the next one; nothing is added once
     it is *over*. *start* is called once, with the first content: an answer that fails before is
     shown to nobody. *on_behind* is called once, if the hook falls behind.
     """
@@ -89,7 +89,10 @@ class Shown:
         self._entries.append(entry)
         self.size += entry.size
         self._backlog.grow(entry.size)
-        if self.size > MAX_BEHIND and len(self._entries) > 1:
+        # The one that it takes next may be as large as it likes.
+        if self.over:
+            return
+        if self.size - self._entries[0].size > MAX_BEHIND:
             self.fall_behind()
         elif not self._started and self.stream.answered:
             self._started = True

@@ -116,7 +116,7 @@ async def test_nothing_of_the_client_but_its_body_and_its_name_is_shown(
             assert seen.end == "complete"
 
         assert [asked["caller"] for asked in program.requests] == ["web", "web"]
-        await until(lambda: len(program.answers) == 1 and "end" in program.answers[0][-1])
+        await until(lambda: program.ended == 1)
         told = json.dumps([program.requests, program.answers, program.whole, program.headers])
         assert SECRET not in told
         assert bearer("web")["Authorization"].split()[-1] not in told
@@ -265,7 +265,7 @@ async def test_retries_and_other_providers_are_not_shown(make_server: MakeServer
         assert (await over_openai(server, "m")).end == "complete"
 
         assert len(program.requests) == 1
-        await until(lambda: len(program.answers) == 1 and "end" in program.answers[0][-1])
+        await until(lambda: program.ended == 1)
         assert program.answers[0][0]["provider"] == "sim"
 
 
@@ -296,7 +296,7 @@ async def test_a_streamed_answer_is_shown_event_by_event(make_server: MakeServer
         server = await make_server(**hooked(entry(program, on=["answer"])))
 
         text = await expected_text(server)
-        await until(lambda: len(program.answers) == 1 and "end" in program.answers[0][-1])
+        await until(lambda: program.ended == 1)
         opening, *events, end = program.answers[0]
 
         assert list(opening) == ["event", "id", "hook", "caller", "path", "provider", "model"]
@@ -309,7 +309,7 @@ async def test_a_streamed_answer_is_shown_event_by_event(make_server: MakeServer
         assert program.requests == []
 
         seen = await over_websocket(server, "m")
-        await until(lambda: len(program.answers) == 2 and "end" in program.answers[1][-1])
+        await until(lambda: program.ended == 2)
         frames = [
             json.loads(part) for part in seen.raw.decode().replace("}{", "}\n{").splitlines()
         ]
@@ -319,7 +319,7 @@ async def test_a_streamed_answer_is_shown_event_by_event(make_server: MakeServer
         ]
 
         assert (await over_anthropic(server, "m")).end == "complete"
-        await until(lambda: len(program.answers) == 3 and "end" in program.answers[2][-1])
+        await until(lambda: program.ended == 3)
         kinds = [line["data"]["type"] for line in program.answers[2][1:-1]]
         assert (kinds[0], kinds[-1]) == ("message_start", "message_stop")
 
@@ -406,7 +406,7 @@ async def test_a_reload_changes_who_is_asked(make_server: MakeServer) -> None:
         assert await server.change(**hooked(entry(second)))
         assert (await over_openai(server, "m")).end == "complete"
         assert (await running).end == "complete"
-        await until(lambda: "end" in first.answers[0][-1])
+        await until(lambda: first.ended == 1)
         assert not await server.change(**hooked({"name": "x", "python": "nowhere.at_all:Here"}))
         assert (await over_openai(server, "m")).end == "complete"
 

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from tests.support.chat import STREAMED
-from tests.support.faces import ask_every_face
+from tests.support.faces import over_openai
 from tests.support.hook_program import entry, hook_program, hooks_of
 from tests.support.injected_bug import Function, bug_at, calls_of
 from tests.support.waiting import until
@@ -48,7 +48,7 @@ async def ask(server: RunningServer) -> None:
         aiohttp.ClientError, AssertionError, IndexError, TimeoutError, ValueError, KeyError
     ):
         async with asyncio.timeout(20):
-            await ask_every_face(server, f"m-{asyncio.get_running_loop().time()}")
+            await asyncio.gather(over_openai(server, "m"), over_openai(server, "m", stream=False))
     await until(lambda: not any(hooks_of(server).stats()), 10, hooks_of(server).stats)
     await server.nothing_held(5)
 
