@@ -74,6 +74,9 @@ def tokens_of(usage: Mapping[str, Any] | None) -> Tokens:
         asked, answered = usage.get(PROMPT_DETAILS), usage.get(COMPLETION_DETAILS)
         if cached is None and CACHE_HITS in usage:
             cached = _count(usage[CACHE_HITS])
+        if cached is None and CACHED in usage:
+            # As Kimi has it.
+            cached = _count(usage[CACHED])
         if answer is None and usage.get(TOTAL) == prompt:
             # As embeddings have it.
             answer = 0

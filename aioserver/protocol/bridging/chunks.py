@@ -150,12 +150,12 @@ class ChunkReader(Reading, ABC, Generic[C]):
                     self.reasoning_field = piece.field
                 self._speak(piece, choice, chunks)
             calls = delta.get("tool_calls")
-            if isinstance(calls, list):
+            if isinstance(calls, list) and calls:
                 for number, call in enumerate(calls):
                     if isinstance(call, dict):
                         self._call(call, number, chunks)
-            if isinstance(call := delta.get("function_call"), dict):
-                # The form before there were tools.
+            elif isinstance(call := delta.get("function_call"), dict):
+                # The form before there were tools; llama-cpp-python sends both.
                 self._call({"index": 0, "function": call}, 0, chunks)
         reason = choice.get("finish_reason")
         if isinstance(reason, str):

@@ -183,8 +183,9 @@ async def _read_message(message: _Message, logprobs: Raw, writer: ChunkReader[C]
                 await _write_call(part, writer)
             await pause()
         await pause()
-    if not null(message.function_call) and _size(message.function_call) > 2:
-        # The form before there were tools.
+    called = not null(message.tool_calls) and _size(message.tool_calls) > 2
+    if not (called or null(message.function_call)) and _size(message.function_call) > 2:
+        # The form before there were tools; llama-cpp-python sends both.
         await _write_call(b'{"index":0,"function":%b}' % bytes(message.function_call), writer)
 
 

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from aioserver.telemetry.tokens import tokens_of
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -257,33 +259,21 @@ def usage_object(usage: Mapping[str, Any] | None, asked_tokens: int, answered_by
     If the provider has reported none it is an estimate, since many clients cannot do without:
     *asked_tokens*, and a token for BYTES_PER_TOKEN bytes of the answer.
     """
-    known = usage or {}
-    asked = _count(known, "prompt_tokens")
-    answered = _count(known, "completion_tokens")
-    if asked is None:
-        asked = asked_tokens
+    tokens, known = tokens_of(usage), usage or {}
+    asked = asked_tokens if tokens.prompt is None else tokens.prompt
+    answered = tokens.answer
     if answered is None:
         answered = -(-answered_bytes // BYTES_PER_TOKEN)
     total = _count(known, "total_tokens")
-    of_prompt, of_answer = (
-        details if isinstance(details := known.get(name), dict) else {}
-        for name in ("prompt_tokens_details", "completion_tokens_details")
-    )
-    cached = _count(of_prompt, "cached_tokens")
-    if cached is None:
-        # DeepSeek's own name.
-        cached = _count(known, "prompt_cache_hit_tokens")
     return orjson.dumps(
         {
             "input_tokens": asked,
             "input_tokens_details": {
-                "cache_write_tokens": _count(of_prompt, "cache_write_tokens") or 0,
-                "cached_tokens": cached or 0,
+                "cache_write_tokens": tokens.cache_write,
+                "cached_tokens": tokens.cached or 0,
             },
             "output_tokens": answered,
-            "output_tokens_details": {
-                "reasoning_tokens": _count(of_answer, "reasoning_tokens") or 0
-            },
+            "output_tokens_details": {"reasoning_tokens": tokens.reasoning},
             "total_tokens": asked + answered if total is None else total,
         }
     )
