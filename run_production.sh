@@ -4,5 +4,5 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here"
 . deploy/venv.sh
-ensure_installed installed-production '[speedups,cli,cluster]' '[speedups,cli]' '[speedups]' ''
+ensure_installed installed-production '[speedups,cli,cluster,jwt]' '[speedups,cli]' '[speedups]' ''
 exec .venv/bin/python -m aioserver serve "$@"

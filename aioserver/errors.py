@@ -23,6 +23,8 @@ The tree, with HTTP status, code and close code:
             MissingApiKey           401  missing_api_key
             InvalidApiKey           401  invalid_api_key         1008
                 SessionEnded        401  invalid_api_key         1008
+                TokenRefused        401  invalid_api_key         1008
+                    TokenExpired    401  invalid_api_key         1008
             PermissionDenied        403  permission_denied
             OriginNotAllowed        403  origin_not_allowed
             HostNotAllowed          403  host_not_allowed
@@ -53,6 +55,7 @@ The tree, with HTTP status, code and close code:
         InstanceUnavailable         503  instance_unavailable
         HistoryUnavailable          503  history_unavailable
         HookUnavailable             503  hook_unavailable
+        AuthUnavailable             503  auth_unavailable
         DeadlineExceeded            504  deadline_exceeded
             AnswerTooLate           504  deadline_exceeded
         LoopDetected                508  loop_detected
@@ -248,6 +251,22 @@ class SessionEnded(InvalidApiKey):
     """The session cookie is not ours or has expired, or its key was revoked."""
 
     reason = "session"
+
+
+class TokenRefused(InvalidApiKey):
+    """The token cannot be accepted; the message names the rule, and no value of it."""
+
+    reason = "token"
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers, with the error of RFC 6750, 3.1: another token is needed."""
+        return {**super().headers(), "WWW-Authenticate": 'Bearer error="invalid_token"'}
+
+
+class TokenExpired(TokenRefused):
+    """The token with which a WebSocket was opened has expired."""
+
+    close_reason = b"token expired"
 
 
 class PermissionDenied(Denied):
@@ -519,6 +538,16 @@ class HookUnavailable(AioserverError):
 
     outcome = "rejected"
     code, status, retryable = "hook_unavailable", 503, True
+
+
+class AuthUnavailable(AioserverError):
+    """Whether a token is valid is not known now: the keys of its issuer, or perhaps the newest
+    one, are not there. The token may be good, and is to be tried again.
+    """
+
+    outcome = "rejected"
+    code, status, retryable = "auth_unavailable", 503, True
+    timed = True
 
 
 class DeadlineExceeded(AioserverError):

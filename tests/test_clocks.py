@@ -25,6 +25,8 @@ SHOWN = {  # module: why it may know what time people have
     "providers.rate_headers": "a reset that is a date, of a provider that sends no Date",
     "wings.simulator.refusals": "it sends such a date",
     "auth.keys": "a session is older than the process",
+    "auth.access": "a session is older than the process",
+    "wings.doors.token_callers": "when a token expires",
     "wings.responses.redis": "the age of responses that another instance has stored",
     "tools.doctor.arrivals": "compares the stamps of events with the time of this machine",
     "tools.doctor.network": "the days for which a certificate is still valid",

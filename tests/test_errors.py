@@ -16,6 +16,7 @@ from aioserver.errors import (
     RequestConflict,
     ServerAtCapacity,
     ServerShutdown,
+    TokenRefused,
     public,
 )
 from aioserver.provider_errors import (
@@ -61,7 +62,7 @@ TABLE = {
     503: {
         *("server_at_capacity", "provider_queue_full", "provider_queue_timeout", "pool_timeout"),
         *("circuit_open", "no_provider", "server_shutdown", "history_unavailable"),
-        *("instance_unavailable", "hook_unavailable"),
+        *("instance_unavailable", "hook_unavailable", "auth_unavailable"),
     },
     504: {
         *("connect_timeout", "read_timeout", "write_timeout", "first_token_timeout"),
@@ -200,6 +201,8 @@ def test_nobody_is_told_to_wait_for_more_than_two_minutes(seconds: float) -> Non
 @pytest.mark.parametrize("cls", ALL)
 def test_a_401_names_the_scheme_and_nothing_else_does(cls: type[AioserverError]) -> None:
     expected = "Bearer" if cls.status == 401 else None
+    if issubclass(cls, TokenRefused):
+        expected = 'Bearer error="invalid_token"'
 
     assert cls("what happened").headers().get("WWW-Authenticate") == expected
 

@@ -1,24 +1,44 @@
-"""The section `auth` as it is in use: the valid keys, the hosts that are answered, the proxies
-that are trusted.
+"""The section `auth` as it is in use: the valid keys and tokens, the hosts that are answered, the
+proxies that are trusted.
 
 Whether a request may pass is decided in guard.py, which reads it here.
 """
 
 from __future__ import annotations
 
+import hashlib
+import time
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from aioserver.auth.hosts import Hosts, Proxies
-from aioserver.auth.keys import Keys, quota_of
+from aioserver.auth.keys import (
+    ENDED,
+    SESSION_SECONDS,
+    UNKNOWN,
+    Keys,
+    make_session,
+    quota_of,
+    read_session,
+    session_name,
+)
+from aioserver.auth.tokens import PREFIX
+from aioserver.errors import InvalidApiKey, SessionEnded, TokenRefused
 from aioserver.limits.quota import Quota
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aioserver.auth.callers import Caller
     from aioserver.auth.keys import MakeQuota
+    from aioserver.auth.tokens import Tokens
     from aioserver.config.settings import Auth
 
 # Limits that are never reached: answers at once, and answers a minute, of clients without a key.
 NO_LIMITS = 1 << 31, 1 << 31
+# Dots of a token: between its head, its claims and its signature (RFC 7515, 7.1).
+DOTS = 2
 
 
 class Access:
@@ -38,11 +58,20 @@ class Access:
         auth: Auth | None = None,
         pepper: bytes = b"",
         make_quota: MakeQuota = quota_of,
+        tokens: Tokens | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self.keys = Keys(pepper, make_quota=make_quota)
+        self.keys = Keys(pepper, clock, make_quota=make_quota)
+        # None: no wing makes callers of tokens.
+        self.tokens = tokens
         self.keyless = Quota(*NO_LIMITS)
         # Whether a client needs a key.
         self.keyed = False
+        self._pepper = pepper
+        # Wall time: a session may be older than the process.
+        self._clock = clock
+        if tokens is not None:
+            tokens.use(make_quota)
         self.apply(auth)
 
     def apply(self, auth: Auth | None) -> frozenset[str]:
@@ -55,6 +84,8 @@ class Access:
         open_before = not self.keyed
         self.keyed = auth is not None and auth.guarded
         revoked = self.keys.apply(auth.all_keys if auth is not None else ())
+        if self.tokens is not None:
+            revoked |= self.tokens.apply(auth.jwt if auth is not None else None)
         local_only = not self.keyed and not (auth is not None and auth.open)
         self.hosts = Hosts(auth.allowed_hosts if auth is not None else ()) if local_only else None
         self.proxies = Proxies(auth.trusted_proxies if auth is not None else ())
@@ -64,8 +95,73 @@ class Access:
         self.keyless = Quota(*NO_LIMITS)
         return revoked | {""}
 
+    def caller(self, key: bytes) -> Caller:
+        """Return the caller with *key*, which may be a token.
+
+        Raises:
+            InvalidApiKey: it is no key that is known, and no token that is good.
+            Undecided, PermissionDenied, AuthUnavailable, ServerAtCapacity: see `Tokens.caller`.
+        """
+        digest = hashlib.sha256(key).digest()
+        caller = self.keys.find(digest)
+        if caller is None:
+            if self.tokens is None or key.count(b".") != DOTS:
+                raise InvalidApiKey(UNKNOWN)
+            caller = self.tokens.caller(key, digest)
+        return caller
+
     def current(self, caller: Caller) -> Caller | None:
         """Return *caller* as it is configured now; None if it is no longer admitted."""
         if not caller.name:
             return None if self.keyed else caller
+        if caller.role and self.tokens is not None:
+            return self.tokens.current(caller)
         return self.keys.current(caller)
+
+    def quotas(self) -> dict[str, Quota]:
+        """Return the quotas of all callers, by their names."""
+        return {**self.keys.quotas(), **(self.tokens.quotas() if self.tokens is not None else {})}
+
+    def session(self, caller: Caller) -> tuple[str, int]:
+        """Return a new session of *caller*, and the seconds for which it is valid: until its token
+        expires, SESSION_SECONDS at most.
+
+        Raises:
+            TokenRefused: the token has expired.
+        """
+        if not caller.role or self.tokens is None:
+            return self.keys.session(caller), SESSION_SECONDS
+        seconds = min(SESSION_SECONDS, int(caller.expires - monotonic()))
+        if seconds <= 0:
+            raise TokenRefused("the token has expired")
+        parts = caller.name.removeprefix(PREFIX), caller.role
+        name = PREFIX + ".".join(map(_encoded, parts))
+        expiry = int(self._clock()) + seconds
+        return make_session(name, expiry, self.tokens.secret, self._pepper), seconds
+
+    def resume(self, session: str) -> Caller:
+        """Return the caller with *session*.
+
+        Raises:
+            SessionEnded: no caller has it, it is too old, or its key or role is no longer valid.
+            ServerAtCapacity: there are too many callers.
+        """
+        if self.tokens is None or not session.startswith(PREFIX):
+            return self.keys.resume(session)
+        seconds = read_session(session, self.tokens.secret, self._pepper, self._clock())
+        if seconds:
+            parts = session_name(session).removeprefix(PREFIX).split(".")
+            name, role = map(_decoded, parts)
+            caller = self.tokens.of_session(name, role, seconds)
+            if caller is not None:
+                return caller
+        raise SessionEnded(ENDED)
+
+
+def _encoded(text: str) -> str:
+    """Return *text* without dots and without what a cookie would need quotes for."""
+    return urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def _decoded(part: str) -> str:
+    return urlsafe_b64decode(part + "=" * (-len(part) % 4)).decode()

@@ -1,6 +1,6 @@
 """Callers: the keys that requests come with, and the flows in which they wait.
 
-With keys (`auth.keys`) each key is one caller. Without keys all clients are one caller, named "".
+With keys (`auth.keys`) each key is one caller, and so is each name in tokens (`auth.jwt`). Without keys all clients are one caller, named "".
 Request ids and conversations are names within a caller. Fair queueing is finer than that: it also
 tells apart the addresses of clients without a key, and the users that a request may name (OpenAI's
 `user`).
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -31,7 +32,8 @@ class Caller:
 
     *subflow*: where the caller's requests wait within `flow`; *priority*: the weight of the flow,
     1 to 10; *batch*: whether its requests use what others leave; *admin*: whether the caller may
-    see the operating pages; *quota*: the limits of the caller's key, None without keys.
+    see the operating pages; *quota*: the limits of the caller's key, None without keys. *role*: that
+    of its token, "" for a key; *expires*: when its token does, by the monotonic clock.
     """
 
     name: str = ""
@@ -40,6 +42,8 @@ class Caller:
     batch: bool = field(default=False, compare=False)
     admin: bool = field(default=False, compare=False)
     quota: Quota | None = field(default=None, compare=False, repr=False)
+    role: str = field(default="", compare=False)
+    expires: float = field(default=inf, compare=False)
 
     # The address of a client without a key; "" for a key, which is the same caller everywhere.
     address: str = field(init=False, compare=False)
@@ -53,6 +57,11 @@ class Caller:
         address = "" if self.name else self.subflow.partition("\0")[0]
         object.__setattr__(self, "address", address)
         object.__setattr__(self, "flow", self.name or address)
+
+    @property
+    def label(self) -> str:
+        """The caller in metrics, which have no names of people."""
+        return f"jwt:{self.role}" if self.role else self.name
 
     def on_behalf_of(self, user: object) -> Caller:
         """Return the same caller, with a subflow of its own for *user*, if that is a text."""

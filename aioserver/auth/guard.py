@@ -89,13 +89,15 @@ class Guard:
         self._access = access
         self._origins = origins
 
-    def admit(self, request: web.Request) -> Caller | None:
+    def admit(self, request: web.Request, known: Caller | None = None) -> Caller | None:
         """Admit *request*, and set `request[CALLER]`, except on an open route where keys exist.
 
-        Return that caller if it has a key.
+        Return that caller if it has a key. *known* is the caller, where that is decided already.
 
         Raises:
-            Denied: the request may not call its route; no handler may see it.
+            Undecided: its token waits for a key of the issuer; to be called again then.
+            Denied: the request may not call its route; no handler may see it. So with
+                AuthUnavailable and ServerAtCapacity, for a token.
         """
         access, address = self._access, request.remote
         keyed = access.keyed
@@ -118,7 +120,7 @@ class Guard:
         policy = self.policies.get(match.route, Policy.ADMIN)
         if policy is Policy.OPEN:
             return None
-        caller = self.caller(request)
+        caller = self.caller(request) if known is None else known
         if policy is Policy.ADMIN and not caller.admin:
             raise PermissionDenied("this key may chat, but not watch: it is no admin key")
         request[CALLER] = caller
@@ -131,6 +133,7 @@ class Guard:
             MissingApiKey: the request has neither.
             InvalidApiKey: no caller has the key, or the request has several keys.
             SessionEnded, OriginNotAllowed: as `caller_by_session`.
+            Undecided, AuthUnavailable, ServerAtCapacity: as `Access.caller`.
         """
         return self.caller_by_key(request) or self.caller_by_session(request)
 
@@ -146,7 +149,7 @@ class Guard:
         for session in _sessions(request.headers.getall(hdrs.COOKIE, ())):
             self.check_page(request)
             try:
-                return self._access.keys.resume(session)
+                return self._access.resume(session)
             except InvalidApiKey as ended:
                 fault = ended
         raise fault
@@ -156,6 +159,7 @@ class Guard:
 
         Raises:
             InvalidApiKey: no caller has the key, or the request has several keys.
+            Undecided, PermissionDenied, AuthUnavailable, ServerAtCapacity: as `Access.caller`.
         """
         headers = request.headers
         sources = [_bearers(headers.getall(hdrs.AUTHORIZATION, ()))]
@@ -167,7 +171,7 @@ class Guard:
             raise InvalidApiKey("more than one API key")
         if not keys_sent:
             return None
-        return self._access.keys.caller(keys_sent.pop().encode("utf-8", "surrogatepass"))
+        return self._access.caller(keys_sent.pop().encode("utf-8", "surrogatepass"))
 
     def check_page(self, request: web.Request) -> None:
         """Refuse a request that another page makes a browser send, cookie included (CSRF).

@@ -38,6 +38,8 @@ SESSION_SECONDS = 12 * 3600
 # Digits of an expiry at most: a longer number is no date, and int() is slow with thousands of
 # digits.
 MAX_EXPIRY_DIGITS = 15
+UNKNOWN = "this API key is not known"
+ENDED = "this session has ended: log in again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,18 +126,23 @@ class Keys:
             key.quota.revoke()
         return frozenset(revoked)
 
+    def find(self, digest: bytes) -> Caller | None:
+        """Return the caller with the key whose SHA-256 is *digest*; None if nobody has it."""
+        entry = self._by_digest.get(digest)
+        # In constant time, although the time that the look-up of a hash takes reveals no key.
+        if entry is None or not hmac.compare_digest(entry.digest, digest):
+            return None
+        return entry.caller
+
     def caller(self, key: bytes) -> Caller:
         """Return the caller with the key *key*.
 
         Raises:
             InvalidApiKey: no caller has this key.
         """
-        digest = hashlib.sha256(key).digest()
-        entry = self._by_digest.get(digest)
-        # In constant time, although the time that the look-up of a hash takes reveals no key.
-        if entry is None or not hmac.compare_digest(entry.digest, digest):
-            raise InvalidApiKey("this API key is not known")
-        return entry.caller
+        if (caller := self.find(hashlib.sha256(key).digest())) is None:
+            raise InvalidApiKey(UNKNOWN)
+        return caller
 
     def current(self, caller: Caller) -> Caller | None:
         """Return *caller* as its key is configured now; None if that key is no longer valid."""
@@ -152,8 +159,9 @@ class Keys:
         Raises:
             KeyError: *caller* has no key.
         """
-        expiry = str(int(self._clock()) + SESSION_SECONDS)
-        return f"{caller.name}.{expiry}.{self._mac(self._by_name[caller.name], expiry)}"
+        expiry = int(self._clock()) + SESSION_SECONDS
+        secret = self._by_name[caller.name].digest
+        return make_session(caller.name, expiry, secret, self._pepper)
 
     def resume(self, session: str) -> Caller:
         """Return the caller with the session *session*.
@@ -161,27 +169,39 @@ class Keys:
         Raises:
             SessionEnded: no caller has this session, it is too old, or its key is no longer valid.
         """
-        # A name may contain dots; the other two parts cannot.
-        name, _, expiry = session.rpartition(".")[0].rpartition(".")
-        mac = session.rpartition(".")[2]
+        name = session_name(session)
         key = self._by_name.get(name)
-        if (
-            key is not None
-            and expiry.isascii()
-            and expiry.isdigit()
-            and len(expiry) <= MAX_EXPIRY_DIGITS
-        ):
-            expected = self._mac(key, expiry)
-            if hmac.compare_digest(expected.encode(), mac.encode("utf-8", "surrogatepass")) and (
-                int(expiry) > self._clock()
-            ):
-                return key.caller
-        raise SessionEnded("this session has ended: log in again")
+        if key is not None and read_session(session, key.digest, self._pepper, self._clock()):
+            return key.caller
+        raise SessionEnded(ENDED)
 
-    def _mac(self, key: _Key, expiry: str) -> str:
-        secret = hmac.digest(key.digest, b"aioserver session" + self._pepper, "sha256")
-        text = f"{key.caller.name}.{expiry}".encode()
-        return hmac.digest(secret, text, "sha256").hex()
+
+def make_session(name: str, expiry: int, secret: bytes, pepper: bytes) -> str:
+    """Return a session of *name* until *expiry*, in wall time, which depends on *secret*."""
+    return f"{name}.{expiry}.{_mac(f'{name}.{expiry}', secret, pepper)}"
+
+
+def session_name(session: str) -> str:
+    """Return the name in *session*, which may be a guess."""
+    # A name may contain dots; the other two parts cannot.
+    return session.rpartition(".")[0].rpartition(".")[0]
+
+
+def read_session(session: str, secret: bytes, pepper: bytes, now: float) -> float:
+    """Return the seconds for which *session* is valid after *now*; 0.0 if it is not."""
+    text, _, mac = session.rpartition(".")
+    expiry = text.rpartition(".")[2]
+    if not (expiry.isascii() and expiry.isdigit() and len(expiry) <= MAX_EXPIRY_DIGITS):
+        return 0.0
+    expected = _mac(text, secret, pepper)
+    if not hmac.compare_digest(expected.encode(), mac.encode("utf-8", "surrogatepass")):
+        return 0.0
+    return max(0.0, int(expiry) - now)
+
+
+def _mac(text: str, secret: bytes, pepper: bytes) -> str:
+    key = hmac.digest(secret, b"aioserver session" + pepper, "sha256")
+    return hmac.digest(key, text.encode("utf-8", "surrogatepass"), "sha256").hex()
 
 
 def pepper_of(llm: Llm) -> bytes:

@@ -177,9 +177,12 @@ def group(cls: type[Any], shipped: Callable[[], Mapping[str, Any]] | None = None
 
 def fields(cls: type[Any] | object) -> list[dataclasses.Field[Any]]:
     """Return the declared settings and sections of a settings class or of an instance, in
-    order.
+    order; its own come before those that it inherits.
     """
-    return [field for field in dataclasses.fields(cls) if "validator" in field.metadata]  # type: ignore[arg-type]
+    declared = [field for field in dataclasses.fields(cls) if "validator" in field.metadata]  # type: ignore[arg-type]
+    base = (cls if isinstance(cls, type) else type(cls)).__base__
+    inherited = getattr(base, "__dataclass_fields__", {})
+    return sorted(declared, key=lambda field: field.name in inherited)
 
 
 def key_of(field: dataclasses.Field[Any]) -> str:

@@ -5,6 +5,8 @@ The classes of all its sections can be imported from here.
 The keys, types and rules are those of the system that aioserver replaces: a key that the old
 system requires has no default here, and a key that it lacks is optional. A settings object is
 never changed: a reload makes a new one. Durations are seconds, sizes are bytes.
+
+This file is one concept: what stands beside `chat` and `llm`, each section as its class.
 """
 
 # ruff: noqa: RUF009 - setting() and group() are dataclasses.field()
@@ -35,10 +37,12 @@ from aioserver.config.schema import BrokenRule, check_rules, group, section, set
 from aioserver.config.validators import (
     api,
     boolean,
+    claim,
     count,
     count_or_0,
     digest,
     header,
+    jwks,
     label,
     latin,
     line,
@@ -72,12 +76,15 @@ __all__ = [
     "Group",
     "Hook",
     "HttpClient",
+    "Jwt",
+    "Limits",
     "Llm",
     "Logging",
     "Member",
     "Persistence",
     "Provider",
     "Repository",
+    "Role",
     "Service",
     "Settings",
     "Sse",
@@ -98,7 +105,63 @@ MAX_HOOKS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClientKey:
+class Limits:
+    """What one caller may do."""
+
+    max_concurrent: int = setting(
+        count, "answers that the caller may have queued or running at once; beyond: 429", 20
+    )
+    max_connections: int = setting(
+        count_or_0,
+        "connections that the caller may have open or waiting at once; beyond: 429; "
+        "0: no bound of its own",
+        0,
+    )
+    requests_per_minute: int = setting(
+        count, "answers and deletions that the caller may begin per minute; beyond: 429", 300
+    )
+    tokens_per_minute: int = setting(
+        count_or_0,
+        "tokens that the answers of the caller may cost per minute, asked and answered together; "
+        "beyond: 429; 0: no budget",
+        0,
+    )
+    tokens_per_day: int = setting(
+        count_or_0,
+        "the same for a day from 00:00 UTC; >= tokens_per_minute; 0: no budget",
+        0,
+    )
+    queue_size: int = setting(
+        count_or_0,
+        "requests that may wait until another one of the caller has ended, or its minute allows "
+        "them; beyond: 429; 0: none waits",
+        0,
+    )
+    priority: int = setting(
+        weight, "weight of the caller in a provider's queue: 2 gets twice the work of 1", 1
+    )
+    class_: str = setting(
+        one_of(INTERACTIVE, BATCH),
+        "interactive; or batch: its requests use what interactive ones leave of a provider",
+        INTERACTIVE,
+    )
+    admin: bool = setting(
+        boolean,
+        "whether the caller may read /stats, /events and /metrics, "
+        "and use account_paths of a provider",
+        False,
+    )
+
+    def __post_init__(self) -> None:
+        message = f"must be 0 or >= tokens_per_minute ({self.tokens_per_minute}), not "
+        if 0 < self.tokens_per_day < self.tokens_per_minute:
+            check_rules(self, (("tokens_per_day",), f"{message}{self.tokens_per_day}"))
+        else:
+            check_rules(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientKey(Limits):
     """One key of a client, and its limits. Exactly one of key_env, key_file and sha256 is set."""
 
     name: str = setting(label, "name of the caller, in logs and metrics; no two are the same")
@@ -113,56 +176,50 @@ class ClientKey:
     sha256: str | None = setting(
         optional(digest), "hash of the key, made by `aioserver key NAME`", None, secret=True
     )
-    max_concurrent: int = setting(
-        count, "answers that this key may have queued or running at once; beyond: 429", 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Role(Limits):
+    """The limits of each caller whose token has this role; `default` is for those without any."""
+
+
+DEFAULT_ROLE = "default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Jwt:
+    """Tokens of an issuer (RFC 7519), accepted beside keys. Needs the extra `jwt`."""
+
+    issuer: str = setting(line, "`iss` of a token; it must equal this text")
+    audience: str = setting(line, "one of `aud` of a token must equal this text")
+    jwks_url: str | None = setting(
+        optional(jwks), "where the issuer has its keys: https, or http to a loopback address", None
     )
-    max_connections: int = setting(
-        count_or_0,
-        "connections that this key may have open or waiting at once; beyond: 429; "
-        "0: no bound of its own",
-        0,
+    jwks_file: str | None = setting(
+        optional(line), "file with the issuer's keys instead; its changes are seen", None
     )
-    requests_per_minute: int = setting(
-        count, "answers and deletions that this key may begin per minute; beyond: 429", 300
+    caller: str = setting(
+        claim, "claim that names the caller; dots lead into objects, as in `user.id`", "sub"
     )
-    tokens_per_minute: int = setting(
-        count_or_0,
-        "tokens that the answers of this key may cost per minute, asked and answered together; "
-        "beyond: 429; 0: no budget",
-        0,
+    roles: str = setting(
+        claim,
+        "claim with the roles of the caller: a list of texts, or one text of words as in `scope`",
+        "roles",
     )
-    tokens_per_day: int = setting(
-        count_or_0,
-        "the same for a day from 00:00 UTC; >= tokens_per_minute; 0: no budget",
-        0,
-    )
-    queue_size: int = setting(
-        count_or_0,
-        "requests that may wait until another one of this key has ended, or its minute allows "
-        "them; beyond: 429; 0: none waits",
-        0,
-    )
-    priority: int = setting(
-        weight, "weight of this key in a provider's queue: 2 gets twice the work of 1", 1
-    )
-    class_: str = setting(
-        one_of(INTERACTIVE, BATCH),
-        "interactive; or batch: its requests use what interactive ones leave of a provider",
-        INTERACTIVE,
-    )
-    admin: bool = setting(
-        boolean,
-        "whether this key may read /stats, /events and /metrics, "
-        "and use account_paths of a provider",
-        False,
+    limits: dict[str, Role] = setting(
+        mapping_of(line, section(Role)),
+        "",
+        {DEFAULT_ROLE: Role()},
+        default_text="{default: {}}",
     )
 
     def __post_init__(self) -> None:
-        message = f"must be 0 or >= tokens_per_minute ({self.tokens_per_minute}), not "
-        if 0 < self.tokens_per_day < self.tokens_per_minute:
-            check_rules(self, (("tokens_per_day",), f"{message}{self.tokens_per_day}"))
-        else:
-            check_rules(self)
+        broken: list[BrokenRule] = []
+        if (self.jwks_url is None) == (self.jwks_file is None):
+            broken.append(((), "needs exactly one of jwks_url, jwks_file"))
+        if not self.limits:
+            broken.append((("limits",), "without any role every token is refused"))
+        check_rules(self, *broken)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +234,7 @@ class Auth:
         None,
         default_text="none",
     )
+    jwt: Jwt | None = setting(section(Jwt), "", None)
     trusted_proxies: tuple[str, ...] = setting(
         list_of(network),
         "proxies whose X-Forwarded-For is believed; unix: those that connect by a UNIX socket",
@@ -197,8 +255,9 @@ class Auth:
 
     @property
     def guarded(self) -> bool:
-        """Whether a client needs a key, though there may be none."""
-        return not self.open and (self.keys is not None or self.keys_file is not None)
+        """Whether a client needs a key or a token, though there may be none."""
+        some = (self.keys, self.keys_file, self.jwt)
+        return not self.open and any(each is not None for each in some)
 
     @property
     def all_keys(self) -> tuple[ClientKey, ...]:
@@ -219,8 +278,9 @@ class Auth:
             names.add(key.name)
         if self.open is True and names:
             broken.append((("open",), "cannot be open and have keys"))
-        if self.open is True and self.keys_file is not None:
-            broken.append((("open",), "cannot be open and have keys_file"))
+        for name, beside in (("keys_file", self.keys_file), ("jwt", self.jwt)):
+            if self.open is True and beside is not None:
+                broken.append((("open",), f"cannot be open and have {name}"))
         check_rules(self, *broken)
 
 

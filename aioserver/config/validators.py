@@ -315,6 +315,7 @@ line = text(
     r"[^\x00-\x1f\x7f]+",
     "one line of text that is not empty and has no tab or other control character",
 )
+claim = text("claim", r"[^\x00-\x1f\x7f]+", "the name of a claim", shown=True)
 optional_line = text(
     "text", r"[^\x00-\x1f\x7f]*", "one line of text without a tab or other control character"
 )
@@ -354,6 +355,15 @@ proxy = url("http", "https", rest=r"[^\s\x00-\x1f\x7f?#]+")
 redis = url("redis", "rediss", "unix", rest=r"[^\s\x00-\x1f\x7f#]+")
 # A user's name and password in the URL of an API are refused, because there is `api_key`.
 api = url("http", "https", shown=True)
+# Nobody on the way may change what is there.
+jwks = text(
+    "URL",
+    r"(?:https://[^\s\x00-\x1f\x7f#@/]+"
+    r"|http://(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::[0-9]{1,5})?)"
+    r"(?:/[^\s\x00-\x1f\x7f#]*)?",
+    "https:// and what follows it, or http:// and a loopback address",
+    shown=True,
+)
 
 # Paths that no face can have: the other routes without a parameter, except the pages' assets.
 TAKEN = frozenset(

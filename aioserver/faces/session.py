@@ -11,7 +11,7 @@ from aiohttp import web
 from msgspec import Raw
 
 from aioserver.auth.guard import COOKIE, KEY_NEEDED
-from aioserver.auth.keys import SESSION_SECONDS
+from aioserver.auth.tokens import Undecided
 from aioserver.errors import Denied, InvalidRequest, MissingApiKey
 from aioserver.faces.http import NO_STORE
 from aioserver.faces.intake import read_body
@@ -59,6 +59,7 @@ async def log_in(context: Context, request: web.Request) -> web.Response:
     Raises:
         MissingApiKey: the request has no key.
         InvalidApiKey: no caller has the key, or the request has several keys.
+        PermissionDenied, AuthUnavailable, ServerAtCapacity: as `Access.caller`, for a token.
         OriginNotAllowed: the page that sent the request may not use a session.
         InvalidRequest: the body is not `{"key": …}`. Otherwise as `read_body`.
     """
@@ -68,14 +69,18 @@ async def log_in(context: Context, request: web.Request) -> web.Response:
     if not access.keyed:
         return _description(context, None)
     # A session does not count here: sessions made of sessions would never end.
-    caller = guard.caller_by_key(request)
-    if caller is None:
-        caller = access.keys.caller(await _key_in_body(context, request))
+    try:
+        caller = guard.caller_by_key(request)
+        if caller is None:
+            caller = access.caller(await _key_in_body(context, request))
+    except Undecided as undecided:
+        caller = await undecided.caller()
+    session, seconds = access.session(caller)
     response = _description(context, caller)
     response.set_cookie(
         COOKIE,
-        access.keys.session(caller),
-        max_age=SESSION_SECONDS,
+        session,
+        max_age=seconds,
         path="/",
         httponly=True,
         samesite="Strict",

@@ -27,16 +27,19 @@ import logging
 import struct
 from abc import ABC, abstractmethod
 from functools import partial
+from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, ClassVar
 
 from aiohttp import WebSocketError, WSCloseCode, WSMsgType
 
+from aioserver.auth.tokens import SKEW
 from aioserver.errors import (
     AioserverError,
     InvalidApiKey,
     ServerAtCapacity,
     ServerShutdown,
+    TokenExpired,
 )
 from aioserver.faces.client_messages import FULL_ROOM, ClientMessages, Upgraded, too_much
 from aioserver.faces.idle_sockets import IDLE_SECONDS
@@ -69,6 +72,8 @@ MAX_WAITING_MESSAGES = 16
 MAX_WAITING_BYTES = 1 << 20
 # Seconds for a client to read what is left, and again to answer a close frame.
 CLOSE_TIMEOUT = 2.0
+# Seconds for the running answers of a socket whose token has expired.
+LAST_ANSWERS = 60.0
 # The close code of a connection that ends without a close frame (RFC 6455, 7.1.5).
 ABNORMAL_CLOSURE = 1006
 
@@ -141,6 +146,11 @@ class Socket(ABC):
         self._unreadable = False
         self._refused_closing = False
         self._close_code = ABNORMAL_CLOSURE
+        # Until the token of the caller has expired, and then until answers have to be over.
+        self._expiry: asyncio.TimerHandle | None = None
+        if caller.expires < inf:
+            left = caller.expires + SKEW - monotonic()
+            self._expiry = self._loop.call_later(left, self._token_expired)
         context.wheel.add(self, settings.websocket.ping_interval)
 
     # What a face adds.
@@ -315,6 +325,39 @@ class Socket(ABC):
         """Tell the client that its key is no longer valid, and close."""
         self.end(InvalidApiKey(REVOKED))
 
+    def check_token(self) -> None:
+        """Check that the token of the caller, if it came with one, is still good.
+
+        Raises:
+            TokenExpired: it is not.
+        """
+        if self._expired:
+            raise TokenExpired("the token has expired")
+
+    def answers_ended(self) -> None:
+        """Close now that no answer runs, if the server stops or the caller's token has expired."""
+        if self.busy:
+            return
+        if self._context.lifecycle.stopping.is_set():
+            self.drain()
+        elif self._expired:
+            self._end_expired()
+
+    @property
+    def _expired(self) -> bool:
+        expires = self.caller.expires
+        return expires < inf and monotonic() >= expires + SKEW
+
+    def _token_expired(self) -> None:
+        """Close as soon as no answer runs, and LAST_ANSWERS later in any case."""
+        if self.busy:
+            self._expiry = self._loop.call_later(LAST_ANSWERS, self._end_expired)
+        else:
+            self._end_expired()
+
+    def _end_expired(self) -> None:
+        self.end(TokenExpired("the token has expired: connect with a fresh one"))
+
     def give_way(self) -> None:
         """Give the place to others, tell the client, and close with 1013.
 
@@ -393,6 +436,8 @@ class Socket(ABC):
             *[hold.release for hold in holds],
             partial(admission.idle_sockets.remove, self),
         ]
+        if self._expiry is not None:
+            steps.append(self._expiry.cancel)
         if self._inside:
             code, name = str(self._close_code), self.caller.name
             gave_way = self._place is None

@@ -4,7 +4,10 @@ changes, and what callers have spent.
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
+from math import inf
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -13,10 +16,12 @@ from aiohttp.http import HttpVersion11
 
 from aioserver import __version__
 from aioserver.auth.callers import CALLER
-from aioserver.errors import Denied, InvalidRequest, ServerAtCapacity
+from aioserver.auth.tokens import SKEW
+from aioserver.errors import Denied, InvalidRequest, ServerAtCapacity, TokenExpired
 from aioserver.faces.http import NO_STORE
 from aioserver.faces.sse import Events
 from aioserver.monitoring import prometheus
+from aioserver.monitoring.keys import budget_states
 from aioserver.protocol import eventstream
 from aioserver.streams.ending import run_all
 from aioserver.streams.formats import RETRY
@@ -25,6 +30,7 @@ from aioserver.streams.writer import Writer
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from aioserver.auth.callers import Caller
     from aioserver.faces.context import Context
 
 
@@ -118,6 +124,9 @@ async def usage(context: Context, request: web.Request) -> web.Response:
         for name, key in keys.items()
         if key["budgets"] and (everything or name == caller.name)
     ]
+    # A caller with a token is not among the keys: what it sees is of this process.
+    if caller.role and caller.quota is not None and (own := budget_states(caller.quota)):
+        budgets.append({"caller": caller.name, **own})
     answer: dict[str, object] = {"days": days, "budgets": budgets}
     if unheard and everything:
         answer["unheard"] = unheard
@@ -142,8 +151,8 @@ async def metrics(context: Context, _request: web.Request) -> web.Response:
 async def events(context: Context, request: web.Request) -> web.StreamResponse:
     """Answer with the state as an event stream: `history` first, then `stats` and `incident`.
 
-    A watcher that reads nothing is disconnected as any client is. A watcher whose key is revoked,
-    or is no admin key any more, gets an `error` event that says so, and the end.
+    A watcher that reads nothing is disconnected as any client is. A watcher whose key is revoked
+    or whose token has expired, or who is no admin any more, gets an `error` event that says so, and the end.
 
     Raises:
         InvalidRequest: the interval is not 1 to 60 seconds.
@@ -171,7 +180,7 @@ async def events(context: Context, request: web.Request) -> web.StreamResponse:
         writer.send(RETRY)
         await monitor.watch_all(writer, every)
         with quota.held(admin=True):
-            await context.lifecycle.stopping.wait()
+            await _until_the_end(context, request[CALLER])
         await writer.flush()
     except Denied as error:
         writer.send(eventstream.write(orjson.dumps(error.as_chunk()), event="error"))
@@ -179,6 +188,20 @@ async def events(context: Context, request: web.Request) -> web.StreamResponse:
     finally:
         run_all((partial(monitor.leave, writer), writer.close))
     return response
+
+
+async def _until_the_end(context: Context, caller: Caller) -> None:
+    """Wait until the server stops.
+
+    Raises:
+        TokenExpired: the token of *caller* is no longer good.
+    """
+    left = None if caller.expires == inf else caller.expires + SKEW - monotonic()
+    try:
+        async with asyncio.timeout(left):
+            await context.lifecycle.stopping.wait()
+    except TimeoutError:
+        raise TokenExpired("the token has expired: connect with a fresh one") from None
 
 
 def _ticks(interval: str) -> int:

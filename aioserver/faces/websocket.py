@@ -110,6 +110,7 @@ class ChatSocket(Socket):
         self._send(None, "error", error.as_chunk())
 
     def _chat(self, command: Chat, hold: BodyHold) -> None:
+        self.check_token()
         self._last_request = self._loop.time()
         # This is checked before a provider is asked for anything.
         self._check_room(command.request_id)
@@ -204,8 +205,7 @@ class ChatSocket(Socket):
         if self._following.get(cursor.stream.request_id) is cursor:
             del self._following[cursor.stream.request_id]
             self._context.admission.idle_sockets.asked(self)
-        if not self._following and self._context.lifecycle.stopping.is_set():
-            self.drain()
+        self.answers_ended()
 
     def _send(self, request_id: str | None, status: str, chunk: dict[str, object]) -> None:
         self._writer.send(ws_frame(WS_TEXT, frames.loose_frame(request_id, status, chunk)))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
+    from aioserver.auth.tokens import Tokens
     from aioserver.config.settings import Settings
     from aioserver.config.watched_files import WatchedFiles
     from aioserver.faces.context import Context
@@ -91,6 +92,8 @@ class Wing:
     instances: Instances | None = None
     # Where `simulated: true` leads.
     simulated: Simulated | None = None
+    # The callers of tokens.
+    callers: Tokens | None = None
     # The traces of requests.
     tracer: Tracer | None = None
     # The turns in front of a question.

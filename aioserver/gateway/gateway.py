@@ -340,7 +340,7 @@ class Gateway:
         try:
             request.begin(self._count_deadline)
         except TokensExceeded as error:
-            self._request_log.metrics.count_budget_refusal(request.caller.name, error)
+            self._request_log.metrics.count_budget_refusal(request.caller.label, error)
             raise
 
     def _check_running(self) -> None:

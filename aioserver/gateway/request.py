@@ -175,6 +175,7 @@ class Request(msgspec.Struct, eq=False):
             provider.name,
             self.route.model or provider.settings.model,
             self.caller.name,
+            self.caller.label,
             streamed=provider_request.streamed,
         )
         record.group = "" if self.route.group is None else self.route.group.name

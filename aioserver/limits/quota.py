@@ -10,6 +10,8 @@ A deletion counts like the beginning of an answer, since it costs all instances 
 Tokens count by an estimate that is reserved before the start (limits/budget.py).
 A request over a limit is refused, unless the key has a queue (limits/key_queue.py): it then waits,
 if what it lacks can come within its time.
+
+This file is one concept: what an answer counts is counted in all limits of its key, or in none.
 """
 
 from __future__ import annotations
@@ -106,6 +108,20 @@ class Quota:
         """
         limit, left = self._per_minute, min(self._per_minute, self._rate.available)
         return limit, left, (limit - left) * self._rate.interval
+
+    @property
+    def rested(self) -> bool:
+        """Whether nothing runs, waits or is open, and a new quota in the place of this one would
+        allow no more.
+        """
+        busy = self.running or self.connections or len(self.queue) or self._held
+        spent = any(state.used or state.reserved for state in self.budget.states().values())
+        return not busy and not spent and self._rate_whole
+
+    @property
+    def _rate_whole(self) -> bool:
+        """Whether all starts of a minute are there."""
+        return self._rate.available >= self._per_minute
 
     @property
     def limit(self) -> int:

@@ -24,8 +24,13 @@ def _state(quota: Quota, tokens_today: int) -> KeyState:
         "waiting": len(quota.queue),
         "queue_size": quota.queue_size,
         "tokens_today": tokens_today,
-        "budgets": {name: _budget(budget) for name, budget in quota.budgets().items()},
+        "budgets": budget_states(quota),
     }
+
+
+def budget_states(quota: Quota) -> dict[str, KeyBudgetState]:
+    """Return the state of each budget of *quota*, by its setting."""
+    return {name: _budget(budget) for name, budget in quota.budgets().items()}
 
 
 def _budget(budget: BudgetState) -> KeyBudgetState:

@@ -111,7 +111,7 @@ class Server:
         providers = self.provider_registry.providers.values()
         queues = sum(provider.stats().queue.waiting for provider in providers)
         undecided = sum(stream.undecided for stream in self.streams.running())
-        keys = sum(len(quota.queue) for quota in self.context.access.keys.quotas().values())
+        keys = sum(len(quota.queue) for quota in self.context.access.quotas().values())
         return self.context.admission.gate.waiting + keys + queues + undecided
 
     def drain(self) -> None:
@@ -121,7 +121,7 @@ class Server:
         context.lifecycle.stopping.set()
         context.admission.gate.close(shutdown_error)
         context.gateway.drain()
-        for quota in context.access.keys.quotas().values():
+        for quota in context.access.quotas().values():
             quota.queue.refuse(shutdown_error)
         for open_socket in tuple(context.sockets):
             open_socket.drain()
@@ -203,7 +203,9 @@ async def open_server(
             pepper = pepper_of(llm)
         if sharing is not None and known_pepper(llm) is None:
             pepper = await sharing.agree_on_pepper(pepper)
-        access = Access(settings.auth, pepper, quota_of if sharing is None else sharing.make_quota)
+        tokens = next((wing.callers for wing in plugged if wing.callers is not None), None)
+        make_quota = quota_of if sharing is None else sharing.make_quota
+        access = Access(settings.auth, pepper, make_quota, tokens)
         await begin_days(access, settings)
         origins = Origins(
             chat.websocket.allow_origins, credentials=chat.websocket.allow_credentials
@@ -330,14 +332,18 @@ async def begin_days(access: Access, settings: Settings) -> None:
 
     Where instances share them, what is counted there may be more, and holds.
     """
-    path = settings.usage.path
+    path, tokens = settings.usage.path, access.tokens
     quotas = access.keys.quotas()
-    if path is None or not any(quota.budget.counts_days for quota in quotas.values()):
+    roles = tokens is not None and tokens.counts_days
+    if path is None or not (roles or any(each.budget.counts_days for each in quotas.values())):
         return
-    today = await asyncio.to_thread(spent, Path(path), f"{datetime.now(UTC):%Y-%m-%d}")
-    for name, tokens in today.items():
+    day = f"{datetime.now(UTC):%Y-%m-%d}"
+    today = await asyncio.to_thread(spent, Path(path), day)
+    for name, used in today.items():
         if name in quotas:
-            quotas[name].budget.begin_day(tokens)
+            quotas[name].budget.begin_day(used)
+    if tokens is not None:
+        tokens.begin_day(day, today)
 
 
 def make_app(configuration: Configuration) -> web.Application:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import hdrs, web
 
 from aioserver.auth.callers import ADDRESS
+from aioserver.auth.tokens import Undecided
 from aioserver.errors import (
     AioserverError,
     Denied,
@@ -127,7 +128,11 @@ def make_middleware(
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             check_head(request)
-            if (caller := guard.admit(request)) is not None:
+            try:
+                caller = guard.admit(request)
+            except Undecided as undecided:
+                caller = guard.admit(request, await undecided.caller())
+            if caller is not None:
                 note_limits(request, caller.quota)
             if hdrs.UPGRADE in request.headers:
                 check_upgrade(request)

@@ -52,6 +52,7 @@ def faults(settings: Settings, wings: Iterable[Wing]) -> Iterator[str]:
             settings.chat.service.repository.type == "sql",
         ),
         ("doors", "hooks", bool(settings.hooks)),
+        ("doors", "auth.jwt", settings.auth is not None and settings.auth.jwt is not None),
         ("tracing", "tracing.otlp_endpoint", settings.tracing.otlp_endpoint is not None),
     )
     for name, setting, needed in needs:

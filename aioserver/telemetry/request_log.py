@@ -70,6 +70,8 @@ class RequestRecord:
     face: str = ""
     request_id: str = ""
     caller: str = ""
+    # The caller as metrics name it.
+    caller_label: str = ""
     # The name in `llm.models` by which the model was asked for, if it was.
     group: str = ""
     # The id of its trace (W3C Trace Context), the client's or a new one, 32 hex digits; "" if it
@@ -111,16 +113,18 @@ class RequestRecord:
         provider: str,
         model: str,
         caller: str = "",
+        label: str | None = None,
         *,
         streamed: bool = False,
     ) -> None:
         """Note that the request is understood and goes to *provider*.
 
-        *caller* is its key's name.
+        *caller* is its key's name, and *label* what metrics call it: None for the same.
         """
         self.face = face
         self.streamed = streamed
         self.caller = caller
+        self.caller_label = caller if label is None else label
         self.request_id = request_id
         self.outcome.provider, self.outcome.model = provider, model
         self.admitted_at = monotonic()
@@ -200,7 +204,7 @@ class RequestLog:
         if record.key_wait:
             metrics.key_wait.observe(record.key_wait)
         if isinstance(error, TokensExceeded):
-            metrics.count_budget_refusal(record.caller, error)
+            metrics.count_budget_refusal(record.caller_label, error)
         if outcome == "rejected":
             metrics.rejections[code].value += 1
             if isinstance(error, AioserverError):

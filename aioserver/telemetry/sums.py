@@ -42,15 +42,16 @@ class _Row:
     """What one caller has spent at one provider for one model on one day.
 
     Of what was asked and answered, so much is estimated. *told* is how much of its `counts` the
-    children of the metrics have.
+    children of the metrics have, whose caller is *label*.
     """
 
     __slots__ = (
         *("requests", "repeats", "asked", "cached", "cache_write", "answered", "reasoning"),
-        *("audio", "estimated_asked", "estimated_answered", "told"),
+        *("audio", "estimated_asked", "estimated_answered", "told", "label"),
     )
 
-    def __init__(self) -> None:
+    def __init__(self, label: str) -> None:
+        self.label = label
         # Attempts: the first of each request, and all others.
         self.requests = self.repeats = 0
         self.asked = self.cached = self.cache_write = 0
@@ -115,15 +116,16 @@ class CallerSums:
         self._estimated: dict[str, Counter] = {}
         self._of_providers: dict[tuple[str, ...], Counter] = {}
 
-    def add(self, caller: str, part: Part, *, anew: bool) -> None:
+    def add(self, caller: str, part: Part, label: str | None = None, *, anew: bool) -> None:
         """Count *part* of a request of *caller*; *anew*: the first that it has at this provider,
-        for this model.
+        for this model. *label*: what metrics call the caller, if not by its name.
         """
         if self._wall() >= self._midnight:
             self._turn()
         row = self._rows.get((caller, part.provider, part.model))
         if row is None:
-            row = self._row(caller, part.provider, part.model[:MAX_NAME])
+            name = caller if label is None else label
+            row = self._row(caller, name, part.provider, part.model[:MAX_NAME])
         if anew:
             row.requests += 1
         else:
@@ -207,27 +209,32 @@ class CallerSums:
         self._rows, self._totals = {}, {}
         self._day, self._midnight = day, (day + 1) * SECONDS_OF_A_DAY
 
-    def _row(self, caller: str, provider: str, model: str) -> _Row:
-        """Return the row of today for these names, or for the model OTHER."""
+    def _row(self, caller: str, label: str, provider: str, model: str) -> _Row:
+        """Return the row of today for these names, or for the model OTHER.
+
+        Where there are too many rows, a new caller with a token has those of its role.
+        """
+        if label != caller and caller not in self._totals and len(self._rows) >= MAX_ROWS:
+            caller = label
         total = self._totals.get(caller)
         if total is None:
             total = self._totals[caller] = _Total()
-            self._estimated.setdefault(caller, Counter())
+            self._estimated.setdefault(label, Counter())
         row = self._rows.get((caller, provider, model))
         if row is None:
             unknown = (provider, model) not in self.configured
             if model != OTHER and (
                 len(self._rows) >= MAX_ROWS or (unknown and total.unknown >= MAX_UNKNOWN)
             ):
-                return self._row(caller, provider, OTHER)
+                return self._row(caller, label, provider, OTHER)
             total.unknown += unknown
-            row = self._rows[caller, provider, model] = _Row()
+            row = self._rows[caller, provider, model] = _Row(label)
             total.rows.append(row)
         return row
 
     def _tell(self) -> None:
         """Have the children of the metrics count all that the rows of today do."""
-        for (caller, provider, model), row in self._rows.items():
+        for (_, provider, model), row in self._rows.items():
             counts = row.counts
             if counts == row.told:
                 continue
@@ -237,8 +244,8 @@ class CallerSums:
             row.told = counts
             for kind, count in zip(KINDS, more, strict=True):
                 if count:
-                    self._child(caller, provider, model, kind).value += count
-            self._estimated[caller].value += asked + answered
+                    self._child(row.label, provider, model, kind).value += count
+            self._estimated[row.label].value += asked + answered
             known = (provider, model, "output", PROVIDER) in self._of_providers
             for kind, source, count in (
                 ("input", PROVIDER, more[0] - asked),

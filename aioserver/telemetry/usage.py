@@ -206,7 +206,9 @@ class Usage:
     def ended(self, record: RequestRecord, part: Part) -> None:
         """Count *part*, the last of the request of *record*."""
         parts = record.outcome.parts
-        self.sums.add(record.caller, part, anew=len(parts) < 2 or _is_anew(parts))
+        self.sums.add(
+            record.caller, part, record.caller_label, anew=len(parts) < 2 or _is_anew(parts)
+        )
         if self.ledger is not None:
             sent = self._taken(record) or self._number(record, _nobody_knows)
             self._put(sent, part, part.outcome)

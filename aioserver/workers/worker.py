@@ -32,7 +32,7 @@ import os
 import socket
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from aioserver.limits.fixed_share import Scope
 from aioserver.limits.gate import Gate
@@ -44,8 +44,9 @@ from aioserver.workers.loads import Loads, OtherLayout
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableMapping
 
-    from aioserver.config.settings import Auth, Chat, ClientKey, Llm, Provider, Settings
+    from aioserver.config.settings import Auth, Chat, Limits, Llm, Provider, Settings
 
+OfCaller = TypeVar("OfCaller", bound="Limits")
 WORKER = "AIOSERVER_WORKER"
 DESCRIPTORS = "AIOSERVER_FDS"
 SERVER = "AIOSERVER_PRIVATE_SERVER"
@@ -286,7 +287,7 @@ def share_out(settings: Settings, scope: Scope, *, clustered: bool = False) -> S
             providers={name: provider(settings) for name, settings in whole.providers.items()},
         )
 
-    def key(whole: ClientKey) -> ClientKey:
+    def limits(whole: OfCaller) -> OfCaller:
         if clustered:
             return whole
         return replace(
@@ -297,8 +298,12 @@ def share_out(settings: Settings, scope: Scope, *, clustered: bool = False) -> S
         )
 
     def auth(whole: Auth) -> Auth:
-        keys = None if whole.keys is None else tuple(map(key, whole.keys))
-        return replace(whole, keys=keys, file_keys=tuple(map(key, whole.file_keys)))
+        keys = None if whole.keys is None else tuple(map(limits, whole.keys))
+        jwt = whole.jwt
+        if jwt is not None:
+            roles = {role: limits(each) for role, each in jwt.limits.items()}
+            jwt = replace(jwt, limits=roles)
+        return replace(whole, keys=keys, file_keys=tuple(map(limits, whole.file_keys)), jwt=jwt)
 
     return replace(
         settings,

@@ -120,6 +120,7 @@ def test_every_extra_is_for_something() -> None:
         "speedups",
         "cli",
         "cluster",
+        "jwt",
         "test",
         "fuzz",
         "clients",

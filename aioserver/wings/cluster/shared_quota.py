@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from aioserver.errors import ConcurrencyExceeded, InvalidApiKey, RateLimitExceeded
 from aioserver.limits.quota import REVOKED, Quota, minute
+from aioserver.wings.cluster.grants import State
 from aioserver.wings.cluster.rates import SharedRate
 
 if TYPE_CHECKING:
@@ -252,6 +253,13 @@ class SharedQuota(Quota):
             self.answers.decide()
         self.running = self.answers.count
         self.serve()
+
+    @property
+    def _rate_whole(self) -> bool:
+        """Whether another quota of this name would allow no more starts: the server remembers
+        them.
+        """
+        return self._leases.standing.state is State.JOINED or super()._rate_whole
 
     def _on_slots(self) -> None:
         self.answers.decide()

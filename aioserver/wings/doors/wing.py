@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
-from aioserver.faces.wing import Wing
-from aioserver.wings.doors.hooks import HookSet, faults
+from aioserver.faces.wing import Routes, Wing
+from aioserver.wings.doors import hooks, issuers
+from aioserver.wings.doors.hooks import HookSet
+from aioserver.wings.doors.issuers import Issuers
+from aioserver.wings.doors.token_callers import TokenCallers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from contextlib import AsyncExitStack
 
     from aioserver.config.settings import Settings
+    from aioserver.faces.context import Context
     from aioserver.faces.wing import Core
 
 
@@ -20,28 +25,44 @@ class DoorsWing(Wing):
 
     name: ClassVar = "doors"
     _hooks: HookSet
+    _issuers: Issuers
     _shutdown_timeout = 0.0
 
     def faults(self, settings: Settings) -> Iterable[str]:
-        """Return which hooks cannot be asked."""
-        return faults(settings.hooks)
+        """Return which hooks cannot be asked, and what is missing for `auth.jwt`."""
+        return chain(hooks.faults(settings.hooks), issuers.faults(settings.auth))
 
     async def open(self, core: Core, stack: AsyncExitStack) -> None:
-        """Make the hooks."""
-        self.hooks = self._hooks = HookSet(core.settings, core.metrics)
-        stack.push_async_callback(self._hooks.close)
-        self._note(core.settings)
-
-    def prepare(self, settings: Settings) -> Callable[[], None]:
-        """Return the function that asks the hooks of *settings*.
+        """Make the hooks and the callers of tokens, and begin to fetch the keys of their issuer.
 
         Raises:
-            ConfigurationError: a class cannot be made.
+            ConfigurationError: a file of keys cannot be used.
+        """
+        self.hooks = self._hooks = HookSet(core.settings, core.metrics)
+        stack.push_async_callback(self._hooks.close)
+        callers = self.callers = TokenCallers()
+        self._issuers = Issuers(callers, core.watched)
+        stack.push_async_callback(self._issuers.close)
+        self._issuers.prepare(core.settings.auth)()
+        self._note(core.settings)
+
+    async def serve(self, context: Context) -> Routes:
+        """Let the monitor show when keys cannot be had."""
+        self._issuers.show_in(context.monitor)
+        return Routes()
+
+    def prepare(self, settings: Settings) -> Callable[[], None]:
+        """Return the function that asks the hooks of *settings*, and takes its tokens.
+
+        Raises:
+            ConfigurationError: a class cannot be made, or a file of keys cannot be used.
         """
         apply_hooks = self._hooks.prepare(settings)
+        apply_issuer = self._issuers.prepare(settings.auth)
 
         def apply() -> None:
             apply_hooks()
+            apply_issuer()
             self._note(settings)
 
         return apply

@@ -201,6 +201,8 @@ class ResponsesSocket(Socket):
             self._lanes.free(lane)
 
     def _begin(self, lane: Lane, command: Create | Refused | Resume, hold: BodyHold) -> None:
+        if isinstance(command, Create):
+            self.check_token()
         match command:
             case Refused():
                 raise command.error
@@ -401,8 +403,7 @@ class ResponsesSocket(Socket):
         self._lanes.done(lane)
         if not self._over:
             self._go_on()
-            if not self.busy and self._context.lifecycle.stopping.is_set():
-                self.drain()
+            self.answers_ended()
 
     def _send(self, event: bytes) -> None:
         self._writer.send(ws_frame(WS_TEXT, event))

@@ -1,0 +1,205 @@
+"""The keys of an issuer as they are now: fetched at the start, from time to time, and when a token
+names a key that is not there.
+
+A fetch that fails keeps what was there (fail static). A token that names an unknown key forces a
+fetch, at most one each FORCED seconds however many such tokens come; between these, nobody knows
+whether the key is the issuer's newest, and the token is neither refused nor let in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from math import inf
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from aioserver.errors import AuthUnavailable
+from aioserver.wings.doors.signatures import KeySet, UselessKeys, read_keys
+from aioserver.wings.doors.token import refused
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from aioserver.wings.doors.signatures import Key
+
+logger = logging.getLogger("aioserver.doors")
+
+# Seconds between two fetches, with a tenth of jitter: so many servers do not ask at once.
+INTERVAL, JITTER = 600.0, 0.1
+# Seconds between two fetches that tokens force.
+FORCED = 30.0
+# Seconds until a fetch that has failed is tried again: doubled up to the second number.
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+# Seconds for one fetch.
+TIMEOUT = 5.0
+# Seconds for which a request waits for a fetch, and how many may wait.
+PATIENCE, MAX_WAITING = 2.0, 256
+
+
+class Unreachable(Exception):
+    """A fetch has failed; the text says why."""
+
+
+class Issuer:
+    """The keys of one issuer.
+
+    Always: one fetch runs at a time; two that tokens have forced begin FORCED seconds apart; what
+    is there stays until a fetch brings another set; at most MAX_WAITING requests wait.
+
+    *fetch* returns the set as bytes, or raises Unreachable. *report* is told when the keys cannot
+    be had, and when they can be again: a text and its severity.
+    """
+
+    def __init__(
+        self,
+        fetch: Callable[[], Awaitable[bytes]],
+        report: Callable[[str, str], None],
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self._fetch = fetch
+        self._report = report
+        self._clock = clock
+        self._keys: KeySet | None = None
+        # When the fetch began that has brought them, and the newest that a token has forced.
+        self._fetched_at = self._forced_at = -inf
+        self._failures = 0
+        self._waiting = 0
+        self._fetching: asyncio.Task[None] | None = None
+        # When the next one begins by itself.
+        self._due = -inf
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    def start(self) -> None:
+        """Begin the first fetch, in the event loop that runs."""
+        self._begin()
+
+    def stop(self) -> None:
+        """Fetch no more."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._fetching is not None:
+            self._fetching.cancel()
+
+    async def close(self) -> None:
+        """Fetch no more, and wait until no fetch runs."""
+        task = self._fetching
+        self.stop()
+        if task is not None:
+            await asyncio.wait([task])
+
+    def look_again(self) -> None:
+        """Fetch now, unless a fetch runs: what is fetched has changed."""
+        if self._fetching is None and not self._closed:
+            self._begin()
+
+    def use(self, keys: KeySet) -> None:
+        """Use *keys*, which were read just now."""
+        self._keys, self._fetched_at = keys, self._clock()
+
+    def find(self, kid: str | None) -> Mapping[str, Key] | None:
+        """Return the keys of the id *kid*, by their algorithms; None if that id is unknown.
+
+        For None those that need not be named.
+        """
+        if self._keys is None:
+            return None
+        return self._keys.nameless if kid is None else self._keys.named.get(kid)
+
+    def check_worth_waiting(self) -> None:
+        """Check that waiting may bring an unknown key.
+
+        Raises:
+            AuthUnavailable: no fetch runs, and none may be forced now; or too many wait.
+        """
+        early = self._fetching is None and self._clock() < self._forced_at + FORCED
+        if early or self._waiting >= MAX_WAITING or self._closed:
+            raise self._unavailable()
+
+    async def wait_for(self, kid: str | None) -> Mapping[str, Key]:
+        """Return the keys of the id *kid*, once a fetch has brought them.
+
+        Raises:
+            TokenRefused: a fetch that has begun since does not have them.
+            AuthUnavailable: nobody knows now whether there are any.
+        """
+        since = self._clock()
+        self.check_worth_waiting()
+        self._waiting += 1
+        try:
+            while (keys := self.find(kid)) is None:
+                if self._fetched_at >= since:
+                    raise refused("kid")
+                if self._fetching is None:
+                    if self._clock() < self._forced_at + FORCED:
+                        raise self._unavailable()
+                    self._forced_at = self._clock()
+                    self._begin()
+                left = since + PATIENCE - self._clock()
+                fetching = self._fetching
+                if left <= 0 or fetching is None:
+                    raise self._unavailable()
+                await asyncio.wait([fetching], timeout=left)
+            return keys
+        finally:
+            self._waiting -= 1
+
+    def _unavailable(self) -> AuthUnavailable:
+        """Return the error of a token that nobody can decide now."""
+        now = self._clock()
+        text = "the keys of the token's issuer cannot be had now"
+        if self._keys is not None:
+            text = "the token names a key that is not known yet"
+        wait = min(self._due, self._forced_at + FORCED) - now
+        return AuthUnavailable(text, retry_after=max(1.0, wait))
+
+    def _begin(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._fetching = asyncio.get_running_loop().create_task(self._run())
+        self._fetching.add_done_callback(self._ended)
+
+    async def _run(self) -> None:
+        """Fetch the keys once."""
+        began = self._clock()
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                content = await self._fetch()
+            keys = read_keys(content)
+        except TimeoutError:
+            self._failed(f"no answer within {TIMEOUT:.0f} s")
+        except (Unreachable, UselessKeys) as fault:
+            self._failed(str(fault))
+        except Exception as bug:
+            logger.exception("bug in fetching the keys of the issuer")
+            self._failed(type(bug).__name__)
+        else:
+            self._keys, self._fetched_at = keys, began
+            if self._failures:
+                logger.info("the keys of the issuer are here again")
+                self._report("the keys of the issuer are here again", "info")
+            self._failures = 0
+
+    def _failed(self, why: str) -> None:
+        self._failures += 1
+        if self._failures > 1:
+            return
+        keep = "no token can be checked" if self._keys is None else "those that are here count"
+        logger.warning("the keys of the issuer cannot be had: %s; %s", why, keep)
+        self._report(f"the keys of the issuer cannot be had: {why}; {keep}", "warning")
+
+    def _ended(self, _task: asyncio.Task[None]) -> None:
+        self._fetching = None
+        if self._closed:
+            return
+        if self._failures:
+            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(self._failures - 1, 10))
+        else:
+            pause = INTERVAL * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - no secret
+        self._due = self._clock() + pause
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(pause, self.look_again)

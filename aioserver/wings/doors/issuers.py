@@ -1,0 +1,121 @@
+"""The issuer of the tokens that are accepted now: a reload may name another one, whose keys then
+come from elsewhere.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from aioserver.config.faults import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from aioserver.config.settings import Auth, Jwt
+    from aioserver.config.watched_files import WatchedFiles
+    from aioserver.monitoring.monitor import Monitor
+    from aioserver.wings.doors.issuer import Issuer
+    from aioserver.wings.doors.token_callers import TokenCallers
+
+# The packages of the extra `jwt`, and the oldest version: five advisories were fixed in that.
+NEEDED = {"PyJWT": (2, 13), "cryptography": (3, 4)}
+
+
+def faults(auth: Auth | None) -> Iterator[str]:
+    """Yield why no token could be checked, if *auth* takes tokens."""
+    if auth is None or auth.jwt is None:
+        return
+    for package, least in NEEDED.items():
+        wanted = f"{package}>={'.'.join(map(str, least))}"
+        try:
+            there = version(package)
+        except PackageNotFoundError:
+            yield f"auth.jwt: {wanted} is not installed (pip install '.[jwt]' in the clone)"
+            continue
+        numbers = tuple(int(part) for part in there.split(".")[:2] if part.isdigit())
+        if numbers < least:
+            yield f"auth.jwt: {wanted} is needed, and {there} is installed (the extra jwt)"
+
+
+class Issuers:
+    """The issuer that counts now, for *callers*.
+
+    Always: one fetches at most. *watched* looks at the file of its keys, if they are in one.
+    """
+
+    def __init__(self, callers: TokenCallers, watched: WatchedFiles) -> None:
+        self._callers = callers
+        self._jwt: Jwt | None = None
+        self._issuer: Issuer | None = None
+        # None: the faces do not exist yet.
+        self._monitor: Monitor | None = None
+        watched.add("jwt", self._files, self._read)
+
+    def prepare(self, auth: Auth | None) -> Callable[[], None]:
+        """Return the function that uses the keys of the issuer that *auth* names.
+
+        Raises:
+            ConfigurationError: they are in a file that cannot be used.
+        """
+        jwt = None if auth is None else auth.jwt
+        if jwt is None:
+            return partial(self._use, None, None)
+        if self._jwt is not None and _source(jwt) == _source(self._jwt):
+            return partial(self._use, jwt, self._issuer)
+        # Without tokens the packages need not be there.
+        from aioserver.wings.doors.fetching import issuer_of  # noqa: PLC0415
+
+        try:
+            issuer = issuer_of(jwt, self._report)
+        except (OSError, ValueError) as exc:
+            raise ConfigurationError([f"auth.jwt.jwks_file: {_reason(exc)}"]) from None
+        return partial(self._use, jwt, issuer)
+
+    def show_in(self, monitor: Monitor) -> None:
+        """Let *monitor* show when keys cannot be had."""
+        self._monitor = monitor
+
+    async def close(self) -> None:
+        """Fetch no more."""
+        if self._issuer is not None:
+            await self._issuer.close()
+
+    def _use(self, jwt: Jwt | None, issuer: Issuer | None) -> None:
+        former, self._jwt = self._issuer, jwt
+        if issuer is former:
+            return
+        self._issuer = issuer
+        self._callers.use_issuer(issuer)
+        if former is not None:
+            former.stop()
+        if issuer is not None:
+            issuer.start()
+
+    def _files(self) -> tuple[str, ...]:
+        jwt = self._jwt
+        return () if jwt is None or jwt.jwks_file is None else (jwt.jwks_file,)
+
+    def _read(self) -> Callable[[], None] | None:
+        """Return what puts the keys of the file in effect; called in a thread."""
+        issuer, files = self._issuer, self._files()
+        if issuer is None or not files:
+            return None
+        from aioserver.wings.doors.fetching import read_file  # noqa: PLC0415
+
+        return partial(issuer.use, read_file(files[0]))
+
+    def _report(self, text: str, severity: str) -> None:
+        if self._monitor is not None:
+            self._monitor.incident("jwt", text, severity=severity)
+
+
+def _source(jwt: Jwt) -> tuple[str | None, str | None]:
+    return jwt.jwks_url, jwt.jwks_file
+
+
+def _reason(exc: Exception) -> str:
+    if isinstance(exc, OSError):
+        return f"cannot be read: {exc.strerror or type(exc).__name__}"
+    return str(exc)

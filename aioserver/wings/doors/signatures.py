@@ -1,0 +1,139 @@
+"""The public keys of an issuer (RFC 7517), each with the one algorithm that it verifies.
+
+The algorithm is that of the key and never what a token says (RFC 8725, 2.1 and 3.1). A symmetric
+key is dropped as it is read, so that nothing here can verify an HMAC. This file alone uses PyJWT.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+from jwt.exceptions import InvalidKeyError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+# The bounds of a set: what issuers have is a tenth of it.
+MAX_BYTES, MAX_KEYS = 256 << 10, 64
+# Bits of an RSA key. More than the upper bound costs milliseconds for each token.
+MIN_RSA, MAX_RSA = 2048, 8192
+RS256: Final = "RS256"
+ES256: Final = "ES256"
+EDDSA: Final = "EdDSA"
+ALGORITHMS: Final = (RS256, ES256, EDDSA)
+_RSA = RSAAlgorithm(RSAAlgorithm.SHA256)
+_EC = ECAlgorithm(ECAlgorithm.SHA256)
+_OKP = OKPAlgorithm()
+
+
+class Key(NamedTuple):
+    """A public key: *verify* returns whether a signature of a message is its own, by the algorithm
+    *alg*.
+    """
+
+    alg: str
+    verify: Callable[[bytes, bytes], bool]
+
+
+class KeySet(NamedTuple):
+    """The keys of an issuer: by their ids and algorithms, and those for tokens that name no key,
+    which are the only ones of their algorithm.
+
+    An id of keys that cannot be used is there, without any.
+    """
+
+    named: Mapping[str, Mapping[str, Key]]
+    nameless: Mapping[str, Key]
+
+
+class UselessKeys(ValueError):
+    """There is no set of keys that can be used."""
+
+
+class _Jwk(msgspec.Struct, gc=False):
+    """What is read of a key: its public part."""
+
+    kty: str
+    kid: str | None = None
+    alg: str | None = None
+    use: str | None = None
+    key_ops: list[str] | None = None
+    n: str = ""
+    e: str = ""
+    crv: str = ""
+    x: str = ""
+    y: str = ""
+
+
+class _Jwks(msgspec.Struct, gc=False):
+    keys: list[msgspec.Raw]
+
+
+_JWKS = msgspec.json.Decoder(_Jwks)
+_JWK = msgspec.json.Decoder(_Jwk)
+
+
+def read_keys(content: bytes) -> KeySet:
+    """Return the keys in *content*, a JWK set.
+
+    Raises:
+        UselessKeys: it is none, too large, or has no key that can be used.
+    """
+    if len(content) > MAX_BYTES:
+        raise UselessKeys(f"more than {MAX_BYTES} bytes")
+    try:
+        written = _JWKS.decode(content).keys
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        raise UselessKeys("no JWK set") from None
+    if len(written) > MAX_KEYS:
+        raise UselessKeys(f"{len(written)} keys, at most {MAX_KEYS}")
+    named: dict[str, dict[str, Key]] = {}
+    by_algorithm: dict[str, list[Key]] = defaultdict(list)
+    for raw in written:
+        try:
+            jwk = _JWK.decode(raw)
+        except (msgspec.DecodeError, RecursionError):
+            # It may be of a kind that nobody has thought of.
+            continue
+        keys = named.setdefault(jwk.kid, {}) if jwk.kid is not None else {}
+        if (key := _usable(jwk)) is not None:
+            keys.setdefault(key.alg, key)
+            by_algorithm[key.alg].append(key)
+    if not by_algorithm:
+        raise UselessKeys(f"no key for {', '.join(ALGORITHMS)} among {len(written)}")
+    nameless = {alg: keys[0] for alg, keys in by_algorithm.items() if len(keys) == 1}
+    return KeySet(named, nameless)
+
+
+def _usable(jwk: _Jwk) -> Key | None:
+    """Return the key that *jwk* is; None if it verifies nothing here."""
+    if jwk.use not in {None, "sig"} or (jwk.key_ops is not None and "verify" not in jwk.key_ops):
+        return None
+    try:
+        key = _made(jwk)
+    except (InvalidKeyError, ValueError, TypeError, OverflowError):
+        return None
+    return key if key is not None and jwk.alg in {None, key.alg} else None
+
+
+def _made(jwk: _Jwk) -> Key | None:
+    match jwk.kty:
+        case "RSA":
+            rsa = RSAAlgorithm.from_jwk({"kty": "RSA", "n": jwk.n, "e": jwk.e})
+            if isinstance(rsa, RSAPublicKey) and MIN_RSA <= rsa.key_size <= MAX_RSA:
+                return Key(RS256, lambda message, signature: _RSA.verify(message, rsa, signature))
+        case "EC":
+            curve = ECAlgorithm.from_jwk({"kty": "EC", "crv": jwk.crv, "x": jwk.x, "y": jwk.y})
+            if isinstance(curve, EllipticCurvePublicKey) and isinstance(curve.curve, SECP256R1):
+                return Key(ES256, lambda message, signature: _EC.verify(message, curve, signature))
+        case "OKP":
+            okp = OKPAlgorithm.from_jwk({"kty": "OKP", "crv": jwk.crv, "x": jwk.x})
+            if isinstance(okp, Ed25519PublicKey):
+                return Key(EDDSA, lambda message, signature: _OKP.verify(message, okp, signature))
+    return None

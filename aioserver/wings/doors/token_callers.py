@@ -1,0 +1,303 @@
+"""The callers of tokens: verified once, remembered, bounded.
+
+A token is found by its SHA-256 among those that were verified; another one is read, checked and
+verified (token.py) with the keys of its issuer (issuer.py). What is refused is not remembered: who
+attacks changes a byte. All tokens of one name share one quota, whose limits are those of the role
+in the newest of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import OrderedDict
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from aioserver.auth.callers import Caller
+from aioserver.auth.keys import quota_of
+from aioserver.auth.tokens import PREFIX, SKEW, Tokens, Undecided
+from aioserver.config.schema import fields
+from aioserver.config.settings import ClientKey, Limits
+from aioserver.errors import AuthUnavailable, ServerAtCapacity
+from aioserver.limits.fair_queue import BATCH
+from aioserver.wings.doors.token import read, refused
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+
+    from aioserver.auth.keys import MakeQuota
+    from aioserver.config.settings import Jwt, Role
+    from aioserver.limits.quota import Quota
+    from aioserver.wings.doors.issuer import Issuer
+    from aioserver.wings.doors.token import Claims
+
+# Tokens that are remembered as verified, and callers.
+MAX_TOKENS, MAX_CALLERS = 4096, 10_000
+# Seconds after which a caller may be forgotten: its body may be under way for as long, and a
+# minute's worth of starts is whole again.
+IDLE = 60.0
+# Callers that are looked at for one that may be forgotten.
+LOOKS = 64
+
+
+class _Person:
+    """What is remembered of one name."""
+
+    __slots__ = ("forgotten", "quota", "role", "used")
+
+    def __init__(self, quota: Quota, role: str) -> None:
+        self.quota, self.role = quota, role
+        # When a token of it came last, by the monotonic clock.
+        self.used = 0.0
+        self.forgotten = False
+
+
+class _Verified(NamedTuple):
+    """A token that was verified: *expiry* is in wall time."""
+
+    caller: Caller
+    person: _Person
+    expiry: float
+
+
+class TokenCallers(Tokens):
+    """The callers of tokens, as the settings `auth.jwt` say.
+
+    Always: at most MAX_TOKENS tokens and MAX_CALLERS callers are remembered; one that is forgotten
+    has nothing running, open or waiting, and its limits are as those of a new one.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        max_callers: int = MAX_CALLERS,
+    ) -> None:
+        # Wall time, in which tokens expire, and the other.
+        self._clock, self._monotonic = clock, monotonic
+        self._max_callers = max_callers
+        self._make_quota: MakeQuota = quota_of
+        self._jwt: Jwt | None = None
+        self._issuer: Issuer | None = None
+        self._verified: OrderedDict[bytes, _Verified] = OrderedDict()
+        # By name; the one that has come last is the last.
+        self._people: OrderedDict[str, _Person] = OrderedDict()
+        self._day, self._spent = "", dict[str, int]()
+
+    def use(self, make_quota: MakeQuota) -> None:
+        """Make quotas by *make_quota* from now on."""
+        self._make_quota = make_quota
+
+    def use_issuer(self, issuer: Issuer | None) -> None:
+        """Verify with the keys of *issuer* from now on."""
+        self._issuer = issuer
+
+    def apply(self, jwt: Jwt | None) -> frozenset[str]:
+        """Accept tokens as *jwt* says from now on; see `Tokens.apply`."""
+        old, self._jwt = self._jwt, jwt
+        if jwt == old:
+            return frozenset()
+        self._verified.clear()
+        revoked = set()
+        same = jwt is not None and old is not None and identity(jwt) == identity(old)
+        for name, person in tuple(self._people.items()):
+            role = jwt.limits.get(person.role) if jwt is not None and same else None
+            if role is None:
+                revoked.add(name)
+                del self._people[name]
+                person.forgotten = True
+                person.quota.revoke()
+            else:
+                assert old is not None
+                _limit(person.quota, role)
+                before = old.limits.get(person.role)
+                if before is not None and before.admin and not role.admin:
+                    person.quota.demote()
+        return frozenset(revoked)
+
+    def caller(self, token: bytes, digest: bytes) -> Caller:
+        """Return the caller of *token*; see `Tokens.caller`."""
+        verified = self._verified.get(digest)
+        if verified is not None:
+            caller, person, expiry = verified
+            now = self._clock()
+            if now < expiry + SKEW and not person.forgotten:
+                self._verified.move_to_end(digest)
+                person.used = self._monotonic()
+                self._people.move_to_end(caller.name)
+                return caller
+            del self._verified[digest]
+        if self._jwt is None:
+            raise refused("no tokens are taken here")
+        unverified = read(token, self._jwt, self._clock())
+        if self._issuer is None:
+            raise AuthUnavailable("the keys of the token's issuer cannot be had now")
+        keys = self._issuer.find(unverified.kid)
+        if keys is None:
+            self._issuer.check_worth_waiting()
+            raise Undecided(partial(self._decide, self._issuer, token, digest, unverified.kid))
+        return self._remember(digest, unverified.verified(keys))
+
+    async def _decide(
+        self, issuer: Issuer, token: bytes, digest: bytes, kid: str | None
+    ) -> Caller:
+        """Return the caller of *token*, once the keys of *kid* are there."""
+        keys = await issuer.wait_for(kid)
+        # Meanwhile other settings may have come into effect.
+        if self._jwt is None or issuer is not self._issuer:
+            raise refused("no tokens of this issuer are taken here")
+        unverified = read(token, self._jwt, self._clock())
+        return self._remember(digest, unverified.verified(keys))
+
+    def _remember(self, digest: bytes, claims: Claims) -> Caller:
+        """Return the caller of a token that was verified just now, and remember it."""
+        name, role, expiry = claims
+        person = self._person(PREFIX + name, role)
+        caller = self._caller(PREFIX + name, role, person, expiry - self._clock())
+        self._verified[digest] = _Verified(caller, person, expiry)
+        if len(self._verified) > MAX_TOKENS:
+            self._verified.popitem(last=False)
+        return caller
+
+    def _caller(self, name: str, role: str, person: _Person, seconds: float) -> Caller:
+        assert self._jwt is not None
+        limits = self._jwt.limits[role]
+        return Caller(
+            name,
+            priority=limits.priority,
+            batch=limits.class_ == BATCH,
+            admin=limits.admin,
+            quota=person.quota,
+            role=role,
+            expires=self._monotonic() + seconds,
+        )
+
+    def _person(self, name: str, role: str) -> _Person:
+        """Return what is remembered of *name*, whose newest token has *role*.
+
+        Raises:
+            ServerAtCapacity: there are MAX_CALLERS, none of which may be forgotten.
+        """
+        assert self._jwt is not None
+        limits = self._jwt.limits[role]
+        person = self._people.get(name)
+        if person is None:
+            if len(self._people) >= self._max_callers:
+                self._forget_one()
+            # Not the name itself: what instances share has none of a person.
+            shared = f"{PREFIX}{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+            person = _Person(self._make_quota(_as_key(shared, limits)), role)
+            if (spent := self._spent.get(name)) and self._day == _today(self._clock()):
+                person.quota.budget.begin_day(spent)
+            self._people[name] = person
+        elif person.role != role:
+            person.role = role
+            _limit(person.quota, limits)
+        person.used = self._monotonic()
+        self._people.move_to_end(name)
+        return person
+
+    def _forget_one(self) -> None:
+        """Forget the caller that came longest ago and has nothing to lose.
+
+        Raises:
+            ServerAtCapacity: there is none among the first LOOKS.
+        """
+        now = self._monotonic()
+        for _ in range(min(LOOKS, len(self._people))):
+            name, person = next(iter(self._people.items()))
+            if now - person.used < IDLE:
+                break
+            if person.quota.rested:
+                del self._people[name]
+                person.forgotten = True
+                # In a cluster its places go to others.
+                person.quota.revoke()
+                return
+            # It is at work, though no token of it has come.
+            person.used = now
+            self._people.move_to_end(name)
+        raise ServerAtCapacity(
+            f"{len(self._people)} callers with tokens are known, at most {self._max_callers}",
+            retry_after=IDLE / 2,
+        )
+
+    def of_session(self, name: str, role: str, seconds: float) -> Caller | None:
+        """Return the caller of a session; see `Tokens.of_session`."""
+        if self._jwt is None or role not in self._jwt.limits:
+            return None
+        name = PREFIX + name
+        return self._caller(name, role, self._person(name, role), seconds)
+
+    def current(self, caller: Caller) -> Caller | None:
+        """Return *caller* as it is configured now; None if it is no longer admitted."""
+        person = self._people.get(caller.name)
+        limits = None if self._jwt is None else self._jwt.limits.get(caller.role)
+        if person is None or limits is None or person.quota is not caller.quota:
+            return None
+        batch = limits.class_ == BATCH
+        return replace(caller, priority=limits.priority, batch=batch, admin=limits.admin)
+
+    def quotas(self) -> Mapping[str, Quota]:
+        """Return the quotas of all callers that are remembered, by their names."""
+        return {name: person.quota for name, person in self._people.items()}
+
+    def begin_day(self, day: str, spent: Mapping[str, int]) -> None:
+        """Let the budgets of *day* begin at what callers have *spent*."""
+        self._day = day
+        self._spent = {name: used for name, used in spent.items() if name.startswith(PREFIX)}
+        for name, person in self._people.items():
+            person.quota.budget.begin_day(self._spent.get(name, 0))
+
+    @property
+    def counts_days(self) -> bool:
+        """Whether a role has a budget of a day."""
+        return self._jwt is not None and any(
+            role.tokens_per_day for role in self._jwt.limits.values()
+        )
+
+    @property
+    def secret(self) -> bytes:
+        """What sessions depend on: whose tokens are taken, and which roles there are.
+
+        The numbers of limits are left out, of which each worker may have a part.
+        """
+        if self._jwt is None:
+            return b""
+        roles = [(name, role.admin) for name, role in self._jwt.limits.items()]
+        return hashlib.sha256(repr((identity(self._jwt), roles)).encode()).digest()
+
+    @property
+    def roles(self) -> Collection[str]:
+        """The roles that are admitted."""
+        return () if self._jwt is None else self._jwt.limits
+
+
+def identity(jwt: Jwt) -> tuple[str | None, ...]:
+    """Return what says whose tokens are taken, and who they are."""
+    return (jwt.issuer, jwt.audience, jwt.jwks_url, jwt.jwks_file, jwt.caller, jwt.roles)
+
+
+def _as_key(name: str, limits: Role) -> ClientKey:
+    """Return *limits* as those of a key, of which quotas are made."""
+    values = {field.name: getattr(limits, field.name) for field in fields(Limits)}
+    return ClientKey(name=name, **values)
+
+
+def _limit(quota: Quota, limits: Role) -> None:
+    """Let *quota* have *limits* from now on."""
+    quota.apply(
+        limits.max_concurrent,
+        limits.requests_per_minute,
+        limits.max_connections,
+        limits.queue_size,
+    )
+    quota.budget.apply(limits.tokens_per_minute, limits.tokens_per_day)
+    quota.serve()
+
+
+def _today(now: float) -> str:
+    return f"{datetime.fromtimestamp(now, UTC):%Y-%m-%d}"
