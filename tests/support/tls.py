@@ -19,7 +19,7 @@ TLS = "chat.websocket.tls"
 
 
 @cache
-def authority(name: str = "ours") -> trustme.CA:
+def authority(name: str) -> trustme.CA:
     """An authority of that *name*; to make one takes milliseconds."""
     return trustme.CA(organization_name=name)
 
