@@ -76,7 +76,9 @@ class Admission:
         self.metrics = metrics
         self.forms = forms
         self._entered = metrics.admission_wait["entered"]
-        self._loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        # Returns the loop's time.
+        self.now = loop.time
         self.gate = gate(
             limits.max_connections,
             queue_size=limits.connection_queue_size,
@@ -85,7 +87,7 @@ class Admission:
             timeout_error=self._refusal,
         )
         self.idle_sockets = IdleSockets(
-            self._loop,
+            loop,
             limit=lambda: self.gate.limit,
             waiting=lambda: self.gate.waiting,
             elsewhere=lambda: self.gate.room_elsewhere,
@@ -123,10 +125,6 @@ class Admission:
     def body_bytes(self) -> int:
         """Bytes of bodies that are being read, or whose request may yet be sent."""
         return self._body_bytes
-
-    def now(self) -> float:
-        """Return the loop's time."""
-        return self._loop.time()
 
     def hold(self) -> BodyHold:
         """Return a hold for one body; the caller has it released, however the request ends."""

@@ -58,17 +58,15 @@ FIRST_BYTES = 1 << 18
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-# Ids of sessions, which agents send: Claude Code, Codex, opencode.
-SESSION_HEADERS = istr("x-claude-code-session-id"), istr("session-id"), istr("x-session-id")
+# Ids of sessions, which agents send.
+CLAUDE_CODE, CODEX = istr("x-claude-code-session-id"), istr("session-id")
+OPENCODE = istr("x-session-id")
 
 
 def session_of(request: web.Request) -> str | None:
     """Return the session of an agent that *request* belongs to, None if it names none."""
-    headers = request.headers
-    for name in SESSION_HEADERS:
-        if name in headers:
-            return headers[name]
-    return None
+    get = request.headers.get
+    return get(CLAUDE_CODE) or get(CODEX) or get(OPENCODE)
 
 
 def caller_of(request: web.Request, user: str | None) -> Caller:

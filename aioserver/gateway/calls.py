@@ -69,7 +69,8 @@ class Calls:
         self._tasks.add(task)
         try:
             if (bound := request.provider_request.bound) is None:
-                await request.decided()
+                if request.turn is not None:
+                    await request.decided()
                 answer = await (ask or self._router.call)(request)
             else:
                 with Guard(bound, self._request_log.metrics.count_deadline):

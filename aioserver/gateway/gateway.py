@@ -322,9 +322,9 @@ class Gateway:
     ) -> Answer:
         self._check_running()
         quota = request.caller.quota
-        self._begin_turn(request)
         if quota is None:
             return await self._calls.answer(request, ask)
+        self._begin_turn(request)
         try:
             with quota.held():
                 return await self._calls.answer(request, ask)
@@ -332,7 +332,7 @@ class Gateway:
             request.forget_turn()
 
     def _begin_turn(self, request: Request) -> None:
-        """Count *request* for its caller's key, or let it wait there.
+        """Count *request* for the key that its caller has, or let it wait there.
 
         Raises:
             AioserverError: as `Request.begin`.
@@ -387,7 +387,8 @@ class Gateway:
         elif resumable:
             window = self._bounds.resume_window
         name = (request.key or uuid.uuid4().hex) if resumable else request.name
-        self._begin_turn(request)
+        if caller.quota is not None:
+            self._begin_turn(request)
         stream = producer = None
         try:
             stream = self._streams.open(

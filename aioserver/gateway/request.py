@@ -80,8 +80,7 @@ class Request(msgspec.Struct, eq=False):
         """
         request = self.provider_request
         caller, bound = request.caller, request.bound
-        if caller.quota is None:
-            return
+        assert caller.quota is not None, "the caller has a key"
         # By what is known of the provider that is asked first.
         estimate = self.route.provider.estimate(request, self.route.model)
         try:

@@ -140,10 +140,11 @@ class ProviderRequest:
         self.usage_options = usage_options
         self.estimate: Estimate | None = None
         self.work = UNKNOWN_WORK
-        terms = NO_TERMS if hold is None else hold.terms
         self.bound: Deadline | None = None
-        if hold is not None and terms is not NO_TERMS:
+        batch = caller.batch
+        if hold is not None and (terms := hold.terms) is not NO_TERMS:
             self.bound = Deadline(hold.arrived, terms)
+            batch = batch or terms.batch
         self.api = api
         self.path = f"{api.path}?{query}" if query else api.path
         self.body = body
@@ -153,10 +154,9 @@ class ProviderRequest:
         self.reading = reading
         self.client_headers = client_headers
         self.outcome = Outcome()
-        self.record = RequestRecord(self.outcome)
-        self.record.path = api.path
-        self.record.batch = caller.batch or terms.batch
-        self.record.trace_id = client_headers.trace_id
+        self.record = record = RequestRecord(self.outcome)
+        record.path, record.batch = api.path, batch
+        record.trace_id = client_headers.trace_id
         # Counts the bytes of an answer that is collected.
         self.answer_bytes: HeldBytes | None = None
         self.keeps_body = self.background = False

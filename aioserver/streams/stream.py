@@ -691,21 +691,25 @@ class Stream:
         """Discard the oldest *count* entries, those passed, and what is beyond
         `max_stream_bytes`.
         """
-        entries, excess, freed = self.entries, self.bytes - self.max_bytes, 0
-        passed = count
-        if self.window <= 0 and self.readers:
-            ahead = min([reader.next_index for reader in self.readers])
-            passed = max(count, ahead - self.offset)
-        count = 0
-        while len(entries) - count > 1 or (len(entries) > count and count < passed):
-            if count >= passed and freed >= excess:
+        entries, readers, freed = self.entries, self.readers, 0
+        passed = 0
+        if self.window <= 0 and readers:
+            passed = (
+                readers[0].next_index
+                if len(readers) == 1
+                else min([reader.next_index for reader in readers])
+            ) - self.offset
+        least, count = max(count, passed), 0
+        excess = self.bytes - self.max_bytes
+        while len(entries) - count > 1 or (len(entries) > count and count < least):
+            if count >= least and freed >= excess:
                 break
             freed += entries[count].size
             count += 1
         if count:
             late = [
                 (reader, entries[max(0, reader.next_index - self.offset)].first - 1)
-                for reader in self.readers
+                for reader in (readers if count > passed else ())
                 if reader.next_index < self.offset + count
             ]
             del entries[:count]
