@@ -46,6 +46,7 @@ class Turn:
             "flow",
             "latest",
             "on_position",
+            "on_wait",
             "over",
             "reported",
             "reservation",
@@ -68,6 +69,8 @@ class Turn:
         # What its user is charged with in the queue of its key, if the key has one.
         self.charge: Charge[Turn] | None = None
         self.on_position: Callable[[int, float], None] | None = None
+        # Called if it waits for longer than until others have decided; it may raise.
+        self.on_wait: Callable[[], None] | None = None
         self.reported: tuple[int, float] | None = None
         # Its position when it began to wait.
         self.position = 0
@@ -226,6 +229,13 @@ class KeyQueue:
         """Return how many requests wait, and have not asked for a place yet."""
         return self._queue.size
 
+    def first_tokens(self) -> int:
+        """Return the estimate of the first request that waits, and has not asked for a place yet; 0
+        if there is none.
+        """
+        first = self._queue.head(_present) if self._queue.size and not self._undecided else None
+        return 0 if first is None else first.tokens
+
     def position(self, flow: Hashable) -> int:
         """Return the position that another request of *flow* would have."""
         number = self._queue.count(flow, None) + 1
@@ -250,6 +260,23 @@ class KeyQueue:
         turn.stands(until, self._refuse_late)
         self._queue.add(turn, turn.flow, None, work=turn.work)
         self.serve()
+
+    def hold(
+        self,
+        turn: Turn,
+        until: float,
+        undecided: asyncio.Future[None],
+        on_wait: Callable[[], None] | None,
+    ) -> None:
+        """Let *turn*, which nobody waits in front of, wait for what other instances decide: it
+        starts, or waits *until* a moment of the loop's clock, as after `add`. *on_wait* is called
+        then, which may raise.
+        """
+        turn.position = 1
+        turn.stands(until, self._refuse_late)
+        turn.took(undecided)
+        turn.on_wait = on_wait
+        self._ask(turn, undecided)
 
     def leave(self, turn: Turn) -> None:
         """Let *turn* wait no longer."""
@@ -284,8 +311,11 @@ class KeyQueue:
             turn.refuse(error())
 
     def report_first(self, turn: Turn) -> None:
-        """Report the position of *turn* when it began to wait, and start the reports to all."""
-        self._tell(turn, turn.position)
+        """Report the position of *turn* when it began to wait, and start the reports to all. One
+        about which others decide hears of it if that takes a while.
+        """
+        if self._undecided is not turn:
+            self._tell(turn, turn.position)
         if self._position_timer is None:
             loop = asyncio.get_running_loop()
             self._position_timer = loop.call_later(POSITION_INTERVAL, self._report)
@@ -325,9 +355,13 @@ class KeyQueue:
         if undecided is None:
             turn.starts()
         else:
-            self._undecided = turn
-            undecided.add_done_callback(lambda future: self._decide(turn, future))
+            self._ask(turn, undecided)
         return True
+
+    def _ask(self, turn: Turn, undecided: asyncio.Future[None]) -> None:
+        """Let others decide about *turn*, the first one."""
+        self._undecided = turn
+        undecided.add_done_callback(lambda future: self._decide(turn, future))
 
     def _decide(self, turn: Turn, undecided: asyncio.Future[None]) -> None:
         """Start *turn*, about which other instances have decided."""
@@ -339,12 +373,23 @@ class KeyQueue:
         if isinstance(error, ConcurrencyExceeded | RateLimitExceeded):
             # Others were faster: it goes on waiting.
             turn.give_back()
-            self._queue.add(turn, turn.flow, None, work=turn.work, at_front=True)
+            self._put_back(turn)
         elif isinstance(error, AioserverError):
             turn.refuse(error)
         else:
             turn.starts()
         self.serve()
+
+    def _put_back(self, turn: Turn) -> None:
+        """Let *turn* wait as the first one."""
+        on_wait, turn.on_wait = turn.on_wait, None
+        try:
+            if on_wait is not None:
+                on_wait()
+        except AioserverError as error:
+            turn.refuse(error)
+        else:
+            self._queue.add(turn, turn.flow, None, work=turn.work, at_front=True)
 
     def _refuse_late(self, turn: Turn) -> None:
         error = self._late(turn)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Hashable, Iterator
 
     from aioserver.errors import AioserverError
-    from aioserver.limits.budget import BudgetState, Shortage
+    from aioserver.limits.budget import BudgetState, Reservation, Shortage
 
 MINUTE = 60.0
 REVOKED = "this API key is no longer valid"
@@ -166,13 +166,18 @@ class Quota:
         turn = Turn(self.queue, self.give_back, tokens, flow, work)
         if not len(self.queue):
             try:
-                turn.took(self._start(turn))
+                undecided = self._start(turn)
             except (ConcurrencyExceeded, RateLimitExceeded):
                 if not self._queue_size:
                     raise
             else:
                 if self._queue_size:
                     self.queue.charge(turn)
+                if undecided is None or not self._queue_size:
+                    turn.took(undecided)
+                else:
+                    until = min(start_by, asyncio.get_running_loop().time() + MAX_WAIT)
+                    self.queue.hold(turn, until, undecided, on_wait)
                 return turn
         try:
             self._wait(turn, start_by, on_wait)
@@ -197,7 +202,7 @@ class Quota:
         now = asyncio.get_running_loop().time()
         until = min(start_by, now + MAX_WAIT)
         if (shortage := self._shortage(turn)) is not None and now + shortage.delay > until:
-            raise self._too_many_tokens(shortage)
+            raise self.too_many_tokens(shortage)
         if len(self.queue) >= self._queue_size:
             raise ConcurrencyExceeded(
                 f"{len(self.queue)} requests of this key wait already,"
@@ -218,19 +223,20 @@ class Quota:
             InvalidApiKey: the key was revoked.
             ConcurrencyExceeded, RateLimitExceeded: it is not within the limits.
         """
-        if (shortage := self._shortage(turn)) is not None and not self.revoked:
-            if self.running >= self._max_concurrent:
-                raise self._too_many()
-            raise self._too_many_tokens(shortage)
-        undecided = self.take(patient=turn.waiting)
-        if self.budget.limited:
-            try:
-                turn.reservation = self.budget.reserve(turn.tokens)
-            except BaseException:
-                if undecided is not None:
-                    undecided.cancel()
-                self.give_back(unused=True)
-                raise
+        if self.revoked:
+            raise InvalidApiKey(REVOKED)
+        if self.running >= self._max_concurrent:
+            raise self._too_many()
+        if (shortage := self._shortage(turn)) is not None:
+            raise self.too_many_tokens(shortage)
+        reservation = self.budget.reserve(turn.tokens) if self.budget.limited else None
+        try:
+            undecided = self.take(patient=turn.waiting, tokens=reservation)
+        except BaseException:
+            if reservation is not None:
+                reservation.release()
+            raise
+        turn.reservation = reservation
         return undecided
 
     def _shortage(self, turn: Turn) -> Shortage | None:
@@ -243,7 +249,8 @@ class Quota:
         )
 
     @staticmethod
-    def _too_many_tokens(shortage: Shortage) -> TokensExceeded:
+    def too_many_tokens(shortage: Shortage) -> TokensExceeded:
+        """Return the error of a request for which there are too few tokens."""
         period, limit, used, tokens, delay = shortage
         # Codex reads the time from exactly these words; a tenth too late is not refused again.
         seconds = ceil(delay * 10) / 10
@@ -262,8 +269,14 @@ class Quota:
             retry_after=1.0,  # nobody knows when one of them ends
         )
 
-    def take(self, *, patient: bool = False) -> asyncio.Future[None] | None:  # noqa: ARG002
-        """Count an answer that begins; call `give_back` once when it has ended.
+    def take(
+        self,
+        *,
+        patient: bool = False,  # noqa: ARG002
+        tokens: Reservation | None = None,  # noqa: ARG002
+    ) -> asyncio.Future[None] | None:
+        """Count an answer that begins, whose *tokens* are reserved; call `give_back` once when it
+        has ended.
 
         Where other instances share the limits it may not be known yet whether the answer is within
         them. Then the result is a future, to be awaited before a provider is asked: it raises one

@@ -295,17 +295,19 @@ class KeyBudgetState(TypedDict):
 
 
 def _budgets(values: Sequence[Mapping[str, KeyBudgetState]]) -> dict[str, KeyBudgetState]:
-    """Add up what is used and reserved, by the budgets of the first."""
+    """Show what the one has that knows of the most: each shows what all have used, and reserved
+    itself.
+    """
     total: dict[str, KeyBudgetState] = {}
     for name, first in values[0].items():
         each = [budgets[name] for budgets in values if name in budgets]
-        used = sum(budget["used"] for budget in each)
-        reserved = sum(budget["reserved"] for budget in each)
+        taken = max(budget["used"] + budget["reserved"] for budget in each)
+        reserved = min(taken, sum(budget["reserved"] for budget in each))
         total[name] = {
             "limit": first["limit"],
-            "used": used,
+            "used": taken - reserved,
             "reserved": reserved,
-            "remaining": max(0, first["limit"] - used - reserved),
+            "remaining": max(0, first["limit"] - taken),
             "reset": max(budget["reset"] for budget in each),
         }
     return total

@@ -58,6 +58,7 @@ class Key:
         own = random.Random(repr(sorted(entry.items())))
         entry["queue_size"] = own.choice((0, 5, 200))
         entry["tokens_per_minute"] = own.choice((0, 0, 20_000))
+        entry["tokens_per_day"] = own.choice((0, 0, 0, 60_000))
         return entry
 
 

@@ -13,6 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from aioserver.limits.gate import BATCH_PATIENCE
+from aioserver.limits.key_queue import MAX_WAIT
 from aioserver.limits.write_watchdog import LOOKS
 from aioserver.providers.exchange import Exchange
 from aioserver.wings.cluster.shared_gate import GRACE, SharedGate
@@ -74,8 +75,12 @@ class Deadlines:
 
     def _look_at_queue(self, gate: Gate, seconds: float, what: str) -> None:
         # The first of each flow has waited longest, but for those that came back.
+        returning = self._server.context.admission.lending._first
         for waiter in (*gate._queue.heads(), *gate._batch.heads()):
             most = seconds * (BATCH_PATIENCE if waiter.batch else 1)
+            if waiter is returning:
+                # It has waited at its key, and may do so for as long here.
+                most = MAX_WAIT
             if Clock.now - waiter.arrived > most + LATE:
                 waited = Clock.now - waiter.arrived
                 self._broken(f"a wait of {waited:.2f} s for {what}, at most {most} s")

@@ -6,6 +6,8 @@ pass.
     leases      nothing starts on a lease that is over, or beyond what is in hand
     rates       in any window of t seconds at most `t * rate + burst` requests start; and where an
                 instance is not heard, its part of that
+    tokens      what all instances start of a key fits its budget, as one bucket would have it, but
+                for what is used above its estimate; and so does what they use of a day
     idleness    nobody waits for a place while one is free, once all are joined and nothing goes
                 wrong
     mirrors     who reads an answer of an instance that was killed is told so
@@ -24,9 +26,11 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from aioserver.gateway.commands import name_of
+from aioserver.limits.budget import PER_MINUTE, Budget, Reservation
 from aioserver.wings.cluster.grants import State
 from aioserver.wings.cluster.lease_messages import SECOND, TIMES
 from aioserver.wings.cluster.rates import SharedRate
+from aioserver.wings.cluster.shared_budget import SharedReservation
 from aioserver.wings.cluster.shared_gate import SharedGate
 from tests.simulation.clock import Clock
 from tests.simulation.slowness import HELD_UP_ELSEWHERE, Slowness
@@ -57,6 +61,9 @@ ROUNDED = 1e-3
 CLOSER = 0.5
 # Seconds for which an instance is away, at most.
 LONGEST = 20.0
+# Seconds by which a request may start later than its tokens were given, with messages that are late
+# or lost, and without; the share of what instances use alone that others may use as well.
+LATE_START, ON_TIME, SEEN = 3.0, 0.01, 1.0
 # Seconds in which it is known whether a response was written.
 UNWRITTEN = 5.0
 # Seconds before an answer begins in which it may have been claimed: its request waits, and is
@@ -89,6 +96,41 @@ class Starts:
         return max(self._buckets, key=lambda bucket: bucket[0] - bucket[1])
 
 
+class Spending:
+    """What all instances use of the tokens of one key, whose budgets are *per_minute* and *per_day*:
+    by estimates, less what was not used of them.
+
+    *of_parts* is what instances have used of a day that were not heard.
+    """
+
+    def __init__(self, per_minute: int, per_day: int) -> None:
+        self.per_day = per_day
+        self.today = self.of_parts = 0
+        self._bucket = Budget(per_minute, 0, lambda: Clock.now)
+        self._reserved: dict[Reservation, tuple[int, Reservation | None]] = {}
+
+    def start(self, of: Reservation, *, part: bool) -> None:
+        """Count the estimate *of* a request; *part*: of what its instance may use by itself."""
+        self.today += min(of.tokens, self.per_day)
+        self.of_parts += of.tokens if part else 0
+        # Of a part it is looked at by the bucket of that.
+        in_bucket = None if part or not self._bucket.limited else self._bucket.reserve(of.tokens)
+        self._reserved[of] = of.tokens, in_bucket
+
+    def end(self, of: Reservation, tokens: int) -> None:
+        """Count what was not used; what was used above its estimate is not its start's."""
+        estimate, in_bucket = self._reserved.pop(of, (0, None))
+        self.today -= max(0, min(estimate, self.per_day) - tokens)
+        if in_bucket is not None:
+            in_bucket.settle(min(estimate, tokens))
+
+    @property
+    def level(self) -> int:
+        """How many tokens are in the bucket of the minute."""
+        state = self._bucket.states().get(PER_MINUTE)
+        return 0 if state is None else state.used + state.reserved
+
+
 class Together:
     """Looks at all *instances*, which share *server*, and calls *broken* with what they have
     broken together.
@@ -119,6 +161,7 @@ class Together:
         self._reloaded_at = float("-inf")
         self._closer_at = 0.0
         self._rates: dict[tuple[str, str], Starts] = {}
+        self._spending: dict[str, Spending] = {}
         self._slowness: dict[tuple[int, str], Slowness] = {}
 
     def reloaded(self) -> None:
@@ -274,6 +317,30 @@ class Together:
         if level > most * (1 + forgotten) + ROUNDED:
             self._broken(f"{level:.2f} starts of {key} at once, at most {most:.2f}")
 
+    def spends(self, reservation: SharedReservation) -> None:
+        """Note that *reservation* has its tokens."""
+        hand = reservation._hand
+        assert hand is not None
+        name, (minute, day) = hand.name, hand.limits
+        spending = self._spending.setdefault(name, Spending(minute, day))
+        spending.start(reservation, part=reservation.part is not None)
+        self.counts["starts of a budget"] += 1
+        # Those that come late start as late; and a server that has lost its state, and is not told
+        # by all what they know, allows everything again.
+        late = LATE_START if self.server.faults.lossy else ON_TIME
+        most = minute * (1 + self.forgotten) + minute / 60 * late
+        if (level := spending.level) > most:
+            self._broken(f"{level} tokens of {name} are in use at once, at most {most:.0f}")
+        # What is left when the server goes away, each has seen at another moment.
+        most = day * (1 + self.forgotten + self.server.faults.lossy) + spending.of_parts * SEEN
+        if day and spending.today > most:
+            self._broken(f"{spending.today} tokens of {name} are used of {most:.0f} a day")
+
+    def spent(self, reservation: SharedReservation, tokens: int) -> None:
+        """Note that the request of *reservation* has cost so many *tokens*."""
+        if reservation.ready and reservation._hand is not None:
+            self._spending[reservation._hand.name].end(reservation, tokens)
+
     @property
     def forgotten(self) -> int:
         """How often starts may have been forgotten: the server has lost its state, and some
@@ -335,6 +402,18 @@ class Together:
             super(SharedGate, gate)._enter()
             self.entered(gate)
 
+        have, settle = SharedReservation.have, SharedReservation.settle
+
+        def noting_have(reservation: SharedReservation, *args: Any) -> None:
+            have(reservation, *args)
+            self.spends(reservation)
+
+        def noting_settle(reservation: SharedReservation, tokens: int) -> None:
+            self.spent(reservation, tokens)
+            settle(reservation, tokens)
+
+        stack.enter_context(mock.patch.object(SharedReservation, "have", noting_have))
+        stack.enter_context(mock.patch.object(SharedReservation, "settle", noting_settle))
         stack.enter_context(mock.patch.object(SharedRate, "take", noting_take))
         stack.enter_context(mock.patch.object(SharedGate, "_enter", noting_enter, create=True))
         return stack

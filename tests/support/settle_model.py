@@ -33,6 +33,13 @@ The starts of a pace are one number, the time of its next slot. A server that is
 may have forgotten some of them: while it is blind, no pace has rested, and whoever comes says when
 the next slot begins, as far as it knows.
 
+The tokens of a key are a bucket that drains evenly, and a count of the day. What is in the bucket
+and in all hands is at most the budget, but for what was promised to requests that wait. What an
+instance has in hand that is no member any more goes into the bucket. Such a server takes the bucket
+for full if an instance has used it before, and gives no tokens while it is blind. What all have had of the day is the most that
+anybody knows of, and what each has had since its last answer. An instance says all that it has of
+the day and in hand, not what has changed: so a call that was not answered counts once.
+
 Between instances start-time fair queueing (as in limits/fair_queue.py) decides whose turn it is,
 weighted by the callers that wait there. One that does not come for what it was given gets no more,
 or a stopped process would collect all places.
@@ -46,19 +53,22 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from aioserver.wings.cluster.lease_messages import (
+    SECOND,
     Answer,
     Op,
     Request,
     Result,
     Slots,
     Tell,
+    Tokens,
     encode,
 )
-from tests.support.settle_world import Hold, Limit, Member, Want, World
+from tests.support.settle_world import Hold, Limit, Member, Tally, Want, World
 
 if TYPE_CHECKING:
-    from aioserver.wings.cluster.lease_messages import PaceOp
+    from aioserver.wings.cluster.lease_messages import BudgetOp, PaceOp
 
+DAY, MINUTE = 86_400 * SECOND, 60 * SECOND
 
 decode_request = msgspec.msgpack.Decoder(Request).decode
 
@@ -131,6 +141,8 @@ class _Call:
         results = [self.result(op.name, over[op.name]) for op in request.ops if mine is not None]
         self.keep()
         slots = [self.pace(op) for op in request.paces]
+        closed = max(0, world.lost - self.now, grace_ends - self.now)
+        tokens = [self.budget(op, closed) for op in request.budgets]
         told = self.tell_states()
         rank, count, known_to_all = self.place_of(mine, missing)
         names = []
@@ -149,6 +161,7 @@ class _Call:
             told=told,
             results=results,
             slots=slots,
+            tokens=tokens,
         )
 
     def tell(self, instance: str, word: str) -> None:
@@ -322,6 +335,87 @@ class _Call:
             due += op.step
         self.world.paces[name] = due
         return Slots(delays, due - now)
+
+    def budget(self, op: BudgetOp, closed: float) -> Tokens:
+        now, me = self.now, self.request.instance
+        tally = self.world.tallies.setdefault(op.name, Tally(now))
+        rate, lost = op.per_minute / MINUTE, now < self.world.lost
+        tally.drained = min(tally.charged, tally.drained + (now - tally.at) * rate)
+        tally.at = now
+        # What an instance has in hand that is no more counts as used.
+        gone = {name for name in tally.held if name not in self.world.members} - {me}
+        spent = op.spent + sum(tally.held[name] for name in gone)
+        others = {name: count for name, count in tally.held.items() if name not in {me, *gone}}
+        tally.held, held = others, sum(others.values())
+        tally.charged += spent
+        if lost and op.met:
+            tally.charged = max(tally.charged, tally.drained + op.per_minute)
+        # What is given back may never have come into this bucket.
+        for part, stood in [] if lost else op.back:
+            # What others have returned since may have stood in front of it.
+            left = min(stood - tally.returned - tally.drained, part, tally.charged - tally.drained)
+            left = max(0, left)
+            tally.charged -= left
+            tally.returned += left
+        self.count_day(tally, op, lost=lost)
+        granted, wait = 0, 0.0
+        for need in op.needs:
+            # What is more than a whole budget counts as that budget.
+            most, least, ahead = min(need, op.per_minute), min(need, op.per_day), 0.0
+            if op.per_minute:
+                level = tally.charged + most - tally.drained + held + op.have
+                ahead = (level - op.per_minute) / rate
+            full = op.per_day > 0 and tally.count + least > op.per_day
+            if closed or ahead > op.patience or full:
+                break
+            tally.charged += most
+            granted, wait = granted + 1, max(0, ahead)
+            self.count_more(tally, op, least)
+        more = 0 if closed or granted < len(op.needs) else op.more
+        if op.per_minute:
+            room = op.per_minute - tally.charged + tally.drained - held - op.have
+            more = min(more, math.floor(room))
+        if op.per_day:
+            more = min(more, op.per_day - tally.count)
+        more = max(0, more)
+        if op.have + more:
+            tally.held[me] = op.have + more
+        self.count_more(tally, op, more)
+        if not lost:
+            tally.told = tally.count
+        return Tokens(
+            granted,
+            wait,
+            more,
+            closed,
+            tally.charged,
+            tally.drained,
+            tally.returned,
+            held,
+            tally.day,
+            tally.count,
+            (tally.day + 1) * DAY - now,
+        )
+
+    def count_day(self, tally: Tally, op: BudgetOp, *, lost: bool) -> None:
+        me, today = self.request.instance, int(self.now // DAY)
+        if today > tally.day:
+            tally.day, tally.count, tally.told, tally.of = today, 0, 0, {}
+        if op.day != tally.day:
+            return
+        # What all have had is the most that anybody knows, and what each has had since.
+        if lost or op.anew:
+            tally.count += max(0, op.known - tally.told)
+            tally.told = max(tally.told, op.known)
+        former = op.was if lost else tally.of.get(me, op.was)
+        tally.count = max(0, tally.count + op.mine - former)
+        tally.of[me] = op.mine
+
+    def count_more(self, tally: Tally, op: BudgetOp, tokens: int) -> None:
+        if op.per_day:
+            me = self.request.instance
+            tally.count += tokens
+            tally.of[me] = tally.of.get(me, 0) + tokens
 
     def tell_states(self) -> list[Tell]:
         world, request, now = self.world, self.request, self.now

@@ -57,6 +57,26 @@ class Limit:
 
 
 @dataclass(slots=True)
+class Tally:
+    """The tokens of a key: a bucket that drains, and the count of a day.
+
+    *charged* have come into the bucket, *drained* have left it until *at*, and *returned* were
+    taken out again; *held* are in the hands of instances. *told* is the most that was said of
+    *count* since it may be forgotten, and *of* what each instance has of it.
+    """
+
+    at: float
+    charged: float = 0
+    drained: float = 0
+    returned: float = 0
+    held: dict[str, int] = field(default_factory=dict)
+    day: int = 0
+    count: int = 0
+    told: int = 0
+    of: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class World:
     """The state of the server."""
 
@@ -74,4 +94,5 @@ class World:
     awaited: dict[str, float] = field(default_factory=dict)
     limits: dict[str, Limit] = field(default_factory=dict)
     paces: dict[str, float] = field(default_factory=dict)
+    tallies: dict[str, Tally] = field(default_factory=dict)
     told: dict[str, dict[str, float]] = field(default_factory=dict)

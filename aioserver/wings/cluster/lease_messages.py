@@ -90,6 +90,38 @@ class PaceOp(NamedTuple):
     known: float = UNKNOWN_PACE
 
 
+class BudgetOp(NamedTuple):
+    """Asks for tokens of the budgets of one key, *per_minute* and *per_day*; 0: there is none.
+
+    This instance has *have* tokens in hand. Each of *needs* is given for a request, as a whole or
+    not at all, in their order, if it may be used within *patience* microseconds; as far as there
+    are *more* now, they come into its hand. Since it was answered last, *spent* were used of the
+    minute, those from its hand included, and *back* are given back to it: how many, and where they
+    stood (see `Tokens`).
+
+    This instance has used, reserved and in hand *mine* of the day whose number is *day*; *was* is
+    what that was at the last answer, and *known* what all instances have had then at least. A
+    server that has lost its state does not know it, nor does any if it is *anew*. *met*: a server
+    has given tokens to this instance before.
+    """
+
+    name: str
+    per_minute: int
+    per_day: int
+    have: int
+    needs: list[int]
+    patience: float
+    more: int
+    back: list[tuple[int, float]]
+    spent: int
+    day: int
+    mine: int
+    was: int
+    known: int
+    anew: bool
+    met: bool
+
+
 class Tell(NamedTuple):
     """Tells all instances that *word* holds of the provider *name* for *length* microseconds.
 
@@ -123,6 +155,7 @@ class Request(msgspec.Struct, array_like=True, frozen=True):
     ops: list[Op] = []
     paces: list[PaceOp] = []
     tells: list[Tell] = []
+    budgets: list[BudgetOp] = []
 
 
 class Result(NamedTuple):
@@ -142,6 +175,30 @@ class Slots(NamedTuple):
 
     delays: list[float]
     next: float
+
+
+class Tokens(NamedTuple):
+    """Tokens of a budget: so many of the needs were *granted*, the last of which may be used in
+    *wait* microseconds, and *more* tokens; for *closed* microseconds nothing is.
+
+    The bucket of the minute: *charged* have come into it, and *drained* have left it; what was
+    given back is not among the charged, but *returned*. A token stands at its number among the
+    charged and the returned; those that are given for requests are the last ones. The others have
+    *held* in hand, which will come into it. The day: its number, what all instances have
+    *counted* of it, and the microseconds that are left of it.
+    """
+
+    granted: int
+    wait: float
+    more: int
+    closed: float
+    charged: float
+    drained: float
+    returned: float
+    held: int
+    day: int
+    counted: int
+    left: float
 
 
 class Answer(msgspec.Struct, array_like=True, frozen=True):
@@ -166,6 +223,7 @@ class Answer(msgspec.Struct, array_like=True, frozen=True):
     told: list[Tell]
     results: list[Result]
     slots: list[Slots]
+    tokens: list[Tokens] = []
 
 
 encode = msgspec.msgpack.Encoder().encode

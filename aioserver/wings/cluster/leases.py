@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from aioserver.wings.cluster.grants import User
     from aioserver.wings.cluster.lease_messages import Op
     from aioserver.wings.cluster.rates import SharedRate
+    from aioserver.wings.cluster.shared_budget import TokensInHand
 
 # Of so many calls the quickest says how far away the server is: some are late.
 ROUND_TRIPS = 8
@@ -98,6 +99,7 @@ class Leases:
         self.standing = Standing(self._fixed.of, self._call_soon_for, self._asked, clock)
         self._grants: dict[str, Grant] = {}
         self._paces: dict[str, SharedRate] = {}
+        self._tokens: dict[str, TokensInHand] = {}
         # Grants of which something is to be said at once, and those that may have nothing to say
         # by then.
         self._dirty: set[Grant] = set()
@@ -124,6 +126,7 @@ class Leases:
         self._sent = 0.0
         self._ops: list[tuple[Grant, Op]] = []
         self._pace_ops: list[SharedRate] = []
+        self._token_ops: list[TokensInHand] = []
         self._ended: set[str] = set()
         self._ended_said: list[str] = []
         self.told = Told(self.call_soon, on_told)
@@ -183,6 +186,16 @@ class Leases:
         if self._paces.get(user.name) is user:
             del self._paces[user.name]
 
+    def share_tokens(self, user: TokensInHand) -> None:
+        """Share the tokens of *user*."""
+        self._tokens[user.name] = user
+        self._tell_standing(user)
+
+    def drop_tokens(self, user: TokensInHand) -> None:
+        """Share the tokens of *user* no more."""
+        if self._tokens.get(user.name) is user:
+            del self._tokens[user.name]
+
     def ended(self, instance: str) -> None:
         """Say that another instance has ended for certain, so that nobody waits for its lease to
         end.
@@ -227,13 +240,6 @@ class Leases:
     def instances(self) -> int:
         """How many instances are members."""
         return self.standing.members
-
-    @property
-    def parts(self) -> int:
-        """Into how many parts a limit is divided that moves between no instances: as many as are
-        members, or were when the server was heard last.
-        """
-        return len(self.members) or max(1, self._fixed.instances)
 
     @property
     def round_trip(self) -> float:
@@ -289,6 +295,13 @@ class Leases:
             if (slots := user.op(restate=self._restates)) is not None
         ]
         self._pace_ops = [user for user, _slots in asked]
+        budgets = [
+            (user, op)
+            for user in self._tokens.values()
+            if (op := user.op(whole=self._whole, restate=self._restates, leaving=standing.leaving))
+            is not None
+        ]
+        self._token_ops = [user for user, _op in budgets]
         self._ended_said = sorted(self._ended)
         tells = self.told.say()
         standing.busy = True
@@ -310,6 +323,7 @@ class Leases:
                 ops=[op for _grant, op in self._ops],
                 paces=[slots for _user, slots in asked],
                 tells=tells,
+                budgets=[op for _user, op in budgets],
             )
         )
 
@@ -357,6 +371,9 @@ class Leases:
         for user, slots in zip(self._pace_ops, answer.slots, strict=True):
             user.answered(slots, self._sent)
         self._pace_ops = []
+        for holder, given in zip(self._token_ops, answer.tokens, strict=True):
+            holder.answered(given, self._sent, self._met)
+        self._token_ops = []
         self._ended.difference_update(self._ended_said)
         self.told.answered(answer)
         self._asking.update(grant for grant, _op in self._ops)
@@ -382,8 +399,10 @@ class Leases:
             grant.failed()
         for user in self._pace_ops:
             user.answered(None, self._sent)
+        for holder in self._token_ops:
+            holder.answered(None, self._sent, self._met)
         self._dirty.update(grant for grant, _op in self._ops if grant.dropped)
-        self._ops, self._pace_ops = [], []
+        self._ops, self._pace_ops, self._token_ops = [], [], []
         self.check()
         now = self._clock()
         if standing.state is State.JOINED:
@@ -395,7 +414,7 @@ class Leases:
     def _more_to_say(self) -> bool:
         if self._dirty or self._asking or self.told.pending or self._ended:
             return True
-        if self._met != self._told_paces and self._paces:
+        if self._met != self._told_paces and (self._paces or self._tokens):
             return True
         if self.standing.leaving and not any(each.user.inside for each in self._grants.values()):
             return True
@@ -409,9 +428,9 @@ class Leases:
         self._set_due(inf)
 
     def _set_due(self, due: float) -> None:
-        self.due = (
-            min(due, *(pace.ask_at for pace in self._paces.values())) if self._paces else due
-        )
+        asked = [pace.ask_at for pace in self._paces.values()]
+        asked += [tokens.ask_at for tokens in self._tokens.values()]
+        self.due = min(due, *asked) if asked else due
         self._on_due()
 
     def _call_soon_for(self, grant: Grant) -> None:
@@ -428,6 +447,13 @@ class Leases:
             self._on_state(old, state, why)
         for pace in self._paces.values():
             pace.stand(state, self._fixed.instances)
+        for tokens in self._tokens.values():
+            self._tell_standing(tokens)
+
+    def _tell_standing(self, tokens: TokensInHand) -> None:
+        standing = self.standing
+        heard = standing.state is State.JOINED and not standing.grace
+        tokens.stand(self._fixed.instances, heard=heard)
 
     def _lapse(self) -> None:
         standing = self.standing

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 from aioserver.limits.gate import Gate
 from aioserver.providers.health import ProviderObserver
 from aioserver.providers.queueing import FAILOVER_WAIT, Permits, ProviderGate
 from aioserver.wings.cluster.rates import SharedRate
-from aioserver.wings.cluster.shared_budget import PartOfBudget
 from aioserver.wings.cluster.shared_gate import ConnectionGate, SharedGate
 from aioserver.wings.cluster.shared_quota import SharedQuota
 from aioserver.wings.cluster.shared_tokens import SharedTokens
@@ -164,8 +162,6 @@ class SharedLimits:
         self._leases = leases
         self._scope = scope
         self._gates: dict[str, SharedProviderGate] = {}
-        # Those of keys that are gone go as well.
-        self._budgets: WeakSet[PartOfBudget] = WeakSet()
         self._providers: Callable[[], Mapping[str, Provider]] = dict
 
     def serve(self, providers: Callable[[], Mapping[str, Provider]]) -> None:
@@ -202,16 +198,14 @@ class SharedLimits:
 
     def make_quota(self, key: ClientKey) -> Quota:
         """Return the quota of *key*."""
-        leases = self._leases
-        budget = PartOfBudget(key.tokens_per_minute, key.tokens_per_day, lambda: leases.parts)
-        self._budgets.add(budget)
         return SharedQuota(
             key.max_concurrent,
             key.requests_per_minute,
             max_connections=key.max_connections,
             queue_size=key.queue_size,
-            budget=budget,
-            leases=leases,
+            tokens_per_minute=key.tokens_per_minute,
+            tokens_per_day=key.tokens_per_day,
+            leases=self._leases,
             name=key.name,
             scope=self._scope,
         )
@@ -232,5 +226,3 @@ class SharedLimits:
         """Take in how many instances there are now."""
         for gate in self._gates.values():
             gate.instances_changed()
-        for budget in self._budgets:
-            budget.resize()

@@ -1,70 +1,686 @@
-"""The tokens of one key, of which each instance may use an equal part.
+"""The tokens of one key (limits/budget.py), which all instances share: tokens in hand.
 
-All instances together stay within the budget, as far as they know how many they are; but what one
-does not use of its part, another one does not get. What is used counts where it was used: while
-instances come and go, a day may have been used in larger parts before.
+This file is one concept, above 400 lines: how tokens are asked for, kept in hand, used, corrected
+and given back is one algorithm.
+
+The server has a bucket of the minute and a count of the day, for all instances. It gives tokens
+with the renewals of the leases: for requests that need them, and a few more, so that most starts
+ask nobody. What is in the bucket, and in the hands of all, is at most the budget: so in any span of
+t seconds all instances together start at most what one would. They keep at most a HAND of it in
+hand.
+
+A request that waits in the queue of its key is promised its tokens for the moment at which there is
+room for them in the bucket, behind all that came before. So a large one is not overtaken for ever
+by small ones at another instance.
+
+What a request has not used is given back with the next renewal, as far as it has not drained, and
+so is what is too much in hand; what it has used above its estimate is charged with it. What an
+instance had in hand, or ran, when it was killed counts as used.
+
+An instance that the server does not answer goes on with what it has in hand, then with an equal
+part of the budget of a minute and of what was left of the day, and says so when it is back.
 """
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections import deque
+from math import ceil, inf
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from aioserver.limits.budget import PER_DAY, PER_MINUTE, Budget
+from aioserver.limits.budget import (
+    MINUTE,
+    PER_DAY,
+    PER_MINUTE,
+    ROUNDING,
+    Budget,
+    BudgetState,
+    Reservation,
+    Shortage,
+)
+from aioserver.wings.cluster.lease_messages import SECOND, BudgetOp
+from aioserver.wings.cluster.shared_tally import Bucket, DayCount
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aioserver.limits.budget import BudgetState
+    from aioserver.wings.cluster.lease_messages import Tokens
+
+# All instances together keep this part of a budget in hand.
+HAND = 1 / 8
+# Seconds after its last start at which an instance gives back what it has in hand.
+UNUSED = 10.0
+# Seconds for which it is known that there is too little, before the server is asked again.
+FRESH = 0.05
+# Seconds for which no more is asked for in advance where there was too little.
+SCARCE = 1.0
+# Seconds for which an instance wants to know what the others use, after it was asked for that.
+SHOWN = 60.0
+# Seconds that an instance waits which does not know how many others there are.
+UNKNOWN = 1.0
+# Seconds for which a request of a queue may wait for its tokens: longer than any does. And for
+# which it may be late for what it was promised.
+PATIENT, LATE = 3600.0, 0.5
+# Tokens that were given back by so many requests are told at once.
+MANY = 200
 
 
-class PartOfBudget(Budget):
-    """The part of a budget that this instance may use, one of as many as *parts* returns.
+class TokenCalls(Protocol):
+    """The object that carries the calls: `Leases`."""
 
-    Always: its limits are those of `apply`, divided by the number that `resize` has seen last; what
-    it shows are the whole limits.
+    def share_tokens(self, user: TokensInHand) -> None:
+        """Share the tokens of *user*."""
+
+    def drop_tokens(self, user: TokensInHand) -> None:
+        """Share the tokens of *user* no more."""
+
+    def call_by(self, moment: float) -> None:
+        """Make the next call at *moment* at the latest."""
+
+    @property
+    def instances(self) -> int:
+        """How many instances are members."""
+
+
+class _Taken(NamedTuple):
+    """What a request has taken: *minute* tokens of the bucket of this *world*, the last of which
+    *stood* there, and *day* tokens of the day *number*.
+    """
+
+    world: tuple[str, str]
+    minute: int
+    stood: float
+    day: int
+    number: int
+
+
+class _Promise(NamedTuple):
+    """The tokens of a request that waits, which it may use from the moment *at* on."""
+
+    tokens: int
+    at: float
+    taken: _Taken
+
+
+class SharedReservation(Reservation):
+    """The tokens of one request, which may have to come from the server first.
+
+    Always: `taken` is None as long as it has none. *part*: what it has of this instance's part.
+    """
+
+    __slots__ = ("_hand", "part", "taken")
+
+    def __init__(self, budget: Budget, tokens: int, hand: TokensInHand) -> None:
+        super().__init__(budget, tokens)
+        self._hand: TokensInHand | None = hand
+        self.taken: _Taken | None = None
+        self.part: Reservation | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has its tokens."""
+        return self.taken is not None
+
+    def have(self, taken: _Taken, part: Reservation | None = None) -> None:
+        """Have what was *taken* for it, or what it has of this instance's *part*."""
+        self.taken, self.part = taken, part
+
+    @property
+    def shortage(self) -> Shortage | None:
+        """Why it has no tokens yet, as far as is known."""
+        return None if self.ready or self._hand is None else self._hand.known_shortage(self.tokens)
+
+    def settle(self, tokens: int) -> None:
+        """Let the request, which has ended, have cost so many *tokens*."""
+        hand, self._hand = self._hand, None
+        if hand is not None:
+            hand.settle(self, tokens)
+        super().settle(tokens)
+
+
+class TokensInHand:
+    """What an instance has of the tokens of the key *name*: in hand, promised, and to be said.
+
+    Always: while the server is heard, what requests take was given by it.
+
+    It asks at *ask_at*; inf: it does not.
     """
 
     def __init__(
         self,
-        per_minute: int,
-        per_day: int,
-        parts: Callable[[], int],
+        calls: TokenCalls,
+        name: str,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._parts = parts
-        self._whole = per_minute, per_day
-        super().__init__(per_minute, per_day, clock, wall_clock)
+        self.name = name
+        self.ask_at = inf
+        self._calls = calls
+        self._clock, self._wall_clock = clock, wall_clock
+        self._minute, self._day = Bucket(clock), DayCount(clock, wall_clock)
+        self._waiting: Callable[[], int] = lambda: 0
+        self._on_tokens: Callable[[], None] = lambda: None
+        self._in_hand = 0
+        self._promise: _Promise | None = None
+        # Requests that wait for a moment for tokens, the oldest first.
+        self._undecided: deque[SharedReservation] = deque()
+        # What was used of the minute and is to be said, and what is given back to it.
+        self._spent = 0
+        self._back: list[tuple[int, float]] = []
+        # What was said in the call under way: what was spent, the day and what is had of it; and
+        # what was asked for, for requests and for the hand.
+        self._said = 0, 0, 0
+        self._asked: list[SharedReservation | int] = []
+        self._more = 0
+        # The world whose bucket is counted, and whether it is to be told what is known of the day.
+        self._world = ("", "")
+        self._restate = True
+        # Whether the server is heard, and gives something.
+        self._heard = False
+        self._instances = 0
+        # What this instance may use while it is not, for the day of that number.
+        self._part: Budget | None = None
+        self._part_day = 0
+        # Whether the last call was answered.
+        self._answered = False
+        # Whether it was ever heard: before, nothing can have been used.
+        self._met = False
+        self._used_at = self._shown_at = self._refused_at = self._scarce_at = -inf
+        self._closed_until = -inf
+
+    # What the budget of the key asks.
+
+    def serve(self, waiting: Callable[[], int], on_tokens: Callable[[], None]) -> None:
+        """Work for the key that has these functions: see `SharedBudget`."""
+        self._waiting, self._on_tokens = waiting, on_tokens
+        self._calls.share_tokens(self)
+
+    def drop(self) -> None:
+        """Share the tokens no more."""
+        self._calls.drop_tokens(self)
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The budgets of all instances together; 0: there is none."""
+        return self._minute.limit, self._day.limit
 
     def apply(self, per_minute: int, per_day: int) -> None:
         """Use other limits from now on, those of all instances together."""
-        self._whole = per_minute, per_day
-        super().apply(self._part(per_minute), self._part(per_day))
-
-    def resize(self) -> None:
-        """Take in how many instances there are now."""
-        self.apply(*self._whole)
-
-    def take_over(self, old: Budget) -> None:
-        """Go on with what *old* counts, by our own limits."""
-        whole = self._whole
-        super().take_over(old)
-        self.apply(*whole)
+        if self.limits == (per_minute, per_day):
+            return
+        self._break_promise()
+        self._release(self._in_hand)
+        self._minute.limit, self._day.limit = per_minute, per_day
+        if not per_minute:
+            self._spent, self._back = 0, []
+        if self._part is not None:
+            self._make_part()
+        self._ask()
 
     def begin_day(self, used: int) -> None:
-        """Count a part of the *used* tokens of today, which all instances have used."""
-        super().begin_day(used // max(1, self._parts()))
+        """Count at least *used* tokens of today, which the ledger knows."""
+        self._turn()
+        self._day.begin(used)
+        self._restate = True
+        if self._part is not None:
+            self._make_part()
+        self._ask()
+
+    def shortage(self, tokens: int) -> Shortage | None:
+        """Return why a request of *tokens* cannot start now, None if it can. Unless it is known, the
+        server is asked, and the delay is 0.0.
+        """
+        self._turn()
+        delay = inf if self._undecided else self._delay(tokens)
+        if delay == 0.0:
+            return None
+        if not self._heard:
+            part = self._part_now()
+            if part is None:
+                return self._short(self._period, tokens, UNKNOWN)
+            short = part.shortage(tokens)
+            return None if short is None else self._short(short.period, tokens, short.delay)
+        if delay < inf:
+            return self._short(PER_MINUTE, tokens, delay)
+        known = self.known_shortage(tokens)
+        if known is None or tokens == self._waiting():
+            # For one that waits there may be a promise.
+            self._ask()
+        return self._short(self._period, tokens, 0.0) if known is None else known
+
+    def known_shortage(self, tokens: int) -> Shortage | None:
+        """Return why a request of *tokens* cannot start for some time, by what the server has just
+        said; None if that is not known.
+        """
+        if self._clock() - self._refused_at > FRESH:
+            return None
+        minute, day = self.limits
+        if day and self._day.total - self._in_hand + min(tokens, day) > day:
+            return self._short(PER_DAY, tokens, self._day.rest)
+        delay = self._closed_until - self._clock()
+        if minute:
+            held, level = self._minute.held, self._minute.level + self._spent
+            delay = max(delay, (level + held + min(tokens, minute) - minute) * MINUTE / minute)
+        return self._short(self._period, tokens, delay) if delay > 0 else None
+
+    @property
+    def _period(self) -> str:
+        return PER_MINUTE if self._minute.limit else PER_DAY
+
+    def _short(self, period: str, tokens: int, delay: float) -> Shortage:
+        minute, day = self.limits
+        limit, used = (minute, self._level) if period == PER_MINUTE else (day, self._used_today)
+        return Shortage(period, limit, min(limit, round(used)), tokens, delay)
+
+    @property
+    def _level(self) -> float:
+        """What is used and reserved of the minute by all instances, as far as is known."""
+        promised = 0 if self._promise is None else self._promise.taken.minute
+        return max(0.0, self._minute.level + self._spent - promised)
+
+    @property
+    def _used_today(self) -> int:
+        promised = 0 if self._promise is None else self._promise.taken.day
+        return max(0, self._day.total - self._in_hand - promised)
+
+    def _delay(self, tokens: int) -> float:
+        """Return the seconds until a request of *tokens* may use what is in hand, or promised to
+        it; inf: that is too little.
+        """
+        if self._in_hand >= self._counts(tokens):
+            return 0.0
+        if self._promise is None or not self._promised(tokens):
+            return inf
+        return max(0.0, self._promise.at - self._clock())
+
+    def _counts(self, tokens: int) -> int:
+        """Return for how many tokens in hand a request of *tokens* counts."""
+        return min(tokens, max(self.limits))
+
+    def reserve(self, reservation: SharedReservation) -> None:
+        """Let *reservation* have its tokens now, or once the server has given them."""
+        self._turn()
+        self._used_at = self._clock()
+        if not self._undecided and self._take(reservation):
+            self._look_ahead(reservation.tokens)
+        else:
+            self._undecided.append(reservation)
+            self._ask()
+
+    def _take(self, reservation: SharedReservation) -> bool:
+        """Let *reservation* have its tokens, if they are there."""
+        tokens, (minute, day) = reservation.tokens, self.limits
+        most, least, number = min(tokens, minute), min(tokens, day), self._day.number
+        of_part: Reservation | None = None
+        if self._in_hand >= (count := self._counts(tokens)):
+            self._in_hand -= count
+            self._spent += most
+        elif self._delay(tokens) == 0.0 and self._promise is not None:
+            promise, self._promise = self._promise, None
+            reservation.have(promise.taken)
+            return True
+        else:
+            part = None if self._heard else self._part_now()
+            if part is None or part.shortage(tokens) is not None:
+                return False
+            of_part = part.reserve(tokens)
+            self._spent += most
+            self._day.mine += least
+            if self._answered:
+                # Before the server gives something again.
+                self._calls.call_by(self._clock())
+        stood = self._minute.comes(self._spent) if minute else 0.0
+        reservation.have(_Taken(self._world, most, stood, least, number), of_part)
+        return True
+
+    def settle(self, reservation: SharedReservation, tokens: int) -> None:
+        """Let the request of *reservation* have cost so many *tokens*."""
+        self._turn()
+        taken = reservation.taken
+        if taken is None:
+            self._undecided.remove(reservation)
+            if self._undecided:
+                self._ask()
+            return
+        if reservation.part is not None:
+            reservation.part.settle(tokens)
+        self._correct(taken, tokens)
+        if self._undecided or self._lacks(self._waiting()) or len(self._back) > MANY:
+            self._ask()
+
+    def _correct(self, taken: _Taken, tokens: int) -> None:
+        """Let what was *taken* have cost so many *tokens*."""
+        minute, day = self.limits
+        today = day > 0 and taken.number == self._day.number
+        spare = taken.day - tokens if today else 0
+        room = max(0, self._kept - self._in_hand) if today or not day else 0
+        if not minute:
+            kept = min(room, max(0, spare))
+        else:
+            self._spent += max(0, tokens - taken.minute)
+            left = 0
+            if taken.world == self._world:
+                left = self._minute.left(taken.minute - tokens, taken.stood)
+            # What the server does not know to be used never left the hand.
+            kept = min(left, self._spent, room)
+            self._spent -= kept
+            if left > kept:
+                self._back.append((left - kept, taken.stood))
+        self._in_hand += kept
+        if today:
+            self._day.mine += kept - spare
+
+    def states(self, reserved: int) -> dict[str, BudgetState]:
+        """Return the budgets as they are for all instances, of which this one has so many tokens
+        *reserved*.
+        """
+        self._turn()
+        self._shown_at = self._clock()
+        minute, day = self.limits
+        states = {}
+        if minute:
+            level = self._level
+            states[PER_MINUTE] = _state(minute, level, reserved, level * MINUTE / minute)
+        if day:
+            used = self._used_today
+            states[PER_DAY] = _state(day, used, reserved, self._day.rest if used else 0.0)
+        return states
+
+    # What `Leases` asks.
+
+    def op(self, *, whole: bool, restate: bool, leaving: bool) -> BudgetOp | None:
+        """Return what to ask for in a call that is sent now; None: nothing.
+
+        *whole*: the call says everything. *restate*: say what is known of the day. *leaving*: have
+        nothing in hand any more.
+        """
+        self._turn()
+        now, (minute, day) = self._clock(), self.limits
+        restate = restate or self._restate
+        asks = self.ask_at <= now + ROUNDING
+        if not (minute or day):
+            self.ask_at = inf
+            return None
+        keep = 0 if leaving or now - self._used_at >= UNUSED else self._kept
+        waits = self._waiting()
+        if not self._promised(waits):
+            self._break_promise()
+        says = self._spent or self._back or self._in_hand > keep or now - self._shown_at < SHOWN
+        if not (restate or asks or (whole and says)):
+            return None
+        self._asked, self._more = [], 0
+        if asks:
+            self.ask_at = inf
+            self._asked = list(self._undecided) or ([waits] if self._lacks(waits) else [])
+            if self._asked:
+                # What is in hand is in the way of a large request.
+                self._release(self._in_hand)
+            self._more = max(0, keep - self._in_hand)
+        self._release(self._in_hand - keep)
+        if self._part is not None and minute:
+            # As far as it has not drained.
+            state = self._part.states()[PER_MINUTE]
+            self._spent = min(self._spent, state.used + state.reserved)
+        self._said = self._spent, self._day.number, self._day.mine
+        spent, back = self._spent, self._back
+        self._spent, self._back = 0, []
+        return BudgetOp(
+            self.name,
+            minute,
+            day,
+            self._in_hand,
+            [each if isinstance(each, int) else max(1, each.tokens) for each in self._asked],
+            0.0 if self._undecided else PATIENT * SECOND,
+            self._more,
+            back,
+            spent,
+            self._day.number,
+            self._day.mine,
+            self._day.was,
+            self._day.known,
+            restate,
+            self._met,
+        )
+
+    def _promised(self, tokens: int) -> bool:
+        """Return whether something is promised to a request of *tokens*, which may still come."""
+        promise = self._promise
+        if promise is None or promise.tokens != tokens:
+            return False
+        return self._clock() <= promise.at + LATE
+
+    def _lacks(self, tokens: int) -> bool:
+        return tokens > 0 and self._delay(tokens) == inf
+
+    def answered(self, answer: Tokens | None, sent: float, world: tuple[str, str]) -> None:
+        """Take in the *answer* of the server in this *world* to what was asked at *sent*; None: the
+        call failed.
+        """
+        spent, number, mine = self._said
+        self._answered = answer is not None
+        if answer is None:
+            self._spent += spent
+            if self._undecided:
+                self._ask()
+            return
+        if world != self._world:
+            # Its bucket does not know of what was promised beyond it.
+            self._break_promise()
+            self._world = world
+        minute, day = self.limits
+        given = [
+            (each, each if isinstance(each, int) else max(1, each.tokens))
+            for each in self._asked[: answer.granted]
+        ]
+        if minute:
+            self._minute.answered(answer, sent)
+        more = answer.more
+        if day:
+            self._turn()
+            of_day = sum(min(tokens, day) for _each, tokens in given) + more
+            same = number == self._day.number
+            if self._day.answered(answer, mine if same else 0, of_day):
+                self._in_hand = 0
+        self._in_hand += more
+        now = self._clock()
+        self._closed_until = now + answer.closed / SECOND
+        self._restate = False
+        stood = self._minute.last - sum(min(tokens, minute) for _each, tokens in given)
+        for each, tokens in given:
+            stood += min(tokens, minute)
+            taken = _Taken(world, min(tokens, minute), stood, min(tokens, day), answer.day)
+            self._give(each, tokens, taken, now + answer.wait / SECOND)
+        if answer.more < self._more:
+            self._scarce_at = now
+        if len(given) < len(self._asked):
+            self._refused_at = now
+        self._asked = []
+        self._serve()
+        if self._undecided:
+            short = self._undecided[0].shortage
+            if short is None or short.delay < SCARCE:
+                self._ask(FRESH if short is None else short.delay)
+
+    def _give(
+        self, to: SharedReservation | int, tokens: int, taken: _Taken, moment: float
+    ) -> None:
+        """Give what was *taken* for a request, which may use it from this *moment* on."""
+        if isinstance(to, int):
+            self._promise = _Promise(tokens, moment, taken)
+        elif to in self._undecided:
+            self._undecided.remove(to)
+            to.have(taken)
+        else:
+            self._correct(taken, 0)
+
+    def stand(self, instances: int, *, heard: bool) -> None:
+        """Take in whether the server is *heard* and gives something, and that this instance is one
+        of so many if it is alone; 0: of an unknown number.
+        """
+        before, self._heard = self._heard, heard
+        self._instances = instances or self._instances
+        if heard and not before:
+            self._met, self._part = True, None
+            self._ask()
+            self._on_tokens()
+        elif not heard and (before or self._part is None):
+            self.ask_at = inf
+            # The parts of all use the room for it.
+            self._break_promise()
+            self._make_part()
+
+    def _make_part(self) -> None:
+        """Have an equal part of the minute, and of what is left of the day."""
+        count, (minute, day) = self._instances, self.limits
+        if not count:
+            return
+        part = max(1, minute // count) if minute else 0
+        left = max(1, (day - self._day.total) // count) if day else 0
+        self._part, self._part_day = (
+            Budget(part, left, self._clock, self._wall_clock),
+            self._day.number,
+        )
+        if self._met and part:
+            # Others may use all of the bucket.
+            full = Budget(part, 0, self._clock, self._wall_clock)
+            full.reserve(part)
+            self._part.take_over(full)
+        self._serve()
+
+    def _part_now(self) -> Budget | None:
+        if self._part is not None and self._part_day != self._day.number:
+            self._make_part()
+        return self._part
+
+    def _turn(self) -> None:
+        """Begin another day if it has come: what is in hand is of the one before."""
+        if self._day.turn() and self._day.limit:
+            self._in_hand, self._promise = 0, None
+
+    def _release(self, tokens: int) -> None:
+        """Have so many *tokens* less in hand; of a negative number none."""
+        if tokens > 0:
+            self._in_hand -= tokens
+            if self._day.limit:
+                self._day.mine -= tokens
+
+    def _break_promise(self) -> None:
+        """Give back what is promised."""
+        promise, self._promise = self._promise, None
+        if promise is not None:
+            self._correct(promise.taken, 0)
+
+    def _ask(self, delay: float = 0.0) -> None:
+        """Let a call ask for tokens in *delay* seconds."""
+        at = self._clock() + delay
+        if at < self.ask_at and self._heard and any(self.limits):
+            self.ask_at = at
+            self._calls.call_by(at)
+
+    def _look_ahead(self, tokens: int) -> None:
+        """Ask for more before there are none, where that is worth it."""
+        kept = self._kept
+        worth = 2 * tokens <= kept and 2 * self._in_hand <= kept
+        if worth and self._clock() - self._scarce_at > SCARCE:
+            self._ask()
+
+    def _serve(self) -> None:
+        """Let those have their tokens that wait for them."""
+        while self._undecided and self._take(self._undecided[0]):
+            self._undecided.popleft()
+        self._on_tokens()
+
+    @property
+    def _kept(self) -> int:
+        """How many tokens are kept in hand."""
+        parts = max(1, self._calls.instances)
+        return min(int(limit * HAND / parts) for limit in self.limits if limit)
+
+
+class SharedBudget(Budget):
+    """The tokens of a key, which all instances share: see `TokensInHand`.
+
+    Always: `reserved` is what requests of this instance have reserved. A request whose tokens have
+    to come from the server has a reservation that is not `ready`.
+
+    *waiting* returns the estimate of the first request that waits in the queue of the key;
+    *on_tokens* is called when more may start than before.
+    """
+
+    def __init__(
+        self,
+        calls: TokenCalls,
+        name: str,
+        per_minute: int,
+        per_day: int,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+        *,
+        waiting: Callable[[], int] = lambda: 0,
+        on_tokens: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.hand = TokensInHand(calls, name, clock, wall_clock)
+        # Whether another budget has taken over what this one counts.
+        self.replaced = False
+        self._waiting, self._on_tokens = waiting, on_tokens
+        super().__init__(per_minute, per_day, clock, wall_clock)
+        self.hand.serve(waiting, on_tokens)
+
+    def apply(self, per_minute: int, per_day: int) -> None:
+        """Use other limits from now on, those of all instances together."""
+        self.hand.apply(per_minute, per_day)
+
+    def take_over(self, old: Budget) -> None:
+        """Go on with what *old* counts, by our own limits; it settles what it has reserved."""
+        assert isinstance(old, SharedBudget)
+        limits, self.hand = self.hand.limits, old.hand
+        self.hand.apply(*limits)
+        self.hand.serve(self._waiting, self._on_tokens)
+        old.replaced = True
+
+    def drop(self) -> None:
+        """Share the tokens no more."""
+        if not self.replaced:
+            self.hand.drop()
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is any limit."""
+        return any(self.hand.limits)
+
+    @property
+    def counts_days(self) -> bool:
+        """Whether there is a limit of a day."""
+        return self.hand.limits[1] > 0
+
+    def shortage(self, tokens: int) -> Shortage | None:
+        """Return why a request of *tokens* cannot start now; a delay of 0.0: the server is asked
+        first.
+        """
+        return self.hand.shortage(tokens)
+
+    def reserve(self, tokens: int) -> SharedReservation:
+        """Reserve *tokens*, or ask for them."""
+        reservation = SharedReservation(self, tokens, self.hand)
+        self.reserved += tokens
+        try:
+            self.hand.reserve(reservation)
+        except BaseException:
+            reservation.release()
+            raise
+        return reservation
+
+    def begin_day(self, used: int) -> None:
+        """Count at least *used* tokens of today, those that the ledger knows."""
+        self.hand.begin_day(used)
 
     def states(self) -> dict[str, BudgetState]:
-        """Return the budgets as they are, with the limits of all together."""
-        whole = dict(zip((PER_MINUTE, PER_DAY), self._whole, strict=True))
-        return {
-            name: state._replace(
-                limit=whole[name], remaining=max(0, whole[name] - state.used - state.reserved)
-            )
-            for name, state in super().states().items()
-        }
+        """Return the budgets of all instances, as far as is known."""
+        return self.hand.states(self.reserved)
 
-    def _part(self, limit: int) -> int:
-        return max(1, limit // max(1, self._parts())) if limit else 0
+
+def _state(limit: int, level: float, reserved: int, reset: float) -> BudgetState:
+    """Return a budget of which *level* tokens are used or *reserved*."""
+    total = min(limit, ceil(level))
+    reserved = min(reserved, total)
+    return BudgetState(limit, total - reserved, reserved, limit - total, reset)

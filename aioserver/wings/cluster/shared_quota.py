@@ -1,9 +1,9 @@
 """The limits of one key (limits/quota.py), shared with other instances.
 
-An answer that finds a granted place and a slot is counted at once. Otherwise it is *undecided*
-until the server has said whether another instance has a place to give, or when the next slot
-begins, for PATIENCE seconds at most: an answer that would have to wait for longer is refused, and
-does not queue.
+An answer that finds a granted place, a slot and its tokens in hand is counted at once. Otherwise it
+is *undecided* until the server has said whether another instance has a place to give, when the next
+slot begins, or whether there are tokens, for PATIENCE seconds at most: an answer that would have to
+wait for longer is refused, or waits in the queue of its key.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING
 from aioserver.errors import ConcurrencyExceeded, InvalidApiKey, RateLimitExceeded
 from aioserver.limits.quota import REVOKED, Quota, minute
 from aioserver.wings.cluster.grants import State
-from aioserver.wings.cluster.rates import SharedRate
+from aioserver.wings.cluster.rates import LOOK_AGAIN, SharedRate
+from aioserver.wings.cluster.shared_budget import SharedBudget, SharedReservation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aioserver.limits.budget import Budget
+    from aioserver.limits.budget import Reservation, Shortage
     from aioserver.limits.fixed_share import Scope
+    from aioserver.limits.key_queue import Turn
     from aioserver.wings.cluster.grants import Grant
     from aioserver.wings.cluster.leases import Leases
 
@@ -68,11 +70,16 @@ class Counted:
         # Requests that wait for a place or a start, the oldest first; one that is done waits no
         # more, and has no place.
         self._undecided: deque[asyncio.Future[None]] = deque()
+        # The tokens of those that wait for them.
+        self._tokens: dict[asyncio.Future[None], SharedReservation] = {}
 
-    def take(self, *, patient: bool = False) -> asyncio.Future[None] | None:
+    def take(
+        self, *, patient: bool = False, tokens: SharedReservation | None = None
+    ) -> asyncio.Future[None] | None:
         """Count one more, or wait for its decision: see `Quota.take`."""
         self._leases.check()
-        if self.count < self._granted and not self._undecided:
+        ready = tokens is None or tokens.ready
+        if self.count < self._granted and not self._undecided and ready:
             delay = self._try_start()
             if not delay:
                 self.count += 1
@@ -85,10 +92,13 @@ class Counted:
             loop.call_later(PATIENCE, self._give_up, decision)
         self.count += 1
         self._undecided.append(decision)
+        if tokens is not None and not ready:
+            self._tokens[decision] = tokens
         try:
             self.grant.wait_begins()
         except BaseException:
             self._undecided.remove(decision)
+            self._tokens.pop(decision, None)
             self.count -= 1
             raise
         return decision
@@ -102,6 +112,7 @@ class Counted:
             # One that has neither a place nor a start. If it is not this one, it counts as this
             # one until its own end: no more than one at a time.
             self._undecided.remove(refused)
+            self._tokens.pop(refused, None)
         self.count -= 1
         self.decide()
         return refused is None
@@ -109,11 +120,31 @@ class Counted:
     def decide(self) -> None:
         """Let the undecided have the granted places and the starts."""
         while self._undecided and self.inside < self._granted:
-            delay = 0.0 if self._undecided[0].done() else self._try_start()
-            if 0 < delay <= PATIENCE:
-                # There may be a start soon.
-                return
-            _conclude(self._undecided.popleft(), self._refuse(delay) if delay else None)
+            decision = self._undecided[0]
+            error = self._lacks_tokens(decision)
+            if error is None and not decision.done():
+                if decision in self._tokens:
+                    # It is not known yet, or they come soon.
+                    return
+                delay = self._try_start()
+                if 0 < delay <= PATIENCE:
+                    # There may be a start soon.
+                    return
+                error = self._refuse(delay) if delay else None
+            self._undecided.popleft()
+            self._tokens.pop(decision, None)
+            _conclude(decision, error)
+
+    def _lacks_tokens(self, decision: asyncio.Future[None]) -> Exception | None:
+        """Return the error of one that has to wait for its tokens for too long."""
+        tokens = self._tokens.get(decision)
+        if tokens is None or decision.done():
+            return None
+        if tokens.ready:
+            del self._tokens[decision]
+        elif (shortage := tokens.shortage) is not None and shortage.delay > PATIENCE:
+            return Quota.too_many_tokens(shortage)
+        return None
 
     def end(self, error: Exception | None) -> None:
         """Decide all, and share the limit no more."""
@@ -150,8 +181,13 @@ class Counted:
     def _give_up(self, decision: asyncio.Future[None]) -> None:
         """Refuse one that has been undecided for long enough."""
         if not decision.done() and decision in self._undecided:
-            no_place = self.inside >= self._granted
-            _conclude(decision, self._refuse(0.0 if no_place else self._delay()))
+            no_place, tokens = self.inside >= self._granted, self._tokens.get(decision)
+            shortage = None if no_place or tokens is None else tokens.shortage
+            if shortage is None:
+                _conclude(decision, self._refuse(0.0 if no_place else self._delay()))
+            else:
+                late = shortage._replace(delay=max(PATIENCE, shortage.delay))
+                _conclude(decision, Quota.too_many_tokens(late))
 
 
 class SharedQuota(Quota):
@@ -169,18 +205,28 @@ class SharedQuota(Quota):
         *,
         max_connections: int = 0,
         queue_size: int = 0,
-        budget: Budget | None = None,
+        tokens_per_minute: int = 0,
+        tokens_per_day: int = 0,
         leases: Leases,
         name: str,
         scope: Scope | None = None,
     ) -> None:
+        self._complete = False
         super().__init__(
             max_concurrent,
             requests_per_minute,
             clock,
             max_connections=max_connections,
             queue_size=queue_size,
-            budget=budget,
+            budget=SharedBudget(
+                leases,
+                name,
+                tokens_per_minute,
+                tokens_per_day,
+                clock,
+                waiting=self._first_tokens,
+                on_tokens=self._on_tokens,
+            ),
         )
         self._leases, self._name, self._scope = leases, name, scope
         self._clock = clock
@@ -206,6 +252,7 @@ class SharedQuota(Quota):
         # Where the connections are bounded, and shared.
         self._connected: Counted | None = None
         self._bound_connections()
+        self._complete = True
 
     def apply(
         self,
@@ -222,19 +269,39 @@ class SharedQuota(Quota):
     def revoke(self) -> None:
         """Cancel what is bound to the key, and share its limits no more."""
         super().revoke()
+        assert isinstance(self.budget, SharedBudget)
+        self.budget.drop()
         self._leases.drop_pace(self._shared_rate)
         for counted in (self.answers, self._connected):
             if counted is not None:
                 counted.end(InvalidApiKey(REVOKED))
 
-    def take(self, *, patient: bool = False) -> asyncio.Future[None] | None:
+    def _first_tokens(self) -> int:
+        """Return the estimate of the request that is to start next, if only tokens are missing."""
+        return self.queue.first_tokens() if self.running < self._max_concurrent else 0
+
+    def _on_tokens(self) -> None:
+        if self._complete:
+            self._on_slots()
+
+    def _shortage(self, turn: Turn) -> Shortage | None:
+        """Return why *turn* cannot start, and not wait for a moment for what the server says."""
+        shortage = super()._shortage(turn)
+        if shortage is not None and turn.waiting:
+            return shortage._replace(delay=max(shortage.delay, LOOK_AGAIN))
+        return shortage if shortage is not None and shortage.delay > PATIENCE else None
+
+    def take(
+        self, *, patient: bool = False, tokens: Reservation | None = None
+    ) -> asyncio.Future[None] | None:
         """Count an answer that begins, as `Quota.take`."""
         if self.revoked:
             raise InvalidApiKey(REVOKED)
         if self.running >= self._max_concurrent:
             raise self._refusal(0.0)
         try:
-            return self.answers.take(patient=patient)
+            shared = tokens if isinstance(tokens, SharedReservation) else None
+            return self.answers.take(patient=patient, tokens=shared)
         finally:
             self.running = self.answers.count
 

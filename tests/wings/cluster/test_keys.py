@@ -75,7 +75,14 @@ async def a_round(here: RunningServer, there: RunningServer) -> None:
 
 
 async def test_each_key_has_a_time_to_live(tmp_path: Path) -> None:
-    limits = keys_of("web", max_concurrent=5, requests_per_minute=1000, max_connections=50)
+    limits = keys_of(
+        "web",
+        max_concurrent=5,
+        requests_per_minute=1000,
+        max_connections=50,
+        tokens_per_minute=100_000,
+        tokens_per_day=10_000_000,
+    )
     async with pair_in(tmp_path, **limits) as pair:
         await a_round(*pair.servers)
         keys = seen(pair.redis.call)
@@ -87,7 +94,19 @@ async def test_each_key_has_a_time_to_live(tmp_path: Path) -> None:
         keys |= seen(redis.call)
 
     kinds = {key.split(":")[2] for key in keys}
-    assert {"world", "names", "limit", "pace", "m", "s", "c", "own", "gone", "r"} <= kinds
+    assert {
+        "world",
+        "names",
+        "limit",
+        "pace",
+        "budget",
+        "m",
+        "s",
+        "c",
+        "own",
+        "gone",
+        "r",
+    } <= kinds
     endless = {key for key, seconds in keys.items() if seconds < 0}
     assert {key.split(":")[2] for key in endless} == set(FOR_EVER)
     assert max(keys.values()) <= LONGEST

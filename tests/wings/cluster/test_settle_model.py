@@ -5,6 +5,7 @@ for any calls.
 from __future__ import annotations
 
 import random
+from dataclasses import asdict
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from aioserver.wings.cluster.lease_messages import (
     SECOND,
     TIMES,
     UNKNOWN_PACE,
+    BudgetOp,
     Op,
     PaceOp,
     Request,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 SCRIPT = (files("aioserver") / "wings/cluster/renew.lua").read_text()
 PREFIX = "aio:{test}:"
 LIMITS = {"p:one": 20, "p:two": 3, "k:key": 1}
+BUDGETS = (("both", 1000, 9000), ("minute", 600, 0), ("day", 0, 9000), ("both", 700, 0))
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,7 @@ def state_of_model(model: Model) -> dict[str, Any]:
     numbers["blind"] = world.grace
     state: dict[str, Any] = {"world": {**numbers, "members": members, "gone": gone}, **limits}
     state |= {f"pace:{name}": due for name, due in world.paces.items()}
+    state |= {f"budget:{name}": asdict(tally) for name, tally in world.tallies.items()}
     if limits:
         state["names"] = sorted(name.encode() for name in world.limits)
     state["told"] = world.told
@@ -128,7 +132,7 @@ class Caller:
         self.heard = self.version = 0
         self.members: list[str] = []
 
-    def request(self, chance: random.Random) -> Request:
+    def request(self, chance: random.Random, today: int) -> Request:
         self.seq += 1
         ops = [
             Op(
@@ -155,6 +159,27 @@ class Caller:
             )
             for _ in range(chance.choice((0, 0, 1)))
         ]
+        budgets = [
+            BudgetOp(
+                name,
+                minute,
+                day,
+                chance.choice((0, 0, 30)),
+                chance.choice(([], [], [7], [200, 1, 90], [5000])),
+                chance.choice((0.0, 0.0, 20_000_000.5)),
+                chance.choice((0, 10, 2000)),
+                chance.choice(([], [], [(10, 400.0)], [(30, 1000.25), (5, 90.0)])),
+                chance.choice((0, 0, 20)),
+                today + chance.choice((0, 0, 0, -1)),
+                chance.randrange(3000),
+                chance.randrange(3000),
+                chance.choice((0, 0, 500, 4000)),
+                chance.random() < 0.5,
+                chance.random() < 0.5,
+            )
+            for name, minute, day in BUDGETS
+            if chance.random() < 0.3
+        ]
         tells = [
             Tell(chance.choice("ab"), chance.choice(("dead", "cooling")), length * SECOND)
             for length in chance.choice(((), (), (), (0,), (1, 5)))
@@ -173,6 +198,7 @@ class Caller:
             ops,
             paces,
             tells,
+            budgets,
         )
 
 
@@ -185,14 +211,15 @@ def run(server: RedisServer, seed: int, steps: int) -> None:
     now = 1_700_000_000 * SECOND
     for step in range(steps):
         now += chance.choice((0, 0, 1000, 7001, 60_000, 110_000, SECOND, 2 * SECOND))
-        now += chance.choices((0, 4 * SECOND, 9 * SECOND, 40 * SECOND, -SECOND), (80, 4, 2, 1, 4))[
-            0
-        ]
+        now += chance.choices(
+            (0, 4 * SECOND, 9 * SECOND, 40 * SECOND, -SECOND, 30_000 * SECOND),
+            (80, 4, 2, 1, 4, 1),
+        )[0]
         if chance.random() < 0.01:
             server.call("FLUSHALL")
             model = Model()
         caller = chance.choice(callers)
-        request = encode(caller.request(chance))
+        request = encode(caller.request(chance, now // (86_400 * SECOND)))
         reply = server.call("EVALSHA", sha, "1", PREFIX, request, str(now))
         try:
             expected = decode_answer(model.renew(request, now)[0])

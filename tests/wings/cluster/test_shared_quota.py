@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver.errors import ConcurrencyExceeded, InvalidApiKey, RateLimitExceeded
+from aioserver.errors import (
+    ConcurrencyExceeded,
+    InvalidApiKey,
+    RateLimitExceeded,
+    TokensExceeded,
+)
 from aioserver.wings.cluster.shared_quota import PATIENCE, SharedQuota
 from tests.support.reference_server import ReferenceServer
 from tests.support.waiting import until
@@ -18,6 +24,7 @@ pytestmark = pytest.mark.virtual_time
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from aioserver.limits.key_queue import Turn
     from aioserver.wings.cluster.leases import Leases
 
 
@@ -240,3 +247,169 @@ async def test_a_revoked_key_ends_what_is_undecided(reference: ReferenceServer) 
         await undecided
     with pytest.raises(InvalidApiKey):
         second.take()
+
+
+def keyed(
+    leases: Leases, most: int = 100, *, queue_size: int = 0, per_minute: int = 0, per_day: int = 0
+) -> SharedQuota:
+    loop = asyncio.get_running_loop()
+    return SharedQuota(
+        most,
+        60_000,
+        loop.time,
+        leases=leases,
+        name="web",
+        queue_size=queue_size,
+        tokens_per_minute=per_minute,
+        tokens_per_day=per_day,
+    )
+
+
+async def begin(quota: SharedQuota, tokens: int) -> Turn | None:
+    """The turn of an answer that may begin."""
+    try:
+        turn = quota.begin(tokens)
+    except (ConcurrencyExceeded, RateLimitExceeded):
+        return None
+    try:
+        await turn.decided()
+    except (ConcurrencyExceeded, RateLimitExceeded):
+        turn.end(unused=True)
+        return None
+    return turn
+
+
+async def test_all_instances_together_admit_the_tokens_of_the_key_wherever_they_are_wanted(
+    reference: ReferenceServer,
+) -> None:
+    quotas = [keyed(leases, per_minute=30_000) for leases in await joined(reference, 3)]
+    await asyncio.sleep(5)
+
+    one = [await begin(quotas[0], 1000) for _ in range(25)]
+    others = [await begin(each, 1000) for each in quotas[1:] for _ in range(5)]
+
+    assert None not in one
+    # What the first one has in hand is nobody else's.
+    assert len([turn for turn in others if turn is not None]) in {3, 4, 5}
+    assert sum(quota.running for quota in quotas) <= 30
+
+
+async def test_a_refusal_names_the_whole_budget_and_when_there_is_room(
+    reference: ReferenceServer,
+) -> None:
+    here, there = (keyed(leases, per_minute=60_000) for leases in await joined(reference, 2))
+    await asyncio.sleep(5)
+    for _ in range(6):
+        assert await begin(here, 10_000)
+
+    turn = there.begin(10_000)
+    with pytest.raises(TokensExceeded) as refusal:
+        await turn.decided()
+
+    turn.end(unused=True)
+    assert re.fullmatch(
+        r"tokens_per_minute of this key: limit 60000, used 59\d\d\d, requested about 10000\."
+        r" Please try again in (10.0|9\.9)s\.",
+        str(refusal.value),
+    )
+    # Those that ask soon afterwards are refused at once.
+    with pytest.raises(TokensExceeded, match="limit 60000, used 59"):
+        there.begin(10_000)
+    await asyncio.sleep(10.1)
+    assert await begin(there, 10_000)
+
+
+async def test_an_answer_that_is_refused_for_tokens_leaves_no_place_and_no_tokens(
+    reference: ReferenceServer,
+) -> None:
+    here, there = (
+        keyed(leases, 4, per_minute=1000, per_day=5000) for leases in await joined(reference, 2)
+    )
+    await asyncio.sleep(5)
+    running = await begin(here, 900)
+    assert running is not None
+
+    assert [await begin(there, 500) for _ in range(6)] == [None] * 6
+
+    assert (there.running, there.answers.inside, there.budget.reserved) == (0, 0, 0)
+    running.end(0)
+    # It is told with the next renewal.
+    await asyncio.sleep(3)
+    turns = [await begin(there, 100) for _ in range(4)]
+    assert None not in turns
+
+
+async def test_an_answer_whose_client_leaves_before_its_tokens_come_takes_none(
+    reference: ReferenceServer,
+) -> None:
+    (leases,) = await joined(reference, 1)
+    quota = keyed(leases, per_day=1000)
+    await asyncio.sleep(5)
+
+    left = quota.begin(900)
+    assert left.decision is not None
+    left.end()
+    await asyncio.sleep(3)
+
+    assert (quota.running, quota.budget.reserved) == (0, 0)
+    assert quota.budget.states()["tokens_per_day"].remaining == 1000
+    assert await begin(quota, 900)
+
+
+async def test_what_finds_no_place_at_other_instances_waits_in_the_queue_of_its_key(
+    reference: ReferenceServer,
+) -> None:
+    here, there = (keyed(leases, 2, queue_size=5) for leases in await joined(reference, 2))
+    await asyncio.sleep(5)
+    running = [await begin(here, 1) for _ in range(2)]
+    waits: list[bool] = []
+
+    late = there.begin(1, on_wait=lambda: waits.append(True))
+    assert waits == []
+    await asyncio.sleep(2 * PATIENCE)
+
+    assert late.waiting
+    assert waits == [True]
+    assert running[0] is not None
+    running[0].end()
+    await asyncio.wait_for(late.decided(), 5)
+    assert not late.waiting
+    assert here.running + there.running == 2
+
+
+async def test_a_request_that_cannot_wait_any_more_is_refused_once_it_has_to(
+    reference: ReferenceServer,
+) -> None:
+    here, there = (keyed(leases, 1, queue_size=5) for leases in await joined(reference, 2))
+    await asyncio.sleep(5)
+    assert await begin(here, 1)
+
+    def no_room() -> None:
+        raise ConcurrencyExceeded("no room")
+
+    late = there.begin(1, on_wait=no_room)
+    with pytest.raises(ConcurrencyExceeded, match="no room"):
+        await late.decided()
+
+    late.end(unused=True)
+    assert (there.running, len(there.queue)) == (0, 0)
+
+
+async def test_a_queue_waits_for_tokens_that_others_use_and_large_requests_are_not_overtaken(
+    reference: ReferenceServer,
+) -> None:
+    busy, other = (
+        keyed(leases, queue_size=1000, per_minute=60_000) for leases in await joined(reference, 2)
+    )
+    await asyncio.sleep(5)
+    small = [busy.begin(1000) for _ in range(200)]
+    await asyncio.sleep(1)
+
+    large = other.begin(40_000)
+    await asyncio.wait_for(large.decided(), 60)
+
+    started = sum(turn.decision is None or turn.decision.done() for turn in small)
+    assert 60 <= started <= 150
+    for turn in small:
+        turn.end(unused=True)
+    assert busy.budget.reserved == 0

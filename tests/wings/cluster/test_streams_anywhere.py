@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aioserver.config.settings import ClientKey
+    from aioserver.limits.budget import Reservation
     from tests.support.memory_bus import Instance
 
     Make = Callable[..., Awaitable[list[Instance]]]
@@ -411,8 +412,10 @@ async def test_a_conflict_takes_the_question_for_a_place_of_its_key_back(
     asked: list[asyncio.Future[None]] = []
 
     class Asking(Quota):
-        def take(self, *, patient: bool = False) -> asyncio.Future[None]:
-            super().take(patient=patient)
+        def take(
+            self, *, patient: bool = False, tokens: Reservation | None = None
+        ) -> asyncio.Future[None]:
+            super().take(patient=patient, tokens=tokens)
             asked.append(asyncio.get_running_loop().create_future())
             return asked[-1]
 
@@ -442,8 +445,10 @@ async def test_a_mirror_takes_its_question_back_before_it_gives_its_answer_back(
     taken_back: list[bool] = []
 
     class Asking(Quota):
-        def take(self, *, patient: bool = False) -> asyncio.Future[None]:
-            super().take(patient=patient)
+        def take(
+            self, *, patient: bool = False, tokens: Reservation | None = None
+        ) -> asyncio.Future[None]:
+            super().take(patient=patient, tokens=tokens)
             asked.append(asyncio.get_running_loop().create_future())
             return asked[-1]
 
