@@ -1,6 +1,9 @@
 """The queue of one key: requests that wait for a limit of their own key, before they ask for
 anything that is everybody's.
 
+This file is one concept, above 400 lines: a turn and the queue in which it waits pass it to each
+other, step by step.
+
 A request that waits here has no place at a provider. Which one is next is decided by the fair queue
 among the users of the key (limits/fair_queue.py); the first of them alone asks for a place, a start
 of the minute and tokens, so that a small request does not overtake a large one for ever.

@@ -129,6 +129,12 @@ class GroupWatch:
         lately.
         """
         waiting: set[Lines] = set()
+        for provider in self._router.providers.values():
+            gate = provider._gate
+            for waiter in (*gate._queue, *gate._batch):
+                lines = waiter.lines if isinstance(waiter, _Standing) else None
+                if lines is not None and (lines._over or lines._winner is not None):
+                    self._broken(f"a request that was offered a place waits at {provider.name}")
         for group in self._router.groups.values():
             for each in group._waiting:
                 waiting.add(each.lines)

@@ -13,6 +13,7 @@ import gc
 import json
 import random
 import tempfile
+import traceback
 from collections import Counter
 from contextlib import AbstractContextManager, AsyncExitStack, ExitStack
 from dataclasses import dataclass, field, replace
@@ -256,13 +257,14 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
             for end in network.open:
                 world.broken(f"a connection is open: {end.protocol!r}")
     except Exception as exc:  # noqa: BLE001 - whatever it is, it is a finding
-        world.broken(f"the run failed: {exc!r}")
+        world.broken(f"the run failed: {exc!r}{_place_of(exc)}")
     finally:
         if not dead:
             gc.collect()
         gc.enable()
         for context in faults:
-            world.broken(f"{context.get('message')}: {context.get('exception')!r}")
+            bug = context.get("exception")
+            world.broken(f"{context.get('message')}: {bug!r}{_place_of(bug)}")
         outcome.virtual_seconds = clock.Clock.now - START
         outcome.connections = network.made
         outcome.most_inside = world.sums.most_inside
@@ -276,6 +278,12 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
         loop.close()
         web_app._cached_build_middleware.cache_clear()  # noqa: SLF001 - it keeps each application alive
     return outcome
+
+
+def _place_of(exc: BaseException | None) -> str:
+    """Return where *exc* was raised, for a violation."""
+    frames = traceback.extract_tb(None if exc is None else exc.__traceback__)
+    return f", raised in {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 
 
 def _own_timers(loop: SimulatedLoop) -> Iterator[asyncio.TimerHandle]:

@@ -186,7 +186,8 @@ class TokensInHand:
         # Whether it was ever heard: before, nothing can have been used.
         self._met = False
         self._used_at = self._shown_at = self._refused_at = self._scarce_at = -inf
-        self._closed_until = -inf
+        # When nothing was promised to one that waits.
+        self._unpromised_at = self._closed_until = -inf
 
     # What the budget of the key asks.
 
@@ -231,7 +232,7 @@ class TokensInHand:
         server is asked, and the delay is 0.0.
         """
         self._turn()
-        delay = inf if self._undecided else self._delay(tokens)
+        delay = inf if self._undecided else self.delay(tokens)
         if delay == 0.0:
             return None
         if not self._heard:
@@ -243,7 +244,8 @@ class TokensInHand:
         if delay < inf:
             return self._short(PER_MINUTE, tokens, delay)
         known = self.known_shortage(tokens)
-        if known is None or tokens == self._waiting():
+        unpromised = self._clock() - self._unpromised_at <= FRESH
+        if known is None or (tokens == self._waiting() and not unpromised):
             # For one that waits there may be a promise.
             self._ask()
         return self._short(self._period, tokens, 0.0) if known is None else known
@@ -283,7 +285,7 @@ class TokensInHand:
         promised = 0 if self._promise is None else self._promise.taken.day
         return max(0, self._day.total - self._in_hand - promised)
 
-    def _delay(self, tokens: int) -> float:
+    def delay(self, tokens: int) -> float:
         """Return the seconds until a request of *tokens* may use what is in hand, or promised to
         it; inf: that is too little.
         """
@@ -291,7 +293,8 @@ class TokensInHand:
             return 0.0
         if self._promise is None or not self._promised(tokens):
             return inf
-        return max(0.0, self._promise.at - self._clock())
+        delay = self._promise.at - self._clock()
+        return delay if delay > ROUNDING else 0.0
 
     def _counts(self, tokens: int) -> int:
         """Return for how many tokens in hand a request of *tokens* counts."""
@@ -315,7 +318,7 @@ class TokensInHand:
         if self._in_hand >= (count := self._counts(tokens)):
             self._in_hand -= count
             self._spent += most
-        elif self._delay(tokens) == 0.0 and self._promise is not None:
+        elif self.delay(tokens) == 0.0 and self._promise is not None:
             promise, self._promise = self._promise, None
             reservation.have(promise.taken)
             return True
@@ -450,7 +453,7 @@ class TokensInHand:
         return self._clock() <= promise.at + LATE
 
     def _lacks(self, tokens: int) -> bool:
-        return tokens > 0 and self._delay(tokens) == inf
+        return tokens > 0 and self.delay(tokens) == inf
 
     def answered(self, answer: Tokens | None, sent: float, world: tuple[str, str]) -> None:
         """Take in the *answer* of the server in this *world* to what was asked at *sent*; None: the
@@ -494,6 +497,8 @@ class TokensInHand:
             self._scarce_at = now
         if len(given) < len(self._asked):
             self._refused_at = now
+            if isinstance(self._asked[-1], int):
+                self._unpromised_at = now
         self._asked = []
         self._serve()
         if self._undecided:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from math import inf
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ConcurrencyExceeded, InvalidApiKey, RateLimitExceeded
@@ -235,7 +236,7 @@ class SharedQuota(Quota):
             lambda: self._rate.try_take(),
             lambda: self._rate.delay(),
             self._refusal,
-            self.queue.in_front,
+            self._in_front,
             self.serve,
         )
         self._rate = self._shared_rate = SharedRate(
@@ -275,6 +276,18 @@ class SharedQuota(Quota):
         for counted in (self.answers, self._connected):
             if counted is not None:
                 counted.end(InvalidApiKey(REVOKED))
+
+    def _in_front(self) -> int:
+        """Return how many requests of the queue could start soon if there were places for them: a
+        place that waits for tokens is others' to use.
+        """
+        if not (count := self.queue.in_front()) or not self.budget.limited:
+            return count
+        assert isinstance(self.budget, SharedBudget)
+        delay = self.budget.hand.delay(self.queue.first_tokens())
+        if delay == 0.0:
+            return count
+        return 1 if delay == inf or delay < LOOK_AGAIN else 0
 
     def _first_tokens(self) -> int:
         """Return the estimate of the request that is to start next, if only tokens are missing."""

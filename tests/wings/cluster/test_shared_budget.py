@@ -99,9 +99,14 @@ class Spender:
 
 
 def spending(
-    seed: int, *loads: float, delay: float = 0.0005, error: float = 1.0, per_day: int = 0
+    seed: int,
+    *loads: float,
+    delay: float = 0.0005,
+    error: float = 1.0,
+    per_day: int = 0,
+    now: float = NOON,
 ) -> tuple[Simulation, list[Spender]]:
-    simulation = Simulation(seed, delay=delay, now=NOON)
+    simulation = Simulation(seed, delay=delay, now=now)
     per_minute = 0 if per_day else BUDGET
     spenders = [
         Spender(simulation, load, error=error, per_minute=per_minute, per_day=per_day)
@@ -326,8 +331,9 @@ def test_the_day_begins_at_what_the_ledger_knows_if_that_is_more() -> None:
 
 
 def test_a_day_ends_for_all_and_its_answers_count_no_more() -> None:
-    simulation, (one, other) = spending(10, 0.0, 0.0, per_day=1000)
-    simulation.advance(DAY / 2 - 5)
+    evening = NOON + DAY / 2 - 20
+    simulation, (one, other) = spending(10, 0.0, 0.0, per_day=1000, now=evening)
+    simulation.advance(15.0)
     for each in (one, other):
         each.ask(500)
     simulation.advance(1.0)
