@@ -115,8 +115,12 @@ class Quota:
         allow no more.
         """
         busy = self.running or self.connections or len(self.queue) or self._held
-        spent = any(state.used or state.reserved for state in self.budget.states().values())
-        return not busy and not spent and self._rate_whole
+        return not busy and self._tokens_whole and self._rate_whole
+
+    @property
+    def _tokens_whole(self) -> bool:
+        """Whether all tokens of the budgets are there."""
+        return not any(state.used or state.reserved for state in self.budget.states().values())
 
     @property
     def _rate_whole(self) -> bool:

@@ -407,7 +407,7 @@ class _Call:
         if lost or op.anew:
             tally.count += max(0, op.known - tally.told)
             tally.told = max(tally.told, op.known)
-        former = op.was if lost else tally.of.get(me, op.was)
+        former = op.was if lost or op.anew else tally.of.get(me, op.was)
         tally.count = max(0, tally.count + op.mine - former)
         tally.of[me] = op.mine
 

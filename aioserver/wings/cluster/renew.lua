@@ -306,7 +306,7 @@ for _, budget in ipairs(budgets or {}) do
   if number == kept.day then
     -- What all have had is the most that anybody knows, and what each has had since.
     if (lost or afresh) and said > kept.told then kept.count, kept.told = kept.count + said - kept.told, said end
-    local former = not lost and kept.of[me] or was
+    local former = not (lost or afresh) and kept.of[me] or was
     kept.count, kept.of[me] = math.max(0, kept.count + mine - former), mine
   end
 

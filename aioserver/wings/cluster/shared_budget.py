@@ -205,6 +205,12 @@ class TokensInHand:
         """The budgets of all instances together; 0: there is none."""
         return self._minute.limit, self._day.limit
 
+    @property
+    def quiet(self) -> bool:
+        """Whether there is nothing in hand, and nothing to be said."""
+        to_say = self._spent or self._back or self._day.mine != self._day.was
+        return not (self._in_hand or self._promise or self._undecided or to_say)
+
     def apply(self, per_minute: int, per_day: int) -> None:
         """Use other limits from now on, those of all instances together."""
         if self.limits == (per_minute, per_day):

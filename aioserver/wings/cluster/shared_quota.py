@@ -4,6 +4,8 @@ An answer that finds a granted place, a slot and its tokens in hand is counted a
 is *undecided* until the server has said whether another instance has a place to give, when the next
 slot begins, or whether there are tokens, for PATIENCE seconds at most: an answer that would have to
 wait for longer is refused, or waits in the queue of its key.
+
+This file is one concept: what a key counts and what its quota does with it are one algorithm.
 """
 
 from __future__ import annotations
@@ -340,6 +342,14 @@ class SharedQuota(Quota):
         them.
         """
         return self._leases.standing.state is State.JOINED or super()._rate_whole
+
+    @property
+    def _tokens_whole(self) -> bool:
+        """Whether another quota of this name would allow no more tokens: the server remembers what
+        it was told.
+        """
+        assert isinstance(self.budget, SharedBudget)
+        return self.budget.hand.quiet and self._rate_whole
 
     def _on_slots(self) -> None:
         self.answers.decide()

@@ -405,3 +405,22 @@ def test_an_instance_that_leaves_gives_back_what_it_has_in_hand() -> None:
         simulation.advance(0.5)
 
     assert sum(tokens for _, tokens, _ in started_by([one, other])) == 95_100
+
+
+def test_a_key_that_is_removed_and_comes_back_has_used_what_it_had() -> None:
+    simulation, (one, other) = spending(14, 0.0, 0.0, per_day=10_000)
+    simulation.advance(10.0)
+    one.ask(6000)
+    simulation.advance(15.0)
+    assert one.started
+    assert one.budget is not None
+
+    one.budget.drop()
+    leases = one.instance.leases
+    again = SharedBudget(leases, "web", 0, 10_000, lambda: simulation.now, lambda: simulation.now)
+    simulation.advance(5.0)
+
+    assert again.states()[PER_DAY].remaining == 4000
+    other.ask(4001)
+    simulation.advance(5.0)
+    assert not other.started
