@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aioserver.config import json_schema
-from aioserver.config.schema import fields, key_of, required
+from aioserver.config.schema import fields, ignored_keys, key_of, required
 from aioserver.config.settings import Settings
 from aioserver.config.shipped import SHIPPED
 from aioserver.server.reload import ONLY_BY_RESTART, TLS
@@ -27,6 +27,12 @@ PAGE = Path(__file__).with_name("configuration.md")
 # What ships with the package; the file of the same name in the repository's root is a link to it.
 SCHEMA = SHIPPED.with_name("config.schema.json")
 BEGIN = "<!-- The rest of this page is made by `python docs/tables.py`. -->\n"
+WITHOUT_EFFECT = """
+## Settings of the old system without effect
+
+| key | what does its work here |
+| --- | --- |
+"""
 HEAD = "| key | type | default | meaning |\n| --- | --- | --- | --- |\n"
 
 
@@ -45,6 +51,15 @@ def sections(cls: type[Any], path: str = "") -> Iterator[str]:
         yield f"\n### `{path}`\n\n{inspect.getdoc(cls)}\n\n{HEAD}{''.join(rows)}"
     for inner_cls, inner_path in inner:
         yield from sections(inner_cls, inner_path)
+
+
+def without_effect(cls: type[Any], path: str = "") -> Iterator[str]:
+    """Yield a row for each key that is accepted and dropped, with what does its work."""
+    for key, instead in ignored_keys(cls).items():
+        yield f"| `{f'{path}.{key}'.removeprefix('.')}` | {instead} |\n"
+    for field in fields(cls):
+        if (inner := field.metadata["validator"].inner) is not None:
+            yield from without_effect(inner, f"{path}.{key_of(field)}".removeprefix("."))
 
 
 def row(field: dataclasses.Field[Any], name: str) -> str:
@@ -75,7 +90,11 @@ def main(*, check: bool) -> int:
     if not marker:
         sys.stderr.write(f"{PAGE} has no line {BEGIN}")
         return 1
-    made = {PAGE: before + marker + "".join(sections(Settings)), SCHEMA: json_schema.text()}
+    ignored = "".join((WITHOUT_EFFECT, *without_effect(Settings)))
+    made = {
+        PAGE: before + marker + "".join(sections(Settings)) + ignored,
+        SCHEMA: json_schema.text(),
+    }
     stale = [
         path for path, text in made.items() if not path.exists() or path.read_text("utf-8") != text
     ]

@@ -187,7 +187,10 @@ class Sse:
 class Streaming:
     """The streaming of answers."""
 
-    IGNORED: ClassVar = ("backoff", "delta_batch_size")
+    IGNORED: ClassVar = {
+        "backoff": "each event goes to its client at once; http_client.backoff_factor is for retries",
+        "delta_batch_size": "each event goes to its client at once",
+    }
 
     enabled: bool = setting(
         boolean, "whether an answer is streamed when its request does not say", True
@@ -236,7 +239,7 @@ class Persistence:
 class Repository:
     """The storage of conversations."""
 
-    IGNORED: ClassVar = ("connection_pool",)
+    IGNORED: ClassVar = {"connection_pool": "one thread writes the file, and another one reads it"}
 
     type: str = setting(
         one_of("memory", "sql"),
@@ -256,7 +259,10 @@ class Repository:
 class Context:
     """Bounds on the history that is sent to a provider in front of a new message."""
 
-    IGNORED: ClassVar = ("conversation_limits", "response_tokens")
+    IGNORED: ClassVar = {
+        "conversation_limits": "max_tokens beside it bounds what is sent of every conversation",
+        "response_tokens": "max_tokens of the provider, or in the options of a question",
+    }
 
     max_tokens: int = setting(
         count,
@@ -276,7 +282,11 @@ class Context:
 class Service:
     """The way from a chat to a request to a provider."""
 
-    IGNORED: ClassVar = ("max_tool_hops", "tool_notifications", "logging")
+    IGNORED: ClassVar = {
+        "max_tool_hops": "the client runs the tools, as often as it wants to",
+        "tool_notifications": "the client runs the tools: it gets the calls as tool_calls",
+        "logging": "no text of a chat is logged; the log of requests has their numbers",
+    }
 
     system_prompt: str = setting(
         prose, "system message in front of chats that are sent as `text`; never on /v1", ""

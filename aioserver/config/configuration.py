@@ -397,9 +397,9 @@ def _section(document: Document, path: KeyPath) -> dict[str, Any]:
 
 def _ignored(cls: type[Any], values: Any, path: KeyPath, document: Document) -> Iterator[Fault]:
     """Yield a warning for each key that is accepted for compatibility and has no effect."""
-    for key in getattr(cls, "IGNORED", ()):
+    for key, instead in schema.ignored_keys(cls).items():
         if key in values:
-            yield document.fault((*path, key), "ignored: aioserver has no such setting")
+            yield document.fault((*path, key), f"ignored: {instead}")
     for setting in schema.fields(cls):
         inner, value = setting.metadata["validator"].inner, values.get(setting.name)
         if inner is not None and isinstance(value, dict):

@@ -13,7 +13,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from aioserver import __version__
-from aioserver.config.schema import fields, key_of, required
+from aioserver.config.schema import fields, ignored_keys, key_of, required
 from aioserver.config.settings import Settings
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # A value that a variable of the environment replaces may have any type.
 VARIABLE = {"$ref": "#/definitions/variable"}
-IGNORED = {"description": "accepted, and without a part in this server"}
 
 
 def document() -> dict[str, Any]:
@@ -47,13 +46,15 @@ def section_schema(cls: type[Any]) -> dict[str, Any]:
     """
     keys = fields(cls)
     needed = [key_of(field) for field in keys if required(field)]
-    ignored: tuple[str, ...] = getattr(cls, "IGNORED", ())
     return {
         "description": inspect.getdoc(cls),
         "type": "object" if needed else ["object", "null"],
         "properties": {
             **{key_of(field): _property(field) for field in keys},
-            **dict.fromkeys(ignored, IGNORED),
+            **{
+                key: {"description": f"ignored: {instead}"}
+                for key, instead in ignored_keys(cls).items()
+            },
         },
         "required": needed,
         "additionalProperties": False,

@@ -200,9 +200,9 @@ def required(field: dataclasses.Field[Any]) -> bool:
 def section(cls: type[T]) -> Validator:
     """Return the validator of a settings class, which turns a valid mapping into an instance.
 
-    Keys that the class lists in `IGNORED` are accepted and dropped. A section without a value,
-    such as one whose lines are all comments, counts as an empty mapping. The validator raises
-    `Faults`.
+    Keys that the class has in `IGNORED`, with what does their work, are accepted and dropped. A
+    section without a value, such as one whose lines are all comments, counts as an empty mapping.
+    The validator raises `Faults`.
     """
     keys: dict[Any, Any] = {
         (vol.Required if required(field) else vol.Optional)(key_of(field)): field.metadata[
@@ -211,7 +211,7 @@ def section(cls: type[T]) -> Validator:
         for field in fields(cls)
     }
     names = {key_of(field): field.name for field in fields(cls)}
-    ignored: tuple[str, ...] = getattr(cls, "IGNORED", ())
+    ignored = ignored_keys(cls)
     schema = vol.Schema(keys)
 
     def test(mapping: Any) -> T:
@@ -230,6 +230,14 @@ def section(cls: type[T]) -> Validator:
         return cls(**{names[key]: value for key, value in values.items()})
 
     return Validator("section", test, cls, json={"section": cls})
+
+
+def ignored_keys(cls: type[Any]) -> Mapping[str, str]:
+    """Return the keys of a settings class that are accepted without effect, since files of the
+    system that aioserver replaces have them, each with what does its work here.
+    """
+    ignored: Mapping[str, str] = getattr(cls, "IGNORED", {})
+    return ignored
 
 
 def _partial(cls: type[T], mapping: dict[str, Any]) -> tuple[T | Any, list[vol.Invalid]]:

@@ -393,7 +393,10 @@ class Usage:
 class Settings:
     """The whole configuration."""
 
-    IGNORED: ClassVar = ("mcp", "chat_store")
+    IGNORED: ClassVar = {
+        "mcp": "the client runs the tools that it names in its request",
+        "chat_store": "chat.service.repository says where conversations are kept",
+    }
 
     chat: Chat = group(Chat, shipped.values("chat"))
     llm: Llm = group(Llm)

@@ -7,23 +7,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from aioserver.config import chat, configuration, document, llm
-from aioserver.config.schema import fields
 from aioserver.config.settings import Settings
 from aioserver.config.shipped import SHIPPED
 from aioserver.server.reload import ONLY_BY_RESTART
-from tests.support.configurations import load, paths, refused
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from tests.support.configurations import ORIGINAL, load, paths, refused
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/configuration.md").read_text()
-SECTION = re.compile(r"^### `(\S+)`$(.*?)(?=^### |\Z)", re.MULTILINE | re.DOTALL)
+SECTION = re.compile(r"^### `(\S+)`$(.*?)(?=^##|\Z)", re.MULTILINE | re.DOTALL)
 ROW = re.compile(r"^\| (`.*) \|$", re.MULTILINE)
 CELLS = re.compile(r" (?<!\\)\| ")
 COMPARISON = re.compile(r'compare\(self, "(\S+)", "(\S+)", "(\S+)"\)')
@@ -32,14 +27,6 @@ ROWS = [
     (title, CELLS.split(row)) for title, text in SECTION.findall(PAGE) for row in ROW.findall(text)
 ]
 RULES = COMPARISON.findall(inspect.getsource(chat) + inspect.getsource(llm))
-
-
-def ignored(cls: type[Any]) -> Iterator[str]:
-    """The keys that are accepted and have no effect."""
-    yield from getattr(cls, "IGNORED", ())
-    for field in fields(cls):
-        if (inner := field.metadata["validator"].inner) is not None:
-            yield from ignored(inner)
 
 
 def section(title: str) -> str:
@@ -80,8 +67,20 @@ def test_settings_that_only_a_restart_changes_are_named(key: str) -> None:
     assert f"`{key}`" in section("Reload")
 
 
-def test_every_key_without_an_effect_is_named() -> None:
-    assert {key for key in ignored(Settings) if f"`{key}`" not in section("The file")} == set()
+def test_every_key_without_an_effect_is_named_with_what_does_its_work_as_its_warning_says() -> (
+    None
+):
+    table = section("Settings of the old system without effect")
+    rows = {row[0].strip("`"): row[1] for row in map(CELLS.split, ROW.findall(table))}
+
+    warned = [
+        warning.split(" ", 1)[1].split(": ignored: ")
+        for warning in configuration.Configuration.load(ORIGINAL, environ={}).warnings
+        if ": ignored: " in warning
+    ]
+    # The original has all of them.
+    assert dict(warned) == rows
+    assert len(rows) == 10
 
 
 def test_the_size_of_a_file_and_the_prefix_of_overrides_are_those_of_the_code() -> None:
