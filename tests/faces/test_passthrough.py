@@ -449,6 +449,7 @@ async def test_no_header_of_a_client_passes_but_those_of_its_body_and_those_that
 
     headers = account.passed[0].headers
     assert headers.pop("user-agent").startswith("aioserver/")
+    assert headers.pop("x-aioserver-hop")
     assert headers == {
         "host": f"127.0.0.1:{account.port}",
         "accept": "audio/*",

@@ -118,6 +118,8 @@ def test_the_sum_of_one_instance_is_its_own_state(
 
     single: Any = copy.deepcopy(snapshot)
     summed: Any = total
+    # That of the snapshot knows what has happened lately, as a loop that was late.
+    del single["verdict"], summed["verdict"]
     for owner in (single, summed, *single["providers"].values(), *summed["providers"].values()):
         for key in ("first_token", "silence", "delay"):
             owner.pop(key, None)  # in buckets, tested below
