@@ -10,6 +10,7 @@ import aiohttp
 from yarl import URL
 
 from aioserver.client.answer import Answer
+from aioserver.client.credentials import Credentials
 from aioserver.client.event_source import NOT_CONNECTED, EventSourceTransport
 from aioserver.client.faults import AnswerError, describe
 from aioserver.client.history import PAGE, History, Summary, Turn
@@ -18,6 +19,7 @@ from aioserver.client.socket import MAX_ID_CHARACTERS, SocketTransport, make_que
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from aioserver.client.credentials import Key
     from aioserver.client.socket import Transport
 
 # Seconds for DNS, TCP and TLS together.
@@ -36,7 +38,9 @@ class Client:
                 print(piece, end="")
 
     *url*: the server's, with the path of a proxy that leads to it, if there is one. *key*: a
-    client key, for a server that wants one. *transport*: `websocket`, where answers share sockets,
+    client key, for a server that wants one; or a function, async or not, that returns a key or a
+    token: it is asked at each connect, and once more when the server refuses what it has returned.
+    *transport*: `websocket`, where answers share sockets,
     or `sse`, where each has an HTTP response. *endpoint*: the path of that face, if it is not the
     one of the shipped configuration. *deadline*: seconds that an answer may take, waits and
     reconnections included; None: no deadline. *session*: an aiohttp session to use, for a proxy or
@@ -51,7 +55,7 @@ class Client:
         self,
         url: str = "http://127.0.0.1:8000",
         *,
-        key: str | None = None,
+        key: Key = None,
         transport: Literal["websocket", "sse"] = "websocket",
         endpoint: str | None = None,
         deadline: float | None = 300.0,
@@ -60,7 +64,7 @@ class Client:
         if transport not in {"websocket", "sse"}:
             raise ValueError(f"transport must be websocket or sse, not {transport}")
         self.url = base_url(url)
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._credentials = Credentials(key)
         self._transport_name = transport
         self._endpoint = endpoint or {"websocket": "/ws/chat", "sse": "/sse/chat"}[transport]
         self._deadline = _checked(deadline)
@@ -189,7 +193,7 @@ class Client:
         await self._history().delete(conversation_id)
 
     def _history(self) -> History:
-        return History(self._opened_session(), self.url, self._headers, self._deadline)
+        return History(self._opened_session(), self.url, self._credentials, self._deadline)
 
     def _opened_session(self) -> aiohttp.ClientSession:
         """Return the session; it is made when it is used first, in the event loop."""
@@ -209,7 +213,7 @@ class Client:
         session = self._opened_session()
         if self._transport is None:
             make = SocketTransport if self._transport_name == "websocket" else EventSourceTransport
-            self._transport = make(session, self.url + self._endpoint, self._headers)
+            self._transport = make(session, self.url + self._endpoint, self._credentials)
         return self._transport
 
 

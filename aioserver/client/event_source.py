@@ -19,6 +19,7 @@ from urllib.parse import quote
 import aiohttp
 from yarl import URL
 
+from aioserver.client.credentials import UNAUTHORIZED
 from aioserver.client.faults import (
     MAX_ERROR_BYTES,
     RESTART,
@@ -39,6 +40,7 @@ from aioserver.protocol import frames as protocol_frames
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from aioserver.client.credentials import Credentials
     from aioserver.client.socket import Question
     from aioserver.protocol.frames import Frame
 
@@ -206,8 +208,8 @@ class EventSourceTransport(Transport):
 
     _HEADERS: ClassVar = {"Accept": "text/event-stream"}
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> None:
-        super().__init__(session, url, headers)
+    def __init__(self, session: aiohttp.ClientSession, url: str, credentials: Credentials) -> None:
+        super().__init__(session, url, credentials)
         # The readings that were sent and have not ended.
         self._readings: set[EventSourceReading] = set()
         # Losses so far; whether nothing that was asked since the last one has had a response; and
@@ -260,30 +262,35 @@ class EventSourceTransport(Transport):
         if self.closed:
             raise Broken(Fault("connect_error", "the client is closed"))
         self._readings.add(reading)
+        response = await self._asked(reading)
+        if response.status == UNAUTHORIZED and self.credentials.renewable:
+            self.finish(response)
+            response = await self._asked(reading)
+        self.reconnection.reached = True
+        if response.status not in AWAY and reading.losses == self.losses:
+            self._down = False
+        return response
+
+    async def _asked(self, reading: EventSourceReading) -> aiohttp.ClientResponse:
         question, reading.losses = reading.question, self.losses
-        headers = {**self._headers, **self._HEADERS}
+        headers = {**await self.credentials.headers(), **self._HEADERS}
         if reading.resumes:
             headers["Last-Event-ID"] = str(reading.last)
-            response = await self._session.get(
+            return await self._session.get(
                 self._address(question.request_id),
                 headers=headers,
                 timeout=_TIMEOUT,
                 allow_redirects=False,
             )
-        else:
-            headers["Content-Type"] = "application/json"
-            response = await self._session.post(
-                self.url,
-                # A large body that is bytes would be written in one piece, which aiohttp warns of.
-                data=io.BytesIO(question.body()),
-                headers=headers,
-                timeout=_TIMEOUT,
-                allow_redirects=False,
-            )
-        self.reconnection.reached = True
-        if response.status not in AWAY and reading.losses == self.losses:
-            self._down = False
-        return response
+        headers["Content-Type"] = "application/json"
+        return await self._session.post(
+            self.url,
+            # A large body that is bytes would be written in one piece, which aiohttp warns of.
+            data=io.BytesIO(question.body()),
+            headers=headers,
+            timeout=_TIMEOUT,
+            allow_redirects=False,
+        )
 
     def forget(self, reading: EventSourceReading) -> None:
         """Forget a reading that has ended, or was left."""
@@ -323,9 +330,10 @@ class EventSourceTransport(Transport):
 
     async def _cancel(self, request_id: str) -> None:
         timeout = aiohttp.ClientTimeout(total=CANCEL_TIMEOUT)
+        headers = await self.credentials.headers()
         try:
             async with self._session.delete(
-                self._address(request_id), headers=self._headers, timeout=timeout
+                self._address(request_id), headers=headers, timeout=timeout
             ):
                 pass
         except (OSError, aiohttp.ClientError):

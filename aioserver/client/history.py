@@ -15,6 +15,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
+from aioserver.client.credentials import UNAUTHORIZED
 from aioserver.client.faults import (
     MAX_ERROR_BYTES,
     AnswerError,
@@ -28,6 +29,8 @@ from aioserver.client.faults import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from aioserver.client.credentials import Credentials
 
 T = TypeVar("T")
 
@@ -83,12 +86,12 @@ class History:
         self,
         session: aiohttp.ClientSession,
         url: str,
-        headers: dict[str, str],
+        credentials: Credentials,
         deadline: float | None,
     ) -> None:
         self._session = session
         self._url = f"{url}/conversations"
-        self._headers = headers
+        self._credentials = credentials
         self._deadline = deadline
 
     async def listing(self, most: int) -> list[Summary]:
@@ -132,6 +135,8 @@ class History:
             try:
                 async with asyncio.timeout_at(until), asyncio.timeout(REQUEST_TIMEOUT):
                     status, body, headers = await self._once(method, url)
+                    if status == UNAUTHORIZED and self._credentials.renewable:
+                        status, body, headers = await self._once(method, url)
             except (OSError, aiohttp.ClientError) as error:
                 fault = unreachable_fault(self._url, error)
                 wait: float | None = reconnection.after_loss()
@@ -153,7 +158,7 @@ class History:
         async with self._session.request(
             method,
             url,
-            headers=self._headers,
+            headers=await self._credentials.headers(),
             allow_redirects=False,
             timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT),
         ) as response:

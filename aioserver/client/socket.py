@@ -28,6 +28,7 @@ import orjson
 from aiohttp import WSMsgType
 from multidict import CIMultiDict
 
+from aioserver.client.credentials import UNAUTHORIZED
 from aioserver.client.faults import (
     FINAL_CLOSE_CODES,
     MAX_ERROR_BYTES,
@@ -51,6 +52,7 @@ from aioserver.protocol import frames
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
+    from aioserver.client.credentials import Credentials
     from aioserver.protocol.frames import Frame
 
 T = TypeVar("T")
@@ -230,12 +232,12 @@ class Transport(ABC):
     reading then.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> None:
+    def __init__(self, session: aiohttp.ClientSession, url: str, credentials: Credentials) -> None:
         self.closed = False
         self.reconnection = Reconnection(random.random)
         self._session = session
         self.url = url
-        self._headers = headers
+        self.credentials = credentials
         self._tasks: set[asyncio.Task[Any]] = set()
         # Why there is no connection, and the loop's time before which none is opened.
         self._loss: tuple[Fault, float] | None = None
@@ -599,6 +601,9 @@ class Connection:
         if code in FINAL_CLOSE_CODES:
             return protocol_error(f"the server closed the socket with close code {code}")
         if code == aiohttp.WSCloseCode.POLICY_VIOLATION and remark and not remark.retryable:
+            if remark.code == INVALID_KEY and self._transport.credentials.renewable:
+                # Its token has expired: the next connection has another one.
+                return self._transport.lost(remark)
             return Broken(remark)
         quiet = code in QUIET_CLOSE_CODES
         return self._transport.lost(remark or closed_fault(code), None if quiet else code)
@@ -621,6 +626,7 @@ HEARTBEAT = 30.0
 # Seconds for which the server lets an answer without a reader go on, by default: then it needs no
 # `cancel`.
 CANCEL_WINDOW = 30.0
+INVALID_KEY = "invalid_api_key"
 CLOSED = Fault("connect_error", "the client is closed")
 
 
@@ -629,8 +635,8 @@ class SocketTransport(Transport):
     once.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> None:
-        super().__init__(session, url, headers)
+    def __init__(self, session: aiohttp.ClientSession, url: str, credentials: Credentials) -> None:
+        super().__init__(session, url, credentials)
         self._connections: list[Connection] = []
         self._opening: asyncio.Task[Connection] | None = None
         # Answers to be cancelled when there is a connection, and until which time of the loop.
@@ -720,22 +726,47 @@ class SocketTransport(Transport):
         Raises:
             Interrupted: it cannot be opened now, or not at all.
         """
+        headers = await self.credentials.headers()
+        try:
+            return await self._connected(headers)
+        except aiohttp.WSServerHandshakeError as error:
+            if error.status != UNAUTHORIZED or not self.credentials.renewable:
+                raise await self._refused(error, headers) from None
+        headers = await self.credentials.headers()
+        try:
+            return await self._connected(headers)
+        except aiohttp.WSServerHandshakeError as error:
+            raise await self._refused(error, headers) from None
+
+    async def _refused(
+        self, error: aiohttp.WSServerHandshakeError, headers: dict[str, str]
+    ) -> Interrupted:
+        """Return what a handshake with *headers* that the server has refused means."""
+        fault, final = refusal(error.status, CIMultiDict(error.headers or {}), b"")
+        if final:
+            return Broken(await self._reason(error.status, fault, headers))
+        self.reconnection.reached = True
+        return self.lost(fault)
+
+    async def _connected(self, headers: dict[str, str]) -> Connection:
+        """Open a connection with *headers*.
+
+        Raises:
+            WSServerHandshakeError: the server has refused it.
+            Interrupted: it cannot be opened now, or not at all.
+        """
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                 ws = await self._session.ws_connect(
                     self.url,
-                    headers=self._headers,
+                    headers=headers,
                     max_msg_size=MAX_FRAME_BYTES,
                     heartbeat=HEARTBEAT,
                     timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT),
                     decode_text=False,
                 )
-        except aiohttp.WSServerHandshakeError as error:
-            fault, final = refusal(error.status, CIMultiDict(error.headers or {}), b"")
-            if final:
-                raise Broken(await self._reason(error.status, fault)) from None
-            self.reconnection.reached = True
-            raise self.lost(fault) from None
+        except aiohttp.WSServerHandshakeError:
+            raise
         except aiohttp.TooManyRedirects:
             raise protocol_error(f"{self.url} redirects for ever") from None
         except aiohttp.InvalidURL as error:
@@ -751,7 +782,7 @@ class SocketTransport(Transport):
         self._cancels.clear()
         return connection
 
-    async def _reason(self, status: int, fault: Fault) -> Fault:
+    async def _reason(self, status: int, fault: Fault, headers: dict[str, str]) -> Fault:
         """Return why a handshake was refused with *status*; *fault* if that cannot be known.
 
         aiohttp keeps the body of a refused handshake to itself, but a plain request is refused for
@@ -760,7 +791,7 @@ class SocketTransport(Transport):
         timeout = aiohttp.ClientTimeout(total=REASON_TIMEOUT)
         try:
             async with self._session.get(
-                self.url, headers=self._headers, timeout=timeout, allow_redirects=False
+                self.url, headers=headers, timeout=timeout, allow_redirects=False
             ) as response:
                 if response.status == status:
                     body = await read_body(response, MAX_ERROR_BYTES)

@@ -486,3 +486,28 @@ async def test_the_delay_before_a_try(server: RunningServer, page: Page) -> None
         quarter = (most - least) / 4
         assert least <= shortest <= least + quarter, name
         assert most - quarter <= longest <= most, name
+
+
+@pytest.mark.parametrize("transport", ["websocket", "sse"])
+async def test_a_key_that_is_a_function_is_asked_again_after_a_401(
+    make_server: MakeServer, page: Page, transport: str
+) -> None:
+    server = await make_server(**keys_of("web"))
+    async with unwatched(page) as other, page_elsewhere(other, server.base):
+        assert await server.change(
+            **{**keys_of("web"), "chat.websocket.allow_origins": [other.url.rstrip("/")]}
+        )
+        text, asked = await other.evaluate(
+            """async ([a, transport, key]) => {
+              const keys = ["aio-old"];
+              let asked = 0;
+              const next = async () => (asked++, keys.shift() ?? key);
+              const client = new aio.Client(a, { transport, key: next });
+              const { text } = await read(client.chat("Hello"));
+              return [text, asked];
+            }""",
+            [server.base, transport, key_of("web")],
+        )
+
+    assert text
+    assert asked >= 2

@@ -2,8 +2,11 @@
 
 /** What may be said about the client, and about each of its questions. */
 export interface ClientOptions {
-  /** A client key, for a server that wants one. A key in the source of a page is public. */
-  key?: string;
+  /**
+   * A client key, for a server that wants one; or a function that returns a key or a token, which is asked at each connect,
+   * and once more after a 401. A key in the source of a page is public.
+   */
+  key?: string | (() => string | Promise<string>);
   /** Send cookies to a server of another origin: the session that `POST /session` gave. On its own origin they are always sent. */
   session?: boolean;
   /** Absent: a WebSocket, and server-sent events where no WebSocket opens while the server answers over HTTP. */

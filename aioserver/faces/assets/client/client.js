@@ -40,6 +40,8 @@ export class Client {
   state = { name: "idle" };
   endpoints = { websocket: "/ws/chat", sse: "/sse/chat", conversations: "/conversations" };
   #options;
+  #asks; // whether the key is a function, which is asked each time: a token does not live as long as a page
+  #key = () => (this.#asks ? this.#options.key() : this.#options.key);
   #sse; // whether answers come by SSE
   #blocked = 0; // WebSockets in succession that did not open while the server answered over HTTP
   #links = new Set(); // what is known of each question whose answer is being read
@@ -57,8 +59,9 @@ export class Client {
   deleteConversation = (id) => this.#kept(`/${encodeURIComponent(id)}`, { method: "DELETE" });
 
   constructor(url, options = {}) {
-    if (/[^\w!#$%&'*+.^`|~-]/.test(options.key ?? "")) throw new TypeError("the key has characters that no key has");
+    if (typeof options.key === "string" && /[^\w!#$%&'*+.^`|~-]/.test(options.key)) throw new TypeError("the key has characters that no key has");
     this.url = new URL(url, globalThis.location?.href).href.replace(/\/+$/, "");
+    this.#asks = typeof options.key === "function";
     this.#options = { deadline: 300, before() {}, onstate() {}, ...options };
     if (options.transport === "websocket" && !globalThis.WebSocket) throw new TypeError("there is no WebSocket here: Node.js 22 has one");
     this.#sse = options.transport === "sse" || !globalThis.WebSocket;
@@ -259,12 +262,17 @@ export class Client {
       await this.#options.before(this);
       if (attempt !== this.#attempt) return; // another one has begun meanwhile
       if (this.#sse) return this.#admitted();
-      const protocols = this.#options.key ? ["aioserver", `aioserver.key.${this.#options.key}`] : [];
+      const key = await this.#key();
+      if (attempt !== this.#attempt) return;
+      const protocols = key ? ["aioserver", `aioserver.key.${key}`] : [];
       const socket = new WebSocket(this.url.replace(/^http/, "ws") + this.endpoints.websocket, protocols);
       Object.assign(attempt, { socket, send: (frame) => socket.send(JSON.stringify(frame)) });
       socket.onopen = () => attempt.send({ action: "ping" });
       socket.onmessage = ({ data }) => this.#receive(data);
-      socket.onclose = ({ code }) => (attempt.heard ? this.#lose(code, attempt.fault) : this.#diagnose(code));
+      // Where its token has expired, the next one has another token.
+      const expired = (code) => code === 1008 && this.#asks && attempt.fault?.code === "invalid_api_key";
+      const ended = (code) => (attempt.heard ? this.#lose(code, attempt.fault) : this.#diagnose(code));
+      socket.onclose = ({ code }) => (expired(code) ? this.#lose(1006) : ended(code));
       attempt.timers.push(setTimeout(() => attempt.heard || this.#diagnose(1006), PATIENCE));
     } catch (error) {
       if (attempt === this.#attempt) this.#lose(1006, { error: error.message });
@@ -339,10 +347,12 @@ export class Client {
     this.#options.onstate(state);
   }
 
-  #fetch(path, { headers, ...init } = {}) {
-    const { key, session } = this.#options;
+  async #fetch(path, { headers, ...init } = {}, again = true) {
+    const { session } = this.#options;
+    const key = await this.#key();
     const all = { ...headers, ...(key && { Authorization: `Bearer ${key}` }) };
-    return fetch(this.url + path, { cache: "no-store", credentials: session ? "include" : "same-origin", ...init, headers: all });
+    const response = await fetch(this.url + path, { cache: "no-store", credentials: session ? "include" : "same-origin", ...init, headers: all });
+    return response.status === 401 && again && this.#asks ? this.#fetch(path, { headers, ...init }, false) : response;
   }
 
   async #kept(path, init) {
