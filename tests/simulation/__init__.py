@@ -8,7 +8,8 @@ connection is made, with its faults (dials.py); link: a connection of the server
 listener, transport: the network (network.py, transport.py). client: who asks, and reads
 (client.py, own_faces.py, openai_faces.py, returning.py); silent: who says nothing (silence.py).
 habit: what a client does beside asking and reading. talk: what an agent says and is answered in
-messages (messages.py, message_events.py), by engines of odd habits (engine_shapes.py).
+messages (messages.py, message_events.py), by engines of odd habits (engine_shapes.py). Agents with
+the patience of those that exist are in agents.py.
 
 cluster: instances that share a server, and what happens to them (cluster.py). member: one of them
 (membership.py). shared server: the Redis or Valkey of a run, with its faults (shared_server.py).

@@ -806,6 +806,16 @@ def forgetful(self, what):
     return again
 LearningAttempt._repeats_without = forgetful
 """,
+    # Of agents that wait.
+    "that a session is a flow": """
+from aioserver.faces import intake
+intake.SESSION_HEADERS = ()
+""",
+    "that a comment is no event": """
+from aioserver.faces import openai
+from aioserver.wings.responses import face
+face._dialect = lambda request: openai.OPENAI
+""",
 }
 # A cluster in which everything goes well, but for what a breakage needs.
 GOOD: dict[str, Any] = {"instances": 3, "shared": {}, "balancer": "random", "operations": {}}
@@ -945,6 +955,8 @@ NEEDS: dict[str, dict[str, Any]] = {
         ),
         BRIDGED,
     ),
+    "that a session is a flow": {"agents": True},
+    "that a comment is no event": {"agents": True},
     "that a message has not ended well": {
         **BRIDGED,
         "provider_fault_share": 0.5,
@@ -1156,6 +1168,8 @@ NEEDS: dict[str, dict[str, Any]] = {
 }
 # The seed that is tried first, where an earlier one is known to notice nothing: for speed alone.
 FIRST = {
+    "that a session is a flow": 8,
+    "that a comment is no event": 8,
     "a reminder": 1,
     "the reasoning of a whole answer": 1,
     "what the engine calls a call": 1,
@@ -1201,6 +1215,7 @@ FIRST = {
 
 def noticed(name: str) -> str:
     """Return what is noticed of the server that has forgotten *name*."""
+    from tests.simulation import agents
     from tests.simulation.grouping import Grouping
     from tests.simulation.plan import Shared, draw
     from tests.simulation.world import play
@@ -1210,6 +1225,11 @@ def noticed(name: str) -> str:
     for seed in range(first, first + SEEDS):
         # A few agents in each run would be a few others less.
         needs = {"messages": 0.0, "refuses": (), **NEEDS.get(name, {})}
+        if needs.pop("agents", False):
+            plan = agents.plan_of(seed)
+            if violations := play(plan).violations:
+                return f"seed {seed}: {violations[0]}"
+            continue
         if "shared" in needs:
             needs["shared"] = Shared(**needs["shared"])
         if "grouping" in needs:

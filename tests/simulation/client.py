@@ -18,6 +18,7 @@ import aiohttp
 import orjson
 
 from tests.simulation import (
+    agents,
     background,
     kept_talk,
     messages,
@@ -72,6 +73,7 @@ ASK = {
     uploads.FACE: uploads.ask,
     background.FACE: background.ask,
     messages.FACE: messages.ask,
+    agents.FACE: agents.ask,
 }
 # The codes of refusals that must say when to come back.
 COME_BACK = {
@@ -187,6 +189,9 @@ class Client:
         self.message: dict[str, Any] | None = None
         self.asked_at = self.ended_at = 0.0
         self.keyed = False
+        # The seconds for which an agent has waited for each answer, by its number among those that
+        # it asks for at once, and by its turn.
+        self.waits: dict[tuple[int, int], float] = {}
         self.sent = 0
         self.patience = Patience(lambda: GIVE_UP if self.network_was_bad else plan.patience)
         self.session: aiohttp.ClientSession

@@ -65,6 +65,18 @@ for balancer, shared in (("sticky", None), ("random", None), ("random", Shared()
     assert not outcome.violations, outcome.violations
     print(balancer, outcome.most_inside, dict(outcome.ends))
 """
+# Fifty agents on four places, each of them with the patience that it was seen to have.
+AGENTS = """
+from tests.simulation import clock
+clock.install()
+from tests.simulation.swarm import prepare
+prepare()
+from tests.simulation import agents
+from tests.simulation.world import play
+outcome = play(agents.plan_of(8))
+assert not outcome.violations, outcome.violations
+print(dict(outcome.ends))
+"""
 # Heads that stall longer than the server waits for them, of clients that are still sending their
 # bodies then.
 SLOW_UPLOADS = """
@@ -177,6 +189,12 @@ def test_a_connection_that_is_lost_at_the_end_of_an_upload_is_no_violation() -> 
     result = run("-c", SLOW_UPLOADS)
     assert result.returncode == 0, result.stderr
     assert "gone: " in result.stdout, "some connections are lost"
+
+
+def test_fifty_agents_on_four_places_are_answered_and_told() -> None:
+    result = run("-c", AGENTS)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "{'complete': 50}\n"
 
 
 def noticed(names: Iterable[str]) -> tuple[set[str], str]:

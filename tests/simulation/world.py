@@ -27,7 +27,7 @@ from aiohttp import web_app
 from aioserver.monitoring import snapshot
 from aioserver.wings.simulator import shapes
 from aioserver.wings.simulator.exchange import Behaviour
-from tests.simulation import clock, engine_shapes
+from tests.simulation import agents, clock, engine_shapes
 from tests.simulation.bills import Bills
 from tests.simulation.client import DIALLER, Client
 from tests.simulation.cluster import Cluster
@@ -385,6 +385,7 @@ async def _serve(world: World, outcome: Outcome, only: Collection[int] | None) -
                 world.sums.check_turns(asked)
                 world.sums.check_messages(asked)
     world.sums.check_learning()
+    agents.check(clients, world.broken)
     if operations:
         await asyncio.gather(*operations)
     for _ in range(int(AFTERWARDS)):
