@@ -369,6 +369,7 @@ jwks = text(
 TAKEN = frozenset(
     (
         *("/client.js", "/client.d.ts", "/dashboard", "/events", "/metrics", "/session", "/stats"),
+        "/openapi.json",
         "/usage",
         *("/health", "/healthz", "/livez", "/ready", "/readyz"),
         *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models"),

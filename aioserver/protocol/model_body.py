@@ -30,8 +30,8 @@ MAX_ID_BYTES = 1024
 MAX_METADATA_BYTES = 4096
 
 
-class _Fields(msgspec.Struct, gc=False):
-    """The fields as nearly all clients send them."""
+class Fields(msgspec.Struct, gc=False):
+    """The fields that are read, as nearly all clients send them."""
 
     model: str | None = None
     stream: bool | None = None
@@ -62,7 +62,7 @@ class _RawFields(msgspec.Struct, gc=False):
     stream_options: Raw = ABSENT
 
 
-_DECODER = msgspec.json.Decoder(_Fields)
+_DECODER = msgspec.json.Decoder(Fields)
 _RAW_DECODER = msgspec.json.Decoder(_RawFields)
 # The longest body that may be read twice: first as nearly all clients send it, then whatever it
 # has.

@@ -6,7 +6,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
 from aioserver.faces.wing import Routes, Wing
-from aioserver.wings.doors import hooks, issuers
+from aioserver.wings.doors import hooks, issuers, openapi
 from aioserver.wings.doors.hooks import HookSet
 from aioserver.wings.doors.issuers import Issuers
 from aioserver.wings.doors.token_callers import TokenCallers
@@ -47,9 +47,11 @@ class DoorsWing(Wing):
         self._note(core.settings)
 
     async def serve(self, context: Context) -> Routes:
-        """Let the monitor show when keys cannot be had."""
+        """Let the monitor show when keys cannot be had, and return the route of the description of
+        the API.
+        """
         self._issuers.show_in(context.monitor)
-        return Routes()
+        return Routes(open=openapi.routes(context))
 
     def prepare(self, settings: Settings) -> Callable[[], None]:
         """Return the function that asks the hooks of *settings*, and takes its tokens.

@@ -1,0 +1,314 @@
+"""`GET /openapi.json`: our own faces as OpenAPI 3.1 has them (https://spec.openapis.org/oas/v3.1.1).
+
+It is made of what serves: the table of routes, with the configured paths; the policies of the guard,
+which become `security`; the structs of messages, and the errors. What passes through below `/v1` is
+one entry. OpenAPI has no word for a WebSocket: such an operation has `x-websocket: true`.
+
+It is made at the first request, when all routes are there, and stays as long as the server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+import orjson
+from aiohttp import ETag, hdrs, web
+from msgspec.inspect import BoolType, IntType, NoneType, StrType, StructType, UnionType, type_info
+
+from aioserver import __version__, provider_errors
+from aioserver.auth.guard import COOKIE, KEY_HEADERS, Policy
+from aioserver.errors import AioserverError
+from aioserver.protocol import client_frames
+from aioserver.protocol.frames import Frame
+from aioserver.protocol.model_body import Fields
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from aiohttp.web_urldispatcher import AbstractRoute
+    from msgspec.inspect import Type
+
+    from aioserver.faces.context import Context
+
+PATH = "/openapi.json"
+# Routes that are not in it, by the beginning of their paths, and why.
+LEFT_OUT = {
+    "/assets/": "a file of our pages",
+    "/client": "the client for pages, a module",
+    "/dashboard": "a page for people",
+    "/healthz": "another name of /health",
+    "/livez": "another name of /health",
+    "/readyz": "another name of /ready",
+    "/v1/responses/{question}": "what no path is, and is told so",
+}
+HEADERS = {"Cache-Control": "no-cache", "Vary": "Origin"}
+_PARAMETER = re.compile(r"\{(\w+)\}")
+SCHEMA = "#/components/schemas/{name}"
+# How a caller may show its key.
+SECURITY = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    **{name: {"type": "apiKey", "in": "header", "name": name} for name in KEY_HEADERS},
+    "session": {"type": "apiKey", "in": "cookie", "name": COOKIE},
+}
+TEXT, FLAG, NUMBER, OBJECT = ({"type": name} for name in ("string", "boolean", "number", "object"))
+TYPES = {BoolType: "boolean", IntType: "integer", NoneType: "null", StrType: "string"}
+# The types of the fields of a question, which are read as bytes (protocol/client_frames.py).
+QUESTION: dict[str, Any] = {
+    "text": TEXT,
+    "messages": {"type": "array", "items": OBJECT},
+    "streaming": FLAG,
+    "conversation_id": TEXT,
+    "provider": TEXT,
+    "model": TEXT,
+    "options": OBJECT,
+    "metadata": OBJECT,
+    "start_within": NUMBER,
+    "deadline": NUMBER,
+    "class": {"type": "string", "enum": ["interactive", "batch"]},
+}
+POSITION: dict[str, Any] = {
+    "type": "object",
+    "properties": {"last_event_id": {"type": "integer", "minimum": 0}},
+}
+
+
+class Operation(NamedTuple):
+    """What a route is for: a sentence, the name of the schema of its body, if it has one, and the
+    type of what it answers.
+    """
+
+    summary: str
+    body: str = ""
+    answers: str = "application/json"
+
+
+JSON_OR_EVENTS = "application/json, text/event-stream"
+# By method and path; `WS` and `SSE` stand for the configured ones.
+OPERATIONS: dict[tuple[str, str], Operation] = {
+    ("GET", "WS"): Operation("Chat over a WebSocket: `Command` frames in, `Frame`s out"),
+    ("POST", "SSE"): Operation("Ask, and read the answer", "Question", "text/event-stream"),
+    ("GET", "SSE"): Operation("List the answers of the caller that are kept"),
+    ("GET", "SSE/{request_id}"): Operation(
+        "Read an answer from the event after `Last-Event-ID` on", answers=JSON_OR_EVENTS
+    ),
+    ("DELETE", "SSE/{request_id}"): Operation("Cancel an answer, for all of its readers"),
+    ("POST", "/v1/chat/completions"): Operation(
+        "Ask for a chat completion", "Body", JSON_OR_EVENTS
+    ),
+    ("POST", "/v1/completions"): Operation("Ask for a completion", "Body", JSON_OR_EVENTS),
+    ("POST", "/v1/embeddings"): Operation("Ask for embeddings", "Body"),
+    ("POST", "/v1/responses"): Operation("Ask for a response", "Body", JSON_OR_EVENTS),
+    ("GET", "/v1/responses"): Operation("Responses over a WebSocket, as OpenAI has them"),
+    ("GET", "/v1/responses/{id}"): Operation(
+        "Read a response that is kept, or its events", answers=JSON_OR_EVENTS
+    ),
+    ("DELETE", "/v1/responses/{id}"): Operation("Delete a stored response"),
+    ("POST", "/v1/responses/{id}/cancel"): Operation("Cancel a response"),
+    ("GET", "/v1/responses/{id}/input_items"): Operation("List the input of a stored response"),
+    ("POST", "/v1/messages"): Operation("Ask for a message (Anthropic)", "Body", JSON_OR_EVENTS),
+    ("POST", "/v1/messages/count_tokens"): Operation("Count the tokens of a message", "Body"),
+    ("GET", "/v1/models"): Operation("List the models"),
+    ("GET", "/v1/models/{id}"): Operation("Say who is asked for a model"),
+    ("GET", "/conversations"): Operation("List the conversations of the caller"),
+    ("DELETE", "/conversations"): Operation("Delete all conversations of the caller"),
+    ("GET", "/conversations/{id}"): Operation("Read a conversation"),
+    ("DELETE", "/conversations/{id}"): Operation("Delete a conversation"),
+    ("GET", "/usage"): Operation("What callers have spent"),
+    ("GET", "/stats"): Operation("The state of the server"),
+    ("GET", "/events"): Operation("That state each second", answers="text/event-stream"),
+    ("GET", "/metrics"): Operation("Metrics for Prometheus", answers="text/plain"),
+    ("GET", "/health"): Operation("Whether the process lives"),
+    ("GET", "/ready"): Operation("Whether it takes requests"),
+    ("GET", "/session"): Operation("Whether the browser has a session"),
+    ("POST", "/session"): Operation("Exchange a key for a cookie", "Login"),
+    ("DELETE", "/session"): Operation("End the session of the browser"),
+    ("GET", "/"): Operation("The chat page for browsers; what there is, for programs"),
+    ("GET", PATH): Operation("This description"),
+}
+# What passes through, whatever it is.
+PASSED = Operation(
+    "Every other path of OpenAI's API, passed on to a provider as it is", answers="*/*"
+)
+
+
+def routes(context: Context) -> list[web.RouteDef]:
+    """Return the route of the description."""
+    return [web.get(PATH, Description(context).serve)]
+
+
+class Description:
+    """The description, once it was asked for."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._body = b""
+        self._tag = ETag("")
+
+    async def serve(self, request: web.Request) -> web.StreamResponse:
+        """Answer with it, or with 304 to a client that has it already (RFC 9110, 13.1.2)."""
+        if not self._body:
+            self._body = orjson.dumps(describe(self._context, request.app))
+            self._tag = ETag(hashlib.sha256(self._body).hexdigest()[:32])
+        known = request.if_none_match or ()
+        response: web.Response
+        if any(tag.value in (self._tag.value, "*") for tag in known):
+            response = web.Response(status=304, headers=HEADERS)
+        else:
+            response = web.Response(
+                body=self._body, content_type="application/json", headers=HEADERS
+            )
+        response.etag = self._tag
+        return response
+
+
+def describe(context: Context, app: web.Application) -> dict[str, Any]:
+    """Return the description of the routes of *app* that are ours."""
+    chat = context.settings.chat
+    endpoints = {chat.websocket.endpoint: "WS", chat.sse.endpoint: "SSE"}
+    paths: dict[str, dict[str, Any]] = {}
+    for route, policy in described(context, app):
+        assert route.resource is not None
+        path = route.resource.canonical
+        known = path
+        for endpoint, word in endpoints.items():
+            if path == endpoint or path.startswith(f"{endpoint}/"):
+                known = word + path.removeprefix(endpoint)
+        operation = OPERATIONS.get((route.method, known), Operation(path))
+        if path == "/v1/{path}":
+            operation = PASSED
+        websocket = route in context.guard.websockets
+        paths.setdefault(path, {})[route.method.lower()] = _operation(
+            path, operation, policy, websocket=websocket
+        )
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "aioserver",
+            "version": __version__,
+            "summary": "One gateway between many chat clients and few provider connections",
+        },
+        "paths": paths,
+        "components": {
+            "securitySchemes": SECURITY,
+            "schemas": _schemas(),
+            "responses": {error.code: _response_of(error) for error in _errors()},
+        },
+    }
+
+
+def described(context: Context, app: web.Application) -> Iterator[tuple[AbstractRoute, Policy]]:
+    """Yield each route that stands in the description, with its policy: not HEAD, which comes with
+    a GET, and not what is LEFT_OUT.
+    """
+    for route in app.router.routes():
+        policy = context.guard.policies.get(route)
+        if policy is None or route.method == hdrs.METH_HEAD or route.resource is None:
+            continue
+        if not route.resource.canonical.startswith(tuple(LEFT_OUT)):
+            yield route, policy
+
+
+def _operation(
+    path: str, operation: Operation, policy: Policy, *, websocket: bool
+) -> dict[str, Any]:
+    described: dict[str, Any] = {"summary": operation.summary}
+    if websocket:
+        described["x-websocket"] = True
+    if names := _PARAMETER.findall(path):
+        described["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": TEXT} for name in names
+        ]
+    if operation.body:
+        content = {"application/json": {"schema": _ref(operation.body)}}
+        described["requestBody"] = {"required": True, "content": content}
+    good: dict[str, Any] = {kind: {} for kind in operation.answers.split(", ")}
+    success = (
+        {"101": {"description": "the WebSocket is open"}}
+        if websocket
+        else {"200": {"description": "the answer", "content": good}}
+    )
+    error = {"application/json": {"schema": _ref("Error")}}
+    described["responses"] = {
+        **success,
+        "default": {"description": "an error of `components.responses`", "content": error},
+    }
+    described["security"] = [] if policy is Policy.OPEN else [{name: []} for name in SECURITY]
+    if policy is not Policy.OPEN:
+        described["description"] = f"Where the server has keys: {policy.value}."
+    return described
+
+
+def _schemas() -> dict[str, Any]:
+    _, components = msgspec.json.schema_components((Frame,), ref_template=SCHEMA)
+    # A body goes on as it came: these are the members that are read of it.
+    struct = type_info(Fields)
+    assert isinstance(struct, StructType)
+    members = {field.encode_name: _type_of(field.type) for field in struct.fields}
+    body = {
+        "type": "object",
+        "description": "The members that the server reads; all others go on to the provider.",
+        "properties": members,
+    }
+    question = {"type": "object", "properties": QUESTION, "additionalProperties": False}
+    command = {
+        "type": "object",
+        "required": ["action"],
+        "properties": {
+            "action": {"enum": ["chat", "cancel", "resume", "ping"]},
+            "request_id": TEXT,
+            "payload": {"anyOf": [_ref("Payload"), POSITION]},
+        },
+    }
+    asked = {**question, "properties": {**QUESTION, "request_id": TEXT}}
+    error = {
+        "message": TEXT,
+        "type": TEXT,
+        "param": {"type": ["string", "null"]},
+        "code": {"enum": sorted({error.code for error in _errors()})},
+    }
+    wrapped = {"error": {"type": "object", "required": [*error], "properties": error}}
+    return {
+        **components,
+        "Body": body,
+        "Payload": question,
+        "Question": asked,
+        "Command": command,
+        "Login": {"type": "object", "required": ["key"], "properties": {"key": TEXT}},
+        "Error": {"type": "object", "required": ["error"], "properties": wrapped},
+    }
+
+
+def _type_of(kind: Type) -> dict[str, Any]:
+    """Return the schema of a member of a body; of one that stays bytes it is any."""
+    kinds = kind.types if isinstance(kind, UnionType) else (kind,)
+    names = [TYPES[type(each)] for each in kinds if type(each) in TYPES]
+    return {"type": names} if names else {}
+
+
+def _errors() -> Iterator[type[AioserverError]]:
+    """Yield each class of errors that clients may see, the first of each code."""
+    seen = set()
+    for error in provider_errors.subclasses(AioserverError):
+        if error.code not in seen and error not in (AioserverError, provider_errors.ProviderFault):
+            seen.add(error.code)
+            yield error
+
+
+def _response_of(error: type[AioserverError]) -> dict[str, Any]:
+    """Return *error* as a response: HTTP status, and what it means."""
+    meaning = (inspect.getdoc(error) or "").partition("\n\n")[0].replace("\n", " ")
+    return {
+        "description": f"{error.status}: {meaning}",
+        "content": {"application/json": {"schema": _ref("Error")}},
+    }
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": SCHEMA.format(name=name)}
+
+
+assert tuple(QUESTION) == client_frames.PAYLOAD_FIELDS, "each field has its type"
