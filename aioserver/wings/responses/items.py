@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Raw
 
 from aioserver.errors import InvalidJson, InvalidRequest, RequestTooLarge
-from aioserver.protocol.json_body import ABSENT, Member, at_once, pause, sound
+from aioserver.protocol.json_body import ABSENT, Member, at_once, pause, simple, sound, text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -34,12 +34,8 @@ _QUESTION = b'[{"type":"input_text","text":%b}]'
 _ANSWER = b'[{"type":"output_text","text":%b,"annotations":[]}]'
 _ITEMS = msgspec.json.Decoder(list[Raw])
 _SPACE = b" \t\r\n"
-
-
-class _Response(msgspec.Struct, gc=False):
-    id: str = ""
-    status: str = ""
-    output: Raw = ABSENT
+# A string that is missing.
+_EMPTY = Raw(b'""')
 
 
 class _Item(msgspec.Struct, gc=False):
@@ -49,7 +45,6 @@ class _Item(msgspec.Struct, gc=False):
     content: Raw = ABSENT
 
 
-_RESPONSE = msgspec.json.Decoder(_Response)
 _OBJECT = msgspec.json.Decoder(dict[str, Raw])
 _ITEM = msgspec.json.Decoder(_Item)
 
@@ -105,24 +100,25 @@ def response_parts(response: bytes) -> ResponseParts | None:
     if not separable(response):
         return None
     try:
-        response = at_once(sound(response))
-        known = _RESPONSE.decode(response)
+        if not simple(response):
+            response = at_once(sound(response))
         fields = _OBJECT.decode(response)
     except (InvalidJson, msgspec.DecodeError, RecursionError):
         return None
-    if not known.id:
+    name, status = text(fields.get("id", _EMPTY)), text(fields.get("status", _EMPTY))
+    if not name or status is None:
         return None
     # The output comes last: nothing else is then copied twice.
-    fields.pop("output", None)
+    output = items_of(bytes(fields.pop("output", ABSENT)))
     head = msgspec.json.encode(fields)[:-1] + b',"output":['
-    return ResponseParts(known.id, known.status, head, items_of(bytes(known.output)), b"]}")
+    return ResponseParts(name, status, head, output, b"]}")
 
 
 def separable(items: bytes) -> bool:
     """Return whether *items* are not so many that it would cost too much to have them one by
     one.
     """
-    return items.count(b",") <= MAX_COMMAS
+    return len(items) <= MAX_COMMAS or items.count(b",") <= MAX_COMMAS
 
 
 def separate(items: bytes) -> list[Raw]:
