@@ -92,6 +92,8 @@ def protocol_error(message: str) -> Broken:
     return Broken(Fault("protocol_error", message))
 
 
+# How a certificate is reported that is not trusted.
+UNTRUSTED = "its certificate is refused"
 # Bytes of an error's body that are read.
 MAX_ERROR_BYTES = 1 << 16
 # Characters of a server's message that are kept.
@@ -150,6 +152,8 @@ def describe(error: BaseException) -> str:
         # A host name that was not found has no positive number, and neither has a certificate.
         if not isinstance(inner, ssl.SSLError) and inner.errno and inner.errno > 0:
             return os.strerror(inner.errno)
+        if isinstance(inner, ssl.SSLCertVerificationError):
+            return f"{UNTRUSTED}: {inner.verify_message}"
         return str(inner.strerror or inner)
     return str(error) or type(error).__name__
 

@@ -27,6 +27,8 @@ RICH_MISSING = (
 DEFAULT_URL = "http://127.0.0.1:8000"
 # Seconds for DNS, TCP and TLS together.
 CONNECT_TIMEOUT = 10.0
+# What our server says to a plain request where it speaks TLS.
+SPEAK_TLS = "this port speaks TLS: use https://"
 # Characters of a server's message that are shown.
 MAX_TEXT = 300
 # Bytes of one event, which may hold ten minutes of history with many providers.
@@ -92,10 +94,15 @@ async def paths(session: aiohttp.ClientSession, url: str) -> dict[str, str] | No
             session.get(f"{url}/", headers={"Accept": "application/json"}) as response,
         ):
             answer = await response.json()
-    except (aiohttp.ContentTypeError, ValueError):
+    except aiohttp.ContentTypeError:
         return None
+    # Before ValueError, which a certificate that is not trusted is as well.
     except (aiohttp.ClientError, OSError) as error:
         raise Unreachable(f"{url} cannot be reached: {describe(error)}") from None
+    except ValueError:
+        return None
+    if response.status == HTTPStatus.BAD_REQUEST and SPEAK_TLS in str(answer):
+        raise Unreachable(f"{url} cannot be reached: {SPEAK_TLS}")
     endpoints: Any = answer.get("endpoints") if isinstance(answer, dict) else None
     if not isinstance(endpoints, dict):
         return None
@@ -131,7 +138,10 @@ async def check_key(session: aiohttp.ClientSession, url: str, key: str | None) -
 
 def describe(error: BaseException) -> str:
     """Return in a few words why the server was not reached, for a terminal."""
-    return printable(faults.describe(error))
+    text = faults.describe(error)
+    if faults.UNTRUSTED in text:
+        text += " (SSL_CERT_FILE=authority.pem trusts another authority)"
+    return printable(text)
 
 
 def printable(text: object) -> str:

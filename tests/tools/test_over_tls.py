@@ -71,6 +71,23 @@ async def test_tools_take_https(secure: RunningServer, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("command", ["bench", "chat", "doctor", "top"])
+async def test_tools_say_what_is_wrong_with_the_address(
+    secure: RunningServer, command: str
+) -> None:
+    plain = secure.base.replace("https", "http")
+    before = ["--once"] if command == "top" else []
+    behind = ["hi"] if command == "chat" else []
+
+    for url, words in ((secure.base, "SSL_CERT_FILE="), (plain, "this port speaks TLS")):
+        said = await run(
+            *("-m", "aioserver", command, *before, url, *behind),
+            environ={"SSL_CERT_FILE": "/dev/null"},
+        )
+        assert said[0] == 1, said
+        assert words in said[1]
+
+
 async def test_doctor_says_how_an_authority_is_trusted(
     secure: RunningServer, tmp_path: Path
 ) -> None:

@@ -149,6 +149,9 @@ class Examination:
                 "add it to auth.allowed_hosts, or make client keys (aioserver key NAME)",
             )
             return False
+        if remote.SPEAK_TLS in str(answer.content):
+            self._report.fail("server", remote.SPEAK_TLS, "give that address")
+            return False
         content = answer.content if isinstance(answer.content, dict) else {}
         if answer.status != 200 or content.get("status") != "healthy":
             self._report.fail(
