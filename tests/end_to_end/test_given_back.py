@@ -167,6 +167,7 @@ WITHIN = {
 # tests/wings/doors.
 SHARED = {
     Function("wings.doors.http_hook", "HttpHook._ask"),
+    Function("wings.cluster.shared_budget", "SharedBudget.reserve"),
     Function("wings.cluster.shared_gate", "SharedGate.try_enter"),
     Function("wings.cluster.remote_streams", "RemoteStreams.mirror"),
 }
