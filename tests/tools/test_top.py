@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -281,6 +282,15 @@ def test_one_of_a_kind_is_named_as_one() -> None:
     assert "1 slow client dropped" in text
     assert "12%, 1 task " in text
     assert "1 retry," in text
+
+
+@pytest.mark.parametrize(("days", "shown"), [(None, False), (20, False), (5.01, True)])
+def test_certificate_has_a_line_in_its_last_days(days: float | None, *, shown: bool) -> None:
+    expires = None if days is None else time.time() + days * 86400
+    state = State("http://x", stats={"tls": {"expires": expires}})
+
+    assert ("certificate" in drawn(state)) == shown
+    assert ("in 5 days" in drawn(state)) == shown
 
 
 def test_a_snapshot_with_nothing_in_it_is_drawn() -> None:

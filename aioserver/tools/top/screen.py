@@ -16,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from aioserver.config.certificates import ends_soon
 from aioserver.monitoring.troubles import count
 from aioserver.tools.remote import printable
 
@@ -346,6 +347,9 @@ def _facts(stats: dict[str, Any]) -> Table:
         "process": f"{_or_unknown(process.get('open_fds'))} of "
         f"{_or_unknown(process.get('max_fds'))} descriptors, {_bytes(process.get('rss_bytes'))}",
     }
+    expires = (stats.get("tls") or {}).get("expires")
+    if expires is not None and (soon := ends_soon(expires)) is not None:
+        rows["certificate"] = soon.removeprefix("the certificate ")
     grid = Table.grid(padding=(0, 1))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column()
