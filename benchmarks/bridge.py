@@ -1,5 +1,5 @@
-"""The CPU time of an event over the bridges, as a ratio to one of chat completions that pass; that of
-a long history; and how long a stream waits while large requests are translated.
+"""The CPU time of an event over the bridges, as a ratio to one of chat completions that pass; that
+of a long history; and how long a stream waits while large requests are translated.
 
     python benchmarks/bridge.py                    # about a minute
     python benchmarks/bridge.py --events 20000 --rounds 5
@@ -7,8 +7,8 @@ a long history; and how long a stream waits while large requests are translated.
 The provider sends the next event once the client has the last one, so that each is read alone;
 `--block` sends so many at once. The paths take turns, and the least of all rounds counts: what
 else the machine does only adds. The gap is the longest time between two events of a stream whose
-next event is sent at once, while CROWD requests of 2 MiB come at once, by the path that these take;
-those of chat completions pass, and tell what of it is the machine's and this program's.
+next event is sent at once, while CROWD requests of 2 MiB come at once, by the path that these
+take; those of chat completions pass, and tell what of it is the machine's and this program's.
 """
 
 from __future__ import annotations

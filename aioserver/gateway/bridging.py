@@ -1,19 +1,19 @@
-"""An attempt whose request is translated to a chat completion, where its provider has no other API,
-and what is learned of such a provider.
+"""An attempt whose request is translated to a chat completion, where its provider has no other
+API, and what is learned of such a provider.
 
 A provider is known by its settings to have no such API, or by its answer: if it has no such path
-the attempt goes on at once, in the same place, with the request as one for a chat completion. It is
-known from then on, until a reload, if it answers that one. A 404 that is about a model is no such
-answer: then the path is there. Nor is any 404 of a provider that has answered there before.
+the attempt goes on at once, in the same place, with the request as one for a chat completion. It
+is known from then on, until a reload, if it answers that one. A 404 that is about a model is no
+such answer: then the path is there. Nor is any 404 of a provider that has answered there before.
 
-What an engine refuses by name is learned, too: a word that only the bridge has added, or a bound of
-the answer for which its context has no room. The request is sent once more, at once and in its
+What an engine refuses by name is learned, too: a word that only the bridge has added, or a bound
+of the answer for which its context has no room. The request is sent once more, at once and in its
 place, without it; this is no retry. If it is answered, that is known from then on, for each bridge
 and for streams that pass (stream_usage.py): not before, since a refusal may repeat what a client
 has written.
 
-The wings with such an API derive their attempts from `BridgedAttempt`. This file is one concept: what
-is learned of a provider, and what an attempt there makes of it.
+The wings with such an API derive their attempts from `BridgedAttempt`. This file is one concept:
+what is learned of a provider, and what an attempt there makes of it.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ MIN_LEFT, SPARE = 256, 16
 class PathMemory(Memory):
     """What is known of one path of a provider, from its settings and from its answers since.
 
-    *lacking* says that it was found to have no such path, and *present* that it has answered there:
-    a 404 is about something else then, which a client may have named.
+    *lacking* says that it was found to have no such path, and *present* that it has answered
+    there: a 404 is about something else then, which a client may have named.
     """
 
     # It is never asked there; and its 404 may be that of the path.
@@ -102,9 +102,9 @@ class PathMemory(Memory):
 class ChatMemory(Memory):
     """What is known of one provider's chat completions: for every bridge to them.
 
-    *reasoning_field* is the name of the field in which it sends its reasoning; empty if it has sent
-    none. It has *refused* words, and has a *bound* of the answer by one name. *limits* and *most*
-    have the tokens of a prompt and its answer, and of an answer, by the model.
+    *reasoning_field* is the name of the field in which it sends its reasoning; empty if it has
+    sent none. It has *refused* words, and has a *bound* of the answer by one name. *limits* and
+    *most* have the tokens of a prompt and its answer, and of an answer, by the model.
     """
 
     def __init__(self, settings: settings.Provider) -> None:
@@ -357,8 +357,8 @@ class BridgedAttempt(LearningAttempt):
         return again
 
     def _refused(self, body: bytes) -> bool:  # noqa: ARG002 - in one API only
-        """Return whether the request is to be sent once more, in another form of its own API, since
-        the provider has refused it with *body*.
+        """Return whether the request is to be sent once more, in another form of its own API,
+        since the provider has refused it with *body*.
         """
         return False
 
@@ -445,8 +445,8 @@ class BridgedAttempt(LearningAttempt):
         return None
 
     def _translate_fault(self, fault: ProviderFault, body: bytes) -> None:
-        """Have *fault*, that of a chat completion which was refused with *body*, shown in the form of
-        this API.
+        """Have *fault*, that of a chat completion which was refused with *body*, shown in the form
+        of this API.
         """
 
     async def _translating(self, answer: Answer) -> None:

@@ -1,5 +1,5 @@
-"""A question that an agent might ask in an API of a wing, for one call of a tool: an operator asks it
-to learn whether agents can work with a provider (tools/doctor/).
+"""A question that an agent might ask in an API of a wing, for one call of a tool: an operator asks
+it to learn whether agents can work with a provider (tools/doctor/).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ MAX_TOKENS = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """The *request* that has the question, for a streamed answer, with every word that an engine may
-    not know. *make_attempt* makes its attempt, and *calls* returns the arguments of each call in the
-    events of an answer that a bridge has made.
+    """The *request* that has the question, for a streamed answer, with every word that an engine
+    may not know. *make_attempt* makes its attempt, and *calls* returns the arguments of each call
+    in the events of an answer that a bridge has made.
     """
 
     request: ProviderRequest

@@ -1,5 +1,5 @@
-"""The sinks that read each event of a chat completion: what they share, that of the faces that show
-frames, and what those of bridges share.
+"""The sinks that read each event of a chat completion: what they share, that of the faces that
+show frames, and what those of bridges share.
 """
 
 from __future__ import annotations

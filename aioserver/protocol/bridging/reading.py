@@ -4,8 +4,8 @@ only passed on.
 Their decoders build every element of a list at once, so `check_density` comes before them: a body
 of millions of empty elements would otherwise cost thirty times its bytes.
 
-What takes long comes in steps of less than a millisecond, of which a value of LARGE_BYTES or more is
-one each time that it is read; one of megabytes takes 0.3 ms for each.
+What takes long comes in steps of less than a millisecond, of which a value of LARGE_BYTES or more
+is one each time that it is read; one of megabytes takes 0.3 ms for each.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What an answer has said so far that is translated, and how another one goes on with it: its chunks
-are read by the same writer (protocol/said.py).
+"""What an answer has said so far that is translated, and how another one goes on with it: its
+chunks are read by the same writer (protocol/said.py).
 """
 
 from __future__ import annotations

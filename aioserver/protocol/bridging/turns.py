@@ -5,8 +5,8 @@ each `tool` message directly behind its call. So neighbours of one role become o
 turn of the user is kept until the next of the assistant: then come the results, in the order of
 the calls, and one message with all else, first the pictures of the results. A call without a
 result gets an empty one, and a result without a call is a text of the user. A later system message
-is a text of the user in its place, between lines `<system-reminder>`: in front it would change what
-an engine has in its prefix cache.
+is a text of the user in its place, between lines `<system-reminder>`: in front it would change
+what an engine has in its prefix cache.
 
 What was said is a prefix of what is said later: nothing depends on how many turns there are.
 """
@@ -51,8 +51,8 @@ class Piece(NamedTuple):
 
 
 class _Content:
-    """The content of a message of the user, which grows piece by piece: one text, as some engines take
-    no other, or a list of parts. It is joined of bytes that are written as they come.
+    """The content of a message of the user, which grows piece by piece: one text, as some engines
+    take no other, or a list of parts. It is joined of bytes that are written as they come.
     """
 
     __slots__ = ("_joined", "_listed", "_within_text")

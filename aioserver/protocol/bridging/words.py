@@ -29,11 +29,12 @@ class Size(NamedTuple):
 
 
 class Words(NamedTuple):
-    """The words that a provider takes: it *refused* some, and has a *bound* by one name or another.
+    """The words that a provider takes: it *refused* some, and has a *bound* by one name or
+    another.
 
-    *limit*: the tokens that its model has for a prompt and its answer together, and *most* those of
-    an answer alone, as far as it has said so; *left*: what it has left for the answer of this very
-    request. A byte of a request stands for *tokens_per_byte*.
+    *limit*: the tokens that its model has for a prompt and its answer together, and *most* those
+    of an answer alone, as far as it has said so; *left*: what it has left for the answer of this
+    very request. A byte of a request stands for *tokens_per_byte*.
     """
 
     refused: frozenset[str] = frozenset()

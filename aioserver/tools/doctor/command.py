@@ -49,13 +49,12 @@ def command(
 ) -> int:
     """Find what stands between a client and an answer.
 
-    Without an argument, the doctor looks at a server that would start here: its configuration, the limits
-    of this machine, and DNS, connection, TLS, key and first token of each provider. URL is the
-    address of a running server, direct or through a proxy: the doctor then looks at the way to it,
-    as a client meets it. PROVIDER is the name of one in the configuration: the doctor then looks at
-    that alone, and asks it for a call of a tool as agents ask, over the bridges. Keys and texts are
-    not shown. Exit code 1: something failed; 2: the
-    configuration is bad.
+    Without an argument, the doctor looks at a server that would start here: its configuration, the
+    limits of this machine, and DNS, connection, TLS, key and first token of each provider. URL is
+    the address of a running server, direct or through a proxy: the doctor then looks at the way to
+    it, as a client meets it. PROVIDER is the name of one in the configuration: the doctor then
+    looks at that alone, and asks it for a call of a tool as agents ask, over the bridges. Keys and
+    texts are not shown. Exit code 1: something failed; 2: the configuration is bad.
     """
     url = provider = None
     if target is not None and _address(target, config):

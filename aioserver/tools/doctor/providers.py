@@ -77,8 +77,8 @@ NOT_ASKED = "it is neither active nor a fallback"
 async def examine(
     report: Report, settings: Settings, *, ask: bool, only: str | None = None
 ) -> None:
-    """Examine the providers of *settings*, one after the other, or *only* the one of this name, which
-    is also asked as agents ask.
+    """Examine the providers of *settings*, one after the other, or *only* the one of this name,
+    which is also asked as agents ask.
 
     A small question is asked of those that clients are answered by unless they choose (the active
     one and the fallbacks), and of simulated ones; only these can fail. *ask* False: of simulated
@@ -256,8 +256,8 @@ def _rest_found(form: str, text: str) -> str:
 
 
 async def _call_tools(report: Report, provider: Provider) -> None:
-    """Ask for a call of a tool in the API of each wing, over the bridge where the provider has chat
-    completions only, and say what was learned of it.
+    """Ask for a call of a tool in the API of each wing, over the bridge where the provider has
+    chat completions only, and say what was learned of it.
     """
     probes = [probe for wing in WINGS if (probe := wing.probe()) is not None]
     if any([await _call_tool(report, provider, probe) for probe in probes]):

@@ -1,5 +1,5 @@
-"""An attempt to get a message (`/v1/messages`), also from a provider that has chat completions only,
-and what a count of tokens is where nobody counts them.
+"""An attempt to get a message (`/v1/messages`), also from a provider that has chat completions
+only, and what a count of tokens is where nobody counts them.
 
 To a provider that speaks the API, a request goes as it came, but for one thing: a thinking block
 that a bridge has written has a signature of ours, which the API would refuse.

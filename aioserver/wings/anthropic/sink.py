@@ -1,9 +1,10 @@
-"""The sinks of a streamed answer of Anthropic's Messages API: one whose bytes come as they are, and
-one made of a chat completion; and what the API's errors mean.
+"""The sinks of a streamed answer of Anthropic's Messages API: one whose bytes come as they are,
+and one made of a chat completion; and what the API's errors mean.
 
 The bytes of an answer go into the log as they come. It ends with `message_stop`; where it breaks
-off behind a stop_reason, that is added. An event `error` that ends it passes itself, unless another
-attempt may follow, or it is about our key. `ping` is no answer: it is held until there is content.
+off behind a stop_reason, that is added. An event `error` that ends it passes itself, unless
+another attempt may follow, or it is about our key. `ping` is no answer: it is held until there is
+content.
 """
 
 from __future__ import annotations

@@ -12,6 +12,6 @@ In the order in which a request meets them:
     arguments  where the arguments of a call end
     whole      a whole answer becomes a whole message
 
-What is not read stays the bytes that it was. A request is refused, by the name of what it wants, if
-chat completions have no form of it and the answer would need it.
+What is not read stays the bytes that it was. A request is refused, by the name of what it wants,
+if chat completions have no form of it and the answer would need it.
 """

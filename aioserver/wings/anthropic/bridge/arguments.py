@@ -1,5 +1,5 @@
-"""Where the arguments of a call end: at the end of one JSON object (RFC 8259), in whatever pieces it
-comes.
+"""Where the arguments of a call end: at the end of one JSON object (RFC 8259), in whatever pieces
+it comes.
 """
 
 from __future__ import annotations

@@ -216,5 +216,5 @@ async def _image(block: _Block, param: str) -> Piece:
 
 
 def _data(source: _Source) -> tuple[bytes, memoryview]:
-    """Return the type and the data of *source*, as they stand in a URL and to its closing quote."""
+    """Return the type of *source*, and its data to the closing quote, as they stand in a URL."""
     return bytes(source.media_type)[1:-1], memoryview(source.data)[1:]

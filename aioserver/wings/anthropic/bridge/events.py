@@ -89,8 +89,8 @@ class Call:
 class MessageWriter(ChunkReader[Call]):
     """Reads the chunks of one answer, and writes the events of a message.
 
-    *request* is what was sent to the provider, and *name* the hex digits of the message's id. What is
-    kept has at most *max_bytes*.
+    *request* is what was sent to the provider, and *name* the hex digits of the message's id. What
+    is kept has at most *max_bytes*.
 
     Always: one block is open at most; the next one's index is the number of those before it.
     """

@@ -4,8 +4,8 @@
     toolu_b64_ and the base64url       any other
     toolu_, 12 digits, the index       the engine has sent none
 
-An id that comes a second time in one answer gets `_2` first, which both its call and its result have
-from then on.
+An id that comes a second time in one answer gets `_2` first, which both its call and its result
+have from then on.
 """
 
 from __future__ import annotations

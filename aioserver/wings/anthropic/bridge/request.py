@@ -110,8 +110,8 @@ class ThreadContinued(InvalidRequest):
 class ChatRequest:
     """A request for chat completions, and what its answer needs to become a message.
 
-    *body* is the JSON to send, of *asked_tokens* as an estimate; it is let go when it was sent. It has
-    the optional *words*. *thinking* says that the client wants to see the reasoning.
+    *body* is the JSON to send, of *asked_tokens* as an estimate; it is let go when it was sent. It
+    has the optional *words*. *thinking* says that the client wants to see the reasoning.
     """
 
     body: bytes
@@ -132,8 +132,8 @@ async def chat_request(
 ) -> ChatRequest:
     """Return the request for chat completions that *body* means, in steps.
 
-    *body* is JSON with a model. *reasoning_field* is as for `Turns`, and *words* are those that the
-    provider takes.
+    *body* is JSON with a model. *reasoning_field* is as for `Turns`, and *words* are those that
+    the provider takes.
 
     Raises:
         InvalidRequest: *body* is no request, or one that has no form in chat completions.

@@ -42,8 +42,8 @@ _CHOICE = msgspec.json.Decoder(_Choice)
 class Tools:
     """The tools of one request.
 
-    `functions` has them as JSON, by the names that the client knows; `hosted` are those that nobody
-    here could run. *serial* is whether only one may be called at a time.
+    `functions` has them as JSON, by the names that the client knows; `hosted` are those that
+    nobody here could run. *serial* is whether only one may be called at a time.
     """
 
     def __init__(self) -> None:

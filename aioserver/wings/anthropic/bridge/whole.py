@@ -1,5 +1,5 @@
-"""A whole chat completion as a whole message (protocol/bridging/whole.py): its blocks are those that
-a streamed answer would have.
+"""A whole chat completion as a whole message (protocol/bridging/whole.py): its blocks are those
+that a streamed answer would have.
 """
 
 from __future__ import annotations

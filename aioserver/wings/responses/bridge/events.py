@@ -63,8 +63,8 @@ class ResponseWriter(ChunkReader[Call]):
     *frame* is that of the response, *request* what was sent to the provider. All that is kept has
     at most *max_bytes*: the last event has it all.
 
-    Always: `sequence` is the number of events that were written, the opening ones included; an item
-    is written to only while it is in `_open`.
+    Always: `sequence` is the number of events that were written, the opening ones included; an
+    item is written to only while it is in `_open`.
     """
 
     __slots__ = (

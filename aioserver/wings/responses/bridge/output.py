@@ -36,9 +36,9 @@ COMPLETED, INCOMPLETE = b"completed", b"incomplete"
 class Part:
     """A text that grows, part of an item. *kind* is TEXT, REFUSAL or REASONING.
 
-    *place* are the members of an event that say where it stands, and `head` is what each event with a
-    text of it begins with. `logprobs` and `plain_logprobs`
-    are JSON, joined: with the bytes of each token, as an item has them, and without, as events do.
+    *place* are the members of an event that say where it stands, and `head` is what each event
+    with a text of it begins with. `logprobs` and `plain_logprobs` are JSON, joined: with the bytes
+    of each token, as an item has them, and without, as events do.
     """
 
     __slots__ = ("head", "kind", "logprobs", "place", "plain_logprobs", "text")

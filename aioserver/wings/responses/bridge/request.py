@@ -110,9 +110,9 @@ _METADATA = msgspec.json.Decoder(dict[str, str] | None)
 class ChatRequest:
     """A request for chat completions, and what its answer needs to become a response.
 
-    *body* is the JSON to send, of *asked_tokens* as an estimate; it is let go when it was sent. It has
-    the optional *words*. *repeated* is for the `Frame` of the response. *logprobs* says that the answer shall
-    have them.
+    *body* is the JSON to send, of *asked_tokens* as an estimate; it is let go when it was sent. It
+    has the optional *words*. *repeated* is for the `Frame` of the response. *logprobs* says that
+    the answer shall have them.
     """
 
     body: bytes

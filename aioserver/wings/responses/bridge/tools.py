@@ -150,7 +150,8 @@ class Tools:
         """Return the `tool_choice` of chat completions for that of a request; empty if there is
         none.
 
-        Tools that the choice does not allow are taken out of `functions`. All tools have been added.
+        Tools that the choice does not allow are taken out of `functions`. All tools have been
+        added.
 
         Raises:
             InvalidRequest: it is none, or names a tool that was not declared, or that chat
