@@ -16,9 +16,10 @@ from aioserver.tools.doctor import certificate, machine, providers
 from aioserver.tools.doctor.network import Peer, Steps
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from aioserver.config.settings import Cluster, Settings
+    from aioserver.config.settings import Cluster, Hook, Settings
     from aioserver.tools.doctor.findings import Report
 
 SUBJECT = "configuration"
@@ -70,6 +71,7 @@ async def _examine(report: Report, settings: Settings, *, ask: bool, only: str |
         if settings.chat.websocket.tls is not None:
             certificate.examine(report, settings.chat.websocket.tls)
         await examine_cluster(report, settings.cluster)
+        await examine_hooks(report, settings.hooks)
     await providers.examine(report, settings, ask=ask, only=only)
 
 
@@ -84,3 +86,14 @@ async def examine_cluster(report: Report, cluster: Cluster) -> None:
     context = ssl.create_default_context() if url.scheme == REDIS_TLS else None
     peer = Peer(url.host, url.port or REDIS_PORT, context, REDIS_TIMEOUT)
     await Steps(report, "cluster", peer, report.warn).take()
+
+
+async def examine_hooks(report: Report, hooks: Sequence[Hook]) -> None:
+    """Examine the way to each hook: a closed one that is away lets nothing pass."""
+    for hook in hooks:
+        if hook.url is not None:
+            url = URL(hook.url)
+            context = ssl.create_default_context() if url.scheme == "https" else None
+            peer = Peer(url.host or "", url.port or 0, context, hook.timeout)
+            problem = report.fail if hook.closed else report.warn
+            await Steps(report, f"hook {hook.name}", peer, problem).take()

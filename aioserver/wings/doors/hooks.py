@@ -147,19 +147,20 @@ class HookSet:
             RequestRefused, HookUnavailable, ServerAtCapacity: as there.
         """
         hooks, passed = self._hooks, request.provider_request
-        if isinstance(passed, PassedRequest) and passed.method != "POST":
-            # It asks of what the provider has, and has no body.
-            return
-        unseen = isinstance(passed, PassedRequest) and passed.upload is not None
+        unseen, has_body, has_answer = False, True, True
+        if isinstance(passed, PassedRequest):
+            # What has no body asks of what the provider has: it may be an answer of a model.
+            has_body, unseen = passed.method == "POST", passed.upload is not None
+            has_answer = passed.method in {"POST", "GET"}
         for hook in hooks:
-            if REQUEST in hook.settings.on:
+            if REQUEST in hook.settings.on and has_body:
                 if unseen:
                     self._unseen(hook, REQUEST, request, "the body is not read here")
                 else:
                     with hook.used():
                         await self._decide(hook, request)
         for hook in hooks:
-            if ANSWER in hook.settings.on:
+            if ANSWER in hook.settings.on and has_answer:
                 if isinstance(passed, PassedRequest):
                     self._unseen(hook, ANSWER, request, "the answer is not read here")
                 elif stream is not None and not isinstance(stream, ShownLog):

@@ -21,10 +21,11 @@ from aioserver.streams.entries import CHUNK, WholeEntry
 from aioserver.streams.stream import Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from aioserver.hook import Refuse
     from aioserver.protocol.openai import Shape
+    from aioserver.streams.contracts import WholeAnswer
     from aioserver.streams.entries import Entry
 
 # Bytes by which a hook may be behind, and those of all hooks and answers together; beyond the
@@ -74,6 +75,8 @@ class Shown:
         self.size = 0
         # The task that shows it, once there is one.
         self.task: asyncio.Task[Refuse | None] | None = None
+        # The body of an answer that has come whole, and is in the log as pieces of its text.
+        self.whole = b""
         # Called at the end of the answer.
         self.on_end: Callable[[], None] | None = None
         self._backlog, self._frames, self._start = backlog, frames, start
@@ -84,7 +87,7 @@ class Shown:
 
     def take(self, entry: Entry) -> None:
         """Take the newest entry of the log, whose readers are notified next."""
-        if self.over or not (self._frames or entry.data):
+        if self.over or not (self._frames or entry.data or self.whole):
             return
         self._entries.append(entry)
         self.size += entry.size
@@ -155,8 +158,8 @@ class Shown:
     def _events_of(self, entry: Entry) -> list[tuple[int, bytes]]:
         """Return the events of *entry* in the form of the face that began the answer."""
         if isinstance(entry, WholeEntry):
-            # The whole body stands in the first one.
-            return [(entry.first, entry.data)] if entry.data else []
+            body, self.whole = self.whole, b""
+            return [(entry.first, body)] if body else []
         if self._frames:
             return list(enumerate(self.stream.frames(entry), entry.first))
         parsed = eventstream.parse(entry.data)
@@ -188,6 +191,12 @@ class ShownLog(Stream):
         if self.said is not None and self.said.add(data):
             self.recount()
         self.append(CHUNK, data=data, count=count, more=more)
+
+    def append_whole(self, answer: WholeAnswer, body: bytes, pieces: Sequence[slice] = ()) -> None:
+        """Append *answer*, which was not streamed, and let the hooks see its *body*."""
+        for shown in self.shown:
+            shown.whole = body
+        super().append_whole(answer, body, pieces)
 
     def add_entry(self, entry: Entry) -> None:
         """Add *entry*, of which the readers are still to be notified."""

@@ -19,7 +19,7 @@ from aioserver import __version__
 from aioserver.config.shipped import SHIPPED
 from aioserver.tools.doctor import machine, providers
 from aioserver.tools.doctor.findings import Report
-from aioserver.tools.doctor.here import examine_cluster
+from aioserver.tools.doctor.here import examine_cluster, examine_hooks
 from aioserver.tools.doctor.machine import System
 from aioserver.tools.doctor.network import Peer, Steps
 from aioserver.wings.simulator.server import Simulator
@@ -390,6 +390,24 @@ async def test_packages_and_a_file_that_the_settings_want_are_missed(
     assert "machine: uvloop is not installed" in texts
     assert "events.db cannot be written" in texts
     assert "cluster: no connection: 127.0.0.1 port 9: Connection refused" in texts
+
+
+async def test_a_hook_that_is_away_is_a_fault_if_it_is_closed(
+    tmp_path: Path, findings: Findings
+) -> None:
+    away = "http://127.0.0.1:9/hook"
+    hooks = [
+        {"name": "guard", "url": away},
+        {"name": "watch", "url": away, "fail": "open"},
+        {"name": "mine", "python": "some.module:Class"},
+    ]
+    settings = configured(NOWHERE, {"hooks": hooks}, tmp_path / "c.yaml").settings
+
+    await examine_hooks(findings.report, settings.hooks)
+
+    (failed,), (warned,) = findings.of("fail"), findings.of("warn")
+    assert "hook guard: no connection: 127.0.0.1 port 9" in failed
+    assert "hook watch: no connection" in warned
 
 
 def written(path: Path, text: str) -> Path:
