@@ -12,6 +12,7 @@ from typing import Any
 from aioserver.limits.fair_queue import BATCH, INTERACTIVE
 from aioserver.limits.gate import BATCH_PATIENCE
 from aioserver.limits.key_queue import MAX_WAIT
+from tests.simulation import sick_hook
 from tests.support.server import HTTP_CLIENT
 
 HTTP = "llm.providers.sim.http_client"
@@ -21,6 +22,8 @@ STREAMS = "chat.streams"
 SPARE, THIRD = "llm.providers.spare", "llm.providers.third"
 # The name of the group of both providers, and how it may choose.
 GROUP, CHOICES = "both", ("ordered", "least_busy", "weighted")
+# The part of the runs with a hook, which is sick.
+HOOKED = 0.25
 # What is kept is dropped for want of room where there is less room than this.
 ROOM = 1 << 28
 
@@ -113,6 +116,9 @@ def draw_changes(dice: random.Random, keys: tuple[Key, ...]) -> dict[str, Any]:
     changes[f"{STREAMS}.max_kept_bytes"] = max(
         changes[f"{STREAMS}.max_kept_bytes"], changes[f"{STREAMS}.max_stream_bytes"]
     )
+    # Dice of its own: what the others draw stays as it is.
+    if random.Random(repr(sorted(changes.items()))).random() < HOOKED:
+        changes["hooks"] = [sick_hook.ENTRY]
     if keys:
         changes["auth.keys"] = [key.entry(dice) for key in keys]
     return changes
