@@ -70,8 +70,8 @@ class HookStats(NamedTuple):
 class HookSet:
     """The hooks, by the settings that were applied last.
 
-    Always: a request and its answer are shown to the hooks that there were when the request was;
-    a hook that is no longer configured is closed once nobody uses it.
+    Always: a request, and its answer if that is streamed, are shown to the hooks that there were
+    when the request came; a hook that is no longer configured is closed once nobody uses it.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
@@ -167,16 +167,18 @@ class HookSet:
                     # It was asked for before there was a hook for answers.
                     self._failed(hook, ANSWER, request, HookFault("it is new"))
         if isinstance(stream, ShownLog):
-            stream.shown = tuple(
-                Shown(
-                    stream,
-                    self._backlog,
-                    frames=passed.reading is not None,
-                    start=partial(self._follow, hook, request),
-                )
-                for hook in hooks
-                if ANSWER in hook.settings.on
-            )
+            for hook in hooks:
+                if ANSWER in hook.settings.on:
+                    shown = Shown(
+                        stream,
+                        self._backlog,
+                        frames=passed.reading is not None,
+                        start=partial(self._follow, hook, request),
+                        on_close=hook.leave,
+                    )
+                    # From here on: a reload may come before there is anything to show.
+                    hook.enter()
+                    stream.shown = (*stream.shown, shown)
 
     async def answered(self, request: Request, answer: Answer) -> None:
         """Show a whole *answer*; see `gateway.hooks.Hooks`.
@@ -247,7 +249,6 @@ class HookSet:
         )
         task = self._loop.create_task(hook.follow(call, shown))
         shown.task = task
-        hook.enter()
         self._followers.add(task)
         task.add_done_callback(partial(self._followed, hook, request, shown))
 
@@ -258,7 +259,6 @@ class HookSet:
         before its first step never enters its `try`.
         """
         self._followers.discard(task)
-        hook.leave()
         shown.close()
         if task.cancelled():
             if shown.behind:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
+from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, resume, to_end
 from tests.support.faces import (
     ask_every_face,
@@ -411,6 +412,22 @@ async def test_a_reload_changes_who_is_asked(make_server: MakeServer) -> None:
         assert (await over_openai(server, "m")).end == "complete"
 
         assert (len(first.requests), len(second.requests)) == (1, 2)
+
+
+async def test_a_reload_before_the_first_content_changes_nothing_for_an_answer(
+    make_server: MakeServer,
+) -> None:
+    async with hook_program() as first, hook_program() as second:
+        slow = Behaviour(ttft=0.5, interval=0, tokens=5)
+        server = await make_server(slow, **hooked(entry(first, on=["request", "answer"])))
+        running = asyncio.create_task(over_openai(server, "m"))
+        await until(lambda: server.simulator.stats().requests == 1)
+        assert await server.change(**hooked(entry(second, on=["answer"])))
+        await asyncio.sleep(0)
+
+        assert (await running).end == "complete"
+        await until(lambda: first.ended == 1)
+        assert not second.answers
 
 
 async def test_a_stop_lets_a_hook_see_the_end(make_server: MakeServer) -> None:
