@@ -127,6 +127,8 @@ class Document:
             if "quoted" in (getattr(exc, "context", None) or "") and "stream" in problem:
                 # The fault is where the quote begins, and not at the end of the file.
                 mark, problem = getattr(exc, "context_mark", mark), "this quote is not closed"
+            elif mark and (quote := _quote_over_lines(text, mark)) is not None:
+                problem, mark = f"this quote is closed on line {mark.line + 1} only", quote
             place = Place(mark.line + 1, mark.column + 1, self.source) if mark else None
             hint = _layout_hint(text, mark) if mark else ""
             self._refuse((), f"not valid YAML: {problem or 'cannot be parsed'}{hint}", place)
@@ -271,6 +273,24 @@ class Document:
             return FAULTY
         whole = _REFERENCE.fullmatch(text) is not None and not text.startswith("$$")
         return scalar(result) if plain and whole else result
+
+
+def _quote_over_lines(text: str, mark: Any) -> Any:
+    """Return the mark where the text in quotes begins that ends in front of *mark*, if that is on an
+    earlier line: the quote that begins the next text may have closed it. None: there is no such.
+    """
+    last = None
+    try:
+        for token in yaml.scan(text, yaml.SafeLoader):
+            if (token.start_mark.line, token.start_mark.column) >= (mark.line, mark.column):
+                break
+            last = token
+    except yaml.YAMLError:
+        pass
+    if not isinstance(last, yaml.ScalarToken) or last.style not in {"'", '"'}:
+        return None
+    begins = last.start_mark
+    return begins if begins.line < last.end_mark.line == mark.line else None
 
 
 def _layout_hint(text: str, mark: Any) -> str:

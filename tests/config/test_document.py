@@ -315,3 +315,13 @@ def test_an_override_inside_a_value_is_a_fault() -> None:
     assert [str(fault) for fault in made.faults] == [
         "AIOSERVER__A__B a: is not a section, so nothing can be set inside it"
     ]
+
+
+@pytest.mark.parametrize("quote", ['"', "'"])
+@pytest.mark.parametrize("rest", ["{c: Qhttp://x/v1Q, d: e}", "Qtext of a keyQ", "- QaQ"])
+def test_a_quote_that_the_next_one_closes_is_named_where_it_begins(quote: str, rest: str) -> None:
+    text = f"a: Qopen\n\nb: {rest}\nc: 1\n".replace("Q", quote)
+
+    (fault, *_) = faults(text)
+
+    assert fault == "f:1:4: not valid YAML: this quote is closed on line 3 only"
