@@ -27,7 +27,7 @@ from aioserver.config.faults import ConfigurationError
 from aioserver.config.inheritance import Inheritance
 from aioserver.config.llm import AUTO
 from aioserver.config.schema import FAULTY, Faults, WrongShape
-from aioserver.config.settings import SETTINGS, Auth, ClientKey, Provider, Settings
+from aioserver.config.settings import SETTINGS, Auth, ClientKey, Limits, Provider, Settings
 from aioserver.config.shipped import SHIPPED, fill
 from aioserver.protocol.addresses import loopback
 
@@ -335,12 +335,16 @@ def _warnings(settings: Settings, document: Document) -> Iterator[Fault]:
         beside = "" if auth.keys is None else ", whatever keys says: take one of the two out"
         message = f"everybody who can reach the port may chat{beside}"
         yield document.fault(("auth", "open"), message)
-    elif auth.guarded and not auth.all_keys:
+    elif auth.guarded and not auth.all_keys and auth.jwt is None:
         message = "there is no key, so nobody may chat (`aioserver key NAME` makes one)"
         yield document.fault(("auth", "keys" if auth.keys is not None else "keys_file"), message)
     waiting = settings.chat.websocket.concurrency.connection_queue_size // 2
-    for index, client in enumerate(auth.keys or ()):
-        path = ("auth", "keys", index)
+    roles = {} if auth.jwt is None else auth.jwt.limits
+    limits: list[tuple[KeyPath, Limits]] = [
+        *((("auth", "keys", index), key) for index, key in enumerate(auth.keys or ())),
+        *((("auth", "jwt", "limits", name), role) for name, role in roles.items()),
+    ]
+    for path, client in limits:
         if client.tokens_per_day and settings.cluster.redis_url is None:
             message = (
                 "what is used of the day is forgotten at a restart: only a cluster (redis_url) "

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from aioserver.config.faults import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from aioserver.config.settings import Auth, Jwt
     from aioserver.config.watched_files import WatchedFiles
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
 NEEDED = {"PyJWT": (2, 13), "cryptography": (3, 4)}
 
 
-def faults(auth: Auth | None) -> Iterator[str]:
-    """Yield why no token could be checked, if *auth* takes tokens."""
+def faults(
+    auth: Auth | None, needed: Mapping[str, tuple[int, int]] = MappingProxyType(NEEDED)
+) -> Iterator[str]:
+    """Yield which of the packages that are *needed* are missing, if *auth* takes tokens."""
     if auth is None or auth.jwt is None:
         return
-    for package, least in NEEDED.items():
+    for package, least in needed.items():
         wanted = f"{package}>={'.'.join(map(str, least))}"
         try:
             there = version(package)
