@@ -5,6 +5,7 @@ to them.
 from __future__ import annotations
 
 import hashlib
+import random
 import time
 from typing import Any
 
@@ -16,8 +17,10 @@ from aioserver.auth.tokens import SKEW
 from aioserver.config.settings import Auth, ClientKey, Jwt, Role
 from aioserver.errors import (
     AuthUnavailable,
+    ConcurrencyExceeded,
     InvalidApiKey,
     PermissionDenied,
+    RateLimitExceeded,
     ServerAtCapacity,
     SessionEnded,
     TokenRefused,
@@ -326,3 +329,63 @@ def test_a_session_of_a_token_cannot_be_changed() -> None:
     for forged in ("jwt:", "jwt:a.b.1.x", "jwt:YQ.ZGVmYXVsdA.9999999999.00", "jwt:.."):
         with pytest.raises(SessionEnded):
             server.access.resume(forged)
+
+
+# All of it, in virtual time.
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_comes_no_token_outlives_its_end_and_no_limit_comes_back_early(seed: int) -> None:
+    """People come with tokens of all ages, and do anything; a model knows what each has used."""
+    dice = random.Random(seed)
+    limits = {"default": Role(max_concurrent=3, requests_per_minute=4, tokens_per_day=1000)}
+    server = Server(max_callers=5, limits=limits)
+    names = [f"p{number}" for number in range(12)]
+    tokens: list[tuple[str, str, float]] = []
+    # Of each name: the answers that run, and the starts of the last minute.
+    running: dict[str, list[Quota]] = {name: [] for name in names}
+    starts: dict[str, list[float]] = {name: [] for name in names}
+    admitted = refused = 0
+    for _ in range(1500):
+        seconds = dice.expovariate(0.25)
+        server.now += seconds
+        server.clock.now += seconds
+        name = dice.choice(names)
+        roll = dice.random()
+        if roll < 0.15 and running[name]:
+            running[name].pop().give_back()
+            continue
+        if roll < 0.3 or not tokens:
+            expiry = server.now + dice.choice((5, 60, 600))
+            tokens = [*tokens[-30:], (token(name, exp=expiry, iat=None), name, expiry)]
+        text, name, expiry = dice.choice(tokens)
+        try:
+            caller = server.caller(text)
+        except TokenRefused:
+            assert server.now >= expiry + SKEW
+            continue
+        except ServerAtCapacity:
+            refused += 1
+            # Nobody who has something running was forgotten, and nobody who is known is refused.
+            assert len(server.tokens.quotas()) == 5
+            assert f"jwt:{name}" not in server.tokens.quotas()
+            continue
+        assert server.now < expiry + SKEW
+        assert len(server.tokens.quotas()) <= 5
+        assert not caller.quota.revoked
+        assert all(quota is caller.quota for quota in running[name])
+        now = server.clock.now
+        starts[name] = [start for start in starts[name] if start > now - 60]
+        try:
+            caller.quota.take()
+        except (ConcurrencyExceeded, RateLimitExceeded):
+            continue
+        admitted += 1
+        running[name].append(caller.quota)
+        starts[name].append(now)
+        assert len(running[name]) <= 3
+        # A burst of a minute, and what has come back since.
+        assert len(starts[name]) <= 2 * 4
+        assert caller.quota.running == len(running[name])
+    assert admitted > 50
+    assert refused > 5
