@@ -1,0 +1,118 @@
+"""Callers of tokens at several instances: their limits are those of all together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aioserver.auth.access import Access
+from aioserver.config.settings import Auth, Jwt, Role
+from aioserver.errors import ConcurrencyExceeded
+from aioserver.wings.cluster.limits import SharedLimits
+from aioserver.wings.doors.issuer import Issuer
+from aioserver.wings.doors.signatures import read_keys
+from aioserver.wings.doors.token_callers import IDLE, TokenCallers
+from tests.support.issuer import AUDIENCE, ISSUER, SigningKey, claims, jwks
+from tests.support.reference_server import ReferenceServer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from aioserver.auth.callers import Caller
+    from aioserver.limits.quota import Quota
+
+pytestmark = pytest.mark.virtual_time
+KEY = SigningKey("EdDSA")
+JWT = Jwt(
+    issuer=ISSUER,
+    audience=AUDIENCE,
+    jwks_url="x",
+    limits={"default": Role(max_concurrent=2, requests_per_minute=600)},
+)
+
+
+@pytest.fixture
+async def reference() -> AsyncIterator[ReferenceServer]:
+    reference = ReferenceServer()
+    yield reference
+    reference.close()
+
+
+async def never() -> bytes:
+    raise AssertionError("nothing is fetched")
+
+
+async def instances(reference: ReferenceServer, max_callers: int) -> list[Access]:
+    """Two instances that know each other."""
+    made = []
+    for number in (0, 1):
+        leases = reference.join(f"i{number}", fixed=(number, 2))
+        issuer = Issuer(never, lambda _text, _severity: None)
+        issuer.use(read_keys(jwks(KEY)))
+        callers = TokenCallers(max_callers=max_callers)
+        callers.use_issuer(issuer)
+        limits = SharedLimits(leases)
+        made.append(Access(Auth(jwt=JWT), b"", limits.make_quota, callers))
+    # Longer than the grace period of a new epoch.
+    await asyncio.sleep(6)
+    return made
+
+
+def caller(access: Access, name: str) -> Caller:
+    return access.caller(KEY.sign(claims(sub=name, exp=time.time() + 1e6)).encode())
+
+
+def quota(access: Access, name: str) -> Quota:
+    quota = caller(access, name).quota
+    assert quota is not None
+    return quota
+
+
+async def take(quota: Quota) -> bool:
+    """Whether an answer may begin; one that may not is given back."""
+    try:
+        undecided = quota.take()
+    except ConcurrencyExceeded:
+        return False
+    try:
+        if undecided is not None:
+            await undecided
+    except ConcurrencyExceeded:
+        quota.give_back()
+        return False
+    return True
+
+
+async def test_the_answers_of_one_name_are_bounded_over_all_instances(
+    reference: ReferenceServer,
+) -> None:
+    first, second = await instances(reference, 100)
+
+    assert await take(quota(first, "alice"))
+    assert await take(quota(second, "alice"))
+    assert not await take(quota(first, "alice"))
+    assert not await take(quota(second, "alice"))
+    assert await take(quota(second, "bob"))
+
+
+@pytest.mark.timeout(600)
+async def test_a_caller_that_is_forgotten_gives_back_what_it_was_granted(
+    reference: ReferenceServer,
+) -> None:
+    first, second = await instances(reference, 1)
+    for _ in range(2):
+        assert await take(quota(first, "alice"))
+    for _ in range(2):
+        quota(first, "alice").give_back()
+    await asyncio.sleep(IDLE + 1)
+
+    quota(first, "bob")
+    await asyncio.sleep(5)
+
+    assert set(first.quotas()) == {"jwt:bob"}
+    assert await take(quota(second, "alice"))
+    assert await take(quota(second, "alice"))
+    assert not await take(quota(second, "alice"))
