@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from aioserver.config.settings import Cluster, Hook, Settings
+    from aioserver.config.settings import Cluster, Hook, Jwt, Settings
     from aioserver.tools.doctor.findings import Report
 
 SUBJECT = "configuration"
@@ -27,6 +27,8 @@ REDIS_TLS = "rediss"
 REDIS_PORT = 6379
 # Seconds for each step to the Redis server, which is near.
 REDIS_TIMEOUT = 5.0
+# As for a fetch of the issuer's keys.
+ISSUER_TIMEOUT = 5.0
 
 
 def examine(report: Report, config: Path | None, *, ask: bool, only: str | None = None) -> int:
@@ -72,7 +74,21 @@ async def _examine(report: Report, settings: Settings, *, ask: bool, only: str |
             certificate.examine(report, settings.chat.websocket.tls)
         await examine_cluster(report, settings.cluster)
         await examine_hooks(report, settings.hooks)
+        if settings.auth is not None and settings.auth.jwt is not None:
+            await examine_issuer(report, settings.auth.jwt)
     await providers.examine(report, settings, ask=ask, only=only)
+
+
+async def examine_issuer(report: Report, jwt: Jwt) -> None:
+    """Examine the way to the keys of the issuer, without which no token can be checked."""
+    if jwt.jwks_url is None:
+        report.skip("tokens", "the issuer's keys are in a file, which the start reads")
+        return
+    url = URL(jwt.jwks_url)
+    assert url.host is not None
+    assert url.port is not None
+    context = ssl.create_default_context() if url.scheme == "https" else None
+    await Steps(report, "tokens", Peer(url.host, url.port, context, ISSUER_TIMEOUT)).take()
 
 
 async def examine_cluster(report: Report, cluster: Cluster) -> None:

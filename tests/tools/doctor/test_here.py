@@ -16,10 +16,11 @@ import yaml
 from yarl import URL
 
 from aioserver import __version__
+from aioserver.config.settings import Jwt
 from aioserver.config.shipped import SHIPPED
 from aioserver.tools.doctor import machine, providers
 from aioserver.tools.doctor.findings import Report
-from aioserver.tools.doctor.here import examine_cluster, examine_hooks
+from aioserver.tools.doctor.here import examine_cluster, examine_hooks, examine_issuer
 from aioserver.tools.doctor.machine import System
 from aioserver.tools.doctor.network import Peer, Steps
 from aioserver.wings.simulator.server import Simulator
@@ -408,6 +409,17 @@ async def test_a_hook_that_is_away_is_a_fault_if_it_is_closed(
     (failed,), (warned,) = findings.of("fail"), findings.of("warn")
     assert "hook guard: no connection: 127.0.0.1 port 9" in failed
     assert "hook watch: no connection" in warned
+
+
+async def test_the_way_to_the_keys_of_an_issuer_is_examined(findings: Findings) -> None:
+    nowhere = "http://127.0.0.1:9/keys"
+    await examine_issuer(findings.report, Jwt(issuer="i", audience="a", jwks_url=nowhere))
+    await examine_issuer(findings.report, Jwt(issuer="i", audience="a", jwks_file="jwks.json"))
+
+    (failed,) = findings.of("fail")
+    assert "tokens: no connection: 127.0.0.1 port 9: Connection refused" in failed
+    (skipped,) = findings.of("skip")
+    assert "the issuer's keys are in a file" in skipped
 
 
 def written(path: Path, text: str) -> Path:
