@@ -4,16 +4,23 @@ second provider.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aioserver.limits.fair_queue import BATCH, INTERACTIVE
 from aioserver.limits.gate import BATCH_PATIENCE
 from aioserver.limits.key_queue import MAX_WAIT
 from tests.simulation import sick_hook
+from tests.support.issuer import SigningKey, claims, jwks, jwt_settings
 from tests.support.server import HTTP_CLIENT
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HTTP = "llm.providers.sim.http_client"
 GATE = "chat.websocket.concurrency"
@@ -27,14 +34,29 @@ HOOKED = 0.25
 # What is kept is dropped for want of room where there is less room than this.
 ROOM = 1 << 28
 
+# The share of the keys that are names in tokens.
+TOKENS = 0.3
+# A day that no run reaches, in Unix time; and the key that signs in every run.
+LAST_DAY = 2_000_000_000
+ISSUER_KEY = SigningKey("EdDSA")
+ISSUER_KEY.private = Ed25519PrivateKey.from_private_bytes(b"simulated issuer" * 2)
+
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key of a client; *load* is the share of the clients that have it."""
+    """A key of a client, or what its *token* names; *load* is the share of the clients that have
+    it.
+    """
 
     name: str
     load: float
     weight: int
+    token: bool = False
+
+    @property
+    def caller(self) -> str:
+        """The name of its caller."""
+        return f"jwt:{self.name}" if self.token else self.name
 
     @property
     def batch(self) -> bool:
@@ -43,11 +65,11 @@ class Key:
 
     @property
     def secret(self) -> str:
-        """The key itself."""
-        return f"aio-{self.name}"
+        """The key or the token itself."""
+        return token_of(self.name) if self.token else f"aio-{self.name}"
 
     def entry(self, dice: random.Random) -> dict[str, Any]:
-        """Return the entry of `auth.keys`."""
+        """Return the entry of `auth.keys`, or of its role."""
         entry = {
             "name": self.name,
             "sha256": hashlib.sha256(self.secret.encode()).hexdigest(),
@@ -62,7 +84,21 @@ class Key:
         entry["queue_size"] = own.choice((0, 5, 200))
         entry["tokens_per_minute"] = own.choice((0, 0, 20_000))
         entry["tokens_per_day"] = own.choice((0, 0, 0, 60_000))
+        if self.token:
+            del entry["name"], entry["sha256"]
         return entry
+
+
+@functools.cache
+def token_of(name: str) -> str:
+    """Return a token of the caller *name*, whose role has the same name."""
+    return ISSUER_KEY.sign(claims(sub=name, roles=[name], iat=None, exp=LAST_DAY))
+
+
+def with_tokens(seed: int, keys: tuple[Key, ...]) -> tuple[Key, ...]:
+    """Return *keys*, of which some are names in tokens; by dice of their own."""
+    dice = random.Random(f"tokens {seed}")
+    return tuple(replace(key, token=dice.random() < TOKENS) for key in keys)
 
 
 def draw_keys(dice: random.Random) -> tuple[Key, ...]:
@@ -120,8 +156,21 @@ def draw_changes(dice: random.Random, keys: tuple[Key, ...]) -> dict[str, Any]:
     if random.Random(repr(sorted(changes.items()))).random() < HOOKED:
         changes["hooks"] = [sick_hook.ENTRY]
     if keys:
-        changes["auth.keys"] = [key.entry(dice) for key in keys]
+        entries = {key: key.entry(dice) for key in keys}
+        changes["auth.keys"] = [entry for key, entry in entries.items() if not key.token]
+        if any(key.token for key in keys):
+            # The file is named when the server has a folder.
+            limits = {key.name: entry for key, entry in entries.items() if key.token}
+            changes["auth.jwt"] = jwt_settings("", limits=limits, jwks_url=None)
     return changes
+
+
+def write_issuer_keys(changes: dict[str, Any], folder: Path) -> None:
+    """Write what *changes* need to take tokens."""
+    if "auth.jwt" in changes:
+        file = folder / "jwks.json"
+        file.write_bytes(jwks(ISSUER_KEY))
+        changes["auth.jwt"] = {**changes["auth.jwt"], "jwks_file": str(file)}
 
 
 def with_spare(
@@ -164,7 +213,7 @@ def longest_wait(changes: dict[str, Any], providers: int, hops: int = 0) -> floa
     It is the sum of all deadlines that a request may meet, one after another, and of the longest
     answer; *hops* attempts may continue it.
     """
-    keys = changes.get("auth.keys", ())
+    keys = [*changes.get("auth.keys", ()), *changes.get("auth.jwt", {}).get("limits", {}).values()]
     times = BATCH_PATIENCE if any(key["class"] == BATCH for key in keys) else 1
     queue_timeout = times * changes[f"{HTTP}.queue_timeout"]
     retries = 1 + changes[f"{HTTP}.max_retries"]

@@ -15,7 +15,7 @@ from aioserver.server.reload import Reload
 from aioserver.server.runner import FAREWELL, Runner
 from tests.simulation.book import Book
 from tests.simulation.clock import Clock
-from tests.simulation.configuration import GATE, HTTP
+from tests.simulation.configuration import GATE, HTTP, write_issuer_keys
 from tests.simulation.network import INSTANCE
 from tests.support.members import wings_of
 from tests.support.server import configured, write
@@ -106,11 +106,11 @@ class Instance:
             counts[f"{name} connections"] = provider.pools.gate.inside
         for name, group in context.router.groups.items():
             counts[f"{name} waiting"] = group.waiting
-        for name, key in context.access.keys._by_name.items():  # noqa: SLF001 - no snapshot has it
-            counts[f"{name} answers"] = key.quota.running
-            counts[f"{name} waiting at its key"] = len(key.quota.queue)
-            counts[f"{name} tokens"] = key.quota.budget.reserved
-            counts[f"{name} connections"] = key.quota.connections
+        for name, quota in context.access.quotas().items():
+            counts[f"{name} answers"] = quota.running
+            counts[f"{name} waiting at its key"] = len(quota.queue)
+            counts[f"{name} tokens"] = quota.budget.reserved
+            counts[f"{name} connections"] = quota.connections
         if self.member is not None:
             counts |= self.member.held()
         if self.ended:
@@ -181,10 +181,14 @@ async def running(
     """
     token = INSTANCE.set(number)
     try:
+        changes = dict(changes)
+        write_issuer_keys(changes, folder)
         configuration = configured(base_url, changes, folder / f"config-{number}.yaml")
         async with open_server(configuration.settings, wings=wings_of(member)) as server:
             # What `usage.path` would open writes a real file.
+            roles = changes.get("auth.jwt", {}).get("limits", ())
             names = {"", *(entry["name"] for entry in changes.get("auth.keys", ()))}
+            names |= {f"jwt:{role}" for role in roles}
             server.context.usage.ledger = Book(broken, names)
             runner = Runner(server)
             await runner.setup()

@@ -208,7 +208,7 @@ def draw(seed: int, clients: int, instances: int = 1, *, groups: bool = True) ->
     there are none of three providers.
     """
     dice = random.Random(f"plan {seed}")
-    keys = configuration.draw_keys(dice)
+    keys = configuration.with_tokens(seed, configuration.draw_keys(dice))
     talks, responses, sql = _draw_conversations(seed)
     changes = configuration.draw_changes(dice, keys)
     choose = random.Random(f"group {seed}").choice(("", "", *configuration.CHOICES))

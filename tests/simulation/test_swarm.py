@@ -46,6 +46,7 @@ from tests.simulation.world import play
 plan = draw(0, 60, 2)
 changes = dict(plan.changes)
 changes.pop("auth.keys", None)
+changes.pop("auth.jwt", None)
 changes |= {
     f"{GATE}.max_connections": 5,
     f"{GATE}.connection_queue_size": 100,

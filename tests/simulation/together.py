@@ -367,7 +367,7 @@ class Together:
 
         *calls* are all calls for its question that have arrived, in their order.
         """
-        caller = client.key.name if client.key else ""
+        caller = client.key.caller if client.key else ""
         for first, second in _pairs(calls):
             if second.begun_at - first.begun_at >= window:
                 continue

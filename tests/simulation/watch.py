@@ -116,7 +116,7 @@ class Watch:
         """What is reserved belongs to answers that count or wait, and nobody waits at a key whose
         limits allow a start.
         """
-        for name, quota in self._server.context.access.keys.quotas().items():
+        for name, quota in self._server.context.access.quotas().items():
             queue, budget = quota.queue, quota.budget
             if budget.reserved < 0 or (budget.reserved and not quota.running):
                 self._broken(f"{name} has reserved {budget.reserved}, {quota.running} run")
