@@ -60,7 +60,9 @@ def test_both_files_name_the_same_distribution() -> None:
 def test_version_stands_in_one_place_and_others_are_compared_with_it() -> None:
     schema = json.loads((ROOT / "config.schema.json").read_text())
     recipe = (ROOT / "deploy/Dockerfile").read_text()
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
+    assert headings[:2] == ["Unreleased", __version__]
     assert SETUP["metadata"]["version"] == "attr: aioserver.__version__"
     assert schema["title"].endswith(f" {__version__}")
     assert f'image.version="{__version__}"' in recipe
