@@ -425,7 +425,9 @@ def _waits(member: Member, name: str) -> bool:
     if grant is None or not isinstance(grant.user, SharedGate):
         return False
     gate: Any = grant.user
-    return bool(gate._queue or gate._batch) and delay_of(gate) <= 0
+    # Batch leaves what it must of the places that its instance has in hand.
+    waits = gate._queue.size or (gate._batch.size and gate._batch_inside < gate.batch_limit)
+    return bool(waits) and delay_of(gate) <= 0
 
 
 def _pairs(calls: Sequence[Call]) -> Iterator[tuple[Call, Call]]:

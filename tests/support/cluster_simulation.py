@@ -80,6 +80,10 @@ class Instance:
         return len(self.waiting)
 
     @property
+    def ready(self) -> int:
+        return len(self.waiting)
+
+    @property
     def weight(self) -> int:
         return 1
 

@@ -10,10 +10,10 @@ The numbers, from the inside out:
 
 A grant is lowered first and told afterwards, and raised only by an answer: so the server always
 knows of at least what is granted. Given back is only what is not needed: an instance keeps its
-places inside, one for each request that waits, and a few to spare (a quarter of its part of the
-limit, or of places for connections all of its part) unless others starve. What is to spare comes
-only of what nobody wants, and nobody waits for it, or two idle instances would pass a place to and
-fro.
+places inside, one for each request that waits and may use it (batch leaves some), and a few to
+spare (a quarter of its part of the limit, or of places for connections all of its part) unless
+others starve. What is to spare comes only of what nobody wants, and nobody waits for it, or two
+idle instances would pass a place to and fro.
 
 While others starve, a place that ends is not taken by the next request here: it goes back with the
 own want, in the same call, and turns decide. But never two gives in doubt: while a call is under
@@ -78,6 +78,10 @@ class User(Protocol):
     @property
     def wanting(self) -> int:
         """How many requests wait and could start if there were places for them."""
+
+    @property
+    def ready(self) -> int:
+        """How many of them could start with the free places that are granted already."""
 
     @property
     def weight(self) -> int:
@@ -236,9 +240,10 @@ class Grant:
             return False
         if self._standing.state is not State.JOINED or self._standing.grace:
             return False
-        inside, wanting = self.user.inside, self.user.wanting
+        inside = self.user.inside
         free = self.granted - inside
-        if self.recorded > max(self.granted, inside) or (self.starving and free > wanting):
+        unused = self.starving and free > self.user.ready
+        if self.recorded > max(self.granted, inside) or unused:
             return True
         return self._more() > self._wanted and not self._leaving
 
@@ -256,7 +261,7 @@ class Grant:
         if self._leaving:
             have, wanting = inside, 0
         elif standing.state is State.JOINED:
-            have = max(inside, min(self.granted, inside + wanting + target))
+            have = max(inside, min(self.granted, inside + self.user.ready + target))
         elif standing.state is State.UNHEARD:
             have = max(inside, self.granted)
         else:

@@ -114,6 +114,12 @@ class SharedGate(Gate):
         return count
 
     @property
+    def ready(self) -> int:
+        """How many of them may use places in hand: of batch, no more than leave what it must."""
+        batch = max(0, min(self._batch.size, self.batch_limit - self._batch_inside))
+        return min(self.wanting, self._queue.size + batch)
+
+    @property
     def weight(self) -> int:
         """The weights of the callers that wait, together; at least 1, which is that of any number
         of batch ones.

@@ -168,6 +168,11 @@ class Counted:
         return len(self._undecided) + self._waiting()
 
     @property
+    def ready(self) -> int:
+        """How many of them could use a place that is granted: each."""
+        return self.wanting
+
+    @property
     def weight(self) -> int:
         """The weight of this key: of all instances the same."""
         return 1

@@ -522,3 +522,31 @@ async def test_an_instance_leaves_a_place_of_two_and_none_of_one(gates: list[Sha
     for taken in places:
         if taken is not None:
             taken.release()
+
+
+async def test_a_place_that_batch_must_leave_is_given_to_who_wants_it_elsewhere(
+    cluster: Cluster, gates: list[SharedGate]
+) -> None:
+    here, there = gates
+    waiting = [asyncio.create_task(here.enter(batch=True)) for _ in range(6)]
+    await ticks()
+    cluster.renew()
+    await ticks()
+    # All places are here, and one of them is not for those that wait here.
+    assert (here.inside, here.stats().waiting) == (3, 3)
+
+    interactive = asyncio.create_task(there.enter())
+    await ticks()
+    cluster.renew()
+    await ticks()
+
+    assert interactive.done()
+    assert (here.inside, there.inside) == (3, 1)
+    # What ends is for both, in turns, and nothing is passed to and fro meanwhile.
+    interactive.result().release()
+    cluster.renew()
+    cluster.advance(3 * TIMES.beat)
+    assert here.inside + there.inside == 3
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
