@@ -246,12 +246,14 @@ class NotingSimulator(Simulator):
         call = Call(transport, transport.peer.owner, self._name)
         CALL.set(call)
         self._calls.by_transport[transport].append(call)
+        before = transport.written
         response = await super()._answer(request)
         if isinstance(response, web.Response):
             # Written here, so that its end is known.
             await response.prepare(request)
             await response.write_eof()
-        call.whole = transport.written
+        # Without a byte there is no answer that could have arrived.
+        call.whole = transport.written if transport.written > before else 0
         return response
 
     async def _play(
