@@ -115,6 +115,11 @@ class SlotsInHand:
         lasting = self._lasting
         lasting.append(max(begins, lasting[-1]) if lasting else begins)
 
+    def drop_lasting(self, more_than: int) -> None:
+        """Have no *more_than* so many that last: those that begin last are dropped."""
+        while len(self._lasting) > more_than:
+            self._lasting.pop()
+
     def clear(self) -> None:
         """Have none."""
         self._passing.clear()
@@ -290,6 +295,8 @@ class SharedRate(Gcra):
         """
         self._tolerance = tolerance
         self.interval = self._step = interval
+        # What is kept in hand is a part of the burst, which may be less now.
+        self._slots.drop_lasting(self._kept())
         if self._instances:
             self._local.apply(interval * self._instances, tolerance / self._instances, scale=scale)
 
@@ -314,6 +321,8 @@ class SharedRate(Gcra):
         """
         now = self._clock()
         asks = self.ask_at <= now + ROUNDING and self._state is State.JOINED
+        # There may be more instances than before, each of which keeps some.
+        self._slots.drop_lasting(self._kept())
         # A pace that has rested for long enough may be forgotten.
         restate = restate and self._next_at > now - self._tolerance
         if not (asks or restate):

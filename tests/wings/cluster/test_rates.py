@@ -294,3 +294,43 @@ def test_without_the_server_each_keeps_its_part_of_the_rate(
     assert excess(starts, per_minute, burst) <= 3.5
     late = [start for start in starts if start > simulation.now - 15.0]
     assert len(late) >= 0.85 * per_minute / 60 * 15
+
+
+def resting(count: int) -> tuple[Simulation, list[Paced]]:
+    """Instances that have started something, and keep slots of a burst of 41."""
+    simulation = Simulation(1)
+    all_paced = [Paced(simulation, simulation.add(IDLE), 600, 41, 0.0) for _ in range(count)]
+    simulation.advance(10.0)
+    for _ in range(4):
+        ask(simulation, all_paced, 2)
+    return simulation, all_paced
+
+
+def ask(simulation: Simulation, all_paced: list[Paced], starts: int) -> None:
+    for each in all_paced:
+        each.waiting += starts
+        each.serve()
+    simulation.advance(5.0)
+
+
+def test_what_is_kept_of_a_burst_is_no_more_than_a_lowered_burst_allows() -> None:
+    simulation, all_paced = resting(3)
+    assert all(each.rate.available > 2 for each in all_paced)
+
+    for each in all_paced:
+        each.rate.apply(0.1, 0.1)
+        each.starts.clear()
+    ask(simulation, all_paced, 10)
+
+    assert excess(starts_of(all_paced), 600, 2) <= 1
+
+
+def test_more_instances_keep_no_more_of_a_burst_than_fewer() -> None:
+    simulation, all_paced = resting(2)
+    assert max(each.rate.available for each in all_paced) > 40 * rates.SHARE_KEPT / 8
+
+    more = [Paced(simulation, simulation.add(IDLE), 600, 41, 0.0) for _ in range(6)]
+    simulation.advance(10.0)
+    ask(simulation, [*all_paced, *more], 1)
+
+    assert max(each.rate.available for each in (*all_paced, *more)) <= 40 * rates.SHARE_KEPT / 8
