@@ -1097,6 +1097,11 @@ NEEDS: dict[str, dict[str, Any]] = {
         "habits": {"ask twice": 1.0},
         "changes": KEPT,
     },
+    "that an id is known": {
+        "faces": ("sse", "keyed stream"),
+        "habits": {"ask twice": 1.0},
+        "changes": KEPT,
+    },
     "an event of a mirror": {
         **GOOD,
         "clients": 15,
@@ -1191,7 +1196,6 @@ FIRST = {
     "the deadline of a pong": 16,
     "the deadline of a stop": 18,
     "the places that batch leaves": 1,
-    "that an id is known": 8,
     "that rounding holds nobody back": 20,
     "that what was read makes room": 23,
     "the error of a cancelled answer": 8,
