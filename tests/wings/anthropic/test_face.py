@@ -637,7 +637,7 @@ async def test_pings_come_while_the_provider_is_silent(make_server: MakeServer) 
         body = await response.read()
 
     # The provider's own is written in another way.
-    assert body.count(PING) == 4
+    assert 1 <= body.count(PING) <= 4
     assert body.startswith(PING)
     assert b": keep-alive" not in body
     assert body.endswith(STOP)
