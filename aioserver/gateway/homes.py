@@ -104,6 +104,8 @@ class Homes:
 
     def sent(self, prefix: Prefix, member: Member) -> None:
         """Remember that the prompt with *prefix* was sent to *member*."""
+        # It may have come while the request waited, and have no mark of its own yet.
+        member.mark_holds()
         mark, members = 1 << member.mark, self._members
         # The shortest is the newest: whoever knows a beginning knows all that are shorter.
         for digest in reversed(prefix.digests):

@@ -300,7 +300,7 @@ def test_a_request_may_start_at_a_member_that_came_while_it_waited() -> None:
             engine.seconds = 100.0
         busy = [asyncio.create_task(ask(router, chat("z"), name)) for name in engines]
         await ticks(3)
-        asking = asyncio.create_task(ask(router, chat("a", 2)))
+        asking = asyncio.create_task(ask(router, chat("b", 2)))
         await ticks(3)
 
         engines["new"] = Engine("new", 1)
@@ -309,6 +309,10 @@ def test_a_request_may_start_at_a_member_that_came_while_it_waited() -> None:
         router.apply(dict(engines), llm_of(dict(engines), "e0", models={"all": group}))
 
         assert await asking == "new"
+        # Nobody else has read its prompt.
+        placed = router._homes.place(prefix(chat("b", 2)), router.groups["all"].members)  # noqa: SLF001
+        knowing = [member.provider.name for member, known in placed.known.items() if known]
+        assert knowing == ["new"]
         for task in busy:
             task.cancel()
         await asyncio.wait(busy)
