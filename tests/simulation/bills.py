@@ -124,6 +124,9 @@ def _wrong(part: Part, attempt: Attempt, call: Call | None, failed: BaseExceptio
         return "an answer of another provider"
     if part.source == PROVIDER:
         counted = call is not None and call.usage == tokens
+        if call is not None and call.usage is not None and call.fault.startswith("early-done"):
+            # Of an answer that stops in its middle it has said how much it was so far.
+            counted = call.usage[0] == tokens[0] and tokens[1] <= call.usage[1]
         return "" if counted else "tokens that the provider has not counted"
     if call is not None:
         whole = call.transport.peer.received >= call.whole > 0

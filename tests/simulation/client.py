@@ -11,6 +11,8 @@ import asyncio
 import contextlib
 import dataclasses
 import random
+import re
+import time
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +55,12 @@ SECOND = 1_000_000
 LONG = 0.03
 # Seconds without a word after which a client gives up whose network is bad.
 GIVE_UP = 90.0
+# The longest that a client is told to wait, but for tokens; the seconds of a day; and what it is
+# told of the tokens of its key.
+SOON, DAY = 120.0, 86_400.0
+TOKENS_USED = re.compile(
+    r"tokens_per_(minute|day) of this key: limit (\d+), used (\d+), requested about (\d+)\."
+)
 # The longest answer, with all that a client may do meanwhile, in the patience of a client that
 # hears nothing.
 LONGEST = 10
@@ -359,8 +367,20 @@ class Client:
         """Note a refusal with this *status*, *error* and *headers*."""
         code = error["code"]
         seconds = float(headers.get("Retry-After", "0"))
-        if code in COME_BACK and not 0 < seconds <= 120:
-            raise Violation(f"{code} without a plausible Retry-After")
+        if code in COME_BACK and not (0 < seconds <= SOON or self._must_wait(error, seconds)):
+            raise Violation(f"{code} without a plausible Retry-After: {seconds}")
         if status == 500:
             raise Violation(f"500: {code}")
         self.outcome = f"refused: {code}"
+
+    def _must_wait(self, error: Mapping[str, Any], seconds: float) -> bool:
+        """Return whether it takes so many *seconds* until a key has the tokens for a request: until
+        what was used of a minute's is back, or the next day begins.
+        """
+        used = TOKENS_USED.match(error.get("message") or error.get("error") or "")
+        if used is None:
+            return False
+        if used[1] == "day":
+            return abs(seconds - (DAY - time.time() % DAY)) <= self.plan.patience
+        limit, level, tokens = (int(number) for number in used.groups()[1:])
+        return seconds <= 60 * (level + min(tokens, limit) - limit) / limit + 1

@@ -20,6 +20,8 @@ DELTAS = {
     "tool_use": {"input_json_delta": ("partial_json", "input")},
 }
 TOKENS = ("input_tokens", "output_tokens")
+# The end of a message that its provider has stopped without a word of why.
+EARLY = "stopped early"
 
 
 class MessageReading:
@@ -73,10 +75,13 @@ class MessageReading:
             self.message |= event["delta"]
             self.message["usage"] |= event["usage"]
         elif kind == "message_stop":
-            if not self._finished:
+            if self._finished:
+                self.finish(self.message)
+            elif self.reading is not None and self.reading.question.may_end_early:
+                # A provider's own end in the middle of its answer, which passes as it came.
+                self.end = EARLY
+            else:
                 raise Violation("message_stop without message_delta")
-            self.end = "complete"
-            self.finish(self.message)
         else:
             raise Violation(f"an unknown event: {kind}")
 

@@ -49,6 +49,10 @@ PICTURE = {
     "type": "image",
     "source": {"type": "base64", "media_type": "image/png", "data": "QUJD"},
 }
+# The end of a client that has read a provider's own 500, which passes as it came, and the faults
+# that are one: an error before the answer is one as well.
+FAILED = "refused: a provider's 500"
+FAILING = ("status-500", "error-event", "error-chunk")
 
 
 class Talk:
@@ -244,6 +248,10 @@ async def refused(client: Client, response: aiohttp.ClientResponse) -> None:
         soon = float(response.headers["Retry-After"]) <= 60
         if soon and response.headers.get("x-should-retry") == "false":
             raise Violation(f"{response.status} that may not be tried again, though soon")
+    if response.status == 500 and "code" not in error:
+        # The server's own errors have a code, and this status is a bug of it.
+        client.outcome = FAILED
+        return
     client.note_refusal(
         response.status, {"code": error.get("code") or error["type"], **error}, response.headers
     )
@@ -266,13 +274,20 @@ def check(client: Client, calls: list[Call], broken: Callable[[str], None]) -> N
             broken(f"client {client.number}: a strict engine refuses {said}")
         if not any(said == chat_messages(body, name) for name in ("", *REASONING)):
             broken(f"client {client.number}: {said} for {chat_messages(body)}")
+    failed = any(call.messages is None and call.fault.startswith(FAILING) for call in calls)
+    if client.outcome == FAILED and not failed:
+        broken(f"client {client.number} has read a 500 that no provider has said: {calls}")
     repeats: dict[tuple[int, str], int] = {}
+    # A provider that is down is tried as long as the request waits for it.
+    tried: dict[tuple[int, str], int] = {}
     for call in calls:
         key = call.instance, call.provider
         repeats[key] = repeats.get(key, 0) + bool(call.refused)
+        tried[key] = tried.get(key, 0) + (not call.refused)
     for (instance, provider), count in repeats.items():
         attempts = 1 + client.plan.changes[f"{HTTP}.max_retries"] + client.plan.hops
-        if count > MOST_REPEATS * client.sent * attempts:
+        most = client.sent * attempts + tried[instance, provider]
+        if count > MOST_REPEATS * most:
             broken(f"client {client.number} is refused {count} times by {provider} at {instance}")
     message = client.message
     written = [call for call in calls if call.answer is not None]

@@ -100,6 +100,53 @@ outcome = play(
 assert not outcome.violations, outcome.violations
 print(dict(outcome.ends))
 """
+# What looks broken at first sight, each in a run that has much of it.
+SCENES = """
+from tests.simulation import clock
+clock.install()
+import json, random
+from dataclasses import replace
+from tests.simulation.swarm import prepare
+prepare()
+from tests.simulation import deadlines
+from tests.simulation.configuration import GATE, HTTP, Key
+from tests.simulation.plan import draw
+from tests.simulation.world import play
+def scene(name, seed, changes, **fields):
+    plan = draw(seed, 60, groups=False)
+    calm = {
+        "faults": {}, "habits": {}, "operations": {}, "provider_links": {}, "silent": 0.0, "large": 0.0, "verdicts": 0.0,
+        "calls": 0.0, "messages": 0.0, "background": 0.0, "uploads": 0.0, "hurried": 0.0, "continued": False,
+        "provider_fault_share": 0.0, "spare": False, "preambles": 0.0, "keys": (), "refuses": (), "grouped": "",
+    }
+    for changed in ("auth.keys", "auth.jwt", "llm.providers.sim.continuation"):
+        plan.changes.pop(changed, None)
+    changes = {**plan.changes, f"{HTTP}.queue_size": 1000, f"{HTTP}.queue_timeout": 30.0, **changes}
+    outcome = play(replace(plan, **{**calm, **fields, "changes": changes}))
+    print(json.dumps([name, outcome.violations, dict(outcome.ends)]))
+def limited(*limits):
+    keys = [Key(f"key{number}", 1 / len(limits), 1) for number in range(len(limits))]
+    open = {"max_concurrent": 1000, "max_connections": 0, "requests_per_minute": 100_000, "tokens_per_minute": 0}
+    open |= {"tokens_per_day": 0, "queue_size": 0}
+    entries = [{**key.entry(random.Random(0)), **open, **own} for key, own in zip(keys, limits)]
+    return tuple(keys), {"auth.keys": entries}
+room = {f"{GATE}.max_connections": 100, f"{GATE}.connection_queue_size": 100, f"{GATE}.queue_timeout": 5.0}
+scene(
+    "failing providers", 217, {**room, "llm.providers.sim.messages": True}, messages=1.0, provider_fault_share=0.7,
+    message_kinds=("speaks", "speaks"), provider_faults=("status-500", "error-chunk-<n>", "early-done-<n>"),
+)
+keys, changes = limited({"tokens_per_day": 3000})
+scene("a day's tokens", 0, {**room, **changes}, keys=keys, faces=("stream",))
+keys, changes = limited({"requests_per_minute": 20, "queue_size": 200}, {})
+few = {f"{GATE}.max_connections": 10, f"{GATE}.connection_queue_size": 60, f"{GATE}.queue_timeout": 0.5}
+few |= {f"{HTTP}.{name}": 2 for name in ("concurrent_requests", "max_connections", "max_keepalive")}
+for name, longest in (("a return", deadlines.MAX_WAIT), ("a return that may not wait", 0.5)):
+    deadlines.MAX_WAIT = longest
+    scene(name, 1, {**few, **changes}, keys=keys, faces=("stream", "response lanes"), spread=20.0)
+keys, changes = limited({"requests_per_minute": 60, "queue_size": 200}, {})
+few |= {f"{HTTP}.{name}": 100 for name in ("concurrent_requests", "max_connections", "max_keepalive")}
+scene("lost sockets", 0, {**few, **changes}, keys=keys, faces=("stream", "response lanes"), habits={"read slowly": 0.3}, spread=5.0)
+"""
 
 
 def run(*arguments: str, timeout: float = 500.0) -> subprocess.CompletedProcess[str]:
@@ -196,6 +243,45 @@ def test_fifty_agents_on_four_places_are_answered_and_told() -> None:
     result = run("-c", AGENTS)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "{'complete': 50}\n"
+
+
+@pytest.fixture(scope="module")
+def scenes() -> dict[str, tuple[list[str], dict[str, int]]]:
+    """The violations of each scene, and how its clients have ended."""
+    result = run("-c", SCENES)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    return {name: (violations, ends) for name, violations, ends in lines}
+
+
+Scenes = dict[str, tuple[list[str], dict[str, int]]]
+
+
+def test_what_a_provider_has_ended_its_own_way_is_no_fault_of_the_server(scenes: Scenes) -> None:
+    violations, ends = scenes["failing providers"]
+
+    assert not violations
+    assert {"refused: a provider's 500", "stopped early"} <= ends.keys()
+
+
+def test_tokens_of_the_next_day_are_worth_a_long_wait(scenes: Scenes) -> None:
+    violations, ends = scenes["a day's tokens"]
+
+    assert not violations
+    assert ends["refused: rate_limit_exceeded"]
+
+
+def test_a_request_that_returns_from_its_key_may_wait_at_the_door(scenes: Scenes) -> None:
+    assert not scenes["a return"][0]
+    assert all(" for a place, " in each for each in scenes["a return that may not wait"][0])
+    assert scenes["a return that may not wait"][0]
+
+
+def test_what_waits_on_a_socket_that_closes_is_not_begun(scenes: Scenes) -> None:
+    violations, ends = scenes["lost sockets"]
+
+    assert not violations
+    assert ends["gone: EOFError"]
 
 
 def noticed(names: Iterable[str]) -> tuple[set[str], str]:

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from aioserver.limits.gate import Gate
     from aioserver.providers.provider import Provider
     from aioserver.streams.stream import Stream
-    from aioserver.wings.responses.lanes import Lanes
     from tests.simulation.instance import Instance
     from tests.simulation.network import Network
 
@@ -254,7 +253,7 @@ class Watch:
         lanes = 0
         for socket in self._server.context.sockets:
             if isinstance(socket, ResponsesSocket):
-                lanes += self._look_at_lanes(socket._lanes)
+                lanes += self._look_at_lanes(socket)
         if len(stored_in(self._server).held._held) > lanes:
             self._broken("a response is kept for a lane that is gone")
         self._look_at_shares()
@@ -280,8 +279,9 @@ class Watch:
         if listed != sum(map(len, kept._lists.values())) or len(kept._used) != len(kept._kept):
             self._broken(f"{listed} conversations are to be listed, not those of {kept._lists}")
 
-    def _look_at_lanes(self, lanes: Lanes) -> int:
+    def _look_at_lanes(self, socket: ResponsesSocket) -> int:
         """Look at the lanes of one connection, and return how many they are."""
+        lanes = socket._lanes
         every = lanes._lanes.values()
         running = sum(lane.under_way > 0 for lane in every)
         waiting = sum(len(lane.turns) for lane in every)
@@ -289,7 +289,8 @@ class Watch:
             self._broken(f"{running} lanes are busy, and {waiting} requests wait: {vars(lanes)}")
         if running > MAX_RUNNING or waiting > MAX_WAITING or len(every) > MAX_NAMED_LANES + 1:
             self._broken(f"{running} responses at once, {waiting} that wait, {len(every)} lanes")
-        if running < MAX_RUNNING and lanes._due and not self._instance.ended:
+        # A socket that is closing begins nothing any more.
+        if running < MAX_RUNNING and lanes._due and socket.open and not self._instance.ended:
             self._broken(f"{waiting} requests wait on lanes while {running} responses come")
         return len(every)
 
