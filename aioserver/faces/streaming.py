@@ -120,7 +120,7 @@ async def follow(
 
 class Heartbeat:
     """A member of the timer wheel: it writes what *beat* returns after *interval* seconds without
-    a write.
+    a write, unless the client is not reading: it would be outdated when it is read.
     """
 
     __slots__ = ("_beat", "_interval", "_writer", "bucket")
@@ -140,5 +140,6 @@ class Heartbeat:
         # A visit may come a moment early: the wheel rounds its time.
         if silence < self._interval * 0.99:
             return self._interval - silence
-        self._writer.send(self._beat())
+        if not self._writer.blocked:
+            self._writer.send(self._beat())
         return self._interval

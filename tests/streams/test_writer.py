@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.errors import ResumeGap
+from aioserver.faces.streaming import Heartbeat
 from aioserver.streams.entries import COMPLETE
 from aioserver.streams.formats import Format
 from aioserver.streams.outbox import Outbox
@@ -252,6 +253,22 @@ async def test_positions_do_not_wait_for_a_client_that_takes_nothing() -> None:
         other.report_position(7, 1.0)
 
         assert peer.socket.writes[1:] == [b"<7>"]
+
+
+async def test_heartbeats_do_not_wait_for_a_client_that_takes_nothing() -> None:
+    async with client(slow=True) as peer:
+        beats = Heartbeat(peer.writer, 1.0, lambda: b"beat")
+        peer.writer.send(b"x" * BIG)
+        now = asyncio.get_running_loop().time()
+        for second in range(2 * MAX_CONTROL_FRAMES):
+            assert beats.visit(now + 2 + second) == 1.0
+        assert not peer.socket.aborted
+
+        peer.socket.take()
+        await until(lambda: not peer.writer.blocked)
+        beats.visit(now + 1000)
+
+        assert peer.socket.writes[1:] == [b"beat"]
 
 
 async def test_control_frames_that_waited_come_first_and_all() -> None:

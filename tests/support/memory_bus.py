@@ -64,8 +64,9 @@ class World:
     doubled: float = 0.0
     # Types of messages, of which the next one is lost.
     lose: list[type] = field(default_factory=list)
-    # Whether the server of claims does not answer.
+    # Whether the server of claims does not answer, and the seconds that an answer takes.
     away: bool = False
+    slow: float = 0.0
     members: list[str] = field(default_factory=list)
     ears: dict[str, MemoryBus] = field(default_factory=dict)
     claims: dict[str, Claim] = field(default_factory=dict)
@@ -384,7 +385,7 @@ class MemoryStore:
         meanwhile, self._world.meanwhile = self._world.meanwhile, None
         if meanwhile is not None:
             asyncio.get_running_loop().call_soon(meanwhile)
-        await asyncio.sleep(0)
+        await asyncio.sleep(self._world.slow)
         if self._world.away:
             raise CallFailed("away")
         return asyncio.get_running_loop().time()

@@ -71,12 +71,13 @@ class Turn:
 class Lane:
     """One lane of a connection; *name* is None for the one without a `stream_id`.
 
-    *stream* is the response that is read, or was read last, *response_id* its id, once it is
-    known, and *continues* the id of the one before it. *asked* fills the last one that was asked
-    for here, which a resumed one is not, and *on_end* is called at its end. *under_way* counts
-    what its end still has to wait for, such as events that are not written, and was first more than
-    0 at *began*. *queued* is what the client was told of its wait at its key or provider, None once it
-    waits no more. It has been silent since *silent_since*, with so many *events* behind it.
+    *stream* is the response that is read, or was read last, None until there is one of what is
+    under way now, *response_id* its id, once it is known, and *continues* the id of the one before
+    it. *asked* fills the last one that was asked for here, which a resumed one is not, and
+    *on_end* is called at its end. *under_way* counts what its end still has to wait for, such as
+    events that are not written, and was first more than 0 at *began*. *queued* is what the client
+    was told of its wait at its key or provider, None once it waits no more. It has been silent
+    since *silent_since*, with so many *events* behind it.
     """
 
     __slots__ = (
@@ -196,7 +197,7 @@ class Lanes:
         if not lane.under_way:
             self._running += 1
             lane.began = lane.silent_since = self._clock()
-            lane.events, lane.queued = 0, None
+            lane.events, lane.queued, lane.stream = 0, None, None
         lane.under_way += 1
 
     def done(self, lane: Lane) -> None:
@@ -290,7 +291,9 @@ class LaneNews:
 
     A command that waits on the connection is told of when it comes, when its position has changed,
     at most once each NEWS_INTERVAL, and each *interval* seconds; a response that waits at its
-    provider, or whose provider is silent, each *interval* seconds.
+    provider, or whose provider is silent, each *interval* seconds. A client that is not reading is
+    told nothing: it would be outdated when it is read, and stand behind the last event of its
+    response.
     """
 
     __slots__ = ("_context", "_lanes", "_writer", "bucket")
@@ -307,7 +310,8 @@ class LaneNews:
 
     def begin(self, now: float) -> None:
         """Tell what has to be told *now*, and later for as long as anything waits or runs."""
-        self._tell_waiting(now)
+        if not self._writer.blocked:
+            self._tell_waiting(now)
         if not self.bucket:
             self._context.wheel.add(self, min(NEWS_INTERVAL, self.interval))
 
@@ -321,7 +325,13 @@ class LaneNews:
         """
         if not self._lanes.busy:
             return None
-        self._tell_waiting(now)
+        if not self._writer.blocked:
+            self._tell_waiting(now)
+            self._tell_running(now)
+        return min(NEWS_INTERVAL, self.interval)
+
+    def _tell_running(self, now: float) -> None:
+        """Tell on each lane that its response is still awaited, if it has been silent for long."""
         interval = self.interval
         for lane in self._lanes.under_way():
             stream = lane.stream
@@ -330,11 +340,13 @@ class LaneNews:
                 lane.events, lane.silent_since, lane.queued = events, now, None
             elif now - lane.silent_since >= interval * 0.99:
                 lane.silent_since = now
-                if lane.queued is None:
+                if stream is not None and stream.ended:
+                    # What is left of it is written soon; its last event may have been.
+                    pass
+                elif lane.queued is None:
                     self._send(frames.heartbeat(lane.name))
                 else:
                     self._send(frames.queued(lane.name, *lane.queued))
-        return min(NEWS_INTERVAL, interval)
 
     def _tell_waiting(self, now: float) -> None:
         """Tell each command that waits where it stands, if it is news or long ago."""

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import asynccontextmanager
+from socket import SO_SNDBUF, SOL_SOCKET
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.wings.responses.lanes import MAX_RUNNING
+from aioserver.streams.writer import WRITE_BYTES
+from aioserver.wings.responses.lanes import MAX_RUNNING, MAX_WAITING
+from aioserver.wings.responses.socket import ResponsesSocket
 from aioserver.wings.simulator.exchange import Behaviour
-from tests.support.responses import ENDS, connect, create
+from tests.support.memory_bus import World, instances
+from tests.support.raw import SMALL, TEXT, Raw
+from tests.support.responses import ENDS, connect, create, to_end
 from tests.support.server import SILENT, SIM_HTTP_CLIENT
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
     from aiohttp import ClientWebSocketResponse
 
-    from tests.support.server import MakeServer
+    from tests.support.server import MakeServer, RunningServer
 
 pytestmark = pytest.mark.virtual_time
 
 PING = {"chat.websocket.ping_interval": 1.0}
+# A client may read nothing for long.
+PATIENT = {"chat.websocket.ping_timeout": 100.0, "chat.streams.send_timeout": 100.0}
 # An answer takes four seconds.
 FOUR_SECONDS = Behaviour(ttft=4.0, interval=0.0, tokens=1)
 
@@ -154,3 +166,85 @@ async def test_a_position_that_has_changed_is_told(make_server: MakeServer) -> N
 
     assert [frame["position"] for frame in frames] == [1, 2, 1]
     assert round(frames[2]["eta"]) == 4
+
+
+def answered_with(size: int) -> dict[str, Any]:
+    """The form of an answer of that many bytes, which are one word."""
+    schema = {"const": "x" * size}
+    return {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+
+
+@asynccontextmanager
+async def unread(server: RunningServer) -> AsyncIterator[Raw]:
+    """A client that reads nothing of a response without a lane, the last event of which is more
+    than fits in the buffers.
+    """
+    async with Raw(server, receive_buffer=SMALL) as raw:
+        await raw.upgrade(path="/v1/responses")
+        [socket] = server.owners.context.sockets
+        assert isinstance(socket, ResponsesSocket)
+        transport = socket._transport  # noqa: SLF001 - nothing else has it
+        kernel = transport.get_extra_info("socket")
+        kernel.setsockopt(SOL_SOCKET, SO_SNDBUF, SMALL)
+        await raw.send_json({**create(), "text": answered_with(WRITE_BYTES)})
+        await until(lambda: transport.get_write_buffer_size() > WRITE_BYTES)
+        yield raw
+
+
+async def kinds_until(raw: Raw, *ends: str) -> list[tuple[str, str | None]]:
+    """What comes, and on which lanes, up to the last of *ends*."""
+    raw.widen()
+    kinds: list[tuple[str, str | None]] = []
+    while not {*ends} <= {kind for kind, _ in kinds}:
+        opcode, data = await raw.frame()
+        if opcode == TEXT:
+            event = json.loads(data)
+            kinds.append((event["type"], event.get("stream_id")))
+    return kinds
+
+
+async def test_a_client_that_is_not_reading_is_told_once_it_reads(make_server: MakeServer) -> None:
+    server = await make_server(Behaviour(ttft=0.0, interval=0.0), **PING, **PATIENT)
+    async with unread(server) as raw:
+        server.simulator.behaviour = SILENT
+        for _ in range(MAX_WAITING):
+            await raw.send_json(create(lane="a"))
+        await asyncio.sleep(20.0)
+        kinds = await kinds_until(raw, "aioserver:heartbeat")
+
+    assert ("response.completed", None) in kinds
+    assert kinds.count(("aioserver:queued", "a")) <= 2 * MAX_WAITING
+
+
+async def test_nothing_is_told_of_a_response_behind_its_end(tmp_path: Path) -> None:
+    world, often = World(), {"chat.websocket.ping_interval": 0.2, **PATIENT}
+    behaviour = Behaviour(ttft=0.0, interval=0.0)
+    async with instances(tmp_path, 1, behaviour, world, **often) as [only]:
+        # The last event is written some time before the response has ended for this server: it
+        # waits until the other instances can find it.
+        world.slow = 0.9
+        async with unread(only.server) as raw:
+            await asyncio.sleep(5.0)
+            kinds = await kinds_until(raw, "response.completed")
+            assert {kind for kind, _ in kinds if kind.startswith("aioserver:")} == set()
+            # What is answered at once comes next.
+            await raw.send_json({"type": "response.cancel"})
+            assert await kinds_until(raw, "error") == [("error", None)]
+
+
+async def test_a_search_on_a_lane_is_told_of_like_a_response(tmp_path: Path) -> None:
+    world, often = World(), {"chat.websocket.ping_interval": 0.2}
+    behaviour = Behaviour(ttft=0.0, interval=0.0)
+    async with (
+        instances(tmp_path, 1, behaviour, world, **often) as [only],
+        connect(only.server) as ws,
+    ):
+        await ws.send_json(create())
+        await to_end(ws)
+        world.slow = 0.9
+        await ws.send_json({"type": "response.resume", "response_id": "resp_none"})
+        kinds = [""]
+        while kinds[-1] != "error":
+            kinds.append(json.loads(await ws.receive_str(timeout=100))["type"])
+
+    assert "aioserver:heartbeat" in kinds
