@@ -95,6 +95,10 @@ _MORE_CONNECTIONS = (
 _OWN_LIMITS = "The log names the caller; its limits stand in auth.keys."
 # By error code of a rejection: why requests were rejected, and what to do.
 OF_REJECTIONS = {
+    "auth_unavailable": (
+        "tokens cannot be checked",
+        "Look whether the issuer's keys can be had (auth.jwt.jwks_url): aioserver doctor.",
+    ),
     "circuit_open": (
         "a provider is dead, and is left alone",
         "Look at its log, or at its status page.",

@@ -125,6 +125,6 @@ def test_the_image_serves_without_a_right_to_write_and_ends_in_order(
 
     assert "simulated model" in answer
     assert "fail" not in examined
-    assert "/health" in health
+    assert "aioserver.tools.health" in health
     assert user.split() == ["10001", "10001"]
     assert code.strip() == "0"

@@ -226,7 +226,7 @@ async def test_refused_callers_are_counted_and_a_burst_is_an_incident(
     async with server.session.get(f"{server.base}/stats", headers=root) as response:
         state = await response.json()
     expected = {"missing_key": 1, "invalid_key": 1, "session": 1, "not_admin": 1, "origin": 1}
-    assert state["auth_failures"] == {**expected, "host": 0}
+    assert state["auth_failures"] == {**expected, "host": 0, "token": 0}
     async with server.session.get(f"{server.base}/metrics", headers=root) as response:
         values = samples(await response.text())
     for reason, number in state["auth_failures"].items():
