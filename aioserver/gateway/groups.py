@@ -284,8 +284,12 @@ class Group:
             offer = await self._offer(among, attempts, delays, more, fallback=fallback)
             if offer is not None:
                 return offer
-            # One in the background has its permit now, and may still have to wait for its place.
-            among = [*among, *(member for member in attempts if member not in among)]
+            # One in the background has its permit now, and may still have to wait for its place:
+            # at the members of now, of which some may have come, and some have gone.
+            later = (member for member in attempts if member not in among)
+            among = [member for member in (*among, *later) if member in self.members]
+            if not among:
+                raise self.empty()
 
     async def _offer(
         self,

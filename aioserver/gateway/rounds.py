@@ -253,10 +253,11 @@ class Round:
         )
 
     def next(self) -> list[tuple[Provider, str]]:
-        """Begin the next round, of those that may be asked again; return them with the codes of
-        their faults.
+        """Begin the next round, of those that may be asked again, and are members still; return
+        them with the codes of their faults.
         """
-        again, self._again = self._again, []
+        again = [each for each in self._again if each[0] in self._group.members]
+        self._again = []
         self.left = [member for member, _ in again]
         self._asked.difference_update(self.left)
         return [(member.provider, code) for member, code in again]

@@ -878,6 +878,55 @@ def test_a_request_that_fails_is_asked_of_the_members_of_now() -> None:
     run_virtually(scene())
 
 
+def test_a_member_that_has_failed_and_left_is_not_asked_again() -> None:
+    async def scene() -> None:
+        providers = engines("a", "b", limits={"max_retries": 2, "backoff_factor": 1.0})
+        for engine in providers.values():
+            engine.fault = lambda _model: ProviderError("no")
+        router = router_over(providers, pair=group("a", "b"))
+        (asked,) = await asking(1, router, "pair")
+        # The first has failed, and the second is asked.
+        await asyncio.sleep(1.5)
+
+        change(router, providers, {"pair": group("b")})
+
+        with pytest.raises(ProviderError):
+            await asked
+        assert [len(engine.asked) for engine in providers.values()] == [1, 3]
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+def test_a_member_that_left_in_the_wait_for_a_permit_is_asked_no_more() -> None:
+    async def scene() -> None:
+        providers = engines("a", "b")
+        providers["a"].seconds, providers["b"].seconds = 5.0, 2.0
+        router = router_over(providers, pair=group("a", "b"))
+
+        def in_background(model: str) -> asyncio.Task[Answer]:
+            request = request_of(router, model)
+            request.provider_request.background = True
+            return asyncio.create_task(router.call(request))
+
+        busy = [in_background("a"), in_background("b")]
+        await ticks(3)
+        # It gets the place of the second, which one in the background then has a permit for.
+        busy += await asking(1, router, "b")
+        waiting = in_background("pair")
+        await asyncio.sleep(1.0)
+        providers["b"].seconds = 10.0
+
+        change(router, providers, {"pair": group("b")})
+
+        assert (await waiting).outcome.provider == "b"
+        assert len(providers["a"].asked) == 1
+        await asyncio.gather(*busy)
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
 def test_another_weight_and_choice_hold_from_the_next_start() -> None:
     async def scene() -> None:
         providers = {"a": Engine("a", 9), "b": Engine("b", 9)}
