@@ -33,6 +33,8 @@ FAILED = {
     ("100", "1", "groups"): ALONE,
     ("60", "1", "groups"): "2227",
     ("60", "3", "groups"): TOGETHER,
+    # In the first one an instance is killed.
+    ("60", "3", ""): "2,3011",
 }
 TWO_INSTANCES = """
 from tests.simulation import clock
@@ -185,6 +187,8 @@ def test_nothing_is_lost_in_a_seed_that_has_failed(
     seeds = FAILED[clients, instances, without]
     result = run(*command, "--without", without, "--seeds", seeds, "--shrink")
     assert result.returncode == 0, result.stdout + result.stderr
+    # What was killed goes without a word.
+    assert not result.stderr
 
 
 @pytest.mark.stress

@@ -49,7 +49,7 @@ from tests.support.history import sql
 from tests.support.virtual_loop import START
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from tests.simulation.membership import Member
     from tests.simulation.plan import Plan
@@ -274,7 +274,7 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
         # Whatever it does, it is none of this run.
         network.on_late = lambda _seconds: None
         loop.set_exception_handler(lambda _loop, _context: None)
-        _forget(dead)
+        _forget(dead, loop)
         loop.close()
         web_app._cached_build_middleware.cache_clear()  # noqa: SLF001 - it keeps each application alive
     return outcome
@@ -425,15 +425,25 @@ async def _operate(world: World, name: str, moment: float, chosen: float) -> Non
         await world.cluster.operate(name, chosen)
 
 
-def _forget(dead: list[asyncio.Task[Any]]) -> None:
-    """Let tasks that were killed vanish: what they would do at their end has no loop any more."""
+def _forget(dead: list[asyncio.Task[Any]], loop: SimulatedLoop) -> None:
+    """Let tasks that were killed vanish: what they would do at their end has no *loop* any more."""
+    # A context is left behind where its task goes while it waits for something at its end. Taken
+    # first, so that the loop is not asked to close it, which it would not do any more.
+    contexts = list(loop._asyncgens)  # type: ignore[attr-defined]  # noqa: SLF001
     for task in dead:
         task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001
         coroutine = task.get_coro()
-        if coroutine is None:  # from Python 3.12 on, of a task that began and ended in one step
-            continue
-        for _ in range(MOST_ENDS):
-            # It may wait for something at its end, and then for something else.
-            with contextlib.suppress(Exception):
-                coroutine.close()
-                break
+        # From Python 3.12 on, None of a task that began and ended in one step.
+        if coroutine is not None:
+            _close(coroutine.close)
+    for context in contexts:
+        if asyncio.iscoroutine(context.ag_await):
+            _close(context.ag_await.close)
+
+
+def _close(close: Callable[[], object]) -> None:
+    """Close what may wait for something at its end, and then for something else."""
+    for _ in range(MOST_ENDS):
+        with contextlib.suppress(Exception):
+            close()
+            break
