@@ -43,7 +43,7 @@ from aioserver.providers.health import ALONE, Health
 from aioserver.providers.outage import Absence
 from aioserver.providers.pools import Pools
 from aioserver.providers.queueing import FAILOVER_WAIT, ProviderGate, TrialPlace
-from aioserver.providers.sinks import BodySink
+from aioserver.providers.sinks import BodySink, StreamSink
 from aioserver.providers.stall import measure
 from aioserver.telemetry.metrics import ProviderMeter
 from aioserver.telemetry.outcome import ESTIMATE, MIXED, NOBODY, PROVIDER, Part
@@ -796,6 +796,9 @@ def _events(attempt: Attempt) -> int:
         return 0
     # The end of the log is none of the provider's.
     events = stream.last - attempt.before - stream.ended
+    if isinstance(attempt.sink, StreamSink):
+        # What is still to be shown was paid for.
+        events += attempt.sink.kept_pieces
     # What was not shown of a rest was paid for as well.
     return events if hop is None else max(events, hop.heard)
 

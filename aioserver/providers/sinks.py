@@ -109,6 +109,11 @@ class StreamSink(ABC):
         """The number of the newest event in the log."""
         return self._stream.last
 
+    @property
+    def kept_pieces(self) -> int:
+        """How many pieces of the answer have come that are still to be shown."""
+        return 0
+
     def feed(self, data: bytes) -> bool:
         """Append the events that are whole now; return False at the end of the answer.
 

@@ -95,6 +95,11 @@ class BridgeSink(BridgingSink[Call]):
         # White space alone is kept, and what is kept commits nothing.
         self._is_content = lambda _data: writer.committed
 
+    @property
+    def kept_pieces(self) -> int:
+        """The pieces of calls that wait for the end of another one."""
+        return self._writer.kept_pieces
+
     def feed(self, data: bytes) -> bool:
         """Append what becomes of *data*, as `StreamSink.feed`."""
         try:

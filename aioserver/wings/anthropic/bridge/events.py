@@ -15,6 +15,8 @@ end. Reasoning is shown if the client has asked for it, and has a signature that
 is from.
 
 A chunk is read as for the faces that show frames (`protocol.openai.Reading`).
+
+This file is one concept: which block is open decides what becomes of each piece that comes.
 """
 
 from __future__ import annotations
@@ -165,6 +167,11 @@ class MessageWriter(ChunkReader[Call]):
     def size(self) -> int:
         """The bytes that are kept."""
         return self._size + len(self._text)
+
+    @property
+    def kept_pieces(self) -> int:
+        """How many pieces of texts and calls have come before an earlier call was whole."""
+        return sum(1 + len(each.kept) if isinstance(each, Call) else 1 for each in self._kept)
 
     def keep_text(self) -> None:
         """Keep the text that is shown, since the answer may be continued."""

@@ -191,6 +191,27 @@ def test_calls_whose_pieces_alternate_are_written_one_after_another() -> None:
     ]
 
 
+def test_pieces_that_wait_for_the_end_of_another_call_are_counted() -> None:
+    """They were paid for: an answer that is cut then has cost them."""
+    stream = Stream("r1", "me", window=30.0, max_bytes=1 << 22)
+    stream.outcome.begin_attempt("sim", "a-model")
+    sink = BridgeSink(stream, new_writer())
+    kept = []
+
+    for each in sent(
+        chunk(**call(0, id="c1", name="f")),
+        chunk(**call(1, id="c2", name="g", arguments='{"b"')),
+        chunk(**call(1, arguments=":2}")),
+        chunk(content="between"),
+        chunk(**call(0, arguments="{}")),
+        chunk("tool_calls"),
+    ):
+        sink.feed(each)
+        kept.append(sink.kept_pieces)
+
+    assert kept == [0, 2, 3, 4, 0, 0, 0]
+
+
 def test_an_engine_that_does_not_interleave_is_never_held_back() -> None:
     chunks = [
         chunk(**call(0, id="c1", name="f", arguments='{"a":1}')),
