@@ -330,15 +330,14 @@ class EventSourceTransport(Transport):
 
     async def _cancel(self, request_id: str) -> None:
         timeout = aiohttp.ClientTimeout(total=CANCEL_TIMEOUT)
-        headers = await self.credentials.headers()
-        try:
+        # An answer without a reader ends by itself after the server's `resume_window`. What the
+        # caller's function for a key raises is raised where an answer is awaited.
+        with contextlib.suppress(Exception):
+            headers = await self.credentials.headers()
             async with self._session.delete(
                 self._address(request_id), headers=headers, timeout=timeout
             ):
                 pass
-        except (OSError, aiohttp.ClientError):
-            # An answer without a reader ends by itself after the server's `resume_window`.
-            pass
 
     def _address(self, request_id: str) -> URL:
         return URL(f"{self.url}/{quote(request_id, safe='')}", encoded=True)

@@ -65,4 +65,6 @@ def check(config: Path | None) -> int:
     if websocket.tls is not None:
         print(f"# serves {url_of(websocket.host, websocket.port, websocket.scheme)}")
     print(yaml.safe_dump(configuration.effective(), sort_keys=False, allow_unicode=True), end="")
+    sys.stdout.flush()
+    print(f"{configuration.source} is valid", file=sys.stderr)
     return 0

@@ -36,7 +36,8 @@ def open_closed() -> None:
 def announce(text: str) -> None:
     """Print *text* at once; if stdout cannot be written, log that and go on."""
     try:
-        print(text, flush=True)
+        # In one write, though stdout be unbuffered: stderr may go to the same file.
+        print(f"{text}\n", end="", flush=True)
     except OSError as error:
         logger.warning(
             "stdout cannot be written: %s; the server serves on", error.strerror or error

@@ -4,7 +4,7 @@ answer and its error refer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -111,7 +111,8 @@ class Outcome:
     provider: str = ""
     model: str = ""
     attempts: int = 0
-    headers: Mapping[str, str] = NO_HEADERS
+    # Python 3.11 takes no unhashable default.
+    headers: Mapping[str, str] = field(default_factory=lambda: NO_HEADERS)
     sent: bool = False
     sent_at: float = 0.0
     usage: Mapping[str, Any] | None = None

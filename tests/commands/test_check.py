@@ -89,7 +89,7 @@ def test_what_is_like_another_and_names_that_route_are_shown(
 
     out, err = capsys.readouterr()
     assert code == 0
-    assert err == "by name alone go to gpu2, gpu3: small, tiny\n"
+    assert err == f"by name alone go to gpu2, gpu3: small, tiny\n{file} is valid\n"
     providers = yaml.safe_load(out)["llm"]["providers"]
     assert [provider["max_tokens"] for provider in providers.values()] == [100, 100, 100]
     assert providers["gpu3"]["models"] == ["small", "tiny"]

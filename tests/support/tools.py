@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
 import socket
 from pathlib import Path
@@ -36,13 +37,17 @@ def edited(name: str, edits: dict[str, str]) -> str:
 
 
 def free_port() -> int:
-    """A port that is free on both loopback addresses, since the server listens on `localhost`."""
+    """A port that is free on both loopback addresses, since the server listens on `localhost`.
+
+    It is below those from which the kernel takes the clients' own, so that no connection gets it
+    meanwhile.
+    """
     while True:
-        with socket.create_server(("127.0.0.1", 0)) as sock:
-            port: int = sock.getsockname()[1]
-            try:
-                socket.create_server(("::1", port), family=socket.AF_INET6).close()
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    continue
+        port = random.randrange(12000, 32000)
+        try:
+            for host, family in (("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)):
+                socket.create_server((host, port), family=family).close()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                continue
         return port
