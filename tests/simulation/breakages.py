@@ -8,6 +8,7 @@ prints a line for each: its name, and what was noticed, which is nothing if all 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import signal
 import sys
@@ -682,6 +683,16 @@ def forgetful(self, op):
     return pace(self, op._replace(known=UNKNOWN_PACE))
 _Call.pace = forgetful
 """,
+    "tokens that a request has taken": """
+from aioserver.wings.cluster.shared_budget import TokensInHand
+take = TokensInHand._take
+def generous(self, reservation):
+    had = self._in_hand
+    taken = take(self, reservation)
+    self._in_hand = max(had, self._in_hand)
+    return taken
+TokensInHand._take = generous
+""",
     "that who waits follows its group": """
 from aioserver.gateway.groups import Waiting
 Waiting.regroup = lambda self, group, now: None
@@ -862,6 +873,32 @@ ENGINES = {
 THIRD = {"engines": {**ENGINES["engines"], "members": [{"provider": "third"}]}}
 AT_HOME = {"spare": True, "pinned": False, "grouping": {"models": ENGINES, "changed": ENGINES}}
 NO_FAULTS = {"faults": {}, "provider_links": {}, "provider_fault_share": 0.0, "operations": {}}
+# Requests of one key at three instances, which need more than its budget.
+SPENT: dict[str, Any] = {
+    **NO_FAULTS,
+    **GOOD,
+    "clients": 300,
+    "spread": 30.0,
+    "faces": ("stream", "whole"),
+    "keys": (("spender", 1.0, 1),),
+    "changes": {
+        **CROWDED,
+        "auth.keys": [
+            {
+                "name": "spender",
+                "sha256": hashlib.sha256(b"aio-spender").hexdigest(),
+                "priority": 1,
+                "class": "interactive",
+                "max_concurrent": 1000,
+                "max_connections": 0,
+                "requests_per_minute": 100_000,
+                "queue_size": 200,
+                "tokens_per_minute": 20_000,
+                "tokens_per_day": 0,
+            }
+        ],
+    },
+}
 CROWD = {
     "llm.providers.sim.http_client.concurrent_requests": 2,
     "llm.providers.sim.http_client.max_connections": 2,
@@ -1158,6 +1195,7 @@ NEEDS: dict[str, dict[str, Any]] = {
         "spread": 0.1,
         "changes": {"llm.providers.sim.http_client.requests_per_minute": 600},
     },
+    "tokens that a request has taken": SPENT,
     "when a slot is over": {**GOOD, "faults": {}, "changes": PACED},
     "what has started when its state is lost": {
         **GOOD,
@@ -1213,6 +1251,7 @@ FIRST = {
     "what it has when it comes back": 7,
     "that an owner was killed": 4,
     "when a slot is over": 4,
+    "tokens that a request has taken": 1,
     "what has started when its state is lost": 25,
 }
 
@@ -1220,6 +1259,7 @@ FIRST = {
 def noticed(name: str) -> str:
     """Return what is noticed of the server that has forgotten *name*."""
     from tests.simulation import agents
+    from tests.simulation.configuration import Key
     from tests.simulation.grouping import Grouping
     from tests.simulation.plan import Shared, draw
     from tests.simulation.world import play
@@ -1236,6 +1276,8 @@ def noticed(name: str) -> str:
             continue
         if "shared" in needs:
             needs["shared"] = Shared(**needs["shared"])
+        if "keys" in needs:
+            needs["keys"] = tuple(Key(*each) for each in needs["keys"])
         if "grouping" in needs:
             needs["grouping"] = Grouping(**needs["grouping"])
         plan = draw(seed, CLIENTS, needs.get("instances", 1), groups=False)
