@@ -321,7 +321,7 @@ class Tracing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hook:
-    """What is asked about each request, or shown each answer. Exactly one of url and python is
+    """A hook is asked about each request, or shown each answer. Exactly one of url and python is
     set.
     """
 

@@ -98,7 +98,7 @@ class Wing:
     tracer: Tracer | None = None
     # The turns in front of a question.
     histories: Histories | None = None
-    # What is asked about each request, and shown each answer.
+    # The hooks are asked about each request, and shown each answer.
     hooks: Hooks | None = None
 
     def faults(self, settings: Settings) -> Iterable[str]:  # noqa: ARG002

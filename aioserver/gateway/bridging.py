@@ -70,7 +70,7 @@ MIN_LEFT, SPARE = 256, 16
 
 
 class PathMemory(Memory):
-    """What is known of one path of a provider, from its settings and from its answers since.
+    """The knowledge of one path of a provider, from its settings and from its answers since.
 
     *lacking* says that it was found to have no such path, and *present* that it has answered
     there: a 404 is about something else then, which a client may have named.
@@ -100,7 +100,7 @@ class PathMemory(Memory):
 
 
 class ChatMemory(Memory):
-    """What is known of one provider's chat completions: for every bridge to them.
+    """The knowledge of one provider's chat completions, for every bridge to them.
 
     *reasoning_field* is the name of the field in which it sends its reasoning; empty if it has
     sent none. It has *refused* words, and has a *bound* of the answer by one name. *limits* and
@@ -234,7 +234,7 @@ class BridgedAttempt(LearningAttempt):
     Always: `_chat` is set if, and only if, a chat completion is asked for.
     """
 
-    # What is learned of the path of this API, and its name in the log.
+    # The memory of the path of this API, and its name in the log.
     memory: ClassVar[type[PathMemory]]
     shown_path: ClassVar[str]
     # How logs and metrics name the API.

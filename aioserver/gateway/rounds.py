@@ -56,12 +56,12 @@ class Round:
         self.prefix: Prefix | None = None
         keeper = request.keeper
         self._kept_at = None if keeper is None else keeper.kept_at
-        # Those that have been asked and will not be again, and those for which it was too long,
+        # Members that have been asked and will not be again, and those for which it was too long,
         # with the largest `max_context` of these.
         self._asked: set[Member] = set()
         self._short: list[Member] = []
         self.too_small = too_small
-        # Those that are still asked, and those that get all of what the request continues, should
+        # Members that are still asked, and those that get all of what the request continues, should
         # the one that keeps it die.
         self.left: Sequence[Member] = ()
         self._heirs: Sequence[Member] = ()

@@ -496,7 +496,7 @@ class Router:
         tries: list[Try] = []
         # The largest `max_context` of members for which the request was too long.
         too_small = 0
-        # Those that are asked last, since they are sick, or have failed as a trial.
+        # Providers that are asked last, since they are sick, or have failed as a trial.
         late: list[Group] = []
         while groups:
             group, trial = groups.pop(0), False

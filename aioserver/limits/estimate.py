@@ -76,7 +76,7 @@ def text_bytes(body: bytes) -> int:
 
 
 class Estimates:
-    """What is known of the tokens of requests, for all providers, models and callers.
+    """The knowledge of the tokens of requests, for all providers, models and callers.
 
     Always: at most MAX_PAIRS pairs of provider and model, and as many of caller and model, are
     known.

@@ -95,7 +95,7 @@ class Turn:
 
     @property
     def decision(self) -> asyncio.Future[None] | None:
-        """What is done once it is known whether the answer may begin; None if it may."""
+        """A call that is made once it is known whether the answer may begin; None if it may."""
         return self._undecided if self._decision is None else self._decision
 
     async def decided(self, on_position: Callable[[int, float], None] | None = None) -> None:

@@ -202,7 +202,7 @@ class TrialState(TypedDict):
 
 
 class LearnedState(TypedDict):
-    """What is known of the APIs of a provider, at this instance.
+    """The knowledge of the APIs of a provider, at this instance.
 
     *messages*: `speaks`, `bridge`, `unknown` or `no`. *context_limit* has tokens by model.
     """

@@ -109,7 +109,7 @@ class PassedSaid(Said):
     __slots__ = ("_events", "_lost", "_text", "blocks", "mark")
 
     def __init__(self) -> None:
-        # Whole events; the fast path adds to them.
+        # The whole events; the fast path adds to them.
         self.blocks = bytearray()
         # UTF-8.
         self._text = bytearray()

@@ -797,7 +797,7 @@ def _events(attempt: Attempt) -> int:
     # The end of the log is none of the provider's.
     events = stream.last - attempt.before - stream.ended
     if isinstance(attempt.sink, StreamSink):
-        # What is still to be shown was paid for.
+        # The rest, still to be shown, was paid for.
         events += attempt.sink.kept_pieces
     # What was not shown of a rest was paid for as well.
     return events if hop is None else max(events, hop.heard)

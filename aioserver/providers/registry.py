@@ -69,7 +69,7 @@ class ProviderRegistry:
         self._make_gate = make_gate
         self._observe = observe
         self._simulated = simulated
-        # What is known of the tokens of requests, for all providers, of now and later.
+        # The knowledge of the tokens of requests, for all providers, of now and later.
         self.estimates = Estimates()
         self._lifetime = lifetime
         self._providers: dict[str, Provider] = {}

@@ -19,7 +19,7 @@ NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 # Where a request of a group has started: at the member whose cache has its conversation, at
 # another one, as a new conversation; none where that is not known.
 HOME, OTHER, NEW, NONE = HOMES = ("home", "other", "new", "none")
-# Who has counted the tokens of an attempt: its provider; nobody, so that they are estimated; the
+# The counter of the tokens of an attempt: its provider; nobody, so that they are estimated; the
 # provider the prompt alone. NOBODY: they are not known.
 PROVIDER, ESTIMATE, MIXED, NOBODY = "provider", "estimate", "mixed", "none"
 

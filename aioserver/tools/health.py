@@ -39,7 +39,7 @@ def main(path: str = "/health") -> int:
 def _answers(url: str) -> bool:
     context = None
     if url.startswith("https:"):
-        # Whom a certificate names is for clients from outside.
+        # The names of a certificate are for clients from outside.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE

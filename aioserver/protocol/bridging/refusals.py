@@ -47,7 +47,7 @@ _MOST = re.compile(
     rf"|> {_N}, which is the maximum allowed number of output tokens",
     re.IGNORECASE,
 )
-# What is about the tokens of an answer, and not about another number.
+# Words about the tokens of an answer, and not about another number.
 _OF_ANSWERS = re.compile("max_tokens|max_completion_tokens|completion tokens|maximum tokens")
 # The tokens of an answer that was asked for; and a count of a prompt that says itself that it has more.
 _WANTED = re.compile(rf"requested {_N} output tokens")

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from msgspec import Raw
 
-# Those that an engine may not know.
+# Members that an engine may not know.
 OPTIONAL = ("reasoning_effort", "parallel_tool_calls", "stream_options", "top_k")
 MAX_TOKENS, MAX_COMPLETION_TOKENS = "max_tokens", "max_completion_tokens"
-# What is learned of the tokens that a model has room for.
+# The name of the tokens that a model has room for, as it is learned.
 LIMIT = "limit"
 # Tokens that stand for a picture or a document.
 PICTURE_TOKENS = 1600

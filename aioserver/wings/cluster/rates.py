@@ -295,7 +295,7 @@ class SharedRate(Gcra):
         """
         self._tolerance = tolerance
         self.interval = self._step = interval
-        # What is kept in hand is a part of the burst, which may be less now.
+        # The slots that are kept in hand are a part of the burst, which may be less now.
         self._slots.drop_lasting(self._kept())
         if self._instances:
             self._local.apply(interval * self._instances, tolerance / self._instances, scale=scale)

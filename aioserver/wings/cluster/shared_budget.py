@@ -282,7 +282,7 @@ class TokensInHand:
 
     @property
     def _level(self) -> float:
-        """What is used and reserved of the minute by all instances, as far as is known."""
+        """The tokens of the minute that all instances use and reserve, as far as is known."""
         promised = 0 if self._promise is None else self._promise.taken.minute
         return max(0.0, self._minute.level + self._spent - promised)
 
@@ -422,7 +422,7 @@ class TokensInHand:
             self.ask_at = inf
             self._asked = list(self._undecided) or ([waits] if self._lacks(waits) else [])
             if self._asked:
-                # What is in hand is in the way of a large request.
+                # The tokens in hand are in the way of a large request.
                 self._release(self._in_hand)
             self._more = max(0, keep - self._in_hand)
         self._release(self._in_hand - keep)

@@ -1,4 +1,4 @@
-"""What is said to a hook, and what it may say: one JSON object for each decision, lines of JSON for
+"""The words to a hook, and what it may say: one JSON object for each decision, lines of JSON for
 an answer that is streamed.
 
     {"event": "request", "id", "hook", "caller", "path", "model", "stream", "body"}

@@ -57,7 +57,7 @@ class UselessKeys(ValueError):
 
 
 class _Jwk(msgspec.Struct, gc=False):
-    """What is read of a key: its public part."""
+    """The part of a key that is read: its public one."""
 
     kty: str
     kid: str | None = None

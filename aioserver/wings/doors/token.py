@@ -68,7 +68,7 @@ class Unverified(NamedTuple):
 
 
 class _Head(msgspec.Struct, gc=False):
-    """What is read of a token's head: `jku`, `x5u`, `jwk` and `b64` are not."""
+    """The members of a token's head that are read: `jku`, `x5u`, `jwk` and `b64` are not."""
 
     alg: str
     kid: str | None = None

@@ -44,7 +44,7 @@ LOOKS = 64
 
 
 class _Person:
-    """What is remembered of one name."""
+    """The memory of one name."""
 
     __slots__ = ("forgotten", "quota", "role", "used")
 

@@ -341,7 +341,7 @@ class LaneNews:
             elif now - lane.silent_since >= interval * 0.99:
                 lane.silent_since = now
                 if stream is not None and stream.ended:
-                    # What is left of it is written soon; its last event may have been.
+                    # The rest of it is written soon; its last event may have been.
                     pass
                 elif lane.queued is None:
                     self._send(frames.heartbeat(lane.name))
