@@ -3,7 +3,7 @@ serve`.
 
 What only Linux has is taken away before aioserver is imported: names of the standard library, the
 files below /proc and /sys, and the name of the platform. What other systems have in its place
-(kqueue) cannot be put there, so the event loop has `poll` left.
+(kqueue) cannot be put there, so the event loop keeps `epoll`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import fcntl
 import importlib
 import os
 import runpy
-import select
 import signal
 import socket
 import sys
@@ -34,7 +33,6 @@ NAMES = {
         *("SO_PROTOCOL", "SO_MARK", "SO_INCOMING_CPU", "MSG_NOSIGNAL", "MSG_ERRQUEUE"),
     ),
     signal: ("pidfd_send_signal", "sigtimedwait", "sigwaitinfo", "SIGRTMIN", "SIGRTMAX", "SIGPWR"),
-    select: ("epoll", "EPOLLIN", "EPOLLOUT", "EPOLLET"),
     fcntl: ("F_ADD_SEALS", "F_GET_SEALS", "F_SETPIPE_SZ", "F_GETPIPE_SZ", "F_OFD_SETLK"),
 }
 HIDDEN = ("/proc", "/sys")
