@@ -407,13 +407,7 @@ class Leases:
         now = self._clock()
         if standing.state is State.JOINED:
             self._change(State.UNHEARD, why)
-        elif (
-            standing.state is State.ALONE
-            and now >= self._raise_at
-            and self._sent >= self.lease_end
-        ):
-            # A call from before the end of the lease says nothing of the server: perhaps this
-            # process did not run, and the others have its places.
+        elif standing.state is State.ALONE and now >= self._raise_at:
             self._use_share()
         self._set_due(now + self.times.bound / 10)
 

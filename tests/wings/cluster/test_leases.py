@@ -118,22 +118,6 @@ def test_answer_that_was_read_after_a_stop_gives_nothing() -> None:
     assert first.grant.granted == 0
 
 
-def test_call_that_fails_only_after_a_stop_gives_nothing() -> None:
-    simulation, (first, *_) = cluster()
-    first.timer += 1
-    first.leases.request(simulation.run)
-    simulation.now += TIMES.lease + TIMES.beat + TIMES.bound
-
-    first.leases.failed("no answer")
-
-    assert first.leases.state is State.ALONE
-    assert first.grant.granted == 0
-    # One that was sent since then says that the server is away.
-    first.leases.request(simulation.run)
-    first.leases.failed("no answer")
-    assert first.grant.granted == first.grant.share > 0
-
-
 def test_answer_that_cannot_be_read_is_a_failed_call() -> None:
     simulation, (first, *_) = cluster()
     first.timer += 1
