@@ -29,7 +29,7 @@ from tests.support.keys import bearer, keys_of
 from tests.support.redis_server import RedisServer, Road, away, full, paused, replica
 from tests.support.referee import Referee
 from tests.support.server import CONCURRENCY, QUICK, SIM_HTTP_CLIENT, UVICORN, running
-from tests.support.waiting import until
+from tests.support.waiting import until, until_result
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -232,6 +232,7 @@ async def test_the_limit_of_a_key_holds_for_both_together(
         assert all("concurrency_exceeded" in text for text in refused)
 
 
+@pytest.mark.timeout(150)
 async def test_the_tokens_of_a_key_are_those_of_both_together_whatever_the_server_forgets(
     redis: RedisServer, tmp_path: Path
 ) -> None:
@@ -256,7 +257,7 @@ async def test_the_tokens_of_a_key_are_those_of_both_together_whatever_the_serve
         await world.are(State.JOINED)
         one, other = world.servers
         # All at one server, though there are two; on a busy machine an answer of theirs may be late.
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while await used(one) < 0.85 * limit:
             assert time.monotonic() < deadline
             await ask(one)
@@ -290,7 +291,8 @@ async def test_the_tokens_of_a_key_are_those_of_both_together_whatever_the_serve
             while 200 in statuses:
                 assert time.monotonic() < deadline
                 statuses = {(await ask(server))[0] for server in world.servers}
-            assert 0.85 * limit <= await used(one) <= limit
+            # An answer of theirs may be late here, too.
+            assert await until_result(lambda: used(one), lambda now: now >= 0.85 * limit) <= limit
 
 
 async def test_all_that_clients_let_grow_fills_the_server_and_every_limit_stays_exact(
