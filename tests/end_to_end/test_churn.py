@@ -100,13 +100,13 @@ class Client:
         for number in range(self._dice.randint(0, 3)):
             name = f"{self._name}-{number}"
             frame = {"action": "chat", "request_id": name, "payload": {"text": "x"}}
-            writer.write(_masked(frame))
+            _send(writer, _masked(frame))
             if self._dice.random() < 0.5:
                 await self._some(reader)
             if self._dice.random() < 0.5:
-                writer.write(_masked({"action": "cancel", "request_id": name}))
+                _send(writer, _masked({"action": "cancel", "request_id": name}))
         if self._dice.random() < 0.5:
-            writer.write(b"\x88\x80\0\0\0\0")  # a close frame, empty
+            _send(writer, b"\x88\x80\0\0\0\0")  # a close frame, empty
         await self._some(reader)
 
     async def _half(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -116,6 +116,15 @@ class Client:
         whole += f'{self._credentials}Content-Length: 400\r\n\r\n{{"messages": ['.encode()
         writer.write(whole[: self._dice.randint(1, len(whole))])
         await writer.drain()
+
+
+def _send(writer: asyncio.StreamWriter, data: bytes) -> None:
+    """Send `data`, unless the server has closed the connection, which is a ConnectionError here:
+    asyncio's transport takes such bytes and drops them, and uvloop's raises RuntimeError.
+    """
+    if writer.is_closing():
+        raise ConnectionResetError("the server has closed the connection")
+    writer.write(data)
 
 
 def _masked(frame: object) -> bytes:
