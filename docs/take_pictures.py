@@ -219,7 +219,7 @@ async def take(folder: Path, seconds: float) -> None:
         await page.locator("select").first.select_option("writer")
         await page.locator("textarea").fill(QUESTION)
         await page.keyboard.press("Enter")
-        await page.get_by_text("with the same load").wait_for()
+        await page.locator("#turns").get_by_text("with the same load").wait_for()
         await page.screenshot(path=folder / "chat.png")
 
 
