@@ -86,6 +86,7 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
         elif settings.chat.websocket.concurrency.uvicorn.workers > 1:
             return _serve_with_workers(configuration, environ, inherited)
         few_files = preflight.raise_file_limit(settings)
+        preflight.make_room_for_files(settings)
     except ConfigurationError as exc:
         return _refuse(exc)
     except preflight.Unfit as unfit:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import resource
 import sys
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 # Descriptors for the event loop, the log, listening sockets, and files being read.
 SPARE_FILES = 64
+# Entries of the kernel's table of descriptors that are made at the start: half a MiB at most.
+MOST_ENTRIES = 1 << 16
 
 
 class Unfit(Exception):
@@ -115,6 +118,21 @@ def raise_file_limit(settings: Settings) -> str | None:
             1,
         )
     return f"{soft} open files are fewer than all limits together may take: {advice}"
+
+
+def make_room_for_files(settings: Settings) -> None:
+    """Have the kernel's table of this process' descriptors as large as *settings* may need.
+
+    For a process that has no other thread yet. Beside another thread Linux makes the table larger
+    (at 256 descriptors, 512, 1,024 and so on) only once every processor has let go of the old one
+    (`expand_fdtable` in fs/file.c): some 5 to 25 ms in which the event loop is blocked.
+    """
+    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    entries = min(wanted_files(settings), MOST_ENTRIES)
+    if soft != resource.RLIM_INFINITY:
+        entries = min(entries, soft)
+    with contextlib.suppress(OSError):
+        os.close(fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, entries - 1))
 
 
 def cannot_listen(host: str, port: int, exc: OSError) -> str:

@@ -159,6 +159,31 @@ def test_a_limit_of_files_that_cannot_be_raised_is_a_warning(tmp_path: Path) -> 
     assert done.stdout.startswith("200 open files are fewer than all limits together may take")
 
 
+ROOM = """
+import sys
+from aioserver.server import preflight
+from aioserver.config import Configuration
+settings = Configuration.load(sys.argv[1], environ={}).settings
+preflight.make_room_for_files(settings)
+print(preflight.wanted_files(settings))
+print(*(line for line in open("/proc/self/status") if line.startswith("FDSize")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone says how large the table is")
+def test_the_table_of_descriptors_is_as_large_as_it_may_become(tmp_path: Path) -> None:
+    write(NOWHERE, {}, tmp_path / "c.yaml")
+    done = subprocess.run(
+        [sys.executable, "-c", ROOM, str(tmp_path / "c.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    wanted, _name, entries = done.stdout.split()
+    assert int(entries) >= int(wanted) > 512
+
+
 def test_a_port_in_use_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
