@@ -18,7 +18,7 @@ from aioserver.commands import output
 from aioserver.config import Configuration
 from aioserver.config.faults import ConfigurationError
 from aioserver.limits.gate import Gate
-from aioserver.server import listener, preflight, systemd
+from aioserver.server import garbage, listener, preflight, systemd
 from aioserver.server.app import open_server
 from aioserver.server.reload import Reload, log_remarks
 from aioserver.server.runner import Runner
@@ -42,10 +42,6 @@ logger = logging.getLogger("aioserver.serve")
 # Seconds for threads to end, once everything else has.
 THREADS_TIMEOUT = 1.0
 
-# Objects that live as long as the server are frozen. The logs of the streams are many young
-# objects without cycles: short passes over these, and few over older objects, halve the p99 gap
-# of WebSocket streams, compared with (50_000, 20, 20).
-GC_THRESHOLDS = (10_000, 50, 50)
 # Bytes of an object that has pages of its own (`mallopt` of the GNU C library), which go back to
 # the system with it. By default the library raises this to the largest object that was ever freed,
 # up to 32 MiB: large bodies then leave holes in its heap. An asyncio loop reads into 256 KiB, for
@@ -106,7 +102,7 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
     logs.set_up(settings.logging, None if worker is None else worker.slot)
     if few_files is not None:
         logger.warning("%s", few_files)
-    _collect_rarely()
+    garbage.begin()
     _return_pages()
     with asyncio.Runner(loop_factory=factory) as runner:
         code = runner.run(_run(configuration, environ, inherited, worker))
@@ -171,7 +167,7 @@ def _serve_with_workers(
         return 1
     for wing in WINGS:
         wing.before_workers(configuration.settings)
-    _collect_rarely()
+    garbage.begin()
     code = parent.run()
     output.give_up()
     return code
@@ -184,16 +180,6 @@ def _return_pages() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, PAGES_BYTES)
         mallopt(M_TRIM_THRESHOLD, END_BYTES)
-
-
-def _collect_rarely() -> None:
-    """Begin to collect garbage, but none of what there is now, in passes that fit a server.
-
-    A full pass before would find 0.4 MB, and take 20 ms.
-    """
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
-    gc.enable()
 
 
 def _leave_soon(code: int) -> None:
@@ -334,7 +320,9 @@ async def _serve(
         return 1
     if announced:
         output.announce(f"aioserver is ready: {listening[0].url}")
+    # These objects live as long as the server.
     gc.freeze()
+    collector = garbage.Collector(asyncio.get_running_loop())
     notifier.ready()
     # Not before `ready`: the end of a reload says READY=1, too.
     reloading = asyncio.create_task(reload.run())
@@ -350,6 +338,7 @@ async def _serve(
         await runner.end(hand_over=stop.hand_over, at_once=stop.orphaned)
     finally:
         reloading.cancel()
+        collector.close()
     return 0
 
 
