@@ -214,10 +214,10 @@ async def test_head_that_never_ends_is_an_error(transport: Transport) -> None:
     async def play(peer: Peer) -> None:
         nonlocal sent
         await peer.head()
-        peer.writer.write(b"HTTP/1.1 200 OK\r\n")
+        peer.write(b"HTTP/1.1 200 OK\r\n")
         with contextlib.suppress(ConnectionError):
             while True:
-                peer.writer.write(b"x-%d: %b\r\n" % (sent, b"y" * 1000))
+                peer.write(b"x-%d: %b\r\n" % (sent, b"y" * 1000))
                 await peer.writer.drain()
                 sent += 1000
 

@@ -20,6 +20,7 @@ import pytest
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.keys import bearer, entry
 from tests.support.waiting import until
+from tests.support.writing import write
 
 if TYPE_CHECKING:
     from tests.support.server import MakeServer, RunningServer
@@ -46,7 +47,7 @@ class Client:
         )
         reader, writer = await asyncio.open_connection("127.0.0.1", self._server.port)
         try:
-            await asyncio.wait_for(life(reader, writer), 20)
+            await life(reader, writer)
         except (ConnectionError, asyncio.IncompleteReadError):
             pass  # it was sent away
         finally:
@@ -70,7 +71,7 @@ class Client:
         data = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         head += f"{self._credentials}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n"
-        writer.write(head.encode() + data)
+        write(writer, head.encode() + data)
         await self._some(reader)
 
     async def _openai(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -91,22 +92,23 @@ class Client:
                 assert response.status in {204, 404}
 
     async def _websocket(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(
+        write(
+            writer,
             b"GET /ws/chat HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-            + f"{self._credentials}\r\n".encode()
+            + f"{self._credentials}\r\n".encode(),
         )
         await reader.readuntil(b"\r\n\r\n")
         for number in range(self._dice.randint(0, 3)):
             name = f"{self._name}-{number}"
             frame = {"action": "chat", "request_id": name, "payload": {"text": "x"}}
-            _send(writer, _masked(frame))
+            write(writer, _masked(frame))
             if self._dice.random() < 0.5:
                 await self._some(reader)
             if self._dice.random() < 0.5:
-                _send(writer, _masked({"action": "cancel", "request_id": name}))
+                write(writer, _masked({"action": "cancel", "request_id": name}))
         if self._dice.random() < 0.5:
-            _send(writer, b"\x88\x80\0\0\0\0")  # a close frame, empty
+            write(writer, b"\x88\x80\0\0\0\0")  # a close frame, empty
         await self._some(reader)
 
     async def _half(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -114,17 +116,8 @@ class Client:
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         )
         whole += f'{self._credentials}Content-Length: 400\r\n\r\n{{"messages": ['.encode()
-        writer.write(whole[: self._dice.randint(1, len(whole))])
+        write(writer, whole[: self._dice.randint(1, len(whole))])
         await writer.drain()
-
-
-def _send(writer: asyncio.StreamWriter, data: bytes) -> None:
-    """Send `data`, unless the server has closed the connection, which is a ConnectionError here:
-    asyncio's transport takes such bytes and drops them, and uvloop's raises RuntimeError.
-    """
-    if writer.is_closing():
-        raise ConnectionResetError("the server has closed the connection")
-    writer.write(data)
 
 
 def _masked(frame: object) -> bytes:

@@ -120,7 +120,7 @@ async def endless(peer: Peer) -> None:
     await read_body(peer, await read_head(peer))
     await peer.send(b"HTTP/1.1 200 X\r\nContent-Length: 1000000000000\r\n\r\n")
     while True:
-        peer.writer.write(BLOCK)
+        peer.write(BLOCK)
         await peer.writer.drain()
 
 
@@ -133,11 +133,11 @@ async def test_a_download_of_any_size_costs_little_memory(
 
     async def play(peer: Peer) -> None:
         await read_body(peer, await read_head(peer))
-        peer.writer.write(b"HTTP/1.1 200 X\r\nContent-Type: a/b\r\n%b\r\n\r\n" % framing)
+        peer.write(b"HTTP/1.1 200 X\r\nContent-Type: a/b\r\n%b\r\n\r\n" % framing)
         left = size
         while left:
             block = BLOCK[: min(left, len(BLOCK))]
-            peer.writer.write(b"%x\r\n%b\r\n" % (len(block), block) if chunked else block)
+            peer.write(b"%x\r\n%b\r\n" % (len(block), block) if chunked else block)
             await peer.writer.drain()
             left -= len(block)
         await peer.send(b"0\r\n\r\n" if chunked else b"")

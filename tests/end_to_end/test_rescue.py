@@ -164,7 +164,7 @@ async def test_a_slow_first_word_is_waited_for_and_comes_with_its_preamble(
         await peer.send(answer.head, *map(chunk, answer.opening))
         await said.wait()
         rest = (*answer.words, *answer.closing, answer.mark)
-        peer.writer.write(b"".join(map(chunk, rest)) + LAST_CHUNK)
+        peer.write(b"".join(map(chunk, rest)) + LAST_CHUNK)
         return True
 
     first, second = Scripted(slow), Scripted(good)

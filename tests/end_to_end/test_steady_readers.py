@@ -91,16 +91,16 @@ async def play(peer: Peer) -> None:
         request = await peer.request()
         path = request.split(b" ", 2)[1].decode()
         if b'"stream": true' in request or b'"stream":true' in request:
-            peer.writer.write(EVENT_STREAM)
+            peer.write(EVENT_STREAM)
             for event in events(path):
                 # In packets of their own.
-                peer.writer.write(chunk(event))
+                peer.write(chunk(event))
                 await peer.writer.drain()
                 await asyncio.sleep(0)
-            peer.writer.write(LAST_CHUNK)
+            peer.write(LAST_CHUNK)
         else:
             body = json.dumps({"choices": [{"message": {"content": "x" * SIZE}, **ENDED}]})
-            peer.writer.write(answer(body.encode()))
+            peer.write(answer(body.encode()))
         await peer.writer.drain()
 
 

@@ -961,7 +961,7 @@ async def test_a_download_that_is_too_slow_gives_way_to_a_request_that_waits(
             return
         await peer.send(b"HTTP/1.1 200 X\r\nContent-Length: 1000000000\r\n\r\n")
         while True:
-            peer.writer.write(bytes(1 << 16))
+            peer.write(bytes(1 << 16))
             await peer.writer.drain()
 
     async with scripted(play) as provider:

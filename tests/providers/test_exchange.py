@@ -310,7 +310,7 @@ async def test_a_late_answer_is_never_taken_for_the_next_one() -> None:
         await peer.request()
         await peer.send(OK)
         if server.accepted == 1:
-            peer.writer.write(late)
+            peer.write(late)
             taken.set()
         await peer.left()
 
@@ -415,7 +415,7 @@ async def test_what_a_provider_says_before_it_has_the_request_is_no_answer_to_it
         await peer.request()
         await peer.send(OK)
         await taken.wait()
-        peer.writer.write(LATE_408)
+        peer.write(LATE_408)
         await peer.request()
         await peer.send(OK.replace(b"ok", b"no"))
         await peer.left()
@@ -454,10 +454,10 @@ async def test_a_late_408_never_gives_a_request_the_answer_of_another(
         while True:
             number = (await peer.request()).rpartition(b"\r\n\r\n")[2]
             head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(number)
-            peer.writer.write(head + number)
+            peer.write(head + number)
             if luck.random() < 0.02:
                 await ticks(luck.randrange(8))
-                peer.writer.write(LATE_408)
+                peer.write(LATE_408)
 
     async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         swapped = served = 0
@@ -735,7 +735,7 @@ async def test_leaving_from_within_the_sink_closes_the_connection() -> None:
 
 async def test_a_provider_that_speaks_before_it_is_asked_is_a_fault_and_nothing_more() -> None:
     async def play(peer: Peer) -> None:
-        peer.writer.write(b"220 mail.example ESMTP ready\r\n")
+        peer.write(b"220 mail.example ESMTP ready\r\n")
         await peer.left()
 
     async with ScriptedProvider(play) as server, pooled(server.url) as pool:

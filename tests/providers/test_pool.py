@@ -517,7 +517,7 @@ class Proxy(ScriptedProvider):
     async def _pass(self, a: Peer, b: Peer) -> None:
         with contextlib.suppress(ConnectionError):
             while data := await a.reader.read(65536):
-                b.writer.write(data)
+                b.write(data)
         b.close()
 
 

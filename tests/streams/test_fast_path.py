@@ -1428,7 +1428,7 @@ async def test_a_client_that_reads_late_gets_all(
         await peer.send(EVENT_STREAM)
         await peer.send(*map(large, range(20)))
         for number in range(20, count):
-            peer.writer.write(large(number))
+            peer.write(large(number))
             await peer.writer.drain()
         await peer.send(chunk(END), chunk(DONE) + LAST_CHUNK)
         client.widen()

@@ -7,6 +7,8 @@ import contextlib
 import socket
 from typing import TYPE_CHECKING, Self
 
+from tests.support.writing import write
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -67,6 +69,6 @@ class AbsentProvider:
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     with contextlib.suppress(ConnectionError):
         while data := await reader.read(65536):
-            writer.write(data)
+            write(writer, data)
             await writer.drain()
     writer.close()

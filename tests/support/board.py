@@ -95,9 +95,7 @@ def _slow(seconds: float) -> Step:
             return False
         left.cancel()
         parts = (*answer.opening, *answer.words, *answer.closing, answer.mark)
-        peer.writer.write(
-            answer.head + b"".join(chunk(part) for part in parts if part) + LAST_CHUNK
-        )
+        peer.write(answer.head + b"".join(chunk(part) for part in parts if part) + LAST_CHUNK)
         return False
 
     return play

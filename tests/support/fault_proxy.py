@@ -8,6 +8,8 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Self
 
+from tests.support.writing import write
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
@@ -110,7 +112,7 @@ class FaultProxy:
             if allowance is not None:
                 data = data[:allowance]
                 allowance -= len(data)
-            writer.write(data)
+            write(writer, data)
             await writer.drain()
             if allowance == 0:
                 self.cuts += 1
@@ -120,5 +122,5 @@ class FaultProxy:
 async def _pass_all(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     with contextlib.suppress(ConnectionError):
         while data := await reader.read(65536):
-            writer.write(data)
+            write(writer, data)
             await writer.drain()

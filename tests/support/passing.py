@@ -94,7 +94,7 @@ class Account(ScriptedProvider):
             passed = await read_head(peer)
             await read_body(peer, passed)
             self.passed.append(passed)
-            peer.writer.write(self._reply(passed))
+            peer.write(self._reply(passed))
             await peer.writer.drain()
 
 

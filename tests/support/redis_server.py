@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import hiredis
 from aioserver.workers.private_server import find_program
 from tests.support.tools import installed
 from tests.support.waiting import until
+from tests.support.writing import write
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -181,10 +183,15 @@ class Road:
         try:
             while data := await reader.read(65536):
                 if asking is not None and self.reply:
-                    asking.write(self.reply)
+                    write(asking, self.reply)
                 else:
-                    loop.call_later(self.delay, writer.write, data)
+                    loop.call_later(self.delay, _write_late, writer, data)
         except OSError:
             pass
         finally:
             loop.call_later(self.delay, writer.close)
+
+
+def _write_late(writer: asyncio.StreamWriter, data: bytes) -> None:
+    with contextlib.suppress(ConnectionResetError):
+        write(writer, data)

@@ -155,7 +155,7 @@ Step = Callable[[Peer, Answer], Awaitable[bool]]
 
 async def good(peer: Peer, answer: Answer) -> bool:
     parts = (*answer.opening, *answer.words, *answer.closing, answer.mark)
-    peer.writer.write(answer.head + b"".join(chunk(part) for part in parts if part) + LAST_CHUNK)
+    peer.write(answer.head + b"".join(chunk(part) for part in parts if part) + LAST_CHUNK)
     return True
 
 
@@ -179,7 +179,7 @@ def status(number: int, *headers: bytes, **error: Any) -> Step:
     head = b"\r\n".join([*lines, b"Content-Length: %d" % len(body), b"", b""])
 
     async def play(peer: Peer, _answer: Answer) -> bool:
-        peer.writer.write(head + body)
+        peer.write(head + body)
         return True
 
     return play
@@ -191,7 +191,7 @@ def after(words: int | None, then: Step) -> Step:
     async def play(peer: Peer, answer: Answer) -> bool:
         parts = [] if words is None else [*answer.opening, *answer.words[:words]]
         await peer.send(answer.head, *(chunk(part) for part in parts[:2]))
-        peer.writer.write(b"".join(map(chunk, parts[2:])))
+        peer.write(b"".join(map(chunk, parts[2:])))
         return await then(peer, answer)
 
     return play
@@ -200,7 +200,7 @@ def after(words: int | None, then: Step) -> Step:
 async def nonsense(peer: Peer, answer: Answer) -> bool:
     rest = (*answer.words[20:], *answer.closing, answer.mark)
     garbage = b"data: {nonsense\n\n"
-    peer.writer.write(b"".join(chunk(part) for part in (garbage, *rest) if part) + LAST_CHUNK)
+    peer.write(b"".join(chunk(part) for part in (garbage, *rest) if part) + LAST_CHUNK)
     return True
 
 
@@ -214,7 +214,7 @@ async def cut(peer: Peer, _answer: Answer) -> bool:
 def error_event(**error: Any) -> Step:
     async def play(peer: Peer, answer: Answer) -> bool:
         named = {"type": "error"} if b"event: " in answer.mark else {}
-        peer.writer.write(chunk(_event({**named, "error": error})) + LAST_CHUNK)
+        peer.write(chunk(_event({**named, "error": error})) + LAST_CHUNK)
         return True
 
     return play

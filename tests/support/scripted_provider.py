@@ -15,6 +15,7 @@ from aioserver.config.settings import HttpClient
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.pool import Pool
 from tests.support.waiting import ticks
+from tests.support.writing import write
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -74,15 +75,20 @@ class Peer:
                 length = int(line.partition(b":")[2])
         return head + await self.reader.readexactly(length)
 
+    def write(self, data: bytes) -> None:
+        """Write *data* without waiting until it is taken.
+
+        Raises:
+            ConnectionResetError: the other side has left.
+        """
+        write(self.writer, data)
+
     async def send(self, *pieces: bytes) -> None:
         """Send *pieces*, each in a packet of its own, so that a reader on this loop reads it
         alone.
         """
         for piece in pieces:
-            if self.writer.transport.is_closing():
-                # uvloop raises something else.
-                raise ConnectionResetError
-            self.writer.write(piece)
+            self.write(piece)
             await ticks(3)
 
     async def left(self) -> None:

@@ -66,7 +66,7 @@ async def floods(peer: Peer) -> None:
     await peer.head()
     await peer.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
     while True:
-        peer.writer.write(b'{"refuse":' + b" " * 60_000)
+        peer.write(b'{"refuse":' + b" " * 60_000)
         await peer.writer.drain()
 
 
@@ -192,7 +192,7 @@ async def test_a_flood_of_events_puts_a_hook_behind_that_does_not_read(
         await peer.request()
         await peer.send(EVENT_STREAM)
         for _ in range(number):
-            peer.writer.write(chunk(event))
+            peer.write(chunk(event))
             await peer.writer.drain()
             await asyncio.sleep(0)
         await peer.send(chunk(end) + LAST_CHUNK)

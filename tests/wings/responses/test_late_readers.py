@@ -141,7 +141,7 @@ class Story:
             number = 0
             while text := await self.texts.get():
                 number += 1
-                peer.writer.write(chunk(event("output_text.delta", number, delta=text)))
+                peer.write(chunk(event("output_text.delta", number, delta=text)))
                 await peer.writer.drain()
             done = {**response, "status": "completed"}
             await peer.send(chunk(event("completed", number + 1, response=done)), LAST_CHUNK)
