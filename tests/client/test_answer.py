@@ -22,7 +22,7 @@ from aioserver.client import (
     Waiting,
 )
 from tests.support.scripted_server import ScriptedServer, answer, frame, idle, saying
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from tests.support.scripted_server import ResponsePeer, SocketPeer
@@ -464,7 +464,7 @@ async def test_address_where_nothing_listens_is_reported_soon(
     transport: Transport, unused_tcp_port: int
 ) -> None:
     async with Client(f"http://127.0.0.1:{unused_tcp_port}", transport=transport) as client:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(patience(10)):
             with pytest.raises(AnswerError) as caught:
                 await client.chat("Hi").text()
 
@@ -590,7 +590,7 @@ async def test_cancel_ends_the_loop_of_another_task(transport: Transport, waitin
         # The refusal has come, or the text.
         await until(lambda: bool(answered._fault if waiting else answered.received == "Hello"))  # noqa: SLF001
         await answered.cancel()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(patience(5)):
             assert await task == ("" if waiting else "Hello")
         assert answered.complete is None
         await answered.cancel()

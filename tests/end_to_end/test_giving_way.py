@@ -11,7 +11,7 @@ from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED, chat
 from tests.support.raw import Raw
 from tests.support.server import QUICK, SILENT, SIM_HTTP_CLIENT, SLOW, MakeServer
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -66,7 +66,7 @@ async def test_a_reader_that_leaves_while_somebody_waits_frees_the_place(
         waiting = asyncio.ensure_future(answer(server))
         await until(lambda: server.held()["sim waiting"] == 1)
 
-    assert await asyncio.wait_for(waiting, 10) == 200
+    assert await asyncio.wait_for(waiting, patience(10)) == 200
     await server.nothing_held()
     assert server.simulator.stats().aborted == 1
 
@@ -83,7 +83,7 @@ async def test_an_answer_that_nobody_reads_gives_way_to_a_request_that_comes(
     await until(lambda: server.held()["detached"] == 1)
     server.simulator.behaviour = QUICK
 
-    assert await asyncio.wait_for(answer(server), 10) == 200
+    assert await asyncio.wait_for(answer(server), patience(10)) == 200
     await server.nothing_held()
 
 
@@ -106,7 +106,7 @@ async def test_a_stream_that_waits_for_its_retry_is_not_chosen(make_server: Make
     await until(lambda: server.held()["detached"] == 2)
     server.simulator.behaviour = QUICK
 
-    assert await asyncio.wait_for(answer(server), 10) == 200
+    assert await asyncio.wait_for(answer(server), patience(10)) == 200
     assert server.held()["detached"] == 1
     async with server.session.delete(f"{server.sse}/waits%20for%20its%20retry") as response:
         assert response.status == 204
@@ -156,7 +156,7 @@ async def test_no_more_answers_give_way_than_requests_wait(make_server: MakeServ
         # Both leave in one turn of the loop.
         first.close()
         second.close()
-        assert await asyncio.wait_for(waiting, 10) == 200
+        assert await asyncio.wait_for(waiting, patience(10)) == 200
 
     assert server.held()["detached"] == 1
     assert server.simulator.stats().aborted == 1

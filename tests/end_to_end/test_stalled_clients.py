@@ -12,7 +12,7 @@ from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import big, chat, frames_of, numbers, to_end, whole
 from tests.support.raw import SMALL, TEXT, Raw, masked
 from tests.support.server import SILENT, MakeServer
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -65,7 +65,9 @@ async def test_a_client_that_stops_reading_is_dropped_and_its_stream_goes_on(
         # The provider went on at its own pace and is done, or will be soon.
         stats = await server.simulator.until(lambda stats: stats.active == 0)
         raw.widen()
-        got = await asyncio.wait_for(raw.to_the_end(), 20)  # what the kernel had, then the end
+        got = await asyncio.wait_for(
+            raw.to_the_end(), patience(20)
+        )  # what the kernel had, then the end
 
     assert dropped > 0.3
     assert len(got) < SIZE * COUNT  # aborted, not sent to its end
@@ -97,7 +99,7 @@ async def test_an_openai_client_that_stops_reading_is_dropped_and_its_answer_can
         await until(lambda: places(server) == 0, 5)
         await server.simulator.until(lambda stats: stats.active == 0)
         raw.widen()
-        got = await asyncio.wait_for(raw.to_the_end(), 20)
+        got = await asyncio.wait_for(raw.to_the_end(), patience(20))
 
     assert len(got) < SIZE * COUNT
     assert b"[DONE]" not in got

@@ -19,7 +19,7 @@ from tests.support.logs import errors
 from tests.support.raw import Answer, Raw
 from tests.support.server import CONCURRENCY, ENDLESS, UVICORN, MakeServer
 from tests.support.smuggling import INVALID, LAST, LOGGED, VALID, accesses, answers_with_ids
-from tests.support.waiting import within
+from tests.support.waiting import patience, within
 
 if TYPE_CHECKING:
     from tests.support.server import RunningServer
@@ -391,7 +391,7 @@ async def test_an_invalid_request_gets_one_answer_with_our_error(
     for data in INVALID:
         async with Raw(server) as raw:
             await raw.send(data)
-            answers = await asyncio.wait_for(all_answers(raw), 5)
+            answers = await asyncio.wait_for(all_answers(raw), patience(5))
         assert len(answers) == 1, data
         answer = answers[0]
         assert (answer.status, answer.code) == (400, "invalid_request"), data
@@ -417,7 +417,7 @@ async def test_a_body_is_never_taken_for_a_request(
         caplog.clear()
         async with Raw(server) as raw:
             await raw.send(data + LAST)
-            raw_answers = await asyncio.wait_for(raw.to_the_end(), 10)
+            raw_answers = await asyncio.wait_for(raw.to_the_end(), patience(10))
 
         seen = [line.fields["path"] for line in accesses(caplog)]
         assert len(seen) == answers_with_ids(raw_answers), data

@@ -20,7 +20,7 @@ from tests.support.chat import CHAT, STREAMED
 from tests.support.commands import TOO_DEEP
 from tests.support.raw import Raw
 from tests.support.server import HTTP_CLIENT, NOWHERE, QUICK, SILENT, MakeServer, provider_entry
-from tests.support.waiting import until, within
+from tests.support.waiting import patience, until, within
 
 if TYPE_CHECKING:
     from tests.support.server import RunningServer
@@ -246,13 +246,16 @@ async def test_a_forgotten_done_is_put_to_a_finished_answer(server: RunningServe
 
 async def test_the_answer_ends_with_the_providers_done(server: RunningServer) -> None:
     for model in ("fault-after-done", "fault-open-done"):
-        async with asyncio.timeout(5), post(server, {**STREAMED, "model": model}) as response:
+        async with (
+            asyncio.timeout(patience(5)),
+            post(server, {**STREAMED, "model": model}) as response,
+        ):
             assert (await response.read()).endswith(b"data: [DONE]\n\n")
 
 
 async def test_each_event_comes_as_soon_as_the_provider_sends_it(make_server: MakeServer) -> None:
     server = await make_server(Behaviour(ttft=0, interval=60, tokens=5))
-    async with asyncio.timeout(5), post(server, STREAMED) as response:
+    async with asyncio.timeout(patience(5)), post(server, STREAMED) as response:
         first = await response.content.readuntil(b"\n\n")
         second = await response.content.readuntil(b"\n\n")
 

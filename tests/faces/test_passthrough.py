@@ -37,7 +37,7 @@ from tests.support.server import (
     provider_entry,
 )
 from tests.support.smuggling import INVALID, VALID
-from tests.support.waiting import ticks, until
+from tests.support.waiting import patience, ticks, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -304,7 +304,7 @@ async def test_nothing_is_smuggled_to_the_provider(
         async with Raw(server) as raw:
             await raw.send(data.replace(b"/v1/chat/completions", path))
             raw.half_close()
-            await asyncio.wait_for(raw.to_the_end(), 20)
+            await asyncio.wait_for(raw.to_the_end(), patience(20))
         await server.nothing_held()
         assert len(account.passed) <= most, data
         assert all(request.target == path.decode() for request in account.passed)

@@ -25,7 +25,7 @@ from aioserver.telemetry.request_log import RequestLog
 from tests.support.chat import read_frames
 from tests.support.keys import bearer, keys_of
 from tests.support.server import SLOW
-from tests.support.waiting import ticks, until
+from tests.support.waiting import patience, ticks, until
 
 if TYPE_CHECKING:
     from aioserver.errors import AioserverError
@@ -118,7 +118,7 @@ async def test_a_reader_with_a_bug_keeps_no_other_from_its_end(
     with caplog.at_level(logging.ERROR):
         async with server.session.delete(f"{server.sse}/r1", headers=WEB) as deleted:
             assert deleted.status == 204
-        frames = await asyncio.wait_for(read_frames(response), 10)
+        frames = await asyncio.wait_for(read_frames(response), patience(10))
         stream.remove_reader(broken)
 
     assert frames[-1]["status"] == "cancelled"
@@ -136,7 +136,7 @@ async def test_an_answer_whose_error_cannot_be_written_ends_with_another(
 
     with caplog.at_level(logging.ERROR):
         server.context.gateway.lifetime.end(stream)
-        frames = await asyncio.wait_for(read_frames(response), 10)
+        frames = await asyncio.wait_for(read_frames(response), patience(10))
 
     assert frames[-1]["status"] == "error"
     assert frames[-1]["chunk"]["code"] == "internal_error"

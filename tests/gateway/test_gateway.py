@@ -14,7 +14,7 @@ from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
 from tests.support.server import CONCURRENCY, PACED, QUICK, SILENT, SLOW, MakeServer
-from tests.support.waiting import until, within
+from tests.support.waiting import patience, until, within
 
 if TYPE_CHECKING:
     from tests.support.server import RunningServer
@@ -313,7 +313,7 @@ async def test_an_answer_that_nobody_reads_does_not_delay_the_end(make_server: M
         await server.simulator.until(lambda stats: stats.active == 1)
     await until(lambda: server.held()["detached"] == 1)
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(patience(5)):
         await server.runner.end()
 
     await server.simulator.until(lambda stats: stats.aborted == 1)
@@ -327,7 +327,7 @@ async def test_a_client_that_answers_no_close_does_not_delay_the_end(
     async with Raw(server) as raw:
         await raw.upgrade()
 
-        async with asyncio.timeout(6):
+        async with asyncio.timeout(patience(6)):
             await server.runner.end()
 
         frames = await raw.frames()

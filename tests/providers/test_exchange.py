@@ -36,7 +36,7 @@ from tests.support.scripted_provider import (
     pooled,
     request,
 )
-from tests.support.waiting import ticks, until
+from tests.support.waiting import patience, ticks, until
 
 if TYPE_CHECKING:
     from aioserver.providers.pool import Pool
@@ -601,7 +601,7 @@ async def test_a_slow_but_moving_upload_passes() -> None:
 async def test_silence_ends_with_the_read_timeout(sent: bytes) -> None:
     async with ScriptedProvider(answering(sent)) as server, pooled(server.url) as pool:
         with pytest.raises(ReadTimeout):
-            await asyncio.wait_for(ask(pool, read_timeout=0.1), 5)
+            await asyncio.wait_for(ask(pool, read_timeout=0.1), patience(5))
 
         assert pool.stats().open == 0
         await until(lambda: server.open == 0)
@@ -612,7 +612,7 @@ async def test_a_kept_connection_keeps_no_longer_deadline_of_the_request_before(
         await ask(pool, read_timeout=60.0)
 
         with pytest.raises(ReadTimeout):
-            await asyncio.wait_for(ask(pool, read_timeout=0.1), 5)
+            await asyncio.wait_for(ask(pool, read_timeout=0.1), patience(5))
 
         assert server.accepted == 1
 

@@ -38,7 +38,7 @@ from tests.support.scripted_provider import (
     pooled,
     request,
 )
-from tests.support.waiting import ticks, until
+from tests.support.waiting import patience, ticks, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -267,7 +267,7 @@ async def test_a_wait_for_a_connection_ends_with_the_pool_timeout() -> None:
         await until(lambda: server.accepted == 1)
 
         with pytest.raises(PoolTimeout):
-            await asyncio.wait_for(ask(pool), 5)
+            await asyncio.wait_for(ask(pool), patience(5))
 
         assert pool.stats().waiting == 0
         turn.set()
@@ -317,7 +317,7 @@ async def test_a_resolver_that_hangs_is_a_connect_timeout(monkeypatch: pytest.Mo
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
     async with pooled("http://slow-name.test/v1", connect_timeout=0.1) as pool:
         outcomes = await asyncio.wait_for(
-            asyncio.gather(*(ask(pool) for _ in range(3)), return_exceptions=True), 5
+            asyncio.gather(*(ask(pool) for _ in range(3)), return_exceptions=True), patience(5)
         )
 
         assert [type(outcome) for outcome in outcomes] == [ConnectTimeout] * 3
@@ -330,7 +330,7 @@ async def test_a_full_accept_queue_is_a_connect_timeout() -> None:
         pooled(f"http://127.0.0.1:{port}/v1", connect_timeout=0.2) as pool,
     ):
         with pytest.raises(ConnectTimeout):
-            await asyncio.wait_for(ask(pool), 5)
+            await asyncio.wait_for(ask(pool), patience(5))
 
         assert pool.stats().open == 0
 
@@ -343,7 +343,7 @@ async def test_a_stalled_tls_handshake_is_a_connect_timeout() -> None:
         url = f"https://127.0.0.1:{server.port}/v1"
         async with pooled(url, connect_timeout=0.2) as pool:
             with pytest.raises(ConnectTimeout):
-                await asyncio.wait_for(ask(pool), 5)
+                await asyncio.wait_for(ask(pool), patience(5))
 
             assert pool.stats().open == 0
             await until(lambda: server.open == 0)

@@ -21,7 +21,7 @@ from tests.support.chat import CHAT, chat
 from tests.support.process import loop_name, serving
 from tests.support.raw import Raw
 from tests.support.server import CONCURRENCY, ENDLESS, SIM_HTTP_CLIENT, UVICORN, configured
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,7 +65,7 @@ async def metrics(process: ServerProcess) -> dict[str, float]:
 
 async def serves(process: ServerProcess) -> dict[str, float]:
     """The metrics, once a new client is answered."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(patience(20)):
         while True:
             # uvloop closes what it cannot accept; asyncio lets it wait for a second.
             with contextlib.suppress(aiohttp.ClientError):

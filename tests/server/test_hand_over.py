@@ -13,7 +13,7 @@ from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED, chat
 from tests.support.raw import CLOSE, TEXT, Raw, closing
 from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT, runner_of
-from tests.support.waiting import until, within
+from tests.support.waiting import patience, until, within
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -136,7 +136,7 @@ async def test_a_process_without_its_parent_gives_up_the_port_at_once(tmp_path: 
     async with runner_of(tmp_path, **{"chat.websocket.drain_delay": 600.0}) as (runner, _):
         (listening,) = await runner.listen()
 
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(patience(5.0)):
             await runner.end(at_once=True)
 
         # A new parent may have it.

@@ -36,7 +36,7 @@ from tests.support.server import (
     MakeServer,
     provider_entry,
 )
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -139,7 +139,7 @@ async def test_a_file_that_cannot_be_read_changes_nothing(
     text = await asyncio.to_thread(file.read_text)
     await asyncio.to_thread(broken, file, how)
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(patience(10)):
         assert not await server.reload.once()
 
     assert all(server.file in record.getMessage() for record in caplog.records)
@@ -158,7 +158,7 @@ async def test_a_pipe_with_a_key_is_not_waited_for(
     os.mkfifo(pipe)
     two = provider_entry(server.simulator.base_url) | {"api_key_file": str(pipe)}
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(patience(10)):
         assert not await server.change(**{"llm.providers.two": two})
 
     assert "llm.providers.two.api_key_file: is a pipe, which cannot be read again" in caplog.text
@@ -485,7 +485,7 @@ async def test_a_faster_pace_is_felt_at_once(make_server: MakeServer) -> None:
 
     assert await server.change(**{f"{SIM_HTTP_CLIENT}.requests_per_minute": 6000})
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(patience(10)):
         assert (await waiting)["status"] == 200
 
 

@@ -25,7 +25,7 @@ from aioserver.wings.simulator.server import Simulator
 from tests.support.process import Process, ServerProcess, serving
 from tests.support.server import NOWHERE, QUICK, UVICORN, runner_of
 from tests.support.systemd import Systemd
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -222,7 +222,7 @@ async def test_a_watchdog_is_fed_where_no_descriptor_is_free(watching: Systemd) 
             socket.socket()
         watching.unread()
         for _ in range(2):
-            await asyncio.wait_for(watching.message_with("WATCHDOG"), 10)
+            await asyncio.wait_for(watching.message_with("WATCHDOG"), patience(10))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     notifier.close()

@@ -70,7 +70,7 @@ from tests.support.scripted_provider import (
 )
 from tests.support.server import HTTP_CLIENT, MakeServer
 from tests.support.transport import HIGH, FakeTransport
-from tests.support.waiting import ticks, until
+from tests.support.waiting import patience, ticks, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -1193,7 +1193,7 @@ class Stage:
 
     async def asked(self) -> Peer:
         """The connection on which the next request came."""
-        return await asyncio.wait_for(self._asked.get(), 10)
+        return await asyncio.wait_for(self._asked.get(), patience(10))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from aioserver.streams.outbox import Outbox
-from tests.support.waiting import ticks
+from tests.support.waiting import patience, ticks
 
 if TYPE_CHECKING:
     import pytest
@@ -90,7 +90,7 @@ async def test_a_write_that_fails_costs_its_own_socket_alone(
     outbox = Outbox(asyncio.get_running_loop())
     sockets = Socket("a", written), BrokenSocket("b", written), Socket("c", written)
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(patience(5)):
         await asyncio.gather(*(outbox.send(socket, b"whole") for socket in sockets))
 
     assert written == [("a", b"whole"), ("b", b"aborted"), ("c", b"whole")]

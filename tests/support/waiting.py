@@ -12,37 +12,56 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Seconds that a machine which does much else may take for anything.
+LATE = 30.0
+# Seconds between two looks at a condition, at first.
+POLL = 0.002
 
-async def until(
-    holds: Callable[[], bool], within: float = 30.0, state: Callable[[], object] | None = None
-) -> None:
-    """Wait until *holds* returns true. No other place in the tests polls.
 
-    Raises:
-        AssertionError: *within* seconds have passed; the message shows *state*.
+def patience(seconds: float) -> float:
+    """How long to wait for what must happen within *seconds*, in the time of the loop that runs.
+
+    Time that jumps stands still while anything runs; of the machine's time it may take LATE.
     """
     loop = asyncio.get_running_loop()
-    end = loop.time() + within
+    return seconds if _jumps(loop) else max(seconds, LATE)
+
+
+def _jumps(loop: asyncio.AbstractEventLoop) -> bool:
+    return isinstance(loop, JumpingLoop) and not loop.real_time
+
+
+async def until(
+    holds: Callable[[], bool], within: float = LATE, state: Callable[[], object] | None = None
+) -> None:
+    """Wait until *holds* returns true. No other place in the tests polls: at first every 2 ms, and
+    the longer it takes, the less often.
+
+    Raises:
+        AssertionError: *within* seconds have passed, or on a busy machine LATE; the message shows
+            *state*.
+    """
+    began, most = asyncio.get_running_loop().time(), patience(within)
     while not holds():
-        if loop.time() > end:
+        if (passed := asyncio.get_running_loop().time() - began) > most:
             raise AssertionError(f"it did not come true: {state() if state else holds}")
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(max(POLL, passed / 200))
 
 
 async def until_result(
-    ask: Callable[[], Awaitable[T]], holds: Callable[[T], bool], within: float = 30.0
+    ask: Callable[[], Awaitable[T]], holds: Callable[[T], bool], within: float = LATE
 ) -> T:
     """Ask until *holds* is true of the result, and return that.
 
     Raises:
-        AssertionError: *within* seconds have passed; the message shows the last result.
+        AssertionError: *within* seconds have passed, or on a busy machine LATE; the message shows
+            the last result.
     """
-    loop = asyncio.get_running_loop()
-    end = loop.time() + within
+    began, most = asyncio.get_running_loop().time(), patience(within)
     while not holds(result := await ask()):
-        if loop.time() > end:
+        if (passed := asyncio.get_running_loop().time() - began) > most:
             raise AssertionError(f"it did not come true: {result}")
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(max(POLL, passed / 200))
     return result
 
 
@@ -60,5 +79,4 @@ def within(most: float, since: float) -> bool:
     Of the machine's time nothing can be said: it may be busy.
     """
     loop = asyncio.get_running_loop()
-    passed = loop.time() - since
-    return not isinstance(loop, JumpingLoop) or loop.real_time or passed <= most
+    return not _jumps(loop) or loop.time() - since <= most

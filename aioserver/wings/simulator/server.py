@@ -225,7 +225,7 @@ class Simulator:
         return SimulatorStats(**self._stats)
 
     async def until(
-        self, reached: Callable[[SimulatorStats], bool], within: float = 5.0
+        self, reached: Callable[[SimulatorStats], bool], within: float = 30.0
     ) -> SimulatorStats:
         """Wait until *reached* is true of the counters, and return them.
 

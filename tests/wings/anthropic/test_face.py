@@ -31,7 +31,7 @@ from tests.support.server import (
     MakeServer,
     provider_entry,
 )
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -247,7 +247,7 @@ async def test_unusual_answers_pass_as_they_are(server: RunningServer, kind: str
 
 async def test_each_event_comes_as_soon_as_the_provider_sends_it(make_server: MakeServer) -> None:
     server = await make_server(Behaviour(ttft=0, interval=60, tokens=5))
-    async with asyncio.timeout(5), post(server, STREAMED) as response:
+    async with asyncio.timeout(patience(5)), post(server, STREAMED) as response:
         received = b""
         while received.count(b"content_block_delta") < 2:
             received += await response.content.readany()
@@ -256,7 +256,10 @@ async def test_each_event_comes_as_soon_as_the_provider_sends_it(make_server: Ma
 
 async def test_nothing_follows_the_end(server: RunningServer) -> None:
     for model in ("fault-after-done", "fault-open-done"):
-        async with asyncio.timeout(5), post(server, {**STREAMED, "model": model}) as response:
+        async with (
+            asyncio.timeout(patience(5)),
+            post(server, {**STREAMED, "model": model}) as response,
+        ):
             assert (await response.read()).endswith(STOP)
 
 

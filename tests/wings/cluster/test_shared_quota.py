@@ -17,7 +17,7 @@ from aioserver.errors import (
 )
 from aioserver.wings.cluster.shared_quota import PATIENCE, SharedQuota
 from tests.support.reference_server import ReferenceServer
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 pytestmark = pytest.mark.virtual_time
 
@@ -372,7 +372,7 @@ async def test_what_finds_no_place_at_other_instances_waits_in_the_queue_of_its_
     assert waits == [True]
     assert running[0] is not None
     running[0].end()
-    await asyncio.wait_for(late.decided(), 5)
+    await asyncio.wait_for(late.decided(), patience(5))
     assert not late.waiting
     assert here.running + there.running == 2
 

@@ -18,7 +18,7 @@ from aioserver.wings.simulator.exchange import Behaviour
 from aioserver.wings.simulator.model import speech, tokens
 from aioserver.wings.simulator.server import Simulator
 from tests.support.server import QUICK
-from tests.support.waiting import ticks
+from tests.support.waiting import patience, ticks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -390,7 +390,7 @@ async def test_a_client_that_leaves_is_counted_as_aborted(
     async with post(session, simulator, chat(stream=True)) as response:
         await until_tokens(response, 1)
         response.close()
-        stats = await simulator.until(lambda stats: stats.aborted == 1, within=1)
+        stats = await simulator.until(lambda stats: stats.aborted == 1, within=patience(1))
 
     assert (stats.active, stats.completed) == (0, 0)
 
@@ -403,7 +403,7 @@ async def test_close_is_prompt_with_running_streams(session: aiohttp.ClientSessi
         simulator.behaviour = QUICK
         async with post(session, simulator, chat("fault-endless", stream=True)) as two:
             await until_tokens(two, 5)  # and then nobody reads
-            async with asyncio.timeout(0.5):
+            async with asyncio.timeout(patience(0.5)):
                 await simulator.close()
 
     assert (simulator.stats().open_connections, simulator.stats().aborted) == (0, 0)
