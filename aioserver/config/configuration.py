@@ -107,7 +107,7 @@ class Configuration:
         client_keys = None
         if auth is not None and auth.keys is not None:
             client_keys = credentials.of_clients(auth.keys)
-        file_keys, faults = _keys_of_file(auth, client_keys or ())
+        file_keys, faults = _keys_of_file(auth, client_keys or (), document)
         chat = settings.chat
         tls = credentials.of_listener(chat.websocket.tls)
         for name, provider in providers.items():
@@ -264,10 +264,17 @@ def _content(source: str) -> bytes:
 
 
 def _keys_of_file(
-    auth: Auth | None, others: Iterable[ClientKey]
+    auth: Auth | None, others: Iterable[ClientKey], document: Document
 ) -> tuple[tuple[ClientKey, ...], Sequence[str]]:
-    """Return the keys in `auth.keys_file`, and its faults. *others* are those of `auth.keys`."""
+    """Return the keys in `auth.keys_file`, and its faults. *others* are those of `auth.keys`.
+
+    A name that leads nowhere may be a key in the wrong place: it is not shown.
+    """
     if auth is None or not isinstance(auth.keys_file, str):
+        return (), ()
+    if not os.path.lexists(auth.keys_file):
+        message = "no such file here (`aioserver key NAME --add FILE` makes it)"
+        document.faults.append(document.fault(("auth", "keys_file"), message))
         return (), ()
     try:
         return keys_file.read(Path(auth.keys_file), others), ()

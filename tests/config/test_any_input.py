@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aioserver.config import Configuration
@@ -20,6 +20,7 @@ SECRET = "canary-0123456789"
 
 
 @ANY_MACHINE
+@example(path="auth.keys_file", shape="{}")
 @given(
     path=st.sampled_from([*paths(Settings)]),
     shape=st.sampled_from(

@@ -101,8 +101,8 @@ def test_a_file_that_cannot_be_read_is_a_fault_of_the_configuration(tmp_path: Pa
     file, config = tmp_path / "keys.yaml", tmp_path / "config.yaml"
     text = f"{small()}auth: {{keys_file: {file}}}\n"
 
-    assert refused(lambda: load(text, config)) == [
-        f"{file}: no such file (`aioserver key NAME --add {file}` makes it)"
+    assert refused(lambda: load(text, config), config) == [
+        "F:18:8 auth.keys_file: no such file here (`aioserver key NAME --add FILE` makes it)"
     ]
     file.mkdir()
     assert refused(lambda: load(text, config)) == [f"{file}: cannot be read: Is a directory"]
