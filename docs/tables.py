@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aioserver.config import json_schema
-from aioserver.config.schema import fields, ignored_keys, key_of, required
+from aioserver.config.schema import fields, ignored_keys, key_of, required, shipped_defaults
 from aioserver.config.settings import Settings
 from aioserver.config.shipped import SHIPPED
 from aioserver.server.reload import ONLY_BY_RESTART, TLS
 
 if TYPE_CHECKING:
     import dataclasses
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 PAGE = Path(__file__).with_name("configuration.md")
 # What ships with the package; the file of the same name in the repository's root is a link to it.
@@ -40,11 +40,12 @@ def sections(cls: type[Any], path: str = "") -> Iterator[str]:
     """Yield a heading and a table for each section that has settings, outer sections first."""
     rows = []
     inner = []
+    shipped = shipped_defaults(cls)
     for field in fields(cls):
         validator = field.metadata["validator"]
         name = f"{path}.{key_of(field)}".removeprefix(".")
         if validator.inner is None:
-            rows.append(row(field, name))
+            rows.append(row(field, name, shipped))
         else:
             inner.append((validator.inner, name + validator.suffix))
     if rows:
@@ -62,11 +63,15 @@ def without_effect(cls: type[Any], path: str = "") -> Iterator[str]:
             yield from without_effect(inner, f"{path}.{key_of(field)}".removeprefix("."))
 
 
-def row(field: dataclasses.Field[Any], name: str) -> str:
-    """Return the row of one setting; *name* is its whole path."""
+def row(field: dataclasses.Field[Any], name: str, shipped: Mapping[str, Any]) -> str:
+    """Return the row of one setting; *name* is its whole path, and *shipped* has the defaults that
+    are in the shipped file.
+    """
     metadata = field.metadata
     if metadata["default_text"]:
         default = metadata["default_text"]
+    elif key_of(field) in shipped:
+        default = f"`{json.dumps(shipped[key_of(field)])}`"
     elif required(field):
         default = "required"
     else:

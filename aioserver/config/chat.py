@@ -38,6 +38,8 @@ LOCAL_ORIGINS = ("http://localhost:8000", "http://127.0.0.1:8000")
 class Uvicorn:
     """The listening socket and HTTP connections. The section is named after an earlier server."""
 
+    SHIPPED: ClassVar = shipped.values("chat.websocket.concurrency.uvicorn")
+
     backlog: int = setting(
         count,
         "connections that the kernel holds until they are accepted; >= connection_queue_size",
@@ -64,6 +66,8 @@ class Uvicorn:
 class Concurrency:
     """Bounds on the clients that are served at once, and on those that wait."""
 
+    SHIPPED: ClassVar = shipped.values("chat.websocket.concurrency")
+
     max_connections: int = setting(
         count,
         "WebSockets, SSE streams and API calls served at once; beyond: they wait for a place",
@@ -84,7 +88,7 @@ class Concurrency:
         "bytes of all request bodies together, until each was sent for the last time; beyond: 503",
         2**28,
     )
-    uvicorn: Uvicorn = group(Uvicorn, shipped.values("chat.websocket.concurrency.uvicorn"))
+    uvicorn: Uvicorn = group(Uvicorn)
 
     def __post_init__(self) -> None:
         check_rules(
@@ -166,7 +170,7 @@ class WebSocket:
         0.0,
     )
     tls: Tls | None = setting(optional(section(Tls)), "", None)
-    concurrency: Concurrency = group(Concurrency, shipped.values("chat.websocket.concurrency"))
+    concurrency: Concurrency = group(Concurrency)
 
     @property
     def scheme(self) -> str:
@@ -346,6 +350,8 @@ class Streams:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chat:
     """Everything on the clients' side."""
+
+    SHIPPED: ClassVar = shipped.values("chat")
 
     websocket: WebSocket = group(WebSocket)
     sse: Sse = group(Sse)

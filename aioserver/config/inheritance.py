@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from aioserver.config import shipped
 from aioserver.config.hints import nearest
-from aioserver.config.llm import HTTP_CLIENT, KEY_VARIABLES
+from aioserver.config.llm import KEY_VARIABLES, HttpClient
 from aioserver.config.schema import FAULTY, show
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ class Inheritance:
         if not isinstance(other, dict):
             return own
         other = {key: value for key, value in other.items() if key != "like"}
-        other.setdefault("http_client", shipped.values(HTTP_CLIENT)())
+        other["http_client"] = other.get("http_client") or HttpClient.SHIPPED()
         named = KEY_VARIABLES.get(like)
         if named is not None and not any(other.get(key) for key in (*KEYS, "simulated")):
             other["api_key_env"] = named
@@ -89,8 +88,9 @@ class Inheritance:
             else:
                 self.key_owners[name] = self.key_owners[like]
         both = other | own
-        if isinstance(own.get("http_client"), dict) and isinstance(other["http_client"], dict):
-            both["http_client"] = other["http_client"] | own["http_client"]
+        client = own.get("http_client") or {}
+        if isinstance(client, dict) and isinstance(other["http_client"], dict):
+            both["http_client"] = other["http_client"] | client
         return both
 
     def _refuse(self, path: tuple[str, ...], message: str) -> Any:

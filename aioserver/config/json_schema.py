@@ -13,7 +13,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from aioserver import __version__
-from aioserver.config.schema import fields, ignored_keys, key_of, required
+from aioserver.config.schema import fields, ignored_keys, key_of, required, shipped_defaults
 from aioserver.config.settings import Settings
 
 if TYPE_CHECKING:
@@ -45,12 +45,13 @@ def section_schema(cls: type[Any]) -> dict[str, Any]:
     One that needs no key may also be empty, as all its lines may be comments.
     """
     keys = fields(cls)
-    needed = [key_of(field) for field in keys if required(field)]
+    shipped = shipped_defaults(cls)
+    needed = [key for field in keys if required(field) and (key := key_of(field)) not in shipped]
     return {
         "description": inspect.getdoc(cls),
         "type": "object" if needed else ["object", "null"],
         "properties": {
-            **{key_of(field): _property(field) for field in keys},
+            **{key_of(field): _property(field, shipped) for field in keys},
             **{
                 key: {"description": f"ignored: {instead}"}
                 for key, instead in ignored_keys(cls).items()
@@ -61,12 +62,14 @@ def section_schema(cls: type[Any]) -> dict[str, Any]:
     }
 
 
-def _property(field: dataclasses.Field[Any]) -> dict[str, Any]:
-    """Return the schema of one key."""
+def _property(field: dataclasses.Field[Any], shipped: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of one key; *shipped* has the defaults that are in the shipped file."""
     metadata = field.metadata
     made = _made(metadata["validator"].json)
     if metadata["meaning"]:
         made = {"description": metadata["meaning"], **made}
+    if key_of(field) in shipped:
+        made["default"] = shipped[key_of(field)]
     # A section shows the defaults of its own keys.
     shown = not (required(field) or metadata["secret"] or metadata.get("default_text"))
     if shown and metadata["validator"].inner is None:

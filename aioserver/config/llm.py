@@ -11,7 +11,7 @@ This file is one concept: what is declared of a provider, and the rules between 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from aioserver.config import models, shipped
 from aioserver.config.hints import nearest
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 
     from aioserver.config.schema import BrokenRule
 
-# The section of the shipped file that counts where a provider leaves its own out.
-HTTP_CLIENT = "llm.providers.openai.http_client"
 # Requests that may wait for a provider, at least, if nothing else is set: fifty agents at four
 # places.
 MIN_QUEUE_SIZE = 64
@@ -68,6 +66,8 @@ KEY_VARIABLES = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpClient:
     """Connections, timeouts, rates and queue of one provider."""
+
+    SHIPPED: ClassVar = shipped.values("llm.providers.openai.http_client")
 
     max_connections: int = setting(
         count, "connections open to the provider at once; beyond: requests wait for one"
@@ -264,7 +264,7 @@ class Provider:
         "batches, vector_stores and every other path of the API",
         False,
     )
-    http_client: HttpClient = group(HttpClient, shipped.values(HTTP_CLIENT))
+    http_client: HttpClient = group(HttpClient)
 
     def __post_init__(self) -> None:
         configured = {name.lower() for name in self.headers}

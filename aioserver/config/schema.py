@@ -159,16 +159,15 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
-def group(cls: type[Any], shipped: Callable[[], Mapping[str, Any]] | None = None) -> Any:
+def group(cls: type[Any]) -> Any:
     """Declare a section inside a section.
 
-    It is required if one of its settings is, unless *shipped* returns the values that count where
-    all of it is left out.
+    It is required if one of its settings is, unless the class has `SHIPPED`.
     """
     validator = section(cls)
-    metadata = {"validator": validator, "meaning": "", "secret": False, "shipped": shipped}
-    if shipped is not None:
-        values = shipped
+    metadata = {"validator": validator, "meaning": "", "secret": False}
+    values = shipped_values(cls)
+    if values is not None:
         return dataclasses.field(default_factory=lambda: validator(values()), metadata=metadata)
     if any(required(field) for field in fields(cls)):
         return dataclasses.field(metadata=metadata)
@@ -193,8 +192,26 @@ def key_of(field: dataclasses.Field[Any]) -> str:
 
 
 def required(field: dataclasses.Field[Any]) -> bool:
-    """Return whether the key of *field* must be in the file."""
+    """Return whether *field* has no default; only `shipped_defaults` may have one then."""
     return field.default is REQUIRED and field.default_factory is REQUIRED
+
+
+def shipped_values(cls: type[Any]) -> Callable[[], dict[str, Any]] | None:
+    """Return the `SHIPPED` of a settings class: the function that returns a copy of that section of
+    the shipped file, whose values count where the section, or a key without a default, is left out.
+    None: it has none.
+    """
+    values: Callable[[], dict[str, Any]] | None = getattr(cls, "SHIPPED", None)
+    return values
+
+
+def shipped_defaults(cls: type[Any]) -> dict[str, Any]:
+    """Return the values of those keys of a settings class whose default is in the shipped file."""
+    values = shipped_values(cls)
+    if values is None:
+        return {}
+    shipped = values()
+    return {key_of(field): shipped[key_of(field)] for field in fields(cls) if required(field)}
 
 
 def section(cls: type[T]) -> Validator:
@@ -221,6 +238,7 @@ def section(cls: type[T]) -> Validator:
             message = f"expected a section of keys, not {describe(mapping)}"
             raise WrongShape(message, "{a: …, b: …}")
         mapping = {key: value for key, value in mapping.items() if key not in ignored}
+        mapping = shipped_defaults(cls) | mapping
         try:
             values = schema(mapping)
         except vol.MultipleInvalid as exc:

@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from aioserver.config import shipped
 from aioserver.config.chat import (
     Chat,
     Concurrency,
@@ -398,7 +397,7 @@ class Settings:
         "chat_store": "chat.service.repository says where conversations are kept",
     }
 
-    chat: Chat = group(Chat, shipped.values("chat"))
+    chat: Chat = group(Chat)
     llm: Llm = group(Llm)
     auth: Auth | None = setting(optional(section(Auth)), "", None)
     cluster: Cluster = group(Cluster)

@@ -1,5 +1,5 @@
-"""The file that ships with the package, and its values, which count for a section that another
-file leaves out.
+"""The file that ships with the package, and its values, which count for what another file leaves
+out: a section, or a key without a default.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aioserver.config.document import Document
-from aioserver.config.schema import fields
+from aioserver.config.schema import fields, shipped_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +34,7 @@ def values(path: str) -> Callable[[], dict[str, Any]]:
 
 
 def fill(cls: type[Any], mapping: Any) -> None:
-    """Add the sections that *mapping*, which is to become a *cls*, leaves out.
+    """Add the sections that *mapping*, which is to become a *cls*, leaves out, or without a value.
 
     A variable of the environment may then change one value inside such a section. A provider with
     `like` has what the other one has.
@@ -42,11 +42,14 @@ def fill(cls: type[Any], mapping: Any) -> None:
     if not isinstance(mapping, dict):
         return
     for field in fields(cls):
-        shipped, inner = field.metadata.get("shipped"), field.metadata["validator"].inner
-        if shipped is not None and field.name not in mapping and mapping.get("like") is None:
-            mapping[field.name] = shipped()
-        value = mapping.get(field.name)
-        if inner is None or not isinstance(value, dict):
+        if (inner := field.metadata["validator"].inner) is None:
+            continue
+        value, shipped = mapping.get(field.name), shipped_values(inner)
+        if value is None and shipped is not None and mapping.get("like") is None:
+            value = mapping[field.name] = shipped()
+        elif value is None and field.default_factory is inner:
+            value = mapping[field.name] = {}
+        if not isinstance(value, dict):
             continue
         for part in value.values() if field.metadata["validator"].suffix else (value,):
             fill(inner, part)

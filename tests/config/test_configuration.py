@@ -168,7 +168,6 @@ loging: {}
             "F:9:7 chat.websocket.concurrency.connection_queue_size: "
             "must be >= max_connections (10), not 9"
         ),
-        "F:10:7 chat.websocket.concurrency.uvicorn.workers: required key is missing",
         (
             "F:11:9 chat.websocket.concurrency.uvicorn.backlog: "
             "must be >= connection_queue_size (9), not 5"
@@ -184,7 +183,6 @@ loging: {}
         'F:20:3 llm.active: text "x" is not among llm.providers (mine)',
         "F:24:14 llm.providers.mine.model: aliases are refused (write the value out)",
         "F:25:19 llm.providers.mine.models[1]: expected text, not 1 (put it in quotes)",
-        "F:26:7 llm.providers.mine.http_client.backoff_factor: required key is missing",
         (
             "F:27:30 llm.providers.mine.http_client.max_keepalive: "
             "must be <= max_connections (2), not 3"

@@ -154,7 +154,10 @@ def test_the_files_that_load_are_valid(file: Path) -> None:
         ({"llm__providers__groq__model": None}, False),
         ({"llm__providers__groq__account_paths": True}, True),
         ({"llm__providers__groq__account_paths": "yes"}, False),
-        ({"llm__providers__groq__http_client": {}}, False),
+        ({"llm__providers__groq__http_client": {}}, True),
+        ({"llm__providers__groq__http_client": {"read_timeout": 7}}, True),
+        ({"llm__providers__groq__http_client": {"read_timout": 7}}, False),
+        ({"chat__websocket__concurrency": {"uvicorn": None}}, True),
         ({"auth": None}, True),
         ({"auth": {"keys": [{"name": "web", "sha256": "0" * 64}]}}, True),
         ({"auth": {"keys": [{"name": "web", "sha": "0" * 64}]}}, False),
@@ -176,11 +179,11 @@ def test_a_whole_file_is_judged_as_it_is_when_it_is_loaded(
 
 def test_a_key_that_is_missing_is_a_fault() -> None:
     values = changed()
-    del values["llm"]["active"], values["chat"]["websocket"]["concurrency"]["max_connections"]
+    del values["llm"]["active"], values["llm"]["providers"]["groq"]["model"]
 
     assert sorted(error.message for error in _errors(values)) == [
         "'active' is a required property",
-        "'max_connections' is a required property",
+        "'model' is a required property",
     ]
 
 
@@ -191,6 +194,7 @@ def test_each_key_says_what_it_means() -> None:
     assert described["description"].startswith("whether admins may use the objects")
     assert described["default"] is False
     assert "default" not in KEYS["llm.providers.model"][1]
+    assert KEYS["llm.providers.http_client.max_connections"][1]["default"] == 50
 
 
 def test_the_file_that_ships_is_that_of_the_settings_and_named_by_the_configuration(

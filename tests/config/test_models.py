@@ -11,6 +11,7 @@ import yaml
 from aioserver.config import Configuration
 from aioserver.config.settings import Group, Member
 from aioserver.config.shipped import SHIPPED
+from aioserver.config.views import plain
 from tests.support.configurations import load, refused
 
 if TYPE_CHECKING:
@@ -82,18 +83,65 @@ def test_a_section_inside_one_that_is_there_may_be_left_out(
     assert concurrency.max_connections == (100 if left_out == "concurrency" else 7)
 
 
-def test_a_section_that_is_there_is_complete(file: Path) -> None:
-    faults = refused(
-        lambda: made(file, providers={"own": {**PROVIDERS["gpu1"], "http_client": {}}}), file
-    )
+@pytest.mark.parametrize("client", [{"read_timeout": 7}, {"concurrent_requests": 2}, {}, None])
+def test_a_key_that_a_section_leaves_out_has_the_value_that_ships(
+    client: dict[str, Any] | None, file: Path
+) -> None:
+    own = {**PROVIDERS["gpu1"], "http_client": client}
+    client = client or {}
 
-    missing = {fault.split(" ", 1)[1] for fault in faults}
-    required = SHIPPED_CLIENT.keys() - {
-        *("queue_size", "queue_timeout", "tokens_per_minute", "first_token_timeout")
+    providers = made(
+        file,
+        providers={
+            "own": own,
+            "like": {"like": "own", "http_client": {"max_retries": 9}},
+            "all": {"like": "own", "http_client": None},
+        },
+    ).settings.llm.providers
+
+    # These follow from others, unless they are set.
+    derived = {
+        "queue_timeout": client.get("read_timeout", 60.0),
+        "queue_size": max(64, 10 * client.get("concurrent_requests", 25)),
     }
-    assert missing == {
-        f"llm.providers.own.http_client.{key}: required key is missing" for key in required
-    }
+    expected = {**SHIPPED_CLIENT, **derived, **client}
+    assert plain(providers["own"].http_client) == expected
+    assert plain(providers["like"].http_client) == {**expected, "max_retries": 9}
+    assert providers["all"].http_client == providers["own"].http_client
+
+
+def test_a_key_that_is_left_out_keeps_the_rules_with_those_that_are_there(file: Path) -> None:
+    text = """\
+chat:
+  websocket:
+    concurrency: {max_connections: 1000, uvicorn: {worker: 2}}
+llm:
+  active: m
+  providers:
+    m: {base_url: http://h, model: m, http_client: {max_connections: 10, max_retrys: 2}}
+"""
+    faults = refused(lambda: load(text, file), file)
+
+    client = "llm.providers.m.http_client"
+    assert faults == [
+        (
+            "F:3:5 chat.websocket.concurrency.connection_queue_size: "
+            "must be >= max_connections (1000), not 500"
+        ),
+        "F:3:52 chat.websocket.concurrency.uvicorn.worker: unknown key (did you mean workers?)",
+        f"F:7:39 {client}.concurrent_requests: must be <= max_connections (10), not 25",
+        f"F:7:39 {client}.max_keepalive: must be <= max_connections (10), not 20",
+        f"F:7:74 {client}.max_retrys: unknown key (did you mean max_retries?)",
+    ]
+
+
+def test_a_section_without_a_value_is_left_out(file: Path) -> None:
+    text = "llm: {active: m, providers: {m: {base_url: 'http://h', model: m}}}\n"
+
+    for chat in ("chat:\n", "chat:\n  websocket:\n", "chat:\n  websocket:\n    concurrency:\n"):
+        configuration = load(chat + text, file)
+        assert configuration.settings.chat == load(text, file).settings.chat
+        assert configuration.warnings == ()
 
 
 def test_a_variable_changes_one_value_in_a_section_that_is_left_out(file: Path) -> None:

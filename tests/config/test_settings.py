@@ -13,6 +13,7 @@ from aioserver.config.schema import (
     Faults,
     Validator,
     section,
+    shipped_values,
 )
 from aioserver.config.settings import SETTINGS, ClientKey, HttpClient, Provider, Settings
 from aioserver.config.validators import TAKEN
@@ -37,13 +38,29 @@ def test_the_original_becomes_settings() -> None:
 
 
 @pytest.mark.parametrize("cls", [HttpClient, settings.Concurrency, settings.Uvicorn])
-def test_keys_that_the_original_requires_are_required(cls: type[Any]) -> None:
+def test_keys_that_the_original_requires_have_the_values_that_ship(cls: type[Any]) -> None:
     added = {"queue_size", "queue_timeout", "tokens_per_minute", "max_body_bytes"}
     added.add("first_token_timeout")
-    # A section that is left out has the values of the shipped file.
-    names = {field.name for field in dataclasses.fields(cls)} - added - {"uvicorn"}
+    names = {field.name for field in dataclasses.fields(cls)} - added
+    shipped = shipped_values(cls)
+    assert shipped is not None
 
-    assert faults(section(cls), {}) == dict.fromkeys(names, "required key is missing")
+    for name in names:
+        without = {key: value for key, value in shipped().items() if key != name}
+        assert plain(section(cls)(without))[name] == shipped()[name]
+    assert {name: plain(section(cls)({}))[name] for name in names} == {
+        name: shipped()[name] for name in names
+    }
+
+
+@pytest.mark.parametrize("cls", [HttpClient, settings.Concurrency, settings.Uvicorn])
+def test_a_key_that_is_mistyped_is_a_fault_and_not_left_out(cls: type[Any]) -> None:
+    for field in dataclasses.fields(cls):
+        typo = f"{field.name[:-1]}x"
+        assert "unknown key" in faults(section(cls), {typo: 1})[typo]
+    assert faults(section(HttpClient), {"max_conections": 9}) == {
+        "max_conections": "unknown key (did you mean max_connections?)"
+    }
 
 
 def test_requests_wait_for_a_provider_that_is_away_only_where_it_is_said() -> None:
