@@ -21,6 +21,7 @@ from aioserver.client.faults import (
     AnswerError,
     Broken,
     Fault,
+    Interrupted,
     Lost,
     Refused,
     Retries,
@@ -283,6 +284,7 @@ class Answer:
                 if not self._ended:
                     raise self._error(self._overdue()) from None
             except Lost as lost:
+                self._raise_cause(lost)
                 if events := self._wait(lost.fault, lost.until):
                     return events
             except Refused as refused:
@@ -290,6 +292,7 @@ class Answer:
                 if events := self._wait(refused.fault, self._after(refused.fault, wait)):
                     return events
             except Broken as broken:
+                self._raise_cause(broken)
                 raise self._error(broken.fault) from None
         return []
 
@@ -454,6 +457,13 @@ class Answer:
             pass
         finally:
             self._timer = None
+
+    def _raise_cause(self, interrupted: Interrupted) -> None:
+        """Raise what the caller's function for a key has raised, as long as nothing is lost by it:
+        an answer that was asked for may be read on when the function returns a key again.
+        """
+        if interrupted.__cause__ is not None and not self._reading.sent:
+            raise interrupted.__cause__
 
     def _overdue(self) -> Fault:
         """Return the fault of an answer whose deadline has passed."""

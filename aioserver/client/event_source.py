@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import quote
 
@@ -144,6 +145,9 @@ class EventSourceReading(Reading):
             sent, self.sent = self.sent, True
             try:
                 response = await self._transport.request(self)
+            except Interrupted:
+                self.sent = sent
+                raise
             except (OSError, aiohttp.ClientError) as error:
                 if isinstance(error, NOT_CONNECTED):
                     self.sent = sent
@@ -258,6 +262,7 @@ class EventSourceTransport(Transport):
 
         Raises:
             OSError, aiohttp.ClientError: there is no response.
+            Interrupted: nothing was sent.
         """
         if self.closed:
             raise Broken(Fault("connect_error", "the client is closed"))
@@ -273,7 +278,8 @@ class EventSourceTransport(Transport):
 
     async def _asked(self, reading: EventSourceReading) -> aiohttp.ClientResponse:
         question, reading.losses = reading.question, self.losses
-        headers = {**await self.credentials.headers(), **self._HEADERS}
+        lost = partial(self.lost_since, self.losses)
+        headers = {**await self.headers(lost), **self._HEADERS}
         if reading.resumes:
             headers["Last-Event-ID"] = str(reading.last)
             return await self._session.get(

@@ -50,7 +50,7 @@ from aioserver.client.faults import (
 from aioserver.protocol import frames
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from aioserver.client.credentials import Credentials
     from aioserver.protocol.frames import Frame
@@ -276,6 +276,19 @@ class Transport(ABC):
             until = max(until, self._loss[1])
         self._loss = fault, until
         return Broken(fault) if self.reconnection.hopeless else Lost(fault, until)
+
+    async def headers(self, lost: Callable[[Fault], Interrupted]) -> dict[str, str]:
+        """Return the headers of a request.
+
+        Raises:
+            Interrupted: what *lost* makes of it that the function for the key has failed; its cause
+                is what that has raised.
+        """
+        try:
+            return await self.credentials.headers()
+        except Exception as error:
+            message = f"the function for the key has failed: {str(error) or type(error).__name__}"
+            raise lost(Fault("connect_error", message, True)) from error
 
     def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start a task that ends before `close` returns."""
@@ -726,13 +739,13 @@ class SocketTransport(Transport):
         Raises:
             Interrupted: it cannot be opened now, or not at all.
         """
-        headers = await self.credentials.headers()
+        headers = await self.headers(self.lost)
         try:
             return await self._connected(headers)
         except aiohttp.WSServerHandshakeError as error:
             if error.status != UNAUTHORIZED or not self.credentials.renewable:
                 raise await self._refused(error, headers) from None
-        headers = await self.credentials.headers()
+        headers = await self.headers(self.lost)
         try:
             return await self._connected(headers)
         except aiohttp.WSServerHandshakeError as error:

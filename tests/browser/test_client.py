@@ -76,28 +76,78 @@ async def test_where_there_is_no_websocket_it_uses_sse(server: RunningServer, pa
     assert refused == "TypeError: there is no WebSocket here: Node.js 22 has one"
 
 
-@pytest.mark.one_loop
-@pytest.mark.parametrize("transport", ["", "sse"])
-async def test_it_works_in_node(server: RunningServer, tmp_path: Path, transport: str) -> None:
+async def in_node(server: RunningServer, folder: Path, program: str) -> str:
+    """What a *program* with the `Client` of *server* prints until it ends."""
     if (node := shutil.which("node")) is None:
         pytest.skip("Node.js is not installed")
     async with server.session.get(f"{server.base}/client.js") as response:
-        (tmp_path / "client.mjs").write_bytes(await response.read())
-    (tmp_path / "program.mjs").write_text(
+        (folder / "client.mjs").write_bytes(await response.read())
+    (folder / "program.mjs").write_text(f'import {{ Client }} from "./client.mjs";\n{program}')
+    process = await asyncio.create_subprocess_exec(
+        node, folder / "program.mjs", stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(60):
+            out, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return out.decode()
+
+
+@pytest.mark.one_loop
+@pytest.mark.parametrize("transport", ["", "sse"])
+async def test_it_works_in_node(server: RunningServer, tmp_path: Path, transport: str) -> None:
+    printed = await in_node(
+        server,
+        tmp_path,
         f"""
-        import {{ Client }} from "./client.mjs";
         const client = new Client("{server.base}", {{ transport: "{transport}" || undefined }});
         console.log(await client.chat("Hello").text());
         client.close();
-        """
+        """,
     )
-    program = await asyncio.create_subprocess_exec(
-        node, tmp_path / "program.mjs", stdout=asyncio.subprocess.PIPE
-    )
-    async with asyncio.timeout(60):
-        out, _ = await program.communicate()
 
-    assert out.decode() == await model_answer(server, "Hello") + "\n"
+    assert printed == await model_answer(server, "Hello") + "\n"
+
+
+@pytest.mark.one_loop
+async def test_a_program_over_server_sent_events_ends_by_itself(
+    server: RunningServer, tmp_path: Path
+) -> None:
+    printed = await in_node(
+        server,
+        tmp_path,
+        f"""
+        const client = new Client("{server.base}", {{ transport: "sse" }});
+        console.log(await client.chat("Hello").text());
+        """,
+    )
+
+    assert printed == await model_answer(server, "Hello") + "\n"
+
+
+@pytest.mark.one_loop
+async def test_what_the_function_for_the_key_throws_is_said(
+    server: RunningServer, tmp_path: Path
+) -> None:
+    printed = await in_node(
+        server,
+        tmp_path,
+        f"""
+        const states = [];
+        const key = async () => {{ throw new Error("nobody has logged in"); }};
+        const options = {{ transport: "sse", key, deadline: 0.3, onstate: (state) => states.push(state) }};
+        const client = new Client("{server.base}", options);
+        const error = await client.chat("Hello").text().catch((error) => error);
+        const faults = states.filter(({{ name }}) => name === "lost").map(({{ fault }}) => fault.error);
+        console.log(error.code, error.message.split(": ")[1], ...new Set(faults));
+        client.close();
+        """,
+    )
+
+    assert printed == "deadline_exceeded nobody has logged in nobody has logged in\n"
 
 
 @TRANSPORTS

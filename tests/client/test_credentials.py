@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Literal
 
 import pytest
 
-from aioserver.client import AnswerError, Client
+from aioserver.client import AnswerError, Client, Complete, Text, Waiting
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.issuer import SigningKey, claims, issuer_server, jwt_settings
 from tests.support.keys import key_of, keys_of
+from tests.support.scripted_server import ScriptedServer, answer, saying
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from tests.support.server import MakeServer
 
 TRANSPORTS: tuple[Literal["websocket", "sse"], ...] = ("websocket", "sse")
@@ -87,3 +90,98 @@ async def test_an_answer_goes_on_over_the_end_of_a_token(make_server: MakeServer
         assert asked == 2
         assert text
         assert server.simulator.stats().requests == 1
+
+
+HELLO = answer("r1", "Hel", "lo")
+
+
+class Keys:
+    """A function for a key that fails at its calls number *fails*, from 0."""
+
+    def __init__(self, error: Exception, fails: Container[int]) -> None:
+        self.calls = 0
+        self._error = error
+        self._fails = fails
+
+    async def __call__(self) -> str:
+        self.calls += 1
+        await asyncio.sleep(0)
+        if self.calls - 1 in self._fails:
+            raise self._error
+        return "aio-key"
+
+
+@pytest.mark.virtual_time
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+# What the client's own connections raise is told from what the function raises.
+@pytest.mark.parametrize(
+    "error", [LookupError("no login"), TimeoutError("no login"), ConnectionError("no login")]
+)
+async def test_a_function_that_fails_for_a_while_costs_no_answer_that_was_asked_for(
+    transport: Literal["websocket", "sse"], error: Exception
+) -> None:
+    scripts = [saying(*HELLO[:2], cut=True), saying(*HELLO)]
+    key = Keys(error, range(1, 6))
+    async with (
+        ScriptedServer(answers=scripts) as server,
+        Client(server.url, key=key, transport=transport) as client,
+    ):
+        events = [event async for event in client.chat("Hi", request_id="r1").events()]
+
+    assert [event.text for event in events if isinstance(event, Text)] == ["Hel", "lo"]
+    assert isinstance(events[-1], Complete)
+    assert server.actions == ["chat", "resume"]
+    assert key.calls == 7
+    waits = [event for event in events if isinstance(event, Waiting)]
+    assert waits
+    assert {(wait.code, wait.message) for wait in waits} <= {
+        ("connect_error", "the function for the key has failed: no login"),
+        ("connect_error", "the connection to the server was closed"),
+    }
+
+
+@pytest.mark.virtual_time
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_function_that_fails_until_the_deadline_is_what_the_answer_fails_by(
+    transport: Literal["websocket", "sse"],
+) -> None:
+    key = Keys(LookupError("no login"), range(1, 10_000))
+    async with (
+        ScriptedServer(answers=[saying(*HELLO[:2], cut=True)]) as server,
+        Client(server.url, key=key, transport=transport, deadline=100) as client,
+    ):
+        answered = client.chat("Hi")
+        with pytest.raises(AnswerError) as caught:
+            await answered.text()
+
+        # Nothing was asked of the next question, so that it fails by what the function has raised.
+        with pytest.raises(LookupError, match="no login"):
+            await client.chat("Hi").text()
+
+    assert caught.value.code == "connect_error"
+    assert caught.value.message == "the function for the key has failed: no login"
+    assert caught.value.text == "Hel"
+    # It is asked as a server is that is away.
+    assert 5 < key.calls < 60
+    assert server.actions[0] == "chat"
+    assert "resume" not in server.actions
+
+
+@pytest.mark.virtual_time
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_an_answer_of_an_earlier_program_waits_for_the_function_as_for_a_server(
+    transport: Literal["websocket", "sse"],
+) -> None:
+    async with ScriptedServer(answers=[saying(*HELLO)]) as server:
+        for fails in (2, 3):
+            key = Keys(TimeoutError(), range(fails))
+            async with Client(server.url, key=key, transport=transport) as client:
+                answered = client.chat("Hi", request_id="r1", last_event_id=2)
+                if fails == 2:
+                    assert await answered.text() == "lo"
+                    continue
+                with pytest.raises(AnswerError, match="the function for the key has failed"):
+                    await answered.text()

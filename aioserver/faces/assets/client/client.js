@@ -106,7 +106,8 @@ export class Client {
 
   async *#events(link, stop) {
     if (link.alarm) throw new TypeError("an answer is read once: ask again for another one");
-    const error = () => `no whole answer within ${link.deadline} s, and the connection is ${this.state.name}`;
+    const why = () => (this.state.name !== "open" && this.#loss.fault?.error ? `: ${this.#loss.fault.error}` : "");
+    const error = () => `no whole answer within ${link.deadline} s, and the connection is ${this.state.name}${why()}`;
     const late = () => link.stop.abort(new AnswerError({ code: "deadline_exceeded", error: error(), retryable: true }, link));
     link.alarm = setTimeout(late, Math.min(2 ** 31 - 1, link.deadline * 1000));
     stop.addEventListener("abort", () => this.#leave(link)); // at once, and not when the caller reads on
@@ -313,7 +314,9 @@ export class Client {
       this.#attempt.silent = !this.#sse;
       this.#attempt.send?.({ action: "ping" });
     };
-    this.#attempt.timers.push(setInterval(check, PATIENCE));
+    const interval = setInterval(check, PATIENCE);
+    interval.unref?.(); // of Node.js, whose program it would keep alive
+    this.#attempt.timers.push(interval);
     this.#setState({ name: "open" });
   }
 
@@ -347,12 +350,12 @@ export class Client {
     this.#options.onstate(state);
   }
 
-  async #fetch(path, { headers, ...init } = {}, again = true) {
+  async #fetch(path, { headers, ask = this.#key, ...init } = {}, again = true) {
     const { session } = this.#options;
-    const key = await this.#key();
+    const key = await ask();
     const all = { ...headers, ...(key && { Authorization: `Bearer ${key}` }) };
     const response = await fetch(this.url + path, { cache: "no-store", credentials: session ? "include" : "same-origin", ...init, headers: all });
-    return response.status === 401 && again && this.#asks ? this.#fetch(path, { headers, ...init }, false) : response;
+    return response.status === 401 && again && this.#asks ? this.#fetch(path, { headers, ask, ...init }, false) : response;
   }
 
   async #kept(path, init) {
@@ -373,9 +376,18 @@ export class Client {
       if (this.#trial === link) this.#trial = null;
       for (const other of this.#links) other.wake();
     };
+    let fault; // what the function for the key has thrown
+    const key = async () => {
+      try {
+        return await this.#key();
+      } catch (error) {
+        fault = { error: error.message };
+        throw error;
+      }
+    };
     let [path, init, response] = resumed ? [`/${encodeURIComponent(link.id)}`, { headers: { "Last-Event-ID": String(link.last) } }] : ["", ask];
     try {
-      response = await this.#fetch(this.endpoints.sse + path, { ...init, signal: request.signal });
+      response = await this.#fetch(this.endpoints.sse + path, { ...init, ask: key, signal: request.signal });
       if (!AWAY.has(response.status) && link.losses === this.#losses) this.#down = false;
       const events = /^text\/event-stream/.test(response.headers.get("Content-Type"));
       if (!events) this.#deliver(link, { status: "error", chunk: await refusal(response) }, 0);
@@ -393,7 +405,7 @@ export class Client {
     }
     if (!response) responded();
     if (link.request !== request) return; // another one has begun
-    if (link.attached && !response) return this.#lose(1006);
+    if (link.attached && !response) return this.#lose(1006, fault);
     if (link.attached) this.#lostSince(link.losses);
     link.attached = false;
     link.wake();
