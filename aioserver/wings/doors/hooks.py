@@ -122,6 +122,10 @@ class HookSet:
             self._backlog.bytes,
         )
 
+    def calls(self) -> dict[str, int]:
+        """Return how many calls to each hook are open."""
+        return {hook.name: hook.users for hook in self._hooks}
+
     async def finish(self, seconds: float) -> None:
         """Let the hooks decide about answers that have ended, for *seconds* at most, or what the
         longest `timeout` is.

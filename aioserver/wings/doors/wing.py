@@ -9,10 +9,11 @@ from aioserver.faces.wing import Routes, Wing
 from aioserver.wings.doors import hooks, issuers, openapi
 from aioserver.wings.doors.hooks import HookSet
 from aioserver.wings.doors.issuers import Issuers
+from aioserver.wings.doors.section import HooksSection
 from aioserver.wings.doors.token_callers import TokenCallers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from contextlib import AsyncExitStack
 
     from aioserver.config.settings import Settings
@@ -26,6 +27,7 @@ class DoorsWing(Wing):
     name: ClassVar = "doors"
     _hooks: HookSet
     _issuers: Issuers
+    _section: HooksSection
     _shutdown_timeout = 0.0
 
     def faults(self, settings: Settings) -> Iterable[str]:
@@ -39,12 +41,17 @@ class DoorsWing(Wing):
             ConfigurationError: a file of keys cannot be used.
         """
         self.hooks = self._hooks = HookSet(core.settings, core.metrics)
+        self._section = HooksSection(self._hooks, core.metrics)
         stack.push_async_callback(self._hooks.close)
         callers = self.callers = TokenCallers()
         self._issuers = Issuers(callers, core.watched)
         stack.push_async_callback(self._issuers.close)
         self._issuers.prepare(core.settings.auth)()
         self._note(core.settings)
+
+    def sections(self) -> Sequence[HooksSection]:
+        """Return the state of the hooks."""
+        return (self._section,)
 
     async def serve(self, context: Context) -> Routes:
         """Let the monitor show when keys cannot be had, and return the route of the description of

@@ -364,6 +364,45 @@ async def test_a_refusal_ends_an_answer_for_all_and_closes_its_provider(
         assert ends == {("answer_refused", "client_error"): 1}
 
 
+async def test_stats_say_of_each_hook_what_came_of_its_calls_and_which_are_open(
+    make_server: MakeServer,
+) -> None:
+    held = asyncio.Event()
+
+    async def decide(asked: dict[str, Any]) -> Any:
+        if asked["body"]["model"] == "held":
+            await held.wait()
+        return refuse() if asked["body"]["model"] == "bad" else {}
+
+    async def hooks() -> Any:
+        async with server.session.get(f"{server.base}/stats") as response:
+            return (await response.json())["hooks"]
+
+    async with hook_program(decide=decide) as program:
+        server = await make_server(QUICK, **hooked(entry(program), entry(program, "log")))
+        assert {each["open"] for each in (await hooks())["by_name"].values()} == {0}
+        for model in ("good", "bad"):
+            await over_openai(server, model)
+        waiting = asyncio.create_task(over_openai(server, "held"))
+        await until(lambda: len(program.requests) == 4)
+        server.context.monitor.tick()
+
+        state = await hooks()
+
+        held.set()
+        assert (await waiting).end == "complete"
+        assert list(state["by_name"]) == ["guard", "log"]
+        guard, log = (each["outcomes"] for each in state["by_name"].values())
+        assert (guard["passed"], guard["refused"], guard["failed"]) == (1, 1, 0)
+        assert (log["passed"], log["refused"]) == (1, 0)
+        assert [each["open"] for each in state["by_name"].values()] == [1, 0]
+        assert state["behind_bytes"] == 0
+        # A hook that is configured no more is shown no more.
+        assert await server.change(hooks=[])
+        server.context.monitor.tick()
+        assert (await hooks())["by_name"] == {}
+
+
 async def test_a_whole_answer_is_refused_before_it_is_sent(make_server: MakeServer) -> None:
     async def decide(asked: Any) -> Any:
         return refuse("not this", status=400) if asked["event"] == "answer" else {}
