@@ -38,18 +38,19 @@ class Turn:
     Always: what it has taken of the key's limits is given back once, however often `end` is called,
     and whether the answer waits, is undecided, runs or was refused.
 
-    *queue* and *give_back* are those of the key's quota. *tokens* is the estimate that is reserved,
-    *flow* the user for whom it waits, and *work* what it counts for in the fair queue.
+    *queue* and *give_back* are those of the key's quota, and *on_wait* is what `waits` calls.
+    *tokens* is the estimate that is reserved, *flow* the user for whom it waits, and *work* what it
+    counts for in the fair queue.
     """
 
     __slots__ = (
-        *("_began", "_decision", "_give_back", "_queue", "_taken", "_timer", "_undecided"),
+        *("_began", "_decision", "_give_back", "_on_wait", "_queue", "_taken", "_timer"),
+        "_undecided",
         *(
             "charge",
             "flow",
             "latest",
             "on_position",
-            "on_wait",
             "over",
             "reported",
             "reservation",
@@ -66,14 +67,13 @@ class Turn:
         tokens: int,
         flow: Hashable,
         work: int,
+        on_wait: Callable[[], None] | None = None,
     ) -> None:
         self.tokens, self.flow, self.work = tokens, flow, work
         self.reservation: Reservation | None = None
         # What its user is charged with in the queue of its key, if the key has one.
         self.charge: Charge[Turn] | None = None
         self.on_position: Callable[[int, float], None] | None = None
-        # Called if it waits for longer than until others have decided; it may raise.
-        self.on_wait: Callable[[], None] | None = None
         self.reported: tuple[int, float] | None = None
         # Its position when it began to wait.
         self.position = 0
@@ -84,7 +84,7 @@ class Turn:
         # The seconds for which it has waited in the queue of its key.
         self.waited = 0.0
         self.waiting = self.over = False
-        self._queue, self._give_back = queue, give_back
+        self._queue, self._give_back, self._on_wait = queue, give_back, on_wait
         self._began = 0.0
         self._timer: asyncio.TimerHandle | None = None
         # Whether it counts for the key.
@@ -136,6 +136,16 @@ class Turn:
             charge.settle(0)
         self._taken, self._undecided = False, None
         self._give_back(unused=True)
+
+    def waits(self) -> None:
+        """Call *on_wait*, once: it waits for longer than until others have decided.
+
+        Raises:
+            AioserverError: it may not.
+        """
+        on_wait, self._on_wait = self._on_wait, None
+        if on_wait is not None:
+            on_wait()
 
     def stands(self, until: float, on_late: Callable[[Turn], None]) -> None:
         """Note that it waits *until* a moment of the loop's clock, or for MAX_WAIT, after which
@@ -264,21 +274,13 @@ class KeyQueue:
         self._queue.add(turn, turn.flow, None, work=turn.work)
         self.serve()
 
-    def hold(
-        self,
-        turn: Turn,
-        until: float,
-        undecided: asyncio.Future[None],
-        on_wait: Callable[[], None] | None,
-    ) -> None:
+    def hold(self, turn: Turn, until: float, undecided: asyncio.Future[None]) -> None:
         """Let *turn*, which nobody waits in front of, wait for what other instances decide: it
-        starts, or waits *until* a moment of the loop's clock, as after `add`. *on_wait* is called
-        then, which may raise.
+        starts, or waits *until* a moment of the loop's clock, as after `add`.
         """
         turn.position = 1
         turn.stands(until, self._refuse_late)
         turn.took(undecided)
-        turn.on_wait = on_wait
         self._ask(turn, undecided)
 
     def leave(self, turn: Turn) -> None:
@@ -385,10 +387,8 @@ class KeyQueue:
 
     def _put_back(self, turn: Turn) -> None:
         """Let *turn* wait as the first one."""
-        on_wait, turn.on_wait = turn.on_wait, None
         try:
-            if on_wait is not None:
-                on_wait()
+            turn.waits()
         except AioserverError as error:
             turn.refuse(error)
         else:

@@ -167,7 +167,7 @@ class Quota:
             ConcurrencyExceeded, RateLimitExceeded: it is not within the limits, and cannot wait;
                 nothing is counted.
         """
-        turn = Turn(self.queue, self.give_back, tokens, flow, work)
+        turn = Turn(self.queue, self.give_back, tokens, flow, work, on_wait)
         if not len(self.queue):
             try:
                 undecided = self._start(turn)
@@ -181,21 +181,16 @@ class Quota:
                     turn.took(undecided)
                 else:
                     until = min(start_by, asyncio.get_running_loop().time() + MAX_WAIT)
-                    self.queue.hold(turn, until, undecided, on_wait)
+                    self.queue.hold(turn, until, undecided)
                 return turn
         try:
-            self._wait(turn, start_by, on_wait)
+            self._wait(turn, start_by)
         except BaseException:
             turn.end(unused=True)
             raise
         return turn
 
-    def _wait(
-        self,
-        turn: Turn,
-        start_by: float,
-        on_wait: Callable[[], None] | None,
-    ) -> None:
+    def _wait(self, turn: Turn, start_by: float) -> None:
         """Let *turn* wait, which could not start.
 
         Raises:
@@ -216,8 +211,7 @@ class Quota:
         position = self.queue.position(turn.flow)
         if now + (delay := self._rate.delay((position - 1) * self._rate.interval)) > until:
             raise self._too_fast(delay)
-        if on_wait is not None:
-            on_wait()
+        turn.waits()
         self.queue.add(turn, until)
 
     def _start(self, turn: Turn) -> asyncio.Future[None] | None:

@@ -107,9 +107,8 @@ class HttpHook(Asked):
 
                 connection = self._answers.take() or await self._answers.connect()
                 try:
-                    shown.on_end = decide_soon
-                    # It may have ended meanwhile.
-                    bound.reschedule(loop.time() + self._timeout if shown.end_status else None)
+                    bound.reschedule(None)
+                    shown.at_end(decide_soon)
                     answer = _HookAnswer(self._max_answer)
                     running = Exchange(
                         connection,
@@ -126,7 +125,7 @@ class HttpHook(Asked):
         except AioserverError as fault:
             raise HookFault(type(fault).__name__) from None
         finally:
-            shown.on_end = None
+            shown.at_end(None)
         said = decisions.verdict(answer.status, answer.body, of_answer=True)
         assert not isinstance(said, bytes), "an answer is never changed"
         return said

@@ -57,7 +57,7 @@ class Shown:
 
     Always: at most MAX_BEHIND bytes of entries wait in it behind the next one; nothing is added once
     it is *over*. *start* is called once, with the first content: an answer that fails before is
-    shown to nobody. *on_close* is called once, when it is closed and has no task any more. *on_behind* is called once, if the hook falls behind.
+    shown to nobody. *on_close* is called once, when it is closed and has no task any more.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Shown:
         # The body of an answer that has come whole, and is in the log as pieces of its text.
         self.whole = b""
         # Called at the end of the answer.
-        self.on_end: Callable[[], None] | None = None
+        self._on_end: Callable[[], None] | None = None
         self._backlog, self._frames, self._start = backlog, frames, start
         self._on_close: Callable[[], None] | None = on_close
         self._started = False
@@ -109,9 +109,17 @@ class Shown:
         self.end_status = status
         if self.task is None:
             self.close()
-        if self.on_end is not None:
-            self.on_end()
+        if self._on_end is not None:
+            self._on_end()
         self._wake()
+
+    def at_end(self, call: Callable[[], None] | None) -> None:
+        """Let *call* be called at the end of the answer, or now if it has ended; None: nothing is
+        called any more.
+        """
+        self._on_end = call
+        if call is not None and self.end_status:
+            call()
 
     def fall_behind(self) -> None:
         """Drop all: the hook has not taken what it was shown."""
