@@ -15,7 +15,7 @@ import sys
 import traceback
 from typing import Any
 
-from tests.simulation import clock
+from tests.simulation import clock, sick_hook
 
 # Seeds that are tried, each with so many clients.
 SEEDS, CLIENTS = 30, 40
@@ -39,6 +39,19 @@ Stream.add_entry = lossy
     "that a request has a deadline": """
 from aioserver.limits.deadline import Guard
 Guard._expire = lambda self, moment: None
+""",
+    # Of the doors.
+    "that a closed hook has to decide": """
+from aioserver.wings.doors.hooks import HookSet
+HookSet._failed = lambda self, hook, event, request, fault: None
+""",
+    "when a token is over": """
+from aioserver.wings.doors import token, token_callers
+token.SKEW = token_callers.SKEW = 1e6
+""",
+    "that the token of a socket is over": """
+from aioserver.faces.socket import Socket
+Socket.check_token = lambda self: None
 """,
     # Of what answers cost.
     "a usage that is taken out": """
@@ -899,6 +912,12 @@ SPENT: dict[str, Any] = {
         ],
     },
 }
+# All clients have tokens of one name.
+TOKENS: dict[str, Any] = {
+    **NO_FAULTS,
+    "keys": (("token", 1.0, 1, True),),
+    "tokens": {"token": {"class": "interactive", "queue_size": 0}},
+}
 CROWD = {
     "llm.providers.sim.http_client.concurrent_requests": 2,
     "llm.providers.sim.http_client.max_connections": 2,
@@ -973,6 +992,15 @@ BACKGROUND: dict[str, Any] = {
 }
 NEEDS: dict[str, dict[str, Any]] = {
     "that a request has a deadline": {"hurried": 0.5},
+    "that a closed hook has to decide": {"changes": {"hooks": [sick_hook.CLOSED]}},
+    "when a token is over": TOKENS,
+    "that the token of a socket is over": {
+        **TOKENS,
+        **LANES,
+        "clients": 150,
+        "habits": {"read slowly": 1.0},
+        "changes": {**UPLOADS["changes"], **KEPT},
+    },
     **dict.fromkeys(
         (
             *("that content commits an attempt", "that a preamble goes with its attempt"),
@@ -1263,6 +1291,7 @@ def noticed(name: str) -> str:
     from tests.simulation.grouping import Grouping
     from tests.simulation.plan import Shared, draw
     from tests.simulation.world import play
+    from tests.support.issuer import jwt_settings
 
     exec(compile(BREAKAGES[name], BREAKAGE, "exec"), {})
     first = FIRST.get(name, 0)
@@ -1282,6 +1311,11 @@ def noticed(name: str) -> str:
             needs["grouping"] = Grouping(**needs["grouping"])
         plan = draw(seed, CLIENTS, needs.get("instances", 1), groups=False)
         changes = plan.changes | needs.get("changes", {})
+        if limits := needs.pop("tokens", None):
+            changes |= {
+                "auth.jwt": jwt_settings("", limits=limits, jwks_url=None),
+                "auth.keys": [],
+            }
         plan = dataclasses.replace(plan, **{**needs, "changes": changes})
         violations = play(plan).violations
         assert not any("ConfigurationError" in violation for violation in violations), violations

@@ -85,7 +85,8 @@ ASK = {
 }
 # The codes of refusals that must say when to come back.
 COME_BACK = {
-    *("server_at_capacity", "provider_queue_full", "rate_limit_exceeded", "concurrency_exceeded")
+    *("server_at_capacity", "provider_queue_full", "rate_limit_exceeded", "concurrency_exceeded"),
+    "hook_unavailable",
 }
 
 
@@ -170,9 +171,11 @@ class Client:
         self.address = f"10.0.0.{dice.randrange(1, 4)}" if self.key else "127.0.0.1"
         # The group that it asks for, where its question names no model; "" if it asks for none.
         self.group = self._choose_group()
+        self.show = self.key and self.key.draw_token(plan.seed, number, self.begins)
         if like is not None:
             # A second question of the same client.
             self.face, self.key, self.address = like.face, like.key, like.address
+            self.show = like.show
             self.group, self.terms = like.group, like.terms
         # Whether its answer is the call of a tool.
         called = random.Random(f"call {plan.seed} {number}").random() < plan.calls
@@ -228,7 +231,7 @@ class Client:
     @property
     def headers(self) -> dict[str, str]:
         """The headers of each request."""
-        key = {"Authorization": f"Bearer {self.key.secret}"} if self.key else {}
+        key = {"Authorization": f"Bearer {self.show()}"} if self.show else {}
         return {**key, **self.terms}
 
     def dial(self) -> Dial:

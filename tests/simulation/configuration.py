@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from tests.support.issuer import SigningKey, claims, jwks, jwt_settings
 from tests.support.server import HTTP_CLIENT
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 HTTP = "llm.providers.sim.http_client"
@@ -29,13 +31,14 @@ STREAMS = "chat.streams"
 SPARE, THIRD = "llm.providers.spare", "llm.providers.third"
 # The name of the group of both providers, and how it may choose.
 GROUP, CHOICES = "both", ("ordered", "least_busy", "weighted")
-# The part of the runs with a hook, which is sick.
-HOOKED = 0.25
+# The part of the runs with a hook, which is sick; and that of the hooks that are closed.
+HOOKED, CLOSED = 0.25, 0.4
 # What is kept is dropped for want of room where there is less room than this.
 ROOM = 1 << 28
 
-# The share of the keys that are names in tokens.
-TOKENS = 0.3
+# The share of the keys that are names in tokens, and that of the clients with one whose token ends
+# while they ask, or has ended.
+TOKENS, ENDING = 0.3, 0.3
 # A day that no run reaches, in Unix time; and the key that signs in every run.
 LAST_DAY = 2_000_000_000
 ISSUER_KEY = SigningKey("EdDSA")
@@ -65,8 +68,19 @@ class Key:
 
     @property
     def secret(self) -> str:
-        """The key or the token itself."""
+        """The key itself, or a token that does not end."""
         return token_of(self.name) if self.token else f"aio-{self.name}"
+
+    def draw_token(self, seed: int, number: int, begins: float) -> Callable[[], str]:
+        """Draw what client *number* shows, which *begins* so many seconds from now: one token, or
+        one that is renewed when it has ended.
+        """
+        dice = random.Random(f"token {seed} {number}")
+        if not self.token or dice.random() >= ENDING:
+            return lambda: self.secret
+        end = int(now() + begins + dice.uniform(-40.0, 60.0))
+        token, renews = token_of(self.name, end), dice.random() < 0.5
+        return lambda: self.secret if renews and now() >= end else token
 
     def entry(self, dice: random.Random) -> dict[str, Any]:
         """Return the entry of `auth.keys`, or of its role."""
@@ -90,9 +104,14 @@ class Key:
 
 
 @functools.cache
-def token_of(name: str) -> str:
+def token_of(name: str, end: int = LAST_DAY) -> str:
     """Return a token of the caller *name*, whose role has the same name."""
-    return ISSUER_KEY.sign(claims(sub=name, roles=[name], iat=None, exp=LAST_DAY))
+    return ISSUER_KEY.sign(claims(sub=name, roles=[name], iat=None, exp=end))
+
+
+def now() -> float:
+    """Return the time of the wall in this run."""
+    return time.time()
 
 
 def with_tokens(seed: int, keys: tuple[Key, ...]) -> tuple[Key, ...]:
@@ -154,7 +173,8 @@ def draw_changes(dice: random.Random, keys: tuple[Key, ...]) -> dict[str, Any]:
     )
     # Dice of its own: what the others draw stays as it is.
     if random.Random(repr(sorted(changes.items()))).random() < HOOKED:
-        changes["hooks"] = [sick_hook.ENTRY]
+        closed = random.Random(repr(changes)).random() < CLOSED
+        changes["hooks"] = [sick_hook.CLOSED if closed else sick_hook.ENTRY]
     if keys:
         entries = {key: key.entry(dice) for key in keys}
         changes["auth.keys"] = [entry for key, entry in entries.items() if not key.token]

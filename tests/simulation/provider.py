@@ -158,7 +158,7 @@ class _Received(deque[ReceivedRequest]):
         call.at = Clock.now
         if received.path.endswith(model.CHAT):
             call.messages = request.get("messages")
-        call.shown = tuple(_QUESTION.findall(_asked(request)))
+        call.shown = questions_in(request)
         call.question = call.shown[-1] if call.shown else ""
         last_role = received.body.rpartition(b'"role":"')[2]
         call.continues = last_role.startswith(b"assistant")
@@ -170,6 +170,11 @@ class _Received(deque[ReceivedRequest]):
 def note_answer(answer: shapes.Answer) -> None:
     """Note the answer to the call of this task."""
     CALL.get().answer = answer
+
+
+def questions_in(request: dict[str, Any]) -> tuple[str, ...]:
+    """Return the first words of the questions in *request*, in order."""
+    return tuple(_QUESTION.findall(_asked(request)))
 
 
 def _asked(request: dict[str, Any]) -> str:

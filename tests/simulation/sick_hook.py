@@ -1,7 +1,8 @@
 """A hook that is as sick as a hook can be: it stalls, raises, and says what is no decision.
 
-It is open, so that nothing of it may be seen: no request is refused, and no event of an answer
-comes later or in another order, for which the other invariants stand.
+Where it is open, nothing of it may be seen: no request is refused, and no event of an answer comes
+later or in another order, for which the other invariants stand. Where it is closed, no request
+passes that it has not decided about (doors.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,15 @@ ENTRY: dict[str, Any] = {
     "timeout": PATIENCE,
     "fail": "open",
 }
+CLOSED: dict[str, Any] = {
+    **ENTRY,
+    "name": "closed",
+    "python": f"{__name__}:ClosedHook",
+    "on": ["request"],
+    "fail": "closed",
+}
+# The bodies of the requests that a closed hook has let pass in this run.
+PASSED: list[bytes] = []
 
 
 class SickHook:
@@ -49,3 +59,14 @@ class SickHook:
         if self._dice.random() < 0.02:
             raise ValueError(data[:9])
         return "no decision" if self._dice.random() < 0.01 else None
+
+
+class ClosedHook(SickHook):
+    """The same, but notes what it has decided."""
+
+    async def request(self, call: Call) -> Any:
+        """Pass the request, stall, raise, or return what is no decision."""
+        said = await super().request(call)
+        if said is None or isinstance(said, bytes):
+            PASSED.append(call.body)
+        return said

@@ -33,6 +33,7 @@ from tests.simulation.client import DIALLER, Client
 from tests.simulation.cluster import Cluster
 from tests.simulation.configuration import with_spare
 from tests.simulation.disk import Disk
+from tests.simulation.doors import Doors
 from tests.simulation.grouping import PROVIDERS, Remembered
 from tests.simulation.hurry import Hurry
 from tests.simulation.instance import Instance, running
@@ -103,6 +104,7 @@ class World:
         self._watches: list[Watch] = []
         self._links = random.Random(f"links {plan.seed}")
         self._hurry = Hurry(self.broken, self._runs)
+        self.doors = Doors(plan, self.broken)
         self.sums = Sums(plan, self.instances, self.calls, self.broken)
         network.on_made = self.sums.made
         network.on_late = self._dialled_late
@@ -141,6 +143,7 @@ class World:
         if self.cluster is not None:
             stack.enter_context(self.cluster.together.patches())
         stack.enter_context(self._hurry.patches())
+        stack.enter_context(self.doors.patches())
         stack.enter_context(Bills(self.calls, self.broken).patches())
         if self.plan.grouping is not None:
             stack.enter_context(Remembered(self.broken).patches())
@@ -385,6 +388,7 @@ async def _serve(world: World, outcome: Outcome, only: Collection[int] | None) -
                 world.sums.check_turns(asked)
                 world.sums.check_messages(asked)
     world.sums.check_learning()
+    world.doors.check(world.calls)
     agents.check(clients, world.broken)
     if operations:
         await asyncio.gather(*operations)
