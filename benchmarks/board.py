@@ -31,7 +31,7 @@ import time
 from array import array
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import virtual
 from certificate import HARNESS
@@ -66,6 +66,22 @@ BESIDE = 64
 BUSY, LOOK, FLAT, LOOKS, REST = 64, 5.0, 1.01, 12, 60.0
 
 Numbers = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a step has found: rows of the table, and points (x, y) of a curve."""
+
+    rows: Numbers
+    curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All numbers of one run: the rows of each column, and the curves of each step and column."""
+
+    rows: dict[str, Numbers]
+    curves: dict[str, dict[str, list[tuple[float, float]]]]
 
 
 def whole(connections: int, seconds: float) -> Load:
@@ -121,64 +137,76 @@ class Board:
             times.setdefault(kind, array("I")).append(value)
         return result, {kind: array("I", sorted(values)) for kind, values in times.items()}
 
-    def latency(self, server: Server) -> Numbers:
+    def latency(self, server: Server) -> Found:
         """Return what one request at a time takes more than without the server, in ms."""
         load = whole(1, 6.0 * self._scale)
         (_, straight), (_, through) = (
             self._measured(each, load) for each in (self._direct, server)
         )
-        return {
-            f"added p{share}, µs": 1000 * added(straight[WHOLE], through[WHOLE], share)
-            for share in (50, 99)
-        }
+        return Found(
+            {
+                f"added p{share}, µs": 1000 * added(straight[WHOLE], through[WHOLE], share)
+                for share in (50, 99)
+            }
+        )
 
-    def frontier(self, server: Server) -> Numbers:
-        """Return the most requests a second whose 99th percentile is below each of LIMITS."""
+    def frontier(self, server: Server) -> Found:
+        """Return the most requests a second whose 99th percentile is below each of LIMITS, and the
+        rate by the percentile, in ms, of each window.
+        """
         best = dict.fromkeys([*LIMITS, None], 0.0)
+        windows = []
         for rung in RUNGS:
             for _ in range(WINDOWS):
                 with contextlib.suppress(StepFailed):
                     result, times = self._measured(server, whole(rung, 1.5 * self._scale))
                     p99 = percentile(times[WHOLE], 99)
+                    windows.append((p99, result["per_second"]))
                     for limit in best:
                         if limit is None or p99 < limit:
                             best[limit] = max(best[limit], result["per_second"])
-        return {
+        rows = {
             "requests/s" if limit is None else f"requests/s, p99 < {limit} ms": rate
             for limit, rate in best.items()
         }
+        return Found(rows, sorted(windows))
 
-    def cpu(self, server: Server) -> Numbers:
+    def cpu(self, server: Server) -> Found:
         """Return the CPU time of a request, of all processes of the server."""
         result, _ = self._measured(server, whole(8, 4.0 * self._scale))
-        return {"CPU of a request, µs": result["cpu_us"]}
+        return Found({"CPU of a request, µs": result["cpu_us"]})
 
-    def events(self, server: Server) -> Numbers:
+    def events(self, server: Server) -> Found:
         """Return what a first event and a gap take more than without the server, in ms."""
         load = streams(BESIDE, 5.0 * self._scale)
         (_, straight), (_, through) = (
             self._measured(each, load) for each in (self._direct, server)
         )
-        return {
-            f"added to {name} p{share}, ms": added(straight[kind], through[kind], share)
-            for name, kind in (("the first event", FIRST), ("a gap", GAP))
-            for share in (50, 99)
-        }
+        return Found(
+            {
+                f"added to {name} p{share}, ms": added(straight[kind], through[kind], share)
+                for name, kind in (("the first event", FIRST), ("a gap", GAP))
+                for share in (50, 99)
+            }
+        )
 
-    def streams(self, server: Server) -> Numbers:
-        """Return how many streams run with every event there and no gap above WIDEST."""
+    def streams(self, server: Server) -> Found:
+        """Return how many streams run with every event there and no gap above WIDEST, and the
+        share, in percent, of each number of streams that had such a gap.
+        """
         held = 0
+        stalls: list[tuple[float, float]] = []
         for count in STREAMS:
             try:
                 result, _ = self._measured(server, streams(count, 5.0 * self._scale))
             except StepFailed:
                 break
-            if result["stuttering"]:
-                break
-            held = count
-        return {"streams": float(held)}
+            stalls.append((count, 100 * result["stuttering"] / count))
+            if not any(share for _, share in stalls):
+                held = count
+        return Found({"streams": float(held)}, stalls)
 
-    def memory(self, server: Server) -> Numbers:
+    def memory(self, server: Server) -> Found:
         """Return the memory of all processes: idle, under load until it is flat, and afterwards, in
         MiB.
         """
@@ -194,15 +222,17 @@ class Board:
                 break
         time.sleep(REST * self._scale)
         after = resident(server.pid)
-        return {
-            "MiB idle": idle,
-            "MiB under load": max(busy),
-            "MiB afterwards": after,
-            "afterwards / idle": after / idle,
-        }
+        return Found(
+            {
+                "MiB idle": idle,
+                "MiB under load": max(busy),
+                "MiB afterwards": after,
+                "afterwards / idle": after / idle,
+            }
+        )
 
 
-STEPS: dict[str, Callable[[Board, Server], Numbers]] = {
+STEPS: dict[str, Callable[[Board, Server], Found]] = {
     "latency": Board.latency,
     "frontier": Board.frontier,
     "cpu": Board.cpu,
@@ -244,12 +274,10 @@ def serving(bench: Bench, peer: Peer, *, both: bool) -> Iterator[Server]:
         yield server
 
 
-def one_run(
-    bench: Bench, columns: dict[str, Peer], steps: Sequence[str], scale: float
-) -> dict[str, Numbers]:
+def one_run(bench: Bench, columns: dict[str, Peer], steps: Sequence[str], scale: float) -> Run:
     """Return the numbers of each column. Every step goes over all servers in turn."""
     board = Board(bench, scale)
-    numbers: dict[str, Numbers] = {name: {} for name in columns}
+    run = Run({name: {} for name in columns}, {})
     with contextlib.ExitStack() as stack:
         servers = {
             name: stack.enter_context(serving(bench, peer, both="workers" in name))
@@ -262,21 +290,23 @@ def one_run(
                 except StepFailed as fault:
                     print(f"  {step:9} {name:20} INVALID: {fault}", file=sys.stderr)
                     continue
-                shown = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
+                shown = ", ".join(f"{key} {value:.4g}" for key, value in found.rows.items())
                 print(f"  {step:9} {name:20} {shown}", file=sys.stderr)
-                numbers[name] |= found
-    return numbers
+                run.rows[name] |= found.rows
+                if found.curve:
+                    run.curves.setdefault(step, {})[name] = found.curve
+    return run
 
 
-def table(runs: Sequence[dict[str, Numbers]]) -> str:
+def table(runs: Sequence[Run]) -> str:
     """Return the medians as a table of Markdown."""
-    columns = list(runs[0])
-    rows = dict.fromkeys(key for run in runs for numbers in run.values() for key in numbers)
+    columns = list(runs[0].rows)
+    rows = dict.fromkeys(key for run in runs for found in run.rows.values() for key in found)
     lines = [f"| | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
     for row in rows:
         cells = []
         for column in columns:
-            values = [run[column][row] for run in runs if row in run[column]]
+            values = [run.rows[column][row] for run in runs if row in run.rows[column]]
             cells.append(f"{statistics.median(values):,.4g}" if values else "INVALID")
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -336,7 +366,7 @@ def main() -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     columns = chosen_columns(chosen)
-    runs: list[dict[str, Any]] = []
+    runs: list[Run] = []
     with tempfile.TemporaryDirectory(prefix="aioserver-board-") as folder:
         bench = Bench.create(Path(folder), chosen.loop, *cores)
         measure = partial(one_run, bench, columns, chosen.steps, 0.25 if chosen.quick else 1.0)
@@ -346,7 +376,8 @@ def main() -> int:
     where = machine(cores, chosen.loop, chosen.runs, chosen.quick)
     print(f"{where}\n\n{table(runs)}")
     if chosen.json:
-        chosen.json.write_text(json.dumps({"machine": where, "runs": runs}, indent=1) + "\n")
+        everything = {"machine": where, "runs": [dataclasses.asdict(run) for run in runs]}
+        chosen.json.write_text(json.dumps(everything, indent=1) + "\n")
     return int("INVALID" in table(runs))
 
 

@@ -1,8 +1,9 @@
 """Draw a run of `run.py`: the longest gaps and the CPU by the number of streams, and a request by
-what idles beside it.
+what idles beside it. With one of `board.py`, draw also requests/s by their latency, and stalls.
 
     python benchmarks/run.py --steps crowded,curve --runs 1 --json numbers.json
-    python benchmarks/graph.py numbers.json docs/images/benchmark.svg
+    python benchmarks/board.py --steps frontier,streams --runs 1 --json board.json
+    python benchmarks/graph.py numbers.json docs/images/benchmark.svg --board board.json
 
 A curve ends where the server no longer keeps up, or where no more was tried.
 """
@@ -28,15 +29,20 @@ Run = dict[str, dict[str, Any]]
 # Milliseconds of a gap, and microseconds of an event, above which a point stands at the upper
 # edge.
 GAP_CEILING, CPU_CEILING = 200.0, 50.0
+# The slowest requests, in ms, of the curve of requests/s.
+SLOWEST = 50.0
 # The servers, in the order of their colours.
 SERVERS = ("aioserver", "bare", "nginx", "litellm")
 
 
-def draw(numbers: Mapping[str, Any]) -> str:
-    """Return the picture of what `run.py --json` has written: of its first run."""
+def draw(numbers: Mapping[str, Any], board: Mapping[str, Any] | None = None) -> str:
+    """Return the picture of what `run.py --json` and `board.py --json` have written: of the first
+    run of each.
+    """
     run: Run = numbers["runs"][0]
     return picture(
         [
+            *(board_panels(board["runs"][0]["curves"]) if board is not None else ()),
             Panel(
                 "p99 gap between two events, ms, by streams of 50 events a second (20 is perfect)",
                 curves(run, "gap_p99_ms"),
@@ -68,6 +74,38 @@ def draw(numbers: Mapping[str, Any]) -> str:
     )
 
 
+def board_panels(found: Mapping[str, Mapping[str, Curve]]) -> list[Panel]:
+    """Return the panels of the curves of `board.py`."""
+    frontier, stalls = (
+        {name: found[step][name] for name in SERVERS if name in found.get(step, {})}
+        for step in ("frontier", "streams")
+    )
+    return [
+        Panel(
+            "requests/s that are not streamed, by the slowest in a hundred of them",
+            {name: best(curve) for name, curve in frontier.items()},
+            "ms p99",
+            dots=True,
+        ),
+        Panel(
+            "streams with a gap above 200 ms, %, by streams of 50 events a second",
+            stalls,
+            "streams",
+            dots=True,
+            ceiling=100.0,
+        ),
+    ]
+
+
+def best(windows: Curve) -> Curve:
+    """Return those of *windows*, (ms, requests/s), that carry more than each faster one."""
+    kept: Curve = []
+    for slowest, rate in sorted(tuple(window) for window in windows):
+        if slowest <= SLOWEST and (not kept or rate > kept[-1][1]):
+            kept.append((slowest, rate))
+    return kept
+
+
 def curves(run: Run, field: str) -> dict[str, Curve]:
     """Return *field* of each server at each number of streams."""
     return {
@@ -87,8 +125,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("numbers", type=Path, help="the file that run.py --json has written")
     parser.add_argument("picture", type=Path, help="the SVG file to write")
+    parser.add_argument("--board", type=Path, help="the file that board.py --json has written")
     chosen = parser.parse_args()
-    chosen.picture.write_text(draw(json.loads(chosen.numbers.read_text())))
+    board = json.loads(chosen.board.read_text()) if chosen.board else None
+    chosen.picture.write_text(draw(json.loads(chosen.numbers.read_text()), board))
 
 
 if __name__ == "__main__":
