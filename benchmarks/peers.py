@@ -186,6 +186,7 @@ class Peer:
 RELAYED = (
     "plain",
     "fast",
+    "fast10",
     "sse500",
     "tlsplain",
     "tls500",

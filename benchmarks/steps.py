@@ -371,6 +371,7 @@ HTTP = Load(mode="http", connections=64)
 STEPS = {
     "plain": Step(load=HTTP, quick=True),
     "fast": Step(load=Load(mode="sse", connections=64), quick=True),
+    "fast10": Step(load=Load(mode="sse", connections=64, chunks=10), quick=True),
     "sse500": Step(load=paced("sse", 500), quick=True),
     "tlsplain": Step(load=HTTP, do=over_tls, tls=True),
     "tls500": Step(load=paced("sse", 500), do=over_tls, tls=True),

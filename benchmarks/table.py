@@ -41,6 +41,7 @@ ROWS = (
     Row("plain", "per_second", "requests/s, not streamed, 64 connections", "more", goal=1.35),
     Row("fast", "per_second", "streams/s of 100 events, 64 connections", "more", goal=0.9),
     Row("fast", "chunks_per_second", "events/s of these", "more"),
+    Row("fast10", "per_second", "streams/s of 10 events, 64 connections", "more", goal=0.9),
     Row(
         "sse500", "cpu_us", "CPU µs per event, 500 SSE streams of 50 events/s", "less", 1, goal=0.7
     ),
