@@ -81,13 +81,15 @@ class Splitter:
         """
         # Most reads are whole events, and are returned as they are.
         if (
-            self._started
-            and not self._rest
+            not self._rest
             and not self._cr
             and chunk.endswith(b"\n\n")
             and len(chunk) <= self._max
             and chunk.find(b"\r") < 0
+            # Otherwise it may begin with a byte order mark.
+            and (self._started or chunk.startswith(b"data:"))
         ):
+            self._started = True
             return chunk
         # The rest ends with one line end at most, so no blank line begins before its last two
         # bytes.

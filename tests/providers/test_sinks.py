@@ -57,6 +57,28 @@ def test_many_events_at_once_are_plausible_where_each_is(seed: int) -> None:
         assert plausible(block) == all(map(plausible, eventstream.split(block)))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_events_that_come_together_pass_as_those_that_come_one_by_one(seed: int) -> None:
+    dice = random.Random(seed)
+    for number in range(300):
+        usage = {"prompt_tokens": 3, "completion_tokens": number}
+        counted = [b"data: %b\n\n" % orjson.dumps({"choices": [], "usage": usage, "at": 1})]
+        counted += [b'data: {"choices": [], "usage": {"prompt_tokens": %d}}\n\n' % number]
+        pieces = [delta("a"), delta("\u00e9"), delta("c", usage=None), delta("[DONE]"), *counted]
+        pieces += [delta('"choices":[]'), b'data: {"choices":[],"filtered":true}\n\n', b": c\n\n"]
+        events = [delta("first"), *dice.choices(pieces, k=dice.randint(0, 8))]
+        events += [dice.choice((delta(finish="stop"), delta(finish="stop", usage=usage)))]
+        events += dice.choices(counted, k=dice.randint(0, 2))
+        events += [DONE] * (dice.random() < 0.7) + [delta("behind")] * (dice.random() < 0.2)
+        one, each = new_stream(), new_stream()
+        together, apart = EventSink(one, hides_usage=True), EventSink(each, hides_usage=True)
+
+        assert together.feed(b"".join(events)) == all(map(apart.feed, events)) == (not one.ended)
+
+        assert (passed(one), one.last, one.ended) == (passed(each), each.last, each.ended)
+        assert not one.ended or one.outcome.usage == each.outcome.usage
+
+
 ERROR = b'data: {"error":{"message":"the model has crashed","code":500}}\n\n'
 ANSWER = delta("Hel") + delta("lo") + delta(finish="stop")
 

@@ -71,7 +71,7 @@ class ResponseSink(PassingSink):
             return None
         return self._stream.open_fast_path()
 
-    def _up_to_end(self, block: bytes) -> tuple[bytes, bool, bytes]:
+    def _up_to_end(self, block: bytes, *, plain: bool = False) -> tuple[bytes, bool, bytes]:  # noqa: ARG002 - see PassingSink
         block, ended = up_to_end(block)
         if ended:
             self._stream.outcome.usage = usage_in(block)
@@ -100,12 +100,12 @@ class ResponseSink(PassingSink):
             self._append(event)
         self._stream.fail(fault)
 
-    def _show(self, block: bytes) -> None:
+    def _show(self, block: bytes, events: int = 0) -> None:
         if block:
             if self._id_samples_left:
                 self._add_response_id(block)
             remember(self._stream, block)
-        super()._show(block)
+        super()._show(block, events)
 
     def _add_response_id(self, block: bytes) -> None:
         """Let the stream be found by the id that the provider has given to the response, too."""
