@@ -39,7 +39,8 @@ class Producers:
     ) -> None:
         self._request_log = request_log
         self._loop = asyncio.get_running_loop()
-        self._streams: dict[asyncio.Task[None], Stream] = {}
+        # Each with what is called when it has ended.
+        self._streams: dict[asyncio.Task[None], tuple[Stream, Callable[[], None]]] = {}
         self._on_end = on_end
 
     def __len__(self) -> int:
@@ -55,8 +56,7 @@ class Producers:
             # It will never begin, of which Python would warn.
             producer.close()
             raise
-        task.add_done_callback(lambda _task: release())
-        self._streams[task] = stream
+        self._streams[task] = stream, release
         stream.producer = task
         task.add_done_callback(self._settle)
 
@@ -65,7 +65,7 @@ class Producers:
     ) -> None:
         """End every log with *reason*, or those of *callers*, and wait for their producers."""
         ended = []
-        for task, stream in self._streams.items():
+        for task, (stream, _release) in self._streams.items():
             owner: Any = stream.caller
             if callers is None or owner.name in callers:
                 stream.cancel_reason = reason()
@@ -82,15 +82,16 @@ class Producers:
         `try`, and its readers would wait for ever. For the same reason each step is done whatever
         another raises.
         """
-        stream = self._streams.pop(task)
+        stream, release = self._streams.pop(task)
         stream.producer = None
         fault = None if task.cancelled() else task.exception()
         bugs = [] if fault is None or isinstance(fault, AioserverError) else [fault]
         mirrored = stream.mirrored
         # A mirror's answer is in the request log of its owner.
         for step in (
+            release,
             stream.held and stream.held.release,
-            partial(self._end, stream, task, fault),
+            None if stream.ended else partial(self._end, stream, task, fault),
             None if mirrored else partial(self._finish_record, stream),
             self._on_end and partial(self._on_end, stream),
         ):
@@ -106,11 +107,7 @@ class Producers:
             self._request_log.metrics.bugs.note(bug)
 
     def _end(self, stream: Stream, task: asyncio.Task[None], fault: BaseException | None) -> None:
-        """End the log of *stream*, unless it has ended, as its producer *task* has: with *fault*,
-        if any.
-        """
-        if stream.ended:
-            return
+        """End the log of *stream* as its producer *task* has ended: with *fault*, if any."""
         reason = stream.cancel_reason
         try:
             if stream.ending is not None and fault is None:

@@ -370,9 +370,10 @@ class Attempt:
         self.provider.head_received(self)
         request, stream = self.request, self.stream
         good = status == 200
-        request.outcome.headers = visible_headers(headers)
+        request.outcome.headers = visible = visible_headers(headers)
         if stream is not None:
-            stream.recount()
+            if visible:
+                stream.recount()
             if request.reading is not None and not stream.answered_at:
                 request.reading.begin_anew()
         sink: Sink

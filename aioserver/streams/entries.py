@@ -146,6 +146,8 @@ def locate(entries: Sequence[Entry], last: int, after: int) -> tuple[int, int]:
     oldest = entries[0].first if entries else last + 1
     if after + 1 < oldest:
         raise ResumeGap(f"events after {after} are no longer kept; the oldest is {oldest}")
+    if after + 1 == oldest:
+        return 0, 0
     index = find_event(entries, after + 1)
     return index, after - entries[index].first + 1 if index < len(entries) else 0
 

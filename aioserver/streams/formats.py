@@ -85,7 +85,7 @@ def ws_frame(first_byte: int, payload: bytes) -> bytes:
 
 
 def _raw(_stream: Stream, entry: Entry, skip: int) -> bytes:
-    return RAW.render_bytes(entry.data, skip) if entry.data else b""
+    return RAW.render_bytes(entry.data, skip) if skip else entry.data
 
 
 def _raw_error(stream: Stream, error: AioserverError, seen: int) -> bytes:

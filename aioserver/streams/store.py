@@ -115,8 +115,9 @@ class StreamStore:
         self._by_name: dict[tuple[Hashable, str], Stream] = {}
         # The streams of each owner, the oldest first.
         self._owned: dict[Hashable, dict[Stream, None]] = {}
-        # The oldest first.
-        self._finished: OrderedDict[Stream, None] = OrderedDict()
+        # The oldest first, each with its owner if it counts for that: one that goes with its last
+        # reader does not.
+        self._finished: OrderedDict[Stream, Hashable] = OrderedDict()
         self._finished_of: ByOwner[Hashable, Stream, None] = ByOwner()
         # The bytes of what may be dropped where room is needed: finished logs, and shelves.
         self._shares: Shares[Hashable] = Shares()
@@ -220,13 +221,14 @@ class StreamStore:
 
     def drop(self, stream: Stream) -> None:
         """Forget *stream*, which has ended; a second call does nothing."""
+        if not (stream in self._finished or stream in self._running or stream.kept_bytes):
+            return
         self._running.discard(stream)
-        self.unname(stream)
+        if not stream.private:
+            self.unname(stream)
         freed = stream.forget()
         self._bytes -= freed
-        if stream in self._finished:
-            del self._finished[stream]
-            owner = owner_of(stream.caller)
+        if (owner := self._finished.pop(stream, None)) is not None:
             self._finished_of.pop(owner, stream)
             self._shares.add(owner, -freed)
         self._observer.dropped(stream)
@@ -245,18 +247,22 @@ class StreamStore:
     def count_bytes(self, stream: Stream, size: int) -> None:
         """Note that a log has grown by *size* bytes; negative: it has shrunk."""
         self._bytes += size
-        if stream.ended and stream in self._finished:
-            self._shares.add(owner_of(stream.caller), size)
+        if stream.ended and (owner := self._finished.get(stream)) is not None:
+            self._shares.add(owner, size)
         if self._bytes > self._max_kept_bytes:
             self._evict()
 
     def note_end(self, stream: Stream) -> None:
         """Note that *stream* has its last event."""
-        self._running.discard(stream)
-        self._finished[stream] = None
-        owner = owner_of(stream.caller)
-        self._finished_of.put(owner, stream, None)
-        self._shares.add(owner, stream.kept_bytes)
+        # It may be dropped already: its last reader has left with that event.
+        if stream in self._running:
+            self._running.discard(stream)
+            owner = None
+            if stream.window > 0 or not stream.readers:
+                owner = owner_of(stream.caller)
+                self._finished_of.put(owner, stream, None)
+                self._shares.add(owner, stream.kept_bytes)
+            self._finished[stream] = owner
         # The rendering of an event may be as large as the log, and is not counted.
         stream.rendered = None
         self._observer.finished(stream)
@@ -472,4 +478,5 @@ def owner_of(caller: Hashable) -> Hashable:
     """Return the owner of what is kept of *caller*, and shown to it: its key, or its address
     without keys.
     """
-    return (caller, caller.flow) if isinstance(caller, Caller) else caller
+    # The name stands for the caller: its hash is known.
+    return (caller.name, caller.flow) if isinstance(caller, Caller) else caller

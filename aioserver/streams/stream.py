@@ -35,7 +35,6 @@ adds to a log, discards of it or ends it holds it here.
 
 from __future__ import annotations
 
-from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
@@ -289,7 +288,11 @@ class Stream:
         # None where there are no other instances, or they have no part in this log.
         self.remote: Remote | None = None
         self._store = store
-        self.recount()
+        # As `recount`, of what there is now.
+        size = STREAM_OVERHEAD + 3 * len(self.head) + len(self.outcome.model) + PLAIN_EVENTS.size
+        self.extra_bytes = size
+        if store is not None:
+            store.count_bytes(self, size)
 
     @property
     def first(self) -> int:
@@ -406,8 +409,10 @@ class Stream:
         self.entries.append(entry)
         self._grow(entry.size)
 
-    def recount(self) -> None:
-        """Count what is kept beside the entries: to be called when it has changed."""
+    def recount(self, grown: int = 0) -> None:
+        """Count what is kept beside the entries: to be called when it has changed; and *grown*
+        bytes of entries.
+        """
         outcome = self.outcome
         size = STREAM_OVERHEAD + 3 * len(self.head) + len(outcome.model)
         size += self.text_bytes + self.events.size
@@ -419,7 +424,8 @@ class Stream:
             size += self.whole.size
         if self.error is not None:
             size += self.error.size
-        grown, self.extra_bytes = size - self.extra_bytes, size
+        grown += size - self.extra_bytes
+        self.extra_bytes = size
         if grown and self._store is not None:
             self._store.count_bytes(self, grown)
 
@@ -466,9 +472,9 @@ class Stream:
 
         In the latter case the source pauses, or goes on, as the readers have read.
         """
-        if self.bytes > self.max_bytes or self.window <= 0:
+        if self.bytes > self.max_bytes or (self.window <= 0 and self.entries):
             self._discard()
-            if self._due():
+            if self.source is not None and self._due():
                 self._regulate()
 
     def note_passed(self) -> None:
@@ -522,7 +528,9 @@ class Stream:
             return
         self.recount()
         outcome, conversation = self.outcome, self.conversation_id
-        self.append(PROCESSING, [processing(outcome.provider, outcome.model, conversation)])
+        event = processing(outcome.provider, outcome.model, conversation)
+        # Without bytes of the provider's it is shown to no reader of a private log.
+        self.append(PROCESSING, [event], more=self.private)
 
     def finish(self, chunk: Mapping[str, Any], data: bytes = b"") -> None:
         """End the log well, once its keeper has kept the answer: now, or in `finished`, if that
@@ -581,9 +589,13 @@ class Stream:
         # The producer is done with its text.
         self.text_bytes, self.said = 0, None
         notices = [reader.notify for reader in self.readers]
-        run_all(
-            (partial(self._grow, entry.size), self.recount, *notices, self.trim, self.tell_end)
-        )
+        run_all((self._count_end, *notices, self.trim, self.tell_end))
+
+    def _count_end(self) -> None:
+        """Count the last entry, and what is kept beside the entries now."""
+        size = self.entries[-1].size
+        self.bytes += size
+        self.recount(size)
 
     def fail(self, error: AioserverError) -> None:
         """Append *error* as the last event, for both kinds of face: as a frame, and as bytes."""
@@ -691,16 +703,23 @@ class Stream:
         """Discard the oldest *count* entries, those passed, and what is beyond
         `max_stream_bytes`.
         """
-        entries, readers, freed = self.entries, self.readers, 0
-        passed = 0
+        entries, readers, passed = self.entries, self.readers, 0
         if self.window <= 0 and readers:
             passed = (
                 readers[0].next_index
                 if len(readers) == 1
                 else min([reader.next_index for reader in readers])
             ) - self.offset
-        least, count = max(count, passed), 0
-        excess = self.bytes - self.max_bytes
+        if passed and passed >= len(entries):
+            # As a rule all of them are.
+            self.offset += len(entries)
+            entries.clear()
+            self._grow(-self.bytes)
+            return
+        least, excess = max(count, passed), self.bytes - self.max_bytes
+        if least <= 0 and excess <= 0:
+            return
+        count = freed = 0
         while len(entries) - count > 1 or (len(entries) > count and count < least):
             if count >= least and freed >= excess:
                 break

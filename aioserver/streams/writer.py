@@ -271,7 +271,8 @@ class Writer:
         if self._draining is not None or self._closed or not (ready or self._control):
             return
         parts, self._control = self._control, []
-        room, ended = WRITE_BYTES, list[Cursor]()
+        room = WRITE_BYTES
+        ended: list[Cursor] = []
         for cursor in list(ready):
             start = len(parts)
             cursor.note_delay(now, self._blocked_until)
@@ -340,7 +341,10 @@ class Writer:
         if self._closed:
             return
         self._closed = True
-        run_all([partial(self.unfollow, cursor) for cursor in self._cursors] + [self._stop])
+        if self._cursors:
+            run_all([partial(self.unfollow, cursor) for cursor in self._cursors] + [self._stop])
+        else:
+            self._stop()
 
     def _stop(self) -> None:
         self._ready.clear()

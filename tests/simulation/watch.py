@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from aioserver.limits.gate import WHOLE
 from aioserver.limits.gcra import ROUNDING
 from aioserver.providers.queueing import ProviderGate
-from aioserver.streams.store import SEARCH_STEP, owner_of
+from aioserver.streams.store import SEARCH_STEP
 from aioserver.streams.stream import RESUME_BYTES
 from aioserver.wings.cluster.rates import SharedRate
 from aioserver.wings.cluster.shared_gate import MOMENTARY, SharedGate
@@ -262,8 +262,9 @@ class Watch:
     def _look_at_shares(self) -> None:
         """Look at what is said of who keeps how much, by which room is made."""
         store, finished, numbers, tokens = self._streams, Counter(), Counter(), Counter()  # type: ignore[var-annotated]
-        for stream in store._finished:
-            finished[owner_of(stream.caller)] += stream.kept_bytes
+        for stream, owner in store._finished.items():
+            if owner is not None:
+                finished[owner] += stream.kept_bytes
         shares = store._shares
         short = any(shares.of(owner) < size for owner, size in finished.items())
         if short or not sum(finished.values()) <= shares.total <= store._bytes:
