@@ -29,8 +29,8 @@ from aioserver.faces.intake import (
     idempotency_key,
     read_model_body,
 )
-from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
-from aioserver.faces.streaming import follow
+from aioserver.faces.ready import HIGH_WATER, ReadyResponse, ReadyStream, fits
+from aioserver.faces.streaming import follow, write_ended
 from aioserver.gateway.calls import kept_answer
 from aioserver.gateway.request import Request
 from aioserver.gateway.stream_usage import UsageAttempt
@@ -40,7 +40,6 @@ from aioserver.providers.api import CHAT, Api
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.cursor import ConditionReader
-from aioserver.streams.ending import run_all
 from aioserver.streams.formats import RAW
 
 if TYPE_CHECKING:
@@ -270,6 +269,9 @@ async def follow_stream(
         if stream.ended and not shown(stream):
             raise stream.error or StreamNotFound("this answer was cancelled")
         response = _streamed_response(request, stream, dialect)
+        if isinstance(response, ReadyResponse):
+            await write_ended(context, request, response, stream, dialect.face)
+            return response
         await follow(
             context,
             request,
@@ -283,7 +285,10 @@ async def follow_stream(
         )
         return response
     finally:
-        run_all((opening.leave, partial(gateway.lifetime.reader_removed, stream)))
+        try:
+            opening.leave()
+        finally:
+            gateway.lifetime.reader_removed(stream)
 
 
 def _begun(stream: Stream) -> bool:
@@ -307,6 +312,10 @@ def _streamed_response(
         headers["x-aioserver-provider"] = outcome.provider
         headers["x-aioserver-attempts"] = str(outcome.attempts)
     if fits(request):
+        all_kept = stream.ended and stream.private and not stream.offset
+        if all_kept and stream.bytes <= HIGH_WATER:
+            events = b"".join([entry.data for entry in stream.entries])
+            return ReadyResponse(events, headers, chunked=True)
         return ReadyStream(request, headers)
     response = web.StreamResponse(headers=headers)
     http.announce_close(request, response, streamed=True)

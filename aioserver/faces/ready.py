@@ -63,11 +63,14 @@ def _head(
 
 
 class ReadyResponse(web.StreamResponse):
-    """A 200 with a whole *body*, for a request that `fits`."""
+    """A 200 with a whole *body*, for a request that `fits`; in one chunk if it is *chunked*."""
 
-    def __init__(self, body: bytes, headers: Mapping[str, str]) -> None:
+    def __init__(self, body: bytes, headers: Mapping[str, str], *, chunked: bool = False) -> None:
         super().__init__()
+        if chunked:
+            body = b"%x\r\n%b\r\n%b" % (len(body), body, LAST_CHUNK)
         self._ready = body, headers
+        self._framed = chunked
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         """Write the whole response, unless its pieces were written.
@@ -100,7 +103,10 @@ class ReadyResponse(web.StreamResponse):
         self._keep_alive = True
         self._eof_sent = True
         self._body_length = len(body)
-        head = _head(request, headers, "Content-Length", len(body))
+        if self._framed:
+            head = _head(request, headers, "Transfer-Encoding", "chunked")
+        else:
+            head = _head(request, headers, "Content-Length", len(body))
         return head + (body if len(body) <= HIGH_WATER else memoryview(body)[:HIGH_WATER])
 
     def more_pieces(self) -> Iterator[memoryview]:

@@ -3,7 +3,8 @@ and Anthropic's APIs share.
 
 The events go straight to the transport, without a task switch: each read of the provider's bytes
 becomes one chunk (RFC 9112, 7.1). The head and the last chunk of a `ReadyStream` go the same way;
-aiohttp writes those of any other response.
+aiohttp writes those of any other response. A stream that has ended before its head could be sent is
+written whole.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from aiohttp.http import HttpVersion11
 from aioserver.faces.http import Request
 from aioserver.faces.intake import begin_visit, end_visit
 from aioserver.faces.ready import LAST_CHUNK, ReadyStream
+from aioserver.faces.whole import flush
 from aioserver.protocol import eventstream
-from aioserver.streams.ending import run_all
 from aioserver.streams.writer import Writer
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from aioserver.faces.context import Context
+    from aioserver.faces.ready import ReadyResponse
     from aioserver.streams.contracts import Queued
     from aioserver.streams.cursor import Cursor
     from aioserver.streams.formats import Format
@@ -112,10 +114,43 @@ async def follow(
             await ended
         await writer.flush()
     finally:
-        steps: list[Callable[[], object]] = [partial(context.wheel.remove, beats), writer.close]
+        try:
+            context.wheel.remove(beats)
+        finally:
+            try:
+                writer.close()
+            finally:
+                if visit is not None:
+                    end_visit(visit, stream)
+
+
+async def write_ended(
+    context: Context,
+    request: web.Request,
+    response: ReadyResponse,
+    stream: Stream,
+    face: str,
+) -> None:
+    """Write *response*, which has all events of *stream*: they came faster than they could be
+    followed.
+
+    Raises:
+        ConnectionError: the client has left, or is dropped.
+    """
+    visit = begin_visit(context, request, stream)
+    try:
+        transport = request.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client has left")
+        # Now, and not with others: the next request on this connection finds it idle then.
+        transport.write(response.first_piece(request))
+        if transport.get_write_buffer_size():
+            timeout = context.settings.chat.streams.send_timeout
+            drop = partial(context.admission.dropped, face)
+            await flush(transport, request.writer.drain, timeout, drop)
+    finally:
         if visit is not None:
-            steps.append(partial(end_visit, visit, stream))
-        run_all(steps)
+            end_visit(visit, stream)
 
 
 class Heartbeat:

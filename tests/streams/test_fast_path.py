@@ -1221,6 +1221,30 @@ def staged(provider: ScriptedProvider, **http_client: Any) -> dict[str, Any]:
     }
 
 
+async def test_an_answer_that_comes_at_once_passes_whole_and_the_next_one_starts_clean(
+    make_server: MakeServer, stage: Stage, played: ScriptedProvider
+) -> None:
+    server = await make_server(**staged(played))
+    broken = event({"error": {"message": "the model has crashed"}})
+    ends = {"well": chunk(END + DONE), "by an error": chunk(broken), "early": b""}
+    async with Raw(server) as client:
+        for turn, end in enumerate(ends.values()):
+            await client.post("/v1/chat/completions", STREAMED)
+            peer = await stage.asked()
+            await peer.send(EVENT_STREAM + word(0) + word(1) + end + LAST_CHUNK)
+            head = await client.head()
+            body = joined((await client.until(LAST_CHUNK))[: -len(LAST_CHUNK)])
+
+            assert head.status == 200
+            assert body.startswith(chunk_of("w0 ") + chunk_of("w1 "))
+            rest = body.removeprefix(chunk_of("w0 ") + chunk_of("w1 "))
+            assert rest == (END + DONE, broken)[turn] if turn < 2 else b'"error"' in rest
+            await until(lambda: not server.owners.streams.running())
+            assert not server.owners.streams.finished()
+            assert server.owners.streams.stats().bytes == 0
+    assert len(stage.requests) == 3
+
+
 async def test_openais_bytes_come_one_by_one_and_the_next_answer_starts_clean(
     make_server: MakeServer, stage: Stage, played: ScriptedProvider, taken: list[bytes]
 ) -> None:
