@@ -60,9 +60,14 @@ class DirectRequestHandler(RequestHandler):
             super().data_received(data)
         finally:
             self._waiter = waiter
+        if self._messages:
+            self._begin(waiter)
+
+    def _begin(self, waiter: asyncio.Future[None]) -> None:
+        """Serve the request that has come, or have aiohttp's loop do it, which waits for
+        *waiter*.
+        """
         messages = self._messages
-        if not messages:
-            return
         message, payload = messages[0]
         if len(messages) > 1 or self._upgraded or isinstance(message, _ErrInfo):
             waiter.set_result(None)
@@ -153,7 +158,7 @@ class DirectRequestHandler(RequestHandler):
             self._keepalive_handle = self._loop.call_at(due, self._process_keepalive)
         if self._messages and not waiter.done():
             # They came meanwhile.
-            waiter.set_result(None)
+            self._begin(waiter)
 
     def _end(self, waiter: asyncio.Future[None]) -> None:
         """End the connection, and with it aiohttp's loop."""
