@@ -432,8 +432,10 @@ def counted(
     async def handler(request: web.Request) -> web.StreamResponse:
         caller, hold = request[CALLER], admission.hold()
         name, hold.terms = caller.name, terms_of(request.headers)
+        connection = NOTHING
         try:
-            connection = await admission.connect(face, caller)
+            if caller.quota is not None:
+                connection = await admission.connect(face, caller)
         except ConcurrencyExceeded as error:
             if refuse is None:
                 raise

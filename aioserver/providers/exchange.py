@@ -201,12 +201,11 @@ class Exchange:
         elif sink is not None:
             try:
                 if parser.parts:
-                    more = sink.feed(parser.take())
-                    if sink.progress != self._progress:
-                        self._progress, self.spoke_at = sink.progress, self.last_byte_at
-                    if not more:
+                    if not sink.feed(parser.take()):
                         self._finish()
                         return
+                    if (progress := sink.progress) != self._progress:
+                        self._progress, self.spoke_at = progress, self.last_byte_at
                 if parser.whole:
                     sink.end()
                     self._finish()
@@ -374,7 +373,7 @@ class Exchange:
                 and parser.keep_alive
                 and not parser.surplus
                 and not parser.parts
-                and not self._answers_another()
+                and (parser.status < 400 or not self._answers_another())
             )
         finally:
             if kept:
@@ -384,15 +383,13 @@ class Exchange:
                 self._connection.close()
 
     def _answers_another(self) -> bool:
-        """Return whether the answer may be meant for nobody, so that this request's own is still
-        to come.
+        """Return whether the answer, an error, may be meant for nobody, so that this request's own
+        is still to come.
 
         A 408 ends an idle connection (RFC 9110, 15.5.9), and may cross the request. So may any
         error which comes on a kept connection sooner than a byte can go there and back.
         """
         status, protocol = self._parser.status, self.protocol
-        if status < 400:
-            return False
         if status == 408 or not protocol.reused:
             return status == 408
         sock = self._transport.get_extra_info("socket")

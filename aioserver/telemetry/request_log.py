@@ -195,6 +195,8 @@ class RequestLog:
             code = public.code if public else "internal_error"
             outcome = public.outcome if public else "internal_error"
             status = _status(public, record.statuses) if public else 500
+            if isinstance(error, TokensExceeded):
+                metrics.count_budget_refusal(record.caller_label, error)
         elif cancelled:
             outcome, status = (CLIENT_LEFT if record.abandoned else CANCELLED), 499
             if record.abandoned and record.slow_client:
@@ -203,8 +205,6 @@ class RequestLog:
         metrics.outcomes[outcome].value += 1
         if record.key_wait:
             metrics.key_wait.observe(record.key_wait)
-        if isinstance(error, TokensExceeded):
-            metrics.count_budget_refusal(record.caller_label, error)
         if outcome == "rejected":
             metrics.rejections[code].value += 1
             if isinstance(error, AioserverError):

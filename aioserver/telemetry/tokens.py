@@ -68,9 +68,11 @@ def tokens_of(usage: Mapping[str, Any] | None) -> Tokens:
         cached = _count(usage[CACHE_READ])
     if CACHE_WRITTEN in usage:
         written = _count(usage[CACHE_WRITTEN]) or 0
-    if (answer := _count(usage.get(COMPLETION))) is None:
+    answer, prompt = usage.get(COMPLETION), usage.get(PROMPT)
+    # As `_count`, without the call.
+    if type(answer) is not int or not 0 <= answer < MAX_TOKENS:
         answer = _count(usage.get(OUTPUT))
-    if (prompt := _count(usage.get(PROMPT))) is not None:
+    if type(prompt) is int and 0 <= prompt < MAX_TOKENS:
         asked, answered = usage.get(PROMPT_DETAILS), usage.get(COMPLETION_DETAILS)
         if cached is None and CACHE_HITS in usage:
             cached = _count(usage[CACHE_HITS])
