@@ -231,12 +231,13 @@ async def test_stopped_process_costs_what_it_had_and_starts_nothing_when_it_goes
         stdout=asyncio.subprocess.PIPE,
     )
     counts: list[int] = []
-    inside = 0
+    # Ends that it was not answered keep their places.
+    inside = unanswered = 0
+    answering = True
 
     async def follow() -> None:
-        nonlocal inside
+        nonlocal inside, unanswered
         assert process.stdout is not None
-        assert process.stdin is not None
         while line := await process.stdout.readline():
             change = 1 if line == b"+\n" else -1
             inside += change
@@ -245,7 +246,15 @@ async def test_stopped_process_costs_what_it_had_and_starts_nothing_when_it_goes
             if change > 0:
                 counts.append(referee.inside)
             if change < 0:
-                process.stdin.write(b"\n")
+                unanswered += 1
+                answer()
+
+    def answer() -> None:
+        nonlocal unanswered
+        assert process.stdin is not None
+        if answering and not process.stdin.is_closing():
+            process.stdin.write(b"\n" * unanswered)
+            unanswered = 0
 
     following = asyncio.create_task(follow())
     try:
@@ -258,13 +267,19 @@ async def test_stopped_process_costs_what_it_had_and_starts_nothing_when_it_goes
         stopped = inside
         assert referee.peak <= LIMIT + stopped
         counts.clear()
+        answering = False
         process.send_signal(signal.SIGCONT)
+        # The server knows of it again, and so the others have given way.
+        await until(lambda: here.gate.inside <= LIMIT - inside - unanswered)
+        # One start may have been under way already; alone, an instance has its share.
+        assert max(counts, default=0) <= LIMIT + max(stopped + 1, LIMIT // 2)
+        counts.clear()
+        answering = True
+        answer()
         await until(lambda: len(counts) > 5)
 
-        # Each start after that was within the limit; the first one may have been under way
-        # already.
-        assert max(counts[1:]) <= LIMIT
-        assert counts[0] <= LIMIT + stopped + 1
+        # Each start after that was within the limit.
+        assert max(counts) <= LIMIT
     finally:
         # A loop of uvloop does not close before its child has ended.
         process.kill()
