@@ -141,8 +141,8 @@ def provider_side(server: RunningServer) -> dict[str, int]:
 
 def connected(port: int) -> int:
     """The sockets that are connected to *port* of this machine and not closed on that side."""
-    rows = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
-    return sum(row[2].endswith(f":{port:04X}") and row[3] == "01" for row in rows)
+    # The remote address of a row, and its state; of sockets that are no more there are thousands.
+    return Path("/proc/self/net/tcp").read_text().count(f":{port:04X} 01 ")
 
 
 @pytest.mark.parametrize(
