@@ -10,7 +10,7 @@ both: the middleware adds the CORS headers.
 from __future__ import annotations
 
 import hashlib
-from functools import partial
+from functools import cache, partial
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from aioserver.errors import NotFound
 from aioserver.faces.status import overview
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from importlib.resources.abc import Traversable
 
     from aioserver.faces.context import Context
@@ -49,10 +49,7 @@ IMMUTABLE = "public, max-age=31536000, immutable"
 
 def routes(context: Context) -> list[web.RouteDef]:
     """Return the routes `/`, `/dashboard`, `/assets/…` and those of the client library."""
-    assets = {
-        path: _Asset(path, body)
-        for path, body in _files_in(files("aioserver.faces").joinpath("assets"))
-    }
+    assets = {**_assets()}
     chat = assets.pop("chat/index.html")
     dashboard = assets.pop("dashboard/index.html")
     client, types = assets.pop("client/client.js"), assets.pop("client/client.d.ts")
@@ -71,6 +68,12 @@ def routes(context: Context) -> list[web.RouteDef]:
         web.get("/client/{version}.js", partial(versioned, client)),
         *(web.get(f"/assets/{path}", asset.serve) for path, asset in assets.items()),
     ]
+
+
+@cache
+def _assets() -> Mapping[str, _Asset]:
+    folder = files("aioserver.faces").joinpath("assets")
+    return {path: _Asset(path, body) for path, body in _files_in(folder)}
 
 
 def _files_in(folder: Traversable, path: str = "") -> Iterator[tuple[str, bytes]]:
