@@ -5,6 +5,9 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here"
 . deploy/venv.sh
+# Without bytecode, which takes longer to make than all else: most modules of the packages are never imported.
+# pip takes the variable for the value of its option `compile`.
+export PIP_NO_COMPILE=no
 ensure_installed installed-tests '[test]'
 # Programs of others, which tests/clients runs, in a folder of their own. What cannot be installed skips its tests.
 # The large ones are installed by hand: docs/testing.md.
@@ -28,8 +31,13 @@ install_clients() {
     echo "tests/clients skips what could not be installed" >&2
   fi
 }
+# What goes on beside ends with this script.
+trap 'jobs=$(jobs -p); [ -z "$jobs" ] || kill $jobs 2>/dev/null || true' EXIT
 install_clients &
 clients=$!
+# Most of the installation waits for the network, and a test waits for half of its time.
+.venv/bin/mypy &
+types=$!
 # The pages are tested in Debian's Chromium, the samples of deploy/ with the programs they are for. What is
 # missing is installed by root; without it those tests skip, and with CI=true they fail.
 missing=()
@@ -57,17 +65,15 @@ if [ "$(id -u)" = 0 ] && [ "${#missing[@]}" != 0 ] && command -v apt-get >/dev/n
   apt-get -qq -y install --no-install-recommends "${known[@]}" >/dev/null ||
     echo "could not be installed: ${missing[*]}" >&2
 fi
-wait "$clients" || true
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
-# The types are checked beside the tests, which leave a processor idle now and then.
-.venv/bin/mypy &
-types=$!
 # Every process of the tests imports all of them, with the bytecode that pytest makes: it is made once, before.
 unset PYTHONDONTWRITEBYTECODE
 [ -d tests/__pycache__ ] || .venv/bin/python -m pytest --collect-only -qq >/dev/null 2>&1 || true
-# More processes than cores, since a test waits for about half of its time.
+wait "$clients" || true
+unset PIP_NO_COMPILE
+# More processes than cores, since a test waits for most of its time.
 status=0
-.venv/bin/python -m pytest -n "${TEST_PROCESSES:-6}" --dist worksteal "$@" || status=$?
+.venv/bin/python -m pytest -n "${TEST_PROCESSES:-8}" --dist worksteal "$@" || status=$?
 wait "$types" || status=1
 exit "$status"
