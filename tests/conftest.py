@@ -85,7 +85,6 @@ def pytest_collection() -> Iterator[None]:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Take what lives as long as the session out of the collector's sight: each test collects."""
-    gc.collect()
     gc.freeze()
 
 

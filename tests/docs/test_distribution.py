@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import functools
 import json
 import re
 import subprocess
@@ -39,6 +40,7 @@ REQUIRED = names(SETUP["options"]["install_requires"])
 EXTRAS = {extra: names(text) for extra, text in SETUP["options.extras_require"].items()}
 
 
+@functools.cache
 def imported() -> set[str]:
     """Every top-level package that the code imports."""
     names: set[str] = set()

@@ -235,7 +235,9 @@ def test_what_takes_over_begins_with_a_try(function: Function) -> None:
     assert isinstance(first, ast.Try)
 
 
-# The road of a request, by each face. Two clients of two keys share one place everywhere.
+# The road of a request, by each face. Two clients of two keys share one place everywhere. So many
+# seconds they wait for their answers, and with a bug, which may have left them none.
+PATIENCE, WITH_A_BUG = 20.0, 3.0
 
 
 async def _post(server: RunningServer, url: str, headers: dict[str, str], body: Any) -> None:
@@ -301,9 +303,9 @@ async def response_socket(server: RunningServer, headers: dict[str, str], _name:
         for generate in (False, True):
             frame = {"type": "response.create", "input": "Hello", "generate": generate}
             await ws.send_json(frame)
-            event = await ws.receive_json(timeout=20)
+            event = await ws.receive_json(timeout=PATIENCE)
             while event["type"] not in {"response.completed", "error"}:
-                event = await ws.receive_json(timeout=20)
+                event = await ws.receive_json(timeout=PATIENCE)
 
 
 async def session(server: RunningServer, headers: dict[str, str], _name: str) -> None:
@@ -327,9 +329,11 @@ FACES = (
 )
 
 
-async def ask(server: RunningServer, face: Any, round_name: str) -> None:
-    """Let two clients of each of two keys ask at once, and leave; what they are answered is no
-    matter here.
+async def ask(
+    server: RunningServer, face: Any, round_name: str, patience: float = PATIENCE
+) -> None:
+    """Let two clients of each of two keys ask at once, and leave, after *patience* seconds at the
+    latest; what they are answered is no matter here.
     """
 
     async def ask_one(number: int) -> None:
@@ -337,7 +341,8 @@ async def ask(server: RunningServer, face: Any, round_name: str) -> None:
             aiohttp.ClientError, TimeoutError, TypeError, KeyError, ValueError
         ):
             name = f"{round_name}-{number}"
-            await asyncio.wait_for(face(server, bearer(("ann", "bob")[number % 2]), name), 20)
+            headers = bearer(("ann", "bob")[number % 2])
+            await asyncio.wait_for(face(server, headers, name), patience)
 
     await asyncio.gather(*map(ask_one, range(4)))
     await server.nothing_held(5)
@@ -367,7 +372,7 @@ async def test_whatever_a_section_calls_may_fail_and_nothing_is_held_afterwards(
         server.provider.pools.pool.drop_idle()
         with bug_at(call):
             try:
-                await ask(server, face, str(number))
+                await ask(server, face, str(number), WITH_A_BUG)
             except AssertionError as error:
                 raise AssertionError(f"{call}: {error}") from error
     await ask(server, face, "well again")

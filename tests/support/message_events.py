@@ -15,10 +15,11 @@ from tests.support.response_events import check_shape
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from anthropic import types
+    import anthropic
     from pydantic import BaseModel
 else:
-    types = lazily("anthropic.types")
+    # By its name alone: to look for a module within it would import it.
+    anthropic = lazily("anthropic")
 
 EVENTS = {
     "message_start": "RawMessageStartEvent",
@@ -48,7 +49,7 @@ def read_events(body: bytes) -> list[dict[str, Any]]:
         if content["type"] == "ping":
             continue
         if content["type"] != "error":
-            model: type[BaseModel] = getattr(types, EVENTS[content["type"]])
+            model: type[BaseModel] = getattr(anthropic.types, EVENTS[content["type"]])
             check_shape(model, content)
         events.append(content)
     return events
@@ -58,7 +59,7 @@ def check_run(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Check the *events* of a message that ends well, and return it, put together."""
     message = put_together(events)
     assert events[-1]["type"] == "message_stop"
-    check_shape(types.Message, message)
+    check_shape(anthropic.types.Message, message)
     return message
 
 

@@ -72,7 +72,7 @@ class Process:
         descriptors = [sock.fileno() for sock in sockets]
         return cls(
             await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", LAUNCHER, str(len(descriptors))),
+                *(sys.executable, "-IS", "-c", LAUNCHER, str(len(descriptors))),
                 *map(str, (*descriptors, *program)),
                 env={**os.environ, **(environ or {})},
                 pass_fds=descriptors,

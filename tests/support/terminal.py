@@ -126,7 +126,7 @@ async def terminal(
     drawing = {"COLUMNS", "LINES", "NO_COLOR"}
     inherited = {name: value for name, value in os.environ.items() if name not in drawing}
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", LAUNCHER, *map(str, others), *program),
+        *(sys.executable, "-IS", "-c", LAUNCHER, *map(str, others), *program),
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
