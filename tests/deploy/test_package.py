@@ -249,7 +249,7 @@ def test_page_loads_with_all_its_assets(address: str, page: str) -> None:
 
 def load(url: str) -> str:
     """The text at *url*; anything but 200 raises."""
-    with urlopen(Request(url, headers={"Accept": "text/html,*/*"}), timeout=10) as response:
+    with urlopen(Request(url, headers={"Accept": "text/html,*/*"}), timeout=30) as response:
         text: str = response.read().decode()
         return text
 

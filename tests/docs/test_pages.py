@@ -37,7 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def get(url: str) -> str:
-    with urlopen(Request(url), timeout=10) as response:
+    with urlopen(Request(url), timeout=30) as response:
         text: str = response.read().decode()
         return text
 

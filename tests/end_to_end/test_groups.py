@@ -17,7 +17,7 @@ from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, chat, read_frames, to_end
 from tests.support.passing import Account, answer
 from tests.support.server import QUICK, MakeServer, provider_entry
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -144,7 +144,7 @@ async def test_a_position_is_told_while_a_request_stands_in_both_lines(
         queued: list[int] = []
         ended = 0
         while ended < 3:
-            frame = await ws.receive_json(timeout=10)
+            frame = await ws.receive_json(timeout=patience(10))
             if frame.get("status") == "queued":
                 queued.append(frame["chunk"]["position"])
             ended += frame.get("status") in {"complete", "error"}

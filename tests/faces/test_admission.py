@@ -21,7 +21,7 @@ from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
 from tests.support.server import CONCURRENCY, SILENT, MakeServer
-from tests.support.waiting import until, within
+from tests.support.waiting import patience, until, within
 
 if TYPE_CHECKING:
     from aioserver.errors import AioserverError
@@ -91,8 +91,10 @@ async def test_a_full_queue_refuses_at_once(make_server: MakeServer) -> None:
             ws = await stack.enter_async_context(server.connect())
             assert (await ws.receive_json())["status"] == "queued"
         ws = await stack.enter_async_context(server.connect())
-        assert (await ws.receive_json(timeout=5))["chunk"]["code"] == "server_at_capacity"
-        assert (await ws.receive(timeout=5)).type == WSMsgType.CLOSE
+        assert (await ws.receive_json(timeout=patience(5)))["chunk"][
+            "code"
+        ] == "server_at_capacity"
+        assert (await ws.receive(timeout=patience(5))).type == WSMsgType.CLOSE
         assert ws.close_code == 1013
 
 

@@ -15,7 +15,7 @@ from aioserver.faces.idle_sockets import IDLE_SECONDS, IdleSockets
 from tests.support.chat import CHAT, STREAMED, cancel, chat, frames_of, to_end, until_status
 from tests.support.keys import auth_of, bearer, code_of, entry, keys_of
 from tests.support.server import CONCURRENCY, ENDLESS
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -284,7 +284,7 @@ async def held_by(server: RunningServer, name: str, count: int) -> AsyncIterator
 async def closed_with(ws: Any) -> tuple[Any, int]:
     """The error, and the close code of a socket that the server closes."""
     error = (await until_status(ws, "error"))[-1]
-    assert (await ws.receive(timeout=10)).type == WSMsgType.CLOSE
+    assert (await ws.receive(timeout=patience(10))).type == WSMsgType.CLOSE
     return error, ws.close_code
 
 

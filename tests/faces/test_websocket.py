@@ -27,7 +27,7 @@ from tests.support.chat import (
 )
 from tests.support.raw import BINARY, CLOSE, PING, PONG, SMALL, TEXT, Raw, closing, masked
 from tests.support.server import PACED, QUICK, SILENT, SLOW, MakeServer
-from tests.support.waiting import until, within
+from tests.support.waiting import patience, until, within
 
 if TYPE_CHECKING:
     from tests.support.server import RunningServer
@@ -955,11 +955,13 @@ async def test_a_cancelled_turn_keeps_the_text_so_far(make_server: MakeServer) -
 BRISK = {"chat.websocket.ping_interval": 0.4, "chat.websocket.ping_timeout": 0.2}
 
 
+# In the machine's time a busy one might be taken for a client that is gone.
+@pytest.mark.virtual_time
 async def test_a_live_client_is_pinged_and_kept(make_server: MakeServer) -> None:
     server = await make_server(**BRISK)
     async with server.connect(autoping=False) as ws:
         for _ in range(3):
-            message = await ws.receive(timeout=5)
+            message = await ws.receive(timeout=patience(5))
             assert message.type == WSMsgType.PING
             await ws.pong(message.data)
         await ws.send_json({"action": "ping"})
