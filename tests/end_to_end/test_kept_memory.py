@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 COUNT = 25
 # Real memory at most, in counted bytes: allocators round up, and dictionaries keep room.
 MULTIPLE = 1.5
+# Bytes of what else comes meanwhile: requests that the provider notes, points of the history.
+OTHERS = 50_000
 # Headers that pass, and a usage that is large: neither was counted.
 HEADERS = tuple((f"x-ratelimit-{number}", "9" * 200) for number in range(40))
 
@@ -98,7 +100,7 @@ async def test_many_small_answers_cost_little_more_than_is_counted(
         tracemalloc.stop()
 
     counted = store.stats().bytes - before.bytes
-    assert real < MULTIPLE * counted
+    assert real < MULTIPLE * counted + OTHERS
 
 
 @pytest.mark.parametrize("ask", [frames, response])
