@@ -4,8 +4,8 @@ cluster.
 Each instance makes a `Report` of itself, and the one that is asked folds them into one snapshot,
 by the rules that the fields of the snapshot declare (state.py). Made here are: percentiles, of all
 values, in buckets; the shares of a group, of sums; the trouble of a provider, which is the worst
-of any instance, and says whose it is; the limit of a provider, which is shared; and the verdict,
-which is made of the sums.
+of any instance, and says whose it is; the limits of a provider and of connections, which are
+shared; and the verdict, which is made of the sums.
 """
 
 from __future__ import annotations
@@ -167,16 +167,19 @@ class Fold:
         own: str,
         reports: Mapping[str, Report],
         places: Mapping[str, int],
+        connections: int,
         unheard: Iterable[str] = (),
     ) -> Snapshot:
         """Return the snapshot of all instances in *reports* together, that of *own* among them.
 
-        *places* has what all have together at each provider. *unheard* are the instances that have
-        not answered; they are named in it.
+        *places* has what all have together at each provider, and *connections* is how many they
+        admit together. The sum of what each has is less while a place is on its way between two of
+        them. *unheard* are the instances that have not answered; they are named in it.
         """
         first = reports[own].snapshot
         others = [report.snapshot for name, report in reports.items() if name != own]
         total = cast("Snapshot", {**first, **fold(self._rules, [first, *others])})
+        total["connections"]["limit"] = connections
         recent = _Recent(reports.values())
         total["first_token"] = recent.percentiles(FIRST_TOKEN)
         total["delay"] = {cause: recent.percentiles(DELAY, cause) for cause in first["delay"]}

@@ -68,10 +68,19 @@ def report(snapshot: Snapshot, **changes: Any) -> Report:
     return Report(changed, {}, NOTHING)
 
 
-def total_of(own: str, reports: dict[str, Report], unheard: Sequence[str] = ()) -> Snapshot:
-    """The sum of *reports*; at each provider all have together what the first has."""
+def total_of(
+    own: str,
+    reports: dict[str, Report],
+    unheard: Sequence[str] = (),
+    connections: int | None = None,
+) -> Snapshot:
+    """The sum of *reports*; at each provider all have together what the first has. Each has
+    *connections* of its own, unless all have so many together.
+    """
+    if connections is None:
+        connections = sum(each.snapshot["connections"]["limit"] for each in reports.values())
     places = {name: each["limit"] for name, each in reports[own].snapshot["providers"].items()}
-    return Fold().add(own, reports, places, unheard)
+    return Fold().add(own, reports, places, connections, unheard)
 
 
 def provider_of(snapshot: Snapshot) -> str:
@@ -86,9 +95,10 @@ def test_numbers_of_things_are_added_and_of_waits_the_longest_counts(snapshot: S
         snapshot, connections__active=4, connections__limit=50, connections__oldest_wait=2.0
     )
 
-    total = total_of("a", {"a": a, "b": b})["connections"]
+    # One of the 101 is on its way between the two.
+    total = total_of("a", {"a": a, "b": b}, connections=101)["connections"]
 
-    assert (total["active"], total["limit"], total["oldest_wait"]) == (7, 100, 2.0)
+    assert (total["active"], total["limit"], total["oldest_wait"]) == (7, 101, 2.0)
 
 
 def test_every_counter_of_a_provider_is_added_and_its_shared_limits_are_not(

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import signal
 import socket
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -53,20 +53,22 @@ def only_on(name: str) -> None:
         pytest.skip(f"told on {name} only")
 
 
+async def limits_heard(process: ServerProcess) -> list[int]:
+    """How many connections each worker serves at once that answers."""
+    async with (
+        aiohttp.ClientSession(headers=bearer("root")) as session,
+        session.get(f"{process.base}/stats") as response,
+    ):
+        instances = (await response.json())["instances"].values()
+    return [each["connections_limit"] for each in instances if each is not None]
+
+
 async def limits_of(process: ServerProcess) -> list[int]:
     """How many connections each worker serves at once."""
     limits = []
     for worker in workers(process):
-        async with (
-            alone(process, worker),
-            aiohttp.ClientSession(headers=bearer("root")) as session,
-            session.get(f"{process.base}/metrics") as response,
-        ):
-            match = re.search(
-                r"^aioserver_connections_limit (.+)$", await response.text(), re.MULTILINE
-            )
-            assert match is not None
-            limits.append(int(float(match[1])))
+        async with alone(process, worker):
+            limits += await limits_heard(process)
     return limits
 
 
@@ -77,14 +79,7 @@ async def share(process: ServerProcess, total: int) -> None:
     then move.
     """
 
-    async def together() -> int:
-        async with (
-            aiohttp.ClientSession(headers=bearer("root")) as session,
-            session.get(f"{process.base}/stats") as response,
-        ):
-            return int((await response.json())["connections"]["limit"])
-
-    await until_result(together, lambda limit: limit == total)
+    await until_result(partial(limits_heard, process), lambda limits: sum(limits) == total)
     assert min(await limits_of(process)) > 0
 
 

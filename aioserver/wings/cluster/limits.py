@@ -162,6 +162,8 @@ class SharedLimits:
         self._leases = leases
         self._scope = scope
         self._gates: dict[str, SharedProviderGate] = {}
+        # How many connections the workers of its host have together, or else the instance.
+        self._admitted: Callable[[], int] = lambda: 0
         self._providers: Callable[[], Mapping[str, Provider]] = dict
 
     def serve(self, providers: Callable[[], Mapping[str, Provider]]) -> None:
@@ -193,8 +195,20 @@ class SharedLimits:
     def make_admission(self, limit: int, **bounds: Any) -> Gate:
         """Return the gate in front of the handlers; the arguments are those of `Gate`."""
         if self._scope is None:
-            return Gate(limit, **bounds)
-        return ConnectionGate(self._leases, self._scope, limit, **bounds)
+            own = Gate(limit, **bounds)
+            self._admitted = lambda: own.stats().limit
+            return own
+        gate = ConnectionGate(self._leases, self._scope, limit, **bounds)
+        self._admitted = lambda: gate.shared_limit
+        return gate
+
+    @property
+    def connections(self) -> tuple[str, int]:
+        """The host whose workers share connections, and how many they have together; an instance
+        without a parent is a host of its own.
+        """
+        host = self._leases.instance if self._scope is None else self._scope.host
+        return host, self._admitted()
 
     def make_quota(self, key: ClientKey) -> Quota:
         """Return the quota of *key*."""

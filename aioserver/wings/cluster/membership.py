@@ -146,6 +146,7 @@ class Membership:
             lambda: self.leases.members,
             monitor,
             self.standing,
+            lambda: self.limits.connections,
         )
         monitor.share(self._totals)
 

@@ -35,7 +35,8 @@ NOT_UNDERSTOOD = (msgspec.DecodeError, KeyError, TypeError, ValueError, Attribut
 class Totals:
     """Asks all *members* of a cluster for what *monitor*, that of the instance *me*, shows.
 
-    *standing* tells how the instance stands with the cluster's server.
+    *standing* tells how the instance stands with the cluster's server, and *connections* the host
+    whose workers share their connections, and how many these have together.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class Totals:
         members: Callable[[], Sequence[str]],
         monitor: Monitor,
         standing: Callable[[], ClusterState],
+        connections: Callable[[], tuple[str, int]],
     ) -> None:
         self._me = me
         self.standing = standing
+        self._connections = connections
         self._peers = peers
         self._members = members
         self._monitor = monitor
@@ -77,21 +80,24 @@ class Totals:
         return snapshot, incidents
 
     async def _ask(self) -> tuple[Snapshot, dict[str, tuple[Report, int, list[Incident]]]]:
+        hosts = dict([self._connections()])
         own, places = self._monitor.report(), self._monitor.places()
         others = self._others()
         answers = await self._peers.look(others, STATE)
         understood = {}
         for name, answer in answers.items():
             try:
-                state = _unpack_state(answer)
+                state, (host, connections) = _unpack_state(answer)
                 # Where it cannot be added up, this raises.
-                self._fold.add(self._me, {self._me: own, name: state[0]}, places)
+                self._fold.add(self._me, {self._me: own, name: state[0]}, places, connections)
             except NOT_UNDERSTOOD:
                 continue
             understood[name] = state
+            hosts[host] = max(connections, hosts.get(host, 0))
         reports = {self._me: own, **{name: state[0] for name, state in understood.items()}}
         unheard = [name for name in others if name not in understood]
-        return self._fold.add(self._me, reports, places, unheard), understood
+        connections = sum(hosts.values())
+        return self._fold.add(self._me, reports, places, connections, unheard), understood
 
     async def history(self) -> History:
         """Return the history of all instances together."""
@@ -155,7 +161,8 @@ class Totals:
             snapshot, recent, lately, shares = monitor.report()
             values = [[*key, *buckets] for key, buckets in recent.items()]
             sums = [[*key, *share] for key, share in shares.items()]
-            answer = [snapshot, values, lately, *monitor.newest_incidents(), sums]
+            newest = monitor.newest_incidents()
+            answer = [snapshot, values, lately, *newest, sums, self._connections()]
         elif what == HISTORY:
             answer = monitor.history()
         elif what == METRICS:
@@ -169,14 +176,20 @@ class Totals:
         return msgspec.msgpack.encode(answer)
 
 
-def _unpack_state(answer: bytes) -> tuple[Report, int, list[Incident]]:
-    snapshot, values, lately, number, newest, sums = msgspec.msgpack.decode(answer, strict=False)
+def _unpack_state(
+    answer: bytes,
+) -> tuple[tuple[Report, int, list[Incident]], tuple[str, int]]:
+    """Return what an instance says of itself, and its host with how many connections it admits."""
+    snapshot, values, lately, number, newest, sums, (host, connections) = msgspec.msgpack.decode(
+        answer, strict=False
+    )
     recent = {
         (name, detail): RecentBuckets({int(bucket): int(n) for bucket, n in counts.items()}, age)
         for name, detail, counts, age in values
     }
     shares = {(name, group): Share(part, whole) for name, group, part, whole in sums}
-    return Report(snapshot, recent, Lately(*lately), shares), number, newest
+    report = Report(snapshot, recent, Lately(*lately), shares)
+    return (report, number, newest), (host, int(connections))
 
 
 def _copy(family: Family) -> Family:

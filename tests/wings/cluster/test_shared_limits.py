@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from aioserver.config.settings import Streams
+from aioserver.errors import ServerAtCapacity
+from aioserver.limits.fixed_share import Scope
 from aioserver.limits.lines import Lines, Wish
 from aioserver.provider_errors import ProviderQueueTimeout
 from aioserver.providers.backpressure import LOOK, RATE_SECONDS, ClientPace
@@ -472,3 +474,35 @@ async def test_all_instances_have_half_of_the_places_for_the_background(
     for each in got:
         each.release()
     await close(*ones)
+
+
+async def test_what_the_workers_of_a_host_admit_together_is_what_is_configured(
+    reference: ReferenceServer,
+) -> None:
+    """At no moment is that the sum of what they have: a place may be on its way."""
+    workers = [
+        SharedLimits(
+            reference.join(f"i{rank}", fixed=(rank, 2)), Scope("host", rank, 2, first=True)
+        )
+        for rank in range(2)
+    ]
+    bounds: dict[str, Any] = {"queue_size": 10, "queue_timeout": 10.0}
+    errors = {"full_error": ServerAtCapacity, "timeout_error": ServerAtCapacity}
+    gates = [each.make_admission(9, **bounds, **errors) for each in workers]
+    granted = set()
+    for turn in range(40):
+        places = [await gates[turn % 2].enter() for _ in range(8)]
+        granted.add(sum(gate.stats().limit for gate in gates))
+        assert [each.connections for each in workers] == [("host", 9)] * 2
+        for place in places:
+            place.release()
+
+    assert min(granted) < max(granted) <= 9
+    for gate in gates:
+        gate.apply(7, **bounds)
+    assert [each.connections for each in workers] == [("host", 7)] * 2
+    alone = SharedLimits(reference.join("i9"))
+    alone.make_admission(5, **bounds, **errors)
+    assert alone.connections == ("i9", 5)
+    for gate in gates:
+        gate.close(lambda: ServerAtCapacity("the end"))

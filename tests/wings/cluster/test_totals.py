@@ -41,6 +41,11 @@ def standing() -> ClusterState:
     }
 
 
+def connections_of(instance: Instance) -> tuple[str, int]:
+    """What an instance without a parent says of its connections."""
+    return instance.name, instance.server.context.admission.gate.stats().limit
+
+
 @asynccontextmanager
 async def pages_of_both(
     path: Path, behaviour: Behaviour = QUICK, **changes: Any
@@ -55,6 +60,7 @@ async def pages_of_both(
                 lambda: [a.name, b.name],
                 monitor,
                 standing,
+                partial(connections_of, instance),
             )
             monitor.share(totals)
             instance.look = totals.tell
@@ -121,6 +127,37 @@ async def test_each_instance_shows_the_sum_and_each_share(
         assert set(state["instances"]) == {a.name, b.name}
         assert state["cluster"]["calls"] == 6
         assert state["cluster"]["state"] == "joined"
+
+
+async def test_connections_of_hosts_are_added_and_those_of_workers_are_what_is_configured(
+    pair: tuple[Instance, Instance],
+) -> None:
+    """A place that is on its way between two workers of a host is granted to none of them."""
+    a, b = pair
+    own = a.server.context.admission.gate.stats().limit
+    assert (await stats(a))["connections"]["limit"] == 2 * own
+
+    for instance in (a, b):
+        gate = instance.server.context.admission.gate
+        gate.apply(own // 2 - 1, queue_size=9, queue_timeout=1.0)
+        monitor = instance.server.context.monitor
+        monitor.tick()
+        totals = Totals(
+            instance.name,
+            instance.cluster.peers,
+            lambda: [a.name, b.name],
+            monitor,
+            standing,
+            lambda: ("host", own),
+        )
+        monitor.share(totals)
+        instance.look = totals.tell
+    state = await stats(a)
+
+    assert state["connections"]["limit"] == own
+    assert await metric(b, "aioserver_connections_limit") == own
+    granted = [each["connections_limit"] for each in state["instances"].values()]
+    assert sum(granted) < own
 
 
 async def test_metrics_are_added_up_but_limits_that_are_shared_are_not(
@@ -244,7 +281,14 @@ async def test_an_instance_that_does_not_answer_is_named_and_delays_little(
     await answer(a, 1)
     monitor = a.server.context.monitor
     monitor.share(
-        Totals(a.name, a.cluster.peers, lambda: [a.name, b.name, "gone"], monitor, standing)
+        Totals(
+            a.name,
+            a.cluster.peers,
+            lambda: [a.name, b.name, "gone"],
+            monitor,
+            standing,
+            partial(connections_of, a),
+        )
     )
 
     state = await stats(a)
