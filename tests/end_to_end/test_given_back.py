@@ -350,7 +350,7 @@ async def ask(
 
 # A bug between the making of a coroutine and its first step leaves it as it is.
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
-@pytest.mark.one_loop
+@pytest.mark.virtual_time
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("face", FACES, ids=lambda face: face.__name__)
 async def test_whatever_a_section_calls_may_fail_and_nothing_is_held_afterwards(
