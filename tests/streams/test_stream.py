@@ -891,6 +891,8 @@ class Known:
     readers: list[Slow] = field(default_factory=list)
     resumed: dict[Slow, int] = field(default_factory=dict)
     dropped: bool = False
+    # Nobody can come back to it: it goes with its last reader (streams/lifetime.py).
+    goes: bool = False
 
     def append(self, dice: random.Random) -> None:
         names = [f"{len(self.events) + at}-" + "x" * dice.randint(0, 300) for at in range(3)]
@@ -1035,6 +1037,7 @@ def test_random_steps_agree_with_the_model(run: int) -> None:
             case "end" if log and not log.stream.ended:
                 order.append(log)
                 log.end(dice)
+                log.goes = log.stream.window <= 0 and bool(log.stream.readers)
                 grown = True
             case "resume" if log and len(log.readers) < 4:
                 log.resume(dice.choice((0, log.stream.last, dice.randint(0, log.stream.last + 2))))
@@ -1050,6 +1053,9 @@ def test_random_steps_agree_with_the_model(run: int) -> None:
             for reader in [reader for reader in kept_log.readers if reader.dropped]:
                 kept_log.readers.remove(reader)
                 kept_log.resumed.pop(reader)
+            if kept_log.goes and not (kept_log.readers or kept_log.dropped):
+                kept_log.dropped = True
+                streams.drop(kept_log.stream)
         stats = streams.stats()
         unread = False  # an older finished log is kept, and nobody reads it
         for kept_log in order:
