@@ -264,6 +264,35 @@ async def test_an_ordinary_request_is_served_in_its_own_task_without_the_loop() 
     await ticks()
 
 
+async def test_a_request_that_comes_before_the_last_one_has_ended_needs_no_loop_either() -> None:
+    answers, tasks = [asyncio.Event(), asyncio.Event()], []
+
+    async def handler(request: web.BaseRequest) -> web.Response:
+        tasks.append((request.task, asyncio.current_task()))
+        await answers[len(tasks) - 1].wait()
+        return web.Response(text=request.path)
+
+    _, wire = await connected(DirectRequestHandler, handler)
+    loop_task = wire.protocol._task_handler  # type: ignore[attr-defined]  # noqa: SLF001
+    wire.protocol.data_received(get("/one"))
+    await ticks()
+    wire.protocol.data_received(get("/two"))
+    await ticks()
+    assert len(tasks) == 1
+
+    for answer in answers:
+        answer.set()
+        await ticks(8)
+
+    (first, _), (second, current) = tasks
+    assert second is current
+    assert second not in {first, loop_task}
+    assert wire.written.index(b"/one") < wire.written.index(b"/two")
+    wire.lose()
+    await ticks()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
 @pytest.mark.parametrize("kind", [DirectRequestHandler, RequestHandler])
 async def test_a_connection_that_is_closed_in_a_request_ends_with_its_response(
     kind: type[RequestHandler],
