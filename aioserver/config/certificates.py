@@ -7,7 +7,6 @@ that a pair in use is always one that somebody has written. No fault shows a key
 
 from __future__ import annotations
 
-import errno
 import os
 import ssl
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aioserver.config import x509
+from aioserver.config.faults import UnreadableFile, read_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -27,8 +27,6 @@ CERT_FILE, KEY_FILE, CLIENT_CA_FILE = "cert_file", "key_file", "client_ca_file"
 OTHER_KEY = frozenset(("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"))
 # Seconds before the end of a certificate in which operators are warned.
 SOON = 14 * 86400
-# Bytes of a file at most: a bundle of all authorities of the world has 230 KiB.
-MAX_BYTES = 1 << 20
 
 
 class CertificateFault(ValueError):
@@ -38,10 +36,6 @@ class CertificateFault(ValueError):
         super().__init__(f"{path}: {message}")
         self.setting = setting
         self.message = message
-
-
-class _Encrypted(Exception):
-    pass
 
 
 def load_pair(context: ssl.SSLContext, cert_file: str, key_file: str | None) -> list[Certificate]:
@@ -61,11 +55,13 @@ def load_pair(context: ssl.SSLContext, cert_file: str, key_file: str | None) -> 
     if b"PRIVATE KEY-----" not in key:
         message = "holds no key" if key_file else "holds no key, and there is no key_file"
         raise CertificateFault(holder, path, message)
-    try:
-        context.load_cert_chain(cert_file, key_file, password=_refuse)
-    except _Encrypted:
+
+    def refuse() -> str:
         message = "the key is encrypted: nobody could type its password at each start"
-        raise CertificateFault(holder, path, message) from None
+        raise CertificateFault(holder, path, message)
+
+    try:
+        context.load_cert_chain(cert_file, key_file, password=refuse)
     except ssl.SSLError as exc:
         if exc.reason in OTHER_KEY:
             message = "the key does not belong to the certificate"
@@ -104,41 +100,20 @@ def read_pair(cert_file: str, key_file: str | None) -> list[Certificate]:
     return load_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), cert_file, key_file)
 
 
-def check_pair(cert_file: str, key_file: str | None) -> tuple[list[tuple[str, str]], str | None]:
-    """Return the faults of a pair, by setting, and a warning of its end.
-
-    None names a file: it stands in the configuration, where a secret may be by mistake.
-    """
-    try:
-        chain = read_pair(cert_file, key_file)
-    except CertificateFault as fault:
-        return [(fault.setting, fault.message)], None
-    return [], ends_soon(first_end(chain))
-
-
-def check_authorities(path: str) -> list[tuple[str, str]]:
-    """Return the faults of a file of authorities, by setting."""
-    try:
-        load_authorities(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), path)
-    except CertificateFault as fault:
-        return [(fault.setting, fault.message)]
-    return []
-
-
-def load_authorities(
-    context: ssl.SSLContext, path: str, setting: str = CLIENT_CA_FILE
-) -> list[Certificate]:
+def load_authorities(path: str, context: ssl.SSLContext | None = None) -> list[Certificate]:
     """Let *context* trust the authorities in *path*, and return them. It blocks.
 
     Raises:
         CertificateFault: the file holds no certificate.
     """
-    content = read(setting, path)
-    authorities = _certificates(setting, path, content)
+    content = read(CLIENT_CA_FILE, path)
+    authorities = _certificates(CLIENT_CA_FILE, path, content)
     try:
+        context = context or ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_verify_locations(cadata=content.decode("ascii", "ignore"))
     except ssl.SSLError as exc:
-        raise CertificateFault(setting, path, f"cannot be used: {reason_of(exc)}") from None
+        message = f"cannot be used: {reason_of(exc)}"
+        raise CertificateFault(CLIENT_CA_FILE, path, message) from None
     return authorities
 
 
@@ -148,24 +123,13 @@ def read(setting: str, path: str) -> bytes:
     Raises:
         CertificateFault: it cannot be read, is no regular file, or is too large.
     """
+    # A pipe would be empty at the next look, or hold everything up.
+    if os.path.exists(path) and not Path(path).is_file():  # noqa: PTH110
+        raise CertificateFault(setting, path, "is no file that can be read again")
     try:
-        # A pipe would be empty at the next look, or hold everything up.
-        if os.path.exists(path) and not Path(path).is_file():  # noqa: PTH110
-            raise CertificateFault(setting, path, "is no file that can be read again")
-        with Path(path).open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise CertificateFault(setting, path, "no such file") from None
-    except OSError as exc:
-        message = f"cannot be read: {exc.strerror or errno.errorcode.get(exc.errno or 0, '')}"
-        raise CertificateFault(setting, path, message) from None
-    except ValueError as exc:
-        if isinstance(exc, CertificateFault):
-            raise
-        raise CertificateFault(setting, path, "no such name is possible") from None
-    if len(content) > MAX_BYTES:
-        raise CertificateFault(setting, path, f"larger than {MAX_BYTES} bytes")
-    return content
+        return read_file(path, "no such file")
+    except UnreadableFile as exc:
+        raise CertificateFault(setting, path, str(exc)) from None
 
 
 def find_key(name: str, environ: Mapping[str, str]) -> str:
@@ -215,7 +179,3 @@ def _certificates(setting: str, path: str, content: bytes) -> list[Certificate]:
     if not found:
         raise CertificateFault(setting, path, "holds no certificate")
     return found
-
-
-def _refuse() -> str:
-    raise _Encrypted

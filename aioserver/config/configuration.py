@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from aioserver.config import keys_file, schema, views
-from aioserver.config.credentials import Credentials, reason
+from aioserver.config.credentials import Credentials
 from aioserver.config.document import PREFIX, Document, Fault, KeyPath, Place
-from aioserver.config.faults import ConfigurationError
+from aioserver.config.faults import ConfigurationError, UnreadableFile, read_file
 from aioserver.config.inheritance import Inheritance
 from aioserver.config.llm import AUTO
 from aioserver.config.schema import FAULTY, Faults, WrongShape
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import voluptuous as vol
-
-# The shipped file has 12 KiB.
-MAX_FILE_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +77,10 @@ class Configuration:
         environ = os.environ if environ is None else environ
         source = _find(path, environ)
         if content is None:
-            content = _content(source)
+            try:
+                content = read_file(source)
+            except UnreadableFile as exc:
+                raise ConfigurationError([f"{source}: {exc}"]) from None
         document = _read(source, content, environ)
         fill(Settings, document.values)
         for name in sorted(environ):
@@ -245,22 +245,6 @@ def _find(path: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> st
         return os.fspath(chosen)
     # Not `exists`: a dangling link counts as a configuration, and its missing target is a fault.
     return "config.yaml" if os.path.lexists("config.yaml") else str(SHIPPED)
-
-
-def _content(source: str) -> bytes:
-    """Return the content of the file *source*.
-
-    Raises:
-        ConfigurationError: the file cannot be read, or is too large.
-    """
-    try:
-        with Path(source).open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as exc:
-        raise ConfigurationError([f"{source}: cannot be read: {reason(exc)}"]) from None
-    if len(content) > MAX_FILE_BYTES:
-        raise ConfigurationError([f"{source}: larger than {MAX_FILE_BYTES} bytes"])
-    return content
 
 
 def _keys_of_file(

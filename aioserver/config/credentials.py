@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aioserver.config.faults import reason
 from aioserver.config.schema import FAULTY, Secret
 from aioserver.config.validators import unfit
 
@@ -91,13 +92,12 @@ class Credentials:
 
         if tls.key_file is not None:
             tls = replace(tls, key_file=certificates.find_key(tls.key_file, self._environ))
-        faults, warning = certificates.check_pair(tls.cert_file, tls.key_file)
-        if tls.client_ca_file is not None:
-            faults += certificates.check_authorities(tls.client_ca_file)
-        for setting, message in faults:
-            self._refuse((*path, setting), message)
-        if warning is not None:
-            self.warnings.append(self._document.fault((*path, "cert_file"), warning))
+        self._load_pair(path, "", tls.cert_file, tls.key_file)
+        if (authorities := tls.client_ca_file) is not None:
+            try:
+                certificates.load_authorities(authorities)
+            except certificates.CertificateFault as fault:
+                self._refuse((*path, fault.setting), fault.message)
         return tls
 
     def client_key(self, provider: Provider) -> str | None:
@@ -118,14 +118,22 @@ class Credentials:
         if cert_file is None:
             if key_file is not None:
                 self._refuse((*path, "client_key_file"), "there is no client_cert_file")
-            return
+        else:
+            self._load_pair(path, "client_", cert_file, self.client_key(provider))
+
+    def _load_pair(self, path: KeyPath, prefix: str, cert: str, key: str | None) -> None:
+        """Load a pair once, to find its faults, and whether it ends soon. Its settings begin with
+        *prefix*. None names a file: it stands in the configuration, where a secret may be.
+        """
         from aioserver.config import certificates  # noqa: PLC0415 - as above
 
-        faults, warning = certificates.check_pair(cert_file, self.client_key(provider))
-        for setting, message in faults:
-            self._refuse((*path, f"client_{setting}"), message)
-        if warning is not None:
-            self.warnings.append(self._document.fault((*path, "client_cert_file"), warning))
+        try:
+            chain = certificates.read_pair(cert, key)
+        except certificates.CertificateFault as fault:
+            self._refuse((*path, prefix + fault.setting), fault.message)
+            return
+        if (warning := certificates.ends_soon(certificates.first_end(chain))) is not None:
+            self.warnings.append(self._document.fault((*path, f"{prefix}cert_file"), warning))
 
     def _from_file(self, name: Any, path: KeyPath) -> Any:
         """Return the key in the file *name*; None if there is no such file or *name* is None."""
@@ -166,12 +174,3 @@ class Credentials:
 
 def _hashed(key: Any) -> Any:
     return hashlib.sha256(key.reveal().encode()).hexdigest() if isinstance(key, Secret) else key
-
-
-def reason(exc: Exception) -> str:
-    """Return why a file cannot be read, without any part of its content."""
-    if isinstance(exc, UnicodeError):
-        return "it is not UTF-8"
-    if isinstance(exc, OSError):
-        return exc.strerror or "unknown reason"
-    return "no such name is possible"

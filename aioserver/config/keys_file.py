@@ -17,9 +17,14 @@ import voluptuous as vol
 import yaml
 
 from aioserver.config import schema
-from aioserver.config.credentials import EMPTY_SHA256, reason
+from aioserver.config.credentials import EMPTY_SHA256
 from aioserver.config.document import LOADER, Document, Fault
-from aioserver.config.faults import ConfigurationError
+from aioserver.config.faults import (
+    MAX_FILE_BYTES,
+    ConfigurationError,
+    UnreadableFile,
+    read_file,
+)
 from aioserver.config.schema import FAULTY
 from aioserver.config.settings import ClientKey
 from aioserver.config.validators import list_of
@@ -28,8 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-# As large as a configuration may be: some thousand keys.
-MAX_FILE_BYTES = 2**20
 BY_HAND = "its layout is not one that a command can change: write each entry as `- {name: …}`"
 # The mark of UTF-8, with which some editors begin a file.
 BOM = b"\xef\xbb\xbf"
@@ -51,14 +54,9 @@ def read(path: Path, others: Iterable[ClientKey] = ()) -> tuple[ClientKey, ...]:
             name or the key of another.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except FileNotFoundError:
-        raise ConfigurationError(
-            [f"{path}: no such file (`aioserver key NAME --add {path}` makes it)"]
-        ) from None
-    except (OSError, ValueError) as exc:
-        raise ConfigurationError([f"{path}: cannot be read: {reason(exc)}"]) from None
+        content = read_file(path, f"no such file (`aioserver key NAME --add {path}` makes it)")
+    except UnreadableFile as exc:
+        raise ConfigurationError([f"{path}: {exc}"]) from None
     return parse(content, str(path), others)
 
 

@@ -21,8 +21,8 @@ PEM = re.compile(rb"-----BEGIN CERTIFICATE-----(.+?)-----END CERTIFICATE-----", 
 # Tags (X.690, 8.1.2).
 OBJECT, UTC_TIME, LONG_TIME, VERSION, EXTENSIONS = 0x06, 0x17, 0x18, 0xA0, 0xA3
 DNS_NAME, ADDRESS = 0x82, 0x87
-# Object identifiers: subjectAltName and commonName.
-ALTERNATIVE_NAMES, COMMON_NAME = b"\x55\x1d\x11", b"\x55\x04\x03"
+# The object identifier of subjectAltName.
+ALTERNATIVE_NAMES = b"\x55\x1d\x11"
 # UTCTime has two digits of the year: from 50 on they are of the last century.
 LAST_CENTURY = 50
 
@@ -86,7 +86,8 @@ def _certificate(der: bytes) -> Certificate:
     issuer, validity, subject = (content for _, content in fields[2:5])
     begins, expires = (_time(tag, content) for tag, content in _items(validity))
     extensions = next((content for tag, content in fields if tag == EXTENSIONS), b"")
-    names = tuple(_alternative_names(extensions)) or tuple(_common_names(subject))
+    # Clients look for no other name since RFC 9525, 2: the common name is none.
+    names = tuple(_alternative_names(extensions))
     return Certificate(der, begins, expires, names, subject, issuer)
 
 
@@ -131,11 +132,3 @@ def _alternative_names(extensions: bytes) -> Iterator[str]:
                 elif tag == ADDRESS:
                     with suppress(ValueError):
                         yield str(ipaddress.ip_address(name))
-
-
-def _common_names(subject: bytes) -> Iterator[str]:
-    for _, names in _items(subject):
-        for _, pair in _items(names):
-            (_, kind), (_, name) = _items(pair)
-            if kind == COMMON_NAME:
-                yield name.decode("utf-8", "replace")

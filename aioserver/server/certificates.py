@@ -78,7 +78,7 @@ def load(settings: Tls) -> Loaded:
     authorities = []
     chain = load_pair(context, settings.cert_file, settings.key_file)
     if settings.client_ca_file is not None:
-        authorities = load_authorities(context, settings.client_ca_file)
+        authorities = load_authorities(settings.client_ca_file, context)
         context.verify_mode = ssl.CERT_REQUIRED
         # An authority in the file counts, whoever has signed it.
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN

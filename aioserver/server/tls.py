@@ -75,9 +75,8 @@ class Handshakes:
         self.context = context
         self.outcomes = outcomes
         self._loop = asyncio.get_running_loop()
-        # With the time at which each is too old: the order of its end and of its beginning.
-        self._unfinished: dict[Handshake, float] = {}
-        self._timer: asyncio.TimerHandle | None = None
+        # The oldest first, each with what ends it when it is too old.
+        self._unfinished: dict[Handshake, asyncio.TimerHandle] = {}
         self._lines = RateLimit(LINES_PER_SECOND)
 
     def __len__(self) -> int:
@@ -93,41 +92,25 @@ class Handshakes:
         """Count *handshake*, which begins."""
         if len(self._unfinished) >= MAX_UNFINISHED:
             next(iter(self._unfinished)).give_up(DISPLACED, f"one of {MAX_UNFINISHED}, the oldest")
-        self._unfinished[handshake] = due = self._loop.time() + TIMEOUT
-        if self._timer is None:
-            self._timer = self._loop.call_at(due, self._end_late)
+        late = self._loop.call_later(TIMEOUT, handshake.give_up, TIMED_OUT, TOO_LATE)
+        self._unfinished[handshake] = late
 
-    def remove(self, handshake: Handshake) -> None:
-        """Forget *handshake*, which has ended, however; it may be forgotten already."""
-        self._unfinished.pop(handshake, None)
-
-    def note(self, outcome: str, address: str, reason: str = "") -> None:
-        """Count a handshake of *address*; where it did not succeed, *reason* is logged."""
+    def remove(self, handshake: Handshake, outcome: str, reason: str = "") -> None:
+        """Forget *handshake*, and count it; where it did not succeed, *reason* is logged."""
+        self._unfinished.pop(handshake).cancel()
         self.outcomes[outcome].value += 1
         if not reason or (suppressed := self._lines.allow(reason)) < 0:
             return
-        fields: dict[str, object] = {"address": address, "outcome": outcome, "reason": reason}
+        fields: dict[str, object] = {"address": handshake.address, "outcome": outcome}
+        fields["reason"] = reason
         if suppressed:
             fields["suppressed"] = suppressed
         logger.warning("tls handshake failed", extra={"fields": fields})
 
     def close(self) -> None:
         """End all that are not finished."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         for handshake in tuple(self._unfinished):
             handshake.give_up(FAILED, "the server stops")
-
-    def _end_late(self) -> None:
-        self._timer = None
-        now = self._loop.time()
-        while self._unfinished:
-            oldest, due = next(iter(self._unfinished.items()))
-            if due > now:
-                self._timer = self._loop.call_at(due, self._end_late)
-                return
-            oldest.give_up(TIMED_OUT, TOO_LATE)
 
 
 class Handshake(asyncio.Protocol):
@@ -138,8 +121,8 @@ class Handshake(asyncio.Protocol):
     """
 
     __slots__ = (
-        *("_address", "_incoming", "_lower", "_object", "_outgoing", "_server", "_unfinished"),
-        "_writing_paused",
+        *("_incoming", "_lower", "_object", "_outgoing", "_server", "_unfinished"),
+        *("_writing_paused", "address"),
     )
 
     def __init__(self, unfinished: Handshakes, server: ConnectionServer) -> None:
@@ -147,7 +130,7 @@ class Handshake(asyncio.Protocol):
         self._server = server
         self._lower: asyncio.Transport | None = None
         self._object: ssl.SSLObject | None = None
-        self._address = ""
+        self.address = ""
         self._writing_paused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -155,7 +138,7 @@ class Handshake(asyncio.Protocol):
         # uvloop's are no instances of it.
         self._lower = cast("asyncio.Transport", transport)
         peer = transport.get_extra_info("peername")
-        self._address = peer[0] if peer else ""
+        self.address = peer[0] if peer else ""
         self._unfinished.add(self)
         self._server.handshake_begins()
 
@@ -183,9 +166,6 @@ class Handshake(asyncio.Protocol):
             self._flush()
             self._finish(self._lower, self._object)
 
-    def eof_received(self) -> None:
-        """Let the transport close: nothing more comes."""
-
     def connection_lost(self, exc: Exception | None) -> None:
         """Count a client that has left in the middle. A probe that sends nothing is no news."""
         del exc
@@ -208,9 +188,8 @@ class Handshake(asyncio.Protocol):
 
     def _settle(self, outcome: str, reason: str = "") -> None:
         self._lower = None
-        self._unfinished.remove(self)
+        self._unfinished.remove(self, outcome, reason)
         self._server.handshake_ends()
-        self._unfinished.note(outcome, self._address, reason)
 
     def _flush(self) -> None:
         assert self._lower is not None
@@ -240,21 +219,11 @@ class Handshake(asyncio.Protocol):
             self.give_up(FAILED, "no TLS")
             return
         self._settle(PLAIN, "a plain request")
-        lower.set_protocol(_Refused(lower))
+        # What is left of the request is read, so that the client has its response.
+        lower.set_protocol(asyncio.Protocol())
         lower.write(PLAIN_RESPONSE)
         lower.write_eof()
-
-
-class _Refused(asyncio.Protocol):
-    """Reads what is left of a plain request on *lower*, so that it has its response, and closes."""
-
-    def __init__(self, lower: asyncio.Transport) -> None:
-        self._late = asyncio.get_running_loop().call_later(LINGERING, lower.abort)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no more."""
-        del exc
-        self._late.cancel()
+        asyncio.get_running_loop().call_later(LINGERING, lower.abort)
 
 
 class TlsTransport(asyncio.Transport, asyncio.Protocol):
@@ -301,7 +270,10 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         if not data:
             return
         if len(data) > PIECE:
-            self._write_in_pieces(memoryview(data))
+            view = memoryview(data)
+            for at in range(0, len(view), PIECE):
+                if not self.is_closing():
+                    self.write(view[at : at + PIECE])
             return
         try:
             self._encrypt(data)
@@ -313,10 +285,6 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
     def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
         """Write all of them at once: small pieces in one record."""
         self.write(b"".join(list_of_data))
-
-    def can_write_eof(self) -> bool:
-        """Return whether only one direction can be closed: nobody here does that."""
-        return False
 
     def close(self) -> None:
         """Say that nothing more comes, and close once all is sent; nothing is waited for."""
@@ -363,10 +331,6 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         """Set the bytes at which writing pauses, encrypted ones."""
         self._lower.set_write_buffer_limits(high, low)
-
-    def get_write_buffer_limits(self) -> tuple[int, int]:
-        """Return the bytes at which writing goes on and pauses."""
-        return self._lower.get_write_buffer_limits()
 
     def get_protocol(self) -> asyncio.BaseProtocol:
         """Return the connection above."""
@@ -428,9 +392,9 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         except ssl.SSLError:
             self._break()
             return
-        if self._outgoing.pending:
+        if self._outgoing.pending and not self.is_closing():
             # A message of the protocol itself, as the answer to a new key (RFC 8446, 4.6.3).
-            self._flush()
+            self._lower_write(self._take())
 
     def read_soon(self) -> None:
         """Pass on what is inside in the next turn of the loop."""
@@ -449,21 +413,6 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         self._ended = True
         if not self._protocol.eof_received():
             self.close()
-
-    def _flush(self) -> None:
-        if not self.is_closing():
-            self._lower_write(self._take())
-
-    def _write_in_pieces(self, data: memoryview) -> None:
-        for at in range(0, len(data), PIECE):
-            if self.is_closing():
-                return
-            try:
-                self._encrypt(data[at : at + PIECE])
-            except ssl.SSLError:
-                self._break()
-                return
-            self._lower_write(self._take())
 
     def _break(self) -> None:
         """End a connection on which something came, or was written, that TLS does not allow."""
@@ -491,17 +440,9 @@ def outlived(tls: ssl.SSLObject) -> bool:
     return der is not None and x509.certificate(der).expires < time.time()
 
 
-def _plain_response() -> bytes:
-    """Return the response to a request that does not speak TLS."""
-    body = OPENAI.error(InvalidRequest(SPEAK_TLS), "")
-    head = (
-        "HTTP/1.1 400 Bad Request",
-        f"Server: {SERVER}",
-        "Content-Type: application/json",
-        f"Content-Length: {len(body)}",
-        "Connection: close",
-    )
-    return "\r\n".join((*head, "", "")).encode() + body
-
-
-PLAIN_RESPONSE = _plain_response()
+_PLAIN_BODY = OPENAI.error(InvalidRequest(SPEAK_TLS), "")
+# The response to a request that does not speak TLS.
+PLAIN_RESPONSE = (
+    f"HTTP/1.1 400 Bad Request\r\nServer: {SERVER}\r\nContent-Type: application/json\r\n"
+    f"Content-Length: {len(_PLAIN_BODY)}\r\nConnection: close\r\n\r\n"
+).encode() + _PLAIN_BODY

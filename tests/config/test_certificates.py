@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import serialization
 
 from aioserver.config import Configuration, certificates
 from aioserver.config.certificates import CertificateFault, day, ends_soon, load_pair
-from aioserver.config.faults import ConfigurationError
+from aioserver.config.faults import MAX_FILE_BYTES, ConfigurationError
 from tests.support.server import NOWHERE, configured
 from tests.support.tls import TLS, authority, pair
 
@@ -167,6 +167,6 @@ def test_pair_that_changes_while_it_is_read_is_not_used(tmp_path: Path) -> None:
 
 
 def test_large_file_is_no_certificate(tmp_path: Path) -> None:
-    (tmp_path / "large").write_bytes(bytes(certificates.MAX_BYTES + 1))
+    (tmp_path / "large").write_bytes(bytes(MAX_FILE_BYTES + 1))
     with pytest.raises(CertificateFault, match="larger than"):
         certificates.read("cert_file", str(tmp_path / "large"))

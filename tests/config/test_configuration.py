@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from aioserver.config import Configuration
-from aioserver.config.configuration import MAX_FILE_BYTES
+from aioserver.config.faults import MAX_FILE_BYTES
 from aioserver.config.shipped import SHIPPED
 from tests.support.configurations import ORIGINAL, ORIGINAL_CLIENT, load, refused, small
 

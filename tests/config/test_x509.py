@@ -38,7 +38,7 @@ def test_names_are_hosts_and_addresses() -> None:
     assert read.names == NAMES
 
 
-def test_common_name_counts_where_there_is_no_other() -> None:
+def test_common_name_is_none_of_them() -> None:
     (read,) = x509.certificates(CA.cert_pem.bytes())
     assert read.self_signed
     assert read.names == ()
