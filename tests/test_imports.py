@@ -50,7 +50,7 @@ INSIDE_FUNCTIONS = {
         "aioserver.workers.parent",
         "aioserver.workers.worker",
     },
-    "wings.doors.issuers": {"aioserver.wings.doors.fetching"},
+    "wings.doors.issuers": {"aioserver.wings.doors.issuer"},
     "wings.conversations.wing": {
         "aioserver.wings.conversations.sqlite",
         "aioserver.wings.conversations.sqlite_file",

@@ -18,7 +18,7 @@ import hmac
 import secrets
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aioserver.auth.callers import Caller
 from aioserver.errors import InvalidApiKey, SessionEnded
@@ -29,7 +29,7 @@ from aioserver.limits.quota import Quota
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from aioserver.config.settings import ClientKey, Llm
+    from aioserver.config.settings import ClientKey, Limits, Llm
 
     # Called as `quota_of` is.
     MakeQuota = Callable[[ClientKey], Quota]
@@ -57,6 +57,26 @@ def quota_of(key: ClientKey) -> Quota:
         max_connections=key.max_connections,
         queue_size=key.queue_size,
         budget=Budget(key.tokens_per_minute, key.tokens_per_day),
+    )
+
+
+def limit(quota: Quota, limits: Limits) -> None:
+    """Let *quota* have *limits* from now on."""
+    quota.apply(
+        limits.max_concurrent,
+        limits.requests_per_minute,
+        limits.max_connections,
+        limits.queue_size,
+    )
+    quota.budget.apply(limits.tokens_per_minute, limits.tokens_per_day)
+    quota.serve()
+
+
+def caller_of(name: str, limits: Limits, quota: Quota, **token: Any) -> Caller:
+    """Return the caller *name*, which has *limits* and *quota*; *token*: see `Caller`."""
+    batch = limits.class_ == BATCH
+    return Caller(
+        name, priority=limits.priority, batch=batch, admin=limits.admin, quota=quota, **token
     )
 
 
@@ -92,14 +112,7 @@ class Keys:
             digest, old_key = bytes.fromhex(settings.sha256), old.get(settings.name)
             if old_key is not None and old_key.digest == digest:
                 quota = old_key.quota
-                quota.apply(
-                    settings.max_concurrent,
-                    settings.requests_per_minute,
-                    settings.max_connections,
-                    settings.queue_size,
-                )
-                quota.budget.apply(settings.tokens_per_minute, settings.tokens_per_day)
-                quota.serve()
+                limit(quota, settings)
                 if old_key.caller.admin and not settings.admin:
                     quota.demote()
             else:
@@ -107,13 +120,7 @@ class Keys:
                 if old_key is not None:
                     # Another key of the same caller: what it has used today stays used.
                     quota.take_over(old_key.quota)
-            caller = Caller(
-                settings.name,
-                priority=settings.priority,
-                batch=settings.class_ == BATCH,
-                admin=settings.admin,
-                quota=quota,
-            )
+            caller = caller_of(settings.name, settings, quota)
             new[settings.name] = _Key(digest, caller, quota)
         self._by_name = new
         self._by_digest = {key.digest: key for key in new.values()}

@@ -12,11 +12,15 @@ import asyncio
 import logging
 import random
 from math import inf
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
 
+import aiohttp
+
+from aioserver import __version__
 from aioserver.errors import AuthUnavailable
-from aioserver.wings.doors.signatures import KeySet, UselessKeys, read_keys
+from aioserver.wings.doors.signatures import MAX_BYTES, KeySet, UselessKeys, read_keys
 from aioserver.wings.doors.token import refused
 
 if TYPE_CHECKING:
@@ -36,6 +40,10 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 TIMEOUT = 5.0
 # Seconds for which a request waits for a fetch, and how many may wait.
 PATIENCE, MAX_WAITING = 2.0, 256
+HEADERS = {
+    "Accept": "application/jwk-set+json, application/json",
+    "User-Agent": f"aioserver/{__version__}",
+}
 
 
 class Unreachable(Exception):
@@ -48,8 +56,9 @@ class Issuer:
     Always: one fetch runs at a time; two that tokens have forced begin FORCED seconds apart; what
     is there stays until a fetch brings another set; at most MAX_WAITING requests wait.
 
-    *fetch* returns the set as bytes, or raises Unreachable. *report* is told when the keys cannot
-    be had, and when they can be again: a text and its severity.
+    *fetch* returns the set as bytes, or raises Unreachable, or as `from_url` and `from_file`.
+    *report* is told when the keys cannot be had, and when they can be again: a text and its
+    severity.
     """
 
     def __init__(
@@ -72,10 +81,6 @@ class Issuer:
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
 
-    def start(self) -> None:
-        """Begin the first fetch, in the event loop that runs."""
-        self._begin()
-
     def stop(self) -> None:
         """Fetch no more."""
         self._closed = True
@@ -91,8 +96,8 @@ class Issuer:
         if task is not None:
             await asyncio.wait([task])
 
-    def look_again(self) -> None:
-        """Fetch now, unless a fetch runs: what is fetched has changed."""
+    def look(self) -> None:
+        """Fetch now, in the event loop that runs, unless a fetch runs."""
         if self._fetching is None and not self._closed:
             self._begin()
 
@@ -174,6 +179,8 @@ class Issuer:
             self._failed(f"no answer within {TIMEOUT:.0f} s")
         except (Unreachable, UselessKeys) as fault:
             self._failed(str(fault))
+        except (aiohttp.ClientError, OSError, ValueError) as fault:
+            self._failed(type(fault).__name__)
         except Exception as bug:
             logger.exception("bug in fetching the keys of the issuer")
             self._failed(type(bug).__name__)
@@ -202,4 +209,53 @@ class Issuer:
             pause = INTERVAL * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - no secret
         self._due = self._clock() + pause
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(pause, self.look_again)
+        self._timer = loop.call_later(pause, self.look)
+
+
+async def from_url(url: str) -> bytes:
+    """Return what is at *url*, and no more than a set may have.
+
+    Raises:
+        Unreachable, aiohttp.ClientError, OSError, ValueError: there is no such answer.
+    """
+    async with (
+        aiohttp.ClientSession(
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=TIMEOUT),
+            connector=aiohttp.TCPConnector(limit=1, force_close=True),
+            headers=HEADERS,
+        ) as session,
+        session.get(url, allow_redirects=False) as response,
+    ):
+        if response.status != 200:
+            raise Unreachable(f"status {response.status}")
+        content = b""
+        async for data in response.content.iter_any():
+            content += data
+            if len(content) > MAX_BYTES:
+                break
+        return content
+
+
+async def from_file(path: str) -> bytes:
+    """Return what is in the file *path*.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    return await asyncio.to_thread(_content, path)
+
+
+def keys_in(path: str) -> KeySet:
+    """Return the keys in the file *path*. It blocks.
+
+    Raises:
+        OSError, ValueError: there are none.
+    """
+    return read_keys(_content(path))
+
+
+def _content(path: str) -> bytes:
+    """Return what is in the file *path*, and no more than a set may have."""
+    with Path(path).open("rb") as file:
+        return file.read(MAX_BYTES + 1)

@@ -65,15 +65,24 @@ class Issuers:
         jwt = None if auth is None else auth.jwt
         if jwt is None:
             return partial(self._use, None, None)
-        if self._jwt is not None and _source(jwt) == _source(self._jwt):
+        old = self._jwt
+        if old and (jwt.jwks_url, jwt.jwks_file) == (old.jwks_url, old.jwks_file):
             return partial(self._use, jwt, self._issuer)
         # Without tokens the packages need not be there.
-        from aioserver.wings.doors.fetching import issuer_of  # noqa: PLC0415
+        from aioserver.wings.doors import issuer as keys  # noqa: PLC0415
 
+        if jwt.jwks_file is None:
+            issuer = keys.Issuer(partial(keys.from_url, str(jwt.jwks_url)), self._report)
+            return partial(self._use, jwt, issuer)
         try:
-            issuer = issuer_of(jwt, self._report)
-        except (OSError, ValueError) as exc:
-            raise ConfigurationError([f"auth.jwt.jwks_file: {_reason(exc)}"]) from None
+            there = keys.keys_in(jwt.jwks_file)
+        except OSError as exc:
+            why = f"cannot be read: {exc.strerror or type(exc).__name__}"
+            raise ConfigurationError([f"auth.jwt.jwks_file: {why}"]) from None
+        except ValueError as exc:
+            raise ConfigurationError([f"auth.jwt.jwks_file: {exc}"]) from None
+        issuer = keys.Issuer(partial(keys.from_file, jwt.jwks_file), self._report)
+        issuer.use(there)
         return partial(self._use, jwt, issuer)
 
     def show_in(self, monitor: Monitor) -> None:
@@ -94,7 +103,7 @@ class Issuers:
         if former is not None:
             former.stop()
         if issuer is not None:
-            issuer.start()
+            issuer.look()
 
     def _files(self) -> tuple[str, ...]:
         jwt = self._jwt
@@ -105,20 +114,10 @@ class Issuers:
         issuer, files = self._issuer, self._files()
         if issuer is None or not files:
             return None
-        from aioserver.wings.doors.fetching import read_file  # noqa: PLC0415
+        from aioserver.wings.doors import issuer as keys  # noqa: PLC0415
 
-        return partial(issuer.use, read_file(files[0]))
+        return partial(issuer.use, keys.keys_in(files[0]))
 
     def _report(self, text: str, severity: str) -> None:
         if self._monitor is not None:
             self._monitor.incident("jwt", text, severity=severity)
-
-
-def _source(jwt: Jwt) -> tuple[str | None, str | None]:
-    return jwt.jwks_url, jwt.jwks_file
-
-
-def _reason(exc: Exception) -> str:
-    if isinstance(exc, OSError):
-        return f"cannot be read: {exc.strerror or type(exc).__name__}"
-    return str(exc)

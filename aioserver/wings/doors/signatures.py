@@ -13,8 +13,8 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
-from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
-from jwt.exceptions import InvalidKeyError
+from jwt import PyJWK
+from jwt.exceptions import PyJWTError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -27,9 +27,6 @@ RS256: Final = "RS256"
 ES256: Final = "ES256"
 EDDSA: Final = "EdDSA"
 ALGORITHMS: Final = (RS256, ES256, EDDSA)
-_RSA = RSAAlgorithm(RSAAlgorithm.SHA256)
-_EC = ECAlgorithm(ECAlgorithm.SHA256)
-_OKP = OKPAlgorithm()
 
 
 class Key(NamedTuple):
@@ -56,7 +53,7 @@ class UselessKeys(ValueError):
     """There is no set of keys that can be used."""
 
 
-class _Jwk(msgspec.Struct, gc=False):
+class _Jwk(msgspec.Struct, gc=False, omit_defaults=True):
     """The part of a key that is read: its public one."""
 
     kty: str
@@ -116,24 +113,19 @@ def _usable(jwk: _Jwk) -> Key | None:
     if jwk.use not in {None, "sig"} or (jwk.key_ops is not None and "verify" not in jwk.key_ops):
         return None
     try:
-        key = _made(jwk)
-    except (InvalidKeyError, ValueError, TypeError, OverflowError):
+        # A symmetric key lacks its `k`, which is not read.
+        read = PyJWK(msgspec.to_builtins(jwk))
+    except (PyJWTError, KeyError, ValueError, TypeError, OverflowError):
         return None
-    return key if key is not None and jwk.alg in {None, key.alg} else None
-
-
-def _made(jwk: _Jwk) -> Key | None:
-    match jwk.kty:
-        case "RSA":
-            rsa = RSAAlgorithm.from_jwk({"kty": "RSA", "n": jwk.n, "e": jwk.e})
-            if isinstance(rsa, RSAPublicKey) and MIN_RSA <= rsa.key_size <= MAX_RSA:
-                return Key(RS256, lambda message, signature: _RSA.verify(message, rsa, signature))
-        case "EC":
-            curve = ECAlgorithm.from_jwk({"kty": "EC", "crv": jwk.crv, "x": jwk.x, "y": jwk.y})
-            if isinstance(curve, EllipticCurvePublicKey) and isinstance(curve.curve, SECP256R1):
-                return Key(ES256, lambda message, signature: _EC.verify(message, curve, signature))
-        case "OKP":
-            okp = OKPAlgorithm.from_jwk({"kty": "OKP", "crv": jwk.crv, "x": jwk.x})
-            if isinstance(okp, Ed25519PublicKey):
-                return Key(EDDSA, lambda message, signature: _OKP.verify(message, okp, signature))
-    return None
+    alg, key, algorithm = read.algorithm_name, read.key, read.Algorithm
+    fits = (
+        (alg == RS256 and isinstance(key, RSAPublicKey) and MIN_RSA <= key.key_size <= MAX_RSA)
+        or (
+            (alg == ES256 and isinstance(key, EllipticCurvePublicKey))
+            and isinstance(key.curve, SECP256R1)
+        )
+        or (alg == EDDSA and isinstance(key, Ed25519PublicKey))
+    )
+    if not fits:
+        return None
+    return Key(alg, lambda message, signature: algorithm.verify(message, key, signature))

@@ -11,23 +11,21 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
-from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from aioserver.auth.callers import Caller
-from aioserver.auth.keys import quota_of
+from aioserver.auth.keys import caller_of, limit, quota_of
 from aioserver.auth.tokens import PREFIX, SKEW, Tokens, Undecided
+from aioserver.config.certificates import day
 from aioserver.config.schema import fields
 from aioserver.config.settings import ClientKey, Limits
 from aioserver.errors import AuthUnavailable, ServerAtCapacity
-from aioserver.limits.fair_queue import BATCH
 from aioserver.wings.doors.token import read, refused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Mapping
 
+    from aioserver.auth.callers import Caller
     from aioserver.auth.keys import MakeQuota
     from aioserver.config.settings import Jwt, Role
     from aioserver.limits.quota import Quota
@@ -85,7 +83,7 @@ class TokenCallers(Tokens):
         self._verified: OrderedDict[bytes, _Verified] = OrderedDict()
         # By name; the one that has come last is the last.
         self._people: OrderedDict[str, _Person] = OrderedDict()
-        self._day, self._spent = "", dict[str, int]()
+        self._begun_day, self._spent = "", dict[str, int]()
 
     def use(self, make_quota: MakeQuota) -> None:
         """Make quotas by *make_quota* from now on."""
@@ -112,7 +110,7 @@ class TokenCallers(Tokens):
                 person.quota.revoke()
             else:
                 assert old is not None
-                _limit(person.quota, role)
+                limit(person.quota, role)
                 before = old.limits.get(person.role)
                 if before is not None and before.admin and not role.admin:
                     person.quota.demote()
@@ -164,16 +162,8 @@ class TokenCallers(Tokens):
 
     def _caller(self, name: str, role: str, person: _Person, seconds: float) -> Caller:
         assert self._jwt is not None
-        limits = self._jwt.limits[role]
-        return Caller(
-            name,
-            priority=limits.priority,
-            batch=limits.class_ == BATCH,
-            admin=limits.admin,
-            quota=person.quota,
-            role=role,
-            expires=self._monotonic() + seconds,
-        )
+        expires = self._monotonic() + seconds
+        return caller_of(name, self._jwt.limits[role], person.quota, role=role, expires=expires)
 
     def _person(self, name: str, role: str) -> _Person:
         """Return what is remembered of *name*, whose newest token has *role*.
@@ -190,12 +180,12 @@ class TokenCallers(Tokens):
             # Not the name itself: what instances share has none of a person.
             shared = f"{PREFIX}{hashlib.sha256(name.encode()).hexdigest()[:32]}"
             person = _Person(self._make_quota(_as_key(shared, limits)), role)
-            if (spent := self._spent.get(name)) and self._day == _today(self._clock()):
+            if (spent := self._spent.get(name)) and self._begun_day == day(self._clock()):
                 person.quota.budget.begin_day(spent)
             self._people[name] = person
         elif person.role != role:
             person.role = role
-            _limit(person.quota, limits)
+            limit(person.quota, limits)
         person.used = self._monotonic()
         self._people.move_to_end(name)
         return person
@@ -238,8 +228,8 @@ class TokenCallers(Tokens):
         limits = None if self._jwt is None else self._jwt.limits.get(caller.role)
         if person is None or limits is None or person.quota is not caller.quota:
             return None
-        batch = limits.class_ == BATCH
-        return replace(caller, priority=limits.priority, batch=batch, admin=limits.admin)
+        role, expires = caller.role, caller.expires
+        return caller_of(caller.name, limits, person.quota, role=role, expires=expires)
 
     def quotas(self) -> Mapping[str, Quota]:
         """Return the quotas of all callers that are remembered, by their names."""
@@ -247,7 +237,7 @@ class TokenCallers(Tokens):
 
     def begin_day(self, day: str, spent: Mapping[str, int]) -> None:
         """Let the budgets of *day* begin at what callers have *spent*."""
-        self._day = day
+        self._begun_day = day
         self._spent = {name: used for name, used in spent.items() if name.startswith(PREFIX)}
         for name, person in self._people.items():
             person.quota.budget.begin_day(self._spent.get(name, 0))
@@ -270,11 +260,6 @@ class TokenCallers(Tokens):
         roles = [(name, role.admin) for name, role in self._jwt.limits.items()]
         return hashlib.sha256(repr((identity(self._jwt), roles)).encode()).digest()
 
-    @property
-    def roles(self) -> Collection[str]:
-        """The roles that are admitted."""
-        return () if self._jwt is None else self._jwt.limits
-
 
 def identity(jwt: Jwt) -> tuple[str | None, ...]:
     """Return what says whose tokens are taken, and who they are."""
@@ -285,19 +270,3 @@ def _as_key(name: str, limits: Role) -> ClientKey:
     """Return *limits* as those of a key, of which quotas are made."""
     values = {field.name: getattr(limits, field.name) for field in fields(Limits)}
     return ClientKey(name=name, **values)
-
-
-def _limit(quota: Quota, limits: Role) -> None:
-    """Let *quota* have *limits* from now on."""
-    quota.apply(
-        limits.max_concurrent,
-        limits.requests_per_minute,
-        limits.max_connections,
-        limits.queue_size,
-    )
-    quota.budget.apply(limits.tokens_per_minute, limits.tokens_per_day)
-    quota.serve()
-
-
-def _today(now: float) -> str:
-    return f"{datetime.fromtimestamp(now, UTC):%Y-%m-%d}"

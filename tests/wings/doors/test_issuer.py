@@ -81,7 +81,7 @@ def virtually(test: Callable[[Published], Coroutine[None, None, None]]) -> Calla
 
     async def run() -> None:
         published = Published()
-        published.issuer.start()
+        published.issuer.look()
         try:
             await test(published)
         finally:
@@ -228,7 +228,7 @@ def test_whatever_comes_forced_fetches_are_apart_and_published_keys_come_in(seed
 
     async def run() -> None:
         published, loop = Published(), asyncio.get_running_loop()
-        published.issuer.start()
+        published.issuer.look()
         # Since when a key could be had by any fetch, while all of them work.
         had = dict.fromkeys(published.names, loop.time())
         for _ in range(400):
