@@ -71,9 +71,11 @@ def routes(context: Context) -> list[web.RouteDef]:
 
 
 @cache
-def _assets() -> Mapping[str, _Asset]:
-    folder = files("aioserver.faces").joinpath("assets")
-    return {path: _Asset(path, body) for path, body in _files_in(folder)}
+def _assets() -> Mapping[str, Asset]:
+    return {
+        path: Asset(body, next(kind for suffix, kind in TYPES.items() if path.endswith(suffix)))
+        for path, body in _files_in(files("aioserver.faces").joinpath("assets"))
+    }
 
 
 def _files_in(folder: Traversable, path: str = "") -> Iterator[tuple[str, bytes]]:
@@ -85,12 +87,11 @@ def _files_in(folder: Traversable, path: str = "") -> Iterator[tuple[str, bytes]
             yield path + entry.name, entry.read_bytes()
 
 
-class _Asset:
-    """A file that is served."""
+class Asset:
+    """A file that is served, of this content type, with *headers*."""
 
-    def __init__(self, path: str, body: bytes) -> None:
-        self._type = next(kind for suffix, kind in TYPES.items() if path.endswith(suffix))
-        self._body = body
+    def __init__(self, body: bytes, kind: str, headers: Mapping[str, str] = HEADERS) -> None:
+        self._body, self._type, self._headers = body, kind, headers
         self._tag = ETag(hashlib.sha256(body).hexdigest()[:32])
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
@@ -98,16 +99,16 @@ class _Asset:
         known = request.if_none_match or ()
         response: web.Response
         if any(tag.value in (self._tag.value, "*") for tag in known):
-            response = web.Response(status=304, headers=HEADERS)
+            response = web.Response(status=304, headers=self._headers)
         else:
             response = web.Response(
-                body=self._body, content_type=self._type, charset="utf-8", headers=HEADERS
+                body=self._body, content_type=self._type, charset="utf-8", headers=self._headers
             )
         response.etag = self._tag
         return response
 
 
-async def versioned(client: _Asset, request: web.Request) -> web.StreamResponse:
+async def versioned(client: Asset, request: web.Request) -> web.StreamResponse:
     """Answer `GET /client/VERSION.js` with the module, which a cache may keep for ever.
 
     Raises:

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from aioserver.config import settings
     from aioserver.hook import Call, Refuse
     from aioserver.wings.doors.shown_log import Shown
 
 
 class Asked(ABC):
-    """A hook of these *settings*.
-
-    Always: it is closed once, when it is retired and nobody uses it any more, or the server ends.
-    """
+    """A hook of these *settings*."""
 
     def __init__(self, settings: settings.Hook) -> None:
         self.settings = settings
-        # How many use it now.
-        self.users = 0
-        # Set while nobody uses it.
-        self._idle = asyncio.Event()
-        self._idle.set()
+        # The calls that are open.
+        self.open = 0
 
     @property
     def name(self) -> str:
@@ -39,32 +29,12 @@ class Asked(ABC):
         """The number of its connections in use."""
         return 0
 
-    def enter(self) -> None:
-        """Count one user more."""
-        self.users += 1
-        self._idle.clear()
+    def retire(self) -> None:  # noqa: B027 - a class has nothing
+        """Keep nothing that is not in use: it is no longer configured. It goes on for the requests
+        that have come to it, and for their answers.
+        """
 
-    def leave(self) -> None:
-        """Count one user less."""
-        self.users -= 1
-        if not self.users:
-            self._idle.set()
-
-    @contextmanager
-    def used(self) -> Iterator[None]:
-        """Count a user for as long as the `with` lasts."""
-        self.enter()
-        try:
-            yield
-        finally:
-            self.leave()
-
-    async def retire(self) -> None:
-        """Wait until nobody uses it, and close it."""
-        await self._idle.wait()
-        await self.close()
-
-    async def close(self) -> None:  # noqa: B027 - a class has nothing
+    async def close(self) -> None:  # noqa: B027 - as above
         """Give back what it has."""
 
     @abstractmethod

@@ -16,18 +16,24 @@ likes to a hook.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import orjson
 from msgspec import UNSET, Raw, UnsetType
 
-from aioserver.errors import InvalidJson, InvalidRequest
+from aioserver.errors import AioserverError, InvalidJson, InvalidRequest
+from aioserver.faces.openai import body_maker
 from aioserver.hook import Refuse
-from aioserver.protocol import json_body
+from aioserver.protocol import json_body, model_body
+from aioserver.protocol.json_body import Member
 
 if TYPE_CHECKING:
+    from aioserver.config import settings
+    from aioserver.gateway.request import Route
     from aioserver.hook import Call
+    from aioserver.protocol.model_body import ModelBody
+    from aioserver.providers.request import BodyMaker
 
 # The HTTP statuses that a refusal may have.
 STATUSES = frozenset({403, 400, 429})
@@ -36,6 +42,7 @@ MAX_MESSAGE = 1000
 # Seconds that a hook may ask a client to wait at most.
 MAX_WAIT = 3600.0
 REFUSED = "a hook of this server has refused it"
+STREAM = Member("stream")
 
 
 class HookFault(Exception):
@@ -56,9 +63,9 @@ class _Verdict(msgspec.Struct, forbid_unknown_fields=True):
 _DECODER = msgspec.json.Decoder(_Verdict)
 
 
-def verdict(status: int, content: bytes, *, of_answer: bool = False) -> Refuse | bytes | None:
+def verdict(status: int, content: bytes) -> Refuse | bytes | None:
     """Return what an HTTP answer with *status* and *content* says: nothing, a refusal, or another
-    body, which is an object. There is none *of_answer*.
+    body, which is an object.
 
     Raises:
         HookFault: it is no decision.
@@ -74,9 +81,17 @@ def verdict(status: int, content: bytes, *, of_answer: bool = False) -> Refuse |
     if said.body is UNSET:
         return None if said.refuse is None else refusal(said.refuse)
     body = bytes(said.body)
-    if said.refuse is not None or of_answer or not body.startswith(b"{"):
+    if said.refuse is not None or not body.startswith(b"{"):
         raise HookFault("its answer is no decision")
     return body
+
+
+def verdict_on_answer(status: int, content: bytes) -> Refuse | None:
+    """Return what is said of an answer of a model, as `verdict`: another body is no decision."""
+    said = verdict(status, content)
+    if isinstance(said, bytes):
+        raise HookFault("its answer is no decision")
+    return said
 
 
 def refusal(said: _Refusal | Refuse) -> Refuse:
@@ -97,19 +112,10 @@ def refusal(said: _Refusal | Refuse) -> Refuse:
 
 def opening(event: str, call: Call) -> bytes:
     """Return the object that tells of *call*, but for its brace at the end."""
-    told: dict[str, object] = {
-        "event": event,
-        "id": call.id,
-        "hook": call.hook,
-        "caller": call.caller,
-        "path": call.path,
-    }
-    if event == "answer":
-        told["provider"] = call.provider
-    told["model"] = call.model
-    if event == "request":
-        told["stream"] = call.stream
-    return orjson.dumps(told)[:-1]
+    names = ["id", "hook", "caller", "path"]
+    names += ["model", "stream"] if event == "request" else ["provider", "model"]
+    told = {name: getattr(call, name) for name in names}
+    return orjson.dumps({"event": event, **told})[:-1]
 
 
 def with_body(event: str, call: Call, body: bytes) -> bytes:
@@ -140,3 +146,63 @@ def line(number: int, data: bytes) -> bytes:
         # Outside of its strings, which have none, a line end is white space.
         data = data.replace(b"\n", b" ").replace(b"\r", b" ")
     return b'{"n":%d,"data":%b}\n' % (number, data)
+
+
+class ChangedBody(NamedTuple):
+    """The *body* that a hook has returned, where it was shown one that has the *shown* model."""
+
+    body: ModelBody
+    shown: str | None
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return len(self.body.data)
+
+    def maker(self, route: Route) -> BodyMaker:
+        """Return a function that makes it for a provider and a model, as the one before it has,
+        which has made the shown one for the first provider of *route*.
+
+        A model that the hook has chosen stands for the one that it was shown, and for no other.
+        """
+        body, first = self.body, route.model or route.provider.settings.model
+        if self.shown != first:
+            # A body that is passed on as it is, whatever its model means.
+            return lambda _provider, _model: body.data
+        renamed = body_maker(body)
+
+        def body_for(provider: settings.Provider, model: str | None) -> bytes:
+            if (model or provider.model) == first and body.model is not None:
+                return body.data
+            return renamed(provider, model)
+
+        return body_for
+
+
+async def changed_body(said: bytes, shown: bytes, max_bytes: int) -> ChangedBody:
+    """Return the body that a hook has *said* in place of the *shown* one, whose `stream` it has, in
+    steps.
+
+    Raises:
+        HookFault: it is none that could be sent, or has more than *max_bytes*.
+    """
+    if len(said) > max_bytes:
+        raise HookFault("its body is too large")
+    before = await model_body.reading(shown)
+    try:
+        body = await model_body.reading(said)
+        if body.streamed != before.streamed:
+            data = _with_stream(body.data, streamed=before.streamed)
+            body = await model_body.reading(data)
+    except AioserverError as exc:
+        raise HookFault("its body is none of a request") from exc
+    return ChangedBody(body, before.model)
+
+
+def _with_stream(body: bytes, *, streamed: bool) -> bytes:
+    """Return *body* with that value of `stream`."""
+    word, value = b"true" if streamed else b"false", STREAM.value(body)
+    if not value:
+        return STREAM.insert(body, (word,))
+    place, view = STREAM.find(body, value), memoryview(body)
+    return b"".join((view[: place.value], word, view[place.end :]))

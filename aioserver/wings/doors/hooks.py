@@ -34,8 +34,7 @@ from aioserver.providers.passthrough import PassedRequest
 from aioserver.streams.stream import Stream
 from aioserver.telemetry.logs import SAME_ERROR, RateLimit
 from aioserver.wings.doors import python_hook
-from aioserver.wings.doors.changed_body import changed_body
-from aioserver.wings.doors.decisions import HookFault
+from aioserver.wings.doors.decisions import HookFault, changed_body
 from aioserver.wings.doors.http_hook import HttpHook
 from aioserver.wings.doors.python_hook import PythonHook
 from aioserver.wings.doors.shown_log import Backlog, Shown, ShownLog
@@ -57,12 +56,11 @@ RETRY_AFTER = 1.0
 
 
 class HookStats(NamedTuple):
-    """A snapshot: answers that are shown, calls to hooks, connections in use, and the bytes that
-    hooks have not taken yet.
+    """A snapshot: answers that are shown, connections in use, and the bytes that hooks have not
+    taken yet.
     """
 
     shown: int
-    calls: int
     connections: int
     behind: int
 
@@ -71,7 +69,7 @@ class HookSet:
     """The hooks, by the settings that were applied last.
 
     Always: a request, and its answer if that is streamed, are shown to the hooks that there were
-    when the request came; a hook that is no longer configured is closed once nobody uses it.
+    when the request came.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
@@ -80,9 +78,8 @@ class HookSet:
         self._backlog = Backlog()
         self._lines = RateLimit(1, SAME_ERROR)
         self._hooks: tuple[Asked, ...] = ()
-        # The tasks that show answers, and those that close hooks.
+        # The tasks that show answers.
         self._followers: set[asyncio.Task[Refuse | None]] = set()
-        self._retiring: set[asyncio.Task[None]] = set()
         self.present = False
         self.log: type[Stream] = Stream
         self.prepare(settings)()
@@ -107,9 +104,7 @@ class HookSet:
             self.log = ShownLog if any(ANSWER in hook.settings.on for hook in hooks) else Stream
             self._metrics.apply_hooks(hook.name for hook in hooks)
             for hook in old:
-                task = self._loop.create_task(hook.retire())
-                self._retiring.add(task)
-                task.add_done_callback(self._retiring.discard)
+                hook.retire()
 
         return apply
 
@@ -117,14 +112,13 @@ class HookSet:
         """Return a snapshot."""
         return HookStats(
             len(self._followers) + len(self._backlog.shown),
-            sum(hook.users for hook in self._hooks),
             sum(hook.connections for hook in self._hooks),
             self._backlog.bytes,
         )
 
     def calls(self) -> dict[str, int]:
         """Return how many calls to each hook are open."""
-        return {hook.name: hook.users for hook in self._hooks}
+        return {hook.name: hook.open for hook in self._hooks}
 
     async def finish(self, seconds: float) -> None:
         """Let the hooks decide about answers that have ended, for *seconds* at most, or what the
@@ -136,11 +130,11 @@ class HookSet:
 
     async def close(self) -> None:
         """End all calls, and close the hooks."""
-        tasks = (*self._followers, *self._retiring)
-        for task in tasks:
+        followers = tuple(self._followers)
+        for task in followers:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        if followers:
+            await asyncio.wait(followers)
         for hook in self._hooks:
             await hook.close()
 
@@ -161,28 +155,19 @@ class HookSet:
                 if unseen:
                     self._unseen(hook, REQUEST, request, "the body is not read here")
                 else:
-                    with hook.used():
-                        await self._decide(hook, request)
+                    await self._decide(hook, request)
         for hook in hooks:
-            if ANSWER in hook.settings.on and has_answer:
-                if isinstance(passed, PassedRequest):
-                    self._unseen(hook, ANSWER, request, "the answer is not read here")
-                elif stream is not None and not isinstance(stream, ShownLog):
-                    # It was asked for before there was a hook for answers.
-                    self._failed(hook, ANSWER, request, HookFault("it is new"))
-        if isinstance(stream, ShownLog):
-            for hook in hooks:
-                if ANSWER in hook.settings.on:
-                    shown = Shown(
-                        stream,
-                        self._backlog,
-                        frames=passed.reading is not None,
-                        start=partial(self._follow, hook, request),
-                        on_close=hook.leave,
-                    )
-                    # From here on: a reload may come before there is anything to show.
-                    hook.enter()
-                    stream.shown = (*stream.shown, shown)
+            if ANSWER not in hook.settings.on or not has_answer:
+                continue
+            if isinstance(passed, PassedRequest):
+                self._unseen(hook, ANSWER, request, "the answer is not read here")
+            elif isinstance(stream, ShownLog):
+                start, frames = partial(self._follow, hook, request), passed.reading is not None
+                shown = Shown(stream, self._backlog, frames=frames, start=start)
+                stream.shown = (*stream.shown, shown)
+            elif stream is not None:
+                # It was asked for before there was a hook for answers.
+                self._failed(hook, ANSWER, request, HookFault("it is new"))
 
     async def answered(self, request: Request, answer: Answer) -> None:
         """Show a whole *answer*; see `gateway.hooks.Hooks`.
@@ -199,10 +184,9 @@ class HookSet:
                 model=answer.outcome.model,
                 provider=answer.outcome.provider,
             )
-            began = self._loop.time()
+            began = self._begin(hook)
             try:
-                with hook.used():
-                    said = await hook.decide_answer(call, answer.body)
+                said = await hook.decide_answer(call, answer.body)
             except HookFault as fault:
                 self._failed(hook, ANSWER, request, fault)
                 continue
@@ -220,7 +204,7 @@ class HookSet:
             provider_request.bound.wait = Wait(f"the hook {hook.name}")
         body = provider_request.body(route.provider.settings, route.model)
         call = replace(self._call(hook, request), body=body)
-        began = self._loop.time()
+        began = self._begin(hook)
         try:
             said = await hook.decide(call)
             changed = None
@@ -253,6 +237,7 @@ class HookSet:
         )
         task = self._loop.create_task(hook.follow(call, shown))
         shown.task = task
+        hook.open += 1
         self._followers.add(task)
         task.add_done_callback(partial(self._followed, hook, request, shown))
 
@@ -263,6 +248,7 @@ class HookSet:
         before its first step never enters its `try`.
         """
         self._followers.discard(task)
+        hook.open -= 1
         shown.close()
         if task.cancelled():
             if shown.behind:
@@ -317,7 +303,13 @@ class HookSet:
         if noted is not None:
             noted.provider_request.outcome.hooks += (hook.name,)
 
+    def _begin(self, hook: Asked) -> float:
+        """Count a call as open until `_took`; return the moment."""
+        hook.open += 1
+        return self._loop.time()
+
     def _took(self, hook: Asked, began: float) -> None:
+        hook.open -= 1
         self._metrics.hook_seconds[hook.name,].observe(self._loop.time() - began)
 
     def _log(self, hook: Asked, event: str, request: Request, fault: HookFault) -> None:

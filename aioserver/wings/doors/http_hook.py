@@ -66,37 +66,48 @@ class HttpHook(Asked):
         pools = self._decisions.stats(), self._answers.stats()
         return sum(pool.open - pool.idle for pool in pools)
 
+    def retire(self) -> None:
+        """Keep no connection that is not in use."""
+        self._decisions.retire()
+        self._answers.retire()
+
     async def close(self) -> None:
         """Close its connections."""
         await self._decisions.close()
         await self._answers.close()
 
     async def decide(self, call: Call) -> Refuse | bytes | None:
-        """Return the decision about the request in *call*. Cancelling is safe.
-
-        Raises:
-            HookFault: there is none.
-        """
+        """Return the decision about the request in *call*, as `Asked.decide`."""
         body = await decisions.member(call.body) if call.body else b""
         return decisions.verdict(*await self._ask(decisions.with_body(REQUEST, call, body)))
 
     async def decide_answer(self, call: Call, body: bytes) -> Refuse | None:
-        """Return the decision about *body*, a whole answer, as `decide`.
-
-        Raises:
-            HookFault: there is none.
-        """
+        """Return the decision about *body*, a whole answer, as `Asked.decide_answer`."""
         content = decisions.with_body(ANSWER, call, await decisions.member(body))
-        said = decisions.verdict(*await self._ask(content), of_answer=True)
-        assert not isinstance(said, bytes), "an answer is never changed"
-        return said
+        return decisions.verdict_on_answer(*await self._ask(content))
 
     async def follow(self, call: Call, shown: Shown) -> Refuse | None:
-        """Show the events in *shown*, until the answer has ended, or the hook has decided; return
-        what it has decided. Cancelling is safe.
+        """Show the events in *shown*, as `Asked.follow`: the hook has its time from their end."""
+        head = self._head(LINES, "Transfer-Encoding: chunked")
+        try:
+            return decisions.verdict_on_answer(
+                *await self._post(self._answers, head, Lines(call, shown), shown)
+            )
+        finally:
+            shown.at_end(None)
+
+    async def _ask(self, content: bytes) -> tuple[int, bytes]:
+        head = self._head(JSON, f"Content-Length: {len(content)}")
+        return await self._post(self._decisions, head + content)
+
+    async def _post(
+        self, pool: Pool, request: bytes, body: Lines | None = None, shown: Shown | None = None
+    ) -> tuple[int, bytes]:
+        """Post *request*, and *body* behind it, which lasts until *shown* has ended; return the
+        status and the body of the answer.
 
         Raises:
-            HookFault: it has not, or it cannot be reached.
+            HookFault: there is none in time.
         """
         loop = asyncio.get_running_loop()
         try:
@@ -105,51 +116,19 @@ class HttpHook(Asked):
                 def decide_soon() -> None:
                     bound.reschedule(loop.time() + self._timeout)
 
-                connection = self._answers.take() or await self._answers.connect()
-                try:
-                    bound.reschedule(None)
-                    shown.at_end(decide_soon)
-                    answer = _HookAnswer(self._max_answer)
-                    running = Exchange(
-                        connection,
-                        read_timeout=LONG,
-                        write_timeout=LONG,
-                        on_head=answer.head_received,
-                    ).run(self._head(LINES, "Transfer-Encoding: chunked"), Lines(call, shown))
-                except BaseException:
-                    connection.close()
-                    raise
-                await running
-        except TimeoutError:
-            raise HookFault("no decision in time") from None
-        except AioserverError as fault:
-            raise HookFault(type(fault).__name__) from None
-        finally:
-            shown.at_end(None)
-        said = decisions.verdict(answer.status, answer.body, of_answer=True)
-        assert not isinstance(said, bytes), "an answer is never changed"
-        return said
-
-    async def _ask(self, content: bytes) -> tuple[int, bytes]:
-        """Post *content*; return the status and the body of the answer.
-
-        Raises:
-            HookFault: there is none in time.
-        """
-        request = self._head(JSON, f"Content-Length: {len(content)}") + content
-        pool = self._decisions
-        try:
-            async with asyncio.timeout(self._timeout):
                 while True:
                     connection = pool.take() or await pool.connect()
                     try:
+                        if shown is not None:
+                            bound.reschedule(None)
+                            shown.at_end(decide_soon)
                         answer = _HookAnswer(self._max_answer)
                         running = Exchange(
                             connection,
                             read_timeout=LONG,
                             write_timeout=LONG,
                             on_head=answer.head_received,
-                        ).run(request)
+                        ).run(request, body)
                     except BaseException:
                         connection.close()
                         raise
@@ -223,20 +202,14 @@ class Lines:
         return False
 
 
-class _HookAnswer:
-    """The answer of a hook, of at most *max_bytes*."""
+class _HookAnswer(BodySink):
+    """The answer of a hook."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self.status = 0
-        self._sink = BodySink(max_bytes)
-
-    @property
-    def body(self) -> bytes:
-        return self._sink.body
+    status = 0
 
     def head_received(self, status: int, _headers: Mapping[str, str]) -> Sink:
         self.status = status
-        return self._sink
+        return self
 
 
 def _limits(connections: int, idle: int, timeout: float) -> HttpClient:

@@ -9,19 +9,20 @@ It is made at the first request, when all routes are there, and stays as long as
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import re
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import orjson
-from aiohttp import ETag, hdrs, web
+from aiohttp import hdrs, web
 from msgspec.inspect import BoolType, IntType, NoneType, StrType, StructType, UnionType, type_info
 
 from aioserver import __version__, provider_errors
 from aioserver.auth.guard import COOKIE, KEY_HEADERS, Policy
 from aioserver.errors import AioserverError
+from aioserver.faces.pages import Asset
 from aioserver.protocol import client_frames
 from aioserver.protocol.frames import Frame
 from aioserver.protocol.model_body import Fields
@@ -137,32 +138,15 @@ PASSED = Operation(
 
 def routes(context: Context) -> list[web.RouteDef]:
     """Return the route of the description."""
-    return [web.get(PATH, Description(context).serve)]
 
+    @cache
+    def made(app: web.Application) -> Asset:
+        return Asset(orjson.dumps(describe(context, app)), "application/json", HEADERS)
 
-class Description:
-    """The description, once it was asked for."""
+    async def serve(request: web.Request) -> web.StreamResponse:
+        return await made(request.app).serve(request)
 
-    def __init__(self, context: Context) -> None:
-        self._context = context
-        self._body = b""
-        self._tag = ETag("")
-
-    async def serve(self, request: web.Request) -> web.StreamResponse:
-        """Answer with it, or with 304 to a client that has it already (RFC 9110, 13.1.2)."""
-        if not self._body:
-            self._body = orjson.dumps(describe(self._context, request.app))
-            self._tag = ETag(hashlib.sha256(self._body).hexdigest()[:32])
-        known = request.if_none_match or ()
-        response: web.Response
-        if any(tag.value in (self._tag.value, "*") for tag in known):
-            response = web.Response(status=304, headers=HEADERS)
-        else:
-            response = web.Response(
-                body=self._body, content_type="application/json", headers=HEADERS
-            )
-        response.etag = self._tag
-        return response
+    return [web.get(PATH, serve)]
 
 
 def describe(context: Context, app: web.Application) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from aioserver.config.settings import ANSWER, REQUEST
 from aioserver.hook import Refuse
+from aioserver.tracebacks import last_line
 from aioserver.wings.doors import decisions
 from aioserver.wings.doors.asked import Asked
 from aioserver.wings.doors.decisions import HookFault
@@ -77,11 +78,7 @@ class PythonHook(Asked):
         self._warned = False
 
     async def decide(self, call: Call) -> Refuse | bytes | None:
-        """Return what its `request` returns about *call*. Cancelling is safe.
-
-        Raises:
-            HookFault: it raises, takes too long, or returns something else.
-        """
+        """Return what its `request` returns about *call*, as `Asked.decide`."""
         try:
             steps = self._hook.request(call)
             if not inspect.iscoroutine(steps):
@@ -93,7 +90,7 @@ class PythonHook(Asked):
         except HookFault:
             raise
         except Exception as exc:  # noqa: BLE001 - as above
-            raise HookFault(_place_of(exc)) from None
+            raise HookFault(last_line(exc)) from None
         if isinstance(said, Refuse):
             return decisions.refusal(said)
         if said is None or (isinstance(said, bytes) and said.lstrip().startswith(b"{")):
@@ -101,19 +98,11 @@ class PythonHook(Asked):
         raise HookFault("its `request` has returned neither None, nor bytes, nor a Refuse")
 
     async def decide_answer(self, call: Call, body: bytes) -> Refuse | None:
-        """Return what its `event` returns about *body*, as `decide`.
-
-        Raises:
-            HookFault: it raises, or returns something else.
-        """
+        """Return what its `event` returns about *body*, as `Asked.decide_answer`."""
         return self._event(call, body)
 
     async def follow(self, call: Call, shown: Shown) -> Refuse | None:
-        """Call its `event` with each event in *shown*, until it refuses.
-
-        Raises:
-            HookFault: as `decide_answer`.
-        """
+        """Call its `event` with each event in *shown*, as `Asked.follow`."""
         while events := await shown.events():
             for _, data in events:
                 if (refuse := self._event(call, data)) is not None:
@@ -127,7 +116,7 @@ class PythonHook(Asked):
         try:
             said = self._hook.event(call, data)
         except Exception as exc:  # noqa: BLE001 - as above
-            raise HookFault(_place_of(exc)) from None
+            raise HookFault(last_line(exc)) from None
         finally:
             self._note(perf_counter() - began)
         if said is None:
@@ -169,14 +158,3 @@ class _Timed(Generic[T]):
                     thrown = exc
         finally:
             steps.close()
-
-
-def _place_of(exc: Exception) -> str:
-    """Return what *exc* is and where it was raised, without its text, which may be a client's."""
-    traceback = exc.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    if traceback is None:
-        return type(exc).__name__
-    code = traceback.tb_frame.f_code
-    return f"{type(exc).__name__} in {code.co_filename}:{traceback.tb_lineno}"

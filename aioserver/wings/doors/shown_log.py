@@ -57,7 +57,7 @@ class Shown:
 
     Always: at most MAX_BEHIND bytes of entries wait in it behind the next one; nothing is added once
     it is *over*. *start* is called once, with the first content: an answer that fails before is
-    shown to nobody. *on_close* is called once, when it is closed and has no task any more.
+    shown to nobody.
     """
 
     def __init__(
@@ -67,7 +67,6 @@ class Shown:
         *,
         frames: bool,
         start: Callable[[Shown], None],
-        on_close: Callable[[], None],
     ) -> None:
         self.stream = stream
         # How the answer has ended; empty until then.
@@ -81,7 +80,6 @@ class Shown:
         # Called at the end of the answer.
         self._on_end: Callable[[], None] | None = None
         self._backlog, self._frames, self._start = backlog, frames, start
-        self._on_close: Callable[[], None] | None = on_close
         self._started = False
         self._entries: deque[Entry] = deque()
         self._news: asyncio.Future[None] | None = None
@@ -141,10 +139,6 @@ class Shown:
         self._backlog.bytes -= self.size
         self.size = 0
         self._entries.clear()
-        if self.task is None or self.task.done():
-            on_close, self._on_close = self._on_close, None
-            if on_close is not None:
-                on_close()
 
     async def events(self) -> list[tuple[int, bytes]]:
         """Return the events that have come, some 64 KiB of them, each with its number; none at the

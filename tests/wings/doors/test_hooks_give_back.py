@@ -31,6 +31,7 @@ SECTIONS = {
             ("hooks", "HookSet._follow"),
             ("hooks", "HookSet._followed"),
             ("http_hook", "HttpHook._ask"),
+            ("http_hook", "HttpHook._post"),
             ("http_hook", "HttpHook.decide"),
             ("http_hook", "HttpHook.decide_answer"),
             ("http_hook", "HttpHook.follow"),
