@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import orjson
 
@@ -43,16 +43,14 @@ from aioserver.providers.attempt import Attempt
 from aioserver.providers.sinks import BodySink
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Mapping, Sequence
+    from collections.abc import Awaitable, Mapping
 
     from aioserver.config import settings
+    from aioserver.protocol.bridging.chat import BridgedChat
     from aioserver.protocol.bridging.chunks import ChunkReader
-    from aioserver.protocol.bridging.hosted import Hosted
     from aioserver.protocol.said import Said
-    from aioserver.providers.attempt import AttemptedProvider
     from aioserver.providers.http1 import RequestWriter, Sink
-    from aioserver.providers.request import Answer, ProviderRequest
-    from aioserver.streams.stream import Stream
+    from aioserver.providers.request import Answer
 
 logger = logging.getLogger("aioserver.providers")
 
@@ -103,34 +101,24 @@ class ChatMemory(Memory):
     """The knowledge of one provider's chat completions, for every bridge to them.
 
     *reasoning_field* is the name of the field in which it sends its reasoning; empty if it has
-    sent none. It has *refused* words, and has a *bound* of the answer by one name. *limits* and
-    *most* have the tokens of a prompt and its answer, and of an answer, by the model.
+    sent none. It has *refused_words*, and has a *bound* of the answer by one name. *context_limits*
+    and *most* have the tokens of a prompt and its answer, and of an answer, by the model.
     """
 
     def __init__(self, settings: settings.Provider) -> None:
         super().__init__(settings)
         self.name = settings.name
         self.reasoning_field = ""
-        self.refused: set[str] = set()
+        self.refused_words: set[str] = set()
         self.bound = MAX_TOKENS
-        self.limits: OrderedDict[str, int] = OrderedDict()
+        self.context_limits: OrderedDict[str, int] = OrderedDict()
         self.most: OrderedDict[str, int] = OrderedDict()
         self._left_out: set[str] = set()
 
-    @property
-    def refused_words(self) -> Sequence[str]:
-        """The words that the provider has refused."""
-        return sorted(self.refused)
-
-    @property
-    def context_limits(self) -> Mapping[str, int]:
-        """The tokens of the contexts of models, by their names."""
-        return self.limits
-
     def refuse(self, word: str) -> None:
         """Send it *word* no more."""
-        if word not in self.refused:
-            self.refused.add(word)
+        if word not in self.refused_words:
+            self.refused_words.add(word)
             self._say(f"{word} is left out")
 
     def rename(self) -> None:
@@ -141,7 +129,7 @@ class ChatMemory(Memory):
 
     def keep_limit(self, model: str, tokens: int) -> None:
         """Keep that *model* has room for so many *tokens* of a prompt and its answer."""
-        if self._keep(self.limits, model, tokens):
+        if self._keep(self.context_limits, model, tokens):
             self._say(f"{tokens} tokens in its context")
 
     def keep_most(self, model: str, tokens: int) -> None:
@@ -168,22 +156,6 @@ class ChatMemory(Memory):
                 logger.info("provider %s has no tool %s: it is left out", self.name, name)
 
 
-class BridgedChat(Protocol):
-    """A request for chat completions that a bridge has made.
-
-    *body* is let go when it was sent; it has the optional *words*, and *asked_tokens* as an
-    estimate. *hosted* has what the provider does not get.
-    """
-
-    body: bytes
-    words: frozenset[str]
-    asked_tokens: int
-
-    @property
-    def hosted(self) -> Hosted:
-        """What of hosted tools the provider does not get."""
-
-
 class LearningAttempt(Attempt):
     """One try of a request that is sent once more without what its provider refuses.
 
@@ -192,14 +164,8 @@ class LearningAttempt(Attempt):
 
     __slots__ = ("_learnt",)
 
-    def __init__(
-        self,
-        provider: AttemptedProvider,
-        request: ProviderRequest,
-        stream: Stream | None,
-        **further: Any,
-    ) -> None:
-        super().__init__(provider, request, stream, **further)
+    def __init__(self, *names: Any, **further: Any) -> None:
+        super().__init__(*names, **further)
         # What it has been sent once more without.
         self._learnt: set[str] = set()
 
@@ -242,14 +208,8 @@ class BridgedAttempt(LearningAttempt):
 
     __slots__ = ("_chat", "_free", "_learning", "_left", "_limit", "_most", "_writer")
 
-    def __init__(
-        self,
-        provider: AttemptedProvider,
-        request: ProviderRequest,
-        stream: Stream | None,
-        **further: Any,
-    ) -> None:
-        super().__init__(provider, request, stream, **further)
+    def __init__(self, *names: Any, **further: Any) -> None:
+        super().__init__(*names, **further)
         self._chat: BridgedChat | None = None
         # Whether the answer of that is one which can be continued.
         self._free = False
@@ -277,9 +237,9 @@ class BridgedAttempt(LearningAttempt):
         """The words that the provider takes for this request."""
         habits, model = self._habits, self.asked_model
         return Words(
-            frozenset(habits.refused | self._learnt),
+            frozenset(habits.refused_words | self._learnt),
             MAX_COMPLETION_TOKENS if MAX_TOKENS in self._learnt else habits.bound,
-            habits.limits.get(model),
+            habits.context_limits.get(model),
             self._most or habits.most.get(model),
             self._left,
             self.provider.tokens_per_byte(model),

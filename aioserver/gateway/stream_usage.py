@@ -21,8 +21,6 @@ from aioserver.protocol.stream_options import OPTIONS, asking
 from aioserver.providers.sinks import BodySink, EventSink
 
 if TYPE_CHECKING:
-    from aioserver.providers.attempt import AttemptedProvider
-    from aioserver.providers.request import ProviderRequest
     from aioserver.providers.sinks import StreamSink
     from aioserver.streams.stream import Stream
 
@@ -35,14 +33,8 @@ class UsageAttempt(LearningAttempt):
 
     __slots__ = ("_asks",)
 
-    def __init__(
-        self,
-        provider: AttemptedProvider,
-        request: ProviderRequest,
-        stream: Stream | None,
-        **further: Any,
-    ) -> None:
-        super().__init__(provider, request, stream, **further)
+    def __init__(self, *names: Any, **further: Any) -> None:
+        super().__init__(*names, **further)
         self._asks = False
 
     def body_to_send(self) -> bytes:
@@ -56,7 +48,7 @@ class UsageAttempt(LearningAttempt):
             options is None
             or OPTIONS.name in self._learnt
             or (request.reading is None and not self.provider.settings.stream_usage)
-            or OPTIONS.name in self._habits.refused
+            or OPTIONS.name in self._habits.refused_words
         ):
             return body
         try:

@@ -304,7 +304,7 @@ def _learned(provider: Provider, memories: Sequence[Memory]) -> LearnedState:
     words = [word for memory in memories if (word := memory.messages) is not None]
     return {
         "messages": words[0] if words else MESSAGES_WORDS[settings.messages],
-        "refused_words": [word for memory in memories for word in memory.refused_words],
+        "refused_words": [word for memory in memories for word in sorted(memory.refused_words)],
         "context_limit": {
             model: limit for memory in memories for model, limit in memory.context_limits.items()
         },

@@ -233,15 +233,12 @@ class ReadSaid(Said):
     """What an answer has said whose events are read, by *reading*."""
 
     __slots__ = ("_reading",)
+    # The reading is counted by its sink.
+    size = 0
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
         reading.max_text_bytes = max(reading.max_text_bytes, MAX_SAID + 1)
-
-    @property
-    def size(self) -> int:
-        """Nothing: the reading is counted by its sink."""
-        return 0
 
     @property
     def events(self) -> int:

@@ -7,6 +7,7 @@ what other APIs change is in their wings.
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from aioserver.protocol.openai import bounded, is_content, usage_of
@@ -17,7 +18,7 @@ from aioserver.streams.contracts import PLAIN_EVENTS
 from aioserver.streams.fast_path import ForwardedApi
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping
 
     from aioserver.config import settings
     from aioserver.errors import AioserverError
@@ -32,6 +33,11 @@ class Memory:
     the settings.
     """
 
+    # The words that the provider has refused, and the tokens of the contexts of models, by their
+    # names.
+    refused_words: Collection[str] = ()
+    context_limits: Mapping[str, int] = MappingProxyType({})
+
     def __init__(self, settings: settings.Provider) -> None:
         """Know nothing beside *settings*."""
 
@@ -39,16 +45,6 @@ class Memory:
     def messages(self) -> str | None:
         """The word of `/stats` for how messages are asked for; None if it is not about them."""
         return None
-
-    @property
-    def refused_words(self) -> Sequence[str]:
-        """The words that the provider has refused."""
-        return ()
-
-    @property
-    def context_limits(self) -> Mapping[str, int]:
-        """The tokens of the contexts of models, by their names."""
-        return {}
 
 
 class Api(ForwardedApi):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Generic
 
 from aioserver.protocol import eventstream
 from aioserver.protocol.bridging.chunks import C
-from aioserver.protocol.openai import TEXT_START, Shape, is_content, learn
+from aioserver.protocol.openai import TEXT_START, BadEvent, Shape, is_content, learn
+from aioserver.providers.error_mapping import event_fault
 from aioserver.providers.sinks import TEXT_STEP, StreamSink, complete
 from aioserver.streams import entries
 
@@ -160,6 +161,24 @@ class BridgingSink(ReadingSink, Generic[C]):
 
     def _may_be_text(self, part: bytes) -> bool:  # noqa: ARG002 - the writer knows better
         return self._writes.plain
+
+    @abstractmethod
+    def _finish(self) -> list[bytes]:
+        """Return the events that end the answer.
+
+        Raises:
+            BadEvent: the answer is not complete.
+        """
+
+    def _complete(self) -> None:
+        try:
+            events = self._finish()
+        except BadEvent as exc:
+            raise event_fault(exc) from exc
+        self._over = True
+        self._append(events)
+        self._stream.outcome.usage = self._writes.usage
+        complete(self._stream)
 
     @abstractmethod
     def _append_texts(self, data: bytes, count: int) -> None:

@@ -316,10 +316,10 @@ def _has_argument(arguments: str) -> bool:
 
 def _tell_learned(report: Report, subject: str, habits: ChatMemory) -> None:
     """Say what the bridges have learned, as the server will at the first requests of agents."""
-    learned = [f"it refuses {word}, which is left out" for word in habits.refused_words]
+    learned = [f"it refuses {word}, which is left out" for word in sorted(habits.refused_words)]
     if habits.bound != MAX_BOUND:
         learned.append(f"it has {habits.bound} in place of {MAX_BOUND}")
-    for model, tokens in habits.limits.items():
+    for model, tokens in habits.context_limits.items():
         learned.append(f"{model} has {tokens:,} tokens in its context")
     for model, tokens in habits.most.items():
         learned.append(f"{model} has {tokens:,} tokens in an answer at most")

@@ -8,7 +8,7 @@ that a bridge has written has a signature of ours, which the API would refuse.
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import orjson
 
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.protocol.bridging.words import Words
     from aioserver.provider_errors import ProviderFault
-    from aioserver.providers.attempt import AttemptedProvider
-    from aioserver.providers.http1 import RequestWriter
-    from aioserver.providers.request import ProviderRequest
     from aioserver.providers.sinks import StreamSink
     from aioserver.streams.stream import Stream
 
@@ -78,18 +75,7 @@ class MessageAttempt(BridgedAttempt):
     memory = Learned
     shown_path, shown_api = "/v1/messages", "messages"
 
-    __slots__ = ("_prepared",)
-
-    def __init__(
-        self,
-        provider: AttemptedProvider,
-        request: ProviderRequest,
-        stream: Stream | None,
-        **further: Any,
-    ) -> None:
-        super().__init__(provider, request, stream, **further)
-        # The body without what the provider would refuse, between its preparation and its sending.
-        self._prepared: bytes | None = None
+    __slots__ = ()
 
     def preparation(self) -> Awaitable[None] | None:
         """Return the steps that translate the request, or take our thinking out of it."""
@@ -98,21 +84,14 @@ class MessageAttempt(BridgedAttempt):
         body = self.request.body(self.provider.settings, self.model)
         if self.hop is None and body.find(SIGNATURE.encode()) < 0:
             # It is sent at once, and need not be made again.
-            self._prepared = body
+            self.prepared = body
             return None
         return self._prepare(body)
 
     async def _prepare(self, body: bytes) -> None:
         if body.find(SIGNATURE.encode()) >= 0:
             body = await without_thinking(body)
-        self._prepared = body if self.hop is None else await self.hop.body(body)
-
-    def written(self, writer: RequestWriter) -> bytes:
-        """Return the bytes to send."""
-        prepared, self._prepared = self._prepared, None
-        if prepared is None or self._chat is not None:
-            return super().written(writer)
-        return self.request_bytes(writer, self.request.api, self.request.path, prepared)
+        self.prepared = body if self.hop is None else await self.hop.body(body)
 
     def stream_sink(self, stream: Stream) -> StreamSink:
         """Return what fills *stream* with the events of the answer."""

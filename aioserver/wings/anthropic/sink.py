@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from aioserver.protocol import eventstream
-from aioserver.protocol.openai import BadEvent, bounded
+from aioserver.protocol.openai import bounded
 from aioserver.provider_errors import (
     ProviderError,
     ProviderFault,
@@ -21,7 +21,7 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers import error_mapping
 from aioserver.providers.reading_sinks import BridgingSink
-from aioserver.providers.sinks import PassingSink, complete
+from aioserver.providers.sinks import PassingSink
 from aioserver.wings.anthropic import wire
 from aioserver.wings.anthropic.bridge.events import Call, MessageWriter
 from aioserver.wings.anthropic.bridge.refused import translate
@@ -112,26 +112,11 @@ class BridgeSink(BridgingSink[Call]):
         super()._open()
         return self._writer.begin()
 
-    def _complete(self) -> None:
-        """Append the events that end the message, and end the log.
-
-        Raises:
-            ProviderBadResponse: the answer is not complete.
-        """
-        stream, writer = self._stream, self._writer
-        try:
-            events = writer.finish()
-        except BadEvent as exc:
-            raise error_mapping.event_fault(exc) from exc
-        self._over = True
-        self._append(events)
-        stream.outcome.usage = writer.usage
-        complete(stream)
+    def _finish(self) -> list[bytes]:
+        return self._writer.finish()
 
     def _append(self, parts: list[bytes]) -> None:
-        if parts:
-            self._stream.forward(b"".join(parts), len(parts), more=self._over)
-            self._count_text()
+        self._append_texts(b"".join(parts), len(parts))
 
     def _append_texts(self, data: bytes, count: int) -> None:
         if count:

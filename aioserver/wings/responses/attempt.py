@@ -43,13 +43,9 @@ from aioserver.wings.responses.sinks import BridgeSink
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
-    from aioserver.auth.callers import Caller
     from aioserver.config import settings
-    from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.provider_errors import ProviderFault
-    from aioserver.providers.attempt import AttemptedProvider
-    from aioserver.providers.http1 import RequestWriter
-    from aioserver.providers.request import Answer, BodyMaker, Hold
+    from aioserver.providers.request import Answer, BodyMaker
     from aioserver.providers.sinks import StreamSink
     from aioserver.streams.stream import Stream
     from aioserver.wings.responses.background import Background
@@ -116,7 +112,7 @@ class ResponseRequest(ProviderRequest):
     *draft*: what it continues, or keeps to be continued; None if there is nothing of either.
     *patience*: seconds for which its client does without the id of the response, while it may come
     from another provider yet; None: until there is content. *running*: how it runs in the
-    background; None if its client waits for it.
+    background; None if its client waits for it. *further*: see `ProviderRequest`.
     """
 
     __slots__ = ("draft", "patience", "running")
@@ -126,27 +122,11 @@ class ResponseRequest(ProviderRequest):
         body: BodyMaker,
         draft: Draft | None,
         *,
-        streamed: bool,
-        caller: Caller,
-        model: str | None,
-        hold: Hold | None,
-        client_headers: ClientHeaders,
         patience: float | None = None,
-        size: int = 0,
-        max_answer: int | None = None,
         running: Background | None = None,
+        **further: Any,
     ) -> None:
-        super().__init__(
-            RESPONSES,
-            body,
-            streamed=streamed,
-            caller=caller,
-            model=model,
-            hold=hold,
-            client_headers=client_headers,
-            size=size,
-            max_answer=max_answer,
-        )
+        super().__init__(RESPONSES, body, **further)
         self.draft = draft
         self.patience = patience
         self.running = running
@@ -158,22 +138,15 @@ class ResponseAttempt(BridgedAttempt):
     memory = Learned
     shown_path, shown_api = "/v1/responses", "responses"
 
-    __slots__ = ("_draft", "_patience", "_prepared", "_running")
+    __slots__ = ("_draft", "_patience", "_running")
 
-    def __init__(
-        self,
-        provider: AttemptedProvider,
-        request: ProviderRequest,
-        stream: Stream | None,
-        **further: Any,
-    ) -> None:
-        super().__init__(provider, request, stream, **further)
+    def __init__(self, *names: Any, **further: Any) -> None:
+        super().__init__(*names, **further)
+        request = self.request
         assert isinstance(request, ResponseRequest), "the face makes it"
         self._draft = request.draft
         self._patience = request.patience
         self._running = request.running
-        # The body of a request that continues a response, between its preparation and its sending.
-        self._prepared: bytes | None = None
 
     @property
     def bridged(self) -> bool:
@@ -225,31 +198,24 @@ class ResponseAttempt(BridgedAttempt):
         provider = self.provider
         body = self.request.body(provider.settings, self.model)
         keeps = self._learned.keeps
-        self._prepared = await draft.body_for(body, provider.name, keeps=keeps)
+        self.prepared = await draft.body_for(body, provider.name, keeps=keeps)
 
     @property
     def _learned(self) -> Learned:
         # Asked for anew each time, since a reload makes another.
         return self.provider.memory(Learned)
 
-    def written(self, writer: RequestWriter) -> bytes:
-        """Return the bytes to send.
+    def body_to_send(self) -> bytes:
+        """Return the body of the request, with what it continues.
 
         Raises:
-            RequestTooLarge, InvalidRequest: the request continues a response, and that cannot be
-                written out.
+            RequestTooLarge, InvalidRequest: that cannot be written out.
         """
-        if self._chat is not None:
-            return super().written(writer)
-        request, prepared = self.request, self._prepared
-        self._prepared = None
-        if prepared is None:
-            prepared = request.body(self.provider.settings, self.model)
-            if self._draft is not None:
-                keeps = self._learned.keeps
-                steps = self._draft.body_for(prepared, self.provider.name, keeps=keeps)
-                prepared = at_once(steps)
-        return self.request_bytes(writer, request.api, request.path, prepared)
+        draft, provider = self._draft, self.provider
+        if draft is None or self.prepared is not None:
+            return super().body_to_send()
+        body = self.request.body(provider.settings, self.model)
+        return at_once(draft.body_for(body, provider.name, keeps=self._learned.keeps))
 
     def _refused(self, body: bytes) -> bool:
         """Return whether the provider does not know the response which the request continues by

@@ -8,8 +8,6 @@ import orjson
 
 from aioserver.gateway import probe
 from aioserver.protocol import eventstream
-from aioserver.protocol.client_headers import NO_HEADERS
-from aioserver.providers.request import NO_CALLER
 from aioserver.wings.responses.attempt import ResponseAttempt, ResponseRequest
 
 if TYPE_CHECKING:
@@ -18,15 +16,7 @@ if TYPE_CHECKING:
 
 def new() -> probe.Probe:
     """Return a new one."""
-    request = ResponseRequest(
-        _body,
-        None,
-        streamed=True,
-        caller=NO_CALLER,
-        model=None,
-        hold=None,
-        client_headers=NO_HEADERS,
-    )
+    request = ResponseRequest(_body, None, streamed=True)
     return probe.Probe(request=request, make_attempt=ResponseAttempt, calls=_calls)
 
 

@@ -22,13 +22,11 @@ from typing import TYPE_CHECKING
 import orjson
 
 from aioserver.protocol import eventstream
-from aioserver.protocol.openai import BadEvent
-from aioserver.providers.error_mapping import error_object_fault, event_fault
+from aioserver.providers.error_mapping import error_object_fault
 from aioserver.providers.reading_sinks import BridgingSink
 from aioserver.providers.sinks import (
     PassingSink,
     before_error,
-    complete,
     error_in,
     usage_in,
 )
@@ -137,20 +135,8 @@ class BridgeSink(BridgingSink[Call]):
         self._stream.add_alias(self._writer.response_id)
         return self._writer.begin()
 
-    def _complete(self) -> None:
-        """Append the events that end the response, and end the log.
-
-        Raises:
-            ProviderBadResponse: the answer is not complete.
-        """
-        stream, writer = self._stream, self._writer
-        try:
-            events = writer.finish(int(time.time()))
-        except BadEvent as exc:
-            raise event_fault(exc) from exc
-        self._append(events)
-        stream.outcome.usage = writer.usage
-        complete(stream)
+    def _finish(self) -> list[bytes]:
+        return self._writer.finish(int(time.time()))
 
     def _append(self, parts: list[bytes]) -> None:
         if not parts:

@@ -15,7 +15,6 @@ refused by name: a thread that is continued, a file by its id.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import msgspec
 import orjson
@@ -23,8 +22,8 @@ from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
 from aioserver.protocol import json_body
+from aioserver.protocol.bridging.chat import BridgedChat, put_together, tool_members
 from aioserver.protocol.bridging.reading import (
-    LARGE_BYTES,
     Steps,
     check_density,
     elements,
@@ -34,13 +33,10 @@ from aioserver.protocol.bridging.reading import (
     string,
 )
 from aioserver.protocol.bridging.turns import Turns
-from aioserver.protocol.bridging.words import ALL_WORDS, Size, Words, optional_in
+from aioserver.protocol.bridging.words import ALL_WORDS, Size, Words
 from aioserver.protocol.json_body import ABSENT, flag, null, pause
 from aioserver.wings.anthropic.bridge.blocks import BlockReader
 from aioserver.wings.anthropic.bridge.tools import MAX_TOOLS, Tools
-
-if TYPE_CHECKING:
-    from aioserver.protocol.bridging.hosted import Hosted
 
 _EFFORTS = {b'"xhigh"': b'"high"', b'"max"': b'"high"'}
 # The message of a request that continues a thread.
@@ -106,25 +102,14 @@ class ThreadContinued(InvalidRequest):
     )
 
 
-@dataclass(slots=True)
-class ChatRequest:
-    """A request for chat completions, and what its answer needs to become a message.
-
-    *body* is the JSON to send, of *asked_tokens* as an estimate; it is let go when it was sent. It
-    has the optional *words*. *thinking* says that the client wants to see the reasoning.
+@dataclass(slots=True, kw_only=True)
+class ChatRequest(BridgedChat):
+    """A request for chat completions, and what its answer needs to become a message. *thinking*
+    says that the client wants to see the reasoning.
     """
 
-    body: bytes
-    model: str
     tools: Tools
     thinking: bool
-    asked_tokens: int
-    words: frozenset[str] = frozenset()
-
-    @property
-    def hosted(self) -> Hosted:
-        """What of hosted tools the provider does not get."""
-        return self.tools.hosted
 
 
 async def chat_request(
@@ -140,7 +125,6 @@ async def chat_request(
     """
     await check_density(body)
     fields = await json_body.decoding(_BODY, body, "the body")
-    model = b'""' if null(fields.model) else string(fields.model, "model")
     if not null(fields.thread) and b'"continue"' in bytes(fields.thread):
         raise ThreadContinued(THREAD_MESSAGE, param="thread")
     tools = Tools()
@@ -156,43 +140,24 @@ async def chat_request(
     reader = BlockReader(tools, turns)
     await reader.instruct(fields.system, "system")
     await for_each(fields.messages, "messages", reader.add)
-    streamed = b""
-    if flag(fields.stream):
-        usage = b',"stream_options":{"include_usage":true}'
-        streamed = b',"stream":true' + (usage if words.takes("stream_options") else b"")
-    said, called = turns.finish(), _tool_members(tools, choice, words)
-    if len(body) > LARGE_BYTES:
-        await pause()
-    size = Size(sum(map(len, (*said, *called))) - turns.picture_bytes, turns.pictures)
-    options = _options(fields, words, size)
-    parts = (
-        b'{"model":%b,"messages":[' % model,
-        *said,
-        b"]",
-        streamed,
-        *called,
-        options,
-        _response_format(fields),
-        b"}",
+    written, model, asked_tokens, optional = await put_together(
+        body,
+        fields.model,
+        turns,
+        tool_members(tools.functions, choice, b"false" if tools.serial else b"", words),
+        lambda size: _options(fields, words, size),
+        words,
+        streamed=bool(flag(fields.stream)),
+        form=_response_format(fields),
     )
     return ChatRequest(
-        b"".join(parts),
-        orjson.loads(model),
-        tools,
-        _thinking(fields),
-        words.tokens(size),
-        optional_in(b"".join((streamed, called[1], options))),
-    )
-
-
-def _tool_members(tools: Tools, choice: bytes, words: Words) -> tuple[bytes, bytes]:
-    if not tools.functions:
-        return b"", b""
-    serial = tools.serial and words.takes("parallel_tool_calls")
-    functions = b"[%b]" % b",".join(tools.functions.values())
-    return (
-        members((b"tools", functions), (b"tool_choice", choice)),
-        members((b"parallel_tool_calls", b"false" if serial else b"")),
+        body=written,
+        model=model,
+        tools=tools,
+        hosted=tools.hosted,
+        thinking=_thinking(fields),
+        asked_tokens=asked_tokens,
+        words=optional,
     )
 
 

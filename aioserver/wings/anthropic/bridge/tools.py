@@ -11,9 +11,9 @@ import orjson
 from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
+from aioserver.protocol.bridging.chat import function, function_name
 from aioserver.protocol.bridging.hosted import Hosted
-from aioserver.protocol.bridging.names import function_name
-from aioserver.protocol.bridging.reading import members, read, string
+from aioserver.protocol.bridging.reading import read
 from aioserver.protocol.json_body import ABSENT, flag, null
 
 # Tools of one request.
@@ -81,16 +81,10 @@ class Tools:
             return
         if not tool.name:
             raise InvalidRequest(f"{param} must have a name", param=f"{param}.name")
-        description = b""
-        if not null(tool.description):
-            description = string(tool.description, f"{param}.description")
-        more = members(
-            (b"description", description),
-            (b"parameters", tool.input_schema),
-            (b"strict", b"true" if flag(tool.strict) else b""),
+        name, strict = self.name_of(tool.name), bool(flag(tool.strict))
+        self.functions[tool.name] = function(
+            name, tool.description, tool.input_schema, param, strict=strict
         )
-        name = orjson.dumps(self.name_of(tool.name))
-        self.functions[tool.name] = b'{"type":"function","function":{"name":%b%b}}' % (name, more)
 
     def choose(self, raw: Raw) -> bytes:
         """Return the `tool_choice` of chat completions for that of a request; empty if there is

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 class WholeWriter(MessageWriter):
     """Reads a whole answer, and writes the message alone."""
 
-    __slots__ = ("_content", "_grown")
-
     def __init__(self, request: ChatRequest, name: str, max_bytes: int) -> None:
         super().__init__(request, name, max_bytes)
         # The blocks that have ended, and the text of the one that is open, escaped.

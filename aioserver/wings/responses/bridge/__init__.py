@@ -8,7 +8,6 @@ In the order in which a request meets them:
     items      its input items become messages
     tools      its tools become functions, and the choice of one becomes that of a function
     events     the chunks of a streamed answer become the events of a response
-    logprobs   the logprobs in such a chunk
     whole      a whole answer becomes a whole response
     output     the output items, while they grow: messages, reasoning, calls of tools; and the
                response object around them

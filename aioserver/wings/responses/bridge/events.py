@@ -30,7 +30,6 @@ import orjson
 
 from aioserver.protocol.bridging import chunks
 from aioserver.protocol.bridging.chunks import ITEM_BYTES, ChunkReader, DeltaText
-from aioserver.wings.responses.bridge.logprobs import written_logprobs
 from aioserver.wings.responses.bridge.output import (
     COMPLETED,
     DELTA,
@@ -45,6 +44,7 @@ from aioserver.wings.responses.bridge.output import (
     Part,
     Reasoning,
     usage_object,
+    written_logprobs,
 )
 
 if TYPE_CHECKING:
@@ -66,20 +66,6 @@ class ResponseWriter(ChunkReader[Call]):
     Always: `sequence` is the number of events that were written, the opening ones included; an
     item is written to only while it is in `_open`.
     """
-
-    __slots__ = (
-        "_asked_tokens",
-        "_frame",
-        "_items",
-        "_message",
-        "_name",
-        "_open",
-        "_part",
-        "_plain_part",
-        "_reasoning",
-        "_tools",
-        "sequence",
-    )
 
     def __init__(self, request: ChatRequest, frame: Frame, max_bytes: int) -> None:
         super().__init__(max_bytes, frame.size, logprobs=request.logprobs)

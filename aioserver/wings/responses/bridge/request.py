@@ -20,7 +20,6 @@ is refused by name: see `_REFUSED`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import msgspec
 import orjson
@@ -28,8 +27,8 @@ from msgspec import Raw
 
 from aioserver.errors import InvalidRequest, ResponseNotFound
 from aioserver.protocol import json_body
+from aioserver.protocol.bridging.chat import BridgedChat, put_together, tool_members
 from aioserver.protocol.bridging.reading import (
-    LARGE_BYTES,
     Steps,
     check_density,
     elements,
@@ -40,14 +39,11 @@ from aioserver.protocol.bridging.reading import (
     string,
 )
 from aioserver.protocol.bridging.turns import Piece, Turns
-from aioserver.protocol.bridging.words import ALL_WORDS, Size, Words, optional_in
+from aioserver.protocol.bridging.words import ALL_WORDS, Size, Words
 from aioserver.protocol.json_body import ABSENT, flag, null, pause
 from aioserver.wings.responses.bridge.items import ItemReader
 from aioserver.wings.responses.bridge.output import MAX_REPEATED_BYTES
 from aioserver.wings.responses.bridge.tools import Tools
-
-if TYPE_CHECKING:
-    from aioserver.protocol.bridging.hosted import Hosted
 
 LOGPROBS = "message.output_text.logprobs"
 # Fields that only a provider with responses of its own can honour.
@@ -106,27 +102,15 @@ _REASONING = msgspec.json.Decoder(_Reasoning)
 _METADATA = msgspec.json.Decoder(dict[str, str] | None)
 
 
-@dataclass(slots=True)
-class ChatRequest:
-    """A request for chat completions, and what its answer needs to become a response.
-
-    *body* is the JSON to send, of *asked_tokens* as an estimate; it is let go when it was sent. It
-    has the optional *words*. *repeated* is for the `Frame` of the response. *logprobs* says that
-    the answer shall have them.
+@dataclass(slots=True, kw_only=True)
+class ChatRequest(BridgedChat):
+    """A request for chat completions, and what its answer needs to become a response. *repeated*
+    is for the `Frame` of the response. *logprobs* says that the answer shall have them.
     """
 
-    body: bytes
-    model: str
     tools: Tools
     repeated: bytes
     logprobs: bool
-    asked_tokens: int
-    words: frozenset[str] = frozenset()
-
-    @property
-    def hosted(self) -> Hosted:
-        """What of hosted tools the provider does not get."""
-        return self.tools.hosted
 
 
 async def chat_request(
@@ -150,7 +134,6 @@ async def chat_request(
     """
     await check_density(body)
     fields = await _fields(body)
-    model = b'""' if null(fields.model) else string(fields.model, "model")
     if not (incomplete or null(fields.previous_response_id)):
         raise ResponseNotFound("the previous response is not known", param="previous_response_id")
     tools = Tools()
@@ -169,37 +152,25 @@ async def chat_request(
         await for_each(fields.input, "input", ItemReader(tools, turns).add)
     logprobs = not null(fields.top_logprobs) or LOGPROBS in await _names(fields.include)
     written_format, shown_text = _text(fields.text)
-    said = turns.finish()
-    stream_members = b""
-    if streamed or flag(fields.stream):
-        usage = b',"stream_options":{"include_usage":true}'
-        stream_members = b',"stream":true' + (usage if words.takes("stream_options") else b"")
-    called, parallel = _tool_members(tools, choice, fields, words)
-    if len(body) > LARGE_BYTES:
-        await pause()
-    size = Size(sum(map(len, (*said, called))) - turns.picture_bytes, turns.pictures)
-    options = _options(fields, words, size, logprobs=logprobs)
-    parts = (
-        b'{"model":%b,"messages":[' % model,
-        *said,
-        b"]",
-        stream_members,
-        called,
-        parallel,
-        written_format,
-        options,
-        b"}",
+    written, model, asked_tokens, optional = await put_together(
+        body,
+        fields.model,
+        turns,
+        tool_members(tools.functions, choice, fields.parallel_tool_calls, words),
+        lambda size: _options(fields, words, size, logprobs=logprobs),
+        words,
+        streamed=streamed or bool(flag(fields.stream)),
+        form=written_format,
     )
-    repeated = _repeated(fields, tools, shown_text, previous)
-    written = b"".join(parts)
     return ChatRequest(
-        written,
-        orjson.loads(model),
-        tools,
-        repeated,
-        logprobs,
-        words.tokens(size),
-        optional_in(b"".join((stream_members, parallel, options))),
+        body=written,
+        model=model,
+        tools=tools,
+        hosted=tools.hosted,
+        repeated=_repeated(fields, tools, shown_text, previous),
+        logprobs=logprobs,
+        asked_tokens=asked_tokens,
+        words=optional,
     )
 
 
@@ -216,18 +187,6 @@ async def _fields(body: bytes) -> _Body:
 
 async def _names(raw: Raw) -> list[str]:
     return [json_body.text(each) or "" for each in await elements(raw, "include")]
-
-
-def _tool_members(tools: Tools, choice: bytes, fields: _Body, words: Words) -> tuple[bytes, bytes]:
-    if not tools.functions:
-        # OpenAI's own chat completions refuse a choice without tools.
-        return b"", b""
-    functions = b"[%b]" % b",".join(tools.functions.values())
-    parallel = fields.parallel_tool_calls if words.takes("parallel_tool_calls") else ABSENT
-    return (
-        members((b"tools", functions), (b"tool_choice", choice)),
-        members((b"parallel_tool_calls", parallel)),
-    )
 
 
 def _options(fields: _Body, words: Words, size: Size, *, logprobs: bool) -> bytes:

@@ -19,16 +19,9 @@ import orjson
 from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
+from aioserver.protocol.bridging.chat import MAX_NAME, function, function_name
 from aioserver.protocol.bridging.hosted import Hosted
-from aioserver.protocol.bridging.names import MAX_NAME, function_name
-from aioserver.protocol.bridging.reading import (
-    MAX_ELEMENTS,
-    elements,
-    is_string,
-    members,
-    read,
-    string,
-)
+from aioserver.protocol.bridging.reading import MAX_ELEMENTS, elements, is_string, read
 from aioserver.protocol.json_body import ABSENT, flag, null
 
 FUNCTION, CUSTOM = "function", "custom"
@@ -131,11 +124,10 @@ class Tools:
         elif tool.type in _OWN:
             self._check_name(tool, param)
             name = self.name_of(tool.type, tool.name, namespace)
-            made = (
-                _function(tool, name, param)
-                if tool.type == FUNCTION
-                else _custom(tool, name, param)
-            )
+            own = tool.type == FUNCTION
+            parameters = tool.parameters if own else _parameters(tool, param)
+            strict = own and bool(flag(tool.strict))
+            made = function(name, tool.description, parameters, param, strict=strict)
             self.declared[name] = Tool(tool.type, tool.name, namespace)
             self.functions[name] = made
         elif tool.type == "web_search" and flag(tool.external_web_access) is False:
@@ -206,22 +198,9 @@ class Tools:
             raise InvalidRequest(f"{param} must have a name", param=f"{param}.name")
 
 
-def _function(tool: _Tool, name: str, param: str) -> bytes:
-    description = (
-        b"" if null(tool.description) else string(tool.description, f"{param}.description")
-    )
-    # Chat completions are not strict by default, and not every engine knows the word.
-    strict = b"true" if flag(tool.strict) else b""
-    more = members(
-        (b"description", description), (b"parameters", tool.parameters), (b"strict", strict)
-    )
-    return b'{"type":"function","function":{"name":%b%b}}' % (orjson.dumps(name), more)
-
-
-def _custom(tool: _Tool, name: str, param: str) -> bytes:
-    """Return the function of a custom tool.
-
-    The grammar of its input stands in the description of that.
+def _parameters(tool: _Tool, param: str) -> bytes:
+    """Return the parameters of the function that stands for a custom tool. The grammar of its
+    input stands in the description of that.
     """
     described = b""
     if not null(tool.format):
@@ -232,8 +211,4 @@ def _custom(tool: _Tool, name: str, param: str) -> bytes:
                 bytes(syntax)[1:-1],
                 bytes(grammar.definition)[1:-1],
             )
-    description = (
-        b"" if null(tool.description) else string(tool.description, f"{param}.description")
-    )
-    more = members((b"description", description), (b"parameters", _INPUT % described))
-    return b'{"type":"function","function":{"name":%b%b}}' % (orjson.dumps(name), more)
+    return _INPUT % described

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from aioserver.protocol.bridging.whole import read_whole
 from aioserver.wings.responses.bridge.events import ResponseWriter
-from aioserver.wings.responses.bridge.logprobs import written_logprobs
-from aioserver.wings.responses.bridge.output import REASONS, TEXT, Call
+from aioserver.wings.responses.bridge.output import REASONS, TEXT, Call, written_logprobs
 
 
 class WholeWriter(ResponseWriter):
     """Reads a whole answer, and writes the response alone."""
-
-    __slots__ = ()
 
     def whole(self, now: int) -> bytes:
         """Return the response object as `finish` ends it, without the events.

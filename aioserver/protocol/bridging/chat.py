@@ -1,0 +1,122 @@
+"""The chat completion that a bridge asks for, put together of the parts that each API has read."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import orjson
+
+from aioserver.protocol.bridging.reading import LARGE_BYTES, members, string
+from aioserver.protocol.bridging.words import Size, Words, optional_in
+from aioserver.protocol.json_body import null, pause
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Container, Mapping
+
+    from msgspec import Raw
+
+    from aioserver.protocol.bridging.hosted import Hosted
+    from aioserver.protocol.bridging.turns import Turns
+
+# The characters in the name of a function that engines take.
+MAX_NAME = 64
+
+
+@dataclass(slots=True, kw_only=True)
+class BridgedChat:
+    """A request for chat completions that a bridge has made.
+
+    *body* is the JSON to send, of *asked_tokens* as an estimate; it is let go when it was sent. It
+    has the optional *words*. *hosted* has what the provider does not get.
+    """
+
+    body: bytes
+    model: str
+    hosted: Hosted
+    asked_tokens: int
+    words: frozenset[str]
+
+
+class ToolMembers(NamedTuple):
+    """The members of a body for its tools: the *functions*, and whether they are *parallel*."""
+
+    functions: bytes = b""
+    parallel: bytes = b""
+
+
+def tool_members(
+    functions: Mapping[str, bytes], choice: bytes, parallel: Raw | bytes, words: Words
+) -> ToolMembers:
+    """Return the members for *functions*, JSON each. OpenAI's own chat completions refuse a choice
+    without tools.
+    """
+    if not functions:
+        return ToolMembers()
+    listed = b"[%b]" % b",".join(functions.values())
+    return ToolMembers(
+        members((b"tools", listed), (b"tool_choice", choice)),
+        members((b"parallel_tool_calls", parallel if words.takes("parallel_tool_calls") else b"")),
+    )
+
+
+def function_name(name: str, identity: object, taken: Container[str] = ()) -> str:
+    """Return *name*, or one with a digest of *identity*, the tool's, if *name* is too long or is
+    *taken* by another tool.
+    """
+    if len(name) <= MAX_NAME and name not in taken:
+        return name
+    # A digest keeps apart what is the same when it is cut.
+    digest = f"{zlib.crc32(repr(identity).encode('utf-8', 'replace')):08x}"
+    return f"{name[: MAX_NAME - 9]}_{digest}"
+
+
+def function(
+    name: str, description: Raw, parameters: Raw | bytes, param: str, *, strict: bool = False
+) -> bytes:
+    """Return a tool that is the function *name*.
+
+    Raises:
+        InvalidRequest: its *description* is no text; *param* names it.
+    """
+    described = b"" if null(description) else string(description, f"{param}.description")
+    more = members(
+        (b"description", described),
+        (b"parameters", parameters),
+        # Chat completions are not strict by default, and not every engine knows the word.
+        (b"strict", b"true" if strict else b""),
+    )
+    return b'{"type":"function","function":{"name":%b%b}}' % (orjson.dumps(name), more)
+
+
+async def put_together(
+    asked: bytes,
+    model: Raw,
+    turns: Turns,
+    tools: ToolMembers,
+    options: Callable[[Size], bytes],
+    words: Words,
+    *,
+    streamed: bool,
+    form: bytes = b"",
+) -> tuple[bytes, str, int, frozenset[str]]:
+    """Return the body for the request *asked*, its model, its tokens as an estimate, and the
+    optional words in it.
+
+    *options* returns the members that depend on the size; *form* is that of the text.
+    """
+    stream = b""
+    if streamed:
+        usage = b',"stream_options":{"include_usage":true}'
+        stream = b',"stream":true' + (usage if words.takes("stream_options") else b"")
+    name = b'""' if null(model) else string(model, "model")
+    said = turns.finish()
+    if len(asked) > LARGE_BYTES:
+        await pause()
+    size = Size(sum(map(len, (*said, *tools))) - turns.picture_bytes, turns.pictures)
+    further = options(size)
+    start, end = b'{"model":%b,"messages":[' % name, b"]" + stream
+    body = b"".join((start, *said, end, *tools, form, further, b"}"))
+    optional = optional_in(b"".join((stream, tools.parallel, further)))
+    return body, orjson.loads(name), words.tokens(size), optional
