@@ -31,7 +31,6 @@ from aioserver.client.socket import fault_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
-    from types import TracebackType
 
     from aioserver.client.socket import Question, Reading, Transport
     from aioserver.protocol.frames import Frame
@@ -321,12 +320,7 @@ class Answer:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_exc: object) -> None:
         self.leave()
 
     async def _pieces(self) -> AsyncGenerator[str]:

@@ -17,8 +17,6 @@ from aioserver.client.history import PAGE, History, Summary, Turn
 from aioserver.client.socket import MAX_ID_CHARACTERS, SocketTransport, make_question
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from aioserver.client.credentials import Key
     from aioserver.client.socket import Transport
 
@@ -76,12 +74,7 @@ class Client:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_exc: object) -> None:
         await self.close()
 
     async def close(self) -> None:

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 @click.command("serve")
 @options.config
 @click.option("--host", help="Address to listen on, instead of the configured one.")
-@click.option(
+@options.number(
     "--port",
-    type=click.IntRange(0, 65535),
-    help="Port to listen on, instead of the configured one; 0: any free one.",
+    click.IntRange(0, 65535),
+    "Port to listen on, instead of the configured one; 0: any free one.",
 )
 @click.option(
     "--loop",

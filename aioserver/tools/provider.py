@@ -82,45 +82,22 @@ def _list_faults(context: click.Context, _parameter: click.Parameter, wanted: bo
 
 @click.command("provider")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=9000,
-    show_default=True,
-    help="Port to listen on; 0: any free one.",
-)
-@click.option(
-    "--ttft",
-    type=click.FloatRange(min=0),
-    default=0.2,
-    show_default=True,
-    help="Seconds before the first token.",
-)
-@click.option(
-    "--interval",
-    type=click.FloatRange(min=0),
-    default=0.03,
-    show_default=True,
-    help="Seconds between two tokens.",
-)
-@click.option(
+@options.number("--port", click.IntRange(0, 65535), "Port to listen on; 0: any free one.", 9000)
+@options.number("--ttft", click.FloatRange(min=0), "Seconds before the first token.", 0.2)
+@options.number("--interval", click.FloatRange(min=0), "Seconds between two tokens.", 0.03)
+@options.number(
     "--tokens",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Tokens of each answer; 0: the natural length of its text.",
+    click.IntRange(min=0),
+    "Tokens of each answer; 0: the natural length of its text.",
+    0,
 )
-@click.option(
+@options.number(
     "--fail-rate",
-    type=click.FloatRange(0, 1),
-    help="Share of the requests that fail.  [default: 0; with --fault: 1]",
+    click.FloatRange(0, 1),
+    "Share of the requests that fail.  [default: 0; with --fault: 1]",
 )
-@click.option(
-    "--fail-status",
-    type=click.IntRange(400, 599),
-    default=503,
-    show_default=True,
-    help="HTTP status of the requests that fail.",
+@options.number(
+    "--fail-status", click.IntRange(400, 599), "HTTP status of the requests that fail.", 503
 )
 @click.option(
     "--fault",
@@ -138,17 +115,17 @@ def _list_faults(context: click.Context, _parameter: click.Parameter, wanted: bo
     callback=_list_faults,
     help="Explain every NAME that --fault takes, and exit.",
 )
-@click.option(
+@options.number(
     "--cut-after",
-    type=click.IntRange(min=0),
+    click.IntRange(min=0),
+    "Reset the connection after so many tokens.",
     metavar="TOKENS",
-    help="Reset the connection after so many tokens.",
 )
-@click.option(
+@options.number(
     "--stall-after",
-    type=click.IntRange(min=0),
+    click.IntRange(min=0),
+    "Send nothing more after so many tokens, and keep the connection open.",
     metavar="TOKENS",
-    help="Send nothing more after so many tokens, and keep the connection open.",
 )
 @click.option(
     "--responses/--no-responses",

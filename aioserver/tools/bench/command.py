@@ -33,30 +33,24 @@ DEFAULT_REQUESTS = 4
     show_default=True,
     help="Protocol that the clients speak.",
 )
-@click.option(
-    "--clients",
-    type=click.IntRange(min=1),
-    default=50,
-    show_default=True,
-    help="Clients at the same time.",
-)
-@click.option(
+@options.number("--clients", click.IntRange(min=1), "Clients at the same time.", 50)
+@options.number(
     "--requests",
-    type=click.IntRange(min=1),
-    help="Requests of each client, one after the other."
+    click.IntRange(min=1),
+    "Requests of each client, one after the other."
     f"  [default: {DEFAULT_REQUESTS}, unless --duration is set]",
 )
-@click.option(
+@options.number(
     "--duration",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Seconds in which every client sends one request after the other.",
+    click.FloatRange(min=0, min_open=True),
+    "Seconds in which every client sends one request after the other.",
 )
 @click.option("--model", help="Model to ask for.  [default: the server's choice]")
 @click.option("--prompt", default="Hello", show_default=True, help="Message in every request.")
-@click.option(
+@options.number(
     "--max-tokens",
-    type=click.IntRange(min=1),
-    help="Limit for the tokens of an answer.  [default: the server's choice]",
+    click.IntRange(min=1),
+    "Limit for the tokens of an answer.  [default: the server's choice]",
 )
 @click.option(
     "--no-stream",
@@ -69,12 +63,11 @@ DEFAULT_REQUESTS = 4
     default=0.0,
     help="Seconds over which the clients start.  [default: all at once]",
 )
-@click.option(
+@options.number(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    default=120.0,
-    show_default=True,
-    help="Seconds after which a request counts as incomplete.",
+    click.FloatRange(min=0, min_open=True),
+    "Seconds after which a request counts as incomplete.",
+    120.0,
 )
 @remote.key_option
 @click.option(

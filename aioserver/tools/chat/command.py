@@ -31,12 +31,11 @@ if TYPE_CHECKING:
 @click.option(
     "--system", help="System prompt, in place of the server's; the conversation is then kept here."
 )
-@click.option(
+@options.number(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    default=600.0,
-    show_default=True,
-    help="Seconds for an answer, with its waits and reconnections.",
+    click.FloatRange(min=0, min_open=True),
+    "Seconds for an answer, with its waits and reconnections.",
+    600.0,
 )
 @options.version
 def command(

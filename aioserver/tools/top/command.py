@@ -31,13 +31,7 @@ QUIT, MAX_KEYS = b"q", 64
 
 @click.command("top")
 @remote.url_argument
-@click.option(
-    "--interval",
-    type=click.FloatRange(1, 60),
-    default=1.0,
-    show_default=True,
-    help="Seconds between two snapshots.",
-)
+@options.number("--interval", click.FloatRange(1, 60), "Seconds between two snapshots.", 1.0)
 @click.option(
     "--once",
     is_flag=True,
