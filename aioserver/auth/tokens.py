@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from aioserver.auth.callers import Caller
     from aioserver.auth.keys import MakeQuota
@@ -85,7 +85,3 @@ class Tokens(Protocol):
     @property
     def secret(self) -> bytes:
         """What sessions made of tokens depend on: it changes with the settings."""
-
-    @property
-    def roles(self) -> Collection[str]:
-        """The roles that are admitted."""

@@ -102,7 +102,8 @@ class Admission:
         # Seconds without progress after which a client is dropped that does not read its response.
         self.send_timeout = send_timeout
         self._limits = limits
-        self._body_bytes = 0
+        # Bytes of bodies that are being read, or whose request may yet be sent.
+        self.body_bytes = 0
         # How to let go bodies that are kept in case their answer breaks off, the oldest first.
         self._spare: dict[BodyHold, Callable[[], None]] = {}
         self._lines = RateLimit(LINES_PER_SECOND)
@@ -121,11 +122,6 @@ class Admission:
         )
         self.idle_sockets.limit_changed()
 
-    @property
-    def body_bytes(self) -> int:
-        """Bytes of bodies that are being read, or whose request may yet be sent."""
-        return self._body_bytes
-
     def hold(self) -> BodyHold:
         """Return a hold for one body; the caller has it released, however the request ends."""
         return BodyHold(self)
@@ -136,14 +132,14 @@ class Admission:
         Raises:
             ServerAtCapacity: all bodies together would have more than `max_body_bytes`.
         """
-        while self._body_bytes + size > self._limits.max_body_bytes and self._spare:
+        while self.body_bytes + size > self._limits.max_body_bytes and self._spare:
             self._spare.pop(next(iter(self._spare)))()
-        if self._body_bytes + size > self._limits.max_body_bytes:
+        if self.body_bytes + size > self._limits.max_body_bytes:
             raise ServerAtCapacity(
                 f"chat.websocket.concurrency.max_body_bytes={self._limits.max_body_bytes} reached",
                 retry_after=self.gate.retry_after(),
             )
-        self._body_bytes += size
+        self.body_bytes += size
 
     def spare(self, hold: BodyHold, let_go: Callable[[], None] | None = None) -> None:
         """Have *let_go* called where another body needs the room of *hold*; None: no more."""
@@ -154,7 +150,7 @@ class Admission:
 
     def shrink(self, size: int) -> None:
         """Take *size* bytes off the count: their body was sent for the last time, or is gone."""
-        self._body_bytes -= size
+        self.body_bytes -= size
 
     def log(
         self, event: str, face: str, level: int = logging.INFO, *, caller: str = "", code: str = ""

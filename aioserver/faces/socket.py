@@ -52,7 +52,7 @@ from aioserver.limits.write_watchdog import (
     peer_of,
     vanished,
 )
-from aioserver.protocol.json_body import STEP_BYTES
+from aioserver.protocol.json_body import at_once
 from aioserver.streams.ending import run_all
 from aioserver.streams.formats import WS_CLOSE, WS_PING, WS_PONG, ws_frame
 from aioserver.streams.writer import Writer
@@ -161,16 +161,11 @@ class Socket(ABC):
         """Whether answers run on this socket: it is then neither idle nor drained."""
 
     @abstractmethod
-    def receive(self, data: bytes, hold: BodyHold) -> None:
-        """Carry out one message of the client; never waits, and raises nothing.
+    async def receive(self, data: bytes, hold: BodyHold) -> None:
+        """Carry out one message of the client, which is read in several turns of the event loop if
+        it is large; raises nothing.
 
         *hold* counts its bytes. It is released afterwards, unless it was given to a request.
-        """
-
-    @abstractmethod
-    async def receive_in_turns(self, data: bytes, hold: BodyHold) -> None:
-        """Carry out one large message of the client, as `receive`, in several turns of the event
-        loop.
         """
 
     @abstractmethod
@@ -200,7 +195,7 @@ class Socket(ABC):
             with hold:
                 # A socket that is closing gets no answers, and nothing is paid for them.
                 if self._closing is None:
-                    self.receive(data, hold)
+                    at_once(self.receive(data, hold))
 
     def refused(self, error: AioserverError) -> None:
         """Tell the client that it gets no place, and close."""
@@ -258,12 +253,8 @@ class Socket(ABC):
                 self.end(too_much(FULL_ROOM))
             return
         with hold:
-            if self._closing is not None:
-                pass
-            elif len(data) > STEP_BYTES:
-                await self.receive_in_turns(data, hold)
-            else:
-                self.receive(data, hold)
+            if self._closing is None:
+                await self.receive(data, hold)
 
     def break_off(self, error: AioserverError) -> None:
         """Close with *error*; nothing more is read."""

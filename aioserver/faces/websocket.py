@@ -20,7 +20,7 @@ from aioserver.faces.upgrade import serve
 from aioserver.gateway.instances import Start
 from aioserver.protocol import client_frames, frames
 from aioserver.protocol.client_frames import BadCommand, Cancel, Chat, Ping, Resume
-from aioserver.protocol.json_body import NotUtf8
+from aioserver.protocol.json_body import STEP_BYTES, NotUtf8
 from aioserver.streams.formats import MESSAGES, WS_TEXT, ws_frame
 
 if TYPE_CHECKING:
@@ -62,24 +62,15 @@ class ChatSocket(Socket):
         """Whether answers run on this socket."""
         return bool(self._following)
 
-    def receive(self, data: bytes, hold: BodyHold) -> None:
+    async def receive(self, data: bytes, hold: BodyHold) -> None:
         """Carry out one command."""
-        try:
-            command = client_frames.parse(data)
-        except BadCommand as fault:
-            self._refuse(fault.request_id, fault.error)
-        else:
-            self._carry_out(command, hold)
-
-    async def receive_in_turns(self, data: bytes, hold: BodyHold) -> None:
-        """Carry out one command, whose frame is read in several turns of the event loop."""
         try:
             command = await client_frames.parsing(data)
         except BadCommand as fault:
             self._refuse(fault.request_id, fault.error)
         else:
-            # Meanwhile the socket may have been closed.
-            if self.open:
+            # While a large one is read, the socket may be closed.
+            if len(data) <= STEP_BYTES or self.open:
                 self._carry_out(command, hold)
 
     def _carry_out(self, command: Command, hold: BodyHold) -> None:

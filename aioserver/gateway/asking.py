@@ -76,7 +76,7 @@ class Asking:
         model: str | None,
         round_: Round | None = None,
         *,
-        fallback: bool,
+        fallback: bool = False,
         trial: bool = False,
         random_number: Callable[[], float],
     ) -> None:

@@ -215,8 +215,6 @@ def awaited(writing: asyncio.Future[Any], seconds: float) -> asyncio.Future[None
 class _Deadline:
     """Ends *done* after *seconds*. No functions within `awaited`: they would hold each other."""
 
-    __slots__ = ("_end", "_loop", "_seconds", "_timer", "done")
-
     def __init__(self, seconds: float) -> None:
         self._loop = loop = asyncio.get_running_loop()
         self._seconds, self._end = seconds, loop.time() + max(seconds, MAX_TIMEOUT)

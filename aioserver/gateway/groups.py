@@ -262,34 +262,23 @@ class Group:
             among.sort(key=lambda member: (member is not trial, member is not placement.home))
             if trial is not None:
                 delays = {each: delay for each, delay in delays.items() if each is not trial}
-        member, place = await self._offered(among, attempts, delays, more, fallback=fallback)
-        try:
-            self.started(member, list(attempts), attempts[member].request.outcome, placement)
-        except BaseException:
-            place.release()
-            raise
-        return member, place
-
-    async def _offered(
-        self,
-        among: Sequence[Member],
-        attempts: Mapping[Member, Attempt],
-        delays: Mapping[Member, float],
-        more: Callable[[], Mapping[Member, Attempt]],
-        *,
-        fallback: bool,
-    ) -> tuple[Member, Place]:
-        """Return the first place that a member offers, *among* these in their order."""
         while True:
             offer = await self._offer(among, attempts, delays, more, fallback=fallback)
             if offer is not None:
-                return offer
+                break
             # One in the background has its permit now, and may still have to wait for its place:
             # at the members of now, of which some may have come, and some have gone.
             later = (member for member in attempts if member not in among)
             among = [member for member in (*among, *later) if member in self.members]
             if not among:
                 raise self.empty()
+        member, place = offer
+        try:
+            self.started(member, list(attempts), attempts[member].request.outcome, placement)
+        except BaseException:
+            place.release()
+            raise
+        return member, place
 
     async def _offer(
         self,
@@ -300,7 +289,9 @@ class Group:
         *,
         fallback: bool,
     ) -> tuple[Member, Place] | None:
-        """Return a place, as `_offered`; None if a permit has come."""
+        """Return the first place that a member offers, *among* these in their order; None if a
+        permit has come.
+        """
         refusals: list[ProviderFault] = []
         ready: list[Member] = []
         cooling: list[Member] = []

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aioserver.config.hints import nearest
@@ -84,32 +85,35 @@ class Router:
         alone: bool = True,
         hooks: Hooks | None = None,
     ) -> None:
-        self._random_number = random_number
+        self._asking = partial(Asking, random_number=random_number)
         self._hooks = hooks
         self._homes = Homes(alone=alone)
-        self._groups: dict[str, Group] = {}
+        # The groups that are configured, by name.
+        self.groups: dict[str, Group] = {}
         self.apply(providers, llm)
 
     def apply(self, providers: Mapping[str, Provider], llm: Llm) -> None:
         """Choose among *providers* by the settings *llm* from now on; requests under way stay
         where they are.
         """
-        self._providers, self._llm = providers, llm
-        self._groups = {
+        # All providers that are configured, by name.
+        self.providers, self._llm = providers, llm
+        self.groups = {
             name: self._group(name, configured) for name, configured in llm.models.items()
         }
         # Names that end with `*`, the longest first.
         self._stems = sorted(
-            (name[:-1] for name in self._groups if name.endswith("*")), key=len, reverse=True
+            (name[:-1] for name in self.groups if name.endswith("*")), key=len, reverse=True
         )
         self._active = self._target(llm.active)
         self._fallbacks = [self._target(name) for name in llm.fallbacks]
-        self._listed = self._implied()
+        # The names of models that providers list, with those that do.
+        self.listed = self._implied()
         self._continuing = any(
             provider.settings.continuation != NO_CONTINUATION for provider in providers.values()
         )
         # Whether a name may lead elsewhere than to the provider that it names, or the active one.
-        self._names_lead = bool(self._groups or self._listed or llm.unknown_models != PASS)
+        self._names_lead = bool(self.groups or self.listed or llm.unknown_models != PASS)
         # The client headers that any provider is passed, in lower case.
         self.passed_headers = frozenset(
             name for provider in providers.values() for name in provider.settings.pass_headers
@@ -119,14 +123,14 @@ class Router:
         """Return the group *name*, which goes on counting if it is there already."""
         members = [
             Member(
-                self._providers[member.provider],
+                self.providers[member.provider],
                 member.model,
                 member.weight or 1,
                 member.max_context,
             )
             for member in configured.members
         ]
-        group = self._groups.get(name)
+        group = self.groups.get(name)
         if group is None:
             return Group(name, members, configured.choose, configured.affinity)
         group.apply(members, configured.choose, configured.affinity)
@@ -134,7 +138,7 @@ class Router:
 
     def _target(self, name: str) -> Group:
         """Return the group *name*, or one of the provider *name* alone."""
-        return self._groups.get(name) or Group("", [Member(self._providers[name])])
+        return self.groups.get(name) or Group("", [Member(self.providers[name])])
 
     def _implied(self) -> dict[str, Group]:
         """Return, by the name of a model that providers list, the group of these in their order.
@@ -142,25 +146,10 @@ class Router:
         A provider's own `model` is not enough: whoever names it has not asked for that provider.
         """
         listing: dict[str, list[Member]] = {}
-        for provider in self._providers.values():
+        for provider in self.providers.values():
             for model in dict.fromkeys(provider.settings.models):
                 listing.setdefault(model, []).append(Member(provider, model))
         return {model: Group("", members) for model, members in listing.items()}
-
-    @property
-    def providers(self) -> Mapping[str, Provider]:
-        """All providers that are configured, by name."""
-        return self._providers
-
-    @property
-    def groups(self) -> Mapping[str, Group]:
-        """The groups that are configured, by name."""
-        return self._groups
-
-    @property
-    def listed(self) -> Mapping[str, Group]:
-        """The names of models that providers list, with those that do."""
-        return self._listed
 
     @property
     def active(self) -> Provider:
@@ -197,7 +186,7 @@ class Router:
             NoProvider: the request names none, and the active provider is not usable.
         """
         if provider is not None:
-            if (group := self._groups.get(provider)) is not None:
+            if (group := self.groups.get(provider)) is not None:
                 return self._to(group, api)
             return Route(self._named(provider), model)
         route = None if model is None else self._by_name(model, api)
@@ -228,10 +217,10 @@ class Router:
             ModelNotFound: it leads to none that is usable; or nowhere, and unknown models are
                 refused.
         """
-        if model in self._providers:
+        if model in self.providers:
             return Route(self._named(model), None)
         prefix, slash, rest = model.partition("/")
-        if slash and rest and prefix in self._providers:
+        if slash and rest and prefix in self.providers:
             return Route(self._named(prefix), rest)
         if not self._names_lead:
             return None
@@ -240,7 +229,7 @@ class Router:
         active = self._llm.providers.get(self._llm.active)
         if active is not None and (model == active.model or model in active.models):
             return None
-        listed = self._listed.get(model)
+        listed = self.listed.get(model)
         if listed is not None and listed.usable(api):
             return self._to(listed, api)
         if self._llm.unknown_models != PASS:
@@ -249,17 +238,17 @@ class Router:
 
     def _group_of(self, model: str) -> Group | None:
         """Return the group of that name, or of the longest that *model* begins with."""
-        if (group := self._groups.get(model)) is not None and not model.endswith("*"):
+        if (group := self.groups.get(model)) is not None and not model.endswith("*"):
             return group
         stem = next((stem for stem in self._stems if model.startswith(stem)), None)
-        return None if stem is None else self._groups[f"{stem}*"]
+        return None if stem is None else self.groups[f"{stem}*"]
 
     def _names(self) -> list[str]:
         """Return the names that lead somewhere."""
         active = self._llm.providers.get(self._llm.active)
         own = [] if active is None else [active.model, *active.models]
-        groups = (name for name in self._groups if not name.endswith("*"))
-        return [*groups, *self._providers, *own, *self._listed]
+        groups = (name for name in self.groups if not name.endswith("*"))
+        return [*groups, *self.providers, *own, *self.listed]
 
     def _to(self, group: Group, api: Api) -> Route:
         """Return the route to *group*.
@@ -301,7 +290,7 @@ class Router:
         """Return what to do where a provider does not speak *api*."""
         names = [
             name
-            for name, provider in self._providers.items()
+            for name, provider in self.providers.items()
             if api.speaks(provider.settings) and provider.settings.usable
         ]
         if not names:
@@ -324,12 +313,10 @@ class Router:
         Raises:
             ModelNotFound: it is not configured, or not usable.
         """
-        provider = self._providers.get(name)
+        provider = self.providers.get(name)
         if provider is None or not provider.settings.usable:
             usable = ", ".join(
-                other_name
-                for other_name, other in self._providers.items()
-                if other.settings.usable
+                other_name for other_name, other in self.providers.items() if other.settings.usable
             )
             raise ModelNotFound(f"no usable provider is named {name[:64]!r}; there are: {usable}")
         return provider
@@ -479,7 +466,7 @@ class Router:
         """
         route = request.route
         if route.group is None:
-            return self._asking(route.provider, route.model, request, stream).answer()
+            return self._asking(request, stream, route.provider, route.model).answer()
         return self._ask_in_turn(route.group, request, stream)
 
     async def _ask_in_turn(self, first: Group, request: Request, stream: Stream | None) -> Attempt:
@@ -525,7 +512,7 @@ class Router:
                         group.started(member, (), outcome)
                     model = route.model if group is first else member.model
                 asking = self._asking(
-                    member.provider, model, request, stream, round_, fallback=fallback, trial=trial
+                    request, stream, member.provider, model, round_, fallback=fallback, trial=trial
                 )
                 return await asking.answer()
             except ProviderFault as fault:
@@ -548,28 +535,6 @@ class Router:
                     # It never began.
                     group.members[0].provider.health.breaker.unsure(trial=True)
         raise (too_long(tries) or final_try(tries)).raised(outcome)
-
-    def _asking(
-        self,
-        provider: Provider,
-        model: str | None,
-        request: Request,
-        stream: Stream | None,
-        round_: Round | None = None,
-        *,
-        fallback: bool = False,
-        trial: bool = False,
-    ) -> Asking:
-        return Asking(
-            request,
-            stream,
-            provider,
-            model,
-            round_,
-            fallback=fallback,
-            trial=trial,
-            random_number=self._random_number,
-        )
 
     async def _round(
         self, group: Group, request: Request, stream: Stream | None, too_small: int

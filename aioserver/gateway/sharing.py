@@ -7,30 +7,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from aioserver.config.settings import ClientKey, HttpClient
+    from aioserver.config.settings import ClientKey
     from aioserver.limits.gate import Gate
     from aioserver.limits.quota import Quota
-    from aioserver.providers.health import Health, ProviderObserver
-    from aioserver.providers.queueing import ProviderGate
+    from aioserver.providers.health import ProviderObserver
+    from aioserver.providers.queueing import GateFactory
 
 
 class Sharing(Protocol):
     """The limits of all instances together, which the wing `cluster` implements."""
 
-    def make_gate(
-        self,
-        name: str,
-        limits: HttpClient,
-        health: Health,
-        clock: Callable[[], float],
-        on_starving: Callable[[], None],
-    ) -> ProviderGate:
-        """Return the gate of the provider *name*, whose places and starts all instances share.
-
-        *on_starving* is called while requests wait in other instances for places that are taken
-        here.
+    @property
+    def make_gate(self) -> GateFactory:
+        """What makes the gate of a provider, whose places and starts all instances share; its last
+        argument is called while requests wait in other instances for places that are taken here.
         """
 
     def observe(self, name: str) -> ProviderObserver:

@@ -218,8 +218,10 @@ class Gate:
         pace_error: Callable[[float], AioserverError] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._limit = limit
-        self._queue_size = queue_size
+        # How many places there are.
+        self.limit = limit
+        # For how many requests the queue has room.
+        self.queue_size = queue_size
         self._queue_timeout = queue_timeout
         self._full_error = full_error
         self._timeout_error = timeout_error
@@ -236,7 +238,8 @@ class Gate:
         # what they are estimated to cost. Their callers are charged once somebody waits, or else
         # with what it was.
         self._early: dict[Place, tuple[Hashable, Hashable, int, Callable[[], int]]] = {}
-        self._inside = 0
+        # How many places are taken.
+        self.inside = 0
         self._entered = 0
         self._refused = 0
         # While the gate is full: the time at which it became full, or a place was freed last.
@@ -264,7 +267,7 @@ class Gate:
     @property
     def batch_limit(self) -> int:
         """How many places batch may have."""
-        limit = self._limit
+        limit = self.limit
         return limit - max(1, limit // LEFT) if limit > 1 else limit
 
     @property
@@ -275,14 +278,14 @@ class Gate:
     @property
     def room(self) -> Fraction | int:
         """For how many more requests the queue has room."""
-        return self._queue_size - self.crowd
+        return self.queue_size - self.crowd
 
     @property
     def batch_room(self) -> Fraction | int:
         """For how many more requests of the class batch the queue has room."""
-        crowd, most = self._batch.size - self._batch_elsewhere, -(-self._queue_size // 2)
+        crowd, most = self._batch.size - self._batch_elsewhere, -(-self.queue_size // 2)
         # Another process may have room for more.
-        more = self.room - (self._queue_size - self.crowd)
+        more = self.room - (self.queue_size - self.crowd)
         return min(self.room, most - crowd + max(0, more))
 
     def room_for(self, *, batch: bool) -> Fraction | int:
@@ -298,11 +301,6 @@ class Gate:
         return waiting - elsewhere if elsewhere else waiting
 
     @property
-    def queue_size(self) -> int:
-        """For how many requests the queue has room."""
-        return self._queue_size
-
-    @property
     def room_elsewhere(self) -> bool:
         """Whether another process that shares these places may have one that it does not use."""
         return False
@@ -312,19 +310,9 @@ class Gate:
         """How many requests at least wait in other processes for places that are taken here."""
         return 0
 
-    @property
-    def inside(self) -> int:
-        """How many places are taken."""
-        return self._inside
-
-    @property
-    def limit(self) -> int:
-        """How many places there are."""
-        return self._limit
-
     def apply(self, limit: int, *, queue_size: int, queue_timeout: float) -> None:
         """Use new bounds. Places that are taken stay taken; waiters keep their deadlines."""
-        self._limit, self._queue_size, self._queue_timeout = limit, queue_size, queue_timeout
+        self.limit, self.queue_size, self._queue_timeout = limit, queue_size, queue_timeout
         self._full_since = self._clock()
         self.serve()
 
@@ -339,7 +327,7 @@ class Gate:
 
     def serve(self) -> None:
         """Let in the waiters that may start now; called when a place or the pace has changed."""
-        while self._inside < self._limit and (self._queue.size or self._batch.size):
+        while self.inside < self.limit and (self._queue.size or self._batch.size):
             if (queue := self._next()) is None:
                 return
             if (delay := self._delay()) > ROUNDING:
@@ -381,7 +369,7 @@ class Gate:
         *cost* counts for the pace, and *work*, which is called if that has to be known before the
         end, for the share of *caller* and *flow*, as in `enter`; None: nobody is charged.
         """
-        if self._inside >= self._limit or self._queue.size or self._closed is not None:
+        if self.inside >= self.limit or self._queue.size or self._closed is not None:
             return None
         if batch and (self._batch.size or self._batch_inside >= self.batch_limit):
             return None
@@ -655,10 +643,10 @@ class Gate:
         heads = chain(self._queue.heads(), self._batch.heads())
         oldest = min((waiter.arrived for waiter in heads), default=None)
         return GateStats(
-            inside=self._inside,
-            limit=self._limit,
+            inside=self.inside,
+            limit=self.limit,
             waiting=self.waiting,
-            queue_size=self._queue_size,
+            queue_size=self.queue_size,
             oldest_wait=0.0 if oldest is None else self._clock() - oldest,
             entered=self._entered,
             refused=self._refused,
@@ -683,8 +671,8 @@ class Gate:
         return Place(self, charge, batch)
 
     def _enter(self) -> None:
-        self._inside += 1
-        if self._inside == self._limit:
+        self.inside += 1
+        if self.inside == self.limit:
             self._full_since = self._clock()
 
     def _batch_entered(self) -> None:
@@ -694,11 +682,11 @@ class Gate:
 
     def _leave(self) -> None:
         # Below the limit nobody had to wait for this place, so its interval does not count.
-        if self._inside >= self._limit:
+        if self.inside >= self.limit:
             now = self._clock()
             self._interval += SMOOTHING * (min(60.0, now - self._full_since) - self._interval)
             self._full_since = now
-        self._inside -= 1
+        self.inside -= 1
         if self._queue.size or self._batch.size:
             self.serve()
 
@@ -733,7 +721,7 @@ class Gate:
             waiter.place.set_exception(exc)
         finally:
             if place is None:
-                self._inside -= 1
+                self.inside -= 1
                 if batch:
                     self._batch_inside -= 1
                 if charge is not None:
@@ -817,7 +805,7 @@ class Gate:
         """Estimate the seconds until the request at *position* starts, which is at
         *batch_position* among those of its class if that is batch.
         """
-        wait = position * self._interval if self._inside >= self._limit else 0.0
+        wait = position * self._interval if self.inside >= self.limit else 0.0
         if batch_position and self._batch_inside >= self.batch_limit:
             wait = max(wait, batch_position * self._batch_interval)
         return wait if self._pace is None else max(wait, self._pace.delay(position - 1))

@@ -161,18 +161,12 @@ class Turn:
     def starts(self) -> None:
         """Note that its wait is over, and that it counts for its key."""
         self._leaves()
-        decision = self._decision
-        if decision is not None and not decision.done():
-            decision.set_result(None)
+        conclude(self._decision)
 
     def refuse(self, error: AioserverError) -> None:
         """Note that its wait is over, and that it may not begin."""
         self._leaves()
-        decision = self._decision
-        if decision is not None and not decision.done():
-            decision.set_exception(error)
-            # Its client may have left.
-            decision.exception()
+        conclude(self._decision, error)
 
     def end(self, spent: int = 0, work: int = 0, *, unused: bool = False) -> None:
         """Count the answer as ended, whose attempts have cost *spent* tokens and so much *work*; an
@@ -415,6 +409,18 @@ class KeyQueue:
         if listeners:
             loop = asyncio.get_running_loop()
             self._position_timer = loop.call_later(POSITION_INTERVAL, self._report)
+
+
+def conclude(decision: asyncio.Future[None] | None, error: Exception | None = None) -> None:
+    """Let *decision*, if it is not done, have *error*, or no result."""
+    if decision is None or decision.done():
+        return
+    if error is None:
+        decision.set_result(None)
+    else:
+        decision.set_exception(error)
+        # The client may have left.
+        decision.exception()
 
 
 def _present(_turn: Turn) -> bool:

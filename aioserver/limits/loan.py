@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from aioserver.errors import AioserverError, ConcurrencyExceeded, public
 from aioserver.limits.gate import Waiter
+from aioserver.limits.key_queue import conclude
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,14 +119,7 @@ class Loan:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if back is None or back.done():
-            return
-        if error is None:
-            back.set_result(None)
-        else:
-            back.set_exception(error)
-            # Its client may have left.
-            back.exception()
+        conclude(back, error)
 
 
 class _Returning(Waiter["Place"]):

@@ -66,11 +66,13 @@ class Quota:
         self.running = 0
         self.budget = Budget(clock=clock) if budget is None else budget
         self.queue = KeyQueue(self._start, self._waited_too_long)
-        self._queue_size = queue_size
+        # How many requests may wait.
+        self.queue_size = queue_size
         self._connections = 0
         self._max_connections = max_connections
         self.revoked = False
-        self._max_concurrent = max_concurrent
+        # How many answers may run at once.
+        self.limit = max_concurrent
         self._per_minute = requests_per_minute
         self._rate = Gcra(*minute(requests_per_minute), clock)
         # The tasks that are bound to the key, and whether they need an admin key.
@@ -90,8 +92,8 @@ class Quota:
         Answers that run or have begun, and connections, count as before; those that wait go on
         waiting.
         """
-        self._queue_size = queue_size
-        self._max_concurrent = max_concurrent
+        self.queue_size = queue_size
+        self.limit = max_concurrent
         self._max_connections = max_connections
         self._per_minute = requests_per_minute
         self._rate.apply(*minute(requests_per_minute))
@@ -126,16 +128,6 @@ class Quota:
     def _rate_whole(self) -> bool:
         """Whether all starts of a minute are there."""
         return self._rate.available >= self._per_minute
-
-    @property
-    def limit(self) -> int:
-        """How many answers may run at once."""
-        return self._max_concurrent
-
-    @property
-    def queue_size(self) -> int:
-        """How many requests may wait."""
-        return self._queue_size
 
     def take_over(self, old: Quota) -> None:
         """Count what *old*, the quota of a former key of the same caller, has used and reserved."""
@@ -172,12 +164,12 @@ class Quota:
             try:
                 undecided = self._start(turn)
             except (ConcurrencyExceeded, RateLimitExceeded):
-                if not self._queue_size:
+                if not self.queue_size:
                     raise
             else:
-                if self._queue_size:
+                if self.queue_size:
                     self.queue.charge(turn)
-                if undecided is None or not self._queue_size:
+                if undecided is None or not self.queue_size:
                     turn.took(undecided)
                 else:
                     until = min(start_by, asyncio.get_running_loop().time() + MAX_WAIT)
@@ -202,10 +194,10 @@ class Quota:
         until = min(start_by, now + MAX_WAIT)
         if (shortage := self._shortage(turn)) is not None and now + shortage.delay > until:
             raise self.too_many_tokens(shortage)
-        if len(self.queue) >= self._queue_size:
+        if len(self.queue) >= self.queue_size:
             raise ConcurrencyExceeded(
                 f"{len(self.queue)} requests of this key wait already,"
-                f" at most queue_size={self._queue_size}",
+                f" at most queue_size={self.queue_size}",
                 retry_after=max(1.0, self.queue.eta(1)),
             )
         position = self.queue.position(turn.flow)
@@ -223,7 +215,7 @@ class Quota:
         """
         if self.revoked:
             raise InvalidApiKey(REVOKED)
-        if self.running >= self._max_concurrent:
+        if self.running >= self.limit:
             raise self._too_many()
         if (shortage := self._shortage(turn)) is not None:
             raise self.too_many_tokens(shortage)
@@ -262,8 +254,7 @@ class Quota:
 
     def _too_many(self) -> ConcurrencyExceeded:
         return ConcurrencyExceeded(
-            f"{self.running} answers of this key run or wait,"
-            f" at most max_concurrent={self._max_concurrent}",
+            f"{self.running} answers of this key run or wait, at most max_concurrent={self.limit}",
             retry_after=1.0,  # nobody knows when one of them ends
         )
 
@@ -289,7 +280,7 @@ class Quota:
         """
         if self.revoked:
             raise InvalidApiKey(REVOKED)
-        if self.running >= self._max_concurrent:
+        if self.running >= self.limit:
             raise self._too_many()
         if delay := self._rate.try_take():
             raise self._too_fast(delay)

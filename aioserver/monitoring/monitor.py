@@ -142,13 +142,8 @@ class Monitor:
         self._watchers: dict[Watcher, int] = {}
         self._ticks = 0
         self._timer = self._loop.call_later(TICK, self._next_tick)
-        # The first tick sets `_interval`, `_snapshot` and `_snapshot_json`.
+        # The first tick sets `_interval`, `snapshot` and `_snapshot_json`.
         self.tick()
-
-    @property
-    def snapshot(self) -> Snapshot:
-        """The state at the last tick."""
-        return self._snapshot
 
     @property
     def full(self) -> bool:
@@ -164,13 +159,13 @@ class Monitor:
     def share(self, others: Others) -> None:
         """Show the state of all instances together from now on."""
         self.others = others
-        self._snapshot["cluster"] = others.standing()
+        self.snapshot["cluster"] = others.standing()
 
     def report(self) -> Report:
         """Return what this instance says of itself to others: the state at the last tick."""
         metrics, now = self._metrics, time.monotonic()
         recent, shares = recent_values(metrics, now), recent_shares(metrics, now)
-        return Report(self._snapshot, recent, self._verdicts.lately(), shares)
+        return Report(self.snapshot, recent, self._verdicts.lately(), shares)
 
     def places(self) -> dict[str, int]:
         """Return how many places all instances have together at each provider."""
@@ -260,17 +255,18 @@ class Monitor:
         watchers.
         """
         self._interval = self._intervals.measure()
-        self._snapshot = self.fresh()
-        self._troubles.observe(self._snapshot, self._interval)
-        self._verdict = self._verdicts.observe(self._snapshot, self._interval)
-        self._snapshot["verdict"] = self._verdict
+        # The state at the last tick.
+        self.snapshot = self.fresh()
+        self._troubles.observe(self.snapshot, self._interval)
+        self._verdict = self._verdicts.observe(self.snapshot, self._interval)
+        self.snapshot["verdict"] = self._verdict
         if self.others is not None:
-            self._snapshot["cluster"] = self.others.standing()
-        self._snapshot_json = orjson.dumps(self._snapshot)
-        self._history.append(_point(self._snapshot))
+            self.snapshot["cluster"] = self.others.standing()
+        self._snapshot_json = orjson.dumps(self.snapshot)
+        self._history.append(_point(self.snapshot))
         self._history_event = b""
-        sections = [(section, section.of(self._snapshot)) for section in self.sections]
-        now, snapshot = time.monotonic(), self._snapshot
+        sections = [(section, section.of(self.snapshot)) for section in self.sections]
+        now, snapshot = time.monotonic(), self.snapshot
         for new_incident in self._detector.detect(
             now, self._interval, snapshot["providers"], sections, snapshot["groups"]
         ):
@@ -325,7 +321,7 @@ class Monitor:
             "series": {name: [point.values[name] for point in points] for name in SERIES},
             "providers": {
                 provider: _provider_series(provider, points)
-                for provider in self._snapshot["providers"]
+                for provider in self.snapshot["providers"]
             },
             "incidents": list(self._incidents),
         }

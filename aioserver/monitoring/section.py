@@ -50,11 +50,8 @@ class Section(ABC, Generic[State]):
 
     key: ClassVar[str]
     shape: ClassVar[type]
-
-    @property
-    def gauges(self) -> Sequence[Gauge[State]]:
-        """The gauges that are read from its state."""
-        return ()
+    # Those that are read from its state.
+    gauges: Sequence[Gauge[State]] = ()
 
     @abstractmethod
     def state(self) -> State:

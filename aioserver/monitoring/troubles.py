@@ -19,7 +19,7 @@ from aioserver.providers.breaker import DEAD, SICK
 from aioserver.telemetry.metrics import OK
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from aioserver.monitoring.interval import Interval
     from aioserver.monitoring.state import ProviderState, SilenceState, Snapshot, Trouble
@@ -154,16 +154,12 @@ class Troubles:
     """
 
     def __init__(self) -> None:
-        self._now: dict[str, Trouble] = {}
+        # The troubles at the last snapshot, by provider.
+        self.now: dict[str, Trouble] = {}
         # How each provider that is flagged had failed, if not by refusing our key.
         self._flagged: dict[str, str] = {}
         # The attempts of each tick, by provider and outcome.
         self._attempts: deque[dict[str, Counter[str]]] = deque(maxlen=WINDOW)
-
-    @property
-    def now(self) -> Mapping[str, Trouble]:
-        """The troubles at the last snapshot, by provider."""
-        return self._now
 
     def observe(self, snapshot: Snapshot, interval: Interval) -> None:
         """Find the troubles at *snapshot*, at whose tick *interval* ended, and set them there."""
@@ -172,7 +168,7 @@ class Troubles:
             if total.kind == ATTEMPTS and total.provider is not None:
                 attempts.setdefault(total.provider, Counter())[total.detail] += int(number)
         self._attempts.append(attempts)
-        before, self._now = self._now, {}
+        before, self.now = self.now, {}
         groups = covering(snapshot)
         for name, provider in snapshot["providers"].items():
             trouble = self._trouble(
@@ -180,7 +176,7 @@ class Troubles:
             )
             provider["trouble"] = trouble
             if trouble is not None:
-                self._now[name] = trouble
+                self.now[name] = trouble
 
     def _trouble(
         self,

@@ -262,18 +262,6 @@ class _Cuts:
     outside of strings.
     """
 
-    __slots__ = (
-        "_body",
-        "_brackets",
-        "_scanned",
-        "_within",
-        "end",
-        "last",
-        "nested",
-        "stack",
-        "start",
-    )
-
     def __init__(self, body: bytes) -> None:
         self._body = body
         self.start = self.end = 0

@@ -13,7 +13,7 @@ means elsewhere (error_mapping.py).
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aioserver.providers.api import Api
 from aioserver.providers.attempt import MAX_ERROR_BYTES, Attempt
@@ -25,12 +25,10 @@ from aioserver.providers.sinks import BodySink
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from aioserver.auth.callers import Caller
     from aioserver.config import settings
-    from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.providers.attempt import AttemptedProvider
     from aioserver.providers.http1 import RequestWriter, Sink
-    from aioserver.providers.request import BodyMaker, Hold
+    from aioserver.providers.request import BodyMaker
     from aioserver.providers.upload import Body
     from aioserver.streams.contracts import Source
 
@@ -55,14 +53,10 @@ class Handover:
         # The exchange under way.
         self.source: Source | None = None
         self._parts: list[bytes] = []
-        self._size = 0
+        # A number that grows with each part.
+        self.progress = 0
         self._stopped = False
         self._news: asyncio.Future[None] | None = None
-
-    @property
-    def progress(self) -> int:
-        """A number that grows with each part."""
-        return self._size
 
     def begin(self, status: int, headers: Mapping[str, str]) -> None:
         """Note the head of a good answer."""
@@ -72,7 +66,7 @@ class Handover:
     def feed(self, data: bytes) -> bool:
         """Hand a part of the body over."""
         self._parts.append(data)
-        self._size += len(data)
+        self.progress += len(data)
         if self.source is not None and sum(map(len, self._parts)) > PAUSE_BYTES:
             self.source.pause()
         self._wake()
@@ -135,7 +129,7 @@ class PassedRequest(ProviderRequest):
     *target* is its path below the provider's base URL, with its query. *upload* is a body that its
     client is still sending; without it the body is what *body* makes, unless *method* has none.
     *pace* is the client's, in either direction.
-    *body_headers* are those that go with it.
+    *body_headers* are those that go with it. *further*: see `ProviderRequest`.
     """
 
     estimated = False
@@ -149,23 +143,13 @@ class PassedRequest(ProviderRequest):
         body: BodyMaker,
         body_headers: Mapping[str, str],
         *,
-        upload: Body | None,
+        upload: Body | None = None,
         pace: ClientPace | None = None,
-        caller: Caller,
-        model: str | None,
-        hold: Hold | None,
-        client_headers: ClientHeaders,
+        **further: Any,
     ) -> None:
         path = target.partition("?")[0]
-        super().__init__(
-            Api(path) if method == "POST" else ObjectApi(path),
-            body,
-            streamed=False,
-            caller=caller,
-            model=model,
-            hold=hold,
-            client_headers=client_headers,
-        )
+        api = Api(path) if method == "POST" else ObjectApi(path)
+        super().__init__(api, body, streamed=False, **further)
         self.method = method
         self.target = target
         self.upload = upload

@@ -1,6 +1,8 @@
 """One provider behind its guards: its health, its queue, its pool, and what it learns from
 answers.
 
+This file is one concept: an attempt's way through the guards, and what they make of its end.
+
     healthy? → queue → place taken: `processing` → connection → POST → sinks fill the log
 
 The place and the connection are given back the moment the provider is done, however slow the
@@ -16,8 +18,6 @@ Its guards, the breaker, the pace and the queue, learn from its attempts:
 
 An attempt that was sent by former settings, perhaps with another key or to another address,
 teaches nothing of this.
-
-This file is one concept: an attempt's way through the guards, and what they make of its end.
 """
 
 from __future__ import annotations
@@ -204,26 +204,13 @@ class Provider:
         record.queued_at = record.queued_at or self._clock()
         if self.settings.http_client.tokens_per_minute:
             attempt.expected_tokens = self._expected_tokens(attempt)
-        caller = request.caller
+        caller, batch = request.caller, record.batch
+        who = caller.flow, caller.subflow, caller.priority, attempt.work
         if request.background and attempt.permit is None:
-            attempt.permit = self._gate.permits.try_enter(
-                0,
-                caller.flow,
-                caller.subflow,
-                caller.priority,
-                attempt.work,
-                batch=record.batch,
-            )
+            attempt.permit = self._gate.permits.try_enter(0, *who, batch=batch)
             if attempt.permit is None:
                 return None
-        return self._gate.try_enter(
-            attempt.expected_tokens,
-            caller.flow,
-            caller.subflow,
-            caller.priority,
-            attempt.work,
-            batch=record.batch,
-        )
+        return self._gate.try_enter(attempt.expected_tokens, *who, batch=batch)
 
     def wish(self, attempt: Attempt, delay: float = 0.0) -> Wish:
         """Return the wish of *attempt* for a place, or first for its permit, to be waited for
@@ -267,7 +254,7 @@ class Provider:
 
         Raises:
             ProviderFault: no good answer came; a part of one may be in the log.
-        DeadlineExceeded: it would be sent too late.
+            DeadlineExceeded: it would be sent too late.
         """
         error: BaseException | None = None
         part: Part | None = None

@@ -21,7 +21,7 @@ from aioserver.providers.queueing import ProviderGate
 from aioserver.telemetry.usage import Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from aioserver.config import settings
     from aioserver.config.watched_files import WatchedFiles
@@ -72,16 +72,12 @@ class ProviderRegistry:
         # The knowledge of the tokens of requests, for all providers, of now and later.
         self.estimates = Estimates()
         self._lifetime = lifetime
-        self._providers: dict[str, Provider] = {}
+        # All providers that are configured, by name.
+        self.providers: dict[str, Provider] = {}
         # The providers that were removed, each with the task that closes it.
         self._draining: dict[Provider, asyncio.Task[None]] = {}
         # The simulator's address; empty until the simulator runs.
         self._simulator_url = ""
-
-    @property
-    def providers(self) -> Mapping[str, Provider]:
-        """All providers that are configured, by name."""
-        return self._providers
 
     async def prepare(self, llm: settings.Llm) -> None:
         """Start the simulator, if a provider of *llm* is `simulated` and it does not run yet.
@@ -130,13 +126,13 @@ class ProviderRegistry:
             providers[name] = provider
         for change in changes:
             change()
-        for name, provider in self._providers.items():
+        for name, provider in self.providers.items():
             if name not in providers:
                 self._remove(provider)
         for provider in providers.values():
             if (task := self._draining.pop(provider, None)) is not None:
                 task.cancel()
-        self._providers = providers
+        self.providers = providers
         for provider in changed:
             _log_limits(provider)
 
@@ -147,7 +143,7 @@ class ProviderRegistry:
     def _certificate_files(self) -> list[str]:
         return [
             file
-            for provider in self._providers.values()
+            for provider in self.providers.values()
             for file in (provider.settings.client_cert_file, provider.settings.client_key_file)
             if file is not None
         ]
@@ -158,7 +154,7 @@ class ProviderRegistry:
         One that cannot be used keeps no other back.
         """
         changed, faults = [], []
-        for provider in tuple(self._providers.values()):
+        for provider in tuple(self.providers.values()):
             entry = provider.settings
             if entry.client_cert_file is None or not provider.pools.certificates:
                 continue
@@ -188,12 +184,12 @@ class ProviderRegistry:
             task.cancel()
         if draining:
             await asyncio.wait(tuple(draining.values()))
-        for provider in (*self._providers.values(), *draining):
+        for provider in (*self.providers.values(), *draining):
             await provider.close()
 
     def _existing(self, name: str) -> Provider | None:
         """Return the provider *name* that is configured, or was removed and is still busy."""
-        provider = self._providers.get(name)
+        provider = self.providers.get(name)
         if provider is None:
             busy = (removed for removed in self._draining if removed.name == name and removed.busy)
             provider = next(busy, None)

@@ -658,13 +658,9 @@ class BodySink:
             held.reset()
         self._held = held
         self._parts: list[bytes | bytearray] = []
-        self._size = 0
+        # The bytes that have come so far.
+        self.progress = 0
         self._max_bytes = max_bytes
-
-    @property
-    def progress(self) -> int:
-        """The bytes that have come so far."""
-        return self._size
 
     @property
     def body(self) -> bytes:
@@ -680,8 +676,8 @@ class BodySink:
         """
         if self._held is not None:
             self._held.grow(len(data))
-        self._size += len(data)
-        if self._size > self._max_bytes:
+        self.progress += len(data)
+        if self.progress > self._max_bytes:
             raise ProviderBadResponse(f"an answer of more than {self._max_bytes} bytes")
         parts = self._parts
         if parts and len(data) < SMALL_PART_BYTES:

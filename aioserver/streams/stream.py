@@ -1,5 +1,8 @@
 """The log of one answer.
 
+This file is one concept: the entries and what is counted of them hold one invariant, and whatever
+adds to a log, discards of it or ends it holds it here.
+
 A stream is an append-only log of events, numbered 1, 2, 3 … without gaps: `processing`, `chunk`*,
 then one of `complete`, `error` and `cancelled`. One producer appends, at the provider's speed; any
 number of readers follow, each with a cursor of its own. The log is the only buffer: there is no
@@ -28,9 +31,6 @@ mirror begins where its reader goes on. It cannot be found, it keeps what its re
 passed, and it goes with the last of them. It ends with the owner's last event. Where the owner is
 out of reach it stops instead, without an event of its own: its readers are told an error that has
 no number, so that a client which comes back says the number that it would have said anyway.
-
-This file is one concept: the entries and what is counted of them hold one invariant, and whatever
-adds to a log, discards of it or ends it holds it here.
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ class Writer:
         self._watchdog: WriteWatchdog | None = None
         # Monotonic times: the last time that the client stopped reading, and went on.
         self._blocked_at = self._blocked_until = 0.0
-        self._closed = False
+        # Whether nothing will be written from now on.
+        self.closed = False
         self._path: FastPath | None = None
         self._last_write = self._loop.time()
 
@@ -108,11 +109,6 @@ class Writer:
         """The loop's time of the last write."""
         path = self._path
         return self._last_write if path is None else max(self._last_write, path.forwarded_at)
-
-    @property
-    def closed(self) -> bool:
-        """Whether nothing will be written from now on."""
-        return self._closed
 
     @property
     def blocked(self) -> bool:
@@ -143,7 +139,7 @@ class Writer:
             ResumeGap: see `Stream.locate`.
         """
         cursor = Cursor(self, stream, after, event_format, render_position, on_end)
-        if self._closed:
+        if self.closed:
             cursor.removed = True
             # Not now: the face has yet to tell the stream's lifetime of this reader.
             self._loop.call_soon(self._on_unfollow, stream)
@@ -180,7 +176,7 @@ class Writer:
         """
         self._on_drop("reader fell behind")
         self.unfollow(cursor)
-        if not self._closed:
+        if not self.closed:
             self._ready[cursor] = None
             if self._draining is None:
                 self._schedule()
@@ -190,14 +186,14 @@ class Writer:
 
         Return False, with nothing done, if something else must be written before them.
         """
-        if self._ready or self._draining is not None or self._closed or len(self._cursors) != 1:
+        if self._ready or self._draining is not None or self.closed or len(self._cursors) != 1:
             return False
         self._write(data)
         return True
 
     def open_fast_path(self, cursor: Cursor, shape: Shape | None) -> FastPath | None:
         """Return the fast path of *cursor*; None if it can have none now: see fast_path.py."""
-        if self._ready or self._draining is not None or self._closed or len(self._cursors) != 1:
+        if self._ready or self._draining is not None or self.closed or len(self._cursors) != 1:
             return None
         path = self._path
         if path is None or path.cursor is not cursor or path.shape is not shape:
@@ -212,13 +208,13 @@ class Writer:
 
     def notify(self, cursor: Cursor) -> None:
         """Write what *cursor* has not rendered, at once or in a later write."""
-        if self._ready or self._draining is not None or self._closed or len(self._cursors) != 1:
+        if self._ready or self._draining is not None or self.closed or len(self._cursors) != 1:
             self._ready[cursor] = None
             if self._draining is not None:
                 if cursor.stream.ended:
                     # The request is counted now, while the client is still not reading.
                     cursor.note_blocked(self._blocked_at)
-            elif not self._closed:
+            elif not self.closed:
                 self._schedule()
             return
         try:
@@ -236,7 +232,7 @@ class Writer:
         While the writer is blocked, *data* is queued; beyond MAX_CONTROL_FRAMES the client is
         dropped. So is one that has vanished, while the kernel had room for what was written to it.
         """
-        if self._closed:
+        if self.closed:
             return
         if self._draining is not None:
             if len(self._control) >= MAX_CONTROL_FRAMES:
@@ -250,7 +246,7 @@ class Writer:
 
     def send_head(self) -> None:
         """Write the head alone, unless an earlier write had it."""
-        if self._head and not self._closed:
+        if self._head and not self.closed:
             self._write(b"")
 
     def pump(self) -> None:
@@ -268,7 +264,7 @@ class Writer:
     def _write_ready(self) -> None:
         """Write once; what is left then is written in the next iteration of the event loop."""
         ready, now = self._ready, monotonic()
-        if self._draining is not None or self._closed or not (ready or self._control):
+        if self._draining is not None or self.closed or not (ready or self._control):
             return
         parts, self._control = self._control, []
         room = WRITE_BYTES
@@ -297,10 +293,10 @@ class Writer:
             self._write(data, self._tail if ended else b"")
         for cursor in ended:
             # A dropped cursor is unfollowed already.
-            if not cursor.removed or (cursor.farewell and not self._closed):
+            if not cursor.removed or (cursor.farewell and not self.closed):
                 self.unfollow(cursor)
                 cursor.on_end(cursor)
-        if ready and not (self.blocked or self._closed):
+        if ready and not (self.blocked or self.closed):
             self._schedule()
 
     async def flush(self) -> None:
@@ -308,7 +304,7 @@ class Writer:
 
         Cancelling is safe: it does not cancel a blocked write.
         """
-        while not self._closed and (self._ready or self._control or self._draining is not None):
+        while not self.closed and (self._ready or self._control or self._draining is not None):
             if self._draining is not None:
                 await asyncio.wait((self._draining,))
             else:
@@ -318,7 +314,7 @@ class Writer:
 
     def abort(self, reason: str) -> None:
         """Drop the client: reset its connection, whatever is still to be written."""
-        if not self._closed:
+        if not self.closed:
             self._on_drop(reason)
             for cursor in self._cursors:
                 cursor.stream.record.slow_client = True
@@ -338,9 +334,9 @@ class Writer:
         The transport still sends what it has. If the client does not read it, a watchdog aborts
         the connection.
         """
-        if self._closed:
+        if self.closed:
             return
-        self._closed = True
+        self.closed = True
         if self._cursors:
             run_all([partial(self.unfollow, cursor) for cursor in self._cursors] + [self._stop])
         else:
@@ -422,5 +418,5 @@ class Writer:
             self._blocked_until = monotonic()
             for cursor in self._cursors:
                 cursor.note_blocked(self._blocked_at)
-        if not self._closed:
+        if not self.closed:
             self.pump()

@@ -151,16 +151,6 @@ NO_METER = ProviderMeter()
 class FaceMeter:
     """The counts of one face; *connections* and *waiting* are the numbers at this moment."""
 
-    __slots__ = (
-        "connections",
-        "duration",
-        "first_token",
-        "opened",
-        "overhead",
-        "rejected",
-        "waiting",
-    )
-
     def __init__(self) -> None:
         self.connections = Counter()
         self.waiting = Counter()
@@ -178,8 +168,6 @@ class GroupMeter:
     Of the prompts of the last minute: their bytes that were *known* where they started, and their
     tokens that were *cached* there, by provider.
     """
-
-    __slots__ = ("cached", "known", "starts")
 
     def __init__(self) -> None:
         # By provider and home.

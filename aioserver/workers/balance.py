@@ -85,17 +85,12 @@ class Balance:
         self._sites: list[Site] = []
         self._sockets: list[tuple[web.AppRunner, ListeningSocket, int, Handshakes | None]] = []
         # The wanted state; the task makes it so.
-        self._accepts = True
+        self.accepts = True
         self._ended = False
         self._switching: asyncio.Task[None] | None = None
         # Whether no copy of a socket could be made, and until when none is tried again.
         self._failing = False
         self._retry_at = 0.0
-
-    @property
-    def accepts(self) -> bool:
-        """Whether new connections are accepted."""
-        return self._accepts
 
     @property
     def able(self) -> bool:
@@ -130,8 +125,8 @@ class Balance:
         self.connections += 1
         self._events += 1
         self._loads.tell_connections(self.connections)
-        if self._accepts and self.connections > self._bound(*STOP):
-            self._accepts = False
+        if self.accepts and self.connections > self._bound(*STOP):
+            self.accepts = False
             for site in self._sites:
                 site.pause()
             self._switch()
@@ -186,19 +181,19 @@ class Balance:
 
         Return whether it has still to wait for them.
         """
-        if not self._accepts and not self._ended:
+        if not self.accepts and not self._ended:
             if asyncio.get_running_loop().time() < self._retry_at:
                 return False
             if self.connections > self._bound(*GO_ON):
                 return True
-            self._accepts = True
+            self.accepts = True
             self._switch()
         return False
 
     async def end(self) -> None:
         """Accept no more connections, for good."""
         self._ended = True
-        self._accepts = False
+        self.accepts = False
         if self._switching is not None:
             await self._switching
         await self._close()
@@ -219,8 +214,8 @@ class Balance:
     async def _follow(self) -> None:
         """Open or close the sites until that is what is wanted."""
         try:
-            while self._accepts != bool(self._sites):
-                if self._accepts:
+            while self.accepts != bool(self._sites):
+                if self.accepts:
                     for entry in self._sockets:
                         await self._open(*entry)
                     self._failing = False
@@ -230,7 +225,7 @@ class Balance:
             logger.warning("no connections are accepted for %g s: %s", RETRY, error)
             self._failing = True
             self._retry_at = asyncio.get_running_loop().time() + RETRY
-            self._accepts = False
+            self.accepts = False
             await self._close()
         finally:
             self._switching = None

@@ -188,7 +188,8 @@ class Supervisor:
         # Whether all workers have served at the same time.
         self.started = False
         self._any_served = False
-        self._stopping = False
+        # Whether the end has begun.
+        self.stopping = False
         self._code = 0
         self._generation = 0
         # The configuration that processes start with, that which all should have, and the one
@@ -207,12 +208,7 @@ class Supervisor:
     @property
     def code(self) -> int | None:
         """The exit code once all is over; None until then."""
-        return self._code if self._stopping and not self._by_pid else None
-
-    @property
-    def stopping(self) -> bool:
-        """Whether the end has begun."""
-        return self._stopping
+        return self._code if self.stopping and not self._by_pid else None
 
     @property
     def replacing(self) -> bool:
@@ -282,9 +278,9 @@ class Supervisor:
         how = how_ended(code)
         if not process.asked:
             logger.warning("worker %d %s (process %d)", process.slot, how, pid)
-        elif code not in {0, -signal.SIGTERM} and not self._stopping:
+        elif code not in {0, -signal.SIGTERM} and not self.stopping:
             logger.warning("worker %d %s", process.slot, how)
-        elif not self._stopping:
+        elif not self.stopping:
             logger.info("worker %d has ended", process.slot)
         if process is seat.successor:
             seat.successor = None
@@ -304,7 +300,7 @@ class Supervisor:
 
     def replace(self, configuration: int) -> None:
         """Replace every worker by a process that starts with *configuration*."""
-        if self._stopping:
+        if self.stopping:
             return
         self._generation += 1
         if not self._queue:
@@ -319,11 +315,11 @@ class Supervisor:
     def stop(self) -> None:
         """Ask every worker to end; a second call lets each end at once, and a third one kills."""
         number = signal.SIGTERM
-        if self._stopping:
+        if self.stopping:
             # Not SIGTERM again: of one kind the kernel keeps one.
             number = signal.SIGKILL if self._code else signal.SIGINT
             self._code = 1
-        self._stopping = True
+        self.stopping = True
         self._queue.clear()
         self._reload_until = None
         deadline = self._clock() + self.end_timeout
@@ -402,7 +398,7 @@ class Supervisor:
             return
         if not process.aborted:
             logger.warning("worker %d has not ended in time: killed", process.slot)
-        if self._stopping:
+        if self.stopping:
             self._code = 1
         process.kill_at, process.aborted = None, True
         self._processes.send(process.pid, signal.SIGKILL)
@@ -451,7 +447,7 @@ class Supervisor:
         if process.phase is Phase.ENDING:
             return
         process.end_by(self._clock() + self.end_timeout)
-        if process is seat.current and not self._stopping:
+        if process is seat.current and not self.stopping:
             logger.info("worker %d was told to end by a signal of its own", process.slot)
             seat.current = seat.successor
             seat.successor = None
@@ -460,7 +456,7 @@ class Supervisor:
 
     def _follow(self, seat: Seat, process: Process, code: int) -> None:
         """Let another worker take the seat of *process*, which is gone."""
-        if self._stopping:
+        if self.stopping:
             return
         if seat.successor is not None:
             seat.current, seat.successor = seat.successor, None
@@ -481,7 +477,7 @@ class Supervisor:
     def _fail(self, code: int) -> None:
         """End, since no worker can start."""
         logger.error("no worker can start")
-        self._stopping = True
+        self.stopping = True
         self._code = code if code > 0 else 1
         for seat in self._seats:
             seat.due = None

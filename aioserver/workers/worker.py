@@ -226,7 +226,7 @@ class FixedGate(Gate):
 
     def _look(self) -> None:
         super().apply(
-            self._places(), queue_size=self._queue_size, queue_timeout=self._queue_timeout
+            self._places(), queue_size=self.queue_size, queue_timeout=self._queue_timeout
         )
         if self._before() and self._closed is None:
             asyncio.get_running_loop().call_later(LOOK, self._look)

@@ -35,11 +35,11 @@ TAKES = re.compile(
     r"|_lending\.(lend|place|join)|loan\.(lend|regain)"
     r"|_streams\.(open|open_mirror|hold)|pool\.(take|connect)|_connections\.(take|open_one)|_connector\.connect"
     r"|breaker\.start(_spared)?|_?group\.trial|\bSocketPlace|\bVisit|_make_hold|responses\.hold|gateway\.hold|\b_place\.enter"
-    r"|\bself\.offer|provider\.(offer|wish)|lines\.wait|group\.start|round_\.start|self\._offered|self\._offer"
+    r"|\bself\.offer|provider\.(offer|wish)|lines\.wait|group\.start|round_\.start|self\._offer"
     r"|_passed_start)$"
 )
 COUNTS = re.compile(
-    r"\b(_inside|running|connections\.value|connections|_trials|_pending|_opening|_body_bytes|refused_closing|_?reserved|lent)$"
+    r"\b(inside|running|connections\.value|connections|_trials|_pending|_opening|body_bytes|refused_closing|_?reserved|lent)$"
 )
 # Each function of the package that takes something, as the road of a request has them.
 SECTIONS = {
@@ -92,7 +92,6 @@ providers.provider Provider.offer
 providers.provider Provider.run
 providers.provider Provider.wish
 gateway.groups Group._offer
-gateway.groups Group._offered
 gateway.groups Group._wait
 gateway.groups Group.start
 gateway.groups Waiting.regroup
@@ -166,7 +165,7 @@ WITHIN = {
 # Other processes take part in these: tests/wings/cluster and tests/server; or hooks:
 # tests/wings/doors.
 SHARED = {
-    Function("wings.doors.http_hook", "HttpHook._ask"),
+    Function("wings.doors.http_hook", "HttpHook._post"),
     Function("wings.cluster.shared_budget", "SharedBudget.reserve"),
     Function("wings.cluster.shared_gate", "SharedGate.try_enter"),
     Function("wings.cluster.remote_streams", "RemoteStreams.mirror"),

@@ -327,13 +327,13 @@ from aioserver.providers.queueing import ProviderGate
 gate, connections, init = pool.connection_gate, Connections.__init__, ProviderGate.__init__
 def wide_gate(limits):
     made = gate(limits)
-    made._limit = 1000
+    made.limit = 1000
     return made
 def wide_connections(self, *args, **kwargs):
     connections(self, *args, **{**kwargs, "limit": 0})
 def wide_queue(self, *args, **kwargs):
     init(self, *args, **kwargs)
-    self._limit = 1000
+    self.limit = 1000
 pool.connection_gate = pools.connection_gate = wide_gate
 Connections.__init__ = wide_connections
 ProviderGate.__init__ = wide_queue
@@ -426,7 +426,7 @@ Charge.settle = forgetful
 """,
     "the places that batch leaves": """
 from aioserver.limits.gate import Gate
-Gate.batch_limit = property(lambda self: self._limit)
+Gate.batch_limit = property(lambda self: self.limit)
 """,
     "the room that batch leaves": """
 from aioserver.limits.gate import Gate

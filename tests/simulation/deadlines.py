@@ -66,7 +66,7 @@ class Deadlines:
             # A place of another worker may be on its way.
             longest = max(longest, GRACE)
         self._look_at_queue(gate, longest, "a place")
-        for provider in context.router._providers.values():
+        for provider in context.router.providers.values():
             self._look_at_provider(provider)
             self._look_at_slow(provider)
         self._look_at_writes(settings.chat.streams.send_timeout)

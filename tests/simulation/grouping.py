@@ -141,7 +141,7 @@ class GroupWatch:
                 self._look_at(group, each.lines, each.began, settled=settled)
         if not settled:
             return
-        for group in self._router._listed.values():
+        for group in self._router.listed.values():
             waiting.update(each.lines for each in group._waiting)
         for provider in self._router.providers.values():
             for waiter in provider._gate._queue:

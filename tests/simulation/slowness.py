@@ -47,7 +47,7 @@ class Slowness:
     def look(self) -> None:
         """Look at all that wait, and at all that are passed on."""
         now, gate = Clock.now, self._provider._gate
-        full = gate._inside >= gate._limit
+        full = gate.inside >= gate.limit
         waiting: list[Any] = list(gate._queue.heads()) if full and gate._queue else []
         self._waiters = {each: self._waiters.get(each, now) for each in waiting}
         least = MUCH_TOO_SLOW * (now - self._looked_at)

@@ -257,7 +257,7 @@ class Together:
         waited: dict[str, float] = {}
         slow: Counter[str] = Counter()
         for instance in living:
-            for name, provider in instance.server.context.router._providers.items():
+            for name, provider in instance.server.context.router.providers.items():
                 key = instance.number, name
                 slowness = self._slowness.get(key)
                 if slowness is None:
@@ -356,8 +356,8 @@ class Together:
     def entered(self, gate: Any) -> None:
         """Look at a start."""
         leases = gate._leases
-        if gate._inside > gate._limit:
-            self._broken(f"{gate._inside} are inside of {gate._limit} places in hand")
+        if gate.inside > gate.limit:
+            self._broken(f"{gate.inside} are inside of {gate.limit} places in hand")
         if leases.standing.state is not State.ALONE and Clock.now >= leases.lease_end:
             self._broken(f"{leases.instance} starts on a lease that is over")
 

@@ -85,13 +85,13 @@ class Watch:
         if self._instance.killed or self._instance.closed or self._instance.stopped:
             return
         gate, broken = self._gate, self._broken
-        inside, limit = gate._inside, gate._limit
+        inside, limit = gate.inside, gate.limit
         if inside > limit:
             self._look_at_excess(gate, "of the server")
         elif inside < limit and gate.waiting:
             broken(f"{gate.waiting} clients wait while {limit - inside} places are free")
         self._look_at_loans()
-        for provider in self._server.context.router._providers.values():
+        for provider in self._server.context.router.providers.values():
             self._look_at_provider(provider)
         if self._streams._bytes > self._streams._max_kept_bytes:
             self._look_at_kept()
@@ -136,7 +136,7 @@ class Watch:
         gate, sockets = provider._gate, provider.pools.gate
         if gate not in self._fairness.followed:
             self._fairness.follow(gate)
-        inside, limit = gate._inside, gate._limit
+        inside, limit = gate.inside, gate.limit
         if inside > limit:
             self._look_at_excess(gate, provider.name)
         elif inside < limit and gate._next() is not None:
@@ -148,9 +148,9 @@ class Watch:
         self._look_at_background(provider)
         if not (self._reloaded or isinstance(gate, SharedGate)):
             self._look_at_batch(gate)
-        if sockets._inside > sockets._limit:
+        if sockets.inside > sockets.limit:
             self._look_at_excess(sockets, f"connections to {provider.name}")
-        elif sockets._queue and sockets._inside < sockets._limit:
+        elif sockets._queue and sockets.inside < sockets.limit:
             self._broken(f"requests wait for connections to {provider.name}, and some are free")
 
     def _look_at_background(self, provider: Provider) -> None:
@@ -158,9 +158,9 @@ class Watch:
         queue = provider._gate._permits
         if queue is None:
             return
-        if queue._inside < queue._limit and queue._queue:
+        if queue.inside < queue.limit and queue._queue:
             self._broken(f"answers in the background wait at {provider.name}, and may start")
-        if self._reloaded or queue._inside > queue._limit:
+        if self._reloaded or queue.inside > queue.limit:
             # The limit was lowered, by a reload or by other instances.
             return
         most = max(1, provider.settings.http_client.concurrent_requests // 2)
@@ -174,24 +174,24 @@ class Watch:
 
     def _look_at_batch(self, gate: Gate) -> None:
         """Look at how much of its places and its queue batch takes."""
-        limit = gate._limit - max(1, gate._limit // 10) if gate._limit > 1 else 1
+        limit = gate.limit - max(1, gate.limit // 10) if gate.limit > 1 else 1
         if gate._batch_inside > limit:
             self._broken(f"{gate._batch_inside} of {limit} places of batch are taken")
         # Those that come back, and those of a group, have their room elsewhere.
         own = sum(waiter.share is WHOLE and not waiter.rejoined for waiter in gate._batch)
-        if own > -(-gate._queue_size // 2):
-            self._broken(f"{own} of {gate._queue_size} in the queue are batch")
+        if own > -(-gate.queue_size // 2):
+            self._broken(f"{own} of {gate.queue_size} in the queue are batch")
 
     def _look_at_excess(self, gate: Gate, what: str) -> None:
         """Look at a gate that has more inside than its limit: it was lowered, and nobody may
         enter.
         """
-        inside = gate._inside
+        inside = gate.inside
         if isinstance(gate, SharedGate):
             # What is in hand may be lowered at any time; together.py looks at each start.
             return
         if not self._reloaded or inside > self._taken.get(gate, inside):
-            self._broken(f"{inside} of {gate._limit} places are taken: {what}")
+            self._broken(f"{inside} of {gate.limit} places are taken: {what}")
         self._taken[gate] = inside
 
     def _look_at_kept(self) -> None:
@@ -214,7 +214,7 @@ class Watch:
         bodies = admission._limits.max_body_bytes
         if admission.body_bytes > bodies:
             self._broken(f"{admission.body_bytes} of {bodies} bytes of bodies")
-        most = self._gate._queue_size
+        most = self._gate.queue_size
         if isinstance(self._gate, SharedGate):
             # As many more as others may have had places for, or a place on its way to.
             most += self._gate.shared_limit + MOMENTARY
@@ -230,12 +230,12 @@ class Watch:
                 self._broken("an answer in the background is to end for want of a reader")
         router = self._server.context.router
         room: dict[str, int] = {}
-        for provider in router._providers.values():
+        for provider in router.providers.values():
             pool = provider.pools.stats()
             if pool.open > pool.limit and Clock.now > self._deadlines.settled_at:
                 self._broken(f"{pool.open} of {pool.limit} connections to {provider.name}")
             queue = provider._gate
-            most = queue._queue_size
+            most = queue.queue_size
             if isinstance(queue, SharedGate):
                 # As many more as others may have had places for.
                 most += queue.shared_limit

@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from aioserver.protocol.client_headers import NO_HEADERS
 from aioserver.provider_errors import ProviderFault
 from aioserver.providers.passthrough import PassedAttempt, PassedRequest
-from aioserver.providers.request import NO_CALLER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,17 +27,7 @@ MAX_BYTES = 1 << 22
 
 def models_request(path: str = "models") -> PassedRequest:
     """Return a request for the list of a provider's models, at *path* below its base URL."""
-    return PassedRequest(
-        "GET",
-        path,
-        lambda _settings, _model: b"",
-        {},
-        upload=None,
-        caller=NO_CALLER,
-        model=None,
-        hold=None,
-        client_headers=NO_HEADERS,
-    )
+    return PassedRequest("GET", path, lambda _settings, _model: b"", {})
 
 
 async def examine_groups(report: Report, llm: Llm, providers: Mapping[str, Provider]) -> None:

@@ -105,16 +105,6 @@ class Grant:
     and at least what is inside. Made by `Leases.hold`.
     """
 
-    __slots__ = (
-        "_least",
-        "_scope",
-        "_told",
-        "_standing",
-        "_wanted",
-        *("dropped", "granted", "left", "limit", "name", "recorded"),
-        *("starving", "user"),
-    )
-
     def __init__(
         self,
         name: str,

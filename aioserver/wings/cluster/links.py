@@ -40,23 +40,6 @@ class Link:
     sign of the other side.
     """
 
-    __slots__ = (
-        "_facts",
-        "_on_drop",
-        "_pieces",
-        "_send",
-        "_skip",
-        "after",
-        "closed",
-        "heard_at",
-        "limit",
-        "next_index",
-        "number",
-        "peer",
-        "sent",
-        "stream",
-    )
-
     def __init__(
         self,
         stream: Stream,

@@ -17,7 +17,7 @@ import re
 import secrets
 import socket
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aioserver.config.faults import ConfigurationError
 from aioserver.gateway.commands import Commands
@@ -34,15 +34,10 @@ from aioserver.wings.cluster.totals import Totals
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
-    from aioserver.config.settings import ClientKey, HttpClient
     from aioserver.limits.fixed_share import Scope
-    from aioserver.limits.gate import Gate
-    from aioserver.limits.quota import Quota
     from aioserver.monitoring.monitor import Monitor
     from aioserver.monitoring.state import ClusterState
-    from aioserver.providers.health import Health, ProviderObserver
     from aioserver.providers.provider import Provider
-    from aioserver.providers.queueing import ProviderGate
     from aioserver.wings.cluster.lease_messages import Times
     from aioserver.wings.cluster.peer_messages import Message
 
@@ -85,7 +80,10 @@ class Membership:
         self._numbers, self._times = fixed, times
         self.renewer = Renewer(self._make_leases, url, name)
         self.leases = self.renewer.leases
-        self.limits = SharedLimits(self.leases, scope)
+        self.limits = limits = SharedLimits(self.leases, scope)
+        # What `Sharing` asks of it.
+        self.make_gate, self.observe = limits.make_gate, limits.observe
+        self.make_quota, self.make_admission = limits.make_quota, limits.make_admission
         self._url = url
         self._connection = RedisCommands(url)
         self.bus: RedisBus | None = None
@@ -96,35 +94,6 @@ class Membership:
         self._joined = asyncio.Event()
         self._streams: RemoteStreams | None = None
         self._totals: Totals | None = None
-
-    def make_gate(
-        self,
-        name: str,
-        limits: HttpClient,
-        health: Health,
-        clock: Callable[[], float],
-        on_starving: Callable[[], None],
-    ) -> ProviderGate:
-        """Return the gate of the provider *name*, whose places and starts all instances share.
-
-        *on_starving* is called while requests wait in other instances for places that are taken
-        here.
-        """
-        return self.limits.make_gate(name, limits, health, clock, on_starving)
-
-    def observe(self, name: str) -> ProviderObserver:
-        """Return who tells the other instances what this one finds out about the provider
-        *name*.
-        """
-        return self.limits.observe(name)
-
-    def make_quota(self, key: ClientKey) -> Quota:
-        """Return the quota of *key*, which all instances share."""
-        return self.limits.make_quota(key)
-
-    def make_admission(self, limit: int, **bounds: Any) -> Gate:
-        """Return the gate in front of the handlers, whose places the workers of one host share."""
-        return self.limits.make_admission(limit, **bounds)
 
     def streams(self) -> RemoteStreams:
         """Return what knows the streams of other instances."""

@@ -82,8 +82,6 @@ class Answers(NamedTuple):
 class Question:
     """A question to an instance, and its answer to come; None: it hears nothing any more."""
 
-    __slots__ = ("answer", "message", "patience", "target")
-
     def __init__(self, target: str, message: Message, patience: int) -> None:
         self.target = target
         self.message = message

@@ -52,8 +52,6 @@ class SlotsInHand:
     same however many slots there are.
     """
 
-    __slots__ = ("_lasting", "_passing")
-
     def __init__(self) -> None:
         self._passing: deque[tuple[float, float]] = deque()
         self._lasting: deque[float] = deque()
@@ -168,22 +166,6 @@ class SharedRate(Gcra):
 
     It asks for slots at *ask_at*; inf: for none.
     """
-
-    __slots__ = (
-        *("_calls", "_local", "_next_at", "_no_burst", "_not_before", "_on_slots", "_slots"),
-        *(
-            "_rested",
-            "_share_kept",
-            "_state",
-            "_step",
-            "_waiting",
-            "_instances",
-            "_horizon",
-            "_served",
-            *("_starts", "_starts_before", "_starts_since", "_taken_back", "_too_few"),
-        ),
-        *("ask_at", "name"),
-    )
 
     def __init__(
         self,

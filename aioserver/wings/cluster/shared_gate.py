@@ -46,7 +46,7 @@ class SharedGate(Gate):
         """Share the limit, which is that of all instances together, or of those of *scope*, under
         *name*.
         """
-        limit, self._limit = self._limit, 0
+        limit, self.limit = self.limit, 0
         self._leases = leases
         self._grant = leases.hold(name, limit, self, scope=scope)
 
@@ -70,12 +70,12 @@ class SharedGate(Gate):
     @property
     def waiting_elsewhere(self) -> int:
         """How many requests at least wait in other instances for places that are taken here."""
-        return 1 if self._grant.starving and self._inside >= self._limit else 0
+        return 1 if self._grant.starving and self.inside >= self.limit else 0
 
     def apply(self, limit: int, *, queue_size: int, queue_timeout: float) -> None:
         """Use new bounds; *limit* is that of all instances together."""
         self._grant.apply(limit)
-        super().apply(self._limit, queue_size=queue_size, queue_timeout=queue_timeout)
+        super().apply(self.limit, queue_size=queue_size, queue_timeout=queue_timeout)
 
     def serve(self) -> None:
         """Let in the waiters that may start now, and ask for places for the others."""
@@ -128,8 +128,8 @@ class SharedGate(Gate):
 
     def resize(self, places: int) -> None:
         """Take no more than *places* from now on; called by the grant."""
-        more = places > self._limit
-        self._limit = places
+        more = places > self.limit
+        self.limit = places
         if more:
             self._full_since = self._clock()
             super().serve()
@@ -140,11 +140,11 @@ class SharedGate(Gate):
     def _grace(self) -> float:
         if self._queue_timeout > 0:
             return 0.0
-        own = max(0, self._limit - self._inside)
+        own = max(0, self.limit - self.inside)
         if own + self._grant.elsewhere > self.waiting:
             return GRACE
         shared = self._grant.joined and self.waiting < MOMENTARY
-        return MOMENT if shared and self._grant.limit > self._inside else 0.0
+        return MOMENT if shared and self._grant.limit > self.inside else 0.0
 
     def _remove(self, waiter: Waiter[Place]) -> bool:
         waited = super()._remove(waiter)

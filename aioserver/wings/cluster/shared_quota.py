@@ -17,6 +17,7 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ConcurrencyExceeded, InvalidApiKey, RateLimitExceeded
+from aioserver.limits.key_queue import conclude
 from aioserver.limits.quota import REVOKED, Quota, minute
 from aioserver.wings.cluster.grants import State
 from aioserver.wings.cluster.rates import LOOK_AGAIN, SharedRate
@@ -53,6 +54,8 @@ class Counted:
     """
 
     grant: Grant
+    # Of all instances the same, as a user of its grant.
+    weight = 1
 
     def __init__(
         self,
@@ -136,7 +139,7 @@ class Counted:
                 error = self._refuse(delay) if delay else None
             self._undecided.popleft()
             self._tokens.pop(decision, None)
-            _conclude(decision, error)
+            conclude(decision, error)
 
     def _lacks_tokens(self, decision: asyncio.Future[None]) -> Exception | None:
         """Return the error of one that has to wait for its tokens for too long."""
@@ -153,7 +156,7 @@ class Counted:
         """Decide all, and share the limit no more."""
         self._leases.drop(self.grant)
         for decision in self._undecided:
-            _conclude(decision, error)
+            conclude(decision, error)
 
     # A user of its grant (wings/cluster/grants.py).
 
@@ -172,11 +175,6 @@ class Counted:
         """How many of them could use a place that is granted: each."""
         return self.wanting
 
-    @property
-    def weight(self) -> int:
-        """The weight of this key: of all instances the same."""
-        return 1
-
     def resize(self, places: int) -> None:
         """Use *places* from now on; called by the grant."""
         self._granted = places
@@ -192,10 +190,10 @@ class Counted:
             no_place, tokens = self.inside >= self._granted, self._tokens.get(decision)
             shortage = None if no_place or tokens is None else tokens.shortage
             if shortage is None:
-                _conclude(decision, self._refuse(0.0 if no_place else self._delay()))
+                conclude(decision, self._refuse(0.0 if no_place else self._delay()))
             else:
                 late = shortage._replace(delay=max(PATIENCE, shortage.delay))
-                _conclude(decision, Quota.too_many_tokens(late))
+                conclude(decision, Quota.too_many_tokens(late))
 
 
 class SharedQuota(Quota):
@@ -298,7 +296,7 @@ class SharedQuota(Quota):
 
     def _first_tokens(self) -> int:
         """Return the estimate of the request that is to start next, if only tokens are missing."""
-        return self.queue.first_tokens() if self.running < self._max_concurrent else 0
+        return self.queue.first_tokens() if self.running < self.limit else 0
 
     def _on_tokens(self) -> None:
         if self._complete:
@@ -317,7 +315,7 @@ class SharedQuota(Quota):
         """Count an answer that begins, as `Quota.take`."""
         if self.revoked:
             raise InvalidApiKey(REVOKED)
-        if self.running >= self._max_concurrent:
+        if self.running >= self.limit:
             raise self._refusal(0.0)
         try:
             shared = tokens if isinstance(tokens, SharedReservation) else None
@@ -405,18 +403,6 @@ class SharedQuota(Quota):
         if delay:
             return self._too_fast(delay)
         return ConcurrencyExceeded(
-            f"{self._max_concurrent} answers of this key run or wait,"
-            f" at most max_concurrent={self._max_concurrent}",
+            f"{self.limit} answers of this key run or wait, at most max_concurrent={self.limit}",
             retry_after=1.0,  # nobody knows when one of them ends
         )
-
-
-def _conclude(decision: asyncio.Future[None], error: Exception | None = None) -> None:
-    if decision.done():
-        return
-    if error is None:
-        decision.set_result(None)
-    else:
-        decision.set_exception(error)
-        # The client may have left.
-        decision.exception()

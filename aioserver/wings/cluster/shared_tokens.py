@@ -39,8 +39,6 @@ class SharedTokens(Gcra):
     *on_slots* is called when more may start than before.
     """
 
-    __slots__ = ("_debt", "rate")
-
     def __init__(
         self,
         calls: LeaseCalls,

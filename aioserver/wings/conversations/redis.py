@@ -28,6 +28,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from dataclasses import astuple, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -306,21 +307,16 @@ class RedisTurns:
         return self._prefix, owner, int(1000 * seconds), ITEM_OVERHEAD, MAX_KEPT, int(asked)
 
 
-class _Turn(msgspec.Struct, array_like=True):
-    kept_at: float
-    question: str
-    answer: str
-    # Absent where an older version has written the turn.
-    question_tokens: float | None = None
-    answer_tokens: float | None = None
-
-
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(_Turn)
+# The fields of a turn, in their order.
+_decoder = msgspec.msgpack.Decoder(tuple[str, str, float, int, int, int])
 
 
 class RedisHistories:
     """The turns of conversations in Redis; *clock* returns the time of day."""
+
+    # A read does not lack what was kept, or there is no answer.
+    troubled = False
 
     def __init__(
         self,
@@ -336,11 +332,6 @@ class RedisHistories:
         # The questions that have begun here.
         self._questions = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
-
-    @property
-    def troubled(self) -> bool:
-        """Whether a read lacks what was kept: it does not, or there is no answer."""
-        return False
 
     def stats(self) -> StorageStats:
         """Return a snapshot; how the instance stands with Redis is said elsewhere."""
@@ -470,9 +461,7 @@ class RedisHistories:
     async def _keep(
         self, caller: Caller, conversation_id: str, turn: Turn, asked: float, mark: str
     ) -> None:
-        data = _encoder.encode(
-            _Turn(turn.ended, turn.question, turn.answer, turn.question_tokens, turn.answer_tokens)
-        )
+        data = _encoder.encode(astuple(turn))
         size, turns = self._conversations.shared_bounds
         listed = Listed(_owner(caller), conversation_id, turn.ended, asked)
         name = name_of(caller.name, conversation_id)
@@ -534,12 +523,11 @@ class LateTurns:
 
 def _decoded(data: bytes, now: float) -> Turn | None:
     try:
-        turn = _decoder.decode(data)
+        turn = Turn(*_decoder.decode(data))
     except (msgspec.MsgspecError, RecursionError):
         return None
     # The clock of another machine may be ahead.
-    ended = min(now, turn.kept_at)
-    return Turn.of(turn.question, turn.answer, ended, (turn.question_tokens, turn.answer_tokens))
+    return replace(turn, ended=min(now, turn.ended))
 
 
 def _owner(caller: Caller) -> str:

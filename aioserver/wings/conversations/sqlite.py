@@ -1,5 +1,8 @@
 """Conversations in an SQLite file: a turn is committed before its client knows of its end.
 
+This file is one concept: the queue, its transactions, their failures and the sweep are one order
+of writes to one file.
+
     keep, delete  → a queue → one thread: all that waits in one transaction
     load, listing → another thread, which waits for no writer
 
@@ -17,9 +20,6 @@ Nothing is written to a file that is damaged.
 The sweep does what the bounds ask of conversations that nobody goes on with, step by step; between
 two steps turns are written. Each process sweeps; what one has deleted, the others do not find any
 more.
-
-This file is one concept: the queue, its transactions, their failures and the sweep are one order
-of writes to one file.
 """
 
 from __future__ import annotations
@@ -119,8 +119,6 @@ class Write:
     *done*: nobody need wait any longer. Of a deletion it has the number of rows that are deleted,
     and cancelled it is not written; a turn stays in the queue, whoever waits for it.
     """
-
-    __slots__ = ("done", "key", "statements", "turn", "values")
 
     def __init__(
         self,

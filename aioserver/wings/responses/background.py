@@ -37,8 +37,6 @@ class Background:
     Always: each of its opening events is shown once, whatever becomes of its attempts.
     """
 
-    __slots__ = ("frame", "streamed")
-
     def __init__(self, frame: Frame | None, *, streamed: bool) -> None:
         self.streamed = streamed
         self.frame = frame

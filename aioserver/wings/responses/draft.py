@@ -48,22 +48,6 @@ class Draft:
     Always: what it refers to and has taken is counted until `release`, and not after.
     """
 
-    __slots__ = (
-        "_announced",
-        "_held",
-        "_input",
-        "_on_kept",
-        "_responses",
-        "by_id",
-        "caller",
-        "kept_there",
-        "large",
-        "max_bytes",
-        "named",
-        "previous",
-        "previous_id",
-    )
-
     def __init__(
         self,
         responses: StoredResponses,

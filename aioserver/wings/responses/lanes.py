@@ -52,8 +52,6 @@ class Turn:
     The client was *told* its position at a time, *told_at*.
     """
 
-    __slots__ = ("command", "hold", "lane", "number", "told", "told_at")
-
     def __init__(
         self,
         lane: Lane,
@@ -79,22 +77,6 @@ class Lane:
     was told of its wait at its key or provider, None once it waits no more. It has been silent
     since *silent_since*, with so many *events* behind it.
     """
-
-    __slots__ = (
-        "asked",
-        "began",
-        "continues",
-        "events",
-        "format",
-        "name",
-        "on_end",
-        "queued",
-        "response_id",
-        "silent_since",
-        "stream",
-        "turns",
-        "under_way",
-    )
 
     def __init__(self, name: str | None, on_end: Callable[[Lane], None]) -> None:
         self.name = name
@@ -295,8 +277,6 @@ class LaneNews:
     told nothing: it would be outdated when it is read, and stand behind the last event of its
     response.
     """
-
-    __slots__ = ("_context", "_lanes", "_writer", "bucket")
 
     def __init__(self, lanes: Lanes, writer: Writer, context: Context) -> None:
         # Set by the wheel.

@@ -208,24 +208,6 @@ class RedisChains:
         return [f"{self._prefix}r:{name}", f"{self._prefix}next:{name}"]
 
 
-class _Record(msgspec.Struct, array_like=True):
-    stored_at: float
-    id: str
-    status: str
-    provider: str
-    kept_there: bool
-    input: bytes
-    head: bytes
-    output: bytes
-    tail: bytes
-    # A record of an earlier version does not say it.
-    whole: bool = True
-
-
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(_Record)
-
-
 class Record(NamedTuple):
     """A response without those before it, on its way between instances: see
     `stored.StoredResponse` and `items.ResponseParts`.
@@ -240,6 +222,11 @@ class Record(NamedTuple):
     output: bytes
     tail: bytes
     whole: bool
+
+
+_encoder = msgspec.msgpack.Encoder()
+# When it was stored, and the record.
+_decoder = msgspec.msgpack.Decoder(tuple[float, Record])
 
 
 class SharedResponses:
@@ -364,7 +351,7 @@ class SharedResponses:
 
         None if there is no room for them.
         """
-        data = _encoder.encode(_Record(self._clock(), *record))
+        data = _encoder.encode((self._clock(), record))
         if self._pending + len(data) > MAX_PENDING:
             return None
         self._pending += len(data)
@@ -423,8 +410,6 @@ def _too_many(retry_after: float) -> ServerAtCapacity:
 
 def _decoded(data: bytes) -> tuple[float, Record] | None:
     try:
-        record = _decoder.decode(data)
+        return _decoder.decode(data)
     except (msgspec.MsgspecError, RecursionError):
         return None
-    stored_at, *fields = msgspec.structs.astuple(record)
-    return stored_at, Record(*fields)

@@ -33,7 +33,7 @@ from aioserver.faces.socket import Socket
 from aioserver.faces.upgrade import serve
 from aioserver.gateway.calls import shutdown_error
 from aioserver.gateway.instances import Start
-from aioserver.protocol.json_body import NotUtf8
+from aioserver.protocol.json_body import STEP_BYTES, NotUtf8
 from aioserver.streams.formats import WS_TEXT, ws_frame
 from aioserver.wings.responses import face as responses
 from aioserver.wings.responses import frames
@@ -122,24 +122,15 @@ class ResponsesSocket(Socket):
         """Whether a response is under way on this socket, or waits."""
         return self._lanes.busy
 
-    def receive(self, data: bytes, hold: BodyHold) -> None:
+    async def receive(self, data: bytes, hold: BodyHold) -> None:
         """Carry out one frame."""
-        try:
-            command = frames.parse(data)
-        except BadFrame as fault:
-            self._refuse(fault.lane, fault.error)
-        else:
-            self._carry_out(command, hold)
-
-    async def receive_in_turns(self, data: bytes, hold: BodyHold) -> None:
-        """Carry out one frame, which is read in several turns of the event loop."""
         try:
             command = await frames.parsing(data)
         except BadFrame as fault:
             self._refuse(fault.lane, fault.error)
         else:
-            # Meanwhile the socket may have been closed.
-            if self.open:
+            # While a large one is read, the socket may be closed.
+            if len(data) <= STEP_BYTES or self.open:
                 self._carry_out(command, hold)
 
     def show_position(self, position: int, eta: float) -> None:

@@ -282,7 +282,8 @@ class StoredResponses:
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self._streams = streams
-        self._window = window
+        # The seconds that a response can be found; 0: none is stored.
+        self.window = window
         self._clock = clock
         self._loop = asyncio.get_running_loop() if loop is None else loop
         # The oldest first.
@@ -301,14 +302,9 @@ class StoredResponses:
     def __len__(self) -> int:
         return len(self._named)
 
-    @property
-    def window(self) -> float:
-        """The seconds that a response can be found; 0: none is stored."""
-        return self._window
-
     def apply(self, window: float) -> None:
         """Use another window, also for the responses that are stored."""
-        self._window = window
+        self.window = window
         self._expire()
         self._rearm()
 
@@ -347,8 +343,8 @@ class StoredResponses:
         response = self.get(caller, response_id)
         if response is not None:
             response.retain()
-        elif self.storage is not None and self._window > 0:
-            records = await self.storage.load(caller, response_id, self._window, MAX_LOADED)
+        elif self.storage is not None and self.window > 0:
+            records = await self.storage.load(caller, response_id, self.window, MAX_LOADED)
             response = self._restore(caller, records)
         return response
 
@@ -397,7 +393,7 @@ class StoredResponses:
         Return what its answer's end is to wait for, so that it is found at any instance: see
         `Keeper.keep`.
         """
-        if self._window <= 0:
+        if self.window <= 0:
             return None
         self._expire()
         key = (response.caller, response.id)
@@ -415,7 +411,7 @@ class StoredResponses:
 
         In that case `withdraw` is called if it is not added.
         """
-        if self.storage is None or self._window <= 0:
+        if self.storage is None or self.window <= 0:
             return False
         self.storage.announce(caller, response_id)
         return True
@@ -458,7 +454,7 @@ class StoredResponses:
 
     def close(self) -> None:
         """Forget every response, and stop the timer."""
-        self._window = 0.0
+        self.window = 0.0
         self._expire()
         self._rearm()
 
@@ -476,7 +472,7 @@ class StoredResponses:
             response.caller,
             record,
             previous_id,
-            self._window,
+            self.window,
             whole=partial(response.record, alone=True),
         )
         response.shared = writing is not None
@@ -536,7 +532,7 @@ class StoredResponses:
 
     def _expire(self) -> None:
         """Drop the responses whose window is over."""
-        due = self._clock() - self._window
+        due = self._clock() - self.window
         while self._named and self._oldest() <= due:
             self._drop(next(iter(self._named)))
 
@@ -551,7 +547,7 @@ class StoredResponses:
             self._sweeper.cancel()
             self._sweeper = None
         if self._named:
-            delay = self._oldest() + self._window - self._clock()
+            delay = self._oldest() + self.window - self._clock()
             self._sweeper = self._loop.call_later(max(MIN_SWEEP_INTERVAL, delay), self._sweep)
 
 

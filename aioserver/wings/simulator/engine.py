@@ -51,11 +51,6 @@ class Engine:
         # Since its start.
         self.prompt_tokens = self.cached_tokens = self.output_tokens = 0
 
-    @property
-    def first_tokens_interval(self) -> float:
-        """The seconds between two tokens of an answer."""
-        return 1 / self.options.decode
-
     @asynccontextmanager
     async def read(self, prompt: bytes) -> AsyncIterator[int]:
         """Wait for a slot, and read *prompt*; within, answers are written. Gives the tokens of the

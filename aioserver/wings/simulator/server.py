@@ -159,7 +159,8 @@ class Simulator:
         self._changed: asyncio.Event | None = None
         self._runner: web.ServerRunner | None = None
         self._host = ""
-        self._port = 0
+        # The port on which the simulator listens.
+        self.port = 0
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -189,7 +190,7 @@ class Simulator:
         except OSError:
             await runner.cleanup()
             raise
-        self._runner, self._host, self._port = runner, host, site.port
+        self._runner, self._host, self.port = runner, host, site.port
         return self.base_url
 
     async def close(self) -> None:
@@ -210,15 +211,10 @@ class Simulator:
         await self.until(lambda stats: not stats.open_connections)
 
     @property
-    def port(self) -> int:
-        """The port on which the simulator listens."""
-        return self._port
-
-    @property
     def base_url(self) -> str:
         """The value for a provider's `base_url` setting."""
         host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{host}:{self._port}/v1"
+        return f"http://{host}:{self.port}/v1"
 
     def stats(self) -> SimulatorStats:
         """Return the counters as they are now."""

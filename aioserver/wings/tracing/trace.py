@@ -73,23 +73,6 @@ class AttemptTrace:
     which have its id, its model and why it ended.
     """
 
-    __slots__ = (
-        "address",
-        "began",
-        "ended",
-        "error",
-        "first_chunk",
-        "head",
-        "max_tokens",
-        "model",
-        "provider",
-        "span_id",
-        "status",
-        "tail",
-        "temperature",
-        "tokens",
-    )
-
     def __init__(self) -> None:
         self.span_id = new_id(8)
         self.provider = self.model = self.error = ""
@@ -169,18 +152,6 @@ class Trace:
     newest one, of which the end is not known yet. *followed*: a client reads the answer, or has
     read it; any other one comes back for it. *finish* is called at the end.
     """
-
-    __slots__ = (
-        "_finish",
-        "attempt",
-        "attempts",
-        "context",
-        "followed",
-        "left_out",
-        "path",
-        "wait",
-        "waits",
-    )
 
     def __init__(
         self, context: Context, path: str, finish: Callable[[Trace, RequestEnd], None]
