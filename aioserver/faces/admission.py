@@ -161,7 +161,7 @@ class Admission:
         `REFUSAL_LINES_PER_SECOND` of one face and error *code*; the rest is counted.
         """
         lines = self.refusal_lines if event == "refused" else self._lines
-        if logger.isEnabledFor(level) and (suppressed := lines.allow(event, face, code)) >= 0:
+        if logger.isEnabledFor(level) and (left_out := lines.allow(event, face, code)) is not None:
             gate = self.gate
             fields = {
                 "face": face,
@@ -170,7 +170,7 @@ class Admission:
                 "active": gate.inside,
                 "limit": gate.limit,
                 "waiting": gate.waiting,
-                **({"suppressed": suppressed} if suppressed else {}),
+                **left_out,
             }
             logger.log(level, "connection %s", event, extra={"fields": fields})
 

@@ -190,7 +190,7 @@ def make_middleware(
         """Log which request was refused, and why; never the key that it presented."""
         if not refusals_logger.isEnabledFor(logging.WARNING):
             return
-        if (suppressed := refusals.allow(error.reason)) < 0:
+        if (left_out := refusals.allow(error.reason)) is None:
             return
         resource = request.match_info.route.resource
         fields: dict[str, Any] = {
@@ -205,9 +205,7 @@ def make_middleware(
             header = "Origin" if isinstance(error, OriginNotAllowed) else "Host"
             fields[header.lower()] = request.headers.get(header, "")[:MAX_NAME]
             fields["setting"] = error.setting
-        if suppressed:
-            fields["suppressed"] = suppressed
-        refusals_logger.warning("access refused", extra={"fields": fields})
+        refusals_logger.warning("access refused", extra={"fields": fields | left_out})
 
     def preflight(request: web.Request) -> web.Response:
         """Answer a CORS preflight; a browser takes the missing `Allow-Origin` for a refusal."""

@@ -99,12 +99,9 @@ class Handshakes:
         """Forget *handshake*, and count it; where it did not succeed, *reason* is logged."""
         self._unfinished.pop(handshake).cancel()
         self.outcomes[outcome].value += 1
-        if not reason or (suppressed := self._lines.allow(reason)) < 0:
+        if not reason or (left_out := self._lines.allow(reason)) is None:
             return
-        fields: dict[str, object] = {"address": handshake.address, "outcome": outcome}
-        fields["reason"] = reason
-        if suppressed:
-            fields["suppressed"] = suppressed
+        fields = {"address": handshake.address, "outcome": outcome, "reason": reason, **left_out}
         logger.warning("tls handshake failed", extra={"fields": fields})
 
     def close(self) -> None:

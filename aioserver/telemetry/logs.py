@@ -198,10 +198,10 @@ class RateLimit:
         # kind: [period, lines written in it, lines left out since the last one written]
         self._kinds: dict[tuple[str, ...], list[int]] = {}
 
-    def allow(self, *kind: str) -> int:
-        """Count a line of *kind*.
+    def allow(self, *kind: str) -> dict[str, int] | None:
+        """Count a line of *kind*; return the field that it has if others were left out before it.
 
-        Return -1 if it must be left out, otherwise the number of lines left out before it.
+        None: it must be left out itself.
         """
         if len(self._kinds) > MAX_KINDS:
             self._kinds.clear()
@@ -211,10 +211,10 @@ class RateLimit:
             state[0], state[1] = period, 0
         if state[1] >= self._limit:
             state[2] += 1
-            return -1
+            return None
         state[1] += 1
-        suppressed, state[2] = state[2], 0
-        return suppressed
+        left_out, state[2] = state[2], 0
+        return {"suppressed": left_out} if left_out else {}
 
 
 class BackgroundHandler(logging.Handler):
@@ -241,10 +241,10 @@ class BackgroundHandler(logging.Handler):
         """Queue the line of *record*, or drop and count it if the queue is full."""
         if record.levelno >= logging.ERROR and not hasattr(record, "thinned"):
             left_out = self._errors.allow(record.name, record.pathname, str(record.lineno))
-            if left_out < 0:
+            if left_out is None:
                 return
             if left_out:
-                record.fields = {**getattr(record, "fields", {}), "suppressed": left_out}
+                record.fields = {**getattr(record, "fields", {}), **left_out}
         try:
             self._queue.put_nowait(self.format(record) + "\n")
         # The queue is full, or the record cannot be formatted: the code that logs must go on.

@@ -288,10 +288,8 @@ class Metrics:
             self.auth_failures[error.reason].value += 1
         if error.outcome == "rejected":
             self.rejections[error.code].value += 1
-            if (left_out := self.refusal_lines.allow(error.code)) >= 0:
-                fields: dict[str, object] = {"code": error.code, "reason": str(error)}
-                if left_out:
-                    fields["suppressed"] = left_out
+            if (left_out := self.refusal_lines.allow(error.code)) is not None:
+                fields = {"code": error.code, "reason": str(error), **left_out}
                 logger.warning("request refused", extra={"fields": fields})
         elif error.outcome == "client_error" and error.code in self.bad_requests:
             self.bad_requests[error.code].value += 1

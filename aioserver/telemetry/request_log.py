@@ -227,8 +227,8 @@ class RequestLog:
         if record.trace is not None:
             record.trace.ended(_end_of(record, now, code, outcome, status))
         if outcome == "rejected":
-            if (left_out := metrics.refusal_lines.allow(code)) >= 0:
-                self._log(record, now, code, outcome, status, left_out=left_out)
+            if (left_out := metrics.refusal_lines.allow(code)) is not None:
+                self._log(record, now, code, outcome, status, **left_out)
         elif logger.isEnabledFor(logging.INFO):
             if len(record.outcome.parts) > 1:
                 self._log_parts(record)
@@ -288,8 +288,7 @@ class RequestLog:
         code: str,
         outcome: str,
         status: int,
-        *,
-        left_out: int = 0,
+        **left_out: int,
     ) -> None:
         fields: dict[str, Any] = {
             "request_id": record.request_id[:MAX_NAME],
@@ -334,8 +333,7 @@ class RequestLog:
             fields |= _bridged(record.outcome)
         if record.outcome.hooks:
             fields["hook"] = ",".join(record.outcome.hooks)
-        if left_out:
-            fields["suppressed"] = left_out
+        fields |= left_out
         level = logging.WARNING if outcome == "rejected" else logging.INFO
         logger.log(level, "request finished", extra={"fields": fields})
 

@@ -313,12 +313,11 @@ class HookSet:
         self._metrics.hook_seconds[hook.name,].observe(self._loop.time() - began)
 
     def _log(self, hook: Asked, event: str, request: Request, fault: HookFault) -> None:
-        if (left_out := self._lines.allow(hook.name, event)) < 0:
+        if (left_out := self._lines.allow(hook.name, event)) is None:
             return
         fields = {"hook": hook.name, "event": event, "reason": str(fault)}
         fields |= {"fail": hook.settings.fail, "request_id": request.name[:64]}
-        suppressed = {"suppressed": left_out} if left_out else {}
-        logger.warning("a hook has not decided", extra={"fields": {**fields, **suppressed}})
+        logger.warning("a hook has not decided", extra={"fields": {**fields, **left_out}})
 
     def _call(self, hook: Asked, request: Request) -> Call:
         """Return what *hook* is told of *request* beside its body."""

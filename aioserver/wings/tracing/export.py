@@ -240,10 +240,9 @@ class SpanExporter:
 
         None if one of its *kind* was written in the last ten seconds.
         """
-        if (left_out := self._lines.allow(kind)) < 0:
+        if (left_out := self._lines.allow(kind)) is None:
             return None
-        suppressed = {"suppressed": left_out} if left_out else {}
-        return {"reason": reason, "dropped": self._dropped.value, **suppressed}
+        return {"reason": reason, "dropped": self._dropped.value, **left_out}
 
 
 async def _within(seconds: float, event: asyncio.Event) -> None:
