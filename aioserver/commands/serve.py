@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import faulthandler
 import gc
 import logging
@@ -18,7 +16,7 @@ from aioserver.commands import output
 from aioserver.config import Configuration
 from aioserver.config.faults import ConfigurationError
 from aioserver.limits.gate import Gate
-from aioserver.server import garbage, listener, preflight, systemd
+from aioserver.server import garbage, listener, memory, preflight, systemd
 from aioserver.server.app import open_server
 from aioserver.server.reload import Reload, log_remarks
 from aioserver.server.runner import Runner
@@ -41,13 +39,6 @@ logger = logging.getLogger("aioserver.serve")
 
 # Seconds for threads to end, once everything else has.
 THREADS_TIMEOUT = 1.0
-
-# Bytes of an object that has pages of its own (`mallopt` of the GNU C library), which go back to
-# the system with it. By default the library raises this to the largest object that was ever freed,
-# up to 32 MiB: large bodies then leave holes in its heap. An asyncio loop reads into 256 KiB, for
-# which pages would be made each time; and so many bytes are free at the heap's end before they go.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-PAGES_BYTES, END_BYTES = 320 << 10, 1 << 20
 
 
 def serve(config: Path | None, *, host: str | None, port: int | None, loop: str) -> int:
@@ -103,7 +94,7 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
     if few_files is not None:
         logger.warning("%s", few_files)
     garbage.begin()
-    _return_pages()
+    memory.return_pages()
     with asyncio.Runner(loop_factory=factory) as runner:
         code = runner.run(_run(configuration, environ, inherited, worker))
         _leave_soon(code)
@@ -171,15 +162,6 @@ def _serve_with_workers(
     code = parent.run()
     output.give_up()
     return code
-
-
-def _return_pages() -> None:
-    """Let the C library, if it is GNU's, return the pages of large objects once they are freed."""
-    # Other libraries have no such function.
-    with contextlib.suppress(AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, PAGES_BYTES)
-        mallopt(M_TRIM_THRESHOLD, END_BYTES)
 
 
 def _leave_soon(code: int) -> None:
@@ -324,6 +306,11 @@ async def _serve(
     gc.freeze()
     collector = garbage.Collector(asyncio.get_running_loop())
     notifier.ready()
+    idle_memory = memory.IdleMemory(
+        asyncio.get_running_loop(),
+        running=lambda: server.context.gateway.running,
+        connections=lambda: runner.open_connections,
+    )
     # Not before `ready`: the end of a reload says READY=1, too.
     reloading = asyncio.create_task(reload.run())
     try:
@@ -337,6 +324,7 @@ async def _serve(
         reloading.cancel()
         await runner.end(hand_over=stop.hand_over, at_once=stop.orphaned)
     finally:
+        idle_memory.close()
         reloading.cancel()
         collector.close()
     return 0

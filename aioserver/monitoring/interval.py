@@ -11,11 +11,14 @@ import asyncio
 import time
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.telemetry.metrics import CONTINUED, OK
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from aioserver.telemetry.loop_lag import LoopLag
     from aioserver.telemetry.metrics import Metrics
 
@@ -25,6 +28,8 @@ TICK = 1.0
 MINUTE = 60
 # Ticks between two counts of the event loop's tasks, whose cost grows with their number.
 TASK_TICKS = 10
+# What most ticks keep of answers that were continued.
+NONE: Mapping[str, float] = MappingProxyType({})
 # Seconds; rates of a shorter interval are those of this one.
 MIN_SECONDS = 1e-3
 
@@ -91,7 +96,7 @@ class IntervalMeter:
         # The requests that had met a bug at the end of each of the last intervals.
         self._bugs = deque((metrics.bugs.value,), maxlen=MINUTE + 1)
         # The same of the answers that were continued, by provider.
-        self._continued: deque[dict[str, float]] = deque(maxlen=MINUTE + 1)
+        self._continued: deque[Mapping[str, float]] = deque(maxlen=MINUTE + 1)
         self._continued.append(_continued(metrics))
 
     def measure(self) -> Interval:
@@ -124,11 +129,16 @@ class IntervalMeter:
         return Interval(growth, rates, *lags, cpu_share, self._tasks, bugs, continued)
 
 
-def _continued(metrics: Metrics) -> dict[str, float]:
-    """Return the answers that were continued so far, by the provider that has said the rest."""
+def _continued(metrics: Metrics) -> Mapping[str, float]:
+    """Return the answers that were continued so far, by the provider that has said the rest.
+
+    It makes no object where there are none: what each tick keeps for a minute stands between the
+    objects of a load, whose memory could not be given back before.
+    """
+    meters = metrics.providers.items()
     return {
-        name: meter.continuations[CONTINUED].value for name, meter in metrics.providers.items()
-    }
+        name: number for name, meter in meters if (number := meter.continuations[CONTINUED].value)
+    } or NONE
 
 
 def totals(metrics: Metrics) -> dict[Total, float]:

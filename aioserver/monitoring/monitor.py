@@ -11,12 +11,13 @@ import asyncio
 import logging
 import time
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import orjson
 
 from aioserver.errors import ServerAtCapacity
 from aioserver.monitoring.fold import MAX_INCIDENTS, Report, recent_shares, recent_values
+from aioserver.monitoring.history import Past
 from aioserver.monitoring.incidents import Detector, incident
 from aioserver.monitoring.interval import TICK, IntervalMeter
 from aioserver.monitoring.snapshot import Snapshots
@@ -25,7 +26,7 @@ from aioserver.monitoring.verdict import Verdicts, unknown
 from aioserver.protocol import eventstream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from aioserver.monitoring.snapshot import Sources
     from aioserver.monitoring.state import (
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
         History,
         Incident,
         KeyState,
-        Percentiles,
-        ProviderState,
         Snapshot,
     )
     from aioserver.telemetry.metrics import Family
@@ -42,36 +41,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.monitoring")
 
-# Ticks that the history keeps: ten minutes.
-HISTORY = 600
 # The newest incidents that an instance tells another one.
 NEWEST = 20
 MAX_WATCHERS = 256
 # The log levels of an incident's severities.
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-
-# What the history keeps of a snapshot, and of each provider in it.
-SERIES: dict[str, Callable[[Snapshot], float | None]] = {
-    "active": lambda snapshot: snapshot["connections"]["active"],
-    "waiting": lambda snapshot: snapshot["connections"]["waiting"],
-    "rejected_per_second": lambda snapshot: snapshot["connections"]["rejected_per_second"],
-    "requests_per_second": lambda snapshot: snapshot["requests"]["per_second"],
-    "tokens_per_second": lambda snapshot: snapshot["tokens_per_second"],
-    "first_token_p50": lambda snapshot: _percentile(snapshot["first_token"], "p50"),
-    "first_token_p95": lambda snapshot: _percentile(snapshot["first_token"], "p95"),
-    "lag_max": lambda snapshot: snapshot["loop"]["lag_max"],
-}
-PROVIDER_SERIES: dict[str, Callable[[ProviderState], float]] = {
-    "in_flight": lambda provider: provider["in_flight"],
-    "waiting": lambda provider: provider["waiting"],
-    "pool_open": lambda provider: provider["pool"]["open"],
-    "pool_idle": lambda provider: provider["pool"]["idle"],
-    "tokens_per_second": lambda provider: provider["tokens_per_second"],
-}
-
-
-def _percentile(percentiles: Percentiles | None, name: str) -> float | None:
-    return None if percentiles is None else percentiles[name]
 
 
 class Watcher(Protocol):
@@ -105,18 +79,10 @@ class Others(Protocol):
         """
 
 
-class Point(NamedTuple):
-    """What the history keeps of a snapshot: values of SERIES and PROVIDER_SERIES, by name."""
-
-    time: float
-    values: dict[str, float | None]
-    providers: dict[str, dict[str, float]]
-
-
 class Monitor:
     """Ticks until it is closed.
 
-    Always: there are at most HISTORY points, MAX_INCIDENTS incidents and MAX_WATCHERS watchers.
+    Always: there are at most MAX_INCIDENTS incidents and MAX_WATCHERS watchers.
     """
 
     def __init__(self, sources: Sources) -> None:
@@ -134,7 +100,7 @@ class Monitor:
         self._verdicts = Verdicts(sources.sections)
         self._verdict = unknown()
         self._detector = Detector()
-        self._history: deque[Point] = deque(maxlen=HISTORY)
+        self._past = Past()
         self._incidents: deque[Incident] = deque(maxlen=MAX_INCIDENTS)
         # The `history` event; empty when there is something new that it lacks.
         self._history_event = b""
@@ -263,7 +229,9 @@ class Monitor:
         if self.others is not None:
             self.snapshot["cluster"] = self.others.standing()
         self._snapshot_json = orjson.dumps(self.snapshot)
-        self._history.append(_point(self.snapshot))
+        self._past.add(self.snapshot)
+        for provider in self._router.providers.values():
+            provider.health.breaker.forget()
         self._history_event = b""
         sections = [(section, section.of(self.snapshot)) for section in self.sections]
         now, snapshot = time.monotonic(), self.snapshot
@@ -314,13 +282,12 @@ class Monitor:
 
     def history(self) -> History:
         """Return the last ten minutes as series; only of providers that are configured now."""
-        points = self._history
         return {
             "interval": TICK,
-            "time": [point.time for point in points],
-            "series": {name: [point.values[name] for point in points] for name in SERIES},
+            "time": self._past.times,
+            "series": self._past.series,
             "providers": {
-                provider: _provider_series(provider, points)
+                provider: self._past.of_provider(provider)
                 for provider in self.snapshot["providers"]
             },
             "incidents": list(self._incidents),
@@ -342,20 +309,3 @@ def _log(new_incident: Incident) -> None:
         # The detector has thinned incidents out already, each subject by itself.
         extra = {"fields": fields, "thinned": True}
         logger.log(level, "%s", new_incident["text"], extra=extra)
-
-
-def _point(snapshot: Snapshot) -> Point:
-    providers = {
-        name: {series: read(provider) for series, read in PROVIDER_SERIES.items()}
-        for name, provider in snapshot["providers"].items()
-    }
-    values = {series: read(snapshot) for series, read in SERIES.items()}
-    return Point(snapshot["time"], values, providers)
-
-
-def _provider_series(provider: str, points: deque[Point]) -> dict[str, list[float | None]]:
-    """Return the values of one provider; None at the times when it was not configured."""
-    return {
-        series: [point.providers.get(provider, {}).get(series) for point in points]
-        for series in PROVIDER_SERIES
-    }

@@ -10,7 +10,8 @@ troubles of a provider, the worst is shown. The *advice* says what an operator c
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from array import array
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from aioserver.monitoring.groups import covering, listing
@@ -158,16 +159,13 @@ class Troubles:
         self.now: dict[str, Trouble] = {}
         # How each provider that is flagged had failed, if not by refusing our key.
         self._flagged: dict[str, str] = {}
-        # The attempts of each tick, by provider and outcome.
-        self._attempts: deque[dict[str, Counter[str]]] = deque(maxlen=WINDOW)
+        # By provider and outcome: the attempts of each of the last WINDOW ticks. They are arrays,
+        # as those of the history are: see history.py.
+        self._attempts: dict[str, dict[str, array[int]]] = {}
 
     def observe(self, snapshot: Snapshot, interval: Interval) -> None:
         """Find the troubles at *snapshot*, at whose tick *interval* ended, and set them there."""
-        attempts: dict[str, Counter[str]] = {}
-        for total, number in interval.growth.items():
-            if total.kind == ATTEMPTS and total.provider is not None:
-                attempts.setdefault(total.provider, Counter())[total.detail] += int(number)
-        self._attempts.append(attempts)
+        self._count(interval)
         before, self.now = self.now, {}
         groups = covering(snapshot)
         for name, provider in snapshot["providers"].items():
@@ -245,17 +243,30 @@ class Troubles:
             "severity": severity,
         }
 
+    def _count(self, interval: Interval) -> None:
+        """Take the attempts of a tick into the last WINDOW ticks."""
+        for outcomes in self._attempts.values():
+            for ticks in outcomes.values():
+                del ticks[0]
+                ticks.append(0)
+        for total, number in interval.growth.items():
+            if total.kind == ATTEMPTS and total.provider is not None:
+                outcomes = self._attempts.setdefault(total.provider, {})
+                if total.detail not in outcomes:
+                    outcomes[total.detail] = array("Q", [0]) * WINDOW
+                outcomes[total.detail][-1] += int(number)
+
     def _lately(self, name: str) -> tuple[Counter[str], int]:
         """Return the faults of the last WINDOW ticks by outcome, and the number of attempts."""
-        faults: Counter[str] = Counter()
-        well = 0
-        for tick in self._attempts:
-            for outcome, number in tick.get(name, {}).items():
-                if outcome in FAULTS:
-                    faults[outcome] += number
-                elif outcome == OK:
-                    well += number
-        return faults, well + faults.total()
+        numbers = {outcome: sum(ticks) for outcome, ticks in self._attempts.get(name, {}).items()}
+        faults = Counter(
+            {
+                outcome: number
+                for outcome, number in numbers.items()
+                if number and outcome in FAULTS
+            }
+        )
+        return faults, numbers.get(OK, 0) + faults.total()
 
 
 def _next_try(provider: ProviderState) -> Iterator[str]:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import random
 import time
+from array import array
 from collections import deque
 from dataclasses import dataclass
 from math import inf
@@ -105,7 +106,9 @@ class Breaker:
         # How many instances ask the provider, and have a breaker of their own: they share the
         # trials.
         self.instances = 1
+        # The times to a first event since `forget` was called last, and those before.
         self._first_events: deque[float] = deque(maxlen=FIRST_EVENTS)
+        self._former_first_events = array("d")
         self._last_success = -inf
         # Since the last success: the failures, and the time at which the first of them began.
         self._failures = 0
@@ -264,6 +267,7 @@ class Breaker:
         """Forget everything but the trials under way: the address is another."""
         self._get_well()
         self._first_events.clear()
+        self._former_first_events = array("d")
         self._last_success = self._well_at = -inf
         self._needed = NEEDED
 
@@ -285,8 +289,26 @@ class Breaker:
             or (failures >= FEW and seconds >= max(LONG_PATIENCE, failures / MAX_RATE))
         ):
             return False
-        ordered = sorted(self._first_events)
+        ordered = sorted(self._newest_first_events())
         return not ordered or seconds >= USUAL * ordered[len(ordered) // 2]
+
+    def forget(self) -> None:
+        """Make no difference, but keep no objects of a load that is over; to be called each second.
+
+        They would keep the memory around them from going back to the system.
+        """
+        recent, before = self._recent, self._clock() - WINDOW
+        fewest = MIN_ATTEMPTS if self.sick else 0
+        while len(recent) > fewest and recent[0][0] <= before:
+            _, attempts, failures = recent.popleft()
+            self._recent_attempts -= attempts
+            self._recent_failures -= failures
+        if self._first_events:
+            self._former_first_events = array("d", self._newest_first_events())
+            self._first_events.clear()
+
+    def _newest_first_events(self) -> list[float]:
+        return [*self._former_first_events, *self._first_events][-FIRST_EVENTS:]
 
     def _remember(self, now: float, attempts: int, failures: int) -> None:
         """Count for the share of failures, and see whether the provider is sick by it."""

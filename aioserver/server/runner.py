@@ -235,6 +235,11 @@ class Runner(web.AppRunner):
         for site in list(self.sites):
             await site.stop()
 
+    @property
+    def open_connections(self) -> int:
+        """How many connections of clients are open."""
+        return len(self._connections().connections)
+
     def _connections(self) -> ConnectionServer:
         assert isinstance(self.server, ConnectionServer), "`setup` makes it"
         return self.server

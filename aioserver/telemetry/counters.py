@@ -7,6 +7,7 @@ microsecond each; here a count is one attribute. One event loop owns them.
 from __future__ import annotations
 
 import math
+from array import array
 from bisect import bisect_left
 from collections import Counter as Tally
 from collections import deque
@@ -74,16 +75,23 @@ class Histogram:
 
 
 class RecentValues:
-    """The observations of the last minute, the newest thousand at most, for percentiles."""
+    """The observations of the last minute, the newest thousand at most, for percentiles.
 
-    __slots__ = ("_values",)
+    Those before the last look are in arrays: an object for each, made under a load and kept for a
+    minute, would keep the memory around it, a megabyte at a time, from going back to the system.
+
+    Always: there are at most RECENT_VALUES since the last look.
+    """
+
+    __slots__ = ("_new", "_times", "_values")
 
     def __init__(self) -> None:
-        self._values: deque[tuple[float, float]] = deque(maxlen=RECENT_VALUES)
+        self._new: deque[tuple[float, float]] = deque(maxlen=RECENT_VALUES)
+        self._times, self._values = array("d"), array("d")
 
     def add(self, now: float, value: float) -> None:
         """Keep *value*, observed at *now*; times never go back."""
-        self._values.append((now, value))
+        self._new.append((now, value))
 
     def percentiles(self, now: float) -> dict[str, float] | None:
         """Return `p50`, `p95`, `p99` (nearest rank), `count` and `age`, the seconds since the
@@ -91,15 +99,17 @@ class RecentValues:
 
         None if there are no values.
         """
-        values = self._values
-        while values and values[0][0] < now - RECENT_SECONDS:
-            values.popleft()
-        if not values:
+        times = self._times
+        self._take_new()
+        old = max(len(times) - RECENT_VALUES, bisect_left(times, now - RECENT_SECONDS))
+        if old > 0:
+            del times[:old], self._values[:old]
+        if not times:
             return None
-        ordered = sorted([value for _, value in values])
+        ordered = sorted(self._values)
         last = len(ordered) - 1
         ranks = {f"p{n}": ordered[min(last, len(ordered) * n // 100)] for n in (50, 95, 99)}
-        return {**ranks, "count": len(ordered), "age": round(now - values[-1][0], 3)}
+        return {**ranks, "count": len(ordered), "age": round(now - times[-1], 3)}
 
     def buckets(self, now: float) -> RecentBuckets | None:
         """Return the values as counts in buckets, which can be added to those of others.
@@ -110,9 +120,15 @@ class RecentValues:
         if percentiles is None:
             return None
         counts: Tally[int] = Tally()
-        for _, value in self._values:
+        for value in self._values:
             counts[round(math.log2(max(value, SHORTEST) / SHORTEST) * PER_DOUBLING)] += 1
         return RecentBuckets(dict(counts), percentiles["age"])
+
+    def _take_new(self) -> None:
+        for now, value in self._new:
+            self._times.append(now)
+            self._values.append(value)
+        self._new.clear()
 
 
 class RecentShare:

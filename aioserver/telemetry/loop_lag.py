@@ -10,11 +10,12 @@ Only the time after the timer was due is measured: a block of 150 ms is measured
 
 from __future__ import annotations
 
-from collections import deque
+from array import array
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Iterator
 
     from aioserver.telemetry.counters import Histogram
 
@@ -22,20 +23,22 @@ if TYPE_CHECKING:
 INTERVAL = 0.1
 # Seconds; a shorter lateness is normal for an event loop, and is not kept.
 THRESHOLD = 0.005
-# Late periods that are kept.
+# Late periods that are kept at least.
 MAX_PERIODS = 1000
 
 
 class LoopLag:
     """Measures the loop until it is closed.
 
-    Always: `_late` has the newest late periods in order, as (due, called), in the loop's time.
+    Always: `_due_at` and `_called_at` have the newest late periods in order, in the loop's time:
+    MAX_PERIODS of them and twice as many at most. They are numbers without an object for each, which would
+    keep memory from being given back.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, histogram: Histogram) -> None:
         self._loop = loop
         self._histogram = histogram
-        self._late: deque[tuple[float, float]] = deque(maxlen=MAX_PERIODS)
+        self._due_at, self._called_at = array("d"), array("d")
         self._sum = self._max = 0.0
         self._count = 0
         self._due = loop.time() + INTERVAL
@@ -56,7 +59,7 @@ class LoopLag:
         What came meanwhile was read at *until*. A late period that was over INTERVAL earlier has
         hidden nothing until then. The part before *since* does not count.
         """
-        for due, called in reversed(self._late):
+        for due, called in self._periods():
             if called < until - INTERVAL:
                 break
             if due < until and called > since:
@@ -66,11 +69,15 @@ class LoopLag:
     def longest(self, since: float) -> float:
         """Return the length of the longest late period; only its part after *since* counts."""
         longest = 0.0
-        for due, called in reversed(self._late):
+        for due, called in self._periods():
             if called <= since:
                 break
             longest = max(longest, called - max(due, since))
         return longest
+
+    def _periods(self) -> Iterator[tuple[float, float]]:
+        """Return the late periods, the newest first, each as (due, called)."""
+        return zip(reversed(self._due_at), reversed(self._called_at), strict=True)
 
     def close(self) -> None:
         """Stop measuring."""
@@ -84,6 +91,9 @@ class LoopLag:
         self._count += 1
         self._max = max(self._max, lag)
         if lag > THRESHOLD:
-            self._late.append((self._due, now))
+            self._due_at.append(self._due)
+            self._called_at.append(now)
+            if len(self._due_at) > 2 * MAX_PERIODS:
+                del self._due_at[:-MAX_PERIODS], self._called_at[:-MAX_PERIODS]
         self._due = now + INTERVAL
         self._timer = self._loop.call_at(self._due, self._measure)

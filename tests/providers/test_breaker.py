@@ -500,3 +500,20 @@ def test_instances_together_try_as_often_as_one(clock: FakeClock, instances: int
     assert trials <= 1000 / 10 + instances
     assert trials >= 1000 / 10 * 0.8
     assert under_way <= max(MAX_TRIALS, instances)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_forgetting_makes_no_difference(clock: FakeClock, seed: int) -> None:
+    rng = random.Random(seed)
+    breakers = [Breaker(clock) for _ in range(2)]
+    for _ in range(400):
+        clock.now += rng.choice((0.01, 0.5, 5.0, 40.0))
+        failing, began = rng.random() < rng.choice((0.1, 0.9)), clock.now - rng.random()
+        for breaker in breakers:
+            if failing:
+                breaker.failed(began, trial=False)
+            else:
+                breaker.succeeded(0.5, trial=False)
+        breakers[1].forget()
+        states = [(each.state, each.deaths, each.trials is None) for each in breakers]
+        assert states[0] == states[1]
