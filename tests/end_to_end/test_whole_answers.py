@@ -317,7 +317,7 @@ async def test_a_client_of_a_unix_socket_that_reads_nothing_is_dropped(
     head = "".join(f"{line}\r\n" for line in (*request_lines, f"Content-Length: {len(data)}", ""))
     async with provider() as scripted:
         server = await make_server(
-            **{"llm.providers.sim.base_url": scripted.url, "chat.streams.send_timeout": 0.3}
+            **{"llm.providers.sim.base_url": scripted.url, "chat.streams.send_timeout": 0.1}
         )
         unix = socket.socket(socket.AF_UNIX)
         unix.bind(str(tmp_path / "socket"))
