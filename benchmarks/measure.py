@@ -5,6 +5,7 @@ import dataclasses
 import http.client
 import json
 import resource
+import ssl
 import subprocess
 import sys
 import time
@@ -265,6 +266,8 @@ class Bench:
             command += ["--seq-key", TEXTS[load.mode]]
         if load.mode == "rws":
             command += RESPONSE_ENDS
+        if peer.tls:
+            command += ["--tls"]
         for header in peer.headers:
             command += ["--header", header]
         for key in peer.keys:
@@ -316,12 +319,22 @@ def most_sockets(wanted: int) -> int:
 
 
 def ask(
-    port: int, method: str, path: str, body: str = "", headers: Sequence[str] = ()
+    port: int,
+    method: str,
+    path: str,
+    body: str = "",
+    headers: Sequence[str] = (),
+    *,
+    tls: bool = False,
 ) -> bytes | None:
-    """The body of a 200, else None."""
+    """The body of a 200, else None. With *tls* the certificate is not looked at."""
     fields = {"Content-Type": "application/json"}
     fields |= dict(header.split(": ", 1) for header in headers)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    if tls:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=5, context=context)
     try:
         connection.request(method, path, body or None, fields)
         response = connection.getresponse()
@@ -335,7 +348,9 @@ def ask(
 def good_answer(peer: Peer, port: int) -> bool:
     """One request that is not streamed: its answer must hold the provider's text."""
     headers = [*peer.headers, *(f"Authorization: Bearer {key}" for key in peer.keys[:1])]
-    return b"00010002" in (ask(port, "POST", peer.path, json.dumps(CHAT), headers) or b"")
+    return b"00010002" in (
+        ask(port, "POST", peer.path, json.dumps(CHAT), headers, tls=peer.tls) or b""
+    )
 
 
 def faults(result: Result, *, ignored: Sequence[str] = ()) -> list[str]:

@@ -176,6 +176,7 @@ class Peer:
     events: str = ""  # path of an event stream with the server's state
     patience: float = 30.0  # seconds that a start may take
     tight: str = ""  # a configuration with 200 places and no waiting
+    tls: bool = False  # its clients speak TLS with it
     restarts: bool = False  # a stop ends what runs first: `restart` is measured
     steps: tuple[str, ...] = ()  # the only ones it gets; none named: all
     program: str = ""  # where that is not installed, there is no such column

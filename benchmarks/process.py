@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO
 
 TICKS = os.sysconf("SC_CLK_TCK")  # CPU time in /proc counts in these, usually 10 ms
@@ -80,6 +81,12 @@ def usage(pid: int) -> tuple[float, float]:
             seconds += (int(fields[11]) + int(fields[12])) / TICKS  # utime, stime
             megabytes += int(fields[21]) * PAGE / 1e6  # rss
     return seconds, megabytes
+
+
+def cpu_time(pid: int) -> int:
+    """Nanoseconds that the threads of a process have run."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks)
 
 
 def busy(cores: Sequence[int]) -> float:

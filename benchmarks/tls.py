@@ -41,8 +41,7 @@ from certificate import HARNESS
 from loads import Load
 from measure import CHAT, HERE, Bench
 from peers import AIOSERVER
-from process import free_port, running
-from tracing import cpu_time
+from process import cpu_time, free_port, running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ast
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,15 +15,12 @@ import pytest
 
 from aioserver.server.wings import WINGS
 from tests.support.package import PACKAGE, TESTS, TREES
+from tests.support.without_wing import copy_package_without
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 NAMES = sorted(wing.name for wing in WINGS)
-CLASSES = {wing.name: wing.__name__ for wing in WINGS}
-TABLE = "server/wings.py"
-# What a wing adds to the commands goes with it.
-COMMANDS = {"simulator": ("tools/provider.py",)}
 # What tests/core needs of the tests.
 NEEDED = ("__init__.py", "core", "support")
 # Seconds for a copy to be tested.
@@ -36,25 +32,9 @@ for name in sys.argv[1:]:
 """
 
 
-def without(table: str, wing: str) -> str:
-    """The table of wings without the import of *wing* and its line."""
-    lines = [
-        line for line in table.splitlines() if not line.startswith(f"from aioserver.wings.{wing}.")
-    ]
-    return re.sub(rf"\b{CLASSES[wing]}\b,? ?", "", "\n".join(lines)) + "\n"
-
-
 def copy_without(wing: str, into: Path) -> None:
-    """Copy the package without *wing*, and the tests of the core.
-
-    The bytecode that is there comes with them: to compile all of it takes seconds.
-    """
-    shutil.copytree(PACKAGE, into / "aioserver")
-    shutil.rmtree(into / "aioserver" / "wings" / wing)
-    for path in COMMANDS.get(wing, ()):
-        (into / "aioserver" / path).unlink()
-    table = into / "aioserver" / TABLE
-    table.write_text(without(table.read_text(), wing))
+    """Copy the package without *wing*, and the tests of the core."""
+    copy_package_without(wing, into)
     for name in NEEDED:
         source = TESTS / name
         if source.is_dir():

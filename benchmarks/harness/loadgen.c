@@ -20,6 +20,8 @@
  * in part, and whose answer did not come whole (neither those left by --drop-after, nor those unfinished at
  * the end). All latencies are in ms.
  *
+ * --tls: the server speaks TLS; its certificate is not looked at.
+ *
  * --samples FILE gets every measured time as it is, as pairs of 32-bit numbers: what it is (1 a whole answer, 2 from
  * a request to the first event of any kind, 3 between two events), and 100 ns. `stuttering`: streams with a gap of
  * more than --max-gap ms between two events of any kind. */
@@ -29,6 +31,7 @@ enum { M_HTTP, M_SSE, M_WS, M_IDLE };
 enum { S_NEW, S_CONNECT, S_HANDSHAKE, S_SEND, S_HEAD, S_BODY, S_WSREAD, S_HOLD, S_OFF };
 
 typedef struct conn {
+    SSL *ssl;                                   /* NULL: plain TCP */
     int fd, state, want_out, status, close_after;
     const char *out, *req; size_t out_len, out_pos;     /* req: the head and body, or the handshake */
     char *own;                                  /* its copy of the request, where that has ids */
@@ -43,6 +46,9 @@ typedef struct conn {
 
 static int mode = M_HTTP, proto = M_SSE, conns = 1, expect = 0, drop_after = 0, stamp = 0, once = 0, json = 0, nmark = 0, nfail = 0;
 static long count = 0;
+#ifdef TLS
+static SSL_CTX *tls;
+#endif
 static double duration = 10, ramp = 0, warmup = 0, timeout_s = 60, drain = 10;
 static const char *host = "127.0.0.1", *path = "/v1/chat/completions", *key = "\"content\":", *marks[8], *fails[8];
 static int port = 9100, ep, live, opened, off;       /* off: connections that will not ask again */
@@ -77,6 +83,10 @@ static void want(conn *c, int out) {
     c->want_out = out;
 }
 static void shut(conn *c, double again_in) {    /* close; come back after a while (<0: never) */
+#ifdef TLS
+    SSL_free(c->ssl);
+#endif
+    c->ssl = NULL;
     if (c->fd >= 0) { close(c->fd); c->fd = -1; live--; }
     st.lost += c->asking, c->asking = 0;
     off += again_in < 0;
@@ -91,7 +101,7 @@ static void append(char **b, size_t *len, size_t *cap, const char *p, size_t n) 
 }
 static void flush_out(conn *c) {
     while (c->out_pos < c->out_len) {
-        ssize_t n = write(c->fd, c->out + c->out_pos, c->out_len - c->out_pos);
+        ssize_t n = transmit(c->fd, c->ssl, c->out + c->out_pos, c->out_len - c->out_pos);
         if (n < 0 && errno == EAGAIN) { want(c, 1); return; }
         if (n < 0) { st.io++; shut(c, 0.05); return; }
         c->out_pos += n;
@@ -126,6 +136,13 @@ static void connected(conn *c) {
     int e = 0; socklen_t l = sizeof e;
     getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &e, &l);
     if (e) { st.connect++; shut(c, 0.2); return; }
+#ifdef TLS
+    if (tls) {                                  /* what is written first does the handshake */
+        c->ssl = SSL_new(tls);
+        SSL_set_fd(c->ssl, c->fd);
+        SSL_set_connect_state(c->ssl);
+    }
+#endif
     if (mode == M_IDLE && proto == M_IDLE) { hist_add(&h_conn, now_ns() - c->t_conn); want(c, 0); hold(c); return; }
     if (mode == M_WS || (mode == M_IDLE && proto == M_WS)) { send_bytes(c, c->req, req_len, S_HANDSHAKE); return; }
     hist_add(&h_conn, now_ns() - c->t_conn);
@@ -342,7 +359,7 @@ static long ws_frames(conn *c, char *b, size_t n) {
         char *p = (char *)f + h;
         int op = f[0] & 15, fin = f[0] & 128;
         used += h + len;
-        if (op == 9 && len < 126) { char o[140]; if (write(c->fd, o, ws_frame(o, 10, p, len)) < 0) st.io++; }
+        if (op == 9 && len < 126) { char o[140]; if (transmit(c->fd, c->ssl, o, ws_frame(o, 10, p, len)) < 0) st.io++; }
         else if (op == 8 && c->state == S_HOLD) { lost(c); return -1; }
         else if (op == 8) { c->status = 101; end_request(c, 0, 0); return -1; }
         else if (op <= 2 && (mode == M_WS && c->state == S_WSREAD)) {
@@ -391,14 +408,19 @@ static void lost(conn *c) {                     /* the peer closed, or an error 
     shut(c, may_start(now_ns()) || mode == M_IDLE ? 0.05 : -1);
 }
 
-static void readable(conn *c) {
+static int read_once(conn *c) {                 /* 0: nothing is left to read now */
     static char buf[1 << 18];
-    ssize_t n = read(c->fd, buf, sizeof buf);
-    if (n < 0 && errno == EAGAIN) return;
-    if (n <= 0) { lost(c); return; }
+    ssize_t n = receive(c->fd, c->ssl, buf, sizeof buf);
+    if (n < 0 && errno == EAGAIN) return 0;
+    if (n <= 0) { lost(c); return 0; }
     st.bytes += n;
     if (c->state == S_HANDSHAKE || c->state == S_WSREAD || (c->state == S_HOLD && proto == M_WS)) ws_input(c, buf, n);
     else if (c->state == S_HEAD || c->state == S_BODY) feed(c, buf, n);
+    return c->fd >= 0;
+}
+
+static void readable(conn *c) {                 /* OpenSSL may keep what the socket no longer has */
+    while (read_once(c) && c->ssl) continue;
 }
 
 static void tick(conn *all, uint64_t now) {     /* ramp, reconnects and time-outs */
@@ -458,7 +480,8 @@ int main(int argc, char **argv) {
     static const struct option o[] = { {"mode",1,0,'m'}, {"host",1,0,'H'}, {"port",1,0,'p'}, {"path",1,0,'P'}, {"header",1,0,'h'}, {"key",1,0,'K'},
         {"body-file",1,0,'b'}, {"connections",1,0,'c'}, {"duration",1,0,'d'}, {"count",1,0,'n'}, {"ramp",1,0,'r'}, {"warmup",1,0,'w'},
         {"timeout",1,0,'t'}, {"drain",1,0,'D'}, {"marker",1,0,'M'}, {"fail-marker",1,0,'F'}, {"seq-key",1,0,'k'}, {"expect",1,0,'e'}, {"drop-after",1,0,'x'},
-        {"idle-proto",1,0,'i'}, {"stamp",0,0,'T'}, {"samples",1,0,'s'}, {"max-gap",1,0,'g'}, {"once",0,0,'1'}, {"json",0,0,'j'}, {0} };
+        {"idle-proto",1,0,'i'}, {"stamp",0,0,'T'}, {"samples",1,0,'s'}, {"max-gap",1,0,'g'}, {"once",0,0,'1'}, {"json",0,0,'j'},
+        {"tls",0,0,'L'}, {0} };
     char *hdr = strdup(""), *body = NULL; size_t blen = 0; int k; const char *meth = "POST";
     while ((k = getopt_long(argc, argv, "", o, NULL)) != -1) switch (k) {
         case 'm': mode = !strcmp(optarg, "sse") ? M_SSE : !strcmp(optarg, "ws") ? M_WS : !strcmp(optarg, "idle") ? M_IDLE : M_HTTP; break;
@@ -486,9 +509,15 @@ int main(int argc, char **argv) {
         case 'g': max_gap_ms = atof(optarg); break;
         case '1': once = 1; break;
         case 'j': json = 1; break;
+#ifdef TLS
+        case 'L':
+            tls = SSL_CTX_new(TLS_client_method());
+            SSL_CTX_set_mode(tls, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+            break;
+#endif
         default: die("usage: loadgen --mode http|sse|ws|idle [--host H] --port P [--path P] [--header 'K: V']... [--key KEY]...\n"
             "  [--body-file F] [--connections C] [--duration S] [--count N] [--ramp S] [--warmup S] [--timeout S] [--drain S] [--expect TOKENS]\n"
-            "  [--marker TEXT]... [--fail-marker TEXT]... [--seq-key content] [--drop-after K] [--idle-proto tcp|http|sse|ws] [--stamp] [--samples FILE] [--max-gap MS] [--once] [--json]");
+            "  [--marker TEXT]... [--fail-marker TEXT]... [--seq-key content] [--drop-after K] [--idle-proto tcp|http|sse|ws] [--stamp] [--samples FILE] [--max-gap MS] [--once] [--json]\n  [--tls]");
     }
     if (!nmark) marks[nmark++] = "\"status\":\"complete\"", marks[nmark++] = "\"status\": \"complete\"";
     if (!nfail) fails[nfail++] = "\"status\":\"error\"", fails[nfail++] = "\"status\": \"error\"";
