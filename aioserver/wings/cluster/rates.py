@@ -75,6 +75,9 @@ class SlotsInHand:
             return passing[before][0]
         if not passing:
             return lasting[before]
+        if not before:
+            # As each request asks that waits for nobody.
+            return min(passing[0][0], lasting[0])
         in_order = merge((begins for begins, _ends in passing), lasting)
         return next(islice(in_order, before, None))
 
@@ -90,14 +93,14 @@ class SlotsInHand:
         """Use one slot: one that has begun before one that has not, and one that passes before one
         that lasts.
         """
-        if not self.count(now):
-            return
         passing, lasting = self._passing, self._lasting
-        if not lasting or (
-            passing and (passing[0][0] <= now + ROUNDING or passing[0][0] <= lasting[0])
+        while passing and passing[0][1] < now:
+            passing.popleft()
+        if passing and (
+            not lasting or passing[0][0] <= now + ROUNDING or passing[0][0] <= lasting[0]
         ):
             passing.popleft()
-        else:
+        elif lasting:
             lasting.popleft()
 
     def add(self, begins: float, ends: float) -> None:
