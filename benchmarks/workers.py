@@ -111,14 +111,25 @@ def memory(pid: int) -> tuple[float, float, float]:
 
 
 def load(bench: Bench) -> None:
-    """Print what 1, 2 and 4 workers do with whole answers and with spaced events, and their
-    memory.
+    """Print what 1, 2 and 4 workers do with whole answers and with spaced events, beside one
+    process that has the share of the load that each of them has; and their memory.
     """
+    shares: dict[int, list[float]] = {}
+    with serving(bench, peer(1)) as server:
+        for workers in WORKERS:
+            results = [
+                bench.measure(
+                    server, dataclasses.replace(each, connections=each.connections // workers)
+                )
+                for each in (WHOLE, SPACED)
+            ]
+            shares[workers] = [result["cpu_us"] for result in results]
     print(
-        "\n| workers | whole answers/s | CPU µs each | events/s, spaced | CPU µs each | p99 gap, "
-        "ms | PSS of a worker, of the parent, of the server, MB | foreign load |"
+        "\n| workers | whole answers/s | CPU µs each | of one process with a worker's share | "
+        "events/s, spaced | CPU µs each | of one process with a worker's share | p99 gap, ms | "
+        "PSS of a worker, of the parent, of the server, MB | foreign load |"
     )
-    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for workers in WORKERS:
         with serving(bench, peer(workers)) as server:
             assert server.pid is not None
@@ -129,7 +140,8 @@ def load(bench: Bench) -> None:
                 print(f"INVALID with {workers} workers: {wrong}")
         print(
             f"| {workers} | {whole['per_second']:,.0f} | {whole['cpu_us']:.0f} | "
-            f"{spaced['chunks_per_second']:,.0f} | {spaced['cpu_us']:.0f} | "
+            f"{shares[workers][0]:.0f} | {spaced['chunks_per_second']:,.0f} | "
+            f"{spaced['cpu_us']:.0f} | {shares[workers][1]:.0f} | "
             f"{spaced['gap_p99_ms']:.0f} | {', '.join(f'{size:.0f}' for size in sizes)} | "
             f"{max(whole['foreign_share'], spaced['foreign_share']):.0%} |",
             flush=True,

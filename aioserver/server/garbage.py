@@ -4,7 +4,7 @@ A young pass of CPython's garbage collector looks at the objects that have been 
 before it and are alive. The interpreter makes one when 10,000 more objects have been made than
 freed. While as many streams end as begin, the one number hardly runs ahead of the other: a pass
 came after some seconds, when most objects of all streams were young, and blocked the event loop
-for 15 to 25 ms at 750 streams. So there is a young pass every tenth of a second.
+for 15 to 38 ms at 750 streams. So there is a young pass every tenth of a second.
 
 Passes over older objects are rare: what has outlived a young pass is freed with its stream, without
 any pass.
