@@ -66,7 +66,9 @@ class Member(Membership):
         # Instances that know how many they are, are the workers of one host, and share
         # connections.
         scope = None if fixed is None else Scope("host", *fixed)
-        self.limits = SharedLimits(self.leases, scope)
+        self.limits = limits = SharedLimits(self.leases, scope)
+        self.make_gate, self.observe = limits.make_gate, limits.observe
+        self.make_quota, self.make_admission = limits.make_quota, limits.make_admission
         self.bus = None
         self.commands = Commands(SimulatedStore(server, number, self.instance), "")
         self.known: RemoteStreams | None = None
