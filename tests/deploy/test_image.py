@@ -72,7 +72,7 @@ def test_every_file_that_is_copied_exists_and_is_let_in() -> None:
 
 
 def test_every_file_that_the_installation_reads_is_copied() -> None:
-    setup = (ROOT / "setup.cfg").read_text()
+    setup = "".join((ROOT / name).read_text() for name in ("setup.cfg", "setup.py"))
     copied = " ".join(rest for word, rest in RECIPE if word == "COPY")
 
     for name in ("README.md", "LICENSE"):
