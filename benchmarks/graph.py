@@ -1,9 +1,10 @@
 """Draw a run of `run.py`: the longest gaps and the CPU by the number of streams, and a request by
-what idles beside it. With one of `board.py`, draw also requests/s by their latency, and stalls.
+what idles beside it; or one of `board.py`: requests/s by their latency, and stalls.
 
     python benchmarks/run.py --steps crowded,curve --runs 1 --json numbers.json
+    python benchmarks/graph.py numbers.json docs/images/benchmark.svg
     python benchmarks/board.py --steps frontier,streams --runs 1 --json board.json
-    python benchmarks/graph.py numbers.json docs/images/benchmark.svg --board board.json
+    python benchmarks/graph.py board.json docs/images/board.svg
 
 A curve ends where the server no longer keeps up, or where no more was tried.
 """
@@ -35,14 +36,15 @@ SLOWEST = 50.0
 SERVERS = ("aioserver", "bare", "nginx", "litellm")
 
 
-def draw(numbers: Mapping[str, Any], board: Mapping[str, Any] | None = None) -> str:
-    """Return the picture of what `run.py --json` and `board.py --json` have written: of the first
-    run of each.
+def draw(numbers: Mapping[str, Any]) -> str:
+    """Return the picture of what `run.py --json` or `board.py --json` has written: of its first
+    run.
     """
     run: Run = numbers["runs"][0]
+    if "curves" in run:
+        return picture(board_panels(run["curves"]))
     return picture(
         [
-            *(board_panels(board["runs"][0]["curves"]) if board is not None else ()),
             Panel(
                 "p99 gap between two events, ms, by streams of 50 events a second (20 is perfect)",
                 curves(run, "gap_p99_ms"),
@@ -123,12 +125,12 @@ def known(run: Run) -> Run:
 def main() -> None:
     """Read the numbers, and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("numbers", type=Path, help="the file that run.py --json has written")
+    parser.add_argument(
+        "numbers", type=Path, help="the file that run.py or board.py has written with --json"
+    )
     parser.add_argument("picture", type=Path, help="the SVG file to write")
-    parser.add_argument("--board", type=Path, help="the file that board.py --json has written")
     chosen = parser.parse_args()
-    board = json.loads(chosen.board.read_text()) if chosen.board else None
-    chosen.picture.write_text(draw(json.loads(chosen.numbers.read_text()), board))
+    chosen.picture.write_text(draw(json.loads(chosen.numbers.read_text())))
 
 
 if __name__ == "__main__":
