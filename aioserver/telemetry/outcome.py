@@ -4,7 +4,6 @@ answer and its error refer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -87,8 +86,7 @@ class Continued(NamedTuple):
         return b": seam %b\n\n" % told.encode()
 
 
-@dataclass(slots=True, eq=False)
-class Outcome:
+class Outcome(msgspec.Struct, eq=False):
     """The provider that was asked last, and what is known of its answer.
 
     Always: it is written by the router and its attempts alone; where the answer is another
@@ -111,8 +109,7 @@ class Outcome:
     provider: str = ""
     model: str = ""
     attempts: int = 0
-    # Python 3.11 takes no unhashable default.
-    headers: Mapping[str, str] = field(default_factory=lambda: NO_HEADERS)
+    headers: Mapping[str, str] = NO_HEADERS
     sent: bool = False
     sent_at: float = 0.0
     usage: Mapping[str, Any] | None = None

@@ -14,9 +14,10 @@ This file is one concept: a record, and what is made of it at its end.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
 
 from aioserver.errors import AioserverError, SlowClient, TokensExceeded
 from aioserver.telemetry.loop_lag import THRESHOLD
@@ -43,8 +44,7 @@ class Statuses(Protocol):
         """Return the HTTP status of *error*."""
 
 
-@dataclass(slots=True, eq=False)
-class RequestRecord:
+class RequestRecord(msgspec.Struct, eq=False):
     """The times, counts and gaps of one request.
 
     Times are of the monotonic clock, and 0.0 as long as the event has not happened:
@@ -66,7 +66,7 @@ class RequestRecord:
     *outcome* says which provider was asked, and what became of it there.
     """
 
-    outcome: Outcome = field(default_factory=Outcome)
+    outcome: Outcome = msgspec.field(default_factory=Outcome)
     face: str = ""
     request_id: str = ""
     caller: str = ""
