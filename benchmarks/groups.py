@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from trace_of_chats import ENGINES, Load, Result, Trace, Turn, text_of
 
+from aioserver.auth.callers import NO_CALLER
 from aioserver.config import settings
 from aioserver.config.settings import Group, Llm, Member
 from aioserver.gateway import homes
@@ -33,7 +34,7 @@ from aioserver.gateway.router import Router
 from aioserver.provider_errors import ProviderFault
 from aioserver.providers.api import CHAT
 from aioserver.providers.provider import Provider
-from aioserver.providers.request import NO_CALLER, ProviderRequest
+from aioserver.providers.request import ProviderRequest
 from aioserver.wings.simulator.engine import Engine, block_hashes, count_tokens
 from tests.support.scripted_provider import LIMITS
 from tests.support.virtual_loop import run_virtually

@@ -51,17 +51,15 @@ class Caller:
     # The user is not part of it: otherwise a client without a key would get a larger share by
     # naming more users.
     flow: str = field(init=False, compare=False)
+    # The caller in metrics, which have no names of people.
+    label: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         # Each request reads them, and few callers are made.
         address = "" if self.name else self.subflow.partition("\0")[0]
         object.__setattr__(self, "address", address)
         object.__setattr__(self, "flow", self.name or address)
-
-    @property
-    def label(self) -> str:
-        """The caller in metrics, which have no names of people."""
-        return f"jwt:{self.role}" if self.role else self.name
+        object.__setattr__(self, "label", f"jwt:{self.role}" if self.role else self.name)
 
     def on_behalf_of(self, user: object) -> Caller:
         """Return the same caller, with a subflow of its own for *user*, if that is a text."""
@@ -70,6 +68,8 @@ class Caller:
         return self
 
 
+# The caller of a request that comes from no client.
+NO_CALLER = Caller()
 # The caller of a request that was admitted.
 CALLER = web.RequestKey("caller", Caller)
 # The client's address; set only where proxies are trusted, `request.remote` holds it otherwise.

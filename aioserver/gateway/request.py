@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from math import inf
+from time import monotonic
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -166,19 +167,14 @@ class Request(msgspec.Struct, eq=False):
         """Begin the record of this request, which is understood and goes to its first provider
         now.
         """
-        provider_request, provider = self.provider_request, self.route.provider
-        record = provider_request.record
-        record.begin(
-            self.face,
-            self.name,
-            provider.name,
-            self.route.model or provider.settings.model,
-            self.caller.name,
-            self.caller.label,
-            streamed=provider_request.streamed,
-        )
-        record.group = "" if self.route.group is None else self.route.group.name
-        record.log, record.statuses = request_log, provider_request.api
+        provider_request, route = self.provider_request, self.route
+        record, provider = provider_request.record, route.provider
+        record.face, record.request_id, record.log = self.face, self.name, request_log
+        record.admitted_at = monotonic()
+        outcome = record.outcome
+        outcome.provider, outcome.model = provider.name, route.model or provider.settings.model
+        if route.group is not None:
+            record.group = route.group.name
         if request_log.tracer is not None:
             record.trace = request_log.tracer.begin(
                 provider_request.client_headers,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from aioserver.auth.callers import Caller
+from aioserver.auth.callers import NO_CALLER
 from aioserver.limits.deadline import Deadline
 from aioserver.limits.estimate import UNKNOWN_WORK
 from aioserver.protocol.client_headers import NO_HEADERS
@@ -21,6 +21,7 @@ from aioserver.telemetry.request_log import RequestRecord
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.limits.estimate import Estimate
     from aioserver.limits.loan import Loan
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from aioserver.streams.store import HeldBytes
 
     BodyMaker = Callable[[settings.Provider, str | None], bytes]
-
-# The caller of a request that comes from no client.
-NO_CALLER = Caller()
 
 
 class Hold(Protocol):
@@ -154,9 +152,15 @@ class ProviderRequest:
         self.reading = reading
         self.client_headers = client_headers
         self.outcome = Outcome()
-        self.record = record = RequestRecord(self.outcome)
-        record.path, record.batch = api.path, batch
-        record.trace_id = client_headers.trace_id
+        self.record = RequestRecord(
+            self.outcome,
+            caller=caller,
+            trace_id=client_headers.trace_id,
+            path=api.path,
+            batch=batch,
+            streamed=streamed,
+            statuses=api,
+        )
         # Counts the bytes of an answer that is collected.
         self.answer_bytes: HeldBytes | None = None
         self.keeps_body = self.background = False

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
+from aioserver.auth.callers import NO_CALLER
 from aioserver.errors import AioserverError, SlowClient, TokensExceeded
 from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
@@ -26,6 +27,7 @@ from aioserver.telemetry.outcome import MIXED, NOBODY, PROVIDER, Outcome
 from aioserver.telemetry.tracer import RequestEnd
 
 if TYPE_CHECKING:
+    from aioserver.auth.callers import Caller
     from aioserver.telemetry.loop_lag import LoopLag
     from aioserver.telemetry.outcome import GroupStart
     from aioserver.telemetry.tracer import RequestTrace, Tracer
@@ -69,9 +71,7 @@ class RequestRecord(msgspec.Struct, eq=False):
     outcome: Outcome = msgspec.field(default_factory=Outcome)
     face: str = ""
     request_id: str = ""
-    caller: str = ""
-    # The caller as metrics name it.
-    caller_label: str = ""
+    caller: Caller = NO_CALLER
     # The name in `llm.models` by which the model was asked for, if it was.
     group: str = ""
     # The id of its trace (W3C Trace Context), the client's or a new one, 32 hex digits; "" if it
@@ -105,29 +105,6 @@ class RequestRecord(msgspec.Struct, eq=False):
     statuses: Statuses | None = None
     # The log that counts the first content of the answer when it comes; None if nothing counts it.
     log: RequestLog | None = None
-
-    def begin(
-        self,
-        face: str,
-        request_id: str,
-        provider: str,
-        model: str,
-        caller: str = "",
-        label: str | None = None,
-        *,
-        streamed: bool = False,
-    ) -> None:
-        """Note that the request is understood and goes to *provider*.
-
-        *caller* is its key's name, and *label* what metrics call it: None for the same.
-        """
-        self.face = face
-        self.streamed = streamed
-        self.caller = caller
-        self.caller_label = caller if label is None else label
-        self.request_id = request_id
-        self.outcome.provider, self.outcome.model = provider, model
-        self.admitted_at = monotonic()
 
     def answered(self, now: float) -> None:
         """Note that the first content of the answer has come *now*; it counts at once."""
@@ -188,28 +165,27 @@ class RequestLog:
         self, record: RequestRecord, error: BaseException | None, *, cancelled: bool = False
     ) -> None:
         """Count and log *record*, whose request ended well, with *error*, or *cancelled*."""
-        metrics, now = self.metrics, monotonic()
+        metrics, asked, now = self.metrics, record.outcome, monotonic()
         code, outcome, status = "", OK, 200
         if error is not None:
             public = error if isinstance(error, AioserverError) else None
             code = public.code if public else "internal_error"
             outcome = public.outcome if public else "internal_error"
             status = _status(public, record.statuses) if public else 500
+            if public and outcome == "rejected":
+                metrics.rejections[code].value += 1
+                public.counted = True
             if isinstance(error, TokensExceeded):
-                metrics.count_budget_refusal(record.caller_label, error)
+                metrics.count_budget_refusal(record.caller.label, error)
         elif cancelled:
             outcome, status = (CLIENT_LEFT if record.abandoned else CANCELLED), 499
             if record.abandoned and record.slow_client:
                 code, outcome = SlowClient.code, SlowClient.outcome
-        metrics.requests[record.face, record.outcome.provider, code, outcome].value += 1
+        metrics.requests[record.face, asked.provider, code, outcome].value += 1
         metrics.outcomes[outcome].value += 1
         if record.key_wait:
             metrics.key_wait.observe(record.key_wait)
-        if outcome == "rejected":
-            metrics.rejections[code].value += 1
-            if isinstance(error, AioserverError):
-                error.counted = True
-        face, provider = metrics.faces[record.face], metrics.providers[record.outcome.provider]
+        face, provider = metrics.faces[record.face], metrics.providers[asked.provider]
         face.duration.observe(now - record.admitted_at)
         if record.queued_at:
             face.overhead.observe(record.queued_at - record.admitted_at)
@@ -219,22 +195,23 @@ class RequestLog:
             self._count_gaps(record, now)
         elif record.silence > THRESHOLD:
             self._count_gaps(record, now)
-        if not record.outcome.attempts:
-            # It was refused in line.
-            record.outcome.start = None
-        if (start := record.outcome.start) is not None:
-            self._count_start(start, record.outcome, now)
+        if (start := asked.start) is not None:
+            if asked.attempts:
+                self._count_start(start, asked, now)
+            else:
+                # It was refused in line.
+                asked.start = None
         if record.trace is not None:
             record.trace.ended(_end_of(record, now, code, outcome, status))
         if outcome == "rejected":
             if (left_out := metrics.refusal_lines.allow(code)) is not None:
                 self._log(record, now, code, outcome, status, **left_out)
         elif logger.isEnabledFor(logging.INFO):
-            if len(record.outcome.parts) > 1:
+            if len(asked.parts) > 1:
                 self._log_parts(record)
             self._log(record, now, code, outcome, status)
         # A log refers to the outcome for its window; these objects are needed no longer.
-        record.outcome.usage = record.outcome.start = None
+        asked.usage = asked.start = None
 
     def _count_gaps(self, record: RequestRecord, now: float) -> None:
         """Count the longest gap of each side, after moving our own lag out of the provider's."""
@@ -270,7 +247,7 @@ class RequestLog:
         for number, part in enumerate(record.outcome.parts, 1):
             fields = {
                 "request_id": record.request_id[:MAX_NAME],
-                **({"caller": record.caller} if record.caller else {}),
+                **({"caller": record.caller.name} if record.caller.name else {}),
                 "attempt": number,
                 "provider": part.provider,
                 "model": part.model[:MAX_NAME],
@@ -301,8 +278,8 @@ class RequestLog:
             "wait_ms": round(record.queue_wait * 1000, 1),
             "attempts": record.outcome.attempts,
         }
-        if record.caller:
-            fields["caller"] = record.caller
+        if record.caller.name:
+            fields["caller"] = record.caller.name
         if record.batch:
             fields["class"] = "batch"
         if record.key_wait:
@@ -372,7 +349,7 @@ def _end_of(record: RequestRecord, now: float, code: str, outcome: str, status: 
         face=record.face,
         target=record.target,
         provider=record.outcome.provider,
-        caller=record.caller,
+        caller=record.caller.name,
         streamed=record.streamed,
         admitted_at=record.admitted_at,
         first_event_at=record.first_event_at,

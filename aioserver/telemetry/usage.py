@@ -205,10 +205,9 @@ class Usage:
 
     def ended(self, record: RequestRecord, part: Part) -> None:
         """Count *part*, the last of the request of *record*."""
-        parts = record.outcome.parts
-        self.sums.add(
-            record.caller, part, record.caller_label, anew=len(parts) < 2 or _is_anew(parts)
-        )
+        parts, caller = record.outcome.parts, record.caller
+        anew = len(parts) < 2 or _is_anew(parts)
+        self.sums.add(caller.name, part, caller.label, anew=anew)
         if self.ledger is not None:
             sent = self._taken(record) or self._number(record, _nobody_knows)
             self._put(sent, part, part.outcome)
@@ -237,7 +236,7 @@ class Usage:
                 sent.number,
                 sent.attempt,
                 record.request_id,
-                record.caller,
+                record.caller.name,
                 record.face,
                 record.path,
                 record.batch,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioserver.auth.callers import NO_CALLER
 from aioserver.config import settings
 from aioserver.config.settings import Group, Member
 from aioserver.errors import ModelNotFound
@@ -28,7 +29,7 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.api import CHAT
 from aioserver.providers.passthrough import PassedRequest
-from aioserver.providers.request import NO_CALLER, ProviderRequest
+from aioserver.providers.request import ProviderRequest
 from tests.support.engines import Engine, nothing_is_held
 from tests.support.routers import llm_of, router_of
 from tests.support.scripted_provider import LIMITS

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.auth.callers import anonymous
+from aioserver.auth.callers import NO_CALLER, anonymous
 from aioserver.config import settings
 from aioserver.config.schema import Secret
 from aioserver.errors import InvalidRequest
@@ -38,7 +38,7 @@ from aioserver.providers.attempt import Attempt
 from aioserver.providers.error_mapping import retry_after
 from aioserver.providers.pace import MAX_COOLING
 from aioserver.providers.provider import Provider
-from aioserver.providers.request import NO_CALLER, Answer, ProviderRequest
+from aioserver.providers.request import Answer, ProviderRequest
 from aioserver.streams.entries import COMPLETE
 from aioserver.streams.stream import Stream
 from aioserver.wings.simulator.exchange import Behaviour

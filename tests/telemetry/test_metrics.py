@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import monotonic
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from aioserver.telemetry.counters import (
     sum_of,
 )
 from aioserver.telemetry.metrics import CANCELLED, ERROR_OUTCOMES, FACES, OK, Metrics
-from aioserver.telemetry.outcome import ESTIMATE, MIXED, NOBODY, PROVIDER, Part
+from aioserver.telemetry.outcome import ESTIMATE, MIXED, NOBODY, PROVIDER, Outcome, Part
 from aioserver.telemetry.request_log import RequestLog, RequestRecord
 from aioserver.telemetry.tokens import Tokens
 
@@ -55,9 +56,9 @@ def records(metrics: Metrics) -> RequestLog:
 
 
 def record(face: str = "openai", provider: str = "groq", model: str = "m") -> RequestRecord:
-    request_record = RequestRecord()
-    request_record.begin(face, "r1", provider, model)
-    return request_record
+    return RequestRecord(
+        Outcome(provider, model), face=face, request_id="r1", admitted_at=monotonic()
+    )
 
 
 @pytest.mark.parametrize("kind", all_errors(), ids=lambda kind: kind.__name__)
