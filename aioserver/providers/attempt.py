@@ -367,10 +367,12 @@ class Attempt:
             ProviderBadResponse: the body is compressed.
         """
         self.status, self.headers = status, headers
-        self.provider.head_received(self)
         request, stream = self.request, self.stream
         good = status == 200
         request.outcome.headers = visible = visible_headers(headers)
+        if visible:
+            # Those that say what is left of its limits are among them.
+            self.provider.head_received(self)
         if stream is not None:
             if visible:
                 stream.recount()

@@ -56,8 +56,8 @@ FIRST_EVENTS = 100
 # stays what it is.
 WINDOW, MIN_ATTEMPTS = 30.0, 20
 SICK_ABOVE, WELL_BELOW = 0.5, 0.25
-# Attempts that are remembered for these shares.
-MAX_REMEMBERED = 1000
+# Attempts that are remembered for these shares, and the seconds by which WINDOW may be shorter.
+MAX_REMEMBERED, GRAIN = 1000, 1.0
 # Of the requests that a sick provider would get first, one of so many is a trial whatever the time
 # is.
 TURN = 20
@@ -113,9 +113,15 @@ class Breaker:
         # Since the last success: the failures, and the time at which the first of them began.
         self._failures = 0
         self._failing_since = 0.0
-        # The recent attempts: when they ended, how many began to count then, and how many failed.
-        self._recent: deque[tuple[float, int, int]] = deque()
-        self._recent_attempts = self._recent_failures = 0
+        # How many attempts have been counted, and how many of them are too old to count for the
+        # share of failures.
+        self._attempts = self._too_old = 0
+        # How many had been counted at moments of the last WINDOW, GRAIN apart or more; and when
+        # the next such moment is.
+        self._marks: deque[tuple[float, int]] = deque()
+        self._next_mark = -inf
+        # The numbers of the attempts that have failed, of those that are not too old.
+        self._failed: deque[int] = deque()
         # While it is sick: the requests since the last trial, the trials that have succeeded in a
         # row, and how many of them are needed.
         self._requests_since_trial = 0
@@ -204,7 +210,11 @@ class Breaker:
         self._failures = 0
         self.unreachable = False
         self._first_events.append(seconds)
-        self._remember(now, 1, 0)
+        if now >= self._next_mark:
+            self._mark(now)
+        self._attempts += 1
+        if self.sick:
+            self._judge(now)
         return was_dead
 
     def failed(
@@ -226,8 +236,12 @@ class Breaker:
             return False
         if trial or answered:
             self._row = 0
+        if now >= self._next_mark:
+            self._mark(now)
+        self._failed.append(self._attempts + 1)
         # An answer was counted as an attempt when it began, if that is remembered.
-        self._remember(now, 0 if answered and began > now - WINDOW else 1, 1)
+        self._attempts += not (answered and began > now - WINDOW)
+        self._judge(now)
         if answered:
             # The provider may be sick. That it is dead no answer says which has begun, however it
             # ends.
@@ -297,12 +311,7 @@ class Breaker:
 
         They would keep the memory around them from going back to the system.
         """
-        recent, before = self._recent, self._clock() - WINDOW
-        fewest = MIN_ATTEMPTS if self.sick else 0
-        while len(recent) > fewest and recent[0][0] <= before:
-            _, attempts, failures = recent.popleft()
-            self._recent_attempts -= attempts
-            self._recent_failures -= failures
+        self._drop_old(self._clock())
         if self._first_events:
             self._former_first_events = array("d", self._newest_first_events())
             self._first_events.clear()
@@ -310,23 +319,32 @@ class Breaker:
     def _newest_first_events(self) -> list[float]:
         return [*self._former_first_events, *self._first_events][-FIRST_EVENTS:]
 
-    def _remember(self, now: float, attempts: int, failures: int) -> None:
-        """Count for the share of failures, and see whether the provider is sick by it."""
-        recent = self._recent
-        recent.append((now, attempts, failures))
-        self._recent_attempts += attempts
-        self._recent_failures += failures
-        # A sick provider with few requests gets well by the newest of them, however old they are.
-        fewest = MIN_ATTEMPTS if self.sick else 0
-        while len(recent) > MAX_REMEMBERED or (
-            len(recent) > fewest and recent[0][0] <= now - WINDOW
-        ):
-            _, attempts, failures = recent.popleft()
-            self._recent_attempts -= attempts
-            self._recent_failures -= failures
-        if self._recent_attempts < MIN_ATTEMPTS:
+    def _mark(self, now: float) -> None:
+        """Remember how many attempts had been counted before *now*."""
+        self._marks.append((now, self._attempts))
+        self._next_mark = now + GRAIN
+        self._drop_old(now)
+
+    def _drop_old(self, now: float) -> None:
+        """Forget the attempts that are too old to count for the share of failures."""
+        marks, failed, attempts = self._marks, self._failed, self._attempts
+        while marks and marks[0][0] <= now - WINDOW:
+            marks.popleft()
+        too_old = marks[0][1] if marks else attempts
+        if self.sick:
+            # With few requests it gets well by the newest of them, however old they are.
+            too_old = min(too_old, attempts - MIN_ATTEMPTS)
+        self._too_old = too_old = max(too_old, attempts - MAX_REMEMBERED, self._too_old)
+        while failed and failed[0] <= too_old:
+            failed.popleft()
+
+    def _judge(self, now: float) -> None:
+        """See whether the provider is sick by the share of failures."""
+        self._drop_old(now)
+        attempts = self._attempts - self._too_old
+        if attempts < MIN_ATTEMPTS:
             return
-        share = self._recent_failures / self._recent_attempts
+        share = len(self._failed) / attempts
         if not self.sick and share > SICK_ABOVE:
             self._sicken()
         elif self.sick and share < WELL_BELOW:
@@ -357,5 +375,6 @@ class Breaker:
         self._clear_recent()
 
     def _clear_recent(self) -> None:
-        self._recent.clear()
-        self._recent_attempts = self._recent_failures = 0
+        self._marks.clear()
+        self._failed.clear()
+        self._too_old, self._next_mark = self._attempts, -inf

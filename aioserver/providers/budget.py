@@ -45,8 +45,9 @@ class Budget:
 
     def add_request(self) -> None:
         """Count a request."""
-        self._forget_old()
-        self._requests[self._second % WINDOW] += 1
+        if (second := int(self._clock())) != self._second:
+            self._pass_to(second)
+        self._requests[second % WINDOW] += 1
 
     def take_retry(self) -> bool:
         """Count a retry, if the budget has room for it; return whether it has."""
@@ -58,14 +59,12 @@ class Budget:
 
     def stats(self) -> BudgetStats:
         """Return a snapshot."""
-        self._forget_old()
+        self._pass_to(int(self._clock()))
         limit = max(MIN_RETRIES, math.ceil(SHARE * sum(self._requests)))
         return BudgetStats(sum(self._retries), limit)
 
-    def _forget_old(self) -> None:
-        second = int(self._clock())
-        if second == self._second:
-            return
+    def _pass_to(self, second: int) -> None:
+        """Forget the counts of seconds that are too old, now that *second* has come."""
         for passed in range(self._second + 1, min(second, self._second + WINDOW) + 1):
             self._requests[passed % WINDOW] = self._retries[passed % WINDOW] = 0
-        self._second = max(second, self._second)
+        self._second = second

@@ -102,12 +102,12 @@ class ConnectionProtocol(ResponseHandler):
         fast_path = self.fast_path
         if fast_path is not None and fast_path.forward(data):
             return
-        if self.exchange is not None:
+        if (exchange := self.exchange) is not None:
             if self._unwritten and self.reused:
                 # The provider has said this to nobody: a 408 for an idle connection, perhaps.
-                self.exchange.stale()
+                exchange.stale()
             else:
-                self.exchange.feed(data)
+                exchange.feed(data)
         elif self._parser is not None:
             # A proxy answers CONNECT.
             super().data_received(data)
@@ -121,9 +121,9 @@ class ConnectionProtocol(ResponseHandler):
 
     def write(self, data: bytes) -> None:
         """Write *data*, unless the connection is lost or closing: called by the outbox."""
-        self._unwritten = False
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.write(data)
+        self._unwritten, transport = False, self.transport
+        if transport is not None and not transport.is_closing():
+            transport.write(data)
             self.written_at = monotonic()
 
     def resume_writing(self) -> None:
@@ -274,15 +274,10 @@ class Connections:
         # Called when a connection is given back, or closed.
         self._on_release: Callable[[], None] | None = None
         # The idle connections, the one that has been idle longest first.
-        self._idle: deque[PooledConnection] = deque()
+        self.idle: deque[PooledConnection] = deque()
         self._in_use: set[PooledConnection] = set()
         self._opening = 0
         self._expiry_timer: asyncio.TimerHandle | None = None
-
-    @property
-    def idle(self) -> int:
-        """How many connections are open and not in use."""
-        return len(self._idle)
 
     @property
     def acquired(self) -> int:
@@ -298,20 +293,16 @@ class Connections:
 
     def take(self, place: Place) -> PooledConnection | None:
         """Return an idle connection for the request that has *place*; None if there is none."""
-        idle = self._idle
+        idle, too_old = self.idle, self._loop.time() - self._expiry
         while idle:
             connection = idle.popleft()
-            usable = False
-            try:
-                fresh = self._loop.time() - connection.idle_since <= self._expiry
-                usable = fresh and connection.protocol.is_connected()
-            finally:
-                if not usable:
-                    connection.discard()
-            if usable:
+            transport = connection.protocol.transport
+            fresh = connection.idle_since >= too_old
+            if fresh and transport is not None and not transport.is_closing():
                 connection.place = place
                 self._in_use.add(connection)
                 return connection
+            connection.discard()
         return None
 
     async def open_one(self, place: Place) -> PooledConnection:
@@ -337,9 +328,10 @@ class Connections:
     def give_back(self, connection: PooledConnection) -> None:
         """Keep *connection* for the next request, or close it."""
         self._in_use.discard(connection)
-        if len(self._idle) < self._max_idle + self._pending():
+        idle, most = self.idle, self._max_idle
+        if len(idle) < most or len(idle) < most + self._pending():
             connection.idle_since = self._loop.time()
-            self._idle.append(connection)
+            idle.append(connection)
             if self._expiry_timer is None:
                 self._expiry_timer = self._loop.call_later(self._expiry, self._sweep)
         else:
@@ -355,8 +347,8 @@ class Connections:
 
     def forget(self, connection: PooledConnection) -> None:
         """Take *connection*, which the provider has closed, out of the idle ones."""
-        if connection in self._idle:
-            self._idle.remove(connection)
+        if connection in self.idle:
+            self.idle.remove(connection)
 
     def retire(self, on_release: Callable[[], None]) -> None:
         """Keep no connection from now on.
@@ -368,13 +360,13 @@ class Connections:
 
     def trim(self) -> None:
         """Close the idle connections beyond the cap, those that have been idle longest first."""
-        for _ in range(len(self._idle) - self._max_idle - self._pending()):
-            self._idle.popleft().discard()
+        for _ in range(len(self.idle) - self._max_idle - self._pending()):
+            self.idle.popleft().discard()
 
     def drop_idle(self) -> None:
         """Close every idle connection."""
-        while self._idle:
-            self._idle.popleft().discard()
+        while self.idle:
+            self.idle.popleft().discard()
 
     async def close(self) -> None:
         """Close every connection."""
@@ -387,9 +379,9 @@ class Connections:
     def _sweep(self) -> None:
         """Close the connections that have been idle for too long."""
         now = self._loop.time()
-        while self._idle and self._idle[0].idle_since + self._expiry <= now:
-            self._idle.popleft().discard()
+        while self.idle and self.idle[0].idle_since + self._expiry <= now:
+            self.idle.popleft().discard()
         self._expiry_timer = None
-        if self._idle:
-            due = self._idle[0].idle_since + self._expiry
+        if self.idle:
+            due = self.idle[0].idle_since + self._expiry
             self._expiry_timer = self._loop.call_at(due, self._sweep)

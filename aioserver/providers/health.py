@@ -74,7 +74,8 @@ class Health:
         self._clock = clock
         self.breaker = Breaker(clock)
         self.observer = observer
-        self._flagged_until = 0.0
+        # When it is asked again which has refused our key; 0.0 for one that has not.
+        self.flagged_until = 0.0
         # Whether that is because its address leads back to this server.
         self._leads_back = False
         # Whether the provider has answered well with the key of its present settings.
@@ -86,7 +87,7 @@ class Health:
     @property
     def flagged(self) -> bool:
         """Whether the provider has refused our key, and is not asked at the moment."""
-        return self._flagged_until > 0.0 and self._flagged_until > self._clock()
+        return self.flagged_until > 0.0 and self.flagged_until > self._clock()
 
     @property
     def available(self) -> bool:
@@ -108,7 +109,7 @@ class Health:
         provider can answer it, so that trials are rare, or none can.
         """
         if self.flagged:
-            return self._flagged_until - self._clock()
+            return self.flagged_until - self._clock()
         if not self.breaker.dead:
             return None
         return self.breaker.next_trial(alternative=self._alternative and not waited_for)
@@ -128,7 +129,7 @@ class Health:
             ProviderFlagged, LoopFlagged: the provider has refused our key, or led back to us.
             CircuitOpen: the provider is dead, and no trial may start now.
         """
-        if self._flagged_until and self.flagged:
+        if self.flagged_until and self.flagged:
             raise self.refusal()
         if self.breaker.dead:
             self._alternative = alternative
@@ -175,7 +176,7 @@ class Health:
         ):
             self._leads_back = isinstance(exc, ProviderLeadsBack)
             self._meter.key_refused.value += not self._leads_back
-            self._flagged_until = max(self._flagged_until, self._clock() + FLAGGED_FOR)
+            self.flagged_until = max(self.flagged_until, self._clock() + FLAGGED_FOR)
             self.breaker.unsure(trial=trial)
             return True
         if not exc.breaker_failure:
@@ -190,7 +191,7 @@ class Health:
 
     def reset(self, *, new_address: bool, new_key: bool) -> None:
         """Forget what new settings make doubtful; a key that was refused is tried again."""
-        self._removed, self._flagged_until = False, 0.0
+        self._removed, self.flagged_until = False, 0.0
         if new_address:
             # The failures were those of another address.
             self.breaker.reset()
@@ -199,4 +200,4 @@ class Health:
 
     def remove(self) -> None:
         """Note that the provider was removed from the configuration: it is asked no more."""
-        self._removed, self._flagged_until = True, inf
+        self._removed, self.flagged_until = True, inf

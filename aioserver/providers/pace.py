@@ -95,16 +95,16 @@ class Pace:
 
     def delay(self, ahead: int = 0) -> float:
         """Return the seconds until a request with *ahead* others before it may start."""
-        now = self._clock()
-        others = ahead * self._interval(now) if ahead else 0.0
+        others = ahead * self._interval() if ahead else 0.0
         delay = self._starts.delay(others)
-        if (opens := self._closed_until + others) > now:
-            delay = max(delay, opens - now)
+        if self._closed_until:
+            delay = max(delay, self._closed_until + others - self._clock())
         return delay if self._tokens is None else max(delay, self._tokens.delay())
 
     def start(self, tokens: int = 0) -> None:
         """Count a start that is expected to cost *tokens*."""
-        self._starts.take(self._interval(self._clock()))
+        starts = self._starts
+        starts.take(self._interval() if self._slow_until else starts.interval)
         if tokens:
             self.charge(tokens)
 
@@ -165,10 +165,10 @@ class Pace:
     def _token_rate(self, per_minute: int) -> Gcra | None:
         return self._make_tokens(60.0 / per_minute, TOKEN_BURST) if per_minute else None
 
-    def _interval(self, now: float) -> float:
+    def _interval(self) -> float:
         """Return the seconds between two starts at the present rate."""
         interval = self._starts.interval
-        return max(interval, self._slow_interval) if now < self._slow_until else interval
+        return max(interval, self._slow_interval) if self._clock() < self._slow_until else interval
 
 
 def _tolerance(per_minute: int, burst: int) -> float:

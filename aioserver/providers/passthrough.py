@@ -224,8 +224,10 @@ class PassedAttempt(Attempt):
             ProviderBadResponse: the body is compressed.
         """
         self.status, self.headers = status, headers
-        self.request.outcome.headers = visible_headers(headers)
-        self.provider.head_received(self)
+        self.request.outcome.headers = visible = visible_headers(headers)
+        if visible:
+            # Those that say what is left of its limits are among them.
+            self.provider.head_received(self)
         check_uncompressed(headers)
         if 200 <= status < 300:
             # However long its body is, the provider is well, and gets the request no second time.

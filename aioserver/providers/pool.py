@@ -225,7 +225,7 @@ class Pool:
 
     def stats(self) -> PoolStats:
         """Return a snapshot."""
-        idle, acquired = self._connections.idle, self._connections.acquired
+        idle, acquired = len(self._connections.idle), self._connections.acquired
         return PoolStats(
             open=idle + acquired,
             idle=idle,

@@ -201,7 +201,8 @@ class Provider:
         self.check(attempt)
         request = attempt.request
         record = request.record
-        record.queued_at = record.queued_at or self._clock()
+        if not record.queued_at:
+            record.queued_at = self._clock()
         if self.settings.http_client.tokens_per_minute:
             attempt.expected_tokens = self._expected_tokens(attempt)
         caller, batch = request.caller, record.batch
@@ -264,17 +265,17 @@ class Provider:
                 place = self.offer(attempt)
             if place is None:
                 place, waited = await self._wait(attempt), True
-            if waited and not isinstance(place, TrialPlace):
-                # It may have died, or begun to limit us, in the wait.
-                if self.health.breaker.dead:
-                    raise self.health.refusal()
-                self.check(attempt)
             if isinstance(place, TrialPlace):
                 place.take()
                 if attempt.trial:
                     # It was to be one of a sick provider, which has died meanwhile.
                     self.health.breaker.unsure(trial=True)
                 attempt.trial = True
+            elif waited:
+                # It may have died, or begun to limit us, in the wait.
+                if self.health.breaker.dead:
+                    raise self.health.refusal()
+                self.check(attempt)
             if attempt.rejoin:
                 self._gate.keep_room(attempt)
             attempt.began = self._clock()
@@ -317,7 +318,9 @@ class Provider:
                         error = None  # its traceback leads here
 
     def head_received(self, attempt: Attempt) -> None:
-        """Learn from the head of an answer: *attempt* knows its status and headers now."""
+        """Learn from the head of an answer: *attempt* knows its status and headers now, and has
+        some that clients may see.
+        """
         if self._outdated(attempt):
             return
         if self._pace.learn(attempt.headers) and self._gate.waiting:
@@ -328,7 +331,8 @@ class Provider:
         trial, attempt.trial = attempt.trial, False
         if attempt.rejoin:
             self._gate.free_room(attempt)
-        if self._outdated(attempt):
+        if attempt.pool is not self.pools.pool:
+            # As `_outdated`: it has been sent.
             self.health.breaker.unsure(trial=trial)
             # Another trial may start now.
             self._gate.serve()
@@ -616,13 +620,16 @@ class Provider:
             ProviderPaced: the provider is cooling down for longer than *attempt* waits before it
                 fails over.
         """
-        dead = self.health.breaker.dead
+        health = self.health
+        dead = health.breaker.dead
+        if not (dead or health.flagged_until or attempt.fallback):
+            return
         if dead and self.absence.waits(attempt):
             return
-        self.health.check(alternative=attempt.fallback)
+        health.check(alternative=attempt.fallback)
         if dead and self._gate.waiting:
             # The request that waits longest is the next trial.
-            raise self.health.refusal()
+            raise health.refusal()
         if attempt.fallback and (wait := self._pace.cooling) > FAILOVER_WAIT:
             raise self._gate.paced_fault(wait)
 
@@ -655,9 +662,9 @@ class Provider:
         if record.trace is not None:
             record.trace.attempt_ended(self._end_of(attempt, exc))
         trial, attempt.trial = attempt.trial, False
-        outdated, attempt.pool = self._outdated(attempt), None
-        exc = exc or attempt.fault
-        attempts = self.meter.attempts
+        exc, attempts = exc or attempt.fault, self.meter.attempts
+        outdated = exc is not None and self._outdated(attempt)
+        attempt.pool = None
         if exc is None:
             attempts["ok"].value += 1
             return

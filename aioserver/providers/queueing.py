@@ -358,8 +358,8 @@ class ProviderGate(Gate):
         return ProviderQueueTimeout(text, retry_after=wait)
 
     def _delay(self) -> float:
-        breaker, delay = self._health.breaker, self.pace.delay()
-        return max(delay, breaker.delay()) if breaker.dead else delay
+        breaker = self._health.breaker
+        return max(self.pace.delay(), breaker.delay()) if breaker.dead else self.pace.delay()
 
     def _eta(self, position: int, batch_position: int = 0) -> float:
         eta, breaker = super()._eta(position, batch_position), self._health.breaker
@@ -373,10 +373,14 @@ class ProviderGate(Gate):
 
     def _start(self, cost: int, charge: Charge[Waiter[Place]] | None, batch: bool) -> Place:
         breaker = self._health.breaker
+        if not breaker.dead:
+            self.pace.start(cost)
+            return Place(self, charge, batch)
         # First what may fail.
-        trial = TrialPlace(self, charge, batch, _breaker=breaker) if breaker.dead else None
-        place = super()._start(cost, charge, batch)
-        return trial if trial is not None and breaker.start() else place
+        trial = TrialPlace(self, charge, batch, _breaker=breaker)
+        self.pace.start(cost)
+        breaker.start()
+        return trial
 
 
 def _settle(over: asyncio.Future[None]) -> None:
