@@ -21,6 +21,8 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Self, TypeVar
 
+import msgspec
+
 from aioserver.auth.callers import CALLER
 from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerAtCapacity
 from aioserver.faces import whole
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Concurrency
     from aioserver.faces.form import Forms
     from aioserver.limits.quota import Quota
+    from aioserver.protocol.terms import Terms
     from aioserver.telemetry.metrics import Metrics
 
 T = TypeVar("T")
@@ -52,7 +55,7 @@ logger = logging.getLogger("aioserver.connections")
 LINES_PER_SECOND = 20
 # Of the lines about refusals: a full server refuses thousands, and an incident counts them.
 REFUSAL_LINES_PER_SECOND = 1
-# The connection of a client without a key, and the wait of one without a deadline.
+# The wait of a client without a deadline.
 NOTHING: AbstractContextManager[object] = nullcontext()
 # Refused WebSockets whose close handshake is not over; beyond: a handshake gets a plain 503.
 MAX_REFUSED_CLOSING = 256
@@ -104,6 +107,7 @@ class Admission:
         self._limits = limits
         # Bytes of bodies that are being read, or whose request may yet be sent.
         self.body_bytes = 0
+        self.max_body_bytes = limits.max_body_bytes
         # How to let go bodies that are kept in case their answer breaks off, the oldest first.
         self._spare: dict[BodyHold, Callable[[], None]] = {}
         self._lines = RateLimit(LINES_PER_SECOND)
@@ -115,6 +119,7 @@ class Admission:
         Connections that have a place keep it; those that wait keep their deadline.
         """
         self._limits, self.send_timeout = limits, send_timeout
+        self.max_body_bytes = limits.max_body_bytes
         self.gate.apply(
             limits.max_connections,
             queue_size=limits.connection_queue_size,
@@ -124,22 +129,22 @@ class Admission:
 
     def hold(self) -> BodyHold:
         """Return a hold for one body; the caller has it released, however the request ends."""
-        return BodyHold(self)
+        return BodyHold(self, self.now())
 
-    def grow(self, size: int) -> None:
-        """Count another *size* bytes of a body.
+    def make_room(self, size: int) -> None:
+        """Let bodies go that are kept, until there is room for another *size* bytes.
 
         Raises:
             ServerAtCapacity: all bodies together would have more than `max_body_bytes`.
         """
-        while self.body_bytes + size > self._limits.max_body_bytes and self._spare:
+        most = self.max_body_bytes - size
+        while self.body_bytes > most and self._spare:
             self._spare.pop(next(iter(self._spare)))()
-        if self.body_bytes + size > self._limits.max_body_bytes:
+        if self.body_bytes > most:
             raise ServerAtCapacity(
-                f"chat.websocket.concurrency.max_body_bytes={self._limits.max_body_bytes} reached",
+                f"chat.websocket.concurrency.max_body_bytes={self.max_body_bytes} reached",
                 retry_after=self.gate.retry_after(),
             )
-        self.body_bytes += size
 
     def spare(self, hold: BodyHold, let_go: Callable[[], None] | None = None) -> None:
         """Have *let_go* called where another body needs the room of *hold*; None: no more."""
@@ -147,10 +152,6 @@ class Admission:
             self._spare.pop(hold, None)
         else:
             self._spare[hold] = let_go
-
-    def shrink(self, size: int) -> None:
-        """Take *size* bytes off the count: their body was sent for the last time, or is gone."""
-        self.body_bytes -= size
 
     def log(
         self, event: str, face: str, level: int = logging.INFO, *, caller: str = "", code: str = ""
@@ -161,7 +162,7 @@ class Admission:
         `REFUSAL_LINES_PER_SECOND` of one face and error *code*; the rest is counted.
         """
         lines = self.refusal_lines if event == "refused" else self._lines
-        if logger.isEnabledFor(level) and (left_out := lines.allow(event, face, code)) is not None:
+        if (left_out := lines.allow(event, face, code)) is not None:
             gate = self.gate
             fields = {
                 "face": face,
@@ -174,10 +175,9 @@ class Admission:
             }
             logger.log(level, "connection %s", event, extra={"fields": fields})
 
-    async def connect(self, face: str, caller: Caller) -> AbstractContextManager[object]:
-        """Count a connection of the caller's key, until the `with` of the result ends.
-
-        Cancelling is safe.
+    async def connect(self, face: str, caller: Caller) -> Quota | None:
+        """Count a connection of the caller's key, and return what counts it, of which `disconnect`
+        is to be called once; None: nothing does. Cancelling is safe.
 
         Raises:
             ConcurrencyExceeded: the key has as many connections as it may have.
@@ -185,8 +185,7 @@ class Admission:
         """
         quota = caller.quota
         if quota is None:
-            return NOTHING
-        connection = CountedConnection(quota)
+            return None
         try:
             if (undecided := quota.connect()) is not None:
                 try:
@@ -197,7 +196,7 @@ class Admission:
         except ConcurrencyExceeded as error:
             self.log("refused", face, logging.WARNING, caller=caller.name, code=error.code)
             raise
-        return connection
+        return quota
 
     def try_enter(self) -> Place | None:
         """Return a place, or None if none is free. The caller releases it."""
@@ -263,8 +262,10 @@ class Admission:
     def opened(self, face: str, caller: str = "") -> None:
         """Count a connection that has got its place; if this raises, it is not counted."""
         meter = self.metrics.faces[face]
-        self.log("opened", face, caller=caller)
-        self.idle_sockets.opened(caller)
+        if logger.isEnabledFor(logging.INFO):
+            self.log("opened", face, caller=caller)
+        if caller:
+            self.idle_sockets.opened(caller)
         meter.connections.value += 1
         meter.opened.value += 1
 
@@ -280,12 +281,13 @@ class Admission:
 
         *code*: the close code of a WebSocket. *gave_way*: its place went to others before.
         """
-        self.metrics.faces[face].connections.value -= 1
-        if not gave_way:
+        metrics = self.metrics
+        metrics.faces[face].connections.value -= 1
+        if caller and not gave_way:
             self.idle_sockets.closed(caller)
-        closed = self.metrics.closed
-        (closed.get((face, code)) or closed[face, "other"]).value += 1
-        self.log("closed", face, caller=caller)
+        (metrics.closed.get((face, code)) or metrics.closed[face, "other"]).value += 1
+        if logger.isEnabledFor(logging.INFO):
+            self.log("closed", face, caller=caller)
 
     def gave_way(self, face: str, caller: str) -> None:
         """Count an idle client whose place another one gets."""
@@ -304,87 +306,32 @@ class Admission:
         )
 
 
-class Visit:
-    """A client that has its *place*, and is counted as served, until the end of its `with`.
-
-    Always: the place is given back, whatever fails meanwhile, and the client is counted as often
-    as it is taken off. With a *hold* the place can be lent.
-    """
-
-    __slots__ = ("_admission", "_face", "_hold", "_name", "_place")
-
-    def __init__(
-        self,
-        admission: Admission,
-        face: str,
-        name: str,
-        place: Place,
-        hold: BodyHold | None = None,
-    ) -> None:
-        self._admission, self._face, self._name = admission, face, name
-        self._place: Place | Loan = place
-        self._hold = hold
-
-    def __enter__(self) -> None:
-        try:
-            if self._hold is not None:
-                assert isinstance(self._place, Place)
-                self._hold.loan = self._place = Loan(
-                    self._admission.lending, self._place, self._name
-                )
-            self._admission.opened(self._face, self._name)
-        except BaseException:
-            self._place.release()
-            raise
-
-    def __exit__(self, *_exc: object) -> None:
-        lent = self._place.lent
-        try:
-            self._place.release()
-        finally:
-            self._admission.closed(self._face, caller=self._name, gave_way=lent)
-
-
-class CountedConnection:
-    """A connection that counts for its key, until the end of its `with`."""
-
-    __slots__ = ("_quota",)
-
-    def __init__(self, quota: Quota) -> None:
-        self._quota = quota
-
-    def __enter__(self) -> None:
-        """Count it; `connect` has done so already."""
-
-    def __exit__(self, *_exc: object) -> None:
-        self._quota.disconnect()
-
-
-class BodyHold:
+class BodyHold(msgspec.Struct, eq=False):
     """The bytes that one body has taken of `max_body_bytes`, from its first byte.
 
     The end of its `with` gives them back, unless the hold was `given` to a request that outlives
-    the handler: the end of that request does it then.
+    the handler: the end of that request does it then. The request *arrived* at this time of the
+    loop, with these *terms*; *loan* is the place of its client, if that can be lent.
     """
 
-    __slots__ = ("_admission", "arrived", "given", "loan", "size", "terms", "waited_since")
-
-    def __init__(self, admission: Admission) -> None:
-        self._admission = admission
-        # The place of its client, if that can be lent.
-        self.loan: Loan | None = None
-        self.size = 0
-        self.given, self.waited_since = False, 0.0
-        # When the request came, in the loop's time, and its terms.
-        self.arrived, self.terms = admission.now(), NO_TERMS
+    _admission: Admission
+    arrived: float
+    terms: Terms = NO_TERMS
+    size: int = 0
+    given: bool = False
+    waited_since: float = 0.0
+    loan: Loan | None = None
 
     def grow(self, size: int) -> None:
         """Count another *size* bytes of this body.
 
         Raises:
-            ServerAtCapacity: see `Admission.grow`.
+            ServerAtCapacity: see `Admission.make_room`.
         """
-        self._admission.grow(size)
+        admission = self._admission
+        if admission.body_bytes + size > admission.max_body_bytes:
+            admission.make_room(size)
+        admission.body_bytes += size
         self.size += size
 
     def spare(self, let_go: Callable[[], None]) -> None:
@@ -394,15 +341,14 @@ class BodyHold:
     def shrink_to(self, size: int) -> None:
         """Count no more than *size* bytes of this body from now on."""
         if self.size > size:
-            self._admission.shrink(self.size - size)
+            self._admission.body_bytes -= self.size - size
             self.size = size
 
     def release(self) -> None:
         """Count nothing of this body any more; a second call does nothing."""
         if self.size:
             self._admission.spare(self)
-            self._admission.shrink(self.size)
-            self.size = 0
+            self.shrink_to(0)
 
     def __enter__(self) -> Self:
         return self
@@ -410,6 +356,52 @@ class BodyHold:
     def __exit__(self, *_exc: object) -> None:
         if self.size and not self.given:
             self.release()
+
+
+class Visit(BodyHold, eq=False, kw_only=True):
+    """A client of *face*, from its request to the end of its handler: the connection that counts
+    for its key, its body, and its place.
+
+    Always: what it has taken is given back at the end of its `with`, whatever fails meanwhile, and
+    the client is counted as often as it is taken off.
+    """
+
+    face: str
+    # That of its key.
+    name: str
+    # What counts the connection.
+    quota: Quota | None = None
+    _place: Place | Loan | None = None
+
+    def enter(self, place: Place) -> None:
+        """Count the client as served: it has its *place*, which can be lent while it waits in the
+        queue of its key.
+        """
+        taken: Place | Loan = place
+        try:
+            if self.quota is not None and self.quota.queue_size > 0:
+                self.loan = taken = Loan(self._admission.lending, place, self.name)
+            self._admission.opened(self.face, self.name)
+        except BaseException:
+            taken.release()
+            raise
+        self._place = taken
+
+    def __exit__(self, *_exc: object) -> None:
+        try:
+            if (place := self._place) is not None:
+                lent = place.lent
+                try:
+                    place.release()
+                finally:
+                    self._admission.closed(self.face, caller=self.name, gave_way=lent)
+        finally:
+            try:
+                if self.size and not self.given:
+                    self.release()
+            finally:
+                if self.quota is not None:
+                    self.quota.disconnect()
 
 
 def counted(
@@ -426,39 +418,39 @@ def counted(
     """
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        caller, hold = request[CALLER], admission.hold()
-        name, hold.terms = caller.name, terms_of(request.headers)
-        connection = NOTHING
-        try:
-            if caller.quota is not None:
-                connection = await admission.connect(face, caller)
-        except ConcurrencyExceeded as error:
-            if refuse is None:
-                raise
-            return await refuse(request, error)
-        with connection, hold:
-            prepared = await prepare(request, hold)
+        caller = request[CALLER]
+        terms = terms_of(request.headers)
+        with Visit(admission, admission.now(), terms, face=face, name=caller.name) as visit:
             try:
-                place = admission.try_enter() or await admission.wait(face, name, hold=hold)
-            except ServerAtCapacity as error:
-                admission.log("refused", face, logging.WARNING, caller=name, code=error.code)
+                if caller.quota is not None:
+                    visit.quota = await admission.connect(face, caller)
+            except ConcurrencyExceeded as error:
                 if refuse is None:
                     raise
                 return await refuse(request, error)
-            lends = caller.quota is not None and caller.quota.queue_size > 0
-            with Visit(admission, face, name, place, hold if lends else None):
-                try:
-                    response = await serve(request, prepared)
-                except ProviderFault as fault:
-                    started = isinstance(request, Request) and request.started
-                    if fault.request_outcome is None or started:
-                        raise
-                    # Counted with its record, and as large as the provider likes.
-                    response = error_response(fault, request, admission.forms.of(request))
-                    forget_frames(fault)
-                if not response.prepared:
-                    timeout, drop = admission.send_timeout, admission.dropped
-                    await whole.write(request, response, timeout, drop, face)
-                return response
+            prepared = await prepare(request, visit)
+            try:
+                place = admission.try_enter() or await admission.wait(face, visit.name, hold=visit)
+            except ServerAtCapacity as error:
+                admission.log(
+                    "refused", face, logging.WARNING, caller=caller.name, code=error.code
+                )
+                if refuse is None:
+                    raise
+                return await refuse(request, error)
+            visit.enter(place)
+            try:
+                response = await serve(request, prepared)
+            except ProviderFault as fault:
+                started = isinstance(request, Request) and request.started
+                if fault.request_outcome is None or started:
+                    raise
+                # Counted with its record, and as large as the provider likes.
+                response = error_response(fault, request, admission.forms.of(request))
+                forget_frames(fault)
+            if not response.prepared:
+                timeout, drop = admission.send_timeout, admission.dropped
+                await whole.write(request, response, timeout, drop, face)
+            return response
 
     return handler

@@ -84,7 +84,7 @@ async def read_body(request: web.Request, hold: BodyHold, max_bytes: int) -> byt
             `refuse_coded`.
         RequestTooLarge: the body has more than *max_bytes*.
         RequestTimeout: the body was not complete within BODY_TIMEOUT.
-        ServerAtCapacity: see `Admission.grow`.
+        ServerAtCapacity: see `Admission.make_room`.
     """
     refuse_coded(request)
     header = request.headers.get("Content-Type")
@@ -180,7 +180,7 @@ class BodyStream:
         """Read the first FIRST_BYTES, or all there is. Cancelling is safe: nothing is read then.
 
         Raises:
-            ServerAtCapacity: see `Admission.grow`.
+            ServerAtCapacity: see `Admission.make_room`.
             RequestTimeout, InvalidRequest: as `read`.
         """
         pieces = self._before[::-1]

@@ -112,7 +112,8 @@ async def serve(
         )
         error.protocol = "websocket"
         raise error
-    with await admission.connect(kind.face, request[CALLER]):
+    quota = await admission.connect(kind.face, request[CALLER])
+    try:
         if admission.refused_closing >= MAX_REFUSED_CLOSING:
             raise ServerAtCapacity("too many refused sockets are still closing", retry_after=5.0)
         ws, messages, socket = await _upgrade(context, request, kind, make or kind)
@@ -125,6 +126,9 @@ async def serve(
             context.sockets.discard(socket)
             await socket.finish()
         return ws
+    finally:
+        if quota is not None:
+            quota.disconnect()
 
 
 async def _upgrade(

@@ -34,7 +34,7 @@ TAKES = re.compile(
     r"|permits\.enter|run_in_background"
     r"|_lending\.(lend|place|join)|loan\.(lend|regain)"
     r"|_streams\.(open|open_mirror|hold)|pool\.(take|connect)|_connections\.(take|open_one)|_connector\.connect"
-    r"|breaker\.start(_spared)?|_?group\.trial|\bSocketPlace|\bVisit|_make_hold|responses\.hold|gateway\.hold|\b_place\.enter"
+    r"|breaker\.start(_spared)?|_?group\.trial|\bSocketPlace|\bvisit\.enter|_make_hold|responses\.hold|gateway\.hold|\b_place\.enter"
     r"|\bself\.offer|provider\.(offer|wish)|lines\.wait|group\.start|round_\.start|self\._offer"
     r"|_passed_start)$"
 )
@@ -46,7 +46,7 @@ SECTIONS = {
     Function(*entry.split(" "))
     for entry in """
 faces.admission Admission.connect
-faces.admission Admission.grow
+faces.admission BodyHold.grow
 faces.admission Admission.opened
 faces.admission Admission.try_enter
 faces.admission Admission.wait
@@ -112,7 +112,7 @@ RARE = {
     Function("gateway.groups", "Waiting.regroup"),
     Function("faces.socket", "Socket.give_way"),
     Function("faces.socket", "Socket.refused"),
-    Function("faces.admission", "Admission.grow"),
+    Function("faces.admission", "BodyHold.grow"),
     Function("gateway.gateway", "Gateway.hold"),
     Function("wings.responses.stored", "StoredResponses.hold"),
     Function("limits.gate", "Gate._enter"),
@@ -145,7 +145,7 @@ FULL: dict[str, Any] = {
 }
 # What those call for them, with what they have taken in their hands.
 WITHIN = {
-    Function("faces.admission", "Visit.__enter__"),
+    Function("faces.admission", "Visit.enter"),
     Function("faces.idle_sockets", "IdleSockets.opened"),
     Function("faces.idle_sockets", "IdleSockets.waits"),
     Function("faces.socket", "Socket.entered"),
@@ -171,7 +171,7 @@ SHARED = {
     Function("wings.cluster.remote_streams", "RemoteStreams.mirror"),
 }
 # These count something else: the starts of a caller, bytes on their way to a file, connections for
-# the balance, spans.
+# the balance.
 OTHERS = {
     Function("limits.fair_queue", "_Turns.serve"),
     Function("limits.fair_queue", "_Turns.start"),
@@ -179,11 +179,10 @@ OTHERS = {
     Function("wings.responses.redis", "SharedResponses._encoded"),
     Function("faces.polling", "tell"),
     Function("workers.balance", "Balance.made"),
-    Function("wings.tracing.tracer", "Tracer.visit"),
 }
 # These take over what their callers have taken: all that they do is within a `try`.
 TAKE_OVER = {
-    Function("faces.admission", "Visit.__enter__"),
+    Function("faces.admission", "Visit.enter"),
     Function("limits.gate", "Gate._wait"),
     Function("providers.exchange", "Exchange.run"),
 }
