@@ -46,7 +46,7 @@ from aioserver.providers.queueing import FAILOVER_WAIT, ProviderGate, TrialPlace
 from aioserver.providers.sinks import BodySink, StreamSink
 from aioserver.providers.stall import measure
 from aioserver.telemetry.metrics import ProviderMeter
-from aioserver.telemetry.outcome import ESTIMATE, MIXED, NOBODY, PROVIDER, Part
+from aioserver.telemetry.outcome import COUNTED, ESTIMATE, MIXED, NOBODY, PROVIDER, Part
 from aioserver.telemetry.tokens import MAX_TOKENS, TOTAL, tokens_of
 from aioserver.telemetry.tracer import AttemptEnd
 from aioserver.telemetry.usage import CANCELLED, CUT, FAILED, OK, Usage
@@ -287,6 +287,7 @@ class Provider:
             await self.exchange(attempt)
             if (steps := attempt.conclude()) is not None:
                 await steps
+            error = attempt.fault
         except BaseException as exc:
             error = exc
             self._gate.free_room(attempt)
@@ -648,26 +649,26 @@ class Provider:
         Its place is given back already.
         """
         record = attempt.request.record
-        if part is None:
-            self._usage.refused(record)
-        else:
+        if part is not None:
             self._usage.ended(record, part)
+        else:
+            self._usage.refused(record)
         if attempt.expected_tokens:
             self._pace.charge(_paced_tokens(attempt, part) - attempt.expected_tokens)
             attempt.expected_tokens = 0
             self._gate.serve()
-        if exc is None and not attempt.answered:
+        if not attempt.answered and (exc is None or exc is attempt.fault):
             # An answer in one piece has no first event.
             attempt.first_event()
         if record.trace is not None:
             record.trace.attempt_ended(self._end_of(attempt, exc))
-        trial, attempt.trial = attempt.trial, False
-        exc, attempts = exc or attempt.fault, self.meter.attempts
-        outdated = exc is not None and self._outdated(attempt)
-        attempt.pool = None
+        attempts = self.meter.attempts
         if exc is None:
+            attempt.pool = None
             attempts["ok"].value += 1
             return
+        trial, attempt.trial = attempt.trial, False
+        outdated, attempt.pool = self._outdated(attempt), None
         if isinstance(exc, ProviderFault):
             if exc.attempt_outcome:
                 attempts[exc.attempt_outcome].value += 1
@@ -692,10 +693,9 @@ class Provider:
         outcome = request.outcome
         if not outcome.sent_at or attempt.status >= MIN_ERROR_STATUS or not request.api.costs:
             return None
-        exc = exc or attempt.fault
         part = self._part(attempt, exc)
         outcome.parts += (part,)
-        if part.source in (PROVIDER, MIXED):
+        if part.source in COUNTED:
             whole = exc is None and part.source == PROVIDER and attempt.hop is None
             self._estimates.learn(
                 self.name,
@@ -714,14 +714,16 @@ class Provider:
         ended yet.
         """
         request, hop = attempt.request, attempt.hop
-        outcome, record = request.outcome, request.record
+        outcome, first = request.outcome, request.record.first_event_at
         tokens = tokens_of(outcome.usage)
         asked, answered = tokens.prompt, tokens.answer
         if hop is not None:
             # The usage has the earlier attempts in it.
             asked = None if asked is None else max(0, asked - hop.earlier.asked)
             answered = None if answered is None else max(0, answered - hop.earlier.answered)
-        result, source = OK if exc is None else _ended_as(attempt, exc), PROVIDER
+        result, source = OK, PROVIDER
+        if exc is not None:
+            result = _ended_as(attempt, exc)
         uncached = 0 if asked is None else asked - (tokens.cached or 0)
         if asked is None or answered is None:
             if request.estimated:
@@ -732,7 +734,7 @@ class Provider:
             else:
                 source, asked, answered, uncached = NOBODY, 0, 0, UNKNOWN_WORK
         work = uncached + OUTPUT_FACTOR * answered
-        began, first = outcome.sent_at, record.first_event_at
+        began = outcome.sent_at
         return Part(
             self.name,
             outcome.model,
@@ -777,7 +779,7 @@ class Provider:
             ended=self._clock(),
             first_chunk=record.first_event_at - record.outcome.sent_at if timed else 0.0,
             status=attempt.status,
-            error=exc or attempt.fault,
+            error=exc,
             usage=record.outcome.usage,
             body=body,
         )

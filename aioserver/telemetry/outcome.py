@@ -21,6 +21,8 @@ HOME, OTHER, NEW, NONE = HOMES = ("home", "other", "new", "none")
 # The counter of the tokens of an attempt: its provider; nobody, so that they are estimated; the
 # provider the prompt alone. NOBODY: they are not known.
 PROVIDER, ESTIMATE, MIXED, NOBODY = "provider", "estimate", "mixed", "none"
+# Those of which a provider has counted the prompt.
+COUNTED = PROVIDER, MIXED
 
 
 class GroupStart(NamedTuple):
@@ -125,13 +127,19 @@ class Outcome(msgspec.Struct, eq=False):
     @property
     def spent(self) -> tuple[int, int]:
         """The tokens of all parts: of what was asked, and of what was answered."""
-        parts = self.parts
-        return sum(part.tokens_in for part in parts), sum(part.tokens_out for part in parts)
+        asked = answered = 0
+        for part in self.parts:
+            asked += part.tokens_in
+            answered += part.tokens_out
+        return asked, answered
 
     @property
     def work(self) -> int:
         """What all parts have cost engines, as fair queues count it."""
-        return sum(part.work for part in self.parts)
+        work = 0
+        for part in self.parts:
+            work += part.work
+        return work
 
     def begin_attempt(self, provider: str, model: str) -> None:
         """Note that *provider* is asked for an answer of *model*."""

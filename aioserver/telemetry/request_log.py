@@ -23,7 +23,7 @@ from aioserver.auth.callers import NO_CALLER
 from aioserver.errors import AioserverError, SlowClient, TokensExceeded
 from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
-from aioserver.telemetry.outcome import MIXED, NOBODY, PROVIDER, Outcome
+from aioserver.telemetry.outcome import COUNTED, MIXED, NOBODY, PROVIDER, Outcome
 from aioserver.telemetry.tracer import RequestEnd
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ logger = logging.getLogger("aioserver.requests")
 
 # Characters of a request id or model name, which come from clients, in a log line.
 MAX_NAME = 200
-_COUNTED = PROVIDER, MIXED
 
 
 class Statuses(Protocol):
@@ -238,7 +237,7 @@ class RequestLog:
         if start.size:
             meter.known.add(now, start.known, start.size)
         part = outcome.parts[-1] if outcome.parts else None
-        if part is not None and part.provider == start.provider and part.source in _COUNTED:
+        if part is not None and part.provider == start.provider and part.source in COUNTED:
             meter.cached[start.provider].add(now, part.tokens.cached, part.tokens_in)
 
     @staticmethod

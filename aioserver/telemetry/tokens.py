@@ -31,10 +31,13 @@ CACHED, CACHE_WRITE = "cached_tokens", "cache_write_tokens"
 REASONING, AUDIO = "reasoning_tokens", "audio_tokens"
 # What Anthropic's `input_tokens` leave out of the prompt.
 CACHE_READ, CACHE_WRITTEN = "cache_read_input_tokens", "cache_creation_input_tokens"
-# DeepSeek's name for what came from a cache.
+# DeepSeek's name for what came from a cache; Kimi's is CACHED, beside the others.
 CACHE_HITS = "prompt_cache_hit_tokens"
-# A number of tokens from this bound on is ignored.
-MAX_TOKENS = 1 << 40
+# What is said of caches outside of details, if anything is.
+OF_CACHES = frozenset({CACHE_READ, CACHE_WRITTEN, CACHE_HITS, CACHED})
+# A number of tokens with more bits is ignored.
+MAX_BITS = 40
+MAX_TOKENS = 1 << MAX_BITS
 
 
 class Tokens(msgspec.Struct, frozen=True, gc=False):
@@ -61,27 +64,25 @@ def tokens_of(usage: Mapping[str, Any] | None) -> Tokens:
     """Return the plausible numbers in *usage*."""
     if usage is None:
         return NO_TOKENS
-    cached: int | None = None
-    written = 0
-    # Most have none of these.
-    if CACHE_READ in usage:
-        cached = _count(usage[CACHE_READ])
-    if CACHE_WRITTEN in usage:
-        written = _count(usage[CACHE_WRITTEN]) or 0
-    answer, prompt = usage.get(COMPLETION), usage.get(PROMPT)
-    # As `_count`, without the call.
-    if type(answer) is not int or not 0 <= answer < MAX_TOKENS:
-        answer = _count(usage.get(OUTPUT))
-    if type(prompt) is int and 0 <= prompt < MAX_TOKENS:
-        asked, answered = usage.get(PROMPT_DETAILS), usage.get(COMPLETION_DETAILS)
-        if cached is None and CACHE_HITS in usage:
-            cached = _count(usage[CACHE_HITS])
-        if cached is None and CACHED in usage:
-            # As Kimi has it.
-            cached = _count(usage[CACHED])
-        if answer is None and usage.get(TOTAL) == prompt:
+    prompt, answer = usage.get(PROMPT), usage.get(COMPLETION)
+    # Most are plausible, as `_count` has it: neither has a sign, or a bit above the bound.
+    if type(prompt) is not int or type(answer) is not int or (prompt | answer) >> MAX_BITS:
+        prompt, answer = _count(prompt), _count(answer)
+        if answer is None:
+            answer = _count(usage.get(OUTPUT))
+        if answer is None and prompt is not None and usage.get(TOTAL) == prompt:
             # As embeddings have it.
             answer = 0
+    cached, written = None, 0
+    if not OF_CACHES.isdisjoint(usage):
+        written = _count(usage.get(CACHE_WRITTEN)) or 0
+        cached = _count(usage.get(CACHE_READ))
+        if cached is None and prompt is not None:
+            cached = _count(usage.get(CACHE_HITS))
+            if cached is None:
+                cached = _count(usage.get(CACHED))
+    if prompt is not None:
+        asked, answered = usage.get(PROMPT_DETAILS), usage.get(COMPLETION_DETAILS)
     else:
         asked, answered = usage.get(INPUT_DETAILS), usage.get(OUTPUT_DETAILS)
         if (prompt := _count(usage.get(INPUT))) is None:
@@ -89,9 +90,9 @@ def tokens_of(usage: Mapping[str, Any] | None) -> Tokens:
         if asked is None:
             prompt += (cached or 0) + written
     if not asked and not answered:
-        if cached is not None or written:
-            return Tokens(prompt, _least(cached, prompt), answer, min(written, prompt))
-        return Tokens(prompt, None, answer)
+        if cached is None and not written:
+            return Tokens(prompt, None, answer)
+        return Tokens(prompt, _least(cached, prompt), answer, min(written, prompt))
     reasoning = audio_in = audio_out = 0
     if isinstance(asked, dict):
         if cached is None:

@@ -205,9 +205,8 @@ class Usage:
 
     def ended(self, record: RequestRecord, part: Part) -> None:
         """Count *part*, the last of the request of *record*."""
-        parts, caller = record.outcome.parts, record.caller
-        anew = len(parts) < 2 or _is_anew(parts)
-        self.sums.add(caller.name, part, caller.label, anew=anew)
+        caller, parts = record.caller, record.outcome.parts
+        self.sums.add(caller.name, part, caller.label, anew=len(parts) < 2 or _is_anew(parts))
         if self.ledger is not None:
             sent = self._taken(record) or self._number(record, _nobody_knows)
             self._put(sent, part, part.outcome)
