@@ -123,9 +123,10 @@ def raise_file_limit(settings: Settings) -> str | None:
 def make_room_for_files(settings: Settings) -> None:
     """Have the kernel's table of this process' descriptors as large as *settings* may need.
 
-    For a process that has no other thread yet. Beside another thread Linux makes the table larger
-    (at 256 descriptors, 512, 1,024 and so on) only once every processor has let go of the old one
-    (`expand_fdtable` in fs/file.c): some 5 to 25 ms in which the event loop is blocked.
+    For a process that has no other thread yet, or for a thread beside the event loop's. Beside
+    another thread Linux makes the table larger (at 256 descriptors, 512, 1,024 and so on) only
+    once every processor has let go of the old one (`expand_fdtable` in fs/file.c): some 5 to 25 ms
+    in which the thread is blocked that needs it, and no other.
     """
     soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     entries = min(wanted_files(settings), MOST_ENTRIES)

@@ -126,7 +126,8 @@ class Reload:
             whole = settings = self._with_fixed_paths(configuration.settings)
             if self._share_out is not None:
                 settings = self._share_out(whole)
-            few_files = _raise_file_limit(settings)
+            # In a thread, since the kernel may take some time for a larger table.
+            few_files = await asyncio.to_thread(_make_room_for_files, settings)
             await self._server.provider_registry.prepare(settings.llm)
             use_ledger = await asyncio.to_thread(
                 self._server.context.usage.prepare, settings.usage
@@ -298,8 +299,9 @@ def _fixed(settings: Settings, key: str) -> object:
     return value is not None if key == TLS else value
 
 
-def _raise_file_limit(settings: Settings) -> tuple[str, ...]:
-    """Raise the limit of open files for *settings*, as at the start. Return warnings.
+def _make_room_for_files(settings: Settings) -> tuple[str, ...]:
+    """Raise the limit of open files for *settings*, and enlarge their table, as at the start.
+    Return warnings.
 
     Raises:
         ConfigurationError: not even `max_connections` clients could be served.
@@ -308,6 +310,7 @@ def _raise_file_limit(settings: Settings) -> tuple[str, ...]:
         warning = preflight.raise_file_limit(settings)
     except preflight.Unfit as unfit:
         raise ConfigurationError([str(unfit)]) from None
+    preflight.make_room_for_files(settings)
     return () if warning is None else (warning,)
 
 

@@ -8,6 +8,8 @@ import asyncio
 import contextlib
 import re
 import signal
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -20,12 +22,17 @@ from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, chat
 from tests.support.process import loop_name, serving
 from tests.support.raw import Raw
-from tests.support.server import CONCURRENCY, ENDLESS, SIM_HTTP_CLIENT, UVICORN, configured
+from tests.support.server import (
+    CONCURRENCY,
+    ENDLESS,
+    NOWHERE,
+    SIM_HTTP_CLIENT,
+    UVICORN,
+    configured,
+)
 from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.support.process import ServerProcess
 
 # Python runs a module of this name at its start.
@@ -61,6 +68,12 @@ async def metrics(process: ServerProcess) -> dict[str, float]:
     ):
         samples = re.findall(r"^(\w+(?:\{.*\})?) (\S+)$", await response.text(), re.MULTILINE)
     return {name: float(value) for name, value in samples}
+
+
+def entries(process: ServerProcess) -> int:
+    """How large the kernel's table of its descriptors is."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.split("\nFDSize:")[1].split()[0])
 
 
 async def serves(process: ServerProcess) -> dict[str, float]:
@@ -192,3 +205,19 @@ async def test_where_the_limit_is_as_large_as_asked_for_all_caps_can_be_reached(
         assert numbers["aioserver_open_fds"] <= numbers["aioserver_max_fds"] == files
         assert "open files" not in process.log
         assert "descriptor" not in process.log
+
+
+@pytest.mark.one_loop
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone says how large the table is")
+async def test_the_table_of_descriptors_has_room_for_what_a_reload_allows(tmp_path: Path) -> None:
+    async with serving(tmp_path / "c.yaml", NOWHERE, "--port", "0", changes=places(4)) as process:
+        await process.ready()
+        before, wanted = entries(process), wanted_files(process.settings)
+        more = {**places(700), f"{UVICORN}.backlog": 1024}
+        process.change({"logging.level": "INFO", **more})
+        process.signal(signal.SIGHUP)
+        await process.logs("configuration applied: ")
+        after, wanted_now = entries(process), wanted_files(process.settings)
+
+    assert before >= wanted
+    assert after >= wanted_now > before, "it was made larger at once, and not by the clients"
