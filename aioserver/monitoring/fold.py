@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from aioserver.monitoring.section import Section
     from aioserver.monitoring.state import (
         History,
+        Incident,
         InstanceState,
         Percentiles,
         Rule,
@@ -55,6 +56,9 @@ if TYPE_CHECKING:
 LARGEST = frozenset(("first_token_p50", "first_token_p95", "lag_max"))
 # Incidents that a history has.
 MAX_INCIDENTS = 100
+# Kinds of incidents about what instances have in common, which each of them reports for itself, and
+# seconds within which they do.
+COMMON, WITHIN = frozenset(("cluster", "reload", "keys_file", "jwt")), 10.0
 # How a value that percentiles are made of is named in a report.
 FIRST_TOKEN, DELAY, PROVIDER_FIRST_TOKEN, PROVIDER_SILENCE = (
     "first_token",
@@ -302,8 +306,38 @@ def add_histories(histories: Sequence[History]) -> History:
         **first,
         "series": series,
         "providers": providers,
-        "incidents": incidents[-MAX_INCIDENTS:],
+        "incidents": once(incidents)[-MAX_INCIDENTS:],
     }
+
+
+def once(incidents: Iterable[Incident]) -> list[Incident]:
+    """Return *incidents* of several instances without those that an earlier one says already: of
+    COMMON kinds, each in the same words and WITHIN seconds of it, by another instance.
+    """
+    kept: list[Incident] = []
+    # Those kept of COMMON kinds, with the instances that say the same.
+    said: list[tuple[Incident, set[str | None]]] = []
+    for incident in incidents:
+        instance = incident.get("instance")
+        if incident["kind"] in COMMON:
+            for other, instances in said:
+                if instance not in instances and _alike(incident, other):
+                    instances.add(instance)
+                    break
+            else:
+                said.append((incident, {instance}))
+                kept.append(incident)
+        else:
+            kept.append(incident)
+    return kept
+
+
+def _alike(incident: Incident, other: Incident) -> bool:
+    return (
+        incident["kind"] == other["kind"]
+        and incident["text"] == other["text"]
+        and abs(incident["time"] - other["time"]) <= WITHIN
+    )
 
 
 def _merge(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aioserver.monitoring.fold import Fold, Report, add_histories
+from aioserver.monitoring.fold import Fold, Report, add_histories, once
 from aioserver.monitoring.verdict import Lately
 from aioserver.telemetry.counters import Counter, Histogram, RecentBuckets, Share
 from aioserver.telemetry.sums import MAX_CHILDREN, together
@@ -70,14 +70,16 @@ class Totals:
         last call.
         """
         snapshot, answers = await self._ask()
+        _number, shown = self._monitor.newest_incidents()
         incidents: list[Incident] = []
         for name, (_report, number, newest) in answers.items():
-            new = max(0, number - self._shown.get(name, number))
-            incidents += [
-                {**incident, "instance": name} for incident in newest[max(0, len(newest) - new) :]
-            ]
+            first = max(0, len(newest) - max(0, number - self._shown.get(name, number)))
+            theirs: list[Incident] = [{**incident, "instance": name} for incident in newest]
+            shown += theirs[:first]
+            incidents += theirs[first:]
+        told = len(once(shown))
         self._shown = {name: number for name, (_report, number, _newest) in answers.items()}
-        return snapshot, incidents
+        return snapshot, once([*shown, *incidents])[told:]
 
     async def _ask(self) -> tuple[Snapshot, dict[str, tuple[Report, int, list[Incident]]]]:
         hosts = dict([self._connections()])

@@ -257,6 +257,35 @@ async def test_a_watcher_sees_all_instances_and_their_incidents(
     assert seen[-1][1]["instance"] == b.name
 
 
+async def test_what_instances_have_in_common_is_told_once(pair: tuple[Instance, Instance]) -> None:
+    a, b = (instance.server.context.monitor for instance in pair)
+    assert a.others is not None
+    for monitor in (a, b, a):
+        monitor.incident("cluster", "before anybody watched", severity="info")
+    before = await a.others.history()
+    await a.others.news()
+    for monitor in (a, b):
+        monitor.incident("reload", "applied", severity="info")
+        monitor.incident("bug", "in the same words")
+    b.incident("reload", "not applied")
+
+    _snapshot, news = await a.others.news()
+    _snapshot, later = await a.others.news()
+    after = await a.others.history()
+
+    common = [each for each in before["incidents"] if each["kind"] == "cluster"]
+    assert len(common) == 2, "the one of b; the second one of a is another"
+    name = pair[1].name
+    told = [each for each in news if each["kind"] in {"reload", "bug"}]
+    assert [(each["text"], each["instance"]) for each in told] == [
+        ("in the same words", name),
+        ("not applied", name),
+    ]
+    assert not [each for each in later if each["kind"] in {"reload", "bug"}]
+    reloads = [each["text"] for each in after["incidents"] if each["kind"] == "reload"]
+    assert reloads == ["applied", "not applied"]
+
+
 async def test_a_bug_at_one_instance_is_told_by_each(pair: tuple[Instance, Instance]) -> None:
     a, b = pair
     b.server.context.metrics.bugs.note(KeyError("S3CR3T"))
