@@ -39,6 +39,10 @@ T = TypeVar("T")
 # back.
 WAY, LATEST, BACK = 0.001, 2.0, 0.5
 
+# Where the server of a run is, the name of its cluster, and how its keys begin.
+URL, NAME = "redis://127.0.0.1", "simulation"
+PREFIX = f"aio:{{{NAME}}}:"
+
 
 class _World(World):
     """Claims, logs and messages; the members are those of the reference model."""
@@ -294,6 +298,9 @@ class SimulatedBus(MemoryBus):
         self,
         server: SharedServer,
         number: int,
+        _commands: object,
+        _url: str,
+        _prefix: str,
         name: str,
         *,
         on_message: Callable[[str, Message], None],
@@ -316,6 +323,10 @@ class SimulatedBus(MemoryBus):
     def connected(self, _connected: bool) -> None:
         """Do nothing: the server decides it."""
 
+    async def close(self) -> None:
+        """Hear and say nothing any more."""
+        self._server.forget(self.name)
+
     def _publish(self, target: str, data: bytes) -> None:
         def published(answer: asyncio.Future[int]) -> None:
             if not answer.cancelled() and answer.exception() is None and answer.result() == 0:
@@ -332,6 +343,15 @@ class SimulatedStore(MemoryStore):
         super().__init__(server.world, me)
         self._server = server
         self._line = Line(server, number)
+
+    async def execute(self, *command: Any) -> Any:
+        # The keys in memory are those of one cluster.
+        return await super().execute(
+            *(part.removeprefix(PREFIX) if isinstance(part, str) else part for part in command)
+        )
+
+    async def close(self) -> None:
+        """Do nothing: there is nothing to close."""
 
     async def take(self, name: str, digest: bytes, seconds: float, lost: str = "") -> Verdict:
         return await self._ask(
@@ -407,15 +427,36 @@ class SimulatedStore(MemoryStore):
 
 
 class SimulatedConnection:
-    """What carries the calls of `Leases`: as `ScriptConnection`, with the same bound."""
+    """What carries the calls of `Leases`: as `ScriptConnection`, with the same *bound*."""
 
-    def __init__(self, server: SharedServer, number: int, bound: float) -> None:
+    def __init__(
+        self,
+        server: SharedServer,
+        number: int,
+        url: str,
+        *,
+        bound: float,
+        on_open: Callable[[], None],
+        on_loss: Callable[[CallFailed], None],
+    ) -> None:
+        # The server tells each instance itself: see `SharedServer.join`.
+        del on_open, on_loss
+        self.address = url
         self._server = server
         self._number = number
         self._bound = bound
         self._line = Line(server, number)
         self._open = False
         self.run = ""
+
+    @property
+    def connected(self) -> bool:
+        """Whether calls are sent at once."""
+        return self._open and self.run == self._server.run
+
+    async def execute(self, *command: bytes | float | str) -> Any:
+        """Raise an error: only conversations are cleared by it, which no run asks for."""
+        raise AssertionError(command)
 
     async def ready(self) -> None:
         """Wait until calls are sent at once.
@@ -424,7 +465,7 @@ class SimulatedConnection:
             CallFailed: there is no connection within the bound.
         """
         server = self._server
-        if self._open and self.run == server.run:
+        if self.connected:
             return
         if not self._line.connected or server.paused:
             await asyncio.sleep(self._bound)
@@ -462,6 +503,16 @@ class SimulatedConnection:
 
 class SimulatedSubscription:
     """Stands for the connection on which `Leases` is woken: see `SharedServer.join`."""
+
+    def __init__(
+        self,
+        url: str,
+        handlers: dict[str, Callable[[bytes], None]],
+        *,
+        bound: float,
+        on_open: Callable[[], None],
+    ) -> None:
+        """Do nothing."""
 
     async def open(self) -> None:
         """Do nothing."""

@@ -17,18 +17,20 @@ import re
 import secrets
 import socket
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from aioserver.config.faults import ConfigurationError
-from aioserver.gateway.commands import Commands
-from aioserver.wings.cluster.bus import RedisBus, RedisCommands
-from aioserver.wings.cluster.connection import AccessDenied, CallFailed
+from aioserver.gateway.commands import Commands, Connection
+from aioserver.wings.cluster.bus import Bus, RedisBus, RedisCommands
+from aioserver.wings.cluster.connection import AccessDenied, CallFailed, ScriptConnection
 from aioserver.wings.cluster.grants import State
 from aioserver.wings.cluster.lease_messages import TIMES
 from aioserver.wings.cluster.leases import Leases
 from aioserver.wings.cluster.limits import SharedLimits
 from aioserver.wings.cluster.remote_streams import RemoteStreams
-from aioserver.wings.cluster.renewer import Renewer
+from aioserver.wings.cluster.renewer import MakeListening, MakeRenewing, Renewer
+from aioserver.wings.cluster.subscription import Subscription
 from aioserver.wings.cluster.totals import Totals
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from aioserver.monitoring.monitor import Monitor
     from aioserver.monitoring.state import ClusterState
     from aioserver.providers.provider import Provider
+    from aioserver.telemetry.counters import Counter
     from aioserver.wings.cluster.lease_messages import Times
     from aioserver.wings.cluster.peer_messages import Message
 
@@ -59,12 +62,45 @@ _GLOB = re.compile(r"[*?\[\]\\^-]")
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9.]+")
 
 
+class ClosableConnection(Connection, Protocol):
+    """A connection for commands: see `RedisCommands`."""
+
+    async def close(self) -> None:
+        """End it."""
+
+
+class ClosableBus(Bus, Protocol):
+    """The bus of this instance: see `RedisBus`."""
+
+    lost: Counter
+
+    async def close(self) -> None:
+        """Hear and say nothing any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """The classes of all that leads to the cluster's server; the arguments are those of the
+    defaults.
+    """
+
+    renewals: MakeRenewing = ScriptConnection
+    words: MakeListening = Subscription
+    commands: Callable[[str], ClosableConnection] = RedisCommands
+    bus: Callable[..., ClosableBus] = RedisBus
+
+
+# Those of a Redis or Valkey server.
+REDIS = Ways()
+
+
 class Membership:
     """One instance of the cluster *name*, whose server is at *url*. Made by `join`.
 
     *fixed*: the rank of this instance and the number of all, where a parent knows them. *times*:
     those of the cluster. *scope*: this instance among the workers of its host, which share
-    connections; None if it has no parent.
+    connections; None if it has no parent. *ways* lead to the server. *patient*: without *fixed*
+    its start waits until the server gives something, and agrees with others on a secret.
     """
 
     def __init__(
@@ -75,22 +111,25 @@ class Membership:
         fixed: tuple[int, int] | None,
         times: Times = TIMES,
         scope: Scope | None = None,
+        *,
+        ways: Ways = REDIS,
+        patient: bool = True,
     ) -> None:
         self.instance = instance
         self._numbers, self._times = fixed, times
-        self.renewer = Renewer(self._make_leases, url, name)
+        self.renewer = Renewer(self._make_leases, url, name, ways.renewals, ways.words)
         self.leases = self.renewer.leases
         self.limits = limits = SharedLimits(self.leases, scope)
         # What `Sharing` asks of it.
         self.make_gate, self.observe = limits.make_gate, limits.observe
         self.make_quota, self.make_admission = limits.make_quota, limits.make_admission
-        self._url = url
-        self._connection = RedisCommands(url)
-        self.bus: RedisBus | None = None
+        self._url, self._ways = url, ways
+        self._connection = ways.commands(url)
+        self.bus: ClosableBus | None = None
         self.commands = Commands(self._connection, self.renewer.prefix)
         self.address = self.renewer.connection.address
         self._incidents: Monitor | None = None
-        self._fixed = fixed is not None
+        self._patient = patient and fixed is None
         self._joined = asyncio.Event()
         self._streams: RemoteStreams | None = None
         self._totals: Totals | None = None
@@ -129,7 +168,7 @@ class Membership:
 
         Without an answer it is *own*, and a session holds only where it was made.
         """
-        if self._fixed:
+        if not self._patient:
             # The workers of one parent have its secret.
             return own
         key = f"{self.renewer.prefix}pepper"
@@ -186,7 +225,7 @@ class Membership:
             raise ConfigurationError([f"cluster.redis_url: {error}"]) from None
         if clear and self.leases.members == [self.instance]:
             await self._clear_conversations()
-        if self.leases.epoch and not self._fixed:
+        if self.leases.epoch and self._patient:
             # A server that is new gives nothing yet, and without a fixed share nothing could start
             # until then.
             times = self.leases.times
@@ -217,8 +256,8 @@ class Membership:
 
     def _make_bus(
         self, *, on_message: Callable[[str, Message], None], on_deaf: Callable[[str], None]
-    ) -> RedisBus:
-        self.bus = RedisBus(
+    ) -> ClosableBus:
+        self.bus = self._ways.bus(
             self._connection,
             self._url,
             self.renewer.prefix,

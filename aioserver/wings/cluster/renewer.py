@@ -3,16 +3,79 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from aioserver.wings.cluster.connection import AccessDenied, CallFailed, ScriptConnection
+from aioserver.wings.cluster.connection import (
+    AccessDenied,
+    CallFailed,
+    ScriptConnection,
+)
 from aioserver.wings.cluster.lease_messages import decode_words
 from aioserver.wings.cluster.subscription import Subscription
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aioserver.wings.cluster.connection import Reply
     from aioserver.wings.cluster.leases import Leases
+
+
+class Listening(Protocol):
+    """A connection on which messages are heard: see `Subscription`."""
+
+    async def open(self) -> None:
+        """Connect: see `Connection`."""
+
+    async def close(self) -> None:
+        """End it."""
+
+
+class Renewing(Listening, Protocol):
+    """A connection that carries renewals: see `ScriptConnection`."""
+
+    address: str
+    run: str
+
+    @property
+    def connected(self) -> bool:
+        """Whether calls are sent at once."""
+
+    async def ready(self) -> None:
+        """Wait until calls are sent at once."""
+
+    async def renew(self, prefix: str, request: bytes, run: str) -> bytes:
+        """Return the answer to *request*."""
+
+    async def execute(self, *command: bytes | str | float) -> Reply:
+        """Return the answer to *command*."""
+
+
+class MakeRenewing(Protocol):
+    """Makes a connection that carries renewals to the server at *url*: see `Connection`."""
+
+    def __call__(
+        self,
+        url: str,
+        *,
+        bound: float,
+        on_open: Callable[[], None],
+        on_loss: Callable[[CallFailed], None],
+    ) -> Renewing:
+        """Return the connection."""
+
+
+class MakeListening(Protocol):
+    """Makes a connection on which *handlers* are called: see `Subscription`."""
+
+    def __call__(
+        self,
+        url: str,
+        handlers: dict[str, Callable[[bytes], None]],
+        *,
+        bound: float,
+        on_open: Callable[[], None],
+    ) -> Listening:
+        """Return the connection."""
 
 
 class Renewer:
@@ -21,14 +84,20 @@ class Renewer:
 
     *make_leases* makes them, with the function that is called when a renewal is due earlier.
     `open` it, and `close` it in the end; `leave` before that gives everything back. `connection`
-    takes other commands as well. Keys and channels begin with `prefix`.
+    takes other commands as well; *connect* makes it, and *listen* the one by which this instance
+    is woken. Keys and channels begin with `prefix`.
 
     Raises:
         ValueError: *url* cannot be used.
     """
 
     def __init__(
-        self, make_leases: Callable[[Callable[[], None]], Leases], url: str, name: str
+        self,
+        make_leases: Callable[[Callable[[], None]], Leases],
+        url: str,
+        name: str,
+        connect: MakeRenewing = ScriptConnection,
+        listen: MakeListening = Subscription,
     ) -> None:
         self._task: asyncio.Task[None] | None = None
         self._due = asyncio.Event()
@@ -37,10 +106,8 @@ class Renewer:
         self.leases = leases = make_leases(self._arm)
         self.prefix = f"aio:{{{name}}}:"
         bound = leases.times.bound
-        self.connection = ScriptConnection(
-            url, bound=bound, on_open=self._tell_all, on_loss=self._lost
-        )
-        self.subscription = Subscription(
+        self.connection = connect(url, bound=bound, on_open=self._tell_all, on_loss=self._lost)
+        self.subscription = listen(
             url,
             {f"{self.prefix}wake:{leases.instance}": self._woken},
             bound=bound,
