@@ -295,7 +295,7 @@ async def open_server(
             tracer=tracer,
             usage=usage,
             monitor=monitor,
-            registry=prometheus.registry(
+            shown_metrics=prometheus.ShownMetrics(
                 metrics.families, monitor.fresh, listening, sources.sections
             ),
         )
