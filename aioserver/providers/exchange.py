@@ -37,7 +37,7 @@ from aioserver.provider_errors import (
     StaleConnection,
     WriteTimeout,
 )
-from aioserver.providers.upload import upload
+from aioserver.providers.upload import UPLOAD_PIECE, upload
 from aioserver.telemetry.kernel import least_round_trip
 from aioserver.telemetry.request_log import NO_RECORD
 
@@ -74,38 +74,32 @@ class Exchange:
         record: RequestRecord = NO_RECORD,
         backpressure: Backpressure | None = None,
     ) -> None:
-        protocol = connection.protocol
-        transport = protocol.transport
-        assert transport is not None
         self._connection = connection
-        self.protocol = protocol
-        self._transport = transport
-        self._loop = asyncio.get_running_loop()
+        self.protocol = protocol = connection.protocol
+        self._loop = loop = asyncio.get_running_loop()
         self._read_timeout = read_timeout
         self._write_timeout = write_timeout
-        # The bound of the wait for the first content, whether that has come, and the timer; None if
-        # there is no bound.
-        self._first_token: tuple[float, Callable[[], bool]] | None = None
-        self._first_token_timer: asyncio.TimerHandle | None = None
-        self._parser = protocol.response_parser
-        self._parser.begin(on_head)
-        self._done: asyncio.Future[None] = self._loop.create_future()
+        self._parser = parser = protocol.response_parser
+        parser.begin(on_head)
+        self._done: asyncio.Future[None] = loop.create_future()
         self._faults: list[Exception] = []  # until raised: their tracebacks lead to this object
-        self._last_chunk_timer: asyncio.TimerHandle | None = None
-        self.last_byte_at = 0.0
+        # The bound of the wait for the first content, and whether that has come; None if there is
+        # no bound.
+        self._first_token: tuple[float, Callable[[], bool]] | None = None
+        # The timer of that bound, or later of that of the last chunk.
+        self._timer: asyncio.TimerHandle | None = None
         # When the provider said something last, or the request was sent, and the progress of the
         # sink then.
-        self.spoke_at = 0.0
+        self.last_byte_at = self.spoke_at = loop.time()
         self._progress = 0
         self.record = record
-        self._written = False
+        self._backpressure = backpressure
         # The monotonic time of the first byte; 0.0 until then.
         self._heard_at = 0.0
-        # Whether the sink needs no more, and only the end of the body's framing is to come.
-        self._awaiting_last_chunk = False
-        self._backpressure = backpressure
-        # Whether nothing is read, since the client reads more slowly than the provider sends.
-        self._paused = False
+        # Whether all of the request is written; whether the sink needs no more, and at most the end
+        # of the body's framing is to come; and whether nothing is read, since the client reads more
+        # slowly than the provider sends.
+        self._written = self._ended = self._paused = False
 
     def bound_first_token(self, seconds: float, answered: Callable[[], bool]) -> None:
         """Let it fail if there is no content *seconds* after the request was written; *answered*
@@ -125,34 +119,37 @@ class Exchange:
             ProviderFault: there is no complete answer for another reason.
             AioserverError: raised by the sink.
         """
-        self.protocol.exchange = self
+        protocol, done = self.protocol, self._done
+        protocol.exchange = self
         try:
-            if not self.protocol.is_connected():
+            if protocol.transport is None:
                 self.connection_lost(None)
+            elif body is None and len(request) <= UPLOAD_PIECE:
+                # No transport asks its writer to wait for so little.
+                protocol.write_soon(request)
             else:
-                self.last_byte_at = self.spoke_at = self._loop.time()  # an answer may come early
                 watch = self._write_timeout, self._write_timed_out
-                await upload(request, self.protocol, self._done, *watch, body)
-            del request  # it may be large, and its answer may take long
-            if not self._done.done():
-                self._written = True
+                await upload(request, protocol, done, *watch, body)
                 self.last_byte_at = self.spoke_at = self._loop.time()
-                self.protocol.watch_deadline(self._read_timeout)
+            del request  # it may be large, and its answer may take long
+            if not done.done():
+                self._written = True
+                protocol.watch_deadline(self._read_timeout)
                 if self._first_token is not None:
-                    later = self._loop.call_later
-                    self._first_token_timer = later(self._first_token[0], self._too_late)
-            await self._done
-            if self._faults:
-                raise self._faults.pop()
-        finally:
-            if not self._awaiting_last_chunk:
+                    self._timer = self._loop.call_later(self._first_token[0], self._too_late)
+            await done
+        except BaseException:
+            if not self._ended:
                 self._settle()
+            raise
+        if self._faults:
+            raise self._faults.pop()
 
     def feed(self, data: bytes) -> None:
         """Parse bytes from the provider, and push what they bring to the sink."""
-        now, self.spoke_at = self._loop.time(), self._last(self.spoke_at)
-        self.protocol.fast_path = None
-        parser = self._parser
+        now, parser = self._loop.time(), self._parser
+        if self.protocol.fast_path is not None:
+            self.spoke_at, self.protocol.fast_path = self._last(self.spoke_at), None
         # Once there is a sink, the answer has begun.
         if parser.sink is not None:
             self.record.silent(self.spoke_at, now)
@@ -195,13 +192,15 @@ class Exchange:
     def _push(self) -> None:
         """Push to the sink what has come, and the end of the body."""
         parser = self._parser
-        sink = parser.sink
+        sink, parts = parser.sink, parser.parts
         if self._done.done():
-            self._settle_after_last_chunk()
+            self._finish()
         elif sink is not None:
             try:
-                if parser.parts:
-                    if not sink.feed(parser.take()):
+                if parts:
+                    data = parts[0] if len(parts) == 1 else b"".join(parts)
+                    parts.clear()
+                    if not sink.feed(data):
                         self._finish()
                         return
                     if (progress := sink.progress) != self._progress:
@@ -228,7 +227,7 @@ class Exchange:
             self._settle()
         elif parser.sink is not None and not parser.framed and exc is None:
             # The end of the connection is the end of this body (RFC 9112, 6.3).
-            parser.surplus = parser.whole = True
+            parser.whole = True
             self._push()
         elif not parser.begun and self.protocol.reused and self._unprocessed():
             self._fail(StaleConnection("the provider had closed the kept connection"))
@@ -259,7 +258,7 @@ class Exchange:
 
         Returns the seconds until the deadline; None if there is none at the moment.
         """
-        if not self._written or self._awaiting_last_chunk or self._paused:
+        if not self._written or self._ended or self._paused:
             return None
         seconds = self._last(self.last_byte_at) + self._read_timeout - self._loop.time()
         if seconds > 0:
@@ -281,15 +280,17 @@ class Exchange:
 
         An exchange without backpressure, or at whose provider a request waits, reads on.
         """
+        transport = self.protocol.transport
         if (
             not self._paused
             and not self._done.done()
-            and not self._transport.is_closing()
+            and transport is not None
+            and not transport.is_closing()
             and self._backpressure is not None
             and self._backpressure.add(self)
         ):
             self._paused = True
-            self._transport.pause_reading()
+            transport.pause_reading()
 
     def resume(self) -> None:
         """Read on after a pause."""
@@ -302,8 +303,9 @@ class Exchange:
         self.last_byte_at = self.spoke_at = self._loop.time()
         if self.protocol.fast_path is not None:
             self.protocol.fast_path.read_at = self.last_byte_at
-        if not self._transport.is_closing():
-            self._transport.resume_reading()
+        transport = self.protocol.transport
+        if transport is not None and not transport.is_closing():
+            transport.resume_reading()
             self.protocol.watch_deadline(self._read_timeout)
 
     def _last(self, moment: float) -> float:
@@ -314,64 +316,59 @@ class Exchange:
         return moment if fast_path is None else max(moment, fast_path.forwarded_at)
 
     def _finish(self) -> None:
-        """End the exchange well: the sink needs no more.
+        """End the exchange well, unless it has ended: the sink needs no more.
 
-        The connection is free from here on, and not only when the task runs next.
+        The connection is free once the answer is whole, and not only when the task runs next. A
+        `[DONE]` may come a moment before the last chunk.
         """
+        parser = self._parser
         if not self._done.done():
-            # Its last chunk may still have to be read.
             if self._paused:
                 self.resume()
+            self._ended = True
             self._done.set_result(None)
-            self._settle_after_last_chunk()
-
-    def _settle_after_last_chunk(self) -> None:
-        """Settle once the answer is whole: a `[DONE]` may come a moment before the last chunk."""
-        parser = self._parser
-        if parser.whole or parser.parts or not self._written or self._done.cancelled():
-            self._settle()
-        elif not self._awaiting_last_chunk:
-            self._awaiting_last_chunk = True
-            self._last_chunk_timer = self._loop.call_later(LAST_CHUNK_TIMEOUT, self._settle)
+            if self._written and not (parser.whole or parser.parts):
+                if self._timer is not None:
+                    self._timer.cancel()
+                self._timer = self._loop.call_later(LAST_CHUNK_TIMEOUT, self._settle)
+                return
+        elif self._ended and not (parser.whole or parser.parts):
+            return
+        self._settle()
 
     def _fail(self, fault: Exception) -> None:
+        parser = self._parser
         if not self._done.done():
-            sink = self._parser.sink
-            if sink is None or not sink.broken(fault):
+            if parser.sink is not None and parser.sink.broken(fault):
+                self._ended = True
+            else:
                 self._faults.append(fault)
-            # Otherwise it is a good end, but none after which the connection is kept.
-            self._parser.surplus = True
             self._done.set_result(None)
+        # Even after a good end of this kind the connection is not kept.
+        parser.reusable = False
         self._settle()
 
     def _settle(self) -> None:
         """Release or close the connection. Only the first call has an effect."""
-        protocol = self.protocol
+        protocol, parser = self.protocol, self._parser
         if protocol.exchange is not self:
             return
-        done, parser = self._done, self._parser
         if self._paused:
             self.resume()
-        ended_well = done.done() and not done.cancelled() and not self._faults
-        # A silence that lasts until the end counts as any other. The record drops a silence before
-        # the answer when the answer comes.
-        if self._written and not self._awaiting_last_chunk and not ended_well:
+        if self._written and not self._ended:
+            # A silence that lasts until the end counts as any other. The record drops a silence
+            # before the answer when the answer comes.
             self.record.silent(self._last(self.spoke_at), self._loop.time())
         protocol.exchange = protocol.fast_path = None
-        if self._last_chunk_timer is not None:
-            self._last_chunk_timer.cancel()
-        if self._first_token_timer is not None:
-            self._first_token_timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         parser.forget()
         kept = False
         try:
             kept = (
-                ended_well
+                parser.reusable
+                and self._ended
                 and self._written
-                and parser.whole
-                and parser.framed
-                and parser.keep_alive
-                and not parser.surplus
                 and not parser.parts
                 and (parser.status < 400 or not self._answers_another())
             )
@@ -390,8 +387,8 @@ class Exchange:
         error which comes on a kept connection sooner than a byte can go there and back.
         """
         status, protocol = self._parser.status, self.protocol
-        if status == 408 or not protocol.reused:
+        if status == 408 or protocol.transport is None or not protocol.reused:
             return status == 408
-        sock = self._transport.get_extra_info("socket")
+        sock = protocol.transport.get_extra_info("socket")
         round_trip = 0.0 if sock is None else least_round_trip(sock)
         return self._heard_at - protocol.written_at < round_trip

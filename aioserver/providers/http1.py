@@ -34,7 +34,7 @@ CODINGS = "transfer-encoding"
 FRAMING_HEADERS = frozenset({"connection", "content-length", CODINGS, HOP})
 # Nor one of these with a body that is passed on: it is the client's, and so is its type.
 BODY_HEADERS = FRAMING_HEADERS | {"content-type", "content-encoding"}
-# Bytes of an answer's head, with the interim answers before it.
+# Bytes of an answer's head, with the interim answers before it; and of its trailers.
 MAX_HEAD_BYTES = 65_536
 
 
@@ -212,29 +212,26 @@ class ResponseParser:
     `begin` comes before each answer, then `feed` until it is `whole`, then `forget`. After an
     answer that did not end well the connection is closed, and its parser is used no more.
 
-    Always: `parts` has the body's bytes that came since `take` was called last; nothing that comes
+    Always: `parts` has the body's bytes that came since its user has cleared it; nothing that comes
     after a whole answer is added to it. `between_chunks` is empty unless the parser is between two
     chunks.
     """
 
     __slots__ = (
         "_head_bytes",
-        "_header_bytes",
         "_headers",
         "_interim",
-        "_last",
         "_on_head",
         "_parser",
+        "_trailer_bytes",
         "between_chunks",
-        "framed",
-        "keep_alive",
         "on_body",
         "on_chunk_complete",
         "on_chunk_header",
         "parts",
+        "reusable",
         "sink",
         "status",
-        "surplus",
         "whole",
     )
 
@@ -250,6 +247,11 @@ class ResponseParser:
         self._parser = httptools.HttpResponseParser(self)
         self._on_head: Callable[[int, Mapping[str, str]], Sink] | None = None
         self._headers: dict[str, str] = {}
+        self._interim = False
+        # The status of the newest answer whose head is complete.
+        self.status = 0
+        # Set once the head is complete.
+        self.sink: Sink | None = None
 
     def begin(self, on_head: Callable[[int, Mapping[str, str]], Sink]) -> None:
         """Expect another answer.
@@ -258,25 +260,11 @@ class ResponseParser:
         """
         self._on_head = on_head
         # Bytes that came before the head was complete; some of them may be the body's.
-        self._head_bytes = 0
-        self._header_bytes = 0
-        self._interim = False
-        # The status of the answer; 0 until its head is complete.
-        self.status = 0
+        self._head_bytes = self._trailer_bytes = 0
         self.between_chunks.clear()
-        # Whether the body has a length, or comes in chunks.
-        self.framed = False
-        self.whole = False
-        # Whether the provider keeps the connection open.
-        self.keep_alive = False
-        # Whether anything came that is no part of the answer, so that the connection cannot be
-        # reused.
-        self.surplus = False
-        self.parts.clear()
-        # How many parts there were when the answer was whole.
-        self._last = 0
-        # Set once the head is complete.
-        self.sink: Sink | None = None
+        # Whether the answer is complete; and whether nothing came that is no part of it, and the
+        # provider keeps the connection open.
+        self.whole = self.reusable = False
 
     def close(self) -> None:
         """Hear of nothing more, since the connection is lost.
@@ -294,21 +282,31 @@ class ResponseParser:
         """Whether anything of an answer has come."""
         return self._head_bytes > 0
 
+    @property
+    def framed(self) -> bool:
+        """Whether the body, whose head is complete, has a length, or comes in chunks."""
+        headers = self._headers
+        chunked = _coding(headers) == "chunked"
+        return "content-length" in headers or chunked or self.status in {204, 304}
+
     def feed(self, data: bytes) -> None:
         """Parse bytes from the provider; the body's go to `parts`.
 
-        Bytes that are not HTTP after a whole answer only set `surplus`.
+        After a whole answer they only make it not `reusable`.
 
         Raises:
             ProviderBadResponse: the answer is not HTTP, or its head is too long.
             ProviderFault: raised by *on_head*.
         """
         if self.sink is None:
-            self._head_bytes += len(data)
+            size = self._head_bytes + len(data)
+            if size > MAX_HEAD_BYTES:
+                data = self._end_head(data)
+            self._head_bytes = size
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as exc:
-            self.surplus = True
+            self.reusable = False
             # Bytes that follow a whole answer are no fault of its request.
             if not self.whole:
                 if self._interim:
@@ -317,75 +315,65 @@ class ResponseParser:
                 # Set if one of the callbacks below has raised.
                 callback_error = exc.__context__
                 raise callback_error or fault from None
-        if self.whole:
-            del self.parts[self._last :]
-        elif self._interim:
-            self._check_interim()
-        if not data.endswith(b"\r\n"):
+        if self.sink is None:
+            if self._interim:
+                self._check_interim()
+        elif self.between_chunks and not data.endswith(b"\r\n"):
             # The parser may be inside the next chunk's first line.
             self.between_chunks.clear()
-        if self._header_bytes > MAX_HEAD_BYTES or (
-            self.sink is None and self._head_bytes > MAX_HEAD_BYTES
-        ):
+
+    def _end_head(self, data: bytes) -> bytes:
+        """Parse as much of *data* as a head may have, and return the rest.
+
+        Raises:
+            ProviderFault: the head is longer than that; or as `feed`.
+        """
+        room = MAX_HEAD_BYTES - self._head_bytes
+        self.feed(data[:room])
+        if self.sink is None:
             raise _head_too_long()
+        return data[room:]
 
     def on_message_begin(self) -> None:
         """Begin a head (httptools calls this and the following methods from `feed_data`).
 
-        A head that follows a whole answer was not asked for.
+        Raises:
+            ProviderBadResponse: it follows a whole answer, and was not asked for.
         """
         if self.whole:
-            self.surplus = True
-        else:
-            self._headers = {}
-
-    def on_status(self, reason: bytes) -> None:
-        """Count a part of the reason phrase, which is not read."""
-        self._header_bytes += len(reason)
+            raise ProviderBadResponse("the provider sent another answer")
+        self._headers, self._interim = {}, False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Keep a header, the last of those with one name, and all codings.
 
         A trailer is counted and not read.
         """
-        if self.whole:
+        if self.sink is not None:
+            # The 4 bytes are ": " and the line's end.
+            self._trailer_bytes += len(name) + len(value) + 4
+            if self._trailer_bytes > MAX_HEAD_BYTES:
+                raise _head_too_long()
             return
-        # The 4 bytes are ": " and the line's end.
-        self._header_bytes += len(name) + len(value) + 4
-        if self.sink is None:
-            key, text = name.decode("latin-1").lower(), value.decode("latin-1")
-            if key == CODINGS and key in self._headers:
-                text = f"{self._headers[key]}, {text}"
-            self._headers[key] = text
+        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+        if key == CODINGS and key in self._headers:
+            text = f"{self._headers[key]}, {text}"
+        self._headers[key] = text
 
     def on_headers_complete(self) -> None:
         """Get the sink for the body, since the head is complete."""
-        if self.whole:
-            return
-        if self._header_bytes > MAX_HEAD_BYTES:
-            raise _head_too_long()
-        status = self._parser.get_status_code()
-        self._interim = 100 <= status < 200
-        if self._interim:
+        status, headers = self._parser.get_status_code(), self._headers
+        if status < 200 and status >= 100:
             if status == 101:
                 raise ProviderBadResponse("the provider switched the protocol")
+            self._interim = True
             return
-        self.status, headers = status, self._headers
-        coding = headers.get(CODINGS, "").strip().lower()
-        if coding not in {"", "chunked", "identity"}:
+        if CODINGS in headers and _coding(headers) not in {"", "chunked", "identity"}:
             # llhttp takes off the last one, and no request of ours has a `TE` that allows others.
             raise ProviderBadResponse("the provider's answer has a transfer coding but chunked")
-        self.framed = "content-length" in headers or coding == "chunked" or status in {204, 304}
+        self.status = status
         assert self._on_head is not None
         self.sink = self._on_head(status, headers)
-
-    def take(self) -> bytes:
-        """Return the bytes of the body that came since they were taken last."""
-        parts = self.parts
-        data = parts[0] if len(parts) == 1 else b"".join(parts)
-        parts.clear()
-        self._last = 0
-        return data
 
     def _check_interim(self) -> None:
         """Refuse an interim answer with a body: it has none (RFC 9112, 6.3), but llhttp reads it
@@ -398,9 +386,13 @@ class ResponseParser:
         """Note that the answer is whole, unless it was an interim one."""
         if self._interim:
             self._check_interim()
-        elif not self.whole:
-            self.whole, self._last = True, len(self.parts)
-            self.keep_alive = self._parser.should_keep_alive()
+        else:
+            self.whole, self.reusable = True, self._parser.should_keep_alive()
+
+
+def _coding(headers: Mapping[str, str]) -> str:
+    """Return the transfer codings of a body, in lower case; "" if it has none."""
+    return headers.get(CODINGS, "").strip().lower()
 
 
 def _head_too_long() -> ProviderBadResponse:

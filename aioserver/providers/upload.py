@@ -66,10 +66,6 @@ async def upload(
     """
     transport = connection.transport
     assert transport is not None
-    if body is None and len(request) <= UPLOAD_PIECE:
-        # No transport asks its writer to wait for so little.
-        connection.write_soon(request)
-        return
     view = memoryview(request)
     for start in range(0, len(request), UPLOAD_PIECE):
         if done.done():

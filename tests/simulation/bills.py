@@ -59,7 +59,7 @@ class Bills:
         """Note that *attempt* is sent, perhaps once more."""
         if isinstance(attempt, PassedAttempt) or not isinstance(exchange, Exchange):
             return
-        far = exchange._transport.peer  # type: ignore[attr-defined]  # noqa: SLF001 - nobody else knows it
+        far = exchange.protocol.transport.peer  # type: ignore[union-attr]
         self._sent[attempt] = _Sent(far, len(self._calls.by_transport[far]))
 
     def ended(

@@ -275,7 +275,7 @@ def whole(self, exc):
     if self._parser.sink is None or self._done.done():
         lost(self, exc)
     else:
-        self._parser.surplus = self._parser.whole = True
+        self._parser.whole = True
         self._push()
 Exchange.connection_lost = whole
 for kind in (ChatSink, EventSink, ResponseSink):

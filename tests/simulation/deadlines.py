@@ -98,7 +98,7 @@ class Deadlines:
             self._look_at_queue(provider.pools.gate, limits.pool_timeout, what)
         for exchange in provider.pools.exchanges():
             assert isinstance(exchange, Exchange)
-            transport = exchange._transport
+            transport = exchange.protocol.transport
             assert isinstance(transport, Transport)
             if exchange._done.done():
                 continue

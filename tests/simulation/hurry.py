@@ -64,7 +64,7 @@ class Hurry:
     def look(self) -> None:
         """Look at what is under way."""
         for exchange, deadline in list(self._sent.items()):
-            transport: Any = exchange._transport
+            transport: Any = exchange.protocol.transport
             if exchange.protocol.exchange is not exchange or not self._alive(transport.owner):
                 del self._sent[exchange]
             elif Clock.now > deadline.deadline + LATE:
