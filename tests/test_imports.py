@@ -43,6 +43,7 @@ OTHER_TESTS = {
 # Modules, and what they may import inside a function, for start-up time or as an option.
 INSIDE_FUNCTIONS = {
     "config.credentials": {"aioserver.config.certificates"},
+    "config.schema": {"difflib"},
     "wings.simulator.wing": {"aioserver.wings.simulator.server"},
     "wings.cluster.wing": {"aioserver.wings.cluster.membership"},
     "commands.serve": {
@@ -50,8 +51,15 @@ INSIDE_FUNCTIONS = {
         "aioserver.workers.parent",
         "aioserver.workers.worker",
     },
-    "wings.doors.issuers": {"aioserver.wings.doors.issuer"},
+    "wings.doors.issuers": {"aioserver.wings.doors.issuer", "importlib.metadata"},
+    "wings.responses.wing": {"aioserver.wings.responses.redis"},
+    "wings.tracing.wing": {
+        "aioserver.wings.tracing.export",
+        "aioserver.wings.tracing.otlp",
+        "aioserver.wings.tracing.tracer",
+    },
     "wings.conversations.wing": {
+        "aioserver.wings.conversations.redis",
         "aioserver.wings.conversations.sqlite",
         "aioserver.wings.conversations.sqlite_file",
     },

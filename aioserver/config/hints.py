@@ -6,12 +6,11 @@ list, or an address without a user, a query or a long label.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from typing import TYPE_CHECKING
 
-from aioserver.config.schema import MAX_SHOWN
+from aioserver.config.schema import MAX_SHOWN, most_like
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -122,5 +121,5 @@ def nearest(word: object, words: Iterable[str]) -> str:
     """Return which of *words* is probably meant by *word*, if any."""
     folded = {known.lower(): known for known in words}
     text = word.lower()[:64] if isinstance(word, str) else ""
-    matches = difflib.get_close_matches(text, folded, n=1)
-    return f" (did you mean {folded[matches[0]]}?)" if matches else ""
+    meant = most_like(text, folded)
+    return f" (did you mean {folded[meant]}?)" if meant is not None else ""

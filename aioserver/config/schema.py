@@ -12,7 +12,6 @@ replaced by `FAULTY`, so that the rules between the other settings are still che
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import operator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 import voluptuous as vol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 T = TypeVar("T")
 # The path of a setting that breaks a rule, from its section, and the message.
@@ -282,11 +281,11 @@ def _reworded(error: vol.Invalid, cls: type[Any]) -> vol.Invalid:
     if error.error_message == "extra keys not allowed":
         key = str(error.path[-1])
         known = [key_of(field) for field in fields(cls)]
-        nearest = difflib.get_close_matches(key[:64].lower(), known, n=1, cutoff=0.5)
+        meant = most_like(key[:64].lower(), known, 0.5)
         if (inner := _inside(cls, key)) is not None:
             hint = f"it belongs into {inner}: indent it further, below that key"
-        elif nearest:
-            hint = f"did you mean {nearest[0]}?"
+        elif meant is not None:
+            hint = f"did you mean {meant}?"
         else:
             hint = f"known: {', '.join(known)}"
         return vol.Invalid(f"unknown key ({hint})", error.path)
@@ -329,6 +328,15 @@ def compare(owner: object, path: str, sign: str, limit_path: str) -> BrokenRule 
     if not (value < limit if sign == ">=" else value > limit):
         return None
     return (*path.split("."),), f"must be {sign} {limit_path} ({limit}), not {value}"
+
+
+def most_like(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return which of *known* words is most like *word*; None: none has the share *cutoff* of it."""
+    # Only faults ask.
+    from difflib import get_close_matches  # noqa: PLC0415
+
+    matches = get_close_matches(word, tuple(known), n=1, cutoff=cutoff)
+    return matches[0] if matches else None
 
 
 def refuse(message: str) -> NoReturn:

@@ -7,7 +7,6 @@ bounds, and says what to write instead (hints.py).
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from aioserver.config.schema import (
     Validator,
     WrongShape,
     describe,
+    most_like,
     refuse,
     show,
 )
@@ -119,8 +119,8 @@ def url(*schemes: str, rest: str = r"[^\s\x00-\x1f\x7f?#@]+", shown: bool = Fals
     def test(value: Any) -> Any:
         match = _SCHEME.match(value) if isinstance(value, str) else None
         if match is not None and match[1] not in schemes:
-            near = difflib.get_close_matches(match[1].lower(), schemes, n=1)
-            hint = f" (did you mean {near[0]}://?)" if near else ""
+            near = most_like(match[1].lower(), schemes)
+            hint = f" (did you mean {near}://?)" if near else ""
             refuse(f'expected an address that starts with {starts}, not "{match[1]}://"{hint}')
         written = hints.address(value) if shown else None
         if written is not None:

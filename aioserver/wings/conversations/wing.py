@@ -11,7 +11,6 @@ from aioserver.faces.wing import Routes, Wing
 from aioserver.wings.conversations import face
 from aioserver.wings.conversations.history import History, Trouble
 from aioserver.wings.conversations.memory import Conversations
-from aioserver.wings.conversations.redis import LateTurns, RedisHistories
 from aioserver.wings.conversations.section import HistorySection
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from aioserver.faces.wing import Core
     from aioserver.telemetry.counters import Counter
     from aioserver.wings.conversations.history import Storage
+    from aioserver.wings.conversations.redis import LateTurns
 
 logger = logging.getLogger("aioserver.history")
 
@@ -54,6 +54,12 @@ class ConversationsWing(Wing):
         conversations = Conversations(service.context, persistence)
         shared = late = None
         if core.commands is not None:
+            # One instance needs none of it.
+            from aioserver.wings.conversations.redis import (  # noqa: PLC0415
+                LateTurns,
+                RedisHistories,
+            )
+
             shared, late = RedisHistories(core.commands, conversations), LateTurns(core.commands)
             stack.push_async_callback(shared.close)
             stack.push_async_callback(late.close)

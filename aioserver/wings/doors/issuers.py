@@ -5,7 +5,6 @@ come from elsewhere.
 from __future__ import annotations
 
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -30,6 +29,9 @@ def faults(
     """Yield which of the packages that are *needed* are missing, if *auth* takes tokens."""
     if auth is None or auth.jwt is None:
         return
+    # Without tokens nobody asks, and it has a reader of archives with it.
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
+
     for package, least in needed.items():
         wanted = f"{package}>={'.'.join(map(str, least))}"
         try:

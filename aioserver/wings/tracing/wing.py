@@ -17,9 +17,6 @@ from urllib.parse import unquote
 from aioserver import __version__
 from aioserver.config.faults import ConfigurationError
 from aioserver.faces.wing import Wing
-from aioserver.wings.tracing.export import SpanExporter
-from aioserver.wings.tracing.otlp import key_value
-from aioserver.wings.tracing.tracer import Tracer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +25,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Settings
     from aioserver.faces.wing import Core
     from aioserver.telemetry.counters import Counter
+    from aioserver.wings.tracing.tracer import Tracer
 
 # Variables for the same; the one that is for traces alone comes first.
 HEADERS = ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS")
@@ -67,6 +65,11 @@ def open_tracer(
     tracing = settings.tracing
     if tracing.otlp_endpoint is None:
         return None
+    # Few servers make spans.
+    from aioserver.wings.tracing.export import SpanExporter  # noqa: PLC0415
+    from aioserver.wings.tracing.otlp import key_value  # noqa: PLC0415
+    from aioserver.wings.tracing.tracer import Tracer  # noqa: PLC0415
+
     environ = os.environ if environ is None else environ
     attributes = {
         "service.version": settings.logging.service_version or __version__,
