@@ -7,8 +7,9 @@ import re
 import secrets
 from typing import TYPE_CHECKING
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
+from multidict import istr
 
 from aioserver.faces.form import OPENAI
 
@@ -28,6 +29,7 @@ PROVIDERS_LIMITS = ("x-ratelimit-", "anthropic-ratelimit-")
 # The value of the header `Server`.
 SERVER = "aioserver"
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_ID_HEADER = istr("X-Request-Id")
 _prefix = secrets.token_hex(6)
 _numbers = itertools.count(1)
 
@@ -52,15 +54,12 @@ def request_id(request: web.BaseRequest) -> str:
     one.
     """
     assert isinstance(request, Request)
-    log_id = request.known_id
-    if not log_id:
-        header = request.headers.get("X-Request-Id")
-        if header is not None and _ID.fullmatch(header):
-            log_id = header
-        else:
+    if not request.known_id:
+        log_id = request.headers.get(_ID_HEADER)
+        if log_id is None or not _ID.fullmatch(log_id):
             log_id = f"{_prefix}-{next(_numbers):x}"
         request.known_id = log_id
-    return log_id
+    return request.known_id
 
 
 def with_limits(request: Request, headers: Mapping[str, str]) -> Mapping[str, str]:
@@ -119,7 +118,7 @@ def announce_close(
         last_on_connection(request)
         or not request.keep_alive
         # A client that was not asked for its body may send it, or the next request in its place.
-        or ("Expect" in request.headers and not request.content.is_eof())
+        or (hdrs.EXPECT in request.headers and not request.content.is_eof())
         or (streamed and request.version < HttpVersion11)
     ):
         # A refused upgrade names its header there, too.

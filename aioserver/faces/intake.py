@@ -3,6 +3,8 @@
 The bytes count against `max_body_bytes` from the first one. What is read of them comes in steps
 (protocol/json_body.py). A body that is passed on while its client sends it is a `BodyStream`.
 
+Private names of aiohttp used here, guarded by `tests/faces/test_intake.py`: `_buffer`.
+
 Where spans are made, a client that reads the answer of another request is a visit, with a span of
 its own. The client whose request began an answer is its first reader, and no visit.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from aiohttp import hdrs
+from aiohttp import EMPTY_PAYLOAD, hdrs
 from aiohttp.http import HttpVersion11
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web import RequestPayloadError
@@ -56,8 +58,7 @@ PIECE_BYTES = 1 << 16
 # Bytes of such a body that are there before a provider's place is taken for it.
 FIRST_BYTES = 1 << 18
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-
-
+IDEMPOTENCY_KEY = istr("Idempotency-Key")
 # Ids of sessions, which agents send.
 CLAUDE_CODE, CODEX = istr("x-claude-code-session-id"), istr("session-id")
 OPENCODE = istr("x-session-id")
@@ -73,7 +74,8 @@ def caller_of(request: web.Request, user: str | None) -> Caller:
     """Return the caller of *request*, within whose requests those of *user* wait apart; without a
     user those of its session.
     """
-    return request[CALLER].on_behalf_of(user or session_of(request))
+    user = user or session_of(request)
+    return request[CALLER].on_behalf_of(user) if user else request[CALLER]
 
 
 async def read_body(request: web.Request, hold: BodyHold, max_bytes: int) -> bytes:
@@ -87,13 +89,18 @@ async def read_body(request: web.Request, hold: BodyHold, max_bytes: int) -> byt
         ServerAtCapacity: see `Admission.make_room`.
     """
     refuse_coded(request)
-    header = request.headers.get("Content-Type")
+    header = request.headers.get(hdrs.CONTENT_TYPE)
     # For nearly all clients, comparing the header itself saves parsing it.
     if header != "application/json" and request.content_type != "application/json":
         raise UnsupportedMediaType("Content-Type must be application/json")
     content = request.content
-    if content.is_eof():
-        body = content.read_nowait()
+    if content is EMPTY_PAYLOAD:
+        body = b""
+    elif content.is_eof():
+        # All of it, which came with its head as a rule. `read_nowait` would do the same, and let
+        # the client go on, which is done at the end of a body.
+        body = b"".join(content._buffer)  # noqa: SLF001 - see the head of this file
+        content._buffer.clear()  # noqa: SLF001
         if len(body) <= max_bytes:
             hold.grow(len(body))
     else:
@@ -121,7 +128,8 @@ def refuse_coded(request: web.Request) -> None:
     if hdrs.CONTENT_ENCODING in headers:
         raise UnsupportedMediaType("a compressed body is not accepted")
     # aiohttp's parser takes off the last coding, which is `chunked`, and says nothing of others.
-    if headers.get(hdrs.TRANSFER_ENCODING, "chunked").strip().lower() != "chunked":
+    coding = headers.get(hdrs.TRANSFER_ENCODING)
+    if coding is not None and coding.strip().lower() != "chunked":
         raise UnsupportedCoding("no transfer coding but chunked is accepted")
 
 
@@ -276,7 +284,7 @@ def idempotency_key(request: web.Request) -> str | None:
     Raises:
         InvalidRequest: the key is empty, too long, or not printable.
     """
-    key = request.headers.get("Idempotency-Key")
+    key = request.headers.get(IDEMPOTENCY_KEY)
     if key is not None and (len(key) > MAX_ID_CHARACTERS or not key.isprintable() or not key):
         raise InvalidRequest(
             f"Idempotency-Key must have 1 to {MAX_ID_CHARACTERS} printable characters"

@@ -43,14 +43,14 @@ from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.formats import RAW
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator
 
     from aioserver.config import settings
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.gateway.router import Router
     from aioserver.protocol.model_body import ModelBody
-    from aioserver.providers.request import Answer, BodyMaker
+    from aioserver.providers.request import Answer
     from aioserver.streams.contracts import Queued
     from aioserver.streams.stream import Stream
 
@@ -77,10 +77,6 @@ class Dialect(NamedTuple):
     heartbeat: bytes
     id_header: str = ""
     render_wait: Callable[[Queued], bytes] | None = None
-
-    def own_headers(self, request: web.Request) -> dict[str, str]:
-        """Return the headers of an answer that those of its provider replace."""
-        return {self.id_header: http.request_id(request)} if self.id_header else {}
 
 
 OPENAI = Dialect("openai", HEARTBEAT, render_wait=attrgetter("comment"))
@@ -112,32 +108,31 @@ def prepare_for(
         body, data = await read_model_body(request, hold, limit)
         key = idempotency_key(request)
         route = context.router.route(body.model)
+        streamed, max_answer = body.streamed, body.max_answer
         if api is EMBEDDINGS:
             # The vectors of a fallback's model mean nothing beside those of the model that was
             # asked for.
-            route.pinned = True
+            route.pinned, streamed, max_answer = True, False, 0
         provider_request = ProviderRequest(
             api,
-            body_maker(body),
-            streamed=body.streamed and api is not EMBEDDINGS,
+            partial(body_for, body),
+            streamed=streamed,
             caller=caller_of(request, body.user),
             model=route.model,
             hold=hold,
             client_headers=client_headers(context, request),
             size=len(body.data),
-            max_answer=0 if api is EMBEDDINGS else body.max_answer,
+            max_answer=max_answer,
             usage_options=body.usage_options,
         )
-        digest = digest_of(api.path, data) if key else b""
-        asks = provider_request.streamed and body.usage_options is not None
         return Request(
             route,
             provider_request,
             OPENAI.face,
             http.request_id(request),
             key,
-            digest,
-            make_attempt=UsageAttempt if asks else Attempt,
+            digest_of(api.path, data) if key else b"",
+            make_attempt=UsageAttempt if streamed and body.usage_options is not None else Attempt,
         )
 
     return prepare
@@ -148,27 +143,20 @@ def digest_of(path: str, body: bytes) -> bytes:
     return hashlib.sha256(path.encode() + b"\0" + body).digest()
 
 
-def body_maker(body: ModelBody) -> BodyMaker:
-    """Return a function that makes the body for a provider and a model.
-
-    That body is the client's, or the same with another model.
-    """
-
-    def body_for(provider: settings.Provider, model: str | None) -> bytes:
-        wanted = model or provider.model
-        return body.data if wanted == body.model else body.with_model(wanted)
-
-    return body_for
+def body_for(body: ModelBody, provider: settings.Provider, model: str | None) -> bytes:
+    """Return *body* for a provider and a model: the client's, or the same with another model."""
+    wanted = model or provider.model
+    return body.data if wanted == body.model else body.with_model(wanted)
 
 
-async def serve(
+def serve(
     context: Context, request: web.Request, prepared: Request, dialect: Dialect = OPENAI
-) -> web.StreamResponse:
+) -> Coroutine[None, None, web.StreamResponse]:
     """Answer a POST."""
     if prepared.provider_request.streamed:
         stream = context.gateway.relay(prepared)
-        return await follow_stream(context, request, stream, dialect=dialect)
-    return await write_answer(context, request, prepared, dialect)
+        return follow_stream(context, request, stream, dialect=dialect)
+    return write_answer(context, request, prepared, dialect)
 
 
 async def write_answer(
@@ -178,6 +166,7 @@ async def write_answer(
 
     Raises:
         AioserverError: as `Gateway.call` and `write_kept`.
+        ConnectionError: as `whole.write`.
     """
     gateway = context.gateway
     if prepared.resumable:
@@ -185,8 +174,11 @@ async def write_answer(
     with gateway.hold() as held:
         prepared.provider_request.answer_bytes = held
         answer = await gateway.call(prepared)
+        response = response_of(request, answer, dialect)
         # Within the `with`: a client that reads slowly keeps the answer in memory.
-        return await _write_whole(context, request, answer, dialect)
+        timeout, drop = context.admission.send_timeout, context.admission.dropped
+        await whole.write(request, response, timeout, drop, dialect.face)
+        return response
 
 
 async def write_kept(
@@ -196,48 +188,31 @@ async def write_kept(
 
     Raises:
         AioserverError: as `kept_answer`.
+        ConnectionError: as `whole.write`.
     """
     visit = begin_visit(context, request, stream)
     try:
         async with kept_answer(stream, context.gateway.lifetime) as answer:
-            return await _write_whole(context, request, answer, dialect)
+            response = response_of(request, answer, dialect)
+            timeout, drop = context.admission.send_timeout, context.admission.dropped
+            await whole.write(request, response, timeout, drop, dialect.face)
+            return response
     finally:
         if visit is not None:
             end_visit(visit, stream)
 
 
-async def _write_whole(
-    context: Context, request: web.Request, answer: Answer, dialect: Dialect
-) -> web.StreamResponse:
-    response = response_of(request, answer, dialect)
-    await write(context, request, response, dialect)
-    return response
-
-
-async def write(
-    context: Context,
-    request: web.Request,
-    response: web.StreamResponse,
-    dialect: Dialect = OPENAI,
-) -> None:
-    """Write the whole *response*, for as long as its client needs to read it.
-
-    Raises:
-        ConnectionError: as `whole.write`.
-    """
-    timeout = context.settings.chat.streams.send_timeout
-    await whole.write(request, response, timeout, context.admission.dropped, dialect.face)
-
-
 def response_of(request: web.Request, answer: Answer, dialect: Dialect) -> web.StreamResponse:
     """Return *answer*, which was not streamed, as a response."""
+    outcome = answer.outcome
     headers = {
-        "x-aioserver-provider": answer.outcome.provider,
-        "x-aioserver-attempts": str(answer.outcome.attempts),
-        **dialect.own_headers(request),
-        **answer.outcome.headers,
+        "x-aioserver-provider": outcome.provider,
+        "x-aioserver-attempts": str(outcome.attempts),
+        **outcome.headers,
+        "Content-Type": answer.content_type,
     }
-    headers["Content-Type"] = answer.content_type
+    if dialect.id_header:
+        headers.setdefault(dialect.id_header, http.request_id(request))
     if answer.status == 200 and fits(request):
         return ReadyResponse(answer.body, headers)
     return web.Response(status=answer.status, body=answer.body, headers=headers)
@@ -307,7 +282,9 @@ def _streamed_response(
     request: web.Request, stream: Stream, dialect: Dialect
 ) -> web.StreamResponse:
     outcome = stream.outcome
-    headers = {**STREAM_HEADERS, **dialect.own_headers(request), **outcome.headers}
+    headers = {**STREAM_HEADERS, **outcome.headers}
+    if dialect.id_header:
+        headers.setdefault(dialect.id_header, http.request_id(request))
     if outcome.provider:
         headers["x-aioserver-provider"] = outcome.provider
         headers["x-aioserver-attempts"] = str(outcome.attempts)

@@ -27,10 +27,9 @@ from aioserver.errors import (
     NotFound,
     PermissionDenied,
 )
-from aioserver.faces import http, whole
+from aioserver.faces import http, openai, whole
 from aioserver.faces.admission import counted
 from aioserver.faces.intake import BodyStream, caller_of, client_headers, read_start, refuse_coded
-from aioserver.faces.openai import body_maker
 from aioserver.faces.ready import HIGH_WATER
 from aioserver.gateway.request import Request
 from aioserver.limits.write_watchdog import peer_of, reset
@@ -274,7 +273,7 @@ def _body_maker(body: ModelBody | None, *, renamed: bool) -> BodyMaker:
     *renamed* says that the client's model may name the provider.
     """
     if body is not None and renamed:
-        return body_maker(body)
+        return partial(openai.body_for, body)
     data = b"" if body is None else body.data
 
     def body_for(_provider: settings.Provider, _model: str | None) -> bytes:

@@ -12,7 +12,7 @@ import time
 from email.utils import formatdate
 from typing import TYPE_CHECKING
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
 
 from aioserver.faces.http import SERVER, Request, last_on_connection, request_id, with_limits
@@ -25,19 +25,11 @@ if TYPE_CHECKING:
 # Bytes in the transport's buffer above which the handler waits until the client has read.
 HIGH_WATER = 1 << 16
 LAST_CHUNK = b"0\r\n\r\n"
-_first_lines = (0, "")
-
-
-def _begun_head() -> str:
-    """Return the first lines of a head, which are made once a second for `Date` (RFC 9110,
-    6.6.1).
-    """
-    global _first_lines  # noqa: PLW0603 - a cache of one value
-    now = int(time.time())
-    if _first_lines[0] != now:
-        date = formatdate(now, usegmt=True)
-        _first_lines = now, f"HTTP/1.1 200 OK\r\nDate: {date}\r\nServer: {SERVER}\r\n"
-    return _first_lines[1]
+CHUNKED = "Transfer-Encoding: chunked"
+# The first lines of a head, which are made once a second for `Date` (RFC 9110, 6.6.1), and that
+# second.
+_begun, _begun_at = "", 0
+_line = ": ".join
 
 
 def fits(request: web.Request) -> bool:
@@ -45,32 +37,37 @@ def fits(request: web.Request) -> bool:
     return (
         request.version == HttpVersion11
         and request.keep_alive
-        and "Origin" not in request.headers
+        and hdrs.ORIGIN not in request.headers
         and not last_on_connection(request)
     )
 
 
-def _head(
-    request: web.BaseRequest, headers: Mapping[str, str], framing: str, value: object
-) -> bytes:
+def _head(request: web.BaseRequest, headers: Mapping[str, str], framing: str) -> bytes:
+    """Return the head with *headers*; *framing* is the line that says how the body ends."""
+    global _begun, _begun_at
     assert isinstance(request, Request)
     if request.limits is not None:
         headers = with_limits(request, headers)
-    lines = "".join([f"{name}: {text}\r\n" for name, text in headers.items()])
-    log_id = request_id(request)
-    head = f"{_begun_head()}x-request-id: {log_id}\r\n{lines}{framing}: {value}\r\n\r\n"
-    return head.encode("latin-1")
+    now = int(time.time())
+    if _begun_at != now:
+        date = formatdate(now, usegmt=True)
+        _begun, _begun_at = f"HTTP/1.1 200 OK\r\nDate: {date}\r\nServer: {SERVER}\r\n", now
+    lines = "\r\n".join([*map(_line, headers.items()), framing])
+    log_id = request.known_id or request_id(request)
+    return f"{_begun}x-request-id: {log_id}\r\n{lines}\r\n\r\n".encode("latin-1")
 
 
 class ReadyResponse(web.StreamResponse):
     """A 200 with a whole *body*, for a request that `fits`; in one chunk if it is *chunked*."""
+
+    _keep_alive = True
 
     def __init__(self, body: bytes, headers: Mapping[str, str], *, chunked: bool = False) -> None:
         super().__init__()
         if chunked:
             body = b"%x\r\n%b\r\n%b" % (len(body), body, LAST_CHUNK)
         self._ready = body, headers
-        self._framed = chunked
+        self._framing = CHUNKED if chunked else f"Content-Length: {len(body)}"
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         """Write the whole response, unless its pieces were written.
@@ -91,22 +88,17 @@ class ReadyResponse(web.StreamResponse):
         return None
 
     @property
-    def fits_one_piece(self) -> bool:
-        """Whether the first piece is the whole response."""
-        return len(self._ready[0]) <= HIGH_WATER
+    def body_length(self) -> int:
+        """The bytes of the body, as they are written."""
+        return len(self._ready[0])
 
     def first_piece(self, request: web.BaseRequest) -> bytes:
         """Return the head with the first HIGH_WATER bytes of the body; who calls this writes the
         response.
         """
         body, headers = self._ready
-        self._keep_alive = True
         self._eof_sent = True
-        self._body_length = len(body)
-        if self._framed:
-            head = _head(request, headers, "Transfer-Encoding", "chunked")
-        else:
-            head = _head(request, headers, "Content-Length", len(body))
+        head = _head(request, headers, self._framing)
         return head + (body if len(body) <= HIGH_WATER else memoryview(body)[:HIGH_WATER])
 
     def more_pieces(self) -> Iterator[memoryview]:
@@ -125,9 +117,10 @@ class ReadyStream(web.StreamResponse):
     `streaming.follow` writes all of it, head included.
     """
 
+    _keep_alive = True
+    # aiohttp must not write an end.
+    _eof_sent = True
+
     def __init__(self, request: web.Request, headers: Mapping[str, str]) -> None:
         super().__init__()
-        self.head = _head(request, headers, "Transfer-Encoding", "chunked")
-        self._keep_alive = True
-        # aiohttp must not write an end.
-        self._eof_sent = True
+        self.head = _head(request, headers, CHUNKED)

@@ -51,7 +51,7 @@ async def write(
             transport.write(response.first_piece(request))
         else:
             await outbox.send(cast("Writable", connection), response.first_piece(request))
-        if not transport.get_write_buffer_size() and response.fits_one_piece:
+        if not transport.get_write_buffer_size() and response.body_length <= HIGH_WATER:
             return
     drain, drop = request.writer.drain, partial(on_drop, face)
     watched = partial(drained, transport, drain, send_timeout, drop)

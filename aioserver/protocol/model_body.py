@@ -84,19 +84,8 @@ class ModelBody:
     """
 
     __slots__ = (
-        "_place",
-        "_site",
-        "_value",
-        "background",
-        "data",
-        "max_answer",
-        "metadata",
-        "model",
-        "previous_response_id",
-        "stored",
-        "streamed",
-        "usage_options",
-        "user",
+        *("_fields", "_place", "_site", "_value", "data", "max_answer", "model", "streamed"),
+        *("usage_options", "user"),
     )
 
     def __init__(self, data: bytes, read: tuple[_RawFields, Site | None] | None = None) -> None:
@@ -115,71 +104,49 @@ class ModelBody:
         self._place: int | None = None
         # Where that value was found, in a body that was read in pieces.
         self._site: Site | None = None
-        if read is not None:
-            fields, self._site = read
-            self._take(fields)
-        elif len(data) > MAX_READ_TWICE or not self._read():
-            self._read_any()
+        fields = _usual(data) if read is None and len(data) <= MAX_READ_TWICE else None
+        if fields is not None:
+            options = fields.stream_options
+        else:
+            if read is None:
+                raw = json_body.decode(_RAW_DECODER, data, "the body")
+            else:
+                raw, self._site = read
+            # What may be long is not kept.
+            fields, self._value, options = _checked(raw), bytes(raw.model), raw.stream_options
+        self._fields = fields
+        self.model, self.user = fields.model, fields.user
+        self.streamed = fields.stream is True
+        bound = fields.max_tokens or fields.max_completion_tokens or fields.max_output_tokens
+        # Some write -1 where there is no bound.
+        self.max_answer = bound if bound and bound > 0 else None
+        # Most have none.
+        self.usage_options = b"" if options is ABSENT else unasked(options)
 
     @property
     def large(self) -> bool:
         """Whether it takes long to read it."""
         return len(self.data) > json_body.STEP_BYTES
 
-    def _read(self) -> bool:
-        """Read a body whose fields have the types that they should have; return whether it is
-        one.
-        """
-        try:
-            fields = _DECODER.decode(self.data)
-        except (msgspec.DecodeError, RecursionError):
-            return False
-        self.model = model = fields.model
-        self.streamed = fields.stream is True
-        self.user = fields.user
-        self.stored = fields.store
-        self.previous_response_id = fields.previous_response_id
-        self.background = fields.background is True
-        bound = fields.max_tokens or fields.max_completion_tokens or fields.max_output_tokens
-        # Some write -1 where there is no bound.
-        self.max_answer = bound if bound and bound > 0 else None
-        options = fields.stream_options
-        # Most have none.
-        self.usage_options = b"" if options is ABSENT else unasked(options)
-        self._take_metadata(fields.metadata)
-        return model is None or 0 < len(model) <= MAX_SURE_CHARACTERS
+    @property
+    def stored(self) -> bool | None:
+        """Whether the answer is to be stored."""
+        return self._fields.store
 
-    def _read_any(self) -> None:
-        """Read a body whatever its fields are."""
-        self._take(json_body.decode(_RAW_DECODER, self.data, "the body"))
+    @property
+    def background(self) -> bool:
+        """Whether the answer is to be made in the background."""
+        return self._fields.background is True
 
-    def _take(self, fields: _RawFields) -> None:
-        """Take over *fields*, and refuse those that mean nothing."""
-        self.model = json_body.text(fields.model, MAX_MODEL_BYTES)
-        if not self.model and not json_body.null(fields.model):
-            raise InvalidRequest(
-                f"model must be a string of 1 to {MAX_MODEL_BYTES} bytes", param="model"
-            )
-        streamed = json_body.flag(fields.stream)
-        if streamed is None and not json_body.null(fields.stream):
-            raise InvalidRequest("stream must be true or false", param="stream")
-        self.streamed = bool(streamed)
-        self.user = json_body.text(fields.user)
-        self.stored = json_body.flag(fields.store)
-        self.previous_response_id = json_body.text(fields.previous_response_id, MAX_ID_BYTES)
-        self.background = json_body.flag(fields.background) is True
-        bounds = fields.max_tokens, fields.max_completion_tokens, fields.max_output_tokens
-        self.max_answer = next(filter(None, map(json_body.count, bounds)), None)
-        self.usage_options = unasked(fields.stream_options)
-        self._take_metadata(fields.metadata)
-        self._value = bytes(fields.model)
+    @property
+    def previous_response_id(self) -> str | None:
+        """The id of the response that is continued."""
+        return self._fields.previous_response_id
 
-    def _take_metadata(self, metadata: Raw) -> None:
-        """Keep *metadata*, if it is short: as a copy, since the body is let go before its request
-        ends.
-        """
-        short = metadata is not ABSENT and len(memoryview(metadata)) <= MAX_METADATA_BYTES
-        self.metadata = bytes(metadata) if short else b""
+    @property
+    def metadata(self) -> bytes:
+        """A copy, since the body is let go before its request ends."""
+        return bytes(_short(self._fields.metadata))
 
     def with_model(self, model: str) -> bytes:
         """Return the body with *model* in place of the client's.
@@ -200,6 +167,47 @@ class ModelBody:
             self._place = place.value
         view = memoryview(data)
         return b"".join((view[: self._place], written, view[self._place + len(value) :]))
+
+
+def _usual(data: bytes) -> Fields | None:
+    """Return the fields of a body that has them as nearly all clients send them, None of another
+    one.
+    """
+    try:
+        fields = _DECODER.decode(data)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    model = fields.model
+    return fields if model is None or 0 < len(model) <= MAX_SURE_CHARACTERS else None
+
+
+def _checked(fields: _RawFields) -> Fields:
+    """Return *fields* with their values, and refuse those that mean nothing."""
+    model = json_body.text(fields.model, MAX_MODEL_BYTES)
+    if not model and not json_body.null(fields.model):
+        raise InvalidRequest(
+            f"model must be a string of 1 to {MAX_MODEL_BYTES} bytes", param="model"
+        )
+    streamed = json_body.flag(fields.stream)
+    if streamed is None and not json_body.null(fields.stream):
+        raise InvalidRequest("stream must be true or false", param="stream")
+    return Fields(
+        model=model,
+        stream=streamed,
+        user=json_body.text(fields.user),
+        store=json_body.flag(fields.store),
+        background=json_body.flag(fields.background),
+        metadata=_short(fields.metadata),
+        previous_response_id=json_body.text(fields.previous_response_id, MAX_ID_BYTES),
+        max_tokens=json_body.count(fields.max_tokens),
+        max_completion_tokens=json_body.count(fields.max_completion_tokens),
+        max_output_tokens=json_body.count(fields.max_output_tokens),
+    )
+
+
+def _short(metadata: Raw) -> Raw:
+    """Return *metadata*, if it is short enough to be kept."""
+    return metadata if len(memoryview(metadata)) <= MAX_METADATA_BYTES else ABSENT
 
 
 async def reading(data: bytes) -> ModelBody:

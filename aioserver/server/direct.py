@@ -8,7 +8,7 @@ of a request that is not streamed. Here it sleeps on, and the request's own task
 turn, what the parser refuses, and a change of the protocol (WebSockets).
 
 Private names of aiohttp used here, guarded by `tests/server/test_direct.py`: those of
-`RequestHandler` that `start` uses, `_ErrInfo` and `_PAYLOAD_ACCESS_ERROR`.
+`RequestHandler` that `start` uses, and `_ErrInfo`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aiohttp.http import StreamWriter
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web import RequestPayloadError
-from aiohttp.web_protocol import _PAYLOAD_ACCESS_ERROR, RequestHandler, _ErrInfo
+from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -30,13 +31,16 @@ if TYPE_CHECKING:
     from aiohttp.http import RawRequestMessage
 
 
-def start_task(
-    loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, None]
-) -> asyncio.Task[None]:
-    """Start a task, which from Python 3.12 on runs until its first wait before this returns."""
-    if sys.version_info < (3, 12):
+if sys.version_info >= (3, 12):
+    # It runs until its first wait before this returns.
+    start_task = partial(asyncio.Task[None], eager_start=True)
+else:
+
+    def start_task(
+        coroutine: Coroutine[Any, Any, None], *, loop: asyncio.AbstractEventLoop
+    ) -> asyncio.Task[None]:
+        """Start a task, as `asyncio.Task` does."""
         return loop.create_task(coroutine)
-    return asyncio.Task(coroutine, loop=loop, eager_start=True)
 
 
 class DirectRequestHandler(RequestHandler):
@@ -58,10 +62,13 @@ class DirectRequestHandler(RequestHandler):
         self._waiter = None
         try:
             super().data_received(data)
-        finally:
+        except BaseException:
             self._waiter = waiter
+            raise
         if self._messages:
             self._begin(waiter)
+        else:
+            self._waiter = waiter
 
     def _begin(self, waiter: asyncio.Future[None]) -> None:
         """Serve the request that has come, or have aiohttp's loop do it, which waits for
@@ -73,8 +80,7 @@ class DirectRequestHandler(RequestHandler):
             waiter.set_result(None)
         else:
             messages.popleft()
-            self._waiter = None
-            start_task(self._loop, self._serve(waiter, message, payload))
+            start_task(self._serve(waiter, message, payload), loop=self._loop)
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """Read on, if reading was paused. aiohttp calls this twice for a body that never was."""
@@ -108,10 +114,9 @@ class DirectRequestHandler(RequestHandler):
             finally:
                 # Otherwise the two would hold each other.
                 request._task = None  # type: ignore[assignment]  # noqa: SLF001 - as `start` does
-            self._keepalive = bool(response.keep_alive)
+            self._keepalive = keepalive = bool(response.keep_alive)
             if not reset and (payload.is_eof() or await self._linger(payload)):
-                payload.set_exception(_PAYLOAD_ACCESS_ERROR)
-                goes_on = self._keepalive
+                goes_on = keepalive
         except ConnectionError as exc:
             self.log_debug("the client has left", exc_info=exc)
         except Exception as exc:  # noqa: BLE001 - the border of a request, as in `start`
@@ -127,8 +132,8 @@ class DirectRequestHandler(RequestHandler):
         finally:
             if self._task_handler is task:
                 self._task_handler = loop_task
-            self._waiter = waiter
             if not goes_on or self._close or self._force_close:
+                self._waiter = waiter
                 self._end(waiter)
             else:
                 self._await_next(waiter)
@@ -159,6 +164,8 @@ class DirectRequestHandler(RequestHandler):
         if self._messages and not waiter.done():
             # They came meanwhile.
             self._begin(waiter)
+        else:
+            self._waiter = waiter
 
     def _end(self, waiter: asyncio.Future[None]) -> None:
         """End the connection, and with it aiohttp's loop."""

@@ -59,7 +59,6 @@ if TYPE_CHECKING:
     from aioserver.faces.admission import Admission
     from aioserver.faces.context import CurrentSettings
     from aioserver.faces.form import Forms
-    from aioserver.limits.quota import Quota
 
     OnPrepare = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
 
@@ -71,6 +70,8 @@ EXPOSED = (
     *("x-request-id", "x-aioserver-provider", "x-aioserver-attempts", "location"),
     *("retry-after", "retry-after-ms", "x-should-retry", "request-id"),
 )
+# Characters of a request line beside its method and its target.
+LINE_REST = len(" HTTP/1.1 ")
 # Log lines about refused requests, for each reason: guessing keys must not flood the log.
 REFUSALS_PER_SECOND = 5
 
@@ -84,21 +85,20 @@ def make_middleware(
 
     def check_head(request: web.Request) -> None:
         limits = settings.chat.websocket.concurrency.uvicorn
-        max_line, max_head = limits.h11_max_request_line_size, limits.h11_max_header_size
         connection = request.protocol
         # Where the application is embedded, the connection is another server's, without our limit.
         if isinstance(connection, Connection):
             connection.requests += 1
             if connection.requests >= limits.max_keepalive_requests:
                 connection.last = True
-        line = len(request.method) + len(request.raw_path) + len(" HTTP/1.1 ")
-        if line > max_line:
-            raise UriTooLong(f"a request line of {line} bytes, at most {max_line}")
+        line = len(request.method) + len(request.raw_path) + LINE_REST
+        if line > (limit := limits.h11_max_request_line_size):
+            raise UriTooLong(f"a request line of {line} bytes, at most {limit}")
         headers = request.raw_headers
         # The 4 bytes are ": " and the line's end.
         head = sum(map(len, chain.from_iterable(headers))) + 4 * len(headers)
-        if head > max_head:
-            raise HeadersTooLarge(f"{head} bytes of headers, at most {max_head}")
+        if head > (limit := limits.h11_max_header_size):
+            raise HeadersTooLarge(f"{head} bytes of headers, at most {limit}")
 
     def check_upgrade(request: web.Request) -> None:
         """Refuse a handshake where there is no WebSocket.
@@ -118,22 +118,18 @@ def make_middleware(
                 "that of responses at /v1/responses"
             )
 
-    def note_limits(request: web.Request, quota: Quota | None) -> None:
-        """Let the response tell of the limits of the client's key, if that has a budget."""
-        if quota is not None and quota.budget.limited:
-            assert isinstance(request, Request)
-            request.limits = partial(forms.of(request).limits, quota)
-
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        assert isinstance(request, Request)
         try:
             check_head(request)
             try:
                 caller = guard.admit(request)
             except Undecided as undecided:
                 caller = guard.admit(request, await undecided.caller())
-            if caller is not None:
-                note_limits(request, caller.quota)
+            if caller is not None and caller.quota is not None and caller.quota.budget.limited:
+                # The response tells of them.
+                request.limits = partial(forms.of(request).limits, caller.quota)
             if hdrs.UPGRADE in request.headers:
                 check_upgrade(request)
             if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
@@ -156,7 +152,7 @@ def make_middleware(
                 response.headers["Allow"] = ", ".join(sorted(methods))
         except (ConnectionError, asyncio.CancelledError):
             # The client left, perhaps while its response began: aiohttp ends the connection.
-            _forget_response(request)
+            request.started = None
             raise
         except Exception as bug:
             logger.exception(
@@ -165,7 +161,9 @@ def make_middleware(
             metrics.bugs.note(bug)
             error_form = forms.of(request)
             response = error_response(InternalError("internal error"), request, error_form)
-        started = _forget_response(request)
+        # aiohttp's responses know their request until they are written; the two would hold each
+        # other.
+        started, request.started = request.started, None
         if started is not None and started is not response:
             if request.transport is not None:
                 # A second head would be taken for a part of the first one's body.
@@ -178,7 +176,7 @@ def make_middleware(
                 try:
                     await whole.write(request, response, timeout, drop, "http")
                 finally:
-                    _forget_response(request)
+                    request.started = None
         elif response.keep_alive:
             connection = request.protocol
             # The head is sent already, and did not say that the connection ends.
@@ -233,16 +231,6 @@ def make_middleware(
             headers["Access-Control-Expose-Headers"] = ", ".join(names)
 
     return middleware, add_headers
-
-
-def _forget_response(request: web.Request) -> web.StreamResponse | None:
-    """Return the response that *request* has begun, which it does not know any more.
-
-    aiohttp's responses know their request until they are written; the two would hold each other.
-    """
-    assert isinstance(request, Request)
-    started, request.started = request.started, None
-    return started
 
 
 def _large(response: web.Response) -> bool:

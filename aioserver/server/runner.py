@@ -5,7 +5,7 @@ building the middlewares around the handler) takes a seventh of a request's time
 without parameters its result is always the same, and is made once: see `Dispatcher`.
 
 Private names of aiohttp used here, guarded by `tests/server/test_runner.py`: `_make_server`,
-`_kwargs`, `_make_request`, `_match_info`.
+`_kwargs`, `_client_max_size`, `_client_max_fields`, `_match_info`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.abc import AbstractAccessLogger
 from aiohttp.web_urldispatcher import MatchInfoError
 
@@ -100,21 +100,21 @@ class Dispatcher:
                 # Of two routes on one path the first counts, as for the router.
                 self._known.setdefault((route.method, resource.canonical), (match, route.handler))
 
-    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Return the response to *request*."""
+    def __call__(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
+        """Return the response to *request*, once it is awaited."""
         assert isinstance(request, Request)
         entry = self._known.get((request.method, request.raw_path))
-        if "Expect" in request.headers:
-            if request.headers["Expect"].lower() == "100-continue":
-                return await self._router(request)
+        if hdrs.EXPECT in request.headers:
+            if request.headers[hdrs.EXPECT].lower() == "100-continue":
+                return self._router(request)
             match = MatchInfoError(web.HTTPExpectationFailed())
             match.add_app(self._app)
             match.freeze()
             entry = match, match.handler
         elif entry is None:
-            return await self._router(request)
+            return self._router(request)
         request._match_info, handler = entry  # noqa: SLF001 - see the head of this file
-        return await self._middleware(request, handler)
+        return self._middleware(request, handler)
 
 
 class Runner(web.AppRunner):
@@ -254,7 +254,12 @@ class Runner(web.AppRunner):
             metrics=self._owner.context.metrics,
             forms=self._owner.context.admission.forms,
             send_timeout=self._owner.context.settings.chat.streams.send_timeout,
-            request_factory=functools.partial(app._make_request, _cls=Request),  # noqa: SLF001
+            request_factory=functools.partial(
+                Request,
+                loop=asyncio.get_running_loop(),
+                client_max_size=app._client_max_size,  # noqa: SLF001
+                client_max_fields=app._client_max_fields,  # noqa: SLF001
+            ),
             handler_cancellation=plain.handler_cancellation,
             **plain._kwargs,  # noqa: SLF001 - see the head of this file
         )

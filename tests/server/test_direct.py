@@ -350,7 +350,6 @@ def test_the_private_names_of_aiohttp_are_what_we_take_them_for() -> None:
         "coro = self._handle_request(request, start, request_handler)",
         "self._keepalive = bool(resp.keep_alive)",
         "lingering_time = self._lingering_time",
-        "payload.set_exception(_PAYLOAD_ACCESS_ERROR)",
         "request._task = None",
         "self._next_keepalive_close_time = close_time",
     ):

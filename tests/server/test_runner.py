@@ -311,7 +311,13 @@ def test_the_private_names_of_aiohttp_are_what_we_take_them_for() -> None:
     }.items():
         assert condition in inspect.getsource(getattr(RequestHandler, method))
     assert "self._messages: deque" in inspect.getsource(RequestHandler.__init__)
-    assert "_cls" in inspect.signature(web.Application._make_request).parameters
+    made = inspect.getsource(web.Application._make_request)
+    for argument in (
+        *("message,", "payload,", "protocol,", "writer,", "task,", "self._loop,"),
+        "client_max_size=self._client_max_size,",
+        "client_max_fields=self._client_max_fields,",
+    ):
+        assert argument in made.partition("return _cls(")[2]
     assert "_match_info" in Request.ATTRS
     assert "request._match_info = match_info" in inspect.getsource(web.Application._handle)
     parameters = inspect.signature(RequestHandler.__init__).parameters

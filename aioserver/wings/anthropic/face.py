@@ -82,7 +82,7 @@ def prepare_for(
         session = session_of(request) or wire.user_of(body.metadata)
         provider_request = ProviderRequest(
             api,
-            openai.body_maker(body),
+            partial(openai.body_for, body),
             query=f"{BETA}=true" if request.query.get(BETA) == "true" else "",
             streamed=body.streamed and api is MESSAGES,
             caller=request[CALLER].on_behalf_of(session),
@@ -122,7 +122,8 @@ async def count(context: Context, request: web.Request, prepared: Request) -> we
         counted_tokens = await estimated(body, provider.tokens_per_byte(model))
     finally:
         prepared.release()
-    headers = {**ANTHROPIC.own_headers(request), **ESTIMATED, "Content-Type": "application/json"}
+    log_id = http.request_id(request)
+    headers = {ANTHROPIC.id_header: log_id, **ESTIMATED, "Content-Type": "application/json"}
     return web.Response(body=counted_tokens, headers=headers)
 
 

@@ -23,7 +23,7 @@ import orjson
 from msgspec import UNSET, Raw, UnsetType
 
 from aioserver.errors import AioserverError, InvalidJson, InvalidRequest
-from aioserver.faces.openai import body_maker
+from aioserver.faces import openai
 from aioserver.hook import Refuse
 from aioserver.protocol import json_body, model_body
 from aioserver.protocol.json_body import Member
@@ -169,12 +169,11 @@ class ChangedBody(NamedTuple):
         if self.shown != first:
             # A body that is passed on as it is, whatever its model means.
             return lambda _provider, _model: body.data
-        renamed = body_maker(body)
 
         def body_for(provider: settings.Provider, model: str | None) -> bytes:
             if (model or provider.model) == first and body.model is not None:
                 return body.data
-            return renamed(provider, model)
+            return openai.body_for(body, provider, model)
 
         return body_for
 

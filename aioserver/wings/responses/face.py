@@ -151,7 +151,7 @@ async def _background(context: Context, body: ModelBody) -> Background:
     route = context.router.route(body.model)
     provider, frame = route.provider, None
     if provider.memory(Learned).bridged:
-        asked = openai.body_maker(body)(provider.settings, route.model)
+        asked = openai.body_for(body, provider.settings, route.model)
         # Its attempts say what is wrong with it.
         with contextlib.suppress(InvalidRequest):
             chat = await chat_request(asked, previous=body.previous_response_id, incomplete=True)
@@ -217,7 +217,7 @@ def make_request(
     """
     route = context.router.route(body.model)
     provider_request = ResponseRequest(
-        openai.body_maker(body),
+        partial(openai.body_for, body),
         draft,
         streamed=body.streamed or running is not None,
         caller=caller,

@@ -23,7 +23,7 @@ from aiohttp import web
 
 from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest, NotFound, PermissionDenied, StreamNotFound
-from aioserver.faces import http, openai, passthrough
+from aioserver.faces import http, openai, passthrough, whole
 from aioserver.faces.admission import counted
 from aioserver.wings.responses.attempt import Learned
 from aioserver.wings.responses.items import Page, paging
@@ -115,9 +115,10 @@ async def write(context: Context, request: web.Request, body: bytes) -> web.Stre
         ServerAtCapacity: all that is kept would be more than `max_kept_bytes`.
     """
     response = web.Response(body=body, content_type="application/json", charset="utf-8")
+    timeout, drop = context.admission.send_timeout, context.admission.dropped
     with context.gateway.hold() as held:
         held.grow(len(body))
-        await openai.write(context, request, response)
+        await whole.write(request, response, timeout, drop, openai.OPENAI.face)
     return response
 
 
