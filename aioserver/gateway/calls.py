@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from aioserver.gateway.request import Request
-    from aioserver.gateway.router import Router
     from aioserver.streams.lifetime import Lifetime
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.request_log import RequestLog
@@ -40,8 +39,7 @@ class Calls:
     Always: each call is in the request log once it has ended, however it ends.
     """
 
-    def __init__(self, router: Router, request_log: RequestLog) -> None:
-        self._router = router
+    def __init__(self, request_log: RequestLog) -> None:
         self._request_log = request_log
         # The tasks of the handlers that wait.
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -52,16 +50,15 @@ class Calls:
         return len(self._tasks)
 
     async def answer(
-        self, request: Request, ask: Callable[[Request], Awaitable[Answer]] | None = None
+        self, request: Request, ask: Callable[[Request], Awaitable[Answer]]
     ) -> Answer:
-        """Return the answer to *request*, whose body is let go. Cancelling ends the request.
-
-        *ask* asks the provider; None stands for `Router.call`.
+        """Return the answer to *request* of the provider that *ask* asks. The body is let go.
+        Cancelling ends the request.
 
         Raises:
             ServerShutdown: `close` was called meanwhile.
             InternalError: there was a bug, which is logged.
-            AioserverError: as `Router.call`, or *ask*.
+            AioserverError: as *ask*.
         """
         record = request.begin_record(self._request_log)
         task: asyncio.Task[Any] | None = asyncio.current_task()
@@ -71,11 +68,11 @@ class Calls:
             if (bound := request.provider_request.bound) is None:
                 if request.turn is not None:
                     await request.decided()
-                answer = await (ask or self._router.call)(request)
+                answer = await ask(request)
             else:
                 with Guard(bound, self._request_log.metrics.count_deadline):
                     await request.decided()
-                    answer = await (ask or self._router.call)(request)
+                    answer = await ask(request)
         except asyncio.CancelledError:
             if task not in self._tasks and not task.uncancel():
                 # Only `close` has cancelled this task.

@@ -87,7 +87,7 @@ class Gateway:
         self.instances = instances
         self.producers = Producers(request_log, None if instances is None else instances.ended)
         # Answers without a log.
-        self._calls = Calls(router, request_log)
+        self._calls = Calls(request_log)
         self._stopping = False
         self.apply(service, bounds)
 
@@ -175,7 +175,7 @@ class Gateway:
             ProviderFault: no provider answered.
             AioserverError: as `ask`.
         """
-        return await self._call(request)
+        return await self._call(request, self._router.call)
 
     async def pass_on(self, request: Request) -> None:
         """Pass a `PassedRequest` on, whose answer is handed over as it comes. Cancelling ends it.
@@ -317,9 +317,7 @@ class Gateway:
         await self.producers.end(shutdown_error)
         self.lifetime.close()
 
-    async def _call(
-        self, request: Request, ask: Callable[[Request], Awaitable[Answer]] | None = None
-    ) -> Answer:
+    async def _call(self, request: Request, ask: Callable[[Request], Awaitable[Answer]]) -> Answer:
         self._check_running()
         quota = request.caller.quota
         if quota is None:

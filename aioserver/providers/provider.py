@@ -696,7 +696,9 @@ class Provider:
         part = self._part(attempt, exc)
         outcome.parts += (part,)
         if part.source in COUNTED:
-            whole = exc is None and part.source == PROVIDER and attempt.hop is None
+            whole = None
+            if exc is None and part.source == PROVIDER and attempt.hop is None:
+                whole = part.tokens_out
             self._estimates.learn(
                 self.name,
                 part.model,
@@ -704,7 +706,7 @@ class Provider:
                 attempt.text_bytes,
                 part.tokens_in,
                 part.tokens.cached or 0,
-                part.tokens_out if whole else None,
+                whole,
                 0 if attempt.stream is None else _events(attempt),
             )
         return part

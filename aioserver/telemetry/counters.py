@@ -125,10 +125,11 @@ class RecentValues:
         return RecentBuckets(dict(counts), percentiles["age"])
 
     def _take_new(self) -> None:
-        for now, value in self._new:
-            self._times.append(now)
-            self._values.append(value)
-        self._new.clear()
+        if self._new:
+            times, values = zip(*self._new, strict=True)
+            self._times.extend(times)
+            self._values.extend(values)
+            self._new.clear()
 
 
 class RecentShare:

@@ -186,8 +186,8 @@ class RequestLog:
             metrics.key_wait.observe(record.key_wait)
         face, provider = metrics.faces[record.face], metrics.providers[asked.provider]
         face.duration.observe(now - record.admitted_at)
-        if record.queued_at:
-            face.overhead.observe(record.queued_at - record.admitted_at)
+        if queued_at := record.queued_at:
+            face.overhead.observe(queued_at - record.admitted_at)
             provider.wait.observe(record.queue_wait)
         if record.first_event_at and record.events > 1:
             provider.interval.observe((now - record.first_event_at) / (record.events - 1))
@@ -219,16 +219,17 @@ class RequestLog:
             ours = lag.before(end, end - record.silence)
             # Not below 0: the lag is a sum of floats, and may exceed the silence by its rounding.
             record.silence = max(0.0, record.silence - ours)
-        provider = metrics.providers[record.outcome.provider]
-        provider.gap.observe(record.silence)
-        provider.recent_silences.add(now, record.silence)
+        silence, provider = record.silence, metrics.providers[record.outcome.provider]
+        provider.gap.observe(silence)
+        provider.recent_silences.add(now, silence)
         if not record.first_event_at:
             # There was no event that we or the client could hold up.
             return
-        record.delay = max(record.delay, lag.longest(record.first_event_at))
-        for cause, gap in (("ours", record.delay), ("client", record.client_stall)):
-            metrics.delay[cause].observe(gap)
-            metrics.recent_delays[cause].add(now, gap)
+        delay = record.delay = max(record.delay, lag.longest(record.first_event_at))
+        metrics.delay["ours"].observe(delay)
+        metrics.recent_delays["ours"].add(now, delay)
+        metrics.delay["client"].observe(record.client_stall)
+        metrics.recent_delays["client"].add(now, record.client_stall)
 
     def _count_start(self, start: GroupStart, outcome: Outcome, now: float) -> None:
         """Count a request by *start*, and what was known and cached of its prompt."""

@@ -15,7 +15,7 @@ from aioserver.gateway.calls import Calls
 from aioserver.gateway.producers import Producers
 from aioserver.gateway.request import Request, Route
 from aioserver.providers.api import CHAT
-from aioserver.providers.request import ProviderRequest
+from aioserver.providers.request import Answer, ProviderRequest
 from aioserver.streams.contracts import AnswerEvents
 from aioserver.streams.entries import CHUNK, COMPLETE
 from aioserver.streams.store import StreamStore
@@ -155,13 +155,12 @@ async def test_a_bug_after_the_provider_was_asked_is_not_to_be_repeated(
     asked = ProviderRequest(CHAT, lambda _provider, _model: b"", streamed=False)
     route = Route(provider, None)
 
-    async def call(request: Request) -> None:
+    async def ask(request: Request) -> Answer:
         request.provider_request.outcome.sent_at = 1.0 if sent else 0.0
         raise RuntimeError("a bug")
 
-    router: Any = SimpleNamespace(call=call)
     with pytest.raises(InternalError) as caught:
-        await Calls(router, request_log).answer(Request(route, asked, "openai", "r1"))
+        await Calls(request_log).answer(Request(route, asked, "openai", "r1"), ask)
 
     assert caught.value.headers().get("x-should-retry") == ("false" if sent else None)
     assert metrics.bugs.value == 1
