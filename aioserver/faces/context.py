@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from prometheus_client import CollectorRegistry
+
     from aioserver.auth.access import Access
     from aioserver.auth.callers import Caller
     from aioserver.auth.guard import Guard
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from aioserver.gateway.router import Router
     from aioserver.limits.timer_wheel import TimerWheel
     from aioserver.monitoring.monitor import Monitor
-    from aioserver.monitoring.prometheus import ShownMetrics
     from aioserver.providers.api import Api
     from aioserver.streams.outbox import Outbox
     from aioserver.telemetry.metrics import Metrics
@@ -99,4 +100,4 @@ class Context:
     tracer: Tracer | None
     usage: Usage
     monitor: Monitor
-    shown_metrics: ShownMetrics
+    registry: CollectorRegistry

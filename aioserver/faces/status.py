@@ -21,7 +21,6 @@ from aioserver.errors import Denied, InvalidRequest, ServerAtCapacity, TokenExpi
 from aioserver.faces.http import NO_STORE
 from aioserver.faces.sse import Events
 from aioserver.monitoring import prometheus
-from aioserver.monitoring.exposition import CONTENT_TYPE
 from aioserver.monitoring.keys import budget_states
 from aioserver.protocol import eventstream
 from aioserver.streams.ending import run_all
@@ -137,15 +136,16 @@ async def usage(context: Context, request: web.Request) -> web.Response:
 
 async def metrics(context: Context, _request: web.Request) -> web.Response:
     """Answer with Prometheus text."""
-    headers = {"Content-Type": CONTENT_TYPE, **NO_STORE}
-    shown, others = context.shown_metrics, context.monitor.others
+    headers = {"Content-Type": prometheus.CONTENT_TYPE, **NO_STORE}
+    registry, others = context.registry, context.monitor.others
     if others is not None:
         families, snapshot = await others.families(), await others.state()
         monitor = context.monitor
-        shown = prometheus.ShownMetrics(
+        registry = prometheus.registry(
             lambda: families, lambda: snapshot, monitor.listening, monitor.sections
         )
-    return web.Response(body=await shown.text(), headers=headers)
+    text = await prometheus.text(registry)
+    return web.Response(body=text, headers=headers)
 
 
 async def events(context: Context, request: web.Request) -> web.StreamResponse:

@@ -1,7 +1,7 @@
 """`/metrics`: Prometheus text (https://prometheus.io/docs/instrumenting/exposition_formats/).
 
 Counters and histograms are the families of the metrics. Gauges are read from a fresh snapshot, the
-same that `/stats` shows, by a table; exposition.py writes the text.
+same that `/stats` shows, by a table. prometheus-client writes the text.
 """
 
 from __future__ import annotations
@@ -12,14 +12,26 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
 
 from aioserver import __version__
-from aioserver.monitoring.exposition import Metric
 from aioserver.monitoring.section import Gauge, State
 from aioserver.monitoring.state import STANDINGS, STATES
 from aioserver.monitoring.troubles import WORDS
 from aioserver.telemetry.counters import Counter
-from aioserver.telemetry.kernel import accept_queue, process_numbers
+from aioserver.telemetry.kernel import accept_queue
 
 if TYPE_CHECKING:
     import socket
@@ -30,6 +42,7 @@ if TYPE_CHECKING:
     from aioserver.telemetry.counters import Histogram
     from aioserver.telemetry.metrics import Family
 
+CONTENT_TYPE = CONTENT_TYPE_LATEST
 PREFIX = "aioserver_"
 # What the numbers of `provider_trouble` mean; 0 is none.
 TROUBLES = tuple(reversed(WORDS))
@@ -213,8 +226,8 @@ GAUGES = (
 )
 
 
-class ShownMetrics:
-    """What the server has counted, and its state at this moment."""
+class ServerCollector(Collector):
+    """Gives prometheus-client what the server has counted, and its state at this moment."""
 
     def __init__(
         self,
@@ -224,15 +237,12 @@ class ShownMetrics:
         sections: Sequence[Section[Any]] = (),
     ) -> None:
         self._families = families
-        # Makes a fresh one.
         self._snapshot = snapshot
         self._listening = listening
         self._sections = sections
 
     def collect(self) -> Iterator[Metric]:
-        """Yield every metric of the server and of its process, each as it is when it is
-        yielded.
-        """
+        """Yield every metric of the server, each as it is when it is yielded."""
         for family in self._families():
             yield _counted(family)
         yield _build_info()
@@ -241,37 +251,63 @@ class ShownMetrics:
         for section in self._sections:
             yield from _gauges(section.gauges, section.of(snapshot))
         yield from _accept_queues(self._listening)
-        for name, number in process_numbers().items():
-            yield _process(name, number)
 
-    async def text(self) -> bytes:
-        """Return the text, of the type CONTENT_TYPE; other tasks may run after each metric."""
-        parts = []
-        for metric in self.collect():
-            parts.append(metric.text())
-            await asyncio.sleep(0)
-        return "".join(parts).encode()
+
+def registry(
+    families: Callable[[], Iterable[Family]],
+    snapshot: Callable[[], Snapshot],
+    listening: Sequence[socket.socket],
+    sections: Sequence[Section[Any]] = (),
+) -> CollectorRegistry:
+    """Return a registry of the server's and the process's metrics.
+
+    *snapshot* makes a fresh one.
+    """
+    collectors = CollectorRegistry(auto_describe=False)
+    collectors.register(ServerCollector(families, snapshot, listening, sections))
+    ProcessCollector(registry=collectors)
+    return collectors
+
+
+async def text(collectors: CollectorRegistry) -> bytes:
+    """Return the text, of the type CONTENT_TYPE; other tasks may run after each metric."""
+    parts = []
+    for metric in collectors.collect():
+        parts.append(generate_latest(_OneMetric(metric)))
+        await asyncio.sleep(0)
+    return b"".join(parts)
+
+
+class _OneMetric:
+    """A registry of one metric."""
+
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
+
+    def collect(self) -> tuple[Metric]:
+        return (self._metric,)
 
 
 def _counted(family: Family) -> Metric:
     """Return the metric of a family of counters or histograms."""
-    # One without a child yet, too, has its type.
-    kind = "histogram" if family.name.endswith("_seconds") else "counter"
-    metric = Metric(PREFIX + family.name, kind, family.help, family.labels)
+    name = PREFIX + family.name
+    counters = CounterMetricFamily(name, family.help, labels=family.labels)
+    histograms = HistogramMetricFamily(name, family.help, labels=family.labels)
     for labels, child in family.children.items():
         if isinstance(child, Counter):
-            metric.add(labels, child.value)
+            counters.add_metric(labels, child.value)
         else:
-            metric.add_histogram(labels, _buckets(child), child.sum)
-    return metric
+            histograms.add_metric(labels, _buckets(child), child.sum)
+    # One without a child yet, too, has its type.
+    return histograms if family.name.endswith("_seconds") else counters
 
 
-def _buckets(histogram: Histogram) -> list[tuple[str, int]]:
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
     """Return the buckets as Prometheus wants them: each counts the buckets below it, too."""
     total, buckets = 0, []
     for bound, count in zip((*histogram.bounds, "+Inf"), histogram.counts, strict=True):
         total += count
-        buckets.append((str(bound), total))
+        buckets.append((str(bound), float(total)))
     return buckets
 
 
@@ -288,23 +324,13 @@ def _gauge(
     label: str = "",
 ) -> Metric:
     labels = label.split(",") if label else ()
-    metric = Metric(PREFIX + name, "gauge", about, labels)
+    family = GaugeMetricFamily(PREFIX + name, about, labels=labels)
     if isinstance(value, Mapping):
         for values, number in value.items():
-            metric.add((values,) if isinstance(values, str) else values, number)
+            family.add_metric((values,) if isinstance(values, str) else values, float(number))
     else:
-        metric.add((), value)
-    return metric
-
-
-def _process(name: str, number: float) -> Metric:
-    """Return a number of the process, named as all processes have it."""
-    kind = "counter" if name == "cpu_seconds" else "gauge"
-    metric = Metric(
-        f"process_{name}", kind, f"{name.replace('_', ' ').capitalize()} of the process"
-    )
-    metric.add((), number)
-    return metric
+        family.add_metric((), float(value))
+    return family
 
 
 def _build_info() -> Metric:
@@ -314,9 +340,9 @@ def _build_info() -> Metric:
         "python": platform.python_version(),
         "aiohttp": aiohttp.__version__,
     }
-    metric = Metric(PREFIX + "build_info", "gauge", "Versions of this build", [*versions])
-    metric.add([*versions.values()], 1.0)
-    return metric
+    family = GaugeMetricFamily(PREFIX + "build_info", "Versions of this build", labels=[*versions])
+    family.add_metric([*versions.values()], 1.0)
+    return family
 
 
 def _accept_queues(listening: Sequence[socket.socket]) -> Iterator[Metric]:

@@ -295,7 +295,7 @@ async def open_server(
             tracer=tracer,
             usage=usage,
             monitor=monitor,
-            shown_metrics=prometheus.ShownMetrics(
+            registry=prometheus.registry(
                 metrics.families, monitor.fresh, listening, sources.sections
             ),
         )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import socket
 import struct
-import time
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -79,30 +77,3 @@ def process_usage() -> ProcessUsage:
         pass
     max_fds = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return {"open_fds": open_fds, "max_fds": max_fds, "rss_bytes": rss_bytes}
-
-
-def process_numbers() -> dict[str, float]:
-    """Return what monitoring calls this process by, `process_…`: its memory, start, CPU and
-    descriptors; nothing where the system does not show them.
-    """
-    try:
-        pages = Path("/proc/self/statm").read_text().split()
-        # The name, in brackets, may hold blanks.
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        (booted,) = (
-            float(line.split()[1])
-            for line in Path("/proc/stat").read_text().splitlines()
-            if line.startswith("btime ")
-        )
-        started = booted + int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError):
-        return {}
-    usage = process_usage()
-    return {
-        "virtual_memory_bytes": int(pages[0]) * resource.getpagesize(),
-        "resident_memory_bytes": int(pages[1]) * resource.getpagesize(),
-        "start_time_seconds": started,
-        "cpu_seconds": time.process_time(),
-        "open_fds": usage["open_fds"] or 0,
-        "max_fds": usage["max_fds"],
-    }

@@ -5,14 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from hypothesis import given
-from hypothesis import strategies as st
-from prometheus_client import generate_latest
-from prometheus_client.metrics_core import HistogramMetricFamily
-from prometheus_client.parser import text_string_to_metric_families
-
-from aioserver.monitoring.exposition import Metric
-from aioserver.monitoring.prometheus import GAUGES, PREFIX, ShownMetrics
+from aioserver.monitoring import prometheus
+from aioserver.monitoring.prometheus import GAUGES, PREFIX, ServerCollector
 from aioserver.telemetry.metrics import Metrics
 
 CONFIGURED: Any = {"groq": SimpleNamespace(model="m", models=())}
@@ -64,33 +58,29 @@ def snapshot(**process: int | None) -> Any:
     }
 
 
-def collected(**process: int | None) -> dict[str, Any]:
-    """Each metric by its name, as a reader of the text has it."""
-    shown = ShownMetrics(Metrics(CONFIGURED).families, lambda: snapshot(**process), ())
-    metrics: list[Any] = [
-        one for metric in shown.collect() for one in text_string_to_metric_families(metric.text())
-    ]
-    names = [metric.name for metric in metrics]
-    assert len(names) == len(set(names))
-    return {metric.name.removeprefix(PREFIX): metric for metric in metrics}
+def collector(**process: int | None) -> ServerCollector:
+    sources: Any = SimpleNamespace(metrics=Metrics(CONFIGURED), listening=())
+    return ServerCollector(
+        sources.metrics.families, lambda: snapshot(**process), sources.listening
+    )
 
 
-def gauges(**process: int | None) -> dict[str, Any]:
-    """The values of each gauge of ours by its labels, or its only value."""
+def gauges(collected: ServerCollector) -> dict[str, Any]:
+    """The values of each gauge by its labels, or its only value."""
     shown: dict[str, Any] = {}
-    for name, metric in collected(**process).items():
-        if metric.type == "gauge" and not name.startswith("process_"):
+    for metric in collected.collect():
+        if metric.type == "gauge":
             values = {tuple(sample.labels.items()): sample.value for sample in metric.samples}
-            shown[name] = values.get((), values)
+            shown[metric.name.removeprefix(PREFIX)] = values.get((), values)
     return shown
 
 
 def test_gauge_shows_the_number_of_the_snapshot() -> None:
-    values = gauges()
+    values = gauges(collector())
 
     assert values["ready"] == 1
     assert values["connections_limit"] == 6
-    assert values["queue_waiting"][("class", "batch"), ("provider", "groq")] == 2
+    assert values["queue_waiting"][("provider", "groq"), ("class", "batch")] == 2
     assert values["key_waiting"] == {(("caller", "web"),): 23}
     assert values["budget_used_ratio"] == {
         (("caller", "web"), ("period", "tokens_per_minute")): 0.75
@@ -111,42 +101,24 @@ def test_gauge_shows_the_number_of_the_snapshot() -> None:
 
 
 def test_number_that_the_system_does_not_tell_is_left_out() -> None:
-    assert "open_fds" not in gauges(open_fds=None)
-    assert gauges(open_fds=0)["open_fds"] == 0
+    assert "open_fds" not in gauges(collector(open_fds=None))
+    assert gauges(collector(open_fds=0))["open_fds"] == 0
 
 
-def test_every_metric_has_a_help_text() -> None:
-    assert all(metric.documentation for metric in collected().values())
+def test_every_metric_has_one_row_and_a_help_text() -> None:
+    metrics = [*collector().collect()]
+
+    names = [metric.name for metric in metrics]
+    assert len(names) == len(set(names))
+    assert all(metric.documentation for metric in metrics)
 
 
-async def test_text_has_each_sample_with_its_labels_in_the_order_of_their_names() -> None:
-    text = await ShownMetrics(Metrics(CONFIGURED).families, snapshot, ()).text()
+async def test_text_is_that_of_prometheus_client() -> None:
+    sources: Any = SimpleNamespace(metrics=Metrics(CONFIGURED), listening=())
+    text = await prometheus.text(
+        prometheus.registry(sources.metrics.families, snapshot, sources.listening)
+    )
 
     assert b'aioserver_connections{face="sse"} 7.0\n' in text
     assert b'aioserver_admission_wait_seconds_bucket{le="+Inf",outcome="entered"} 0.0\n' in text
     assert b'aioserver_retries_total{provider="groq",reason="connect_error"} 0.0\n' in text
-
-
-@given(
-    st.lists(st.tuples(st.text(), st.floats(allow_nan=False)), unique_by=lambda pair: pair[0]),
-    st.text(),
-)
-def test_a_reader_finds_whatever_was_written(samples: list[tuple[str, float]], about: str) -> None:
-    metric = Metric("shown", "gauge", about, ["what"])
-    for label, number in samples:
-        metric.add([label], number)
-
-    text = metric.text()
-
-    (read,) = text_string_to_metric_families(text)
-    assert [(sample.labels["what"], sample.value) for sample in read.samples] == samples
-
-
-def test_a_histogram_is_what_prometheus_client_writes() -> None:
-    theirs = HistogramMetricFamily("waits_seconds", "Waits", labels=["way", "face"])
-    theirs.add_metric(["in", 'a"b'], [("0.5", 1), ("+Inf", 3)], 4.5)
-    ours = Metric("waits_seconds", "histogram", "Waits", ["way", "face"])
-    ours.add_histogram(["in", 'a"b'], [("0.5", 1), ("+Inf", 3)], 4.5)
-    registry: Any = SimpleNamespace(collect=lambda: [theirs])
-
-    assert ours.text() == generate_latest(registry).decode()

@@ -14,7 +14,6 @@ import aiohttp
 import orjson
 import yaml
 from aiohttp import web_app
-from prometheus_client.parser import text_string_to_metric_families
 
 from aioserver.config import Configuration
 from aioserver.protocol import eventstream
@@ -233,8 +232,7 @@ class RunningServer:
                     assert isinstance(child, counters.Counter), f"{name} is a histogram"
                     counts[tuple(labels[label] for label in by)] += int(child.value)
                 return +counts
-        text = (await self.context.shown_metrics.text()).decode()
-        for gauge in text_string_to_metric_families(text):
+        for gauge in self.context.registry.collect():
             if gauge.name == f"aioserver_{name}":
                 for sample in gauge.samples:
                     counts[tuple(sample.labels[label] for label in by)] += int(sample.value)
