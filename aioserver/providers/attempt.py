@@ -281,8 +281,9 @@ class Attempt:
         self.answered = True
         self.provider.answered(self)
         if self.stream is None or self.stream.said is None:
-            self.request.keeps_body = False
-        self.request.forget_body()
+            self.request.let_body_go()
+        else:
+            self.request.forget_body()
 
     @property
     def body(self) -> Body | None:
@@ -328,16 +329,15 @@ class Attempt:
     def body_to_send(self) -> bytes:
         """Return the body of the request."""
         body, self.prepared = self.prepared, None
-        if body is None:
-            body = self.request.body(self.provider.settings, self.model)
-        return body
+        return self.request.body(self.provider.settings, self.model) if body is None else body
 
     def request_bytes(self, writer: RequestWriter, api: Api, path: str, body: bytes) -> bytes:
         """Return the bytes of a request for *path*, that of *api*, with this *body*, and note it
         in the trace.
         """
         self.body_bytes, self.text_bytes = len(body), text_bytes(body)
-        client_headers, trace = self.request.client_headers, self.request.record.trace
+        request = self.request
+        client_headers, trace = request.client_headers, request.record.trace
         if trace is not None:
             client_headers = trace.sending(client_headers, body)
         return writer.write(api, path, body, client_headers)
@@ -368,7 +368,6 @@ class Attempt:
         """
         self.status, self.headers = status, headers
         request, stream = self.request, self.stream
-        good = status == 200
         request.outcome.headers = visible = visible_headers(headers)
         if visible:
             # Those that say what is left of its limits are among them.
@@ -379,17 +378,18 @@ class Attempt:
             if request.reading is not None and not stream.answered_at:
                 request.reading.begin_anew()
         sink: Sink
-        if good and self.streamed and matches_type(headers, "text/event-stream"):
+        if status == 200 and self.streamed and matches_type(headers, "text/event-stream"):
             assert stream is not None, "a streamed answer has a log"
             sink = self.event_sink(stream)
         else:
-            limit = self.max_answer_bytes if good else MAX_ERROR_BYTES
+            limit = self.max_answer_bytes if status == 200 else MAX_ERROR_BYTES
             if stream is not None and request.reading is not None:
                 # It is parsed at once, and becomes one event of the log.
                 limit = min(limit, stream.max_bytes)
             sink = BodySink(limit, request.answer_bytes)
         self.sink = sink
-        check_uncompressed(headers)
+        if "content-encoding" in headers:
+            check_uncompressed(headers)
         trace = request.record.trace
         if trace is None or isinstance(sink, BodySink):
             return sink
@@ -438,7 +438,8 @@ class Attempt:
             self.fault = stream.error if isinstance(stream.error, ProviderFault) else None
             return None
         body, headers = sink.body, self.headers
-        request.api.check_status(self.provider.name, self.status, headers, body)
+        if self.status != 200:
+            request.api.check_status(self.provider.name, self.status, headers, body)
         if self.streamed:
             raise ProviderBadResponse("the provider's answer is not an event stream")
         content = check_json(headers, body)

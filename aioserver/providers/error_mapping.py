@@ -245,7 +245,7 @@ def check_uncompressed(headers: Mapping[str, str]) -> None:
     Raises:
         ProviderBadResponse: the body is compressed.
     """
-    if "content-encoding" in headers and headers["content-encoding"].lower() not in IDENTITY:
+    if headers.get("content-encoding", "").lower() not in IDENTITY:
         raise ProviderBadResponse("the provider compressed its answer, which was not asked for")
 
 

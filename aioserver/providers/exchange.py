@@ -321,13 +321,13 @@ class Exchange:
         The connection is free once the answer is whole, and not only when the task runs next. A
         `[DONE]` may come a moment before the last chunk.
         """
-        parser = self._parser
-        if not self._done.done():
+        parser, done = self._parser, self._done
+        if not done.done():
             if self._paused:
                 self.resume()
             self._ended = True
-            self._done.set_result(None)
-            if self._written and not (parser.whole or parser.parts):
+            done.set_result(None)
+            if not parser.whole and not parser.parts and self._written:
                 if self._timer is not None:
                     self._timer.cancel()
                 self._timer = self._loop.call_later(LAST_CHUNK_TIMEOUT, self._settle)
@@ -340,6 +340,8 @@ class Exchange:
         parser = self._parser
         if not self._done.done():
             if parser.sink is not None and parser.sink.broken(fault):
+                if self._paused:
+                    self.resume()
                 self._ended = True
             else:
                 self._faults.append(fault)
@@ -353,25 +355,21 @@ class Exchange:
         protocol, parser = self.protocol, self._parser
         if protocol.exchange is not self:
             return
-        if self._paused:
-            self.resume()
-        if self._written and not self._ended:
-            # A silence that lasts until the end counts as any other. The record drops a silence
-            # before the answer when the answer comes.
-            self.record.silent(self._last(self.spoke_at), self._loop.time())
+        if not self._ended:
+            if self._paused:
+                self.resume()
+            if self._written:
+                # A silence that lasts until the end counts as any other. The record drops a silence
+                # before the answer when the answer comes.
+                self.record.silent(self._last(self.spoke_at), self._loop.time())
         protocol.exchange = protocol.fast_path = None
         if self._timer is not None:
             self._timer.cancel()
         parser.forget()
         kept = False
         try:
-            kept = (
-                parser.reusable
-                and self._ended
-                and self._written
-                and not parser.parts
-                and (parser.status < 400 or not self._answers_another())
-            )
+            if parser.reusable and self._ended and self._written and not parser.parts:
+                kept = parser.status < 400 or not self._answers_another()
         finally:
             if kept:
                 protocol.reused = True

@@ -90,7 +90,7 @@ class RequestWriter:
         if head is None:
             head = self._heads[path] = self._head(api, path)
         passed = self._user_agent
-        if client_headers:
+        if client_headers is not NO_HEADERS:
             passed = client_headers.written(self._passed, self._configured)
             if b"user-agent: " not in passed:
                 passed += self._user_agent

@@ -192,16 +192,13 @@ class ProviderRequest:
     def forget_body(self) -> None:
         """Forget the body, unless it is kept: the request was sent for the last time."""
         if not self.keeps_body:
-            self._forget_body()
+            self.let_body_go()
         elif self._hold is not None:
             self._hold.spare(self.let_body_go)
 
     def let_body_go(self) -> None:
         """Forget the body, whether it is kept or not."""
         self.keeps_body = False
-        self._forget_body()
-
-    def _forget_body(self) -> None:
         self.body = _no_body
         if self._hold is not None:
             self._hold.shrink_to(self._kept_bytes)

@@ -674,13 +674,14 @@ class BodySink:
             ProviderBadResponse: the body has more than *max_bytes*.
             ServerAtCapacity: all that is kept would be more than `max_kept_bytes`.
         """
+        size = len(data)
         if self._held is not None:
-            self._held.grow(len(data))
-        self.progress += len(data)
+            self._held.grow(size)
+        self.progress += size
         if self.progress > self._max_bytes:
             raise ProviderBadResponse(f"an answer of more than {self._max_bytes} bytes")
         parts = self._parts
-        if parts and len(data) < SMALL_PART_BYTES:
+        if parts and size < SMALL_PART_BYTES:
             last = parts[-1]
             if isinstance(last, bytearray):
                 last += data

@@ -49,7 +49,9 @@ class Outbox:
 
     def send(self, target: Writable, data: bytes) -> asyncio.Future[None]:
         """Have *target* write *data* as `put` does; the result is done when that has happened."""
-        self.put(target, data)
+        if not self._pending:
+            self._loop.call_soon(self.flush)
+        self._pending.append((target, data))
         written: asyncio.Future[None] = self._loop.create_future()
         self._waiting.append(written)
         return written

@@ -459,8 +459,9 @@ class HeldBytes:
     def release(self) -> None:
         """Give the bytes back for good; a second call does nothing."""
         self._released = True
-        if self.size:
-            self.reset()
+        if size := self.size:
+            self.size = 0
+            self._store.give_back(size, self._owner)
 
     def __enter__(self) -> Self:
         return self
