@@ -30,6 +30,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from aiohttp import hdrs, web
+from multidict import istr
 
 from aioserver.auth.callers import ADDRESS, CALLER, Caller, anonymous
 from aioserver.errors import (
@@ -42,7 +43,7 @@ from aioserver.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from aiohttp.web_urldispatcher import AbstractRoute
 
@@ -99,19 +100,18 @@ class Guard:
             Denied: the request may not call its route; no handler may see it. So with
                 AuthUnavailable and ServerAtCapacity, for a token.
         """
-        access, address = self._access, request.remote
-        keyed = access.keyed
-        if access.proxies:
-            request[ADDRESS] = address = access.proxies.address(address, request.headers)
+        access, headers = self._access, request.headers
+        keyed, address = access.keyed, None
+        if access.proxies.trusted:
+            request[ADDRESS] = address = access.proxies.address(request.remote, headers)
         if not keyed and access.hosts is not None:
-            access.hosts.check(request.headers.get("Host"))
-        headers = request.headers
+            access.hosts.check(headers.get(hdrs.HOST))
         if hdrs.ORIGIN in headers and (
             request.method not in SAFE_METHODS or hdrs.UPGRADE in headers
         ):
             self._origins.check(headers, secure=request.secure)
         if not keyed:
-            request[CALLER] = anonymous(address)
+            request[CALLER] = anonymous(request.remote if address is None else address)
             return None
         match = request.match_info
         # The path does not exist, or not with this method: no handler of ours will run.
@@ -161,17 +161,13 @@ class Guard:
             InvalidApiKey: no caller has the key, or the request has several keys.
             Undecided, PermissionDenied, AuthUnavailable, ServerAtCapacity: as `Access.caller`.
         """
-        headers = request.headers
-        sources = [_bearers(headers.getall(hdrs.AUTHORIZATION, ()))]
-        sources += [_keys(headers.getall(name, ())) for name in KEY_HEADERS]
-        if hdrs.SEC_WEBSOCKET_PROTOCOL in headers:
-            sources.append(offered_keys(offered_protocols(request)))
-        keys_sent = {key for keys in sources for key in keys}
-        if len(keys_sent) > 1 or any(len(keys) > 1 for keys in sources):
-            raise InvalidApiKey("more than one API key")
-        if not keys_sent:
-            return None
-        return self._access.caller(keys_sent.pop().encode("utf-8", "surrogatepass"))
+        headers, sent = request.headers, None
+        for name, keys_in in KEY_SOURCES:
+            if name in headers and (keys := keys_in(headers.getall(name))):
+                if len(keys) > 1 or (sent is not None and sent != keys[0]):
+                    raise InvalidApiKey("more than one API key")
+                sent = keys[0]
+        return None if sent is None else self._access.caller(sent.encode("utf-8", "surrogatepass"))
 
     def check_page(self, request: web.Request) -> None:
         """Refuse a request that another page makes a browser send, cookie included (CSRF).
@@ -187,8 +183,7 @@ class Guard:
 
 def offered_protocols(request: web.Request) -> list[str]:
     """Return the subprotocols that a WebSocket handshake offers (RFC 6455, 11.3.4)."""
-    headers = request.headers.getall(hdrs.SEC_WEBSOCKET_PROTOCOL, ())
-    return [protocol.strip() for header in headers for protocol in header.split(",")]
+    return _protocols(request.headers.getall(hdrs.SEC_WEBSOCKET_PROTOCOL, ()))
 
 
 def selectable_protocols(request: web.Request, others: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -223,6 +218,10 @@ def offered_keys(protocols: Iterable[str]) -> list[str]:
     ]
 
 
+def _protocols(headers: Iterable[str]) -> list[str]:
+    return [protocol.strip() for header in headers for protocol in header.split(",")]
+
+
 def _bearers(headers: Iterable[str]) -> list[str]:
     """Return the keys in the Authorization headers; a header of another scheme is ignored."""
     keys = []
@@ -236,6 +235,19 @@ def _bearers(headers: Iterable[str]) -> list[str]:
 def _keys(headers: Iterable[str]) -> list[str]:
     """Return the keys in headers that hold nothing else; an empty one holds none."""
     return [key for header in headers if (key := header.strip())]
+
+
+def _keys_offered(headers: Iterable[str]) -> list[str]:
+    return offered_keys(_protocols(headers))
+
+
+# The headers that may have a key, as multidict looks for them, each with what finds the keys in its
+# values.
+KEY_SOURCES: tuple[tuple[str, Callable[[Iterable[str]], list[str]]], ...] = (
+    (hdrs.AUTHORIZATION, _bearers),
+    *((istr(name), _keys) for name in KEY_HEADERS),
+    (hdrs.SEC_WEBSOCKET_PROTOCOL, _keys_offered),
+)
 
 
 def _sessions(headers: Iterable[str]) -> list[str]:

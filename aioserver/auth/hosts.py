@@ -76,12 +76,9 @@ class Proxies:
     """
 
     def __init__(self, trusted: Iterable[str] = ()) -> None:
-        self._trusted = frozenset(trusted)
-        self._networks = tuple(map(ipaddress.ip_network, self._trusted - {addresses.UNIX}))
+        self.trusted = frozenset(trusted)
+        self._networks = tuple(map(ipaddress.ip_network, self.trusted - {addresses.UNIX}))
         self._trusts = functools.lru_cache(maxsize=1024)(self._is_trusted)
-
-    def __bool__(self) -> bool:
-        return bool(self._trusted)
 
     def address(self, peer: str | None, headers: MultiMapping[str]) -> str:
         """Return the address of the client whose request arrived from *peer*.
@@ -90,7 +87,7 @@ class Proxies:
         proxy's, and otherwise the leftmost one that can be read. It is "" for an unknown peer.
         """
         peer = peer or ""
-        if not self or not self._trusts(peer):
+        if not self.trusted or not self._trusts(peer):
             return peer
         hops = ",".join(headers.getall("X-Forwarded-For", ())).rsplit(",", MAX_HOPS)
         client = peer
@@ -106,7 +103,7 @@ class Proxies:
 
     def secure(self, peer: str | None, headers: MultiMapping[str]) -> bool:
         """Return whether *peer* is a trusted proxy and says that its client used https."""
-        if not self or not self._trusts(peer or ""):
+        if not self.trusted or not self._trusts(peer or ""):
             return False
         schemes = ",".join(headers.getall("X-Forwarded-Proto", ()))
         return schemes.rpartition(",")[2].strip().lower() == "https"
@@ -116,5 +113,5 @@ class Proxies:
             ip = addresses.address(peer)
         except ValueError:
             # The address of a UNIX socket's peer is a path or empty.
-            return addresses.UNIX in self._trusted
+            return addresses.UNIX in self.trusted
         return any(ip in network for network in self._networks)

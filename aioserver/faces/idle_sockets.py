@@ -67,7 +67,7 @@ class IdleSockets:
         self._limit = limit
         self._waiting = waiting
         self._elsewhere = elsewhere
-        self._places: Counter[str] = Counter()
+        self._places: dict[str, int] = {}
         self._waiters: Counter[str] = Counter()
         # Of each key: its sockets, with the time at which each has asked last.
         self._sockets: dict[str, OrderedDict[IdleSocket, float]] = {}
@@ -84,8 +84,9 @@ class IdleSockets:
             # First what may fail: a place is counted or it is not.
             if self._waiters:
                 self._look_in(0.0)
-            self._places[name] += 1
-            if self._places[name] > self._places[self._largest]:
+            places = self._places
+            places[name] = count = places.get(name, 0) + 1
+            if count > places.get(self._largest, 0):
                 self._largest = name
 
     def closed(self, name: str) -> None:
@@ -167,7 +168,7 @@ class IdleSockets:
         name, now = self._largest, self._loop.time()
         while (
             others > 0
-            and 2 * self._places[name] > self._limit()
+            and 2 * self._places.get(name, 0) > self._limit()
             and (sockets := self._sockets.get(name))
         ):
             socket, since = next(iter(sockets.items()))
@@ -185,7 +186,8 @@ class IdleSockets:
             socket.give_way()
 
 
-def _take_one(counts: Counter[str], name: str) -> None:
-    counts[name] -= 1
-    if not counts[name]:
+def _take_one(counts: dict[str, int], name: str) -> None:
+    if left := counts[name] - 1:
+        counts[name] = left
+    else:
         del counts[name]

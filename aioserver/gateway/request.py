@@ -13,7 +13,6 @@ import msgspec
 
 from aioserver.errors import AioserverError
 from aioserver.providers.attempt import Attempt
-from aioserver.streams.ending import run_all
 
 if TYPE_CHECKING:
     import asyncio
@@ -82,11 +81,13 @@ class Request(msgspec.Struct, eq=False):
         request = self.provider_request
         caller, bound = request.caller, request.bound
         assert caller.quota is not None, "the caller has a key"
-        # By what is known of the provider that is asked first.
-        estimate = self.route.provider.estimate(request, self.route.model)
+        quota, tokens = caller.quota, 0
+        if quota.queue_size or quota.budget.limited:
+            # By what is known of the provider that is asked first.
+            tokens = self.route.provider.estimate(request, self.route.model).tokens
         try:
-            self.turn = caller.quota.begin(
-                estimate.tokens,
+            self.turn = quota.begin(
+                tokens,
                 flow=caller.subflow,
                 work=request.work,
                 start_by=inf if bound is None else bound.next,
@@ -126,7 +127,7 @@ class Request(msgspec.Struct, eq=False):
 
     def forget_turn(self) -> None:
         """Count for its caller's key no longer: it begins no answer."""
-        if self.turn is not None:
+        if self.turn is not None and not self.turn.over:
             self.turn.end(unused=True)
             # While the server stops there is none.
             with suppress(AioserverError):
@@ -139,19 +140,23 @@ class Request(msgspec.Struct, eq=False):
 
     def release(self) -> None:
         """Forget the body and all that was kept of it: the request is over."""
-        if self.keeper is None and self.turn is None:
+        try:
             self.provider_request.release()
+        finally:
+            try:
+                if self.keeper is not None:
+                    self.keeper.release()
+            finally:
+                if self.turn is not None:
+                    self._end_turn(self.turn)
+
+    def _end_turn(self, turn: Turn) -> None:
+        if turn.reservation is None and turn.charge is None:
+            # Nobody counts what it has cost.
+            turn.end()
         else:
-            run_all((self.provider_request.release, self._release_keeper, self._end_turn))
-
-    def _release_keeper(self) -> None:
-        if self.keeper is not None:
-            self.keeper.release()
-
-    def _end_turn(self) -> None:
-        if self.turn is not None:
             outcome = self.provider_request.outcome
-            self.turn.end(sum(outcome.spent), outcome.work)
+            turn.end(sum(outcome.spent), outcome.work)
 
     @property
     def caller(self) -> Caller:

@@ -249,6 +249,8 @@ class Budget:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        # Whether there is any limit.
+        self.limited = False
         self.reserved = 0
         self._clock, self._wall_clock = clock, wall_clock
         self._minute: _Minute | None = None
@@ -269,17 +271,13 @@ class Budget:
             self._day = _Day(per_day, self._wall_clock)
         else:
             self._day.limit = per_day
+        self.limited = per_minute > 0 or per_day > 0
 
     def take_over(self, old: Budget) -> None:
         """Go on with what *old* counts, by our own limits; it settles what it has reserved."""
         minute, day = self._minute, self._day
         self._minute, self._day = old._minute, old._day
         self.apply(0 if minute is None else minute.limit, 0 if day is None else day.limit)
-
-    @property
-    def limited(self) -> bool:
-        """Whether there is any limit."""
-        return self._minute is not None or self._day is not None
 
     @property
     def counts_days(self) -> bool:

@@ -61,10 +61,10 @@ class Gcra:
         """Count a start if it is allowed, and return 0; otherwise return the seconds until it
         is.
         """
-        now = self._clock()
-        tat = max(self._tat, now)
-        delay = tat - now - self._tolerance
-        if delay > ROUNDING:
+        now, tat = self._clock(), self._tat
+        if tat <= now:
+            tat = now
+        elif (delay := tat - now - self._tolerance) > ROUNDING:
             return delay
         self._tat = tat + self.interval
         return 0.0

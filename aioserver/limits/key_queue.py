@@ -15,6 +15,8 @@ import asyncio
 from math import inf
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from aioserver.errors import AioserverError, ConcurrencyExceeded, RateLimitExceeded
 from aioserver.limits.fair_queue import FairQueue
 
@@ -32,66 +34,45 @@ POSITION_INTERVAL = 1.0
 SMOOTHING = 0.2
 
 
-class Turn:
+class Turn(msgspec.Struct, eq=False):
     """One answer that counts for a key, from `Quota.begin` to `end`.
 
     Always: what it has taken of the key's limits is given back once, however often `end` is called,
     and whether the answer waits, is undecided, runs or was refused.
 
-    *queue* and *give_back* are those of the key's quota, and *on_wait* is what `waits` calls.
+    Its first two arguments are those of the key's quota, and *on_wait* is what `waits` calls.
     *tokens* is the estimate that is reserved, *flow* the user for whom it waits, and *work* what it
     counts for in the fair queue.
     """
 
-    __slots__ = (
-        *("_began", "_decision", "_give_back", "_on_wait", "_queue", "_taken", "_timer"),
-        "_undecided",
-        *(
-            "charge",
-            "flow",
-            "latest",
-            "on_position",
-            "over",
-            "reported",
-            "reservation",
-            "tokens",
-            "until",
-        ),
-        *("position", "waited", "waiting", "work"),
-    )
-
-    def __init__(
-        self,
-        queue: KeyQueue,
-        give_back: Callable[..., None],
-        tokens: int,
-        flow: Hashable,
-        work: int,
-        on_wait: Callable[[], None] | None = None,
-    ) -> None:
-        self.tokens, self.flow, self.work = tokens, flow, work
-        self.reservation: Reservation | None = None
-        # What its user is charged with in the queue of its key, if the key has one.
-        self.charge: Charge[Turn] | None = None
-        self.on_position: Callable[[int, float], None] | None = None
-        self.reported: tuple[int, float] | None = None
-        # Its position when it began to wait.
-        self.position = 0
-        # The moment of the loop's clock at which its wait ends.
-        self.until = inf
-        # The moment at which all its waits have to be over, if it waits.
-        self.latest = inf
-        # The seconds for which it has waited in the queue of its key.
-        self.waited = 0.0
-        self.waiting = self.over = False
-        self._queue, self._give_back, self._on_wait = queue, give_back, on_wait
-        self._began = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-        # Whether it counts for the key.
-        self._taken = False
-        # What other instances have to say first; and what its own task waits for.
-        self._undecided: asyncio.Future[None] | None = None
-        self._decision: asyncio.Future[None] | None = None
+    _queue: KeyQueue
+    _give_back: Callable[..., None]
+    tokens: int
+    flow: Hashable
+    work: int
+    _on_wait: Callable[[], None] | None = None
+    reservation: Reservation | None = None
+    # What its user is charged with in the queue of its key, if the key has one.
+    charge: Charge[Turn] | None = None
+    on_position: Callable[[int, float], None] | None = None
+    reported: tuple[int, float] | None = None
+    # Its position when it began to wait.
+    position: int = 0
+    # The moment of the loop's clock at which its wait ends.
+    until: float = inf
+    # The moment at which all its waits have to be over, if it waits.
+    latest: float = inf
+    # The seconds for which it has waited in the queue of its key.
+    waited: float = 0.0
+    waiting: bool = False
+    over: bool = False
+    _began: float = 0.0
+    _timer: asyncio.TimerHandle | None = None
+    # Whether it counts for the key.
+    _taken: bool = False
+    # What other instances have to say first; and what its own task waits for.
+    _undecided: asyncio.Future[None] | None = None
+    _decision: asyncio.Future[None] | None = None
 
     @property
     def decision(self) -> asyncio.Future[None] | None:

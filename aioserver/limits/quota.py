@@ -14,13 +14,17 @@ if what it lacks can come within its time.
 This file is one concept: what an answer counts is counted in all limits of its key, or in none.
 """
 
+# ruff: noqa: SLF001 - a quota and what is bound to it are one concept
+
 from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from math import ceil, inf
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from aioserver.errors import (
     ConcurrencyExceeded,
@@ -35,7 +39,7 @@ from aioserver.limits.gcra import Gcra
 from aioserver.limits.key_queue import MAX_WAIT, KeyQueue, Turn
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Hashable, Iterator
+    from collections.abc import AsyncIterator, Callable, Hashable
 
     from aioserver.errors import AioserverError
     from aioserver.limits.budget import BudgetState, Reservation, Shortage
@@ -169,11 +173,11 @@ class Quota:
             else:
                 if self.queue_size:
                     self.queue.charge(turn)
-                if undecided is None or not self.queue_size:
-                    turn.took(undecided)
-                else:
-                    until = min(start_by, asyncio.get_running_loop().time() + MAX_WAIT)
-                    self.queue.hold(turn, until, undecided)
+                    if undecided is not None:
+                        until = min(start_by, asyncio.get_running_loop().time() + MAX_WAIT)
+                        self.queue.hold(turn, until, undecided)
+                        return turn
+                turn.took(undecided)
                 return turn
         try:
             self._wait(turn, start_by)
@@ -213,18 +217,19 @@ class Quota:
             InvalidApiKey: the key was revoked.
             ConcurrencyExceeded, RateLimitExceeded: it is not within the limits.
         """
+        if not self.budget.limited:
+            return self.take(patient=turn.waiting)
         if self.revoked:
             raise InvalidApiKey(REVOKED)
         if self.running >= self.limit:
             raise self._too_many()
         if (shortage := self._shortage(turn)) is not None:
             raise self.too_many_tokens(shortage)
-        reservation = self.budget.reserve(turn.tokens) if self.budget.limited else None
+        reservation = self.budget.reserve(turn.tokens)
         try:
             undecided = self.take(patient=turn.waiting, tokens=reservation)
         except BaseException:
-            if reservation is not None:
-                reservation.release()
+            reservation.release()
             raise
         turn.reservation = reservation
         return undecided
@@ -336,7 +341,8 @@ class Quota:
         self.running -= 1
         if unused:
             self._rate.take(-self._rate.interval)
-        self.serve()
+        if len(self.queue):
+            self.queue.serve()
 
     @asynccontextmanager
     async def used(self) -> AsyncIterator[None]:
@@ -353,30 +359,16 @@ class Quota:
         finally:
             turn.end()
 
-    @contextmanager
-    def held(self, *, admin: bool = False) -> Iterator[None]:
+    def held(self, *, admin: bool = False) -> Held:
         """Bind this task to the key: a revocation cancels what it does inside the `with`.
 
-        If the task needs an *admin* key, it is also cancelled when the key is demoted.
-
-        Raises:
-            InvalidApiKey: the key was revoked meanwhile.
-            PermissionDenied: the key was demoted meanwhile.
+        If the task needs an *admin* key, it is also cancelled when the key is demoted. The end of
+        the `with` raises `InvalidApiKey` where the key was revoked meanwhile, and
+        `PermissionDenied` where it was demoted.
         """
         task = asyncio.current_task()
         assert task is not None
-        self._held[task] = admin
-        try:
-            yield
-        except asyncio.CancelledError:
-            denial = self._denials.get(task)
-            if denial is not None and task.uncancel() == 0:
-                raise denial from None
-            # Not the key alone has cancelled the task.
-            raise
-        finally:
-            del self._held[task]
-            self._denials.pop(task, None)
+        return Held(self, task, admin)
 
     def revoke(self) -> None:
         """Cancel every task that is bound to the key, and refuse every new answer."""
@@ -395,6 +387,27 @@ class Quota:
         if task not in self._denials:
             self._denials[task] = denial
             task.cancel()
+
+
+class Held(msgspec.Struct, eq=False):
+    """The bond of *task* to the key of *quota*, for the length of a `with`: see `Quota.held`."""
+
+    quota: Quota
+    task: asyncio.Task[object]
+    admin: bool
+
+    def __enter__(self) -> None:
+        self.quota._held[self.task] = self.admin
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        quota, task = self.quota, self.task
+        del quota._held[task]
+        denial = quota._denials.pop(task, None) if quota._denials else None
+        if denial is None or not isinstance(error, asyncio.CancelledError):
+            return
+        # Where not the key alone has cancelled the task, it stays cancelled.
+        if task.uncancel() == 0:
+            raise denial from None
 
 
 def minute(requests: int) -> tuple[float, float]:

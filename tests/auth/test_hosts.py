@@ -145,7 +145,7 @@ def test_a_peer_on_a_unix_socket_is_believed_where_configured(peer: str | None) 
     forwarded = headers("1.1.1.1, 203.0.113.9", proto="https")
     unix, both = Proxies(["unix"]), Proxies(["unix", "203.0.113.9"])
 
-    assert unix
+    assert unix.trusted
     assert unix.address(peer, forwarded) == "203.0.113.9"
     assert unix.secure(peer, forwarded)
     assert both.address(peer, forwarded) == "1.1.1.1"

@@ -189,7 +189,7 @@ class RunningServer:
         counts["questions"] = len(getattr(histories, "_asked", ()))
         counts["attempts"] = self.context.usage.running
         idle_sockets = self.context.admission.idle_sockets
-        counts["places of keys"] = idle_sockets._places.total()
+        counts["places of keys"] = sum(idle_sockets._places.values())
         counts["waiting of keys"] = idle_sockets._waiters.total()
         for name, quota in self.quotas():
             counts[f"{name} answers"] = quota.running

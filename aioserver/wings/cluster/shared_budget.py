@@ -640,6 +640,7 @@ class SharedBudget(Budget):
     def apply(self, per_minute: int, per_day: int) -> None:
         """Use other limits from now on, those of all instances together."""
         self.hand.apply(per_minute, per_day)
+        self.limited = per_minute > 0 or per_day > 0
 
     def take_over(self, old: Budget) -> None:
         """Go on with what *old* counts, by our own limits; it settles what it has reserved."""
@@ -653,11 +654,6 @@ class SharedBudget(Budget):
         """Share the tokens no more."""
         if not self.replaced:
             self.hand.drop()
-
-    @property
-    def limited(self) -> bool:
-        """Whether there is any limit."""
-        return any(self.hand.limits)
 
     @property
     def counts_days(self) -> bool:
