@@ -166,16 +166,27 @@ class Gateway:
         """Return a count of the bytes of an answer that no log keeps, for `call`."""
         return self._streams.hold()
 
-    async def call(self, request: Request) -> Answer:
+    async def call(
+        self, request: Request, ask: Callable[[Request], Awaitable[Answer]] | None = None
+    ) -> Answer:
         """Return the answer to a *request* that is neither streamed nor resumable.
 
-        Cancelling ends it.
+        Cancelling ends it. *ask* asks the provider; None stands for `Router.call`.
 
         Raises:
             ProviderFault: no provider answered.
-            AioserverError: as `ask`.
+            AioserverError: as `Gateway.ask`.
         """
-        return await self._call(request, self._router.call)
+        self._check_running()
+        quota, ask = request.caller.quota, ask or self._router.call
+        if quota is None:
+            return await self._calls.answer(request, ask)
+        self._begin_turn(request)
+        try:
+            with quota.held():
+                return await self._calls.answer(request, ask)
+        finally:
+            request.forget_turn()
 
     async def pass_on(self, request: Request) -> None:
         """Pass a `PassedRequest` on, whose answer is handed over as it comes. Cancelling ends it.
@@ -184,7 +195,7 @@ class Gateway:
             ProviderFault: there is no good answer, or not all of it.
             AioserverError: as `ask`.
         """
-        await self._call(request, self._router.pass_on)
+        await self.call(request, self._router.pass_on)
 
     def keep(self, request: Request) -> Stream:
         """Return the stream that keeps the answer to a resumable *request* that is not streamed,
@@ -316,18 +327,6 @@ class Gateway:
         self._calls.close()
         await self.producers.end(shutdown_error)
         self.lifetime.close()
-
-    async def _call(self, request: Request, ask: Callable[[Request], Awaitable[Answer]]) -> Answer:
-        self._check_running()
-        quota = request.caller.quota
-        if quota is None:
-            return await self._calls.answer(request, ask)
-        self._begin_turn(request)
-        try:
-            with quota.held():
-                return await self._calls.answer(request, ask)
-        finally:
-            request.forget_turn()
 
     def _begin_turn(self, request: Request) -> None:
         """Count *request* for the key that its caller has, or let it wait there.

@@ -107,6 +107,11 @@ class Router:
         )
         self._active = self._target(llm.active)
         self._fallbacks = [self._target(name) for name in llm.fallbacks]
+        # The active provider, if it is no group and can be asked; and its group, if others can be
+        # asked instead.
+        active = self.active
+        self._alone = active if not self._active.name and active.settings.usable else None
+        self._alone_group = self._active if self._fallbacks else None
         # The names of models that providers list, with those that do.
         self.listed = self._implied()
         self._continuing = any(
@@ -191,11 +196,9 @@ class Router:
             return Route(self._named(provider), model)
         route = None if model is None else self._by_name(model, api)
         if route is None:
-            active = self._active.members[0].provider
-            if not self._active.name and active.settings.usable and api.speaks(active.settings):
-                return Route(
-                    active, model, self._active if self._fallbacks else None, fallbacks=True
-                )
+            active = self._alone
+            if active is not None and api.speaks(active.settings):
+                return Route(active, model, self._alone_group, fallbacks=True)
             group = self._first(api)
             route = self._to(group, api)
             route.fallbacks = True

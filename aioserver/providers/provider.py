@@ -205,13 +205,14 @@ class Provider:
             record.queued_at = self._clock()
         if self.settings.http_client.tokens_per_minute:
             attempt.expected_tokens = self._expected_tokens(attempt)
-        caller, batch = request.caller, record.batch
-        who = caller.flow, caller.subflow, caller.priority, attempt.work
+        caller, gate, cost = request.caller, self._gate, attempt.expected_tokens
+        flow, subflow, weight, work = caller.flow, caller.subflow, caller.priority, attempt.work
         if request.background and attempt.permit is None:
-            attempt.permit = self._gate.permits.try_enter(0, *who, batch=batch)
+            permits, batch = gate.permits, record.batch
+            attempt.permit = permits.try_enter(0, flow, subflow, weight, work, batch=batch)
             if attempt.permit is None:
                 return None
-        return self._gate.try_enter(attempt.expected_tokens, *who, batch=batch)
+        return gate.try_enter(cost, flow, subflow, weight, work, batch=record.batch)
 
     def wish(self, attempt: Attempt, delay: float = 0.0) -> Wish:
         """Return the wish of *attempt* for a place, or first for its permit, to be waited for
@@ -482,7 +483,8 @@ class Provider:
         Raises:
             ProviderFault: there was no connection, or the answer was not complete.
         """
-        record, limits = attempt.request.record, self.settings.http_client
+        request, limits = attempt.request, self.settings.http_client
+        record, outcome = request.record, request.outcome
         while True:
             if (steps := attempt.preparation()) is not None:
                 await steps
@@ -491,9 +493,9 @@ class Provider:
             data = attempt.written(self.pools.writer)
             connection = pool.take() or await pool.connect()
             try:
-                if (bound := attempt.request.bound) is not None:
-                    bound.start(self.name)
-                record.outcome.sent_at = self._clock()
+                if request.bound is not None:
+                    request.bound.start(self.name)
+                outcome.sent_at = self._clock()
                 exchange = Exchange(
                     connection,
                     read_timeout=limits.read_timeout,
@@ -507,7 +509,7 @@ class Provider:
                         limits.first_token_timeout, lambda: attempt.answered
                     )
                 attempt.sending(exchange)
-                if self._usage.ledger is not None and attempt.request.api.costs:
+                if self._usage.ledger is not None and request.api.costs:
                     self._usage.sent(record, partial(self._part, attempt))
                 running = exchange.run(data, attempt.body)
             except BaseException:
@@ -519,7 +521,7 @@ class Provider:
             except StaleConnection:
                 # Nothing had come on a reused connection, and nobody can have worked on the request:
                 # repeat at once, on a new one, which never raises this.
-                record.outcome.sent_at = 0.0
+                outcome.sent_at = 0.0
                 if attempt.body is not None and not attempt.body.rewind():
                     raise
                 self.meter.attempts["stale"].value += 1
@@ -528,7 +530,7 @@ class Provider:
                 if not attempt.repeats():
                     return
                 # It was refused, and costs nothing.
-                record.outcome.sent_at = 0.0
+                outcome.sent_at = 0.0
             finally:
                 attempt.received()
 
