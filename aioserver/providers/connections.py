@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from aiohttp import ClientRequest, ClientTimeout
     from aiohttp.connector import Connection
 
-    from aioserver.limits.gate import Place
+    from aioserver.limits.gate import Gate, Place
     from aioserver.streams.contracts import Path
     from aioserver.telemetry.request_log import RequestRecord
 
@@ -175,8 +175,8 @@ class PooledConnection:
     A request that has taken it ends its use by `release` or `close`; only the first of these calls
     has an effect.
 
-    Always: *place* is the request's place in the gate of the pool, and None while the connection
-    is idle.
+    Always: *place* is its place in the gate of the pool; None once it is closed, or while it is
+    idle and its place has gone to a request that waited for one.
     """
 
     __slots__ = ("_connection", "_owner", "idle_since", "place", "protocol")
@@ -198,21 +198,21 @@ class PooledConnection:
 
     def release(self) -> None:
         """Give the connection to the next request, or keep it for one."""
-        place, self.place = self.place, None
-        if place is not None:
-            place.release()
-            self._owner.give_back(self)
+        self._owner.give_back(self)
 
     def close(self) -> None:
         """Close the connection, and end its use."""
+        self._owner.give_back(self, keep=False)
+
+    def give_place(self) -> None:
+        """Give its place to a request that waits for one, or will."""
         place, self.place = self.place, None
         if place is not None:
             place.release()
-            self.discard()
-            self._owner.gone(self)
 
     def discard(self) -> None:
         """Close the connection, which no request uses."""
+        self.give_place()
         connection, self._connection = self._connection, None
         if connection is not None:
             self.protocol.pooled = None
@@ -224,9 +224,7 @@ class PooledConnection:
 
         A request that uses it ends its use itself.
         """
-        if self.place is None:
-            self._owner.forget(self)
-            self.discard()
+        self._owner.forget(self)
 
 
 class Connector(TCPConnector):
@@ -240,21 +238,22 @@ class Connector(TCPConnector):
 
 
 class Connections:
-    """The open connections of one pool to *endpoint*, *limit* at most.
+    """The open connections of one pool to *endpoint*, *limit* at most, each with a place in *gate*.
 
     *timeout* is that of opening one.
 
     The other *options* are those of aiohttp's `TCPConnector`.
 
-    Always: a connection that is given back is kept only if at most `max_idle + pending()` are idle
-    then, and for *expiry* seconds at most. The connection that has been idle longest is taken
-    first.
+    Always: while a request waits for a place, no idle connection has one. A connection that is
+    given back is kept only if at most `max_idle + pending()` are idle then, and for *expiry*
+    seconds at most. The connection that has been idle longest is taken first.
     """
 
     def __init__(
         self,
         endpoint: ClientRequest,
         timeout: ClientTimeout,
+        gate: Gate,
         *,
         limit: int,
         max_idle: int,
@@ -264,6 +263,7 @@ class Connections:
     ) -> None:
         self._endpoint = endpoint
         self._timeout = timeout
+        self._gate = gate
         self._loop = asyncio.get_running_loop()
         self._connector = Connector(
             limit=limit, limit_per_host=limit, keepalive_timeout=expiry, **options
@@ -291,18 +291,28 @@ class Connections:
             if connection.protocol.exchange is not None:
                 yield connection.protocol.exchange
 
-    def take(self, place: Place) -> PooledConnection | None:
-        """Return an idle connection for the request that has *place*; None if there is none."""
+    def take(self, place: Place | None = None) -> PooledConnection | None:
+        """Return an idle connection; None if there is none, or no place for it.
+
+        *place* is that of the request, if it has one already, and is given back if it is not
+        needed.
+        """
         idle, too_old = self.idle, self._loop.time() - self._expiry
         while idle:
-            connection = idle.popleft()
+            connection = idle[0]
             transport = connection.protocol.transport
             fresh = connection.idle_since >= too_old
-            if fresh and transport is not None and not transport.is_closing():
-                connection.place = place
-                self._in_use.add(connection)
-                return connection
-            connection.discard()
+            if not fresh or transport is None or transport.is_closing():
+                idle.popleft().discard()
+                continue
+            if connection.place is None:
+                connection.place = place or self._gate.try_enter()
+                if connection.place is None:
+                    return None
+            elif place is not None:
+                place.release()
+            self._in_use.add(idle.popleft())
+            return connection
         return None
 
     async def open_one(self, place: Place) -> PooledConnection:
@@ -325,13 +335,19 @@ class Connections:
         self._in_use.add(connection)
         return connection
 
-    def give_back(self, connection: PooledConnection) -> None:
-        """Keep *connection* for the next request, or close it."""
+    def give_back(self, connection: PooledConnection, *, keep: bool = True) -> None:
+        """Keep *connection*, which was in use, for the next request; or close it, also if there
+        are enough. A second call does nothing.
+        """
+        if connection not in self._in_use:
+            return
         self._in_use.discard(connection)
         idle, most = self.idle, self._max_idle
-        if len(idle) < most or len(idle) < most + self._pending():
+        if keep and (len(idle) < most or len(idle) < most + self._pending()):
             connection.idle_since = self._loop.time()
             idle.append(connection)
+            if self._gate.inside >= self._gate.limit and self._gate.waiting:
+                connection.give_place()
             if self._expiry_timer is None:
                 self._expiry_timer = self._loop.call_later(self._expiry, self._sweep)
         else:
@@ -339,16 +355,18 @@ class Connections:
         if self._on_release is not None:
             self._on_release()
 
-    def gone(self, connection: PooledConnection) -> None:
-        """Note that *connection*, which was in use, is closed."""
-        self._in_use.discard(connection)
-        if self._on_release is not None:
-            self._on_release()
+    def give_places(self) -> None:
+        """Have no idle connection keep its place: a request is about to wait for one."""
+        for connection in self.idle:
+            connection.give_place()
 
     def forget(self, connection: PooledConnection) -> None:
-        """Take *connection*, which the provider has closed, out of the idle ones."""
+        """Close *connection*, which its provider has closed, unless a request uses it: that ends
+        its use itself.
+        """
         if connection in self.idle:
             self.idle.remove(connection)
+            connection.discard()
 
     def retire(self, on_release: Callable[[], None]) -> None:
         """Keep no connection from now on.

@@ -72,7 +72,7 @@ class PoolStats:
 
 
 def connection_gate(limits: HttpClient) -> Gate:
-    """Return a gate that counts connections in use; a pool and its successors share one."""
+    """Return a gate that counts open connections; a pool and its successors share one."""
     return Gate(
         limits.max_connections,
         queue_size=UNBOUNDED,
@@ -136,6 +136,7 @@ class Pool:
         self._connections = Connections(
             endpoint,
             timeout,
+            self._gate,
             limit=limits.max_connections,
             max_idle=limits.max_keepalive,
             expiry=limits.keepalive_expiry,
@@ -162,15 +163,7 @@ class Pool:
 
         None if there is none, or no place for it.
         """
-        if not self._connections.idle or (place := self._gate.try_enter()) is None:
-            return None
-        connection = None
-        try:
-            connection = self._connections.take(place)
-        finally:
-            if connection is None:
-                place.release()
-        return connection
+        return self._connections.take()
 
     async def connect(self) -> PooledConnection:
         """Return a connection, idle before or new, that the caller must release or close.
@@ -185,6 +178,7 @@ class Pool:
                 failed.
             CertificateFault: the provider's certificate is not valid.
         """
+        self._connections.give_places()
         place = self._gate.try_enter() or await self._wait()
         try:
             if (connection := self._connections.take(place)) is not None:

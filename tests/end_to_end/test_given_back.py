@@ -83,6 +83,7 @@ gateway.request Request.begin
 providers.breaker Breaker.start
 providers.breaker Breaker.start_spared
 providers.connections Connections.open_one
+providers.connections Connections.take
 providers.pool Pool._wait
 providers.pool Pool.connect
 providers.pool Pool.take
@@ -160,7 +161,6 @@ WITHIN = {
     Function("limits.lines", "Lines._stand"),
     Function("limits.lines", "Lines.started"),
     Function("limits.lines", "Lines.wait"),
-    Function("providers.connections", "Connections.take"),
 }
 # Other processes take part in these: tests/wings/cluster and tests/server; or hooks:
 # tests/wings/doors.

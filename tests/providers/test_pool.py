@@ -137,6 +137,26 @@ async def test_without_an_idle_connection_or_a_place_for_it_none_is_taken() -> N
         only.close()
 
 
+async def test_a_waiter_and_a_newcomer_share_the_connections_that_are_given_back() -> None:
+    async with (
+        ScriptedProvider(serving) as server,
+        pooled(server.url, max_connections=2, max_keepalive=2, concurrent_requests=1) as pool,
+    ):
+        both = [await pool.connect() for _ in range(2)]
+        waiter = asyncio.ensure_future(pool.connect())
+        await until(lambda: pool.stats().waiting == 1)
+        for connection in both:
+            connection.release()
+
+        assert pool.take() is None, "the place of the first has gone to the waiter"
+        newcomer = await pool.connect()
+
+        assert {newcomer, await waiter} == set(both)
+        assert server.accepted == 2
+        for connection in both:
+            connection.close()
+
+
 @pytest.mark.parametrize("keepalive", [0, 2, 6])
 async def test_many_requests_open_no_more_sockets_than_allowed_and_keep_the_cap(
     keepalive: int,

@@ -202,7 +202,9 @@ class RunningServer:
             counts[f"{name} waiting"] = stats.queue.waiting
             counts[f"{name} background"] = sum(stats.background)
             counts[f"{name} busy"] = stats.pool.open - stats.pool.idle
-            counts[f"{name} connecting"] = provider.pools.gate.inside
+            idle = provider.pools.pool._connections.idle
+            kept = sum(connection.place is not None for connection in idle)
+            counts[f"{name} connecting"] = provider.pools.gate.inside - kept
             counts[f"{name} trials"] = provider.health.breaker._trials
             counts[f"{name} pending"] = provider._pending
         return counts
