@@ -203,11 +203,11 @@ class Exchange:
                     if not sink.feed(data):
                         self._finish()
                         return
-                    if (progress := sink.progress) != self._progress:
-                        self._progress, self.spoke_at = progress, self.last_byte_at
                 if parser.whole:
                     sink.end()
                     self._finish()
+                elif (progress := sink.progress) != self._progress:
+                    self._progress, self.spoke_at = progress, self.last_byte_at
             except Exception as exc:  # noqa: BLE001 - as in `feed`
                 self._fail(exc)
 
@@ -365,7 +365,7 @@ class Exchange:
         protocol.exchange = protocol.fast_path = None
         if self._timer is not None:
             self._timer.cancel()
-        parser.forget()
+        parser.sink = None
         kept = False
         try:
             if parser.reusable and self._ended and self._written and not parser.parts:

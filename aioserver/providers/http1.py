@@ -209,8 +209,9 @@ class Sink(Protocol):
 class ResponseParser:
     """Parses the answers on one connection, one after the other.
 
-    `begin` comes before each answer, then `feed` until it is `whole`, then `forget`. After an
-    answer that did not end well the connection is closed, and its parser is used no more.
+    `begin` comes before each answer, then `feed` until it is `whole`; its user drops the `sink`
+    then. After an answer that did not end well the connection is closed, and its parser is used no
+    more.
 
     Always: `parts` has the body's bytes that came since its user has cleared it; nothing that comes
     after a whole answer is added to it. `between_chunks` is empty unless the parser is between two
@@ -272,10 +273,6 @@ class ResponseParser:
         Otherwise this object and its parser in C, which calls it, would hold each other.
         """
         self._parser = httptools.HttpResponseParser(None)
-
-    def forget(self) -> None:
-        """Drop the sink and the callback of the answer that is over."""
-        self._on_head = self.sink = None
 
     @property
     def begun(self) -> bool:
@@ -372,8 +369,9 @@ class ResponseParser:
             # llhttp takes off the last one, and no request of ours has a `TE` that allows others.
             raise ProviderBadResponse("the provider's answer has a transfer coding but chunked")
         self.status = status
-        assert self._on_head is not None
-        self.sink = self._on_head(status, headers)
+        on_head, self._on_head = self._on_head, None
+        assert on_head is not None
+        self.sink = on_head(status, headers)
 
     def _check_interim(self) -> None:
         """Refuse an interim answer with a body: it has none (RFC 9112, 6.3), but llhttp reads it
