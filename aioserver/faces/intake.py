@@ -59,15 +59,17 @@ PIECE_BYTES = 1 << 16
 FIRST_BYTES = 1 << 18
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 IDEMPOTENCY_KEY = istr("Idempotency-Key")
-# Ids of sessions, which agents send.
-CLAUDE_CODE, CODEX = istr("x-claude-code-session-id"), istr("session-id")
-OPENCODE = istr("x-session-id")
+# Ids of sessions, which agents send: Claude Code, Codex, opencode.
+SESSIONS = (istr("x-claude-code-session-id"), istr("session-id"), istr("x-session-id"))
+CODINGS = (hdrs.CONTENT_ENCODING, hdrs.TRANSFER_ENCODING)
 
 
 def session_of(request: web.Request) -> str | None:
     """Return the session of an agent that *request* belongs to, None if it names none."""
-    get = request.headers.get
-    return get(CLAUDE_CODE) or get(CODEX) or get(OPENCODE)
+    headers = request.headers
+    if headers.keys().isdisjoint(SESSIONS):
+        return None
+    return next(filter(None, map(headers.get, SESSIONS)), None)
 
 
 def caller_of(request: web.Request, user: str | None) -> Caller:
@@ -101,8 +103,9 @@ async def read_body(request: web.Request, hold: BodyHold, max_bytes: int) -> byt
         # the client go on, which is done at the end of a body.
         body = b"".join(content._buffer)  # noqa: SLF001 - see the head of this file
         content._buffer.clear()  # noqa: SLF001
-        if len(body) <= max_bytes:
-            hold.grow(len(body))
+        if len(body) > max_bytes:
+            raise RequestTooLarge(f"a body of {len(body)} bytes, at most {max_bytes}")
+        hold.grow(len(body))
     else:
         length = request.content_length
         if length is not None and length > max_bytes:
@@ -112,8 +115,6 @@ async def read_body(request: web.Request, hold: BodyHold, max_bytes: int) -> byt
                 body = await _collect(content, hold, max_bytes)
         except TimeoutError:
             raise RequestTimeout(f"the body did not come within {BODY_TIMEOUT} s") from None
-    if len(body) > max_bytes:
-        raise RequestTooLarge(f"a body of {len(body)} bytes, at most {max_bytes}")
     return body
 
 
@@ -125,11 +126,12 @@ def refuse_coded(request: web.Request) -> None:
         UnsupportedCoding: it has a transfer coding other than `chunked`.
     """
     headers = request.headers
+    if headers.keys().isdisjoint(CODINGS):
+        return
     if hdrs.CONTENT_ENCODING in headers:
         raise UnsupportedMediaType("a compressed body is not accepted")
     # aiohttp's parser takes off the last coding, which is `chunked`, and says nothing of others.
-    coding = headers.get(hdrs.TRANSFER_ENCODING)
-    if coding is not None and coding.strip().lower() != "chunked":
+    if headers[hdrs.TRANSFER_ENCODING].strip().lower() != "chunked":
         raise UnsupportedCoding("no transfer coding but chunked is accepted")
 
 

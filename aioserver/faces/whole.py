@@ -32,7 +32,7 @@ async def write(
     on_drop: Callable[[str, str], None],
     face: str,
 ) -> None:
-    """Write the whole *response*, unless it was written before, and wait until the kernel has it.
+    """Write the whole *response*, of which nothing was written, and wait until the kernel has it.
 
     *on_drop* is called with *face* and the reason when the client takes nothing for *send_timeout*
     seconds and is dropped.
@@ -41,7 +41,7 @@ async def write(
         ConnectionError: the client has left, or is dropped.
     """
     transport = request.transport
-    if response.prepared or transport is None or transport.is_closing():
+    if transport is None or transport.is_closing():
         return
     if isinstance(response, ReadyResponse):
         connection = request.protocol

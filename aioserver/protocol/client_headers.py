@@ -22,15 +22,21 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from multidict import istr
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from multidict import MultiMapping
 
-TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
+# As multidict looks for them.
+TRACEPARENT: str = istr("traceparent")
+TRACESTATE: str = istr("tracestate")
 TRACE_HEADERS = frozenset({TRACEPARENT, TRACESTATE})
 # The ids of the servers of ours that a request has come through; each adds a line of its own.
-HOP = "x-aioserver-hop"
+HOP: str = istr("x-aioserver-hop")
+# Headers that go on whatever is configured.
+_OF_ITSELF = (TRACEPARENT, HOP)
 # So many of them are a circle, though none is known.
 MAX_HOPS = 5
 _HOP = re.compile("[0-9A-Za-z_-]{1,64}")
@@ -139,7 +145,7 @@ def collect(
     The names of the headers of the API, if it has any, begin with *api*. A header of NEVER_PASSED
     does not go on, nor one that the client's `Connection` names.
     """
-    if not names and not api and TRACEPARENT not in headers and HOP not in headers:
+    if not names and not api and headers.keys().isdisjoint(_OF_ITSELF):
         return NO_HEADERS
     lines: list[tuple[str, bytes]] = []
     api_lines: list[tuple[str, bytes]] = []

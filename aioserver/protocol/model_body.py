@@ -83,6 +83,13 @@ class ModelBody:
     none, or more than MAX_METADATA_BYTES.
     """
 
+    # The value of `model`, as it is written, empty if there is none; None until it is needed.
+    _value: bytes | None
+    # Where that value begins, once it was looked for.
+    _place: int | None
+    # Where that value was found, in a body that was read in pieces.
+    _site: Site | None
+
     __slots__ = (
         *("_fields", "_place", "_site", "_value", "data", "max_answer", "model", "streamed"),
         *("usage_options", "user"),
@@ -98,12 +105,7 @@ class ModelBody:
             InvalidRequest: *data* is no object, or a field has a wrong type.
         """
         self.data = data
-        # The value of `model`, as it is written, empty if there is none; None until it is needed.
-        self._value: bytes | None = None
-        # Where that value begins, once it was looked for.
-        self._place: int | None = None
-        # Where that value was found, in a body that was read in pieces.
-        self._site: Site | None = None
+        self._value = self._place = self._site = None
         fields = _usual(data) if read is None and len(data) <= MAX_READ_TWICE else None
         if fields is not None:
             options = fields.stream_options

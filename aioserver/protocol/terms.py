@@ -32,6 +32,7 @@ INTERACTIVE, BATCH = CLASSES = ("interactive", "batch")
 MAX_SECONDS = 86_400.0
 # Characters of a number of seconds.
 MAX_CHARACTERS = 32
+_NAMES = (START_WITHIN, DEADLINE, CLASS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,9 @@ def terms_of(headers: Mapping[str, str]) -> Terms:
     Raises:
         InvalidRequest: one of them is not valid; its name is the `param`.
     """
-    start, deadline, name = headers.get(START_WITHIN), headers.get(DEADLINE), headers.get(CLASS)
-    if start is deadline is name is None:
+    if headers.keys().isdisjoint(_NAMES):
         return NO_TERMS
+    start, deadline, name = map(headers.get, _NAMES)
     return Terms(seconds(start, START_WITHIN), seconds(deadline, DEADLINE), batch(name, CLASS))
 
 

@@ -114,9 +114,9 @@ class DirectRequestHandler(RequestHandler):
             finally:
                 # Otherwise the two would hold each other.
                 request._task = None  # type: ignore[assignment]  # noqa: SLF001 - as `start` does
-            self._keepalive = keepalive = bool(response.keep_alive)
+            self._keepalive = bool(response.keep_alive)
             if not reset and (payload.is_eof() or await self._linger(payload)):
-                goes_on = keepalive
+                goes_on = self._keepalive
         except ConnectionError as exc:
             self.log_debug("the client has left", exc_info=exc)
         except Exception as exc:  # noqa: BLE001 - the border of a request, as in `start`
@@ -136,7 +136,14 @@ class DirectRequestHandler(RequestHandler):
                 self._waiter = waiter
                 self._end(waiter)
             else:
-                self._await_next(waiter)
+                self._next_keepalive_close_time = due = loop.time() + self._keepalive_timeout
+                if self._keepalive_handle is None:
+                    self._keepalive_handle = loop.call_at(due, self._process_keepalive)
+                if self._messages and not waiter.done():
+                    # They came meanwhile.
+                    self._begin(waiter)
+                else:
+                    self._waiter = waiter
 
     def note_bug(self, bug: Exception) -> None:
         """Log *bug*, which a request has met outside of its handler."""
@@ -156,16 +163,6 @@ class DirectRequestHandler(RequestHandler):
                 while not payload.is_eof():
                     await payload.readany()
         return payload.is_eof()
-
-    def _await_next(self, waiter: asyncio.Future[None]) -> None:
-        self._next_keepalive_close_time = due = self._loop.time() + self._keepalive_timeout
-        if self._keepalive_handle is None:
-            self._keepalive_handle = self._loop.call_at(due, self._process_keepalive)
-        if self._messages and not waiter.done():
-            # They came meanwhile.
-            self._begin(waiter)
-        else:
-            self._waiter = waiter
 
     def _end(self, waiter: asyncio.Future[None]) -> None:
         """End the connection, and with it aiohttp's loop."""

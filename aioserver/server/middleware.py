@@ -83,11 +83,9 @@ def make_middleware(
     refusals, metrics = RateLimit(REFUSALS_PER_SECOND), admission.metrics
     forms = admission.forms
 
-    def check_head(request: web.Request) -> None:
+    def check_head(request: web.Request, connection: Connection | None) -> None:
         limits = settings.chat.websocket.concurrency.uvicorn
-        connection = request.protocol
-        # Where the application is embedded, the connection is another server's, without our limit.
-        if isinstance(connection, Connection):
+        if connection is not None:
             connection.requests += 1
             if connection.requests >= limits.max_keepalive_requests:
                 connection.last = True
@@ -121,8 +119,11 @@ def make_middleware(
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         assert isinstance(request, Request)
+        protocol = request.protocol
+        # Where the application is embedded, the connection is another server's, without our limit.
+        connection = protocol if isinstance(protocol, Connection) else None
         try:
-            check_head(request)
+            check_head(request, connection)
             try:
                 caller = guard.admit(request)
             except Undecided as undecided:
@@ -177,11 +178,9 @@ def make_middleware(
                     await whole.write(request, response, timeout, drop, "http")
                 finally:
                     request.started = None
-        elif response.keep_alive:
-            connection = request.protocol
+        elif connection is not None and connection.last and response.keep_alive:
             # The head is sent already, and did not say that the connection ends.
-            if isinstance(connection, Connection) and connection.last:
-                connection.close_soon()
+            connection.close_soon()
         return response
 
     def log_refusal(request: web.Request, error: Denied) -> None:

@@ -100,9 +100,8 @@ class Dispatcher:
                 # Of two routes on one path the first counts, as for the router.
                 self._known.setdefault((route.method, resource.canonical), (match, route.handler))
 
-    def __call__(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
+    def __call__(self, request: Request) -> Awaitable[web.StreamResponse]:
         """Return the response to *request*, once it is awaited."""
-        assert isinstance(request, Request)
         entry = self._known.get((request.method, request.raw_path))
         if hdrs.EXPECT in request.headers:
             if request.headers[hdrs.EXPECT].lower() == "100-continue":
