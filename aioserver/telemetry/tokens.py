@@ -89,34 +89,32 @@ def tokens_of(usage: Mapping[str, Any] | None) -> Tokens:
             return Tokens(answer=answer)
         if asked is None:
             prompt += (cached or 0) + written
-    if not asked and not answered:
-        if cached is None and not written:
-            return Tokens(prompt, None, answer)
-        return Tokens(prompt, _least(cached, prompt), answer, min(written, prompt))
     reasoning = audio_in = audio_out = 0
-    if isinstance(asked, dict):
+    if asked and isinstance(asked, dict):
         if cached is None:
             cached = _count(asked.get(CACHED))
-        written = _count(asked.get(CACHE_WRITE)) or written
-        audio_in = _count(asked.get(AUDIO)) or 0
-    if isinstance(answered, dict) and answer is not None:
+        # Many are details of nothing.
+        if any(asked.values()):
+            written = _count(asked.get(CACHE_WRITE)) or written
+            audio_in = _count(asked.get(AUDIO)) or 0
+    if answered and isinstance(answered, dict) and answer is not None and any(answered.values()):
         reasoning = _count(answered.get(REASONING)) or 0
         audio_out = min(_count(answered.get(AUDIO)) or 0, answer)
         if reasoning and usage.get(TOTAL) == prompt + answer + reasoning:
             answer += reasoning
+    if cached is not None and cached > prompt:
+        cached = prompt
+    if not (written or reasoning or audio_in or audio_out):
+        return Tokens(prompt, cached, answer)
     return Tokens(
         prompt,
-        _least(cached, prompt),
+        cached,
         answer,
         min(written, prompt),
         min(reasoning, answer or 0),
         min(audio_in, prompt),
         audio_out,
     )
-
-
-def _least(cached: int | None, prompt: int) -> int | None:
-    return cached if cached is None or cached <= prompt else prompt
 
 
 def _count(number: object) -> int | None:
