@@ -89,6 +89,8 @@ def tokens_of(usage: Mapping[str, Any] | None) -> Tokens:
             return Tokens(answer=answer)
         if asked is None:
             prompt += (cached or 0) + written
+    if not (asked or answered or written) and cached is None:
+        return Tokens(prompt, None, answer)
     reasoning = audio_in = audio_out = 0
     if asked and isinstance(asked, dict):
         if cached is None:
