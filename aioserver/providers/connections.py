@@ -33,7 +33,8 @@ from aioserver.providers.http1 import ResponseParser
 from aioserver.streams.outbox import Outbox
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from collections.abc import Set as AbstractSet
 
     from aiohttp import ClientRequest, ClientTimeout
     from aiohttp.connector import Connection
@@ -285,11 +286,9 @@ class Connections:
         return len(self._in_use) + self._opening
 
     @property
-    def exchanges(self) -> Iterator[Receiver]:
-        """Yield the exchanges under way."""
-        for connection in self._in_use:
-            if connection.protocol.exchange is not None:
-                yield connection.protocol.exchange
+    def in_use(self) -> AbstractSet[PooledConnection]:
+        """Those that carry exchanges, or are about to."""
+        return self._in_use
 
     def take(self, place: Place | None = None) -> PooledConnection | None:
         """Return an idle connection; None if there is none, or no place for it.

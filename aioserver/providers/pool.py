@@ -32,12 +32,13 @@ from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from collections.abc import Set as AbstractSet
 
     from aiohttp.client_reqrep import ConnectionKey
 
     from aioserver.config.settings import HttpClient
-    from aioserver.providers.connections import PooledConnection, Receiver
+    from aioserver.providers.connections import PooledConnection
 
 logger = logging.getLogger("aioserver.pool")
 
@@ -227,9 +228,10 @@ class Pool:
             waiting=self._gate.waiting,
         )
 
-    def exchanges(self) -> Iterator[Receiver]:
-        """Iterate over the exchanges under way; nothing else may run meanwhile."""
-        return self._connections.exchanges
+    @property
+    def in_use(self) -> AbstractSet[PooledConnection]:
+        """The connections that carry exchanges, or are about to, as they are now."""
+        return self._connections.in_use
 
     def retire(self) -> None:
         """Serve the requests that the pool has, and keep no connection: another pool takes

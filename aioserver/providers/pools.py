@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from aioserver.config.certificates import CertificateFault, client_context
@@ -21,11 +20,12 @@ from aioserver.providers.pool import UNBOUNDED, Pool, PoolStats, connection_gate
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from collections.abc import Set as AbstractSet
 
     from aioserver.config import settings
     from aioserver.config.x509 import Certificate
-    from aioserver.providers.connections import Receiver
+    from aioserver.providers.connections import PooledConnection
 
 # The settings of a provider, and of its `http_client`, that a pool or its requests' heads depend
 # on.
@@ -114,9 +114,12 @@ class Pools:
         retired = sum(pool.stats().open for pool in self._retired)
         return replace(stats, open=stats.open + retired)
 
-    def exchanges(self) -> Iterator[Receiver]:
-        """Iterate over the exchanges under way, of all pools."""
-        return chain.from_iterable(pool.exchanges() for pool in (self.pool, *self._retired))
+    @property
+    def in_use(self) -> AbstractSet[PooledConnection]:
+        """The connections of all pools that carry exchanges, or are about to."""
+        if not self._retired:
+            return self.pool.in_use
+        return {each for pool in (self.pool, *self._retired) for each in pool.in_use}
 
     async def drain(self) -> None:
         """Close each pool when its last request has ended.

@@ -44,7 +44,7 @@ from aioserver.providers.outage import Absence
 from aioserver.providers.pools import Pools
 from aioserver.providers.queueing import FAILOVER_WAIT, ProviderGate, TrialPlace
 from aioserver.providers.sinks import BodySink, StreamSink
-from aioserver.providers.stall import measure
+from aioserver.providers.stall import Silences
 from aioserver.telemetry.metrics import ProviderMeter
 from aioserver.telemetry.outcome import COUNTED, ESTIMATE, MIXED, NOBODY, PROVIDER, Part
 from aioserver.telemetry.tokens import MAX_TOKENS, TOTAL, tokens_of
@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.breaker import Trials
     from aioserver.providers.budget import BudgetStats
+    from aioserver.providers.connections import PooledConnection
     from aioserver.providers.health import ProviderObserver
     from aioserver.providers.pool import PoolStats
     from aioserver.providers.queueing import GateFactory
@@ -137,6 +138,9 @@ class Provider:
         self.meter = ProviderMeter() if meter is None else meter
         self._lifetime = lifetime
         self.max_response_bytes = max_response_bytes
+        self._silences: Silences[PooledConnection] = Silences(
+            lambda connection: connection.protocol.exchange
+        )
         # What APIs have learned of it.
         self._memories: dict[type[Memory], Memory] = {}
         self._clock = clock
@@ -397,7 +401,7 @@ class Provider:
             self.health.flagged,
             self.health.next_try(waited_for=self._gate.waiting > 0),
             self.health.breaker.trials,
-            measure(self.pools.exchanges(), now, self.meter.first_token),
+            self._silences.measure(self.pools.in_use, now, self.meter.first_token),
             self.budget.stats(),
             self._gate.background,
             tuple(self._memories.values()),

@@ -1,18 +1,20 @@
 """Silence: how long a provider has sent nothing, in the answers that are under way now.
 
 An answer that has ended is measured in its record (telemetry/request_log.py). An answer that has
-stalled has no end yet, so the exchanges under way are measured once a second: there are at most
-`max_connections` of them, and an event costs nothing.
+stalled has no end yet, so the exchanges under way are measured once a second, and an event costs
+nothing. Of many exchanges only those are looked at that may be silent for long: one that was heard
+just before a look cannot be that for some seconds.
 
 Only streamed answers count: an answer in one piece sends nothing until it is complete.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable
+    from collections.abc import Set as AbstractSet
 
     from aioserver.providers.connections import Receiver
     from aioserver.telemetry.counters import Histogram
@@ -26,12 +28,24 @@ IN_ANSWER, BEFORE_ANSWER = 5.0, 10.0
 USUAL = 2.0
 
 
+# Exchanges that are all looked at.
+FEW = 100
+# Of more than FEW, one that was heard in the last HEARD seconds before a look is left alone for
+# REST seconds: it is looked at again before it has been silent for IN_ANSWER.
+HEARD, REST = 1.0, 3.5
+# What carries an exchange.
+C = TypeVar("C")
+
+
 class Silence(NamedTuple):
     """A provider's silence at one moment.
 
     *longest* is the seconds since the last byte of the answer that has been silent for longest, or
     since its request was sent. Of the answers *under_way*, *stalled* have begun and then stopped,
     and *unanswered* have not begun, both for so long that the silence should be reported.
+
+    Of more than FEW exchanges *longest* may be too low below IN_ANSWER, and *under_way* that of up
+    to REST seconds before.
     """
 
     longest: float = 0.0
@@ -40,22 +54,62 @@ class Silence(NamedTuple):
     under_way: int = 0
 
 
-def measure(exchanges: Iterable[Receiver], now: float, first_tokens: Histogram) -> Silence:
-    """Return the silence in *exchanges* at *now*, the loop's time.
+class _Look(NamedTuple, Generic[C]):
+    """What was heard at a moment: what carries streamed *answers*, and what carries *others*."""
 
-    *first_tokens* has the times to the first content that the provider has needed so far.
+    time: float
+    answers: set[C]
+    others: set[C]
+
+
+class Silences(Generic[C]):
+    """Measures the silence of one provider, whose exchanges are carried by connections.
+
+    Always: nothing that is not in use any more is held after the next measurement.
     """
-    patience = max(BEFORE_ANSWER, USUAL * first_tokens.quantile(0.95))
-    longest, stalled, unanswered, under_way = 0.0, 0, 0, 0
-    for exchange in exchanges:
-        record = exchange.record
-        seconds = exchange.silence(now)
-        if seconds is None or not record.streamed:
-            continue
-        under_way += 1
-        longest = max(longest, seconds)
-        if record.first_event_at:
-            stalled += seconds >= IN_ANSWER
+
+    def __init__(self, exchange_of: Callable[[C], Receiver | None]) -> None:
+        self._exchange_of = exchange_of
+        self._looks: list[_Look[C]] = []
+
+    def measure(self, in_use: AbstractSet[C], now: float, first_tokens: Histogram) -> Silence:
+        """Return the silence in the exchanges of what is *in_use* at *now*, the loop's time.
+
+        *first_tokens* has the times to the first content that the provider has needed so far.
+        """
+        patience = max(BEFORE_ANSWER, USUAL * first_tokens.quantile(0.95))
+        longest, stalled, unanswered = 0.0, 0, 0
+        if len(in_use) <= FEW:
+            self._looks.clear()
+            due = in_use
         else:
-            unanswered += seconds >= patience
-    return Silence(longest, stalled, unanswered, under_way)
+            # By the hashes that sets have of their members: no object is touched that is not due.
+            self._looks = [
+                _Look(look.time, look.answers & in_use, look.others & in_use)
+                for look in self._looks
+                if now - look.time < REST
+            ]
+            due = in_use - set().union(*(calm for look in self._looks for calm in look[1:]))
+        under_way = sum(len(look.answers) for look in self._looks)
+        answers, others = set(), set()
+        for carrier in due:
+            exchange = self._exchange_of(carrier)
+            if exchange is None:
+                continue
+            record, seconds = exchange.record, exchange.silence(now)
+            if seconds is None:
+                continue
+            if not record.streamed:
+                others.add(carrier)
+                continue
+            under_way += 1
+            if seconds < HEARD:
+                answers.add(carrier)
+            longest = max(longest, seconds)
+            if record.first_event_at:
+                stalled += seconds >= IN_ANSWER
+            else:
+                unanswered += seconds >= patience
+        if len(in_use) > FEW and (answers or others):
+            self._looks.append(_Look(now, answers, others))
+        return Silence(longest, stalled, unanswered, under_way)

@@ -48,6 +48,12 @@ async def ask(server: RunningServer, face: str, name: str) -> None:
         await response.read()
 
 
+def exchanges(server: RunningServer) -> list[Any]:
+    """The exchanges under way at the provider."""
+    under_way = [connection.protocol.exchange for connection in server.provider.pools.in_use]
+    return [exchange for exchange in under_way if exchange is not None]
+
+
 @contextlib.asynccontextmanager
 async def asking(server: RunningServer, face: str) -> AsyncIterator[None]:
     """Clients that wait for the end of an answer until the block ends, and then leave."""
@@ -62,7 +68,7 @@ async def asking(server: RunningServer, face: str) -> AsyncIterator[None]:
 
 def lengthen_silences(server: RunningServer, seconds: float = LATER) -> None:
     """Let every provider's last word be *seconds* older than it is."""
-    for exchange in server.provider.pools.exchanges():
+    for exchange in exchanges(server):
         exchange.spoke_at -= seconds
         if (fast := exchange.protocol.fast_path) is not None:
             fast.forwarded_at -= seconds
@@ -171,7 +177,7 @@ async def test_who_only_keeps_the_connection_alive_says_nothing(
     )
 
     def heard() -> list[float]:
-        return [exchange.last_byte_at for exchange in server.provider.pools.exchanges()]
+        return [exchange.last_byte_at for exchange in exchanges(server)]
 
     async with asking(server, face):
         await until(lambda: server.provider.stats().silence.under_way == CLIENTS)

@@ -96,7 +96,10 @@ class Deadlines:
         if provider.pools.gate._queue:
             what = f"a connection to {provider.name}"
             self._look_at_queue(provider.pools.gate, limits.pool_timeout, what)
-        for exchange in provider.pools.exchanges():
+        for connection in provider.pools.in_use:
+            exchange = connection.protocol.exchange
+            if exchange is None:
+                continue
             assert isinstance(exchange, Exchange)
             transport = exchange.protocol.transport
             assert isinstance(transport, Transport)
