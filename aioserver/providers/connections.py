@@ -197,6 +197,13 @@ class PooledConnection:
         """The transport; None once the connection is lost."""
         return self.protocol.transport
 
+    def heard_at(self) -> float:
+        """Return when the fast path has forwarded something, in the loop's time; 0.0 without
+        one.
+        """
+        fast_path = self.protocol.fast_path
+        return 0.0 if fast_path is None else fast_path.forwarded_at
+
     def release(self) -> None:
         """Give the connection to the next request, or keep it for one."""
         self._owner.give_back(self)

@@ -38,6 +38,7 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.backpressure import Backpressure
 from aioserver.providers.budget import Budget
+from aioserver.providers.connections import PooledConnection
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.health import ALONE, Health
 from aioserver.providers.outage import Absence
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.breaker import Trials
     from aioserver.providers.budget import BudgetStats
-    from aioserver.providers.connections import PooledConnection
     from aioserver.providers.health import ProviderObserver
     from aioserver.providers.pool import PoolStats
     from aioserver.providers.queueing import GateFactory
@@ -139,7 +139,7 @@ class Provider:
         self._lifetime = lifetime
         self.max_response_bytes = max_response_bytes
         self._silences: Silences[PooledConnection] = Silences(
-            lambda connection: connection.protocol.exchange
+            lambda connection: connection.protocol.exchange, PooledConnection.heard_at
         )
         # What APIs have learned of it.
         self._memories: dict[type[Memory], Memory] = {}

@@ -65,11 +65,16 @@ class _Look(NamedTuple, Generic[C]):
 class Silences(Generic[C]):
     """Measures the silence of one provider, whose exchanges are carried by connections.
 
+    *heard_at* tells when a connection has forwarded an event of a streamed answer, in the loop's
+    time; 0.0 if it is not known without a look at its exchange, which *exchange_of* returns.
+
     Always: nothing that is not in use any more is held after the next measurement.
     """
 
-    def __init__(self, exchange_of: Callable[[C], Receiver | None]) -> None:
-        self._exchange_of = exchange_of
+    def __init__(
+        self, exchange_of: Callable[[C], Receiver | None], heard_at: Callable[[C], float]
+    ) -> None:
+        self._exchange_of, self._heard_at = exchange_of, heard_at
         self._looks: list[_Look[C]] = []
 
     def measure(self, in_use: AbstractSet[C], now: float, first_tokens: Histogram) -> Silence:
@@ -79,9 +84,9 @@ class Silences(Generic[C]):
         """
         patience = max(BEFORE_ANSWER, USUAL * first_tokens.quantile(0.95))
         longest, stalled, unanswered = 0.0, 0, 0
-        if len(in_use) <= FEW:
+        due, many = in_use, len(in_use) > FEW
+        if not many:
             self._looks.clear()
-            due = in_use
         else:
             # By the hashes that sets have of their members: no object is touched that is not due.
             self._looks = [
@@ -93,6 +98,12 @@ class Silences(Generic[C]):
         under_way = sum(len(look.answers) for look in self._looks)
         answers, others = set(), set()
         for carrier in due:
+            # Most of many streams are heard all the time, and this touches the fewest objects.
+            if many and now - (heard_at := self._heard_at(carrier)) < HEARD:
+                under_way += 1
+                answers.add(carrier)
+                longest = max(longest, now - heard_at)
+                continue
             exchange = self._exchange_of(carrier)
             if exchange is None:
                 continue
@@ -110,6 +121,6 @@ class Silences(Generic[C]):
                 stalled += seconds >= IN_ANSWER
             else:
                 unanswered += seconds >= patience
-        if len(in_use) > FEW and (answers or others):
+        if many and (answers or others):
             self._looks.append(_Look(now, answers, others))
         return Silence(longest, stalled, unanswered, under_way)

@@ -14,6 +14,7 @@ TCP_INFO_BYTES = 104
 QUEUE_OFFSET = 24
 # Up to `tcpi_min_rtt`, in microseconds, which Linux has since 4.6.
 ROUND_TRIP_BYTES, ROUND_TRIP_OFFSET = 152, 148
+DESCRIPTORS, MEMORY = Path("/proc/self/fd"), Path("/proc/self/statm")
 
 
 class AcceptQueue(NamedTuple):
@@ -65,13 +66,12 @@ def least_round_trip(sock: socket.socket) -> float:
 
 def process_usage() -> ProcessUsage:
     """Return the descriptors and the memory that this process uses now."""
-    directory = Path("/proc/self/fd")
     open_fds: int | None = None
     rss_bytes: int | None = None
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        pages = int(MEMORY.read_bytes().split()[1])
         # Since Linux 6.2 the size of the directory is the number of descriptors; before, it is 0.
-        open_fds = directory.stat().st_size or len(list(directory.iterdir()))
+        open_fds = DESCRIPTORS.stat().st_size or len(list(DESCRIPTORS.iterdir()))
         rss_bytes = pages * resource.getpagesize()
     except (OSError, ValueError):
         pass
