@@ -222,9 +222,10 @@ class Router:
         """
         if model in self.providers:
             return Route(self._named(model), None)
-        prefix, slash, rest = model.partition("/")
-        if slash and rest and prefix in self.providers:
-            return Route(self._named(prefix), rest)
+        if "/" in model:
+            prefix, _, rest = model.partition("/")
+            if rest and prefix in self.providers:
+                return Route(self._named(prefix), rest)
         if not self._names_lead:
             return None
         if (group := self._group_of(model)) is not None:

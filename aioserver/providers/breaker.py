@@ -198,14 +198,12 @@ class Breaker:
         """Note the first event of an answer, after *seconds*; return whether the provider was
         dead.
         """
-        self._trials -= trial
         was_dead = self.dead
-        if was_dead:
+        if trial:
+            self._trials -= 1
+            self._row += self.sick
+        if was_dead or self._row >= self._needed:
             self._get_well()
-        elif self.sick and trial:
-            self._row += 1
-            if self._row >= self._needed:
-                self._get_well()
         self._last_success = now = self._clock()
         self._failures = 0
         self.unreachable = False

@@ -202,8 +202,9 @@ class Provider:
         Raises:
             ProviderFault: the provider is not asked now.
         """
-        self.check(attempt)
-        request = attempt.request
+        health, request = self.health, attempt.request
+        if health.breaker.dead or health.flagged_until or attempt.fallback:
+            self.check(attempt)
         record = request.record
         if not record.queued_at:
             record.queued_at = self._clock()
@@ -629,8 +630,6 @@ class Provider:
         """
         health = self.health
         dead = health.breaker.dead
-        if not (dead or health.flagged_until or attempt.fallback):
-            return
         if dead and self.absence.waits(attempt):
             return
         health.check(alternative=attempt.fallback)
