@@ -62,11 +62,21 @@ class Asking:
     numbers from 0.0 to 1.0, for the jitter of backoffs.
     """
 
-    __slots__ = (
-        *("_broken", "_fallback", "_model", "_number", "_outcome", "_previous", "_provider"),
-        *("_random_number", "_rejoin", "_request", "_round", "_stream", "_too_long", "_trial"),
-        *("_tries", "_waited", "trial"),
-    )
+    # What most requests never change.
+    # The number of this round.
+    _number = 0
+    # The seconds of its waits at the one provider, and whether it has left that queue for a moment
+    # only.
+    _waited, _rejoin = 0.0, False
+    # How this round has failed so far, and the one before.
+    _tries: tuple[Try, ...] = ()
+    _previous: Try | None = None
+    # The first for whom the request was too long.
+    _too_long: Try | None = None
+    # The providers that were asked once more at once.
+    _broken: frozenset[Provider] = frozenset()
+    # Whether the last attempt was a trial.
+    _trial = False
 
     def __init__(
         self,
@@ -84,22 +94,9 @@ class Asking:
         self._outcome = request.provider_request.outcome
         self._provider, self._model, self._round = provider, model, round_
         self._fallback = fallback
-        # Whether the next attempt is a trial, of whose end the breaker does not know yet; and
-        # whether the last one was.
-        self.trial, self._trial = trial, False
+        # Whether the next attempt is a trial, of whose end the breaker does not know yet.
+        self.trial = trial
         self._random_number = random_number
-        # The number of this round.
-        self._number = 0
-        # The seconds of its waits at the one provider, and whether it has left that queue for a
-        # moment only.
-        self._waited, self._rejoin = 0.0, False
-        # How this round has failed so far, and the one before.
-        self._tries: list[Try] = []
-        self._previous: Try | None = None
-        # The first for whom the request was too long.
-        self._too_long: Try | None = None
-        # The providers that were asked once more at once.
-        self._broken: set[Provider] = set()
 
     async def answer(self) -> Attempt:
         """Return the attempt that succeeded. Cancelling is safe.
@@ -203,7 +200,7 @@ class Asking:
         forget_frames(fault)
         if fault.once and attempt is not None and self._once_more(fault):
             return 0.0
-        self._tries.append(Try.of(fault, self._outcome))
+        self._tries += (Try.of(fault, self._outcome),)
         if round_ is None:
             again = fault.retry and not fault.once
             return self._rest([(self._provider, fault.code)] if again else [])
@@ -227,7 +224,7 @@ class Asking:
         if not first.budget.take_retry():
             first.meter.retries_refused.value += 1
             return False
-        self._broken.add(provider)
+        self._broken |= {provider}
         self._number += 1
         self._previous = Try.of(fault, self._outcome)
         provider.meter.retries[fault.code].value += 1
@@ -238,8 +235,7 @@ class Asking:
     def _wait_at(self, member: Member) -> None:
         """Go on at *member* alone, which all are waiting for."""
         self._provider, self._model, self._round = member.provider, member.asked_model, None
-        self._number, self._previous = 0, None
-        self._tries.clear()
+        self._number, self._previous, self._tries = 0, None, ()
         member.provider.budget.add_request()
 
     def _rest(self, again: Sequence[tuple[Provider, str]]) -> float:
@@ -251,7 +247,7 @@ class Asking:
         """
         first, previous = self._provider, self._previous
         self._too_long = self._too_long or too_long(self._tries)
-        final = final_try(self._tries)
+        final, self._tries = final_try(list(self._tries)), ()
         if previous is not None and isinstance(final.fault, CircuitOpen):
             # What killed the last of them says more than that it is dead.
             raise self._raised(previous) from None
