@@ -174,8 +174,8 @@ class Request(msgspec.Struct, eq=False):
         """
         provider_request, route = self.provider_request, self.route
         record, provider = provider_request.record, route.provider
-        record.face, record.request_id, record.log = self.face, self.name, request_log
-        record.admitted_at = monotonic()
+        record.face, record.request_id = self.face, self.name
+        record.log, record.admitted_at = request_log, monotonic()
         outcome = record.outcome
         outcome.provider, outcome.model = provider.name, route.model or provider.settings.model
         if route.group is not None:

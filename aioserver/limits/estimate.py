@@ -5,7 +5,7 @@ There is no tokenizer: it would be wrong for most engines, and each estimate is 
 end. What is learned are exponential moving averages, in which the newest value weighs an eighth:
 
     of each provider and model     tokens of the prompt for each byte of the request, all of them,
-                                   and those that no cache holds; tokens for each event of a stream
+                                   and those that a cache holds; tokens for each event of a stream
     of each caller and model       tokens of an answer
 
 The fair queues, the budgets of keys and the pace of providers ask one object.
@@ -59,11 +59,10 @@ class Estimate(msgspec.Struct, frozen=True, gc=False):
 class _Ratios:
     """The averages of one provider and model: tokens for each byte, and for each event."""
 
-    __slots__ = ("event", "prompt", "uncached")
+    __slots__ = ("cached", "event", "prompt")
 
     def __init__(self) -> None:
-        self.prompt = self.uncached = TOKENS_PER_BYTE
-        self.event = 1.0
+        self.prompt, self.cached, self.event = TOKENS_PER_BYTE, 0.0, 1.0
 
 
 def text_bytes(body: bytes) -> int:
@@ -99,11 +98,10 @@ class Estimates:
             answer = UNBOUNDED if bound is None else min(bound, LARGEST_FIRST)
         elif bound is not None:
             answer = min(bound, answer)
-        prompt, uncached = round(size * ratios.prompt), round(size * ratios.uncached)
-        if prompt > MAX_INPUT:  # noqa: PLR1730 - a call of `min` costs more
-            prompt = MAX_INPUT
-        if uncached > prompt:  # noqa: PLR1730
-            uncached = prompt
+        prompt = round(size * ratios.prompt)
+        uncached = round(size * (ratios.prompt - ratios.cached))
+        if prompt > MAX_INPUT:
+            prompt, uncached = MAX_INPUT, min(uncached, MAX_INPUT)
         return Estimate(prompt, uncached, round(answer))
 
     def tokens_per_byte(self, provider: str, model: str) -> float:
@@ -142,11 +140,10 @@ class Estimates:
             if len(self._ratios) >= MAX_PAIRS:
                 del self._ratios[next(iter(self._ratios))]
         self._ratios[pair] = ratios
-        if size > 0:
-            last = ratios.prompt
-            ratios.prompt = last + (prompt / size - last) / SMOOTHING
-            last = ratios.uncached
-            ratios.uncached = last + ((prompt - cached) / size - last) / SMOOTHING
+        if size:
+            ratios.prompt += (prompt / size - ratios.prompt) / SMOOTHING
+            if cached or ratios.cached:
+                ratios.cached += (cached / size - ratios.cached) / SMOOTHING
         if answer is None:
             return
         if events > 0:
