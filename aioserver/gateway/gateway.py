@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.instances import Instances, Start
     from aioserver.gateway.router import Router
     from aioserver.limits.deadline import Deadline
+    from aioserver.limits.quota import Quota
     from aioserver.protocol.client_frames import Chat
     from aioserver.providers.request import Answer, Hold
     from aioserver.streams.lifetime import Lifetime
@@ -166,10 +167,11 @@ class Gateway:
         """Return a count of the bytes of an answer that no log keeps, for `call`."""
         return self._streams.hold()
 
-    async def call(
+    def call(
         self, request: Request, ask: Callable[[Request], Awaitable[Answer]] | None = None
-    ) -> Answer:
-        """Return the answer to a *request* that is neither streamed nor resumable.
+    ) -> Coroutine[Any, Any, Answer]:
+        """Return the answer to a *request* that is neither streamed nor resumable, once it is
+        awaited.
 
         Cancelling ends it. *ask* asks the provider; None stands for `Router.call`.
 
@@ -180,7 +182,12 @@ class Gateway:
         self._check_running()
         quota, ask = request.caller.quota, ask or self._router.call
         if quota is None:
-            return await self._calls.answer(request, ask)
+            return self._calls.answer(request, ask)
+        return self._call_of_key(quota, request, ask)
+
+    async def _call_of_key(
+        self, quota: Quota, request: Request, ask: Callable[[Request], Awaitable[Answer]]
+    ) -> Answer:
         self._begin_turn(request)
         try:
             with quota.held():

@@ -8,7 +8,7 @@ by another value than the one it was routed by.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import orjson
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 # Bytes in which the name of a model is written.
 MAX_MODEL_BYTES = 4096
+# A name that has so many bytes at most, whichever way it is written: 12 of them stand for an
+# escaped pair of surrogates.
+SureName = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_MODEL_BYTES // 12)]
 # Bytes in which the id of a response is written that is looked for; a longer one is none of ours.
 MAX_ID_BYTES = 1024
 # Bytes of `metadata` that are kept.
@@ -33,7 +36,7 @@ MAX_METADATA_BYTES = 4096
 class Fields(msgspec.Struct, gc=False):
     """The fields that are read, as nearly all clients send them."""
 
-    model: str | None = None
+    model: SureName | None = None
     stream: bool | None = None
     user: str | None = None
     store: bool | None = None
@@ -67,9 +70,6 @@ _RAW_DECODER = msgspec.json.Decoder(_RawFields)
 # The longest body that may be read twice: first as nearly all clients send it, then whatever it
 # has.
 MAX_READ_TWICE = 1 << 16
-# Characters of a name that has MAX_MODEL_BYTES at most, whichever way it is written: 12 bytes
-# stand for an escaped pair of surrogates.
-MAX_SURE_CHARACTERS = MAX_MODEL_BYTES // 12
 MODEL = Member("model")
 
 
@@ -106,7 +106,12 @@ class ModelBody:
         """
         self.data = data
         self._value = self._place = self._site = None
-        fields = _usual(data) if read is None and len(data) <= MAX_READ_TWICE else None
+        fields: Fields | None = None
+        if read is None and len(data) <= MAX_READ_TWICE:
+            try:
+                fields = _DECODER.decode(data)
+            except (msgspec.DecodeError, RecursionError):
+                fields = None
         if fields is not None:
             options = fields.stream_options
         else:
@@ -169,18 +174,6 @@ class ModelBody:
             self._place = place.value
         view = memoryview(data)
         return b"".join((view[: self._place], written, view[self._place + len(value) :]))
-
-
-def _usual(data: bytes) -> Fields | None:
-    """Return the fields of a body that has them as nearly all clients send them, None of another
-    one.
-    """
-    try:
-        fields = _DECODER.decode(data)
-    except (msgspec.DecodeError, RecursionError):
-        return None
-    model = fields.model
-    return fields if model is None or 0 < len(model) <= MAX_SURE_CHARACTERS else None
 
 
 def _checked(fields: _RawFields) -> Fields:

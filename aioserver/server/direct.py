@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 if sys.version_info >= (3, 12):
     # It runs until its first wait before this returns.
-    start_task = partial(asyncio.Task[None], eager_start=True)
+    start_task = partial(asyncio.Task, eager_start=True)
 else:
 
     def start_task(
