@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Protocol, Self
 
+import msgspec
+
 from aioserver.auth.callers import Caller
 from aioserver.errors import ServerAtCapacity
 from aioserver.limits.shares import ByOwner, Shares
@@ -246,10 +248,10 @@ class StreamStore:
 
     def count_bytes(self, stream: Stream, size: int) -> None:
         """Note that a log has grown by *size* bytes; negative: it has shrunk."""
-        self._bytes += size
+        self._bytes = kept = self._bytes + size
         if stream.ended and (owner := self._finished.get(stream)) is not None:
             self._shares.add(owner, size)
-        if self._bytes > self._max_kept_bytes:
+        if kept > self._max_kept_bytes:
             self._evict()
 
     def note_end(self, stream: Stream) -> None:
@@ -426,20 +428,17 @@ def _of_who_keeps_most(streams: Iterable[Stream]) -> Iterator[Stream]:
         shares.add(owner, -freed)
 
 
-class HeldBytes:
+class HeldBytes(msgspec.Struct, eq=False):
     """The bytes of one body that is collected or written, and that no log has.
 
     `release` gives them back, also in a `with`; nothing is counted after it. *size* is how many
     they are.
     """
 
-    __slots__ = ("_owner", "_released", "_store", "size")
-
-    def __init__(self, store: StreamStore, owner: Hashable = None) -> None:
-        self._store = store
-        self._owner = owner
-        self.size = 0
-        self._released = False
+    _store: StreamStore
+    _owner: Hashable = None
+    size: int = 0
+    _released: bool = False
 
     def grow(self, size: int) -> None:
         """Count another *size* bytes.

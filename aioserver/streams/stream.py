@@ -256,7 +256,6 @@ class Stream:
         self.record = NO_RECORD
         self.head = protocol_frames.frame_head(request_id)
         self.max_bytes = max_bytes
-        self.extra_bytes = 0
         # What kind of answer this is, None if it is no provider's; and what its events are.
         self.api: AnswerApi | None = None
         self.events = PLAIN_EVENTS
@@ -289,8 +288,7 @@ class Stream:
         self.remote: Remote | None = None
         self._store = store
         # As `recount`, of what there is now.
-        size = STREAM_OVERHEAD + 3 * len(self.head) + len(self.outcome.model) + PLAIN_EVENTS.size
-        self.extra_bytes = size
+        self.extra_bytes = size = STREAM_OVERHEAD + 3 * len(self.head) + len(self.outcome.model)
         if store is not None:
             store.count_bytes(self, size)
 
@@ -414,8 +412,9 @@ class Stream:
         bytes of entries.
         """
         outcome = self.outcome
-        size = STREAM_OVERHEAD + 3 * len(self.head) + len(outcome.model)
-        size += self.text_bytes + self.events.size
+        size = STREAM_OVERHEAD + 3 * len(self.head) + len(outcome.model) + self.text_bytes
+        if self.events is not PLAIN_EVENTS:
+            size += self.events.size
         if headers := outcome.headers:
             size += sum(len(name) + len(text) + HEADER_OVERHEAD for name, text in headers.items())
         if self.said is not None:
