@@ -144,7 +144,6 @@ class GateStats:
     waiting: int
     queue_size: int
     oldest_wait: float
-    entered: int
     refused: int
     batch_waiting: int = 0
 
@@ -180,13 +179,7 @@ class Place(msgspec.Struct, eq=False):
         """Give the place back, whose request has cost so much work; None: what was estimated."""
         gate, self._gate = self._gate, None
         if gate is not None:
-            if self._charge is not None:
-                self._charge.settle(cost)
-            elif gate._early:
-                gate._spend(self, cost)
-            if self.batch:
-                gate._batch_left()
-            gate._leave()
+            gate._leave(self, cost)
 
     def __enter__(self) -> Self:
         return self
@@ -240,7 +233,6 @@ class Gate:
         self._early: dict[Place, tuple[Hashable, Hashable, int, Callable[[], int]]] = {}
         # How many places are taken.
         self.inside = 0
-        self._entered = 0
         self._refused = 0
         # While the gate is full: the time at which it became full, or a place was freed last.
         self._full_since = 0.0
@@ -379,12 +371,13 @@ class Gate:
             return None
         else:
             place = self._start(cost, None, batch)
-        self._enter()
-        if batch:
-            self._batch_entered()
         if work is not None:
             self._early[place] = caller, flow, weight, work
-        self._entered += 1
+        self.inside += 1
+        if self.inside == self.limit:
+            self._full_since = self._clock()
+        if batch:
+            self._batch_entered()
         return place
 
     async def enter(
@@ -471,13 +464,6 @@ class Gate:
             queue = self._batch if place.batch else self._queue
             place._charge = queue.start(caller, flow, weight, work())
             del self._early[place]
-
-    def _spend(self, place: Place, cost: int | None) -> None:
-        """Charge the caller that has had *place* without a wait, while nobody waited."""
-        if (early := self._early.pop(place, None)) is not None:
-            caller, _flow, weight, work = early
-            queue = self._batch if place.batch else self._queue
-            queue.spend(caller, weight, work() if cost is None else cost)
 
     def _remove(self, waiter: Waiter[Place]) -> bool:
         queue = self._batch if waiter.batch else self._queue
@@ -648,7 +634,6 @@ class Gate:
             waiting=self.waiting,
             queue_size=self.queue_size,
             oldest_wait=0.0 if oldest is None else self._clock() - oldest,
-            entered=self._entered,
             refused=self._refused,
             batch_waiting=self._batch.size,
         )
@@ -680,13 +665,23 @@ class Gate:
         if self._batch_inside == self.batch_limit:
             self._batch_full_since = self._clock()
 
-    def _leave(self) -> None:
+    def _leave(self, place: Place, cost: int | None) -> None:
+        """Take *place* back, whose request has cost so much work; None: what was estimated."""
+        if place._charge is not None:
+            place._charge.settle(cost)
+        elif self._early and (early := self._early.pop(place, None)) is not None:
+            # Its caller has had it without a wait, and nobody has waited since.
+            caller, _flow, weight, work = early
+            queue = self._batch if place.batch else self._queue
+            queue.spend(caller, weight, work() if cost is None else cost)
+        if place.batch:
+            self._batch_left()
         # Below the limit nobody had to wait for this place, so its interval does not count.
-        if self.inside >= self.limit:
+        if (inside := self.inside) >= self.limit:
             now = self._clock()
             self._interval += SMOOTHING * (min(60.0, now - self._full_since) - self._interval)
             self._full_since = now
-        self.inside -= 1
+        self.inside = inside - 1
         if self._queue.size or self._batch.size:
             self.serve()
 
@@ -727,7 +722,6 @@ class Gate:
                 if charge is not None:
                     charge.settle(0)
         if waiter is not None and place is not None:
-            self._entered += 1
             try:
                 waiter.start(place)
             except Exception as exc:

@@ -73,6 +73,7 @@ limits.loan Loan.regain
 gateway.request Request._regain
 limits.gate Gate._enter
 limits.gate Gate.enter
+limits.gate Gate.try_enter
 limits.quota Quota.take
 limits.quota Quota._start
 limits.budget Budget.reserve
@@ -156,7 +157,6 @@ WITHIN = {
     Function("limits.gate", "Gate._hand_over"),
     Function("limits.gate", "Gate._start"),
     Function("limits.gate", "Gate._wait"),
-    Function("limits.gate", "Gate.try_enter"),
     Function("limits.lines", "Lines._join"),
     Function("limits.lines", "Lines._stand"),
     Function("limits.lines", "Lines.started"),

@@ -303,8 +303,8 @@ BodyHold.release = lossy
 import asyncio
 from aioserver.limits.gate import Gate
 leave, kept = Gate._leave, []
-def lossy(self):
-    leave(self)
+def lossy(self, *args):
+    leave(self, *args)
     if len(kept) < 1:
         kept.append(asyncio.ensure_future(asyncio.Event().wait()))
 Gate._leave = lossy

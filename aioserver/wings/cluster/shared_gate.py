@@ -153,9 +153,9 @@ class SharedGate(Gate):
             self._grant.wait_ends()
         return waited
 
-    def _leave(self) -> None:
+    def _leave(self, place: Place, cost: int | None) -> None:
         self._grant.place_ends()
-        super()._leave()
+        super()._leave(place, cost)
 
 
 class ConnectionGate(SharedGate):
