@@ -120,22 +120,11 @@ class Guard:
         policy = self.policies.get(match.route, Policy.ADMIN)
         if policy is Policy.OPEN:
             return None
-        caller = self.caller(request) if known is None else known
+        caller = known or self.caller_by_key(request) or self.caller_by_session(request)
         if policy is Policy.ADMIN and not caller.admin:
             raise PermissionDenied("this key may chat, but not watch: it is no admin key")
         request[CALLER] = caller
         return caller
-
-    def caller(self, request: web.Request) -> Caller:
-        """Return the caller of *request*, by its key or its session.
-
-        Raises:
-            MissingApiKey: the request has neither.
-            InvalidApiKey: no caller has the key, or the request has several keys.
-            SessionEnded, OriginNotAllowed: as `caller_by_session`.
-            Undecided, AuthUnavailable, ServerAtCapacity: as `Access.caller`.
-        """
-        return self.caller_by_key(request) or self.caller_by_session(request)
 
     def caller_by_session(self, request: web.Request) -> Caller:
         """Return the caller whose session is in the cookie of *request*.
@@ -162,10 +151,13 @@ class Guard:
             Undecided, PermissionDenied, AuthUnavailable, ServerAtCapacity: as `Access.caller`.
         """
         headers, sent = request.headers, None
-        for name, keys_in in KEY_SOURCES:
-            if name in headers and (keys := keys_in(headers.getall(name))):
-                if len(keys) > 1 or (sent is not None and sent != keys[0]):
-                    raise InvalidApiKey("more than one API key")
+        sources = [_bearers(headers.getall(hdrs.AUTHORIZATION, ()))]
+        if not headers.keys().isdisjoint(OTHER_SOURCES):
+            sources += [find(headers.getall(name, ())) for name, find in OTHER_SOURCES.items()]
+        for keys in sources:
+            if len(keys) > 1 or (keys and sent is not None and sent != keys[0]):
+                raise InvalidApiKey("more than one API key")
+            if keys:
                 sent = keys[0]
         return None if sent is None else self._access.caller(sent.encode("utf-8", "surrogatepass"))
 
@@ -241,13 +233,12 @@ def _keys_offered(headers: Iterable[str]) -> list[str]:
     return offered_keys(_protocols(headers))
 
 
-# The headers that may have a key, as multidict looks for them, each with what finds the keys in its
-# values.
-KEY_SOURCES: tuple[tuple[str, Callable[[Iterable[str]], list[str]]], ...] = (
-    (hdrs.AUTHORIZATION, _bearers),
-    *((istr(name), _keys) for name in KEY_HEADERS),
-    (hdrs.SEC_WEBSOCKET_PROTOCOL, _keys_offered),
-)
+# The headers beside Authorization that may have a key, as multidict looks for them, each with what
+# finds the keys in its values.
+OTHER_SOURCES: dict[str, Callable[[Iterable[str]], list[str]]] = {
+    **{istr(name): _keys for name in KEY_HEADERS},
+    hdrs.SEC_WEBSOCKET_PROTOCOL: _keys_offered,
+}
 
 
 def _sessions(headers: Iterable[str]) -> list[str]:

@@ -81,13 +81,16 @@ class Request(msgspec.Struct, eq=False):
         request = self.provider_request
         caller, bound = request.caller, request.bound
         assert caller.quota is not None, "the caller has a key"
-        quota, tokens = caller.quota, 0
-        if quota.queue_size or quota.budget.limited:
-            # By what is known of the provider that is asked first.
-            tokens = self.route.provider.estimate(request, self.route.model).tokens
+        quota = caller.quota
         try:
+            if not (quota.queue_size or quota.budget.limited):
+                # It begins or is refused, whatever it may cost.
+                self.turn = quota.begin()
+                return
+            # By what is known of the provider that is asked first.
+            estimate = self.route.provider.estimate(request, self.route.model)
             self.turn = quota.begin(
-                tokens,
+                estimate.tokens,
                 flow=caller.subflow,
                 work=request.work,
                 start_by=inf if bound is None else bound.next,
