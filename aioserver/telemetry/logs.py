@@ -13,7 +13,6 @@ formats, so that no client can begin a line of its own, or control the terminal 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -232,7 +231,8 @@ class BackgroundHandler(logging.Handler):
         # Lines that could not be written.
         self.dropped = 0
         self._stream = stream
-        self._queue: queue.Queue[str | None] = queue.Queue(MAX_LINES)
+        # Not `queue.Queue`, whose bound costs its locks and conditions for each line.
+        self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._errors = RateLimit(1, SAME_ERROR, clock)
         self._thread = threading.Thread(target=self._write, name="logs", daemon=True)
         self._thread.start()
@@ -245,17 +245,19 @@ class BackgroundHandler(logging.Handler):
                 return
             if left_out:
                 record.fields = {**getattr(record, "fields", {}), **left_out}
+        if self._queue.qsize() >= MAX_LINES:
+            self.dropped += 1
+            return
         try:
-            self._queue.put_nowait(self.format(record) + "\n")
-        # The queue is full, or the record cannot be formatted: the code that logs must go on.
+            self._queue.put(self.format(record) + "\n")
+        # The record cannot be formatted: the code that logs must go on.
         except Exception:  # noqa: BLE001
             self.dropped += 1
 
     def close(self) -> None:
         """Write the lines that wait, for CLOSE_TIMEOUT seconds at most, and end the thread."""
-        with contextlib.suppress(queue.Full):
-            self._queue.put(None, timeout=CLOSE_TIMEOUT)
-            self._thread.join(CLOSE_TIMEOUT)
+        self._queue.put(None)
+        self._thread.join(CLOSE_TIMEOUT)
         super().close()
 
     def _write(self) -> None:
@@ -314,6 +316,10 @@ def set_up_without_thread(settings: Logging) -> None:
 
 def _set_up(handler: BackgroundHandler | DirectHandler, settings: Logging) -> None:
     _format_a_traceback()
+    # No line shows these, and each record would ask for them (Python's "Logging HOWTO").
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    if sys.version_info >= (3, 12):
+        logging.logAsyncioTasks = False
     logging.getLogger().handlers[:] = [handler]
     apply(settings)
     logging.getLogger("asyncio").setLevel(logging.WARNING)

@@ -203,7 +203,8 @@ class RequestLog:
         if record.trace is not None:
             record.trace.ended(_end_of(record, now, code, outcome, status))
         if outcome == "rejected":
-            if (left_out := metrics.refusal_lines.allow(code)) is not None:
+            left_out = metrics.refusal_lines.allow(code)
+            if left_out is not None and logger.isEnabledFor(logging.WARNING):
                 self._log(record, now, code, outcome, status, **left_out)
         elif logger.isEnabledFor(logging.INFO):
             if len(asked.parts) > 1:
@@ -298,10 +299,12 @@ class RequestLog:
             fields["first_token_ms"] = round(
                 (record.first_event_at - record.admitted_at) * 1000, 1
             )
-        gaps = {"provider": record.silence, "our": record.delay, "client": record.client_stall}
-        fields |= {
-            f"{side}_gap_ms": round(gap * 1000, 1) for side, gap in gaps.items() if gap > THRESHOLD
-        }
+        if record.silence > THRESHOLD:
+            fields["provider_gap_ms"] = round(record.silence * 1000, 1)
+        if record.delay > THRESHOLD:
+            fields["our_gap_ms"] = round(record.delay * 1000, 1)
+        if record.client_stall > THRESHOLD:
+            fields["client_gap_ms"] = round(record.client_stall * 1000, 1)
         if record.outcome.parts:
             fields |= _bill(record.outcome)
         if record.outcome.seams:
@@ -312,7 +315,12 @@ class RequestLog:
             fields["hook"] = ",".join(record.outcome.hooks)
         fields |= left_out
         level = logging.WARNING if outcome == "rejected" else logging.INFO
-        logger.log(level, "request finished", extra={"fields": fields})
+        # Not `log`, which would look through the stack for the caller, whom no line shows.
+        logger.handle(
+            logger.makeRecord(
+                logger.name, level, "", 0, "request finished", (), None, extra={"fields": fields}
+            )
+        )
 
 
 def _bridged(outcome: Outcome) -> dict[str, object]:
@@ -327,19 +335,27 @@ def _bridged(outcome: Outcome) -> dict[str, object]:
 
 def _bill(outcome: Outcome) -> dict[str, object]:
     """Return what a log line says of the tokens of all attempts, as far as they are known."""
-    parts = [part for part in outcome.parts if part.source != NOBODY]
-    if not parts:
+    asked = answered = reasoning = 0
+    cached: int | None = None
+    source = ""
+    for part in outcome.parts:
+        if part.source == NOBODY:
+            continue
+        asked += part.tokens_in
+        answered += part.tokens_out
+        reasoning += part.tokens.reasoning
+        if part.tokens.cached is not None:
+            cached = (cached or 0) + part.tokens.cached
+        source = part.source if source in {"", part.source} else MIXED
+    if not source:
         return {}
-    fields: dict[str, object] = {}
-    fields["tokens_in"], fields["tokens_out"] = outcome.spent
-    cached = [part.tokens.cached for part in parts if part.tokens.cached is not None]
-    if cached:
-        fields["cached_tokens"] = sum(cached)
-    if reasoning := sum(part.tokens.reasoning for part in parts):
+    fields: dict[str, object] = {"tokens_in": asked, "tokens_out": answered}
+    if cached is not None:
+        fields["cached_tokens"] = cached
+    if reasoning:
         fields["reasoning_tokens"] = reasoning
-    sources = {part.source for part in parts}
-    if sources != {PROVIDER}:
-        fields["tokens_source"] = sources.pop() if len(sources) == 1 else MIXED
+    if source != PROVIDER:
+        fields["tokens_source"] = source
     return fields
 
 
