@@ -165,10 +165,10 @@ continuation.Hop = Forgetful
     "a place": """
 from aioserver.limits.gate import Place
 release, count = Place.release, [0]
-def lossy(self):
+def lossy(self, *cost):
     count[0] += 1
     if count[0] % 100:
-        release(self)
+        release(self, *cost)
 Place.release = lossy
 """,
     "that a request stands in other lines": """
