@@ -17,8 +17,9 @@ import hashlib
 import hmac
 import secrets
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from aioserver.auth.callers import Caller
 from aioserver.errors import InvalidApiKey, SessionEnded
@@ -42,8 +43,7 @@ UNKNOWN = "this API key is not known"
 ENDED = "this session has ended: log in again"
 
 
-@dataclass(frozen=True, slots=True)
-class _Key:
+class _Key(msgspec.Struct, frozen=True):
     digest: bytes
     caller: Caller
     quota: Quota

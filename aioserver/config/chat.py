@@ -3,15 +3,12 @@
 Durations are seconds, sizes are bytes.
 """
 
-# ruff: noqa: RUF009 - setting() and group() are dataclasses.field()
-
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from aioserver.config import shipped
-from aioserver.config.schema import check_rules, compare, group, section, setting
+from aioserver.config.schema import SettingsClass, check_rules, compare, group, section, setting
 from aioserver.config.validators import (
     boolean,
     count,
@@ -34,8 +31,7 @@ from aioserver.config.validators import (
 LOCAL_ORIGINS = ("http://localhost:8000", "http://127.0.0.1:8000")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Uvicorn:
+class Uvicorn(SettingsClass):
     """The listening socket and HTTP connections. The section is named after an earlier server."""
 
     SHIPPED: ClassVar = shipped.values("chat.websocket.concurrency.uvicorn")
@@ -62,8 +58,7 @@ class Uvicorn:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Concurrency:
+class Concurrency(SettingsClass):
     """Bounds on the clients that are served at once, and on those that wait."""
 
     SHIPPED: ClassVar = shipped.values("chat.websocket.concurrency")
@@ -99,8 +94,7 @@ class Concurrency:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tls:
+class Tls(SettingsClass):
     """TLS on the TCP sockets of the server. Without this section they are plain."""
 
     cert_file: str = setting(
@@ -126,8 +120,7 @@ class Tls:
         return tuple(name for name in names if name is not None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WebSocket:
+class WebSocket(SettingsClass):
     """The address of the server, and what holds for its clients on every face."""
 
     host: str = setting(
@@ -178,8 +171,7 @@ class WebSocket:
         return "http" if self.tls is None else "https"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sse:
+class Sse(SettingsClass):
     """The SSE face."""
 
     endpoint: str = setting(
@@ -187,8 +179,7 @@ class Sse:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Streaming:
+class Streaming(SettingsClass):
     """The streaming of answers."""
 
     IGNORED: ClassVar = {
@@ -201,8 +192,7 @@ class Streaming:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Persistence:
+class Persistence(SettingsClass):
     """Bounds on what is kept of one conversation."""
 
     enabled: bool = setting(
@@ -239,8 +229,7 @@ class Persistence:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Repository:
+class Repository(SettingsClass):
     """The storage of conversations."""
 
     IGNORED: ClassVar = {"connection_pool": "one thread writes the file, and another one reads it"}
@@ -259,8 +248,7 @@ class Repository:
         return self.type == "sql" and self.persistence.enabled
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Context:
+class Context(SettingsClass):
     """Bounds on the history that is sent to a provider in front of a new message."""
 
     IGNORED: ClassVar = {
@@ -282,8 +270,7 @@ class Context:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Service:
+class Service(SettingsClass):
     """The way from a chat to a request to a provider."""
 
     IGNORED: ClassVar = {
@@ -300,8 +287,7 @@ class Service:
     context: Context = group(Context)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Streams:
+class Streams(SettingsClass):
     """Bounds on how long answers are kept, and on how much of them is kept."""
 
     resume_window: float = setting(
@@ -347,8 +333,7 @@ class Streams:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chat:
+class Chat(SettingsClass):
     """Everything on the clients' side."""
 
     SHIPPED: ClassVar = shipped.values("chat")

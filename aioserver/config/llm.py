@@ -6,17 +6,24 @@ Durations are seconds, sizes are bytes. Settings that have the name of an httpx 
 This file is one concept: what is declared of a provider, and the rules between its settings.
 """
 
-# ruff: noqa: RUF009 - setting() and group() are dataclasses.field()
-
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, ClassVar
 
 from aioserver.config import models, shipped
 from aioserver.config.hints import nearest
 from aioserver.config.models import Group, Member
-from aioserver.config.schema import Secret, check_rules, compare, group, section, setting, show
+from aioserver.config.schema import (
+    Secret,
+    SettingsClass,
+    check_rules,
+    compare,
+    group,
+    section,
+    setting,
+    show,
+)
 from aioserver.config.validators import (
     api,
     boolean,
@@ -63,8 +70,7 @@ KEY_VARIABLES = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HttpClient:
+class HttpClient(SettingsClass):
     """Connections, timeouts, rates and queue of one provider."""
 
     SHIPPED: ClassVar = shipped.values("llm.providers.openai.http_client")
@@ -137,8 +143,7 @@ class HttpClient:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Provider:
+class Provider(SettingsClass):
     """One LLM API, and what is sent to it."""
 
     # The key of the section. Configuration.load fills it in.
@@ -302,8 +307,7 @@ class Provider:
         return self.api_key_env or self.api_key_file
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Llm:
+class Llm(SettingsClass):
     """Everything on the providers' side."""
 
     active: str = setting(line, "name of the provider, or in `models`, that is asked first")

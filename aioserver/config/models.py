@@ -9,12 +9,13 @@ The rules between groups and providers are those of `Llm` (llm.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from aioserver.config.schema import (
     BrokenRule,
     Faults,
+    SettingsClass,
     Validator,
     check_rules,
     refuse,
@@ -32,8 +33,7 @@ PREFIX = "prefix"
 PASS, REFUSE = "pass", "refuse"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
+class Member(SettingsClass):
     """One provider of a group, and the model that it is asked for."""
 
     provider: str = setting(label, "name of a provider")
@@ -72,8 +72,7 @@ member = Validator(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class Group(SettingsClass):
     """The members that can answer for one name of a model, and how one of them is chosen."""
 
     members: tuple[Member, ...] = setting(list_of(member), "")

@@ -1,12 +1,14 @@
 """How settings are declared, and how the declarations become a voluptuous schema.
 
-A settings class is a frozen dataclass, and stands for one section of the file. `setting()`
+A settings class is a `SettingsClass`, and stands for one section of the file. `setting()`
 declares a field by its validator, its meaning and its default; `group()` declares a section inside
 the section. `section()` turns the class into a validator: a valid mapping becomes an instance of
 it.
 
 All faults of a mapping are collected and raised together. A value that fails its validator is
 replaced by `FAULTY`, so that the rules between the other settings are still checked.
+
+All this is one concept: a declaration is only what becomes of it.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import operator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeAlias, TypeVar, dataclass_transform
 
+import msgspec
 import voluptuous as vol
 
 if TYPE_CHECKING:
@@ -103,8 +105,7 @@ class Secret:
         return hash(self._value)
 
 
-@dataclass(frozen=True, slots=True)
-class Validator:
+class Validator(msgspec.Struct, frozen=True):
     """A validator for voluptuous that can describe the values it accepts.
 
     *kind* is the type that the documentation shows. *inner* is the settings class of the sections
@@ -118,7 +119,7 @@ class Validator:
     test: Callable[[Any], Any]
     inner: type[Any] | None = None
     suffix: str = ""
-    json: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    json: Mapping[str, Any] = msgspec.field(default_factory=dict)
 
     def __call__(self, value: Any) -> Any:
         """Return the value to keep. `FAULTY` passes, because its fault is known already.
@@ -171,6 +172,64 @@ def group(cls: type[Any]) -> Any:
     if any(required(field) for field in fields(cls)):
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default_factory=cls, metadata=metadata)
+
+
+@dataclass_transform(
+    kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,)
+)
+class SettingsClass:
+    """What makes a class a frozen dataclass of settings.
+
+    The methods that `dataclass` would write and compile for each class stand here once: there are
+    some thirty classes, and one instance of most.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def __init_subclass__(cls) -> None:
+        dataclasses.dataclass(init=False, repr=False, eq=False)(cls)
+
+    def __init__(self, **values: Any) -> None:
+        for field in dataclasses.fields(self):
+            if field.name in values:
+                value = values.pop(field.name)
+            elif callable(factory := field.default_factory):
+                value = factory()
+            elif (value := field.default) is REQUIRED:
+                raise TypeError(f"{type(self).__name__} needs {field.name}")
+            object.__setattr__(self, field.name, value)
+        if values:
+            raise TypeError(f"{type(self).__name__} has no {', '.join(values)}")
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        """Derive settings from others, and check the rules between them."""
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, SettingsClass)
+            and type(other) is type(self)
+            and other._compared() == self._compared()
+        )
+
+    def __hash__(self) -> int:
+        return hash(self._compared())
+
+    def _compared(self) -> tuple[Any, ...]:
+        return tuple(
+            getattr(self, field.name) for field in dataclasses.fields(self) if field.compare
+        )
+
+    def __repr__(self) -> str:
+        shown = (field.name for field in dataclasses.fields(self) if field.repr)
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+        return f"{type(self).__name__}({values})"
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise dataclasses.FrozenInstanceError(f"{name} cannot be changed")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise dataclasses.FrozenInstanceError(f"{name} cannot be deleted")
 
 
 def fields(cls: type[Any] | object) -> list[dataclasses.Field[Any]]:

@@ -9,11 +9,8 @@ never changed: a reload makes a new one. Durations are seconds, sizes are bytes.
 This file is one concept: what stands beside `chat` and `llm`, each section as its class.
 """
 
-# ruff: noqa: RUF009 - setting() and group() are dataclasses.field()
-
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from aioserver.config.chat import (
@@ -32,7 +29,7 @@ from aioserver.config.chat import (
 )
 from aioserver.config.llm import HttpClient, Llm, Provider
 from aioserver.config.models import Group, Member
-from aioserver.config.schema import BrokenRule, check_rules, group, section, setting
+from aioserver.config.schema import BrokenRule, SettingsClass, check_rules, group, section, setting
 from aioserver.config.validators import (
     api,
     boolean,
@@ -103,8 +100,7 @@ CLOSED, OPEN = "closed", "open"
 MAX_HOOKS = 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class Limits(SettingsClass):
     """What one caller may do."""
 
     max_concurrent: int = setting(
@@ -159,7 +155,6 @@ class Limits:
             check_rules(self)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ClientKey(Limits):
     """One key of a client, and its limits. Exactly one of key_env, key_file and sha256 is set."""
 
@@ -177,7 +172,6 @@ class ClientKey(Limits):
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Role(Limits):
     """The limits of each caller whose token has this role; `default` is for those without any."""
 
@@ -185,8 +179,7 @@ class Role(Limits):
 DEFAULT_ROLE = "default"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Jwt:
+class Jwt(SettingsClass):
     """Tokens of an issuer (RFC 7519), accepted beside keys. Needs the extra `jwt`."""
 
     issuer: str = setting(line, "`iss` of a token; it must equal this text")
@@ -221,8 +214,7 @@ class Jwt:
         check_rules(self, *broken)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Auth:
+class Auth(SettingsClass):
     """Access for clients. Without this section only clients on the same machine have it."""
 
     keys: tuple[ClientKey, ...] | None = setting(list_of(section(ClientKey)), "", None)
@@ -283,8 +275,7 @@ class Auth:
         check_rules(self, *broken)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cluster:
+class Cluster(SettingsClass):
     """What several processes or machines share, as instances of one cluster."""
 
     redis_url: str | None = setting(
@@ -301,8 +292,7 @@ class Cluster:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tracing:
+class Tracing(SettingsClass):
     """Traces of requests, as OpenTelemetry has them."""
 
     otlp_endpoint: str | None = setting(
@@ -318,8 +308,7 @@ class Tracing:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hook:
+class Hook(SettingsClass):
     """A hook is asked about each request, or shown each answer. Exactly one of url and python is
     set.
     """
@@ -364,8 +353,7 @@ class Hook:
         check_rules(self, *broken)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Logging:
+class Logging(SettingsClass):
     """The log."""
 
     level: str = setting(log_level, "lowest level that is logged", "INFO")
@@ -376,8 +364,7 @@ class Logging:
     service_version: str = setting(optional_line, "value of `version` in every log line", "")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
+class Usage(SettingsClass):
     """What attempts have cost."""
 
     path: str | None = setting(
@@ -388,8 +375,7 @@ class Usage:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(SettingsClass):
     """The whole configuration."""
 
     IGNORED: ClassVar = {

@@ -10,9 +10,10 @@ import binascii
 import ipaddress
 import re
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
+
+import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,8 +32,7 @@ class Malformed(ValueError):
     """These bytes are no certificate."""
 
 
-@dataclass(frozen=True, slots=True)
-class Certificate:
+class Certificate(msgspec.Struct, frozen=True):
     """A certificate. *begins* and *expires* are seconds since 1970, *names* are hosts and
     addresses for which it is valid, and *subject* and *issuer* are names in DER. *der* is all of it.
     """

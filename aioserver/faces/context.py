@@ -7,8 +7,9 @@ only what is inside them.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,8 +76,7 @@ class OpenSocket(Protocol):
         """Close at once: its caller's key is no longer valid."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Context:
+class Context(msgspec.Struct, frozen=True, kw_only=True):
     """The objects that a face may use. *tracer* is None if no spans are made. *hop* is the id of
     this server, by which a request that comes back by way of a provider is known.
 

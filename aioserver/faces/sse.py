@@ -9,13 +9,14 @@ used, since it would be a second writer on the socket.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+import msgspec
 from aiohttp import web
 from aiohttp_sse import EventSourceResponse
+from msgspec.structs import replace
 
 from aioserver.auth.callers import CALLER, Caller
 from aioserver.faces import http, polling
@@ -86,8 +87,7 @@ class Events(EventSourceResponse):
         return await web.StreamResponse.prepare(self, request)
 
 
-@dataclass(slots=True)
-class Question:
+class Question(msgspec.Struct):
     """A POST, read and found valid.
 
     *detached*: the client gets a 202 now, and comes back for the answer, which runs in the

@@ -7,11 +7,11 @@ the socket's writer follows. The code that any WebSocket needs is in socket.py.
 from __future__ import annotations
 
 import uuid
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import WSCloseCode, web
+from msgspec.structs import replace
 
 from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerShutdown, StreamNotFound
 from aioserver.faces.intake import end_visit

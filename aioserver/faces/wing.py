@@ -7,8 +7,9 @@ that names them, and closes them in the reverse one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import msgspec
 
 if TYPE_CHECKING:
     import asyncio
@@ -37,8 +38,7 @@ if TYPE_CHECKING:
     from aioserver.telemetry.tracer import Tracer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Core:
+class Core(msgspec.Struct, frozen=True, kw_only=True):
     """What there is before any wing is open.
 
     *commands* reach the store that all instances share; None if there is none, or no wing that
@@ -57,17 +57,16 @@ class Core:
     private_server: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Routes:
+class Routes(msgspec.Struct, frozen=True, kw_only=True):
     """Routes of handlers by who may use them: any caller, admins alone, everybody.
 
     *websockets*: handshakes, for any caller.
     """
 
-    websockets: Sequence[web.RouteDef] = field(default=())
-    key: Sequence[web.RouteDef] = field(default=())
-    admin: Sequence[web.RouteDef] = field(default=())
-    open: Sequence[web.RouteDef] = field(default=())
+    websockets: Sequence[web.RouteDef] = msgspec.field(default=())
+    key: Sequence[web.RouteDef] = msgspec.field(default=())
+    admin: Sequence[web.RouteDef] = msgspec.field(default=())
+    open: Sequence[web.RouteDef] = msgspec.field(default=())
 
 
 class Wing:

@@ -5,9 +5,10 @@ it.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING
+
+import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,8 +22,7 @@ READING = 60e-6
 PRIME = (1 << 61) - 1
 
 
-@dataclass(slots=True, eq=False)
-class Member:
+class Member(msgspec.Struct, eq=False):
     """One provider of a group, and the model that it is asked for; None stands for its own.
 
     *starts* counts the requests that have started there by the group; *started_at* is the
@@ -45,10 +45,10 @@ class Member:
     credit: int = 0
     mark: int = 0
     reading: float = READING
-    marks: Iterator[int] = field(default_factory=count)
+    marks: Iterator[int] = msgspec.field(default_factory=count)
     address: str = ""
     deaths: int = 0
-    factor: int = field(init=False)
+    factor: int = 0
 
     def __post_init__(self) -> None:
         name = f"{self.provider.name}/{self.asked_model}".encode()

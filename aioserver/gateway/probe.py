@@ -4,8 +4,9 @@ it to learn whether agents can work with a provider (tools/doctor/).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,8 +27,7 @@ QUESTION = f"Call the tool `{TOOL}` once, with the {ARGUMENT} ready. Say nothing
 MAX_TOKENS = 512
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Probe:
+class Probe(msgspec.Struct, frozen=True, kw_only=True):
     """The *request* that has the question, for a streamed answer, with every word that an engine
     may not know. *make_attempt* makes its attempt, and *calls* returns the arguments of each call
     in the events of an answer that a bridge has made.

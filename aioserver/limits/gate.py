@@ -31,7 +31,6 @@ import asyncio
 import math
 import random
 import time
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from math import inf
@@ -133,8 +132,7 @@ BATCH_PATIENCE = 10
 SMOOTHING = 0.2
 
 
-@dataclass(frozen=True, slots=True)
-class GateStats:
+class GateStats(msgspec.Struct, frozen=True):
     """A snapshot of a gate; *oldest_wait* in seconds. Of those *waiting*, *batch_waiting* are
     batch.
     """

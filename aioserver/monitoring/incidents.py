@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
 
 from aioserver.monitoring.groups import OFF, OUT, closed, listing, several
 from aioserver.monitoring.interval import (
@@ -120,8 +121,7 @@ class Subject(NamedTuple):
     provider: str | None = None
 
 
-@dataclass(slots=True)
-class Gathered:
+class Gathered(msgspec.Struct):
     """The count of one subject since the tick *since*; *well* is what went well meanwhile."""
 
     since: float

@@ -11,8 +11,9 @@ The meaning of each field is in docs/monitoring.md.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import msgspec
 
 from aioserver import __version__
 from aioserver.config.llm import AUTO, BRIDGE
@@ -74,8 +75,7 @@ class SettingsInEffect(Protocol):
         """The section `chat`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sources:
+class Sources(msgspec.Struct, frozen=True):
     """The objects from which the state is read; they live as long as the server.
 
     *gate* admits connections, *running* counts the answers under way, *ready* says whether the
@@ -96,7 +96,7 @@ class Sources:
     listening: Sequence[socket.socket]
     keys: Callable[[], dict[str, KeyState]] = dict
     sections: Sequence[Section[Any]] = ()
-    endpoints: Mapping[str, str] = field(default_factory=dict)
+    endpoints: Mapping[str, str] = msgspec.field(default_factory=dict)
 
 
 class Snapshots:

@@ -15,13 +15,13 @@ This file is one concept: all that a client may send on these faces, checked by 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
 from math import inf
 from typing import TYPE_CHECKING
 
 import msgspec
 import orjson
 from msgspec import Raw
+from msgspec.structs import replace
 
 from aioserver.errors import AioserverError, InvalidJson, InvalidRequest
 from aioserver.protocol import json_body, terms
@@ -99,8 +99,7 @@ RESERVED_OPTIONS = ("model", "messages", "stream")
 _DEFAULTED = tuple(name for name in _Options.__struct_fields__ if name not in RESERVED_OPTIONS)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chat:
+class Chat(msgspec.Struct, frozen=True, kw_only=True):
     """A question.
 
     Exactly one of *text* and *messages* is set; both are JSON, as the client wrote it.
@@ -125,8 +124,8 @@ class Chat:
     option_names: frozenset[str] = frozenset()
     max_answer: int | None = None
     original: bytes = b""
-    terms: Terms = field(default=NO_TERMS, compare=False)
-    hashed: bytes = field(default=b"", compare=False)
+    terms: Terms = NO_TERMS
+    hashed: bytes = b""
     client_headers: ClientHeaders = NO_HEADERS
 
     def digest(self) -> bytes:
@@ -147,23 +146,20 @@ class Chat:
         return digest.digest()
 
 
-@dataclass(frozen=True, slots=True)
-class Cancel:
+class Cancel(msgspec.Struct, frozen=True):
     """Stop the answer to *request_id*, for all of its readers."""
 
     request_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Resume:
+class Resume(msgspec.Struct, frozen=True):
     """Continue after the event *last_event_id*."""
 
     request_id: str
     last_event_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Ping:
+class Ping(msgspec.Struct, frozen=True):
     """Answer with a pong."""
 
     request_id: str | None

@@ -14,9 +14,9 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import msgspec
 import orjson
 
 from aioserver.protocol.eventstream import utf8
@@ -66,7 +66,6 @@ class ErrorEvent(Exception):
         self.error = error
 
 
-@dataclass(slots=True)
 class Reading:
     """The parts of one answer that were read so far. `text` is for the conversation's history.
 
@@ -78,16 +77,26 @@ class Reading:
     U+FFFD replaces it.
     """
 
-    choice_index: int = 0
-    max_text_bytes: int = 1 << 22
-    finish_reason: str | None = None
-    usage: dict[str, Any] | None = None
-    half: dict[TextPlace, str] = field(default_factory=dict)
-    # Whether nothing but text has come, and reasoning in front of it; and in how many events.
-    only_text: bool = True
-    texts: int = 0
-    # UTF-8.
-    _text: bytearray = field(default_factory=bytearray, init=False, repr=False)
+    __slots__ = (
+        "_text",
+        "choice_index",
+        "finish_reason",
+        "half",
+        "max_text_bytes",
+        "only_text",
+        "texts",
+        "usage",
+    )
+
+    def __init__(self, choice_index: int = 0, max_text_bytes: int = 1 << 22) -> None:
+        self.choice_index, self.max_text_bytes = choice_index, max_text_bytes
+        self.finish_reason: str | None = None
+        self.usage: dict[str, Any] | None = None
+        self.half: dict[TextPlace, str] = {}
+        # Whether nothing but text has come, and reasoning in front of it; and in how many events.
+        self.only_text, self.texts = True, 0
+        # UTF-8.
+        self._text = bytearray()
 
     def begin_anew(self) -> None:
         """Forget what was read: another attempt follows one that has failed."""
@@ -270,8 +279,7 @@ def without_halves(value: Any) -> Any:
     return value
 
 
-@dataclass(slots=True)
-class Shape:
+class Shape(msgspec.Struct):
     """The bytes that a provider repeats around each text of an answer.
 
     An event that begins with *prefix*, ends with *suffix*, and has between them only characters

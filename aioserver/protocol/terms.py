@@ -12,10 +12,10 @@ batch holds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
+import msgspec
 from multidict import istr
 
 from aioserver.errors import InvalidRequest
@@ -35,8 +35,7 @@ MAX_CHARACTERS = 32
 _NAMES = (START_WITHIN, DEADLINE, CLASS)
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
+class Terms(msgspec.Struct, frozen=True):
     """*start_within* and *deadline* are seconds from the arrival, inf without such a bound."""
 
     start_within: float = inf

@@ -31,9 +31,10 @@ import random
 import time
 from array import array
 from collections import deque
-from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
+
+import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,8 +75,7 @@ TRIAL_INTERVAL, MAX_TRIALS = 0.5, 3
 LONGEST_INTERVAL = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Trials:
+class Trials(msgspec.Struct, frozen=True):
     """The trials of a sick provider: the seconds between two that fail, how many have succeeded in
     a row, and how many are needed.
     """

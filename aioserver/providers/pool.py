@@ -16,11 +16,11 @@ import asyncio
 import errno
 import functools
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
+import msgspec
 from aiohttp import ClientRequest, ClientTimeout
 from yarl import URL
 
@@ -62,8 +62,7 @@ class Endpoint(ClientRequest):
         return super().connection_key
 
 
-@dataclass(frozen=True, slots=True)
-class PoolStats:
+class PoolStats(msgspec.Struct, frozen=True):
     """A snapshot of a pool; *open* = *idle* + in use or being opened."""
 
     open: int

@@ -10,8 +10,9 @@ number have ended.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from aioserver.config.certificates import CertificateFault, client_context
 from aioserver.config.faults import ConfigurationError

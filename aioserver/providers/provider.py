@@ -24,9 +24,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
 
 from aioserver.limits.estimate import OUTPUT_FACTOR, UNKNOWN_WORK, Estimates
 from aioserver.limits.lines import Wish
@@ -75,8 +76,7 @@ M = TypeVar("M", bound="Memory")
 MIN_ERROR_STATUS = 400
 
 
-@dataclass(frozen=True, slots=True)
-class PaceStats:
+class PaceStats(msgspec.Struct, frozen=True):
     """A snapshot of a pace: starts per minute, how many could start now, seconds of cooling
     down.
     """
@@ -86,8 +86,7 @@ class PaceStats:
     cooling: float
 
 
-@dataclass(frozen=True, slots=True)
-class ProviderStats:
+class ProviderStats(msgspec.Struct, frozen=True):
     """A snapshot of a provider."""
 
     name: str

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import replace
 from math import inf
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from aioserver.limits.gate import BATCH_PATIENCE, Gate, GateStats, Place
 from aioserver.limits.gcra import Gcra

@@ -14,13 +14,14 @@ import asyncio
 import logging
 import secrets
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 from aiohttp import hdrs, web
+from msgspec.structs import replace
 
 from aioserver.auth.access import Access
 from aioserver.auth.guard import Guard, Policy
@@ -82,8 +83,7 @@ WHEEL_GRAIN = 20
 ROUTES_OF_A_LINE = 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Server:
+class Server(msgspec.Struct, frozen=True, kw_only=True):
     """A running server. Its faces may use what is in *context*; only server/ needs the rest.
 
     *listening*: the sockets on which it listens; the runner fills the list. *tls*: what they

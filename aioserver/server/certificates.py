@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import ssl
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, TypedDict
+
+import msgspec
 
 from aioserver.config.certificates import (
     CertificateFault,
@@ -43,8 +44,7 @@ logger = logging.getLogger("aioserver.tls")
 KIND = "certificate"
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(msgspec.Struct, frozen=True):
     """What was loaded of the files: *context*, made of the certificate of *chain*, with its
     intermediates, and of *authorities*. *at*: when, in seconds since 1970.
     """

@@ -18,7 +18,6 @@ This file is one concept: whatever is kept is counted here, and goes from here, 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -64,8 +63,7 @@ class Shelf(Protocol):
         """Let an answer of *caller* be found no longer; return whether there was one."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoreStats:
+class StoreStats(msgspec.Struct, frozen=True):
     """A snapshot of the store: numbers of logs and of stored responses, their bytes, and the bound
     of these.
     """

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
 import orjson
 
 from aioserver.protocol.bridging.reading import LARGE_BYTES, members, string
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 MAX_NAME = 64
 
 
-@dataclass(slots=True, kw_only=True)
-class BridgedChat:
+class BridgedChat(msgspec.Struct, kw_only=True):
     """A request for chat completions that a bridge has made.
 
     *body* is the JSON to send, of *asked_tokens* as an estimate; it is let go when it was sent. It

@@ -19,8 +19,9 @@ goes on with its own store alone, and an id may then be answered twice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
 
 from aioserver.gateway.commands import FULL
 
@@ -110,8 +111,7 @@ class Verdict(NamedTuple):
     digest: bytes = b""
 
 
-@dataclass(slots=True)
-class Renewal:
+class Renewal(msgspec.Struct):
     """A claim that is renewed: the id's *name*, the request's *digest*, how long it lives, in
     seconds.
     """

@@ -25,9 +25,10 @@ them idle.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
+
+import msgspec
 
 from aioserver.wings.cluster.lease_messages import Op
 
@@ -46,8 +47,7 @@ class State(Enum):
     UNHEARD = "unheard"
 
 
-@dataclass(slots=True)
-class Standing:
+class Standing(msgspec.Struct):
     """What all grants of an instance know of it. *share* is its fixed share of a limit.
 
     *busy*: a call is under way. *grace*: the server is in its grace period, and gives nothing.

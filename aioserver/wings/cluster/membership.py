@@ -17,8 +17,9 @@ import re
 import secrets
 import socket
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+import msgspec
 
 from aioserver.config.faults import ConfigurationError
 from aioserver.gateway.commands import Commands, Connection
@@ -78,8 +79,7 @@ class ClosableBus(Bus, Protocol):
         """Hear and say nothing any more."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ways:
+class Ways(msgspec.Struct, frozen=True):
     """The classes of all that leads to the cluster's server; the arguments are those of the
     defaults.
     """

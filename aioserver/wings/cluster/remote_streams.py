@@ -16,9 +16,10 @@ This file is one concept: how a request id leads to its one log, wherever it is 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from aioserver.auth.callers import Caller
 from aioserver.errors import RequestConflict, ResumeGap, ServerShutdown, StreamNotFound
@@ -64,8 +65,7 @@ MAX_OWNERS = 3
 MAX_UNREAD = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class InstancesStats:
+class InstancesStats(msgspec.Struct, frozen=True):
     """A snapshot: claims that are ours and run, logs read elsewhere, logs of others read here.
 
     *unclaimed* counts requests that were answered without a claim, since Redis did not answer in

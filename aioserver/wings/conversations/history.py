@@ -13,8 +13,10 @@ a client could fill the storage of all with deletions of what never was.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import msgspec
+from msgspec.structs import replace
 
 from aioserver.errors import ConversationNotFound, HistoryUnavailable
 from aioserver.gateway.histories import Asked
@@ -42,8 +44,7 @@ class Trouble(NamedTuple):
     advice: str
 
 
-@dataclass(frozen=True, slots=True)
-class StorageStats:
+class StorageStats(msgspec.Struct, frozen=True):
     """A snapshot of a storage: `memory`, `sql` or `redis`.
 
     *waiting* turns are not written yet, *written* and *lost* are counts since the start. *trouble*

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left, insort
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from aioserver.limits.shares import ByOwner, Shares
 from aioserver.wings.conversations.turn import (
@@ -46,12 +47,11 @@ MAX_TURNS = 10_000
 EVICTION_TARGET = 0.99
 
 
-@dataclass(slots=True)
-class _Conversation:
+class _Conversation(msgspec.Struct):
     # The name of the key that has used it last, or the address.
     owner: str
     tokens: int = 0
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[Turn] = msgspec.field(default_factory=list)
     # The list that has it, and its place there. None: it is empty, or came from a storage, and
     # without a key it is not known from where it was asked.
     listed: tuple[tuple[Caller, str], Position] | None = None

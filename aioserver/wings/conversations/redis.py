@@ -28,10 +28,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from dataclasses import astuple, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
+from msgspec.structs import astuple, replace
 
 from aioserver.gateway.commands import (
     BUSY_PAUSES,

@@ -21,8 +21,9 @@ The newest turn always stays, however large it is, until its days are over.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import msgspec
 
 from aioserver.errors import InvalidRequest
 
@@ -38,8 +39,7 @@ TOKEN_BYTES, MIN_TOKEN_BYTES, MAX_TOKEN_BYTES = 4, 1, 16
 MAX_TITLE, MAX_READ = 80, 400
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(msgspec.Struct, frozen=True):
     """A question and its answer; *ended*: when the answer ended, in Unix time.
 
     *size*: the bytes of both in UTF-8.

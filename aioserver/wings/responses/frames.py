@@ -24,7 +24,6 @@ that belong to the frame.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -95,8 +94,7 @@ _SHOWN: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Create:
+class Create(msgspec.Struct, frozen=True):
     """Answer *body*, after what came before on the *lane*; None is the lane without a name.
 
     *generate* false: no provider is asked.
@@ -107,16 +105,14 @@ class Create:
     generate: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(msgspec.Struct, frozen=True):
     """Answer a `response.create` with *error*, after what came before on the *lane*."""
 
     lane: str | None
     error: AioserverError
 
 
-@dataclass(frozen=True, slots=True)
-class Resume:
+class Resume(msgspec.Struct, frozen=True):
     """Go on with the events of a response after *after*, a sequence number, on the *lane*.
 
     None: from the first.
@@ -127,24 +123,21 @@ class Resume:
     after: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Cancel:
+class Cancel(msgspec.Struct, frozen=True):
     """Stop a response: that of an id or, if the id is None, the one under way on the *lane*."""
 
     lane: str | None
     response_id: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Steer:
+class Steer(msgspec.Struct, frozen=True):
     """Change a response while it comes, which no provider of ours can do; *input* is JSON."""
 
     previous: str | None
     input: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Processed:
+class Processed(msgspec.Struct, frozen=True):
     """Note that the client has done what a response asked for; nothing follows from it."""
 
 

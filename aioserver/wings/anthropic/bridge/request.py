@@ -14,8 +14,6 @@ refused by name: a thread that is continued, a file by its id.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import msgspec
 import orjson
 from msgspec import Raw
@@ -102,8 +100,7 @@ class ThreadContinued(InvalidRequest):
     )
 
 
-@dataclass(slots=True, kw_only=True)
-class ChatRequest(BridgedChat):
+class ChatRequest(BridgedChat, kw_only=True):
     """A request for chat completions, and what its answer needs to become a message. *thinking*
     says that the client wants to see the reasoning.
     """

@@ -14,9 +14,9 @@ MAX_REPEATED_BYTES.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import orjson
 
 from aioserver.telemetry.tokens import tokens_of
@@ -199,8 +199,7 @@ BYTES_PER_TOKEN = 4
 REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
-@dataclass(slots=True)
-class Frame:
+class Frame(msgspec.Struct):
     """The response object, as far as it is known before its answer comes.
 
     *repeated* are the members that repeat the request, JSON without the braces. *model* is the

@@ -19,8 +19,6 @@ is refused by name: see `_REFUSED`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import msgspec
 import orjson
 from msgspec import Raw
@@ -102,8 +100,7 @@ _REASONING = msgspec.json.Decoder(_Reasoning)
 _METADATA = msgspec.json.Decoder(dict[str, str] | None)
 
 
-@dataclass(slots=True, kw_only=True)
-class ChatRequest(BridgedChat):
+class ChatRequest(BridgedChat, kw_only=True):
     """A request for chat completions, and what its answer needs to become a response. *repeated*
     is for the `Frame` of the response. *logprobs* says that the answer shall have them.
     """
