@@ -358,8 +358,8 @@ class Connections:
                 self._expiry_timer = self._loop.call_later(self._expiry, self._sweep)
         else:
             connection.discard()
-        if self._on_release is not None:
-            self._on_release()
+            if self._on_release is not None:
+                self._on_release()
 
     def give_places(self) -> None:
         """Have no idle connection keep its place: a request is about to wait for one."""

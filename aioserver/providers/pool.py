@@ -147,6 +147,8 @@ class Pool:
             resolver=aiohttp.ThreadedResolver(),
             ssl=trust,
         )
+        # Returns an idle connection, as `connect` does; None if there is none, or no place for it.
+        self.take = self._connections.take
         self._address = f"{url.host}:{url.port}"
         # Whether requests go to a plain HTTP proxy: their target is then an absolute URL.
         self.forwards = self._proxy is not None and not endpoint.is_ssl()
@@ -157,13 +159,6 @@ class Pool:
             return {}
         credentials = aiohttp.BasicAuth.from_url(self._proxy)
         return {"Proxy-Authorization": credentials.encode()} if credentials else {}
-
-    def take(self) -> PooledConnection | None:
-        """Return an idle connection, as `connect` does.
-
-        None if there is none, or no place for it.
-        """
-        return self._connections.take()
 
     async def connect(self) -> PooledConnection:
         """Return a connection, idle before or new, that the caller must release or close.

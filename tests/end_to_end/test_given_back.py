@@ -87,7 +87,6 @@ providers.connections Connections.open_one
 providers.connections Connections.take
 providers.pool Pool._wait
 providers.pool Pool.connect
-providers.pool Pool.take
 providers.provider Provider._wait
 providers.provider Provider._wait_for_permit
 providers.provider Provider.offer
