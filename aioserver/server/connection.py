@@ -86,8 +86,9 @@ class Connection(DirectRequestHandler):
 
     def write(self, data: bytes) -> None:
         """Write *data*, unless the connection is lost or closing: called by the outbox."""
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.write(data)
+        transport = self.transport
+        if transport is not None and not transport.is_closing():
+            transport.write(data)
 
     def abort(self) -> None:
         """Reset the connection: called by the outbox, if `write` has failed."""
