@@ -409,3 +409,6 @@ class Connections:
         if self.idle:
             due = self.idle[0].idle_since + self._expiry
             self._expiry_timer = self._loop.call_at(due, self._sweep)
+        else:
+            # An empty one keeps 16 of its blocks, which lie between the objects of a load.
+            self.idle = deque()

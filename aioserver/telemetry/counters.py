@@ -25,6 +25,8 @@ LATENCY_BOUNDS = (
 SHORT_BOUNDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 RECENT_SECONDS = 60.0
 RECENT_VALUES = 1000
+# Entries in a block of a deque.
+BLOCK = 64
 # Seconds that are summed up as one in a recent share.
 SLICE_SECONDS = 5.0
 # Buckets of recent values in each doubling: the middle of a bucket is within 2.2 % of its values.
@@ -129,7 +131,12 @@ class RecentValues:
             times, values = zip(*self._new, strict=True)
             self._times.extend(times)
             self._values.extend(values)
-            self._new.clear()
+            if len(times) > BLOCK:
+                # One that is cleared keeps 16 of its blocks, which lie between the objects of a
+                # load.
+                self._new = deque(maxlen=RECENT_VALUES)
+            else:
+                self._new.clear()
 
 
 class RecentShare:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 
 from aioserver.server.memory import (
@@ -97,12 +98,35 @@ def test_a_closed_one_does_nothing_more() -> None:
 
 async def test_objects_that_have_ended_are_not_kept_for_later_ones() -> None:
     memory = Work().memory()
+    # Afterwards the lists of libraries are as full as they will be.
+    memory.give_back()
+    await asyncio.sleep(0)
     numbers = [(number, number) for number in range(4000)]
     numbers.clear()
     kept = sys.getallocatedblocks()
 
     memory.give_back()
+    await asyncio.sleep(0)
 
     memory.close()
     # Python keeps 2,000 tuples of a length.
     assert kept - sys.getallocatedblocks() > 1500
+
+
+def test_what_the_next_tick_has_left_behind_goes_as_well() -> None:
+    async def main() -> int:
+        work = Work()
+        memory = work.memory()
+        await asyncio.sleep(ALL_TIMES)
+        full: list[str] = []
+        count = lambda phase, info: full.extend([phase] * (info["generation"] == 2))  # noqa: E731
+        gc.callbacks.append(count)
+        try:
+            work.cpu += 2 * BUSY * LOOK
+            await asyncio.sleep(ALL_TIMES)
+        finally:
+            gc.callbacks.remove(count)
+        memory.close()
+        return full.count("start")
+
+    assert run_virtually(main()) >= 2 * len(WHEN_IDLE)
