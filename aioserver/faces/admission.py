@@ -34,7 +34,7 @@ from aioserver.limits.gate import Gate, Place
 from aioserver.limits.loan import Lending, Loan
 from aioserver.protocol.terms import NO_TERMS, terms_of
 from aioserver.provider_errors import ProviderFault
-from aioserver.telemetry.logs import RateLimit
+from aioserver.telemetry import logs
 from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ class Admission:
         self.max_body_bytes = limits.max_body_bytes
         # How to let go bodies that are kept in case their answer breaks off, the oldest first.
         self._spare: dict[BodyHold, Callable[[], None]] = {}
-        self._lines = RateLimit(LINES_PER_SECOND)
-        self.refusal_lines = RateLimit(REFUSAL_LINES_PER_SECOND)
+        self._lines = logs.RateLimit(LINES_PER_SECOND)
+        self.refusal_lines = logs.RateLimit(REFUSAL_LINES_PER_SECOND)
 
     def apply(self, limits: Concurrency, send_timeout: float) -> None:
         """Use new limits.
@@ -173,7 +173,7 @@ class Admission:
                 "waiting": gate.waiting,
                 **left_out,
             }
-            logger.log(level, "connection %s", event, extra={"fields": fields})
+            logs.write(logger, level, f"connection {event}", fields)
 
     async def connect(self, face: str, caller: Caller) -> Quota | None:
         """Count a connection of the caller's key, and return what counts it, of which `disconnect`

@@ -202,11 +202,13 @@ class RateLimit:
 
         None: it must be left out itself.
         """
-        if len(self._kinds) > MAX_KINDS:
-            self._kinds.clear()
         period = int(self._clock() / self._seconds)
-        state = self._kinds.setdefault(kind, [period, 0, 0])
-        if state[0] != period:
+        state = self._kinds.get(kind)
+        if state is None:
+            if len(self._kinds) > MAX_KINDS:
+                self._kinds.clear()
+            state = self._kinds[kind] = [period, 0, 0]
+        elif state[0] != period:
             state[0], state[1] = period, 0
         if state[1] >= self._limit:
             state[2] += 1
@@ -346,6 +348,15 @@ def apply(settings: Logging) -> None:
             handler.setFormatter(JsonFormatter(service, version, handler.worker))
         else:
             handler.setFormatter(ConsoleFormatter(handler.worker))
+
+
+def write(logger: logging.Logger, level: int, message: str, fields: dict[str, Any]) -> None:
+    """Log *message* with *fields*, as `Logger.log`, but without looking through the stack for the
+    caller, which no line shows.
+    """
+    if logger.isEnabledFor(level):
+        extra = {"fields": fields}
+        logger.handle(logger.makeRecord(logger.name, level, "", 0, message, (), None, extra=extra))
 
 
 def dropped() -> Counter:

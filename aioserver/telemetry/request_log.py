@@ -21,6 +21,7 @@ import msgspec
 
 from aioserver.auth.callers import NO_CALLER
 from aioserver.errors import AioserverError, SlowClient, TokensExceeded
+from aioserver.telemetry import logs
 from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
 from aioserver.telemetry.outcome import COUNTED, MIXED, NOBODY, PROVIDER, Outcome
@@ -203,8 +204,7 @@ class RequestLog:
         if record.trace is not None:
             record.trace.ended(_end_of(record, now, code, outcome, status))
         if outcome == "rejected":
-            left_out = metrics.refusal_lines.allow(code)
-            if left_out is not None and logger.isEnabledFor(logging.WARNING):
+            if (left_out := metrics.refusal_lines.allow(code)) is not None:
                 self._log(record, now, code, outcome, status, **left_out)
         elif logger.isEnabledFor(logging.INFO):
             if len(asked.parts) > 1:
@@ -315,12 +315,7 @@ class RequestLog:
             fields["hook"] = ",".join(record.outcome.hooks)
         fields |= left_out
         level = logging.WARNING if outcome == "rejected" else logging.INFO
-        # Not `log`, which would look through the stack for the caller, whom no line shows.
-        logger.handle(
-            logger.makeRecord(
-                logger.name, level, "", 0, "request finished", (), None, extra={"fields": fields}
-            )
-        )
+        logs.write(logger, level, "request finished", fields)
 
 
 def _bridged(outcome: Outcome) -> dict[str, object]:
