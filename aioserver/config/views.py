@@ -11,9 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import voluptuous as vol
-
-from aioserver.config.schema import fields, key_of
+from aioserver.config.schema import Invalid, fields, key_of
 
 
 def plain(value: Any) -> Any:
@@ -41,7 +39,7 @@ def _writable(field: dataclasses.Field[Any], value: Any) -> bool:
         return True
     try:
         field.metadata["validator"](None)
-    except vol.Invalid:
+    except Invalid:
         return False
     return True
 
