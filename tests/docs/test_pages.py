@@ -123,12 +123,19 @@ def logged() -> Iterator[tuple[str, str]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue
-            method = node.func.attr
-            if method not in LEVELS or "logger" not in ast.dump(node.func.value):
+            owner, method = node.func.value, node.func.attr
+            if method in LEVELS and "logger" in ast.dump(owner):
+                text = node.args[1 if method == "log" else 0]
+            elif method == "write" and isinstance(owner, ast.Name) and owner.id == "logs":
+                text = node.args[2]
+            else:
                 continue
-            text = node.args[1 if method == "log" else 0]
-            if isinstance(text, ast.Constant) and re.sub(r"%\w", "", str(text.value)).strip():
-                yield str(path.relative_to(ROOT)), str(text.value)
+            parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+            line = "".join(
+                str(part.value) if isinstance(part, ast.Constant) else "%s" for part in parts
+            )
+            if re.sub(r"%\w", "", line).strip():
+                yield str(path.relative_to(ROOT)), line
 
 
 @pytest.fixture(scope="module")
