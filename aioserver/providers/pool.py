@@ -71,9 +71,27 @@ class PoolStats(msgspec.Struct, frozen=True):
     waiting: int
 
 
-def connection_gate(limits: HttpClient) -> Gate:
+class ConnectionGate(Gate):
+    """A gate that counts open connections, of which some are idle: the time between two that
+    become free is measured only while requests wait for one.
+    """
+
+    def wait_begins(self) -> None:
+        """Note that a request is about to wait."""
+        if not self.waiting:
+            self._full_since = self._clock()
+
+    def _leave(self, place: Place, cost: int | None) -> None:
+        if self.waiting:
+            super()._leave(place, cost)
+        else:
+            # Nobody was charged for it.
+            self.inside -= 1
+
+
+def connection_gate(limits: HttpClient) -> ConnectionGate:
     """Return a gate that counts open connections; a pool and its successors share one."""
-    return Gate(
+    return ConnectionGate(
         limits.max_connections,
         queue_size=UNBOUNDED,
         queue_timeout=limits.pool_timeout,
@@ -104,7 +122,7 @@ class Pool:
         proxy: str | None = None,
         context: ssl.SSLContext | None = None,
         pending: Callable[[], int] = lambda: 0,
-        gate: Gate | None = None,
+        gate: ConnectionGate | None = None,
     ) -> None:
         url = URL(base_url)
         loop = asyncio.get_running_loop()
@@ -192,6 +210,7 @@ class Pool:
             raise
 
     async def _wait(self) -> Place:
+        self._gate.wait_begins()
         self._pending += 1
         try:
             place = await self._gate.enter()

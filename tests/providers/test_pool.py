@@ -25,7 +25,7 @@ from aioserver.provider_errors import (
     ProviderDisconnected,
 )
 from aioserver.providers.connections import ConnectionProtocol
-from aioserver.providers.pool import Pool
+from aioserver.providers.pool import ConnectionGate, Pool
 from tests.support.scripted_provider import (
     LIMITS,
     OK,
@@ -43,6 +43,8 @@ from tests.support.waiting import patience, ticks, until
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
+
+    from tests.support.clock import FakeClock
 
 
 async def serving(peer: Peer) -> None:
@@ -294,6 +296,27 @@ async def test_a_wait_for_a_connection_ends_with_the_pool_timeout() -> None:
         assert (await first).body == b"ok"
         assert (await ask(pool)).body == b"ok"
         assert server.accepted == 1
+
+
+def test_connections_that_were_idle_say_nothing_of_how_long_others_are_used(
+    clock: FakeClock,
+) -> None:
+    gate = ConnectionGate(
+        1,
+        queue_size=9,
+        queue_timeout=1.0,
+        full_error=lambda wait: PoolTimeout("full", retry_after=wait),
+        timeout_error=lambda wait: PoolTimeout("late", retry_after=wait),
+        clock=clock,
+    )
+    for _ in range(9):
+        place = gate.try_enter()
+        assert place is not None
+        clock.now += 60.0
+        place.release()
+
+    assert gate.try_enter() is not None
+    assert gate.retry_after() <= 1.5
 
 
 async def test_a_refused_connection_is_a_connect_error() -> None:
