@@ -52,7 +52,6 @@ INSIDE_FUNCTIONS = {
         "aioserver.workers.worker",
     },
     "wings.doors.issuers": {"aioserver.wings.doors.issuer", "importlib.metadata"},
-    "wings.responses.wing": {"aioserver.wings.responses.redis"},
     "wings.tracing.wing": {
         "aioserver.wings.tracing.export",
         "aioserver.wings.tracing.otlp",

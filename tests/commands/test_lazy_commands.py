@@ -63,7 +63,6 @@ RARE = {
     "aioserver.wings.cluster.membership",
     "aioserver.wings.conversations.redis",
     "aioserver.wings.doors.issuer",
-    "aioserver.wings.responses.redis",
     "aioserver.wings.simulator.server",
     "aioserver.wings.tracing.tracer",
     "difflib",

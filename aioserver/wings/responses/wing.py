@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from aioserver.faces.wing import Routes, Wing
 from aioserver.wings.responses import face, probe, socket
 from aioserver.wings.responses.api import RESPONSES
+from aioserver.wings.responses.redis import SharedResponses
 from aioserver.wings.responses.stored import StoredResponses
 
 if TYPE_CHECKING:
@@ -40,9 +41,6 @@ class ResponsesWing(Wing):
         """Make the store of responses, and find that of all instances."""
         storage = None
         if core.commands is not None:
-            # One instance needs none of it.
-            from aioserver.wings.responses.redis import SharedResponses  # noqa: PLC0415
-
             storage = SharedResponses(core.commands)
             stack.push_async_callback(storage.close)
         window = core.settings.chat.streams.store_window
