@@ -8,11 +8,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import click
+import voluptuous as vol
 
 from aioserver.commands import options, replaced_file
 from aioserver.config import keys_file, schema
 from aioserver.config.faults import ConfigurationError
-from aioserver.config.schema import Faults, Invalid
 from aioserver.config.settings import ClientKey
 from aioserver.config.validators import label
 
@@ -43,7 +43,7 @@ def _limit(field: dataclasses.Field[Any]) -> Callable[[str], object]:
         number = value.isascii() and value.isdigit() and len(value) <= MAX_DIGITS
         try:
             return field.metadata["validator"](int(value) if number else value)
-        except Invalid as exc:
+        except vol.Invalid as exc:
             raise click.BadParameter(str(exc.error_message)) from None
 
     return convert
@@ -100,7 +100,7 @@ def command(
         raise click.UsageError("Missing argument 'NAME'.")
     try:
         label(name)
-    except Invalid:
+    except vol.Invalid:
         print(
             "NAME must be 1 to 64 letters, digits, - _ and . that begin with a letter or a digit",
             file=sys.stderr,
@@ -118,7 +118,7 @@ def command(
             admin=admin,
             **{"queue_size": QUEUE_SIZE, **given},
         )
-    except Faults as exc:
+    except vol.MultipleInvalid as exc:
         raise click.UsageError(f"{exc.errors[0].path[0]} {exc.errors[0].error_message}") from None
     if add is not None:
         return add_key(entry, new_key, add)

@@ -26,13 +26,15 @@ from aioserver.config.document import PREFIX, Document, Fault, KeyPath, Place
 from aioserver.config.faults import ConfigurationError, UnreadableFile, read_file
 from aioserver.config.inheritance import Inheritance
 from aioserver.config.llm import AUTO
-from aioserver.config.schema import FAULTY, Faults, Invalid, WrongShape
+from aioserver.config.schema import FAULTY, Faults, WrongShape
 from aioserver.config.settings import SETTINGS, Auth, ClientKey, Limits, Provider, Settings
 from aioserver.config.shipped import SHIPPED, fill
 from aioserver.protocol.addresses import loopback
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    import voluptuous as vol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,12 +292,12 @@ def _read(source: str, content: bytes, environ: Mapping[str, str]) -> Document:
     return document
 
 
-def _message(error: Invalid, document: Document) -> str:
+def _message(error: vol.Invalid, document: Document) -> str:
     """Return the message of *error*, with how to write the list or section that it expects."""
     message = str(error.error_message)
     if not isinstance(error, WrongShape):
         return message
-    path: KeyPath = tuple(error.path)
+    path: KeyPath = tuple(error.path)  # type: ignore[arg-type]  # keys and indexes, always
     variable = document.variable(path)
     setting = f"{variable}='{error.written}'" if variable else None
     if path not in document.referenced:

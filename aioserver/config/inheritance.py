@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from aioserver.config.hints import nearest
 from aioserver.config.llm import KEY_VARIABLES, HttpClient
-from aioserver.config.schema import FAULTY, Invalid, show
+from aioserver.config.schema import FAULTY, show
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    import voluptuous as vol
 
     from aioserver.config.document import Document
 
@@ -95,7 +97,7 @@ class Inheritance:
         self._document.faults.append(self._document.fault(path, message))
         return FAULTY
 
-    def told_once(self, errors: Iterable[Invalid]) -> Iterator[Invalid]:
+    def told_once(self, errors: Iterable[vol.Invalid]) -> Iterator[vol.Invalid]:
         """Yield those of *errors* that a provider does not have from the one that it is like."""
         errors = list(errors)
         known = {(_at(error), str(error.error_message)) for error in errors}
@@ -110,5 +112,5 @@ class Inheritance:
                 yield error
 
 
-def _at(error: Invalid) -> tuple[object, ...]:
+def _at(error: vol.Invalid) -> tuple[object, ...]:
     return tuple(error.path)

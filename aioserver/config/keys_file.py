@@ -13,6 +13,7 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import voluptuous as vol
 import yaml
 
 from aioserver.config import schema
@@ -24,7 +25,7 @@ from aioserver.config.faults import (
     UnreadableFile,
     read_file,
 )
-from aioserver.config.schema import FAULTY, Faults, Invalid
+from aioserver.config.schema import FAULTY
 from aioserver.config.settings import ClientKey
 from aioserver.config.validators import list_of
 
@@ -93,12 +94,12 @@ def _keys(document: Document, others: Iterable[ClientKey]) -> tuple[ClientKey, .
     """Return the usable entries of *document*, and add a fault to it for each other one."""
     try:
         entries = _ENTRIES(document.values)
-    except Faults as exc:
+    except vol.MultipleInvalid as exc:
         document.faults += [
             document.fault(error.path, str(error.error_message)) for error in exc.errors
         ]
         return ()
-    except Invalid as exc:
+    except vol.Invalid as exc:
         document.faults.append(document.fault((), str(exc.error_message)))
         return ()
     names = {key.name: "auth.keys" for key in others}

@@ -1,4 +1,4 @@
-"""How settings are declared, and how the declarations become validators.
+"""How settings are declared, and how the declarations become a voluptuous schema.
 
 A settings class is a `SettingsClass`, and stands for one section of the file. `setting()`
 declares a field by its validator, its meaning and its default; `group()` declares a section inside
@@ -19,6 +19,7 @@ import operator
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeAlias, TypeVar, dataclass_transform
 
 import msgspec
+import voluptuous as vol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -63,48 +64,15 @@ class _Faulty:
 FAULTY: Any = _Faulty()
 
 
-class Invalid(Exception):
-    """A value is refused; *path* leads to it from the value that was checked."""
-
-    # What is made of the valid values in it, if anything can be.
-    partial: Any = FAULTY
-
-    def __init__(self, message: str, path: Iterable[str | int] = ()) -> None:
-        super().__init__(message)
-        self.error_message = message
-        self.path = list(path)
-
-    @property
-    def errors(self) -> list[Invalid]:
-        """The faults of single values."""
-        return [self]
-
-    def prepend(self, key: str | int) -> None:
-        """Note that the value stands at *key* of another one."""
-        self.path.insert(0, key)
-
-
-class Faults(Invalid):
+class Faults(vol.MultipleInvalid):
     """All faults of a section. *partial* is the section made of its valid values, if possible."""
 
-    def __init__(self, errors: list[Invalid], partial: Any = FAULTY) -> None:
-        super().__init__(errors[0].error_message, errors[0].path)
-        self._errors = errors
+    def __init__(self, errors: list[vol.Invalid], partial: Any = FAULTY) -> None:
+        super().__init__(errors)
         self.partial = partial
 
-    @property
-    def errors(self) -> list[Invalid]:
-        """The faults of single values."""
-        return self._errors
 
-    def prepend(self, key: str | int) -> None:
-        """Note that the section stands at *key* of another one."""
-        super().prepend(key)
-        for error in self._errors:
-            error.prepend(key)
-
-
-class WrongShape(Invalid):
+class WrongShape(vol.Invalid):
     """Another value where a list or a section of keys belongs.
 
     *written* is how to write that in one line.
@@ -138,7 +106,7 @@ class Secret:
 
 
 class Validator(msgspec.Struct, frozen=True):
-    """A validator that can describe the values it accepts.
+    """A validator for voluptuous that can describe the values it accepts.
 
     *kind* is the type that the documentation shows. *inner* is the settings class of the sections
     inside the value, if there are any, and *suffix* is what follows the key if the value may hold
@@ -157,7 +125,7 @@ class Validator(msgspec.Struct, frozen=True):
         """Return the value to keep. `FAULTY` passes, because its fault is known already.
 
         Raises:
-            Invalid: *value* is refused.
+            vol.Invalid: *value* is refused.
         """
         return FAULTY if value is FAULTY else self.test(value)
 
@@ -311,9 +279,15 @@ def section(cls: type[T]) -> Validator:
     section without a value, such as one whose lines are all comments, counts as an empty mapping.
     The validator raises `Faults`.
     """
-    by_key = {key_of(field): field for field in fields(cls)}
-    needed = [key for key, field in by_key.items() if required(field)]
+    keys: dict[Any, Any] = {
+        (vol.Required if required(field) else vol.Optional)(key_of(field)): field.metadata[
+            "validator"
+        ]
+        for field in fields(cls)
+    }
+    names = {key_of(field): field.name for field in fields(cls)}
     ignored = ignored_keys(cls)
+    schema = vol.Schema(keys)
 
     def test(mapping: Any) -> T:
         if mapping is None:
@@ -323,29 +297,13 @@ def section(cls: type[T]) -> Validator:
             raise WrongShape(message, "{a: …, b: …}")
         mapping = {key: value for key, value in mapping.items() if key not in ignored}
         mapping = shipped_defaults(cls) | mapping
-        values: dict[str, Any] = {}
-        errors: list[Invalid] = []
-        for key, value in mapping.items():
-            if (field := by_key.get(key)) is None:
-                errors.append(_unknown(cls, key))
-                continue
-            try:
-                values[field.name] = field.metadata["validator"](value)
-            except Invalid as exc:
-                exc.prepend(key)
-                errors += exc.errors
-                values[field.name] = exc.partial
-        for key in needed:
-            if key not in mapping:
-                errors.append(Invalid("required key is missing", [key]))
-                values[by_key[key].name] = FAULTY
-        if not errors:
-            return cls(**values)
         try:
-            partial = cls(**values)
-        except Faults as exc:
-            raise Faults([*errors, *exc.errors], exc.partial) from None
-        raise Faults(errors, partial)
+            values = schema(mapping)
+        except vol.MultipleInvalid as exc:
+            partial, broken = _partial(cls, mapping)
+            errors = [_reworded(error, cls) for error in exc.errors]
+            raise Faults([*errors, *broken], partial) from None
+        return cls(**{names[key]: value for key, value in values.items()})
 
     return Validator("section", test, cls, json={"section": cls})
 
@@ -358,17 +316,42 @@ def ignored_keys(cls: type[Any]) -> Mapping[str, str]:
     return ignored
 
 
-def _unknown(cls: type[Any], key: Any) -> Invalid:
-    """Return the fault of a *key* that a *cls* does not have."""
-    known = [key_of(field) for field in fields(cls)]
-    meant = most_like(str(key)[:64].lower(), known, 0.5)
-    if (inner := _inside(cls, str(key))) is not None:
-        hint = f"it belongs into {inner}: indent it further, below that key"
-    elif meant is not None:
-        hint = f"did you mean {meant}?"
-    else:
-        hint = f"known: {', '.join(known)}"
-    return Invalid(f"unknown key ({hint})", [key])
+def _partial(cls: type[T], mapping: dict[str, Any]) -> tuple[T | Any, list[vol.Invalid]]:
+    """Return the instance that a faulty section makes, and the rules that its valid values
+    break.
+    """
+    values = {}
+    for field in fields(cls):
+        if (key := key_of(field)) in mapping:
+            try:
+                values[field.name] = field.metadata["validator"](mapping[key])
+            except vol.Invalid as exc:
+                values[field.name] = getattr(exc, "partial", FAULTY)
+        elif required(field):
+            values[field.name] = FAULTY
+    try:
+        return cls(**values), []
+    except vol.MultipleInvalid as exc:
+        return getattr(exc, "partial", FAULTY), exc.errors
+
+
+def _reworded(error: vol.Invalid, cls: type[Any]) -> vol.Invalid:
+    """Return *error* with voluptuous's message replaced by ours; it is a fault of a *cls*."""
+    if error.error_message == "extra keys not allowed":
+        key = str(error.path[-1])
+        known = [key_of(field) for field in fields(cls)]
+        meant = most_like(key[:64].lower(), known, 0.5)
+        if (inner := _inside(cls, key)) is not None:
+            hint = f"it belongs into {inner}: indent it further, below that key"
+        elif meant is not None:
+            hint = f"did you mean {meant}?"
+        else:
+            hint = f"known: {', '.join(known)}"
+        return vol.Invalid(f"unknown key ({hint})", error.path)
+    if isinstance(error, vol.RequiredFieldInvalid):
+        # The path ends in voluptuous's marker, not in the key.
+        return vol.Invalid("required key is missing", [*error.path[:-1], str(error.path[-1])])
+    return error
 
 
 def _inside(cls: type[Any], key: str) -> str | None:
@@ -390,7 +373,7 @@ def check_rules(owner: object, *broken: BrokenRule | None) -> None:
     Raises:
         Faults: at least one rule is broken.
     """
-    errors = [Invalid(message, list(path)) for path, message in filter(None, broken)]
+    errors = [vol.Invalid(message, list(path)) for path, message in filter(None, broken)]
     if errors:
         raise Faults(errors, owner)
 
@@ -419,9 +402,9 @@ def refuse(message: str) -> NoReturn:
     """Refuse a value in a validator.
 
     Raises:
-        Invalid: always.
+        vol.Invalid: always.
     """
-    raise Invalid(message)
+    raise vol.Invalid(message)
 
 
 def describe(value: object) -> str:

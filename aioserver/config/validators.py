@@ -1,6 +1,6 @@
 """The validators of single values, by the names that declarations of settings use.
 
-A validator returns the value to keep, or raises `Invalid`. Its message shows the value that it
+A validator returns the value to keep, or raises `vol.Invalid`. Its message shows the value that it
 refuses if that is short, and no value of a setting that may hold a secret; it quotes limits and
 bounds, and says what to write instead (hints.py).
 """
@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+import voluptuous as vol
+
 from aioserver.config import hints
 from aioserver.config.schema import (
+    FAULTY,
     MAX_SHOWN,
     Faults,
-    Invalid,
     Secret,
     Validator,
     WrongShape,
@@ -127,7 +129,7 @@ def url(*schemes: str, rest: str = r"[^\s\x00-\x1f\x7f?#@]+", shown: bool = Fals
             )
         try:
             return plain(value)
-        except Invalid as error:
+        except vol.Invalid as error:
             if error.error_message == "expected a URL":
                 refuse(
                     f"expected an address that starts with {starts}, then a host"
@@ -220,15 +222,15 @@ def _validate_each(
         Faults: all faults of all items; `partial` has `FAULTY` in place of a faulty item.
     """
     passed: dict[Any, Any] = {}
-    errors: list[Invalid] = []
+    errors: list[vol.Invalid] = []
     for key, value in values.items():
         for test, tested in ((name, key), (validator, value)):
             try:
                 passed[key] = test(tested) if test is not None else None
-            except Invalid as exc:
-                exc.prepend(key)
-                errors += exc.errors
-                passed[key] = exc.partial
+            except vol.Invalid as exc:
+                exc.prepend([key])
+                errors.extend(exc.errors if isinstance(exc, vol.MultipleInvalid) else [exc])
+                passed[key] = getattr(exc, "partial", FAULTY)
     if errors:
         raise Faults(errors, passed if name else tuple(passed.values()))
     return passed

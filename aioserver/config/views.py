@@ -11,7 +11,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from aioserver.config.schema import Invalid, fields, key_of
+import voluptuous as vol
+
+from aioserver.config.schema import fields, key_of
 
 
 def plain(value: Any) -> Any:
@@ -39,7 +41,7 @@ def _writable(field: dataclasses.Field[Any], value: Any) -> bool:
         return True
     try:
         field.metadata["validator"](None)
-    except Invalid:
+    except vol.Invalid:
         return False
     return True
 

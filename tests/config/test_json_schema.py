@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import voluptuous as vol
 import yaml
 
 from aioserver.commands.check import command
 from aioserver.config import json_schema
-from aioserver.config.schema import Invalid, fields, key_of
+from aioserver.config.schema import fields, key_of
 from aioserver.config.settings import SETTINGS, Settings
 from aioserver.config.shipped import SHIPPED
 from tests.support.configurations import ORIGINAL, changed
@@ -109,7 +110,7 @@ def verdict(schema: Any, value: Any) -> bool:
 def accepted(validator: Validator, value: Any) -> bool:
     try:
         validator(copy.deepcopy(value))
-    except Invalid:
+    except vol.Invalid:
         return False
     return True
 

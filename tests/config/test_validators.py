@@ -3,9 +3,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import voluptuous as vol
 
 from aioserver.config import validators
-from aioserver.config.schema import Invalid, Secret, WrongShape, section
+from aioserver.config.schema import Secret, WrongShape, section
 from aioserver.config.settings import ClientKey
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def refusal(check: Validator, value: Any) -> str:
-    with pytest.raises(Invalid) as caught:
+    with pytest.raises(vol.Invalid) as caught:
         check(value)
     return str(caught.value)
 
