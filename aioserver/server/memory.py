@@ -10,22 +10,16 @@ library has holes of its own, and lets their pages go when it is asked to.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import contextvars
 import ctypes
 import gc
 import time
-from typing import TYPE_CHECKING, TypeVar
-
-from aiohttp import HttpVersion11
-from aiohttp.http_parser import RawRequestMessage
-from multidict import CIMultiDict, CIMultiDictProxy
-from yarl import URL
+from typing import TYPE_CHECKING
 
 from aioserver.monitoring.interval import TICK
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
 # Bytes of an object that has pages of its own (`mallopt` of the GNU C library), which go back to
@@ -47,12 +41,6 @@ AGAIN = TICK
 # Connections of clients that may be open meanwhile: a collection passes over their objects, which
 # takes a millisecond for a hundred of them.
 MOST_CONNECTIONS = 500
-# Objects of one kind that a library keeps for later: 250 in uvloop and aiohttp, 255 in asyncio.
-KEPT = 256
-# Of the coroutines that open connections uvloop keeps 8.
-SCOPES = 16
-
-T = TypeVar("T")
 
 
 def return_pages() -> None:
@@ -112,48 +100,8 @@ class IdleMemory:
     def give_back(self) -> None:
         """Give back what nobody uses."""
         gc.collect()
-        _renew_free_lists(self._loop)
         # Other Pythons have no such function, and other C libraries than GNU's not the second.
         with contextlib.suppress(AttributeError):
             ctypes.pythonapi.PyType_ClearCache()
         with contextlib.suppress(AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
-
-
-def _renew_free_lists(loop: asyncio.AbstractEventLoop) -> None:
-    """Make the objects anew that libraries keep for later: each of these lists has up to KEPT that
-    ended under the load, one here and one there in its memory.
-
-    As many are taken as all lists have, and as many more, which lie side by side. These are freed
-    first, and fill the lists again.
-    """
-    future = loop.create_future()
-    numbers = range(2 * KEPT)
-    _free([future.__await__() for _ in numbers])
-    no_headers: CIMultiDictProxy[str] = CIMultiDictProxy(CIMultiDict())
-    head = ("", "", HttpVersion11, no_headers, (), True, None, False, False, URL())
-    _free([RawRequestMessage(*head) for _ in numbers])
-    if not isinstance(loop, asyncio.BaseEventLoop):
-        # Those of uvloop. What is called soon is let go by the loop once it has been called.
-        context = contextvars.copy_context()
-        timers = [loop.call_later(3600.0, _nothing, context=context) for _ in numbers]
-        for timer in timers:
-            timer.cancel()
-        _free(timers)
-        # None of these begins.
-        tries = [loop.create_connection(asyncio.Protocol, "", 0) for _ in range(SCOPES)]
-        for each in tries:
-            each.close()
-        _free(tries)
-        handles = [loop.call_soon(_nothing, context=context) for _ in numbers]
-        loop.call_soon(_free, handles)
-
-
-def _nothing() -> None:
-    """Do nothing."""
-
-
-def _free(objects: list[T]) -> None:
-    """Let go of *objects*, the newest first."""
-    while objects:
-        objects.pop()

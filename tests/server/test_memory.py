@@ -98,15 +98,11 @@ def test_a_closed_one_does_nothing_more() -> None:
 
 async def test_objects_that_have_ended_are_not_kept_for_later_ones() -> None:
     memory = Work().memory()
-    # Afterwards the lists of libraries are as full as they will be.
-    memory.give_back()
-    await asyncio.sleep(0)
     numbers = [(number, number) for number in range(4000)]
     numbers.clear()
     kept = sys.getallocatedblocks()
 
     memory.give_back()
-    await asyncio.sleep(0)
 
     memory.close()
     # Python keeps 2,000 tuples of a length.
