@@ -50,7 +50,7 @@ class Section(ABC, Generic[State]):
 
     key: ClassVar[str]
     shape: ClassVar[type]
-    # Those that are read from its state.
+    # The gauges that are read from its state.
     gauges: Sequence[Gauge[State]] = ()
 
     @abstractmethod

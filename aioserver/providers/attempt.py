@@ -370,7 +370,7 @@ class Attempt:
         request, stream = self.request, self.stream
         request.outcome.headers = visible = visible_headers(headers)
         if visible:
-            # Those that say what is left of its limits are among them.
+            # The headers of what is left of its limits are among them.
             self.provider.head_received(self)
         if stream is not None:
             if visible:

@@ -294,7 +294,7 @@ class Connections:
 
     @property
     def in_use(self) -> AbstractSet[PooledConnection]:
-        """Those that carry exchanges, or are about to."""
+        """The connections that carry exchanges, or are about to."""
         return self._in_use
 
     def take(self, place: Place | None = None) -> PooledConnection | None:

@@ -226,7 +226,7 @@ class PassedAttempt(Attempt):
         self.status, self.headers = status, headers
         self.request.outcome.headers = visible = visible_headers(headers)
         if visible:
-            # Those that say what is left of its limits are among them.
+            # The headers of what is left of its limits are among them.
             self.provider.head_received(self)
         check_uncompressed(headers)
         if 200 <= status < 300:

@@ -33,7 +33,7 @@ REASONING, AUDIO = "reasoning_tokens", "audio_tokens"
 CACHE_READ, CACHE_WRITTEN = "cache_read_input_tokens", "cache_creation_input_tokens"
 # DeepSeek's name for what came from a cache; Kimi's is CACHED, beside the others.
 CACHE_HITS = "prompt_cache_hit_tokens"
-# What is said of caches outside of details, if anything is.
+# The keys that speak of caches outside of details.
 OF_CACHES = frozenset({CACHE_READ, CACHE_WRITTEN, CACHE_HITS, CACHED})
 # A number of tokens with more bits is ignored.
 MAX_BITS = 40
