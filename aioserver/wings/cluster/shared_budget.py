@@ -222,7 +222,11 @@ class TokensInHand:
             self._spent, self._back = 0, []
         if self._part is not None:
             self._make_part()
-        self._ask()
+        if per_minute or per_day:
+            self._ask()
+        else:
+            # Nothing has to come from the server any more.
+            self._serve()
 
     def begin_day(self, used: int) -> None:
         """Count at least *used* tokens of today, which the ledger knows."""
@@ -605,7 +609,7 @@ class TokensInHand:
     def _kept(self) -> int:
         """How many tokens are kept in hand."""
         parts = max(1, self._calls.instances)
-        return min(int(limit * HAND / parts) for limit in self.limits if limit)
+        return min((int(limit * HAND / parts) for limit in self.limits if limit), default=0)
 
 
 class SharedBudget(Budget):

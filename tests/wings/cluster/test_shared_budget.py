@@ -424,3 +424,23 @@ def test_a_key_that_is_removed_and_comes_back_has_used_what_it_had() -> None:
     other.ask(4001)
     simulation.advance(5.0)
     assert not other.started
+
+
+def test_what_waits_or_runs_ends_as_ever_when_the_budget_is_taken_away() -> None:
+    simulation, (one, _other) = spending(15, 0.0, 0.0)
+    simulation.advance(10.0)
+    assert one.budget is not None
+    running = one.budget.reserve(5000)
+    simulation.advance(3.0)
+    undecided = one.budget.reserve(40_000)
+    assert running.ready
+    assert not undecided.ready
+
+    one.budget.apply(0, 0)
+
+    assert undecided.ready
+    for reservation in (running, undecided):
+        reservation.settle(100)
+    simulation.advance(30.0)
+    assert one.budget.reserved == 0
+    assert not one.budget.limited
