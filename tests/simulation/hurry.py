@@ -18,6 +18,7 @@ from aioserver.protocol.terms import BATCH, CLASS, DEADLINE, START_WITHIN
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.passthrough import PassedAttempt
+from aioserver.wings.conversations.sqlite import COMMIT_TIMEOUT
 from tests.simulation.clock import Clock
 from tests.simulation.network import INSTANCE
 
@@ -74,7 +75,10 @@ class Hurry:
             deadline = guard._deadline
             if not self._alive(instance):
                 del self._guards[guard]
-            elif Clock.now > deadline.next + LATE and not (guard._over() or guard._task.done()):
+                continue
+            # What was said so far may first be written down.
+            bound = LATE if guard._error is None else LATE + COMMIT_TIMEOUT
+            if Clock.now > deadline.next + bound and not (guard._over() or guard._task.done()):
                 del self._guards[guard]
                 late = Clock.now - deadline.next
                 self._broken(f"{deadline.wait} goes on for {late:.3f} s after its deadline")

@@ -42,6 +42,8 @@ _ID = re.compile("resp_[0-9a-f]{24}")
 LAST_CHUNK = b"0\r\n\r\n"
 # The beginnings of the faults that are verdicts.
 VERDICTS = ("verdict", "status-400", "status-422")
+# The faults that break an answer in front of its first token.
+BROKEN_FIRST = frozenset({"bad-json-0", "bad-utf8-0"})
 _PREVIOUS = re.compile(rb'"previous_response_id":"([^"]+)"')
 
 
@@ -82,8 +84,11 @@ class Call:
 
     @property
     def committed(self) -> bool:
-        """Whether the first token has arrived, whatever became of its connection then."""
-        return self.transport.peer.received >= self.begun > 0
+        """Whether the first token has arrived, whatever became of its connection then. One that
+        comes with what has broken the answer in front of it is none.
+        """
+        broken = self.fault in BROKEN_FIRST
+        return not broken and self.transport.peer.received >= self.begun > 0
 
     @property
     def judged(self) -> bool:

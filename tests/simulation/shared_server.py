@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 from contextvars import Context, copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -108,7 +109,7 @@ class SharedServer:
             CallFailed: a later call was answered.
         """
         try:
-            answer, wakes = self.model.renew(request, round(Clock.now * SECOND))
+            answer, wakes = self.model.renew(request, round(time.time() * SECOND))
         except Stale as error:
             raise CallFailed(str(error)) from error
         for name, words in wakes.items():

@@ -33,8 +33,9 @@ FAILED = {
     ("100", "1", "groups"): ALONE,
     ("60", "1", "groups"): "2227",
     ("60", "3", "groups"): TOGETHER,
+    ("60", "1", ""): "1250,1395",
     # In the first one an instance is killed.
-    ("60", "3", ""): "2,3011",
+    ("60", "3", ""): "2,1036,3011",
 }
 TWO_INSTANCES = """
 from tests.simulation import clock
