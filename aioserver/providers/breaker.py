@@ -211,7 +211,8 @@ class Breaker:
         if now >= self._next_mark:
             self._mark(now)
         self._attempts += 1
-        if self.sick:
+        # A provider of which nothing has failed is well.
+        if self.sick or self._failed:
             self._judge(now)
         return was_dead
 

@@ -85,7 +85,7 @@ class ConnectionGate(Gate):
         if self.waiting:
             super()._leave(place, cost)
         else:
-            # Nobody was charged for it.
+            # What was charged for it stays charged: all are of one caller.
             self.inside -= 1
 
 

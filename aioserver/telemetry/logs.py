@@ -47,6 +47,9 @@ CLOSE_TIMEOUT = 1.0
 MAX_WHOLE = 4096
 # Characters that stay of a field where a line has to become shorter.
 MAX_FIELD = 100
+# What Python says of a caller that it cannot find. Our lines show none; those of a program that
+# embeds the server may.
+UNKNOWN_FILE, UNKNOWN_FUNCTION = "(unknown file)", "(unknown function)"
 
 
 class JsonFormatter(logging.Formatter):
@@ -352,11 +355,13 @@ def apply(settings: Logging) -> None:
 
 def write(logger: logging.Logger, level: int, message: str, fields: dict[str, Any]) -> None:
     """Log *message* with *fields*, as `Logger.log`, but without looking through the stack for the
-    caller, which no line shows.
+    caller, which no line of ours shows.
     """
     if logger.isEnabledFor(level):
-        extra = {"fields": fields}
-        logger.handle(logger.makeRecord(logger.name, level, "", 0, message, (), None, extra=extra))
+        file, function, extra = UNKNOWN_FILE, UNKNOWN_FUNCTION, {"fields": fields}
+        logger.handle(
+            logger.makeRecord(logger.name, level, file, 0, message, (), None, function, extra)
+        )
 
 
 def dropped() -> Counter:

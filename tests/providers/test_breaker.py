@@ -243,6 +243,21 @@ def test_more_than_half_of_many_is_sick(clock: FakeClock) -> None:
     assert (breaker.state, breaker.delay()) == (SICK, 0.0)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_the_order_of_attempts_does_not_matter(clock: FakeClock, seed: int) -> None:
+    breaker = Breaker(clock)
+    good = [False] * (MIN_ATTEMPTS // 2 + 1) + [True] * (MIN_ATTEMPTS // 2 - 1)
+    random.Random(seed).shuffle(good)
+    for succeeds in good:
+        assert breaker.state == WELL, "there are too few"
+        if succeeds:
+            breaker.succeeded(0.1, trial=False)
+        else:
+            breaker.failed(clock.now, trial=False)
+
+    assert breaker.state == SICK
+
+
 def test_failures_that_are_long_past_make_nobody_sick(clock: FakeClock) -> None:
     breaker = Breaker(clock)
     for number in range(10 * MIN_ATTEMPTS):

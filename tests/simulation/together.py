@@ -40,6 +40,7 @@ from tests.support.stored_responses import stored_in
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from aioserver.limits.gate import Place
     from aioserver.wings.cluster.grants import Grant
     from tests.simulation.client import Client
     from tests.simulation.instance import Instance
@@ -402,6 +403,14 @@ class Together:
             super(SharedGate, gate)._enter()
             self.entered(gate)
 
+        try_enter = SharedGate.try_enter
+
+        def noting_try_enter(gate: SharedGate, *args: Any, **kwargs: Any) -> Place | None:
+            place = try_enter(gate, *args, **kwargs)
+            if place is not None:
+                self.entered(gate)
+            return place
+
         have, settle = SharedReservation.have, SharedReservation.settle
 
         def noting_have(reservation: SharedReservation, *args: Any) -> None:
@@ -415,7 +424,9 @@ class Together:
         stack.enter_context(mock.patch.object(SharedReservation, "have", noting_have))
         stack.enter_context(mock.patch.object(SharedReservation, "settle", noting_settle))
         stack.enter_context(mock.patch.object(SharedRate, "take", noting_take))
+        # Those that have waited, and those that start at once.
         stack.enter_context(mock.patch.object(SharedGate, "_enter", noting_enter, create=True))
+        stack.enter_context(mock.patch.object(SharedGate, "try_enter", noting_try_enter))
         return stack
 
 

@@ -431,6 +431,23 @@ def test_of_several_processes_each_says_which_it_is_in_lines_that_no_pipe_tears(
         assert texts[1].rstrip('"}').endswith("ValueError: x"), "the end of a traceback says most"
 
 
+def test_a_program_that_embeds_us_may_show_where_a_line_was_logged() -> None:
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(
+        logging.Formatter(
+            "%(pathname)s %(filename)s:%(lineno)d %(module)s %(funcName)s %(message)s"
+        )
+    )
+    logger = logging.getLogger("tests.embedding")
+    logger.addHandler(handler)
+
+    logs.write(logger, logging.WARNING, "request finished", {"face": "sse"})
+
+    file, function = "(unknown file)", "(unknown function)"
+    assert written.getvalue() == f"{file} {file}:0 {file} {function} request finished\n"
+
+
 def test_a_line_of_one_process_has_no_worker_and_its_whole_traceback() -> None:
     broken = record(logging.INFO, "said")
     broken.exc_info = failed(60, "x")
