@@ -12,7 +12,7 @@ bridge (bridging.py).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aioserver.errors import InvalidRequest
 from aioserver.gateway.bridging import LearningAttempt
@@ -33,21 +33,16 @@ class UsageAttempt(LearningAttempt):
 
     __slots__ = ("_asks",)
 
-    def __init__(self, *names: Any, **further: Any) -> None:
-        super().__init__(*names, **further)
-        self._asks = False
-
     def body_to_send(self) -> bytes:
         """Return the body to send, which asks for the usage unless the provider is not to be
         asked.
         """
         body, request = super().body_to_send(), self.request
-        options = request.usage_options
-        self._asks = False
+        options, self._asks = request.usage_options, False
         if (
             options is None
             or OPTIONS.name in self._learnt
-            or (request.reading is None and not self.provider.settings.stream_usage)
+            or not (self.provider.settings.stream_usage or request.reading is not None)
             or OPTIONS.name in self._habits.refused_words
         ):
             return body

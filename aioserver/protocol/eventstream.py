@@ -51,13 +51,17 @@ class Splitter:
     the start; a block ends with a blank line.
     """
 
-    __slots__ = ("_cr", "_max", "_rest", "_started")
+    __slots__ = ("_cr", "_max", "_rest", "_started", "_whole")
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         # A bytearray is extended in place: an event of megabytes comes in hundreds of reads.
         self._rest = bytearray()
+        # Whether a block was looked for in bytes with a CR.
         self._cr = False
         self._started = False
+        # How a chunk begins that is a block if it ends like one: at first it may begin with a byte
+        # order mark, then with anything. Empty where a chunk has to be looked at.
+        self._whole: tuple[bytes, ...] = (b"data:",)
         self._max = max_event_bytes
 
     @property
@@ -67,7 +71,7 @@ class Splitter:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is pending and every line end so far was LF.
+        """Whether nothing is pending, and no block was looked for in bytes with a CR.
 
         False before the first byte.
         """
@@ -80,17 +84,17 @@ class Splitter:
             EventTooLong: an event, complete or not, exceeds *max_event_bytes*.
         """
         # Most reads are whole events, and are returned as they are.
-        if (
-            not self._rest
-            and not self._cr
-            and chunk.endswith(b"\n\n")
-            and len(chunk) <= self._max
-            and chunk.find(b"\r") < 0
-            # Otherwise it may begin with a byte order mark.
-            and (self._started or chunk.startswith(b"data:"))
-        ):
-            self._started = True
+        if chunk.startswith(self._whole) and chunk.endswith(b"\n\n") and len(chunk) <= self._max:
+            if not self._started:
+                self._started, self._whole = True, (b"",)
             return chunk
+        block = self._cut(chunk)
+        if self._started:
+            self._whole = () if self._rest or self._cr else (b"",)
+        return block
+
+    def _cut(self, chunk: bytes) -> bytes:
+        """Return what `feed` does, by the blank lines in *chunk*."""
         # The rest ends with one line end at most, so no blank line begins before its last two
         # bytes.
         start = max(0, len(self._rest) - 2)
@@ -108,6 +112,7 @@ class Splitter:
         if not self._cr and b"\r" in chunk:
             self._cr = True
         if len(data) > self._max and _longest(data) > self._max:
+            self._whole = ()
             raise EventTooLong(f"an event of more than {self._max} bytes")
         end = _last_blank(data, start) if self._cr else data.rfind(b"\n\n", start) + 2
         if end <= 1:

@@ -234,18 +234,18 @@ class PassingSink(StreamSink):
             self._drop_held()
 
     def _take(self, block: bytes) -> bool:
-        events = plain_events(block)
-        broken = not events and not _plausible(block)
-        if broken:
-            block = before_broken(block)
-        shown, ended, error = self._up_to_end(block, plain=events > 0)
-        if events and shown is not block:
-            events = shown.count(BETWEEN) + 1
-        broken = broken and not ended and not error
-        self._over = ended or broken or bool(error)
-        self._append(shown, events)
-        if broken:
-            raise ProviderBadResponse("the provider sent an event that is not JSON")
+        events, broken = plain_events(block), False
+        if not events and not _plausible(block):
+            block, broken = before_broken(block), True
+        shown, ended, error = self._up_to_end(block, events)
+        if ended or error or broken:
+            self._over = True
+        if shown:
+            if events and shown is not block:
+                events = shown.count(BETWEEN) + 1
+            self._append(shown, events)
+        if not self._over:
+            return True
         if error:
             fault = self._fault(error)
             if not self._stream.answered or isinstance(fault, ProviderAuthError):
@@ -256,22 +256,24 @@ class PassingSink(StreamSink):
                 fault.event = error
                 raise fault
             self._end_with_error(error, fault)
-        elif ended:
-            if not self._stream.answered_at:
-                if (failure := self._failure(self._held)) is not None:
-                    raise failure
-                # An answer without content is one.
-                self._show(self._release())
-            self._complete()
-        return not self._over
+            return False
+        if not ended:
+            raise ProviderBadResponse("the provider sent an event that is not JSON")
+        if not self._stream.answered_at:
+            if (failure := self._failure(self._held)) is not None:
+                raise failure
+            # An answer without content is one.
+            self._show(self._release())
+        self._complete()
+        return False
 
     @abstractmethod
-    def _up_to_end(self, block: bytes, *, plain: bool = False) -> tuple[bytes, bool, bytes]:
+    def _up_to_end(self, block: bytes, plain: int = 0) -> tuple[bytes, bool, bytes]:
         """Return the events of *block* that pass, whether they end the answer well, or else the
         event that reports an error.
 
-        The events behind either end are dropped: a good end after an error would be none. *plain*:
-        it has `plain_events` alone.
+        The events behind either end are dropped: a good end after an error would be none. *plain*
+        is the number of its `plain_events`.
         """
 
     def _failure(self, held: list[bytes]) -> ProviderFault | None:  # noqa: ARG002 - as a rule, none
@@ -289,14 +291,12 @@ class PassingSink(StreamSink):
         end_with_error(self._stream, event, fault)
 
     def _append(self, block: bytes, events: int = 0) -> None:
-        """Append *block*, unless it is empty, or is held as a part of the preamble; it has so many
-        *events*, or 0 if that is not known.
+        """Append *block*, which is not empty, unless it is held as a part of the preamble; it has
+        so many *events*, or 0 if that is not known.
         """
-        if not block:
-            return
-        shown = block if self._stream.answered_at else self._hold(block)
-        if shown:
-            self._show(shown, events if shown is block else 0)
+        if not self._stream.answered_at and (shown := self._hold(block)) is not block:
+            block, events = shown, 0
+        self._show(block, events)
 
     def _hold(self, block: bytes) -> bytes:
         """Return what is to be shown now that *block* has come: nothing, as long as there is no
@@ -378,12 +378,12 @@ def plain_events(block: bytes) -> int:
         not objects.startswith(b"data: {")
         or not objects.endswith(b"}\n\n")
         or objects.find(b"\r") >= 0
-        or not eventstream.utf8(objects)
+        or not (objects.isascii() or eventstream.utf8(objects))
     ):
         return 0
     # With many matches this takes a third of the time of three counts.
     parts = objects.split(BETWEEN)
-    rest = parts[0] if len(parts) == 1 else b"".join(parts)
+    rest = b"".join(parts)
     # No line ends but those between two events and at the end.
     return len(parts) if rest.find(b"\n") == len(rest) - 2 else 0
 
@@ -460,7 +460,7 @@ class EventSink(PassingSink):
                 return self._release()
         return super()._hold(block)
 
-    def _up_to_end(self, block: bytes, *, plain: bool = False) -> tuple[bytes, bool, bytes]:
+    def _up_to_end(self, block: bytes, plain: int = 0) -> tuple[bytes, bool, bytes]:
         if plain:
             # No other line than the last may be the end mark.
             ended, start = block.endswith(DONE), len(block) - len(DONE)
@@ -469,16 +469,19 @@ class EventSink(PassingSink):
             ended = start >= 0
         if ended:
             block = block[:start]
-        no_choices = _no_choices(block, len(block)) if self._hides_usage else -1
-        if no_choices >= 0:
-            block = self._without_usage(block, no_choices)
-        if no_choices < 0 or not ended:
-            # Not `in`: for bytes that costs more than twice as much. From the end, where it is.
+        # Not `in`: for bytes that costs more than twice as much. From the end, where it is.
+        usage, at = block.rfind(_USAGE) >= 0, -1
+        if usage and self._hides_usage and (at := _no_choices(block, len(block))) >= 0:
+            block = self._without_usage(block, at)
+        if at < 0 or not ended:
             find = block.rfind
-            finish = find(FINISH) >= 0 or find(FINISH_SPACED) >= 0
-            if finish or (self._finished and find(_DELTA) >= 0):
+            if (
+                find(FINISH) >= 0
+                or find(FINISH_SPACED) >= 0
+                or (self._finished and find(_DELTA) >= 0)
+            ):
                 self._finished = finished(block, before=self._finished)
-            if self._finished and no_choices < 0 and find(_USAGE) >= 0:
+            if usage and at < 0 and self._finished:
                 self._stream.outcome.usage = usage_in(block) or self._stream.outcome.usage
         if block.find(ERROR_NAME) >= 0:
             block, error = before_error(block)
@@ -493,7 +496,11 @@ class EventSink(PassingSink):
         outcome = self._stream.outcome
         if block.find(b"\r") >= 0:
             outcome.usage = usage_in(block) or outcome.usage
-            return b"".join(each for each in eventstream.pieces(block) if only_usage(each) is None)
+            return b"".join(
+                each
+                for each in eventstream.pieces(block)
+                if each.find(_USAGE) < 0 or only_usage(each) is None
+            )
         last: dict[str, Any] | None = None
         # What follows the last of them.
         rest = block
@@ -504,11 +511,12 @@ class EventSink(PassingSink):
             end = block.find(b"\n\n", at) + 2
             end = end if end > 1 else len(block)
             if (usage := only_usage(block[start:end])) is not None:
+                after = block[end:]
                 if last is None:
-                    last, rest = bounded(usage), block[end:]
-                block = block[:start] + block[end:]
-            at = _no_choices(block, start)
-        if rest.find(_USAGE) >= 0:
+                    last, rest = bounded(usage), after
+                block = block[:start] + after
+            at = _no_choices(block, start) if block.rfind(_USAGE, 0, start) >= 0 else -1
+        if rest and rest.find(_USAGE) >= 0:
             last = usage_in(rest) or last
         outcome.usage = last or outcome.usage
         return block
@@ -528,21 +536,18 @@ def _no_choices(block: bytes, end: int) -> int:
 
 def only_usage(event: bytes) -> dict[str, Any] | None:
     """Return the usage in *event*; None if it has none, or has anything else for a client."""
-    if event.find(_USAGE) < 0:
-        return None
     if event.startswith(b"data: {") and event.find(b"\n") == len(event) - 2:
-        parts = [event[6:-2]]
+        data = event[6:-2]
     else:
-        parts = [part.data for part in eventstream.parse(event)]
-    for data in parts:
-        try:
-            content = orjson.loads(data)
-        except orjson.JSONDecodeError:
-            continue
-        if isinstance(content, dict) and content.get("choices") == [] and not content.get("error"):
-            usage = content.get("usage")
-            return usage if isinstance(usage, dict) else None
-    return None
+        data = b"".join([part.data for part in eventstream.parse(event)])
+    try:
+        content = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
+    if not isinstance(content, dict) or content.get("choices") != [] or content.get("error"):
+        return None
+    usage = content.get("usage")
+    return usage if isinstance(usage, dict) else None
 
 
 def before_error(block: bytes, kind: str = "") -> tuple[bytes, bytes]:

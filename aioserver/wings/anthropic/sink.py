@@ -59,16 +59,16 @@ class MessageSink(PassingSink):
     def _add_mark(self) -> None:
         self._show(wire.STOPPED)
 
-    def _up_to_end(self, block: bytes, *, plain: bool = False) -> tuple[bytes, bool, bytes]:  # noqa: ARG002 - see PassingSink
-        return _up_to_end(block) if wire.ending(block) else (block, False, b"")
+    def _up_to_end(self, block: bytes, plain: int = 0) -> tuple[bytes, bool, bytes]:  # noqa: ARG002 - see PassingSink
+        ended, error = False, b""
+        if wire.ending(block):
+            block, ended, error = _up_to_end(block)
+        if block.find(_USAGE) >= 0 or block.find(_STOP_REASON) >= 0:
+            self._note(block)
+        return block, ended, error
 
     def _fault(self, event: bytes) -> ProviderFault:
         return event_fault(self._stream.outcome.provider, event)
-
-    def _append(self, block: bytes, events: int = 0) -> None:
-        if block.find(_USAGE) >= 0 or block.find(_STOP_REASON) >= 0:
-            self._note(block)
-        super()._append(block, events)
 
     def _note(self, block: bytes) -> None:
         """Note the usage in *block*, and whether the message has stopped."""

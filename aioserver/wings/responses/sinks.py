@@ -69,7 +69,7 @@ class ResponseSink(PassingSink):
             return None
         return self._stream.open_fast_path()
 
-    def _up_to_end(self, block: bytes, *, plain: bool = False) -> tuple[bytes, bool, bytes]:  # noqa: ARG002 - see PassingSink
+    def _up_to_end(self, block: bytes, plain: int = 0) -> tuple[bytes, bool, bytes]:  # noqa: ARG002 - see PassingSink
         block, ended = up_to_end(block)
         if ended:
             self._stream.outcome.usage = usage_in(block)
