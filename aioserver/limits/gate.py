@@ -363,16 +363,12 @@ class Gate:
             return None
         if batch and (self._batch.size or self._batch_inside >= self.batch_limit):
             return None
-        if self._pace is None:
-            place = Place(self, None, batch)
-        elif self._delay() > ROUNDING:
+        if (place := self._try_start(cost, batch)) is None:
             return None
-        else:
-            place = self._start(cost, None, batch)
         if work is not None:
             self._early[place] = caller, flow, weight, work
-        self.inside += 1
-        if self.inside == self.limit:
+        self.inside = inside = self.inside + 1
+        if inside == self.limit:
             self._full_since = self._clock()
         if batch:
             self._batch_entered()
@@ -646,6 +642,12 @@ class Gate:
         0.0 if nothing but places limits it, inf until `serve`.
         """
         return 0.0 if self._pace is None else self._pace.delay()
+
+    def _try_start(self, cost: int, batch: bool) -> Place | None:
+        """Count a start, for which there is a place, unless it has to wait."""
+        if self._pace is None:
+            return Place(self, None, batch)
+        return None if self._delay() > ROUNDING else self._start(cost, None, batch)
 
     def _start(self, cost: int, charge: Charge[Waiter[Place]] | None, batch: bool) -> Place:
         """Count a start, for which there is a place, and for which somebody was charged."""

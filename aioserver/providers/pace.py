@@ -20,7 +20,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from aioserver.limits.gcra import Gcra
+from aioserver.limits.gcra import ROUNDING, Gcra
 from aioserver.providers.rate_headers import limits_left
 
 if TYPE_CHECKING:
@@ -107,6 +107,17 @@ class Pace:
         starts.take(self._interval() if self._slow_until else starts.interval)
         if tokens:
             self.charge(tokens)
+
+    def try_start(self, tokens: int = 0) -> bool:
+        """Count a start that is expected to cost *tokens*, if it may be now; return whether it
+        may.
+        """
+        if not (self._closed_until or self._slow_until or self._tokens is not None):
+            return self._starts.try_take() <= 0
+        if self.delay() > ROUNDING:
+            return False
+        self.start(tokens)
+        return True
 
     def charge(self, tokens: int) -> None:
         """Count *tokens* more than were expected; a negative number takes some back."""

@@ -372,6 +372,11 @@ class ProviderGate(Gate):
         trial = breaker.delay()
         return max(eta, self._health.retry_after if position > 1 or trial == inf else trial)
 
+    def _try_start(self, cost: int, batch: bool) -> Place | None:
+        if self._health.breaker.dead:
+            return super()._try_start(cost, batch)
+        return Place(self, None, batch) if self.pace.try_start(cost) else None
+
     def _start(self, cost: int, charge: Charge[Waiter[Place]] | None, batch: bool) -> Place:
         breaker = self._health.breaker
         if not breaker.dead:
