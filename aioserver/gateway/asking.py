@@ -177,7 +177,8 @@ class Asking:
             rejoin=self._rejoin,
             fallback=self._fallback,
         )
-        attempt.trial, self.trial = self.trial, False
+        if self.trial:
+            attempt.trial, self.trial = True, False
         return attempt
 
     async def _after(self, fault: ProviderFault, attempt: Attempt | None) -> float:

@@ -113,38 +113,25 @@ class Attempt:
     there while the provider was away, even if the queue is full. *fallback* says that another
     provider can be asked instead.
 
-    After the end, `answer` has an answer that was not streamed and is passed on unread, and
-    `events` counts the events of any other. `fault` says why an answer broke off after its first
-    content. It is not raised, since the client has seen it.
+    After the end, `answer` has an answer that was not streamed and is passed on unread. `fault`
+    says why an answer broke off after its first content. It is not raised, since the client has
+    seen it.
     """
 
-    __slots__ = (
-        "answer",
-        "answered",
-        "before",
-        "began",
-        "body_bytes",
-        "events",
-        "expected_tokens",
-        "fallback",
-        "fault",
-        "headers",
-        "hop",
-        "model",
-        "permit",
-        "pool",
-        "prepared",
-        "provider",
-        "rejoin",
-        "request",
-        "retry",
-        "sink",
-        "status",
-        "stream",
-        "text_bytes",
-        "trial",
-        "waited",
-    )
+    # What most attempts never change.
+    # Whether this is a trial of a sick or dead provider, whose end the breaker does not know yet.
+    trial = False
+    # What an answer in the background needs beside its place.
+    permit: Place | None = None
+    # The tokens that the pace was charged with.
+    expected_tokens = 0
+    fault: ProviderFault | None = None
+    # Set if the rest of an answer is asked for; and the body of that request, between its
+    # preparation and its sending.
+    hop: Hop | None = None
+    prepared: bytes | None = None
+    # The events that the log had before.
+    before = 0
 
     def __init__(
         self,
@@ -166,31 +153,17 @@ class Attempt:
         self.retry = retry
         self.rejoin = rejoin
         self.fallback = fallback
-        # Whether this is a trial of a sick or dead provider, whose end the breaker does not know
-        # yet.
-        self.trial = False
-        # What an answer in the background needs beside its place.
-        self.permit: Place | None = None
         # When the attempt got its place.
         self.began = 0.0
         self.answered = False
         # The pool that the request went through.
         self.pool: object = None
-        # The tokens that the pace was charged with.
-        self.expected_tokens = 0
         self.status = 0
         self.headers: Mapping[str, str] = {}
         self.sink: Sink | None = None
         self.answer: Answer | None = None
-        self.events = 0
-        self.fault: ProviderFault | None = None
-        # Set if the rest of an answer is asked for; and the body of that request, between its
-        # preparation and its sending.
-        self.hop: Hop | None = None
-        self.prepared: bytes | None = None
-        # The bytes of the body that was sent, as many if they are text, and the events that the log
-        # had before.
-        self.body_bytes = self.text_bytes = self.before = 0
+        # The bytes of the body that was sent, and as many if they are text.
+        self.body_bytes = self.text_bytes = 0
 
     def work(self) -> int:
         """Return what it is estimated to cost its caller's share of the provider."""
@@ -328,8 +301,10 @@ class Attempt:
 
     def body_to_send(self) -> bytes:
         """Return the body of the request."""
-        body, self.prepared = self.prepared, None
-        return self.request.body(self.provider.settings, self.model) if body is None else body
+        if (body := self.prepared) is None:
+            return self.request.body(self.provider.settings, self.model)
+        self.prepared = None
+        return body
 
     def request_bytes(self, writer: RequestWriter, api: Api, path: str, body: bytes) -> bytes:
         """Return the bytes of a request for *path*, that of *api*, with this *body*, and note it
@@ -434,8 +409,8 @@ class Attempt:
         request, stream, sink = self.request, self.stream, self.sink
         if not isinstance(sink, BodySink):
             assert stream is not None
-            self.events = stream.last
-            self.fault = stream.error if isinstance(stream.error, ProviderFault) else None
+            if isinstance(stream.error, ProviderFault):
+                self.fault = stream.error
             return None
         body, headers = sink.body, self.headers
         if self.status != 200:
@@ -458,5 +433,4 @@ class Attempt:
         if chunks:
             stream.append(entries.CHUNK, chunks)
         complete_chat(stream, reading)
-        self.events = stream.last
         return None

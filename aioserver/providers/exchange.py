@@ -64,6 +64,17 @@ class Exchange:
     later at most.
     """
 
+    # What most exchanges never change.
+    # The fault that it ends with, until that is raised: its traceback leads to this object.
+    _fault: Exception | None = None
+    # The bound of the wait for the first content, and whether that has come; None if there is no
+    # bound.
+    _first_token: tuple[float, Callable[[], bool]] | None = None
+    # The timer of that bound, or later of that of the last chunk.
+    _timer: asyncio.TimerHandle | None = None
+    # Whether nothing is read, since the client reads more slowly than the provider sends.
+    _paused = False
+
     def __init__(
         self,
         connection: PooledConnection,
@@ -82,12 +93,6 @@ class Exchange:
         self._parser = parser = protocol.response_parser
         parser.begin(on_head)
         self._done: asyncio.Future[None] = loop.create_future()
-        self._faults: list[Exception] = []  # until raised: their tracebacks lead to this object
-        # The bound of the wait for the first content, and whether that has come; None if there is
-        # no bound.
-        self._first_token: tuple[float, Callable[[], bool]] | None = None
-        # The timer of that bound, or later of that of the last chunk.
-        self._timer: asyncio.TimerHandle | None = None
         # When the provider said something last, or the request was sent, and the progress of the
         # sink then.
         self.last_byte_at = self.spoke_at = loop.time()
@@ -96,10 +101,9 @@ class Exchange:
         self._backpressure = backpressure
         # The monotonic time of the first byte; 0.0 until then.
         self._heard_at = 0.0
-        # Whether all of the request is written; whether the sink needs no more, and at most the end
-        # of the body's framing is to come; and whether nothing is read, since the client reads more
-        # slowly than the provider sends.
-        self._written = self._ended = self._paused = False
+        # Whether all of the request is written; and whether the sink needs no more, and at most the
+        # end of the body's framing is to come.
+        self._written = self._ended = False
 
     def bound_first_token(self, seconds: float, answered: Callable[[], bool]) -> None:
         """Let it fail if there is no content *seconds* after the request was written; *answered*
@@ -142,8 +146,11 @@ class Exchange:
             if not self._ended:
                 self._settle()
             raise
-        if self._faults:
-            raise self._faults.pop()
+        if self._fault is not None:
+            try:
+                raise self._fault
+            finally:
+                self._fault = None
 
     def feed(self, data: bytes) -> None:
         """Parse bytes from the provider, and push what they bring to the sink."""
@@ -344,7 +351,7 @@ class Exchange:
                     self.resume()
                 self._ended = True
             else:
-                self._faults.append(fault)
+                self._fault = fault
             self._done.set_result(None)
         # Even after a good end of this kind the connection is not kept.
         parser.reusable = False

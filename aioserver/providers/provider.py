@@ -334,7 +334,8 @@ class Provider:
 
     def answered(self, attempt: Attempt) -> None:
         """Learn that an answer has begun: the provider is not dead."""
-        trial, attempt.trial = attempt.trial, False
+        if trial := attempt.trial:
+            attempt.trial = False
         if attempt.rejoin:
             self._gate.free_room(attempt)
         if attempt.pool is not self.pools.pool:
