@@ -201,11 +201,7 @@ class Admission:
     def try_enter(self) -> Place | None:
         """Return a place, or None if none is free. The caller releases it."""
         if (place := self.gate.try_enter()) is not None:
-            try:
-                self._entered.observe(0.0)
-            except BaseException:
-                place.release()
-                raise
+            self._entered.observe_none()
         return place
 
     async def wait(

@@ -37,7 +37,7 @@ from aioserver.protocol.model_body import ModelBody
 from aioserver.providers.backpressure import LEAST_RATE
 
 if TYPE_CHECKING:
-    from aiohttp import StreamReader, web
+    from aiohttp import web
 
     from aioserver.auth.callers import Caller
     from aioserver.faces.admission import BodyHold
@@ -90,6 +90,12 @@ async def read_body(request: web.Request, hold: BodyHold, max_bytes: int) -> byt
         RequestTimeout: the body was not complete within BODY_TIMEOUT.
         ServerAtCapacity: see `Admission.make_room`.
     """
+    body = _arrived(request, hold, max_bytes)
+    return await _collect(request, hold, max_bytes) if body is None else body
+
+
+def _arrived(request: web.Request, hold: BodyHold, max_bytes: int) -> bytes | None:
+    """Return the body as `read_body` does, if all of it is there; None if it still comes."""
     refuse_coded(request)
     header = request.headers.get(hdrs.CONTENT_TYPE)
     # For nearly all clients, comparing the header itself saves parsing it.
@@ -97,24 +103,16 @@ async def read_body(request: web.Request, hold: BodyHold, max_bytes: int) -> byt
         raise UnsupportedMediaType("Content-Type must be application/json")
     content = request.content
     if content is EMPTY_PAYLOAD:
-        body = b""
-    elif content.is_eof():
-        # All of it, which came with its head as a rule. `read_nowait` would do the same, and let
-        # the client go on, which is done at the end of a body.
-        body = b"".join(content._buffer)  # noqa: SLF001 - see the head of this file
-        content._buffer.clear()  # noqa: SLF001
-        if len(body) > max_bytes:
-            raise RequestTooLarge(f"a body of {len(body)} bytes, at most {max_bytes}")
-        hold.grow(len(body))
-    else:
-        length = request.content_length
-        if length is not None and length > max_bytes:
-            raise RequestTooLarge(f"a body of {length} bytes, at most {max_bytes}")
-        try:
-            async with asyncio.timeout(BODY_TIMEOUT):
-                body = await _collect(content, hold, max_bytes)
-        except TimeoutError:
-            raise RequestTimeout(f"the body did not come within {BODY_TIMEOUT} s") from None
+        return b""
+    if not content.is_eof():
+        return None
+    # It came with its head, as a rule. `read_nowait` would do the same, and let the
+    # client go on, which is done at the end of a body.
+    body = b"".join(content._buffer)  # noqa: SLF001 - see the head of this file
+    content._buffer.clear()  # noqa: SLF001
+    if len(body) > max_bytes:
+        raise RequestTooLarge(f"a body of {len(body)} bytes, at most {max_bytes}")
+    hold.grow(len(body))
     return body
 
 
@@ -253,17 +251,6 @@ class BodyStream:
             raise InvalidRequest("the body breaks off") from exc
 
 
-async def _collect(content: StreamReader, hold: BodyHold, max_bytes: int) -> bytes:
-    # Not a list: a body that comes byte by byte would cost many times its size.
-    body = bytearray()
-    while part := await content.readany():
-        if len(body) + len(part) > max_bytes:
-            raise RequestTooLarge(f"a body of more than {max_bytes} bytes")
-        hold.grow(len(part))
-        body += part
-    return bytes(body)
-
-
 async def read_model_body(
     request: web.Request, hold: BodyHold, max_bytes: int
 ) -> tuple[ModelBody, bytes]:
@@ -274,10 +261,34 @@ async def read_model_body(
         InvalidJson, InvalidRequest: as `ModelBody`.
         AioserverError: as `read_body`.
     """
-    data = await read_body(request, hold, max_bytes)
+    if (data := _arrived(request, hold, max_bytes)) is None:
+        data = await _collect(request, hold, max_bytes)
     # Steps, for which nearly no body has a use, would cost each request a coroutine.
     body = ModelBody(data) if simple(data) else await model_body.reading(data)
     return body, data
+
+
+async def _collect(request: web.Request, hold: BodyHold, max_bytes: int) -> bytes:
+    """Return the bytes of the body as they come.
+
+    Raises:
+        RequestTooLarge, RequestTimeout, ServerAtCapacity: as `read_body`.
+    """
+    length = request.content_length
+    if length is not None and length > max_bytes:
+        raise RequestTooLarge(f"a body of {length} bytes, at most {max_bytes}")
+    # Not a list: a body that comes byte by byte would cost many times its size.
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT):
+            while part := await request.content.readany():
+                if len(body) + len(part) > max_bytes:
+                    raise RequestTooLarge(f"a body of more than {max_bytes} bytes")
+                hold.grow(len(part))
+                body += part
+    except TimeoutError:
+        raise RequestTimeout(f"the body did not come within {BODY_TIMEOUT} s") from None
+    return bytes(body)
 
 
 def idempotency_key(request: web.Request) -> str | None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from aioserver.limits.gate import Place
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.provider import Provider
+    from aioserver.providers.request import Answer
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.outcome import Outcome
 
@@ -98,8 +99,9 @@ class Asking:
         self.trial = trial
         self._random_number = random_number
 
-    async def answer(self) -> Attempt:
-        """Return the attempt that succeeded. Cancelling is safe.
+    async def answer(self) -> Answer | None:
+        """Return the answer of the attempt that succeeded, None if it is in the log. Cancelling is
+        safe.
 
         Raises:
             ProviderFault: none did. It is that of the last attempt that was made, or of the first
@@ -145,7 +147,7 @@ class Asking:
             else:
                 if round_ is not None:
                     round_.answered(attempt)
-                return attempt
+                return attempt.answer
             finally:
                 if attempt is not None and attempt.trial:
                     # It never began.

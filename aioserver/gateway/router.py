@@ -30,7 +30,7 @@ from __future__ import annotations
 import asyncio
 import random
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from aioserver.config.hints import nearest
 from aioserver.config.llm import NO_CONTINUATION
@@ -399,20 +399,27 @@ class Router:
             for member in group.usable(api, one_model=route.pinned and not alone)
         ]
 
-    async def call(self, request: Request, stream: Stream | None = None) -> Answer:
+    def call(self, request: Request, stream: Stream | None = None) -> Coroutine[Any, Any, Answer]:
         """Return an answer that is not streamed; *stream* is the log that will keep it, if any.
 
         Raises:
             ProviderFault: no provider answered.
             AioserverError: as `Hooks.ask` and `Hooks.answered`.
         """
+        hooks = self._hooks
+        if request.keeper is None and (hooks is None or not hooks.present):
+            # A whole answer is never None. It needs no coroutine beside that which asks.
+            return cast("Coroutine[Any, Any, Answer]", self._ask(request, stream))
+        return self._call_shown(request, stream)
+
+    async def _call_shown(self, request: Request, stream: Stream | None) -> Answer:
+        """Return an answer that is shown to hooks, or kept."""
         hooks, keeper = self._hooks, request.keeper
         if keeper is not None:
             await keeper.begin()
         if hooks is not None and hooks.present:
             await hooks.ask(request)
-        attempt = await self._ask(request, stream)
-        answer = attempt.answer
+        answer = await self._ask(request, stream)
         assert answer is not None, "a whole answer was asked for"
         if hooks is not None and hooks.present:
             await hooks.answered(request, answer)
@@ -462,8 +469,8 @@ class Router:
         assert attempt.answer is not None
         return attempt.answer
 
-    def _ask(self, request: Request, stream: Stream | None) -> Coroutine[Any, Any, Attempt]:
-        """Return the attempt that succeeded, at the first provider that gave an answer.
+    def _ask(self, request: Request, stream: Stream | None) -> Coroutine[Any, Any, Answer | None]:
+        """Return the answer of the first provider that gave one, None if it is in the log.
 
         Raises:
             ProviderFault: no provider answered.
@@ -473,8 +480,10 @@ class Router:
             return self._asking(request, stream, route.provider, route.model).answer()
         return self._ask_in_turn(route.group, request, stream)
 
-    async def _ask_in_turn(self, first: Group, request: Request, stream: Stream | None) -> Attempt:
-        """Return the attempt that succeeded, of *first* or of the fallbacks.
+    async def _ask_in_turn(
+        self, first: Group, request: Request, stream: Stream | None
+    ) -> Answer | None:
+        """Return the answer of *first* or of the fallbacks, as `_ask`.
 
         Raises:
             ProviderFault: none of them answered.

@@ -367,8 +367,8 @@ class Gate:
             return None
         if work is not None:
             self._early[place] = caller, flow, weight, work
-        self.inside = inside = self.inside + 1
-        if inside == self.limit:
+        self.inside += 1
+        if self.inside == self.limit:
             self._full_since = self._clock()
         if batch:
             self._batch_entered()

@@ -130,8 +130,6 @@ class Attempt:
     # preparation and its sending.
     hop: Hop | None = None
     prepared: bytes | None = None
-    # The events that the log had before.
-    before = 0
 
     def __init__(
         self,
@@ -162,8 +160,9 @@ class Attempt:
         self.headers: Mapping[str, str] = {}
         self.sink: Sink | None = None
         self.answer: Answer | None = None
-        # The bytes of the body that was sent, and as many if they are text.
-        self.body_bytes = self.text_bytes = 0
+        # The bytes of the body that was sent, as many if they are text, and the events that the log
+        # had before.
+        self.body_bytes = self.text_bytes = self.before = 0
 
     def work(self) -> int:
         """Return what it is estimated to cost its caller's share of the provider."""

@@ -134,8 +134,6 @@ class PassedRequest(ProviderRequest):
 
     estimated = False
 
-    __slots__ = ("_body_headers", "answer", "method", "pace", "target", "upload")
-
     def __init__(
         self,
         method: str,
@@ -175,8 +173,6 @@ class PassedRequest(ProviderRequest):
 
 class PassedAttempt(Attempt):
     """The one attempt of a request that is passed on."""
-
-    __slots__ = ("_passed",)
 
     def __init__(
         self, provider: AttemptedProvider, request: PassedRequest, model: str | None

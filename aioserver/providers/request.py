@@ -93,29 +93,11 @@ class ProviderRequest:
     # Whether its tokens can be estimated before it starts.
     estimated = True
 
-    __slots__ = (
-        "_hold",
-        "_kept_bytes",
-        "answer_bytes",
-        "api",
-        "background",
-        "body",
-        "bound",
-        "caller",
-        "client_headers",
-        "estimate",
-        "keeps_body",
-        "max_answer",
-        "model",
-        "outcome",
-        "path",
-        "reading",
-        "record",
-        "size",
-        "streamed",
-        "usage_options",
-        "work",
-    )
+    # What most requests never change.
+    estimate: Estimate | None = None
+    work = UNKNOWN_WORK
+    bound: Deadline | None = None
+    keeps_body = background = False
 
     def __init__(
         self,
@@ -136,9 +118,6 @@ class ProviderRequest:
     ) -> None:
         self.size, self.max_answer = size, max_answer
         self.usage_options = usage_options
-        self.estimate: Estimate | None = None
-        self.work = UNKNOWN_WORK
-        self.bound: Deadline | None = None
         batch = caller.batch
         if hold is not None and (terms := hold.terms) is not NO_TERMS:
             self.bound = Deadline(hold.arrived, terms)
@@ -163,7 +142,6 @@ class ProviderRequest:
         )
         # Counts the bytes of an answer that is collected.
         self.answer_bytes: HeldBytes | None = None
-        self.keeps_body = self.background = False
         self._hold = hold
         self._kept_bytes = kept_bytes
 
@@ -205,7 +183,6 @@ class ProviderRequest:
 
     def release(self) -> None:
         """Forget the body and all that was kept of it: the request is over."""
-        self.keeps_body = False
         self.body = _no_body
         if self._hold is not None:
             self._hold.release()

@@ -63,6 +63,10 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
+    def observe_none(self) -> None:
+        """Count one observation of 0.0."""
+        self.counts[0] += 1
+
     def quantile(self, share: float) -> float:
         """Return the least bound that *share* of the observations do not exceed; 0.0 without any.
 

@@ -189,7 +189,10 @@ class RequestLog:
         face.duration.observe(now - record.admitted_at)
         if queued_at := record.queued_at:
             face.overhead.observe(queued_at - record.admitted_at)
-            provider.wait.observe(record.queue_wait)
+            if record.queue_wait:
+                provider.wait.observe(record.queue_wait)
+            else:
+                provider.wait.observe_none()
         if record.first_event_at and record.events > 1:
             provider.interval.observe((now - record.first_event_at) / (record.events - 1))
             self._count_gaps(record, now)
