@@ -254,16 +254,17 @@ async def follow_stream(
             stream,
             after,
             RAW,
-            on_follow=opening.leave,
+            opening=opening,
             heartbeat=dialect.heartbeat,
             render_wait=dialect.render_wait,
         )
         return response
     finally:
-        try:
-            opening.leave()
-        finally:
-            gateway.lifetime.reader_removed(stream)
+        if opening in stream.readers:
+            try:
+                opening.leave()
+            finally:
+                gateway.lifetime.reader_removed(stream)
 
 
 def _begun(stream: Stream) -> bool:

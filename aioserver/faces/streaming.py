@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from aioserver.faces.context import Context
     from aioserver.faces.ready import ReadyResponse
     from aioserver.streams.contracts import Queued
-    from aioserver.streams.cursor import Cursor
+    from aioserver.streams.cursor import ConditionReader, Cursor
     from aioserver.streams.formats import Format
     from aioserver.streams.stream import Stream
+    from aioserver.telemetry.tracer import Visit
 
 
 async def follow(
@@ -44,15 +45,16 @@ async def follow(
     event_format: Format,
     *,
     render_position: Callable[[Queued], bytes] | None = None,
-    on_follow: Callable[[], None] = lambda: None,
+    opening: ConditionReader | None = None,
     heartbeat: bytes = eventstream.HEARTBEAT,
     render_wait: Callable[[Queued], bytes] | None = None,
 ) -> None:
     """Send the head of *response*, and the events of *stream* after event *after*, to its end.
 
-    *render_position* renders where the request waits, whenever that changes. *on_follow* is called
-    once the stream has this reader. *heartbeat* is written after each `ping_interval` of silence;
-    while the request waits, what *render_wait* makes of its wait, and with the head, too.
+    *render_position* renders where the request waits, whenever that changes. *opening* has read
+    the stream until now, and leaves it to this reader. *heartbeat* is written after each
+    `ping_interval` of silence; while the request waits, what *render_wait* makes of its wait, and
+    with the head, too.
 
     However this ends, the writer follows nothing afterwards: an event that is appended later would
     land inside the next response on this connection.
@@ -63,13 +65,11 @@ async def follow(
     """
     gateway = context.gateway
     chat = context.settings.chat
-    stream.locate(after)
     head = tail = b""
     if isinstance(response, ReadyStream):
         head, tail = response.head, LAST_CHUNK
-        assert isinstance(request, Request)
-        request.started = response
     else:
+        stream.locate(after)
         await response.prepare(request)
     transport = request.transport
     if transport is None:
@@ -92,7 +92,7 @@ async def follow(
         if not ended.done():
             ended.set_result(None)
 
-    visit = begin_visit(context, request, stream, after)
+    visit: Visit | None = None
 
     def beat() -> bytes:
         waits = stream.queued
@@ -103,11 +103,18 @@ async def follow(
         writer.follow(
             stream, after, event_format, render_position=render_position, on_end=finished
         )
-        on_follow()
-        gateway.lifetime.reader_added(stream)
+        if opening is None:
+            gateway.lifetime.reader_added(stream)
+        else:
+            opening.leave()
+        if context.tracer is not None:
+            visit = begin_visit(context, request, stream, after)
+        if head:
+            assert isinstance(request, Request)
+            request.started = response
         context.wheel.add(beats, chat.websocket.ping_interval)
         writer.pump()
-        if render_wait is not None and stream.queued is not None:
+        if stream.queued is not None and render_wait is not None:
             writer.send(beat())
         writer.send_head()
         if not ended.done():
@@ -137,7 +144,7 @@ async def write_ended(
     Raises:
         ConnectionError: the client has left, or is dropped.
     """
-    visit = begin_visit(context, request, stream)
+    visit = None if context.tracer is None else begin_visit(context, request, stream)
     try:
         transport = request.transport
         if transport is None or transport.is_closing():

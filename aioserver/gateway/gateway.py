@@ -159,9 +159,7 @@ class Gateway:
         Raises:
             AioserverError: as `ask`.
         """
-        if (existing := self._existing(request)) is not None:
-            return existing
-        return self._begin(request, self._router.fill)
+        return self._existing(request) or self._begin(request, self._router.fill)
 
     def hold(self) -> HeldBytes:
         """Return a count of the bytes of an answer that no log keeps, for `call`."""
@@ -354,7 +352,6 @@ class Gateway:
     def _existing(self, request: Request) -> Stream | None:
         """Return the stream of the request's key; None if the request has no key, or is new."""
         if request.key is None:
-            self._check_running()
             return None
         stream = self._known(request.caller, request.key, request.digest)
         if stream is not None:
@@ -384,7 +381,8 @@ class Gateway:
         A log that nobody can come back to is private, and its window is 0: see streams/store.py.
         """
         self._check_running()
-        caller, resumable, window = request.caller, request.resumable, 0.0
+        asked, resumable, window = request.provider_request, request.resumable, 0.0
+        caller = asked.caller
         if request.background:
             self.lifetime.check_background()
             window = self.lifetime.background_window
@@ -401,16 +399,16 @@ class Gateway:
                 window=window,
                 digest=request.digest,
                 private=not resumable,
-                outcome=request.provider_request.outcome,
+                outcome=asked.outcome,
                 kind=Stream if self._hooks is None else self._hooks.log,
             )
-            stream.api = api = request.provider_request.api
-            if request.provider_request.streamed:
+            stream.api = api = asked.api
+            if asked.streamed:
                 stream.events = api.events()
             stream.record = request.begin_record(self._request_log)
-            stream.held = request.provider_request.answer_bytes = self._streams.hold()
+            stream.held = asked.answer_bytes = self._streams.hold()
             if request.background:
-                request.provider_request.background = True
+                asked.background = True
                 self.lifetime.run_in_background(stream)
             producer = produce(request, stream)
             self._start(stream, request, producer)
@@ -432,14 +430,14 @@ class Gateway:
         request: Request,
         producer: Coroutine[Any, Any, None],
     ) -> None:
-        release = request.release
-        request.provider_request.outlive_handler()
-        if request.undecided:
+        release, asked = request.release, request.provider_request
+        asked.outlive_handler()
+        if request.turn is not None and request.undecided:
             producer, release = _once_decided(request, stream, producer)
         # An answer that nobody can name is asked of no other instance.
         if self.instances is not None and request.key is not None:
             producer, release = self.instances.claiming(stream, request, producer, release)
-        if (bound := request.provider_request.bound) is not None:
+        if (bound := asked.bound) is not None:
             producer, release = self._bounded(stream, bound, producer, release)
         self.producers.start(stream, producer, release)
 

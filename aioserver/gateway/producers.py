@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import AioserverError, InternalError, StreamNotFound, public
@@ -86,25 +85,32 @@ class Producers:
         stream.producer = None
         fault = None if task.cancelled() else task.exception()
         bugs = [] if fault is None or isinstance(fault, AioserverError) else [fault]
-        mirrored = stream.mirrored
-        # A mirror's answer is in the request log of its owner.
-        for step in (
-            release,
-            stream.held and stream.held.release,
-            None if stream.ended else partial(self._end, stream, task, fault),
-            None if mirrored else partial(self._finish_record, stream),
-            self._on_end and partial(self._on_end, stream),
-        ):
+        try:
             try:
-                if step:
-                    step()
-            except Exception as exc:  # noqa: BLE001 - logged below
-                bugs.append(exc)
-        for bug in bugs:
-            logger.error("bug in an answer", exc_info=bug)
-        # One request, however many of its steps have failed.
-        for bug in bugs[:1]:
-            self._request_log.metrics.bugs.note(bug)
+                release()
+            finally:
+                try:
+                    if stream.held is not None:
+                        stream.held.release()
+                finally:
+                    try:
+                        if not stream.ended:
+                            self._end(stream, task, fault)
+                    finally:
+                        try:
+                            # A mirror's answer is in the request log of its owner.
+                            if not stream.mirrored:
+                                self._finish_record(stream)
+                        finally:
+                            if self._on_end is not None:
+                                self._on_end(stream)
+        except Exception as exc:  # noqa: BLE001 - logged below
+            bugs.append(exc)
+        if bugs:
+            for bug in bugs:
+                logger.error("bug in an answer", exc_info=bug)
+            # One request, however many of its steps have failed.
+            self._request_log.metrics.bugs.note(bugs[0])
 
     def _end(self, stream: Stream, task: asyncio.Task[None], fault: BaseException | None) -> None:
         """End the log of *stream* as its producer *task* has ended: with *fault*, if any."""

@@ -48,9 +48,10 @@ class TimerWheel:
 
     def add(self, member: Member, delay: float) -> None:
         """Visit *member* in *delay* seconds, and not when it was to be visited before."""
-        self.remove(member)
-        self._put(member, self._loop.time() + delay)
-        self._arm()
+        if member.bucket:
+            self.remove(member)
+        if self._put(member, self._loop.time() + delay):
+            self._arm()
 
     def remove(self, member: Member) -> None:
         """Visit *member* no more. It need not be in the wheel."""
@@ -66,7 +67,8 @@ class TimerWheel:
         self._buckets.clear()
         self._order.clear()
 
-    def _put(self, member: Member, when: float) -> None:
+    def _put(self, member: Member, when: float) -> bool:
+        """Return whether *member* is the first in its bucket."""
         number = int(when / self._grain) + 1
         bucket = self._buckets.get(number)
         if bucket is None:
@@ -74,6 +76,7 @@ class TimerWheel:
             heapq.heappush(self._order, number)
         bucket[member] = None
         member.bucket = number
+        return len(bucket) == 1
 
     def _arm(self) -> None:
         if not self._order:

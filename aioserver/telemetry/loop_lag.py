@@ -69,6 +69,8 @@ class LoopLag:
     def longest(self, since: float) -> float:
         """Return the length of the longest late period; only its part after *since* counts."""
         longest = 0.0
+        if not self._called_at or self._called_at[-1] <= since:
+            return longest
         for due, called in self._periods():
             if called <= since:
                 break

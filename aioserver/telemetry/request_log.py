@@ -229,11 +229,13 @@ class RequestLog:
         if not record.first_event_at:
             # There was no event that we or the client could hold up.
             return
-        delay = record.delay = max(record.delay, lag.longest(record.first_event_at))
-        metrics.delay["ours"].observe(delay)
-        metrics.recent_delays["ours"].add(now, delay)
-        metrics.delay["client"].observe(record.client_stall)
-        metrics.recent_delays["client"].add(now, record.client_stall)
+        delay, stall = max(record.delay, lag.longest(record.first_event_at)), record.client_stall
+        record.delay = delay
+        delays, recent = metrics.delay, metrics.recent_delays
+        delays["ours"].observe(delay)
+        recent["ours"].add(now, delay)
+        delays["client"].observe(stall)
+        recent["client"].add(now, stall)
 
     def _count_start(self, start: GroupStart, outcome: Outcome, now: float) -> None:
         """Count a request by *start*, and what was known and cached of its prompt."""
