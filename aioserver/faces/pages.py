@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cache, partial
-from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiohttp import ETag, web
@@ -21,11 +21,11 @@ from aioserver.errors import NotFound
 from aioserver.faces.status import overview
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from importlib.resources.abc import Traversable
+    from collections.abc import Mapping
 
     from aioserver.faces.context import Context
 
+FOLDER = Path(__file__).with_name("assets")
 # The files that are served, by their suffix.
 TYPES = {
     ".html": "text/html",
@@ -73,18 +73,12 @@ def routes(context: Context) -> list[web.RouteDef]:
 @cache
 def _assets() -> Mapping[str, Asset]:
     return {
-        path: Asset(body, next(kind for suffix, kind in TYPES.items() if path.endswith(suffix)))
-        for path, body in _files_in(files("aioserver.faces").joinpath("assets"))
+        path.relative_to(FOLDER).as_posix(): Asset(
+            path.read_bytes(), TYPES["".join(path.suffixes)]
+        )
+        for path in FOLDER.rglob("*.*")
+        if "".join(path.suffixes) in TYPES
     }
-
-
-def _files_in(folder: Traversable, path: str = "") -> Iterator[tuple[str, bytes]]:
-    """Yield path and content of each file that is served."""
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            yield from _files_in(entry, f"{path}{entry.name}/")
-        elif entry.name.endswith(tuple(TYPES)):
-            yield path + entry.name, entry.read_bytes()
 
 
 class Asset:

@@ -67,6 +67,7 @@ RARE = {
     "aioserver.wings.tracing.tracer",
     "difflib",
     "importlib.metadata",
+    "importlib.resources",
     "redis",
     "sqlite3",
     "zipfile",
