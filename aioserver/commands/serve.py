@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
-import gc
 import logging
 import os
 import signal
@@ -93,7 +92,6 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
     logs.set_up(settings.logging, None if worker is None else worker.slot)
     if few_files is not None:
         logger.warning("%s", few_files)
-    garbage.begin()
     memory.return_pages()
     with asyncio.Runner(loop_factory=factory) as runner:
         code = runner.run(_run(configuration, environ, inherited, worker))
@@ -300,10 +298,10 @@ async def _serve(
         settings = server.context.settings.chat.websocket
         print(preflight.cannot_listen(settings.host, settings.port, exc), file=sys.stderr)
         return 1
+    # What there is now lives as long as the server.
+    garbage.begin()
     if announced:
         output.announce(f"aioserver is ready: {listening[0].url}")
-    # These objects live as long as the server.
-    gc.freeze()
     collector = garbage.Collector(asyncio.get_running_loop())
     notifier.ready()
     idle_memory = memory.IdleMemory(

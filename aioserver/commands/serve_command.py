@@ -41,8 +41,7 @@ def command(config: Path | None, *, host: str | None, port: int | None, loop: st
     reloads the configuration. SIGUSR2 replaces the processes, if there are several workers.
     """
     # Nearly every object of the imports and the settings lives as long as the process: the
-    # collector's passes over them were a tenth of the start. `serve` enables it before there is an
-    # event loop.
+    # collector's passes over them were a tenth of the start. `serve` enables it once it listens.
     gc.disable()
     try:
         from aioserver.commands.serve import serve  # noqa: PLC0415 - start-up time
