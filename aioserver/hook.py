@@ -6,11 +6,10 @@ stands alone, so that such a class can be imported where nothing runs that would
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
+class Call(msgspec.Struct, frozen=True, kw_only=True):
     """One request, or its answer, as a hook is shown it.
 
     *id* is that of the request in our log, *hook* the name of the hook, *caller* the name of the
@@ -29,8 +28,7 @@ class Call:
     body: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Refuse:
+class Refuse(msgspec.Struct, frozen=True):
     """A refusal, with a *message* for the client, and the HTTP *status* 403, 400 or 429.
 
     *retry_after* are the seconds after which another try may fare better.

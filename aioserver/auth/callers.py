@@ -12,11 +12,12 @@ subflows of one share what it gets evenly.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field, replace
 from math import inf
 from typing import TYPE_CHECKING
 
+import msgspec
 from aiohttp import web
+from msgspec.structs import force_setattr, replace
 
 if TYPE_CHECKING:
     from aioserver.limits.quota import Quota
@@ -26,40 +27,46 @@ if TYPE_CHECKING:
 MAX_USER = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(msgspec.Struct, frozen=True, eq=False):
     """The owner of streams and conversations. Two objects of one name are the same caller.
 
     *subflow*: where the caller's requests wait within `flow`; *priority*: the weight of the flow,
     1 to 10; *batch*: whether its requests use what others leave; *admin*: whether the caller may
     see the operating pages; *quota*: the limits of the caller's key, None without keys. *role*: that
-    of its token, "" for a key; *expires*: when its token does, by the monotonic clock.
+    of its token, "" for a key; *expires*: when its token does, by the monotonic clock. What follows
+    is made of these.
     """
 
     name: str = ""
-    subflow: str = field(default="", compare=False)
-    priority: int = field(default=1, compare=False)
-    batch: bool = field(default=False, compare=False)
-    admin: bool = field(default=False, compare=False)
-    quota: Quota | None = field(default=None, compare=False, repr=False)
-    role: str = field(default="", compare=False)
-    expires: float = field(default=inf, compare=False)
+    subflow: str = ""
+    priority: int = 1
+    batch: bool = False
+    admin: bool = False
+    quota: Quota | None = None
+    role: str = ""
+    expires: float = inf
 
     # The address of a client without a key; "" for a key, which is the same caller everywhere.
-    address: str = field(init=False, compare=False)
+    address: str = ""
     # The flow in which requests wait at a provider: the caller's key, or its address without keys.
     # The user is not part of it: otherwise a client without a key would get a larger share by
     # naming more users.
-    flow: str = field(init=False, compare=False)
+    flow: str = ""
     # The caller in metrics, which have no names of people.
-    label: str = field(init=False, compare=False)
+    label: str = ""
 
     def __post_init__(self) -> None:
         # Each request reads them, and few callers are made.
         address = "" if self.name else self.subflow.partition("\0")[0]
-        object.__setattr__(self, "address", address)
-        object.__setattr__(self, "flow", self.name or address)
-        object.__setattr__(self, "label", f"jwt:{self.role}" if self.role else self.name)
+        force_setattr(self, "address", address)
+        force_setattr(self, "flow", self.name or address)
+        force_setattr(self, "label", f"jwt:{self.role}" if self.role else self.name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Caller) and other.name == self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
     def on_behalf_of(self, user: object) -> Caller:
         """Return the same caller, with a subflow of its own for *user*, if that is a text."""

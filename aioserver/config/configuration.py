@@ -15,10 +15,12 @@ This file is one concept: how a file becomes settings, and what is said of it on
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+
+import msgspec
 
 from aioserver.config import keys_file, schema, views
 from aioserver.config.credentials import Credentials
@@ -37,8 +39,7 @@ if TYPE_CHECKING:
     import voluptuous as vol
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Configuration:
+class Configuration(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Valid settings, the file they come from, and warnings for the author of that file.
 
     *content* is what was read of that file.
@@ -49,8 +50,11 @@ class Configuration:
     settings: Settings
     source: str
     warnings: tuple[str, ...]
-    content: bytes = field(repr=False, compare=False)
-    _document: Document = field(repr=False, compare=False)
+    content: bytes
+    _document: Document
+
+    def __repr__(self) -> str:
+        return f"Configuration({self.source!r})"
 
     @classmethod
     def load(

@@ -10,10 +10,10 @@ import asyncio
 import logging
 import socket
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
 from aiohttp import web
 
 from aioserver.server.connection import ConnectionServer
@@ -155,8 +155,7 @@ class Balance(Protocol):
         """End what `start` has begun."""
 
 
-@dataclass(frozen=True, slots=True)
-class Listening:
+class Listening(msgspec.Struct, frozen=True):
     """One listening socket. *queue_limit*: the backlog that the kernel granted, None if unknown.
 
     The host of a UNIX socket is its path, or `@` and its abstract name; its port is 0.
@@ -166,7 +165,7 @@ class Listening:
     port: int
     backlog: int
     queue_limit: int | None
-    sock: socket.socket = field(repr=False, compare=False)
+    sock: socket.socket
     scheme: str = "http"
 
     @property
