@@ -38,17 +38,17 @@ _UNITS: dict[str, dict[str, float]] = {
         "gb": 10**9,
     },
 }
-_PART = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?) ?([a-z]{1,7}) ?", re.IGNORECASE)
-_PARTS = re.compile(rf"(?:{_PART.pattern}){{1,5}}", re.IGNORECASE)
-_WHOLE = re.compile(r"[-+]?[0-9]{1,18}")
-_THOUSANDS = re.compile(r"[0-9]{1,3}(?:,[0-9]{3}){1,4}")
+# Patterns, compiled for the first value that needs a hint.
+_PART = r"([0-9]{1,12}(?:\.[0-9]{1,6})?) ?([A-Za-z]{1,7}) ?"
+_PARTS = rf"(?:{_PART}){{1,5}}"
+_THOUSANDS = r"[0-9]{1,3}(?:,[0-9]{3}){1,4}"
 # The labels of a host are shorter than those of a token with dots, such as a JSON Web Token.
-_ADDRESS = re.compile(
+_ADDRESS = (
     r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9-]{1,15}(?:\.[A-Za-z0-9-]{1,15}){0,5})"
     r"(:[0-9]{1,5})?((?:/[A-Za-z0-9._-]{0,20}){0,4})"
 )
-_IPV4 = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}")
-_PLAIN = re.compile(r"[A-Za-z0-9/.][A-Za-z0-9._/-]*")
+_IPV4 = r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}"
+_PLAIN = r"[A-Za-z0-9/.][A-Za-z0-9._/-]*"
 
 
 def number(value: object, kind: str) -> str:
@@ -69,15 +69,15 @@ def number(value: object, kind: str) -> str:
         )
     if re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]+", text):
         return " (YAML requires a point and a sign: 1.0e+3)"
-    if _THOUSANDS.fullmatch(text):
+    if re.fullmatch(_THOUSANDS, text):
         return f" (write {text.replace(',', '')})"
     unit = kind.split(maxsplit=1)[0]
-    if _PARTS.fullmatch(text) is None:
+    if re.fullmatch(_PARTS, text) is None:
         return ""
     units = _UNITS.get(unit)
     if units is None:
         return " (write the number alone: this setting has no unit)"
-    parts = [(float(amount), name.lower()) for amount, name in _PART.findall(text)]
+    parts = [(float(amount), name.lower()) for amount, name in re.findall(_PART, text)]
     if any(name not in units for _, name in parts):
         return f" (write the number alone; it counts {unit})"
     total = round(sum(amount * units[name] for amount, name in parts), 0 if unit == "bytes" else 6)
@@ -97,7 +97,7 @@ def items(value: object) -> str:
         return "[a, b]"
     if any("'" in word or not word.isprintable() for word in words):
         return "[a, b]"
-    return f"[{', '.join(w if _PLAIN.fullmatch(w) else json.dumps(w) for w in words)}]"
+    return f"[{', '.join(w if re.fullmatch(_PLAIN, w) else json.dumps(w) for w in words)}]"
 
 
 def address(value: object) -> str | None:
@@ -105,11 +105,11 @@ def address(value: object) -> str | None:
 
     None: it is no address.
     """
-    match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
+    match = re.fullmatch(_ADDRESS, value) if isinstance(value, str) else None
     if match is None:
         return None
     host, port, path = match.groups()
-    number = _IPV4.fullmatch(host) is not None or host.startswith("[")
+    number = re.fullmatch(_IPV4, host) is not None or host.startswith("[")
     # Words alone, with dots or without, may be a key.
     if not port and not (path and "." in host) and not number and host != "localhost":
         return None

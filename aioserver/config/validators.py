@@ -85,7 +85,6 @@ def text(
     *shown*: whether a refused text is shown, because no secret belongs there. A refused number or
     boolean is shown unless the setting is *masked*.
     """
-    compiled = re.compile(pattern) if pattern is not None else None
 
     def test(value: Any) -> str:
         if not isinstance(value, str):
@@ -93,7 +92,7 @@ def text(
             refuse(f"expected text, not {describe(value) if masked else show(value)}{hint}")
         if not value.isascii() and re.search(r"[\ud800-\udfff]", value):
             refuse("is not valid Unicode")
-        if compiled is not None and compiled.fullmatch(value) is None:
+        if pattern is not None and re.fullmatch(pattern, value) is None:
             most = MAX_SHOWN if _ADDRESS.fullmatch(value) is None else MAX_ADDRESS
             refuse(f"expected {expected}" + (f", not {show(value, most)}" if shown else ""))
         return value

@@ -71,14 +71,13 @@ BUSY_CODES = BUSY_STATUSES | {"rate_limit_exceeded"}
 TOO_LONG_CODES = {"context_length_exceeded", "exceed_context_size_error"}
 TOO_LONG_STATUSES = frozenset({400, 413, 422})
 MAX_READ_BYTES = 1 << 16
-TOO_LONG = re.compile(
+TOO_LONG = (
     "maximum context length|prompt is too long|context size|model's context length"
     "|maximum prompt length|exceeded model token limit|range of input length|prompt too long"
     "|(?:exceed|greater than|overflow|longer than)[^.]{0,40} context (?:window|length|size)"
     "|context length of only|context window exceeds|input token count[^.]{0,40} exceed"
     "|prompt exceeds max length|token count of \\d+ exceeds|input is too long"
-    "|`inputs` tokens \\+|input tokens exceed|reduce the length of the messages",
-    re.IGNORECASE,
+    "|`inputs` tokens \\+|input tokens exceed|reduce the length of the messages"
 )
 # Prefixes of the names of the headers that clients may see.
 VISIBLE_HEADERS = (
@@ -133,7 +132,9 @@ def says_too_long(status: int, error: object) -> bool:
     if status not in TOO_LONG_STATUSES:
         return False
     texts = [error.get("message"), upstream(error)] if isinstance(error, dict) else [error]
-    return any(isinstance(text, str) and TOO_LONG.search(text) for text in texts)
+    return any(
+        isinstance(text, str) and re.search(TOO_LONG, text, re.IGNORECASE) for text in texts
+    )
 
 
 def _error_in(body: bytes) -> object:

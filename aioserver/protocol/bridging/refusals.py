@@ -23,40 +23,36 @@ MAX_READ_BYTES, MAX_TEXT = 1 << 16, 4096
 # The statuses of a refusal that is about the words of a request.
 STATUSES = frozenset({400, 422})
 _N = r"(\d{1,9})"
-_LIMIT = re.compile(
+# Patterns, compiled when a provider refuses for the first time.
+_LIMIT = (
     rf"context length(?: is| of)?(?: only)?:? *\(?{_N}(?: tokens|\))"
     rf"|context size \({_N} tokens|cannot be greater than max_model_len=(?:\w+=)?{_N}"
     rf"|too large for model with {_N}|maximum prompt length is {_N}|token limit: {_N}"
     rf"|input length should be \[\d+, ?{_N}\]|must be <= {_N}\. Given|while limit is {_N}"
     rf"|configured limit of {_N} tokens|number of tokens allowed \(?{_N}"
-    rf"|maximum context length: {_N}|exceeds the limit of {_N}",
-    re.IGNORECASE,
+    rf"|maximum context length: {_N}|exceeds the limit of {_N}"
 )
-_INPUT = re.compile(
+_INPUT = (
     rf"{_N} (?:in the messages|tokens from the input|input tokens|tokens in the prompt"
     r"|of text input|`inputs` tokens)"
     rf"|messages resulted in {_N} tokens|(?:the input|input|request) \({_N} tokens\)"
     rf"|input length \({_N}|prompt contains {_N} tokens|request contains {_N} tokens"
     rf"|current length is {_N}|input token count \({_N}|prompt is too long: {_N}"
-    rf"|token count of {_N}",
-    re.IGNORECASE,
+    rf"|token count of {_N}"
 )
-_MOST = re.compile(
+_MOST = (
     rf"less than or equal to [`'\"]?{_N}|supports at most {_N} completion tokens"
     rf"|range of max_tokens (?:is|should be) \[\d+, ?{_N}\]|exceeds the model limit of {_N}"
-    rf"|> {_N}, which is the maximum allowed number of output tokens",
-    re.IGNORECASE,
+    rf"|> {_N}, which is the maximum allowed number of output tokens"
 )
 # Words about the tokens of an answer, and not about another number.
-_OF_ANSWERS = re.compile("max_tokens|max_completion_tokens|completion tokens|maximum tokens")
+_OF_ANSWERS = "max_tokens|max_completion_tokens|completion tokens|maximum tokens"
 # The tokens of an answer that was asked for; and a count of a prompt that says itself that it has more.
-_WANTED = re.compile(rf"requested {_N} output tokens")
-_AT_LEAST = re.compile(r"at least \d{1,9} input tokens")
+_WANTED = rf"requested {_N} output tokens"
+_AT_LEAST = r"at least \d{1,9} input tokens"
 # What engines call a word that they do not name.
 _OTHER_WORDS = {
-    "reasoning_effort": re.compile(
-        "does not support thinking|invalid reasoning value|reasoningEffort"
-    ),
+    "reasoning_effort": "does not support thinking|invalid reasoning value|reasoningEffort",
 }
 
 
@@ -77,7 +73,7 @@ class Refusal(NamedTuple):
         if re.search(rf"\b{word}\b", self.text) is not None:
             return True
         other = _OTHER_WORDS.get(word)
-        return other is not None and other.search(self.text) is not None
+        return other is not None and re.search(other, self.text) is not None
 
     @property
     def renames(self) -> bool:
@@ -128,16 +124,16 @@ def upstream(error: Mapping[str, Any]) -> str:
 def _read(text: str) -> Refusal:
     text = text[:MAX_TEXT]
     limit, asked = _found(_LIMIT, text), _found(_INPUT, text)
-    most = _found(_MOST, text) if _OF_ANSWERS.search(text) else None
+    most = _found(_MOST, text) if re.search(_OF_ANSWERS, text) else None
     if limit and asked and asked < limit:
         wanted = _found(_WANTED, text) or 0
-        if _AT_LEAST.search(text) or asked + wanted == limit + 1:
+        if re.search(_AT_LEAST, text) or asked + wanted == limit + 1:
             asked = None
     return Refusal(text, limit, asked, most)
 
 
-def _found(pattern: re.Pattern[str], text: str) -> int | None:
-    match = pattern.search(text)
+def _found(pattern: str, text: str) -> int | None:
+    match = re.search(pattern, text, re.IGNORECASE)
     return None if match is None else int(next(group for group in match.groups() if group))
 
 

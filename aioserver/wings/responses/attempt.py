@@ -57,14 +57,11 @@ logger = logging.getLogger("aioserver.providers")
 REFUSAL_STATUSES = frozenset({400, 404, 422, 501})
 # Bytes of a refusal that is read.
 MAX_READ = 1 << 16
-_SUBJECT = re.compile(
-    r"\bprevious[ _-]?response(?:_?id)?\b|\bresponse (?:with|id)\b|\bno response found",
-    re.IGNORECASE,
-)
-_UNSUPPORTED = re.compile(
+# Patterns, compiled at the first refusal.
+_SUBJECT = r"\bprevious[ _-]?response(?:_?id)?\b|\bresponse (?:with|id)\b|\bno response found"
+_UNSUPPORTED = (
     r"not (?:yet )?(?:supported|implemented|allowed)|does(?: not|n't) support|unsupported|unknown"
-    r"|unrecognized|unexpected|extra inputs",
-    re.IGNORECASE,
+    r"|unrecognized|unexpected|extra inputs"
 )
 
 
@@ -95,7 +92,7 @@ class Learned(PathMemory):
             return False
         # Refusals repeat the id, and a client could make one up that says more than the provider
         # does.
-        if by_id or (_UNSUPPORTED.search(previous_id) is None and supports_none(status, body)):
+        if by_id or (not _unsupported(previous_id) and supports_none(status, body)):
             if self.keeps:
                 logger.info(
                     "provider %s keeps no responses: those that continue others are asked for "
@@ -348,14 +345,18 @@ def refuses_continuation(status: int, body: bytes) -> bool:
         if error.get("param") == "previous_response_id":
             return True
         error = f"{error.get('message')} {error.get('code')}"
-    return isinstance(error, str) and _SUBJECT.search(error) is not None
+    return isinstance(error, str) and bool(re.search(_SUBJECT, error, re.IGNORECASE))
 
 
 def supports_none(status: int, body: bytes) -> bool:
     """Return whether such a refusal says that no response at all can be continued, not only this
     one.
     """
-    return status == 501 or _UNSUPPORTED.search(body.decode("utf-8", "replace")) is not None
+    return status == 501 or _unsupported(body.decode("utf-8", "replace"))
+
+
+def _unsupported(text: str) -> bool:
+    return re.search(_UNSUPPORTED, text, re.IGNORECASE) is not None
 
 
 def _error_in(body: bytes) -> object:
