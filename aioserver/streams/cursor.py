@@ -143,54 +143,56 @@ class Cursor:
         self.next_index += 1
         return self.format.render_newest(stream, entries[-1])
 
-    def note_delay(self, now: float, blocked_until: float) -> None:
-        """Note how long the next event has waited for this server, in the record of the request.
-
-        Until *blocked_until* the event waited for the client, which was not reading. An event that
-        was in the log before this reader came has waited since the reader came.
-        """
-        stream = self.stream
-        index = self.next_index - stream.offset
-        if 0 <= index < len(stream.entries):
-            ready = max(stream.entries[index].received_at, self._since, blocked_until)
-            stream.record.delay = max(stream.record.delay, now - ready)
-
     def note_blocked(self, since: float) -> None:
-        """Note that the client has read nothing *since* that monotonic time."""
-        record = self.stream.record
-        record.client_stall = max(record.client_stall, monotonic() - since)
+        """Note that the client has read nothing *since* that monotonic time: what has come
+        meanwhile has waited for the client.
+        """
+        record, self._since = self.stream.record, monotonic()
+        record.client_stall = max(record.client_stall, self._since - since)
 
-    def render(self, parts: list[bytes], room: int) -> bool:
-        """Append up to about *room* rendered bytes to *parts*; return whether nothing is left.
+    @property
+    def behind(self) -> bool:
+        """Whether there is more to render."""
+        if self.farewell:
+            return False
+        return self.next_index < self.stream.offset + len(self.stream.entries)
+
+    def render(self, parts: list[bytes], room: int) -> int:
+        """Append up to about *room* rendered bytes to *parts*; return how much room is left. With
+        none there may be more to render.
+
+        The record of the request then says how long the first of these events has waited for this
+        server: since it was read, since this reader came, or since the client reads again.
 
         Raises:
             ResumeGap: the log has discarded events that this reader has not seen.
         """
         if self.farewell:
             parts.append(self.farewell)
-            return True
+            return room - len(self.farewell)
         stream = self.stream
-        entries, event_format = stream.entries, self.format
+        entries, event_format, skip = stream.entries, self.format, self.skip
         index = self.next_index - stream.offset
         if index < 0:
             raise ResumeGap("the reader fell behind the events that are kept")
         end = len(entries)
+        if index < end:
+            delay = monotonic() - max(entries[index].received_at, self._since)
+            stream.record.delay = max(stream.record.delay, delay)
         while index < end and room > 0:
-            entry, skip = entries[index], self.skip
+            entry = entries[index]
             index += 1
             if index == end and not skip:
                 part = event_format.render_newest(stream, entry)
             else:
                 part = event_format.render(stream, entry, skip)
-                self.skip = 0
+                self.skip = skip = 0
             parts.append(part)
             room -= len(part)
         self.next_index = stream.offset + index
-        if index < end:
-            return False
-        if stream.ended and (error := stream.broken) is not None:
+        if index == end and stream.remote is not None and (error := stream.broken) is not None:
             parts.append(event_format.render_error(stream, error, stream.last))
-        return True
+        return room
 
 
 class ConditionReader:

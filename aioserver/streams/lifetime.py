@@ -150,7 +150,8 @@ class Lifetime(StoreObserver):
         stream.record.slow_client = False
         if stream.remote is not None:
             stream.remote.expected = False
-        self._leave_detached(stream)
+        if stream.timer is not None:
+            self._leave_detached(stream)
 
     def reader_removed(self, stream: Stream) -> None:
         """Note that a reader of *stream* has left, after its removal from `readers`."""
@@ -311,9 +312,10 @@ class Lifetime(StoreObserver):
     def finished(self, stream: Stream) -> None:
         """Hear that *stream* has its last event."""
         expected = stream.remote is not None and stream.remote.expected
-        if not expected:
+        if stream.timer is not None and not expected:
             self._leave_detached(stream)
-        self._giving_way.discard(stream)
+        if self._giving_way:
+            self._giving_way.discard(stream)
         if stream.background:
             self._background.pop(stream, None)
         if stream.window > 0:

@@ -221,7 +221,7 @@ class StreamStore:
 
     def drop(self, stream: Stream) -> None:
         """Forget *stream*, which has ended; a second call does nothing."""
-        if not (stream in self._finished or stream in self._running or stream.kept_bytes):
+        if not (stream.extra_bytes or stream.bytes):
             return
         self._running.discard(stream)
         if not stream.private:

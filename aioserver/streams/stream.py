@@ -10,8 +10,9 @@ queue per client and no copy per reader, and so a slow reader costs the others n
 
 An entry (entries.py) may hold several events. For faces that pass on the provider's bytes, a block
 is kept as it came; for faces that show frames, the events are kept as frames, made once for all
-readers. Events that the fast path forwards are in the log at the latest when the path is closed:
-see `close_fast_path`.
+readers. In a private log `processing` is a number without an entry: its reader gets the provider's
+bytes. Events that the fast path forwards are in the log at the latest when the path is closed: see
+`close_fast_path`.
 
 A log is bounded. Beyond `max_stream_bytes` its oldest entries are discarded, though never its
 newest; a reader that has not seen them yet is dropped, and skips no event silently. Where no
@@ -35,6 +36,7 @@ no number, so that a client which comes back says the number that it would have 
 
 from __future__ import annotations
 
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
@@ -61,7 +63,7 @@ from aioserver.telemetry.request_log import NO_RECORD
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Awaitable, Hashable, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 
     from aioserver.errors import AioserverError
     from aioserver.protocol.openai import Shape
@@ -352,12 +354,14 @@ class Stream:
     def add_reader(self, reader: Reader) -> None:
         """Let *reader* follow from now on."""
         self.readers.append(reader)
-        self.close_fast_path()
+        if self.path is not None:
+            self.close_fast_path()
 
     def remove_reader(self, reader: Reader) -> None:
         """Let *reader* follow no longer."""
         self.readers.remove(reader)
-        self.close_fast_path()
+        if self.path is not None:
+            self.close_fast_path()
 
     def append(
         self,
@@ -373,13 +377,14 @@ class Stream:
         The events are *chunks*, the `chunk` object of each as JSON; or they are *data*, the
         provider's own bytes of *count* whole events.
         """
-        self.close_fast_path()
+        if self.path is not None:
+            self.close_fast_path()
         first, frames = self.last + 1, None
         if chunks:
             frames, count = frames_of(self.head, first, status, chunks), len(chunks)
         self.add_entry(Entry(first, count, status, data, frames, monotonic()))
         if status is CHUNK:
-            self.meter.events += self.last + 1 - first
+            self.meter.events += count
         if not more:
             self.notify()
 
@@ -473,14 +478,15 @@ class Stream:
         """
         if self.bytes > self.max_bytes or (self.window <= 0 and self.entries):
             self._discard()
-            if self.source is not None and self._due():
+            if self.source is not None and (len(self.readers) < 2 or self._due()):
                 self._regulate()
 
     def note_passed(self) -> None:
         """Note that a reader which was behind has passed entries."""
         if self.window <= 0:
             self._discard()
-            self._regulate()
+            if self.source is not None:
+                self._regulate()
 
     def forward(self, data: bytes, count: int, *, more: bool = False) -> None:
         """Append the provider's bytes of *count* whole events.
@@ -488,9 +494,11 @@ class Stream:
         The bytes are not kept if nobody else can find the log and its only reader writes them at
         once: the effect is that of an append after which every reader has passed the entry.
         """
-        self.close_fast_path()
+        if self.path is not None:
+            self.close_fast_path()
         if self.said is not None and self.said.add(data):
             self.recount()
+        self.meter.events += count
         readers = self.readers
         if (
             self.private
@@ -501,16 +509,18 @@ class Stream:
         ):
             self.last += count
             self.offset += 1
-            self.meter.events += count
         else:
-            self.append(CHUNK, data=data, count=count, more=more)
+            self.add_entry(Entry(self.last + 1, count, CHUNK, data, None, monotonic()))
+            if not more:
+                self.notify()
 
     def open_fast_path(self, shape: Shape | None = None) -> Path | None:
         """Return the fast path of the only reader, if that reader has passed all entries.
 
         Without a *shape* the path forwards the provider's bytes, and the log keeps none of them.
         """
-        self.close_fast_path()
+        if self.path is not None:
+            self.close_fast_path()
         if not self.answered_at or len(self.readers) != 1:
             return None
         if shape is None and (not self.private or self.entries):
@@ -521,22 +531,24 @@ class Stream:
     def append_processing(self) -> None:
         """Append event 1: a place at a provider is taken.
 
-        Later attempts only change the outcome.
+        Later attempts only change the outcome. In a private log it is only counted.
         """
         if self.last:
             return
         self.recount()
+        if self.private:
+            self.last = 1
+            return
         outcome, conversation = self.outcome, self.conversation_id
-        event = processing(outcome.provider, outcome.model, conversation)
-        # Without bytes of the provider's it is shown to no reader of a private log.
-        self.append(PROCESSING, [event], more=self.private)
+        self.append(PROCESSING, [processing(outcome.provider, outcome.model, conversation)])
 
     def finish(self, chunk: Mapping[str, Any], data: bytes = b"") -> None:
         """End the log well, once its keeper has kept the answer: now, or in `finished`, if that
         takes a while.
         """
-        # The kept part of the answer has the texts that the fast path has passed on, too.
-        self.close_fast_path()
+        if self.path is not None:
+            # The kept part of the answer has the texts that the fast path has passed on, too.
+            self.close_fast_path()
         keeper = self.keeper
         kept = None if keeper is None else keeper.keep(self)
         if kept is None:
@@ -562,39 +574,31 @@ class Stream:
         self.ending = None
 
     def end(self, status: bytes, chunk: Mapping[str, Any], *, data: bytes = b"") -> None:
-        """Append the last event, and notify the readers and the store."""
-        self.append_end(status, orjson.dumps(chunk), data)
-
-    def append_end(self, status: bytes, chunk: bytes, data: bytes = b"") -> None:
-        """Append the last event as `end` does, its *chunk* already JSON.
+        """Append the last event, and notify the readers and the store.
 
         If this raises after the event is in the log, all has been done nevertheless: each reader
         is notified.
         """
-        self.close_fast_path()
+        if self.path is not None:
+            self.close_fast_path()
         number = self.last + 1
-        frames = [protocol_frames.frame(self.head, number, status, chunk)]
+        frames = [protocol_frames.frame(self.head, number, status, orjson.dumps(chunk))]
         self.end_with(Entry(number, 1, status, data, frames, monotonic()))
 
     def end_with(self, entry: Entry, error: AioserverError | None = None) -> None:
-        """Append *entry*, the last event, as `append_end` does.
+        """Append *entry*, the last event, as `end` does.
 
         *error* is what it says, if it is one.
         """
         assert not self.ended, "nothing follows the end of a stream"
-        self.error = error or self.error
+        if error is not None:
+            self.error = error
         self.entries.append(entry)
+        self.bytes += entry.size
         self.last, self.ended, self.end_status = entry.first, True, entry.status
         # The producer is done with its text.
         self.text_bytes, self.said = 0, None
-        notices = [reader.notify for reader in self.readers]
-        run_all((self._count_end, *notices, self.trim, self.tell_end))
-
-    def _count_end(self) -> None:
-        """Count the last entry, and what is kept beside the entries now."""
-        size = self.entries[-1].size
-        self.bytes += size
-        self.recount(size)
+        self._end_by(partial(self.recount, entry.size))
 
     def fail(self, error: AioserverError) -> None:
         """Append *error* as the last event, for both kinds of face: as a frame, and as bytes."""
@@ -622,8 +626,14 @@ class Stream:
         if self.remote is not None:
             self.remote.broken = error
         self.text_bytes, self.said = 0, None
-        notices = [reader.notify for reader in tuple(self.readers)]
-        run_all((self.recount, *notices, self.trim, self.tell_end))
+        self._end_by(self.recount)
+
+    def _end_by(self, count: Callable[[], None]) -> None:
+        """*count* what is kept now, and let all know that the log has ended."""
+        steps = [count, *[reader.notify for reader in self.readers], self.trim]
+        if self._store is not None:
+            steps.append(partial(self._store.note_end, self))
+        run_all(steps)
 
     def describe(self) -> dict[str, Any]:
         """Return what a list of streams says of this one."""
@@ -657,7 +667,11 @@ class Stream:
         Raises:
             ResumeGap: events after *after* are no longer kept, or *after* does not exist yet.
         """
-        self.close_fast_path()
+        if self.path is not None:
+            self.close_fast_path()
+        if self.private and not (after or self.offset) and self.remote is None:
+            # From the start, of which event 1 has no entry.
+            return 0, 0
         index, skip = locate(self.entries, self.last, after)
         return self.offset + index, skip
 
@@ -667,8 +681,10 @@ class Stream:
 
     def forget(self) -> int:
         """Drop all entries and the whole answer; return the bytes that were counted."""
-        self.close_fast_path()
-        freed, self.bytes, self.extra_bytes = self.kept_bytes, 0, 0
+        if self.path is not None:
+            self.close_fast_path()
+        freed = self.bytes + self.extra_bytes
+        self.bytes = self.extra_bytes = 0
         self.offset += len(self.entries)
         self.entries.clear()
         self.whole = self.rendered = None
@@ -681,17 +697,14 @@ class Stream:
             reader.notify()
         self.trim()
 
-    def tell_end(self) -> None:
-        """Tell the store that the log has ended."""
-        if self._store is not None:
-            self._store.note_end(self)
-
     def add_entry(self, entry: Entry) -> None:
         """Add *entry*, of which the readers are still to be notified."""
         assert not self.ended, "nothing follows the end of a stream"
         self.last += entry.count
         self.entries.append(entry)
-        self._grow(entry.size)
+        self.bytes += entry.size
+        if self._store is not None:
+            self._store.count_bytes(self, entry.size)
 
     def _grow(self, size: int) -> None:
         self.bytes += size
@@ -754,35 +767,34 @@ class Stream:
         source = self.source
         if source is None or self.window > 0 or self.ended:
             return
-        unread, max_bytes = self._unread_bytes(), self.max_bytes
+        # What an only reader has passed is discarded already.
+        unread = self.bytes if len(self.readers) < 2 else self._unread_bytes()
         # A small log pauses well before its bound, which would drop the client.
-        if unread > min(PAUSE_BYTES, max_bytes // 2):
-            source.pause()
-        elif unread <= min(RESUME_BYTES, max_bytes // 8):
+        if unread <= min(RESUME_BYTES, self.max_bytes // 8):
             source.resume()
+        elif unread > min(PAUSE_BYTES, self.max_bytes // 2):
+            source.pause()
 
     def _due(self) -> bool:
-        """Return whether the unread bytes are counted for the newest entry.
+        """Return whether the bytes that several readers have still to read are counted for the
+        newest entry.
 
-        With several readers they are for each CHECK_EVERY-th entry and for each large one, since
-        it takes longer the more of them are unread. The count is then late by 64 KiB at most.
+        They are for each CHECK_EVERY-th entry and for each large one, since it takes longer the
+        more of them are unread. The count is then late by 64 KiB at most.
         """
         entries = self.entries
-        if len(self.readers) < 2 or not entries:
+        if not entries:
             return True
         number = self.offset + len(entries)
         return not number % CHECK_EVERY or entries[-1].size > CHECK_BYTES
 
     def _unread_bytes(self) -> int:
-        """Return about how many bytes no reader has passed; with several, PAUSE_BYTES and one
+        """Return about how many bytes none of several readers has passed: PAUSE_BYTES and one
         entry at most.
 
         The reader that is ahead counts: a slow reader costs the others nothing.
         """
         entries = self.entries
-        if len(self.readers) < 2:
-            # What the only reader has passed is discarded already.
-            return self.bytes
         ahead = max([reader.next_index for reader in self.readers]) - self.offset
         size, index = 0, len(entries)
         while index > max(ahead, 0) and size <= PAUSE_BYTES:

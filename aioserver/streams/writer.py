@@ -97,8 +97,8 @@ class Writer:
         self._scheduled: asyncio.Handle | None = None
         self._draining: asyncio.Task[None] | None = None
         self._watchdog: WriteWatchdog | None = None
-        # Monotonic times: the last time that the client stopped reading, and went on.
-        self._blocked_at = self._blocked_until = 0.0
+        # The monotonic time at which the client stopped reading last.
+        self._blocked_at = 0.0
         # Whether nothing will be written from now on.
         self.closed = False
         self._path: FastPath | None = None
@@ -146,7 +146,8 @@ class Writer:
             return cursor
         stream.add_reader(cursor)
         self._cursors[cursor] = None
-        self._close_path()
+        if self._path is not None:
+            self._close_path()
         if cursor.next_index < stream.offset + len(stream.entries) or stream.ended:
             self._ready[cursor] = None
             self._schedule()
@@ -159,14 +160,15 @@ class Writer:
             self._ready.pop(cursor, None)
             return
         cursor.removed = True
-        self._close_path()
+        if self._path is not None:
+            self._close_path()
         if self._draining is not None:
             cursor.note_blocked(self._blocked_at)
-        self._cursors.pop(cursor, None)
+        del self._cursors[cursor]
         self._ready.pop(cursor, None)
         stream = cursor.stream
         stream.remove_reader(cursor)
-        if stream.ended:
+        if stream.ended and stream.readers:
             stream.trim()
         self._on_unfollow(stream)
 
@@ -263,29 +265,29 @@ class Writer:
 
     def _write_ready(self) -> None:
         """Write once; what is left then is written in the next iteration of the event loop."""
-        ready, now = self._ready, monotonic()
+        ready = self._ready
         if self._draining is not None or self.closed or not (ready or self._control):
             return
         parts, self._control = self._control, []
         room = WRITE_BYTES
         ended: list[Cursor] = []
         for cursor in list(ready):
-            start = len(parts)
-            cursor.note_delay(now, self._blocked_until)
             try:
-                caught_up = cursor.render(parts, room)
+                room = cursor.render(parts, room)
             except ResumeGap:
                 # Each entry that was read has an event at least.
                 cursor.drop(cursor.next_index)
                 continue
             del ready[cursor]
-            if not caught_up:
+            behind = room <= 0 and cursor.behind
+            if behind:
                 # The cursor goes behind the others, which are written next.
                 ready[cursor] = None
-            elif cursor.farewell or cursor.stream.ended:
+            if not behind and (cursor.farewell or cursor.stream.ended):
+                # What it has passed is discarded when it is unfollowed.
                 ended.append(cursor)
-            cursor.stream.note_passed()
-            room -= sum(map(len, parts[start:]))
+            else:
+                cursor.stream.note_passed()
             if room <= 0:
                 break
         data = parts[0] if len(parts) == 1 else b"".join(parts)
@@ -415,7 +417,6 @@ class Writer:
             if self._watchdog is not None:
                 self._watchdog.stop()
                 self._watchdog = None
-            self._blocked_until = monotonic()
             for cursor in self._cursors:
                 cursor.note_blocked(self._blocked_at)
         if not self.closed:

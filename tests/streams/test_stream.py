@@ -1085,6 +1085,23 @@ def test_random_steps_agree_with_the_model(run: int) -> None:
     assert streams.stats().running == streams.stats().finished == 0
 
 
+def test_first_event_of_a_private_log_is_a_number_without_an_entry() -> None:
+    streams = streams_of(600)
+    stream = streams.open("r1", DEMO, window=0.0, private=True)
+    size = stream.kept_bytes
+
+    stream.append_processing()
+    assert (stream.last, stream.first, stream.kept_bytes) == (1, 2, size)
+    Slow(stream)
+    stream.forward(b"data: {}\n\n", 1)
+    assert (stream.locate(0), stream.entries[0].first) == ((0, 0), 2)
+
+    stream.forward(b"data: %b\n\n" % (b"x" * 600), 1)
+    assert stream.first == 3
+    with pytest.raises(ResumeGap):
+        stream.locate(0)
+
+
 def test_a_status_is_in_its_frame() -> None:
     stream = streams_of().open("r1", DEMO, window=30)
     for status in (PROCESSING, CHUNK):
