@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from aioserver.faces.form import Forms
     from aioserver.limits.quota import Quota
     from aioserver.protocol.terms import Terms
-    from aioserver.telemetry.metrics import Metrics
+    from aioserver.telemetry.metrics import FaceMeter, Metrics
 
 T = TypeVar("T")
 logger = logging.getLogger("aioserver.connections")
@@ -148,10 +148,10 @@ class Admission:
 
     def spare(self, hold: BodyHold, let_go: Callable[[], None] | None = None) -> None:
         """Have *let_go* called where another body needs the room of *hold*; None: no more."""
-        if let_go is None:
-            self._spare.pop(hold, None)
-        else:
+        if let_go is not None:
             self._spare[hold] = let_go
+        elif self._spare:
+            self._spare.pop(hold, None)
 
     def log(
         self, event: str, face: str, level: int = logging.INFO, *, caller: str = "", code: str = ""
@@ -255,14 +255,14 @@ class Admission:
             hold.waited_since = began
         return place
 
-    def opened(self, face: str, caller: str = "") -> None:
-        """Count a connection that has got its place; if this raises, it is not counted."""
-        meter = self.metrics.faces[face]
+    def opened(self, meter: FaceMeter, caller: str = "") -> None:
+        """Count a connection of the face of *meter* that has got its place; if this raises, it is
+        not counted.
+        """
         if logger.isEnabledFor(logging.INFO):
-            self.log("opened", face, caller=caller)
+            self.log("opened", meter.face, caller=caller)
         if caller:
             self.idle_sockets.opened(caller)
-        meter.connections.value += 1
         meter.opened.value += 1
 
     def _returned(self, loan: Loan) -> None:
@@ -271,19 +271,17 @@ class Admission:
             self.idle_sockets.opened(loan.name)
 
     def closed(
-        self, face: str, code: str = "", caller: str = "", *, gave_way: bool = False
+        self, meter: FaceMeter, code: str = "", caller: str = "", *, gave_way: bool = False
     ) -> None:
-        """Count that a connection has ended, which was `opened`.
+        """Count that a connection has ended, which was `opened` with *meter*.
 
         *code*: the close code of a WebSocket. *gave_way*: its place went to others before.
         """
-        metrics = self.metrics
-        metrics.faces[face].connections.value -= 1
+        (meter.closed.get(code) or meter.closed["other"]).value += 1
         if caller and not gave_way:
             self.idle_sockets.closed(caller)
-        (metrics.closed.get((face, code)) or metrics.closed[face, "other"]).value += 1
         if logger.isEnabledFor(logging.INFO):
-            self.log("closed", face, caller=caller)
+            self.log("closed", meter.face, caller=caller)
 
     def gave_way(self, face: str, caller: str) -> None:
         """Count an idle client whose place another one gets."""
@@ -342,9 +340,10 @@ class BodyHold(msgspec.Struct, eq=False):
 
     def release(self) -> None:
         """Count nothing of this body any more; a second call does nothing."""
-        if self.size:
-            self._admission.spare(self)
-            self.shrink_to(0)
+        if size := self.size:
+            admission, self.size = self._admission, 0
+            admission.body_bytes -= size
+            admission.spare(self)
 
     def __enter__(self) -> Self:
         return self
@@ -355,14 +354,14 @@ class BodyHold(msgspec.Struct, eq=False):
 
 
 class Visit(BodyHold, eq=False, kw_only=True):
-    """A client of *face*, from its request to the end of its handler: the connection that counts
+    """A client of the face of *meter*, from its request to the end of its handler: the connection that counts
     for its key, its body, and its place.
 
     Always: what it has taken is given back at the end of its `with`, whatever fails meanwhile, and
     the client is counted as often as it is taken off.
     """
 
-    face: str
+    meter: FaceMeter
     # That of its key.
     name: str
     # What counts the connection.
@@ -377,7 +376,7 @@ class Visit(BodyHold, eq=False, kw_only=True):
         try:
             if self.quota is not None and self.quota.queue_size > 0:
                 self.loan = taken = Loan(self._admission.lending, place, self.name)
-            self._admission.opened(self.face, self.name)
+            self._admission.opened(self.meter, self.name)
         except BaseException:
             taken.release()
             raise
@@ -390,7 +389,7 @@ class Visit(BodyHold, eq=False, kw_only=True):
                 try:
                     place.release()
                 finally:
-                    self._admission.closed(self.face, caller=self.name, gave_way=lent)
+                    self._admission.closed(self.meter, caller=self.name, gave_way=lent)
         finally:
             try:
                 if self.size and not self.given:
@@ -412,11 +411,12 @@ def counted(
     *refuse* answers a request that got no place, or whose key has too many connections; without it
     the refusal is raised: a plain 503 or 429.
     """
+    meter = admission.metrics.faces[face]
 
     async def handler(request: web.Request) -> web.StreamResponse:
         caller = request[CALLER]
         terms = terms_of(request.headers)
-        with Visit(admission, admission.now(), terms, face=face, name=caller.name) as visit:
+        with Visit(admission, admission.now(), terms, meter=meter, name=caller.name) as visit:
             try:
                 if caller.quota is not None:
                     visit.quota = await admission.connect(face, caller)

@@ -186,7 +186,8 @@ class Socket(ABC):
     def entered(self, place: Place) -> None:
         """Carry out what came while the socket waited: it has its *place* now."""
         self._place = place
-        self._context.admission.opened(self.face, self.caller.name)
+        context = self._context
+        context.admission.opened(context.metrics.faces[self.face], self.caller.name)
         self._inside, self._messages.room = True, None
         self._context.admission.idle_sockets.add(self)
         # The list is released at the end, whatever a message does.
@@ -431,8 +432,8 @@ class Socket(ABC):
             steps.append(self._expiry.cancel)
         if self._inside:
             code, name = str(self._close_code), self.caller.name
-            gave_way = self._place is None
-            closed = partial(admission.closed, self.face, code, name, gave_way=gave_way)
+            meter, gave_way = self._context.metrics.faces[self.face], self._place is None
+            closed = partial(admission.closed, meter, code, name, gave_way=gave_way)
             steps.append(closed)
         try:
             run_all(steps)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 from aiohttp.http import StreamWriter
@@ -21,8 +21,6 @@ from aioserver.limits.write_watchdog import WriteWatchdog, reset
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-
-    from aioserver.streams.outbox import Outbox, Writable
 
 
 async def write(
@@ -44,13 +42,12 @@ async def write(
     if transport is None or transport.is_closing():
         return
     if isinstance(response, ReadyResponse):
-        connection = request.protocol
-        # Where the application is embedded, the connection is another server's, without an outbox.
-        outbox: Outbox | None = getattr(connection, "outbox", None)
-        if outbox is None:
+        # Where the application is embedded, the connection is another server's, which has none.
+        send: Callable[[bytes], Awaitable[None]] | None = getattr(request.protocol, "send", None)
+        if send is None:
             transport.write(response.first_piece(request))
         else:
-            await outbox.send(cast("Writable", connection), response.first_piece(request))
+            await send(response.first_piece(request))
         if not transport.get_write_buffer_size() and response.body_length <= HIGH_WATER:
             return
     drain, drop = request.writer.drain, partial(on_drop, face)

@@ -66,7 +66,7 @@ class Calls:
         self._tasks.add(task)
         try:
             if (bound := request.provider_request.bound) is None:
-                if request.undecided:
+                if request.turn is not None and request.undecided:
                     await request.decided()
                 answer = await ask(request)
             else:

@@ -421,6 +421,7 @@ class Router:
             await hooks.ask(request)
         answer = await self._ask(request, stream)
         assert answer is not None, "a whole answer was asked for"
+        request.provider_request.let_body_go()
         if hooks is not None and hooks.present:
             await hooks.answered(request, answer)
         if keeper is not None and (kept := keeper.keep(answer)) is not None:

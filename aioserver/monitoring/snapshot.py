@@ -211,7 +211,7 @@ def _connections_state(sources: Sources, interval: Interval) -> ConnectionsState
         "waiting": gate.waiting,
         "queue_size": gate.queue_size,
         "oldest_wait": round(gate.oldest_wait, 3),
-        "active_by_face": _values({name: face.connections for name, face in faces.items()}),
+        "active_by_face": {name: face.connections for name, face in faces.items()},
         "waiting_by_face": _values({name: face.waiting for name, face in faces.items()}),
         "opened": _sum({name: face.opened for name, face in faces.items()}),
         "rejected": _sum({name: face.rejected for name, face in faces.items()}),

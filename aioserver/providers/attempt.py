@@ -34,6 +34,7 @@ from aioserver.providers.reading_sinks import ChatSink, complete_chat
 from aioserver.providers.request import Answer
 from aioserver.providers.sinks import BodySink, StreamSink
 from aioserver.streams import entries
+from aioserver.telemetry.outcome import NO_HEADERS
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping
@@ -126,10 +127,15 @@ class Attempt:
     # The tokens that the pace was charged with.
     expected_tokens = 0
     fault: ProviderFault | None = None
+    headers = NO_HEADERS
     # Set if the rest of an answer is asked for; and the body of that request, between its
     # preparation and its sending.
     hop: Hop | None = None
     prepared: bytes | None = None
+    # The body behind what `written` returns; None if that has it.
+    body: Body | None = None
+    # What decides whether the exchange may pause; None for that of the provider.
+    backpressure: Backpressure | None = None
 
     def __init__(
         self,
@@ -157,7 +163,6 @@ class Attempt:
         # The pool that the request went through.
         self.pool: object = None
         self.status = 0
-        self.headers: Mapping[str, str] = {}
         self.sink: Sink | None = None
         self.answer: Answer | None = None
         # The bytes of the body that was sent, as many if they are text, and the events that the log
@@ -252,23 +257,13 @@ class Attempt:
         """Note the first content of the answer: no other provider is asked."""
         self.answered = True
         self.provider.answered(self)
-        if self.stream is None or self.stream.said is None:
+        if self.stream is None:
+            # The answer is whole, and its request is over at once.
+            return
+        if self.stream.said is None:
             self.request.let_body_go()
         else:
             self.request.forget_body()
-
-    @property
-    def body(self) -> Body | None:
-        """The body behind what `written` returns; None if that has it."""
-        return None
-
-    @property
-    def backpressure(self) -> Backpressure | None:
-        """The function that decides whether the exchange may pause.
-
-        None for that of the provider.
-        """
-        return None
 
     @property
     def says_little(self) -> bool:

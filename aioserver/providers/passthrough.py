@@ -179,18 +179,11 @@ class PassedAttempt(Attempt):
     ) -> None:
         super().__init__(provider, request, None, model=model)
         self._passed = request
-
-    @property
-    def body(self) -> Body | None:
-        """The body that the client is still sending, if any."""
-        return self._passed.upload
-
-    @property
-    def backpressure(self) -> Backpressure:
-        """One that always lets the exchange pause: an answer of any size must not be read ahead of
-        its client.
-        """
-        return Backpressure(lambda: 0)
+        # The client is still sending it, if it is there.
+        self.body = request.upload
+        # It always lets the exchange pause: an answer of any size must not be read ahead of its
+        # client.
+        self.backpressure = Backpressure(lambda: 0)
 
     @property
     def says_little(self) -> bool:
@@ -228,6 +221,7 @@ class PassedAttempt(Attempt):
         if 200 <= status < 300:
             # However long its body is, the provider is well, and gets the request no second time.
             self.first_event()
+            self._passed.let_body_go()
             self._passed.answer.begin(status, headers)
             self.sink = self._passed.answer
         else:

@@ -52,7 +52,7 @@ class Connection(DirectRequestHandler):
     `max_keepalive_requests`. *last*: whether it ends with the response under way.
     """
 
-    __slots__ = ("forms", "last", "metrics", "outbox", "requests")
+    __slots__ = ("_outbox", "forms", "last", "metrics", "requests")
 
     def __init__(
         self, *args: Any, metrics: Metrics, forms: Forms, outbox: Outbox, **kwargs: Any
@@ -60,7 +60,7 @@ class Connection(DirectRequestHandler):
         super().__init__(*args, **kwargs)
         self.metrics, self.forms = metrics, forms
         # It sends whole responses.
-        self.outbox = outbox
+        self._outbox = outbox
         self.requests = 0
         self.last = False
 
@@ -83,6 +83,12 @@ class Connection(DirectRequestHandler):
         # Unless this is set, a pause of the reading would be one of the parser, too. It is not
         # where a handshake announced a body.
         self._upgraded = True
+
+    def send(self, data: bytes) -> asyncio.Future[None]:
+        """Write *data* with all that this iteration of the event loop writes; the result is done
+        then.
+        """
+        return self._outbox.send(self, data)
 
     def write(self, data: bytes) -> None:
         """Write *data*, unless the connection is lost or closing: called by the outbox."""

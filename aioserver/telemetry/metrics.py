@@ -149,16 +149,23 @@ NO_METER = ProviderMeter()
 
 
 class FaceMeter:
-    """The counts of one face; *connections* and *waiting* are the numbers at this moment."""
+    """The counts of one *face*; *connections* and *waiting* are the numbers at this moment."""
 
-    def __init__(self) -> None:
-        self.connections = Counter()
+    def __init__(self, face: str) -> None:
+        self.face = face
         self.waiting = Counter()
         self.opened = Counter()
+        # By close code, which is empty where the face is no WebSocket.
+        self.closed = {code: Counter() for code in (CLOSE_CODES if face in WEBSOCKETS else ("",))}
         self.rejected = Counter()
         self.duration = Histogram()
         self.first_token = Histogram()
         self.overhead = Histogram(SHORT_BOUNDS)
+
+    @property
+    def connections(self) -> int:
+        """How many were opened, and have not ended."""
+        return int(self.opened.value - sum(counter.value for counter in self.closed.values()))
 
 
 class GroupMeter:
@@ -203,15 +210,10 @@ class Metrics:
     def __init__(self, providers: Mapping[str, settings.Provider]) -> None:
         self.providers: dict[str, ProviderMeter] = {}
         self.groups: dict[str, GroupMeter] = {}
-        self.faces = {face: FaceMeter() for face in FACES}
+        self.faces = {face: FaceMeter(face) for face in FACES}
         # Requests for an answer that have ended: by face, provider, code and outcome.
         self.requests: dict[tuple[str, ...], Counter] = {}
         self.outcomes = {outcome: Counter() for outcome in OUTCOMES}
-        # By face and close code, which is empty where the face is no WebSocket.
-        self.closed: dict[tuple[str, ...], Counter] = {
-            **{(face, code): Counter() for face in WEBSOCKETS for code in CLOSE_CODES},
-            **{(face, ""): Counter() for face in FACES if face not in WEBSOCKETS},
-        }
         self.rejections = _counters_for("rejected")
         self.bad_requests = _counters_for("client_error")
         self.auth_failures = {reason: Counter() for reason in DENIED_REASONS}
@@ -435,12 +437,6 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
         ("outcome",),
     ),
     Row(
-        "connections_closed",
-        lambda m: m.closed,
-        "Connections that have ended; code: the close code of a WebSocket",
-        ("face", "code"),
-    ),
-    Row(
         "rejections",
         lambda m: m.rejections,
         "Requests and connections refused; they may be tried again later",
@@ -523,6 +519,12 @@ FACE_FAMILIES: tuple[Row[FaceMeter], ...] = (
         "connections_rejected",
         lambda m: m.rejected,
         "Connections refused because no place was free",
+    ),
+    Row(
+        "connections_closed",
+        lambda m: m.closed,
+        "Connections that have ended; code: the close code of a WebSocket",
+        ("code",),
     ),
     Row(
         "request_duration_seconds",

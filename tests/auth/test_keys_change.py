@@ -64,7 +64,7 @@ async def test_its_sockets_hear_why_and_are_closed(make_server: MakeServer) -> N
             raw.close()
         frame_of_other = await ws.receive_json(timeout=20)
         assert frame_of_other["status"] == "chunk", "nobody else notices"
-    assert server.context.metrics.closed["websocket", "1008"].value == 2
+    assert server.context.metrics.faces["websocket"].closed["1008"].value == 2
     async with server.session.delete(f"{server.sse}/mine", headers=bearer("app")) as response:
         assert response.status == 204
 

@@ -47,7 +47,6 @@ SECTIONS = {
     for entry in """
 faces.admission Admission.connect
 faces.admission BodyHold.grow
-faces.admission Admission.opened
 faces.admission Admission.try_enter
 faces.admission Admission.wait
 faces.admission counted.handler

@@ -82,11 +82,17 @@ class Leaving:
 
     def __init__(self, transport: FakeTransport) -> None:
         self.transport = transport
-        self.outbox = Outbox(asyncio.get_running_loop())
+        self._outbox = Outbox(asyncio.get_running_loop())
+
+    def send(self, data: bytes) -> asyncio.Future[None]:
+        return self._outbox.send(self, data)
 
     def write(self, data: bytes) -> None:
         self.transport.write(data)
         self.transport.lose()
+
+    def abort(self) -> None:
+        self.transport.abort()
 
 
 def request_of(transport: FakeTransport, writer: Waits) -> Any:

@@ -183,7 +183,7 @@ class RunningServer:
             "refused closing": self.context.admission.refused_closing,
         }
         for face, meter in self.context.metrics.faces.items():
-            counts[f"{face} shown"] = int(meter.connections.value + meter.waiting.value)
+            counts[f"{face} shown"] = int(meter.connections + meter.waiting.value)
         # Where conversations are kept at all.
         histories = self.context.gateway._prompts._histories
         counts["questions"] = len(getattr(histories, "_asked", ()))

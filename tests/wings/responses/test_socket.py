@@ -115,10 +115,10 @@ async def test_a_response_is_counted_and_logged_as_any_other(server: RunningServ
         await ws.send_json(create())
         await to_end(ws)
         metrics = server.context.metrics
-        assert metrics.faces[FACE].connections.value == 1
+        assert metrics.faces[FACE].connections == 1
 
     assert (await server.counted("requests", "face", "outcome"))[FACE, "ok"] == 1
-    await until(lambda: metrics.closed[FACE, "1000"].value == 1)
+    await until(lambda: metrics.faces[FACE].closed["1000"].value == 1)
 
 
 # Lanes.
