@@ -13,7 +13,7 @@ A request that waits in the queue of its key is promised its tokens for the mome
 room for them in the bucket, behind all that came before. So a large one is not overtaken for ever
 by small ones at another instance. That moment stays, also where tokens are given back that stood in
 front of it (an estimate was too high, or what was in hand is not used), and the bucket drains until
-then: in such a span all may start as much more as was given back.
+then: in such a span all may start as much more as was given back, or is in hand.
 
 What a request has not used is given back with the next renewal, as far as it has not drained, and
 so is what is too much in hand; what it has used above its estimate is charged with it. What an
