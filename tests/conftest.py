@@ -8,6 +8,7 @@ import gc
 import inspect
 import logging
 import signal
+import zlib
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     The traceback then shows the `await` that came to no end. An exception that pytest-timeout
     raised in a signal handler would be lost: both loops log what a callback raises, and go on.
     """
+    _spare(items)
     usual = float(config.getoption("timeout") or config.getini("timeout"))
     for item in items:
         if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
@@ -101,6 +103,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             marked = "timeout" in item.keywords
             marker = item.get_closest_marker("timeout") if marked else None
             item.obj = _bounded(item.obj, (marker.args[0] if marker else usual) * 0.9)
+
+
+def _spare(items: list[pytest.Item]) -> None:
+    """Mark what asyncio's loop is spared of a test's forms: all have run on production's, and a
+    quarter of them, the first among them, shows where the loops differ.
+
+    What says how long something may take has all its forms: that holds in time that jumps alone.
+    """
+    begun = set[tuple[object, ...]]()
+    for item in items:
+        if isinstance(item, pytest.Function) and "[asyncio-" in item.name:
+            test = (item.path, item.cls, item.originalname)
+            spared = test in begun and zlib.crc32(item.name.encode()) % 4
+            if spared and not {"patience", "within"} & vars(item.module).keys():
+                item.add_marker(pytest.mark.other_form)
+            begun.add(test)
 
 
 def _bounded(

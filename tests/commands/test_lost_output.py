@@ -108,16 +108,17 @@ RESULTS = {
 }
 
 
-# All commands write alike, so two of them stand for the ways in which Python opens stdout.
+# All commands write alike, so two of them stand for a reader that has gone and for the ways in which
+# Python opens stdout.
 WRITTEN = [
-    *((name, {}) for name in RESULTS),
-    *((name, {"PYTHONUNBUFFERED": "1"}) for name in ("check", "help")),
-    *((name, {"PYTHONIOENCODING": "ascii"}) for name in ("check", "help")),
+    *((name, "full", {}) for name in RESULTS),
+    *((name, "unread", {}) for name in ("check", "help")),
+    *((name, "full", {"PYTHONUNBUFFERED": "1"}) for name in ("check", "help")),
+    *((name, "unread", {"PYTHONIOENCODING": "ascii"}) for name in ("check", "help")),
 ]
 
 
-@pytest.mark.parametrize("how", ["full", "unread"])
-@pytest.mark.parametrize(("name", "environ"), WRITTEN)
+@pytest.mark.parametrize(("name", "how", "environ"), WRITTEN)
 def test_results_that_cannot_be_written_are_one_clear_line(
     tmp_path: Path, name: str, how: str, environ: dict[str, str]
 ) -> None:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from typing import TYPE_CHECKING
+import importlib
+from types import ModuleType
+from typing import Any
 
-if TYPE_CHECKING:
-    from types import ModuleType
+
+class _Later(ModuleType):
+    """Looks like the module of its name, which is imported when a public name of it is asked for.
+
+    Pytest asks all that stands in a module of tests for names such as `_mock_name` and
+    `__wrapped__`.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(importlib.import_module(self.__name__), name)
 
 
 def lazily(name: str) -> ModuleType:
-    """Return the module *name*, which is imported when an attribute of it is looked at first."""
-    if (module := sys.modules.get(name)) is not None:
-        return module
-    spec = importlib.util.find_spec(name)
-    assert spec is not None
-    assert spec.loader is not None
-    loader = spec.loader = importlib.util.LazyLoader(spec.loader)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    """Return what stands for the module *name*, which is imported when it is used first."""
+    return _Later(name)

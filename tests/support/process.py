@@ -70,10 +70,12 @@ class Process:
         *environ* is put over the environment of the tests.
         """
         descriptors = [sock.fileno() for sock in sockets]
+        # Without it a process starts sooner.
+        launcher = ("-IS", "-c", LAUNCHER, len(descriptors), *descriptors) if descriptors else ()
         return cls(
             await asyncio.create_subprocess_exec(
-                *(sys.executable, "-IS", "-c", LAUNCHER, str(len(descriptors))),
-                *map(str, (*descriptors, *program)),
+                sys.executable,
+                *map(str, (*launcher, *program)),
                 env={**os.environ, **(environ or {})},
                 pass_fds=descriptors,
                 stdout=asyncio.subprocess.PIPE,

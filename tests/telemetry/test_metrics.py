@@ -61,18 +61,18 @@ def record(face: str = "openai", provider: str = "groq", model: str = "m") -> Re
     )
 
 
-@pytest.mark.parametrize("kind", all_errors(), ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("face", FACES)
-def test_every_error_can_end_a_request(face: str, kind: type[errors.AioserverError]) -> None:
-    metrics = Metrics(GIVEN)
+def test_every_error_can_end_a_request(face: str) -> None:
+    for kind in all_errors():
+        metrics = Metrics(GIVEN)
 
-    records(metrics).finish(record(face), made(kind))
+        records(metrics).finish(record(face), made(kind))
 
-    assert metrics.requests[face, "groq", kind.code, kind.outcome].value == 1
-    assert metrics.outcomes[kind.outcome].value == 1
-    assert sum(counter.value for counter in metrics.requests.values()) == 1
-    rejected = metrics.rejections.get(kind.code)
-    assert (rejected is not None and rejected.value == 1) == (kind.outcome == "rejected")
+        assert metrics.requests[face, "groq", kind.code, kind.outcome].value == 1
+        assert metrics.outcomes[kind.outcome].value == 1
+        assert sum(counter.value for counter in metrics.requests.values()) == 1
+        rejected = metrics.rejections.get(kind.code)
+        assert (rejected is not None and rejected.value == 1) == (kind.outcome == "rejected")
 
 
 def test_a_bug_is_an_internal_error_and_shows_nothing_of_itself() -> None:
