@@ -84,16 +84,11 @@ class ModelBody:
     """
 
     # The value of `model`, as it is written, empty if there is none; None until it is needed.
-    _value: bytes | None
+    _value: bytes | None = None
     # Where that value begins, once it was looked for.
-    _place: int | None
+    _place: int | None = None
     # Where that value was found, in a body that was read in pieces.
-    _site: Site | None
-
-    __slots__ = (
-        *("_fields", "_place", "_site", "_value", "data", "max_answer", "model", "streamed"),
-        *("usage_options", "user"),
-    )
+    _site: Site | None = None
 
     def __init__(self, data: bytes, read: tuple[_RawFields, Site | None] | None = None) -> None:
         """Read *data*, which is UTF-8 without lone surrogates.
@@ -105,7 +100,6 @@ class ModelBody:
             InvalidRequest: *data* is no object, or a field has a wrong type.
         """
         self.data = data
-        self._value = self._place = self._site = None
         fields: Fields | None = None
         if read is None and len(data) <= MAX_READ_TWICE:
             try:

@@ -64,7 +64,7 @@ class Exchange:
     later at most.
     """
 
-    # What most exchanges never change.
+    # What most exchanges never change, or not before they have an answer.
     # The fault that it ends with, until that is raised: its traceback leads to this object.
     _fault: Exception | None = None
     # The bound of the wait for the first content, and whether that has come; None if there is no
@@ -74,6 +74,8 @@ class Exchange:
     _timer: asyncio.TimerHandle | None = None
     # Whether nothing is read, since the client reads more slowly than the provider sends.
     _paused = False
+    # The monotonic time of the first byte; 0.0 until then.
+    _heard_at = 0.0
 
     def __init__(
         self,
@@ -99,8 +101,6 @@ class Exchange:
         self._progress = 0
         self.record = record
         self._backpressure = backpressure
-        # The monotonic time of the first byte; 0.0 until then.
-        self._heard_at = 0.0
         # Whether all of the request is written; and whether the sink needs no more, and at most the
         # end of the body's framing is to come.
         self._written = self._ended = False
