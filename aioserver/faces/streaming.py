@@ -119,7 +119,8 @@ async def follow(
         writer.send_head()
         if not ended.done():
             await ended
-        await writer.flush()
+        if writer.blocked:
+            await writer.flush()
     finally:
         try:
             context.wheel.remove(beats)

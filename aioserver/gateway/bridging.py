@@ -162,12 +162,8 @@ class LearningAttempt(Attempt):
     Always: others are sent it until the answer to this one has begun.
     """
 
-    __slots__ = ("_learnt",)
-
-    def __init__(self, *names: Any, **further: Any) -> None:
-        super().__init__(*names, **further)
-        # What it has been sent once more without.
-        self._learnt: set[str] = set()
+    # What it has been sent once more without.
+    _learnt: frozenset[str] = frozenset()
 
     @property
     def _habits(self) -> ChatMemory:
@@ -176,7 +172,7 @@ class LearningAttempt(Attempt):
 
     def _repeats_without(self, what: str) -> bool:
         """Note that the request is sent once more without *what*; return True."""
-        self._learnt.add(what)
+        self._learnt |= {what}
         outcome = self.request.outcome
         outcome.learnt = (*outcome.learnt, what)
         self.provider.meter.learnt[what].value += 1

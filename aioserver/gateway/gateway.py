@@ -406,7 +406,6 @@ class Gateway:
             if asked.streamed:
                 stream.events = api.events()
             stream.record = request.begin_record(self._request_log)
-            stream.held = asked.answer_bytes = self._streams.hold()
             if request.background:
                 asked.background = True
                 self.lifetime.run_in_background(stream)

@@ -31,7 +31,7 @@ class UsageAttempt(LearningAttempt):
     Always: `_asks` says whether what was sent last does.
     """
 
-    __slots__ = ("_asks",)
+    _asks = False
 
     def body_to_send(self) -> bytes:
         """Return the body to send, which asks for the usage unless the provider is not to be

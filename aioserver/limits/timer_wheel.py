@@ -68,15 +68,16 @@ class TimerWheel:
         self._order.clear()
 
     def _put(self, member: Member, when: float) -> bool:
-        """Return whether *member* is the first in its bucket."""
+        """Return whether the bucket of *member* is new."""
         number = int(when / self._grain) + 1
         bucket = self._buckets.get(number)
+        new = bucket is None
         if bucket is None:
             bucket = self._buckets[number] = {}
             heapq.heappush(self._order, number)
         bucket[member] = None
         member.bucket = number
-        return len(bucket) == 1
+        return new
 
     def _arm(self) -> None:
         if not self._order:

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 # The bound of an event, and so of a line, unless a Splitter is made with another.
 MAX_EVENT_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"
+# How a chunk begins that a Splitter takes for a block if it ends like one: at first, where there may
+# be a byte order mark; then, with anything; and where it has to be looked at.
+_FIRST: tuple[bytes, ...] = (b"data:",)
+_ANY: tuple[bytes, ...] = (b"",)
+_NONE: tuple[bytes, ...] = ()
 
 # A CR at the end of a read counts as a line end: an LF that follows then ends one more empty line.
 _EOL = re.compile(rb"\r\n|\n|\r(?!\n)")
@@ -59,9 +64,7 @@ class Splitter:
         # Whether a block was looked for in bytes with a CR.
         self._cr = False
         self._started = False
-        # How a chunk begins that is a block if it ends like one: at first it may begin with a byte
-        # order mark, then with anything. Empty where a chunk has to be looked at.
-        self._whole: tuple[bytes, ...] = (b"data:",)
+        self._whole = _FIRST
         self._max = max_event_bytes
 
     @property
@@ -70,12 +73,17 @@ class Splitter:
         return bytes(self._rest)
 
     @property
+    def begun(self) -> bool:
+        """Whether any byte has come."""
+        return self._started or bool(self._rest)
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is pending, and no block was looked for in bytes with a CR.
 
         False before the first byte.
         """
-        return self._started and not self._rest and not self._cr
+        return self._whole is _ANY
 
     def feed(self, chunk: bytes) -> bytes:
         """Return the events that *chunk* completes as one block, or b"" if it completes none.
@@ -86,11 +94,11 @@ class Splitter:
         # Most reads are whole events, and are returned as they are.
         if chunk.startswith(self._whole) and chunk.endswith(b"\n\n") and len(chunk) <= self._max:
             if not self._started:
-                self._started, self._whole = True, (b"",)
+                self._started, self._whole = True, _ANY
             return chunk
         block = self._cut(chunk)
         if self._started:
-            self._whole = () if self._rest or self._cr else (b"",)
+            self._whole = _NONE if self._rest or self._cr else _ANY
         return block
 
     def _cut(self, chunk: bytes) -> bytes:
@@ -112,7 +120,7 @@ class Splitter:
         if not self._cr and b"\r" in chunk:
             self._cr = True
         if len(data) > self._max and _longest(data) > self._max:
-            self._whole = ()
+            self._whole = _NONE
             raise EventTooLong(f"an event of more than {self._max} bytes")
         end = _last_blank(data, start) if self._cr else data.rfind(b"\n\n", start) + 2
         if end <= 1:

@@ -355,7 +355,8 @@ class Attempt:
             if stream is not None and request.reading is not None:
                 # It is parsed at once, and becomes one event of the log.
                 limit = min(limit, stream.max_bytes)
-            sink = BodySink(limit, request.answer_bytes)
+            held = request.answer_bytes if stream is None else stream.hold()
+            sink = BodySink(limit, held)
         self.sink = sink
         if "content-encoding" in headers:
             check_uncompressed(headers)

@@ -140,7 +140,7 @@ class ProviderRequest:
             streamed=streamed,
             statuses=api,
         )
-        # Counts the bytes of an answer that is collected.
+        # Counts the bytes of an answer that is collected without a log.
         self.answer_bytes: HeldBytes | None = None
         self._hold = hold
         self._kept_bytes = kept_bytes

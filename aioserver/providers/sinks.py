@@ -60,10 +60,9 @@ from aioserver.streams import entries
 from aioserver.streams.fast_path import ERROR_NAME, FINISH, FINISH_SPACED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from aioserver.streams.contracts import Path
-    from aioserver.streams.store import HeldBytes
+    from aioserver.streams.contracts import Held, Path
     from aioserver.streams.stream import Stream
 
 
@@ -91,20 +90,19 @@ class StreamSink(ABC):
     # The part that is missing if the body ends too early.
     end_mark: ClassVar[str] = "a finish_reason and without its end mark"
 
+    # What most answers never change, or at their end.
+    # Whether the answer is over, so that readers are notified of what is appended now together
+    # with the end of the log. An attribute, since a keyword argument costs as much as two calls.
+    _over = False
+    # Seconds for which a preamble is held at most, and the timer of that; None: until there is
+    # content.
+    patience: float | None = None
+    _timer: asyncio.TimerHandle | None = None
+
     def __init__(self, stream: Stream, is_content: Callable[[bytes], bool]) -> None:
         self._stream = stream
         self._is_content = is_content
         self._splitter = eventstream.Splitter(stream.max_bytes)
-        # Whether anything has come.
-        self._begun = False
-        # Whether the answer is over, so that readers are notified of what is appended now together
-        # with the end of the log. An attribute, since a keyword argument costs as much as two
-        # calls.
-        self._over = False
-        # Seconds for which a preamble is held at most, and the timer of that; None: until there is
-        # content.
-        self.patience: float | None = None
-        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def progress(self) -> int:
@@ -123,7 +121,6 @@ class StreamSink(ABC):
             ProviderFault: an event is too long, is not JSON, or reports an error that the log does
                 not end with.
         """
-        self._begun = True
         try:
             block = self._splitter.feed(data)
             return not block or self._take(block)
@@ -137,7 +134,7 @@ class StreamSink(ABC):
             ProviderDisconnected: the answer was not complete.
             ProviderBadResponse: the body was empty, or what has come is no answer.
         """
-        if not self._begun:
+        if not self._splitter.begun:
             raise ProviderBadResponse("the provider's stream is empty")
         if not self._complete_without_mark:
             raise ProviderDisconnected(f"the provider's stream ended without {self.end_mark}")
@@ -215,11 +212,9 @@ class StreamSink(ABC):
 class PassingSink(StreamSink):
     """Appends the provider's bytes, as they are, to a log: one entry for each read."""
 
-    def __init__(self, stream: Stream, is_content: Callable[[bytes], bool]) -> None:
-        super().__init__(stream, is_content)
-        # The blocks of the preamble that are held, and how many events they have.
-        self._held: list[bytes] = []
-        self._held_events = 0
+    # The blocks of the preamble that are held, and how many events they have.
+    _held: Sequence[bytes] = ()
+    _held_events = 0
 
     def let_go(self) -> None:
         """Show the preamble that is held."""
@@ -243,7 +238,9 @@ class PassingSink(StreamSink):
         if shown:
             if events and shown is not block:
                 events = shown.count(BETWEEN) + 1
-            self._append(shown, events)
+            if not self._stream.answered_at and (released := self._hold(shown)) is not shown:
+                shown, events = released, 0
+            self._show(shown, events)
         if not self._over:
             return True
         if error:
@@ -276,7 +273,7 @@ class PassingSink(StreamSink):
         is the number of its `plain_events`.
         """
 
-    def _failure(self, held: list[bytes]) -> ProviderFault | None:  # noqa: ARG002 - as a rule, none
+    def _failure(self, held: Sequence[bytes]) -> ProviderFault | None:  # noqa: ARG002 - as a rule, none
         """Return the fault that the end of an answer without content means, *held* with the rest of
         it; None if that is a good one.
         """
@@ -289,14 +286,6 @@ class PassingSink(StreamSink):
     def _end_with_error(self, event: bytes, fault: ProviderFault) -> None:
         """End the log with *fault*, which the provider has reported in *event*."""
         end_with_error(self._stream, event, fault)
-
-    def _append(self, block: bytes, events: int = 0) -> None:
-        """Append *block*, which is not empty, unless it is held as a part of the preamble; it has
-        so many *events*, or 0 if that is not known.
-        """
-        if not self._stream.answered_at and (shown := self._hold(block)) is not block:
-            block, events = shown, 0
-        self._show(block, events)
 
     def _hold(self, block: bytes) -> bytes:
         """Return what is to be shown now that *block* has come: nothing, as long as there is no
@@ -312,7 +301,7 @@ class PassingSink(StreamSink):
         if not count and not self._held:
             # Comments in front of any event.
             return block
-        self._held.append(block)
+        self._held = (*self._held, block)
         self._held_events += count
         if content:
             return self._release()
@@ -325,13 +314,13 @@ class PassingSink(StreamSink):
 
     def _release(self) -> bytes:
         """Return what is held, as a part of the answer from now on."""
-        held = self._held[0] if len(self._held) == 1 else b"".join(self._held)
+        held = b"".join(self._held)
         self._drop_held()
         self._commit()
         return held
 
     def _drop_held(self) -> None:
-        self._held, self._held_events = [], 0
+        self._held, self._held_events = (), 0
         if self._stream.text_bytes:
             self._count_held(0)
 
@@ -341,7 +330,7 @@ class PassingSink(StreamSink):
         self._stream.recount()
 
     def _show(self, block: bytes, events: int = 0) -> None:
-        """Append *block*, unless it is empty; *events* as in `_append`."""
+        """Append *block*, unless it is empty; it has so many *events*, or 0 if that is not known."""
         if block:
             self._stream.forward(block, events or eventstream.count(block), more=self._over)
 
@@ -419,11 +408,14 @@ _USAGE, _DELTA = b'"usage"', b'"delta"'
 # How engines write that an event has no choice.
 _NO_CHOICES, _NO_CHOICES_SPACED = b'"choices":[]', b'"choices": []'
 # How most events with a text begin it.
-_TEXT, _TEXT_SPACED = b'"delta":{"content":"', b'"delta": {"content": "'
+_TEXTS = b'"delta":{"content":"', b'"delta": {"content": "'
 
 
 class EventSink(PassingSink):
     """Appends the events of a chat completion to a log."""
+
+    # Whether a finish_reason has come, and no more of another choice since.
+    _finished = False
 
     def __init__(
         self,
@@ -435,8 +427,6 @@ class EventSink(PassingSink):
         super().__init__(stream, is_content)
         # Whether an event that has nothing but the usage is left out: no client has asked for it.
         self._hides_usage = hides_usage
-        # Whether a finish_reason has come, and no more of another choice since.
-        self._finished = False
 
     def fast(self) -> Path | None:
         """Return the stream's fast path; none after a finish_reason, since usage may follow."""
@@ -449,14 +439,14 @@ class EventSink(PassingSink):
         return self._finished
 
     def _hold(self, block: bytes) -> bytes:
-        for mark in (_TEXT, _TEXT_SPACED):
+        for mark in _TEXTS:
             at = block.find(mark)
             if at >= 0 and not block.startswith(b'"', at + len(mark)):
                 # That is content, whatever is in front of it, and nothing has to be parsed.
                 if not self._held:
                     self._commit()
                     return block
-                self._held.append(block)
+                self._held = (*self._held, block)
                 return self._release()
         return super()._hold(block)
 
@@ -472,7 +462,7 @@ class EventSink(PassingSink):
         # Not `in`: for bytes that costs more than twice as much. From the end, where it is.
         usage, at = block.rfind(_USAGE) >= 0, -1
         if usage and self._hides_usage and (at := _no_choices(block, len(block))) >= 0:
-            block = self._without_usage(block, at)
+            block = self._without_usage(block, at, plain)
         if at < 0 or not ended:
             find = block.rfind
             if (
@@ -488,13 +478,13 @@ class EventSink(PassingSink):
             return block, ended and not error, error
         return block, ended, b""
 
-    def _without_usage(self, block: bytes, at: int) -> bytes:
+    def _without_usage(self, block: bytes, at: int, plain: int) -> bytes:
         """Return *block* without the events that have nothing but the usage; note the last one.
 
-        The last event without a choice says that *at* this index.
+        The last event without a choice says that *at* this index. *plain*: as in `_up_to_end`.
         """
         outcome = self._stream.outcome
-        if block.find(b"\r") >= 0:
+        if not plain and block.find(b"\r") >= 0:
             outcome.usage = usage_in(block) or outcome.usage
             return b"".join(
                 each
@@ -510,7 +500,10 @@ class EventSink(PassingSink):
             start = start if start > 1 else 0
             end = block.find(b"\n\n", at) + 2
             end = end if end > 1 else len(block)
-            if (usage := only_usage(block[start:end])) is not None:
+            usage = (
+                _only_usage(block[start + 6 : end - 2]) if plain else only_usage(block[start:end])
+            )
+            if usage is not None:
                 after = block[end:]
                 if last is None:
                     last, rest = bounded(usage), after
@@ -536,10 +529,11 @@ def _no_choices(block: bytes, end: int) -> int:
 
 def only_usage(event: bytes) -> dict[str, Any] | None:
     """Return the usage in *event*; None if it has none, or has anything else for a client."""
-    if event.startswith(b"data: {") and event.find(b"\n") == len(event) - 2:
-        data = event[6:-2]
-    else:
-        data = b"".join([part.data for part in eventstream.parse(event)])
+    return _only_usage(b"".join([part.data for part in eventstream.parse(event)]))
+
+
+def _only_usage(data: bytes) -> dict[str, Any] | None:
+    """Return what `only_usage` does, for an event with this *data*."""
     try:
         content = orjson.loads(data)
     except orjson.JSONDecodeError:
@@ -658,7 +652,7 @@ class BodySink:
     however many parts they come.
     """
 
-    def __init__(self, max_bytes: int, held: HeldBytes | None = None) -> None:
+    def __init__(self, max_bytes: int, held: Held | None = None) -> None:
         if held is not None and held.size:
             held.reset()
         self._held = held

@@ -108,7 +108,19 @@ class Source(Protocol):
 
 
 class Held(Protocol):
-    """Bytes that are counted (store.py)."""
+    """Bytes that no log has, and that are counted: *size* of them (store.py)."""
+
+    size: int
+
+    def grow(self, size: int) -> None:
+        """Count another *size* bytes.
+
+        Raises:
+            ServerAtCapacity: all that is kept would be more than `max_kept_bytes`.
+        """
+
+    def reset(self) -> None:
+        """Give the bytes back: another attempt begins anew."""
 
     def release(self) -> None:
         """Give them back; a second call does nothing."""

@@ -103,6 +103,9 @@ class Store(Protocol):
     def add_alias(self, stream: Stream, alias: str) -> None:
         """Let *stream* be found by *alias*, too, unless another stream has that name."""
 
+    def hold(self) -> Held:
+        """Return a count, at 0, of the bytes of a body that no log has."""
+
 
 class Keeper(Protocol):
     """What keeps the answer of a log (gateway/keeper.py), as the log sees it."""
@@ -273,7 +276,7 @@ class Stream:
         self.ending: tuple[Awaitable[None], Mapping[str, Any], bytes] | None = None
         # What the answer has said so far, where the rest could be said by another attempt.
         self.said: Said | None = None
-        # Counts a body that is collected for the log.
+        # Counts a body that is collected for the log, once there is one.
         self.held: Held | None = None
         # A second name by which the log is found.
         self.alias: str | None = None
@@ -350,6 +353,14 @@ class Stream:
         if self.alias is None and not self.private and self._store is not None:
             self.alias = alias
             self._store.add_alias(self, alias)
+
+    def hold(self) -> Held | None:
+        """Return what counts a body that is collected for the log, None without a store; it is
+        released when the producer has ended.
+        """
+        if self.held is None and self._store is not None:
+            self.held = self._store.hold()
+        return self.held
 
     def add_reader(self, reader: Reader) -> None:
         """Let *reader* follow from now on."""

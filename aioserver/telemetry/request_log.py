@@ -234,7 +234,10 @@ class RequestLog:
         delays, recent = metrics.delay, metrics.recent_delays
         delays["ours"].observe(delay)
         recent["ours"].add(now, delay)
-        delays["client"].observe(stall)
+        if stall:
+            delays["client"].observe(stall)
+        else:
+            delays["client"].observe_none()
         recent["client"].add(now, stall)
 
     def _count_start(self, start: GroupStart, outcome: Outcome, now: float) -> None:

@@ -42,7 +42,7 @@ from aioserver.wings.responses.events import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from aioserver.provider_errors import ProviderFault
     from aioserver.streams.contracts import Path
@@ -78,7 +78,7 @@ class ResponseSink(PassingSink):
             return block, ended and not error, error
         return block, ended, b""
 
-    def _failure(self, held: list[bytes]) -> ProviderFault | None:
+    def _failure(self, held: Sequence[bytes]) -> ProviderFault | None:
         for event in eventstream.each(held[-1] if held else b"", backwards=True):
             error = failed(event.data)
             return None if error is None else error_object_fault(error)
@@ -95,7 +95,7 @@ class ResponseSink(PassingSink):
             return
         # An event without a type is replaced.
         if isinstance(kind, str):
-            self._append(event)
+            self._show(event)
         self._stream.fail(fault)
 
     def _show(self, block: bytes, events: int = 0) -> None:
