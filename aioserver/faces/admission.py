@@ -328,8 +328,8 @@ class BodyHold(msgspec.Struct, eq=False):
         admission.body_bytes += size
         self.size += size
 
-    def spare(self, let_go: Callable[[], None]) -> None:
-        """Have *let_go* called, once, where another body needs the room."""
+    def spare(self, let_go: Callable[[], None] | None = None) -> None:
+        """Have *let_go* called, once, where another body needs the room; None: no more."""
         self._admission.spare(self, let_go)
 
     def shrink_to(self, size: int) -> None:

@@ -440,6 +440,8 @@ async def _text(request: Request, stream: Stream, fault: ProviderFault) -> str |
     text = said.text()
     if text is None or not provider_request.keeps_body:
         return None
+    # It may have to wait for a place.
+    provider_request.need_body()
     route = request.route
     body = provider_request.body(route.provider.settings, route.model)
     return text if said.checked or await continuable(body) else None

@@ -57,8 +57,8 @@ class Hold(Protocol):
             ServerAtCapacity: there is no room for them.
         """
 
-    def spare(self, let_go: Callable[[], None]) -> None:
-        """Have *let_go* called, once, where another body needs the room."""
+    def spare(self, let_go: Callable[[], None] | None = None) -> None:
+        """Have *let_go* called, once, where another body needs the room; None: no more."""
 
     def shrink_to(self, size: int) -> None:
         """Count no more than *size* bytes from now on."""
@@ -173,6 +173,11 @@ class ProviderRequest:
             self.let_body_go()
         elif self._hold is not None:
             self._hold.spare(self.let_body_go)
+
+    def need_body(self) -> None:
+        """Have the body, which is kept, let go for no other one: it is to be sent again."""
+        if self._hold is not None:
+            self._hold.spare()
 
     def let_body_go(self) -> None:
         """Forget the body, whether it is kept or not."""

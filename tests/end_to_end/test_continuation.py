@@ -388,6 +388,34 @@ async def test_kept_body_is_let_go_before_a_new_request_is_refused_for_it(
         assert other.stats().requests == 1
 
 
+async def test_kept_body_stays_while_the_rest_waits_for_a_place(make_server: MakeServer) -> None:
+    changes: dict[str, Any] = {
+        "chat.websocket.concurrency.max_body_bytes": 100_000,
+        "llm.providers.sim.http_client.read_timeout": 60.0,
+        "llm.providers.other.http_client.concurrent_requests": 1,
+    }
+    async with two(make_server, **changes) as (server, other):
+        server.simulator.behaviour = other.behaviour = replace(QUICK, stall_after=9)
+        large = {"messages": [{"role": "user", "content": "y" * 60_000}], "stream": True}
+        elsewhere = {**CHAT, "model": "other/plain", "stream": True}
+        url = f"{server.v1}/chat/completions"
+        async with server.session.post(url, json=large) as first:
+            await first.content.readuntil(b'"content":"')
+            async with server.session.post(url, json=elsewhere) as second:
+                await second.content.readuntil(b'"content":"')
+                await server.simulator.close()
+                provider = server.provider_of("other")
+                await until(lambda: provider.stats().queue.waiting == 1)
+
+                async with server.session.post(url, json=large) as third:
+                    assert third.status == 503
+                    assert (await third.json())["error"]["code"] == "server_at_capacity"
+                other.behaviour = QUICK
+            raw = await first.read()
+        assert raw.endswith(b"[DONE]\n\n")
+        assert b'"error"' not in raw
+
+
 async def test_body_is_not_kept_where_nobody_continues(make_server: MakeServer) -> None:
     async with two(make_server, "none") as (server, _):
         server.simulator.behaviour = replace(QUICK, stall_after=9)
