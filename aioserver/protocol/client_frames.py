@@ -12,11 +12,8 @@ and go to the provider as they are.
 This file is one concept: all that a client may send on these faces, checked by the same rules.
 """
 
-from __future__ import annotations
-
 import hashlib
 from math import inf
-from typing import TYPE_CHECKING
 
 import msgspec
 import orjson
@@ -25,12 +22,9 @@ from msgspec.structs import replace
 
 from aioserver.errors import AioserverError, InvalidJson, InvalidRequest
 from aioserver.protocol import json_body, terms
-from aioserver.protocol.client_headers import NO_HEADERS
+from aioserver.protocol.client_headers import NO_HEADERS, ClientHeaders
 from aioserver.protocol.json_body import ABSENT, UnknownField, at_once, pause
 from aioserver.protocol.terms import NO_TERMS, Terms
-
-if TYPE_CHECKING:
-    from aioserver.protocol.client_headers import ClientHeaders
 
 MAX_ID_CHARACTERS = 256
 # A character of an id may be written as an escape, and one beyond U+FFFF as two of six bytes.
@@ -258,7 +252,7 @@ async def _original(data: bytes, body: bytes) -> bytes:
     return digest.digest()
 
 
-async def _hashing(digest: hashlib._Hash, data: bytes) -> None:
+async def _hashing(digest: "hashlib._Hash", data: bytes) -> None:
     """Add *data* to *digest*, in steps if it is large."""
     if len(data) <= json_body.STEP_BYTES:
         digest.update(data)

@@ -6,9 +6,7 @@ there several times, that is the last of them, the one that was read: a request 
 by another value than the one it was routed by.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import msgspec
 import orjson
@@ -16,11 +14,8 @@ from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
 from aioserver.protocol import json_body
-from aioserver.protocol.json_body import ABSENT, Member, pause
+from aioserver.protocol.json_body import ABSENT, Member, Site, pause
 from aioserver.protocol.stream_options import unasked
-
-if TYPE_CHECKING:
-    from aioserver.protocol.json_body import Site
 
 # Bytes in which the name of a model is written.
 MAX_MODEL_BYTES = 4096

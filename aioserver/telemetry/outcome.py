@@ -2,17 +2,13 @@
 answer and its error refer.
 """
 
-from __future__ import annotations
-
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 from aioserver.telemetry.tokens import NO_TOKENS, Tokens
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 # Where a request of a group has started: at the member whose cache has its conversation, at

@@ -5,9 +5,7 @@ chunks of a stream would be: a text in slices, calls and logprobs a few at a tim
 long, and what nobody reads is skipped.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import msgspec
 import orjson
@@ -15,16 +13,11 @@ from msgspec import Raw
 
 from aioserver.errors import InvalidJson, InvalidRequest
 from aioserver.protocol import json_body
-from aioserver.protocol.bridging.chunks import REASONING_FIELDS, C
+from aioserver.protocol.bridging.chunks import REASONING_FIELDS, C, ChunkReader
 from aioserver.protocol.bridging.reading import is_string, members
 from aioserver.protocol.json_body import ABSENT, null, pause, sound
 from aioserver.protocol.openai import BadEvent
 from aioserver.protocol.whole_answer import string_pieces
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from aioserver.protocol.bridging.chunks import ChunkReader
 
 # Bytes of a chat completion that is read at all; those of models that exist are a hundredth of it,
 # as a rule.

@@ -2,12 +2,9 @@
 bound of an answer, which must fit into the engine's context.
 """
 
-from __future__ import annotations
+from typing import NamedTuple
 
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from msgspec import Raw
+from msgspec import Raw
 
 # Members that an engine may not know.
 OPTIONAL = ("reasoning_effort", "parallel_tool_calls", "stream_options", "top_k")

@@ -21,10 +21,9 @@ decoded, and the body that goes on to the provider is what the client wrote, wit
 that belong to the frame.
 """
 
-from __future__ import annotations
-
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import orjson
@@ -32,13 +31,8 @@ from msgspec import Raw
 
 from aioserver.errors import AioserverError, InvalidRequest, InvalidStreamId
 from aioserver.protocol import json_body, model_body
-from aioserver.protocol.json_body import ABSENT, Member, at_once, pause
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from aioserver.protocol.json_body import Place, Site
-    from aioserver.protocol.model_body import ModelBody
+from aioserver.protocol.json_body import ABSENT, Member, Place, Site, at_once, pause
+from aioserver.protocol.model_body import ModelBody
 
 # Bytes in which an id, or the name of a lane, is written.
 MAX_ID_BYTES = 1026

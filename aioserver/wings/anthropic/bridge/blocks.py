@@ -11,10 +11,6 @@
 Where each of them goes is the matter of `Turns` (protocol/bridging/turns.py).
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import msgspec
 from msgspec import Raw
 
@@ -30,9 +26,7 @@ from aioserver.protocol.bridging.reading import (
 from aioserver.protocol.bridging.turns import LINE, PARAGRAPH, Piece, Turns
 from aioserver.protocol.json_body import ABSENT, flag, null
 from aioserver.wings.anthropic.bridge import ids
-
-if TYPE_CHECKING:
-    from aioserver.wings.anthropic.bridge.tools import Tools
+from aioserver.wings.anthropic.bridge.tools import Tools
 
 # The signature of the thinking that we have written.
 SIGNATURE = "aioserver.unsigned"

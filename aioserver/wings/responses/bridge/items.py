@@ -13,10 +13,6 @@ only the provider can read: it is refused by name. Where each of them goes is th
 (protocol/bridging/turns.py).
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import msgspec
 from msgspec import Raw
 
@@ -33,10 +29,7 @@ from aioserver.protocol.bridging.reading import (
 )
 from aioserver.protocol.bridging.turns import LINE, PARAGRAPH, Piece, Turns
 from aioserver.protocol.json_body import ABSENT, null
-from aioserver.wings.responses.bridge.tools import CUSTOM, FUNCTION
-
-if TYPE_CHECKING:
-    from aioserver.wings.responses.bridge.tools import Tools
+from aioserver.wings.responses.bridge.tools import CUSTOM, FUNCTION, Tools
 
 _SYSTEM = frozenset({"system", "developer"})
 _TEXTS = frozenset({"input_text", "output_text", "text", "summary_text", "reasoning_text"})
