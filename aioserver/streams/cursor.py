@@ -177,8 +177,8 @@ class Cursor:
             raise ResumeGap("the reader fell behind the events that are kept")
         end = len(entries)
         if index < end:
-            delay = monotonic() - max(entries[index].received_at, self._since)
-            stream.record.delay = max(stream.record.delay, delay)
+            record, ready = stream.record, max(entries[index].received_at, self._since)
+            record.delay = max(record.delay, monotonic() - ready)
         while index < end and room > 0:
             entry = entries[index]
             index += 1

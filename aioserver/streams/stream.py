@@ -36,7 +36,6 @@ no number, so that a client which comes back says the number that it would have 
 
 from __future__ import annotations
 
-from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
@@ -63,7 +62,7 @@ from aioserver.telemetry.request_log import NO_RECORD
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Hashable, Iterable, Mapping, Sequence
 
     from aioserver.errors import AioserverError
     from aioserver.protocol.openai import Shape
@@ -487,17 +486,20 @@ class Stream:
 
         In the latter case the source pauses, or goes on, as the readers have read.
         """
-        if self.bytes > self.max_bytes or (self.window <= 0 and self.entries):
+        if self.window > 0:
+            if self.bytes > self.max_bytes:
+                self._discard()
+        elif self.entries:
             self._discard()
             if self.source is not None and (len(self.readers) < 2 or self._due()):
-                self._regulate()
+                self._regulate(self.source)
 
     def note_passed(self) -> None:
         """Note that a reader which was behind has passed entries."""
         if self.window <= 0:
             self._discard()
             if self.source is not None:
-                self._regulate()
+                self._regulate(self.source)
 
     def forward(self, data: bytes, count: int, *, more: bool = False) -> None:
         """Append the provider's bytes of *count* whole events.
@@ -609,7 +611,7 @@ class Stream:
         self.last, self.ended, self.end_status = entry.first, True, entry.status
         # The producer is done with its text.
         self.text_bytes, self.said = 0, None
-        self._end_by(partial(self.recount, entry.size))
+        self._tell_end(entry.size)
 
     def fail(self, error: AioserverError) -> None:
         """Append *error* as the last event, for both kinds of face: as a frame, and as bytes."""
@@ -637,14 +639,23 @@ class Stream:
         if self.remote is not None:
             self.remote.broken = error
         self.text_bytes, self.said = 0, None
-        self._end_by(self.recount)
+        self._tell_end()
 
-    def _end_by(self, count: Callable[[], None]) -> None:
-        """*count* what is kept now, and let all know that the log has ended."""
-        steps = [count, *[reader.notify for reader in self.readers], self.trim]
-        if self._store is not None:
-            steps.append(partial(self._store.note_end, self))
-        run_all(steps)
+    def _tell_end(self, grown: int = 0) -> None:
+        """Count what is kept now, *grown* bytes of entries with it, and let all know that the log
+        has ended.
+        """
+        try:
+            self.recount(grown)
+        finally:
+            try:
+                run_all([reader.notify for reader in self.readers])
+            finally:
+                try:
+                    self.trim()
+                finally:
+                    if self._store is not None:
+                        self._store.note_end(self)
 
     def describe(self) -> dict[str, Any]:
         """Return what a list of streams says of this one."""
@@ -739,9 +750,10 @@ class Stream:
             entries.clear()
             self._grow(-self.bytes)
             return
-        least, excess = max(count, passed), self.bytes - self.max_bytes
-        if least <= 0 and excess <= 0:
+        excess = self.bytes - self.max_bytes
+        if passed <= 0 and count <= 0 and excess <= 0:
             return
+        least = max(count, passed)
         count = freed = 0
         while len(entries) - count > 1 or (len(entries) > count and count < least):
             if count >= least and freed >= excess:
@@ -771,12 +783,11 @@ class Stream:
             size += entries[index].size
         return size > RESUME_BYTES
 
-    def _regulate(self) -> None:
-        """Pause the source, or let it go on, as the log, where passed entries are discarded, is
+    def _regulate(self, source: Source) -> None:
+        """Pause *source*, or let it go on, as the log, where passed entries are discarded, is
         read.
         """
-        source = self.source
-        if source is None or self.window > 0 or self.ended:
+        if self.ended:
             return
         # What an only reader has passed is discarded already.
         unread = self.bytes if len(self.readers) < 2 else self._unread_bytes()

@@ -279,18 +279,19 @@ class Writer:
                 cursor.drop(cursor.next_index)
                 continue
             del ready[cursor]
-            behind = room <= 0 and cursor.behind
-            if behind:
+            stream = cursor.stream
+            if room <= 0 and cursor.behind:
                 # The cursor goes behind the others, which are written next.
                 ready[cursor] = None
-            if not behind and (cursor.farewell or cursor.stream.ended):
+                stream.note_passed()
+            elif stream.ended or cursor.farewell:
                 # What it has passed is discarded when it is unfollowed.
                 ended.append(cursor)
             else:
-                cursor.stream.note_passed()
+                stream.note_passed()
             if room <= 0:
                 break
-        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        data = b"".join(parts)
         if data or ended:
             self._write(data, self._tail if ended else b"")
         for cursor in ended:
