@@ -354,8 +354,8 @@ class BodyHold(msgspec.Struct, eq=False):
 
 
 class Visit(BodyHold, eq=False, kw_only=True):
-    """A client of the face of *meter*, from its request to the end of its handler: the connection that counts
-    for its key, its body, and its place.
+    """A client of the face of *meter*, from its request to the end of its handler: the connection
+    that counts for its key, its body, and its place.
 
     Always: what it has taken is given back at the end of its `with`, whatever fails meanwhile, and
     the client is counted as often as it is taken off.

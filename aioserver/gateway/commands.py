@@ -27,9 +27,9 @@ WRITE_TIMEOUT = 0.02
 BUSY_PAUSES, MARKED = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.185), 120.0
 # Seconds after which a client may ask again for what was not known.
 RETRY_AFTER = 1.0
-# Seconds by which a timer is late where the event loop is, and for which an answer is awaited at
-# most then.
-LATE, MAX_TIMEOUT = 0.01, 1.0
+# Seconds by which a timer is late where the event loop is, and for which an answer is awaited
+# longer then, at most.
+LATE, MAX_LONGER = 0.01, 1.0
 # Begins the scripts that write what clients let grow. Beyond its `maxmemory` a server refuses
 # whatever writes, the renewal of leases as well, so the last quarter is not for them.
 FULL = """
@@ -217,7 +217,7 @@ class _Deadline:
 
     def __init__(self, seconds: float) -> None:
         self._loop = loop = asyncio.get_running_loop()
-        self._seconds, self._end = seconds, loop.time() + max(seconds, MAX_TIMEOUT)
+        self._seconds, self._end = seconds, loop.time() + seconds + MAX_LONGER
         self._timer = loop.call_later(seconds, self._look, loop.time() + seconds)
         self.done: asyncio.Future[None] = loop.create_future()
         self.done.add_done_callback(self._stop)
@@ -249,7 +249,7 @@ async def answer_of(call: Coroutine[Any, Any, T], seconds: float = TIMEOUT) -> T
     """
     loop = asyncio.get_running_loop()
     task = loop.create_task(call)
-    end = loop.time() + max(seconds, MAX_TIMEOUT)
+    end = loop.time() + seconds + MAX_LONGER
     try:
         while True:
             due = loop.time() + seconds

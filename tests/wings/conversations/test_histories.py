@@ -11,7 +11,7 @@ import pytest
 from aioserver.auth.callers import Caller, anonymous
 from aioserver.config.chat import Context, Persistence
 from aioserver.errors import ResumeGap, ServerShutdown, StreamNotFound
-from aioserver.gateway.commands import Commands, answer_of
+from aioserver.gateway.commands import KNOWN_TIMEOUT, Commands, answer_of
 from aioserver.gateway.instances import Start
 from aioserver.streams.entries import CHUNK, COMPLETE
 from aioserver.streams.stream import Stream
@@ -192,6 +192,18 @@ async def test_time_for_which_our_loop_was_late_does_not_count() -> None:
     asyncio.get_running_loop().call_soon(block, 0.2)
 
     assert await answer_of(call(), 0.05) == 1
+
+
+@pytest.mark.virtual_time
+async def test_what_must_be_known_is_not_unknown_where_our_loop_was_late() -> None:
+    loop = asyncio.get_running_loop()
+    for late in (0.9, 1.1, 1.9):
+        answer = loop.create_future()
+        # It is there, and read once the loop goes on.
+        loop.call_soon(block, late)
+        loop.call_later(late + 0.001, answer.set_result, 1)
+
+        assert await answer_of(asyncio.wait_for(answer, None), KNOWN_TIMEOUT) == 1
 
 
 async def test_an_answer_that_does_not_come_is_not_waited_for() -> None:
