@@ -177,7 +177,8 @@ class Gateway:
             ProviderFault: no provider answered.
             AioserverError: as `Gateway.ask`.
         """
-        self._check_running()
+        if self._stopping:
+            raise shutdown_error()
         quota, ask = request.caller.quota, ask or self._router.call
         if quota is None:
             return self._calls.answer(request, ask)
@@ -345,10 +346,6 @@ class Gateway:
             self._request_log.metrics.count_budget_refusal(request.caller.label, error)
             raise
 
-    def _check_running(self) -> None:
-        if self._stopping:
-            raise shutdown_error()
-
     def _existing(self, request: Request) -> Stream | None:
         """Return the stream of the request's key; None if the request has no key, or is new."""
         if request.key is None:
@@ -359,7 +356,8 @@ class Gateway:
         return stream
 
     def _known(self, caller: Caller, key: str, digest: bytes) -> Stream | None:
-        self._check_running()
+        if self._stopping:
+            raise shutdown_error()
         stream = self._streams.find(caller, key)
         if stream is None:
             return None
@@ -380,7 +378,8 @@ class Gateway:
 
         A log that nobody can come back to is private, and its window is 0: see streams/store.py.
         """
-        self._check_running()
+        if self._stopping:
+            raise shutdown_error()
         asked, resumable, window = request.provider_request, request.resumable, 0.0
         caller = asked.caller
         if request.background:

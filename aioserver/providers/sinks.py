@@ -453,11 +453,9 @@ class EventSink(PassingSink):
     def _up_to_end(self, block: bytes, plain: int = 0) -> tuple[bytes, bool, bytes]:
         if plain:
             # No other line than the last may be the end mark.
-            ended, start = block.endswith(DONE), len(block) - len(DONE)
-        else:
-            start = _done_line(block)
-            ended = start >= 0
-        if ended:
+            if ended := block.endswith(DONE):
+                block = block[: -len(DONE)]
+        elif ended := (start := _done_line(block)) >= 0:
             block = block[:start]
         # Not `in`: for bytes that costs more than twice as much. From the end, where it is.
         usage, at = block.rfind(_USAGE) >= 0, -1
