@@ -6,15 +6,15 @@ Durations are seconds, sizes are bytes. Settings that have the name of an httpx 
 This file is one concept: what is declared of a provider, and the rules between its settings.
 """
 
-from __future__ import annotations
-
+from collections.abc import Iterator, Mapping
 from dataclasses import field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from aioserver.config import models, shipped
 from aioserver.config.hints import nearest
 from aioserver.config.models import Group, Member
 from aioserver.config.schema import (
+    BrokenRule,
     Secret,
     SettingsClass,
     check_rules,
@@ -45,11 +45,6 @@ from aioserver.config.validators import (
     secret,
     variable,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from aioserver.config.schema import BrokenRule
 
 # Requests that may wait for a provider, at least, if nothing else is set: fifty agents at four
 # places.

@@ -7,8 +7,6 @@ provider, with the model after a slash where it is not the provider's own, or a 
 The rules between groups and providers are those of `Llm` (llm.py).
 """
 
-from __future__ import annotations
-
 from dataclasses import field, replace
 from typing import Any
 

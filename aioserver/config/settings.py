@@ -9,9 +9,8 @@ never changed: a reload makes a new one. Durations are seconds, sizes are bytes.
 This file is one concept: what stands beside `chat` and `llm`, each section as its class.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import ClassVar
 
 from aioserver.config.chat import (
     Chat,
@@ -57,9 +56,6 @@ from aioserver.config.validators import (
     weight,
 )
 from aioserver.limits.fair_queue import BATCH, INTERACTIVE
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
 
 __all__ = [
     "SETTINGS",
