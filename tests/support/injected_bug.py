@@ -73,12 +73,21 @@ def _call(frame: FrameType) -> Call | None:
     return None if section is None or callee is None else Call(section, callee)
 
 
+def _last(function: Function) -> str:
+    """The name of *function* alone, as its code has it."""
+    return function.name.rpartition(".")[2]
+
+
 @contextmanager
 def calls_of(sections: Collection[Function]) -> Iterator[dict[Call, None]]:
     """Note each call that one of *sections* makes within the block."""
     calls: dict[Call, None] = {}
+    names = {_last(section) for section in sections}
 
     def trace(frame: FrameType, _event: str, _arg: object) -> None:
+        # Of nearly every call the name says that it is none of these.
+        if frame.f_back is None or frame.f_back.f_code.co_name not in names:
+            return
         call = _call(frame)
         if call is not None and call.section in sections:
             calls[call] = None
@@ -91,9 +100,10 @@ def calls_of(sections: Collection[Function]) -> Iterator[dict[Call, None]]:
 def bug_at(call: Call) -> Iterator[list[Call]]:
     """Let the first *call* within the block raise; yields a list that is empty until then."""
     raised: list[Call] = []
+    name = _last(call.callee)
 
     def trace(frame: FrameType, _event: str, _arg: object) -> None:
-        if not raised and _call(frame) == call:
+        if frame.f_code.co_name == name and not raised and _call(frame) == call:
             raised.append(call)
             raise InjectedBugError(f"{call.callee.module}: {call.callee.name}")
 
