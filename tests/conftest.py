@@ -32,6 +32,8 @@ hypothesis.settings.register_profile(
     "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("untimed")
+# Folders whose tests are of other programs, to which the loop of the test makes no difference.
+PROGRAMS = {"browser", "commands", "deploy", "docs"}
 
 
 def _debugging() -> asyncio.AbstractEventLoop:
@@ -60,18 +62,17 @@ def pytest_asyncio_loop_factories(
     config: pytest.Config,
     item: pytest.Item,
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Every async test runs on both loops; asyncio's in debug mode.
+    """Every async test runs on both loops, asyncio's in debug mode, but those of other programs.
 
     Time jumps on asyncio's where nothing but the test's process takes part.
     """
     folders = set(item.path.relative_to(config.rootpath).parts)
-    if item.get_closest_marker("one_loop"):
-        return {"uvloop": uvloop.new_event_loop}
     if item.get_closest_marker("virtual_time"):
         return {"asyncio": _jumping}
-    real = {"commands", "deploy", "docs", "browser"} & folders
-    other = real or item.get_closest_marker("real_time")
-    return {"asyncio": _debugging if other else _jumping, "uvloop": uvloop.new_event_loop}
+    if item.get_closest_marker("one_loop") or PROGRAMS & folders:
+        return {"uvloop": uvloop.new_event_loop}
+    real = item.get_closest_marker("real_time")
+    return {"asyncio": _debugging if real else _jumping, "uvloop": uvloop.new_event_loop}
 
 
 @pytest.hookimpl(wrapper=True)

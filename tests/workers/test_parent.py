@@ -123,6 +123,7 @@ class Load:
         await asyncio.gather(*self._tasks)
 
 
+@pytest.mark.one_loop
 async def test_a_replacement_loses_and_refuses_nothing(
     tmp_path: Path, simulator: Simulator
 ) -> None:
