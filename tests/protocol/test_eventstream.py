@@ -83,6 +83,8 @@ streams = st.builds(
 @example(b"data: a\n\r", [])
 @example(b"id: 1\nid: a\0b\ndata: a\n\nid\ndata\n\n", [])
 @example(b"data: a\n\ndata: b\r\rdata: c\n\n", [])
+@example(b"data: a\r\n\r\ndata: b\n\n\ndata: c\r\n\r\n", [20])  # the first ends with LF alone
+@example(b"data: a\rdata: b\n\ndata: c\r\rdata: d\r\n\r\n", [18, 27])
 @example(BOM + b"data: a\n\n", [1, 2])
 def test_every_cut_gives_the_events_of_the_standard(data: bytes, cuts: list[int]) -> None:
     check(data, pieces(data, cuts))
