@@ -48,6 +48,7 @@ INSIDE_FUNCTIONS = {
     "wings.cluster.wing": {"aioserver.wings.cluster.membership"},
     "commands.serve": {
         "uvloop",
+        "aioserver.workers.image",
         "aioserver.workers.parent",
         "aioserver.workers.worker",
     },

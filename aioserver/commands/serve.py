@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
 
 from aioserver.commands import output
 from aioserver.config import Configuration
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from aioserver.config.settings import Settings
     from aioserver.gateway.sharing import Sharing
     from aioserver.server.app import Server
     from aioserver.workers.balance import Balance
@@ -56,6 +58,7 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
         environ["AIOSERVER__CHAT__WEBSOCKET__PORT"] = str(port)
     try:
         preflight.check_interpreter()
+        factory = loop_factory(loop)
         inherited = systemd.inherited(os.environ)
         worker = _worker()
         if worker is None:
@@ -70,7 +73,8 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
         if worker is not None:
             settings = worker.settings(settings)
         elif settings.chat.websocket.concurrency.uvicorn.workers > 1:
-            return _serve_with_workers(configuration, environ, inherited)
+            again = partial(serve, config, host=host, port=port, loop=loop)
+            return _serve_with_workers(configuration, environ, inherited, again)
         few_files = preflight.raise_file_limit(settings)
         preflight.make_room_for_files(settings)
     except ConfigurationError as exc:
@@ -78,15 +82,6 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
     except preflight.Unfit as unfit:
         print(unfit, file=sys.stderr)
         return unfit.code
-    try:
-        factory = loop_factory(loop)
-    except ModuleNotFoundError:
-        print(
-            "--loop uvloop: uvloop is not installed; run pip install '.[speedups]' in the clone of"
-            " aioserver",
-            file=sys.stderr,
-        )
-        return 2
     # After a crash, or the SIGABRT of systemd's watchdog, the stacks of all threads are on stderr.
     faulthandler.enable(2)
     logs.set_up(settings.logging, None if worker is None else worker.slot)
@@ -126,18 +121,31 @@ def _worker() -> Worker | None:
 
 
 def _serve_with_workers(
-    configuration: Configuration, environ: Mapping[str, str], inherited: Sequence[socket.socket]
+    configuration: Configuration,
+    environ: Mapping[str, str],
+    inherited: Sequence[socket.socket],
+    again: Callable[[], int],
 ) -> int:
     """Serve with several processes: see `aioserver.workers.parent`. Return the exit code.
+
+    *again* serves as one of them.
 
     Raises:
         ConfigurationError: a worker could not read what this process has read.
         Unfit: this system lacks what a parent needs.
     """
     preflight.check_workers()
-    if unfit := list(faults(configuration.settings, (wing() for wing in WINGS))):
-        raise ConfigurationError(unfit)
-    from aioserver.workers.parent import Parent  # noqa: PLC0415 - one process needs none of it
+    # One process needs none of it.
+    from aioserver.workers.image import end_with  # noqa: PLC0415
+    from aioserver.workers.parent import Parent  # noqa: PLC0415
+
+    # If it is ignored, the kernel keeps no exit codes.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # In a process of its own: it imports the hooks, whose files and threads are not for all.
+    if (pid := os.fork()) == 0:
+        end_with(partial(_check_wings, configuration.settings))
+    if code := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+        return code
 
     # As each worker does.
     Configuration.load(
@@ -147,7 +155,7 @@ def _serve_with_workers(
     logs.set_up_without_thread(configuration.settings.logging)
     logger.info("configuration: %s", configuration.source)
     log_remarks(configuration)
-    parent = Parent(configuration, environ, inherited, sys.orig_argv, output.announce)
+    parent = Parent(configuration, environ, inherited, again, sys.orig_argv, output.announce)
     try:
         parent.listen()
     except OSError as exc:
@@ -160,6 +168,12 @@ def _serve_with_workers(
     code = parent.run()
     output.give_up()
     return code
+
+
+def _check_wings(settings: Settings) -> NoReturn:
+    """Print what the wings cannot serve with, and end without waiting for threads of theirs."""
+    unfit = list(faults(settings, (wing() for wing in WINGS)))
+    os._exit(_refuse(ConfigurationError(unfit)) if unfit else 0)
 
 
 def _leave_soon(code: int) -> None:
@@ -187,7 +201,7 @@ def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
     """Return the factory of the event loop *name*; `auto` is uvloop where that is installed.
 
     Raises:
-        ModuleNotFoundError: *name* is `uvloop`, which is not installed.
+        Unfit: *name* is `uvloop`, which is not installed.
     """
     if name != "asyncio":
         try:
@@ -196,7 +210,11 @@ def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
             return uvloop.new_event_loop
         except ModuleNotFoundError:
             if name == "uvloop":
-                raise
+                raise preflight.Unfit(
+                    "--loop uvloop: uvloop is not installed; run pip install '.[speedups]' in the"
+                    " clone of aioserver",
+                    2,
+                ) from None
     return asyncio.new_event_loop
 
 

@@ -14,7 +14,7 @@ from multidict import istr
 from aioserver.faces.form import OPENAI
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from aioserver.errors import AioserverError
     from aioserver.faces.form import Form
@@ -30,8 +30,14 @@ PROVIDERS_LIMITS = ("x-ratelimit-", "anthropic-ratelimit-")
 SERVER = "aioserver"
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _ID_HEADER = istr("X-Request-Id")
-_prefix = secrets.token_hex(6)
-_numbers = itertools.count(1)
+
+
+def _new_ids() -> Iterator[Iterator[str]]:
+    # Not before the first one: workers that were forked from one process have different ones.
+    yield map(f"{secrets.token_hex(6)}-{{:x}}".format, itertools.count(1))
+
+
+_ids = itertools.chain.from_iterable(_new_ids())
 
 
 class Request(web.Request):
@@ -57,7 +63,7 @@ def request_id(request: web.BaseRequest) -> str:
     if not request.known_id:
         log_id = request.headers.get(_ID_HEADER)
         if log_id is None or not _ID.fullmatch(log_id):
-            log_id = f"{_prefix}-{next(_numbers):x}"
+            log_id = next(_ids)
         request.known_id = log_id
     return request.known_id
 

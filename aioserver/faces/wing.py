@@ -106,7 +106,9 @@ class Wing:
 
     @staticmethod
     def before_workers(settings: Settings) -> None:
-        """Do what one process does for all of a machine, before there are any. It blocks."""
+        """Do what one process does for all of a machine, before there are any, and import what they
+        will need: it is shared by them. It blocks.
+        """
 
     @staticmethod
     def probe() -> Probe | None:

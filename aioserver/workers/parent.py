@@ -6,10 +6,10 @@ those that end.
 
 It has no event loop, no threads and no application: it waits for one signal after the other, with
 all of them blocked (sigtimedwait(2)); that a worker has said something is a signal, too (O_ASYNC;
-fcntl(2)). A worker is `serve` in another program image, started by fork and exec, so that nothing
-of the parent is left in it, and so that a replacement runs the code that is installed then. A
-worker tells its parent what a service tells systemd, over a socket of its own, and the parent
-tells systemd what becomes of all.
+fcntl(2)). A worker is `serve` in a process that is forked, and shares what the parent has imported
+(image.py). Where other code is installed by then it is another program, started by fork and exec,
+and so are all later ones. A worker tells its parent what a service tells systemd, over a socket of
+its own, and the parent tells systemd what becomes of all.
 
 Linux only, as the files in memory are.
 """
@@ -27,12 +27,14 @@ import signal
 import socket
 import sys
 import time
-from typing import TYPE_CHECKING, Any, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from aioserver.auth.keys import pepper_of
 from aioserver.config.faults import ConfigurationError
 from aioserver.server import listener, reload, systemd
 from aioserver.telemetry import logs
+from aioserver.workers.image import Image, close_others, end_with, pass_on
 from aioserver.workers.loads import Loads
 from aioserver.workers.private_server import SharedServer
 from aioserver.workers.supervisor import Supervisor
@@ -78,8 +80,9 @@ LOAD = re.compile(r"(\d+) of (\d+) connections, (\d+) waiting")
 class Parent:
     """Runs the workers of *configuration* until it is told to stop.
 
-    *program* is the command line of a worker, and *environ* the environment in which it reads its
-    configuration again. *announce* is called with the address once all workers serve.
+    *serve* does what a worker does, and returns its exit code; *program* is a command line that
+    does the same. *environ* is the environment in which the configuration is read again.
+    *announce* is called with the address once all workers serve.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Parent:
         configuration: Configuration,
         environ: Mapping[str, str],
         inherited: Sequence[socket.socket],
+        serve: Callable[[], int],
         program: list[str],
         announce: Callable[[str], None],
     ) -> None:
@@ -94,7 +98,9 @@ class Parent:
         # The settings with which the sockets and the workers that serve were made.
         self._at_start = self._began = configuration.settings
         self._environ = environ
-        self._program = program
+        self._serve, self._program = serve, program
+        # What workers are forked with; None: they are executed.
+        self._image: Image | None = None
         self._announce = announce
         self._hosts = listener.hosts(inherited)
         self._sockets = list(inherited)
@@ -150,8 +156,7 @@ class Parent:
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT, after `listen`. Return the exit code."""
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        # If it is ignored, the kernel keeps no exit codes.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._image = Image()
         logger.info("workers: %d, %s", self._workers, _limits(self._at_start))
         self._shared_server = SharedServer.open(self._at_start, os.environ, self._enter_child)
         self._supervisor.start()
@@ -180,6 +185,7 @@ class Parent:
         # Whatever comes is a SIGIO.
         fcntl.fcntl(ear, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(ear, fcntl.F_SETFL, fcntl.fcntl(ear, fcntl.F_GETFL) | os.O_ASYNC)
+        forked = self._forks()
         with theirs:
             try:
                 pid = os.fork()
@@ -187,7 +193,7 @@ class Parent:
                 ear.close()
                 raise
             if pid == 0:
-                self._become(slot, configuration, theirs)
+                end_with(partial(self._become, slot, configuration, theirs, forked=forked))
         self._ears[pid] = ear
         self._slots[pid] = slot
         return pid
@@ -342,38 +348,36 @@ class Parent:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
-    def _become(self, slot: int, configuration: int, ear: socket.socket) -> NoReturn:
-        """Become the worker *slot*: a new program, in the process that was just forked."""
-        try:
-            # The terminal's Ctrl-C is the parent's, which passes it on.
-            os.setsid()
-            named = {
-                "ear": ear.fileno(),
-                "lifeline": self._lifeline,
-                "configuration": self._contents[configuration],
-                "pepper": self._pepper,
-                "loads": self._loads.fd,
-            }
-            passed = [*(sock.fileno() for sock in self._sockets), *named.values()]
-            first, count = systemd.FIRST, len(self._sockets)
-            free = first + len(passed)
-            # Above the numbers that they get, which some of them have.
-            copies = [fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, free) for number in passed]
-            for at, copy in enumerate(copies):
-                os.dup2(copy, first + at)
-            numbers = {name: first + count + at for at, name in enumerate(named)}
-            environ = {
-                **os.environ,
-                **self._worker(slot, numbers).variables(),
-                "LISTEN_FDS": str(count),
-                "LISTEN_PID": str(os.getpid()),
-            }
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
-            os.execve(sys.executable, self._program, environ)  # noqa: S606 - no shell is meant
-        except BaseException as exc:  # noqa: BLE001 - this is no longer the parent
-            os.write(2, f"aioserver: worker {slot} cannot be started: {exc}\n".encode())
-        finally:
-            os._exit(1)
+    def _forks(self) -> bool:
+        """Return whether a worker can be forked; if it cannot now, none will be."""
+        if self._image is not None and (why := self._image.differs()) is not None:
+            logger.warning("workers share no more memory until a restart: %s", why)
+            self._image = None
+        return self._image is not None
+
+    def _become(self, slot: int, configuration: int, ear: socket.socket, *, forked: bool) -> int:
+        """Become the worker *slot*, in the process that was just forked. Return the exit code.
+
+        *forked*: whether it runs what this process has imported, and not another program.
+        """
+        # The terminal's Ctrl-C is the parent's, which passes it on.
+        os.setsid()
+        named = {
+            "ear": ear.fileno(),
+            "lifeline": self._lifeline,
+            "configuration": self._contents[configuration],
+            "pepper": self._pepper,
+            "loads": self._loads.fd,
+        }
+        numbers = pass_on([*(sock.fileno() for sock in self._sockets), *named.values()])
+        count = len(self._sockets)
+        worker = self._worker(slot, dict(zip(named, numbers[count:], strict=True)))
+        os.environ.update(worker.variables(), LISTEN_FDS=str(count), LISTEN_PID=str(os.getpid()))
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        if not forked:
+            os.execv(sys.executable, self._program)  # noqa: S606 - no shell is meant
+        close_others()
+        return self._serve()
 
 
 def _limits(settings: Settings) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -57,6 +59,12 @@ class ClusterWing(Wing):
             yield (
                 "cluster.redis_url: redis is not installed (pip install '.[cluster]' in the clone)"
             )
+
+    @staticmethod
+    def before_workers(settings: Settings) -> None:  # noqa: ARG004
+        """Import what an instance of a cluster needs, if its packages are installed."""
+        with suppress(ModuleNotFoundError):
+            import_module("aioserver.wings.cluster.membership")
 
     async def open(self, core: Core, stack: AsyncExitStack) -> None:
         """Join the cluster, if there is one.

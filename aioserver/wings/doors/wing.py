@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
@@ -33,6 +34,12 @@ class DoorsWing(Wing):
     def faults(self, settings: Settings) -> Iterable[str]:
         """Return which hooks cannot be asked, and what is missing for `auth.jwt`."""
         return chain(hooks.faults(settings.hooks), issuers.faults(settings.auth))
+
+    @staticmethod
+    def before_workers(settings: Settings) -> None:
+        """Import what tokens are read with, if any are taken."""
+        if settings.auth is not None and settings.auth.jwt is not None:
+            import_module("aioserver.wings.doors.issuer")
 
     async def open(self, core: Core, stack: AsyncExitStack) -> None:
         """Make the hooks and the callers of tokens, and begin to fetch the keys of their issuer.
