@@ -160,13 +160,13 @@ RENDERED = {
 }
 
 
-@pytest.mark.parametrize("name", RENDERED)
-async def test_markdown_becomes_elements(blank: Page, name: str) -> None:
-    text, html = RENDERED[name]
-    shown = text.replace("\\*", "*").replace("<", "&lt;").replace(">", "&gt;")
+async def test_markdown_becomes_elements(blank: Page) -> None:
+    for name, (text, html) in RENDERED.items():
+        shown = text.replace("\\*", "*").replace("<", "&lt;").replace(">", "&gt;")
+        whole = await blank.evaluate(WHOLE, text)
 
-    assert await blank.evaluate(WHOLE, text) == (f"<p>{shown}</p>" if html is None else html)
-    assert await blank.evaluate(PIECEWISE, [text, 1]) == await blank.evaluate(WHOLE, text)
+        assert whole == (f"<p>{shown}</p>" if html is None else html), name
+        assert await blank.evaluate(PIECEWISE, [text, 1]) == whole, name
 
 
 PARTS = (
@@ -357,9 +357,7 @@ BOUNDED = {
 }
 
 
-@pytest.mark.parametrize("name", BOUNDED)
-async def test_what_a_model_can_nest_or_lengthen_has_a_bound(blank: Page, name: str) -> None:
-    at, past, selector, within, beyond = BOUNDED[name]
+async def test_what_a_model_can_nest_or_lengthen_has_a_bound(blank: Page) -> None:
     count = """async ([text, selector]) => {
       const { MarkdownView } = await import("/assets/chat/markdown.js");
       const box = document.createElement("div");
@@ -369,5 +367,6 @@ async def test_what_a_model_can_nest_or_lengthen_has_a_bound(blank: Page, name: 
       return found.filter((element) => selector !== "a" || element.textContent === "a").length;
     }"""
 
-    assert await blank.evaluate(count, [at, selector]) == within
-    assert await blank.evaluate(count, [past, selector]) == beyond
+    for name, (at, past, selector, within, beyond) in BOUNDED.items():
+        assert await blank.evaluate(count, [at, selector]) == within, name
+        assert await blank.evaluate(count, [past, selector]) == beyond, name
