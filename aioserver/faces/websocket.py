@@ -47,6 +47,8 @@ class ChatSocket(Socket):
     Always: the writer follows the streams in `_following`, at most MAX_ANSWERS.
     """
 
+    __slots__ = ("_conversation", "_following", "_visits")
+
     face = "websocket"
 
     def __init__(self, *args: Any) -> None:

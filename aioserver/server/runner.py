@@ -206,11 +206,11 @@ class Runner(web.AppRunner):
         tls = self._owner.tls
         if hand_over and tls is not None:
             # Each is a connection then, whose client has still to bring its request.
-            grace -= await _until(lambda: not tls.handshakes, grace / 2)
+            grace -= await until_empty(lambda: not tls.handshakes, grace / 2)
         connections.drain(silent=hand_over)
         if hand_over:
             await asyncio.sleep(LAST_CALL + LAST_REQUESTS)
-            grace -= await _until(lambda: not self._owner.waiting, grace / 2)
+            grace -= await until_empty(lambda: not self._owner.waiting, grace / 2)
         self._owner.drain()
         began = asyncio.get_running_loop().time()
         await connections.wait_closed(grace)
@@ -264,12 +264,21 @@ class Runner(web.AppRunner):
         )
 
 
-async def _until(empty: Callable[[], bool], most: float) -> float:
-    """Wait until *empty*, for *most* seconds. Return how long that took."""
+async def until_empty(empty: Callable[[], bool], most: float) -> float:
+    """Wait until a queue is *empty* at two looks, LOOK seconds apart, for *most* seconds. Return how
+    long that took.
+
+    What got its turn just before a look is in no queue, and may go on to the next one.
+    """
     loop = asyncio.get_running_loop()
     began = loop.time()
+    before = False
     # No queue says when it is empty, and this happens once in the life of a process.
-    while not empty() and loop.time() - began < most:  # noqa: ASYNC110
+    while loop.time() - began < most:
+        now = empty()
+        if now and before:
+            break
+        before = now
         await asyncio.sleep(LOOK)
     return loop.time() - began
 

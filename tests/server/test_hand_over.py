@@ -9,6 +9,7 @@ import socket
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
+from aioserver.server.runner import until_empty
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED, chat
 from tests.support.raw import CLOSE, TEXT, Raw, closing
@@ -85,6 +86,24 @@ async def all_are_served(server: RunningServer) -> None:
             answer = await raw.answer()
             assert (answer.status, answer.headers["connection"]) == (200, "close")
         await end
+
+
+async def test_what_is_between_two_queues_gets_its_turn() -> None:
+    """One look finds nobody waiting: a request has just left one queue, and comes to the next."""
+    looks = iter([1, 0, 1, 0, 0])
+
+    await until_empty(lambda: next(looks) == 0, 60.0)
+
+    assert [*looks] == []
+
+
+async def test_queue_that_does_not_empty_is_waited_for_no_longer_than_it_may() -> None:
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+
+    took = await until_empty(lambda: False, 0.2)
+
+    assert 0.2 <= took <= loop.time() - began
 
 
 async def test_what_waits_longer_than_half_of_the_grace_is_refused(

@@ -102,6 +102,8 @@ class ResponsesSocket(Socket):
     `_tasks`.
     """
 
+    __slots__ = ("_lanes", "_news", "_over", "_session", "_stored", "_tasks")
+
     face = "responses_ws"
     protocols = ("realtime", "responses")
     # A shorter one has ended long turns of agents, whose machines are busy meanwhile.

@@ -10,9 +10,11 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType
 
+from aioserver.faces.websocket import ChatSocket
 from aioserver.protocol import eventstream
 from aioserver.wings.responses import lanes
 from aioserver.wings.responses.lanes import MAX_NAMED_LANES, MAX_RUNNING, MAX_WAITING
+from aioserver.wings.responses.socket import ResponsesSocket
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support import responses
 from tests.support.keys import bearer, key_of, keys_of
@@ -91,6 +93,12 @@ async def test_frames_are_the_data_lines_of_the_answer_over_http(
     assert all(payload.endswith(end) for _, payload in frames)
     events = [payload.removesuffix(end) + b"}" for _, payload in frames]
     assert without_ids(events) == without_ids(lines)
+
+
+@pytest.mark.parametrize("kind", [ChatSocket, ResponsesSocket])
+def test_an_idle_socket_has_no_dictionary(kind: type) -> None:
+    """Beyond 30 members each would have one of its own, of 1.5 KiB."""
+    assert kind.__dictoffset__ == 0
 
 
 async def test_the_provider_gets_the_clients_bytes_and_its_trace(server: RunningServer) -> None:
