@@ -68,7 +68,7 @@ class TimerWheel:
         self._order.clear()
 
     def _put(self, member: Member, when: float) -> bool:
-        """Return whether the bucket of *member* is new."""
+        """Have *member* visited at *when*, in the loop's time; return whether its bucket is new."""
         number = int(when / self._grain) + 1
         bucket = self._buckets.get(number)
         new = bucket is None

@@ -265,10 +265,10 @@ class Runner(web.AppRunner):
 
 
 async def until_empty(empty: Callable[[], bool], most: float) -> float:
-    """Wait until a queue is *empty* at two looks, LOOK seconds apart, for *most* seconds. Return how
-    long that took.
+    """Wait until a queue is *empty* at two looks, LOOK seconds apart, or *most* seconds are over.
+    Return how long that took.
 
-    What got its turn just before a look is in no queue, and may go on to the next one.
+    What got its turn just before the first look is in no queue, and may go on to the next one.
     """
     loop = asyncio.get_running_loop()
     began = loop.time()
