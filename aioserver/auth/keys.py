@@ -24,7 +24,7 @@ import msgspec
 from aioserver.auth.callers import Caller
 from aioserver.errors import InvalidApiKey, SessionEnded
 from aioserver.limits.budget import Budget
-from aioserver.limits.fair_queue import BATCH
+from aioserver.limits.old_fair_queue import BATCH
 from aioserver.limits.quota import Quota
 
 if TYPE_CHECKING:

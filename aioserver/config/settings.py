@@ -55,7 +55,7 @@ from aioserver.config.validators import (
     variable,
     weight,
 )
-from aioserver.limits.fair_queue import BATCH, INTERACTIVE
+from aioserver.limits.old_fair_queue import BATCH, INTERACTIVE
 
 __all__ = [
     "SETTINGS",

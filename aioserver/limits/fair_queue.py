@@ -1,85 +1,68 @@
-"""Fair queueing by work: virtual token counters, for callers by weight, and for the flows of each.
+"""Fair queueing by work, on three levels: classes, the callers of each, and the flows of a caller.
 
-This file is one concept: counters, the two levels at which they count, and the items whose order
-they are.
-
-Algorithm: Sheng, Cao, Li, Zhu, Li, Zhuo, Gonzalez, Stoica, "Fairness in Serving Large Language
-Models", OSDI 2024, the weighted one with predicted lengths. Each caller has a counter. Of those
-with an item that waits, the one with the smallest counter is served. Its counter grows by the
-estimated work of the item, divided by the caller's weight, when the item starts, and is corrected
-by the error of the estimate when it ends. So a caller whose requests are fifty times as dear gets
-a fiftieth of the starts, a caller of weight 3 gets three times the work of a caller of weight 1,
-and a thousand waiting items delay another caller by one item at most.
-
-What work is, callers decide, by one rule: the tokens of a prompt, and twice those of the answer,
-which are the paper's factors; what comes from a cache is no work (Cao et al., "Locality-aware Fair
-Scheduling in LLM Serving", 2025, arXiv 2501.14312).
-
-A caller that begins to wait gets the counter that was served last (the *virtual time*) if its own
-is smaller: it saves nothing up while it is away. The paper takes the smallest counter of those
-that wait; ours is that of start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996), it is the
-same but for corrections, and needs no search. Virtual time never falls, though counters may. A
-start without a wait is charged in the same way. One that has ended before anybody waited is charged
-to its caller by what it has cost, and to no flow: the flows of a caller begin level when its items
-wait, but for those that run.
+**Callers and flows** have virtual token counters (Sheng et al., "Fairness in Serving Large
+Language Models", OSDI 2024; weighted, with predicted lengths). The waiting caller with the
+smallest counter is served. Its counter grows by the estimated work of the item, divided by the
+caller's weight, when the item starts, and is corrected by the error of the estimate when the item
+ends. A caller that begins to wait gets the counter that was served last (the *virtual time*) if its
+own is smaller, as in start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996): it saves nothing
+up while it is away.
 
     With N starts under way at most, U the dearest item (its work or its estimate) and E the
-    largest error of an estimate, two callers that both wait throughout a span have started work
-    that differs by 2 (U + N E) at most, each divided by its weight.
+    largest error of an estimate, two callers of one class that both wait throughout a span have
+    started work that differs by 2 (U + N E) at most, each divided by its weight.
 
-It holds since the counters of two that wait are never further apart than U + N E: the one that is
-ahead was the smaller one when it was served last, and has grown since by one item, and both by
-corrections of what ran then. The flows of a caller (the users of one key, for example) share what
-it gets by the same rule, each with weight 1.
+The counters of two callers that wait are never further apart than U + N E: the one that is ahead
+was the smaller one when it was served last, and has grown since by one item, and both by
+corrections. The flows of a caller share what the caller gets by the same rule, each with weight 1.
+
+**Classes** share by weighted fair queueing (Demers, Keshav, Shenker, SIGCOMM 1989): the class whose
+head would finish first in virtual time is next. So a class of weight 1 starts an item of work w
+once a class of weight 19 has started 19 w beside it, and a heavy class that comes alone is first.
+Classes owe each other nothing while only one of them waits. A class without a free place is passed
+over, and keeps the right to one start.
 
 Counters are whole numbers, since their order must be exact: a unit of work is 2520 / weight, which
 has no remainder for the weights 1 to 10.
-
-    charge = queue.start(caller, flow, weight, work)      # without a wait
-    queue.spend(caller, weight, cost)                     # the same, and it has ended already
-    queue.add(item, caller, flow, weight, work)           # with one
-    item, charge = queue.pop(gone)
-    charge.settle(cost)                                   # what it has cost, once it has ended
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import OrderedDict
 from heapq import heapify, heappop, heappush, heapreplace, nlargest
 from itertools import islice
-from types import MappingProxyType
+from math import lcm
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 T = TypeVar("T")
 # A unit of work at weight 1: the least common multiple of 1 to 10.
 LENGTH = 2520
 MAX_WEIGHT = 10
-# Stale entries, and counters of callers that neither wait nor run, that are kept before they are
-# swept: a sweep at each departure would cost O(callers).
+# Stale entries, and counters of callers that neither wait nor run, that are kept before a sweep: a
+# sweep at each departure would cost O(callers).
 MAX_STALE = 64
-# The classes of requests: each waits in a queue of its own (limits/gate.py).
+# The classes of requests.
 INTERACTIVE, BATCH = "interactive", "batch"
-NOTHING: Mapping[Hashable, int] = MappingProxyType({})
 
 
 class _Counter:
     """What a caller or a flow has started, in virtual time: its *tag*.
 
-    *waiting* and *work* are the number and the estimates of its items, *running* counts its starts
-    that have not ended. Of two with the same tag the one that began to wait first is served first:
-    its *serial* is smaller. *length* is a unit of its work in virtual time.
+    *waiting* and *work* are the number and the estimates of its items; *running* counts its starts
+    that have not ended. Of two with one tag the first to wait is served first: its *serial* is
+    smaller. *length* is a unit of its work in virtual time.
     """
 
     __slots__ = ("length", "running", "serial", "tag", "waiting", "work")
 
     def __init__(self, tag: int, length: int) -> None:
-        self.tag = tag
-        self.length = length
+        self.tag, self.length = tag, length
         self.serial = self.waiting = self.work = self.running = 0
 
     def served_before(self, tag: int, serial: int) -> int:
@@ -89,7 +72,6 @@ class _Counter:
         ahead = (tag - self.tag) * self.waiting
         if ahead < 0 or not self.waiting:
             return 0
-        # All items with a smaller tag, and one with the same tag if this counter comes first.
         step = self.work * self.length
         items = -(-ahead // step)
         if self.serial < serial and ahead % step == 0:
@@ -98,7 +80,7 @@ class _Counter:
 
 
 class _Flow(_Counter, Generic[T]):
-    """A flow: its items, but for those at the front of its caller, each with its work."""
+    """A flow and its items, but for those at the front of its caller, each with its work."""
 
     __slots__ = ("items",)
 
@@ -108,22 +90,22 @@ class _Flow(_Counter, Generic[T]):
 
 
 class _Caller(_Counter, Generic[T]):
-    """A caller: the items at its *front*, each with its flow and work, and its flows."""
+    """A caller: its flows, and the items at its *front* by their arrival, each with its flow and
+    work.
+    """
 
     __slots__ = ("flows", "front")
 
     def __init__(self, tag: int, length: int) -> None:
         super().__init__(tag, length)
-        self.front: OrderedDict[T, tuple[Hashable, int]] = OrderedDict()
-        self.flows: _Turns[_Flow[T]] = _Turns(_Flow)
+        self.front: list[tuple[float, int, T, Hashable, int]] = []
+        self.flows: _Level[_Flow[T]] = _Level(_Flow)
 
     def rest(self) -> None:
-        """Forget what its flows have started, since nothing of it waits or runs: none of them is
-        ahead of another one then.
-        """
+        """Forget what its flows have started, since nothing of it waits or runs."""
         flows = self.flows
         if len(flows.counters) > 1:
-            self.flows = _Turns(_Flow)
+            self.flows = _Level(_Flow)
             return
         for flow in flows.counters.values():
             flow.tag = flows.virtual
@@ -132,7 +114,7 @@ class _Caller(_Counter, Generic[T]):
     def order(self) -> Iterator[tuple[T, int]]:
         """Iterate over its items in their order, each with its work."""
         ahead: dict[Hashable, int] = {}
-        for item, (flow, work) in self.front.items():
+        for _, _, item, flow, work in self.front:
             ahead[flow] = ahead.get(flow, 0) + work * LENGTH
             yield item, work
         yield from self.flows.order(lambda flow: iter(flow.items.items()), ahead)
@@ -141,12 +123,12 @@ class _Caller(_Counter, Generic[T]):
 C = TypeVar("C", bound=_Counter)
 
 
-class _Turns(Generic[C]):
+class _Level(Generic[C]):
     """Counters by name, of which the smallest one that waits is next.
 
-    Always: `_heap` has a valid entry for each counter that waits (others in it are stale, and
-    skipped); `virtual` never falls; at most MAX_STALE counters more than those that wait or run
-    are known.
+    Always: `_heap` has a valid entry for each counter that waits; its other entries are stale, and
+    skipped. `virtual` never falls. At most MAX_STALE counters more than those that wait or run are
+    known.
     """
 
     __slots__ = ("_heap", "_make", "_serials", "counters", "idle", "virtual")
@@ -155,25 +137,18 @@ class _Turns(Generic[C]):
         self._make = make
         self.counters: dict[Hashable, C] = {}
         self._heap: list[tuple[int, int, C]] = []
-        # How many counters neither wait nor run.
-        self.idle = 0
-        self._serials = 0
-        self.virtual = 0
+        self.idle = self.virtual = self._serials = 0
 
     def active(self, name: Hashable, length: int = LENGTH) -> C:
         """Return the counter *name*, which is about to wait or to start."""
         counter = self.counters.get(name)
         if counter is None:
-            return self.made(name, length)
+            counter = self.counters[name] = self._make(self.virtual, length)
+            return counter
         if not (counter.running or counter.waiting):
             self.idle -= 1
         # The newest weight holds.
         counter.length = length
-        return counter
-
-    def made(self, name: Hashable, length: int = LENGTH) -> C:
-        """Return a new counter, which is about to wait or to start."""
-        counter = self.counters[name] = self._make(self.virtual, length)
         return counter
 
     def waits(self, counter: C, work: int) -> None:
@@ -186,18 +161,12 @@ class _Turns(Generic[C]):
             self._serials += 1
             self.push(counter)
 
-    def start(self, counter: C, work: int) -> None:
-        """Charge *counter*, none of whose items waits, with a start."""
-        self.virtual = max(self.virtual, counter.tag)
-        counter.tag = self.virtual + work * counter.length
-        counter.running += 1
-
-    def start_early(self, counter: C, work: int) -> None:
-        """Charge *counter* with a start that comes before its turn, which says nothing of the
-        turns of others: virtual time stays.
-        """
+    def start(self, counter: C, work: int, *, in_turn: bool = True) -> None:
+        """Charge *counter* with a start without a wait; *in_turn*: nobody of this level waits."""
         if not counter.waiting:
             counter.tag = max(counter.tag, self.virtual)
+        if in_turn:
+            self.virtual = max(self.virtual, counter.tag)
         counter.tag += work * counter.length
         counter.running += 1
         if counter.waiting:
@@ -240,20 +209,10 @@ class _Turns(Generic[C]):
     def push(self, counter: C) -> None:
         """Give *counter*, which waits, an entry in the heap by its tag."""
         if len(self._heap) > 2 * len(self.counters) + MAX_STALE:
-            self._heap = [
-                (each.tag, each.serial, each) for each in self.counters.values() if each.waiting
-            ]
+            self._heap = [(c.tag, c.serial, c) for c in self.counters.values() if c.waiting]
             heapify(self._heap)
         else:
             heappush(self._heap, (counter.tag, counter.serial, counter))
-
-    def clear(self) -> None:
-        """Forget what waits, and all counters but those that run."""
-        self._heap.clear()
-        self.idle = 0
-        self.counters = {name: each for name, each in self.counters.items() if each.running}
-        for counter in self.counters.values():
-            counter.waiting = counter.work = 0
 
     def position(self, counter: C | None, number: int) -> int:
         """Return the position of the *number*-th item of *counter*, which need not wait yet, if
@@ -269,9 +228,7 @@ class _Turns(Generic[C]):
         return number + sum([other.served_before(tag, serial) for other in others])
 
     def order(
-        self,
-        items: Callable[[C], Iterator[tuple[T, int]]],
-        ahead: Mapping[Hashable, int] = NOTHING,
+        self, items: Callable[[C], Iterator[tuple[T, int]]], ahead: Mapping[Hashable, int]
     ) -> Iterator[tuple[T, int]]:
         """Iterate over the *items* of all counters in the order in which they are served, each
         with its work, once some counters were charged with what lies *ahead*.
@@ -292,17 +249,11 @@ class _Turns(Generic[C]):
                 yield item
 
     def rests(self) -> None:
-        """Account for a counter that neither waits nor runs any more."""
-        self.idle += 1
-        if self.idle > MAX_STALE:
-            self.sweep()
-
-    def sweep(self) -> None:
-        """Forget counters that neither wait nor run, if they are the most.
-
-        One at virtual time is as good as none. Of many, those that are furthest ahead are kept.
+        """Account for a counter that neither waits nor runs; forget such counters if they are the
+        most. Of many, those that are furthest ahead of virtual time are kept.
         """
-        if 2 * self.idle <= len(self.counters):
+        self.idle += 1
+        if self.idle <= MAX_STALE or 2 * self.idle <= len(self.counters):
             return
         kept, ahead = {}, {}
         for name, each in self.counters.items():
@@ -317,13 +268,13 @@ class _Turns(Generic[C]):
 
 class Charge(msgspec.Struct, Generic[T], eq=False):
     """What the caller and the flow of an item that has started are charged with: *work*, which is
-    corrected once. *length* is by the weight at the start.
+    corrected once. *_length* is by the weight at the start.
     """
 
     _queue: FairQueue[T] | None
     _caller: _Caller[T]
     _flow: _Flow[T]
-    length: int
+    _length: int
     work: int
 
     def settle(self, cost: int | None = None) -> None:
@@ -337,47 +288,37 @@ class Charge(msgspec.Struct, Generic[T], eq=False):
         caller, flow = self._caller, self._flow
         more = 0 if cost is None else cost - self.work
         self.work += more
-        queue.callers.ends(caller, more * self.length)
+        queue.callers.ends(caller, more * self._length)
         caller.flows.ends(flow, more * LENGTH)
         if not (caller.running or caller.waiting):
-            # What its flows have started is forgotten.
             caller.rest()
 
 
 class FairQueue(Generic[T]):
-    """Items in the order in which they are to be served, *size* of them, which are estimated to
-    cost so much *work*; each is hashable, and in it once.
-
-    Always: the counters of a caller are known while it waits or runs, and those of at most
-    MAX_STALE others.
+    """The items of one class, *size* of them, in the order in which they are to be served. Each is
+    hashable, in the queue once, and is estimated to cost at least 1.
     """
 
     def __init__(self) -> None:
-        self.callers: _Turns[_Caller[T]] = _Turns(_Caller)
-        self.size = 0
-        self.work = 0
-
-    def __len__(self) -> int:
-        return self.size
+        self.callers: _Level[_Caller[T]] = _Level(_Caller)
+        self.size = self.work = self._fronts = 0
 
     def add(
         self,
         item: T,
         caller: Hashable,
         flow: Hashable,
-        weight: int = 1,
-        work: int = 1,
-        *,
-        at_front: bool = False,
+        weight: int,
+        work: int,
+        arrived: float | None = None,
     ) -> None:
-        """Add *item* as the last of its flow, or *at_front* of all items of its caller.
-
-        It is estimated to cost so much *work*, 1 at least.
+        """Add *item* as the last of its flow; or, if it has *arrived* before, in front of its
+        caller's other items, among which the first to arrive is first.
         """
         entry = self.callers.active(caller, LENGTH // weight)
-        if at_front:
-            entry.front[item] = flow, work
-            entry.front.move_to_end(item, last=False)
+        if arrived is not None:
+            self._fronts += 1
+            insort(entry.front, (arrived, self._fronts, item, flow, work))
         else:
             line = entry.flows.active(flow)
             line.items[item] = work
@@ -386,150 +327,206 @@ class FairQueue(Generic[T]):
         self.size += 1
         self.work += work
 
-    def start(self, caller: Hashable, flow: Hashable, weight: int = 1, work: int = 1) -> Charge[T]:
-        """Charge *caller* and *flow* with an item that starts without a wait; nothing waits."""
+    def start(self, caller: Hashable, flow: Hashable, weight: int, work: int) -> Charge[T]:
+        """Charge *caller* and *flow* with an item that starts without a wait."""
         entry = self.callers.active(caller, LENGTH // weight)
         line = entry.flows.active(flow)
-        self.callers.start(entry, work)
-        entry.flows.start(line, work)
+        self.callers.start(entry, work, in_turn=not self.size)
+        entry.flows.start(line, work, in_turn=not entry.waiting)
         return Charge(self, entry, line, entry.length, work)
 
     def spend(self, caller: Hashable, weight: int, cost: int) -> None:
         """Charge *caller* with an item that has started, and has ended, while nothing waited."""
-        callers, length = self.callers, LENGTH // weight
+        callers = self.callers
         entry = callers.counters.get(caller)
         if entry is None:
-            entry = callers.made(caller, length)
+            entry = callers.active(caller, LENGTH // weight)
             callers.rests()
         tag = entry.tag
         if tag > callers.virtual:
             callers.virtual = tag
         else:
             tag = callers.virtual
-        entry.tag = tag + cost * length
+        entry.tag = tag + cost * (LENGTH // weight)
 
-    def pop(self, gone: Callable[[T], bool]) -> tuple[T, Charge[T]] | None:
-        """Remove the next item, and charge its caller and flow with it; return None if there is
-        none.
-
-        An item for which *gone* is true is dropped, at no cost to its caller.
-        """
-        if self.head(gone) is None:
+    def head(self) -> tuple[T, int] | None:
+        """Return the next item with its work, and leave it here."""
+        if not self.size:
             return None
-        callers = self.callers
-        entry = callers.first()
+        entry = self.callers.first()
+        if entry.front:
+            return entry.front[0][2], entry.front[0][4]
+        return next(iter(entry.flows.first().items.items()))
+
+    def pop(self) -> tuple[T, Charge[T]]:
+        """Remove the next item, of which there is one, and charge its caller and flow with it."""
+        entry = self.callers.first()
         flows = entry.flows
         if entry.front:
-            item, (flow, work) = entry.front.popitem(last=False)
+            _, _, item, flow, work = entry.front.pop(0)
             line = flows.active(flow)
-            flows.start_early(line, work)
+            # It comes before its turn, which says nothing of the turns of other flows.
+            flows.start(line, work, in_turn=False)
         else:
             line = flows.first()
             item, work = line.items.popitem(last=False)
             flows.serve(line, work)
         self.size -= 1
         self.work -= work
-        callers.serve(entry, work)
+        self.callers.serve(entry, work)
         return item, Charge(self, entry, line, entry.length, work)
 
-    def head(self, gone: Callable[[T], bool]) -> T | None:
-        """Return the next item, and leave it here; None if there is none.
-
-        An item for which *gone* is true is dropped, at no cost to its caller.
-        """
-        while self.size:
-            entry = self.callers.first()
-            if entry.front:
-                item = next(iter(entry.front))
-                if not gone(item):
-                    return item
-                _, work = entry.front.popitem(last=False)[1]
-            else:
-                line = entry.flows.first()
-                item = next(iter(line.items))
-                if not gone(item):
-                    return item
-                _, work = line.items.popitem(last=False)
-                entry.flows.leaves(line, work)
-            self._left(entry, work)
-        return None
-
     def remove(self, item: T, caller: Hashable, flow: Hashable) -> bool:
-        """Remove *item*; return whether it was in the queue."""
+        """Remove *item* at no cost to its caller; return whether it was in the queue."""
         entry = self.callers.counters.get(caller)
         if entry is None:
             return False
-        if item in entry.front:
-            _, work = entry.front.pop(item)
-        else:
-            line = entry.flows.counters.get(flow)
-            if line is None or item not in line.items:
-                return False
+        line = entry.flows.counters.get(flow)
+        if line is not None and item in line.items:
             work = line.items.pop(item)
             entry.flows.leaves(line, work)
-        self._left(entry, work)
+        else:
+            index = next((i for i, each in enumerate(entry.front) if each[2] is item), None)
+            if index is None:
+                return False
+            work = entry.front.pop(index)[4]
+        self.size -= 1
+        self.work -= work
+        self.callers.leaves(entry, work)
+        if not (entry.waiting or entry.running):
+            entry.rest()
         return True
 
-    def clear(self) -> None:
-        """Remove every item."""
-        self.callers.clear()
-        for entry in self.callers.counters.values():
-            entry.front.clear()
-            entry.flows.clear()
-            for line in entry.flows.counters.values():
-                line.items.clear()
-        self.size = self.work = 0
+    def position(self, caller: Hashable, flow: Hashable, *, front: bool, waits: bool) -> int:
+        """Estimate the position of the last item of *flow*, or of the first one at the *front*; 1
+        is served next. *waits* says that it is in the queue already. O(callers).
+        """
+        entry = self.callers.counters.get(caller)
+        own = 1
+        if entry is not None and not front:
+            line = entry.flows.counters.get(flow)
+            number = (0 if line is None else line.waiting) + (not waits)
+            own = len(entry.front) + entry.flows.position(line, max(1, number))
+        return self.callers.position(entry, own)
 
     def heads(self) -> Iterator[T]:
         """Iterate over the first item of each flow, and those at the front of a caller."""
         for entry in self.callers.counters.values():
-            yield from entry.front
+            for each in entry.front:
+                yield each[2]
             for line in entry.flows.counters.values():
                 yield from islice(line.items, 1)
 
     @property
     def weight(self) -> int:
         """The weights of the callers with an item, together. O(callers)."""
-        counters = self.callers.counters.values()
-        return sum(LENGTH // entry.length for entry in counters if entry.waiting)
+        return sum(
+            LENGTH // each.length for each in self.callers.counters.values() if each.waiting
+        )
 
-    def count(self, caller: Hashable, flow: Hashable) -> int:
-        """Return how many items *flow* of *caller* has, but for those at the caller's front."""
-        entry = self.callers.counters.get(caller)
-        line = entry.flows.counters.get(flow) if entry is not None else None
-        return line.waiting if line is not None else 0
+    def order(self) -> Iterator[tuple[T, int]]:
+        """Iterate in the order in which the items are served if none is added or removed, and no
+        estimate corrected; each with its work.
+        """
+        return self.callers.order(_Caller.order, {})
 
-    def position(
+
+class ClassQueue(Generic[T]):
+    """Items of several classes, each with a fair queue of its own; the heaviest class is first."""
+
+    def __init__(self, weights: Sequence[int]) -> None:
+        self.queues: list[FairQueue[T]] = [FairQueue() for _ in weights]
+        unit = lcm(*weights)
+        self._lengths = [unit // weight for weight in weights]
+        # What each class has started beside another one that waited, in virtual time.
+        self._tags = [0 for _ in weights]
+        self._virtual = self.size = 0
+
+    def add(
         self,
+        index: int,
+        item: T,
         caller: Hashable,
         flow: Hashable,
-        number: int,
-        *,
-        at_front: bool = False,
-    ) -> int:
-        """Estimate the position in the queue of the *number*-th item of *flow*, or of the first
-        one *at_front*; 1 is served next. O(callers).
+        weight: int,
+        work: int,
+        arrived: float | None = None,
+    ) -> None:
+        """Add *item* to class *index*, as `FairQueue.add` does."""
+        queue = self.queues[index]
+        if queue.size == self.size:
+            # No other class waits: what was before does not count.
+            self._virtual = 0
+            self._tags = [0 for _ in self._tags]
+        if not queue.size:
+            self._tags[index] = max(self._tags[index], self._virtual)
+        queue.add(item, caller, flow, weight, work, arrived)
+        self.size += 1
 
-        It is true where all items of each caller and flow cost the same. The item need not be in
-        the queue yet: its position is then the one that `add` would give it with the same *at_front*.
-        """
-        callers = self.callers
-        entry = callers.counters.get(caller)
-        own = 1
-        if entry is not None and not at_front:
-            own = len(entry.front) + entry.flows.position(entry.flows.counters.get(flow), number)
-        return callers.position(entry, own)
+    def remove(self, index: int, item: T, caller: Hashable, flow: Hashable) -> bool:
+        """Remove *item* of class *index*; return whether it was in the queue."""
+        removed = self.queues[index].remove(item, caller, flow)
+        self.size -= removed
+        return removed
 
-    def __iter__(self) -> Iterator[T]:
-        """Iterate in the order in which the items are served if none is added or removed, and no
-        estimate corrected.
-        """
-        return (item for item, _ in self.callers.order(_Caller.order))
+    def next(self, closed: Callable[[int], bool]) -> tuple[int, T] | None:
+        """Return the class and the item that are next among the classes that are not *closed*."""
+        best: tuple[int, int, T] | None = None
+        for index, queue in enumerate(self.queues):
+            if not queue.size or closed(index):
+                continue
+            head = queue.head()
+            assert head is not None
+            finish = self._tags[index] + head[1] * self._lengths[index]
+            if best is None or finish < best[0]:
+                best = finish, index, head[0]
+        return None if best is None else best[1:]
 
-    def _left(self, entry: _Caller[T], work: int) -> None:
-        """Account for an item of *entry* that has left without a start."""
+    def pop(self, index: int) -> tuple[T, Charge[T]]:
+        """Remove the next item of class *index*, and charge its class, caller and flow."""
+        item, charge = self.queues[index].pop()
         self.size -= 1
-        self.work -= work
-        self.callers.leaves(entry, work)
-        if not (entry.waiting or entry.running):
-            entry.rest()
+        others = [i for i, queue in enumerate(self.queues) if i != index and queue.size]
+        if others:
+            tags, lengths = self._tags, self._lengths
+            self._virtual = max(self._virtual, tags[index])
+            tags[index] += charge.work * lengths[index]
+            for other in others:
+                head = self.queues[other].head()
+                assert head is not None
+                # It was passed over if it could have been first: then it is owed one start.
+                tags[other] = max(tags[other], tags[index] - head[1] * lengths[other])
+        return item, charge
+
+    def position(self, index: int, own: int) -> int:
+        """Estimate the position among all of the *own*-th item of class *index*, if the items of
+        each class have their mean work.
+        """
+        queue, total = self.queues[index], own
+        if queue.size == self.size:
+            return own
+        mean = queue.work / queue.size if queue.size else 1.0
+        finish = self._tags[index] + own * mean * self._lengths[index]
+        for other, each in enumerate(self.queues):
+            if other != index and each.size:
+                step = each.work / each.size * self._lengths[other]
+                total += max(0, min(each.size, int((finish - self._tags[other]) / step)))
+        return total
+
+    def order(self) -> Iterator[T]:
+        """Iterate in the order in which the items are served, if every class has free places."""
+        heads = []
+        for index, queue in enumerate(self.queues):
+            items = queue.order()
+            if (first := next(items, None)) is not None:
+                tag = self._tags[index] + first[1] * self._lengths[index]
+                heads.append((tag, index, first[0], items))
+        heapify(heads)
+        while heads:
+            tag, index, item, items = heads[0]
+            yield item
+            if (following := next(items, None)) is None:
+                heappop(heads)
+            else:
+                tag += following[1] * self._lengths[index]
+                heapreplace(heads, (tag, index, following[0], items))

@@ -39,13 +39,13 @@ from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
 import msgspec
 
 from aioserver.errors import AioserverError
-from aioserver.limits.fair_queue import FairQueue
 from aioserver.limits.gcra import ROUNDING
+from aioserver.limits.old_fair_queue import FairQueue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
-    from aioserver.limits.fair_queue import Charge
+    from aioserver.limits.old_fair_queue import Charge
 
 P = TypeVar("P")
 WHOLE = Fraction(1)

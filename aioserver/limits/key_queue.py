@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from aioserver.errors import AioserverError, ConcurrencyExceeded, RateLimitExceeded
-from aioserver.limits.fair_queue import FairQueue
+from aioserver.limits.old_fair_queue import FairQueue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
     from aioserver.limits.budget import Reservation
-    from aioserver.limits.fair_queue import Charge
+    from aioserver.limits.old_fair_queue import Charge
 
 # Seconds that a request may wait at its key: the timeout of the SDKs themselves.
 MAX_WAIT = 600.0

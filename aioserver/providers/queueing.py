@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from aioserver.config.settings import HttpClient
     from aioserver.errors import AioserverError
-    from aioserver.limits.fair_queue import Charge
     from aioserver.limits.gate import Waiter
+    from aioserver.limits.old_fair_queue import Charge
     from aioserver.providers.breaker import Breaker
     from aioserver.providers.health import Health
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from aioserver.limits.fair_queue import LENGTH
+from aioserver.limits.old_fair_queue import LENGTH
 from tests.support.keys import bearer, entry
 from tests.support.server import (
     QUICK,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aioserver.limits.fair_queue import LENGTH, MAX_STALE, MAX_WEIGHT, FairQueue
+from aioserver.limits.old_fair_queue import LENGTH, MAX_STALE, MAX_WEIGHT, FairQueue
 from tests.support.fair_model import History
 
 

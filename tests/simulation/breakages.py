@@ -406,7 +406,7 @@ async def patient(self, seconds, *, silent=False):
 ConnectionServer.wait_closed = patient
 """,
     "the weights of a fair queue": """
-from aioserver.limits.fair_queue import FairQueue
+from aioserver.limits.old_fair_queue import FairQueue
 add = FairQueue.add
 def unfair(self, item, caller, *args, **kwargs):
     add(self, item, caller, *args, **kwargs)
@@ -417,7 +417,7 @@ def unfair(self, item, caller, *args, **kwargs):
 FairQueue.add = unfair
 """,
     "what a request has cost": """
-from aioserver.limits.fair_queue import Charge
+from aioserver.limits.old_fair_queue import Charge
 settle = Charge.settle
 def forgetful(self, cost=None):
     settle(self)

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from aioserver.limits.fair_queue import LENGTH
+from aioserver.limits.old_fair_queue import LENGTH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping
 
-    from aioserver.limits.fair_queue import Charge, FairQueue
     from aioserver.limits.gate import Gate
+    from aioserver.limits.old_fair_queue import Charge, FairQueue
 
 # Starts that are looked at together.
 MANY = 500

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
-from aioserver.limits.fair_queue import FairQueue
+from aioserver.limits.old_fair_queue import FairQueue
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
 
-    from aioserver.limits.fair_queue import Charge
+    from aioserver.limits.old_fair_queue import Charge
 
 
 class Job(NamedTuple):

@@ -1,0 +1,500 @@
+"""The scheduler: a ticket waits here, once, until one of the resources that it bids for has a place.
+
+    enter ──▶ a grant at once
+      └─────▶ waits ──▶ a grant │ refused │ its deadline │ it has left
+                ▲         │
+                └─ again ─┘      a retry, a failover, a provider that is away
+
+A request asks for what it needs in order: first for its key, whose grant it holds until its answer
+has ended, then for any of the providers that may answer, whose grant it holds for one attempt. At
+each step it stands in the queues of all its bids, and leaves all of them in the moment in which it
+starts at one. A ticket that comes back keeps its first arrival, and the time that it has waited.
+
+Nothing here blocks, and no call leads back into itself: resources whose queue has changed are
+noted, and served one after the other.
+"""
+
+from __future__ import annotations
+
+from heapq import heapify, heappop, heappush
+from math import inf
+from typing import TYPE_CHECKING, cast
+
+from aioserver.limits.gcra import ROUNDING
+from aioserver.limits.resource import Grant, Reason, Resource, Ticket
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Sequence
+
+    from aioserver.limits.resource import Bid
+
+# Seconds between two reports to the tickets that want to know their positions.
+REPORT_INTERVAL = 1.0
+# Entries for bids that have left, which are kept among the later ones before they are swept.
+MAX_STALE = 64
+
+
+class Scheduler:
+    """Starts tickets in the order of their resources' queues, and ends those that are too late.
+
+    Always: a ticket waits for one set of bids at most, and its wait ends once; once it has ended,
+    it stands in no queue, has no timer, and takes no slot unless its resource keeps that; after
+    `close` it holds nothing. No resource has a place for a ticket that stands in its queue and
+    could be next.
+
+    One event loop owns one scheduler. A callback that a resource was given must not raise.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        # The tickets that wait, in the order in which they began to.
+        self.waiting: dict[Ticket, None] = {}
+        # Resources whose queue has to be looked at.
+        self._dirty: dict[Resource, None] = {}
+        self._serving = False
+        # The bids that join later, by their times, and those of them that have left.
+        self._later: list[tuple[float, int, Bid]] = []
+        self._entries = 0
+        self._later_timer: asyncio.TimerHandle | None = None
+        self._report_timer: asyncio.TimerHandle | None = None
+
+    # What a request calls.
+
+    def enter(self, ticket: Ticket, bids: Sequence[Bid]) -> Grant | None:
+        """Return the first grant that is free, in the order of *bids*; otherwise let *ticket* wait,
+        and return None: `granted` is next.
+
+        Raises:
+            BaseException: it may wait nowhere; of the refusals, that which may pass soonest.
+        """
+        for bid in bids:
+            if not bid.not_before and (grant := bid.resource.try_start(ticket, bid.cost)):
+                if ticket.slot is not None and not grant.resource.keeps():
+                    self.free_slot(ticket)
+                return grant
+        return self._wait(ticket, bids)
+
+    async def wait(self, ticket: Ticket, bids: Sequence[Bid]) -> Grant:
+        """Return a grant of one of *bids*, as `enter` and `granted`. Cancelling is safe."""
+        grant = self.enter(ticket, bids)
+        return await self.granted(ticket) if grant is None else grant
+
+    async def granted(self, ticket: Ticket) -> Grant:
+        """Return the grant that *ticket* waits for. Cancelling is safe.
+
+        Raises:
+            BaseException: it was refused; made by the resource that it has left last.
+        """
+        try:
+            if ticket.outcome is None:
+                ticket.woken = self._loop.create_future()
+                await ticket.woken
+            outcome, ticket.outcome = ticket.outcome, None
+        except BaseException:
+            # A grant that came in this turn of the loop is passed on.
+            self.leave(ticket)
+            raise
+        finally:
+            ticket.woken = None
+        if isinstance(outcome, Grant):
+            return outcome
+        assert outcome is not None
+        try:
+            raise outcome
+        finally:
+            # Its traceback leads to this frame.
+            del outcome
+
+    def leave(self, ticket: Ticket) -> None:
+        """End the wait of *ticket*, if it waits; a grant of which it has not heard is not used."""
+        outcome, ticket.outcome = ticket.outcome, None
+        if isinstance(outcome, Grant):
+            outcome.cancel()
+        elif ticket in self.waiting:
+            self._end(ticket)
+        self.free_slot(ticket)
+
+    def close(self, ticket: Ticket) -> None:
+        """End *ticket*: its wait, and each grant that it still holds, which was not used."""
+        self.leave(ticket)
+        while ticket.grants:
+            next(reversed(ticket.grants)).cancel()
+
+    def join(self, ticket: Ticket, bid: Bid) -> None:
+        """Let *ticket*, if it still waits, bid for one more resource, where it may wait."""
+        if ticket not in self.waiting:
+            return
+        now = self._loop.time()
+        bid.ticket, bid.index = ticket, bid.resource.index(ticket)
+        try:
+            bid.resource.admit(bid, now, room=True)
+        except Exception:  # noqa: BLE001 - it waits elsewhere
+            return
+        if ticket.slot is None and bid.not_before <= now:
+            if bid.resource.room(ticket.kind) <= 0:
+                return
+            self._take_slot(ticket, bid.resource)
+        ticket.bids = [*ticket.bids, bid]
+        self._expire_at(ticket)
+        self._begin([bid], now)
+
+    def suspend(self, grant: Grant, kind: str) -> None:
+        """Give *grant* back for a while, and keep a slot of the class *kind* in its queue; the
+        ticket is of this class from now on. `wait` for the same resource takes it again.
+
+        Raises:
+            BaseException: the class has no room.
+        """
+        ticket, resource = grant.ticket, grant.resource
+        if resource.class_room(kind) <= 0:
+            raise resource.refusal(Reason.FULL, resource.bid(ticket), resource.retry_after())
+        ticket.kind = kind
+        self._take_slot(ticket, resource)
+        grant.release()
+
+    def free_slot(self, ticket: Ticket) -> None:
+        """Take no slot any more: the request of *ticket* does not come back."""
+        if (resource := ticket.slot) is not None:
+            ticket.slot = None
+            resource.take_slots(ticket.kind, -1)
+            if resource.within is not None:
+                resource.within.take_slots(ticket.kind, -1)
+
+    # What the owner of a resource calls.
+
+    def serve(self, resource: Resource) -> None:
+        """Start what may start now: *resource* has more places, or its rate has changed."""
+        self._dirty[resource] = None
+        self._serve_all()
+
+    def resize(self, resource: Resource, capacity: int) -> None:
+        """Have another capacity: of a reload, or of a supply. What is held stays held."""
+        if capacity != resource.places.limit:
+            resource.places.resize(capacity)
+            for limit, each in zip(resource.limits, resource.classes, strict=True):
+                if limit is not None and each.places is not None:
+                    limit.resize(each.places(capacity))
+            for inner in resource.inner:
+                if inner.part is not None:
+                    self.resize(inner, inner.part(capacity))
+        self.serve(resource)
+
+    def refuse(
+        self,
+        resource: Resource,
+        error: Callable[[], BaseException],
+        which: Callable[[Bid], bool] = lambda _bid: True,
+    ) -> None:
+        """Withdraw the bids for *resource* for which *which* holds; tickets without another bid
+        end, each with an *error* of its own.
+        """
+        for ticket in list(self.waiting):
+            for bid in [each for each in ticket.bids if _leads_to(each, resource)]:
+                if which(bid):
+                    self._withdraw(bid, error)
+
+    def recover(self, resource: Resource) -> None:
+        """Let the tickets that are parked come back to *resource* now."""
+        parked = [each[2] for each in self._later if each[2].parked]
+        for bid in parked:
+            if bid.resource is resource and bid in bid.ticket.bids and not bid.standing:
+                bid.not_before = 0.0
+                self._come(bid)
+        self.serve(resource)
+
+    def shut(
+        self, resource: Resource, error: Callable[[], BaseException], *, finishes: bool = False
+    ) -> None:
+        """Refuse all who wait for *resource*, and all who come, each with an error of its own; if
+        it *finishes* what has begun, not those that go on with it.
+        """
+        resource.closed, resource.finishes = error, finishes
+        self.refuse(resource, error, lambda bid: not (finishes and bid.ticket.goes_on))
+        self.serve(resource)
+
+    # Waiting.
+
+    def _wait(self, ticket: Ticket, bids: Sequence[Bid]) -> Grant | None:
+        assert ticket not in self.waiting, "it waits once at a time"
+        now = self._loop.time()
+        at_once = [bid for bid in bids if bid.parked or bid.not_before <= now]
+        room = ticket.slot is not None or not at_once
+        room = room or any(bid.resource.room(ticket.kind) > 0 for bid in at_once)
+        joined: list[Bid] = []
+        errors: list[tuple[float, int, BaseException]] = []
+        for bid in bids:
+            bid.ticket, bid.index = ticket, bid.resource.index(ticket)
+            try:
+                bid.resource.admit(bid, now, room=room)
+            except Exception as error:  # noqa: BLE001 - one of them is raised below
+                errors.append((getattr(error, "retry_after", None) or 0.0, len(errors), error))
+            else:
+                joined.append(bid)
+        if not joined:
+            self.free_slot(ticket)
+            raise min(errors)[2]
+        errors.clear()
+        ticket.bids = joined
+        self.waiting[ticket] = None
+        if ticket.slot is None and (first := [bid for bid in joined if bid in at_once]):
+            self._take_slot(ticket, self._roomiest(ticket, first))
+        self._begin(joined, now)
+        if ticket in self.waiting:
+            self._expire_at(ticket)
+            if ticket.on_position is not None:
+                self._report_first(ticket)
+            return None
+        outcome, ticket.outcome = ticket.outcome, None
+        if isinstance(outcome, Grant):
+            return outcome
+        assert outcome is not None
+        raise outcome
+
+    def _begin(self, bids: Sequence[Bid], now: float) -> None:
+        """Let *bids* join the queues, now or later."""
+        for bid in bids:
+            if bid.not_before > now:
+                self._entries += 1
+                heappush(self._later, (bid.not_before, self._entries, bid))
+                self._look_at(bid.not_before)
+            else:
+                bid.resource.stand(bid)
+                self._dirty[bid.resource] = None
+        self._serve_all()
+
+    def _come(self, bid: Bid) -> None:
+        """Let *bid*, which has waited for its time, join the queue."""
+        ticket, resource = bid.ticket, bid.resource
+        if (grant := resource.try_start(ticket, bid.cost)) is not None:
+            self._end(ticket, grant)
+            return
+        if ticket.slot is None:
+            if resource.room(ticket.kind) <= 0:
+                full = resource.refusal(Reason.FULL, bid, resource.retry_after())
+                self._withdraw(bid, lambda: full)
+                return
+            self._take_slot(ticket, resource)
+        resource.stand(bid)
+        self.serve(resource)
+        if ticket.on_position is not None and ticket in self.waiting:
+            self._report_first(ticket)
+
+    def _serve_all(self) -> None:
+        """Look at the resources whose queue has changed, unless that is done already."""
+        if self._serving:
+            return
+        self._serving = True
+        try:
+            while self._dirty:
+                self._serve(self._dirty.popitem()[0])
+        finally:
+            self._serving = False
+
+    def _serve(self, resource: Resource) -> None:
+        if resource.timer is not None:
+            resource.timer.cancel()
+            resource.timer = None
+        while (bid := resource.next()) is not None and self._start(bid):
+            pass
+        if resource.queue.size and resource.supply is not None:
+            resource.supply.changed()
+
+    def _start(self, bid: Bid) -> bool:
+        """Start *bid*, the next one at its resource, or refuse it; return whether another one may
+        start.
+        """
+        resource, ticket = bid.resource, bid.ticket
+        try:
+            grant = resource.start(bid)
+        except Exception as error:  # noqa: BLE001 - a bug: it is raised in the task that waits
+            self._end(ticket, error)
+            return True
+        if grant is None:
+            return self._start_later(bid)
+        if (outer := resource.within) is None:
+            self._end(ticket, grant)
+            return True
+        # It goes on in the resource around it, before its caller's others.
+        bid.inner, bid.front, bid.resource = grant, True, outer
+        bid.index = outer.index(ticket)
+        if ticket.slot is resource:
+            ticket.slot = outer
+            resource.take_slots(ticket.kind, -1)
+        outer.stand(bid)
+        self.serve(outer)
+        return True
+
+    def _start_later(self, bid: Bid) -> bool:
+        """Look again when the rate allows *bid* to start; refuse it if that is too late."""
+        resource, now = bid.resource, self._loop.time()
+        assert resource.rate is not None
+        if (delay := resource.rate.delay(bid.cost)) == inf:
+            return False
+        if now + delay > bid.until + ROUNDING:
+            # What was in time when it began to wait is too late now.
+            late = resource.refusal(Reason.SLOW, bid, delay)
+            self._withdraw(bid, lambda: late)
+            return True
+        resource.timer = self._loop.call_at(now + delay, self.serve, resource)
+        return False
+
+    # Ends.
+
+    def _end(self, ticket: Ticket, outcome: Grant | BaseException | None = None) -> None:
+        """End the wait of *ticket*: with a grant, with an error, or since it has left."""
+        del self.waiting[ticket]
+        now, bids, ticket.bids = self._loop.time(), ticket.bids, ()
+        if ticket.timer is not None:
+            ticket.timer.cancel()
+            ticket.timer = None
+        for bid in bids:
+            self._take_away(bid, now)
+        if ticket.slot is not None:
+            trial = isinstance(outcome, Grant) and outcome.resource.keeps()
+            if not trial:
+                self.free_slot(ticket)
+        ticket.outcome, ticket.reported = outcome, None
+        if ticket.woken is not None and not ticket.woken.done():
+            ticket.woken.set_result(None)
+        self._serve_all()
+
+    def _take_away(self, bid: Bid, now: float) -> None:
+        """Let *bid* stand nowhere, and note how long it has waited; `_serve_all` is next."""
+        ticket, resource = bid.ticket, bid.resource
+        if now > bid.since:
+            if ticket.waited is None:
+                ticket.waited = {}
+            ticket.waited[resource] = ticket.waited.get(resource, 0.0) + now - bid.since
+        if resource.drop(bid):
+            # The next one may cost less, and the timer is that of the head.
+            self._dirty[resource] = None
+        if (inner := bid.inner) is not None:
+            bid.inner = None
+            self._dirty[inner.resource] = None
+            inner.cancel(serve=False)
+
+    def _withdraw(self, bid: Bid, error: Callable[[], BaseException]) -> None:
+        """Let the ticket of *bid* wait there no more; if that was its last bid, it ends with
+        *error*.
+        """
+        ticket = bid.ticket
+        if bid not in ticket.bids:
+            return
+        rest = [each for each in ticket.bids if each is not bid]
+        if not rest:
+            try:
+                self._end(ticket, error())
+            except Exception as bug:  # noqa: BLE001 - it is raised in the task that waits
+                self._end(ticket, bug)
+            return
+        ticket.bids = rest
+        self._take_away(bid, self._loop.time())
+        if ticket.slot is not None and not any(_leads_to(each, ticket.slot) for each in rest):
+            self.free_slot(ticket)
+            self._take_slot(ticket, self._roomiest(ticket, rest))
+        self._expire_at(ticket)
+        self._serve_all()
+
+    def _expire_at(self, ticket: Ticket) -> None:
+        """Let the first of the bids that end be looked at in time."""
+        when = min(bid.until for bid in ticket.bids)
+        if ticket.timer is not None:
+            ticket.timer.cancel()
+        ticket.timer = self._loop.call_at(when, self._expire, ticket)
+
+    def _expire(self, ticket: Ticket) -> None:
+        ticket.timer = None
+        now = self._loop.time()
+        overdue = now >= ticket.deadline - ROUNDING
+        for bid in list(ticket.bids):
+            if overdue or bid.until <= now + ROUNDING:
+                reason = Reason.DEADLINE if overdue else Reason.LATE
+                late = bid.resource.refusal(reason, bid, bid.resource.retry_after())
+                self._withdraw(bid, lambda late=late: late)  # type: ignore[misc]
+        if ticket.bids and ticket.timer is None:
+            self._expire_at(ticket)
+
+    # Slots.
+
+    def _take_slot(self, ticket: Ticket, resource: Resource) -> None:
+        ticket.slot = resource
+        resource.take_slots(ticket.kind)
+        if resource.within is not None:
+            resource.within.take_slots(ticket.kind)
+
+    def _roomiest(self, ticket: Ticket, bids: Sequence[Bid]) -> Resource:
+        return max(bids, key=lambda bid: bid.resource.room(ticket.kind)).resource
+
+    # Later.
+
+    def _look_at(self, when: float) -> None:
+        timer = self._later_timer
+        if timer is None or when < timer.when():
+            if timer is not None:
+                timer.cancel()
+            self._later_timer = self._loop.call_at(when, self._come_all)
+
+    def _come_all(self) -> None:
+        self._later_timer = None
+        now = self._loop.time()
+        if len(self._later) > MAX_STALE + 2 * len(self.waiting):
+            self._later = [each for each in self._later if _comes(each[2])]
+            heapify(self._later)
+        while self._later and self._later[0][0] <= now + ROUNDING:
+            bid = heappop(self._later)[2]
+            if _comes(bid):
+                self._come(bid)
+        if self._later:
+            self._look_at(self._later[0][0])
+
+    # What is told.
+
+    def _report_first(self, ticket: Ticket) -> None:
+        for bid in ticket.bids:
+            if bid.standing and bid.at is None:
+                resource, position = bid.resource, bid.resource.first_position(bid)
+                bid.at = position, resource.eta(position, bid.index, position)
+        self._tell(ticket)
+        if self._report_timer is None:
+            when = self._loop.time() + REPORT_INTERVAL
+            self._report_timer = self._loop.call_at(when, self._report)
+
+    def _report(self) -> None:
+        self._report_timer = None
+        listeners = [ticket for ticket in self.waiting if ticket.on_position is not None]
+        resources = {bid.resource: None for ticket in listeners for bid in ticket.bids}
+        for resource in resources:
+            for bid, position, eta in resource.positions():
+                bid.at = position, eta
+        for ticket in listeners:
+            self._tell(ticket)
+        if listeners:
+            when = self._loop.time() + REPORT_INTERVAL
+            self._report_timer = self._loop.call_at(when, self._report)
+
+    def _tell(self, ticket: Ticket) -> None:
+        """Tell the best position, and the seconds until the start at resources that serve the
+        ticket side by side.
+        """
+        known = [bid for bid in ticket.bids if bid.at is not None and bid.standing]
+        if not known or ticket.on_position is None:
+            return
+        places = [cast("tuple[int, float]", bid.at) for bid in known]
+        best = min(range(len(known)), key=lambda index: places[index][0])
+        etas = [eta for _, eta in places]
+        eta = 1 / sum(1 / each for each in etas) if all(etas) else 0.0
+        news = known[best].resource, places[best][0], eta
+        if ticket.reported != news:
+            ticket.reported = news
+            ticket.on_position(*news)
+
+
+def _leads_to(bid: Bid, resource: Resource) -> bool:
+    """Return whether *bid* waits for *resource*, or for one within it."""
+    return bid.resource is resource or bid.resource.within is resource
+
+
+def _comes(bid: Bid) -> bool:
+    """Return whether *bid*, which was to join later, still does."""
+    return not bid.standing and bid in bid.ticket.bids
