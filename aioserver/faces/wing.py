@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.probe import Probe
     from aioserver.gateway.sharing import Sharing
     from aioserver.limits.fixed_share import Scope
+    from aioserver.limits.scheduler import Scheduler
     from aioserver.monitoring.section import Section
     from aioserver.providers.api import Api
     from aioserver.providers.registry import Simulated
@@ -42,7 +43,7 @@ class Core(msgspec.Struct, frozen=True, kw_only=True):
     """What there is before any wing is open.
 
     *commands* reach the store that all instances share; None if there is none, or no wing that
-    brings it is open yet. *scope*: this process among those of its parent, which has called
+    brings it is open yet. *scheduler* lets requests wait. *scope*: this process among those of its parent, which has called
     `before_workers`; None if it has no parent. *private_server* is the URL of the parent's own
     Valkey or Redis server, if it has one. *watched* reads files again that have changed.
     """
@@ -50,6 +51,7 @@ class Core(msgspec.Struct, frozen=True, kw_only=True):
     settings: Settings
     metrics: Metrics
     loop: asyncio.AbstractEventLoop
+    scheduler: Scheduler
     streams: StreamStore
     watched: WatchedFiles
     commands: Commands | None = None

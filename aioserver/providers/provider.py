@@ -31,6 +31,7 @@ import msgspec
 
 from aioserver.limits.estimate import OUTPUT_FACTOR, UNKNOWN_WORK, Estimates
 from aioserver.limits.lines import Wish
+from aioserver.limits.scheduler import Scheduler
 from aioserver.provider_errors import (
     NoProvider,
     ProviderFault,
@@ -129,8 +130,10 @@ class Provider:
         estimates: Estimates | None = None,
         usage: Usage | None = None,
         hop: str = "",
+        scheduler: Scheduler | None = None,
     ) -> None:
         self.name = settings.name
+        self.scheduler = scheduler or Scheduler(asyncio.get_running_loop())
         self._usage = Usage() if usage is None else usage
         self._estimates = Estimates() if estimates is None else estimates
         self.settings = settings

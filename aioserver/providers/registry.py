@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from aioserver.config import settings
     from aioserver.config.watched_files import WatchedFiles
+    from aioserver.limits.scheduler import Scheduler
     from aioserver.providers.health import ProviderObserver
     from aioserver.providers.queueing import GateFactory
     from aioserver.streams.lifetime import Lifetime
@@ -62,8 +63,11 @@ class ProviderRegistry:
         lifetime: Lifetime | None = None,
         usage: Usage | None = None,
         hop: str = "",
+        *,
+        scheduler: Scheduler | None = None,
     ) -> None:
         self._metrics = metrics
+        self._scheduler = scheduler
         self._hop = hop
         self._usage = Usage(metrics.usage) if usage is None else usage
         self._make_gate = make_gate
@@ -121,6 +125,7 @@ class ProviderRegistry:
                     estimates=self.estimates,
                     usage=self._usage,
                     hop=self._hop,
+                    scheduler=self._scheduler,
                 )
                 changed.append(provider)
             providers[name] = provider

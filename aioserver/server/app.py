@@ -40,6 +40,7 @@ from aioserver.gateway.gateway import Gateway
 from aioserver.gateway.histories import NoHistories
 from aioserver.gateway.router import Router
 from aioserver.limits.gate import Gate
+from aioserver.limits.scheduler import Scheduler
 from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring import prometheus
 from aioserver.monitoring.keys import key_states
@@ -183,10 +184,12 @@ async def open_server(
         if tls is not None:
             stack.callback(tls.close)
             tls.watch(watched)
+        scheduler = Scheduler(loop)
         core = Core(
             settings=settings,
             metrics=metrics,
             loop=loop,
+            scheduler=scheduler,
             streams=lifetime.store,
             watched=watched,
             scope=scope,
@@ -226,6 +229,7 @@ async def open_server(
             lifetime,
             usage,
             hop,
+            scheduler=scheduler,
         )
         stack.push_async_callback(provider_registry.close)
         provider_registry.watch(watched)

@@ -27,6 +27,7 @@ from aioserver.gateway.bridging import ABSENT_STATUSES, ChatMemory
 from aioserver.gateway.continuation import continued
 from aioserver.gateway.probe import ARGUMENT
 from aioserver.gateway.prompts import chat_body
+from aioserver.limits.scheduler import Scheduler
 from aioserver.protocol.bridging.words import MAX_TOKENS as MAX_BOUND
 from aioserver.protocol.openai import Reading
 from aioserver.protocol.seam import Anchored, Onward, SeamBroken, anchor_of
@@ -97,6 +98,7 @@ async def examine(
             settings=settings,
             metrics=metrics,
             loop=loop,
+            scheduler=Scheduler(loop),
             streams=streams,
             # Never begun: nothing changes while it is examined.
             watched=WatchedFiles(lambda _kind, _text: None),
