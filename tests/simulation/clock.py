@@ -13,7 +13,8 @@ import sys
 import time
 import uuid
 
-from tests.support.virtual_loop import START
+# When a run begins; nobody looks at the clock of the machine.
+START = 1000.0
 
 
 class Clock:

@@ -14,7 +14,7 @@ import weakref
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from tests.simulation.clock import Clock
+from tests.simulation.clock import START, Clock
 from tests.simulation.disk import tell
 from tests.simulation.network import INSTANCE
 from tests.support.strict_timers import strict_timer
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     Factory = Callable[[], asyncio.Protocol]
 
-# When a run begins; nobody looks at the clock of the machine.
-START = 1000.0
 # Timers that are due within so many seconds of each other are due in the same turn.
 RESOLUTION = 1e-9
 # Turns in which no time passes, after which none ever will.
