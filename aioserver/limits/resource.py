@@ -164,8 +164,9 @@ class Ticket(msgspec.Struct, eq=False):
     Always: it waits for one set of bids at most, which ends once: with a grant or an error. What
     it holds is released by `Scheduler.close`, wherever it is.
 
-    *kind* names its class, *work* is what it is estimated to cost its caller's share. It *arrived*
-    at that time of the clock: when it comes back, it stands where it would have stood. A ticket
+    *kind* names its class, *work* is what it is estimated to cost its caller's share; 0: what
+    *estimate* returns, which is called once somebody waits. It *arrived* at that time of the
+    clock: when it comes back, it stands where it would have stood. A ticket
     that *goes_on* with what has begun may still enter while a resource closes. *on_position* is
     called with the resource, the position there, and the seconds until the start, by an estimate.
     """
@@ -178,6 +179,7 @@ class Ticket(msgspec.Struct, eq=False):
     arrived: float = 0.0
     deadline: float = inf
     goes_on: bool = False
+    estimate: Callable[[], int] | None = None
     on_position: Callable[[Resource, int, float], None] | None = None
     # What it holds.
     grants: dict[Grant, None] = msgspec.field(default_factory=dict)
@@ -190,6 +192,12 @@ class Ticket(msgspec.Struct, eq=False):
     woken: asyncio.Future[None] | None = None
     outcome: Grant | BaseException | None = None
     reported: tuple[Resource, int, float] | None = None
+
+    def cost(self) -> int:
+        """Return its work."""
+        if not self.work:
+            self.work = 1 if self.estimate is None else self.estimate()
+        return self.work
 
     @property
     def left(self) -> bool:
@@ -225,6 +233,11 @@ class Bid(msgspec.Struct, eq=False):
     def rests(self) -> bool:
         """Whether it was there before, and waits for nothing but its time."""
         return self.front and not self.parked
+
+    def began(self, resource: Resource) -> float:
+        """Return since when it waits, as if its former waits at *resource* had come just before."""
+        waited = self.ticket.waited
+        return self.since - (0.0 if waited is None else waited.get(resource, 0.0))
 
 
 class Grant(msgspec.Struct, eq=False):
@@ -277,8 +290,10 @@ class Resource:
 
     *refuse* makes the error of a refusal: its reason, the seconds after which to come back, and
     the bid. *serve* is called when a place has become free. *keeps* says whether tickets that
-    start now keep their slots, since they may have to come back: they are trials. It is a *part*
-    of what it is *within*. A queue of size 0 lets nobody wait.
+    start now keep their slots, since they may have to come back: they are trials. *look* returns
+    the error of a bid that comes later, if something has come up against it meanwhile. *reopens*
+    estimates the seconds until a rate opens where the rate itself does not know. It is a *part* of
+    what it is *within*. A queue of size 0 lets nobody wait.
     """
 
     def __init__(
@@ -292,6 +307,8 @@ class Resource:
         serve: Callable[[Resource], None],
         clock: Callable[[], float],
         keeps: Callable[[], bool] = bool,
+        look: Callable[[Bid], BaseException | None] = lambda _bid: None,
+        reopens: Callable[[], float] = lambda: RETRY_AFTER[0],
         classes: Sequence[Class] = ONE_CLASS,
         rate: Rate | None = None,
         within: Resource | None = None,
@@ -300,6 +317,7 @@ class Resource:
     ) -> None:
         self.name, self.queue_size, self.queue_timeout = name, queue_size, queue_timeout
         self.refuse, self.serve, self.clock, self.keeps = refuse, serve, clock, keeps
+        self.look, self.reopens = look, reopens
         self.classes, self.rate, self.within, self.part = classes, rate, within, part
         self.supply = supply
         # How many places may be free in other processes: so much longer may the queue be; and for
@@ -311,6 +329,8 @@ class Resource:
         self.finishes = False
         # How many tickets were refused.
         self.refused = 0
+        # The bids that are parked, and do not stand in the queue.
+        self.away: dict[Bid, None] = {}
         # Fires when the head may start.
         self.timer: asyncio.TimerHandle | None = None
         self.places = Places(capacity, clock)
@@ -340,8 +360,8 @@ class Resource:
 
     @property
     def waiting(self) -> int:
-        """How many tickets stand in the queue."""
-        return self.queue.size
+        """How many tickets wait here, those that are parked included."""
+        return self.queue.size + len(self.away)
 
     def index(self, ticket: Ticket) -> int:
         """Return the class of *ticket* here."""
@@ -441,7 +461,7 @@ class Resource:
         else:
             # It was had without a wait, and nobody has waited since.
             del self._early[grant]
-            cost = ticket.work if work is None else work
+            cost = ticket.cost() if work is None else work
             self.queue.queues[index].spend(ticket.caller, ticket.weight, cost)
         if index and (limit := self.limits[index]) is not None:
             limit.free()
@@ -464,7 +484,7 @@ class Resource:
     def _charge(self, grant: Grant) -> Charge[Bid]:
         ticket = grant.ticket
         queue = self.queue.queues[grant.index]
-        return queue.start(ticket.caller, ticket.flow, ticket.weight, ticket.work)
+        return queue.start(ticket.caller, ticket.flow, ticket.weight, ticket.cost())
 
     # The queue.
 
@@ -544,7 +564,8 @@ class Resource:
         bid.standing = True
         arrived = ticket.arrived if bid.front else None
         queue = self.queue
-        queue.add(bid.index, bid, ticket.caller, ticket.flow, ticket.weight, ticket.work, arrived)
+        work = ticket.cost()
+        queue.add(bid.index, bid, ticket.caller, ticket.flow, ticket.weight, work, arrived)
 
     def drop(self, bid: Bid) -> bool:
         """Let *bid* wait here no more; return whether it stood here."""
@@ -575,8 +596,7 @@ class Resource:
             wait = max(wait, limit.eta(own))
         if self.rate is not None:
             delay = self.rate.delay(0, position - 1)
-            # Nobody knows when it opens.
-            wait = max(wait, delay if delay < inf else RETRY_AFTER[0])
+            wait = max(wait, delay if delay < inf else self.reopens())
         return wait
 
     def retry_after(self) -> float:
@@ -596,12 +616,13 @@ class Resource:
 
     def stats(self) -> QueueStats:
         """Return a snapshot."""
-        heads = (bid.since for queue in self.queue.queues for bid in queue.heads())
-        oldest, batch = min(heads, default=None), self._indices.get(BATCH)
+        heads = [bid for queue in self.queue.queues for bid in queue.heads()]
+        oldest = min((bid.began(self) for bid in (*heads, *self.away)), default=None)
+        batch = self._indices.get(BATCH)
         return QueueStats(
             inside=self.places.inside,
             limit=self.places.limit,
-            waiting=self.queue.size,
+            waiting=self.waiting,
             queue_size=self.queue_size,
             oldest_wait=0.0 if oldest is None else self.clock() - oldest,
             refused=self.refused,

@@ -70,7 +70,7 @@ class Scheduler:
         """
         for bid in bids:
             if not bid.not_before and (grant := bid.resource.try_start(ticket, bid.cost)):
-                if ticket.slot is not None and not grant.resource.keeps():
+                if ticket.slot is not None and not (bid.parked or grant.resource.keeps()):
                     self.free_slot(ticket)
                 return grant
         return self._wait(ticket, bids)
@@ -186,12 +186,13 @@ class Scheduler:
         error: Callable[[], BaseException],
         which: Callable[[Bid], bool] = lambda _bid: True,
     ) -> None:
-        """Withdraw the bids for *resource* for which *which* holds; tickets without another bid
-        end, each with an *error* of its own.
+        """Withdraw the bids that wait for *resource* for which *which* holds; tickets without
+        another bid end, each with an *error* of its own.
         """
         for ticket in list(self.waiting):
             for bid in [each for each in ticket.bids if _leads_to(each, resource)]:
-                if which(bid):
+                if (bid.standing or bid.parked) and which(bid):
+                    bid.resource.refused += resource.closed is None
                     self._withdraw(bid, error)
 
     def recover(self, resource: Resource) -> None:
@@ -255,6 +256,8 @@ class Scheduler:
         """Let *bids* join the queues, now or later."""
         for bid in bids:
             if bid.not_before > now:
+                if bid.parked:
+                    bid.resource.away[bid] = None
                 self._entries += 1
                 heappush(self._later, (bid.not_before, self._entries, bid))
                 self._look_at(bid.not_before)
@@ -266,8 +269,13 @@ class Scheduler:
     def _come(self, bid: Bid) -> None:
         """Let *bid*, which has waited for its time, join the queue."""
         ticket, resource = bid.ticket, bid.resource
+        resource.away.pop(bid, None)
+        if (error := resource.look(bid)) is not None:
+            resource.refused += 1
+            self._withdraw(bid, lambda: error)
+            return
         if (grant := resource.try_start(ticket, bid.cost)) is not None:
-            self._end(ticket, grant)
+            self._end(ticket, grant, keeps=bid.parked)
             return
         if ticket.slot is None:
             if resource.room(ticket.kind) <= 0:
@@ -313,7 +321,7 @@ class Scheduler:
         if grant is None:
             return self._start_later(bid)
         if (outer := resource.within) is None:
-            self._end(ticket, grant)
+            self._end(ticket, grant, keeps=bid.parked)
             return True
         # It goes on in the resource around it, before its caller's others.
         bid.inner, bid.front, bid.resource = grant, True, outer
@@ -341,8 +349,12 @@ class Scheduler:
 
     # Ends.
 
-    def _end(self, ticket: Ticket, outcome: Grant | BaseException | None = None) -> None:
-        """End the wait of *ticket*: with a grant, with an error, or since it has left."""
+    def _end(
+        self, ticket: Ticket, outcome: Grant | BaseException | None = None, *, keeps: bool = False
+    ) -> None:
+        """End the wait of *ticket*: with a grant, with an error, or since it has left. *keeps*: it
+        was parked, and may have to come back.
+        """
         del self.waiting[ticket]
         now, bids, ticket.bids = self._loop.time(), ticket.bids, ()
         if ticket.timer is not None:
@@ -351,8 +363,8 @@ class Scheduler:
         for bid in bids:
             self._take_away(bid, now)
         if ticket.slot is not None:
-            trial = isinstance(outcome, Grant) and outcome.resource.keeps()
-            if not trial:
+            keeps = isinstance(outcome, Grant) and (keeps or outcome.resource.keeps())
+            if not keeps:
                 self.free_slot(ticket)
         ticket.outcome, ticket.reported = outcome, None
         if ticket.woken is not None and not ticket.woken.done():
@@ -366,6 +378,7 @@ class Scheduler:
             if ticket.waited is None:
                 ticket.waited = {}
             ticket.waited[resource] = ticket.waited.get(resource, 0.0) + now - bid.since
+        resource.away.pop(bid, None)
         if resource.drop(bid):
             # The next one may cost less, and the timer is that of the head.
             self._dirty[resource] = None
