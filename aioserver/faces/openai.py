@@ -331,7 +331,7 @@ async def model(context: Context, request: web.Request) -> web.Response:
     ours = name in context.router.groups
     entry = form.model(name, OURS if ours else provider.name, simulated=provider.simulated)
     known = route.model in (None, provider.model, *provider.models)
-    if not known and not (route.group is not None and route.group.name):
+    if not known and not route.group.name:
         entry["listed"] = False
     return web.json_response(entry)
 

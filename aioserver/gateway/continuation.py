@@ -392,9 +392,9 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
                 request.provider_request,
                 stream,
                 model=model,
-                retry=True,
                 fallback=bool(candidates),
             )
+            attempt.again = True
             if not attempt.goes_on(said) or not _affordable(provider, broken[0]):
                 continue
             speaker = next((each for each, _ in order if each.name == broken[0]), provider)

@@ -2,14 +2,13 @@
 
 A group has members, each a provider and the model that it is asked for, and chooses among those
 that can answer a request: the first that can start it, the least busy, or by weight. It has no
-queue of its own. Where no member has a place, the request stands in the line of each
-(limits/lines.py) and starts at the first place that is offered, so that each provider's places are
-shared fairly by all who ask for it, whatever name they use.
+queue of its own. Where no member has a place, the request bids for a place of each, and starts at
+the first one that becomes free, so that each provider's places are shared fairly by all who ask
+for it, whatever name they use.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
 from itertools import count
 from operator import attrgetter
@@ -17,18 +16,15 @@ from typing import TYPE_CHECKING
 
 from aioserver.config.models import LEAST_BUSY, ORDERED, WEIGHTED
 from aioserver.gateway.members import Member, load, sick, well
-from aioserver.limits.lines import Lines
-from aioserver.provider_errors import NoProvider, ProviderFault, ProviderPaced
+from aioserver.provider_errors import NoProvider
 from aioserver.telemetry.outcome import NONE, GroupStart
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from aioserver.gateway.homes import Placement
-    from aioserver.limits.gate import Place
-    from aioserver.limits.lines import Wish
+    from aioserver.gateway.affinity import Placement
+    from aioserver.gateway.candidates import Candidates
     from aioserver.providers.api import Api
-    from aioserver.providers.attempt import Attempt
     from aioserver.telemetry.outcome import Outcome
 
 # A prompt is skipped for a member if, by this estimate, it is longer than what the member takes by
@@ -36,45 +32,11 @@ if TYPE_CHECKING:
 BYTES_PER_TOKEN, DOUBT = 4, 1.5
 
 
-class Waiting:
-    """One request in the lines of members, since it *began* to wait: at each of *attempts* with one
-    of its *wishes*. *more* returns the attempts at members that have come to its group since it was
-    called last.
-    """
-
-    __slots__ = ("_more", "attempts", "began", "lines", "since", "wishes")
-
-    def __init__(
-        self,
-        lines: Lines,
-        attempts: dict[Member, Attempt],
-        more: Callable[[], Mapping[Member, Attempt]],
-        began: float,
-    ) -> None:
-        self.lines, self.attempts, self.began = lines, attempts, began
-        self._more = more
-        self.wishes: dict[Member, Wish] = {}
-        # When it has begun to wait for members that came later.
-        self.since: dict[Member, float] = {}
-
-    def regroup(self, group: Group, now: float) -> None:
-        """Stand in the lines of new members of *group* as well, and no more in those of others."""
-        for member, attempt in self._more().items():
-            with contextlib.suppress(ProviderFault):
-                member.provider.check(attempt)
-                self.attempts[member], self.since[member] = attempt, now
-                self.wishes[member] = wish = member.provider.wish(attempt)
-                self.lines.join(wish)
-        for member, wish in self.wishes.items():
-            if member not in group.members or not member.settings.usable:
-                self.lines.quit(wish, group.empty)
-
-
 class Group:
     """The *members* that can answer for *name*; an implied group, which nobody has configured, has
     no name.
 
-    Always: `waiting` is the number of distinct requests that stand in lines for the group.
+    Always: `waiting` is the number of requests that wait for a place at any member.
     """
 
     def __init__(
@@ -93,15 +55,15 @@ class Group:
         self.version = 0
         # Requests that were held back for their home.
         self.held_back = 0
-        # The requests that stand in lines, in the order in which they have come.
-        self._waiting: dict[Waiting, None] = {}
+        # Those of the requests that wait, in the order in which they have begun to.
+        self.candidates: dict[Candidates, None] = {}
         self.apply(members, choose, affinity)
 
     def apply(self, members: Sequence[Member], choose: str, affinity: str) -> None:
         """Use other *members* and another choice from now on.
 
-        One that stays keeps its counts. Requests that wait stand in the lines of new ones at once,
-        and in those of others no more.
+        One that stays keeps its counts. Requests that wait do so at new ones as well, and at others
+        no more.
         """
         known = {(old.provider, old.asked_model): old for old in self.members}
         kept = []
@@ -113,9 +75,8 @@ class Group:
             kept.append(member)
         self.members, self.choose, self.affinity = kept, choose, affinity
         self.version += 1
-        now = self._clock()
-        for waiting in list(self._waiting):
-            waiting.regroup(self, now)
+        for candidates in list(self.candidates):
+            candidates.regroup()
 
     @property
     def available(self) -> bool:
@@ -129,15 +90,16 @@ class Group:
         """
         if len(self.members) == 1:
             return self.members[0].provider.stats().queue.waiting
-        return len(self._waiting)
+        return len(self.candidates)
 
     @property
     def oldest_wait(self) -> float:
         """For how many seconds the request has waited that came first."""
         if len(self.members) == 1:
             return self.members[0].provider.stats().queue.oldest_wait
-        began = min((waiting.began for waiting in self._waiting), default=None)
-        return 0.0 if began is None else self._clock() - began
+        if (longest := next(iter(self.candidates), None)) is None:
+            return 0.0
+        return self.members[0].provider.scheduler.time() - longest.began
 
     def empty(self) -> NoProvider:
         """Return the fault of a request that none of its members can answer any more."""
@@ -233,140 +195,3 @@ class Group:
                 # One that was full, and so was passed over, is not owed more than a round.
                 member.credit = min(member.credit + member.weight, total)
             chosen.credit -= total
-
-    async def start(
-        self,
-        attempts: Mapping[Member, Attempt],
-        placement: Placement | None = None,
-        *,
-        more: Callable[[], Mapping[Member, Attempt]] = dict,
-        fallback: bool = False,
-    ) -> tuple[Member, Place]:
-        """Wait for a place of one of *attempts*, of which each is one at that member; they are in
-        the order in which their members are asked. Return the member, and its place.
-
-        With a *placement* its home comes first but for a trial, and others may have to be waited
-        for. *more* puts attempts at members that have come since into *attempts*, and returns
-        them. *fallback* says that others can be asked instead of all of them. Cancelling is safe.
-
-        Raises:
-            ProviderFault: no member can start it in time, or all are left alone.
-        """
-        if not attempts:
-            raise self.empty()
-        among = list(attempts)
-        delays: Mapping[Member, float] = {}
-        if placement is not None:
-            delays = placement.delays
-            trial = next((each for each in among if attempts[each].trial), None)
-            among.sort(key=lambda member: (member is not trial, member is not placement.home))
-            if trial is not None:
-                delays = {each: delay for each, delay in delays.items() if each is not trial}
-        while True:
-            offer = await self._offer(among, attempts, delays, more, fallback=fallback)
-            if offer is not None:
-                break
-            # One in the background has its permit now, and may still have to wait for its place:
-            # at the members of now, of which some may have come, and some have gone.
-            later = (member for member in attempts if member not in among)
-            among = [member for member in (*among, *later) if member in self.members]
-            if not among:
-                raise self.empty()
-        member, place = offer
-        try:
-            self.started(member, list(attempts), attempts[member].request.outcome, placement)
-        except BaseException:
-            place.release()
-            raise
-        return member, place
-
-    async def _offer(
-        self,
-        among: Sequence[Member],
-        attempts: Mapping[Member, Attempt],
-        delays: Mapping[Member, float],
-        more: Callable[[], Mapping[Member, Attempt]],
-        *,
-        fallback: bool,
-    ) -> tuple[Member, Place] | None:
-        """Return the first place that a member offers, *among* these in their order; None if a
-        permit has come.
-        """
-        refusals: list[ProviderFault] = []
-        ready: list[Member] = []
-        cooling: list[Member] = []
-        for member in among:
-            try:
-                if delays.get(member):
-                    member.provider.check(attempts[member])
-                    place = None
-                else:
-                    place = member.provider.offer(attempts[member])
-            except ProviderFault as refusal:
-                refusals.append(refusal)
-                if isinstance(refusal, ProviderPaced):
-                    cooling.append(member)
-                continue
-            if place is not None:
-                return member, place
-            ready.append(member)
-        if not ready and not fallback:
-            # While all cool, requests wait for them as they do at one provider.
-            ready = cooling
-            for member in cooling:
-                attempts[member].fallback = False
-        if not ready:
-            raise min(refusals, key=lambda refusal: refusal.retry_after or 0.0)
-        if among[0] not in ready:
-            # Nobody waits for a home that is not asked now.
-            delays = {}
-        self.held_back += any(delays.get(member) for member in ready)
-        return await self._wait({each: attempts[each] for each in ready}, delays, more)
-
-    async def _wait(
-        self,
-        attempts: dict[Member, Attempt],
-        delays: Mapping[Member, float],
-        more: Callable[[], Mapping[Member, Attempt]],
-    ) -> tuple[Member, Place] | None:
-        """Stand in the line of each member until one starts the request; None if it has given a
-        permit.
-        """
-        first = next(iter(attempts.values()))
-        caller = first.request.caller
-        bound = first.request.bound
-        queued: Callable[[int, float], None] | None = None
-        if first.shows_position:
-            queued = first.queued
-        if bound is not None and self.name:
-            queued = bound.telling(self.name, queued)
-        lines = Lines(
-            caller.flow,
-            caller.subflow,
-            weight=caller.priority,
-            on_position=queued,
-            at_front=first.retry or any(attempt.permit for attempt in attempts.values()),
-            batch=first.request.batch,
-            within=first.request.left,
-        )
-        waiting = Waiting(lines, attempts, more, self._clock())
-        wishes = waiting.wishes
-        winner: Member | None = None
-        place: Place | None = None
-        self._waiting[waiting] = None
-        try:
-            for member, attempt in attempts.items():
-                wishes[member] = member.provider.wish(attempt, delays.get(member, 0.0))
-            taken, place = await lines.wait(list(wishes.values()))
-            winner = next(member for member, wish in wishes.items() if wish is taken)
-        except BaseException:
-            if place is not None:
-                place.release(0)
-            raise
-        finally:
-            del self._waiting[waiting]
-            for member, wish in wishes.items():
-                own = place if member is winner else None
-                began = waiting.since.get(member, waiting.began)
-                member.provider.waited(attempts[member], wish, began, own)
-        return None if attempts[winner].permit is place else (winner, place)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class Route(msgspec.Struct, eq=False):
     """The way of a request: the provider that is asked first, and the model.
 
-    *model* None stands for the provider's own. With a *group* its members are asked, of which
+    *model* None stands for the provider's own. The members of *group* are asked, of which
     *provider* and *model* are the first that can be. *fallbacks* says whether `llm.fallbacks` are
     asked where it has failed, *pinned* that no other model is asked for: neither a fallback's, nor
     that of a member with another.
@@ -39,7 +39,7 @@ class Route(msgspec.Struct, eq=False):
 
     provider: Provider
     model: str | None
-    group: Group | None = None
+    group: Group
     fallbacks: bool = False
     pinned: bool = False
 
@@ -181,8 +181,7 @@ class Request(msgspec.Struct, eq=False):
         record.log, record.admitted_at = request_log, monotonic()
         outcome = record.outcome
         outcome.provider, outcome.model = provider.name, route.model or provider.settings.model
-        if route.group is not None:
-            record.group = route.group.name
+        record.group = route.group.name
         if request_log.tracer is not None:
             record.trace = request_log.tracer.begin(
                 provider_request.client_headers,

@@ -29,28 +29,24 @@ from __future__ import annotations
 
 import asyncio
 import random
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from aioserver.config.hints import nearest
 from aioserver.config.llm import NO_CONTINUATION
-from aioserver.config.models import PASS, PREFIX
+from aioserver.config.models import PASS
 from aioserver.config.schema import show
 from aioserver.errors import AioserverError, ModelNotFound
-from aioserver.gateway.asking import Asking, Try, begun, final_try, too_long
+from aioserver.gateway.affinity import Affinity
+from aioserver.gateway.attempts import Attempts, give_up
+from aioserver.gateway.candidates import Candidates
 from aioserver.gateway.continuation import say_rest
 from aioserver.gateway.groups import Group
-from aioserver.gateway.homes import Homes
-from aioserver.gateway.members import Member, sick
+from aioserver.gateway.members import Member
 from aioserver.gateway.request import Route
-from aioserver.gateway.rounds import Round
-from aioserver.protocol.prefix import prefix_of
-from aioserver.provider_errors import ContextTooLong, NoProvider, ProviderFault
+from aioserver.provider_errors import NoProvider, ProviderFault
 from aioserver.providers.api import CHAT, Api
-from aioserver.providers.outage import WAIT
-from aioserver.providers.passthrough import PassedAttempt, PassedRequest
+from aioserver.providers.passthrough import PassedRequest
 from aioserver.providers.sinks import end_with_error
-from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -59,7 +55,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Llm
     from aioserver.gateway.hooks import Hooks
     from aioserver.gateway.request import Request
-    from aioserver.limits.gate import Place
+    from aioserver.limits.resource import Grant
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.provider import Provider
     from aioserver.providers.request import Answer
@@ -85,9 +81,9 @@ class Router:
         alone: bool = True,
         hooks: Hooks | None = None,
     ) -> None:
-        self._asking = partial(Asking, random_number=random_number)
+        self._random_number = random_number
         self._hooks = hooks
-        self._homes = Homes(alone=alone)
+        self._affinity = Affinity(alone=alone)
         # The groups that are configured, by name.
         self.groups: dict[str, Group] = {}
         self.apply(providers, llm)
@@ -105,13 +101,13 @@ class Router:
         self._stems = sorted(
             (name[:-1] for name in self.groups if name.endswith("*")), key=len, reverse=True
         )
+        # For each provider the group of it alone.
+        self._own = {name: Group("", [Member(provider)]) for name, provider in providers.items()}
         self._active = self._target(llm.active)
         self._fallbacks = [self._target(name) for name in llm.fallbacks]
-        # The active provider, if it is no group and can be asked; and its group, if others can be
-        # asked instead.
+        # The active provider, if it is no group and can be asked.
         active = self.active
         self._alone = active if not self._active.name and active.settings.usable else None
-        self._alone_group = self._active if self._fallbacks else None
         # The names of models that providers list, with those that do.
         self.listed = self._implied()
         self._continuing = any(
@@ -143,7 +139,7 @@ class Router:
 
     def _target(self, name: str) -> Group:
         """Return the group *name*, or one of the provider *name* alone."""
-        return self.groups.get(name) or Group("", [Member(self.providers[name])])
+        return self.groups.get(name) or self._own[name]
 
     def _implied(self) -> dict[str, Group]:
         """Return, by the name of a model that providers list, the group of these in their order.
@@ -193,12 +189,12 @@ class Router:
         if provider is not None:
             if (group := self.groups.get(provider)) is not None:
                 return self._to(group, api)
-            return Route(self._named(provider), model)
+            return self._pinned(provider, model)
         route = None if model is None else self._by_name(model, api)
         if route is None:
             active = self._alone
             if active is not None and api.speaks(active.settings):
-                return Route(active, model, self._alone_group, fallbacks=True)
+                return Route(active, model, self._active, fallbacks=True)
             group = self._first(api)
             route = self._to(group, api)
             route.fallbacks = True
@@ -221,11 +217,11 @@ class Router:
                 refused.
         """
         if model in self.providers:
-            return Route(self._named(model), None)
+            return self._pinned(model, None)
         if "/" in model:
             prefix, _, rest = model.partition("/")
             if rest and prefix in self.providers:
-                return Route(self._named(prefix), rest)
+                return self._pinned(prefix, rest)
         if not self._names_lead:
             return None
         if (group := self._group_of(model)) is not None:
@@ -311,8 +307,8 @@ class Router:
             if group is not first and not _same(group, first) and group.usable(api)
         ]
 
-    def _named(self, name: str) -> Provider:
-        """Return the provider *name*.
+    def _pinned(self, name: str, model: str | None) -> Route:
+        """Return the route to the provider *name* alone, which is asked for *model*.
 
         Raises:
             ModelNotFound: it is not configured, or not usable.
@@ -323,7 +319,7 @@ class Router:
                 other_name for other_name, other in self.providers.items() if other.settings.usable
             )
             raise ModelNotFound(f"no usable provider is named {name[:64]!r}; there are: {usable}")
-        return provider
+        return Route(provider, model, self._own[name])
 
     async def fill(self, request: Request, stream: Stream) -> None:
         """Fill *stream* from the first provider that starts to answer.
@@ -387,8 +383,7 @@ class Router:
         each.
         """
         route, api = request.route, request.provider_request.api
-        if (first := route.group) is None:
-            return [(route.provider, route.model)]
+        first = route.group
         groups = [first]
         if route.fallbacks and not route.pinned:
             groups += self._others(first, api)
@@ -440,19 +435,22 @@ class Router:
         assert isinstance(passed, PassedRequest)
         if self._hooks is not None and self._hooks.present:
             await self._hooks.ask(request)
-        outcome, provider, place = passed.outcome, route.provider, None
-        attempt = PassedAttempt(provider, passed, passed.model)
+        outcome = passed.outcome
+        attempt: Attempt | None = None
+        grant: Grant | None = None
+        candidates = Candidates(route.group, request, None, self._affinity, model=passed.model)
         try:
             if passed.upload is not None:
                 await passed.upload.begin()
-            group = route.group
-            if group is not None and len(group.members) == 1:
-                group.started(group.members[0], (), outcome)
-            elif group is not None:
-                member, attempt, place = await _passed_start(group, passed, pinned=route.pinned)
-                provider = member.provider
-            outcome.begin_attempt(provider.name, attempt.model or "")
-            await provider.run(attempt, place)
+            if candidates.alone:
+                (member,) = candidates.left
+                outcome.begin_attempt(member.provider.name, passed.model or "")
+            attempt, grant = await candidates.start(once=True)
+            assert candidates.chosen is not None
+            provider = candidates.chosen.provider
+            if not candidates.alone:
+                outcome.begin_attempt(provider.name, attempt.model or "")
+            await provider.run(attempt, grant)
         except ProviderFault as fault:
             outcome.attempts = int(bool(fault.attempt_outcome))
             fault.request_outcome = outcome
@@ -461,12 +459,7 @@ class Router:
             error.paid = outcome.sent_at > 0
             raise
         finally:
-            if attempt.trial:
-                # It has not begun.
-                provider.health.breaker.unsure(trial=True)
-            if place is not None:
-                # It is given back already, unless the attempt never began.
-                place.release(0)
+            give_up(attempt, grant, candidates)
         assert attempt.answer is not None
         return attempt.answer
 
@@ -477,157 +470,15 @@ class Router:
             ProviderFault: no provider answered.
         """
         route = request.route
-        if route.group is None:
-            return self._asking(request, stream, route.provider, route.model).answer()
-        return self._ask_in_turn(route.group, request, stream)
-
-    async def _ask_in_turn(
-        self, first: Group, request: Request, stream: Stream | None
-    ) -> Answer | None:
-        """Return the answer of *first* or of the fallbacks, as `_ask`.
-
-        Raises:
-            ProviderFault: none of them answered.
-        """
-        route, outcome = request.route, request.provider_request.outcome
-        groups = [first]
+        groups = [route.group]
         if self._fallbacks and route.fallbacks and not route.pinned:
             # A fallback uses its own model.
-            groups += self._others(first, request.provider_request.api)
-        tries: list[Try] = []
-        # The largest `max_context` of members for which the request was too long.
-        too_small = 0
-        # Providers that are asked last, since they are sick, or have failed as a trial.
-        late: list[Group] = []
-        while groups:
-            group, trial = groups.pop(0), False
-            fallback = any(other.available for other in groups)
-            if fallback and group not in late and _sick(group):
-                late.append(group)
-                trial = not tries and group.members[0].provider.health.breaker.start_spared()
-                if not trial:
-                    groups.append(group)
-                    continue
-            asking: Asking | None = None
-            round_ = None
-            try:
-                if len(group.members) > 1 or (not trial and _waits(group)):
-                    round_ = await self._round(group, request, stream, too_small)
-                    if not round_.left:
-                        # None of them takes more than what was too small.
-                        continue
-                    member, model = round_.left[0], None
-                else:
-                    # A group of one is its member.
-                    (member,) = group.members
-                    if member.max_context is not None and member.max_context <= too_small:
-                        continue
-                    if group.name:
-                        group.started(member, (), outcome)
-                    model = route.model if group is first else member.model
-                asking = self._asking(
-                    request, stream, member.provider, model, round_, fallback=fallback, trial=trial
-                )
-                return await asking.answer()
-            except ProviderFault as fault:
-                if begun(stream) or not fault.failover:
-                    raise
-                # A fault that is kept here must not lead back to this frame, which leads to the
-                # body.
-                forget_frames(fault)
-                tries.append(Try.of(fault, outcome))
-                if round_ is not None:
-                    too_small = max(too_small, round_.too_small)
-                elif isinstance(fault, ContextTooLong):
-                    too_small = max(too_small, group.members[0].max_context or 0)
-                if trial and fault.retry:
-                    groups.append(group)
-                if groups:
-                    group.members[0].provider.meter.failovers[fault.code].value += 1
-            finally:
-                if trial and (asking is None or asking.trial):
-                    # It never began.
-                    group.members[0].provider.health.breaker.unsure(trial=True)
-        raise (too_long(tries) or final_try(tries)).raised(outcome)
-
-    async def _round(
-        self, group: Group, request: Request, stream: Stream | None, too_small: int
-    ) -> Round:
-        """Return the members of *group* that take more than *too_small*, to be asked for
-        *request*.
-
-        Raises:
-            NoProvider: there are none any more.
-        """
-        round_ = Round(group, request, stream, self._homes, too_small)
-        affinity = group.affinity == PREFIX and len(group.members) > 1
-        if round_.left and affinity and not request.route.pinned:
-            first = round_.left[0]
-            body = request.provider_request.body(first.settings, first.asked_model)
-            round_.prefix = await prefix_of(body, group.name)
-        return round_
-
-
-async def _passed_start(
-    group: Group, passed: PassedRequest, *, pinned: bool
-) -> tuple[Member, PassedAttempt, Place]:
-    """Return the first member of *group* that has a place for *passed*, with its attempt.
-
-    Raises:
-        ProviderFault: none can start it.
-    """
-    attempts: dict[Member, PassedAttempt] = {}
-
-    def more() -> dict[Member, Attempt]:
-        new: dict[Member, Attempt] = {}
-        for member in group.order(group.usable(passed.api, one_model=pinned)):
-            if member not in attempts:
-                new[member] = attempts[member] = PassedAttempt(
-                    member.provider, passed, member.asked_model
-                )
-        return new
-
-    while True:
-        version = group.version
-        attempts.clear()
-        more()
-        # A trial that fails is not asked of others: these are few.
-        trial = group.trial(list(attempts), by_time=False)
-        chosen: Member | None = None
-        try:
-            if trial is not None:
-                attempts[trial].trial = True
-                others = {each: attempts.pop(each) for each in list(attempts) if each is not trial}
-                attempts.update(others)
-            chosen, place = await group.start(attempts, more=more)
-        except ProviderFault:
-            if group.version == version or not group.usable(passed.api):
-                raise
-        else:
-            return chosen, attempts[chosen], place
-        finally:
-            if trial is not None and chosen is not trial:
-                # It has started elsewhere, or nowhere.
-                attempts[trial].trial = False
-                trial.provider.health.breaker.unsure(trial=True)
-
-
-def _waits(group: Group) -> bool:
-    """Return whether a request of *group*, which has one member, waits for a place, so that it may
-    start at a member that comes meanwhile.
-    """
-    (member,) = group.members
-    inside, limit = member.provider.places
-    # One that waits until its provider is back does so there.
-    return bool(group.name) and inside >= limit and member.settings.when_down != WAIT
+            groups += self._others(route.group, request.provider_request.api)
+        attempts = Attempts(request, stream, groups, self._affinity, self._random_number)
+        return attempts.answer()
 
 
 def _same(group: Group, other: Group) -> bool:
     """Return whether both stand for one provider."""
     names = {member.provider.name for member in (*group.members, *other.members)}
     return not (group.name or other.name) and len(names) == 1
-
-
-def _sick(group: Group) -> bool:
-    """Return whether *group* is one provider, which is sick."""
-    return len(group.members) == 1 and sick(group.members[0])

@@ -7,20 +7,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aioserver.config.settings import ClientKey
     from aioserver.limits.gate import Gate
     from aioserver.limits.quota import Quota
-    from aioserver.providers.health import ProviderObserver
-    from aioserver.providers.queueing import GateFactory
+    from aioserver.providers.capacity import SharedCapacity
+    from aioserver.providers.health import Health, ProviderObserver
 
 
 class Sharing(Protocol):
     """The limits of all instances together, which the wing `cluster` implements."""
 
-    @property
-    def make_gate(self) -> GateFactory:
-        """What makes the gate of a provider, whose places and starts all instances share; its last
-        argument is called while requests wait in other instances for places that are taken here.
+    def share_provider(
+        self, name: str, health: Health, on_starving: Callable[[], None]
+    ) -> SharedCapacity:
+        """Return what shares the capacity of the provider *name*; *on_starving* is called while
+        requests wait in other instances for places that are taken here.
         """
 
     def observe(self, name: str) -> ProviderObserver:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from aioserver.protocol.terms import Terms
 
+# Seconds by which a timer may be early.
+ROUNDING = 0.002
 # Bounds in seconds of what a client is told whose request could not start, where that is an
 # estimate.
 RETRY_AFTER = (1.0, 60.0)
@@ -113,7 +115,12 @@ class Deadline:
         if fault is not None and fault.backoff:
             return self.exceeded(f"{error.message}; the next attempt in {fault.backoff:.1f} s")
         # What a provider has answered is its word, and no wait.
-        if not error.timed or (fault is not None and fault.attempt_outcome):
+        if fault is not None and fault.attempt_outcome:
+            return None
+        if self.left <= ROUNDING and fault is not None:
+            # Its wait at a provider has ended for this reason.
+            return self.exceeded()
+        if not error.timed:
             return None
         after = error.retry_after
         if after is None or after <= self.left:

@@ -191,6 +191,8 @@ class Ticket(msgspec.Struct, eq=False):
     timer: asyncio.TimerHandle | None = None
     woken: asyncio.Future[None] | None = None
     outcome: Grant | BaseException | None = None
+    # The bid by which it has started last.
+    won: Bid | None = None
     reported: tuple[Resource, int, float] | None = None
 
     def cost(self) -> int:

@@ -59,6 +59,10 @@ class Scheduler:
         self._later_timer: asyncio.TimerHandle | None = None
         self._report_timer: asyncio.TimerHandle | None = None
 
+    def time(self) -> float:
+        """Return the time of its clock, in seconds."""
+        return self._loop.time()
+
     # What a request calls.
 
     def enter(self, ticket: Ticket, bids: Sequence[Bid]) -> Grant | None:
@@ -72,6 +76,7 @@ class Scheduler:
             if not bid.not_before and (grant := bid.resource.try_start(ticket, bid.cost)):
                 if ticket.slot is not None and not (bid.parked or grant.resource.keeps()):
                     self.free_slot(ticket)
+                ticket.won = bid
                 return grant
         return self._wait(ticket, bids)
 
@@ -138,6 +143,12 @@ class Scheduler:
         ticket.bids = [*ticket.bids, bid]
         self._expire_at(ticket)
         self._begin([bid], now)
+
+    def withdraw(self, bid: Bid, error: Callable[[], BaseException]) -> None:
+        """Let the ticket of *bid* wait there no more; if that was its last bid, it ends with
+        *error*.
+        """
+        self._withdraw(bid, error)
 
     def suspend(self, grant: Grant, kind: str) -> None:
         """Give *grant* back for a while, and keep a slot of the class *kind* in its queue; the
@@ -275,6 +286,7 @@ class Scheduler:
             self._withdraw(bid, lambda: error)
             return
         if (grant := resource.try_start(ticket, bid.cost)) is not None:
+            ticket.won = bid
             self._end(ticket, grant, keeps=bid.parked)
             return
         if ticket.slot is None:
@@ -321,6 +333,7 @@ class Scheduler:
         if grant is None:
             return self._start_later(bid)
         if (outer := resource.within) is None:
+            ticket.won = bid
             self._end(ticket, grant, keeps=bid.parked)
             return True
         # It goes on in the resource around it, before its caller's others.

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
     from aioserver.config import settings
     from aioserver.limits.estimate import Estimate
-    from aioserver.limits.gate import Place
+    from aioserver.limits.resource import Resource
+    from aioserver.limits.scheduler import Scheduler
     from aioserver.protocol.said import Said, Tokens
     from aioserver.providers.api import Api, Memory
     from aioserver.providers.backpressure import Backpressure
@@ -66,6 +67,7 @@ class AttemptedProvider(Protocol):
     settings: settings.Provider
     max_response_bytes: int
     backpressure: Backpressure
+    scheduler: Scheduler
 
     @property
     def waiting(self) -> int:
@@ -108,11 +110,7 @@ class Attempt:
     is set by the first content of the answer, or by the end of one that has none.
 
     *stream* is the log to fill; None if no log keeps the answer. *model* None stands for the
-    provider's own. *waited* has the seconds that earlier attempts of this request have spent in
-    the queue of this provider; the wait of this attempt is added. A *retry* goes to the front of
-    its caller's requests in that queue; so does one that may *rejoin* it, because it has waited
-    there while the provider was away, even if the queue is full. *fallback* says that another
-    provider can be asked instead.
+    provider's own. *fallback* says that another provider can be asked instead.
 
     After the end, `answer` has an answer that was not streamed and is passed on unread. `fault`
     says why an answer broke off after its first content. It is not raised, since the client has
@@ -122,8 +120,10 @@ class Attempt:
     # What most attempts never change.
     # Whether this is a trial of a sick or dead provider, whose end the breaker does not know yet.
     trial = False
-    # What an answer in the background needs beside its place.
-    permit: Place | None = None
+    # Whether its request has been asked before: it stands in front of its caller's others.
+    again = False
+    # Whether it has its place.
+    runs = False
     # The tokens that the pace was charged with.
     expected_tokens = 0
     fault: ProviderFault | None = None
@@ -144,18 +144,12 @@ class Attempt:
         stream: Stream | None,
         *,
         model: str | None = None,
-        waited: float = 0.0,
-        retry: bool = False,
-        rejoin: bool = False,
         fallback: bool = False,
     ) -> None:
         self.provider = provider
         self.request = request
         self.stream = stream
         self.model = model
-        self.waited = waited
-        self.retry = retry
-        self.rejoin = rejoin
         self.fallback = fallback
         # When the attempt got its place.
         self.began = 0.0
@@ -176,10 +170,12 @@ class Attempt:
             self.provider.estimate(request, self.model)
         return request.work
 
-    def queued(self, position: int, eta: float) -> None:
-        """Tell the readers the position in the queue, and the seconds until the start."""
+    def queued(self, resource: Resource, position: int, eta: float) -> None:
+        """Tell the readers the position in the queue of *resource*, and the seconds until the
+        start.
+        """
         if (bound := self.request.bound) is not None:
-            bound.queued(self.provider.name, position, eta)
+            bound.queued(resource.name, position, eta)
         if self.stream is not None and not self.request.whole:
             self.stream.report_position(position, eta)
 
@@ -228,20 +224,12 @@ class Attempt:
         stream = self.stream
         if stream is None or stream.readers or stream.background:
             return False
-        return stream.sent or self.rejoin
+        return stream.sent or self.again
 
     @property
     def background(self) -> bool:
-        """Whether it needs a permit for its place: its answer runs in the background."""
+        """Whether it uses a place of the part for the background: its answer runs there."""
         return self.request.background
-
-    def release_permit(self, cost: int = 0) -> None:
-        """Give its permit back, if it has one, since it has ended and its caller has had so much
-        work for it; a second call does nothing.
-        """
-        permit, self.permit = self.permit, None
-        if permit is not None:
-            permit.release(cost)
 
     @property
     def streamed(self) -> bool:

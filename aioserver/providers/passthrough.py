@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from aioserver.providers.request import BodyMaker
     from aioserver.providers.upload import Body
     from aioserver.streams.contracts import Source
+    from aioserver.streams.stream import Stream
 
 # Bytes that are handed on and not taken yet, from which on nothing more is read. A read adds 256
 # KiB at most.
@@ -175,9 +176,16 @@ class PassedAttempt(Attempt):
     """The one attempt of a request that is passed on."""
 
     def __init__(
-        self, provider: AttemptedProvider, request: PassedRequest, model: str | None
+        self,
+        provider: AttemptedProvider,
+        request: ProviderRequest,
+        stream: Stream | None = None,
+        *,
+        model: str | None = None,
+        fallback: bool = False,
     ) -> None:
-        super().__init__(provider, request, None, model=model)
+        super().__init__(provider, request, stream, model=model, fallback=fallback)
+        assert isinstance(request, PassedRequest)
         self._passed = request
         # The client is still sending it, if it is there.
         self.body = request.upload

@@ -3,11 +3,16 @@ answers.
 
 This file is one concept: an attempt's way through the guards, and what they make of its end.
 
-    healthy? → queue → place taken: `processing` → connection → POST → sinks fill the log
+    healthy? → bid → granted: `processing` → connection → POST → sinks fill the log
 
 The place and the connection are given back the moment the provider is done, however slow the
 client is. A provider knows no face: it runs an `Attempt`, which fills a `Stream` or has an
 `Answer`.
+
+A model server that restarts is away for minutes: it cannot be reached, or says that it is not
+ready. With `when_down: wait` a request that no other provider can answer waits in the queue until
+it is back, for `queue_timeout` at most, all its waits together. A trial finds out that it is back,
+and the requests that wait are the trials.
 
 Its guards, the breaker, the pace and the queue, learn from its attempts:
 
@@ -30,7 +35,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from aioserver.limits.estimate import OUTPUT_FACTOR, UNKNOWN_WORK, Estimates
-from aioserver.limits.lines import Wish
+from aioserver.limits.resource import Bid
 from aioserver.limits.scheduler import Scheduler
 from aioserver.provider_errors import (
     NoProvider,
@@ -40,14 +45,14 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.backpressure import Backpressure
 from aioserver.providers.budget import Budget
+from aioserver.providers.capacity import FAILOVER_WAIT, Capacity, Trial
 from aioserver.providers.connections import PooledConnection
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.health import ALONE, Health
-from aioserver.providers.outage import Absence
 from aioserver.providers.pools import Pools
-from aioserver.providers.queueing import FAILOVER_WAIT, ProviderGate, TrialPlace
 from aioserver.providers.sinks import BodySink, StreamSink
 from aioserver.providers.stall import Silences
+from aioserver.streams.ending import run_all
 from aioserver.telemetry.metrics import ProviderMeter
 from aioserver.telemetry.outcome import COUNTED, ESTIMATE, MIXED, NOBODY, PROVIDER, Part
 from aioserver.telemetry.tokens import MAX_TOKENS, TOTAL, tokens_of
@@ -55,24 +60,28 @@ from aioserver.telemetry.tracer import AttemptEnd
 from aioserver.telemetry.usage import CANCELLED, CUT, FAILED, OK, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from aioserver.config import settings
     from aioserver.errors import AioserverError
     from aioserver.limits.estimate import Estimate
-    from aioserver.limits.gate import GateStats, Place
+    from aioserver.limits.resource import Grant, QueueStats, Ticket
     from aioserver.providers.api import Memory
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.breaker import Trials
     from aioserver.providers.budget import BudgetStats
+    from aioserver.providers.capacity import ShareProvider
     from aioserver.providers.health import ProviderObserver
     from aioserver.providers.pool import PoolStats
-    from aioserver.providers.queueing import GateFactory
     from aioserver.providers.request import ProviderRequest
     from aioserver.providers.stall import Silence
     from aioserver.streams.lifetime import Lifetime
+    from aioserver.streams.stream import Stream
+    from aioserver.telemetry.outcome import Outcome
 
 M = TypeVar("M", bound="Memory")
+# The value of `when_down` by which requests wait.
+WAIT = "wait"
 # The statuses from this one on say that there is no answer, and that it costs nothing.
 MIN_ERROR_STATUS = 400
 
@@ -92,7 +101,7 @@ class ProviderStats(msgspec.Struct, frozen=True):
 
     name: str
     usable: bool
-    queue: GateStats
+    queue: QueueStats
     pool: PoolStats
     pace: PaceStats
     state: str
@@ -124,7 +133,7 @@ class Provider:
         max_response_bytes: int,
         meter: ProviderMeter | None = None,
         clock: Callable[[], float] = time.monotonic,
-        make_gate: GateFactory = ProviderGate,
+        share: ShareProvider | None = None,
         observer: ProviderObserver = ALONE,
         lifetime: Lifetime | None = None,
         estimates: Estimates | None = None,
@@ -145,20 +154,24 @@ class Provider:
         )
         # What APIs have learned of it.
         self._memories: dict[type[Memory], Memory] = {}
-        self._clock = clock
+        self.clock = clock
         self.health = Health(settings.name, self.meter, clock, observer)
-        self._gate = make_gate(
-            settings.name, settings.http_client, self.health, clock, self._others_starve
+        self.capacity = Capacity(
+            settings.name,
+            settings.http_client,
+            self.health,
+            self.scheduler,
+            clock,
+            self._look_again,
+            None if share is None else share(self.name, self.health, self._others_starve),
         )
-        self._pace = self._gate.pace
+        self._pace = self.capacity.pace
         self.backpressure = Backpressure(
-            lambda: self._gate.waiting + self._gate.waiting_elsewhere, lambda: self.waiting
+            lambda: self.capacity.waiting + self.capacity.waiting_elsewhere, lambda: self.waiting
         )
-        self.absence = Absence(settings, self.health, self._gate, clock, lifetime)
-        # Attempts that wait for a place, or have got one and have not run since. The gate does not
-        # count the latter as waiting.
-        self._pending = 0
-        self.pools = Pools(settings, base_url, pending=lambda: self._pending, hop=hop)
+        # Attempts that run.
+        self._running = 0
+        self.pools = Pools(settings, base_url, pending=self._pending, hop=hop)
         self.budget = Budget(clock)
         # Set at the end of the last attempt; None unless the provider is removed.
         self._drained: asyncio.Event | None = None
@@ -191,114 +204,81 @@ class Provider:
             self.health.reset(new_address=new_address, new_key=new_key)
             if new_address or new_key:
                 self._pace.forget()
-            self._gate.apply_limits(settings.http_client)
-            self.absence.apply(settings)
+            self.capacity.apply_limits(settings.http_client)
+            if self.health.breaker.dead and settings.when_down != WAIT:
+                self.capacity.refuse(self.health.refusal)
             if new_address:
-                self._gate.resume()
+                self.capacity.resume()
 
         return apply
 
-    def offer(self, attempt: Attempt) -> Place | None:
-        """Return a place for *attempt*; None if it has to wait for one.
+    def look_at(self, attempt: Attempt) -> None:
+        """Refuse *attempt* if the provider is not asked now.
 
         Raises:
-            ProviderFault: the provider is not asked now.
+            ProviderFault: the provider is not healthy, and the attempt cannot be its next trial.
+            ProviderPaced: the provider is cooling down for longer than *attempt* waits before it
+                fails over.
         """
-        health, request = self.health, attempt.request
+        health = self.health
         if health.breaker.dead or health.flagged_until or attempt.fallback:
-            self.check(attempt)
-        record = request.record
-        if not record.queued_at:
-            record.queued_at = self._clock()
-        if self.settings.http_client.tokens_per_minute:
-            attempt.expected_tokens = self._expected_tokens(attempt)
-        caller, gate, cost = request.caller, self._gate, attempt.expected_tokens
-        flow, subflow, weight, work = caller.flow, caller.subflow, caller.priority, attempt.work
-        if request.background and attempt.permit is None:
-            permits, batch = gate.permits, record.batch
-            attempt.permit = permits.try_enter(0, flow, subflow, weight, work, batch=batch)
-            if attempt.permit is None:
-                return None
-        return gate.try_enter(cost, flow, subflow, weight, work, batch=record.batch)
+            self._check(fallback=attempt.fallback)
 
-    def wish(self, attempt: Attempt, delay: float = 0.0) -> Wish:
-        """Return the wish of *attempt* for a place, or first for its permit, to be waited for
-        beside those of others from after *delay* seconds on; `waited` is next.
+    def bid(self, attempt: Attempt, parked: float | None = None) -> Bid:
+        """Return a bid of *attempt* for a place here; *parked*: it comes back in so many seconds,
+        since the provider is away.
         """
-        work = attempt.work()
-        if attempt.background and attempt.permit is None:
-            permits = self._gate.permits
-            return Wish(permits, delay=delay, may_fail_over=attempt.fallback, work=work)
-        if self._gate.inside >= self._gate.limit and not self._gate.full:
+        record, cost = attempt.request.record, 0
+        if not record.queued_at:
+            record.queued_at = self.clock()
+        if self.settings.http_client.tokens_per_minute:
+            cost = attempt.expected_tokens = self._expected_tokens(attempt)
+        part = (
+            self.capacity.part(background=True) if attempt.background else self.capacity.resource
+        )
+        bid = Bid(part, cost, 0.0, attempt.again, movable=attempt.fallback)
+        if parked is not None:
+            bid.parked = True
+            if parked:
+                bid.not_before = self.scheduler.time() + parked
+        return bid
+
+    def waits(self) -> None:
+        """Note that a request begins to wait for a place here."""
+        if self.capacity.full:
+            # Not where a place is free and only the pace delays the start.
             self._make_room()
         self.backpressure.end()
-        # One that was offered to nobody has none yet.
-        cost = attempt.expected_tokens or self._expected_tokens(attempt)
-        attempt.expected_tokens = 0
-        self._pending += 1
-        return Wish(self._gate, cost, attempt.waited, delay, attempt.fallback, work)
 
-    def waited(self, attempt: Attempt, wish: Wish, began: float, place: Place | None) -> None:
-        """Note that the wait that *began* then is over, with *place* or without one here.
+    def join(self, attempt: Attempt, bid: Bid) -> None:
+        """Let the request of *attempt*, which waits elsewhere already, make a *bid* here, too."""
+        self.scheduler.join(attempt.request.ticket, bid)
+        self.waits()
 
-        A permit is kept in *attempt*.
-        """
-        now = self._clock()
-        if wish.gate is not self._gate:
-            if place is not None:
-                attempt.permit = place
-                attempt.request.record.waited(self.name, began, now)
-            return
-        self._pending -= 1
-        attempt.waited += now - began
-        if place is not None:
-            attempt.expected_tokens = wish.cost
-            attempt.request.record.waited(self.name, began, now)
+    async def run(self, attempt: Attempt, grant: Grant | None = None) -> None:
+        """Run *attempt*: send the request, and take the answer in.
 
-    async def run(self, attempt: Attempt, place: Place | None = None) -> None:
-        """Run *attempt*: wait for a place, send the request, and take the answer in.
-
-        *place* is the one that it has waited for, if it has. Cancelling is safe: the connection is
-        closed at once, and the place is free.
+        *grant* is the place that it has; None: it waits for one here. Cancelling is safe: the
+        connection is closed at once, and the place is free.
 
         Raises:
             ProviderFault: no good answer came; a part of one may be in the log.
             DeadlineExceeded: it would be sent too late.
         """
         error: BaseException | None = None
-        part: Part | None = None
-        waited = place is not None
         try:
-            if place is None:
-                place = self.offer(attempt)
-            if place is None:
-                place, waited = await self._wait(attempt), True
-            if isinstance(place, TrialPlace):
-                place.take()
-                if attempt.trial:
-                    # It was to be one of a sick provider, which has died meanwhile.
-                    self.health.breaker.unsure(trial=True)
-                attempt.trial = True
-            elif waited:
-                # It may have died, or begun to limit us, in the wait.
-                if self.health.breaker.dead:
-                    raise self.health.refusal()
-                self.check(attempt)
-            if attempt.rejoin:
-                self._gate.keep_room(attempt)
-            attempt.began = self._clock()
-            attempt.started()
-            if attempt.unread and self.waiting:
-                # A retry or a failover of an answer that nobody reads: somebody else wants the
-                # place.
-                self._make_room()
+            if grant is None:
+                self.look_at(attempt)
+                bids = (self.bid(attempt),)
+                if (grant := enter(attempt, bids)) is None:
+                    grant = await granted(attempt, (self,))
+            self._begin(attempt, grant)
             await self.exchange(attempt)
             if (steps := attempt.conclude()) is not None:
                 await steps
             error = attempt.fault
         except BaseException as exc:
             error = exc
-            self._gate.free_room(attempt)
             # A connection may have been kept for this request.
             self.pools.pool.trim()
             # A fault without an outcome is our own pace's, not the provider's.
@@ -307,24 +287,62 @@ class Provider:
             raise
         finally:
             try:
-                attempt.ended()
+                self._end(attempt, grant, error)
             finally:
-                try:
-                    if place is not None:
-                        try:
-                            part = self._bill(attempt, error)
-                        finally:
-                            # The next request may start at once, and tell its client.
-                            place.release(0 if part is None else part.work)
-                finally:
-                    try:
-                        if attempt.permit is not None:
-                            attempt.release_permit(0 if part is None else part.work)
-                    finally:
-                        if self._drained is not None and not self._gate.inside:
-                            self._drained.set()
-                        self._ended(attempt, error, part)
-                        error = None  # its traceback leads here
+                error = None  # its traceback leads here
+
+    def _begin(self, attempt: Attempt, grant: Grant) -> None:
+        """Note that *attempt* has its place.
+
+        Raises:
+            ProviderFault: the provider has died, or has begun to limit us, while it waited.
+        """
+        self._running += 1
+        attempt.runs = True
+        if isinstance(grant.taken, Trial):
+            grant.taken.taken = True
+            if attempt.trial:
+                # It was to be one of a sick provider, which has died meanwhile.
+                self.health.breaker.unsure(trial=True)
+            attempt.trial = True
+        elif self.health.breaker.dead:
+            raise self.health.refusal()
+        else:
+            self.look_at(attempt)
+        attempt.began = self.clock()
+        attempt.started()
+        if attempt.unread and self.waiting:
+            # A retry or a failover of an answer that nobody reads: somebody else wants the place.
+            self._make_room()
+
+    def _end(self, attempt: Attempt, grant: Grant | None, error: BaseException | None) -> None:
+        """Give the place back, bill the attempt, and learn from its end, in this order: the next
+        request may start at once, and tell its client.
+        """
+        part: Part | None = None
+        ticket = attempt.request.ticket
+        ticket.estimate = None
+
+        def release() -> None:
+            nonlocal part
+            if attempt.runs:
+                attempt.runs = False
+                self._running -= 1
+            if grant is None:
+                return
+            try:
+                part = self._bill(attempt, error)
+            finally:
+                spent = None
+                if attempt.expected_tokens:
+                    spent, attempt.expected_tokens = _paced_tokens(attempt, part), 0
+                grant.release(0 if part is None else part.work, spent)
+
+        def drained() -> None:
+            if self._drained is not None and not self.capacity.inside:
+                self._drained.set()
+
+        run_all((attempt.ended, release, drained, lambda: self._ended(attempt, error, part)))
 
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer: *attempt* knows its status and headers now, and has
@@ -332,24 +350,25 @@ class Provider:
         """
         if self._outdated(attempt):
             return
-        if self._pace.learn(attempt.headers) and self._gate.waiting:
-            self._gate.refuse_late(FAILOVER_WAIT)
+        if self._pace.learn(attempt.headers) and self.capacity.waiting:
+            self.capacity.refuse_late()
 
     def answered(self, attempt: Attempt) -> None:
         """Learn that an answer has begun: the provider is not dead."""
         if trial := attempt.trial:
             attempt.trial = False
-        if attempt.rejoin:
-            self._gate.free_room(attempt)
+        if (ticket := attempt.request.ticket).slot is not None:
+            # It comes back no more.
+            self.scheduler.free_slot(ticket)
         if attempt.pool is not self.pools.pool:
             # As `_outdated`: it has been sent.
             self.health.breaker.unsure(trial=trial)
             # Another trial may start now.
-            self._gate.serve()
+            self.scheduler.serve(self.capacity.resource)
             return
-        seconds = self._clock() - (attempt.request.outcome.sent_at or attempt.began)
+        seconds = self.clock() - (attempt.request.outcome.sent_at or attempt.began)
         if self.health.answered(seconds, trial=trial):
-            self._gate.resume()
+            self.capacity.resume()
 
     def estimate(self, request: ProviderRequest, model: str | None) -> Estimate:
         """Return what *request*, which is about to wait, will cost here, if it is asked for
@@ -398,16 +417,16 @@ class Provider:
         return ProviderStats(
             self.name,
             self.settings.usable,
-            self._gate.stats(),
+            self.capacity.stats(),
             self.pools.stats(),
             pace,
             self.health.state,
             self.health.flagged,
-            self.health.next_try(waited_for=self._gate.waiting > 0),
+            self.health.next_try(waited_for=self.capacity.waiting > 0),
             self.health.breaker.trials,
             self._silences.measure(self.pools.in_use, now, self.meter.first_token),
             self.budget.stats(),
-            self._gate.background,
+            self.capacity.background,
             tuple(self._memories.values()),
         )
 
@@ -418,27 +437,27 @@ class Provider:
         that has begun. The default error is `NoProvider`, for all.
         """
         closing = error or (lambda: NoProvider(f"{self.name} is closing"))
-        self._gate.close(closing, finishes=error is not None)
+        self.capacity.close(closing, finishes=error is not None)
 
     @property
     def waiting(self) -> int:
         """How many requests wait for a place that other requests hold, those in other instances
         included, as far as is known.
         """
-        waiting = self._gate.waiting if self._gate.inside >= self._gate.limit else 0
-        return waiting + self._gate.waiting_elsewhere
+        capacity = self.capacity
+        return capacity.waiting + capacity.waiting_elsewhere if capacity.full else 0
 
     @property
     def background(self) -> tuple[int, int]:
         """How many answers in the background have a place or are the next to get one, and how many
         wait until others have ended.
         """
-        return self._gate.background
+        return self.capacity.background
 
     @property
     def places(self) -> tuple[int, int]:
         """How many places are taken, and how many there are."""
-        return self._gate.inside, self._gate.limit
+        return self.capacity.inside, self.capacity.limit
 
     @property
     def well(self) -> bool:
@@ -457,7 +476,7 @@ class Provider:
     @property
     def busy(self) -> bool:
         """Whether an attempt has a place at this provider."""
-        return self._gate.inside > 0
+        return self.capacity.inside > 0
 
     def remove(self) -> None:
         """Refuse the attempts that wait and all later ones, since the configuration dropped the
@@ -468,8 +487,8 @@ class Provider:
         """
         self._drained = asyncio.Event()
         self.health.remove()
-        self._gate.refuse_waiting(self.health.refusal)
-        if not self._gate.inside:
+        self.capacity.refuse(self.health.refusal)
+        if not self.capacity.inside:
             self._drained.set()
 
     async def drain(self) -> None:
@@ -503,7 +522,7 @@ class Provider:
             try:
                 if request.bound is not None:
                     request.bound.start(self.name)
-                outcome.sent_at = self._clock()
+                outcome.sent_at = self.clock()
                 exchange = Exchange(
                     connection,
                     read_timeout=limits.read_timeout,
@@ -542,74 +561,6 @@ class Provider:
             finally:
                 attempt.received()
 
-    async def _wait_for_permit(self, attempt: Attempt) -> None:
-        """Wait for the permit that *attempt*, in the background, needs before it waits for a
-        place.
-        """
-        request, began = attempt.request, self._clock()
-        caller, record = request.caller, request.record
-        try:
-            attempt.permit = await self._gate.permits.enter(
-                caller.flow,
-                caller.subflow,
-                weight=caller.priority,
-                on_position=attempt.queued,
-                at_front=attempt.retry or attempt.rejoin,
-                may_fail_over=attempt.fallback,
-                work=attempt.work(),
-                batch=request.batch,
-            )
-        finally:
-            record.waited(self.name, began, self._clock())
-
-    async def _wait(self, attempt: Attempt) -> Place:
-        """Wait in the queue for a place."""
-        if self.absence.waits(attempt):
-            await self.absence.begin(attempt)
-        if attempt.background and attempt.permit is None:
-            await self._wait_for_permit(attempt)
-        if self._gate.inside >= self._gate.limit and not self._gate.full:
-            # Not called if a place is free and only the pace delays the start, nor for a refusal.
-            self._make_room()
-        self.backpressure.end()
-        request = attempt.request
-        caller, record = request.caller, request.record
-        cost, attempt.expected_tokens = attempt.expected_tokens, 0
-        began = self._clock()
-        self._pending += 1
-        place: Place | None = None
-        try:
-            try:
-                place = await self._gate.enter(
-                    caller.flow,
-                    caller.subflow,
-                    weight=caller.priority,
-                    on_position=attempt.queued if attempt.shows_position else None,
-                    waited=attempt.waited,
-                    at_front=attempt.retry or attempt.rejoin,
-                    may_fail_over=attempt.fallback,
-                    rejoin=attempt.rejoin,
-                    goes_on=attempt.hop is not None,
-                    cost=cost,
-                    work=attempt.work(),
-                    batch=request.batch,
-                    within=request.left,
-                )
-            finally:
-                # Nothing else runs before this attempt asks the pool.
-                self._pending -= 1
-                now = self._clock()
-                attempt.waited += now - began
-                record.waited(self.name, began, now)
-        except BaseException:
-            if place is not None:
-                place.release(0)
-            raise
-        attempt.expected_tokens = cost
-        # A trial may have to come back.
-        attempt.rejoin = attempt.rejoin or isinstance(place, TrialPlace)
-        return place
-
     def _make_room(self) -> None:
         """Have an answer that nobody reads give its place here to a request that waits."""
         if self._lifetime is not None:
@@ -623,24 +574,83 @@ class Provider:
             self._lifetime.make_room_if(self.name, self.waiting)
         self.backpressure.end()
 
-    def check(self, attempt: Attempt) -> None:
-        """Refuse *attempt* if the provider is not asked now.
-
-        Raises:
-            ProviderFault: the provider is not healthy, and the attempt cannot be its next trial.
-            ProviderPaced: the provider is cooling down for longer than *attempt* waits before it
-                fails over.
-        """
+    def _check(self, *, fallback: bool) -> None:
+        """Refuse an attempt, as `look_at`; *fallback*: another provider can answer it."""
         health = self.health
         dead = health.breaker.dead
-        if dead and self.absence.waits(attempt):
+        if dead and not fallback and self._kept_until_back:
             return
-        health.check(alternative=attempt.fallback)
-        if dead and self._gate.waiting:
+        health.check(alternative=fallback)
+        if dead and self.capacity.waiting:
             # The request that waits longest is the next trial.
             raise health.refusal()
-        if attempt.fallback and (wait := self._pace.cooling) > FAILOVER_WAIT:
-            raise self._gate.paced_fault(wait)
+        if fallback and (wait := self._pace.cooling) > FAILOVER_WAIT:
+            raise self.capacity.paced_fault(wait)
+
+    def _look_again(self, bid: Bid) -> ProviderFault | None:
+        """Return what has come up against *bid* since it was made."""
+        try:
+            self._check(fallback=bid.movable)
+        except ProviderFault as fault:
+            return fault
+        return None
+
+    @property
+    def _kept_until_back(self) -> bool:
+        """Whether requests that no other provider can answer wait here, though it is dead."""
+        waits = self.settings.when_down == WAIT and self.health.breaker.unreachable
+        return waits and not self.health.flagged
+
+    def told_dead(self, *, unreachable: bool) -> None:
+        """Learn that another instance has found the provider dead."""
+        if self.health.breaker.told_dead(unreachable=unreachable):
+            self._refuse_waiting()
+
+    def told_alive(self) -> None:
+        """Learn that the provider has answered another instance."""
+        if self.health.breaker.told_alive():
+            self.capacity.resume()
+
+    def _refuse_waiting(self) -> None:
+        """Refuse the requests that do not wait until it is back, since no attempt may start now."""
+        self.capacity.refuse(self.health.refusal, movable_only=self._kept_until_back)
+
+    async def unsend(self, stream: Stream | None, outcome: Outcome) -> None:
+        """Note that the request of *stream* waits, and that no attempt of it is under way any
+        more.
+
+        A client that leaves ends the wait from now on, and one that has left ends it here: an
+        answer that nobody reads does not stand in front of others. Cancelling is safe.
+        """
+        if stream is None or not stream.sent:
+            return
+        outcome.sent = False
+        if self._lifetime is not None and self._lifetime.unsent(stream):
+            # The cancellation of this very task arrives.
+            await asyncio.sleep(0)
+
+    def waited(self, ticket: Ticket) -> float:
+        """Return the seconds for which *ticket* has waited here, all its attempts together."""
+        if (waited := ticket.waited) is None:
+            return 0.0
+        return sum(waited.get(part, 0.0) for part in self.capacity.parts)
+
+    def add_wait(self, ticket: Ticket, seconds: float) -> None:
+        """Count so many *seconds* as waited here by *ticket*."""
+        part = self.capacity.resource
+        if ticket.waited is None:
+            ticket.waited = {}
+        ticket.waited[part] = ticket.waited.get(part, 0.0) + seconds
+
+    def patience(self, ticket: Ticket) -> float:
+        """Return for how many seconds *ticket* may wait here, all its attempts together."""
+        part = self.capacity.resource
+        return part.queue_timeout * part.classes[part.index(ticket)].patience
+
+    def _pending(self) -> int:
+        """Return how many attempts wait for a place, or have one and do not run yet."""
+        capacity = self.capacity
+        return capacity.waiting + capacity.inside - self._running
 
     def _rate_limited(self, attempt: Attempt, fault: ProviderRateLimited) -> None:
         """Start nothing for as long as the provider asks, which has refused *attempt* for its
@@ -648,7 +658,7 @@ class Provider:
         """
         if not self._outdated(attempt):
             self._pace.cool_down(fault.retry_after or 0.0)
-            self._gate.refuse_late(FAILOVER_WAIT)
+            self.capacity.refuse_late()
 
     def _ended(self, attempt: Attempt, exc: BaseException | None, part: Part | None) -> None:
         """Count an attempt that has ended, well or with *exc*, and has cost *part*, and learn from
@@ -661,10 +671,6 @@ class Provider:
             self._usage.ended(record, part)
         else:
             self._usage.refused(record)
-        if attempt.expected_tokens:
-            self._pace.charge(_paced_tokens(attempt, part) - attempt.expected_tokens)
-            attempt.expected_tokens = 0
-            self._gate.serve()
         if not attempt.answered and (exc is None or exc is attempt.fault):
             # An answer in one piece has no first event.
             attempt.first_event()
@@ -688,10 +694,10 @@ class Provider:
         elif self.health.attempt_failed(
             exc, attempt.began, trial=trial, answered=attempt.answered
         ):
-            self.absence.refuse()
+            self._refuse_waiting()
         if trial:
             # Another trial may start now.
-            self._gate.serve()
+            self.scheduler.serve(self.capacity.resource)
 
     def _bill(self, attempt: Attempt, exc: BaseException | None) -> Part | None:
         """Return what *attempt*, which has ended, well or with *exc*, has cost, and note it in the
@@ -753,9 +759,9 @@ class Provider:
             answered,
             source,
             tokens,
-            attempt.waited,
+            self.waited(request.ticket),
             first - began if first > began else 0.0,
-            self._clock() - began,
+            self.clock() - began,
             work if work > 0 else 1,
         )
 
@@ -786,13 +792,52 @@ class Provider:
             model=attempt.model or self.settings.model,
             base_url=self.pools.base_url,
             began=attempt.began,
-            ended=self._clock(),
+            ended=self.clock(),
             first_chunk=record.first_event_at - record.outcome.sent_at if timed else 0.0,
             status=attempt.status,
             error=exc,
             usage=record.outcome.usage,
             body=body,
         )
+
+
+def enter(attempt: Attempt, bids: Sequence[Bid]) -> Grant | None:
+    """Return the first grant that is free of those that *bids* are for, of which one is that of
+    *attempt*; None: the request waits, and `granted` is next.
+
+    Raises:
+        ProviderFault: it may wait nowhere.
+    """
+    request = attempt.request
+    ticket = request.ticket
+    if not ticket.work:
+        ticket.estimate = attempt.work
+    if attempt.shows_position:
+        ticket.on_position = attempt.queued
+    ticket.deadline = request.latest
+    return attempt.provider.scheduler.enter(ticket, bids)
+
+
+async def granted(attempt: Attempt, providers: Sequence[Provider]) -> Grant:
+    """Return the grant that the request of *attempt* waits for, at each of *providers*. Cancelling
+    is safe.
+
+    Raises:
+        ProviderFault: it was refused.
+    """
+    request, clock = attempt.request, providers[0].clock
+    began = clock()
+    for provider in providers:
+        provider.waits()
+    grant: Grant | None = None
+    try:
+        grant = await providers[0].scheduler.granted(request.ticket)
+    finally:
+        request.ticket.on_position = None
+        if grant is not None or len(providers) == 1:
+            name = providers[0].name if grant is None else grant.resource.name
+            request.record.waited(name, began, clock())
+    return grant
 
 
 def _events(attempt: Attempt) -> int:

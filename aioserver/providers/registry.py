@@ -17,7 +17,6 @@ from aioserver.config.faults import ConfigurationError
 from aioserver.limits.estimate import Estimates
 from aioserver.providers.health import ALONE
 from aioserver.providers.provider import Provider
-from aioserver.providers.queueing import ProviderGate
 from aioserver.telemetry.usage import Usage
 
 if TYPE_CHECKING:
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.config.watched_files import WatchedFiles
     from aioserver.limits.scheduler import Scheduler
+    from aioserver.providers.capacity import ShareProvider
     from aioserver.providers.health import ProviderObserver
-    from aioserver.providers.queueing import GateFactory
     from aioserver.streams.lifetime import Lifetime
     from aioserver.telemetry.metrics import Metrics
 
@@ -57,7 +56,7 @@ class ProviderRegistry:
     def __init__(
         self,
         metrics: Metrics,
-        make_gate: GateFactory = ProviderGate,
+        share: ShareProvider | None = None,
         observe: Callable[[str], ProviderObserver] = lambda _name: ALONE,
         simulated: Simulated | None = None,
         lifetime: Lifetime | None = None,
@@ -70,7 +69,7 @@ class ProviderRegistry:
         self._scheduler = scheduler
         self._hop = hop
         self._usage = Usage(metrics.usage) if usage is None else usage
-        self._make_gate = make_gate
+        self._share = share
         self._observe = observe
         self._simulated = simulated
         # The knowledge of the tokens of requests, for all providers, of now and later.
@@ -119,7 +118,7 @@ class ProviderRegistry:
                     base_url,
                     max_response_bytes=max_response_bytes,
                     meter=self._metrics.providers[name],
-                    make_gate=self._make_gate,
+                    share=self._share,
                     observer=self._observe(name),
                     lifetime=self._lifetime,
                     estimates=self.estimates,

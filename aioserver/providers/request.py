@@ -5,6 +5,7 @@ A request is made once and may be sent several times: each try of it is an `Atte
 
 from __future__ import annotations
 
+import asyncio
 from math import inf
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +14,8 @@ import msgspec
 from aioserver.auth.callers import NO_CALLER
 from aioserver.limits.deadline import Deadline
 from aioserver.limits.estimate import UNKNOWN_WORK
+from aioserver.limits.fair_queue import BATCH
+from aioserver.limits.resource import Ticket
 from aioserver.protocol.client_headers import NO_HEADERS
 from aioserver.protocol.terms import NO_TERMS
 from aioserver.telemetry.outcome import Outcome
@@ -98,6 +101,7 @@ class ProviderRequest:
     work = UNKNOWN_WORK
     bound: Deadline | None = None
     keeps_body = background = False
+    _ticket: Ticket | None = None
 
     def __init__(
         self,
@@ -200,6 +204,26 @@ class ProviderRequest:
         0.0 if it has not, or that is unknown.
         """
         return 0.0 if self._hold is None else self._hold.waited_since
+
+    @property
+    def ticket(self) -> Ticket:
+        """What it waits with, at its key and at providers."""
+        if (ticket := self._ticket) is None:
+            caller, hold, record = self.caller, self._hold, self.record
+            ticket = self._ticket = Ticket(
+                caller.flow,
+                caller.subflow,
+                caller.priority,
+                0,
+                BATCH if record.batch else "",
+                asyncio.get_running_loop().time() if hold is None else hold.arrived,
+            )
+        return ticket
+
+    @property
+    def latest(self) -> float:
+        """The moment of the loop's clock at which its waits end; inf without a deadline."""
+        return inf if self.bound is None else self.bound.next
 
     @property
     def left(self) -> float:

@@ -48,7 +48,6 @@ from aioserver.monitoring.monitor import Monitor
 from aioserver.monitoring.snapshot import Sources
 from aioserver.monitoring.usage import UsageSection
 from aioserver.providers.health import ALONE
-from aioserver.providers.queueing import ProviderGate
 from aioserver.providers.registry import ProviderRegistry
 from aioserver.server.certificates import ListenerTls, TlsSection, open_tls
 from aioserver.server.middleware import make_middleware
@@ -223,7 +222,7 @@ async def open_server(
         )
         provider_registry = ProviderRegistry(
             metrics,
-            ProviderGate if sharing is None else sharing.make_gate,
+            None if sharing is None else sharing.share_provider,
             (lambda _name: ALONE) if sharing is None else sharing.observe,
             simulated,
             lifetime,

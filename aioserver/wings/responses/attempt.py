@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable
 
     from aioserver.config import settings
+    from aioserver.limits.resource import Resource
     from aioserver.provider_errors import ProviderFault
     from aioserver.providers.request import Answer, BodyMaker
     from aioserver.providers.sinks import StreamSink
@@ -153,7 +154,7 @@ class ResponseAttempt(BridgedAttempt):
 
     @property
     def background(self) -> bool:
-        """Whether it needs a permit for its place: not where the provider is known to run the
+        """Whether it uses a place of the part for the background: not where the provider is known to run the
         response by itself, and only says so.
         """
         running = self._running
@@ -168,13 +169,13 @@ class ResponseAttempt(BridgedAttempt):
         passed = running is not None and not running.streamed and self._chat is None
         return self.request.streamed and not passed
 
-    def queued(self, position: int, eta: float) -> None:
+    def queued(self, resource: Resource, position: int, eta: float) -> None:
         """Tell the readers the position in the queue, behind the first events of a response in the
         background.
         """
         if self._running is not None and self.stream is not None:
             self._running.queued(self.stream)
-        super().queued(position, eta)
+        super().queued(resource, position, eta)
 
     def started(self) -> None:
         """Note that a place is taken."""

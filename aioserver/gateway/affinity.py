@@ -68,7 +68,7 @@ class Placement(NamedTuple):
         return HOME if started_at is self.home else OTHER
 
 
-class Homes:
+class Affinity:
     """What was sent to which member, by digests of the beginning: the least recently used go
     first.
 

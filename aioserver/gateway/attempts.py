@@ -1,0 +1,517 @@
+"""The attempts to have one request answered: grant, run, and if it fails, again or the final fault.
+
+    pass       each candidate of a group that can be asked, one after another without a pause, until
+               one answers; at one provider it is one attempt
+    backoff    when all have failed, and the fault of one of them may be tried again at the same
+               provider (`retry`); it holds nothing meanwhile
+    next pass  of those alone: `max_retries` times, within the retry budget of the first
+    next group of `llm.fallbacks`, with its own tries
+
+What follows a fault is decided by one function, `after`, whose first row that fits counts:
+
+    the fault                                            next                       counts as
+    after the first content, or it may not fail over     raised
+    its provider is away, and `when_down: wait`          there, parked              nothing
+    a new connection broke before a byte (`once`)        there alone, at once       a retry
+    all are dead, and one of them is away with `wait`    there alone, anew          nothing
+    candidates are left in this pass                     those, at once             a failover
+    a fault of this pass may be tried again              those, after the backoff   a retry
+    a fallback is left                                   its candidates             a failover
+    nothing is left                                      raised: the final fault
+
+Once there is content of the answer nothing is asked any more: the client would read two answers.
+provider_errors.py says which fault allows what. A fallback that is sick comes last but for trials.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from enum import Enum, auto
+from math import inf
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from aioserver.config.models import PREFIX
+from aioserver.errors import AioserverError, ResponseNotFound
+from aioserver.gateway.candidates import Candidates
+from aioserver.gateway.members import sick
+from aioserver.limits.deadline import Wait
+from aioserver.protocol.prefix import prefix_of
+from aioserver.provider_errors import (
+    CircuitOpen,
+    ContextTooLong,
+    ProviderFault,
+    ProviderRateLimited,
+    RequestNotBridged,
+)
+from aioserver.providers.breaker import TRIAL_INTERVAL
+from aioserver.providers.health import KEY_FAULTS
+from aioserver.providers.provider import WAIT
+from aioserver.tracebacks import forget_frames
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from aioserver.gateway.affinity import Affinity
+    from aioserver.gateway.groups import Group
+    from aioserver.gateway.members import Member
+    from aioserver.gateway.request import Request
+    from aioserver.limits.resource import Grant
+    from aioserver.providers.attempt import Attempt
+    from aioserver.providers.provider import Provider
+    from aioserver.providers.request import Answer
+    from aioserver.streams.stream import Stream
+    from aioserver.telemetry.outcome import Outcome
+
+# The faults of a provider that could not have answered.
+UNUSABLE = (*KEY_FAULTS, RequestNotBridged)
+# Seconds to which the backoff before a retry grows.
+MAX_BACKOFF = 30.0
+# Seconds of a backoff that a provider asks for; if it asks for more, its fault is raised instead.
+MAX_ASKED_BACKOFF = 60.0
+# Seconds for which a request is parked whose provider may be away, before it is tried again.
+MAX_PARKED = 2.0
+
+
+class Step(Enum):
+    """What follows a fault."""
+
+    PARKED = auto()
+    ONCE = auto()
+    SETTLED = auto()
+    REST = auto()
+    RETRY = auto()
+    FAILOVER = auto()
+    RAISED = auto()
+
+
+class Next(NamedTuple):
+    """The next step, after so many *seconds*."""
+
+    step: Step
+    seconds: float = 0.0
+
+
+class Try(NamedTuple):
+    """How one attempt has failed, and what `Outcome` said of it."""
+
+    fault: ProviderFault
+    provider: str
+    model: str
+    headers: Mapping[str, str]
+
+    @classmethod
+    def of(cls, fault: ProviderFault, outcome: Outcome) -> Self:
+        """Return the attempt that was made last."""
+        return cls(fault, outcome.provider, outcome.model, outcome.headers)
+
+    def raised(self, outcome: Outcome) -> ProviderFault:
+        """Return the fault, which ends the request now: *outcome* is about this attempt again."""
+        _, outcome.provider, outcome.model, outcome.headers = self
+        return self.fault
+
+
+class Attempts:
+    """The attempts to have *request* answered by one of *groups*, which are asked in their order.
+
+    Always: once an event of an answer is in *stream*, no further attempt is made.
+
+    *model* is asked for where the first group is one provider. *random_number* returns numbers from
+    0.0 to 1.0, for the jitter of backoffs.
+    """
+
+    # What most requests never change.
+    # Of all groups: the largest `max_context` of members for which the request was too long, how
+    # each has failed, and those that are asked last, since they are sick, or have failed as a trial.
+    _too_small = 0
+    _ended: tuple[Try, ...] = ()
+    _late: tuple[Group, ...] = ()
+    # The group that is asked as a trial, or was last.
+    _trial_group: Group | None = None
+    # Of the group that is asked: whether others can be asked instead, whether the next attempt is a
+    # trial of a sick provider, and whether the last one was.
+    _fallback = _next_is_trial = _was_trial = False
+    # How many retries it has had, how this pass has failed, and the one before.
+    _number = 0
+    _tries: tuple[Try, ...] = ()
+    _previous: Try | None = None
+    # The first for whom the request was too long; and the fault for which it was parked.
+    _too_long: Try | None = None
+    _parked_for: Try | None = None
+    # The providers that were asked once more at once.
+    _broken: frozenset[Provider] = frozenset()
+
+    def __init__(
+        self,
+        request: Request,
+        stream: Stream | None,
+        groups: list[Group],
+        affinity: Affinity,
+        random_number: Callable[[], float],
+    ) -> None:
+        self._request, self._stream, self._groups = request, stream, groups
+        self._first_group = groups[0]
+        self._outcome = request.provider_request.outcome
+        self._affinity, self._random_number = affinity, random_number
+        # The group that is asked now, its candidates, and the provider of the first of them.
+        self._group: Group
+        self._candidates: Candidates
+        self._first: Provider
+        # That of the last attempt.
+        self._provider: Provider
+
+    async def answer(self) -> Answer | None:
+        """Return the answer of the attempt that succeeded, None if it is in the log. Cancelling is
+        safe.
+
+        Raises:
+            ProviderFault: none did; see `final_try`.
+        """
+        outcome, step = self._outcome, Next(Step.FAILOVER)
+        while True:
+            attempt: Attempt | None = None
+            grant: Grant | None = None
+            if step.step is Step.FAILOVER:
+                await self._go_on()
+            try:
+                attempt, grant = await self._start(step)
+                await self._provider.run(attempt, grant)
+            except ProviderFault as fault:
+                step = self._after(fault, attempt)
+                if step.step is Step.RAISED:
+                    raise
+            except ResponseNotFound:
+                # Nothing was sent. Another member may have made what the request continues.
+                outcome.attempts -= 1
+                if not self._candidates.unknown():
+                    raise
+                step = Next(Step.REST)
+            except AioserverError as error:
+                # Raised by us, perhaps since there is no room for the answer that comes.
+                error.paid = outcome.sent_at > 0
+                raise
+            else:
+                self._candidates.answered(attempt)
+                return attempt.answer
+            finally:
+                give_up(attempt, grant, self._candidates)
+            if step.step is Step.RETRY and step.seconds:
+                await self._rest(step.seconds)
+            elif step.step is Step.PARKED:
+                await self._unsend(step.seconds)
+
+    async def _start(self, step: Next) -> tuple[Attempt, Grant]:
+        """Return the next attempt, which has started, and its grant."""
+        candidates, outcome = self._candidates, self._outcome
+        alone = candidates.alone
+        if alone:
+            # It is counted before it waits, so that a refusal names this provider.
+            (member,) = candidates.left
+            outcome.begin_attempt(member.provider.name, candidates.model_of(member))
+        trial, self._next_is_trial = self._next_is_trial, False
+        try:
+            attempt, grant = await candidates.start(
+                again=self._number > 0 or bool(self._tries) or step.step is Step.PARKED,
+                fallback=self._fallback,
+                trial=trial,
+                parked=step.seconds if step.step is Step.PARKED else None,
+            )
+        except AioserverError:
+            if alone:
+                outcome.attempts -= 1
+            raise
+        assert candidates.chosen is not None
+        self._provider = provider = candidates.chosen.provider
+        if not alone:
+            outcome.begin_attempt(provider.name, attempt.asked_model)
+            candidates.sent()
+        self._was_trial = attempt.trial
+        return attempt, grant
+
+    async def _go_on(self) -> None:
+        """Go on to the candidates of the next group that can be asked.
+
+        Raises:
+            ProviderFault: there is none, and this is the fault that says most.
+        """
+        request, groups, outcome = self._request, self._groups, self._outcome
+        while groups:
+            group, trial = groups.pop(0), False
+            self._fallback = any(other.available for other in groups)
+            if self._fallback and group not in self._late and _sick(group):
+                self._late += (group,)
+                trial = not self._ended and group.members[0].provider.health.breaker.start_spared()
+                if not trial:
+                    groups.append(group)
+                    continue
+            first = group is self._first_group
+            try:
+                candidates = Candidates(
+                    group,
+                    request,
+                    self._stream,
+                    self._affinity,
+                    model=request.route.model if first else group.members[0].model,
+                    too_small=self._too_small,
+                )
+            except ProviderFault as fault:
+                forget_frames(fault)
+                self._ended += (Try.of(fault, outcome),)
+                continue
+            if not candidates.left:
+                # None of its members takes more than what was too small.
+                continue
+            self._group, self._candidates, self._next_is_trial = group, candidates, trial
+            self._trial_group = group if trial else None
+            member = candidates.left[0]
+            if trial:
+                candidates.settle(member)
+            self._begin_with(member)
+            if group.affinity == PREFIX and len(group.members) > 1 and not request.route.pinned:
+                body = request.provider_request.body(member.settings, member.asked_model)
+                candidates.prefix = await prefix_of(body, group.name)
+            return
+        ended = self._ended
+        raise (too_long(ended) or final_try(ended)).raised(outcome)
+
+    def _begin_with(self, member: Member) -> None:
+        """Begin to count attempts anew: those of others, of which *member* is the first."""
+        self._first = member.provider
+        self._first.budget.add_request()
+        self._number, self._previous, self._tries = 0, None, ()
+        self._broken, self._too_long, self._parked_for = frozenset(), None, None
+
+    async def _rest(self, seconds: float) -> None:
+        """Wait for so many *seconds* before a retry; nothing is held meanwhile."""
+        if (bound := self._request.provider_request.bound) is not None:
+            bound.wait = Wait(f"the next attempt at {self._outcome.provider} waits", seconds)
+        await asyncio.sleep(seconds)
+
+    async def _unsend(self, seconds: float) -> None:
+        """Note that no attempt is under way while the provider is away."""
+        request, provider = self._request.provider_request, self._candidates.left[0].provider
+        if (bound := request.bound) is not None:
+            bound.wait = Wait(f"{provider.name} is away", seconds)
+        await provider.unsend(self._stream, self._outcome)
+
+    # What follows a fault.
+
+    def _after(self, fault: ProviderFault, attempt: Attempt | None) -> Next:
+        """Return what follows *fault*, by which *attempt* has ended, or by which there was none.
+
+        Raises:
+            ProviderFault: nothing does, and this is the fault that says most.
+        """
+        candidates, outcome = self._candidates, self._outcome
+        if attempt is not None and not fault.attempt_outcome:
+            # Nothing was sent.
+            outcome.attempts -= 1
+        fault.request_outcome = outcome
+        if begun(self._stream) or not (
+            fault.failover or (fault.unknown_there and not candidates.alone)
+        ):
+            return Next(Step.RAISED)
+        # A fault that is kept here must not lead back to frames, which lead to the body.
+        forget_frames(fault)
+        if (seconds := self._parks(fault, attempt)) is not None:
+            self._parked_for = Try.of(fault, outcome)
+            return Next(Step.PARKED, seconds)
+        tried = Try.of(fault, outcome)
+        if isinstance(fault, CircuitOpen) and self._parked_for is not None:
+            # It fails in another way now, and has died of it.
+            tried = self._parked_for
+        self._parked_for = None
+        if fault.once and attempt is not None and self._once_more(self._provider, tried):
+            candidates.repeat()
+            return Next(Step.ONCE)
+        self._tries += (tried,)
+        if not (self._fallback or candidates.alone) and (member := candidates.away(fault)):
+            candidates.settle(member)
+            self._begin_with(member)
+            return Next(Step.SETTLED)
+        if candidates.failed(tried.fault):
+            return Next(Step.REST)
+        try:
+            return Next(Step.RETRY, self._retry(candidates.next()))
+        except ProviderFault as final:
+            if begun(self._stream) or not final.failover:
+                raise
+            return self._fail_over(final)
+
+    def _parks(self, fault: ProviderFault, attempt: Attempt | None) -> float | None:
+        """Return the seconds for which the request is parked, since its provider is away; None if
+        it does not wait for that.
+        """
+        candidates = self._candidates
+        if self._fallback or not candidates.alone:
+            return None
+        (member,) = candidates.left
+        provider, ticket = member.provider, self._request.provider_request.ticket
+        breaker = provider.health.breaker
+        if member.settings.when_down != WAIT:
+            return None
+        if isinstance(fault, CircuitOpen):
+            away = breaker.unreachable
+        else:
+            # A trial that has waited fails at no cost, if nothing can have been paid for.
+            waited = ticket.slot is not None
+            away = fault.unreachable or (fault.retry and waited and breaker.unreachable)
+        if not away:
+            return None
+        if attempt is not None and attempt.began:
+            # A trial that fails slowly is a part of the wait.
+            provider.add_wait(ticket, provider.clock() - attempt.began)
+            attempt.began = 0.0
+        seconds = max(min(MAX_PARKED, self._backoff(1, None)), TRIAL_INTERVAL)
+        if provider.waited(ticket) + seconds >= provider.patience(ticket):
+            return None
+        return 0.0 if breaker.dead else seconds
+
+    def _once_more(self, provider: Provider, tried: Try) -> bool:
+        """Return whether *provider* is asked once more at once, and count that."""
+        first = self._first
+        if (
+            self._was_trial
+            or provider in self._broken
+            or self._number >= first.settings.http_client.max_retries
+            or provider.health.breaker.dead
+        ):
+            return False
+        if not first.budget.take_retry():
+            first.meter.retries_refused.value += 1
+            return False
+        self._broken |= {provider}
+        self._number += 1
+        self._previous = tried
+        provider.meter.retries[tried.fault.code].value += 1
+        return True
+
+    def _retry(self, again: Sequence[tuple[Provider, str]]) -> float:
+        """Return the seconds until the next pass, that of *again*, with the codes of the faults
+        that allow it.
+
+        Raises:
+            ProviderFault: there is none.
+        """
+        first, previous = self._first, self._previous
+        self._too_long = self._too_long or too_long(self._tries)
+        final, self._tries = final_try(self._tries), ()
+        if previous is not None and isinstance(final.fault, CircuitOpen):
+            # What killed the last of them says more than that it is dead.
+            raise self._raised(previous) from None
+        self._previous = final
+        self._number += 1
+        backoff = self._backoff(
+            self._number, final.fault.retry_after if final.fault.retry else None
+        )
+        breakers = [provider.health.breaker for provider, _ in again]
+        trial = min((breaker.delay() for breaker in breakers), default=0.0)
+        if not self._fallback and backoff < trial < inf:
+            # The retry of a lone client would come shortly before the next trial may start.
+            backoff = trial
+        if (
+            not again
+            or self._number > first.settings.http_client.max_retries
+            or backoff > MAX_ASKED_BACKOFF
+            # They ask us to wait, or are dead or sick, and the next one may not be.
+            or (
+                self._fallback
+                and (
+                    (self._was_trial and self._candidates.alone)
+                    or isinstance(final.fault, ProviderRateLimited)
+                    or all(breaker.dead for breaker in breakers)
+                )
+            )
+        ):
+            raise self._raised(final) from None
+        if backoff > self._request.provider_request.left:
+            final.fault.backoff = backoff
+            raise self._raised(final) from None
+        if not first.budget.take_retry():
+            first.meter.retries_refused.value += 1
+            raise self._raised(final) from None
+        for provider, code in again:
+            provider.meter.retries[code].value += 1
+        return backoff
+
+    def _raised(self, final: Try) -> ProviderFault:
+        """Return the fault that ends the tries of a group, of *final* or of the first for whom the
+        request was too long.
+        """
+        return (self._too_long or final).raised(self._outcome)
+
+    def _fail_over(self, final: ProviderFault) -> Next:
+        """Go on to the next group, since this one has failed with *final*."""
+        group, candidates = self._group, self._candidates
+        forget_frames(final)
+        self._ended += (Try.of(final, self._outcome),)
+        self._too_small = max(self._too_small, candidates.too_small)
+        if self._trial_group is group and final.retry:
+            self._groups.append(group)
+        if self._groups:
+            group.members[0].provider.meter.failovers[final.code].value += 1
+        return Next(Step.FAILOVER)
+
+    def _backoff(self, number: int, retry_after: float | None) -> float:
+        """Return the seconds of the backoff before retry *number*, at least *retry_after*.
+
+        Backoffs double, and half of each is random ("equal jitter": Marc Brooker, "Exponential
+        Backoff And Jitter", 2015).
+        """
+        factor = self._first.settings.http_client.backoff_factor
+        seconds = min(MAX_BACKOFF, factor * 2.0 ** min(number - 1, 30))
+        return max(seconds * (0.5 + self._random_number() / 2), retry_after or 0.0)
+
+
+def give_up(attempt: Attempt | None, grant: Grant | None, candidates: Candidates) -> None:
+    """Give back what an *attempt* at the one of *candidates* that was chosen has left, if it never
+    began, and its *grant*.
+    """
+    try:
+        if attempt is not None and attempt.trial and candidates.chosen is not None:
+            attempt.trial = False
+            candidates.chosen.provider.health.breaker.unsure(trial=True)
+    finally:
+        if grant is not None:
+            grant.cancel()
+
+
+def begun(stream: Stream | None) -> bool:
+    """Return whether an answer has begun in the log, so that no other may follow."""
+    return stream is not None and (stream.answered or stream.ended)
+
+
+def too_long(tries: Sequence[Try]) -> Try | None:
+    """Return the first of *tries* for whom the request was too long: only that refusal tells the
+    caller what to shorten.
+    """
+    return next((each for each in tries if isinstance(each.fault, ContextTooLong)), None)
+
+
+def final_try(tries: Sequence[Try]) -> Try:
+    """Return the attempt whose fault is raised when all providers have failed: the last of
+    *tries*, as a rule.
+
+    A provider that refuses our key is not usable, nor is one that has no form of the request, or
+    does not know what it continues: their faults are returned only if there is no other. A fault
+    of too many requests is returned only if every usable provider has raised one. The
+    `retry_after` is that of the provider that may answer first.
+    """
+    of_usable = [
+        failed
+        for failed in tries
+        if not (isinstance(failed.fault, UNUSABLE) or failed.fault.unknown_there)
+    ] or tries
+    others = [failed for failed in of_usable if not isinstance(failed.fault, ProviderRateLimited)]
+    final = (others or of_usable)[-1]
+    if final.fault.retry_after is not None:
+        final.fault.retry_after = min(
+            failed.fault.retry_after
+            for failed in of_usable
+            if failed.fault.retry_after is not None
+        )
+    return final
+
+
+def _sick(group: Group) -> bool:
+    """Return whether *group* is one provider, which is sick."""
+    return len(group.members) == 1 and sick(group.members[0])

@@ -1,0 +1,415 @@
+"""The candidates of one request in one group: the members that may still answer it, the order in
+which they are asked, and where it waits for the first place.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from aioserver.gateway.affinity import measured
+from aioserver.provider_errors import (
+    CircuitOpen,
+    ContextTooLong,
+    NoProvider,
+    ProviderFault,
+    ProviderPaced,
+)
+from aioserver.providers.provider import WAIT, enter, granted
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from aioserver.gateway.affinity import Affinity, Placement
+    from aioserver.gateway.groups import Group
+    from aioserver.gateway.members import Member
+    from aioserver.gateway.request import Request
+    from aioserver.limits.resource import Bid, Grant
+    from aioserver.protocol.prefix import Prefix
+    from aioserver.providers.attempt import Attempt
+    from aioserver.providers.provider import Provider
+    from aioserver.streams.stream import Stream
+
+
+class Candidates:
+    """The members of *group* that *request* is still asked of, *left* in this pass.
+
+    If one member keeps what the request continues, that one alone is asked as long as it is not
+    dead. Members that take no more than *too_small* tokens are not asked. A change of the group's
+    members holds at once, also for a request that waits.
+
+    A group without a name is one provider, which is asked for *model*. *prefix* is that of the
+    prompt, by which *affinity* knows where it belongs; None: the group has no affinity.
+
+    Raises:
+        NoProvider: no member can be asked.
+    """
+
+    __slots__ = (
+        *("_again", "_asked", "_attempts", "_bids", "_fallback", "_group", "_heirs", "_kept_at"),
+        *("_model", "_only", "_placement", "_regrouped", "_request", "_seen", "_settled"),
+        *("_short", "_stream", "affinity", "began", "chosen", "left", "prefix", "too_small"),
+    )
+
+    def __init__(
+        self,
+        group: Group,
+        request: Request,
+        stream: Stream | None,
+        affinity: Affinity,
+        *,
+        model: str | None = None,
+        too_small: int = 0,
+    ) -> None:
+        self._group, self._request, self._stream = group, request, stream
+        self.affinity, self._model, self.too_small = affinity, model, too_small
+        self.prefix: Prefix | None = None
+        # The version of the group that is known, and whether it has changed in a wait.
+        self._seen, self._regrouped = group.version, False
+        # Whether the request stays at one member, whatever becomes of the group.
+        self._settled = not group.name
+        # The one where the request has started; None while it has not.
+        self.chosen: Member | None = None
+        # The one that is asked next, before the others; None: whichever can start first.
+        self._only: Member | None = None
+        self._placement: Placement | None = None
+        # Members that get all of what the request continues, should the one that keeps it die.
+        self._heirs: Sequence[Member] = ()
+        # The members that may be asked again, with the codes of their faults.
+        self._again: list[tuple[Member, str]] = []
+        self.left: Sequence[Member] = group.members
+        if len(self.left) > 1:
+            self._settled = False
+        if self._settled:
+            most = self.left[0].max_context
+            if most is not None and most <= too_small:
+                self.left = ()
+            return
+        keeper = request.keeper
+        self._kept_at = None if keeper is None else keeper.kept_at
+        # Members that have been asked and will not be again; and those for which the request was
+        # too long.
+        self._asked: set[Member] = set()
+        self._short: list[Member] = []
+        # While it waits: since when, and the attempts and their bids.
+        self.began = 0.0
+        self._attempts: dict[Member, Attempt] = {}
+        self._bids: dict[Bid, Member] = {}
+        self._fallback = False
+        if not self._look():
+            raise group.empty()
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other member beside the one that is left."""
+        return self._settled or len(self._group.members) == 1
+
+    def model_of(self, member: Member) -> str:
+        """Return the model that *member* is asked for."""
+        return (self._model if self._settled else None) or member.asked_model
+
+    def _usable(self) -> list[Member]:
+        """Return the members that can answer the request, as the group has them now."""
+        request = self._request
+        api, pinned = request.provider_request.api, request.route.pinned
+        members = self._group.usable(api, one_model=pinned)
+        if request.provider_request.estimated and any(each.max_context for each in members):
+            body = request.provider_request.body(members[0].settings, members[0].model)
+            members = self._group.fitting(members, len(body))
+        return members
+
+    def _look(self) -> bool:
+        """Take those that can be asked in this pass, as the group has them now; return whether
+        any member can be asked for such a request.
+        """
+        self._seen = self._group.version
+        usable = self._usable()
+        members = [
+            member
+            for member in usable
+            if member not in self._asked
+            and (member.max_context is None or member.max_context > self.too_small)
+            and all(member.takes_more_than(short) for short in self._short)
+        ]
+        keeping = [member for member in members if member.provider.name == self._kept_at]
+        others = [member for member in members if member not in keeping]
+        if any(not member.provider.health.breaker.dead for member in keeping):
+            self.left, self._heirs = keeping, others
+        else:
+            self.left, self._heirs = others or keeping, ()
+        return bool(usable)
+
+    # Starting.
+
+    async def start(
+        self,
+        *,
+        again: bool = False,
+        fallback: bool = False,
+        trial: bool = False,
+        parked: float | None = None,
+        once: bool = False,
+    ) -> tuple[Attempt, Grant]:
+        """Wait for the first place of those that are left; return the attempt there, and its grant.
+        Cancelling is safe.
+
+        *again*: the request has been asked before. *fallback*: others can be asked instead of all
+        of these. *trial*: it is one of a sick provider. *parked*: it comes back, in so many
+        seconds, to a provider that is away. *once*: it is asked of nobody else if it fails.
+
+        Raises:
+            ProviderFault: none can start it in time, or all are left alone.
+        """
+        if not self._settled:
+            return await self._start_first(
+                again=again, fallback=fallback, parked=parked, once=once
+            )
+        self.chosen = None
+        (member,) = self.left
+        attempt = self._attempt(member, again=again, fallback=fallback)
+        attempt.trial = trial
+        try:
+            provider = member.provider
+            provider.look_at(attempt)
+            bid = provider.bid(attempt, parked)
+            if (grant := enter(attempt, (bid,))) is None:
+                grant = await granted(attempt, (provider,))
+        except BaseException:
+            if trial:
+                # It never began.
+                member.provider.health.breaker.unsure(trial=True)
+            raise
+        self.chosen = member
+        return attempt, grant
+
+    async def _start_first(
+        self, *, again: bool, fallback: bool, parked: float | None, once: bool
+    ) -> tuple[Attempt, Grant]:
+        group = self._group
+        if group.version != self._seen:
+            self._look()
+        left, self.chosen, only = self.left, None, self._only
+        self._only, self._placement = None, None
+        self._fallback = fallback or len(left) > 1
+        if only is not None and only in left:
+            left, self.chosen, fallback = (only,), only, self._fallback
+        elif self.prefix is not None:
+            self._placement = self.affinity.place(self.prefix, left)
+        members = group.order(left)
+        trial = None if again else group.trial(members, by_time=not once)
+        if trial is not None or self._placement is not None:
+            home = None if self._placement is None else self._placement.home
+            members.sort(key=lambda member: (member is not trial, member is not home))
+        self._attempts = {
+            member: self._attempt(member, again=again, fallback=self._fallback)
+            for member in members
+        }
+        try:
+            if trial is not None:
+                self._attempts[trial].trial = True
+            member, grant = await self._wait(trial, fallback=fallback, parked=parked)
+            self.chosen = member
+            attempt = self._attempts[member]
+            try:
+                outcome = self._request.provider_request.outcome
+                group.started(member, list(self._attempts), outcome, self._placement)
+            except BaseException:
+                grant.cancel()
+                raise
+        finally:
+            self._attempts, self._bids = {}, {}
+            if trial is not None and self.chosen is not trial:
+                # It has started elsewhere, or nowhere.
+                trial.provider.health.breaker.unsure(trial=True)
+        return attempt, grant
+
+    def _attempt(self, member: Member, *, again: bool, fallback: bool) -> Attempt:
+        request = self._request
+        attempt = request.make_attempt(
+            member.provider,
+            request.provider_request,
+            self._stream,
+            model=self._model if self._settled else member.asked_model,
+            fallback=fallback,
+        )
+        attempt.again = again
+        return attempt
+
+    async def _wait(
+        self, trial: Member | None, *, fallback: bool, parked: float | None
+    ) -> tuple[Member, Grant]:
+        """Bid for each of the attempts; return the member that has started, and its grant."""
+        attempts, group = self._attempts, self._group
+        if not attempts:
+            raise group.empty()
+        ready = self._ready(fallback=fallback)
+        delays: Mapping[Member, float] = {}
+        first = attempts[ready[0]]
+        if self._placement is not None and next(iter(attempts)) is ready[0]:
+            # Nobody waits for a home that is not asked now.
+            delays = self._placement.delays
+        now = first.provider.scheduler.time()
+        for member in ready:
+            bid = member.provider.bid(attempts[member], parked)
+            if member is not trial and (delay := delays.get(member)):
+                bid.not_before = now + delay
+            self._bids[bid] = member
+        bids = list(self._bids)
+        if (grant := enter(first, bids)) is None:
+            group.held_back += any(bid.not_before for bid in bids)
+            self.began = now
+            group.candidates[self] = None
+            try:
+                grant = await granted(first, [member.provider for member in ready])
+            finally:
+                del group.candidates[self]
+        won = first.request.ticket.won
+        assert won is not None
+        return self._bids[won], grant
+
+    def _ready(self, *, fallback: bool) -> list[Member]:
+        """Return the members at which the request may wait now.
+
+        Raises:
+            ProviderFault: there is none; of the refusals, the one that may pass soonest.
+        """
+        refusals: list[ProviderFault] = []
+        ready: list[Member] = []
+        cooling: list[Member] = []
+        for member, attempt in self._attempts.items():
+            try:
+                member.provider.look_at(attempt)
+            except ProviderFault as refusal:
+                refusals.append(refusal)
+                if isinstance(refusal, ProviderPaced):
+                    cooling.append(member)
+            else:
+                ready.append(member)
+        if not ready and not fallback:
+            # While all cool, requests wait for them as they do at one provider.
+            ready = cooling
+            for member in cooling:
+                self._attempts[member].fallback = False
+        if not ready:
+            raise min(refusals, key=lambda refusal: refusal.retry_after or 0.0)
+        refusals.clear()
+        return ready
+
+    def regroup(self) -> None:
+        """Wait for new members of the group as well, and no more for those that have left it."""
+        self._look()
+        self._regrouped = True
+        for bid, member in list(self._bids.items()):
+            if member not in self._group.members or not member.settings.usable:
+                member.provider.scheduler.withdraw(bid, self._group.empty)
+        for member in self._group.order(self.left):
+            if member in self._attempts:
+                continue
+            attempt = self._attempts[member] = self._attempt(member, again=False, fallback=True)
+            with suppress(ProviderFault):
+                member.provider.look_at(attempt)
+                bid = member.provider.bid(attempt)
+                self._bids[bid] = member
+                member.provider.join(attempt, bid)
+
+    # Afterwards.
+
+    def repeat(self) -> None:
+        """Let the member that has failed be asked once more, before the others."""
+        self._only = self.chosen
+
+    def settle(self, member: Member) -> None:
+        """Go on at *member* alone, which all are waiting for."""
+        self.left, self._settled, self._model = (member,), True, member.asked_model
+
+    def sent(self) -> None:
+        """Remember where the prompt goes."""
+        if self.prefix is not None and self.chosen is not None:
+            self.affinity.sent(self.prefix, self.chosen)
+
+    def answered(self, attempt: Attempt) -> None:
+        """Learn from the first content of *attempt* how fast its member reads a prompt."""
+        member, placement = self.chosen, self._placement
+        if member is None or placement is None:
+            return
+        record = attempt.request.record
+        seconds = record.first_event_at - record.outcome.sent_at
+        if record.first_event_at and seconds > 0:
+            unknown = placement.prefix.size - placement.known.get(member, 0)
+            member.reading = measured(member.reading, seconds, unknown)
+
+    def failed(self, fault: ProviderFault) -> bool:
+        """Note that the request has failed with *fault* where it has started, or could start
+        nowhere; return whether it is asked of others in this pass.
+        """
+        member = self.chosen
+        if member is not None:
+            self._leave(member, fault)
+        if self._regrouped or self._group.version != self._seen:
+            if not self._settled:
+                self._regrouped = False
+                self._look()
+        elif self._heirs and (
+            isinstance(fault, CircuitOpen | NoProvider)
+            or (member is not None and member.provider.health.breaker.dead)
+        ):
+            # The member that keeps what the request continues will not answer.
+            self.left, self._heirs, self._again = self._heirs, (), []
+        elif member is None:
+            self.left = ()
+        if self.left and member is not None:
+            member.provider.meter.failovers[fault.code].value += 1
+        return bool(self.left)
+
+    def _leave(self, member: Member, fault: ProviderFault) -> None:
+        """Ask *member*, which has failed with *fault*, no more in this pass."""
+        if fault.retry and not fault.once:
+            self._again.append((member, fault.code))
+        if self._settled:
+            self.left = ()
+            return
+        self._asked.add(member)
+        self.left = [other for other in self.left if other is not member]
+        if isinstance(fault, ContextTooLong):
+            # The estimate was wrong: none that takes no more is asked.
+            self.too_small = max(self.too_small, member.max_context or 0)
+            self._short.append(member)
+            self.left = [other for other in self.left if other.takes_more_than(member)]
+            self._again = [retry for retry in self._again if retry[0].takes_more_than(member)]
+
+    def unknown(self) -> bool:
+        """Note that the member where the request has started has no use for it, since it is not
+        known what it continues; return whether it is asked of others.
+        """
+        if self._settled or self.chosen is None:
+            return False
+        self._asked.add(self.chosen)
+        self.left = [other for other in self.left if other is not self.chosen]
+        return bool(self.left)
+
+    def away(self, fault: ProviderFault) -> Member | None:
+        """Return the member at which the request may wait until it is back, where none is asked
+        now; *fault* is what they have refused it with.
+        """
+        if self.chosen is not None or self._heirs or not isinstance(fault, CircuitOpen):
+            return None
+        return next(
+            (
+                member
+                for member in self.left
+                if member.settings.when_down == WAIT and member.provider.health.breaker.unreachable
+            ),
+            None,
+        )
+
+    def next(self) -> list[tuple[Provider, str]]:
+        """Begin the next pass, of those that may be asked again, and are members still; return
+        them with the codes of their faults.
+        """
+        again = self._again
+        if not self._settled:
+            again = [each for each in again if each[0] in self._group.members]
+            self._asked.difference_update(member for member, _ in again)
+        self._again = []
+        self.left = [member for member, _ in again]
+        return [(member.provider, code) for member, code in again]

@@ -1,0 +1,365 @@
+"""The capacity of a provider: its places and its rate as one resource, and the part of them that
+answers in the background may use.
+
+Attempts start at the pace of the provider. While it is dead only trials start, which the grant of
+an attempt carries until its end. Answers in the *background* run for long, and nothing ends them
+for a request that waits. So they have half of the places at most, and wait for these in a queue of
+their own, for longer than others wait.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from aioserver.limits.fair_queue import BATCH, INTERACTIVE
+from aioserver.limits.gcra import ROUNDING
+from aioserver.limits.resource import (
+    BOTH_CLASSES,
+    Class,
+    QueueStats,
+    Reason,
+    Resource,
+    all_but_a_tenth,
+    half,
+)
+from aioserver.provider_errors import (
+    ProviderFault,
+    ProviderPaced,
+    ProviderQueueFull,
+    ProviderQueueTimeout,
+)
+from aioserver.providers.pace import Pace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aioserver.config.settings import HttpClient
+    from aioserver.errors import AioserverError
+    from aioserver.limits.gcra import Gcra
+    from aioserver.limits.resource import Bid, Supply
+    from aioserver.limits.scheduler import Scheduler
+    from aioserver.providers.breaker import Breaker
+    from aioserver.providers.health import Health
+
+if TYPE_CHECKING:
+    # Called with the name of a provider, its health, and what is called while requests wait in other
+    # instances for places that are taken here.
+    ShareProvider = Callable[[str, Health, Callable[[], None]], "SharedCapacity"]
+
+# An attempt that can fail over does so if nothing can start at its provider for more than these
+# seconds.
+FAILOVER_WAIT = 1.0
+# How many times as long as others an answer in the background waits, of either class.
+BACKGROUND_PATIENCE = 10.0
+BACKGROUND_CLASSES = (Class(INTERACTIVE, 19), Class(BATCH, 1, all_but_a_tenth, 0.5))
+
+
+class SharedCapacity(Protocol):
+    """What makes the capacity of one provider that of all instances (the wing `cluster`)."""
+
+    def places(self, resource: Resource) -> Supply:
+        """Return what supplies the places of *resource*, which is the provider."""
+
+    def background(self, resource: Resource) -> Supply:
+        """Return what supplies those of *resource*, the part for the background."""
+
+    def starts(self, interval: float, tolerance: float, serve: Callable[[], None]) -> Gcra:
+        """Return the rate of starts, which calls *serve* when there are more."""
+
+    def tokens(self, interval: float, tolerance: float, serve: Callable[[], None]) -> Gcra:
+        """Return the rate of tokens, which calls *serve* when there are more."""
+
+    def apply(self, limits: HttpClient) -> None:
+        """Use other *limits*, those of all instances together."""
+
+    def starving(self) -> bool:
+        """Return whether requests wait in other instances for places that are taken here."""
+
+
+class Trial(msgspec.Struct, eq=False):
+    """A trial of a dead provider, and the tokens that the pace was charged with for it.
+
+    Always: the breaker hears of its end, from whoever has *taken* it, or else when its grant ends.
+    """
+
+    cost: int
+    taken: bool = False
+
+
+class ProviderRate:
+    """How fast attempts may start: by the *pace*, and while the provider is dead, by the trials of
+    its *breaker*.
+    """
+
+    def __init__(self, pace: Pace, breaker: Breaker) -> None:
+        self._pace, self._breaker = pace, breaker
+
+    def delay(self, _cost: int, ahead: int = 0) -> float:
+        """Return the seconds until a start with so many others *ahead*; inf where a trial decides
+        about that.
+        """
+        delay = self._pace.delay(ahead)
+        if not self._breaker.dead:
+            return delay
+        return inf if ahead else max(delay, self._breaker.delay())
+
+    def try_take(self, cost: int) -> object:
+        """Count a start of *cost* tokens, if it is allowed; return the tokens or the trial, True if
+        there is nothing to settle, and None if it is not allowed.
+        """
+        pace, breaker = self._pace, self._breaker
+        if not breaker.dead:
+            return (cost or True) if pace.try_start(cost) else None
+        if max(pace.delay(), breaker.delay()) > ROUNDING:
+            return None
+        trial = Trial(cost)
+        pace.start(cost)
+        breaker.start()
+        return trial
+
+    def settle(self, taken: object, spent: int | None) -> None:
+        """Correct the tokens, and tell the breaker of a trial that nobody has taken over."""
+        cost = taken
+        if isinstance(taken, Trial):
+            cost = taken.cost
+            if not taken.taken:
+                taken.taken = True
+                self._breaker.unsure(trial=True)
+        assert isinstance(cost, int)
+        if cost:
+            self._pace.charge((spent or 0) - cost)
+
+
+class Capacity:
+    """The capacity of the provider *name*, by the *limits* that were applied last.
+
+    Always: attempts start within `concurrent_requests`, the pace and the trials of the breaker.
+    Those that wait, are parked or may come back are `queue_size` together, unless other limits have
+    lowered that number since.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        limits: HttpClient,
+        health: Health,
+        scheduler: Scheduler,
+        clock: Callable[[], float],
+        look: Callable[[Bid], ProviderFault | None],
+        shared: SharedCapacity | None = None,
+    ) -> None:
+        self._name, self._limits, self._health = name, limits, health
+        self._scheduler, self._shared = scheduler, shared
+        # The part for the background; None before the first request.
+        self._background: Resource | None = None
+        self.resource = Resource(
+            name,
+            limits.concurrent_requests,
+            queue_size=limits.queue_size,
+            queue_timeout=limits.queue_timeout,
+            refuse=self._refusal,
+            serve=scheduler.serve,
+            clock=scheduler.time,
+            keeps=self._is_dead,
+            look=look,
+            reopens=lambda: health.retry_after,
+            classes=BOTH_CLASSES,
+        )
+        self.pace = Pace(
+            limits.requests_per_minute,
+            _burst(limits),
+            clock,
+            tokens_per_minute=limits.tokens_per_minute,
+            make_rate=None if shared is None else self._shared_starts,
+            make_tokens=None if shared is None else self._shared_tokens,
+            on_cooling=health.observer.cooling,
+        )
+        self.resource.rate = ProviderRate(self.pace, health.breaker)
+        if shared is not None:
+            self.resource.supply = shared.places(self.resource)
+
+    def apply_limits(self, limits: HttpClient) -> None:
+        """Use new limits. Places that are taken stay taken, and starts stay counted."""
+        self._limits, resource = limits, self.resource
+        self.pace.apply(
+            limits.requests_per_minute, _burst(limits), tokens_per_minute=limits.tokens_per_minute
+        )
+        resource.queue_size, resource.queue_timeout = limits.queue_size, limits.queue_timeout
+        if self._background is not None:
+            self._bound_background(self._background)
+        if self._shared is None:
+            self._scheduler.resize(resource, limits.concurrent_requests)
+        else:
+            self._shared.apply(limits)
+
+    def part(self, *, background: bool) -> Resource:
+        """Return the resource for which an attempt bids, in the *background* or not."""
+        if not background:
+            return self.resource
+        if self._background is None:
+            self._background = self._make_background()
+        return self._background
+
+    def paced_fault(self, wait: float) -> ProviderPaced:
+        """Return the fault of a request that cannot wait the *wait* seconds until it could
+        start.
+        """
+        limits = self._limits
+        text = f"{self._name} limits our rate"
+        if not self.pace.cooling and wait <= limits.queue_timeout:
+            # The request itself is in a hurry.
+            text = f"{self._name} is at its requests_per_minute={limits.requests_per_minute}"
+        elif not self.pace.cooling:
+            text = (
+                f"{self._name} can take no more requests in the next {limits.queue_timeout} s: "
+                f"requests_per_minute={limits.requests_per_minute}"
+            )
+        return ProviderPaced(text, retry_after=wait)
+
+    def refuse_late(self) -> None:
+        """Refuse the bids that cannot start in time, since the pace has slowed down; those of
+        requests that can go elsewhere also if nothing starts for longer than FAILOVER_WAIT.
+        """
+        delay = self.pace.delay()
+        earliest_start = self._scheduler.time() + delay
+        self._scheduler.refuse(
+            self.resource,
+            lambda: self.paced_fault(delay),
+            lambda bid: bid.until < earliest_start or (bid.movable and delay > FAILOVER_WAIT),
+        )
+
+    def told_cooling(self, seconds: float) -> None:
+        """Start nothing for *seconds*, since the provider has asked another instance to be left
+        alone.
+        """
+        self.pace.told_cooling(seconds)
+        self.refuse_late()
+
+    def refuse(self, error: Callable[[], AioserverError], *, movable_only: bool = False) -> None:
+        """Refuse whoever waits, or *movable_only* those that another provider can answer."""
+        self._scheduler.refuse(self.resource, error, lambda bid: bid.movable or not movable_only)
+
+    def resume(self) -> None:
+        """Let the requests in that wait, since the provider is back."""
+        self._scheduler.recover(self.resource)
+
+    def close(self, error: Callable[[], AioserverError], *, finishes: bool) -> None:
+        """Refuse whoever waits and whoever comes, but for those that go on with an answer that has
+        begun, if it *finishes* these.
+        """
+        self._scheduler.shut(self.resource, error, finishes=finishes)
+        if self._background is not None:
+            self._scheduler.shut(self._background, error, finishes=finishes)
+
+    @property
+    def parts(self) -> tuple[Resource, ...]:
+        """The resources for which attempts bid."""
+        part = self._background
+        return (self.resource,) if part is None else (self.resource, part)
+
+    @property
+    def inside(self) -> int:
+        """How many places are taken."""
+        return self.resource.places.inside
+
+    @property
+    def limit(self) -> int:
+        """How many places there are."""
+        return self.resource.places.limit
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a place here."""
+        return self.resource.waiting
+
+    @property
+    def full(self) -> bool:
+        """Whether all places are taken."""
+        places = self.resource.places
+        return places.inside >= places.limit
+
+    @property
+    def waiting_elsewhere(self) -> int:
+        """How many requests at least wait in other instances for places that are taken here."""
+        return int(self._shared is not None and self.full and self._shared.starving())
+
+    @property
+    def background(self) -> tuple[int, int]:
+        """How many answers in the background have a place or are next to get one, and how many
+        wait until others have ended.
+        """
+        part = self._background
+        return (0, 0) if part is None else (part.inside, part.waiting)
+
+    def stats(self) -> QueueStats:
+        """Return a snapshot."""
+        return self.resource.stats()
+
+    def _is_dead(self) -> bool:
+        return self._health.breaker.dead
+
+    def _make_background(self) -> Resource:
+        outer = self.resource
+        part = Resource(
+            self._name,
+            half(self._limits.concurrent_requests if self._shared is None else 0),
+            queue_size=0,
+            queue_timeout=0.0,
+            refuse=self._refusal,
+            serve=self._scheduler.serve,
+            clock=self._scheduler.time,
+            keeps=self._is_dead,
+            look=outer.look,
+            classes=BACKGROUND_CLASSES,
+            within=outer,
+            part=None if self._shared is not None else half,
+        )
+        self._bound_background(part)
+        if self._shared is not None:
+            part.supply = self._shared.background(part)
+        part.closed, part.finishes = outer.closed, outer.finishes
+        return part
+
+    def _bound_background(self, part: Resource) -> None:
+        limits = self._limits
+        part.queue_size = (limits.queue_size + 1) // 2
+        part.queue_timeout = BACKGROUND_PATIENCE * limits.queue_timeout
+
+    def _refusal(self, reason: Reason, seconds: float, bid: Bid) -> AioserverError:
+        """Return the error of a refusal, with the *seconds* after which to come back."""
+        name, limits, resource = self._name, self._limits, bid.resource
+        if reason is Reason.SLOW and not self._health.breaker.dead:
+            return self.paced_fault(seconds)
+        if reason is Reason.FULL and resource is not self.resource:
+            text = f"{resource.waiting} answers in the background wait for {name} already"
+            return ProviderQueueFull(text, retry_after=seconds)
+        if reason is Reason.FULL:
+            text = f"{limits.queue_size} requests wait for {name} already"
+            return ProviderQueueFull(text, retry_after=seconds)
+        patience = resource.queue_timeout * resource.classes[bid.index].patience
+        if self._health.breaker.dead:
+            text = f"{name} was not back within {patience} s"
+        elif resource is not self.resource:
+            text = f"no place for an answer in the background at {name} within {patience} s"
+        else:
+            text = f"no place at {name} within {patience} s"
+        return ProviderQueueTimeout(text, retry_after=seconds)
+
+    def _shared_starts(self, interval: float, tolerance: float) -> Gcra:
+        assert self._shared is not None
+        return self._shared.starts(interval, tolerance, self._serve)
+
+    def _shared_tokens(self, interval: float, tolerance: float) -> Gcra:
+        assert self._shared is not None
+        return self._shared.tokens(interval, tolerance, self._serve)
+
+    def _serve(self) -> None:
+        self._scheduler.serve(self.resource)
+
+
+def _burst(limits: HttpClient) -> int:
+    """Return how many requests may start at once after a rest: those of a second."""
+    return min(limits.concurrent_requests, limits.requests_per_minute // 60)
