@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import ClientKey
     from aioserver.limits.gate import Gate
     from aioserver.limits.quota import Quota
+    from aioserver.limits.scheduler import Scheduler
     from aioserver.providers.capacity import SharedCapacity
     from aioserver.providers.health import Health, ProviderObserver
 
@@ -20,7 +21,12 @@ class Sharing(Protocol):
     """The limits of all instances together, which the wing `cluster` implements."""
 
     def share_provider(
-        self, name: str, health: Health, on_starving: Callable[[], None]
+        self,
+        scheduler: Scheduler,
+        name: str,
+        health: Health,
+        clock: Callable[[], float],
+        on_starving: Callable[[], None],
     ) -> SharedCapacity:
         """Return what shares the capacity of the provider *name*; *on_starving* is called while
         requests wait in other instances for places that are taken here.

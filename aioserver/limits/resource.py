@@ -51,7 +51,7 @@ class Reason(Enum):
 class Class(NamedTuple):
     """A kind of ticket at a resource. *weight* is its part of the work while others wait, *places*
     what it may use of a capacity (None: all), *room* its part of the queue, *patience* how many
-    times as long as `queue_timeout` it waits.
+    times as long as `queue_timeout` it waits (inf: until its deadline).
     """
 
     name: str
@@ -97,17 +97,31 @@ class Rate(Protocol):
 
 class Supply(Protocol):
     """Who shares one limit among several processes. It calls `Scheduler.resize` with the places
-    that this process may use, and sets `Resource.elsewhere` and `Resource.grace`.
+    that this process may use.
     """
 
     def check(self) -> None:
         """Lower the capacity if what was granted holds no more; called before each start."""
+
+    def asked(self) -> None:
+        """Set `Resource.elsewhere` and `Resource.grace`: a ticket cannot start at once, and asks
+        whether it may wait.
+        """
 
     def changed(self) -> None:
         """Hear that a ticket waits that cannot start, or has left without a start."""
 
     def freed(self) -> None:
         """Hear that a place is about to become free: it may be given to others."""
+
+    def apply(self, limit: int) -> None:
+        """Use another limit, which all processes have together."""
+
+    def leave(self) -> None:
+        """Take no more places: each is given back as it ends."""
+
+    def share(self, size: int) -> int:
+        """Return what this process has of *size*, which is not lent to and fro."""
 
 
 class QueueStats(msgspec.Struct, frozen=True):
@@ -131,26 +145,29 @@ class Places(msgspec.Struct, eq=False):
     clock: Callable[[], float]
     inside: int = 0
     interval: float = 1.0
-    _full_since: float = 0.0
+    # Since when all are taken, or when one became free last while they were.
+    full_since: float = 0.0
 
     def resize(self, limit: int) -> None:
         """Have so many places; those that are taken stay taken."""
-        self.limit, self._full_since = limit, self.clock()
+        if self.inside < self.limit:
+            self.full_since = self.clock()
+        self.limit = limit
 
     def take(self) -> None:
         """Take one."""
         self.inside += 1
         if self.inside == self.limit:
-            self._full_since = self.clock()
+            self.full_since = self.clock()
 
     def free(self) -> None:
         """Give one back."""
         # Below the limit nobody had to wait for it, so its interval does not count.
         if self.inside >= self.limit:
             now = self.clock()
-            newest = min(LONGEST, now - self._full_since)
+            newest = min(LONGEST, now - self.full_since)
             self.interval += SMOOTHING * (newest - self.interval)
-            self._full_since = now
+            self.full_since = now
         self.inside -= 1
 
     def eta(self, position: int) -> float:
@@ -295,7 +312,9 @@ class Resource:
     start now keep their slots, since they may have to come back: they are trials. *look* returns
     the error of a bid that comes later, if something has come up against it meanwhile. *reopens*
     estimates the seconds until a rate opens where the rate itself does not know. It is a *part* of
-    what it is *within*. A queue of size 0 lets nobody wait.
+    what it is *within*. A queue of size 0 lets nobody wait. Unless it is *fair*, all tickets have
+    one caller, and nobody is charged for a start without a wait. Where places are taken by what may
+    be *idle*, the time between two that become free counts only while somebody waits.
     """
 
     def __init__(
@@ -316,12 +335,14 @@ class Resource:
         within: Resource | None = None,
         part: Callable[[int], int] | None = None,
         supply: Supply | None = None,
+        fair: bool = True,
+        idle: bool = False,
     ) -> None:
         self.name, self.queue_size, self.queue_timeout = name, queue_size, queue_timeout
         self.refuse, self.serve, self.clock, self.keeps = refuse, serve, clock, keeps
         self.look, self.reopens = look, reopens
         self.classes, self.rate, self.within, self.part = classes, rate, within, part
-        self.supply = supply
+        self.supply, self.fair, self.idle = supply, fair, idle
         # How many places may be free in other processes: so much longer may the queue be; and for
         # how many seconds a ticket may wait that would be refused at once otherwise.
         self.elsewhere, self.grace = 0, 0.0
@@ -397,14 +418,15 @@ class Resource:
 
     def _enter(self, grant: Grant, limit: Places | None) -> None:
         """Take a place for *grant*, which has not waited for it."""
-        if self.queue.size:
-            grant.charge = self._charge(grant)
-        else:
-            self._early[grant] = None
+        if self.fair:
+            if self.queue.size:
+                grant.charge = self._charge(grant)
+            else:
+                self._early[grant] = None
         places = self.places
         places.inside += 1
         if places.inside == places.limit:
-            places.resize(places.limit)
+            places.full_since = places.clock()
         if limit is not None:
             limit.take()
 
@@ -460,7 +482,7 @@ class Resource:
         ticket, index = grant.ticket, grant.index
         if grant.charge is not None:
             grant.charge.settle(work)
-        else:
+        elif self.fair:
             # It was had without a wait, and nobody has waited since.
             del self._early[grant]
             cost = ticket.cost() if work is None else work
@@ -468,7 +490,7 @@ class Resource:
         if index and (limit := self.limits[index]) is not None:
             limit.free()
         places = self.places
-        if places.inside >= places.limit:
+        if places.inside >= places.limit and (self.queue.size or not self.idle):
             places.free()
         else:
             places.inside -= 1
@@ -500,6 +522,13 @@ class Resource:
         room = min(self.queue_size - self.slots, self.class_room(kind)) + self.elsewhere
         return room if self.within is None else min(room, self.within.room(kind))
 
+    def ask(self) -> None:
+        """Have the supply say what other processes may have free."""
+        if self.supply is not None:
+            self.supply.asked()
+        if self.within is not None:
+            self.within.ask()
+
     def take_slots(self, kind: str, count: int = 1) -> None:
         """Count so many more slots of the class *kind* as taken."""
         self.slots += count
@@ -511,7 +540,9 @@ class Resource:
         Raises:
             BaseException: made by *refuse*: it may not wait, or could not start in time.
         """
-        ticket, patience = bid.ticket, self.queue_timeout * self.classes[bid.index].patience
+        ticket, patience = bid.ticket, self.classes[bid.index].patience
+        if patience < inf:
+            patience *= self.queue_timeout
         if self.closed is not None and not (ticket.goes_on and self.finishes):
             raise self.closed()
         if ticket.deadline <= now:
@@ -562,6 +593,8 @@ class Resource:
         for grant in self._early:
             grant.charge = self._charge(grant)
         self._early.clear()
+        if self.idle and not self.queue.size:
+            self.places.full_since = self.clock()
         ticket = bid.ticket
         bid.standing = True
         arrived = ticket.arrived if bid.front else None

@@ -132,6 +132,7 @@ class Scheduler:
             return
         now = self._loop.time()
         bid.ticket, bid.index = ticket, bid.resource.index(ticket)
+        bid.resource.ask()
         try:
             bid.resource.admit(bid, now, room=True)
         except Exception:  # noqa: BLE001 - it waits elsewhere
@@ -231,6 +232,8 @@ class Scheduler:
         assert ticket not in self.waiting, "it waits once at a time"
         now = self._loop.time()
         at_once = [bid for bid in bids if bid.parked or bid.not_before <= now]
+        for bid in bids:
+            bid.resource.ask()
         room = ticket.slot is not None or not at_once
         room = room or any(bid.resource.room(ticket.kind) > 0 for bid in at_once)
         joined: list[Bid] = []
@@ -290,6 +293,7 @@ class Scheduler:
             self._end(ticket, grant, keeps=bid.parked)
             return
         if ticket.slot is None:
+            resource.ask()
             if resource.room(ticket.kind) <= 0:
                 full = resource.refusal(Reason.FULL, bid, resource.retry_after())
                 self._withdraw(bid, lambda: full)

@@ -45,9 +45,11 @@ if TYPE_CHECKING:
     from aioserver.providers.health import Health
 
 if TYPE_CHECKING:
-    # Called with the name of a provider, its health, and what is called while requests wait in other
-    # instances for places that are taken here.
-    ShareProvider = Callable[[str, Health, Callable[[], None]], "SharedCapacity"]
+    # Called with the scheduler, the name of a provider, its health, its clock, and what is called
+    # while requests wait in other instances for places that are taken here.
+    ShareProvider = Callable[
+        [Scheduler, str, Health, Callable[[], float], Callable[[], None]], "SharedCapacity"
+    ]
 
 # An attempt that can fail over does so if nothing can start at its provider for more than these
 # seconds.
@@ -60,11 +62,10 @@ BACKGROUND_CLASSES = (Class(INTERACTIVE, 19), Class(BATCH, 1, all_but_a_tenth, 0
 class SharedCapacity(Protocol):
     """What makes the capacity of one provider that of all instances (the wing `cluster`)."""
 
-    def places(self, resource: Resource) -> Supply:
-        """Return what supplies the places of *resource*, which is the provider."""
-
-    def background(self, resource: Resource) -> Supply:
-        """Return what supplies those of *resource*, the part for the background."""
+    def places(self, resource: Resource, limit: int) -> Supply:
+        """Return what supplies the places of *resource*, the provider or the part of it for the
+        background, of which all instances together have *limit*.
+        """
 
     def starts(self, interval: float, tolerance: float, serve: Callable[[], None]) -> Gcra:
         """Return the rate of starts, which calls *serve* when there are more."""
@@ -72,11 +73,12 @@ class SharedCapacity(Protocol):
     def tokens(self, interval: float, tolerance: float, serve: Callable[[], None]) -> Gcra:
         """Return the rate of tokens, which calls *serve* when there are more."""
 
-    def apply(self, limits: HttpClient) -> None:
-        """Use other *limits*, those of all instances together."""
+    def without_tokens(self) -> None:
+        """Share no tokens any more: they are not paced."""
 
+    @property
     def starving(self) -> bool:
-        """Return whether requests wait in other instances for places that are taken here."""
+        """Whether requests wait in other instances for places that are taken here."""
 
 
 class Trial(msgspec.Struct, eq=False):
@@ -179,7 +181,7 @@ class Capacity:
         )
         self.resource.rate = ProviderRate(self.pace, health.breaker)
         if shared is not None:
-            self.resource.supply = shared.places(self.resource)
+            self.resource.supply = shared.places(self.resource, limits.concurrent_requests)
 
     def apply_limits(self, limits: HttpClient) -> None:
         """Use new limits. Places that are taken stay taken, and starts stay counted."""
@@ -190,10 +192,15 @@ class Capacity:
         resource.queue_size, resource.queue_timeout = limits.queue_size, limits.queue_timeout
         if self._background is not None:
             self._bound_background(self._background)
-        if self._shared is None:
-            self._scheduler.resize(resource, limits.concurrent_requests)
-        else:
-            self._shared.apply(limits)
+        if self._shared is not None and not limits.tokens_per_minute:
+            self._shared.without_tokens()
+        places = limits.concurrent_requests
+        for part, limit in zip(self.parts, (places, half(places)), strict=False):
+            if part.supply is not None:
+                part.supply.apply(limit)
+                self._scheduler.serve(part)
+            else:
+                self._scheduler.resize(part, limit)
 
     def part(self, *, background: bool) -> Resource:
         """Return the resource for which an attempt bids, in the *background* or not."""
@@ -284,7 +291,7 @@ class Capacity:
     @property
     def waiting_elsewhere(self) -> int:
         """How many requests at least wait in other instances for places that are taken here."""
-        return int(self._shared is not None and self.full and self._shared.starving())
+        return int(self._shared is not None and self.full and self._shared.starving)
 
     @property
     def background(self) -> tuple[int, int]:
@@ -305,7 +312,7 @@ class Capacity:
         outer = self.resource
         part = Resource(
             self._name,
-            half(self._limits.concurrent_requests if self._shared is None else 0),
+            half(self._limits.concurrent_requests),
             queue_size=0,
             queue_timeout=0.0,
             refuse=self._refusal,
@@ -315,11 +322,11 @@ class Capacity:
             look=outer.look,
             classes=BACKGROUND_CLASSES,
             within=outer,
-            part=None if self._shared is not None else half,
         )
         self._bound_background(part)
         if self._shared is not None:
-            part.supply = self._shared.background(part)
+            places = half(self._limits.concurrent_requests)
+            part.supply = self._shared.places(part, places)
         part.closed, part.finishes = outer.closed, outer.finishes
         return part
 

@@ -163,7 +163,9 @@ class Provider:
             self.scheduler,
             clock,
             self._look_again,
-            None if share is None else share(self.name, self.health, self._others_starve),
+            None
+            if share is None
+            else share(self.scheduler, self.name, self.health, clock, self._others_starve),
         )
         self._pace = self.capacity.pace
         self.backpressure = Backpressure(

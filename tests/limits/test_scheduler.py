@@ -121,11 +121,23 @@ class Lease:
     def check(self) -> None:
         self.heard["check"] += 1
 
+    def asked(self) -> None:
+        self.heard["asked"] += 1
+
     def changed(self) -> None:
         self.heard["changed"] += 1
 
     def freed(self) -> None:
         self.heard["freed"] += 1
+
+    def apply(self, limit: int) -> None:
+        raise NotImplementedError
+
+    def leave(self) -> None:
+        raise NotImplementedError
+
+    def share(self, size: int) -> int:
+        return size
 
 
 class World:

@@ -75,6 +75,11 @@ class LeasedCapacity(Supply):
         return 1 if self._grant.starving and self._full else 0
 
     @property
+    def waiting(self) -> int:
+        """How many tickets wait here."""
+        return self._resource.waiting
+
+    @property
     def _full(self) -> bool:
         return self._resource.inside >= self._resource.limit
 
@@ -132,7 +137,7 @@ class LeasedCapacity(Supply):
     def wanting(self) -> int:
         """How many tickets wait and could start soon if there were places for them."""
         resource = self._resource
-        count, rate = resource.waiting, resource.rate
+        count, rate = resource.queue.size, resource.rate
         if not count or rate is None:
             return count
         following = resource.queue.next(lambda _index: False)

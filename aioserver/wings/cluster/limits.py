@@ -9,24 +9,26 @@ breaker and pace, and together they try a dead provider as often as one would.
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from aioserver.limits.gate import Gate
 from aioserver.providers.health import ProviderObserver
-from aioserver.providers.queueing import FAILOVER_WAIT, Permits, ProviderGate
+from aioserver.wings.cluster.leased import LeasedCapacity
 from aioserver.wings.cluster.rates import SharedRate
-from aioserver.wings.cluster.shared_gate import ConnectionGate, SharedGate
+from aioserver.wings.cluster.shared_gate import ConnectionGate
 from aioserver.wings.cluster.shared_quota import SharedQuota
 from aioserver.wings.cluster.shared_tokens import SharedTokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from fractions import Fraction
 
-    from aioserver.config.settings import ClientKey, HttpClient
+    from aioserver.config.settings import ClientKey
     from aioserver.limits.fixed_share import Scope
+    from aioserver.limits.gcra import Gcra
     from aioserver.limits.quota import Quota
+    from aioserver.limits.resource import Resource, Supply
+    from aioserver.limits.scheduler import Scheduler
+    from aioserver.providers.capacity import SharedCapacity
     from aioserver.providers.health import Health
     from aioserver.providers.provider import Provider
     from aioserver.wings.cluster.leases import Leases
@@ -40,90 +42,77 @@ DEAD, AWAY, ALIVE, COOLING = "dead", "away", "alive", "cooling"
 DEATH, RETURN = 60.0, 10.0
 
 
-class SharedPermits(SharedGate, Permits):
-    """The permits of answers in the background for places of a provider that all instances
-    share.
+class SharedProvider:
+    """The capacity of the provider *name*, of which *health* knows how it is, as all instances
+    share it.
     """
 
     def __init__(
         self,
         leases: Leases,
+        scheduler: Scheduler,
         name: str,
-        limits: HttpClient,
-        room: Callable[[], Fraction | int],
-        clock: Callable[[], float],
-    ) -> None:
-        super().__init__(name, limits, room, clock)
-        self.share(leases, f"b:{name}")
-
-
-class SharedProviderGate(SharedGate, ProviderGate):
-    """The gate of a provider whose places and starts all instances share."""
-
-    def __init__(
-        self,
-        leases: Leases,
-        name: str,
-        limits: HttpClient,
         health: Health,
-        clock: Callable[[], float] = time.monotonic,
-        on_starving: Callable[[], None] = lambda: None,
+        clock: Callable[[], float],
+        on_starving: Callable[[], None],
     ) -> None:
-        self._all_leases = leases
-        self._on_starving = on_starving
-        self._complete = False
-        self._shared_tokens: SharedTokens | None = None
-        super().__init__(name, limits, health, clock)
-        self.share(leases, f"p:{name}")
-        self._complete = True
+        self._leases, self._scheduler, self._clock = leases, scheduler, clock
+        self._name, self._health, self._on_starving = name, health, on_starving
+        self._places: LeasedCapacity | None = None
+        self._tokens: SharedTokens | None = None
         self.instances_changed()
-
-    def apply_limits(self, limits: HttpClient) -> None:
-        """Use new limits, those of all instances together."""
-        super().apply_limits(limits)
-        if not limits.tokens_per_minute and self._shared_tokens is not None:
-            self._all_leases.drop_pace(self._shared_tokens.rate)
-            self._shared_tokens = None
 
     def instances_changed(self) -> None:
         """Take in how many instances there are now."""
-        self._health.breaker.instances = self._all_leases.instances
+        self._health.breaker.instances = self._leases.instances
 
-    def _make_permits(self) -> Permits:
-        return SharedPermits(
-            self._all_leases, self._name, self._limits, lambda: self.room, self._clock
+    def places(self, resource: Resource, limit: int) -> Supply:
+        """Return what supplies the places of *resource*, as `SharedCapacity` says."""
+        if resource.within is not None:
+            name = f"b:{self._name}"
+            return LeasedCapacity(self._leases, self._scheduler, resource, name, limit)
+        self._places = LeasedCapacity(
+            self._leases,
+            self._scheduler,
+            resource,
+            f"p:{self._name}",
+            limit,
+            on_starving=self._on_starving,
         )
+        return self._places
 
-    def others_starve(self) -> None:
-        """Tell those that hold places here of requests that wait in other instances."""
-        if self.waiting_elsewhere:
-            self._on_starving()
+    @property
+    def starving(self) -> bool:
+        """Whether requests wait in other instances for places that are taken here."""
+        return self._places is not None and self._places.waiting_elsewhere > 0
 
-    def _make_rate(self, interval: float, tolerance: float) -> SharedRate:
+    def starts(self, interval: float, tolerance: float, serve: Callable[[], None]) -> Gcra:
+        """Return the rate of starts, as `SharedCapacity` says."""
         return SharedRate(
-            self._all_leases,
+            self._leases,
             f"P:{self._name}",
             interval,
             tolerance,
             self._clock,
-            waiting=lambda: max(1, self.waiting),
-            on_slots=self._slots_came,
+            waiting=self._waiting,
+            on_slots=serve,
         )
 
-    def _make_tokens(self, interval: float, tolerance: float) -> SharedTokens:
-        self._shared_tokens = SharedTokens(
-            self._all_leases,
-            f"T:{self._name}",
-            interval,
-            tolerance,
-            self._clock,
-            on_slots=self._slots_came,
-        )
-        return self._shared_tokens
+    def _waiting(self) -> int:
+        return 1 if self._places is None else max(1, self._places.waiting)
 
-    def _slots_came(self) -> None:
-        if self._complete:
-            self.serve()
+    def tokens(self, interval: float, tolerance: float, serve: Callable[[], None]) -> Gcra:
+        """Return the rate of tokens, as `SharedCapacity` says."""
+        self._tokens = SharedTokens(
+            self._leases, f"T:{self._name}", interval, tolerance, self._clock, on_slots=serve
+        )
+        return self._tokens
+
+    def without_tokens(self) -> None:
+        """Share no tokens any more: they are not paced."""
+        if self._tokens is not None:
+            self._leases.drop_pace(self._tokens.rate)
+            self._tokens = None
 
 
 class Teller(ProviderObserver):
@@ -161,7 +150,7 @@ class SharedLimits:
     def __init__(self, leases: Leases, scope: Scope | None = None) -> None:
         self._leases = leases
         self._scope = scope
-        self._gates: dict[str, SharedProviderGate] = {}
+        self._shared: dict[str, SharedProvider] = {}
         # How many connections the workers of its host have together, or else the instance.
         self._admitted: Callable[[], int] = lambda: 0
         self._providers: Callable[[], Mapping[str, Provider]] = dict
@@ -170,21 +159,21 @@ class SharedLimits:
         """Let what others tell reach the *providers* that are configured: none before."""
         self._providers = providers
 
-    def make_gate(
+    def share_provider(
         self,
+        scheduler: Scheduler,
         name: str,
-        limits: HttpClient,
         health: Health,
         clock: Callable[[], float],
         on_starving: Callable[[], None],
-    ) -> ProviderGate:
-        """Return the gate of the provider *name*; *on_starving* is called while requests wait in
-        other instances for places that are taken here.
+    ) -> SharedCapacity:
+        """Return what shares the capacity of the provider *name*; *on_starving* is called while
+        requests wait in other instances for places that are taken here.
         """
-        gate = self._gates[name] = SharedProviderGate(
-            self._leases, name, limits, health, clock, on_starving
+        shared = self._shared[name] = SharedProvider(
+            self._leases, scheduler, name, health, clock, on_starving
         )
-        return gate
+        return shared
 
     def observe(self, name: str) -> ProviderObserver:
         """Return who tells the other instances what this one finds out about the provider
@@ -230,13 +219,13 @@ class SharedLimits:
         if provider is None or not seconds:
             return
         if word == COOLING:
-            self._gates[name].told_cooling(seconds, FAILOVER_WAIT)
+            provider.capacity.told_cooling(seconds)
         elif word == ALIVE:
-            provider.absence.told_alive()
+            provider.told_alive()
         elif word in {DEAD, AWAY}:
-            provider.absence.told_dead(unreachable=word == AWAY)
+            provider.told_dead(unreachable=word == AWAY)
 
     def instances_changed(self) -> None:
         """Take in how many instances there are now."""
-        for gate in self._gates.values():
-            gate.instances_changed()
+        for shared in self._shared.values():
+            shared.instances_changed()

@@ -121,7 +121,7 @@ class Membership:
         self.leases = self.renewer.leases
         self.limits = limits = SharedLimits(self.leases, scope)
         # What `Sharing` asks of it.
-        self.make_gate, self.observe = limits.make_gate, limits.observe
+        self.share_provider, self.observe = limits.share_provider, limits.observe
         self.make_quota, self.make_admission = limits.make_quota, limits.make_admission
         self._url, self._ways = url, ways
         self._connection = ways.commands(url)
