@@ -224,6 +224,9 @@ class Attempts:
         if not alone:
             outcome.begin_attempt(provider.name, attempt.asked_model)
             candidates.sent()
+        elif outcome.provider != provider.name:
+            # It is a member that has come meanwhile.
+            outcome.provider, outcome.model = provider.name, attempt.asked_model
         self._was_trial = attempt.trial
         return attempt, grant
 
@@ -342,7 +345,7 @@ class Attempts:
         it does not wait for that.
         """
         candidates = self._candidates
-        if self._fallback or not candidates.alone:
+        if self._fallback or not candidates.alone or not candidates.left:
             return None
         (member,) = candidates.left
         provider, ticket = member.provider, self._request.provider_request.ticket

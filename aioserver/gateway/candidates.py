@@ -299,9 +299,7 @@ class Candidates:
         """Wait for new members of the group as well, and no more for those that have left it."""
         self._look()
         self._regrouped = True
-        for bid, member in list(self._bids.items()):
-            if member not in self._group.members or not member.settings.usable:
-                member.provider.scheduler.withdraw(bid, self._group.empty)
+        former = list(self._bids.items())
         for member in self._group.order(self.left):
             if member in self._attempts:
                 continue
@@ -311,6 +309,9 @@ class Candidates:
                 bid = member.provider.bid(attempt)
                 self._bids[bid] = member
                 member.provider.join(attempt, bid)
+        for bid, member in former:
+            if member not in self._group.members or not member.settings.usable:
+                member.provider.scheduler.withdraw(bid, self._group.empty)
 
     # Afterwards.
 

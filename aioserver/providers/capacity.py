@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from aioserver.limits.gcra import Gcra
     from aioserver.limits.resource import Bid, Supply
     from aioserver.limits.scheduler import Scheduler
-    from aioserver.providers.breaker import Breaker
     from aioserver.providers.health import Health
 
 if TYPE_CHECKING:
@@ -93,26 +92,26 @@ class Trial(msgspec.Struct, eq=False):
 
 class ProviderRate:
     """How fast attempts may start: by the *pace*, and while the provider is dead, by the trials of
-    its *breaker*.
+    its breaker.
     """
 
-    def __init__(self, pace: Pace, breaker: Breaker) -> None:
-        self._pace, self._breaker = pace, breaker
+    def __init__(self, pace: Pace, health: Health) -> None:
+        self._pace, self._health = pace, health
 
     def delay(self, _cost: int, ahead: int = 0) -> float:
         """Return the seconds until a start with so many others *ahead*; inf where a trial decides
         about that.
         """
-        delay = self._pace.delay(ahead)
-        if not self._breaker.dead:
+        delay, breaker = self._pace.delay(ahead), self._health.breaker
+        if not breaker.dead:
             return delay
-        return inf if ahead else max(delay, self._breaker.delay())
+        return inf if ahead else max(delay, breaker.delay())
 
     def try_take(self, cost: int) -> object:
         """Count a start of *cost* tokens, if it is allowed; return the tokens or the trial, True if
         there is nothing to settle, and None if it is not allowed.
         """
-        pace, breaker = self._pace, self._breaker
+        pace, breaker = self._pace, self._health.breaker
         if not breaker.dead:
             return (cost or True) if pace.try_start(cost) else None
         if max(pace.delay(), breaker.delay()) > ROUNDING:
@@ -129,7 +128,7 @@ class ProviderRate:
             cost = taken.cost
             if not taken.taken:
                 taken.taken = True
-                self._breaker.unsure(trial=True)
+                self._health.breaker.unsure(trial=True)
         assert isinstance(cost, int)
         if cost:
             self._pace.charge((spent or 0) - cost)
@@ -179,7 +178,7 @@ class Capacity:
             make_tokens=None if shared is None else self._shared_tokens,
             on_cooling=health.observer.cooling,
         )
-        self.resource.rate = ProviderRate(self.pace, health.breaker)
+        self.resource.rate = ProviderRate(self.pace, health)
         if shared is not None:
             self.resource.supply = shared.places(self.resource, limits.concurrent_requests)
 

@@ -45,6 +45,7 @@ from aioserver.streams.entries import COMPLETE
 from aioserver.streams.stream import Stream
 from tests.support.failing import kill, left_alone, sicken
 from tests.support.routers import router_of
+from tests.support.schedulers import scheduler
 from tests.support.scripted_provider import (
     EVENT_STREAM,
     LAST_CHUNK,
@@ -135,7 +136,9 @@ class Trouble:
             when_down=when_down,
             http_client=http_client,
         )
-        provider = Provider(provider_settings, server.url, max_response_bytes=1 << 20)
+        provider = Provider(
+            provider_settings, server.url, max_response_bytes=1 << 20, scheduler=scheduler()
+        )
         self._stack.push_async_callback(provider.close)
         self.providers[name] = provider
         return provider

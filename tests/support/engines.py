@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aioserver.config import settings
 from aioserver.providers.provider import Provider
 from tests.support.outage import JSON
+from tests.support.schedulers import scheduler
 from tests.support.scripted_provider import LIMITS
 
 if TYPE_CHECKING:
@@ -39,7 +40,13 @@ class Engine(Provider):
             **changes,
         )
         self._time = asyncio.get_running_loop().time
-        super().__init__(entry, entry.base_url, max_response_bytes=1000, clock=self._time)
+        super().__init__(
+            entry,
+            entry.base_url,
+            max_response_bytes=1000,
+            clock=self._time,
+            scheduler=scheduler(),
+        )
         self.seconds = 1.0
         self.fault: Callable[[str], ProviderFault | None] = lambda _model: None
         # The models that were asked for, with the time.

@@ -23,6 +23,7 @@ from aioserver.providers.breaker import Breaker
 from aioserver.providers.provider import Provider
 from aioserver.providers.request import ProviderRequest
 from tests.support.routers import router_of
+from tests.support.schedulers import scheduler
 from tests.support.scripted_provider import LIMITS
 from tests.support.virtual_loop import run_virtually
 
@@ -82,7 +83,13 @@ class ScriptedExchange(Provider):
             when_down=when_down,
         )
         self._time = asyncio.get_running_loop().time
-        super().__init__(entry, entry.base_url, max_response_bytes=1000, clock=self._time)
+        super().__init__(
+            entry,
+            entry.base_url,
+            max_response_bytes=1000,
+            clock=self._time,
+            scheduler=scheduler(),
+        )
         if not breaker:
             self.health.breaker = NeverOpen(self._time)
         self._dice = dice

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.config.settings import Group, Member
-from aioserver.gateway import homes
-from aioserver.gateway.homes import MAX_DIGESTS, Homes, measured
+from aioserver.gateway import affinity
+from aioserver.gateway.affinity import MAX_DIGESTS, Affinity, measured
 from aioserver.gateway.members import READING
 from aioserver.gateway.request import Request
 from aioserver.protocol.json_body import at_once
@@ -132,7 +132,7 @@ def test_a_conversation_waits_for_its_home_and_no_longer_than_reading_it_anew_ta
         home = await ask(router, chat("a"))
         other = next(name for name in engines if name != home)
         size = prefix(chat("a", 2)).size
-        delay = homes.PATIENCE * READING * size
+        delay = affinity.PATIENCE * READING * size
 
         # The home is busy for a moment that is shorter than reading the prompt elsewhere.
         engines[home].seconds = delay / 2
@@ -229,7 +229,7 @@ def test_another_address_or_another_life_has_an_empty_cache() -> None:
         home = await ask(router, chat("a"))
         body = prefix(chat("a", 2))
         member = next(each for each in router.groups["all"].members if each.provider.name == home)
-        table = Homes()
+        table = Affinity()
         table.sent(body, member)
         members = router.groups["all"].members
         assert table.place(body, members).known[member] > 0
@@ -260,7 +260,7 @@ def test_a_life_that_ended_between_two_requests_of_a_group_has_ended() -> None:
         assert not engines[home].health.breaker.dead
 
         members = router.groups["all"].members
-        known = router._homes.place(prefix(chat("a", 2)), members).known  # noqa: SLF001
+        known = router._affinity.place(prefix(chat("a", 2)), members).known  # noqa: SLF001
 
         assert not any(known.values())
 
@@ -310,7 +310,7 @@ def test_a_request_may_start_at_a_member_that_came_while_it_waited() -> None:
 
         assert await asking == "new"
         # Nobody else has read its prompt.
-        placed = router._homes.place(prefix(chat("b", 2)), router.groups["all"].members)  # noqa: SLF001
+        placed = router._affinity.place(prefix(chat("b", 2)), router.groups["all"].members)  # noqa: SLF001
         knowing = [member.provider.name for member, known in placed.known.items() if known]
         assert knowing == ["new"]
         for task in busy:
@@ -324,7 +324,7 @@ def test_no_more_is_remembered_than_the_bound_and_the_least_recent_goes_first() 
     async def scene() -> None:
         engines = engines_of(1)
         member = router_over(engines).groups["all"].members[0]
-        table = Homes()
+        table = Affinity()
         first, last = prefix(chat("first", 3)), prefix(chat("last", 3))
         table.sent(first, member)
         count = 0
