@@ -37,7 +37,12 @@ from aioserver.protocol import model_body, passable
 from aioserver.protocol.client_headers import as_sent
 from aioserver.protocol.passable import Passage
 from aioserver.providers.backpressure import LEAST_RATE, ClientPace
-from aioserver.providers.passthrough import PassedRequest, body_length, shown_headers
+from aioserver.providers.passthrough import (
+    PassedAttempt,
+    PassedRequest,
+    body_length,
+    shown_headers,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -123,7 +128,7 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
         hold=hold,
         client_headers=client_headers(context, request),
     )
-    return Request(route, passed, FACE, http.request_id(request))
+    return Request(route, passed, FACE, http.request_id(request), make_attempt=PassedAttempt)
 
 
 async def serve(context: Context, request: web.Request, prepared: Request) -> web.StreamResponse:

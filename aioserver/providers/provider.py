@@ -173,7 +173,7 @@ class Provider:
         )
         # Attempts that run.
         self._running = 0
-        self.pools = Pools(settings, base_url, pending=self._pending, hop=hop)
+        self.pools = Pools(settings, base_url, pending=lambda: self._pending, hop=hop)
         self.budget = Budget(clock)
         # Set at the end of the last attempt; None unless the provider is removed.
         self._drained: asyncio.Event | None = None
@@ -649,8 +649,9 @@ class Provider:
         part = self.capacity.resource
         return part.queue_timeout * part.classes[part.index(ticket)].patience
 
+    @property
     def _pending(self) -> int:
-        """Return how many attempts wait for a place, or have one and do not run yet."""
+        """How many attempts wait for a place, or have one and do not run yet."""
         capacity = self.capacity
         return capacity.waiting + capacity.inside - self._running
 

@@ -12,6 +12,7 @@ import pytest
 from aioserver.auth.callers import anonymous
 from aioserver.errors import InternalError, ServerShutdown
 from aioserver.gateway.calls import Calls
+from aioserver.gateway.groups import Group
 from aioserver.gateway.producers import Producers
 from aioserver.gateway.request import Request, Route
 from aioserver.providers.api import CHAT
@@ -153,7 +154,7 @@ async def test_a_bug_after_the_provider_was_asked_is_not_to_be_repeated(
     metrics = Metrics({"sim": provider.settings})
     request_log = RequestLog(metrics, LoopLag(asyncio.get_running_loop(), metrics.loop_lag))
     asked = ProviderRequest(CHAT, lambda _provider, _model: b"", streamed=False)
-    route = Route(provider, None)
+    route = Route(provider, None, Group("", []))
 
     async def ask(request: Request) -> Answer:
         request.provider_request.outcome.sent_at = 1.0 if sent else 0.0

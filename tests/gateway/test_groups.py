@@ -28,7 +28,7 @@ from aioserver.provider_errors import (
     ProviderRefused,
 )
 from aioserver.providers.api import CHAT
-from aioserver.providers.passthrough import PassedRequest
+from aioserver.providers.passthrough import PassedAttempt, PassedRequest
 from aioserver.providers.request import ProviderRequest
 from tests.support.engines import Engine, nothing_is_held
 from tests.support.routers import llm_of, router_of
@@ -75,7 +75,8 @@ async def pass_on(router: Router, model: str) -> Answer:
         hold=None,
         client_headers=NO_HEADERS,
     )
-    return await router.pass_on(Request(router.route(model), passed, "openai", "r"))
+    route = router.route(model)
+    return await router.pass_on(Request(route, passed, "openai", "r", make_attempt=PassedAttempt))
 
 
 async def asking(count: int, router: Router, model: str) -> list[asyncio.Task[Answer]]:
