@@ -83,5 +83,7 @@ class Tokens(Protocol):
         """Whether a role has a budget of a day."""
 
     @property
-    def secret(self) -> bytes:
-        """What sessions made of tokens depend on: it changes with the settings."""
+    def binding(self) -> bytes:
+        """What sessions of tokens are bound to (`Sessions.make`): it changes with the settings. It
+        is no secret.
+        """

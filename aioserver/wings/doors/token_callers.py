@@ -154,16 +154,16 @@ class TokenCallers(Tokens):
         """Return the caller of a token that was verified just now, and remember it."""
         name, role, expiry = claims
         person = self._person(PREFIX + name, role)
-        caller = self._caller(PREFIX + name, role, person, expiry - self._clock())
+        caller = self._caller(PREFIX + name, role, person, expiry)
         self._verified[digest] = _Verified(caller, person, expiry)
         if len(self._verified) > MAX_TOKENS:
             self._verified.popitem(last=False)
         return caller
 
-    def _caller(self, name: str, role: str, person: _Person, seconds: float) -> Caller:
+    def _caller(self, name: str, role: str, person: _Person, exp: float) -> Caller:
         assert self._jwt is not None
-        expires = self._monotonic() + seconds
-        return caller_of(name, self._jwt.limits[role], person.quota, role=role, expires=expires)
+        limits, expires = self._jwt.limits[role], self._monotonic() + exp - self._clock()
+        return caller_of(name, limits, person.quota, role=role, expires=expires, exp=exp)
 
     def _person(self, name: str, role: str) -> _Person:
         """Return what is remembered of *name*, whose newest token has *role*.
@@ -220,7 +220,7 @@ class TokenCallers(Tokens):
         if self._jwt is None or role not in self._jwt.limits:
             return None
         name = PREFIX + name
-        return self._caller(name, role, self._person(name, role), seconds)
+        return self._caller(name, role, self._person(name, role), self._clock() + seconds)
 
     def current(self, caller: Caller) -> Caller | None:
         """Return *caller* as it is configured now; None if it is no longer admitted."""
@@ -228,8 +228,8 @@ class TokenCallers(Tokens):
         limits = None if self._jwt is None else self._jwt.limits.get(caller.role)
         if person is None or limits is None or person.quota is not caller.quota:
             return None
-        role, expires = caller.role, caller.expires
-        return caller_of(caller.name, limits, person.quota, role=role, expires=expires)
+        token = {"role": caller.role, "expires": caller.expires, "exp": caller.exp}
+        return caller_of(caller.name, limits, person.quota, **token)
 
     def quotas(self) -> Mapping[str, Quota]:
         """Return the quotas of all callers that are remembered, by their names."""
@@ -250,15 +250,14 @@ class TokenCallers(Tokens):
         )
 
     @property
-    def secret(self) -> bytes:
-        """What sessions depend on: whose tokens are taken, and which roles there are.
+    def binding(self) -> bytes:
+        """What sessions are bound to: whose tokens are taken, and which roles there are.
 
         The numbers of limits are left out, of which each worker may have a part.
         """
-        if self._jwt is None:
-            return b""
-        roles = [(name, role.admin) for name, role in self._jwt.limits.items()]
-        return hashlib.sha256(repr((identity(self._jwt), roles)).encode()).digest()
+        jwt = self._jwt
+        settings = jwt and (identity(jwt), [(name, r.admin) for name, r in jwt.limits.items()])
+        return hashlib.sha256(repr(settings).encode()).digest()
 
 
 def identity(jwt: Jwt) -> tuple[str | None, ...]:

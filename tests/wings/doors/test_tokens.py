@@ -102,6 +102,27 @@ async def test_a_token_comes_wherever_a_key_may(make_server: MakeServer) -> None
             assert (response.status, await code_of(response)) == (401, "missing_api_key")
 
 
+async def test_a_session_of_one_server_is_none_of_another_with_the_same_settings(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    """All that both have is public, or a word of a manual: the keys of providers, the settings."""
+    key = tmp_path / "engine.key"
+    key.write_text("EMPTY")
+    changes = {**keys_of("root"), "llm.providers.sim.api_key_file": str(key)}
+    async with issued(make_server, **changes) as (issuer, server):
+        section = jwt_settings(issuer.url, limits=LIMITS)
+        other = await make_server(**{"auth.jwt": section, **changes})
+        for who in (headers(issuer.token(roles=["operator"])), bearer("root")):
+            async with server.session.post(f"{server.base}/session", headers=who) as response:
+                session = response.cookies[COOKIE].coded_value
+            server.session.cookie_jar.clear()
+            for each, status in ((server, 200), (other, 401)):
+                async with each.session.get(
+                    f"{each.base}/stats", headers=cookie(session)
+                ) as response:
+                    assert response.status == status
+
+
 async def test_keys_and_tokens_stand_side_by_side_and_share_nothing(
     make_server: MakeServer,
 ) -> None:
