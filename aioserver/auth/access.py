@@ -48,8 +48,8 @@ class Access:
         make_quota: MakeQuota = quota_of,
         tokens: Tokens | None = None,
     ) -> None:
-        self._sessions = Sessions() if sessions is None else sessions
-        self.keys = Keys(self._sessions, make_quota=make_quota)
+        self.sessions = Sessions() if sessions is None else sessions
+        self.keys = Keys(self.sessions, make_quota=make_quota)
         # None: no wing makes callers of tokens.
         self.tokens = tokens
         self.keyless = Quota(*NO_LIMITS)
@@ -116,9 +116,9 @@ class Access:
         """
         if not caller.role or self.tokens is None:
             return self.keys.session(caller)
-        parts = caller.name.removeprefix(PREFIX), caller.role
+        parts = caller.name.removeprefix(PREFIX), caller.role, caller.signer
         name = PREFIX + ".".join(map(_encoded, parts))
-        session, seconds = self._sessions.make(name, self.tokens.binding, caller.exp)
+        session, seconds = self.sessions.make(name, self.tokens.binding, caller.exp)
         if seconds <= 0:
             raise TokenRefused("the token has expired")
         return session, seconds
@@ -128,15 +128,15 @@ class Access:
 
         Raises:
             SessionEnded: no caller has it, it is too old, or its key or role is no longer valid.
-            ServerAtCapacity: there are too many callers.
+            Undecided, AuthUnavailable, ServerAtCapacity: see `Tokens.of_session`.
         """
         if self.tokens is None or not session.startswith(PREFIX):
             return self.keys.resume(session)
-        seconds = self._sessions.seconds(session, self.tokens.binding)
+        seconds = self.sessions.seconds(session, self.tokens.binding)
         if seconds:
             parts = name_in(session).removeprefix(PREFIX).split(".")
-            name, role = map(_decoded, parts)
-            caller = self.tokens.of_session(name, role, seconds)
+            name, role, signer = map(_decoded, parts)
+            caller = self.tokens.of_session(name, role, signer, seconds)
             if caller is not None:
                 return caller
         raise SessionEnded(ENDED)

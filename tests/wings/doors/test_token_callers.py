@@ -64,7 +64,7 @@ class Server:
             self.verified += 1
             return key.verify(message, signature)
 
-        counting = {key.alg: Key(key.alg, verify)}
+        counting = {key.alg: Key(key.alg, verify, key.thumbprint)}
         issuer.use(KeySet({"k1": counting}, counting))
         self.tokens = TokenCallers(lambda: self.now, self.clock, max_callers)
         self.tokens.use_issuer(issuer)
