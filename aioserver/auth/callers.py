@@ -33,8 +33,9 @@ class Caller(msgspec.Struct, frozen=True, eq=False):
     *subflow*: where the caller's requests wait within `flow`; *priority*: the weight of the flow,
     1 to 10; *batch*: whether its requests use what others leave; *admin*: whether the caller may
     see the operating pages; *quota*: the limits of the caller's key, None without keys. *role*: that
-    of its token, "" for a key; *expires*: when its token does, by the monotonic clock. What follows
-    is made of these.
+    of its token, "" for a key; *expires*: when its token does, by the monotonic clock; *exp*: the
+    same in Unix time, as the token says it; *signer*: what is known of the key that has signed it.
+    What follows is made of these.
     """
 
     name: str = ""
@@ -45,6 +46,8 @@ class Caller(msgspec.Struct, frozen=True, eq=False):
     quota: Quota | None = None
     role: str = ""
     expires: float = inf
+    exp: float = inf
+    signer: str = ""
 
     # The address of a client without a key; "" for a key, which is the same caller everywhere.
     address: str = ""

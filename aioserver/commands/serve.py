@@ -243,7 +243,7 @@ async def _run(
     try:
         async with open_server(
             settings,
-            pepper=None if worker is None else worker.pepper(),
+            session_secret=None if worker is None else worker.session_secret(),
             make_admission=Gate if worker is None or loads is None else worker.gate_maker(loads),
             scope=None if worker is None else worker.scope,
             private_server=None if worker is None else worker.server_url,

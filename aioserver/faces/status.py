@@ -179,7 +179,7 @@ async def events(context: Context, request: web.Request) -> web.StreamResponse:
         # This line begins the block of the first event, which `watch` sends.
         writer.send(RETRY)
         await monitor.watch_all(writer, every)
-        with quota.held(admin=True):
+        with quota.held(watcher=request[CALLER]):
             await _until_the_end(context, request[CALLER])
         await writer.flush()
     except Denied as error:

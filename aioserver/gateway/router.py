@@ -349,7 +349,10 @@ class Router:
             await stream.finished()
         except asyncio.CancelledError:
             stream.close_fast_path()
-            if not (stream.ended or stream.ending):
+            # Nobody but its client has a word about the half of an answer: what a hook has refused
+            # or a deadline has cut is an error, and no turn.
+            own = stream.cancelled_by_client and stream.cancel_reason is None
+            if own and not (stream.ended or stream.ending):
                 kept = keeper.cut(stream)
                 if kept is not None:
                     await kept

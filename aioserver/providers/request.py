@@ -157,6 +157,12 @@ class ProviderRequest:
         if self._hold is not None:
             self._hold.given = True
 
+    async def whole_body(self, provider: settings.Provider, model: str | None) -> bytes:
+        """Return the body for *provider* with all that goes to some provider by it, in steps: also
+        what one that keeps it gets by a name.
+        """
+        return self.body(provider, model)
+
     def replace_body(self, body: BodyMaker, size: int) -> None:
         """Send what *body* makes, of about *size* bytes, in place of what the client has sent.
 

@@ -214,7 +214,7 @@ class Lifetime(StoreObserver):
     def end(self, stream: Stream, *, abandoned: bool = True) -> None:
         """Cancel *stream*, with readers or without; *abandoned*: because nobody reads it."""
         self._leave_detached(stream)
-        stream.abandoned = abandoned
+        stream.abandoned, stream.cancelled_by_client = abandoned, not abandoned
         if abandoned and not (stream.sent or stream.answered or stream.background):
             # Nothing has begun. As a log it would tell a client that comes back, and has cancelled
             # nothing, that its answer was cancelled.

@@ -176,6 +176,7 @@ class Stream:
         "bytes",
         "caller",
         "cancel_reason",
+        "cancelled_by_client",
         "conversation_id",
         "digest",
         "end_status",
@@ -285,6 +286,8 @@ class Stream:
         self.timer: asyncio.TimerHandle | None = None
         # Whether the log was cancelled because nobody read it.
         self.abandoned = False
+        # Whether its client has cancelled it: what was said until then, it has wanted.
+        self.cancelled_by_client = False
         # The error with which a cancelled log ends; None if it ends with the event `cancelled`, as
         # when a reader asked for that.
         self.cancel_reason: AioserverError | None = None

@@ -444,8 +444,8 @@ class StreamsOnly:
     def ended(self, token: int) -> None:
         """Note nothing."""
 
-    async def agree_on_pepper(self, own: bytes) -> bytes:
-        return own
+    async def agree_on_sessions(self, _sessions: object) -> None:
+        """Agree on nothing."""
 
     def serve(self, *_owners: object) -> None:
         """Tell nothing."""

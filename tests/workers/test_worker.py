@@ -13,7 +13,7 @@ from aioserver.config.shipped import SHIPPED
 from aioserver.limits.fixed_share import Scope
 from aioserver.server.preflight import Unfit
 from aioserver.workers.loads import Loads
-from aioserver.workers.worker import NAMES, Worker, as_file, read, share_out
+from aioserver.workers.worker import NAMES, SESSIONS, Worker, as_file, read, share_out
 from tests.support.server import CONCURRENCY, NOWHERE, configured
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def test_the_shipped_configuration_can_be_shared_out() -> None:
 
 
 def test_a_worker_is_what_its_parent_has_written() -> None:
-    names = sorted({*NAMES, "later"})
+    names = sorted({*NAMES, SESSIONS, "later"})
     descriptors = {name: as_file("test", name.encode()) for name in names}
     descriptors["loads"] = Loads.create(3).fd
     try:
@@ -124,7 +124,7 @@ def test_a_worker_is_what_its_parent_has_written() -> None:
         assert worker.scope == ("host", 2, 3, False)
         assert worker.descriptors == descriptors, "also what a newer parent gives"
         assert worker.content() == b"configuration"
-        assert worker.pepper() == worker.pepper() == b"pepper"
+        assert worker.session_secret() == worker.session_secret() == b"session_secret"
         assert environ == {"HOME": "/"}
         assert not any(map(os.get_inheritable, descriptors.values()))
     finally:
@@ -145,15 +145,27 @@ def test_a_worker_of_another_version_than_its_parent_does_not_start(page: bytes)
             os.close(number)
 
 
+def test_a_worker_takes_no_secret_that_a_parent_has_derived() -> None:
+    loads = Loads.create(2)
+    descriptors = {name: as_file("test", b"") for name in {*NAMES, "pepper"} - {"loads"}}
+    descriptors["loads"] = loads.fd
+    try:
+        with pytest.raises(Unfit, match="sessions in another way: restart the service"):
+            Worker.take(Worker(0, 2, 20.0, descriptors).variables())
+    finally:
+        for number in descriptors.values():
+            os.close(number)
+
+
 @pytest.mark.parametrize(
     "variables",
     [
         {},
         {"AIOSERVER_WORKER": "0/2"},
         {"AIOSERVER_WORKER": "0/2", "AIOSERVER_FDS": "lifeline=0,loads=0"},
-        {"AIOSERVER_WORKER": "x", "AIOSERVER_FDS": "lifeline=0,loads=0,pepper=0,configuration=0"},
-        {"AIOSERVER_FDS": "lifeline=0,loads=0,pepper=0,configuration=0"},
-        {"AIOSERVER_WORKER": "0/2", "AIOSERVER_FDS": "lifeline=x,loads=-1,pepper=,=3,,"},
+        {"AIOSERVER_WORKER": "x", "AIOSERVER_FDS": "lifeline=0,loads=0,configuration=0"},
+        {"AIOSERVER_FDS": "lifeline=0,loads=0,configuration=0"},
+        {"AIOSERVER_WORKER": "0/2", "AIOSERVER_FDS": "lifeline=x,loads=-1,session_secret=,=3,,"},
     ],
 )
 def test_other_variables_make_no_worker(variables: dict[str, str]) -> None:

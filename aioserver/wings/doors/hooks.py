@@ -203,7 +203,7 @@ class HookSet:
         provider_request, route = request.provider_request, request.route
         if provider_request.bound is not None:
             provider_request.bound.wait = Wait(f"the hook {hook.name}")
-        body = provider_request.body(route.provider.settings, route.model)
+        body = await provider_request.whole_body(route.provider.settings, route.model)
         call = replace(self._call(hook, request), body=body)
         began = self._begin(hook)
         try:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from aioserver.errors import InvalidRequest, ResponseNotFound
+from aioserver.errors import InvalidRequest, RequestTooLarge, ResponseNotFound
 from aioserver.gateway.bridging import BridgedAttempt, PathMemory
 from aioserver.protocol.bridging.said import BridgedSaid
 from aioserver.protocol.bridging.whole import MAX_WHOLE_BYTES
@@ -112,7 +112,7 @@ class ResponseRequest(ProviderRequest):
     background; None if its client waits for it. *further*: see `ProviderRequest`.
     """
 
-    __slots__ = ("draft", "patience", "running")
+    __slots__ = ("_shown_whole", "draft", "patience", "running")
 
     def __init__(
         self,
@@ -127,6 +127,27 @@ class ResponseRequest(ProviderRequest):
         self.draft = draft
         self.patience = patience
         self.running = running
+        # Whether a hook was shown what the request continues in front of its input.
+        self._shown_whole = False
+
+    async def whole_body(self, provider: settings.Provider, model: str | None) -> bytes:
+        """Return the body with what it continues in front of its input, if that is held here."""
+        body, draft = self.body(provider, model), self.draft
+        if draft is None or draft.previous is None or not draft.previous.whole:
+            return body
+        try:
+            whole = await draft.expand(body, provider.name)
+        except RequestTooLarge:
+            # It goes to nobody but by its id.
+            return body
+        self._shown_whole = True
+        return whole
+
+    def replace_body(self, body: BodyMaker, size: int) -> None:
+        """Send what *body* makes; see `ProviderRequest`."""
+        super().replace_body(body, size)
+        if self._shown_whole and self.draft is not None:
+            self.draft.continue_nothing()
 
 
 class ResponseAttempt(BridgedAttempt):

@@ -60,10 +60,11 @@ def refusal(token: str | bytes, jwt: Jwt | None = None) -> str:
 def test_a_token_in_order_has_its_caller_its_role_and_its_end(alg: str) -> None:
     said = claims(roles=["other", "staff"])
 
-    name, role, expiry = accept(KEYS[alg].sign(said))
+    name, role, expiry, signer = accept(KEYS[alg].sign(said))
 
     assert (name, role) == ("alice", "staff")
     assert expiry == said["exp"]
+    assert signer == SET.named[alg][alg].thumbprint
 
 
 @pytest.mark.parametrize(
