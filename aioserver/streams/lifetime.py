@@ -2,14 +2,13 @@
 
 A stream that loses its last reader ends at once if its request has not been sent to a provider, or
 if its window is 0; nobody finds the former any more, so that a client which comes back with its
-question has an answer. Otherwise it is detached: it runs on for its window and is then cancelled. At
-most `max_detached` streams are detached; beyond that the oldest is cancelled of the owner that has
-most of them. When a request has
-to wait for a provider, the oldest detached stream that holds a place there is cancelled, too, and
-a stream that loses its last reader while others wait gives way at once: an answer that nobody
-reads never costs a client that waits. A request that has to wait until its provider is back counts
-as not sent again, so it ends if its client has left. A stream that has ended is kept for its
-window.
+question has an answer. Otherwise it is detached: it runs on for its window and is then cancelled.
+At most `max_detached` streams are detached; beyond that the oldest is cancelled of the owner that
+has most of them. When a request has to wait for a provider, the oldest detached stream that holds
+a place there is cancelled, too, and a stream that loses its last reader while others wait gives
+way at once: an answer that nobody reads never costs a client that waits. A request that has to
+wait until its provider is back counts as not sent again, so it ends if its client has left. A
+stream that has ended is kept for its window.
 
 A stream in the *background* runs to its end, whether anybody reads it or not: its client has asked
 for that, and comes back for the answer later. None of the above ends it, so it has bounds of its

@@ -225,6 +225,8 @@ class HookSet:
             return
         self._count(hook, REQUEST, "changed", request)
         provider_request.replace_body(changed.maker(route), changed.size)
+        allowed = provider_request.api.allowed(changed.body)
+        provider_request.max_answer, provider_request.choices = allowed
         if provider_request.usage_options is not None:
             provider_request.usage_options = changed.body.usage_options
 
