@@ -224,28 +224,30 @@ class Estimates:
             return
         if events > 0:
             ratios.event = _moved(ratios.event, answer / events)
-        answers = self._answers.pop(caller, model)
+        answers = self._answers.used(caller, model)
         if answers is None:
             answers = _Answers()
             self._answers.make_room()
-        self._answers.put(caller, model, answers)
+            self._answers.put(caller, model, answers)
         answers.learn(answer / choices, bound)
 
     def _taught(self, provider: str, model: str, caller: str) -> _Ratios:
         """Return the averages of *caller*, as those that are used last."""
         pair = provider, model
-        ratios = self._ratios.pop(caller, pair)
-        if ratios is None:
-            known = self._known(provider, model, caller)
-            ratios = _Ratios(known.prompt, known.cached, known.event)
-            for owner, other in self._ratios.make_room():
-                del self._voices[other][owner]
-                if not self._voices[other]:
-                    del self._voices[other]
+        ratios = self._ratios.used(caller, pair)
+        if ratios is not None:
+            voices = self._voices[pair]
+            del voices[caller]
+            voices[caller] = ratios
+            return ratios
+        known = self._known(provider, model, caller)
+        ratios = _Ratios(known.prompt, known.cached, known.event)
+        for owner, other in self._ratios.make_room():
+            del self._voices[other][owner]
+            if not self._voices[other]:
+                del self._voices[other]
         self._ratios.put(caller, pair, ratios)
-        voices = self._voices.setdefault(pair, {})
-        voices.pop(caller, None)
-        voices[caller] = ratios
+        self._voices.setdefault(pair, {})[caller] = ratios
         return ratios
 
 

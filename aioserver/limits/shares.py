@@ -142,6 +142,16 @@ class Bounded(ByOwner[O, K, V]):
             self._shares.add(owner, -1)
         return value
 
+    def used(self, owner: O, key: K) -> V | None:
+        """Return what *owner* has under *key*, as its newest from now on; None if there is
+        nothing.
+        """
+        owned = self._owned.get(owner)
+        if owned is None or (value := owned.get(key)) is None:
+            return None
+        owned.move_to_end(key)
+        return value
+
     def make_room(self) -> list[tuple[O, K]]:
         """Make room for one thing more, and some, if there is none; return what was taken away."""
         taken: list[tuple[O, K]] = []

@@ -87,7 +87,9 @@ class Api(ForwardedApi):
 
         Of several bounds the largest counts: it depends on the engine which of them it takes.
         """
-        choices = min(body.largest(self.choices) or 1, MAX_CHOICES) if self.choices else 1
+        choices = 1
+        if self.choices and (wanted := body.largest(self.choices)) is not None:
+            choices = min(wanted, MAX_CHOICES)
         if self.many_prompts:
             choices *= body.prompts
         return body.largest(self.bounds), choices
