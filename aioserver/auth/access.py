@@ -53,6 +53,8 @@ class Access:
         # None: no wing makes callers of tokens.
         self.tokens = tokens
         self.keyless = Quota(*NO_LIMITS)
+        # Makes this process's part of what all have used, where each has a part of every limit.
+        self.part_of: Callable[[int], int] = int
         # Whether a client needs a key.
         self.keyed = False
         if tokens is not None:

@@ -310,8 +310,8 @@ class Streams(SettingsClass):
     )
     max_detached: int = setting(
         count,
-        "answers that run without a reader; beyond: the oldest is cancelled. Half as many may run, "
-        "or wait to, in the background; beyond: 503",
+        "answers that run without a reader; beyond: the oldest of who has most is cancelled. "
+        "Half as many may run, or wait to, in the background; beyond: 503",
         100,
     )
     store_window: float = setting(

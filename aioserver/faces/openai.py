@@ -36,7 +36,7 @@ from aioserver.gateway.request import Request
 from aioserver.gateway.stream_usage import UsageAttempt
 from aioserver.protocol.eventstream import HEARTBEAT
 from aioserver.provider_errors import NoProvider
-from aioserver.providers.api import CHAT, Api
+from aioserver.providers.api import CHAT, Api, CompletionsApi, WordlessApi
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.cursor import ConditionReader
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 
 # The owner of the names of `llm.models`.
 OURS = "aioserver"
-EMBEDDINGS = Api("embeddings")
-APIS = (CHAT, Api("completions"), EMBEDDINGS)
+EMBEDDINGS = WordlessApi("embeddings")
+APIS: tuple[Api, ...] = (CHAT, CompletionsApi("completions"), EMBEDDINGS)
 STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -108,11 +108,11 @@ def prepare_for(
         body, data = await read_model_body(request, hold, limit)
         key = idempotency_key(request)
         route = context.router.route(body.model)
-        streamed, max_answer = body.streamed, body.max_answer
+        streamed = body.streamed
         if api is EMBEDDINGS:
             # The vectors of a fallback's model mean nothing beside those of the model that was
             # asked for.
-            route.pinned, streamed, max_answer = True, False, 0
+            route.pinned, streamed = True, False
         provider_request = ProviderRequest(
             api,
             partial(body_for, body),
@@ -122,7 +122,7 @@ def prepare_for(
             hold=hold,
             client_headers=client_headers(context, request),
             size=len(body.data),
-            max_answer=max_answer,
+            allowed=api.allowed(body),
             usage_options=body.usage_options,
         )
         return Request(

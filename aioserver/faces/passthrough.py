@@ -37,7 +37,7 @@ from aioserver.protocol import model_body, passable
 from aioserver.protocol.client_headers import as_sent
 from aioserver.protocol.passable import Passage
 from aioserver.providers.backpressure import LEAST_RATE, ClientPace
-from aioserver.providers.passthrough import PassedRequest, body_length, shown_headers
+from aioserver.providers.passthrough import PassedRequest, api_of, body_length, shown_headers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -122,6 +122,8 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
         model=route.model or model,
         hold=hold,
         client_headers=client_headers(context, request),
+        size=0 if body is None else len(body.data),
+        allowed=(None, 1) if body is None else api_of(request.method, path).allowed(body),
     )
     return Request(route, passed, FACE, http.request_id(request))
 

@@ -238,7 +238,7 @@ class BridgedAttempt(LearningAttempt):
             habits.context_limits.get(model),
             self._most or habits.most.get(model),
             self._left,
-            self.provider.tokens_per_byte(model),
+            self.provider.tokens_per_byte(model, self.request.caller),
         )
 
     async def _translate(self) -> None:

@@ -162,16 +162,25 @@ async def continuable(body: bytes) -> bool:
     asked = await json_body.decoding(_ASKED, body, "the body")
     if any(not null(getattr(asked, name)) for name in _FORBIDDEN):
         return False
-    n, logprobs, number = (_value(raw) for raw in (asked.n, asked.logprobs, asked.top_logprobs))
-    if n not in {None, 1} or logprobs or number:
+    try:
+        n, logprobs, number = (
+            _value(raw) for raw in (asked.n, asked.logprobs, asked.top_logprobs)
+        )
+        formats = _value(asked.response_format), _value(asked.output_config)
+    except orjson.JSONDecodeError:
+        # It is nested more deeply than is read here.
         return False
-    formats = _value(asked.response_format), _value(asked.output_config)
+    if not (n is None or n == 1) or logprobs or number:
+        return False
     if not _free(formats[0]) or (
         isinstance(formats[1], dict) and not _free(formats[1].get("format"))
     ):
         return False
     last: Raw | None = None
-    for some in json_body.elements(bytes(asked.messages)) if asked.messages else ():
+    messages = bytes(asked.messages)
+    if not messages.startswith(b"["):
+        return False
+    for some in json_body.elements(messages):
         last = some[-1] if some else last
         await pause()
     if last is None or not bytes(last).startswith(b"{"):
@@ -199,8 +208,8 @@ async def continued(body: bytes, form: str, said: str, tokens: int) -> bytes:
     """
     for member in BOUNDS:
         if (place := await member.finding(body)) is not None:
-            bound = orjson.loads(body[place.value : place.end])
-            if isinstance(bound, int):
+            bound = json_body.count(Raw(body[place.value : place.end]))
+            if bound is not None:
                 left = b"%d" % max(1, bound - tokens)
                 body = b"".join((body[: place.value], left, body[place.end :]))
     message: dict[str, Any] = {"role": "assistant", "content": said}

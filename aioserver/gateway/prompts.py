@@ -196,7 +196,7 @@ class Prompts:
             kept_bytes=len(chat.text or b""),
             client_headers=chat.client_headers,
             size=len(held[0]) + len(chat.text or b"") + len(options),
-            max_answer=chat.max_answer or route.provider.settings.max_tokens,
+            allowed=(chat.max_answer or route.provider.settings.max_tokens, chat.choices),
             # Written by UsageAttempt, unless the client has written its own.
             usage_options=b"" if streamed and OPTIONS.name not in option_names else None,
         )

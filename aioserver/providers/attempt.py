@@ -39,6 +39,7 @@ from aioserver.telemetry.outcome import NO_HEADERS
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping
 
+    from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.limits.estimate import Estimate
     from aioserver.limits.gate import Place
@@ -80,8 +81,10 @@ class AttemptedProvider(Protocol):
     def estimate(self, request: ProviderRequest, model: str | None) -> Estimate:
         """Return what *request* will cost there, and have it keep that."""
 
-    def tokens_per_byte(self, model: str) -> float:
-        """Return the tokens of a prompt for each byte of a request for *model*, as an estimate."""
+    def tokens_per_byte(self, model: str, caller: Caller | None = None) -> float:
+        """Return the tokens of a prompt for each byte of a request of *caller* for *model*, as an
+        estimate.
+        """
 
     def memory(self, kind: type[M]) -> M:
         """Return what an API has learned of this provider."""

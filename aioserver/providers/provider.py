@@ -56,6 +56,7 @@ from aioserver.telemetry.usage import CANCELLED, CUT, FAILED, OK, Usage
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.errors import AioserverError
     from aioserver.limits.estimate import Estimate
@@ -355,17 +356,21 @@ class Provider:
         estimate = request.estimate = self._estimates.before(
             self.name,
             model or self.settings.model,
-            request.caller.name,
+            request.caller.flow,
             request.size,
             request.max_answer,
+            request.choices,
         )
         if request.estimated:
             request.work = estimate.work
         return estimate
 
-    def tokens_per_byte(self, model: str) -> float:
-        """Return the tokens of a prompt for each byte of a request for *model*, as an estimate."""
-        return self._estimates.tokens_per_byte(self.name, model)
+    def tokens_per_byte(self, model: str, caller: Caller | None = None) -> float:
+        """Return the tokens of a prompt for each byte of a request of *caller* for *model*, as an
+        estimate; None: of a request of anybody.
+        """
+        flow = None if caller is None else caller.flow
+        return self._estimates.tokens_per_byte(self.name, model, flow)
 
     def _expected_tokens(self, attempt: Attempt) -> int:
         """Return the tokens by which *attempt* will count for the pace, by an estimate; 0 if tokens
@@ -658,7 +663,8 @@ class Provider:
             self._usage.ended(record, part)
         else:
             self._usage.refused(record)
-        if attempt.expected_tokens:
+        unexpected = part is not None and not attempt.request.estimated and part.source == PROVIDER
+        if attempt.expected_tokens or unexpected:
             self._pace.charge(_paced_tokens(attempt, part) - attempt.expected_tokens)
             attempt.expected_tokens = 0
             self._gate.serve()
@@ -707,12 +713,14 @@ class Provider:
             self._estimates.learn(
                 self.name,
                 part.model,
-                request.caller.name,
+                request.caller.flow,
                 attempt.text_bytes,
                 part.tokens_in,
                 part.tokens.cached or 0,
                 whole,
                 0 if attempt.stream is None else _events(attempt),
+                request.max_answer,
+                request.choices,
             )
         return part
 
@@ -738,8 +746,11 @@ class Provider:
                 if asked is None:
                     source, asked, uncached = ESTIMATE, estimate.prompt, estimate.uncached
                 answered = estimate.answer if answered is None else answered
-            else:
+            elif asked is None:
                 source, asked, answered, uncached = NOBODY, 0, 0, UNKNOWN_WORK
+            else:
+                # Nothing was written.
+                answered = 0
         work = uncached + OUTPUT_FACTOR * answered
         began = outcome.sent_at
         return Part(
@@ -759,14 +770,15 @@ class Provider:
     def _unreported(self, attempt: Attempt, result: str) -> Estimate:
         """Return an estimate of what *attempt* has cost, with this *result* or so far."""
         request, model = attempt.request, attempt.request.outcome.model
-        estimate = request.estimate
+        estimate, caller = request.estimate, request.caller.flow
         if estimate is None or attempt.hop is not None:
-            caller, size, bound = request.caller.name, attempt.body_bytes, request.max_answer
-            estimate = self._estimates.before(self.name, model, caller, size, bound)
+            estimate = self._estimates.before(
+                self.name, model, caller, attempt.body_bytes, request.max_answer, request.choices
+            )
         if not attempt.streamed and result != FAILED:
             # Nobody knows how much of it was written.
             return estimate
-        return self._estimates.unreported(self.name, model, estimate, _events(attempt))
+        return self._estimates.unreported(self.name, model, caller, estimate, _events(attempt))
 
     def _outdated(self, attempt: Attempt) -> bool:
         """Return whether *attempt* was sent by former settings, perhaps with another key or

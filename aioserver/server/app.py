@@ -206,6 +206,8 @@ async def open_server(
         tokens = next((wing.callers for wing in plugged if wing.callers is not None), None)
         make_quota = quota_of if sharing is None else sharing.make_quota
         access = Access(settings.auth, sessions, make_quota, tokens)
+        if scope is not None and sharing is None:
+            access.part_of = scope.share
         await begin_days(access, settings)
         origins = Origins(
             chat.websocket.allow_origins, credentials=chat.websocket.allow_credentials
@@ -330,7 +332,8 @@ async def open_server(
 async def begin_days(access: Access, settings: Settings) -> None:
     """Let the budgets of a day begin at what the ledger knows of today.
 
-    Where instances share them, what is counted there may be more, and holds.
+    Where instances share them, what is counted there may be more, and holds. A worker that has a
+    part of each limit begins at its part of what all have used.
     """
     path, tokens = settings.usage.path, access.tokens
     quotas = access.keys.quotas()
@@ -339,11 +342,12 @@ async def begin_days(access: Access, settings: Settings) -> None:
         return
     day = f"{datetime.now(UTC):%Y-%m-%d}"
     today = await asyncio.to_thread(spent, Path(path), day)
-    for name, used in today.items():
+    part = {name: access.part_of(used) for name, used in today.items()}
+    for name, used in part.items():
         if name in quotas:
             quotas[name].budget.begin_day(used)
     if tokens is not None:
-        tokens.begin_day(day, today)
+        tokens.begin_day(day, part)
 
 
 def make_app(configuration: Configuration) -> web.Application:

@@ -30,10 +30,11 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from aioserver.config.settings import Limits
 from aioserver.limits.fixed_share import Scope
 from aioserver.limits.gate import Gate
 from aioserver.server.preflight import Unfit
@@ -44,9 +45,11 @@ from aioserver.workers.loads import Loads, OtherLayout
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableMapping
 
-    from aioserver.config.settings import Auth, Chat, Limits, Llm, Provider, Settings
+    from aioserver.config.settings import Auth, Chat, Llm, Provider, Settings
 
-OfCaller = TypeVar("OfCaller", bound="Limits")
+OfCaller = TypeVar("OfCaller", bound=Limits)
+# The numbers of a caller that are no limits, and the limits that no server shares.
+NO_LIMITS, OF_EACH = frozenset({"priority"}), frozenset({"queue_size"})
 WORKER = "AIOSERVER_WORKER"
 DESCRIPTORS = "AIOSERVER_FDS"
 SERVER = "AIOSERVER_PRIVATE_SERVER"
@@ -296,14 +299,15 @@ def share_out(settings: Settings, scope: Scope, *, clustered: bool = False) -> S
         )
 
     def limits(whole: OfCaller) -> OfCaller:
-        if clustered:
-            return whole
-        return replace(
-            whole,
-            max_concurrent=part(whole.max_concurrent),
-            max_connections=part(whole.max_connections),
-            requests_per_minute=part(whole.requests_per_minute),
-        )
+        # Whatever is a number is a limit, so that none can be forgotten.
+        shared: dict[str, Any] = {
+            field.name: part(value)
+            for field in fields(Limits)
+            if type(value := getattr(whole, field.name)) is int
+            and field.name not in NO_LIMITS
+            and (field.name in OF_EACH or not clustered)
+        }
+        return replace(whole, **shared)
 
     def auth(whole: Auth) -> Auth:
         keys = None if whole.keys is None else tuple(map(limits, whole.keys))

@@ -106,7 +106,7 @@ def question(
         caller=caller,
         reading=Reading() if frames else None,
         size=len(json.dumps(body)),
-        max_answer=max_answer,
+        allowed=(max_answer, 1),
     )
 
 

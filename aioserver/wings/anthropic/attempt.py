@@ -153,7 +153,8 @@ class CountAttempt(Attempt):
     async def _estimate(self) -> None:
         outcome, model = self.request.outcome, self.asked_model
         body = self.request.body(self.provider.settings, self.model)
-        counted = await estimated(body, self.provider.tokens_per_byte(model))
+        per_byte = self.provider.tokens_per_byte(model, self.request.caller)
+        counted = await estimated(body, per_byte)
         outcome.headers = {**outcome.headers, **ESTIMATED}
         self.answer = Answer(200, counted, "application/json", outcome)
 

@@ -90,7 +90,7 @@ def prepare_for(
             hold=hold,
             client_headers=client_headers(context, request, wire.HEADERS),
             size=len(body.data),
-            max_answer=0 if api is COUNT_TOKENS else body.max_answer,
+            allowed=api.allowed(body),
         )
         digest = openai.digest_of(provider_request.path, data) if key else b""
         return Request(
@@ -119,7 +119,8 @@ async def count(context: Context, request: web.Request, prepared: Request) -> we
     try:
         model = prepared.route.model or provider.settings.model
         body = prepared.provider_request.body(provider.settings, prepared.route.model)
-        counted_tokens = await estimated(body, provider.tokens_per_byte(model))
+        per_byte = provider.tokens_per_byte(model, prepared.caller)
+        counted_tokens = await estimated(body, per_byte)
     finally:
         prepared.release()
     log_id = http.request_id(request)

@@ -226,7 +226,7 @@ def make_request(
         client_headers=client_headers,
         patience=_patience(context, body, face),
         size=len(body.data),
-        max_answer=body.max_answer,
+        allowed=RESPONSES.allowed(body),
         running=running,
     )
     # An absent `store` keeps the response at its end, but is no word about a client that leaves.

@@ -287,6 +287,31 @@ async def test_there_are_half_as_many_as_answers_without_a_reader(
         await ended(sdk, *asked)
 
 
+async def test_one_key_leaves_some_of_them_to_another(make_server: MakeServer) -> None:
+    server = await make_server(
+        SILENT, **BRIDGED, **keys_of("alice", "bob"), **{"chat.streams.max_detached": 12}
+    )
+    async with (
+        client_of(server, key_of("alice")) as alice,
+        client_of(server, key_of("bob")) as bob,
+    ):
+        many = [await ask(alice) for _ in range(4)]
+        with pytest.raises(openai.InternalServerError) as refused:
+            await ask(alice)
+        assert refused.value.code == "server_at_capacity"
+        few = [await ask(bob) for _ in range(2)]
+        with pytest.raises(openai.InternalServerError, match="2 of them yours"):
+            await ask(bob)
+
+        await ended(bob, *few)
+        many.append(await ask(bob))
+        await ended(alice, *many[:4])
+        await ended(bob, many[4])
+        await until(lambda: not server.context.gateway.lifetime.background)
+        many = [await ask(alice) for _ in range(4)]
+        await ended(alice, *many)
+
+
 async def test_a_queue_that_is_full_refuses_at_once(make_server: MakeServer) -> None:
     queue = {f"{SIM_HTTP_CLIENT}.queue_size": 2}
     server = await make_server(SILENT, **BRIDGED, **queue, **{PLACES: 2})
