@@ -18,6 +18,8 @@ from aioserver.errors import InvalidApiKey, SessionEnded, TokenRefused
 from aioserver.limits.quota import Quota
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aioserver.auth.callers import Caller
     from aioserver.auth.keys import MakeQuota
     from aioserver.auth.tokens import Tokens
