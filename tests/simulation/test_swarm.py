@@ -35,7 +35,9 @@ FAILED = {
     ("60", "3", "groups"): TOGETHER,
     ("60", "1", ""): "1250,1395",
     # In the first one an instance is killed.
-    ("60", "3", ""): "2,1036,3011",
+    ("60", "3", ""): "2,1036,3011,923154",
+    # A reader that is dropped beside another one; calls with one id in a whole answer.
+    ("100", "1", ""): "922783,1100044",
 }
 TWO_INSTANCES = """
 from tests.simulation import clock
