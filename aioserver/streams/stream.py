@@ -371,10 +371,12 @@ class Stream:
             self.close_fast_path()
 
     def remove_reader(self, reader: Reader) -> None:
-        """Let *reader* follow no longer."""
+        """Let *reader* follow no longer. What it alone had still to read is no longer unread."""
         self.readers.remove(reader)
         if self.path is not None:
             self.close_fast_path()
+        if self.readers:
+            self.trim()
 
     def append(
         self,
