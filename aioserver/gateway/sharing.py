@@ -41,6 +41,9 @@ class Sharing(Protocol):
     def ended(self, token: int) -> None:
         """Note that the process of another instance has ended for certain."""
 
+    async def settled(self) -> None:
+        """Wait until what such instances had is free, for a second at most."""
+
     async def agree_on_pepper(self, own: bytes) -> bytes:
         """Return the secret of browser sessions on which the instances agree: *own*, if none was
         there before.
