@@ -10,6 +10,7 @@ import gc
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+import orjson
 import pytest
 
 from aioserver.wings.simulator.exchange import Behaviour
@@ -112,6 +113,23 @@ async def at_the_key(server: RunningServer, _number: int) -> None:
             await ws.send_json(cancel(name))
 
 
+async def at_a_hook(server: RunningServer, number: int) -> None:
+    await completed(server, number)
+
+
+async def slow(server: RunningServer, _number: int) -> None:
+    dropped = server.context.metrics.slow_clients.value
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1)
+    body = orjson.dumps(STREAMED)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    head += f"Authorization: {WEB['Authorization']}\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    # It reads nothing more.
+    await reader.read(1)
+    await until(lambda: server.context.metrics.slow_clients.value > dropped)
+    writer.transport.abort()
+
+
 async def background(server: RunningServer, number: int) -> None:
     await _post(server, "responses", {"input": "?", "background": True})
     headers = {"Prefer": "respond-async"}
@@ -139,9 +157,17 @@ WAYS: list[tuple[Callable[[RunningServer, int], Awaitable[None]], Behaviour]] = 
     (at_the_key, ENDLESS),
     (background, QUICK),
     (passed, QUICK),
+    (at_a_hook, QUICK),
+    (slow, Behaviour(ttft=0, interval=0, tokens=200_000)),
 ]
+MORE: dict[Any, dict[str, Any]] = {
+    continued: {"llm.providers.sim.continuation": "prefill"},
+    # Nobody answers there, so that the requests are refused.
+    at_a_hook: {"hooks": [{"name": "h", "url": "http://127.0.0.1:9/"}]},
+    slow: {"chat.streams.send_timeout": 0.1},
+}
 # Answers of one way, of which each would leave its own.
-ANSWERS = 5
+ANSWERS = 3
 
 
 @pytest.mark.parametrize(("ask", "behaviour"), WAYS)
@@ -152,8 +178,7 @@ async def test_an_answer_leaves_no_cycles_however_it_ends(
 ) -> None:
     keys = keys_of("web", max_concurrent=2)
     changes: dict[str, Any] = {"llm.providers.sim.http_client.max_retries": 0}
-    if ask is continued:
-        changes["llm.providers.sim.continuation"] = "prefill"
+    changes |= MORE.get(ask, {})
     server = await make_server(behaviour, **keys, **changes)
     await ask(server, -1)
     await server.nothing_held()
