@@ -250,7 +250,7 @@ async def _run(
             worker=None if worker is None else worker.slot,
         ) as server:
             if worker is not None and loads is not None:
-                balance = _balance(worker, loads, server.sharing)
+                balance = await _balance(worker, loads, server.sharing)
             runner = Runner(server, balance)
             if worker is None:
                 notifier = systemd.Notifier.take(os.environ, lambda: _status(server))
@@ -284,12 +284,14 @@ async def _run(
     return code
 
 
-def _balance(worker: Worker, loads: Loads, sharing: Sharing | None) -> Balance:
-    """Return what decides when *worker* accepts."""
+async def _balance(worker: Worker, loads: Loads, sharing: Sharing | None) -> Balance:
+    """Return what decides when *worker* accepts, once what killed workers had is free."""
     if sharing is None:
         return worker.balance(loads)
     loads.tell_instance(sharing.token)
-    return worker.balance(loads, sharing.ended)
+    balance = worker.balance(loads, sharing.ended)
+    await sharing.settled()
+    return balance
 
 
 async def _serve(

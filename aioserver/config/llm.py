@@ -14,6 +14,7 @@ from aioserver.config import models, shipped
 from aioserver.config.hints import nearest
 from aioserver.config.models import Group, Member
 from aioserver.config.schema import (
+    FAULTY,
     BrokenRule,
     Secret,
     SettingsClass,
@@ -410,6 +411,6 @@ def _broken_members(llm: Llm, path: tuple[str | int, ...], one: Group) -> Iterat
             )
         else:
             asked = entry.provider, entry.model or provider.model
-            if asked in seen:
+            if FAULTY not in asked and asked in seen:
                 yield at, "this member appears twice"
             seen.add(asked)

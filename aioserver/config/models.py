@@ -7,7 +7,7 @@ provider, with the model after a slash where it is not the provider's own, or a 
 The rules between groups and providers are those of `Llm` (llm.py).
 """
 
-from dataclasses import field, replace
+from dataclasses import field
 from typing import Any
 
 from aioserver.config.schema import (
@@ -15,6 +15,7 @@ from aioserver.config.schema import (
     Faults,
     SettingsClass,
     Validator,
+    changed,
     check_rules,
     refuse,
     section,
@@ -106,7 +107,7 @@ class Group(SettingsClass):
             )
         check_rules(self, *broken)
         if self.choose == WEIGHTED:
-            weighted = (replace(entry, weight=entry.weight or 1) for entry in members)
+            weighted = (changed(entry, weight=entry.weight or 1) for entry in members)
             object.__setattr__(self, "members", tuple(weighted))
 
     def path(self, index: int) -> tuple[str | int, ...]:
@@ -121,12 +122,18 @@ def _group(value: Any) -> Group:
     if not isinstance(value, list):
         made: Group = _group_section(value)
         return made
+    errors = []
     try:
         members = list_of(member)(value)
     except Faults as faults:
-        faults.partial = Group(members=faults.partial, written=())
-        raise
-    return Group(members=members, written=())
+        members, errors = faults.partial, faults.errors
+    try:
+        made = Group(members=members, written=())
+    except Faults as faults:
+        made, errors = faults.partial, [*errors, *faults.errors]
+    if errors:
+        raise Faults(errors, made)
+    return made
 
 
 _group_section = section(Group)

@@ -13,6 +13,7 @@ All this is one concept: a declaration is only what becomes of it.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import operator
@@ -376,6 +377,31 @@ def check_rules(owner: object, *broken: BrokenRule | None) -> None:
     errors = [vol.Invalid(message, list(path)) for path, message in filter(None, broken)]
     if errors:
         raise Faults(errors, owner)
+
+
+def changed(owner: T, **values: Any) -> T:
+    """Return a copy of *owner*, a section, with *values* instead of its own.
+
+    Its rules are not checked once more, as `dataclasses.replace` would: a section that breaks one
+    of them has been reported, and is still looked at for other faults. `FAULTY` stays what it is.
+    """
+    if owner is FAULTY:
+        return owner
+    made = copy.copy(owner)
+    for name, value in values.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+def repeated(values: Iterable[T]) -> Iterator[tuple[int, T]]:
+    """Yield each of *values* that has come before, with its index; those that are `FAULTY` are
+    like no other one.
+    """
+    before: set[T] = set()
+    for index, value in enumerate(values):
+        if value is not FAULTY and value in before:
+            yield index, value
+        before.add(value)
 
 
 def compare(owner: object, path: str, sign: str, limit_path: str) -> BrokenRule | None:

@@ -28,7 +28,16 @@ from aioserver.config.chat import (
 )
 from aioserver.config.llm import HttpClient, Llm, Provider
 from aioserver.config.models import Group, Member
-from aioserver.config.schema import BrokenRule, SettingsClass, check_rules, group, section, setting
+from aioserver.config.schema import (
+    FAULTY,
+    BrokenRule,
+    SettingsClass,
+    check_rules,
+    group,
+    repeated,
+    section,
+    setting,
+)
 from aioserver.config.validators import (
     api,
     boolean,
@@ -253,17 +262,15 @@ class Auth(SettingsClass):
 
     def __post_init__(self) -> None:
         broken: list[BrokenRule] = []
-        names: set[str] = set()
-        for index, key in enumerate(self.keys or ()):
-            if key.name in names:
-                broken.append(
-                    (("keys", index, "name"), f"another key is named {key.name} as well")
-                )
-            if [key.key_env, key.key_file, key.sha256].count(None) != 2:
+        keys = self.keys or ()
+        for index, name in repeated(key.name for key in keys):
+            broken.append((("keys", index, "name"), f"another key is named {name} as well"))
+        for index, key in enumerate(keys):
+            sources = [key.key_env, key.key_file, key.sha256]
+            if FAULTY not in sources and sources.count(None) != len(sources) - 1:
                 message = "needs exactly one of key_env, key_file, sha256"
                 broken.append((("keys", index), message))
-            names.add(key.name)
-        if self.open is True and names:
+        if self.open is True and [*keys]:
             broken.append((("open",), "cannot be open and have keys"))
         for name, beside in (("keys_file", self.keys_file), ("jwt", self.jwt)):
             if self.open is True and beside is not None:
@@ -409,14 +416,10 @@ class Settings(SettingsClass):
 
 
 def _broken_hooks(hooks: Iterable[Hook]) -> Iterator[BrokenRule]:
-    names: set[str] = set()
-    number = 0
-    for index, hook in enumerate(hooks):
-        number += 1
-        if hook.name in names:
-            yield ("hooks", index, "name"), f"another hook is named {hook.name} as well"
-        names.add(hook.name)
-    if number > MAX_HOOKS:
+    names = [hook.name for hook in hooks]
+    for index, name in repeated(names):
+        yield ("hooks", index, "name"), f"another hook is named {name} as well"
+    if (number := len(names)) > MAX_HOOKS:
         yield ("hooks",), f"must have {MAX_HOOKS} entries at most, not {number}"
 
 

@@ -424,6 +424,9 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
                     if isinstance(failed, ProviderRefused) and failed.http_status in REFUSALS:
                         habits.refused.add(attempt.asked_model)
                 forget_frames(failed)
+            finally:
+                # It refers to the attempt: the two would hold each other.
+                attempt.sink = None
             hop.learn()
             if stream.ended or stream.ending is not None:
                 return

@@ -42,6 +42,9 @@ class Sharing(Protocol):
     def ended(self, token: int) -> None:
         """Note that the process of another instance has ended for certain."""
 
+    async def settled(self) -> None:
+        """Wait until what such instances had is free, for a second at most."""
+
     async def agree_on_sessions(self, sessions: Sessions) -> None:
         """Let *sessions* use the secret on which the instances agree, its own if there was none.
 

@@ -47,6 +47,7 @@ from aioserver.providers.pools import Pools
 from aioserver.providers.queueing import FAILOVER_WAIT, ProviderGate, TrialPlace
 from aioserver.providers.sinks import BodySink, StreamSink
 from aioserver.providers.stall import Silences
+from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.metrics import ProviderMeter
 from aioserver.telemetry.outcome import COUNTED, ESTIMATE, MIXED, NOBODY, PROVIDER, Part
 from aioserver.telemetry.tokens import MAX_TOKENS, TOTAL, tokens_of
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from aioserver.providers.request import ProviderRequest
     from aioserver.providers.stall import Silence
     from aioserver.streams.lifetime import Lifetime
+    from aioserver.telemetry.bugs import Bugs
 
 M = TypeVar("M", bound="Memory")
 # The statuses from this one on say that there is no answer, and that it costs nothing.
@@ -663,6 +665,7 @@ class Provider:
             self._usage.ended(record, part)
         else:
             self._usage.refused(record)
+        self._count(attempt, exc)
         unexpected = part is not None and not attempt.request.estimated and part.source == PROVIDER
         if attempt.expected_tokens or unexpected:
             self._pace.charge(_paced_tokens(attempt, part) - attempt.expected_tokens)
@@ -671,20 +674,11 @@ class Provider:
         if not attempt.answered and (exc is None or exc is attempt.fault):
             # An answer in one piece has no first event.
             attempt.first_event()
-        if record.trace is not None:
-            record.trace.attempt_ended(self._end_of(attempt, exc))
-        attempts = self.meter.attempts
         if exc is None:
             attempt.pool = None
-            attempts["ok"].value += 1
             return
         trial, attempt.trial = attempt.trial, False
         outdated, attempt.pool = self._outdated(attempt), None
-        if isinstance(exc, ProviderFault):
-            if exc.attempt_outcome:
-                attempts[exc.attempt_outcome].value += 1
-        elif isinstance(exc, asyncio.CancelledError) and record.outcome.sent_at:
-            attempts["cancelled"].value += 1
         if outdated or attempt.says_little:
             # Its fault is that of former settings, with another key or address, or of one path.
             self.health.breaker.unsure(trial=trial)
@@ -696,6 +690,26 @@ class Provider:
             # Another trial may start now.
             self._gate.serve()
 
+    @property
+    def bugs(self) -> Bugs:
+        """Counts the bugs of the server."""
+        return self._usage.bugs
+
+    @bookkeeping(nothing)
+    def _count(self, attempt: Attempt, exc: BaseException | None) -> None:
+        """Count an attempt that has ended, well or with *exc*."""
+        record, attempts = attempt.request.record, self.meter.attempts
+        if exc is None:
+            attempts["ok"].value += 1
+        elif isinstance(exc, ProviderFault):
+            if exc.attempt_outcome:
+                attempts[exc.attempt_outcome].value += 1
+        elif isinstance(exc, asyncio.CancelledError) and record.outcome.sent_at:
+            attempts["cancelled"].value += 1
+        if record.trace is not None:
+            record.trace.attempt_ended(self._end_of(attempt, exc))
+
+    @bookkeeping(nothing)
     def _bill(self, attempt: Attempt, exc: BaseException | None) -> Part | None:
         """Return what *attempt*, which has ended, well or with *exc*, has cost, and note it in the
         outcome; None if that is nothing.

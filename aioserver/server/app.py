@@ -173,7 +173,7 @@ async def open_server(
 
     lifetime = Lifetime(chat.streams, aliased)
     async with AsyncExitStack() as stack:
-        usage = Usage(metrics.usage, worker=worker, counts=metrics.usage_lines)
+        usage = Usage(metrics.usage, worker=worker, counts=metrics.usage_lines, bugs=metrics.bugs)
         # Closed last: it hears of answers to the end.
         stack.callback(usage.close)
         usage.prepare(settings.usage)()

@@ -444,6 +444,9 @@ class StreamsOnly:
     def ended(self, token: int) -> None:
         """Note nothing."""
 
+    async def settled(self) -> None:
+        """Wait for nothing."""
+
     async def agree_on_sessions(self, _sessions: object) -> None:
         """Agree on nothing."""
 

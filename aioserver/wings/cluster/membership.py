@@ -52,6 +52,8 @@ logger = logging.getLogger("aioserver.cluster")
 # Seconds in which the others are told that this instance is no more; a server that is away hears
 # nothing.
 LEAVE_TIMEOUT = 1.0
+# Seconds in which what killed instances had is freed, before this one serves.
+SETTLE_TIMEOUT = 1.0
 # Seconds for the instances' agreement on a secret; until the next one, which brings the secret back
 # to a server that has lost it, and after one that has failed.
 AGREE_TIMEOUT, AGREE_EVERY, AGREE_AGAIN = 1.0, 60.0, 5.0
@@ -135,6 +137,11 @@ class Membership:
         self._patient = patient and fixed is None
         self._joined = asyncio.Event()
         self._agreeing: asyncio.Task[None] | None = None
+        # The tokens of instances that have ended, until the members are known; and whether all
+        # that they had is free.
+        self._gone: set[int] = set()
+        self._freed = asyncio.Event()
+        self._freed.set()
         self._streams: RemoteStreams | None = None
         self._totals: Totals | None = None
 
@@ -222,9 +229,34 @@ class Membership:
         """Note that the instance with *token* has ended for certain: its places are free now, and
         not after its lease.
         """
-        for name in self.leases.members:
-            if name.endswith(f"-{token:08x}"):
-                self.leases.ended(name)
+        self._gone.add(token)
+        self._freed.clear()
+        self._tell_ends()
+
+    async def settled(self) -> None:
+        """Wait until what instances had that have ended is free, for SETTLE_TIMEOUT at most: the
+        server may be away.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_TIMEOUT):
+                await self._freed.wait()
+
+    def _tell_ends(self) -> None:
+        """Tell the server of the members that have ended, once it has said who is one."""
+        members = self.leases.members
+        if not members:
+            return
+        gone, self._gone = {f"{token:08x}" for token in self._gone}, set()
+        ended = [name for name in members if name.rpartition("-")[2] in gone]
+        for name in ended:
+            self.leases.ended(name)
+        if not ended and not self.leases.freeing:
+            self._freed.set()
+
+    def _members_changed(self) -> None:
+        if self._gone:
+            self._tell_ends()
+        self.limits.instances_changed()
 
     async def open(self, *, clear: bool = False) -> None:
         """Connect, and share. A server that is not there is looked for in the background.
@@ -270,7 +302,8 @@ class Membership:
             times=self._times,
             on_due=on_due,
             on_state=self._state_changed,
-            on_members=lambda: self.limits.instances_changed(),
+            on_members=self._members_changed,
+            on_freed=lambda: self._freed.set(),
             on_told=lambda *told: self.limits.told(*told),
         )
 

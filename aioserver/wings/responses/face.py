@@ -398,7 +398,12 @@ async def write(
     if stream.whole is not None:
         return await openai.write_kept(context, request, stream)
     context.gateway.lifetime.let_go(stream)
-    body = newest(stream, status or ("cancelled" if stream.end_status == CANCELLED else ""))
+    if stream.end_status == CANCELLED:
+        status = status or "cancelled"
+    elif stream.ending is not None:
+        # Whoever reads that it is complete goes on with it, perhaps at another instance.
+        status = "in_progress"
+    body = newest(stream, status)
     return await stored_face.write(context, request, body)
 
 
