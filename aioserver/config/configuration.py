@@ -364,9 +364,10 @@ def _warnings(settings: Settings, document: Document) -> Iterator[Fault]:
         if not settings.llm.providers[name].simulated and _leads_here(base_url, settings):
             message = "it leads back to this server: every request would go in a circle"
             yield document.fault((*path[:-1], "base_url"), message)
-        if settings.llm.providers[name].messages == AUTO and "//api.anthropic.com" in base_url:
+        chosen, messages = (*path[:-1], "messages"), settings.llm.providers[name].messages
+        if messages == AUTO and document.written(chosen) and "//api.anthropic.com" in base_url:
             message = "it speaks messages: nothing is to be found out (write true)"
-            yield document.fault((*path[:-1], "messages"), message)
+            yield document.fault(chosen, message)
     for name in settings.llm.models:
         if not settings.llm.usable(name):
             message = "no member has its key, so nobody can ask for it"

@@ -230,7 +230,7 @@ class Provider(SettingsClass):
         "whether it speaks Anthropic's Messages API, below the same base_url; false: requests for "
         "that API never go to it; auto: it is asked until it answers 404, 405 or 501 there, and "
         "requests are translated to chat completions from then on; bridge: they always are",
-        False,
+        AUTO,
     )
     responses: bool = setting(
         boolean,
