@@ -200,7 +200,9 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, eq=False):
                 continue
             missing = " and ".join(
                 dict.fromkeys(
-                    _missing(llm.providers[member.provider]) for member in llm.members(name)
+                    _missing(llm.providers[member.provider])
+                    for link in llm.chain(name)
+                    for member in llm.members(link)
                 )
             )
             if name == llm.active:

@@ -53,9 +53,8 @@ from aioserver.providers.sinks import end_with_error
 from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
-    from aioserver.config import settings
     from aioserver.config.settings import Llm
     from aioserver.gateway.hooks import Hooks
     from aioserver.gateway.request import Request
@@ -98,9 +97,10 @@ class Router:
         """
         # All providers that are configured, by name.
         self.providers, self._llm = providers, llm
-        self.groups = {
-            name: self._group(name, configured) for name, configured in llm.models.items()
-        }
+        groups: dict[str, Group] = {}
+        self.groups = {name: self._group(llm.aliased(name), groups) for name in llm.models}
+        for name, group in groups.items():
+            group.fallbacks = [self._target(link) for link in llm.chain(name)[1:]]
         # Names that end with `*`, the longest first.
         self._stems = sorted(
             (name[:-1] for name in self.groups if name.endswith("*")), key=len, reverse=True
@@ -124,21 +124,27 @@ class Router:
             name for provider in providers.values() for name in provider.settings.pass_headers
         )
 
-    def _group(self, name: str, configured: settings.Group) -> Group:
-        """Return the group *name*, which goes on counting if it is there already."""
-        members = [
-            Member(
-                self.providers[member.provider],
-                member.model,
-                member.weight or 1,
-                member.max_context,
-            )
-            for member in configured.members
-        ]
+    def _group(self, name: str, made: dict[str, Group]) -> Group:
+        """Return the group *name*, which goes on counting if it is there already; *made* has those
+        that are made by the settings of now.
+        """
+        if name in made:
+            return made[name]
+        llm, parts = self._llm, list[Member | Group]()
+        configured = llm.models[name]
+        for entry in configured.members:
+            inner = llm.group_in(entry)
+            if inner is not None:
+                parts.append(self._group(llm.aliased(inner), made))
+                continue
+            provider, weight = self.providers[entry.provider], entry.weight or 1
+            parts.append(Member(provider, entry.model, weight, entry.max_context))
         group = self.groups.get(name)
-        if group is None:
-            return Group(name, members, configured.choose, configured.affinity)
-        group.apply(members, configured.choose, configured.affinity)
+        if group is None or group.name != name:
+            group = Group(name, parts, configured.choose, configured.affinity)
+        else:
+            group.apply(parts, configured.choose, configured.affinity)
+        made[name] = group
         return group
 
     def _target(self, name: str) -> Group:
@@ -159,9 +165,9 @@ class Router:
     @property
     def active(self) -> Provider:
         """The provider that is asked first if a request names none."""
-        members = self._active.members
-        usable = (member for member in members if member.settings.usable)
-        return next(usable, members[0]).provider
+        groups = (self._active, *self._active.fallbacks)
+        usable = (member for group in groups for member in group.members if member.settings.usable)
+        return next(usable, self._active.members[0]).provider
 
     @property
     def active_group(self) -> str | None:
@@ -173,7 +179,7 @@ class Router:
         """The names of those that are asked where the active provider or group fails."""
         return [
             group.name or group.members[0].provider.name
-            for group in self._others(self._active, CHAT)
+            for group in self._others(self._active, CHAT, self._active.fallbacks)
         ]
 
     @property
@@ -258,17 +264,17 @@ class Router:
         """Return the route to *group*.
 
         Raises:
-            ModelNotFound: none of its members can be asked.
+            ModelNotFound: neither its members can be asked, nor its fallbacks.
         """
-        members = group.usable(api)
-        if not members:
-            if any(member.settings.usable for member in group.members):
-                raise ModelNotFound(
-                    f"no provider of {group.name} speaks {api.name}: {self._speaking(api)}"
-                )
-            raise ModelNotFound(f"no provider of {group.name} is usable")
-        first = members[0]
-        return Route(first.provider, first.model, group)
+        for index, each in enumerate((group, *group.fallbacks)):
+            if members := each.usable(api):
+                first, then = members[0], group.fallbacks[index:]
+                return Route(first.provider, first.model, each, then=then)
+        if any(member.settings.usable for member in group.members):
+            raise ModelNotFound(
+                f"no provider of {group.name} speaks {api.name}: {self._speaking(api)}"
+            )
+        raise ModelNotFound(f"no provider of {group.name} is usable")
 
     def _first(self, api: Api) -> Group:
         """Return the first, of the active provider or group and the fallbacks, that speaks *api*.
@@ -278,7 +284,7 @@ class Router:
             NoProvider: the active one does, and is not usable.
         """
         active = self._active
-        if active.usable(api):
+        if active.usable(api) or any(group.usable(api) for group in active.fallbacks):
             return active
         if any(api.speaks(member.settings) for member in active.members):
             raise NoProvider(f"the active provider {self._llm.active} is not usable")
@@ -301,15 +307,28 @@ class Router:
             return f"no provider does, by its setting `{api.setting}`"
         return f"the model may name one that does: {', '.join(names)}"
 
-    def _others(self, first: Group, api: Api) -> list[Group]:
-        """Return the fallbacks that may be asked instead of *first*, in their order: those that
-        speak *api*.
+    def _others(self, first: Group, api: Api, then: Sequence[Group] = ()) -> list[Group]:
+        """Return *then* and the fallbacks that may be asked instead of *first*, in their order:
+        those that speak *api*.
         """
-        return [
-            group
-            for group in self._fallbacks
-            if group is not first and not _same(group, first) and group.usable(api)
-        ]
+        others: list[Group] = []
+        links = [link for group in self._fallbacks for link in (group, *group.fallbacks)]
+        for group in (*then, *links):
+            known = (first, *others)
+            if not any(group is other or _same(group, other) for other in known) and (
+                group.usable(api)
+            ):
+                others.append(group)
+        return others
+
+    def _after(self, route: Route, api: Api) -> list[Group]:
+        """Return the groups that may be asked where that of *route* has nobody left."""
+        first = route.group
+        if first is None or route.pinned:
+            return []
+        if route.fallbacks:
+            return self._others(first, api, route.then)
+        return [group for group in route.then if group.usable(api)]
 
     def _named(self, name: str) -> Provider:
         """Return the provider *name*.
@@ -389,9 +408,7 @@ class Router:
         route, api = request.route, request.provider_request.api
         if (first := route.group) is None:
             return [(route.provider, route.model)]
-        groups = [first]
-        if route.fallbacks and not route.pinned:
-            groups += self._others(first, api)
+        groups = [first, *self._after(route, api)]
         alone = len(first.members) == 1
         return [
             (member.provider, route.model if alone and group is first else member.model)
@@ -491,9 +508,9 @@ class Router:
         """
         route, outcome = request.route, request.provider_request.outcome
         groups = [first]
-        if self._fallbacks and route.fallbacks and not route.pinned:
+        if route.then or (self._fallbacks and route.fallbacks):
             # A fallback uses its own model.
-            groups += self._others(first, request.provider_request.api)
+            groups += self._after(route, request.provider_request.api)
         tries: list[Try] = []
         # The largest `max_context` of members for which the request was too long.
         too_small = 0
