@@ -161,13 +161,15 @@ group = Validator(
 )
 
 
-def _name(value: Any) -> str:
-    """Accept the name of a model, which may end with `*` for all names that begin so."""
+def _name(value: Any, all_names: str = "llm.active is asked for what nobody else has") -> str:
+    """Accept the name of a model, which may end with `*` for all names that begin so; *all_names*
+    says what to do for all.
+    """
     if not isinstance(value, str) or not 0 < len(value) <= 256:
         refuse("expected a name of 1 to 256 characters")
     stem = value.removesuffix("*")
     if not stem:
-        refuse("* alone would take every name (llm.active is asked for what nobody else has)")
+        refuse(f"* alone would take every name ({all_names})")
     if not stem.isprintable() or " " in stem or "*" in stem:
         refuse("expected printable characters without a space, and * at the end only")
     return value
@@ -176,3 +178,11 @@ def _name(value: Any) -> str:
 name = Validator(
     "name of a model", _name, json={"type": "string", "pattern": r"^[^\s*]{1,256}\*?$"}
 )
+
+
+def _asked(value: Any) -> str:
+    return _name(value, "without this list the caller may ask for all")
+
+
+# A name that a caller may ask for.
+asked = Validator(name.kind, _asked, json=name.json)

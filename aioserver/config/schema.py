@@ -427,6 +427,11 @@ def describe(value: object) -> str:
             return "a section of keys"
 
 
+def quoted(name: str, most: int = 64) -> str:
+    """Return *name*, which a client has written, in quotes, with *most* characters of it."""
+    return json.dumps(name if len(name) <= most else f"{name[:most]}…", ensure_ascii=False)
+
+
 def show(value: object, most: int = MAX_SHOWN) -> str:
     """Describe the wrong *value* of a setting that holds no secret, and quote it if it has no more
     than *most* characters.

@@ -3,11 +3,14 @@
 A validator returns the value to keep, or raises `vol.Invalid`. Its message shows the value that it
 refuses if that is short, and no value of a setting that may hold a secret; it quotes limits and
 bounds, and says what to write instead (hints.py).
+
+This file is one concept: all that a single value may be.
 """
 
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import voluptuous as vol
@@ -288,6 +291,19 @@ def _network(value: Any) -> str:
         )
 
 
+def _moment(value: Any) -> str:
+    """Accept a date, or a date and a time of day, and return both in UTC (RFC 3339)."""
+    expected = "a date, or a time such as 2027-01-31T18:00:00Z"
+    if not isinstance(value, str):
+        refuse(f"expected {expected}, not {show(value)}")
+    try:
+        moment = datetime.fromisoformat(value)
+        moment = moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
+    except (ValueError, OverflowError):
+        refuse(f"expected {expected}, not {show(value, 30)}")
+    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
 def _log_format(value: Any) -> str:
     """Accept json and console.
 
@@ -383,6 +399,9 @@ route = text(
     'a path such as "/ws/chat" that no other route has',
     shown=True,
 )
+
+# A date alone has 10 characters.
+moment = Validator("time", _moment, json=matching(r"[0-9TtZzW:., +-]{8,40}"))
 
 # Words.
 boolean = Validator("true or false", _boolean, json={"type": "boolean"})

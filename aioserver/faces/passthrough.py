@@ -99,7 +99,8 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
     upload, body = await _take_body(context, request, hold, pace)
     model = body.model if body is not None else None
     provider = request.headers.get(PROVIDER)
-    route = context.router.route(model, provider)
+    caller = caller_of(request, None if body is None else body.user)
+    route = context.router.route(model, provider, caller=caller, unread=model is None)
     # The members of a group get their own models, however it was named.
     name = provider if provider in context.router.groups else route.group and route.group.name
     by_group = bool(name)
@@ -119,7 +120,7 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
         _body_headers(request, upload),
         upload=upload,
         pace=pace,
-        caller=caller_of(request, None if body is None else body.user),
+        caller=caller,
         model=route.model or model,
         hold=hold,
         client_headers=client_headers(context, request),

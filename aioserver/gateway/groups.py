@@ -5,6 +5,8 @@ that can answer a request: the first that can start it, the least busy, or by we
 queue of its own. Where no member has a place, the request stands in the line of each
 (limits/lines.py) and starts at the first place that is offered, so that each provider's places are
 shared fairly by all who ask for it, whatever name they use.
+
+This file is one concept: which member starts a request.
 """
 
 from __future__ import annotations

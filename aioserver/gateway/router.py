@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, cast
 from aioserver.config.hints import nearest
 from aioserver.config.llm import NO_CONTINUATION
 from aioserver.config.models import PASS, PREFIX
-from aioserver.config.schema import show
+from aioserver.config.schema import quoted
 from aioserver.errors import AioserverError, ModelNotFound
 from aioserver.gateway.asking import Asking, Try, begun, final_try, too_long
 from aioserver.gateway.continuation import say_rest
@@ -55,6 +55,7 @@ from aioserver.tracebacks import forget_frames
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
+    from aioserver.auth.callers import Caller
     from aioserver.config.settings import Llm
     from aioserver.gateway.hooks import Hooks
     from aioserver.gateway.request import Request
@@ -63,6 +64,10 @@ if TYPE_CHECKING:
     from aioserver.providers.provider import Provider
     from aioserver.providers.request import Answer
     from aioserver.streams.stream import Stream
+
+
+# Names in the message of a refusal.
+MAX_NAMED = 8
 
 
 class Router:
@@ -187,15 +192,28 @@ class Router:
         """Whether the active provider, or a member of the active group, can be asked."""
         return self.active.settings.usable
 
-    def route(self, model: str | None, provider: str | None = None, *, api: Api = CHAT) -> Route:
+    def route(
+        self,
+        model: str | None,
+        provider: str | None = None,
+        *,
+        caller: Caller,
+        api: Api = CHAT,
+        unread: bool = False,
+    ) -> Route:
         """Return where a request of *api* with this *model* and *provider* goes.
 
+        *unread* says that nobody has read which model it is for, since it is in a body that passes,
+        or the provider chooses: it may be any.
+
         Raises:
-            ModelNotFound: the request names a provider that is not configured, or not usable; or a
-                model that nobody has, where these are refused; or who is named does not speak
-                *api*, or none that may be asked does.
+            ModelNotFound: *caller* may not ask for it; the request names a provider that is not
+                configured, or not usable; or a model that nobody has, where these are refused; or
+                who is named does not speak *api*, or none that may be asked does.
             NoProvider: the request names none, and the active provider is not usable.
         """
+        if caller.models is not None:
+            self._check_allowed(caller, model, provider, unread=unread)
         if provider is not None:
             if (group := self.groups.get(provider)) is not None:
                 return self._to(group, api)
@@ -217,6 +235,37 @@ class Router:
                 f"{self._speaking(api)}"
             )
         return route
+
+    def _check_allowed(
+        self, caller: Caller, model: str | None, provider: str | None, *, unread: bool
+    ) -> None:
+        """Refuse what *caller* may not ask for.
+
+        Raises:
+            ModelNotFound: it may not.
+        """
+        target = self._llm.active if provider is None and (model is None or unread) else provider
+        group = None if target is None else self.groups.get(target)
+        if target is None:
+            names = [model or ""]
+        elif unread:
+            groups = () if group is None else (group, *group.fallbacks)
+            asked = [member.provider.name for each in groups for member in each.members]
+            names = [f"{name}/" for name in dict.fromkeys(asked or [target])]
+        elif group is not None:
+            names = [target]
+        else:
+            known = self.providers.get(target)
+            own = None if known is None else known.settings.model
+            names = [f"{target}/{model or own}"]
+            if model in {None, own}:
+                # The name of a provider stands for its own model.
+                names.insert(0, target)
+        if all(map(caller.may_ask_all, names)) if unread else any(map(caller.may_ask, names)):
+            return
+        refused = f"every model of {names[0]}" if unread else quoted(names[0])
+        allowed = ", ".join((caller.models or ())[:MAX_NAMED])
+        raise ModelNotFound(f"this key may not ask for {refused}: it may ask for {allowed}")
 
     def _by_name(self, model: str, api: Api) -> Route | None:
         """Return where a request of *api* for *model* goes, if that name leads anywhere; otherwise
@@ -243,7 +292,9 @@ class Router:
         if listed is not None and listed.usable(api):
             return self._to(listed, api)
         if self._llm.unknown_models != PASS:
-            raise ModelNotFound(f"no model is named {show(model)}{nearest(model, self._names())}")
+            raise ModelNotFound(
+                f"no model is named {quoted(model)}{nearest(model, self._names())}"
+            )
         return None
 
     def _group_of(self, model: str) -> Group | None:
@@ -341,7 +392,7 @@ class Router:
             usable = ", ".join(
                 other_name for other_name, other in self.providers.items() if other.settings.usable
             )
-            raise ModelNotFound(f"no usable provider is named {name[:64]!r}; there are: {usable}")
+            raise ModelNotFound(f"no usable provider is named {quoted(name)}; there are: {usable}")
         return provider
 
     async def fill(self, request: Request, stream: Stream) -> None:

@@ -60,7 +60,7 @@ def request_of(
     router: Router, model: str | None = None, *, provider: str | None = None, body: bytes = b"{}"
 ) -> Request:
     asked = ProviderRequest(CHAT, lambda _settings, _model: body, streamed=False)
-    return Request(router.route(model, provider), asked, "openai", "r")
+    return Request(router.route(model, provider, caller=NO_CALLER), asked, "openai", "r")
 
 
 async def pass_on(router: Router, model: str) -> Answer:
@@ -76,7 +76,9 @@ async def pass_on(router: Router, model: str) -> Answer:
         hold=None,
         client_headers=NO_HEADERS,
     )
-    return await router.pass_on(Request(router.route(model), passed, "openai", "r"))
+    return await router.pass_on(
+        Request(router.route(model, caller=NO_CALLER), passed, "openai", "r")
+    )
 
 
 async def asking(count: int, router: Router, model: str) -> list[asyncio.Task[Answer]]:
@@ -118,7 +120,7 @@ def test_a_name_leads_to_its_group_before_anything_else_knows_it() -> None:
         )
 
         def way(model: str | None, provider: str | None = None) -> tuple[str, str | None, bool]:
-            route = router.route(model, provider)
+            route = router.route(model, provider, caller=NO_CALLER)
             return route.provider.name, route.model, route.fallbacks
 
         assert way("fast") == ("b", "small", False)
@@ -130,8 +132,8 @@ def test_a_name_leads_to_its_group_before_anything_else_knows_it() -> None:
         assert way("b/x") == ("b", "x", False)
         assert way("unknown") == ("a", "unknown", True)
         assert way(None) == ("a", None, True)
-        assert router.route("smart").group is router.groups["smart"]
-        assert router.route("b").group is None
+        assert router.route("smart", caller=NO_CALLER).group is router.groups["smart"]
+        assert router.route("b", caller=NO_CALLER).group is None
 
     run_virtually(scene())
 
@@ -145,16 +147,16 @@ def test_who_lists_a_model_gets_it_and_a_providers_own_model_is_not_enough() -> 
         }
         router = router_over(providers)
 
-        assert router.route("both").provider.name == "a"
-        assert router.route("both").fallbacks
-        theirs = router.route("theirs")
+        assert router.route("both", caller=NO_CALLER).provider.name == "a"
+        assert router.route("both", caller=NO_CALLER).fallbacks
+        theirs = router.route("theirs", caller=NO_CALLER)
         assert (theirs.provider.name, theirs.model, theirs.fallbacks) == ("b", "theirs", False)
         assert theirs.group is not None
         assert theirs.group.name == ""
         # The names that are shown at the start are those that lead there.
         assert llm_of(providers, "a").bare_routes() == {("b", "c"): ["theirs"]}
         # Nobody is paid, and no text leaves, unasked.
-        assert router.route("b-model").provider.name == "a"
+        assert router.route("b-model", caller=NO_CALLER).provider.name == "a"
 
         providers["b"].fault = lambda _model: ProviderError("no")
         answer = await ask(router, "theirs")
@@ -170,11 +172,11 @@ def test_a_model_that_nobody_has_can_be_refused() -> None:
             dict(providers), "a", models={"smart": group("b")}, unknown_models="refuse"
         )
         for known in ("a", "a/anything", "a-model", "large", "listed", "smart", None):
-            router.route(known)
+            router.route(known, caller=NO_CALLER)
         with pytest.raises(ModelNotFound, match=r'"smrt" \(did you mean smart\?\)'):
-            router.route("smrt")
+            router.route("smrt", caller=NO_CALLER)
         with pytest.raises(ModelNotFound):
-            router.route("b-model")
+            router.route("b-model", caller=NO_CALLER)
 
     run_virtually(scene())
 

@@ -14,8 +14,9 @@ from collections import OrderedDict
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from aioserver.auth.callers import SKEW
 from aioserver.auth.keys import caller_of, limit, quota_of
-from aioserver.auth.tokens import PREFIX, SKEW, Tokens, Undecided
+from aioserver.auth.tokens import PREFIX, Tokens, Undecided
 from aioserver.config.certificates import day
 from aioserver.config.schema import fields
 from aioserver.config.settings import ClientKey, Limits
@@ -151,8 +152,19 @@ class TokenCallers(Tokens):
         return self._remember(digest, unverified.verified(keys))
 
     def _remember(self, digest: bytes, claims: Claims) -> Caller:
-        """Return the caller of a token that was verified just now, and remember it."""
+        """Return the caller of a token that was verified just now, and remember it.
+
+        Raises:
+            TokenRefused: its role has expired.
+            ServerAtCapacity: as `_person`.
+        """
         name, role, expiry = claims
+        # The role holds until then, whatever the clock of the issuer says.
+        assert self._jwt is not None
+        until = self._jwt.limits[role].expires_at
+        if self._clock() >= until:
+            raise refused(f"the role {role} has expired")
+        expiry = min(expiry, until - SKEW)
         person = self._person(PREFIX + name, role)
         caller = self._caller(PREFIX + name, role, person, expiry - self._clock())
         self._verified[digest] = _Verified(caller, person, expiry)
@@ -219,7 +231,10 @@ class TokenCallers(Tokens):
         """Return the caller of a session; see `Tokens.of_session`."""
         if self._jwt is None or role not in self._jwt.limits:
             return None
-        name = PREFIX + name
+        left = self._jwt.limits[role].expires_at - self._clock()
+        if left <= 0:
+            return None
+        name, seconds = PREFIX + name, min(seconds, left - SKEW)
         return self._caller(name, role, self._person(name, role), seconds)
 
     def current(self, caller: Caller) -> Caller | None:
@@ -228,7 +243,10 @@ class TokenCallers(Tokens):
         limits = None if self._jwt is None else self._jwt.limits.get(caller.role)
         if person is None or limits is None or person.quota is not caller.quota:
             return None
-        role, expires = caller.role, caller.expires
+        left = limits.expires_at - self._clock()
+        if left <= 0:
+            return None
+        role, expires = caller.role, min(caller.expires, self._monotonic() + left - SKEW)
         return caller_of(caller.name, limits, person.quota, role=role, expires=expires)
 
     def quotas(self) -> Mapping[str, Quota]:
