@@ -150,7 +150,8 @@ async def _background(context: Context, body: ModelBody, caller: Caller) -> Back
     """
     route = context.router.route(body.model, caller=caller)
     provider, frame = route.provider, None
-    if provider.memory(Learned).bridged:
+    # The simulator ends with its process, too, and leaves the background to us.
+    if provider.memory(Learned).bridged or provider.settings.simulated:
         asked = openai.body_for(body, provider.settings, route.model)
         # Its attempts say what is wrong with it.
         with contextlib.suppress(InvalidRequest):
