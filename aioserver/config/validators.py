@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Any
 import voluptuous as vol
 
 from aioserver.config import hints
+from aioserver.config.hints import MAX_SHOWN, most_like
 from aioserver.config.schema import (
     FAULTY,
-    MAX_SHOWN,
     Faults,
     Secret,
     Validator,
     WrongShape,
     describe,
-    most_like,
     refuse,
     show,
 )
@@ -300,8 +299,23 @@ def _moment(value: Any) -> str:
         moment = datetime.fromisoformat(value)
         moment = moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
     except (ValueError, OverflowError):
-        refuse(f"expected {expected}, not {show(value, 30)}")
+        refuse(f"expected {expected}, not {show(value)}")
     return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _host(value: Any) -> str:
+    """Accept one address or name to listen on; an IPv6 address may stand in brackets, as in URLs."""
+    if isinstance(value, list) or (isinstance(value, str) and re.search(r"[,\s]", value)):
+        several = "0.0.0.0 and :: listen on every address; systemd can pass several sockets"
+        refuse(f"expected one address ({several}: docs/install.md)")
+    host: str = line(value)
+    if "/" in host:
+        refuse(
+            "expected an address: a UNIX socket is passed by systemd, ListenStream= of its .socket "
+            "unit (docs/install.md)"
+        )
+    inner = host.removeprefix("[").removesuffix("]")
+    return inner if ":" in inner and len(inner) + 2 == len(host) else host
 
 
 def _log_format(value: Any) -> str:
@@ -359,6 +373,7 @@ variable = text(
 )
 
 # Addresses.
+listening = Validator("text", _host, json=matching(r"[^\s,/\x00-\x1f\x7f]+"))
 network = Validator("IP address, network or unix", _network, json=line.json)
 origin = text(
     "origin",

@@ -136,7 +136,7 @@ llm:
 
 
 def test_a_section_without_a_value_is_left_out(file: Path) -> None:
-    text = "llm: {active: m, providers: {m: {base_url: 'http://h', model: m}}}\n"
+    text = "llm: {active: m, providers: {m: {base_url: 'http://h/v1', model: m}}}\n"
 
     for chat in ("chat:\n", "chat:\n  websocket:\n", "chat:\n  websocket:\n    concurrency:\n"):
         configuration = load(chat + text, file)
@@ -459,7 +459,8 @@ def test_a_group_whose_fallback_alone_has_its_key_can_be_active(file: Path) -> N
     configuration = made(file, models, keyed, active="same")
 
     configuration.check_usable()
-    assert not configuration.warnings
+    (warning,) = configuration.warnings
+    assert warning.endswith("llm.models.off.members[0]: KEY_A is not set: this member is off")
     assert configuration.get_http_client_config() == configuration.get_http_client_config("gpu2")
 
 
