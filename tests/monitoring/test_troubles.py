@@ -106,8 +106,8 @@ def test_each_fault_has_a_past() -> None:
 def test_a_provider_that_is_well_again_has_no_trouble_left(ill: dict[str, Any]) -> None:
     troubles = Troubles()
     for tick in range(5):
-        trouble = looked(troubles, 1000.0 + tick, {"connect_error": 3, "tls": 1}, **ill)
-    assert trouble is not None
+        growth = {"connect_error": 3, "tls": 1}
+        assert looked(troubles, 1000.0 + tick, growth, **ill) is not None
 
     assert looked(troubles, 1005.0, {"ok": 1}) is None
     assert looked(troubles, 1006.0, {"ok": 1, "connect_error": 1}) is None
