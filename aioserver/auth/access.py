@@ -88,7 +88,7 @@ class Access:
         """Return the caller with *key*, which may be a token.
 
         Raises:
-            InvalidApiKey: it is no key that is known, and no token that is good.
+            InvalidApiKey: it is no key that is known and valid, and no token that is good.
             Undecided, PermissionDenied, AuthUnavailable, ServerAtCapacity: see `Tokens.caller`.
         """
         digest = hashlib.sha256(key).digest()

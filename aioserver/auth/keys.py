@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import time
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aioserver.auth.callers import Caller
+from aioserver.auth.callers import SKEW, Caller
 from aioserver.auth.sessions import Sessions, name_in
 from aioserver.errors import InvalidApiKey, SessionEnded
 from aioserver.limits.budget import Budget
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     MakeQuota = Callable[[ClientKey], Quota]
 
 UNKNOWN = "this API key is not known"
+EXPIRED = "this API key has expired"
 ENDED = "this session has ended: log in again"
 
 
@@ -35,6 +38,12 @@ class _Key(msgspec.Struct, frozen=True):
     digest: bytes
     caller: Caller
     quota: Quota
+    # When it expires, in wall time.
+    expires: float
+
+    def valid(self, clock: Callable[[], float]) -> bool:
+        """Return whether it has not expired."""
+        return self.expires == inf or clock() < self.expires
 
 
 def quota_of(key: ClientKey) -> Quota:
@@ -64,7 +73,13 @@ def caller_of(name: str, limits: Limits, quota: Quota, **token: Any) -> Caller:
     """Return the caller *name*, which has *limits* and *quota*; *token*: see `Caller`."""
     batch = limits.class_ == BATCH
     return Caller(
-        name, priority=limits.priority, batch=batch, admin=limits.admin, quota=quota, **token
+        name,
+        priority=limits.priority,
+        batch=batch,
+        admin=limits.admin,
+        quota=quota,
+        models=limits.models,
+        **token,
     )
 
 
@@ -76,9 +91,15 @@ class Keys:
     """
 
     def __init__(
-        self, sessions: Sessions | None = None, *, make_quota: MakeQuota = quota_of
+        self,
+        sessions: Sessions | None = None,
+        *,
+        make_quota: MakeQuota = quota_of,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._sessions = Sessions() if sessions is None else sessions
+        # Wall time: keys expire by it.
+        self._clock = clock
         self._make_quota = make_quota
         self._by_name: dict[str, _Key] = {}
         self._by_digest: dict[bytes, _Key] = {}
@@ -102,8 +123,11 @@ class Keys:
                 if old_key is not None:
                     # Another key of the same caller: what it has used today stays used.
                     quota.take_over(old_key.quota)
-            caller = caller_of(settings.name, settings, quota)
-            new[settings.name] = _Key(digest, caller, quota)
+            expires = settings.expires_at
+            # No clock is out of step here, for which connections would wait.
+            left = expires - self._clock() - SKEW
+            caller = caller_of(settings.name, settings, quota, expires=time.monotonic() + left)
+            new[settings.name] = _Key(digest, caller, quota, expires)
         self._by_name = new
         self._by_digest = {key.digest: key for key in new.values()}
         revoked = {
@@ -116,18 +140,24 @@ class Keys:
         return frozenset(revoked)
 
     def find(self, digest: bytes) -> Caller | None:
-        """Return the caller with the key whose SHA-256 is *digest*; None if nobody has it."""
+        """Return the caller with the key whose SHA-256 is *digest*; None if nobody has it.
+
+        Raises:
+            InvalidApiKey: the key has expired.
+        """
         entry = self._by_digest.get(digest)
         # In constant time, although the time that the look-up of a hash takes reveals no key.
         if entry is None or not hmac.compare_digest(entry.digest, digest):
             return None
+        if not entry.valid(self._clock):
+            raise InvalidApiKey(EXPIRED)
         return entry.caller
 
     def caller(self, key: bytes) -> Caller:
         """Return the caller with the key *key*.
 
         Raises:
-            InvalidApiKey: no caller has this key.
+            InvalidApiKey: no caller has this key, or it has expired.
         """
         if (caller := self.find(hashlib.sha256(key).digest())) is None:
             raise InvalidApiKey(UNKNOWN)
@@ -136,7 +166,9 @@ class Keys:
     def current(self, caller: Caller) -> Caller | None:
         """Return *caller* as its key is configured now; None if that key is no longer valid."""
         key = self._by_name.get(caller.name)
-        return key.caller if key is not None and key.quota is caller.quota else None
+        if key is None or key.quota is not caller.quota or not key.valid(self._clock):
+            return None
+        return key.caller
 
     def quotas(self) -> dict[str, Quota]:
         """Return the quotas of all valid keys, by their names."""
@@ -148,7 +180,9 @@ class Keys:
         Raises:
             KeyError: *caller* has no key.
         """
-        return self._sessions.make(caller.name, self._by_name[caller.name].digest)
+        key = self._by_name[caller.name]
+        until = None if key.expires == inf else key.expires
+        return self._sessions.make(caller.name, key.digest, until)
 
     def resume(self, session: str) -> Caller:
         """Return the caller with the session *session*.
@@ -157,6 +191,8 @@ class Keys:
             SessionEnded: no caller has this session, it is too old, or its key is no longer valid.
         """
         key = self._by_name.get(name_in(session))
-        if key is not None and self._sessions.seconds(session, key.digest):
+        if key is None or not key.valid(self._clock):
+            raise SessionEnded(ENDED)
+        if self._sessions.seconds(session, key.digest):
             return key.caller
         raise SessionEnded(ENDED)

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Jwt
     from aioserver.limits.quota import Quota
 
-# Seconds by which the clocks of an issuer and of this machine may differ: a token is taken for so
-# long after it has expired.
-SKEW = 30.0
 # What the name of a caller with a token begins with; no key has a colon in its name.
 PREFIX = "jwt:"
 

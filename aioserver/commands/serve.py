@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import json
 import logging
 import os
 import signal
@@ -53,7 +54,8 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     environ = dict(os.environ)
     if host is not None:
-        environ["AIOSERVER__CHAT__WEBSOCKET__HOST"] = host
+        # In quotes, since YAML has another use for brackets.
+        environ["AIOSERVER__CHAT__WEBSOCKET__HOST"] = json.dumps(host)
     if port is not None:
         environ["AIOSERVER__CHAT__WEBSOCKET__PORT"] = str(port)
     try:

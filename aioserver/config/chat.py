@@ -14,6 +14,7 @@ from aioserver.config.validators import (
     days,
     line,
     list_of,
+    listening,
     one_of,
     optional,
     origin,
@@ -122,7 +123,9 @@ class WebSocket(SettingsClass):
     """The address of the server, and what holds for its clients on every face."""
 
     host: str = setting(
-        line, "address to listen on; beyond loopback: needs auth.keys or auth.open", "localhost"
+        listening,
+        "address to listen on; beyond loopback: needs auth.keys or auth.open",
+        "localhost",
     )
     port: int = setting(port_number, "TCP port to listen on; 0: any free port", 8000)
     endpoint: str = setting(route, "path of the WebSocket face", "/ws/chat")

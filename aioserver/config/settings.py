@@ -10,6 +10,8 @@ This file is one concept: what stands beside `chat` and `llm`, each section as i
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+from math import inf
 from typing import ClassVar
 
 from aioserver.config.chat import (
@@ -27,7 +29,7 @@ from aioserver.config.chat import (
     WebSocket,
 )
 from aioserver.config.llm import HttpClient, Llm, Provider
-from aioserver.config.models import Group, Member
+from aioserver.config.models import Group, Member, asked
 from aioserver.config.schema import (
     FAULTY,
     BrokenRule,
@@ -54,6 +56,7 @@ from aioserver.config.validators import (
     log_format,
     log_level,
     mapping_of,
+    moment,
     network,
     one_of,
     optional,
@@ -151,13 +154,34 @@ class Limits(SettingsClass):
         "and use account_paths of a provider",
         False,
     )
+    models: tuple[str, ...] | None = setting(
+        optional(list_of(asked)),
+        "names of models that the caller may ask for, each as its requests write it; one that ends "
+        "with * stands for all that begin so; any other: 404; null: all",
+        None,
+    )
+    expires: str | None = setting(
+        optional(moment),
+        "time at which the caller is no longer admitted, as 2027-01-31T18:00:00Z; a date alone is "
+        "its first second; UTC where no other offset is written; null: never",
+        None,
+    )
+
+    @property
+    def expires_at(self) -> float:
+        """When the caller is no longer admitted, in seconds of wall time; inf: never."""
+        return inf if self.expires is None else datetime.fromisoformat(self.expires).timestamp()
 
     def __post_init__(self) -> None:
         message = f"must be 0 or >= tokens_per_minute ({self.tokens_per_minute}), not "
+        broken: list[BrokenRule] = []
         if 0 < self.tokens_per_day < self.tokens_per_minute:
-            check_rules(self, (("tokens_per_day",), f"{message}{self.tokens_per_day}"))
-        else:
-            check_rules(self)
+            broken.append((("tokens_per_day",), f"{message}{self.tokens_per_day}"))
+        if self.models == ():
+            broken.append(
+                (("models",), "needs a name (without this list the caller may ask for all)")
+            )
+        check_rules(self, *broken)
 
 
 class ClientKey(Limits):

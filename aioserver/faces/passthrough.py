@@ -99,18 +99,20 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
     upload, body = await _take_body(context, request, hold, pace)
     model = body.model if body is not None else None
     provider = request.headers.get(PROVIDER)
-    route = context.router.route(model, provider)
-    if passage is not Passage.EVERY_KEY and route.group is not None and route.group.name:
+    caller = caller_of(request, None if body is None else body.user)
+    route = context.router.route(model, provider, caller=caller, unread=model is None)
+    # The members of a group get their own models, however it was named.
+    name = provider if provider in context.router.groups else route.group and route.group.name
+    by_group = bool(name)
+    if passage is not Passage.EVERY_KEY and by_group:
         raise InvalidRequest(
-            f"/v1/{path} is of one provider's account, and {route.group.name} may have several: "
+            f"/v1/{path} is of one provider's account, and {name} may have several: "
             f"name the provider in {PROVIDER}"
         )
     if passage is not Passage.EVERY_KEY and not route.provider.settings.account_paths:
         raise NotFound(_closed(path, route.provider.name))
     if model is not None and route.model is None:
         model = route.provider.settings.model
-    # The members of a group get their own models, however it was named.
-    by_group = route.group is not None and bool(route.group.name)
     passed = PassedRequest(
         request.method,
         f"{path}?{query}" if query else path,
@@ -118,7 +120,7 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
         _body_headers(request, upload),
         upload=upload,
         pace=pace,
-        caller=caller_of(request, None if body is None else body.user),
+        caller=caller,
         model=route.model or model,
         hold=hold,
         client_headers=client_headers(context, request),

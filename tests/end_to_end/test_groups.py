@@ -517,6 +517,7 @@ async def test_vectors_are_of_the_first_members_model_alone(make_server: MakeSer
 async def test_messages_go_to_members_that_speak_them(make_server: MakeServer) -> None:
     changes = {
         "llm.models": {"claude": {"members": ["e0", "e1", "e2"]}},
+        "llm.providers.e0.messages": False,
         "llm.providers.e1.messages": True,
         "llm.providers.e2.messages": True,
     }

@@ -109,7 +109,8 @@ async def examine(
             needed = [
                 member.provider
                 for name in (llm.active, *llm.fallbacks)
-                for member in llm.members(name)
+                for link in llm.chain(name)
+                for member in llm.members(link)
             ]
             if only is not None:
                 provider = registry.providers[only]

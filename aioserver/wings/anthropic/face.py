@@ -75,7 +75,7 @@ def prepare_for(
         limit = context.settings.chat.websocket.max_message_size
         body, data = await read_model_body(request, hold, limit)
         key = idempotency_key(request)
-        route = context.router.route(body.model, api=api)
+        route = context.router.route(body.model, caller=request[CALLER], api=api)
         if api is COUNT_TOKENS:
             # Another model counts other tokens.
             route.pinned = True

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from aioserver.auth.tokens import SKEW
+from aioserver.auth.callers import SKEW
 from aioserver.config.settings import DEFAULT_ROLE
 from aioserver.errors import PermissionDenied, TokenRefused
 from aioserver.protocol.json_body import ABSENT

@@ -14,8 +14,9 @@ from collections import OrderedDict
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from aioserver.auth.callers import SKEW
 from aioserver.auth.keys import ENDED, caller_of, limit, quota_of
-from aioserver.auth.tokens import PREFIX, SKEW, Tokens, Undecided
+from aioserver.auth.tokens import PREFIX, Tokens, Undecided
 from aioserver.config.certificates import day
 from aioserver.config.schema import fields
 from aioserver.config.settings import ClientKey, Limits
@@ -151,7 +152,18 @@ class TokenCallers(Tokens):
         return self._remember(digest, unverified.verified(keys))
 
     def _remember(self, digest: bytes, claims: Claims) -> Caller:
-        """Return the caller of a token that was verified just now, and remember it."""
+        """Return the caller of a token that was verified just now, and remember it.
+
+        Raises:
+            TokenRefused: its role has expired.
+            ServerAtCapacity: as `_person`.
+        """
+        # The role holds until then, whatever the clock of the issuer says.
+        assert self._jwt is not None
+        until = self._jwt.limits[claims.role].expires_at
+        if self._clock() >= until:
+            raise refused(f"the role {claims.role} has expired")
+        claims = claims._replace(expiry=min(claims.expiry, until - SKEW))
         person = self._person(PREFIX + claims.name, claims.role)
         caller = self._caller(claims, person)
         self._verified[digest] = _Verified(caller, person, claims.expiry)
@@ -221,7 +233,10 @@ class TokenCallers(Tokens):
         issuer = self._issuer
         if self._jwt is None or issuer is None or role not in self._jwt.limits:
             return None
-        claims = Claims(name, role, self._clock() + seconds, signer)
+        left = self._jwt.limits[role].expires_at - self._clock()
+        if left <= 0:
+            return None
+        claims = Claims(name, role, self._clock() + min(seconds, left - SKEW), signer)
         if not issuer.holds(signer):
             # Another process may have seen it already: the issuer's newest key.
             try:
@@ -250,12 +265,15 @@ class TokenCallers(Tokens):
             return None
         if self._issuer is not None and self._issuer.holds(caller.signer) is False:
             return None
+        left = limits.expires_at - self._clock()
+        if left <= 0:
+            return None
         return caller_of(
             caller.name,
             limits,
             person.quota,
             role=caller.role,
-            expires=caller.expires,
+            expires=min(caller.expires, self._monotonic() + left - SKEW),
             exp=caller.exp,
             signer=caller.signer,
         )

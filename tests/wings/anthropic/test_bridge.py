@@ -166,6 +166,21 @@ async def test_a_provider_without_messages_is_found_out_once(
     assert paths(server.simulator)[-1] == "messages"
 
 
+@pytest.mark.parametrize("messages", [True, False])
+async def test_an_engine_of_which_nothing_is_written_answers_messages(
+    make_server: MakeServer, *, messages: bool
+) -> None:
+    async with Simulator(QUICK if messages else WITHOUT) as engine:
+        changes = {"llm.providers.bare": provider_entry(engine.base_url), "llm.active": "bare"}
+        server = await make_server(**changes)
+        for model in ("bare", "claude-sonnet-4-5"):
+            status, answer = await answer_of(server, {**ASK, "model": model})
+            assert (status, answer["type"]) == (200, "message")
+        status, _ = await answer_of(server, ASK, "messages/count_tokens")
+        assert status == 200
+        assert paths(engine)[0] == ("messages" if messages else "chat/completions")
+
+
 async def test_a_provider_that_speaks_messages_is_asked_for_them(make_server: MakeServer) -> None:
     server = await make_server(**AUTO)
 

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aioserver.auth.tokens import SKEW
+from aioserver.auth.callers import SKEW
 from aioserver.config.settings import Jwt, Role
 from aioserver.errors import PermissionDenied, TokenRefused
 from aioserver.wings.doors.signatures import read_keys

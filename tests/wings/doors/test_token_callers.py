@@ -7,13 +7,14 @@ from __future__ import annotations
 import hashlib
 import random
 import time
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from aioserver.auth.access import Access
+from aioserver.auth.callers import SKEW
 from aioserver.auth.sessions import SESSION_SECONDS, Sessions
-from aioserver.auth.tokens import SKEW
 from aioserver.config.settings import Auth, ClientKey, Jwt, Role
 from aioserver.errors import (
     AuthUnavailable,
@@ -102,6 +103,28 @@ def test_a_token_is_a_caller_that_no_key_can_be() -> None:
     assert (named.name, named.label, named.role) == ("alice", "alice", "")
     assert caller != named
     assert server.access.keyed
+
+
+def test_a_role_has_models_and_ends_at_its_time() -> None:
+    expires = datetime.fromtimestamp(int(time.time()) + 100, UTC).isoformat()
+    server = Server(limits={"default": Role(models=("fast",), expires=expires), "staff": Role()})
+    long, staff = token(), token("bob", roles=["staff"])
+    caller = server.caller(long)
+    session, seconds = server.access.session(caller)
+
+    assert caller.may_ask("fast")
+    assert not caller.may_ask("slow")
+    assert caller.expires - server.clock() + SKEW <= 100
+    assert seconds <= 100
+    server.now += 101
+    server.clock.now += 101
+    for known in (long, token("eve")):
+        with pytest.raises(TokenRefused, match="the role default has expired"):
+            server.caller(known)
+    with pytest.raises(SessionEnded):
+        server.access.resume(session)
+    assert server.access.current(caller) is None
+    assert server.caller(staff).may_ask("slow")
 
 
 def test_without_the_section_a_token_is_an_unknown_key() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.auth.tokens import SKEW
+from aioserver.auth.callers import SKEW
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, until_status
 from tests.support.issuer import (

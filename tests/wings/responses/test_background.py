@@ -99,6 +99,26 @@ async def test_a_response_is_there_at_once_and_polled_to_its_end(
     assert (await sdk.responses.retrieve(asked.id)).model_dump() == final.model_dump()
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_the_simulator_in_the_process_runs_in_the_background_too(
+    make_server: MakeServer, *, streamed: bool
+) -> None:
+    demo = {**provider_entry(""), "simulated": True}
+    server = await make_server(**{"llm.providers.demo": demo, "llm.active": "demo"})
+    async with client_of(server) as sdk:
+        if streamed:
+            async with await sdk.responses.create(
+                model="demo", input="Hello", background=True, stream=True
+            ) as events:
+                first: Any = await anext(aiter(events))
+                asked = first.response
+        else:
+            asked = await ask(sdk, model="demo")
+        assert (asked.status in RUNNING, asked.background, asked.output) == (True, True, [])
+        final = await polled(sdk, asked.id)
+        assert (final.status, final.background) == ("completed", True)
+
+
 async def test_a_response_runs_to_its_end_without_a_reader(make_server: MakeServer) -> None:
     server = await make_server(
         PACED, **BRIDGED, **{"chat.streams.resume_window": 0.05, "chat.streams.max_detached": 1}
