@@ -103,6 +103,11 @@ class ClientHeaders:
     def __bool__(self) -> bool:
         return bool(self._lines or self._api_lines)
 
+    @property
+    def hops(self) -> bool:
+        """Whether the client has said that the request has come through other servers."""
+        return any(name == HOP for name, _ in self._lines)
+
     def trace(self) -> tuple[bytes, bytes]:
         """Return the `traceparent` and the `tracestate`, both empty without a trace."""
         if not self.trace_id:

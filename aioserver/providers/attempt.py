@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from aioserver.errors import LoopDetected
 from aioserver.limits.deadline import Wait
 from aioserver.limits.estimate import text_bytes
 from aioserver.protocol.openai import BadEvent, ErrorEvent
@@ -268,9 +269,9 @@ class Attempt:
     @property
     def says_little(self) -> bool:
         """Whether a fault of it says nothing of the provider as a whole, neither of its health nor
-        of our key.
+        of our key: whoever says that its request has come through many servers has made the circle.
         """
-        return False
+        return self.status == LoopDetected.status and self.request.client_headers.hops
 
     def preparation(self) -> Awaitable[None] | None:
         """Return the steps to take before `written`; None if there are none."""

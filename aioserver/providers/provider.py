@@ -385,7 +385,7 @@ class Provider:
         """Return what an API has learned of this provider, of which it has its own *kind*."""
         memory = self._memories.get(kind)
         if not isinstance(memory, kind):
-            memory = self._memories[kind] = kind(self.settings)
+            memory = self._memories[kind] = kind(self.settings, self._clock)
         return memory
 
     def stats(self) -> ProviderStats:
