@@ -70,7 +70,7 @@ class Lines:
     """A request of *caller* and *flow* that waits for the first of several places.
 
     Always: it stands in no line once `wait` has returned; it is handed one place at most.
-    *weight*, *on_position*, *at_front*, *batch* and *within* are as for `Gate.enter`. The position
+    *weight*, *on_position*, *came*, *batch* and *within* are as for `Gate.enter`. The position
     that is told is the smallest, and the time until the start that of lines which serve the
     request side by side.
     """
@@ -82,14 +82,14 @@ class Lines:
         *,
         weight: int = 1,
         on_position: Callable[[int, float], None] | None = None,
-        at_front: bool = False,
+        came: float | None = None,
         batch: bool = False,
         within: float = inf,
     ) -> None:
         self._batch = batch
         self._caller, self._flow, self._weight = caller, flow, weight
         self._on_position = on_position
-        self._at_front = at_front
+        self._came = came
         self._loop = asyncio.get_running_loop()
         self._until = self._loop.time() + within
         self._place: asyncio.Future[Place] = self._loop.create_future()
@@ -169,7 +169,7 @@ class Lines:
             self._caller,
             self._flow,
             batch=batch,
-            at_front=self._at_front,
+            came=self._came,
         )
         return seconds
 
@@ -225,7 +225,7 @@ class Lines:
         )
         standing.lines, standing.gate, standing.wish = self, gate, wish
         standing.at = 0, 0.0
-        gate.stand(standing, self._weight, at_front=self._at_front)
+        gate.stand(standing, self._weight, came=self._came)
         self._standing.append(standing)
         too_long = functools.partial(gate.timeout, batch=self._batch)
         standing.timer = self._loop.call_later(seconds, self.refused, standing, too_long)
@@ -243,7 +243,7 @@ class Lines:
             return
         standing.gate.serve()
         if self._on_position is not None and standing in self._standing:
-            standing.gate.report_first(standing, at_front=self._at_front)
+            standing.gate.report_first(standing, came=self._came)
 
     def _leave(self, standing: _Standing) -> None:
         standing.timer.cancel()

@@ -170,6 +170,12 @@ class Attempt:
         # had before.
         self.body_bytes = self.text_bytes = self.before = 0
 
+    @property
+    def came(self) -> float:
+        """When its request asked for a place for the first time."""
+        record = self.request.record
+        return record.queued_at or record.admitted_at
+
     def work(self) -> int:
         """Return what it is estimated to cost its caller's share of the provider."""
         request = self.request
