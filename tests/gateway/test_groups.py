@@ -630,6 +630,27 @@ def test_what_is_too_long_for_one_goes_to_those_that_take_more() -> None:
     run_virtually(scene())
 
 
+@pytest.mark.parametrize("known", ["small", "large", "both", "none"])
+def test_what_is_too_long_for_one_of_unknown_size_goes_to_one_that_may_take_it(known: str) -> None:
+    async def scene() -> None:
+        providers = engines("small", "large")
+        providers["small"].fault = too_long("small")
+        sizes = {"small": 400, "large": 20_000}
+        members = [
+            Member(provider=name, max_context=size if known in {name, "both"} else None)
+            for name, size in sizes.items()
+        ]
+        router = router_over(providers, some=group(*members))
+
+        # Some 500 tokens by the estimate: it may be that wrong.
+        answer = await ask(router, "some", body=b"x" * 2000)
+
+        assert (answer.outcome.provider, answer.outcome.attempts) == ("large", 2)
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
 @pytest.mark.parametrize("first", ["a", "b"])
 def test_one_that_takes_no_more_is_not_asked_again_either(first: str) -> None:
     """The small one has failed in another way, and may be tried again; or the large one has."""
