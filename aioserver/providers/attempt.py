@@ -314,6 +314,9 @@ class Attempt:
         self.body_bytes, self.text_bytes = len(body), text_bytes(body)
         request = self.request
         client_headers, trace = request.client_headers, request.record.trace
+        if api is not request.api:
+            # It is translated: a word of the one API says nothing in the other.
+            client_headers = client_headers.without_api()
         if trace is not None:
             client_headers = trace.sending(client_headers, body)
         return writer.write(api, path, body, client_headers)

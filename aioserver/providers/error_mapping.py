@@ -171,6 +171,11 @@ def error_in(body: bytes) -> object:
     return answer.get("error") or answer if isinstance(answer, dict) else ""
 
 
+def reason_of(status: int, body: bytes) -> str:
+    """Return why a provider has refused a request with *body*, as `_reason`."""
+    return _reason(status, error_in(body)) if len(body) <= MAX_READ_BYTES else ""
+
+
 def _reason(status: int, error: object) -> str:
     """Return why a provider has refused a request, in its own words; "" if it does not say so, or
     speaks of our key or our proxy.

@@ -28,8 +28,13 @@ from aioserver.protocol.bridging.whole import MAX_WHOLE_BYTES
 from aioserver.protocol.json_body import at_once
 from aioserver.protocol.openai import BadEvent, ErrorEvent
 from aioserver.protocol.whole_answer import final_response, text_pieces
-from aioserver.provider_errors import ContextTooLong, ProviderRefused, RequestNotBridged
-from aioserver.providers.error_mapping import event_fault
+from aioserver.provider_errors import (
+    ContextTooLong,
+    ProviderRateLimited,
+    ProviderRefused,
+    RequestNotBridged,
+)
+from aioserver.providers.error_mapping import event_fault, reason_of
 from aioserver.providers.request import ProviderRequest
 from aioserver.providers.sinks import BodySink
 from aioserver.streams.entries import COMPLETE
@@ -285,8 +290,11 @@ class ResponseAttempt(BridgedAttempt):
         stream.append_whole(answer, answer.body, pieces)
         stream.end(COMPLETE, {"metadata": {"provider": answer.outcome.provider}})
 
-    def _translate_fault(self, fault: ProviderFault, body: bytes) -> None:  # noqa: ARG002
-        if isinstance(fault, ContextTooLong):
+    def _translate_fault(self, fault: ProviderFault, body: bytes) -> None:
+        if isinstance(fault, ProviderRateLimited):
+            if reason := reason_of(fault.http_status, body):
+                fault.message = f"{fault.message}: {reason}"
+        elif isinstance(fault, ContextTooLong):
             # Codex knows it by this code.
             error = {
                 "message": fault.reason or fault.message,
