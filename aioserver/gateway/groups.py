@@ -403,7 +403,9 @@ class Group:
             caller.subflow,
             weight=caller.priority,
             on_position=queued,
-            at_front=first.retry or any(attempt.permit for attempt in attempts.values()),
+            came=first.came
+            if first.retry or any(attempt.permit for attempt in attempts.values())
+            else None,
             batch=first.request.batch,
             within=first.request.left,
         )

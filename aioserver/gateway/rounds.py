@@ -6,7 +6,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from aioserver.gateway.homes import measured
-from aioserver.provider_errors import CircuitOpen, ContextTooLong, NoProvider, ProviderFault
+from aioserver.provider_errors import (
+    CircuitOpen,
+    ConnectError,
+    ConnectTimeout,
+    ContextTooLong,
+    NoProvider,
+    ProviderFault,
+)
 from aioserver.providers.outage import WAIT
 from aioserver.streams.ending import run_all
 
@@ -28,7 +35,7 @@ class Round:
     """The members of *group* that *request* is still asked of, *left* in this round.
 
     Where what the request continues is kept at a member, this one is asked alone for as long as it
-    is not dead. Members that take no more than *too_small* tokens are not asked. A change of the
+    is not dead, and there is a connection to it. Members that take no more than *too_small* tokens are not asked. A change of the
     group's members holds at once.
 
     *prefix* is that of its prompt, by which *homes* knows where it belongs; None: the group has
@@ -204,10 +211,11 @@ class Round:
             self._regrouped = False
             self._look()
         elif self._heirs and (
-            isinstance(fault, CircuitOpen | NoProvider)
+            isinstance(fault, CircuitOpen | NoProvider | ConnectError | ConnectTimeout)
             or (member is not None and member.provider.health.breaker.dead)
         ):
-            # The member that keeps what the request continues will not answer.
+            # The member that keeps what the request continues will not answer: it is dead, or
+            # there is no connection to it, which is known long before.
             self.left, self._heirs, self._again = self._heirs, (), []
         elif member is None:
             self.left = ()

@@ -7,6 +7,7 @@ what other APIs change is in their wings.
 
 from __future__ import annotations
 
+import time
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +20,7 @@ from aioserver.streams.contracts import PLAIN_EVENTS
 from aioserver.streams.fast_path import ForwardedApi
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from aioserver.config import settings
     from aioserver.errors import AioserverError
@@ -32,16 +33,23 @@ if TYPE_CHECKING:
 
 class Memory:
     """What an API has learned of one provider: made at its first use, and anew after a change of
-    the settings.
+    the settings. What single answers have shown is forgotten by *clock* (verdicts.py).
     """
 
-    # The words that the provider has refused, and the tokens of the contexts of models, by their
-    # names.
-    refused_words: Collection[str] = ()
-    context_limits: Mapping[str, int] = MappingProxyType({})
-
-    def __init__(self, settings: settings.Provider) -> None:
+    def __init__(
+        self, settings: settings.Provider, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Know nothing beside *settings*."""
+
+    @property
+    def refused_words(self) -> Collection[str]:
+        """The words that the provider has refused."""
+        return ()
+
+    @property
+    def context_limits(self) -> Mapping[str, int]:
+        """The tokens of the contexts of models, by their names."""
+        return MappingProxyType({})
 
     @property
     def messages(self) -> str | None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from aioserver.errors import LoopDetected
 from aioserver.limits.deadline import Wait
 from aioserver.limits.estimate import text_bytes
 from aioserver.protocol.openai import BadEvent, ErrorEvent
@@ -172,6 +173,12 @@ class Attempt:
         # had before.
         self.body_bytes = self.text_bytes = self.before = 0
 
+    @property
+    def came(self) -> float:
+        """When its request asked for a place for the first time."""
+        record = self.request.record
+        return record.queued_at or record.admitted_at
+
     def work(self) -> int:
         """Return what it is estimated to cost its caller's share of the provider."""
         request = self.request
@@ -271,9 +278,9 @@ class Attempt:
     @property
     def says_little(self) -> bool:
         """Whether a fault of it says nothing of the provider as a whole, neither of its health nor
-        of our key.
+        of our key: whoever says that its request has come through many servers has made the circle.
         """
-        return False
+        return self.status == LoopDetected.status and self.request.client_headers.hops
 
     def preparation(self) -> Awaitable[None] | None:
         """Return the steps to take before `written`; None if there are none."""
@@ -310,6 +317,9 @@ class Attempt:
         self.body_bytes, self.text_bytes = len(body), text_bytes(body)
         request = self.request
         client_headers, trace = request.client_headers, request.record.trace
+        if api is not request.api:
+            # It is translated: a word of the one API says nothing in the other.
+            client_headers = client_headers.without_api()
         if trace is not None:
             client_headers = trace.sending(client_headers, body)
         return writer.write(api, path, body, client_headers)

@@ -392,7 +392,7 @@ class Provider:
         """Return what an API has learned of this provider, of which it has its own *kind*."""
         memory = self._memories.get(kind)
         if not isinstance(memory, kind):
-            memory = self._memories[kind] = kind(self.settings)
+            memory = self._memories[kind] = kind(self.settings, self._clock)
         return memory
 
     def stats(self) -> ProviderStats:
@@ -558,7 +558,7 @@ class Provider:
                 caller.subflow,
                 weight=caller.priority,
                 on_position=attempt.queued,
-                at_front=attempt.retry or attempt.rejoin,
+                came=attempt.came if attempt.retry or attempt.rejoin else None,
                 may_fail_over=attempt.fallback,
                 work=attempt.work(),
                 batch=request.batch,
@@ -590,7 +590,7 @@ class Provider:
                     weight=caller.priority,
                     on_position=attempt.queued if attempt.shows_position else None,
                     waited=attempt.waited,
-                    at_front=attempt.retry or attempt.rejoin,
+                    came=attempt.came if attempt.retry or attempt.rejoin else None,
                     may_fail_over=attempt.fallback,
                     rejoin=attempt.rejoin,
                     goes_on=attempt.hop is not None,

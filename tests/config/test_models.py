@@ -347,7 +347,7 @@ def test_a_name_leads_to_a_member_a_list_or_a_section(file: Path) -> None:
     ("models", "fault"),
     [
         ({"gpu1": "gpu2"}, "gpu1: a provider has this name, which pins it"),
-        ({"gpu1/x": "gpu2"}, "?: begins with the name of the provider gpu1, which pins it"),
+        ({"gpu1/x": "gpu2"}, "gpu1/x: begins with the name of the provider gpu1, which pins it"),
         ({"a": []}, "a: a group needs a member"),
         ({"a": {"members": []}}, "a.members: a group needs a member"),
         ({"a": ["gpu1", "gpu1/qwen3"]}, "a[1]: this member appears twice"),
@@ -462,6 +462,19 @@ def test_a_group_whose_fallback_alone_has_its_key_can_be_active(file: Path) -> N
     (warning,) = configuration.warnings
     assert warning.endswith("llm.models.off.members[0]: KEY_A is not set: this member is off")
     assert configuration.get_http_client_config() == configuration.get_http_client_config("gpu2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("fast", "openai/gpt-4", "claude-*", "qwen3:8b", "openrouter/anthropic/claude-4.5:beta"),
+        "registry.example.com:5000/library/a-name-that-is-long/llama3.3:70b-instruct-q4_K_M",
+    ],
+)
+def test_a_fault_names_the_model_as_it_is_written(name: str, file: Path) -> None:
+    (fault,) = refused(lambda: made(file, {name: ["nobody"]}), file)
+
+    assert f" llm.models.{name}[0]: " in fault
 
 
 def test_all_faults_of_models_are_told_in_one_go(file: Path) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import pytest
 
 from aioserver.auth.callers import NO_CALLER
@@ -18,6 +19,7 @@ from aioserver.gateway.request import Request
 from aioserver.protocol.client_headers import NO_HEADERS
 from aioserver.provider_errors import (
     CircuitOpen,
+    ConnectError,
     ContextTooLong,
     NoProvider,
     ProviderError,
@@ -31,7 +33,7 @@ from aioserver.providers.api import CHAT
 from aioserver.providers.passthrough import PassedRequest
 from aioserver.providers.request import ProviderRequest
 from tests.support.engines import Engine, nothing_is_held
-from tests.support.failing import sicken
+from tests.support.failing import kill, sicken
 from tests.support.routers import llm_of, router_of
 from tests.support.scripted_provider import LIMITS
 from tests.support.virtual_loop import run_virtually
@@ -589,6 +591,60 @@ def test_the_waiting_of_a_member_that_dies_go_on_in_the_other_lines() -> None:
     run_virtually(scene())
 
 
+def test_the_waiting_of_a_member_that_dies_start_elsewhere_in_the_order_of_their_arrival() -> None:
+    """Twenty conversations, each with a home, of which one dies."""
+
+    async def scene() -> None:
+        loop = asyncio.get_running_loop()
+        limits = {"queue_size": 40, "queue_timeout": 300.0}
+        providers = {name: Engine(name, places=2, limits={**limits}) for name in ("a", "b")}
+        for engine in providers.values():
+            engine.seconds = 2.0
+        router = router_over(
+            providers, both=replace(group("a", "b", choose="least_busy"), affinity="prefix")
+        )
+
+        def turn(number: int, turns: int) -> bytes:
+            said = [
+                {"role": "user" if at % 2 == 0 else "assistant", "content": f"{number}" * 9000}
+                for at in range(2 * turns - 1)
+            ]
+            return orjson.dumps({"model": "both", "messages": said})
+
+        for number in range(20):
+            await ask(router, "both", body=turn(number, 1))
+        waits: dict[int, float] = {}
+
+        async def go_on(number: int) -> None:
+            came = loop.time()
+            await ask(router, "both", body=turn(number, 2))
+            waits[number] = loop.time() - came
+
+        def refuse(_model: str) -> ProviderFault:
+            return ConnectError("it is away")
+
+        tasks = []
+        for number in range(20):
+            tasks.append(asyncio.create_task(go_on(number)))
+            await asyncio.sleep(0.05)
+        at_home = providers["a"].stats().queue.waiting
+        assert at_home > 5, "some have their home where it dies"
+        providers["a"].fault, providers["a"].seconds = refuse, 0.0
+        await asyncio.sleep(2.0)
+        kill(providers["a"].health.breaker, clock=loop.time)
+        providers["a"].absence.refuse()
+        began_early = set(waits)
+        await asyncio.gather(*tasks)
+
+        waited = [waits[number] for number in range(20) if number not in began_early]
+        assert len(waited) > 12
+        for number, wait in enumerate(waited):
+            assert wait <= 2 * min(waited[number:]), (number, waited)
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
 def test_all_dead_is_said_with_the_fault_that_killed_the_last() -> None:
     async def scene() -> None:
         providers = engines("a", "b")
@@ -706,6 +762,27 @@ def test_what_is_too_long_for_one_goes_to_those_that_take_more() -> None:
         assert caught.value.request_outcome is not None
         assert caught.value.request_outcome.provider == "a"
         assert caught.value.request_outcome.attempts == 3
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+@pytest.mark.parametrize("known", ["small", "large", "both", "none"])
+def test_what_is_too_long_for_one_of_unknown_size_goes_to_one_that_may_take_it(known: str) -> None:
+    async def scene() -> None:
+        providers = engines("small", "large")
+        providers["small"].fault = too_long("small")
+        sizes = {"small": 400, "large": 20_000}
+        members = [
+            Member(provider=name, max_context=size if known in {name, "both"} else None)
+            for name, size in sizes.items()
+        ]
+        router = router_over(providers, some=group(*members))
+
+        # Some 500 tokens by the estimate: it may be that wrong.
+        answer = await ask(router, "some", body=b"x" * 2000)
+
+        assert (answer.outcome.provider, answer.outcome.attempts) == ("large", 2)
         nothing_is_held(router)
 
     run_virtually(scene())

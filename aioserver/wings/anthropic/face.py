@@ -6,6 +6,7 @@ errors come back byte for byte. For one that has chat completions only the attem
 (wings/anthropic/attempt.py), and a count of tokens is an estimate. What differs from the OpenAI
 face is the form of what this server itself says (wings/anthropic/wire.py): errors, in a body or as
 an event, and heartbeats, which are `ping` events, since Claude Code counts events and no comments.
+While a request waits, a comment in front of them says where, as on the OpenAI face.
 
 A model that names no provider goes to the first that speaks the API, of the active one and the
 fallbacks (gateway/router.py).
@@ -49,7 +50,9 @@ if TYPE_CHECKING:
     from aioserver.limits.quota import Quota
     from aioserver.providers.api import Api
 
-ANTHROPIC = Dialect("anthropic", PING, "request-id")
+ANTHROPIC = Dialect(
+    "anthropic", PING, "request-id", render_wait=lambda queued: queued.comment + PING
+)
 # The one query that belongs to the API, and goes on with the path: the beta version of it.
 BETA = "beta"
 
